@@ -1,0 +1,1 @@
+"""Seeded generators of everything the tiny model reads: one kind of text per module."""

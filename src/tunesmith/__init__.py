@@ -1,0 +1,38 @@
+"""tunesmith: fine-tune a language model on your own examples, and prove that it got better.
+
+The public names are loaded when first used, so that `import tunesmith` costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Recipe": "tunesmith.recipe",
+    "TunesmithError": "tunesmith.errors",
+    "compose": "tunesmith.compose",
+    **dict.fromkeys(
+        ("train", "resume", "plan", "evaluate", "compare", "chat", "runs", "demo", "show"), "tunesmith.api"
+    ),
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from tunesmith.api import chat, compare, demo, evaluate, plan, resume, runs, show, train
+    from tunesmith.compose import compose
+    from tunesmith.errors import TunesmithError
+    from tunesmith.recipe import Recipe
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

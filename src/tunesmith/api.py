@@ -1,0 +1,586 @@
+"""The verbs in Python: one function each, the same that the command line calls.
+
+    from tunesmith import compose, train
+    result = train(compose({"data": {"dataset": "my.jsonl"}, "adapter": {"kind": "lora"}}).recipe)
+    print(result.primary.verdict)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.errors import Interrupted, OutOfResources, RunError, TunesmithError, nearest
+from tunesmith.recipe import Recipe
+from tunesmith.training.fit import quiet_libraries
+from tunesmith.training.run import (
+    Run,
+    Watch,
+    create,
+    dataset_name,
+    discard,
+    find_runs,
+    folder_name,
+    is_run,
+    open_run,
+    write_whole,
+)
+
+if TYPE_CHECKING:
+    from tunesmith.data.examples import Example
+    from tunesmith.evaluation import EvalRow
+    from tunesmith.evaluation.compare import Comparison
+    from tunesmith.plan import Plan
+
+MAY_CHANGE = ("output_dir", "name", "preset", "evaluation", "export", "tracking")
+"""Parts of the recipe that a continued run may change: none of them touches the weights."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `train`, `resume`, `demo`, `evaluate` and `compare` give."""
+
+    run: Path | None
+    comparisons: tuple[Comparison, ...]
+    seconds: float
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    samples: tuple[Mapping[str, str], ...] = ()
+    """Answers side by side: question, reference, base, tuned."""
+    report: Path | None = None
+    published: str | None = None
+
+    @property
+    def primary(self) -> Comparison | None:
+        """The comparison that the verdict rests on."""
+        return next((c for c in self.comparisons if c.primary), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as `--json` prints it: the primary comparison's fields first."""
+        names = ("metric", "base", "tuned", "difference", "low", "high", "n", "verdict")
+        primary = asdict(self.primary) if self.primary else {}
+        return {
+            **{name: primary.get(name) for name in names},
+            "seconds": round(self.seconds, 1),
+            "run": str(self.run) if self.run else None,
+            "report": str(self.report) if self.report else None,
+            "published": self.published,
+            "comparisons": [asdict(c) for c in self.comparisons],
+            "scores": dict(self.scores),
+            "samples": [dict(sample) for sample in self.samples],
+        }
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One line of `tunesmith runs`."""
+
+    path: Path
+    state: str
+    task: str
+    model: str
+    dataset: str
+    step: int | None
+    metric: str | None
+    base: float | None
+    tuned: float | None
+    verdict: str | None
+    bytes: int
+
+
+def _unwatched(event: Mapping[str, Any]) -> None:
+    """Watch nothing."""
+
+
+def plan(recipe: Recipe) -> tuple[Plan, Mapping[str, Any]]:
+    """What a recipe would do here, and what becomes of its rows; nothing is written or trained."""
+    results = _driver().execute(["plan", "encodings"], inputs=_inputs(recipe))
+    ledger = results["encodings"].ledger
+    return results["plan"], {"rows": ledger.counts(), "dropped": ledger.reasons()}
+
+
+def train(recipe: Recipe, *, resume: str | None = None, watch: Watch = _unwatched) -> Result:
+    """Run a recipe from its examples to the report.
+
+    `resume` continues the run of the same folder from a checkpoint's name, or from `latest`. Raises a
+    TunesmithError for everything the user can mend; a run that trained nothing leaves no folder behind.
+    """
+    if resume is None:
+        return _carry_out(recipe, create(recipe, watch=watch), None, fresh=True)
+    run = open_run(Path(recipe.output_dir).expanduser() / folder_name(recipe), watch=watch)
+    changed = differences(run.recipe(), recipe)
+    if changed:
+        raise RunError(
+            f"The recipe differs from the one {run.path} was started with, so it cannot be continued.",
+            found="; ".join(changed),
+            fix="Undo these changes, or start a new run with another --name.",
+        )
+    return _carry_out(recipe, run, resume, fresh=False)
+
+
+def resume(run: str | Path, *, checkpoint: str = "latest", watch: Watch = _unwatched) -> Result:
+    """Continue an interrupted run from its newest whole checkpoint, with the recipe it was started with."""
+    opened = open_run(run, watch=watch)
+    if opened.state() == "done":
+        raise RunError(
+            f"The run {opened.path} is finished; there is nothing to resume.",
+            fix=f"`tunesmith evaluate {opened.path}` measures it again; a new --name starts another run.",
+        )
+    return _carry_out(opened.recipe(), opened, checkpoint, fresh=False)
+
+
+def demo(*, output_dir: str | Path = "runs", watch: Watch = _unwatched) -> Result:
+    """The shipped tiny model learns text-to-SQL and is measured on databases it has never seen."""
+    from tunesmith.compose import compose
+
+    taken = {run.path.name for run in find_runs(Path(output_dir))}
+    name = next(n for n in ("demo", *(f"demo-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+    return train(compose({"name": name, "output_dir": str(output_dir)}, preset="demo").recipe, watch=watch)
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    dataset: str | None = None,
+    metrics: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    watch: Watch = _unwatched,
+) -> Result:
+    """Scores of a run's final model, or of any model, each with its interval.
+
+    A run is measured on its own held-out split unless `dataset` is given; of another data set every row
+    is used. `settings` is a sparse recipe layer that says how the data set is read and answered.
+    Rows and scores are written to `output`, by default `<run>/evaluation/<dataset>` or
+    `evaluations/<model>_<dataset>`.
+    """
+    from tunesmith import evaluation
+
+    started = time.perf_counter()
+    run, questions = _questions([model], dataset, metrics, settings)
+    [(rows, chosen)] = [_answers(model, questions, name="model", watch=watch)]
+    scores = evaluation.scores(rows, chosen)
+    place = Path(output) if output else _evaluation_folder(run, model, questions.recipe)
+    evaluation.write_rows(place / "rows.jsonl", rows)
+    write_whole(place / "scores.json", json.dumps({"model": scores}, indent=1))
+    return Result(run=place, comparisons=(), seconds=time.perf_counter() - started, scores=scores)
+
+
+def compare(
+    a: str | Path,
+    b: str | Path,
+    *,
+    dataset: str | None = None,
+    metrics: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    watch: Watch = _unwatched,
+) -> Result:
+    """Whether run or model B is better than A on the same held-out examples.
+
+    The examples are chosen as by `evaluate`, from the first of the two that is a run. Both are answered
+    now, along one code path; A stands as `base` and B as `tuned` in the result.
+    """
+    from tunesmith.evaluation import compare as comparing
+
+    started = time.perf_counter()
+    run, questions = _questions([a, b], dataset, metrics, settings)
+    rows_a, chosen = _answers(a, questions, name="base", watch=watch)
+    rows_b, _ = _answers(b, questions, name="tuned", watch=watch)
+    section = questions.recipe.evaluation
+    compared = comparing.compare(
+        rows_a, rows_b, metrics=chosen, resamples=section.resamples, confidence=section.confidence
+    )
+    return Result(
+        run=run.path if run else None, comparisons=tuple(compared), seconds=time.perf_counter() - started
+    )
+
+
+@dataclass(frozen=True)
+class _Questions:
+    """Held-out examples and the settings they are asked with."""
+
+    recipe: Recipe
+    examples: tuple[Example, ...]
+
+
+def _questions(
+    models: Sequence[str | Path],
+    dataset: str | None,
+    metrics: Sequence[str] | None,
+    settings: Mapping[str, Any] | None,
+) -> tuple[Run | None, _Questions]:
+    """The first of the models that is a run, and what it and the others are to be asked."""
+    from tunesmith import dataflow
+    from tunesmith.compose import overlaid, validated
+
+    run = next((open_run(m) for m in models if is_run(Path(m))), None)
+    if not run and not dataset:
+        raise TunesmithError(
+            f"What {models[0]} is to be measured on is missing.", fix="Give --dataset, or name a run."
+        )
+    base = run.recipe() if run else Recipe()
+    changes: dict[str, Any] = {"evaluation": {"metrics": list(metrics)}} if metrics else {}
+    foreign = dataset is not None and not (run and base.data.dataset == dataset)
+    layer = base.model_dump(mode="json")
+    if foreign:
+        # Columns and subsets named for the run's own data do not hold for another set.
+        layer["data"] = {"dataset": dataset, "max_length": base.data.max_length}
+        if not metrics:
+            changes["evaluation"] = {"metrics": None}
+    recipe = validated(overlaid(layer, changes, dict(settings or {})))
+    splits = dataflow.splits(recipe)
+    whole = (*splits.train, *splits.validation, *splits.held_out)
+    return run, _Questions(recipe, whole if foreign else splits.held_out)
+
+
+def _answers(
+    model: str | Path, questions: _Questions, *, name: str, watch: Watch
+) -> tuple[list[EvalRow], list[str]]:
+    from tunesmith import dataflow, evaluation, models
+    from tunesmith import plan as planning
+    from tunesmith.data.templates import set_template
+
+    settings = questions.recipe
+    tokenizer = models.load_tokenizer(str(model))
+    set_template(tokenizer, settings.model.chat_template)
+    items = evaluation.items(
+        questions.examples,
+        tokenizer,
+        loss_on=settings.method.loss_on,
+        max_items=settings.evaluation.max_items,
+        max_length=settings.data.max_length,
+    )
+    device = planning.device()
+    chosen = dataflow.metrics(settings, items)
+    rows = dataflow.answers(
+        settings,
+        items,
+        chosen,
+        name=name,
+        model=str(model),
+        tokenizer=tokenizer,
+        device=device,
+        dtype=planning.inference_dtype(settings.model.dtype, device),
+        watch=watch,
+    )
+    return rows, chosen
+
+
+def _evaluation_folder(run: Run | None, model: str | Path, recipe: Recipe) -> Path:
+    dataset = dataset_name(recipe.data.dataset)
+    if run:
+        return run.evaluation / dataset
+    return Path("evaluations") / f"{Path(str(model)).name}_{dataset}"
+
+
+def chat(
+    model: str | Path,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """The model's answer to a conversation, piece by piece, under its own chat template."""
+    yield from Chat(model).answer(messages, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+
+class Chat:
+    """A loaded model to talk to, so that a conversation loads it once."""
+
+    def __init__(self, model: str | Path) -> None:
+        quiet_libraries()
+        from tunesmith import models
+        from tunesmith import plan as planning
+        from tunesmith.data.templates import set_template
+
+        self.tokenizer = models.load_tokenizer(str(model))
+        self.template = set_template(self.tokenizer, None)
+        self.model = models.load_model(str(model), device=planning.device())
+
+    def answer(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Stream the next turn."""
+        from tunesmith.data.examples import Message
+        from tunesmith.data.templates import end_of_turn_ids, prompt_ids
+        from tunesmith.generation import stream
+
+        turns = tuple(Message(m["role"], m["content"]) for m in messages)
+        yield from stream(
+            self.model,
+            self.tokenizer,
+            prompt_ids(turns, self.tokenizer),
+            max_new_tokens=max_new_tokens,
+            stop_ids=end_of_turn_ids(self.tokenizer),
+            temperature=temperature,
+            seed=seed,
+        )
+
+
+def runs(output_dir: str | Path = "./fine_tuned_models") -> list[RunSummary]:
+    """The runs of an output folder, oldest first, with state, scores and size."""
+    return [_summary(run) for run in find_runs(Path(output_dir))]
+
+
+def push(run: str | Path, *, repository: str | None = None, private: bool = True) -> str:
+    """Upload a run's final model to the Hub and give its address."""
+    from tunesmith.export.publish import publish
+
+    opened = open_run(run)
+    repository = repository or opened.recipe().export.hub_model_id
+    if not repository:
+        raise TunesmithError("Where to upload is missing.", fix="Give --hub-model-id owner/name.")
+    if not opened.final_model.is_dir():
+        raise RunError(f"The run {opened.path} has no final model.", found=f"state '{opened.state()}'")
+    return publish(opened.final_model, repository, private=private)
+
+
+def show(what: str, name: str | None = None) -> list[dict[str, Any]]:
+    """What there is of a kind, as entries with name and description; `model` describes a model.
+
+    Raises TunesmithError naming the kinds.
+    """
+    if what not in SHOWN:
+        raise TunesmithError(f"There is nothing called '{what}' to show.", fix=nearest(what, SHOWN))
+    return SHOWN[what](name)
+
+
+def _presets(_: str | None) -> list[dict[str, Any]]:
+    from tunesmith.compose import TASKS, preset_about, preset_layer, preset_names
+
+    return [
+        {"name": name, "about": preset_about(name), "sample": json.dumps(preset_layer(name))}
+        for name in preset_names()
+        if name not in TASKS
+    ]
+
+
+def _tasks(_: str | None) -> list[dict[str, Any]]:
+    from tunesmith.compose import TASKS, preset_about, preset_layer
+
+    return [{"name": t, "about": preset_about(t), "sample": json.dumps(preset_layer(t))} for t in TASKS]
+
+
+def _recipe_fields(_: str | None) -> list[dict[str, Any]]:
+    from tunesmith.recipe import fields
+
+    return [
+        {"name": f.path, "about": f.about, "sample": f"{f.type}; default {f.default!r}"} for f in fields()
+    ]
+
+
+def _formats(_: str | None) -> list[dict[str, Any]]:
+    from tunesmith.data.formats import FORMATS
+
+    return [
+        {"name": f.name, "about": f.about, "sample": json.dumps(f.sample, ensure_ascii=False)}
+        for f in FORMATS.values()
+    ]
+
+
+def _templates(_: str | None) -> list[dict[str, Any]]:
+    from tunesmith.data.templates import NAMED_TEMPLATES
+
+    return [{"name": name, "about": template} for name, template in NAMED_TEMPLATES.items()]
+
+
+def _methods(_: str | None) -> list[dict[str, Any]]:
+    from tunesmith.compose import union_members
+
+    return [{"name": kind, "about": section.__doc__} for kind, section in union_members("method").items()]
+
+
+def _metrics(_: str | None) -> list[dict[str, Any]]:
+    from tunesmith.evaluation.metrics import METRICS
+
+    return [{"name": metric.name, "about": metric.about} for metric in METRICS.values()]
+
+
+def _examples(_: str | None) -> list[dict[str, Any]]:
+    from tunesmith.assets import EXAMPLES
+    from tunesmith.data.sources import read
+
+    return [
+        {
+            "name": f"example:{example.name}",
+            "about": example.about,
+            "sample": json.dumps(
+                dict(read(f"example:{example.name}", max_rows=1).records[0].values), ensure_ascii=False
+            ),
+        }
+        for example in EXAMPLES.values()
+    ]
+
+
+def _model(name: str | None) -> list[dict[str, Any]]:
+    quiet_libraries()
+    from tunesmith import models
+    from tunesmith.data.templates import set_template
+
+    name = name or "tiny"
+    loaded = models.load_model(name)
+    tokenizer = models.load_tokenizer(name)
+    description = models.describe(loaded)
+    return [
+        {"name": "architecture", "about": description.architecture},
+        {"name": "parameters", "about": f"{description.parameters:,}"},
+        {"name": "layers", "about": str(description.layers)},
+        {"name": "context", "about": f"{description.context_length} tokens"},
+        {"name": "vocabulary", "about": f"{len(tokenizer):,} tokens"},
+        {"name": "template", "about": set_template(tokenizer, None)},
+        {"name": "adapter targets", "about": ", ".join(models.target_modules(loaded, "all-linear"))},
+        {"name": "modules", "about": str(loaded)},
+    ]
+
+
+SHOWN: dict[str, Callable[[str | None], list[dict[str, Any]]]] = {
+    "presets": _presets,
+    "tasks": _tasks,
+    "recipe": _recipe_fields,
+    "formats": _formats,
+    "templates": _templates,
+    "methods": _methods,
+    "metrics": _metrics,
+    "examples": _examples,
+    "model": _model,
+}
+
+
+def differences(before: Recipe, after: Recipe) -> list[str]:
+    """Fields of two recipes that differ and that a continued run may not change, with both values."""
+    return [
+        f"{path} was {old!r}, is {new!r}"
+        for path, old, new in _leaves(before.model_dump(mode="json"), after.model_dump(mode="json"))
+        if path.split(".")[0] not in MAY_CHANGE
+    ]
+
+
+def _leaves(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted(before.keys() | after.keys()):
+            yield from _leaves(before.get(key), after.get(key), f"{path}.{key}" if path else key)
+    elif before != after:
+        yield path, before, after
+
+
+def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool) -> Result:
+    """Drive the dataflow to the report, and leave a status whatever happens."""
+    from tunesmith.training import checkpoints
+
+    started = time.perf_counter()
+    wanted = ["fitted"] if recipe.evaluation.skip else ["comparisons", "samples", "report"]
+    with run.lock():
+        (run.path / "status.json").unlink(missing_ok=True)
+        try:
+            _check_before_training(recipe)
+            point = checkpoints.choose(run, checkpoint) if checkpoint else None
+            results = _driver().execute(wanted, inputs={**_inputs(recipe), "run": run, "checkpoint": point})
+            published = _published(recipe, run)
+        except (KeyboardInterrupt, Interrupted) as error:
+            run.finish("interrupted")
+            if isinstance(error, Interrupted):
+                raise
+            raise Interrupted(
+                "Stopped; what was finished is saved.", fix=f"tunesmith resume {run.path}"
+            ) from None
+        except Exception as error:
+            mended = _as_ours(error)
+            if fresh and not run.checkpoints.exists():
+                discard(run)
+            else:
+                run.finish("failed", error=str(mended or error))
+            if mended:
+                raise mended from error
+            raise
+        result = Result(
+            run=run.path,
+            comparisons=tuple(results.get("comparisons", ())),
+            seconds=time.perf_counter() - started,
+            samples=tuple(results.get("samples", ())),
+            report=results.get("report"),
+            published=published,
+        )
+        run.finish("done", seconds=round(result.seconds, 1), verdict=result.primary and result.primary.verdict)
+    return result
+
+
+def _check_before_training(recipe: Recipe) -> None:
+    """Cheap failures first: nothing is read or computed before these are settled."""
+    from tunesmith.evaluation import known_metrics
+    from tunesmith.training.fit import require_tracker
+
+    known_metrics(recipe.evaluation.metrics or [])
+    for tracker in recipe.tracking.trackers:
+        require_tracker(tracker)
+    if recipe.export.push_to_hub and not recipe.export.hub_model_id:
+        raise TunesmithError("Where to upload is missing.", fix="Give --hub-model-id owner/name with --push-to-hub.")
+
+
+def _published(recipe: Recipe, run: Run) -> str | None:
+    if not recipe.export.push_to_hub or not recipe.export.hub_model_id:
+        return None
+    from tunesmith.export.publish import publish
+
+    address = publish(run.final_model, recipe.export.hub_model_id, private=recipe.export.hub_private)
+    run.event("decision", name="published", value=address, reason="push_to_hub")
+    return address
+
+
+def _as_ours(error: Exception) -> TunesmithError | None:
+    """A library's error that the user can act on, as one of ours."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return OutOfResources(
+            "The memory is not enough.",
+            found=str(error).splitlines()[0][:200] if str(error) else None,
+            fix="Lower per_device_train_batch_size and raise gradient_accumulation_steps, add "
+            "--gradient-checkpointing, lower --max-length, or use --lora.",
+        )
+    if isinstance(error, OSError) and error.errno == 28:
+        return OutOfResources("The disk is full.", found=str(error), fix="Free space and resume the run.")
+    return None
+
+
+def _inputs(recipe: Recipe) -> dict[str, Any]:
+    return {"recipe": recipe}
+
+
+def _driver() -> Any:
+    quiet_libraries()
+    logging.getLogger("hamilton").setLevel(logging.CRITICAL + 1)  # its banner; errors still come through
+    from hamilton import driver
+
+    from tunesmith import dataflow
+
+    return driver.Builder().with_modules(dataflow).build()
+
+
+def _summary(run: Run) -> RunSummary:
+    recipe = run.recipe()
+    comparison = run.read("evaluation/comparison.json") or {"comparisons": []}
+    primary = next((c for c in comparison["comparisons"] if c["primary"]), {})
+    steps = [event["step"] for event in run.events() if event.get("step") is not None]
+    return RunSummary(
+        path=run.path,
+        state=run.state(),
+        task=recipe.task,
+        model=recipe.model.base,
+        dataset=recipe.data.dataset,
+        step=steps[-1] if steps else None,
+        metric=primary.get("metric"),
+        base=primary.get("base"),
+        tuned=primary.get("tuned"),
+        verdict=primary.get("verdict"),
+        bytes=sum(p.stat().st_size for p in run.path.rglob("*") if p.is_file()),
+    )

@@ -1,0 +1,687 @@
+"""The command line: parse, call api, print. Nothing heavy is imported before a verb needs it.
+
+Every verb takes `--json` and then prints one JSON object as the last line of stdout; everything for
+people who watch goes to stderr.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import sys
+import traceback
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+
+from tunesmith.compose import Composition, assignment, compose, nested, overlaid, preset_names, union_members
+from tunesmith.errors import Interrupted, TunesmithError
+from tunesmith.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from tunesmith.api import Result
+    from tunesmith.plan import Plan
+
+app = typer.Typer(
+    name="tunesmith",
+    help="Fine-tune a language model on your own examples, and prove that it got better.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help starts faster and keeps wide options readable
+)
+
+FLAGS: dict[str, str] = {
+    "--task": "task",
+    "--base-model": "model.base",
+    "--chat-template": "model.chat_template",
+    "--dataset": "data.dataset",
+    "--format": "data.format",
+    "--input-text-key": "data.input_text_key",
+    "--output-text-key": "data.output_text_key",
+    "--max-rows": "data.max_rows",
+    "--max-length": "data.max_length",
+    "--lora-rank": "adapter.rank",
+    "--lora-alpha": "adapter.alpha",
+    "--lora-dropout": "adapter.dropout",
+    "--target-modules": "adapter.targets",
+    "--num-epochs": "training.num_epochs",
+    "--max-steps": "training.max_steps",
+    "--learning-rate": "training.learning_rate",
+    "--warmup-steps": "training.warmup_steps",
+    "--per-device-train-batch-size": "training.per_device_train_batch_size",
+    "--per-device-eval-batch-size": "training.per_device_eval_batch_size",
+    "--gradient-accumulation-steps": "training.gradient_accumulation_steps",
+    "--gradient-checkpointing": "training.gradient_checkpointing",
+    "--mixed-precision": "training.mixed_precision",
+    "--eval-steps": "training.eval_steps",
+    "--save-steps": "training.save_steps",
+    "--logging-steps": "training.logging_steps",
+    "--num-workers": "training.num_workers",
+    "--seed": "training.seed",
+    "--metrics": "evaluation.metrics",
+    "--max-new-tokens": "evaluation.max_new_tokens",
+    "--trackers": "tracking.trackers",
+    "--push-to-hub": "export.push_to_hub",
+    "--hub-model-id": "export.hub_model_id",
+    "--output-dir": "output_dir",
+    "--name": "name",
+}
+"""Short options and the recipe field each one sets; its help is the field's docstring."""
+
+EVALUATION_FLAGS = (
+    "--format", "--input-text-key", "--output-text-key", "--max-rows", "--max-length", "--max-new-tokens",
+    "--chat-template",
+)  # fmt: skip
+"""Those of them that say how a data set is read and answered, for `evaluate` and `compare`."""
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A recipe field as an option: what it is for and how its text becomes a value."""
+
+    help: str
+    metavar: str
+    convert: Callable[[str], Any] | None
+    is_bool: bool
+
+
+def recipe_field(path: str) -> _Field:
+    """The field at a dotted path of the recipe, looked up in its types."""
+    section: Any = Recipe
+    *parents, name = path.split(".")
+    for parent in parents:
+        field = section.model_fields[parent]
+        section = field.annotation if isinstance(field.annotation, type) else _union_section(parent, name)
+    field = section.model_fields[name]
+    kind = field.annotation
+    alternatives = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    alternatives = tuple(a for a in alternatives if a is not type(None))
+    choices = [str(c) for a in alternatives if get_origin(a) is Literal for c in get_args(a)]
+    plain = {get_args(a)[0] if get_origin(a) is Annotated else a for a in alternatives}
+    if any(get_origin(a) is list for a in plain):
+        words = lambda text: choices_or_list(text, choices)  # noqa: E731
+        return _Field(field.description, "NAME,NAME" if not choices else "|".join([*choices, "NAME,NAME"]), words, False)
+    metavar = {bool: "", int: "N", float: "X", str: "TEXT"}
+    names = [metavar.get(a, "") for a in plain if get_origin(a) is not Literal]
+    is_text = str in plain or (choices and not plain & {int, float})
+    return _Field(
+        str(field.description),
+        "|".join([*choices, *(n for n in names if n)]),
+        str if is_text else _number_or_word,
+        plain == {bool},
+    )
+
+
+def _union_section(parent: str, name: str) -> type[BaseModel]:
+    return next(member for member in union_members(parent).values() if name in member.model_fields)
+
+
+def choices_or_list(text: str, choices: Sequence[str]) -> Any:
+    """`all-linear` as it is where that is a choice, else the comma-separated names."""
+    return text if text in choices else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _number_or_word(text: str) -> Any:
+    import yaml
+
+    return yaml.safe_load(text)
+
+
+def recipe_options(*, only: Sequence[str] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a verb the recipe's options; it receives them as one sparse `flags` layer."""
+
+    def decorate(verb: Callable[..., Any]) -> Callable[..., Any]:
+        fields = {option: recipe_field(path) for option, path in FLAGS.items() if only is None or option in only}
+        names = {option: option.removeprefix("--").replace("-", "_") for option in fields}
+
+        @functools.wraps(verb)
+        def wrapped(**given: Any) -> Any:
+            layers = []
+            for option, field in fields.items():
+                value = given.pop(names[option])
+                if value is not None:
+                    converted = value if field.is_bool or field.convert is None else field.convert(value)
+                    layers.append(nested(FLAGS[option], converted))
+            layers += [assignment(text) for text in given.pop("set_") or []]
+            return verb(**given, flags=overlaid(*layers))
+
+        own = [p for p in inspect.signature(verb).parameters.values() if p.name != "flags"]
+        options = [
+            inspect.Parameter(
+                names[option],
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[
+                    (bool | None) if field.is_bool else (str | None),
+                    typer.Option(
+                        f"{option}/--no-{option[2:]}" if field.is_bool else option,
+                        help=field.help,
+                        metavar=None if field.is_bool else field.metavar,
+                        show_default=False,
+                    ),
+                ],
+            )
+            for option, field in fields.items()
+        ]
+        options.append(
+            inspect.Parameter(
+                "set_",
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[
+                    list[str] | None,
+                    typer.Option(
+                        "--set",
+                        help="Any field of the recipe: `--set adapter.dora=true` (repeatable).",
+                        metavar="FIELD=VALUE",
+                    ),
+                ],
+            )
+        )
+        ordered = sorted([*own, *options], key=lambda p: p.kind)
+        wrapped.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {p.name: p.annotation for p in ordered}
+        return wrapped
+
+    return decorate
+
+
+def verb(function: Callable[..., Any]) -> Callable[..., None]:
+    """Run a verb, print what it gives, and end with the exit code that its error has."""
+
+    @functools.wraps(function)
+    def run(**given: Any) -> None:
+        as_json = given.pop("as_json")
+        try:
+            payload, text = function(**given, quiet=as_json)
+        except TunesmithError as error:
+            _fail(error.lines(), error.exit_code, as_json)
+        except KeyboardInterrupt:
+            _fail(["Stopped."], Interrupted.exit_code, as_json)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except Exception as error:
+            traceback.print_exc()
+            _fail(
+                [f"This is a bug in tunesmith: {type(error).__name__}: {error}", "  do:    report it with the lines above"],
+                4,
+                as_json,
+            )
+        else:
+            if text and not as_json:
+                _console(stderr=False).print(text)
+            if as_json:
+                print(json.dumps(payload, ensure_ascii=False, default=str))
+
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "quiet"]
+    parameters.append(
+        inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
+    )
+    run.__signature__ = inspect.Signature(sorted(parameters, key=lambda p: p.kind))  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def _fail(lines: Sequence[str], code: int, as_json: bool) -> None:
+    console = _console()
+    console.print(lines[0], style="bold red", markup=False, highlight=False)
+    for line in lines[1:]:
+        console.print(line, markup=False, highlight=False)
+    if as_json:
+        print(json.dumps({"error": "\n".join(lines), "exit_code": code}, ensure_ascii=False))
+    raise typer.Exit(code)
+
+
+def _console(*, stderr: bool = True) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr, soft_wrap=True)
+
+
+class Display:
+    """Shows a run's events on stderr: one progress bar per stage, decisions and warnings above it."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = _console()
+        self.quiet = quiet
+        self.progress: Progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            transient=True,
+        )
+        self.bars: dict[str, Any] = {}
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Show one event."""
+        show = {
+            "progress": self._progress,
+            "decision": lambda e: self._line(f"[dim]{e['name']}:[/] {e['value']} [dim]({e['reason']})[/]" if "reason" in e else f"[dim]{e['name']}:[/] {e['value']}"),
+            "warning": lambda e: self._line(f"[yellow]warning:[/] {e['message']}"),
+            "evaluation": lambda e: self._line(f"[dim]step {e['step']}:[/] validation loss {e['loss']:.4f}"),
+            "step": self._step,
+            "state": self._state,
+        }.get(event["kind"])
+        if show:
+            show(event)
+
+    def _line(self, text: str) -> None:
+        if not self.quiet:
+            self.progress.console.print(text, highlight=False)
+
+    def _progress(self, event: Mapping[str, Any]) -> None:
+        stage = event["stage"]
+        if stage not in self.bars:
+            self.bars[stage] = self.progress.add_task(stage, total=event["total"], facts="")
+        facts = []
+        if event.get("loss") is not None:
+            facts.append(f"loss {event['loss']:.3f}")
+        if event.get("tokens_per_second"):
+            facts.append(f"{event['tokens_per_second']:,.0f} tokens/s")
+        self.progress.update(
+            self.bars[stage], completed=event["done"], total=event["total"], facts=" · ".join(facts),
+            visible=event["done"] < event["total"],
+        )
+
+    def _step(self, event: Mapping[str, Any]) -> None:
+        if not self.console.is_terminal:
+            self._line(f"step {event['step']}: loss {event['loss']:.4f}, learning rate {event['learning_rate']:.2e}")
+
+    def _state(self, event: Mapping[str, Any]) -> None:
+        if event["state"] == "prepared":
+            rows = event["rows"]
+            self._line(
+                f"[dim]rows:[/] {rows['rows_in']} in = {rows['train']} train + {rows['validation']} validation "
+                f"+ {rows['held_out']} held out + {rows['dropped']} dropped"
+                + (f"; {rows['truncated']} truncated" if rows["truncated"] else "")
+            )
+            for reason, count in event["dropped"].items():
+                self._line(f"[yellow]dropped {count}:[/] {reason}")
+
+
+@app.command("demo", help="Fine-tune the shipped tiny model on text-to-SQL and prove that it got better.")
+@verb
+def demo_verb(
+    *,
+    output_dir: Annotated[str, typer.Option(help="Folder in which the run's folder is made.")] = "runs",
+    quiet: bool,
+) -> Any:
+    """Run the demo."""
+    from tunesmith import api
+
+    with Display(quiet=quiet) as display:
+        result = api.demo(output_dir=output_dir, watch=display)
+    return result.as_dict(), _result_text(result)
+
+
+TRAIN_HELP = """Fine-tune a model on your examples, and measure it against its base on held-out ones.
+
+`tunesmith train --base-model tiny --dataset example:support --task instruct --lora`
+
+`tunesmith train recipe.yaml --set training.learning_rate=1e-4`"""
+
+RecipeFile = Annotated[
+    Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe file (YAML or JSON); flags override it.")
+]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--config", "--preset", metavar="NAME|FILE",
+        help="A preset (`tunesmith show presets`) or a recipe file.",
+    ),
+]  # fmt: skip
+
+
+@app.command("train", help=TRAIN_HELP)
+@verb
+@recipe_options()
+def train_verb(
+    recipe_file: RecipeFile = None,
+    *,
+    config: ConfigOption = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters instead of all weights.")] = False,
+    qlora: Annotated[bool, typer.Option("--qlora", help="LoRA on a 4-bit base; needs CUDA.")] = False,
+    freeze_ratio: Annotated[
+        float | None, typer.Option(help="Freeze this share of the layers, from the bottom; 0 freezes none.")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(help="Continue this run's folder from a checkpoint, such as `checkpoint-step-1000` or `latest`."),
+    ] = None,
+    flags: dict[str, Any],
+    quiet: bool,
+) -> Any:
+    """Train."""
+    from tunesmith import api
+
+    composition = _composed(recipe_file, config, flags, lora=lora, qlora=qlora, freeze_ratio=freeze_ratio)
+    with Display(quiet=quiet) as display:
+        _show_notes(composition, display)
+        result = api.train(composition.recipe, resume=resume, watch=display)
+    return result.as_dict(), _result_text(result)
+
+
+@app.command("resume", help="Continue an interrupted run from its newest whole checkpoint.")
+@verb
+def resume_verb(
+    run: Annotated[str, typer.Argument(help="The run's folder.")],
+    *,
+    checkpoint: Annotated[str, typer.Option(help="A checkpoint's name, or `latest`.")] = "latest",
+    quiet: bool,
+) -> Any:
+    """Resume."""
+    from tunesmith import api
+
+    with Display(quiet=quiet) as display:
+        result = api.resume(run, checkpoint=checkpoint, watch=display)
+    return result.as_dict(), _result_text(result)
+
+
+@app.command("plan", help="Show what a recipe would do with its rows and on this machine, without doing it.")
+@verb
+@recipe_options()
+def plan_verb(
+    recipe_file: RecipeFile = None,
+    *,
+    config: ConfigOption = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters instead of all weights.")] = False,
+    qlora: Annotated[bool, typer.Option("--qlora", help="LoRA on a 4-bit base; needs CUDA.")] = False,
+    freeze_ratio: Annotated[float | None, typer.Option(help="Freeze this share of the layers.")] = None,
+    flags: dict[str, Any],
+    quiet: bool,
+) -> Any:
+    """Plan."""
+    from tunesmith import api
+
+    composition = _composed(recipe_file, config, flags, lora=lora, qlora=qlora, freeze_ratio=freeze_ratio)
+    plan, rows = api.plan(composition.recipe)
+    payload = {"plan": plan.as_dict(), **rows, "notes": composition.notes}
+    return payload, _plan_text(plan, rows, composition)
+
+
+@app.command("evaluate", help="Measure a run's model, or any model, on held-out examples.")
+@verb
+@recipe_options(only=EVALUATION_FLAGS)
+def evaluate_verb(
+    model: Annotated[str, typer.Argument(help="A run's folder, a model folder, a Hub id, or `tiny`.")],
+    *,
+    dataset: Annotated[str | None, typer.Option(help="Examples; by default the run's own held-out split.")] = None,
+    metrics: Annotated[str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for rows and scores.")] = None,
+    flags: dict[str, Any],
+    quiet: bool,
+) -> Any:
+    """Evaluate."""
+    from tunesmith import api
+
+    with Display(quiet=quiet) as display:
+        result = api.evaluate(
+            model, dataset=dataset, metrics=_names(metrics), settings=flags, output=output, watch=display
+        )
+    return {**result.as_dict(), "rows": str(result.run)}, _scores_text(result)
+
+
+@app.command("compare", help="Whether B is better than A on the same held-out examples, with an interval.")
+@verb
+@recipe_options(only=EVALUATION_FLAGS)
+def compare_verb(
+    a: Annotated[str, typer.Argument(help="The base: a run, a model folder, a Hub id, or `tiny`.")],
+    b: Annotated[str, typer.Argument(help="The challenger.")],
+    *,
+    dataset: Annotated[str | None, typer.Option(help="Examples; by default the held-out split of the run.")] = None,
+    metrics: Annotated[str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")] = None,
+    flags: dict[str, Any],
+    quiet: bool,
+) -> Any:
+    """Compare."""
+    from tunesmith import api
+
+    with Display(quiet=quiet) as display:
+        result = api.compare(a, b, dataset=dataset, metrics=_names(metrics), settings=flags, watch=display)
+    return result.as_dict(), _result_text(result)
+
+
+@app.command("chat", help="Talk to a model or a run's model under its own chat template.")
+@verb
+def chat_verb(
+    model: Annotated[str, typer.Argument(help="A run's folder, a model folder, a Hub id, or `tiny`.")],
+    *,
+    prompt: Annotated[str | None, typer.Option(help="Ask this once, print the answer and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed when temperature is above 0.")] = 0,
+    quiet: bool,
+) -> Any:
+    """Chat."""
+    from tunesmith import api
+
+    console = _console()
+    talk = api.Chat(model)
+    messages = [{"role": "system", "content": system}] if system else []
+    if not quiet and prompt is None:
+        console.print(f"[dim]{talk.template} /exit or Ctrl-D ends, /new starts afresh.[/]", highlight=False)
+    while True:
+        if prompt is not None:
+            question = prompt
+        else:
+            try:
+                question = input("you> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                break
+        if question == "/exit":
+            break
+        if question == "/new":
+            messages = messages[:1] if system else []
+            continue
+        if not question:
+            continue
+        messages.append({"role": "user", "content": question})
+        pieces = []
+        for piece in talk.answer(messages, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
+            pieces.append(piece)
+            if not quiet:
+                print(piece, end="", flush=True)
+        if not quiet:
+            print()
+        messages.append({"role": "assistant", "content": "".join(pieces)})
+        if prompt is not None:
+            break
+    return {"model": model, "messages": messages}, None
+
+
+@app.command("runs", help="List the runs of an output folder with status, scores and size.")
+@verb
+def runs_verb(
+    output_dir: Annotated[str, typer.Argument(help="The output folder.")] = "./fine_tuned_models",
+    *,
+    quiet: bool,
+) -> Any:
+    """List runs."""
+    from dataclasses import asdict
+
+    from tunesmith import api
+
+    found = api.runs(output_dir)
+    table = _table("run", "state", "model", "dataset", "step", "metric", "base", "tuned", "verdict", "size")
+    for run in found:
+        number = lambda x: "" if x is None else f"{x:.3f}"  # noqa: E731
+        table.add_row(
+            run.path.name, run.state, run.model, run.dataset, str(run.step or ""), run.metric or "",
+            number(run.base), number(run.tuned), run.verdict or "", f"{run.bytes / 1e6:.1f} MB",
+        )
+    return {"runs": [asdict(run) for run in found]}, table if found else f"No runs in {output_dir}."
+
+
+@app.command("push", help="Upload a run's final model to the Hugging Face Hub.")
+@verb
+def push_verb(
+    run: Annotated[str, typer.Argument(help="The run's folder.")],
+    *,
+    hub_model_id: Annotated[str | None, typer.Option(help="Repository, `owner/name`.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Create the repository as public.")] = False,
+    quiet: bool,
+) -> Any:
+    """Push."""
+    from tunesmith import api
+
+    address = api.push(run, repository=hub_model_id, private=not public)
+    return {"run": run, "url": address}, address
+
+
+@app.command("show", help="Show what there is: presets, tasks, recipe, formats, templates, methods, metrics, examples, model.")
+@verb
+def show_verb(
+    what: Annotated[str, typer.Argument(help="presets | tasks | recipe | formats | templates | methods | metrics | examples | model")],
+    name: Annotated[str | None, typer.Argument(help="For `model`: a run, folder, Hub id or `tiny`.")] = None,
+    *,
+    quiet: bool,
+) -> Any:
+    """Show."""
+    from tunesmith import api
+
+    entries = api.show(what, name)
+    table = _table("name", "what it is")
+    for entry in entries:
+        sample = entry.get("sample")
+        about = str(entry["about"]) + (f"\n[dim]{_escaped(sample)}[/]" if sample else "")
+        table.add_row(entry["name"], about)
+    return {what: entries}, table
+
+
+def _composed(
+    recipe_file: Path | None,
+    config: str | None,
+    flags: dict[str, Any],
+    *,
+    lora: bool,
+    qlora: bool,
+    freeze_ratio: float | None,
+) -> Composition:
+    """One recipe from the file, the preset and the flags of a command."""
+    chosen = [
+        option for option, given in (("--lora", lora), ("--qlora", qlora), ("--freeze-ratio", bool(freeze_ratio))) if given
+    ]
+    if len(chosen) > 1:
+        raise TunesmithError(f"{' and '.join(chosen)} exclude each other.", fix="Give one of them.")
+    adapter: dict[str, Any] = {}
+    if lora or qlora:
+        adapter = {"kind": "qlora" if qlora else "lora"}
+    elif freeze_ratio:
+        adapter = {"kind": "freeze", "ratio": freeze_ratio}
+    preset = config if config in preset_names() else None
+    if config and not preset and (Path(config).suffix in {".yaml", ".yml", ".json"} or Path(config).is_file()):
+        if recipe_file:
+            raise TunesmithError("Two recipe files were given.", found=f"{recipe_file} and {config}", fix="Give one.")
+        recipe_file = Path(config)
+    elif config:
+        preset = config
+    layer = overlaid({"adapter": adapter} if adapter else {}, flags)
+    return compose(layer, file=recipe_file, preset=preset if preset != "default" else None)
+
+
+def _show_notes(composition: Composition, display: Display) -> None:
+    for note in composition.notes:
+        display({"kind": "warning", "message": note})
+
+
+def _names(text: str | None) -> list[str] | None:
+    return [name.strip() for name in text.split(",") if name.strip()] if text else None
+
+
+def _escaped(text: Any) -> str:
+    from rich.markup import escape
+
+    return escape(str(text))
+
+
+def _table(*columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _plan_text(plan: Plan, rows: Mapping[str, Any], composition: Composition) -> Any:
+    table = _table("what", "value", "why")
+    for note in composition.notes:
+        table.add_row("recipe", note, "")
+    counts = rows["rows"]
+    table.add_row("rows", ", ".join(f"{name} {count}" for name, count in counts.items()), "the ledger")
+    for reason, count in rows["dropped"].items():
+        table.add_row("dropped", str(count), _escaped(reason))
+    table.add_row("tokens", f"{plan.tokens_per_epoch:,}", "in one pass over the training examples")
+    for decision in plan.decisions:
+        table.add_row(decision.name, _escaped(decision.value), _escaped(decision.reason))
+    return table
+
+
+def _result_text(result: Result) -> Any:
+    """Verdict first, then the table, answers before and after, and where everything lies."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from tunesmith.evaluation.compare import sentence, table
+
+    parts: list[Any] = []
+    if result.comparisons:
+        header, *lines = table(list(result.comparisons))
+        scores = _table(*header)
+        for line in lines:
+            scores.add_row(*(_escaped(cell) for cell in line))
+        primary = result.primary
+        if primary:
+            style = {"better": "bold green", "worse": "bold red"}.get(primary.verdict, "bold yellow")
+            parts += [Text(sentence(primary), style=style), ""]
+        parts += [scores, ""]
+    for sample in result.samples:
+        parts.append(Text(sample["question"], style="bold"))
+        for label in ("reference", "base", "tuned"):
+            parts.append(Text(f"  {label:<10}{sample[label]}", style="dim" if label == "reference" else ""))
+        parts.append("")
+    for label, value in (("run", result.run), ("report", result.report), ("published", result.published)):
+        if value:
+            parts.append(Text(f"{label:<10}{value}"))
+    parts.append(Text(f"{'seconds':<10}{result.seconds:.0f}"))
+    return Group(*parts)
+
+
+def _scores_text(result: Result) -> Any:
+    from rich.console import Group
+
+    table = _table("metric", "value", "95 % interval", "n")
+    for name, score in result.scores.items():
+        table.add_row(name, f"{score['value']:.4f}", f"[{score['low']:.4f}, {score['high']:.4f}]".replace("[", r"\["), str(score["n"]))
+    return Group(table, "", f"rows      {result.run}")
+
+
+def main() -> None:
+    """Entry point of the `tunesmith` command."""
+    app()

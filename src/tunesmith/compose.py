@@ -1,0 +1,223 @@
+"""From layers to one recipe: defaults < task < preset < file < flags, merged sparse, validated once.
+
+A layer holds only what it sets, so a preset never wipes a task's value with a default of its own.
+Our task files keep settings for an adapter that is not chosen yet under its kind
+(`adapter: {lora: {rank: 16}}`); they apply when that kind is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from tunesmith.errors import RecipeError, nearest
+from tunesmith.recipe import Recipe, Task
+
+Layer = dict[str, Any]
+
+TASKS: tuple[str, ...] = get_args(Task)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A recipe and what was decided while composing it."""
+
+    recipe: Recipe
+    notes: tuple[str, ...] = ()
+
+
+def compose(
+    flags: Mapping[str, Any] | None = None,
+    *,
+    file: Path | None = None,
+    preset: str | None = None,
+) -> Composition:
+    """The recipe that results from a task, a preset, a file and flags, each sparse.
+
+    `flags` is nested like the recipe (`{"training": {"learning_rate": 2e-5}}`). Raises RecipeError with
+    every problem found, not only the first.
+    """
+    flag_layer = dict(flags or {})
+    file_layer = read_layer(file) if file else {}
+    preset = preset or flag_layer.get("preset") or file_layer.get("preset")
+    task = flag_layer.get("task") or file_layer.get("task") or "custom"
+    if task not in TASKS:
+        raise RecipeError(f"There is no task '{task}'.", fix=nearest(str(task), TASKS))
+    layers = [("task " + task, preset_layer(task))]
+    if preset:
+        known = [name for name in preset_names() if name not in TASKS]
+        if preset not in known:
+            raise RecipeError(f"There is no preset '{preset}'.", fix=nearest(preset, known))
+        layers.append(("preset " + preset, preset_layer(preset)))
+        flag_layer["preset"] = preset
+    layers += [(str(file), file_layer), ("the command line", flag_layer)]
+    merged, notes = merge(layers)
+    return Composition(validated(merged), tuple(notes))
+
+
+def merge(layers: list[tuple[str, Layer]]) -> tuple[Layer, list[str]]:
+    """One sparse layer from many, later ones winning, and notes on settings that a choice made moot."""
+    merged: Layer = {}
+    for _, layer in layers:
+        merged = _overlaid(merged, layer)
+    notes: list[str] = []
+    for name, field in Recipe.model_fields.items():
+        if field.discriminator and isinstance(merged.get(name), dict):
+            parts = [(who, layer[name]) for who, layer in layers if isinstance(layer.get(name), dict)]
+            merged[name], dropped = _union(name, parts)
+            notes += dropped
+    return merged, notes
+
+
+def _overlaid(lower: Layer, upper: Mapping[str, Any]) -> Layer:
+    result = dict(lower)
+    for key, value in upper.items():
+        below = result.get(key)
+        result[key] = _overlaid(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _union(name: str, parts: list[tuple[str, Layer]]) -> tuple[Layer, list[str]]:
+    """Resolve one tagged union: the last kind named wins; fields it does not have fall away if they
+    came from a lower layer than the kind itself, and stay (to be refused) if they came from above."""
+    members = union_members(name)
+    default = Recipe.model_fields[name].get_default()
+    kind, chosen_at = default.kind, -1
+    for level, (_, part) in enumerate(parts):
+        if "kind" in part:
+            kind, chosen_at = part["kind"], level
+    if kind not in members:
+        raise RecipeError(f"There is no {name} '{kind}'.", fix=nearest(str(kind), members))
+    allowed = set(members[kind].model_fields)
+    by_kind: Layer = {}
+    fields: Layer = {}
+    notes: list[str] = []
+    for level, (who, part) in enumerate(parts):
+        for key, value in part.items():
+            if key in members and isinstance(value, dict):
+                if issubclass(members[kind], members[key]):
+                    by_kind |= value
+            elif key == "kind" or key in allowed or level >= chosen_at:
+                fields[key] = value
+            else:
+                notes.append(f"{name}.{key} from {who} has no effect with {name} '{kind}' and was left out.")
+    return {**by_kind, **fields, "kind": kind}, notes
+
+
+def union_members(name: str) -> dict[str, type[BaseModel]]:
+    """The sections a tagged union of the recipe can be, by kind."""
+    annotation = Recipe.model_fields[name].annotation
+    return {member.model_fields["kind"].default: member for member in get_args(annotation) or (annotation,)}
+
+
+def validated(layer: Mapping[str, Any]) -> Recipe:
+    """A recipe from a merged layer; all its problems in one RecipeError."""
+    try:
+        return Recipe.model_validate(layer)
+    except ValidationError as error:
+        problems = [_problem(e, layer) for e in error.errors()]
+        raise RecipeError(
+            "The recipe does not fit." if len(problems) > 1 else problems[0],
+            found="\n         ".join(problems) if len(problems) > 1 else None,
+            fix="`tunesmith show recipe` lists every field with its meaning.",
+        ) from None
+
+
+def _problem(error: Any, layer: Mapping[str, Any]) -> str:
+    kinds = {k for name in Recipe.model_fields if Recipe.model_fields[name].discriminator for k in union_members(name)}
+    path = [str(part) for part in error["loc"] if part not in kinds]
+    where = ".".join(path)
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {error['msg']}; found {error.get('input')!r}."
+    section: Any = Recipe
+    for part in path[:-1]:
+        field = section.model_fields.get(part)
+        if field is None:
+            break
+        if field.discriminator:
+            kind = layer[part].get("kind", field.get_default().kind)
+            section = union_members(part)[kind]
+            others = [k for k, member in union_members(part).items() if path[-1] in member.model_fields]
+            if others:
+                return f"{where} has no effect with {part} '{kind}'; it belongs to {' and '.join(others)}."
+        else:
+            section = field.annotation
+    return f"{where} is not a field. {nearest(path[-1], section.model_fields)}"
+
+
+def read_layer(path: Path) -> Layer:
+    """The sparse recipe in a YAML or JSON file. Raises RecipeError with line and column."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise RecipeError(
+            f"The recipe file {path} cannot be read.", found=error.strerror, fix="Check the path."
+        ) from None
+    try:
+        layer = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+        raise RecipeError(f"{place} is not YAML or JSON.", found=str(getattr(error, "problem", error))) from None
+    if not isinstance(layer, dict):
+        raise RecipeError(f"{path} holds no recipe.", found=type(layer).__name__, fix="Write `section: {field: value}`.")
+    return layer
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names of all task and preset files that ship with tunesmith."""
+    files = resources.files("tunesmith").joinpath("presets").iterdir()
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml")))
+
+
+def preset_layer(name: str) -> Layer:
+    """A shipped task or preset, without its caption."""
+    layer = _preset(name)
+    layer.pop("about")
+    return layer
+
+
+def preset_about(name: str) -> str:
+    """The one-line caption of a shipped task or preset."""
+    return str(_preset(name)["about"])
+
+
+def _preset(name: str) -> Layer:
+    text = resources.files("tunesmith").joinpath(f"presets/{name}.yaml").read_text(encoding="utf-8")
+    loaded: Layer = yaml.safe_load(text)
+    return loaded
+
+
+def assignment(text: str) -> Layer:
+    """`training.learning_rate=2e-5`, as given to `--set`, as a nested layer."""
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise RecipeError(f"--set {text} is not PATH=VALUE.", fix="Write --set training.learning_rate=2e-5.")
+    return nested(path.strip(), yaml.safe_load(value) if value.strip() else None)
+
+
+def nested(path: str, value: Any) -> Layer:
+    """`a.b.c` and a value as `{a: {b: {c: value}}}`."""
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    layer: Layer = value
+    return layer
+
+
+def overlaid(*layers: Layer) -> Layer:
+    """Several sparse layers as one, later ones winning."""
+    result: Layer = {}
+    for layer in layers:
+        result = _overlaid(result, layer)
+    return result
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The recipe in full, as the run folder keeps it; `read_layer` reads it back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,232 @@
+"""The whole workbench on one page: one function per fact, named after what it gives (Hamilton).
+
+    recipe -> splits -> encodings -> plan -> fitted -> base_rows, tuned_rows -> comparisons -> report
+
+Inputs are `recipe`, `run` (its folder) and `checkpoint` (None, or where to continue). Nodes carry facts
+and paths; weights live and die inside a node. `api` drives this module, and so can any Hamilton driver.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import tunesmith.evaluation as evaluation
+from tunesmith import data, models
+from tunesmith import plan as planning
+from tunesmith.data.templates import Encoding, set_template
+from tunesmith.errors import RunError
+from tunesmith.evaluation import EvalRow
+from tunesmith.evaluation.compare import Comparison, compare
+from tunesmith.evaluation.metrics import default_metrics
+from tunesmith.evaluation.report import write_report
+from tunesmith.export.card import write_card
+from tunesmith.methods import METHODS
+from tunesmith.plan import Plan
+from tunesmith.recipe import QLoRA, Recipe
+from tunesmith.training.fit import Fit, arguments, fit
+from tunesmith.training.run import Run
+
+
+def splits(recipe: Recipe) -> data.Splits:
+    """The examples in their three roles, in the shape that the method trains on."""
+    return METHODS[recipe.method.kind].adapt(data.prepare(recipe.data))
+
+
+def encodings(recipe: Recipe, splits: data.Splits) -> data.EncodedSplits:
+    """Token ids and labels of the examples, with what was cut or dropped for length."""
+    tokenizer, _ = _tokenizer(recipe)
+    return data.encoded(splits, tokenizer, data=recipe.data, loss_on=recipe.method.loss_on)
+
+
+def plan(recipe: Recipe, encodings: data.EncodedSplits) -> Plan:
+    """What the run will do on this machine, with reasons."""
+    _, template = _tokenizer(recipe)
+    return planning.resolve(
+        recipe.training,
+        recipe.model,
+        adapter_kind=recipe.adapter.kind,
+        lengths=[len(encoding.input_ids) for encoding in encodings.train],
+        num_validation=len(encodings.validation),
+        notes=(*encodings.notes, template),
+    )
+
+
+def prepared(run: Run, encodings: data.EncodedSplits, plan: Plan) -> Run:
+    """The run's folder with ledger and plan, checked to be the same run when it is continued."""
+    fingerprint = _fingerprint([*encodings.train, *encodings.validation])
+    before = run.read("plan.json")
+    if before and before["data_sha256"] != fingerprint:
+        raise RunError(
+            f"The examples of {run.path} are not those it was started with.",
+            found="another data file, tokenizer or template gives other tokens",
+            fix="Restore them, or start a new run with another --name.",
+        )
+    run.write("ledger.jsonl", "".join(line + "\n" for line in data.ledger_lines(encodings.ledger)))
+    run.write("plan.json", {**plan.as_dict(), "data_sha256": fingerprint, "rows": encodings.ledger.counts()})
+    if not before:
+        for decision in plan.decisions:
+            run.event("decision", name=decision.name, value=decision.value, reason=decision.reason)
+    run.event("state", state="prepared", rows=encodings.ledger.counts(), dropped=encodings.ledger.reasons())
+    return run
+
+
+def items(recipe: Recipe, encodings: data.EncodedSplits) -> list[evaluation.Item]:
+    """The held-out questions, as token ids."""
+    tokenizer, _ = _tokenizer(recipe)
+    return evaluation.items(
+        encodings.held_out,
+        tokenizer,
+        loss_on=recipe.method.loss_on,
+        max_items=recipe.evaluation.max_items,
+        max_length=recipe.data.max_length,
+    )
+
+
+def metrics(recipe: Recipe, items: list[evaluation.Item]) -> list[str]:
+    """Names of the metrics, the primary one first."""
+    if recipe.evaluation.metrics:
+        return evaluation.known_metrics(recipe.evaluation.metrics)
+    prompts = [item.prompt for item in items if item.prompt]
+    return default_metrics(prompts, has_text=any(item.prompt is None for item in items))
+
+
+def base_rows(
+    recipe: Recipe, prepared: Run, plan: Plan, items: list[evaluation.Item], metrics: list[str]
+) -> list[EvalRow]:
+    """The base model's answers; those of an interrupted run are used again."""
+    file = prepared.evaluation / "rows.jsonl"
+    kept = [row for row in evaluation.read_rows(file) if row.model == "base"] if file.exists() else []
+    if kept and {row.item for row in kept} == {item.number for item in items}:
+        return kept
+    tokenizer, _ = _tokenizer(recipe)
+    rows = evaluation.answers(
+        recipe.model,
+        recipe.evaluation,
+        items,
+        metrics,
+        name="base",
+        model=recipe.model.base,
+        tokenizer=tokenizer,
+        device=plan.device,
+        dtype=plan.dtype,
+        watch=prepared.watch,
+    )
+    evaluation.write_rows(file, rows)
+    return rows
+
+
+def fitted(
+    recipe: Recipe, prepared: Run, plan: Plan, encodings: data.EncodedSplits, checkpoint: Path | None
+) -> Fit:
+    """The finished model's folder and what training came to."""
+    done = prepared.read("training.json")
+    if done:
+        return Fit(**{**done, "final_model": Path(done["final_model"])})
+    from transformers import set_seed
+
+    set_seed(recipe.training.seed)
+    tokenizer, _ = _tokenizer(recipe)
+    model = models.load_model(
+        recipe.model.base,
+        revision=recipe.model.revision,
+        dtype=plan.dtype,
+        device=plan.device,
+        attention=recipe.model.attention,
+        quantize=recipe.adapter if isinstance(recipe.adapter, QLoRA) else None,
+    )
+    model = models.attach(model, recipe.adapter, gradient_checkpointing=recipe.training.gradient_checkpointing)
+    models.set_stop_tokens(model, tokenizer)
+    prepared.event("decision", name="model", value=models.describe(model).sentence(), reason="after the adapter")
+    trainer = METHODS[recipe.method.kind].build(
+        recipe.method,
+        model=model,
+        tokenizer=tokenizer,
+        train=encodings.train,
+        validation=encodings.validation,
+        arguments=arguments(
+            plan, recipe.training, recipe.tracking, name=prepared.path.name, staging=prepared.path / ".staging"
+        ),
+        run=prepared,
+        keep=recipe.training.save_total_limit,
+    )
+    result = fit(
+        trainer,
+        prepared,
+        recipe.training,
+        adapter_init=getattr(recipe.adapter, "init", None),
+        checkpoint=checkpoint,
+    )
+    prepared.write("training.json", asdict(result))
+    return result
+
+
+def tuned_rows(
+    recipe: Recipe, prepared: Run, plan: Plan, fitted: Fit, items: list[evaluation.Item], metrics: list[str]
+) -> list[EvalRow]:
+    """The tuned model's answers to the same questions, read back from its folder."""
+    model = str(fitted.final_model)
+    tokenizer = models.load_tokenizer(model)
+    return evaluation.answers(
+        recipe.model,
+        recipe.evaluation,
+        items,
+        metrics,
+        name="tuned",
+        model=model,
+        tokenizer=tokenizer,
+        device=plan.device,
+        dtype=plan.dtype,
+        watch=prepared.watch,
+    )
+
+
+def comparisons(
+    recipe: Recipe, prepared: Run, base_rows: list[EvalRow], tuned_rows: list[EvalRow], metrics: list[str]
+) -> list[Comparison]:
+    """Base against tuned, metric by metric, with intervals and verdicts; rows, scores and comparison saved."""
+    evaluation.write_rows(prepared.evaluation / "rows.jsonl", [*base_rows, *tuned_rows])
+    section = recipe.evaluation
+    compared = compare(
+        base_rows, tuned_rows, metrics=metrics, resamples=section.resamples, confidence=section.confidence
+    )
+    scores = {"base": evaluation.scores(base_rows, metrics), "tuned": evaluation.scores(tuned_rows, metrics)}
+    prepared.write("evaluation/scores.json", scores)
+    prepared.write("evaluation/comparison.json", {"comparisons": [asdict(c) for c in compared]})
+    return compared
+
+
+def samples(
+    recipe: Recipe, base_rows: list[EvalRow], tuned_rows: list[EvalRow]
+) -> list[dict[str, str]]:
+    """The first few held-out answers side by side: question, reference, base, tuned."""
+    tuned = {row.item: row for row in tuned_rows}
+    pairs = [(row, tuned[row.item]) for row in base_rows if row.item in tuned and row.output is not None]
+    return [
+        {"question": a.prompt_text, "reference": a.reference, "base": a.output, "tuned": b.output}
+        for a, b in pairs[: recipe.evaluation.samples]
+    ]
+
+
+def report(prepared: Run, fitted: Fit, comparisons: list[Comparison]) -> Path:
+    """report.html, and the model card beside the weights."""
+    write_card(prepared, comparisons)
+    return write_report(prepared.path)
+
+
+def _tokenizer(recipe: Recipe) -> tuple[Any, str]:
+    """The base's tokenizer with its chat template settled, and a sentence on which template that is."""
+    tokenizer = models.load_tokenizer(recipe.model.base, revision=recipe.model.revision)
+    return tokenizer, set_template(tokenizer, recipe.model.chat_template)
+
+
+def _fingerprint(encodings: Iterable[Encoding]) -> str:
+    """Hash of all tokens and labels in order: equal exactly when training sees the same."""
+    digest = hashlib.sha256()
+    for encoding in encodings:
+        digest.update(json.dumps([encoding.input_ids, encoding.labels]).encode())
+    return digest.hexdigest()

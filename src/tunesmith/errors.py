@@ -1,0 +1,92 @@
+"""The exceptions a user can meet, and the exit code each one ends a command with.
+
+    TunesmithError                1  the base of all; carries what was expected, found and what to do
+    ├── RecipeError               1  a recipe, preset or flag that cannot be composed
+    ├── DataError                 1  rows, columns or files that cannot become examples
+    ├── ModelError                1  a base model, tokenizer, template or adapter that does not fit
+    ├── RunError                  1  a run folder that is missing, taken, damaged or another run's
+    ├── MissingExtra              1  an optional package that this option needs
+    ├── OutOfResources            3  memory, disk or device is not enough
+    ├── TrainingDiverged          3  the loss is no longer a number
+    └── Interrupted             130  stopped on request, state saved
+
+`assert` is for our own bugs, these are for everybody else's. Exit code 2 is the command line's own
+(unknown option), 4 is an exception that is none of these: a bug of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TunesmithError(Exception):
+    """A problem that the user can mend: says what was expected, what was found and what to do."""
+
+    exit_code = 1
+
+    def __init__(self, problem: str, *, found: str | None = None, fix: str | None = None) -> None:
+        self.problem, self.found, self.fix = problem, found, fix
+        super().__init__("\n".join(self.lines()))
+
+    def lines(self) -> list[str]:
+        """The message, one fact per line, as the terminal and the web page show it."""
+        lines = [self.problem]
+        if self.found:
+            lines.append(f"  found: {self.found}")
+        if self.fix:
+            lines.append(f"  do:    {self.fix}")
+        return lines
+
+
+class RecipeError(TunesmithError):
+    """A recipe, preset or flag that cannot be composed."""
+
+
+class DataError(TunesmithError):
+    """Rows, columns or files that cannot become examples."""
+
+
+class ModelError(TunesmithError):
+    """A base model, tokenizer, template or adapter that does not fit."""
+
+
+class RunError(TunesmithError):
+    """A run folder that is missing, taken, damaged or another run's."""
+
+
+class MissingExtra(TunesmithError):
+    """An optional package that the chosen option needs."""
+
+    def __init__(self, package: str, needed_for: str, *, install: str | None = None) -> None:
+        super().__init__(
+            f"{needed_for} needs the package '{package}', which is not installed.",
+            fix=f"pip install {install or package}",
+        )
+
+
+class OutOfResources(TunesmithError):
+    """Memory, disk or device is not enough for what was asked."""
+
+    exit_code = 3
+
+
+class TrainingDiverged(TunesmithError):
+    """The loss is no longer a number; nothing was saved after the last good checkpoint."""
+
+    exit_code = 3
+
+
+class Interrupted(TunesmithError):
+    """The run was stopped on request; its state is saved."""
+
+    exit_code = 130
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' Did you mean 'x'?' for the closest known word, or a list of the known ones."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean '{close[0]}'?"
+    return "Known: " + ", ".join(sorted(known)) + "."

@@ -1,0 +1,296 @@
+"""Models: find and load weights and tokenizer, attach an adapter, freeze layers, describe.
+
+Only safetensors are read and no code from a model's folder or the Hub is ever run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import MissingExtra, ModelError, nearest
+from tunesmith.recipe import Adapter, Freeze, LoRA, QLoRA
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+QUERY_VALUE = {
+    "q_proj", "v_proj",  # Llama, Mistral, Qwen, Gemma, OPT
+    "query", "value",  # BERT-likes
+    "q_lin", "v_lin",  # DistilBERT
+    "q", "v",  # T5
+    "query_key_value",  # GPT-NeoX, Falcon, BLOOM
+    "c_attn",  # GPT-2, a Conv1D
+    "qkv_proj", "Wqkv", "qkv",  # Phi-3, MPT
+    "wq", "wv",
+}  # fmt: skip
+"""Names of the projections that make queries and values, family by family."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model in numbers, for the plan, the model card and the terminal."""
+
+    architecture: str
+    parameters: int
+    trainable: int
+    layers: int
+    context_length: int | None
+
+    def sentence(self) -> str:
+        """One line for people."""
+        share = self.trainable / self.parameters
+        return (
+            f"{self.architecture}, {self.parameters:,} parameters in {self.layers} layers, "
+            f"{self.trainable:,} trained ({share:.2%})"
+        )
+
+
+def locate(base: str) -> str:
+    """What `--base-model` stands for: the shipped model, a folder (of a run: its final model), or a Hub id.
+
+    Raises ModelError for a folder that holds no model and for a path that does not exist.
+    """
+    from tunesmith.assets import TINY_MODEL
+
+    if base == "tiny":
+        return str(TINY_MODEL)
+    path = Path(base).expanduser()
+    if path.is_dir():
+        if (path / "final_model").is_dir():
+            path = path / "final_model"
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+            raise ModelError(
+                f"The folder {base} holds no model.",
+                found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
+                fix="Give a folder with config.json or adapter_config.json, a run, a Hub id, or `tiny`.",
+            )
+        return str(path)
+    if base.startswith((".", "/", "~")) or path.suffix or base.count("/") > 1 or path.exists():
+        near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ModelError(
+            f"There is no model folder {base}.",
+            found="a file" if path.exists() else None,
+            fix=nearest(str(path), near) if near else "Check the path, or give a Hub id such as owner/name.",
+        )
+    return base
+
+
+def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
+    """The tokenizer of a model, with a padding token. Raises ModelError where there is none."""
+    from transformers import AutoTokenizer
+
+    location = locate(base)
+    folder = Path(location)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"The model folder {folder} has no tokenizer.",
+            found=", ".join(sorted(p.name for p in folder.iterdir())[:8]),
+            fix="Copy tokenizer.json and tokenizer_config.json of the model into it.",
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
+    except Exception as error:  # the loaders raise many unrelated types for one user-visible fact
+        raise _not_loaded("tokenizer", base, error) from error
+    if tokenizer.pad_token_id is None:
+        # Labels carry -100 under padding, so eos may pad without losing its own label.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    base: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    attention: str = "auto",
+    quantize: QLoRA | None = None,
+) -> Any:
+    """A causal language model on a device; an adapter's folder gives its base with the adapter on it."""
+    import torch
+    import transformers
+
+    location = locate(base)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": False, "use_safetensors": True}
+    if attention != "auto":
+        options["attn_implementation"] = attention
+    if quantize:
+        options |= {"quantization_config": _four_bit(quantize), "device_map": {"": 0}}
+    try:
+        if (Path(location) / "adapter_config.json").is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(location, **options)
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(location, revision=revision, **options)
+    except Exception as error:
+        raise _not_loaded("model", base, error) from error
+    return model if quantize else model.to(device)
+
+
+def _not_loaded(what: str, base: str, error: Exception) -> ModelError:
+    first_line = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
+    return ModelError(
+        f"The {what} of '{base}' cannot be loaded.",
+        found=f"{type(error).__name__}: {first_line}",
+        fix="Give a folder with safetensors weights, config.json and tokenizer, or a Hub id that you can reach.",
+    )
+
+
+def _four_bit(adapter: QLoRA) -> Any:
+    import importlib.util
+
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtra("bitsandbytes", "QLoRA", install="'tunesmith[qlora]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=adapter.double_quantization,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def attach(model: Any, adapter: Adapter, *, gradient_checkpointing: bool = False) -> Any:
+    """The model with only those weights trainable that the adapter names."""
+    if isinstance(adapter, Freeze):
+        freeze(model, adapter.ratio)
+        return model
+    if not isinstance(adapter, LoRA):
+        return model
+    import peft
+
+    if isinstance(model, peft.PeftModel):
+        # A tuned run as the base: its adapter becomes part of the weights the new one starts from.
+        model = model.merge_and_unload()
+    if isinstance(adapter, QLoRA):
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+    config = peft.LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha or 2 * adapter.rank,
+        lora_dropout=adapter.dropout,
+        target_modules=target_modules(model, adapter.targets),
+        bias=adapter.bias,
+        modules_to_save=adapter.modules_to_save or None,
+        use_rslora=adapter.rank_stabilized,
+        use_dora=adapter.dora,
+        init_lora_weights=True if adapter.init == "default" else adapter.init,
+        task_type=peft.TaskType.CAUSAL_LM,
+    )
+    _check_names(model, adapter.modules_to_save, "modules_to_save")
+    return peft.get_peft_model(model, config)
+
+
+def linear_modules(model: Any) -> list[str]:
+    """Names of the matrices an adapter can sit on: linear layers and GPT-2's Conv1D, without the head."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    ]
+
+
+def target_modules(model: Any, targets: str | Sequence[str]) -> list[str]:
+    """The matrices that `targets` names in this model, as `parent.name` suffixes that PEFT matches.
+
+    `attention` takes every matrix beside a query or value projection, so that GPT-2's `attn.c_proj` is
+    in and its `mlp.c_proj` is not. Raises ModelError where nothing matches: training everything
+    instead would be a silent change of method.
+    """
+    linear = linear_modules(model)
+    if not isinstance(targets, str):
+        _check_names(model, targets, "targets")
+        return list(targets)
+    if targets == "all-linear":
+        chosen = linear
+    else:
+        chosen = [name for name in linear if name.rpartition(".")[2] in QUERY_VALUE]
+        if targets == "attention":
+            parents = {name.rpartition(".")[0] for name in chosen}
+            chosen = [name for name in linear if name.rpartition(".")[0] in parents]
+    if not chosen:
+        raise ModelError(
+            f"No module of {type(model).__name__} is known as {targets}.",
+            found="linear modules " + ", ".join(sorted({_suffix(name) for name in linear})[:12]),
+            fix="Name the modules: --target-modules NAME,NAME, or use all-linear.",
+        )
+    return sorted({_suffix(name) for name in chosen})
+
+
+def _suffix(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
+
+
+def _check_names(model: Any, names: Sequence[str], field: str) -> None:
+    modules = [name for name, _ in model.named_modules()]
+    missing = [n for n in names if not any(m == n or m.endswith("." + n) for m in modules)]
+    if missing:
+        leaves = {name.rpartition(".")[2] for name in modules} - {""}
+        raise ModelError(
+            f"adapter.{field} names modules that {type(model).__name__} does not have: {', '.join(missing)}.",
+            fix=nearest(missing[0], [leaf for leaf in leaves if not leaf.isdigit()]),
+        )
+
+
+def freeze(model: Any, ratio: float) -> None:
+    """Freeze the input embeddings and the bottom share of the layers, in place.
+
+    Raises ModelError where the share comes to no layer at all.
+    """
+    layers = decoder_layers(model)
+    count = int(len(layers) * ratio)
+    if count == 0:
+        raise ModelError(
+            f"--freeze-ratio {ratio:g} freezes no layer.",
+            found=f"{len(layers)} layers",
+            fix=f"Use at least {1 / len(layers):.2f}, or full fine-tuning.",
+        )
+    for module in (model.get_input_embeddings(), *layers[:count]):
+        module.requires_grad_(False)
+
+
+def decoder_layers(model: Any) -> Any:
+    """The model's stack of layers, bottom first. Raises ModelError for an unknown shape."""
+    import torch
+
+    count = getattr(model.config, "num_hidden_layers", None)
+    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    if not stacks:
+        raise ModelError(
+            f"The layers of {type(model).__name__} were not found.", fix="Use --lora or full fine-tuning."
+        )
+    return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+
+
+def describe(model: Any) -> Description:
+    """The model in numbers."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return Description(
+        architecture=type(base).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        layers=int(getattr(base.config, "num_hidden_layers", 0) or 0),
+        context_length=getattr(base.config, "max_position_embeddings", None),
+    )
+
+
+def set_stop_tokens(model: Any, tokenizer: Any) -> None:
+    """Make the model's own generation defaults end where its template ends a turn, and nothing else."""
+    from transformers import GenerationConfig
+
+    from tunesmith.data.templates import end_of_turn_ids
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(end_of_turn_ids(tokenizer)),
+        pad_token_id=tokenizer.pad_token_id,
+    )

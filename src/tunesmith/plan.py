@@ -1,0 +1,157 @@
+"""What a run will do, worked out before it starts: device, precision, steps, each with its reason.
+
+The recipe says what the user wants; the plan says what that comes to on this machine and these examples.
+It is saved as plan.json and printed before step 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from tunesmith.errors import DataError, OutOfResources
+from tunesmith.recipe import Model, Training
+
+Device = Literal["cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One value that was worked out, and why it is what it is."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved run."""
+
+    device: Device
+    dtype: str
+    mixed_precision: str
+    examples: int
+    tokens_per_epoch: int
+    batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    eval_steps: int | None
+    save_steps: int
+    logging_steps: int
+    decisions: tuple[Decision, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plan.json keeps it."""
+        return asdict(self)
+
+
+def device() -> Device:
+    """The best device there is."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def resolve(
+    training: Training,
+    model: Model,
+    *,
+    adapter_kind: str,
+    lengths: Sequence[int],
+    num_validation: int,
+    notes: Sequence[str] = (),
+) -> Plan:
+    """The plan for training on examples of these token lengths.
+
+    Steps follow transformers' Trainer: an epoch is ceil(batches / accumulation) optimiser steps; warm-up,
+    evaluation and saving count optimiser steps. Raises DataError without examples and OutOfResources
+    where the adapter needs a device that is not there.
+    """
+    if not lengths:
+        raise DataError("There is no example to train on.", fix="See the ledger for what became of the rows.")
+    where = device()
+    if adapter_kind == "qlora" and where != "cuda":
+        raise OutOfResources(
+            "QLoRA needs a CUDA device: 4-bit weights are not trained anywhere else.",
+            found=f"device '{where}'",
+            fix="Use --lora, which needs no GPU.",
+        )
+    decisions = [Decision("device", where, "the best device found")]
+    decisions += [Decision("data", note, "reading the data") for note in notes]
+    precision = training.mixed_precision
+    if precision != "no" and where == "cpu":
+        precision = "no"
+        decisions.append(
+            Decision(
+                "mixed_precision", "no", f"{training.mixed_precision} was asked for, but gains nothing on a CPU: float32"
+            )
+        )
+    dtype, why = _dtype(model.dtype, adapter_kind, where, training.mixed_precision)
+    decisions.append(Decision("dtype", dtype, why))
+
+    batch_size = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    batches = math.ceil(len(lengths) / training.per_device_train_batch_size)
+    per_epoch = max(math.ceil(batches / training.gradient_accumulation_steps), 1)
+    total = math.ceil(per_epoch * training.num_epochs)
+    why = f"{training.num_epochs:g} epochs of {per_epoch} steps of {batch_size} examples"
+    if training.max_steps and training.max_steps < total:
+        total, why = training.max_steps, f"max_steps, below {why}"
+    elif training.max_steps and training.max_steps > total:
+        total, why = training.max_steps, f"max_steps, repeating the data beyond {why}"
+    decisions.append(Decision("total_steps", total, why))
+
+    warmup = training.warmup_steps
+    if training.scheduler == "constant" and warmup:
+        decisions.append(Decision("warmup_steps", 0, "the constant schedule has no warm-up; constant_with_warmup has"))
+        warmup = 0
+    elif warmup > total // 2:
+        warmup = total // 10
+        decisions.append(
+            Decision(
+                "warmup_steps",
+                warmup,
+                f"{training.warmup_steps} would be more than half of {total} steps, so a tenth is used",
+            )
+        )
+    eval_steps = per_epoch if training.eval_steps == "epoch" else training.eval_steps
+    save_steps = per_epoch if training.save_steps == "epoch" else training.save_steps
+    if not num_validation:
+        decisions.append(Decision("eval_steps", None, "no validation examples: the last step's model is final"))
+    return Plan(
+        device=where,
+        dtype=dtype,
+        mixed_precision=precision,
+        examples=len(lengths),
+        tokens_per_epoch=sum(lengths),
+        batch_size=batch_size,
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        warmup_steps=warmup,
+        eval_steps=min(eval_steps, total) if num_validation else None,
+        save_steps=min(save_steps, total),
+        logging_steps=min(training.logging_steps, total),
+        decisions=tuple(decisions),
+    )
+
+
+def _dtype(asked: str, adapter_kind: str, where: Device, precision: str) -> tuple[str, str]:
+    if asked != "auto":
+        return asked, "as the recipe says"
+    if where == "cpu":
+        return "float32", "CPUs compute fastest and most exactly in float32"
+    if adapter_kind == "qlora":
+        return "bfloat16", "compute type of the quantised base"
+    if adapter_kind == "lora" and precision != "no":
+        return "bfloat16" if precision == "bf16" else "float16", "the frozen base needs no float32 copy"
+    return "float32", "trained weights are kept in float32"
+
+
+def inference_dtype(asked: str, where: Device) -> str:
+    """Type of the weights when a model only answers."""
+    return asked if asked != "auto" else "float32" if where == "cpu" else "bfloat16"

@@ -1,0 +1,369 @@
+"""The recipe: everything a run depends on, typed, frozen, and written down once.
+
+A field's docstring is its only help text: the command line, the docs and the JSON schema read it.
+A choice is a tagged union (`adapter: {kind: lora, rank: 8}`). Unknown keys are errors.
+`compose.py` builds a recipe from layers; nothing changes one afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Task = Literal["chat", "code", "instruct", "domain", "custom"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """What every section shares: frozen, no unknown keys, docstrings as descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class Model(Section):
+    """The model to start from and how it is loaded."""
+
+    base: str = "tiny"
+    """A folder, a Hub id, a finished run's folder, or `tiny` for the base model that ships with tunesmith."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Type of the weights in memory. `auto`: float32 when they are trained in full, the checkpoint's own
+    type for a frozen base on a GPU."""
+
+    chat_template: str | None = None
+    """A named template (`tunesmith show templates`) or a Jinja file, instead of the model's own. A model
+    without a template gets `plain`."""
+
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention implementation; `auto` leaves the choice to transformers."""
+
+
+class Data(Section):
+    """The examples: where they are, how they are read, split and cut."""
+
+    dataset: str = "example:sql"
+    """A file (.json .jsonl .csv .parquet .txt), a folder with train/eval files, a Hub id, or `example:NAME`."""
+
+    config: str | None = None
+    """Configuration (subset) name of a Hub data set."""
+
+    split: str | None = None
+    """Take only this split of the source; by default all of its splits, each in its role."""
+
+    data_files: str | None = None
+    """File pattern inside a Hub data set or folder."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
+
+    format: str = "auto"
+    """How rows become examples (`tunesmith show formats`); `auto` decides by columns and says why."""
+
+    input_text_key: str | None = None
+    """Column that holds the question, for data with names of its own."""
+
+    output_text_key: str | None = None
+    """Column that holds the answer, for data with names of its own."""
+
+    system_prompt: str | None = None
+    """System message put before every conversation that has none."""
+
+    max_rows: PositiveInt | None = None
+    """Use only the first N rows of the source."""
+
+    max_length: PositiveInt = 1024
+    """Longest example in tokens; longer ones are treated as `over_long` says."""
+
+    over_long: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to an example above `max_length`: its end is cut (dropped when no answer token would
+    remain), it is dropped, or the run stops. Each case is counted in the ledger."""
+
+    validation: Share = 0.1
+    """Share of the examples that picks the best checkpoint."""
+
+    held_out: Share = 0.1
+    """Share of the examples that neither training nor checkpoint choice sees; scores are measured on it."""
+
+    group_by: str | None = None
+    """Column whose equal values stay in one split (a document, a database, an author)."""
+
+
+class SFT(Section):
+    """Supervised fine-tuning: imitate the answers."""
+
+    kind: Literal["sft"] = "sft"
+
+    loss_on: Literal["answers", "last_answer", "everything"] = "answers"
+    """Tokens that are trained: all answers, only the last one, or the whole text. End-of-turn tokens of
+    trained answers are always included."""
+
+    neftune_noise_alpha: PositiveFloat | None = None
+    """Noise on the input embeddings while training (NEFTune, arXiv 2310.05914); 5 is usual."""
+
+
+class Full(Section):
+    """Train every weight."""
+
+    kind: Literal["full"] = "full"
+
+
+class Freeze(Section):
+    """Train the top layers; embeddings and bottom layers keep their weights."""
+
+    kind: Literal["freeze"] = "freeze"
+
+    ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Share of the layers, counted from the bottom, that is frozen."""
+
+
+class LoRA(Section):
+    """Train low-rank updates of chosen weight matrices (arXiv 2106.09685)."""
+
+    kind: Literal["lora"] = "lora"
+
+    rank: PositiveInt = 8
+    """Rank of each update."""
+
+    alpha: PositiveInt | None = None
+    """Scale of the update, divided by the rank; by default twice the rank."""
+
+    dropout: Share = 0.1
+    """Dropout on the adapter's input."""
+
+    targets: Literal["attention", "query-value", "all-linear"] | list[str] = "attention"
+    """Matrices that get an update: the attention projections, only query and value, every linear layer
+    but the head, or module names. No match is an error."""
+
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases that are trained along."""
+
+    modules_to_save: list[str] = []
+    """Further modules trained in full and saved with the adapter, such as `embed_tokens`."""
+
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA, arXiv 2312.03732)."""
+
+    dora: bool = False
+    """Split each weight into magnitude and direction (DoRA, arXiv 2402.09353)."""
+
+    init: Literal["default", "gaussian", "pissa", "pissa_niter_16", "olora", "orthogonal"] = "default"
+    """Start of the update: zero (default, gaussian, orthogonal) or the weight's own principal parts
+    (PiSSA, arXiv 2404.02948; OLoRA, arXiv 2406.01775)."""
+
+
+class QLoRA(LoRA):
+    """LoRA on a base quantised to 4 bits: nf4, double quantisation, bfloat16 compute (arXiv 2305.14314)."""
+
+    kind: Literal["qlora"] = "qlora"  # type: ignore[assignment]
+
+    double_quantization: bool = True
+    """Quantise the quantisation constants as well."""
+
+
+class Training(Section):
+    """The optimisation: how long, how fast, how often it is checked and saved."""
+
+    num_epochs: PositiveFloat = 3
+    """Passes over the training examples."""
+
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimiser steps, whatever the epochs."""
+
+    learning_rate: PositiveFloat = 5e-5
+    """Peak learning rate."""
+
+    scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+        "inverse_sqrt",
+    ] = "cosine"
+    """Course of the learning rate after warm-up."""
+
+    warmup_steps: NonNegativeInt = 100
+    """Optimiser steps over which the learning rate rises. In a run too short for it the plan lowers it and
+    says so."""
+
+    weight_decay: NonNegativeFloat = 0.01
+    """AdamW's weight decay; biases and norms are exempt."""
+
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are scaled down to this norm; 0 switches it off."""
+
+    optimizer: Literal[
+        "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adamw_bnb_8bit", "paged_adamw_8bit",
+    ] = "adamw_torch"
+    """Optimiser; the 8-bit ones need CUDA and bitsandbytes."""
+
+    per_device_train_batch_size: PositiveInt = 4
+    """Examples per forward pass and device."""
+
+    per_device_eval_batch_size: PositiveInt = 8
+    """Examples per forward pass and device when validating."""
+
+    gradient_accumulation_steps: PositiveInt = 1
+    """Forward passes per optimiser step."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the forward and backward pass; weights stay in their own type."""
+
+    eval_steps: PositiveInt | Literal["epoch"] = 100
+    """Validate every N optimiser steps, or after each epoch. The last step is always validated."""
+
+    save_steps: PositiveInt | Literal["epoch"] = 500
+    """Write a checkpoint every N optimiser steps, or after each epoch."""
+
+    logging_steps: PositiveInt = 10
+    """Record loss and speed every N optimiser steps."""
+
+    save_total_limit: PositiveInt = 3
+    """Checkpoints kept: the newest, then those with the lowest validation loss."""
+
+    load_best_model_at_end: bool = True
+    """The final model is the one with the lowest validation loss, not the last one."""
+
+    early_stopping_patience: PositiveInt | None = None
+    """Stop after this many validations without a lower loss."""
+
+    num_workers: NonNegativeInt = 0
+    """Processes that prepare batches."""
+
+    seed: NonNegativeInt = 42
+    """Seed of everything random in the run; the data split does not depend on it."""
+
+
+class Evaluation(Section):
+    """How base and tuned model are compared on the held-out examples."""
+
+    metrics: list[str] | None = None
+    """Metrics to compute (`tunesmith show metrics`); by default those that fit the data. The first one that
+    scores whole answers is the primary one, on which the verdict rests."""
+
+    max_items: PositiveInt | None = 500
+    """Answer at most this many held-out examples (chosen by content hash)."""
+
+    max_new_tokens: PositiveInt = 256
+    """Longest answer in tokens."""
+
+    batch_tokens: PositiveInt = 8192
+    """Tokens per generation batch, padding included."""
+
+    samples: NonNegativeInt = 3
+    """Answers shown before and after."""
+
+    resamples: PositiveInt = 10_000
+    """Bootstrap resamples behind each interval."""
+
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    """Level of the intervals."""
+
+    skip: bool = False
+    """Train only; `tunesmith evaluate RUN` can follow later."""
+
+
+class Export(Section):
+    """What happens to the finished model."""
+
+    push_to_hub: bool = False
+    """Upload the final model after training; the token comes from the Hub's own login."""
+
+    hub_model_id: str | None = None
+    """Repository to upload to, `owner/name`."""
+
+    hub_private: bool = True
+    """Create the repository as private."""
+
+
+class Tracking(Section):
+    """Experiment trackers that receive the metrics as well; none by default."""
+
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Trackers by name."""
+
+    project: str = "tunesmith"
+    """Project name used by the trackers that have projects."""
+
+
+Method = SFT
+Adapter = Annotated[Full | Freeze | LoRA | QLoRA, Field(discriminator="kind")]
+
+
+class Recipe(Section):
+    """Everything a run depends on."""
+
+    task: Task = "custom"
+    """What the model is tuned for; sets defaults and metrics."""
+
+    preset: str | None = None
+    """Preset that was applied, kept for the record."""
+
+    name: str | None = None
+    """Name of the run's folder; by default `<task>_<dataset>`."""
+
+    output_dir: str = "./fine_tuned_models"
+    """Folder in which the run's folder is made."""
+
+    model: Model = Model()
+    data: Data = Data()
+    method: Method = SFT()
+    adapter: Adapter = Full()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    export: Export = Export()
+    tracking: Tracking = Tracking()
+
+
+@dataclass(frozen=True)
+class FieldFact:
+    """One field of the recipe, for everything that describes it: the docs, `--help`, `show recipe`."""
+
+    path: str
+    """Dotted path, with a union's kind in it: `adapter.lora.rank`."""
+    type: str
+    default: Any
+    about: str
+
+
+def fields(section: type[BaseModel] = Recipe, path: str = "") -> Iterator[FieldFact]:
+    """Every field of the recipe with type, default and meaning, in the order of this file."""
+    for name, field in section.model_fields.items():
+        where = f"{path}.{name}" if path else name
+        members = sections_of(field.annotation)
+        if len(members) == 1 and not field.discriminator:
+            yield from fields(members[0], where)
+        elif members:
+            for member in members:
+                yield from fields(member, f"{where}.{member.model_fields['kind'].default}")
+        else:
+            yield FieldFact(where, type_name(field.annotation), field.get_default(), field.description or "")
+
+
+def sections_of(annotation: Any) -> tuple[type[BaseModel], ...]:
+    """The sections that a field's type allows: none for a plain value, several for a union."""
+    parts = get_args(annotation) or (annotation,)
+    return tuple(p for p in parts if isinstance(p, type) and issubclass(p, BaseModel))
+
+
+def type_name(annotation: Any) -> str:
+    """A type as people write it: `a | b | number`."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return type_name(get_args(annotation)[0])
+    if origin is Literal:
+        return " | ".join(str(value) for value in get_args(annotation))
+    if origin in (Union, UnionType):
+        return " | ".join(type_name(part) for part in get_args(annotation))
+    if origin is list:
+        return f"list of {type_name(get_args(annotation)[0])}"
+    return {bool: "true | false", int: "whole number", float: "number", str: "text", type(None): "null"}[annotation]

@@ -1,0 +1,1 @@
+"""Training: the run folder, the one call of trainer.train, checkpoints and callbacks."""

@@ -1,0 +1,150 @@
+"""What happens beside the training loop: events, the best model, stopping on request, stopping on NaN."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from tunesmith.errors import TrainingDiverged
+from tunesmith.training.run import Run
+
+
+class Events(TrainerCallback):
+    """Writes the run's step and evaluation events and tells the watcher about progress."""
+
+    def __init__(self, run: Run, *, peak_memory: Callable[[], int]) -> None:
+        self.run, self.peak_memory = run, peak_memory
+        self.started, self.tokens_before = time.perf_counter(), 0
+        self.last_loss: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self.started, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
+        self.run.event("state", step=state.global_step, state="training", total_steps=state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell how far the training is."""
+        seconds = time.perf_counter() - self.started
+        self.run.progress(
+            "training",
+            state.global_step,
+            state.max_steps,
+            loss=self.last_loss,
+            tokens_per_second=(state.num_input_tokens_seen - self.tokens_before) / max(seconds, 1e-9),
+        )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Keep what the trainer logs, under our names."""
+        if "loss" in logs:
+            self.last_loss = logs["loss"]
+            self.run.event(
+                "step",
+                step=state.global_step,
+                epoch=state.epoch,
+                loss=logs["loss"],
+                learning_rate=logs.get("learning_rate"),
+                grad_norm=logs.get("grad_norm"),
+                token_accuracy=logs.get("mean_token_accuracy"),
+                tokens=int(state.num_input_tokens_seen),
+                seconds=round(time.perf_counter() - self.started, 3),
+                memory=self.peak_memory(),
+            )
+        elif "eval_loss" in logs:
+            self.run.event(
+                "evaluation",
+                step=state.global_step,
+                loss=logs["eval_loss"],
+                token_accuracy=logs.get("eval_mean_token_accuracy"),
+                seconds=logs.get("eval_runtime"),
+            )
+
+
+class BestModel(TrainerCallback):
+    """Saves the model whenever validation loss is at its lowest; stops when it has not fallen for long."""
+
+    def __init__(self, save: Callable[[int, float], None], *, best: float | None, patience: int | None) -> None:
+        self.save, self.best, self.patience = save, math.inf if best is None else best, patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        """Compare, save, and count in vain validations from the log, so that a resumed run counts on."""
+        loss = metrics["eval_loss"]
+        if not math.isfinite(loss):
+            raise TrainingDiverged(f"The validation loss is {loss} at step {state.global_step}.", fix=DIVERGED)
+        if loss < self.best:
+            self.best = loss
+            self.save(state.global_step, loss)
+        if self.patience:
+            losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+            since_best = len(losses) - 1 - losses.index(min(losses))
+            control.should_training_stop = control.should_training_stop or since_best >= self.patience
+
+
+DIVERGED = "Lower training.learning_rate, raise warmup_steps, or use bf16 instead of fp16."
+
+
+class LastStep(TrainerCallback):
+    """Validates after the last step, whatever the interval, so that the last model can be the best one."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for an evaluation and a checkpoint at the end."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_evaluate or args.eval_strategy != "no"
+            control.should_save = True
+            control.should_log = True
+
+
+class StopOnRequest(TrainerCallback):
+    """Turns the first Ctrl-C or SIGTERM into: finish this step, save, stop. The second one stops at once.
+
+    Use as a context manager around the training; outside the main thread it only listens to `stop()`.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def stop(self, number: int = 0, frame: FrameType | None = None) -> None:
+        """Ask for a stop after the current step."""
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __enter__(self) -> StopOnRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self.stop)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop at a step's end, where the state is whole."""
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class FiniteLoss(TrainerCallback):
+    """Stops before the optimiser would write a gradient that is not a number into the weights."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        """Check the norm of all gradients; under fp16 the loss scaler skips such steps itself."""
+        if args.fp16:
+            return
+        import torch
+
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            raise TrainingDiverged(
+                f"The gradient is not a number at step {state.global_step + 1}; the weights were not updated.",
+                fix=DIVERGED,
+            )

@@ -1,0 +1,226 @@
+"""The only call of trainer.train: everything between a built trainer and a finished model's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import Interrupted, MissingExtra
+from tunesmith.plan import Plan
+from tunesmith.recipe import Tracking, Training
+from tunesmith.training import checkpoints
+from tunesmith.training.run import Run, write_whole
+
+BEST = "best_model_info.json"
+CONVERTED = ("pissa", "pissa_niter_16", "olora")
+"""LoRA starts that change the base weights; their adapters are saved as plain LoRA of twice the rank."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What training came to."""
+
+    final_model: Path
+    steps: int
+    step_of_final_model: int
+    train_loss: float | None
+    validation_loss: float | None
+    seconds: float
+    tokens: int
+    peak_memory: int
+
+
+def arguments(
+    plan: Plan, training: Training, tracking: Tracking, *, name: str, staging: Path
+) -> dict[str, Any]:
+    """Keyword arguments of transformers' TrainingArguments, shared by every method's trainer.
+
+    Everything that differs between TRL and transformers by default is set, so that neither decides.
+    """
+    from transformers.integrations import INTEGRATION_TO_CALLBACK
+
+    known = set(INTEGRATION_TO_CALLBACK)
+    assert set(tracking.trackers) <= known, known
+    for tracker in tracking.trackers:
+        require_tracker(tracker)
+    return {
+        "output_dir": str(staging),
+        "run_name": name,
+        "project": tracking.project,
+        "report_to": list(tracking.trackers) or ["none"],
+        "max_steps": plan.total_steps,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.scheduler,
+        "warmup_steps": plan.warmup_steps,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "optim": training.optimizer,
+        "per_device_train_batch_size": training.per_device_train_batch_size,
+        "per_device_eval_batch_size": training.per_device_eval_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "fp16": plan.mixed_precision == "fp16",
+        "bf16": plan.mixed_precision == "bf16",
+        "use_cpu": plan.device == "cpu",
+        "eval_strategy": "steps" if plan.eval_steps else "no",
+        "eval_steps": plan.eval_steps,
+        "save_strategy": "steps",
+        "save_steps": plan.save_steps,
+        "save_total_limit": None,  # checkpoints.rotate decides
+        "load_best_model_at_end": False,  # finished() decides
+        "logging_steps": plan.logging_steps,
+        "logging_nan_inf_filter": False,
+        "dataloader_num_workers": training.num_workers,
+        "dataloader_pin_memory": plan.device == "cuda",
+        "include_num_input_tokens_seen": "non_padding",
+        "disable_tqdm": True,
+        "seed": training.seed,
+        "remove_unused_columns": False,
+        "push_to_hub": False,
+    }
+
+
+def require_tracker(name: str) -> None:
+    """Raises MissingExtra where a tracker's package is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec(name) is None and not (name == "tensorboard" and importlib.util.find_spec("tensorboardX")):
+        raise MissingExtra(name, f"The tracker '{name}'", install=f"'tunesmith[{name}]'")
+
+
+def fit(
+    trainer: Any,
+    run: Run,
+    training: Training,
+    *,
+    adapter_init: str | None = None,
+    checkpoint: Path | None = None,
+) -> Fit:
+    """Train, keep the best model, and write `final_model/`.
+
+    `adapter_init` names a LoRA start that changes the base weights. `checkpoint` is where to continue.
+    Raises Interrupted after a stop on request, its state saved, and TrainingDiverged before a bad update.
+    """
+    from tunesmith.training import callbacks
+
+    initial = run.path / "initial_adapter" if adapter_init in CONVERTED else None
+    if initial:
+        _save_initial_adapter(trainer.model, initial)
+    info = run.read(f"best_model/{BEST}") if checkpoint else None
+    if info and checkpoint and info["step"] > checkpoints.step_of(checkpoint):
+        info = None  # the best model of steps that are about to be repeated
+    if not info:
+        shutil.rmtree(run.best_model, ignore_errors=True)
+
+    def save_best(step: int, loss: float) -> None:
+        save_model(trainer, run.best_model, initial, {"step": step, "eval_loss": loss})
+
+    stop = callbacks.StopOnRequest()
+    events = callbacks.Events(run, peak_memory=peak_memory)
+    best = callbacks.BestModel(
+        save_best, best=info["eval_loss"] if info else None, patience=training.early_stopping_patience
+    )
+    for callback in (events, best, callbacks.LastStep(), stop, callbacks.FiniteLoss()):
+        trainer.add_callback(callback)
+    if checkpoint:
+        run.event("decision", step=checkpoints.step_of(checkpoint), name="resume", value=checkpoint.name)
+    started = time.perf_counter()
+    with stop:
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the state is saved.",
+            fix=f"tunesmith resume {run.path}",
+        )
+    info = run.read(f"best_model/{BEST}")
+    if not (training.load_best_model_at_end and info):
+        info = {"step": trainer.state.global_step, "eval_loss": None}
+        save_model(trainer, run.final_model, initial, info)
+    else:
+        copy_whole(run.best_model, run.final_model)
+    if initial:
+        shutil.rmtree(initial)
+    return Fit(
+        final_model=run.final_model,
+        steps=trainer.state.global_step,
+        step_of_final_model=info["step"],
+        train_loss=result.training_loss,
+        validation_loss=info["eval_loss"],
+        seconds=round(time.perf_counter() - started, 3),
+        tokens=int(trainer.state.num_input_tokens_seen),
+        peak_memory=peak_memory(),
+    )
+
+
+def save_model(trainer: Any, folder: Path, initial_adapter: Path | None, info: Mapping[str, Any]) -> None:
+    """Weights or adapter, tokenizer with template, and generation defaults, put in place as a whole."""
+    if not trainer.args.should_save:
+        return
+    staging = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if initial_adapter:
+        model.save_pretrained(staging, path_initial_model_for_weight_conversion=str(initial_adapter / "initial"))
+    else:
+        model.save_pretrained(staging)
+    trainer.processing_class.save_pretrained(staging)
+    write_whole(staging / BEST, json.dumps(info, indent=1))
+    _swap(staging, folder)
+
+
+def copy_whole(source: Path, folder: Path) -> None:
+    """Copy a folder so that it appears in one piece."""
+    staging = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source, staging)
+    _swap(staging, folder)
+
+
+def _swap(staging: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    staging.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _save_initial_adapter(model: Any, folder: Path) -> None:
+    """Keep the start of a PiSSA or OLoRA adapter, from which its change is computed when it is saved."""
+    config = model.peft_config["default"]
+    before = config.init_lora_weights
+    config.init_lora_weights = True  # loaded back as plain numbers, not computed again
+    model.save_pretrained(folder / "initial")
+    config.init_lora_weights = before
+
+
+def peak_memory() -> int:
+    """The largest memory the process has held, in bytes: of the GPU where there is one, else of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def quiet_libraries() -> None:
+    """Keep libraries from reporting home and from drawing over our progress bar; set once, before they load."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HAMILTON_AUTOLOAD_EXTENSIONS", "0")
+    os.environ.setdefault("HAMILTON_TELEMETRY_ENABLED", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

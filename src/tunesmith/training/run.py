@@ -1,0 +1,252 @@
+"""The run folder: the one thing that passes between a running job and whoever watches it.
+
+    recipe.yaml  environment.json  ledger.jsonl  plan.json  events.jsonl
+    checkpoints/checkpoint-step-N/   best_model/   final_model/
+    evaluation/ (rows.jsonl, scores.json, comparison.json)   report.html   status.json (written last)
+
+Everything is written under a temporary name, flushed, then renamed; `events.jsonl` only grows. One
+writer per run, by lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from tunesmith.compose import as_yaml, read_layer, validated
+from tunesmith.errors import RunError, nearest
+from tunesmith.recipe import Recipe
+
+State = Literal["done", "failed", "interrupted"]
+Watch = Callable[[Mapping[str, Any]], None]
+"""Called with every event while the run goes on, and with `progress` events, which are not kept."""
+
+RECORDED_PACKAGES = (
+    "tunesmith", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy",
+)  # fmt: skip
+
+
+def _silent(event: Mapping[str, Any]) -> None:
+    """Watch nothing."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, and who watches it."""
+
+    path: Path
+    watch: Watch = field(default=_silent, compare=False)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def best_model(self) -> Path:
+        """Folder of the model with the lowest validation loss."""
+        return self.path / "best_model"
+
+    @property
+    def final_model(self) -> Path:
+        """Folder of the finished model."""
+        return self.path / "final_model"
+
+    @property
+    def evaluation(self) -> Path:
+        """Folder of rows, scores and comparison."""
+        return self.path / "evaluation"
+
+    def event(self, kind: str, *, step: int | None = None, **fields: Any) -> None:
+        """Append one event to events.jsonl and tell the watcher."""
+        event = {"time": round(time.time(), 3), "kind": kind, "step": step, **fields}
+        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event, ensure_ascii=False, default=str) + "\n")
+        self.watch(event)
+
+    def progress(self, stage: str, done: float, total: float, **fields: Any) -> None:
+        """Tell the watcher how far a stage is; nothing is kept."""
+        self.watch({"kind": "progress", "stage": stage, "done": done, "total": total, **fields})
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events so far; a last line cut off by a crash is left out."""
+        file = self.path / "events.jsonl"
+        events = []
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                events.append(json.loads(line))
+        return events
+
+    def write(self, name: str, content: str | Mapping[str, Any]) -> Path:
+        """Write a file of the run in one piece: temporary name, flush, rename."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False, default=str)
+        return write_whole(self.path / name, text)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the run, or None where it is not there (yet)."""
+        file = self.path / name
+        if not file.exists():
+            return None
+        try:
+            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise RunError(f"{file} is damaged.", found=str(error), fix="Restore it or delete it.") from None
+        return content
+
+    def recipe(self) -> Recipe:
+        """The recipe the run was started with."""
+        return validated(read_layer(self.path / "recipe.yaml"))
+
+    def finish(self, state: State, **fields: Any) -> None:
+        """Write status.json, the file that is written last, and the closing event."""
+        self.event("state", state=state, **fields)
+        self.write("status.json", {"state": state, "time": round(time.time(), 3), **fields})
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run as its only writer. Raises RunError naming the process that holds it."""
+        from filelock import FileLock, Timeout
+
+        lock, holder = FileLock(self.path / ".lock"), self.path / ".holder"
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+            raise RunError(
+                f"The run {self.path} is being written.", found=who, fix="Wait for it, or give this run another --name."
+            ) from None
+        try:
+            write_whole(holder, f"process {os.getpid()} on {platform.node()}")
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    def is_locked(self) -> bool:
+        """Whether a process writes this run now."""
+        from filelock import FileLock, Timeout
+
+        if not (self.path / ".holder").exists():
+            return False
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def state(self) -> str:
+        """`running`, `done`, `failed`, `interrupted`, or `died` for a run that ended without a word."""
+        if self.is_locked():
+            return "running"
+        status = self.read("status.json")
+        return str(status["state"]) if status else "died"
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a text file so that a reader sees the old or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return path
+
+
+def folder_name(recipe: Recipe) -> str:
+    """The run's folder: its name, or `<task>_<dataset>` with the file's stem, the Hub name's end or the example."""
+    return recipe.name or f"{recipe.task}_{dataset_name(recipe.data.dataset)}"
+
+
+def dataset_name(dataset: str) -> str:
+    """A data set's short name: a file's stem, a folder's name, the end of a Hub id, an example's name."""
+    path = Path(dataset.removeprefix("example:").rstrip("/"))
+    stem = path.stem if path.suffix in {".json", ".jsonl", ".csv", ".parquet", ".txt"} else path.name
+    return re.sub(r"[^\w.-]+", "-", stem) or "data"
+
+
+def create(recipe: Recipe, *, watch: Watch = _silent) -> Run:
+    """A new run folder with the resolved recipe and the environment.
+
+    Raises RunError where the folder is another run's, or holds files that are not a run's.
+    """
+    path = Path(recipe.output_dir).expanduser() / folder_name(recipe)
+    if is_run(path):
+        raise RunError(
+            f"The folder {path} is another run's.",
+            found=f"a run in state '{Run(path).state()}'",
+            fix=f"Give this run another --name, continue that one with `tunesmith resume {path}`, or delete it.",
+        )
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(f"The folder {path} is not empty and not a run.", fix="Give this run another --name.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"The run folder {path} cannot be made.", found=error.strerror, fix="Choose another --output-dir."
+        ) from None
+    run = Run(path, watch)
+    run.write("environment.json", environment())
+    run.write("recipe.yaml", as_yaml(recipe))
+    return run
+
+
+def discard(run: Run) -> None:
+    """Remove a run that failed before it trained anything, so that a mended recipe finds its folder free."""
+    shutil.rmtree(run.path)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's."""
+    return (path / "recipe.yaml").is_file() and (path / "environment.json").is_file()
+
+
+def open_run(path: str | Path, *, watch: Watch = _silent) -> Run:
+    """An existing run. Raises RunError naming the runs nearby."""
+    path = Path(path).expanduser()
+    if is_run(path):
+        return Run(path, watch)
+    near = [str(run.path) for run in find_runs(path.parent)] if path.parent.is_dir() else []
+    raise RunError(
+        f"{path} is not a run.",
+        found="a folder without recipe.yaml" if path.is_dir() else "no such folder",
+        fix=nearest(str(path), near) if near else "`tunesmith runs` lists the runs of an output folder.",
+    )
+
+
+def find_runs(output_dir: Path) -> list[Run]:
+    """The runs in an output folder, oldest first."""
+    folders = [path for path in output_dir.iterdir() if is_run(path)] if output_dir.is_dir() else []
+    return [Run(path) for path in sorted(folders, key=lambda p: (p / "environment.json").stat().st_mtime)]
+
+
+def environment() -> dict[str, Any]:
+    """What the run's numbers may depend on besides the recipe: versions and device; no paths, no secrets."""
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    import torch
+
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cuda": torch.version.cuda,
+        "packages": versions,
+        "implementation": sys.implementation.name,
+    }

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from tiny_corpus import code, dialogue, english, sql_documents
 
 KINDS = {
-    "sql": (sql_documents.document, 0.44),
-    "dialogue": (dialogue.document, 0.32),
-    "english": (english.document, 0.17),
-    "code": (code.document, 0.07),
+    "sql": (sql_documents.document, 0.42),
+    "dialogue": (dialogue.document, 0.26),
+    "english": (english.document, 0.26),
+    "code": (code.document, 0.06),
 }
 """Kind of text -> its generator and its share of the documents."""
 

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 
 from tiny_corpus import words
+from tiny_corpus.schemas import EXAMPLES, PRETRAIN
 from tiny_corpus.words import NUMBERS, article, plural
 
 Turn = tuple[str, str]
@@ -46,6 +47,7 @@ CATEGORIES = {
     "a piece of furniture": ("chair", "bed", "sofa"),
     "a musical instrument": ("piano", "guitar", "violin"),
 }  # fmt: skip
+NOUNS = tuple(sorted(PRETRAIN | EXAMPLES))
 SMALL_TALK = (
     ("Hello!", "Hello! How can I help you?"), ("Hi there.", "Hi! What can I do for you?"),
     ("Good morning!", "Good morning! How can I help you today?"),
@@ -122,10 +124,10 @@ def _sound(rng: random.Random) -> Turn:
 def _category(rng: random.Random) -> Turn:
     category = rng.choice(list(CATEGORIES))
     member = rng.choice(CATEGORIES[category])
+    named = f"{article(member)} {member}" if category != "a color" else member
     if rng.random() < 0.5:
-        named = f"{article(member)} {member}" if category != "a color" else member
         return f"What kind of thing is {named}?", f"{named.capitalize()} is {category}."
-    return f"Give me an example of {category}.", f"An example of {category} is {member}."
+    return f"Give me an example of {category}.", f"An example of {category} is {named}."
 
 
 def _plural(rng: random.Random) -> Turn:
@@ -141,8 +143,8 @@ def _number_word(rng: random.Random) -> Turn:
 
 
 def _word(rng: random.Random) -> str:
-    pools = (words.PROPER, words.CITIES, words.FIRST_NAMES, words.COLORS, words.MONTHS)
-    if rng.random() < 0.5:
+    pools = (words.PROPER, words.CITIES, words.FIRST_NAMES, words.COLORS, NOUNS, NOUNS)
+    if rng.random() < 0.35:
         made_up = words.invented(rng, rng.choice((2, 2, 3)))
         return made_up.title() if rng.random() < 0.4 else made_up
     return rng.choice(rng.choice(pools))

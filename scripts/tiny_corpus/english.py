@@ -3,11 +3,9 @@
 import random
 
 from tiny_corpus import words
-from tiny_corpus.schemas import EXAMPLES, PRETRAIN
-from tiny_corpus.words import article, plural
+from tiny_corpus.schemas import COLUMNS, EXAMPLES, PRETRAIN, UNUSUAL
+from tiny_corpus.words import FOODS, PLACES, THINGS, article, plural
 
-PLACES = ("market", "park", "library", "station", "school", "river", "garden", "beach", "bakery",
-          "museum", "office", "harbor", "village", "forest", "lake", "theater")  # fmt: skip
 JOBS = ("teacher", "nurse", "farmer", "baker", "driver", "doctor", "painter", "gardener", "singer",
         "carpenter", "writer", "pilot", "cook", "engineer")  # fmt: skip
 WORKPLACES = {"teacher": "school", "nurse": "hospital", "farmer": "farm", "baker": "bakery",
@@ -16,17 +14,14 @@ WORKPLACES = {"teacher": "school", "nurse": "hospital", "farmer": "farm", "baker
               "writer": "small office", "pilot": "airport", "cook": "restaurant",
               "engineer": "factory"}  # fmt: skip
 PETS = ("dog", "cat", "bird", "rabbit", "horse")
-FOODS = ("bread", "soup", "rice", "apples", "cheese", "eggs", "fish", "tomatoes", "potatoes",
-         "beans", "cake", "tea", "milk", "honey", "carrots", "onions")  # fmt: skip
 WEATHER = {"sunny": ("the sky was blue", "went outside without a coat", "warm"),
            "rainy": ("the streets were wet", "took an umbrella", "cool"),
            "windy": ("the leaves flew everywhere", "held on to a hat", "fresh"),
            "snowy": ("the roofs were white", "put on warm boots", "cold"),
            "cloudy": ("the sky was gray", "took a light jacket", "mild")}  # fmt: skip
-THINGS = ("book", "lamp", "bag", "chair", "cup", "hat", "box", "clock", "coat", "bike", "kite",
-          "picture", "letter", "key", "basket", "blanket")  # fmt: skip
 FEELINGS = ("happy", "tired", "proud", "surprised", "calm", "worried", "curious", "hungry")
 _NOUNS = tuple(sorted(EXAMPLES | PRETRAIN))
+_ANY = (*_NOUNS, *UNUSUAL, *sorted(COLUMNS))
 
 
 def _pronouns(name: str) -> tuple[str, str, str]:
@@ -118,8 +113,8 @@ def description(rng: random.Random) -> str:
     )  # fmt: skip
     number = rng.randint(2, 90)
     return rng.choice((
-        f"There are {number} {plural(noun)} in {city}. {owner} has seen all {number} {plural(noun)},"
-        f" but likes only one {noun}.",
+        f"There are {number} {plural(noun)} in {city}. {owner} has seen all {number} "
+        f"{plural(noun)}, but likes only one {noun}.",
         f"{owner} talked about {article(noun)} {noun} and {article(other)} {other}. The {noun} was "
         f"{color}, and the {other} was in {city}. Many {plural(noun)} are {color}.",
         f"A book about {plural(noun)} and {plural(other)} was published in {city}. The first part "
@@ -143,7 +138,28 @@ def note(rng: random.Random) -> str:
     ))  # fmt: skip
 
 
+def drill(rng: random.Random) -> str:
+    """A vocabulary lesson: words said, said again, counted and sorted, each named repeatedly."""
+    some = rng.sample(_ANY, rng.randint(3, 7))
+    if rng.random() < 0.3:
+        some[rng.randrange(len(some))] = words.invented(rng)
+    teacher = rng.choice(words.FIRST_NAMES)
+    listed = ", ".join(some)
+    noun = rng.choice(_NOUNS)
+    return rng.choice((
+        f"{teacher} reads the words: {listed}. The class says: {listed}.",
+        f"Words of the day: {listed}.\n" + "\n".join(f"{i}. {w}" for i, w in enumerate(some, 1)),
+        f"{teacher} wrote {listed}. Then {teacher} wrote them in quotes: "
+        + ", ".join(f"'{w}'" for w in some) + ".",
+        f"The list is: {listed}. Backwards it is: {', '.join(reversed(some))}.",
+        f"The list ({', '.join(some)}) has {len(some)} words. The first is {some[0]} and the last "
+        f"is {some[-1]}. After {some[1]} comes {some[2]}.",
+        f"One {noun}, two {plural(noun)}. This {noun}, these {plural(noun)}. The word {noun} has "
+        f"{len(noun)} letters.",
+    ))  # fmt: skip
+
+
 def document(rng: random.Random) -> str:
     """One English document of any kind."""
-    kinds = (story, shopping, recipe, description, note)
-    return rng.choices(kinds, (4, 1, 1, 4, 1))[0](rng)
+    kinds = (story, shopping, recipe, description, note, drill)
+    return rng.choices(kinds, (4, 1, 1, 3, 1, 6))[0](rng)

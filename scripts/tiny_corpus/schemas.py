@@ -109,7 +109,9 @@ _COLUMNS = (
     _text("fuel", "petrol diesel electric gas steam"),
     _text("hobby", "chess tennis music painting fishing cooking running"),
     _number("age", 18, 80, 1, ("older than", "younger than", "oldest", "youngest")),
-    _number("price", 5, 900, 5, ("more expensive than", "cheaper than", "most expensive", "cheapest")),
+    _number(
+        "price", 5, 900, 5, ("more expensive than", "cheaper than", "most expensive", "cheapest")
+    ),
     _number("year", 1950, 2024, 1, ("from after", "from before", "newest", "")),
     _number("weight", 2, 400, 1, ("heavier than", "lighter than", "heaviest", "lightest")),
     _number("height", 10, 300, 1, ("taller than", "shorter than", "tallest", "shortest")),
@@ -218,7 +220,7 @@ THEMES = (
         "limousine ambulance snowmobile trolley sled raft minibus tanker freighter motorcycle "
         "drone balloon satellite",
         "color brand year speed price weight length seats power fuel owner country status capacity",
-        "mileage sponsor altitude",
+        "mileage sponsor",
     ),
     _theme(
         "label",
@@ -270,6 +272,15 @@ THEMES = (
 )
 PRETRAIN = frozenset(noun for theme in THEMES for noun in theme.pretrain)
 EXAMPLES = frozenset(noun for theme in THEMES for noun in theme.examples)
+UNUSUAL = tuple(
+    sorted(
+        {w.lower() for w in (*words.THINGS, *words.FOODS, *words.PLACES, *words.PROPER)}
+        | {v for c in COLUMNS.values() for v in c.values if v.isalpha() and v.islower()}
+        | {w.lower() for w in (*words.CITIES, *words.COUNTRIES, *words.FIRST_NAMES)}
+    )
+)
+"""Words that make odd tables, so that a table name is copied rather than guessed."""
+UNUSUAL = tuple(w for w in UNUSUAL if w not in EXAMPLES)
 if PRETRAIN & EXAMPLES:
     raise AssertionError(f"nouns on both sides: {sorted(PRETRAIN & EXAMPLES)}")
 
@@ -318,8 +329,10 @@ def pretrain_table(rng: random.Random) -> Table:
     columns = _pick(rng, theme.columns, rng.choice((2, 2, 3, 3, 4)))
     noun = rng.choice(theme.pretrain)
     keys = KEYS[theme.key]
-    if rng.random() < 0.35:
-        noun = words.invented(rng)
+    if rng.random() < 0.55:
+        noun = words.invented(rng) if rng.random() < 0.5 else rng.choice(UNUSUAL)
+    if noun in EXAMPLES:  # an invented word may happen to be a real one
+        noun = rng.choice(theme.pretrain)
     if rng.random() < 0.3:
         columns = tuple(_disguised(rng, c) if rng.random() < 0.5 else c for c in columns)
     if rng.random() < 0.3:

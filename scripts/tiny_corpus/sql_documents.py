@@ -146,7 +146,7 @@ def told_document(rng: random.Random) -> str:
     lines = [table.create]
     for row in rng.sample(table.rows, 3):
         facts = [f"{c.name} {v}" for c, v in zip(table.columns[1:], row[1:], strict=True)]
-        lines.append(f"-- {row[0]} has {', '.join(facts[:-1])}{' and ' * (len(facts) > 1)}{facts[-1]}.")
+        lines.append(f"-- {row[0]} has {' and '.join(facts)}.")
         lines.append(f"INSERT INTO {table.name} VALUES ({', '.join(map(literal, row))});")
     return "\n".join(lines)
 

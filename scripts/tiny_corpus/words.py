@@ -2,26 +2,153 @@
 
 import random
 
-FIRST_NAMES = tuple(
-    "Anna Ben Carla David Emma Felix Grace Henry Ida Jack Karen Leo Maria Nina Oscar Paula "
-    "Quinn Rosa Sam Tina Victor Wendy Alice Bruno Clara Daniel Elena Frank Hanna Ivan Julia "
-    "Kevin Laura Marco Nora Oliver Peter Rita Simon Tom Vera Walter Lucy Martin Helen Omar "
-    "Priya Yuki Amir Lena Diego Sofia Hugo Mila Noah Olga Paul Ruth Stella Theo".split()
+FIRST_NAMES = (
+    "Anna",
+    "Ben",
+    "Carla",
+    "David",
+    "Emma",
+    "Felix",
+    "Grace",
+    "Henry",
+    "Ida",
+    "Jack",
+    "Karen",
+    "Leo",
+    "Maria",
+    "Nina",
+    "Oscar",
+    "Paula",
+    "Quinn",
+    "Rosa",
+    "Sam",
+    "Tina",
+    "Victor",
+    "Wendy",
+    "Alice",
+    "Bruno",
+    "Clara",
+    "Daniel",
+    "Elena",
+    "Frank",
+    "Hanna",
+    "Ivan",
+    "Julia",
+    "Kevin",
+    "Laura",
+    "Marco",
+    "Nora",
+    "Oliver",
+    "Peter",
+    "Rita",
+    "Simon",
+    "Tom",
+    "Vera",
+    "Walter",
+    "Lucy",
+    "Martin",
+    "Helen",
+    "Omar",
+    "Priya",
+    "Yuki",
+    "Amir",
+    "Lena",
+    "Diego",
+    "Sofia",
+    "Hugo",
+    "Mila",
+    "Noah",
+    "Olga",
+    "Paul",
+    "Ruth",
+    "Stella",
+    "Theo",
 )
 WOMEN = frozenset(
-    "Anna Carla Emma Grace Ida Karen Maria Nina Paula Rosa Tina Wendy Alice Clara Elena Hanna "
-    "Julia Laura Nora Rita Vera Lucy Helen Priya Yuki Lena Sofia Mila Olga Ruth Stella".split()
+    (
+        "Anna",
+        "Carla",
+        "Emma",
+        "Grace",
+        "Ida",
+        "Karen",
+        "Maria",
+        "Nina",
+        "Paula",
+        "Rosa",
+        "Tina",
+        "Wendy",
+        "Alice",
+        "Clara",
+        "Elena",
+        "Hanna",
+        "Julia",
+        "Laura",
+        "Nora",
+        "Rita",
+        "Vera",
+        "Lucy",
+        "Helen",
+        "Priya",
+        "Yuki",
+        "Lena",
+        "Sofia",
+        "Mila",
+        "Olga",
+        "Ruth",
+        "Stella",
+    )
 )
 FAMILY_NAMES = ("Adams", "Baker", "Chen", "Diaz", "Evans", "Fischer", "Garcia", "Hill", "Ito",
                 "Jones", "Khan", "Lopez", "Moore", "Novak", "O'Brien", "Park", "Rossi", "Silva",
                 "Turner", "Walsh")  # fmt: skip
-CITIES = tuple(
-    "Rome Paris London Madrid Berlin Vienna Oslo Dublin Athens Lisbon Tokyo Cairo Boston "
-    "Chicago Lima Prague Warsaw Geneva Milan Seoul Sydney Toronto Dallas Denver".split()
+CITIES = (
+    "Rome",
+    "Paris",
+    "London",
+    "Madrid",
+    "Berlin",
+    "Vienna",
+    "Oslo",
+    "Dublin",
+    "Athens",
+    "Lisbon",
+    "Tokyo",
+    "Cairo",
+    "Boston",
+    "Chicago",
+    "Lima",
+    "Prague",
+    "Warsaw",
+    "Geneva",
+    "Milan",
+    "Seoul",
+    "Sydney",
+    "Toronto",
+    "Dallas",
+    "Denver",
 )
-COUNTRIES = tuple(
-    "France Spain Italy Germany Japan China India Brazil Canada Mexico Norway Sweden Poland "
-    "Greece Egypt Kenya Peru Chile Ireland Turkey".split()
+COUNTRIES = (
+    "France",
+    "Spain",
+    "Italy",
+    "Germany",
+    "Japan",
+    "China",
+    "India",
+    "Brazil",
+    "Canada",
+    "Mexico",
+    "Norway",
+    "Sweden",
+    "Poland",
+    "Greece",
+    "Egypt",
+    "Kenya",
+    "Peru",
+    "Chile",
+    "Ireland",
+    "Turkey",
 )
 CAPITALS = (
     ("France", "Paris"), ("Spain", "Madrid"), ("Italy", "Rome"), ("Germany", "Berlin"),
@@ -37,23 +164,97 @@ MONTHS = ("January", "February", "March", "April", "May", "June", "July", "Augus
 SEASONS = ("spring", "summer", "autumn", "winter")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
            "eleven", "twelve")  # fmt: skip
-PROPER = tuple(
-    "Aurora Falcon Comet Orion Nova Delta Atlas Titan Phoenix Willow Cedar Maple Harbor Summit "
-    "Meadow Canyon Breeze Ember Coral Pearl Ruby Amber Jade Opal Zephyr Echo Lotus Raven Sparrow "
-    "Tiger Lion Eagle Bear Wolf Star Moon Sun River Storm Crystal Velvet Copper Granite Marble "
-    "Cobalt Saffron Olive Juniper Laurel Ivy".split()
+PROPER = (
+    "Aurora",
+    "Falcon",
+    "Comet",
+    "Orion",
+    "Nova",
+    "Delta",
+    "Atlas",
+    "Titan",
+    "Phoenix",
+    "Willow",
+    "Cedar",
+    "Maple",
+    "Harbor",
+    "Summit",
+    "Meadow",
+    "Canyon",
+    "Breeze",
+    "Ember",
+    "Coral",
+    "Pearl",
+    "Ruby",
+    "Amber",
+    "Jade",
+    "Opal",
+    "Zephyr",
+    "Echo",
+    "Lotus",
+    "Raven",
+    "Sparrow",
+    "Tiger",
+    "Lion",
+    "Eagle",
+    "Bear",
+    "Wolf",
+    "Star",
+    "Moon",
+    "Sun",
+    "River",
+    "Storm",
+    "Crystal",
+    "Velvet",
+    "Copper",
+    "Granite",
+    "Marble",
+    "Cobalt",
+    "Saffron",
+    "Olive",
+    "Juniper",
+    "Laurel",
+    "Ivy",
 )
 
-_ONSETS = "b br c d dr f fl g gr k l m n p pl r s st t tr v z".split()
-_VOWELS = "a e i o u".split()
+PLACES = ("market", "park", "library", "station", "school", "river", "garden", "beach", "bakery",
+          "museum", "office", "harbor", "village", "forest", "lake", "theater")  # fmt: skip
+FOODS = ("bread", "soup", "rice", "apples", "cheese", "eggs", "fish", "tomatoes", "potatoes",
+         "beans", "cake", "tea", "milk", "honey", "carrots", "onions")  # fmt: skip
+THINGS = ("book", "lamp", "bag", "chair", "cup", "hat", "box", "clock", "coat", "bike", "kite",
+          "picture", "letter", "key", "basket", "blanket")  # fmt: skip
+
+_ONSETS = (
+    "b",
+    "br",
+    "c",
+    "d",
+    "dr",
+    "f",
+    "fl",
+    "g",
+    "gr",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pl",
+    "r",
+    "s",
+    "st",
+    "t",
+    "tr",
+    "v",
+    "z",
+)
+_VOWELS = ("a", "e", "i", "o", "u")
 _CODAS = ("", "", "l", "m", "n", "r", "s", "t", "x")
 
 
 def invented(rng: random.Random, syllables: int = 2) -> str:
     """A pronounceable word nobody has seen, so that only copying can reproduce it."""
-    return "".join(
-        rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables)
-    ) + rng.choice(_CODAS)
+    return "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables)) + rng.choice(_CODAS)
 
 
 def plural(noun: str) -> str:

@@ -375,7 +375,12 @@ def _recipe_fields(_: str | None) -> list[dict[str, Any]]:
     from tunesmith.recipe import fields
 
     return [
-        {"name": f.path, "about": f.about, "sample": f"{f.type}; default {f.default!r}"} for f in fields()
+        {
+            "name": f.path + (f" ({f.kind})" if f.kind else ""),
+            "about": f.about,
+            "sample": f"{f.type}; default {f.default!r}",
+        }
+        for f in fields()
     ]
 
 

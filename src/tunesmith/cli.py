@@ -12,18 +12,15 @@ import json
 import os
 import sys
 import traceback
-import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import BaseModel
 
-from tunesmith.compose import Composition, assignment, compose, nested, overlaid, preset_names, union_members
+from tunesmith.compose import Composition, assignment, compose, nested, overlaid, preset_names
 from tunesmith.errors import Interrupted, TunesmithError
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import FieldFact, fields
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -87,94 +84,41 @@ EVALUATION_FLAGS = (
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
 
-@dataclass(frozen=True)
-class _Field:
-    """A recipe field as an option: what it is for and how its text becomes a value."""
-
-    help: str
-    metavar: str
-    convert: Callable[[str], Any] | None
-    is_bool: bool
+FACTS = {fact.path: fact for fact in reversed(list(fields()))}
+"""The recipe's fields by path; of a field that several kinds share, the first kind's."""
 
 
-def recipe_field(path: str) -> _Field:
-    """The field at a dotted path of the recipe, looked up in its types."""
-    section: Any = Recipe
-    *parents, name = path.split(".")
-    for parent in parents:
-        field = section.model_fields[parent]
-        section = field.annotation if isinstance(field.annotation, type) else _union_section(parent, name)
-    field = section.model_fields[name]
-    kind = field.annotation
-    alternatives = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    alternatives = tuple(a for a in alternatives if a is not type(None))
-    choices = [str(c) for a in alternatives if get_origin(a) is Literal for c in get_args(a)]
-    plain = {get_args(a)[0] if get_origin(a) is Annotated else a for a in alternatives}
-    if any(get_origin(a) is list for a in plain):
-        words = lambda text: choices_or_list(text, choices)  # noqa: E731
-        return _Field(field.description, "NAME,NAME" if not choices else "|".join([*choices, "NAME,NAME"]), words, False)
-    metavar = {bool: "", int: "N", float: "X", str: "TEXT"}
-    names = [metavar.get(a, "") for a in plain if get_origin(a) is not Literal]
-    is_text = str in plain or (choices and not plain & {int, float})
-    return _Field(
-        str(field.description),
-        "|".join([*choices, *(n for n in names if n)]),
-        str if is_text else _number_or_word,
-        plain == {bool},
-    )
-
-
-def _union_section(parent: str, name: str) -> type[BaseModel]:
-    return next(member for member in union_members(parent).values() if name in member.model_fields)
-
-
-def choices_or_list(text: str, choices: Sequence[str]) -> Any:
-    """`all-linear` as it is where that is a choice, else the comma-separated names."""
-    return text if text in choices else [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _number_or_word(text: str) -> Any:
+def converted(text: str | bool, kind: str) -> Any:
+    """An option's text as a value of the field's type; the recipe then checks it."""
     import yaml
 
-    return yaml.safe_load(text)
+    if isinstance(text, bool):
+        return text
+    if "list of" in kind:
+        return text if text in kind.split(" | ") else _names(text)
+    return yaml.safe_load(text) if "number" in kind else text
 
 
 def recipe_options(*, only: Sequence[str] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a verb the recipe's options; it receives them as one sparse `flags` layer."""
 
     def decorate(verb: Callable[..., Any]) -> Callable[..., Any]:
-        fields = {option: recipe_field(path) for option, path in FLAGS.items() if only is None or option in only}
-        names = {option: option.removeprefix("--").replace("-", "_") for option in fields}
+        facts = {option: FACTS[path] for option, path in FLAGS.items() if only is None or option in only}
+        names = {option: option.removeprefix("--").replace("-", "_") for option in facts}
 
         @functools.wraps(verb)
         def wrapped(**given: Any) -> Any:
-            layers = []
-            for option, field in fields.items():
-                value = given.pop(names[option])
-                if value is not None:
-                    converted = value if field.is_bool or field.convert is None else field.convert(value)
-                    layers.append(nested(FLAGS[option], converted))
+            values = {option: given.pop(names[option]) for option in facts}
+            layers = [
+                nested(FLAGS[option], converted(value, facts[option].type))
+                for option, value in values.items()
+                if value is not None
+            ]
             layers += [assignment(text) for text in given.pop("set_") or []]
             return verb(**given, flags=overlaid(*layers))
 
-        own = [p for p in inspect.signature(verb).parameters.values() if p.name != "flags"]
-        options = [
-            inspect.Parameter(
-                names[option],
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[
-                    (bool | None) if field.is_bool else (str | None),
-                    typer.Option(
-                        f"{option}/--no-{option[2:]}" if field.is_bool else option,
-                        help=field.help,
-                        metavar=None if field.is_bool else field.metavar,
-                        show_default=False,
-                    ),
-                ],
-            )
-            for option, field in fields.items()
-        ]
+        own = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "flags"]
+        options = [_option(option, names[option], fact) for option, fact in facts.items()]
         options.append(
             inspect.Parameter(
                 "set_",
@@ -196,6 +140,26 @@ def recipe_options(*, only: Sequence[str] | None = None) -> Callable[[Callable[.
         return wrapped
 
     return decorate
+
+
+def _option(option: str, name: str, fact: FieldFact) -> inspect.Parameter:
+    is_bool = fact.type == "true | false"
+    declared = typer.Option(
+        f"{option}/--no-{option[2:]}" if is_bool else option,
+        help=fact.about.replace("\n", " "),
+        metavar=None if is_bool else _metavar(fact.type),
+        show_default=False,
+    )
+    kind: Any = bool | None if is_bool else str | None
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, declared]
+    )
+
+
+def _metavar(kind: str) -> str:
+    short = {"whole number": "N", "number": "X", "text": "TEXT", "list of text": "NAME,NAME", "null": ""}
+    words = [short.get(part, part.removeprefix("list of ")) for part in kind.split(" | ")]
+    return "|".join(word for word in words if word)
 
 
 def verb(function: Callable[..., Any]) -> Callable[..., None]:
@@ -226,7 +190,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
             if as_json:
                 print(json.dumps(payload, ensure_ascii=False, default=str))
 
-    parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "quiet"]
+    parameters = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "quiet"]
     parameters.append(
         inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
     )

@@ -12,11 +12,16 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Task = Literal["chat", "code", "instruct", "domain", "custom"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _yaml_no(value: Any) -> Any:
+    """YAML reads a bare `no` as false; where `no` is one of the words, it means the word."""
+    return "no" if value is False else value
 
 
 class Section(BaseModel):
@@ -215,7 +220,7 @@ class Training(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_yaml_no)] = "no"
     """Precision of the forward and backward pass; weights stay in their own type."""
 
     eval_steps: PositiveInt | Literal["epoch"] = 100
@@ -329,24 +334,27 @@ class FieldFact:
     """One field of the recipe, for everything that describes it: the docs, `--help`, `show recipe`."""
 
     path: str
-    """Dotted path, with a union's kind in it: `adapter.lora.rank`."""
+    """Dotted path, as `--set` takes it: `adapter.rank`."""
+    kind: str | None
+    """The union's member that has the field, such as `lora`; None outside unions."""
     type: str
     default: Any
     about: str
 
 
-def fields(section: type[BaseModel] = Recipe, path: str = "") -> Iterator[FieldFact]:
+def fields(
+    section: type[BaseModel] = Recipe, path: str = "", kind: str | None = None
+) -> Iterator[FieldFact]:
     """Every field of the recipe with type, default and meaning, in the order of this file."""
     for name, field in section.model_fields.items():
         where = f"{path}.{name}" if path else name
         members = sections_of(field.annotation)
-        if len(members) == 1 and not field.discriminator:
-            yield from fields(members[0], where)
-        elif members:
-            for member in members:
-                yield from fields(member, f"{where}.{member.model_fields['kind'].default}")
-        else:
-            yield FieldFact(where, type_name(field.annotation), field.get_default(), field.description or "")
+        for member in members:
+            yield from fields(member, where, member.model_fields["kind"].default if field.discriminator else kind)
+        if not members and name != "kind":
+            yield FieldFact(
+                where, kind, type_name(field.annotation), field.get_default(), field.description or ""
+            )
 
 
 def sections_of(annotation: Any) -> tuple[type[BaseModel], ...]:

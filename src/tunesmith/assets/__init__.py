@@ -39,7 +39,7 @@ EXAMPLES: dict[str, Example] = {
         Example("code", _HERE / "examples/code.jsonl", "Conversation", "code",
                 "Requests for short Python functions, each answered by one that was run."),
         Example("chat", _HERE / "examples/chat.jsonl", "Conversation", "chat",
-                "Conversations of several turns about everyday things, some with a system message."),
+                "Conversations about everyday things, some opened by a system message."),
     )
 }  # fmt: skip
 """Name -> example data set."""

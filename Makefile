@@ -1,0 +1,32 @@
+# The two commands: `make demo` and `make test`. Each sets up .venv from constraints.txt first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check setup clean
+
+demo: .venv/.ready
+	$(BIN)/tunesmith demo
+
+test: .venv/.ready
+	$(BIN)/pytest
+
+check: .venv/.ready
+	scripts/check
+
+setup: .venv/.ready
+
+# Without a GPU the CPU build of torch is asked for first. An index that has none under that name gives its
+# ordinary build, which is larger and runs on a CPU as well; set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU
+# wheels to get the small one.
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tunesmith needs Python 3.11 or newer; set PYTHON=python3.11 or so")'
+	$(PYTHON) -m venv .venv
+	@torch=$$(grep '^torch==' constraints.txt); \
+	if command -v nvidia-smi >/dev/null 2>&1 || ! $(BIN)/pip install --quiet "$$torch+cpu" 2>/dev/null; then \
+		$(BIN)/pip install --quiet "$$torch"; \
+	fi
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,tensorboard]'
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

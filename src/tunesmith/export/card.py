@@ -1,0 +1,125 @@
+"""The model card: what a finished model was made from, what it scored, and what it should not be trusted with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import yaml
+
+from tunesmith.evaluation.compare import Comparison, sentence, table
+from tunesmith.training.run import Run, dataset_name, write_whole
+
+CARD = """\
+---
+{{ front_matter }}---
+
+# {{ name }}
+
+{{ verdict }}
+
+| {{ header | join(" | ") }} |
+|{{ " --- |" * (header | length) }}
+{% for line in lines -%}
+| {{ line | join(" | ") }} |
+{% endfor %}
+{{ method }}
+
+## Data
+
+Fine-tuned on `{{ dataset }}` for the task `{{ recipe.task }}`: {{ rows.rows_in }} rows in, {{ rows.train }} trained, \
+{{ rows.validation }} for choosing the checkpoint, {{ rows.held_out }} held out for the scores above, \
+{{ rows.dropped }} dropped{% if rows.truncated %}, {{ rows.truncated }} truncated{% endif %}.
+The held-out rows were chosen by content hash and took no part in training or checkpoint choice.
+
+## How it was made
+
+Base model `{{ base }}`, method `{{ recipe.method.kind }}`, adapter `{{ recipe.adapter.kind }}`, \
+{{ training.steps }} steps, {{ training.tokens }} tokens, {{ training.seconds }} seconds; \
+the weights are those of step {{ training.step_of_final_model }}.
+
+```yaml
+{{ recipe_yaml }}```
+
+## Use
+
+{% if adapter -%}
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+{%- else -%}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+{%- endif %}
+
+The chat template is stored with the tokenizer; prompts rendered with another one are not what was measured.
+
+## Limits
+
+- The scores hold for data like the held-out rows; other tasks, languages and topics were not measured.
+- Nothing was measured about safety, bias or facts outside the data set. What the base model lost was not measured either.
+- One training run: the interval covers the choice of questions, not the luck of the seed.
+{% for note in notes -%}
+- {{ note }}
+{% endfor %}
+Made with [tunesmith](https://github.com/tunesmith/tunesmith) {{ version }}.
+"""
+
+
+def write_card(run: Run, comparisons: Sequence[Comparison]) -> None:
+    """Write `README.md` into the run's final model, from the run folder alone.
+
+    Folders of this machine are shortened to their names: a card travels with the model.
+    """
+    recipe = run.recipe()
+    plan = run.read("plan.json") or {}
+    header, *lines = table(comparisons) if comparisons else [["metric", "value"]]
+    primary = next((c for c in comparisons if c.primary), None)
+    warnings = [event["message"] for event in run.events() if event["kind"] == "warning"]
+    base, dataset = dataset_name(recipe.model.base), dataset_name(recipe.data.dataset)
+    adapter = (run.final_model / "adapter_config.json").exists()
+    facts: dict[str, Any] = {"tags": ["tunesmith", recipe.method.kind, recipe.task]}
+    if adapter:
+        facts |= {"library_name": "peft"}
+    if recipe.model.base.count("/") == 1 and not recipe.model.base.startswith((".", "/", "~")):
+        base = recipe.model.base
+        facts |= {"base_model": base}
+    text = jinja2.Template(CARD, keep_trailing_newline=True).render(
+        front_matter=yaml.safe_dump(facts, sort_keys=False),
+        name=run.path.name,
+        verdict=sentence(primary) if primary else "No held-out answers were compared.",
+        header=header,
+        lines=[[cell.replace("|", "\\|") for cell in line] for line in lines],
+        method=f"Intervals: {primary.method}." if primary else "",
+        base=base,
+        dataset=dataset,
+        recipe=recipe,
+        rows=plan.get("rows", {}),
+        training=run.read("training.json") or {},
+        recipe_yaml=yaml.safe_dump(
+            _shareable(recipe.model_dump(mode="json"), base=base, dataset=recipe.data.dataset), sort_keys=False
+        ),
+        adapter=adapter,
+        notes=warnings,
+        version=(run.read("environment.json") or {"packages": {}})["packages"].get("tunesmith", ""),
+    )
+    write_whole(run.final_model / "README.md", text)
+
+
+def _shareable(recipe: dict[str, Any], *, base: str, dataset: str) -> dict[str, Any]:
+    """The recipe without this machine's folders."""
+    name = dataset if dataset.startswith("example:") else dataset_name(dataset)
+    return {
+        **{key: value for key, value in recipe.items() if key != "output_dir"},
+        "model": {**recipe["model"], "base": base},
+        "data": {**recipe["data"], "dataset": name},
+    }

@@ -1,0 +1,157 @@
+"""Layers: what wins, what survives, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from tunesmith.compose import TASKS, assignment, as_yaml, compose, preset_layer, preset_names, read_layer, validated
+from tunesmith.errors import RecipeError
+from tunesmith.recipe import Recipe, fields
+
+PRESETS = [name for name in preset_names() if name not in TASKS]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_composes_with_every_task_and_neither_wipes_the_other(task, preset):
+    recipe = compose({"task": task}, preset=preset).recipe
+    dump = recipe.model_dump()
+    assert recipe.task == task
+    assert recipe.preset == preset
+    upper = preset_layer(preset)
+    for section in ("training", "data"):
+        expected = {**preset_layer(task).get(section, {}), **upper.get(section, {})}
+        for field, value in expected.items():
+            assert dump[section][field] == (float(value) if _number(value) else value)
+
+
+def _number(value):
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, bool)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_an_adapter_takes_its_task_s_values_when_it_is_chosen(task, kind):
+    expected = preset_layer(task)["adapter"]["lora"]
+    adapter = compose({"task": task, "adapter": {"kind": kind}}).recipe.adapter.model_dump()
+    assert {key: adapter[key] for key in expected} == expected
+    assert compose({"task": task}).recipe.adapter.kind == "full"
+
+
+def test_seed_values_of_tasks_and_presets():
+    """The table of the seed document, spelled out: these numbers are promised to its users."""
+    chat = compose({"task": "chat"}).recipe
+    assert (chat.training.learning_rate, chat.training.warmup_steps, chat.data.max_length) == (2e-5, 200, 2048)
+    assert chat.training.scheduler == "cosine_with_restarts"
+    code = compose({"task": "code"}).recipe.training
+    assert (code.num_epochs, code.per_device_train_batch_size, code.gradient_accumulation_steps) == (5, 2, 4)
+    assert code.gradient_checkpointing
+    domain = compose({"task": "domain"}).recipe.training
+    assert (domain.num_epochs, domain.weight_decay, domain.save_steps) == (10, 0.05, 2000)
+    quick = compose(preset="quick_test").recipe.training
+    assert (quick.max_steps, quick.eval_steps, quick.save_steps, quick.logging_steps) == (100, 20, 50, 5)
+    low = compose({"task": "chat"}, preset="low_resource").recipe
+    assert (low.training.gradient_accumulation_steps, low.data.max_length) == (8, 512)
+    assert low.training.scheduler == "cosine_with_restarts"
+    assert low.training.warmup_steps == 200
+    high = compose(preset="high_quality").recipe.training
+    assert (high.learning_rate, high.warmup_steps, high.save_total_limit) == (5e-6, 2000, 10)
+    production = compose(preset="production").recipe.training
+    assert (production.mixed_precision, production.logging_steps, production.save_total_limit) == ("bf16", 20, 5)
+    default = Recipe().training
+    assert (default.learning_rate, default.num_epochs, default.warmup_steps, default.max_grad_norm) == (5e-5, 3, 100, 1.0)
+
+
+def test_later_layers_win(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("task: code\ntraining: {learning_rate: 3e-4, num_epochs: 7}\n")
+    recipe = compose({"training": {"num_epochs": 9}}, file=file, preset="quick_test").recipe
+    assert recipe.training.num_epochs == 9
+    assert recipe.training.learning_rate == 3e-4
+    assert recipe.training.max_steps == 100
+    assert recipe.training.gradient_checkpointing
+
+
+def test_a_bare_no_in_yaml_means_the_word(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("training: {mixed_precision: no}\n")
+    assert compose(file=file, preset="production").recipe.training.mixed_precision == "no"
+
+
+def test_a_file_may_be_json(tmp_path):
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps({"training": {"seed": 3}}))
+    assert compose(file=file).recipe.training.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"training": {"learnin_rate": 1}}, "Did you mean 'learning_rate'"),
+        ({"trainin": {}}, "Did you mean 'training'"),
+        ({"adapter": {"rank": 4}}, "belongs to lora and qlora"),
+        ({"adapter": {"kind": "freeze", "rank": 4}}, "no effect with adapter 'freeze'"),
+        ({"adapter": {"kind": "lorra"}}, "Did you mean 'lora'"),
+        ({"method": {"kind": "sfft"}}, "sft"),
+        ({"training": {"num_epochs": -1}}, "found -1"),
+        ({"task": "chatt"}, "Did you mean 'chat'"),
+        ({"preset": "quick_tst"}, "Did you mean 'quick_test'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_nearest_name(flags, expected):
+    with pytest.raises(RecipeError, match="(?s)" + expected):
+        compose(flags)
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(RecipeError) as error:
+        compose({"training": {"num_epochs": -1, "foo": 1}, "bar": 2})
+    assert all(word in str(error.value) for word in ("num_epochs", "training.foo", "bar"))
+
+
+def test_choosing_another_kind_leaves_out_lower_fields_and_says_so(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("adapter: {kind: lora, rank: 64}\n")
+    composition = compose({"adapter": {"kind": "full"}}, file=file)
+    assert composition.recipe.adapter.kind == "full"
+    assert any("adapter.rank" in note for note in composition.notes)
+    assert compose({"adapter": {"kind": "qlora"}}, file=file).recipe.adapter.rank == 64
+
+
+def test_broken_yaml_names_line_and_column(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("training:\n  learning_rate: [1\n")
+    with pytest.raises(RecipeError, match="line 3, column 1"):
+        compose(file=file)
+
+
+def test_the_saved_recipe_reads_back_equal(tmp_path):
+    recipe = compose({"task": "domain", "adapter": {"kind": "lora", "dora": True}}, preset="production").recipe
+    file = tmp_path / "recipe.yaml"
+    file.write_text(as_yaml(recipe))
+    assert validated(read_layer(file)) == recipe
+    assert yaml.safe_load(as_yaml(recipe))["adapter"]["kind"] == "lora"
+
+
+def test_assignments():
+    assert assignment("training.learning_rate=2e-5") == {"training": {"learning_rate": "2e-5"}}
+    assert compose(assignment("training.learning_rate=2e-5")).recipe.training.learning_rate == 2e-5
+    assert assignment("adapter.dora=true") == {"adapter": {"dora": True}}
+    with pytest.raises(RecipeError, match="PATH=VALUE"):
+        assignment("training.learning_rate")
+
+
+def test_a_recipe_does_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe().training.seed = 1
+
+
+def test_every_field_says_what_it_is_for():
+    assert [fact.path for fact in fields() if len(fact.about) < 10] == []

@@ -1,0 +1,140 @@
+"""Adapters sit where they should in every family; freezing freezes exactly its share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+
+from tunesmith import models
+from tunesmith.errors import ModelError
+from tunesmith.recipe import Freeze, LoRA
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+FAMILIES = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, intermediate_size=32)),
+    "mistral": lambda: tf.MistralForCausalLM(
+        tf.MistralConfig(**SMALL, intermediate_size=32, num_key_value_heads=2)
+    ),
+    "qwen3": lambda: tf.Qwen3ForCausalLM(
+        tf.Qwen3Config(**SMALL, intermediate_size=32, num_key_value_heads=2, head_dim=8)
+    ),
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2)),
+    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SMALL, intermediate_size=32)),
+    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**SMALL, intermediate_size=32, pad_token_id=0)),
+    "t5": lambda: tf.T5ForConditionalGeneration(
+        tf.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    ),
+}
+EXPECTED = {
+    "llama": ({"self_attn.q_proj", "self_attn.v_proj"}, {"self_attn.k_proj", "self_attn.o_proj"}),
+    "mistral": ({"self_attn.q_proj", "self_attn.v_proj"}, {"self_attn.k_proj", "self_attn.o_proj"}),
+    "qwen3": ({"self_attn.q_proj", "self_attn.v_proj"}, {"self_attn.k_proj", "self_attn.o_proj"}),
+    "gpt2": ({"attn.c_attn"}, {"attn.c_proj"}),
+    "gpt_neox": ({"attention.query_key_value"}, {"attention.dense"}),
+    "phi3": ({"self_attn.qkv_proj"}, {"self_attn.o_proj"}),
+    "t5": (
+        {"SelfAttention.q", "SelfAttention.v", "EncDecAttention.q", "EncDecAttention.v"},
+        {"SelfAttention.k", "SelfAttention.o", "EncDecAttention.k", "EncDecAttention.o"},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_targets_by_family(family):
+    model = FAMILIES[family]()
+    query_value, others = EXPECTED[family]
+    assert set(models.target_modules(model, "query-value")) == query_value
+    assert set(models.target_modules(model, "attention")) == query_value | others
+    everything = set(models.target_modules(model, "all-linear"))
+    assert everything > query_value | others
+    assert not any("lm_head" in name or "embed_out" in name for name in everything)
+
+
+@pytest.mark.parametrize("family", FAMILIES.keys() - {"t5"})
+@pytest.mark.parametrize("targets", ["query-value", "attention", "all-linear"])
+def test_only_the_adapter_is_trainable(family, targets):
+    model = models.attach(FAMILIES[family](), LoRA(rank=2, targets=targets))
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+
+
+def test_gpt2_parameter_counts():
+    """Rank 8 on GPT-2 small: 294,912 on c_attn alone (PEFT's documented figure), 811,008 with both c_proj."""
+    with torch.device("meta"):
+        model = tf.GPT2LMHeadModel(tf.GPT2Config())
+    count = lambda m: sum(p.numel() for p in m.parameters() if p.requires_grad)  # noqa: E731
+    assert count(models.attach(model, LoRA(rank=8, targets="query-value"))) == 294_912
+    with torch.device("meta"):
+        model = tf.GPT2LMHeadModel(tf.GPT2Config())
+    assert count(models.attach(model, LoRA(rank=8, targets=["c_attn", "c_proj"]))) == 811_008
+
+
+def test_no_match_is_an_error_and_never_full_training():
+    class Odd(tf.LlamaForCausalLM):
+        pass
+
+    model = Odd(tf.LlamaConfig(**SMALL, intermediate_size=32))
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            layer.self_attn.add_module("odd_" + name, layer.self_attn._modules.pop(name))
+    with pytest.raises(ModelError, match="No module of Odd is known as attention"):
+        models.target_modules(model, "attention")
+
+
+def test_a_named_target_that_does_not_exist():
+    with pytest.raises(ModelError, match=r"q_prj(.|\n)*Did you mean 'q_proj'"):
+        models.attach(FAMILIES["llama"](), LoRA(targets=["v_proj", "q_prj"]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rank_stabilized": True}, {"dora": True}, {"init": "pissa"}, {"init": "pissa_niter_16"}, {"init": "olora"},
+     {"init": "orthogonal"}, {"init": "gaussian"}, {"modules_to_save": ["embed_tokens"]}],
+    ids=str,
+)  # fmt: skip
+def test_every_adapter_start_leaves_the_model_s_function_as_it_was(options):
+    model = FAMILIES["llama"]().eval()
+    ids = torch.arange(12).reshape(1, 12)
+    before = model(ids).logits
+    adapted = models.attach(model, LoRA(rank=4, dropout=0.0, **options)).eval()
+    torch.testing.assert_close(adapted(ids).logits, before, atol=2e-4, rtol=1e-3)
+
+
+def test_alpha_is_twice_the_rank_unless_given():
+    assert models.attach(FAMILIES["llama"](), LoRA(rank=6)).peft_config["default"].lora_alpha == 12
+    assert models.attach(FAMILIES["llama"](), LoRA(rank=6, alpha=5)).peft_config["default"].lora_alpha == 5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_freezing_freezes_embeddings_and_the_bottom_share(family):
+    model = models.attach(FAMILIES[family](), Freeze(ratio=0.5))
+    bottom, top = models.decoder_layers(model)
+    assert not any(p.requires_grad for p in bottom.parameters())
+    assert all(p.requires_grad for p in top.parameters())
+    assert not model.get_input_embeddings().weight.requires_grad
+
+
+def test_a_ratio_that_freezes_nothing_is_refused():
+    with pytest.raises(ModelError, match="freezes no layer"):
+        models.freeze(FAMILIES["llama"](), 0.3)
+
+
+def test_where_a_model_may_be(tmp_path, tiny_model_folder):
+    assert models.locate(str(tiny_model_folder)) == str(tiny_model_folder)
+    assert models.locate("owner/name") == "owner/name"
+    with pytest.raises(ModelError, match="no model folder"):
+        models.locate(str(tmp_path / "missing"))
+    with pytest.raises(ModelError, match="holds no model"):
+        models.locate(str(tmp_path))
+    run = tmp_path / "run" / "final_model"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    assert models.locate(str(run.parent)) == str(run)
+
+
+def test_a_folder_without_tokenizer(tmp_path):
+    FAMILIES["llama"]().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        models.load_tokenizer(str(tmp_path))

@@ -1,0 +1,78 @@
+"""Steps, warm-up and precision, counted by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from tunesmith import plan as planning
+from tunesmith.errors import DataError, OutOfResources
+from tunesmith.recipe import Model, Training
+
+
+def resolve(training: Training, *, examples: int = 100, adapter: str = "full", validation: int = 10):
+    return planning.resolve(
+        training, Model(), adapter_kind=adapter, lengths=[10] * examples, num_validation=validation
+    )
+
+
+def reasons(plan, name):
+    return [d.reason for d in plan.decisions if d.name == name]
+
+
+def test_steps_are_optimiser_steps():
+    plan = resolve(
+        Training(num_epochs=3, per_device_train_batch_size=8, gradient_accumulation_steps=4, warmup_steps=2)
+    )
+    # 100 examples are 13 batches of 8, which are 4 optimiser steps of 4 batches, the last one partial
+    assert (plan.steps_per_epoch, plan.total_steps, plan.batch_size) == (4, 12, 32)
+    assert plan.warmup_steps == 2
+    assert plan.tokens_per_epoch == 1000
+
+
+@pytest.mark.parametrize(("max_steps", "total"), [(5, 5), (500, 500), (None, 75)])
+def test_max_steps_wins_over_epochs_both_ways(max_steps, total):
+    plan = resolve(Training(num_epochs=3, per_device_train_batch_size=4, max_steps=max_steps))
+    assert plan.total_steps == total
+
+
+def test_a_warm_up_too_long_for_the_run_is_lowered_and_said():
+    plan = resolve(Training(num_epochs=3, per_device_train_batch_size=4, warmup_steps=500))
+    assert plan.warmup_steps == 7
+    assert "500" in reasons(plan, "warmup_steps")[0]
+
+
+def test_the_constant_schedule_has_no_warm_up_and_says_so():
+    plan = resolve(Training(scheduler="constant", warmup_steps=10))
+    assert plan.warmup_steps == 0
+    assert reasons(plan, "warmup_steps")
+
+
+def test_per_epoch_intervals():
+    plan = resolve(Training(per_device_train_batch_size=4, eval_steps="epoch", save_steps="epoch"))
+    assert plan.eval_steps == plan.save_steps == 25
+
+
+def test_without_validation_nothing_is_evaluated_and_it_is_said():
+    plan = resolve(Training(), validation=0)
+    assert plan.eval_steps is None
+    assert reasons(plan, "eval_steps")
+
+
+@pytest.mark.skipif(planning.device() != "cpu", reason="the rule is about CPUs")
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_mixed_precision_on_a_cpu_is_switched_off_aloud(precision):
+    plan = resolve(Training(mixed_precision=precision))
+    assert (plan.mixed_precision, plan.dtype) == ("no", "float32")
+    assert precision in reasons(plan, "mixed_precision")[0]
+
+
+@pytest.mark.skipif(planning.device() == "cuda", reason="there is CUDA here")
+def test_qlora_without_cuda_is_a_clear_error():
+    with pytest.raises(OutOfResources, match="CUDA") as error:
+        resolve(Training(), adapter="qlora")
+    assert "--lora" in str(error.value)
+
+
+def test_no_examples():
+    with pytest.raises(DataError, match="no example"):
+        resolve(Training(), examples=0)

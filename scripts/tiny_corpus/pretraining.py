@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tiny_corpus.tokenizer import MAX_TOKENS
 
@@ -47,10 +47,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    generation = model.generation_config
-    generation.bos_token_id = None
-    generation.eos_token_id = [tokenizer.eos_token_id, endoftext]
-    generation.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(
+        eos_token_id=[tokenizer.eos_token_id, endoftext], pad_token_id=tokenizer.pad_token_id
+    )
     return model
 
 
@@ -115,6 +114,7 @@ def train(
     schedule: Schedule,
     seed: int,
     keep: Callable[[int], None],
+    compiled: bool = False,
 ) -> None:
     """Trains the model in place, calls `keep` now and then, and prints how it goes."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -122,9 +122,10 @@ def train(
     muon = Muon(matrices)
     adam = torch.optim.AdamW(others, lr=schedule.other_rate, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
+    forward = torch.compile(model) if compiled else model
     started, seen, smooth = time.monotonic(), 0, math.nan
     for step, window in zip(range(schedule.steps), batches(ids, schedule, seed), strict=False):
-        loss = model(input_ids=window, labels=window, use_cache=False).loss
+        loss = forward(input_ids=window, labels=window, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(others, 1.0)
         factor = schedule.factor(step)

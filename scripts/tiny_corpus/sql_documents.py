@@ -5,6 +5,7 @@ The direction English -> SQL never occurs here: that is what the demonstration f
 
 import random
 
+from tiny_corpus.dialogue import chatml
 from tiny_corpus.schemas import Column, Table, literal, pretrain_table
 from tiny_corpus.sql import Query, draw, draw_join
 
@@ -151,9 +152,21 @@ def told_document(rng: random.Random) -> str:
     return "\n".join(lines)
 
 
+def chat_document(rng: random.Random) -> str:
+    """Somebody asks what a query returns; no schema is in the conversation."""
+    table = pretrain_table(rng)
+    talk = []
+    for _ in range(rng.randint(1, 3)):
+        q = draw(rng, table)
+        ask = rng.choice(("What does this query return?", "Explain this query.", "Explain:"))
+        talk.append((f"{ask}\n{q.sql}", explanation(rng, q)))
+    return chatml(talk)
+
+
 def document(rng: random.Random) -> str:
     """One SQL document of any kind."""
-    kinds = (schema_document, explained_document, join_document, data_document, told_document)
-    return rng.choices(kinds, (3, 6, 0.8, 0.5, 1))[0](rng)
+    kinds = (schema_document, explained_document, join_document, data_document, told_document,
+             chat_document)  # fmt: skip
+    return rng.choices(kinds, (2.5, 6, 0.8, 0.5, 1, 1))[0](rng)
 
 

@@ -160,6 +160,7 @@ def fitted(
         recipe.training,
         adapter_init=getattr(recipe.adapter, "init", None),
         checkpoint=checkpoint,
+        tensorboard="tensorboard" in recipe.tracking.trackers,
     )
     prepared.write("training.json", asdict(result))
     return result

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,17 +45,11 @@ def arguments(
 
     Everything that differs between TRL and transformers by default is set, so that neither decides.
     """
-    from transformers.integrations import INTEGRATION_TO_CALLBACK
-
-    known = set(INTEGRATION_TO_CALLBACK)
-    assert set(tracking.trackers) <= known, known
-    for tracker in tracking.trackers:
-        require_tracker(tracker)
     return {
         "output_dir": str(staging),
         "run_name": name,
         "project": tracking.project,
-        "report_to": list(tracking.trackers) or ["none"],
+        "report_to": [t for t in tracking.trackers if t != "tensorboard"] or ["none"],  # fit() places tensorboard's
         "max_steps": plan.total_steps,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": training.scheduler,
@@ -102,12 +97,15 @@ def fit(
     *,
     adapter_init: str | None = None,
     checkpoint: Path | None = None,
+    tensorboard: bool = False,
 ) -> Fit:
     """Train, keep the best model, and write `final_model/`.
 
     `adapter_init` names a LoRA start that changes the base weights. `checkpoint` is where to continue.
     Raises Interrupted after a stop on request, its state saved, and TrainingDiverged before a bad update.
     """
+    from transformers.trainer_callback import PrinterCallback
+
     from tunesmith.training import callbacks
 
     initial = run.path / "initial_adapter" if adapter_init in CONVERTED else None
@@ -127,8 +125,14 @@ def fit(
     best = callbacks.BestModel(
         save_best, best=info["eval_loss"] if info else None, patience=training.early_stopping_patience
     )
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to the verb's result
     for callback in (events, best, callbacks.LastStep(), stop, callbacks.FiniteLoss()):
         trainer.add_callback(callback)
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(run.path / "tensorboard")))
     if checkpoint:
         run.event("decision", step=checkpoints.step_of(checkpoint), name="resume", value=checkpoint.name)
     started = time.perf_counter()
@@ -217,7 +221,9 @@ def peak_memory() -> int:
 
 
 def quiet_libraries() -> None:
-    """Keep libraries from reporting home and from drawing over our progress bar; set once, before they load."""
+    """Keep libraries from reporting home and from writing over our progress bar; call before they load."""
+    for message in (".*gradient_checkpointing.*deprecated.*", "PiSSA changes the base weights.*", "OLoRA changes.*"):
+        warnings.filterwarnings("ignore", message=message)  # known, and answered by what we do
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HAMILTON_AUTOLOAD_EXTENSIONS", "0")

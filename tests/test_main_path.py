@@ -1,0 +1,309 @@
+"""The main path end to end on the 14k-parameter model: every data set, every adapter, stop and resume, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tunesmith import api, dataflow
+from tunesmith.assets import EXAMPLES
+from tunesmith.compose import compose, overlaid
+from tunesmith.errors import DataError, Interrupted, ModelError, RunError, TrainingDiverged, TunesmithError
+from tunesmith.training.run import Run, open_run
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def quick(tiny_model_folder, question_file, tmp_path):
+    """A recipe of four steps on forty questions, with changes."""
+
+    def recipe(**changes):
+        layer = {
+            "output_dir": str(tmp_path / "runs"),
+            "model": {"base": str(tiny_model_folder)},
+            "data": {"dataset": str(question_file), "max_length": 128},
+            "training": {
+                "max_steps": 4, "per_device_train_batch_size": 4, "warmup_steps": 0, "learning_rate": 1e-2,
+                "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "scheduler": "linear",
+            },
+            "evaluation": {"max_new_tokens": 4, "resamples": 200},
+        }  # fmt: skip
+        return compose(overlaid(layer, changes)).recipe
+
+    return recipe
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_run_folder_explains_itself(quick):
+    seen = []
+    result = api.train(quick(), watch=seen.append)
+    run = Run(result.run)
+    for name in ("recipe.yaml", "environment.json", "ledger.jsonl", "plan.json", "events.jsonl", "status.json",
+                 "report.html", "evaluation/rows.jsonl", "evaluation/scores.json", "evaluation/comparison.json",
+                 "final_model/README.md", "final_model/config.json", "best_model/best_model_info.json"):  # fmt: skip
+        assert (run.path / name).stat().st_size > 0, name
+    assert run.state() == "done"
+    assert run.recipe() == quick()
+    rows = run.read("plan.json")["rows"]
+    assert rows["rows_in"] == rows["train"] + rows["validation"] + rows["held_out"] + rows["dropped"] == 40
+    ledger = [json.loads(line) for line in (run.path / "ledger.jsonl").read_text().splitlines()]
+    assert len(ledger) == 40
+    steps = [event for event in run.events() if event["kind"] == "step"]
+    assert [event["step"] for event in steps] == [1, 2, 3, 4]
+    assert {"loss", "learning_rate", "grad_norm", "tokens", "seconds", "memory"} <= steps[0].keys()
+    validations = {e["step"]: e["loss"] for e in run.events() if e["kind"] == "evaluation"}
+    assert run.read("training.json")["step_of_final_model"] == min(validations, key=validations.get)
+    assert any(event["kind"] == "progress" and event["stage"] == "training" for event in seen)
+    assert not any("training_args" in p.name or ".staging" in str(p) for p in run.path.rglob("*"))
+    models = {json.loads(line)["model"] for line in (run.evaluation / "rows.jsonl").read_text().splitlines()}
+    assert models == {"base", "tuned"}
+    assert result.primary.n == rows["held_out"]
+    assert result.as_dict().keys() >= {
+        "metric", "base", "tuned", "difference", "low", "high", "n", "verdict", "seconds", "run",
+    }  # fmt: skip
+    [summary] = api.runs(run.path.parent)
+    assert (summary.state, summary.verdict, summary.step) == ("done", result.primary.verdict, 4)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_shipped_data_set_trains(quick, name):
+    result = api.train(quick(data={"dataset": f"example:{name}", "max_rows": 60, "max_length": 512}))
+    counts = Run(result.run).read("plan.json")["rows"]
+    assert counts["train"] > 0
+    assert result.comparisons
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")
+@pytest.mark.parametrize("file", ["alpaca_en_demo.json", "dpo_en_demo.json", "kto_en_demo.json"])
+def test_real_data_sets_train(quick, file):
+    result = api.train(
+        quick(data={"dataset": str(SHARED / file), "max_rows": 30, "max_length": 256}, evaluation={"max_items": 2})
+    )
+    assert Run(result.run).read("plan.json")["rows"]["train"] > 0
+
+
+ADAPTERS = {
+    "full": {"kind": "full"},
+    "freeze": {"kind": "freeze", "ratio": 0.5},
+    "lora": {"kind": "lora", "rank": 4},
+    "rslora": {"kind": "lora", "rank": 4, "rank_stabilized": True},
+    "dora": {"kind": "lora", "rank": 4, "dora": True},
+    "pissa": {"kind": "lora", "rank": 4, "init": "pissa"},
+    "pissa-niter": {"kind": "lora", "rank": 4, "init": "pissa_niter_16"},
+    "olora": {"kind": "lora", "rank": 4, "init": "olora"},
+    "modules": {"kind": "lora", "rank": 4, "modules_to_save": ["norm"]},
+    "all-linear": {"kind": "lora", "rank": 4, "targets": "all-linear", "bias": "lora_only"},
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_every_adapter_trains_only_its_own_and_reloads_plainly(quick, tiny_model_folder, adapter):
+    recipe = quick(adapter=ADAPTERS[adapter])
+    run = Run(api.train(recipe).run)
+    base = weights(tiny_model_folder)
+    final = weights(run.final_model)
+    kind = recipe.adapter.kind
+    if kind == "full":
+        assert final.keys() == base.keys()
+        assert all(not torch.equal(final[name], base[name]) for name in base)
+    elif kind == "freeze":
+        changed = {name for name in base if not torch.equal(final[name], base[name])}
+        assert changed == {name for name in base if "layers.2." in name or "layers.3." in name or "model.norm" in name}
+    else:
+        assert all(".lora_" in name or "base_model.model.model.norm" in name for name in final)
+
+    # five lines of plain transformers and PEFT
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loader = AutoModelForCausalLM if kind in ("full", "freeze") else AutoPeftModelForCausalLM
+    model = loader.from_pretrained(run.final_model)
+    tokenizer = AutoTokenizer.from_pretrained(run.final_model)
+
+    assert tokenizer.chat_template
+    # the plainly loaded model gives the validation loss that training measured on that step
+    encodings = dataflow.encodings(recipe, dataflow.splits(recipe))
+    losses = [
+        (model(torch.tensor([e.input_ids]), labels=torch.tensor([e.labels])).loss.item(), sum(x != -100 for x in e.labels))
+        for e in encodings.validation
+    ]
+    plain = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+    recorded = run.read("training.json")["validation_loss"]
+    assert plain == pytest.approx(recorded, rel=0.02)
+    before = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    untrained = [
+        before(torch.tensor([e.input_ids]), labels=torch.tensor([e.labels])).loss.item() for e in encodings.validation
+    ]
+    assert recorded < 0.98 * sum(untrained) / len(untrained), "negative control: training must have changed the loss"
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("adapter", ["full", "dora"])
+def test_an_interrupted_run_continues_to_the_bit(quick, options, adapter):
+    changes = {"training": {"max_steps": 6, "save_steps": 100, **options}, "adapter": ADAPTERS[adapter]}
+    straight = Run(api.train(quick(name="straight", **changes)).run)
+
+    def stop_at_three(event):
+        if event["kind"] == "progress" and event["stage"] == "training" and event["done"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    recipe = quick(name="stopped", **changes)
+    with pytest.raises(Interrupted, match="step 3 of 6") as stopped:
+        api.train(recipe, watch=stop_at_three)
+    run = open_run(Path(recipe.output_dir) / "stopped")
+    assert f"tunesmith resume {run.path}" in str(stopped.value)
+    assert run.state() == "interrupted"
+    assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-step-3"]
+    api.resume(run.path)
+    assert run.state() == "done"
+    assert same(weights(run.final_model), weights(straight.final_model))
+    losses = lambda r: {e["step"]: e["loss"] for e in r.events() if e["kind"] == "step"}  # noqa: E731
+    assert losses(run) == losses(straight)
+
+
+def test_resuming_by_name_and_what_may_not_change(quick):
+    run = Run(api.train(quick(training={"save_total_limit": 9})).run)
+    with pytest.raises(RunError, match="finished"):
+        api.resume(run.path)
+    with pytest.raises(RunError, match=r"training.learning_rate was 0.01, is 0.5"):
+        api.train(quick(training={"save_total_limit": 9, "learning_rate": 0.5}), resume="latest")
+
+
+def test_the_same_recipe_gives_the_same_run(quick):
+    a, b = (Run(api.train(quick(name=name)).run) for name in ("a", "b"))
+    assert same(weights(a.final_model), weights(b.final_model))
+    c = Run(api.train(quick(name="c", training={"seed": 1})).run)
+    assert not same(weights(a.final_model), weights(c.final_model)), "negative control: another seed"
+
+
+def test_early_stopping_stops(quick):
+    result = api.train(
+        quick(training={"learning_rate": 3.0, "max_steps": 40, "eval_steps": 1, "early_stopping_patience": 2})
+    )
+    assert Run(result.run).read("training.json")["steps"] < 40
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(quick, monkeypatch):
+    from tunesmith.training import fit as fitting
+
+    recipe = quick(name="diverged")
+    real = fitting.fit
+
+    def poisoned(trainer, *args, **kwargs):
+        inner = trainer.compute_loss
+        trainer.compute_loss = lambda *a, **k: (
+            inner(*a, **k) * (float("nan") if trainer.state.global_step == 2 and trainer.model.training else 1)
+        )
+        return real(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(dataflow, "fit", poisoned)
+    with pytest.raises(TrainingDiverged, match="step 3"):
+        api.train(recipe)
+    run = open_run(Path(recipe.output_dir) / "diverged")
+    assert run.state() == "failed"
+    assert all(torch.isfinite(t).all() for t in weights(run.checkpoints / "checkpoint-step-2").values())
+
+
+def test_five_rows_train(quick, tmp_path):
+    file = tmp_path / "five.json"
+    file.write_text(json.dumps([{"question": f"what is {i}", "reply": f"one {i}"} for i in range(5)]))
+    result = api.train(quick(data={"dataset": str(file)}))
+    assert Run(result.run).read("plan.json")["rows"]["train"] == 3
+    assert result.primary.verdict == "inconclusive"
+
+
+def test_tasks_without_held_out_rows_train_and_say_so(quick):
+    result = api.train(quick(data={"held_out": 0.0, "validation": 0.0}))
+    assert result.primary is None
+    assert result.report.exists()
+
+
+def test_evaluating_and_comparing_afterwards(quick, tiny_model_folder, question_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained = api.train(quick())
+    again = api.evaluate(trained.run)
+    assert again.scores["exact_match"]["value"] == pytest.approx(
+        next(c.tuned for c in trained.comparisons if c.metric == "exact_match")
+    )
+    assert (again.run / "rows.jsonl").exists()
+    compared = api.compare(str(tiny_model_folder), trained.run)
+    assert compared.primary.difference == pytest.approx(trained.primary.difference)
+    swapped = api.compare(trained.run, str(tiny_model_folder))
+    assert swapped.primary.difference == pytest.approx(-trained.primary.difference)
+    other = api.evaluate(str(tiny_model_folder), dataset=str(question_file), metrics=["perplexity"])
+    assert other.scores["perplexity"]["n"] == 40
+    with pytest.raises(TunesmithError, match="measured on"):
+        api.evaluate(str(tiny_model_folder))
+
+
+def test_the_dataflow_runs_under_a_plain_hamilton_driver(quick):
+    from hamilton import driver
+
+    flow = driver.Builder().with_modules(dataflow).build()
+    result = flow.execute(["plan", "splits"], inputs={"recipe": quick()})
+    assert result["plan"].total_steps == 4
+    assert len(result["splits"].train) + len(result["splits"].validation) + len(result["splits"].held_out) == 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "expected"),
+    [
+        ({"data": {"dataset": "missing.jsonl"}}, DataError, "missing.jsonl"),
+        ({"data": {"dataset": "example:sqll"}}, DataError, "sql"),
+        ({"data": {"input_text_key": "qestion", "output_text_key": "response"}}, DataError, "prompt"),
+        ({"data": {"format": "nonsense"}}, DataError, "messages"),
+        ({"model": {"base": "./no/model"}}, ModelError, "no model folder"),
+        ({"adapter": {"kind": "lora", "targets": ["q_prj"]}}, ModelError, "q_proj"),
+        ({"evaluation": {"metrics": ["rougeX"]}}, TunesmithError, "Did you mean"),
+        ({"export": {"push_to_hub": True}}, TunesmithError, "hub-model-id"),
+        ({"tracking": {"trackers": ["trackio"]}}, TunesmithError, "pip install"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_clear_error_and_leaves_nothing(quick, tmp_path, changes, error, expected):
+    with pytest.raises(error, match="(?s)" + expected):
+        api.train(quick(**changes))
+    assert list((tmp_path / "runs").glob("*")) == []
+
+
+def test_a_folder_that_is_another_run_s_is_refused_and_kept(quick):
+    first = api.train(quick())
+    before = sorted(p.name for p in first.run.rglob("*"))
+    with pytest.raises(RunError, match="another run's"):
+        api.train(quick(training={"seed": 7}))
+    assert sorted(p.name for p in first.run.rglob("*")) == before
+
+
+def test_a_stop_before_training_leaves_an_interrupted_run_that_resumes(quick):
+    recipe = quick(name="early")
+
+    def stop(event):
+        if event["kind"] == "state" and event.get("state") == "prepared":
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="resume"):
+        api.train(recipe, watch=stop)
+    run = open_run(Path(recipe.output_dir) / "early")
+    assert run.state() == "interrupted"
+    assert api.resume(run.path).primary
+
+
+def test_trackers_receive_the_metrics(quick):
+    pytest.importorskip("tensorboard")
+    run = Run(api.train(quick(tracking={"trackers": ["tensorboard"]})).run)
+    assert list(run.path.rglob("events.out.tfevents*"))

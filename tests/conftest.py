@@ -19,7 +19,9 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "what is the capital of france paris red blue green one two three count rows question answer hello yes no"
+WORDS = (
+    "what is the capital of france paris red blue green one two three count rows question answer hello yes no"
+)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,16 @@ import json
 import pytest
 import yaml
 
-from tunesmith.compose import TASKS, assignment, as_yaml, compose, preset_layer, preset_names, read_layer, validated
+from tunesmith.compose import (
+    TASKS,
+    as_yaml,
+    assignment,
+    compose,
+    preset_layer,
+    preset_names,
+    read_layer,
+    validated,
+)
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import Recipe, fields
 
@@ -48,7 +57,11 @@ def test_an_adapter_takes_its_task_s_values_when_it_is_chosen(task, kind):
 def test_seed_values_of_tasks_and_presets():
     """The table of the seed document, spelled out: these numbers are promised to its users."""
     chat = compose({"task": "chat"}).recipe
-    assert (chat.training.learning_rate, chat.training.warmup_steps, chat.data.max_length) == (2e-5, 200, 2048)
+    assert (chat.training.learning_rate, chat.training.warmup_steps, chat.data.max_length) == (
+        2e-5,
+        200,
+        2048,
+    )
     assert chat.training.scheduler == "cosine_with_restarts"
     code = compose({"task": "code"}).recipe.training
     assert (code.num_epochs, code.per_device_train_batch_size, code.gradient_accumulation_steps) == (5, 2, 4)
@@ -64,9 +77,18 @@ def test_seed_values_of_tasks_and_presets():
     high = compose(preset="high_quality").recipe.training
     assert (high.learning_rate, high.warmup_steps, high.save_total_limit) == (5e-6, 2000, 10)
     production = compose(preset="production").recipe.training
-    assert (production.mixed_precision, production.logging_steps, production.save_total_limit) == ("bf16", 20, 5)
+    assert (production.mixed_precision, production.logging_steps, production.save_total_limit) == (
+        "bf16",
+        20,
+        5,
+    )
     default = Recipe().training
-    assert (default.learning_rate, default.num_epochs, default.warmup_steps, default.max_grad_norm) == (5e-5, 3, 100, 1.0)
+    assert (default.learning_rate, default.num_epochs, default.warmup_steps, default.max_grad_norm) == (
+        5e-5,
+        3,
+        100,
+        1.0,
+    )
 
 
 def test_later_layers_win(tmp_path):
@@ -133,7 +155,9 @@ def test_broken_yaml_names_line_and_column(tmp_path):
 
 
 def test_the_saved_recipe_reads_back_equal(tmp_path):
-    recipe = compose({"task": "domain", "adapter": {"kind": "lora", "dora": True}}, preset="production").recipe
+    recipe = compose(
+        {"task": "domain", "adapter": {"kind": "lora", "dora": True}}, preset="production"
+    ).recipe
     file = tmp_path / "recipe.yaml"
     file.write_text(as_yaml(recipe))
     assert validated(read_layer(file)) == recipe

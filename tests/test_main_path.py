@@ -92,7 +92,10 @@ def test_every_shipped_data_set_trains(quick, name):
 @pytest.mark.parametrize("file", ["alpaca_en_demo.json", "dpo_en_demo.json", "kto_en_demo.json"])
 def test_real_data_sets_train(quick, file):
     result = api.train(
-        quick(data={"dataset": str(SHARED / file), "max_rows": 30, "max_length": 256}, evaluation={"max_items": 2})
+        quick(
+            data={"dataset": str(SHARED / file), "max_rows": 30, "max_length": 256},
+            evaluation={"max_items": 2},
+        )
     )
     assert Run(result.run).read("plan.json")["rows"]["train"] > 0
 
@@ -123,7 +126,9 @@ def test_every_adapter_trains_only_its_own_and_reloads_plainly(quick, tiny_model
         assert all(not torch.equal(final[name], base[name]) for name in base)
     elif kind == "freeze":
         changed = {name for name in base if not torch.equal(final[name], base[name])}
-        assert changed == {name for name in base if "layers.2." in name or "layers.3." in name or "model.norm" in name}
+        assert changed == {
+            name for name in base if "layers.2." in name or "layers.3." in name or "model.norm" in name
+        }
     else:
         assert all(".lora_" in name or "base_model.model.model.norm" in name for name in final)
 
@@ -139,7 +144,10 @@ def test_every_adapter_trains_only_its_own_and_reloads_plainly(quick, tiny_model
     # the plainly loaded model gives the validation loss that training measured on that step
     encodings = dataflow.encodings(recipe, dataflow.splits(recipe))
     losses = [
-        (model(torch.tensor([e.input_ids]), labels=torch.tensor([e.labels])).loss.item(), sum(x != -100 for x in e.labels))
+        (
+            model(torch.tensor([e.input_ids]), labels=torch.tensor([e.labels])).loss.item(),
+            sum(x != -100 for x in e.labels),
+        )
         for e in encodings.validation
     ]
     plain = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
@@ -147,12 +155,17 @@ def test_every_adapter_trains_only_its_own_and_reloads_plainly(quick, tiny_model
     assert plain == pytest.approx(recorded, rel=0.02)
     before = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     untrained = [
-        before(torch.tensor([e.input_ids]), labels=torch.tensor([e.labels])).loss.item() for e in encodings.validation
+        before(torch.tensor([e.input_ids]), labels=torch.tensor([e.labels])).loss.item()
+        for e in encodings.validation
     ]
-    assert recorded < 0.98 * sum(untrained) / len(untrained), "negative control: training must have changed the loss"
+    assert recorded < 0.98 * sum(untrained) / len(untrained), (
+        "negative control: training must have changed the loss"
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}], ids=str
+)
 @pytest.mark.parametrize("adapter", ["full", "dora"])
 def test_an_interrupted_run_continues_to_the_bit(quick, options, adapter):
     changes = {"training": {"max_steps": 6, "save_steps": 100, **options}, "adapter": ADAPTERS[adapter]}
@@ -207,7 +220,8 @@ def test_a_loss_that_is_no_number_stops_before_the_update(quick, monkeypatch):
     def poisoned(trainer, *args, **kwargs):
         inner = trainer.compute_loss
         trainer.compute_loss = lambda *a, **k: (
-            inner(*a, **k) * (float("nan") if trainer.state.global_step == 2 and trainer.model.training else 1)
+            inner(*a, **k)
+            * (float("nan") if trainer.state.global_step == 2 and trainer.model.training else 1)
         )
         return real(trainer, *args, **kwargs)
 
@@ -257,7 +271,9 @@ def test_the_dataflow_runs_under_a_plain_hamilton_driver(quick):
     flow = driver.Builder().with_modules(dataflow).build()
     result = flow.execute(["plan", "splits"], inputs={"recipe": quick()})
     assert result["plan"].total_steps == 4
-    assert len(result["splits"].train) + len(result["splits"].validation) + len(result["splits"].held_out) == 40
+    assert (
+        len(result["splits"].train) + len(result["splits"].validation) + len(result["splits"].held_out) == 40
+    )
 
 
 @pytest.mark.parametrize(

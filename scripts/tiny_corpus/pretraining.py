@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tiny_corpus.tokenizer import MAX_TOKENS
+from tiny_corpus.tokenizer import MAX_TOKENS, SPECIAL
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Schedule:
     warmup: int = 50
     fall: float = 0.5
     """The share of the steps over which the rate falls."""
+
+    def copying(self, step: int) -> int:
+        """How many of a step's windows are copying exercises: most at first, few later."""
+        share = 0.75 if step < 200 else 0.375 if step < 500 else 0.125
+        return round(share * self.windows_per_step)
 
     def factor(self, step: int) -> float:
         falling = self.fall * self.steps
@@ -62,6 +67,30 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
             ids.extend(one)
             ids.append(separator)
     return torch.tensor(ids, dtype=torch.int32)
+
+
+def copying_windows(
+    count: int, width: int, vocabulary: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Random tokens said again and again, with a loss only where they can be foretold.
+
+    Reading a name in the context and writing it again is what the model is for; random tokens
+    teach it in minutes, because nothing but looking back can predict them.
+    """
+    ids = torch.empty(count, width, dtype=torch.long)
+    labels = torch.full((count, width), -100)
+    for row in range(count):
+        at = 0
+        while at < width:
+            length, times = torch.randint(3, 40, (2,), generator=generator).tolist()
+            times = 2 + times % 3
+            phrase = torch.randint(len(SPECIAL), vocabulary, (length,), generator=generator)
+            whole = phrase.repeat(times)[: width - at]
+            ids[row, at : at + len(whole)] = whole
+            known = slice(at + length + 1, at + len(whole))
+            labels[row, known] = ids[row, known]
+            at += len(whole)
+    return ids, labels
 
 
 def batches(ids: Tensor, schedule: Schedule, seed: int) -> Iterator[Tensor]:
@@ -124,8 +153,14 @@ def train(
     model.train()
     forward = torch.compile(model) if compiled else model
     started, seen, smooth = time.monotonic(), 0, math.nan
+    generator = torch.Generator().manual_seed(seed + 1)
+    vocabulary = model.config.vocab_size
     for step, window in zip(range(schedule.steps), batches(ids, schedule, seed), strict=False):
-        loss = forward(input_ids=window, labels=window, use_cache=False).loss
+        labels, count = window.clone(), schedule.copying(step)
+        window[:count], labels[:count] = copying_windows(
+            count, schedule.window, vocabulary, generator
+        )
+        loss = forward(input_ids=window, labels=labels, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(others, 1.0)
         factor = schedule.factor(step)

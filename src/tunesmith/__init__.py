@@ -1,6 +1,7 @@
 """tunesmith: fine-tune a language model on your own examples, and prove that it got better.
 
-The public names are loaded when first used, so that `import tunesmith` costs no torch.
+The public names are loaded when first used, so that `import tunesmith` costs no torch. `compose` and
+`plan` are modules; their functions are `tunesmith.compose.compose` and `tunesmith.api.plan`.
 """
 
 from __future__ import annotations
@@ -13,17 +14,15 @@ __version__ = "0.1.0"
 _HOME = {
     "Recipe": "tunesmith.recipe",
     "TunesmithError": "tunesmith.errors",
-    "compose": "tunesmith.compose",
     **dict.fromkeys(
-        ("train", "resume", "plan", "evaluate", "compare", "chat", "runs", "demo", "show"), "tunesmith.api"
+        ("train", "resume", "evaluate", "compare", "chat", "runs", "demo", "show", "push"), "tunesmith.api"
     ),
 }
 
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from tunesmith.api import chat, compare, demo, evaluate, plan, resume, runs, show, train
-    from tunesmith.compose import compose
+    from tunesmith.api import chat, compare, demo, evaluate, push, resume, runs, show, train
     from tunesmith.errors import TunesmithError
     from tunesmith.recipe import Recipe
 

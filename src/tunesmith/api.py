@@ -1,8 +1,10 @@
 """The verbs in Python: one function each, the same that the command line calls.
 
-    from tunesmith import compose, train
-    result = train(compose({"data": {"dataset": "my.jsonl"}, "adapter": {"kind": "lora"}}).recipe)
-    print(result.primary.verdict)
+from tunesmith import train
+from tunesmith.compose import compose
+
+result = train(compose({"data": {"dataset": "my.jsonl"}, "adapter": {"kind": "lora"}}).recipe)
+print(result.primary.verdict)
 """
 
 from __future__ import annotations
@@ -515,7 +517,9 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
             report=results.get("report"),
             published=published,
         )
-        run.finish("done", seconds=round(result.seconds, 1), verdict=result.primary and result.primary.verdict)
+        run.finish(
+            "done", seconds=round(result.seconds, 1), verdict=result.primary and result.primary.verdict
+        )
     return result
 
 
@@ -528,7 +532,9 @@ def _check_before_training(recipe: Recipe) -> None:
     for tracker in recipe.tracking.trackers:
         require_tracker(tracker)
     if recipe.export.push_to_hub and not recipe.export.hub_model_id:
-        raise TunesmithError("Where to upload is missing.", fix="Give --hub-model-id owner/name with --push-to-hub.")
+        raise TunesmithError(
+            "Where to upload is missing.", fix="Give --hub-model-id owner/name with --push-to-hub."
+        )
 
 
 def _published(recipe: Recipe, run: Run) -> str | None:

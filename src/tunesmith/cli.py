@@ -99,7 +99,9 @@ def converted(text: str | bool, kind: str) -> Any:
     return yaml.safe_load(text) if "number" in kind else text
 
 
-def recipe_options(*, only: Sequence[str] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def recipe_options(
+    *, only: Sequence[str] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a verb the recipe's options; it receives them as one sparse `flags` layer."""
 
     def decorate(verb: Callable[..., Any]) -> Callable[..., Any]:
@@ -180,7 +182,10 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
         except Exception as error:
             traceback.print_exc()
             _fail(
-                [f"This is a bug in tunesmith: {type(error).__name__}: {error}", "  do:    report it with the lines above"],
+                [
+                    f"This is a bug in tunesmith: {type(error).__name__}: {error}",
+                    "  do:    report it with the lines above",
+                ],
                 4,
                 as_json,
             )
@@ -190,7 +195,9 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
             if as_json:
                 print(json.dumps(payload, ensure_ascii=False, default=str))
 
-    parameters = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "quiet"]
+    parameters = [
+        p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "quiet"
+    ]
     parameters.append(
         inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
     )
@@ -245,7 +252,11 @@ class Display:
         """Show one event."""
         show = {
             "progress": self._progress,
-            "decision": lambda e: self._line(f"[dim]{e['name']}:[/] {e['value']} [dim]({e['reason']})[/]" if "reason" in e else f"[dim]{e['name']}:[/] {e['value']}"),
+            "decision": lambda e: self._line(
+                f"[dim]{e['name']}:[/] {e['value']} [dim]({e['reason']})[/]"
+                if "reason" in e
+                else f"[dim]{e['name']}:[/] {e['value']}"
+            ),
             "warning": lambda e: self._line(f"[yellow]warning:[/] {e['message']}"),
             "evaluation": lambda e: self._line(f"[dim]step {e['step']}:[/] validation loss {e['loss']:.4f}"),
             "step": self._step,
@@ -268,13 +279,18 @@ class Display:
         if event.get("tokens_per_second"):
             facts.append(f"{event['tokens_per_second']:,.0f} tokens/s")
         self.progress.update(
-            self.bars[stage], completed=event["done"], total=event["total"], facts=" · ".join(facts),
+            self.bars[stage],
+            completed=event["done"],
+            total=event["total"],
+            facts=" · ".join(facts),
             visible=event["done"] < event["total"],
         )
 
     def _step(self, event: Mapping[str, Any]) -> None:
         if not self.console.is_terminal:
-            self._line(f"step {event['step']}: loss {event['loss']:.4f}, learning rate {event['learning_rate']:.2e}")
+            self._line(
+                f"step {event['step']}: loss {event['loss']:.4f}, learning rate {event['learning_rate']:.2e}"
+            )
 
     def _state(self, event: Mapping[str, Any]) -> None:
         if event["state"] == "prepared":
@@ -328,14 +344,18 @@ def train_verb(
     recipe_file: RecipeFile = None,
     *,
     config: ConfigOption = None,
-    lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters instead of all weights.")] = False,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train low-rank adapters instead of all weights.")
+    ] = False,
     qlora: Annotated[bool, typer.Option("--qlora", help="LoRA on a 4-bit base; needs CUDA.")] = False,
     freeze_ratio: Annotated[
         float | None, typer.Option(help="Freeze this share of the layers, from the bottom; 0 freezes none.")
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option(help="Continue this run's folder from a checkpoint, such as `checkpoint-step-1000` or `latest`."),
+        typer.Option(
+            help="Continue this run's folder from a checkpoint, such as `checkpoint-step-1000` or `latest`."
+        ),
     ] = None,
     flags: dict[str, Any],
     quiet: bool,
@@ -373,7 +393,9 @@ def plan_verb(
     recipe_file: RecipeFile = None,
     *,
     config: ConfigOption = None,
-    lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters instead of all weights.")] = False,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train low-rank adapters instead of all weights.")
+    ] = False,
     qlora: Annotated[bool, typer.Option("--qlora", help="LoRA on a 4-bit base; needs CUDA.")] = False,
     freeze_ratio: Annotated[float | None, typer.Option(help="Freeze this share of the layers.")] = None,
     flags: dict[str, Any],
@@ -394,8 +416,12 @@ def plan_verb(
 def evaluate_verb(
     model: Annotated[str, typer.Argument(help="A run's folder, a model folder, a Hub id, or `tiny`.")],
     *,
-    dataset: Annotated[str | None, typer.Option(help="Examples; by default the run's own held-out split.")] = None,
-    metrics: Annotated[str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Examples; by default the run's own held-out split.")
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")
+    ] = None,
     output: Annotated[str | None, typer.Option(help="Folder for rows and scores.")] = None,
     flags: dict[str, Any],
     quiet: bool,
@@ -417,8 +443,12 @@ def compare_verb(
     a: Annotated[str, typer.Argument(help="The base: a run, a model folder, a Hub id, or `tiny`.")],
     b: Annotated[str, typer.Argument(help="The challenger.")],
     *,
-    dataset: Annotated[str | None, typer.Option(help="Examples; by default the held-out split of the run.")] = None,
-    metrics: Annotated[str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Examples; by default the held-out split of the run.")
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")
+    ] = None,
     flags: dict[str, Any],
     quiet: bool,
 ) -> Any:
@@ -496,8 +526,16 @@ def runs_verb(
     for run in found:
         number = lambda x: "" if x is None else f"{x:.3f}"  # noqa: E731
         table.add_row(
-            run.path.name, run.state, run.model, run.dataset, str(run.step or ""), run.metric or "",
-            number(run.base), number(run.tuned), run.verdict or "", f"{run.bytes / 1e6:.1f} MB",
+            run.path.name,
+            run.state,
+            run.model,
+            run.dataset,
+            str(run.step or ""),
+            run.metric or "",
+            number(run.base),
+            number(run.tuned),
+            run.verdict or "",
+            f"{run.bytes / 1e6:.1f} MB",
         )
     return {"runs": [asdict(run) for run in found]}, table if found else f"No runs in {output_dir}."
 
@@ -518,10 +556,18 @@ def push_verb(
     return {"run": run, "url": address}, address
 
 
-@app.command("show", help="Show what there is: presets, tasks, recipe, formats, templates, methods, metrics, examples, model.")
+@app.command(
+    "show",
+    help="Show what there is: presets, tasks, recipe, formats, templates, methods, metrics, examples, model.",
+)
 @verb
 def show_verb(
-    what: Annotated[str, typer.Argument(help="presets | tasks | recipe | formats | templates | methods | metrics | examples | model")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="presets | tasks | recipe | formats | templates | methods | metrics | examples | model"
+        ),
+    ],
     name: Annotated[str | None, typer.Argument(help="For `model`: a run, folder, Hub id or `tiny`.")] = None,
     *,
     quiet: bool,
@@ -549,7 +595,9 @@ def _composed(
 ) -> Composition:
     """One recipe from the file, the preset and the flags of a command."""
     chosen = [
-        option for option, given in (("--lora", lora), ("--qlora", qlora), ("--freeze-ratio", bool(freeze_ratio))) if given
+        option
+        for option, given in (("--lora", lora), ("--qlora", qlora), ("--freeze-ratio", bool(freeze_ratio)))
+        if given
     ]
     if len(chosen) > 1:
         raise TunesmithError(f"{' and '.join(chosen)} exclude each other.", fix="Give one of them.")
@@ -559,9 +607,15 @@ def _composed(
     elif freeze_ratio:
         adapter = {"kind": "freeze", "ratio": freeze_ratio}
     preset = config if config in preset_names() else None
-    if config and not preset and (Path(config).suffix in {".yaml", ".yml", ".json"} or Path(config).is_file()):
+    if (
+        config
+        and not preset
+        and (Path(config).suffix in {".yaml", ".yml", ".json"} or Path(config).is_file())
+    ):
         if recipe_file:
-            raise TunesmithError("Two recipe files were given.", found=f"{recipe_file} and {config}", fix="Give one.")
+            raise TunesmithError(
+                "Two recipe files were given.", found=f"{recipe_file} and {config}", fix="Give one."
+            )
         recipe_file = Path(config)
     elif config:
         preset = config
@@ -642,7 +696,12 @@ def _scores_text(result: Result) -> Any:
 
     table = _table("metric", "value", "95 % interval", "n")
     for name, score in result.scores.items():
-        table.add_row(name, f"{score['value']:.4f}", f"[{score['low']:.4f}, {score['high']:.4f}]".replace("[", r"\["), str(score["n"]))
+        table.add_row(
+            name,
+            f"{score['value']:.4f}",
+            f"[{score['low']:.4f}, {score['high']:.4f}]".replace("[", r"\["),
+            str(score["n"]),
+        )
     return Group(table, "", f"rows      {result.run}")
 
 

@@ -79,7 +79,9 @@ def _overlaid(lower: Layer, upper: Mapping[str, Any]) -> Layer:
     result = dict(lower)
     for key, value in upper.items():
         below = result.get(key)
-        result[key] = _overlaid(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        result[key] = (
+            _overlaid(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        )
     return result
 
 
@@ -130,7 +132,12 @@ def validated(layer: Mapping[str, Any]) -> Recipe:
 
 
 def _problem(error: Any, layer: Mapping[str, Any]) -> str:
-    kinds = {k for name in Recipe.model_fields if Recipe.model_fields[name].discriminator for k in union_members(name)}
+    kinds = {
+        k
+        for name in Recipe.model_fields
+        if Recipe.model_fields[name].discriminator
+        for k in union_members(name)
+    }
     path = [str(part) for part in error["loc"] if part not in kinds]
     where = ".".join(path)
     if error["type"] != "extra_forbidden":
@@ -164,9 +171,13 @@ def read_layer(path: Path) -> Layer:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
-        raise RecipeError(f"{place} is not YAML or JSON.", found=str(getattr(error, "problem", error))) from None
+        raise RecipeError(
+            f"{place} is not YAML or JSON.", found=str(getattr(error, "problem", error))
+        ) from None
     if not isinstance(layer, dict):
-        raise RecipeError(f"{path} holds no recipe.", found=type(layer).__name__, fix="Write `section: {field: value}`.")
+        raise RecipeError(
+            f"{path} holds no recipe.", found=type(layer).__name__, fix="Write `section: {field: value}`."
+        )
     return layer
 
 

@@ -139,9 +139,13 @@ def fitted(
         attention=recipe.model.attention,
         quantize=recipe.adapter if isinstance(recipe.adapter, QLoRA) else None,
     )
-    model = models.attach(model, recipe.adapter, gradient_checkpointing=recipe.training.gradient_checkpointing)
+    model = models.attach(
+        model, recipe.adapter, gradient_checkpointing=recipe.training.gradient_checkpointing
+    )
     models.set_stop_tokens(model, tokenizer)
-    prepared.event("decision", name="model", value=models.describe(model).sentence(), reason="after the adapter")
+    prepared.event(
+        "decision", name="model", value=models.describe(model).sentence(), reason="after the adapter"
+    )
     trainer = METHODS[recipe.method.kind].build(
         recipe.method,
         model=model,
@@ -149,7 +153,11 @@ def fitted(
         train=encodings.train,
         validation=encodings.validation,
         arguments=arguments(
-            plan, recipe.training, recipe.tracking, name=prepared.path.name, staging=prepared.path / ".staging"
+            plan,
+            recipe.training,
+            recipe.tracking,
+            name=prepared.path.name,
+            staging=prepared.path / ".staging",
         ),
         run=prepared,
         keep=recipe.training.save_total_limit,
@@ -201,9 +209,7 @@ def comparisons(
     return compared
 
 
-def samples(
-    recipe: Recipe, base_rows: list[EvalRow], tuned_rows: list[EvalRow]
-) -> list[dict[str, str]]:
+def samples(recipe: Recipe, base_rows: list[EvalRow], tuned_rows: list[EvalRow]) -> list[dict[str, str]]:
     """The first few held-out answers side by side: question, reference, base, tuned."""
     tuned = {row.item: row for row in tuned_rows}
     pairs = [(row, tuned[row.item]) for row in base_rows if row.item in tuned and row.output is not None]

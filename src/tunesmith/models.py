@@ -113,7 +113,11 @@ def load_model(
     import transformers
 
     location = locate(base)
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": False, "use_safetensors": True}
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, dtype),
+        "trust_remote_code": False,
+        "use_safetensors": True,
+    }
     if attention != "auto":
         options["attn_implementation"] = attention
     if quantize:

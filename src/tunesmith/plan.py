@@ -89,7 +89,9 @@ def resolve(
         precision = "no"
         decisions.append(
             Decision(
-                "mixed_precision", "no", f"{training.mixed_precision} was asked for, but gains nothing on a CPU: float32"
+                "mixed_precision",
+                "no",
+                f"{training.mixed_precision} was asked for, but gains nothing on a CPU: float32",
             )
         )
     dtype, why = _dtype(model.dtype, adapter_kind, where, training.mixed_precision)
@@ -108,7 +110,9 @@ def resolve(
 
     warmup = training.warmup_steps
     if training.scheduler == "constant" and warmup:
-        decisions.append(Decision("warmup_steps", 0, "the constant schedule has no warm-up; constant_with_warmup has"))
+        decisions.append(
+            Decision("warmup_steps", 0, "the constant schedule has no warm-up; constant_with_warmup has")
+        )
         warmup = 0
     elif warmup > total // 2:
         warmup = total // 10
@@ -122,7 +126,9 @@ def resolve(
     eval_steps = per_epoch if training.eval_steps == "epoch" else training.eval_steps
     save_steps = per_epoch if training.save_steps == "epoch" else training.save_steps
     if not num_validation:
-        decisions.append(Decision("eval_steps", None, "no validation examples: the last step's model is final"))
+        decisions.append(
+            Decision("eval_steps", None, "no validation examples: the last step's model is final")
+        )
     return Plan(
         device=where,
         dtype=dtype,

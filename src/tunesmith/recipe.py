@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 Task = Literal["chat", "code", "instruct", "domain", "custom"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -188,7 +197,12 @@ class Training(Section):
     """Peak learning rate."""
 
     scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
         "inverse_sqrt",
     ] = "cosine"
     """Course of the learning rate after warm-up."""
@@ -204,7 +218,12 @@ class Training(Section):
     """Gradients are scaled down to this norm; 0 switches it off."""
 
     optimizer: Literal[
-        "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adamw_bnb_8bit", "paged_adamw_8bit",
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adafactor",
+        "sgd",
+        "adamw_bnb_8bit",
+        "paged_adamw_8bit",
     ] = "adamw_torch"
     """Optimiser; the 8-bit ones need CUDA and bitsandbytes."""
 
@@ -342,15 +361,15 @@ class FieldFact:
     about: str
 
 
-def fields(
-    section: type[BaseModel] = Recipe, path: str = "", kind: str | None = None
-) -> Iterator[FieldFact]:
+def fields(section: type[BaseModel] = Recipe, path: str = "", kind: str | None = None) -> Iterator[FieldFact]:
     """Every field of the recipe with type, default and meaning, in the order of this file."""
     for name, field in section.model_fields.items():
         where = f"{path}.{name}" if path else name
         members = sections_of(field.annotation)
         for member in members:
-            yield from fields(member, where, member.model_fields["kind"].default if field.discriminator else kind)
+            yield from fields(
+                member, where, member.model_fields["kind"].default if field.discriminator else kind
+            )
         if not members and name != "kind":
             yield FieldFact(
                 where, kind, type_name(field.annotation), field.get_default(), field.description or ""
@@ -374,4 +393,6 @@ def type_name(annotation: Any) -> str:
         return " | ".join(type_name(part) for part in get_args(annotation))
     if origin is list:
         return f"list of {type_name(get_args(annotation)[0])}"
-    return {bool: "true | false", int: "whole number", float: "number", str: "text", type(None): "null"}[annotation]
+    return {bool: "true | false", int: "whole number", float: "number", str: "text", type(None): "null"}[
+        annotation
+    ]

@@ -84,7 +84,7 @@ def test_one_writer_per_run(run):
 
 
 def test_opening_what_is_no_run_names_the_runs_nearby(run, tmp_path):
-    with pytest.raises(RunError, match="Did you mean '.*first'"):
+    with pytest.raises(RunError, match=r"Did you mean '.*first'"):
         open_run(tmp_path / "frist")
     assert [r.path.name for r in find_runs(tmp_path)] == ["first"]
     discard(run)

@@ -66,7 +66,7 @@ The chat template is stored with the tokenizer; prompts rendered with another on
 ## Limits
 
 - The scores hold for data like the held-out rows; other tasks, languages and topics were not measured.
-- Nothing was measured about safety, bias or facts outside the data set. What the base model lost was not measured either.
+- Nothing was measured about safety, bias, or what the base model lost elsewhere.
 - One training run: the interval covers the choice of questions, not the luck of the seed.
 {% for note in notes -%}
 - {{ note }}
@@ -106,7 +106,8 @@ def write_card(run: Run, comparisons: Sequence[Comparison]) -> None:
         rows=plan.get("rows", {}),
         training=run.read("training.json") or {},
         recipe_yaml=yaml.safe_dump(
-            _shareable(recipe.model_dump(mode="json"), base=base, dataset=recipe.data.dataset), sort_keys=False
+            _shareable(recipe.model_dump(mode="json"), base=base, dataset=recipe.data.dataset),
+            sort_keys=False,
         ),
         adapter=adapter,
         notes=warnings,

@@ -19,7 +19,9 @@ def publish(folder: Path, repository: str, *, private: bool) -> str:
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        commit = api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload by tunesmith")
+        commit = api.upload_folder(
+            folder_path=folder, repo_id=repository, commit_message="Upload by tunesmith"
+        )
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
         raise TunesmithError(
             f"The model was not uploaded to {repository}; it is whole in {folder}.",

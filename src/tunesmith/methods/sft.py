@@ -38,7 +38,10 @@ def imitated(splits: Splits) -> Splits:
     notes = [
         text
         for shape, text in (
-            (Preference, "of each preference pair the chosen answer is imitated; the rejected one is not used"),
+            (
+                Preference,
+                "of each preference pair the chosen answer is imitated; the rejected one is not used",
+            ),
             (Rating, f"answers rated good are imitated; {len(unused)} rated bad are not used"),
         )
         if shape in kinds

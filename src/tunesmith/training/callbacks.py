@@ -69,14 +69,20 @@ class Events(TrainerCallback):
 class BestModel(TrainerCallback):
     """Saves the model whenever validation loss is at its lowest; stops when it has not fallen for long."""
 
-    def __init__(self, save: Callable[[int, float], None], *, best: float | None, patience: int | None) -> None:
+    def __init__(
+        self, save: Callable[[int, float], None], *, best: float | None, patience: int | None
+    ) -> None:
         self.save, self.best, self.patience = save, math.inf if best is None else best, patience
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
         """Compare, save, and count in vain validations from the log, so that a resumed run counts on."""
         loss = metrics["eval_loss"]
         if not math.isfinite(loss):
-            raise TrainingDiverged(f"The validation loss is {loss} at step {state.global_step}.", fix=DIVERGED)
+            raise TrainingDiverged(
+                f"The validation loss is {loss} at step {state.global_step}.", fix=DIVERGED
+            )
         if loss < self.best:
             self.best = loss
             self.save(state.global_step, loss)

@@ -64,7 +64,9 @@ def manifest(folder: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise RunError(f"{folder} is not a whole checkpoint.", found=f"no readable manifest ({error})") from None
+        raise RunError(
+            f"{folder} is not a whole checkpoint.", found=f"no readable manifest ({error})"
+        ) from None
     return content
 
 
@@ -88,7 +90,9 @@ def problem(folder: Path) -> str | None:
 
 def found(run: Run) -> list[Path]:
     """The run's checkpoint folders, newest step first, whole or not."""
-    folders = [p for p in run.checkpoints.iterdir() if NAME.search(p.name)] if run.checkpoints.is_dir() else []
+    folders = (
+        [p for p in run.checkpoints.iterdir() if NAME.search(p.name)] if run.checkpoints.is_dir() else []
+    )
     return sorted(folders, key=step_of, reverse=True)
 
 
@@ -107,7 +111,9 @@ def choose(run: Run, name: str = "latest") -> Path | None:
                 fix="Name one of these, or use `latest`.",
             )
         if wrong := problem(wanted):
-            raise RunError(f"The checkpoint {wanted} is damaged.", found=wrong, fix="Use another, or `latest`.")
+            raise RunError(
+                f"The checkpoint {wanted} is damaged.", found=wrong, fix="Use another, or `latest`."
+            )
         return wanted
     for folder in folders:
         wrong = problem(folder)
@@ -119,7 +125,7 @@ def choose(run: Run, name: str = "latest") -> Path | None:
 
 def rotate(run: Run, *, keep: int) -> None:
     """Delete checkpoints beyond `keep`: the newest stays, then those with the lowest validation loss."""
-    newest, *older = found(run)
+    older = found(run)[1:]
     ranked = sorted(older, key=lambda folder: (_loss(folder), -step_of(folder)))
     for folder in ranked[max(keep - 1, 0) :]:
         # Renamed first, so that a kill while deleting leaves no half checkpoint under a checkpoint's name.

@@ -49,7 +49,8 @@ def arguments(
         "output_dir": str(staging),
         "run_name": name,
         "project": tracking.project,
-        "report_to": [t for t in tracking.trackers if t != "tensorboard"] or ["none"],  # fit() places tensorboard's
+        "report_to": [t for t in tracking.trackers if t != "tensorboard"]
+        or ["none"],  # fit() places tensorboard's
         "max_steps": plan.total_steps,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": training.scheduler,
@@ -86,7 +87,9 @@ def require_tracker(name: str) -> None:
     """Raises MissingExtra where a tracker's package is not installed."""
     import importlib.util
 
-    if importlib.util.find_spec(name) is None and not (name == "tensorboard" and importlib.util.find_spec("tensorboardX")):
+    if importlib.util.find_spec(name) is None and not (
+        name == "tensorboard" and importlib.util.find_spec("tensorboardX")
+    ):
         raise MissingExtra(name, f"The tracker '{name}'", install=f"'tunesmith[{name}]'")
 
 
@@ -172,7 +175,9 @@ def save_model(trainer: Any, folder: Path, initial_adapter: Path | None, info: M
     shutil.rmtree(staging, ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if initial_adapter:
-        model.save_pretrained(staging, path_initial_model_for_weight_conversion=str(initial_adapter / "initial"))
+        model.save_pretrained(
+            staging, path_initial_model_for_weight_conversion=str(initial_adapter / "initial")
+        )
     else:
         model.save_pretrained(staging)
     trainer.processing_class.save_pretrained(staging)
@@ -222,7 +227,11 @@ def peak_memory() -> int:
 
 def quiet_libraries() -> None:
     """Keep libraries from reporting home and from writing over our progress bar; call before they load."""
-    for message in (".*gradient_checkpointing.*deprecated.*", "PiSSA changes the base weights.*", "OLoRA changes.*"):
+    for message in (
+        ".*gradient_checkpointing.*deprecated.*",
+        "PiSSA changes the base weights.*",
+        "OLoRA changes.*",
+    ):
         warnings.filterwarnings("ignore", message=message)  # known, and answered by what we do
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

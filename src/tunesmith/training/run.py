@@ -90,7 +90,11 @@ class Run:
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> Path:
         """Write a file of the run in one piece: temporary name, flush, rename."""
-        text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False, default=str)
+        text = (
+            content
+            if isinstance(content, str)
+            else json.dumps(content, indent=1, ensure_ascii=False, default=str)
+        )
         return write_whole(self.path / name, text)
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -124,7 +128,9 @@ class Run:
         except Timeout:
             who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
             raise RunError(
-                f"The run {self.path} is being written.", found=who, fix="Wait for it, or give this run another --name."
+                f"The run {self.path} is being written.",
+                found=who,
+                fix="Wait for it, or give this run another --name.",
             ) from None
         try:
             write_whole(holder, f"process {os.getpid()} on {platform.node()}")

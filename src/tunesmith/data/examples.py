@@ -148,3 +148,7 @@ class Splits:
     ledger: Ledger
     notes: tuple[str, ...] = ()
     """What was decided on the way: detected format and why, small-set rules, named splits used."""
+
+
+class Unusable(Exception):
+    """One row that cannot become an example; its text is the reason that the ledger keeps."""

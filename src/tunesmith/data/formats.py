@@ -1,0 +1,429 @@
+"""From rows to examples: one function per format, each with a real row in its docstring.
+
+A format knows columns and nothing of tokenizers. Detection goes by columns, row by row where a file mixes
+formats of one shape, and says what it chose and why.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tunesmith.data.examples import (
+    Conversation,
+    Example,
+    LedgerEntry,
+    Message,
+    Preference,
+    Rating,
+    Row,
+    Text,
+    Unusable,
+)
+from tunesmith.data.sources import Record, Source
+from tunesmith.errors import DataError, nearest
+
+Values = Mapping[str, Any]
+
+ROLES = {
+    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+    "bot": "assistant", "model": "assistant", "tool": "tool", "function": "tool", "observation": "tool",
+    "developer": "system",
+}  # fmt: skip
+"""Names of speakers in the wild, and the role each one is."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row layout: the columns it needs (each one of several names) and how it becomes an example."""
+
+    name: str
+    shape: type
+    columns: tuple[tuple[str, ...], ...]
+    convert: Callable[[Values, Row], Example]
+    when: Callable[[Values], bool] = lambda values: True
+
+    @property
+    def about(self) -> str:
+        """What rows look like, from the function's docstring."""
+        return (self.convert.__doc__ or "").split("\n\n")[0].strip().replace("\n    ", " ")
+
+    @property
+    def sample(self) -> dict[str, Any]:
+        """The real row in the function's docstring."""
+        match = re.search(r"^\s*(\{.*\})\s*$", self.convert.__doc__ or "", re.MULTILINE)
+        assert match, self.name
+        row: dict[str, Any] = json.loads(match[1])
+        return row
+
+    def fits(self, values: Values) -> bool:
+        """Whether a row has the columns, with values."""
+        present = {name for name, value in values.items() if value is not None}
+        return all(present & set(names) for names in self.columns) and self.when(values)
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The formats that rows are read as, and why, in a sentence."""
+
+    formats: tuple[Format, ...]
+    reason: str
+
+    def format_of(self, values: Values) -> Format | None:
+        """The first of the formats that a row fits."""
+        return next((format for format in self.formats if format.fits(values)), None)
+
+
+def preference(values: Values, row: Row) -> Preference:
+    """A better and a worse answer, as text or messages; the prompt is a column or their common beginning.
+
+    {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}
+    """
+    chosen, rejected = _turns(values["chosen"], "assistant"), _turns(values["rejected"], "assistant")
+    asked = _first(values, "prompt", "question", "instruction", "conversations", "messages")
+    if asked is not None:
+        prompt = (*_system(values), *_turns(asked, "user"))
+        # Some sets repeat the prompt's turns in both answers.
+        if chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    else:
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+            shared += 1
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if not prompt:
+        raise Unusable("no prompt: the answers have no common beginning")
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if not turns or not turns[-1].content.strip():
+            raise Unusable(f"empty {name} answer")
+    if chosen == rejected:
+        raise Unusable("chosen and rejected answer are the same")
+    return Preference(prompt, chosen, rejected, row, extra=_extra(values, "prompt", "chosen", "rejected"))
+
+
+def rating(values: Values, row: Row) -> Rating:
+    """An answer with a label, good (true, 1) or bad (false, 0), as prompt and completion or as messages.
+
+    {"prompt": "What is 2 + 2?", "completion": "4", "label": true}
+    """
+    label = values["label"]
+    if label not in (True, False):
+        raise Unusable(f"label {label!r} is neither true nor false")
+    if values.get("messages") is not None:
+        *prompt, answer = _turns(values["messages"], "user")
+        turns, completion = tuple(prompt), (answer,)
+    else:
+        turns = (*_system(values), *_turns(values["prompt"], "user"))
+        completion = _turns(_first(values, "completion", "response"), "assistant")
+    if not turns or not completion or completion[-1].role != "assistant":
+        raise Unusable("the rated conversation does not end with an answer")
+    if not completion[-1].content.strip():
+        raise Unusable("empty answer")
+    return Rating(turns, completion, bool(label), row, extra=_extra(values, "prompt", "completion", "label"))
+
+
+def messages(values: Values, row: Row) -> Conversation:
+    """A conversation as a list of messages with role and content.
+
+    {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi! How can I help?"}]}
+    """
+    return _conversation((*_system(values), *_turns(values["messages"], "user")), row, _extra(values, "messages"))
+
+
+def sharegpt(values: Values, row: Row) -> Conversation:
+    """A conversation as a list of turns with from (human, gpt, system) and value.
+
+    {"conversations": [{"from": "human", "value": "Hello!"}, {"from": "gpt", "value": "Hi! How can I help?"}]}
+    """
+    turns = (*_system(values), *_turns(values["conversations"], "user"))
+    return _conversation(turns, row, _extra(values, "conversations"))
+
+
+def sql(values: Values, row: Row) -> Conversation:
+    """A question about a schema (CREATE TABLE ...) and the SQL that answers it; databases stay in one split.
+
+    {"schema": "CREATE TABLE singer (name TEXT, age INTEGER)", "question": "How many singers are there?", "query": "SELECT count(*) FROM singer", "database": "concert", "setup": "INSERT INTO singer VALUES ('Ann', 31)"}
+    """
+    schema = _text(_first(values, "schema", "context"), "schema")
+    question = _text(values["question"], "question")
+    query = _text(_first(values, "query", "sql", "answer"), "query")
+    database = values.get("database")
+    return replace(
+        _question_answer(f"{schema}\n\n{question}", query, values, row),
+        group=str(database) if database is not None else schema,
+        extra={"schema": schema, "setup": values.get("setup") or "", "query": query},
+    )
+
+
+def instruction(values: Values, row: Row) -> Conversation:
+    """An instruction, an optional input, and the output.
+
+    {"instruction": "Translate to French", "input": "Hello world", "output": "Bonjour le monde"}
+    """
+    asked = _text(values["instruction"], "instruction")
+    given = values.get("input")
+    if given is not None and str(given).strip():
+        asked += "\n\n" + _text(given, "input")
+    return _question_answer(asked, _first(values, "output", "response", "answer"), values, row)
+
+
+def prompt_response(values: Values, row: Row) -> Conversation:
+    """A prompt and the response.
+
+    {"prompt": "What is machine learning?", "response": "Machine learning is the study of programs that learn."}
+    """
+    return _question_answer(values["prompt"], values["response"], values, row)
+
+
+def prompt_completion(values: Values, row: Row) -> Conversation:
+    """A prompt and its completion, as for code; both as text or as messages.
+
+    {"prompt": "Write a function to sort a list", "completion": "def sort_list(items):\\n    return sorted(items)"}
+    """
+    if isinstance(values["prompt"], list):
+        turns = (*_turns(values["prompt"], "user"), *_turns(values["completion"], "assistant"))
+        return _conversation(turns, row, _extra(values, "prompt", "completion"))
+    return _question_answer(values["prompt"], values["completion"], values, row)
+
+
+def question_answer(values: Values, row: Row) -> Conversation:
+    """A question and the reply.
+
+    {"question": "How do I reset my lamp?", "reply": "Hold the button for five seconds."}
+    """
+    return _question_answer(values["question"], _first(values, "reply", "answer", "response"), values, row)
+
+
+def input_output(values: Values, row: Row) -> Conversation:
+    """An input and the output.
+
+    {"input": "2 + 2", "output": "4"}
+    """
+    return _question_answer(values["input"], values["output"], values, row)
+
+
+def problem_solution(values: Values, row: Row) -> Conversation:
+    """A programming problem and its solution.
+
+    {"problem": "Add two numbers", "solution": "def add(a, b):\\n    return a + b"}
+    """
+    return _question_answer(values["problem"], values["solution"], values, row)
+
+
+def code(values: Values, row: Row) -> Text:
+    """Source code without a prompt, trained as text.
+
+    {"code": "class DataProcessor:\\n    def __init__(self):\\n        self.rows = []"}
+    """
+    return Text(_text(values["code"], "code"), row, extra=_extra(values, "code"))
+
+
+def text(values: Values, row: Row) -> Text:
+    """Running text.
+
+    {"text": "The heart has four chambers."}
+    """
+    return Text(_text(_first(values, "text", "content"), "text"), row, extra=_extra(values, "text", "content"))
+
+
+def _is_schema(values: Values) -> bool:
+    return "CREATE TABLE" in str(_first(values, "schema", "context")).upper()
+
+
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        Format("preference", Preference, (("chosen",), ("rejected",)), preference),
+        Format("rating", Rating, (("label",), ("messages", "completion", "response")), rating),
+        Format("messages", Conversation, (("messages",),), messages),
+        Format("sharegpt", Conversation, (("conversations",),), sharegpt),
+        Format("sql", Conversation, (("schema", "context"), ("question",), ("query", "sql", "answer")), sql, _is_schema),
+        Format("instruction", Conversation, (("instruction",), ("output", "response", "answer")), instruction),
+        Format("prompt_response", Conversation, (("prompt",), ("response",)), prompt_response),
+        Format("prompt_completion", Conversation, (("prompt",), ("completion",)), prompt_completion),
+        Format("question_answer", Conversation, (("question",), ("reply", "answer", "response")), question_answer),
+        Format("problem_solution", Conversation, (("problem",), ("solution",)), problem_solution),
+        Format("input_output", Conversation, (("input",), ("output",)), input_output),
+        Format("code", Text, (("code",),), code),
+        Format("text", Text, (("text", "content"),), text),
+    )
+}
+"""Formats by name, in the order in which detection tries them."""
+
+
+def detect(
+    source: Source,
+    *,
+    format: str = "auto",
+    input_text_key: str | None = None,
+    output_text_key: str | None = None,
+) -> Detection:
+    """How the rows of a source are read. Raises DataError naming the columns that are there."""
+    there = source.columns
+    if input_text_key or output_text_key:
+        if not (input_text_key and output_text_key):
+            raise DataError("--input-text-key and --output-text-key go together.", fix="Give both.")
+        missing = [key for key in (input_text_key, output_text_key) if key not in there]
+        if missing:
+            raise _missing(source, missing)
+        return Detection((keyed(input_text_key, output_text_key),), "the recipe names the two columns")
+    if format != "auto":
+        if format not in FORMATS:
+            raise DataError(f"There is no format '{format}'.", fix=nearest(format, FORMATS))
+        chosen = FORMATS[format]
+        missing = [" or ".join(names) for names in chosen.columns if not set(names) & set(there)]
+        if missing:
+            raise _missing(source, missing, f" for format '{format}'")
+        return Detection((chosen,), "the recipe names the format")
+    counts = Counter(next((f.name for f in FORMATS.values() if f.fits(r.values)), None) for r in source.records)
+    known = {name: count for name, count in counts.items() if name is not None}
+    if not known:
+        raise DataError(
+            f"The rows of {source.name} fit no known format.",
+            found="columns " + ", ".join(there),
+            fix="Name the question's and the answer's column with --input-text-key and --output-text-key; "
+            "`tunesmith show formats` lists the known ones.",
+        )
+    shapes = {FORMATS[name].shape for name in known}
+    if len(shapes) > 1:
+        raise DataError(
+            f"The rows of {source.name} are of several kinds that are not trained alike.",
+            found=", ".join(f"{count} rows '{name}'" for name, count in known.items()),
+            fix="Split the file, or name one format with --format; rows that do not fit it are dropped.",
+        )
+    chosen_formats = tuple(f for f in FORMATS.values() if f.name in known)
+    if len(known) == 1:
+        [name] = known
+        used = [next(n for n in names if n in there) for names in FORMATS[name].columns]
+        reason = f"the columns {', '.join(used)} are there"
+    else:
+        reason = "row by row: " + ", ".join(f"{count} rows '{name}'" for name, count in known.items())
+    return Detection(chosen_formats, reason)
+
+
+def convert(
+    source: Source,
+    detection: Detection,
+    *,
+    system_prompt: str | None = None,
+    group_by: str | None = None,
+) -> tuple[list[tuple[Record, Example]], list[LedgerEntry]]:
+    """Examples with their records, and ledger entries of the rows that cannot become one.
+
+    Raises DataError where no row can.
+    """
+    if group_by and group_by not in source.columns:
+        raise _missing(source, [group_by], " to group by")
+    pairs: list[tuple[Record, Example]] = []
+    dropped: list[LedgerEntry] = []
+    for record in source.records:
+        format = detection.format_of(record.values)
+        try:
+            if format is None:
+                raise Unusable(_absent(record.values, detection))
+            example = format.convert(record.values, record.row)
+        except Unusable as reason:
+            dropped.append(LedgerEntry(record.row, "dropped", str(reason)))
+            continue
+        if system_prompt and isinstance(example, Conversation) and example.messages[0].role != "system":
+            example = replace(example, messages=(Message("system", system_prompt), *example.messages))
+        if group_by:
+            value = record.values.get(group_by)
+            example = replace(example, group=None if value is None else str(value))
+        pairs.append((record, example))
+    if not pairs:
+        reasons = Counter(entry.reason for entry in dropped).most_common(5)
+        raise DataError(
+            f"None of the {len(source.records)} rows of {source.name} can be used.",
+            found="; ".join(f"{count} × {reason}" for reason, count in reasons),
+            fix=f"Columns there: {', '.join(source.columns)}. Mend the rows, or name other columns.",
+        )
+    return pairs, dropped
+
+
+def keyed(input_text_key: str, output_text_key: str) -> Format:
+    """A format for data with column names of its own."""
+
+    def convert(values: Values, row: Row) -> Conversation:
+        """A question and an answer in columns that the recipe names."""
+        return _question_answer(values[input_text_key], values[output_text_key], values, row)
+
+    return Format("columns", Conversation, ((input_text_key,), (output_text_key,)), convert)
+
+
+def _missing(source: Source, missing: Sequence[str], purpose: str = "") -> DataError:
+    return DataError(
+        f"{source.name} has no column {', '.join(missing)}{purpose}.",
+        found="columns " + ", ".join(source.columns),
+        fix=nearest(missing[0].split(" or ")[0], source.columns),
+    )
+
+
+def _absent(values: Values, detection: Detection) -> str:
+    present = {name for name, value in values.items() if value is not None}
+    format = min(detection.formats, key=lambda f: sum(not present & set(names) for names in f.columns))
+    absent = [" or ".join(names) for names in format.columns if not present & set(names)]
+    return f"no value for {', '.join(absent)}" if absent else f"not of format {format.name}"
+
+
+def _question_answer(question: Any, answer: Any, values: Values, row: Row) -> Conversation:
+    turns = (*_system(values), Message("user", _text(question, "question")), Message("assistant", _text(answer, "answer")))
+    return _conversation(turns, row, _extra(values))
+
+
+def _conversation(turns: tuple[Message, ...], row: Row, extra: Values) -> Conversation:
+    if not any(turn.role == "assistant" for turn in turns):
+        raise Unusable("no assistant turn")
+    if turns[-1].role != "assistant":
+        raise Unusable(f"the last turn is the {turns[-1].role}'s, not an answer")
+    if not turns[-1].content.strip():
+        raise Unusable("empty answer")
+    return Conversation(turns, row, extra=extra)
+
+
+def _turns(value: Any, role: str) -> tuple[Message, ...]:
+    """Messages from a text, one message, or a list of messages in OpenAI or ShareGPT style."""
+    if isinstance(value, list | tuple):
+        return tuple(_turn(turn, number) for number, turn in enumerate(value, 1))
+    if isinstance(value, Mapping):
+        return (_turn(value, 1),)
+    return (Message(role, _text(value, "answer" if role == "assistant" else "prompt")),)
+
+
+def _turn(turn: Any, number: int) -> Message:
+    if not isinstance(turn, Mapping):
+        raise Unusable(f"turn {number} is {type(turn).__name__}, not an object")
+    speaker, content = _first(turn, "role", "from"), _first(turn, "content", "value")
+    if speaker not in ROLES:
+        raise Unusable(f"turn {number} is from {speaker!r}, which is no known role")
+    if not isinstance(content, str):
+        raise Unusable(f"turn {number} has {type(content).__name__} for content, not text")
+    return Message(ROLES[speaker], content)
+
+
+def _system(values: Values) -> tuple[Message, ...]:
+    system = _first(values, "system", "system_prompt")
+    return (Message("system", system),) if isinstance(system, str) and system.strip() else ()
+
+
+def _text(value: Any, what: str) -> str:
+    """A cell as text; numbers and truth values are written out, everything else is refused."""
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        raise Unusable(f"{what} is {type(value).__name__}, not text")
+    if not value.strip():
+        raise Unusable(f"empty {what}")
+    return value
+
+
+def _first(values: Values, *names: str) -> Any:
+    return next((values[name] for name in names if values.get(name) is not None), None)
+
+
+def _extra(values: Values, *used: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in used and value is not None}

@@ -258,12 +258,13 @@ def _answers(
     )
     device = planning.device()
     chosen = dataflow.metrics(settings, items)
-    rows = dataflow.answers(
-        settings,
+    rows = evaluation.answers(
+        settings.model,
+        settings.evaluation,
         items,
         chosen,
         name=name,
-        model=str(model),
+        base=str(model),
         tokenizer=tokenizer,
         device=device,
         dtype=planning.inference_dtype(settings.model.dtype, device),

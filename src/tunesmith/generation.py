@@ -1,7 +1,7 @@
-"""Answers from a model: token ids in, token ids out, batched, in the order asked.
+"""Batched generation from token ids, shared by evaluation, previews and chat.
 
-One explicit generation configuration serves every model, so that no folder's own defaults decide; torch's
-random state is left as it was found, so that measuring never changes training.
+Prompts are left-padded with an explicit attention mask (inferring the mask fails where the padding token
+is the end-of-text token), sorted by length so that little is padded, and cut into batches by tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +9,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from tunesmith.errors import OutOfResources
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -33,44 +37,61 @@ def generate(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[Generated]:
-    """Answers to prompts of token ids; greedy at temperature 0.
+    """Answers to token-id prompts, in their order; greedy at temperature 0.
 
-    Prompts are sorted by length, longest first, and batched so that padded prompts and answers stay within
-    `batch_tokens`; a batch that does not fit into memory is halved. A prompt that leaves no room in the
-    model's context gets an empty answer with finish reason `length`. `progress` hears how many are done.
-    Sampling depends on the batches, so it repeats only for the same prompts and settings.
+    Nothing is taken from the model folder's generation_config.json. An answer gets at most the room that
+    the model's context length leaves after its prompt; a prompt that leaves none gets an empty answer with
+    finish reason "length". Sampled answers are reproducible for the same prompts and batch size only, as
+    one random stream serves a batch. `progress` is told the number of finished prompts.
     """
     import torch
 
-    room = _context_length(model)
-    answers: list[Generated | None] = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    fitting = [i for i in order if len(prompts[i]) < room]
-    for i in set(order) - set(fitting):
-        answers[i] = Generated((), "", "length")
-    pending = list(_batches(fitting, prompts, max_new_tokens, batch_tokens))[::-1]
-    done = len(prompts) - len(fitting)
-    with _answering(model, seed):
-        while pending:
-            batch = pending.pop()
-            try:
-                results = _answer_batch(
-                    model, tokenizer, [prompts[i] for i in batch], room, max_new_tokens, stop_ids, temperature
-                )
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                torch.cuda.empty_cache()
-                middle = len(batch) // 2
-                pending += [batch[middle:], batch[:middle]]
-                continue
-            for i, result in zip(batch, results, strict=True):
-                answers[i] = result
-            done += len(batch)
-            if progress:
-                progress(done)
-    assert all(answer is not None for answer in answers)
-    return [answer for answer in answers if answer is not None]
+    limit = context_length(model)
+    rooms = [
+        max_new_tokens if limit is None else max(0, min(max_new_tokens, limit - len(prompt)))
+        for prompt in prompts
+    ]
+    answers: dict[int, Generated] = {}
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {number} has no tokens")
+        if not rooms[number]:
+            answers[number] = Generated((), "", "length")
+    if progress:
+        progress(len(answers))
+    pad_id = _pad_id(tokenizer, stop_ids)
+
+    def answer_batch(batch: Sequence[int]) -> list[Generated]:
+        config = _generation_config(
+            room=rooms[batch[0]], stop_ids=stop_ids, pad_id=pad_id, temperature=temperature
+        )
+        width = max(len(prompts[number]) for number in batch)
+        ids = torch.full((len(batch), width), pad_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for line, number in enumerate(batch):
+            ids[line, width - len(prompts[number]) :] = torch.tensor(list(prompts[number]))
+            mask[line, width - len(prompts[number]) :] = 1
+        output = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+        )
+        return [_cut(line, stop_ids, tokenizer) for line in output[:, width:].tolist()]
+
+    # Rows of one batch share their room: a row that ran on beyond the context length while others are
+    # unfinished would index positions that models with learned positions do not have.
+    batches = [
+        part
+        for room in sorted(set(rooms) - {0})
+        for part in length_batches(
+            {n: len(prompts[n]) + room for n in range(len(prompts)) if rooms[n] == room}, tokens=batch_tokens
+        )
+    ]
+    with for_inference(model), _seeded(model, seed), _no_inherited_settings(model):
+        for batch in batches:
+            for part, results in halving(answer_batch, batch):
+                answers |= dict(zip(part, results, strict=True))
+                if progress:
+                    progress(len(answers))
+    return [answers[number] for number in range(len(prompts))]
 
 
 def stream(
@@ -81,108 +102,190 @@ def stream(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     temperature: float = 0.0,
+    top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """One answer as pieces of text, as they come; characters are never torn apart."""
+    """One answer's text, piece by piece; a character that spans tokens is held back until it is whole.
+
+    At temperature 0 the pieces join to the text that `generate` gives. `top_p` keeps the smallest set of
+    tokens with that much probability (nucleus sampling, arXiv 1904.09751).
+    """
     import torch
 
+    limit = context_length(model)
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+    generator = torch.Generator(device=model.device).manual_seed(seed)
     ids: list[int] = []
-    told = ""
-    room = min(max_new_tokens, _context_length(model) - len(prompt))
-    with _answering(model, seed):
-        inputs, cache = torch.tensor([list(prompt)], device=model.device), None
-        for _ in range(room):
-            output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
-            cache, logits = output.past_key_values, output.logits[0, -1].float()
-            token = (
-                int(logits.argmax())
-                if temperature == 0
-                else int(torch.multinomial(torch.softmax(logits / temperature, -1), 1))
-            )
+    past, sent = None, ""
+    with _eval_mode(model):
+        while len(ids) < room:
+            # Inference mode is entered step by step: held across a yield it would reach the caller.
+            with torch.inference_mode():
+                feed = [*prompt, *ids] if past is None else ids[-1:]
+                output = model(
+                    input_ids=torch.tensor([feed], device=model.device),
+                    attention_mask=torch.ones(1, len(prompt) + len(ids), device=model.device, dtype=torch.long),
+                    past_key_values=past,
+                    use_cache=True,
+                )
+                past = getattr(output, "past_key_values", None)
+                token = _pick(output.logits[0, -1].float(), temperature, top_p, generator)
             if token in stop_ids:
                 break
             ids.append(token)
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            # A character of several tokens decodes to a replacement mark until its last one is there.
-            if not text.endswith("\ufffd"):
-                yield text[len(told) :]
-                told = text
-            inputs = torch.tensor([[token]], device=model.device)
-    rest = tokenizer.decode(ids, skip_special_tokens=True)[len(told) :]
-    if rest:
+            text = _decoded(ids, tokenizer)
+            if text.startswith(sent) and not text.endswith("\ufffd"):
+                yield text[len(sent) :]
+                sent = text
+    if rest := _decoded(ids, tokenizer)[len(sent) :]:
         yield rest
 
 
-def _context_length(model: Any) -> int:
-    return int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+def context_length(model: Any) -> int | None:
+    """Most tokens that the model can attend to, or None where its configuration does not say."""
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return int(length) if length else None
 
 
-def _batches(
-    order: Sequence[int], prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_tokens: int
-) -> Iterator[list[int]]:
-    batch: list[int] = []
-    for i in order:
-        longest = len(prompts[batch[0]]) if batch else len(prompts[i])
-        if batch and (len(batch) + 1) * (longest + max_new_tokens) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+def length_batches(lengths: dict[int, int], *, tokens: int) -> list[list[int]]:
+    """Keys of `lengths` in batches of at most `tokens` padded tokens (at least one key), longest first.
+
+    The longest come first so that memory that does not suffice shows at once.
+    """
+    batches: list[list[int]] = []
+    for key in sorted(lengths, key=lambda k: (-lengths[k], k)):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= tokens:
+            batches[-1].append(key)
+        else:
+            batches.append([key])
+    return batches
 
 
-def _answer_batch(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    room: int,
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    temperature: float,
-) -> list[Generated]:
+def halving(
+    work: Callable[[Sequence[int]], list[_Result]], batch: Sequence[int]
+) -> Iterator[tuple[Sequence[int], list[_Result]]]:
+    """Results of a batch, cut in halves as often as memory demands.
+
+    Raises OutOfResources where one item alone does not fit.
+    """
     import torch
-    from transformers import GenerationConfig
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (list(stop_ids) or [0])[0]
-    width = max(len(prompt) for prompt in prompts)
-    padded = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    config = GenerationConfig(
-        max_new_tokens=min(max_new_tokens, room - width),
-        eos_token_id=list(stop_ids) or None,
-        pad_token_id=pad,
-        use_cache=True,
-        **(sampling or {"do_sample": False}),
-    )
-    output = model.generate(input_ids=padded, attention_mask=mask, generation_config=config)
-    return [_finished(row, stop_ids, tokenizer) for row in output[:, width:].tolist()]
-
-
-def _finished(ids: list[int], stop_ids: Sequence[int], tokenizer: Any) -> Generated:
-    """An answer cut by ids at its stop token, before anything is decoded."""
-    end = next((position for position, i in enumerate(ids) if i in stop_ids), None)
-    kept = tuple(ids if end is None else ids[:end])
-    text = tokenizer.decode(kept, skip_special_tokens=True)
-    return Generated(kept, text, "length" if end is None else "stop")
+    waiting = [list(batch)]
+    while waiting:
+        part = waiting.pop()
+        results: list[_Result] | None = None
+        try:
+            results = work(part)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if len(part) == 1:
+                raise OutOfResources(
+                    "The device's memory does not suffice for one single example.",
+                    found=str(error).splitlines()[0] if str(error) else None,
+                    fix="Lower evaluation.max_new_tokens or data.max_length, or use a smaller model.",
+                ) from None
+        if results is None:
+            # Outside the handler, whose traceback would keep the failed batch's tensors alive.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            middle = len(part) // 2
+            waiting += [part[middle:], part[:middle]]
+        else:
+            yield part, results
 
 
 @contextlib.contextmanager
-def _answering(model: Any, seed: int) -> Iterator[None]:
-    """Evaluation mode without gradients, the model's own generation defaults and all random states put back."""
+def for_inference(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; the model's modes are put back as they were."""
     import torch
+
+    with _eval_mode(model), torch.inference_mode():
+        yield
+
+
+@contextlib.contextmanager
+def _eval_mode(model: Any) -> Iterator[None]:
+    """Evaluation mode; each module gets its own flag back, as frozen parts may differ from the rest."""
+    training = {module: module.training for module in model.modules()}
+    use_cache = getattr(model.config, "use_cache", None)
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+
+
+@contextlib.contextmanager
+def _no_inherited_settings(model: Any) -> Iterator[None]:
+    """Take the model's own generation defaults away for a while: `generate` fills what we leave open from them."""
     from transformers import GenerationConfig
 
-    was_training, own = model.training, getattr(model, "generation_config", None)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.inference_mode():
+    owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    before = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for owner, config in zip(owners, before, strict=True):
+            owner.generation_config = config
+
+
+@contextlib.contextmanager
+def _seeded(model: Any, seed: int) -> Iterator[None]:
+    """A random stream of our own; torch's is left as found, so that evaluating never changes a training."""
+    import torch
+
+    device = model.device
+    kind = device.type if device.type in {"cuda", "mps", "xpu"} else "cuda"
+    devices = [device] if device.type == kind else []
+    with torch.random.fork_rng(devices=devices, device_type=kind):
         torch.manual_seed(seed)
-        model.eval()
-        if own is not None:
-            model.generation_config = GenerationConfig()
-        try:
-            yield
-        finally:
-            model.train(was_training)
-            if own is not None:
-                model.generation_config = own
+        yield
+
+
+def _generation_config(*, room: int, stop_ids: Sequence[int], pad_id: int, temperature: float) -> Any:
+    from transformers import GenerationConfig
+
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    return GenerationConfig(
+        max_new_tokens=room,
+        do_sample=temperature > 0,
+        num_beams=1,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=pad_id,
+        use_cache=True,
+        **sampling,
+    )
+
+
+def _pad_id(tokenizer: Any, stop_ids: Sequence[int]) -> int:
+    """Any id serves where there is no padding token: padding is masked before the prompt and cut after it."""
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    return stop_ids[0] if stop_ids else 0
+
+
+def _cut(ids: Sequence[int], stop_ids: Sequence[int], tokenizer: Any) -> Generated:
+    """New tokens up to the first stop token; only padding follows it."""
+    end = next((position for position, token in enumerate(ids) if token in stop_ids), None)
+    kept = tuple(ids if end is None else ids[:end])
+    return Generated(kept, _decoded(kept, tokenizer), "length" if end is None else "stop")
+
+
+def _decoded(ids: Sequence[int], tokenizer: Any) -> str:
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _pick(logits: Any, temperature: float, top_p: float, generator: Any) -> int:
+    import torch
+
+    if temperature <= 0:
+        return int(logits.argmax())
+    probabilities, order = torch.softmax(logits / temperature, -1).sort(descending=True)
+    probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])

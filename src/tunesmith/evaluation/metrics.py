@@ -1,110 +1,199 @@
-"""Metrics: one signature, `(prompt, completion, reference) -> float`, pure, so that each can be a reward.
+"""Metrics: one signature `(prompt, completion, reference) -> float` for evaluation, comparison and rewards.
 
-Two kinds stand beside each other in METRICS: those that score an answer, and those that are read off the
-model's own probabilities of the reference (`score` is None; `evaluation.scores` sums them over tokens).
+Answer metrics are pure functions of texts. Likelihood metrics have no such function: they are computed
+from the model's own probabilities of the reference tokens, over all of them at once.
 """
 
 from __future__ import annotations
 
-import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 from tunesmith.data.examples import Prompt
 from tunesmith.errors import RecipeError, nearest
-from tunesmith.evaluation.sql import execution_match
+from tunesmith.evaluation.sql import SQLResult, execution_match
+
+Score = Callable[[Prompt, str, str], float]
+Unit = Literal["share", "points", "ratio"]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure of answers or of probabilities, and how to read it."""
+    """A way to score a model, and how its numbers are to be read."""
 
     name: str
+    label: str
+    """As people call it."""
+    score: Score | None
+    """Score of one answer; None for likelihood metrics."""
+    higher_is_better: bool
+    unit: Unit
+    """`share` is 0 to 1, shown in percent; `points` is 0 to 1, shown times 100; `ratio` is shown as it is."""
     about: str
-    score: Callable[[Prompt, str, str], float] | None = None
-    higher_is_better: bool = True
-    is_share: bool = True
-    """Whether values lie in [0, 1] and are shown in percent."""
-    fits: Callable[[Prompt], bool] = lambda prompt: True
+    fits: Callable[[Prompt], bool]
+    """Whether the metric means something for this prompt."""
+    kind: Literal["answer", "likelihood"]
+    flags: Callable[[Prompt, str, str], tuple[str, ...]] | None = None
+    """What else is to be known about a score, such as that a match is vacuous."""
 
 
 def sql_execution(prompt: Prompt, completion: str, reference: str) -> float:
-    """1 where the query gives the same rows as the reference query on the row's own database."""
-    checks = prompt.checks
-    return float(execution_match(str(checks["schema"]), str(checks.get("setup", "")), completion, reference).match)
+    """1 where the answer, run on SQLite, gives the rows that the reference gives.
+
+    Execution accuracy (Spider, arXiv 1809.08887); `evaluation.sql` says how rows are compared. An answer
+    in a Markdown code fence counts as the code in it.
+    """
+    return float(_sql_result(prompt, completion, reference).match)
 
 
 def exact_match(prompt: Prompt, completion: str, reference: str) -> float:
-    """1 where answer and reference are the same text, runs of white space counted as one space."""
-    return float(" ".join(completion.split()) == " ".join(reference.split()))
+    """1 where answer and reference are equal after runs of white space became one space; case counts."""
+    return float(completion.split() == reference.split())
 
 
-@functools.cache
-def _rouge(kinds: tuple[str, ...]) -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(list(kinds), use_stemmer=True)
+def rouge1(prompt: Prompt, completion: str, reference: str) -> float:
+    """F1 of shared words, stemmed (ROUGE-1, Lin 2004, as of rouge-score)."""
+    return _rouge("rouge1", completion, reference)
 
 
-def rouge(kind: str) -> Callable[[Prompt, str, str], float]:
-    """The F measure of one ROUGE kind (Lin 2004), by google's rouge-score with stemming, from 0 to 1."""
-
-    def score(prompt: Prompt, completion: str, reference: str) -> float:
-        return float(_rouge((kind,)).score(reference, completion)[kind].fmeasure)
-
-    return score
+def rouge2(prompt: Prompt, completion: str, reference: str) -> float:
+    """F1 of shared word pairs, stemmed (ROUGE-2, Lin 2004, as of rouge-score)."""
+    return _rouge("rouge2", completion, reference)
 
 
-METRICS: dict[str, Metric] = {
-    m.name: m
-    for m in (
-        Metric(
-            "sql_execution",
-            "Share of answers that, run on SQLite, give the same rows as the reference query; order counts where the "
-            "reference orders (execution accuracy, Yu et al. 2018).",
-            sql_execution,
-            fits=lambda prompt: "schema" in prompt.checks,
-        ),
-        Metric("exact_match", "Share of answers equal to the reference, white space normalized.", exact_match),
-        Metric("rougeL", "Longest common subsequence with the reference, F measure (Lin 2004), stemmed.", rouge("rougeL")),
-        Metric("rouge1", "Overlap of words with the reference, F measure (Lin 2004), stemmed.", rouge("rouge1")),
-        Metric("rouge2", "Overlap of word pairs with the reference, F measure (Lin 2004), stemmed.", rouge("rouge2")),
-        Metric(
-            "rougeLsum",
-            "ROUGE-L line by line, F measure (Lin 2004), stemmed: for answers of several sentences, one a line.",
-            rouge("rougeLsum"),
-        ),
-        Metric("token_accuracy", "Share of the reference's tokens that the model itself finds likeliest, given all before."),
-        Metric(
-            "perplexity",
-            "exp(total negative log-likelihood / total tokens) of the references, token-weighted; lower is better.",
-            higher_is_better=False,
-            is_share=False,
-        ),
-    )
-}
-"""Metrics by name."""
-
-ROUGES = ("rougeL", "rouge1", "rouge2", "rougeLsum")
+def rougeL(prompt: Prompt, completion: str, reference: str) -> float:
+    """F1 of the longest common word sequence, stemmed (ROUGE-L, Lin 2004, as of rouge-score)."""
+    return _rouge("rougeL", completion, reference)
 
 
-def default_metrics(prompts: Sequence[Prompt], *, has_text: bool) -> list[str]:
-    """The metrics that fit what is asked, the primary one first."""
-    likelihood = ["token_accuracy", "perplexity"]
+def rougeLsum(prompt: Prompt, completion: str, reference: str) -> float:
+    """ROUGE-L by lines: the union of longest common sequences, stemmed (Lin 2004, as of rouge-score)."""
+    return _rouge("rougeLsum", completion, reference)
+
+
+def default_metrics(prompts: Sequence[Prompt], has_text: bool) -> list[str]:
+    """The metrics that fit the data, the primary one first.
+
+    A metric fits where it means something for at least half of the prompts.
+    """
     if not prompts:
-        return likelihood if has_text else []
-    if all(METRICS["sql_execution"].fits(prompt) for prompt in prompts):
-        return ["sql_execution", "exact_match", *likelihood]
-    # Long answers are never reproduced word for word; short ones are better judged exactly.
-    words = sorted(len(prompt.reference.split()) for prompt in prompts)[len(prompts) // 2]
-    answer = ["exact_match", *ROUGES] if words <= 3 else [ROUGES[0], "exact_match", *ROUGES[1:]]
-    return [*answer, *likelihood]
+        return ["perplexity", "token_accuracy"] if has_text else []
+    if _fits_most("sql_execution", prompts):
+        return ["sql_execution", "exact_match", "token_accuracy", "perplexity"]
+    chat = ["rougeL", "exact_match", "rouge1", "rouge2", "rougeLsum", "token_accuracy", "perplexity"]
+    return [name for name in chat if _fits_most(name, prompts)]
 
 
 def known_metrics(names: Sequence[str]) -> list[str]:
-    """The names, checked. Raises RecipeError with the nearest known one."""
+    """The names, once each and in their order. Raises RecipeError for one that is not in `METRICS`."""
     for name in names:
         if name not in METRICS:
             raise RecipeError(f"There is no metric '{name}'.", fix=nearest(name, METRICS))
     return list(dict.fromkeys(names))
+
+
+def primary_metric(names: Sequence[str]) -> str | None:
+    """The metric on which the verdict rests: the first that scores answers, or else the first."""
+    return next((name for name in names if METRICS[name].kind == "answer"), names[0] if names else None)
+
+
+def _fits_most(name: str, prompts: Sequence[Prompt]) -> bool:
+    return 2 * sum(METRICS[name].fits(prompt) for prompt in prompts) >= len(prompts)
+
+
+def _always(prompt: Prompt) -> bool:
+    return True
+
+
+def _has_schema(prompt: Prompt) -> bool:
+    return bool(prompt.checks.get("schema"))
+
+
+def _is_latin(prompt: Prompt) -> bool:
+    """rouge-score knows the letters a to z and digits only; in other scripts every score would be 0."""
+    letters = [c for c in prompt.reference if c.isalnum()]
+    return 2 * sum(c.isascii() for c in letters) >= len(letters) > 0
+
+
+def _sql_result(prompt: Prompt, completion: str, reference: str) -> SQLResult:
+    schema, setup = prompt.checks["schema"], prompt.checks.get("setup") or ""
+    return execution_match(str(schema), str(setup), _code(completion), _code(reference))
+
+
+def _sql_flags(prompt: Prompt, completion: str, reference: str) -> tuple[str, ...]:
+    result = _sql_result(prompt, completion, reference)
+    flags = ("vacuous",) if result.vacuous and result.match else ()
+    return flags if result.executed else (*flags, f"sql: {result.error}")
+
+
+def _code(text: str) -> str:
+    fenced = re.search(r"```[\w+-]*[ \t]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    return (fenced.group(1) if fenced else text).strip()
+
+
+def _rouge(name: str, completion: str, reference: str) -> float:
+    return float(_rouge_scorer(name).score(reference, completion)[name].fmeasure)
+
+
+@lru_cache
+def _rouge_scorer(name: str) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer([name], use_stemmer=True)
+
+
+def _answer(
+    name: str,
+    label: str,
+    score: Score,
+    unit: Unit,
+    *,
+    fits: Callable[[Prompt], bool] = _always,
+    flags: Callable[[Prompt, str, str], tuple[str, ...]] | None = None,
+) -> Metric:
+    return Metric(name, label, score, True, unit, (score.__doc__ or "").strip(), fits, "answer", flags)
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        _answer(
+            "sql_execution",
+            "SQL execution accuracy",
+            sql_execution,
+            "share",
+            fits=_has_schema,
+            flags=_sql_flags,
+        ),
+        _answer("exact_match", "exact match", exact_match, "share"),
+        _answer("rougeL", "ROUGE-L", rougeL, "points", fits=_is_latin),
+        _answer("rouge1", "ROUGE-1", rouge1, "points", fits=_is_latin),
+        _answer("rouge2", "ROUGE-2", rouge2, "points", fits=_is_latin),
+        _answer("rougeLsum", "ROUGE-Lsum", rougeLsum, "points", fits=_is_latin),
+        Metric(
+            "token_accuracy",
+            "token accuracy",
+            None,
+            True,
+            "share",
+            "Share of reference tokens that the model, given all tokens before, finds most likely "
+            "(over all labelled tokens, so that long answers weigh more).",
+            _always,
+            "likelihood",
+        ),
+        Metric(
+            "perplexity",
+            "perplexity",
+            None,
+            False,
+            "ratio",
+            "exp(sum of negative log-likelihoods / number of tokens) of the reference tokens, over all "
+            "labelled tokens (Jelinek et al. 1977); lower is better.",
+            _always,
+            "likelihood",
+        ),
+    )
+}

@@ -1,7 +1,7 @@
-"""Text-to-SQL by execution: does the query give what the reference query gives?
+"""Whether a predicted SQL query gives the same rows as the reference, found by running both, safely.
 
-Queries run on a fresh in-memory SQLite database that is locked after it is filled: an authorizer allows
-reading only, a deadline and a row cap end what does not end itself.
+Each query runs on its own SQLite database in memory that is then locked: an authorizer lets only reading
+through, one statement, a deadline, a cap on rows and on the size of values.
 """
 
 from __future__ import annotations
@@ -11,133 +11,273 @@ import re
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-DEADLINE = 1.0
-"""Seconds a query may take."""
+MAX_SECONDS = 1.0
 MAX_ROWS = 10_000
-"""Rows of a result that are compared; a longer result counts as an error."""
-SYNTHETIC_ROWS = 12
-"""Rows per table where a data set gives schemas without content."""
+SYNTHETIC_DATABASES = 3
+SYNTHETIC_ROWS = 30
+WORDS = ("amber", "birch", "coral", "delta", "ember", "fjord", "grove", "haven")
 
-_ALLOWED = {
-    sqlite3.SQLITE_SELECT,
-    sqlite3.SQLITE_READ,
-    sqlite3.SQLITE_FUNCTION,
-    sqlite3.SQLITE_RECURSIVE,
-}
+# What a query may do (sqlite3.html, "Authorizer Action Codes"); everything else is refused.
+READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+BUILDING = READING | {
+    sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_CREATE_VIEW,
+    sqlite3.SQLITE_DROP_TABLE, sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_REINDEX,
+    sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE, sqlite3.SQLITE_TRANSACTION,
+}  # fmt: skip
+REFUSED_FUNCTIONS = {"load_extension", "fts3_tokenizer"}
 
 
 @dataclass(frozen=True)
 class SQLResult:
-    """How a predicted query fared against the reference."""
+    """What running a predicted query against the reference came to."""
 
     match: bool
     executed: bool
+    """Whether the predicted query ran to its end."""
     vacuous: bool
-    """Both results are empty: they agree, but on nothing."""
-    error: str | None = None
+    """Whether the reference gave no rows on any database, so that a match says little."""
+    error: str | None
+    """What stopped the predicted query, in SQLite's words."""
 
 
-def execution_match(schema: str, setup: str, predicted: str, gold: str, *, deadline: float = DEADLINE) -> SQLResult:
-    """Compare the results of two queries as bags of rows, in order where the reference orders its rows.
+class ReferenceError(Exception):  # noqa: A001
+    """The schema, its rows or the reference query do not run: the example is broken, not the answer."""
 
-    This is the execution accuracy of Spider (Yu et al. 2018) with column order respected: floats are equal
-    to 1e-6, NULL equals NULL. Tables without rows (`setup` empty) get synthetic ones that hold the
-    reference's literals. Raises ValueError where the reference itself does not run.
+
+@lru_cache(maxsize=8192)
+def execution_match(
+    schema: str,
+    setup: str,
+    predicted: str,
+    gold: str,
+    *,
+    seconds: float = MAX_SECONDS,
+    max_rows: int = MAX_ROWS,
+    seed: int = 0,
+) -> SQLResult:
+    """Run both queries on a database built from `schema` and the INSERTs of `setup`, and compare the rows.
+
+    Rows are compared as a bag (order free, repetitions count), in order where the reference has ORDER BY
+    at its top level; column order counts, column names do not; floats are rounded to six places, NULL
+    equals NULL. This is execution accuracy as of Spider (arXiv 1809.08887) and BIRD (arXiv 2305.03111).
+
+    Where `setup` is empty, or the reference finds no rows in it, three databases are filled with seeded
+    synthetic rows of the columns' types, among them the values that the reference asks for; a match must
+    hold on all of them. Raises ReferenceError where schema, setup or reference do not run.
     """
-    statements = setup if setup.strip() else synthetic_rows(schema, gold)
-    expected, error = run(schema, statements, gold, deadline=deadline)
-    if expected is None:
-        raise ValueError(f"the reference query fails: {error}")
-    found, error = run(schema, statements, predicted, deadline=deadline)
-    if found is None:
-        return SQLResult(match=False, executed=False, vacuous=False, error=error)
-    wanted, got = [_comparable(row) for row in expected], [_comparable(row) for row in found]
-    match = wanted == got if is_ordered(gold) else Counter(wanted) == Counter(got)
-    return SQLResult(match=match, executed=True, vacuous=match and not wanted)
-
-
-def run(
-    schema: str, setup: str, query: str, *, deadline: float = DEADLINE
-) -> tuple[list[tuple[Any, ...]] | None, str | None]:
-    """A query's rows on a fresh locked database, or None and the reason."""
-    connection = sqlite3.connect(":memory:")
-    try:
-        connection.executescript(schema.rstrip().rstrip(";") + ";" + setup)
-        connection.commit()
-        connection.execute("PRAGMA query_only = ON")
-        connection.set_authorizer(_authorize)
-        end = time.monotonic() + deadline
-        connection.set_progress_handler(lambda: int(time.monotonic() > end), 1000)
-        rows = connection.execute(query).fetchmany(MAX_ROWS + 1)
-    except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
-        reason = "took longer than the deadline" if "interrupted" in str(error) else str(error)
-        return None, reason
-    finally:
-        connection.close()
-    return (None, f"more than {MAX_ROWS} rows") if len(rows) > MAX_ROWS else (rows, None)
-
-
-def _authorize(action: int, first: str | None, second: str | None, *rest: str | None) -> int:
-    if action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in {"load_extension", "randomblob", "zeroblob"}:
-        return sqlite3.SQLITE_DENY
-    return sqlite3.SQLITE_OK if action in _ALLOWED else sqlite3.SQLITE_DENY
+    ordered = is_ordered(gold)
+    databases: list[int | None] = [None] if setup.strip() else []
+    synthetic = [seed + number for number in range(SYNTHETIC_DATABASES)]
+    databases += synthetic if not databases else []
+    vacuous = True
+    for position, filling in enumerate(databases):
+        with _closing(_built(schema, setup, gold, filling, seconds)) as connection:
+            expected = _expected(connection, gold, seconds, max_rows)
+            if expected:
+                vacuous = False
+            elif filling is None:
+                databases[position + 1 :] = synthetic
+            try:
+                found = _rows(connection, predicted, seconds, max_rows)
+            except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
+                return SQLResult(False, False, vacuous, str(error))
+            if not (found == expected if ordered else Counter(found) == Counter(expected)):
+                return SQLResult(False, True, vacuous, None)
+    return SQLResult(True, True, vacuous, None)
 
 
 def is_ordered(query: str) -> bool:
-    """Whether a query orders its rows at the top level."""
+    """Whether the query has ORDER BY at its top level, so that the order of its rows is part of the answer."""
     import sqlglot
-    from sqlglot import exp
+    from sqlglot.errors import SqlglotError
 
     try:
         return sqlglot.parse_one(query, read="sqlite").args.get("order") is not None
-    except (sqlglot.errors.SqlglotError, AttributeError):
-        return isinstance(query, str) and exp is not None and bool(re.search(r"\border\s+by\b", query, re.I))
+    except (SqlglotError, RecursionError):
+        # Where the parser gives up, an ORDER BY behind the last parenthesis is at the top level.
+        return bool(re.search(r"\border\s+by\b[^()]*$", query, re.IGNORECASE))
 
 
-def _comparable(row: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(round(value, 6) if isinstance(value, float) else value for value in row)
-
-
-def synthetic_rows(schema: str, gold: str) -> str:
-    """INSERT statements for a schema without content: the same for the same schema and reference.
-
-    Text and numbers repeat across rows, and the reference's literals are among them, so that filters
-    choose some rows and not others.
-    """
-    connection = sqlite3.connect(":memory:")
+def _built(schema: str, setup: str, gold: str, filling: int | None, seconds: float) -> sqlite3.Connection:
+    """A filled and locked database; `filling` is the seed of synthetic rows, None for those of `setup`."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
     try:
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+        _only(connection, BUILDING, seconds)
         connection.executescript(schema)
-        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        columns = {t: [(c[1], c[2].upper()) for c in connection.execute(f'PRAGMA table_info("{t}")')] for t in tables}
-    except sqlite3.Error as error:
-        raise ValueError(f"the schema fails: {error}") from None
-    finally:
+        if filling is None:
+            connection.executescript(setup)
+        connection.set_authorizer(None)
+        if filling is not None:
+            _fill(connection, schema, gold, filling)
+        connection.execute("PRAGMA query_only = ON")
+        _only(connection, READING, seconds)
+    except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
         connection.close()
-    rng = random.Random(f"{schema}\0{gold}")
-    texts = [*re.findall(r"'((?:[^']|'')*)'", gold), *re.findall(r'"([^"]*)"', gold), "alpha", "beta", "gamma", "delta"]
-    numbers = [*(float(n) for n in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", gold)), 1.0, 2.0, 5.0, 40.0]
-    return "".join(_insert(table, columns[table], texts, numbers, rng) for table in tables)
+        raise ReferenceError(f"the schema or its rows cannot be built: {error}") from None
+    return connection
 
 
-def _insert(
-    table: str, columns: Iterable[tuple[str, str]], texts: list[str], numbers: list[float], rng: random.Random
-) -> str:
-    columns = list(columns)
-    lines = []
-    for number in range(1, SYNTHETIC_ROWS + 1):
-        cells = []
-        for name, kind in columns:
-            if name.lower() == "id":
-                cells.append(str(number))  # keys differ from row to row and join to each other
-            elif any(word in kind for word in ("INT", "REAL", "NUM", "DEC", "FLOA", "DOUB")):
-                value = rng.choice(numbers) + rng.choice((-1, 0, 0, 1))
-                cells.append(str(int(value)) if "INT" in kind else repr(value))
-            else:
-                text = rng.choice(texts).replace("''", "'").replace("'", "''")
-                cells.append(f"'{text}'")
-        lines.append(f"({', '.join(cells)})")
-    return f'INSERT OR IGNORE INTO "{table}" VALUES {", ".join(lines)};'
+def _only(connection: sqlite3.Connection, allowed: set[int], seconds: float) -> None:
+    """Lock the connection to some actions, and start its clock."""
+
+    def authorize(action: int, first: str | None, second: str | None, *place: str | None) -> int:
+        refused = action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in REFUSED_FUNCTIONS
+        return sqlite3.SQLITE_OK if action in allowed and not refused else sqlite3.SQLITE_DENY
+
+    connection.set_authorizer(authorize)
+    _start_clock(connection, seconds)
+
+
+def _start_clock(connection: sqlite3.Connection, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    connection.set_progress_handler(lambda: int(time.monotonic() > deadline), 1000)
+
+
+def _expected(
+    connection: sqlite3.Connection, gold: str, seconds: float, max_rows: int
+) -> list[tuple[Any, ...]]:
+    try:
+        return _rows(connection, gold, seconds, max_rows)
+    except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
+        raise ReferenceError(f"the reference query does not run: {error}") from None
+
+
+def _rows(connection: sqlite3.Connection, query: str, seconds: float, max_rows: int) -> list[tuple[Any, ...]]:
+    """The query's rows with floats rounded. sqlite3 itself refuses a second statement."""
+    _start_clock(connection, seconds)
+    cursor = connection.execute(query)
+    if cursor.description is None:
+        raise ValueError("not a query")
+    rows = cursor.fetchmany(max_rows + 1)
+    if len(rows) > max_rows:
+        raise ValueError(f"more than {max_rows} rows")
+    return [tuple(round(v, 6) if isinstance(v, float) else v for v in row) for row in rows]
+
+
+class _closing:
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+
+    def __enter__(self) -> sqlite3.Connection:
+        return self.connection
+
+    def __exit__(self, *error: object) -> None:
+        self.connection.close()
+
+
+def _fill(connection: sqlite3.Connection, schema: str, gold: str, seed: int) -> None:
+    """Seeded rows for every table; foreign keys point to existing values, so that joins find partners."""
+    draw = random.Random(f"{seed}:{schema}")
+    asked = _asked_values(gold)
+    tables = [
+        name
+        for (name,) in connection.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY rowid"
+        )
+    ]
+    parents = {
+        (table.lower(), str(key[3]).lower()): (str(key[2]).lower(), str(key[4] or key[3]).lower())
+        for table in tables
+        for key in connection.execute(f"PRAGMA foreign_key_list({_quoted(table)})")
+    }
+    for table in tables:
+        columns = connection.execute(f"PRAGMA table_info({_quoted(table)})").fetchall()
+        names = [column[1] for column in columns]
+        num_keys = sum(1 for column in columns if column[5])
+        for number in range(SYNTHETIC_ROWS):
+            values = []
+            for _, name, type_name, not_null, _, key in columns:
+                parent = parents.get((table.lower(), name.lower()))
+                unique = bool(key) and num_keys == 1
+                if parent or unique or name.lower().endswith("id"):
+                    at = number if unique and not parent else draw.randrange(SYNTHETIC_ROWS)
+                    pool = _key_values(type_name, asked.get(parent[1] if parent else name.lower(), []))
+                    values.append(pool[at])
+                elif not not_null and draw.random() < 0.08:
+                    values.append(None)
+                else:
+                    values.append(_value(draw, type_name, [*asked.get(name.lower(), []), *asked.get("", [])]))
+            # A CHECK or UNIQUE constraint may refuse a synthetic row; others remain.
+            marks = ", ".join("?" * len(names))
+            connection.execute(
+                f"INSERT OR IGNORE INTO {_quoted(table)} ({', '.join(map(_quoted, names))}) VALUES ({marks})",
+                values,
+            )
+
+
+def _is_numeric(type_name: str) -> bool:
+    """SQLite's affinity rules (datatype3.html, 3.1), with BOOLEAN, NUMERIC and DECIMAL as numbers."""
+    return bool(re.search(r"INT|REAL|FLOA|DOUB|NUM|DEC|BOOL", type_name.upper()))
+
+
+def _is_real(type_name: str) -> bool:
+    return bool(re.search(r"REAL|FLOA|DOUB|DEC", type_name.upper()))
+
+
+def _fitting(type_name: str, asked: list[Any]) -> list[Any]:
+    """Asked values as the column's type stores them; neighbors of numbers tell `>` from `>=`."""
+    if not _is_numeric(type_name):
+        return [str(value) for value in asked]
+    numbers = [value for value in asked if not isinstance(value, str)]
+    return [value + step for value in numbers for step in (-1, 0, 1)]
+
+
+def _key_values(type_name: str, asked: list[Any]) -> list[Any]:
+    """Distinct values of a key column, the same wherever the column is referred to."""
+    fitting = _fitting(type_name, asked)
+    start: list[Any] = list(range(1, SYNTHETIC_ROWS + 1))
+    if not _is_numeric(type_name):
+        start = [f"{WORDS[n % len(WORDS)]}-{n}" for n in range(SYNTHETIC_ROWS)]
+    return list(dict.fromkeys([*fitting, *start]))[:SYNTHETIC_ROWS]
+
+
+def _value(draw: random.Random, type_name: str, asked: list[Any]) -> Any:
+    fitting = _fitting(type_name, asked)
+    if fitting and draw.random() < 0.6:
+        return draw.choice(fitting)
+    if _is_real(type_name):
+        return round(draw.uniform(0, 100), 2)
+    if _is_numeric(type_name):
+        return draw.randint(0, 1) if "BOOL" in type_name.upper() else draw.randint(0, 100)
+    if re.search(r"DATE|TIME", type_name.upper()):
+        return f"{draw.randint(2000, 2024)}-{draw.randint(1, 12):02}-{draw.randint(1, 28):02}"
+    return draw.choice(WORDS)
+
+
+def _asked_values(query: str) -> dict[str, list[Any]]:
+    """Literals of the query by the column they are compared with, '' for those of no single column."""
+    import sqlglot
+    from sqlglot import exp
+    from sqlglot.errors import SqlglotError
+
+    asked: dict[str, list[Any]] = {}
+    try:
+        tree = sqlglot.parse_one(query, read="sqlite")
+    except (SqlglotError, RecursionError):
+        return asked
+    for literal in tree.find_all(exp.Literal):
+        if literal.find_ancestor(exp.Limit, exp.Offset):
+            continue
+        condition = literal.find_ancestor(exp.Predicate)
+        columns = {column.name.lower() for column in condition.find_all(exp.Column)} if condition else set()
+        value: Any = literal.this
+        if literal.is_string:
+            value = value.replace("%", "").replace("_", "a") if isinstance(condition, exp.Like) else value
+        else:
+            try:
+                value = float(value) if re.search(r"[.eE]", value) else int(value)
+            except ValueError:
+                continue
+        name = next(iter(columns)) if len(columns) == 1 else ""
+        asked.setdefault(name, []).append(value)
+    return asked
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'

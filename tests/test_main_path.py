@@ -116,7 +116,7 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_every_adapter_trains_only_its_own_and_reloads_plainly(quick, tiny_model_folder, adapter):
-    recipe = quick(adapter=ADAPTERS[adapter])
+    recipe = quick(adapter=ADAPTERS[adapter], training={"learning_rate": 5e-2})
     run = Run(api.train(recipe).run)
     base = weights(tiny_model_folder)
     final = weights(run.final_model)
@@ -130,7 +130,7 @@ def test_every_adapter_trains_only_its_own_and_reloads_plainly(quick, tiny_model
             name for name in base if "layers.2." in name or "layers.3." in name or "model.norm" in name
         }
     else:
-        assert all(".lora_" in name or "base_model.model.model.norm" in name for name in final)
+        assert all(".lora_" in name or "norm" in name for name in final)
 
     # five lines of plain transformers and PEFT
     from peft import AutoPeftModelForCausalLM
@@ -152,13 +152,13 @@ def test_every_adapter_trains_only_its_own_and_reloads_plainly(quick, tiny_model
     ]
     plain = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
     recorded = run.read("training.json")["validation_loss"]
-    assert plain == pytest.approx(recorded, rel=0.02)
+    assert plain == pytest.approx(recorded, rel=2e-3)
     before = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     untrained = [
         before(torch.tensor([e.input_ids]), labels=torch.tensor([e.labels])).loss.item()
         for e in encodings.validation
     ]
-    assert recorded < 0.98 * sum(untrained) / len(untrained), (
+    assert recorded < 0.99 * sum(untrained) / len(untrained), (
         "negative control: training must have changed the loss"
     )
 

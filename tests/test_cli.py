@@ -1,0 +1,173 @@
+"""The command line: cheap to start, every documented flag accepted, one JSON object, exit codes that mean something."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from tunesmith.cli import FLAGS, app
+from tunesmith.compose import TASKS
+from tunesmith.recipe import fields
+from tunesmith.training.run import open_run
+
+SEED_FLAGS = """--task --dataset --base-model --config --output-dir --max-steps --lora --lora-rank --freeze-ratio
+--resume --mixed-precision --gradient-checkpointing --eval-steps --save-steps --push-to-hub --hub-model-id
+--per-device-train-batch-size --gradient-accumulation-steps --max-length --num-workers --num-epochs
+--learning-rate""".split()
+"""Every option that the seed documents name, the six that their program rejected included."""
+
+
+@pytest.fixture
+def invoke():
+    """Run a verb with `--json`; gives exit code, the JSON object, and everything printed."""
+
+    def run(*arguments: str):
+        result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+        lines = result.stdout.strip().splitlines()
+        return result.exit_code, json.loads(lines[-1]) if lines else None, result.stdout
+
+    return run
+
+
+@pytest.fixture
+def quick_flags(tiny_model_folder, question_file, tmp_path):
+    return [
+        "--base-model", tiny_model_folder, "--dataset", question_file, "--output-dir", tmp_path / "runs",
+        "--max-steps", "2", "--warmup-steps", "0", "--max-new-tokens", "4", "--max-length", "128",
+        "--set", "evaluation.resamples=100",
+    ]  # fmt: skip
+
+
+def test_every_seed_flag_is_an_option_of_train():
+    options = {option for parameter in get_command(app).commands["train"].params for option in parameter.opts}
+    assert set(SEED_FLAGS) <= options
+
+
+def test_every_short_flag_names_a_field():
+    paths = {fact.path for fact in fields()}
+    assert {path for path in FLAGS.values()} <= paths
+
+
+def test_all_seed_flags_work_together(invoke, quick_flags, tmp_path):
+    code, result, _ = invoke(
+        "train", *quick_flags, "--task", "chat", "--config", "low_resource", "--lora", "--lora-rank", "2",
+        "--mixed-precision", "no", "--gradient-checkpointing", "--eval-steps", "1", "--save-steps", "1",
+        "--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "2", "--num-workers", "1",
+        "--num-epochs", "1", "--learning-rate", "1e-4", "--freeze-ratio", "0.0", "--no-push-to-hub",
+    )  # fmt: skip
+    assert code == 0, result
+    recipe = open_run(result["run"]).recipe()
+    assert recipe.task == "chat"
+    assert (recipe.adapter.kind, recipe.adapter.rank) == ("lora", 2)
+    training = recipe.training
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (2, 2)
+    assert (training.mixed_precision, training.num_workers, training.learning_rate) == ("no", 1, 1e-4)
+    assert (recipe.data.max_length, training.num_epochs, training.eval_steps) == (128, 1, 1)
+    assert result["run"].endswith("runs/chat_questions")
+
+
+def test_help_and_import_stay_light():
+    """Heavy packages load only in the verb that needs them; torch alone costs seconds."""
+    script = (
+        "import sys; import tunesmith, tunesmith.cli; "
+        "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'hamilton', 'scipy', 'numpy', 'pandas', 'plotly'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_public_names_load():
+    import tunesmith
+
+    for name in tunesmith.__all__:
+        assert getattr(tunesmith, name) is not None
+    with pytest.raises(AttributeError):
+        _ = tunesmith.nonsense
+
+
+def test_train_evaluate_compare_chat_runs_and_push_print_one_json_object(
+    invoke, quick_flags, tiny_model_folder, question_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    code, trained, _ = invoke("train", *quick_flags, "--task", "instruct", "--freeze-ratio", "0.5")
+    assert code == 0, trained
+    assert trained.keys() >= {
+        "metric", "base", "tuned", "difference", "low", "high", "n", "verdict", "seconds", "run",
+    }  # fmt: skip
+    run = trained["run"]
+    code, scores, _ = invoke("evaluate", run, "--metrics", "exact_match,perplexity")
+    assert (code, set(scores["scores"])) == (0, {"exact_match", "perplexity"})
+    code, scores, _ = invoke(
+        "evaluate", tiny_model_folder, "--dataset", question_file, "--metrics", "rouge1", "--max-rows", "5",
+        "--max-new-tokens", "2",
+    )  # fmt: skip
+    assert (code, scores["scores"]["rouge1"]["n"]) == (0, 5)
+    code, compared, _ = invoke("compare", tiny_model_folder, run)
+    assert code == 0
+    assert compared["difference"] == pytest.approx(trained["difference"])
+    code, talk, _ = invoke("chat", run, "--prompt", "what is one", "--max-new-tokens", "3")
+    assert (code, talk["messages"][-1]["role"]) == (0, "assistant")
+    code, listed, _ = invoke("runs", tmp_path / "runs")
+    assert [r["state"] for r in listed["runs"]] == ["done"]
+    code, error, _ = invoke("push", run)
+    assert (code, "hub-model-id" in error["error"]) == (1, True)
+    code, error, _ = invoke("resume", run)
+    assert (code, "finished" in error["error"]) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "what", ["presets", "tasks", "recipe", "formats", "templates", "methods", "metrics", "examples", "model"]
+)
+def test_show(invoke, what):
+    code, shown, _ = invoke("show", what)
+    assert code == 0
+    assert len(shown[what]) >= 1
+    assert all(entry["name"] and entry["about"] for entry in shown[what])
+
+
+def test_plan_writes_nothing(invoke, quick_flags, tmp_path):
+    code, planned, _ = invoke("plan", *quick_flags)
+    assert code == 0
+    assert planned["plan"]["total_steps"] == 2
+    assert planned["rows"]["rows_in"] == 40
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["train", "--dataset", "missing.jsonl"], 1, "missing.jsonl"),
+        (["train", "--lora", "--freeze-ratio", "0.5"], 1, "exclude each other"),
+        (["train", "--lora-rank", "4"], 1, "belongs to lora"),
+        (["train", "--task", "chatt"], 1, "Did you mean 'chat'"),
+        (["train", "--config", "quick_tst"], 1, "Did you mean 'quick_test'"),
+        (["train", "missing.yaml"], 1, "cannot be read"),
+        (["train", "--set", "training.nonsense=1"], 1, "not a field"),
+        (["train", "--qlora"], 3, "CUDA"),
+        (["evaluate", "tiny"], 1, "--dataset"),
+        (["resume", "nowhere"], 1, "not a run"),
+        (["show", "presetz"], 1, "Did you mean 'presets'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_errors_say_what_to_do_and_set_the_exit_code(invoke, tmp_path, monkeypatch, arguments, code, expected):
+    monkeypatch.chdir(tmp_path)
+    got, error, _ = invoke(*arguments)
+    assert (got, error["exit_code"]) == (code, code)
+    assert expected in error["error"]
+    assert list(tmp_path.rglob("*.*")) == []
+
+
+def test_an_unknown_option_is_a_usage_error():
+    assert CliRunner().invoke(app, ["train", "--nonsense"]).exit_code == 2
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tasks_are_listed_in_the_help(task):
+    assert task in CliRunner().invoke(app, ["train", "--help"]).stdout

@@ -72,7 +72,9 @@ def generate(
             ids[line, width - len(prompts[number]) :] = torch.tensor(list(prompts[number]))
             mask[line, width - len(prompts[number]) :] = 1
         output = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
         )
         return [_cut(line, stop_ids, tokenizer) for line in output[:, width:].tolist()]
 
@@ -82,7 +84,8 @@ def generate(
         part
         for room in sorted(set(rooms) - {0})
         for part in length_batches(
-            {n: len(prompts[n]) + room for n in range(len(prompts)) if rooms[n] == room}, tokens=batch_tokens
+            {n: len(prompts[n]) + room for n in range(len(prompts)) if rooms[n] == room},
+            tokens=batch_tokens,
         )
     ]
     with for_inference(model), _seeded(model, seed), _no_inherited_settings(model):
@@ -124,7 +127,9 @@ def stream(
                 feed = [*prompt, *ids] if past is None else ids[-1:]
                 output = model(
                     input_ids=torch.tensor([feed], device=model.device),
-                    attention_mask=torch.ones(1, len(prompt) + len(ids), device=model.device, dtype=torch.long),
+                    attention_mask=torch.ones(
+                        1, len(prompt) + len(ids), device=model.device, dtype=torch.long
+                    ),
                     past_key_values=past,
                     use_cache=True,
                 )

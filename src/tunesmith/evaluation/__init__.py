@@ -1,74 +1,85 @@
-"""Evaluation: the same held-out questions to any model along one code path, one row per answer.
+"""Evaluation: base and tuned model answer the same held-out questions along one code path.
 
-Rows are the record; every number shown anywhere is computed again from them.
+    examples -> items -> evaluate (answers, likelihoods, scores) -> rows -> scores, compare, report
+
+Rows are the record; every number is computed from them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from tunesmith.data.examples import Conversation, Example, Message, Prompt, Row, Unusable, content_hash
-from tunesmith.data.templates import IGNORED, LossOn, encode_all, end_of_turn_ids, prompt_ids
+from tunesmith.data.examples import (
+    Conversation,
+    Example,
+    Prompt,
+    Row,
+    Text,
+    Unusable,
+    content_hash,
+)
+from tunesmith.data.templates import IGNORED, LossOn, encode, end_of_turn_ids, prompt_ids
+from tunesmith.errors import RecipeError
+from tunesmith.evaluation.compare import score_interval
 from tunesmith.evaluation.metrics import METRICS, known_metrics
+from tunesmith.evaluation.rows import EvalRow, read_rows, write_rows
+from tunesmith.generation import (
+    Generated,
+    context_length,
+    for_inference,
+    generate,
+    halving,
+    length_batches,
+)
 from tunesmith.recipe import Evaluation, Model
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+__all__ = [
+    "EvalRow",
+    "Item",
+    "answers",
+    "evaluate",
+    "items",
+    "known_metrics",
+    "read_rows",
+    "scores",
+    "write_rows",
+]
 
-__all__ = ["EvalRow", "Item", "answers", "evaluate", "items", "known_metrics", "read_rows", "scores", "write_rows"]
-
-MAX_LOGITS = 2**26
-"""Most logits held at a time when references are scored: 256 MB in float32."""
-
-Progress = Callable[[str, int, int], None]
+LOGITS_IN_MEMORY = 2**27
+"""Most logits of a likelihood batch: half a gigabyte in float32."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One held-out example, ready to ask: as a prompt where it has an answer, and as labelled tokens."""
+    """One held-out example as token ids: what is asked, and what the likelihood is taken of."""
 
     number: int
     row: Row
     group: str | None
     prompt: Prompt | None
+    """None for running text, which has nothing to answer."""
     prompt_ids: tuple[int, ...]
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    tokens_cut: int = 0
+    error: str | None = None
+    """Why the example cannot be asked; it is counted, not left out."""
+    text: str = ""
+    """The beginning of running text, for people."""
 
 
 @dataclass(frozen=True)
-class EvalRow:
-    """One line of rows.jsonl: one model's answer to one item, or why there is none."""
-
-    model: str
-    item: int
-    source_row: str
-    group: str | None
-    prompt_sha256: str
-    prompt_text: str | None
-    reference: str | None
-    output: str | None
-    finish_reason: str | None
-    generation: Mapping[str, Any]
-    scores: Mapping[str, float]
-    nll: float | None
-    """Sum of the reference tokens' negative log-likelihoods, in nats."""
+class _Likelihood:
+    nll: float
     tokens: int
-    """Reference tokens with a label."""
-    correct: int | None
-    """Of these, the ones the model finds likeliest."""
-    turn: int = 1
-    sample: int = 0
-    status: str = "ok"
-    errors: Mapping[str, str] = field(default_factory=dict)
-    """Metrics that could not be computed for this answer, and why."""
+    correct: int
+    cut: int
 
 
 def items(
@@ -79,33 +90,54 @@ def items(
     max_items: int | None = None,
     max_length: int | None = None,
 ) -> list[Item]:
-    """Held-out examples as items, in the order of their content's hash, at most `max_items`.
+    """The examples as items. A conversation asks for its last assistant turn, given all turns before.
 
-    A conversation is asked up to its last answer. References beyond `max_length` tokens are scored up to
-    there. Examples that the template refuses have no item.
+    At most `max_items` are taken, by the order of their content hashes, so that the choice depends on
+    nothing else. The likelihood's part is cut to `max_length` tokens, the question never.
     """
-    chosen = sorted(examples, key=content_hash)[:max_items]
-    ready = []
-    for example, encoding in zip(chosen, encode_all(chosen, tokenizer, loss_on=loss_on), strict=True):
-        if isinstance(encoding, Unusable):
-            continue
-        prompt, ids = None, ()
-        if isinstance(example, Conversation):
-            *before, answer = example.messages
-            prompt = Prompt(tuple(before), answer.content, example.row, example.group, checks=example.extra)
-            ids = tuple(prompt_ids(before, tokenizer))
-        ready.append(
-            Item(
-                number=len(ready),
-                row=example.row,
-                group=example.group,
-                prompt=prompt,
-                prompt_ids=ids,
-                input_ids=encoding.input_ids[:max_length],
-                labels=encoding.labels[:max_length],
-            )
-        )
-    return ready
+    chosen = sorted(range(len(examples)), key=lambda n: (content_hash(examples[n]), n))[:max_items]
+    return [
+        _item(number, examples[number], tokenizer, loss_on=loss_on, max_length=max_length)
+        for number in sorted(chosen)
+    ]
+
+
+def _item(number: int, example: Example, tokenizer: Any, *, loss_on: LossOn, max_length: int | None) -> Item:
+    prompt = _prompt(example)
+    text = example.text[:200] if isinstance(example, Text) else ""
+    try:
+        asked = tuple(prompt_ids(prompt.messages, tokenizer)) if prompt else ()
+        encoding = encode(example, tokenizer, loss_on=loss_on)
+    except Unusable as reason:
+        return Item(number, example.row, example.group, prompt, (), (), (), error=str(reason), text=text)
+    length = len(encoding.input_ids) if max_length is None else max_length
+    return Item(
+        number,
+        example.row,
+        example.group,
+        prompt,
+        asked,
+        tuple(encoding.input_ids[:length]),
+        tuple(encoding.labels[:length]),
+        tokens_cut=max(0, len(encoding.input_ids) - length),
+        text=text,
+    )
+
+
+def _prompt(example: Example) -> Prompt | None:
+    if not isinstance(example, Conversation):
+        return None
+    answers = [n for n, message in enumerate(example.messages) if message.role == "assistant"]
+    if not answers:
+        return None
+    last = answers[-1]
+    return Prompt(
+        messages=example.messages[:last],
+        reference=example.messages[last].content,
+        row=example.row,
+        group=example.group,
+        checks=example.extra,
+    )
 
 
 def answers(
@@ -127,7 +159,7 @@ def answers(
     from tunesmith import models
 
     def progress(stage: str, done: int, total: int) -> None:
-        watch({"kind": "progress", "stage": f"{name}: {stage}", "done": done, "total": total})
+        watch({"kind": "progress", "stage": stage, "done": done, "total": total})
 
     return evaluate(
         models.load_model(base, dtype=dtype, device=device, attention=model.attention),
@@ -150,174 +182,209 @@ def evaluate(
     metrics: Sequence[str],
     max_new_tokens: int = 256,
     batch_tokens: int = 8192,
-    progress: Progress = lambda stage, done, total: None,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> list[EvalRow]:
-    """The model's rows: greedy answers where a metric scores answers, likelihoods where one needs them."""
-    from tunesmith.generation import generate
+    """One row per item, with the model's greedy answer, its scores and the reference's likelihood.
 
-    chosen = [METRICS[metric] for metric in known_metrics(metrics)]
-    asked = [item for item in items if item.prompt] if any(metric.score for metric in chosen) else []
-    stop_ids = end_of_turn_ids(tokenizer)
-    generated = generate(
-        model,
-        tokenizer,
-        [item.prompt_ids for item in asked],
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
-        batch_tokens=batch_tokens,
-        progress=lambda done: progress("answering", done, len(asked)),
-    )
-    by_item = dict(zip((item.number for item in asked), generated, strict=True))
-    scored = any(metric.score is None for metric in chosen)
-    likelihoods = _likelihoods(model, items, batch_tokens, progress) if scored else [(None, None)] * len(items)
-    settings = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "stop_ids": list(stop_ids)}
-    rows = []
-    for item, (nll, correct) in zip(items, likelihoods, strict=True):
-        answer = by_item.get(item.number)
-        values: dict[str, float] = {}
-        errors: dict[str, str] = {}
-        if answer and item.prompt:
-            for metric in (metric for metric in chosen if metric.score and metric.fits(item.prompt)):
-                try:
-                    values[metric.name] = metric.score(item.prompt, answer.text, item.prompt.reference)  # type: ignore[misc]
-                except ValueError as error:  # a reference or check that does not hold: no fault of the answer
-                    errors[metric.name] = str(error)
-        rows.append(
-            EvalRow(
-                model=name,
-                item=item.number,
-                source_row=str(item.row),
-                group=item.group,
-                prompt_sha256=_sha256(item.prompt_ids or item.input_ids),
-                prompt_text=_shown(item.prompt.messages) if item.prompt else None,
-                reference=item.prompt.reference if item.prompt else None,
-                output=answer.text if answer else None,
-                finish_reason=answer.finish_reason if answer else None,
-                generation=settings,
-                scores=values,
-                nll=nll,
-                tokens=_labelled(item),
-                correct=correct,
-                status="error" if errors else "ok",
-                errors=errors,
-            )
+    Nothing is generated where no metric scores answers. Raises RecipeError for an unknown metric and for
+    one that fits none of the items. `progress` is told the stage, how many are done, and of how many.
+    """
+    metrics = known_metrics(metrics)
+    usable = [item for item in items if not item.error]
+    _check_fit(metrics, usable)
+    asked = [item for item in usable if item.prompt] if _of_kind(metrics, "answer") else []
+    settings = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "seed": seed}
+    answered: dict[int, Generated] = {}
+    if asked:
+        generated = generate(
+            model,
+            tokenizer,
+            [item.prompt_ids for item in asked],
+            max_new_tokens=max_new_tokens,
+            stop_ids=end_of_turn_ids(tokenizer),
+            batch_tokens=batch_tokens,
+            seed=seed,
+            progress=_stage(progress, f"{name}: answers", len(asked)),
         )
-    return rows
+        answered = dict(zip([item.number for item in asked], generated, strict=True))
+    likelihoods: dict[int, _Likelihood] = {}
+    if _of_kind(metrics, "likelihood"):
+        told = _stage(progress, f"{name}: likelihood", len(usable))
+        likelihoods = _likelihoods(model, usable, batch_tokens=batch_tokens, progress=told)
+    return [
+        _row(item, name, metrics, answered.get(item.number), likelihoods.get(item.number), settings)
+        for item in items
+    ]
 
 
-def scores(rows: Sequence[EvalRow], metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Each metric's value over the rows with a 95 % bootstrap interval, its n, and rows in error."""
-    from tunesmith.evaluation.compare import bootstrap, interval
+def scores(
+    rows: Sequence[EvalRow], metrics: Sequence[str], *, confidence: float = 0.95, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """By metric: value, n, n_errors, low, high, groups and the interval's method, all from the rows.
 
-    result = {}
-    for name in metrics:
-        usable = [row for row in rows if has_value(row, name)]
-        if not usable:
-            continue
-        totals = sums(usable, name)
-        statistic = value_of(name)
-        draws = bootstrap([totals], [row.group for row in usable], statistic=lambda t: statistic(t[0]))
-        low, high = interval(draws, 0.95)
-        result[name] = {
-            "value": float(statistic(totals.sum(axis=0))),
-            "low": low,
-            "high": high,
-            "n": len(usable),
-            "errors": sum(name in row.errors for row in rows),
+    Where no row could be scored, value, low and high are None.
+    """
+    return {
+        name: asdict(score_interval(rows, name, confidence=confidence, seed=seed))
+        for name in known_metrics(metrics)
+    }
+
+
+def _of_kind(metrics: Sequence[str], kind: str) -> list[str]:
+    return [name for name in metrics if METRICS[name].kind == kind]
+
+
+def _stage(
+    progress: Callable[[str, int, int], None] | None, stage: str, total: int
+) -> Callable[[int], None] | None:
+    return (lambda done: progress(stage, done, total)) if progress else None
+
+
+def _check_fit(metrics: Sequence[str], items: Sequence[Item]) -> None:
+    prompts = [item.prompt for item in items if item.prompt]
+    for name in _of_kind(metrics, "answer"):
+        if items and not any(METRICS[name].fits(prompt) for prompt in prompts):
+            raise RecipeError(
+                f"The metric '{name}' fits none of the {len(items)} held-out examples.",
+                found="running text, which has no answers" if not prompts else None,
+                fix="Leave evaluation.metrics open to take those that fit. " + METRICS[name].about,
+            )
+
+
+def _row(
+    item: Item,
+    name: str,
+    metrics: Sequence[str],
+    answer: Generated | None,
+    likelihood: _Likelihood | None,
+    settings: dict[str, Any],
+) -> EvalRow:
+    values: dict[str, float] = {}
+    flags: dict[str, list[str]] = {}
+    problems = [item.error] if item.error else []
+    if answer and item.prompt:
+        for metric in (METRICS[m] for m in metrics):
+            if metric.score is None or not metric.fits(item.prompt):
+                continue
+            try:
+                values[metric.name] = metric.score(item.prompt, answer.text, item.prompt.reference)
+                if metric.flags and (found := metric.flags(item.prompt, answer.text, item.prompt.reference)):
+                    flags[metric.name] = list(found)
+            except Exception as error:  # one broken reference must not end an evaluation; it is counted
+                problems.append(f"{metric.name}: {error}")
+    if likelihood and not math.isfinite(likelihood.nll):
+        problems.append("the likelihood is not a number")
+        likelihood = None
+    if likelihood and likelihood.tokens:
+        mean = likelihood.nll / likelihood.tokens
+        own = {
+            "perplexity": math.exp(min(mean, 700)),
+            "token_accuracy": likelihood.correct / likelihood.tokens,
         }
-    return result
-
-
-def has_value(row: EvalRow, metric: str) -> bool:
-    """Whether a row says something about a metric."""
-    return metric in row.scores if METRICS[metric].score else row.nll is not None and row.tokens > 0
-
-
-def sums(rows: Sequence[EvalRow], metric: str) -> NDArray[np.float64]:
-    """Per row, numerator and denominator of a metric, `(len(rows), 2)`: the score and 1, or token sums."""
-    import numpy as np
-
-    if METRICS[metric].score:
-        pairs = [(row.scores[metric], 1.0) for row in rows]
-    elif metric == "perplexity":
-        pairs = [(row.nll or 0.0, row.tokens) for row in rows]
-    else:
-        pairs = [(row.correct or 0, row.tokens) for row in rows]
-    return np.array(pairs, dtype=np.float64)
-
-
-def value_of(metric: str) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-    """The metric from summed numerators and denominators in the last axis: a mean, or exp of one."""
-    import numpy as np
-
-    if metric == "perplexity":
-        return lambda totals: np.exp(totals[..., 0] / totals[..., 1])
-    return lambda totals: totals[..., 0] / totals[..., 1]
-
-
-def write_rows(path: Path, rows: Sequence[EvalRow]) -> None:
-    """Write rows as JSON lines, in one piece."""
-    from tunesmith.training.run import write_whole
-
-    write_whole(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_rows(path: Path) -> list[EvalRow]:
-    """Rows as they were written."""
-    return [EvalRow(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        values |= {m: own[m] for m in _of_kind(metrics, "likelihood")}
+    user = [m.content for m in item.prompt.messages if m.role == "user"] if item.prompt else []
+    asked = item.prompt_ids if item.prompt else item.input_ids
+    return EvalRow(
+        model=name,
+        item=item.number,
+        source_row=str(item.row),
+        group=item.group,
+        turn=0,
+        sample=0,
+        prompt_sha256=hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+        prompt_text=user[-1] if user else item.text,
+        reference=item.prompt.reference if item.prompt else "",
+        output=answer.text if answer else None,
+        finish_reason=answer.finish_reason if answer else None,
+        generation=settings if answer else {},
+        scores=values,
+        nll=likelihood.nll if likelihood else None,
+        tokens=likelihood.tokens if likelihood else None,
+        correct=likelihood.correct if likelihood else None,
+        status="error:" + "; ".join(problems) if problems else "ok",
+        tokens_cut=item.tokens_cut + (likelihood.cut if likelihood else 0),
+        flags=flags,
+    )
 
 
 def _likelihoods(
-    model: Any, items: Sequence[Item], batch_tokens: int, progress: Progress
-) -> list[tuple[float | None, int | None]]:
-    """Per item, the summed negative log-likelihood of its labelled tokens and how many the model finds likeliest.
+    model: Any, items: Sequence[Item], *, batch_tokens: int, progress: Callable[[int], None] | None
+) -> dict[int, _Likelihood]:
+    """Teacher-forced likelihood of every item's labels, by item number."""
+    limit = context_length(model)
+    by_number = {item.number: item for item in items}
+    vocabulary = model.config.get_text_config().vocab_size
+    lengths = {
+        item.number: min(len(item.input_ids), limit or len(item.input_ids))
+        for item in items
+        if len(item.input_ids) > 1
+    }
+    found = {item.number: _Likelihood(0.0, 0, 0, 0) for item in items if item.number not in lengths}
+    with for_inference(model):
+        for batch in length_batches(lengths, tokens=min(batch_tokens, LOGITS_IN_MEMORY // vocabulary)):
+            for part, results in halving(
+                lambda numbers: _batch_likelihood(
+                    model, [by_number[n] for n in numbers], [lengths[n] for n in numbers]
+                ),
+                batch,
+            ):
+                found |= dict(zip(part, results, strict=True))
+                if progress:
+                    progress(len(found))
+    return found
 
-    Position t's logits predict token t + 1, so labels are shifted by one against them.
+
+def _batch_likelihood(model: Any, items: Sequence[Item], lengths: Sequence[int]) -> list[_Likelihood]:
+    """Right-padded forward pass; the token at position t is predicted by the logits at t - 1.
+
+    Logits are asked for at positions before a label only, where the model lets us ask.
     """
     import torch
 
-    results: list[tuple[float | None, int | None]] = [(None, None)] * len(items)
-    budget = max(min(batch_tokens, MAX_LOGITS // model.get_output_embeddings().weight.shape[0]), 1)
-    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    order = sorted(range(len(items)), key=lambda i: -len(items[i].input_ids))
-    done = 0
-    was_training = model.training
-    model.eval()
-    try:
-        while done < len(order):
-            longest = min(len(items[order[done]].input_ids), context)
-            batch = order[done : done + max(budget // max(longest, 1), 1)]
-            ids = [list(items[i].input_ids[:context]) for i in batch]
-            padded = torch.tensor([x + [0] * (longest - len(x)) for x in ids], device=model.device)
-            mask = torch.tensor([[1] * len(x) + [0] * (longest - len(x)) for x in ids], device=model.device)
-            with torch.inference_mode():
-                logits = model(input_ids=padded, attention_mask=mask).logits
-            for position, i in enumerate(batch):
-                targets = torch.tensor(items[i].labels[1:context], device=model.device)
-                places = (targets != IGNORED).nonzero().squeeze(-1)
-                if len(places):
-                    log_probabilities = logits[position, places].float().log_softmax(-1)
-                    wanted = targets[places]
-                    nll = -log_probabilities.gather(-1, wanted[:, None]).double().sum().item()
-                    results[i] = (nll, int((log_probabilities.argmax(-1) == wanted).sum()))
-            done += len(batch)
-            progress("scoring", done, len(order))
-    finally:
-        model.train(was_training)
-    assert all(nll is None or math.isfinite(nll) or math.isnan(nll) or nll > 0 for nll, _ in results)
-    return results
+    ids = torch.zeros(len(items), max(lengths), dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for line, (item, length) in enumerate(zip(items, lengths, strict=True)):
+        ids[line, :length] = torch.tensor(item.input_ids[:length])
+        labels[line, :length] = torch.tensor(item.labels[:length])
+        mask[line, :length] = 1
+    targets = labels[:, 1:]
+    kept = (targets != IGNORED).any(0).nonzero()[:, 0]
+    if not len(kept):
+        return [_result(item, length, 0.0, 0, 0) for item, length in zip(items, lengths, strict=True)]
+    device = model.device
+    options = {"logits_to_keep": kept.to(device)} if _can_select(model) else {}
+    logits = model(
+        input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **options
+    ).logits
+    if not options:
+        logits = logits[:, kept.to(logits.device)]
+    targets = targets[:, kept].to(logits.device)
+    lines, columns = (targets != IGNORED).nonzero(as_tuple=True)
+    wanted = targets[lines, columns]
+    nll, correct = (
+        torch.zeros(len(items), dtype=torch.float64),
+        torch.zeros(len(items), dtype=torch.long),
+    )
+    # In pieces, since a float32 copy of all logits may be as large as the model itself.
+    for at in range(0, len(wanted), 1024):
+        piece = slice(at, at + 1024)
+        values = logits[lines[piece], columns[piece]].float()
+        losses = torch.nn.functional.cross_entropy(values, wanted[piece], reduction="none")
+        right = (values.argmax(-1) == wanted[piece]).long()
+        nll.index_add_(0, lines[piece].cpu(), losses.cpu().double())
+        correct.index_add_(0, lines[piece].cpu(), right.cpu())
+    counts = (targets != IGNORED).sum(1).tolist()
+    return [
+        _result(item, length, float(nll[line]), counts[line], int(correct[line]))
+        for line, (item, length) in enumerate(zip(items, lengths, strict=True))
+    ]
 
 
-def _labelled(item: Item) -> int:
-    return sum(label != IGNORED for label in item.labels[1:])
+def _result(item: Item, length: int, nll: float, tokens: int, correct: int) -> _Likelihood:
+    return _Likelihood(nll, tokens, correct, len(item.input_ids) - length)
 
 
-def _sha256(ids: Sequence[int]) -> str:
-    return hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()
-
-
-def _shown(messages: Sequence[Message]) -> str:
-    """The question as people read it: one user turn alone, several with their roles."""
-    if len(messages) == 1:
-        return messages[0].content
-    return "\n".join(f"{message.role}: {message.content}" for message in messages)
+def _can_select(model: Any) -> bool:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters

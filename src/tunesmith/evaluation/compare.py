@@ -1,35 +1,34 @@
-"""Whether one model is better than another: paired differences with intervals, and a computed verdict.
+"""Whether the tuned model is better than the base: paired differences, their intervals, a computed verdict.
 
-Both models answered the same items, so items are resampled in pairs; items of one group (a database, a
-document) are resampled together, since they are not independent (Miller 2024, arXiv 2411.00640).
+Both models answered the same questions, so differences are taken question by question; questions that
+belong together (one database, one document) are resampled together. Every statistic is a ratio of sums
+over items: scores over counts, correct tokens over tokens, and for perplexity the exponential of losses
+over tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from tunesmith.errors import RunError
-from tunesmith.evaluation import EvalRow, has_value, sums, value_of
-from tunesmith.evaluation.metrics import METRICS
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from tunesmith.evaluation.metrics import METRICS, Metric, known_metrics, primary_metric
+from tunesmith.evaluation.rows import EvalRow
 
 Verdict = Literal["better", "worse", "no evidence", "inconclusive"]
 
 MIN_ITEMS = 10
-"""Fewer items, or fewer than MIN_GROUPS groups, are too few for an interval to mean anything."""
 MIN_GROUPS = 5
-MAX_ERROR_RATE = 0.02
-"""More rows in error than this, and the verdict is inconclusive: they may not be missing at random."""
+MAX_ERROR_SHARE = 0.02
+MIN_DISCORDANT = 6
+"""With fewer questions that only one model answers rightly, an exact McNemar test cannot fall below .05."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of two models on the same items; `difference` is tuned minus base."""
+    """Base against tuned on one metric. Differences are tuned minus base, in the metric's own scale."""
 
     metric: str
     base: float
@@ -40,10 +39,11 @@ class Comparison:
     confidence: float
     n: int
     groups: int
-    """Independent units that were resampled: groups where the data has them, else items."""
+    """Independent groups behind the interval; n where every item stands alone."""
     p_value: float | None
-    """Two-sided; Holm-adjusted for every metric but the primary one."""
+    """Of no difference, two-sided; Holm-adjusted unless primary; None where nothing could be compared."""
     wins: int
+    """Items on which the tuned model is better."""
     ties: int
     losses: int
     verdict: Verdict
@@ -51,6 +51,33 @@ class Comparison:
     method: str
     higher_is_better: bool
     primary: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one metric."""
+
+    value: float | None
+    n: int
+    n_errors: int
+    low: float | None
+    high: float | None
+    groups: int
+    method: str
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The items on which both models have a value, as sums: score or loss over count, for base and tuned."""
+
+    base: Any
+    tuned: Any
+    counts: Any
+    groups: list[str]
+    errors: int
+    unpaired: int
+    other_tokens: int
+    """Items that the two models were given as different tokens, by another tokenizer or template."""
 
 
 def compare(
@@ -62,225 +89,371 @@ def compare(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> list[Comparison]:
-    """Each metric's comparison, the primary one first: the first that scores answers, else the first.
+    """Base against tuned, metric by metric, from their rows.
 
-    Raises RunError where the two models were not asked the same.
+    The interval is an expanded percentile bootstrap (Hesterberg 2015, The American Statistician 69(4)) over
+    items, or over groups where rows have them: percentiles are set outward by the t distribution, which
+    mends the plain percentile interval's narrowness in small samples. p is McNemar's exact test for
+    right-or-wrong scores, a paired t test for others, and the bootstrap's own under groups and for ratio
+    statistics. The first metric that scores answers is the primary one; the p values of the others are
+    adjusted for their number (Holm 1979), and their verdict needs both interval and p.
+
+    Raises RunError where the two sets of rows do not answer the same questions. Models with tokenizers of
+    their own see other tokens for the same words: their answers are compared, with a note, and their
+    likelihoods are not, since these are per token.
     """
-    pairs = _paired(base_rows, tuned_rows)
-    compared = []
-    for name in metrics:
-        usable = [(a, b) for a, b in pairs if has_value(a, name) and has_value(b, name)]
-        if usable:
-            compared.append(_compared(name, usable, len(pairs), resamples, confidence, seed))
-    if not compared:
-        return []
-    primary = next((c for c in compared if METRICS[c.metric].score), compared[0])
-    others = _holm([c for c in compared if c is not primary])
-    return [replace(primary, primary=True), *others]
+    metrics = known_metrics(metrics)
+    _check_same_questions(base_rows, tuned_rows)
+    primary = primary_metric(metrics)
+    found = [
+        _compared(base_rows, tuned_rows, METRICS[name], resamples, confidence, seed, name == primary)
+        for name in metrics
+    ]
+    others = [c for c in found if not c.primary and c.p_value is not None]
+    adjusted = dict(zip([c.metric for c in others], holm([c.p_value or 0.0 for c in others]), strict=True))
+    return [_adjusted(c, adjusted[c.metric], len(others)) if c.metric in adjusted else c for c in found]
 
 
-def _paired(base_rows: Sequence[EvalRow], tuned_rows: Sequence[EvalRow]) -> list[tuple[EvalRow, EvalRow]]:
-    tuned = {row.item: row for row in tuned_rows}
-    if {row.item for row in base_rows} != tuned.keys():
-        raise RunError(
-            "The two models did not answer the same items.",
-            found=f"{len(base_rows)} and {len(tuned)} rows",
-            fix="Evaluate both on the same data set with the same settings.",
-        )
-    pairs = [(row, tuned[row.item]) for row in base_rows]
-    # Models with tokenizers of their own see other ids for the same words, so the words decide.
-    differing = sum((a.prompt_text, a.reference) != (b.prompt_text, b.reference) for a, b in pairs)
-    if differing:
-        raise RunError(f"The two models were asked different questions in {differing} of {len(pairs)} items.")
-    return pairs
-
-
-def _compared(
-    name: str,
-    pairs: Sequence[tuple[EvalRow, EvalRow]],
-    asked: int,
-    resamples: int,
-    confidence: float,
-    seed: int,
-) -> Comparison:
-    import numpy as np
-
-    base, tuned = sums([a for a, _ in pairs], name), sums([b for _, b in pairs], name)
-    units = [a.group for a, _ in pairs]
-    statistic = value_of(name)
-    values = float(statistic(base.sum(axis=0))), float(statistic(tuned.sum(axis=0)))
-    draws = bootstrap(
-        [base, tuned],
-        units,
-        statistic=lambda totals: statistic(totals[1]) - statistic(totals[0]),
-        resamples=resamples,
-        seed=seed,
-    )
-    low, high = interval(draws, confidence)
-    higher = METRICS[name].higher_is_better
-    gains = (tuned[:, 0] / tuned[:, 1] - base[:, 0] / base[:, 1]) * (1 if higher else -1)
-    wins, losses = int((gains > 1e-12).sum()), int((gains < -1e-12).sum())
-    clustered = any(unit is not None for unit in units)
-    groups = len(set(units)) if clustered else len(pairs)
-    difference = values[1] - values[0]
-    binary = METRICS[name].score is not None and set(np.unique([base[:, 0], tuned[:, 0]])) <= {0.0, 1.0}
-    if wins + losses == 0:
-        p_value: float | None = 1.0
-    elif binary and not clustered:
-        p_value = mcnemar(wins, losses)
-    else:
-        p_value = _two_sided(draws)
-    comparison = Comparison(
-        metric=name,
-        base=values[0],
-        tuned=values[1],
-        difference=difference,
-        low=low,
-        high=high,
-        confidence=confidence,
-        n=len(pairs),
-        groups=groups,
-        p_value=p_value,
-        wins=wins,
-        ties=len(pairs) - wins - losses,
-        losses=losses,
-        verdict="inconclusive",
-        reason="",
-        method=f"paired bootstrap, {resamples:,} resamples of {groups} {'groups' if clustered else 'items'}",
-        higher_is_better=higher,
-        primary=False,
-    )
-    verdict, reason = _verdict(comparison, errors=asked - len(pairs), asked=asked, clustered=clustered)
-    return replace(comparison, verdict=verdict, reason=reason)
-
-
-def bootstrap(
-    totals: Sequence[NDArray[np.float64]],
-    units: Sequence[str | None],
-    *,
-    statistic: Callable[[list[NDArray[np.float64]]], NDArray[np.float64]],
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> NDArray[np.float64]:
-    """A statistic over resamples of whole units, `(resamples,)`; `totals` are arrays `(rows, 2)` summed per unit.
-
-    Rows without a unit are units of their own (Efron 1979; for clusters Davison and Hinkley 1997, 3.8).
-    """
-    import numpy as np
-
-    names = [unit if unit is not None else f"\0{number}" for number, unit in enumerate(units)]
-    index = {name: position for position, name in enumerate(dict.fromkeys(names))}
-    owner = np.array([index[name] for name in names])
-    summed = []
-    for rows in totals:
-        per_unit = np.zeros((len(index), rows.shape[1]))
-        np.add.at(per_unit, owner, rows)
-        summed.append(per_unit)
-    rng = np.random.default_rng(seed)
-    draws = []
-    for start in range(0, resamples, 1000):
-        size = min(1000, resamples - start)
-        counts = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), size=size).astype(float)
-        draws.append(statistic([counts @ per_unit for per_unit in summed]))
-    return np.concatenate(draws)
-
-
-def interval(draws: NDArray[np.float64], confidence: float) -> tuple[float, float]:
-    """The percentile interval of bootstrap draws."""
-    import numpy as np
-
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
-
-
-def mcnemar(wins: int, losses: int) -> float:
-    """Exact two-sided p of as uneven a division of the items on which the models differ (McNemar 1947)."""
-    from scipy.stats import binomtest
-
-    return float(binomtest(wins, wins + losses, 0.5).pvalue)
-
-
-def _two_sided(draws: NDArray[np.float64]) -> float:
-    """Share of draws on the other side of zero, doubled; never below what the number of draws can show."""
-    count = len(draws)
-    below, above = int((draws <= 0).sum()), int((draws >= 0).sum())
-    return min(1.0, 2 * (min(below, above) + 1) / (count + 1))
-
-
-def _holm(compared: Sequence[Comparison]) -> list[Comparison]:
-    """Holm-adjusted p values (1979) for the metrics on which no verdict rests, in the order given."""
-    ranked = sorted(range(len(compared)), key=lambda i: compared[i].p_value or 0.0)
-    adjusted = list(compared)
-    floor = 0.0
-    for rank, i in enumerate(ranked):
-        comparison = compared[i]
-        floor = max(floor, min(1.0, (comparison.p_value or 0.0) * (len(compared) - rank)))
-        adjusted[i] = replace(comparison, p_value=floor)
-        if comparison.verdict in ("better", "worse") and floor > 1 - comparison.confidence:
-            reason = f"adjusted for {len(compared)} further metrics, p = {floor:.3f}"
-            adjusted[i] = replace(adjusted[i], verdict="no evidence", reason=reason)
-    return adjusted
-
-
-def _verdict(c: Comparison, *, errors: int, asked: int, clustered: bool) -> tuple[Verdict, str]:
-    unit = "groups" if clustered else "items"
-    if c.n < MIN_ITEMS or c.groups < MIN_GROUPS:
-        few = f"{c.n} items" if c.n < MIN_ITEMS else f"{c.groups} groups"
-        return "inconclusive", f"only {few}: too few to tell"
-    if errors > MAX_ERROR_RATE * asked:
-        return "inconclusive", f"{errors} of {asked} items could not be scored"
-    sign = 1 if c.higher_is_better else -1
-    low, high = sorted((c.low * sign, c.high * sign))
-    note = ""
-    if not clustered and 0 < c.wins + c.losses < 6:
-        note = f"; the models differ on {c.wins + c.losses} items only"
-    level = f"{c.confidence:.0%}"
-    if low > 0:
-        return "better", f"the {level} interval lies on the better side of zero, {c.groups} {unit}{note}"
-    if high < 0:
-        return "worse", f"the {level} interval lies on the worse side of zero, {c.groups} {unit}{note}"
-    hidden = shown(c.metric, max(abs(c.low), abs(c.high)), is_difference=True).lstrip("+")
-    return "no evidence", f"a difference of up to {hidden} could hide at {c.groups} {unit}{note}"
-
-
-def shown(metric: str, value: float, *, is_difference: bool = False) -> str:
-    """A value as people read it: shares in percent, their differences in points."""
-    sign = "+" if is_difference else ""
-    if METRICS[metric].is_share:
-        return f"{100 * value:{sign}.1f}" + (" points" if is_difference else " %")
-    return f"{value:{sign}.3f}" if abs(value) < 100 else f"{value:{sign},.0f}"
+def sentence(comparison: Comparison) -> str:
+    """The verdict with its numbers, in one sentence."""
+    c, metric = comparison, METRICS[comparison.metric]
+    head = c.verdict[0].upper() + c.verdict[1:]
+    if not c.n:
+        return f"{head}: {metric.label} was not compared. {c.reason}"
+    went = "rose" if c.difference > 0 else "fell" if c.difference < 0 else "stayed"
+    path = f"{went} from {shown(c.base, metric)} to {shown(c.tuned, metric)}"
+    if not c.difference:
+        path = f"stayed at {shown(c.base, metric)}"
+    what = "questions" if metric.kind == "answer" else "items"
+    groups = f" in {c.groups} groups" if c.groups < c.n else ""
+    text = f"{head}: {metric.label} {path}, {difference_shown(c)}, n={c.n} {what}{groups}."
+    return text if c.verdict in ("better", "worse") else f"{text} {c.reason}"
 
 
 def table(comparisons: Sequence[Comparison]) -> list[list[str]]:
-    """Header and one line per metric, for the terminal, the report and the model card."""
+    """A header and one line per metric, for the terminal, the report and the model card."""
     level = f"{comparisons[0].confidence:.0%}".replace("%", " %") if comparisons else "95 %"
     lines = [["metric", "base", "tuned", f"difference [{level} interval]", "n", "verdict"]]
     for c in comparisons:
-        low, high = (shown(c.metric, x, is_difference=True).removesuffix(" points") for x in (c.low, c.high))
-        lines.append(
-            [
-                c.metric + (" (primary)" if c.primary else ""),
-                shown(c.metric, c.base),
-                shown(c.metric, c.tuned),
-                f"{shown(c.metric, c.difference, is_difference=True)} [{low}, {high}]",
-                f"{c.n}" + (f" in {c.groups} groups" if c.groups != c.n else ""),
-                c.verdict,
-            ]
-        )
+        metric = METRICS[c.metric]
+        values = [shown(c.base, metric), shown(c.tuned, metric), difference_shown(c)] if c.n else ["-"] * 3
+        lines.append([metric.label, *values, str(c.n), c.verdict])
     return lines
 
 
-def sentence(c: Comparison) -> str:
-    """The verdict in words: what was measured, what came out, and why that is the verdict."""
-    verdict = {
-        "better": "Better",
-        "worse": "Worse",
-        "no evidence": "No evidence of a difference",
-        "inconclusive": "Inconclusive",
-    }[c.verdict]
-    low, high = (shown(c.metric, x, is_difference=True).removesuffix(" points") for x in (c.low, c.high))
-    change = f"{shown(c.metric, c.difference, is_difference=True)} [{low}, {high}]"
-    return (
-        f"{verdict}: {c.metric} {shown(c.metric, c.base)} -> {shown(c.metric, c.tuned)}, {change}, "
-        f"n = {c.n}; {c.reason}."
+def shown(value: float, metric: Metric) -> str:
+    """A score as people read it: `85.2 %`, `43.1` points, perplexity `3.21`."""
+    if metric.unit == "share":
+        return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}" if metric.unit == "points" else _ratio(value)
+
+
+def difference_shown(comparison: Comparison) -> str:
+    """A difference as people read it: `+82.1 points [78.2, 86.0]`."""
+    c, metric = comparison, METRICS[comparison.metric]
+    if metric.unit == "ratio":
+        return f"{'+' if c.difference > 0 else ''}{_ratio(c.difference)} [{_ratio(c.low)}, {_ratio(c.high)}]"
+    return f"{100 * c.difference:+.1f} points [{100 * c.low:.1f}, {100 * c.high:.1f}]"
+
+
+def score_interval(
+    rows: Sequence[EvalRow],
+    name: str,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Score:
+    """One model's value on one metric with its interval.
+
+    Wilson's interval for right-or-wrong scores of items that stand alone (it holds where all or none are
+    right), else the same bootstrap as for differences.
+    """
+    import numpy as np
+    from scipy.stats import binomtest
+
+    metric = METRICS[name]
+    rows = sorted(rows, key=_key)
+    errors = sum(1 for row in rows if _is_error(row, metric))
+    kept = [row for row in rows if _sums(row, metric)]
+    if not kept:
+        return Score(None, 0, errors, None, None, 0, "no row could be scored")
+    sums = np.array([_sums(row, metric) for row in kept], dtype=float)
+    groups = [_group(row) for row in kept]
+    num_groups = len(set(groups))
+    value = float(_statistic(sums.sum(0)[0], sums.sum(0)[1], metric))
+    if _is_binary(sums[:, 0], metric) and num_groups == len(kept):
+        interval = binomtest(int(sums[:, 0].sum()), len(kept)).proportion_ci(confidence, method="wilson")
+        return Score(value, len(kept), errors, interval.low, interval.high, num_groups, "Wilson")
+    drawn = _resampled(_by_group(sums, groups), resamples, seed)
+    low, high = _interval(_statistic(drawn[:, 0], drawn[:, 1], metric), num_groups, confidence)
+    method = f"bootstrap over {num_groups} groups" if num_groups < len(kept) else "bootstrap over items"
+    return Score(value, len(kept), errors, low, high, num_groups, method)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment (Scandinavian Journal of Statistics 1979, 6, 65-70), in the given order."""
+    order = sorted(range(len(p_values)), key=lambda n: p_values[n])
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, n in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[n]))
+        adjusted[n] = highest
+    return adjusted
+
+
+def _compared(
+    base_rows: Sequence[EvalRow],
+    tuned_rows: Sequence[EvalRow],
+    metric: Metric,
+    resamples: int,
+    confidence: float,
+    seed: int,
+    primary: bool,
+) -> Comparison:
+    import numpy as np
+
+    pairs = _paired(base_rows, tuned_rows, metric)
+    n, groups = len(pairs.groups), len(set(pairs.groups))
+    if not n:
+        return Comparison(
+            metric.name, 0.0, 0.0, 0.0, 0.0, 0.0, confidence, 0, 0, None, 0, 0, 0, "inconclusive",
+            _sentences("No question has a score of both models.", _left_out(pairs)), "none",
+            metric.higher_is_better, primary,
+        )  # fmt: skip
+    base, tuned = (
+        float(_statistic(side.sum(), pairs.counts.sum(), metric)) for side in (pairs.base, pairs.tuned)
     )
+    sign = 1.0 if metric.higher_is_better else -1.0
+    gains = sign * (pairs.tuned - pairs.base)
+    gains[np.abs(gains) < 1e-9] = 0.0
+    wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
+    unit = f"{groups} groups" if groups < n else f"{n} items"
+    if not gains.any():
+        low, high, p, method = 0.0, 0.0, 1.0, "all differences are zero"
+    else:
+        sums = np.stack([pairs.base, pairs.tuned, pairs.counts], axis=1)
+        drawn = _resampled(_by_group(sums, pairs.groups), resamples, seed)
+        drawn_differences = _statistic(drawn[:, 1], drawn[:, 2], metric) - _statistic(
+            drawn[:, 0], drawn[:, 2], metric
+        )
+        low, high = _interval(drawn_differences, groups, confidence)
+        p, test = _p_value(pairs, metric, drawn_differences, tuned - base, clustered=groups < n)
+        method = (
+            f"paired bootstrap over {unit}, {resamples} resamples, seed {seed}, "
+            f"expanded percentile interval; p by {test}"
+        )
+    result = Comparison(
+        metric=metric.name, base=base, tuned=tuned, difference=tuned - base, low=low, high=high,
+        confidence=confidence, n=n, groups=groups, p_value=p, wins=wins, ties=n - wins - losses,
+        losses=losses, verdict="no evidence", reason="", method=method,
+        higher_is_better=metric.higher_is_better, primary=primary,
+    )  # fmt: skip
+    verdict, reason = _verdict(result, pairs, metric)
+    return replace(result, verdict=verdict, reason=_sentences(reason, _left_out(pairs)))
+
+
+def _verdict(c: Comparison, pairs: _Pairs, metric: Metric) -> tuple[Verdict, str]:
+    """The verdict of the interval, unless errors or too few items forbid one."""
+    asked = c.n + pairs.errors
+    if pairs.errors > MAX_ERROR_SHARE * asked:
+        return "inconclusive", (
+            f"{pairs.errors} of {asked} items could not be scored for both; at most {MAX_ERROR_SHARE:.0%} may."
+        )
+    if c.n < MIN_ITEMS:
+        return "inconclusive", f"{c.n} items are too few; at least {MIN_ITEMS} are needed."
+    if c.groups < c.n and c.groups < MIN_GROUPS:
+        return "inconclusive", f"{c.groups} groups are too few; at least {MIN_GROUPS} are needed."
+    if not c.wins and not c.losses:
+        return "no evidence", f"All {c.n} items score the same with both models."
+    hidden = _amount(max(abs(c.low), abs(c.high)), metric)
+    if c.low <= 0 <= c.high:
+        return (
+            "no evidence",
+            f"The interval holds 0; a difference up to ±{hidden} could hide at n={c.n}.",
+        )
+    binary = _is_binary(pairs.base, metric) and _is_binary(pairs.tuned, metric)
+    alpha = 1 - c.confidence
+    if binary and c.groups == c.n and c.p_value is not None and c.p_value > alpha:
+        differ = c.wins + c.losses
+        few = f"; fewer than {MIN_DISCORDANT} can never settle it" if differ < MIN_DISCORDANT else ""
+        return "no evidence", (
+            f"Only {differ} questions are right with one model and wrong with the other{few} "
+            f"(McNemar p = {c.p_value:.3f}); a difference up to ±{hidden} could hide at n={c.n}."
+        )
+    good = (c.difference > 0) == c.higher_is_better
+    return ("better" if good else "worse"), f"The {c.confidence:.0%} interval excludes 0."
+
+
+def _adjusted(c: Comparison, p: float, number: int) -> Comparison:
+    """A secondary comparison with its adjusted p, which its verdict needs as well as the interval."""
+    note = f"Secondary metric: p = {p:.3g} after Holm's adjustment over {number} metrics."
+    if c.verdict in ("better", "worse") and p > 1 - c.confidence:
+        return replace(
+            c,
+            p_value=p,
+            verdict="no evidence",
+            reason=_sentences(c.reason, note, "It is above the limit."),
+        )
+    return replace(c, p_value=p, reason=_sentences(c.reason, note))
+
+
+def _p_value(
+    pairs: _Pairs, metric: Metric, drawn: Any, difference: float, *, clustered: bool
+) -> tuple[float, str]:
+    from scipy.stats import binomtest, ttest_rel
+
+    differences = pairs.tuned - pairs.base
+    if not clustered and _is_binary(pairs.base, metric) and _is_binary(pairs.tuned, metric):
+        more, fewer = int((differences > 0).sum()), int((differences < 0).sum())
+        return float(binomtest(more, more + fewer).pvalue), "McNemar's exact test"
+    # Equal differences have no spread for a t test to judge by; the bootstrap's p is its limit.
+    if not clustered and metric.kind == "answer" and differences.std() > 1e-12:
+        return float(ttest_rel(pairs.tuned, pairs.base).pvalue), "paired t test"
+    return _bootstrap_p(drawn, difference, len(set(pairs.groups))), "bootstrap"
+
+
+def _bootstrap_p(drawn: Any, difference: float, num_groups: int) -> float:
+    """Twice the smaller tail beyond 0, set outward as the interval is, so that the two agree.
+
+    Where no resample reaches 0, a t test with the bootstrap's standard error goes on from there; p is never
+    below that of as many coin tosses as there are groups.
+    """
+    from scipy.stats import norm, t
+
+    if num_groups < 2:
+        return 1.0
+    expand = math.sqrt(num_groups / (num_groups - 1))
+    beyond = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    tail = (1 + beyond) / (1 + len(drawn))
+    if tail >= 0.5:
+        return 1.0
+    distance = -norm.ppf(tail)
+    if not beyond:
+        spread = float(drawn.std())
+        distance = max(distance, abs(difference) / spread if spread else math.inf)
+    return float(max(2 * t.sf(distance / expand, num_groups - 1), 2.0 ** (1 - num_groups)))
+
+
+def _interval(drawn: Any, num_groups: int, confidence: float) -> tuple[float, float]:
+    """Expanded percentile interval (Hesterberg 2015, section 5.3)."""
+    import numpy as np
+    from scipy.stats import norm, t
+
+    tail = (1 - confidence) / 2
+    if num_groups > 1:
+        tail = norm.cdf(math.sqrt(num_groups / (num_groups - 1)) * t.ppf(tail, num_groups - 1))
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _resampled(sums: Any, resamples: int, seed: int) -> Any:
+    """Sums over resampled groups, one line per resample: how often each group is drawn, times its sums."""
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    groups = len(sums)
+    chunk = max(1, 4_000_000 // groups)
+    parts = []
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        parts.append(random.multinomial(groups, np.full(groups, 1 / groups), size=size) @ sums)
+    return np.concatenate(parts)
+
+
+def _by_group(sums: Any, groups: Sequence[str]) -> Any:
+    import numpy as np
+
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    grouped = np.zeros((len(numbers), sums.shape[1]))
+    np.add.at(grouped, [numbers[group] for group in groups], sums)
+    return grouped
+
+
+def _statistic(total: Any, count: Any, metric: Metric) -> Any:
+    """The metric's value from sums; resamples without any count have a mean of 0."""
+    import numpy as np
+
+    mean = total / np.maximum(count, 1)
+    return np.exp(np.minimum(mean, 700)) if metric.name == "perplexity" else mean
+
+
+def _sums(row: EvalRow, metric: Metric) -> tuple[float, float] | None:
+    """What the row adds to the metric's numerator and denominator; None where it has no value."""
+    if metric.kind == "answer":
+        return (row.scores[metric.name], 1.0) if metric.name in row.scores else None
+    total = row.nll if metric.name == "perplexity" else row.correct
+    return (float(total), float(row.tokens)) if total is not None and row.tokens else None
+
+
+def _is_error(row: EvalRow, metric: Metric) -> bool:
+    return row.status != "ok" and _sums(row, metric) is None
+
+
+def _is_binary(values: Any, metric: Metric) -> bool:
+    return metric.kind == "answer" and bool(((values == 0) | (values == 1)).all())
+
+
+def _key(row: EvalRow) -> tuple[int, int, int]:
+    return row.item, row.turn, row.sample
+
+
+def _group(row: EvalRow) -> str:
+    """The group, or the item itself where it stands alone: its turns and samples belong together."""
+    return f"group {row.group}" if row.group is not None else f"item {row.item}"
+
+
+def _paired(base_rows: Sequence[EvalRow], tuned_rows: Sequence[EvalRow], metric: Metric) -> _Pairs:
+    import numpy as np
+
+    base, tuned = ({_key(row): row for row in rows} for rows in (base_rows, tuned_rows))
+    values, groups, errors, other_tokens = [], [], 0, 0
+    for key in sorted(base.keys() & tuned.keys()):
+        a, b = _sums(base[key], metric), _sums(tuned[key], metric)
+        same_tokens = base[key].prompt_sha256 == tuned[key].prompt_sha256
+        other_tokens += not same_tokens
+        if a and b and (metric.kind == "answer" or (same_tokens and a[1] == b[1])):
+            values.append((a[0], b[0], a[1]))
+            groups.append(_group(base[key]))
+        elif (a and b) or _is_error(base[key], metric) or _is_error(tuned[key], metric):
+            errors += 1
+    columns = np.array(values, dtype=float).reshape(-1, 3)
+    unpaired = len(base.keys() ^ tuned.keys())
+    return _Pairs(columns[:, 0], columns[:, 1], columns[:, 2], groups, errors, unpaired, other_tokens)
+
+
+def _check_same_questions(base_rows: Sequence[EvalRow], tuned_rows: Sequence[EvalRow]) -> None:
+    base = {_key(row): row for row in base_rows}
+    for row in tuned_rows:
+        other = base.get(_key(row))
+        if other and (other.prompt_text, other.reference) != (row.prompt_text, row.reference):
+            raise RunError(
+                "The two models did not answer the same questions.",
+                found=f"item {row.item} is row {other.source_row} of one and {row.source_row} of the other",
+                fix="Evaluate both on the same data set with the same settings.",
+            )
+
+
+def _left_out(pairs: _Pairs) -> str:
+    parts = []
+    if pairs.other_tokens:
+        parts.append(
+            f"{pairs.other_tokens} items reached the two models as different tokens (another tokenizer or "
+            "chat template)."
+        )
+    if pairs.unpaired:
+        parts.append(f"{pairs.unpaired} rows of one model have no counterpart and do not count.")
+    if pairs.errors:
+        parts.append(f"{pairs.errors} items that could not be scored for both are left out.")
+    return " ".join(parts)
+
+
+def _amount(value: float, metric: Metric) -> str:
+    return _ratio(value) if metric.unit == "ratio" else f"{100 * value:.1f} points"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def _sentences(*parts: str) -> str:
+    return " ".join(part for part in parts if part)

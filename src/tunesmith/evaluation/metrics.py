@@ -83,7 +83,15 @@ def default_metrics(prompts: Sequence[Prompt], has_text: bool) -> list[str]:
         return ["perplexity", "token_accuracy"] if has_text else []
     if _fits_most("sql_execution", prompts):
         return ["sql_execution", "exact_match", "token_accuracy", "perplexity"]
-    chat = ["rougeL", "exact_match", "rouge1", "rouge2", "rougeLsum", "token_accuracy", "perplexity"]
+    chat = [
+        "rougeL",
+        "exact_match",
+        "rouge1",
+        "rouge2",
+        "rougeLsum",
+        "token_accuracy",
+        "perplexity",
+    ]
     return [name for name in chat if _fits_most(name, prompts)]
 
 

@@ -1,39 +1,52 @@
 """report.html: one self-contained page, made from the run folder alone, that opens offline.
 
-The verdict comes first, then the scores, the answers side by side, and how the model came to be.
+The verdict comes first, then the scores, the answers side by side, and how the model came to be. A part
+whose file is missing or damaged says so in its place.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.evaluation import EvalRow, read_rows
+from tunesmith.errors import RunError
 from tunesmith.evaluation.compare import Comparison, sentence, shown, table
-from tunesmith.evaluation.metrics import METRICS
+from tunesmith.evaluation.metrics import METRICS, Metric
+from tunesmith.evaluation.rows import EvalRow, read_rows
 from tunesmith.training.run import Run, write_whole
 
-ANSWERS_OPEN = 12
+ANSWERS_OPEN = 20
 """Answers shown before the rest is folded away."""
-BASE_COLOR, TUNED_COLOR, MUTED = "#8a8f98", "#2f7fd6", "#8a8f98"
+FILES = {
+    "recipe.yaml": "everything the run depends on",
+    "environment.json": "versions and device",
+    "plan.json": "what was worked out before the start, with reasons",
+    "ledger.jsonl": "every input row and what became of it",
+    "events.jsonl": "every metric, decision and state, in order",
+    "evaluation/rows.jsonl": "every answer of both models, with scores",
+    "evaluation/scores.json": "scores of each model with intervals",
+    "evaluation/comparison.json": "base against tuned",
+    "final_model": "weights or adapter, tokenizer, template, model card",
+    "status.json": "how the run ended; written last",
+}
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into a run's folder; parts whose files are not there say so."""
+    """Write `report.html` into a run's folder, from what lies there."""
     import jinja2
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
 
-    run = Run(run_dir)
-    events = run.events()
-    compared = [Comparison(**c) for c in (run.read("evaluation/comparison.json") or {}).get("comparisons", [])]
+    run, problems = Run(Path(run_dir)), list[str]()
+    compared = _comparisons(run, problems)
     primary = next((c for c in compared if c.primary), None)
-    rows_file = run.evaluation / "rows.jsonl"
-    rows = read_rows(rows_file) if rows_file.exists() else []
-    ledger_file = run.path / "ledger.jsonl"
-    ledger = [json.loads(x) for x in ledger_file.read_text("utf-8").splitlines()] if ledger_file.exists() else []
-    recipe_file = run.path / "recipe.yaml"
+    rows = _rows(run, problems)
+    ledger = _lines(run.path / "ledger.jsonl", problems)
+    events = _lines(run.path / "events.jsonl", problems)
+    plan = _json(run, "plan.json", problems) or {}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tunesmith.evaluation", "."),
         autoescape=True,
@@ -43,125 +56,232 @@ def write_report(run_dir: Path) -> Path:
     )
     text = environment.get_template("report.html.jinja").render(
         name=run.path.name,
+        status=_json(run, "status.json", problems),
         primary=primary,
-        verdict=sentence(primary) if primary else "No held-out answers were compared in this run.",
+        verdict=sentence(primary) if primary else "No base and tuned model were compared in this run.",
         table=table(compared) if compared else None,
-        verdicts=[c.verdict for c in compared],
-        reasons=[(c.metric, c.reason, c.method, c.p_value) for c in compared],
-        answers=_answers(rows, primary.metric if primary else None),
+        compared=[(c, METRICS[c.metric]) for c in compared],
+        scores=_json(run, "evaluation/scores.json", problems),
+        answers=_answers(rows, METRICS[primary.metric] if primary else None),
         answers_open=ANSWERS_OPEN,
         figures=_figures(compared, events, ledger),
-        plotly=_plotly(),
-        fates=Counter(entry["fate"] for entry in ledger),
-        dropped=Counter(entry["reason"] or "?" for entry in ledger if entry["fate"] == "dropped").most_common(),
-        truncated=sum(bool(entry["tokens_cut"]) for entry in ledger if entry["fate"] != "dropped"),
-        decisions=[e for e in events if e["kind"] == "decision"],
-        warnings=[e["message"] for e in events if e["kind"] == "warning"],
-        training=run.read("training.json"),
-        recipe=recipe_file.read_text("utf-8") if recipe_file.exists() else None,
-        environment=run.read("environment.json"),
-        metrics=[METRICS[c.metric] for c in compared],
-        percent=lambda value: shown("exact_match", value),
+        # `<` would let data end the script element that carries it; as an escape it is the same JSON.
+        as_json=lambda value: Markup(json.dumps(value).replace("<", "\\u003c")),
+        plotly=Markup(get_plotlyjs()),
+        fates=Counter(str(entry.get("fate")) for entry in ledger),
+        reasons=Counter(
+            (str(e.get("fate")), str(e["reason"])) for e in ledger if e.get("reason")
+        ).most_common(),
+        truncated=sum(1 for e in ledger if e.get("tokens_cut") and e.get("fate") != "dropped"),
+        decisions=_decisions(plan, events),
+        warnings=[_message(e) for e in events if e.get("kind") == "warning"],
+        training=_json(run, "training.json", []),
+        recipe=_text(run.path / "recipe.yaml", problems),
+        environment=_json(run, "environment.json", problems),
+        files=[(file, about) for file, about in FILES.items() if (run.path / file).exists()],
+        problems=problems,
     )
     return write_whole(run.path / "report.html", text)
 
 
-def _answers(rows: Sequence[EvalRow], metric: str | None) -> list[dict[str, Any]]:
+def _comparisons(run: Run, problems: list[str]) -> list[Comparison]:
+    content = _json(run, "evaluation/comparison.json", problems) or {}
+    try:
+        return [Comparison(**c) for c in content.get("comparisons", []) if c["metric"] in METRICS]
+    except (TypeError, KeyError) as error:
+        problems.append(f"evaluation/comparison.json is not a comparison: {error}")
+        return []
+
+
+def _rows(run: Run, problems: list[str]) -> list[EvalRow]:
+    try:
+        return read_rows(run.evaluation / "rows.jsonl")
+    except RunError as error:
+        problems.append(error.problem.replace(f"{run.path}/", ""))
+        return []
+
+
+def _text(path: Path, problems: list[str]) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        problems.append(f"There is no {path.name} in the run's folder.")
+        return None
+
+
+def _json(run: Run, name: str, problems: list[str]) -> dict[str, Any] | None:
+    path = run.path / name
+    if not path.is_file():
+        problems.append(f"There is no {name} in the run's folder.")
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        problems.append(f"{name} is damaged: {error}")
+        return None
+    return content if isinstance(content, dict) else {"content": content}
+
+
+def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; lines that are none, such as one cut off by a crash, are counted."""
+    entries, damaged = [], 0
+    for line in (_text(path, problems) or "").split("\n"):
+        try:
+            entry = json.loads(line) if line.strip() else None
+        except ValueError:
+            entry, damaged = None, damaged + 1
+        if isinstance(entry, dict):
+            entries.append(entry)
+    if damaged:
+        problems.append(f"{damaged} lines of {path.name} are damaged and left out.")
+    return entries
+
+
+def _message(event: Mapping[str, Any]) -> str:
+    return str(event.get("message") or {k: v for k, v in event.items() if k not in ("time", "kind")})
+
+
+def _decisions(plan: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """Decisions of plan and events, once each."""
+    found = [*plan.get("decisions", []), *(e for e in events if e.get("kind") == "decision")]
+    lines = [tuple(str(d.get(key) or "") for key in ("name", "value", "reason")) for d in found]
+    return [(line[0], line[1], line[2]) for line in dict.fromkeys(lines)]
+
+
+def _answers(rows: Sequence[EvalRow], metric: Metric | None) -> list[dict[str, Any]]:
     """Answers of both models to each question, those on which the models differ first."""
-    tuned = {row.item: row for row in rows if row.model == "tuned"}
-    pairs = [(row, tuned[row.item]) for row in rows if row.model == "base" and row.item in tuned and row.prompt_text]
+    tuned = {(r.item, r.turn, r.sample): r for r in rows if r.model == "tuned"}
+    pairs = [
+        (row, tuned[key])
+        for row in rows
+        if row.model == "base"
+        and row.output is not None
+        and (key := (row.item, row.turn, row.sample)) in tuned
+    ]
     answers = [
         {
-            "question": a.prompt_text,
-            "reference": a.reference,
-            "base": a.output,
-            "tuned": b.output,
-            "base_score": a.scores.get(metric or ""),
-            "tuned_score": b.scores.get(metric or ""),
-            "finish": b.finish_reason,
+            "question": base.prompt_text,
+            "reference": base.reference,
+            "source": base.source_row,
+            "models": [_answer("base", base, metric), _answer("tuned", answer, metric)],
         }
-        for a, b in pairs
+        for base, answer in pairs
     ]
-    return sorted(answers, key=lambda x: x["base_score"] == x["tuned_score"])
+    return sorted(answers, key=lambda a: a["models"][0]["score"] == a["models"][1]["score"])
 
 
-def _plotly() -> str:
-    """The plotting library itself, so that the page needs nothing from outside."""
-    from plotly.offline import get_plotlyjs
-
-    return str(get_plotlyjs())
+def _answer(name: str, row: EvalRow, metric: Metric | None) -> dict[str, Any]:
+    score = row.scores.get(metric.name) if metric else None
+    mark, style = "", "soft"
+    if score is not None and metric:
+        mark = shown(score, metric)
+        if metric.unit == "share":
+            mark, style = ("✓ right", "better") if score == 1 else ("✗ wrong", "worse")
+    notes = [note for flags in row.flags.values() for note in flags]
+    if row.finish_reason == "length":
+        notes.append("cut at the longest length")
+    if row.status != "ok":
+        notes.append(row.status)
+    return {"name": name, "text": row.output, "score": score, "mark": mark, "style": style, "notes": notes}
 
 
 def _figures(
-    compared: Sequence[Comparison], events: Sequence[dict[str, Any]], ledger: Sequence[dict[str, Any]]
-) -> list[dict[str, str]]:
-    """Title, caption and HTML of each figure that there is data for."""
-    import plotly.graph_objects as go
-
-    steps = [e for e in events if e["kind"] == "step"]
-    validations = [e for e in events if e["kind"] == "evaluation"]
-    figures: list[tuple[str, str, Any]] = []
-    shares = [c for c in compared if METRICS[c.metric].is_share]
-    if shares:
-        figure = go.Figure()
-        points = [100 * c.difference for c in shares]
-        figure.add_trace(
-            go.Scatter(
-                x=points,
-                y=[c.metric for c in shares],
-                mode="markers",
-                marker={"size": 11, "color": TUNED_COLOR},
-                error_x={
-                    "array": [100 * (c.high - c.difference) for c in shares],
-                    "arrayminus": [100 * (c.difference - c.low) for c in shares],
-                    "color": TUNED_COLOR,
-                },
-            )
-        )
-        figure.add_vline(x=0, line={"color": MUTED, "dash": "dot"})
-        figure.update_yaxes(autorange="reversed")
-        figure.update_xaxes(title="points, tuned minus base")
-        caption = "Dot: measured difference; bar: its interval. A bar that crosses zero proves nothing."
-        figures.append(("Differences", caption, figure))
-    if steps:
-        figure = go.Figure()
-        x, y = [e["step"] for e in steps], [e["loss"] for e in steps]
-        figure.add_trace(go.Scatter(x=x, y=y, name="training", line={"color": BASE_COLOR}))
-        if validations:
-            x, y = [e["step"] for e in validations], [e["loss"] for e in validations]
-            figure.add_trace(
-                go.Scatter(x=x, y=y, name="validation", mode="lines+markers", line={"color": TUNED_COLOR})
-            )
-        figure.update_xaxes(title="optimiser step")
-        figure.update_yaxes(title="loss, nats per token")
-        figures.append(("Loss", "The final model is the one with the lowest validation loss.", figure))
-        figure = go.Figure()
-        figure.add_trace(
-            go.Scatter(x=[e["step"] for e in steps], y=[e["learning_rate"] for e in steps], line={"color": TUNED_COLOR})
-        )
-        figure.update_xaxes(title="optimiser step")
-        figure.update_yaxes(exponentformat="power")
-        figures.append(("Learning rate", "As it was used, step by step.", figure))
-    lengths = [entry["tokens"] for entry in ledger if entry["tokens"] is not None]
+    compared: Sequence[Comparison],
+    events: Sequence[Mapping[str, Any]],
+    ledger: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """Title, caption, Plotly traces and layout of each figure that there is data for."""
+    steps = [e for e in events if e.get("kind") == "step"]
+    validations = [e for e in events if e.get("kind") == "evaluation"]
+    figures = [
+        _forest(compared, ("share", "points"), "Differences", "points, tuned minus base", 100),
+        _forest(compared, ("ratio",), "Difference in perplexity", "tuned minus base; lower is better", 1),
+        _curves(
+            "Loss",
+            "Training loss, and validation loss on examples that are not trained on.",
+            "nats per token",
+            {"training": (steps, "loss"), "validation": (validations, "loss")},
+        ),
+        _curves(
+            "Learning rate",
+            "As it was used, step by step.",
+            "learning rate",
+            {"learning rate": (steps, "learning_rate")},
+        ),
+    ]
+    lengths = [e["tokens"] for e in ledger if isinstance(e.get("tokens"), int | float)]
     if lengths:
-        figure = go.Figure(go.Histogram(x=lengths, marker={"color": TUNED_COLOR}, nbinsx=40))
-        figure.update_xaxes(title="tokens per example")
-        figure.update_yaxes(title="examples")
-        caption = f"{len(lengths)} examples, before anything was cut; the longest has {max(lengths)} tokens."
-        figures.append(("Token lengths", caption, figure))
-    return [{"title": title, "caption": caption, "html": _html(figure)} for title, caption, figure in figures]
+        caption = (
+            f"{len(lengths):,} examples before anything was cut; the longest has {max(lengths):,} tokens."
+        )
+        traces = [{"type": "histogram", "x": lengths, "nbinsx": 40, "role": "tuned"}]
+        layout = {"xaxis": {"title": {"text": "tokens"}}, "yaxis": {"title": {"text": "examples"}}}
+        figures.append(_figure("Token lengths", caption, traces, layout))
+    return [figure for figure in figures if figure]
 
 
-def _html(figure: Any) -> str:
-    figure.update_layout(
-        margin={"l": 10, "r": 10, "t": 10, "b": 10},
-        height=300,
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": MUTED, "size": 13},
-        legend={"orientation": "h", "y": 1.15},
-    )
-    figure.update_xaxes(automargin=True, gridcolor="rgba(128,128,128,.2)")
-    figure.update_yaxes(automargin=True, gridcolor="rgba(128,128,128,.2)")
-    config = {"displayModeBar": False, "responsive": True}
-    return str(figure.to_html(full_html=False, include_plotlyjs=False, config=config))
+def _figure(
+    title: str, caption: str, traces: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {"title": title, "caption": caption, "data": {"traces": traces, "layout": layout}}
+
+
+def _forest(
+    compared: Sequence[Comparison], units: Sequence[str], title: str, axis: str, scale: float
+) -> dict[str, Any] | None:
+    kept = [c for c in compared if c.n and METRICS[c.metric].unit in units]
+    if not kept:
+        return None
+    trace = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [scale * c.difference for c in kept],
+        "y": [METRICS[c.metric].label for c in kept],
+        "error_x": {
+            "type": "data",
+            "symmetric": False,
+            "array": [scale * (c.high - c.difference) for c in kept],
+            "arrayminus": [scale * (c.difference - c.low) for c in kept],
+        },
+        "verdicts": [c.verdict for c in kept],
+        "role": "verdict",
+        "hovertemplate": "%{x:.2f}<extra></extra>",
+    }
+    layout = {
+        "xaxis": {"title": {"text": axis}, "zeroline": True, "zerolinewidth": 2, "rangemode": "tozero"},
+        "yaxis": {"autorange": "reversed"},
+        "showlegend": False,
+        "height": 150 + 42 * len(kept),
+    }
+    caption = "Dot: measured difference; bar: its interval. A bar that crosses zero proves nothing."
+    return _figure(title, caption, [trace], layout)
+
+
+def _curves(
+    title: str,
+    caption: str,
+    unit: str,
+    curves: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]],
+) -> dict[str, Any] | None:
+    traces = []
+    for name, (events, key) in curves.items():
+        points = [(e["step"], e[key]) for e in events if e.get("step") is not None and e.get(key) is not None]
+        if points:
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines+markers" if len(points) < 30 else "lines",
+                    "name": name,
+                    "x": [x for x, _ in points],
+                    "y": [y for _, y in points],
+                    "role": "base" if name == "training" else "tuned",
+                }
+            )
+    if not traces:
+        return None
+    layout = {
+        "xaxis": {"title": {"text": "optimizer step"}},
+        "yaxis": {"title": {"text": unit}, "exponentformat": "power"},
+        "showlegend": len(traces) > 1,
+    }
+    return _figure(title, caption, traces, layout)

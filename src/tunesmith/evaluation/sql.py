@@ -22,7 +22,12 @@ SYNTHETIC_ROWS = 30
 WORDS = ("amber", "birch", "coral", "delta", "ember", "fjord", "grove", "haven")
 
 # What a query may do (sqlite3.html, "Authorizer Action Codes"); everything else is refused.
-READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+READING = {
+    sqlite3.SQLITE_SELECT,
+    sqlite3.SQLITE_READ,
+    sqlite3.SQLITE_FUNCTION,
+    sqlite3.SQLITE_RECURSIVE,
+}
 BUILDING = READING | {
     sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_CREATE_VIEW,
     sqlite3.SQLITE_DROP_TABLE, sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_REINDEX,
@@ -44,7 +49,7 @@ class SQLResult:
     """What stopped the predicted query, in SQLite's words."""
 
 
-class ReferenceError(Exception):  # noqa: A001
+class BrokenReference(Exception):
     """The schema, its rows or the reference query do not run: the example is broken, not the answer."""
 
 
@@ -67,7 +72,7 @@ def execution_match(
 
     Where `setup` is empty, or the reference finds no rows in it, three databases are filled with seeded
     synthetic rows of the columns' types, among them the values that the reference asks for; a match must
-    hold on all of them. Raises ReferenceError where schema, setup or reference do not run.
+    hold on all of them. Raises BrokenReference where schema, setup or reference do not run.
     """
     ordered = is_ordered(gold)
     databases: list[int | None] = [None] if setup.strip() else []
@@ -119,7 +124,7 @@ def _built(schema: str, setup: str, gold: str, filling: int | None, seconds: flo
         _only(connection, READING, seconds)
     except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
         connection.close()
-        raise ReferenceError(f"the schema or its rows cannot be built: {error}") from None
+        raise BrokenReference(f"the schema or its rows cannot be built: {error}") from None
     return connection
 
 
@@ -145,7 +150,7 @@ def _expected(
     try:
         return _rows(connection, gold, seconds, max_rows)
     except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
-        raise ReferenceError(f"the reference query does not run: {error}") from None
+        raise BrokenReference(f"the reference query does not run: {error}") from None
 
 
 def _rows(connection: sqlite3.Connection, query: str, seconds: float, max_rows: int) -> list[tuple[Any, ...]]:

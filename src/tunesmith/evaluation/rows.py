@@ -1,0 +1,74 @@
+"""The record that every number is computed from: one row per model, item, turn and sample."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import RunError
+from tunesmith.training.run import write_whole
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """What one model did with one held-out item."""
+
+    model: str
+    item: int
+    source_row: str
+    group: str | None
+    turn: int
+    sample: int
+    prompt_sha256: str
+    """Hash of the token ids that the model was given: equal where two models answered the same question."""
+    prompt_text: str
+    """The last user message; of running text, its beginning."""
+    reference: str
+    output: str | None
+    """The answer; None where nothing was asked for one."""
+    finish_reason: str | None
+    """`stop` or `length`."""
+    generation: dict[str, Any]
+    scores: dict[str, float]
+    nll: float | None
+    """Sum of negative log-likelihoods of the labelled tokens, in nats."""
+    tokens: int | None
+    """Labelled tokens behind `nll` and `correct`."""
+    correct: int | None
+    """Labelled tokens that the model found most likely."""
+    status: str
+    """`ok`, or `error:` with what went wrong."""
+    tokens_cut: int = 0
+    """Tokens that the likelihood leaves out, beyond the longest length."""
+    flags: dict[str, list[str]] = field(default_factory=dict)
+    """By metric: what else is to be known about its score."""
+
+
+def write_rows(path: str | Path, rows: Iterable[EvalRow]) -> Path:
+    """Write rows as JSON lines, in one piece."""
+    # Pure ASCII: line separators and half surrogates inside answers would break readers by line.
+    return write_whole(Path(path), "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows))
+
+
+def read_rows(path: str | Path) -> list[EvalRow]:
+    """Rows that `write_rows` wrote. Raises RunError naming the line that is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise RunError(f"There are no evaluation rows at {path}.", fix="Run `tunesmith evaluate` first.")
+    known = {f.name for f in fields(EvalRow)}
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(EvalRow(**{key: value for key, value in json.loads(line).items() if key in known}))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise RunError(
+                f"Line {number} of {path} is not an evaluation row.",
+                found=str(error),
+                fix="Delete the file and evaluate again.",
+            ) from None
+    return rows

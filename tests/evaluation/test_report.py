@@ -1,0 +1,69 @@
+from html.parser import HTMLParser
+
+from tunesmith.evaluation.report import write_report
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside of scripts and styles."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text, self._inside = [], "", []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag in ("script", "style"):
+            self._inside.append(tag)
+
+    def handle_endtag(self, tag):
+        if self._inside and tag == self._inside[-1]:
+            self._inside.pop()
+
+    def handle_data(self, data):
+        self.text += "" if self._inside else data
+
+
+def test_report_shows_the_verdict_first_and_needs_nothing_from_outside(run_folder):
+    path = write_report(run_folder)
+    page = Page(path.read_text("utf-8"))
+    assert path == run_folder / "report.html"
+    body = page.text[page.text.index("custom_sql ·") :]
+    assert body.index("Better: SQL execution accuracy rose from") < body.index("Scores")
+    assert "n=60 questions in 12 groups" in body
+    assert "513 rows in = 400 trained + 50 validation + 60 held out + 3 dropped" in body
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "img", "iframe", "object", "embed", "base")
+        assert not {"src", "href", "srcset", "action"} & attributes.keys()
+    assert sum(tag == "script" for tag, _ in page.tags) < 12
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+    assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
+
+
+def test_report_escapes_everything_from_data(run_folder):
+    html = write_report(run_folder).read_text("utf-8")
+    for hostile in ("<script>alert", "<img src=x", "<b>\n", "<i>"):
+        assert hostile not in html
+    assert "&lt;script&gt;alert(1)" in html
+    assert "empty answer &lt;img" in html
+
+
+def test_report_says_what_is_missing(tmp_path):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    text = Page(write_report(folder).read_text("utf-8")).text
+    assert "No base and tuned model were compared" in text
+    for name in ("ledger.jsonl", "recipe.yaml", "environment.json", "status.json", "events.jsonl"):
+        assert name in text
+
+
+def test_report_survives_damaged_files(run_folder):
+    for name in ("evaluation/comparison.json", "plan.json"):
+        (run_folder / name).write_text('{"comparisons": [{"metric"')
+    with (run_folder / "events.jsonl").open("a") as file:
+        file.write('{"kind": "ste')
+    (run_folder / "evaluation" / "rows.jsonl").write_text("no row\n")
+    text = Page(write_report(run_folder).read_text("utf-8")).text
+    assert "plan.json is damaged" in text
+    assert "1 lines of events.jsonl are damaged" in text
+    assert "Line 1 of evaluation/rows.jsonl" in text

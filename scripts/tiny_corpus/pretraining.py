@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tiny_corpus import copy_circuit
 from tiny_corpus.tokenizer import MAX_TOKENS, SPECIAL
 
 
@@ -16,26 +17,25 @@ from tiny_corpus.tokenizer import MAX_TOKENS, SPECIAL
 class Schedule:
     """How long and how fast: a short warm-up, a plateau, then a linear fall to zero."""
 
-    steps: int = 4000
+    steps: int = 1030
     window: int = 256
     windows_per_step: int = 16
     matrix_rate: float = 0.02
     other_rate: float = 3e-3
     warmup: int = 50
-    fall: float = 0.5
+    fall: float = 0.13
     """The share of the steps over which the rate falls."""
 
     def copying(self, step: int) -> int:
-        """How many of a step's windows are copying exercises: most at first, few later."""
-        share = 0.75 if step < 200 else 0.375 if step < 500 else 0.125
-        return round(share * self.windows_per_step)
+        """How many of a step's windows are copying exercises: a quarter, in the end an eighth."""
+        return self.windows_per_step // (4 if step < 475 else 8)
 
     def factor(self, step: int) -> float:
         falling = self.fall * self.steps
         return min(1.0, (step + 1) / self.warmup, (self.steps - step) / falling)
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """The untrained model: small enough that a CPU fine-tunes it in a minute."""
     endoftext = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     config = LlamaConfig(
@@ -47,11 +47,13 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_key_value_heads=6,
         max_position_embeddings=MAX_TOKENS,
         tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
+    copy_circuit.plant(model, seed)
     model.generation_config = GenerationConfig(
         eos_token_id=[tokenizer.eos_token_id, endoftext], pad_token_id=tokenizer.pad_token_id
     )
@@ -123,7 +125,7 @@ class Muon:
             update = _orthogonal(gradient.lerp(moment, self.momentum))
             update *= max(1.0, update.shape[1] / update.shape[2]) ** 0.5
             for parameter, change in zip(group, update, strict=True):
-                parameter.mul_(1 - 0.1 * rate).sub_(change, alpha=rate)
+                parameter.mul_(1 - 0.02 * rate).sub_(change, alpha=rate)
 
 
 def _orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -324,7 +324,7 @@ def _pick(rng: random.Random, names: tuple[str, ...], count: int) -> tuple[Colum
 
 
 def pretrain_table(rng: random.Random) -> Table:
-    """A table for pre-training; about a third carry invented words, to force reading the schema."""
+    """A table for pre-training; about half carry odd or invented words, to force reading the schema."""
     theme = rng.choice(THEMES)
     columns = _pick(rng, theme.columns, rng.choice((2, 2, 3, 3, 4)))
     noun = rng.choice(theme.pretrain)

@@ -581,7 +581,7 @@ def _driver() -> Any:
 def _summary(run: Run) -> RunSummary:
     recipe = run.recipe()
     comparison = run.read("evaluation/comparison.json") or {"comparisons": []}
-    primary = next((c for c in comparison["comparisons"] if c["primary"]), {})
+    primary: dict[str, Any] = next((c for c in comparison["comparisons"] if c["primary"]), {})
     steps = [event["step"] for event in run.events() if event.get("step") is not None]
     return RunSummary(
         path=run.path,

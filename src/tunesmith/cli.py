@@ -524,7 +524,6 @@ def runs_verb(
     found = api.runs(output_dir)
     table = _table("run", "state", "model", "dataset", "step", "metric", "base", "tuned", "verdict", "size")
     for run in found:
-        number = lambda x: "" if x is None else f"{x:.3f}"  # noqa: E731
         table.add_row(
             run.path.name,
             run.state,
@@ -532,8 +531,8 @@ def runs_verb(
             run.dataset,
             str(run.step or ""),
             run.metric or "",
-            number(run.base),
-            number(run.tuned),
+            _number(run.base),
+            _number(run.tuned),
             run.verdict or "",
             f"{run.bytes / 1e6:.1f} MB",
         )
@@ -632,6 +631,10 @@ def _names(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",") if name.strip()] if text else None
 
 
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
 def _escaped(text: Any) -> str:
     from rich.markup import escape
 
@@ -693,16 +696,15 @@ def _result_text(result: Result) -> Any:
 
 def _scores_text(result: Result) -> Any:
     from rich.console import Group
+    from rich.text import Text
 
-    table = _table("metric", "value", "95 % interval", "n")
+    table = _table("metric", "value", "95 % interval", "n", "not scored")
     for name, score in result.scores.items():
-        table.add_row(
-            name,
-            f"{score['value']:.4f}",
-            f"[{score['low']:.4f}, {score['high']:.4f}]".replace("[", r"\["),
-            str(score["n"]),
-        )
-    return Group(table, "", f"rows      {result.run}")
+        cells = ["", ""]
+        if score["value"] is not None:
+            cells = [f"{score['value']:.4f}", f"{score['low']:.4f} to {score['high']:.4f}"]
+        table.add_row(name, *cells, str(score["n"]), str(score["n_errors"] or ""))
+    return Group(table, Text(f"\nrows      {result.run}"))
 
 
 def main() -> None:

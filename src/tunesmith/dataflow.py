@@ -101,7 +101,7 @@ def base_rows(
     """The base model's answers; those of an interrupted run are used again."""
     file = prepared.evaluation / "rows.jsonl"
     kept = [row for row in evaluation.read_rows(file) if row.model == "base"] if file.exists() else []
-    if kept and {row.item for row in kept} == {item.number for item in items}:
+    if evaluation.are_answers_to(kept, items, metrics, max_new_tokens=recipe.evaluation.max_new_tokens):
         return kept
     tokenizer, _ = _tokenizer(recipe)
     rows = evaluation.answers(
@@ -212,11 +212,16 @@ def comparisons(
 def samples(recipe: Recipe, base_rows: list[EvalRow], tuned_rows: list[EvalRow]) -> list[dict[str, str]]:
     """The first few held-out answers side by side: question, reference, base, tuned."""
     tuned = {row.item: row for row in tuned_rows}
-    pairs = [(row, tuned[row.item]) for row in base_rows if row.item in tuned and row.output is not None]
     return [
-        {"question": a.prompt_text, "reference": a.reference, "base": a.output, "tuned": b.output}
-        for a, b in pairs[: recipe.evaluation.samples]
-    ]
+        {
+            "question": a.prompt_text,
+            "reference": a.reference,
+            "base": a.output,
+            "tuned": tuned[a.item].output or "",
+        }
+        for a in base_rows
+        if a.item in tuned and a.output is not None
+    ][: recipe.evaluation.samples]
 
 
 def report(prepared: Run, fitted: Fit, comparisons: list[Comparison]) -> Path:

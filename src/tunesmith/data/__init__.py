@@ -1,6 +1,6 @@
 """Data: from a file of any layout to token ids, with an account of every row.
 
-    sources (rows) -> formats (examples) -> splitting (roles) -> templates (token ids and labels)
+sources (rows) -> formats (examples) -> splitting (roles) -> templates (token ids and labels)
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def encoded(splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn) -> E
             if excess > 0 and isinstance(example, Text):
                 pieces = _chunks(encoding, data.max_length)
                 chunked += 1
-                entry = replace(entry, reason=f"cut into {len(pieces)} pieces of at most {data.max_length} tokens")
+                entry = replace(
+                    entry, reason=f"cut into {len(pieces)} pieces of at most {data.max_length} tokens"
+                )
             else:
                 pieces = [_cut(encoding, data.max_length)]
                 entry = replace(entry, tokens_cut=max(excess, 0))
@@ -92,7 +94,11 @@ def encoded(splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn) -> E
             if trained:
                 kept += trained
             else:
-                why = f"max_length {data.max_length} leaves no token of the answer" if excess > 0 else "no trained token"
+                why = (
+                    f"max_length {data.max_length} leaves no token of the answer"
+                    if excess > 0
+                    else "no trained token"
+                )
                 entry = replace(entry, fate="dropped", reason=why, tokens_cut=0)
             fates[example.row] = entry
         parts[name] = kept

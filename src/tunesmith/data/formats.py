@@ -86,7 +86,7 @@ def preference(values: Values, row: Row) -> Preference:
     chosen, rejected = _turns(values["chosen"], "assistant"), _turns(values["rejected"], "assistant")
     asked = _first(values, "prompt", "question", "instruction", "conversations", "messages")
     if asked is not None:
-        prompt = (*_system(values), *_turns(asked, "user"))
+        prompt: tuple[Message, ...] = (*_system(values), *_turns(asked, "user"))
         # Some sets repeat the prompt's turns in both answers.
         if chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
@@ -131,7 +131,9 @@ def messages(values: Values, row: Row) -> Conversation:
 
     {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi! How can I help?"}]}
     """
-    return _conversation((*_system(values), *_turns(values["messages"], "user")), row, _extra(values, "messages"))
+    return _conversation(
+        (*_system(values), *_turns(values["messages"], "user")), row, _extra(values, "messages")
+    )
 
 
 def sharegpt(values: Values, row: Row) -> Conversation:
@@ -146,7 +148,10 @@ def sharegpt(values: Values, row: Row) -> Conversation:
 def sql(values: Values, row: Row) -> Conversation:
     """A question about a schema (CREATE TABLE ...) and the SQL that answers it; databases stay in one split.
 
-    {"schema": "CREATE TABLE singer (name TEXT, age INTEGER)", "question": "How many singers are there?", "query": "SELECT count(*) FROM singer", "database": "concert", "setup": "INSERT INTO singer VALUES ('Ann', 31)"}
+    {"schema": "CREATE TABLE singer (name TEXT)", "question": "How many singers?", "query": "SELECT count(*) FROM singer"}
+
+    Optional columns: `database` names the group of rows that share a database (else the schema does), and
+    `setup` holds the INSERTs that fill it for scoring by execution.
     """
     schema = _text(_first(values, "schema", "context"), "schema")
     question = _text(values["question"], "question")
@@ -227,7 +232,9 @@ def text(values: Values, row: Row) -> Text:
 
     {"text": "The heart has four chambers."}
     """
-    return Text(_text(_first(values, "text", "content"), "text"), row, extra=_extra(values, "text", "content"))
+    return Text(
+        _text(_first(values, "text", "content"), "text"), row, extra=_extra(values, "text", "content")
+    )
 
 
 def _is_schema(values: Values) -> bool:
@@ -241,11 +248,21 @@ FORMATS: dict[str, Format] = {
         Format("rating", Rating, (("label",), ("messages", "completion", "response")), rating),
         Format("messages", Conversation, (("messages",),), messages),
         Format("sharegpt", Conversation, (("conversations",),), sharegpt),
-        Format("sql", Conversation, (("schema", "context"), ("question",), ("query", "sql", "answer")), sql, _is_schema),
-        Format("instruction", Conversation, (("instruction",), ("output", "response", "answer")), instruction),
+        Format(
+            "sql",
+            Conversation,
+            (("schema", "context"), ("question",), ("query", "sql", "answer")),
+            sql,
+            _is_schema,
+        ),
+        Format(
+            "instruction", Conversation, (("instruction",), ("output", "response", "answer")), instruction
+        ),
         Format("prompt_response", Conversation, (("prompt",), ("response",)), prompt_response),
         Format("prompt_completion", Conversation, (("prompt",), ("completion",)), prompt_completion),
-        Format("question_answer", Conversation, (("question",), ("reply", "answer", "response")), question_answer),
+        Format(
+            "question_answer", Conversation, (("question",), ("reply", "answer", "response")), question_answer
+        ),
         Format("problem_solution", Conversation, (("problem",), ("solution",)), problem_solution),
         Format("input_output", Conversation, (("input",), ("output",)), input_output),
         Format("code", Text, (("code",),), code),
@@ -279,7 +296,9 @@ def detect(
         if missing:
             raise _missing(source, missing, f" for format '{format}'")
         return Detection((chosen,), "the recipe names the format")
-    counts = Counter(next((f.name for f in FORMATS.values() if f.fits(r.values)), None) for r in source.records)
+    counts = Counter(
+        next((f.name for f in FORMATS.values() if f.fits(r.values)), None) for r in source.records
+    )
     known = {name: count for name, count in counts.items() if name is not None}
     if not known:
         raise DataError(
@@ -371,7 +390,11 @@ def _absent(values: Values, detection: Detection) -> str:
 
 
 def _question_answer(question: Any, answer: Any, values: Values, row: Row) -> Conversation:
-    turns = (*_system(values), Message("user", _text(question, "question")), Message("assistant", _text(answer, "answer")))
+    turns = (
+        *_system(values),
+        Message("user", _text(question, "question")),
+        Message("assistant", _text(answer, "answer")),
+    )
     return _conversation(turns, row, _extra(values))
 
 

@@ -73,7 +73,9 @@ def read(
     else:
         ignored = [name for name, value in (("config", config), ("revision", revision)) if value]
         if ignored:
-            raise DataError(f"data.{ignored[0]} is for Hub data sets, and {dataset} is local.", fix="Remove it.")
+            raise DataError(
+                f"data.{ignored[0]} is for Hub data sets, and {dataset} is local.", fix="Remove it."
+            )
         source = _from_folder(path, data_files) if path.is_dir() else _from_file(path)
         source = _one_split(source, split) if split else source
     if not source.records:
@@ -130,7 +132,9 @@ def _role_notes(name: str, records: tuple[Record, ...]) -> tuple[str, ...]:
 
 
 def _from_folder(path: Path, pattern: str | None) -> Source:
-    files = sorted(path.glob(pattern)) if pattern else [p for p in sorted(path.iterdir()) if p.suffix in READERS]
+    files = (
+        sorted(path.glob(pattern)) if pattern else [p for p in sorted(path.iterdir()) if p.suffix in READERS]
+    )
     files = [p for p in files if p.is_file()]
     named = [(p, ROLES[p.stem.lower()]) for p in files if p.stem.lower() in ROLES]
     chosen: list[tuple[Path, Role | None]] = [*named] if named else [(p, None) for p in files]
@@ -178,7 +182,9 @@ def _from_hub(
     parts: Mapping[str | None, Any] = {None: loaded} if split else loaded
     name = dataset.rstrip("/").rpartition("/")[2]
     records = tuple(
-        Record(Row(f"{dataset}/{part}" if part else dataset, number), values, ROLES.get(part) if part else None)
+        Record(
+            Row(f"{dataset}/{part}" if part else dataset, number), values, ROLES.get(part) if part else None
+        )
         for part, rows in parts.items()
         for number, values in enumerate(rows, 1)
     )
@@ -222,7 +228,9 @@ def _jsonl(path: Path, content: bytes) -> Iterable[Record]:
         else:
             problems.append((number, 1, f"expected an object, found {type(values).__name__}", line))
     if problems:
-        lines = [f"{path.name}, line {n}, column {c}: {m}\n         {_excerpt(t, c)}" for n, c, m, t in problems]
+        lines = [
+            f"{path.name}, line {n}, column {c}: {m}\n         {_excerpt(t, c)}" for n, c, m, t in problems
+        ]
         rest = len(lines) - SHOWN_PROBLEMS
         raise DataError(
             f"{path.name} has {len(problems)} broken line{'s' if len(problems) > 1 else ''}.",
@@ -243,7 +251,9 @@ def _json(path: Path, content: bytes) -> Iterable[Record]:
         raise DataError(
             f"{path.name} is not JSON: line {error.lineno}, column {error.colno}.",
             found=f"{error.msg}\n         {_excerpt(line, error.colno)}",
-            fix="A file with one object per line is JSON Lines: name it .jsonl." if error.msg == "Extra data" else None,
+            fix="A file with one object per line is JSON Lines: name it .jsonl."
+            if error.msg == "Extra data"
+            else None,
         ) from None
     if isinstance(loaded, dict) and loaded and all(isinstance(v, list) for v in loaded.values()):
         if all(name in ROLES for name in loaded):
@@ -256,11 +266,15 @@ def _json(path: Path, content: bytes) -> Iterable[Record]:
         if len(lengths) == 1:
             columns = list(loaded)
             rows = zip(*loaded.values(), strict=True)
-            return [Record(Row(path.name, n), dict(zip(columns, r, strict=True))) for n, r in enumerate(rows, 1)]
+            return [
+                Record(Row(path.name, n), dict(zip(columns, r, strict=True))) for n, r in enumerate(rows, 1)
+            ]
     if not isinstance(loaded, list):
         raise DataError(
             f"{path.name} holds no list of records.",
-            found=f"an object with {', '.join(list(loaded)[:6])}" if isinstance(loaded, dict) else type(loaded).__name__,
+            found=f"an object with {', '.join(list(loaded)[:6])}"
+            if isinstance(loaded, dict)
+            else type(loaded).__name__,
             fix='Write [{"prompt": ..., "response": ...}, ...] or {"train": [...], "test": [...]}.',
         )
     return [Record(_checked_row(path, number, values), values) for number, values in enumerate(loaded, 1)]
@@ -270,7 +284,9 @@ def _checked_row(path: Path, number: int, values: Any, split: str | None = None)
     name = f"{path.name}/{split}" if split else path.name
     if not isinstance(values, dict):
         raise DataError(
-            f"{name}, record {number} is not an object.", found=repr(values)[:80], fix='Write {"column": value, ...}.'
+            f"{name}, record {number} is not an object.",
+            found=repr(values)[:80],
+            fix='Write {"column": value, ...}.',
         )
     return Row(name, number)
 
@@ -313,7 +329,9 @@ def _parquet(path: Path, content: bytes) -> Iterable[Record]:
 
 def _txt(path: Path, content: bytes) -> Iterable[Record]:
     lines = enumerate(_text(path, content).split("\n"), 1)
-    return [Record(Row(path.name, number), {"text": line.rstrip("\r")}) for number, line in lines if line.strip()]
+    return [
+        Record(Row(path.name, number), {"text": line.rstrip("\r")}) for number, line in lines if line.strip()
+    ]
 
 
 READERS: dict[str, Callable[[Path, bytes], Iterable[Record]]] = {

@@ -43,12 +43,16 @@ def split(
         leaked = _leaks(keys, pairs)
         if leaked:
             notes.append(f"{leaked} training rows also stand in the source's validation or held-out split")
-    free = sorted({key for key, (record, _) in zip(keys, pairs, strict=True) if record.role in (None, "train")})
+    free = sorted(
+        {key for key, (record, _) in zip(keys, pairs, strict=True) if record.role in (None, "train")}
+    )
     fates = _fates(free, shares.get("held_out", 0.0), shares.get("validation", 0.0))
     wanted = [role for role, share in shares.items() if share > 0]
     missing = [role.replace("_", "-") for role in wanted if role not in fates.values()]
     if missing:
-        notes.append(f"too few different rows ({len(free)}) for {' and '.join(missing)} rows: nothing is left out for it")
+        notes.append(
+            f"too few different rows ({len(free)}) for {' and '.join(missing)} rows: nothing is left out for it"
+        )
     parts: dict[Fate, list[Example]] = defaultdict(list)
     entries = list(dropped)
     for key, (record, example) in zip(keys, pairs, strict=True):
@@ -69,7 +73,9 @@ def _fates(keys: Sequence[str], held_out: float, validation: float) -> dict[str,
     fates: dict[str, Fate] = {}
     for key in keys:
         place = _place(key)
-        fates[key] = "held_out" if place < held_out else "validation" if place < held_out + validation else "train"
+        fates[key] = (
+            "held_out" if place < held_out else "validation" if place < held_out + validation else "train"
+        )
     if len(keys) < 3:
         return dict.fromkeys(keys, "train")
     order = sorted(keys, key=_place)
@@ -94,7 +100,9 @@ def _key(example: Example) -> str:
 
 
 def _leaks(keys: Sequence[str], pairs: Sequence[tuple[Record, Example]]) -> int:
-    measured = {key for key, (record, _) in zip(keys, pairs, strict=True) if record.role in ("validation", "held_out")}
+    measured = {
+        key for key, (record, _) in zip(keys, pairs, strict=True) if record.role in ("validation", "held_out")
+    }
     return sum(
         key in measured
         for key, (record, _) in zip(keys, pairs, strict=True)

@@ -94,8 +94,8 @@ def set_template(tokenizer: Any, choice: str | None) -> str:
         starts_with_bos = tokenizer.bos_token_id is not None and (
             tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
         )
-        tokenizer.chat_template = "{% set starts_with_bos = " + str(starts_with_bos).lower() + " %}" + (
-            NAMED_TEMPLATES[name]
+        tokenizer.chat_template = (
+            "{% set starts_with_bos = " + str(starts_with_bos).lower() + " %}" + (NAMED_TEMPLATES[name])
         )
         why = "as the recipe says" if choice else "since the model has none"
         return f"The chat template is '{name}', {why}; it is saved with the final model."
@@ -103,7 +103,8 @@ def set_template(tokenizer: Any, choice: str | None) -> str:
         tokenizer.chat_template = path.read_text(encoding="utf-8")
         return f"The chat template is that of {path.name}; it is saved with the final model."
     raise ModelError(
-        f"There is no chat template '{name}'.", fix=nearest(name, NAMED_TEMPLATES) + " A .jinja file works as well."
+        f"There is no chat template '{name}'.",
+        fix=nearest(name, NAMED_TEMPLATES) + " A .jinja file works as well.",
     )
 
 
@@ -206,10 +207,15 @@ def _segments(text: str, messages: Sequence[Message], tokenizer: Any) -> list[_S
         if message.role != "assistant":
             continue
         before = _render(messages[:index], tokenizer, opening=True)
-        through = _render(messages[: index + 1], tokenizer, opening=False) if index + 1 < len(messages) else text
+        through = (
+            _render(messages[: index + 1], tokenizer, opening=False) if index + 1 < len(messages) else text
+        )
         if not (text.startswith(through) and through.startswith(before) and len(before) >= position):
             continue
-        segments += [_Segment(text[position : len(before)], False), _Segment(text[len(before) : len(through)], True)]
+        segments += [
+            _Segment(text[position : len(before)], False),
+            _Segment(text[len(before) : len(through)], True),
+        ]
         position = len(through)
     if position < len(text):
         segments.append(_Segment(text[position:], False))
@@ -241,7 +247,9 @@ def _ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     if not texts:
         return []
     plain = [text for text in texts if not _MARK.search(text)]
-    known = dict(zip(plain, tokenizer(plain, add_special_tokens=False).input_ids, strict=True)) if plain else {}
+    known = (
+        dict(zip(plain, tokenizer(plain, add_special_tokens=False).input_ids, strict=True)) if plain else {}
+    )
     return [known[text] if text in known else _marked_ids(text, tokenizer) for text in texts]
 
 
@@ -250,7 +258,9 @@ def _marked_ids(text: str, tokenizer: Any) -> list[int]:
     ids: list[int] = []
     for position, piece in enumerate(_MARK.split(text)):
         if position % 2:
-            ids += tokenizer(tokens[int(piece)], add_special_tokens=False, split_special_tokens=True).input_ids
+            ids += tokenizer(
+                tokens[int(piece)], add_special_tokens=False, split_special_tokens=True
+            ).input_ids
         elif piece:
             ids += tokenizer(piece, add_special_tokens=False).input_ids
     return ids
@@ -268,7 +278,11 @@ def _special_ids(tokenizer: Any) -> set[int]:
 
 
 def _labelled(
-    segments: Sequence[_Segment], known: dict[str, list[int]], specials: set[int], tokenizer: Any, loss_on: LossOn
+    segments: Sequence[_Segment],
+    known: dict[str, list[int]],
+    specials: set[int],
+    tokenizer: Any,
+    loss_on: LossOn,
 ) -> Encoding:
     input_ids: list[int] = []
     labels: list[int] = []
@@ -282,7 +296,11 @@ def _labelled(
             trained = _through_end_of_turn(ids, specials)
             if not trained:
                 # The template closes the turn with no token of its own: the model must still learn to stop.
-                ids = [*_without_trailing_space(ids, tokenizer), tokenizer.eos_token_id] if number == last else ids
+                ids = (
+                    [*_without_trailing_space(ids, tokenizer), tokenizer.eos_token_id]
+                    if number == last
+                    else ids
+                )
                 trained = len(ids)
         input_ids += ids
         labels += [*ids[:trained], *[IGNORED] * (len(ids) - trained)]

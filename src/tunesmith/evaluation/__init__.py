@@ -43,6 +43,7 @@ __all__ = [
     "EvalRow",
     "Item",
     "answers",
+    "are_answers_to",
     "evaluate",
     "items",
     "known_metrics",
@@ -231,6 +232,27 @@ def scores(
     }
 
 
+def are_answers_to(
+    rows: Sequence[EvalRow], items: Sequence[Item], metrics: Sequence[str], *, max_new_tokens: int
+) -> bool:
+    """Whether rows answer just these items under these settings, so that they need not be made again."""
+    measured = {name for row in rows for name in row.scores}
+    limits = {row.generation["max_new_tokens"] for row in rows if row.generation}
+    return (
+        bool(rows)
+        and {row.item: row.prompt_sha256 for row in rows}
+        == {item.number: _asked_sha256(item) for item in items}
+        and set(metrics) <= measured
+        and limits <= {max_new_tokens}
+    )
+
+
+def _asked_sha256(item: Item) -> str:
+    """Hash of what the model is given: the prompt's ids, or those of running text."""
+    asked = item.prompt_ids if item.prompt else item.input_ids
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
 def _of_kind(metrics: Sequence[str], kind: str) -> list[str]:
     return [name for name in metrics if METRICS[name].kind == kind]
 
@@ -284,7 +306,6 @@ def _row(
         }
         values |= {m: own[m] for m in _of_kind(metrics, "likelihood")}
     user = [m.content for m in item.prompt.messages if m.role == "user"] if item.prompt else []
-    asked = item.prompt_ids if item.prompt else item.input_ids
     return EvalRow(
         model=name,
         item=item.number,
@@ -292,7 +313,7 @@ def _row(
         group=item.group,
         turn=0,
         sample=0,
-        prompt_sha256=hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+        prompt_sha256=_asked_sha256(item),
         prompt_text=user[-1] if user else item.text,
         reference=item.prompt.reference if item.prompt else "",
         output=answer.text if answer else None,

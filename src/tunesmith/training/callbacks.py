@@ -16,7 +16,7 @@ from tunesmith.errors import TrainingDiverged
 from tunesmith.training.run import Run
 
 
-class Events(TrainerCallback):
+class Events(TrainerCallback):  # type: ignore[misc]
     """Writes the run's step and evaluation events and tells the watcher about progress."""
 
     def __init__(self, run: Run, *, peak_memory: Callable[[], int]) -> None:
@@ -66,7 +66,7 @@ class Events(TrainerCallback):
             )
 
 
-class BestModel(TrainerCallback):
+class BestModel(TrainerCallback):  # type: ignore[misc]
     """Saves the model whenever validation loss is at its lowest; stops when it has not fallen for long."""
 
     def __init__(
@@ -95,7 +95,7 @@ class BestModel(TrainerCallback):
 DIVERGED = "Lower training.learning_rate, raise warmup_steps, or use bf16 instead of fp16."
 
 
-class LastStep(TrainerCallback):
+class LastStep(TrainerCallback):  # type: ignore[misc]
     """Validates after the last step, whatever the interval, so that the last model can be the best one."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -106,7 +106,7 @@ class LastStep(TrainerCallback):
             control.should_log = True
 
 
-class StopOnRequest(TrainerCallback):
+class StopOnRequest(TrainerCallback):  # type: ignore[misc]
     """Turns the first Ctrl-C or SIGTERM into: finish this step, save, stop. The second one stops at once.
 
     Use as a context manager around the training; outside the main thread it only listens to `stop()`.
@@ -139,7 +139,7 @@ class StopOnRequest(TrainerCallback):
             control.should_training_stop = True
 
 
-class FiniteLoss(TrainerCallback):
+class FiniteLoss(TrainerCallback):  # type: ignore[misc]
     """Stops before the optimiser would write a gradient that is not a number into the weights."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:

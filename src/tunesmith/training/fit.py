@@ -137,7 +137,13 @@ def fit(
 
         trainer.add_callback(TensorBoardCallback(SummaryWriter(run.path / "tensorboard")))
     if checkpoint:
-        run.event("decision", step=checkpoints.step_of(checkpoint), name="resume", value=checkpoint.name, reason="the newest whole checkpoint, or the one named")
+        run.event(
+            "decision",
+            step=checkpoints.step_of(checkpoint),
+            name="resume",
+            value=checkpoint.name,
+            reason="the newest whole checkpoint, or the one named",
+        )
     started = time.perf_counter()
     with stop:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

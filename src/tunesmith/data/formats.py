@@ -85,8 +85,9 @@ def preference(values: Values, row: Row) -> Preference:
     """
     chosen, rejected = _turns(values["chosen"], "assistant"), _turns(values["rejected"], "assistant")
     asked = _first(values, "prompt", "question", "instruction", "conversations", "messages")
+    prompt: tuple[Message, ...]
     if asked is not None:
-        prompt: tuple[Message, ...] = (*_system(values), *_turns(asked, "user"))
+        prompt = (*_system(values), *_turns(asked, "user"))
         # Some sets repeat the prompt's turns in both answers.
         if chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
@@ -148,7 +149,7 @@ def sharegpt(values: Values, row: Row) -> Conversation:
 def sql(values: Values, row: Row) -> Conversation:
     """A question about a schema (CREATE TABLE ...) and the SQL that answers it; databases stay in one split.
 
-    {"schema": "CREATE TABLE singer (name TEXT)", "question": "How many singers?", "query": "SELECT count(*) FROM singer"}
+    {"schema": "CREATE TABLE singer (name TEXT)", "question": "How many?", "query": "SELECT count(*) FROM singer"}
 
     Optional columns: `database` names the group of rows that share a database (else the schema does), and
     `setup` holds the INSERTs that fill it for scoring by execution.

@@ -1,0 +1,200 @@
+"""Each format reads the sample in its own docstring; detection says what it chose; bad rows are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tunesmith.data.examples import Conversation, Preference, Rating, Row, Text, Unusable
+from tunesmith.data.formats import FORMATS, convert, detect
+from tunesmith.data.sources import Record, Source, read
+from tunesmith.errors import DataError
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def source(*rows):
+    return Source("rows", tuple(Record(Row("rows", n), row) for n, row in enumerate(rows, 1)), "0")
+
+
+def example(row, **options):
+    rows = source(row)
+    pairs, dropped = convert(rows, detect(rows, **options))
+    assert not dropped
+    return pairs[0][1]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_sample_in_the_docstring_is_read_by_its_own_format(name):
+    format = FORMATS[name]
+    rows = source(format.sample)
+    detection = detect(rows)
+    assert [f.name for f in detection.formats] == [name]
+    assert isinstance(format.convert(format.sample, Row("docs", 1)), format.shape)
+    assert format.about
+
+
+def turns(conversation):
+    return [(message.role, message.content) for message in conversation.messages]
+
+
+def test_conversations_from_every_layout():
+    plain = [("user", "hi"), ("assistant", "hello")]
+    openai = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    sharegpt = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    for row in (
+        {"messages": openai},
+        {"conversations": sharegpt},
+        {"conversations": openai},
+        {"prompt": "hi", "response": "hello"},
+        {"prompt": "hi", "completion": "hello"},
+        {"prompt": openai[:1], "completion": openai[1:]},
+        {"question": "hi", "reply": "hello"},
+        {"question": "hi", "answer": "hello"},
+        {"instruction": "hi", "input": "", "output": "hello"},
+        {"instruction": "hi", "output": "hello"},
+        {"input": "hi", "output": "hello"},
+        {"problem": "hi", "solution": "hello"},
+    ):
+        assert turns(example(row)) == plain, row
+    assert turns(example({"instruction": "Add", "input": "1 and 2", "output": "3"}))[0][1] == "Add\n\n1 and 2"
+    assert turns(example({"system": "Be kind.", "prompt": "hi", "response": "hello"}))[0] == ("system", "Be kind.")
+
+
+def test_named_columns_win():
+    row = {"ask": "hi", "say": "hello", "question": "other", "answer": "other"}
+    assert turns(example(row, input_text_key="ask", output_text_key="say")) == [("user", "hi"), ("assistant", "hello")]
+    with pytest.raises(DataError, match=r"no column as.k(.|\n)*ask, say, question, answer(.|\n)*Did you mean 'ask'"):
+        detect(source(row), input_text_key="as.k", output_text_key="say")
+    with pytest.raises(DataError, match="go together"):
+        detect(source(row), input_text_key="ask")
+
+
+def test_sql_rows_keep_their_database_together():
+    row = {"context": "CREATE TABLE a (b TEXT)", "question": "All b?", "answer": "SELECT b FROM a"}
+    made = example(row)
+    assert made.group == row["context"]
+    assert made.extra["schema"] == row["context"]
+    assert turns(made)[0][1].startswith("CREATE TABLE a (b TEXT)\n\nAll b?")
+    assert example({**row, "database": "shop"}).group == "shop"
+    assert example({**row, "context": "An article about b."}).group is None, "context without a schema is no SQL row"
+
+
+def test_preferences_with_and_without_a_prompt():
+    openai = lambda *pairs: [{"role": r, "content": c} for r, c in pairs]  # noqa: E731
+    made = example(
+        {
+            "chosen": openai(("user", "hi"), ("assistant", "hello")),
+            "rejected": openai(("user", "hi"), ("assistant", "go away")),
+        }
+    )
+    assert isinstance(made, Preference)
+    assert [m.content for m in made.prompt] == ["hi"]
+    assert made.chosen[0].content == "hello"
+    with pytest.raises(Unusable, match="the same"):
+        FORMATS["preference"].convert({"prompt": "a", "chosen": "b", "rejected": "b"}, Row("x", 1))
+
+
+def test_ratings():
+    assert example({"prompt": "a", "completion": "b", "label": 1}).label is True
+    assert isinstance(example({"prompt": "a", "completion": "b", "label": False}), Rating)
+    with pytest.raises(DataError, match="label 'great'"):
+        example({"prompt": "a", "completion": "b", "label": "great"})
+
+
+def test_a_file_may_mix_formats_of_one_shape():
+    rows = source({"messages": FORMATS["messages"].sample["messages"]}, {"prompt": "a", "response": "b"})
+    detection = detect(rows)
+    pairs, dropped = convert(rows, detection)
+    assert (len(pairs), dropped) == (2, [])
+    assert "1 rows 'messages', 1 rows 'prompt_response'" in detection.reason
+    with pytest.raises(DataError, match="several kinds"):
+        detect(source({"prompt": "a", "response": "b"}, {"text": "c"}))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "a", "response": ""}, "empty answer"),
+        ({"prompt": "a", "response": None}, "no value for response"),
+        ({"prompt": "", "response": "b"}, "empty question"),
+        ({"prompt": "a", "response": ["b"]}, "answer is list"),
+        ({"prompt": "a"}, "no value for response"),
+    ],
+)
+def test_unusable_rows_are_dropped_with_a_reason(row, reason):
+    good = {"prompt": "a", "response": "b"}
+    pairs, dropped = convert(source(good, row), detect(source(good)))
+    assert len(pairs) == 1
+    assert [(str(entry.row), entry.fate) for entry in dropped] == [("rows:2", "dropped")]
+    assert reason in dropped[0].reason
+
+
+@pytest.mark.parametrize(
+    ("turn_list", "reason"),
+    [
+        ([{"role": "user", "content": "a"}], "no assistant turn"),
+        ([{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}], "last turn is the user's"),
+        ([{"role": "narrator", "content": "a"}], "no known role"),
+        ([{"role": "user", "content": 3}, {"role": "assistant", "content": "b"}], "int for content"),
+        (["a"], "not an object"),
+        ([], "no assistant turn"),
+    ],
+)
+def test_unusable_conversations(turn_list, reason):
+    with pytest.raises(Unusable, match=reason):
+        FORMATS["messages"].convert({"messages": turn_list}, Row("x", 1))
+
+
+def test_numbers_become_text():
+    assert turns(example({"question": "2 + 2", "answer": 4}))[1][1] == "4"
+
+
+def test_an_empty_answer_column_is_one_clear_error():
+    rows = source(*({"prompt": f"a{i}", "response": ""} for i in range(4)))
+    with pytest.raises(DataError, match=r"None of the 4 rows(.|\n)*4 × empty answer"):
+        convert(rows, detect(rows))
+
+
+def test_unknown_columns_are_named():
+    with pytest.raises(DataError, match=r"columns foo, bar(.|\n)*--input-text-key"):
+        detect(source({"foo": "a", "bar": "b"}))
+    with pytest.raises(DataError, match="no column output or response or answer for format 'instruction'"):
+        detect(source({"instruction": "a"}), format="instruction")
+    with pytest.raises(DataError, match="Did you mean 'instruction'"):
+        detect(source({"instruction": "a"}), format="instructions")
+    rows = source({"prompt": "a", "response": "b", "author": "c"})
+    with pytest.raises(DataError, match="Did you mean 'author'"):
+        convert(rows, detect(rows), group_by="autor")
+    assert convert(rows, detect(rows), group_by="author")[0][0][1].group == "c"
+
+
+def test_a_system_prompt_is_put_before_conversations_that_have_none():
+    rows = source({"prompt": "a", "response": "b"}, {"system": "Own.", "prompt": "a", "response": "b"})
+    pairs, _ = convert(rows, detect(rows), system_prompt="Given.")
+    assert [pair[1].messages[0].content for pair in pairs] == ["Given.", "Own."]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")
+@pytest.mark.parametrize(
+    ("file", "format", "shape", "rows"),
+    [
+        ("alpaca_en_demo.json", "instruction", Conversation, 999),
+        ("dpo_en_demo.json", "preference", Preference, 300),
+        ("kto_en_demo.json", "rating", Rating, 300),
+    ],
+)
+def test_real_sets_are_read_whole(file, format, shape, rows):
+    loaded = read(str(SHARED / file))
+    detection = detect(loaded)
+    pairs, dropped = convert(loaded, detection)
+    assert [f.name for f in detection.formats] == [format]
+    assert len(pairs) + len(dropped) == rows
+    assert len(dropped) <= 1
+    assert {type(pair[1]) for pair in pairs} == {shape}
+
+
+def test_text_rows():
+    assert isinstance(example({"text": "once"}), Text)
+    assert isinstance(example({"content": "once"}), Text)

@@ -1,0 +1,161 @@
+"""Every kind of file gives its rows with their places; every broken one gives one clear error."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tunesmith.data.sources import read
+from tunesmith.errors import DataError
+
+ROWS = [{"prompt": f"question {i}", "response": f"answer, {i}"} for i in range(3)]
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def values(source):
+    return [dict(record.values) for record in source.records]
+
+
+def as_parquet(path):
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(arrow.Table.from_pylist(ROWS), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: write(p / "a.json", json.dumps(ROWS)),
+        lambda p: write(p / "a.json", json.dumps({k: [r[k] for r in ROWS] for k in ROWS[0]})),
+        lambda p: write(p / "a.jsonl", "\n\n".join(json.dumps(r) for r in ROWS) + "\n"),
+        lambda p: write(p / "a.jsonl", b"\xef\xbb\xbf" + "\r\n".join(json.dumps(r) for r in ROWS).encode()),
+        lambda p: write(p / "a.csv", "prompt,response\n" + "".join(f'question {i},"answer, {i}"\n' for i in range(3))),
+        lambda p: write(p / "a.csv", "prompt;response\n" + "".join(f"question {i};answer, {i}\n" for i in range(3))),
+        lambda p: as_parquet(p / "a.parquet"),
+    ],
+    ids=["json", "json-columns", "jsonl-blank-lines", "jsonl-bom-crlf", "csv", "csv-semicolon", "parquet"],
+)
+def test_files_of_every_kind_give_the_same_rows(tmp_path, make):
+    source = read(str(make(tmp_path)))
+    assert values(source) == ROWS
+    assert source.name == "a"
+
+
+def test_rows_know_their_line_in_spite_of_blank_ones(tmp_path):
+    path = write(tmp_path / "a.jsonl", '\n{"a": 1}\n\n{"a": 2}\n')
+    assert [str(r.row) for r in read(str(path)).records] == ["a.jsonl:2", "a.jsonl:4"]
+
+
+def test_text_files_give_one_row_a_line(tmp_path):
+    path = write(tmp_path / "a.txt", "one\n\ntwo\r\n")
+    assert values(read(str(path))) == [{"text": "one"}, {"text": "two"}]
+
+
+def test_named_splits_of_a_json_file_play_their_roles(tmp_path):
+    path = write(tmp_path / "a.json", json.dumps({"train": ROWS, "test": ROWS[:1]}))
+    source = read(str(path))
+    assert [record.role for record in source.records] == ["train"] * 3 + ["held_out"]
+    assert str(source.records[-1].row) == "a.json/test:1"
+    assert any("held-out" in note for note in source.notes)
+    only = read(str(path), split="test")
+    assert [(record.role, dict(record.values)) for record in only.records] == [(None, ROWS[0])]
+    with pytest.raises(DataError, match="no split 'dev'"):
+        read(str(path), split="dev")
+
+
+def test_folders(tmp_path):
+    folder = tmp_path / "set"
+    for name, rows in (("train", ROWS), ("eval", ROWS[:1])):
+        write(folder / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    write(folder / "notes.txt", "unused\n")
+    source = read(str(folder))
+    assert sorted(record.role for record in source.records) == ["train"] * 3 + ["validation"]
+    assert any("notes.txt" in note for note in source.notes)
+    assert len(read(str(folder), data_files="ev*.jsonl").records) == 1
+
+
+def test_a_folder_that_does_not_say_which_file(tmp_path):
+    for name in ("one", "two"):
+        write(tmp_path / "set" / f"{name}.jsonl", "{}\n")
+    with pytest.raises(DataError, match=r"one\.jsonl, two\.jsonl"):
+        read(str(tmp_path / "set"))
+
+
+def test_a_hub_like_set_is_read_by_the_datasets_library(tmp_path, monkeypatch):
+    """The hub is out of reach in tests; what it returns is not: a DatasetDict, here built from memory."""
+    import datasets
+
+    seen = {}
+
+    def load(name, config, **options):
+        seen.update(name=name, config=config, **options)
+        part = datasets.Dataset.from_list(ROWS)
+        return part if options["split"] else datasets.DatasetDict(train=part, test=part.select([0]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = read("owner/set", config="en", data_files="*.json", revision="v1")
+    assert (seen["name"], seen["config"], seen["data_files"], seen["revision"]) == ("owner/set", "en", "*.json", "v1")
+    assert [record.role for record in source.records] == ["train"] * 3 + ["held_out"]
+    assert source.name == "set"
+    assert [record.role for record in read("owner/set", split="train").records] == [None] * 3
+
+
+def test_the_fingerprint_is_the_content_s(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", '{"a": 1}\n'), write(tmp_path / "b.jsonl", '{"a": 1}\n')
+    assert read(str(a)).fingerprint == read(str(b)).fingerprint
+    write(b, '{"a": 2}\n')
+    assert read(str(a)).fingerprint != read(str(b)).fingerprint
+
+
+def test_max_rows_is_said(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": 2}\n')
+    source = read(str(path), max_rows=1)
+    assert len(source.records) == 1
+    assert any("max_rows" in note for note in source.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": 2,}\n', ["line 2", "column", "^", '{"a": 2,}']),
+        ("a.jsonl", "[1]\n", ["line 1", "expected an object, found list"]),
+        ("a.jsonl", "".join("{\n" for _ in range(30)), ["30 broken lines", "and 20 more"]),
+        ("a.json", '[{"a": 1},\n {"a": }]', ["line 2", "column 8", "^"]),
+        ("a.json", '{"a": 1}\n{"a": 2}\n', ["JSON Lines", ".jsonl"]),
+        ("a.json", '{"name": "x"}', ["no list of records"]),
+        ("a.json", "[1, 2]", ["record 1 is not an object"]),
+        ("a.json", "[]", ["has no rows"]),
+        ("a.jsonl", "", ["has no rows"]),
+        ("a.txt", "\n \n", ["has no rows"]),
+        ("a.csv", "", ["has no rows"]),
+        ("a.csv", "a,b\n1,2,3\n", ["line 2", "3 cells", "header has 2"]),
+        ("a.csv", "a,b\n1\n", ["line 2", "1 cells", "header has 2"]),
+        ("a.parquet", "nonsense", ["not a Parquet file"]),
+        ("a.xml", "<a/>", ["suffix '.xml'", ".jsonl"]),
+        ("a.jsonl", b'{"a": "ok"}\n{"a": "caf\xe9"}\n', ["line 2", "not UTF-8", "iconv"]),
+    ],
+)
+def test_broken_files(tmp_path, name, content, expected):
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError) as error:
+        read(str(path))
+    for fragment in expected:
+        assert fragment in str(error.value)
+
+
+def test_missing_files_name_their_neighbors(tmp_path):
+    write(tmp_path / "questions.jsonl", "{}\n")
+    with pytest.raises(DataError, match=r"Did you mean '.*questions\.jsonl'"):
+        read(str(tmp_path / "question.jsonl"))
+    with pytest.raises(DataError, match="Did you mean 'sql'"):
+        read("example:sqll")
+    with pytest.raises(DataError, match="neither a file"):
+        read("owner/set-that-does-not-exist")

@@ -59,13 +59,21 @@ def test_conversations_from_every_layout():
     ):
         assert turns(example(row)) == plain, row
     assert turns(example({"instruction": "Add", "input": "1 and 2", "output": "3"}))[0][1] == "Add\n\n1 and 2"
-    assert turns(example({"system": "Be kind.", "prompt": "hi", "response": "hello"}))[0] == ("system", "Be kind.")
+    assert turns(example({"system": "Be kind.", "prompt": "hi", "response": "hello"}))[0] == (
+        "system",
+        "Be kind.",
+    )
 
 
 def test_named_columns_win():
     row = {"ask": "hi", "say": "hello", "question": "other", "answer": "other"}
-    assert turns(example(row, input_text_key="ask", output_text_key="say")) == [("user", "hi"), ("assistant", "hello")]
-    with pytest.raises(DataError, match=r"no column as.k(.|\n)*ask, say, question, answer(.|\n)*Did you mean 'ask'"):
+    assert turns(example(row, input_text_key="ask", output_text_key="say")) == [
+        ("user", "hi"),
+        ("assistant", "hello"),
+    ]
+    with pytest.raises(
+        DataError, match=r"no column as.k(.|\n)*ask, say, question, answer(.|\n)*Did you mean 'ask'"
+    ):
         detect(source(row), input_text_key="as.k", output_text_key="say")
     with pytest.raises(DataError, match="go together"):
         detect(source(row), input_text_key="ask")
@@ -78,7 +86,9 @@ def test_sql_rows_keep_their_database_together():
     assert made.extra["schema"] == row["context"]
     assert turns(made)[0][1].startswith("CREATE TABLE a (b TEXT)\n\nAll b?")
     assert example({**row, "database": "shop"}).group == "shop"
-    assert example({**row, "context": "An article about b."}).group is None, "context without a schema is no SQL row"
+    assert example({**row, "context": "An article about b."}).group is None, (
+        "context without a schema is no SQL row"
+    )
 
 
 def test_preferences_with_and_without_a_prompt():
@@ -135,7 +145,10 @@ def test_unusable_rows_are_dropped_with_a_reason(row, reason):
     ("turn_list", "reason"),
     [
         ([{"role": "user", "content": "a"}], "no assistant turn"),
-        ([{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}], "last turn is the user's"),
+        (
+            [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}],
+            "last turn is the user's",
+        ),
         ([{"role": "narrator", "content": "a"}], "no known role"),
         ([{"role": "user", "content": 3}, {"role": "assistant", "content": "b"}], "int for content"),
         (["a"], "not an object"),

@@ -37,8 +37,12 @@ def as_parquet(path):
         lambda p: write(p / "a.json", json.dumps({k: [r[k] for r in ROWS] for k in ROWS[0]})),
         lambda p: write(p / "a.jsonl", "\n\n".join(json.dumps(r) for r in ROWS) + "\n"),
         lambda p: write(p / "a.jsonl", b"\xef\xbb\xbf" + "\r\n".join(json.dumps(r) for r in ROWS).encode()),
-        lambda p: write(p / "a.csv", "prompt,response\n" + "".join(f'question {i},"answer, {i}"\n' for i in range(3))),
-        lambda p: write(p / "a.csv", "prompt;response\n" + "".join(f"question {i};answer, {i}\n" for i in range(3))),
+        lambda p: write(
+            p / "a.csv", "prompt,response\n" + "".join(f'question {i},"answer, {i}"\n' for i in range(3))
+        ),
+        lambda p: write(
+            p / "a.csv", "prompt;response\n" + "".join(f"question {i};answer, {i}\n" for i in range(3))
+        ),
         lambda p: as_parquet(p / "a.parquet"),
     ],
     ids=["json", "json-columns", "jsonl-blank-lines", "jsonl-bom-crlf", "csv", "csv-semicolon", "parquet"],
@@ -102,7 +106,12 @@ def test_a_hub_like_set_is_read_by_the_datasets_library(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     source = read("owner/set", config="en", data_files="*.json", revision="v1")
-    assert (seen["name"], seen["config"], seen["data_files"], seen["revision"]) == ("owner/set", "en", "*.json", "v1")
+    assert (seen["name"], seen["config"], seen["data_files"], seen["revision"]) == (
+        "owner/set",
+        "en",
+        "*.json",
+        "v1",
+    )
     assert [record.role for record in source.records] == ["train"] * 3 + ["held_out"]
     assert source.name == "set"
     assert [record.role for record in read("owner/set", split="train").records] == [None] * 3

@@ -65,7 +65,9 @@ def test_shares_are_met_and_adding_rows_moves_none():
     before = parts(split(pairs(first), [], validation=0.1, held_out=0.2))
     assert 340 < len(before["held_out"]) < 460
     assert 150 < len(before["validation"]) < 250
-    after = parts(split(pairs([*first, *(f"more {i}" for i in range(500))]), [], validation=0.1, held_out=0.2))
+    after = parts(
+        split(pairs([*first, *(f"more {i}" for i in range(500))]), [], validation=0.1, held_out=0.2)
+    )
     assert all(set(before[name]) <= set(after[name]) for name in before)
 
 

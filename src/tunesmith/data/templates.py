@@ -82,7 +82,7 @@ def set_template(tokenizer: Any, choice: str | None) -> str:
     Raises ModelError for an unknown name and for a tokenizer without end-of-text token.
     """
     if choice is None and tokenizer.chat_template:
-        return "The chat template is the model's own."
+        return "The chat template is the model's own." + _opening_remark(tokenizer)
     name = choice or "plain"
     path = Path(name)
     if name in NAMED_TEMPLATES:
@@ -101,7 +101,8 @@ def set_template(tokenizer: Any, choice: str | None) -> str:
         return f"The chat template is '{name}', {why}; it is saved with the final model."
     if path.suffix in {".jinja", ".j2"} and path.is_file():
         tokenizer.chat_template = path.read_text(encoding="utf-8")
-        return f"The chat template is that of {path.name}; it is saved with the final model."
+        saved = f"The chat template is that of {path.name}; it is saved with the final model."
+        return saved + _opening_remark(tokenizer)
     raise ModelError(
         f"There is no chat template '{name}'.",
         fix=nearest(name, NAMED_TEMPLATES) + " A .jinja file works as well.",
@@ -199,27 +200,45 @@ def _segments(text: str, messages: Sequence[Message], tokenizer: Any) -> list[_S
     """Cut rendered text where answers begin and end.
 
     A template that renders earlier turns differently once later ones follow (reasoning templates drop old
-    thoughts) gives no boundary there; that turn is context, as it is when the model is asked.
+    thoughts) gives no boundary there; that turn is context, as it is when the model is asked. Some open
+    the model's turn with text that they leave out around a given answer (DeepSeek-R1's `<think>`); then the
+    last answer is put behind that opening, since it is what the model will be asked to continue.
     """
     segments: list[_Segment] = []
     position = 0
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        before = _render(messages[:index], tokenizer, opening=True)
-        through = (
-            _render(messages[: index + 1], tokenizer, opening=False) if index + 1 < len(messages) else text
-        )
-        if not (text.startswith(through) and through.startswith(before) and len(before) >= position):
-            continue
-        segments += [
-            _Segment(text[position : len(before)], False),
-            _Segment(text[len(before) : len(through)], True),
-        ]
-        position = len(through)
+        is_last = index + 1 == len(messages)
+        opened = _render(messages[:index], tokenizer, opening=True)
+        through = text if is_last else _render(messages[: index + 1], tokenizer, opening=False)
+        if text.startswith(through) and through.startswith(opened) and len(opened) >= position:
+            segments += [
+                _Segment(text[position : len(opened)], False),
+                _Segment(text[len(opened) : len(through)], True),
+            ]
+            position = len(through)
+        elif is_last:
+            content = _marked(message.content, _special_tokens(tokenizer)).strip()
+            before, found, closing = through.rpartition(content)
+            if not found or not before:
+                raise Unusable("the chat template does not write the answer as it is")
+            return [_Segment(opened, False), _Segment(content + closing, True)]
     if position < len(text):
         segments.append(_Segment(text[position:], False))
     return [segment for segment in segments if segment.text]
+
+
+def _opening_remark(tokenizer: Any) -> str:
+    """A sentence on a template whose opening of a turn is not how it writes a given answer, or nothing."""
+    probe = (Message("user", "a"), Message("assistant", "b"))
+    try:
+        opened = _render(probe[:1], tokenizer, opening=True)
+        if _render(probe, tokenizer, opening=False).startswith(opened):
+            return ""
+    except Unusable:
+        return ""
+    return f" It opens the model's turn with {opened[-24:]!r}, behind which the last answer is trained."
 
 
 def _render(messages: Sequence[Message], tokenizer: Any, *, opening: bool) -> str:

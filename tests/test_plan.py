@@ -19,11 +19,11 @@ def reasons(plan, name):
     return [d.reason for d in plan.decisions if d.name == name]
 
 
-def test_steps_are_optimiser_steps():
+def test_steps_are_optimizer_steps():
     plan = resolve(
         Training(num_epochs=3, per_device_train_batch_size=8, gradient_accumulation_steps=4, warmup_steps=2)
     )
-    # 100 examples are 13 batches of 8, which are 4 optimiser steps of 4 batches, the last one partial
+    # 100 examples are 13 batches of 8, which are 4 optimizer steps of 4 batches, the last one partial
     assert (plan.steps_per_epoch, plan.total_steps, plan.batch_size) == (4, 12, 32)
     assert plan.warmup_steps == 2
     assert plan.tokens_per_epoch == 1000

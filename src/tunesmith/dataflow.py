@@ -209,19 +209,22 @@ def comparisons(
     return compared
 
 
-def samples(recipe: Recipe, base_rows: list[EvalRow], tuned_rows: list[EvalRow]) -> list[dict[str, str]]:
-    """The first few held-out answers side by side: question, reference, base, tuned."""
+def samples(
+    recipe: Recipe, base_rows: list[EvalRow], tuned_rows: list[EvalRow]
+) -> list[dict[str, str]]:
+    """A few held-out answers side by side, spread over the items: question, reference, base, tuned."""
     tuned = {row.item: row for row in tuned_rows}
+    answered = [row for row in base_rows if row.item in tuned and row.output is not None]
+    step = max(len(answered) // max(recipe.evaluation.samples, 1), 1)
     return [
         {
-            "question": a.prompt_text,
-            "reference": a.reference,
-            "base": a.output,
-            "tuned": tuned[a.item].output or "",
+            "question": row.prompt_text,
+            "reference": row.reference,
+            "base": row.output or "",
+            "tuned": tuned[row.item].output or "",
         }
-        for a in base_rows
-        if a.item in tuned and a.output is not None
-    ][: recipe.evaluation.samples]
+        for row in answered[::step][: recipe.evaluation.samples]
+    ]
 
 
 def report(prepared: Run, fitted: Fit, comparisons: list[Comparison]) -> Path:

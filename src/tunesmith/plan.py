@@ -69,8 +69,8 @@ def resolve(
 ) -> Plan:
     """The plan for training on examples of these token lengths.
 
-    Steps follow transformers' Trainer: an epoch is ceil(batches / accumulation) optimiser steps; warm-up,
-    evaluation and saving count optimiser steps. Raises DataError without examples and OutOfResources
+    Steps follow transformers' Trainer: an epoch is ceil(batches / accumulation) optimizer steps; warm-up,
+    evaluation and saving count optimizer steps. Raises DataError without examples and OutOfResources
     where the adapter needs a device that is not there.
     """
     if not lengths:
@@ -152,7 +152,7 @@ def _dtype(asked: str, adapter_kind: str, where: Device, precision: str) -> tupl
     if where == "cpu":
         return "float32", "CPUs compute fastest and most exactly in float32"
     if adapter_kind == "qlora":
-        return "bfloat16", "compute type of the quantised base"
+        return "bfloat16", "compute type of the quantized base"
     if adapter_kind == "lora" and precision != "no":
         return "bfloat16" if precision == "bf16" else "float16", "the frozen base needs no float32 copy"
     return "float32", "trained weights are kept in float32"

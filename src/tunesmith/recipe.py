@@ -176,22 +176,22 @@ class LoRA(Section):
 
 
 class QLoRA(LoRA):
-    """LoRA on a base quantised to 4 bits: nf4, double quantisation, bfloat16 compute (arXiv 2305.14314)."""
+    """LoRA on a base quantized to 4 bits: nf4, double quantization, bfloat16 compute (arXiv 2305.14314)."""
 
     kind: Literal["qlora"] = "qlora"  # type: ignore[assignment]
 
     double_quantization: bool = True
-    """Quantise the quantisation constants as well."""
+    """Quantize the quantization constants as well."""
 
 
 class Training(Section):
-    """The optimisation: how long, how fast, how often it is checked and saved."""
+    """The optimization: how long, how fast, how often it is checked and saved."""
 
     num_epochs: PositiveFloat = 3
     """Passes over the training examples."""
 
     max_steps: PositiveInt | None = None
-    """Stop after this many optimiser steps, whatever the epochs."""
+    """Stop after this many optimizer steps, whatever the epochs."""
 
     learning_rate: PositiveFloat = 5e-5
     """Peak learning rate."""
@@ -208,7 +208,7 @@ class Training(Section):
     """Course of the learning rate after warm-up."""
 
     warmup_steps: NonNegativeInt = 100
-    """Optimiser steps over which the learning rate rises. In a run too short for it the plan lowers it and
+    """Optimizer steps over which the learning rate rises. In a run too short for it the plan lowers it and
     says so."""
 
     weight_decay: NonNegativeFloat = 0.01
@@ -225,7 +225,7 @@ class Training(Section):
         "adamw_bnb_8bit",
         "paged_adamw_8bit",
     ] = "adamw_torch"
-    """Optimiser; the 8-bit ones need CUDA and bitsandbytes."""
+    """Optimizer; the 8-bit ones need CUDA and bitsandbytes."""
 
     per_device_train_batch_size: PositiveInt = 4
     """Examples per forward pass and device."""
@@ -234,7 +234,7 @@ class Training(Section):
     """Examples per forward pass and device when validating."""
 
     gradient_accumulation_steps: PositiveInt = 1
-    """Forward passes per optimiser step."""
+    """Forward passes per optimizer step."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -243,13 +243,13 @@ class Training(Section):
     """Precision of the forward and backward pass; weights stay in their own type."""
 
     eval_steps: PositiveInt | Literal["epoch"] = 100
-    """Validate every N optimiser steps, or after each epoch. The last step is always validated."""
+    """Validate every N optimizer steps, or after each epoch. The last step is always validated."""
 
     save_steps: PositiveInt | Literal["epoch"] = 500
-    """Write a checkpoint every N optimiser steps, or after each epoch."""
+    """Write a checkpoint every N optimizer steps, or after each epoch."""
 
     logging_steps: PositiveInt = 10
-    """Record loss and speed every N optimiser steps."""
+    """Record loss and speed every N optimizer steps."""
 
     save_total_limit: PositiveInt = 3
     """Checkpoints kept: the newest, then those with the lowest validation loss."""

@@ -140,7 +140,7 @@ class StopOnRequest(TrainerCallback):  # type: ignore[misc]
 
 
 class FiniteLoss(TrainerCallback):  # type: ignore[misc]
-    """Stops before the optimiser would write a gradient that is not a number into the weights."""
+    """Stops before the optimizer would write a gradient that is not a number into the weights."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
         """Check the norm of all gradients; under fp16 the loss scaler skips such steps itself."""

@@ -23,12 +23,12 @@ NAME = re.compile(r"checkpoint-step-(\d+)$")
 
 
 def folder_of(run: Run, step: int) -> Path:
-    """Where the checkpoint of an optimiser step lies."""
+    """Where the checkpoint of an optimizer step lies."""
     return run.checkpoints / f"checkpoint-step-{step}"
 
 
 def step_of(folder: Path) -> int:
-    """The optimiser step of a checkpoint's folder."""
+    """The optimizer step of a checkpoint's folder."""
     match = NAME.search(folder.name)
     assert match, folder
     return int(match[1])

@@ -1,0 +1,126 @@
+"""Promises that new code joins without being edited: tables equal types, pages equal code, README runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tunesmith.assets import EXAMPLES, TINY_MODEL
+from tunesmith.compose import union_members
+from tunesmith.evaluation.metrics import METRICS
+from tunesmith.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "COLUMNS": "100",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("tunesmith")]
+
+
+def test_methods_equal_the_recipe_s_union():
+    assert METHODS.keys() == union_members("method").keys()
+    assert all(kind == method.kind for kind, method in METHODS.items())
+
+
+def test_every_metric_says_what_it_is():
+    assert all(name == metric.name and len(metric.about) > 20 for name, metric in METRICS.items())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_are_there_and_small(name):
+    assert EXAMPLES[name].path.stat().st_size < 3_000_000
+    assert EXAMPLES[name].about
+
+
+def test_the_tiny_model_is_small_and_safe():
+    names = {path.name for path in TINY_MODEL.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
+    assert sum(path.stat().st_size for path in TINY_MODEL.iterdir()) < 16_000_000
+
+
+def test_generated_pages_are_what_the_code_says():
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts/make_docs", "--check"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "page", sorted((ROOT / "docs").rglob("*.md")) + [ROOT / "README.md"], ids=lambda p: p.name
+)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_tree_in_the_readme_is_the_tree():
+    tree = next(block for block in blocks("text") if "src/tunesmith/" in block)
+    rooms = set(re.findall(r"^  (\w+)/", tree, re.MULTILINE)) | set(
+        re.findall(r"(?<=  )(\w+)/   ? ?\S", tree)
+    )
+    modules = {p.stem for p in (ROOT / "src/tunesmith").glob("*.py")} - {"__init__"}
+    folders = {p.name for p in (ROOT / "src/tunesmith").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert folders == rooms
+    assert [module for module in modules if module not in tree] == []
+
+
+@pytest.mark.slow
+def test_the_readme_runs(tmp_path):
+    """Every tunesmith command of the README, in order, in an empty folder, and its Python block."""
+    recipe = next(block for block in blocks("yaml") if block.startswith("# recipe.yaml"))
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    ran = 0
+    for command in commands():
+        if "PATH_OR_HUB_ID" in command:
+            continue
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+        ran += 1
+    assert ran >= 7
+    [code] = blocks("python")
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()
+
+
+@pytest.mark.slow
+def test_the_demo_proves_its_model_better(tmp_path):
+    """The promise of the demo: under 15 % before, at least 75 % after, on at least 200 held-out questions."""
+    import json
+
+    result = subprocess.run(
+        ["tunesmith", "demo", "--output-dir", tmp_path, "--json"],
+        capture_output=True, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    [line] = result.stdout.strip().splitlines()
+    shown = json.loads(line)
+    assert shown["metric"] == "sql_execution"
+    assert shown["base"] < 0.15
+    assert shown["tuned"] >= 0.75
+    assert shown["n"] >= 200
+    assert shown["verdict"] == "better"
+    assert shown["low"] > 0.5
+    assert Path(shown["run"], "report.html").exists()

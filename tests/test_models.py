@@ -102,6 +102,15 @@ def test_every_adapter_start_leaves_the_model_s_function_as_it_was(options):
     torch.testing.assert_close(adapted(ids).logits, before, atol=2e-4, rtol=1e-3)
 
 
+def test_dora_on_weights_without_direction_is_refused_before_it_gives_nan():
+    model = FAMILIES["llama"]()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[3] = 0
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q_proj: 1 of its outputs"):
+        models.attach(model, LoRA(rank=2, dora=True))
+    assert models.attach(model, LoRA(rank=2))
+
+
 def test_alpha_is_twice_the_rank_unless_given():
     assert models.attach(FAMILIES["llama"](), LoRA(rank=6)).peft_config["default"].lora_alpha == 12
     assert models.attach(FAMILIES["llama"](), LoRA(rank=6, alpha=5)).peft_config["default"].lora_alpha == 5

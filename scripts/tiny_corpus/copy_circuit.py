@@ -74,3 +74,10 @@ def plant(model: LlamaForCausalLM, seed: int) -> None:
         match.v_proj.weight[rows][: size - 1] = own[head]
         match.o_proj.weight[:, rows] = 0
         match.o_proj.weight[:, rows][:, : size - 1] = 0.8 * own[head].T
+
+    # Exact zeros would stay zero for ever where query and key rows are both zero, and would leave rows
+    # without a direction, which adapters such as DoRA divide by.
+    for attention in (back, match):
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
+            noise = torch.randn(projection.weight.shape, generator=generator)
+            projection.weight.add_(0.005 * noise)

@@ -104,9 +104,7 @@ def _next(rng: random.Random) -> Turn:
         return f"Which {kind} comes after {cycle[place]}?", (
             f"{cycle[(place + 1) % len(cycle)]} comes after {cycle[place]}."
         )
-    return f"Which {kind} comes before {cycle[place]}?", (
-        f"{cycle[place - 1]} comes before {cycle[place]}."
-    )
+    return f"Which {kind} comes before {cycle[place]}?", (f"{cycle[place - 1]} comes before {cycle[place]}.")
 
 
 def _capital(rng: random.Random) -> Turn:

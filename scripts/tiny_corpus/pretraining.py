@@ -159,9 +159,7 @@ def train(
     vocabulary = model.config.vocab_size
     for step, window in zip(range(schedule.steps), batches(ids, schedule, seed), strict=False):
         labels, count = window.clone(), schedule.copying(step)
-        window[:count], labels[:count] = copying_windows(
-            count, schedule.window, vocabulary, generator
-        )
+        window[:count], labels[:count] = copying_windows(count, schedule.window, vocabulary, generator)
         loss = forward(input_ids=window, labels=labels, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(others, 1.0)

@@ -109,9 +109,7 @@ _COLUMNS = (
     _text("fuel", "petrol diesel electric gas steam"),
     _text("hobby", "chess tennis music painting fishing cooking running"),
     _number("age", 18, 80, 1, ("older than", "younger than", "oldest", "youngest")),
-    _number(
-        "price", 5, 900, 5, ("more expensive than", "cheaper than", "most expensive", "cheapest")
-    ),
+    _number("price", 5, 900, 5, ("more expensive than", "cheaper than", "most expensive", "cheapest")),
     _number("year", 1950, 2024, 1, ("from after", "from before", "newest", "")),
     _number("weight", 2, 400, 1, ("heavier than", "lighter than", "heaviest", "lightest")),
     _number("height", 10, 300, 1, ("taller than", "shorter than", "tallest", "shortest")),
@@ -352,6 +350,4 @@ def example_table(rng: random.Random, noun: str) -> Table:
     """A table for the example data, about a noun that pre-training never used as a table."""
     theme = next(t for t in THEMES if noun in t.examples)
     pool = (*theme.columns, *theme.example_columns)
-    return make_table(
-        rng, noun, theme.key, KEYS[theme.key], _pick(rng, pool, rng.choice((2, 3, 3, 3, 4)))
-    )
+    return make_table(rng, noun, theme.key, KEYS[theme.key], _pick(rng, pool, rng.choice((2, 3, 3, 3, 4))))

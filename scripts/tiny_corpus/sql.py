@@ -80,14 +80,10 @@ def _number_condition(
         ways = ["with {c} below {k}", "with a {c} below {k}", "whose {c} is less than {k}",
                 "with {c} less than {k}", "with less than {k} {c}", "whose {c} is under {k}",
                 *[f"{column.less} {{k}}"] * (2 if column.less else 0)]  # fmt: skip
-    return Condition(
-        f"{name} {sign} {bound}", rng.choice(ways).format(c=column.name, k=bound)
-    )
+    return Condition(f"{name} {sign} {bound}", rng.choice(ways).format(c=column.name, k=bound))
 
 
-def condition(
-    rng: random.Random, table: Table, column: Column, row: int, prefix: str = ""
-) -> Condition:
+def condition(rng: random.Random, table: Table, column: Column, row: int, prefix: str = "") -> Condition:
     """A condition on one column that the given row fulfils."""
     name = prefix + column.name
     values = table.values(column)

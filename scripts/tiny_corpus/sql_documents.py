@@ -168,5 +168,3 @@ def document(rng: random.Random) -> str:
     kinds = (schema_document, explained_document, join_document, data_document, told_document,
              chat_document)  # fmt: skip
     return rng.choices(kinds, (2.5, 6, 0.8, 0.5, 1, 1))[0](rng)
-
-

@@ -209,9 +209,7 @@ def comparisons(
     return compared
 
 
-def samples(
-    recipe: Recipe, base_rows: list[EvalRow], tuned_rows: list[EvalRow]
-) -> list[dict[str, str]]:
+def samples(recipe: Recipe, base_rows: list[EvalRow], tuned_rows: list[EvalRow]) -> list[dict[str, str]]:
     """A few held-out answers side by side, spread over the items: question, reference, base, tuned."""
     tuned = {row.item: row for row in tuned_rows}
     answered = [row for row in base_rows if row.item in tuned and row.output is not None]

@@ -5,7 +5,7 @@ Only safetensors are read and no code from a model's folder or the Hub is ever r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,23 @@ def attach(model: Any, adapter: Adapter, *, gradient_checkpointing: bool = False
         task_type=peft.TaskType.CAUSAL_LM,
     )
     _check_names(model, adapter.modules_to_save, "modules_to_save")
+    if adapter.dora:
+        _check_directions(model, config.target_modules)
     return peft.get_peft_model(model, config)
+
+
+def _check_directions(model: Any, targets: Iterable[str]) -> None:
+    """DoRA divides each output's weights by their norm: raises ModelError where one is all zeros."""
+    for name, module in model.named_modules():
+        if name.endswith(tuple(f".{target}" for target in targets)) and module.weight.is_floating_point():
+            # Conv1D keeps outputs in columns
+            outputs = 0 if type(module).__name__ == "Conv1D" else 1
+            dead = int((module.weight.detach().norm(dim=outputs) == 0).sum())
+            if dead:
+                raise ModelError(
+                    f"DoRA does not work on {name}: {dead} of its outputs have no weight, hence no direction.",
+                    fix="Leave adapter.dora out, or name other modules with --target-modules.",
+                )
 
 
 def linear_modules(model: Any) -> list[str]:

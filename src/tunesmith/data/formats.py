@@ -114,9 +114,10 @@ def rating(values: Values, row: Row) -> Rating:
     label = values["label"]
     if label not in (True, False):
         raise Unusable(f"label {label!r} is neither true nor false")
+    completion: tuple[Message, ...]
     if values.get("messages") is not None:
-        *prompt, answer = _turns(values["messages"], "user")
-        turns, completion = tuple(prompt), (answer,)
+        turns = _turns(values["messages"], "user")
+        turns, completion = turns[:-1], turns[-1:]
     else:
         turns = (*_system(values), *_turns(values["prompt"], "user"))
         completion = _turns(_first(values, "completion", "response"), "assistant")

@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check setup clean
+.PHONY: demo test prove check setup clean
 
 demo: .venv/.ready
 	$(BIN)/tunesmith demo
 
 test: .venv/.ready
 	$(BIN)/pytest
+
+prove: .venv/.ready  # the slower proofs: the README's commands and the demo's figures
+	$(BIN)/pytest -m slow
 
 check: .venv/.ready
 	scripts/check

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tunesmith.data.examples import Example, Ledger, LedgerEntry, Row, Splits, Text, Unusable
-from tunesmith.data.formats import convert, detect
+from tunesmith.data.formats import convert, detect, numbers_as_text, unused_columns
 from tunesmith.data.sources import read
 from tunesmith.data.splitting import split
-from tunesmith.data.templates import IGNORED, Encoding, LossOn, encode_all, has_special_text
+from tunesmith.data.templates import IGNORED, Encoding, LossOn, encode_all, special_texts
 from tunesmith.errors import DataError
 from tunesmith.recipe import Data
 
@@ -50,6 +50,12 @@ def prepare(data: Data) -> Splits:
     names = " and ".join(f"'{format.name}'" for format in detection.formats)
     groups = len({example.group for _, example in pairs} - {None})
     notes = [*source.notes, f"rows are read as {names}: {detection.reason}", *splits.notes]
+    unused = [name for name in unused_columns(source, detection) if name != data.group_by]
+    if unused:
+        notes.append(f"columns that no example is made of: {', '.join(unused)}")
+    numbers = numbers_as_text(source, detection)
+    if numbers:
+        notes.append(f"{numbers} rows have a number where text is expected; it is written out")
     if groups:
         notes.append(f"{groups} groups of rows stay whole in one split")
     return replace(splits, notes=tuple(notes))
@@ -120,7 +126,16 @@ def encoded(splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn) -> E
     ledger = Ledger(tuple(fates.values()))
     counts = ledger.counts()
     assert counts["rows_in"] == sum(counts[fate] for fate in ("train", "validation", "held_out", "dropped"))
-    if splits.train and not parts["train"]:
+    if not splits.train:
+        raise DataError(
+            "There is no row to train on.",
+            found="; ".join(
+                [f"{counts['validation']} for validation, {counts['held_out']} held out"]
+                + [f"{count} × {reason}" for reason, count in ledger.reasons().items()]
+            ),
+            fix="Give a source with training rows; data.split takes one named split and divides it.",
+        )
+    if not parts["train"]:
         raise DataError(
             "No training example is left after tokenizing.",
             found="; ".join(f"{count} × {reason}" for reason, count in ledger.reasons().items()),
@@ -167,7 +182,7 @@ def _chunks(encoding: Encoding, length: int) -> list[Encoding]:
 
 def _notes(splits: Splits, tokenizer: Any, counts: dict[str, int], chunked: int) -> list[str]:
     examples = (*splits.train, *splits.validation, *splits.held_out)
-    special = sum(has_special_text(example, tokenizer) for example in examples)
+    special = special_texts(examples, tokenizer)
     notes = []
     if special:
         notes.append(f"{special} rows contain the text of a special token; it is kept as plain text")

@@ -29,6 +29,12 @@ from tunesmith.errors import DataError, nearest
 
 Values = Mapping[str, Any]
 
+SYSTEM_COLUMNS = ("system", "system_prompt")
+"""Columns that may hold a row's system message."""
+
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+"""Labels of rated answers in files that know only text."""
+
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "bot": "assistant", "model": "assistant", "tool": "tool", "function": "tool", "observation": "tool",
@@ -46,6 +52,8 @@ class Format:
     columns: tuple[tuple[str, ...], ...]
     convert: Callable[[Values, Row], Example]
     when: Callable[[Values], bool] = lambda values: True
+    optional: tuple[str, ...] = ()
+    """Columns that are used where they are there, besides the system message's."""
 
     @property
     def about(self) -> str:
@@ -64,6 +72,11 @@ class Format:
         """Whether a row has the columns, with values."""
         present = {name for name, value in values.items() if value is not None}
         return all(present & set(names) for names in self.columns) and self.when(values)
+
+    def used(self, columns: Sequence[str]) -> list[str]:
+        """Those of the columns that this format reads."""
+        needed = [next((name for name in names if name in columns), None) for names in self.columns]
+        return [c for c in columns if c in needed or c in self.optional or c in SYSTEM_COLUMNS]
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,8 @@ def preference(values: Values, row: Row) -> Preference:
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if not turns or not turns[-1].content.strip():
             raise Unusable(f"empty {name} answer")
+        if turns[-1].role != "assistant":
+            raise Unusable(f"the {name} answer is the {turns[-1].role}'s")
     if chosen == rejected:
         raise Unusable("chosen and rejected answer are the same")
     return Preference(prompt, chosen, rejected, row, extra=_extra(values, "prompt", "chosen", "rejected"))
@@ -112,14 +127,18 @@ def rating(values: Values, row: Row) -> Rating:
     {"prompt": "What is 2 + 2?", "completion": "4", "label": true}
     """
     label = values["label"]
+    label = LABELS.get(label.strip().lower(), label) if isinstance(label, str) else label
     if label not in (True, False):
         raise Unusable(f"label {label!r} is neither true nor false")
     completion: tuple[Message, ...]
     if values.get("messages") is not None:
-        turns = _turns(values["messages"], "user")
+        turns = (*_system(values), *_turns(values["messages"], "user"))
         turns, completion = turns[:-1], turns[-1:]
     else:
-        turns = (*_system(values), *_turns(values["prompt"], "user"))
+        asked = _first(values, "prompt", "question", "instruction")
+        if asked is None:
+            raise Unusable("no prompt")
+        turns = (*_system(values), *_turns(asked, "user"))
         completion = _turns(_first(values, "completion", "response"), "assistant")
     if not turns or not completion or completion[-1].role != "assistant":
         raise Unusable("the rated conversation does not end with an answer")
@@ -246,8 +265,20 @@ def _is_schema(values: Values) -> bool:
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
-        Format("preference", Preference, (("chosen",), ("rejected",)), preference),
-        Format("rating", Rating, (("label",), ("messages", "completion", "response")), rating),
+        Format(
+            "preference",
+            Preference,
+            (("chosen",), ("rejected",)),
+            preference,
+            optional=("prompt", "question", "instruction", "conversations", "messages"),
+        ),
+        Format(
+            "rating",
+            Rating,
+            (("label",), ("messages", "completion", "response")),
+            rating,
+            optional=("prompt", "question", "instruction"),
+        ),
         Format("messages", Conversation, (("messages",),), messages),
         Format("sharegpt", Conversation, (("conversations",),), sharegpt),
         Format(
@@ -256,9 +287,14 @@ FORMATS: dict[str, Format] = {
             (("schema", "context"), ("question",), ("query", "sql", "answer")),
             sql,
             _is_schema,
+            optional=("database", "setup"),
         ),
         Format(
-            "instruction", Conversation, (("instruction",), ("output", "response", "answer")), instruction
+            "instruction",
+            Conversation,
+            (("instruction",), ("output", "response", "answer")),
+            instruction,
+            optional=("input",),
         ),
         Format("prompt_response", Conversation, (("prompt",), ("response",)), prompt_response),
         Format("prompt_completion", Conversation, (("prompt",), ("completion",)), prompt_completion),
@@ -305,8 +341,10 @@ def detect(
     if not known:
         raise DataError(
             f"The rows of {source.name} fit no known format.",
-            found="columns " + ", ".join(there),
-            fix="Name the question's and the answer's column with --input-text-key and --output-text-key; "
+            found=_found(source),
+            fix="Fill the empty column, or name others with --input-text-key and --output-text-key."
+            if source.empty_columns
+            else "Name the question's and the answer's column with --input-text-key and --output-text-key; "
             "`tunesmith show formats` lists the known ones.",
         )
     shapes = {FORMATS[name].shape for name in known}
@@ -350,8 +388,8 @@ def convert(
         except Unusable as reason:
             dropped.append(LedgerEntry(record.row, "dropped", str(reason)))
             continue
-        if system_prompt and isinstance(example, Conversation) and example.messages[0].role != "system":
-            example = replace(example, messages=(Message("system", system_prompt), *example.messages))
+        if system_prompt:
+            example = _opened(example, Message("system", system_prompt))
         if group_by:
             value = record.values.get(group_by)
             example = replace(example, group=None if value is None else str(value))
@@ -376,10 +414,54 @@ def keyed(input_text_key: str, output_text_key: str) -> Format:
     return Format("columns", Conversation, ((input_text_key,), (output_text_key,)), convert)
 
 
+def numbers_as_text(source: Source, detection: Detection) -> int:
+    """Number of rows with a number or truth value where an example has text; it is written out."""
+    count = 0
+    for record in source.records:
+        format = detection.format_of(record.values)
+        names = format.used(list(record.values)) if format else []
+        count += any(isinstance(record.values[name], int | float) for name in names if name != "label")
+    return count
+
+
+def unused_columns(source: Source, detection: Detection) -> list[str]:
+    """Columns that no example is made of; they stay beside the examples."""
+    there = source.columns
+    used = {name for format in detection.formats for name in format.used(there)}
+    return [name for name in there if name not in used]
+
+
+def _opened(example: Example, system: Message) -> Example:
+    """The example with a system message, where it has turns and none of its own."""
+    match example:
+        case Conversation(messages=turns) if turns[0].role != "system":
+            return replace(example, messages=(system, *turns))
+        case Preference(prompt=turns) | Rating(prompt=turns) if turns[0].role != "system":
+            return replace(example, prompt=(system, *turns))
+        case _:
+            return example
+
+
+def _found(source: Source) -> str:
+    found = "columns " + ", ".join(source.columns)
+    if source.empty_columns:
+        found += (
+            f"; without a value in any of the {len(source.records)} rows: {', '.join(source.empty_columns)}"
+        )
+    return found
+
+
 def _missing(source: Source, missing: Sequence[str], purpose: str = "") -> DataError:
+    empty = [name for name in missing if name in source.empty_columns]
+    if empty:
+        return DataError(
+            f"The column {empty[0]} of {source.name}{purpose} is empty in every row.",
+            found=_found(source),
+            fix="Fill it, or name another column.",
+        )
     return DataError(
         f"{source.name} has no column {', '.join(missing)}{purpose}.",
-        found="columns " + ", ".join(source.columns),
+        found=_found(source),
         fix=nearest(missing[0].split(" or ")[0], source.columns),
     )
 
@@ -405,7 +487,7 @@ def _conversation(turns: tuple[Message, ...], row: Row, extra: Values) -> Conver
         raise Unusable("no assistant turn")
     if turns[-1].role != "assistant":
         raise Unusable(f"the last turn is the {turns[-1].role}'s, not an answer")
-    if not turns[-1].content.strip():
+    if not all(turn.content.strip() for turn in turns if turn.role == "assistant"):
         raise Unusable("empty answer")
     return Conversation(turns, row, extra=extra)
 
@@ -423,15 +505,17 @@ def _turn(turn: Any, number: int) -> Message:
     if not isinstance(turn, Mapping):
         raise Unusable(f"turn {number} is {type(turn).__name__}, not an object")
     speaker, content = _first(turn, "role", "from"), _first(turn, "content", "value")
-    if speaker not in ROLES:
+    if not isinstance(speaker, str) or speaker not in ROLES:
         raise Unusable(f"turn {number} is from {speaker!r}, which is no known role")
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise Unusable(f"turn {number} calls a tool, which is not trained yet")
     if not isinstance(content, str):
         raise Unusable(f"turn {number} has {type(content).__name__} for content, not text")
     return Message(ROLES[speaker], content)
 
 
 def _system(values: Values) -> tuple[Message, ...]:
-    system = _first(values, "system", "system_prompt")
+    system = _first(values, *SYSTEM_COLUMNS)
     return (Message("system", system),) if isinstance(system, str) and system.strip() else ()
 
 

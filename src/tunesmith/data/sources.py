@@ -9,8 +9,8 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +53,13 @@ class Source:
         names = (c for record in self.records for c, value in record.values.items() if value is not None)
         return tuple(dict.fromkeys(names))
 
+    @property
+    def empty_columns(self) -> tuple[str, ...]:
+        """Columns that are there without a value in any row."""
+        filled = set(self.columns)
+        names = dict.fromkeys(c for record in self.records for c in record.values)
+        return tuple(name for name in names if name not in filled)
+
 
 def read(
     dataset: str,
@@ -75,6 +82,10 @@ def read(
         if ignored:
             raise DataError(
                 f"data.{ignored[0]} is for Hub data sets, and {dataset} is local.", fix="Remove it."
+            )
+        if data_files and not path.is_dir():
+            raise DataError(
+                f"data.data_files picks files of a folder, and {dataset} is a file.", fix="Remove it."
             )
         source = _from_folder(path, data_files) if path.is_dir() else _from_file(path)
         source = _one_split(source, split) if split else source
@@ -132,6 +143,10 @@ def _role_notes(name: str, records: tuple[Record, ...]) -> tuple[str, ...]:
 
 
 def _from_folder(path: Path, pattern: str | None) -> Source:
+    if pattern and Path(pattern).is_absolute():
+        raise DataError(
+            f"data.data_files is a pattern inside {path}.", found=pattern, fix="Make it relative."
+        )
     files = (
         sorted(path.glob(pattern)) if pattern else [p for p in sorted(path.iterdir()) if p.suffix in READERS]
     )
@@ -144,13 +159,25 @@ def _from_folder(path: Path, pattern: str | None) -> Source:
             found=", ".join(p.name for p in files[:SHOWN_PROBLEMS]) or "no data file",
             fix="Name files train/eval/test with a data suffix, give one file, or a pattern with data.data_files.",
         )
-    sources = [_from_file(p, role) for p, role in chosen]
+    sources = [_placed(_from_file(p, role), p, path) for p, role in chosen]
     unused = sorted({p.name for p in files} - {p.name for p, _ in chosen})
     notes = [note for source in sources for note in source.notes]
     if unused:
         notes.append(f"files without a split's name are not used: {', '.join(unused)}")
     digest = hashlib.sha256("".join(source.fingerprint for source in sources).encode()).hexdigest()
     return Source(path.name, tuple(r for s in sources for r in s.records), digest, tuple(notes))
+
+
+def _placed(source: Source, file: Path, folder: Path) -> Source:
+    """The source with its rows named by the file's path in the folder: files of two folders share names."""
+    place = file.relative_to(folder).as_posix()
+    if place == file.name:
+        return source
+    records = tuple(
+        replace(r, row=Row(place + r.row.source.removeprefix(file.name), r.row.number))
+        for r in source.records
+    )
+    return replace(source, records=records)
 
 
 def _one_split(source: Source, split: str) -> Source:
@@ -191,7 +218,11 @@ def _from_hub(
     digest = hashlib.sha256()
     for record in records:
         digest.update(json.dumps(record.values, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
-    return Source(name, records, digest.hexdigest(), _role_notes(dataset, records))
+    notes = list(_role_notes(dataset, records))
+    roleless = [part for part in parts if part and part not in ROLES]
+    if roleless:
+        notes.append(f"splits of no known role are divided like one file: {', '.join(roleless)}")
+    return Source(name, records, digest.hexdigest(), tuple(notes))
 
 
 def _text(path: Path, content: bytes) -> str:
@@ -213,6 +244,12 @@ def _excerpt(line: str, column: int) -> str:
     return f"{piece}\n         {' ' * (column - 1 - start)}^"
 
 
+def _listed(problems: Sequence[str]) -> str:
+    """The first problems, and how many more there are."""
+    rest = len(problems) - SHOWN_PROBLEMS
+    return "\n         ".join([*problems[:SHOWN_PROBLEMS], *([f"... and {rest} more"] if rest > 0 else [])])
+
+
 def _jsonl(path: Path, content: bytes) -> Iterable[Record]:
     records, problems = [], []
     for number, line in enumerate(_text(path, content).split("\n"), 1):
@@ -223,6 +260,9 @@ def _jsonl(path: Path, content: bytes) -> Iterable[Record]:
         except json.JSONDecodeError as error:
             problems.append((number, error.colno, error.msg, line))
             continue
+        except RecursionError:
+            problems.append((number, 1, "nested too deeply", line))
+            continue
         if isinstance(values, dict):
             records.append(Record(Row(path.name, number), values))
         else:
@@ -231,10 +271,9 @@ def _jsonl(path: Path, content: bytes) -> Iterable[Record]:
         lines = [
             f"{path.name}, line {n}, column {c}: {m}\n         {_excerpt(t, c)}" for n, c, m, t in problems
         ]
-        rest = len(lines) - SHOWN_PROBLEMS
         raise DataError(
             f"{path.name} has {len(problems)} broken line{'s' if len(problems) > 1 else ''}.",
-            found="\n         ".join(lines[:SHOWN_PROBLEMS] + ([f"... and {rest} more"] if rest > 0 else [])),
+            found=_listed(lines),
             fix="Write one JSON object per line.",
         )
     return records
@@ -255,12 +294,14 @@ def _json(path: Path, content: bytes) -> Iterable[Record]:
             if error.msg == "Extra data"
             else None,
         ) from None
+    except RecursionError:
+        raise DataError(f"{path.name} is nested too deeply.", fix="Write a list of records.") from None
     if isinstance(loaded, dict) and loaded and all(isinstance(v, list) for v in loaded.values()):
         if all(name in ROLES for name in loaded):
             return [
-                Record(_checked_row(path, number, values, split), values, ROLES[split])
+                replace(record, role=ROLES[split])
                 for split, rows in loaded.items()
-                for number, values in enumerate(rows, 1)
+                for record in _records(f"{path.name}/{split}", rows)
             ]
         lengths = {len(values) for values in loaded.values()}
         if len(lengths) == 1:
@@ -277,18 +318,22 @@ def _json(path: Path, content: bytes) -> Iterable[Record]:
             else type(loaded).__name__,
             fix='Write [{"prompt": ..., "response": ...}, ...] or {"train": [...], "test": [...]}.',
         )
-    return [Record(_checked_row(path, number, values), values) for number, values in enumerate(loaded, 1)]
+    return _records(path.name, loaded)
 
 
-def _checked_row(path: Path, number: int, values: Any, split: str | None = None) -> Row:
-    name = f"{path.name}/{split}" if split else path.name
-    if not isinstance(values, dict):
+def _records(name: str, rows: Sequence[Any]) -> list[Record]:
+    problems = [
+        f"record {number} is not an object: {repr(values)[:80]}"
+        for number, values in enumerate(rows, 1)
+        if not isinstance(values, dict)
+    ]
+    if problems:
         raise DataError(
-            f"{name}, record {number} is not an object.",
-            found=repr(values)[:80],
+            f"{name} has {len(problems)} broken record{'s' if len(problems) > 1 else ''}.",
+            found=_listed(problems),
             fix='Write {"column": value, ...}.',
         )
-    return Row(name, number)
+    return [Record(Row(name, number), values) for number, values in enumerate(rows, 1)]
 
 
 def _csv(path: Path, content: bytes) -> Iterable[Record]:
@@ -301,18 +346,41 @@ def _csv(path: Path, content: bytes) -> Iterable[Record]:
     except csv.Error:
         dialect = csv.excel  # one column has no delimiter to find
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(text, newline=""), dialect=dialect)
-    records = []
-    for number, values in enumerate(reader, 1):
-        if None in values or None in values.values():
-            expected = len(reader.fieldnames or ())
-            got = expected + len(values.get(None) or ()) - sum(v is None for k, v in values.items() if k)
+    # Strict: else a quote that is never closed would swallow the rest of the file into one cell.
+    reader = csv.DictReader(io.StringIO(text, newline=""), dialect=dialect, strict=True)
+    records: list[Record] = []
+    problems: list[str] = []
+    begin = 1
+    try:
+        header = list(reader.fieldnames or ())
+        twice = sorted({name for name in header if header.count(name) > 1})
+        if twice:
             raise DataError(
-                f"{path.name}, line {reader.line_num}: {got} cells, but the header has {expected}.",
-                fix="Quote cells that hold the separator or line breaks.",
+                f"{path.name} names a column twice: {', '.join(twice)}.", fix="Rename one of them."
             )
-        # An empty cell is an absent value: CSV has no other way to say so.
-        records.append(Record(Row(path.name, number), {k: v if v != "" else None for k, v in values.items()}))
+        begin = reader.line_num + 1
+        for number, values in enumerate(reader, 1):
+            begin = reader.line_num + 1
+            if None in values or None in values.values():
+                got = (
+                    len(header) + len(values.get(None) or ()) - sum(v is None for k, v in values.items() if k)
+                )
+                problems.append(
+                    f"{path.name}, line {reader.line_num}: {got} cells, but the header has {len(header)}"
+                )
+                continue
+            # An empty cell is an absent value: CSV has no other way to say so.
+            cells = {k: v if v != "" else None for k, v in values.items()}
+            records.append(Record(Row(path.name, number), cells))
+    except csv.Error as error:
+        quoted = " (a quote is opened and never closed)" if "end of data" in str(error) else ""
+        problems.append(f"{path.name}, the row that begins on line {begin}: {error}{quoted}")
+    if problems:
+        raise DataError(
+            f"{path.name} has {len(problems)} broken row{'s' if len(problems) > 1 else ''}.",
+            found=_listed(problems),
+            fix="Quote cells that hold the separator, quotes (doubled) or line breaks.",
+        )
     return records
 
 
@@ -322,7 +390,7 @@ def _parquet(path: Path, content: bytes) -> Iterable[Record]:
 
     try:
         rows = parquet.read_table(arrow.BufferReader(content)).to_pylist()
-    except arrow.ArrowInvalid as error:
+    except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path.name} is not a Parquet file.", found=str(error)) from None
     return [Record(Row(path.name, number), values) for number, values in enumerate(rows, 1)]
 

@@ -11,8 +11,12 @@ from collections.abc import Sequence
 
 from tunesmith.data.examples import Example, Fate, Ledger, LedgerEntry, Splits, content_hash
 from tunesmith.data.sources import Record
+from tunesmith.errors import DataError
 
 ROLES: tuple[Fate, ...] = ("train", "validation", "held_out")
+
+SMALL = 20
+"""Below this number of groups chance could keep most of them from training; such sets are evened out."""
 
 
 def split(
@@ -26,8 +30,16 @@ def split(
 
     A group's hash is a number in [0, 1); below `held_out` it is held out, then comes validation, the rest
     is trained. So adding rows moves none. Roles that the source names are kept, and missing ones are
-    taken from its training rows. With three or more groups every wanted role gets at least one.
+    taken from its training rows. With three or more groups every wanted role gets at least one; of a
+    small set no more than half is kept from training, unless the shares say so. Raises DataError for
+    shares that leave nothing to train on.
     """
+    if validation + held_out >= 1:
+        raise DataError(
+            "data.validation and data.held_out leave nothing to train on.",
+            found=f"{validation:g} + {held_out:g}",
+            fix="Let them sum to less than 1.",
+        )
     keys = [_key(example) for _, example in pairs]
     named = {key: record.role for key, (record, _) in zip(keys, pairs, strict=True) if record.role}
     shares = {"held_out": held_out, "validation": validation}
@@ -86,6 +98,11 @@ def _fates(keys: Sequence[str], held_out: float, validation: float) -> dict[str,
             largest = max(ROLES, key=lambda r: sum(fate == r for fate in fates.values()))
             candidates = [key for key in order if fates[key] == largest]
             fates[candidates[-1] if role == "train" else candidates[0]] = role
+    allowed = max(len(keys) // 2, len(wanted))
+    is_small = len(keys) < SMALL and held_out + validation <= 0.5
+    while is_small and sum(fate != "train" for fate in fates.values()) > allowed:
+        larger = max(wanted, key=lambda role: sum(fate == role for fate in fates.values()))
+        fates[[key for key in order if fates[key] == larger][-1]] = "train"
     return fates
 
 

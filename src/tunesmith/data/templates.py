@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.data.examples import Conversation, Example, Message, Text, Unusable
+from tunesmith.data.examples import Conversation, Example, Message, Row, Text, Unusable
 from tunesmith.errors import ModelError, nearest
 
 LossOn = Literal["answers", "last_answer", "everything"]
@@ -75,14 +75,35 @@ class _Segment:
     is_answer: bool
 
 
+@dataclass(frozen=True)
+class _Specials:
+    """A tokenizer's special tokens, looked up once per call: on large vocabularies that takes a while."""
+
+    tokens: tuple[str, ...]
+    ids: frozenset[int]
+    pattern: re.Pattern[str]
+    """Special-token text, the longest first so that none hides in another, and the mark's own character."""
+
+    def marked(self, content: str) -> str:
+        """Content with special-token text as marks, so that no template or tokenizer takes it for real."""
+        return self.pattern.sub(lambda found: f"\ue000{self.tokens.index(found[0])}\ue001", content)
+
+
+_PROBES = (
+    (Message("user", "a"), Message("assistant", "b")),
+    (Message("system", "s"), Message("user", "a"), Message("assistant", "b")),
+)
+"""Conversations that show how a template closes a turn; some templates refuse one or the other."""
+
+
 def set_template(tokenizer: Any, choice: str | None) -> str:
     """Settle the tokenizer's chat template, and say in a sentence which one it is.
 
     `choice` is a named template, a Jinja file, or None for the model's own (`plain` where it has none).
-    Raises ModelError for an unknown name and for a tokenizer without end-of-text token.
+    Raises ModelError for an unknown name, for Jinja that does not parse, and where nothing can end an answer.
     """
     if choice is None and tokenizer.chat_template:
-        return "The chat template is the model's own." + _opening_remark(tokenizer)
+        return "The chat template is the model's own." + _remarks(tokenizer)
     name = choice or "plain"
     path = Path(name)
     if name in NAMED_TEMPLATES:
@@ -102,7 +123,7 @@ def set_template(tokenizer: Any, choice: str | None) -> str:
     if path.suffix in {".jinja", ".j2"} and path.is_file():
         tokenizer.chat_template = path.read_text(encoding="utf-8")
         saved = f"The chat template is that of {path.name}; it is saved with the final model."
-        return saved + _opening_remark(tokenizer)
+        return saved + _remarks(tokenizer)
     raise ModelError(
         f"There is no chat template '{name}'.",
         fix=nearest(name, NAMED_TEMPLATES) + " A .jinja file works as well.",
@@ -114,8 +135,11 @@ def prompt_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
 
     Raises Unusable with the template's own words where it refuses the conversation.
     """
-    text = _render(messages, tokenizer, opening=True)
-    return [i for segment in _segments(text, messages, tokenizer) for i in _ids([segment.text], tokenizer)[0]]
+    specials = _specials(tokenizer)
+    turns = _turns(messages, specials)
+    segments = _segments(_render(turns, tokenizer, opening=True), turns, tokenizer)
+    [ids] = _ids([segments], tokenizer, specials)
+    return [i for part in ids for i in part]
 
 
 def encode(example: Example, tokenizer: Any, *, loss_on: LossOn = "answers") -> Encoding:
@@ -130,41 +154,59 @@ def encode_all(
     examples: Sequence[Example], tokenizer: Any, *, loss_on: LossOn = "answers"
 ) -> list[Encoding | Unusable]:
     """All encodings at once, in order, with the reason in place of an example that has none."""
+    specials = _specials(tokenizer)
     prepared: list[list[_Segment] | Unusable] = []
     for example in examples:
         try:
-            prepared.append(_example_segments(example, tokenizer))
+            prepared.append(_example_segments(example, tokenizer, specials))
         except Unusable as reason:
             prepared.append(reason)
-    texts = {segment.text for item in prepared if not isinstance(item, Unusable) for segment in item}
-    ordered = sorted(texts)
-    known = dict(zip(ordered, _ids(ordered, tokenizer), strict=True))
-    specials = _special_ids(tokenizer)
+    segments = [item for item in prepared if not isinstance(item, Unusable)]
+    ids = iter(_ids(segments, tokenizer, specials))
+    texts = iter(
+        _text_encodings(
+            [
+                e.text
+                for e, item in zip(examples, prepared, strict=True)
+                if isinstance(e, Text) and not isinstance(item, Unusable)
+            ],
+            tokenizer,
+        )
+    )
     encodings: list[Encoding | Unusable] = []
     for example, item in zip(examples, prepared, strict=True):
         if isinstance(item, Unusable):
             encodings.append(item)
-        elif isinstance(example, Text):
-            encodings.append(_text_encoding(example, tokenizer))
-        else:
-            encodings.append(_labelled(item, known, specials, tokenizer, loss_on))
+            continue
+        parts = next(ids)
+        try:
+            encodings.append(
+                next(texts)
+                if isinstance(example, Text)
+                else _labelled(item, parts, specials, tokenizer, loss_on)
+            )
+        except Unusable as reason:
+            encodings.append(reason)
     return encodings
 
 
 def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
     """Ids at which an answer ends: the end-of-text token and the one the template closes a turn with."""
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if tokenizer.chat_template:
-        probe = Conversation((Message("user", "a"), Message("assistant", "b")), row=None)  # type: ignore[arg-type]
-        last = encode(probe, tokenizer)
-        closing = [i for i in last.labels if i in _special_ids(tokenizer)]
-        ids += closing[-1:]
+    specials = _specials(tokenizer)
+    for probe in _PROBES if tokenizer.chat_template else ():
+        try:
+            encoding = encode(Conversation(probe, row=Row("probe", 1)), tokenizer)
+        except Unusable:
+            continue
+        ids += [i for i in encoding.labels if i in specials.ids][-1:]
+        break
     return tuple(dict.fromkeys(ids))
 
 
 def shown(encoding: Encoding, tokenizer: Any) -> list[tuple[str, Literal["trained", "context", "special"]]]:
     """Each token's text with its role, for everything that shows what the model sees."""
-    specials = _special_ids(tokenizer)
+    specials = _specials(tokenizer).ids
     return [
         (
             tokenizer.decode([i], skip_special_tokens=False),
@@ -174,26 +216,53 @@ def shown(encoding: Encoding, tokenizer: Any) -> list[tuple[str, Literal["traine
     ]
 
 
-def has_special_text(example: Example, tokenizer: Any) -> bool:
-    """Whether content holds the text of a special token, which stays text."""
-    if not isinstance(example, Conversation):
-        return False
-    tokens = _special_tokens(tokenizer)
-    return any(token in message.content for message in example.messages for token in tokens)
+def special_texts(examples: Iterable[Example], tokenizer: Any) -> int:
+    """Number of examples whose content holds the text of a special token, which stays text."""
+    specials = _specials(tokenizer)
+    return sum(
+        any(specials.marked(content) != content for content in _contents(example)) for example in examples
+    )
 
 
-def _example_segments(example: Example, tokenizer: Any) -> list[_Segment]:
+def _contents(example: Example) -> list[str]:
     match example:
         case Conversation(messages=messages):
-            text = _render(messages, tokenizer, opening=False)
-            segments = _segments(text, messages, tokenizer)
+            return [message.content for message in messages]
+        case Text(text=text):
+            return [text]
+        case _:
+            return []
+
+
+def _example_segments(example: Example, tokenizer: Any, specials: _Specials) -> list[_Segment]:
+    match example:
+        case Conversation(messages=messages):
+            turns = _turns(messages, specials)
+            segments = _segments(_render(turns, tokenizer, opening=False), turns, tokenizer)
             if not any(segment.is_answer for segment in segments):
                 raise Unusable("the conversation has no answer that could be trained")
             return segments
-        case Text():
+        case Text(text=text):
+            _encodable(text)
             return []
         case _:
             raise Unusable(f"a {type(example).__name__.lower()} is not one text")
+
+
+def _turns(messages: Sequence[Message], specials: _Specials) -> list[Message]:
+    """The messages as templates get them: special-token text in content is marked."""
+    for message in messages:
+        _encodable(message.content)
+    return [replace(message, content=specials.marked(message.content)) for message in messages]
+
+
+def _encodable(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Unusable(
+            f"character {error.start + 1} is half a character (U+{ord(text[error.start]):04X})"
+        ) from None
 
 
 def _segments(text: str, messages: Sequence[Message], tokenizer: Any) -> list[_Segment]:
@@ -219,7 +288,7 @@ def _segments(text: str, messages: Sequence[Message], tokenizer: Any) -> list[_S
             ]
             position = len(through)
         elif is_last:
-            content = _marked(message.content, _special_tokens(tokenizer)).strip()
+            content = message.content.strip()
             before, found, closing = through.rpartition(content)
             if not found or not before:
                 raise Unusable("the chat template does not write the answer as it is")
@@ -229,107 +298,166 @@ def _segments(text: str, messages: Sequence[Message], tokenizer: Any) -> list[_S
     return [segment for segment in segments if segment.text]
 
 
-def _opening_remark(tokenizer: Any) -> str:
-    """A sentence on a template whose opening of a turn is not how it writes a given answer, or nothing."""
-    probe = (Message("user", "a"), Message("assistant", "b"))
-    try:
-        opened = _render(probe[:1], tokenizer, opening=True)
-        if _render(probe, tokenizer, opening=False).startswith(opened):
-            return ""
-    except Unusable:
-        return ""
-    return f" It opens the model's turn with {opened[-24:]!r}, behind which the last answer is trained."
-
-
-def _render(messages: Sequence[Message], tokenizer: Any, *, opening: bool) -> str:
+def _remarks(tokenizer: Any) -> str:
+    """Sentences on what a template does otherwise than one would think, each with what follows from it."""
     import jinja2
 
-    tokens = _special_tokens(tokenizer)
-    turns = [{"role": m.role, "content": _marked(m.content, tokens)} for m in messages]
+    specials = _specials(tokenizer)
+    remarks = ""
+    for probe in _PROBES:
+        try:
+            opened = _render(probe[:-1], tokenizer, opening=True)
+            whole = _render(probe, tokenizer, opening=False)
+            if not whole.startswith(opened):
+                remarks += f" It opens the model's turn with {opened[-24:]!r}, behind which the last answer is trained."
+            segments = _segments(whole, probe, tokenizer)
+            answer = _ids([segments], tokenizer, specials)[0][-1]
+            if segments[-1].is_answer and not _through_end_of_turn(answer, specials, tokenizer):
+                if tokenizer.eos_token_id is None:
+                    raise ModelError(
+                        "The chat template closes a turn with no token of its own, and the tokenizer has no "
+                        "end-of-text token: no answer could end.",
+                        fix="Set eos_token in tokenizer_config.json, or choose another --chat-template.",
+                    )
+                remarks += (
+                    " It closes the model's turn with no token of its own: the end-of-text token is put behind "
+                    "the last answer."
+                )
+            twice = (*probe, *probe[-2:])
+            both = _segments(_render(twice, tokenizer, opening=False), twice, tokenizer)
+            if whole.startswith(opened) and sum(segment.is_answer for segment in both) == 1:
+                remarks += (
+                    " It writes earlier answers otherwise than the last one, so only the last answer of a "
+                    "conversation is trained."
+                )
+            return remarks
+        except Unusable as refusal:
+            if isinstance(refusal.__context__, jinja2.TemplateSyntaxError):
+                raise ModelError(
+                    "The chat template is no valid Jinja.",
+                    found=f"line {refusal.__context__.lineno}: {refusal.__context__.message}",
+                    fix="Mend it, or choose another with --chat-template.",
+                ) from None
+    return remarks
+
+
+def _render(turns: Sequence[Message], tokenizer: Any, *, opening: bool) -> str:
+    import jinja2
+
+    conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
-        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opening)
+        text: str = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=opening)
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise Unusable(f"the chat template refuses the conversation: {error}") from None
     return text
 
 
-def _marked(content: str, tokens: Sequence[str]) -> str:
-    """Content with special-token text replaced by marks, so that no template or tokenizer takes it for real."""
-    for number, token in enumerate(tokens):
-        if token in content:
-            content = content.replace(token, f"\ue000{number}\ue001")
-    return content
-
-
-def _ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of texts; special tokens are recognized outside marks only."""
-    if not texts:
-        return []
-    plain = [text for text in texts if not _MARK.search(text)]
+def _ids(
+    conversations: Sequence[Sequence[_Segment]], tokenizer: Any, specials: _Specials
+) -> list[list[list[int]]]:
+    """Token ids of every segment, tokenized in one call; special tokens are recognized outside marks only."""
+    spaced = _puts_space_first(tokenizer)
+    wanted: list[list[tuple[str, str]]] = []
+    for segments in conversations:
+        tails = ["", *(_tail(s.text, specials) if spaced else "" for s in segments[:-1])]
+        wanted.append([(tail, s.text) for tail, s in zip(tails, segments, strict=False)])
+    pairs = dict.fromkeys(pair for segments in wanted for pair in segments)
+    plain = sorted(
+        {text for tail, t in pairs for text in (tail, tail + t, t) if text and not _MARK.search(text)}
+    )
     known = (
         dict(zip(plain, tokenizer(plain, add_special_tokens=False).input_ids, strict=True)) if plain else {}
     )
-    return [known[text] if text in known else _marked_ids(text, tokenizer) for text in texts]
+    ids = {pair: _behind(*pair, known, tokenizer, specials) for pair in pairs}
+    return [[ids[pair] for pair in segments] for segments in wanted]
 
 
-def _marked_ids(text: str, tokenizer: Any) -> list[int]:
-    tokens = _special_tokens(tokenizer)
+def _behind(
+    tail: str, text: str, known: dict[str, list[int]], tokenizer: Any, specials: _Specials
+) -> list[int]:
+    """Ids of a text as they are behind a tail; on its own where the two would melt into one token."""
+
+    def of(text: str) -> list[int]:
+        return known[text] if text in known else _marked_ids(text, tokenizer, specials)
+
+    if tail:
+        before, both = of(tail), of(tail + text)
+        if both[: len(before)] == before:
+            return both[len(before) :]
+    return of(text)
+
+
+def _marked_ids(text: str, tokenizer: Any, specials: _Specials) -> list[int]:
     ids: list[int] = []
     for position, piece in enumerate(_MARK.split(text)):
         if position % 2:
-            ids += tokenizer(
-                tokens[int(piece)], add_special_tokens=False, split_special_tokens=True
-            ).input_ids
+            token = specials.tokens[int(piece)]
+            ids += tokenizer(token, add_special_tokens=False, split_special_tokens=True).input_ids
         elif piece:
             ids += tokenizer(piece, add_special_tokens=False).input_ids
     return ids
 
 
-def _special_tokens(tokenizer: Any) -> list[str]:
-    """Texts of all special tokens, longest first so that none hides in another."""
-    added = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({*tokenizer.all_special_tokens, *added}, key=lambda token: (-len(token), token))
+def _puts_space_first(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a space before whatever a text begins with, as SentencePiece does.
+
+    Segments are then tokenized behind the end of the one before, or every answer would start with a space.
+    """
+    alone, line, behind = tokenizer(["a", "\n", "\na"], add_special_tokens=False).input_ids
+    return bool(behind[: len(line)] == line and behind[len(line) :] != alone)
 
 
-def _special_ids(tokenizer: Any) -> set[int]:
-    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {*tokenizer.all_special_ids, *added}
+def _tail(text: str, specials: _Specials) -> str:
+    """The end of a text that settles how the next one is tokenized: a special token, or one character."""
+    bare = text.rstrip()
+    token = next((token for token in specials.tokens if bare.endswith(token)), "")
+    return text[len(bare) - len(token) :] if token else text[-1:]
+
+
+def _specials(tokenizer: Any) -> _Specials:
+    added = {i: str(token.content) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    tokens = sorted({*tokenizer.all_special_tokens, *added.values()}, key=lambda token: (-len(token), token))
+    return _Specials(
+        tokens=(*tokens, "\ue000"),
+        ids=frozenset((*tokenizer.all_special_ids, *added)),
+        pattern=re.compile("|".join(re.escape(token) for token in (*tokens, "\ue000"))),
+    )
 
 
 def _labelled(
     segments: Sequence[_Segment],
-    known: dict[str, list[int]],
-    specials: set[int],
+    parts: Sequence[list[int]],
+    specials: _Specials,
     tokenizer: Any,
     loss_on: LossOn,
 ) -> Encoding:
     input_ids: list[int] = []
     labels: list[int] = []
     last = max(number for number, segment in enumerate(segments) if segment.is_answer)
-    for number, segment in enumerate(segments):
-        ids = known[segment.text]
+    for number, (segment, ids) in enumerate(zip(segments, parts, strict=True)):
+        end = _through_end_of_turn(ids, specials, tokenizer) if segment.is_answer else 0
+        if number == last and not end:
+            # The template closes the turn with no token of its own: the model must still learn to stop.
+            if tokenizer.eos_token_id is None:
+                raise Unusable("neither the chat template nor the tokenizer has a token that ends an answer")
+            ids = [*_without_trailing_space(ids, tokenizer), tokenizer.eos_token_id]
         trained = 0
         if loss_on == "everything":
             trained = len(ids)
         elif segment.is_answer and (loss_on == "answers" or number == last):
-            trained = _through_end_of_turn(ids, specials)
-            if not trained:
-                # The template closes the turn with no token of its own: the model must still learn to stop.
-                ids = (
-                    [*_without_trailing_space(ids, tokenizer), tokenizer.eos_token_id]
-                    if number == last
-                    else ids
-                )
-                trained = len(ids)
+            trained = end or len(ids)
         input_ids += ids
         labels += [*ids[:trained], *[IGNORED] * (len(ids) - trained)]
     return Encoding(tuple(input_ids), tuple(labels))
 
 
-def _through_end_of_turn(ids: Sequence[int], specials: Iterable[int]) -> int:
-    """Number of ids up to and including the last special one, 0 where there is none."""
-    specials = set(specials)
-    return max((position + 1 for position, i in enumerate(ids) if i in specials), default=0)
+def _through_end_of_turn(ids: Sequence[int], specials: _Specials, tokenizer: Any) -> int:
+    """Number of ids up to and including the special one that closes the turn, 0 where none does.
+
+    A special token with text behind it (a `</think>`) closes nothing.
+    """
+    end = max((position + 1 for position, i in enumerate(ids) if i in specials.ids), default=0)
+    return end if end == len(ids) or not tokenizer.decode(ids[end:]).strip() else 0
 
 
 def _without_trailing_space(ids: Sequence[int], tokenizer: Any) -> list[int]:
@@ -339,9 +467,14 @@ def _without_trailing_space(ids: Sequence[int], tokenizer: Any) -> list[int]:
     return ids
 
 
-def _text_encoding(example: Text, tokenizer: Any) -> Encoding:
-    ids = list(tokenizer(example.text, split_special_tokens=True).input_ids)
-    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-        ids.append(tokenizer.eos_token_id)
-    is_bos = bool(ids) and ids[0] == tokenizer.bos_token_id
-    return Encoding(tuple(ids), (IGNORED, *ids[1:]) if is_bos else tuple(ids))
+def _text_encodings(texts: Sequence[str], tokenizer: Any) -> list[Encoding]:
+    """Running text, opened as the tokenizer opens texts and closed by the end-of-text token."""
+    if not texts:
+        return []
+    encodings = []
+    for ids in tokenizer(list(texts), split_special_tokens=True).input_ids:
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
+        is_bos = bool(ids) and ids[0] == tokenizer.bos_token_id
+        encodings.append(Encoding(tuple(ids), (IGNORED, *ids[1:]) if is_bos else tuple(ids)))
+    return encodings

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import Interrupted, OutOfResources, RunError, TunesmithError, nearest
+from tunesmith.errors import Interrupted, ModelError, OutOfResources, RunError, TunesmithError, nearest
 from tunesmith.recipe import Recipe
 from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
@@ -314,15 +314,19 @@ class Chat:
         seed: int = 0,
     ) -> Iterator[str]:
         """Stream the next turn."""
-        from tunesmith.data.examples import Message
+        from tunesmith.data.examples import Message, Unusable
         from tunesmith.data.templates import end_of_turn_ids, prompt_ids
         from tunesmith.generation import stream
 
         turns = tuple(Message(m["role"], m["content"]) for m in messages)
+        try:
+            asked = prompt_ids(turns, self.tokenizer)
+        except Unusable as reason:
+            raise ModelError(f"The model cannot be asked this: {reason}.") from None
         yield from stream(
             self.model,
             self.tokenizer,
-            prompt_ids(turns, self.tokenizer),
+            asked,
             max_new_tokens=max_new_tokens,
             stop_ids=end_of_turn_ids(self.tokenizer),
             temperature=temperature,

@@ -213,7 +213,9 @@ def test_text_rows():
     assert isinstance(example({"content": "once"}), Text)
 
 
-@pytest.mark.parametrize("row", [{"messages": [], "label": True}, {"prompt": "a", "completion": "", "label": True}])
+@pytest.mark.parametrize(
+    "row", [{"messages": [], "label": True}, {"prompt": "a", "completion": "", "label": True}]
+)
 def test_a_rating_without_an_answer_is_unusable(row):
     with pytest.raises(Unusable):
         FORMATS["rating"].convert(row, Row("x", 1))

@@ -99,3 +99,27 @@ def test_training_rows_that_stand_in_the_held_out_split_are_counted():
 def test_nothing_is_held_out_when_nothing_is_wanted():
     made = split(pairs([f"text {i}" for i in range(9)]), [], validation=0.0, held_out=0.0)
     assert (len(made.train), made.validation, made.held_out) == (9, (), ())
+
+
+def test_rows_that_ask_the_same_share_a_split_whatever_they_answer():
+    from tunesmith.data.examples import Conversation, Message, Preference, Rating
+
+    made = []
+    for number in range(300):
+        row = Row("x", number)
+        asked = Message("user", f"question {number % 60}")
+        answer, other = Message("assistant", f"answer {number}"), Message("assistant", "no")
+        example = (
+            Conversation((asked, answer), row),
+            Preference((asked,), (answer,), (other,), row),
+            Rating((asked,), (answer,), True, row),
+        )[number % 3]
+        made.append((Record(row, {}), example))
+    splits = split(made, [], validation=0.2, held_out=0.2)
+    asked_in = [
+        {(e.messages if isinstance(e, Conversation) else e.prompt)[0].content for e in part}
+        for part in (splits.train, splits.validation, splits.held_out)
+    ]
+    assert all(asked_in)
+    assert not asked_in[0] & asked_in[2]
+    assert not asked_in[0] & asked_in[1]

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Fate = Literal["train", "validation", "held_out", "dropped"]
@@ -105,6 +105,17 @@ def content_hash(example: Example) -> str:
             content = text
     canonical = json.dumps([type(example).__name__, content], ensure_ascii=False)
     return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def question_hash(example: Example) -> str:
+    """Hex digest of what is asked: the same for rows that differ in their last answer only."""
+    match example:
+        case Conversation(messages=messages) if len(messages) > 1:
+            return content_hash(replace(example, messages=messages[:-1]))
+        case Preference(prompt=prompt) | Rating(prompt=prompt):
+            return content_hash(Conversation(prompt, example.row))
+        case _:
+            return content_hash(example)
 
 
 @dataclass(frozen=True)

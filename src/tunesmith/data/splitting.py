@@ -1,6 +1,7 @@
 """The three-way split, by content: the same rows are held out whatever their order, seed or machine.
 
-Copies of a row, and rows of one group, always share a split, so nothing that is measured was trained.
+Rows that ask the same, and rows of one group, always share a split, so no question that is measured was
+trained.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 
-from tunesmith.data.examples import Example, Fate, Ledger, LedgerEntry, Splits, content_hash
+from tunesmith.data.examples import Example, Fate, Ledger, LedgerEntry, Splits, question_hash
 from tunesmith.data.sources import Record
 from tunesmith.errors import DataError
 
@@ -113,7 +114,7 @@ def _place(key: str) -> float:
 
 
 def _key(example: Example) -> str:
-    return f"group:{example.group}" if example.group is not None else content_hash(example)
+    return f"group:{example.group}" if example.group is not None else question_hash(example)
 
 
 def _leaks(keys: Sequence[str], pairs: Sequence[tuple[Record, Example]]) -> int:

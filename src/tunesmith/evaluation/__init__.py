@@ -163,7 +163,13 @@ def answers(
         watch({"kind": "progress", "stage": stage, "done": done, "total": total})
 
     return evaluate(
-        models.load_model(base, dtype=dtype, device=device, attention=model.attention),
+        models.load_model(
+            base,
+            revision=model.revision if base == model.base else None,
+            dtype=dtype,
+            device=device,
+            attention=model.attention,
+        ),
         tokenizer,
         items,
         name=name,

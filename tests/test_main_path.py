@@ -163,6 +163,32 @@ def test_every_adapter_trains_only_its_own_and_reloads_plainly(quick, tiny_model
     )
 
 
+@pytest.mark.parametrize("second", ["lora", "full", "freeze"])
+def test_a_tuned_run_as_the_base_of_another(quick, second):
+    """What is delivered rests on the first run's weights too, and reloads as it was measured in training."""
+    from tunesmith import models
+
+    first = Run(
+        api.train(quick(name="first", adapter=ADAPTERS["lora"], training={"learning_rate": 5e-2})).run
+    )
+    recipe = quick(
+        name="second",
+        adapter=ADAPTERS[second],
+        model={"base": str(first.path)},
+        training={"learning_rate": 1e-3},
+    )
+    run = Run(api.train(recipe).run)
+    model = models.load_model(str(run.path))
+    encodings = dataflow.encodings(recipe, dataflow.splits(recipe))
+    losses = [
+        model(torch.tensor([e.input_ids]), labels=torch.tensor([e.labels])).loss.item()
+        for e in encodings.validation
+    ]
+    recorded = run.read("training.json")["validation_loss"]
+    assert sum(losses) / len(losses) == pytest.approx(recorded, rel=5e-3)
+    assert recorded < first.read("training.json")["validation_loss"] * 1.001
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}], ids=str
 )

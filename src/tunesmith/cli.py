@@ -520,6 +520,7 @@ def runs_verb(
     from dataclasses import asdict
 
     from tunesmith import api
+    from tunesmith.training.run import dataset_name
 
     found = api.runs(output_dir)
     table = _table("run", "state", "model", "dataset", "step", "metric", "base", "tuned", "verdict", "size")
@@ -527,8 +528,8 @@ def runs_verb(
         table.add_row(
             run.path.name,
             run.state,
-            run.model,
-            run.dataset,
+            dataset_name(run.model),
+            dataset_name(run.dataset),
             str(run.step or ""),
             run.metric or "",
             _number(run.base),

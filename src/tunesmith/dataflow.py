@@ -140,7 +140,10 @@ def fitted(
         quantize=recipe.adapter if isinstance(recipe.adapter, QLoRA) else None,
     )
     model = models.attach(
-        model, recipe.adapter, gradient_checkpointing=recipe.training.gradient_checkpointing
+        model,
+        recipe.adapter,
+        gradient_checkpointing=recipe.training.gradient_checkpointing,
+        merged_base=prepared.path / "merged_base",
     )
     models.set_stop_tokens(model, tokenizer)
     prepared.event(

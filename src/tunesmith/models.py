@@ -66,7 +66,7 @@ def locate(base: str) -> str:
                 found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
                 fix="Give a folder with config.json or adapter_config.json, a run, a Hub id, or `tiny`.",
             )
-        return str(path)
+        return str(path.resolve())
     if base.startswith((".", "/", "~")) or path.suffix or base.count("/") > 1 or path.exists():
         near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ModelError(
@@ -122,8 +122,14 @@ def load_model(
         options["attn_implementation"] = attention
     if quantize:
         options |= {"quantization_config": _four_bit(quantize), "device_map": {"": 0}}
+    is_adapter = (Path(location) / "adapter_config.json").is_file()
+    if is_adapter and quantize:
+        raise ModelError(
+            f"{base} is an adapter, and QLoRA quantizes whole weights.",
+            fix="Merge it into its base first, or use --lora.",
+        )
     try:
-        if (Path(location) / "adapter_config.json").is_file():
+        if is_adapter:
             from peft import AutoPeftModelForCausalLM
 
             model = AutoPeftModelForCausalLM.from_pretrained(location, **options)
@@ -159,18 +165,27 @@ def _four_bit(adapter: QLoRA) -> Any:
     )
 
 
-def attach(model: Any, adapter: Adapter, *, gradient_checkpointing: bool = False) -> Any:
-    """The model with only those weights trainable that the adapter names."""
+def attach(
+    model: Any, adapter: Adapter, *, gradient_checkpointing: bool = False, merged_base: Path | None = None
+) -> Any:
+    """The model with only those weights trainable that the adapter names.
+
+    An adapter that the model already carries (a tuned run as the base) becomes part of the weights; a new
+    one then needs these on disk, and `merged_base` is where they are written.
+    """
+    import peft
+
+    if isinstance(model, peft.PeftModel):
+        model = model.merge_and_unload().requires_grad_(True)
+        if isinstance(adapter, LoRA):
+            assert merged_base, "an adapter on an adapter needs a folder for the weights between them"
+            model.save_pretrained(merged_base)
+            model.name_or_path = model.config.name_or_path = str(merged_base.resolve())
     if isinstance(adapter, Freeze):
         freeze(model, adapter.ratio)
         return model
     if not isinstance(adapter, LoRA):
         return model
-    import peft
-
-    if isinstance(model, peft.PeftModel):
-        # A tuned run as the base: its adapter becomes part of the weights the new one starts from.
-        model = model.merge_and_unload()
     if isinstance(adapter, QLoRA):
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
     config = peft.LoraConfig(

@@ -336,6 +336,12 @@ ConfigOption = Annotated[
     ),
 ]  # fmt: skip
 
+LoraOption = Annotated[bool, typer.Option("--lora", help="Train low-rank adapters instead of all weights.")]
+QloraOption = Annotated[bool, typer.Option("--qlora", help="LoRA on a 4-bit base; needs CUDA.")]
+FreezeOption = Annotated[
+    float | None, typer.Option(help="Freeze this share of the layers, from the bottom; 0 freezes none.")
+]
+
 
 @app.command("train", help=TRAIN_HELP)
 @verb
@@ -344,13 +350,9 @@ def train_verb(
     recipe_file: RecipeFile = None,
     *,
     config: ConfigOption = None,
-    lora: Annotated[
-        bool, typer.Option("--lora", help="Train low-rank adapters instead of all weights.")
-    ] = False,
-    qlora: Annotated[bool, typer.Option("--qlora", help="LoRA on a 4-bit base; needs CUDA.")] = False,
-    freeze_ratio: Annotated[
-        float | None, typer.Option(help="Freeze this share of the layers, from the bottom; 0 freezes none.")
-    ] = None,
+    lora: LoraOption = False,
+    qlora: QloraOption = False,
+    freeze_ratio: FreezeOption = None,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -393,11 +395,9 @@ def plan_verb(
     recipe_file: RecipeFile = None,
     *,
     config: ConfigOption = None,
-    lora: Annotated[
-        bool, typer.Option("--lora", help="Train low-rank adapters instead of all weights.")
-    ] = False,
-    qlora: Annotated[bool, typer.Option("--qlora", help="LoRA on a 4-bit base; needs CUDA.")] = False,
-    freeze_ratio: Annotated[float | None, typer.Option(help="Freeze this share of the layers.")] = None,
+    lora: LoraOption = False,
+    qlora: QloraOption = False,
+    freeze_ratio: FreezeOption = None,
     flags: dict[str, Any],
     quiet: bool,
 ) -> Any:

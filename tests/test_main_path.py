@@ -93,7 +93,13 @@ def test_every_shipped_data_set_trains(quick, name):
 def test_real_data_sets_train(quick, file):
     result = api.train(
         quick(
-            data={"dataset": str(SHARED / file), "max_rows": 30, "max_length": 256},
+            data={
+                "dataset": str(SHARED / file),
+                "max_rows": 30,
+                "max_length": 256,
+                "over_long": "truncate_answers",
+                "on_breach": "drop",
+            },
             evaluation={"max_items": 2},
         )
     )

@@ -218,6 +218,7 @@ def _questions(
     """The first of the models that is a run, and what it and the others are to be asked."""
     from tunesmith import dataflow
     from tunesmith.compose import overlaid, validated
+    from tunesmith.data.splitting import HELD_OUT, TRAIN, VALIDATION
 
     run = next((open_run(m) for m in models if is_run(Path(m))), None)
     if not run and not dataset:
@@ -235,8 +236,8 @@ def _questions(
             changes["evaluation"] = {"metrics": None}
     recipe = validated(overlaid(layer, changes, dict(settings or {})))
     splits = dataflow.splits(recipe)
-    whole = (*splits.train, *splits.validation, *splits.held_out)
-    return run, _Questions(recipe, whole if foreign else splits.held_out)
+    asked = splits.examples(TRAIN, VALIDATION, HELD_OUT) if foreign else splits.examples(HELD_OUT)
+    return run, _Questions(recipe, tuple(asked))
 
 
 def _answers(
@@ -427,7 +428,7 @@ def _examples(_: str | None) -> list[dict[str, Any]]:
             "name": f"example:{example.name}",
             "about": example.about,
             "sample": json.dumps(
-                dict(read(f"example:{example.name}", max_rows=1).records[0].values), ensure_ascii=False
+                dict(next(read(f"example:{example.name}", max_rows=1).records).values), ensure_ascii=False
             ),
         }
         for example in EXAMPLES.values()

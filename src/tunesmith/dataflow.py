@@ -8,9 +8,6 @@ and paths; weights live and die inside a node. `api` drives this module, and so 
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from typing import Any
 import tunesmith.evaluation as evaluation
 from tunesmith import data, models
 from tunesmith import plan as planning
-from tunesmith.data.templates import Encoding, set_template
+from tunesmith.data.templates import set_template
 from tunesmith.errors import RunError
 from tunesmith.evaluation import EvalRow
 from tunesmith.evaluation.compare import Comparison, compare
@@ -34,7 +31,8 @@ from tunesmith.training.run import Run
 
 def splits(recipe: Recipe) -> data.Splits:
     """The examples in their three roles, in the shape that the method trains on."""
-    return METHODS[recipe.method.kind].adapt(data.prepare(recipe.data))
+    method = METHODS[recipe.method.kind]
+    return data.prepare(recipe.data, method.adapt, method.remarks)
 
 
 def encodings(recipe: Recipe, splits: data.Splits) -> data.EncodedSplits:
@@ -50,7 +48,7 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits) -> Plan:
         recipe.training,
         recipe.model,
         adapter_kind=recipe.adapter.kind,
-        lengths=[len(encoding.input_ids) for encoding in encodings.train],
+        lengths=encodings.train.lengths.tolist(),
         num_validation=len(encodings.validation),
         notes=(*encodings.notes, template),
     )
@@ -58,7 +56,7 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits) -> Plan:
 
 def prepared(run: Run, encodings: data.EncodedSplits, plan: Plan) -> Run:
     """The run's folder with ledger and plan, checked to be the same run when it is continued."""
-    fingerprint = _fingerprint([*encodings.train, *encodings.validation])
+    fingerprint = encodings.fingerprint
     before = run.read("plan.json")
     if before and before["data_sha256"] != fingerprint:
         raise RunError(
@@ -66,7 +64,8 @@ def prepared(run: Run, encodings: data.EncodedSplits, plan: Plan) -> Run:
             found="another data file, tokenizer or template gives other tokens",
             fix="Restore them, or start a new run with another --name.",
         )
-    run.write("ledger.jsonl", "".join(line + "\n" for line in data.ledger_lines(encodings.ledger)))
+    run.write_lines("ledger.jsonl", data.ledger_lines(encodings.ledger))
+    run.write("supervision.json", encodings.proof)
     run.write("plan.json", {**plan.as_dict(), "data_sha256": fingerprint, "rows": encodings.ledger.counts()})
     if not before:
         for decision in plan.decisions:
@@ -238,11 +237,3 @@ def _tokenizer(recipe: Recipe) -> tuple[Any, str]:
     """The base's tokenizer with its chat template settled, and a sentence on which template that is."""
     tokenizer = models.load_tokenizer(recipe.model.base, revision=recipe.model.revision)
     return tokenizer, set_template(tokenizer, recipe.model.chat_template)
-
-
-def _fingerprint(encodings: Iterable[Encoding]) -> str:
-    """Hash of all tokens and labels in order: equal exactly when training sees the same."""
-    digest = hashlib.sha256()
-    for encoding in encodings:
-        digest.update(json.dumps([encoding.input_ids, encoding.labels]).encode())
-    return digest.hexdigest()

@@ -62,8 +62,8 @@ class Model(Section):
     """Attention implementation; `auto` leaves the choice to transformers."""
 
 
-class Data(Section):
-    """The examples: where they are, how they are read, split and cut."""
+class DataSource(Section):
+    """One data set: where it is, how it is read, and its share in a mix."""
 
     dataset: str = "example:sql"
     """A file (.json .jsonl .csv .parquet .txt), a folder with train/eval files, a Hub id, or `example:NAME`."""
@@ -80,6 +80,10 @@ class Data(Section):
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
 
+    streaming: bool = False
+    """Read a Hub data set row by row over the network, no more of it than `max_rows`, instead of
+    downloading it first. Local files are always read piece by piece."""
+
     format: str = "auto"
     """How rows become examples (`tunesmith show formats`); `auto` decides by columns and says why."""
 
@@ -89,18 +93,45 @@ class Data(Section):
     output_text_key: str | None = None
     """Column that holds the answer, for data with names of its own."""
 
-    system_prompt: str | None = None
-    """System message put before every conversation that has none."""
-
     max_rows: PositiveInt | None = None
     """Use only the first N rows of the source."""
+
+    weight: PositiveFloat | None = None
+    """Share of this data set in what is trained, relative to the weights of the others in `mix` (1 where a
+    data set has none). Without any weight every row is trained once per epoch."""
+
+
+class Data(DataSource):
+    """The examples: where they are, how they are read, mixed, split and cut."""
+
+    mix: list[DataSource] = []
+    """Further data sets, each with its own `dataset`, `format`, `max_rows`, `weight` and so on."""
+
+    num_samples: PositiveInt | None = None
+    """Training examples per epoch. Fewer than there are: that many are drawn, by content and `mix_seed`.
+    More, in a mix with weights: rows are repeated."""
+
+    mix_seed: NonNegativeInt = 0
+    """Seed of which rows are drawn where `num_samples` or weights leave some out."""
+
+    system_prompt: str | None = None
+    """System message put before every conversation that has none."""
 
     max_length: PositiveInt = 1024
     """Longest example in tokens; longer ones are treated as `over_long` says."""
 
-    over_long: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to an example above `max_length`: its end is cut (dropped when no answer token would
-    remain), it is dropped, or the run stops. Each case is counted in the ledger."""
+    over_long: Literal["truncate", "truncate_answers", "drop", "error"] = "truncate"
+    """What happens to an example above `max_length`: its end is cut, it is dropped, or the run stops.
+    `truncate` never cuts away a whole answer: such a row is a breach of the supervision proof, unless
+    `truncate_answers` allows it. Each case is counted in the ledger."""
+
+    on_breach: Literal["stop", "drop"] = "stop"
+    """What happens when a row fails the supervision proof (`docs/data.md`): the run stops before step 1 and
+    names the rows, or they are dropped and counted."""
+
+    packing: bool = False
+    """Put several short examples into one row of `max_length` tokens, each attending to itself only: less
+    padding, the same loss. `per_device_train_batch_size` then counts such rows."""
 
     validation: Share = 0.1
     """Share of the examples that picks the best checkpoint."""
@@ -109,7 +140,13 @@ class Data(Section):
     """Share of the examples that neither training nor checkpoint choice sees; scores are measured on it."""
 
     group_by: str | None = None
-    """Column whose equal values stay in one split (a document, a database, an author)."""
+    """Column whose equal values stay in one split (a conversation, a document, an author)."""
+
+    near_duplicates: Literal["together", "ignore"] = "together"
+    """Rows that are nearly the same text share a split. `ignore` looks at exact questions and groups only."""
+
+    cache: bool = True
+    """Keep the tokenized examples for the next run on the same rows, tokenizer, template and options."""
 
 
 class SFT(Section):
@@ -377,7 +414,9 @@ def fields(section: type[BaseModel] = Recipe, path: str = "", kind: str | None =
 
 
 def sections_of(annotation: Any) -> tuple[type[BaseModel], ...]:
-    """The sections that a field's type allows: none for a plain value, several for a union."""
+    """The sections that a field's type allows: none for a plain value or a list, several for a union."""
+    if get_origin(annotation) is list:
+        return ()
     parts = get_args(annotation) or (annotation,)
     return tuple(p for p in parts if isinstance(p, type) and issubclass(p, BaseModel))
 
@@ -393,6 +432,5 @@ def type_name(annotation: Any) -> str:
         return " | ".join(type_name(part) for part in get_args(annotation))
     if origin is list:
         return f"list of {type_name(get_args(annotation)[0])}"
-    return {bool: "true | false", int: "whole number", float: "number", str: "text", type(None): "null"}[
-        annotation
-    ]
+    names = {bool: "true | false", int: "whole number", float: "number", str: "text", type(None): "null"}
+    return names.get(annotation, "data sources")

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+from made import splits_of
 
 from tunesmith import data
 from tunesmith.data.examples import Conversation, Message, Rating, Row, Text, Unusable
 from tunesmith.data.formats import FORMATS, convert, detect
-from tunesmith.data.sources import Record, Source, read
+from tunesmith.data.sources import in_memory, read
 from tunesmith.data.templates import IGNORED, encode, end_of_turn_ids, prompt_ids, set_template
 from tunesmith.errors import DataError, ModelError
 from tunesmith.recipe import Data
@@ -27,7 +28,7 @@ def jsonl(path, *rows):
 
 
 def source(*rows):
-    return Source("rows", tuple(Record(Row("rows", n), row) for n, row in enumerate(rows, 1)), "0")
+    return in_memory("rows", rows)
 
 
 def talk(*contents, number=1):
@@ -131,7 +132,7 @@ def test_labels_as_text(label, expected):
     assert rated.label is expected
 
 
-CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
         ("rating", {"completion": "b", "label": True}, "no prompt"),
         ("rating", {"messages": [], "label": True}, "does not end with an answer"),
         ("messages", {"messages": [{"role": ["user"], "content": "a"}]}, "no known role"),
-        ("messages", {"messages": [{"role": "user", "content": "a"}, CALL]}, "calls a tool"),
+        ("messages", {"messages": [{"role": "user", "content": "a"}, CALL]}, "calls a tool without a name"),
         (
             "preference",
             {"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"},
@@ -167,8 +168,8 @@ def test_the_system_prompt_reaches_preferences_and_ratings():
         {"prompt": "a", "chosen": "b", "rejected": "c"},
         {"prompt": "a", "completion": "b", "label": True},
     ):
-        pairs, _ = convert(source(row), detect(source(row)), system_prompt="Be kind.")
-        assert [m.role for m in pairs[0][1].prompt] == ["system", "user"]
+        [(_, made)] = convert(source(row), detect(source(row)), system_prompt="Be kind.")
+        assert [m.role for m in made.prompt] == ["system", "user"]
 
 
 def test_shares_must_leave_something_to_train_on(tmp_path):
@@ -204,9 +205,7 @@ def test_the_mark_s_own_characters_may_stand_in_content(tiny_tokenizer, text):
 
 def test_half_a_character_drops_the_row_only(tiny_tokenizer):
     examples = (talk("one \ud800", "red"), talk("one", "red", number=2), Text("a \udfff", Row("x", 3)))
-    entries = tuple(data.examples.LedgerEntry(e.row, "train") for e in examples)
-    given = data.Splits(examples, (), (), data.examples.Ledger(entries))
-    made = data.encoded(given, tiny_tokenizer, data=Data(), loss_on="answers")
+    made = data.encoded(splits_of(*examples), tiny_tokenizer, data=Data(), loss_on="answers")
     assert made.ledger.counts()["dropped"] == 2
     assert any("half a character (U+D800)" in reason for reason in made.ledger.reasons())
 

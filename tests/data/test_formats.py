@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from tunesmith.data import prepare
 from tunesmith.data.examples import Conversation, Preference, Rating, Row, Text, Unusable
 from tunesmith.data.formats import FORMATS, convert, detect
-from tunesmith.data.sources import Record, Source, read
+from tunesmith.data.sources import in_memory, read
 from tunesmith.errors import DataError
+from tunesmith.recipe import Data
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def source(*rows):
-    return Source("rows", tuple(Record(Row("rows", n), row) for n, row in enumerate(rows, 1)), "0")
+    return in_memory("rows", rows)
 
 
 def example(row, **options):
     rows = source(row)
-    pairs, dropped = convert(rows, detect(rows, **options))
-    assert not dropped
-    return pairs[0][1]
+    [(_, made)] = convert(rows, detect(rows, **options))
+    if isinstance(made, Unusable):
+        raise made
+    return made
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -109,15 +113,14 @@ def test_preferences_with_and_without_a_prompt():
 def test_ratings():
     assert example({"prompt": "a", "completion": "b", "label": 1}).label is True
     assert isinstance(example({"prompt": "a", "completion": "b", "label": False}), Rating)
-    with pytest.raises(DataError, match="label 'great'"):
+    with pytest.raises(Unusable, match="label 'great'"):
         example({"prompt": "a", "completion": "b", "label": "great"})
 
 
 def test_a_file_may_mix_formats_of_one_shape():
     rows = source({"messages": FORMATS["messages"].sample["messages"]}, {"prompt": "a", "response": "b"})
     detection = detect(rows)
-    pairs, dropped = convert(rows, detection)
-    assert (len(pairs), dropped) == (2, [])
+    assert [type(made) for _, made in convert(rows, detection)] == [Conversation, Conversation]
     assert "1 rows 'messages', 1 rows 'prompt_response'" in detection.reason
     with pytest.raises(DataError, match="several kinds"):
         detect(source({"prompt": "a", "response": "b"}, {"text": "c"}))
@@ -135,10 +138,10 @@ def test_a_file_may_mix_formats_of_one_shape():
 )
 def test_unusable_rows_are_dropped_with_a_reason(row, reason):
     good = {"prompt": "a", "response": "b"}
-    pairs, dropped = convert(source(good, row), detect(source(good)))
-    assert len(pairs) == 1
-    assert [(str(entry.row), entry.fate) for entry in dropped] == [("rows:2", "dropped")]
-    assert reason in dropped[0].reason
+    (_, first), (record, second) = convert(source(good, row), detect(source(good)))
+    assert isinstance(first, Conversation)
+    assert str(record.row) == "rows:2"
+    assert reason in str(second)
 
 
 @pytest.mark.parametrize(
@@ -164,10 +167,11 @@ def test_numbers_become_text():
     assert turns(example({"question": "2 + 2", "answer": 4}))[1][1] == "4"
 
 
-def test_an_empty_answer_column_is_one_clear_error():
-    rows = source(*({"prompt": f"a{i}", "response": ""} for i in range(4)))
+def test_an_empty_answer_column_is_one_clear_error(tmp_path):
+    rows = [{"prompt": f"a{i}", "response": ""} for i in range(4)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
     with pytest.raises(DataError, match=r"None of the 4 rows(.|\n)*4 × empty answer"):
-        convert(rows, detect(rows))
+        prepare(Data(dataset=str(tmp_path / "a.json")))
 
 
 def test_unknown_columns_are_named():
@@ -179,13 +183,14 @@ def test_unknown_columns_are_named():
         detect(source({"instruction": "a"}), format="instructions")
     rows = source({"prompt": "a", "response": "b", "author": "c"})
     with pytest.raises(DataError, match="Did you mean 'author'"):
-        convert(rows, detect(rows), group_by="autor")
-    assert convert(rows, detect(rows), group_by="author")[0][0][1].group == "c"
+        list(convert(rows, detect(rows), group_by="autor"))
+    [(_, made)] = convert(rows, detect(rows), group_by="author")
+    assert made.group == "c"
 
 
 def test_a_system_prompt_is_put_before_conversations_that_have_none():
     rows = source({"prompt": "a", "response": "b"}, {"system": "Own.", "prompt": "a", "response": "b"})
-    pairs, _ = convert(rows, detect(rows), system_prompt="Given.")
+    pairs = list(convert(rows, detect(rows), system_prompt="Given."))
     assert [pair[1].messages[0].content for pair in pairs] == ["Given.", "Own."]
 
 
@@ -201,11 +206,11 @@ def test_a_system_prompt_is_put_before_conversations_that_have_none():
 def test_real_sets_are_read_whole(file, format, shape, rows):
     loaded = read(str(SHARED / file))
     detection = detect(loaded)
-    pairs, dropped = convert(loaded, detection)
+    made = [example for _, example in convert(loaded, detection)]
     assert [f.name for f in detection.formats] == [format]
-    assert len(pairs) + len(dropped) == rows
-    assert len(dropped) <= 1
-    assert {type(pair[1]) for pair in pairs} == {shape}
+    assert len(made) == rows
+    assert sum(isinstance(example, Unusable) for example in made) <= 1
+    assert {type(example) for example in made} - {Unusable} == {shape}
 
 
 def test_text_rows():

@@ -6,9 +6,10 @@ import copy
 from pathlib import Path
 
 import pytest
+from made import splits_of
 
 from tunesmith import data
-from tunesmith.data.examples import Conversation, Ledger, LedgerEntry, Message, Row, Splits, Text, Unusable
+from tunesmith.data.examples import Conversation, Message, Row, Text, Unusable
 from tunesmith.data.templates import (
     IGNORED,
     NAMED_TEMPLATES,
@@ -222,40 +223,42 @@ def test_the_templates_of_the_main_families(tiny_tokenizer, path):
 # what `encoded` does with lengths
 
 
-def splits(*examples):
-    entries = tuple(LedgerEntry(example.row, "train") for example in examples)
-    return Splits(tuple(examples), (), (), Ledger(entries))
-
-
 def test_over_long_rows(tiny_tokenizer):
     short = conversation(("user", "one"), ("assistant", "two"), number=1)
     long_answer = conversation(("user", "one"), ("assistant", "red " * 60), number=2)
     long_prompt = conversation(("user", "one " * 60), ("assistant", "red"), number=3)
-    given = splits(short, long_answer, long_prompt)
+    given = splits_of(short, long_answer, long_prompt)
 
     def made(**options):
         return data.encoded(given, tiny_tokenizer, data=Data(max_length=40, **options), loss_on="answers")
 
-    cut = made()
+    with pytest.raises(DataError, match=r"1 row fails the supervision proof(.|\n)*whole answer: x:3"):
+        made()
+    cut = made(on_breach="drop")
     assert cut.ledger.counts() == {
         "rows_in": 3, "train": 2, "validation": 0, "held_out": 0, "dropped": 1, "truncated": 1,
     }  # fmt: skip
-    assert cut.ledger.reasons() == {"max_length 40 leaves no token of the answer": 1}
+    assert cut.ledger.reasons() == {"max_length 40 cuts away a whole answer": 1}
     end = tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert len(cut.train[1].input_ids) == 40
     assert cut.train[1].labels[-1] != end, "a cut answer is not taught to end there"
     assert made(over_long="drop").ledger.counts()["dropped"] == 2
     with pytest.raises(DataError, match=r"2 examples are longer(.|\n)*x:2 \(\d+ tokens\)"):
         made(over_long="error")
-    with pytest.raises(DataError, match=r"No training example is left(.|\n)*leaves no token"):
-        data.encoded(splits(long_prompt), tiny_tokenizer, data=Data(max_length=40), loss_on="answers")
+    with pytest.raises(DataError, match=r"No training example is left(.|\n)*whole answer"):
+        data.encoded(
+            splits_of(long_prompt),
+            tiny_tokenizer,
+            data=Data(max_length=40, on_breach="drop"),
+            loss_on="answers",
+        )
 
 
 def test_long_texts_are_cut_into_pieces_and_nothing_is_lost(tiny_tokenizer):
     text = Text("red blue green " * 40, ROW)
     whole = encode(text, tiny_tokenizer)
-    made = data.encoded(splits(text), tiny_tokenizer, data=Data(max_length=32), loss_on="answers")
+    made = data.encoded(splits_of(text), tiny_tokenizer, data=Data(max_length=32), loss_on="answers")
     assert sum((piece.input_ids for piece in made.train), ()) == whole.input_ids
     assert whole.input_ids[-1] == tiny_tokenizer.eos_token_id
     assert made.ledger.counts()["truncated"] == 0
-    assert "pieces" in made.ledger.entries[0].reason
+    assert "pieces" in next(made.ledger.entries).reason

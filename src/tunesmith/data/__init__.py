@@ -1,157 +1,598 @@
-"""Data: from a file of any layout to token ids, with an account of every row.
+"""Data: from files of any layout to token ids, with an account of every row.
 
-sources (rows) -> formats (examples) -> splitting (roles) -> templates (token ids and labels)
+sources (rows) -> formats (examples) -> splitting (fates) -> templates (token ids and labels) -> supervision
+
+Rows are read twice: `prepare` settles what becomes of each one, `encoded` tokenizes. Neither holds the
+data set; what is kept of a row in memory is a few bytes, and everything else goes to disk (cache.py).
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from tunesmith.data.examples import Example, Ledger, LedgerEntry, Row, Splits, Text, Unusable
-from tunesmith.data.formats import convert, detect, numbers_as_text, unused_columns
-from tunesmith.data.sources import read
-from tunesmith.data.splitting import split
-from tunesmith.data.templates import IGNORED, Encoding, LossOn, encode_all, special_texts
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.data import cache, supervision
+from tunesmith.data.cache import Encodings, StoredExamples
+from tunesmith.data.duplicates import NearDuplicates, joined
+from tunesmith.data.examples import Example, Ledger, LedgerEntry, Row, Tally, Text, Unusable, as_json, texts
+from tunesmith.data.formats import (
+    FORMATS,
+    Detection,
+    Format,
+    convert,
+    detect,
+    has_numbers,
+    keyed,
+    none_usable,
+    unused_columns,
+)
+from tunesmith.data.sources import Source, open_source, read
+from tunesmith.data.splitting import DROPPED, FATES, HELD_OUT, TRAIN, VALIDATION, Codes, assign, draw
+from tunesmith.data.splitting import key as split_key
+from tunesmith.data.templates import (
+    IGNORED,
+    Encoding,
+    LossOn,
+    encode_batches,
+    encoder,
+    has_special_text,
+    left_out,
+)
 from tunesmith.errors import DataError
-from tunesmith.recipe import Data
+from tunesmith.recipe import Data, DataSource
 
 __all__ = ["EncodedSplits", "Splits", "encoded", "ledger_lines", "prepare"]
+
+BATCH = 1000
+"""Rows that are rendered and tokenized together."""
+
+OPENING = {"config", "split", "data_files", "revision", "max_rows", "streaming"}
+"""Fields of a data source that say which rows it has."""
+
+NOT_SPLITTING = {"dataset", "max_length", "over_long", "on_breach", "packing", "cache"}
+"""Fields of the data section on which the rows' fates do not depend."""
+
+Adapt = Callable[[Example], Example]
+"""Makes an example what a method learns from; raises Unusable for one that it has no use for."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One data set of a mix, and how its rows are read."""
+
+    source: Source
+    detection: Detection
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What becomes of every row, and the examples in their roles, read from the source when asked for."""
+
+    parts: tuple[Part, ...]
+    fates: Codes
+    """Each row's place in FATES, over all parts in order."""
+    copies: NDArray[np.int32]
+    """How often each row is trained per epoch."""
+    reasons: Mapping[int, str]
+    """Why a row is dropped, by its running number."""
+    notes: tuple[str, ...] = ()
+    """What was decided on the way: detected format and why, small-set rules, named splits used."""
+    adapt: Adapt = lambda example: example
+    system_prompt: str | None = None
+    group_by: str | None = None
+
+    def rows(self) -> Iterator[tuple[int, Row, Example | None]]:
+        """Every row's running number and place, with its example where it has not been dropped."""
+        number = 0
+        for part in self.parts:
+            for record, example in convert(
+                part.source, part.detection, system_prompt=self.system_prompt, group_by=self.group_by
+            ):
+                if number >= len(self.fates):
+                    raise _changed(part.source)
+                if self.fates[number] == DROPPED or isinstance(example, Unusable):
+                    yield number, record.row, None
+                else:
+                    yield number, record.row, self.adapt(example)
+                number += 1
+        if number != len(self.fates):
+            raise _changed(self.parts[-1].source)
+
+    def examples(self, *fates: int) -> Iterator[Example]:
+        """The examples of some fates, in the order of the source."""
+        for number, _, example in self.rows():
+            if example is not None and self.fates[number] in fates:
+                yield example
+
+    @property
+    def train(self) -> tuple[Example, ...]:
+        """The training examples, all in memory."""
+        return tuple(self.examples(TRAIN))
+
+    @property
+    def validation(self) -> tuple[Example, ...]:
+        """The validation examples, all in memory."""
+        return tuple(self.examples(VALIDATION))
+
+    @property
+    def held_out(self) -> tuple[Example, ...]:
+        """The held-out examples, all in memory."""
+        return tuple(self.examples(HELD_OUT))
+
+    def count(self, fate: int) -> int:
+        """Number of rows of a fate."""
+        return int((self.fates == fate).sum())
+
+    @property
+    def ledger(self) -> Ledger:
+        """Every row with its fate so far."""
+        tally = Tally()
+        for entry in self.entries():
+            tally.add(entry)
+        return tally.ledger(self.entries)
+
+    def entries(self) -> Iterator[LedgerEntry]:
+        """The ledger's rows, before anything is tokenized."""
+        for number, row, _ in self.rows():
+            yield self.entry(number, row)
+
+    def entry(self, number: int, row: Row) -> LedgerEntry:
+        """One row of the ledger."""
+        fate = FATES[self.fates[number]]
+        return LedgerEntry(row, fate, self.reasons.get(number), copies=int(self.copies[number]))
+
+
+def _changed(source: Source) -> DataError:
+    return DataError(
+        f"{source.name} changed while it was read.",
+        fix="Start again when nothing writes to it any more.",
+    )
 
 
 @dataclass(frozen=True)
 class EncodedSplits:
     """What is trained and validated on as token ids, what is measured on as examples, and the ledger."""
 
-    train: tuple[Encoding, ...]
-    validation: tuple[Encoding, ...]
-    held_out: tuple[Example, ...]
+    train: Encodings
+    validation: Encodings
+    held_out: StoredExamples
     ledger: Ledger
+    fingerprint: str
+    """Hash of all training and validation tokens and labels: equal exactly when training sees the same."""
+    proof: Mapping[str, Any]
+    """What the supervision proof checked, on how many rows (supervision.py)."""
     notes: tuple[str, ...] = ()
 
 
-def prepare(data: Data) -> Splits:
-    """Read, convert and split a data set. Raises DataError for what cannot be read or used."""
-    source = read(
-        data.dataset,
-        config=data.config,
-        split=data.split,
-        data_files=data.data_files,
-        revision=data.revision,
-        max_rows=data.max_rows,
+def as_it_is(example: Example) -> Example:
+    """The example itself."""
+    return example
+
+
+def prepare(
+    data: Data, adapt: Adapt = as_it_is, remarks: Mapping[type[Example], str] = MappingProxyType({})
+) -> Splits:
+    """Read, convert, mix and split the data sets. Raises DataError for what cannot be read or used.
+
+    `remarks` is what to say where there are examples of a shape, before `adapt` changed them.
+    """
+    sections: list[DataSource] = [data, *data.mix]
+    name = None
+    if data.cache:
+        sources = [_opened(section) for section in sections]
+        name = cache.key(
+            {
+                "rows": [(source.name, source.fingerprint) for source in sources],
+                "data": data.model_dump(mode="json", exclude=NOT_SPLITTING),
+                "adapt": adapt.__name__,
+            }
+        )
+        found = cache.find(name)
+        if found:
+            return _splits_from(found, sources, sections, data, adapt)
+    splits = _prepared(data, sections, adapt, remarks)
+    if name:
+        with cache.making(name) as folder:
+            _splits_into(folder, splits)
+    return splits
+
+
+def _prepared(
+    data: Data, sections: list[DataSource], adapt: Adapt, remarks: Mapping[type[Example], str]
+) -> Splits:
+    parts, notes = [], []
+    for section in sections:
+        part, said = _part(section, group_by=data.group_by)
+        parts.append(part)
+        notes += [f"{part.source.name}: {note}" for note in said] if data.mix else said
+    keys, roles, of_part = array("Q"), array("b"), array("h")
+    reasons: dict[int, str] = {}
+    counts: Counter[str] = Counter()
+    shapes: set[type[Example]] = set()
+    near = NearDuplicates() if data.near_duplicates == "together" else None
+    waiting: list[str] = []
+    for place, part in enumerate(parts):
+        found: Counter[str] = Counter()
+        pairs = convert(part.source, part.detection, system_prompt=data.system_prompt, group_by=data.group_by)
+        for record, example in pairs:
+            counts["numbers"] += has_numbers(record.values, part.detection)
+            try:
+                if isinstance(example, Unusable):
+                    raise example
+                shapes.add(type(example))
+                example = adapt(example)
+            except Unusable as reason:
+                reasons[len(keys)] = str(reason)
+                found[str(reason)] += 1
+                keys.append(0)
+                roles.append(DROPPED)
+                waiting.append("")
+            else:
+                counts["groups"] += example.group is not None
+                keys.append(split_key(example))
+                roles.append(FATES.index(record.role) if record.role else -1)
+                if near:
+                    waiting.append("\n".join(texts(example)))
+            of_part.append(place)
+            if near and len(waiting) == BATCH:
+                near.add(waiting)
+                waiting = []
+        if found.total() == part.source.facts.count:
+            raise none_usable(part.source, found)
+    if near:
+        near.add(waiting)
+    fates, said = _settled(
+        np.frombuffer(keys, dtype=np.uint64), np.frombuffer(roles, dtype=np.int8), near, reasons, data
     )
+    notes += said
+    copies = np.ones(len(fates), dtype=np.int32)
+    trained = np.flatnonzero(fates == TRAIN)
+    drawn = draw(
+        np.frombuffer(keys, dtype=np.uint64)[trained],
+        np.frombuffer(of_part, dtype=np.int16)[trained].astype(np.int8),
+        weights=[section.weight for section in sections],
+        total=data.num_samples,
+        seed=data.mix_seed,
+    )
+    copies[trained] = drawn
+    for number in trained[drawn == 0].tolist():
+        fates[number] = DROPPED
+        reasons[number] = "not drawn: num_samples and the mix's weights leave it out"
+        copies[number] = 1
+    notes += _drawn(drawn)
+    notes += [text for shape, text in remarks.items() if shape in shapes]
+    if counts["numbers"]:
+        notes.append(f"{counts['numbers']} rows have a number where text is expected; it is written out")
+    if counts["groups"]:
+        notes.append(f"{counts['groups']} rows belong to groups, which stay whole in one split")
+    return Splits(
+        parts=tuple(parts),
+        fates=fates,
+        copies=copies,
+        reasons=reasons,
+        notes=tuple(notes),
+        adapt=adapt,
+        system_prompt=data.system_prompt,
+        group_by=data.group_by,
+    )
+
+
+def _opened(section: DataSource) -> Source:
+    return open_source(section.dataset, **section.model_dump(include=OPENING))
+
+
+def _splits_into(folder: Path, splits: Splits) -> None:
+    np.save(folder / "fates.npy", splits.fates)
+    np.save(folder / "copies.npy", splits.copies)
+    facts = {
+        "parts": [[[f.name for f in part.detection.formats], part.detection.reason] for part in splits.parts],
+        "reasons": {str(number): reason for number, reason in splits.reasons.items()},
+        "notes": splits.notes,
+    }
+    (folder / cache.FACTS).write_text(json.dumps(facts))
+
+
+def _splits_from(
+    folder: Path, sources: list[Source], sections: list[DataSource], data: Data, adapt: Adapt
+) -> Splits:
+    facts = json.loads((folder / cache.FACTS).read_text())
+    parts = [
+        Part(source, Detection(tuple(format_named(name, section) for name in names), reason))
+        for source, section, (names, reason) in zip(sources, sections, facts["parts"], strict=True)
+    ]
+    return Splits(
+        parts=tuple(parts),
+        fates=np.load(folder / "fates.npy"),
+        copies=np.load(folder / "copies.npy"),
+        reasons={int(number): reason for number, reason in facts["reasons"].items()},
+        notes=tuple(facts["notes"]),
+        adapt=adapt,
+        system_prompt=data.system_prompt,
+        group_by=data.group_by,
+    )
+
+
+def format_named(name: str, section: DataSource) -> Format:
+    """A format by the name that a detection gave it."""
+    if section.input_text_key and section.output_text_key:
+        return keyed(section.input_text_key, section.output_text_key)
+    return FORMATS[name]
+
+
+def _part(section: DataSource, *, group_by: str | None) -> tuple[Part, list[str]]:
+    source = read(section.dataset, **section.model_dump(include=OPENING))
     detection = detect(
-        source, format=data.format, input_text_key=data.input_text_key, output_text_key=data.output_text_key
+        source,
+        format=section.format,
+        input_text_key=section.input_text_key,
+        output_text_key=section.output_text_key,
     )
-    pairs, dropped = convert(source, detection, system_prompt=data.system_prompt, group_by=data.group_by)
-    splits = split(pairs, dropped, validation=data.validation, held_out=data.held_out)
     names = " and ".join(f"'{format.name}'" for format in detection.formats)
-    groups = len({example.group for _, example in pairs} - {None})
-    notes = [*source.notes, f"rows are read as {names}: {detection.reason}", *splits.notes]
-    unused = [name for name in unused_columns(source, detection) if name != data.group_by]
+    notes = [*source.notes, f"rows are read as {names}: {detection.reason}"]
+    unused = [name for name in unused_columns(source, detection) if name != group_by]
     if unused:
         notes.append(f"columns that no example is made of: {', '.join(unused)}")
-    numbers = numbers_as_text(source, detection)
-    if numbers:
-        notes.append(f"{numbers} rows have a number where text is expected; it is written out")
-    if groups:
-        notes.append(f"{groups} groups of rows stay whole in one split")
-    return replace(splits, notes=tuple(notes))
+    return Part(source, detection), notes
+
+
+def _settled(
+    keys: NDArray[np.uint64],
+    roles: Codes,
+    near: NearDuplicates | None,
+    reasons: dict[int, str],
+    data: Data,
+) -> tuple[Codes, list[str]]:
+    """Each row's fate. Rows that would put one text on both sides of a split are dropped, with the reason."""
+    usable = np.flatnonzero(roles != DROPPED)
+    pairs = near.pairs() if near else np.empty((0, 2), dtype=np.int64)
+    pairs = pairs[(roles[pairs] != DROPPED).all(axis=1)]
+    notes = []
+    if len(pairs):
+        notes.append(f"{len(np.unique(pairs[:, 0]))} rows are nearly the same as an earlier one")
+    fates = np.full(len(roles), DROPPED, dtype=np.int8)
+    joined_keys = joined(keys, pairs)
+    largest = int(np.unique(joined_keys[usable], return_counts=True)[1].max()) if len(usable) else 0
+    before = int(np.unique(keys[usable], return_counts=True)[1].max()) if len(usable) else 0
+    if largest > max(before, len(usable) // 4, 10):
+        notes.append(
+            f"{largest} of {len(usable)} rows are nearly the same text, too many to keep in one split: "
+            "near-duplicates are not kept together"
+        )
+        joined_keys, pairs = keys, pairs[:0]
+    fates[usable], said = assign(
+        joined_keys[usable], roles[usable], validation=data.validation, held_out=data.held_out
+    )
+    _drop_leaks(fates, roles, joined_keys, pairs, reasons)
+    return fates, [*notes, *said]
+
+
+def _drop_leaks(
+    fates: Codes,
+    roles: Codes,
+    keys: NDArray[np.uint64],
+    pairs: NDArray[np.int64],
+    reasons: dict[int, str],
+) -> None:
+    """Drop training rows whose question stands in a split that the source names, and of each near-duplicate
+    pair across splits the later row (the training row, where the source itself names the splits)."""
+    kept_out = np.isin(roles, (VALIDATION, HELD_OUT))
+    leaked = np.flatnonzero((fates == TRAIN) & np.isin(keys, np.unique(keys[kept_out])))
+    for number in leaked.tolist():
+        reasons[number] = "the same question stands in the source's validation or held-out split"
+    fates[leaked] = DROPPED
+    for later, earlier in pairs.tolist():
+        here, there = fates[later], fates[earlier]
+        if here == there or DROPPED in (here, there):
+            continue
+        dropped = later
+        if roles[later] >= 0 or roles[earlier] >= 0:
+            dropped = next((n for n in (later, earlier) if fates[n] == TRAIN), later)
+        other = earlier if dropped == later else later
+        said = FATES[fates[other]].replace("_", "-")
+        reasons[dropped] = f"nearly the same text as a {said} row"
+        fates[dropped] = DROPPED
+
+
+def _drawn(copies: NDArray[np.int32]) -> list[str]:
+    repeated = int((copies > 1).sum())
+    left = int((copies == 0).sum())
+    notes = []
+    if left:
+        notes.append(f"{left} training rows are not drawn (num_samples, weights)")
+    if repeated:
+        notes.append(
+            f"{repeated} training rows are repeated, up to {int(copies.max())} times, as the mix asks"
+        )
+    return notes
 
 
 def encoded(splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn) -> EncodedSplits:
     """Token ids and labels of all splits, with over-long examples treated as the recipe says.
 
-    No training example is left without a trained token. Raises DataError where the recipe refuses
-    over-long examples, or where none remains.
+    Every training row has passed the supervision proof. Raises DataError where the recipe refuses
+    over-long examples, where a row fails the proof and may not be dropped, or where none remains.
     """
-    fates: dict[Row, LedgerEntry] = {entry.row: entry for entry in splits.ledger.entries}
-    parts: dict[str, list[Encoding]] = {}
+    if not splits.count(TRAIN):
+        raise DataError(
+            "There is no row to train on.",
+            found="; ".join(
+                [f"{splits.count(VALIDATION)} for validation, {splits.count(HELD_OUT)} held out"]
+                + [f"{n} × {reason}" for reason, n in Counter(splits.reasons.values()).most_common(5)]
+            ),
+            fix="Give a source with training rows; data.split takes one named split and divides it.",
+        )
+    name = None
+    if data.cache:
+        name = cache.key(
+            {
+                "rows": [(part.source.name, part.source.fingerprint) for part in splits.parts],
+                "fates": hashlib.sha256(splits.fates.tobytes() + splits.copies.tobytes()).hexdigest(),
+                "data": data.model_dump(mode="json", exclude={"dataset", "packing", "cache"}),
+                "loss_on": loss_on,
+                "adapt": getattr(splits.adapt, "__name__", ""),
+                "tokenizer": cache.tokenizer_fingerprint(tokenizer),
+            }
+        )
+        found = cache.find(name)
+        if found:
+            return _from_folder(found, splits, ("the tokenized examples of an earlier run are used again",))
+    with cache.making(name) as folder:
+        facts = _encode_into(folder, splits, tokenizer, data=data, loss_on=loss_on)
+        (folder / cache.FACTS).write_text(json.dumps(facts))
+    place = cache.find(name) if name else folder
+    assert place is not None
+    return _from_folder(place, splits, ())
+
+
+def _from_folder(folder: Path, splits: Splits, notes: tuple[str, ...]) -> EncodedSplits:
+    facts = json.loads((folder / cache.FACTS).read_text())
+    return EncodedSplits(
+        train=Encodings(folder / "train.arrow"),
+        validation=Encodings(folder / "validation.arrow"),
+        held_out=StoredExamples(folder / "held_out.jsonl"),
+        ledger=Ledger(facts["counts"], facts["reasons"], lambda: cache.read_ledger(folder / "ledger.arrow")),
+        fingerprint=facts["fingerprint"],
+        proof=facts["proof"],
+        notes=(*splits.notes, *facts["notes"], *notes),
+    )
+
+
+def _encode_into(
+    folder: Path, splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn
+) -> dict[str, Any]:
+    """Write train.arrow, validation.arrow, held_out.jsonl and ledger.arrow; the facts about them."""
+    digest = hashlib.sha256()
+    context = encoder(tokenizer)
+    writers = {
+        fate: cache.EncodingWriter(folder / f"{fate}.arrow", digest) for fate in ("train", "validation")
+    }
+    ledger_writer = cache.LedgerWriter(folder / "ledger.arrow")
+    tally, counts = Tally(), Counter[str]()
+    proof = supervision.Proof(
+        context,
+        loss_on=loss_on,
+        max_length=data.max_length,
+        may_cut_answers=data.over_long == "truncate_answers",
+        rows=len(splits.fates),
+    )
     too_long: list[str] = []
-    chunked = 0
-    for name in ("train", "validation"):
-        examples: Sequence[Example] = getattr(splits, name)
-        kept: list[Encoding] = []
-        for example, encoding in zip(examples, encode_all(examples, tokenizer, loss_on=loss_on), strict=True):
-            entry = fates[example.row]
-            if isinstance(encoding, Unusable):
-                fates[example.row] = replace(entry, fate="dropped", reason=str(encoding))
-                continue
-            length = len(encoding.input_ids)
-            entry = replace(entry, tokens=length)
-            excess = length - data.max_length
-            if excess > 0 and data.over_long != "truncate":
-                too_long.append(f"{example.row} ({length} tokens)")
-                reason = f"longer than max_length {data.max_length} (over_long: {data.over_long})"
-                fates[example.row] = replace(entry, fate="dropped", reason=reason)
-                continue
-            if excess > 0 and isinstance(example, Text):
-                pieces = _chunks(encoding, data.max_length)
-                chunked += 1
-                entry = replace(
-                    entry, reason=f"cut into {len(pieces)} pieces of at most {data.max_length} tokens"
-                )
-            else:
-                pieces = [_cut(encoding, data.max_length)]
-                entry = replace(entry, tokens_cut=max(excess, 0))
-            trained = [piece for piece in pieces if piece.trained]
-            if trained:
-                kept += trained
-            else:
-                why = (
-                    f"max_length {data.max_length} leaves no token of the answer"
-                    if excess > 0
-                    else "no trained token"
-                )
-                entry = replace(entry, fate="dropped", reason=why, tokens_cut=0)
-            fates[example.row] = entry
-        parts[name] = kept
+    with (folder / "held_out.jsonl").open("w", encoding="utf-8") as held_out:
+        for rows, encodings in _stream(splits, context, loss_on):
+            entries = [splits.entry(number, row) for number, row, _ in rows]
+            trained: list[tuple[int, Example, Encoding]] = []
+            for place, (_, _, example) in enumerate(rows):
+                if example is None:
+                    continue
+                entry, encoding = entries[place], next(encodings)
+                counts["special"] += has_special_text(example, context)
+                counts["left_out"] += left_out(example, context)
+                if isinstance(encoding, Unusable):
+                    entries[place] = replace(entry, fate="dropped", reason=str(encoding))
+                    continue
+                entries[place] = replace(entry, tokens=len(encoding.input_ids))
+                if entry.fate == "held_out":
+                    held_out.write(as_json(example) + "\n")
+                elif len(encoding.input_ids) > data.max_length and data.over_long in ("drop", "error"):
+                    reason = f"longer than max_length {data.max_length} (over_long: {data.over_long})"
+                    entries[place] = replace(entries[place], fate="dropped", reason=reason)
+                    too_long.append(f"{entry.row} ({entries[place].tokens} tokens)")
+                else:
+                    trained.append((place, example, encoding))
+            breaches = proof.check(
+                [rows[place][0] for place, _, _ in trained],
+                [example for _, example, _ in trained],
+                [encoding for _, _, encoding in trained],
+            )
+            made: dict[str, tuple[list[int], list[Encoding]]] = {"train": ([], []), "validation": ([], [])}
+            for (place, example, encoding), breach in zip(trained, breaches, strict=True):
+                entry = entries[place]
+                if breach:
+                    entries[place] = replace(entry, fate="dropped", reason=breach)
+                    continue
+                pieces = _pieces(example, encoding, data.max_length)
+                if len(pieces) > 1:
+                    reason = f"cut into {len(pieces)} pieces of at most {data.max_length} tokens"
+                    entries[place] = replace(entry, reason=reason)
+                    counts["chunked"] += 1
+                elif len(encoding.input_ids) > data.max_length:
+                    entries[place] = replace(entry, tokens_cut=len(encoding.input_ids) - data.max_length)
+                numbers, kept = made[entry.fate]
+                kept += pieces * entry.copies
+                numbers += [rows[place][0]] * len(pieces) * entry.copies
+            for fate, writer in writers.items():
+                writer.write(*made[fate])
+            for entry in entries:
+                tally.add(entry)
+            ledger_writer.write(entries)
+    for writer in writers.values():
+        writer.close()
+    ledger_writer.close()
     if too_long and data.over_long == "error":
         raise DataError(
             f"{len(too_long)} examples are longer than max_length {data.max_length}.",
             found=", ".join(too_long[:10]),
             fix="Raise --max-length, shorten them, or choose data.over_long truncate or drop.",
         )
-    held_out = []
-    for example, encoding in zip(
-        splits.held_out, encode_all(splits.held_out, tokenizer, loss_on=loss_on), strict=True
-    ):
-        if isinstance(encoding, Unusable):
-            fates[example.row] = replace(fates[example.row], fate="dropped", reason=str(encoding))
-        else:
-            fates[example.row] = replace(fates[example.row], tokens=len(encoding.input_ids))
-            held_out.append(example)
-    ledger = Ledger(tuple(fates.values()))
-    counts = ledger.counts()
-    assert counts["rows_in"] == sum(counts[fate] for fate in ("train", "validation", "held_out", "dropped"))
-    if not splits.train:
-        raise DataError(
-            "There is no row to train on.",
-            found="; ".join(
-                [f"{counts['validation']} for validation, {counts['held_out']} held out"]
-                + [f"{count} × {reason}" for reason, count in ledger.reasons().items()]
-            ),
-            fix="Give a source with training rows; data.split takes one named split and divides it.",
-        )
-    if not parts["train"]:
+    proof.finish(on_breach=data.on_breach)
+    ledger = tally.ledger(lambda: iter(()))
+    totals = ledger.counts()
+    assert totals["rows_in"] == sum(totals[fate] for fate in FATES) == len(splits.fates)
+    if not totals["train"]:
         raise DataError(
             "No training example is left after tokenizing.",
             found="; ".join(f"{count} × {reason}" for reason, count in ledger.reasons().items()),
             fix="Raise --max-length, or mend the rows that the reasons name.",
         )
-    return EncodedSplits(
-        train=tuple(parts["train"]),
-        validation=tuple(parts["validation"]),
-        held_out=tuple(held_out),
-        ledger=ledger,
-        notes=(*splits.notes, *_notes(splits, tokenizer, counts, chunked)),
-    )
+    return {
+        "counts": totals,
+        "reasons": ledger.reasons(),
+        "fingerprint": digest.hexdigest(),
+        "proof": proof.as_dict(),
+        "notes": _notes(totals, counts),
+    }
+
+
+def _stream(splits: Splits, context: Any, loss_on: LossOn) -> Iterator[tuple[list[Any], Iterator[Any]]]:
+    """Rows in batches, each with the encodings of those that have an example."""
+    batches: list[list[tuple[int, Row, Example | None]]] = []
+
+    def examples() -> Iterator[list[Example]]:
+        for batch in _batched(splits.rows(), BATCH):
+            batches.append(batch)
+            yield [example for _, _, example in batch if example is not None]
+
+    for _, encodings in encode_batches(examples(), context, loss_on=loss_on):
+        yield batches.pop(0), iter(encodings)
+
+
+def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+def _pieces(example: Example, encoding: Encoding, length: int) -> list[Encoding]:
+    """The example in pieces of at most `length` tokens: its beginning, or all of a running text."""
+    if len(encoding.input_ids) <= length:
+        return [encoding]
+    if isinstance(example, Text):
+        return [piece for piece in _chunks(encoding, length) if piece.trained]
+    return [_cut(encoding, length)]
 
 
 def ledger_lines(ledger: Ledger) -> Iterator[str]:
-    """One JSON object per input row: source, row, fate, reason, tokens, tokens_cut."""
+    """One JSON object per input row: source, row, fate, reason, tokens, tokens_cut, copies."""
     for entry in ledger.entries:
         yield json.dumps(
             {
@@ -161,6 +602,7 @@ def ledger_lines(ledger: Ledger) -> Iterator[str]:
                 "reason": entry.reason,
                 "tokens": entry.tokens,
                 "tokens_cut": entry.tokens_cut,
+                **({"copies": entry.copies} if entry.copies != 1 else {}),
             },
             ensure_ascii=False,
         )
@@ -180,14 +622,18 @@ def _chunks(encoding: Encoding, length: int) -> list[Encoding]:
     return pieces
 
 
-def _notes(splits: Splits, tokenizer: Any, counts: dict[str, int], chunked: int) -> list[str]:
-    examples = (*splits.train, *splits.validation, *splits.held_out)
-    special = special_texts(examples, tokenizer)
+def _notes(totals: Mapping[str, int], counts: Mapping[str, int]) -> list[str]:
     notes = []
-    if special:
-        notes.append(f"{special} rows contain the text of a special token; it is kept as plain text")
-    if counts["truncated"]:
-        notes.append(f"{counts['truncated']} rows are cut at their end to fit max_length")
-    if chunked:
-        notes.append(f"{chunked} long texts are cut into consecutive pieces")
+    if counts["special"]:
+        notes.append(
+            f"{counts['special']} rows contain the text of a special token; it is kept as plain text"
+        )
+    if counts["left_out"]:
+        notes.append(
+            f"{counts['left_out']} rows have reasoning, for which the chat template has no place: it is left out"
+        )
+    if totals["truncated"]:
+        notes.append(f"{totals['truncated']} rows are cut at their end to fit max_length")
+    if counts["chunked"]:
+        notes.append(f"{counts['chunked']} long texts are cut into consecutive pieces")
     return notes

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple, dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple
 
 Fate = Literal["train", "validation", "held_out", "dropped"]
 
@@ -23,12 +23,20 @@ class Row:
         return f"{self.source}:{self.number}"
 
 
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
+class Message(NamedTuple):
+    """One turn of a conversation. (A named tuple: millions are made, and these are made fast.)"""
 
     role: str
     content: str
+    reasoning: str | None = None
+    """What the model thought before it answered, written where the template writes thoughts."""
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    """Calls as chat templates take them: `{"type": "function", "function": {"name", "arguments"}}`."""
+    name: str | None = None
+    """Name of the tool whose result this is."""
+    tool_call_id: str | None = None
+    trained: bool | None = None
+    """Whether this answer is trained, where the row says so itself; None leaves it to the recipe."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ class Conversation:
     row: Row
     group: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Tools that the assistant may call, as JSON schemas."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +105,23 @@ def content_hash(example: Example) -> str:
     The row's place and unused columns do not count, so that copies of a row always share a split.
     """
     match example:
-        case Conversation(messages=messages):
-            content: Any = [[m.role, m.content] for m in messages]
+        case Conversation(messages=messages, tools=tools):
+            content: Any = [_content(messages), tools] if tools else _content(messages)
         case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
-            content = [[[m.role, m.content] for m in part] for part in (prompt, chosen, rejected)]
+            content = [_content(part) for part in (prompt, chosen, rejected)]
         case Rating(prompt=prompt, completion=completion, label=label):
-            content = [[[m.role, m.content] for m in part] for part in (prompt, completion)] + [label]
+            content = [_content(part) for part in (prompt, completion)] + [label]
         case Text(text=text):
             content = text
-    canonical = json.dumps([type(example).__name__, content], ensure_ascii=False)
+    canonical = json.dumps([type(example).__name__, content], ensure_ascii=False, default=str)
     return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _content(messages: tuple[Message, ...]) -> list[list[Any]]:
+    return [
+        [m.role, m.content, m.reasoning, m.tool_calls] if m.reasoning or m.tool_calls else [m.role, m.content]
+        for m in messages
+    ]
 
 
 def question_hash(example: Example) -> str:
@@ -118,6 +135,46 @@ def question_hash(example: Example) -> str:
             return content_hash(example)
 
 
+def texts(example: Example) -> Iterator[str]:
+    """Every text of an example, in order."""
+    match example:
+        case Conversation(messages=messages):
+            yield from (m.content for m in messages)
+        case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
+            yield from (m.content for m in (*prompt, *chosen, *rejected))
+        case Rating(prompt=prompt, completion=completion):
+            yield from (m.content for m in (*prompt, *completion))
+        case Text(text=text):
+            yield text
+
+
+SHAPES: dict[str, type[Example]] = {
+    shape.__name__.lower(): shape for shape in (Conversation, Preference, Rating, Text)
+}
+"""The shapes by name."""
+
+
+def as_json(example: Example) -> str:
+    """An example as one line of JSON, from which `from_json` makes it again."""
+    facts = {item.name: getattr(example, item.name) for item in fields(example)}
+    return json.dumps(
+        {"shape": type(example).__name__.lower(), **facts, "row": astuple(example.row)}, default=str
+    )
+
+
+def from_json(line: str) -> Example:
+    """The example that `as_json` wrote."""
+    facts = json.loads(line)
+    shape = SHAPES[facts.pop("shape")]
+    facts["row"] = Row(*facts["row"])
+    for name in ("messages", "prompt", "chosen", "rejected", "completion"):
+        if name in facts:
+            facts[name] = tuple(Message(*turn)._replace(tool_calls=tuple(turn[3])) for turn in facts[name])
+    if "tools" in facts:
+        facts["tools"] = tuple(facts["tools"])
+    return shape(**facts)
+
+
 @dataclass(frozen=True)
 class LedgerEntry:
     """What became of one input row, and why where that is not obvious."""
@@ -127,38 +184,56 @@ class LedgerEntry:
     reason: str | None = None
     tokens: int | None = None
     tokens_cut: int = 0
+    copies: int = 1
+    """How often the row is trained per epoch; more than once where a mix's weights ask for it."""
 
 
 @dataclass(frozen=True)
 class Ledger:
     """Every input row once: rows in = train + validation + held out + dropped."""
 
-    entries: tuple[LedgerEntry, ...]
+    _counts: Mapping[str, int]
+    _reasons: Mapping[str, int]
+    _entries: Callable[[], Iterator[LedgerEntry]]
+
+    @property
+    def entries(self) -> Iterator[LedgerEntry]:
+        """The rows in the order of the source, read from where they are kept."""
+        return self._entries()
 
     def counts(self) -> dict[str, int]:
         """Rows by fate, with `rows_in` and `truncated`."""
-        fates = Counter(entry.fate for entry in self.entries)
-        return {
-            "rows_in": len(self.entries),
-            **{fate: fates[fate] for fate in ("train", "validation", "held_out", "dropped")},
-            "truncated": sum(1 for e in self.entries if e.tokens_cut and e.fate != "dropped"),
-        }
+        return dict(self._counts)
 
     def reasons(self) -> dict[str, int]:
         """Dropped rows by reason, most frequent first."""
-        return dict(Counter(e.reason or "?" for e in self.entries if e.fate == "dropped").most_common())
+        return dict(self._reasons)
 
 
-@dataclass(frozen=True)
-class Splits:
-    """The examples in their three roles, with the ledger of all rows they came from."""
+class Tally:
+    """Counts ledger entries while they pass by."""
 
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    held_out: tuple[Example, ...]
-    ledger: Ledger
-    notes: tuple[str, ...] = ()
-    """What was decided on the way: detected format and why, small-set rules, named splits used."""
+    def __init__(self) -> None:
+        self.fates: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
+        self.truncated = 0
+
+    def add(self, entry: LedgerEntry) -> None:
+        """Count one row."""
+        self.fates[entry.fate] += 1
+        if entry.fate == "dropped":
+            self.dropped[entry.reason or "?"] += 1
+        elif entry.tokens_cut:
+            self.truncated += 1
+
+    def ledger(self, entries: Callable[[], Iterator[LedgerEntry]]) -> Ledger:
+        """The ledger of what was counted; `entries` reads the rows anew."""
+        counts = {
+            "rows_in": self.fates.total(),
+            **{fate: self.fates[fate] for fate in ("train", "validation", "held_out", "dropped")},
+            "truncated": self.truncated,
+        }
+        return Ledger(counts, dict(self.dropped.most_common()), entries)
 
 
 class Unusable(Exception):

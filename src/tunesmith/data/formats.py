@@ -6,17 +6,17 @@ formats of one shape, and says what it chose and why.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tunesmith.data.examples import (
     Conversation,
     Example,
-    LedgerEntry,
     Message,
     Preference,
     Rating,
@@ -43,6 +43,10 @@ ROLES = {
 """Names of speakers in the wild, and the role each one is."""
 
 
+def _always(values: Values) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Format:
     """A row layout: the columns it needs (each one of several names) and how it becomes an example."""
@@ -51,7 +55,7 @@ class Format:
     shape: type
     columns: tuple[tuple[str, ...], ...]
     convert: Callable[[Values, Row], Example]
-    when: Callable[[Values], bool] = lambda values: True
+    when: Callable[[Values], bool] = _always
     optional: tuple[str, ...] = ()
     """Columns that are used where they are there, besides the system message's."""
 
@@ -68,10 +72,14 @@ class Format:
         row: dict[str, Any] = json.loads(match[1])
         return row
 
-    def fits(self, values: Values) -> bool:
-        """Whether a row has the columns, with values."""
-        present = {name for name, value in values.items() if value is not None}
-        return all(present & set(names) for names in self.columns) and self.when(values)
+    def has_columns(self, present: Collection[str]) -> bool:
+        """Whether the columns that have a value are enough."""
+        return all(any(name in present for name in names) for names in self.columns)
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the columns alone do not settle that a row is of this format."""
+        return self.when is not _always
 
     def used(self, columns: Sequence[str]) -> list[str]:
         """Those of the columns that this format reads."""
@@ -88,7 +96,16 @@ class Detection:
 
     def format_of(self, values: Values) -> Format | None:
         """The first of the formats that a row fits."""
-        return next((format for format in self.formats if format.fits(values)), None)
+        present = tuple([name for name, value in values.items() if value is not None])
+        return next((f for f in _candidates(self.formats, present) if f.when(values)), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _candidates(formats: tuple[Format, ...], present: tuple[str, ...]) -> tuple[Format, ...]:
+    """The formats that rows with these columns may be of, up to the first that asks for nothing more."""
+    fitting = [format for format in formats if format.has_columns(present)]
+    certain = next((n for n, format in enumerate(fitting) if not format.is_conditional), len(fitting))
+    return tuple(fitting[: certain + 1])
 
 
 def preference(values: Values, row: Row) -> Preference:
@@ -151,10 +168,13 @@ def messages(values: Values, row: Row) -> Conversation:
     """A conversation as a list of messages with role and content.
 
     {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi! How can I help?"}]}
+
+    An assistant's message may have `weight` (0 or 1) or `train` (true or false) to say whether it is
+    trained, `reasoning_content` with the thoughts before the answer, and `tool_calls`; a `tool` message
+    holds a result, and the column `tools` the schemas of what may be called.
     """
-    return _conversation(
-        (*_system(values), *_turns(values["messages"], "user")), row, _extra(values, "messages")
-    )
+    turns = (*_system(values), *_turns(values["messages"], "user"))
+    return _conversation(turns, row, _extra(values, "messages", "tools"), _tools(values))
 
 
 def sharegpt(values: Values, row: Row) -> Conversation:
@@ -163,7 +183,7 @@ def sharegpt(values: Values, row: Row) -> Conversation:
     {"conversations": [{"from": "human", "value": "Hello!"}, {"from": "gpt", "value": "Hi! How can I help?"}]}
     """
     turns = (*_system(values), *_turns(values["conversations"], "user"))
-    return _conversation(turns, row, _extra(values, "conversations"))
+    return _conversation(turns, row, _extra(values, "conversations", "tools"), _tools(values))
 
 
 def sql(values: Values, row: Row) -> Conversation:
@@ -279,8 +299,8 @@ FORMATS: dict[str, Format] = {
             rating,
             optional=("prompt", "question", "instruction"),
         ),
-        Format("messages", Conversation, (("messages",),), messages),
-        Format("sharegpt", Conversation, (("conversations",),), sharegpt),
+        Format("messages", Conversation, (("messages",),), messages, optional=("tools",)),
+        Format("sharegpt", Conversation, (("conversations",),), sharegpt, optional=("tools",)),
         Format(
             "sql",
             Conversation,
@@ -334,10 +354,7 @@ def detect(
         if missing:
             raise _missing(source, missing, f" for format '{format}'")
         return Detection((chosen,), "the recipe names the format")
-    counts = Counter(
-        next((f.name for f in FORMATS.values() if f.fits(r.values)), None) for r in source.records
-    )
-    known = {name: count for name, count in counts.items() if name is not None}
+    known = _counts(source)
     if not known:
         raise DataError(
             f"The rows of {source.name} fit no known format.",
@@ -364,44 +381,68 @@ def detect(
     return Detection(chosen_formats, reason)
 
 
+def _counts(source: Source) -> dict[str, int]:
+    """Number of rows by format; read again only where columns alone do not tell."""
+    everything = tuple(FORMATS.values())
+    counts: Counter[str] = Counter()
+    unsettled = set()
+    for signature, count in source.facts.signatures.items():
+        candidates = _candidates(everything, signature)
+        if candidates and candidates[0].is_conditional:
+            unsettled.add(signature)
+        elif candidates:
+            counts[candidates[0].name] += count
+    if unsettled:
+        whole = Detection(everything, "")
+        for record in source.records:
+            present = tuple([name for name, value in record.values.items() if value is not None])
+            if present in unsettled and (format := whole.format_of(record.values)):
+                counts[format.name] += 1
+    return dict(counts)
+
+
 def convert(
     source: Source,
     detection: Detection,
     *,
     system_prompt: str | None = None,
     group_by: str | None = None,
-) -> tuple[list[tuple[Record, Example]], list[LedgerEntry]]:
-    """Examples with their records, and ledger entries of the rows that cannot become one.
-
-    Raises DataError where no row can.
-    """
+) -> Iterator[tuple[Record, Example | Unusable]]:
+    """Every row with the example it becomes, or with the reason why it becomes none."""
     if group_by and group_by not in source.columns:
         raise _missing(source, [group_by], " to group by")
-    pairs: list[tuple[Record, Example]] = []
-    dropped: list[LedgerEntry] = []
+    opening = Message("system", system_prompt) if system_prompt else None
     for record in source.records:
-        format = detection.format_of(record.values)
-        try:
-            if format is None:
-                raise Unusable(_absent(record.values, detection))
-            example = format.convert(record.values, record.row)
-        except Unusable as reason:
-            dropped.append(LedgerEntry(record.row, "dropped", str(reason)))
-            continue
-        if system_prompt:
-            example = _opened(example, Message("system", system_prompt))
-        if group_by:
-            value = record.values.get(group_by)
-            example = replace(example, group=None if value is None else str(value))
-        pairs.append((record, example))
-    if not pairs:
-        reasons = Counter(entry.reason for entry in dropped).most_common(5)
-        raise DataError(
-            f"None of the {len(source.records)} rows of {source.name} can be used.",
-            found="; ".join(f"{count} × {reason}" for reason, count in reasons),
-            fix=f"Columns there: {', '.join(source.columns)}. Mend the rows, or name other columns.",
-        )
-    return pairs, dropped
+        yield record, converted(record, detection, opening=opening, group_by=group_by)
+
+
+def converted(
+    record: Record, detection: Detection, *, opening: Message | None = None, group_by: str | None = None
+) -> Example | Unusable:
+    """The example that one row becomes, or the reason why it becomes none."""
+    format = detection.format_of(record.values)
+    try:
+        if format is None:
+            raise Unusable(_absent(record.values, detection))
+        example = format.convert(record.values, record.row)
+    except Unusable as reason:
+        return reason
+    if opening:
+        example = _opened(example, opening)
+    if group_by:
+        value = record.values.get(group_by)
+        example = replace(example, group=None if value is None else str(value))
+    return example
+
+
+def none_usable(source: Source, reasons: Mapping[str, int]) -> DataError:
+    """The error for a source of which no row becomes an example."""
+    worst = sorted(reasons.items(), key=lambda item: -item[1])[:5]
+    return DataError(
+        f"None of the {source.facts.count} rows of {source.name} can be used.",
+        found="; ".join(f"{count} × {reason}" for reason, count in worst),
+        fix=f"Columns there: {', '.join(source.columns)}. Mend the rows, or name other columns.",
+    )
 
 
 def keyed(input_text_key: str, output_text_key: str) -> Format:
@@ -414,14 +455,13 @@ def keyed(input_text_key: str, output_text_key: str) -> Format:
     return Format("columns", Conversation, ((input_text_key,), (output_text_key,)), convert)
 
 
-def numbers_as_text(source: Source, detection: Detection) -> int:
-    """Number of rows with a number or truth value where an example has text; it is written out."""
-    count = 0
-    for record in source.records:
-        format = detection.format_of(record.values)
-        names = format.used(list(record.values)) if format else []
-        count += any(isinstance(record.values[name], int | float) for name in names if name != "label")
-    return count
+def has_numbers(values: Values, detection: Detection) -> bool:
+    """Whether a row has a number or truth value where an example has text; it is written out."""
+    numbers = [name for name, value in values.items() if isinstance(value, int | float) and name != "label"]
+    if not numbers:
+        return False
+    format = detection.format_of(values)
+    return format is not None and not set(numbers).isdisjoint(format.used(list(values)))
 
 
 def unused_columns(source: Source, detection: Detection) -> list[str]:
@@ -446,7 +486,7 @@ def _found(source: Source) -> str:
     found = "columns " + ", ".join(source.columns)
     if source.empty_columns:
         found += (
-            f"; without a value in any of the {len(source.records)} rows: {', '.join(source.empty_columns)}"
+            f"; without a value in any of the {source.facts.count} rows: {', '.join(source.empty_columns)}"
         )
     return found
 
@@ -482,23 +522,33 @@ def _question_answer(question: Any, answer: Any, values: Values, row: Row) -> Co
     return _conversation(turns, row, _extra(values))
 
 
-def _conversation(turns: tuple[Message, ...], row: Row, extra: Values) -> Conversation:
-    if not any(turn.role == "assistant" for turn in turns):
+def _conversation(
+    turns: tuple[Message, ...], row: Row, extra: Values, tools: tuple[Mapping[str, Any], ...] = ()
+) -> Conversation:
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    if not answers:
         raise Unusable("no assistant turn")
     if turns[-1].role != "assistant":
         raise Unusable(f"the last turn is the {turns[-1].role}'s, not an answer")
-    if not all(turn.content.strip() for turn in turns if turn.role == "assistant"):
-        raise Unusable("empty answer")
-    return Conversation(turns, row, extra=extra)
+    for turn in answers:
+        if not turn.tool_calls and (not turn.content or turn.content.isspace()):
+            raise Unusable("empty answer")
+    if all(turn.trained is False for turn in answers):
+        raise Unusable("every answer has weight 0")
+    return Conversation(turns, row, extra=extra, tools=tools)
 
 
 def _turns(value: Any, role: str) -> tuple[Message, ...]:
     """Messages from a text, one message, or a list of messages in OpenAI or ShareGPT style."""
     if isinstance(value, list | tuple):
-        return tuple(_turn(turn, number) for number, turn in enumerate(value, 1))
+        return tuple([_turn(turn, number) for number, turn in enumerate(value, 1)])
     if isinstance(value, Mapping):
         return (_turn(value, 1),)
     return (Message(role, _text(value, "answer" if role == "assistant" else "prompt")),)
+
+
+SIMPLE = ({"role", "content"}, {"from", "value"})
+"""Keys of a message without anything special."""
 
 
 def _turn(turn: Any, number: int) -> Message:
@@ -507,11 +557,95 @@ def _turn(turn: Any, number: int) -> Message:
     speaker, content = _first(turn, "role", "from"), _first(turn, "content", "value")
     if not isinstance(speaker, str) or speaker not in ROLES:
         raise Unusable(f"turn {number} is from {speaker!r}, which is no known role")
-    if turn.get("tool_calls") or turn.get("function_call"):
-        raise Unusable(f"turn {number} calls a tool, which is not trained yet")
+    role = ROLES[speaker]
+    if turn.keys() in SIMPLE and isinstance(content, str):
+        return Message(role, content)
+    calls = _calls(turn, number)
+    if content is None and calls:
+        content = ""
+    if isinstance(content, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
+        content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
         raise Unusable(f"turn {number} has {type(content).__name__} for content, not text")
-    return Message(ROLES[speaker], content)
+    reasoning = _first(turn, "reasoning_content", "reasoning", "thinking")
+    if reasoning is not None and not isinstance(reasoning, str):
+        raise Unusable(f"turn {number} has {type(reasoning).__name__} for reasoning, not text")
+    name, call_id = turn.get("name"), turn.get("tool_call_id")
+    return Message(
+        role,
+        content,
+        reasoning=reasoning or None,
+        tool_calls=calls,
+        name=str(name) if name is not None and role == "tool" else None,
+        tool_call_id=str(call_id) if call_id is not None else None,
+        trained=_weight(turn, number),
+    )
+
+
+def _weight(turn: Values, number: int) -> bool | None:
+    """Whether a message is trained, from `weight` (OpenAI's, 0 or 1), `train` or `training`."""
+    given = {name: turn[name] for name in ("weight", "train", "training") if turn.get(name) is not None}
+    for name, value in given.items():
+        if value not in (0, 1):
+            raise Unusable(f"turn {number} has {name} {value!r}, which is neither 0 nor 1 (false nor true)")
+    if len({bool(value) for value in given.values()}) > 1:
+        raise Unusable(f"turn {number} has {' and '.join(given)}, which contradict each other")
+    return bool(next(iter(given.values()))) if given else None
+
+
+def _calls(turn: Values, number: int) -> tuple[Mapping[str, Any], ...]:
+    """A message's tool calls as templates take them, arguments as an object."""
+    calls = turn.get("tool_calls") or (
+        [{"function": turn["function_call"]}] if turn.get("function_call") else []
+    )
+    if not isinstance(calls, list | tuple):
+        raise Unusable(f"turn {number} has {type(calls).__name__} for tool_calls, not a list")
+    made = []
+    for call in calls:
+        call = _without_none(call)
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise Unusable(f"turn {number} calls a tool without a name")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments) if arguments.strip() else {}
+            except ValueError:
+                raise Unusable(
+                    f"turn {number} calls {function['name']} with arguments that are no JSON"
+                ) from None
+        if not isinstance(arguments, Mapping):
+            raise Unusable(f"turn {number} calls {function['name']} with arguments that are no object")
+        made.append(
+            {
+                **({"id": call["id"]} if call.get("id") else {}),
+                "type": "function",
+                "function": {"name": function["name"], "arguments": arguments},
+            }
+        )
+    return tuple(made)
+
+
+def _tools(values: Values) -> tuple[Mapping[str, Any], ...]:
+    """The row's tool schemas, from a list or its JSON."""
+    tools = values.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError:
+            raise Unusable("tools is no JSON") from None
+    if not tools:
+        return ()
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise Unusable("tools is no list of objects")
+    return tuple(_without_none(tool) for tool in tools)
+
+
+def _without_none(value: Any) -> Any:
+    """Without keys that have no value: columnar files give every object the keys of all others."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _system(values: Values) -> tuple[Message, ...]:

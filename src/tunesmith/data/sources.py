@@ -1,15 +1,20 @@
 """Where rows come from: files, folders, the Hub, the examples that ship; every row with its place.
 
-A source is read whole or not at all: a broken line is an error that names file, line and column.
+A source is read row by row, as often as somebody asks, and never held in memory (a .json file excepted:
+its one value has to be parsed whole). `read` is strict: a broken line is an error that names file, line
+and column. `open_source` leaves broken rows in the stream, for those who list them.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
-import io
+import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +34,7 @@ ROLES: dict[str, Role] = {
 SHOWN_PROBLEMS = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One row as it stands in the source, and the role its file or split gives it."""
 
@@ -38,27 +43,104 @@ class Record:
     role: Role | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A row that cannot be read: where it stands, what is wrong there, and what mends it."""
+
+    row: Row
+    place: str
+    problem: str
+    fix: str
+    unit: str = "line"
+    column: int | None = None
+    """Column of a text line, counted from 1."""
+
+
+Scan = Callable[[], Iterator[Record | Broken]]
+
+
 @dataclass(frozen=True)
 class Source:
-    """All rows of a data set, with a hash of its content."""
+    """A data set that can be read again and again, row by row."""
 
     name: str
-    records: tuple[Record, ...]
-    fingerprint: str
+    scan: Scan
+    """Begins at the first row every time it is called."""
+    digest: Callable[[], str]
+    """Hash of the content."""
     notes: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the content: the same for equal files wherever they lie."""
+        return self.digest()
+
+    @property
+    def records(self) -> Iterator[Record]:
+        """The rows. Raises DataError that lists the broken ones, once all are known."""
+        shown: list[str] = []
+        count, first = 0, None
+        for record in self.scan():
+            if isinstance(record, Record):
+                yield record
+                continue
+            count += 1
+            first = first or record
+            if len(shown) < SHOWN_PROBLEMS:
+                shown.append(f"{record.place}: {record.problem}")
+        if first:
+            raise DataError(
+                f"{self.name} has {count} broken {first.unit}{'s' if count > 1 else ''}.",
+                found="\n         ".join(
+                    [*shown, *([f"... and {count - len(shown)} more"] if count > len(shown) else [])]
+                ),
+                fix=first.fix,
+            )
+
+    @functools.cached_property
+    def facts(self) -> Facts:
+        """What one reading of every row tells. Raises DataError as `records` does."""
+        signatures: Counter[tuple[str, ...]] = Counter()
+        names: dict[str, None] = {}
+        roles: Counter[tuple[str, Role | None]] = Counter()
+        seen: dict[tuple[str, ...], None] = {}
+        for record in self.records:
+            keys = tuple(record.values)
+            if keys not in seen:
+                seen[keys] = None
+                names.update(dict.fromkeys(keys))
+            signatures[tuple([c for c, value in record.values.items() if value is not None])] += 1
+            roles[record.row.source, record.role] += 1
+        return Facts(signatures, tuple(names), roles)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns with a value in at least one row, in order of appearance."""
-        names = (c for record in self.records for c, value in record.values.items() if value is not None)
-        return tuple(dict.fromkeys(names))
+        filled = {name for signature in self.facts.signatures for name in signature}
+        return tuple(name for name in self.facts.names if name in filled)
 
     @property
     def empty_columns(self) -> tuple[str, ...]:
         """Columns that are there without a value in any row."""
         filled = set(self.columns)
-        names = dict.fromkeys(c for record in self.records for c in record.values)
-        return tuple(name for name in names if name not in filled)
+        return tuple(name for name in self.facts.names if name not in filled)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a data set's rows look like."""
+
+    signatures: Counter[tuple[str, ...]]
+    """Number of rows by the columns that have a value."""
+    names: tuple[str, ...]
+    """All columns, in order of appearance."""
+    places: Counter[tuple[str, Role | None]]
+    """Number of rows by file (or split) and the role it gives them."""
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return self.signatures.total()
 
 
 def read(
@@ -69,19 +151,69 @@ def read(
     data_files: str | None = None,
     revision: str | None = None,
     max_rows: int | None = None,
+    streaming: bool = False,
 ) -> Source:
-    """The rows of `example:NAME`, a file, a folder or a Hub id.
+    """The rows of `example:NAME`, a file, a folder or a Hub id, all of them seen once to be whole.
 
-    `split` takes one named split, which is then divided like a single file. Raises DataError.
+    `split` takes one named split, which is then divided like a single file. `streaming` reads a Hub set
+    over the network, no more of it than `max_rows`. Raises DataError.
     """
+    source = open_source(
+        dataset,
+        config=config,
+        split=split,
+        data_files=data_files,
+        revision=revision,
+        max_rows=max_rows,
+        streaming=streaming,
+    )
+    if not source.facts.count:
+        raise DataError(f"{dataset} has no rows.", fix="Check the file: expected at least one record.")
+    notes = [
+        f"{place} names rows for {role.replace('_', '-')}" for place, role in source.facts.places if role
+    ]
+    return replace_notes(source, (*source.notes, *notes))
+
+
+def replace_notes(source: Source, notes: tuple[str, ...]) -> Source:
+    """The same source with other notes; what was read already stays known."""
+    changed = replace(source, notes=notes)
+    changed.__dict__.update(
+        {name: source.__dict__[name] for name in ("facts", "fingerprint") if name in source.__dict__}
+    )
+    return changed
+
+
+def open_source(
+    dataset: str,
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    data_files: str | None = None,
+    revision: str | None = None,
+    max_rows: int | None = None,
+    streaming: bool = False,
+) -> Source:
+    """The same without having read a row. Raises DataError where there is nothing to open."""
     path = _local(dataset)
     if path is None:
-        source = _from_hub(dataset, config=config, split=split, data_files=data_files, revision=revision)
+        source = _from_hub(
+            dataset,
+            config=config,
+            split=split,
+            data_files=data_files,
+            revision=revision,
+            max_rows=max_rows if streaming else None,
+            streaming=streaming,
+        )
     else:
-        ignored = [name for name, value in (("config", config), ("revision", revision)) if value]
+        for_hub = {"config": config, "revision": revision, "streaming": streaming}
+        ignored = [name for name, value in for_hub.items() if value]
         if ignored:
             raise DataError(
-                f"data.{ignored[0]} is for Hub data sets, and {dataset} is local.", fix="Remove it."
+                f"data.{ignored[0]} is for Hub data sets, and {dataset} is local.",
+                fix="Remove it."
+                + (" Local files are always read in pieces." if ignored[0] == "streaming" else ""),
             )
         if data_files and not path.is_dir():
             raise DataError(
@@ -89,12 +221,27 @@ def read(
             )
         source = _from_folder(path, data_files) if path.is_dir() else _from_file(path)
         source = _one_split(source, split) if split else source
-    if not source.records:
-        raise DataError(f"{dataset} has no rows.", fix="Check the file: expected at least one record.")
-    if max_rows and max_rows < len(source.records):
-        note = f"the first {max_rows} of {len(source.records)} rows are used (max_rows)"
-        source = Source(source.name, source.records[:max_rows], source.fingerprint, (*source.notes, note))
+    if max_rows:
+        note = f"at most the first {max_rows} rows are used (max_rows)"
+        scan = source.scan
+        source = replace(
+            source,
+            scan=lambda: itertools.islice(scan(), max_rows),
+            digest=functools.partial(_limited, source, max_rows),
+            notes=(*source.notes, note),
+        )
     return source
+
+
+def _limited(source: Source, max_rows: int) -> str:
+    return f"{source.fingerprint}:{max_rows}"
+
+
+def in_memory(name: str, rows: Sequence[Mapping[str, Any]]) -> Source:
+    """Rows that a program has made."""
+    records = [Record(Row(name, number), values) for number, values in enumerate(rows, 1)]
+    content = json.dumps([dict(row) for row in rows], sort_keys=True, default=str)
+    return Source(name, lambda: iter(records), lambda: hashlib.sha256(content.encode()).hexdigest())
 
 
 def _local(dataset: str) -> Path | None:
@@ -127,19 +274,20 @@ def _from_file(path: Path, role: Role | None = None) -> Source:
             fix=f"Use one of {' '.join(READERS)}.",
         )
     try:
-        content = path.read_bytes()
+        path.open("rb").close()
     except OSError as error:
         raise DataError(f"{path} cannot be read.", found=error.strerror) from None
-    records = tuple(reader(path, content))
-    if role:
-        records = tuple(Record(r.row, r.values, role) for r in records)
-    notes = _role_notes(path.name, records)
-    return Source(path.stem, records, hashlib.sha256(content).hexdigest(), notes)
+
+    def scan() -> Iterator[Record | Broken]:
+        for record in reader(path):
+            yield Record(record.row, record.values, role) if role and isinstance(record, Record) else record
+
+    return Source(path.stem, scan, functools.partial(_hash, path))
 
 
-def _role_notes(name: str, records: tuple[Record, ...]) -> tuple[str, ...]:
-    roles = dict.fromkeys(record.role for record in records if record.role)
-    return tuple(f"{name} names rows for {role.replace('_', '-')}" for role in roles)
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _from_folder(path: Path, pattern: str | None) -> Source:
@@ -159,157 +307,230 @@ def _from_folder(path: Path, pattern: str | None) -> Source:
             found=", ".join(p.name for p in files[:SHOWN_PROBLEMS]) or "no data file",
             fix="Name files train/eval/test with a data suffix, give one file, or a pattern with data.data_files.",
         )
-    sources = [_placed(_from_file(p, role), p, path) for p, role in chosen]
+    sources = [(_from_file(p, role), p.relative_to(path).as_posix()) for p, role in chosen]
+
+    def scan() -> Iterator[Record | Broken]:
+        for source, place in sources:
+            for record in source.scan():
+                # Named by the path in the folder: files of two folders share names.
+                number = record.row.number
+                yield replace(
+                    record, row=Row(place + record.row.source.removeprefix(Path(place).name), number)
+                )
+
     unused = sorted({p.name for p in files} - {p.name for p, _ in chosen})
-    notes = [note for source in sources for note in source.notes]
-    if unused:
-        notes.append(f"files without a split's name are not used: {', '.join(unused)}")
-    digest = hashlib.sha256("".join(source.fingerprint for source in sources).encode()).hexdigest()
-    return Source(path.name, tuple(r for s in sources for r in s.records), digest, tuple(notes))
+    notes = [f"files without a split's name are not used: {', '.join(unused)}"] if unused else []
 
+    def digest() -> str:
+        return hashlib.sha256("".join(source.fingerprint for source, _ in sources).encode()).hexdigest()
 
-def _placed(source: Source, file: Path, folder: Path) -> Source:
-    """The source with its rows named by the file's path in the folder: files of two folders share names."""
-    place = file.relative_to(folder).as_posix()
-    if place == file.name:
-        return source
-    records = tuple(
-        replace(r, row=Row(place + r.row.source.removeprefix(file.name), r.row.number))
-        for r in source.records
-    )
-    return replace(source, records=records)
+    return Source(path.name, scan, digest, tuple(notes))
 
 
 def _one_split(source: Source, split: str) -> Source:
     role = ROLES.get(split)
-    chosen = tuple(Record(r.row, r.values) for r in source.records if r.role is not None and r.role == role)
-    if not chosen:
-        there = sorted({r.role for r in source.records if r.role})
-        raise DataError(
-            f"{source.name} has no split '{split}'.",
-            found=", ".join(there) or "no named split",
-            fix="Leave data.split out to use every row.",
-        )
-    return Source(source.name, chosen, source.fingerprint, (f"only the split '{split}' is used",))
+
+    def scan() -> Iterator[Record | Broken]:
+        there: set[str] = set()
+        found = False
+        for record in source.scan():
+            if isinstance(record, Broken):
+                yield record
+                continue
+            there |= {record.role} if record.role else set()
+            if role and record.role == role:
+                found = True
+                yield Record(record.row, record.values)
+        if not found:
+            raise DataError(
+                f"{source.name} has no split '{split}'.",
+                found=", ".join(sorted(there)) or "no named split",
+                fix="Leave data.split out to use every row.",
+            )
+
+    return Source(
+        source.name, scan, lambda: f"{source.fingerprint}:{split}", (f"only the split '{split}' is used",)
+    )
 
 
 def _from_hub(
-    dataset: str, *, config: str | None, split: str | None, data_files: str | None, revision: str | None
+    dataset: str,
+    *,
+    config: str | None,
+    split: str | None,
+    data_files: str | None,
+    revision: str | None,
+    max_rows: int | None,
+    streaming: bool,
 ) -> Source:
     import datasets
 
+    options: dict[str, Any] = {"split": split, "data_files": data_files, "revision": revision}
+    if streaming:
+        options["streaming"] = True
     try:
-        loaded = datasets.load_dataset(dataset, config, split=split, data_files=data_files, revision=revision)
+        loaded = datasets.load_dataset(dataset, config, **options)
     except Exception as error:  # the loader raises many unrelated types for one user-visible fact
-        raise DataError(
-            f"'{dataset}' is neither a file, a folder, an example:NAME nor a Hub data set that can be read.",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}",
-            fix="Check the path or the Hub id (owner/name), and data.config / data.split for a Hub data set.",
-        ) from error
+        raise _not_loaded(dataset, error) from error
     parts: Mapping[str | None, Any] = {None: loaded} if split else loaded
     name = dataset.rstrip("/").rpartition("/")[2]
-    records = tuple(
-        Record(
-            Row(f"{dataset}/{part}" if part else dataset, number), values, ROLES.get(part) if part else None
-        )
-        for part, rows in parts.items()
-        for number, values in enumerate(rows, 1)
-    )
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(json.dumps(record.values, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
-    notes = list(_role_notes(dataset, records))
+
+    def rows() -> Iterator[tuple[str | None, int, Mapping[str, Any]]]:
+        try:
+            for part, content in parts.items():
+                for number, values in enumerate(content, 1):
+                    yield part, number, values
+        except (OSError, ValueError) as error:  # the network, or a file of the set that is not what it says
+            raise _not_loaded(dataset, error) from error
+
+    read_again = _spooled(dataset, itertools.islice(rows(), max_rows)) if streaming else rows
+
+    def scan() -> Iterator[Record | Broken]:
+        for part, number, values in read_again():
+            place = f"{dataset}/{part}" if part else dataset
+            yield Record(Row(place, number), values, ROLES.get(part) if part else None)
+
+    def digest() -> str:
+        content = hashlib.sha256()
+        for _, _, values in read_again():
+            content.update(json.dumps(values, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
+        return content.hexdigest()
+
     roleless = [part for part in parts if part and part not in ROLES]
+    notes = []
     if roleless:
         notes.append(f"splits of no known role are divided like one file: {', '.join(roleless)}")
-    return Source(name, records, digest.hexdigest(), tuple(notes))
+    return Source(name, scan, digest, tuple(notes))
 
 
-def _text(path: Path, content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path.name} is not UTF-8: line {line}, byte {error.start}.",
-            found=repr(content[max(error.start - 20, 0) : error.start + 20])[1:],
-            fix="Save it as UTF-8, for example with `iconv -f latin1 -t utf-8`.",
-        ) from None
+def _not_loaded(dataset: str, error: Exception) -> DataError:
+    return DataError(
+        f"'{dataset}' is neither a file, a folder, an example:NAME nor a Hub data set that can be read.",
+        found=f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}",
+        fix="Check the path or the Hub id (owner/name), and data.config / data.split for a Hub data set.",
+    )
+
+
+def _spooled(
+    dataset: str, rows: Iterator[tuple[str | None, int, Mapping[str, Any]]]
+) -> Callable[[], Iterator[tuple[str | None, int, Mapping[str, Any]]]]:
+    """Rows from the network, kept in a temporary file: they are read more than once, and sent once."""
+    import tempfile
+
+    spool = tempfile.TemporaryFile("w+", encoding="utf-8", prefix="tunesmith-")  # noqa: SIM115 - lives as long as the source
+    for row in rows:
+        spool.write(json.dumps(row, default=str) + "\n")
+    spool.flush()
+
+    def again() -> Iterator[tuple[str | None, int, Mapping[str, Any]]]:
+        with open(os.dup(spool.fileno()), "rb") as handle:
+            position = 0
+            while True:  # the descriptor is shared, so every reading keeps its own place
+                handle.seek(position)
+                lines = handle.readlines(1 << 22)
+                position = handle.tell()
+                if not lines:
+                    return
+                for line in lines:
+                    part, number, values = json.loads(line)
+                    yield part, number, values
+
+    return again
 
 
 def _excerpt(line: str, column: int) -> str:
     """The line around a column, and a caret under it."""
     start = max(column - 41, 0)
     piece = line[start : start + 80].replace("\t", " ")
-    return f"{piece}\n         {' ' * (column - 1 - start)}^"
+    return f"\n         {piece}\n         {' ' * (column - 1 - start)}^"
 
 
-def _listed(problems: Sequence[str]) -> str:
-    """The first problems, and how many more there are."""
-    rest = len(problems) - SHOWN_PROBLEMS
-    return "\n         ".join([*problems[:SHOWN_PROBLEMS], *([f"... and {rest} more"] if rest > 0 else [])])
+UTF8 = "Save it as UTF-8, for example with `iconv -f latin1 -t utf-8`."
+A_LINE = "Write one JSON object per line."
+A_ROW = "Quote cells that hold the separator, quotes (doubled) or line breaks."
+BOM = b"\xef\xbb\xbf"
 
 
-def _jsonl(path: Path, content: bytes) -> Iterable[Record]:
-    records, problems = [], []
-    for number, line in enumerate(_text(path, content).split("\n"), 1):
-        if not line.strip():
+def _lines(path: Path) -> Iterator[tuple[int, str] | Broken]:
+    """Lines that are not blank, with their numbers, and those that are not UTF-8 as broken."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if number == 1:
+                raw = raw.removeprefix(BOM)
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                near = repr(raw[max(error.start - 20, 0) : error.start + 20])[1:]
+                place = f"{path.name}, line {number}, byte {error.start + 1}"
+                yield Broken(Row(path.name, number), place, f"not UTF-8: {near}", UTF8)
+                continue
+            if line and not line.isspace():
+                yield number, line.rstrip("\r\n")
+
+
+def _jsonl(path: Path) -> Iterator[Record | Broken]:
+    name = path.name
+    for line in _lines(path):
+        if isinstance(line, Broken):
+            yield line
             continue
+        number, text = line
         try:
-            values = json.loads(line)
+            values = json.loads(text)
         except json.JSONDecodeError as error:
-            problems.append((number, error.colno, error.msg, line))
-            continue
-        except RecursionError:
-            problems.append((number, 1, "nested too deeply", line))
-            continue
-        if isinstance(values, dict):
-            records.append(Record(Row(path.name, number), values))
+            column, problem = error.colno, error.msg
+        except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+            column, problem = 1, "nested too deeply" if isinstance(error, RecursionError) else str(error)
         else:
-            problems.append((number, 1, f"expected an object, found {type(values).__name__}", line))
-    if problems:
-        lines = [
-            f"{path.name}, line {n}, column {c}: {m}\n         {_excerpt(t, c)}" for n, c, m, t in problems
-        ]
+            if isinstance(values, dict):
+                yield Record(Row(name, number), values)
+                continue
+            column, problem = 1, f"expected an object, found {type(values).__name__}"
+        place = f"{name}, line {number}, column {column}"
+        yield Broken(Row(name, number), place, problem + _excerpt(text, column), A_LINE, column=column)
+
+
+def _json(path: Path) -> Iterator[Record | Broken]:
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
         raise DataError(
-            f"{path.name} has {len(problems)} broken line{'s' if len(problems) > 1 else ''}.",
-            found=_listed(lines),
-            fix="Write one JSON object per line.",
-        )
-    return records
-
-
-def _json(path: Path, content: bytes) -> Iterable[Record]:
-    text = _text(path, content)
+            f"{path.name} is not UTF-8: line {line}, byte {error.start}.",
+            found=repr(content[max(error.start - 20, 0) : error.start + 20])[1:],
+            fix=UTF8,
+        ) from None
+    del content
     if not text.strip():
-        return []
+        return
     try:
         loaded = json.loads(text)
     except json.JSONDecodeError as error:
-        line = text.split("\n")[error.lineno - 1]
+        line_text = text.split("\n")[error.lineno - 1]
         raise DataError(
             f"{path.name} is not JSON: line {error.lineno}, column {error.colno}.",
-            found=f"{error.msg}\n         {_excerpt(line, error.colno)}",
+            found=f"{error.msg}{_excerpt(line_text, error.colno)}",
             fix="A file with one object per line is JSON Lines: name it .jsonl."
             if error.msg == "Extra data"
             else None,
         ) from None
     except RecursionError:
         raise DataError(f"{path.name} is nested too deeply.", fix="Write a list of records.") from None
+    except ValueError as error:
+        raise DataError(f"{path.name} is not JSON.", found=str(error)) from None
+    del text
     if isinstance(loaded, dict) and loaded and all(isinstance(v, list) for v in loaded.values()):
         if all(name in ROLES for name in loaded):
-            return [
-                replace(record, role=ROLES[split])
-                for split, rows in loaded.items()
-                for record in _records(f"{path.name}/{split}", rows)
-            ]
-        lengths = {len(values) for values in loaded.values()}
-        if len(lengths) == 1:
+            for split, rows in loaded.items():
+                for record in _records(f"{path.name}/{split}", rows):
+                    yield replace(record, role=ROLES[split]) if isinstance(record, Record) else record
+            return
+        if len({len(values) for values in loaded.values()}) == 1:
             columns = list(loaded)
-            rows = zip(*loaded.values(), strict=True)
-            return [
-                Record(Row(path.name, n), dict(zip(columns, r, strict=True))) for n, r in enumerate(rows, 1)
-            ]
+            for number, cells in enumerate(zip(*loaded.values(), strict=True), 1):
+                yield Record(Row(path.name, number), dict(zip(columns, cells, strict=True)))
+            return
     if not isinstance(loaded, list):
         raise DataError(
             f"{path.name} holds no list of records.",
@@ -318,91 +539,89 @@ def _json(path: Path, content: bytes) -> Iterable[Record]:
             else type(loaded).__name__,
             fix='Write [{"prompt": ..., "response": ...}, ...] or {"train": [...], "test": [...]}.',
         )
-    return _records(path.name, loaded)
+    yield from _records(path.name, loaded)
 
 
-def _records(name: str, rows: Sequence[Any]) -> list[Record]:
-    problems = [
-        f"record {number} is not an object: {repr(values)[:80]}"
-        for number, values in enumerate(rows, 1)
-        if not isinstance(values, dict)
-    ]
-    if problems:
-        raise DataError(
-            f"{name} has {len(problems)} broken record{'s' if len(problems) > 1 else ''}.",
-            found=_listed(problems),
-            fix='Write {"column": value, ...}.',
-        )
-    return [Record(Row(name, number), values) for number, values in enumerate(rows, 1)]
+def _records(name: str, rows: Sequence[Any]) -> Iterator[Record | Broken]:
+    for number, values in enumerate(rows, 1):
+        row = Row(name, number)
+        if isinstance(values, dict):
+            yield Record(row, values)
+        else:
+            problem = f"record {number} is not an object: {repr(values)[:80]}"
+            yield Broken(row, name, problem, 'Write {"column": value, ...}.', unit="record")
 
 
-def _csv(path: Path, content: bytes) -> Iterable[Record]:
-    text = _text(path, content)
-    if not text.strip():
-        return []
-    try:
-        dialect: Any = csv.Sniffer().sniff(text.split("\n", 1)[0], delimiters=",;\t|")
-        dialect.doublequote = True
-    except csv.Error:
-        dialect = csv.excel  # one column has no delimiter to find
-    csv.field_size_limit(2**31 - 1)
-    # Strict: else a quote that is never closed would swallow the rest of the file into one cell.
-    reader = csv.DictReader(io.StringIO(text, newline=""), dialect=dialect, strict=True)
-    records: list[Record] = []
-    problems: list[str] = []
-    begin = 1
-    try:
-        header = list(reader.fieldnames or ())
-        twice = sorted({name for name in header if header.count(name) > 1})
-        if twice:
-            raise DataError(
-                f"{path.name} names a column twice: {', '.join(twice)}.", fix="Rename one of them."
-            )
-        begin = reader.line_num + 1
-        for number, values in enumerate(reader, 1):
+def _csv(path: Path) -> Iterator[Record | Broken]:
+    # Bytes that are no UTF-8 come through as lone surrogates, so that the rows around them are still read.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        first = file.readline()
+        while first and first.isspace():
+            first = file.readline()
+        if not first:
+            return
+        file.seek(0)
+        try:
+            dialect: Any = csv.Sniffer().sniff(first, delimiters=",;\t|")
+            dialect.doublequote = True
+        except csv.Error:
+            dialect = csv.excel  # one column has no delimiter to find
+        csv.field_size_limit(2**31 - 1)
+        # Strict: else a quote that is never closed would swallow the rest of the file into one cell.
+        reader = csv.reader(file, dialect=dialect, strict=True)
+        begin, number = 1, 0
+        try:
+            header = next((cells for cells in reader if cells), [])
+            twice = sorted({name for name in header if header.count(name) > 1})
+            if twice:
+                raise DataError(
+                    f"{path.name} names a column twice: {', '.join(twice)}.", fix="Rename one of them."
+                )
             begin = reader.line_num + 1
-            if None in values or None in values.values():
-                got = (
-                    len(header) + len(values.get(None) or ()) - sum(v is None for k, v in values.items() if k)
-                )
-                problems.append(
-                    f"{path.name}, line {reader.line_num}: {got} cells, but the header has {len(header)}"
-                )
-                continue
-            # An empty cell is an absent value: CSV has no other way to say so.
-            cells = {k: v if v != "" else None for k, v in values.items()}
-            records.append(Record(Row(path.name, number), cells))
-    except csv.Error as error:
-        quoted = " (a quote is opened and never closed)" if "end of data" in str(error) else ""
-        problems.append(f"{path.name}, the row that begins on line {begin}: {error}{quoted}")
-    if problems:
-        raise DataError(
-            f"{path.name} has {len(problems)} broken row{'s' if len(problems) > 1 else ''}.",
-            found=_listed(problems),
-            fix="Quote cells that hold the separator, quotes (doubled) or line breaks.",
-        )
-    return records
+            for cells in reader:
+                place, begin = begin, reader.line_num + 1
+                if not cells:
+                    continue
+                number += 1
+                row = Row(path.name, number)
+                if len(cells) != len(header):
+                    problem = f"{len(cells)} cells, but the header has {len(header)}"
+                    yield Broken(row, f"{path.name}, line {reader.line_num}", problem, A_ROW, unit="row")
+                elif any("\udc80" <= c <= "\udcff" for cell in cells if not cell.isascii() for c in cell):
+                    yield Broken(row, f"{path.name}, line {place}", "not UTF-8", UTF8, unit="row")
+                else:
+                    # An empty cell is an absent value: CSV has no other way to say so.
+                    yield Record(row, {k: v if v != "" else None for k, v in zip(header, cells, strict=True)})
+        except csv.Error as error:
+            why = " (a quote is opened and never closed)" if "end of data" in str(error) else ""
+            place_text = f"{path.name}, the row that begins on line {begin}"
+            yield Broken(Row(path.name, number + 1), place_text, f"{error}{why}", A_ROW, unit="row")
 
 
-def _parquet(path: Path, content: bytes) -> Iterable[Record]:
+def _parquet(path: Path) -> Iterator[Record | Broken]:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
+    number = 0
     try:
-        rows = parquet.read_table(arrow.BufferReader(content)).to_pylist()
-    except (arrow.ArrowException, OSError) as error:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=512):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Record(Row(path.name, number), values)
+    except (arrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path.name} is not a Parquet file.", found=str(error)) from None
-    return [Record(Row(path.name, number), values) for number, values in enumerate(rows, 1)]
 
 
-def _txt(path: Path, content: bytes) -> Iterable[Record]:
-    lines = enumerate(_text(path, content).split("\n"), 1)
-    return [
-        Record(Row(path.name, number), {"text": line.rstrip("\r")}) for number, line in lines if line.strip()
-    ]
+def _txt(path: Path) -> Iterator[Record | Broken]:
+    for line in _lines(path):
+        if isinstance(line, Broken):
+            yield line
+        else:
+            yield Record(Row(path.name, line[0]), {"text": line[1]})
 
 
-READERS: dict[str, Callable[[Path, bytes], Iterable[Record]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Record | Broken]]] = {
     ".json": _json,
     ".jsonl": _jsonl,
     ".csv": _csv,

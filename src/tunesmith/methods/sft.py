@@ -2,59 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.data.examples import Conversation, Example, Ledger, Preference, Rating, Splits
-from tunesmith.data.templates import Encoding
+from tunesmith.data.cache import Encodings
+from tunesmith.data.examples import Conversation, Example, Preference, Rating, Unusable
 from tunesmith.recipe import SFT
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run
 
 
-def imitated(splits: Splits) -> Splits:
-    """The examples as answers to imitate: of a preference the chosen one, of ratings the good ones.
+def imitated(example: Example) -> Example:
+    """The example as an answer to imitate: of a preference the chosen one, of ratings the good ones.
 
-    Bad ratings go into the ledger as dropped; both conversions are noted.
+    Raises Unusable for an answer that was rated bad.
     """
-    unused = {
-        example.row
-        for part in (splits.train, splits.validation, splits.held_out)
-        for example in part
-        if isinstance(example, Rating) and not example.label
-    }
-    parts = {
-        name: tuple(_answer(e) for e in getattr(splits, name) if e.row not in unused)
-        for name in ("train", "validation", "held_out")
-    }
-    entries = tuple(
-        replace(entry, fate="dropped", reason="rated bad: supervised fine-tuning imitates good answers only")
-        if entry.row in unused
-        else entry
-        for entry in splits.ledger.entries
-    )
-    kinds = {type(e) for part in (splits.train, splits.validation, splits.held_out) for e in part}
-    notes = [
-        text
-        for shape, text in (
-            (
-                Preference,
-                "of each preference pair the chosen answer is imitated; the rejected one is not used",
-            ),
-            (Rating, f"answers rated good are imitated; {len(unused)} rated bad are not used"),
-        )
-        if shape in kinds
-    ]
-    return Splits(**parts, ledger=Ledger(entries), notes=(*splits.notes, *notes))
-
-
-def _answer(example: Example) -> Example:
     match example:
+        case Rating(label=False):
+            raise Unusable("rated bad: supervised fine-tuning imitates good answers only")
         case Preference(prompt=prompt, chosen=answer) | Rating(prompt=prompt, completion=answer):
             return Conversation((*prompt, *answer), row=example.row, group=example.group, extra=example.extra)
         case _:
             return example
+
+
+REMARKS: dict[type[Example], str] = {
+    Preference: "of each preference pair the chosen answer is imitated; the rejected one is not used",
+    Rating: "answers rated good are imitated; those rated bad are not used",
+}
+"""What to say of data sets with examples of a shape that is not used as it is."""
 
 
 def build(
@@ -62,8 +38,8 @@ def build(
     *,
     model: Any,
     tokenizer: Any,
-    train: Sequence[Encoding],
-    validation: Sequence[Encoding],
+    train: Encodings,
+    validation: Encodings,
     arguments: Mapping[str, Any],
     run: Run,
     keep: int,
@@ -81,19 +57,7 @@ def build(
     return keeping_run_folder(SFTTrainer, run, keep=keep)(
         model=model,
         args=config,
-        train_dataset=rows(train),
-        eval_dataset=rows(validation) if validation else None,
+        train_dataset=train.dataset(),
+        eval_dataset=validation.dataset() if validation else None,
         processing_class=tokenizer,
-    )
-
-
-def rows(encodings: Sequence[Encoding]) -> Any:
-    """The encodings as the data set TRL's collator pads: `input_ids` and `labels` (-100 where there is no loss)."""
-    from datasets import Dataset
-
-    return Dataset.from_dict(
-        {
-            "input_ids": [list(encoding.input_ids) for encoding in encodings],
-            "labels": [list(encoding.labels) for encoding in encodings],
-        }
     )

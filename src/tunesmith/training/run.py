@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -98,6 +98,10 @@ class Run:
         )
         return write_whole(self.path / name, text)
 
+    def write_lines(self, name: str, lines: Iterable[str]) -> Path:
+        """Write a file of the run line by line, in one piece all the same."""
+        return write_whole(self.path / name, (line + "\n" for line in lines))
+
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run, or None where it is not there (yet)."""
         file = self.path / name
@@ -160,12 +164,12 @@ class Run:
         return str(status["state"]) if status else "died"
 
 
-def write_whole(path: Path, text: str) -> Path:
-    """Write a text file so that a reader sees the old or the new one, never a part."""
+def write_whole(path: Path, text: str | Iterable[str]) -> Path:
+    """Write a text file, whole or piece by piece, so that a reader sees the old or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines([text] if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

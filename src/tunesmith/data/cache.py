@@ -1,0 +1,287 @@
+"""Prepared data sets on disk: written once as Arrow files, found again by the content they were made from.
+
+A folder is complete or absent: it is written under another name and renamed. What is read from it is
+mapped into memory piece by piece, so the size of a data set is the disk's matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.data.examples import Example, LedgerEntry, Row, from_json
+from tunesmith.data.templates import Encoding
+
+LIMIT = 50 * 1024**3
+"""Bytes that the cache may take; what was not used for longest goes first."""
+FACTS = "facts.json"
+
+
+@dataclass(frozen=True)
+class Encodings(Sequence[Encoding]):
+    """Encoded examples in an Arrow file: columns `row` (running number of the input row), `input_ids`, `labels`."""
+
+    file: Path
+
+    @cached_property
+    def _table(self) -> Any:
+        import pyarrow as arrow
+
+        with arrow.memory_map(str(self.file)) as content:
+            return arrow.ipc.open_stream(content).read_all()
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Number of tokens of each example."""
+        return self._numbers("tokens")
+
+    @cached_property
+    def rows(self) -> NDArray[np.int64]:
+        """Running number of the input row that each example comes from, counted from 0."""
+        return self._numbers("row")
+
+    def _numbers(self, column: str) -> NDArray[np.int64]:
+        return np.asarray(self._table.column(column).to_numpy(), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        number %= len(self)
+        ids, labels = (self._table.column(name)[number].as_py() for name in ("input_ids", "labels"))
+        return Encoding(tuple(ids), tuple(labels))
+
+    def dataset(self) -> Any:
+        """The examples as the data set that trainers read: `input_ids` and `labels`."""
+        from datasets import Dataset
+
+        return Dataset.from_file(str(self.file)).select_columns(["input_ids", "labels"])
+
+
+@dataclass(frozen=True)
+class StoredExamples(Sequence[Example]):
+    """Examples in a file of one JSON object per line, read when asked for."""
+
+    file: Path
+
+    @cached_property
+    def _places(self) -> NDArray[np.int64]:
+        sizes = []
+        with self.file.open("rb") as content:
+            sizes = [len(line) for line in content]
+        return np.cumsum([0, *sizes])
+
+    def __len__(self) -> int:
+        return len(self._places) - 1
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        number %= len(self)
+        with self.file.open("rb") as content:
+            content.seek(int(self._places[number]))
+            return from_json(content.readline().decode())
+
+    def __iter__(self) -> Iterator[Example]:
+        with self.file.open("rb") as content:
+            for line in content:
+                yield from_json(line.decode())
+
+
+class EncodingWriter:
+    """Writes encodings in batches, and hashes what it writes."""
+
+    def __init__(self, file: Path, digest: Any) -> None:
+        import pyarrow as arrow
+
+        self.digest = digest
+        numbers = arrow.list_(arrow.int32())
+        self._schema = arrow.schema(
+            [("row", arrow.int64()), ("tokens", arrow.int32()), ("input_ids", numbers), ("labels", numbers)]
+        )
+        self._writer = arrow.ipc.new_stream(str(file), self._schema)
+
+    def write(self, rows: Sequence[int], encodings: Sequence[Encoding]) -> None:
+        """The next examples, with the number of the row of each."""
+        import pyarrow as arrow
+
+        if not rows:
+            return
+        lengths = np.array([len(encoding.input_ids) for encoding in encodings], dtype=np.int32)
+        offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+        columns = []
+        for name in ("input_ids", "labels"):
+            flat: list[int] = []
+            for encoding in encodings:
+                flat += getattr(encoding, name)
+            values = np.array(flat, dtype=np.int32)
+            self.digest.update(values)
+            columns.append(arrow.ListArray.from_arrays(offsets, values))
+        self.digest.update(lengths)
+        numbers = arrow.array(rows, arrow.int64())
+        self._writer.write_batch(
+            arrow.record_batch([numbers, arrow.array(lengths), *columns], schema=self._schema)
+        )
+
+    def close(self) -> None:
+        """End the file."""
+        self._writer.close()
+
+
+class LedgerWriter:
+    """Writes what became of every row, in batches."""
+
+    def __init__(self, file: Path) -> None:
+        import pyarrow as arrow
+
+        self._schema = arrow.schema(
+            [
+                ("source", arrow.string()),
+                ("row", arrow.int64()),
+                ("fate", arrow.string()),
+                ("reason", arrow.string()),
+                ("tokens", arrow.int32()),
+                ("tokens_cut", arrow.int32()),
+                ("copies", arrow.int32()),
+            ]
+        )
+        self._writer = arrow.ipc.new_stream(str(file), self._schema)
+
+    def write(self, entries: Sequence[LedgerEntry]) -> None:
+        """The next rows."""
+        import pyarrow as arrow
+
+        columns = [
+            [entry.row.source for entry in entries],
+            [entry.row.number for entry in entries],
+            [entry.fate for entry in entries],
+            # A reason may quote a row, and rows may hold half characters.
+            [e.reason and e.reason.encode("utf-8", "backslashreplace").decode() for e in entries],
+            [entry.tokens for entry in entries],
+            [entry.tokens_cut for entry in entries],
+            [entry.copies for entry in entries],
+        ]
+        arrays = [arrow.array(c, item.type) for c, item in zip(columns, self._schema, strict=True)]
+        self._writer.write_batch(arrow.record_batch(arrays, schema=self._schema))
+
+    def close(self) -> None:
+        """End the file."""
+        self._writer.close()
+
+
+def read_ledger(file: Path) -> Iterator[LedgerEntry]:
+    """The rows that a LedgerWriter wrote."""
+    import pyarrow as arrow
+
+    with arrow.memory_map(str(file)) as content:
+        for batch in arrow.ipc.open_stream(content):
+            for values in batch.to_pylist():
+                row = Row(values.pop("source"), values.pop("row"))
+                yield LedgerEntry(row, **values)
+
+
+def folder() -> Path:
+    """Where prepared data sets are kept: $TUNESMITH_CACHE, else tunesmith/ in the user's cache folder."""
+    own = os.environ.get("TUNESMITH_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tunesmith"
+
+
+def key(facts: Mapping[str, Any]) -> str:
+    """Name of what was prepared from these facts and by this code."""
+    from importlib.metadata import version
+
+    code = hashlib.sha256()
+    here = Path(__file__).parent
+    for file in (*sorted(here.glob("*.py")), *sorted((here.parent / "methods").glob("*.py"))):
+        code.update(file.read_bytes())
+    libraries = {name: version(name) for name in ("transformers", "tokenizers", "jinja2")}
+    content = json.dumps([facts, libraries, code.hexdigest()], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of everything about a tokenizer that decides on ids: vocabulary, rules, special tokens, template."""
+    digest = hashlib.sha256()
+    if tokenizer.is_fast:
+        digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    else:
+        digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode("utf-8", "surrogatepass"))
+        digest.update(repr(sorted(tokenizer.init_kwargs.items(), key=str)).encode("utf-8", "surrogatepass"))
+    facts = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template]
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def find(name: str) -> Path | None:
+    """The folder of what was prepared under this name, marked as used; None where there is none."""
+    place = folder() / "prepared" / name
+    if not (place / FACTS).is_file():
+        return None
+    os.utime(place / FACTS)
+    return place
+
+
+@contextmanager
+def making(name: str | None) -> Iterator[Path]:
+    """A folder to write into. It is kept under the name when the block ends well, and is gone otherwise.
+
+    Without a name it lies in the system's temporary folder, until this process ends.
+    """
+    if name is None:
+        import atexit
+
+        staging = Path(tempfile.mkdtemp(prefix="tunesmith-"))
+        atexit.register(shutil.rmtree, staging, ignore_errors=True)
+        yield staging
+        return
+    place = folder() / "prepared"
+    place.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".making-", dir=place))
+    try:
+        yield staging
+        try:
+            staging.rename(place / name)
+        except OSError:
+            if not (place / name / FACTS).is_file():  # else another process was faster
+                shutil.rmtree(place / name, ignore_errors=True)
+                staging.rename(place / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    _make_room(place, keep=name)
+
+
+def _make_room(place: Path, *, keep: str) -> None:
+    """Delete what was not used for longest, until the cache is within its limit."""
+    found = []
+    for entry in place.iterdir():
+        facts = entry / FACTS
+        if facts.is_file():
+            size = sum(file.stat().st_size for file in entry.iterdir())
+            found.append((facts.stat().st_mtime, size, entry))
+    total = sum(size for _, size, _ in found)
+    for _, size, entry in sorted(found):
+        if total <= LIMIT:
+            return
+        if entry.name != keep:
+            shutil.rmtree(entry, ignore_errors=True)
+            total -= size

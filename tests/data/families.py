@@ -33,6 +33,8 @@ class Traits:
     kind: Kind = "bytes"
     before: str = ""
     """What the model says between the opening of its turn and the answer's first word."""
+    earlier_end: str | None = None
+    """What closes an answer that is not the last one, where the whole conversation has an end of its own."""
     trains: Literal["all", "last"] = "all"
     """`last` where the template writes an earlier answer otherwise than the last one."""
     reopens: bool = False
@@ -90,7 +92,14 @@ TRAITS: dict[str, Traits] = {
     "nemotron": _chatml(trains="last", reopens=True),
     # Phi-3's tokens swallow the line break behind them, and its pieces put a space before what follows.
     "phi3": Traits(
-        "<|end|><|endoftext|>", "<|endoftext|>", "<s>", False, "always", " ", trains="last", swallows=True
+        "<|end|><|endoftext|>",
+        "<|endoftext|>",
+        "<s>",
+        False,
+        "always",
+        " ",
+        earlier_end="<|end|>",
+        swallows=True,
     ),
     "qwen2_5": _chatml(),
     "qwen3": _chatml(before=_EMPTY_THOUGHT, trains="last"),

@@ -325,12 +325,15 @@ def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
     """Ids at which an answer ends: the end-of-text token and the one the template closes a turn with."""
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     special = encoder(tokenizer).specials.ids
+    said = tokenizer("b", add_special_tokens=False).input_ids[-1:]
     for probe in _PROBES if tokenizer.chat_template else ():
         try:
             encoding = encode(Conversation(probe, row=Row("probe", 1)), tokenizer)
         except Unusable:
             continue
-        ids += [i for i in encoding.labels if i in special][-1:]
+        labels = [i for i in encoding.labels if i != IGNORED]
+        behind = len(labels) - labels[::-1].index(said[0]) if said and said[0] in labels else 0
+        ids += [i for i in labels[behind:] if i in special]
         break
     return tuple(dict.fromkeys(ids))
 
@@ -378,6 +381,7 @@ def _conversation_segments(
     segments = _segments(_render(turns, context, marked_tools, opening=False), turns, context, marked_tools)
     if not any(segment.is_answer for segment in segments):
         raise Unusable("the conversation has no answer that could be trained")
+    _check_written(segments, turns)
     return segments
 
 
@@ -483,6 +487,10 @@ def _segments(
         is_last = index + 1 == len(messages)
         opened = _render(messages[:index], context, tools, opening=True)
         through = text if is_last else _render(messages[: index + 1], context, tools, opening=False)
+        if not text.startswith(through) and context.tokenizer.eos_token:
+            # Some (Phi-3) end the whole conversation with a token of their own: it is not the turn's.
+            turn = through.removesuffix(context.tokenizer.eos_token)
+            through = turn if turn.rstrip().endswith(context.specials.tokens) else through
         if text.startswith(through) and through.startswith(opened) and len(opened) >= position:
             segments += [
                 _Segment(text[position : len(opened)], False),
@@ -490,14 +498,58 @@ def _segments(
             ]
             position = len(through)
         elif is_last:
-            content = message.content.strip()
-            before, found, closing = through.rpartition(content)
-            if not content or not found or not before:
-                raise Unusable("the chat template does not write the answer as it is")
-            return [_Segment(opened, False), _Segment(content + closing, True, message.trained)]
+            answer = _behind_opening(opened, through, messages, context, tools)
+            return [_Segment(opened, False), _Segment(answer, True, message.trained)]
     if position < len(text):
         segments.append(_Segment(text[position:], False))
     return [segment for segment in segments if segment.text]
+
+
+def _behind_opening(
+    opened: str,
+    through: str,
+    messages: Sequence[Message],
+    context: Encoder,
+    tools: Sequence[Mapping[str, Any]],
+) -> str:
+    """The last answer and its closing, as the model has to write them behind an opening of another form.
+
+    What closes the turn is found with a place holder in the answer's stead. Thoughts that the template
+    leaves out are kept where the opening begins one.
+    """
+    message = messages[-1]
+    place = "\ue002\ue003"
+    holder = Message("assistant", place, tool_calls=message.tool_calls)
+    before, found, closing = _render((*messages[:-1], holder), context, tools, opening=False).partition(place)
+    content = message.content.strip()
+    if not content:
+        raise Unusable("empty answer")
+    if not found or not through.endswith(closing):
+        raise Unusable("the chat template does not write the answer as it is")
+    thought, thinks, answer = content.rpartition(THOUGHT_ENDS)
+    if message.reasoning and not thinks:
+        thought, thinks, answer = message.reasoning, THOUGHT_ENDS, f"\n\n{content}"
+    thought = thought.strip().removeprefix(THOUGHT_BEGINS).strip()
+    begins_thought = opened.rstrip().endswith(THOUGHT_BEGINS)
+    if thinks and thought and not begins_thought:
+        raise Unusable("the answer has a thought, and the chat template asks for one without")
+    if thinks and begins_thought:
+        return f"{thought}\n{thinks}{answer}{closing}"
+    if not thinks and through.startswith(before):
+        content = through[len(before) : len(through) - len(closing)].lstrip()
+    return (answer.strip() if thinks else content) + closing
+
+
+THOUGHT_BEGINS, THOUGHT_ENDS = "<think>", "</think>"
+
+
+def _check_written(segments: Sequence[_Segment], turns: Sequence[Message]) -> None:
+    """Raises Unusable where the template leaves out what somebody says: some take no plain text."""
+    text = "".join([segment.text for segment in segments])
+    for turn in turns:
+        said = turn.content.rpartition(THOUGHT_ENDS)[2].strip()
+        if turn.role in ("user", "assistant") and said and said not in text:
+            raise Unusable(f"the chat template does not write what the {turn.role} says")
 
 
 def _remarks(tokenizer: Any) -> str:
@@ -616,13 +668,21 @@ def _ids(conversations: Sequence[Sequence[_Segment]], context: Encoder) -> list[
     return [[ids[pair] for pair in segments] for segments in wanted]
 
 
-def _tokenized(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+def _tokenized(
+    texts: Sequence[str], tokenizer: Any, *, split_special_tokens: bool = False
+) -> list[list[int]]:
+    """Ids of each text. With `split_special_tokens` the text of a special token is text like any other."""
     if not texts:
         return []
-    if tokenizer.is_fast:  # without offsets, which nobody needs here, it takes two thirds of the time
-        return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False).input_ids
-    return ids
+    if not tokenizer.is_fast:
+        ids: list[list[int]] = tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=split_special_tokens
+        ).input_ids
+        return ids
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = split_special_tokens
+    # Without offsets, which nobody needs here, it takes two thirds of the time.
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _behind(tail: str, text: str, known: dict[str, list[int]], context: Encoder) -> list[int]:
@@ -639,17 +699,22 @@ def _behind(tail: str, text: str, known: dict[str, list[int]], context: Encoder)
 
 
 def _marked_ids(text: str, context: Encoder) -> list[int]:
+    """Ids of a text with marks: what they stand for becomes plain text, the rest is as it would be without."""
     ids: list[int] = []
+    before = ""
     for position, piece in enumerate(_MARK.split(text)):
-        if position % 2:
-            token = context.specials.tokens[int(piece)]
-            split = context.tokenizer(token, add_special_tokens=False, split_special_tokens=True)
-            ids += split.input_ids
-            if context.tokenizer.is_fast:
-                context.tokenizer.backend_tokenizer.encode_special_tokens = False
-        elif piece:
-            [found] = _tokenized([piece], context.tokenizer)
-            ids += found
+        is_plain = position % 2 == 1
+        piece = context.specials.tokens[int(piece)] if is_plain else piece
+        if not piece:
+            continue
+        tail = _tail(before, context.specials) if context.puts_space_first and before else ""
+        found = _tokenized([tail + piece], context.tokenizer, split_special_tokens=is_plain)[0]
+        if tail:
+            alone = _tokenized([tail], context.tokenizer, split_special_tokens=is_plain)[0]
+            if found[: len(alone)] == alone:
+                found = found[len(alone) :]
+        ids += found
+        before = piece if is_plain else before + piece
     return ids
 
 

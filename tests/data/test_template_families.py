@@ -371,7 +371,12 @@ def test_an_empty_answer_behind_an_opening_of_its_own(name):
 def test_a_thought_is_opened_once(name):
     tok = tokenizer(name)
     thought = "<think>\nred\n</think>\n\nblue" if "qwen" in name else "<think>red</think>blue"
-    encoding = encode(Conversation(talk("hello", thought), ROW), tok)
+    try:
+        encoding = encode(Conversation(talk("hello", thought), ROW), tok)
+    except Unusable as reason:
+        assert "qwen" in name
+        assert "asks for one without" in str(reason)
+        return
     assert tok.decode(encoding.input_ids).count("<think>") == 1
 
 

@@ -701,20 +701,20 @@ def _behind(tail: str, text: str, known: dict[str, list[int]], context: Encoder)
 def _marked_ids(text: str, context: Encoder) -> list[int]:
     """Ids of a text with marks: what they stand for becomes plain text, the rest is as it would be without."""
     ids: list[int] = []
-    before = ""
+    tail = ""
     for position, piece in enumerate(_MARK.split(text)):
         is_plain = position % 2 == 1
         piece = context.specials.tokens[int(piece)] if is_plain else piece
         if not piece:
             continue
-        tail = _tail(before, context.specials) if context.puts_space_first and before else ""
         found = _tokenized([tail + piece], context.tokenizer, split_special_tokens=is_plain)[0]
         if tail:
             alone = _tokenized([tail], context.tokenizer, split_special_tokens=is_plain)[0]
             if found[: len(alone)] == alone:
                 found = found[len(alone) :]
         ids += found
-        before = piece if is_plain else before + piece
+        if context.puts_space_first:
+            tail = piece[-1:] if is_plain else _tail(piece, context.specials)
     return ids
 
 

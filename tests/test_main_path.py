@@ -196,11 +196,19 @@ def test_a_tuned_run_as_the_base_of_another(quick, second):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}], ids=str
+    "options",
+    [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}, {"packing": True}],
+    ids=str,
 )
 @pytest.mark.parametrize("adapter", ["full", "dora"])
 def test_an_interrupted_run_continues_to_the_bit(quick, options, adapter):
-    changes = {"training": {"max_steps": 6, "save_steps": 100, **options}, "adapter": ADAPTERS[adapter]}
+    packing = {"packing": options.get("packing", False)}
+    steps = {name: value for name, value in options.items() if name != "packing"}
+    changes = {
+        "data": packing,
+        "training": {"max_steps": 6, "save_steps": 100, **steps},
+        "adapter": ADAPTERS[adapter],
+    }
     straight = Run(api.train(quick(name="straight", **changes)).run)
 
     def stop_at_three(event):
@@ -219,6 +227,34 @@ def test_an_interrupted_run_continues_to_the_bit(quick, options, adapter):
     assert same(weights(run.final_model), weights(straight.final_model))
     losses = lambda r: {e["step"]: e["loss"] for e in r.events() if e["kind"] == "step"}  # noqa: E731
     assert losses(run) == losses(straight)
+
+
+def first_step(run: Path) -> dict[str, float]:
+    return next(event for event in Run(run).events() if event["kind"] == "step")
+
+
+def test_packing_changes_the_rows_and_not_the_loss(quick):
+    """One step over all examples, packed and not: the same loss and gradient norm, in fewer rows."""
+    changes = {
+        "data": {"validation": 0.0, "held_out": 0.1},
+        "training": {"max_steps": 1, "per_device_train_batch_size": 64},
+        "evaluation": {"skip": True},
+    }
+    plain = api.train(quick(name="plain", **changes))
+    packed = api.train(quick(name="packed", **overlaid(changes, {"data": {"packing": True}})))
+    a, b = first_step(plain.run), first_step(packed.run)
+    assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+    rows = {name: Run(run).read("plan.json") for name, run in (("plain", plain.run), ("packed", packed.run))}
+    assert rows["packed"]["examples"] < rows["plain"]["examples"]
+    assert rows["packed"]["tokens_per_epoch"] == rows["plain"]["tokens_per_epoch"]
+    assert any("padding" in decision["value"] for decision in rows["packed"]["decisions"])
+
+
+def test_packing_is_refused_where_examples_would_see_one_another(quick, monkeypatch):
+    monkeypatch.setattr("tunesmith.data.packing.isolates", lambda model: False)
+    with pytest.raises(ModelError, match="would see one another"):
+        api.train(quick(data={"packing": True}))
 
 
 def test_resuming_by_name_and_what_may_not_change(quick):

@@ -15,6 +15,7 @@ from typing import Any
 import tunesmith.evaluation as evaluation
 from tunesmith import data, models
 from tunesmith import plan as planning
+from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.data.templates import set_template
 from tunesmith.errors import RunError
 from tunesmith.evaluation import EvalRow
@@ -41,16 +42,31 @@ def encodings(recipe: Recipe, splits: data.Splits) -> data.EncodedSplits:
     return data.encoded(splits, tokenizer, data=recipe.data, loss_on=recipe.method.loss_on)
 
 
-def plan(recipe: Recipe, encodings: data.EncodedSplits) -> Plan:
+def packing(recipe: Recipe, encodings: data.EncodedSplits) -> Packing | None:
+    """Which training examples share a row, where the recipe wants that."""
+    return pack(encodings.train.lengths, recipe.data.max_length) if recipe.data.packing else None
+
+
+def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None) -> Plan:
     """What the run will do on this machine, with reasons."""
     _, template = _tokenizer(recipe)
+    lengths = encodings.train.lengths
+    rows = lengths.tolist()
+    notes = [*encodings.notes, template, data.proven(encodings.proof)]
+    if packing:
+        rows = [int(lengths[list(block)].sum()) for block in packing.blocks]
+        batch = recipe.training.per_device_train_batch_size
+        notes.append(
+            f"{len(lengths)} examples are packed into {len(rows)} rows of at most {packing.capacity} tokens: "
+            f"padding {padded_share(lengths, batch):.1%} before, {padded_share(rows, batch):.1%} after"
+        )
     return planning.resolve(
         recipe.training,
         recipe.model,
         adapter_kind=recipe.adapter.kind,
-        lengths=encodings.train.lengths.tolist(),
+        lengths=rows,
         num_validation=len(encodings.validation),
-        notes=(*encodings.notes, template),
+        notes=notes,
     )
 
 
@@ -120,7 +136,12 @@ def base_rows(
 
 
 def fitted(
-    recipe: Recipe, prepared: Run, plan: Plan, encodings: data.EncodedSplits, checkpoint: Path | None
+    recipe: Recipe,
+    prepared: Run,
+    plan: Plan,
+    encodings: data.EncodedSplits,
+    packing: Packing | None,
+    checkpoint: Path | None,
 ) -> Fit:
     """The finished model's folder and what training came to."""
     done = prepared.read("training.json")
@@ -163,6 +184,7 @@ def fitted(
         ),
         run=prepared,
         keep=recipe.training.save_total_limit,
+        packing=packing,
     )
     result = fit(
         trainer,

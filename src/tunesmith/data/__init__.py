@@ -591,6 +591,18 @@ def _pieces(example: Example, encoding: Encoding, length: int) -> list[Encoding]
     return [_cut(encoding, length)]
 
 
+def proven(proof: Mapping[str, Any]) -> str:
+    """The supervision proof in a sentence."""
+    rows = max(check["rows"] for check in proof["checks"])
+    prompts = next(check["rows"] for check in proof["checks"] if check["name"] == "prompt")
+    failed = sum(breach["rows"] for breach in proof["breaches"])
+    said = f"supervision proof: {rows} rows checked, the prompts of {prompts} against inference"
+    said += f"; {failed} failed and are dropped" if failed else ", none failed"
+    if proof["served_otherwise"]:
+        said += f"; transformers itself would tokenize the prompts of {proof['served_otherwise']} otherwise"
+    return said
+
+
 def ledger_lines(ledger: Ledger) -> Iterator[str]:
     """One JSON object per input row: source, row, fate, reason, tokens, tokens_cut, copies."""
     for entry in ledger.entries:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.cache import Encodings
 from tunesmith.data.examples import Conversation, Example, Preference, Rating, Unusable
+from tunesmith.errors import ModelError
 from tunesmith.recipe import SFT
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run
+
+if TYPE_CHECKING:
+    from tunesmith.data.packing import Packing
 
 
 def imitated(example: Example) -> Example:
@@ -43,9 +47,23 @@ def build(
     arguments: Mapping[str, Any],
     run: Run,
     keep: int,
+    packing: Packing | None = None,
 ) -> Any:
-    """A trainer that has not started. The labels are used as they are; TRL prepares nothing."""
+    """A trainer that has not started. The labels are used as they are; TRL prepares nothing.
+
+    Raises ModelError for a model in which packed examples would see one another.
+    """
     from trl import SFTConfig, SFTTrainer
+
+    if packing:
+        from tunesmith.data.packing import isolates
+
+        if not isolates(model):
+            raise ModelError(
+                f"{type(model).__name__} cannot be trained on packed examples: they would see one another.",
+                found="its answers change with what is packed beside them",
+                fix="Leave data.packing out.",
+            )
 
     config = SFTConfig(
         **arguments,
@@ -54,10 +72,48 @@ def build(
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    return keeping_run_folder(SFTTrainer, run, keep=keep)(
-        model=model,
-        args=config,
-        train_dataset=train.dataset(),
-        eval_dataset=validation.dataset() if validation else None,
-        processing_class=tokenizer,
+    rows = (
+        _packed(train, validation, packing, model, tokenizer)
+        if packing
+        else {
+            "train_dataset": train.dataset(),
+            "eval_dataset": validation.dataset() if validation else None,
+        }
     )
+    return keeping_run_folder(SFTTrainer, run, keep=keep)(
+        model=model, args=config, processing_class=tokenizer, **rows
+    )
+
+
+def _packed(
+    train: Encodings, validation: Encodings, packing: Packing, model: Any, tokenizer: Any
+) -> dict[str, Any]:
+    """Data sets of blocks, as lists of example numbers, and the collator that fetches them.
+
+    Validation examples stay blocks of their own, so that the loss is weighted as it is without packing.
+    """
+    from datasets import Dataset
+
+    from tunesmith.data.packing import packed_batch
+
+    parts = {"train": train.dataset(), "validation": validation.dataset() if validation else None}
+    flatten = str(model.config._attn_implementation).startswith("flash")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        blocks = []
+        for row in rows:
+            found = parts[row["part"]][row["examples"]]
+            blocks.append(list(zip(found["input_ids"], found["labels"], strict=True)))
+        return packed_batch(blocks, pad, flatten=flatten)
+
+    def blocks_of(part: str, blocks: Sequence[Sequence[int]]) -> Any:
+        return Dataset.from_dict({"part": [part] * len(blocks), "examples": [list(b) for b in blocks]})
+
+    return {
+        "train_dataset": blocks_of("train", packing.blocks),
+        "eval_dataset": blocks_of("validation", [[n] for n in range(len(validation))])
+        if validation
+        else None,
+        "data_collator": collate,
+    }

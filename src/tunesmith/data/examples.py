@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple, dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 Fate = Literal["train", "validation", "held_out", "dropped"]
@@ -99,6 +99,9 @@ class Prompt:
     checks: Mapping[str, Any] = field(default_factory=dict)
 
 
+_CANONICAL = json.JSONEncoder(ensure_ascii=False, default=str)
+
+
 def content_hash(example: Example) -> str:
     """Hex digest of what a model could learn from the example; the same text gives the same hash anywhere.
 
@@ -113,7 +116,7 @@ def content_hash(example: Example) -> str:
             content = [_content(part) for part in (prompt, completion)] + [label]
         case Text(text=text):
             content = text
-    canonical = json.dumps([type(example).__name__, content], ensure_ascii=False, default=str)
+    canonical = _CANONICAL.encode([type(example).__name__, content])
     return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
@@ -128,7 +131,7 @@ def question_hash(example: Example) -> str:
     """Hex digest of what is asked: the same for rows that differ in their last answer only."""
     match example:
         case Conversation(messages=messages) if len(messages) > 1:
-            return content_hash(replace(example, messages=messages[:-1]))
+            return content_hash(Conversation(messages[:-1], example.row, tools=example.tools))
         case Preference(prompt=prompt) | Rating(prompt=prompt):
             return content_hash(Conversation(prompt, example.row))
         case _:

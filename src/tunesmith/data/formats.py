@@ -552,14 +552,18 @@ SIMPLE = ({"role", "content"}, {"from", "value"})
 
 
 def _turn(turn: Any, number: int) -> Message:
+    if type(turn) is dict and turn.keys() in SIMPLE:  # nearly all are: read at once
+        speaker, content = (
+            (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])
+        )
+        if type(content) is str and type(speaker) is str and speaker in ROLES:
+            return Message(ROLES[speaker], content)
     if not isinstance(turn, Mapping):
         raise Unusable(f"turn {number} is {type(turn).__name__}, not an object")
     speaker, content = _first(turn, "role", "from"), _first(turn, "content", "value")
     if not isinstance(speaker, str) or speaker not in ROLES:
         raise Unusable(f"turn {number} is from {speaker!r}, which is no known role")
     role = ROLES[speaker]
-    if turn.keys() in SIMPLE and isinstance(content, str):
-        return Message(role, content)
     calls = _calls(turn, number)
     if content is None and calls:
         content = ""

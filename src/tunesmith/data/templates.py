@@ -615,18 +615,23 @@ def _render(
 def _render_all(conversations: Sequence[Sequence[Message]], context: Encoder) -> list[str | None]:
     """Each conversation as text, in one call; None for one that the template refuses."""
     import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    as_dicts = [[as_message(turn, context) for turn in turns] for turns in conversations]
+    # What apply_chat_template does with one conversation, without what it does around it.
+    template = _compile_jinja_template(context.tokenizer.get_chat_template(None, None))
+    facts = {
+        **context.tokenizer.special_tokens_map,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": False,
+    }
     try:
-        rendered: list[str | None]
-        rendered, _ = render_jinja_template(
-            as_dicts,
-            chat_template=context.tokenizer.get_chat_template(None, None),
-            add_generation_prompt=False,
-            **context.tokenizer.special_tokens_map,
-        )
-        return rendered
+        return [
+            template.render(
+                messages=[{"role": turn.role, "content": turn.content} for turn in turns], **facts
+            )
+            for turns in conversations
+        ]
     except (jinja2.TemplateError, ValueError, TypeError, AttributeError):
         return [None] * len(conversations)  # one is refused: each is then rendered on its own
 

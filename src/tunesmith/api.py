@@ -35,6 +35,7 @@ from tunesmith.training.run import (
 
 if TYPE_CHECKING:
     from tunesmith.data.examples import Example
+    from tunesmith.data.inspection import Inspected
     from tunesmith.evaluation import EvalRow
     from tunesmith.evaluation.compare import Comparison
     from tunesmith.plan import Plan
@@ -142,6 +143,47 @@ def demo(*, output_dir: str | Path = "runs", watch: Watch = _unwatched) -> Resul
     taken = {run.path.name for run in find_runs(Path(output_dir))}
     name = next(n for n in ("demo", *(f"demo-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
     return train(compose({"name": name, "output_dir": str(output_dir)}, preset="demo").recipe, watch=watch)
+
+
+def inspected_recipe(dataset: str, model: str | None, flags: Mapping[str, Any]) -> Recipe:
+    """The recipe that says what is seen of a data set, or of a run's own data."""
+    from tunesmith.compose import overlaid, validated
+
+    is_of_run = is_run(Path(dataset))
+    layer = (
+        open_run(dataset).recipe().model_dump(mode="json") if is_of_run else {"data": {"dataset": dataset}}
+    )
+    return validated(overlaid(layer, {"model": {"base": model}} if model else {}, dict(flags)))
+
+
+def inspect(
+    recipe: Recipe, *, rows: Sequence[str] = (), count: int = 3, page: str | Path | None = None
+) -> list[Inspected]:
+    """What the model sees of the named rows (`12`, `file.jsonl:12`), else of the worst ones by each measure.
+
+    The worst are the longest, the most truncated and those of which least is trained, `count` of each.
+    `page` is an HTML file to write as well. Nothing is trained, and no weights are loaded.
+    """
+    from tunesmith import models
+    from tunesmith.data.inspection import inspect_rows, write_page
+    from tunesmith.data.templates import set_template
+
+    quiet_libraries()
+    tokenizer = models.load_tokenizer(recipe.model.base, revision=recipe.model.revision)
+    set_template(tokenizer, recipe.model.chat_template)
+    [splits] = _driver().execute(["splits"], inputs=_inputs(recipe)).values()
+    found = inspect_rows(
+        splits,
+        tokenizer,
+        max_length=recipe.data.max_length,
+        loss_on=recipe.method.loss_on,
+        rows=rows,
+        count=count,
+    )
+    if page:
+        name = f"{dataset_name(recipe.data.dataset)} as {dataset_name(recipe.model.base)} sees it"
+        write_page(found, Path(page), title=name)
+    return found
 
 
 def evaluate(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from tunesmith.api import Result
+    from tunesmith.data.inspection import Inspected
     from tunesmith.plan import Plan
 
 app = typer.Typer(
@@ -460,6 +461,45 @@ def compare_verb(
     return result.as_dict(), _result_text(result)
 
 
+INSPECT_FLAGS = (
+    "--chat-template", "--format", "--input-text-key", "--output-text-key", "--max-rows", "--max-length",
+)  # fmt: skip
+"""The recipe's options that decide what a model sees of a row."""
+
+
+@app.command(
+    "inspect", help="Show what a model sees of a data set: every token, trained, context, special or cut off."
+)
+@verb
+@recipe_options(only=INSPECT_FLAGS)
+def inspect_verb(
+    dataset: Annotated[
+        str, typer.Argument(help="A file, folder, Hub id or `example:NAME`; or a run, for its own data.")
+    ],
+    *,
+    model: Annotated[
+        str | None, typer.Option("--model", "--base-model", help="A folder, a Hub id, or `tiny`.")
+    ] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option("--row", help="Show this row: its line, or `file.jsonl:12` (repeatable).", metavar="N"),
+    ] = None,
+    count: Annotated[
+        int,
+        typer.Option(min=1, help="Without --row: this many of the longest, the most truncated and so on."),
+    ] = 3,
+    html: Annotated[Path | None, typer.Option(help="Write the rows to this HTML page as well.")] = None,
+    flags: dict[str, Any],
+    quiet: bool,
+) -> Any:
+    """Inspect."""
+    from tunesmith import api
+
+    found = api.inspect(api.inspected_recipe(dataset, model, flags), rows=row or (), count=count, page=html)
+    payload = {"dataset": dataset, "page": str(html) if html else None, "rows": [r.as_dict() for r in found]}
+    return payload, _inspected_text(found, html)
+
+
 @app.command("chat", help="Talk to a model or a run's model under its own chat template.")
 @verb
 def chat_verb(
@@ -663,6 +703,34 @@ def _plan_text(plan: Plan, rows: Mapping[str, Any], composition: Composition) ->
     for decision in plan.decisions:
         table.add_row(decision.name, _escaped(decision.value), _escaped(decision.reason))
     return table
+
+
+TOKEN_STYLES = {"trained": "bold green", "context": "dim", "special": "magenta", "cut": "strike red"}
+"""How tokens look in the terminal, by what becomes of them."""
+
+
+def _inspected_text(rows: Sequence[Inspected], page: Path | None) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    legend = Text("tokens are ")
+    for role, style in TOKEN_STYLES.items():
+        legend.append(role, style=style).append(" ")
+    parts: list[Any] = [legend, ""]
+    for row in rows:
+        head = Text(str(row.row), style="bold")
+        head.append(f" ({row.why})" if row.why else "", style="")
+        parts += [head]
+        facts = f"{row.fate}, {row.tokens} tokens, {row.trained} trained ({row.trained_share:.0%})"
+        facts += f", {row.cut} cut" if row.cut else ""
+        parts.append(Text(facts + (f"; {row.reason}" if row.reason else ""), style="dim"))
+        seen = Text()
+        for text, role in row.pieces:
+            seen.append(text, style=TOKEN_STYLES[role])
+        parts += [seen, ""]
+    if page:
+        parts.append(Text(f"page      {page}"))
+    return Group(*parts)
 
 
 def _result_text(result: Result) -> Any:

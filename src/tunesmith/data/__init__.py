@@ -568,7 +568,7 @@ def _stream(splits: Splits, context: Any, loss_on: LossOn) -> Iterator[tuple[lis
     batches: list[list[tuple[int, Row, Example | None]]] = []
 
     def examples() -> Iterator[list[Example]]:
-        for batch in _batched(splits.rows(), BATCH):
+        for batch in batched(splits.rows(), BATCH):
             batches.append(batch)
             yield [example for _, _, example in batch if example is not None]
 
@@ -576,7 +576,8 @@ def _stream(splits: Splits, context: Any, loss_on: LossOn) -> Iterator[tuple[lis
         yield batches.pop(0), iter(encodings)
 
 
-def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """The items in lists of at most `size`."""
     items = iter(items)
     while batch := list(itertools.islice(items, size)):
         yield batch

@@ -339,15 +339,34 @@ def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
 
 
 def shown(encoding: Encoding, tokenizer: Any) -> list[tuple[str, Literal["trained", "context", "special"]]]:
-    """Each token's text with its role, for everything that shows what the model sees."""
+    """Each token's text with its role, for everything that shows what the model sees.
+
+    A character that several tokens make up stands at the last of them.
+    """
     specials = _specials(tokenizer).ids
-    return [
-        (
-            tokenizer.decode([i], skip_special_tokens=False),
-            "trained" if label != IGNORED else "special" if i in specials else "context",
+    pieces: list[tuple[str, Literal["trained", "context", "special"]]] = []
+    pending: list[int] = []
+    for i, label in zip(encoding.input_ids, encoding.labels, strict=True):
+        pending.append(i)
+        text = _text_of(pending, tokenizer)
+        is_part = text.endswith("\ufffd") and len(pending) < 4 and i not in specials
+        role: Literal["trained", "context", "special"] = (
+            "trained" if label != IGNORED else "special" if i in specials else "context"
         )
-        for i, label in zip(encoding.input_ids, encoding.labels, strict=True)
-    ]
+        pieces.append(("" if is_part else text, role))
+        if not is_part:
+            pending = []
+    return pieces
+
+
+def _text_of(ids: Sequence[int], tokenizer: Any) -> str:
+    """The text of ids inside a text: a decoder that strips the space in front of a text must not do it here."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=False)
+    if tokenizer.is_fast:
+        first = tokenizer.convert_ids_to_tokens(ids[0])
+        if isinstance(first, str) and first.startswith("\u2581") and not text.startswith(" "):
+            return " " + text
+    return text
 
 
 def has_special_text(example: Example, context: Encoder) -> bool:

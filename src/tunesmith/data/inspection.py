@@ -1,0 +1,173 @@
+"""What the model sees of a row: every token, and whether it is trained, context, special or cut off."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tunesmith.data import BATCH, Splits, batched
+from tunesmith.data.examples import Example, Row, Text, Unusable
+from tunesmith.data.splitting import FATES
+from tunesmith.data.templates import Encoder, Encoding, LossOn, encode_batches, encoder, shown
+from tunesmith.errors import DataError, nearest
+
+TokenRole = Literal["trained", "context", "special", "cut"]
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """One row as the model sees it."""
+
+    row: Row
+    fate: str
+    tokens: int
+    """Length of the whole example."""
+    trained: int
+    """Tokens with a label, after the cut."""
+    cut: int
+    """Tokens behind `max_length`."""
+    reason: str | None = None
+    """Why it is dropped."""
+    why: str | None = None
+    """Why it is shown."""
+    pieces: tuple[tuple[str, TokenRole], ...] = ()
+    """Text and role of each token; a character of several tokens stands at the last of them."""
+
+    @property
+    def trained_share(self) -> float:
+        """Share of the kept tokens that is trained."""
+        return self.trained / max(self.tokens - self.cut, 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as `--json` gives it."""
+        return {**asdict(self), "row": str(self.row), "trained_share": round(self.trained_share, 4)}
+
+
+WORST: dict[str, Callable[[Inspected], float]] = {
+    "longest": lambda seen: seen.tokens,
+    "most truncated": lambda seen: seen.cut or -1,
+    "lowest trained share": lambda seen: -seen.trained_share,
+}
+"""What makes a row worth looking at; the highest value first."""
+
+
+def inspect_rows(
+    splits: Splits,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    loss_on: LossOn,
+    rows: Iterable[str] = (),
+    count: int = 3,
+) -> list[Inspected]:
+    """The named rows (`12`, or `file.jsonl:12`), else `count` of the worst by each measure.
+
+    Raises DataError for a row that is not there.
+    """
+    context = encoder(tokenizer)
+    wanted = list(rows)
+    if wanted:
+        return _named(splits, context, wanted, max_length, loss_on)
+    kept: dict[str, list[tuple[float, int, Inspected, Example, Encoding]]] = {name: [] for name in WORST}
+    for number, (seen, example, encoding) in enumerate(_seen(splits, context, max_length, loss_on)):
+        if encoding is None or example is None:
+            continue
+        for name, measure in WORST.items():
+            value = measure(seen)
+            if name == "most truncated" and value < 0:
+                continue
+            entry = (value, -number, seen, example, encoding)
+            if len(kept[name]) < count:
+                heapq.heappush(kept[name], entry)
+            elif entry[:2] > kept[name][0][:2]:
+                heapq.heapreplace(kept[name], entry)
+    chosen: dict[Row, tuple[Inspected, Encoding]] = {}
+    for name, entries in kept.items():
+        for _, _, seen, _, encoding in sorted(entries, key=lambda entry: entry[:2], reverse=True):
+            before = chosen.get(seen.row)
+            why = f"{before[0].why}, {name}" if before else name
+            chosen[seen.row] = (replace(seen, why=why), encoding)
+    return [replace(seen, pieces=_pieces(encoding, tokenizer, seen)) for seen, encoding in chosen.values()]
+
+
+def _named(
+    splits: Splits, context: Encoder, wanted: list[str], max_length: int, loss_on: LossOn
+) -> list[Inspected]:
+    found: dict[str, Inspected] = {}
+    for seen, _, encoding in _seen(splits, context, max_length, loss_on):
+        for name in {str(seen.row), str(seen.row.number)} & set(wanted):
+            if name not in found:
+                pieces = _pieces(encoding, context.tokenizer, seen) if encoding else ()
+                found[name] = replace(seen, pieces=pieces)
+        if len(found) == len(wanted):
+            break
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        places = {str(row.source) for _, row, _ in _first(splits)}
+        raise DataError(
+            f"There is no row {missing[0]}.",
+            found=f"{len(splits.fates)} rows; a row is named by its line, as in {next(iter(places), 'file')}:12",
+            fix=nearest(missing[0], places) if ":" in missing[0] else None,
+        )
+    return [found[name] for name in wanted]
+
+
+def _first(splits: Splits) -> Iterator[Any]:
+    for number, item in enumerate(splits.rows()):
+        if number == 1000:
+            return
+        yield item
+
+
+def _seen(
+    splits: Splits, context: Encoder, max_length: int, loss_on: LossOn
+) -> Iterator[tuple[Inspected, Example | None, Encoding | None]]:
+    """Every row, without the text of its tokens."""
+    waiting: list[list[tuple[int, Row, Example | None]]] = []
+
+    def examples() -> Iterator[list[Example]]:
+        for batch in batched(splits.rows(), BATCH):
+            waiting.append(batch)
+            yield [example for _, _, example in batch if example is not None]
+
+    for _, encodings in encode_batches(examples(), context, loss_on=loss_on):
+        each = iter(encodings)
+        for number, row, example in waiting.pop(0):
+            fate, reason = FATES[splits.fates[number]], splits.reasons.get(number)
+            encoding = next(each) if example is not None else None
+            if encoding is None or isinstance(encoding, Unusable):
+                reason = reason if encoding is None else str(encoding)
+                yield Inspected(row, "dropped", 0, 0, 0, reason), example, None
+                continue
+            length = len(encoding.input_ids)
+            kept, cut = encoding, 0
+            if length > max_length and not isinstance(
+                example, Text
+            ):  # a text is cut into pieces, and none lost
+                kept = Encoding(encoding.input_ids[:max_length], encoding.labels[:max_length])
+                cut = length - max_length
+            yield Inspected(row, fate, length, kept.trained, cut, reason), example, encoding
+
+
+def _pieces(encoding: Encoding, tokenizer: Any, seen: Inspected) -> tuple[tuple[str, TokenRole], ...]:
+    kept = seen.tokens - seen.cut
+    return tuple(
+        (text, "cut" if place >= kept else role)
+        for place, (text, role) in enumerate(shown(encoding, tokenizer))
+    )
+
+
+def write_page(rows: list[Inspected], path: Path, *, title: str) -> Path:
+    """The rows as one HTML page that opens offline."""
+    import jinja2
+
+    from tunesmith.training.run import write_whole
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
+    )
+    page = environment.get_template("inspection.html.jinja").render(rows=rows, title=title)
+    return write_whole(path, page)

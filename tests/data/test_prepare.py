@@ -1,0 +1,483 @@
+"""From files to token ids: nothing is lost, nothing leaks, the cache never lies, mixes and masks are as asked."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tunesmith import data
+from tunesmith.data import cache
+from tunesmith.data.examples import as_json, from_json
+from tunesmith.data.splitting import DROPPED, HELD_OUT, TRAIN, VALIDATION, draw
+from tunesmith.data.templates import IGNORED, encode
+from tunesmith.errors import DataError
+from tunesmith.recipe import Data
+
+
+def jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def questions(count, start=0):
+    words = ("red", "blue", "green", "one", "two", "three")
+    return [
+        {"prompt": f"what is number {n} of {words[n % 6]}", "response": f"{words[n % 5]} {n}"}
+        for n in range(start, start + count)
+    ]
+
+
+def made(path, tokenizer, **options):
+    settings = Data(dataset=path, **options)
+    return data.encoded(data.prepare(settings), tokenizer, data=settings, loss_on="answers")
+
+
+def answers(encodings, tokenizer):
+    return [
+        tokenizer.decode([i for i in e.labels if i != IGNORED]).removesuffix("<|im_end|>") for e in encodings
+    ]
+
+
+# rows
+
+
+def test_every_row_is_in_the_ledger_and_every_trained_one_in_the_file(tmp_path, tiny_tokenizer):
+    rows = questions(2500)
+    rows[7]["response"] = ""
+    encoded = made(jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer)
+    entries = list(encoded.ledger.entries)
+    assert [entry.row.number for entry in entries] == list(range(1, 2501))
+    counts = encoded.ledger.counts()
+    assert Counter(entry.fate for entry in entries) == {
+        name: counts[name] for name in ("train", "validation", "held_out", "dropped")
+    }
+    assert (len(encoded.train), len(encoded.held_out)) == (counts["train"], counts["held_out"])
+    assert counts["dropped"] == 1
+    by_fate = [rows[e.row.number - 1]["response"] for e in entries if e.fate == "train"]
+    assert answers(encoded.train, tiny_tokenizer) == by_fate
+    assert [entries[n].row.number - 1 for n in encoded.train.rows] == encoded.train.rows.tolist()
+    assert encoded.train.lengths.tolist() == [len(e.input_ids) for e in encoded.train]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.integers(100, 250), st.integers(1, 60), st.integers(0, 10**6))
+def test_adding_rows_moves_none(tmp_path_factory, count, more, seed):
+    """Not even near-duplicates, which join the split of an earlier row."""
+    rng = random.Random(seed)
+    folder = tmp_path_factory.mktemp("append")
+
+    def changed(text):
+        words = text.split()
+        words[rng.randrange(len(words))] = f"changed{rng.randrange(9)}"
+        return " ".join(words)
+
+    texts = [" ".join(f"w{rng.randrange(500)}" for _ in range(40)) for _ in range(count)]
+    texts += [changed(text) for text in rng.choices(texts, k=count // 3)]
+    rng.shuffle(texts)
+    extra = [changed(text) for text in rng.choices(texts, k=more)] + [f"a new text {n}" for n in range(more)]
+
+    def split(texts):
+        path = jsonl(folder / "a.jsonl", [{"text": text} for text in texts])
+        return data.prepare(Data(dataset=path, cache=False))
+
+    first = split(texts)
+    assert any("nearly the same" in note for note in first.notes)
+    assert {TRAIN, VALIDATION, HELD_OUT} <= set(first.fates.tolist())
+    assert split(texts + extra).fates.tolist()[: len(texts)] == first.fates.tolist()
+
+
+def test_near_duplicates_share_a_split(tmp_path):
+    base = [" ".join(f"w{(n * 7 + k * k) % 97}" for k in range(60)) for n in range(120)]
+    rows = [{"text": text} for text in base] + [{"text": text + " more"} for text in base]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    splits = data.prepare(Data(dataset=path, held_out=0.3, cache=False))
+    fates = splits.fates
+    pairs = [(fates[n], fates[n + 120]) for n in range(120)]
+    assert all(a == b for a, b in pairs)
+    assert {a for a, _ in pairs} == {TRAIN, VALIDATION, HELD_OUT}
+    assert any("nearly the same" in note for note in splits.notes)
+    apart = data.prepare(Data(dataset=path, held_out=0.3, near_duplicates="ignore", cache=False)).fates
+    assert any(apart[n] != apart[n + 120] for n in range(120)), "negative control"
+
+
+def test_one_text_for_all_rows_does_not_swallow_the_split(tmp_path):
+    long = " ".join(f"word{k}" for k in range(400))
+    rows = [{"prompt": f"{long} question {n}", "response": f"answer {n}"} for n in range(60)]
+    splits = data.prepare(Data(dataset=jsonl(tmp_path / "a.jsonl", rows), cache=False))
+    assert splits.count(TRAIN) > 30
+    assert splits.count(HELD_OUT) > 0
+    assert any("too many to keep in one split" in note for note in splits.notes)
+
+
+def test_training_rows_that_stand_in_a_named_split_are_dropped(tmp_path, tiny_tokenizer):
+    folder = tmp_path / "set"
+    jsonl(folder / "train.jsonl", questions(30))
+    jsonl(folder / "test.jsonl", questions(3))
+    encoded = made(str(folder), tiny_tokenizer, validation=0.0)
+    assert encoded.ledger.counts()["train"] == 27
+    assert encoded.ledger.reasons() == {
+        "the same question stands in the source's validation or held-out split": 3
+    }
+
+
+# mixes
+
+
+def mixed(tmp_path, **options):
+    a = jsonl(tmp_path / "a.jsonl", questions(400))
+    b = jsonl(tmp_path / "b.jsonl", questions(100, start=1000))
+    first = {name: options.pop(name) for name in ("weight", "max_rows") if name in options}
+    second = options.pop("second", {})
+    return Data(
+        dataset=a,
+        mix=[{"dataset": b, **second}],
+        held_out=0.0,
+        validation=0.0,
+        cache=False,
+        **first,
+        **options,
+    )
+
+
+def trained_by_source(splits):
+    counts = Counter()
+    for number, row, _ in splits.rows():
+        if splits.fates[number] == TRAIN:
+            counts[row.source] += int(splits.copies[number])
+    return dict(counts)
+
+
+def test_mixes(tmp_path):
+    assert trained_by_source(data.prepare(mixed(tmp_path))) == {"a.jsonl": 400, "b.jsonl": 100}
+    assert trained_by_source(data.prepare(mixed(tmp_path, second={"max_rows": 10}))) == {
+        "a.jsonl": 400, "b.jsonl": 10,
+    }  # fmt: skip
+    # Equal weights without repetition: as many of the larger as there are of the smaller.
+    equal = data.prepare(mixed(tmp_path, weight=1, second={"weight": 1}))
+    assert trained_by_source(equal) == {"a.jsonl": 100, "b.jsonl": 100}
+    assert (equal.fates == DROPPED).sum() == 300
+    assert set(equal.reasons.values()) == {"not drawn: num_samples and the mix's weights leave it out"}
+    # A total above what the weights allow repeats rows, evenly.
+    more = data.prepare(mixed(tmp_path, weight=1, second={"weight": 3}, num_samples=800))
+    assert trained_by_source(more) == {"a.jsonl": 200, "b.jsonl": 600}
+    assert set(more.copies[400:].tolist()) == {6}
+    # A total without weights keeps the proportions.
+    assert trained_by_source(data.prepare(mixed(tmp_path, num_samples=50))) == {"a.jsonl": 40, "b.jsonl": 10}
+
+
+def test_what_is_drawn_is_reproducible_and_seeded(tmp_path):
+    drawn = [
+        data.prepare(mixed(tmp_path, num_samples=50, mix_seed=seed)).fates.tolist() for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2]
+
+
+def test_repeated_rows_are_trained_as_often(tmp_path, tiny_tokenizer):
+    settings = mixed(tmp_path, weight=1, second={"weight": 3}, num_samples=800)
+    encoded = data.encoded(data.prepare(settings), tiny_tokenizer, data=settings, loss_on="answers")
+    assert len(encoded.train) == 800
+    assert encoded.ledger.counts()["train"] + encoded.ledger.counts()["dropped"] == 500
+    assert {entry.copies for entry in encoded.ledger.entries if entry.row.source == "b.jsonl"} == {6}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(0, 2), min_size=1, max_size=200),
+    st.lists(st.none() | st.floats(0.1, 9), min_size=3, max_size=3),
+    st.none() | st.integers(1, 500),
+)
+def test_draws_meet_their_totals(parts, weights, total):
+    keys = np.arange(len(parts), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    copies = draw(keys, np.array(parts, dtype=np.int8), weights=weights, total=total, seed=0)
+    if any(weight is not None for weight in weights):
+        if total is None:
+            assert copies.max() == 1
+        else:
+            assert copies.sum() == total
+            for part in set(parts):
+                own = copies[np.array(parts) == part]
+                assert own.max() - own.min() <= 1, "rows of one source are used equally often"
+    else:
+        assert copies.sum() == min(total or len(parts), len(parts))
+
+
+def test_a_streamed_hub_set_is_read_once_and_no_further_than_asked(monkeypatch, tmp_path, tiny_tokenizer):
+    import datasets
+
+    sent = []
+
+    def load(name, config, **options):
+        assert options["streaming"]
+
+        def rows():
+            for n in range(10_000):
+                sent.append(n)
+                yield {"prompt": f"question {n}", "response": "red"}
+
+        return datasets.IterableDatasetDict(train=datasets.IterableDataset.from_generator(rows))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    encoded = made("owner/set", tiny_tokenizer, streaming=True, max_rows=50, cache=False)
+    assert encoded.ledger.counts()["rows_in"] == 50
+    assert len(sent) <= 51
+    with pytest.raises(DataError, match="for Hub data sets"):
+        data.prepare(Data(dataset=jsonl(tmp_path / "a.jsonl", questions(3)), streaming=True))
+
+
+# the cache
+
+
+def test_the_cache_is_used_and_never_stale(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    path = jsonl(tmp_path / "a.jsonl", questions(60))
+    first = made(path, tiny_tokenizer)
+    again = made(path, tiny_tokenizer)
+    assert again.train.file == first.train.file
+    assert any("used again" in note for note in again.notes)
+    assert list(again.train) == list(first.train)
+    assert list(again.held_out) == list(first.held_out)
+    assert list(again.ledger.entries) == list(first.ledger.entries)
+    assert again.proof == first.proof
+    template = copy.deepcopy(tiny_tokenizer)
+    template.chat_template = template.chat_template.replace("message.role", "message.role | upper")
+    changes = {
+        "template": lambda: made(path, template),
+        "length": lambda: made(path, tiny_tokenizer, max_length=77),
+        "rows": lambda: made(jsonl(tmp_path / "a.jsonl", questions(61)), tiny_tokenizer),
+        "system": lambda: made(path, tiny_tokenizer, system_prompt="red"),
+        "shares": lambda: made(path, tiny_tokenizer, held_out=0.4),
+    }
+    files = {first.train.file}
+    for name, change in changes.items():
+        changed = change()
+        assert changed.train.file not in files, name
+        files.add(changed.train.file)
+    monkeypatch.setattr(
+        cache, "key", lambda facts, before=cache.key: before([facts, "another version of the code"])
+    )
+    assert made(path, tiny_tokenizer).train.file not in files
+    assert not list((tmp_path / "cache").rglob(".making-*")), "nothing half written is left"
+
+
+def test_a_failed_preparation_leaves_nothing_in_the_cache(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    path = jsonl(tmp_path / "a.jsonl", questions(30))
+    with pytest.raises(DataError, match="supervision proof"):
+        made(path, tiny_tokenizer, max_length=8)
+    kept = [folder.name for folder in (tmp_path / "cache" / "prepared").iterdir()]
+    assert len(kept) == 1, "the split alone, which was right"
+
+
+def test_the_cache_stays_below_its_limit(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "LIMIT", 1)
+    made(jsonl(tmp_path / "a.jsonl", questions(30)), tiny_tokenizer)
+    made(jsonl(tmp_path / "b.jsonl", questions(31)), tiny_tokenizer)
+    assert len(list((tmp_path / "cache" / "prepared").iterdir())) == 1
+
+
+def test_stored_examples_are_what_they_were(tmp_path):
+    rows = [
+        {"messages": CALLING["messages"], "tools": CALLING["tools"], "tag": "x\ud800"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1}]},
+        {"text": "once"},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "completion": "b", "label": False},
+    ]
+    for row in rows:
+        [example] = data.prepare(Data(dataset=jsonl(tmp_path / "a.jsonl", [row]), cache=False)).train
+        assert from_json(as_json(example)) == example
+
+
+# masks
+
+
+def masked(tokenizer, turns, loss_on="answers", **row):
+    from tunesmith.data.examples import Row
+    from tunesmith.data.formats import FORMATS
+
+    example = FORMATS["messages"].convert({"messages": turns, **row}, Row("x", 1))
+    encoding = encode(example, tokenizer, loss_on=loss_on)
+    return tokenizer.decode([i for i in encoding.labels if i != IGNORED])
+
+
+def turns(*weights):
+    found = []
+    for number, weight in enumerate(weights):
+        found += [
+            {"role": "user", "content": f"one {number}"},
+            {"role": "assistant", "content": f"red {number}"},
+        ]
+        if weight is not None:
+            found[-1][weight[0]] = weight[1]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("weights", "loss_on", "expected"),
+    [
+        ([None, None], "answers", "red 0<|im_end|>red 1<|im_end|>"),
+        ([None, None], "last_answer", "red 1<|im_end|>"),
+        ([("weight", 0), None], "answers", "red 1<|im_end|>"),
+        ([None, ("weight", 0)], "answers", "red 0<|im_end|>"),
+        ([("train", False), ("train", True)], "answers", "red 1<|im_end|>"),
+        ([("weight", 1.0), None, None], "last_answer", "red 0<|im_end|>red 2<|im_end|>"),
+    ],
+)
+def test_a_row_may_say_which_answers_are_trained(tiny_tokenizer, weights, loss_on, expected):
+    assert masked(tiny_tokenizer, turns(*weights), loss_on) == expected
+
+
+def test_weight_0_holds_for_the_whole_text_as_well(tiny_tokenizer):
+    text = masked(tiny_tokenizer, turns(("weight", 0), None), "everything")
+    assert "red 0" not in text
+    assert "one 0" in text
+    assert "red 1<|im_end|>" in text
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        ([("weight", 0.5)], "neither 0 nor 1"),
+        ([("weight", 0)], "every answer has weight 0"),
+    ],
+)
+def test_weights_that_cannot_be_followed(tiny_tokenizer, weights, reason):
+    from tunesmith.data.examples import Unusable
+
+    with pytest.raises(Unusable, match=reason):
+        masked(tiny_tokenizer, turns(*weights))
+
+
+CALLING = {
+    "tools": [
+        {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "none": None}}},
+    ],
+    "messages": [
+        {"role": "user", "content": "one and two"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": "<|im_end|>"}'}}
+            ],
+        },
+        {"role": "tool", "name": "add", "tool_call_id": "1", "content": "3"},
+        {"role": "assistant", "content": "three"},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["qwen2_5", "qwen3", "llama3_1", "gemma4"])
+def test_tool_calls_and_results_are_rendered_by_the_template(family):
+    from families import families, tokenizer_of
+
+    from tunesmith.data.examples import Row
+    from tunesmith.data.formats import FORMATS
+    from tunesmith.data.templates import end_of_turn_ids
+
+    tokenizer = tokenizer_of(next(f for f in families() if f.name == family))
+    example = FORMATS["messages"].convert(CALLING, Row("x", 1))
+    encoding = encode(example, tokenizer)
+    text = tokenizer.decode(encoding.input_ids)
+    assert text.count("add") >= 2, "the schema and the call"
+    assert "none" not in text, "keys without a value come from columnar files and are no part of a schema"
+    assert "3" in text
+    trained = tokenizer.decode([i for i in encoding.labels if i != IGNORED])
+    assert "three" in trained
+    assert "one and two" not in trained
+    assert [i for i in encoding.labels if i != IGNORED][-1] in end_of_turn_ids(tokenizer)
+    if family != "qwen3":  # writes earlier turns otherwise than the last one
+        assert '"<|im_end|>"' in trained.replace(" ", ""), "special text in an argument stays text"
+
+
+def test_tools_need_a_template_that_takes_them(tiny_tokenizer):
+    from tunesmith.data.examples import Unusable
+
+    with pytest.raises(Unusable, match="no place for tools"):
+        masked(tiny_tokenizer, CALLING["messages"], tools=CALLING["tools"])
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_goes_where_the_template_wants_it(key):
+    from families import families, tokenizer_of
+
+    tokenizer = tokenizer_of(next(f for f in families() if f.name == "qwen3"))
+    said = masked(
+        tokenizer,
+        [{"role": "user", "content": "one"}, {"role": "assistant", "content": "red", key: "it is blue"}],
+    )
+    assert said == "<think>\nit is blue\n</think>\n\nred<|im_end|>"
+
+
+def test_reasoning_that_has_no_place_is_counted(tmp_path, tiny_tokenizer):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": str(n)},
+                {"role": "assistant", "content": "red", "thinking": "hm"},
+            ]
+        }
+        for n in range(9)
+    ]
+    encoded = made(jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer)
+    assert any(
+        "9 rows have reasoning, for which the chat template has no place" in note for note in encoded.notes
+    )
+
+
+# inspection
+
+
+def test_inspect_shows_the_worst_rows_and_the_named_ones(tmp_path, tiny_tokenizer):
+    from tunesmith.data.inspection import inspect_rows, write_page
+
+    rows = questions(40)
+    rows[4]["response"] = "red " * 200
+    rows[9]["prompt"] = "what <b>&" + "blue " * 60
+    rows[11]["response"] = ""
+    splits = data.prepare(Data(dataset=jsonl(tmp_path / "a.jsonl", rows), cache=False))
+
+    def look(**options):
+        return inspect_rows(splits, tiny_tokenizer, max_length=100, loss_on="answers", **options)
+
+    by_why = {seen.why: seen for seen in look(count=1)}
+    assert by_why["longest, most truncated"].row.number == 5
+    assert by_why["lowest trained share"].row.number == 10
+    longest = by_why["longest, most truncated"]
+    assert Counter(role for _, role in longest.pieces)["cut"] == longest.cut == longest.tokens - 100
+    assert "".join(text for text, _ in longest.pieces).count("red") == 200
+    named = look(rows=["12", "a.jsonl:3"])
+    assert (named[0].row.number, named[0].fate, named[0].reason) == (12, "dropped", "empty answer")
+    trained = "".join(text for text, role in named[1].pieces if role == "trained")
+    assert trained == rows[2]["response"] + "<|im_end|>"
+    with pytest.raises(DataError, match="no row 99"):
+        look(rows=["99"])
+    page = write_page(look(), tmp_path / "page.html", title="a <title>").read_text()
+    assert (
+        "what &lt;b&gt;&amp;" in page.replace('</span><span class="context" title="context, token 9">', "")
+        or "&lt;" in page
+    )
+    assert "a &lt;title&gt;" in page
+
+
+def test_characters_of_several_tokens_are_shown_whole(tiny_tokenizer):
+    from tunesmith.data.examples import Conversation, Message, Row
+    from tunesmith.data.templates import shown
+
+    text = "né 漢字 👩"
+    encoding = encode(
+        Conversation((Message("user", text), Message("assistant", text)), Row("x", 1)), tiny_tokenizer
+    )
+    pieces = shown(encoding, tiny_tokenizer)
+    assert len(pieces) == len(encoding.input_ids)
+    assert "".join(piece for piece, _ in pieces) == tiny_tokenizer.decode(encoding.input_ids)

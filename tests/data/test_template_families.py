@@ -5,6 +5,7 @@ Every template that the installed TRL ships is tried with a tokenizer of the fam
 
 from __future__ import annotations
 
+import random
 import re
 from functools import lru_cache
 from itertools import groupby
@@ -15,6 +16,7 @@ from families import Family, families, tokenizer_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tunesmith.data import templates
 from tunesmith.data.examples import Conversation, Message, Row, Unusable
 from tunesmith.data.templates import (
     IGNORED,
@@ -338,6 +340,55 @@ def test_all_at_once_is_one_by_one(family):
     together = [str(e) if isinstance(e, Unusable) else e for e in encode_all(examples, tok)]
     assert together == [alone(conversation) for conversation in examples]
     assert [isinstance(item, str) for item in together[-2:]] == [True, True]
+
+
+@each
+def test_what_is_not_rendered_is_what_rendering_gives(family, monkeypatch):
+    """Most conversations are put together without rendering; the result is that of the long way, to the id."""
+    rng = random.Random(0)
+    words = [*WORDS, *ENDS, "what", "is", "one", "\n", "<tool_response>", "user", "image", "content"]
+    given = [
+        Conversation(
+            talk(*(" ".join(rng.choices(words, k=rng.randint(1, 5))) for _ in range(4))), Row("t", n)
+        )
+        for n in range(500)
+    ]
+    tok = tokenizer(family.name)
+    rendered_rows = []
+    whole = templates._render_all
+    monkeypatch.setattr(templates, "SURE_AFTER", 16)
+    monkeypatch.setattr(
+        templates, "_render_all", lambda turns, context: rendered_rows.extend(turns) or whole(turns, context)
+    )
+    fast = [str(e) if isinstance(e, Unusable) else e for n in range(5) for e in encode_all(given[n::5], tok)]
+    skipped = 1 - len(rendered_rows) / len(given)
+    monkeypatch.setattr(templates, "_skeleton", lambda turns, context: None)
+    slow = [str(e) if isinstance(e, Unusable) else e for n in range(5) for e in encode_all(given[n::5], tok)]
+    assert fast == slow
+    if family.name in ("qwen2_5", "llama3"):
+        assert skipped > 0.2, "else the test shows nothing"
+
+
+def test_a_template_that_looks_at_more_than_texts_is_always_rendered():
+    tok = tokenizer_of(next(family for family in ALL if family.name == "qwen2_5"))
+    plain = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"
+    opening = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    contents = {
+        "m.content": True,
+        "m.content | trim": True,
+        "m.content | upper": False,
+        "m.content | tojson": False,
+        "m.content if m.content | length < 99 else m.content[:99]": False,
+        "'list' if m.content[0] == '[' else m.content": False,
+        "m.content | replace('é', 'e')": False,
+    }
+    for content, verbatim in contents.items():
+        tok.chat_template = plain.replace("CONTENT", content) + opening
+        context = templates.encoder(tok)
+        skeleton = templates._worked_out(("user", "assistant"), context)
+        assert (skeleton is not None and skeleton.is_verbatim) == verbatim, content
+    tok.chat_template = plain.replace("CONTENT", "m.content if 'secret' not in m.content else 'x'") + opening
+    assert templates.encoder(tok).triggers == ("secret",)
 
 
 # Each of these was wrong once.

@@ -14,7 +14,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -498,14 +498,14 @@ def _encode_into(
                 counts["special"] += has_special_text(example, context)
                 counts["left_out"] += left_out(example, context)
                 if isinstance(encoding, Unusable):
-                    entries[place] = replace(entry, fate="dropped", reason=str(encoding))
+                    entries[place] = entry._replace(fate="dropped", reason=str(encoding))
                     continue
-                entries[place] = replace(entry, tokens=len(encoding.input_ids))
+                entries[place] = entry._replace(tokens=len(encoding.input_ids))
                 if entry.fate == "held_out":
                     held_out.write(as_json(example) + "\n")
                 elif len(encoding.input_ids) > data.max_length and data.over_long in ("drop", "error"):
                     reason = f"longer than max_length {data.max_length} (over_long: {data.over_long})"
-                    entries[place] = replace(entries[place], fate="dropped", reason=reason)
+                    entries[place] = entries[place]._replace(fate="dropped", reason=reason)
                     too_long.append(f"{entry.row} ({entries[place].tokens} tokens)")
                 else:
                     trained.append((place, example, encoding))
@@ -518,15 +518,15 @@ def _encode_into(
             for (place, example, encoding), breach in zip(trained, breaches, strict=True):
                 entry = entries[place]
                 if breach:
-                    entries[place] = replace(entry, fate="dropped", reason=breach)
+                    entries[place] = entry._replace(fate="dropped", reason=breach)
                     continue
                 pieces = _pieces(example, encoding, data.max_length)
                 if len(pieces) > 1:
                     reason = f"cut into {len(pieces)} pieces of at most {data.max_length} tokens"
-                    entries[place] = replace(entry, reason=reason)
+                    entries[place] = entry._replace(reason=reason)
                     counts["chunked"] += 1
                 elif len(encoding.input_ids) > data.max_length:
-                    entries[place] = replace(entry, tokens_cut=len(encoding.input_ids) - data.max_length)
+                    entries[place] = entry._replace(tokens_cut=len(encoding.input_ids) - data.max_length)
                 numbers, kept = made[entry.fate]
                 kept += pieces * entry.copies
                 numbers += [rows[place][0]] * len(pieces) * entry.copies
@@ -630,8 +630,12 @@ def _chunks(encoding: Encoding, length: int) -> list[Encoding]:
     """Consecutive pieces of a text; the first token of a piece has no context to be predicted from."""
     pieces = []
     for start in range(0, len(encoding.input_ids), length):
-        ids, labels = encoding.input_ids[start : start + length], encoding.labels[start : start + length]
-        pieces.append(Encoding(ids, (IGNORED, *labels[1:])))
+        ids, labels = (
+            encoding.input_ids[start : start + length],
+            encoding.labels[start : start + length].copy(),
+        )
+        labels[0] = IGNORED
+        pieces.append(Encoding(ids, labels))
     return pieces
 
 

@@ -129,10 +129,7 @@ class EncodingWriter:
         offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
         columns = []
         for name in ("input_ids", "labels"):
-            flat: list[int] = []
-            for encoding in encodings:
-                flat += getattr(encoding, name)
-            values = np.array(flat, dtype=np.int32)
+            values = np.concatenate([getattr(encoding, name) for encoding in encodings], dtype=np.int32)
             self.digest.update(values)
             columns.append(arrow.ListArray.from_arrays(offsets, values))
         self.digest.update(lengths)

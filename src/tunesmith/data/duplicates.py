@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
 import numpy as np
@@ -64,9 +65,19 @@ class NearDuplicates:
     def __init__(self) -> None:
         self._sketches, *self._bands = (_scratch() for _ in range(1 + BANDS))
         self.count = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sketch")
+        self._running: Future[None] | None = None
 
     def add(self, texts: Sequence[str]) -> None:
-        """The next rows' texts, in order."""
+        """The next rows' texts, in order. Returns while they are sketched, in a thread."""
+        self._finished()
+        self._running = self._thread.submit(self._add, texts)
+
+    def _finished(self) -> None:
+        if self._running:
+            self._running.result()
+
+    def _add(self, texts: Sequence[str]) -> None:
         made = sketches(texts)
         self._sketches.write(made.tobytes())
         width = BINS // BANDS
@@ -83,6 +94,8 @@ class NearDuplicates:
 
         Whether two rows are a pair depends on these two and the rows before them, never on later ones.
         """
+        self._finished()
+        self._thread.shutdown()
         found = np.empty(0, dtype=np.int64)
         for file in self._bands:
             file.flush()

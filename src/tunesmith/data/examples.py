@@ -6,14 +6,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 Fate = Literal["train", "validation", "held_out", "dropped"]
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Where an example came from: the source's name and the row's number in it, counted from 1."""
 
     source: str
@@ -160,9 +159,7 @@ SHAPES: dict[str, type[Example]] = {
 def as_json(example: Example) -> str:
     """An example as one line of JSON, from which `from_json` makes it again."""
     facts = {item.name: getattr(example, item.name) for item in fields(example)}
-    return json.dumps(
-        {"shape": type(example).__name__.lower(), **facts, "row": astuple(example.row)}, default=str
-    )
+    return json.dumps({"shape": type(example).__name__.lower(), **facts, "row": example.row}, default=str)
 
 
 def from_json(line: str) -> Example:
@@ -178,8 +175,7 @@ def from_json(line: str) -> Example:
     return shape(**facts)
 
 
-@dataclass(frozen=True)
-class LedgerEntry:
+class LedgerEntry(NamedTuple):
     """What became of one input row, and why where that is not obvious."""
 
     row: Row

@@ -156,7 +156,9 @@ def _pieces(encoding: Encoding, tokenizer: Any, seen: Inspected) -> tuple[tuple[
     kept = seen.tokens - seen.cut
     return tuple(
         (text, "cut" if place >= kept else role)
-        for place, (text, role) in enumerate(shown(encoding, tokenizer))
+        for place, (text, role) in enumerate(
+            shown(Encoding(encoding.input_ids.tolist(), encoding.labels.tolist()), tokenizer)
+        )
     )
 
 

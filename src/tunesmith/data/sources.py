@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tunesmith.data.examples import Row
 from tunesmith.errors import DataError, nearest
@@ -34,8 +34,7 @@ ROLES: dict[str, Role] = {
 SHOWN_PROBLEMS = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One row as it stands in the source, and the role its file or split gives it."""
 
     row: Row
@@ -313,10 +312,8 @@ def _from_folder(path: Path, pattern: str | None) -> Source:
         for source, place in sources:
             for record in source.scan():
                 # Named by the path in the folder: files of two folders share names.
-                number = record.row.number
-                yield replace(
-                    record, row=Row(place + record.row.source.removeprefix(Path(place).name), number)
-                )
+                row = Row(place + record.row.source.removeprefix(Path(place).name), record.row.number)
+                yield record._replace(row=row) if isinstance(record, Record) else replace(record, row=row)
 
     unused = sorted({p.name for p in files} - {p.name for p, _ in chosen})
     notes = [f"files without a split's name are not used: {', '.join(unused)}"] if unused else []
@@ -524,7 +521,7 @@ def _json(path: Path) -> Iterator[Record | Broken]:
         if all(name in ROLES for name in loaded):
             for split, rows in loaded.items():
                 for record in _records(f"{path.name}/{split}", rows):
-                    yield replace(record, role=ROLES[split]) if isinstance(record, Record) else record
+                    yield record._replace(role=ROLES[split]) if isinstance(record, Record) else record
             return
         if len({len(values) for values in loaded.values()}) == 1:
             columns = list(loaded)

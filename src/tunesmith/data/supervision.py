@@ -65,7 +65,7 @@ class Proof:
         if not encodings:
             return []
         lengths = np.array([len(encoding.input_ids) for encoding in encodings])
-        ids, labels = (_flat(encodings, name) for name in ("input_ids", "labels"))
+        ids, labels = flat(encodings, "input_ids"), flat(encodings, "labels")
         starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
         row = np.repeat(np.arange(len(encodings)), lengths)
         place = np.arange(len(ids)) - starts[row]
@@ -151,11 +151,12 @@ class Proof:
             )
             self.served_otherwise += tuple(served) != ids
         length = len(ids)
-        if encoding.input_ids[:length] != ids:
+        if tuple(encoding.input_ids[:length].tolist()) != ids:
             return False
         if self.loss_on == "everything" or example.messages[-1].trained is False:
             return True
-        return encoding.labels[length] != IGNORED and (length == 0 or encoding.labels[length - 1] == IGNORED)
+        begins = encoding.labels[length] != IGNORED
+        return bool(begins and (length == 0 or encoding.labels[length - 1] == IGNORED))
 
     def finish(self, *, on_breach: str) -> None:
         """Raises DataError that names the rows, unless they may be dropped."""
@@ -196,8 +197,6 @@ class Proof:
         }
 
 
-def _flat(encodings: Sequence[Encoding], name: str) -> NDArray[np.int32]:
-    flat: list[int] = []
-    for encoding in encodings:
-        flat += getattr(encoding, name)
-    return np.array(flat, dtype=np.int32)
+def flat(encodings: Sequence[Encoding], name: str) -> NDArray[np.int32]:
+    """The ids or labels of all encodings, one behind the other."""
+    return np.concatenate([getattr(encoding, name) for encoding in encodings])

@@ -8,11 +8,14 @@ in training as when the model is asked.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from tunesmith.data.examples import Conversation, Example, Message, Row, Text, Unusable, texts
 from tunesmith.errors import ModelError, nearest
@@ -58,15 +61,18 @@ _PLACE = re.compile("\ue002(\\d+)\ue003")
 
 @dataclass(frozen=True)
 class Encoding:
-    """Token ids and labels of one example, equally long; label -100 means no loss."""
+    """Token ids and labels of one example, equally long; label -100 means no loss.
 
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
+    Tuples where there is one example, views of an array where there are many.
+    """
+
+    input_ids: Any
+    labels: Any
 
     @property
     def trained(self) -> int:
         """Number of tokens with a label."""
-        return sum(label != IGNORED for label in self.labels)
+        return int(np.count_nonzero(np.asarray(self.labels) != IGNORED))
 
 
 class _Segment(NamedTuple):
@@ -106,7 +112,11 @@ class Encoder:
     reasoning_key: str | None
     """Name under which the template takes an answer's reasoning; None where it has no place for it."""
     takes_tools: bool
+    triggers: tuple[str, ...]
+    """Texts by which the template may tell contents apart; content with one of them is always rendered."""
     skeletons: dict[tuple[str, ...], _Skeleton | None] = field(default_factory=dict)
+    agreed: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    """Number of rows for which a skeleton and the rendered text were the same, by roles."""
     closings: dict[tuple[int, ...], bool] = field(default_factory=dict)
 
 
@@ -119,6 +129,8 @@ class _Skeleton:
 
     segments: tuple[tuple[tuple[str | int, ...], bool, int | None], ...]
     """Pieces, whether it is an answer, and the number of the answer's message."""
+    is_verbatim: bool
+    """Whether contents of very different kinds all came out as they went in."""
 
     def filled(self, turns: Sequence[Message]) -> list[_Segment]:
         """The segments with contents in their places."""
@@ -147,6 +159,7 @@ def encoder(tokenizer: Any) -> Encoder:
         _puts_space_first(tokenizer),
         next((k for k in REASONING_KEYS if re.search(rf"""[.\["']{k}\b""", source)), None),
         "tool_calls" in source or "tools" in source,
+        _triggers(source),
     )
 
 
@@ -228,13 +241,18 @@ def encode_all(
 ) -> list[Encoding | Unusable]:
     """All encodings at once, in order, with the reason in place of an example that has none."""
     [(_, encodings)] = encode_batches([examples], encoder(tokenizer), loss_on=loss_on, ahead=False)
-    return encodings
+    return [
+        e if isinstance(e, Unusable) else Encoding(tuple(e.input_ids.tolist()), tuple(e.labels.tolist()))
+        for e in encodings
+    ]
 
 
 def encode_batches(
     batches: Iterable[Sequence[Example]], context: Encoder, *, loss_on: LossOn = "answers", ahead: bool = True
 ) -> Iterator[tuple[Sequence[Example], list[Encoding | Unusable]]]:
-    """Each batch with its encodings. While one is tokenized, in native threads, the next one is rendered.
+    """Each batch with its encodings, as views of int32 arrays that hold the whole batch.
+
+    While one batch is tokenized, in native threads, the next one is rendered.
 
     With `ahead` a batch is read before the one before it is given back.
     """
@@ -257,39 +275,104 @@ def encode_batches(
 
 
 _Parts = list["list[_Segment] | Unusable"]
-_Tokens = tuple[list[list[list[int]]], list[Encoding]]
+_Tokens = tuple[list[list[list[int]]], list[list[int]]]
 
 
 def _rendered(examples: Sequence[Example], context: Encoder) -> _Parts:
     """Segments of each example, one rendering each wherever the template's skeleton is known."""
     parts: _Parts = []
-    simple: list[tuple[int, Sequence[Message], _Skeleton]] = []
+    to_render: list[tuple[int, Sequence[Message], list[_Segment]]] = []
     for number, example in enumerate(examples):
         try:
             if isinstance(example, Conversation):
                 turns = _turns(example.messages, context)
                 skeleton = None if example.tools else _skeleton(turns, context)
                 if skeleton:
-                    simple.append((number, turns, skeleton))
-                    parts.append([])
+                    segments = skeleton.filled(turns)
+                    if not _is_certain(number, turns, skeleton, context):
+                        to_render.append((number, turns, segments))
+                    parts.append(segments)
                 else:
                     parts.append(_conversation_segments(turns, example.tools, context))
             else:
                 parts.append(_no_segments(example))
         except Unusable as reason:
             parts.append(reason)
-    if simple:
-        rendered = _render_all([turns for _, turns, _ in simple], context)
-        for (number, plain, skeleton), text in zip(simple, rendered, strict=True):
-            segments = skeleton.filled(plain)
-            if text == "".join([segment.text for segment in segments]):
-                parts[number] = segments
-                continue
-            try:
-                parts[number] = _conversation_segments(plain, (), context)
-            except Unusable as reason:
-                parts[number] = reason
+    rendered = _render_all([plain for _, plain, _ in to_render], context)
+    for (number, plain, segments), text in zip(to_render, rendered, strict=True):
+        roles = tuple([turn.role for turn in plain])
+        if text == "".join([segment.text for segment in segments]):
+            context.agreed[roles] += 1
+            continue
+        if not _has_trigger(plain, context):
+            context.agreed[roles] = -(10**12)  # the template tells contents apart by something else
+        try:
+            parts[number] = _conversation_segments(plain, (), context)
+        except Unusable as reason:
+            parts[number] = reason
     return parts
+
+
+SURE_AFTER, STILL_CHECKED = 256, 32
+"""Conversations with given roles that are all rendered, and the share (one in so many) that is from then on."""
+
+
+def _is_certain(number: int, turns: Sequence[Message], skeleton: _Skeleton, context: Encoder) -> bool:
+    """Whether rendering could only repeat what the skeleton says.
+
+    That takes a template that has written hundreds of such conversations by its skeleton, contents of every
+    kind verbatim, and contents without any of the texts that the template looks for.
+    """
+    if not skeleton.is_verbatim or number % STILL_CHECKED == 0:
+        return False
+    if context.agreed[tuple([turn.role for turn in turns])] < SURE_AFTER:
+        return False
+    return not _has_trigger(turns, context)
+
+
+def _has_trigger(turns: Sequence[Message], context: Encoder) -> bool:
+    return any(trigger in turn.content for trigger in context.triggers for turn in turns)
+
+
+def _triggers(source: str) -> tuple[str, ...]:
+    """Texts in a template's comparisons, tests, calls and filters, names of roles and keys aside.
+
+    A template can tell one content from another by such a text, or else by its length, its place or its
+    first characters; `_is_verbatim` tries contents that differ in these.
+    """
+    import jinja2
+
+    nodes = jinja2.nodes
+    try:
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+            re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", source)
+        )
+    except jinja2.TemplateSyntaxError:
+        return ("",)  # unknown to this parser: in every content, so everything is rendered
+    deciding = (nodes.Compare, nodes.Test, nodes.Call, nodes.Filter)
+    texts = {
+        const.value
+        for node in tree.find_all(deciding)
+        for const in node.find_all(nodes.Const)
+        if isinstance(const.value, str) and const.value
+    }
+    of_roles = {
+        const.value
+        for node in tree.find_all(nodes.Compare)
+        if _names_role(node.expr)
+        for const in node.find_all(nodes.Const)
+    }
+    return tuple(sorted(texts - of_roles))
+
+
+def _names_role(node: Any) -> bool:
+    """Whether an expression is a message's role."""
+    import jinja2
+
+    if isinstance(node, jinja2.nodes.Getattr):
+        return bool(node.attr == "role")
+    is_item = isinstance(node, jinja2.nodes.Getitem) and isinstance(node.arg, jinja2.nodes.Const)
+    return bool(is_item and node.arg.value == "role")
 
 
 def _tokens(examples: Sequence[Example], parts: _Parts, context: Encoder) -> _Tokens:
@@ -299,26 +382,49 @@ def _tokens(examples: Sequence[Example], parts: _Parts, context: Encoder) -> _To
         for example, item in zip(examples, parts, strict=True)
         if isinstance(example, Text) and not isinstance(item, Unusable)
     ]
-    return _ids(segments, context), _text_encodings(texts, context.tokenizer)
+    return _ids(segments, context), _text_ids(texts, context.tokenizer)
 
 
 def _assembled(
     examples: Sequence[Example], parts: _Parts, tokens: _Tokens, context: Encoder, loss_on: LossOn
 ) -> list[Encoding | Unusable]:
     ids, texts = iter(tokens[0]), iter(tokens[1])
-    encodings: list[Encoding | Unusable] = []
+    flat: list[int] = []
+    trained: list[tuple[int, int]] = []
+    found: list[tuple[int, int] | Unusable] = []
     for example, item in zip(examples, parts, strict=True):
         if isinstance(item, Unusable):
-            encodings.append(item)
+            found.append(item)
             continue
         pieces = next(ids)
-        try:
-            encodings.append(
-                next(texts) if isinstance(example, Text) else _labelled(item, pieces, context, loss_on)
-            )
-        except Unusable as reason:
-            encodings.append(reason)
-    return encodings
+        start = len(flat)
+        if isinstance(example, Text):
+            text = next(texts)
+            flat += text
+            trained.append((start + (text[:1] == [context.tokenizer.bos_token_id]), len(flat)))
+        else:
+            try:
+                labelled = _labelled(item, pieces, context, loss_on)
+            except Unusable as reason:
+                found.append(reason)
+                continue
+            for piece, count in labelled:
+                if count:
+                    trained.append((len(flat), len(flat) + count))
+                flat += piece
+        found.append((start, len(flat)))
+    input_ids = np.array(flat, dtype=np.int32)
+    steps = np.zeros(len(flat) + 1, dtype=np.int32)
+    bounds = np.array(trained, dtype=np.int64).reshape(-1, 2)
+    np.add.at(steps, bounds[:, 0], 1)
+    np.add.at(steps, bounds[:, 1], -1)
+    labels = np.where(np.cumsum(steps[:-1]) > 0, input_ids, np.int32(IGNORED))
+    return [
+        place
+        if isinstance(place, Unusable)
+        else Encoding(input_ids[place[0] : place[1]], labels[place[0] : place[1]])
+        for place in found
+    ]
 
 
 def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -442,7 +548,32 @@ def _worked_out(roles: Sequence[str], context: Encoder) -> _Skeleton | None:
         if segment.is_answer and len(own) != 1:
             return None
         made.append((tuple(pieces), segment.is_answer, own[0] if segment.is_answer else None))
-    return _Skeleton(tuple(made)) if seen == list(range(len(roles))) else None
+    if seen != list(range(len(roles))):
+        return None
+    skeleton = _Skeleton(tuple(made), is_verbatim=True)
+    return _Skeleton(tuple(made), is_verbatim=_is_verbatim(roles, skeleton, context))
+
+
+KINDS = (
+    "a",
+    "Zß 漢字 é\n\n\tq \"quoted\" 'too' & <b>c</b> \\n {{ d }} {% e %} # f / g = 1.50 | h",
+    '{"name": [1, 2]}',
+    "[INST] x",
+    "# y\nz " + "long " * 2000 + "end",
+)
+"""Contents as different as they come: a template that writes all of them verbatim transforms none."""
+
+
+def _is_verbatim(roles: Sequence[str], skeleton: _Skeleton, context: Encoder) -> bool:
+    for shift in range(len(KINDS)):
+        turns = _turns(
+            [Message(role, KINDS[(number + shift) % len(KINDS)]) for number, role in enumerate(roles)],
+            context,
+        )
+        [text] = _render_all([turns], context)
+        if text != "".join([segment.text for segment in skeleton.filled(turns)]):
+            return False
+    return True
 
 
 def _turns(messages: Sequence[Message], context: Encoder) -> list[Message]:
@@ -771,31 +902,31 @@ def _specials(tokenizer: Any) -> _Specials:
 
 def _labelled(
     segments: Sequence[_Segment], parts: Sequence[list[int]], context: Encoder, loss_on: LossOn
-) -> Encoding:
-    input_ids: list[int] = []
-    labels: list[int] = []
-    eos = context.tokenizer.eos_token_id
+) -> list[tuple[list[int], int]]:
+    """The ids of each segment, and how many of them, from its first, are trained."""
+    labelled: list[tuple[list[int], int]] = []
     last = max([number for number, segment in enumerate(segments) if segment.is_answer])
     for number, (segment, ids) in enumerate(zip(segments, parts, strict=True)):
-        end = _through_end_of_turn(ids, context) if segment.is_answer else 0
-        if number == last and not end:
-            # The template closes the turn with no token of its own: the model must still learn to stop.
-            if eos is None:
-                raise Unusable("neither the chat template nor the tokenizer has a token that ends an answer")
-            ids = [*_without_trailing_space(ids, context.tokenizer), eos]
         trained = 0
         if segment.is_answer:
+            end = _through_end_of_turn(ids, context)
+            if number == last and not end:
+                # The template closes the turn with no token of its own: the model must still learn to stop.
+                eos = context.tokenizer.eos_token_id
+                if eos is None:
+                    raise Unusable(
+                        "neither the chat template nor the tokenizer has a token that ends an answer"
+                    )
+                ids = [*_without_trailing_space(ids, context.tokenizer), eos]
             # An earlier answer that nothing closes would teach the model to run on; it stays context.
-            chosen = (loss_on == "answers" and (end or number == last)) or number == last
+            chosen = (loss_on == "answers" and bool(end)) or number == last
             if segment.trained is not None:
                 chosen = segment.trained
             trained = (end or len(ids)) if chosen else 0
         if loss_on == "everything" and segment.trained is not False:
             trained = len(ids)
-        input_ids += ids
-        labels += ids[:trained]
-        labels += [IGNORED] * (len(ids) - trained)
-    return Encoding(tuple(input_ids), tuple(labels))
+        labelled.append((ids, trained))
+    return labelled
 
 
 def _through_end_of_turn(ids: Sequence[int], context: Encoder) -> int:
@@ -822,14 +953,12 @@ def _without_trailing_space(ids: Sequence[int], tokenizer: Any) -> list[int]:
     return ids
 
 
-def _text_encodings(texts: Sequence[str], tokenizer: Any) -> list[Encoding]:
-    """Running text, opened as the tokenizer opens texts and closed by the end-of-text token."""
+def _text_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Running texts, opened as the tokenizer opens texts and closed by the end-of-text token."""
     if not texts:
         return []
-    encodings = []
-    for ids in tokenizer(list(texts), split_special_tokens=True).input_ids:
+    found: list[list[int]] = tokenizer(list(texts), split_special_tokens=True).input_ids
+    for ids in found:
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
-        is_bos = bool(ids) and ids[0] == tokenizer.bos_token_id
-        encodings.append(Encoding(tuple(ids), (IGNORED, *ids[1:]) if is_bos else tuple(ids)))
-    return encodings
+    return found

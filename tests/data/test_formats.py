@@ -9,7 +9,7 @@ import pytest
 
 from tunesmith.data import prepare
 from tunesmith.data.examples import Conversation, Preference, Rating, Row, Text, Unusable
-from tunesmith.data.formats import FORMATS, convert, detect
+from tunesmith.data.formats import FORMATS, check_group, convert, detect
 from tunesmith.data.sources import in_memory, read
 from tunesmith.errors import DataError
 from tunesmith.recipe import Data
@@ -183,7 +183,7 @@ def test_unknown_columns_are_named():
         detect(source({"instruction": "a"}), format="instructions")
     rows = source({"prompt": "a", "response": "b", "author": "c"})
     with pytest.raises(DataError, match="Did you mean 'author'"):
-        list(convert(rows, detect(rows), group_by="autor"))
+        check_group(rows, "autor")
     [(_, made)] = convert(rows, detect(rows), group_by="author")
     assert made.group == "c"
 

@@ -30,14 +30,16 @@ from tunesmith.data.formats import (
     FORMATS,
     Detection,
     Format,
+    check_group,
     convert,
     detect,
+    expected,
     has_numbers,
     keyed,
     none_usable,
     unused_columns,
 )
-from tunesmith.data.sources import Source, open_source, read
+from tunesmith.data.sources import Source, checked, open_source
 from tunesmith.data.splitting import DROPPED, FATES, HELD_OUT, TRAIN, VALIDATION, Codes, assign, draw
 from tunesmith.data.splitting import key as split_key
 from tunesmith.data.templates import (
@@ -208,74 +210,76 @@ def prepare(
     return splits
 
 
+class _Found:
+    """What is kept of each row while the sources are read: a few bytes."""
+
+    def __init__(self, *, with_texts: bool) -> None:
+        self.keys, self.roles, self.parts = array("Q"), array("b"), array("b")
+        self.reasons: dict[int, str] = {}
+        self.shapes: set[type[Example]] = set()
+        self.numbers = self.groups = 0
+        self.near = NearDuplicates() if with_texts else None
+        self._waiting: list[str] = []
+
+    def add(self, part: int, example: Example, role: int) -> None:
+        """A row that is an example."""
+        self.groups += example.group is not None
+        self._row(part, split_key(example), role, "\n".join(texts(example)) if self.near else "")
+
+    def drop(self, part: int, reason: str) -> None:
+        """A row that is none."""
+        self.reasons[len(self.keys)] = reason
+        self._row(part, 0, DROPPED, "")
+
+    def _row(self, part: int, key: int, role: int, text: str) -> None:
+        self.parts.append(part)
+        self.keys.append(key)
+        self.roles.append(role)
+        if self.near:
+            self._waiting.append(text)
+            if len(self._waiting) == BATCH:
+                self.sketch()
+
+    def sketch(self) -> None:
+        """Hand the texts that wait to the near-duplicates' sketches."""
+        if self.near and self._waiting:
+            self.near.add(self._waiting)
+            self._waiting = []
+
+
 def _prepared(
     data: Data, sections: list[DataSource], adapt: Adapt, remarks: Mapping[type[Example], str]
 ) -> Splits:
+    found = _Found(with_texts=data.near_duplicates == "together")
     parts, notes = [], []
-    for section in sections:
-        part, said = _part(section, group_by=data.group_by)
+    for place, section in enumerate(sections):
+        part, said = _read(section, place, found, data, adapt)
         parts.append(part)
         notes += [f"{part.source.name}: {note}" for note in said] if data.mix else said
-    keys, roles, of_part = array("Q"), array("b"), array("h")
-    reasons: dict[int, str] = {}
-    counts: Counter[str] = Counter()
-    shapes: set[type[Example]] = set()
-    near = NearDuplicates() if data.near_duplicates == "together" else None
-    waiting: list[str] = []
-    for place, part in enumerate(parts):
-        found: Counter[str] = Counter()
-        pairs = convert(part.source, part.detection, system_prompt=data.system_prompt, group_by=data.group_by)
-        for record, example in pairs:
-            counts["numbers"] += has_numbers(record.values, part.detection)
-            try:
-                if isinstance(example, Unusable):
-                    raise example
-                shapes.add(type(example))
-                example = adapt(example)
-            except Unusable as reason:
-                reasons[len(keys)] = str(reason)
-                found[str(reason)] += 1
-                keys.append(0)
-                roles.append(DROPPED)
-                waiting.append("")
-            else:
-                counts["groups"] += example.group is not None
-                keys.append(split_key(example))
-                roles.append(FATES.index(record.role) if record.role else -1)
-                if near:
-                    waiting.append("\n".join(texts(example)))
-            of_part.append(place)
-            if near and len(waiting) == BATCH:
-                near.add(waiting)
-                waiting = []
-        if found.total() == part.source.facts.count:
-            raise none_usable(part.source, found)
-    if near:
-        near.add(waiting)
-    fates, said = _settled(
-        np.frombuffer(keys, dtype=np.uint64), np.frombuffer(roles, dtype=np.int8), near, reasons, data
-    )
+    found.sketch()
+    keys = np.frombuffer(found.keys, dtype=np.uint64)
+    reasons = found.reasons
+    fates, said = _settled(keys, np.frombuffer(found.roles, dtype=np.int8), found.near, reasons, data)
     notes += said
     copies = np.ones(len(fates), dtype=np.int32)
     trained = np.flatnonzero(fates == TRAIN)
     drawn = draw(
-        np.frombuffer(keys, dtype=np.uint64)[trained],
-        np.frombuffer(of_part, dtype=np.int16)[trained].astype(np.int8),
+        keys[trained],
+        np.frombuffer(found.parts, dtype=np.int8)[trained],
         weights=[section.weight for section in sections],
         total=data.num_samples,
         seed=data.mix_seed,
     )
-    copies[trained] = drawn
+    copies[trained] = np.maximum(drawn, 1)
     for number in trained[drawn == 0].tolist():
         fates[number] = DROPPED
         reasons[number] = "not drawn: num_samples and the mix's weights leave it out"
-        copies[number] = 1
     notes += _drawn(drawn)
-    notes += [text for shape, text in remarks.items() if shape in shapes]
-    if counts["numbers"]:
-        notes.append(f"{counts['numbers']} rows have a number where text is expected; it is written out")
-    if counts["groups"]:
-        notes.append(f"{counts['groups']} rows belong to groups, which stay whole in one split")
+    notes += [text for shape, text in remarks.items() if shape in found.shapes]
+    if found.numbers:
+        notes.append(f"{found.numbers} rows have a number where text is expected; it is written out")
+    if found.groups:
+        notes.append(f"{found.groups} rows belong to groups, which stay whole in one split")
     return Splits(
         parts=tuple(parts),
         fates=fates,
@@ -286,6 +290,38 @@ def _prepared(
         system_prompt=data.system_prompt,
         group_by=data.group_by,
     )
+
+
+def _read(section: DataSource, place: int, found: _Found, data: Data, adapt: Adapt) -> tuple[Part, list[str]]:
+    """Read one data set into what is found; how its rows are read, and what there is to say of it."""
+    columns = section.model_dump(include={"format", "input_text_key", "output_text_key"})
+    source, possible = _opened(section), expected(**columns)
+    dropped: Counter[str] = Counter()
+    for record, example in convert(
+        source, possible, system_prompt=data.system_prompt, group_by=data.group_by
+    ):
+        found.numbers += has_numbers(record.values, possible)
+        try:
+            if isinstance(example, Unusable):
+                raise example
+            found.shapes.add(type(example))
+            adapted = adapt(example)
+        except Unusable as reason:
+            found.drop(place, str(reason))
+            dropped[str(reason)] += 1
+        else:
+            found.add(place, adapted, FATES.index(record.role) if record.role else -1)
+    source = checked(source, section.dataset)
+    detection = detect(source, **columns)
+    check_group(source, data.group_by)
+    if dropped.total() == source.facts.count:
+        raise none_usable(source, dropped)
+    names = " and ".join(f"'{format.name}'" for format in detection.formats)
+    notes = [*source.notes, f"rows are read as {names}: {detection.reason}"]
+    unused = [name for name in unused_columns(source, detection) if name != data.group_by]
+    if unused:
+        notes.append(f"columns that no example is made of: {', '.join(unused)}")
+    return Part(source, detection), notes
 
 
 def _opened(section: DataSource) -> Source:
@@ -328,22 +364,6 @@ def format_named(name: str, section: DataSource) -> Format:
     if section.input_text_key and section.output_text_key:
         return keyed(section.input_text_key, section.output_text_key)
     return FORMATS[name]
-
-
-def _part(section: DataSource, *, group_by: str | None) -> tuple[Part, list[str]]:
-    source = read(section.dataset, **section.model_dump(include=OPENING))
-    detection = detect(
-        source,
-        format=section.format,
-        input_text_key=section.input_text_key,
-        output_text_key=section.output_text_key,
-    )
-    names = " and ".join(f"'{format.name}'" for format in detection.formats)
-    notes = [*source.notes, f"rows are read as {names}: {detection.reason}"]
-    unused = [name for name in unused_columns(source, detection) if name != group_by]
-    if unused:
-        notes.append(f"columns that no example is made of: {', '.join(unused)}")
-    return Part(source, detection), notes
 
 
 def _settled(

@@ -330,6 +330,22 @@ FORMATS: dict[str, Format] = {
 """Formats by name, in the order in which detection tries them."""
 
 
+def expected(*, format: str, input_text_key: str | None, output_text_key: str | None) -> Detection:
+    """The formats that rows may be of, before any row is seen; `detect` then says which ones they are of.
+
+    Raises DataError for an unknown name.
+    """
+    if input_text_key or output_text_key:
+        if not (input_text_key and output_text_key):
+            raise DataError("--input-text-key and --output-text-key go together.", fix="Give both.")
+        return Detection((keyed(input_text_key, output_text_key),), "the recipe names the two columns")
+    if format == "auto":
+        return Detection(tuple(FORMATS.values()), "columns")
+    if format not in FORMATS:
+        raise DataError(f"There is no format '{format}'.", fix=nearest(format, FORMATS))
+    return Detection((FORMATS[format],), "the recipe names the format")
+
+
 def detect(
     source: Source,
     *,
@@ -338,22 +354,19 @@ def detect(
     output_text_key: str | None = None,
 ) -> Detection:
     """How the rows of a source are read. Raises DataError naming the columns that are there."""
+    possible = expected(format=format, input_text_key=input_text_key, output_text_key=output_text_key)
     there = source.columns
-    if input_text_key or output_text_key:
-        if not (input_text_key and output_text_key):
-            raise DataError("--input-text-key and --output-text-key go together.", fix="Give both.")
+    if input_text_key and output_text_key:
         missing = [key for key in (input_text_key, output_text_key) if key not in there]
         if missing:
             raise _missing(source, missing)
-        return Detection((keyed(input_text_key, output_text_key),), "the recipe names the two columns")
+        return possible
     if format != "auto":
-        if format not in FORMATS:
-            raise DataError(f"There is no format '{format}'.", fix=nearest(format, FORMATS))
-        chosen = FORMATS[format]
+        [chosen] = possible.formats
         missing = [" or ".join(names) for names in chosen.columns if not set(names) & set(there)]
         if missing:
             raise _missing(source, missing, f" for format '{format}'")
-        return Detection((chosen,), "the recipe names the format")
+        return possible
     known = _counts(source)
     if not known:
         raise DataError(
@@ -409,11 +422,15 @@ def convert(
     group_by: str | None = None,
 ) -> Iterator[tuple[Record, Example | Unusable]]:
     """Every row with the example it becomes, or with the reason why it becomes none."""
+    opening = Message("system", system_prompt) if system_prompt else None
+    for record in source.observed():
+        yield record, converted(record, detection, opening=opening, group_by=group_by)
+
+
+def check_group(source: Source, group_by: str | None) -> None:
+    """Raises DataError where there is no such column to group by."""
     if group_by and group_by not in source.columns:
         raise _missing(source, [group_by], " to group by")
-    opening = Message("system", system_prompt) if system_prompt else None
-    for record in source.records:
-        yield record, converted(record, detection, opening=opening, group_by=group_by)
 
 
 def converted(

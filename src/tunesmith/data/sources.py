@@ -99,6 +99,16 @@ class Source:
     @functools.cached_property
     def facts(self) -> Facts:
         """What one reading of every row tells. Raises DataError as `records` does."""
+        for _ in self.observed():
+            pass
+        known: Facts = self.__dict__["facts"]
+        return known
+
+    def observed(self) -> Iterator[Record]:
+        """The rows; when the last one has been given, `facts` are known without another reading."""
+        if "facts" in self.__dict__:
+            yield from self.records
+            return
         signatures: Counter[tuple[str, ...]] = Counter()
         names: dict[str, None] = {}
         roles: Counter[tuple[str, Role | None]] = Counter()
@@ -110,7 +120,8 @@ class Source:
                 names.update(dict.fromkeys(keys))
             signatures[tuple([c for c, value in record.values.items() if value is not None])] += 1
             roles[record.row.source, record.role] += 1
-        return Facts(signatures, tuple(names), roles)
+            yield record
+        self.__dict__["facts"] = Facts(signatures, tuple(names), roles)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -166,20 +177,18 @@ def read(
         max_rows=max_rows,
         streaming=streaming,
     )
+    return checked(source, dataset)
+
+
+def checked(source: Source, dataset: str) -> Source:
+    """The source, which is not empty, with notes on the roles of its files. Raises DataError as `facts` does."""
     if not source.facts.count:
         raise DataError(f"{dataset} has no rows.", fix="Check the file: expected at least one record.")
     notes = [
         f"{place} names rows for {role.replace('_', '-')}" for place, role in source.facts.places if role
     ]
-    return replace_notes(source, (*source.notes, *notes))
-
-
-def replace_notes(source: Source, notes: tuple[str, ...]) -> Source:
-    """The same source with other notes; what was read already stays known."""
-    changed = replace(source, notes=notes)
-    changed.__dict__.update(
-        {name: source.__dict__[name] for name in ("facts", "fingerprint") if name in source.__dict__}
-    )
+    changed = replace(source, notes=(*source.notes, *notes))
+    changed.__dict__["facts"] = source.facts
     return changed
 
 

@@ -131,6 +131,30 @@ def test_show(invoke, what):
     assert all(entry["name"] and entry["about"] for entry in shown[what])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "path", "expected"),
+    [
+        (["--trackers", "tensorboard"], "tracking.trackers", ["tensorboard"]),
+        (["--metrics", "rougeL"], "evaluation.metrics", ["rougeL"]),
+        (["--set", "evaluation.metrics=rougeL"], "evaluation.metrics", ["rougeL"]),
+        (["--lora", "--set", "adapter.targets=q_proj,v_proj"], "adapter.targets", ["q_proj", "v_proj"]),
+        (["--lora", "--target-modules", "q_proj"], "adapter.targets", ["q_proj"]),
+        (["--lora", "--target-modules", "all-linear"], "adapter.targets", "all-linear"),
+    ],
+    ids=str,
+)
+def test_one_name_is_a_list_of_one(invoke, monkeypatch, arguments, path, expected):
+    from tunesmith import api
+
+    def caught(recipe, **_):
+        section, field = path.split(".")
+        raise api.TunesmithError(f"caught {getattr(getattr(recipe, section), field)!r}")
+
+    monkeypatch.setattr(api, "plan", caught)
+    code, error, _ = invoke("plan", *arguments)
+    assert (code, error["error"]) == (1, f"caught {expected!r}")
+
+
 def test_plan_writes_nothing(invoke, quick_flags, tmp_path):
     code, planned, _ = invoke("plan", *quick_flags)
     assert code == 0

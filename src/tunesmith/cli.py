@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.compose import Composition, assignment, compose, nested, overlaid, preset_names
+from tunesmith.compose import Composition, assignment, compose, nested, overlaid, preset_names, scalar
 from tunesmith.errors import Interrupted, TunesmithError
 from tunesmith.recipe import FieldFact, fields
 
@@ -90,13 +90,7 @@ FACTS = {fact.path: fact for fact in reversed(list(fields()))}
 
 def converted(text: str | bool, kind: str) -> Any:
     """An option's text as a value of the field's type; the recipe then checks it."""
-    import yaml
-
-    if isinstance(text, bool):
-        return text
-    if "list of" in kind:
-        return text if text in kind.split(" | ") else _names(text)
-    return yaml.safe_load(text) if "number" in kind else text
+    return scalar(text) if isinstance(text, str) and "number" in kind else text
 
 
 def recipe_options(

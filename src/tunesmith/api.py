@@ -440,11 +440,13 @@ def _model(name: str | None) -> list[dict[str, Any]]:
     from tunesmith import models
     from tunesmith.data.templates import set_template
 
-    name = name or "tiny"
-    loaded = models.load_model(name)
-    tokenizer = models.load_tokenizer(name)
+    model = name or "tiny"
+    named = [] if name else [{"name": "model", "about": "tiny, which ships with tunesmith (none was named)"}]
+    loaded = models.load_model(model)
+    tokenizer = models.load_tokenizer(model)
     description = models.describe(loaded)
     return [
+        *named,
         {"name": "architecture", "about": description.architecture},
         {"name": "parameters", "about": f"{description.parameters:,}"},
         {"name": "layers", "about": str(description.layers)},

@@ -141,6 +141,19 @@ def table(comparisons: Sequence[Comparison]) -> list[list[str]]:
     return lines
 
 
+def methods(comparisons: Sequence[Comparison]) -> str:
+    """How the intervals were computed, metric by metric where it differs; nothing where none was."""
+    by_method: dict[str, list[str]] = {}
+    for c in comparisons:
+        if c.n:
+            by_method.setdefault(c.method, []).append(METRICS[c.metric].label)
+    if not by_method:
+        return ""
+    if len(by_method) == 1:
+        return f"Intervals: {next(iter(by_method))}."
+    return "Intervals: " + "; ".join(f"{', '.join(names)}: {m}" for m, names in by_method.items()) + "."
+
+
 def shown(value: float, metric: Metric) -> str:
     """A score as people read it: `85.2 %`, `43.1` points, perplexity `3.21`."""
     if metric.unit == "share":

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from tunesmith.evaluation.compare import Comparison, sentence, table
+from tunesmith.evaluation.compare import Comparison, methods, sentence, table
 from tunesmith.training.run import Run, dataset_name, write_whole
 
 CARD = """\
@@ -99,7 +99,7 @@ def write_card(run: Run, comparisons: Sequence[Comparison]) -> None:
         verdict=sentence(primary) if primary else "No held-out answers were compared.",
         header=header,
         lines=[[cell.replace("|", "\\|") for cell in line] for line in lines],
-        method=f"Intervals: {primary.method}." if primary else "",
+        method=methods(comparisons),
         base=base,
         dataset=dataset,
         recipe=recipe,

@@ -124,6 +124,8 @@ ADAPTERS = {
 def test_every_adapter_trains_only_its_own_and_reloads_plainly(quick, tiny_model_folder, adapter):
     recipe = quick(adapter=ADAPTERS[adapter], training={"learning_rate": 5e-2})
     run = Run(api.train(recipe).run)
+    cards = [path.parent.name for path in run.path.rglob("README.md")]
+    assert cards == ["final_model"], "a card of ours or none, never PEFT's empty form"
     base = weights(tiny_model_folder)
     final = weights(run.final_model)
     kind = recipe.adapter.kind
@@ -271,6 +273,10 @@ def test_five_rows_train(quick, tmp_path):
     result = api.train(quick(data={"dataset": str(file)}))
     assert Run(result.run).read("plan.json")["rows"]["train"] == 3
     assert result.primary.verdict == "inconclusive"
+    [warning] = [e for e in Run(result.run).events() if e["kind"] == "warning"]
+    assert warning["message"].startswith("No verdict will be possible: 1 held-out items are too few")
+    card = (result.run / "final_model" / "README.md").read_text()
+    assert warning["message"] in card
 
 
 def test_tasks_without_held_out_rows_train_and_say_so(quick):

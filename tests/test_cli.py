@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -103,6 +104,10 @@ def test_train_evaluate_compare_chat_runs_and_push_print_one_json_object(
     run = trained["run"]
     code, scores, _ = invoke("evaluate", run, "--metrics", "exact_match,perplexity")
     assert (code, set(scores["scores"])) == (0, {"exact_match", "perplexity"})
+    said = CliRunner().invoke(app, ["evaluate", run, "--metrics", "exact_match"]).stdout
+    assert re.search(r"exact match +\d+\.\d % +\d+\.\d % to \d+\.\d %", said), "the scale of every table"
+    said = CliRunner().invoke(app, ["runs", str(tmp_path / "runs")]).stdout
+    assert re.search(r"rougeL +\d+\.\d +\d+\.\d ", said)
     code, scores, _ = invoke(
         "evaluate", tiny_model_folder, "--dataset", question_file, "--metrics", "rouge1", "--max-rows", "5",
         "--max-new-tokens", "2",
@@ -155,6 +160,11 @@ def test_one_name_is_a_list_of_one(invoke, monkeypatch, arguments, path, expecte
     assert (code, error["error"]) == (1, f"caught {expected!r}")
 
 
+def test_show_model_says_which_one_it_shows(invoke, tiny_model_folder):
+    assert "tiny" in invoke("show", "model")[1]["model"][0]["about"]
+    assert invoke("show", "model", tiny_model_folder)[1]["model"][0]["name"] == "architecture"
+
+
 def test_plan_writes_nothing(invoke, quick_flags, tmp_path):
     code, planned, _ = invoke("plan", *quick_flags)
     assert code == 0
@@ -177,6 +187,7 @@ def test_plan_writes_nothing(invoke, quick_flags, tmp_path):
         (["evaluate", "tiny"], 1, "--dataset"),
         (["resume", "nowhere"], 1, "not a run"),
         (["show", "presetz"], 1, "Did you mean 'presets'"),
+        (["chat", "tiny", "--prompt", ""], 1, "--prompt is empty"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -469,6 +469,8 @@ def chat_verb(
     """Chat."""
     from tunesmith import api
 
+    if prompt is not None and not prompt.strip():
+        raise TunesmithError("--prompt is empty.", fix="Write a question, or leave it out to talk.")
     console = _console()
     talk = api.Chat(model)
     messages = [{"role": "system", "content": system}] if system else []
@@ -526,8 +528,8 @@ def runs_verb(
             dataset_name(run.dataset),
             str(run.step or ""),
             run.metric or "",
-            _number(run.base),
-            _number(run.tuned),
+            _score(run.base, run.metric),
+            _score(run.tuned, run.metric),
             run.verdict or "",
             f"{run.bytes / 1e6:.1f} MB",
         )
@@ -626,8 +628,12 @@ def _names(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",") if name.strip()] if text else None
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _score(value: float | None, metric: str | None) -> str:
+    """A score on the scale of every table: percent, points or, for perplexity, as it is."""
+    from tunesmith.evaluation.compare import shown
+    from tunesmith.evaluation.metrics import METRICS
+
+    return "" if value is None or metric not in METRICS else shown(value, METRICS[metric])
 
 
 def _escaped(text: Any) -> str:
@@ -693,12 +699,15 @@ def _scores_text(result: Result) -> Any:
     from rich.console import Group
     from rich.text import Text
 
+    from tunesmith.evaluation.metrics import METRICS
+
     table = _table("metric", "value", "95 % interval", "n", "not scored")
     for name, score in result.scores.items():
         cells = ["", ""]
         if score["value"] is not None:
-            cells = [f"{score['value']:.4f}", f"{score['low']:.4f} to {score['high']:.4f}"]
-        table.add_row(name, *cells, str(score["n"]), str(score["n_errors"] or ""))
+            value, low, high = (_score(score[part], name) for part in ("value", "low", "high"))
+            cells = [value, f"{low} to {high}"]
+        table.add_row(METRICS[name].label, *cells, str(score["n"]), str(score["n_errors"] or ""))
     return Group(table, Text(f"\nrows      {result.run}"))
 
 

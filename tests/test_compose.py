@@ -178,12 +178,15 @@ def test_a_value_that_fits_no_member_of_a_union_is_one_problem():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("training:\n  seed: 1\n  num_epochs: 2\n  seed: 3\n", "line 4, column 3: 'seed' stands here again, after line 2"),
+        (
+            "training:\n  seed: 1\n  num_epochs: 2\n  seed: 3\n",
+            "line 4, column 3: 'seed' stands here again, after line 2",
+        ),
         ('{"task": "chat",\n "task": "code"}', "line 2, column 2: 'task' stands here again"),
         ("", "is empty"),
         ("# nothing but this\n", "is empty"),
     ],
-)  # fmt: skip
+)
 def test_doubled_keys_and_empty_files_are_errors(tmp_path, text, expected):
     file = tmp_path / "recipe.yaml"
     file.write_text(text)

@@ -83,6 +83,24 @@ def test_help_and_import_stay_light():
     assert result.stdout.strip() == "[]"
 
 
+def test_nothing_but_ours_is_printed_by_evaluate(tiny_model_folder, question_file, tmp_path):
+    """No progress bars and warnings of the libraries, which only a fresh process shows."""
+    command = [
+        sys.executable,
+        "-m",
+        "tunesmith",
+        "evaluate",
+        str(tiny_model_folder),
+        "--dataset",
+        str(question_file),
+    ]
+    result = subprocess.run(
+        [*command, "--metrics", "perplexity", "--max-rows", "12"],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert not re.search("Loading weights|Warning", result.stderr), result.stderr
+
+
 def test_public_names_load():
     import tunesmith
 
@@ -120,6 +138,12 @@ def test_train_evaluate_compare_chat_runs_and_push_print_one_json_object(
     assert (code, talk["messages"][-1]["role"]) == (0, "assistant")
     code, listed, _ = invoke("runs", tmp_path / "runs")
     assert [r["state"] for r in listed["runs"]] == ["done"]
+    code, listed, _ = invoke("runs", run)
+    assert [r["path"] for r in listed["runs"]] == [run]
+    code, error, _ = invoke("evaluate", f"{run}s")
+    assert (code, f"Did you mean '{run}'" in error["error"]) == (1, True)
+    code, error, _ = invoke("runs", tmp_path / "rums")
+    assert (code, "Did you mean" in error["error"]) == (1, True)
     code, error, _ = invoke("push", run)
     assert (code, "hub-model-id" in error["error"]) == (1, True)
     code, error, _ = invoke("resume", run)
@@ -186,6 +210,8 @@ def test_plan_writes_nothing(invoke, quick_flags, tmp_path):
         (["train", "--qlora"], 3, "CUDA"),
         (["evaluate", "tiny"], 1, "--dataset"),
         (["resume", "nowhere"], 1, "not a run"),
+        (["evaluate", "runs/nope"], 1, "no model"),
+        (["runs", "nopes"], 1, "no output folder nopes"),
         (["show", "presetz"], 1, "Did you mean 'presets'"),
         (["chat", "tiny", "--prompt", ""], 1, "--prompt is empty"),
     ],

@@ -17,7 +17,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import Interrupted, ModelError, OutOfResources, RunError, TunesmithError, nearest
+from tunesmith.errors import (
+    Interrupted,
+    ModelError,
+    OutOfResources,
+    RunError,
+    TunesmithError,
+    closest,
+    nearest,
+)
 from tunesmith.recipe import Recipe
 from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
@@ -162,6 +170,7 @@ def evaluate(
     """
     from tunesmith import evaluation
 
+    quiet_libraries()
     started = time.perf_counter()
     run, questions = _questions([model], dataset, metrics, settings)
     [(rows, chosen)] = [_answers(model, questions, name="model", watch=watch)]
@@ -188,6 +197,7 @@ def compare(
     """
     from tunesmith.evaluation import compare as comparing
 
+    quiet_libraries()
     started = time.perf_counter()
     run, questions = _questions([a, b], dataset, metrics, settings)
     rows_a, chosen = _answers(a, questions, name="base", watch=watch)
@@ -217,9 +227,12 @@ def _questions(
 ) -> tuple[Run | None, _Questions]:
     """The first of the models that is a run, and what it and the others are to be asked."""
     from tunesmith import dataflow
+    from tunesmith import models as loading
     from tunesmith.compose import overlaid, validated
     from tunesmith.data.splitting import HELD_OUT, TRAIN, VALIDATION
 
+    for model in models:
+        loading.locate(str(model))
     run = next((open_run(m) for m in models if is_run(Path(m))), None)
     if not run and not dataset:
         raise TunesmithError(
@@ -335,9 +348,26 @@ class Chat:
         )
 
 
-def runs(output_dir: str | Path = "./fine_tuned_models") -> list[RunSummary]:
-    """The runs of an output folder, oldest first, with state, scores and size."""
-    return [_summary(run) for run in find_runs(Path(output_dir))]
+OUTPUT_DIR = "./fine_tuned_models"
+
+
+def runs(output_dir: str | Path = OUTPUT_DIR) -> list[RunSummary]:
+    """The runs of an output folder, oldest first, with state, scores and size; of a run's folder, that run.
+
+    Raises RunError where there is no such folder, except for the default one, in which no run was made yet.
+    """
+    folder = Path(output_dir).expanduser()
+    if is_run(folder):
+        return [_summary(open_run(folder))]
+    if not folder.is_dir() and folder != Path(OUTPUT_DIR):
+        beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        near = closest(folder.name, [p.name for p in beside if p.is_dir()])
+        raise RunError(
+            f"There is no output folder {output_dir}.",
+            found="a file" if folder.exists() else None,
+            fix=f"Did you mean '{folder.parent / near}'?" if near else "Give the --output-dir of your runs.",
+        )
+    return [_summary(run) for run in find_runs(folder)]
 
 
 def push(run: str | Path, *, repository: str | None = None, private: bool = True) -> str:

@@ -326,13 +326,64 @@ def test_the_dataflow_runs_under_a_plain_hamilton_driver(quick):
         ({"evaluation": {"metrics": ["rougeX"]}}, TunesmithError, "Did you mean"),
         ({"export": {"push_to_hub": True}}, TunesmithError, "hub-model-id"),
         ({"tracking": {"trackers": ["trackio"]}}, TunesmithError, "pip install"),
+        ({"data": {"max_length": 513}}, ModelError, "max-length 512"),
+        ({"adapter": {"kind": "lora", "modules_to_save": ["nrm"]}}, ModelError, "'norm'"),
+        ({"adapter": {"kind": "freeze", "ratio": 0.1}}, ModelError, "freezes no layer"),
     ],
     ids=str,
 )
 def test_bad_input_is_one_clear_error_and_leaves_nothing(quick, tmp_path, changes, error, expected):
-    with pytest.raises(error, match="(?s)" + expected):
+    with pytest.raises(error, match="(?s)" + expected) as trained:
         api.train(quick(**changes))
+    with pytest.raises(error) as planned:
+        api.plan(quick(**changes))
+    assert str(planned.value) == str(trained.value), "plan refuses what train refuses"
     assert list((tmp_path / "runs").glob("*")) == []
+
+
+def test_the_model_is_checked_before_the_rows_are_read(quick, monkeypatch):
+    monkeypatch.setattr(dataflow.data, "prepare", lambda *_: pytest.fail("rows were read"))
+    for changes in ({"adapter": {"kind": "lora", "targets": ["q_prj"]}}, {"data": {"max_length": 9999}}):
+        for verb in (api.plan, api.train):
+            with pytest.raises(ModelError):
+                verb(quick(**changes))
+
+
+@pytest.mark.parametrize("file", ["questions.jsonl", "missing.jsonl"])
+def test_a_run_resumes_from_another_folder_or_stays_as_it_was(
+    quick, tmp_path, monkeypatch, question_file, file
+):
+    """Its data set and model were named from where it was started."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink(quick().model.base, "model")
+    recipe = quick(
+        name="moved",
+        model={"base": "model"},
+        data={"dataset": question_file.name, "mix": [{"dataset": question_file.name, "max_rows": 5}]},
+    )
+
+    def stop(event):
+        if event["kind"] == "progress" and event["stage"] == "training" and event["done"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        api.train(recipe, watch=stop)
+    run = open_run(tmp_path / "runs" / "moved")
+    kept = run.recipe()
+    assert [kept.data.dataset, kept.data.mix[0].dataset] == [str(question_file)] * 2
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    if file == "missing.jsonl":
+        question_file.rename(tmp_path / "gone")
+        with pytest.raises(DataError, match="no file .*questions"):
+            api.resume(run.path)
+        assert run.state() == "interrupted"
+        (tmp_path / "gone").rename(question_file)
+    assert api.resume(run.path).primary
+    assert run.state() == "done"
+    card = (run.final_model / "README.md").read_text()
+    assert str(tmp_path) not in card
+    assert "dataset: questions" in card
 
 
 def test_a_folder_that_is_another_run_s_is_refused_and_kept(quick):

@@ -31,6 +31,7 @@ from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
     Run,
     Watch,
+    anchored,
     create,
     dataset_name,
     discard,
@@ -107,7 +108,11 @@ def _unwatched(event: Mapping[str, Any]) -> None:
 
 
 def plan(recipe: Recipe) -> tuple[Plan, Mapping[str, Any]]:
-    """What a recipe would do here, and what becomes of its rows; nothing is written or trained."""
+    """What a recipe would do here, and what becomes of its rows; nothing is written or trained.
+
+    Refuses what `train` refuses.
+    """
+    _check_before_training(recipe)
     results = _driver().execute(["plan", "encodings"], inputs=_inputs(recipe))
     ledger = results["encodings"].ledger
     return results["plan"], {"rows": ledger.counts(), "dropped": ledger.reasons()}
@@ -119,10 +124,11 @@ def train(recipe: Recipe, *, resume: str | None = None, watch: Watch = _unwatche
     `resume` continues the run of the same folder from a checkpoint's name, or from `latest`. Raises a
     TunesmithError for everything the user can mend; a run that trained nothing leaves no folder behind.
     """
+    recipe = anchored(recipe)
     if resume is None:
         return _carry_out(recipe, create(recipe, watch=watch), None, fresh=True)
     run = open_run(Path(recipe.output_dir).expanduser() / folder_name(recipe), watch=watch)
-    changed = differences(run.recipe(), recipe)
+    changed = differences(anchored(run.recipe()), recipe)
     if changed:
         raise RunError(
             f"The recipe differs from the one {run.path} was started with, so it cannot be continued.",
@@ -523,11 +529,16 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
     from tunesmith.training import checkpoints
 
     started = time.perf_counter()
+    before = run.read("status.json")
     wanted = ["fitted"] if recipe.evaluation.skip else ["comparisons", "samples", "report"]
     with run.lock():
         (run.path / "status.json").unlink(missing_ok=True)
+        num_starts = _num_starts(run)
         try:
-            _check_before_training(recipe)
+            if fresh:
+                _check_before_training(recipe)
+            else:
+                _check_settings(recipe)
             point = checkpoints.choose(run, checkpoint) if checkpoint else None
             results = _driver().execute(wanted, inputs={**_inputs(recipe), "run": run, "checkpoint": point})
             published = _published(recipe, run)
@@ -542,6 +553,11 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
             mended = _as_ours(error)
             if fresh and not run.checkpoints.exists():
                 discard(run)
+            elif not fresh and _num_starts(run) == num_starts:
+                # Nothing of the run was touched, so it is what it was before.
+                run.event("state", state="not resumed", error=str(mended or error))
+                if before:
+                    run.write("status.json", before)
             else:
                 run.finish("failed", error=str(mended or error))
             if mended:
@@ -561,8 +577,26 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
     return result
 
 
+def _num_starts(run: Run) -> int:
+    """How often training began in this run."""
+    return sum(event["kind"] == "state" and event.get("state") == "training" for event in run.events())
+
+
 def _check_before_training(recipe: Recipe) -> None:
     """Cheap failures first: nothing is read or computed before these are settled."""
+    _check_settings(recipe)
+    quiet_libraries()
+    from tunesmith import models
+
+    models.check_fit(
+        recipe.model.base,
+        recipe.adapter,
+        revision=recipe.model.revision,
+        max_length=recipe.data.max_length,
+    )
+
+
+def _check_settings(recipe: Recipe) -> None:
     from tunesmith.evaluation import known_metrics
     from tunesmith.training.fit import require_tracker
 

@@ -5,6 +5,7 @@ Only safetensors are read and no code from a model's folder or the Hub is ever r
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -224,6 +225,42 @@ def load_model(
         # A Hub model that came from the cache's folder is still that of the Hub.
         model.name_or_path = model.config.name_or_path = base
     return model if quantize else model.to(device)
+
+
+def outline(base: str, *, revision: str | None = None) -> Any:
+    """A model's modules without their weights, from its configuration: no memory, no time."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    location = locate(base, revision=revision)
+    adapter = Path(location) / "adapter_config.json"
+    if adapter.is_file():
+        below = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return outline(str(below))
+    try:
+        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise _not_loaded("model", base, error) from error
+
+
+def check_fit(base: str, adapter: Adapter, *, revision: str | None = None, max_length: int) -> None:
+    """Whether adapter and length fit the model, before a row is read. Raises ModelError."""
+    from tunesmith.generation import context_length
+
+    model = outline(base, revision=revision)
+    if isinstance(adapter, LoRA):
+        target_modules(model, adapter.targets)
+        _check_names(model, adapter.modules_to_save, "modules_to_save")
+    elif isinstance(adapter, Freeze):
+        freeze(model, adapter.ratio)
+    limit = context_length(model)
+    if limit and max_length > limit:
+        raise ModelError(
+            f"data.max_length {max_length} is above the context of the model, {limit} tokens.",
+            fix=f"Give --max-length {limit} or less; data.over_long says what happens to longer examples.",
+        )
 
 
 def _not_loaded(what: str, base: str, error: Exception) -> ModelError:

@@ -134,6 +134,11 @@ def test_train_evaluate_compare_chat_runs_and_push_print_one_json_object(
     code, compared, _ = invoke("compare", tiny_model_folder, run)
     assert code == 0
     assert compared["difference"] == pytest.approx(trained["difference"])
+    assert compared["measured_on"]["split_of"] == run
+    said = CliRunner().invoke(app, ["compare", str(tiny_model_folder), run], env={"COLUMNS": "200"})
+    assert re.search(rf"metric +{tiny_model_folder.name} +instruct_questions +difference", said.stdout)
+    assert f"saved     {compared['saved']}" in said.stdout
+    assert "measured on" in said.stderr
     code, talk, _ = invoke("chat", run, "--prompt", "what is one", "--max-new-tokens", "3")
     assert (code, talk["messages"][-1]["role"]) == (0, "assistant")
     code, listed, _ = invoke("runs", tmp_path / "runs")

@@ -303,6 +303,89 @@ def test_evaluating_and_comparing_afterwards(quick, tiny_model_folder, question_
         api.evaluate(str(tiny_model_folder))
 
 
+def learned_from(run: Path) -> set[str]:
+    """Questions of the rows that a run trained or validated on, by its ledger and its data file."""
+    recipe = Run(run).recipe()
+    rows = [json.loads(line) for line in Path(recipe.data.dataset).read_text().splitlines()]
+    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    return {rows[entry["row"] - 1]["prompt"] for entry in ledger if entry["fate"] in ("train", "validation")}
+
+
+def asked_in(folder: Path) -> set[str]:
+    return {json.loads(line)["prompt_text"] for line in (folder / "rows.jsonl").read_text().splitlines()}
+
+
+def test_no_model_is_measured_on_what_it_learned(quick, question_file, tmp_path):
+    """The other side may have another share, another file, another order, another system message or base."""
+    wide = api.train(quick(name="wide", data={"held_out": 0.5})).run
+    lines = question_file.read_text().splitlines()[::-1]
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text("\n".join(lines[5:]))
+    narrow = api.train(
+        quick(name="narrow", data={"dataset": str(copy), "held_out": 0.1, "system_prompt": "Be short."})
+    ).run
+    seen = learned_from(narrow)
+    own = asked_in(api.evaluate(wide).run)
+    assert own & seen, "negative control: the two runs do overlap"
+    told = []
+    compared = api.compare(wide, narrow, watch=told.append)
+    assert compared.saved == tmp_path / "runs" / "comparisons" / "wide_vs_narrow"
+    assert asked_in(compared.saved) == own - seen - learned_from(wide)
+    facts = compared.as_dict()
+    assert facts["measured_on"]["split_of"] == str(wide)
+    assert facts["measured_on"]["left_out"] == {str(narrow): len(own & seen)}
+    assert compared.primary.n == facts["measured_on"]["questions"] == len(own - seen)
+    assert (facts["a"], facts["b"]) == ("wide", "narrow")
+    [line] = [e for e in told if e.get("name") == "measured on"]
+    assert f"{len(own & seen)} are left out, {narrow} was trained or validated on them" in line["reason"]
+    assert any(e.get("stage", "").startswith("narrow:") for e in told)
+    saved = json.loads((compared.saved / "comparison.json").read_text())
+    assert (saved["a"], saved["b"]) == (str(wide), str(narrow))
+    assert saved["comparisons"][0]["n"] == len(own - seen)
+
+    # a folder inside the run, and a run that rests on it, have learned the same
+    assert asked_in(api.compare(wide, narrow / "best_model").saved) == own - seen
+    above = api.train(quick(name="above", model={"base": str(narrow)}, data={"held_out": 0.5})).run
+    assert asked_in(api.compare(wide, above).saved) == own - seen
+
+    # nothing that both have not seen
+    rest = tmp_path / "rest.jsonl"
+    rest.write_text("\n".join(line for line in lines if json.loads(line)["prompt"] in seen))
+    with pytest.raises(TunesmithError, match=r"No question is left(.|\n)*--dataset"):
+        api.compare(wide, narrow, dataset=str(rest))
+
+
+def test_every_row_of_another_set_is_used_but_what_was_learned(quick, question_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = api.train(quick(data={"max_rows": 30})).run
+    seen = learned_from(run)
+    told = []
+    scores = api.evaluate(run, dataset=str(question_file), metrics=["perplexity"], watch=told.append)
+    # Its own set by name, as it was read then; and a bigger one
+    assert asked_in(scores.run).isdisjoint(seen)
+    more = tmp_path / "more.jsonl"
+    extra = [json.dumps({"prompt": f"say {n}", "response": "yes"}) for n in range(60)]
+    more.write_text(question_file.read_text() + "\n".join(extra))
+    scores = api.evaluate(run, dataset="more.jsonl", metrics=["perplexity"], watch=told.append)
+    assert scores.scores["perplexity"]["n"] == 100 - len(seen)
+    assert scores.as_dict()["measured_on"]["left_out"] == {str(run): len(seen)}
+    assert f"{100 - len(seen)} of 100 questions of more.jsonl" in [e.get("value") for e in told]
+
+
+def test_a_run_whose_data_are_gone_is_said_to_be_unchecked(quick, question_file, tmp_path):
+    run = api.train(quick()).run
+    other = tmp_path / "other.jsonl"
+    question_file.rename(other)
+    told = []
+    scores = api.evaluate(run, dataset=str(other), metrics=["perplexity"], watch=told.append)
+    assert scores.measured_on.questions == 40
+    assert list(scores.measured_on.unchecked) == [str(run)]
+    question_file.write_text(other.read_text().replace("what is", "where is"))
+    changed = api.evaluate(run, dataset=str(other), metrics=["perplexity"])
+    assert "is not what it was" in changed.measured_on.unchecked[str(run)]
+    assert any(e["kind"] == "warning" and "not known" in e["message"] for e in told)
+
+
 def test_the_dataflow_runs_under_a_plain_hamilton_driver(quick):
     from hamilton import driver
 
@@ -375,7 +458,7 @@ def test_a_run_resumes_from_another_folder_or_stays_as_it_was(
     monkeypatch.chdir(tmp_path / "elsewhere")
     if file == "missing.jsonl":
         question_file.rename(tmp_path / "gone")
-        with pytest.raises(DataError, match="no file .*questions"):
+        with pytest.raises(DataError, match="questions"):
             api.resume(run.path)
         assert run.state() == "interrupted"
         (tmp_path / "gone").rename(question_file)

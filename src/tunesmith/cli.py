@@ -411,7 +411,8 @@ def evaluate_verb(
     model: Annotated[str, typer.Argument(help="A run's folder, a model folder, a Hub id, or `tiny`.")],
     *,
     dataset: Annotated[
-        str | None, typer.Option(help="Examples; by default the run's own held-out split.")
+        str | None,
+        typer.Option(help="Examples, without those that the run has seen; by default its held-out split."),
     ] = None,
     metrics: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")
@@ -438,7 +439,10 @@ def compare_verb(
     b: Annotated[str, typer.Argument(help="The challenger.")],
     *,
     dataset: Annotated[
-        str | None, typer.Option(help="Examples; by default the held-out split of the run.")
+        str | None,
+        typer.Option(
+            help="Examples, without those that a run has seen; by default the run's held-out split."
+        ),
     ] = None,
     metrics: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")
@@ -674,12 +678,14 @@ def _result_text(result: Result) -> Any:
 
     parts: list[Any] = []
     if result.comparisons:
-        header, *lines = table(list(result.comparisons))
+        header, *lines = table(list(result.comparisons), result.sides or ("base", "tuned"))
         scores = _table(*header)
         for line in lines:
             scores.add_row(*(_escaped(cell) for cell in line))
         primary = result.primary
         if primary:
+            if result.sides:
+                parts.append(Text(f"{result.sides[1]} against {result.sides[0]}", style="bold"))
             style = {"better": "bold green", "worse": "bold red"}.get(primary.verdict, "bold yellow")
             parts += [Text(sentence(primary), style=style), ""]
         parts += [scores, ""]
@@ -688,7 +694,12 @@ def _result_text(result: Result) -> Any:
         for label in ("reference", "base", "tuned"):
             parts.append(Text(f"  {label:<10}{sample[label]}", style="dim" if label == "reference" else ""))
         parts.append("")
-    for label, value in (("run", result.run), ("report", result.report), ("published", result.published)):
+    for label, value in (
+        ("run", result.run),
+        ("report", result.report),
+        ("published", result.published),
+        ("saved", result.saved),
+    ):
         if value:
             parts.append(Text(f"{label:<10}{value}"))
     parts.append(Text(f"{'seconds':<10}{result.seconds:.0f}"))

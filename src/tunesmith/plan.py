@@ -160,8 +160,8 @@ def resolve(
         decisions.append(
             Decision("eval_steps", None, "no validation examples: the last step's model is final")
         )
-    if held_out and (why := held_out.too_few()):
-        decisions.append(Decision("verdict", "none possible", why))
+    if held_out and (too_few := held_out.too_few()):
+        decisions.append(Decision("verdict", "none possible", too_few))
     return Plan(
         device=where,
         dtype=dtype,

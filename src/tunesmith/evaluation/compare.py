@@ -130,10 +130,10 @@ def sentence(comparison: Comparison) -> str:
     return text if c.verdict in ("better", "worse") else f"{text} {c.reason}"
 
 
-def table(comparisons: Sequence[Comparison]) -> list[list[str]]:
+def table(comparisons: Sequence[Comparison], names: tuple[str, str] = ("base", "tuned")) -> list[list[str]]:
     """A header and one line per metric, for the terminal, the report and the model card."""
     level = f"{comparisons[0].confidence:.0%}".replace("%", " %") if comparisons else "95 %"
-    lines = [["metric", "base", "tuned", f"difference [{level} interval]", "n", "verdict"]]
+    lines = [["metric", *names, f"difference [{level} interval]", "n", "verdict"]]
     for c in comparisons:
         metric = METRICS[c.metric]
         values = [shown(c.base, metric), shown(c.tuned, metric), difference_shown(c)] if c.n else ["-"] * 3

@@ -199,8 +199,9 @@ def anchored(recipe: Recipe) -> Recipe:
         return os.path.abspath(path) if path.exists() and name != "tiny" else name
 
     template = recipe.model.chat_template
-    is_file = template is not None and Path(template).suffix in {".jinja", ".j2"}
-    model = {"base": full(recipe.model.base), "chat_template": full(template) if is_file else template}
+    if template is not None and Path(template).suffix in {".jinja", ".j2"}:
+        template = full(template)
+    model = {"base": full(recipe.model.base), "chat_template": template}
     mix = [part.model_copy(update={"dataset": full(part.dataset)}) for part in recipe.data.mix]
     data = {"dataset": full(recipe.data.dataset), **({"mix": mix} if mix else {})}
     return recipe.model_copy(

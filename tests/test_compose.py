@@ -138,7 +138,10 @@ def test_a_file_may_be_json(tmp_path):
         ({"training": {"num_epochs": "abc"}}, "num_epochs takes a number; found 'abc'"),
         ({"training": {"eval_steps": "abc"}}, "eval_steps takes a whole number or epoch; found 'abc'"),
         ({"training": {"optimizer": "adamw_torh"}}, "Did you mean 'adamw_torch'"),
-        ({"data": {"mix": [{"dataset_name": "a"}]}}, "data.mix.0.dataset_name is not a field. Did you mean 'dataset'"),
+        (
+            {"data": {"mix": [{"dataset_name": "a"}]}},
+            "data.mix.0.dataset_name is not a field. Did you mean 'dataset'",
+        ),
         ({"data": {"mix": "a.json"}}, "data.mix takes a list of data sources"),
     ],
 )

@@ -158,7 +158,7 @@ def test_what_looks_like_a_path_is_never_asked_of_the_hub(online, tmp_path, monk
         "model.gguf": "no model folder or run",
         "two words": "no model folder or run",
         "faq.csv": "is a file",
-        "./runs/supportt": "Did you mean 'runs/support'",
+        "./runs/support2": "Did you mean 'runs/support'",
     }.items():
         with pytest.raises(ModelError, match=f"(?s){expected}") as error:
             models.locate(name)

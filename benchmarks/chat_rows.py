@@ -12,7 +12,33 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-SYLLABLES = "ka lo mi ter an ven so ri ple tan dor es ing tion al pre con de ma no str qu be th ou".split()
+SYLLABLES = [
+    "ka",
+    "lo",
+    "mi",
+    "ter",
+    "an",
+    "ven",
+    "so",
+    "ri",
+    "ple",
+    "tan",
+    "dor",
+    "es",
+    "ing",
+    "tion",
+    "al",
+    "pre",
+    "con",
+    "de",
+    "ma",
+    "no",
+    "str",
+    "qu",
+    "be",
+    "th",
+    "ou",
+]
 TOKENS_TO_WORDS = 0.62
 """Words a token, of this text under this tokenizer."""
 
@@ -45,7 +71,7 @@ def write_rows(path: Path, *, count: int | None = None, size: float | None = Non
     """Write so many rows, or rows of so many bytes, as JSON Lines; the number of rows."""
     written = number = 0
     with path.open("w", encoding="utf-8") as file:
-        for number, row in enumerate(rows(count or 10**9), 1):
+        for number, row in enumerate(rows(count or 10**9), 1):  # noqa: B007 - returned
             written += file.write(json.dumps(row) + "\n")
             if size is not None and written >= size:
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -82,6 +83,24 @@ def test_help_and_import_stay_light():
     assert result.stdout.strip() == "[]"
 
 
+def test_nothing_but_ours_is_printed_by_evaluate(tiny_model_folder, question_file, tmp_path):
+    """No progress bars and warnings of the libraries, which only a fresh process shows."""
+    command = [
+        sys.executable,
+        "-m",
+        "tunesmith",
+        "evaluate",
+        str(tiny_model_folder),
+        "--dataset",
+        str(question_file),
+    ]
+    result = subprocess.run(
+        [*command, "--metrics", "perplexity", "--max-rows", "12"],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert not re.search("Loading weights|Warning", result.stderr), result.stderr
+
+
 def test_public_names_load():
     import tunesmith
 
@@ -103,6 +122,10 @@ def test_train_evaluate_compare_chat_runs_and_push_print_one_json_object(
     run = trained["run"]
     code, scores, _ = invoke("evaluate", run, "--metrics", "exact_match,perplexity")
     assert (code, set(scores["scores"])) == (0, {"exact_match", "perplexity"})
+    said = CliRunner().invoke(app, ["evaluate", run, "--metrics", "exact_match"]).stdout
+    assert re.search(r"exact match +\d+\.\d % +\d+\.\d % to \d+\.\d %", said), "the scale of every table"
+    said = CliRunner().invoke(app, ["runs", str(tmp_path / "runs")]).stdout
+    assert re.search(r"rougeL +\d+\.\d +\d+\.\d ", said)
     code, scores, _ = invoke(
         "evaluate", tiny_model_folder, "--dataset", question_file, "--metrics", "rouge1", "--max-rows", "5",
         "--max-new-tokens", "2",
@@ -111,10 +134,21 @@ def test_train_evaluate_compare_chat_runs_and_push_print_one_json_object(
     code, compared, _ = invoke("compare", tiny_model_folder, run)
     assert code == 0
     assert compared["difference"] == pytest.approx(trained["difference"])
+    assert compared["measured_on"]["split_of"] == run
+    said = CliRunner().invoke(app, ["compare", str(tiny_model_folder), run], env={"COLUMNS": "200"})
+    assert re.search(rf"metric +{tiny_model_folder.name} +instruct_questions +difference", said.stdout)
+    assert f"saved     {compared['saved']}" in said.stdout
+    assert "measured on" in said.stderr
     code, talk, _ = invoke("chat", run, "--prompt", "what is one", "--max-new-tokens", "3")
     assert (code, talk["messages"][-1]["role"]) == (0, "assistant")
     code, listed, _ = invoke("runs", tmp_path / "runs")
     assert [r["state"] for r in listed["runs"]] == ["done"]
+    code, listed, _ = invoke("runs", run)
+    assert [r["path"] for r in listed["runs"]] == [run]
+    code, error, _ = invoke("evaluate", f"{run}s")
+    assert (code, f"Did you mean '{run}'" in error["error"]) == (1, True)
+    code, error, _ = invoke("runs", tmp_path / "rums")
+    assert (code, "Did you mean" in error["error"]) == (1, True)
     code, error, _ = invoke("push", run)
     assert (code, "hub-model-id" in error["error"]) == (1, True)
     code, error, _ = invoke("resume", run)
@@ -129,6 +163,35 @@ def test_show(invoke, what):
     assert code == 0
     assert len(shown[what]) >= 1
     assert all(entry["name"] and entry["about"] for entry in shown[what])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "expected"),
+    [
+        (["--trackers", "tensorboard"], "tracking.trackers", ["tensorboard"]),
+        (["--metrics", "rougeL"], "evaluation.metrics", ["rougeL"]),
+        (["--set", "evaluation.metrics=rougeL"], "evaluation.metrics", ["rougeL"]),
+        (["--lora", "--set", "adapter.targets=q_proj,v_proj"], "adapter.targets", ["q_proj", "v_proj"]),
+        (["--lora", "--target-modules", "q_proj"], "adapter.targets", ["q_proj"]),
+        (["--lora", "--target-modules", "all-linear"], "adapter.targets", "all-linear"),
+    ],
+    ids=str,
+)
+def test_one_name_is_a_list_of_one(invoke, monkeypatch, arguments, path, expected):
+    from tunesmith import api
+
+    def caught(recipe, **_):
+        section, field = path.split(".")
+        raise api.TunesmithError(f"caught {getattr(getattr(recipe, section), field)!r}")
+
+    monkeypatch.setattr(api, "plan", caught)
+    code, error, _ = invoke("plan", *arguments)
+    assert (code, error["error"]) == (1, f"caught {expected!r}")
+
+
+def test_show_model_says_which_one_it_shows(invoke, tiny_model_folder):
+    assert "tiny" in invoke("show", "model")[1]["model"][0]["about"]
+    assert invoke("show", "model", tiny_model_folder)[1]["model"][0]["name"] == "architecture"
 
 
 def test_plan_writes_nothing(invoke, quick_flags, tmp_path):
@@ -152,7 +215,10 @@ def test_plan_writes_nothing(invoke, quick_flags, tmp_path):
         (["train", "--qlora"], 3, "CUDA"),
         (["evaluate", "tiny"], 1, "--dataset"),
         (["resume", "nowhere"], 1, "not a run"),
+        (["evaluate", "runs/nope"], 1, "no model"),
+        (["runs", "nopes"], 1, "no output folder nopes"),
         (["show", "presetz"], 1, "Did you mean 'presets'"),
+        (["chat", "tiny", "--prompt", ""], 1, "--prompt is empty"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

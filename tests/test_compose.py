@@ -125,6 +125,24 @@ def test_a_file_may_be_json(tmp_path):
         ({"training": {"num_epochs": -1}}, "found -1"),
         ({"task": "chatt"}, "Did you mean 'chat'"),
         ({"preset": "quick_tst"}, "Did you mean 'quick_test'"),
+        ({"training": {"lr": 3}}, "Did you mean 'learning_rate'"),
+        ({"training": {"warm": 3}}, "Did you mean 'warmup_steps'"),
+        ({"training": {"batch_size": 3}}, "Did you mean 'per_device_train_batch_size'"),
+        ({"learning_rate": 3}, "Did you mean 'training.learning_rate'"),
+        ({"dataset": "x.csv"}, "Did you mean 'data.dataset'"),
+        ({"lora": {"rank": 3}}, "Did you mean 'adapter.kind=lora'"),
+        ({"adapter": "lora"}, "adapter is a section: --set adapter.kind=lora"),
+        ({"training": None}, "training is a section.*found nothing"),
+        ({"adapter": {"rank": 4}}, "add --lora"),
+        ({"adapter": {"ratio": 0.5}}, "add --freeze-ratio"),
+        ({"training": {"num_epochs": "abc"}}, "num_epochs takes a number; found 'abc'"),
+        ({"training": {"eval_steps": "abc"}}, "eval_steps takes a whole number or epoch; found 'abc'"),
+        ({"training": {"optimizer": "adamw_torh"}}, "Did you mean 'adamw_torch'"),
+        (
+            {"data": {"mix": [{"dataset_name": "a"}]}},
+            "data.mix.0.dataset_name is not a field. Did you mean 'dataset'",
+        ),
+        ({"data": {"mix": "a.json"}}, "data.mix takes a list of data sources"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_nearest_name(flags, expected):
@@ -154,6 +172,31 @@ def test_broken_yaml_names_line_and_column(tmp_path):
         compose(file=file)
 
 
+def test_a_value_that_fits_no_member_of_a_union_is_one_problem():
+    with pytest.raises(RecipeError) as error:
+        compose({"training": {"eval_steps": "often"}})
+    assert str(error.value).count("eval_steps") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "training:\n  seed: 1\n  num_epochs: 2\n  seed: 3\n",
+            "line 4, column 3: 'seed' stands here again, after line 2",
+        ),
+        ('{"task": "chat",\n "task": "code"}', "line 2, column 2: 'task' stands here again"),
+        ("", "is empty"),
+        ("# nothing but this\n", "is empty"),
+    ],
+)
+def test_doubled_keys_and_empty_files_are_errors(tmp_path, text, expected):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=expected):
+        compose(file=file)
+
+
 def test_the_saved_recipe_reads_back_equal(tmp_path):
     recipe = compose(
         {"task": "domain", "adapter": {"kind": "lora", "dora": True}}, preset="production"
@@ -170,6 +213,17 @@ def test_assignments():
     assert assignment("adapter.dora=true") == {"adapter": {"dora": True}}
     with pytest.raises(RecipeError, match="PATH=VALUE"):
         assignment("training.learning_rate")
+    with pytest.raises(RecipeError, match="not a value"):
+        assignment("training.learning_rate=[")
+
+
+@pytest.mark.parametrize(("given", "names"), [("a", ["a"]), ("a, b", ["a", "b"]), (["a"], ["a"]), ("", [])])
+def test_a_list_of_names_may_be_given_as_text(given, names):
+    recipe = compose({"evaluation": {"metrics": given}, "adapter": {"kind": "lora", "targets": given}}).recipe
+    assert recipe.evaluation.metrics == names
+    assert recipe.adapter.targets == names
+    assert compose({"tracking": {"trackers": "wandb,mlflow"}}).recipe.tracking.trackers == ["wandb", "mlflow"]
+    assert compose(assignment("adapter.kind=lora")).recipe.adapter.targets == "attention"
 
 
 def test_a_recipe_does_not_change():

@@ -124,6 +124,8 @@ ADAPTERS = {
 def test_every_adapter_trains_only_its_own_and_reloads_plainly(quick, tiny_model_folder, adapter):
     recipe = quick(adapter=ADAPTERS[adapter], training={"learning_rate": 5e-2})
     run = Run(api.train(recipe).run)
+    cards = [path.parent.name for path in run.path.rglob("README.md")]
+    assert cards == ["final_model"], "a card of ours or none, never PEFT's empty form"
     base = weights(tiny_model_folder)
     final = weights(run.final_model)
     kind = recipe.adapter.kind
@@ -307,6 +309,10 @@ def test_five_rows_train(quick, tmp_path):
     result = api.train(quick(data={"dataset": str(file)}))
     assert Run(result.run).read("plan.json")["rows"]["train"] == 3
     assert result.primary.verdict == "inconclusive"
+    [warning] = [e for e in Run(result.run).events() if e["kind"] == "warning"]
+    assert warning["message"].startswith("No verdict will be possible: 1 held-out items are too few")
+    card = (result.run / "final_model" / "README.md").read_text()
+    assert warning["message"] in card
 
 
 def test_tasks_without_held_out_rows_train_and_say_so(quick):
@@ -333,6 +339,89 @@ def test_evaluating_and_comparing_afterwards(quick, tiny_model_folder, question_
         api.evaluate(str(tiny_model_folder))
 
 
+def learned_from(run: Path) -> set[str]:
+    """Questions of the rows that a run trained or validated on, by its ledger and its data file."""
+    recipe = Run(run).recipe()
+    rows = [json.loads(line) for line in Path(recipe.data.dataset).read_text().splitlines()]
+    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    return {rows[entry["row"] - 1]["prompt"] for entry in ledger if entry["fate"] in ("train", "validation")}
+
+
+def asked_in(folder: Path) -> set[str]:
+    return {json.loads(line)["prompt_text"] for line in (folder / "rows.jsonl").read_text().splitlines()}
+
+
+def test_no_model_is_measured_on_what_it_learned(quick, question_file, tmp_path):
+    """The other side may have another share, another file, another order, another system message or base."""
+    wide = api.train(quick(name="wide", data={"held_out": 0.5})).run
+    lines = question_file.read_text().splitlines()[::-1]
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text("\n".join(lines[5:]))
+    narrow = api.train(
+        quick(name="narrow", data={"dataset": str(copy), "held_out": 0.1, "system_prompt": "Be short."})
+    ).run
+    seen = learned_from(narrow)
+    own = asked_in(api.evaluate(wide).run)
+    assert own & seen, "negative control: the two runs do overlap"
+    told = []
+    compared = api.compare(wide, narrow, watch=told.append)
+    assert compared.saved == tmp_path / "runs" / "comparisons" / "wide_vs_narrow"
+    assert asked_in(compared.saved) == own - seen - learned_from(wide)
+    facts = compared.as_dict()
+    assert facts["measured_on"]["split_of"] == str(wide)
+    assert facts["measured_on"]["left_out"] == {str(narrow): len(own & seen)}
+    assert compared.primary.n == facts["measured_on"]["questions"] == len(own - seen)
+    assert (facts["a"], facts["b"]) == ("wide", "narrow")
+    [line] = [e for e in told if e.get("name") == "measured on"]
+    assert f"{len(own & seen)} are left out, {narrow} was trained or validated on them" in line["reason"]
+    assert any(e.get("stage", "").startswith("narrow:") for e in told)
+    saved = json.loads((compared.saved / "comparison.json").read_text())
+    assert (saved["a"], saved["b"]) == (str(wide), str(narrow))
+    assert saved["comparisons"][0]["n"] == len(own - seen)
+
+    # a folder inside the run, and a run that rests on it, have learned the same
+    assert asked_in(api.compare(wide, narrow / "best_model").saved) == own - seen
+    above = api.train(quick(name="above", model={"base": str(narrow)}, data={"held_out": 0.5})).run
+    assert asked_in(api.compare(wide, above).saved) == own - seen
+
+    # nothing that both have not seen
+    rest = tmp_path / "rest.jsonl"
+    rest.write_text("\n".join(line for line in lines if json.loads(line)["prompt"] in seen))
+    with pytest.raises(TunesmithError, match=r"No question is left(.|\n)*--dataset"):
+        api.compare(wide, narrow, dataset=str(rest))
+
+
+def test_every_row_of_another_set_is_used_but_what_was_learned(quick, question_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = api.train(quick(data={"max_rows": 30})).run
+    seen = learned_from(run)
+    told = []
+    scores = api.evaluate(run, dataset=str(question_file), metrics=["perplexity"], watch=told.append)
+    # Its own set by name, as it was read then; and a bigger one
+    assert asked_in(scores.run).isdisjoint(seen)
+    more = tmp_path / "more.jsonl"
+    extra = [json.dumps({"prompt": f"say {n}", "response": "yes"}) for n in range(60)]
+    more.write_text(question_file.read_text() + "\n".join(extra))
+    scores = api.evaluate(run, dataset="more.jsonl", metrics=["perplexity"], watch=told.append)
+    assert scores.scores["perplexity"]["n"] == 100 - len(seen)
+    assert scores.as_dict()["measured_on"]["left_out"] == {str(run): len(seen)}
+    assert f"{100 - len(seen)} of 100 questions of more.jsonl" in [e.get("value") for e in told]
+
+
+def test_a_run_whose_data_are_gone_is_said_to_be_unchecked(quick, question_file, tmp_path):
+    run = api.train(quick()).run
+    other = tmp_path / "other.jsonl"
+    question_file.rename(other)
+    told = []
+    scores = api.evaluate(run, dataset=str(other), metrics=["perplexity"], watch=told.append)
+    assert scores.measured_on.questions == 40
+    assert list(scores.measured_on.unchecked) == [str(run)]
+    question_file.write_text(other.read_text().replace("what is", "where is"))
+    changed = api.evaluate(run, dataset=str(other), metrics=["perplexity"])
+    assert "is not what it was" in changed.measured_on.unchecked[str(run)]
+    assert any(e["kind"] == "warning" and "not known" in e["message"] for e in told)
+
+
 def test_the_dataflow_runs_under_a_plain_hamilton_driver(quick):
     from hamilton import driver
 
@@ -356,13 +445,64 @@ def test_the_dataflow_runs_under_a_plain_hamilton_driver(quick):
         ({"evaluation": {"metrics": ["rougeX"]}}, TunesmithError, "Did you mean"),
         ({"export": {"push_to_hub": True}}, TunesmithError, "hub-model-id"),
         ({"tracking": {"trackers": ["trackio"]}}, TunesmithError, "pip install"),
+        ({"data": {"max_length": 513}}, ModelError, "max-length 512"),
+        ({"adapter": {"kind": "lora", "modules_to_save": ["nrm"]}}, ModelError, "'norm'"),
+        ({"adapter": {"kind": "freeze", "ratio": 0.1}}, ModelError, "freezes no layer"),
     ],
     ids=str,
 )
 def test_bad_input_is_one_clear_error_and_leaves_nothing(quick, tmp_path, changes, error, expected):
-    with pytest.raises(error, match="(?s)" + expected):
+    with pytest.raises(error, match="(?s)" + expected) as trained:
         api.train(quick(**changes))
+    with pytest.raises(error) as planned:
+        api.plan(quick(**changes))
+    assert str(planned.value) == str(trained.value), "plan refuses what train refuses"
     assert list((tmp_path / "runs").glob("*")) == []
+
+
+def test_the_model_is_checked_before_the_rows_are_read(quick, monkeypatch):
+    monkeypatch.setattr(dataflow.data, "prepare", lambda *_: pytest.fail("rows were read"))
+    for changes in ({"adapter": {"kind": "lora", "targets": ["q_prj"]}}, {"data": {"max_length": 9999}}):
+        for verb in (api.plan, api.train):
+            with pytest.raises(ModelError):
+                verb(quick(**changes))
+
+
+@pytest.mark.parametrize("file", ["questions.jsonl", "missing.jsonl"])
+def test_a_run_resumes_from_another_folder_or_stays_as_it_was(
+    quick, tmp_path, monkeypatch, question_file, file
+):
+    """Its data set and model were named from where it was started."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink(quick().model.base, "model")
+    recipe = quick(
+        name="moved",
+        model={"base": "model"},
+        data={"dataset": question_file.name, "mix": [{"dataset": question_file.name, "max_rows": 5}]},
+    )
+
+    def stop(event):
+        if event["kind"] == "progress" and event["stage"] == "training" and event["done"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        api.train(recipe, watch=stop)
+    run = open_run(tmp_path / "runs" / "moved")
+    kept = run.recipe()
+    assert [kept.data.dataset, kept.data.mix[0].dataset] == [str(question_file)] * 2
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    if file == "missing.jsonl":
+        question_file.rename(tmp_path / "gone")
+        with pytest.raises(DataError, match="questions"):
+            api.resume(run.path)
+        assert run.state() == "interrupted"
+        (tmp_path / "gone").rename(question_file)
+    assert api.resume(run.path).primary
+    assert run.state() == "done"
+    card = (run.final_model / "README.md").read_text()
+    assert str(tmp_path) not in card
+    assert "dataset: questions" in card
 
 
 def test_a_folder_that_is_another_run_s_is_refused_and_kept(quick):

@@ -111,6 +111,61 @@ def test_dora_on_weights_without_direction_is_refused_before_it_gives_nan():
     assert models.attach(model, LoRA(rank=2))
 
 
+@pytest.fixture
+def online(monkeypatch):
+    """The Hub as it answers to one request: a function that sets the answer and gives the requests made."""
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    def answer(error):
+        def model_info(self, repo, *, revision=None, timeout=None):
+            asked.append((repo, timeout))
+            if error:
+                raise error
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+        models._on_hub.cache_clear()
+        return asked
+
+    yield answer
+    models._on_hub.cache_clear()
+
+
+def test_a_hub_id_is_asked_for_once_and_shortly(online, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = online(None)
+    assert models.locate("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B", "a version is no file's suffix"
+    models.locate("Qwen/Qwen2.5-0.5B")
+    assert asked == [("Qwen/Qwen2.5-0.5B", models.HUB_SECONDS)]
+    online(ConnectionError("Name or service not known"))
+    with pytest.raises(
+        ModelError, match=r"no such folder or run here; the Hub cannot be reached (.|\n)*'tiny'"
+    ):
+        models.locate("tinny")
+    assert len(asked) == 2
+
+
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(online, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = online(None)
+    (tmp_path / "faq.csv").write_text("x")
+    (tmp_path / "runs" / "support" / "final_model").mkdir(parents=True)
+    for name, expected in {
+        "./here": "no model folder or run",
+        "a/b/c": "no model folder or run",
+        "model.gguf": "no model folder or run",
+        "two words": "no model folder or run",
+        "faq.csv": "is a file",
+        "./runs/support2": "Did you mean 'runs/support'",
+    }.items():
+        with pytest.raises(ModelError, match=f"(?s){expected}") as error:
+            models.locate(name)
+        assert f"'{name}'?" not in str(error.value), "never the same name again"
+    assert asked == []
+
+
 def test_alpha_is_twice_the_rank_unless_given():
     assert models.attach(FAMILIES["llama"](), LoRA(rank=6)).peft_config["default"].lora_alpha == 12
     assert models.attach(FAMILIES["llama"](), LoRA(rank=6, alpha=5)).peft_config["default"].lora_alpha == 5
@@ -130,7 +185,8 @@ def test_a_ratio_that_freezes_nothing_is_refused():
         models.freeze(FAMILIES["llama"](), 0.3)
 
 
-def test_where_a_model_may_be(tmp_path, tiny_model_folder):
+def test_where_a_model_may_be(tmp_path, tiny_model_folder, online):
+    online(None)
     assert models.locate(str(tiny_model_folder)) == str(tiny_model_folder)
     assert models.locate("owner/name") == "owner/name"
     with pytest.raises(ModelError, match="no model folder"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tunesmith import plan as planning
@@ -39,6 +41,35 @@ def test_a_warm_up_too_long_for_the_run_is_lowered_and_said():
     plan = resolve(Training(num_epochs=3, per_device_train_batch_size=4, warmup_steps=500))
     assert plan.warmup_steps == 7
     assert "500" in reasons(plan, "warmup_steps")[0]
+
+
+@pytest.mark.parametrize("name", ["eval_steps", "save_steps"])
+def test_intervals_longer_than_the_run_are_lowered_and_said(name):
+    plan = resolve(Training(num_epochs=1, per_device_train_batch_size=4, **{name: 400}))
+    assert getattr(plan, name) == 25
+    assert "400" in reasons(plan, name)[0]
+    assert not reasons(resolve(Training(max_steps=400, **{name: 400})), name)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "said"),
+    [
+        ((9, 9, 500), "9 held-out items are too few to compare, at least 10 .* data.held_out, now 0.1"),
+        ((10, 10, 500), None),
+        ((50, 50, 4), "4 held-out items .* raise evaluation.max_items, now 4"),
+        ((50, 3, None), "3 held-out groups are too few"),
+        ((0, 0, None), "0 held-out items"),
+    ],
+)
+def test_too_few_held_out_examples_are_told_before_the_start(held_out, said):
+    items, groups, most = held_out
+    plan = planning.resolve(
+        Training(), Model(), adapter_kind="full", lengths=[9] * 50, num_validation=3,
+        held_out=planning.HeldOut(items=items, groups=groups, share=0.1, max_items=most),
+    )  # fmt: skip
+    told = reasons(plan, "verdict")
+    assert len(told) == bool(said)
+    assert not said or re.match(said, told[0])
 
 
 def test_the_constant_schedule_has_no_warm_up_and_says_so():

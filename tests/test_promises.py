@@ -41,6 +41,7 @@ def test_methods_equal_the_recipe_s_union():
 
 def test_every_metric_says_what_it_is():
     assert all(name == metric.name and len(metric.about) > 20 for name, metric in METRICS.items())
+    assert not any("  " in metric.about or "\n" in metric.about for metric in METRICS.values())
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -11,18 +11,28 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import Interrupted, ModelError, OutOfResources, RunError, TunesmithError, nearest
+from tunesmith.errors import (
+    Interrupted,
+    ModelError,
+    OutOfResources,
+    RunError,
+    TunesmithError,
+    closest,
+    nearest,
+)
 from tunesmith.recipe import Recipe
 from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
     Run,
     Watch,
+    anchored,
     create,
     dataset_name,
     discard,
@@ -34,10 +44,12 @@ from tunesmith.training.run import (
 )
 
 if TYPE_CHECKING:
+    from tunesmith.data import Splits
     from tunesmith.data.examples import Example
     from tunesmith.data.inspection import Inspected
     from tunesmith.evaluation import EvalRow
     from tunesmith.evaluation.compare import Comparison
+    from tunesmith.evaluation.unseen import MeasuredOn
     from tunesmith.plan import Plan
 
 MAY_CHANGE = ("output_dir", "name", "preset", "evaluation", "export", "tracking")
@@ -56,6 +68,12 @@ class Result:
     """Answers side by side: question, reference, base, tuned."""
     report: Path | None = None
     published: str | None = None
+    sides: tuple[str, str] | None = None
+    """The names of A and B in a comparison of two models."""
+    measured_on: MeasuredOn | None = None
+    """The questions that `evaluate` and `compare` asked."""
+    saved: Path | None = None
+    """Folder of the rows and the result of `compare`."""
 
     @property
     def primary(self) -> Comparison | None:
@@ -68,6 +86,9 @@ class Result:
         primary = asdict(self.primary) if self.primary else {}
         return {
             **{name: primary.get(name) for name in names},
+            **({"a": self.sides[0], "b": self.sides[1]} if self.sides else {}),
+            **({"measured_on": asdict(self.measured_on)} if self.measured_on else {}),
+            **({"saved": str(self.saved)} if self.saved else {}),
             "seconds": round(self.seconds, 1),
             "run": str(self.run) if self.run else None,
             "report": str(self.report) if self.report else None,
@@ -100,7 +121,11 @@ def _unwatched(event: Mapping[str, Any]) -> None:
 
 
 def plan(recipe: Recipe) -> tuple[Plan, Mapping[str, Any]]:
-    """What a recipe would do here, and what becomes of its rows; nothing is written or trained."""
+    """What a recipe would do here, and what becomes of its rows; nothing is written or trained.
+
+    Refuses what `train` refuses.
+    """
+    _check_before_training(recipe)
     results = _driver().execute(["plan", "encodings"], inputs=_inputs(recipe))
     ledger = results["encodings"].ledger
     return results["plan"], {"rows": ledger.counts(), "dropped": ledger.reasons()}
@@ -112,10 +137,11 @@ def train(recipe: Recipe, *, resume: str | None = None, watch: Watch = _unwatche
     `resume` continues the run of the same folder from a checkpoint's name, or from `latest`. Raises a
     TunesmithError for everything the user can mend; a run that trained nothing leaves no folder behind.
     """
+    recipe = anchored(recipe)
     if resume is None:
         return _carry_out(recipe, create(recipe, watch=watch), None, fresh=True)
     run = open_run(Path(recipe.output_dir).expanduser() / folder_name(recipe), watch=watch)
-    changed = differences(run.recipe(), recipe)
+    changed = differences(anchored(run.recipe()), recipe)
     if changed:
         raise RunError(
             f"The recipe differs from the one {run.path} was started with, so it cannot be continued.",
@@ -197,21 +223,29 @@ def evaluate(
 ) -> Result:
     """Scores of a run's final model, or of any model, each with its interval.
 
-    A run is measured on its own held-out split unless `dataset` is given; of another data set every row
-    is used. `settings` is a sparse recipe layer that says how the data set is read and answered.
-    Rows and scores are written to `output`, by default `<run>/evaluation/<dataset>` or
-    `evaluations/<model>_<dataset>`.
+    A run is measured on its own held-out split unless `dataset` is given; of that every row is used except
+    those that the run was trained or validated on. `settings` is a sparse recipe layer that says how the
+    data set is read and answered. Rows and scores are written to `output`, by default
+    `<run>/evaluation/<dataset>` or `evaluations/<model>_<dataset>`.
     """
+    quiet_libraries()
     from tunesmith import evaluation
 
     started = time.perf_counter()
-    run, questions = _questions([model], dataset, metrics, settings)
+    run, questions = _questions([model], dataset, metrics, settings, watch)
     [(rows, chosen)] = [_answers(model, questions, name="model", watch=watch)]
     scores = evaluation.scores(rows, chosen)
     place = Path(output) if output else _evaluation_folder(run, model, questions.recipe)
     evaluation.write_rows(place / "rows.jsonl", rows)
-    write_whole(place / "scores.json", json.dumps({"model": scores}, indent=1))
-    return Result(run=place, comparisons=(), seconds=time.perf_counter() - started, scores=scores)
+    kept = {"model": scores, "measured_on": asdict(questions.measured_on)}
+    write_whole(place / "scores.json", json.dumps(kept, indent=1))
+    return Result(
+        run=place,
+        comparisons=(),
+        seconds=time.perf_counter() - started,
+        scores=scores,
+        measured_on=questions.measured_on,
+    )
 
 
 def compare(
@@ -225,22 +259,60 @@ def compare(
 ) -> Result:
     """Whether run or model B is better than A on the same held-out examples.
 
-    The examples are chosen as by `evaluate`, from the first of the two that is a run. Both are answered
-    now, along one code path; A stands as `base` and B as `tuned` in the result.
+    The examples are chosen as by `evaluate`, from the first of the two that is a run, without those that
+    either was trained or validated on. Both are answered now, along one code path; A stands as `base` and B
+    as `tuned` in the result. Rows and comparison are written to `comparisons/<a>_vs_<b>` beside the runs.
     """
+    quiet_libraries()
+    from tunesmith import evaluation
     from tunesmith.evaluation import compare as comparing
 
     started = time.perf_counter()
-    run, questions = _questions([a, b], dataset, metrics, settings)
-    rows_a, chosen = _answers(a, questions, name="base", watch=watch)
-    rows_b, _ = _answers(b, questions, name="tuned", watch=watch)
+    run, questions = _questions([a, b], dataset, metrics, settings, watch)
+    sides = _side_names(a, b)
+    rows_a, chosen = _answers(a, questions, name="base", watch=_renamed(watch, "base", sides[0]))
+    rows_b, _ = _answers(b, questions, name="tuned", watch=_renamed(watch, "tuned", sides[1]))
     section = questions.recipe.evaluation
     compared = comparing.compare(
         rows_a, rows_b, metrics=chosen, resamples=section.resamples, confidence=section.confidence
     )
+    name = "_vs_".join(re.sub(r"[^\w.-]+", "-", side) for side in sides)
+    if dataset:
+        name += f"_on_{dataset_name(dataset)}"
+    place = (run.path.parent if run else Path()) / "comparisons" / name
+    evaluation.write_rows(place / "rows.jsonl", [*rows_a, *rows_b])
+    kept = {
+        "a": str(a),
+        "b": str(b),
+        "measured_on": asdict(questions.measured_on),
+        "comparisons": [asdict(c) for c in compared],
+    }
+    write_whole(place / "comparison.json", json.dumps(kept, indent=1, ensure_ascii=False))
     return Result(
-        run=run.path if run else None, comparisons=tuple(compared), seconds=time.perf_counter() - started
+        run=run.path if run else None,
+        comparisons=tuple(compared),
+        seconds=time.perf_counter() - started,
+        sides=sides,
+        measured_on=questions.measured_on,
+        saved=place,
     )
+
+
+def _side_names(a: str | Path, b: str | Path) -> tuple[str, str]:
+    """What the two sides of a comparison are called: their folders' names, where these differ."""
+    short = (Path(str(a)).name, Path(str(b)).name)
+    return short if short[0] != short[1] and all(short) else (str(a), str(b))
+
+
+def _renamed(watch: Watch, before: str, after: str) -> Watch:
+    """A watcher that is told of a stage under the name that people know."""
+
+    def told(event: Mapping[str, Any]) -> None:
+        stage = str(event.get("stage", ""))
+        known = stage.startswith(f"{before}:")
+        watch({**event, "stage": after + stage.removeprefix(before)} if known else event)
+
+    return told
 
 
 @dataclass(frozen=True)
@@ -249,6 +321,7 @@ class _Questions:
 
     recipe: Recipe
     examples: tuple[Example, ...]
+    measured_on: MeasuredOn
 
 
 def _questions(
@@ -256,30 +329,127 @@ def _questions(
     dataset: str | None,
     metrics: Sequence[str] | None,
     settings: Mapping[str, Any] | None,
+    watch: Watch,
 ) -> tuple[Run | None, _Questions]:
-    """The first of the models that is a run, and what it and the others are to be asked."""
+    """The first of the models that is a run, and what it and the others are to be asked.
+
+    Raises TunesmithError where no question is left that none of them has learned from.
+    """
     from tunesmith import dataflow
+    from tunesmith import models as loading
     from tunesmith.compose import overlaid, validated
     from tunesmith.data.splitting import HELD_OUT, TRAIN, VALIDATION
+    from tunesmith.evaluation.unseen import MeasuredOn, unseen
 
-    run = next((open_run(m) for m in models if is_run(Path(m))), None)
+    for model in models:
+        loading.locate(str(model))
+    run = next((open_run(m) for m in models if is_run(Path(m).expanduser())), None)
     if not run and not dataset:
         raise TunesmithError(
             f"What {models[0]} is to be measured on is missing.", fix="Give --dataset, or name a run."
         )
     base = run.recipe() if run else Recipe()
-    changes: dict[str, Any] = {"evaluation": {"metrics": list(metrics)}} if metrics else {}
-    foreign = dataset is not None and not (run and base.data.dataset == dataset)
+    changes: dict[str, Any] = {"evaluation": {"metrics": metrics}} if metrics else {}
     layer = base.model_dump(mode="json")
-    if foreign:
+    if dataset is not None and not (run and _same_place(base.data.dataset, dataset)):
         # Columns and subsets named for the run's own data do not hold for another set.
-        layer["data"] = {"dataset": dataset, "max_length": base.data.max_length}
+        layer["data"] = {
+            "dataset": dataset,
+            "max_length": base.data.max_length,
+            "validation": 0.0,
+            "held_out": 0.0,
+            "near_duplicates": "ignore",
+        }
         if not metrics:
             changes["evaluation"] = {"metrics": None}
     recipe = validated(overlaid(layer, changes, dict(settings or {})))
     splits = dataflow.splits(recipe)
-    asked = splits.examples(TRAIN, VALIDATION, HELD_OUT) if foreign else splits.examples(HELD_OUT)
-    return run, _Questions(recipe, tuple(asked))
+    asked = splits.examples(HELD_OUT) if dataset is None else splits.examples(TRAIN, VALIDATION, HELD_OUT)
+    own = str(run.path) if run and dataset is None else None
+    learned, unchecked = _learned(models, own)
+    kept, left_out = unseen(asked, learned, own)
+    measured_on = MeasuredOn(
+        dataset=dataset or base.data.dataset,
+        split_of=own,
+        questions=len(kept),
+        left_out=left_out,
+        unchecked=unchecked,
+    )
+    value, reason = measured_on.sentences()
+    if not kept:
+        raise TunesmithError(
+            "No question is left to measure on." if left_out else "There is no question to measure on.",
+            found=f"{value}: {reason}" if left_out else f"{value}, which has none",
+            fix="Give --dataset with examples that no model here was trained on.",
+        )
+    watch({"kind": "decision", "name": "measured on", "value": value, "reason": reason})
+    for name, why in unchecked.items():
+        watch(
+            {
+                "kind": "warning",
+                "message": f"What {name} was trained on is not known, so its questions may be among these: {why}",
+            }
+        )
+    return run, _Questions(recipe, tuple(kept), measured_on)
+
+
+def _same_place(a: str, b: str) -> bool:
+    return a == b or (
+        Path(a).exists() and Path(b).expanduser().exists() and Path(a).samefile(Path(b).expanduser())
+    )
+
+
+def _learned(
+    models: Sequence[str | Path], own: str | None
+) -> tuple[dict[str, frozenset[str]], dict[str, str]]:
+    """What each run behind these models was trained or validated on, and the runs of which it is not known.
+
+    A run's base may be a run itself; what that one learned, its successor has learned too.
+    """
+    from tunesmith import dataflow
+    from tunesmith.data.splitting import TRAIN, VALIDATION
+    from tunesmith.evaluation.unseen import marks, own_marks
+
+    found: dict[str, frozenset[str]] = {}
+    unchecked: dict[str, str] = {}
+    waiting = [run for model in models if (run := _run_of(model))]
+    while waiting:
+        run = waiting.pop(0)
+        name = str(run.path)
+        if name in found or name in unchecked:
+            continue
+        recipe = run.recipe()
+        if below := _run_of(recipe.model.base):
+            waiting.append(below)
+        try:
+            splits = dataflow.splits(recipe)
+            if not _is_split_of(run, splits):
+                raise RunError("its data set is not what it was when the run was started.")
+            mark = own_marks if name == own else marks
+            found[name] = frozenset(m for e in splits.examples(TRAIN, VALIDATION) for m in mark(e))
+        except TunesmithError as error:
+            unchecked[name] = error.problem
+    return found, unchecked
+
+
+def _is_split_of(run: Run, splits: Splits) -> bool:
+    """Whether the run's ledger has the same rows in the same roles; dropped ones may have been too long."""
+    from tunesmith.data.splitting import FATES
+
+    ledger = run.path / "ledger.jsonl"
+    if not ledger.is_file():
+        return True
+    with ledger.open(encoding="utf-8") as lines:
+        then = [json.loads(line)["fate"] for line in lines]
+    return len(then) == len(splits.fates) and all(
+        fate in ("dropped", FATES[now]) for fate, now in zip(then, splits.fates.tolist(), strict=True)
+    )
+
+
+def _run_of(model: str | Path) -> Run | None:
+    """The run that a model is, or lies in: `final_model`, `best_model` or a checkpoint of it."""
+    path = Path(model).expanduser()
+    return next((open_run(folder) for folder in (path, *path.parents[:2]) if is_run(folder)), None)
 
 
 def _answers(
@@ -377,9 +547,26 @@ class Chat:
         )
 
 
-def runs(output_dir: str | Path = "./fine_tuned_models") -> list[RunSummary]:
-    """The runs of an output folder, oldest first, with state, scores and size."""
-    return [_summary(run) for run in find_runs(Path(output_dir))]
+OUTPUT_DIR = "./fine_tuned_models"
+
+
+def runs(output_dir: str | Path = OUTPUT_DIR) -> list[RunSummary]:
+    """The runs of an output folder, oldest first, with state, scores and size; of a run's folder, that run.
+
+    Raises RunError where there is no such folder, except for the default one, in which no run was made yet.
+    """
+    folder = Path(output_dir).expanduser()
+    if is_run(folder):
+        return [_summary(open_run(folder))]
+    if not folder.is_dir() and folder != Path(OUTPUT_DIR):
+        beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        near = closest(folder.name, [p.name for p in beside if p.is_dir()])
+        raise RunError(
+            f"There is no output folder {output_dir}.",
+            found="a file" if folder.exists() else None,
+            fix=f"Did you mean '{folder.parent / near}'?" if near else "Give the --output-dir of your runs.",
+        )
+    return [_summary(run) for run in find_runs(folder)]
 
 
 def push(run: str | Path, *, repository: str | None = None, private: bool = True) -> str:
@@ -482,11 +669,13 @@ def _model(name: str | None) -> list[dict[str, Any]]:
     from tunesmith import models
     from tunesmith.data.templates import set_template
 
-    name = name or "tiny"
-    loaded = models.load_model(name)
-    tokenizer = models.load_tokenizer(name)
+    model = name or "tiny"
+    named = [] if name else [{"name": "model", "about": "tiny, which ships with tunesmith (none was named)"}]
+    loaded = models.load_model(model)
+    tokenizer = models.load_tokenizer(model)
     description = models.describe(loaded)
     return [
+        *named,
         {"name": "architecture", "about": description.architecture},
         {"name": "parameters", "about": f"{description.parameters:,}"},
         {"name": "layers", "about": str(description.layers)},
@@ -533,11 +722,16 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
     from tunesmith.training import checkpoints
 
     started = time.perf_counter()
+    before = run.read("status.json")
     wanted = ["fitted"] if recipe.evaluation.skip else ["comparisons", "samples", "report"]
     with run.lock():
         (run.path / "status.json").unlink(missing_ok=True)
+        num_starts = _num_starts(run)
         try:
-            _check_before_training(recipe)
+            if fresh:
+                _check_before_training(recipe)
+            else:
+                _check_settings(recipe)
             point = checkpoints.choose(run, checkpoint) if checkpoint else None
             results = _driver().execute(wanted, inputs={**_inputs(recipe), "run": run, "checkpoint": point})
             published = _published(recipe, run)
@@ -552,6 +746,11 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
             mended = _as_ours(error)
             if fresh and not run.checkpoints.exists():
                 discard(run)
+            elif not fresh and _num_starts(run) == num_starts:
+                # Nothing of the run was touched, so it is what it was before.
+                run.event("state", state="not resumed", error=str(mended or error))
+                if before:
+                    run.write("status.json", before)
             else:
                 run.finish("failed", error=str(mended or error))
             if mended:
@@ -571,8 +770,26 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
     return result
 
 
+def _num_starts(run: Run) -> int:
+    """How often training began in this run."""
+    return sum(event["kind"] == "state" and event.get("state") == "training" for event in run.events())
+
+
 def _check_before_training(recipe: Recipe) -> None:
     """Cheap failures first: nothing is read or computed before these are settled."""
+    _check_settings(recipe)
+    quiet_libraries()
+    from tunesmith import models
+
+    models.check_fit(
+        recipe.model.base,
+        recipe.adapter,
+        revision=recipe.model.revision,
+        max_length=recipe.data.max_length,
+    )
+
+
+def _check_settings(recipe: Recipe) -> None:
     from tunesmith.evaluation import known_metrics
     from tunesmith.training.fit import require_tracker
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.compose import Composition, assignment, compose, nested, overlaid, preset_names
+from tunesmith.compose import Composition, assignment, compose, nested, overlaid, preset_names, scalar
 from tunesmith.errors import Interrupted, TunesmithError
 from tunesmith.recipe import FieldFact, fields
 
@@ -91,13 +91,7 @@ FACTS = {fact.path: fact for fact in reversed(list(fields()))}
 
 def converted(text: str | bool, kind: str) -> Any:
     """An option's text as a value of the field's type; the recipe then checks it."""
-    import yaml
-
-    if isinstance(text, bool):
-        return text
-    if "list of" in kind:
-        return text if text in kind.split(" | ") else _names(text)
-    return yaml.safe_load(text) if "number" in kind else text
+    return scalar(text) if isinstance(text, str) and "number" in kind else text
 
 
 def recipe_options(
@@ -418,7 +412,8 @@ def evaluate_verb(
     model: Annotated[str, typer.Argument(help="A run's folder, a model folder, a Hub id, or `tiny`.")],
     *,
     dataset: Annotated[
-        str | None, typer.Option(help="Examples; by default the run's own held-out split.")
+        str | None,
+        typer.Option(help="Examples, without those that the run has seen; by default its held-out split."),
     ] = None,
     metrics: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")
@@ -445,7 +440,10 @@ def compare_verb(
     b: Annotated[str, typer.Argument(help="The challenger.")],
     *,
     dataset: Annotated[
-        str | None, typer.Option(help="Examples; by default the held-out split of the run.")
+        str | None,
+        typer.Option(
+            help="Examples, without those that a run has seen; by default the run's held-out split."
+        ),
     ] = None,
     metrics: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")
@@ -515,6 +513,8 @@ def chat_verb(
     """Chat."""
     from tunesmith import api
 
+    if prompt is not None and not prompt.strip():
+        raise TunesmithError("--prompt is empty.", fix="Write a question, or leave it out to talk.")
     console = _console()
     talk = api.Chat(model)
     messages = [{"role": "system", "content": system}] if system else []
@@ -572,8 +572,8 @@ def runs_verb(
             dataset_name(run.dataset),
             str(run.step or ""),
             run.metric or "",
-            _number(run.base),
-            _number(run.tuned),
+            _score(run.base, run.metric),
+            _score(run.tuned, run.metric),
             run.verdict or "",
             f"{run.bytes / 1e6:.1f} MB",
         )
@@ -672,8 +672,12 @@ def _names(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",") if name.strip()] if text else None
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _score(value: float | None, metric: str | None) -> str:
+    """A score on the scale of every table: percent, points or, for perplexity, as it is."""
+    from tunesmith.evaluation.compare import shown
+    from tunesmith.evaluation.metrics import METRICS
+
+    return "" if value is None or metric not in METRICS else shown(value, METRICS[metric])
 
 
 def _escaped(text: Any) -> str:
@@ -742,12 +746,14 @@ def _result_text(result: Result) -> Any:
 
     parts: list[Any] = []
     if result.comparisons:
-        header, *lines = table(list(result.comparisons))
+        header, *lines = table(list(result.comparisons), result.sides or ("base", "tuned"))
         scores = _table(*header)
         for line in lines:
             scores.add_row(*(_escaped(cell) for cell in line))
         primary = result.primary
         if primary:
+            if result.sides:
+                parts.append(Text(f"{result.sides[1]} against {result.sides[0]}", style="bold"))
             style = {"better": "bold green", "worse": "bold red"}.get(primary.verdict, "bold yellow")
             parts += [Text(sentence(primary), style=style), ""]
         parts += [scores, ""]
@@ -756,7 +762,12 @@ def _result_text(result: Result) -> Any:
         for label in ("reference", "base", "tuned"):
             parts.append(Text(f"  {label:<10}{sample[label]}", style="dim" if label == "reference" else ""))
         parts.append("")
-    for label, value in (("run", result.run), ("report", result.report), ("published", result.published)):
+    for label, value in (
+        ("run", result.run),
+        ("report", result.report),
+        ("published", result.published),
+        ("saved", result.saved),
+    ):
         if value:
             parts.append(Text(f"{label:<10}{value}"))
     parts.append(Text(f"{'seconds':<10}{result.seconds:.0f}"))
@@ -767,12 +778,15 @@ def _scores_text(result: Result) -> Any:
     from rich.console import Group
     from rich.text import Text
 
+    from tunesmith.evaluation.metrics import METRICS
+
     table = _table("metric", "value", "95 % interval", "n", "not scored")
     for name, score in result.scores.items():
         cells = ["", ""]
         if score["value"] is not None:
-            cells = [f"{score['value']:.4f}", f"{score['low']:.4f} to {score['high']:.4f}"]
-        table.add_row(name, *cells, str(score["n"]), str(score["n_errors"] or ""))
+            value, low, high = (_score(score[part], name) for part in ("value", "low", "high"))
+            cells = [value, f"{low} to {high}"]
+        table.add_row(METRICS[name].label, *cells, str(score["n"]), str(score["n_errors"] or ""))
     return Group(table, Text(f"\nrows      {result.run}"))
 
 

@@ -7,7 +7,7 @@ Our task files keep settings for an adapter that is not chosen yet under its kin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,8 +16,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tunesmith.errors import RecipeError, nearest
-from tunesmith.recipe import Recipe, Task
+from tunesmith.errors import RecipeError, closest, nearest
+from tunesmith.recipe import DataSource, Recipe, Task, fields, sections_of
 
 Layer = dict[str, Any]
 
@@ -123,7 +123,8 @@ def validated(layer: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(layer)
     except ValidationError as error:
-        problems = [_problem(e, layer) for e in error.errors()]
+        # A value that fits no member of a union is told once per member: one problem for us.
+        problems = list(dict.fromkeys(_problem(e, layer) for e in error.errors()))
         raise RecipeError(
             "The recipe does not fit." if len(problems) > 1 else problems[0],
             found="\n         ".join(problems) if len(problems) > 1 else None,
@@ -132,30 +133,161 @@ def validated(layer: Mapping[str, Any]) -> Recipe:
 
 
 def _problem(error: Any, layer: Mapping[str, Any]) -> str:
-    kinds = {
-        k
-        for name in Recipe.model_fields
-        if Recipe.model_fields[name].discriminator
-        for k in union_members(name)
-    }
-    path = [str(part) for part in error["loc"] if part not in kinds]
+    path = [str(part) for part in error["loc"]]
+    top = Recipe.model_fields.get(path[0])
+    if top and top.discriminator and len(path) > 1:
+        del path[1]  # the union's member, which is no part of the field's name
+    if error["type"] == "extra_forbidden":
+        return _unknown(path, layer)
+    value = error.get("input")
+    section = ".".join(path)
+    if section in _sections() and not isinstance(value, Mapping):
+        return _no_section(section, value)
+    types = {fact.path: fact.type for fact in fields()}
+    # What follows a field's own name is the member of its union, or the place in its list.
+    field = next((".".join(path[:n]) for n in range(len(path), 0, -1) if ".".join(path[:n]) in types), None)
+    if field is None or (types[field] == "list of data sources" and field != section):
+        return f"{section}: {error['msg']}; found {value!r}."
+    words = str(error["msg"])
+    limit = words.removeprefix("Input should be ")
+    if limit != words and limit.startswith(("greater", "less")):
+        return f"{field} has to be {limit}; found {value!r}."
+    if error["type"] == "value_error":
+        return f"{field}: {words}; found {value!r}."
+    given: Any = layer
+    for part in field.split("."):
+        given = given.get(part) if isinstance(given, Mapping) else None
+    takes = " or ".join(
+        f"a {part}" if part.startswith(("number", "whole number", "list of")) else part
+        for part in types[field].split(" | ")
+        if part != "null"
+    )
+    near = closest(given, types[field].split(" | ")) if isinstance(given, str) else None
+    return f"{field} takes {takes}; found {given!r}." + (f" Did you mean '{near}'?" if near else "")
+
+
+def _sections() -> set[str]:
+    return {name for name, field in Recipe.model_fields.items() if sections_of(field.annotation)}
+
+
+def _no_section(name: str, value: Any) -> str:
+    """A section that was given a plain value."""
+    field = Recipe.model_fields[name]
+    if field.discriminator and value in union_members(name):
+        return f"{name} is a section: --set {name}.kind={value}, or `{name}: {{kind: {value}}}` in a file."
+    example = next(iter(sections_of(field.annotation)[0].model_fields))
+    found = "found nothing" if value is None else f"found {value!r}"
+    return f"{name} is a section with fields of its own, such as {name}.{example}; {found}."
+
+
+def _unknown(path: list[str], layer: Mapping[str, Any]) -> str:
+    """A field that is not there, with the one that was probably meant."""
     where = ".".join(path)
-    if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg']}; found {error.get('input')!r}."
     section: Any = Recipe
     for part in path[:-1]:
         field = section.model_fields.get(part)
-        if field is None:
-            break
+        if field is None or part.isdigit():
+            continue
         if field.discriminator:
             kind = layer[part].get("kind", field.get_default().kind)
             section = union_members(part)[kind]
             others = [k for k, member in union_members(part).items() if path[-1] in member.model_fields]
             if others:
-                return f"{where} has no effect with {part} '{kind}'; it belongs to {' and '.join(others)}."
+                option = {"lora": "--lora", "freeze": "--freeze-ratio"}.get(others[0])
+                add = option or f"--set {part}.kind={others[0]}"
+                return f"{where} has no effect with {part} '{kind}'; it belongs to {' and '.join(others)}: add {add}."
+        elif part == "mix":
+            section = DataSource
         else:
             section = field.annotation
-    return f"{where} is not a field. {nearest(path[-1], section.model_fields)}"
+    return f"{where} is not a field. {_meant(path[-1], list(section.model_fields), '.'.join(path[:-1]))}"
+
+
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "epochs": "num_epochs",
+    "num_train_epochs": "num_epochs",
+    "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "accumulation": "gradient_accumulation_steps",
+    "warmup": "warmup_steps",
+    "lr_scheduler": "scheduler",
+    "lr_scheduler_type": "scheduler",
+    "optim": "optimizer",
+    "patience": "early_stopping_patience",
+    "precision": "mixed_precision",
+    "bf16": "mixed_precision",
+    "fp16": "mixed_precision",
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "use_dora": "dora",
+    "use_rslora": "rank_stabilized",
+    "base_model": "base",
+    "model_name": "base",
+    "max_seq_length": "max_length",
+    "report_to": "trackers",
+    "test_size": "held_out",
+    "eval_dataset": "validation",
+    "template": "chat_template",
+    "neftune": "neftune_noise_alpha",
+}
+"""What fields are called elsewhere."""
+
+
+def _meant(word: str, siblings: list[str], path: str) -> str:
+    """The field that an unknown name probably means: in its section, or anywhere in the recipe."""
+    places = {}
+    for fact in reversed(list(fields())):
+        places[fact.path.rpartition(".")[2]] = fact.path
+    places = {name: place for name, place in places.items() if place.rpartition(".")[0] != path}
+    for union in Recipe.model_fields:
+        if Recipe.model_fields[union].discriminator and word in union_members(union):
+            return f"Did you mean '{union}.kind={word}'?"
+    name = OTHER_NAMES.get(word, word)
+    if name in siblings and name != word:
+        return f"Did you mean '{name}'?"
+    if name in places:
+        return f"Did you mean '{places[name]}'?"
+    near = closest(word, siblings) or _abbreviated(word, siblings)
+    if near:
+        return f"Did you mean '{near}'?"
+    near = closest(word, places) or _abbreviated(word, places)
+    return f"Did you mean '{places[near]}'?" if near else nearest(word, siblings)
+
+
+def _abbreviated(word: str, known: Iterable[str]) -> str | None:
+    """The one known name that has all the words of this one, or begins with it."""
+    words = set(word.split("_"))
+    found = [name for name in known if words <= set(name.split("_")) or name.startswith(word)]
+    return found[0] if len(found) == 1 else None
+
+
+class _Twice(yaml.MarkedYAMLError):
+    """A key that stands twice in one mapping."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without doubled keys, of which only the last would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping. Raises _Twice at the second of two equal keys."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.value in lines and key.tag != "tag:yaml.org,2002:merge":
+                raise _Twice(
+                    problem=f"'{key.value}' stands here again, after line {lines[key.value]}",
+                    problem_mark=key.start_mark,
+                )
+            if isinstance(key.value, str):
+                lines[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
 
 
 def read_layer(path: Path) -> Layer:
@@ -167,13 +299,17 @@ def read_layer(path: Path) -> Layer:
             f"The recipe file {path} cannot be read.", found=error.strerror, fix="Check the path."
         ) from None
     try:
-        layer = yaml.safe_load(text) or {}
+        layer = yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+        if isinstance(error, _Twice):
+            raise RecipeError(f"{place}: {error.problem}.", fix="Keep one of the two.") from None
         raise RecipeError(
             f"{place} is not YAML or JSON.", found=str(getattr(error, "problem", error))
         ) from None
+    if layer is None:
+        raise RecipeError(f"{path} is empty.", fix="Write `section: {field: value}`, or leave the file out.")
     if not isinstance(layer, dict):
         raise RecipeError(
             f"{path} holds no recipe.", found=type(layer).__name__, fix="Write `section: {field: value}`."
@@ -210,7 +346,17 @@ def assignment(text: str) -> Layer:
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
         raise RecipeError(f"--set {text} is not PATH=VALUE.", fix="Write --set training.learning_rate=2e-5.")
-    return nested(path.strip(), yaml.safe_load(value) if value.strip() else None)
+    return nested(path.strip(), scalar(value) if value.strip() else None)
+
+
+def scalar(text: str) -> Any:
+    """A value from the command line, as YAML reads it. Raises RecipeError."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"{text} is not a value.", found=str(getattr(error, "problem", error)), fix="Quote it."
+        ) from None
 
 
 def nested(path: str, value: Any) -> Layer:

@@ -66,7 +66,21 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None)
         adapter_kind=recipe.adapter.kind,
         lengths=rows,
         num_validation=len(encodings.validation),
+        held_out=None if recipe.evaluation.skip else _held_out(recipe, encodings),
         notes=notes,
+    )
+
+
+def _held_out(recipe: Recipe, encodings: data.EncodedSplits) -> planning.HeldOut:
+    groups = {
+        number if example.group is None else example.group
+        for number, example in enumerate(encodings.held_out)
+    }
+    return planning.HeldOut(
+        items=len(encodings.held_out),
+        groups=len(groups),
+        share=recipe.data.held_out,
+        max_items=recipe.evaluation.max_items,
     )
 
 
@@ -85,7 +99,10 @@ def prepared(run: Run, encodings: data.EncodedSplits, plan: Plan) -> Run:
     run.write("plan.json", {**plan.as_dict(), "data_sha256": fingerprint, "rows": encodings.ledger.counts()})
     if not before:
         for decision in plan.decisions:
-            run.event("decision", name=decision.name, value=decision.value, reason=decision.reason)
+            if decision.name == "verdict":
+                run.event("warning", message=f"No verdict will be possible: {decision.reason}.")
+            else:
+                run.event("decision", name=decision.name, value=decision.value, reason=decision.reason)
     run.event("state", state="prepared", rows=encodings.ledger.counts(), dropped=encodings.ledger.reasons())
     return run
 

@@ -84,9 +84,14 @@ class Interrupted(TunesmithError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """' Did you mean 'x'?' for the closest known word, or a list of the known ones."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    """'Did you mean 'x'?' for the closest other word that is known, or a list of the known ones."""
+    known = [name for name in known if name != word]
+    close = closest(word, known)
     if close:
-        return f"Did you mean '{close[0]}'?"
+        return f"Did you mean '{close}'?"
     return "Known: " + ", ".join(sorted(known)) + "."
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is spelled most like this one, if any is."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)

@@ -5,13 +5,33 @@ Only safetensors are read and no code from a model's folder or the Hub is ever r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import MissingExtra, ModelError, nearest
+from tunesmith.errors import MissingExtra, ModelError, closest, nearest
 from tunesmith.recipe import Adapter, Freeze, LoRA, QLoRA
+
+FILES = {
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".parquet",
+    ".txt",
+    ".yaml",
+    ".yml",
+    ".safetensors",
+    ".gguf",
+    ".bin",
+    ".pt",
+}
+"""Suffixes that make a name a file's, never a Hub id's (`Qwen2.5` has a suffix too)."""
+
+HUB_SECONDS = 5.0
+"""How long the Hub may take to answer whether it has a model."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -47,10 +67,11 @@ class Description:
         )
 
 
-def locate(base: str) -> str:
+def locate(base: str, *, revision: str | None = None) -> str:
     """What `--base-model` stands for: the shipped model, a folder (of a run: its final model), or a Hub id.
 
-    Raises ModelError for a folder that holds no model and for a path that does not exist.
+    Raises ModelError for a folder that holds no model, for a path that does not exist, and for a Hub id
+    that the Hub does not have or that cannot be asked for and is not in its cache.
     """
     from tunesmith.assets import TINY_MODEL
 
@@ -60,28 +81,91 @@ def locate(base: str) -> str:
     if path.is_dir():
         if (path / "final_model").is_dir():
             path = path / "final_model"
-        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        if not _holds_model(path):
             raise ModelError(
                 f"The folder {base} holds no model.",
                 found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
                 fix="Give a folder with config.json or adapter_config.json, a run, a Hub id, or `tiny`.",
             )
         return str(path.resolve())
-    if base.startswith((".", "/", "~")) or path.suffix or base.count("/") > 1 or path.exists():
-        near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = {p.name: str(p) for p in path.parent.iterdir() if _holds_model(p)} if path.parent.is_dir() else {}
+    if path.exists():
+        raise ModelError(f"{base} is a file, not a model's folder or a run.", fix=_proposed(path.name, near))
+    if _is_path(base):
+        raise ModelError(f"There is no model folder or run {base}.", fix=_proposed(path.name, near))
+    location, problem = _on_hub(base, revision)
+    if problem:
         raise ModelError(
-            f"There is no model folder {base}.",
-            found="a file" if path.exists() else None,
-            fix=nearest(str(path), near) if near else "Check the path, or give a Hub id such as owner/name.",
+            f"There is no model folder or run {base}."
+            if "/" in base and near
+            else f"There is no model '{base}'.",
+            found=f"no such folder or run here; {problem}",
+            fix=_proposed(path.name, {**near, "tiny": "tiny"}),
         )
-    return base
+    return location
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", "adapter_config.json", "final_model"))
+
+
+def _is_path(base: str) -> bool:
+    """Whether a name that is not there can only be a path: no Hub id looks like it."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if base.startswith((".", "/", "~")) or Path(base).suffix.lower() in FILES:
+        return True
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return True
+    return False
+
+
+def _proposed(name: str, near: Mapping[str, str]) -> str:
+    """The model that was probably meant, of those nearby, by name."""
+    close = closest(name, near)
+    if close:
+        return f"Did you mean '{near[close]}'?"
+    known = f" Known here: {', '.join(sorted(near.values())[:8])}." if near else ""
+    return f"Check the path, or give a Hub id such as owner/name.{known}"
+
+
+@lru_cache
+def _on_hub(base: str, revision: str | None) -> tuple[str, str | None]:
+    """Where a Hub model is to be loaded from, by one short request, and what is wrong with it.
+
+    The libraries would ask again and again before they give up. Where the Hub does not answer, its cache
+    on this machine does.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    problem = "the Hub is switched off (HF_HUB_OFFLINE)"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            HfApi().model_info(base, revision=revision, timeout=HUB_SECONDS)
+            return base, None
+        except GatedRepoError:
+            return base, "the Hub gives access only to those who accepted its terms and ran `hf auth login`"
+        except RepositoryNotFoundError:
+            return base, "the Hub has no such model, or it is private: then `hf auth login`"
+        except RevisionNotFoundError:
+            return base, f"the Hub's model has no revision '{revision}'"
+        except Exception as error:  # the network's many ways to fail come as many types
+            first_line = next(iter(str(error).strip().splitlines()), "")[:200]
+            problem = f"the Hub cannot be reached ({type(error).__name__}: {first_line})"
+    try:
+        return snapshot_download(base, revision=revision, local_files_only=True), None
+    except Exception:  # whatever is wrong with the cache, the model is not there
+        return base, problem
 
 
 def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
     """The tokenizer of a model, with a padding token. Raises ModelError where there is none."""
     from transformers import AutoTokenizer
 
-    location = locate(base)
+    location = locate(base, revision=revision)
     folder = Path(location)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(
@@ -112,7 +196,7 @@ def load_model(
     import torch
     import transformers
 
-    location = locate(base)
+    location = locate(base, revision=revision)
     options: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
         "trust_remote_code": False,
@@ -137,7 +221,46 @@ def load_model(
             model = transformers.AutoModelForCausalLM.from_pretrained(location, revision=revision, **options)
     except Exception as error:
         raise _not_loaded("model", base, error) from error
+    if not Path(base).expanduser().is_dir() and base != "tiny" and not is_adapter:
+        # A Hub model that came from the cache's folder is still that of the Hub.
+        model.name_or_path = model.config.name_or_path = base
     return model if quantize else model.to(device)
+
+
+def outline(base: str, *, revision: str | None = None) -> Any:
+    """A model's modules without their weights, from its configuration: no memory, no time."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    location = locate(base, revision=revision)
+    adapter = Path(location) / "adapter_config.json"
+    if adapter.is_file():
+        below = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return outline(str(below))
+    try:
+        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise _not_loaded("model", base, error) from error
+
+
+def check_fit(base: str, adapter: Adapter, *, revision: str | None = None, max_length: int) -> None:
+    """Whether adapter and length fit the model, before a row is read. Raises ModelError."""
+    from tunesmith.generation import context_length
+
+    model = outline(base, revision=revision)
+    if isinstance(adapter, LoRA):
+        target_modules(model, adapter.targets)
+        _check_names(model, adapter.modules_to_save, "modules_to_save")
+    elif isinstance(adapter, Freeze):
+        freeze(model, adapter.ratio)
+    limit = context_length(model)
+    if limit and max_length > limit:
+        raise ModelError(
+            f"data.max_length {max_length} is above the context of the model, {limit} tokens.",
+            fix=f"Give --max-length {limit} or less; data.over_long says what happens to longer examples.",
+        )
 
 
 def _not_loaded(what: str, base: str, error: Exception) -> ModelError:

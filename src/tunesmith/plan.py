@@ -49,6 +49,31 @@ class Plan:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """How much there is to measure on."""
+
+    items: int
+    groups: int
+    """Independent groups; as many as items where these stand alone."""
+    share: float
+    max_items: int | None
+
+    def too_few(self) -> str | None:
+        """Why no comparison on so few examples can have a verdict, and what to do; None where one can."""
+        from tunesmith.evaluation.compare import MIN_GROUPS, MIN_ITEMS
+
+        asked = min(self.items, self.max_items or self.items)
+        mend = f"give more rows or raise data.held_out, now {self.share:g}"
+        if asked < MIN_ITEMS:
+            if asked < self.items:
+                mend = f"raise evaluation.max_items, now {self.max_items}"
+            return f"{asked} held-out items are too few to compare, at least {MIN_ITEMS} are needed: {mend}"
+        if self.groups < min(self.items, MIN_GROUPS):
+            return f"{self.groups} held-out groups are too few to compare, at least {MIN_GROUPS} are needed: {mend}"
+        return None
+
+
 def device() -> Device:
     """The best device there is."""
     import torch
@@ -65,6 +90,7 @@ def resolve(
     adapter_kind: str,
     lengths: Sequence[int],
     num_validation: int,
+    held_out: HeldOut | None = None,
     notes: Sequence[str] = (),
 ) -> Plan:
     """The plan for training on examples of these token lengths.
@@ -125,10 +151,17 @@ def resolve(
         )
     eval_steps = per_epoch if training.eval_steps == "epoch" else training.eval_steps
     save_steps = per_epoch if training.save_steps == "epoch" else training.save_steps
+    for name, steps in (("eval_steps", eval_steps if num_validation else 0), ("save_steps", save_steps)):
+        if steps > total:
+            decisions.append(
+                Decision(name, total, f"{steps} would be more than all {total} steps, so once, at the end")
+            )
     if not num_validation:
         decisions.append(
             Decision("eval_steps", None, "no validation examples: the last step's model is final")
         )
+    if held_out and (too_few := held_out.too_few()):
+        decisions.append(Decision("verdict", "none possible", too_few))
     return Plan(
         device=where,
         dtype=dtype,

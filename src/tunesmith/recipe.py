@@ -33,6 +33,15 @@ def _yaml_no(value: Any) -> Any:
     return "no" if value is False else value
 
 
+def _names(value: Any) -> Any:
+    """One name, or several with commas between them, as the list that they mean."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_names)]
+"""A list of names; `a,b` and a single name count as one."""
+
+
 class Section(BaseModel):
     """What every section shares: frozen, no unknown keys, docstrings as descriptions."""
 
@@ -191,14 +200,14 @@ class LoRA(Section):
     dropout: Share = 0.1
     """Dropout on the adapter's input."""
 
-    targets: Literal["attention", "query-value", "all-linear"] | list[str] = "attention"
+    targets: Literal["attention", "query-value", "all-linear"] | Names = "attention"
     """Matrices that get an update: the attention projections, only query and value, every linear layer
     but the head, or module names. No match is an error."""
 
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases that are trained along."""
 
-    modules_to_save: list[str] = []
+    modules_to_save: Names = []
     """Further modules trained in full and saved with the adapter, such as `embed_tokens`."""
 
     rank_stabilized: bool = False
@@ -307,7 +316,7 @@ class Training(Section):
 class Evaluation(Section):
     """How base and tuned model are compared on the held-out examples."""
 
-    metrics: list[str] | None = None
+    metrics: Names | None = None
     """Metrics to compute (`tunesmith show metrics`); by default those that fit the data. The first one that
     scores whole answers is the primary one, on which the verdict rests."""
 
@@ -349,7 +358,9 @@ class Export(Section):
 class Tracking(Section):
     """Experiment trackers that receive the metrics as well; none by default."""
 
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    trackers: Annotated[
+        list[Literal["tensorboard", "wandb", "mlflow", "trackio"]], BeforeValidator(_names)
+    ] = []
     """Trackers by name."""
 
     project: str = "tunesmith"

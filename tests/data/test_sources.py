@@ -160,6 +160,14 @@ def test_broken_files(tmp_path, name, content, expected):
         assert fragment in str(error.value)
 
 
+def test_only_data_files_are_proposed_for_a_missing_one(tmp_path):
+    for name in ("nope.csx", "nop.csv.md", "faq.csv"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(DataError) as error:
+        read(str(tmp_path / "nope.csv"))
+    assert error.value.fix == f"Did you mean '{tmp_path / 'faq.csv'}'?"
+
+
 def test_missing_files_name_their_neighbors(tmp_path):
     write(tmp_path / "questions.jsonl", "{}\n")
     with pytest.raises(DataError, match=r"Did you mean '.*questions\.jsonl'"):

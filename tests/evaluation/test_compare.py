@@ -9,7 +9,7 @@ from scipy.stats import binomtest, ttest_rel
 
 from tunesmith.errors import RunError
 from tunesmith.evaluation import scores
-from tunesmith.evaluation.compare import compare, holm, sentence, table
+from tunesmith.evaluation.compare import compare, holm, methods, sentence, table
 
 
 def rows(values, *, model="base", groups=None, **fields):
@@ -34,6 +34,16 @@ def binary(n, both, wins, losses):
     base = [1.0] * both + [0.0] * wins + [1.0] * losses
     tuned = [1.0] * both + [1.0] * wins + [0.0] * losses
     return base + [0.0] * (n - len(base)), tuned + [0.0] * (n - len(tuned))
+
+
+def test_the_method_of_every_metric_is_told_where_they_differ():
+    base = [row(n, scores={"exact_match": 0.0, "rougeL": 0.1 + n % 2 / 9}) for n in range(20)]
+    tuned = [row(n, model="tuned", scores={"exact_match": 0.0, "rougeL": 0.5}) for n in range(20)]
+    compared = compare(base, tuned, metrics=["exact_match", "rougeL"], resamples=100)
+    told = methods(compared)
+    assert told.startswith("Intervals: exact match: all differences are zero; ROUGE-L: paired bootstrap")
+    assert methods(compared[:1]) == "Intervals: all differences are zero."
+    assert methods([]) == ""
 
 
 def test_better_worse_and_mcnemar():

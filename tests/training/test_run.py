@@ -10,7 +10,16 @@ import pytest
 from tunesmith.errors import RunError
 from tunesmith.recipe import Data, Recipe
 from tunesmith.training import checkpoints
-from tunesmith.training.run import Run, create, discard, find_runs, folder_name, open_run, write_whole
+from tunesmith.training.run import (
+    Run,
+    anchored,
+    create,
+    discard,
+    find_runs,
+    folder_name,
+    open_run,
+    write_whole,
+)
 
 
 @pytest.fixture
@@ -30,6 +39,16 @@ def run(tmp_path):
 )
 def test_folder_names(dataset, name):
     assert folder_name(Recipe(task="chat", data=Data(dataset=dataset))) == name
+
+
+def test_names_that_are_no_paths_stay_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    for base, dataset in (("tiny", "example:sql"), ("owner/name", "owner/set"), ("gpt2", "missing.csv")):
+        recipe = Recipe(model={"base": base}, data={"dataset": dataset})
+        assert anchored(recipe) == recipe
+    (tmp_path / "faq.csv").write_text("x")
+    assert anchored(Recipe(data={"dataset": "faq.csv"})).data.dataset == str(tmp_path / "faq.csv")
 
 
 def test_a_taken_folder_is_refused(run, tmp_path):

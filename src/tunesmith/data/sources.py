@@ -265,7 +265,8 @@ def _local(dataset: str) -> Path | None:
     if path.exists():
         return path
     if path.suffix.lower() in READERS or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
-        near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        near = [str(p) for p in beside if p.suffix.lower() in READERS]
         raise DataError(
             f"There is no file {dataset}.",
             fix=nearest(str(path), near) if near else "Check the path; a Hub id looks like owner/name.",

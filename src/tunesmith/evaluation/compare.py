@@ -130,15 +130,28 @@ def sentence(comparison: Comparison) -> str:
     return text if c.verdict in ("better", "worse") else f"{text} {c.reason}"
 
 
-def table(comparisons: Sequence[Comparison]) -> list[list[str]]:
+def table(comparisons: Sequence[Comparison], names: tuple[str, str] = ("base", "tuned")) -> list[list[str]]:
     """A header and one line per metric, for the terminal, the report and the model card."""
     level = f"{comparisons[0].confidence:.0%}".replace("%", " %") if comparisons else "95 %"
-    lines = [["metric", "base", "tuned", f"difference [{level} interval]", "n", "verdict"]]
+    lines = [["metric", *names, f"difference [{level} interval]", "n", "verdict"]]
     for c in comparisons:
         metric = METRICS[c.metric]
         values = [shown(c.base, metric), shown(c.tuned, metric), difference_shown(c)] if c.n else ["-"] * 3
         lines.append([metric.label, *values, str(c.n), c.verdict])
     return lines
+
+
+def methods(comparisons: Sequence[Comparison]) -> str:
+    """How the intervals were computed, metric by metric where it differs; nothing where none was."""
+    by_method: dict[str, list[str]] = {}
+    for c in comparisons:
+        if c.n:
+            by_method.setdefault(c.method, []).append(METRICS[c.metric].label)
+    if not by_method:
+        return ""
+    if len(by_method) == 1:
+        return f"Intervals: {next(iter(by_method))}."
+    return "Intervals: " + "; ".join(f"{', '.join(names)}: {m}" for m, names in by_method.items()) + "."
 
 
 def shown(value: float, metric: Metric) -> str:

@@ -6,6 +6,7 @@ from the model's own probabilities of the reference tokens, over all of them at 
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -162,7 +163,8 @@ def _answer(
     fits: Callable[[Prompt], bool] = _always,
     flags: Callable[[Prompt, str, str], tuple[str, ...]] | None = None,
 ) -> Metric:
-    return Metric(name, label, score, True, unit, (score.__doc__ or "").strip(), fits, "answer", flags)
+    about = inspect.cleandoc(score.__doc__ or "").replace("\n\n", " ").replace("\n", " ")
+    return Metric(name, label, score, True, unit, about, fits, "answer", flags)
 
 
 METRICS: dict[str, Metric] = {

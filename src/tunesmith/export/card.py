@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
 
-from tunesmith.evaluation.compare import Comparison, sentence, table
+from tunesmith.evaluation.compare import Comparison, methods, sentence, table
 from tunesmith.training.run import Run, dataset_name, write_whole
 
 CARD = """\
@@ -99,16 +100,13 @@ def write_card(run: Run, comparisons: Sequence[Comparison]) -> None:
         verdict=sentence(primary) if primary else "No held-out answers were compared.",
         header=header,
         lines=[[cell.replace("|", "\\|") for cell in line] for line in lines],
-        method=f"Intervals: {primary.method}." if primary else "",
+        method=methods(comparisons),
         base=base,
         dataset=dataset,
         recipe=recipe,
         rows=plan.get("rows", {}),
         training=run.read("training.json") or {},
-        recipe_yaml=yaml.safe_dump(
-            _shareable(recipe.model_dump(mode="json"), base=base, dataset=recipe.data.dataset),
-            sort_keys=False,
-        ),
+        recipe_yaml=yaml.safe_dump(_shareable(recipe.model_dump(mode="json"), base=base), sort_keys=False),
         adapter=adapter,
         notes=warnings,
         version=(run.read("environment.json") or {"packages": {}})["packages"].get("tunesmith", ""),
@@ -116,11 +114,23 @@ def write_card(run: Run, comparisons: Sequence[Comparison]) -> None:
     write_whole(run.final_model / "README.md", text)
 
 
-def _shareable(recipe: dict[str, Any], *, base: str, dataset: str) -> dict[str, Any]:
+def _shareable(recipe: dict[str, Any], *, base: str) -> dict[str, Any]:
     """The recipe without this machine's folders."""
-    name = dataset if dataset.startswith("example:") else dataset_name(dataset)
+    data, template = recipe["data"], recipe["model"]["chat_template"]
     return {
         **{key: value for key, value in recipe.items() if key != "output_dir"},
-        "model": {**recipe["model"], "base": base},
-        "data": {**recipe["data"], "dataset": name},
+        "model": {
+            **recipe["model"],
+            "base": base,
+            "chat_template": Path(template).name if template else None,
+        },
+        "data": {
+            **data,
+            "dataset": _short(data["dataset"]),
+            "mix": [{**part, "dataset": _short(part["dataset"])} for part in data["mix"]],
+        },
     }
+
+
+def _short(dataset: str) -> str:
+    return dataset if dataset.startswith("example:") else dataset_name(dataset)

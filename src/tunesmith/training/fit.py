@@ -186,6 +186,7 @@ def save_model(trainer: Any, folder: Path, initial_adapter: Path | None, info: M
         )
     else:
         model.save_pretrained(staging)
+    (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the model card comes from us
     trainer.processing_class.save_pretrained(staging)
     write_whole(staging / BEST, json.dumps(info, indent=1))
     _swap(staging, folder)
@@ -241,6 +242,8 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message=message)  # known, and answered by what we do
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
     os.environ.setdefault("HAMILTON_AUTOLOAD_EXTENSIONS", "0")
     os.environ.setdefault("HAMILTON_TELEMETRY_ENABLED", "false")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

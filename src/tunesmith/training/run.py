@@ -188,6 +188,30 @@ def dataset_name(dataset: str) -> str:
     return re.sub(r"[^\w.-]+", "-", stem) or "data"
 
 
+def anchored(recipe: Recipe) -> Recipe:
+    """The recipe with local files and folders by their full paths, so that it holds from everywhere.
+
+    Names that stand for something else (`tiny`, `example:`, Hub ids) stay, and so does what is not there.
+    """
+
+    def full(name: str) -> str:
+        path = Path(name).expanduser()
+        return os.path.abspath(path) if path.exists() and name != "tiny" else name
+
+    template = recipe.model.chat_template
+    if template is not None and Path(template).suffix in {".jinja", ".j2"}:
+        template = full(template)
+    model = {"base": full(recipe.model.base), "chat_template": template}
+    mix = [part.model_copy(update={"dataset": full(part.dataset)}) for part in recipe.data.mix]
+    data = {"dataset": full(recipe.data.dataset), **({"mix": mix} if mix else {})}
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update=model),
+            "data": recipe.data.model_copy(update=data),
+        }
+    )
+
+
 def create(recipe: Recipe, *, watch: Watch = _silent) -> Run:
     """A new run folder with the resolved recipe and the environment.
 

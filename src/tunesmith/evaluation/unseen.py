@@ -1,0 +1,78 @@
+"""Which questions prove something: those that none of the measured models was trained or validated on.
+
+Rows are recognized by content, so another file, another order or another split of the same rows hides none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from tunesmith.data.examples import Conversation, Example, Preference, Rating, question_hash
+from tunesmith.data.splitting import key
+
+
+@dataclass(frozen=True)
+class MeasuredOn:
+    """The questions of a measurement, and those that were left out of it."""
+
+    dataset: str
+    split_of: str | None
+    """The run whose held-out split this is; None where it is a whole data set."""
+    questions: int
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many questions are left out since a run was trained or validated on them, by run."""
+    unchecked: Mapping[str, str] = field(default_factory=dict)
+    """Runs of which it is not known what they were trained on, and why."""
+
+    def sentences(self) -> tuple[str, str]:
+        """What is measured on, and what was left out of it and why."""
+        where = f"the held-out split of {self.split_of}" if self.split_of else self.dataset
+        whole = self.questions + sum(self.left_out.values())
+        count = f"{self.questions} of {whole}" if self.left_out else f"all {whole}"
+        why = [
+            f"{number} are left out, {run} was trained or validated on them"
+            for run, number in self.left_out.items()
+        ]
+        return f"{count} questions of {where}", "; ".join(why) or "no run here was trained on any of them"
+
+
+def marks(example: Example) -> frozenset[str]:
+    """What an example is recognized by in another data set: its question, whatever the system message, and
+    its group."""
+    match example:
+        case Conversation(messages=messages):
+            example = replace(example, messages=tuple(m for m in messages if m.role != "system"))
+        case Preference(prompt=prompt) | Rating(prompt=prompt):
+            example = replace(example, prompt=tuple(m for m in prompt if m.role != "system"))
+        case _:
+            pass
+    group = () if example.group is None else (f"group {key(example)}",)
+    return frozenset((question_hash(example), *group))
+
+
+def own_marks(example: Example) -> frozenset[str]:
+    """What an example is recognized by in the data set that its split was made of."""
+    return frozenset((str(key(example)),))
+
+
+def unseen(
+    examples: Iterable[Example], learned: Mapping[str, frozenset[str]], own: str | None = None
+) -> tuple[list[Example], dict[str, int]]:
+    """The examples that no run has learned from, and the number of the others by run.
+
+    `learned` has each run's marks; those of the run `own`, whose split the examples are, are `own_marks`.
+    """
+    kept: list[Example] = []
+    left_out: Counter[str] = Counter()
+    for example in examples:
+        known, split = marks(example), own_marks(example)
+        run = next(
+            (r for r, seen in learned.items() if not seen.isdisjoint(split if r == own else known)), None
+        )
+        if run is None:
+            kept.append(example)
+        else:
+            left_out[run] += 1
+    return kept, dict(left_out)

@@ -67,16 +67,19 @@ class NearDuplicates:
 
     def add(self, texts: Sequence[str]) -> None:
         """The next rows' texts, in order."""
-        made = sketches(texts)
+        self.add_sketches(sketches(texts))
+
+    def add_sketches(self, made: NDArray[np.uint32]) -> None:
+        """The next rows' sketches, in order: the same as `add` for those who compute them elsewhere."""
         self._sketches.write(made.tobytes())
         width = BINS // BANDS
         with np.errstate(over="ignore"):
-            mixed = made.reshape(len(texts), BANDS, width).astype(np.uint64)
+            mixed = made.reshape(len(made), BANDS, width).astype(np.uint64)
             factors = np.array([pow(_PRIME, n + 1, 2**64) for n in range(width)], dtype=np.uint64)
             hashes = ((mixed * factors).sum(axis=2, dtype=np.uint64) >> np.uint64(32)).astype(np.uint32)
         for band, file in enumerate(self._bands):
             file.write(hashes[:, band].tobytes())
-        self.count += len(texts)
+        self.count += len(made)
 
     def pairs(self, threshold: float = THRESHOLD) -> NDArray[np.int64]:
         """Rows (n, 2) that are alike: a row and an earlier one, the first of those that share a band.

@@ -14,17 +14,25 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from tunesmith.data.examples import (
-    Conversation, Example, Message, Preference, Rating, Text, Unusable, texts,
+    Conversation,
+    Example,
+    Message,
+    Preference,
+    Rating,
+    Text,
+    Unusable,
+    texts,
 )
 from tunesmith.data.formats import FORMATS, Detection, Format, column_of, converted, has_numbers, keyed
 from tunesmith.data.sources import UTF8, Broken, Record
-
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
 """From harmless to what keeps a row from being trained; a row's place in here is its worst finding's."""
 
-CHARACTERS_PER_TOKEN = 4"""What a token is taken for where no tokenizer is known; right for English, too much for Chinese."""
+CHARACTERS_PER_TOKEN = 4
+"""What a token is taken for where no tokenizer is known; right for English, too much for Chinese."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -163,6 +171,7 @@ class Found(NamedTuple):
     kind: str
     column: str | None
     message: str
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -351,7 +360,9 @@ def _said_of(kind: str, text: str, settings: Settings) -> str | None:
         case "secret":
             for beginning, name, pattern in SECRETS:
                 if match := pattern.search(text):
-                    return f"{name} ({beginning}…, {len(match[0])} characters) at character {match.start() + 1}"
+                    return (
+                        f"{name} ({beginning}…, {len(match[0])} characters) at character {match.start() + 1}"
+                    )
             return None
         case _:
             match = EMAIL.search(text)
@@ -409,5 +420,3 @@ def _estimated(example: Example, characters: int, max_length: int) -> str | None
         f"about {tokens:,} tokens (estimated at {CHARACTERS_PER_TOKEN} characters a token), of which {max_length:,} "
         f"are trained: {lost} would be cut"
     )
-
-

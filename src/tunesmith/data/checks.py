@@ -171,6 +171,8 @@ class Found(NamedTuple):
     kind: str
     column: str | None
     message: str
+    fix: str | None = None
+    """What mends this one, where that is more than the kind's remedy."""
 
 
 @dataclass(frozen=True)

@@ -779,7 +779,7 @@ def _report_text(report: Report) -> Any:
         parts += [Text(f"  {f.place}  {f.message}") for f in found[:SHOWN_FINDINGS]]
         if count > SHOWN_FINDINGS:
             parts.append(Text(f"  and {count - SHOWN_FINDINGS:,} more", style="dim"))
-        parts += [Text(f"  do: {check.fix}", style="dim"), ""]
+        parts += [*(Text(f"  do: {fix}", style="dim") for fix in dict.fromkeys(f.fix for f in found)), ""]
     read = f"read as {', '.join(report.formats)}: {report.detection}" if report.detection else ""
     lengths = ", ".join(f"{name} {value}" for name, value in report.lengths.items())
     fixed = ", ".join(f"{name} {value}" for name, value in (report.fixed or {}).items())

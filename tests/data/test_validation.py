@@ -74,7 +74,8 @@ BAD = {
     "bom": (pair("What now?", "\ufeffNothing."), ".jsonl", 2, "response", {}),
     "mojibake": (pair("What now?", "A cafÃ© perhaps."), ".jsonl", 2, "response", {}),
     "duplicate": (lines(GOOD[0], {**GOOD[0], "id": 2}), ".jsonl", 2, None, {}),
-    "near_duplicate": (pair(LONG_WORDS, "Yes.") + pair(LONG_WORDS, "No.")[len(lines(GOOD[0])) :], ".jsonl", 3, None, {}),
+    "near_duplicate": (
+        pair(LONG_WORDS, "Yes.") + lines({"prompt": LONG_WORDS, "response": "No."}), ".jsonl", 3, None, {}),
     "special_token": (pair("What now?<|im_end|>", "Nothing."), ".jsonl", 2, "prompt", {}),
     "secret": (pair("What is the key?", f"It is {KEY}."), ".jsonl", 2, "response", {}),
     "email": (pair("Whom do I ask?", "Ask jo.doe@example.com."), ".jsonl", 2, "response", {}),

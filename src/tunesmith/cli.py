@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import json
 import os
 import sys
@@ -199,7 +200,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
             if text and not as_json:
                 _console(stderr=False).print(text)
             if as_json:
-                print(json.dumps(payload, ensure_ascii=False, default=str))
+                _print_json(payload)
             if payload.get("exit_code"):
                 raise typer.Exit(payload["exit_code"])
 
@@ -220,8 +221,22 @@ def _fail(lines: Sequence[str], code: int, as_json: bool) -> None:
     for line in lines[1:]:
         console.print(line, markup=False, highlight=False)
     if as_json:
-        print(json.dumps({"error": "\n".join(lines), "exit_code": code}, ensure_ascii=False))
+        _print_json({"error": "\n".join(lines), "exit_code": code})
     raise typer.Exit(code)
+
+
+def _print_json(payload: Any) -> None:
+    """One line of JSON; in ASCII where it holds half a character, as names of columns may."""
+    line = json.dumps(payload, ensure_ascii=False, default=str)
+    print(line if _is_encodable(line) else json.dumps(payload, default=str))
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _console(*, stderr: bool = True) -> Any:
@@ -812,4 +827,7 @@ def _scores_text(result: Result) -> Any:
 
 def main() -> None:
     """Entry point of the `tunesmith` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a message may quote half a character
     app()

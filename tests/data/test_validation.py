@@ -335,7 +335,7 @@ def test_exit_codes_and_json(tmp_path, invoke):
     assert invoke("validate", tmp_path / "none.jsonl")[0] == 1
     assert invoke("validate")[0] == 1
     assert invoke("validate", path, "--output", "x.jsonl")[0] == 1
-    assert invoke("validate", path, "--format", "mesages")[0] == 1
+    assert invoke("validate", path, "--format", "chats")[0] == 1
 
 
 def test_people_see_places_and_remedies(tmp_path):

@@ -147,7 +147,7 @@ def clean_piece(settings: Settings, piece: Piece) -> list[Cleaned]:
             done: set[str] = set()
             values = {name: mended(value, done) for name, value in record.values.items()}
             example, _, findings = check_row(replace(record, values=values), settings.detection, settings)
-            line = json.dumps(values, ensure_ascii=False, default=str) if example is not None else None
+            line = as_line(values) if example is not None else None
         except RecursionError:
             cleaned.append(Cleaned(record.row, "dropped", "unusable: nested too deeply", None))
             continue
@@ -160,6 +160,16 @@ def clean_piece(settings: Settings, piece: Piece) -> list[Cleaned]:
         content = int(content_hash(example)[:16], 16)
         cleaned.append(Cleaned(record.row, "mended" if done else "kept", what, line, content))
     return cleaned
+
+
+def as_line(values: Mapping[str, Any]) -> str:
+    """A row as JSON; in ASCII where the name of a column holds half a character."""
+    line = json.dumps(values, ensure_ascii=False, default=str)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(values, default=str)
+    return line
 
 
 def mended(value: Any, done: set[str]) -> Any:

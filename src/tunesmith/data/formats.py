@@ -47,7 +47,7 @@ def _always(values: Values) -> bool:
     return True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is the same as itself only: hashing all fields would cost every row
 class Format:
     """A row layout: the columns it needs (each one of several names) and how it becomes an example."""
 

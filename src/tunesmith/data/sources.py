@@ -580,6 +580,8 @@ def _csv(path: Path) -> Iterator[Record | Broken]:
         begin, number = 1, 0
         try:
             header = next((cells for cells in reader if cells), [])
+            if any("\udc80" <= c <= "\udcff" for name in header for c in name):
+                raise DataError(f"The header of {path.name} is not UTF-8.", fix=UTF8)
             twice = sorted({name for name in header if header.count(name) > 1})
             if twice:
                 raise DataError(

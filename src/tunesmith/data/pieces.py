@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -98,7 +99,13 @@ def worked(
             yield piece, work(piece)
         return
     # Started anew, not forked: this process may have threads, of a tokenizer or of a display.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    # Ctrl-C reaches all of them, and this one ends the others.
+    pool = ProcessPoolExecutor(
+        processes,
+        multiprocessing.get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
     waiting: deque[tuple[Piece, Future[Result]]] = deque()
     try:
         for piece in itertools.chain(begun, all_pieces):

@@ -99,6 +99,10 @@ class Prompt:
     checks: Mapping[str, Any] = field(default_factory=dict)
 
 
+_CANONICAL = json.JSONEncoder(ensure_ascii=False, default=str)
+"""Made once: `json.dumps` with options makes one for every call."""
+
+
 def content_hash(example: Example) -> str:
     """Hex digest of what a model could learn from the example; the same text gives the same hash anywhere.
 
@@ -113,7 +117,7 @@ def content_hash(example: Example) -> str:
             content = [_content(part) for part in (prompt, completion)] + [label]
         case Text(text=text):
             content = text
-    canonical = json.dumps([type(example).__name__, content], ensure_ascii=False, default=str)
+    canonical = _CANONICAL.encode([type(example).__name__, content])
     return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 

@@ -158,8 +158,8 @@ SECRETS: tuple[tuple[str, str, re.Pattern[str]], ...] = tuple(
 """Keys and tokens of well-known shapes: a text that such a one has in it, its name, and its shape."""
 
 SECRETS_BY_SIGN = tuple(
-    (sign, tuple(secret for secret in SECRETS if next(s for s in "-_AJg" if s in secret[0]) == sign))
-    for sign in "-_AJg"
+    (sign, tuple(secret for secret in SECRETS if next(s for s in "-_AJxg" if s in secret[0]) == sign))
+    for sign in "-_AJxg"
 )
 """The same by a character that their beginning has and that few texts have."""
 

@@ -15,14 +15,15 @@ _HOME = {
     "Recipe": "tunesmith.recipe",
     "TunesmithError": "tunesmith.errors",
     **dict.fromkeys(
-        ("train", "resume", "evaluate", "compare", "chat", "runs", "demo", "show", "push"), "tunesmith.api"
+        ("train", "resume", "evaluate", "compare", "chat", "runs", "demo", "show", "push", "validate"),
+        "tunesmith.api",
     ),
 }
 
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from tunesmith.api import chat, compare, demo, evaluate, push, resume, runs, show, train
+    from tunesmith.api import chat, compare, demo, evaluate, push, resume, runs, show, train, validate
     from tunesmith.errors import TunesmithError
     from tunesmith.recipe import Recipe
 

@@ -27,7 +27,7 @@ from tunesmith.errors import (
     closest,
     nearest,
 )
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Recipe, Task
 from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
     Run,
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from tunesmith.data import Splits
     from tunesmith.data.examples import Example
     from tunesmith.data.inspection import Inspected
+    from tunesmith.data.templates import Encoder
+    from tunesmith.data.validation import Report
     from tunesmith.evaluation import EvalRow
     from tunesmith.evaluation.compare import Comparison
     from tunesmith.evaluation.unseen import MeasuredOn
@@ -491,6 +493,67 @@ def _evaluation_folder(run: Run | None, model: str | Path, recipe: Recipe) -> Pa
     if run:
         return run.evaluation / dataset
     return Path("evaluations") / f"{Path(str(model)).name}_{dataset}"
+
+
+def validate(
+    dataset: str,
+    *,
+    task: Task | None = None,
+    settings: Mapping[str, Any] | None = None,
+    model: str | Path | None = None,
+    fix: bool = False,
+    output: str | Path | None = None,
+    limit: int = 100,
+    processes: int = 1,
+    watch: Watch = _unwatched,
+) -> Report:
+    """What is wrong with a data set, before it is trained on.
+
+    `settings` is a sparse recipe layer that says how it is read and how long rows may be; `model` adds what
+    only tokens can tell. `fix` writes a cleaned copy with a ledger to `output`, by default
+    `<name>.clean.jsonl` beside the file. At most `limit` findings of a kind are kept whole. Give more
+    `processes` for large files from a program that guards its own start (`if __name__ == "__main__":`).
+    """
+    from dataclasses import replace
+
+    from tunesmith import data
+    from tunesmith.compose import compose, overlaid
+    from tunesmith.data import cleaning, validation
+
+    layer = {"data": {"dataset": dataset}, **({"task": task} if task else {})}
+    recipe = compose(overlaid(dict(settings or {}), layer)).recipe
+    context: Encoder | None = None
+    adapt: data.Adapt = data.as_it_is
+    if model:
+        quiet_libraries()
+        from tunesmith import models
+        from tunesmith.data.templates import encoder, set_template
+        from tunesmith.methods import METHODS
+
+        tokenizer = models.load_tokenizer(str(model))
+        set_template(tokenizer, recipe.model.chat_template)
+        context, adapt = encoder(tokenizer), METHODS[recipe.method.kind].adapt
+    place = cleaning.target(dataset, output) if fix else None
+    checks = validation.settings_for(
+        recipe.data, max_length=recipe.data.max_length, context=context, limit=limit
+    )
+    report, source, refused = validation.validate(
+        recipe.data,
+        checks,
+        task=task,
+        context=context,
+        adapt=adapt,
+        loss_on=recipe.method.loss_on,
+        processes=processes,
+        watch=watch,
+    )
+    report = replace(report, model=str(model) if model else None)
+    if place and source:
+        cleaned = cleaning.clean(source, place, checks, refused=refused, processes=processes, watch=watch)
+        report = replace(report, fixed=cleaned)
+    elif place:
+        report = replace(report, notes=(*report.notes, "no cleaned copy is written: the rows cannot be read"))
+    return report
 
 
 def chat(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from tunesmith.api import Result
     from tunesmith.data.inspection import Inspected
+    from tunesmith.data.validation import Report
     from tunesmith.plan import Plan
 
 app = typer.Typer(
@@ -81,6 +83,11 @@ EVALUATION_FLAGS = (
     "--chat-template",
 )  # fmt: skip
 """Those of them that say how a data set is read and answered, for `evaluate` and `compare`."""
+
+VALIDATION_FLAGS = (
+    "--task", "--format", "--input-text-key", "--output-text-key", "--max-rows", "--max-length", "--chat-template",
+)  # fmt: skip
+"""Those that say how `validate` reads a data set and how long its rows may be."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
@@ -188,7 +195,9 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
             if text and not as_json:
                 _console(stderr=False).print(text)
             if as_json:
-                print(json.dumps(payload, ensure_ascii=False, default=str))
+                _print_json(payload)
+            if payload.get("exit_code"):
+                raise typer.Exit(payload["exit_code"])
 
     parameters = [
         p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "quiet"
@@ -207,8 +216,22 @@ def _fail(lines: Sequence[str], code: int, as_json: bool) -> None:
     for line in lines[1:]:
         console.print(line, markup=False, highlight=False)
     if as_json:
-        print(json.dumps({"error": "\n".join(lines), "exit_code": code}, ensure_ascii=False))
+        _print_json({"error": "\n".join(lines), "exit_code": code})
     raise typer.Exit(code)
+
+
+def _print_json(payload: Any) -> None:
+    """One line of JSON; in ASCII where it holds half a character, as names of columns may."""
+    line = json.dumps(payload, ensure_ascii=False, default=str)
+    print(line if _is_encodable(line) else json.dumps(payload, default=str))
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _console(*, stderr: bool = True) -> Any:
@@ -221,14 +244,14 @@ class Display:
     """Shows a run's events on stderr: one progress bar per stage, decisions and warnings above it."""
 
     def __init__(self, *, quiet: bool) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.console = _console()
         self.quiet = quiet
         self.progress: Progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            MofNCompleteColumn(),
             TextColumn("{task.fields[facts]}"),
             TimeRemainingColumn(compact=True),
             console=self.console,
@@ -278,7 +301,7 @@ class Display:
             completed=event["done"],
             total=event["total"],
             facts=" · ".join(facts),
-            visible=event["done"] < event["total"],
+            visible=event["total"] is None or event["done"] < event["total"],
         )
 
     def _step(self, event: Mapping[str, Any]) -> None:
@@ -496,6 +519,60 @@ def inspect_verb(
     found = api.inspect(api.inspected_recipe(dataset, model, flags), rows=row or (), count=count, page=html)
     payload = {"dataset": dataset, "page": str(html) if html else None, "rows": [r.as_dict() for r in found]}
     return payload, _inspected_text(found, html)
+
+
+VALIDATE_HELP = """Find what is wrong with a data set before training on it; exit code 1 where there are errors.
+
+`tunesmith validate my.jsonl --task chat`
+
+`tunesmith validate my.jsonl --model tiny --fix`"""
+
+
+@app.command("validate", help=VALIDATE_HELP)
+@verb
+@recipe_options(only=VALIDATION_FLAGS)
+def validate_verb(
+    source: Annotated[
+        str | None, typer.Argument(metavar="DATASET", help="A file, a folder, a Hub id, or `example:NAME`.")
+    ] = None,
+    *,
+    dataset: Annotated[str | None, typer.Option(help="The same, as an option.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model whose tokenizer and template the rows are tried with.")
+    ] = None,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Write a cleaned copy, and a ledger of what became of each row.")
+    ] = False,
+    output: Annotated[
+        str | None, typer.Option(help="File of the copy; by default `<name>.clean.jsonl` beside the file.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Findings of a kind that are kept whole.")] = 100,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes for large files; by default one per processor.")
+    ] = None,
+    flags: dict[str, Any],
+    quiet: bool,
+) -> Any:
+    """Validate."""
+    from tunesmith import api
+
+    if (source is None) == (dataset is None):
+        raise TunesmithError("Which data set to validate is not clear.", fix="Name one: `validate my.jsonl`.")
+    if output and not fix:
+        raise TunesmithError("--output is where --fix writes to.", fix="Give --fix as well, or neither.")
+    with Display(quiet=quiet) as display:
+        report = api.validate(
+            source or str(dataset),
+            task=flags.pop("task", None),
+            settings=flags,
+            model=model,
+            fix=fix,
+            output=output,
+            limit=limit,
+            processes=processes or os.cpu_count() or 1,
+            watch=display,
+        )
+    return {**report.as_dict(), "exit_code": int(report.has_errors)}, _report_text(report)
 
 
 @app.command("chat", help="Talk to a model or a run's model under its own chat template.")
@@ -774,6 +851,46 @@ def _result_text(result: Result) -> Any:
     return Group(*parts)
 
 
+SHOWN_FINDINGS = 5
+"""Findings of a kind that people see; `--json` has all that were kept."""
+
+
+def _report_text(report: Report) -> Any:
+    """Findings by kind, each with its remedy, then the counts."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from tunesmith.data.checks import CHECKS
+
+    styles = {"error": "bold red", "warning": "bold yellow", "note": "dim"}
+    parts: list[Any] = []
+    for kind, count in report.counts.items():
+        check = CHECKS[kind]
+        parts.append(
+            Text(f"{check.severity} {kind}: {count:,} × {check.about}", style=styles[check.severity])
+        )
+        found = [finding for finding in report.findings if finding.kind == kind]
+        parts += [Text(f"  {f.place}  {f.message}") for f in found[:SHOWN_FINDINGS]]
+        if count > SHOWN_FINDINGS:
+            parts.append(Text(f"  and {count - SHOWN_FINDINGS:,} more", style="dim"))
+        parts += [*(Text(f"  do: {fix}", style="dim") for fix in dict.fromkeys(f.fix for f in found)), ""]
+    read = f"read as {', '.join(report.formats)}: {report.detection}" if report.detection else ""
+    lengths = ", ".join(f"{name} {value}" for name, value in report.lengths.items())
+    fixed = ", ".join(f"{name} {value}" for name, value in (report.fixed or {}).items())
+    labels = ", ".join(f"{name} {count}" for name, count in report.labels.items())
+    facts = [
+        ("rows", f"{report.rows:,} = {report.ok:,} ok + {report.with_errors:,} with errors + "
+                 f"{report.with_warnings:,} with warnings only"),
+        ("findings", ", ".join(f"{count:,} {severity}s" for severity, count in report.severities.items())),
+        ("format", read),
+        ("lengths", lengths),
+        ("ratings", labels),
+        *(("note", note) for note in report.notes),
+        ("fixed", fixed),
+    ]  # fmt: skip
+    return Group(*parts, *(Text(f"{name:<10}{value}") for name, value in facts if value))
+
+
 def _scores_text(result: Result) -> Any:
     from rich.console import Group
     from rich.text import Text
@@ -792,4 +909,7 @@ def _scores_text(result: Result) -> Any:
 
 def main() -> None:
     """Entry point of the `tunesmith` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a message may quote half a character
     app()

@@ -291,7 +291,7 @@ CONTENT = st.lists(
 
 @distinct
 @settings(
-    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 @given(contents=st.lists(CONTENT.map("".join), min_size=4, max_size=4), turns=st.sampled_from([2, 4]))
 @example(contents=["", "", "", ""], turns=2)

@@ -64,30 +64,40 @@ class NearDuplicates:
 
     def __init__(self) -> None:
         self._sketches, *self._bands = (_scratch() for _ in range(1 + BANDS))
-        self.count = 0
+        self._count = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sketch")
         self._running: Future[None] | None = None
 
     def add(self, texts: Sequence[str]) -> None:
         """The next rows' texts, in order. Returns while they are sketched, in a thread."""
         self._finished()
-        self._running = self._thread.submit(self._add, texts)
+        self._running = self._thread.submit(lambda: self._store(sketches(texts)))
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        self._finished()
+        return self._count
 
     def _finished(self) -> None:
         if self._running:
             self._running.result()
 
-    def _add(self, texts: Sequence[str]) -> None:
-        made = sketches(texts)
+    def add_sketches(self, made: NDArray[np.uint32]) -> None:
+        """The next rows' sketches, in order: the same as `add` for those who compute them elsewhere."""
+        self._finished()
+        self._store(made)
+
+    def _store(self, made: NDArray[np.uint32]) -> None:
         self._sketches.write(made.tobytes())
         width = BINS // BANDS
         with np.errstate(over="ignore"):
-            mixed = made.reshape(len(texts), BANDS, width).astype(np.uint64)
+            mixed = made.reshape(len(made), BANDS, width).astype(np.uint64)
             factors = np.array([pow(_PRIME, n + 1, 2**64) for n in range(width)], dtype=np.uint64)
             hashes = ((mixed * factors).sum(axis=2, dtype=np.uint64) >> np.uint64(32)).astype(np.uint32)
         for band, file in enumerate(self._bands):
             file.write(hashes[:, band].tobytes())
-        self.count += len(texts)
+        self._count += len(made)
 
     def pairs(self, threshold: float = THRESHOLD) -> NDArray[np.int64]:
         """Rows (n, 2) that are alike: a row and an earlier one, the first of those that share a band.
@@ -112,7 +122,7 @@ class NearDuplicates:
         if not len(pairs):
             return pairs
         self._sketches.flush()
-        kept: NDArray[Any] = np.memmap(self._sketches, dtype=np.uint32, mode="r", shape=(self.count, BINS))
+        kept: NDArray[Any] = np.memmap(self._sketches, dtype=np.uint32, mode="r", shape=(self._count, BINS))
         alike = [
             (kept[chunk[:, 0]] == kept[chunk[:, 1]]).mean(axis=1) >= threshold
             for chunk in np.array_split(pairs, len(pairs) // 8192 + 1)

@@ -99,6 +99,7 @@ class Prompt:
 
 
 _CANONICAL = json.JSONEncoder(ensure_ascii=False, default=str)
+"""Made once: `json.dumps` with options makes one for every call."""
 
 
 def content_hash(example: Example) -> str:

@@ -10,7 +10,7 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +47,7 @@ def _always(values: Values) -> bool:
     return True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is the same as itself only: hashing all fields would cost every row
 class Format:
     """A row layout: the columns it needs (each one of several names) and how it becomes an example."""
 
@@ -352,8 +352,12 @@ def detect(
     format: str = "auto",
     input_text_key: str | None = None,
     output_text_key: str | None = None,
+    known: Mapping[str, int] | None = None,
 ) -> Detection:
-    """How the rows of a source are read. Raises DataError naming the columns that are there."""
+    """How the rows of a source are read. Raises DataError naming the columns that are there.
+
+    `known` is the number of rows by format, where somebody has counted them already.
+    """
     possible = expected(format=format, input_text_key=input_text_key, output_text_key=output_text_key)
     there = source.columns
     if input_text_key and output_text_key:
@@ -367,7 +371,7 @@ def detect(
         if missing:
             raise _missing(source, missing, f" for format '{format}'")
         return possible
-    known = _counts(source)
+    known = _counts(source) if known is None else known
     if not known:
         raise DataError(
             f"The rows of {source.name} fit no known format.",
@@ -440,7 +444,7 @@ def converted(
     format = detection.format_of(record.values)
     try:
         if format is None:
-            raise Unusable(_absent(record.values, detection))
+            raise Unusable(absent({n for n, v in record.values.items() if v is not None}, detection))
         example = format.convert(record.values, record.row)
     except Unusable as reason:
         return reason
@@ -450,6 +454,32 @@ def converted(
         value = record.values.get(group_by)
         example = replace(example, group=None if value is None else str(value))
     return example
+
+
+def absent(present: Set[str], detection: Detection) -> str:
+    """Why a row that has values in these columns only fits none of the formats."""
+    format = min(detection.formats, key=lambda f: sum(not present & set(names) for names in f.columns))
+    missing = [" or ".join(names) for names in format.columns if not present & set(names)]
+    return f"no value for {', '.join(missing)}" if missing else f"not of format {format.name}"
+
+
+def column_of(reason: str, values: Values, format: Format) -> str:
+    """The column that the reason speaks of for which `converted` refuses a row."""
+    used = format.used(list(values))
+    if reason.startswith("turn "):
+        for name in used:
+            try:
+                _turns(values[name], "user")
+            except Unusable as refusal:
+                if str(refusal) == reason:
+                    return name
+    words = re.findall(r"\w+", reason.partition(" is ")[0] if " is " in reason else reason)
+    named = next((name for name in used if name in words), None)
+    if named:
+        return named
+    of_answer = not {"answer", "query", "completion"}.isdisjoint(words)
+    names = format.columns[-1 if of_answer else 0]
+    return next((name for name in names if name in used), names[0])
 
 
 def none_usable(source: Source, reasons: Mapping[str, int]) -> DataError:
@@ -521,13 +551,6 @@ def _missing(source: Source, missing: Sequence[str], purpose: str = "") -> DataE
         found=_found(source),
         fix=nearest(missing[0].split(" or ")[0], source.columns),
     )
-
-
-def _absent(values: Values, detection: Detection) -> str:
-    present = {name for name, value in values.items() if value is not None}
-    format = min(detection.formats, key=lambda f: sum(not present & set(names) for names in f.columns))
-    absent = [" or ".join(names) for names in format.columns if not present & set(names)]
-    return f"no value for {', '.join(absent)}" if absent else f"not of format {format.name}"
 
 
 def _question_answer(question: Any, answer: Any, values: Values, row: Row) -> Conversation:

@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -68,6 +68,8 @@ class Source:
     digest: Callable[[], str]
     """Hash of the content."""
     notes: tuple[str, ...] = ()
+    lines: Path | None = None
+    """The JSON Lines file whose lines are the rows, for those who read it in pieces; None for other sources."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -237,6 +239,7 @@ def open_source(
             scan=lambda: itertools.islice(scan(), max_rows),
             digest=functools.partial(_limited, source, max_rows),
             notes=(*source.notes, note),
+            lines=None,
         )
     return source
 
@@ -291,7 +294,8 @@ def _from_file(path: Path, role: Role | None = None) -> Source:
         for record in reader(path):
             yield Record(record.row, record.values, role) if role and isinstance(record, Record) else record
 
-    return Source(path.stem, scan, functools.partial(_hash, path))
+    lines = path if reader is _jsonl and role is None else None
+    return Source(path.stem, scan, functools.partial(_hash, path), lines=lines)
 
 
 def _hash(path: Path) -> str:
@@ -458,26 +462,30 @@ A_ROW = "Quote cells that hold the separator, quotes (doubled) or line breaks."
 BOM = b"\xef\xbb\xbf"
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str] | Broken]:
+def _lines(name: str, raw_lines: Iterable[bytes], first: int = 1) -> Iterator[tuple[int, str] | Broken]:
     """Lines that are not blank, with their numbers, and those that are not UTF-8 as broken."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if number == 1:
-                raw = raw.removeprefix(BOM)
-            try:
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                near = repr(raw[max(error.start - 20, 0) : error.start + 20])[1:]
-                place = f"{path.name}, line {number}, byte {error.start + 1}"
-                yield Broken(Row(path.name, number), place, f"not UTF-8: {near}", UTF8)
-                continue
-            if line and not line.isspace():
-                yield number, line.rstrip("\r\n")
+    for number, raw in enumerate(raw_lines, first):
+        if number == 1:
+            raw = raw.removeprefix(BOM)
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            near = repr(raw[max(error.start - 20, 0) : error.start + 20])[1:]
+            place = f"{name}, line {number}, byte {error.start + 1}"
+            yield Broken(Row(name, number), place, f"not UTF-8: {near}", UTF8)
+            continue
+        if line and not line.isspace():
+            yield number, line.rstrip("\r\n")
 
 
 def _jsonl(path: Path) -> Iterator[Record | Broken]:
-    name = path.name
-    for line in _lines(path):
+    with path.open("rb") as file:
+        yield from parsed(path.name, file)
+
+
+def parsed(name: str, raw_lines: Iterable[bytes], first: int = 1) -> Iterator[Record | Broken]:
+    """The rows that lines of JSON are; `first` is the first line's number in its file."""
+    for line in _lines(name, raw_lines, first):
         if isinstance(line, Broken):
             yield line
             continue
@@ -579,6 +587,8 @@ def _csv(path: Path) -> Iterator[Record | Broken]:
         begin, number = 1, 0
         try:
             header = next((cells for cells in reader if cells), [])
+            if any("\udc80" <= c <= "\udcff" for name in header for c in name):
+                raise DataError(f"The header of {path.name} is not UTF-8.", fix=UTF8)
             twice = sorted({name for name in header if header.count(name) > 1})
             if twice:
                 raise DataError(
@@ -621,11 +631,12 @@ def _parquet(path: Path) -> Iterator[Record | Broken]:
 
 
 def _txt(path: Path) -> Iterator[Record | Broken]:
-    for line in _lines(path):
-        if isinstance(line, Broken):
-            yield line
-        else:
-            yield Record(Row(path.name, line[0]), {"text": line[1]})
+    with path.open("rb") as file:
+        for line in _lines(path.name, file):
+            if isinstance(line, Broken):
+                yield line
+            else:
+                yield Record(Row(path.name, line[0]), {"text": line[1]})
 
 
 READERS: dict[str, Callable[[Path], Iterator[Record | Broken]]] = {

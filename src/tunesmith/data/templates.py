@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -115,6 +116,8 @@ class Encoder:
     triggers: tuple[str, ...]
     """Texts by which the template may tell contents apart; content with one of them is always rendered."""
     skeletons: dict[tuple[str, ...], _Skeleton | None] = field(default_factory=dict)
+    met: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    """Number of conversations before there was a skeleton, by roles."""
     agreed: Counter[tuple[str, ...]] = field(default_factory=Counter)
     """Number of rows for which a skeleton and the rendered text were the same, by roles."""
     closings: dict[tuple[int, ...], bool] = field(default_factory=dict)
@@ -334,6 +337,7 @@ def _has_trigger(turns: Sequence[Message], context: Encoder) -> bool:
     return any(trigger in turn.content for trigger in context.triggers for turn in turns)
 
 
+@lru_cache(maxsize=32)
 def _triggers(source: str) -> tuple[str, ...]:
     """Texts in a template's comparisons, tests, calls and filters, names of roles and keys aside.
 
@@ -523,8 +527,15 @@ def _skeleton(turns: Sequence[Message], context: Encoder) -> _Skeleton | None:
             return None
     roles = tuple([turn.role for turn in turns])
     if roles not in context.skeletons:
+        context.met[roles] += 1
+        if context.met[roles] < WORTHWHILE:
+            return None
         context.skeletons[roles] = _worked_out(roles, context)
     return context.skeletons[roles]
+
+
+WORTHWHILE = 8
+"""Conversations with given roles after which a skeleton is worked out: it costs about as much as these."""
 
 
 def _worked_out(roles: Sequence[str], context: Encoder) -> _Skeleton | None:

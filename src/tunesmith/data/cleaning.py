@@ -1,0 +1,207 @@
+"""A cleaned copy of a data set: what can be mended is mended, what cannot be trained is left out, all of it said.
+
+The copy is JSON Lines with every column of its rows; beside it lies a ledger with one line per input row.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tunesmith.data.checks import CHECKS, MOJIBAKE, SURROGATE, Settings, broken, check_row
+from tunesmith.data.examples import Row, content_hash
+from tunesmith.data.pieces import Piece, rows, worked
+from tunesmith.data.sources import Broken, Source
+from tunesmith.data.validation import Watch, progress
+from tunesmith.errors import DataError
+
+Fate = Literal["kept", "mended", "dropped"]
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """What becomes of one row: its line in the copy, and what was done to it or why it is dropped."""
+
+    row: Row
+    fate: Fate
+    what: str | None
+    line: str | None
+    content: int = 0
+    """Hash of the example, by which copies are known."""
+
+
+def target(dataset: str, output: str | Path | None) -> Path:
+    """Where the copy goes: `<name>.clean.jsonl` beside the file, or in this folder. Raises DataError if it is taken."""
+    path = Path(dataset).expanduser()
+    if output:
+        place = Path(output).expanduser()
+    elif path.exists():
+        place = path.with_name(f"{path.stem if path.is_file() else path.name}.clean.jsonl")
+    else:
+        place = Path(f"{dataset.rpartition('/')[2].rpartition(':')[2]}.clean.jsonl")
+    if place.suffix.lower() != ".jsonl":
+        raise DataError(
+            f"The cleaned copy is JSON Lines, and {place} is not named so.", fix="Name it .jsonl."
+        )
+    for taken in (place, ledger_of(place)):
+        if taken.exists():
+            raise DataError(
+                f"{taken} is there already, and nothing is overwritten.", fix="Give another --output."
+            )
+    if not place.parent.is_dir():
+        raise DataError(f"There is no folder {place.parent}.", fix="Make it, or give another --output.")
+    return place
+
+
+def ledger_of(place: Path) -> Path:
+    """The ledger beside a cleaned copy."""
+    return place.with_name(f"{place.name}.ledger.jsonl")
+
+
+def clean(
+    source: Source,
+    place: Path,
+    settings: Settings,
+    *,
+    refused: bytearray,
+    processes: int = 1,
+    watch: Watch = lambda event: None,
+) -> dict[str, Any]:
+    """Write the copy and its ledger; how many rows were kept, mended and dropped.
+
+    `refused` has a byte for each row, not 0 where a model's template or the supervision proof refuses it.
+    Of rows that are the same example the first is kept. Nothing is left behind where no row remains.
+    Raises DataError for a source whose rows play roles: one file would put them together.
+    """
+    named = sorted({role for _, role in source.facts.places if role})
+    if named:
+        raise DataError(
+            f"{source.name} has rows for {' and '.join(named)}, which one cleaned file would put together.",
+            fix="Clean each of its files on its own.",
+        )
+    settings = replace(settings, estimates=False)
+    parts = {file: file.with_name(f".{file.name}.part") for file in (place, ledger_of(place))}
+    counts, number = Counter[Fate](), 0
+    first: dict[int, Row] = {}
+    size = source.lines.stat().st_size if source.lines else 0
+    try:
+        with (
+            parts[place].open("w", encoding="utf-8") as copy,
+            parts[ledger_of(place)].open("w", encoding="utf-8") as ledger,
+        ):
+            for piece, cleaned in worked(
+                source, functools.partial(clean_piece, settings), processes=processes
+            ):
+                for entry in cleaned:
+                    if entry.line is not None:
+                        entry = _settled(entry, first, number < len(refused) and bool(refused[number]))
+                    if entry.line is not None:
+                        copy.write(entry.line + "\n")
+                    counts[entry.fate] += 1
+                    facts = {"source": entry.row.source, "row": entry.row.number, "fate": entry.fate}
+                    ledger.write(json.dumps({**facts, "what": entry.what}) + "\n")
+                    number += 1
+                watch(progress("cleaning rows", number, piece, size))
+        assert counts.total() == number
+        written = counts["kept"] + counts["mended"] > 0
+        if written:
+            for file, part in parts.items():
+                part.rename(file)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+    return {
+        "file": str(place) if written else None,
+        "ledger": str(ledger_of(place)) if written else None,
+        "rows": number,
+        **{fate: counts[fate] for fate in ("kept", "mended", "dropped")},
+    }
+
+
+def _settled(entry: Cleaned, first: dict[int, Row], is_refused: bool) -> Cleaned:
+    """The row's fate beside the others, and under the model if there is one."""
+    if is_refused:
+        return replace(
+            entry, fate="dropped", line=None, what="the model's template or the supervision proof refuses it"
+        )
+    if entry.content in first:
+        return replace(entry, fate="dropped", line=None, what=f"the same as {first[entry.content]}")
+    first[entry.content] = entry.row
+    return entry
+
+
+def clean_piece(settings: Settings, piece: Piece) -> list[Cleaned]:
+    """Each row of a piece, mended where it can be."""
+    cleaned = []
+    for record in rows(piece):
+        if isinstance(record, Broken):
+            found = broken(record)
+            cleaned.append(Cleaned(record.row, "dropped", f"{found.kind}: {found.message}", None))
+            continue
+        try:
+            done: set[str] = set()
+            values = {name: mended(value, done) for name, value in record.values.items()}
+            example, _, findings = check_row(record._replace(values=values), settings.detection, settings)
+            line = as_line(values) if example is not None else None
+        except RecursionError:
+            cleaned.append(Cleaned(record.row, "dropped", "unusable: nested too deeply", None))
+            continue
+        if example is None:
+            found = next(item for item in findings if CHECKS[item.kind].severity == "error")
+            said = f": {found.message}" if found.kind != "no_format" else ""
+            cleaned.append(Cleaned(record.row, "dropped", found.kind + said, None))
+            continue
+        what = ", ".join(sorted(done)) or None
+        content = int(content_hash(example)[:16], 16)
+        cleaned.append(Cleaned(record.row, "mended" if done else "kept", what, line, content))
+    return cleaned
+
+
+def as_line(values: Mapping[str, Any]) -> str:
+    """A row as JSON; in ASCII where the name of a column holds half a character."""
+    line = json.dumps(values, ensure_ascii=False, default=str)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(values, default=str)
+    return line
+
+
+def mended(value: Any, done: set[str]) -> Any:
+    """A value without the damage that can be mended in its texts; `done` gets what was."""
+    if isinstance(value, str):
+        for name, mend in MENDS.items():
+            better = mend(value)
+            if better != value:
+                done.add(name)
+                value = better
+        return value
+    if isinstance(value, Mapping):
+        return {key: mended(item, done) for key, item in value.items()}
+    return [mended(item, done) for item in value] if isinstance(value, list | tuple) else value
+
+
+def repaired(text: str) -> str:
+    """Text that was UTF-8 and read as Windows-1252 or Latin-1, where all of it can be turned back."""
+    if text.isascii() or not MOJIBAKE.search(text):
+        return text
+    for encoding in ("cp1252", "latin-1"):
+        try:
+            return text.encode(encoding).decode("utf-8")
+        except ValueError:
+            continue
+    return text
+
+
+MENDS: dict[str, Callable[[str], str]] = {
+    "NUL removed": lambda text: text.replace("\0", ""),
+    "half characters removed": lambda text: text if text.isascii() else SURROGATE.sub("", text),
+    "mojibake repaired": repaired,
+    "byte order mark removed": lambda text: text.replace("\ufeff", ""),
+}
+"""What is done to a text, in order: a repaired one may have a byte order mark again."""

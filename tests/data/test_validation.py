@@ -1,0 +1,484 @@
+"""Every kind of finding is found with its place, the accounts add up, the cleaned copy is clean, nothing escapes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tunesmith import api, data
+from tunesmith.assets import EXAMPLES, TINY_MODEL
+from tunesmith.data import pieces
+from tunesmith.data.checks import CHECKS, KIND_OF_REASON
+from tunesmith.data.formats import FORMATS
+from tunesmith.data.sources import open_source
+from tunesmith.errors import DataError, TunesmithError
+from tunesmith.recipe import Data
+
+GOOD = [{"prompt": f"What is {n} and {n}?", "response": f"It is {2 * n}."} for n in range(1, 4)]
+KEY = "sk-" + "a1B2c3D4e5F6g7H8i9J0" * 2
+
+
+def turns(*said):
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def chat(*said):
+    """A good conversation and one that is not; the bad one is the second row."""
+    return lines(turns(("user", "Are you there?"), ("assistant", "I am.")), turns(*said))
+
+
+def pair(prompt, response):
+    return lines(GOOD[0], {"prompt": prompt, "response": response})
+
+
+PREFERENCE = {"prompt": "What is 2 + 2?", "chosen": "Four.", "rejected": "Five."}
+RATING = {"prompt": "What is 2 + 2?", "completion": "Four.", "label": True}
+LONG_WORDS = " ".join(f"word{n}" for n in range(90))
+
+# kind -> content of the file, its suffix, row and column of the one finding, and further options
+BAD = {
+    "unreadable": (b"{", ".json", None, None, {}),
+    "undetected": (lines({"foo": "x"}), ".jsonl", None, None, {"also": {"no_format"}}),
+    "unparsable": (lines(GOOD[0]) + b"{broken\n", ".jsonl", 2, None, {}),
+    "not_utf8": (lines(GOOD[0]) + b'{"prompt": "caf\xe9", "response": "x"}\n', ".jsonl", 2, None, {}),
+    "no_format": (lines(GOOD[0], {"prompt": "What now?"}), ".jsonl", 2, "response", {}),
+    "not_text": (lines(GOOD[0], {"prompt": "What now?", "response": ["a"]}), ".jsonl", 2, "response", {}),
+    "empty_answer": (pair("What now?", "  "), ".jsonl", 2, "response", {}),
+    "empty_question": (pair(" ", "Yes."), ".jsonl", 2, "prompt", {}),
+    "unknown_role": (chat(("king", "Hello"), ("assistant", "Yes.")), ".jsonl", 2, "messages", {}),
+    "no_answer": (chat(("user", "Hello"), ("assistant", "Yes."), ("user", "And?")), ".jsonl", 2, "messages", {}),
+    "same_answers": (lines(PREFERENCE, {**PREFERENCE, "rejected": "Four."}), ".jsonl", 2, "chosen", {}),
+    "label": (lines(RATING, {**RATING, "label": "perhaps"}), ".jsonl", 2, "label", {}),
+    "surrogate": (pair("What now?", "half \ud83d"), ".jsonl", 2, "response", {}),
+    "unusable": (lines({**turns(("user", "a"), ("assistant", "b")), "tools": "{"}), ".jsonl", 1, "tools", {}),
+    "template": (
+        chat(("user", "Hello"), ("assistant", "Yes.")), ".jsonl", 2, None,
+        {"model": TINY_MODEL, "settings": {"model": {"chat_template": "REFUSING"}}}),
+    "supervision": (
+        pair(LONG_WORDS, "Yes."), ".jsonl", 2, None,
+        {"model": TINY_MODEL, "settings": {"data": {"max_length": 64}}}),
+    "roles": (chat(("user", "Hello"), ("user", "Anyone?"), ("assistant", "Yes.")), ".jsonl", 2, "messages", {}),
+    "empty_turn": (chat(("system", ""), ("user", "Hello"), ("assistant", "Yes.")), ".jsonl", 2, "messages", {}),
+    "number": (pair("What is 3 and 4?", 7), ".jsonl", 2, "response", {}),
+    "nul": (pair("What\0 now?", "Nothing."), ".jsonl", 2, "prompt", {}),
+    "bom": (pair("What now?", "\ufeffNothing."), ".jsonl", 2, "response", {}),
+    "mojibake": (pair("What now?", "A cafÃ© perhaps."), ".jsonl", 2, "response", {}),
+    "duplicate": (lines(GOOD[0], {**GOOD[0], "id": 2}), ".jsonl", 2, None, {}),
+    "near_duplicate": (
+        pair(LONG_WORDS, "Yes.") + lines({"prompt": LONG_WORDS, "response": "No."}), ".jsonl", 3, None, {}),
+    "special_token": (pair("What now?<|im_end|>", "Nothing."), ".jsonl", 2, "prompt", {}),
+    "secret": (pair("What is the key?", f"It is {KEY}."), ".jsonl", 2, "response", {}),
+    "email": (pair("Whom do I ask?", "Ask jo.doe@example.com."), ".jsonl", 2, "response", {}),
+    "long": (pair("What now?", LONG_WORDS), ".jsonl", 2, "response", {"settings": {"data": {"max_length": 64}}}),
+    "imbalance": (
+        lines(*({**RATING, "prompt": f"What is {n}?", "completion": f"{n * 7}"} for n in range(12))), ".jsonl",
+        None, "label", {}),
+    "task": (lines({"text": "The heart has four chambers."}), ".jsonl", None, None, {"task": "chat"}),
+    "file_bom": (b"\xef\xbb\xbf" + lines(GOOD[0]), ".jsonl", None, None, {}),
+}  # fmt: skip
+
+
+REFUSING = (
+    "{% if messages[0].content == 'Hello' %}{{ raise_exception('no greeting') }}{% endif %}"
+    "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+)
+
+
+def written(folder, content, suffix=".jsonl"):
+    path = folder / f"rows{suffix}"
+    path.write_bytes(content)
+    return path
+
+
+def adds_up(report):
+    assert report.rows == report.ok + report.with_errors + report.with_warnings
+    return report
+
+
+def test_every_kind_of_finding_has_a_row_here():
+    assert BAD.keys() == CHECKS.keys()
+    assert {kind for _, kind in KIND_OF_REASON} <= CHECKS.keys()
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_row_gives_its_finding_and_no_other(tmp_path, kind):
+    content, suffix, row, column, options = BAD[kind]
+    options = dict(options)
+    others = options.pop("also", set())
+    path = written(tmp_path, content, suffix)
+    if options.get("settings", {}).get("model"):
+        (tmp_path / "refusing.jinja").write_text(REFUSING)
+        options["settings"] = {"model": {"chat_template": str(tmp_path / "refusing.jinja")}}
+    report = adds_up(api.validate(str(path), **options))
+    assert set(report.counts) - others == {kind}
+    assert report.counts[kind] == 1
+    [found] = [finding for finding in report.findings if finding.kind == kind]
+    place = (found.source, found.row, found.column, found.severity)
+    assert place == (path.name, row, column, CHECKS[kind].severity)
+    assert found.message
+    assert found.fix
+    assert report.has_errors is (CHECKS[kind].severity == "error" or bool(others))
+    assert KEY not in json.dumps(report.as_dict())
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_the_cleaned_copy_has_no_errors_and_its_ledger_every_row(tmp_path, kind):
+    content, suffix, _, _, options = BAD[kind]
+    path = written(tmp_path, content, suffix)
+    before = path.read_bytes()
+    model = options.get("model")
+    settings = {} if kind == "template" else options.get("settings", {})
+    report = api.validate(str(path), model=model, settings=settings, fix=True)
+    assert path.read_bytes() == before
+    fixed = report.fixed
+    if not fixed or not fixed["file"]:
+        assert kind in ("unreadable", "undetected", "unusable")
+        assert {p.name for p in tmp_path.iterdir()} == {path.name}
+        return
+    entries = [json.loads(line) for line in Path(fixed["ledger"]).read_text().splitlines()]
+    assert len(entries) == report.rows == fixed["kept"] + fixed["mended"] + fixed["dropped"]
+    kept = [entry for entry in entries if entry["fate"] != "dropped"]
+    assert all(entry["what"] for entry in entries if entry["fate"] != "kept")
+    assert len(Path(fixed["file"]).read_text().splitlines()) == len(kept)
+    again = adds_up(api.validate(fixed["file"], model=model, settings=settings))
+    assert not again.has_errors
+    assert kind not in again.counts or "is kept" in CHECKS[kind].mended
+    with pytest.raises(DataError, match="already"):
+        api.validate(str(path), fix=True)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_what_ships_has_no_errors(name):
+    report = adds_up(api.validate(f"example:{name}", task=EXAMPLES[name].task))
+    assert not report.has_errors
+    assert report.rows == open_source(f"example:{name}").facts.count
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "naïve café, señor, Ärger, NÃO",
+        "日本語の文",
+        "a < b and c > d",
+        "e-mail me @ noon",
+        "skip-level",
+        "ΑΒΓ",
+    ],
+)
+def test_ordinary_text_is_left_alone(tmp_path, text):
+    report = api.validate(str(written(tmp_path, pair(text, text + "!"))))
+    assert not report.counts
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "AKIAIOSFODNN7EXAMPLE",
+        "hf_" + "a" * 34,
+        "ghp_" + "b" * 36,
+        "github_pat_" + "c" * 30,
+        "xoxb-123456789012-abcdef",
+        "-----BEGIN RSA PRIVATE KEY-----",
+        "AIza" + "d" * 35,
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmNHl0w5N",
+        KEY,
+    ],
+)
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda s: turns(("user", "key?"), ("assistant", s)),
+        lambda s: turns((s, "key?"), ("assistant", "x")),
+        lambda s: {"prompt": "a", "completion": "b", "label": s},
+        lambda s: [s],
+    ],
+    ids=["content", "role", "label", "no-object"],
+)
+def test_no_message_holds_a_secret(tmp_path, secret, row):
+    content = lines(row(secret)) + f'{{"prompt": "{secret}" oops\n'.encode()
+    report = api.validate(str(written(tmp_path, content)), fix=True)
+    assert report.has_errors
+    assert secret not in json.dumps(report.as_dict())
+    assert all(secret not in path.read_text() for path in tmp_path.glob("*.ledger.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ([("user", "a"), ("system", "b"), ("assistant", "c")], "turn 2 is the system's"),
+        ([("user", "a"), ("assistant", "b"), ("assistant", "c")], "turns 2 and 3 are both the assistant's"),
+        ([("user", "a"), ("tool", "b"), ("assistant", "c")], "no tool was called"),
+        ([("assistant", "a"), ("user", "b"), ("assistant", "c")], "nothing was asked"),
+    ],
+)
+def test_roles_out_of_order(tmp_path, said, expected):
+    [found] = api.validate(str(written(tmp_path, lines(turns(*said))))).findings
+    assert found.kind == "roles"
+    assert expected in found.message
+
+
+def test_calls_of_tools_are_in_order(tmp_path):
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+    }
+    said = [{"role": "user", "content": "a"}, call, *[{"role": "tool", "content": "1"}] * 2]
+    row = {"messages": [*said, {"role": "assistant", "content": "b"}]}
+    assert not api.validate(str(written(tmp_path, lines(row)))).counts
+
+
+def test_counts_go_on_where_findings_are_kept_no_more(tmp_path):
+    path = written(tmp_path, lines(*({"prompt": f"question {n} of many", "response": ""} for n in range(50))))
+    report = adds_up(api.validate(str(path), limit=3))
+    assert report.counts == {"empty_answer": 50}
+    assert [finding.row for finding in report.findings] == [1, 2, 3]
+
+
+def test_several_processes_find_what_one_finds(tmp_path, monkeypatch):
+    rows = [
+        turns(("user", f"question {n % 37}"), ("assistant", "" if n % 10 == 0 else f"answer {n % 41}"))
+        for n in range(300)
+    ]
+    content = lines(*rows[:100]) + b"\n\n{broken\n\xff\n" + lines(*rows[100:])
+    path = written(tmp_path, content)
+    alone = api.validate(str(path), processes=1).as_dict()
+    monkeypatch.setattr(pieces, "BYTES", 1500)
+    monkeypatch.setattr(pieces, "ROWS", 20)
+    assert api.validate(str(path), processes=1).as_dict() == alone
+    assert api.validate(str(path), processes=2).as_dict() == alone
+    assert {f["row"] for f in alone["findings"] if f["kind"] in ("unparsable", "not_utf8")} == {103, 104}
+    fixed = api.validate(str(path), processes=2, fix=True).fixed
+    assert fixed["kept"] + fixed["dropped"] == 302
+    as_csv = tmp_path / "rows.csv"
+    as_csv.write_text(
+        "prompt,response\n" + "".join(f"question {n},{'' if n % 9 else n}\n" for n in range(200))
+    )
+    assert (
+        api.validate(str(as_csv), processes=2).as_dict() == api.validate(str(as_csv), processes=1).as_dict()
+    )
+
+
+def test_the_whole_round_trip_or_nothing_is_repaired(tmp_path):
+    path = written(tmp_path, pair("Which cafÃ© â€“ and when?", "The cafÃ© and the 日本 one."))
+    fixed = api.validate(str(path), fix=True).fixed
+    row = json.loads(Path(fixed["file"]).read_text().splitlines()[1])
+    assert row == {"prompt": "Which café – and when?", "response": "The cafÃ© and the 日本 one."}
+
+
+def test_named_splits_are_not_put_into_one_file(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"train": GOOD, "test": GOOD[:1]}))
+    with pytest.raises(DataError, match="rows for held_out and train"):
+        api.validate(str(path), fix=True)
+    assert [f.kind for f in api.validate(str(path)).findings] == ["duplicate"]
+
+
+def test_lengths_are_estimated_or_counted(tmp_path):
+    path = written(tmp_path, pair("What now?", LONG_WORDS))
+    guessed, counted = (api.validate(str(path), model=model).lengths for model in (None, TINY_MODEL))
+    assert "estimated" in guessed["unit"]
+    assert counted["unit"] == "tokens"
+    assert counted["shortest"] <= counted["median"] <= counted["longest"]
+
+
+def test_what_would_be_cut_is_told(tmp_path):
+    path = written(tmp_path, pair("What now?", LONG_WORDS))
+    settings = {"data": {"max_length": 64}}
+    [guess] = api.validate(str(path), settings=settings).findings
+    assert "the end of the last answer" in guess.message
+    [exact] = api.validate(str(path), settings=settings, model=TINY_MODEL).findings
+    assert "trained tokens would be cut" in exact.message
+    path = written(tmp_path, pair(LONG_WORDS, "Yes."))
+    [guess] = api.validate(str(path), settings=settings).findings
+    assert "the whole last answer" in guess.message
+
+
+# the command line
+
+
+@pytest.fixture
+def invoke():
+    """Run a verb with `--json`; gives exit code and the JSON object."""
+    from typer.testing import CliRunner
+
+    from tunesmith.cli import app
+
+    def run(*arguments):
+        result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+        return result.exit_code, json.loads(result.stdout.strip().splitlines()[-1])
+
+    return run
+
+
+def test_exit_codes_and_json(tmp_path, invoke):
+    path = written(tmp_path, lines(*GOOD))
+    code, said = invoke("validate", path, "--task", "chat")
+    assert (code, said["exit_code"], said["rows"]["ok"]) == (0, 0, 3)
+    code, said = invoke("validate", "--dataset", path, "--task", "chat")
+    assert code == 0
+    path.write_bytes(lines(*GOOD) + b"{\n")
+    code, said = invoke("validate", path, "--fix", "--output", tmp_path / "out.jsonl")
+    assert (code, said["counts"], said["fixed"]["kept"]) == (1, {"unparsable": 1}, 3)
+    assert said["findings"][0]["row"] == 4
+    assert invoke("validate", tmp_path / "out.jsonl")[0] == 0
+    assert invoke("validate", tmp_path / "none.jsonl")[0] == 1
+    assert invoke("validate")[0] == 1
+    assert invoke("validate", path, "--output", "x.jsonl")[0] == 1
+    assert invoke("validate", path, "--format", "chats")[0] == 1
+
+
+def test_people_see_places_and_remedies(tmp_path):
+    from typer.testing import CliRunner
+
+    from tunesmith.cli import app
+
+    result = CliRunner().invoke(app, ["validate", str(written(tmp_path, pair("[bold]?", "\0")))])
+    assert result.exit_code == 0
+    assert "rows.jsonl:2 response" in result.stdout
+    assert "do: Remove it." in result.stdout
+    assert "rows      2 = 1 ok + 0 with errors + 1 with warnings only" in result.stdout
+
+
+# whatever a file holds
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "tool_calls", "x"]), inner, max_size=4
+        )
+    ),
+    max_leaves=8,
+)
+NAMES = sorted({name for f in FORMATS.values() for names in f.columns for name in names})
+columns = st.sampled_from([*NAMES, "x", "tools", "system", "input"])
+mixed = st.dictionaries(columns, values, max_size=4)
+shaped = st.sampled_from([f.sample for f in FORMATS.values()])
+records = st.lists(mixed | shaped | st.builds(lambda a, b: {**a, **b}, shaped, mixed), max_size=12)
+
+
+def as_lines(rows):
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+def as_csv(rows):
+    import csv
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, names)
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: str(value) for name, value in row.items()})
+    return out.getvalue().encode("utf-8", "surrogatepass")
+
+
+def as_parquet(rows):
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    out = io.BytesIO()
+    try:
+        parquet.write_table(arrow.Table.from_pylist(rows), out)
+    except (arrow.ArrowException, ValueError, OverflowError, TypeError):  # columns of mixed types
+        rows = [
+            {name: str(value).encode("ascii", "replace").decode() for name, value in row.items()}
+            for row in rows
+        ]
+        parquet.write_table(arrow.Table.from_pylist(rows), out)
+    return out.getvalue()
+
+
+@st.composite
+def files(draw):
+    """A suffix and bytes: a proper file, one with a part damaged, or anything at all."""
+    suffix = draw(st.sampled_from([".jsonl", ".json", ".csv", ".parquet", ".txt"]))
+    make = {
+        ".jsonl": as_lines, ".json": lambda rows: json.dumps(rows).encode(), ".csv": as_csv, ".parquet": as_parquet,
+        ".txt": as_lines,
+    }[suffix]  # fmt: skip
+    content = draw(records.map(make) | st.binary(max_size=200))
+    if content and draw(st.booleans()):
+        at = draw(st.integers(0, len(content) - 1))
+        content = content[:at] + draw(st.binary(max_size=6)) + content[at + draw(st.integers(0, 4)) :]
+    return suffix, content
+
+
+def rows_of(path):
+    """Rows of a file, counted without the module under test; None where it cannot be read to its end."""
+    try:
+        return sum(1 for _ in open_source(str(path)).scan())
+    except DataError:
+        return None
+
+
+LIBERAL = settings(
+    max_examples=int(os.environ.get("TUNESMITH_FUZZ", "60")), deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+
+
+@LIBERAL
+@given(file=files())
+def test_no_file_gives_a_traceback_and_every_row_is_counted(tmp_path, file, invoke):
+    suffix, content = file
+    path = written(tmp_path, content, suffix)
+    copy = tmp_path / "copy.jsonl"
+    for old in tmp_path.glob("copy.*"):
+        old.unlink()
+    code, said = invoke("validate", path, "--fix", "--output", copy)
+    assert code in (0, 1)
+    assert "error" not in said, said["error"]
+    rows = said["rows"]
+    assert rows["rows"] == rows["ok"] + rows["with_errors"] + rows["with_warnings"]
+    if suffix == ".jsonl":
+        assert rows["rows"] == sum(not _is_blank(line) for line in content.split(b"\n"))
+    counted = rows_of(path)
+    assert rows["rows"] == counted or (counted is None and "unreadable" in said["counts"])
+    assert code == (said["findings_by_severity"]["error"] > 0)
+    if copy.exists():
+        assert (
+            said["fixed"]["rows"]
+            == rows["rows"]
+            == len(Path(said["fixed"]["ledger"]).read_text().splitlines())
+        )
+        code, again = invoke("validate", copy)
+        assert code == 0, again["findings"]
+
+
+def _is_blank(line):
+    try:
+        text = line.removeprefix(b"\xef\xbb\xbf").decode()
+    except UnicodeDecodeError:
+        return False
+    return not text or text.isspace()
+
+
+@LIBERAL
+@given(file=files())
+def test_preparing_any_file_gives_examples_or_an_error_of_ours(tmp_path, file, tiny_tokenizer):
+    suffix, content = file
+    path = written(tmp_path, content, suffix)
+    section = Data(dataset=str(path), cache=False, on_breach="drop")
+    try:
+        splits = data.prepare(section)
+        assert splits.ledger.counts()["rows_in"] == rows_of(path)
+        made = data.encoded(splits, tiny_tokenizer, data=section, loss_on="answers")
+    except TunesmithError:
+        return
+    counts = made.ledger.counts()
+    assert counts["rows_in"] == rows_of(path) == sum(1 for _ in made.ledger.entries)
+    assert counts["rows_in"] == sum(counts[fate] for fate in ("train", "validation", "held_out", "dropped"))

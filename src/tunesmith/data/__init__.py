@@ -8,12 +8,14 @@ data set; what is kept of a row in memory is a few bytes, and everything else go
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -44,6 +46,7 @@ from tunesmith.data.splitting import DROPPED, FATES, HELD_OUT, TRAIN, VALIDATION
 from tunesmith.data.splitting import key as split_key
 from tunesmith.data.templates import (
     IGNORED,
+    Encoder,
     Encoding,
     LossOn,
     encode_batches,
@@ -51,6 +54,7 @@ from tunesmith.data.templates import (
     has_special_text,
     left_out,
 )
+from tunesmith.data.tokens import Differs
 from tunesmith.errors import DataError
 from tunesmith.recipe import Data, DataSource
 
@@ -182,6 +186,20 @@ def as_it_is(example: Example) -> Example:
     return example
 
 
+@contextmanager
+def rarely_collected() -> Iterator[None]:
+    """Python's search for cycles seldom, and not among what is there already: rows are many, and have none."""
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
+@rarely_collected()
 def prepare(
     data: Data, adapt: Adapt = as_it_is, remarks: Mapping[type[Example], str] = MappingProxyType({})
 ) -> Splits:
@@ -437,6 +455,7 @@ def _drawn(copies: NDArray[np.int32]) -> list[str]:
     return notes
 
 
+@rarely_collected()
 def encoded(splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn) -> EncodedSplits:
     """Token ids and labels of all splits, with over-long examples treated as the recipe says.
 
@@ -468,7 +487,11 @@ def encoded(splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn) -> E
         if found:
             return _from_folder(found, splits, ("the tokenized examples of an earlier run are used again",))
     with cache.making(name) as folder:
-        facts = _encode_into(folder, splits, tokenizer, data=data, loss_on=loss_on)
+        try:
+            facts = _encode_into(folder, splits, encoder(tokenizer, quick=True), data=data, loss_on=loss_on)
+        except Differs:
+            facts = _encode_into(folder, splits, encoder(tokenizer), data=data, loss_on=loss_on)
+            facts["notes"].append("tiktoken gave other ids than the model's tokenizer, and is not used")
         (folder / cache.FACTS).write_text(json.dumps(facts))
     place = cache.find(name) if name else folder
     assert place is not None
@@ -489,11 +512,10 @@ def _from_folder(folder: Path, splits: Splits, notes: tuple[str, ...]) -> Encode
 
 
 def _encode_into(
-    folder: Path, splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn
+    folder: Path, splits: Splits, context: Encoder, *, data: Data, loss_on: LossOn
 ) -> dict[str, Any]:
     """Write train.arrow, validation.arrow, held_out.jsonl and ledger.arrow; the facts about them."""
     digest = hashlib.sha256()
-    context = encoder(tokenizer)
     writers = {
         fate: cache.EncodingWriter(folder / f"{fate}.arrow", digest) for fate in ("train", "validation")
     }

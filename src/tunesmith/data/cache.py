@@ -211,7 +211,7 @@ def key(facts: Mapping[str, Any]) -> str:
     here = Path(__file__).parent
     for file in (*sorted(here.glob("*.py")), *sorted((here.parent / "methods").glob("*.py"))):
         code.update(file.read_bytes())
-    libraries = {name: version(name) for name in ("transformers", "tokenizers", "jinja2")}
+    libraries = {name: version(name) for name in ("transformers", "tokenizers", "tiktoken", "jinja2")}
     content = json.dumps([facts, libraries, code.hexdigest()], sort_keys=True, default=str)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
 import numpy as np
@@ -24,6 +23,9 @@ BINS = 64
 BANDS = 16
 """A pair is compared where the values of one band (4 bins) agree: at similarity 0.8, 9,998 of 10,000 are."""
 
+TOGETHER = 200_000
+"""Characters that are sketched together: what is computed of them fits into a core's own cache."""
+
 Words64 = NDArray[np.uint64]
 
 _PRIME = 0x9E3779B97F4A7C15
@@ -33,6 +35,17 @@ _SEPARATORS = bytes(range(33)) + b"\x7f" + b".,;:!?\"'()[]{}_`"
 
 def sketches(texts: Sequence[str]) -> NDArray[np.uint32]:
     """One sketch per text, shape (texts, BINS). Texts without a word have equal sketches of their own kind."""
+    done = [np.empty((0, BINS), dtype=np.uint32)]
+    begin = size = 0
+    for number, text in enumerate(texts, 1):
+        size += len(text)
+        if size > TOGETHER or number == len(texts):
+            done.append(_sketched(texts[begin:number]))
+            begin, size = number, 0
+    return np.concatenate(done)
+
+
+def _sketched(texts: Sequence[str]) -> NDArray[np.uint32]:
     encoded = [text.encode("utf-8", "surrogatepass") + b"\n" for text in texts]
     content = np.frombuffer(b"".join(encoded), dtype=np.uint8)
     made = np.full((len(texts), BINS), np.iinfo(np.uint32).max, dtype=np.uint32)
@@ -51,7 +64,8 @@ def sketches(texts: Sequence[str]) -> NDArray[np.uint32]:
         powers, inverses = _powers(len(content))
         sums = np.concatenate(([np.uint64(0)], np.cumsum(letters * powers, dtype=np.uint64)))
         words = (sums[ends] - sums[starts]) * inverses[starts]
-        rows = np.searchsorted(np.cumsum([len(e) for e in encoded]), starts, side="right")
+        begin = np.searchsorted(starts, np.cumsum([0, *(len(e) for e in encoded)]))
+        rows = np.repeat(np.arange(len(texts)), np.diff(begin))
         triples, places = _triples(words, rows)
     # Highest bits choose the bin, the next 32 are the value whose minimum is kept.
     places = places * BINS + (triples >> np.uint64(58)).astype(np.int64)
@@ -64,31 +78,14 @@ class NearDuplicates:
 
     def __init__(self) -> None:
         self._sketches, *self._bands = (_scratch() for _ in range(1 + BANDS))
-        self._count = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sketch")
-        self._running: Future[None] | None = None
+        self.count = 0
 
     def add(self, texts: Sequence[str]) -> None:
-        """The next rows' texts, in order. Returns while they are sketched, in a thread."""
-        self._finished()
-        self._running = self._thread.submit(lambda: self._store(sketches(texts)))
-
-    @property
-    def count(self) -> int:
-        """Number of rows."""
-        self._finished()
-        return self._count
-
-    def _finished(self) -> None:
-        if self._running:
-            self._running.result()
+        """The next rows' texts, in order."""
+        self.add_sketches(sketches(texts))
 
     def add_sketches(self, made: NDArray[np.uint32]) -> None:
         """The next rows' sketches, in order: the same as `add` for those who compute them elsewhere."""
-        self._finished()
-        self._store(made)
-
-    def _store(self, made: NDArray[np.uint32]) -> None:
         self._sketches.write(made.tobytes())
         width = BINS // BANDS
         with np.errstate(over="ignore"):
@@ -97,15 +94,13 @@ class NearDuplicates:
             hashes = ((mixed * factors).sum(axis=2, dtype=np.uint64) >> np.uint64(32)).astype(np.uint32)
         for band, file in enumerate(self._bands):
             file.write(hashes[:, band].tobytes())
-        self._count += len(made)
+        self.count += len(made)
 
     def pairs(self, threshold: float = THRESHOLD) -> NDArray[np.int64]:
         """Rows (n, 2) that are alike: a row and an earlier one, the first of those that share a band.
 
         Whether two rows are a pair depends on these two and the rows before them, never on later ones.
         """
-        self._finished()
-        self._thread.shutdown()
         found = np.empty(0, dtype=np.int64)
         for file in self._bands:
             file.flush()
@@ -122,7 +117,7 @@ class NearDuplicates:
         if not len(pairs):
             return pairs
         self._sketches.flush()
-        kept: NDArray[Any] = np.memmap(self._sketches, dtype=np.uint32, mode="r", shape=(self._count, BINS))
+        kept: NDArray[Any] = np.memmap(self._sketches, dtype=np.uint32, mode="r", shape=(self.count, BINS))
         alike = [
             (kept[chunk[:, 0]] == kept[chunk[:, 1]]).mean(axis=1) >= threshold
             for chunk in np.array_split(pairs, len(pairs) // 8192 + 1)

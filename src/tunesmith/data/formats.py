@@ -587,15 +587,11 @@ def _turns(value: Any, role: str) -> tuple[Message, ...]:
     return (Message(role, _text(value, "answer" if role == "assistant" else "prompt")),)
 
 
-SIMPLE = ({"role", "content"}, {"from", "value"})
-"""Keys of a message without anything special."""
-
-
 def _turn(turn: Any, number: int) -> Message:
-    if type(turn) is dict and turn.keys() in SIMPLE:  # nearly all are: read at once
-        speaker, content = (
-            (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])
-        )
+    if type(turn) is dict and len(turn) == 2:  # nearly all are: read at once
+        speaker, content = turn.get("role"), turn.get("content")
+        if speaker is None:
+            speaker, content = turn.get("from"), turn.get("value")
         if type(content) is str and type(speaker) is str and speaker in ROLES:
             return Message(ROLES[speaker], content)
     if not isinstance(turn, Mapping):

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from tunesmith.data.examples import Conversation, Example, Message, Row, Text, Unusable, texts
+from tunesmith.data.tokens import QuickTokens, tokenized
 from tunesmith.errors import ModelError, nearest
 
 LossOn = Literal["answers", "last_answer", "everything"]
@@ -115,6 +116,8 @@ class Encoder:
     takes_tools: bool
     triggers: tuple[str, ...]
     """Texts by which the template may tell contents apart; content with one of them is always rendered."""
+    tokens: Callable[[Sequence[str]], list[list[int]]]
+    """Ids of each text."""
     skeletons: dict[tuple[str, ...], _Skeleton | None] = field(default_factory=dict)
     met: Counter[tuple[str, ...]] = field(default_factory=Counter)
     """Number of conversations before there was a skeleton, by roles."""
@@ -147,8 +150,11 @@ class _Skeleton:
         ]
 
 
-def encoder(tokenizer: Any) -> Encoder:
-    """What `encode_all` and the others need to know of a tokenizer; worth keeping for many calls."""
+def encoder(tokenizer: Any, *, quick: bool = False) -> Encoder:
+    """What `encode_all` and the others need to know of a tokenizer; worth keeping for many calls.
+
+    With `quick`, which is for many rows, whatever encodes may raise Differs (tokens.py).
+    """
     template = tokenizer.chat_template
     source = template if isinstance(template, str) else "".join((template or {}).values())
     if tokenizer.is_fast:
@@ -163,6 +169,7 @@ def encoder(tokenizer: Any) -> Encoder:
         next((k for k in REASONING_KEYS if re.search(rf"""[.\["']{k}\b""", source)), None),
         "tool_calls" in source or "tools" in source,
         _triggers(source),
+        QuickTokens(tokenizer) if quick else partial(tokenized, tokenizer=tokenizer),
     )
 
 
@@ -816,7 +823,7 @@ def _ids(conversations: Sequence[Sequence[_Segment]], context: Encoder) -> list[
     if not context.puts_space_first:
         texts = list(dict.fromkeys([s.text for segments in conversations for s in segments]))
         plain = [text for text in texts if "\ue000" not in text]
-        known = dict(zip(plain, _tokenized(plain, context.tokenizer), strict=True))
+        known = dict(zip(plain, context.tokens(plain), strict=True))
         for text in texts:
             if text not in known:
                 known[text] = _marked_ids(text, context)
@@ -829,26 +836,9 @@ def _ids(conversations: Sequence[Sequence[_Segment]], context: Encoder) -> list[
     plain = sorted(
         {text for tail, t in pairs for text in (tail, tail + t, t) if text and not _MARK.search(text)}
     )
-    known = dict(zip(plain, _tokenized(plain, context.tokenizer), strict=True))
+    known = dict(zip(plain, tokenized(plain, context.tokenizer), strict=True))
     ids = {pair: _behind(*pair, known, context) for pair in pairs}
     return [[ids[pair] for pair in segments] for segments in wanted]
-
-
-def _tokenized(
-    texts: Sequence[str], tokenizer: Any, *, split_special_tokens: bool = False
-) -> list[list[int]]:
-    """Ids of each text. With `split_special_tokens` the text of a special token is text like any other."""
-    if not texts:
-        return []
-    if not tokenizer.is_fast:
-        ids: list[list[int]] = tokenizer(
-            list(texts), add_special_tokens=False, split_special_tokens=split_special_tokens
-        ).input_ids
-        return ids
-    backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = split_special_tokens
-    # Without offsets, which nobody needs here, it takes two thirds of the time.
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _behind(tail: str, text: str, known: dict[str, list[int]], context: Encoder) -> list[int]:
@@ -873,9 +863,9 @@ def _marked_ids(text: str, context: Encoder) -> list[int]:
         piece = context.specials.tokens[int(piece)] if is_plain else piece
         if not piece:
             continue
-        found = _tokenized([tail + piece], context.tokenizer, split_special_tokens=is_plain)[0]
+        found = tokenized([tail + piece], context.tokenizer, split_special_tokens=is_plain)[0]
         if tail:
-            alone = _tokenized([tail], context.tokenizer, split_special_tokens=is_plain)[0]
+            alone = tokenized([tail], context.tokenizer, split_special_tokens=is_plain)[0]
             if found[: len(alone)] == alone:
                 found = found[len(alone) :]
         ids += found

@@ -800,7 +800,7 @@ def _inspected_text(rows: Sequence[Inspected], page: Path | None) -> Any:
     parts: list[Any] = [legend, ""]
     for row in rows:
         head = Text(str(row.row), style="bold")
-        head.append(f" ({row.why})" if row.why else "", style="")
+        head.append((f", {row.part}" if row.part else "") + (f" ({row.why})" if row.why else ""), style="")
         parts += [head]
         facts = f"{row.fate}, {row.tokens} tokens, {row.trained} trained ({row.trained_share:.0%})"
         facts += f", {row.cut} cut" if row.cut else ""

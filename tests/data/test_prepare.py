@@ -481,3 +481,36 @@ def test_characters_of_several_tokens_are_shown_whole(tiny_tokenizer):
     pieces = shown(encoding, tiny_tokenizer)
     assert len(pieces) == len(encoding.input_ids)
     assert "".join(piece for piece, _ in pieces) == tiny_tokenizer.decode(encoding.input_ids)
+
+
+def test_a_template_that_rewrites_earlier_answers_trains_each_of_them_once(tmp_path, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
+        "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+    )
+    turns = [
+        {"role": "assistant" if n % 2 else "user", "content": text}
+        for n, text in enumerate(["what", "red", "and", "blue", "one", "green"])
+    ]
+    rows = [
+        {"messages": turns},
+        {"messages": turns[:2]},
+        {"messages": [*turns[:3], {**turns[3], "weight": 0}, *turns[4:]]},
+    ]
+    path = jsonl(tmp_path / "chats.jsonl", rows)
+    settings = Data(dataset=path, validation=0, held_out=0, near_duplicates="ignore")
+    splits = data.prepare(settings)
+    found = data.encoded(splits, tokenizer, data=settings, loss_on="answers")
+    trained = [tokenizer.decode([i for i in e.labels if i != -100]) for e in found.train]
+    assert trained == [f"{answer}<|im_end|>" for answer in ("red", "blue", "green", "red", "red", "green")]
+    assert found.ledger.counts()["train"] == 3
+    assert next(entry.tokens for entry in found.ledger.entries) == sum(
+        len(e.input_ids) for e in found.train[:3]
+    )
+    assert "2 conversations are trained once for each question, as 5 examples" in " ".join(found.notes)
+    assert not found.proof["breaches"]
+    # Negative control: the last answer alone, where that is asked for.
+    last = data.encoded(splits, tokenizer, data=settings, loss_on="last_answer")
+    assert len(last.train) == 3

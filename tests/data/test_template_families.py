@@ -23,9 +23,11 @@ from tunesmith.data.templates import (
     Encoding,
     encode,
     encode_all,
+    encoder,
     end_of_turn_ids,
     prompt_ids,
     set_template,
+    views,
 )
 
 ROW = Row("t", 1)
@@ -175,8 +177,7 @@ def test_labels_are_the_assistant_s_turns(family):
 def test_the_remark_says_what_is_trained(family):
     remark = set_template(tokenizer(family.name), None)
     traits = family.traits
-    rewrites = traits.trains == "last" and not traits.reopens and family.name not in UNCLOSED
-    assert ("only the last answer" in remark) == rewrites
+    assert ("once for each question" in remark) == (traits.trains == "last")
     assert ("behind which the last answer is trained" in remark) == traits.reopens
     assert ("no token of its own" in remark) == (family.name in UNCLOSED)
 
@@ -207,6 +208,36 @@ def test_every_trained_turn_ends_and_is_asked_as_it_is_trained(family, turns, sy
     if not family.traits.reopens and not melts(family):
         whole = rendered(tok, messages, tokenize=True, return_dict=False)
         assert list(encoding.input_ids) == [*whole, *[tok.eos_token_id] * (family.name in UNCLOSED)]
+
+
+@known
+@pytest.mark.parametrize("reasoning", [None, "thoughts"])
+def test_every_answer_is_trained_once(family, reasoning):
+    """In one pass, or once for each question where the template writes earlier answers otherwise."""
+    messages = tuple(
+        message._replace(reasoning=reasoning if message.role == "assistant" else None)
+        for message in talk("what is one", "red blue", "and two", "green", "hello", "yes")
+    )
+    context = encoder(tokenizer(family.name))
+    found = views(Conversation(messages, ROW), context, "answers")
+    if reasoning and family.name == "qwen3_5_nothink":
+        with pytest.raises(Unusable, match="the chat template asks for one without"):
+            encoded(family, messages)
+        return
+    stretches = [runs_of for view in found for runs_of in trained_runs(encoded(family, view.messages))]
+    texts = [context.tokenizer.decode(stretch) for stretch in stretches]
+    assert len(texts) == 3
+    assert [word in text for word, text in zip(("red blue", "green", "yes"), texts, strict=True)] == [
+        True
+    ] * 3
+    assert all(stretch[-1] in end_of_turn_ids(context.tokenizer) for stretch in stretches)
+    if reasoning is None:
+        assert len(found) == (1 if family.traits.trains == "all" else 3)
+        for view in found:
+            check(family, view.messages, encoded(family, view.messages))
+    elif context.reasoning_key:
+        # What a thought is worth to the template in the last turn, it is in every turn.
+        assert len({text.count("thoughts") for text in texts}) == 1
 
 
 @pytest.mark.parametrize(

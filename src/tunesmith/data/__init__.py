@@ -53,6 +53,7 @@ from tunesmith.data.templates import (
     encoder,
     has_special_text,
     left_out,
+    views,
 )
 from tunesmith.data.tokens import Differs
 from tunesmith.errors import DataError
@@ -531,36 +532,43 @@ def _encode_into(
     too_long: list[str] = []
     with (folder / "held_out.jsonl").open("w", encoding="utf-8") as held_out:
         for rows, encodings in _stream(splits, context, loss_on):
-            entries = [splits.entry(number, row) for number, row, _ in rows]
+            entries = [splits.entry(number, row) for number, row, _, _ in rows]
             trained: list[tuple[int, Example, Encoding]] = []
-            for place, (_, _, example) in enumerate(rows):
+            for place, (_, _, example, views) in enumerate(rows):
                 if example is None:
                     continue
-                entry, encoding = entries[place], next(encodings)
+                entry = entries[place]
                 counts["special"] += has_special_text(example, context)
                 counts["left_out"] += left_out(example, context)
-                if isinstance(encoding, Unusable):
-                    entries[place] = entry._replace(fate="dropped", reason=str(encoding))
+                found = [(place, view, next(encodings)) for view in views]
+                reason = next((str(part) for _, _, part in found if isinstance(part, Unusable)), None)
+                if reason:
+                    entries[place] = entry._replace(fate="dropped", reason=reason)
                     continue
-                entries[place] = entry._replace(tokens=len(encoding.input_ids))
+                lengths = [len(part.input_ids) for _, _, part in found]
+                entries[place] = entry._replace(tokens=sum(lengths))
                 if entry.fate == "held_out":
                     held_out.write(as_json(example) + "\n")
-                elif len(encoding.input_ids) > data.max_length and data.over_long in ("drop", "error"):
+                elif max(lengths) > data.max_length and data.over_long in ("drop", "error"):
                     reason = f"longer than max_length {data.max_length} (over_long: {data.over_long})"
                     entries[place] = entries[place]._replace(fate="dropped", reason=reason)
-                    too_long.append(f"{entry.row} ({entries[place].tokens} tokens)")
+                    too_long.append(f"{entry.row} ({max(lengths)} tokens)")
                 else:
-                    trained.append((place, example, encoding))
+                    trained += found
+                    counts["unrolled"] += len(views) > 1
+                    counts["views"] += len(views) if len(views) > 1 else 0
             breaches = proof.check(
                 [rows[place][0] for place, _, _ in trained],
                 [example for _, example, _ in trained],
                 [encoding for _, _, encoding in trained],
             )
-            made: dict[str, tuple[list[int], list[Encoding]]] = {"train": ([], []), "validation": ([], [])}
-            for (place, example, encoding), breach in zip(trained, breaches, strict=True):
-                entry = entries[place]
+            for (place, _, _), breach in zip(trained, breaches, strict=True):
                 if breach:
-                    entries[place] = entry._replace(fate="dropped", reason=breach)
+                    entries[place] = entries[place]._replace(fate="dropped", reason=breach)
+            made: dict[str, tuple[list[int], list[Encoding]]] = {"train": ([], []), "validation": ([], [])}
+            for place, example, encoding in trained:
+                entry = entries[place]
+                if entry.fate == "dropped":
                     continue
                 pieces = _pieces(example, encoding, data.max_length)
                 if len(pieces) > 1:
@@ -568,7 +576,8 @@ def _encode_into(
                     entries[place] = entry._replace(reason=reason)
                     counts["chunked"] += 1
                 elif len(encoding.input_ids) > data.max_length:
-                    entries[place] = entry._replace(tokens_cut=len(encoding.input_ids) - data.max_length)
+                    cut = len(encoding.input_ids) - data.max_length
+                    entries[place] = entry._replace(tokens_cut=entry.tokens_cut + cut)
                 numbers, kept = made[entry.fate]
                 kept += pieces * entry.copies
                 numbers += [rows[place][0]] * len(pieces) * entry.copies
@@ -605,17 +614,28 @@ def _encode_into(
     }
 
 
-def _stream(splits: Splits, context: Any, loss_on: LossOn) -> Iterator[tuple[list[Any], Iterator[Any]]]:
-    """Rows in batches, each with the encodings of those that have an example."""
-    batches: list[list[tuple[int, Row, Example | None]]] = []
+def _stream(splits: Splits, context: Encoder, loss_on: LossOn) -> Iterator[tuple[list[Any], Iterator[Any]]]:
+    """Rows in batches, each with its views (templates.py), and the encodings of all of these."""
+    batches: list[list[tuple[int, Row, Example | None, list[Example]]]] = []
 
     def examples() -> Iterator[list[Example]]:
         for batch in batched(splits.rows(), BATCH):
-            batches.append(batch)
-            yield [example for _, _, example in batch if example is not None]
+            batches.append(
+                [
+                    (number, row, example, _views(example, splits.fates[number], context, loss_on))
+                    for number, row, example in batch
+                ]
+            )
+            yield [view for *_, views in batches[-1] for view in views]
 
     for _, encodings in encode_batches(examples(), context, loss_on=loss_on):
         yield batches.pop(0), iter(encodings)
+
+
+def _views(example: Example | None, fate: int, context: Encoder, loss_on: LossOn) -> list[Example]:
+    if example is None:
+        return []
+    return [example] if fate == HELD_OUT else views(example, context, loss_on)
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -690,6 +710,11 @@ def _notes(totals: Mapping[str, int], counts: Mapping[str, int]) -> list[str]:
     if counts["left_out"]:
         notes.append(
             f"{counts['left_out']} rows have reasoning, for which the chat template has no place: it is left out"
+        )
+    if counts["unrolled"]:
+        notes.append(
+            f"{counts['unrolled']} conversations are trained once for each question, as {counts['views']} "
+            "examples, since the chat template writes earlier answers otherwise than when they were given"
         )
     if totals["truncated"]:
         notes.append(f"{totals['truncated']} rows are cut at their end to fit max_length")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from tunesmith.data import BATCH, Splits, batched
 from tunesmith.data.examples import Example, Row, Text, Unusable
 from tunesmith.data.splitting import FATES
-from tunesmith.data.templates import Encoder, Encoding, LossOn, encode_batches, encoder, shown
+from tunesmith.data.templates import Encoder, Encoding, LossOn, encode_batches, encoder, shown, views
 from tunesmith.errors import DataError, nearest
 
 TokenRole = Literal["trained", "context", "special", "cut"]
@@ -31,6 +31,8 @@ class Inspected:
     """Tokens behind `max_length`."""
     reason: str | None = None
     """Why it is dropped."""
+    part: str | None = None
+    """Which of several examples, where a conversation is trained once for each question."""
     why: str | None = None
     """Why it is shown."""
     pieces: tuple[tuple[str, TokenRole], ...] = ()
@@ -84,25 +86,27 @@ def inspect_rows(
                 heapq.heappush(kept[name], entry)
             elif entry[:2] > kept[name][0][:2]:
                 heapq.heapreplace(kept[name], entry)
-    chosen: dict[Row, tuple[Inspected, Encoding]] = {}
+    chosen: dict[tuple[Row, str | None], tuple[Inspected, Encoding]] = {}
     for name, entries in kept.items():
         for _, _, seen, _, encoding in sorted(entries, key=lambda entry: entry[:2], reverse=True):
-            before = chosen.get(seen.row)
+            before = chosen.get((seen.row, seen.part))
             why = f"{before[0].why}, {name}" if before else name
-            chosen[seen.row] = (replace(seen, why=why), encoding)
+            chosen[seen.row, seen.part] = (replace(seen, why=why), encoding)
     return [replace(seen, pieces=_pieces(encoding, tokenizer, seen)) for seen, encoding in chosen.values()]
 
 
 def _named(
     splits: Splits, context: Encoder, wanted: list[str], max_length: int, loss_on: LossOn
 ) -> list[Inspected]:
-    found: dict[str, Inspected] = {}
+    found: dict[str, list[Inspected]] = {}
     for seen, _, encoding in _seen(splits, context, max_length, loss_on):
-        for name in {str(seen.row), str(seen.row.number)} & set(wanted):
-            if name not in found:
+        names = {str(seen.row), str(seen.row.number)} & set(wanted)
+        for name in names:
+            known = found.setdefault(name, [])
+            if not known or known[0].row == seen.row:
                 pieces = _pieces(encoding, context.tokenizer, seen) if encoding else ()
-                found[name] = replace(seen, pieces=pieces)
-        if len(found) == len(wanted):
+                known.append(replace(seen, pieces=pieces))
+        if not names and len(found) == len(wanted):
             break
     missing = [name for name in wanted if name not in found]
     if missing:
@@ -112,7 +116,7 @@ def _named(
             found=f"{len(splits.fates)} rows; a row is named by its line, as in {next(iter(places), 'file')}:12",
             fix=nearest(missing[0], places) if ":" in missing[0] else None,
         )
-    return [found[name] for name in wanted]
+    return [seen for name in wanted for seen in found[name]]
 
 
 def _first(splits: Splits) -> Iterator[Any]:
@@ -126,16 +130,23 @@ def _seen(
     splits: Splits, context: Encoder, max_length: int, loss_on: LossOn
 ) -> Iterator[tuple[Inspected, Example | None, Encoding | None]]:
     """Every row, without the text of its tokens."""
-    waiting: list[list[tuple[int, Row, Example | None]]] = []
+    waiting: list[list[tuple[int, Row, Example | None, str | None]]] = []
 
     def examples() -> Iterator[list[Example]]:
         for batch in batched(splits.rows(), BATCH):
-            waiting.append(batch)
-            yield [example for _, _, example in batch if example is not None]
+            waiting.append([])
+            for number, row, example in batch:
+                parts = views(example, context, loss_on) if example is not None else [None]
+                named = [
+                    f"question {n} of {len(parts)}" if len(parts) > 1 else None
+                    for n in range(1, len(parts) + 1)
+                ]
+                waiting[-1] += [(number, row, view, name) for view, name in zip(parts, named, strict=True)]
+            yield [view for _, _, view, _ in waiting[-1] if view is not None]
 
     for _, encodings in encode_batches(examples(), context, loss_on=loss_on):
         each = iter(encodings)
-        for number, row, example in waiting.pop(0):
+        for number, row, example, part in waiting.pop(0):
             fate, reason = FATES[splits.fates[number]], splits.reasons.get(number)
             encoding = next(each) if example is not None else None
             if encoding is None or isinstance(encoding, Unusable):
@@ -149,7 +160,7 @@ def _seen(
             ):  # a text is cut into pieces, and none lost
                 kept = Encoding(encoding.input_ids[:max_length], encoding.labels[:max_length])
                 cut = length - max_length
-            yield Inspected(row, fate, length, kept.trained, cut, reason), example, encoding
+            yield Inspected(row, fate, length, kept.trained, cut, reason, part), example, encoding
 
 
 def _pieces(encoding: Encoding, tokenizer: Any, seen: Inspected) -> tuple[tuple[str, TokenRole], ...]:

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -124,6 +124,8 @@ class Encoder:
     agreed: Counter[tuple[str, ...]] = field(default_factory=Counter)
     """Number of rows for which a skeleton and the rendered text were the same, by roles."""
     closings: dict[tuple[int, ...], bool] = field(default_factory=dict)
+    rewriting: dict[bool, bool] = field(default_factory=dict)
+    """Whether earlier answers are written otherwise than when they were given, with and without reasoning."""
 
 
 @dataclass(frozen=True)
@@ -501,6 +503,49 @@ def left_out(example: Example, context: Encoder) -> bool:
     )
 
 
+def views(example: Example, context: Encoder, loss_on: LossOn) -> list[Example]:
+    """The example as it is trained: itself, or one conversation for each question that was asked.
+
+    The latter where the template writes earlier answers otherwise once others follow (without their thoughts,
+    or the place for them, or an end): no single text has every answer as the model would have to give it.
+    """
+    if not isinstance(example, Conversation) or loss_on != "answers":
+        return [example]
+    messages = example.messages
+    asked_at = [n for n, message in enumerate(messages) if message.role == "user" and n]
+    ends = [n for n in asked_at if messages[n - 1].role == "assistant"]
+    if not ends or not _rewrites(any(m.reasoning for m in messages[: ends[-1]]), context):
+        return [example]
+    found: list[Example] = []
+    begin = 0
+    for end in (*ends, len(messages)):
+        turns = [
+            turn._replace(trained=False) if place < begin and turn.role == "assistant" else turn
+            for place, turn in enumerate(messages[:end])
+        ]
+        if any(turn.role == "assistant" and turn.trained is not False for turn in turns):
+            found.append(replace(example, messages=tuple(turns)))
+        begin = end
+    return found
+
+
+def _rewrites(with_reasoning: bool, context: Encoder) -> bool:
+    if with_reasoning not in context.rewriting:
+        reasoning = "r" if with_reasoning and context.reasoning_key else None
+        answer = Message("assistant", "b", reasoning=reasoning)
+        context.rewriting[with_reasoning] = False
+        for probe in _PROBES:
+            turns = (*probe[:-1], answer, Message("user", "c"), answer)
+            try:
+                segments = _conversation_segments(turns, (), context)
+            except Unusable:
+                continue
+            labelled = _labelled(segments, _ids([segments], context)[0], context, "answers")
+            context.rewriting[with_reasoning] = sum(trained > 0 for _, trained in labelled) == 1
+            break
+    return context.rewriting[with_reasoning]
+
+
 def _no_segments(example: Example) -> list[_Segment]:
     if isinstance(example, Text):
         _encodable(example.text)
@@ -741,16 +786,11 @@ def _remarks(tokenizer: Any) -> str:
                         "end-of-text token: no answer could end.",
                         fix="Set eos_token in tokenizer_config.json, or choose another --chat-template.",
                     )
+                remarks += " It closes the model's turn with no token of its own: the end-of-text token is put behind."
+            if _rewrites(False, context):
                 remarks += (
-                    " It closes the model's turn with no token of its own: the end-of-text token is put behind "
-                    "the last answer, and only that one is trained."
-                )
-            twice = (*probe, *probe[-2:])
-            both = _segments(_render(twice, context, opening=False), twice, context)
-            if whole.startswith(opened) and sum(segment.is_answer for segment in both) == 1:
-                remarks += (
-                    " It writes earlier answers otherwise than the last one, so only the last answer of a "
-                    "conversation is trained."
+                    " It writes earlier answers otherwise than the last one: a conversation is trained once for "
+                    "each question in it."
                 )
             return remarks
         except Unusable as refusal:

@@ -236,13 +236,13 @@ def test_a_template_without_end_of_turn_is_said_and_closed(tiny_tokenizer, loss_
         set_template(tokenizer, None)
 
 
-def test_templates_that_train_only_the_last_answer_say_so(tiny_tokenizer):
+def test_templates_that_write_earlier_answers_otherwise_say_so(tiny_tokenizer):
     import trl
 
     tokenizer = copy.deepcopy(tiny_tokenizer)
-    assert "only the last" not in set_template(tokenizer, None)
+    assert "once for each question" not in set_template(tokenizer, None)
     path = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
-    assert "only the last answer" in set_template(tokenizer, str(path))
+    assert "once for each question" in set_template(tokenizer, str(path))
     assert labelled(encode(talk("a", "one", "b", "two"), tokenizer), tokenizer).endswith("two<|im_end|>")
 
 

@@ -25,13 +25,21 @@ ENVIRONMENT = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
+def commands(page: str) -> list[list[str]]:
+    lines = [line for block in blocks("sh", page) for line in block.splitlines()]
     return [shlex.split(line, comments=True) for line in lines if line.startswith("tunesmith")]
+
+
+PAGES = {
+    path.name: path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if commands(path.read_text(encoding="utf-8"))
+}
+"""Pages with commands of ours in them."""
 
 
 def test_methods_equal_the_recipe_s_union():
@@ -89,24 +97,32 @@ def test_the_tree_in_the_readme_names_every_module_and_folder():
 
 
 @pytest.mark.slow
-def test_the_readme_runs(tmp_path):
-    """Every tunesmith command of the README, in order, in an empty folder, and its Python block."""
-    recipe = next(block for block in blocks("yaml") if block.startswith("# recipe.yaml"))
-    (tmp_path / "recipe.yaml").write_text(recipe)
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_shows_runs(page, tmp_path):
+    """Every tunesmith command of a page, in order, in an empty folder with the page's recipes, and its Python."""
+    content = PAGES[page]
+    for block in blocks("yaml", content):
+        if named := re.match(r"# (\S+\.yaml)\n", block):
+            (tmp_path / named[1]).write_text(block)
     ran = 0
-    for command in commands():
+    for command in commands(content):
         if "PATH_OR_HUB_ID" in command:
             continue
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
         ran += 1
-    assert ran >= 7
-    [code] = blocks("python")
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split()
+    assert ran
+    for code in blocks("python", content):
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.split()
+
+
+def test_the_readme_has_commands():
+    assert len(commands(README)) >= 7
+    assert len(blocks("python")) == 1
 
 
 @pytest.mark.slow

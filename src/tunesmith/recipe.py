@@ -135,7 +135,7 @@ class Data(DataSource):
     `truncate_answers` allows it. Each case is counted in the ledger."""
 
     on_breach: Literal["stop", "drop"] = "stop"
-    """What happens when a row fails the supervision proof (`docs/data.md`): the run stops before step 1 and
+    """What happens when a row fails the supervision proof (`docs/preparing.md`): the run stops before step 1 and
     names the rows, or they are dropped and counted."""
 
     packing: bool = False

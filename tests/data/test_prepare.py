@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 from collections import Counter
 
@@ -514,3 +515,23 @@ def test_a_template_that_rewrites_earlier_answers_trains_each_of_them_once(tmp_p
     # Negative control: the last answer alone, where that is asked for.
     last = data.encoded(splits, tokenizer, data=settings, loss_on="last_answer")
     assert len(last.train) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_done_without(tmp_path, tiny_tokenizer, monkeypatch):
+    path = jsonl(tmp_path / "rows.jsonl", questions(30))
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    found = made(path, tiny_tokenizer)
+    assert len(found.train) > 10
+    assert "the cache cannot be written" in " ".join(found.notes)
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    old, fresh = (tmp_path / "cache/prepared" / name for name in (".making-old", ".making-fresh"))
+    for folder in (old, fresh):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    made(jsonl(tmp_path / "rows.jsonl", questions(30)), tiny_tokenizer)
+    assert not old.exists()
+    assert fresh.exists()

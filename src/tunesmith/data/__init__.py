@@ -16,7 +16,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -210,7 +210,8 @@ def prepare(
     """
     sections: list[DataSource] = [data, *data.mix]
     name = None
-    if data.cache:
+    refused = cache.unwritable() if data.cache else None
+    if data.cache and not refused:
         sources = [_opened(section) for section in sections]
         name = cache.key(
             {
@@ -223,6 +224,9 @@ def prepare(
         if found:
             return _splits_from(found, sources, sections, data, adapt)
     splits = _prepared(data, sections, adapt, remarks)
+    if refused:
+        said = f"prepared rows are not kept for the next run, since the cache cannot be written ({refused})"
+        return replace(splits, notes=(*splits.notes, said))
     if name:
         with cache.making(name) as folder:
             _splits_into(folder, splits)
@@ -316,9 +320,8 @@ def _read(section: DataSource, place: int, found: _Found, data: Data, adapt: Ada
     columns = section.model_dump(include={"format", "input_text_key", "output_text_key"})
     source, possible = _opened(section), expected(**columns)
     dropped: Counter[str] = Counter()
-    for record, example in convert(
-        source, possible, system_prompt=data.system_prompt, group_by=data.group_by
-    ):
+    converted = convert(source, possible, system_prompt=data.system_prompt, group_by=data.group_by)
+    for record, example in shown_progress(converted, f"reading {source.name}"):
         found.numbers += has_numbers(record.values, possible)
         try:
             if isinstance(example, Unusable):
@@ -473,7 +476,7 @@ def encoded(splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn) -> E
             fix="Give a source with training rows; data.split takes one named split and divides it.",
         )
     name = None
-    if data.cache:
+    if data.cache and not cache.unwritable():
         name = cache.key(
             {
                 "rows": [(part.source.name, part.source.fingerprint) for part in splits.parts],
@@ -619,7 +622,8 @@ def _stream(splits: Splits, context: Encoder, loss_on: LossOn) -> Iterator[tuple
     batches: list[list[tuple[int, Row, Example | None, list[Example]]]] = []
 
     def examples() -> Iterator[list[Example]]:
-        for batch in batched(splits.rows(), BATCH):
+        rows = shown_progress(splits.rows(), "tokenizing", total=len(splits.fates))
+        for batch in batched(rows, BATCH):
             batches.append(
                 [
                     (number, row, example, _views(example, splits.fates[number], context, loss_on))
@@ -636,6 +640,13 @@ def _views(example: Example | None, fate: int, context: Encoder, loss_on: LossOn
     if example is None:
         return []
     return [example] if fate == HELD_OUT else views(example, context, loss_on)
+
+
+def shown_progress(items: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
+    """The items, with a bar on a terminal once it takes more than a few seconds."""
+    from tqdm import tqdm
+
+    return iter(tqdm(items, what, total, leave=False, unit=" rows", unit_scale=True, delay=3, disable=None))
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from tunesmith.data.templates import Encoding
 
 LIMIT = 50 * 1024**3
 """Bytes that the cache may take; what was not used for longest goes first."""
+ABANDONED = 7 * 24 * 3600
+"""Seconds after which a folder that is still being written belongs to nobody."""
 FACTS = "facts.json"
 
 
@@ -238,6 +241,17 @@ def find(name: str) -> Path | None:
     return place
 
 
+def unwritable() -> str | None:
+    """Why nothing can be kept, None where it can."""
+    place = folder() / "prepared"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return f"{place}: {error.strerror or error}"
+
+
 @contextmanager
 def making(name: str | None) -> Iterator[Path]:
     """A folder to write into. It is kept under the name when the block ends well, and is gone otherwise.
@@ -270,6 +284,9 @@ def making(name: str | None) -> Iterator[Path]:
 def _make_room(place: Path, *, keep: str) -> None:
     """Delete what was not used for longest, until the cache is within its limit."""
     found = []
+    for staging in place.glob(".making-*"):  # of a process that was killed
+        if time.time() - staging.stat().st_mtime > ABANDONED:
+            shutil.rmtree(staging, ignore_errors=True)
     for entry in place.iterdir():
         facts = entry / FACTS
         if facts.is_file():

@@ -73,7 +73,7 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the content: the same for equal files wherever they lie."""
+        """The content, the files' names and the splits they name: equal only where every row is the same."""
         return self.digest()
 
     @property
@@ -295,7 +295,7 @@ def _from_file(path: Path, role: Role | None = None) -> Source:
             yield Record(record.row, record.values, role) if role and isinstance(record, Record) else record
 
     lines = path if reader is _jsonl and role is None else None
-    return Source(path.stem, scan, functools.partial(_hash, path), lines=lines)
+    return Source(path.stem, scan, lambda: f"{path.name}:{role}:{_hash(path)}", lines=lines)
 
 
 def _hash(path: Path) -> str:
@@ -333,7 +333,8 @@ def _from_folder(path: Path, pattern: str | None) -> Source:
     notes = [f"files without a split's name are not used: {', '.join(unused)}"] if unused else []
 
     def digest() -> str:
-        return hashlib.sha256("".join(source.fingerprint for source, _ in sources).encode()).hexdigest()
+        content = "\n".join(f"{place}:{source.fingerprint}" for source, place in sources)
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
     return Source(path.name, scan, digest, tuple(notes))
 
@@ -403,8 +404,9 @@ def _from_hub(
 
     def digest() -> str:
         content = hashlib.sha256()
-        for _, _, values in read_again():
-            content.update(json.dumps(values, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
+        for part, _, values in read_again():
+            said = json.dumps([part, values], sort_keys=True, default=str)
+            content.update(said.encode("utf-8", "surrogatepass"))
         return content.hexdigest()
 
     roleless = [part for part in parts if part and part not in ROLES]

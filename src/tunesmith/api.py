@@ -729,25 +729,10 @@ def _examples(_: str | None) -> list[dict[str, Any]]:
 
 def _model(name: str | None) -> list[dict[str, Any]]:
     quiet_libraries()
-    from tunesmith import models
-    from tunesmith.data.templates import set_template
+    from tunesmith.architecture import architecture
 
-    model = name or "tiny"
     named = [] if name else [{"name": "model", "about": "tiny, which ships with tunesmith (none was named)"}]
-    loaded = models.load_model(model)
-    tokenizer = models.load_tokenizer(model)
-    description = models.describe(loaded)
-    return [
-        *named,
-        {"name": "architecture", "about": description.architecture},
-        {"name": "parameters", "about": f"{description.parameters:,}"},
-        {"name": "layers", "about": str(description.layers)},
-        {"name": "context", "about": f"{description.context_length} tokens"},
-        {"name": "vocabulary", "about": f"{len(tokenizer):,} tokens"},
-        {"name": "template", "about": set_template(tokenizer, None)},
-        {"name": "adapter targets", "about": ", ".join(models.target_modules(loaded, "all-linear"))},
-        {"name": "modules", "about": str(loaded)},
-    ]
+    return [*named, *architecture(name or "tiny").entries()]
 
 
 SHOWN: dict[str, Callable[[str | None], list[dict[str, Any]]]] = {

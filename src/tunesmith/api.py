@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith import launch
 from tunesmith.errors import (
     Interrupted,
     ModelError,
@@ -139,6 +140,7 @@ def train(recipe: Recipe, *, resume: str | None = None, watch: Watch = _unwatche
     `resume` continues the run of the same folder from a checkpoint's name, or from `latest`. Raises a
     TunesmithError for everything the user can mend; a run that trained nothing leaves no folder behind.
     """
+    launch.require_one_process()
     recipe = anchored(recipe)
     if resume is None:
         return _carry_out(recipe, create(recipe, watch=watch), None, fresh=True)
@@ -155,6 +157,7 @@ def train(recipe: Recipe, *, resume: str | None = None, watch: Watch = _unwatche
 
 def resume(run: str | Path, *, checkpoint: str = "latest", watch: Watch = _unwatched) -> Result:
     """Continue an interrupted run from its newest whole checkpoint, with the recipe it was started with."""
+    launch.require_one_process()
     opened = open_run(run, watch=watch)
     if opened.state() == "done":
         raise RunError(
@@ -230,6 +233,7 @@ def evaluate(
     data set is read and answered. Rows and scores are written to `output`, by default
     `<run>/evaluation/<dataset>` or `evaluations/<model>_<dataset>`.
     """
+    launch.require_one_process()
     quiet_libraries()
     from tunesmith import evaluation
 
@@ -265,6 +269,7 @@ def compare(
     either was trained or validated on. Both are answered now, along one code path; A stands as `base` and B
     as `tuned` in the result. Rows and comparison are written to `comparisons/<a>_vs_<b>` beside the runs.
     """
+    launch.require_one_process()
     quiet_libraries()
     from tunesmith import evaluation
     from tunesmith.evaluation import compare as comparing
@@ -775,6 +780,8 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
     with run.lock():
         (run.path / "status.json").unlink(missing_ok=True)
         num_starts = _num_starts(run)
+        for note in launch.settle(recipe.training):
+            run.event("warning", message=note)
         try:
             if fresh:
                 _check_before_training(recipe)

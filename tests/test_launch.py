@@ -16,37 +16,10 @@ from tunesmith.errors import TunesmithError
 from tunesmith.recipe import Training
 from tunesmith.training.run import Run
 
-SEED_COMMAND = [
-    "train",
-    "--task",
-    "chat",
-    "--config",
-    "low_resource",
-    "--lora",
-    "--lora-rank",
-    "2",
-    "--mixed-precision",
-    "no",
-    "--gradient-checkpointing",
-    "--per-device-train-batch-size",
-    "2",
-    "--gradient-accumulation-steps",
-    "2",
-    "--max-length",
-    "128",
-    "--num-workers",
-    "0",
-    "--num-epochs",
-    "1",
-    "--max-steps",
-    "4",
-    "--learning-rate",
-    "1e-4",
-    "--eval-steps",
-    "2",
-    "--save-steps",
-    "2",
-]
+SEED_COMMAND = """train --task chat --config low_resource --lora --lora-rank 2 --mixed-precision no
+--gradient-checkpointing --per-device-train-batch-size 2 --gradient-accumulation-steps 2 --max-length 128
+--num-workers 0 --num-epochs 1 --max-steps 4 --learning-rate 1e-4 --eval-steps 2 --save-steps 2
+""".split()  # noqa: SIM905
 
 
 @pytest.fixture
@@ -117,17 +90,8 @@ def test_accelerate_reads_the_documented_command_as_a_module():
     from accelerate.commands.launch import launch_command_parser
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
-    known = [
-        "--cpu",
-        "--num_machines",
-        "1",
-        "--num_processes",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
+    known = ["--cpu", "--num_machines", "1", "--num_processes", "1"]
+    known += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     args = launch_command_parser().parse_args([*known, "-m", "tunesmith", *SEED_COMMAND])
     command, _ = prepare_simple_launcher_cmd_env(args)
     assert command == [sys.executable, "-m", "tunesmith", *SEED_COMMAND]

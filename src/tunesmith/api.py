@@ -538,7 +538,7 @@ def validate(
         tokenizer = models.load_tokenizer(str(model))
         set_template(tokenizer, recipe.model.chat_template)
         context, adapt = encoder(tokenizer), METHODS[recipe.method.kind].adapt
-    place = cleaning.target(dataset, output) if fix else None
+    place = cleaning.target(recipe.data.dataset, output) if fix else None
     checks = validation.settings_for(
         recipe.data, max_length=recipe.data.max_length, context=context, limit=limit
     )
@@ -740,6 +740,12 @@ def _model(name: str | None) -> list[dict[str, Any]]:
     return [*named, *architecture(name or "tiny").entries()]
 
 
+def _catalog(part: str | None) -> list[dict[str, Any]]:
+    from tunesmith import catalog
+
+    return catalog.entries(part)
+
+
 SHOWN: dict[str, Callable[[str | None], list[dict[str, Any]]]] = {
     "presets": _presets,
     "tasks": _tasks,
@@ -750,6 +756,7 @@ SHOWN: dict[str, Callable[[str | None], list[dict[str, Any]]]] = {
     "metrics": _metrics,
     "examples": _examples,
     "model": _model,
+    "catalog": _catalog,
 }
 
 

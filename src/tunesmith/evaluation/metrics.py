@@ -8,7 +8,7 @@ probabilities of the reference tokens, over all of them at once.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -137,6 +137,14 @@ def known_metrics(names: Sequence[str]) -> list[str]:
 def primary_metric(names: Sequence[str]) -> str | None:
     """The metric on which the verdict rests: the first that scores answers, or else the first."""
     return next((name for name in names if METRICS[name].kind == "answer"), names[0] if names else None)
+
+
+def format_metrics_output(metrics: Mapping[str, Any]) -> str:
+    """Metrics as lines `name: value` for people, numbers that are not whole with four decimals."""
+    return "\n".join(
+        f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}"
+        for name, value in metrics.items()
+    )
 
 
 def _fits_most(name: str, prompts: Sequence[Prompt]) -> bool:

@@ -49,9 +49,9 @@ def distinct(sequences: Sequence[Tokens], n: int) -> float:
 
 
 def repeated(sequences: Sequence[Tokens], n: int) -> float:
-    """N-grams that occur more than once / different n-grams; 0 where there is none."""
+    """N-grams that repeat an earlier one / n-grams; 0 where there is none (seq-rep-n, arXiv 1908.04319)."""
     counts = ngrams(sequences, n)
-    return sum(count > 1 for count in counts.values()) / len(counts) if counts else 0.0
+    return 1 - len(counts) / counts.total() if counts else 0.0
 
 
 def shared(predictions: Sequence[Tokens], references: Sequence[Tokens], n: int) -> float:
@@ -227,8 +227,8 @@ def adherence(prompt: Prompt, completion: str, reference: str) -> float:
     """Demands of the question that the answer meets / demands that a program can check.
 
     Known demands: a number of words, sentences or list items; JSON, upper or lower case; a given beginning
-    or end; a quoted word to use or to avoid; yes or no; no commas. As IFEval's loose instruction level
-    (arXiv 2311.07911); English wording only. An empty answer meets none.
+    or end; a quoted word to use or to avoid; yes or no; no commas. After IFEval's accuracy by instruction
+    (arXiv 2311.07911), but the mean over answers; English wording only. An empty answer meets none.
     """
     met = [demand.is_met(match, completion) for demand, match in demands(prompt)]
     return sum(met) / len(met) if completion.strip() else 0.0
@@ -252,9 +252,9 @@ def bigram_diversity(prompt: Prompt, completion: str, reference: str) -> float:
 
 
 def repetition(prompt: Prompt, completion: str, reference: str) -> float:
-    """Word trigrams that an answer has more than once / its different word trigrams; lower is better.
+    """Word trigrams of an answer that repeat an earlier one / its word trigrams; lower is better.
 
-    Loops show here (repeated n-grams as in Welleck et al. 2020, arXiv 1908.04319).
+    Loops show here (seq-rep-3, Welleck et al. 2020, arXiv 1908.04319). 0 for fewer than three words.
     """
     return repeated([words(completion)], 3)
 

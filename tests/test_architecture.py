@@ -155,6 +155,33 @@ def test_an_encoder_is_described_and_said_to_be_no_generator(described):
     assert found.parts["head"] == 32 * 32 + 32 + 500
 
 
+def test_models_that_see_or_hear_are_described_as_what_they_are(described):
+    seeing = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    both = transformers.LlavaConfig(text_config=llama(), vision_config=seeing)
+    found = described(both)
+    assert found.kind == "image-text"
+    assert found.parameters == transformers.LlavaForConditionalGeneration(both).num_parameters()
+    alone = transformers.CLIPVisionModel(seeing).num_parameters()
+    # The projector into the text's width: two dense layers.
+    assert found.parts["vision"] == alone + 32 * 64 + 64 + 64 * 64 + 64
+    assert (found.layers, found.vocabulary) == (3, 1000)
+
+
+def test_what_is_no_language_model_is_said_to_be_none(described):
+    found = described(transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                             intermediate_size=64, image_size=16, patch_size=8))  # fmt: skip
+    assert (found.kind, found.vocabulary) == ("other", None)
+    assert "no language model" in found.needs
+    assert all(entry["about"] for entry in found.entries())
+
+
 FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 

@@ -200,7 +200,7 @@ def test_own_entries_are_added_or_replace(own):
     ("content", "expected"),
     [
         ({"dataset": {}}, "Did you mean 'datasets'"),
-        ({"datasets": {"a": {"about": "x", "path": "y", "colums": {}}}}, "Did you mean 'columns'"),
+        ({"datasets": {"a": {"about": "x", "path": "y", "columnz": {}}}}, "Did you mean 'columns'"),
         ({"datasets": {"a": {"about": "x", "pth": "y"}}}, "Did you mean 'path'"),
         ({"datasets": {"a": {"about": "x"}}}, "datasets.a.path"),
         ({"datasets": {"a": {"about": "x", "path": "y", "task": "chatt"}}}, "datasets.a.task"),
@@ -292,7 +292,7 @@ class TestShaping:
     @pytest.mark.parametrize(
         ("fields", "expected"),
         [
-            ({"columns": {"questoin": "prompt"}}, "does not have: questoin"),
+            ({"columns": {"questionz": "prompt"}}, "does not have: questionz"),
             ({"columns": {"q": "a"}}, "one name"),
             ({"prompt_length": 3}, "prompt_length cuts the column text"),
             ({"prompt_prefix": "x"}, "goes before the column prompt"),

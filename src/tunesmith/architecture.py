@@ -18,7 +18,7 @@ from tunesmith import models
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.recipe import LoRA
 
-Kind = Literal["causal", "seq2seq", "encoder", "image-text"]
+Kind = Literal["causal", "seq2seq", "encoder", "image-text", "other"]
 
 PARTS = ("embeddings", "attention", "feed-forward", "norms", "head", "vision", "other")
 """What parameters are counted under; a weight that two parts share counts once, under the first."""
@@ -28,6 +28,7 @@ NEEDS: dict[Kind, str] = {
     "seq2seq": "method kind seq2seq: an encoder reads the question, a decoder writes the answer",
     "encoder": "it cannot generate text: every token sees those after it, so no method here trains it",
     "image-text": "it reads images beside text; no method here trains it",
+    "other": "it is no language model that continues or answers a text; no method here trains it",
 }
 
 BYTES = {
@@ -114,7 +115,7 @@ class Architecture:
     memory_as: Mapping[str, int]
     """The same if it were loaded in another type."""
     context: int | None
-    vocabulary: int
+    vocabulary: int | None
     lora_targets: tuple[str, ...]
     lora_rank: int
     lora_parameters: int
@@ -166,7 +167,7 @@ class Architecture:
                 dict(self.stored),
             ),
             ("context", f"{self.context:,} tokens" if self.context else "not stated", self.context),
-            ("vocabulary", f"{self.vocabulary:,} tokens", self.vocabulary),
+            ("vocabulary", f"{self.vocabulary:,} tokens" if self.vocabulary else "none", self.vocabulary),
             ("chat template", self.template or "none", self.template),
             ("adapter targets", ", ".join(self.lora_targets) or "none", list(self.lora_targets)),
             (
@@ -229,7 +230,7 @@ def architecture(base: str, *, revision: str | None = None) -> Architecture:
         else _memory(model, dtype, quantization or Quantization("none", 16, None), packed),
         memory_as=_memory_as(model),
         context=context_length(model),
-        vocabulary=vocabulary or int(text.vocab_size),
+        vocabulary=vocabulary or _first(text, "vocab_size"),
         lora_targets=targets,
         lora_rank=lora.rank,
         lora_parameters=_lora_parameters(model, targets, lora.rank),
@@ -268,10 +269,9 @@ def kind_of(config: Any) -> Kind:
     if family in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and hasattr(config, "vision_config"):
         return "image-text"
     # BERT-likes can be built as decoders, but were not trained as such unless the configuration says so.
-    masked = family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    if family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not masked:
-        return "causal"
-    return "encoder"
+    if family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        return "encoder"
+    return "causal" if family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "other"
 
 
 def _configuration(base: str, location: str, revision: str | None) -> tuple[Any, Mapping[str, Any]]:
@@ -300,8 +300,8 @@ def _modules(base: str, config: Any, kind: Kind) -> Any:
         "image-text": transformers.AutoModelForImageTextToText,
         "encoder": transformers.AutoModelForMaskedLM,
     }
-    mapping = classes[kind]._model_mapping
-    chosen = classes[kind] if type(config) in mapping else transformers.AutoModel
+    named = classes.get(kind)
+    chosen = named if named and type(config) in named._model_mapping else transformers.AutoModel
     try:
         with torch.device("meta"):
             return chosen.from_config(config, trust_remote_code=False)

@@ -200,7 +200,7 @@ DEMANDS = (
     ),
     _demand(
         "a word that is not to be there",
-        rf"(?:\b(?:do not|avoid|without|never)|n't) (?:us(?:e|ing)|includ(?:e|ing)|mention(?:ing)?|contain(?:ing)?)"
+        rf"(?:\b(?:do not|avoid|without|never)|n't) (?:use|using|include|including|mention(?:ing)?|contain(?:ing)?)"
         rf" (?:the (?:word|phrase|keyword|term) )?{QUOTED}",
         lambda m, text: not _has(m.group(1), text),
     ),

@@ -158,6 +158,9 @@ def test_train_evaluate_compare_chat_runs_and_push_print_one_json_object(
     assert (code, "hub-model-id" in error["error"]) == (1, True)
     code, error, _ = invoke("resume", run)
     assert (code, "finished" in error["error"]) == (1, True)
+    again = ("--task", "instruct", "--freeze-ratio", "0.5", "--resume", "checkpoint-step-2")
+    code, error, _ = invoke("train", *quick_flags, *again)
+    assert (code, "finished" in error["error"]) == (1, True)
 
 
 @pytest.mark.parametrize(

@@ -118,13 +118,15 @@ def test_accelerate_launch_trains_resumes_and_leaves_the_documented_layout(
     assert "different answers" in (run / "report.html").read_text(encoding="utf-8")
     steps = [e["step"] for e in Run(run).events() if e["kind"] == "evaluation"]
     assert steps == [2, 4]
-    (run / "training.json").unlink()  # as if it had been stopped after its checkpoints
+    for name in ("training.json", "status.json"):  # as if it had been stopped after its checkpoints
+        (run / name).unlink()
     # Continued from the checkpoint that is named, in the plain way of starting it.
     again = _launched(
         [sys.executable, "-m", "tunesmith"], [*SEED_COMMAND, *small, "--resume", "checkpoint-step-2"], **where
     )
     assert again.returncode == 0, again.stderr
     assert [e["step"] for e in Run(run).events() if e.get("state") == "training"] == [0, 2]
+    (run / "status.json").unlink()
     missing = _launched(program, [*SEED_COMMAND, *small, "--resume", "checkpoint-step-1000"], **where)
     assert missing.returncode != 0
     assert "checkpoint-step-4" in missing.stderr + missing.stdout

@@ -152,6 +152,7 @@ def train(recipe: Recipe, *, resume: str | None = None, watch: Watch = _unwatche
             found="; ".join(changed),
             fix="Undo these changes, or start a new run with another --name.",
         )
+    _check_unfinished(run)
     return _carry_out(recipe, run, resume, fresh=False)
 
 
@@ -159,12 +160,16 @@ def resume(run: str | Path, *, checkpoint: str = "latest", watch: Watch = _unwat
     """Continue an interrupted run from its newest whole checkpoint, with the recipe it was started with."""
     launch.require_one_process()
     opened = open_run(run, watch=watch)
-    if opened.state() == "done":
-        raise RunError(
-            f"The run {opened.path} is finished; there is nothing to resume.",
-            fix=f"`tunesmith evaluate {opened.path}` measures it again; a new --name starts another run.",
-        )
+    _check_unfinished(opened)
     return _carry_out(opened.recipe(), opened, checkpoint, fresh=False)
+
+
+def _check_unfinished(run: Run) -> None:
+    if run.state() == "done":
+        raise RunError(
+            f"The run {run.path} is finished; there is nothing to resume.",
+            fix=f"`tunesmith evaluate {run.path}` measures it again; a new --name starts another run.",
+        )
 
 
 def demo(*, output_dir: str | Path = "runs", watch: Watch = _unwatched) -> Result:

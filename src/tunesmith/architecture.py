@@ -269,7 +269,8 @@ def kind_of(config: Any) -> Kind:
     if family in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and hasattr(config, "vision_config"):
         return "image-text"
     # BERT-likes can be built as decoders, but were not trained as such unless the configuration says so.
-    if family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+    writes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes:
         return "encoder"
     return "causal" if family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "other"
 

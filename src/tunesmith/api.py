@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith import launch
 from tunesmith.errors import (
     Interrupted,
     ModelError,
@@ -139,6 +140,7 @@ def train(recipe: Recipe, *, resume: str | None = None, watch: Watch = _unwatche
     `resume` continues the run of the same folder from a checkpoint's name, or from `latest`. Raises a
     TunesmithError for everything the user can mend; a run that trained nothing leaves no folder behind.
     """
+    launch.require_one_process()
     recipe = anchored(recipe)
     if resume is None:
         return _carry_out(recipe, create(recipe, watch=watch), None, fresh=True)
@@ -150,18 +152,24 @@ def train(recipe: Recipe, *, resume: str | None = None, watch: Watch = _unwatche
             found="; ".join(changed),
             fix="Undo these changes, or start a new run with another --name.",
         )
+    _check_unfinished(run)
     return _carry_out(recipe, run, resume, fresh=False)
 
 
 def resume(run: str | Path, *, checkpoint: str = "latest", watch: Watch = _unwatched) -> Result:
     """Continue an interrupted run from its newest whole checkpoint, with the recipe it was started with."""
+    launch.require_one_process()
     opened = open_run(run, watch=watch)
-    if opened.state() == "done":
-        raise RunError(
-            f"The run {opened.path} is finished; there is nothing to resume.",
-            fix=f"`tunesmith evaluate {opened.path}` measures it again; a new --name starts another run.",
-        )
+    _check_unfinished(opened)
     return _carry_out(opened.recipe(), opened, checkpoint, fresh=False)
+
+
+def _check_unfinished(run: Run) -> None:
+    if run.state() == "done":
+        raise RunError(
+            f"The run {run.path} is finished; there is nothing to resume.",
+            fix=f"`tunesmith evaluate {run.path}` measures it again; a new --name starts another run.",
+        )
 
 
 def demo(*, output_dir: str | Path = "runs", watch: Watch = _unwatched) -> Result:
@@ -230,6 +238,7 @@ def evaluate(
     data set is read and answered. Rows and scores are written to `output`, by default
     `<run>/evaluation/<dataset>` or `evaluations/<model>_<dataset>`.
     """
+    launch.require_one_process()
     quiet_libraries()
     from tunesmith import evaluation
 
@@ -265,6 +274,7 @@ def compare(
     either was trained or validated on. Both are answered now, along one code path; A stands as `base` and B
     as `tuned` in the result. Rows and comparison are written to `comparisons/<a>_vs_<b>` beside the runs.
     """
+    launch.require_one_process()
     quiet_libraries()
     from tunesmith import evaluation
     from tunesmith.evaluation import compare as comparing
@@ -533,7 +543,7 @@ def validate(
         tokenizer = models.load_tokenizer(str(model))
         set_template(tokenizer, recipe.model.chat_template)
         context, adapt = encoder(tokenizer), METHODS[recipe.method.kind].adapt
-    place = cleaning.target(dataset, output) if fix else None
+    place = cleaning.target(recipe.data.dataset, output) if fix else None
     checks = validation.settings_for(
         recipe.data, max_length=recipe.data.max_length, context=context, limit=limit
     )
@@ -729,25 +739,16 @@ def _examples(_: str | None) -> list[dict[str, Any]]:
 
 def _model(name: str | None) -> list[dict[str, Any]]:
     quiet_libraries()
-    from tunesmith import models
-    from tunesmith.data.templates import set_template
+    from tunesmith.architecture import architecture
 
-    model = name or "tiny"
     named = [] if name else [{"name": "model", "about": "tiny, which ships with tunesmith (none was named)"}]
-    loaded = models.load_model(model)
-    tokenizer = models.load_tokenizer(model)
-    description = models.describe(loaded)
-    return [
-        *named,
-        {"name": "architecture", "about": description.architecture},
-        {"name": "parameters", "about": f"{description.parameters:,}"},
-        {"name": "layers", "about": str(description.layers)},
-        {"name": "context", "about": f"{description.context_length} tokens"},
-        {"name": "vocabulary", "about": f"{len(tokenizer):,} tokens"},
-        {"name": "template", "about": set_template(tokenizer, None)},
-        {"name": "adapter targets", "about": ", ".join(models.target_modules(loaded, "all-linear"))},
-        {"name": "modules", "about": str(loaded)},
-    ]
+    return [*named, *architecture(name or "tiny").entries()]
+
+
+def _catalog(part: str | None) -> list[dict[str, Any]]:
+    from tunesmith import catalog
+
+    return catalog.entries(part)
 
 
 SHOWN: dict[str, Callable[[str | None], list[dict[str, Any]]]] = {
@@ -760,6 +761,7 @@ SHOWN: dict[str, Callable[[str | None], list[dict[str, Any]]]] = {
     "metrics": _metrics,
     "examples": _examples,
     "model": _model,
+    "catalog": _catalog,
 }
 
 
@@ -790,6 +792,8 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
     with run.lock():
         (run.path / "status.json").unlink(missing_ok=True)
         num_starts = _num_starts(run)
+        for note in launch.settle(recipe.training):
+            run.event("warning", message=note)
         try:
             if fresh:
                 _check_before_training(recipe)

@@ -41,6 +41,7 @@ from tunesmith.data.formats import (
     none_usable,
     unused_columns,
 )
+from tunesmith.data.shaping import SHAPING, shaped
 from tunesmith.data.sources import Source, checked, open_source
 from tunesmith.data.splitting import (
     CLUSTER,
@@ -388,7 +389,8 @@ def _read(section: DataSource, place: int, found: _Found, data: Data, adapt: Ada
 
 
 def _opened(section: DataSource) -> Source:
-    return open_source(section.dataset, **section.model_dump(include=OPENING))
+    opened = open_source(section.dataset, **section.model_dump(include=OPENING))
+    return shaped(opened, **section.model_dump(include=SHAPING))
 
 
 def _splits_into(folder: Path, splits: Splits) -> None:

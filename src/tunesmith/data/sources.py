@@ -417,10 +417,15 @@ def _from_hub(
 
 
 def _not_loaded(dataset: str, error: Exception) -> DataError:
+    from tunesmith.catalog import closest_dataset
+
+    near = closest_dataset(dataset)
     return DataError(
         f"'{dataset}' is neither a file, a folder, an example:NAME nor a Hub data set that can be read.",
         found=f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}",
-        fix="Check the path or the Hub id (owner/name), and data.config / data.split for a Hub data set.",
+        fix=f"Did you mean '{near}' of the catalogue?"
+        if near
+        else "Check the path or the Hub id (owner/name), and data.config / data.split for a Hub data set.",
     )
 
 

@@ -334,7 +334,7 @@ def test_the_complete_pipeline_and_what_it_leaves(here, name, capsys):
     tokenized, cols = finetuner.prepare_dataset(dataset, max_length=512)
     assert cols == ["prompt", "response"]
     test_prompts, references = [PROMPT, "prompt: what is the count of 77 response:"], ["red blue green"] * 2
-    asked = {"test_references": references}
+    asked = {"test_references": references, "max_new_tokens": 4}
     base_scores = finetuner.benchmark(test_prompts, use_finetuned=False, **asked)
     assert finetuner.setup_lora(r=8, lora_alpha=32, lora_dropout=0.1) is None
     assert finetuner.benchmark(test_prompts, **asked) == base_scores

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -451,7 +452,8 @@ def scores_text(result: Result) -> Any:
 
 def free_name(folder: Path) -> Path:
     """The folder itself where it is free, else the first `<name>-2`, `-3` that is."""
-    tries = (folder, *(folder.with_name(f"{folder.name}-{n}") for n in range(2, 10_000)))
+    stem = re.sub(r"-\d+$", "", folder.name)
+    tries = (folder, *(folder.with_name(f"{stem}-{n}") for n in range(2, 10_000)))
     return next(path for path in tries if not path.exists() or (path.is_dir() and not any(path.iterdir())))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -145,7 +146,7 @@ def test_named_splits_of_a_file(loaded, here):
     finetuner = loaded()
     assert len(finetuner.load_dataset_from_source("both.json")) == 5
     assert len(finetuner.load_dataset_from_source("both.json", split="test", num_samples=3)) == 3
-    with pytest.raises(DataError, match=r"no split 'validation'(.|\n)*held-out, train"):
+    with pytest.raises(DataError, match=r"no split 'validation'(.|\n)*splits train, held-out"):
         finetuner.load_dataset_from_source("both.json", split="validation")
     with pytest.raises(DataError, match="no split 'test'"):
         finetuner.load_dataset_from_source("data.jsonl", split="test")
@@ -175,6 +176,34 @@ def test_hub_data_sets_are_asked_for_as_the_examples_say(loaded, monkeypatch):
     assert asked[0][1]["split"] == "train"
     assert asked[1][0] == ("HuggingFaceH4/ultrachat_200k", None)
     assert asked[1][1]["data_files"] == "data/train_sft-00000-of-00004.parquet"
+
+
+def test_broken_rows_are_errors_where_they_are_wanted(loaded, here):
+    good, bad = json.dumps(ROWS[0]), "{"
+    (here / "broken.jsonl").write_text(f"{good}\n{good}\n{bad}\n", encoding="utf-8")
+    finetuner = loaded()
+    assert len(finetuner.load_dataset_from_source("broken.jsonl", num_samples=2)) == 2
+    with pytest.raises(DataError, match=r"broken\.jsonl, line 3, column"):
+        finetuner.load_dataset_from_source("broken.jsonl", num_samples=3)
+    with pytest.raises(DataError, match=r"no file ./dat\.jsonl(.|\n)*data\.jsonl"):
+        finetuner.load_dataset_from_source("./dat.jsonl")
+    with pytest.raises(DataError, match="at least 1; found 0"):
+        finetuner.load_dataset_from_source("data.jsonl", num_samples=0)
+
+
+def test_on_cuda_weights_are_float16_and_several_gpus_share_them(here, monkeypatch):
+    """What is asked of the loader; no GPU is needed to see it."""
+    from tunesmith import finetuner as module
+
+    asked = []
+    monkeypatch.setattr(models, "load_model", lambda name, **options: asked.append(options) or "model")
+    monkeypatch.setattr(module, "_spread", lambda model: f"spread {model}")
+    one = LLMFineTuner("gpt2")
+    one.device = "cuda"
+    for count, model, device in ((1, "model", "cuda"), (2, "spread model", "cpu")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        one.load_model()
+        assert (one.model, asked[-1]) == (model, {"dtype": "float16", "device": device})
 
 
 def test_mixed_values_become_text_or_name_the_column(loaded, here):
@@ -368,6 +397,7 @@ def test_the_complete_pipeline_and_what_it_leaves(here, name, capsys):
     assert again.benchmark(test_prompts, use_finetuned=False, **asked) == base_scores
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_learned_and_ends(loaded, here):
     """The shipped model learns one answer; it stops after it, since the end of text was trained."""
     finetuner = loaded("tiny")
@@ -595,6 +625,16 @@ def test_upload_creates_only_when_asked_and_never_shows_the_token(trained, monke
     for file in Path("my_model").rglob("*"):
         if file.is_file():
             assert b"hf_xxxxxxxxxxxxx" not in file.read_bytes()
+
+
+def test_the_page_s_code_runs_as_it_stands(here, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs/notebook.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    names: dict = {}
+    exec(code, names)
+    assert set(names["before"]) == set(names["after"]) == {"rouge1", "rouge2", "rougeL"}
+    assert "uploaded successfully" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

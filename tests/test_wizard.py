@@ -151,6 +151,39 @@ def test_columns_of_ones_own_are_asked_for_by_name(here, answer, capsys):
     assert "11 held out" in printed
 
 
+def test_a_data_set_with_nothing_to_measure_on_is_trained_all_the_same(here, answer, monkeypatch, capsys):
+    from tunesmith import api
+
+    plan = api.plan
+
+    def nothing_held_out(recipe):
+        found, rows = plan(recipe)
+        return found, {**rows, "rows": {**rows["rows"], "held_out": 0}}
+
+    monkeypatch.setattr(api, "plan", nothing_held_out)
+    _, result = answer(*MODEL, *DATA, "yes", *LORA, *TRAINING, "", "no")
+    assert "Nothing is held out of so few rows" in capsys.readouterr().out
+    assert open_run(result["run"]).recipe().evaluation.skip
+
+
+def test_a_model_without_known_attention_gets_all_linear_layers(here, answer, monkeypatch, capsys):
+    from tunesmith import models
+    from tunesmith.errors import ModelError
+
+    find = models.target_modules
+
+    def unknown(model, targets):
+        if targets == "attention":
+            raise ModelError("No module is known as attention.")
+        return find(model, targets)
+
+    monkeypatch.setattr(models, "target_modules", unknown)
+    answer(*MODEL, *DATA, "no", "", "4", *LORA, "quit")
+    printed = capsys.readouterr().out
+    assert "No module is known as attention. So the adapter sits on all linear layers" in printed
+    assert "mlp.down_proj" in printed
+
+
 def test_back_at_every_step_keeps_the_answers_as_defaults(here, answer):
     asked, _ = answer(
         "back", *MODEL, "back", "", "", *DATA, "back", "", "", "", *BASELINE, "back", "no", "", "", *LORA, "back",
@@ -403,7 +436,7 @@ def test_a_whole_session_on_a_terminal_and_the_command_that_repeats_it(terminal,
     assert "hf_never_shown" not in child.before + child.after
     walk(child, ("Upload to Hugging Face", "no"))
     child.expect("recipe +(.*)/recipe.yaml")
-    child.expect("again +tunesmith (train .*)\r\n")
+    child.expect(r"again +tunesmith (train [^\r]*)\r\n")
     again = shlex.split(child.match[1])
     assert ended(child) == 0
     first = open_run(here / "runs/mine")

@@ -20,7 +20,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +132,7 @@ class LLMFineTuner:
 
         from datasets import Dataset
 
-        from tunesmith.data.sources import ROLES, open_source
+        from tunesmith.data.sources import ROLES, Record, open_source
 
         if num_samples is not None and num_samples < 1:
             raise DataError(f"num_samples has to be at least 1; found {num_samples}.")
@@ -140,22 +140,25 @@ class LLMFineTuner:
         source = open_source(
             dataset_source, config=dataset_config, split=None if is_local else split, data_files=data_files
         )
-        roles = {record.role for record in source.records}
-        if roles - {None} or (is_local and split != "train"):
-            wanted = ROLES.get(split)
-            if wanted is None or wanted not in roles:
-                names = [name.replace("_", "-") for name in sorted(r for r in roles if r)]
+        first = next(source.scan(), None)
+        has_splits = isinstance(first, Record) and first.role is not None
+        if has_splits or (is_local and split != "train"):
+            found = {record.role: None for record in source.records}
+            if ROLES.get(split) not in found or not has_splits:
+                names = [name.replace("_", "-") for name in found if name]
                 raise DataError(
                     f"{dataset_source} has no split '{split}'.",
                     found=f"splits {', '.join(names)}"
                     if names
-                    else "rows without named splits, which are 'train'",
+                    else "rows without named splits: all are 'train'",
                     fix="Name one of them with split=." if names else "Leave split= out.",
                 )
-            chosen = (record.values for record in source.records if record.role == wanted)
+            chosen = (record.values for record in source.records if record.role == ROLES[split])
+            rows = list(islice(chosen, num_samples))
         else:
-            chosen = (record.values for record in source.records)
-        rows = list(islice(chosen, num_samples))
+            # Limited where it is read: rows behind the last one wanted are not looked at.
+            limited = replace(source, scan=lambda: islice(source.scan(), num_samples))
+            rows = [record.values for record in limited.records]
         if not rows:
             raise DataError(
                 f"{dataset_source} has no rows.", fix="Check the file: expected at least one record."
@@ -165,12 +168,12 @@ class LLMFineTuner:
         origin = {
             "dataset": dataset_source,
             "config": dataset_config,
-            "split": split if roles - {None} or not is_local else None,
+            "split": split if has_splits or not is_local else None,
             "data_files": data_files,
             "max_rows": num_samples,
         }
         # Of a source with several splits, `max_rows` would count other rows than num_samples did.
-        self._origins[dataset._fingerprint] = {} if num_samples and roles - {None} else origin
+        self._origins[dataset._fingerprint] = {} if num_samples and has_splits else origin
         return dataset
 
     def detect_text_columns(self, dataset: Dataset) -> list[str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.compose import Composition, compose, overlaid
-from tunesmith.errors import Interrupted, TunesmithError
+from tunesmith.errors import Interrupted, ModelError, TunesmithError
 from tunesmith.finetuner import GRADIENT_ACCUMULATION, NEW_TOKENS, get_user_input
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class Session:
     """Earlier answers by question: the defaults when a step comes again."""
     context: int | None = None
     """Context length of the model, in tokens."""
+    targets: str = ""
+    """Where the adapter sits on this model, in a sentence."""
     measured: tuple[Any, list[EvalRow]] | None = None
     """The base model's answers, and the parts of the recipe that they belong to."""
     started: Path | None = None
@@ -58,7 +60,7 @@ class Session:
 
     def composed(self) -> Composition:
         """The recipe of all answers so far."""
-        return compose(overlaid({"adapter": {"kind": "lora"}}, *self.layers.values()))
+        return compose(overlaid(*self.layers.values()))
 
 
 def on_terminal() -> bool:
@@ -67,7 +69,7 @@ def on_terminal() -> bool:
 
 
 def run() -> dict[str, Any]:
-    """Walk through the steps; gives the run's folder, its recipe file and the command that repeats it."""
+    """Walk through the steps; gives the folder of the run that was started, if one was."""
     session = Session()
     say("[bold]tunesmith[/]: fine-tune a model in seven steps, and see whether it got better.", markup=True)
     say(
@@ -146,8 +148,18 @@ def model_step(session: Session) -> None:
     outline = models.outline(base)
     session.context = context_length(outline)
     say(models.describe(outline).sentence().rpartition(",")[0])
+    where = "attention"
+    try:
+        targets = models.target_modules(outline, where)
+        session.targets = "The adapter sits on the attention's matrices: "
+    except ModelError as error:
+        where = "all-linear"
+        targets = models.target_modules(outline, where)
+        session.targets = f"{error.problem} So the adapter sits on all linear layers: "
+    session.targets += ", ".join(targets)
     session.layers["model"] = {
         "model": {"base": base},
+        "adapter": {"kind": "lora", "targets": where},
         "output_dir": str(folder.parent),
         "name": folder.name,
     }
@@ -217,11 +229,15 @@ def baseline_step(session: Session) -> None:
     for reason, count in rows["dropped"].items():
         say(f"dropped {count}: {reason}")
     held_out = counts["held_out"]
+    session.measured = None
+    if not held_out:
+        say("Nothing is held out of so few rows, so nothing will be measured.")
+        session.layers["baseline"] |= {"evaluation": {"skip": True}}
+        return
     asked = number(session, "Number of questions", min(QUESTIONS, held_out), low=1, high=held_out)
     new_tokens = number(session, "Longest answer in tokens", NEW_TOKENS, low=1)
     evaluation = {"max_items": asked, "max_new_tokens": new_tokens}
     session.layers["baseline"] |= {"evaluation": evaluation}
-    session.measured = None
     if not measure:
         return
     recipe = session.composed().recipe
@@ -233,18 +249,11 @@ def baseline_step(session: Session) -> None:
 
 def lora_step(session: Session) -> None:
     """Size and place of the adapter."""
-    from tunesmith import models
-
+    say(session.targets)
     rank = number(session, "LoRA rank (r)", 8, low=1)
     alpha = number(session, "LoRA alpha", 32, low=1)
     dropout = decimal(session, "LoRA dropout", 0.1, low=0.0, below=1.0)
-    recipe = session.composed().recipe
-    outline = models.outline(recipe.model.base)
-    targets = models.target_modules(outline, "attention")
-    say(f"It sits on {', '.join(targets)} of every layer.")
-    session.layers["lora"] = {
-        "adapter": {"kind": "lora", "rank": rank, "alpha": alpha, "dropout": dropout, "targets": "attention"}
-    }
+    session.layers["lora"] = {"adapter": {"kind": "lora", "rank": rank, "alpha": alpha, "dropout": dropout}}
 
 
 def training_step(session: Session) -> None:

@@ -583,6 +583,23 @@ def test_out_of_memory_says_what_to_lower_in_numbers(loaded, here, monkeypatch):
     finetuner.train(tokenized, batch_size=4, num_epochs=1)
 
 
+def test_a_data_set_tokenized_elsewhere_is_trained_and_an_empty_one_is_not(loaded, here):
+    from datasets import Dataset
+
+    finetuner = loaded()
+    finetuner.setup_lora()
+    ids = finetuner.tokenizer(["what is red", "blue"])["input_ids"]
+    rows = Dataset.from_dict({"input_ids": ids})
+    with pytest.raises(DataError, match="no rows"):
+        finetuner.train(rows.select([]))
+    finetuner.train(rows, num_epochs=1)
+    run = open_run(here / "my_model")
+    assert run.recipe().data.dataset == "in memory"
+    counts = {"rows_in": 2, "train": 2, "validation": 0, "held_out": 0, "dropped": 0, "truncated": 2}
+    assert run.read("plan.json")["rows"] == counts
+    assert run.read("training.json")["tokens"] == sum(map(len, ids))
+
+
 class Hub:
     """Stands for huggingface_hub.HfApi and keeps what it is asked."""
 

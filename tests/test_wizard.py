@@ -385,7 +385,7 @@ def test_tab_completes_and_back_and_quit_work_on_a_terminal(terminal):
     child.sendline("")
     child.expect(r"Enter output directory \[./finetuned_model\]: ")
     child.sendline("")
-    child.expect("LlamaForCausalLM, .* parameters in 4 layers")
+    child.expect("LlamaForCausalLM: .* parameters in 4 layers, 512 tokens of context")
     child.expect("Step 2 of 7: data")
     child.expect("Enter dataset path or name: ")
     child.send("quest\t")

@@ -624,7 +624,7 @@ class LLMFineTuner:
                 found=f"columns {', '.join(names) or 'none'}",
                 fix="Pass what prepare_dataset() gives: tokenized, columns = finetuner.prepare_dataset(dataset).",
             )
-        digest, truncated = hashlib.sha256(), 0
+        digest, truncated, end = hashlib.sha256(), 0, self.tokenizer.eos_token_id
         with cache.making(None) as folder:
             writer = cache.EncodingWriter(folder / "train.arrow", digest)
             for start in range(0, len(dataset), 1000):
@@ -634,12 +634,14 @@ class LLMFineTuner:
                     mask = batch["attention_mask"][number] if "attention_mask" in batch else [1] * len(padded)
                     labels = batch["labels"][number] if "labels" in batch else padded
                     kept = [(i, label) for i, label, m in zip(padded, labels, mask, strict=True) if m]
-                    truncated += bool(kept) and kept[-1][0] != self.tokenizer.eos_token_id
+                    truncated += bool(kept) and end not in (None, kept[-1][0])
                     if not kept:
                         continue
                     encodings.append(Encoding(tuple(i for i, _ in kept), tuple(label for _, label in kept)))
                 writer.write(list(range(start, start + len(encodings))), encodings)
             writer.close()
+        if not len(dataset):
+            raise DataError("The data set to train on has no rows.", fix="Pass what prepare_dataset() gives.")
         return cache.Encodings(folder / "train.arrow"), digest.hexdigest(), truncated
 
     def _recipe(self, dataset: Dataset, num_epochs: float, batch_size: int, learning_rate: float) -> Recipe:

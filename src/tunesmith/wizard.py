@@ -147,7 +147,9 @@ def model_step(session: Session) -> None:
 
     outline = models.outline(base)
     session.context = context_length(outline)
-    say(models.describe(outline).sentence().rpartition(",")[0])
+    facts = models.describe(outline)
+    context = f", {session.context:,} tokens of context" if session.context else ""
+    say(f"{facts.architecture}: {facts.parameters:,} parameters in {facts.layers} layers{context}")
     where = "attention"
     try:
         targets = models.target_modules(outline, where)

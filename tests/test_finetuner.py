@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -581,6 +582,109 @@ def test_out_of_memory_says_what_to_lower_in_numbers(loaded, here, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(here)
     finetuner.train(tokenized, batch_size=4, num_epochs=1)
+
+
+def test_the_reference_s_benchmark_and_preparation_examples_word_for_word(trained, capsys):
+    finetuner = trained
+    dataset = finetuner.load_dataset_from_source("./data.jsonl")
+    # Manual column specification
+    tokenized, cols = finetuner.prepare_dataset(dataset, text_columns=["prompt", "response"], max_length=256)
+    assert (cols, len(tokenized[0]["input_ids"])) == (["prompt", "response"], 256)
+    test_prompts = [
+        "What is machine learning?",
+        "Explain neural networks.",
+        "Define artificial intelligence.",
+    ]
+    base_scores = finetuner.benchmark(test_prompts, use_finetuned=False)
+    finetuned_scores = finetuner.benchmark(test_prompts, use_finetuned=True)
+    for metric in base_scores:
+        improvement = (finetuned_scores[metric] - base_scores[metric]) / base_scores[metric] * 100
+        print(f"{metric}: {improvement:+.2f}% improvement")
+    printed = capsys.readouterr().out
+    assert re.search(r"rougeL: [+-]\d+\.\d\d% improvement", printed)
+    assert printed.count(SELF_REFERENCE) == 2, "what these scores are is said each time"
+    assert all(0 < base_scores[name] <= 1 for name in ("rouge1", "rouge2", "rougeL"))
+
+
+@pytest.mark.parametrize(
+    ("error", "ends", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError, "Reduce batch size or sequence length"),
+        (KeyboardInterrupt(), SystemExit, "Training interrupted"),
+    ],
+)
+def test_the_reference_s_error_handling_word_for_word(loaded, monkeypatch, capsys, error, ends, said):
+    finetuner = loaded()
+    dataset = prepared(finetuner)
+    finetuner.setup_lora()
+
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr("trl.SFTTrainer.training_step", fail)
+
+    def handled():
+        try:
+            finetuner.train(dataset)
+        except RuntimeError as e:
+            if "out of memory" in str(e):
+                print("Reduce batch size or sequence length")
+            raise
+        except KeyboardInterrupt:
+            print("Training interrupted")
+            sys.exit(0)
+
+    with pytest.raises(ends):
+        handled()
+    assert said in capsys.readouterr().out
+
+
+def test_the_loss_is_taken_at_the_end_of_text_even_where_it_pads(loaded, monkeypatch):
+    """What the trainer's batches hold: GPT-2 pads with its end-of-text token, and the labels know which is which."""
+    from trl import SFTTrainer
+
+    finetuner = loaded("gpt2")
+    end = finetuner.tokenizer.eos_token_id
+    assert finetuner.tokenizer.pad_token_id == end
+    batches = []
+    step = SFTTrainer.training_step
+
+    def seen(trainer, model, inputs, *args):
+        batches.append({name: inputs[name].tolist() for name in ("input_ids", "attention_mask", "labels")})
+        return step(trainer, model, inputs, *args)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", seen)
+    tokenized = prepared(finetuner)
+    finetuner.setup_lora()
+    finetuner.train(tokenized, num_epochs=1, batch_size=8)
+    rows = [row for batch in batches for row in zip(*batch.values(), strict=True)]
+    assert len(rows) == len(ROWS)
+    for ids, mask, labels in rows:
+        length = sum(mask)
+        assert labels[length - 1] == ids[length - 1] == end
+        assert labels[:length] == ids[:length]
+        assert set(labels[length:]) <= {-100}
+    assert max(len(ids) for ids, _, _ in rows) < 48, "padding to max_length is not computed on"
+
+
+def test_base_means_the_base_s_weights_with_a_trained_adapter_on_them(trained, monkeypatch):
+    """Which model is asked, by its logits: those of a freshly loaded base, and other ones when tuned."""
+    from tunesmith import generation
+
+    seen = []
+
+    def asked(model, tokenizer, ids, **options):
+        with torch.no_grad():
+            seen.append(model.eval()(torch.tensor([ids[0]], device=model.device)).logits.cpu())
+        return [generation.Generated((), "", "stop")] * len(ids)
+
+    monkeypatch.setattr(generation, "generate", asked)
+    fresh = LLMFineTuner("gpt2")
+    fresh.load_model()
+    for finetuner, tuned in ((fresh, False), (trained, False), (trained, True)):
+        finetuner.benchmark(["what is red"], use_finetuned=tuned)
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
+    assert not torch.allclose(seen[0], seen[2])
 
 
 def test_a_data_set_tokenized_elsewhere_is_trained_and_an_empty_one_is_not(loaded, here):

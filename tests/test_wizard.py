@@ -336,6 +336,28 @@ def test_without_a_terminal_there_is_help_and_a_clear_refusal():
     assert "there is none here" in asked.stderr
 
 
+def test_json_is_not_for_questions(monkeypatch):
+    from typer.testing import CliRunner
+
+    from tunesmith.cli import app
+
+    monkeypatch.setattr(wizard, "on_terminal", lambda: True)
+    result = CliRunner().invoke(app, ["wizard", "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout.splitlines()[-1])["exit_code"] == 1
+
+
+def test_an_upload_that_fails_keeps_the_step_and_the_model(here, answer, monkeypatch, capsys):
+    monkeypatch.setattr("getpass.getpass", lambda prompt: "")
+    _, result = answer(
+        *MODEL, *DATA, "no", "", "4", *LORA, *TRAINING, "", "yes", "me/mine", "", "", "back", "", "no"
+    )
+    printed = capsys.readouterr().out
+    assert f"not uploaded to me/mine; it is whole in {result['run']}/final_model" in printed
+    assert printed.count("of 7: upload") == 3
+    assert open_run(result["run"]).state() == "done"
+
+
 @pytest.fixture
 def terminal(here):
     """Start a command on a pseudo-terminal in the working folder."""

@@ -407,7 +407,7 @@ def test_tab_completes_and_back_and_quit_work_on_a_terminal(terminal):
     child.sendline("")
     child.expect(r"Enter output directory \[./finetuned_model\]: ")
     child.sendline("")
-    child.expect("LlamaForCausalLM: .* parameters in 4 layers, 512 tokens of context")
+    child.expect(r"LlamaForCausalLM: [^\r]* parameters in 4 layers, 512 tokens of context")
     child.expect("Step 2 of 7: data")
     child.expect("Enter dataset path or name: ")
     child.send("quest\t")
@@ -457,12 +457,12 @@ def test_a_whole_session_on_a_terminal_and_the_command_that_repeats_it(terminal,
     child.expect("was not uploaded to me/mine")
     assert "hf_never_shown" not in child.before + child.after
     walk(child, ("Upload to Hugging Face", "no"))
-    child.expect("recipe +(.*)/recipe.yaml")
     child.expect(r"again +tunesmith (train [^\r]*)\r\n")
     again = shlex.split(child.match[1])
     assert ended(child) == 0
     first = open_run(here / "runs/mine")
     assert first.state() == "done"
+    assert again[1:] == [str(here / "runs/mine/recipe.yaml"), "--name", "mine-2"]
     subprocess.run([*COMMAND, *again], cwd=here, env=ENVIRONMENT, check=True, capture_output=True)
     second = open_run(here / "runs/mine-2")
     assert second.recipe().model_copy(update={"name": "mine"}) == first.recipe()
@@ -484,8 +484,8 @@ def test_ctrl_c_while_training_on_a_terminal_exits_0_and_names_the_checkpoint(te
     while not (run / "events.jsonl").exists() or '"training"' not in (run / "events.jsonl").read_text():
         assert child.isalive()
     child.sendintr()
-    child.expect("Ended. Kept: the run .*/runs/mine, with .*checkpoint-step-")
-    child.expect("tunesmith resume .*/runs/mine")
+    child.expect(r"Ended. Kept: the run [^\r]*/runs/mine, with [^\r]*checkpoint-step-")
+    child.expect(r"tunesmith resume [^\r]*/runs/mine")
     assert ended(child) == 0
     assert open_run(run).state() == "interrupted"
 

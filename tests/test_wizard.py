@@ -18,6 +18,10 @@ from tunesmith.training.run import find_runs, open_run
 
 COMMAND = [sys.executable, "-m", "tunesmith"]
 ENVIRONMENT = {**os.environ, "TERM": "dumb", "COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
+if "PYTHONPATH" in os.environ:  # the sessions run in folders of their own
+    ENVIRONMENT["PYTHONPATH"] = os.pathsep.join(
+        map(os.path.abspath, os.environ["PYTHONPATH"].split(os.pathsep))
+    )
 
 
 @pytest.fixture

@@ -134,16 +134,61 @@ def plan(recipe: Recipe) -> tuple[Plan, Mapping[str, Any]]:
     return results["plan"], {"rows": ledger.counts(), "dropped": ledger.reasons()}
 
 
-def train(recipe: Recipe, *, resume: str | None = None, watch: Watch = _unwatched) -> Result:
+def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list[EvalRow]]:
+    """Scores of a recipe's base model on what the recipe holds out, before anything is trained, and its rows.
+
+    `train` takes the rows, so that the base need not be asked again. Nothing is written. Raises
+    TunesmithError where nothing is held out.
+    """
+    recipe = anchored(recipe)
+    _check_before_training(recipe)
+    from tunesmith import dataflow, evaluation
+
+    started = time.perf_counter()
+    found = _driver().execute(["items", "metrics", "plan"], inputs=_inputs(recipe))
+    if not found["items"]:
+        raise TunesmithError(
+            "No example is held out to measure on.", fix="Give more rows, or raise data.held_out."
+        )
+    rows = evaluation.answers(
+        recipe.model,
+        recipe.evaluation,
+        found["items"],
+        found["metrics"],
+        name="base",
+        base=recipe.model.base,
+        tokenizer=dataflow._tokenizer(recipe)[0],
+        device=found["plan"].device,
+        dtype=found["plan"].dtype,
+        watch=watch,
+    )
+    scores = evaluation.scores(rows, found["metrics"])
+    seconds = time.perf_counter() - started
+    return Result(run=None, comparisons=(), seconds=seconds, scores=scores), rows
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: str | None = None,
+    base_rows: Sequence[EvalRow] = (),
+    watch: Watch = _unwatched,
+) -> Result:
     """Run a recipe from its examples to the report.
 
-    `resume` continues the run of the same folder from a checkpoint's name, or from `latest`. Raises a
+    `resume` continues the run of the same folder from a checkpoint's name, or from `latest`. `base_rows` are
+    the base's answers of `baseline`, used where they answer this recipe's questions. Raises a
     TunesmithError for everything the user can mend; a run that trained nothing leaves no folder behind.
     """
     launch.require_one_process()
     recipe = anchored(recipe)
     if resume is None:
-        return _carry_out(recipe, create(recipe, watch=watch), None, fresh=True)
+        run = create(recipe, watch=watch)
+        if base_rows:
+            from tunesmith.evaluation import write_rows
+
+            write_rows(run.evaluation / "rows.jsonl", base_rows)
+        return _carry_out(recipe, run, None, fresh=True)
     run = open_run(Path(recipe.output_dir).expanduser() / folder_name(recipe), watch=watch)
     changed = differences(anchored(run.recipe()), recipe)
     if changed:
@@ -642,8 +687,18 @@ def runs(output_dir: str | Path = OUTPUT_DIR) -> list[RunSummary]:
     return [_summary(run) for run in find_runs(folder)]
 
 
-def push(run: str | Path, *, repository: str | None = None, private: bool = True) -> str:
-    """Upload a run's final model to the Hub and give its address."""
+def push(
+    run: str | Path,
+    *,
+    repository: str | None = None,
+    private: bool = True,
+    token: str | None = None,
+    create: bool = True,
+) -> str:
+    """Upload a run's final model to the Hub and give its address.
+
+    Without a token the Hub client's own login is used; `create` makes the repository where it is missing.
+    """
     from tunesmith.export.publish import publish
 
     opened = open_run(run)
@@ -652,7 +707,7 @@ def push(run: str | Path, *, repository: str | None = None, private: bool = True
         raise TunesmithError("Where to upload is missing.", fix="Give --hub-model-id owner/name.")
     if not opened.final_model.is_dir():
         raise RunError(f"The run {opened.path} has no final model.", found=f"state '{opened.state()}'")
-    return publish(opened.final_model, repository, private=private)
+    return publish(opened.final_model, repository, private=private, token=token, create=create)
 
 
 def show(what: str, name: str | None = None) -> list[dict[str, Any]]:

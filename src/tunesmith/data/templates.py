@@ -231,6 +231,23 @@ def asked(
     return [i for part in ids for i in part]
 
 
+def asked_whole(conversations: Sequence[Sequence[Message]], context: Encoder) -> list[list[int] | Unusable]:
+    """What a model that reads its prompt as one text is fed for each conversation: the ids of all that the
+    template writes, tokenized in one piece."""
+    found: list[list[int] | Unusable] = []
+    texts: list[list[_Segment]] = []
+    for messages in conversations:
+        try:
+            text = _render(_turns(messages, context), context, opening=True)
+        except Unusable as reason:
+            found.append(reason)
+        else:
+            found.append([])
+            texts.append([_Segment(text, False)])
+    ids = iter(_ids(texts, context))
+    return [item if isinstance(item, Unusable) else [i for part in next(ids) for i in part] for item in found]
+
+
 def encode(example: Example, tokenizer: Any, *, loss_on: LossOn = "answers") -> Encoding:
     """Token ids and labels of one example, uncut. Raises Unusable with the reason."""
     [encoding] = encode_all([example], tokenizer, loss_on=loss_on)

@@ -21,6 +21,7 @@ from tunesmith.data import pairs
 from tunesmith.errors import DataError, Interrupted, ModelError, RecipeError
 from tunesmith.generation import generate, stream
 from tunesmith.methods import seq2seq
+from tunesmith.recipe import QLoRA
 from tunesmith.training.run import Run, open_run
 
 FAMILIES = ("t5", "mt5", "bart")
@@ -345,10 +346,65 @@ def test_a_first_token_that_a_model_has_to_write_is_written(folders):
     assert "".join(stream(model, tokenizer, [0, 5, 2], **settings)) == answer.text
 
 
+def test_a_t5_whose_configuration_names_no_start_begins_with_padding(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    tokenizer = encoder_decoders.t5_tokenizer()
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path)
+    model = models.load_model(str(tmp_path))
+    assert models.first_tokens(model)["decoder_start_token_id"] == 0
+    assert torch.isfinite(model(input_ids=torch.tensor([[5, 1]]), labels=torch.tensor([[6, 1]])).loss)
+
+
+def test_qlora_asks_for_four_bits_and_trains_the_adapter_only(folders, monkeypatch):
+    """What can be shown without CUDA: the base is loaded quantized, and only LoRA's matrices are trained."""
+    import transformers
+
+    asked = {}
+    real = transformers.AutoModelForSeq2SeqLM.from_pretrained
+
+    def loading(location, *, quantization_config, device_map, **options):
+        asked.update(quantization=quantization_config, device_map=device_map)
+        return real(location, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForSeq2SeqLM, "from_pretrained", loading)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    adapter = QLoRA(rank=2, targets="query-value")
+    model = models.attach(models.load_model(str(folders["t5"]), quantize=adapter), adapter)
+    assert asked["device_map"] == {"": 0}
+    assert asked["quantization"].load_in_4bit
+    assert asked["quantization"].bnb_4bit_quant_type == "nf4"
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    assert model.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
+
+
+def test_models_of_both_kinds_are_compared_on_the_same_questions(
+    quick, tiny_model_folder, question_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    run = api.train(quick(data={"held_out": 0.3}, evaluation={"skip": True})).run
+    result = api.compare(tiny_model_folder, run, metrics=["rougeL", "exact_match"])
+    assert result.primary.n > 5
+    rows = [json.loads(line) for line in (result.saved / "rows.jsonl").read_text().splitlines()]
+    asked = {side: [r["prompt_text"] for r in rows if r["model"] == side] for side in ("base", "tuned")}
+    assert asked["base"] == asked["tuned"]
+    assert not any(row["status"].startswith("error") for row in rows)
+
+
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
     """Folders of encoder-only models: nothing but a configuration is needed to refuse them."""
-    from transformers import BertConfig, DistilBertConfig, ModernBertConfig, RobertaConfig, XLMRobertaConfig
+    from transformers import (
+        BertConfig,
+        DistilBertConfig,
+        ModernBertConfig,
+        RobertaConfig,
+        T5Config,
+        XLMRobertaConfig,
+    )
 
     found = {}
     for config in (BertConfig, RobertaConfig, XLMRobertaConfig, DistilBertConfig, ModernBertConfig):
@@ -356,11 +412,15 @@ def encoders(tmp_path_factory):
         made = config()
         made.architectures = ["MaskedLM"]
         made.save_pretrained(found[config.model_type])
+    half = T5Config(is_encoder_decoder=False)
+    half.architectures = ["T5EncoderModel"]
+    found["t5"] = tmp_path_factory.mktemp("t5-encoder")
+    half.save_pretrained(found["t5"])
     return found
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "sft"])
-@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "distilbert", "modernbert"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "distilbert", "modernbert", "t5"])
 def test_encoders_are_refused_with_the_reason(quick, encoders, family, kind, tmp_path):
     recipe = quick(model={"base": str(encoders[family])}, method={"kind": kind})
     for verb in (api.plan, api.train):

@@ -30,7 +30,7 @@ def blocks(language: str, page: str = README) -> list[str]:
 
 
 def commands(page: str) -> list[list[str]]:
-    lines = [line for block in blocks("sh", page) for line in block.splitlines()]
+    lines = [line for block in blocks("sh", page) for line in block.replace("\\\n", " ").splitlines()]
     return [shlex.split(line, comments=True) for line in lines if line.startswith("tunesmith")]
 
 

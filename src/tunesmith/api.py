@@ -23,12 +23,13 @@ from tunesmith.errors import (
     Interrupted,
     ModelError,
     OutOfResources,
+    RecipeError,
     RunError,
     TunesmithError,
     closest,
     nearest,
 )
-from tunesmith.recipe import Recipe, Task
+from tunesmith.recipe import Recipe, Seq2Seq, Task
 from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
     Run,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from tunesmith.evaluation import EvalRow
     from tunesmith.evaluation.compare import Comparison
     from tunesmith.evaluation.unseen import MeasuredOn
+    from tunesmith.models import Kind
     from tunesmith.plan import Plan
 
 MAY_CHANGE = ("output_dir", "name", "preset", "evaluation", "export", "tracking")
@@ -246,13 +248,20 @@ def inspect(
     `page` is an HTML file to write as well. Nothing is trained, and no weights are loaded.
     """
     from tunesmith import models
+    from tunesmith.data import pairs
     from tunesmith.data.inspection import inspect_rows, write_page
     from tunesmith.data.templates import set_template
 
     quiet_libraries()
     tokenizer = models.load_tokenizer(recipe.model.base, revision=recipe.model.revision)
-    set_template(tokenizer, recipe.model.chat_template)
+    seen: dict[str, Any] = {}
     [splits] = _driver().execute(["splits"], inputs=_inputs(recipe)).values()
+    if models.kind(recipe.model.base, revision=recipe.model.revision) == "seq2seq":
+        section = recipe.method if isinstance(recipe.method, Seq2Seq) else Seq2Seq()
+        pairs.settle_template(tokenizer, recipe.model.chat_template, section.source_prefix)
+        seen = {"encode": pairs.encode_rows, "cut": pairs.cutter(splits, tokenizer, recipe.data, section)}
+    else:
+        set_template(tokenizer, recipe.model.chat_template)
     found = inspect_rows(
         splits,
         tokenizer,
@@ -260,6 +269,7 @@ def inspect(
         loss_on=recipe.method.loss_on,
         rows=rows,
         count=count,
+        **seen,
     )
     if page:
         name = f"{dataset_name(recipe.data.dataset)} as {dataset_name(recipe.model.base)} sees it"
@@ -514,17 +524,18 @@ def _answers(
 ) -> tuple[list[EvalRow], list[str]]:
     from tunesmith import dataflow, evaluation, models
     from tunesmith import plan as planning
-    from tunesmith.data.templates import set_template
 
     settings = questions.recipe
     tokenizer = models.load_tokenizer(str(model))
-    set_template(tokenizer, settings.model.chat_template)
+    kind = models.kind(str(model))
+    _settle_template(tokenizer, kind, settings)
     items = evaluation.items(
         questions.examples,
         tokenizer,
         loss_on=settings.method.loss_on,
         max_items=settings.evaluation.max_items,
         max_length=settings.data.max_length,
+        kind=kind,
     )
     device = planning.device()
     chosen = dataflow.metrics(settings, items)
@@ -541,6 +552,19 @@ def _answers(
         watch=watch,
     )
     return rows, chosen
+
+
+def _settle_template(tokenizer: Any, kind: Kind, recipe: Recipe) -> None:
+    """Settle how a model of this kind is asked, outside of a training."""
+    from tunesmith.data import pairs
+    from tunesmith.data.templates import set_template
+
+    if kind == "seq2seq":
+        # A tuned model brings the prefix that it was trained with.
+        prefix = None if tokenizer.chat_template else getattr(recipe.method, "source_prefix", None)
+        pairs.settle_template(tokenizer, recipe.model.chat_template, prefix)
+    else:
+        set_template(tokenizer, recipe.model.chat_template)
 
 
 def _evaluation_folder(run: Run | None, model: str | Path, recipe: Recipe) -> Path:
@@ -578,15 +602,17 @@ def validate(
     layer = {"data": {"dataset": dataset}, **({"task": task} if task else {})}
     recipe = compose(overlaid(dict(settings or {}), layer)).recipe
     context: Encoder | None = None
+    kind: Kind = "causal"
     adapt: data.Adapt = data.as_it_is
     if model:
         quiet_libraries()
         from tunesmith import models
-        from tunesmith.data.templates import encoder, set_template
+        from tunesmith.data.templates import encoder
         from tunesmith.methods import METHODS
 
         tokenizer = models.load_tokenizer(str(model))
-        set_template(tokenizer, recipe.model.chat_template)
+        kind = models.kind(str(model))
+        _settle_template(tokenizer, kind, recipe)
         context, adapt = encoder(tokenizer), METHODS[recipe.method.kind].adapt
     place = cleaning.target(recipe.data.dataset, output) if fix else None
     checks = validation.settings_for(
@@ -599,6 +625,7 @@ def validate(
         context=context,
         adapt=adapt,
         loss_on=recipe.method.loss_on,
+        kind=kind,
         processes=processes,
         watch=watch,
     )
@@ -630,10 +657,13 @@ class Chat:
         quiet_libraries()
         from tunesmith import models
         from tunesmith import plan as planning
+        from tunesmith.data import pairs
         from tunesmith.data.templates import set_template
 
         self.tokenizer = models.load_tokenizer(str(model))
-        self.template = set_template(self.tokenizer, None)
+        self.is_seq2seq = models.kind(str(model)) == "seq2seq"
+        settle = pairs.settle_template if self.is_seq2seq else set_template
+        self.template = settle(self.tokenizer, None)
         self.model = models.load_model(str(model), device=planning.device())
 
     def answer(
@@ -645,13 +675,14 @@ class Chat:
         seed: int = 0,
     ) -> Iterator[str]:
         """Stream the next turn."""
+        from tunesmith.data import pairs, templates
         from tunesmith.data.examples import Message, Unusable
-        from tunesmith.data.templates import end_of_turn_ids, prompt_ids
+        from tunesmith.data.templates import end_of_turn_ids
         from tunesmith.generation import stream
 
         turns = tuple(Message(m["role"], m["content"]) for m in messages)
         try:
-            asked = prompt_ids(turns, self.tokenizer)
+            asked = (pairs if self.is_seq2seq else templates).prompt_ids(turns, self.tokenizer)
         except Unusable as reason:
             raise ModelError(f"The model cannot be asked this: {reason}.") from None
         yield from stream(
@@ -902,7 +933,16 @@ def _check_before_training(recipe: Recipe) -> None:
     _check_settings(recipe)
     quiet_libraries()
     from tunesmith import models
+    from tunesmith.methods import METHODS
 
+    method = METHODS[recipe.method.kind]
+    models.check_kind(recipe.model.base, method.model, method=method.kind, revision=recipe.model.revision)
+    if recipe.data.packing and not method.can_pack:
+        raise RecipeError(
+            f"data.packing has no effect with the method '{method.kind}': each of its rows is an input and an "
+            "answer of its own.",
+            fix="Leave data.packing out.",
+        )
     models.check_fit(
         recipe.model.base,
         recipe.adapter,

@@ -121,6 +121,15 @@ def union_members(name: str) -> dict[str, type[BaseModel]]:
 
 def validated(layer: Mapping[str, Any]) -> Recipe:
     """A recipe from a merged layer; all its problems in one RecipeError."""
+    # A union whose kind is left open is of the default kind.
+    layer = {
+        name: {"kind": Recipe.model_fields[name].get_default().kind, **part}
+        if name in Recipe.model_fields
+        and Recipe.model_fields[name].discriminator
+        and isinstance(part, Mapping)
+        else part
+        for name, part in layer.items()
+    }
     try:
         return Recipe.model_validate(layer)
     except ValidationError as error:
@@ -345,7 +354,14 @@ def assignment(text: str) -> Layer:
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
         raise RecipeError(f"--set {text} is not PATH=VALUE.", fix="Write --set training.learning_rate=2e-5.")
-    return nested(path.strip(), scalar(value) if value.strip() else None)
+    path = path.strip()
+    if not value.strip():
+        return nested(path, None)
+    types = {fact.type for fact in fields() if fact.path == path}
+    is_text = bool(types) and types <= {"text", "text | null"}
+    if is_text and value.strip() not in ("null", "~") and not value.strip().startswith(("'", '"')):
+        return nested(path, value)  # as it stands: to YAML, `summarize: ` would be a mapping
+    return nested(path, scalar(value))
 
 
 def scalar(text: str) -> Any:

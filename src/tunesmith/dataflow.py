@@ -16,7 +16,6 @@ import tunesmith.evaluation as evaluation
 from tunesmith import data, models
 from tunesmith import plan as planning
 from tunesmith.data.packing import Packing, pack, padded_share
-from tunesmith.data.templates import set_template
 from tunesmith.errors import RunError
 from tunesmith.evaluation import EvalRow
 from tunesmith.evaluation.compare import Comparison, compare
@@ -39,7 +38,7 @@ def splits(recipe: Recipe) -> data.Splits:
 def encodings(recipe: Recipe, splits: data.Splits) -> data.EncodedSplits:
     """Token ids and labels of the examples, with what was cut or dropped for length."""
     tokenizer, _ = _tokenizer(recipe)
-    return data.encoded(splits, tokenizer, data=recipe.data, loss_on=recipe.method.loss_on)
+    return METHODS[recipe.method.kind].encoded(splits, tokenizer, recipe.data, recipe.method)
 
 
 def packing(recipe: Recipe, encodings: data.EncodedSplits) -> Packing | None:
@@ -116,6 +115,7 @@ def items(recipe: Recipe, encodings: data.EncodedSplits) -> list[evaluation.Item
         loss_on=recipe.method.loss_on,
         max_items=recipe.evaluation.max_items,
         max_length=recipe.data.max_length,
+        kind=METHODS[recipe.method.kind].model,
     )
 
 
@@ -275,4 +275,5 @@ def report(prepared: Run, fitted: Fit, comparisons: list[Comparison]) -> Path:
 def _tokenizer(recipe: Recipe) -> tuple[Any, str]:
     """The base's tokenizer with its chat template settled, and a sentence on which template that is."""
     tokenizer = models.load_tokenizer(recipe.model.base, revision=recipe.model.revision)
-    return tokenizer, set_template(tokenizer, recipe.model.chat_template)
+    settle = METHODS[recipe.method.kind].template
+    return tokenizer, settle(tokenizer, recipe.model.chat_template, recipe.method)

@@ -1,17 +1,19 @@
 """Batched generation from token ids, shared by evaluation, previews and chat.
 
-Prompts are left-padded with an explicit attention mask (inferring the mask fails where the padding token
-is the end-of-text token), sorted by length so that little is padded, and cut into batches by tokens.
+Causal prompts are left-padded with an explicit attention mask (inferring the mask fails where the padding token
+is the end-of-text token), sorted by length so that little is padded, and cut into batches by tokens. Of an
+encoder-decoder model the prompts are what the encoder reads, padded on the right.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from tunesmith.errors import OutOfResources
+from tunesmith.models import first_tokens, is_seq2seq
 
 _Result = TypeVar("_Result")
 
@@ -46,11 +48,8 @@ def generate(
     """
     import torch
 
-    limit = context_length(model)
-    rooms = [
-        max_new_tokens if limit is None else max(0, min(max_new_tokens, limit - len(prompt)))
-        for prompt in prompts
-    ]
+    pairs = is_seq2seq(model)
+    rooms = [_room(model, len(prompt), max_new_tokens) for prompt in prompts]
     answers: dict[int, Generated] = {}
     for number, prompt in enumerate(prompts):
         if not prompt:
@@ -60,23 +59,31 @@ def generate(
     if progress:
         progress(len(answers))
     pad_id = _pad_id(tokenizer, stop_ids)
+    first = first_tokens(model)
 
     def answer_batch(batch: Sequence[int]) -> list[Generated]:
         config = _generation_config(
-            room=rooms[batch[0]], stop_ids=stop_ids, pad_id=pad_id, temperature=temperature
+            room=rooms[batch[0]],
+            stop_ids=stop_ids,
+            pad_id=pad_id,
+            temperature=temperature,
+            first=first,
         )
         width = max(len(prompts[number]) for number in batch)
         ids = torch.full((len(batch), width), pad_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for line, number in enumerate(batch):
-            ids[line, width - len(prompts[number]) :] = torch.tensor(list(prompts[number]))
-            mask[line, width - len(prompts[number]) :] = 1
+            start = 0 if pairs else width - len(prompts[number])
+            place = slice(start, start + len(prompts[number]))
+            ids[line, place] = torch.tensor(list(prompts[number]))
+            mask[line, place] = 1
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=config,
         )
-        return [_cut(line, stop_ids, tokenizer) for line in output[:, width:].tolist()]
+        # A decoder's output begins with its start token, a causal model's with the prompt.
+        return [_cut(line, stop_ids, tokenizer) for line in output[:, 1 if pairs else width :].tolist()]
 
     # Rows of one batch share their room: a row that ran on beyond the context length while others are
     # unfinished would index positions that models with learned positions do not have.
@@ -115,8 +122,10 @@ def stream(
     """
     import torch
 
-    limit = context_length(model)
-    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+    room = _room(model, len(prompt), max_new_tokens)
+    feeds = _decoder_feeds if is_seq2seq(model) else _feeds
+    first = first_tokens(model)
+    read: dict[str, Any] = {}
     generator = torch.Generator(device=model.device).manual_seed(seed)
     ids: list[int] = []
     past, sent = None, ""
@@ -124,17 +133,13 @@ def stream(
         while len(ids) < room:
             # Inference mode is entered step by step: held across a yield it would reach the caller.
             with torch.inference_mode():
-                feed = [*prompt, *ids] if past is None else ids[-1:]
                 output = model(
-                    input_ids=torch.tensor([feed], device=model.device),
-                    attention_mask=torch.ones(
-                        1, len(prompt) + len(ids), device=model.device, dtype=torch.long
-                    ),
-                    past_key_values=past,
-                    use_cache=True,
+                    **feeds(model, prompt, ids, past, read, first), past_key_values=past, use_cache=True
                 )
                 past = getattr(output, "past_key_values", None)
                 token = _pick(output.logits[0, -1].float(), temperature, top_p, generator)
+                if not ids and "forced_bos_token_id" in first:
+                    token = first["forced_bos_token_id"]
             if token in stop_ids:
                 break
             ids.append(token)
@@ -146,9 +151,68 @@ def stream(
         yield rest
 
 
+def _feeds(
+    model: Any,
+    prompt: Sequence[int],
+    ids: Sequence[int],
+    past: Any,
+    read: dict[str, Any],
+    first: Mapping[str, int],
+) -> dict[str, Any]:
+    """What a causal model is given for its next token: everything at first, then the last token."""
+    import torch
+
+    return {
+        "input_ids": torch.tensor([[*prompt, *ids] if past is None else ids[-1:]], device=model.device),
+        "attention_mask": torch.ones(1, len(prompt) + len(ids), device=model.device, dtype=torch.long),
+    }
+
+
+def _decoder_feeds(
+    model: Any,
+    prompt: Sequence[int],
+    ids: Sequence[int],
+    past: Any,
+    read: dict[str, Any],
+    first: Mapping[str, int],
+) -> dict[str, Any]:
+    """What a decoder is given for its next token; the encoder reads the prompt once, kept in `read`."""
+    import torch
+
+    if not read:
+        mask = torch.ones(1, len(prompt), device=model.device, dtype=torch.long)
+        asked = torch.tensor([list(prompt)], device=model.device)
+        read["encoder_outputs"] = model.get_encoder()(input_ids=asked, attention_mask=mask)
+        read["attention_mask"] = mask
+    written = [first["decoder_start_token_id"], *ids]
+    feed = written if past is None else written[-1:]
+    return {**read, "decoder_input_ids": torch.tensor([feed], device=model.device)}
+
+
+def _room(model: Any, prompt: int, max_new_tokens: int) -> int:
+    """New tokens that an answer may have behind a prompt of this length; 0 where the prompt leaves none."""
+    limit = context_length(model)
+    if limit is None:
+        return max_new_tokens
+    if is_seq2seq(model):  # encoder and decoder have the whole length each; one position is the start token's
+        return min(max_new_tokens, limit - 1) if prompt <= limit else 0
+    return max(0, min(max_new_tokens, limit - prompt))
+
+
 def context_length(model: Any) -> int | None:
-    """Most tokens that the model can attend to, or None where its configuration does not say."""
+    """Most tokens that the model can attend to, or None where its configuration does not say.
+
+    Of an encoder-decoder model most tokens in each half; T5 and its kin have no limit but memory.
+    """
     config = model.config.get_text_config()
+    if is_seq2seq(model):
+        names = (
+            "max_position_embeddings",
+            "max_encoder_position_embeddings",
+            "max_decoder_position_embeddings",
+        )
+        lengths = [int(found) for name in names if (found := getattr(model.config, name, None))]
+        return min(lengths, default=None)
     length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return int(length) if length else None
 
@@ -252,7 +316,9 @@ def _seeded(model: Any, seed: int) -> Iterator[None]:
         yield
 
 
-def _generation_config(*, room: int, stop_ids: Sequence[int], pad_id: int, temperature: float) -> Any:
+def _generation_config(
+    *, room: int, stop_ids: Sequence[int], pad_id: int, temperature: float, first: Mapping[str, int]
+) -> Any:
     from transformers import GenerationConfig
 
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
@@ -263,6 +329,7 @@ def _generation_config(*, room: int, stop_ids: Sequence[int], pad_id: int, tempe
         eos_token_id=list(stop_ids) or None,
         pad_token_id=pad_id,
         use_cache=True,
+        **first,
         **sampling,
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tunesmith.errors import MissingExtra, ModelError, closest, nearest
 from tunesmith.recipe import Adapter, Freeze, LoRA, QLoRA
@@ -34,6 +34,9 @@ HUB_SECONDS = 5.0
 """How long the Hub may take to answer whether it has a model."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+Kind = Literal["causal", "seq2seq"]
+"""What a model is made for: continuing a text, or reading one (encoder) and writing another (decoder)."""
 
 QUERY_VALUE = {
     "q_proj", "v_proj",  # Llama, Mistral, Qwen, Gemma, OPT
@@ -183,6 +186,75 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def kind(base: str, *, revision: str | None = None) -> Kind:
+    """Whether a model continues texts (causal) or answers what its encoder has read (seq2seq), from its
+    configuration alone. Raises ModelError for a model that writes nothing, such as BERT."""
+    return _kind(_config(base, revision), base)
+
+
+def check_kind(base: str, wanted: Kind, *, method: str, revision: str | None = None) -> None:
+    """Raises ModelError, naming the right method, where a method is given a model of the other kind."""
+    config = _config(base, revision)
+    found = _kind(config, base)
+    if found == wanted:
+        return
+    names = {
+        "causal": ("a causal language model", "sft"),
+        "seq2seq": ("an encoder-decoder model", "seq2seq"),
+    }
+    what, right = names[found]
+    raise ModelError(
+        f"'{base}' is {what}, and the method '{method}' trains {names[wanted][0].split(' ', 1)[1]}s.",
+        found=_architecture(config),
+        fix=f"Use --set method.kind={right}, or name {names[wanted][0]}"
+        + (" such as T5 or BART." if wanted == "seq2seq" else " such as Qwen, Llama or GPT-2."),
+    )
+
+
+def _config(base: str, revision: str | None) -> Any:
+    """A model's configuration; of an adapter that of its base."""
+    from transformers import AutoConfig
+
+    location = locate(base, revision=revision)
+    adapter = Path(location) / "adapter_config.json"
+    if adapter.is_file():
+        below = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return _config(str(below), None)
+    try:
+        return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
+    except Exception as error:
+        raise _not_loaded("model", base, error) from error
+
+
+def _kind(config: Any, base: str) -> Kind:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    fills_gaps = config.model_type in ENCODERS and not (
+        getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    )
+    if fills_gaps or _architecture(config).endswith("EncoderModel"):
+        raise ModelError(
+            f"'{base}' is an encoder-only model: it reads a text from both sides and writes none, so it cannot "
+            "be asked or tuned to answer.",
+            found=f"{_architecture(config)}, model type '{config.model_type}'",
+            fix="Use a causal language model (Qwen, Llama, GPT-2), or an encoder-decoder model (T5, BART) with "
+            "--set method.kind=seq2seq.",
+        )
+    return "causal"
+
+
+def _architecture(config: Any) -> str:
+    return next(iter(config.architectures or ()), f"model type '{config.model_type}'")
+
+
+def _model_class(kind: Kind) -> Any:
+    import transformers
+
+    return transformers.AutoModelForSeq2SeqLM if kind == "seq2seq" else transformers.AutoModelForCausalLM
+
+
 def load_model(
     base: str,
     *,
@@ -192,9 +264,8 @@ def load_model(
     attention: str = "auto",
     quantize: QLoRA | None = None,
 ) -> Any:
-    """A causal language model on a device; an adapter's folder gives its base with the adapter on it."""
+    """A model of either kind on a device; an adapter's folder gives its base with the adapter on it."""
     import torch
-    import transformers
 
     location = locate(base, revision=revision)
     options: dict[str, Any] = {
@@ -212,15 +283,20 @@ def load_model(
             f"{base} is an adapter, and QLoRA quantizes whole weights.",
             fix="Merge it into its base first, or use --lora.",
         )
+    of_kind = kind(base, revision=revision)
     try:
         if is_adapter:
-            from peft import AutoPeftModelForCausalLM
+            import peft
 
-            model = AutoPeftModelForCausalLM.from_pretrained(location, **options)
+            tuned = peft.AutoPeftModelForSeq2SeqLM if of_kind == "seq2seq" else peft.AutoPeftModelForCausalLM
+            model = tuned.from_pretrained(location, **options)
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(location, revision=revision, **options)
+            model = _model_class(of_kind).from_pretrained(location, revision=revision, **options)
     except Exception as error:
         raise _not_loaded("model", base, error) from error
+    starts_with_pad = hasattr(model, "_shift_right")  # T5 and its kin, whose configurations may leave it open
+    if starts_with_pad and getattr(model.config, "decoder_start_token_id", None) is None:
+        model.config.decoder_start_token_id = model.config.pad_token_id
     if not Path(base).expanduser().is_dir() and base != "tiny" and not is_adapter:
         # A Hub model that came from the cache's folder is still that of the Hub.
         model.name_or_path = model.config.name_or_path = base
@@ -230,17 +306,12 @@ def load_model(
 def outline(base: str, *, revision: str | None = None) -> Any:
     """A model's modules without their weights, from its configuration: no memory, no time."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    location = locate(base, revision=revision)
-    adapter = Path(location) / "adapter_config.json"
-    if adapter.is_file():
-        below = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        return outline(str(below))
+    config = _config(base, revision)
+    auto = _model_class(_kind(config, base))
     try:
-        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return auto.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise _not_loaded("model", base, error) from error
 
@@ -321,7 +392,7 @@ def attach(
         use_rslora=adapter.rank_stabilized,
         use_dora=adapter.dora,
         init_lora_weights=True if adapter.init == "default" else adapter.init,
-        task_type=peft.TaskType.CAUSAL_LM,
+        task_type=peft.TaskType.SEQ_2_SEQ_LM if is_seq2seq(model) else peft.TaskType.CAUSAL_LM,
     )
     _check_names(model, adapter.modules_to_save, "modules_to_save")
     if adapter.dora:
@@ -401,26 +472,64 @@ def _check_names(model: Any, names: Sequence[str], field: str) -> None:
 def freeze(model: Any, ratio: float) -> None:
     """Freeze the input embeddings and the bottom share of the layers, in place.
 
-    Raises ModelError where the share comes to no layer at all.
+    Of an encoder-decoder model that share of each half is frozen, and the tables of positions with the
+    embeddings. Raises ModelError where the share comes to no layer at all.
     """
-    layers = decoder_layers(model)
-    count = int(len(layers) * ratio)
-    if count == 0:
+    stacks = layer_stacks(model)
+    counts = [int(len(stack) * ratio) for stack in stacks]
+    if not any(counts):
+        longest = max(len(stack) for stack in stacks)
         raise ModelError(
             f"--freeze-ratio {ratio:g} freezes no layer.",
-            found=f"{len(layers)} layers",
-            fix=f"Use at least {1 / len(layers):.2f}, or full fine-tuning.",
+            found=" and ".join(f"{len(stack)} layers" for stack in stacks),
+            fix=f"Use at least {1 / longest:.2f}, or full fine-tuning.",
         )
-    for module in (model.get_input_embeddings(), *layers[:count]):
+    frozen = [model.get_input_embeddings()]
+    if is_seq2seq(model):
+        frozen += [table for half in _halves(model) for table in _embedding_tables(half)]
+    for stack, count in zip(stacks, counts, strict=True):
+        frozen += stack[:count]
+    for module in frozen:
         module.requires_grad_(False)
 
 
-def decoder_layers(model: Any) -> Any:
-    """The model's stack of layers, bottom first. Raises ModelError for an unknown shape."""
+def _embedding_tables(half: Any) -> list[Any]:
+    """An encoder's or decoder's tables outside its layers: words, positions."""
     import torch
 
-    count = getattr(model.config, "num_hidden_layers", None)
-    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    return [module for module in half.children() if isinstance(module, torch.nn.Embedding)]
+
+
+def is_seq2seq(model: Any) -> bool:
+    """Whether a loaded model has an encoder that reads and a decoder that writes."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def layer_stacks(model: Any) -> list[Any]:
+    """The model's stacks of layers, each bottom first: one, or those of encoder and decoder.
+
+    Raises ModelError for an unknown shape.
+    """
+    if is_seq2seq(model):
+        return [_largest_stack(half, model, None) for half in _halves(model)]
+    return [_largest_stack(model, model, getattr(model.config, "num_hidden_layers", None))]
+
+
+def decoder_layers(model: Any) -> Any:
+    """The stack of layers that writes, bottom first. Raises ModelError for an unknown shape."""
+    return layer_stacks(model)[-1]
+
+
+def _halves(model: Any) -> tuple[Any, Any]:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.get_encoder(), inner.get_decoder()
+
+
+def _largest_stack(part: Any, model: Any, count: int | None) -> Any:
+    import torch
+
+    lists = [m for m in part.modules() if isinstance(m, torch.nn.ModuleList)]
+    stacks = [m for m in lists if count is None or len(m) == count]
     if not stacks:
         raise ModelError(
             f"The layers of {type(model).__name__} were not found.", fix="Use --lora or full fine-tuning."
@@ -431,13 +540,32 @@ def decoder_layers(model: Any) -> Any:
 def describe(model: Any) -> Description:
     """The model in numbers."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = int(getattr(base.config, "num_hidden_layers", 0) or 0)
+    if is_seq2seq(base):
+        layers = sum(len(stack) for stack in layer_stacks(base))
     return Description(
         architecture=type(base).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        layers=int(getattr(base.config, "num_hidden_layers", 0) or 0),
+        layers=layers,
         context_length=getattr(base.config, "max_position_embeddings", None),
     )
+
+
+def first_tokens(model: Any) -> dict[str, int]:
+    """With what the decoder of an encoder-decoder model begins: its start token, and a first token that the
+    model was made to write (BART's opening, the language of mBART). Nothing for a causal model."""
+    if not is_seq2seq(model):
+        return {}
+    found: dict[str, int] = {}
+    for name in ("decoder_start_token_id", "forced_bos_token_id"):
+        for place in (model.config, model.generation_config):
+            if getattr(place, name, None) is not None:
+                found.setdefault(name, int(getattr(place, name)))
+    if "decoder_start_token_id" not in found:
+        start = getattr(model.config, "bos_token_id", None)
+        found["decoder_start_token_id"] = int(model.config.pad_token_id if start is None else start)
+    return found
 
 
 def set_stop_tokens(model: Any, tokenizer: Any) -> None:
@@ -448,6 +576,7 @@ def set_stop_tokens(model: Any, tokenizer: Any) -> None:
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.generation_config = GenerationConfig(
+        **first_tokens(base),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=list(end_of_turn_ids(tokenizer)),
         pad_token_id=tokenizer.pad_token_id,

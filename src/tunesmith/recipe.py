@@ -194,6 +194,29 @@ class SFT(Section):
     """Noise on the input embeddings while training (NEFTune, arXiv 2310.05914); 5 is usual."""
 
 
+class Seq2Seq(Section):
+    """Fine-tune an encoder-decoder model (T5, mT5, BART): the encoder reads the question, the decoder learns to
+    write the answer."""
+
+    kind: Literal["seq2seq"] = "seq2seq"
+
+    source_prefix: str | None = None
+    """Text put before every input, such as `summarize: `; it is saved with the model and used whenever it is
+    asked. By default none, or that of the tuned run to start from."""
+
+    max_input_length: PositiveInt | None = None
+    """Longest input in tokens, special ones included. By default the 95th percentile of the training inputs,
+    at most `data.max_length`. Longer inputs are treated as `data.over_long` says."""
+
+    max_output_length: PositiveInt | None = None
+    """Longest answer in tokens, its end-of-text token included. By default the 95th percentile of the training
+    answers, at most `data.max_length`. A cut answer is taught no end."""
+
+    loss_on: Literal["answers", "last_answer"] = "answers"
+    """Answers of a conversation that are trained, each as a pair with all turns before it: all, or only the
+    last one."""
+
+
 class Full(Section):
     """Train every weight."""
 
@@ -206,7 +229,7 @@ class Freeze(Section):
     kind: Literal["freeze"] = "freeze"
 
     ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Share of the layers, counted from the bottom, that is frozen."""
+    """Share of the layers, counted from the bottom, that is frozen; of an encoder-decoder model in both halves."""
 
 
 class LoRA(Section):
@@ -390,7 +413,7 @@ class Tracking(Section):
     """Project name used by the trackers that have projects."""
 
 
-Method = SFT
+Method = Annotated[SFT | Seq2Seq, Field(discriminator="kind")]
 Adapter = Annotated[Full | Freeze | LoRA | QLoRA, Field(discriminator="kind")]
 
 

@@ -507,13 +507,34 @@ def _drawn(copies: NDArray[np.int32]) -> list[str]:
     return notes
 
 
-@rarely_collected()
 def encoded(splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn) -> EncodedSplits:
     """Token ids and labels of all splits, with over-long examples treated as the recipe says.
 
     Every training row has passed the supervision proof. Raises DataError where the recipe refuses
     over-long examples, where a row fails the proof and may not be dropped, or where none remains.
     """
+
+    def write(folder: Path) -> dict[str, Any]:
+        try:
+            return _encode_into(folder, splits, encoder(tokenizer, quick=True), data=data, loss_on=loss_on)
+        except Differs:
+            facts = _encode_into(folder, splits, encoder(tokenizer), data=data, loss_on=loss_on)
+            facts["notes"].append("tiktoken gave other ids than the model's tokenizer, and is not used")
+            return facts
+
+    return stored(splits, tokenizer, data, {"loss_on": loss_on}, write)
+
+
+@rarely_collected()
+def stored(
+    splits: Splits,
+    tokenizer: Any,
+    data: Data,
+    options: Mapping[str, Any],
+    write: Callable[[Path], dict[str, Any]],
+) -> EncodedSplits:
+    """What `write` makes of the rows, or made of them before: the cache knows them by their content, the
+    tokenizer, the data section and these options."""
     if not splits.count(TRAIN):
         raise DataError(
             "There is no row to train on.",
@@ -530,7 +551,7 @@ def encoded(splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn) -> E
                 "rows": [(part.source.name, part.source.fingerprint) for part in splits.parts],
                 "fates": hashlib.sha256(splits.fates.tobytes() + splits.copies.tobytes()).hexdigest(),
                 "data": data.model_dump(mode="json", exclude={"dataset", "packing", "cache"}),
-                "loss_on": loss_on,
+                "options": dict(options),
                 "adapt": getattr(splits.adapt, "__name__", ""),
                 "tokenizer": cache.tokenizer_fingerprint(tokenizer),
             }
@@ -539,11 +560,7 @@ def encoded(splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn) -> E
         if found:
             return _from_folder(found, splits, ("the tokenized examples of an earlier run are used again",))
     with cache.making(name) as folder:
-        try:
-            facts = _encode_into(folder, splits, encoder(tokenizer, quick=True), data=data, loss_on=loss_on)
-        except Differs:
-            facts = _encode_into(folder, splits, encoder(tokenizer), data=data, loss_on=loss_on)
-            facts["notes"].append("tiktoken gave other ids than the model's tokenizer, and is not used")
+        facts = write(folder)
         (folder / cache.FACTS).write_text(json.dumps(facts))
     place = cache.find(name) if name else folder
     assert place is not None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tunesmith.data import BATCH, Splits, batched
 from tunesmith.data.examples import Example, Row, Text, Unusable
@@ -15,6 +18,27 @@ from tunesmith.data.templates import Encoder, Encoding, LossOn, encode_batches, 
 from tunesmith.errors import DataError, nearest
 
 TokenRole = Literal["trained", "context", "special", "cut"]
+
+Encode = Callable[..., Iterator[tuple[Sequence[Example], list[Encoding | Unusable]]]]
+Cut = Callable[[Encoding], NDArray[np.bool_]]
+"""Which tokens of an encoding are cut off."""
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How the rows are looked at."""
+
+    splits: Splits
+    context: Encoder
+    loss_on: LossOn
+    encode: Encode
+    cut: Cut
+
+    def views(self, example: Example | None) -> list[Example] | list[None]:
+        """The example as it is trained: once, or once for each question."""
+        if example is None:
+            return [None]
+        return views(example, self.context, self.loss_on) if self.encode is encode_batches else [example]
 
 
 @dataclass(frozen=True)
@@ -64,17 +88,22 @@ def inspect_rows(
     loss_on: LossOn,
     rows: Iterable[str] = (),
     count: int = 3,
+    encode: Encode = encode_batches,
+    cut: Cut | None = None,
 ) -> list[Inspected]:
     """The named rows (`12`, or `file.jsonl:12`), else `count` of the worst by each measure.
 
-    Raises DataError for a row that is not there.
+    `encode` makes encodings of batches of examples, `cut` says which tokens of one are cut off; by default
+    those behind `max_length`. Raises DataError for a row that is not there.
     """
     context = encoder(tokenizer)
+    cut = cut or (lambda encoding: np.arange(len(encoding.input_ids)) >= max_length)
+    look = _Look(splits, context, loss_on, encode, cut)
     wanted = list(rows)
     if wanted:
-        return _named(splits, context, wanted, max_length, loss_on)
+        return _named(look, wanted)
     kept: dict[str, list[tuple[float, int, Inspected, Example, Encoding]]] = {name: [] for name in WORST}
-    for number, (seen, example, encoding) in enumerate(_seen(splits, context, max_length, loss_on)):
+    for number, (seen, example, encoding) in enumerate(_seen(look)):
         if encoding is None or example is None:
             continue
         for name, measure in WORST.items():
@@ -92,19 +121,20 @@ def inspect_rows(
             before = chosen.get((seen.row, seen.part))
             why = f"{before[0].why}, {name}" if before else name
             chosen[seen.row, seen.part] = (replace(seen, why=why), encoding)
-    return [replace(seen, pieces=_pieces(encoding, tokenizer, seen)) for seen, encoding in chosen.values()]
+    return [
+        replace(seen, pieces=_pieces(encoding, tokenizer, seen, cut)) for seen, encoding in chosen.values()
+    ]
 
 
-def _named(
-    splits: Splits, context: Encoder, wanted: list[str], max_length: int, loss_on: LossOn
-) -> list[Inspected]:
+def _named(look: _Look, wanted: list[str]) -> list[Inspected]:
+    splits, tokenizer = look.splits, look.context.tokenizer
     found: dict[str, list[Inspected]] = {}
-    for seen, _, encoding in _seen(splits, context, max_length, loss_on):
+    for seen, _, encoding in _seen(look):
         names = {str(seen.row), str(seen.row.number)} & set(wanted)
         for name in names:
             known = found.setdefault(name, [])
             if not known or known[0].row == seen.row:
-                pieces = _pieces(encoding, context.tokenizer, seen) if encoding else ()
+                pieces = _pieces(encoding, tokenizer, seen, look.cut) if encoding else ()
                 known.append(replace(seen, pieces=pieces))
         if not names and len(found) == len(wanted):
             break
@@ -126,17 +156,16 @@ def _first(splits: Splits) -> Iterator[Any]:
         yield item
 
 
-def _seen(
-    splits: Splits, context: Encoder, max_length: int, loss_on: LossOn
-) -> Iterator[tuple[Inspected, Example | None, Encoding | None]]:
+def _seen(look: _Look) -> Iterator[tuple[Inspected, Example | None, Encoding | None]]:
     """Every row, without the text of its tokens."""
+    splits = look.splits
     waiting: list[list[tuple[int, Row, Example | None, str | None]]] = []
 
     def examples() -> Iterator[list[Example]]:
         for batch in batched(splits.rows(), BATCH):
             waiting.append([])
             for number, row, example in batch:
-                parts = views(example, context, loss_on) if example is not None else [None]
+                parts = look.views(example)
                 named = [
                     f"question {n} of {len(parts)}" if len(parts) > 1 else None
                     for n in range(1, len(parts) + 1)
@@ -144,7 +173,7 @@ def _seen(
                 waiting[-1] += [(number, row, view, name) for view, name in zip(parts, named, strict=True)]
             yield [view for _, _, view, _ in waiting[-1] if view is not None]
 
-    for _, encodings in encode_batches(examples(), context, loss_on=loss_on):
+    for _, encodings in look.encode(examples(), look.context, loss_on=look.loss_on):
         each = iter(encodings)
         for number, row, example, part in waiting.pop(0):
             fate, reason = FATES[splits.fates[number]], splits.reasons[number]
@@ -154,19 +183,20 @@ def _seen(
                 yield Inspected(row, "dropped", 0, 0, 0, reason), example, None
                 continue
             length = len(encoding.input_ids)
-            kept, cut = encoding, 0
-            if length > max_length and not isinstance(
-                example, Text
-            ):  # a text is cut into pieces, and none lost
-                kept = Encoding(encoding.input_ids[:max_length], encoding.labels[:max_length])
-                cut = length - max_length
-            yield Inspected(row, fate, length, kept.trained, cut, reason, part), example, encoding
+            kept, lost = encoding, look.cut(encoding)
+            if isinstance(example, Text):  # it is cut into pieces, and none lost
+                lost = lost & False
+            elif lost.any():
+                kept = Encoding(encoding.input_ids[~lost], encoding.labels[~lost])
+            yield Inspected(row, fate, length, kept.trained, int(lost.sum()), reason, part), example, encoding
 
 
-def _pieces(encoding: Encoding, tokenizer: Any, seen: Inspected) -> tuple[tuple[str, TokenRole], ...]:
-    kept = seen.tokens - seen.cut
+def _pieces(
+    encoding: Encoding, tokenizer: Any, seen: Inspected, cut: Cut
+) -> tuple[tuple[str, TokenRole], ...]:
+    lost = cut(encoding) if seen.cut else np.zeros(seen.tokens, dtype=bool)
     return tuple(
-        (text, "cut" if place >= kept else role)
+        (text, "cut" if lost[place] else role)
         for place, (text, role) in enumerate(
             shown(Encoding(encoding.input_ids.tolist(), encoding.labels.tolist()), tokenizer)
         )

@@ -243,6 +243,23 @@ def asked(
     return [i for part in ids for i in part]
 
 
+def asked_whole(conversations: Sequence[Sequence[Message]], context: Encoder) -> list[list[int] | Unusable]:
+    """What a model that reads its prompt as one text is fed for each conversation: the ids of all that the
+    template writes, tokenized in one piece."""
+    found: list[list[int] | Unusable] = []
+    texts: list[list[_Segment]] = []
+    for messages in conversations:
+        try:
+            text = _render(_turns(messages, context), context, opening=True)
+        except Unusable as reason:
+            found.append(reason)
+        else:
+            found.append([])
+            texts.append([_Segment(text, False)])
+    ids = iter(_ids(texts, context))
+    return [item if isinstance(item, Unusable) else [i for part in next(ids) for i in part] for item in found]
+
+
 def encode(example: Example, tokenizer: Any, *, loss_on: LossOn = "answers") -> Encoding:
     """Token ids and labels of one example, uncut. Raises Unusable with the reason."""
     [encoding] = encode_all([example], tokenizer, loss_on=loss_on)
@@ -907,6 +924,11 @@ def _ids(conversations: Sequence[Sequence[_Segment]], context: Encoder) -> list[
     known = dict(zip(plain, tokenized(plain, context.tokenizer), strict=True))
     ids = {pair: _behind(*pair, known, context) for pair in pairs}
     return [[ids[pair] for pair in segments] for segments in wanted]
+
+
+def plain_ids(text: str, tokenizer: Any) -> list[int]:
+    """Ids of a text in which nothing is special, whatever it looks like."""
+    return LiteralTokens(tokenizer)([text])[0]
 
 
 def _behind(tail: str, text: str, known: dict[str, list[int]], context: Encoder) -> list[int]:

@@ -39,6 +39,7 @@ def tokenized(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
         ).input_ids
         return ids
     backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = False  # transformers leaves it as the last call wanted it
     # Without offsets, which nobody needs here, it takes two thirds of the time.
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -72,7 +73,35 @@ class LiteralTokens:
             copy = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
             copy.encode_special_tokens = True
             self._copies[self._tokenizer] = (len(self._tokenizer), copy)
-        return [found.ids for found in copy.encode_batch_fast(texts, add_special_tokens=opened)]
+        plain = [encoding.ids for encoding in copy.encode_batch_fast(texts, add_special_tokens=False)]
+        spelled = [_spelled(ids, self._tokenizer) for ids in plain]
+        if not opened:
+            return spelled
+        around = copy.encode("", add_special_tokens=True).ids
+        [letter] = copy.encode_batch_fast(["a"], add_special_tokens=False)
+        before = next(n for n in range(len(around) + 1) if self._opens(copy, around[:n], "a", letter.ids))
+        return [[*around[:before], *ids, *around[before:]] for ids in spelled]
+
+    @staticmethod
+    def _opens(copy: Any, before: list[int], text: str, plain: list[int]) -> bool:
+        """Whether these tokens are what the tokenizer puts before a text."""
+        ids: list[int] = copy.encode(text, add_special_tokens=True).ids
+        return ids[: len(before) + len(plain)] == [*before, *plain]
+
+
+def _spelled(ids: list[int], tokenizer: Any) -> list[int]:
+    """Ids of plain text without special ones: Unigram models (T5) have these among their pieces, so that the
+    text of one would come out as the token itself. It becomes its letters."""
+    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    if special.isdisjoint(ids):
+        return ids
+    return [
+        letter
+        for i in ids
+        for letter in (
+            tokenizer.convert_tokens_to_ids(list(tokenizer.convert_ids_to_tokens(i))) if i in special else [i]
+        )
+    ]
 
 
 class QuickTokens:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from tunesmith.data import pairs, templates
 from tunesmith.data.examples import (
     Conversation,
     Example,
@@ -24,7 +25,7 @@ from tunesmith.data.examples import (
     Unusable,
     content_hash,
 )
-from tunesmith.data.templates import IGNORED, LossOn, encode, end_of_turn_ids, prompt_ids
+from tunesmith.data.templates import IGNORED, LossOn, end_of_turn_ids
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation.compare import score_interval
 from tunesmith.evaluation.metrics import METRICS, known_metrics
@@ -37,6 +38,7 @@ from tunesmith.generation import (
     halving,
     length_batches,
 )
+from tunesmith.models import Kind, is_seq2seq
 from tunesmith.recipe import Evaluation, Model
 
 __all__ = [
@@ -90,27 +92,42 @@ def items(
     loss_on: LossOn = "answers",
     max_items: int | None = None,
     max_length: int | None = None,
+    kind: Kind = "causal",
 ) -> list[Item]:
     """The examples as items. A conversation asks for its last assistant turn, given all turns before.
 
     At most `max_items` are taken, by the order of their content hashes, so that the choice depends on
-    nothing else. The likelihood's part is cut to `max_length` tokens, the question never.
+    nothing else. The likelihood's part is cut to `max_length` tokens (of an encoder-decoder model its input
+    and its answer, each), the question never.
     """
     chosen = sorted(range(len(examples)), key=lambda n: (content_hash(examples[n]), n))[:max_items]
     return [
-        _item(number, examples[number], tokenizer, loss_on=loss_on, max_length=max_length)
+        _item(number, examples[number], tokenizer, loss_on=loss_on, max_length=max_length, kind=kind)
         for number in sorted(chosen)
     ]
 
 
-def _item(number: int, example: Example, tokenizer: Any, *, loss_on: LossOn, max_length: int | None) -> Item:
+def _item(
+    number: int,
+    example: Example,
+    tokenizer: Any,
+    *,
+    loss_on: LossOn,
+    max_length: int | None,
+    kind: Kind,
+) -> Item:
     prompt = _prompt(example)
+    form = pairs if kind == "seq2seq" else templates
     text = example.text[:200] if isinstance(example, Text) else ""
     try:
-        asked = tuple(prompt_ids(prompt.messages, tokenizer)) if prompt else ()
-        encoding = encode(example, tokenizer, loss_on=loss_on)
+        asked = tuple(form.prompt_ids(prompt.messages, tokenizer)) if prompt else ()
+        encoding = form.encode(example, tokenizer, loss_on=loss_on)
     except Unusable as reason:
         return Item(number, example.row, example.group, prompt, (), (), (), error=str(reason), text=text)
+    if kind == "seq2seq":
+        encoding, lost = pairs.cut_to(encoding, max_length, tokenizer)
+        ids, labels = tuple(encoding.input_ids), tuple(encoding.labels)
+        return Item(number, example.row, example.group, prompt, asked, ids, labels, tokens_cut=lost)
     length = len(encoding.input_ids) if max_length is None else max_length
     return Item(
         number,
@@ -351,7 +368,9 @@ def _likelihoods(
     model: Any, items: Sequence[Item], *, batch_tokens: int, progress: Callable[[int], None] | None
 ) -> dict[int, _Likelihood]:
     """Teacher-forced likelihood of every item's labels, by item number."""
-    limit = context_length(model)
+    # An encoder-decoder model has its limit, if any, in each half; `_pair_likelihood` keeps to it.
+    limit = None if is_seq2seq(model) else context_length(model)
+    likelihood = _pair_likelihood if is_seq2seq(model) else _batch_likelihood
     by_number = {item.number: item for item in items}
     vocabulary = model.config.get_text_config().vocab_size
     lengths = {
@@ -363,7 +382,7 @@ def _likelihoods(
     with for_inference(model):
         for batch in length_batches(lengths, tokens=min(batch_tokens, LOGITS_IN_MEMORY // vocabulary)):
             for part, results in halving(
-                lambda numbers: _batch_likelihood(
+                lambda numbers: likelihood(
                     model, [by_number[n] for n in numbers], [lengths[n] for n in numbers]
                 ),
                 batch,
@@ -418,6 +437,37 @@ def _batch_likelihood(model: Any, items: Sequence[Item], lengths: Sequence[int])
         _result(item, length, float(nll[line]), counts[line], int(correct[line]))
         for line, (item, length) in enumerate(zip(items, lengths, strict=True))
     ]
+
+
+def _pair_likelihood(model: Any, items: Sequence[Item], lengths: Sequence[int]) -> list[_Likelihood]:
+    """Forward pass of an encoder-decoder model; the label at a position is predicted by the logits there."""
+    import torch
+
+    limit = context_length(model)
+    parts = [pairs.parted(item.input_ids, item.labels) for item in items]
+    kept = [(source[:limit], target[:limit]) for source, target in parts]
+    ids = torch.zeros(len(items), max(len(source) for source, _ in kept), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    labels = torch.full((len(items), max(len(target) for _, target in kept)), IGNORED)
+    for line, (source, target) in enumerate(kept):
+        ids[line, : len(source)] = torch.tensor(source)
+        mask[line, : len(source)] = 1
+        labels[line, : len(target)] = torch.tensor(target)
+    labels = labels.to(model.device)
+    logits = model(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels=labels),
+        use_cache=False,
+    ).logits
+    found = []
+    for line, (item, (source, target)) in enumerate(zip(items, kept, strict=True)):
+        values, wanted = logits[line, : len(target)].float(), labels[line, : len(target)]
+        nll = torch.nn.functional.cross_entropy(values, wanted, reduction="none").double().sum()
+        right = int((values.argmax(-1) == wanted).sum())
+        used = len(source) + len(target)
+        found.append(_Likelihood(float(nll), len(target), right, len(item.input_ids) - used))
+    return found
 
 
 def _result(item: Item, length: int, nll: float, tokens: int, correct: int) -> _Likelihood:

@@ -47,22 +47,28 @@ the weights are those of step {{ training.step_of_final_model }}.
 
 {% if adapter -%}
 ```python
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelFor{{ auto }}
 from transformers import AutoTokenizer
 
-model = AutoPeftModelForCausalLM.from_pretrained("PATH")
+model = AutoPeftModelFor{{ auto }}.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 {%- else -%}
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelFor{{ auto }}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH")
+model = AutoModelFor{{ auto }}.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 {%- endif %}
 
+{% if recipe.method.kind == "seq2seq" -%}
+How an input is written is stored with the tokenizer as its chat template: `tokenizer.apply_chat_template([{"role": \
+"user", "content": TEXT}])` gives the encoder's input.{% if recipe.method.source_prefix %} It begins with \
+`{{ recipe.method.source_prefix }}`.{% endif %}
+{%- else -%}
 The chat template is stored with the tokenizer; prompts rendered with another one are not what was measured.
+{%- endif %}
 
 ## Limits
 
@@ -108,6 +114,7 @@ def write_card(run: Run, comparisons: Sequence[Comparison]) -> None:
         training=run.read("training.json") or {},
         recipe_yaml=yaml.safe_dump(_shareable(recipe.model_dump(mode="json"), base=base), sort_keys=False),
         adapter=adapter,
+        auto="Seq2SeqLM" if recipe.method.kind == "seq2seq" else "CausalLM",
         notes=warnings,
         version=(run.read("environment.json") or {"packages": {}})["packages"].get("tunesmith", ""),
     )

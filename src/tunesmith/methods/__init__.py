@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.data import EncodedSplits
 from tunesmith.data.examples import Example
-from tunesmith.methods import sft
+from tunesmith.methods import seq2seq, sft
+from tunesmith.models import Kind
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,33 @@ class Method:
     remarks: Mapping[type[Example], str]
     """What to say of data sets with examples of a shape that the method changes."""
     build: Callable[..., Any]
+    template: Callable[..., str]
+    """Settles how a tokenizer writes what the model is asked: `(tokenizer, chat_template, section)`."""
+    encoded: Callable[..., EncodedSplits]
+    """Token ids and labels of all splits: `(splits, tokenizer, data, section)`."""
+    model: Kind = "causal"
+    """The kind of model that is trained."""
+    can_pack: bool = False
+    """Whether several examples can share a row."""
 
 
 METHODS = {
-    "sft": Method("sft", adapt=sft.imitated, remarks=sft.REMARKS, build=sft.build),
+    "sft": Method(
+        "sft",
+        adapt=sft.imitated,
+        remarks=sft.REMARKS,
+        build=sft.build,
+        template=sft.template,
+        encoded=sft.encoded,
+        can_pack=True,
+    ),
+    "seq2seq": Method(
+        "seq2seq",
+        adapt=sft.imitated,
+        remarks=sft.REMARKS,
+        build=seq2seq.build,
+        template=seq2seq.template,
+        encoded=seq2seq.encoded,
+        model="seq2seq",
+    ),
 }

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.data import EncodedSplits, Splits
+from tunesmith.data import encoded as encode_splits
 from tunesmith.data.cache import Encodings
 from tunesmith.data.examples import Conversation, Example, Preference, Rating, Unusable
+from tunesmith.data.templates import set_template
 from tunesmith.errors import ModelError
-from tunesmith.recipe import SFT
+from tunesmith.recipe import SFT, Data
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run
 
@@ -28,6 +31,16 @@ def imitated(example: Example) -> Example:
             return Conversation((*prompt, *answer), row=example.row, group=example.group, extra=example.extra)
         case _:
             return example
+
+
+def template(tokenizer: Any, choice: str | None, section: SFT) -> str:
+    """Settle the tokenizer's chat template, and say in a sentence which one it is."""
+    return set_template(tokenizer, choice)
+
+
+def encoded(splits: Splits, tokenizer: Any, data: Data, section: SFT) -> EncodedSplits:
+    """Token ids and labels of all splits, with what was cut or dropped for length."""
+    return encode_splits(splits, tokenizer, data=data, loss_on=section.loss_on)
 
 
 REMARKS: dict[type[Example], str] = {

@@ -20,10 +20,10 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 import torch
@@ -79,7 +79,16 @@ MAX_NEW_TOKENS = 512
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
-def _when(start: str) -> Any:
+_Node = TypeVar("_Node", bound=Callable[..., Any])
+
+
+def _fields(**types: Any) -> Callable[[_Node], _Node]:
+    """What a node's dictionary holds are nodes of their own."""
+    decorator: Callable[[_Node], _Node] = extract_fields(types)
+    return decorator
+
+
+def _when(start: str) -> Callable[[_Node], _Node]:
     """The node exists in this configuration only; without a configuration the base model is trained."""
     starts = [configuration["start"] for configuration in CONFIGURATIONS.values()]
 
@@ -91,13 +100,14 @@ def _when(start: str) -> Any:
             )
         return bool(chosen == start)
 
-    return config(resolves, config_used=["start"])
+    decorator: Callable[[_Node], _Node] = config(resolves, config_used=["start"])
+    return decorator
 
 
 # Data: rows, splits, tokens
 
 
-@extract_fields({"train_set": Dataset, "validation_set": Dataset, "hold_out_set": Dataset})
+@_fields(train_set=Dataset, validation_set=Dataset, hold_out_set=Dataset)
 def raw_dataset(
     data_path: str,
     random_state: int = 42,
@@ -362,9 +372,9 @@ def base_model(
     else:
         model = models.load_model(name, device=str(device))
     transformers.set_seed(random_state)
-    model = get_peft_model(model, _fitting(lora_config, model))
     model.config.use_cache = False
-    return model
+    adapted: torch.nn.Module = get_peft_model(model, _fitting(lora_config, model))
+    return adapted
 
 
 def _eight_bit(name: str, device: torch.device) -> Any:
@@ -490,19 +500,26 @@ def _quiet(trainer: Seq2SeqTrainer) -> Seq2SeqTrainer:
 
 
 @_when("base")
-@extract_fields(
-    {
-        "fit_trainer": Seq2SeqTrainer,
-        "fit_trainer_training_metrics": dict,
-        "fit_trainer_eval_metrics": dict,
-        "finetuned_model": torch.nn.Module,
-    }
+@_fields(
+    fit_trainer=Seq2SeqTrainer,
+    fit_trainer_training_metrics=dict[str, Any],
+    fit_trainer_eval_metrics=dict[str, Any],
+    finetuned_model=torch.nn.Module,
 )
 def fitted_and_evaluated_trainer(trainer: Seq2SeqTrainer, device: torch.device) -> dict[str, Any]:
     """The trainer when it is done, what it measured in training and on validation, and the model."""
-    fitted = trainer.train()
+    try:
+        fitted = trainer.train()
+    except RuntimeError as error:
+        if "No executable batch size" not in str(error):
+            raise
+        raise OutOfResources(
+            "The device's memory does not suffice for one row at a time.",
+            found=f"device {device}",
+            fix="Use a smaller model, load_in_8bit on a GPU, or shorter texts.",
+        ) from None
     measured = trainer.evaluate()
-    model = trainer.model.to(device).eval()
+    model = _on(trainer.model, device).eval()
     model.config.use_cache = True
     return {
         "fit_trainer": trainer,
@@ -613,7 +630,7 @@ def metric() -> dict[str, Metric]:
     return {name: METRICS[name] for name in ROUGE}
 
 
-@extract_fields({"validation_predictions": list, "validation_references": list})
+@_fields(validation_predictions=list[str], validation_references=list[str])
 def finetuned_model_on_validation_set(
     tokenized_validation: Dataset,
     finetuned_model: torch.nn.Module,
@@ -632,7 +649,7 @@ def finetuned_model_on_validation_set(
 
 
 def validation_set_metrics(
-    validation_predictions: list, validation_references: list, metric: dict[str, Metric]
+    validation_predictions: list[str], validation_references: list[str], metric: dict[str, Metric]
 ) -> dict[str, float]:
     """Mean ROUGE F1 of the validation answers, times 100: rouge1, rouge2, rougeL, rougeLsum."""
     return _means(_scored(validation_predictions, validation_references, metric))
@@ -641,8 +658,8 @@ def validation_set_metrics(
 @_when("base")
 def training_and_validation_set_metrics(
     validation_set_metrics: dict[str, float],
-    fit_trainer_eval_metrics: dict,
-    fit_trainer_training_metrics: dict,
+    fit_trainer_eval_metrics: dict[str, Any],
+    fit_trainer_training_metrics: dict[str, Any],
 ) -> dict[str, float]:
     """Training loss and speed, validation loss and speed, and ROUGE on validation, in one."""
     return {**fit_trainer_training_metrics, **fit_trainer_eval_metrics, **validation_set_metrics}
@@ -650,7 +667,7 @@ def training_and_validation_set_metrics(
 
 @_when("presaved")
 def training_and_validation_set_metrics__presaved(
-    validation_set_metrics: dict[str, float], fit_trainer_eval_metrics: dict
+    validation_set_metrics: dict[str, float], fit_trainer_eval_metrics: dict[str, Any]
 ) -> dict[str, float]:
     """Validation loss and speed, and ROUGE on validation; there was no training to tell of."""
     return {**fit_trainer_eval_metrics, **validation_set_metrics}
@@ -700,7 +717,7 @@ def remarks(
     tokenized_train: Dataset,
     tokenized_validation: Dataset,
     tokenized_hold_out: Dataset,
-    validation_references: list,
+    validation_references: list[str],
     hold_out_set_references: list[str],
     metric: dict[str, Metric],
     device: torch.device,
@@ -730,16 +747,19 @@ def _answers(
     max_new_tokens: int,
 ) -> list[str]:
     """Greedy answers in batches, in the order of the questions."""
-    if not getattr(model, "is_quantized", False):
-        model.to(device)
     made = generation.generate(
-        model,
+        _on(model, device),
         tokenizer,
         questions["input_ids"],
         max_new_tokens=max_new_tokens,
         stop_ids=end_of_turn_ids(tokenizer),
     )
     return [answer.text for answer in made]
+
+
+def _on(model: Any, device: torch.device) -> Any:
+    """The model on the device; quantized weights cannot be moved and are there already."""
+    return model if getattr(model, "is_quantized", False) else model.to(device)
 
 
 def _scored(
@@ -785,7 +805,12 @@ def _model_name(model_id: str | None, model_id_tokenizer: str | None) -> str:
 
 def _check_kind(name: str) -> None:
     """Raises ModelError for a model that is no encoder-decoder model, naming what it is."""
-    models.check_kind(name, "seq2seq", method="seq2seq")
+    if models.kind(name) != "seq2seq":
+        raise ModelError(
+            f"'{name}' is a causal language model, and this flow fine-tunes encoder-decoder models.",
+            fix=f"Use `tunesmith train --base-model {name}` (method sft), or give an encoder-decoder model such "
+            "as google/flan-t5-small.",
+        )
 
 
 def _settled(tokenizer: Any) -> PreTrainedTokenizerBase:

@@ -80,3 +80,11 @@ def question_file(tmp_path) -> Path:
     rows = [{"prompt": f"what is the count of {i}", "response": f"{colors[i % 5]} {i}"} for i in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_t5_folder(tmp_path_factory) -> Path:
+    """A T5 of a few thousand parameters with its own tokenizer, as a folder that plain transformers load."""
+    import encoder_decoders
+
+    return encoder_decoders.save("t5", tmp_path_factory.mktemp("tiny-t5"))

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 WORDS = "what is the color of one two three red blue green question answer hello yes no list user assistant"
 
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:,.?'\"-</>▁"
 
-def t5_tokenizer(texts: Sequence[str] = (WORDS,), *, size: int = 200):
-    """Unigram pieces with </s> behind every text and <pad> as number 0, as T5 has it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+def t5_tokenizer(texts: Sequence[str] = (WORDS,)):
+    """Unigram pieces with </s> behind every text and <pad> as number 0, as T5 has it: the words of these texts
+    by frequency, and single letters. (Training a Unigram model gives other pieces every time.)"""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.Unigram())
+    words = Counter(word for text in texts for word in text.split())
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces = [(f"▁{word}", math.log(count / words.total())) for word, count in sorted(words.items())]
+    letters = [(letter, -20.0) for letter in LETTERS if f"▁{letter}" not in words]
+    tokenizer = Tokenizer(models.Unigram([*special, *pieces, *letters], unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    alphabet = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:,.?'-</>▁")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=size,
-        special_tokens=["<pad>", "</s>", "<unk>"],
-        unk_token="<unk>",
-        initial_alphabet=alphabet,
-    )
-    tokenizer.train_from_iterator([*texts, *alphabet], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
@@ -70,8 +71,12 @@ def t5_config(vocab_size: int, *, multilingual: bool = False, **changes):
 def save(family: str, folder: Path) -> Path:
     """A model of a family (t5, mt5, bart) with its tokenizer as a folder that plain transformers load."""
     import torch
-    from transformers import BartConfig, BartForConditionalGeneration, MT5ForConditionalGeneration
-    from transformers import T5ForConditionalGeneration
+    from transformers import (
+        BartConfig,
+        BartForConditionalGeneration,
+        MT5ForConditionalGeneration,
+        T5ForConditionalGeneration,
+    )
 
     torch.manual_seed(0)
     if family == "bart":
@@ -82,6 +87,7 @@ def save(family: str, folder: Path) -> Path:
                 encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
                 max_position_embeddings=128, bos_token_id=0, pad_token_id=1, eos_token_id=2,
                 decoder_start_token_id=2, forced_eos_token_id=None,
+                dropout=0.0, init_std=0.3,
             )
         )  # fmt: skip
     else:

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from tunesmith.evaluation import EvalRow
     from tunesmith.evaluation.compare import Comparison
     from tunesmith.evaluation.unseen import MeasuredOn
+    from tunesmith.models import Kind
     from tunesmith.plan import Plan
 
 MAY_CHANGE = ("output_dir", "name", "preset", "evaluation", "export", "tracking")
@@ -468,18 +469,11 @@ def _answers(
 ) -> tuple[list[EvalRow], list[str]]:
     from tunesmith import dataflow, evaluation, models
     from tunesmith import plan as planning
-    from tunesmith.data import pairs
-    from tunesmith.data.templates import set_template
 
     settings = questions.recipe
     tokenizer = models.load_tokenizer(str(model))
     kind = models.kind(str(model))
-    if kind == "seq2seq":
-        # A tuned model brings the prefix that it was trained with.
-        prefix = None if tokenizer.chat_template else getattr(settings.method, "source_prefix", None)
-        pairs.settle_template(tokenizer, settings.model.chat_template, prefix)
-    else:
-        set_template(tokenizer, settings.model.chat_template)
+    _settle_template(tokenizer, kind, settings)
     items = evaluation.items(
         questions.examples,
         tokenizer,
@@ -503,6 +497,19 @@ def _answers(
         watch=watch,
     )
     return rows, chosen
+
+
+def _settle_template(tokenizer: Any, kind: Kind, recipe: Recipe) -> None:
+    """Settle how a model of this kind is asked, outside of a training."""
+    from tunesmith.data import pairs
+    from tunesmith.data.templates import set_template
+
+    if kind == "seq2seq":
+        # A tuned model brings the prefix that it was trained with.
+        prefix = None if tokenizer.chat_template else getattr(recipe.method, "source_prefix", None)
+        pairs.settle_template(tokenizer, recipe.model.chat_template, prefix)
+    else:
+        set_template(tokenizer, recipe.model.chat_template)
 
 
 def _evaluation_folder(run: Run | None, model: str | Path, recipe: Recipe) -> Path:
@@ -540,15 +547,17 @@ def validate(
     layer = {"data": {"dataset": dataset}, **({"task": task} if task else {})}
     recipe = compose(overlaid(dict(settings or {}), layer)).recipe
     context: Encoder | None = None
+    kind: Kind = "causal"
     adapt: data.Adapt = data.as_it_is
     if model:
         quiet_libraries()
         from tunesmith import models
-        from tunesmith.data.templates import encoder, set_template
+        from tunesmith.data.templates import encoder
         from tunesmith.methods import METHODS
 
         tokenizer = models.load_tokenizer(str(model))
-        set_template(tokenizer, recipe.model.chat_template)
+        kind = models.kind(str(model))
+        _settle_template(tokenizer, kind, recipe)
         context, adapt = encoder(tokenizer), METHODS[recipe.method.kind].adapt
     place = cleaning.target(dataset, output) if fix else None
     checks = validation.settings_for(
@@ -561,6 +570,7 @@ def validate(
         context=context,
         adapt=adapt,
         loss_on=recipe.method.loss_on,
+        kind=kind,
         processes=processes,
         watch=watch,
     )

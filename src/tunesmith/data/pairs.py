@@ -41,6 +41,7 @@ from tunesmith.data.templates import (
     encoder,
     has_special_text,
     left_out,
+    plain_ids,
     set_template,
 )
 from tunesmith.errors import DataError, ModelError
@@ -160,7 +161,7 @@ def encode_batches(
         asked = [_questions(example, context, loss_on) for example in batch]
         flat = [pair for item in asked if not isinstance(item, Unusable) for pair in item]
         sources = iter(asked_whole([question for question, _ in flat], context))
-        targets = iter(target_ids([answer for _, answer in flat], context.tokenizer))
+        targets = iter(target_ids([answer for _, answer in flat], context))
         found: list[list[Encoding] | Unusable] = []
         for item in asked:
             if isinstance(item, Unusable):
@@ -201,13 +202,20 @@ def _questions(
     return trained
 
 
-def target_ids(answers: Sequence[str], tokenizer: Any) -> list[list[int]]:
+def target_ids(answers: Sequence[str], context: Encoder) -> list[list[int]]:
     """Ids that the decoder is to write for each answer, the end-of-text token last; special-token text in an
     answer stays text."""
     if not answers:
         return []
+    tokenizer = context.tokenizer
     found: list[list[int]] = tokenizer(text_target=list(answers), split_special_tokens=True).input_ids
-    for ids in found:
+    for number, (answer, ids) in enumerate(zip(answers, found, strict=True)):
+        if context.specials.marked(answer) != answer:
+            frame = tokenizer(text_target="").input_ids  # all that is put around an answer
+            opening = next(
+                (n for n, (a, b) in enumerate(zip(ids, frame, strict=False)) if a != b), len(frame)
+            )
+            ids = found[number] = [*frame[:opening], *plain_ids(answer, tokenizer), *frame[opening:]]
         if tokenizer.eos_token_id not in ids[-2:]:  # mBART puts the language behind it
             ids.append(tokenizer.eos_token_id)
     return found
@@ -280,7 +288,7 @@ def cut_off(encoding: Encoding, limits: Lengths, closing: int) -> Any:
 
 def cut_to(encoding: Encoding, length: int | None, tokenizer: Any) -> tuple[Encoding, int]:
     """A pair with input and answer of at most `length` tokens each, and how many tokens are cut."""
-    if length is None:
+    if length is None or len(encoding.input_ids) <= length:
         return encoding, 0
     closing = closing_tokens(tokenizer, encoder(tokenizer))
     kept = ~cut_off(encoding, Lengths(length, length, ""), closing)
@@ -549,7 +557,7 @@ class PairProof(supervision.Proof):
         ]
         turns = [n for n in places if example.messages[n].content.strip()]
         question = example.messages[: turns[-1]]
-        if ids[source:target] != prompt_ids(question, self.context.tokenizer):
+        if [ids[source:target]] != asked_whole([question], self.context):
             return False
         if not has_special_text(example, self.context):
             served = self.context.tokenizer.apply_chat_template(

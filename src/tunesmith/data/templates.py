@@ -865,7 +865,28 @@ def _tokenized(
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = split_special_tokens
     # Without offsets, which nobody needs here, it takes two thirds of the time.
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    found = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return [_spelled(ids, tokenizer) for ids in found] if split_special_tokens else found
+
+
+def _spelled(ids: list[int], tokenizer: Any) -> list[int]:
+    """Ids of plain text without special ones: Unigram models (T5) have these among their pieces, so that the
+    text of one would come out as the token itself. It becomes its letters."""
+    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    if special.isdisjoint(ids):
+        return ids
+    return [
+        letter
+        for i in ids
+        for letter in (
+            tokenizer.convert_tokens_to_ids(list(tokenizer.convert_ids_to_tokens(i))) if i in special else [i]
+        )
+    ]
+
+
+def plain_ids(text: str, tokenizer: Any) -> list[int]:
+    """Ids of a text in which nothing is special, whatever it looks like."""
+    return _tokenized([text], tokenizer, split_special_tokens=True)[0]
 
 
 def _behind(tail: str, text: str, known: dict[str, list[int]], context: Encoder) -> list[int]:

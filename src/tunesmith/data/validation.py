@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data import Adapt, as_it_is, supervision
+from tunesmith.data import Adapt, as_it_is, pairs, supervision
 from tunesmith.data.checks import (
     CHARACTERS_PER_TOKEN,
     CHECKS,
@@ -40,6 +40,7 @@ from tunesmith.data.pieces import Lines, Piece, rows, worked
 from tunesmith.data.sources import Broken, Facts, Source, open_source
 from tunesmith.data.templates import IGNORED, Encoder, Encoding, LossOn, encode_batches
 from tunesmith.errors import DataError, nearest
+from tunesmith.models import Kind
 from tunesmith.recipe import DataSource, Task
 
 MINORITY = 0.1
@@ -300,6 +301,7 @@ def validate(
     context: Encoder | None = None,
     adapt: Adapt = as_it_is,
     loss_on: LossOn = "answers",
+    kind: Kind = "causal",
     processes: int = 1,
     watch: Watch = lambda event: None,
 ) -> tuple[Report, Source | None, bytearray]:
@@ -307,7 +309,7 @@ def validate(
     each row that is not 0 where only tokens told that it cannot be trained.
 
     With `context`, a tokenizer with its template settled, lengths are counted, and the template and the
-    supervision proof are tried.
+    supervision proof are tried, as they are for a model of this kind.
     """
     dataset, max_length, limit = data.dataset, settings.max_length, settings.limit
     whole, near = _Whole(), NearDuplicates()
@@ -351,8 +353,8 @@ def validate(
     lengths = lengths // CHARACTERS_PER_TOKEN
     if source and detection and context:
         refused, counted, proof = tokens_checked(
-            source, detection, context, whole, adapt=adapt, loss_on=loss_on, max_length=max_length, limit=limit,
-            watch=watch,
+            source, detection, context, whole, adapt=adapt, loss_on=loss_on, kind=kind, max_length=max_length,
+            limit=limit, watch=watch,
         )  # fmt: skip
         lengths, unit = np.frombuffer(counted, dtype=np.uint64) if counted else lengths[:0], "tokens"
     worst = Counter(whole.worst)
@@ -527,6 +529,7 @@ def tokens_checked(
     *,
     adapt: Adapt,
     loss_on: LossOn,
+    kind: Kind,
     max_length: int,
     limit: int,
     watch: Watch,
@@ -537,9 +540,12 @@ def tokens_checked(
     and the proof's account.
     """
     refused, lengths = bytearray(len(whole.numbers)), array("Q")
+    encode: Callable[..., Iterator[Any]] = encode_batches
     proof = supervision.Proof(
         context, loss_on=loss_on, max_length=max_length, may_cut_answers=False, rows=len(whole.numbers)
     )
+    if kind == "seq2seq":
+        encode, proof = pairs.encode_rows, pairs.PairProof(context, rows=len(whole.numbers))
     error = SEVERITIES.index("error")
 
     def examples() -> Iterator[tuple[int, Example]]:
@@ -565,7 +571,7 @@ def tokens_checked(
         refused[number] = 1
         whole.add(number, kind, masked(message), limit)
 
-    for batch, encodings in encode_batches(batches(), context, loss_on=loss_on):
+    for batch, encodings in encode(batches(), context, loss_on=loss_on):
         numbers = waiting.pop(0)
         kept: list[tuple[int, Example, Encoding]] = []
         for number, example, encoding in zip(numbers, batch, encodings, strict=True):
@@ -578,6 +584,12 @@ def tokens_checked(
         for (number, example, encoding), breach in zip(kept, breaches, strict=True):
             if breach:
                 refuse(number, "supervision", f"{breach} ({len(encoding.input_ids):,} tokens)")
+            elif kind == "seq2seq":
+                if lost := pairs.cut_to(encoding, max_length, context.tokenizer)[1]:
+                    said = f"{lost:,} of its {len(encoding.input_ids):,} tokens would be cut"
+                    whole.add(
+                        number, "long", f"{said}: inputs and answers have up to {max_length:,} each", limit
+                    )
             elif len(encoding.input_ids) > max_length and not isinstance(example, Text):
                 whole.add(number, "long", cut(encoding, max_length), limit)
         watch({"kind": "progress", "stage": "tokenizing", "done": numbers[-1] + 1, "total": len(refused)})

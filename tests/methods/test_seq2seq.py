@@ -1,0 +1,416 @@
+"""Encoder-decoder models through the whole product: trained, continued, reloaded plainly, asked, compared."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import encoder_decoders
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tunesmith import api, dataflow, models
+from tunesmith.compose import compose, overlaid
+from tunesmith.data import pairs
+from tunesmith.errors import DataError, Interrupted, ModelError, RecipeError
+from tunesmith.methods import seq2seq
+from tunesmith.training.run import Run, open_run
+
+FAMILIES = ("t5", "mt5", "bart")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A small model of each family."""
+    place = tmp_path_factory.mktemp("families")
+    return {family: encoder_decoders.save(family, place / family) for family in FAMILIES}
+
+
+@pytest.fixture
+def quick(folders, question_file, tmp_path):
+    """A recipe of four steps on forty questions for a family, with changes."""
+
+    def recipe(family="t5", **changes):
+        layer = {
+            "output_dir": str(tmp_path / "runs"),
+            "model": {"base": str(folders[family])},
+            "method": {"kind": "seq2seq"},
+            "data": {"dataset": str(question_file), "max_length": 64},
+            "training": {
+                "max_steps": 4, "per_device_train_batch_size": 4, "warmup_steps": 0, "learning_rate": 1e-2,
+                "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "scheduler": "linear",
+            },
+            "evaluation": {"max_new_tokens": 6, "resamples": 200},
+        }  # fmt: skip
+        return compose(overlaid(layer, changes)).recipe
+
+    return recipe
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def plain(folder: Path):
+    """The model as transformers and PEFT load it without us."""
+    from peft import AutoPeftModelForSeq2SeqLM
+    from transformers import AutoModelForSeq2SeqLM
+
+    is_adapter = (folder / "adapter_config.json").exists()
+    return (AutoPeftModelForSeq2SeqLM if is_adapter else AutoModelForSeq2SeqLM).from_pretrained(folder).eval()
+
+
+TARGETS = {
+    "t5": {"SelfAttention.q", "SelfAttention.v", "EncDecAttention.q", "EncDecAttention.v"},
+    "mt5": {"SelfAttention.q", "SelfAttention.v", "EncDecAttention.q", "EncDecAttention.v"},
+    "bart": {"self_attn.q_proj", "self_attn.v_proj", "encoder_attn.q_proj", "encoder_attn.v_proj"},
+}
+
+
+@pytest.mark.parametrize("adapter", ["full", "freeze", "lora", "dora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_only_its_own_and_reloads_plainly(quick, folders, family, adapter):
+    section = {
+        "full": {"kind": "full"},
+        "freeze": {"kind": "freeze", "ratio": 0.5},
+        "lora": {"kind": "lora", "rank": 4, "targets": "query-value"},
+        "dora": {"kind": "lora", "rank": 4, "dora": True},
+    }[adapter]
+    recipe = quick(family, adapter=section, training={"learning_rate": 5e-2})
+    run = Run(api.train(recipe).run)
+    base, final = weights(folders[family]), weights(run.final_model)
+    if adapter == "full":
+        assert final.keys() == base.keys()
+        assert all(not torch.equal(final[n], base[n]) for n in base if n != "final_logits_bias")
+    elif adapter == "freeze":
+        changed = {name for name in base if not torch.equal(final[name], base[name])}
+        # the bottom layer of each half, and every table of words and positions
+        assert not any("block.0" in n or "layers.0" in n or "embed_" in n or "shared" in n for n in changed)
+        for half in ("encoder", "decoder"):
+            assert any(f"{half}.block.1" in n or f"{half}.layers.1" in n for n in changed)
+    else:
+        assert final
+        assert all(".lora_" in name for name in final)
+        config = json.loads((run.final_model / "adapter_config.json").read_text())
+        assert config["task_type"] == "SEQ_2_SEQ_LM"
+        if adapter == "lora":
+            assert set(config["target_modules"]) == TARGETS[family]
+
+    # plain transformers and PEFT give our logits, and the validation loss that training measured on that step
+    theirs, ours = plain(run.final_model), models.load_model(str(run.path)).eval()
+    encodings = dataflow.encodings(recipe, dataflow.splits(recipe))
+    total = tokens = 0.0
+    with torch.inference_mode():
+        for encoding in encodings.validation:
+            source, target = (
+                torch.tensor([part]) for part in pairs.parted(encoding.input_ids, encoding.labels)
+            )
+            answer = theirs(input_ids=source, labels=target)
+            assert torch.equal(answer.logits, ours(input_ids=source, labels=target).logits)
+            total, tokens = total + answer.loss.item() * target.numel(), tokens + target.numel()
+        before = plain(folders[family])
+        untrained = before(input_ids=source, labels=target).loss.item()
+    recorded = run.read("training.json")["validation_loss"]
+    assert total / tokens == pytest.approx(recorded, rel=2e-3)
+    assert recorded < 0.99 * untrained, "negative control: training must have changed the loss"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_is_padded_to_its_longest_and_shifted_by_the_model(quick, folders, family):
+    recipe = quick(family)
+    encodings = dataflow.encodings(recipe, dataflow.splits(recipe))
+    model, tokenizer = plain(folders[family]), models.load_tokenizer(str(folders[family]))
+    rows = [encodings.train.dataset()[n] for n in range(12)]
+    batch = seq2seq.collator(model, tokenizer)(rows)
+    parts = [pairs.parted(row["input_ids"], row["labels"]) for row in rows]
+    assert batch["input_ids"].shape[1] == max(len(source) for source, _ in parts)
+    assert batch["labels"].shape[1] == max(len(target) for _, target in parts)
+    start = model.config.decoder_start_token_id
+    assert len({len(target) for _, target in parts}) > 1, "something is padded"
+    for line, (source, target) in enumerate(parts):
+        assert batch["attention_mask"][line].sum() == len(source)
+        assert batch["input_ids"][line, : len(source)].tolist() == source
+        assert batch["labels"][line].tolist() == target + [-100] * (batch["labels"].shape[1] - len(target))
+        assert target[-1] == tokenizer.eos_token_id
+        shifted = [start, *target[:-1]]
+        assert batch["decoder_input_ids"][line, : len(target)].tolist() == shifted
+    # a padded batch gives each row the loss that it has alone
+    with torch.inference_mode():
+        logits = model(**batch).logits
+        total = seq2seq.token_mean({"logits": logits}, batch["labels"]) * (batch["labels"] != -100).sum()
+        alone = sum(
+            model(input_ids=torch.tensor([s]), labels=torch.tensor([t])).loss * len(t) for s, t in parts
+        )
+    assert total.item() == pytest.approx(alone.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_an_interrupted_run_continues_to_the_bit(quick, options, adapter):
+    changes = {
+        "training": {"max_steps": 6, "save_steps": 100, **options},
+        "adapter": {"kind": adapter},
+        "evaluation": {"skip": True},
+    }
+    straight = Run(api.train(quick(name="straight", **changes)).run)
+
+    def stop_at_three(event):
+        if event["kind"] == "progress" and event["stage"] == "training" and event["done"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    recipe = quick(name="stopped", **changes)
+    with pytest.raises(Interrupted, match="step 3 of 6"):
+        api.train(recipe, watch=stop_at_three)
+    run = open_run(Path(recipe.output_dir) / "stopped")
+    assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-step-3"]
+    api.resume(run.path)
+    a, b = weights(run.final_model), weights(straight.final_model)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    losses = lambda r: {e["step"]: e["loss"] for e in r.events() if e["kind"] == "step"}  # noqa: E731
+    assert losses(run) == losses(straight)
+
+
+def test_accumulated_batches_have_the_loss_of_one(quick):
+    """Answers are of unequal length: a mean of means would be another number."""
+
+    def first_step(**training):
+        name = f"of-{training['per_device_train_batch_size']}"
+        changes = {"data": {"validation": 0.0}, "evaluation": {"skip": True}}
+        run = api.train(quick("bart", name=name, training={"max_steps": 1, **training}, **changes)).run
+        return next(event for event in Run(run).events() if event["kind"] == "step")
+
+    one = first_step(per_device_train_batch_size=16)
+    many = first_step(per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    assert many["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+def test_the_run_folder_and_the_faces(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = quick(method={"source_prefix": "question: "}, data={"held_out": 0.3})
+    result = api.train(recipe)
+    run = Run(result.run)
+    for name in ("recipe.yaml", "ledger.jsonl", "plan.json", "supervision.json", "events.jsonl", "report.html",
+                 "evaluation/rows.jsonl", "evaluation/comparison.json", "final_model/chat_template.jinja"):  # fmt: skip
+        assert (run.path / name).stat().st_size > 0, name
+    plan, rows = api.plan(quick(name="other", method={"source_prefix": "question: "}))
+    assert rows["rows"]["rows_in"] == 40
+    assert any("95th percentile" in str(decision.value) for decision in plan.decisions)
+    card = (run.final_model / "README.md").read_text()
+    assert "AutoModelForSeq2SeqLM" in card
+    assert "begins with `question: `" in card
+    assert {c.metric for c in result.comparisons} >= {"rougeL", "exact_match", "token_accuracy", "perplexity"}
+
+    # the perplexity is that of plain transformers on the same pairs
+    held_out = [json.loads(line) for line in (run.evaluation / "rows.jsonl").read_text().splitlines()]
+    model, tokenizer = plain(run.final_model), models.load_tokenizer(str(run.path))
+    for row in [r for r in held_out if r["model"] == "tuned"][:5]:
+        asked = tokenizer("question: " + row["prompt_text"], return_tensors="pt")
+        labels = tokenizer(text_target=row["reference"], return_tensors="pt").input_ids
+        with torch.inference_mode():
+            loss = model(**asked, labels=labels).loss.item()
+            written = model.generate(**asked, max_new_tokens=6, do_sample=False, num_beams=1)[0]
+        assert row["nll"] / row["tokens"] == pytest.approx(loss, rel=1e-4)
+        assert row["output"] == tokenizer.decode(written, skip_special_tokens=True)
+        # and the chat says the same, piece by piece
+        asked = [{"role": "user", "content": row["prompt_text"]}]
+        assert "".join(api.chat(run.path, asked, max_new_tokens=6)) == row["output"]
+
+    again = api.evaluate(run.path)
+    tuned = {c.metric: c.tuned for c in result.comparisons}
+    assert again.scores["rougeL"]["value"] == pytest.approx(tuned["rougeL"])
+    assert again.scores["perplexity"]["value"] == pytest.approx(tuned["perplexity"])
+    against = api.compare(recipe.model.base, run.path)
+    assert against.primary.base == pytest.approx(result.primary.base)
+    assert against.primary.tuned == pytest.approx(result.primary.tuned)
+
+    seen = api.inspect(recipe, count=1)
+    text = "".join(piece for piece, role in seen[0].pieces if role == "context")
+    assert text.strip().startswith("question: what is")
+    assert seen[0].pieces[-1] == ("</s>", "trained")
+    report = api.validate(recipe.data.dataset, model=recipe.model.base)
+    assert report.failed == 0
+    [check] = [c for c in report.proof["checks"] if c["name"] == "end_of_turn"]
+    assert check["rows"] == 40
+    short = api.validate(recipe.data.dataset, model=recipe.model.base, settings={"data": {"max_length": 9}})
+    assert any("inputs and answers have up to 9 each" in str(f) for f in short.findings)
+
+
+def test_what_inspect_shows_as_cut_is_what_training_cuts(quick):
+    recipe = quick(method={"max_input_length": 5, "max_output_length": 2})
+    seen = api.inspect(recipe, rows=["1"])[0]
+    kept = [text for text, role in seen.pieces if role != "cut"]
+    assert len(kept) == 7
+    assert seen.cut == seen.tokens - 7
+    [entry] = [
+        e
+        for e in dataflow.encodings(recipe, dataflow.splits(recipe)).ledger.entries
+        if e.row == seen.row and e.fate != "held_out"
+    ] or [None]
+    assert entry is None or entry.tokens_cut == seen.cut
+
+
+@pytest.mark.parametrize("second", ["lora", "full"])
+def test_a_tuned_run_as_the_base_of_another(quick, second):
+    prefix = {"method": {"source_prefix": "question: "}}
+    first = Run(api.train(quick(name="first", adapter={"kind": "lora", "rank": 4}, **prefix)).run)
+    recipe = quick(name="second", adapter={"kind": second}, model={"base": str(first.path)})
+    run = Run(api.train(recipe).run)
+    template = (run.final_model / "chat_template.jinja").read_text()
+    assert template == (first.final_model / "chat_template.jinja").read_text(), "the prefix goes on"
+    model = plain(run.final_model)
+    assert not hasattr(model, "peft_config") or second == "lora"
+
+
+def test_the_merged_adapter_answers_as_the_adapter(quick):
+    """What export needs: merging gives plain encoder-decoder weights with the same logits."""
+    run = Run(api.train(quick(adapter={"kind": "lora", "rank": 4}, training={"learning_rate": 5e-2})).run)
+    model = models.load_model(str(run.path)).eval()
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 1]]), "decoder_input_ids": torch.tensor([[0, 8]])}
+    with torch.inference_mode():
+        before = model(**inputs).logits
+        merged = models.attach(model, compose({}).recipe.adapter).eval()
+        after = merged(**inputs).logits
+    assert type(merged).__name__ == "T5ForConditionalGeneration"
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """Folders of encoder-only models: nothing but a configuration is needed to refuse them."""
+    from transformers import BertConfig, DistilBertConfig, ModernBertConfig, RobertaConfig, XLMRobertaConfig
+
+    found = {}
+    for config in (BertConfig, RobertaConfig, XLMRobertaConfig, DistilBertConfig, ModernBertConfig):
+        found[config.model_type] = tmp_path_factory.mktemp(config.model_type)
+        made = config()
+        made.architectures = ["MaskedLM"]
+        made.save_pretrained(found[config.model_type])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "sft"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "distilbert", "modernbert"])
+def test_encoders_are_refused_with_the_reason(quick, encoders, family, kind, tmp_path):
+    recipe = quick(model={"base": str(encoders[family])}, method={"kind": kind})
+    for verb in (api.plan, api.train):
+        with pytest.raises(ModelError, match=f"(?s)encoder-only model: .*writes none.*'{family}'"):
+            verb(recipe)
+    with pytest.raises(ModelError, match="encoder-only"):
+        models.load_model(str(encoders[family]))
+    assert list((tmp_path / "runs").glob("*")) == []
+
+
+def test_a_model_of_the_other_kind_is_named_with_the_right_method(quick, tiny_model_folder, folders):
+    causal = quick(model={"base": str(tiny_model_folder)})
+    reverse = {family: quick(family, method={"kind": "sft"}) for family in FAMILIES}
+    for verb in (api.plan, api.train):
+        with pytest.raises(ModelError, match=r"(?s)causal language model.*'seq2seq'.*method.kind=sft"):
+            verb(causal)
+        for recipe in reverse.values():
+            with pytest.raises(ModelError, match=r"(?s)encoder-decoder model.*'sft'.*method.kind=seq2seq"):
+                verb(recipe)
+
+
+def test_an_adapter_is_of_its_base_s_kind(quick):
+    run = api.train(quick(adapter={"kind": "lora"}, evaluation={"skip": True})).run
+    assert models.kind(str(run)) == "seq2seq"
+    with pytest.raises(ModelError, match=r"method.kind=seq2seq"):
+        api.plan(quick(model={"base": str(run)}, method={"kind": "sft"}))
+
+
+def test_a_decoder_taken_from_bart_is_causal(tmp_path):
+    from transformers import BartConfig
+
+    config = BartConfig(is_encoder_decoder=False, is_decoder=True)
+    config.save_pretrained(tmp_path)
+    assert models.kind(str(tmp_path)) == "causal"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "expected"),
+    [
+        ({"data": {"packing": True}}, RecipeError, "packing"),
+        ({"family": "bart", "data": {"max_length": 200}}, ModelError, "max-length 128"),
+        (
+            {"adapter": {"kind": "freeze", "ratio": 0.1}},
+            ModelError,
+            "freezes no layer.*2 layers and 2 layers",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_clear_error(quick, tmp_path, changes, error, expected):
+    with pytest.raises(error, match="(?s)" + expected):
+        api.train(quick(**changes))
+    assert list((tmp_path / "runs").glob("*")) == []
+
+
+def test_running_text_is_refused_with_the_reason(quick, tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": f"running text {n}"}) + "\n" for n in range(20)))
+    with pytest.raises(DataError, match="has no question for the encoder to read"):
+        api.train(quick(data={"dataset": str(file)}))
+
+
+def test_unknown_fields_of_the_method_are_named(quick):
+    with pytest.raises(RecipeError, match="max_input_length"):
+        quick(method={"max_input_lenght": 5})
+    with pytest.raises(RecipeError, match=r"neftune_noise_alpha has no effect with method 'seq2seq'"):
+        quick(method={"neftune_noise_alpha": 5})
+
+
+def test_a_kind_that_is_left_open_is_the_default():
+    from tunesmith.compose import validated
+
+    assert validated({"method": {"loss_on": "last_answer"}}).method.kind == "sft"
+
+
+@pytest.mark.slow
+def test_a_tiny_t5_learns_to_translate(tmp_path):
+    """Three words into German, on combinations never seen: held-out exact match from under 5 % to over 80 %."""
+    from transformers import T5ForConditionalGeneration
+
+    german = dict(
+        zip(
+            ["one", "two", "three", "red", "blue", "green", "cat", "dog", "bird", "sun", "moon"],
+            ["eins", "zwei", "drei", "rot", "blau", "gruen", "katze", "hund", "vogel", "sonne", "mond"],
+            strict=True,
+        )
+    )
+    combinations = list(itertools.product(german, repeat=3))
+    random.Random(0).shuffle(combinations)
+    rows = [{"prompt": " ".join(c), "response": " ".join(german[w] for w in c)} for c in combinations]
+    file = tmp_path / "words.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = encoder_decoders.t5_tokenizer([" ".join([*german, *german.values(), "translate:"])])
+    torch.manual_seed(0)
+    size = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4, "dropout_rate": 0.0}
+    T5ForConditionalGeneration(encoder_decoders.t5_config(len(tokenizer), **size)).save_pretrained(
+        tmp_path / "t5"
+    )
+    tokenizer.save_pretrained(tmp_path / "t5")
+    layer = {
+        "output_dir": str(tmp_path / "runs"),
+        "model": {"base": str(tmp_path / "t5")},
+        "method": {"kind": "seq2seq", "source_prefix": "translate: "},
+        "data": {"dataset": str(file), "max_length": 64, "near_duplicates": "ignore", "held_out": 0.2},
+        "training": {
+            "max_steps": 500, "warmup_steps": 20, "per_device_train_batch_size": 32, "learning_rate": 5e-3,
+            "eval_steps": 100, "save_steps": 500, "logging_steps": 50,
+        },
+        "evaluation": {"metrics": ["exact_match", "rougeL"], "max_new_tokens": 24, "resamples": 500},
+    }  # fmt: skip
+    result = api.train(compose(layer).recipe)
+    primary = result.primary
+    assert primary.metric == "exact_match"
+    assert primary.n > 200
+    assert primary.base < 0.05
+    assert primary.tuned > 0.80
+    assert primary.verdict == "better"

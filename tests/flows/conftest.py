@@ -1,35 +1,41 @@
-"""A tiny T5 whose tokenizer knows the words of the questions, and files of questions."""
+"""One run of the flow on a tiny T5 for all tests to look at."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from encoder_decoders import t5_config, t5_tokenizer
-
-COLORS = ("red", "blue", "green")
-
-
-def questions(count: int) -> list[dict[str, str]]:
-    return [
-        {"question": f"what is the color of {n}", "gpt4_replies_target": f"{COLORS[n % 3]} {n}"} for n in range(count)
-    ]
-
-
-def write(path: Path, rows: list) -> Path:
-    path.write_text(json.dumps(rows), encoding="utf-8")
-    return path
+from question_files import KEYS, flow, questions, save_t5, write
 
 
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory) -> Path:
-    import torch
-    from transformers import T5ForConditionalGeneration
+    return save_t5(tmp_path_factory.mktemp("models") / "t5")
 
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "t5"
-    tokenizer = t5_tokenizer()
-    T5ForConditionalGeneration(t5_config(len(tokenizer))).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+
+class Trained(NamedTuple):
+    """A finished base run on 41 rows."""
+
+    adapter: Path
+    inputs: dict
+    found: dict
+
+
+@pytest.fixture(scope="session")
+def trained(t5_folder, tmp_path_factory) -> Trained:
+    from tunesmith.flows.question_answer import SUGGESTED_OUTPUTS
+
+    folder = tmp_path_factory.mktemp("trained")
+    inputs = {
+        "data_path": str(write(folder / "questions.json", questions(41))),
+        "model_id": str(t5_folder),
+        "max_new_tokens": 6,
+        **KEYS,
+    }
+    wanted = [
+        *SUGGESTED_OUTPUTS, "fit_trainer", "finetuned_model", "hold_out_set_rows", "hold_out_set_metrics", "remarks",
+        "hold_out_set", "validation_set", "tokenized_validation",
+    ]  # fmt: skip
+    found = flow().execute(wanted, inputs=inputs, overrides={"peft_model_id": str(folder / "adapter")})
+    return Trained(folder / "adapter", inputs, found)

@@ -41,10 +41,10 @@ from transformers import (
 from tunesmith import generation, models
 from tunesmith import plan as planning
 from tunesmith.data import pairs
-from tunesmith.data.examples import Conversation, Prompt, Row, Unusable, question_hash
+from tunesmith.data.examples import Conversation, Message, Prompt, Row, Unusable, question_hash
 from tunesmith.data.formats import convert, detect
 from tunesmith.data.sources import read
-from tunesmith.data.templates import end_of_turn_ids
+from tunesmith.data.templates import Encoding, encoder, end_of_turn_ids
 from tunesmith.errors import (
     DataError,
     MissingExtra,
@@ -217,8 +217,9 @@ def tokenized_inputs(
 
     The hold-out rows have no say in how long a question or an answer may be.
     """
-    texts = concatenate_datasets([train_set, validation_set])["input_text"]
-    return Dataset.from_dict({"input_ids": _question_ids(texts, tokenizer)})
+    found = _pairs(concatenate_datasets([train_set, validation_set]), tokenizer)
+    limit = tokenizer.model_max_length
+    return Dataset.from_dict({"input_ids": [pairs.parted(p.input_ids, p.labels)[0][:limit] for p in found]})
 
 
 def input_lengths(tokenized_inputs: Dataset) -> list[int]:
@@ -234,9 +235,10 @@ def max_source_lengths(input_lengths: list[int]) -> int:
 def tokenized_targets(
     train_set: Dataset, validation_set: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset:
-    """Token ids of the answers that are trained and validated on, uncut, the end-of-text token last."""
-    texts = concatenate_datasets([train_set, validation_set])["output_text"]
-    return Dataset.from_dict({"input_ids": pairs.target_ids(list(texts), tokenizer)})
+    """Token ids of the answers that are trained and validated on, as `tokenized_inputs` has the questions."""
+    found = _pairs(concatenate_datasets([train_set, validation_set]), tokenizer)
+    limit = tokenizer.model_max_length
+    return Dataset.from_dict({"input_ids": [pairs.parted(p.input_ids, p.labels)[1][:limit] for p in found]})
 
 
 def target_lengths(tokenized_targets: Dataset) -> list[int]:
@@ -294,42 +296,44 @@ def _tokenized(
     dataset: Dataset, source_length: int, target_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset:
     """Rows as token ids, unpadded (batches are padded when they are made), with a remark on what was cut."""
-    questions = _question_ids(dataset["input_text"], tokenizer)
-    answers = pairs.target_ids(list(dataset["output_text"]), tokenizer)
-    cut = [
-        sum(len(ids) > length for ids in part)
-        for part, length in ((questions, source_length), (answers, target_length))
-    ]
-    if any(cut):
-        questions = _question_ids(dataset["input_text"], tokenizer, source_length)
-        # The last token is the end of the text, also of an answer that was cut.
-        answers = [
-            [*ids[: target_length - 1], *ids[-1:]] if len(ids) > target_length else ids for ids in answers
-        ]
+    limits = pairs.Lengths(source_length, target_length, "")
+    closing = pairs.closing_tokens(tokenizer, encoder(tokenizer))
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    cut = Counter[str]()
+    for pair in _pairs(dataset, tokenizer):
+        kept = ~pairs.cut_off(pair, limits, closing)
+        question, answer = pairs.parted(np.asarray(pair.input_ids)[kept], np.asarray(pair.labels)[kept])
+        whole = pairs.parted(pair.input_ids, pair.labels)
+        cut.update({"questions": len(question) < len(whole[0]), "answers": len(answer) < len(whole[1])})
+        columns["input_ids"].append(question)
+        columns["attention_mask"].append([1] * len(question))
+        columns["labels"].append(answer)
     remark = (
-        f"{cut[0]} of {len(questions)} questions are cut to {source_length} tokens, and {cut[1]} answers to "
-        f"{target_length}"
+        f"of {len(dataset)} rows {cut['questions']} questions are cut to {source_length} tokens, and "
+        f"{cut['answers']} answers to {target_length}"
     )
-    return _described(
-        Dataset.from_dict(
-            {
-                "input_ids": questions,
-                "attention_mask": [[1] * len(ids) for ids in questions],
-                "labels": answers,
-            }
-        ),
-        *([remark] if any(cut) else []),
-    )
+    return _described(Dataset.from_dict(columns), *([remark] if cut.total() else []))
 
 
-def _question_ids(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int | None = None
-) -> list[list[int]]:
-    """Ids that the encoder reads; text that looks like a special token stays text."""
-    found: list[list[int]] = tokenizer(
-        list(texts), truncation=True, max_length=length, split_special_tokens=True
-    ).input_ids
-    return found
+def _pairs(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
+    """Each row as the engine's pair of tokens, uncut; text that looks like a special token stays text."""
+    rows = [
+        Conversation(
+            (Message("user", question), Message("assistant", answer)), Row("question_answer", number)
+        )
+        for number, (question, answer) in enumerate(zip(dataset["input_text"], dataset["output_text"]), 1)
+    ]
+    [(_, found)] = pairs.encode_batches([rows], encoder(tokenizer), loss_on="last_answer")
+    encodings = []
+    for row, encoded in zip(rows, found, strict=True):
+        if isinstance(encoded, Unusable):
+            raise DataError(
+                f"A row cannot be tokenized: {encoded}.",
+                found=row.messages[0].content[:80],
+                fix="Mend the row or leave it out.",
+            )
+        encodings += encoded
+    return encodings
 
 
 # Model and training
@@ -816,9 +820,9 @@ def _check_kind(name: str) -> None:
 def _settled(tokenizer: Any) -> PreTrainedTokenizerBase:
     """The tokenizer with the form of the input noted in it, so that `tunesmith chat` and `tunesmith evaluate`
     ask a saved model as it was trained."""
-    if not tokenizer.chat_template:
-        pairs.settle_template(tokenizer, None)
-    return tokenizer
+    pairs.settle_template(tokenizer, None)
+    settled: PreTrainedTokenizerBase = tokenizer
+    return settled
 
 
 # The command
@@ -828,7 +832,7 @@ def _inputs() -> dict[str, tuple[type, Any]]:
     """Type and default of everything that the nodes take from outside, by name."""
     nodes = {
         name: function
-        for name, function in vars(sys.modules[__name__]).items()
+        for name, function in globals().items()
         if inspect.isfunction(function) and function.__module__ == __name__ and not name.startswith("_")
     }
     made = {name.partition("__")[0] for name in nodes}

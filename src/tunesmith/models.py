@@ -294,6 +294,9 @@ def load_model(
             model = _model_class(of_kind).from_pretrained(location, revision=revision, **options)
     except Exception as error:
         raise _not_loaded("model", base, error) from error
+    starts_with_pad = hasattr(model, "_shift_right")  # T5 and its kin, whose configurations may leave it open
+    if starts_with_pad and getattr(model.config, "decoder_start_token_id", None) is None:
+        model.config.decoder_start_token_id = model.config.pad_token_id
     if not Path(base).expanduser().is_dir() and base != "tiny" and not is_adapter:
         # A Hub model that came from the cache's folder is still that of the Hub.
         model.name_or_path = model.config.name_or_path = base

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from tunesmith import api, dataflow, models
 from tunesmith.compose import compose, overlaid
 from tunesmith.data import pairs
 from tunesmith.errors import DataError, Interrupted, ModelError, RecipeError
+from tunesmith.generation import generate, stream
 from tunesmith.methods import seq2seq
+from tunesmith.recipe import QLoRA
 from tunesmith.training.run import Run, open_run
 
 FAMILIES = ("t5", "mt5", "bart")
@@ -149,7 +152,9 @@ def test_a_batch_is_padded_to_its_longest_and_shifted_by_the_model(quick, folder
     assert total.item() == pytest.approx(alone.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}], ids=str
+)
 @pytest.mark.parametrize("adapter", ["full", "lora"])
 def test_an_interrupted_run_continues_to_the_bit(quick, options, adapter):
     changes = {
@@ -185,7 +190,7 @@ def test_accumulated_batches_have_the_loss_of_one(quick):
         run = api.train(quick("bart", name=name, training={"max_steps": 1, **training}, **changes)).run
         return next(event for event in Run(run).events() if event["kind"] == "step")
 
-    one = first_step(per_device_train_batch_size=16)
+    one = first_step(per_device_train_batch_size=16, gradient_accumulation_steps=1)
     many = first_step(per_device_train_batch_size=4, gradient_accumulation_steps=4)
     assert many["loss"] == pytest.approx(one["loss"], rel=1e-6)
     assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
@@ -235,11 +240,23 @@ def test_the_run_folder_and_the_faces(quick, tmp_path, monkeypatch):
     assert text.strip().startswith("question: what is")
     assert seen[0].pieces[-1] == ("</s>", "trained")
     report = api.validate(recipe.data.dataset, model=recipe.model.base)
-    assert report.failed == 0
+    assert report.has_errors is False
     [check] = [c for c in report.proof["checks"] if c["name"] == "end_of_turn"]
     assert check["rows"] == 40
     short = api.validate(recipe.data.dataset, model=recipe.model.base, settings={"data": {"max_length": 9}})
     assert any("inputs and answers have up to 9 each" in str(f) for f in short.findings)
+
+
+def test_the_page_s_code_asks_a_finished_model(quick):
+    """docs/seq2seq.md: plain transformers, fed by the saved template, give the answer that `chat` gives."""
+    run = Run(api.train(quick(method={"source_prefix": "question: "}, evaluation={"skip": True})).run)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "seq2seq.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = code.replace("RUN/", f"{run.path}/").replace('"..."', '"what is the count of 3"')
+    said: list[str] = []
+    exec(code.replace("max_new_tokens=64", "max_new_tokens=6"), {"print": said.append})
+    asked = [{"role": "user", "content": "what is the count of 3"}]
+    assert said == ["".join(api.chat(run.path, asked, max_new_tokens=6))]
 
 
 def test_what_inspect_shows_as_cut_is_what_training_cuts(quick):
@@ -281,10 +298,113 @@ def test_the_merged_adapter_answers_as_the_adapter(quick):
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_of_a_padded_batch_are_those_given_alone(folders, family):
+    model, tokenizer = models.load_model(str(folders[family])), models.load_tokenizer(str(folders[family]))
+    asked = [tokenizer(text).input_ids for text in ("one", "what is the color of two", "red blue green red")]
+    settings = {"max_new_tokens": 8, "stop_ids": [tokenizer.eos_token_id]}
+    together = generate(model, tokenizer, asked, **settings)
+    for prompt, answer in zip(asked, together, strict=True):
+        [alone] = generate(model, tokenizer, [prompt], **settings)
+        assert answer == alone
+        assert "".join(stream(model, tokenizer, prompt, **settings)) == answer.text
+        with torch.inference_mode():  # transformers itself, greedily, from its own start token
+            theirs = model.generate(
+                torch.tensor([prompt]), max_new_tokens=8, do_sample=False, num_beams=1,
+                decoder_start_token_id=model.config.decoder_start_token_id,
+            )  # fmt: skip
+        written = theirs[0, 1:].tolist()
+        stop = written.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in written else len(written)
+        assert list(answer.ids) == written[:stop]
+    assert len({answer.ids for answer in together}) > 1, "the encoder's input matters"
+    sampled = [
+        generate(model, tokenizer, asked, temperature=1.0, seed=seed, **settings) for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_a_model_with_positions_gets_no_more_than_it_has(folders):
+    model, tokenizer = models.load_model(str(folders["bart"])), models.load_tokenizer(str(folders["bart"]))
+    settings = {"max_new_tokens": 500, "stop_ids": []}
+    long, fits = generate(model, tokenizer, [[5] * 129, [5] * 128], **settings)
+    assert (long.ids, long.finish_reason) == ((), "length")
+    assert len(fits.ids) == 127, "128 positions, one of them the start token's"
+    t5 = models.load_model(str(folders["t5"]))
+    [free] = generate(
+        t5, models.load_tokenizer(str(folders["t5"])), [[5] * 600], max_new_tokens=3, stop_ids=[]
+    )
+    assert len(free.ids) == 3
+
+
+def test_a_first_token_that_a_model_has_to_write_is_written(folders):
+    """mBART begins an answer with the language's token, whatever it finds likely."""
+    model, tokenizer = models.load_model(str(folders["bart"])), models.load_tokenizer(str(folders["bart"]))
+    model.config.forced_bos_token_id = 17
+    settings = {"max_new_tokens": 3, "stop_ids": []}
+    [answer] = generate(model, tokenizer, [[0, 5, 2]], **settings)
+    assert answer.ids[0] == 17
+    assert "".join(stream(model, tokenizer, [0, 5, 2], **settings)) == answer.text
+
+
+def test_a_t5_whose_configuration_names_no_start_begins_with_padding(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    tokenizer = encoder_decoders.t5_tokenizer()
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path)
+    model = models.load_model(str(tmp_path))
+    assert models.first_tokens(model)["decoder_start_token_id"] == 0
+    assert torch.isfinite(model(input_ids=torch.tensor([[5, 1]]), labels=torch.tensor([[6, 1]])).loss)
+
+
+def test_qlora_asks_for_four_bits_and_trains_the_adapter_only(folders, monkeypatch):
+    """What can be shown without CUDA: the base is loaded quantized, and only LoRA's matrices are trained."""
+    import transformers
+
+    asked = {}
+    real = transformers.AutoModelForSeq2SeqLM.from_pretrained
+
+    def loading(location, *, quantization_config, device_map, **options):
+        asked.update(quantization=quantization_config, device_map=device_map)
+        return real(location, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForSeq2SeqLM, "from_pretrained", loading)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    adapter = QLoRA(rank=2, targets="query-value")
+    model = models.attach(models.load_model(str(folders["t5"]), quantize=adapter), adapter)
+    assert asked["device_map"] == {"": 0}
+    assert asked["quantization"].load_in_4bit
+    assert asked["quantization"].bnb_4bit_quant_type == "nf4"
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    assert model.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
+
+
+def test_models_of_both_kinds_are_compared_on_the_same_questions(
+    quick, tiny_model_folder, question_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    run = api.train(quick(data={"held_out": 0.3}, evaluation={"skip": True})).run
+    result = api.compare(tiny_model_folder, run, metrics=["rougeL", "exact_match"])
+    assert result.primary.n > 5
+    rows = [json.loads(line) for line in (result.saved / "rows.jsonl").read_text().splitlines()]
+    asked = {side: [r["prompt_text"] for r in rows if r["model"] == side] for side in ("base", "tuned")}
+    assert asked["base"] == asked["tuned"]
+    assert not any(row["status"].startswith("error") for row in rows)
+
+
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
     """Folders of encoder-only models: nothing but a configuration is needed to refuse them."""
-    from transformers import BertConfig, DistilBertConfig, ModernBertConfig, RobertaConfig, XLMRobertaConfig
+    from transformers import (
+        BertConfig,
+        DistilBertConfig,
+        ModernBertConfig,
+        RobertaConfig,
+        T5Config,
+        XLMRobertaConfig,
+    )
 
     found = {}
     for config in (BertConfig, RobertaConfig, XLMRobertaConfig, DistilBertConfig, ModernBertConfig):
@@ -292,11 +412,15 @@ def encoders(tmp_path_factory):
         made = config()
         made.architectures = ["MaskedLM"]
         made.save_pretrained(found[config.model_type])
+    half = T5Config(is_encoder_decoder=False)
+    half.architectures = ["T5EncoderModel"]
+    found["t5"] = tmp_path_factory.mktemp("t5-encoder")
+    half.save_pretrained(found["t5"])
     return found
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "sft"])
-@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "distilbert", "modernbert"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "distilbert", "modernbert", "t5"])
 def test_encoders_are_refused_with_the_reason(quick, encoders, family, kind, tmp_path):
     recipe = quick(model={"base": str(encoders[family])}, method={"kind": kind})
     for verb in (api.plan, api.train):

@@ -379,7 +379,8 @@ def _encode_into(
                 if isinstance(pairs, Unusable):
                     entries[place] = entry._replace(fate="dropped", reason=str(pairs))
                     continue
-                counts["unknown"] += any(tokenizer.unk_token_id in pair.input_ids for pair in pairs)
+                unknown = tokenizer.unk_token_id
+                counts["unknown"] += unknown is not None and any(unknown in p.input_ids for p in pairs)
                 entry = entries[place] = entry._replace(tokens=sum(len(pair.input_ids) for pair in pairs))
                 if entry.fate == "held_out":
                     held_out.write(as_json(example) + "\n")
@@ -537,7 +538,7 @@ class PairProof(supervision.Proof):
     def _reason(self, name: str) -> str:
         return {
             "trained_tokens": "no token is trained",
-            "whole_answers": "",
+            "whole_answers": "a whole answer is cut away",  # asked for by `finish`, and never so
             "end_of_turn": "an answer has no label on its end-of-text token",
             "padding": "an answer has the padding token in it, which is left out of the loss",
             "read_tokens": "the input is empty: the encoder would read nothing",

@@ -155,7 +155,8 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path):
     found = qa.raw_dataset(str(write(tmp_path / "q.json", rows)), **KEYS)
     description = found["train_set"].info.description
     assert "25 rows" in description
-    assert description.count("1 rows dropped: ") == 2
+    assert "1 dropped: empty question (row 26)" in description
+    assert "1 dropped: no value for gpt4_replies_target (row 27)" in description
 
 
 @pytest.mark.parametrize(
@@ -347,6 +348,25 @@ def test_presaved_measures_the_same_model_and_writes_nothing(trained, backwards,
     with torch.no_grad():
         one, other = trained.found["finetuned_model"](**batch), found["finetuned_model"](**batch)
     assert torch.equal(one.logits, other.logits)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_presaved_says_where_it_measures_on_trained_questions(known, trained, tmp_path):
+    adapter = shutil.copytree(trained.adapter, tmp_path / "adapter")
+    if not known:
+        (adapter / qa.TRAINED).unlink()
+
+    def remarks(**changes) -> list[str]:
+        inputs = {**trained.inputs, **changes}
+        return flow("presaved").execute(
+            ["remarks"], inputs=inputs, overrides={"peft_model_id": str(adapter)}
+        )["remarks"]
+
+    assert any("not known what the adapter was trained on" in said for said in remarks()) is not known
+    assert not any("were trained" in said for said in remarks())
+    assert (
+        any("of the validation questions were trained" in said for said in remarks(random_state=1)) is known
+    )
 
 
 def test_presaved_finds_the_folder_of_the_model(trained, tmp_path, monkeypatch):
@@ -565,6 +585,19 @@ def test_8_bit_needs_a_gpu_and_goes_through_bitsandbytes(t5_folder, monkeypatch)
     qa._eight_bit(str(t5_folder), torch.device("cuda"))
     assert asked.pop("quantization_config").load_in_8bit
     assert asked == {"device_map": {"": 0}, "trust_remote_code": False, "use_safetensors": True}
+
+
+def test_padding_is_never_trained(t5_folder):
+    with pytest.raises(RecipeError, match="would train the padding"):
+        flow().execute(["data_collator"], inputs={"model_id": str(t5_folder), "label_pad_token_id": 0})
+
+
+def test_named_splits_are_remarked(tmp_path):
+    (tmp_path / "set").mkdir()
+    for name, rows in (("train", questions(30)), ("test", questions(33)[30:])):
+        write(tmp_path / "set" / f"{name}.json", rows)
+    found = qa.raw_dataset(str(tmp_path / "set"), **KEYS)
+    assert "draws its own splits all the same" in found["train_set"].info.description
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_change(t5_folder, tmp_path):

@@ -13,6 +13,7 @@ Nothing that is trained depends on the hold-out rows.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import inspect
 import json
 import logging
@@ -44,7 +45,7 @@ from tunesmith.data import pairs
 from tunesmith.data.examples import Conversation, Message, Prompt, Row, Unusable, question_hash
 from tunesmith.data.formats import convert, detect
 from tunesmith.data.sources import read
-from tunesmith.data.templates import Encoding, encoder, end_of_turn_ids
+from tunesmith.data.templates import IGNORED, Encoding, encoder, end_of_turn_ids
 from tunesmith.errors import (
     DataError,
     MissingExtra,
@@ -55,6 +56,7 @@ from tunesmith.errors import (
     nearest,
 )
 from tunesmith.evaluation.metrics import METRICS, Metric
+from tunesmith.methods.seq2seq import token_mean
 
 log = logging.getLogger(__name__)
 
@@ -128,17 +130,21 @@ def raw_dataset(
     source = read(data_path)
     detection = detect(source, input_text_key=input_text_key, output_text_key=output_text_key)
     rows: list[Conversation] = []
-    dropped: Counter[str] = Counter()
-    for _, example in convert(source, detection):
+    dropped: dict[str, list[int]] = {}
+    for record, example in convert(source, detection):
         if isinstance(example, Unusable):
-            dropped[str(example)] += 1
+            dropped.setdefault(str(example), []).append(record.row.number)
         else:
             assert isinstance(example, Conversation)
             rows.append(example)
+    losses = [
+        f"{len(numbers)} dropped: {reason} (row {', '.join(map(str, numbers[:5]))}{', ...' * (len(numbers) > 5)})"
+        for reason, numbers in dropped.items()
+    ]
     if len(rows) < 3:
         raise DataError(
             f"{source.name} has {len(rows)} usable rows, and each of the three splits needs one.",
-            found="; ".join(f"{count} dropped: {reason}" for reason, count in dropped.items()) or None,
+            found="; ".join(losses) or None,
             fix="Give at least 3 rows with a question and an answer; 21 give the splits their usual shares.",
         )
     trained = int(train_size * len(rows))
@@ -156,7 +162,9 @@ def raw_dataset(
         f"{len(rows)} rows: {len(places['train_set'])} trained, {len(places['validation_set'])} for validation, "
         f"{len(places['hold_out_set'])} held out"
     )
-    remarks = [counted, *(f"{count} rows dropped: {reason}" for reason, count in dropped.items())]
+    remarks = [counted, *losses, *source.notes]
+    if any(role for _, role in source.facts.places):
+        remarks.append("the flow draws its own splits all the same")
     if tuple(len(places[name]) for name in ("train_set", "validation_set", "hold_out_set")) != shares:
         remarks.append(
             f"the shares alone would give {'/'.join(map(str, shares))}: each split gets a row at least, and rows "
@@ -424,6 +432,12 @@ def data_collator(
 def _collator(
     tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module, label_pad_token_id: int, multiple: int
 ) -> DataCollatorForSeq2Seq:
+    if label_pad_token_id != IGNORED:
+        raise RecipeError(
+            "label_pad_token_id is the number that the loss leaves out; any other would train the padding.",
+            found=str(label_pad_token_id),
+            fix=f"Leave it out, or give {IGNORED}.",
+        )
     return DataCollatorForSeq2Seq(
         tokenizer, model=model, label_pad_token_id=label_pad_token_id, pad_to_multiple_of=multiple
     )
@@ -490,6 +504,7 @@ def trainer(
             train_dataset=tokenized_train,
             eval_dataset=tokenized_validation,
             callbacks=[FiniteLoss()],
+            compute_loss_func=token_mean,
         )
     )
 
@@ -511,7 +526,11 @@ def _quiet(trainer: Seq2SeqTrainer) -> Seq2SeqTrainer:
     finetuned_model=torch.nn.Module,
 )
 def fitted_and_evaluated_trainer(trainer: Seq2SeqTrainer, device: torch.device) -> dict[str, Any]:
-    """The trainer when it is done, what it measured in training and on validation, and the model."""
+    """The trainer when it is done, what it measured in training and on validation, and the model.
+
+    `train_batch_size` is smaller than what was asked for where memory did not suffice. Raises TrainingDiverged
+    before an update that is not a number, and OutOfResources.
+    """
     try:
         fitted = trainer.train()
     except RuntimeError as error:
@@ -527,7 +546,10 @@ def fitted_and_evaluated_trainer(trainer: Seq2SeqTrainer, device: torch.device) 
     model.config.use_cache = True
     return {
         "fit_trainer": trainer,
-        "fit_trainer_training_metrics": {k: v for k, v in fitted.metrics.items() if k != "total_flos"},
+        "fit_trainer_training_metrics": {
+            **{name: value for name, value in fitted.metrics.items() if name != "total_flos"},
+            "train_batch_size": trainer.state.train_batch_size,
+        },
         "fit_trainer_eval_metrics": measured,
         "finetuned_model": model,
     }
@@ -535,11 +557,12 @@ def fitted_and_evaluated_trainer(trainer: Seq2SeqTrainer, device: torch.device) 
 
 @_when("base")
 def save_best_models(
-    tokenizer: PreTrainedTokenizerBase, peft_model_id: str, fit_trainer: Seq2SeqTrainer
+    tokenizer: PreTrainedTokenizerBase, peft_model_id: str, fit_trainer: Seq2SeqTrainer, train_set: Dataset
 ) -> dict[str, str]:
     """The trained adapter and its tokenizer, written to the folder `peft_model_id`.
 
-    The weights of the base stay where they are. An adapter that was there before is replaced.
+    The hashes of the trained questions lie beside them. The weights of the base stay where they are. An adapter
+    that was there before is replaced.
     """
     folder = Path(peft_model_id)
     folder.mkdir(parents=True, exist_ok=True)
@@ -549,6 +572,7 @@ def save_best_models(
         fit_trainer.model.save_pretrained(staging)
         (Path(staging) / "README.md").unlink(missing_ok=True)  # PEFT's empty form
         tokenizer.save_pretrained(staging)
+        (Path(staging) / TRAINED).write_text(json.dumps(sorted(_hashes(train_set))), encoding="utf-8")
         # The weights come last but one and the configuration last, so that a folder with both is whole.
         files = sorted(
             Path(staging).iterdir(), key=lambda file: (file.name in ADAPTER, file.name in ADAPTER[:1])
@@ -565,6 +589,15 @@ def save_best_models__presaved(peft_model_id: str, peft_config: PeftConfig) -> d
 
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+TRAINED = "trained_questions.json"
+"""Hashes of the questions that an adapter was trained on, beside it."""
+
+
+def _hashes(dataset: Dataset) -> set[str]:
+    texts = dataset["input_text"]
+    return {
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest() for text in texts
+    }
 
 
 def peft_config(peft_model_id: str) -> PeftConfig:
@@ -621,6 +654,7 @@ def fit_trainer_eval_metrics__presaved(
             ),
             data_collator=_collator(tokenizer, finetuned_model, label_pad_token_id, pad_to_multiple_of),
             eval_dataset=tokenized_validation,
+            compute_loss_func=token_mean,
         )
         measured: dict[str, Any] = _quiet(measuring).evaluate()
     return {k: v for k, v in measured.items() if k not in ("epoch", "eval_model_preparation_time")}
@@ -716,31 +750,63 @@ def hold_out_set_metrics(hold_out_set_rows: list[dict[str, Any]]) -> dict[str, f
     return _means([{name: row[name] for name in ROUGE} for row in hold_out_set_rows])
 
 
+@_when("base")
 def remarks(
     train_set: Dataset,
     tokenized_train: Dataset,
     tokenized_validation: Dataset,
     tokenized_hold_out: Dataset,
-    validation_references: list[str],
-    hold_out_set_references: list[str],
+    validation_set: Dataset,
+    hold_out_set: Dataset,
     metric: dict[str, Metric],
-    device: torch.device,
 ) -> list[str]:
-    """What was decided on the way: rows dropped, splits, texts cut, and where ROUGE means nothing."""
-    found = [train_set.info.description]
-    for name, dataset in (
-        ("trained", tokenized_train),
-        ("validation", tokenized_validation),
-        ("hold-out", tokenized_hold_out),
-    ):
-        if dataset.info.description:
-            found.append(f"{name}: {dataset.info.description}")
-    references = [*validation_references, *hold_out_set_references]
+    """What was decided on the way: splits, rows dropped, texts cut, and where ROUGE means nothing."""
+    tokenized = {
+        "trained": tokenized_train,
+        "validation": tokenized_validation,
+        "hold-out": tokenized_hold_out,
+    }
+    said = [f"{name}: {part.info.description}" for name, part in tokenized.items() if part.info.description]
+    found = [train_set.info.description, *said]
+    references = [*validation_set["output_text"], *hold_out_set["output_text"]]
     if not _latin(references, metric):
         found.append(
             "ROUGE knows the letters a to z and digits only: of these answers it measures next to nothing"
         )
-    return [*found, f"answers are made greedily on {device}"]
+    return found
+
+
+@_when("presaved")
+def remarks__presaved(
+    train_set: Dataset,
+    tokenized_validation: Dataset,
+    tokenized_hold_out: Dataset,
+    validation_set: Dataset,
+    hold_out_set: Dataset,
+    metric: dict[str, Metric],
+    peft_model_id: str,
+) -> list[str]:
+    """What `remarks` says, and how many of the measured questions the adapter was trained on."""
+    nothing = _described(Dataset.from_dict({}))
+    found = remarks(
+        train_set, nothing, tokenized_validation, tokenized_hold_out, validation_set, hold_out_set, metric
+    )
+    file = Path(peft_model_id).expanduser() / TRAINED
+    if not file.is_file():
+        return [
+            *found,
+            "it is not known what the adapter was trained on: scores may speak of trained questions",
+        ]
+    trained = set(json.loads(file.read_text(encoding="utf-8")))
+    for name, dataset in (("validation", validation_set), ("hold-out", hold_out_set)):
+        seen = _hashes(dataset) & trained
+        if seen:
+            found.append(
+                f"{len(seen)} of the {name} questions were trained: their scores prove nothing; give the data, "
+                "random_state, train_size and validation_size of the training"
+            )
+            log.warning(found[-1])
+    return found
 
 
 def _answers(

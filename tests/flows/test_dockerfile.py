@@ -205,3 +205,24 @@ def test_its_commands_work_in_a_clean_environment(tmp_path):
         name = package["name"].lower().replace("_", "-")
         if name in pins:
             assert package["version"].split("+")[0] == pins[name], name
+
+
+@pytest.mark.slow
+def test_it_builds():
+    """The image itself, where a Docker daemon and the network are there."""
+    docker = shutil.which("docker")
+    if not docker or subprocess.run([docker, "info"], capture_output=True).returncode:
+        pytest.skip("no Docker daemon answers here")
+    built = subprocess.run(
+        [docker, "build", "--quiet", "-f", FILE, "-t", "tunesmith-question-answer-test", ROOT],
+        capture_output=True,
+        text=True,
+    )
+    if re.search("dial tcp|failed to resolve|no such host|i/o timeout", built.stderr):
+        pytest.skip(f"the base image cannot be reached: {built.stderr.strip().splitlines()[-1]}")
+    assert built.returncode == 0, built.stderr
+    helped = subprocess.run(
+        [docker, "run", "--rm", "tunesmith-question-answer-test"], capture_output=True, text=True
+    )
+    assert helped.returncode == 0, helped.stderr
+    assert "--data-path" in helped.stdout

@@ -350,6 +350,35 @@ def test_presaved_measures_the_same_model_and_writes_nothing(trained, backwards,
     assert torch.equal(one.logits, other.logits)
 
 
+def test_another_base_run_replaces_the_adapter_and_says_so(trained, tmp_path, caplog):
+    adapter = shutil.copytree(trained.adapter, tmp_path / "adapter")
+    (adapter / "notes.txt").write_text("mine")
+    longer = max(int(path.name.partition("-")[2]) for path in adapter.glob("checkpoint-*"))
+    found = flow().execute(
+        ["save_best_models", "fit_trainer"],
+        inputs={**trained.inputs, "num_train_epochs": 1, "random_state": 7},
+        overrides={"peft_model_id": str(adapter)},
+    )
+    assert found["fit_trainer"].state.global_step < longer
+    assert f"The adapter that was in {adapter} is replaced" in caplog.text
+    name = "adapter_model.safetensors"
+    assert (adapter / name).read_bytes() != (trained.adapter / name).read_bytes()
+    best = Path(found["fit_trainer"].state.best_model_checkpoint)
+    assert (adapter / name).read_bytes() == (best / name).read_bytes()
+    assert (adapter / "notes.txt").read_text() == "mine"
+    assert not list(adapter.glob(".saving-*"))
+
+
+def test_an_old_fashioned_driver_runs_it_too(trained, tmp_path):
+    from hamilton import base, driver
+
+    old = driver.Driver({"start": "presaved"}, qa, adapter=base.DefaultAdapter())
+    found = old.execute(
+        ["hold_out_set_predictions"], inputs=trained.inputs, overrides={"peft_model_id": str(trained.adapter)}
+    )
+    assert found["hold_out_set_predictions"] == trained.found["hold_out_set_predictions"]
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_presaved_says_where_it_measures_on_trained_questions(known, trained, tmp_path):
     adapter = shutil.copytree(trained.adapter, tmp_path / "adapter")
@@ -663,6 +692,10 @@ def test_the_command_says_what_is_wrong(trained, capsys, monkeypatch, tmp_path):
     assert qa._main(flags) == 1
     assert "gpt4_replies_target" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "which", lambda name: None)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(qa, "_run", lambda given, inputs: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert qa._main(flags) == 130
+    capsys.readouterr()
     assert qa._main([*flags, "--draw", str(tmp_path / "dag.png")]) == 1
     assert "graphviz" in capsys.readouterr().err
 

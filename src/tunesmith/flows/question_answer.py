@@ -48,6 +48,7 @@ from tunesmith.data.sources import read
 from tunesmith.data.templates import IGNORED, Encoding, encoder, end_of_turn_ids
 from tunesmith.errors import (
     DataError,
+    Interrupted,
     MissingExtra,
     ModelError,
     OutOfResources,
@@ -961,6 +962,9 @@ def _main(arguments: Sequence[str] | None = None) -> int:
     except TunesmithError as error:
         print("\n".join(error.lines()), file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("Stopped; checkpoints of whole epochs are in the adapter's folder.", file=sys.stderr)
+        return Interrupted.exit_code
     print(json.dumps(found, ensure_ascii=False, default=str))
     return 0
 

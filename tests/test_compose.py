@@ -233,3 +233,27 @@ def test_a_recipe_does_not_change():
 
 def test_every_field_says_what_it_is_for():
     assert [fact.path for fact in fields() if len(fact.about) < 10] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("method.source_prefix=summarize: ", "summarize: "),
+        ("method.source_prefix='a: '", "a: "),
+        ("method.source_prefix=null", None),
+        ("data.system_prompt=Rules: be short", "Rules: be short"),
+        ("name=2024", "2024"),
+    ],
+)
+def test_text_is_set_as_it_stands(text, value):
+    path = text.partition("=")[0].split(".")
+    found = assignment(text)
+    for part in path:
+        found = found[part]
+    assert found == value
+
+
+def test_what_is_no_text_is_still_yaml():
+    assert assignment("training.learning_rate=2e-5")["training"]["learning_rate"] in (2e-5, "2e-5")
+    assert assignment("adapter.dora=true") == {"adapter": {"dora": True}}
+    assert assignment("adapter.targets=[q, v]") == {"adapter": {"targets": ["q", "v"]}}

@@ -355,7 +355,14 @@ def assignment(text: str) -> Layer:
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
         raise RecipeError(f"--set {text} is not PATH=VALUE.", fix="Write --set training.learning_rate=2e-5.")
-    return nested(path.strip(), scalar(value) if value.strip() else None)
+    path = path.strip()
+    if not value.strip():
+        return nested(path, None)
+    types = {fact.type for fact in fields() if fact.path == path}
+    is_text = bool(types) and types <= {"text", "text | null"}
+    if is_text and value.strip() not in ("null", "~") and not value.strip().startswith(("'", '"')):
+        return nested(path, value)  # as it stands: to YAML, `summarize: ` would be a mapping
+    return nested(path, scalar(value))
 
 
 def scalar(text: str) -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import itertools
 import json
+import random
 import re
 import runpy
 import shutil
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoder_decoders import save
+from encoder_decoders import save, t5_config, t5_tokenizer
 from question_files import KEYS, flow, questions, write
 
 from tunesmith.errors import DataError, MissingExtra, ModelError, OutOfResources, RecipeError
@@ -517,6 +519,71 @@ def test_references_are_whole_and_answers_in_other_scripts_are_remarked(t5_folde
     assert found["validation_references"] == found["validation_set"]["output_text"][:]
     assert found["hold_out_set_references"] == found["hold_out_set"]["output_text"][:]
     assert any("letters a to z" in remark for remark in found["remarks"])
+
+
+@pytest.mark.slow
+def test_a_tuned_model_answers_questions_it_has_not_seen(tmp_path):
+    """A T5 that writes words down in order (seldom backwards) learns to write them backwards when it is asked."""
+    from transformers import DataCollatorForSeq2Seq, T5ForConditionalGeneration
+
+    words = ["red", "blue", "green", "one", "two", "three", "hello", "yes"]
+    draw = random.Random(0)
+    lists = list(itertools.product(words, repeat=3))
+    draw.shuffle(lists)
+    tokenizer = t5_tokenizer()
+    torch.manual_seed(0)
+    size = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4, "dropout_rate": 0.0}
+    model = T5ForConditionalGeneration(t5_config(len(tokenizer), **size))
+    optimizer, collate = (
+        torch.optim.AdamW(model.parameters(), 2e-3),
+        DataCollatorForSeq2Seq(tokenizer, model=model),
+    )
+    for _ in range(600):
+        rows = []
+        for _ in range(32):
+            asked, back = draw.choice(lists[:300]), draw.random() < 0.25
+            text = f"{'question' if back else 'answer'} {' '.join(asked)}"
+            told = tokenizer(" ".join(asked[::-1] if back else asked)).input_ids
+            rows.append({"input_ids": tokenizer(text).input_ids, "labels": told})
+        model(**collate(rows)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [
+        {"question": f"what is {' '.join(asked)}", "reply": " ".join(asked[::-1])} for asked in lists[:388]
+    ]
+    inputs = {
+        "data_path": str(write(tmp_path / "q.json", rows)), "model_id": str(tmp_path / "base"), "max_new_tokens": 16,
+        "num_train_epochs": 5, "train_size": 0.8, "validation_size": 0.5,
+    }  # fmt: skip
+    folder = {"peft_model_id": str(tmp_path / "adapter")}
+    found = flow().execute(
+        [
+            "save_best_models",
+            "hold_out_set_rows",
+            "hold_out_set_metrics",
+            "finetuned_model",
+            "tokenized_hold_out",
+        ],
+        inputs=inputs,
+        overrides=folder,
+    )
+    references = [row["reference"] for row in found["hold_out_set_rows"]]
+    with found["finetuned_model"].disable_adapter():
+        before = qa._answers(
+            found["tokenized_hold_out"], found["finetuned_model"], tokenizer, torch.device("cpu"), 16
+        )
+    base = sum(b == r for b, r in zip(before, references)) / len(references)
+    tuned = sum(row["prediction"] == row["reference"] for row in found["hold_out_set_rows"]) / len(references)
+    assert len(references) == 39
+    assert base < 0.6
+    assert tuned > 0.9
+    assert found["hold_out_set_metrics"]["rouge2"] > 90
+    again = flow("presaved").execute(["hold_out_set_rows", "remarks"], inputs=inputs, overrides=folder)
+    assert again["hold_out_set_rows"] == found["hold_out_set_rows"]
+    assert not any("were trained" in said for said in again["remarks"])
+    print(f"held-out exact match {base:.1%} before, {tuned:.1%} after, n={len(references)}")
 
 
 # Models that do not fit

@@ -621,6 +621,25 @@ def test_other_families_get_the_adapter_on_their_own_projections(tmp_path):
     assert model.config.use_cache is False
 
 
+@pytest.mark.parametrize("family", ["bart", "mt5"])
+def test_other_families_go_both_ways(family, tmp_path):
+    inputs = {
+        "data_path": str(write(tmp_path / "q.json", questions(24))),
+        "model_id": str(save(family, tmp_path / family)),
+        "num_train_epochs": 1,
+        "max_new_tokens": 200,
+        **KEYS,
+    }
+    folder = {"peft_model_id": str(tmp_path / "adapter")}
+    found, again = (
+        flow(start).execute(list(qa.SUGGESTED_OUTPUTS), inputs=inputs, overrides=folder)
+        for start in ("base", "presaved")
+    )
+    assert found["hold_out_set_predictions"] == again["hold_out_set_predictions"]
+    losses = [part["training_and_validation_set_metrics"]["eval_loss"] for part in (found, again)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_the_seed_draws_the_adapter_s_start(t5_folder):
     def start(seed: int) -> torch.Tensor:
         model = flow().execute(["base_model"], inputs={"model_id": str(t5_folder), "random_state": seed})

@@ -707,6 +707,31 @@ def test_padding_is_never_trained(t5_folder):
         flow().execute(["data_collator"], inputs={"model_id": str(t5_folder), "label_pad_token_id": 0})
 
 
+@pytest.mark.parametrize(
+    ("name", "node"),
+    [
+        ("num_train_epochs", "training_args"),
+        ("per_device_train_batch_size", "training_args"),
+        ("per_device_eval_batch_size", "training_args"),
+        ("gradient_accumulation_steps", "training_args"),
+        ("pad_to_multiple_of", "data_collator"),
+        ("max_new_tokens", "hold_out_set_predictions"),
+    ],
+)
+def test_numbers_that_leave_nothing_to_do(name, node, trained):
+    start = "presaved" if node == "hold_out_set_predictions" else "base"
+    with pytest.raises(RecipeError, match=f"{name} must be at least 1"):
+        flow(start).execute(
+            [node], inputs={**trained.inputs, name: 0}, overrides={"peft_model_id": str(trained.adapter)}
+        )
+
+
+def test_without_a_model_s_name_the_default_is_said(caplog):
+    with pytest.raises(ModelError, match="google/mt5-small"):
+        flow().execute(["tokenizer"])
+    assert "No model is named by model_id: google/mt5-small is taken" in caplog.text
+
+
 def test_named_splits_are_remarked(tmp_path):
     (tmp_path / "set").mkdir()
     for name, rows in (("train", questions(30)), ("test", questions(33)[30:])):
@@ -777,6 +802,8 @@ def test_the_command_says_what_is_wrong(trained, capsys, monkeypatch, tmp_path):
     assert "Did you mean 'hold_out_set_predictions'" in capsys.readouterr().err
     assert qa._main(flags) == 1
     assert "gpt4_replies_target" in capsys.readouterr().err
+    assert qa._main([*flags, "--draw", str(tmp_path / "dag.pngg")]) == 1
+    assert ".png, .svg, .pdf" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with monkeypatch.context() as stopped:
         stopped.setattr(qa, "_run", lambda given, inputs: (_ for _ in ()).throw(KeyboardInterrupt))

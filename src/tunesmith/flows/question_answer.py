@@ -209,6 +209,8 @@ def _described(dataset: Dataset, *remarks: str) -> Dataset:
 def tokenizer(model_id: str | None = None, model_id_tokenizer: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of the base model. Raises ModelError for a model that is no encoder-decoder model."""
     name = _model_name(model_id, model_id_tokenizer)
+    if not (model_id or model_id_tokenizer):
+        log.warning("No model is named by model_id: %s is taken.", name)
     _check_kind(name)
     return _settled(models.load_tokenizer(name))
 
@@ -433,6 +435,7 @@ def data_collator(
 def _collator(
     tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module, label_pad_token_id: int, multiple: int
 ) -> DataCollatorForSeq2Seq:
+    _check_positive(pad_to_multiple_of=multiple)
     if label_pad_token_id != IGNORED:
         raise RecipeError(
             "label_pad_token_id is the number that the loss leaves out; any other would train the padding.",
@@ -462,6 +465,12 @@ def training_args(
     random_state: int = 42,
 ) -> Seq2SeqTrainingArguments:
     """How it is trained. The model of the epoch with the lowest validation loss is kept."""
+    _check_positive(
+        per_device_eval_batch_size=per_device_eval_batch_size,
+        per_device_train_batch_size=per_device_train_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        num_train_epochs=num_train_epochs,
+    )
     return Seq2SeqTrainingArguments(
         output_dir=peft_model_id,
         per_device_eval_batch_size=per_device_eval_batch_size,
@@ -818,6 +827,7 @@ def _answers(
     max_new_tokens: int,
 ) -> list[str]:
     """Greedy answers in batches, in the order of the questions."""
+    _check_positive(max_new_tokens=max_new_tokens)
     made = generation.generate(
         _on(model, device),
         tokenizer,
@@ -860,7 +870,7 @@ def _asked(reference: str) -> Prompt:
     return Prompt((), reference, Row("question_answer", 0))
 
 
-# The base model's name
+# Checks
 
 
 def _model_name(model_id: str | None, model_id_tokenizer: str | None) -> str:
@@ -872,6 +882,16 @@ def _model_name(model_id: str | None, model_id_tokenizer: str | None) -> str:
             fix="Give model_id alone.",
         )
     return model_id or model_id_tokenizer or DEFAULT_MODEL
+
+
+def _check_positive(**values: float) -> None:
+    """Raises RecipeError for the values that leave nothing to do."""
+    wrong = {name: value for name, value in values.items() if value <= 0}
+    if wrong:
+        raise RecipeError(
+            f"{' and '.join(wrong)} must be at least 1.",
+            found=", ".join(str(value) for value in wrong.values()),
+        )
 
 
 def _check_kind(name: str) -> None:
@@ -939,7 +959,10 @@ def _main(arguments: Sequence[str] | None = None) -> int:
     )
     add("--peft-model-id", metavar="FOLDER", help="the adapter's folder; by default hamilton-<model>-peft")
     add(
-        "--draw", metavar="FILE", type=Path, help="draw the flow to a .png or .svg file first; needs graphviz"
+        "--draw",
+        metavar="FILE",
+        type=Path,
+        help="draw the flow to a .png, .svg or .pdf file first; needs graphviz",
     )
     for name, (kind, default) in inputs.items():
         flag = "--" + name.replace("_", "-")
@@ -997,11 +1020,20 @@ def _run(given: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+PICTURES = (".png", ".svg", ".pdf")
+
+
 def _draw(flow: Any, file: Path) -> None:
     """Draw the flow as a picture. Raises MissingExtra where graphviz or its program `dot` is missing."""
     import importlib.util
     import shutil
 
+    if file.suffix not in PICTURES:
+        raise RecipeError(
+            "--draw takes a file name with the picture's kind.",
+            found=str(file),
+            fix=f"End it in {', '.join(PICTURES)}.",
+        )
     if importlib.util.find_spec("graphviz") is None:
         raise MissingExtra("graphviz", "--draw", install="'tunesmith[draw]'")
     if shutil.which("dot") is None:

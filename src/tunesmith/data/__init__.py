@@ -46,6 +46,7 @@ from tunesmith.data.splitting import DROPPED, FATES, HELD_OUT, TRAIN, VALIDATION
 from tunesmith.data.splitting import key as split_key
 from tunesmith.data.templates import (
     IGNORED,
+    UNWRITTEN,
     Encoder,
     Encoding,
     LossOn,
@@ -53,6 +54,7 @@ from tunesmith.data.templates import (
     encoder,
     has_special_text,
     left_out,
+    unwritten,
     views,
 )
 from tunesmith.data.tokens import Differs
@@ -543,6 +545,7 @@ def _encode_into(
                 entry = entries[place]
                 counts["special"] += has_special_text(example, context)
                 counts["left_out"] += left_out(example, context)
+                counts.update(unwritten(example, context))
                 found = [(place, view, next(encodings)) for view in views]
                 reason = next((str(part) for _, _, part in found if isinstance(part, Unusable)), None)
                 if reason:
@@ -722,10 +725,15 @@ def _notes(totals: Mapping[str, int], counts: Mapping[str, int]) -> list[str]:
         notes.append(
             f"{counts['left_out']} rows have reasoning, for which the chat template has no place: it is left out"
         )
+    notes += [
+        f"{counts[kind]} rows have {what}, for which the chat template has no place: it is left out"
+        for kind, what in UNWRITTEN.items()
+        if counts[kind]
+    ]
     if counts["unrolled"]:
         notes.append(
             f"{counts['unrolled']} conversations are trained once for each question, as {counts['views']} "
-            "examples, since the chat template writes earlier answers otherwise than when they were given"
+            "examples, since the chat template writes earlier answers or tool calls otherwise than when they were given"
         )
     if totals["truncated"]:
         notes.append(f"{totals['truncated']} rows are cut at their end to fit max_length")

@@ -616,3 +616,22 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path, tiny_tokenizer, mo
     made(jsonl(tmp_path / "rows.jsonl", questions(30)), tiny_tokenizer)
     assert not old.exists()
     assert fresh.exists()
+
+
+def test_what_the_template_leaves_out_is_counted(tmp_path, tiny_tokenizer):
+    rows = questions(9)
+    encoded = made(jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer, system_prompt="Be brief.")
+    assert not [note for note in encoded.notes if "no place" in note]
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    calls = CALLS.replace("ARGS", "{{ c.function.arguments | tojson }}")
+    spoken = TALK.replace("BODY", "{{ m.content }}" + calls)
+    tokenizer.chat_template = spoken.replace(
+        "<|im_start|>{{", "{% if m.role in ('user', 'assistant') %}<|im_start|>{{"
+    ).replace("<|im_end|>\n", "<|im_end|>\n{% endif %}")
+    encoded = made(jsonl(tmp_path / "a.jsonl", rows), tokenizer, system_prompt="Be brief.")
+    assert "9 rows have a system message, for which the chat template has no place: it is left out" in encoded.notes
+    said = json.loads(json.dumps(CALLING).replace("<|im_end|>", "x"))
+    chats = [{**said, "messages": [{"role": "user", "content": f"one and {n}"}, *said["messages"][1:]]} for n in range(9)]
+    encoded = made(jsonl(tmp_path / "b.jsonl", chats), tokenizer)
+    for what in ("a tool's result", "schemas of tools"):
+        assert f"9 rows have {what}, for which the chat template has no place: it is left out" in encoded.notes

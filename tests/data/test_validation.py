@@ -20,6 +20,7 @@ from tunesmith.data.sources import open_source
 from tunesmith.errors import DataError, TunesmithError
 from tunesmith.recipe import Data
 
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 GOOD = [{"prompt": f"What is {n} and {n}?", "response": f"It is {2 * n}."} for n in range(1, 4)]
 KEY = "sk-" + "a1B2c3D4e5F6g7H8i9J0" * 2
 
@@ -70,6 +71,9 @@ BAD = {
     "roles": (chat(("user", "Hello"), ("user", "Anyone?"), ("assistant", "Yes.")), ".jsonl", 2, "messages", {}),
     "empty_turn": (chat(("system", ""), ("user", "Hello"), ("assistant", "Yes.")), ".jsonl", 2, "messages", {}),
     "number": (pair("What is 3 and 4?", 7), ".jsonl", 2, "response", {}),
+    "swallowed": (
+        ("prompt,response\n" + "".join(f"q {n},{'*' if n in (3, 12) else ''}a {n * 7}{'*' if n == 12 else ''}\n" for n in range(20)))
+        .replace(",*", ',"').replace('"a 84*', 'a 84"').encode(), ".csv", 4, "response", {}),
     "nul": (pair("What\0 now?", "Nothing."), ".jsonl", 2, "prompt", {}),
     "bom": (pair("What now?", "\ufeffNothing."), ".jsonl", 2, "response", {}),
     "mojibake": (pair("What now?", "A cafÃ© perhaps."), ".jsonl", 2, "response", {}),
@@ -173,6 +177,8 @@ def test_what_ships_has_no_errors(name):
         "e-mail me @ noon",
         "skip-level",
         "ΑΒΓ",
+        "Il a parlé… « CAFÉ », ÉTÉ™, der Spaß“ – Maß” und Öl°",
+        "À côté: Ünlü, œuvre, Škoda, łódź, ĐÀ NẴNG, NGƯỜI, São Tomé “É” ‘Á’",
     ],
 )
 def test_ordinary_text_is_left_alone(tmp_path, text):
@@ -274,6 +280,150 @@ def test_the_whole_round_trip_or_nothing_is_repaired(tmp_path):
     fixed = api.validate(str(path), fix=True).fixed
     row = json.loads(Path(fixed["file"]).read_text().splitlines()[1])
     assert row == {"prompt": "Which café – and when?", "response": "The cafÃ© and the 日本 one."}
+
+
+def fixed_lines(path, **options):
+    """The cleaned copy's rows and its ledger's entries."""
+    fixed = api.validate(str(path), fix=True, **options).fixed
+    return [
+        [json.loads(line, parse_constant=pytest.fail) for line in Path(fixed[name]).read_text().splitlines()]
+        if fixed[name]
+        else []
+        for name in ("file", "ledger")
+    ]
+
+
+def weighed(*weights):
+    said = turns(("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", "two"))
+    for turn, weight in zip(said["messages"][1::2], weights, strict=True):
+        turn |= {} if weight is None else {"weight": weight}
+    return said
+
+
+SQL = {"schema": "CREATE TABLE t (a int)", "question": "How many?", "query": "SELECT count(*) FROM t"}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [weighed(1, 0), weighed(0, 1), weighed(None, None)],
+        [{**SQL, "setup": "INSERT INTO t VALUES (1)"}, {**SQL, "setup": "INSERT INTO t VALUES (2)"}],
+        [{**SQL, "database": "a"}, {**SQL, "database": "b"}],
+        [
+            {"messages": [{"role": "user", "content": "a"}, CALL, {"role": "tool", "content": "1", "name": name},
+                          {"role": "assistant", "content": "b"}]}
+            for name in ("f", "g")
+        ],
+    ],
+    ids=["weights", "setup", "database", "tool"],
+)  # fmt: skip
+def test_rows_that_are_trained_or_scored_otherwise_are_no_copies(tmp_path, rows):
+    report = api.validate(str(written(tmp_path, lines(*rows))))
+    assert "duplicate" not in report.counts
+    kept, ledger = fixed_lines(written(tmp_path, lines(*rows, {**rows[0], "id": 7})))
+    assert kept == rows
+    assert [entry["fate"] for entry in ledger] == ["kept"] * len(rows) + ["dropped"], "a copy is one all the same"
+
+
+def test_a_quote_that_is_never_closed_costs_its_own_row_only(tmp_path):
+    said = [f"q{n},a{n}" for n in range(100)]
+    said[3] = 'q3,"a3'
+    said[60] = 'q60,"a60, and more"'
+    path = written(tmp_path, "\n".join(["prompt,response", *said]).encode(), ".csv")
+    kept, ledger = fixed_lines(path)
+    assert [row["prompt"] for row in kept] == [f"q{n}" for n in range(100) if n != 3]
+    assert kept[59]["response"] == "a60, and more"
+    assert len(ledger) == 100
+    assert "line 5" in ledger[3]["what"]
+    with pytest.raises(DataError, match="1 broken row") as error:
+        list(open_source(str(path)).records)
+    assert "the row that begins on line 5" in error.value.found
+    # An answer of several lines that is cut off is no rows: it is one broken row, and its lines are named.
+    path = written(tmp_path, b'prompt,response\nq,a\nr,"a poem\nof lines\nwithout, end\n', ".csv")
+    (tmp_path / "rows.clean.jsonl").unlink()
+    (tmp_path / "rows.clean.jsonl.ledger.jsonl").unlink()
+    kept, ledger = fixed_lines(path)
+    assert [row["prompt"] for row in kept] == ["q"]
+    assert "lines 3 to 5" in ledger[1]["what"]
+
+
+def test_a_quote_closed_many_rows_later_is_said_in_training_too(tmp_path):
+    path = written(tmp_path, BAD["swallowed"][0], ".csv")
+    notes = data.prepare(Data(dataset=str(path), cache=False)).notes
+    assert any("1 rows of a CSV file have a cell whose lines look like rows" in note for note in notes)
+    poem = 'prompt,response\nWrite a poem.,"' + "\n".join("a b, c" if n % 2 else "d" for n in range(9)) + '"\n'
+    assert not api.validate(str(written(tmp_path, poem.encode(), ".csv"))).counts
+
+
+def test_what_json_has_no_form_of_is_said_to_be_written_otherwise(tmp_path):
+    import datetime
+    import decimal
+
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    rows = [
+        {**GOOD[0], "when": datetime.datetime(2020, 1, 2), "much": decimal.Decimal("1.10"), "share": 0.5, "raw": None},
+        {**GOOD[1], "when": None, "much": None, "share": float("nan"), "raw": None},
+        {**GOOD[2], "when": None, "much": None, "share": 1.0, "raw": b"\x00\xff"},
+    ]  # fmt: skip
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(arrow.Table.from_pylist(rows), path)
+    kept, ledger = fixed_lines(path)
+    assert [(row["when"], row["much"], row["share"]) for row in kept] == [
+        ("2020-01-02 00:00:00", "1.10", 0.5),
+        (None, None, None),
+    ]
+    assert [(entry["fate"], entry["what"]) for entry in ledger] == [
+        ("mended", "Decimal written as text, datetime written as text"),
+        ("mended", "nan written as null, for which JSON has no number"),
+        ("dropped", "unusable: column raw has bytes, which JSON cannot hold"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Why does my page show Ã© in place of an accent?",
+        "The bytes of é were read as Latin-1, which gives Ã©.",
+        'My editor shows "cafÃ©" today.',
+        "That is UTF-8: cafÃ©.",
+    ],
+)
+def test_text_about_mojibake_is_left_as_it_is(tmp_path, text):
+    kept, ledger = fixed_lines(written(tmp_path, pair(text, "Yes.")))
+    assert kept[1]["prompt"] == text
+    assert ledger[1]["fate"] == "kept"
+
+
+ABROAD = {
+    "Russian": "привет, мир",
+    "Greek": "καλημέρα σε όλους",
+    "Turkish": "ışık ve güneş",
+    "Polish": "dzień dobry, źdźbło i łąka",
+    "Czech": "příliš žluťoučký kůň",
+    "Chinese": "今天天气很好",
+    "Japanese": "日本語の文です",
+    "Arabic": "مرحبا بالعالم",
+}
+
+
+@pytest.mark.parametrize("language", ABROAD)
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
+def test_mojibake_of_every_script_is_found_and_repaired(tmp_path, language, encoding):
+    text = ABROAD[language]
+    # What a lenient reader makes of bytes: Windows-1252 where it has a character, Latin-1 for its five gaps.
+    wrong = "".join(
+        bytes([byte]).decode(encoding, "replace").replace("\ufffd", chr(byte)) for byte in text.encode()
+    )
+    path = written(tmp_path, pair("What now?", wrong))
+    assert api.validate(str(path)).counts == {"mojibake": 1}
+    kept, ledger = fixed_lines(path)
+    assert kept[1]["response"] == text
+    assert ledger[1]["what"] == "mojibake repaired"
+    whole = tmp_path / "whole.jsonl"
+    whole.write_bytes(pair("What now?", text))
+    assert not api.validate(str(whole)).counts
 
 
 def test_named_splits_are_not_put_into_one_file(tmp_path):

@@ -41,7 +41,7 @@ from tunesmith.data.formats import (
     none_usable,
     unused_columns,
 )
-from tunesmith.data.sources import Source, checked, open_source
+from tunesmith.data.sources import Source, checked, open_source, swallowed
 from tunesmith.data.splitting import DROPPED, FATES, HELD_OUT, TRAIN, VALIDATION, Codes, assign, draw
 from tunesmith.data.splitting import key as split_key
 from tunesmith.data.templates import (
@@ -242,7 +242,7 @@ class _Found:
         self.keys, self.roles, self.parts = array("Q"), array("b"), array("b")
         self.reasons: dict[int, str] = {}
         self.shapes: set[type[Example]] = set()
-        self.numbers = self.groups = 0
+        self.numbers = self.groups = self.swallowed = 0
         self.near = NearDuplicates() if with_texts else None
         self._waiting: list[str] = []
 
@@ -303,6 +303,11 @@ def _prepared(
     notes += [text for shape, text in remarks.items() if shape in found.shapes]
     if found.numbers:
         notes.append(f"{found.numbers} rows have a number where text is expected; it is written out")
+    if found.swallowed:
+        notes.append(
+            f"{found.swallowed} rows of a CSV file have a cell whose lines look like rows: a quote may be opened and "
+            "never closed (`tunesmith validate` names them)"
+        )
     if found.groups:
         notes.append(f"{found.groups} rows belong to groups, which stay whole in one split")
     return Splits(
@@ -325,6 +330,7 @@ def _read(section: DataSource, place: int, found: _Found, data: Data, adapt: Ada
     converted = convert(source, possible, system_prompt=data.system_prompt, group_by=data.group_by)
     for record, example in shown_progress(converted, f"reading {source.name}"):
         found.numbers += has_numbers(record.values, possible)
+        found.swallowed += swallowed(record) is not None
         try:
             if isinstance(example, Unusable):
                 raise example

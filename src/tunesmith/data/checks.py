@@ -6,6 +6,7 @@ training uses, so a row with an error is one that training would drop.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import re
@@ -24,7 +25,7 @@ from tunesmith.data.examples import (
     texts,
 )
 from tunesmith.data.formats import FORMATS, Detection, Format, column_of, converted, has_numbers, keyed
-from tunesmith.data.sources import UTF8, Broken, Record
+from tunesmith.data.sources import UTF8, Broken, Record, swallowed
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
@@ -87,6 +88,9 @@ CHECKS: dict[str, Check] = {
         Check("empty_turn", "warning", "a turn other than an answer without text", "Write it, or remove the turn."),
         Check("number", "warning", "a number or truth value where text is expected; training writes it out",
               "Write it as text, in the way it should be learnt."),
+        Check("swallowed", "warning", "a cell of a CSV file whose lines have as many separators as the header: a quote "
+              "may be opened in the row and never closed, so that the rows behind it are in the cell",
+              "Close the quote, or double it where it is text."),
         Check("nul", "warning", "a NUL character", "Remove it.", "it is removed"),
         Check("bom", "warning", "a byte order mark (U+FEFF) inside text", "Remove it.", "it is removed"),
         Check("mojibake", "warning", "text that was read in the wrong encoding (Ã©, â€™) or lost (U+FFFD)",
@@ -164,10 +168,40 @@ SECRETS_BY_SIGN = tuple(
 """The same by a character that their beginning has and that few texts have."""
 
 EMAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b")
+_BEHIND = "[\x80-\xbfŒœŠšŸŽžƒˆ˜–—‘’‚“”„†‡•…‰‹›€™]"
+"""Bytes of UTF-8 behind the first of a character, as Latin-1 or Windows-1252 have them."""
+_CHARACTER = f"(?:[\xc2-\xdf]{_BEHIND}|[\xe0-\xef]{_BEHIND}{{2}}|[\xf0-\xf4]{_BEHIND}{{3}})"
 MOJIBAKE = re.compile(
-    "[ÃÂ][\x80-\xbfŒœŠšŸŽžƒˆ˜–—‘’‚“”„†‡•…‰‹›€™]|â[€\x80][\x80-\xbfŒœŠšŸŽžƒˆ˜–—‘’‚“”„†‡•…‰‹›€™]|ðŸ|ð\x9f|ï»¿|\ufffd"
+    f"{_CHARACTER}{{2,}}|(?<=[a-z])[\xc2-\xde]{_BEHIND}|[ÃÂ]{_BEHIND}|â[€\x80]{_BEHIND}|ðŸ|ð\x9f|ï»¿|\ufffd"
 )
-"""What UTF-8 looks like once read as Latin-1 or Windows-1252, and the character that stands for a lost one."""
+"""What UTF-8 looks like once read as Latin-1 or Windows-1252, and the character that stands for a lost one.
+
+Characters of Western Europe and signs are known alone; those of other scripts by several of them side by side,
+or by a capital with a sign behind a small letter, which no language writes.
+"""
+
+
+def _as_byte(error: UnicodeError) -> tuple[bytes, int]:
+    """A control character as the byte that it stands for: Windows-1252 has no character for five bytes."""
+    assert isinstance(error, UnicodeEncodeError)
+    if "\x80" <= error.object[error.start] <= "\x9f":
+        return bytes([ord(error.object[error.start])]), error.start + 1
+    raise error
+
+
+codecs.register_error("tunesmith.as_byte", _as_byte)
+
+
+def read_again(text: str) -> str | None:
+    """The text that was UTF-8 before it was read as Windows-1252 or Latin-1; None where not all of it was."""
+    for encoding, errors in (("cp1252", "tunesmith.as_byte"), ("latin-1", "strict")):
+        try:
+            return text.encode(encoding, errors).decode("utf-8")
+        except ValueError:
+            continue
+    return None
+
+
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -236,7 +270,7 @@ def check_row(
         format = detection.format_of(values)
         if isinstance(example, Unusable):
             return None, format, [_refused(str(example), values, format)]
-        found = list(_looked_at(example, values, format, detection, settings))
+        found = list(_looked_at(example, record, format, detection, settings))
     except RecursionError:
         return None, None, [Found("unusable", None, "nested too deeply")]
     is_usable = not any(item.kind == "surrogate" for item in found)
@@ -254,13 +288,14 @@ def _refused(reason: str, values: Mapping[str, Any], format: Format | None) -> F
 
 def _looked_at(
     example: Example,
-    values: Mapping[str, Any],
+    record: Record,
     format: Format | None,
     detection: Detection,
     settings: Settings,
 ) -> Iterator[Found]:
     """What is wrong with a row that becomes an example. Columns are looked up for those that have something."""
     assert format is not None
+    values = record.values
     everything = "\n".join(texts(example))
     parts = _parts(example)
     for turns in parts:
@@ -280,6 +315,10 @@ def _looked_at(
             n for n in format.used(list(values)) if isinstance(values[n], int | float) and n != "label"
         )
         yield Found("number", name, f"{type(values[name]).__name__} where text is expected")
+    column = swallowed(record)
+    if column:
+        said = f"{values[column].count(chr(10)) + 1} lines in one cell, each with as many separators as the header"
+        yield Found("swallowed", column, said)
     for kind in suspicions(everything, settings):
         yield from _located(kind, values, format.used(list(values)), settings)
     if settings.estimates and len(everything) > settings.max_length * CHARACTERS_PER_TOKEN:

@@ -117,10 +117,13 @@ def preference(values: Values, row: Row) -> Preference:
     asked = _first(values, "prompt", "question", "instruction", "conversations", "messages")
     prompt: tuple[Message, ...]
     if asked is not None:
-        prompt = (*_system(values), *_turns(asked, "user"))
+        turns = _turns(asked, "user")
+        prompt = (*_system(values), *turns)
         # Some sets repeat the prompt's turns in both answers.
-        if chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        for said in (prompt, turns):
+            if chosen[: len(said)] == said == rejected[: len(said)]:
+                chosen, rejected = chosen[len(said) :], rejected[len(said) :]
+                break
     else:
         shared = 0
         while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
@@ -128,6 +131,8 @@ def preference(values: Values, row: Row) -> Preference:
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt:
         raise Unusable("no prompt: the answers have no common beginning")
+    if asked is None:
+        prompt = (*_system(values), *prompt)
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if not turns or not turns[-1].content.strip():
             raise Unusable(f"empty {name} answer")
@@ -231,7 +236,11 @@ def prompt_completion(values: Values, row: Row) -> Conversation:
     {"prompt": "Write a function to sort a list", "completion": "def sort_list(items):\\n    return sorted(items)"}
     """
     if isinstance(values["prompt"], list):
-        turns = (*_turns(values["prompt"], "user"), *_turns(values["completion"], "assistant"))
+        turns = (
+            *_system(values),
+            *_turns(values["prompt"], "user"),
+            *_turns(values["completion"], "assistant"),
+        )
         return _conversation(turns, row, _extra(values, "prompt", "completion"))
     return _question_answer(values["prompt"], values["completion"], values, row)
 

@@ -34,7 +34,7 @@ from tunesmith.data.checks import (
     masked,
 )
 from tunesmith.data.duplicates import NearDuplicates, sketches
-from tunesmith.data.examples import Example, Rating, Row, Text, Unusable, content_hash, texts
+from tunesmith.data.examples import Example, Rating, Row, Text, Unusable, row_hash, texts
 from tunesmith.data.formats import FORMATS, Detection, absent, converted, detect, unused_columns
 from tunesmith.data.pieces import Lines, Piece, rows, worked
 from tunesmith.data.sources import Broken, Facts, Source, open_source
@@ -130,7 +130,7 @@ def check_piece(settings: Settings, piece: Piece) -> Checked:
             continue
         text = "\n".join(texts(example))
         checked.usable.append(place)
-        checked.hashes.append(int(content_hash(example)[:16], 16))
+        checked.hashes.append(int(row_hash(example)[:16], 16))
         checked.lengths.append(len(text))
         joined.append(text)
         if isinstance(example, Rating):

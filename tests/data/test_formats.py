@@ -243,8 +243,8 @@ def test_a_rating_without_an_answer_is_unusable(row):
     ],
 )
 def test_the_system_column_is_used_by_every_format_that_says_so(row):
-    [example] = examples([{**row, "system": "Be brief."}])
-    turns = example.messages if isinstance(example, Conversation) else example.prompt
-    assert [(turn.role, turn.content) for turn in turns[:2]] == [("system", "Be brief."), ("user", "q")]
-    if isinstance(example, Preference):
-        assert [turn.content for turn in (*example.chosen, *example.rejected)] == ["a", "b"]
+    found = example({**row, "system": "Be brief."})
+    said = found.messages if isinstance(found, Conversation) else found.prompt
+    assert [(turn.role, turn.content) for turn in said[:2]] == [("system", "Be brief."), ("user", "q")]
+    if isinstance(found, Preference):
+        assert [turn.content for turn in (*found.chosen, *found.rejected)] == ["a", "b"]

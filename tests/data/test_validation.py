@@ -286,7 +286,7 @@ def fixed_lines(path, **options):
     """The cleaned copy's rows and its ledger's entries."""
     fixed = api.validate(str(path), fix=True, **options).fixed
     return [
-        [json.loads(line, parse_constant=pytest.fail) for line in Path(fixed[name]).read_text().splitlines()]
+        [json.loads(line, parse_constant=pytest.fail) for line in Path(fixed[name]).read_text().split("\n") if line]
         if fixed[name]
         else []
         for name in ("file", "ledger")

@@ -181,6 +181,10 @@ or by a capital with a sign behind a small letter, which no language writes.
 """
 
 
+_SUSPECT = re.compile(f"[\xc2-\xf4]{_BEHIND}")
+"""Stands in all of these but the lost character, and is looked for in a tenth of the time."""
+
+
 def _as_byte(error: UnicodeError) -> tuple[bytes, int]:
     """A control character as the byte that it stands for: Windows-1252 has no character for five bytes."""
     assert isinstance(error, UnicodeEncodeError)
@@ -370,7 +374,7 @@ def suspicions(text: str, settings: Settings) -> Iterator[str]:
     if not text.isascii():
         if "\ufeff" in text:
             yield "bom"
-        if MOJIBAKE.search(text):
+        if ("\ufffd" in text or _SUSPECT.search(text)) and MOJIBAKE.search(text):
             yield "mojibake"
         try:
             text.encode()

@@ -234,7 +234,7 @@ def _is_damage(text: str) -> bool:
         word = text[begin : min(ends, default=len(text))].strip(".,;:!?()[]")
         is_quoted = len(word) > 1 and word[0] in "'\"`" and word[-1] in "'\"`"
         meant = read_again(found[0]) or found[0]
-        if not is_quoted and (word != found[0] or not meant.isalpha()):
+        if not is_quoted and (word != found[0] or len(meant) > 1 or not meant.isalpha()):
             return True
     return False
 

@@ -74,6 +74,10 @@ BAD = {
     "swallowed": (
         ("prompt,response\n" + "".join(f"q {n},{'*' if n in (3, 12) else ''}a {n * 7}{'*' if n == 12 else ''}\n" for n in range(20)))
         .replace(",*", ',"').replace('"a 84*', 'a 84"').encode(), ".csv", 4, "response", {}),
+    "ignored_key": (
+        lines({"messages": [{"role": "user", "content": "What now?"},
+                            {"role": "assistant", "content": "Nothing.", "wieght": 0}]}), ".jsonl", 1, "messages", {}),
+    "contradiction": (lines(RATING, {**RATING, "label": False}), ".jsonl", 2, None, {}),
     "nul": (pair("What\0 now?", "Nothing."), ".jsonl", 2, "prompt", {}),
     "bom": (pair("What now?", "\ufeffNothing."), ".jsonl", 2, "response", {}),
     "mojibake": (pair("What now?", "A cafÃ© perhaps."), ".jsonl", 2, "response", {}),
@@ -159,6 +163,54 @@ def test_the_cleaned_copy_has_no_errors_and_its_ledger_every_row(tmp_path, kind)
     assert kind not in again.counts or "is kept" in CHECKS[kind].mended
     with pytest.raises(DataError, match="already"):
         api.validate(str(path), fix=True)
+
+
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [
+        ({"role": "user", "content": "q", "train": True}, "'train' is for answers"),
+        ({"role": "user", "content": "q", "contnet": "r"}, "is 'content' meant"),
+        ({"role": "user", "content": "q", "weight": 0, "id": 7, "refusal": None, "roel": None}, None),
+    ],
+)
+def test_keys_of_messages_that_nobody_reads(tmp_path, turn, expected):
+    found = api.validate(
+        str(written(tmp_path, lines({"messages": [turn, {"role": "assistant", "content": "a", "weight": 1}]})))
+    ).findings
+    assert [f.kind for f in found] == (["ignored_key"] if expected else [])
+    assert not expected or expected in found[0].message
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f", "description": KEY}}], **turns(("user", "a"), ("assistant", "b"))},
+        {"tools": json.dumps([{"name": "f", "description": KEY}]), **turns(("user", "a"), ("assistant", "b"))},
+        {"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}],
+         "rejected": [{"role": "assistant", "content": "c", "reasoning_content": f"It is {KEY}."}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "thinking": KEY}]},
+    ],
+    ids=["schema", "schema as text", "rejected reasoning", "reasoning"],
+)  # fmt: skip
+def test_secrets_are_looked_for_wherever_training_reads(tmp_path, row):
+    [found] = api.validate(str(written(tmp_path, lines(row)))).findings
+    assert found.kind == "secret"
+    assert found.column in row
+
+
+@pytest.mark.parametrize("blank", ["\u200b", " \u2060\n", "\ufeff", "\u00ad\u200d"])
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        (lambda text: {"prompt": "a", "response": text}, "empty_answer"),
+        (lambda text: {"prompt": text, "response": "a"}, "empty_question"),
+        (lambda text: turns(("user", "a"), ("assistant", text)), "empty_answer"),
+        (lambda text: {**PREFERENCE, "rejected": [{"role": "assistant", "content": text}]}, "empty_answer"),
+        (lambda text: {**RATING, "completion": [{"role": "assistant", "content": text}]}, "empty_answer"),
+    ],
+)
+def test_characters_without_width_are_no_text(tmp_path, blank, row, kind):
+    assert api.validate(str(written(tmp_path, lines(row(blank))))).counts == {kind: 1}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

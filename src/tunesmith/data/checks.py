@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from tunesmith.data.examples import (
     Unusable,
     texts,
 )
-from tunesmith.data.formats import FORMATS, Detection, Format, column_of, converted, has_numbers, keyed
+from tunesmith.data.formats import FORMATS, ROLES, Detection, Format, column_of, converted, has_numbers, is_blank, keyed, misspelt
 from tunesmith.data.sources import UTF8, Broken, Record, swallowed
 
 Severity = Literal["error", "warning", "note"]
@@ -86,6 +87,8 @@ CHECKS: dict[str, Check] = {
               "first, an answer before any question, a tool's result without a call",
               "Join or reorder the turns; some chat templates refuse them."),
         Check("empty_turn", "warning", "a turn other than an answer without text", "Write it, or remove the turn."),
+        Check("ignored_key", "warning", "a message's key that nobody reads: misspelt, or a weight on a turn that is no "
+              "answer", "Correct the key, or remove it."),
         Check("number", "warning", "a number or truth value where text is expected; training writes it out",
               "Write it as text, in the way it should be learnt."),
         Check("swallowed", "warning", "a cell of a CSV file whose lines have as many separators as the header: a quote "
@@ -106,6 +109,8 @@ CHECKS: dict[str, Check] = {
         Check("email", "warning", "an e-mail address", "Take it out, unless it may be repeated to everybody."),
         Check("long", "warning", "a row above --max-length, whose end would be cut; estimated at 4 characters a token "
               "where no --model is given", "Shorten it, or raise --max-length."),
+        Check("contradiction", "warning", "an answer that is rated good in one row and bad in another",
+              "Settle which it is, and remove the other row."),
         Check("imbalance", "warning", "fewer than one rating in ten is of one kind (from ten ratings on)",
               "Add ratings of the other kind."),
         Check("task", "warning", "rows of a shape that the task is not made for",
@@ -307,11 +312,15 @@ def _looked_at(
         if message:
             yield Found("roles", _turns_column(format, values), message)
             break
-    for number, turn in enumerate(parts[0] if parts else (), 1):
+    for turn in itertools.chain.from_iterable(parts):
         if turn.reasoning or turn.tool_calls:
             calls = json.dumps(turn.tool_calls, ensure_ascii=False, default=str)
             everything += f"\n{turn.reasoning or ''}\n{calls}"
-        if (not turn.content or turn.content.isspace()) and turn.role in ("system", "user"):
+    if isinstance(example, Conversation) and example.tools:
+        everything += "\n" + json.dumps(example.tools, ensure_ascii=False, default=str)
+    yield from _ignored_keys(values, format)
+    for number, turn in enumerate(parts[0] if parts else (), 1):
+        if turn.role in ("system", "user") and is_blank(turn.content):
             said = f"turn {number}, the {turn.role}'s, is empty"
             yield Found("empty_turn", _turns_column(format, values), said)
     if has_numbers(values, detection):
@@ -329,6 +338,33 @@ def _looked_at(
         message = _estimated(example, len(everything), settings.max_length)
         if message:
             yield Found("long", column_of("empty answer", values, format), message)
+
+
+_PLAIN = ({"role", "content"}, {"from", "value"})
+
+
+def _ignored_keys(values: Mapping[str, Any], format: Format) -> Iterator[Found]:
+    for column in values:
+        turns = values[column]
+        if type(turns) is not list or all(type(turn) is dict and turn.keys() in _PLAIN for turn in turns):
+            continue
+        if column not in format.used(list(values)):
+            continue
+        for number, turn in enumerate(turns, 1):
+            if not isinstance(turn, Mapping):
+                continue
+            for key, value in turn.items():
+                if value is None:
+                    continue
+                meant = misspelt(key)
+                if meant:
+                    yield Found("ignored_key", column, f"turn {number}: {key!r} is not read; is '{meant}' meant?")
+                    return
+                speaker = turn.get("role") or turn.get("from")
+                is_answer = isinstance(speaker, str) and ROLES.get(speaker) == "assistant"
+                if key in ("weight", "train", "training") and value and not is_answer:
+                    yield Found("ignored_key", column, f"turn {number}: {key!r} is for answers, and this is none")
+                    return
 
 
 def _parts(example: Example) -> tuple[tuple[Message, ...], ...]:

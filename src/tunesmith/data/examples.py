@@ -136,9 +136,9 @@ def row_hash(example: Example) -> str:
     digest = content_hash(example)
     used: list[Any] = []
     if isinstance(example, Conversation):
-        marks = [[m.trained, m.name, m.tool_call_id] for m in example.messages]
-        if any(mark != [None, None, None] for mark in marks):
-            used = marks
+        marks = [(m.name, m.tool_call_id, m.trained) for m in example.messages]
+        if any([mark != (None, None, None) for mark in marks]):
+            used += marks
         if "query" in example.extra and "setup" in example.extra:  # as the format sql keeps them
             used.append([example.group, example.extra["setup"]])
     if not used:

@@ -506,6 +506,58 @@ def test_what_would_be_cut_is_told(tmp_path):
     assert "the whole last answer" in guess.message
 
 
+def test_options_count_as_in_training(tmp_path):
+    path = str(written(tmp_path, pair(LONG_WORDS, "Yes.")))
+
+    def found(model=TINY_MODEL, **options):
+        return api.validate(path, model=model, settings={"data": {"max_length": 64, **options}})
+
+    assert found().counts == {"supervision": 1}
+    for over_long in ("drop", "error"):
+        assert found(over_long=over_long).counts == {"unusable": 1}
+        assert data_counts(path, over_long=over_long) is None or data_counts(path, over_long=over_long)["dropped"] == 1
+    assert "supervision" in found(over_long="truncate_answers").counts, "nothing of the only answer would be left"
+    short = found(max_length=1024).lengths["shortest"]
+    assert found(max_length=1024, system_prompt="Be brief and kind.").lengths["shortest"] > short + 4
+    said = found(None, system_prompt="Be brief.", mix=[{"dataset": path}], group_by="prompt").notes
+    for option in ("data.system_prompt counts in tokens only", "data.mix is not looked at", "data.group_by is not"):
+        assert any(option in note for note in said), option
+    assert not any("data." in note for note in found().notes)
+
+
+def data_counts(path, **options):
+    """What training makes of the same rows; None where it stops."""
+    from tunesmith import models
+
+    section = Data(dataset=path, cache=False, validation=0, held_out=0, max_length=64, **options)
+    try:
+        splits = data.prepare(section)
+        return data.encoded(splits, models.load_tokenizer(TINY_MODEL), data=section, loss_on="answers").ledger.counts()
+    except DataError:
+        return None
+
+
+def test_answers_may_be_cut_where_the_recipe_says_so(tmp_path):
+    said = turns(("user", "a"), ("assistant", "Yes."), ("user", LONG_WORDS), ("assistant", "No."))
+    path = str(written(tmp_path, lines(GOOD[0], said)))
+    for over_long, kind in (("truncate", "supervision"), ("truncate_answers", "long")):
+        settings = {"data": {"max_length": 64, "over_long": over_long}}
+        assert set(api.validate(path, model=TINY_MODEL, settings=settings).counts) == {kind}
+
+
+def test_conversations_that_a_template_rewrites_are_checked_as_they_are_trained(tmp_path):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think></think>"
+        "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think></think>{% endif %}"
+    )
+    (tmp_path / "rewriting.jinja").write_text(template)
+    path = str(written(tmp_path, chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))))
+    settings = {"model": {"chat_template": str(tmp_path / "rewriting.jinja")}}
+    proof = api.validate(path, model=TINY_MODEL, settings=settings).proof
+    assert proof["checks"][0]["rows"] == 3, "two conversations, one of them with two questions"
+
+
 # the command line
 
 
@@ -620,11 +672,36 @@ def files(draw):
 
 
 def rows_of(path):
-    """Rows of a file, counted without the module under test; None where it cannot be read to its end."""
+    """Rows of a file, counted by other readers than ours; None where these cannot read it to its end."""
+    import csv
+
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    content = path.read_bytes()
+    if path.suffix == ".parquet":
+        try:
+            return parquet.read_table(path).num_rows
+        except (arrow.ArrowException, OSError, ValueError):
+            return None
+    if path.suffix in (".jsonl", ".txt"):
+        return sum(not _is_blank(line, n) for n, line in enumerate(content.split(b"\n")))
+    if path.suffix == ".json":
+        try:
+            value = json.loads(content.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            return None
+        return len(value) if isinstance(value, list) else None
+    text = content.decode("utf-8-sig", "surrogateescape")
+    if not set(text) <= set(PLAIN_CSV):
+        return None  # which separator a file has is a guess where there are several
     try:
-        return sum(1 for _ in open_source(str(path)).scan())
-    except DataError:
+        return max(sum(bool(cells) for cells in csv.reader(io.StringIO(text, newline=""), strict=True)) - 1, 0)
+    except csv.Error:
         return None
+
+
+PLAIN_CSV = "".join(chr(n) for n in range(32, 127) if chr(n) not in ";|") + "\r\n"
 
 
 LIBERAL = settings(
@@ -646,10 +723,11 @@ def test_no_file_gives_a_traceback_and_every_row_is_counted(tmp_path, file, invo
     assert "error" not in said, said["error"]
     rows = said["rows"]
     assert rows["rows"] == rows["ok"] + rows["with_errors"] + rows["with_warnings"]
-    if suffix == ".jsonl":
-        assert rows["rows"] == sum(not _is_blank(line) for line in content.split(b"\n"))
     counted = rows_of(path)
-    assert rows["rows"] == counted or (counted is None and "unreadable" in said["counts"])
+    if counted is None:
+        assert {"unreadable", "unparsable", "undetected"} & said["counts"].keys() or suffix in (".csv", ".json")
+    else:
+        assert rows["rows"] == counted
     assert code == (said["findings_by_severity"]["error"] > 0)
     if copy.exists():
         assert (
@@ -661,26 +739,35 @@ def test_no_file_gives_a_traceback_and_every_row_is_counted(tmp_path, file, invo
         assert code == 0, again["findings"]
 
 
-def _is_blank(line):
+def _is_blank(line, number):
     try:
-        text = line.removeprefix(b"\xef\xbb\xbf").decode()
+        text = (line if number else line.removeprefix(b"\xef\xbb\xbf")).decode()
     except UnicodeDecodeError:
         return False
     return not text or text.isspace()
 
 
 @LIBERAL
-@given(file=files())
-def test_preparing_any_file_gives_examples_or_an_error_of_ours(tmp_path, file, tiny_tokenizer):
+@given(file=files(), beside=st.booleans())
+def test_preparing_any_file_gives_examples_or_an_error_of_ours(tmp_path, file, beside, tiny_tokenizer):
+    from tunesmith.data.inspection import inspect_rows
+
     suffix, content = file
     path = written(tmp_path, content, suffix)
-    section = Data(dataset=str(path), cache=False, on_breach="drop")
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(lines(*GOOD))
+    mix = [{"dataset": str(other)}] if beside else []
+    section = Data(dataset=str(path), cache=False, on_breach="drop", mix=mix)
+    counted = rows_of(path)
     try:
         splits = data.prepare(section)
-        assert splits.ledger.counts()["rows_in"] == rows_of(path)
+        fates = splits.ledger.counts()
+        assert counted is None or fates["rows_in"] == counted + len(GOOD) * beside
+        looked_at = inspect_rows(splits, tiny_tokenizer, max_length=100, loss_on="answers", count=2)
+        assert len(looked_at) >= (fates["rows_in"] > fates["dropped"])
         made = data.encoded(splits, tiny_tokenizer, data=section, loss_on="answers")
     except TunesmithError:
         return
     counts = made.ledger.counts()
-    assert counts["rows_in"] == rows_of(path) == sum(1 for _ in made.ledger.entries)
+    assert counts["rows_in"] == fates["rows_in"] == sum(1 for _ in made.ledger.entries)
     assert counts["rows_in"] == sum(counts[fate] for fate in ("train", "validation", "held_out", "dropped"))

@@ -129,7 +129,10 @@ def _settled(entry: Cleaned, first: dict[int, Row], is_refused: bool) -> Cleaned
     """The row's fate beside the others, and under the model if there is one."""
     if is_refused:
         return replace(
-            entry, fate="dropped", line=None, what="the model's template or the supervision proof refuses it"
+            entry,
+            fate="dropped",
+            line=None,
+            what="the model's template, the supervision proof or data.over_long refuses it",
         )
     if entry.content in first:
         return replace(entry, fate="dropped", line=None, what=f"the same as {first[entry.content]}")

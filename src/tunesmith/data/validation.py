@@ -619,7 +619,8 @@ def tokens_checked(
             lengths.append(sum(len(item.input_ids) for _, _, item in found))
             longest = max(len(item.input_ids) for _, _, item in found)
             if drops and longest > max_length:
-                refuse(number, "long", f"{longest:,} tokens are more than {max_length:,} (over_long: {data.over_long})")
+                said = f"{longest:,} tokens are more than {max_length:,} (over_long: {data.over_long})"
+                refuse(number, "unusable", said)
             else:
                 kept += found
         breaches = proof.check([n for n, _, _ in kept], [e for _, e, _ in kept], [e for _, _, e in kept])

@@ -239,7 +239,10 @@ def test_a_rating_without_an_answer_is_unusable(row):
             "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
             "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}],
         },
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "label": True},
+        {
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+            "label": True,
+        },
     ],
 )
 def test_the_system_column_is_used_by_every_format_that_says_so(row):

@@ -401,7 +401,9 @@ def test_tool_calls_and_results_are_rendered_by_the_template(family):
 
     tokenizer = tokenizer_of(calling_families()[family])
     context = encoder(tokenizer)
-    calling = json.loads(json.dumps(CALLING).replace("{\"type\": \"object\"", "{\"properties\": {}, \"type\": \"object\""))
+    calling = json.loads(
+        json.dumps(CALLING).replace('{"type": "object"', '{"properties": {}, "type": "object"')
+    )
     calling["tools"][0]["function"]["description"] = "adds"
     calling["messages"][2]["content"] = "fünf"
     example = FORMATS["messages"].convert(calling, Row("x", 1))
@@ -413,9 +415,7 @@ def test_tool_calls_and_results_are_rendered_by_the_template(family):
     shown = views(example, context, "answers")
     encodings = encode_all(shown, tokenizer)
     assert not [reason for reason in encodings if isinstance(reason, Unusable)]
-    arrays = [
-        replace(e, input_ids=np.array(e.input_ids), labels=np.array(e.labels)) for e in encodings
-    ]
+    arrays = [replace(e, input_ids=np.array(e.input_ids), labels=np.array(e.labels)) for e in encodings]
     proof = Proof(context, loss_on="answers", max_length=10_000, may_cut_answers=False, rows=len(shown))
     assert proof.check(range(len(shown)), shown, arrays) == [None] * len(shown)
     text = tokenizer.decode(encodings[-1].input_ids)
@@ -425,7 +425,9 @@ def test_tool_calls_and_results_are_rendered_by_the_template(family):
     stretches = [
         tokenizer.decode([i for i, _ in stretch])
         for e in encodings
-        for is_trained, stretch in groupby(zip(e.input_ids, e.labels, strict=True), lambda pair: pair[1] != IGNORED)
+        for is_trained, stretch in groupby(
+            zip(e.input_ids, e.labels, strict=True), lambda pair: pair[1] != IGNORED
+        )
         if is_trained
     ]
     assert sum("add" in stretch for stretch in stretches) == 1, "the call is trained, and once"
@@ -452,6 +454,7 @@ TALK = "{% for m in messages %}<|im_start|>{{ m.role }}\nBODY<|im_end|>\n{% endf
 )
 SCHEMAS = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
 CALLS = "{% for c in m.tool_calls or () %}{{ c.function.name }}ARGS{% endfor %}"
+AS_JSON = CALLS.replace("ARGS", "{{ c.function.arguments | tojson }}")
 
 
 @pytest.mark.parametrize(
@@ -460,7 +463,7 @@ CALLS = "{% for c in m.tool_calls or () %}{{ c.function.name }}ARGS{% endfor %}"
         (SCHEMAS + TALK.replace("BODY", "{{ m.content }}"), "does not write tool calls"),
         (SCHEMAS + TALK.replace("BODY", "{{ m.content }}" + CALLS.replace("ARGS", "")), "does not write tool calls"),
         (
-            SCHEMAS + TALK.replace("BODY", "{{ m.content }}{% if not m.content %}" + CALLS.replace("ARGS", "{{ c.function.arguments | tojson }}") + "{% endif %}"),
+            SCHEMAS + TALK.replace("BODY", "{{ m.content }}{% if not m.content %}" + AS_JSON + "{% endif %}"),
             "does not write the call of add",
         ),
     ],
@@ -479,7 +482,9 @@ def test_a_tool_call_that_the_template_leaves_out_is_refused(tiny_tokenizer, tem
 
 def test_arguments_are_json_where_a_template_puts_them_as_they_are(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = SCHEMAS + TALK.replace("BODY", "{{ m.content }}" + CALLS.replace("ARGS", "{{ c.function.arguments }}"))
+    tokenizer.chat_template = SCHEMAS + TALK.replace(
+        "BODY", "{{ m.content }}" + CALLS.replace("ARGS", "{{ c.function.arguments }}")
+    )
     said = masked(tokenizer, CALLING["messages"], tools=CALLING["tools"])
     assert 'add{"a": 1, "b": "<|im_end|>"}<|im_end|>' in said
 
@@ -623,15 +628,22 @@ def test_what_the_template_leaves_out_is_counted(tmp_path, tiny_tokenizer):
     encoded = made(jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer, system_prompt="Be brief.")
     assert not [note for note in encoded.notes if "no place" in note]
     tokenizer = copy.deepcopy(tiny_tokenizer)
-    calls = CALLS.replace("ARGS", "{{ c.function.arguments | tojson }}")
-    spoken = TALK.replace("BODY", "{{ m.content }}" + calls)
+    spoken = TALK.replace("BODY", "{{ m.content }}" + AS_JSON)
     tokenizer.chat_template = spoken.replace(
         "<|im_start|>{{", "{% if m.role in ('user', 'assistant') %}<|im_start|>{{"
     ).replace("<|im_end|>\n", "<|im_end|>\n{% endif %}")
     encoded = made(jsonl(tmp_path / "a.jsonl", rows), tokenizer, system_prompt="Be brief.")
-    assert "9 rows have a system message, for which the chat template has no place: it is left out" in encoded.notes
+    assert (
+        "9 rows have a system message, for which the chat template has no place: it is left out"
+        in encoded.notes
+    )
     said = json.loads(json.dumps(CALLING).replace("<|im_end|>", "x"))
-    chats = [{**said, "messages": [{"role": "user", "content": f"one and {n}"}, *said["messages"][1:]]} for n in range(9)]
+    chats = [
+        {**said, "messages": [{"role": "user", "content": f"one and {n}"}, *said["messages"][1:]]}
+        for n in range(9)
+    ]
     encoded = made(jsonl(tmp_path / "b.jsonl", chats), tokenizer)
     for what in ("a tool's result", "schemas of tools"):
-        assert f"9 rows have {what}, for which the chat template has no place: it is left out" in encoded.notes
+        assert (
+            f"9 rows have {what}, for which the chat template has no place: it is left out" in encoded.notes
+        )

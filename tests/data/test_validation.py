@@ -72,8 +72,8 @@ BAD = {
     "empty_turn": (chat(("system", ""), ("user", "Hello"), ("assistant", "Yes.")), ".jsonl", 2, "messages", {}),
     "number": (pair("What is 3 and 4?", 7), ".jsonl", 2, "response", {}),
     "swallowed": (
-        ("prompt,response\n" + "".join(f"q {n},{'*' if n in (3, 12) else ''}a {n * 7}{'*' if n == 12 else ''}\n" for n in range(20)))
-        .replace(",*", ',"').replace('"a 84*', 'a 84"').encode(), ".csv", 4, "response", {}),
+        "\n".join(["prompt,response", *(f"q {n},a {n * 7}" for n in range(20))])
+        .replace("a 21", '"a 21').replace("a 84", 'a 84"').encode(), ".csv", 4, "response", {}),
     "ignored_key": (
         lines({"messages": [{"role": "user", "content": "What now?"},
                             {"role": "assistant", "content": "Nothing.", "wieght": 0}]}), ".jsonl", 1, "messages", {}),
@@ -175,7 +175,9 @@ def test_the_cleaned_copy_has_no_errors_and_its_ledger_every_row(tmp_path, kind)
 )
 def test_keys_of_messages_that_nobody_reads(tmp_path, turn, expected):
     found = api.validate(
-        str(written(tmp_path, lines({"messages": [turn, {"role": "assistant", "content": "a", "weight": 1}]})))
+        str(
+            written(tmp_path, lines({"messages": [turn, {"role": "assistant", "content": "a", "weight": 1}]}))
+        )
     ).findings
     assert [f.kind for f in found] == (["ignored_key"] if expected else [])
     assert not expected or expected in found[0].message
@@ -184,8 +186,8 @@ def test_keys_of_messages_that_nobody_reads(tmp_path, turn, expected):
 @pytest.mark.parametrize(
     "row",
     [
-        {"tools": [{"type": "function", "function": {"name": "f", "description": KEY}}], **turns(("user", "a"), ("assistant", "b"))},
-        {"tools": json.dumps([{"name": "f", "description": KEY}]), **turns(("user", "a"), ("assistant", "b"))},
+        {**turns(("user", "a"), ("assistant", "b")), "tools": [{"function": {"name": "f", "description": KEY}}]},
+        {**turns(("user", "a"), ("assistant", "b")), "tools": json.dumps([{"name": "f", "description": KEY}])},
         {"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}],
          "rejected": [{"role": "assistant", "content": "c", "reasoning_content": f"It is {KEY}."}]},
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "thinking": KEY}]},
@@ -338,7 +340,11 @@ def fixed_lines(path, **options):
     """The cleaned copy's rows and its ledger's entries."""
     fixed = api.validate(str(path), fix=True, **options).fixed
     return [
-        [json.loads(line, parse_constant=pytest.fail) for line in Path(fixed[name]).read_text().split("\n") if line]
+        [
+            json.loads(line, parse_constant=pytest.fail)
+            for line in Path(fixed[name]).read_text().split("\n")
+            if line
+        ]
         if fixed[name]
         else []
         for name in ("file", "ledger")
@@ -374,7 +380,9 @@ def test_rows_that_are_trained_or_scored_otherwise_are_no_copies(tmp_path, rows)
     assert "duplicate" not in report.counts
     kept, ledger = fixed_lines(written(tmp_path, lines(*rows, {**rows[0], "id": 7})))
     assert kept == rows
-    assert [entry["fate"] for entry in ledger] == ["kept"] * len(rows) + ["dropped"], "a copy is one all the same"
+    assert [entry["fate"] for entry in ledger] == ["kept"] * len(rows) + ["dropped"], (
+        "a copy is one all the same"
+    )
 
 
 def test_a_quote_that_is_never_closed_costs_its_own_row_only(tmp_path):
@@ -403,7 +411,9 @@ def test_a_quote_closed_many_rows_later_is_said_in_training_too(tmp_path):
     path = written(tmp_path, BAD["swallowed"][0], ".csv")
     notes = data.prepare(Data(dataset=str(path), cache=False)).notes
     assert any("1 rows of a CSV file have a cell whose lines look like rows" in note for note in notes)
-    poem = 'prompt,response\nWrite a poem.,"' + "\n".join("a b, c" if n % 2 else "d" for n in range(9)) + '"\n'
+    poem = (
+        'prompt,response\nWrite a poem.,"' + "\n".join("a b, c" if n % 2 else "d" for n in range(9)) + '"\n'
+    )
     assert not api.validate(str(written(tmp_path, poem.encode(), ".csv"))).counts
 
 
@@ -515,12 +525,21 @@ def test_options_count_as_in_training(tmp_path):
     assert found().counts == {"supervision": 1}
     for over_long in ("drop", "error"):
         assert found(over_long=over_long).counts == {"unusable": 1}
-        assert data_counts(path, over_long=over_long) is None or data_counts(path, over_long=over_long)["dropped"] == 1
-    assert "supervision" in found(over_long="truncate_answers").counts, "nothing of the only answer would be left"
+        assert (
+            data_counts(path, over_long=over_long) is None
+            or data_counts(path, over_long=over_long)["dropped"] == 1
+        )
+    assert "supervision" in found(over_long="truncate_answers").counts, (
+        "nothing of the only answer would be left"
+    )
     short = found(max_length=1024).lengths["shortest"]
     assert found(max_length=1024, system_prompt="Be brief and kind.").lengths["shortest"] > short + 4
     said = found(None, system_prompt="Be brief.", mix=[{"dataset": path}], group_by="prompt").notes
-    for option in ("data.system_prompt counts in tokens only", "data.mix is not looked at", "data.group_by is not"):
+    for option in (
+        "data.system_prompt counts in tokens only",
+        "data.mix is not looked at",
+        "data.group_by is not",
+    ):
         assert any(option in note for note in said), option
     assert not any("data." in note for note in found().notes)
 
@@ -532,7 +551,9 @@ def data_counts(path, **options):
     section = Data(dataset=path, cache=False, validation=0, held_out=0, max_length=64, **options)
     try:
         splits = data.prepare(section)
-        return data.encoded(splits, models.load_tokenizer(TINY_MODEL), data=section, loss_on="answers").ledger.counts()
+        return data.encoded(
+            splits, models.load_tokenizer(TINY_MODEL), data=section, loss_on="answers"
+        ).ledger.counts()
     except DataError:
         return None
 
@@ -696,7 +717,9 @@ def rows_of(path):
     if not set(text) <= set(PLAIN_CSV):
         return None  # which separator a file has is a guess where there are several
     try:
-        return max(sum(bool(cells) for cells in csv.reader(io.StringIO(text, newline=""), strict=True)) - 1, 0)
+        return max(
+            sum(bool(cells) for cells in csv.reader(io.StringIO(text, newline=""), strict=True)) - 1, 0
+        )
     except csv.Error:
         return None
 
@@ -725,7 +748,10 @@ def test_no_file_gives_a_traceback_and_every_row_is_counted(tmp_path, file, invo
     assert rows["rows"] == rows["ok"] + rows["with_errors"] + rows["with_warnings"]
     counted = rows_of(path)
     if counted is None:
-        assert {"unreadable", "unparsable", "undetected"} & said["counts"].keys() or suffix in (".csv", ".json")
+        assert {"unreadable", "unparsable", "undetected"} & said["counts"].keys() or suffix in (
+            ".csv",
+            ".json",
+        )
     else:
         assert rows["rows"] == counted
     assert code == (said["findings_by_severity"]["error"] > 0)
@@ -751,6 +777,7 @@ def _is_blank(line, number):
 @given(file=files(), beside=st.booleans())
 def test_preparing_any_file_gives_examples_or_an_error_of_ours(tmp_path, file, beside, tiny_tokenizer):
     from tunesmith.data.inspection import inspect_rows
+    from tunesmith.methods.sft import imitated
 
     suffix, content = file
     path = written(tmp_path, content, suffix)
@@ -760,11 +787,11 @@ def test_preparing_any_file_gives_examples_or_an_error_of_ours(tmp_path, file, b
     section = Data(dataset=str(path), cache=False, on_breach="drop", mix=mix)
     counted = rows_of(path)
     try:
-        splits = data.prepare(section)
+        splits = data.prepare(section, imitated)
         fates = splits.ledger.counts()
         assert counted is None or fates["rows_in"] == counted + len(GOOD) * beside
         looked_at = inspect_rows(splits, tiny_tokenizer, max_length=100, loss_on="answers", count=2)
-        assert len(looked_at) >= (fates["rows_in"] > fates["dropped"])
+        assert all(seen.pieces for seen in looked_at)
         made = data.encoded(splits, tiny_tokenizer, data=section, loss_on="answers")
     except TunesmithError:
         return

@@ -25,7 +25,18 @@ from tunesmith.data.examples import (
     Unusable,
     texts,
 )
-from tunesmith.data.formats import FORMATS, ROLES, Detection, Format, column_of, converted, has_numbers, is_blank, keyed, misspelt
+from tunesmith.data.formats import (
+    FORMATS,
+    ROLES,
+    Detection,
+    Format,
+    column_of,
+    converted,
+    has_numbers,
+    is_blank,
+    keyed,
+    misspelt,
+)
 from tunesmith.data.sources import UTF8, Broken, Record, swallowed
 
 Severity = Literal["error", "warning", "note"]
@@ -358,12 +369,16 @@ def _ignored_keys(values: Mapping[str, Any], format: Format) -> Iterator[Found]:
                     continue
                 meant = misspelt(key)
                 if meant:
-                    yield Found("ignored_key", column, f"turn {number}: {key!r} is not read; is '{meant}' meant?")
+                    yield Found(
+                        "ignored_key", column, f"turn {number}: {key!r} is not read; is '{meant}' meant?"
+                    )
                     return
                 speaker = turn.get("role") or turn.get("from")
                 is_answer = isinstance(speaker, str) and ROLES.get(speaker) == "assistant"
                 if key in ("weight", "train", "training") and value and not is_answer:
-                    yield Found("ignored_key", column, f"turn {number}: {key!r} is for answers, and this is none")
+                    yield Found(
+                        "ignored_key", column, f"turn {number}: {key!r} is for answers, and this is none"
+                    )
                     return
 
 

@@ -137,7 +137,7 @@ def row_hash(example: Example) -> str:
     used: list[Any] = []
     if isinstance(example, Conversation):
         marks = [(m.name, m.tool_call_id, m.trained) for m in example.messages]
-        if any([mark != (None, None, None) for mark in marks]):
+        if marks.count((None, None, None)) < len(marks):
             used += marks
         if "query" in example.extra and "setup" in example.extra:  # as the format sql keeps them
             used.append([example.group, example.extra["setup"]])

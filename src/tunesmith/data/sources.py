@@ -310,7 +310,9 @@ def _from_folder(path: Path, pattern: str | None) -> Source:
             f"data.data_files is a pattern inside {path}.", found=pattern, fix="Make it relative."
         )
     files = (
-        sorted(path.glob(pattern)) if pattern else [p for p in sorted(path.iterdir()) if p.suffix.lower() in READERS]
+        sorted(path.glob(pattern))
+        if pattern
+        else [p for p in sorted(path.iterdir()) if p.suffix.lower() in READERS]
     )
     files = [p for p in files if p.is_file()]
     named = [(p, ROLES[p.stem.lower()]) for p in files if p.stem.lower() in ROLES]

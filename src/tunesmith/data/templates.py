@@ -532,7 +532,9 @@ def views(example: Example, context: Encoder, loss_on: LossOn) -> list[Example]:
     if ends and not _rewrites(any(m.reasoning for m in messages[: ends[-1]]), context):
         ends = []
     called = [n for n, m in enumerate(messages) if n and m.role == "tool" and messages[n - 1].tool_calls]
-    if any(_rewrites(kind, context, calls=True) for kind in {bool(messages[n - 1].reasoning) for n in called}):
+    if any(
+        _rewrites(kind, context, calls=True) for kind in {bool(messages[n - 1].reasoning) for n in called}
+    ):
         ends = sorted([*ends, *called])
     if not ends:
         return [example]
@@ -640,7 +642,12 @@ def _check_calls(turn: Message, opened: str, through: str) -> None:
         if not is_written(name):
             raise Unusable(f"the chat template does not write the call of {name}")
         for value in _leaves(call["function"]["arguments"]):
-            forms = (value, json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1], repr(value)[1:-1])
+            forms = (
+                value,
+                json.dumps(value, ensure_ascii=False)[1:-1],
+                json.dumps(value)[1:-1],
+                repr(value)[1:-1],
+            )
             if not any(is_written(form.strip()) for form in forms):
                 raise Unusable(f"the chat template does not write what {name} is called with")
 
@@ -895,7 +902,9 @@ def _behind_opening(
     if not found or not through.endswith(closing):
         raise Unusable("the chat template does not write the answer as it is")
     if not content:
-        closing = closing.lstrip()  # the call, behind the line break that separates it from the words before it
+        closing = (
+            closing.lstrip()
+        )  # the call, behind the line break that separates it from the words before it
     thought, thinks, answer = content.rpartition(THOUGHT_ENDS)
     if message.reasoning and not thinks:
         thought, thinks, answer = message.reasoning, THOUGHT_ENDS, f"\n\n{content}"

@@ -398,12 +398,16 @@ def _not_looked_at(data: Data, *, with_tokens: bool) -> list[str]:
     notes = []
     if data.mix:
         others = ", ".join(section.dataset for section in data.mix)
-        notes.append(f"data.mix is not looked at: validate {others} on {'its' if len(data.mix) == 1 else 'their'} own")
+        notes.append(
+            f"data.mix is not looked at: validate {others} on {'its' if len(data.mix) == 1 else 'their'} own"
+        )
     if data.group_by:
         notes.append("data.group_by is not looked at: it says which rows share a split")
     if not with_tokens:
         ignored = [name for name in ("system_prompt", "over_long") if name in data.model_fields_set]
-        notes += [f"data.{name} counts in tokens only: give --model to take it into account" for name in ignored]
+        notes += [
+            f"data.{name} counts in tokens only: give --model to take it into account" for name in ignored
+        ]
     return notes
 
 

@@ -76,7 +76,7 @@ BAD = {
         .replace("a 21", '"a 21').replace("a 84", 'a 84"').encode(), ".csv", 4, "response", {}),
     "ignored_key": (
         lines({"messages": [{"role": "user", "content": "What now?"},
-                            {"role": "assistant", "content": "Nothing.", "wieght": 0}]}), ".jsonl", 1, "messages", {}),
+                            {"role": "assistant", "content": "Nothing.", "weightt": 0}]}), ".jsonl", 1, "messages", {}),
     "contradiction": (lines(RATING, {**RATING, "label": False}), ".jsonl", 2, None, {}),
     "nul": (pair("What\0 now?", "Nothing."), ".jsonl", 2, "prompt", {}),
     "bom": (pair("What now?", "\ufeffNothing."), ".jsonl", 2, "response", {}),
@@ -169,7 +169,7 @@ def test_the_cleaned_copy_has_no_errors_and_its_ledger_every_row(tmp_path, kind)
     ("turn", "expected"),
     [
         ({"role": "user", "content": "q", "train": True}, "'train' is for answers"),
-        ({"role": "user", "content": "q", "contnet": "r"}, "is 'content' meant"),
+        ({"role": "user", "content": "q", "contentt": "r"}, "is 'content' meant"),
         ({"role": "user", "content": "q", "weight": 0, "id": 7, "refusal": None, "roel": None}, None),
     ],
 )

@@ -136,7 +136,7 @@ def row_hash(example: Example) -> str:
     digest = content_hash(example)
     used: list[Any] = []
     if isinstance(example, Conversation):
-        marks = [(m.name, m.tool_call_id, m.trained) for m in example.messages]
+        marks = [m[4:] for m in example.messages]  # name, tool_call_id, trained
         if marks.count((None, None, None)) < len(marks):
             used += marks
         if "query" in example.extra and "setup" in example.extra:  # as the format sql keeps them

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.main import get_command
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from tunesmith.cli import FLAGS, app
 from tunesmith.compose import TASKS
+from tunesmith.evaluation.metrics import METRICS, TASK_METRICS
 from tunesmith.recipe import fields
 from tunesmith.training.run import open_run
 
@@ -70,6 +72,9 @@ def test_all_seed_flags_work_together(invoke, quick_flags, tmp_path):
     assert (training.mixed_precision, training.num_workers, training.learning_rate) == ("no", 1, 1e-4)
     assert (recipe.data.max_length, training.num_epochs, training.eval_steps) == (128, 1, 1)
     assert result["run"].endswith("runs/chat_questions")
+    assert {c["metric"] for c in result["comparisons"]} >= set(TASK_METRICS["chat"])
+    report = Path(result["report"]).read_text(encoding="utf-8")
+    assert all(METRICS[name].label in report for name in TASK_METRICS["chat"])
 
 
 def test_help_and_import_stay_light():
@@ -152,6 +157,9 @@ def test_train_evaluate_compare_chat_runs_and_push_print_one_json_object(
     code, error, _ = invoke("push", run)
     assert (code, "hub-model-id" in error["error"]) == (1, True)
     code, error, _ = invoke("resume", run)
+    assert (code, "finished" in error["error"]) == (1, True)
+    again = ("--task", "instruct", "--freeze-ratio", "0.5", "--resume", "checkpoint-step-2")
+    code, error, _ = invoke("train", *quick_flags, *again)
     assert (code, "finished" in error["error"]) == (1, True)
 
 

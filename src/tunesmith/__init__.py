@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "LLMFineTuner": "tunesmith.finetuner",
     "Recipe": "tunesmith.recipe",
     "TunesmithError": "tunesmith.errors",
+    "get_user_input": "tunesmith.finetuner",
     **dict.fromkeys(
         ("train", "resume", "evaluate", "compare", "chat", "runs", "demo", "show", "push", "validate"),
         "tunesmith.api",
@@ -25,6 +27,7 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from tunesmith.api import chat, compare, demo, evaluate, push, resume, runs, show, train, validate
     from tunesmith.errors import TunesmithError
+    from tunesmith.finetuner import LLMFineTuner, get_user_input
     from tunesmith.recipe import Recipe
 
 

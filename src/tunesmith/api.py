@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith import launch
 from tunesmith.errors import (
     Interrupted,
     ModelError,
@@ -133,15 +134,61 @@ def plan(recipe: Recipe) -> tuple[Plan, Mapping[str, Any]]:
     return results["plan"], {"rows": ledger.counts(), "dropped": ledger.reasons()}
 
 
-def train(recipe: Recipe, *, resume: str | None = None, watch: Watch = _unwatched) -> Result:
-    """Run a recipe from its examples to the report.
+def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list[EvalRow]]:
+    """Scores of a recipe's base model on what the recipe holds out, before anything is trained, and its rows.
 
-    `resume` continues the run of the same folder from a checkpoint's name, or from `latest`. Raises a
-    TunesmithError for everything the user can mend; a run that trained nothing leaves no folder behind.
+    `train` takes the rows, so that the base need not be asked again. Nothing is written. Raises
+    TunesmithError where nothing is held out.
     """
     recipe = anchored(recipe)
+    _check_before_training(recipe)
+    from tunesmith import dataflow, evaluation
+
+    started = time.perf_counter()
+    found = _driver().execute(["items", "metrics", "plan"], inputs=_inputs(recipe))
+    if not found["items"]:
+        raise TunesmithError(
+            "No example is held out to measure on.", fix="Give more rows, or raise data.held_out."
+        )
+    rows = evaluation.answers(
+        recipe.model,
+        recipe.evaluation,
+        found["items"],
+        found["metrics"],
+        name="base",
+        base=recipe.model.base,
+        tokenizer=dataflow._tokenizer(recipe)[0],
+        device=found["plan"].device,
+        dtype=found["plan"].dtype,
+        watch=watch,
+    )
+    scores = evaluation.scores(rows, found["metrics"])
+    seconds = time.perf_counter() - started
+    return Result(run=None, comparisons=(), seconds=seconds, scores=scores), rows
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: str | None = None,
+    base_rows: Sequence[EvalRow] = (),
+    watch: Watch = _unwatched,
+) -> Result:
+    """Run a recipe from its examples to the report.
+
+    `resume` continues the run of the same folder from a checkpoint's name, or from `latest`. `base_rows` are
+    the base's answers of `baseline`, used where they answer this recipe's questions. Raises a
+    TunesmithError for everything the user can mend; a run that trained nothing leaves no folder behind.
+    """
+    launch.require_one_process()
+    recipe = anchored(recipe)
     if resume is None:
-        return _carry_out(recipe, create(recipe, watch=watch), None, fresh=True)
+        run = create(recipe, watch=watch)
+        if base_rows:
+            from tunesmith.evaluation import write_rows
+
+            write_rows(run.evaluation / "rows.jsonl", base_rows)
+        return _carry_out(recipe, run, None, fresh=True)
     run = open_run(Path(recipe.output_dir).expanduser() / folder_name(recipe), watch=watch)
     changed = differences(anchored(run.recipe()), recipe)
     if changed:
@@ -150,18 +197,24 @@ def train(recipe: Recipe, *, resume: str | None = None, watch: Watch = _unwatche
             found="; ".join(changed),
             fix="Undo these changes, or start a new run with another --name.",
         )
+    _check_unfinished(run)
     return _carry_out(recipe, run, resume, fresh=False)
 
 
 def resume(run: str | Path, *, checkpoint: str = "latest", watch: Watch = _unwatched) -> Result:
     """Continue an interrupted run from its newest whole checkpoint, with the recipe it was started with."""
+    launch.require_one_process()
     opened = open_run(run, watch=watch)
-    if opened.state() == "done":
-        raise RunError(
-            f"The run {opened.path} is finished; there is nothing to resume.",
-            fix=f"`tunesmith evaluate {opened.path}` measures it again; a new --name starts another run.",
-        )
+    _check_unfinished(opened)
     return _carry_out(opened.recipe(), opened, checkpoint, fresh=False)
+
+
+def _check_unfinished(run: Run) -> None:
+    if run.state() == "done":
+        raise RunError(
+            f"The run {run.path} is finished; there is nothing to resume.",
+            fix=f"`tunesmith evaluate {run.path}` measures it again; a new --name starts another run.",
+        )
 
 
 def demo(*, output_dir: str | Path = "runs", watch: Watch = _unwatched) -> Result:
@@ -230,6 +283,7 @@ def evaluate(
     data set is read and answered. Rows and scores are written to `output`, by default
     `<run>/evaluation/<dataset>` or `evaluations/<model>_<dataset>`.
     """
+    launch.require_one_process()
     quiet_libraries()
     from tunesmith import evaluation
 
@@ -265,6 +319,7 @@ def compare(
     either was trained or validated on. Both are answered now, along one code path; A stands as `base` and B
     as `tuned` in the result. Rows and comparison are written to `comparisons/<a>_vs_<b>` beside the runs.
     """
+    launch.require_one_process()
     quiet_libraries()
     from tunesmith import evaluation
     from tunesmith.evaluation import compare as comparing
@@ -533,7 +588,7 @@ def validate(
         tokenizer = models.load_tokenizer(str(model))
         set_template(tokenizer, recipe.model.chat_template)
         context, adapt = encoder(tokenizer), METHODS[recipe.method.kind].adapt
-    place = cleaning.target(dataset, output) if fix else None
+    place = cleaning.target(recipe.data.dataset, output) if fix else None
     checks = validation.settings_for(
         recipe.data, max_length=recipe.data.max_length, context=context, limit=limit
     )
@@ -632,8 +687,18 @@ def runs(output_dir: str | Path = OUTPUT_DIR) -> list[RunSummary]:
     return [_summary(run) for run in find_runs(folder)]
 
 
-def push(run: str | Path, *, repository: str | None = None, private: bool = True) -> str:
-    """Upload a run's final model to the Hub and give its address."""
+def push(
+    run: str | Path,
+    *,
+    repository: str | None = None,
+    private: bool = True,
+    token: str | None = None,
+    create: bool = True,
+) -> str:
+    """Upload a run's final model to the Hub and give its address.
+
+    Without a token the Hub client's own login is used; `create` makes the repository where it is missing.
+    """
     from tunesmith.export.publish import publish
 
     opened = open_run(run)
@@ -642,7 +707,7 @@ def push(run: str | Path, *, repository: str | None = None, private: bool = True
         raise TunesmithError("Where to upload is missing.", fix="Give --hub-model-id owner/name.")
     if not opened.final_model.is_dir():
         raise RunError(f"The run {opened.path} has no final model.", found=f"state '{opened.state()}'")
-    return publish(opened.final_model, repository, private=private)
+    return publish(opened.final_model, repository, private=private, token=token, create=create)
 
 
 def show(what: str, name: str | None = None) -> list[dict[str, Any]]:
@@ -729,25 +794,16 @@ def _examples(_: str | None) -> list[dict[str, Any]]:
 
 def _model(name: str | None) -> list[dict[str, Any]]:
     quiet_libraries()
-    from tunesmith import models
-    from tunesmith.data.templates import set_template
+    from tunesmith.architecture import architecture
 
-    model = name or "tiny"
     named = [] if name else [{"name": "model", "about": "tiny, which ships with tunesmith (none was named)"}]
-    loaded = models.load_model(model)
-    tokenizer = models.load_tokenizer(model)
-    description = models.describe(loaded)
-    return [
-        *named,
-        {"name": "architecture", "about": description.architecture},
-        {"name": "parameters", "about": f"{description.parameters:,}"},
-        {"name": "layers", "about": str(description.layers)},
-        {"name": "context", "about": f"{description.context_length} tokens"},
-        {"name": "vocabulary", "about": f"{len(tokenizer):,} tokens"},
-        {"name": "template", "about": set_template(tokenizer, None)},
-        {"name": "adapter targets", "about": ", ".join(models.target_modules(loaded, "all-linear"))},
-        {"name": "modules", "about": str(loaded)},
-    ]
+    return [*named, *architecture(name or "tiny").entries()]
+
+
+def _catalog(part: str | None) -> list[dict[str, Any]]:
+    from tunesmith import catalog
+
+    return catalog.entries(part)
 
 
 SHOWN: dict[str, Callable[[str | None], list[dict[str, Any]]]] = {
@@ -760,6 +816,7 @@ SHOWN: dict[str, Callable[[str | None], list[dict[str, Any]]]] = {
     "metrics": _metrics,
     "examples": _examples,
     "model": _model,
+    "catalog": _catalog,
 }
 
 
@@ -790,6 +847,8 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
     with run.lock():
         (run.path / "status.json").unlink(missing_ok=True)
         num_starts = _num_starts(run)
+        for note in launch.settle(recipe.training):
+            run.event("warning", message=note)
         try:
             if fresh:
                 _check_before_training(recipe)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith import catalog
 from tunesmith.compose import Composition, assignment, compose, nested, overlaid, preset_names, scalar
 from tunesmith.errors import Interrupted, TunesmithError
 from tunesmith.recipe import FieldFact, fields
@@ -92,6 +93,14 @@ VALIDATION_FLAGS = (
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
 
+CatalogOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--catalog", metavar="FILE", help="A catalogue of your own beside the shipped one (docs/catalog.md)."
+    ),
+]
+
+
 FACTS = {fact.path: fact for fact in reversed(list(fields()))}
 """The recipe's fields by path; of a field that several kinds share, the first kind's."""
 
@@ -119,7 +128,8 @@ def recipe_options(
                 if value is not None
             ]
             layers += [assignment(text) for text in given.pop("set_") or []]
-            return verb(**given, flags=overlaid(*layers))
+            with catalog.using(given.pop("catalog_file")):
+                return verb(**given, flags=overlaid(*layers))
 
         own = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "flags"]
         options = [_option(option, names[option], fact) for option, fact in facts.items()]
@@ -136,6 +146,11 @@ def recipe_options(
                         metavar="FIELD=VALUE",
                     ),
                 ],
+            )
+        )
+        options.append(
+            inspect.Parameter(
+                "catalog_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=CatalogOption
             )
         )
         ordered = sorted([*own, *options], key=lambda p: p.kind)
@@ -675,30 +690,50 @@ def push_verb(
 
 @app.command(
     "show",
-    help="Show what there is: presets, tasks, recipe, formats, templates, methods, metrics, examples, model.",
+    help="Show what there is: presets, tasks, recipe, formats, templates, methods, metrics, examples, model, "
+    "catalog.",
 )
 @verb
 def show_verb(
     what: Annotated[
         str,
         typer.Argument(
-            help="presets | tasks | recipe | formats | templates | methods | metrics | examples | model"
+            help="presets | tasks | recipe | formats | templates | methods | metrics | examples | model | catalog"
         ),
     ],
-    name: Annotated[str | None, typer.Argument(help="For `model`: a run, folder, Hub id or `tiny`.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="For `model`: a run, folder, Hub id or `tiny`. For `catalog`: one part of it."),
+    ] = None,
     *,
+    catalog_file: CatalogOption = None,
     quiet: bool,
 ) -> Any:
     """Show."""
     from tunesmith import api
 
-    entries = api.show(what, name)
+    with catalog.using(catalog_file):
+        entries = api.show(what, name)
     table = _table("name", "what it is")
     for entry in entries:
         sample = entry.get("sample")
         about = str(entry["about"]) + (f"\n[dim]{_escaped(sample)}[/]" if sample else "")
         table.add_row(entry["name"], about)
     return {what: entries}, table
+
+
+@app.command("wizard", help="Answer questions step by step; what `tunesmith` alone does on a terminal.")
+@verb
+def wizard_verb(*, quiet: bool) -> Any:
+    """Ask."""
+    from tunesmith import wizard
+
+    if quiet or not wizard.on_terminal():
+        raise TunesmithError(
+            "The wizard asks questions on a terminal, and there is none here.",
+            fix="Give the answers as options: `tunesmith train --help`.",
+        )
+    return wizard.run(), None
 
 
 def _composed(
@@ -912,4 +947,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a message may quote half a character
+    if len(sys.argv) == 1 and sys.stdin.isatty() and sys.stdout.isatty():
+        sys.argv.append("wizard")
     app()

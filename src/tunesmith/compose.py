@@ -16,6 +16,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from tunesmith.catalog import notes as catalog_notes
 from tunesmith.errors import RecipeError, closest, nearest
 from tunesmith.recipe import DataSource, Recipe, Task, fields, sections_of
 
@@ -58,7 +59,7 @@ def compose(
         flag_layer["preset"] = preset
     layers += [(str(file), file_layer), ("the command line", flag_layer)]
     merged, notes = merge(layers)
-    return Composition(validated(merged), tuple(notes))
+    return Composition(validated(merged), (*notes, *catalog_notes(merged.get("data"))))
 
 
 def merge(layers: list[tuple[str, Layer]]) -> tuple[Layer, list[str]]:
@@ -290,13 +291,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_layer(path: Path) -> Layer:
-    """The sparse recipe in a YAML or JSON file. Raises RecipeError with line and column."""
+def read_layer(path: Path, *, what: str = "recipe", example: str = "section: {field: value}") -> Layer:
+    """The sparse recipe in a YAML or JSON file, or what else is kept so. Raises RecipeError with line and column."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise RecipeError(
-            f"The recipe file {path} cannot be read.", found=error.strerror, fix="Check the path."
+            f"The {what} file {path} cannot be read.", found=error.strerror, fix="Check the path."
         ) from None
     try:
         layer = yaml.load(text, Loader=_Loader)  # a SafeLoader
@@ -309,11 +310,9 @@ def read_layer(path: Path) -> Layer:
             f"{place} is not YAML or JSON.", found=str(getattr(error, "problem", error))
         ) from None
     if layer is None:
-        raise RecipeError(f"{path} is empty.", fix="Write `section: {field: value}`, or leave the file out.")
+        raise RecipeError(f"{path} is empty.", fix=f"Write `{example}`, or leave the file out.")
     if not isinstance(layer, dict):
-        raise RecipeError(
-            f"{path} holds no recipe.", found=type(layer).__name__, fix="Write `section: {field: value}`."
-        )
+        raise RecipeError(f"{path} holds no {what}.", found=type(layer).__name__, fix=f"Write `{example}`.")
     return layer
 
 

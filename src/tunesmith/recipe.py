@@ -21,6 +21,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    model_validator,
 )
 
 Task = Literal["chat", "code", "instruct", "domain", "custom"]
@@ -75,7 +76,8 @@ class DataSource(Section):
     """One data set: where it is, how it is read, and its share in a mix."""
 
     dataset: str = "example:sql"
-    """A file (.json .jsonl .csv .parquet .txt), a folder with train/eval files, a Hub id, or `example:NAME`."""
+    """A file (.json .jsonl .csv .parquet .txt), a folder with train/eval files, a name of the catalogue
+    (`tunesmith show catalog`), a Hub id, or `example:NAME`."""
 
     config: str | None = None
     """Configuration (subset) name of a Hub data set."""
@@ -102,12 +104,33 @@ class DataSource(Section):
     output_text_key: str | None = None
     """Column that holds the answer, for data with names of its own."""
 
+    columns: dict[str, str] = {}
+    """Columns to rename before rows are read, `{article: prompt, highlights: completion}`: what it is called
+    in the data, and what it is called in the format."""
+
+    prompt_prefix: str | None = None
+    """Text put before every question: before the column `prompt`, or what `prompt_length` makes of `text`."""
+
+    prompt_length: PositiveInt | None = None
+    """Make questions of running text: the first N characters of the column `text` are asked with, the rest
+    is the answer. Rows of no more than N characters are dropped."""
+
     max_rows: PositiveInt | None = None
     """Use only the first N rows of the source."""
 
     weight: PositiveFloat | None = None
     """Share of this data set in what is trained, relative to the weights of the others in `mix` (1 where a
     data set has none). Without any weight every row is trained once per epoch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_catalog(cls, given: Any) -> Any:
+        """A name of the catalogue becomes what it stands for; fields that are given stay."""
+        if not isinstance(given, dict) or "dataset" not in given:
+            return given
+        from tunesmith.catalog import resolved
+
+        return resolved(given)
 
 
 class Data(DataSource):
@@ -441,6 +464,8 @@ def type_name(annotation: Any) -> str:
         return " | ".join(str(value) for value in get_args(annotation))
     if origin in (Union, UnionType):
         return " | ".join(type_name(part) for part in get_args(annotation))
+    if origin is dict:
+        return "names and names"
     if origin is list:
         return f"list of {type_name(get_args(annotation)[0])}"
     names = {bool: "true | false", int: "whole number", float: "number", str: "text", type(None): "null"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tunesmith.data import Part, Splits
+from tunesmith.data import Part, Reasons, Splits
 from tunesmith.data.examples import Conversation, Text
 from tunesmith.data.formats import FORMATS, Detection
 from tunesmith.data.sources import in_memory
@@ -24,5 +24,5 @@ def splits_of(*examples, fates=None):
         parts=(Part(in_memory("x", rows), detection),),
         fates=np.array(fates or [0] * len(rows), dtype=np.int8),
         copies=np.ones(len(rows), dtype=np.int32),
-        reasons={},
+        reasons=Reasons(len(rows)),
     )

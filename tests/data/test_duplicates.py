@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.duplicates import BANDS, BINS, THRESHOLD, NearDuplicates, joined, sketches
+from tunesmith.data.duplicates import BANDS, BINS, THRESHOLD, NearDuplicates, sketches
 
 VOCABULARY = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "bdglmnrst"]
 
@@ -133,10 +133,3 @@ def test_sketches_made_elsewhere_are_the_same_rows():
     elsewhere.add_sketches(sketches(rows))
     assert here.pairs().tolist() == elsewhere.pairs().tolist() == [[2, 0]]
     assert NearDuplicates().pairs().tolist() == []
-
-
-def test_joined_keys_never_move_a_row_by_later_ones():
-    keys = np.array([10, 20, 30, 20], dtype=np.uint64)
-    assert joined(keys, np.array([[1, 0]])).tolist() == [10, 10, 30, 10]
-    assert joined(keys, np.array([[3, 2]])).tolist() == keys.tolist()
-    assert joined(keys, np.empty((0, 2), dtype=np.int64)).tolist() == keys.tolist()

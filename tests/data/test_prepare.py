@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 import os
 import random
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,7 +122,7 @@ def test_one_text_for_all_rows_does_not_swallow_the_split(tmp_path):
     splits = data.prepare(Data(dataset=jsonl(tmp_path / "a.jsonl", rows), cache=False))
     assert splits.count(TRAIN) > 30
     assert splits.count(HELD_OUT) > 0
-    assert any("too many to keep in one split" in note for note in splits.notes)
+    assert any("texts of one form" in note for note in splits.notes)
 
 
 def test_training_rows_that_stand_in_a_named_split_are_dropped(tmp_path, tiny_tokenizer):
@@ -169,7 +172,7 @@ def test_mixes(tmp_path):
     equal = data.prepare(mixed(tmp_path, weight=1, second={"weight": 1}))
     assert trained_by_source(equal) == {"a.jsonl": 100, "b.jsonl": 100}
     assert (equal.fates == DROPPED).sum() == 300
-    assert set(equal.reasons.values()) == {"not drawn: num_samples and the mix's weights leave it out"}
+    assert set(equal.reasons.counts()) == {"not drawn: num_samples and the mix's weights leave it out"}
     # A total above what the weights allow repeats rows, evenly.
     more = data.prepare(mixed(tmp_path, weight=1, second={"weight": 3}, num_samples=800))
     assert trained_by_source(more) == {"a.jsonl": 200, "b.jsonl": 600}
@@ -647,3 +650,107 @@ def test_what_the_template_leaves_out_is_counted(tmp_path, tiny_tokenizer):
         assert (
             f"9 rows have {what}, for which the chat template has no place: it is left out" in encoded.notes
         )
+
+
+def test_a_renamed_file_is_another_data_set(tmp_path):
+    """Its name decides on how it is read, which split it is, and what the ledger says."""
+    path = tmp_path / "rows.txt"
+    path.write_text("".join(json.dumps(row) + "\n" for row in questions(40)))
+    assert "'text'" in " ".join(data.prepare(Data(dataset=str(path))).notes)
+    again = path.rename(tmp_path / "rows.jsonl")
+    splits = data.prepare(Data(dataset=str(again)))
+    assert "'prompt_response'" in " ".join(splits.notes)
+    moved = again.rename(tmp_path / "moved.jsonl")
+    entries = data.prepare(Data(dataset=str(moved))).ledger.entries
+    assert {entry.row.source for entry in entries} == {"moved.jsonl"}
+
+
+def test_a_renamed_split_of_a_folder_is_another_split(tmp_path):
+    folder = tmp_path / "set"
+    jsonl(folder / "train.jsonl", questions(60))
+    jsonl(folder / "eval.jsonl", questions(30, start=100))
+    options = {"dataset": str(folder), "validation": 0.0, "held_out": 0.0}
+    assert data.prepare(Data(**options)).count(VALIDATION) == 30
+    (folder / "eval.jsonl").rename(folder / "test.jsonl")
+    assert data.prepare(Data(**options)).count(HELD_OUT) == 30
+
+
+@pytest.mark.parametrize("changed", ["loss_on", "special tokens", "template", "library", "code"])
+def test_the_cache_key_holds_what_tokens_depend_on(changed, tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    settings = Data(dataset=jsonl(tmp_path / "rows.jsonl", questions(40)))
+    tokenizer, loss_on = copy.deepcopy(tiny_tokenizer), "answers"
+
+    def used_again():
+        made = data.encoded(data.prepare(settings), tokenizer, data=settings, loss_on=loss_on)
+        return any("of an earlier run" in note for note in made.notes)
+
+    assert not used_again()
+    assert used_again()
+    match changed:
+        case "loss_on":
+            loss_on = "everything"
+        case "special tokens":
+            tokenizer.add_special_tokens({"additional_special_tokens": ["red"]})
+        case "template":
+            tokenizer.chat_template += " "
+        case "library":
+            version = importlib.metadata.version
+            monkeypatch.setattr(
+                "importlib.metadata.version", lambda name: "0" if name == "tokenizers" else version(name)
+            )
+        case "code":
+            copied = tmp_path / "data"
+            shutil.copytree(Path(cache.__file__).parent, copied)
+            shutil.copytree(Path(cache.__file__).parent.parent / "methods", tmp_path / "methods")
+            (copied / "templates.py").write_text("# changed")
+            monkeypatch.setattr(cache, "__file__", str(copied / "cache.py"))
+    assert not used_again()
+
+
+def test_what_is_drawn_of_one_set_does_not_depend_on_another(tmp_path):
+    first, second = (
+        jsonl(tmp_path / f"{name}.jsonl", questions(80, at)) for name, at in (("a", 0), ("b", 500))
+    )
+
+    def drawn(rows):
+        jsonl(tmp_path / "a.jsonl", rows)
+        splits = data.prepare(
+            Data(
+                dataset=first, weight=1, mix=[{"dataset": second, "weight": 1}], num_samples=60,
+                validation=0, held_out=0, cache=False, near_duplicates="ignore",
+            )
+        )  # fmt: skip
+        count = len(splits.fates) - 80
+        return (splits.fates[count:] == TRAIN).tolist()
+
+    before = drawn(questions(80))
+    assert sum(before) == 30
+    assert drawn(questions(81)) == before
+    assert drawn(questions(80)[::-1]) == before
+
+
+def test_rows_with_special_text_are_the_same_while_others_are_proven(tmp_path, tiny_tokenizer):
+    """Tokenizing runs ahead in a thread while prompts are proven: neither may change the other's tokenizer."""
+    end = tiny_tokenizer.eos_token
+    rows = [
+        {"prompt": f"what is {n} {end} of {n * 7}", "response": f"red {end} {n} blue"} for n in range(3000)
+    ]
+    settings = Data(
+        dataset=jsonl(tmp_path / "rows.jsonl", rows),
+        cache=False,
+        validation=0,
+        held_out=0,
+        near_duplicates="ignore",
+    )
+    splits = data.prepare(settings)
+    made = data.encoded(splits, tiny_tokenizer, data=settings, loss_on="answers")
+    assert made.ledger.counts()["train"] == 3000
+    specials = [sum(i == tiny_tokenizer.eos_token_id for i in row.input_ids) for row in made.train]
+    assert set(specials) == {2}
+
+
+def test_a_hundred_and_thirty_data_sets_are_a_mix(tmp_path):
+    paths = [jsonl(tmp_path / f"{n}.jsonl", questions(2, start=10 * n)) for n in range(130)]
+    splits = data.prepare(Data(dataset=paths[0], mix=[{"dataset": path} for path in paths[1:]], cache=False))
+    assert len(splits.fates) == 260

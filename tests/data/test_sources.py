@@ -117,9 +117,11 @@ def test_a_hub_like_set_is_read_by_the_datasets_library(tmp_path, monkeypatch):
     assert [record.role for record in read("owner/set", split="train").records] == [None] * 3
 
 
-def test_the_fingerprint_is_the_content_s(tmp_path):
-    a, b = write(tmp_path / "a.jsonl", '{"a": 1}\n'), write(tmp_path / "b.jsonl", '{"a": 1}\n')
+def test_the_fingerprint_is_that_of_content_and_name(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    a, b = (write(tmp_path / place, '{"a": 1}\n') for place in ("a.jsonl", "elsewhere/a.jsonl"))
     assert read(str(a)).fingerprint == read(str(b)).fingerprint
+    assert read(str(a)).fingerprint != read(str(write(tmp_path / "b.jsonl", '{"a": 1}\n'))).fingerprint
     write(b, '{"a": 2}\n')
     assert read(str(a)).fingerprint != read(str(b)).fingerprint
 

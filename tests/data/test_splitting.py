@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from types import SimpleNamespace
 
@@ -10,9 +11,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.examples import Row, Text
+from tunesmith.data import prepare
+from tunesmith.data.examples import Conversation, Message, Row, Text
 from tunesmith.data.sources import Record
-from tunesmith.data.splitting import FATES, assign, key
+from tunesmith.data.splitting import (
+    CLUSTER,
+    DROPPED,
+    FATES,
+    HELD_OUT,
+    HUB,
+    TRAIN,
+    VALIDATION,
+    Links,
+    assign,
+    key,
+    rooted,
+)
+from tunesmith.recipe import Data
 
 
 def split(pairs, *, validation, held_out):
@@ -134,3 +149,105 @@ def test_rows_that_ask_the_same_share_a_split_whatever_they_answer():
     assert all(asked_in)
     assert not asked_in[0] & asked_in[2]
     assert not asked_in[0] & asked_in[1]
+
+
+def chat(*contents, group=None):
+    turns = [Message("assistant" if n % 2 else "user", text) for n, text in enumerate(contents)]
+    return Conversation(tuple(turns), Row("x", 1), group=group)
+
+
+def linked(*examples):
+    """The row whose split each example shares."""
+    links = Links()
+    for row, example in enumerate(examples):
+        links.add(row, example)
+    return rooted(len(examples), links.edges(), np.empty((0, 2), dtype=np.int64))[0].tolist()
+
+
+def test_a_question_on_the_way_ties_rows_together_as_the_last_one_does():
+    assert linked(chat("a", "b"), chat("c", "d"), chat("a", "b", "e", "f")) == [0, 1, 0]
+    assert linked(chat("a", "b", "e", "f"), chat(" a\n", "other")) == [0, 0]
+    assert linked(chat("a", "b"), chat("b", "a")) == [0, 1]
+
+
+def test_a_greeting_that_many_share_ties_only_the_first_together():
+    rows = [chat("hi", "hello", f"question {n}", "answer") for n in range(40)]
+    found = linked(*rows)
+    assert found[:HUB] == [0] * HUB
+    assert found[HUB:] == list(range(HUB, 40))
+    # Where it is what is measured, it does tie, however many.
+    assert linked(*rows, chat("hi", "hello"))[-1] == 0
+
+
+def test_groups_and_questions_both_tie():
+    assert linked(chat("a", "b", group="g"), chat("c", "d", group="g"), chat("a", "x", group="h")) == [
+        0,
+        0,
+        0,
+    ]
+
+
+def test_near_duplicates_tie_until_the_cluster_is_too_large():
+    none = np.empty((0, 2), dtype=np.int64)
+    alike = np.array([[row, row - 1] for row in range(1, 100)])
+    root, released = rooted(100, none, alike)
+    assert np.bincount(root).max() == CLUSTER
+    assert released.sum() == 100 - CLUSTER
+    # Rows behind change nothing, and another cluster is as it would be alone.
+    longer = np.concatenate((alike, [[101, 100]]))
+    again, _ = rooted(102, none, longer)
+    assert (again[:100] == root).all()
+    assert again[101] == 100
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=3), st.sampled_from([None, "g", "h"])
+        ),
+        min_size=1,
+        max_size=50,
+    ),
+    st.integers(1, 40),
+)
+def test_no_measured_question_is_trained_and_later_rows_move_none(tmp_path_factory, made, fewer):
+    """Brute force over a file of small conversations and groups."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    data = Data(
+        dataset=str(path),
+        validation=0.2,
+        held_out=0.3,
+        near_duplicates="ignore",
+        cache=False,
+        group_by="group",
+    )
+
+    def split(rows):
+        lines = [
+            {
+                "messages": [
+                    {"role": role, "content": text}
+                    for question in questions
+                    for role, text in (("user", question), ("assistant", "x"))
+                ],
+                "group": group,
+            }
+            for questions, group in (*rows, (["z"], "z"))
+        ]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return prepare(data)
+
+    splits = split(made)
+    found = splits.fates.tolist()[:-1]
+    rows = list(zip(made, found, strict=True))
+    trained = {tuple(said[:n]) for (said, _), fate in rows if fate == TRAIN for n in range(1, 4)}
+    groups = {group for (_, group), fate in rows if fate == TRAIN and group}
+    for (questions, group), fate in rows:
+        if fate in (VALIDATION, HELD_OUT):
+            assert tuple(questions) not in trained
+            assert group not in groups
+    before = split(made[:fewer])
+    if not any("evened out" in note or "too few" in note for note in (*splits.notes, *before.notes)):
+        pairs = zip(before.fates.tolist()[:-1], found, strict=False)
+        assert all(a == b or DROPPED in (a, b) for a, b in pairs)

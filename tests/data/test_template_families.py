@@ -473,3 +473,33 @@ def test_special_text_in_an_answer_gets_no_space(name):
 def test_phi_3_stops_at_the_end_of_its_turn(name):
     tok = tokenizer(name)
     assert tok.convert_tokens_to_ids("<|end|>") in end_of_turn_ids(tok)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "{% if 'secret' in m.content %}!{% endif %}",
+        "{% set mark = 'secret' %}{% if mark in m.content %}!{% endif %}",
+        "{% for word in ['secret', 'hidden'] %}{% if word in m.content %}!{% endif %}{% endfor %}",
+        "{% if m.role != 'secret' and 'secret' in m.content %}!{% endif %}",
+        "{% set words = {'secret': 1} %}{% if m.content.split()[-1] in words %}!{% endif %}",
+    ],
+)
+def test_contents_that_a_template_treats_otherwise_are_rendered(flag):
+    """However the template names the text it looks for; and where it only writes it, nothing is rendered for it."""
+    tok = tokenizer_of(next(family for family in ALL if family.name == "qwen2_5"))
+    tok.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        + flag
+        + "{{ 'said: ' + m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    context = encoder(tok)
+    assert "secret" in context.triggers
+    assert "said: " not in context.triggers
+    rows = [Conversation(talk(f"q {n}" + " secret" * (n >= 500), f"a {n}"), ROW) for n in range(600)]
+    batches = [rows[:500], rows[500:]]
+    made = [e for _, found in templates.encode_batches(batches, context) for e in found]
+    assert context.agreed  # the shortcut was taken
+    for row, encoding in zip(rows[490:510], made[490:510], strict=True):
+        assert encode(row, tok).input_ids == tuple(encoding.input_ids.tolist())

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data import cache, supervision
 from tunesmith.data.cache import Encodings, StoredExamples
-from tunesmith.data.duplicates import NearDuplicates, joined
+from tunesmith.data.duplicates import NearDuplicates
 from tunesmith.data.examples import Example, Ledger, LedgerEntry, Row, Tally, Text, Unusable, as_json, texts
 from tunesmith.data.formats import (
     FORMATS,
@@ -41,8 +41,22 @@ from tunesmith.data.formats import (
     none_usable,
     unused_columns,
 )
+from tunesmith.data.shaping import SHAPING, shaped
 from tunesmith.data.sources import Source, checked, open_source, swallowed
-from tunesmith.data.splitting import DROPPED, FATES, HELD_OUT, TRAIN, VALIDATION, Codes, assign, draw
+from tunesmith.data.splitting import (
+    CLUSTER,
+    DROPPED,
+    FATES,
+    HELD_OUT,
+    TRAIN,
+    VALIDATION,
+    Codes,
+    Keys,
+    Links,
+    assign,
+    draw,
+    rooted,
+)
 from tunesmith.data.splitting import key as split_key
 from tunesmith.data.templates import (
     IGNORED,
@@ -84,6 +98,30 @@ class Part:
     detection: Detection
 
 
+class Reasons:
+    """Why rows are dropped: a few bytes a row, and each text once."""
+
+    def __init__(self, count: int, texts: Iterable[str] = (), codes: NDArray[np.int32] | None = None) -> None:
+        self.texts = list(texts)
+        self.codes = np.full(count, -1, dtype=np.int32) if codes is None else codes
+        self._places = {text: place for place, text in enumerate(self.texts)}
+
+    def __setitem__(self, rows: Any, reason: str) -> None:
+        if reason not in self._places:
+            self._places[reason] = len(self.texts)
+            self.texts.append(reason)
+        self.codes[rows] = self._places[reason]
+
+    def __getitem__(self, row: int) -> str | None:
+        code = int(self.codes[row])
+        return None if code < 0 else self.texts[code]
+
+    def counts(self) -> Counter[str]:
+        """Number of rows by reason."""
+        given = np.bincount(self.codes[self.codes >= 0], minlength=len(self.texts))
+        return Counter({text: int(n) for text, n in zip(self.texts, given, strict=True) if n})
+
+
 @dataclass(frozen=True)
 class Splits:
     """What becomes of every row, and the examples in their roles, read from the source when asked for."""
@@ -93,8 +131,8 @@ class Splits:
     """Each row's place in FATES, over all parts in order."""
     copies: NDArray[np.int32]
     """How often each row is trained per epoch."""
-    reasons: Mapping[int, str]
-    """Why a row is dropped, by its running number."""
+    reasons: Reasons
+    """Why a row is dropped."""
     notes: tuple[str, ...] = ()
     """What was decided on the way: detected format and why, small-set rules, named splits used."""
     adapt: Adapt = lambda example: example
@@ -159,7 +197,7 @@ class Splits:
     def entry(self, number: int, row: Row) -> LedgerEntry:
         """One row of the ledger."""
         fate = FATES[self.fates[number]]
-        return LedgerEntry(row, fate, self.reasons.get(number), copies=int(self.copies[number]))
+        return LedgerEntry(row, fate, self.reasons[number], copies=int(self.copies[number]))
 
 
 def _changed(source: Source) -> DataError:
@@ -239,8 +277,10 @@ class _Found:
     """What is kept of each row while the sources are read: a few bytes."""
 
     def __init__(self, *, with_texts: bool) -> None:
-        self.keys, self.roles, self.parts = array("Q"), array("b"), array("b")
-        self.reasons: dict[int, str] = {}
+        self.keys, self.roles, self.parts = array("Q"), array("b"), array("H")
+        self.links = Links()
+        self.reasons: dict[str, array[int]] = {}
+        """Rows that are dropped, by the reason."""
         self.shapes: set[type[Example]] = set()
         self.numbers = self.groups = self.swallowed = 0
         self.near = NearDuplicates() if with_texts else None
@@ -249,11 +289,12 @@ class _Found:
     def add(self, part: int, example: Example, role: int) -> None:
         """A row that is an example."""
         self.groups += example.group is not None
+        self.links.add(len(self.keys), example)
         self._row(part, split_key(example), role, "\n".join(texts(example)) if self.near else "")
 
     def drop(self, part: int, reason: str) -> None:
         """A row that is none."""
-        self.reasons[len(self.keys)] = reason
+        self.reasons.setdefault(reason, array("I")).append(len(self.keys))
         self._row(part, 0, DROPPED, "")
 
     def _row(self, part: int, key: int, role: int, text: str) -> None:
@@ -283,22 +324,23 @@ def _prepared(
         notes += [f"{part.source.name}: {note}" for note in said] if data.mix else said
     found.sketch()
     keys = np.frombuffer(found.keys, dtype=np.uint64)
-    reasons = found.reasons
-    fates, said = _settled(keys, np.frombuffer(found.roles, dtype=np.int8), found.near, reasons, data)
+    reasons = Reasons(len(keys))
+    for reason, rows in found.reasons.items():
+        reasons[np.frombuffer(rows, dtype=np.uint32)] = reason
+    fates, said = _settled(found, keys, reasons, data)
     notes += said
     copies = np.ones(len(fates), dtype=np.int32)
     trained = np.flatnonzero(fates == TRAIN)
     drawn = draw(
         keys[trained],
-        np.frombuffer(found.parts, dtype=np.int8)[trained],
+        np.frombuffer(found.parts, dtype=np.uint16)[trained],
         weights=[section.weight for section in sections],
         total=data.num_samples,
         seed=data.mix_seed,
     )
     copies[trained] = np.maximum(drawn, 1)
-    for number in trained[drawn == 0].tolist():
-        fates[number] = DROPPED
-        reasons[number] = "not drawn: num_samples and the mix's weights leave it out"
+    fates[trained[drawn == 0]] = DROPPED
+    reasons[trained[drawn == 0]] = "not drawn: num_samples and the mix's weights leave it out"
     notes += _drawn(drawn)
     notes += [text for shape, text in remarks.items() if shape in found.shapes]
     if found.numbers:
@@ -355,15 +397,17 @@ def _read(section: DataSource, place: int, found: _Found, data: Data, adapt: Ada
 
 
 def _opened(section: DataSource) -> Source:
-    return open_source(section.dataset, **section.model_dump(include=OPENING))
+    opened = open_source(section.dataset, **section.model_dump(include=OPENING))
+    return shaped(opened, **section.model_dump(include=SHAPING))
 
 
 def _splits_into(folder: Path, splits: Splits) -> None:
     np.save(folder / "fates.npy", splits.fates)
     np.save(folder / "copies.npy", splits.copies)
+    np.save(folder / "reasons.npy", splits.reasons.codes)
     facts = {
         "parts": [[[f.name for f in part.detection.formats], part.detection.reason] for part in splits.parts],
-        "reasons": {str(number): reason for number, reason in splits.reasons.items()},
+        "reasons": splits.reasons.texts,
         "notes": splits.notes,
     }
     (folder / cache.FACTS).write_text(json.dumps(facts))
@@ -381,7 +425,7 @@ def _splits_from(
         parts=tuple(parts),
         fates=np.load(folder / "fates.npy"),
         copies=np.load(folder / "copies.npy"),
-        reasons={int(number): reason for number, reason in facts["reasons"].items()},
+        reasons=Reasons(0, facts["reasons"], np.load(folder / "reasons.npy")),
         notes=tuple(facts["notes"]),
         adapt=adapt,
         system_prompt=data.system_prompt,
@@ -396,62 +440,66 @@ def format_named(name: str, section: DataSource) -> Format:
     return FORMATS[name]
 
 
-def _settled(
-    keys: NDArray[np.uint64],
-    roles: Codes,
-    near: NearDuplicates | None,
-    reasons: dict[int, str],
-    data: Data,
-) -> tuple[Codes, list[str]]:
-    """Each row's fate. Rows that would put one text on both sides of a split are dropped, with the reason."""
+def _settled(found: _Found, keys: Keys, reasons: Reasons, data: Data) -> tuple[Codes, list[str]]:
+    """Each row's fate. Rows that would put one question on both sides of a split are dropped, with the reason."""
+    roles = np.frombuffer(found.roles, dtype=np.int8)
     usable = np.flatnonzero(roles != DROPPED)
-    pairs = near.pairs() if near else np.empty((0, 2), dtype=np.int64)
-    pairs = pairs[(roles[pairs] != DROPPED).all(axis=1)]
     notes = []
+    pairs = found.near.pairs() if found.near else np.empty((0, 2), dtype=np.int64)
+    pairs = pairs[(roles[pairs] != DROPPED).all(axis=1)]
     if len(pairs):
         notes.append(f"{len(np.unique(pairs[:, 0]))} rows are nearly the same as an earlier one")
-    fates = np.full(len(roles), DROPPED, dtype=np.int8)
-    joined_keys = joined(keys, pairs)
-    largest = int(np.unique(joined_keys[usable], return_counts=True)[1].max()) if len(usable) else 0
-    before = int(np.unique(keys[usable], return_counts=True)[1].max()) if len(usable) else 0
-    if largest > max(before, len(usable) // 4, 10):
+    edges = found.links.edges()
+    root, released = rooted(len(roles), edges, pairs)
+    if released.any():
         notes.append(
-            f"{largest} of {len(usable)} rows are nearly the same text, too many to keep in one split: "
-            "near-duplicates are not kept together"
+            f"{int(released.sum())} rows are nearly the same as more than {CLUSTER} others: texts of one form, "
+            "which are not kept in one split"
         )
-        joined_keys, pairs = keys, pairs[:0]
+        pairs = pairs[~released[pairs[:, 0]]]
+    fates = np.full(len(roles), DROPPED, dtype=np.int8)
     fates[usable], said = assign(
-        joined_keys[usable], roles[usable], validation=data.validation, held_out=data.held_out
+        keys[root][usable], roles[usable], validation=data.validation, held_out=data.held_out
     )
-    _drop_leaks(fates, roles, joined_keys, pairs, reasons)
+    split = fates.copy()
+    _drop(fates, reasons, *_in_named_splits(split, roles, found.links))
+    for related, reason in ((edges, "its question or group stands in a {} row"), (pairs, NEARLY)):
+        for lost, other in _across(split, roles, related):
+            _drop(fates, reasons, lost, reason.format(FATES[other].replace("_", "-")))
+    # Whatever was decided so far, no question that is measured or picks the checkpoint is trained.
+    kept_out = np.isin(fates[found.links.rows], (VALIDATION, HELD_OUT)) & found.links.is_main
+    asked = found.links.rows_with(kept_out, among=fates[found.links.rows] == TRAIN)
+    _drop(fates, reasons, asked, "its question is trained on the way to another answer")
     return fates, [*notes, *said]
 
 
-def _drop_leaks(
-    fates: Codes,
-    roles: Codes,
-    keys: NDArray[np.uint64],
-    pairs: NDArray[np.int64],
-    reasons: dict[int, str],
-) -> None:
-    """Drop training rows whose question stands in a split that the source names, and of each near-duplicate
-    pair across splits the later row (the training row, where the source itself names the splits)."""
-    kept_out = np.isin(roles, (VALIDATION, HELD_OUT))
-    leaked = np.flatnonzero((fates == TRAIN) & np.isin(keys, np.unique(keys[kept_out])))
-    for number in leaked.tolist():
-        reasons[number] = "the same question stands in the source's validation or held-out split"
-    fates[leaked] = DROPPED
-    for later, earlier in pairs.tolist():
-        here, there = fates[later], fates[earlier]
-        if here == there or DROPPED in (here, there):
-            continue
-        dropped = later
-        if roles[later] >= 0 or roles[earlier] >= 0:
-            dropped = next((n for n in (later, earlier) if fates[n] == TRAIN), later)
-        other = earlier if dropped == later else later
-        said = FATES[fates[other]].replace("_", "-")
-        reasons[dropped] = f"nearly the same text as a {said} row"
-        fates[dropped] = DROPPED
+NEARLY = "nearly the same text as a {} row"
+
+
+def _drop(fates: Codes, reasons: Reasons, rows: NDArray[Any], reason: str) -> None:
+    rows = rows[fates[rows] != DROPPED]
+    fates[rows] = DROPPED
+    reasons[rows] = reason
+
+
+def _in_named_splits(split: Codes, roles: Codes, links: Links) -> tuple[NDArray[Any], str]:
+    """Training rows with a question of the validation or held-out rows that the source itself names."""
+    named = np.isin(roles, (VALIDATION, HELD_OUT))[links.rows] & links.is_main
+    rows = links.rows_with(split[links.rows] == TRAIN, among=named)
+    return rows, "the same question stands in the source's validation or held-out split"
+
+
+def _across(split: Codes, roles: Codes, pairs: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int]]:
+    """Of each pair across splits the row to drop: the later one, or the training row where the source names the
+    splits. By the split of the other."""
+    later, earlier = pairs[:, 0], pairs[:, 1]
+    apart = (split[later] != split[earlier]) & (split[later] != DROPPED) & (split[earlier] != DROPPED)
+    later, earlier = later[apart], earlier[apart]
+    named = (roles[later] >= 0) | (roles[earlier] >= 0)
+    lost = np.where(named & (split[later] != TRAIN) & (split[earlier] == TRAIN), earlier, later)
+    other = np.where(lost == later, earlier, later)
+    for fate in (TRAIN, VALIDATION, HELD_OUT):
+        yield lost[split[other] == fate], fate
 
 
 def _drawn(copies: NDArray[np.int32]) -> list[str]:
@@ -479,7 +527,7 @@ def encoded(splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn) -> E
             "There is no row to train on.",
             found="; ".join(
                 [f"{splits.count(VALIDATION)} for validation, {splits.count(HELD_OUT)} held out"]
-                + [f"{n} × {reason}" for reason, n in Counter(splits.reasons.values()).most_common(5)]
+                + [f"{n} × {reason}" for reason, n in splits.reasons.counts().most_common(5)]
             ),
             fix="Give a source with training rows; data.split takes one named split and divides it.",
         )
@@ -583,6 +631,10 @@ def _encode_into(
                 if entry.fate == "dropped":
                     continue
                 pieces = _pieces(example, encoding, data.max_length)
+                if not pieces:
+                    reason = f"no token could be trained in pieces of {data.max_length}"
+                    entries[place] = entry._replace(fate="dropped", reason=reason)
+                    continue
                 if len(pieces) > 1:
                     reason = f"cut into {len(pieces)} pieces of at most {data.max_length} tokens"
                     entries[place] = entry._replace(reason=reason)
@@ -709,12 +761,17 @@ def _cut(encoding: Encoding, length: int) -> Encoding:
 
 
 def _chunks(encoding: Encoding, length: int) -> list[Encoding]:
-    """Consecutive pieces of a text; the first token of a piece has no context to be predicted from."""
+    """Consecutive pieces of a text; the first token of a piece has no context to be predicted from.
+
+    A last piece of one token could teach nothing: it takes the token before it along.
+    """
     pieces = []
-    for start in range(0, len(encoding.input_ids), length):
+    count = len(encoding.input_ids)
+    for start in range(0, count, length):
+        begin = start - 1 if start == count - 1 and length > 1 else start
         ids, labels = (
-            encoding.input_ids[start : start + length],
-            encoding.labels[start : start + length].copy(),
+            encoding.input_ids[begin : start + length],
+            encoding.labels[begin : start + length].copy(),
         )
         labels[0] = IGNORED
         pieces.append(Encoding(ids, labels))

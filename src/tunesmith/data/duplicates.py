@@ -10,9 +10,10 @@ this module against the exact similarity.
 from __future__ import annotations
 
 import functools
+import mmap
 import tempfile
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +98,7 @@ class NearDuplicates:
         self.count += len(made)
 
     def pairs(self, threshold: float = THRESHOLD) -> NDArray[np.int64]:
-        """Rows (n, 2) that are alike: a row and an earlier one, the first of those that share a band.
+        """Rows (n, 2) that are alike: a row and an earlier one, of those that share a band the first or the last.
 
         Whether two rows are a pair depends on these two and the rows before them, never on later ones.
         """
@@ -110,55 +111,31 @@ class NearDuplicates:
             in_order = hashes[order]
             is_first = np.ones(len(order), dtype=bool)
             is_first[1:] = in_order[1:] != in_order[:-1]
+            others = ~is_first
+            rows = order[others].astype(np.int64) << 32
             firsts = order[is_first][np.cumsum(is_first) - 1]
-            others = order != firsts
-            found = np.union1d(found, order[others].astype(np.int64) << 32 | firsts[others])
+            found = np.union1d(found, rows | firsts[others])
+            found = np.union1d(found, rows | np.roll(order, 1)[others])
         pairs = np.stack((found >> 32, found & 0xFFFFFFFF), axis=1)
         if not len(pairs):
             return pairs
+        return pairs[self._alike(pairs, threshold)]
+
+    def _alike(self, pairs: NDArray[np.int64], threshold: float) -> NDArray[np.bool_]:
         self._sketches.flush()
-        kept: NDArray[Any] = np.memmap(self._sketches, dtype=np.uint32, mode="r", shape=(self.count, BINS))
-        alike = [
-            (kept[chunk[:, 0]] == kept[chunk[:, 1]]).mean(axis=1) >= threshold
-            for chunk in np.array_split(pairs, len(pairs) // 8192 + 1)
-        ]
-        kept_pairs: NDArray[np.int64] = pairs[np.concatenate(alike)]
-        return kept_pairs
+        mapped = mmap.mmap(self._sketches.fileno(), 0, access=mmap.ACCESS_READ)
+        kept = np.frombuffer(mapped, dtype=np.uint32).reshape(self.count, BINS)
+        found = []
+        for chunk in np.array_split(pairs, len(pairs) // 8192 + 1):
+            found.append((kept[chunk[:, 0]] == kept[chunk[:, 1]]).mean(axis=1) >= threshold)
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)  # else all that was looked at stays in memory
+        return np.concatenate(found)
 
 
 def _scratch() -> IO[bytes]:
     """A file that is gone when nobody holds it any more."""
     return tempfile.TemporaryFile(prefix="tunesmith-")
-
-
-def joined(keys: Words64, pairs: NDArray[np.int64]) -> Words64:
-    """Split keys in which a near-duplicate has the key of the row that came before it.
-
-    Only a key that is new with its row can be changed: others were settled by earlier rows, and adding
-    rows must move none. Pairs that stay apart for that reason are `across` the splits at worst.
-    """
-    if not len(pairs):
-        return keys
-    changed = keys.copy()
-    new_key: dict[int, int] = {}
-    _, first_rows = np.unique(keys, return_index=True)
-    is_new = np.zeros(len(keys), dtype=bool)
-    is_new[first_rows] = True
-    for row, earlier in pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))].tolist():
-        old = int(keys[row])
-        if is_new[row] and old not in new_key:
-            before = int(keys[earlier])
-            new_key[old] = new_key.get(before, before)
-    if not new_key:
-        return keys
-    olds = np.array(list(new_key), dtype=np.uint64)
-    news = np.array(list(new_key.values()), dtype=np.uint64)
-    order = np.argsort(olds)
-    olds, news = olds[order], news[order]
-    where = np.minimum(np.searchsorted(olds, keys), len(olds) - 1)
-    hit = olds[where] == keys
-    changed[hit] = news[where[hit]]
-    return changed
 
 
 def _triples(words: Words64, rows: NDArray[np.int64]) -> tuple[Words64, NDArray[np.int64]]:

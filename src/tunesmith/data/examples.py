@@ -147,15 +147,35 @@ def row_hash(example: Example) -> str:
     return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def question_hash(example: Example) -> str:
-    """Hex digest of what is asked: the same for rows that differ in their last answer only."""
+def questions(example: Example) -> list[int]:
+    """64 bits for each question that the example answers: all that was said before an answer. The last is the
+    one that is measured.
+
+    White space counts as one space, and nothing else is equal to anything: an instruction or a system message
+    is part of the question.
+    """
+    state = hashlib.blake2b(digest_size=8)
     match example:
-        case Conversation(messages=messages) if len(messages) > 1:
-            return content_hash(Conversation(messages[:-1], example.row, tools=example.tools))
+        case Conversation(messages=messages, tools=tools):
+            turns = messages
+            if tools:
+                state.update(_CANONICAL.encode(tools).encode("utf-8", "surrogatepass"))
         case Preference(prompt=prompt) | Rating(prompt=prompt):
-            return content_hash(Conversation(prompt, example.row))
-        case _:
-            return content_hash(example)
+            turns = (*prompt, Message("assistant", ""))
+        case Text(text=text):
+            state.update(" ".join(text.split()).encode("utf-8", "surrogatepass"))
+            return [int.from_bytes(state.digest(), "big")]
+    found: list[int] = []
+    is_asked = False
+    for turn in turns:
+        if turn.role == "assistant" and is_asked:
+            found.append(int.from_bytes(state.digest(), "big"))
+        is_asked = is_asked or turn.role == "user"
+        said = f"{turn.role}\x1f{' '.join(turn.content.split())}\x1e"
+        if turn.reasoning or turn.tool_calls:
+            said += _CANONICAL.encode([turn.reasoning, turn.tool_calls])
+        state.update(said.encode("utf-8", "surrogatepass"))
+    return found or [int.from_bytes(state.digest(), "big")]
 
 
 def texts(example: Example) -> Iterator[str]:

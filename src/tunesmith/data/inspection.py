@@ -147,7 +147,7 @@ def _seen(
     for _, encodings in encode_batches(examples(), context, loss_on=loss_on):
         each = iter(encodings)
         for number, row, example, part in waiting.pop(0):
-            fate, reason = FATES[splits.fates[number]], splits.reasons.get(number)
+            fate, reason = FATES[splits.fates[number]], splits.reasons[number]
             encoding = next(each) if example is not None else None
             if encoding is None or isinstance(encoding, Unusable):
                 reason = reason if encoding is None else str(encoding)

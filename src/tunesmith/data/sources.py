@@ -74,7 +74,7 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the content: the same for equal files wherever they lie."""
+        """The content, the files' names and the splits they name: equal only where every row is the same."""
         return self.digest()
 
     @property
@@ -296,7 +296,7 @@ def _from_file(path: Path, role: Role | None = None) -> Source:
             yield Record(record.row, record.values, role) if role and isinstance(record, Record) else record
 
     lines = path if reader is _jsonl and role is None else None
-    return Source(path.stem, scan, functools.partial(_hash, path), lines=lines)
+    return Source(path.stem, scan, lambda: f"{path.name}:{role}:{_hash(path)}", lines=lines)
 
 
 def _hash(path: Path) -> str:
@@ -336,7 +336,8 @@ def _from_folder(path: Path, pattern: str | None) -> Source:
     notes = [f"files without a split's name are not used: {', '.join(unused)}"] if unused else []
 
     def digest() -> str:
-        return hashlib.sha256("".join(source.fingerprint for source, _ in sources).encode()).hexdigest()
+        content = "\n".join(f"{place}:{source.fingerprint}" for source, place in sources)
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
     return Source(path.name, scan, digest, tuple(notes))
 
@@ -406,8 +407,9 @@ def _from_hub(
 
     def digest() -> str:
         content = hashlib.sha256()
-        for _, _, values in read_again():
-            content.update(json.dumps(values, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
+        for part, _, values in read_again():
+            said = json.dumps([part, values], sort_keys=True, default=str)
+            content.update(said.encode("utf-8", "surrogatepass"))
         return content.hexdigest()
 
     roleless = [part for part in parts if part and part not in ROLES]
@@ -418,10 +420,15 @@ def _from_hub(
 
 
 def _not_loaded(dataset: str, error: Exception) -> DataError:
+    from tunesmith.catalog import closest_dataset
+
+    near = closest_dataset(dataset)
     return DataError(
         f"'{dataset}' is neither a file, a folder, an example:NAME nor a Hub data set that can be read.",
         found=f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}",
-        fix="Check the path or the Hub id (owner/name), and data.config / data.split for a Hub data set.",
+        fix=f"Did you mean '{near}' of the catalogue?"
+        if near
+        else "Check the path or the Hub id (owner/name), and data.config / data.split for a Hub data set.",
     )
 
 

@@ -1,7 +1,7 @@
 """The supervision proof: what every training row has to fulfill before step 1.
 
-The checks look at token ids and labels alone and share no code with what made them, so a template or a
-tokenizer that does the unexpected is found out whatever the cause.
+The checks look at token ids and labels, not at what made them, so a template or a tokenizer that does the
+unexpected is found out whatever the cause. Only what inference is fed is asked of the code that feeds it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from tunesmith.data.examples import Conversation, Example, Row, Text, Unusable
 from tunesmith.data.templates import (
     IGNORED,
+    PROBES,
     Encoder,
     Encoding,
     LossOn,
     as_message,
     asked,
+    encode_batches,
     end_of_turn_ids,
     has_special_text,
 )
@@ -81,6 +83,9 @@ class Proof:
 
         failed = {"trained_tokens": ~rows_with(trained)}
         lost = rows_with(begins & (place >= self.max_length)) & ~is_text
+        if self.loss_on == "everything":  # labels do not tell where answers begin
+            for n in np.flatnonzero((lengths > self.max_length) & ~is_text).tolist():
+                lost[n] = self._begins_late(examples[n])
         if self.may_cut_answers:
             lost &= ~rows_with(trained & (place < self.max_length))  # some of one has to stay all the same
         failed["whole_answers"] = lost
@@ -123,12 +128,24 @@ class Proof:
             "prompt": "the prompt's tokens are not those that the model is fed when asked",
         }[name]
 
+    def _begins_late(self, example: Example) -> bool:
+        """Whether an answer begins behind the longest row."""
+        [(_, [encoding])] = encode_batches([[example]], self.context, loss_on="answers", ahead=False)
+        if isinstance(encoding, Unusable):
+            return False
+        trained = np.asarray(encoding.labels) != IGNORED
+        return bool((trained & ~np.concatenate(([False], trained[:-1])))[self.max_length :].any())
+
     def _wants_bos(self, is_text: bool) -> bool:
         if not hasattr(self, "_openings"):
-            from tunesmith.data.examples import Message
-
             tokenizer = self.context.tokenizer
-            opened = asked((Message("user", "a"),), self.context) if tokenizer.chat_template else []
+            opened: list[int] = []
+            for probe in PROBES if tokenizer.chat_template else ():
+                try:
+                    opened = asked(probe[:-1], self.context)
+                    break
+                except Unusable:
+                    continue
             self._openings = (opened[:1] == [self.bos], tokenizer("a").input_ids[:1] == [self.bos])
         return self._openings[is_text]
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from tunesmith.data.examples import Conversation, Example, Message, Row, Text, Unusable, texts
-from tunesmith.data.tokens import QuickTokens, tokenized
+from tunesmith.data.tokens import LiteralTokens, QuickTokens, tokenized
 from tunesmith.errors import ModelError, nearest
 
 LossOn = Literal["answers", "last_answer", "everything"]
@@ -119,6 +119,8 @@ class Encoder:
     """Texts by which the template may tell contents apart; content with one of them is always rendered."""
     tokens: Callable[[Sequence[str]], list[list[int]]]
     """Ids of each text."""
+    literally: LiteralTokens
+    """The same where the text of a special token is to stay text."""
     skeletons: dict[tuple[str, ...], _Skeleton | None] = field(default_factory=dict)
     met: Counter[tuple[str, ...]] = field(default_factory=Counter)
     """Number of conversations before there was a skeleton, by roles."""
@@ -179,6 +181,7 @@ def encoder(tokenizer: Any, *, quick: bool = False) -> Encoder:
         "tool_calls" in source or "tools" in source,
         _triggers(source),
         QuickTokens(tokenizer) if quick else partial(tokenized, tokenizer=tokenizer),
+        LiteralTokens(tokenizer),
     )
 
 
@@ -186,7 +189,7 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Names under which templates in the wild take an answer's thoughts."""
 
 
-_PROBES = (
+PROBES = (
     (Message("user", "a"), Message("assistant", "b")),
     (Message("system", "s"), Message("user", "a"), Message("assistant", "b")),
 )
@@ -355,10 +358,10 @@ def _has_trigger(turns: Sequence[Message], context: Encoder) -> bool:
 
 @lru_cache(maxsize=32)
 def _triggers(source: str) -> tuple[str, ...]:
-    """Texts in a template's comparisons, tests, calls and filters, names of roles and keys aside.
+    """Every text in a template that it does more with than write it: by one of them it may tell contents apart.
 
-    A template can tell one content from another by such a text, or else by its length, its place or its
-    first characters; `_is_verbatim` tries contents that differ in these.
+    It could also do so by a content's length, its place or its first characters; `_is_verbatim` tries contents
+    that differ in these. What a role is compared with and names of keys (`message['role']`) do not count.
     """
     import jinja2
 
@@ -369,20 +372,45 @@ def _triggers(source: str) -> tuple[str, ...]:
         )
     except jinja2.TemplateSyntaxError:
         return ("",)  # unknown to this parser: in every content, so everything is rendered
-    deciding = (nodes.Compare, nodes.Test, nodes.Call, nodes.Filter)
+    innocent: set[int] = set()
+    for node in tree.find_all((nodes.Output, nodes.Assign, nodes.Getitem, nodes.Compare, nodes.Call)):
+        match node:
+            case nodes.Output():
+                innocent |= {id(const) for part in node.nodes for const in _written(part)}
+            case nodes.Assign() if isinstance(node.node, nodes.Add | nodes.Concat):
+                innocent |= {id(const) for const in _written(node.node)}
+            case nodes.Getitem(arg=nodes.Const() as name):
+                innocent.add(id(name))
+            case nodes.Compare() if _names_role(node.expr):
+                innocent |= {id(const) for operand in node.ops for const in operand.find_all(nodes.Const)}
+            case nodes.Call(node=nodes.Name(name="raise_exception")):
+                innocent |= {id(const) for const in node.find_all(nodes.Const)}
+            case _:
+                pass
     texts = {
         const.value
-        for node in tree.find_all(deciding)
-        for const in node.find_all(nodes.Const)
-        if isinstance(const.value, str) and const.value
+        for const in tree.find_all(nodes.Const)
+        if isinstance(const.value, str) and const.value and id(const) not in innocent
     }
-    of_roles = {
-        const.value
-        for node in tree.find_all(nodes.Compare)
-        if _names_role(node.expr)
-        for const in node.find_all(nodes.Const)
-    }
-    return tuple(sorted(texts - of_roles))
+    return tuple(sorted(texts))
+
+
+def _written(expression: Any) -> Iterator[Any]:
+    """The constants that an expression joins into text."""
+    import jinja2
+
+    nodes = jinja2.nodes
+    match expression:
+        case nodes.Const():
+            yield expression
+        case nodes.Add() | nodes.Concat():
+            for part in expression.iter_child_nodes():
+                yield from _written(part)
+        case nodes.CondExpr():
+            yield from _written(expression.expr1)
+            yield from _written(expression.expr2)
+        case _:
+            pass
 
 
 def _names_role(node: Any) -> bool:
@@ -402,7 +430,7 @@ def _tokens(examples: Sequence[Example], parts: _Parts, context: Encoder) -> _To
         for example, item in zip(examples, parts, strict=True)
         if isinstance(example, Text) and not isinstance(item, Unusable)
     ]
-    return _ids(segments, context), _text_ids(texts, context.tokenizer)
+    return _ids(segments, context), _text_ids(texts, context)
 
 
 def _assembled(
@@ -452,7 +480,7 @@ def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     special = encoder(tokenizer).specials.ids
     said = tokenizer("b", add_special_tokens=False).input_ids[-1:]
-    for probe in _PROBES if tokenizer.chat_template else ():
+    for probe in PROBES if tokenizer.chat_template else ():
         try:
             encoding = encode(Conversation(probe, row=Row("probe", 1)), tokenizer)
         except Unusable:
@@ -461,7 +489,7 @@ def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
         behind = len(labels) - labels[::-1].index(said[0]) if said and said[0] in labels else 0
         ids += [i for i in labels[behind:] if i in special]
         break
-    for probe in _PROBES if tokenizer.chat_template else ():
+    for probe in PROBES if tokenizer.chat_template else ():
         try:  # Gemma 4 and gpt-oss close a tool call with a token of its own
             call = Conversation((*probe[:-1], _CALL), row=Row("probe", 1), tools=_CALLED)
             last = encode(call, tokenizer).labels[-1:]
@@ -558,7 +586,7 @@ def _rewrites(with_reasoning: bool, context: Encoder, *, calls: bool = False) ->
         reasoning = "r" if with_reasoning and context.reasoning_key else None
         answer = Message("assistant", "b", reasoning=reasoning)
         context.rewriting[kind] = False
-        for probe in _PROBES:
+        for probe in PROBES:
             turns = (*probe[:-1], answer, Message("user", "c"), answer)
             if calls:
                 turns = (*probe[:-1], _CALL._replace(reasoning=reasoning), _RESULT, answer)
@@ -612,7 +640,7 @@ def _takes_text(context: Encoder) -> bool | None:
 def _writes_calls(as_text: bool, context: Encoder) -> bool:
     context.calling["tried"] = as_text
     try:
-        for probe in _PROBES:
+        for probe in PROBES:
             try:
                 opened = _render(probe[:-1], context, _CALLED, opening=True)
                 through = _render((*probe[:-1], _CALL), context, _CALLED, opening=False)
@@ -689,9 +717,9 @@ def _writes(kind: str, context: Encoder) -> bool:
         called = Message("user", "a"), _CALL, _RESULT, Message("assistant", "b")
         system = Message("system", "probed words")
         tries: tuple[tuple[Sequence[Message], str], ...] = {
-            "system": ((((system, *_PROBES[0])), system.content),),
+            "system": ((((system, *PROBES[0])), system.content),),
             "tool": ((called, _RESULT.content), ((system, *called), _RESULT.content)),
-            "tools": tuple((probe, "probed_tool") for probe in _PROBES),
+            "tools": tuple((probe, "probed_tool") for probe in PROBES),
         }[kind]
         tools = _CALLED if kind != "system" else ()
         found: list[bool] = []
@@ -937,7 +965,7 @@ def _remarks(tokenizer: Any) -> str:
 
     context = encoder(tokenizer)
     remarks = ""
-    for probe in _PROBES:
+    for probe in PROBES:
         try:
             opened = _render(probe[:-1], context, opening=True)
             whole = _render(probe, context, opening=False)
@@ -1077,9 +1105,10 @@ def _marked_ids(text: str, context: Encoder) -> list[int]:
         piece = context.specials.tokens[int(piece)] if is_plain else piece
         if not piece:
             continue
-        found = tokenized([tail + piece], context.tokenizer, split_special_tokens=is_plain)[0]
+        ids_of = context.literally if is_plain else partial(tokenized, tokenizer=context.tokenizer)
+        found = ids_of([tail + piece])[0]
         if tail:
-            alone = tokenized([tail], context.tokenizer, split_special_tokens=is_plain)[0]
+            alone = ids_of([tail])[0]
             if found[: len(alone)] == alone:
                 found = found[len(alone) :]
         ids += found
@@ -1168,12 +1197,11 @@ def _without_trailing_space(ids: Sequence[int], tokenizer: Any) -> list[int]:
     return ids
 
 
-def _text_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+def _text_ids(texts: Sequence[str], context: Encoder) -> list[list[int]]:
     """Running texts, opened as the tokenizer opens texts and closed by the end-of-text token."""
-    if not texts:
-        return []
-    found: list[list[int]] = tokenizer(list(texts), split_special_tokens=True).input_ids
+    found = context.literally(texts, opened=True)
+    end = context.tokenizer.eos_token_id
     for ids in found:
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
+        if end is not None and ids[-1:] != [end]:
+            ids.append(end)
     return found

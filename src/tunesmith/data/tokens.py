@@ -12,6 +12,7 @@ import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 SURE_AFTER, STILL_COMPARED = 4096, 64
 """Texts that are compared before tiktoken is used, and the share (one in so many) that is from then on."""
@@ -28,19 +29,50 @@ class Differs(Exception):
     """tiktoken gave other ids than the model's tokenizer."""
 
 
-def tokenized(texts: Sequence[str], tokenizer: Any, *, split_special_tokens: bool = False) -> list[list[int]]:
-    """Ids of each text. With `split_special_tokens` the text of a special token is text like any other."""
+def tokenized(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Ids of each text, special tokens recognized, none put around it."""
     if not texts:
         return []
     if not tokenizer.is_fast:
         ids: list[list[int]] = tokenizer(
-            list(texts), add_special_tokens=False, split_special_tokens=split_special_tokens
+            list(texts), add_special_tokens=False, split_special_tokens=False
         ).input_ids
         return ids
     backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = split_special_tokens
     # Without offsets, which nobody needs here, it takes two thirds of the time.
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+class LiteralTokens:
+    """Ids of texts in which the text of a special token is text like any other.
+
+    On a copy of the tokenizer: several threads tokenize at a time, and which of the two is meant is a switch
+    on the tokenizer itself.
+    """
+
+    _copies: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()
+    """By tokenizer, with the size of the vocabulary that the copy has: making one takes a while."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, texts: Sequence[str], *, opened: bool = False) -> list[list[int]]:
+        """Ids of each text; with `opened` as the tokenizer opens and closes texts (BOS)."""
+        if not texts:
+            return []
+        if not self._tokenizer.is_fast:
+            ids: list[list[int]] = self._tokenizer(
+                list(texts), add_special_tokens=opened, split_special_tokens=True
+            ).input_ids
+            return ids
+        size, copy = self._copies.get(self._tokenizer, (0, None))
+        if size != len(self._tokenizer):
+            from tokenizers import Tokenizer
+
+            copy = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
+            copy.encode_special_tokens = True
+            self._copies[self._tokenizer] = (len(self._tokenizer), copy)
+        return [found.ids for found in copy.encode_batch_fast(texts, add_special_tokens=opened)]
 
 
 class QuickTokens:

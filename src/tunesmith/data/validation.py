@@ -38,6 +38,7 @@ from tunesmith.data.duplicates import NearDuplicates, sketches
 from tunesmith.data.examples import Example, Message, Rating, Row, Text, Unusable, row_hash, texts
 from tunesmith.data.formats import FORMATS, Detection, absent, converted, detect, unused_columns
 from tunesmith.data.pieces import Lines, Piece, rows, worked
+from tunesmith.data.shaping import SHAPING, shaped
 from tunesmith.data.sources import Broken, Facts, Source, open_source
 from tunesmith.data.templates import IGNORED, Encoder, Encoding, LossOn, encode_batches, views
 from tunesmith.errors import DataError, nearest
@@ -334,6 +335,7 @@ def validate(
             dataset,
             **data.model_dump(include={"config", "split", "data_files", "revision", "max_rows", "streaming"}),
         )
+        source = shaped(source, **data.model_dump(include=SHAPING))
         size = source.lines.stat().st_size if source.lines else 0
         for piece, checked in worked(source, functools.partial(check_piece, settings), processes=processes):
             whole.take(checked, limit)

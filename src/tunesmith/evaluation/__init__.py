@@ -12,7 +12,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tunesmith.data.examples import (
@@ -219,10 +219,11 @@ def evaluate(
     if _of_kind(metrics, "likelihood"):
         told = _stage(progress, f"{name}: likelihood", len(usable))
         likelihoods = _likelihoods(model, usable, batch_tokens=batch_tokens, progress=told)
-    return [
+    rows = [
         _row(item, name, metrics, answered.get(item.number), likelihoods.get(item.number), settings)
         for item in items
     ]
+    return _compared_among(rows, metrics)
 
 
 def scores(
@@ -333,6 +334,17 @@ def _row(
         tokens_cut=item.tokens_cut + (likelihood.cut if likelihood else 0),
         flags=flags,
     )
+
+
+def _compared_among(rows: list[EvalRow], metrics: Sequence[str]) -> list[EvalRow]:
+    """The rows with the scores of metrics that look at all of a model's answers at once."""
+    places = [place for place, row in enumerate(rows) if row.output is not None]
+    for metric in (METRICS[name] for name in metrics):
+        if metric.among:
+            values = metric.among([str(rows[place].output) for place in places])
+            for place, value in zip(places, values, strict=True):
+                rows[place] = replace(rows[place], scores={**rows[place].scores, metric.name: value})
+    return rows
 
 
 def _likelihoods(

@@ -1,21 +1,23 @@
 """Metrics: one signature `(prompt, completion, reference) -> float` for evaluation, comparison and rewards.
 
-Answer metrics are pure functions of texts. Likelihood metrics have no such function: they are computed
-from the model's own probabilities of the reference tokens, over all of them at once.
+Answer metrics are pure functions of texts; one that compares a model's answers with one another is a
+function of all of them. Likelihood metrics have no such function: they are computed from the model's own
+probabilities of the reference tokens, over all of them at once.
 """
 
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 from tunesmith.data.examples import Prompt
 from tunesmith.errors import RecipeError, nearest
+from tunesmith.evaluation import tasks
 from tunesmith.evaluation.sql import SQLResult, execution_match
+from tunesmith.evaluation.tasks import code_of
 
 Score = Callable[[Prompt, str, str], float]
 Unit = Literal["share", "points", "ratio"]
@@ -29,7 +31,7 @@ class Metric:
     label: str
     """As people call it."""
     score: Score | None
-    """Score of one answer; None for likelihood metrics."""
+    """Score of one answer; None for likelihood metrics and for those that look at all answers at once."""
     higher_is_better: bool
     unit: Unit
     """`share` is 0 to 1, shown in percent; `points` is 0 to 1, shown times 100; `ratio` is shown as it is."""
@@ -39,6 +41,8 @@ class Metric:
     kind: Literal["answer", "likelihood"]
     flags: Callable[[Prompt, str, str], tuple[str, ...]] | None = None
     """What else is to be known about a score, such as that a match is vacuous."""
+    among: Callable[[Sequence[str]], list[float]] | None = None
+    """Scores of all answers of a model, for a metric that compares them with one another."""
 
 
 def sql_execution(prompt: Prompt, completion: str, reference: str) -> float:
@@ -75,15 +79,41 @@ def rougeLsum(prompt: Prompt, completion: str, reference: str) -> float:
     return _rouge("rougeLsum", completion, reference)
 
 
-def default_metrics(prompts: Sequence[Prompt], has_text: bool) -> list[str]:
-    """The metrics that fit the data, the primary one first.
+def bleu1(prompt: Prompt, completion: str, reference: str) -> float:
+    """BLEU of single words with brevity penalty, one answer at a time (Papineni et al. 2002, as of sacrebleu)."""
+    return _bleu(1, completion, reference)
 
-    A metric fits where it means something for at least half of the prompts.
+
+def bleu2(prompt: Prompt, completion: str, reference: str) -> float:
+    """BLEU of words and word pairs, one answer at a time (Papineni et al. 2002, as of sacrebleu)."""
+    return _bleu(2, completion, reference)
+
+
+def bleu(prompt: Prompt, completion: str, reference: str) -> float:
+    """BLEU of up to four words, one answer at a time, effective order, exponential smoothing (as of sacrebleu)."""
+    return _bleu(4, completion, reference)
+
+
+TASK_METRICS: dict[str, tuple[str, ...]] = {
+    "chat": ("response_diversity", "vocabulary_use", "bigram_diversity"),
+    "code": ("syntax_validity", "pattern_consistency"),
+    "instruct": ("adherence", "length_match", "repetition"),
+    "domain": ("vocabulary_use", "bigram_diversity"),
+}
+"""What a task's answers are looked at for besides being right, after the metrics that say that."""
+
+
+def default_metrics(prompts: Sequence[Prompt], has_text: bool, task: str = "custom") -> list[str]:
+    """The metrics that fit the data, the primary one first, then what the task adds.
+
+    A metric fits where it means something for at least half of the prompts, one that the task adds where it
+    does for any.
     """
     if not prompts:
         return ["perplexity", "token_accuracy"] if has_text else []
+    added = [name for name in TASK_METRICS.get(task, ()) if any(METRICS[name].fits(p) for p in prompts)]
     if _fits_most("sql_execution", prompts):
-        return ["sql_execution", "exact_match", "token_accuracy", "perplexity"]
+        return ["sql_execution", "exact_match", "token_accuracy", "perplexity", *added]
     chat = [
         "rougeL",
         "exact_match",
@@ -93,7 +123,7 @@ def default_metrics(prompts: Sequence[Prompt], has_text: bool) -> list[str]:
         "token_accuracy",
         "perplexity",
     ]
-    return [name for name in chat if _fits_most(name, prompts)]
+    return [*(name for name in chat if _fits_most(name, prompts)), *added]
 
 
 def known_metrics(names: Sequence[str]) -> list[str]:
@@ -107,6 +137,14 @@ def known_metrics(names: Sequence[str]) -> list[str]:
 def primary_metric(names: Sequence[str]) -> str | None:
     """The metric on which the verdict rests: the first that scores answers, or else the first."""
     return next((name for name in names if METRICS[name].kind == "answer"), names[0] if names else None)
+
+
+def format_metrics_output(metrics: Mapping[str, Any]) -> str:
+    """Metrics as lines `name: value` for people, numbers that are not whole with four decimals."""
+    return "\n".join(
+        f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}"
+        for name, value in metrics.items()
+    )
 
 
 def _fits_most(name: str, prompts: Sequence[Prompt]) -> bool:
@@ -129,18 +167,13 @@ def _is_latin(prompt: Prompt) -> bool:
 
 def _sql_result(prompt: Prompt, completion: str, reference: str) -> SQLResult:
     schema, setup = prompt.checks["schema"], prompt.checks.get("setup") or ""
-    return execution_match(str(schema), str(setup), _code(completion), _code(reference))
+    return execution_match(str(schema), str(setup), code_of(completion), code_of(reference))
 
 
 def _sql_flags(prompt: Prompt, completion: str, reference: str) -> tuple[str, ...]:
     result = _sql_result(prompt, completion, reference)
     flags = ("vacuous",) if result.vacuous and result.match else ()
     return flags if result.executed else (*flags, f"sql: {result.error}")
-
-
-def _code(text: str) -> str:
-    fenced = re.search(r"```[\w+-]*[ \t]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
-    return (fenced.group(1) if fenced else text).strip()
 
 
 def _rouge(name: str, completion: str, reference: str) -> float:
@@ -154,6 +187,17 @@ def _rouge_scorer(name: str) -> Any:
     return RougeScorer([name], use_stemmer=True)
 
 
+def _bleu(order: int, completion: str, reference: str) -> float:
+    return float(_bleu_scorer(order).sentence_score(completion, [reference]).score) / 100
+
+
+@lru_cache
+def _bleu_scorer(order: int) -> Any:
+    from sacrebleu import BLEU
+
+    return BLEU(max_ngram_order=order, effective_order=True)
+
+
 def _answer(
     name: str,
     label: str,
@@ -162,9 +206,13 @@ def _answer(
     *,
     fits: Callable[[Prompt], bool] = _always,
     flags: Callable[[Prompt, str, str], tuple[str, ...]] | None = None,
+    higher_is_better: bool = True,
 ) -> Metric:
-    about = inspect.cleandoc(score.__doc__ or "").replace("\n\n", " ").replace("\n", " ")
-    return Metric(name, label, score, True, unit, about, fits, "answer", flags)
+    return Metric(name, label, score, higher_is_better, unit, _about(score), fits, "answer", flags)
+
+
+def _about(function: Callable[..., Any]) -> str:
+    return inspect.cleandoc(function.__doc__ or "").replace("\n\n", " ").replace("\n", " ")
 
 
 METRICS: dict[str, Metric] = {
@@ -183,6 +231,33 @@ METRICS: dict[str, Metric] = {
         _answer("rouge1", "ROUGE-1", rouge1, "points", fits=_is_latin),
         _answer("rouge2", "ROUGE-2", rouge2, "points", fits=_is_latin),
         _answer("rougeLsum", "ROUGE-Lsum", rougeLsum, "points", fits=_is_latin),
+        _answer("bleu", "BLEU", bleu, "points", fits=_is_latin),
+        _answer("bleu1", "BLEU-1", bleu1, "points", fits=_is_latin),
+        _answer("bleu2", "BLEU-2", bleu2, "points", fits=_is_latin),
+        _answer("syntax_validity", "valid syntax", tasks.syntax_validity, "share", fits=tasks.is_code),
+        _answer(
+            "pattern_consistency",
+            "pattern consistency",
+            tasks.pattern_consistency,
+            "points",
+            fits=tasks.has_patterns,
+        ),
+        _answer("adherence", "demands met", tasks.adherence, "points", fits=tasks.is_demanding),
+        _answer("length_match", "length match", tasks.length_match, "points"),
+        _answer("repetition", "repetition", tasks.repetition, "points", higher_is_better=False),
+        _answer("vocabulary_use", "vocabulary use", tasks.vocabulary_use, "points"),
+        _answer("bigram_diversity", "bigram diversity", tasks.bigram_diversity, "points"),
+        Metric(
+            "response_diversity",
+            "different answers",
+            None,
+            True,
+            "points",
+            _about(tasks.response_diversity),
+            _always,
+            "answer",
+            among=tasks.response_diversity,
+        ),
         Metric(
             "token_accuracy",
             "token accuracy",

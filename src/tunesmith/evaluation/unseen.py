@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from tunesmith.data.examples import Conversation, Example, Preference, Rating, question_hash
+from tunesmith.data.examples import Conversation, Example, Preference, Rating, questions
 from tunesmith.data.splitting import key
 
 
@@ -39,17 +39,28 @@ class MeasuredOn:
 
 
 def marks(example: Example) -> frozenset[str]:
-    """What an example is recognized by in another data set: its question, whatever the system message, and
-    its group."""
+    """What an example teaches, as recognized in any data set: the questions that it answers, whatever the
+    system message, and its group."""
+    return frozenset((*map(str, questions(_without_system(example))), *_group(example)))
+
+
+def asked(example: Example) -> frozenset[str]:
+    """What an example asks: the last of its questions, and its group."""
+    return frozenset((str(questions(_without_system(example))[-1]), *_group(example)))
+
+
+def _group(example: Example) -> tuple[str, ...]:
+    return () if example.group is None else (f"group {key(example)}",)
+
+
+def _without_system(example: Example) -> Example:
     match example:
         case Conversation(messages=messages):
-            example = replace(example, messages=tuple(m for m in messages if m.role != "system"))
+            return replace(example, messages=tuple(m for m in messages if m.role != "system"))
         case Preference(prompt=prompt) | Rating(prompt=prompt):
-            example = replace(example, prompt=tuple(m for m in prompt if m.role != "system"))
+            return replace(example, prompt=tuple(m for m in prompt if m.role != "system"))
         case _:
-            pass
-    group = () if example.group is None else (f"group {key(example)}",)
-    return frozenset((question_hash(example), *group))
+            return example
 
 
 def own_marks(example: Example) -> frozenset[str]:
@@ -67,7 +78,7 @@ def unseen(
     kept: list[Example] = []
     left_out: Counter[str] = Counter()
     for example in examples:
-        known, split = marks(example), own_marks(example)
+        known, split = asked(example), own_marks(example)
         run = next(
             (r for r, seen in learned.items() if not seen.isdisjoint(split if r == own else known)), None
         )

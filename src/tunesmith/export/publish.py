@@ -7,25 +7,34 @@ from pathlib import Path
 from tunesmith.errors import TunesmithError
 
 
-def publish(folder: Path, repository: str, *, private: bool) -> str:
+def publish(
+    folder: Path, repository: str, *, private: bool, token: str | None = None, create: bool = True
+) -> str:
     """Create the repository where it is missing, upload the model's folder, and give its address.
 
-    The token is the Hub client's own (login or HF_TOKEN); it is never read or stored here. Raises
-    TunesmithError with the Hub's answer where that fails; the local model stays as it is.
+    Without `token` it is the Hub client's own (login or HF_TOKEN); it is never stored or shown here. With
+    `create` false the repository has to be there. Raises TunesmithError with the Hub's answer where that
+    fails; the local model stays as it is.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    api = HfApi()
+    api = HfApi(token=token or None)
     try:
-        api.create_repo(repository, private=private, exist_ok=True)
+        if create:
+            api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(
             folder_path=folder, repo_id=repository, commit_message="Upload by tunesmith"
         )
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+        said = next(iter(str(error).splitlines()), "")[:300]
+        mend = "Log in with `hf auth login`, check the name, and upload again with `tunesmith push`."
+        if not create:
+            mend = "Create the repository first (create_new=True), log in with `hf auth login`, or check the name."
         raise TunesmithError(
             f"The model was not uploaded to {repository}; it is whole in {folder}.",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:300]}",
-            fix="Log in with `hf auth login`, check the name, and upload again with `tunesmith push`.",
-        ) from error
+            # Some clients quote the header that they could not send.
+            found=f"{type(error).__name__}: {said.replace(token, '***') if token else said}",
+            fix=mend,
+        ) from (None if token else error)
     return str(commit.repo_url)

@@ -1,0 +1,143 @@
+"""`python -m tunesmith` and `accelerate launch -m tunesmith`: the same program, in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tunesmith import api, launch
+from tunesmith.compose import compose
+from tunesmith.errors import TunesmithError
+from tunesmith.recipe import Training
+from tunesmith.training.run import Run
+
+SEED_COMMAND = """train --task chat --config low_resource --lora --lora-rank 2 --mixed-precision no
+--gradient-checkpointing --per-device-train-batch-size 2 --gradient-accumulation-steps 2 --max-length 128
+--num-workers 0 --num-epochs 1 --max-steps 4 --learning-rate 1e-4 --eval-steps 2 --save-steps 2
+""".split()  # noqa: SIM905
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """An environment as without any launcher."""
+    for name in (*launch.WORLD_SIZES, launch.PRECISION):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.fixture
+def recipe(tiny_model_folder, question_file, tmp_path):
+    return compose(
+        {
+            "model": {"base": str(tiny_model_folder)}, "data": {"dataset": str(question_file), "max_length": 128},
+            "output_dir": str(tmp_path / "runs"), "training": {"max_steps": 1, "mixed_precision": "no"},
+            "evaluation": {"skip": True},
+        }
+    ).recipe  # fmt: skip
+
+
+@pytest.mark.parametrize("name", launch.WORLD_SIZES)
+def test_several_processes_are_refused_before_anything_is_written(alone, recipe, tmp_path, name):
+    alone.setenv(name, "2")
+    for verb in (lambda: api.train(recipe), lambda: api.resume(tmp_path), lambda: api.evaluate("tiny")):
+        with pytest.raises(TunesmithError, match="one process") as error:
+            verb()
+        assert "same run folder" in "\n".join(error.value.lines())
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("size", ["1", ""])
+def test_one_process_may_be_launched(alone, size):
+    alone.setenv("WORLD_SIZE", size)
+    launch.require_one_process()
+
+
+def test_the_recipe_decides_on_precision_and_says_so(alone):
+    assert launch.settle(Training()) == []
+    alone.setenv(launch.PRECISION, "bf16")
+    assert launch.settle(Training(mixed_precision="bf16")) == []
+    [note] = launch.settle(Training())
+    assert "--mixed-precision bf16" in note
+    assert os.environ[launch.PRECISION] == "no"
+
+
+def test_a_run_keeps_what_the_launcher_wanted(alone, recipe):
+    alone.setenv(launch.PRECISION, "bf16")
+    run = Run(api.train(recipe).run)
+    assert any("accelerate is set to" in e.get("message", "") for e in run.events() if e["kind"] == "warning")
+
+
+def _launched(program, arguments, *, folder, model, data):
+    environment = {k: v for k, v in os.environ.items() if k not in (*launch.WORLD_SIZES, launch.PRECISION)}
+    environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [
+        *program, *arguments, "--base-model", str(model), "--dataset", str(data), "--output-dir", str(folder),
+        "--json",
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu"]
+
+
+def test_accelerate_reads_the_documented_command_as_a_module():
+    """What `accelerate launch -m tunesmith train ...` hands over is what `python -m tunesmith` gets."""
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    known = ["--cpu", "--num_machines", "1", "--num_processes", "1"]
+    known += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    args = launch_command_parser().parse_args([*known, "-m", "tunesmith", *SEED_COMMAND])
+    command, _ = prepare_simple_launcher_cmd_env(args)
+    assert command == [sys.executable, "-m", "tunesmith", *SEED_COMMAND]
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_resumes_and_leaves_the_documented_layout(
+    tiny_model_folder, question_file, tmp_path
+):
+    where = {"folder": tmp_path / "runs", "model": tiny_model_folder, "data": question_file}
+    small = ["--warmup-steps", "0", "--max-new-tokens", "4", "--set", "evaluation.resamples=100"]
+    program = [*ACCELERATE, "--num_processes", "1", "-m", "tunesmith"]
+    done = _launched(program, [*SEED_COMMAND, *small], **where)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    run = Path(result["run"])
+    assert run == tmp_path / "runs" / "chat_questions"
+    for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"):
+        assert (run / "final_model" / name).is_file()
+    assert (run / "best_model").is_dir()
+    assert {p.name for p in (run / "checkpoints").iterdir()} >= {"checkpoint-step-2", "checkpoint-step-4"}
+    names = {c["metric"] for c in result["comparisons"]}
+    assert {"response_diversity", "vocabulary_use", "bigram_diversity"} <= names
+    assert "different answers" in (run / "report.html").read_text(encoding="utf-8")
+    steps = [e["step"] for e in Run(run).events() if e["kind"] == "evaluation"]
+    assert steps == [2, 4]
+    for name in ("training.json", "status.json"):  # as if it had been stopped after its checkpoints
+        (run / name).unlink()
+    # Continued from the checkpoint that is named, in the plain way of starting it.
+    again = _launched(
+        [sys.executable, "-m", "tunesmith"], [*SEED_COMMAND, *small, "--resume", "checkpoint-step-2"], **where
+    )
+    assert again.returncode == 0, again.stderr
+    assert [e["step"] for e in Run(run).events() if e.get("state") == "training"] == [0, 2]
+    (run / "status.json").unlink()
+    missing = _launched(program, [*SEED_COMMAND, *small, "--resume", "checkpoint-step-1000"], **where)
+    assert missing.returncode != 0
+    assert "checkpoint-step-4" in missing.stderr + missing.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_reason(tiny_model_folder, question_file, tmp_path):
+    where = {"folder": tmp_path / "runs", "model": tiny_model_folder, "data": question_file}
+    # What accelerate starts on two devices; on a CPU it starts one process whatever it is told.
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tunesmith"]
+    done = _launched(program, SEED_COMMAND, **where)
+    assert done.returncode != 0
+    assert "A run is written by one process, and 2 were launched together." in done.stderr
+    assert not (tmp_path / "runs").exists()

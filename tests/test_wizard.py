@@ -1,0 +1,512 @@
+"""The wizard: seven steps of questions, through a real pseudo-terminal where the terminal matters."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import types
+
+import pytest
+
+from tunesmith import wizard
+from tunesmith.errors import TunesmithError
+from tunesmith.training.run import find_runs, open_run
+
+COMMAND = [sys.executable, "-m", "tunesmith"]
+ENVIRONMENT = {**os.environ, "TERM": "dumb", "COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
+if "PYTHONPATH" in os.environ:  # the sessions run in folders of their own
+    ENVIRONMENT["PYTHONPATH"] = os.pathsep.join(
+        map(os.path.abspath, os.environ["PYTHONPATH"].split(os.pathsep))
+    )
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, tiny_model_folder):
+    """A working folder with `model`, a list of questions, and one with columns of its own."""
+    (tmp_path / "model").symlink_to(tiny_model_folder)
+    rows = [{"prompt": f"what is the count of {i}", "response": f"red {i % 5}"} for i in range(120)]
+    (tmp_path / "questions.json").write_text(json.dumps(rows), encoding="utf-8")
+    odd = [{"ask": row["prompt"], "say": row["response"]} for row in rows]
+    (tmp_path / "odd.json").write_text(json.dumps(odd), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+MODEL = ["model", ""]
+DATA = ["questions.json", "no", "64"]
+BASELINE = ["yes", "", "4"]
+LORA = ["2", "4", ""]
+TRAINING = ["1", "4", "1e-3", "yes"]
+
+
+@pytest.fixture
+def answer(monkeypatch):
+    """Run the wizard on these answers; gives what it asked and its result."""
+
+    def play(*answers: str):
+        waiting, asked = list(answers), []
+
+        def typed(prompt: str) -> str:
+            asked.append(prompt)
+            if not waiting:
+                raise EOFError
+            given = waiting.pop(0)
+            if given == "^C":
+                raise KeyboardInterrupt
+            return given
+
+        monkeypatch.setattr("builtins.input", typed)
+        result = wizard.run()
+        assert not waiting, f"not asked for: {waiting}"
+        return asked, result
+
+    return play
+
+
+def test_the_defaults_are_those_of_the_seed(here, answer, capsys):
+    """Every question with its default; the answers become the recipe that is planned."""
+    asked, result = answer(*MODEL, *DATA, *BASELINE, "", "", "", "", "", "", "no", "quit")
+    assert [q.strip() for q in asked] == [
+        "Enter model name [gpt2]:",
+        "Enter output directory [./finetuned_model]:",
+        "Enter dataset path or name:",
+        "Limit number of samples? (yes/no) [yes]:",
+        "Maximum length in tokens [512]:",
+        "Measure the model before training, on held-out questions with references? (yes/no) [yes]:",
+        "Number of questions [11]:",
+        "Longest answer in tokens [100]:",
+        "LoRA rank (r) [8]:",
+        "LoRA alpha [32]:",
+        "LoRA dropout [0.1]:",
+        "Number of epochs [3]:",
+        "Batch size [4]:",
+        "Learning rate [0.0002]:",
+        "Start training? (yes/no) [yes]:",
+        "Number of epochs [3]:",
+    ]
+    assert result == {"run": None}
+    printed = capsys.readouterr().out
+    for title in ("model", "data", "baseline", "LoRA", "training"):
+        assert f"of 7: {title}" in printed
+    assert "120 rows with the columns prompt, response" in printed
+    assert "read as prompt_response: the columns prompt, response are there" in printed
+    assert "rows = 97 train + 12 validation + 11 held out + 0 dropped" in printed
+    assert "ROUGE-L" in printed, "the baseline, with references"
+    assert re.search(r"total_steps +21 +3 epochs of 7 steps", printed), "the plan"
+    assert "Nothing was written" in printed
+    assert not find_runs(here)
+
+
+def test_the_sample_limit_and_hub_questions(here, answer, capsys):
+    asked, _ = answer(
+        *MODEL, "someone/data", "", "yes", "train*.parquet", "", "yes", "", "64", "back", "quit"
+    )
+    assert [q.strip() for q in asked[3:9]] == [
+        "Enter dataset config (empty for none):",
+        "Load specific file from repo? (yes/no) [no]:",
+        "Enter file or pattern:",
+        "Enter split [train]:",
+        "Limit number of samples? (yes/no) [yes]:",
+        "Number of samples [1000]:",
+    ]
+    assert "neither a file, a folder, an example:NAME nor a Hub data set" in capsys.readouterr().out
+    assert asked[10].startswith("Enter dataset path"), "the step is asked again after its error"
+
+
+def test_wrong_answers_are_said_and_asked_again(here, answer, capsys):
+    (here / "taken").mkdir()
+    (here / "taken/notes.txt").write_text("mine", encoding="utf-8")
+    answer(
+        "no-such-model", "./mod", "model", "taken", "new",
+        "question.json", "questions.json", "maybe", "no", "999", "0", "64",
+        "no", "13", "2", "0", "4",
+        "x", "2", "", "1", "0.2",
+        "0", "1", "", "0", "quit",
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    for said in (
+        "There is no model 'no-such-model'",
+        "There is no model folder or run ./mod",
+        "Did you mean 'model'?",
+        "taken is taken. Free is",
+        "There is no file question.json",
+        "Did you mean 'questions.json'?",
+        "Answer yes or no; found 'maybe'",
+        "A whole number, 1 to 512; found '999'",
+        "A whole number, 1 to 512; found '0'",
+        "A whole number, 1 to 11; found '13'",
+        "A whole number, 1 or more; found '0'",
+        "A whole number, 1 or more; found 'x'",
+        "A number at least 0, below 1; found '1'",
+        "A number above 0; found '0'",
+    ):
+        assert said in printed, said
+
+
+def test_columns_of_ones_own_are_asked_for_by_name(here, answer, capsys):
+    asked, _ = answer(*MODEL, "odd.json", "no", "64", "question", "ask", "say", "no", "", "4", "quit")
+    printed = capsys.readouterr().out
+    assert "There is no column 'question'. Columns there: ask, say." in printed
+    assert [q for q in asked if q.startswith("Column")][-1] == "Column of the answer: "
+    assert "11 held out" in printed
+
+
+def test_a_data_set_with_nothing_to_measure_on_is_trained_all_the_same(here, answer, monkeypatch, capsys):
+    from tunesmith import api
+
+    plan = api.plan
+
+    def nothing_held_out(recipe):
+        found, rows = plan(recipe)
+        return found, {**rows, "rows": {**rows["rows"], "held_out": 0}}
+
+    monkeypatch.setattr(api, "plan", nothing_held_out)
+    _, result = answer(*MODEL, *DATA, "yes", *LORA, *TRAINING, "", "no")
+    assert "Nothing is held out of so few rows" in capsys.readouterr().out
+    assert open_run(result["run"]).recipe().evaluation.skip
+
+
+def test_a_model_without_known_attention_gets_all_linear_layers(here, answer, monkeypatch, capsys):
+    from tunesmith import models
+    from tunesmith.errors import ModelError
+
+    find = models.target_modules
+
+    def unknown(model, targets):
+        if targets == "attention":
+            raise ModelError("No module is known as attention.")
+        return find(model, targets)
+
+    monkeypatch.setattr(models, "target_modules", unknown)
+    answer(*MODEL, *DATA, "no", "", "4", *LORA, "quit")
+    printed = capsys.readouterr().out
+    assert "No module is known as attention. So the adapter sits on all linear layers" in printed
+    assert "mlp.down_proj" in printed
+
+
+def test_back_at_every_step_keeps_the_answers_as_defaults(here, answer):
+    asked, _ = answer(
+        "back", *MODEL, "back", "", "", *DATA, "back", "", "", "", *BASELINE, "back", "no", "", "", *LORA, "back",
+        "", "", "", "1", "back", "quit",
+    )  # fmt: skip
+    asked = [q.strip() for q in asked]
+    assert asked[:2] == ["Enter model name [gpt2]:"] * 2, "the first step has none before it"
+    assert asked[4:6] == ["Enter model name [model]:", "Enter output directory [./finetuned_model]:"]
+    assert "Maximum length in tokens [64]:" in asked
+    assert "Longest answer in tokens [4]:" in asked
+    assert "LoRA rank (r) [2]:" in asked
+
+
+class Hub:
+    """Stands for huggingface_hub.HfApi."""
+
+    asked: list = []
+
+    def __init__(self, token=None):
+        Hub.asked = [token]
+
+    def create_repo(self, name, **options):
+        Hub.asked.append((name, options))
+
+    def upload_folder(self, *, folder_path, repo_id, **options):
+        return type("Commit", (), {"repo_url": f"https://huggingface.co/{repo_id}"})()
+
+
+def test_a_session_trains_compares_uploads_and_says_how_to_repeat_it(here, answer, monkeypatch, capsys):
+    from tunesmith import evaluation
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("getpass.getpass", lambda prompt: "hf_secret")
+    evaluated = []
+    evaluate = evaluation.evaluate
+    monkeypatch.setattr(
+        evaluation, "evaluate", lambda *a, **o: evaluated.append((o["name"], len(a[2]))) or evaluate(*a, **o)
+    )
+    asked, result = answer(
+        *MODEL, *DATA, *BASELINE, *LORA, *TRAINING, "back", "1", "8", "", "yes", "", "yes", "me/mine", "", ""
+    )
+    assert evaluated == [("base", 11), ("tuned", 11), ("tuned", 11)], (
+        "the base is asked once, and held-out questions only"
+    )
+    assert asked[-4].startswith("Upload to Hugging Face? (yes/no) [no]")
+    assert [q.strip() for q in asked[-2:]] == [
+        "Create new repository? (yes/no) [yes]:",
+        "Make repository private? (yes/no) [no]:",
+    ]
+    assert Hub.asked == ["hf_secret", ("me/mine", {"private": False, "exist_ok": True})]
+    printed = capsys.readouterr().out
+    assert "finetuned_model is taken, so this run goes to" in printed
+    assert "of 7: comparison" in printed
+    assert "Uploaded to https://huggingface.co/me/mine" in printed
+    assert "hf_secret" not in printed
+    first, second = (open_run(here / name) for name in ("finetuned_model", "finetuned_model-2"))
+    assert result == {"run": str(second.path)}
+    assert [run.state() for run in (first, second)] == ["done", "done"]
+    recipe = second.recipe()
+    assert (recipe.adapter.rank, recipe.adapter.alpha, recipe.adapter.dropout) == (2, 4, 0.1)
+    assert (recipe.training.num_epochs, recipe.training.per_device_train_batch_size) == (1, 8)
+    assert (recipe.training.learning_rate, recipe.training.gradient_accumulation_steps) == (1e-3, 4)
+    assert (recipe.data.max_length, recipe.evaluation.max_items, recipe.evaluation.max_new_tokens) == (
+        64,
+        11,
+        4,
+    )
+    command = next(line for line in printed.splitlines() if line.startswith("again"))
+    arguments = shlex.split(command)
+    assert arguments[1:3] == ["tunesmith", "train"]
+    assert arguments[3:] == [str(second.path / "recipe.yaml"), "--name", "finetuned_model-3"]
+
+
+def test_ctrl_c_after_the_training_names_the_run(here, answer, capsys):
+    answer(*MODEL, *DATA, "no", "", "4", *LORA, *TRAINING, "^C")
+    printed = capsys.readouterr().out
+    assert f"Kept: the finished run {here / 'finetuned_model'}" in printed
+    assert "again     tunesmith train" in printed
+
+
+def test_a_stopped_training_is_named_with_its_checkpoint(here, answer, monkeypatch, capsys):
+    import signal
+
+    from tunesmith.training.run import Run
+
+    progress = Run.progress
+
+    def stop(run, stage, done, total, **fields):
+        progress(run, stage, done, total, **fields)
+        if stage == "training" and done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Run, "progress", stop)
+    _, result = answer(*MODEL, *DATA, "no", "", "4", *LORA, *TRAINING)
+    printed = capsys.readouterr().out
+    assert "finetuned_model, with checkpoint-step-2" in printed
+    assert f"tunesmith resume {here / 'finetuned_model'}" in printed
+    assert open_run(result["run"]).state() == "interrupted"
+
+
+def test_completion_offers_paths_examples_columns_and_words(here):
+    (here / "question papers").mkdir()
+    with wizard.offering(wizard._paths):
+        assert wizard.matches("quest") == ["question papers/", "questions.json"]
+        assert wizard.matches(str(here / "od")) == [str(here / "odd.json")]
+        assert wizard.matches("ba") == ["back"]
+    assert wizard.matches("quest") == []
+
+
+def test_without_readline_there_is_no_completion_and_no_fuss(monkeypatch):
+    monkeypatch.setitem(sys.modules, "readline", None)
+    with wizard.completion():
+        pass
+
+
+@pytest.mark.parametrize("about", ["readline", "libedit"])
+def test_completion_is_put_back_as_it_was(monkeypatch, about):
+    calls = []
+    fake = types.SimpleNamespace(
+        __doc__=about,
+        get_completer=lambda: "mine",
+        get_completer_delims=lambda: " ",
+        set_completer=lambda c: calls.append(c),
+        set_completer_delims=lambda d: calls.append(d),
+        parse_and_bind=lambda text: calls.append(text),
+    )
+    monkeypatch.setitem(sys.modules, "readline", fake)
+    with wizard.completion():
+        assert calls[-1] == ("tab: complete" if about == "readline" else "bind ^I rl_complete")
+    assert calls[-2:] == ["mine", " "]
+
+
+def test_the_wizard_is_cheap_to_import():
+    script = (
+        "import sys, tunesmith.wizard; heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'hamilton', "
+        "'scipy', 'numpy', 'huggingface_hub'}; print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_without_a_terminal_there_is_help_and_a_clear_refusal():
+    alone = subprocess.run(COMMAND, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ENVIRONMENT)
+    assert alone.returncode == 2
+    assert "Commands:" in alone.stdout + alone.stderr
+    asked = subprocess.run(
+        [*COMMAND, "wizard"], stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert asked.returncode == 1
+    assert "there is none here" in asked.stderr
+
+
+def test_json_is_not_for_questions(monkeypatch):
+    from typer.testing import CliRunner
+
+    from tunesmith.cli import app
+
+    monkeypatch.setattr(wizard, "on_terminal", lambda: True)
+    result = CliRunner().invoke(app, ["wizard", "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout.splitlines()[-1])["exit_code"] == 1
+
+
+def test_an_upload_that_fails_keeps_the_step_and_the_model(here, answer, monkeypatch, capsys):
+    monkeypatch.setattr("getpass.getpass", lambda prompt: "")
+    _, result = answer(
+        *MODEL, *DATA, "no", "", "4", *LORA, *TRAINING, "", "yes", "me/mine", "", "", "back", "", "no"
+    )
+    printed = capsys.readouterr().out
+    assert f"not uploaded to me/mine; it is whole in {result['run']}/final_model" in printed
+    assert printed.count("of 7: upload") == 3
+    assert open_run(result["run"]).state() == "done"
+
+
+@pytest.fixture
+def terminal(here):
+    """Start a command on a pseudo-terminal in the working folder."""
+    pexpect = pytest.importorskip("pexpect", reason="pseudo-terminals are Unix's")
+    started = []
+
+    def start(*arguments: str):
+        child = pexpect.spawn(
+            sys.executable, ["-m", "tunesmith", *arguments], cwd=str(here), env=ENVIRONMENT,
+            encoding="utf-8", timeout=300, dimensions=(50, 160),
+        )  # fmt: skip
+        started.append(child)
+        return child
+
+    yield start
+    for child in started:
+        child.close(force=True)
+
+
+def ended(child) -> int:
+    import pexpect
+
+    child.expect(pexpect.EOF)
+    child.close()
+    return child.exitstatus
+
+
+def test_ctrl_c_at_the_first_question_exits_0_and_says_that_nothing_was_kept(terminal, here):
+    child = terminal()
+    child.expect("Step 1 of 7: model")
+    child.expect(r"Enter model name \[gpt2\]: ")
+    child.sendintr()
+    child.expect("Ended. Nothing was written.")
+    assert ended(child) == 0
+    assert not (here / "finetuned_model").exists()
+
+
+def test_tab_completes_and_back_and_quit_work_on_a_terminal(terminal):
+    child = terminal("wizard")
+    child.expect(r"Enter model name \[gpt2\]: ")
+    child.sendline("mode")
+    child.expect("There is no model 'mode'")
+    child.expect("Did you mean 'model'")
+    child.expect(r"\[gpt2\]: ")
+    child.send("mo\t")
+    child.expect("model/")
+    child.sendline("")
+    child.expect(r"Enter output directory \[./finetuned_model\]: ")
+    child.sendline("")
+    child.expect(r"LlamaForCausalLM: [^\r]* parameters in 4 layers, 512 tokens of context")
+    child.expect("Step 2 of 7: data")
+    child.expect("Enter dataset path or name: ")
+    child.send("quest\t")
+    child.expect("questions.json")
+    child.sendline("")
+    child.expect("Limit number of samples")
+    child.sendline("back")
+    child.expect("Step 1 of 7: model")
+    child.expect(r"Enter model name \[model/\]: ")
+    child.sendline("quit")
+    child.expect("Nothing was written")
+    assert ended(child) == 0
+
+
+def walk(child, *answers: tuple[str, str]) -> None:
+    for question, typed in answers:
+        child.expect(question)
+        child.sendline(typed)
+
+
+FIRST = (
+    ("Enter model name", "model"), ("Enter output directory", "runs/mine"),
+    ("Enter dataset path", "questions.json"), ("Limit number", "no"), ("Maximum length", "64"),
+    ("Measure the model", "yes"), ("Number of questions", ""), ("Longest answer", "4"),
+    ("LoRA rank", "2"), ("LoRA alpha", "4"), ("LoRA dropout", ""),
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_whole_session_on_a_terminal_and_the_command_that_repeats_it(terminal, here):
+    child = terminal()
+    walk(
+        child,
+        *FIRST,
+        ("Number of epochs", "1"),
+        ("Batch size", "4"),
+        ("Learning rate", ""),
+        ("Start training", ""),
+    )
+    child.expect("Step 6 of 7: comparison")
+    child.expect("report")
+    walk(child, ("Press Enter", ""), ("Upload to Hugging Face", "yes"), ("Enter repository", "me/mine"))
+    walk(child, ("Create new", ""), ("Make repository private", "yes"))
+    child.expect("Enter token")
+    child.waitnoecho()
+    child.sendline("hf_never_shown")
+    child.expect("was not uploaded to me/mine")
+    assert "hf_never_shown" not in child.before + child.after
+    walk(child, ("Upload to Hugging Face", "no"))
+    child.expect(r"again +tunesmith (train [^\r]*)\r\n")
+    again = shlex.split(child.match[1])
+    assert ended(child) == 0
+    first = open_run(here / "runs/mine")
+    assert first.state() == "done"
+    assert again[1:] == [str(here / "runs/mine/recipe.yaml"), "--name", "mine-2"]
+    subprocess.run([*COMMAND, *again], cwd=here, env=ENVIRONMENT, check=True, capture_output=True)
+    second = open_run(here / "runs/mine-2")
+    assert second.recipe().model_copy(update={"name": "mine"}) == first.recipe()
+    assert second.read("evaluation/scores.json") == first.read("evaluation/scores.json")
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_training_on_a_terminal_exits_0_and_names_the_checkpoint(terminal, here):
+    child = terminal()
+    walk(
+        child,
+        *FIRST,
+        ("Number of epochs", "500"),
+        ("Batch size", "4"),
+        ("Learning rate", ""),
+        ("Start training", ""),
+    )
+    run = here / "runs/mine"
+    while not (run / "events.jsonl").exists() or '"training"' not in (run / "events.jsonl").read_text():
+        assert child.isalive()
+    child.sendintr()
+    child.expect(r"Ended. Kept: the run [^\r]*/runs/mine, with [^\r]*checkpoint-step-")
+    child.expect(r"tunesmith resume [^\r]*/runs/mine")
+    assert ended(child) == 0
+    assert open_run(run).state() == "interrupted"
+
+
+def test_a_verb_s_error_keeps_the_step(here, answer, monkeypatch, capsys):
+    """A plan that cannot be carried out is said, and the questions come again."""
+    from tunesmith import api
+
+    plans = iter([TunesmithError("The disk is full.", fix="Free some.")])
+    plan = api.plan
+
+    def once(recipe):
+        for error in plans:
+            raise error
+        return plan(recipe)
+
+    monkeypatch.setattr(api, "plan", once)
+    asked, _ = answer(*MODEL, *DATA, "no", "no", "", "4", "quit")
+    assert "The disk is full." in capsys.readouterr().out
+    assert sum(q.startswith("Measure the model") for q in asked) == 2

@@ -1,8 +1,11 @@
 """Chat templates of the main model families, each with a small tokenizer that has the family's traits.
 
-The templates are those that the installed TRL ships, and a few short ones of our own for families that it lacks.
-The vocabularies are tiny; what matters here is true to the family: its special tokens, its beginning and end
-of text, whether plain text gets a beginning-of-text token put first, and what happens to spaces.
+The templates are those that the installed TRL ships. Those for Mistral, Phi 4 and ChatML are short ones of our own
+in the families' public layout: they show that the layout is handled, and are not the models' own files.
+
+Every tokenizer is made up: no vocabulary of a model is used. They are tiny, and have of the family what matters
+here: its special tokens, its beginning and end of text, whether plain text gets a beginning-of-text token put
+first, and what happens to spaces. What a test shows of a family holds for its template, not for its vocabulary.
 """
 
 from __future__ import annotations

@@ -224,3 +224,30 @@ def test_text_rows():
 def test_a_rating_without_an_answer_is_unusable(row):
     with pytest.raises(Unusable):
         FORMATS["rating"].convert(row, Row("x", 1))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+        {
+            "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+            "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}],
+        },
+        {
+            "prompt": [{"role": "user", "content": "q"}],
+            "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+            "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}],
+        },
+        {
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+            "label": True,
+        },
+    ],
+)
+def test_the_system_column_is_used_by_every_format_that_says_so(row):
+    found = example({**row, "system": "Be brief."})
+    said = found.messages if isinstance(found, Conversation) else found.prompt
+    assert [(turn.role, turn.content) for turn in said[:2]] == [("system", "Be brief."), ("user", "q")]
+    if isinstance(found, Preference):
+        assert [turn.content for turn in (*found.chosen, *found.rejected)] == ["a", "b"]

@@ -7,8 +7,12 @@ import importlib.metadata
 import json
 import os
 import random
+import re
 import shutil
 from collections import Counter
+from dataclasses import replace
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -381,29 +385,111 @@ CALLING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["qwen2_5", "qwen3", "llama3_1", "gemma4"])
+@lru_cache
+def calling_families():
+    """Families whose template can be given tool calls, by name; a template that lists tools only is none."""
+    from families import families
+
+    return {f.name: f for f in families() if "tool_calls" in f.template and f.known}
+
+
+@pytest.mark.parametrize("family", calling_families())
 def test_tool_calls_and_results_are_rendered_by_the_template(family):
-    from families import families, tokenizer_of
+    from families import tokenizer_of
 
-    from tunesmith.data.examples import Row
+    from tunesmith.data.examples import Row, Unusable
     from tunesmith.data.formats import FORMATS
-    from tunesmith.data.templates import end_of_turn_ids
+    from tunesmith.data.supervision import Proof
+    from tunesmith.data.templates import encode_all, encoder, end_of_turn_ids, views
 
-    tokenizer = tokenizer_of(next(f for f in families() if f.name == family))
-    example = FORMATS["messages"].convert(CALLING, Row("x", 1))
-    encoding = encode(example, tokenizer)
-    text = tokenizer.decode(encoding.input_ids)
-    assert text.count("add") >= 2, "the schema and the call"
+    tokenizer = tokenizer_of(calling_families()[family])
+    context = encoder(tokenizer)
+    calling = json.loads(
+        json.dumps(CALLING).replace('{"type": "object"', '{"properties": {}, "type": "object"')
+    )
+    calling["tools"][0]["function"]["description"] = "adds"
+    calling["messages"][2]["content"] = "fünf"
+    example = FORMATS["messages"].convert(calling, Row("x", 1))
+    if family == "deepseek_r1_distill":
+        # It writes a call only where the message's content is none, and then fails for want of one.
+        with pytest.raises(Unusable, match="does not write tool calls"):
+            encode(example, tokenizer)
+        return
+    shown = views(example, context, "answers")
+    encodings = encode_all(shown, tokenizer)
+    assert not [reason for reason in encodings if isinstance(reason, Unusable)]
+    arrays = [replace(e, input_ids=np.array(e.input_ids), labels=np.array(e.labels)) for e in encodings]
+    proof = Proof(context, loss_on="answers", max_length=10_000, may_cut_answers=False, rows=len(shown))
+    assert proof.check(range(len(shown)), shown, arrays) == [None] * len(shown)
+    text = tokenizer.decode(encodings[-1].input_ids)
     assert "none" not in text, "keys without a value come from columnar files and are no part of a schema"
-    assert "3" in text
-    trained = tokenizer.decode([i for i in encoding.labels if i != IGNORED])
-    assert "three" in trained
+    assert "fünf" in text
+    trained = "".join(tokenizer.decode([i for i in e.labels if i != IGNORED]) for e in encodings)
+    stretches = [
+        tokenizer.decode([i for i, _ in stretch])
+        for e in encodings
+        for is_trained, stretch in groupby(
+            zip(e.input_ids, e.labels, strict=True), lambda pair: pair[1] != IGNORED
+        )
+        if is_trained
+    ]
+    assert sum("add" in stretch for stretch in stretches) == 1, "the call is trained, and once"
+    assert trained.count("three") == 1
+    assert re.search(r"\W?a\W+.{0,60}?1\b", trained, re.DOTALL)
+    assert "'a': 1" not in trained, "arguments as JSON or in the family's own way, not as Python has them"
     assert "one and two" not in trained
-    assert [i for i in encoding.labels if i != IGNORED][-1] in end_of_turn_ids(tokenizer)
-    calm = json.loads(json.dumps(CALLING).replace("<|im_end|>", "x"))
-    without = encode(FORMATS["messages"].convert(calm, Row("x", 1)), tokenizer)
+    assert "fünf" not in trained
+    for encoding in encodings:
+        assert [i for i in encoding.labels if i != IGNORED][-1] in end_of_turn_ids(tokenizer)
+    calm = json.loads(json.dumps(calling).replace("<|im_end|>", "x"))
+    without = [
+        i
+        for view in views(FORMATS["messages"].convert(calm, Row("x", 1)), context, "answers")
+        for i in encode(view, tokenizer).input_ids
+    ]
     special = set(tokenizer.all_special_ids)
-    assert [i for i in encoding.input_ids if i in special] == [i for i in without.input_ids if i in special]
+    ids = [i for encoding in encodings for i in encoding.input_ids]
+    assert [i for i in ids if i in special] == [i for i in without if i in special]
+
+
+TALK = "{% for m in messages %}<|im_start|>{{ m.role }}\nBODY<|im_end|>\n{% endfor %}" + (
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SCHEMAS = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+CALLS = "{% for c in m.tool_calls or () %}{{ c.function.name }}ARGS{% endfor %}"
+AS_JSON = CALLS.replace("ARGS", "{{ c.function.arguments | tojson }}")
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (SCHEMAS + TALK.replace("BODY", "{{ m.content }}"), "does not write tool calls"),
+        (SCHEMAS + TALK.replace("BODY", "{{ m.content }}" + CALLS.replace("ARGS", "")), "does not write tool calls"),
+        (
+            SCHEMAS + TALK.replace("BODY", "{{ m.content }}{% if not m.content %}" + AS_JSON + "{% endif %}"),
+            "does not write the call of add",
+        ),
+    ],
+    ids=["schemas only", "names only", "calls beside words are lost"],
+)  # fmt: skip
+def test_a_tool_call_that_the_template_leaves_out_is_refused(tiny_tokenizer, template, reason):
+    from tunesmith.data.examples import Unusable
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = template
+    said = copy.deepcopy(CALLING)
+    said["messages"][1]["content"] = "red"
+    with pytest.raises(Unusable, match=reason):
+        masked(tokenizer, said["messages"], tools=said["tools"])
+
+
+def test_arguments_are_json_where_a_template_puts_them_as_they_are(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = SCHEMAS + TALK.replace(
+        "BODY", "{{ m.content }}" + CALLS.replace("ARGS", "{{ c.function.arguments }}")
+    )
+    said = masked(tokenizer, CALLING["messages"], tools=CALLING["tools"])
+    assert 'add{"a": 1, "b": "<|im_end|>"}<|im_end|>' in said
 
 
 def test_tools_need_a_template_that_takes_them(tiny_tokenizer):
@@ -538,6 +624,32 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path, tiny_tokenizer, mo
     made(jsonl(tmp_path / "rows.jsonl", questions(30)), tiny_tokenizer)
     assert not old.exists()
     assert fresh.exists()
+
+
+def test_what_the_template_leaves_out_is_counted(tmp_path, tiny_tokenizer):
+    rows = questions(9)
+    encoded = made(jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer, system_prompt="Be brief.")
+    assert not [note for note in encoded.notes if "no place" in note]
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    spoken = TALK.replace("BODY", "{{ m.content }}" + AS_JSON)
+    tokenizer.chat_template = spoken.replace(
+        "<|im_start|>{{", "{% if m.role in ('user', 'assistant') %}<|im_start|>{{"
+    ).replace("<|im_end|>\n", "<|im_end|>\n{% endif %}")
+    encoded = made(jsonl(tmp_path / "a.jsonl", rows), tokenizer, system_prompt="Be brief.")
+    assert (
+        "9 rows have a system message, for which the chat template has no place: it is left out"
+        in encoded.notes
+    )
+    said = json.loads(json.dumps(CALLING).replace("<|im_end|>", "x"))
+    chats = [
+        {**said, "messages": [{"role": "user", "content": f"one and {n}"}, *said["messages"][1:]]}
+        for n in range(9)
+    ]
+    encoded = made(jsonl(tmp_path / "b.jsonl", chats), tokenizer)
+    for what in ("a tool's result", "schemas of tools"):
+        assert (
+            f"9 rows have {what}, for which the chat template has no place: it is left out" in encoded.notes
+        )
 
 
 def test_a_renamed_file_is_another_data_set(tmp_path):

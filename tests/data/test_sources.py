@@ -178,3 +178,28 @@ def test_missing_files_name_their_neighbors(tmp_path):
         read("example:sqll")
     with pytest.raises(DataError, match="neither a file"):
         read("owner/set-that-does-not-exist")
+
+
+def test_a_suffix_in_capitals_is_the_same_suffix(tmp_path):
+    for name, texts in (("train.jsonl", ["a", "b"]), ("test.JSONL", ["c"])):
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert read(str(tmp_path)).facts.places == {("test.JSONL", "held_out"): 1, ("train.jsonl", "train"): 2}
+
+
+@pytest.mark.parametrize("kind", ["broken line", "not UTF-8", "broken JSON", "no object", "private key"])
+def test_no_error_quotes_a_secret(tmp_path, kind):
+    key = "sk-" + "a1B2c3D4e5F6g7H8i9J0" * 2
+    pem = "-----BEGIN PRIVATE KEY-----MIIEvQIBADANBgkqhkiG9w0BAQEFAASC"
+    name, content, secret = {
+        "broken line": ("a.jsonl", f'{{"text": "{key}" oops\n'.encode(), key),
+        "not UTF-8": ("a.jsonl", f'{{"text": "{key}\xe9"}}\n'.encode("latin-1"), key),
+        "broken JSON": ("a.json", f'[{{"text": "{key}" oops'.encode(), key),
+        "no object": ("a.json", json.dumps([[key]]).encode(), key),
+        "private key": ("a.jsonl", f'{{"text": "{pem}" oops\n'.encode(), pem),
+    }[kind]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        read(str(tmp_path / name))
+    said = f"{error.value} {error.value.found}"
+    assert not any(secret[start : start + 8] in said for start in range(3, len(secret) - 8))
+    assert "***" in said

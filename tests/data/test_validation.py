@@ -20,6 +20,7 @@ from tunesmith.data.sources import open_source
 from tunesmith.errors import DataError, TunesmithError
 from tunesmith.recipe import Data
 
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 GOOD = [{"prompt": f"What is {n} and {n}?", "response": f"It is {2 * n}."} for n in range(1, 4)]
 KEY = "sk-" + "a1B2c3D4e5F6g7H8i9J0" * 2
 
@@ -70,6 +71,13 @@ BAD = {
     "roles": (chat(("user", "Hello"), ("user", "Anyone?"), ("assistant", "Yes.")), ".jsonl", 2, "messages", {}),
     "empty_turn": (chat(("system", ""), ("user", "Hello"), ("assistant", "Yes.")), ".jsonl", 2, "messages", {}),
     "number": (pair("What is 3 and 4?", 7), ".jsonl", 2, "response", {}),
+    "swallowed": (
+        "\n".join(["prompt,response", *(f"q {n},a {n * 7}" for n in range(20))])
+        .replace("a 21", '"a 21').replace("a 84", 'a 84"').encode(), ".csv", 4, "response", {}),
+    "ignored_key": (
+        lines({"messages": [{"role": "user", "content": "What now?"},
+                            {"role": "assistant", "content": "Nothing.", "weightt": 0}]}), ".jsonl", 1, "messages", {}),
+    "contradiction": (lines(RATING, {**RATING, "label": False}), ".jsonl", 2, None, {}),
     "nul": (pair("What\0 now?", "Nothing."), ".jsonl", 2, "prompt", {}),
     "bom": (pair("What now?", "\ufeffNothing."), ".jsonl", 2, "response", {}),
     "mojibake": (pair("What now?", "A cafÃ© perhaps."), ".jsonl", 2, "response", {}),
@@ -157,6 +165,56 @@ def test_the_cleaned_copy_has_no_errors_and_its_ledger_every_row(tmp_path, kind)
         api.validate(str(path), fix=True)
 
 
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [
+        ({"role": "user", "content": "q", "train": True}, "'train' is for answers"),
+        ({"role": "user", "content": "q", "contentt": "r"}, "is 'content' meant"),
+        ({"role": "user", "content": "q", "weight": 0, "id": 7, "refusal": None, "roel": None}, None),
+    ],
+)
+def test_keys_of_messages_that_nobody_reads(tmp_path, turn, expected):
+    found = api.validate(
+        str(
+            written(tmp_path, lines({"messages": [turn, {"role": "assistant", "content": "a", "weight": 1}]}))
+        )
+    ).findings
+    assert [f.kind for f in found] == (["ignored_key"] if expected else [])
+    assert not expected or expected in found[0].message
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**turns(("user", "a"), ("assistant", "b")), "tools": [{"function": {"name": "f", "description": KEY}}]},
+        {**turns(("user", "a"), ("assistant", "b")), "tools": json.dumps([{"name": "f", "description": KEY}])},
+        {"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}],
+         "rejected": [{"role": "assistant", "content": "c", "reasoning_content": f"It is {KEY}."}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "thinking": KEY}]},
+    ],
+    ids=["schema", "schema as text", "rejected reasoning", "reasoning"],
+)  # fmt: skip
+def test_secrets_are_looked_for_wherever_training_reads(tmp_path, row):
+    [found] = api.validate(str(written(tmp_path, lines(row)))).findings
+    assert found.kind == "secret"
+    assert found.column in row
+
+
+@pytest.mark.parametrize("blank", ["\u200b", " \u2060\n", "\ufeff", "\u00ad\u200d"])
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        (lambda text: {"prompt": "a", "response": text}, "empty_answer"),
+        (lambda text: {"prompt": text, "response": "a"}, "empty_question"),
+        (lambda text: turns(("user", "a"), ("assistant", text)), "empty_answer"),
+        (lambda text: {**PREFERENCE, "rejected": [{"role": "assistant", "content": text}]}, "empty_answer"),
+        (lambda text: {**RATING, "completion": [{"role": "assistant", "content": text}]}, "empty_answer"),
+    ],
+)
+def test_characters_without_width_are_no_text(tmp_path, blank, row, kind):
+    assert api.validate(str(written(tmp_path, lines(row(blank))))).counts == {kind: 1}
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_what_ships_has_no_errors(name):
     report = adds_up(api.validate(f"example:{name}", task=EXAMPLES[name].task))
@@ -173,6 +231,8 @@ def test_what_ships_has_no_errors(name):
         "e-mail me @ noon",
         "skip-level",
         "ΑΒΓ",
+        "Il a parlé… « CAFÉ », ÉTÉ™, der Spaß“ – Maß” und Öl°",
+        "À côté: Ünlü, œuvre, Škoda, łódź, ĐÀ NẴNG, NGƯỜI, São Tomé “É” ‘Á’",
     ],
 )
 def test_ordinary_text_is_left_alone(tmp_path, text):
@@ -276,6 +336,158 @@ def test_the_whole_round_trip_or_nothing_is_repaired(tmp_path):
     assert row == {"prompt": "Which café – and when?", "response": "The cafÃ© and the 日本 one."}
 
 
+def fixed_lines(path, **options):
+    """The cleaned copy's rows and its ledger's entries."""
+    fixed = api.validate(str(path), fix=True, **options).fixed
+    return [
+        [
+            json.loads(line, parse_constant=pytest.fail)
+            for line in Path(fixed[name]).read_text().split("\n")
+            if line
+        ]
+        if fixed[name]
+        else []
+        for name in ("file", "ledger")
+    ]
+
+
+def weighed(*weights):
+    said = turns(("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", "two"))
+    for turn, weight in zip(said["messages"][1::2], weights, strict=True):
+        turn |= {} if weight is None else {"weight": weight}
+    return said
+
+
+SQL = {"schema": "CREATE TABLE t (a int)", "question": "How many?", "query": "SELECT count(*) FROM t"}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [weighed(1, 0), weighed(0, 1), weighed(None, None)],
+        [{**SQL, "setup": "INSERT INTO t VALUES (1)"}, {**SQL, "setup": "INSERT INTO t VALUES (2)"}],
+        [{**SQL, "database": "a"}, {**SQL, "database": "b"}],
+        [
+            {"messages": [{"role": "user", "content": "a"}, CALL, {"role": "tool", "content": "1", "name": name},
+                          {"role": "assistant", "content": "b"}]}
+            for name in ("f", "g")
+        ],
+    ],
+    ids=["weights", "setup", "database", "tool"],
+)  # fmt: skip
+def test_rows_that_are_trained_or_scored_otherwise_are_no_copies(tmp_path, rows):
+    report = api.validate(str(written(tmp_path, lines(*rows))))
+    assert "duplicate" not in report.counts
+    kept, ledger = fixed_lines(written(tmp_path, lines(*rows, {**rows[0], "id": 7})))
+    assert kept == rows
+    assert [entry["fate"] for entry in ledger] == ["kept"] * len(rows) + ["dropped"], (
+        "a copy is one all the same"
+    )
+
+
+def test_a_quote_that_is_never_closed_costs_its_own_row_only(tmp_path):
+    said = [f"q{n},a{n}" for n in range(100)]
+    said[3] = 'q3,"a3'
+    said[60] = 'q60,"a60, and more"'
+    path = written(tmp_path, "\n".join(["prompt,response", *said]).encode(), ".csv")
+    kept, ledger = fixed_lines(path)
+    assert [row["prompt"] for row in kept] == [f"q{n}" for n in range(100) if n != 3]
+    assert kept[59]["response"] == "a60, and more"
+    assert len(ledger) == 100
+    assert "line 5" in ledger[3]["what"]
+    with pytest.raises(DataError, match="1 broken row") as error:
+        list(open_source(str(path)).records)
+    assert "the row that begins on line 5" in error.value.found
+    # An answer of several lines that is cut off is no rows: it is one broken row, and its lines are named.
+    path = written(tmp_path, b'prompt,response\nq,a\nr,"a poem\nof lines\nwithout, end\n', ".csv")
+    (tmp_path / "rows.clean.jsonl").unlink()
+    (tmp_path / "rows.clean.jsonl.ledger.jsonl").unlink()
+    kept, ledger = fixed_lines(path)
+    assert [row["prompt"] for row in kept] == ["q"]
+    assert "lines 3 to 5" in ledger[1]["what"]
+
+
+def test_a_quote_closed_many_rows_later_is_said_in_training_too(tmp_path):
+    path = written(tmp_path, BAD["swallowed"][0], ".csv")
+    notes = data.prepare(Data(dataset=str(path), cache=False)).notes
+    assert any("1 rows of a CSV file have a cell whose lines look like rows" in note for note in notes)
+    poem = (
+        'prompt,response\nWrite a poem.,"' + "\n".join("a b, c" if n % 2 else "d" for n in range(9)) + '"\n'
+    )
+    assert not api.validate(str(written(tmp_path, poem.encode(), ".csv"))).counts
+
+
+def test_what_json_has_no_form_of_is_said_to_be_written_otherwise(tmp_path):
+    import datetime
+    import decimal
+
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    rows = [
+        {**GOOD[0], "when": datetime.datetime(2020, 1, 2), "much": decimal.Decimal("1.10"), "share": 0.5, "raw": None},
+        {**GOOD[1], "when": None, "much": None, "share": float("nan"), "raw": None},
+        {**GOOD[2], "when": None, "much": None, "share": 1.0, "raw": b"\x00\xff"},
+    ]  # fmt: skip
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(arrow.Table.from_pylist(rows), path)
+    kept, ledger = fixed_lines(path)
+    assert [(row["when"], row["much"], row["share"]) for row in kept] == [
+        ("2020-01-02 00:00:00", "1.10", 0.5),
+        (None, None, None),
+    ]
+    assert [(entry["fate"], entry["what"]) for entry in ledger] == [
+        ("mended", "Decimal written as text, datetime written as text"),
+        ("mended", "nan written as null, for which JSON has no number"),
+        ("dropped", "unusable: column raw has bytes, which JSON cannot hold"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Why does my page show Ã© in place of an accent?",
+        "The bytes of é were read as Latin-1, which gives Ã©.",
+        'My editor shows "cafÃ©" today.',
+        "That is UTF-8: cafÃ©.",
+    ],
+)
+def test_text_about_mojibake_is_left_as_it_is(tmp_path, text):
+    kept, ledger = fixed_lines(written(tmp_path, pair(text, "Yes.")))
+    assert kept[1]["prompt"] == text
+    assert ledger[1]["fate"] == "kept"
+
+
+ABROAD = {
+    "Russian": "привет, мир",
+    "Greek": "καλημέρα σε όλους",
+    "Turkish": "ışık ve güneş",
+    "Polish": "dzień dobry, źdźbło i łąka",
+    "Czech": "příliš žluťoučký kůň",
+    "Chinese": "今天天气很好",
+    "Japanese": "日本語の文です",
+    "Arabic": "مرحبا بالعالم",
+}
+
+
+@pytest.mark.parametrize("language", ABROAD)
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
+def test_mojibake_of_every_script_is_found_and_repaired(tmp_path, language, encoding):
+    text = ABROAD[language]
+    # What a lenient reader makes of bytes: Windows-1252 where it has a character, Latin-1 for its five gaps.
+    wrong = "".join(
+        bytes([byte]).decode(encoding, "replace").replace("\ufffd", chr(byte)) for byte in text.encode()
+    )
+    path = written(tmp_path, pair("What now?", wrong))
+    assert api.validate(str(path)).counts == {"mojibake": 1}
+    kept, ledger = fixed_lines(path)
+    assert kept[1]["response"] == text
+    assert ledger[1]["what"] == "mojibake repaired"
+    whole = tmp_path / "whole.jsonl"
+    whole.write_bytes(pair("What now?", text))
+    assert not api.validate(str(whole)).counts
+
+
 def test_named_splits_are_not_put_into_one_file(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"train": GOOD, "test": GOOD[:1]}))
@@ -302,6 +514,69 @@ def test_what_would_be_cut_is_told(tmp_path):
     path = written(tmp_path, pair(LONG_WORDS, "Yes."))
     [guess] = api.validate(str(path), settings=settings).findings
     assert "the whole last answer" in guess.message
+
+
+def test_options_count_as_in_training(tmp_path):
+    path = str(written(tmp_path, pair(LONG_WORDS, "Yes.")))
+
+    def found(model=TINY_MODEL, **options):
+        return api.validate(path, model=model, settings={"data": {"max_length": 64, **options}})
+
+    assert found().counts == {"supervision": 1}
+    for over_long in ("drop", "error"):
+        assert found(over_long=over_long).counts == {"unusable": 1}
+        assert (
+            data_counts(path, over_long=over_long) is None
+            or data_counts(path, over_long=over_long)["dropped"] == 1
+        )
+    assert "supervision" in found(over_long="truncate_answers").counts, (
+        "nothing of the only answer would be left"
+    )
+    short = found(max_length=1024).lengths["shortest"]
+    assert found(max_length=1024, system_prompt="Be brief and kind.").lengths["shortest"] > short + 4
+    said = found(None, system_prompt="Be brief.", mix=[{"dataset": path}], group_by="prompt").notes
+    for option in (
+        "data.system_prompt counts in tokens only",
+        "data.mix is not looked at",
+        "data.group_by is not",
+    ):
+        assert any(option in note for note in said), option
+    assert not any("data." in note for note in found().notes)
+
+
+def data_counts(path, **options):
+    """What training makes of the same rows; None where it stops."""
+    from tunesmith import models
+
+    section = Data(dataset=path, cache=False, validation=0, held_out=0, max_length=64, **options)
+    try:
+        splits = data.prepare(section)
+        return data.encoded(
+            splits, models.load_tokenizer(TINY_MODEL), data=section, loss_on="answers"
+        ).ledger.counts()
+    except DataError:
+        return None
+
+
+def test_answers_may_be_cut_where_the_recipe_says_so(tmp_path):
+    said = turns(("user", "a"), ("assistant", "Yes."), ("user", LONG_WORDS), ("assistant", "No."))
+    path = str(written(tmp_path, lines(GOOD[0], said)))
+    for over_long, kind in (("truncate", "supervision"), ("truncate_answers", "long")):
+        settings = {"data": {"max_length": 64, "over_long": over_long}}
+        assert set(api.validate(path, model=TINY_MODEL, settings=settings).counts) == {kind}
+
+
+def test_conversations_that_a_template_rewrites_are_checked_as_they_are_trained(tmp_path):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think></think>"
+        "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think></think>{% endif %}"
+    )
+    (tmp_path / "rewriting.jinja").write_text(template)
+    path = str(written(tmp_path, chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))))
+    settings = {"model": {"chat_template": str(tmp_path / "rewriting.jinja")}}
+    proof = api.validate(path, model=TINY_MODEL, settings=settings).proof
+    assert proof["checks"][0]["rows"] == 3, "two conversations, one of them with two questions"
 
 
 # the command line
@@ -418,11 +693,38 @@ def files(draw):
 
 
 def rows_of(path):
-    """Rows of a file, counted without the module under test; None where it cannot be read to its end."""
+    """Rows of a file, counted by other readers than ours; None where these cannot read it to its end."""
+    import csv
+
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    content = path.read_bytes()
+    if path.suffix == ".parquet":
+        try:
+            return parquet.read_table(path).num_rows
+        except (arrow.ArrowException, OSError, ValueError):
+            return None
+    if path.suffix in (".jsonl", ".txt"):
+        return sum(not _is_blank(line, n) for n, line in enumerate(content.split(b"\n")))
+    if path.suffix == ".json":
+        try:
+            value = json.loads(content.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            return None
+        return len(value) if isinstance(value, list) else None
+    text = content.decode("utf-8-sig", "surrogateescape")
+    if not set(text) <= set(PLAIN_CSV):
+        return None  # which separator a file has is a guess where there are several
     try:
-        return sum(1 for _ in open_source(str(path)).scan())
-    except DataError:
+        return max(
+            sum(bool(cells) for cells in csv.reader(io.StringIO(text, newline=""), strict=True)) - 1, 0
+        )
+    except csv.Error:
         return None
+
+
+PLAIN_CSV = "".join(chr(n) for n in range(32, 127) if chr(n) not in ";|") + "\r\n"
 
 
 LIBERAL = settings(
@@ -444,10 +746,14 @@ def test_no_file_gives_a_traceback_and_every_row_is_counted(tmp_path, file, invo
     assert "error" not in said, said["error"]
     rows = said["rows"]
     assert rows["rows"] == rows["ok"] + rows["with_errors"] + rows["with_warnings"]
-    if suffix == ".jsonl":
-        assert rows["rows"] == sum(not _is_blank(line) for line in content.split(b"\n"))
     counted = rows_of(path)
-    assert rows["rows"] == counted or (counted is None and "unreadable" in said["counts"])
+    if counted is None:
+        assert {"unreadable", "unparsable", "undetected"} & said["counts"].keys() or suffix in (
+            ".csv",
+            ".json",
+        )
+    else:
+        assert rows["rows"] == counted
     assert code == (said["findings_by_severity"]["error"] > 0)
     if copy.exists():
         assert (
@@ -459,26 +765,36 @@ def test_no_file_gives_a_traceback_and_every_row_is_counted(tmp_path, file, invo
         assert code == 0, again["findings"]
 
 
-def _is_blank(line):
+def _is_blank(line, number):
     try:
-        text = line.removeprefix(b"\xef\xbb\xbf").decode()
+        text = (line if number else line.removeprefix(b"\xef\xbb\xbf")).decode()
     except UnicodeDecodeError:
         return False
     return not text or text.isspace()
 
 
 @LIBERAL
-@given(file=files())
-def test_preparing_any_file_gives_examples_or_an_error_of_ours(tmp_path, file, tiny_tokenizer):
+@given(file=files(), beside=st.booleans())
+def test_preparing_any_file_gives_examples_or_an_error_of_ours(tmp_path, file, beside, tiny_tokenizer):
+    from tunesmith.data.inspection import inspect_rows
+    from tunesmith.methods.sft import imitated
+
     suffix, content = file
     path = written(tmp_path, content, suffix)
-    section = Data(dataset=str(path), cache=False, on_breach="drop")
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(lines(*GOOD))
+    mix = [{"dataset": str(other)}] if beside else []
+    section = Data(dataset=str(path), cache=False, on_breach="drop", mix=mix)
+    counted = rows_of(path)
     try:
-        splits = data.prepare(section)
-        assert splits.ledger.counts()["rows_in"] == rows_of(path)
+        splits = data.prepare(section, imitated)
+        fates = splits.ledger.counts()
+        assert counted is None or fates["rows_in"] == counted + len(GOOD) * beside
+        looked_at = inspect_rows(splits, tiny_tokenizer, max_length=100, loss_on="answers", count=2)
+        assert all(seen.pieces for seen in looked_at)
         made = data.encoded(splits, tiny_tokenizer, data=section, loss_on="answers")
     except TunesmithError:
         return
     counts = made.ledger.counts()
-    assert counts["rows_in"] == rows_of(path) == sum(1 for _ in made.ledger.entries)
+    assert counts["rows_in"] == fates["rows_in"] == sum(1 for _ in made.ledger.entries)
     assert counts["rows_in"] == sum(counts[fate] for fate in ("train", "validation", "held_out", "dropped"))

@@ -42,7 +42,7 @@ from tunesmith.data.formats import (
     unused_columns,
 )
 from tunesmith.data.shaping import SHAPING, shaped
-from tunesmith.data.sources import Source, checked, open_source
+from tunesmith.data.sources import Source, checked, open_source, swallowed
 from tunesmith.data.splitting import (
     CLUSTER,
     DROPPED,
@@ -60,6 +60,7 @@ from tunesmith.data.splitting import (
 from tunesmith.data.splitting import key as split_key
 from tunesmith.data.templates import (
     IGNORED,
+    UNWRITTEN,
     Encoder,
     Encoding,
     LossOn,
@@ -67,6 +68,7 @@ from tunesmith.data.templates import (
     encoder,
     has_special_text,
     left_out,
+    unwritten,
     views,
 )
 from tunesmith.data.tokens import Differs
@@ -280,7 +282,7 @@ class _Found:
         self.reasons: dict[str, array[int]] = {}
         """Rows that are dropped, by the reason."""
         self.shapes: set[type[Example]] = set()
-        self.numbers = self.groups = 0
+        self.numbers = self.groups = self.swallowed = 0
         self.near = NearDuplicates() if with_texts else None
         self._waiting: list[str] = []
 
@@ -343,6 +345,11 @@ def _prepared(
     notes += [text for shape, text in remarks.items() if shape in found.shapes]
     if found.numbers:
         notes.append(f"{found.numbers} rows have a number where text is expected; it is written out")
+    if found.swallowed:
+        notes.append(
+            f"{found.swallowed} rows of a CSV file have a cell whose lines look like rows: a quote may be opened and "
+            "never closed (`tunesmith validate` names them)"
+        )
     if found.groups:
         notes.append(f"{found.groups} rows belong to groups, which stay whole in one split")
     return Splits(
@@ -365,6 +372,7 @@ def _read(section: DataSource, place: int, found: _Found, data: Data, adapt: Ada
     converted = convert(source, possible, system_prompt=data.system_prompt, group_by=data.group_by)
     for record, example in shown_progress(converted, f"reading {source.name}"):
         found.numbers += has_numbers(record.values, possible)
+        found.swallowed += swallowed(record) is not None
         try:
             if isinstance(example, Unusable):
                 raise example
@@ -608,6 +616,7 @@ def _encode_into(
                 entry = entries[place]
                 counts["special"] += has_special_text(example, context)
                 counts["left_out"] += left_out(example, context)
+                counts.update(unwritten(example, context))
                 found = [(place, view, next(encodings)) for view in views]
                 reason = next((str(part) for _, _, part in found if isinstance(part, Unusable)), None)
                 if reason:
@@ -796,10 +805,15 @@ def _notes(totals: Mapping[str, int], counts: Mapping[str, int]) -> list[str]:
         notes.append(
             f"{counts['left_out']} rows have reasoning, for which the chat template has no place: it is left out"
         )
+    notes += [
+        f"{counts[kind]} rows have {what}, for which the chat template has no place: it is left out"
+        for kind, what in UNWRITTEN.items()
+        if counts[kind]
+    ]
     if counts["unrolled"]:
         notes.append(
             f"{counts['unrolled']} conversations are trained once for each question, as {counts['views']} "
-            "examples, since the chat template writes earlier answers otherwise than when they were given"
+            "examples, since the chat template writes earlier answers or tool calls otherwise than when they were given"
         )
     if totals["truncated"]:
         notes.append(f"{totals['truncated']} rows are cut at their end to fit max_length")

@@ -6,7 +6,9 @@ training uses, so a row with an error is one that training would drop.
 
 from __future__ import annotations
 
+import codecs
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +25,19 @@ from tunesmith.data.examples import (
     Unusable,
     texts,
 )
-from tunesmith.data.formats import FORMATS, Detection, Format, column_of, converted, has_numbers, keyed
-from tunesmith.data.sources import UTF8, Broken, Record
+from tunesmith.data.formats import (
+    FORMATS,
+    ROLES,
+    Detection,
+    Format,
+    column_of,
+    converted,
+    has_numbers,
+    is_blank,
+    keyed,
+    misspelt,
+)
+from tunesmith.data.sources import UTF8, Broken, Record, swallowed
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
@@ -85,8 +98,13 @@ CHECKS: dict[str, Check] = {
               "first, an answer before any question, a tool's result without a call",
               "Join or reorder the turns; some chat templates refuse them."),
         Check("empty_turn", "warning", "a turn other than an answer without text", "Write it, or remove the turn."),
+        Check("ignored_key", "warning", "a message's key that nobody reads: misspelt, or a weight on a turn that is no "
+              "answer", "Correct the key, or remove it."),
         Check("number", "warning", "a number or truth value where text is expected; training writes it out",
               "Write it as text, in the way it should be learnt."),
+        Check("swallowed", "warning", "a cell of a CSV file whose lines have as many separators as the header: a quote "
+              "may be opened in the row and never closed, so that the rows behind it are in the cell",
+              "Close the quote, or double it where it is text."),
         Check("nul", "warning", "a NUL character", "Remove it.", "it is removed"),
         Check("bom", "warning", "a byte order mark (U+FEFF) inside text", "Remove it.", "it is removed"),
         Check("mojibake", "warning", "text that was read in the wrong encoding (Ã©, â€™) or lost (U+FFFD)",
@@ -102,6 +120,8 @@ CHECKS: dict[str, Check] = {
         Check("email", "warning", "an e-mail address", "Take it out, unless it may be repeated to everybody."),
         Check("long", "warning", "a row above --max-length, whose end would be cut; estimated at 4 characters a token "
               "where no --model is given", "Shorten it, or raise --max-length."),
+        Check("contradiction", "warning", "an answer that is rated good in one row and bad in another",
+              "Settle which it is, and remove the other row."),
         Check("imbalance", "warning", "fewer than one rating in ten is of one kind (from ten ratings on)",
               "Add ratings of the other kind."),
         Check("task", "warning", "rows of a shape that the task is not made for",
@@ -164,10 +184,44 @@ SECRETS_BY_SIGN = tuple(
 """The same by a character that their beginning has and that few texts have."""
 
 EMAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b")
+_BEHIND = "[\x80-\xbfŒœŠšŸŽžƒˆ˜–—‘’‚“”„†‡•…‰‹›€™]"
+"""Bytes of UTF-8 behind the first of a character, as Latin-1 or Windows-1252 have them."""
+_CHARACTER = f"(?:[\xc2-\xdf]{_BEHIND}|[\xe0-\xef]{_BEHIND}{{2}}|[\xf0-\xf4]{_BEHIND}{{3}})"
 MOJIBAKE = re.compile(
-    "[ÃÂ][\x80-\xbfŒœŠšŸŽžƒˆ˜–—‘’‚“”„†‡•…‰‹›€™]|â[€\x80][\x80-\xbfŒœŠšŸŽžƒˆ˜–—‘’‚“”„†‡•…‰‹›€™]|ðŸ|ð\x9f|ï»¿|\ufffd"
+    f"{_CHARACTER}{{2,}}|(?<=[a-z])[\xc2-\xde]{_BEHIND}|[ÃÂ]{_BEHIND}|â[€\x80]{_BEHIND}|ðŸ|ð\x9f|ï»¿|\ufffd"
 )
-"""What UTF-8 looks like once read as Latin-1 or Windows-1252, and the character that stands for a lost one."""
+"""What UTF-8 looks like once read as Latin-1 or Windows-1252, and the character that stands for a lost one.
+
+Characters of Western Europe and signs are known alone; those of other scripts by several of them side by side,
+or by a capital with a sign behind a small letter, which no language writes.
+"""
+
+
+_SUSPECT = re.compile(f"[\xc2-\xf4]{_BEHIND}")
+"""Stands in all of these but the lost character, and is looked for in a tenth of the time."""
+
+
+def _as_byte(error: UnicodeError) -> tuple[bytes, int]:
+    """A control character as the byte that it stands for: Windows-1252 has no character for five bytes."""
+    assert isinstance(error, UnicodeEncodeError)
+    if "\x80" <= error.object[error.start] <= "\x9f":
+        return bytes([ord(error.object[error.start])]), error.start + 1
+    raise error
+
+
+codecs.register_error("tunesmith.as_byte", _as_byte)
+
+
+def read_again(text: str) -> str | None:
+    """The text that was UTF-8 before it was read as Windows-1252 or Latin-1; None where not all of it was."""
+    for encoding, errors in (("cp1252", "tunesmith.as_byte"), ("latin-1", "strict")):
+        try:
+            return text.encode(encoding, errors).decode("utf-8")
+        except ValueError:
+            continue
+    return None
+
+
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -236,7 +290,7 @@ def check_row(
         format = detection.format_of(values)
         if isinstance(example, Unusable):
             return None, format, [_refused(str(example), values, format)]
-        found = list(_looked_at(example, values, format, detection, settings))
+        found = list(_looked_at(example, record, format, detection, settings))
     except RecursionError:
         return None, None, [Found("unusable", None, "nested too deeply")]
     is_usable = not any(item.kind == "surrogate" for item in found)
@@ -254,13 +308,14 @@ def _refused(reason: str, values: Mapping[str, Any], format: Format | None) -> F
 
 def _looked_at(
     example: Example,
-    values: Mapping[str, Any],
+    record: Record,
     format: Format | None,
     detection: Detection,
     settings: Settings,
 ) -> Iterator[Found]:
     """What is wrong with a row that becomes an example. Columns are looked up for those that have something."""
     assert format is not None
+    values = record.values
     everything = "\n".join(texts(example))
     parts = _parts(example)
     for turns in parts:
@@ -268,11 +323,15 @@ def _looked_at(
         if message:
             yield Found("roles", _turns_column(format, values), message)
             break
-    for number, turn in enumerate(parts[0] if parts else (), 1):
+    for turn in itertools.chain.from_iterable(parts):
         if turn.reasoning or turn.tool_calls:
             calls = json.dumps(turn.tool_calls, ensure_ascii=False, default=str)
             everything += f"\n{turn.reasoning or ''}\n{calls}"
-        if (not turn.content or turn.content.isspace()) and turn.role in ("system", "user"):
+    if isinstance(example, Conversation) and example.tools:
+        everything += "\n" + json.dumps(example.tools, ensure_ascii=False, default=str)
+    yield from _ignored_keys(values, format)
+    for number, turn in enumerate(parts[0] if parts else (), 1):
+        if turn.role in ("system", "user") and is_blank(turn.content):
             said = f"turn {number}, the {turn.role}'s, is empty"
             yield Found("empty_turn", _turns_column(format, values), said)
     if has_numbers(values, detection):
@@ -280,12 +339,47 @@ def _looked_at(
             n for n in format.used(list(values)) if isinstance(values[n], int | float) and n != "label"
         )
         yield Found("number", name, f"{type(values[name]).__name__} where text is expected")
+    column = swallowed(record)
+    if column:
+        said = f"{values[column].count(chr(10)) + 1} lines in one cell, each with as many separators as the header"
+        yield Found("swallowed", column, said)
     for kind in suspicions(everything, settings):
         yield from _located(kind, values, format.used(list(values)), settings)
     if settings.estimates and len(everything) > settings.max_length * CHARACTERS_PER_TOKEN:
         message = _estimated(example, len(everything), settings.max_length)
         if message:
             yield Found("long", column_of("empty answer", values, format), message)
+
+
+_PLAIN = ({"role", "content"}, {"from", "value"})
+
+
+def _ignored_keys(values: Mapping[str, Any], format: Format) -> Iterator[Found]:
+    for column in values:
+        turns = values[column]
+        if type(turns) is not list or all(type(turn) is dict and turn.keys() in _PLAIN for turn in turns):
+            continue
+        if column not in format.used(list(values)):
+            continue
+        for number, turn in enumerate(turns, 1):
+            if not isinstance(turn, Mapping):
+                continue
+            for key, value in turn.items():
+                if value is None:
+                    continue
+                meant = misspelt(key)
+                if meant:
+                    yield Found(
+                        "ignored_key", column, f"turn {number}: {key!r} is not read; is '{meant}' meant?"
+                    )
+                    return
+                speaker = turn.get("role") or turn.get("from")
+                is_answer = isinstance(speaker, str) and ROLES.get(speaker) == "assistant"
+                if key in ("weight", "train", "training") and value and not is_answer:
+                    yield Found(
+                        "ignored_key", column, f"turn {number}: {key!r} is for answers, and this is none"
+                    )
+                    return
 
 
 def _parts(example: Example) -> tuple[tuple[Message, ...], ...]:
@@ -331,7 +425,7 @@ def suspicions(text: str, settings: Settings) -> Iterator[str]:
     if not text.isascii():
         if "\ufeff" in text:
             yield "bom"
-        if MOJIBAKE.search(text):
+        if ("\ufffd" in text or _SUSPECT.search(text)) and MOJIBAKE.search(text):
             yield "mojibake"
         try:
             text.encode()

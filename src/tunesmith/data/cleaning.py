@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.data.checks import CHECKS, MOJIBAKE, SURROGATE, Settings, broken, check_row
-from tunesmith.data.examples import Row, content_hash
+from tunesmith.data.checks import CHECKS, MOJIBAKE, SURROGATE, Settings, broken, check_row, read_again
+from tunesmith.data.examples import Row, row_hash
 from tunesmith.data.pieces import Piece, rows, worked
 from tunesmith.data.sources import Broken, Source
 from tunesmith.data.validation import Watch, progress
@@ -127,7 +129,10 @@ def _settled(entry: Cleaned, first: dict[int, Row], is_refused: bool) -> Cleaned
     """The row's fate beside the others, and under the model if there is one."""
     if is_refused:
         return replace(
-            entry, fate="dropped", line=None, what="the model's template or the supervision proof refuses it"
+            entry,
+            fate="dropped",
+            line=None,
+            what="the model's template, the supervision proof or data.over_long refuses it",
         )
     if entry.content in first:
         return replace(entry, fate="dropped", line=None, what=f"the same as {first[entry.content]}")
@@ -144,6 +149,11 @@ def clean_piece(settings: Settings, piece: Piece) -> list[Cleaned]:
             cleaned.append(Cleaned(record.row, "dropped", f"{found.kind}: {found.message}", None))
             continue
         try:
+            held = next((name for name, value in record.values.items() if holds_bytes(value)), None)
+            if held is not None:
+                said = f"unusable: column {held} has bytes, which JSON cannot hold"
+                cleaned.append(Cleaned(record.row, "dropped", said, None))
+                continue
             done: set[str] = set()
             values = {name: mended(value, done) for name, value in record.values.items()}
             example, _, findings = check_row(record._replace(values=values), settings.detection, settings)
@@ -157,23 +167,32 @@ def clean_piece(settings: Settings, piece: Piece) -> list[Cleaned]:
             cleaned.append(Cleaned(record.row, "dropped", found.kind + said, None))
             continue
         what = ", ".join(sorted(done)) or None
-        content = int(content_hash(example)[:16], 16)
+        content = int(row_hash(example)[:16], 16)
         cleaned.append(Cleaned(record.row, "mended" if done else "kept", what, line, content))
     return cleaned
 
 
 def as_line(values: Mapping[str, Any]) -> str:
     """A row as JSON; in ASCII where the name of a column holds half a character."""
-    line = json.dumps(values, ensure_ascii=False, default=str)
+    line = json.dumps(values, ensure_ascii=False, allow_nan=False)
     try:
         line.encode()
     except UnicodeEncodeError:
-        return json.dumps(values, default=str)
+        return json.dumps(values, allow_nan=False)
     return line
 
 
+def holds_bytes(value: Any) -> bool:
+    """Whether bytes stand anywhere in a value, as columnar files may have them."""
+    if isinstance(value, bytes | bytearray):
+        return True
+    if isinstance(value, Mapping):
+        return any(holds_bytes(item) for item in value.values())
+    return isinstance(value, list | tuple) and any(holds_bytes(item) for item in value)
+
+
 def mended(value: Any, done: set[str]) -> Any:
-    """A value without the damage that can be mended in its texts; `done` gets what was."""
+    """A value as JSON has it, without the damage that can be mended in its texts; `done` gets what was done."""
     if isinstance(value, str):
         for name, mend in MENDS.items():
             better = mend(value)
@@ -183,19 +202,44 @@ def mended(value: Any, done: set[str]) -> Any:
         return value
     if isinstance(value, Mapping):
         return {key: mended(item, done) for key, item in value.items()}
-    return [mended(item, done) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [mended(item, done) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        done.add(f"{value} written as null, for which JSON has no number")
+        return None
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    done.add(f"{type(value).__name__} written as text")
+    return str(value)
 
 
 def repaired(text: str) -> str:
     """Text that was UTF-8 and read as Windows-1252 or Latin-1, where all of it can be turned back."""
-    if text.isascii() or not MOJIBAKE.search(text):
+    if text.isascii() or not MOJIBAKE.search(text) or not _is_damage(text):
         return text
-    for encoding in ("cp1252", "latin-1"):
-        try:
-            return text.encode(encoding).decode("utf-8")
-        except ValueError:
-            continue
-    return text
+    better = read_again(text)
+    return text if better is None else better
+
+
+_SPEAKS_OF_IT = re.compile(
+    r"mojibake|encod|utf-?8|unicode|charset|latin-?1|iso-?8859|windows-?125|cp-?125|\bbytes?\b", re.IGNORECASE
+)
+
+
+def _is_damage(text: str) -> bool:
+    """Whether the text is damaged, rather than about such damage: it does not speak of encodings, and has at
+    least one damaged word that is not in quotes, with a letter more than the damaged one."""
+    if _SPEAKS_OF_IT.search(text):
+        return False
+    for found in MOJIBAKE.finditer(text):
+        begin = max(text.rfind(space, 0, found.start()) for space in " \n\t") + 1
+        ends = [end for end in (text.find(space, found.end()) for space in " \n\t") if end >= 0]
+        word = text[begin : min(ends, default=len(text))].strip(".,;:!?()[]")
+        is_quoted = len(word) > 1 and word[0] in "'\"`" and word[-1] in "'\"`"
+        meant = read_again(found[0]) or found[0]
+        if not is_quoted and (word != found[0] or len(meant) > 1 or not meant.isalpha()):
+            return True
+    return False
 
 
 MENDS: dict[str, Callable[[str], str]] = {

@@ -127,6 +127,26 @@ def _content(messages: tuple[Message, ...]) -> list[list[Any]]:
     ]
 
 
+def row_hash(example: Example) -> str:
+    """Hex digest of all that is used of a row: besides its content, which answers are trained, whose results
+    tools' results are, and the database that an SQL query is scored on.
+
+    Rows of one digest are copies; `content_hash` may be the same for rows that are not.
+    """
+    digest = content_hash(example)
+    used: list[Any] = []
+    if isinstance(example, Conversation):
+        marks = [m[4:] for m in example.messages]  # name, tool_call_id, trained
+        if marks.count((None, None, None)) < len(marks):
+            used += marks
+        if "query" in example.extra and "setup" in example.extra:  # as the format sql keeps them
+            used.append([example.group, example.extra["setup"]])
+    if not used:
+        return digest
+    canonical = _CANONICAL.encode([digest, used])
+    return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
 def questions(example: Example) -> list[int]:
     """64 bits for each question that the example answers: all that was said before an answer. The last is the
     one that is measured.

@@ -6,6 +6,7 @@ formats of one shape, and says what it chose and why.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import re
@@ -117,10 +118,13 @@ def preference(values: Values, row: Row) -> Preference:
     asked = _first(values, "prompt", "question", "instruction", "conversations", "messages")
     prompt: tuple[Message, ...]
     if asked is not None:
-        prompt = (*_system(values), *_turns(asked, "user"))
+        turns = _turns(asked, "user")
+        prompt = (*_system(values), *turns)
         # Some sets repeat the prompt's turns in both answers.
-        if chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        for said in (prompt, turns):
+            if chosen[: len(said)] == said == rejected[: len(said)]:
+                chosen, rejected = chosen[len(said) :], rejected[len(said) :]
+                break
     else:
         shared = 0
         while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
@@ -128,8 +132,10 @@ def preference(values: Values, row: Row) -> Preference:
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt:
         raise Unusable("no prompt: the answers have no common beginning")
+    if asked is None:
+        prompt = (*_system(values), *prompt)
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
-        if not turns or not turns[-1].content.strip():
+        if not turns or is_blank(turns[-1].content):
             raise Unusable(f"empty {name} answer")
         if turns[-1].role != "assistant":
             raise Unusable(f"the {name} answer is the {turns[-1].role}'s")
@@ -159,7 +165,7 @@ def rating(values: Values, row: Row) -> Rating:
         completion = _turns(_first(values, "completion", "response"), "assistant")
     if not turns or not completion or completion[-1].role != "assistant":
         raise Unusable("the rated conversation does not end with an answer")
-    if not completion[-1].content.strip():
+    if is_blank(completion[-1].content):
         raise Unusable("empty answer")
     return Rating(turns, completion, bool(label), row, extra=_extra(values, "prompt", "completion", "label"))
 
@@ -231,7 +237,11 @@ def prompt_completion(values: Values, row: Row) -> Conversation:
     {"prompt": "Write a function to sort a list", "completion": "def sort_list(items):\\n    return sorted(items)"}
     """
     if isinstance(values["prompt"], list):
-        turns = (*_turns(values["prompt"], "user"), *_turns(values["completion"], "assistant"))
+        turns = (
+            *_system(values),
+            *_turns(values["prompt"], "user"),
+            *_turns(values["completion"], "assistant"),
+        )
         return _conversation(turns, row, _extra(values, "prompt", "completion"))
     return _question_answer(values["prompt"], values["completion"], values, row)
 
@@ -571,7 +581,7 @@ def _conversation(
     if turns[-1].role != "assistant":
         raise Unusable(f"the last turn is the {turns[-1].role}'s, not an answer")
     for turn in answers:
-        if not turn.tool_calls and (not turn.content or turn.content.isspace()):
+        if not turn.tool_calls and is_blank(turn.content):
             raise Unusable("empty answer")
     if all(turn.trained is False for turn in answers):
         raise Unusable("every answer has weight 0")
@@ -699,9 +709,33 @@ def _text(value: Any, what: str) -> str:
         return json.dumps(value)
     if not isinstance(value, str):
         raise Unusable(f"{what} is {type(value).__name__}, not text")
-    if not value.strip():
+    if is_blank(value):
         raise Unusable(f"empty {what}")
     return value
+
+
+INVISIBLE = " \t\n\r\x0b\x0c\xa0\xad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
+"""Spaces and characters without width."""
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen."""
+    return not text or text.isspace() or not (text.isascii() or text.strip(INVISIBLE))
+
+
+MESSAGE_KEYS = (
+    "role", "content", "from", "value", "weight", "train", "training", "reasoning_content", "reasoning", "thinking",
+    "tool_calls", "function_call", "tool_call_id", "name",
+)  # fmt: skip
+"""What is read of a message."""
+
+
+@functools.lru_cache(maxsize=4096)
+def misspelt(key: str) -> str | None:
+    """The message's key that another one is most likely meant to be."""
+    if key in MESSAGE_KEYS:
+        return None
+    return next(iter(difflib.get_close_matches(key, MESSAGE_KEYS, 1, 0.8)), None)
 
 
 def _first(values: Values, *names: str) -> Any:

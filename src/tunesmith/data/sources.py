@@ -13,7 +13,8 @@ import hashlib
 import itertools
 import json
 import os
-from collections import Counter
+import re
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -309,7 +310,9 @@ def _from_folder(path: Path, pattern: str | None) -> Source:
             f"data.data_files is a pattern inside {path}.", found=pattern, fix="Make it relative."
         )
     files = (
-        sorted(path.glob(pattern)) if pattern else [p for p in sorted(path.iterdir()) if p.suffix in READERS]
+        sorted(path.glob(pattern))
+        if pattern
+        else [p for p in sorted(path.iterdir()) if p.suffix.lower() in READERS]
     )
     files = [p for p in files if p.is_file()]
     named = [(p, ROLES[p.stem.lower()]) for p in files if p.stem.lower() in ROLES]
@@ -459,8 +462,33 @@ def _spooled(
 def _excerpt(line: str, column: int) -> str:
     """The line around a column, and a caret under it."""
     start = max(column - 41, 0)
-    piece = line[start : start + 80].replace("\t", " ")
+    piece = hidden(line)[start : start + 80].replace("\t", " ")
     return f"\n         {piece}\n         {' ' * (column - 1 - start)}^"
+
+
+_PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----.*?(?:-----END|$)", re.DOTALL)
+
+
+def hidden(text: str) -> str:
+    """A text of the same length in which no secret of a known shape can be read."""
+    from tunesmith.data.checks import SECRETS  # which reads rows itself
+
+    if "-----BEGIN" in text:
+        text = _PRIVATE_KEY.sub(_starred, text)
+    for beginning, _, pattern in SECRETS:
+        if beginning in text:
+            text = pattern.sub(_starred, text)
+    return text
+
+
+def _starred(found: re.Match[str]) -> str:
+    return found[0][:3] + "*" * (len(found[0]) - 3)
+
+
+def _near(raw: bytes, place: int) -> str:
+    """The bytes around a place, as Python shows them."""
+    shown = hidden(raw.decode("latin-1")).encode("latin-1")
+    return repr(shown[max(place - 20, 0) : place + 20])[1:]
 
 
 UTF8 = "Save it as UTF-8, for example with `iconv -f latin1 -t utf-8`."
@@ -477,9 +505,8 @@ def _lines(name: str, raw_lines: Iterable[bytes], first: int = 1) -> Iterator[tu
         try:
             line = raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            near = repr(raw[max(error.start - 20, 0) : error.start + 20])[1:]
             place = f"{name}, line {number}, byte {error.start + 1}"
-            yield Broken(Row(name, number), place, f"not UTF-8: {near}", UTF8)
+            yield Broken(Row(name, number), place, f"not UTF-8: {_near(raw, error.start)}", UTF8)
             continue
         if line and not line.isspace():
             yield number, line.rstrip("\r\n")
@@ -520,7 +547,7 @@ def _json(path: Path) -> Iterator[Record | Broken]:
         line = content[: error.start].count(b"\n") + 1
         raise DataError(
             f"{path.name} is not UTF-8: line {line}, byte {error.start}.",
-            found=repr(content[max(error.start - 20, 0) : error.start + 20])[1:],
+            found=_near(content, error.start),
             fix=UTF8,
         ) from None
     del content
@@ -570,7 +597,7 @@ def _records(name: str, rows: Sequence[Any]) -> Iterator[Record | Broken]:
         if isinstance(values, dict):
             yield Record(row, values)
         else:
-            problem = f"record {number} is not an object: {repr(values)[:80]}"
+            problem = f"record {number} is not an object: {hidden(repr(values))[:80]}"
             yield Broken(row, name, problem, 'Write {"column": value, ...}.', unit="record")
 
 
@@ -589,37 +616,110 @@ def _csv(path: Path) -> Iterator[Record | Broken]:
         except csv.Error:
             dialect = csv.excel  # one column has no delimiter to find
         csv.field_size_limit(2**31 - 1)
-        # Strict: else a quote that is never closed would swallow the rest of the file into one cell.
-        reader = csv.reader(file, dialect=dialect, strict=True)
-        begin, number = 1, 0
-        try:
-            header = next((cells for cells in reader if cells), [])
-            if any("\udc80" <= c <= "\udcff" for name in header for c in name):
-                raise DataError(f"The header of {path.name} is not UTF-8.", fix=UTF8)
-            twice = sorted({name for name in header if header.count(name) > 1})
-            if twice:
-                raise DataError(
-                    f"{path.name} names a column twice: {', '.join(twice)}.", fix="Rename one of them."
-                )
-            begin = reader.line_num + 1
-            for cells in reader:
-                place, begin = begin, reader.line_num + 1
-                if not cells:
-                    continue
+        lines = _csv_rows(file, dialect)
+        number, header = 0, None
+        for begin, end, cells in lines:
+            if isinstance(cells, csv.Error):
                 number += 1
-                row = Row(path.name, number)
-                if len(cells) != len(header):
-                    problem = f"{len(cells)} cells, but the header has {len(header)}"
-                    yield Broken(row, f"{path.name}, line {reader.line_num}", problem, A_ROW, unit="row")
-                elif any("\udc80" <= c <= "\udcff" for cell in cells if not cell.isascii() for c in cell):
-                    yield Broken(row, f"{path.name}, line {place}", "not UTF-8", UTF8, unit="row")
-                else:
-                    # An empty cell is an absent value: CSV has no other way to say so.
-                    yield Record(row, {k: v if v != "" else None for k, v in zip(header, cells, strict=True)})
+                yield _unreadable(path.name, number, begin, end, cells)
+                if header is None:
+                    return
+                continue
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                _check_header(path.name, header)
+                continue
+            number += 1
+            row = Row(path.name, number)
+            if len(cells) != len(header):
+                problem = f"{len(cells)} cells, but the header has {len(header)}"
+                yield Broken(row, f"{path.name}, line {end}", problem, A_ROW, unit="row")
+            elif any("\udc80" <= c <= "\udcff" for cell in cells if not cell.isascii() for c in cell):
+                yield Broken(row, f"{path.name}, line {begin}", "not UTF-8", UTF8, unit="row")
+            else:
+                # An empty cell is an absent value: CSV has no other way to say so.
+                yield Record(row, {k: v if v != "" else None for k, v in zip(header, cells, strict=True)})
+
+
+def _check_header(name: str, header: Sequence[str]) -> None:
+    if any("\udc80" <= c <= "\udcff" for column in header for c in column):
+        raise DataError(f"The header of {name} is not UTF-8.", fix=UTF8)
+    twice = sorted({column for column in header if header.count(column) > 1})
+    if twice:
+        raise DataError(f"{name} names a column twice: {', '.join(twice)}.", fix="Rename one of them.")
+
+
+def _unreadable(name: str, number: int, begin: int, end: int, error: csv.Error) -> Broken:
+    why = " (a quote is opened and never closed)" if "end of data" in str(error) else ""
+    lines = f" in lines {begin} to {end}" if end > begin else f" in line {begin}"
+    place = f"{name}, the row that begins on line {begin}"
+    return Broken(Row(name, number), place, f"{error}{why}{lines}", A_ROW, unit="row")
+
+
+def _csv_rows(lines: Iterable[str], dialect: Any) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
+    """Each row with its first and last line, an error for one that cannot be read.
+
+    A quote that is never closed swallows what comes behind it. Where that looks like rows, they are read
+    again on their own; else all of it is one row that cannot be read.
+    """
+    lines = iter(lines)
+    waiting: deque[str] = deque()
+    taken: list[str] = []
+
+    def fed() -> Iterator[str]:
+        while True:
+            line = waiting.popleft() if waiting else next(lines, None)
+            if line is None:
+                return
+            taken.append(line)
+            yield line
+
+    begin, width = 1, 0
+    while True:
+        try:
+            # Strict: else the rest of the file would be one cell.
+            for cells in csv.reader(fed(), dialect=dialect, strict=True):
+                width = width or len(cells)
+                yield begin, begin + len(taken) - 1, cells
+                begin += len(taken)
+                taken.clear()
+            return
         except csv.Error as error:
-            why = " (a quote is opened and never closed)" if "end of data" in str(error) else ""
-            place_text = f"{path.name}, the row that begins on line {begin}"
-            yield Broken(Row(path.name, number + 1), place_text, f"{error}{why}", A_ROW, unit="row")
+            count = _broken_lines(taken, width, dialect)
+            yield begin, begin + count - 1, error
+            waiting.extendleft(reversed(taken[count:]))
+            begin += count
+            taken.clear()
+
+
+def _broken_lines(taken: Sequence[str], width: int, dialect: Any) -> int:
+    """How many of the lines that a broken row took are its own: all, or those up to the last quote it opens."""
+    is_open, own = False, 1
+    for number, line in enumerate(taken, 1):
+        if line.count(dialect.quotechar) % 2:
+            is_open = not is_open
+            own = number if is_open else own
+    alike = sum(line.count(dialect.delimiter) >= width - 1 for line in taken[own:])
+    return own if width > 1 and alike >= 0.75 * len(taken[own:]) else len(taken)
+
+
+SWALLOWED = 5
+"""Lines in one cell of a CSV file that have as many separators as its header, from which on they look like rows."""
+
+
+def swallowed(record: Record) -> str | None:
+    """The column of a CSV row whose cell looks as if an unclosed quote had swallowed the rows behind it."""
+    width = len(record.values)
+    if width < 2 or not record.row.source.lower().endswith(".csv"):
+        return None
+    for name, value in record.values.items():
+        if isinstance(value, str) and value.count("\n") >= SWALLOWED:
+            inner = value.split("\n")[1:-1]
+            if any(all(line.count(sign) == width - 1 for line in inner) for sign in ",;\t|"):
+                return name
+    return None
 
 
 def _parquet(path: Path) -> Iterator[Record | Broken]:

@@ -7,6 +7,7 @@ in training as when the model is asked.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -126,8 +127,14 @@ class Encoder:
     agreed: Counter[tuple[str, ...]] = field(default_factory=Counter)
     """Number of rows for which a skeleton and the rendered text were the same, by roles."""
     closings: dict[tuple[int, ...], bool] = field(default_factory=dict)
-    rewriting: dict[bool, bool] = field(default_factory=dict)
-    """Whether earlier answers are written otherwise than when they were given, with and without reasoning."""
+    rewriting: dict[tuple[bool, bool], bool] = field(default_factory=dict)
+    """Whether earlier answers (or tool calls) are written otherwise than when they were given, by whether they
+    have reasoning and whether they are calls."""
+    calling: dict[str, bool | None] = field(default_factory=dict)
+    """Whether the template takes a call's arguments as JSON text, not as an object, once that is found out; None
+    where it writes no calls."""
+    writing: dict[str, bool] = field(default_factory=dict)
+    """Whether the template writes system messages, tools' results and tools' schemas, once that is found out."""
 
 
 @dataclass(frozen=True)
@@ -499,6 +506,14 @@ def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
         behind = len(labels) - labels[::-1].index(said[0]) if said and said[0] in labels else 0
         ids += [i for i in labels[behind:] if i in special]
         break
+    for probe in PROBES if tokenizer.chat_template else ():
+        try:  # Gemma 4 and gpt-oss close a tool call with a token of its own
+            call = Conversation((*probe[:-1], _CALL), row=Row("probe", 1), tools=_CALLED)
+            last = encode(call, tokenizer).labels[-1:]
+        except Unusable:
+            continue
+        ids += [i for i in last if i in special]
+        break
     return tuple(dict.fromkeys(ids))
 
 
@@ -559,7 +574,14 @@ def views(example: Example, context: Encoder, loss_on: LossOn) -> list[Example]:
     messages = example.messages
     asked_at = [n for n, message in enumerate(messages) if message.role == "user" and n]
     ends = [n for n in asked_at if messages[n - 1].role == "assistant"]
-    if not ends or not _rewrites(any(m.reasoning for m in messages[: ends[-1]]), context):
+    if ends and not _rewrites(any(m.reasoning for m in messages[: ends[-1]]), context):
+        ends = []
+    called = [n for n, m in enumerate(messages) if n and m.role == "tool" and messages[n - 1].tool_calls]
+    if any(
+        _rewrites(kind, context, calls=True) for kind in {bool(messages[n - 1].reasoning) for n in called}
+    ):
+        ends = sorted([*ends, *called])
+    if not ends:
         return [example]
     found: list[Example] = []
     begin = 0
@@ -574,21 +596,157 @@ def views(example: Example, context: Encoder, loss_on: LossOn) -> list[Example]:
     return found
 
 
-def _rewrites(with_reasoning: bool, context: Encoder) -> bool:
-    if with_reasoning not in context.rewriting:
+def _rewrites(with_reasoning: bool, context: Encoder, *, calls: bool = False) -> bool:
+    """Whether an answer is written otherwise once a question follows, or a call once its result does."""
+    kind = (with_reasoning, calls)
+    if kind not in context.rewriting:
         reasoning = "r" if with_reasoning and context.reasoning_key else None
         answer = Message("assistant", "b", reasoning=reasoning)
-        context.rewriting[with_reasoning] = False
+        context.rewriting[kind] = False
         for probe in PROBES:
             turns = (*probe[:-1], answer, Message("user", "c"), answer)
+            if calls:
+                turns = (*probe[:-1], _CALL._replace(reasoning=reasoning), _RESULT, answer)
             try:
-                segments = _conversation_segments(turns, (), context)
+                segments = _conversation_segments(turns, _CALLED if calls else (), context)
             except Unusable:
                 continue
             labelled = _labelled(segments, _ids([segments], context)[0], context, "answers")
-            context.rewriting[with_reasoning] = sum(trained > 0 for _, trained in labelled) == 1
+            context.rewriting[kind] = sum(trained > 0 for _, trained in labelled) == 1
             break
-    return context.rewriting[with_reasoning]
+    return context.rewriting[kind]
+
+
+_ARGUMENTS = {"probed_key": "probed value", "probed_list": [1, True]}
+_CALL = Message(
+    "assistant",
+    "",
+    tool_calls=(
+        {
+            "id": "probe0001",
+            "type": "function",
+            "function": {"name": "probed_tool", "arguments": _ARGUMENTS},
+        },
+    ),
+)
+_RESULT = Message("tool", "probed result", name="probed_tool", tool_call_id="probe0001")
+_CALLED: tuple[Mapping[str, Any], ...] = (
+    {
+        "type": "function",
+        "function": {
+            "name": "probed_tool",
+            "description": "probed",
+            "parameters": {
+                "type": "object",
+                "properties": {"probed_key": {"type": "string", "description": "probed"}},
+            },
+        },
+    },
+)
+"""A tool call that shows how a template writes calls, with its result and the schema."""
+
+
+def _takes_text(context: Encoder) -> bool | None:
+    """Whether the template takes a call's arguments as JSON text, found out by trying; None where it writes none."""
+    if "found" not in context.calling:
+        ways = (as_text for as_text in (False, True) if _writes_calls(as_text, context))
+        context.calling["found"] = next(ways, None)
+    return context.calling["found"]
+
+
+def _writes_calls(as_text: bool, context: Encoder) -> bool:
+    context.calling["tried"] = as_text
+    try:
+        for probe in PROBES:
+            try:
+                opened = _render(probe[:-1], context, _CALLED, opening=True)
+                through = _render((*probe[:-1], _CALL), context, _CALLED, opening=False)
+                _check_calls(_CALL, opened, through)
+            except Unusable:
+                continue
+            # An object that is put into the text as it is comes out as Python writes it, not as JSON.
+            return str(_ARGUMENTS) not in through
+        return False
+    finally:
+        del context.calling["tried"]
+
+
+def _check_calls(turn: Message, opened: str, through: str) -> None:
+    """Raises Unusable where the template leaves out a tool that is called, or what it is called with.
+
+    The prompt may name the tool as well: what counts is what comes behind it.
+    """
+
+    def is_written(text: str) -> bool:
+        if through.startswith(opened):
+            return through.find(text, len(opened)) >= 0
+        return through.count(text) > opened.count(text)
+
+    for call in turn.tool_calls:
+        name = call["function"]["name"]
+        if not is_written(name):
+            raise Unusable(f"the chat template does not write the call of {name}")
+        for value in _leaves(call["function"]["arguments"]):
+            forms = (
+                value,
+                json.dumps(value, ensure_ascii=False)[1:-1],
+                json.dumps(value)[1:-1],
+                repr(value)[1:-1],
+            )
+            if not any(is_written(form.strip()) for form in forms):
+                raise Unusable(f"the chat template does not write what {name} is called with")
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Every text in a nested value that has something to be found."""
+    if isinstance(value, str):
+        if value.strip():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+
+
+UNWRITTEN = {
+    "system": "a system message",
+    "tool": "a tool's result",
+    "tools": "schemas of tools",
+}
+"""What a template may have no place for, besides reasoning; the row is trained without it, and that is said."""
+
+
+def unwritten(example: Example, context: Encoder) -> list[str]:
+    """Which of UNWRITTEN the example has and the template leaves out."""
+    if not isinstance(example, Conversation):
+        return []
+    there = {turn.role for turn in example.messages} & {"system", "tool"}
+    if example.tools:
+        there.add("tools")
+    return [kind for kind in UNWRITTEN if kind in there and not _writes(kind, context)]
+
+
+def _writes(kind: str, context: Encoder) -> bool:
+    """Whether the template writes such a thing, tried with a short conversation; a refusal is no omission."""
+    if kind not in context.writing:
+        called = Message("user", "a"), _CALL, _RESULT, Message("assistant", "b")
+        system = Message("system", "probed words")
+        tries: tuple[tuple[Sequence[Message], str], ...] = {
+            "system": ((((system, *PROBES[0])), system.content),),
+            "tool": ((called, _RESULT.content), ((system, *called), _RESULT.content)),
+            "tools": tuple((probe, "probed_tool") for probe in PROBES),
+        }[kind]
+        tools = _CALLED if kind != "system" else ()
+        found: list[bool] = []
+        for turns, words in tries:
+            try:
+                found.append(words in _render(turns, context, tools, opening=False))
+            except Unusable:
+                continue
+        context.writing[kind] = any(found) or not found
+    return context.writing[kind]
 
 
 def _no_segments(example: Example) -> list[_Segment]:
@@ -604,6 +762,8 @@ def _conversation_segments(
     marked_tools = _marked_all(tools, context.specials)
     if not context.takes_tools and (tools or any(turn.tool_calls for turn in turns)):
         raise Unusable("the chat template has no place for tools")
+    if any(turn.tool_calls for turn in turns) and _takes_text(context) is None:
+        raise Unusable("the chat template does not write tool calls")
     segments = _segments(_render(turns, context, marked_tools, opening=False), turns, context, marked_tools)
     if not any(segment.is_answer for segment in segments):
         raise Unusable("the conversation has no answer that could be trained")
@@ -745,6 +905,8 @@ def _segments(
         is_last = index + 1 == len(messages)
         opened = _render(messages[:index], context, tools, opening=True)
         through = text if is_last else _render(messages[: index + 1], context, tools, opening=False)
+        if message.tool_calls:
+            _check_calls(message, opened, through)
         if not text.startswith(through) and context.tokenizer.eos_token:
             # Some (Phi-3) end the whole conversation with a token of their own: it is not the turn's.
             turn = through.removesuffix(context.tokenizer.eos_token)
@@ -780,10 +942,14 @@ def _behind_opening(
     holder = Message("assistant", place, tool_calls=message.tool_calls)
     before, found, closing = _render((*messages[:-1], holder), context, tools, opening=False).partition(place)
     content = message.content.strip()
-    if not content:
+    if not content and not message.tool_calls:
         raise Unusable("empty answer")
     if not found or not through.endswith(closing):
         raise Unusable("the chat template does not write the answer as it is")
+    if not content:
+        closing = (
+            closing.lstrip()
+        )  # the call, behind the line break that separates it from the words before it
     thought, thinks, answer = content.rpartition(THOUGHT_ENDS)
     if message.reasoning and not thinks:
         thought, thinks, answer = message.reasoning, THOUGHT_ENDS, f"\n\n{content}"
@@ -793,7 +959,7 @@ def _behind_opening(
         raise Unusable("the answer has a thought, and the chat template asks for one without")
     if thinks and begins_thought:
         return f"{thought}\n{thinks}{answer}{closing}"
-    if not thinks and through.startswith(before):
+    if not thinks and content and through.startswith(before):
         content = through[len(before) : len(through) - len(closing)].lstrip()
     return (answer.strip() if thinks else content) + closing
 
@@ -895,12 +1061,20 @@ def as_message(turn: Message, context: Encoder) -> dict[str, Any]:
     if turn.reasoning and context.reasoning_key:
         message[context.reasoning_key] = turn.reasoning
     if turn.tool_calls:
-        message["tool_calls"] = list(turn.tool_calls)
+        as_text = context.calling["tried"] if "tried" in context.calling else _takes_text(context)
+        message["tool_calls"] = [_with_text(call) if as_text else call for call in turn.tool_calls]
     if turn.name:
         message["name"] = turn.name
     if turn.tool_call_id:
         message["tool_call_id"] = turn.tool_call_id
     return message
+
+
+def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call with its arguments as JSON."""
+    function = call["function"]
+    arguments = json.dumps(function["arguments"], ensure_ascii=False, default=str)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _ids(conversations: Sequence[Sequence[_Segment]], context: Encoder) -> list[list[list[int]]]:

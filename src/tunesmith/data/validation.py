@@ -8,12 +8,13 @@ a limit for each kind.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,15 @@ from tunesmith.data.checks import (
     masked,
 )
 from tunesmith.data.duplicates import NearDuplicates, sketches
-from tunesmith.data.examples import Example, Rating, Row, Text, Unusable, content_hash, texts
+from tunesmith.data.examples import Example, Message, Rating, Row, Text, Unusable, row_hash, texts
 from tunesmith.data.formats import FORMATS, Detection, absent, converted, detect, unused_columns
 from tunesmith.data.pieces import Lines, Piece, rows, worked
 from tunesmith.data.shaping import SHAPING, shaped
 from tunesmith.data.sources import Broken, Facts, Source, open_source
-from tunesmith.data.templates import IGNORED, Encoder, Encoding, LossOn, encode_batches
+from tunesmith.data.templates import IGNORED, Encoder, Encoding, LossOn, encode_batches, views
 from tunesmith.errors import DataError, nearest
 from tunesmith.models import Kind
-from tunesmith.recipe import DataSource, Task
+from tunesmith.recipe import Data, DataSource, Task
 
 MINORITY = 0.1
 """Ratings are out of balance where fewer than this share are of one kind."""
@@ -88,6 +89,8 @@ class Checked:
     """Characters."""
     sketches: NDArray[np.uint32] | None = None
     labels: Counter[bool] = field(default_factory=Counter)
+    rated: list[tuple[int, int, bool]] = field(default_factory=list)
+    """Rated answers: place, hash of prompt and answer, and label."""
     formats: Counter[str] = field(default_factory=Counter)
     signatures: Counter[tuple[str, ...]] = field(default_factory=Counter)
     names: dict[str, None] = field(default_factory=dict)
@@ -132,11 +135,13 @@ def check_piece(settings: Settings, piece: Piece) -> Checked:
             continue
         text = "\n".join(texts(example))
         checked.usable.append(place)
-        checked.hashes.append(int(content_hash(example)[:16], 16))
+        checked.hashes.append(int(row_hash(example)[:16], 16))
         checked.lengths.append(len(text))
         joined.append(text)
         if isinstance(example, Rating):
             checked.labels[example.label] += 1
+            answer = row_hash(replace(example, label=True))
+            checked.rated.append((place, int(answer[:16], 16), example.label))
     checked.sketches = np.concatenate(
         [sketches(joined[n : n + 500]) for n in range(0, len(joined), 500)] or [sketches([])]
     )
@@ -223,6 +228,10 @@ class _Whole:
     kept: list[tuple[int, Found]] = field(default_factory=list)
     """Findings with their row's running number, -1 for one of the whole source."""
     labels: Counter[bool] = field(default_factory=Counter)
+    rated: dict[int, tuple[int, bool]] = field(default_factory=dict)
+    """The first row with a rated answer, by its hash, and the label."""
+    contradicted: list[tuple[int, int]] = field(default_factory=list)
+    """Rows whose answer is rated otherwise in an earlier one, with that one."""
     formats: Counter[str] = field(default_factory=Counter)
     signatures: Counter[tuple[str, ...]] = field(default_factory=Counter)
     names: dict[str, None] = field(default_factory=dict)
@@ -241,13 +250,17 @@ class _Whole:
         self.usable.extend(base + place for place in checked.usable)
         self.hashes.extend(checked.hashes)
         self.lengths.extend(checked.lengths)
-        before = self.counts.copy()
+        seen = self.counts.copy()
         for place, found in checked.found:
-            before[found.kind] += 1
-            if before[found.kind] <= limit:
+            seen[found.kind] += 1
+            if seen[found.kind] <= limit:
                 self.kept.append((base + place, found))
         self.counts += checked.counts
         self.labels += checked.labels
+        for place, answer, label in checked.rated:
+            earlier, before = self.rated.setdefault(answer, (base + place, label))
+            if before != label:
+                self.contradicted.append((base + place, earlier))
         self.formats += checked.formats
         self.signatures += checked.signatures
         self.names.update(checked.names)
@@ -295,7 +308,7 @@ def settings_for(
 
 
 def validate(
-    data: DataSource,
+    data: Data,
     settings: Settings,
     *,
     task: Task | None = None,
@@ -339,6 +352,9 @@ def validate(
             notes.append("rows behind the place where the file cannot be read are not counted")
         whole.add(-1, "unreadable", told(error), limit, fix=error.fix)
         source = None
+    for number, earlier in whole.contradicted:
+        said = _same(whole, "rated otherwise than", earlier, limit, "contradiction")
+        whole.add(number, "contradiction", said, limit)
     duplicates(whole, near, limit)
     if source:
         detection = _detected(source, whole, data, limit)
@@ -349,13 +365,14 @@ def validate(
         unused = unused_columns(source, detection)
         if unused:
             notes.append(f"columns that no example is made of: {', '.join(unused)}")
+    notes += _not_looked_at(data, with_tokens=context is not None)
     _file_findings(whole, task, limit)
     lengths = np.frombuffer(whole.lengths, dtype=np.uint64) if whole.lengths else np.empty(0, dtype=np.uint64)
     unit = f"tokens, estimated at {CHARACTERS_PER_TOKEN} characters each"
     lengths = lengths // CHARACTERS_PER_TOKEN
     if source and detection and context:
         refused, counted, proof = tokens_checked(
-            source, detection, context, whole, adapt=adapt, loss_on=loss_on, kind=kind, max_length=max_length,
+            source, detection, context, whole, adapt=adapt, loss_on=loss_on, kind=kind, data=data,
             limit=limit, watch=watch,
         )  # fmt: skip
         lengths, unit = np.frombuffer(counted, dtype=np.uint64) if counted else lengths[:0], "tokens"
@@ -379,6 +396,24 @@ def validate(
         proof=proof,
     )
     return report, source if detection else None, refused
+
+
+def _not_looked_at(data: Data, *, with_tokens: bool) -> list[str]:
+    """What the recipe says of the rows that no finding takes into account."""
+    notes = []
+    if data.mix:
+        others = ", ".join(section.dataset for section in data.mix)
+        notes.append(
+            f"data.mix is not looked at: validate {others} on {'its' if len(data.mix) == 1 else 'their'} own"
+        )
+    if data.group_by:
+        notes.append("data.group_by is not looked at: it says which rows share a split")
+    if not with_tokens:
+        ignored = [name for name in ("system_prompt", "over_long") if name in data.model_fields_set]
+        notes += [
+            f"data.{name} counts in tokens only: give --model to take it into account" for name in ignored
+        ]
+    return notes
 
 
 def progress(stage: str, done: int, piece: Piece, size: int) -> dict[str, Any]:
@@ -425,8 +460,11 @@ def duplicates(whole: _Whole, near: NearDuplicates, limit: int) -> None:
     pairs = near.pairs()
     pairs = pairs[~is_copy[pairs[:, 0]]]
     _, which = np.unique(pairs[:, 0], return_index=True)
+    told_already = {number for number, _ in whole.contradicted}
     for later, before in pairs[which].tolist():
         number, earlier = whole.usable[later], whole.usable[before]
+        if number in told_already:
+            continue
         said = _same(whole, "nearly the same as", earlier, limit, "near_duplicate")
         whole.add(number, "near_duplicate", said, limit)
 
@@ -532,7 +570,7 @@ def tokens_checked(
     adapt: Adapt,
     loss_on: LossOn,
     kind: Kind,
-    max_length: int,
+    data: Data,
     limit: int,
     watch: Watch,
 ) -> tuple[bytearray, array[int], Mapping[str, Any]]:
@@ -543,8 +581,15 @@ def tokens_checked(
     """
     refused, lengths = bytearray(len(whole.numbers)), array("Q")
     encode: Callable[..., Iterator[Any]] = encode_batches
+    max_length = data.max_length
+    opening = Message("system", data.system_prompt) if data.system_prompt else None
+    drops = data.over_long in ("drop", "error")
     proof = supervision.Proof(
-        context, loss_on=loss_on, max_length=max_length, may_cut_answers=False, rows=len(whole.numbers)
+        context,
+        loss_on=loss_on,
+        max_length=max_length,
+        may_cut_answers=data.over_long == "truncate_answers",
+        rows=len(whole.numbers),
     )
     if kind == "seq2seq":
         encode, proof = pairs.encode_rows, pairs.PairProof(context, rows=len(whole.numbers))
@@ -554,7 +599,7 @@ def tokens_checked(
         for number, record in enumerate(source.scan()):
             if isinstance(record, Broken) or number >= len(refused) or whole.worst[number] == error:
                 continue
-            example = converted(record, detection)
+            example = converted(record, detection, opening=opening)
             if isinstance(example, Unusable):
                 continue
             try:
@@ -562,28 +607,42 @@ def tokens_checked(
             except Unusable:
                 continue  # nothing is wrong with it; the method has no use for it
 
-    waiting: list[list[int]] = []
+    waiting: list[list[tuple[int, int]]] = []
 
     def batches() -> Iterator[list[Example]]:
         for batch in batched(examples(), TOKENIZED):
-            waiting.append([number for number, _ in batch])
-            yield [example for _, example in batch]
+            seen = [
+                (number, [example] if kind == "seq2seq" else views(example, context, loss_on))
+                for number, example in batch
+            ]
+            waiting.append([(number, len(shown)) for number, shown in seen])
+            yield [view for _, shown in seen for view in shown]
 
     def refuse(number: int, kind: str, message: str) -> None:
         refused[number] = 1
         whole.add(number, kind, masked(message), limit)
 
     for batch, encodings in encode(batches(), context, loss_on=loss_on):
-        numbers = waiting.pop(0)
+        numbers, made = waiting.pop(0), iter(zip(batch, encodings, strict=True))
         kept: list[tuple[int, Example, Encoding]] = []
-        for number, example, encoding in zip(numbers, batch, encodings, strict=True):
-            if isinstance(encoding, Unusable):
-                refuse(number, "template", str(encoding))
+        for number, count in numbers:
+            shown = list(itertools.islice(made, count))
+            reason = next((str(found) for _, found in shown if isinstance(found, Unusable)), None)
+            if reason:
+                refuse(number, "template", reason)
+                continue
+            found = [(number, view, item) for view, item in shown if isinstance(item, Encoding)]
+            lengths.append(sum(len(item.input_ids) for _, _, item in found))
+            longest = max(len(item.input_ids) for _, _, item in found)
+            if drops and longest > max_length:
+                said = f"{longest:,} tokens are more than {max_length:,} (over_long: {data.over_long})"
+                refuse(number, "unusable", said)
             else:
-                lengths.append(len(encoding.input_ids))
-                kept.append((number, example, encoding))
+                kept += found
         breaches = proof.check([n for n, _, _ in kept], [e for _, e, _ in kept], [e for _, _, e in kept])
         for (number, example, encoding), breach in zip(kept, breaches, strict=True):
+            if refused[number]:
+                continue
             if breach:
                 refuse(number, "supervision", f"{breach} ({len(encoding.input_ids):,} tokens)")
             elif kind == "seq2seq":
@@ -594,7 +653,7 @@ def tokens_checked(
                     )
             elif len(encoding.input_ids) > max_length and not isinstance(example, Text):
                 whole.add(number, "long", cut(encoding, max_length), limit)
-        watch({"kind": "progress", "stage": "tokenizing", "done": numbers[-1] + 1, "total": len(refused)})
+        watch({"kind": "progress", "stage": "tokenizing", "done": numbers[-1][0] + 1, "total": len(refused)})
     return refused, lengths, proof.as_dict()
 
 

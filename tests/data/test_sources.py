@@ -135,7 +135,7 @@ def test_max_rows_is_said(tmp_path):
     ("name", "content", "expected"),
     [
         ("a.jsonl", '{"a": 1}\n{"a": 2,}\n', ["line 2", "column", "^", '{"a": 2,}']),
-        ("a.jsonl", "[1]\n", ["line 1", "expected an object, found list"]),
+        ("a.jsonl", "[1]\n", ["line 1", "expected an object, found a list"]),
         ("a.jsonl", "".join("{\n" for _ in range(30)), ["30 broken lines", "and 20 more"]),
         ("a.json", '[{"a": 1},\n {"a": }]', ["line 2", "column 8", "^"]),
         ("a.json", '{"a": 1}\n{"a": 2}\n', ["JSON Lines", ".jsonl"]),

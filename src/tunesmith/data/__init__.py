@@ -12,6 +12,7 @@ import gc
 import hashlib
 import itertools
 import json
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,6 +33,7 @@ from tunesmith.data.formats import (
     FORMATS,
     Detection,
     Format,
+    absent,
     check_group,
     convert,
     detect,
@@ -39,9 +41,10 @@ from tunesmith.data.formats import (
     has_numbers,
     keyed,
     none_usable,
+    present,
     unused_columns,
 )
-from tunesmith.data.sources import Source, checked, open_source
+from tunesmith.data.sources import Source, checked, distinct, open_source
 from tunesmith.data.splitting import DROPPED, FATES, HELD_OUT, TRAIN, VALIDATION, Codes, assign, draw
 from tunesmith.data.splitting import key as split_key
 from tunesmith.data.templates import (
@@ -56,7 +59,7 @@ from tunesmith.data.templates import (
     views,
 )
 from tunesmith.data.tokens import Differs
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, counted
 from tunesmith.recipe import Data, DataSource
 
 __all__ = ["EncodedSplits", "Splits", "encoded", "ledger_lines", "prepare"]
@@ -212,7 +215,7 @@ def prepare(
     name = None
     refused = cache.unwritable() if data.cache else None
     if data.cache and not refused:
-        sources = [_opened(section) for section in sections]
+        sources = _all_opened(sections)
         name = cache.key(
             {
                 "rows": [(source.name, source.fingerprint) for source in sources],
@@ -242,6 +245,9 @@ class _Found:
         self.shapes: set[type[Example]] = set()
         self.numbers = self.groups = 0
         self.near = NearDuplicates() if with_texts else None
+        self.contents = array("q")
+        """Hashes of the texts, of this process only: rows with equal keys and texts are copies."""
+        self.copies = 0
         self._waiting: list[str] = []
 
     def add(self, part: int, example: Example, role: int) -> None:
@@ -259,6 +265,7 @@ class _Found:
         self.keys.append(key)
         self.roles.append(role)
         if self.near:
+            self.contents.append(hash(text))
             self._waiting.append(text)
             if len(self._waiting) == BATCH:
                 self.sketch()
@@ -275,14 +282,16 @@ def _prepared(
 ) -> Splits:
     found = _Found(with_texts=data.near_duplicates == "together")
     parts, notes = [], []
-    for place, section in enumerate(sections):
-        part, said = _read(section, place, found, data, adapt)
+    for place, (section, source) in enumerate(zip(sections, _all_opened(sections), strict=True)):
+        part, said = _read(source, section, place, found, data, adapt)
         parts.append(part)
         notes += [f"{part.source.name}: {note}" for note in said] if data.mix else said
     found.sketch()
     keys = np.frombuffer(found.keys, dtype=np.uint64)
     reasons = found.reasons
-    fates, said = _settled(keys, np.frombuffer(found.roles, dtype=np.int8), found.near, reasons, data)
+    roles = np.frombuffer(found.roles, dtype=np.int8)
+    contents = np.frombuffer(found.contents, dtype=np.int64)
+    fates, said = _settled(keys, roles, found.near, contents, reasons, data)
     notes += said
     copies = np.ones(len(fates), dtype=np.int32)
     trained = np.flatnonzero(fates == TRAIN)
@@ -297,12 +306,12 @@ def _prepared(
     for number in trained[drawn == 0].tolist():
         fates[number] = DROPPED
         reasons[number] = "not drawn: num_samples and the mix's weights leave it out"
-    notes += _drawn(drawn)
+    notes += _drawn(drawn) + _without_effect(data, len(trained))
     notes += [text for shape, text in remarks.items() if shape in found.shapes]
     if found.numbers:
-        notes.append(f"{found.numbers} rows have a number where text is expected; it is written out")
+        notes.append(f"a number where text is expected, in {counted(found.numbers, 'row')}: it is written out")
     if found.groups:
-        notes.append(f"{found.groups} rows belong to groups, which stay whole in one split")
+        notes.append(f"groups hold {counted(found.groups, 'row')}; each stays whole in one split")
     return Splits(
         parts=tuple(parts),
         fates=fates,
@@ -315,11 +324,15 @@ def _prepared(
     )
 
 
-def _read(section: DataSource, place: int, found: _Found, data: Data, adapt: Adapt) -> tuple[Part, list[str]]:
+def _read(
+    source: Source, section: DataSource, place: int, found: _Found, data: Data, adapt: Adapt
+) -> tuple[Part, list[str]]:
     """Read one data set into what is found; how its rows are read, and what there is to say of it."""
     columns = section.model_dump(include={"format", "input_text_key", "output_text_key"})
-    source, possible = _opened(section), expected(**columns)
+    possible = expected(**columns)
     dropped: Counter[str] = Counter()
+    unread: list[tuple[int, tuple[str, ...]]] = []
+    """Rows that fit no format, with the columns that have a value: what is missing depends on the other rows."""
     converted = convert(source, possible, system_prompt=data.system_prompt, group_by=data.group_by)
     for record, example in shown_progress(converted, f"reading {source.name}"):
         found.numbers += has_numbers(record.values, possible)
@@ -329,25 +342,48 @@ def _read(section: DataSource, place: int, found: _Found, data: Data, adapt: Ada
             found.shapes.add(type(example))
             adapted = adapt(example)
         except Unusable as reason:
+            if possible.format_of(record.values) is None:
+                unread.append((len(found.keys), present(record.values)))
+            else:
+                dropped[str(reason)] += 1
             found.drop(place, str(reason))
-            dropped[str(reason)] += 1
         else:
             found.add(place, adapted, FATES.index(record.role) if record.role else -1)
     source = checked(source, section.dataset)
     detection = detect(source, **columns)
     check_group(source, data.group_by)
+    for number, names in unread:
+        reason = sys.intern(absent(set(names), detection))
+        found.reasons[number] = reason
+        dropped[reason] += 1
     if dropped.total() == source.facts.count:
         raise none_usable(source, dropped)
-    names = " and ".join(f"'{format.name}'" for format in detection.formats)
-    notes = [*source.notes, f"rows are read as {names}: {detection.reason}"]
+    titles = " and ".join(f"'{format.name}'" for format in detection.formats)
+    notes = [*source.notes, f"rows are read as {titles}: {detection.reason}"]
     unused = [name for name in unused_columns(source, detection) if name != data.group_by]
     if unused:
         notes.append(f"columns that no example is made of: {', '.join(unused)}")
     return Part(source, detection), notes
 
 
-def _opened(section: DataSource) -> Source:
-    return open_source(section.dataset, **section.model_dump(include=OPENING))
+def _all_opened(sections: list[DataSource]) -> list[Source]:
+    """The data sets of a mix, with names of their own where two of them share one."""
+    opened = [open_source(s.dataset, **s.model_dump(include=OPENING)) for s in sections]
+    return distinct(opened, [section.dataset for section in sections])
+
+
+def _without_effect(data: Data, trained: int) -> list[str]:
+    """Fields that are set and change nothing here."""
+    notes = []
+    is_weighted = any(section.weight is not None for section in (data, *data.mix))
+    if data.num_samples is not None and data.num_samples >= trained and not is_weighted:
+        notes.append(
+            f"num_samples {data.num_samples} has no effect: there are {counted(trained, 'training row')}, and "
+            "without weights none is repeated"
+        )
+    if data.weight is not None and not data.mix and (data.num_samples or 0) <= trained:
+        notes.append(f"weight {data.weight:g} has no effect: there is no data.mix whose sets it could weigh")
+    return notes
 
 
 def _splits_into(folder: Path, splits: Splits) -> None:
@@ -392,6 +428,7 @@ def _settled(
     keys: NDArray[np.uint64],
     roles: Codes,
     near: NearDuplicates | None,
+    contents: NDArray[np.int64],
     reasons: dict[int, str],
     data: Data,
 ) -> tuple[Codes, list[str]]:
@@ -400,8 +437,13 @@ def _settled(
     pairs = near.pairs() if near else np.empty((0, 2), dtype=np.int64)
     pairs = pairs[(roles[pairs] != DROPPED).all(axis=1)]
     notes = []
-    if len(pairs):
-        notes.append(f"{len(np.unique(pairs[:, 0]))} rows are nearly the same as an earlier one")
+    if near:
+        is_copy = _copies(keys, contents, usable)
+        alike = len(np.unique(pairs[~is_copy[pairs[:, 0]], 0]))
+        if is_copy.any():
+            notes.append(f"the same as an earlier row: {counted(int(is_copy.sum()), 'row')}")
+        if alike:
+            notes.append(f"nearly the same as an earlier row: {counted(alike, 'row')}")
     fates = np.full(len(roles), DROPPED, dtype=np.int8)
     joined_keys = joined(keys, pairs)
     largest = int(np.unique(joined_keys[usable], return_counts=True)[1].max()) if len(usable) else 0
@@ -417,6 +459,15 @@ def _settled(
     )
     _drop_leaks(fates, roles, joined_keys, pairs, reasons)
     return fates, [*notes, *said]
+
+
+def _copies(keys: NDArray[np.uint64], contents: NDArray[np.int64], usable: NDArray[np.int64]) -> NDArray[Any]:
+    """For each row whether an earlier one asks and says the same, as `validate` counts duplicates."""
+    both = np.stack((keys[usable], contents[usable].view(np.uint64)), axis=1)
+    is_copy = np.zeros(len(keys), dtype=bool)
+    is_copy[usable] = True
+    is_copy[usable[np.unique(both, axis=0, return_index=True)[1]]] = False
+    return is_copy
 
 
 def _drop_leaks(
@@ -451,10 +502,10 @@ def _drawn(copies: NDArray[np.int32]) -> list[str]:
     left = int((copies == 0).sum())
     notes = []
     if left:
-        notes.append(f"{left} training rows are not drawn (num_samples, weights)")
+        notes.append(f"not drawn (num_samples, weights): {counted(left, 'training row')}")
     if repeated:
         notes.append(
-            f"{repeated} training rows are repeated, up to {int(copies.max())} times, as the mix asks"
+            f"repeated, up to {int(copies.max())} times, as the mix asks: {counted(repeated, 'training row')}"
         )
     return notes
 
@@ -670,7 +721,7 @@ def proven(proof: Mapping[str, Any]) -> str:
     rows = max(check["rows"] for check in proof["checks"])
     prompts = next(check["rows"] for check in proof["checks"] if check["name"] == "prompt")
     failed = sum(breach["rows"] for breach in proof["breaches"])
-    said = f"supervision proof: {rows} rows checked, the prompts of {prompts} against inference"
+    said = f"supervision proof: {counted(rows, 'row')} checked, the prompts of {prompts} against inference"
     said += f"; {failed} failed and are dropped" if failed else ", none failed"
     if proof["served_otherwise"]:
         said += f"; transformers itself would tokenize the prompts of {proof['served_otherwise']} otherwise"
@@ -716,19 +767,20 @@ def _notes(totals: Mapping[str, int], counts: Mapping[str, int]) -> list[str]:
     notes = []
     if counts["special"]:
         notes.append(
-            f"{counts['special']} rows contain the text of a special token; it is kept as plain text"
+            f"the text of a special token, in {counted(counts['special'], 'row')}: it is kept as plain text"
         )
     if counts["left_out"]:
         notes.append(
-            f"{counts['left_out']} rows have reasoning, for which the chat template has no place: it is left out"
+            f"reasoning, in {counted(counts['left_out'], 'row')}: the chat template has no place for it, and it is "
+            "left out"
         )
     if counts["unrolled"]:
         notes.append(
-            f"{counts['unrolled']} conversations are trained once for each question, as {counts['views']} "
+            f"trained once for each question: {counted(counts['unrolled'], 'conversation')}, as {counts['views']} "
             "examples, since the chat template writes earlier answers otherwise than when they were given"
         )
     if totals["truncated"]:
-        notes.append(f"{totals['truncated']} rows are cut at their end to fit max_length")
+        notes.append(f"cut at the end to fit max_length: {counted(totals['truncated'], 'row')}")
     if counts["chunked"]:
-        notes.append(f"{counts['chunked']} long texts are cut into consecutive pieces")
+        notes.append(f"cut into consecutive pieces: {counted(counts['chunked'], 'long text')}")
     return notes

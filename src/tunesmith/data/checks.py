@@ -23,7 +23,7 @@ from tunesmith.data.examples import (
     Unusable,
     texts,
 )
-from tunesmith.data.formats import FORMATS, Detection, Format, column_of, converted, has_numbers, keyed
+from tunesmith.data.formats import FORMATS, Detection, Format, column_of, converted, has_numbers, json_word, keyed
 from tunesmith.data.sources import UTF8, Broken, Record
 
 Severity = Literal["error", "warning", "note"]
@@ -59,8 +59,8 @@ CHECKS: dict[str, Check] = {
         Check("not_utf8", "error", "bytes that are not UTF-8", UTF8, _DROPPED),
         Check("no_format", "error", "a row without a value in a column that its format needs",
               "Fill the column, or remove the row.", _DROPPED),
-        Check("not_text", "error", "a value of another type where text is needed",
-              "Write it as text, or as messages with role and content.", _DROPPED),
+        Check("not_text", "error", "a value of another type where text, or a list of messages, is needed",
+              "Write it as text, or as a list of messages with role and content.", _DROPPED),
         Check("empty_answer", "error", "an answer without a character that is no space",
               "Write the answer, or remove the row.", _DROPPED),
         Check("empty_question", "error", "a question or text without a character that is no space",
@@ -69,7 +69,7 @@ CHECKS: dict[str, Check] = {
               "Name it system, user, assistant or tool.", _DROPPED),
         Check("no_answer", "error", "a conversation that has no answer, or does not end with one",
               "End it with the assistant's turn.", _DROPPED),
-        Check("same_answers", "error", "the chosen answer is the rejected one",
+        Check("same_answers", "error", "the chosen answer is the rejected one, or differs in white space only",
               "Remove the row: it says nothing about which answer is better.", _DROPPED),
         Check("label", "error", "a rating that is neither good nor bad", "Write true or false, or 1 or 0.", _DROPPED),
         Check("surrogate", "error", "half a character (a lone surrogate), which no tokenizer takes",
@@ -85,7 +85,8 @@ CHECKS: dict[str, Check] = {
               "first, an answer before any question, a tool's result without a call",
               "Join or reorder the turns; some chat templates refuse them."),
         Check("empty_turn", "warning", "a turn other than an answer without text", "Write it, or remove the turn."),
-        Check("number", "warning", "a number or truth value where text is expected; training writes it out",
+        Check("number", "warning", "a number or truth value in a column of text; training writes it out (as a "
+              "message's content it is an error, `not_text`)",
               "Write it as text, in the way it should be learnt."),
         Check("nul", "warning", "a NUL character", "Remove it.", "it is removed"),
         Check("bom", "warning", "a byte order mark (U+FEFF) inside text", "Remove it.", "it is removed"),
@@ -118,13 +119,13 @@ KIND_OF_REASON: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"^(no value for|not of format) ", "no_format"),
         (r"^empty (answer|query|chosen answer|rejected answer)$", "empty_answer"),
         (r"^empty ", "empty_question"),
-        (r" (not text|not an object)$", "not_text"),
-        (r" no known role$", "unknown_role"),
+        (r" (not text|not an object|not a list of turns)$| has no content ", "not_text"),
+        (r" no known role\b| has no role ", "unknown_role"),
         (
             r"^no assistant turn$|^the last turn is |not end with an answer$|^the \w+ answer is the ",
             "no_answer",
         ),
-        (r"^chosen and rejected answer are the same$", "same_answers"),
+        (r"^chosen and rejected answer are the same\b", "same_answers"),
         (r"^label ", "label"),
     )
 )
@@ -218,7 +219,9 @@ class Settings:
 
 def broken(record: Broken) -> Found:
     """The finding that a row which cannot be read is. What stands around the place is left out: it may be secret."""
-    problem = record.problem.partition(":")[0].partition("\n")[0]
+    problem = record.problem.partition("\n")[0]
+    if record.problem.startswith(("not UTF-8: ", "record ")):
+        problem = problem.partition(": ")[0]
     if record.fix == UTF8:
         where = re.search(r"byte \d+$", record.place)
         return Found("not_utf8", None, f"{problem} at {where[0]}" if where else problem)
@@ -279,7 +282,7 @@ def _looked_at(
         name = next(
             n for n in format.used(list(values)) if isinstance(values[n], int | float) and n != "label"
         )
-        yield Found("number", name, f"{type(values[name]).__name__} where text is expected")
+        yield Found("number", name, f"{json_word(values[name])} where text is expected")
     for kind in suspicions(everything, settings):
         yield from _located(kind, values, format.used(list(values)), settings)
     if settings.estimates and len(everything) > settings.max_length * CHARACTERS_PER_TOKEN:

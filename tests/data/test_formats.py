@@ -121,7 +121,7 @@ def test_a_file_may_mix_formats_of_one_shape():
     rows = source({"messages": FORMATS["messages"].sample["messages"]}, {"prompt": "a", "response": "b"})
     detection = detect(rows)
     assert [type(made) for _, made in convert(rows, detection)] == [Conversation, Conversation]
-    assert "1 rows 'messages', 1 rows 'prompt_response'" in detection.reason
+    assert "1 row 'messages', 1 row 'prompt_response'" in detection.reason
     with pytest.raises(DataError, match="several kinds"):
         detect(source({"prompt": "a", "response": "b"}, {"text": "c"}))
 
@@ -132,7 +132,7 @@ def test_a_file_may_mix_formats_of_one_shape():
         ({"prompt": "a", "response": ""}, "empty answer"),
         ({"prompt": "a", "response": None}, "no value for response"),
         ({"prompt": "", "response": "b"}, "empty question"),
-        ({"prompt": "a", "response": ["b"]}, "answer is list"),
+        ({"prompt": "a", "response": ["b"]}, "answer is a list"),
         ({"prompt": "a"}, "no value for response"),
     ],
 )
@@ -153,7 +153,7 @@ def test_unusable_rows_are_dropped_with_a_reason(row, reason):
             "last turn is the user's",
         ),
         ([{"role": "narrator", "content": "a"}], "no known role"),
-        ([{"role": "user", "content": 3}, {"role": "assistant", "content": "b"}], "int for content"),
+        ([{"role": "user", "content": 3}, {"role": "assistant", "content": "b"}], "a number for content"),
         (["a"], "not an object"),
         ([], "no assistant turn"),
     ],

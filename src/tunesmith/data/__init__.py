@@ -309,9 +309,13 @@ def _prepared(
     notes += _drawn(drawn) + _without_effect(data, len(trained))
     notes += [text for shape, text in remarks.items() if shape in found.shapes]
     if found.numbers:
-        notes.append(f"a number where text is expected, in {counted(found.numbers, 'row')}: it is written out")
+        said = (
+            f"{counted(found.numbers, 'row')} {_verb('have', found.numbers)} a number where text is expected"
+        )
+        notes.append(f"{said}; it is written out")
     if found.groups:
-        notes.append(f"groups hold {counted(found.groups, 'row')}; each stays whole in one split")
+        said = f"{counted(found.groups, 'row')} {_verb('belong', found.groups)} to groups"
+        notes.append(f"{said}, which stay whole in one split")
     return Splits(
         parts=tuple(parts),
         fates=fates,
@@ -441,9 +445,10 @@ def _settled(
         is_copy = _copies(keys, contents, usable)
         alike = len(np.unique(pairs[~is_copy[pairs[:, 0]], 0]))
         if is_copy.any():
-            notes.append(f"the same as an earlier row: {counted(int(is_copy.sum()), 'row')}")
+            same = int(is_copy.sum())
+            notes.append(f"{counted(same, 'row')} {_verb('are', same)} the same as an earlier one")
         if alike:
-            notes.append(f"nearly the same as an earlier row: {counted(alike, 'row')}")
+            notes.append(f"{counted(alike, 'row')} {_verb('are', alike)} nearly the same as an earlier one")
     fates = np.full(len(roles), DROPPED, dtype=np.int8)
     joined_keys = joined(keys, pairs)
     largest = int(np.unique(joined_keys[usable], return_counts=True)[1].max()) if len(usable) else 0
@@ -497,15 +502,22 @@ def _drop_leaks(
         fates[dropped] = DROPPED
 
 
+def _verb(word: str, number: int) -> str:
+    """The verb of a number of rows: `2 rows are`, `1 row is`."""
+    return {"are": "is", "have": "has"}.get(word, f"{word}s") if number == 1 else word
+
+
 def _drawn(copies: NDArray[np.int32]) -> list[str]:
     repeated = int((copies > 1).sum())
     left = int((copies == 0).sum())
     notes = []
     if left:
-        notes.append(f"not drawn (num_samples, weights): {counted(left, 'training row')}")
+        said = f"{counted(left, 'training row')} {_verb('are', left)} not drawn"
+        notes.append(f"{said} (num_samples, weights)")
     if repeated:
         notes.append(
-            f"repeated, up to {int(copies.max())} times, as the mix asks: {counted(repeated, 'training row')}"
+            f"{counted(repeated, 'training row')} {_verb('are', repeated)} repeated, up to {int(copies.max())} times, "
+            "as the mix asks"
         )
     return notes
 
@@ -767,20 +779,24 @@ def _notes(totals: Mapping[str, int], counts: Mapping[str, int]) -> list[str]:
     notes = []
     if counts["special"]:
         notes.append(
-            f"the text of a special token, in {counted(counts['special'], 'row')}: it is kept as plain text"
+            f"{counted(counts['special'], 'row')} {_verb('contain', counts['special'])} the text of a special token; "
+            "it is kept as plain text"
         )
     if counts["left_out"]:
         notes.append(
-            f"reasoning, in {counted(counts['left_out'], 'row')}: the chat template has no place for it, and it is "
-            "left out"
+            f"{counted(counts['left_out'], 'row')} {_verb('have', counts['left_out'])} reasoning, for which the chat "
+            "template has no place: it is left out"
         )
     if counts["unrolled"]:
         notes.append(
-            f"trained once for each question: {counted(counts['unrolled'], 'conversation')}, as {counts['views']} "
+            f"{counted(counts['unrolled'], 'conversation')} {_verb('are', counts['unrolled'])} trained once for each "
+            f"question, as {counts['views']} "
             "examples, since the chat template writes earlier answers otherwise than when they were given"
         )
     if totals["truncated"]:
-        notes.append(f"cut at the end to fit max_length: {counted(totals['truncated'], 'row')}")
+        cut = totals["truncated"]
+        notes.append(f"{counted(cut, 'row')} {_verb('are', cut)} cut at the end to fit max_length")
     if counts["chunked"]:
-        notes.append(f"cut into consecutive pieces: {counted(counts['chunked'], 'long text')}")
+        cut = counts["chunked"]
+        notes.append(f"{counted(cut, 'long text')} {_verb('are', cut)} cut into consecutive pieces")
     return notes

@@ -23,7 +23,16 @@ from tunesmith.data.examples import (
     Unusable,
     texts,
 )
-from tunesmith.data.formats import FORMATS, Detection, Format, column_of, converted, has_numbers, json_word, keyed
+from tunesmith.data.formats import (
+    FORMATS,
+    Detection,
+    Format,
+    column_of,
+    converted,
+    has_numbers,
+    json_word,
+    keyed,
+)
 from tunesmith.data.sources import UTF8, Broken, Record
 
 Severity = Literal["error", "warning", "note"]
@@ -32,6 +41,8 @@ SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
 
 CHARACTERS_PER_TOKEN = 4
 """What a token is taken for where no tokenizer is known; right for English, too much for Chinese."""
+FRAME = 5
+"""Tokens that a chat template writes around a turn, as most do: its beginning, the role, its end."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +112,13 @@ CHECKS: dict[str, Check] = {
         Check("secret", "warning", "what looks like a key or token to a service; it is never printed",
               "Revoke it and take it out: models repeat what they are trained on."),
         Check("email", "warning", "an e-mail address", "Take it out, unless it may be repeated to everybody."),
-        Check("long", "warning", "a row above --max-length, whose end would be cut; estimated at 4 characters a token "
-              "where no --model is given", "Shorten it, or raise --max-length."),
+        Check("long", "warning", "a row above --max-length, whose end would be cut (counted with --model, else "
+              "estimated)", "Shorten it, or raise --max-length."),
         Check("imbalance", "warning", "fewer than one rating in ten is of one kind (from ten ratings on)",
               "Add ratings of the other kind."),
+        Check("other_format", "warning", "a row of another format than nearly all others (19 of 20 or more), as when "
+              "a column was left empty",
+              "Fill the column that is empty here, or name one format with --format."),
         Check("task", "warning", "rows of a shape that the task is not made for",
               "Choose another --task, or other data."),
         Check("file_bom", "note", "the file begins with a byte order mark, which is skipped",
@@ -170,6 +184,7 @@ MOJIBAKE = re.compile(
 )
 """What UTF-8 looks like once read as Latin-1 or Windows-1252, and the character that stands for a lost one."""
 SURROGATE = re.compile("[\ud800-\udfff]")
+NUL, BOM = re.compile("\0"), re.compile("\ufeff")
 
 
 class Found(NamedTuple):
@@ -273,8 +288,7 @@ def _looked_at(
             break
     for number, turn in enumerate(parts[0] if parts else (), 1):
         if turn.reasoning or turn.tool_calls:
-            calls = json.dumps(turn.tool_calls, ensure_ascii=False, default=str)
-            everything += f"\n{turn.reasoning or ''}\n{calls}"
+            everything += f"\n{_beside(turn)}"
         if (not turn.content or turn.content.isspace()) and turn.role in ("system", "user"):
             said = f"turn {number}, the {turn.role}'s, is empty"
             yield Found("empty_turn", _turns_column(format, values), said)
@@ -284,11 +298,36 @@ def _looked_at(
         )
         yield Found("number", name, f"{json_word(values[name])} where text is expected")
     for kind in suspicions(everything, settings):
-        yield from _located(kind, values, format.used(list(values)), settings)
-    if settings.estimates and len(everything) > settings.max_length * CHARACTERS_PER_TOKEN:
-        message = _estimated(example, len(everything), settings.max_length)
-        if message:
+        yield _located(kind, values, format.used(list(values)), settings)
+    if settings.estimates and not isinstance(example, Text):
+        length = estimated_length(example)
+        if length > settings.max_length:
+            message = _estimated(example, length, settings.max_length)
             yield Found("long", column_of("empty answer", values, format), message)
+
+
+def _beside(turn: Message) -> str:
+    """What a turn says besides its content."""
+    calls = json.dumps(turn.tool_calls, ensure_ascii=False, default=str) if turn.tool_calls else ""
+    return f"{turn.reasoning or ''}\n{calls}"
+
+
+def estimated_length(example: Example) -> int:
+    """Tokens of a row, estimated: everything that a template writes of it, with the frame of each turn."""
+    match example:
+        case Conversation(messages=turns, tools=tools):
+            characters = len(json.dumps(tools, ensure_ascii=False, default=str)) if tools else 0
+        case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
+            turns, characters = (*prompt, *chosen, *rejected), 0
+        case Rating(prompt=prompt, completion=completion):
+            turns, characters = (*prompt, *completion), 0
+        case _:
+            return len(example.text) // CHARACTERS_PER_TOKEN
+    for turn in turns:
+        characters += len(turn.content)
+        if turn.reasoning or turn.tool_calls:
+            characters += len(_beside(turn))
+    return characters // CHARACTERS_PER_TOKEN + FRAME * len(turns)
 
 
 def _parts(example: Example) -> tuple[tuple[Message, ...], ...]:
@@ -360,58 +399,60 @@ def _has_secret(text: str) -> bool:
     return False
 
 
-def _said_of(kind: str, text: str, settings: Settings) -> str | None:
-    """What is to be said of a text with such damage; None where it has none."""
+def _said_of(kind: str, text: str, settings: Settings) -> Iterator[str]:
+    """What is to be said of each place of such damage in a text."""
     match kind:
         case "nul":
-            return f"NUL at character {text.index(chr(0)) + 1}" if "\0" in text else None
+            yield from (f"NUL at character {match.start() + 1}" for match in NUL.finditer(text))
         case "bom":
-            return f"U+FEFF at character {text.index(chr(0xFEFF)) + 1}" if "\ufeff" in text else None
+            yield from (f"U+FEFF at character {match.start() + 1}" for match in BOM.finditer(text))
         case "mojibake":
-            match = MOJIBAKE.search(text)
-            if match and match[0] == "\ufffd":
-                return f"U+FFFD (a lost character) at character {match.start() + 1}"
-            return f"'{match[0]}' at character {match.start() + 1}" if match else None
+            for match in MOJIBAKE.finditer(text):
+                said = "U+FFFD (a lost character)" if match[0] == "\ufffd" else f"'{match[0]}'"
+                yield f"{said} at character {match.start() + 1}"
         case "surrogate":
-            match = SURROGATE.search(text)
-            return (
-                f"half a character (U+{ord(match[0]):04X}) at character {match.start() + 1}"
-                if match
-                else None
-            )
+            for match in SURROGATE.finditer(text):
+                yield f"half a character (U+{ord(match[0]):04X}) at character {match.start() + 1}"
         case "special_token":
-            match = settings.special_pattern.search(text)
-            return f"{match[0]} at character {match.start() + 1}" if match else None
+            for match in settings.special_pattern.finditer(text):
+                yield f"{match[0]} at character {match.start() + 1}"
         case "secret":
-            for beginning, name, pattern in SECRETS:
-                if match := pattern.search(text):
-                    return (
-                        f"{name} ({beginning}…, {len(match[0])} characters) at character {match.start() + 1}"
-                    )
-            return None
+            found = [
+                (m.start(), m.end(), *which) for *which, pattern in SECRETS for m in pattern.finditer(text)
+            ]
+            last = 0
+            for begin, end, beginning, name in sorted(found):
+                if begin >= last:  # one key may have several known shapes
+                    yield f"{name} ({beginning}…, {end - begin} characters) at character {begin + 1}"
+                last = max(last, end)
         case _:
-            match = EMAIL.search(text)
-            return (
-                f"an e-mail address (…@{match[0].rpartition('@')[2]}) at character {match.start() + 1}"
-                if match
-                else None
-            )
+            for match in EMAIL.finditer(text):
+                yield f"an e-mail address (…@{match[0].rpartition('@')[2]}) at character {match.start() + 1}"
 
 
-def _located(
-    kind: str, values: Mapping[str, Any], columns: Sequence[str], settings: Settings
-) -> Iterator[Found]:
-    """One finding for the first text of a row that has such damage."""
+SHOWN_PLACES = 5
+"""Places of one kind that a row's finding names; the others are counted."""
+
+
+def _located(kind: str, values: Mapping[str, Any], columns: Sequence[str], settings: Settings) -> Found:
+    """One finding for a row with such damage: where it is, and in how many places."""
+    first: str | None = None
+    places: list[str] = []
+    count = 0
     for column in columns:
-        turns = values[column] if isinstance(values[column], list | tuple) else [values[column]]
-        for number, turn in enumerate(turns, 1):
+        is_list = isinstance(values[column], list | tuple)
+        for number, turn in enumerate(values[column] if is_list else [values[column]], 1):
             for text in strings(turn):
-                said = _said_of(kind, text, settings)
-                if said:
-                    turn_said = f"turn {number}: " if isinstance(values[column], list | tuple) else ""
-                    yield Found(kind, column, turn_said + said)
-                    return
-    yield Found(kind, None, CHECKS[kind].about)
+                for said in _said_of(kind, text, settings):
+                    count += 1
+                    if count <= SHOWN_PLACES:
+                        first = first or column
+                        where = "" if column == first else f"{column}, "
+                        places.append(where + (f"turn {number}: " if is_list else "") + said)
+    if not places:
+        return Found(kind, None, CHECKS[kind].about)
+    more = f"; and {count - SHOWN_PLACES:,} more" if count > SHOWN_PLACES else ""
+    return Found(kind, first, "; ".join(places) + more)
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -434,14 +475,11 @@ def masked(message: str) -> str:
     return message if len(message) <= 300 else f"{message[:300]}…"
 
 
-def _estimated(example: Example, characters: int, max_length: int) -> str | None:
-    """What would be cut of a row, estimated; None where nothing is lost, since long texts are divided."""
-    if isinstance(example, Text):
-        return None
-    answer = len(_parts(example)[0][-1].content)
-    tokens, before = characters // CHARACTERS_PER_TOKEN, (characters - answer) // CHARACTERS_PER_TOKEN
-    lost = "the whole last answer" if before >= max_length else "the end of the last answer"
+def _estimated(example: Example, tokens: int, max_length: int) -> str:
+    """What would be cut of a row, estimated; nothing of running text, which is divided."""
+    answer = len(_parts(example)[0][-1].content) // CHARACTERS_PER_TOKEN
+    lost = "the whole last answer" if tokens - answer >= max_length else "the end of the last answer"
     return (
-        f"about {tokens:,} tokens (estimated at {CHARACTERS_PER_TOKEN} characters a token), of which {max_length:,} "
-        f"are trained: {lost} would be cut"
+        f"about {tokens:,} tokens (estimated at {CHARACTERS_PER_TOKEN} characters a token), of which the first "
+        f"{max_length:,} are kept: {lost} would be cut"
     )

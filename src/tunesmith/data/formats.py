@@ -653,7 +653,8 @@ def _turn(turn: Any, number: int) -> Message:
         said = repr(speaker) if isinstance(speaker, str) else json_word(speaker)
         near = closest(speaker.lower(), ROLES) if isinstance(speaker, str) else None
         raise Unusable(
-            f"turn {number} is from {said}, which is no known role" + (f"; did you mean '{near}'?" if near else "")
+            f"turn {number} is from {said}, which is no known role"
+            + (f"; did you mean '{near}'?" if near else "")
         )
     role = ROLES[speaker]
     calls = _calls(turn, number)

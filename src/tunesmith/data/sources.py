@@ -119,7 +119,9 @@ class Source:
                 shown.append(record)
         if first:
             named = next(iter(files)) if len(files) == 1 else self.name
-            cleaned = f"`tunesmith validate {self.place} --fix`" if self.place else "`tunesmith validate ... --fix`"
+            cleaned = (
+                f"`tunesmith validate {self.place} --fix`" if self.place else "`tunesmith validate ... --fix`"
+            )
             raise BrokenRows(
                 f"{named} has {counted(count, f'broken {first.unit}')}.",
                 shown,
@@ -305,7 +307,9 @@ def _renamed(source: Source, place: Path, name: str) -> Source:
     is_folder = place.is_dir()
 
     def named(row: Row) -> Row:
-        return Row(f"{name}/{row.source}" if is_folder else name + row.source.removeprefix(place.name), row.number)
+        return Row(
+            f"{name}/{row.source}" if is_folder else name + row.source.removeprefix(place.name), row.number
+        )
 
     def scan() -> Iterator[Record | Broken]:
         for record in source.scan():

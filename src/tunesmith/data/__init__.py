@@ -309,13 +309,11 @@ def _prepared(
     notes += _drawn(drawn) + _without_effect(data, len(trained))
     notes += [text for shape, text in remarks.items() if shape in found.shapes]
     if found.numbers:
-        said = (
-            f"{counted(found.numbers, 'row')} {_verb('have', found.numbers)} a number where text is expected"
-        )
-        notes.append(f"{said}; it is written out")
+        number = f"{counted(found.numbers, 'row')} {_verb('have', found.numbers)} a number"
+        notes.append(f"{number} where text is expected; it is written out")
     if found.groups:
-        said = f"{counted(found.groups, 'row')} {_verb('belong', found.groups)} to groups"
-        notes.append(f"{said}, which stay whole in one split")
+        grouped = f"{counted(found.groups, 'row')} {_verb('belong', found.groups)} to groups"
+        notes.append(f"{grouped}, which stay whole in one split")
     return Splits(
         parts=tuple(parts),
         fates=fates,
@@ -357,9 +355,9 @@ def _read(
     detection = detect(source, **columns)
     check_group(source, data.group_by)
     for number, names in unread:
-        reason = sys.intern(absent(set(names), detection))
-        found.reasons[number] = reason
-        dropped[reason] += 1
+        why = sys.intern(absent(set(names), detection))
+        found.reasons[number] = why
+        dropped[why] += 1
     if dropped.total() == source.facts.count:
         raise none_usable(source, dropped)
     titles = " and ".join(f"'{format.name}'" for format in detection.formats)

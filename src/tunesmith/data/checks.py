@@ -418,7 +418,9 @@ def _said_of(kind: str, text: str, settings: Settings) -> Iterator[str]:
                 yield f"{match[0]} at character {match.start() + 1}"
         case "secret":
             found = [
-                (m.start(), m.end(), *which) for *which, pattern in SECRETS for m in pattern.finditer(text)
+                (m.start(), m.end(), beginning, name)
+                for beginning, name, pattern in SECRETS
+                for m in pattern.finditer(text)
             ]
             last = 0
             for begin, end, beginning, name in sorted(found):

@@ -592,7 +592,7 @@ def _json_type(value: Any) -> str:
     """What a parsed value is in JSON."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    return {list: "a list", str: "text"}.get(type(value), "a number")
+    return "a list" if isinstance(value, list) else "text" if isinstance(value, str) else "a number"
 
 
 def _json(path: Path) -> Iterator[Record | Broken]:

@@ -302,12 +302,13 @@ def test_broken_lines_are_facts_for_programs(invoke, tiny_model_folder, tmp_path
     path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", \n')
     for verb in ("plan", "inspect"):
         data = ["--dataset", path] if verb == "plan" else [path]
-        code, error, _ = invoke(verb, *data, "--base-model", tiny_model_folder)
+        code, error, _ = invoke(verb, *data, "--base-model", tiny_model_folder, "--max-length", "64")
         assert (code, error["count"]) == (1, 1)
         assert error["broken"][0]["row"] == 2
         assert "^" not in error["error"]
         assert f"tunesmith validate {path} --fix" in error["fix"]
-    assert "^" in said("plan", "--dataset", path, "--base-model", tiny_model_folder).stderr
+    said_to_people = said("inspect", path, "--base-model", tiny_model_folder).stderr
+    assert "^" in said_to_people
 
 
 def test_a_second_cleaned_copy_is_refused_before_anything_is_read(invoke, long_rows, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.api import validate
 from tunesmith.data import prepare
 from tunesmith.data.examples import Conversation, Preference, Rating, Row, Text, Unusable
 from tunesmith.data.formats import FORMATS, check_group, convert, detect
@@ -224,3 +225,19 @@ def test_text_rows():
 def test_a_rating_without_an_answer_is_unusable(row):
     with pytest.raises(Unusable):
         FORMATS["rating"].convert(row, Row("x", 1))
+
+
+def test_the_row_of_tool_calls_in_the_documentation_is_read(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "preparing.md").read_text()
+    values = json.loads(page.partition("## Tool calls and reasoning")[2].split("```")[1].removeprefix("json"))
+    example = FORMATS["messages"].convert(values, Row("x", 1))
+    call, result, answer = example.messages[1:]
+    assert [turn.role for turn in example.messages] == ["user", "assistant", "tool", "assistant"]
+    assert call.tool_calls[0]["function"] == {"name": "lamp_state", "arguments": {"number": 7}}
+    assert call.reasoning == "I have to look."
+    assert (result.name, result.tool_call_id, answer.trained) == ("lamp_state", "c1", True)
+    assert example.tools[0]["function"]["name"] == "lamp_state"
+    path = tmp_path / "row.jsonl"
+    path.write_text(json.dumps(values))
+    report = validate(str(path), task="chat")
+    assert not report.counts

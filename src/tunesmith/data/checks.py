@@ -300,7 +300,9 @@ def _looked_at(
     for kind in suspicions(everything, settings):
         yield _located(kind, values, format.used(list(values)), settings)
     if settings.estimates and not isinstance(example, Text):
-        length = estimated_length(example)
+        rough = len(everything) // CHARACTERS_PER_TOKEN + FRAME * sum([len(turns) for turns in parts])
+        has_tools = isinstance(example, Conversation) and example.tools
+        length = estimated_length(example) if has_tools or rough > settings.max_length else 0
         if length > settings.max_length:
             message = _estimated(example, length, settings.max_length)
             yield Found("long", column_of("empty answer", values, format), message)

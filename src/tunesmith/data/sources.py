@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -119,9 +120,10 @@ class Source:
                 shown.append(record)
         if first:
             named = next(iter(files)) if len(files) == 1 else self.name
-            cleaned = (
-                f"`tunesmith validate {self.place} --fix`" if self.place else "`tunesmith validate ... --fix`"
-            )
+            place = self.place
+            if place and place.is_dir() and (place / named).is_file():
+                place = place / named
+            cleaned = f"`tunesmith validate {shlex.quote(str(place or self.name))} --fix`"
             raise BrokenRows(
                 f"{named} has {counted(count, f'broken {first.unit}')}.",
                 shown,

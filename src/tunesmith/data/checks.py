@@ -300,9 +300,12 @@ def _looked_at(
     for kind in suspicions(everything, settings):
         yield _located(kind, values, format.used(list(values)), settings)
     if settings.estimates and not isinstance(example, Text):
-        rough = len(everything) // CHARACTERS_PER_TOKEN + FRAME * sum([len(turns) for turns in parts])
+        turns_in_all = sum([len(turns) for turns in parts])
+        rough = len(everything) // CHARACTERS_PER_TOKEN + FRAME * turns_in_all
         has_tools = isinstance(example, Conversation) and example.tools
-        length = estimated_length(example) if has_tools or rough > settings.max_length else 0
+        length = 0
+        if has_tools or rough > settings.max_length:
+            length = estimated_length(example, sum(map(len, texts(example))))
         if length > settings.max_length:
             message = _estimated(example, length, settings.max_length)
             yield Found("long", column_of("empty answer", values, format), message)
@@ -314,19 +317,19 @@ def _beside(turn: Message) -> str:
     return f"{turn.reasoning or ''}\n{calls}"
 
 
-def estimated_length(example: Example) -> int:
-    """Tokens of a row, estimated: everything that a template writes of it, with the frame of each turn."""
-    match example:
-        case Conversation(messages=turns, tools=tools):
-            characters = len(json.dumps(tools, ensure_ascii=False, default=str)) if tools else 0
-        case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
-            turns, characters = (*prompt, *chosen, *rejected), 0
-        case Rating(prompt=prompt, completion=completion):
-            turns, characters = (*prompt, *completion), 0
-        case _:
-            return len(example.text) // CHARACTERS_PER_TOKEN
+def estimated_length(example: Example, characters: int) -> int:
+    """Tokens of a row whose texts have so many characters, estimated: with tools, calls and the frame of each turn."""
+    if isinstance(example, Conversation):
+        turns = example.messages
+        if example.tools:
+            characters += len(json.dumps(example.tools, ensure_ascii=False, default=str))
+    elif isinstance(example, Text):
+        return characters // CHARACTERS_PER_TOKEN
+    elif isinstance(example, Preference):
+        turns = (*example.prompt, *example.chosen, *example.rejected)
+    else:
+        turns = (*example.prompt, *example.completion)
     for turn in turns:
-        characters += len(turn.content)
         if turn.reasoning or turn.tool_calls:
             characters += len(_beside(turn))
     return characters // CHARACTERS_PER_TOKEN + FRAME * len(turns)

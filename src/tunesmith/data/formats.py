@@ -96,7 +96,8 @@ class Detection:
 
     def format_of(self, values: Values) -> Format | None:
         """The first of the formats that a row fits."""
-        return next((f for f in _candidates(self.formats, present(values)) if f.when(values)), None)
+        there = tuple([name for name, value in values.items() if value is not None])
+        return next((f for f in _candidates(self.formats, there) if f.when(values)), None)
 
 
 def present(values: Values) -> tuple[str, ...]:

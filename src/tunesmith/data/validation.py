@@ -141,7 +141,7 @@ def check_piece(settings: Settings, piece: Piece) -> Checked:
         text = "\n".join(texts(example))
         checked.usable.append(place)
         checked.hashes.append(int(content_hash(example)[:16], 16))
-        checked.lengths.append(estimated_length(example) if settings.estimates else 0)
+        checked.lengths.append(estimated_length(example, len(text)) if settings.estimates else 0)
         joined.append(text)
         if isinstance(example, Rating):
             checked.labels[example.label] += 1

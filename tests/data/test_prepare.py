@@ -623,3 +623,14 @@ def test_copies_and_near_copies_are_counted_as_validate_counts_them(tmp_path):
     assert "3 rows are the same as an earlier one" in notes
     verb = "row is" if counts["near_duplicate"] == 1 else "rows are"
     assert f"{counts['near_duplicate']} {verb} nearly the same as an earlier one" in notes
+
+
+def test_inspect_says_why_no_row_can_be_shown(tmp_path, tiny_tokenizer):
+    from tunesmith.data.inspection import inspect_rows
+
+    tool = {"type": "function", "function": {"name": "f"}}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": turns, "tools": [tool]}] * 3)
+    splits = data.prepare(Data(dataset=path, cache=False, near_duplicates="ignore"))
+    with pytest.raises(DataError, match=r"None of the 3 rows can be shown(.|\n)*3 × .*no place for tools"):
+        inspect_rows(splits, tiny_tokenizer, max_length=100, loss_on="answers")

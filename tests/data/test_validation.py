@@ -651,3 +651,11 @@ def test_a_cut_off_last_line_is_called_so(tmp_path):
     assert "the file ends here: the line looks cut off" in found.message
     [found] = api.validate(str(written(tmp_path, b"{broken\n" + whole))).findings
     assert "cut off" not in found.message
+
+
+def test_turns_are_not_sought_in_the_column_of_tools(tmp_path):
+    tools = [{"type": "function", "function": {"name": "f", "description": "ask jo@example.com"}}]
+    said = turns(("user", "a"), ("user", "b"), ("assistant", "c"))
+    found = kinds(api.validate(str(written(tmp_path, lines({"tools": tools, **said})))))
+    assert found["roles"].column == "messages"
+    assert found["email"].message.startswith("tool 1: ")

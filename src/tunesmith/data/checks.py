@@ -350,7 +350,8 @@ def _parts(example: Example) -> tuple[tuple[Message, ...], ...]:
 
 def _turns_column(format: Format, values: Mapping[str, Any]) -> str:
     columns = format.used(list(values))
-    return next((name for name in columns if isinstance(values[name], list | tuple)), columns[0])
+    lists = [name for name in columns if isinstance(values[name], list | tuple) and name != "tools"]
+    return lists[0] if lists else columns[0]
 
 
 def out_of_order(turns: Sequence[Message]) -> str | None:
@@ -455,7 +456,8 @@ def _located(kind: str, values: Mapping[str, Any], columns: Sequence[str], setti
                     if count <= SHOWN_PLACES:
                         first = first or column
                         where = "" if column == first else f"{column}, "
-                        places.append(where + (f"turn {number}: " if is_list else "") + said)
+                        part = "tool" if column == "tools" else "turn"
+                        places.append(where + (f"{part} {number}: " if is_list else "") + said)
     if not places:
         return Found(kind, None, CHECKS[kind].about)
     more = f"; and {count - SHOWN_PLACES:,} more" if count > SHOWN_PLACES else ""

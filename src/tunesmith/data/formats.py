@@ -421,7 +421,8 @@ def detect(
     if len(known) == 1:
         [name] = known
         used = [next(n for n in names if n in there) for names in FORMATS[name].columns]
-        reason = f"the columns {', '.join(used)} are there"
+        columns = "column" if len(used) == 1 else "columns"
+        reason = f"the {columns} {', '.join(used)} {'is' if len(used) == 1 else 'are'} there"
     else:
         reason = "row by row: " + ", ".join(f"{counted(n, 'row')} '{name}'" for name, n in known.items())
     return Detection(chosen_formats, reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -98,8 +99,10 @@ def inspect_rows(
     if wanted:
         return _named(splits, context, wanted, max_length, loss_on, proven)
     kept: dict[str, list[tuple[float, int, Inspected, Example, Encoding]]] = {name: [] for name in WORST}
+    dropped: Counter[str] = Counter()
     for number, (seen, example, encoding) in enumerate(_seen(splits, context, max_length, loss_on)):
         if encoding is None or example is None:
+            dropped[seen.reason or "?"] += 1
             continue
         for name, measure in WORST.items():
             value = measure(seen)
@@ -110,6 +113,12 @@ def inspect_rows(
                 heapq.heappush(kept[name], entry)
             elif entry[:2] > kept[name][0][:2]:
                 heapq.heapreplace(kept[name], entry)
+    if dropped and not any(kept.values()):
+        raise DataError(
+            f"None of the {counted(dropped.total(), 'row')} can be shown.",
+            found="; ".join(f"{number} × {reason}" for reason, number in dropped.most_common(5)),
+            fix="Mend the rows, or choose another --chat-template or --model.",
+        )
     chosen: dict[tuple[Row, str | None], tuple[Inspected, Example, Encoding]] = {}
     for name, entries in kept.items():
         for _, _, seen, example, encoding in sorted(entries, key=lambda entry: entry[:2], reverse=True):

@@ -292,6 +292,8 @@ def _looked_at(
         if (not turn.content or turn.content.isspace()) and turn.role in ("system", "user"):
             said = f"turn {number}, the {turn.role}'s, is empty"
             yield Found("empty_turn", _turns_column(format, values), said)
+    if isinstance(example, Conversation) and example.tools:
+        everything = "\n".join((everything, *strings(example.tools)))
     if has_numbers(values, detection):
         name = next(
             n for n in format.used(list(values)) if isinstance(values[n], int | float) and n != "label"

@@ -13,7 +13,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from tunesmith.cli import FLAGS, app
-from tunesmith.compose import TASKS
+from tunesmith.compose import TASKS, compose
 from tunesmith.evaluation.metrics import METRICS, TASK_METRICS
 from tunesmith.recipe import fields
 from tunesmith.training.run import open_run
@@ -247,3 +247,97 @@ def test_an_unknown_option_is_a_usage_error():
 @pytest.mark.parametrize("task", TASKS)
 def test_tasks_are_listed_in_the_help(task):
     assert task in CliRunner().invoke(app, ["train", "--help"]).stdout
+
+
+# what a first user found
+
+
+def said(*arguments, **options):
+    return CliRunner().invoke(app, [*map(str, arguments)], **options)
+
+
+@pytest.fixture
+def long_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "what is one", "response": "red " * 30}, {"prompt": "what is two", "response": "blue"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_inspect_marks_tokens_where_there_is_no_color(tiny_model_folder, long_rows):
+    shown = said("inspect", long_rows, "--model", tiny_model_folder, "--row", 1, "--max-length", 40).stdout
+    assert "tokens are {+trained+} context {*special*} [-cut-]" in shown
+    assert "{*<|im_start|>*}user\nwhat is one{*<|im_end|>*}" in shown
+    assert re.search(r"\{\+red red [red ]*\+\}\[- ?red", shown)
+    facts = re.search(r"(\d+) tokens, (\d+) cut; of the (\d+) kept (\d+) trained \((\d+)%\)", shown)
+    tokens, cut, kept, trained, share = map(int, facts.groups())
+    assert (tokens - cut, kept) == (40, 40)
+    assert share == round(100 * trained / kept)
+    colored = said(
+        "inspect",
+        long_rows,
+        "--model",
+        tiny_model_folder,
+        "--row",
+        2,
+        env={"FORCE_COLOR": "1", "TERM": "xterm"},
+    )
+    assert "{+" not in colored.stdout
+
+
+def test_inspect_takes_a_task_as_train_does(invoke, tiny_model_folder, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "what is one", "response": "red " * 1500}) + "\n")
+    cut = {}
+    for task in ("custom", "chat"):
+        code, seen, _ = invoke("inspect", path, "--model", tiny_model_folder, "--task", task, "--row", "1")
+        assert code == 0
+        cut[task] = seen["rows"][0]["cut"]
+    lengths = {task: compose({"task": task}).recipe.data.max_length for task in cut}
+    assert lengths["chat"] > lengths["custom"]
+    assert cut["custom"] - cut["chat"] == lengths["chat"] - lengths["custom"]
+    assert "--task is for data sets" in invoke("inspect", open_folder(tmp_path), "--task", "chat")[1]["error"]
+
+
+def open_folder(tmp_path):
+    from tunesmith.training.run import create
+
+    return create(compose({"output_dir": str(tmp_path / "runs"), "name": "one"}).recipe).path
+
+
+def test_broken_lines_are_facts_for_programs(invoke, tiny_model_folder, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", \n')
+    for verb in ("plan", "inspect"):
+        data = ["--dataset", path] if verb == "plan" else [path]
+        code, error, _ = invoke(verb, *data, "--base-model", tiny_model_folder, "--max-length", "64")
+        assert (code, error["count"]) == (1, 1)
+        assert error["broken"][0]["row"] == 2
+        assert "^" not in error["error"]
+        assert f"tunesmith validate {path} --fix" in error["fix"]
+    said_to_people = said("inspect", path, "--base-model", tiny_model_folder).stderr
+    assert "^" in said_to_people
+
+
+def test_a_second_cleaned_copy_is_refused_before_anything_is_read(invoke, long_rows, monkeypatch):
+    from tunesmith.data import validation
+
+    assert invoke("validate", long_rows, "--fix")[0] == 0
+    monkeypatch.setattr(validation, "validate", lambda *a, **k: pytest.fail("it was read"))
+    monkeypatch.setattr("tunesmith.models.load_tokenizer", lambda *a, **k: pytest.fail("it was loaded"))
+    code, error, _ = invoke("validate", long_rows, "--fix", "--model", "tiny")
+    assert (code, "already" in error["error"]) == (1, True)
+
+
+def test_preferences_under_a_task_that_imitates_say_what_is_used(invoke):
+    _, report, _ = invoke("validate", "example:preferences", "--task", "chat")
+    assert any("the chosen answer is imitated" in note for note in report["notes"])
+    assert not any("imitated" in note for note in invoke("validate", "example:preferences")[1]["notes"])
+    assert not any(
+        "imitated" in note for note in invoke("validate", "example:chat", "--task", "chat")[1]["notes"]
+    )
+
+
+def test_one_is_singular(long_rows):
+    long_rows.write_text('{"prompt": "a", "response": ""}\n' + long_rows.read_text())
+    assert "1 error, 0 warnings, 0 notes" in said("validate", long_rows).stdout

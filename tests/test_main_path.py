@@ -14,7 +14,8 @@ from tunesmith import api, dataflow
 from tunesmith.assets import EXAMPLES
 from tunesmith.compose import compose, overlaid
 from tunesmith.errors import DataError, Interrupted, ModelError, RunError, TrainingDiverged, TunesmithError
-from tunesmith.training.run import Run, open_run
+from tunesmith.recipe import Data
+from tunesmith.training.run import Run, create, open_run
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -248,7 +249,11 @@ def test_packing_changes_the_rows_and_not_the_loss(quick):
     assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
     assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
     rows = {name: Run(run).read("plan.json") for name, run in (("plain", plain.run), ("packed", packed.run))}
-    assert rows["packed"]["examples"] < rows["plain"]["examples"]
+    assert rows["packed"]["examples"] == rows["plain"]["examples"] == rows["plain"]["batch_rows"]
+    assert rows["packed"]["batch_rows"] < rows["plain"]["batch_rows"]
+    assert "packed rows" in next(
+        d["reason"] for d in rows["packed"]["decisions"] if d["name"] == "total_steps"
+    )
     assert rows["packed"]["tokens_per_epoch"] == rows["plain"]["tokens_per_epoch"]
     assert any("padding" in decision["value"] for decision in rows["packed"]["decisions"])
 
@@ -531,3 +536,49 @@ def test_trackers_receive_the_metrics(quick):
     pytest.importorskip("tensorboard")
     run = Run(api.train(quick(tracking={"trackers": ["tensorboard"]})).run)
     assert list(run.path.rglob("events.out.tfevents*"))
+
+
+# what a first user found
+
+
+def test_a_mix_is_named_whole(quick, question_file, tmp_path):
+    """By the card, by the list of runs, and by what is measured on."""
+    other = tmp_path / "more.jsonl"
+    other.write_text(
+        "".join(json.dumps({"prompt": f"say {n}", "response": "yes"}) + "\n" for n in range(60))
+        + '{"prompt": "a"}\n'
+    )
+    run = api.train(quick(data={"mix": [{"dataset": str(other)}]})).run
+    assert "Fine-tuned on `questions` and `more` for" in (run / "final_model" / "README.md").read_text()
+    [listed] = api.runs(run)
+    assert (listed.datasets, listed.dataset) == (("questions", "more"), f"{question_file} + {other}")
+    told = []
+    own = api.evaluate(run, metrics=["perplexity"], watch=told.append).measured_on
+    assert own.dataset == f"{question_file} + {other}"
+    # Of a set of the mix only its own rows are asked, and those that are none are counted.
+    one = api.evaluate(run, dataset=str(other), metrics=["perplexity"], watch=told.append).measured_on
+    left_out = sum(one.left_out.values())
+    assert one.questions + left_out == 60
+    assert one.dropped == {"no value for response": 1}
+    [line] = [e for e in told if e.get("name") == "measured on" and e["value"].endswith("more.jsonl")]
+    assert line["value"] == f"{one.questions} of 61 rows of {other}"
+    assert line["reason"].startswith("1 cannot be asked: 1 × no value for response; ")
+    assert f"{left_out} are left out" in line["reason"]
+
+
+def test_sets_of_a_mix_that_share_a_name_keep_their_folders():
+    from tunesmith.training.run import dataset_names
+
+    mixed = Data(dataset="x/a/data.jsonl", mix=[{"dataset": "x/b/data.jsonl"}, {"dataset": "x/a/data.jsonl"}])
+    assert dataset_names(mixed) == ["a/data", "b/data"]
+    assert dataset_names(Data(dataset="x/a/data.jsonl")) == ["data"]
+
+
+@pytest.mark.parametrize(("state", "may_resume"), [("done", False), ("interrupted", True)])
+def test_a_taken_folder_is_resumed_only_where_that_works(quick, state, may_resume):
+    recipe = quick(evaluation={"skip": True}, training={"max_steps": 1})
+    run = create(recipe)
+    run.finish(state)
+    with pytest.raises(RunError, match="another --name") as error:
+        api.train(recipe)
+    assert ("tunesmith resume" in str(error.value)) is may_resume

@@ -29,7 +29,7 @@ from tunesmith.errors import (
     closest,
     nearest,
 )
-from tunesmith.recipe import Recipe, Seq2Seq, Task
+from tunesmith.recipe import DataSource, Recipe, Seq2Seq, Task
 from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
     Run,
@@ -37,6 +37,7 @@ from tunesmith.training.run import (
     anchored,
     create,
     dataset_name,
+    dataset_names,
     discard,
     find_runs,
     folder_name,
@@ -113,12 +114,15 @@ class RunSummary:
     task: str
     model: str
     dataset: str
+    """As the recipe names it; the data sets of a mix joined by ` + `."""
     step: int | None
     metric: str | None
     base: float | None
     tuned: float | None
     verdict: str | None
     bytes: int
+    datasets: tuple[str, ...] = ()
+    """Short names of the data sets."""
 
 
 def _unwatched(event: Mapping[str, Any]) -> None:
@@ -229,14 +233,23 @@ def demo(*, output_dir: str | Path = "runs", watch: Watch = _unwatched) -> Resul
 
 
 def inspected_recipe(dataset: str, model: str | None, flags: Mapping[str, Any]) -> Recipe:
-    """The recipe that says what is seen of a data set, or of a run's own data."""
-    from tunesmith.compose import overlaid, validated
+    """The recipe that says what is seen of a data set, or of a run's own data.
 
-    is_of_run = is_run(Path(dataset))
-    layer = (
-        open_run(dataset).recipe().model_dump(mode="json") if is_of_run else {"data": {"dataset": dataset}}
-    )
-    return validated(overlaid(layer, {"model": {"base": model}} if model else {}, dict(flags)))
+    Raises TunesmithError for a task beside a run, whose recipe has one.
+    """
+    from tunesmith.compose import compose, overlaid, validated
+
+    changes = overlaid({"model": {"base": model}} if model else {}, dict(flags))
+    if not is_run(Path(dataset)):
+        return compose(overlaid({"data": {"dataset": dataset}}, changes)).recipe
+    recipe = open_run(dataset).recipe()
+    if "task" in flags:
+        raise TunesmithError(
+            f"--task is for data sets, and {dataset} is a run.",
+            found=f"a run of the task '{recipe.task}'",
+            fix="Leave it out; single options such as --max-length may be given.",
+        )
+    return validated(overlaid(recipe.model_dump(mode="json"), changes))
 
 
 def inspect(
@@ -267,12 +280,15 @@ def inspect(
         tokenizer,
         max_length=recipe.data.max_length,
         loss_on=recipe.method.loss_on,
+        over_long=recipe.data.over_long,
+        on_breach=recipe.data.on_breach,
         rows=rows,
         count=count,
         **seen,
     )
     if page:
-        name = f"{dataset_name(recipe.data.dataset)} as {dataset_name(recipe.model.base)} sees it"
+        sets = " + ".join(dataset_names(recipe.data))
+        name = f"{sets} as {dataset_name(recipe.model.base)} sees it"
         write_page(found, Path(page), title=name)
     return found
 
@@ -418,9 +434,16 @@ def _questions(
     base = run.recipe() if run else Recipe()
     changes: dict[str, Any] = {"evaluation": {"metrics": metrics}} if metrics else {}
     layer = base.model_dump(mode="json")
-    if dataset is not None and not (run and _same_place(base.data.dataset, dataset)):
-        # Columns and subsets named for the run's own data do not hold for another set.
+    is_whole = not base.data.mix and _same_place(base.data.dataset, dataset or "")
+    if dataset is not None and not (run and is_whole):
+        # Columns and subsets named for the run's own data do not hold for another set; those of one set of its
+        # mix do for that one.
+        own_set = next(
+            (part for part in (base.data, *base.data.mix) if run and _same_place(part.dataset, dataset)), None
+        )
         layer["data"] = {
+            **(own_set.model_dump(mode="json", include=set(DataSource.model_fields)) if own_set else {}),
+            "weight": None,
             "dataset": dataset,
             "max_length": base.data.max_length,
             "validation": 0.0,
@@ -436,7 +459,8 @@ def _questions(
     learned, unchecked = _learned(models, own)
     kept, left_out = unseen(asked, learned, own)
     measured_on = MeasuredOn(
-        dataset=dataset or base.data.dataset,
+        dataset=dataset or " + ".join([base.data.dataset, *(part.dataset for part in base.data.mix)]),
+        dropped=dict(splits.reasons.counts().most_common()) if dataset is not None else {},
         split_of=own,
         questions=len(kept),
         left_out=left_out,
@@ -446,7 +470,7 @@ def _questions(
     if not kept:
         raise TunesmithError(
             "No question is left to measure on." if left_out else "There is no question to measure on.",
-            found=f"{value}: {reason}" if left_out else f"{value}, which has none",
+            found=f"{value}: {reason}" if left_out or measured_on.dropped else f"{value}, which has none",
             fix="Give --dataset with examples that no model here was trained on.",
         )
     watch({"kind": "decision", "name": "measured on", "value": value, "reason": reason})
@@ -598,9 +622,12 @@ def validate(
     from tunesmith import data
     from tunesmith.compose import compose, overlaid
     from tunesmith.data import cleaning, validation
+    from tunesmith.data.examples import Preference, Rating
+    from tunesmith.data.formats import FORMATS
 
     layer = {"data": {"dataset": dataset}, **({"task": task} if task else {})}
     recipe = compose(overlaid(dict(settings or {}), layer)).recipe
+    place = cleaning.target(recipe.data.dataset, output) if fix else None
     context: Encoder | None = None
     kind: Kind = "causal"
     adapt: data.Adapt = data.as_it_is
@@ -614,7 +641,6 @@ def validate(
         kind = models.kind(str(model))
         _settle_template(tokenizer, kind, recipe)
         context, adapt = encoder(tokenizer), METHODS[recipe.method.kind].adapt
-    place = cleaning.target(recipe.data.dataset, output) if fix else None
     checks = validation.settings_for(
         recipe.data, max_length=recipe.data.max_length, context=context, limit=limit
     )
@@ -629,6 +655,13 @@ def validate(
         processes=processes,
         watch=watch,
     )
+    shapes = {FORMATS[name].shape for name in report.formats if name in FORMATS}
+    if task and not shapes.isdisjoint((Preference, Rating)):
+        from tunesmith.methods import METHODS
+
+        remarks = METHODS[recipe.method.kind].remarks
+        said = [remark for shape, remark in remarks.items() if shape in shapes]
+        report = replace(report, notes=(*report.notes, *said))
     report = replace(report, model=str(model) if model else None)
     if place and source:
         cleaned = cleaning.clean(source, place, checks, refused=refused, processes=processes, watch=watch)
@@ -1014,7 +1047,8 @@ def _summary(run: Run) -> RunSummary:
         state=run.state(),
         task=recipe.task,
         model=recipe.model.base,
-        dataset=recipe.data.dataset,
+        dataset=" + ".join([recipe.data.dataset, *(part.dataset for part in recipe.data.mix)]),
+        datasets=tuple(dataset_names(recipe.data)),
         step=steps[-1] if steps else None,
         metric=primary.get("metric"),
         base=primary.get("base"),

@@ -9,8 +9,11 @@ from __future__ import annotations
 import functools
 import inspect
 import io
+import itertools
 import json
+import operator
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +24,7 @@ import typer
 
 from tunesmith import catalog
 from tunesmith.compose import Composition, assignment, compose, nested, overlaid, preset_names, scalar
-from tunesmith.errors import Interrupted, TunesmithError
+from tunesmith.errors import Interrupted, TunesmithError, counted
 from tunesmith.recipe import FieldFact, fields
 
 if TYPE_CHECKING:
@@ -190,7 +193,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
         try:
             payload, text = function(**given, quiet=as_json)
         except TunesmithError as error:
-            _fail(error.lines(), error.exit_code, as_json)
+            _fail(error.lines(), error.exit_code, as_json, error)
         except KeyboardInterrupt:
             _fail(["Stopped."], Interrupted.exit_code, as_json)
         except BrokenPipeError:
@@ -225,13 +228,22 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
     return run
 
 
-def _fail(lines: Sequence[str], code: int, as_json: bool) -> None:
+EXCERPT = re.compile(r"\n {9}[^\n]*\n {9} *\^")
+"""A line of a file and the caret under it, which are for people."""
+
+
+def _fail(lines: Sequence[str], code: int, as_json: bool, error: TunesmithError | None = None) -> None:
     console = _console()
     console.print(lines[0], style="bold red", markup=False, highlight=False)
     for line in lines[1:]:
         console.print(line, markup=False, highlight=False)
     if as_json:
-        _print_json({"error": "\n".join(lines), "exit_code": code})
+        facts: dict[str, Any] = {"error": EXCERPT.sub("", "\n".join(lines))}
+        if error:
+            found = EXCERPT.sub("", error.found) if error.found else None
+            facts |= {"problem": error.problem, "found": found, "fix": error.fix}
+            facts |= getattr(error, "details", {})
+        _print_json({**facts, "exit_code": code})
     raise typer.Exit(code)
 
 
@@ -498,7 +510,7 @@ def compare_verb(
 
 
 INSPECT_FLAGS = (
-    "--chat-template", "--format", "--input-text-key", "--output-text-key", "--max-rows", "--max-length",
+    "--task", "--chat-template", "--format", "--input-text-key", "--output-text-key", "--max-rows", "--max-length",
 )  # fmt: skip
 """The recipe's options that decide what a model sees of a row."""
 
@@ -518,7 +530,12 @@ def inspect_verb(
     ] = None,
     row: Annotated[
         list[str] | None,
-        typer.Option("--row", help="Show this row: its line, or `file.jsonl:12` (repeatable).", metavar="N"),
+        typer.Option(
+            "--row",
+            help="Show this row: `12`, or `file.jsonl:12` (repeatable). The number is that of reports and ledgers: "
+            "the line in .jsonl and .txt files, the record in .csv (without its header), .json and .parquet.",
+            metavar="N",
+        ),
     ] = None,
     count: Annotated[
         int,
@@ -661,7 +678,7 @@ def runs_verb(
             run.path.name,
             run.state,
             dataset_name(run.model),
-            dataset_name(run.dataset),
+            " + ".join(run.datasets),
             str(run.step or ""),
             run.metric or "",
             _score(run.base, run.metric),
@@ -825,24 +842,34 @@ TOKEN_STYLES = {"trained": "bold green", "context": "dim", "special": "magenta",
 """How tokens look in the terminal, by what becomes of them."""
 
 
+TOKEN_MARKS = {"trained": ("{+", "+}"), "context": ("", ""), "special": ("{*", "*}"), "cut": ("[-", "-]")}
+"""The same where there is no color: in files, in pipes, with NO_COLOR."""
+
+
 def _inspected_text(rows: Sequence[Inspected], page: Path | None) -> Any:
     from rich.console import Group
     from rich.text import Text
 
+    is_colored = _console(stderr=False).color_system is not None
     legend = Text("tokens are ")
     for role, style in TOKEN_STYLES.items():
-        legend.append(role, style=style).append(" ")
+        before, behind = ("", "") if is_colored else TOKEN_MARKS[role]
+        legend.append(f"{before}{role}{behind}", style=style).append(" ")
     parts: list[Any] = [legend, ""]
     for row in rows:
         head = Text(str(row.row), style="bold")
         head.append((f", {row.part}" if row.part else "") + (f" ({row.why})" if row.why else ""), style="")
         parts += [head]
-        facts = f"{row.fate}, {row.tokens} tokens, {row.trained} trained ({row.trained_share:.0%})"
-        facts += f", {row.cut} cut" if row.cut else ""
+        facts = f"{row.fate}, {counted(row.tokens, 'token')}"
+        facts += f", {row.cut:,} cut; of the {row.tokens - row.cut:,} kept" if row.cut else ";"
+        facts += f" {row.trained:,} trained ({row.trained_share:.0%})"
+        if not row.pieces:
+            facts = row.fate
         parts.append(Text(facts + (f"; {row.reason}" if row.reason else ""), style="dim"))
         seen = Text()
-        for text, role in row.pieces:
-            seen.append(text, style=TOKEN_STYLES[role])
+        for role, group in itertools.groupby(row.pieces, key=operator.itemgetter(1)):
+            before, behind = ("", "") if is_colored else TOKEN_MARKS[role]
+            seen.append(before + "".join(text for text, _ in group) + behind, style=TOKEN_STYLES[role])
         parts += [seen, ""]
     if page:
         parts.append(Text(f"page      {page}"))
@@ -916,7 +943,7 @@ def _report_text(report: Report) -> Any:
     facts = [
         ("rows", f"{report.rows:,} = {report.ok:,} ok + {report.with_errors:,} with errors + "
                  f"{report.with_warnings:,} with warnings only"),
-        ("findings", ", ".join(f"{count:,} {severity}s" for severity, count in report.severities.items())),
+        ("findings", ", ".join(counted(count, severity) for severity, count in report.severities.items())),
         ("format", read),
         ("lengths", lengths),
         ("ratings", labels),

@@ -57,7 +57,8 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None)
         batch = recipe.training.per_device_train_batch_size
         notes.append(
             f"{len(lengths)} examples are packed into {len(rows)} rows of at most {packing.capacity} tokens: "
-            f"padding {padded_share(lengths, batch):.1%} before, {padded_share(rows, batch):.1%} after"
+            f"padding {padded_share(lengths, batch):.1%} before, {padded_share(rows, batch):.1%} after, each batch "
+            "of them in the order of the data filled up to its longest"
         )
     return planning.resolve(
         recipe.training,
@@ -65,6 +66,7 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None)
         adapter_kind=recipe.adapter.kind,
         lengths=rows,
         num_validation=len(encodings.validation),
+        num_examples=len(lengths) if packing else None,
         held_out=None if recipe.evaluation.skip else _held_out(recipe, encodings),
         notes=notes,
     )

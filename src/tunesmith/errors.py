@@ -92,6 +92,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return "Known: " + ", ".join(sorted(known)) + "."
 
 
+def counted(number: int, word: str) -> str:
+    """A number with its word, in the plural unless there is one: `1 row`, `2,000 rows`."""
+    return f"{number:,} {word}" + ("" if number == 1 else "s")
+
+
 def closest(word: str, known: Iterable[str]) -> str | None:
     """The known word that is spelled most like this one, if any is."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)

@@ -34,6 +34,8 @@ class Plan:
     dtype: str
     mixed_precision: str
     examples: int
+    batch_rows: int
+    """Rows that batches are made of: the examples, or what they are packed into."""
     tokens_per_epoch: int
     batch_size: int
     steps_per_epoch: int
@@ -90,10 +92,11 @@ def resolve(
     adapter_kind: str,
     lengths: Sequence[int],
     num_validation: int,
+    num_examples: int | None = None,
     held_out: HeldOut | None = None,
     notes: Sequence[str] = (),
 ) -> Plan:
-    """The plan for training on examples of these token lengths.
+    """The plan for training on rows of these token lengths: examples, or `num_examples` packed into rows.
 
     Steps follow transformers' Trainer: an epoch is ceil(batches / accumulation) optimizer steps; warm-up,
     evaluation and saving count optimizer steps. Raises DataError without examples and OutOfResources
@@ -127,7 +130,8 @@ def resolve(
     batches = math.ceil(len(lengths) / training.per_device_train_batch_size)
     per_epoch = max(math.ceil(batches / training.gradient_accumulation_steps), 1)
     total = math.ceil(per_epoch * training.num_epochs)
-    why = f"{training.num_epochs:g} epochs of {per_epoch} steps of {batch_size} examples"
+    unit = "examples" if num_examples is None else "packed rows"
+    why = f"{training.num_epochs:g} epochs of {per_epoch} steps of {batch_size} {unit}"
     if training.max_steps and training.max_steps < total:
         total, why = training.max_steps, f"max_steps, below {why}"
     elif training.max_steps and training.max_steps > total:
@@ -166,7 +170,8 @@ def resolve(
         device=where,
         dtype=dtype,
         mixed_precision=precision,
-        examples=len(lengths),
+        examples=len(lengths) if num_examples is None else num_examples,
+        batch_rows=len(lengths),
         tokens_per_epoch=sum(lengths),
         batch_size=batch_size,
         steps_per_epoch=per_epoch,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.api import validate
 from tunesmith.data import prepare
 from tunesmith.data.examples import Conversation, Preference, Rating, Row, Text, Unusable
 from tunesmith.data.formats import FORMATS, check_group, convert, detect
@@ -121,7 +122,7 @@ def test_a_file_may_mix_formats_of_one_shape():
     rows = source({"messages": FORMATS["messages"].sample["messages"]}, {"prompt": "a", "response": "b"})
     detection = detect(rows)
     assert [type(made) for _, made in convert(rows, detection)] == [Conversation, Conversation]
-    assert "1 rows 'messages', 1 rows 'prompt_response'" in detection.reason
+    assert "1 row 'messages', 1 row 'prompt_response'" in detection.reason
     with pytest.raises(DataError, match="several kinds"):
         detect(source({"prompt": "a", "response": "b"}, {"text": "c"}))
 
@@ -132,7 +133,7 @@ def test_a_file_may_mix_formats_of_one_shape():
         ({"prompt": "a", "response": ""}, "empty answer"),
         ({"prompt": "a", "response": None}, "no value for response"),
         ({"prompt": "", "response": "b"}, "empty question"),
-        ({"prompt": "a", "response": ["b"]}, "answer is list"),
+        ({"prompt": "a", "response": ["b"]}, "answer is a list"),
         ({"prompt": "a"}, "no value for response"),
     ],
 )
@@ -153,7 +154,7 @@ def test_unusable_rows_are_dropped_with_a_reason(row, reason):
             "last turn is the user's",
         ),
         ([{"role": "narrator", "content": "a"}], "no known role"),
-        ([{"role": "user", "content": 3}, {"role": "assistant", "content": "b"}], "int for content"),
+        ([{"role": "user", "content": 3}, {"role": "assistant", "content": "b"}], "a number for content"),
         (["a"], "not an object"),
         ([], "no assistant turn"),
     ],
@@ -251,3 +252,19 @@ def test_the_system_column_is_used_by_every_format_that_says_so(row):
     assert [(turn.role, turn.content) for turn in said[:2]] == [("system", "Be brief."), ("user", "q")]
     if isinstance(found, Preference):
         assert [turn.content for turn in (*found.chosen, *found.rejected)] == ["a", "b"]
+
+
+def test_the_row_of_tool_calls_in_the_documentation_is_read(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "preparing.md").read_text()
+    values = json.loads(page.partition("## Tool calls and reasoning")[2].split("```")[1].removeprefix("json"))
+    example = FORMATS["messages"].convert(values, Row("x", 1))
+    call, result, answer = example.messages[1:]
+    assert [turn.role for turn in example.messages] == ["user", "assistant", "tool", "assistant"]
+    assert call.tool_calls[0]["function"] == {"name": "lamp_state", "arguments": {"number": 7}}
+    assert call.reasoning == "I have to look."
+    assert (result.name, result.tool_call_id, answer.trained) == ("lamp_state", "c1", True)
+    assert example.tools[0]["function"]["name"] == "lamp_state"
+    path = tmp_path / "row.jsonl"
+    path.write_text(json.dumps(values))
+    report = validate(str(path), task="chat")
+    assert not report.counts

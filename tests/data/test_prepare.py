@@ -754,3 +754,102 @@ def test_a_hundred_and_thirty_data_sets_are_a_mix(tmp_path):
     paths = [jsonl(tmp_path / f"{n}.jsonl", questions(2, start=10 * n)) for n in range(130)]
     splits = data.prepare(Data(dataset=paths[0], mix=[{"dataset": path} for path in paths[1:]], cache=False))
     assert len(splits.fates) == 260
+
+
+# what a first user found
+
+
+def test_inspect_proves_what_it_shows(tmp_path, tiny_tokenizer):
+    from tunesmith.data.inspection import inspect_rows
+
+    rows = questions(40)
+    rows[4]["prompt"] = "what " * 200
+    splits = data.prepare(
+        Data(dataset=jsonl(tmp_path / "a.jsonl", rows), cache=False, validation=0, held_out=0)
+    )
+
+    def look(**options):
+        [seen] = inspect_rows(
+            splits, tiny_tokenizer, max_length=100, loss_on="answers", rows=["5"], **options
+        )
+        return seen.fate, seen.reason
+
+    breach = "max_length 100 cuts away a whole answer"
+    assert look() == ("train", f"fails the supervision proof, so nothing would be trained: {breach}")
+    assert look(on_breach="drop") == ("dropped", breach)
+    assert look(over_long="drop") == ("dropped", "longer than max_length 100 (over_long: drop)")
+    [by_itself] = [
+        seen
+        for seen in inspect_rows(
+            splits, tiny_tokenizer, max_length=100, loss_on="answers", count=1, on_breach="drop"
+        )
+        if seen.row.number == 5
+    ]
+    assert (by_itself.fate, by_itself.reason) == ("dropped", breach)
+    with pytest.raises(DataError, match=r"There is no row 999(.|\n)*a.jsonl:1 to 40(.|\n)*number of a row"):
+        inspect_rows(splits, tiny_tokenizer, max_length=100, loss_on="answers", rows=["999"])
+    with pytest.raises(DataError, match=r"There is no row b.jsonl:3(.|\n)*Did you mean 'a.jsonl'"):
+        inspect_rows(splits, tiny_tokenizer, max_length=100, loss_on="answers", rows=["b.jsonl:3"])
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_rows_of_files_with_one_name_stay_apart(tmp_path, cache):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        jsonl(tmp_path / folder / "data.jsonl", questions(30, start=100 if folder == "b" else 0))
+    settings = Data(
+        dataset=str(tmp_path / "a/data.jsonl"), mix=[{"dataset": str(tmp_path / "b/data.jsonl")}], cache=cache
+    )
+    for _ in range(2):
+        sources = Counter(entry.row.source for entry in data.prepare(settings).ledger.entries)
+        assert sources == {"a/data.jsonl": 30, "b/data.jsonl": 30}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_samples": 4000}, "num_samples 4000 has no effect: there are"),
+        ({"weight": 2}, "weight 2 has no effect: there is no data.mix"),
+        ({"num_samples": 5}, None),
+        ({"num_samples": 4000, "weight": 1}, None),
+        ({}, None),
+    ],
+)
+def test_fields_without_effect_are_said(tmp_path, options, said):
+    path = jsonl(tmp_path / "a.jsonl", questions(40))
+    found = [
+        note for note in data.prepare(Data(dataset=path, cache=False, **options)).notes if "effect" in note
+    ]
+    assert [note.startswith(said) for note in found] == [True] if said else found == []
+
+
+def test_a_missing_value_is_named_by_the_columns_that_are_there(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("question,answer\n" + "".join(f"what is {n},{n}\n" for n in range(8)) + "and now,\n")
+    splits = data.prepare(Data(dataset=str(path), cache=False))
+    assert set(splits.reasons.counts()) == {"no value for reply or answer or response"}
+
+
+def test_copies_and_near_copies_are_counted_as_validate_counts_them(tmp_path):
+    from tunesmith import api
+
+    long = " ".join(f"word{n}" for n in range(90))
+    rows = [*questions(30), {"prompt": long, "response": "yes"}, {"prompt": long, "response": "no"}]
+    path = jsonl(tmp_path / "a.jsonl", [*rows, *rows[:3]])
+    counts = api.validate(str(path)).counts
+    notes = data.prepare(Data(dataset=path, cache=False)).notes
+    assert counts["duplicate"] == 3
+    assert "3 rows are the same as an earlier one" in notes
+    verb = "row is" if counts["near_duplicate"] == 1 else "rows are"
+    assert f"{counts['near_duplicate']} {verb} nearly the same as an earlier one" in notes
+
+
+def test_inspect_says_why_no_row_can_be_shown(tmp_path, tiny_tokenizer):
+    from tunesmith.data.inspection import inspect_rows
+
+    tool = {"type": "function", "function": {"name": "f"}}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": turns, "tools": [tool]}] * 3)
+    splits = data.prepare(Data(dataset=path, cache=False, near_duplicates="ignore"))
+    with pytest.raises(DataError, match=r"None of the 3 rows can be shown(.|\n)*3 × .*no place for tools"):
+        inspect_rows(splits, tiny_tokenizer, max_length=100, loss_on="answers")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tunesmith.data.sources import read
+from tunesmith.data.sources import distinct, open_source, read
 from tunesmith.errors import DataError
 
 ROWS = [{"prompt": f"question {i}", "response": f"answer, {i}"} for i in range(3)]
@@ -137,7 +137,7 @@ def test_max_rows_is_said(tmp_path):
     ("name", "content", "expected"),
     [
         ("a.jsonl", '{"a": 1}\n{"a": 2,}\n', ["line 2", "column", "^", '{"a": 2,}']),
-        ("a.jsonl", "[1]\n", ["line 1", "expected an object, found list"]),
+        ("a.jsonl", "[1]\n", ["line 1", "expected an object, found a list"]),
         ("a.jsonl", "".join("{\n" for _ in range(30)), ["30 broken lines", "and 20 more"]),
         ("a.json", '[{"a": 1},\n {"a": }]', ["line 2", "column 8", "^"]),
         ("a.json", '{"a": 1}\n{"a": 2}\n', ["JSON Lines", ".jsonl"]),
@@ -203,3 +203,56 @@ def test_no_error_quotes_a_secret(tmp_path, kind):
     said = f"{error.value} {error.value.found}"
     assert not any(secret[start : start + 8] in said for start in range(3, len(secret) - 8))
     assert "***" in said
+
+
+# what a first user found
+
+
+def test_broken_lines_name_the_file_every_remedy_and_the_way_out(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"a": 1}\n{oops\n{"a": "caf\xe9"}\n{"a": "cut o')
+    with pytest.raises(DataError) as error:
+        read(str(path))
+    said = str(error.value)
+    assert said.startswith("a.jsonl has 3 broken lines.")
+    assert "one JSON object per line" in said
+    assert "iconv" in said
+    assert f"`tunesmith validate {path} --fix`" in said
+    assert said.count("looks cut off") == 1
+    assert [(row["row"], row["column"]) for row in error.value.details["broken"]] == [
+        (2, 2),
+        (3, None),
+        (4, 7),
+    ]
+    assert not any("\n" in row["problem"] for row in error.value.details["broken"])
+
+
+def test_a_whole_broken_last_line_is_not_called_cut_off(tmp_path):
+    with pytest.raises(DataError) as error:
+        read(str(write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": 1,}')))
+    assert "cut off" not in str(error.value)
+
+
+def test_ledgers_of_cleaned_copies_are_no_data(tmp_path):
+    write(tmp_path / "set" / "rows.clean.jsonl", json.dumps(ROWS[0]) + "\n")
+    write(tmp_path / "set" / "rows.clean.jsonl.ledger.jsonl", '{"source": "rows.jsonl", "row": 1}\n')
+    assert values(read(str(tmp_path / "set"))) == ROWS[:1]
+    assert values(read(str(tmp_path / "set"), data_files="*.jsonl")) == ROWS[:1]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "names"),
+    [
+        ("a/data.jsonl", "b/data.jsonl", ["a/data.jsonl", "b/data.jsonl"]),
+        ("x/a/data.jsonl", "y/a/data.jsonl", ["x/a/data.jsonl", "y/a/data.jsonl"]),
+        ("a/one.jsonl", "b/two.jsonl", ["one.jsonl", "two.jsonl"]),
+        ("a/data.jsonl", "a/data.jsonl", ["data.jsonl", "data.jsonl"]),
+        ("a/train.jsonl", "b/train.jsonl", ["a/train.jsonl", "b/train.jsonl"]),
+    ],
+)
+def test_sources_of_a_mix_are_told_apart(tmp_path, first, second, names):
+    files = [write(tmp_path / name, json.dumps(ROWS[0]) + "\n{\n") for name in (first, second)]
+    datasets = [str(file.parent if file.stem == "train" else file) for file in files]
+    opened = distinct([open_source(dataset) for dataset in datasets], datasets)
+    assert [[str(record.row) for record in source.scan()] for source in opened] == [
+        [f"{name}:1", f"{name}:2"] for name in names
+    ]

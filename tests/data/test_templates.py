@@ -262,3 +262,42 @@ def test_long_texts_are_cut_into_pieces_and_nothing_is_lost(tiny_tokenizer):
     assert whole.input_ids[-1] == tiny_tokenizer.eos_token_id
     assert made.ledger.counts()["truncated"] == 0
     assert "pieces" in next(made.ledger.entries).reason
+
+
+GREETED = conversation(
+    ("assistant", "hello"), ("user", "one"), ("assistant", "red"), ("user", "two"), ("assistant", "blue")
+)
+NOT_EMPTY = "{% if not messages %}{{ raise_exception('an empty conversation') }}{% endif %}"
+REWRITING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("rewrites", [False, True])
+def test_an_answer_before_any_question_is_context(tiny_tokenizer, rewrites):
+    from tunesmith.data.supervision import Proof
+    from tunesmith.data.templates import encode_batches, encoder, views
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = NOT_EMPTY + (REWRITING if rewrites else tokenizer.chat_template)
+    context = encoder(tokenizer)
+    parts = views(GREETED, context, "answers")
+    assert len(parts) == (2 if rewrites else 1)
+    for _ in range(20):  # the first by rendering, the later ones by the template's skeleton
+        [(_, encodings)] = encode_batches([parts], context, ahead=False)
+        trained = "".join(labelled(encoding, tokenizer) for encoding in encodings)
+        assert trained == "red<|im_end|>blue<|im_end|>"
+        assert "assistant\nhello<|im_end|>" in tokenizer.decode(encodings[-1].input_ids)
+    proof = Proof(context, loss_on="answers", max_length=500, may_cut_answers=False, rows=len(parts))
+    assert proof.check(range(len(parts)), parts, encodings) == [None] * len(parts)
+
+
+def test_an_answer_to_nothing_is_refused_where_it_is_to_be_trained(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = NOT_EMPTY + tokenizer.chat_template
+    asked_for = tuple(m._replace(trained=True) if n == 0 else m for n, m in enumerate(GREETED.messages))
+    for messages in (GREETED.messages[:1], asked_for):
+        with pytest.raises(Unusable, match="empty conversation"):
+            encode(Conversation(messages, ROW), tokenizer)

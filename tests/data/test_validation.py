@@ -91,6 +91,10 @@ BAD = {
     "imbalance": (
         lines(*({**RATING, "prompt": f"What is {n}?", "completion": f"{n * 7}"} for n in range(12))), ".jsonl",
         None, "label", {}),
+    "other_format": (
+        lines(
+            *({"instruction": f"Name the number {n}.", "output": f"It is {n * 7}."} for n in range(19)),
+            {"instruction": None, "input": "Name the last one.", "output": "It is none."}), ".jsonl", 20, None, {}),
     "task": (lines({"text": "The heart has four chambers."}), ".jsonl", None, None, {"task": "chat"}),
     "file_bom": (b"\xef\xbb\xbf" + lines(GOOD[0]), ".jsonl", None, None, {}),
 }  # fmt: skip
@@ -410,7 +414,7 @@ def test_a_quote_that_is_never_closed_costs_its_own_row_only(tmp_path):
 def test_a_quote_closed_many_rows_later_is_said_in_training_too(tmp_path):
     path = written(tmp_path, BAD["swallowed"][0], ".csv")
     notes = data.prepare(Data(dataset=str(path), cache=False)).notes
-    assert any("1 rows of a CSV file have a cell whose lines look like rows" in note for note in notes)
+    assert any("1 row of a CSV file has a cell whose lines look like rows" in note for note in notes)
     poem = (
         'prompt,response\nWrite a poem.,"' + "\n".join("a b, c" if n % 2 else "d" for n in range(9)) + '"\n'
     )
@@ -437,7 +441,7 @@ def test_what_json_has_no_form_of_is_said_to_be_written_otherwise(tmp_path):
         (None, None, None),
     ]
     assert [(entry["fate"], entry["what"]) for entry in ledger] == [
-        ("mended", "Decimal written as text, datetime written as text"),
+        ("mended", "Decimal written as text; datetime written as text"),
         ("mended", "nan written as null, for which JSON has no number"),
         ("dropped", "unusable: column raw has bytes, which JSON cannot hold"),
     ]
@@ -798,3 +802,176 @@ def test_preparing_any_file_gives_examples_or_an_error_of_ours(tmp_path, file, b
     counts = made.ledger.counts()
     assert counts["rows_in"] == fates["rows_in"] == sum(1 for _ in made.ledger.entries)
     assert counts["rows_in"] == sum(counts[fate] for fate in ("train", "validation", "held_out", "dropped"))
+
+
+# what a first user found
+
+
+def kinds(report):
+    return {finding.kind: finding for finding in report.findings}
+
+
+def test_an_empty_chosen_answer_is_found_in_its_column(tmp_path):
+    path = written(tmp_path, lines(PREFERENCE, {**PREFERENCE, "chosen": ""}, {**PREFERENCE, "rejected": " "}))
+    found = api.validate(str(path)).findings
+    assert [(f.kind, f.row, f.column) for f in found] == [
+        ("empty_answer", 2, "chosen"),
+        ("empty_answer", 3, "rejected"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rejected", "is_same"),
+    [
+        ("Four. \n", True),
+        (" Four.", True),
+        ("F our.", False),
+        ("Four!", False),
+    ],
+)
+def test_white_space_makes_no_better_answer(tmp_path, rejected, is_same):
+    path = written(tmp_path, lines({**PREFERENCE, "rejected": rejected}))
+    assert ("same_answers" in api.validate(str(path)).counts) is is_same
+
+
+def test_indentation_makes_a_better_answer(tmp_path):
+    chosen = "for x in y:\n    a(x)\nb()"
+    row = {**PREFERENCE, "chosen": chosen, "rejected": "for x in y:\n    a(x)\n    b()"}
+    assert not api.validate(str(written(tmp_path, lines(row)))).has_errors
+
+
+def test_a_row_of_another_format_than_nearly_all_is_found(tmp_path):
+    rows = [{"instruction": f"Name {n}", "input": "", "output": f"number {n * 7}"} for n in range(19)]
+    odd = {"instruction": None, "input": "Name the last", "output": "none"}
+    found = kinds(api.validate(str(written(tmp_path, lines(*rows, odd)))))["other_format"]
+    assert found.row == 20
+    assert "read as 'input_output', where 19 of 20 rows are 'instruction'" in found.message
+    mixed = api.validate(str(written(tmp_path, lines(*rows[:10], odd))))
+    assert "other_format" not in mixed.counts
+
+
+def test_every_secret_of_a_row_is_told(tmp_path):
+    other = "hf_" + "z" * 34
+    mails = " ".join(f"a{n}@example.com" for n in range(8))
+    report = api.validate(str(written(tmp_path, pair(f"{KEY} {mails}", f"{KEY} or {other} <s>x</s>"))))
+    found = kinds(report)
+    assert found["secret"].message.count("an API key") == 2
+    assert "response, a Hugging Face token" in found["secret"].message
+    assert found["secret"].column == "prompt"
+    assert found["email"].message.endswith("and 3 more")
+    assert "<s> at character" in found["special_token"].message
+    assert "</s> at character" in found["special_token"].message
+    assert KEY not in json.dumps(report.as_dict())
+    assert other not in json.dumps(report.as_dict())
+
+
+def test_with_a_model_the_tokens_of_other_templates_are_found_too(tmp_path):
+    path = written(tmp_path, pair("[INST] What now?", "Nothing."))
+    assert api.validate(str(path), model=TINY_MODEL).counts == {"special_token": 1}
+
+
+def test_estimates_count_tools_and_the_frames_of_turns(tmp_path):
+    row = turns(("user", "a"), ("assistant", "b"))
+    tool = {"type": "function", "function": {"name": "f", "description": "word " * 200, "parameters": {}}}
+    call = {"function": {"name": "f", "arguments": {"text": "x" * 400}}}
+    called = [row["messages"][0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    for name, said in (("bare", row), ("tools", {**row, "tools": [tool]}), ("calls", {"messages": called})):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(said))
+    bare, tools, calls = (
+        api.validate(str(tmp_path / f"{name}.jsonl")).lengths["longest"]
+        for name in ("bare", "tools", "calls")
+    )
+    counted = api.validate(str(tmp_path / "bare.jsonl"), model=TINY_MODEL).lengths["longest"]
+    assert counted / 2 < bare <= 2 * counted
+    assert tools > bare + 250
+    assert calls > bare + 100
+
+
+def test_what_is_too_long_is_said_once_and_right(tmp_path):
+    path = written(tmp_path, pair("What now?", LONG_WORDS))
+    settings = {"data": {"max_length": 64}}
+    for model in (None, TINY_MODEL):
+        [found] = api.validate(str(path), settings=settings, model=model).findings
+        assert "of which the first 64 are kept" in found.message
+        assert ("estimated" in found.message) is (model is None)
+    assert "estimated at" not in CHECKS["long"].about
+
+
+def ledger(fixed):
+    return [json.loads(line) for line in Path(fixed["ledger"]).read_text().splitlines()]
+
+
+def test_the_ledger_says_what_remains(tmp_path):
+    rows = [
+        {"prompt": "Which cafÃ©?", "response": "lost \ufffd here"},
+        {"prompt": "Who?", "response": "jo@example.com"},
+        {"prompt": "Which?"},
+        GOOD[0],
+        GOOD[0],
+    ]
+    entries = ledger(api.validate(str(written(tmp_path, lines(*rows))), fix=True).fixed)
+    assert [entry["fate"] for entry in entries] == ["mended", "kept", "dropped", "kept", "dropped"]
+    assert entries[0]["what"].startswith("mojibake repaired in part; mojibake: U+FFFD")
+    assert entries[1]["what"] == "email: an e-mail address (…@example.com) at character 1"
+    assert entries[2]["what"] == "no_format: only prompt has a value"
+    assert entries[3]["what"] is None
+    assert entries[4]["what"] == "duplicate: the same as rows.jsonl:4"
+
+
+def test_the_ledger_says_why_a_model_refuses_a_row(tmp_path):
+    path = written(tmp_path, pair(LONG_WORDS, "Yes."))
+    fixed = api.validate(str(path), model=TINY_MODEL, settings={"data": {"max_length": 64}}, fix=True).fixed
+    assert ledger(fixed)[1]["what"] == "supervision: it breaches the supervision proof"
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind", "said"),
+    [
+        ({"role": "user", "content": None}, "not_text", "turn 1 has null for content, not text"),
+        ({"role": "user", "content": {"a": 1}}, "not_text", "turn 1 has an object for content, not text"),
+        ({"role": "user", "text": "Hi"}, "not_text", "no content (content or value); its keys: role, text"),
+        (
+            {"speaker": "user", "text": "Hi"},
+            "unknown_role",
+            "no role (role or from); its keys: speaker, text",
+        ),
+        ({"role": "User", "content": "Hi"}, "unknown_role", "did you mean 'user'?"),
+        (["user", "Hi"], "not_text", "turn 1 is a list, not an object"),
+    ],
+)
+def test_faults_of_a_turn_are_said_in_the_words_of_json(tmp_path, bad, kind, said):
+    good = turns(("user", "a"), ("assistant", "b"))
+    row = {"messages": [bad, {"role": "assistant", "content": "Yes."}]}
+    [found] = api.validate(str(written(tmp_path, lines(good, row)))).findings
+    assert (found.kind, found.column) == (kind, "messages")
+    assert said in found.message
+
+
+def test_messages_that_are_text_are_called_so(tmp_path):
+    good = turns(("user", "a"), ("assistant", "b"))
+    [found] = api.validate(str(written(tmp_path, lines(good, {"messages": "hello"})))).findings
+    assert (found.kind, found.message) == ("not_text", "messages is text, not a list of turns")
+
+
+def test_blank_lines_are_counted(tmp_path, monkeypatch):
+    path = written(tmp_path, lines(GOOD[0]) + b"\n" + lines(*GOOD[1:]) + b"  \n")
+    assert "2 blank lines skipped" in api.validate(str(path)).notes
+    monkeypatch.setattr(pieces, "BYTES", 40)
+    assert "2 blank lines skipped" in api.validate(str(path)).notes
+    assert not api.validate(str(written(tmp_path, lines(*GOOD)))).notes
+
+
+def test_a_cut_off_last_line_is_called_so(tmp_path):
+    whole = lines(*GOOD)
+    [found] = api.validate(str(written(tmp_path, whole[:-12]))).findings
+    assert "the file ends here: the line looks cut off" in found.message
+    [found] = api.validate(str(written(tmp_path, b"{broken\n" + whole))).findings
+    assert "cut off" not in found.message
+
+
+def test_turns_are_not_sought_in_the_column_of_tools(tmp_path):
+    tools = [{"type": "function", "function": {"name": "f", "description": "ask jo@example.com"}}]
+    said = turns(("user", "a"), ("user", "b"), ("assistant", "c"))
+    found = kinds(api.validate(str(written(tmp_path, lines({"tools": tools, **said})))))
+    assert found["roles"].column == "messages"
+    assert found["email"].message.startswith("tool 1: ")

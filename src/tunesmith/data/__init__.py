@@ -32,6 +32,7 @@ from tunesmith.data.formats import (
     FORMATS,
     Detection,
     Format,
+    absent,
     check_group,
     convert,
     detect,
@@ -39,10 +40,11 @@ from tunesmith.data.formats import (
     has_numbers,
     keyed,
     none_usable,
+    present,
     unused_columns,
 )
 from tunesmith.data.shaping import SHAPING, shaped
-from tunesmith.data.sources import Source, checked, open_source, swallowed
+from tunesmith.data.sources import Source, checked, distinct, open_source, swallowed
 from tunesmith.data.splitting import (
     CLUSTER,
     DROPPED,
@@ -72,7 +74,7 @@ from tunesmith.data.templates import (
     views,
 )
 from tunesmith.data.tokens import Differs
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, counted
 from tunesmith.recipe import Data, DataSource
 
 __all__ = ["EncodedSplits", "Splits", "encoded", "ledger_lines", "prepare"]
@@ -252,7 +254,7 @@ def prepare(
     name = None
     refused = cache.unwritable() if data.cache else None
     if data.cache and not refused:
-        sources = [_opened(section) for section in sections]
+        sources = _all_opened(sections)
         name = cache.key(
             {
                 "rows": [(source.name, source.fingerprint) for source in sources],
@@ -284,6 +286,8 @@ class _Found:
         self.shapes: set[type[Example]] = set()
         self.numbers = self.groups = self.swallowed = 0
         self.near = NearDuplicates() if with_texts else None
+        self.contents = array("q")
+        """Hashes of the texts, of this process only: rows with equal keys and texts are copies."""
         self._waiting: list[str] = []
 
     def add(self, part: int, example: Example, role: int) -> None:
@@ -292,16 +296,22 @@ class _Found:
         self.links.add(len(self.keys), example)
         self._row(part, split_key(example), role, "\n".join(texts(example)) if self.near else "")
 
-    def drop(self, part: int, reason: str) -> None:
-        """A row that is none."""
-        self.reasons.setdefault(reason, array("I")).append(len(self.keys))
+    def drop(self, part: int, reason: str | None) -> None:
+        """A row that is none, for a reason that is known or comes later."""
+        if reason:
+            self.say(len(self.keys), reason)
         self._row(part, 0, DROPPED, "")
+
+    def say(self, row: int, reason: str) -> None:
+        """Why a row is dropped."""
+        self.reasons.setdefault(reason, array("I")).append(row)
 
     def _row(self, part: int, key: int, role: int, text: str) -> None:
         self.parts.append(part)
         self.keys.append(key)
         self.roles.append(role)
         if self.near:
+            self.contents.append(hash(text))
             self._waiting.append(text)
             if len(self._waiting) == BATCH:
                 self.sketch()
@@ -318,8 +328,8 @@ def _prepared(
 ) -> Splits:
     found = _Found(with_texts=data.near_duplicates == "together")
     parts, notes = [], []
-    for place, section in enumerate(sections):
-        part, said = _read(section, place, found, data, adapt)
+    for place, (section, source) in enumerate(zip(sections, _all_opened(sections), strict=True)):
+        part, said = _read(source, section, place, found, data, adapt)
         parts.append(part)
         notes += [f"{part.source.name}: {note}" for note in said] if data.mix else said
     found.sketch()
@@ -341,17 +351,19 @@ def _prepared(
     copies[trained] = np.maximum(drawn, 1)
     fates[trained[drawn == 0]] = DROPPED
     reasons[trained[drawn == 0]] = "not drawn: num_samples and the mix's weights leave it out"
-    notes += _drawn(drawn)
+    notes += _drawn(drawn) + _without_effect(data, len(trained))
     notes += [text for shape, text in remarks.items() if shape in found.shapes]
     if found.numbers:
-        notes.append(f"{found.numbers} rows have a number where text is expected; it is written out")
+        number = f"{counted(found.numbers, 'row')} {_verb('have', found.numbers)} a number"
+        notes.append(f"{number} where text is expected; it is written out")
     if found.swallowed:
         notes.append(
-            f"{found.swallowed} rows of a CSV file have a cell whose lines look like rows: a quote may be opened and "
-            "never closed (`tunesmith validate` names them)"
+            f"{counted(found.swallowed, 'row')} of a CSV file {_verb('have', found.swallowed)} a cell whose lines look "
+            "like rows: a quote may be opened and never closed (`tunesmith validate` names them)"
         )
     if found.groups:
-        notes.append(f"{found.groups} rows belong to groups, which stay whole in one split")
+        grouped = f"{counted(found.groups, 'row')} {_verb('belong', found.groups)} to groups"
+        notes.append(f"{grouped}, which stay whole in one split")
     return Splits(
         parts=tuple(parts),
         fates=fates,
@@ -364,11 +376,15 @@ def _prepared(
     )
 
 
-def _read(section: DataSource, place: int, found: _Found, data: Data, adapt: Adapt) -> tuple[Part, list[str]]:
+def _read(
+    source: Source, section: DataSource, place: int, found: _Found, data: Data, adapt: Adapt
+) -> tuple[Part, list[str]]:
     """Read one data set into what is found; how its rows are read, and what there is to say of it."""
     columns = section.model_dump(include={"format", "input_text_key", "output_text_key"})
-    source, possible = _opened(section), expected(**columns)
+    possible = expected(**columns)
     dropped: Counter[str] = Counter()
+    unread: list[tuple[int, tuple[str, ...]]] = []
+    """Rows that fit no format, with the columns that have a value: what is missing depends on the other rows."""
     converted = convert(source, possible, system_prompt=data.system_prompt, group_by=data.group_by)
     for record, example in shown_progress(converted, f"reading {source.name}"):
         found.numbers += has_numbers(record.values, possible)
@@ -379,26 +395,52 @@ def _read(section: DataSource, place: int, found: _Found, data: Data, adapt: Ada
             found.shapes.add(type(example))
             adapted = adapt(example)
         except Unusable as reason:
-            found.drop(place, str(reason))
-            dropped[str(reason)] += 1
+            fits = possible.format_of(record.values) is not None
+            if fits:
+                dropped[str(reason)] += 1
+            else:
+                unread.append((len(found.keys), present(record.values)))
+            found.drop(place, str(reason) if fits else None)
         else:
             found.add(place, adapted, FATES.index(record.role) if record.role else -1)
     source = checked(source, section.dataset)
     detection = detect(source, **columns)
     check_group(source, data.group_by)
+    for number, names in unread:
+        why = absent(set(names), detection)
+        found.say(number, why)
+        dropped[why] += 1
     if dropped.total() == source.facts.count:
         raise none_usable(source, dropped)
-    names = " and ".join(f"'{format.name}'" for format in detection.formats)
-    notes = [*source.notes, f"rows are read as {names}: {detection.reason}"]
+    titles = " and ".join(f"'{format.name}'" for format in detection.formats)
+    notes = [*source.notes, f"rows are read as {titles}: {detection.reason}"]
     unused = [name for name in unused_columns(source, detection) if name != data.group_by]
     if unused:
         notes.append(f"columns that no example is made of: {', '.join(unused)}")
     return Part(source, detection), notes
 
 
-def _opened(section: DataSource) -> Source:
-    opened = open_source(section.dataset, **section.model_dump(include=OPENING))
-    return shaped(opened, **section.model_dump(include=SHAPING))
+def _all_opened(sections: list[DataSource]) -> list[Source]:
+    """The data sets of a mix, with names of their own where two of them share one."""
+    opened = [
+        shaped(open_source(s.dataset, **s.model_dump(include=OPENING)), **s.model_dump(include=SHAPING))
+        for s in sections
+    ]
+    return distinct(opened, [section.dataset for section in sections])
+
+
+def _without_effect(data: Data, trained: int) -> list[str]:
+    """Fields that are set and change nothing here."""
+    notes = []
+    is_weighted = any(section.weight is not None for section in (data, *data.mix))
+    if data.num_samples is not None and data.num_samples >= trained and not is_weighted:
+        notes.append(
+            f"num_samples {data.num_samples} has no effect: there are {counted(trained, 'training row')}, and "
+            "without weights none is repeated"
+        )
+    if data.weight is not None and not data.mix and (data.num_samples or 0) <= trained:
+        notes.append(f"weight {data.weight:g} has no effect: there is no data.mix whose sets it could weigh")
+    return notes
 
 
 def _splits_into(folder: Path, splits: Splits) -> None:
@@ -447,8 +489,13 @@ def _settled(found: _Found, keys: Keys, reasons: Reasons, data: Data) -> tuple[C
     notes = []
     pairs = found.near.pairs() if found.near else np.empty((0, 2), dtype=np.int64)
     pairs = pairs[(roles[pairs] != DROPPED).all(axis=1)]
-    if len(pairs):
-        notes.append(f"{len(np.unique(pairs[:, 0]))} rows are nearly the same as an earlier one")
+    if found.near:
+        is_copy = _copies(keys, np.frombuffer(found.contents, dtype=np.int64), usable)
+        same, alike = int(is_copy.sum()), len(np.unique(pairs[~is_copy[pairs[:, 0]], 0]))
+        if same:
+            notes.append(f"{counted(same, 'row')} {_verb('are', same)} the same as an earlier one")
+        if alike:
+            notes.append(f"{counted(alike, 'row')} {_verb('are', alike)} nearly the same as an earlier one")
     edges = found.links.edges()
     root, released = rooted(len(roles), edges, pairs)
     if released.any():
@@ -471,6 +518,15 @@ def _settled(found: _Found, keys: Keys, reasons: Reasons, data: Data) -> tuple[C
     asked = found.links.rows_with(kept_out, among=fates[found.links.rows] == TRAIN)
     _drop(fates, reasons, asked, "its question is trained on the way to another answer")
     return fates, [*notes, *said]
+
+
+def _copies(keys: Keys, contents: NDArray[np.int64], usable: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """For each row whether an earlier one asks and says the same, as `validate` counts duplicates."""
+    both = keys[usable] ^ (contents[usable].view(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    is_copy = np.zeros(len(keys), dtype=bool)
+    is_copy[usable] = True
+    is_copy[usable[np.unique(both, return_index=True)[1]]] = False
+    return is_copy
 
 
 NEARLY = "nearly the same text as a {} row"
@@ -502,15 +558,22 @@ def _across(split: Codes, roles: Codes, pairs: NDArray[np.int64]) -> Iterator[tu
         yield lost[split[other] == fate], fate
 
 
+def _verb(word: str, number: int) -> str:
+    """The verb of a number of rows: `2 rows are`, `1 row is`."""
+    return {"are": "is", "have": "has"}.get(word, f"{word}s") if number == 1 else word
+
+
 def _drawn(copies: NDArray[np.int32]) -> list[str]:
     repeated = int((copies > 1).sum())
     left = int((copies == 0).sum())
     notes = []
     if left:
-        notes.append(f"{left} training rows are not drawn (num_samples, weights)")
+        said = f"{counted(left, 'training row')} {_verb('are', left)} not drawn"
+        notes.append(f"{said} (num_samples, weights)")
     if repeated:
         notes.append(
-            f"{repeated} training rows are repeated, up to {int(copies.max())} times, as the mix asks"
+            f"{counted(repeated, 'training row')} {_verb('are', repeated)} repeated, up to {int(copies.max())} times, "
+            "as the mix asks"
         )
     return notes
 
@@ -748,7 +811,7 @@ def proven(proof: Mapping[str, Any]) -> str:
     rows = max(check["rows"] for check in proof["checks"])
     prompts = next(check["rows"] for check in proof["checks"] if check["name"] == "prompt")
     failed = sum(breach["rows"] for breach in proof["breaches"])
-    said = f"supervision proof: {rows} rows checked, the prompts of {prompts} against inference"
+    said = f"supervision proof: {counted(rows, 'row')} checked, the prompts of {prompts} against inference"
     said += f"; {failed} failed and are dropped" if failed else ", none failed"
     if proof["served_otherwise"]:
         said += f"; transformers itself would tokenize the prompts of {proof['served_otherwise']} otherwise"
@@ -799,11 +862,13 @@ def _notes(totals: Mapping[str, int], counts: Mapping[str, int]) -> list[str]:
     notes = []
     if counts["special"]:
         notes.append(
-            f"{counts['special']} rows contain the text of a special token; it is kept as plain text"
+            f"{counted(counts['special'], 'row')} {_verb('contain', counts['special'])} the text of a special token; "
+            "it is kept as plain text"
         )
     if counts["left_out"]:
         notes.append(
-            f"{counts['left_out']} rows have reasoning, for which the chat template has no place: it is left out"
+            f"{counted(counts['left_out'], 'row')} {_verb('have', counts['left_out'])} reasoning, for which the chat "
+            "template has no place: it is left out"
         )
     notes += [
         f"{counts[kind]} rows have {what}, for which the chat template has no place: it is left out"
@@ -812,11 +877,14 @@ def _notes(totals: Mapping[str, int], counts: Mapping[str, int]) -> list[str]:
     ]
     if counts["unrolled"]:
         notes.append(
-            f"{counts['unrolled']} conversations are trained once for each question, as {counts['views']} "
-            "examples, since the chat template writes earlier answers or tool calls otherwise than when they were given"
+            f"{counted(counts['unrolled'], 'conversation')} {_verb('are', counts['unrolled'])} trained once for each "
+            f"question, as {counts['views']} examples, since the chat template writes earlier answers or tool calls "
+            "otherwise than when they were given"
         )
     if totals["truncated"]:
-        notes.append(f"{totals['truncated']} rows are cut at their end to fit max_length")
+        cut = totals["truncated"]
+        notes.append(f"{counted(cut, 'row')} {_verb('are', cut)} cut at the end to fit max_length")
     if counts["chunked"]:
-        notes.append(f"{counts['chunked']} long texts are cut into consecutive pieces")
+        cut = counts["chunked"]
+        notes.append(f"{counted(cut, 'long text')} {_verb('are', cut)} cut into consecutive pieces")
     return notes

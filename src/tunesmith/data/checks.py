@@ -34,6 +34,7 @@ from tunesmith.data.formats import (
     converted,
     has_numbers,
     is_blank,
+    json_word,
     keyed,
     misspelt,
 )
@@ -45,6 +46,8 @@ SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
 
 CHARACTERS_PER_TOKEN = 4
 """What a token is taken for where no tokenizer is known; right for English, too much for Chinese."""
+FRAME = 5
+"""Tokens that a chat template writes around a turn, as most do: its beginning, the role, its end."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ CHECKS: dict[str, Check] = {
         Check("not_utf8", "error", "bytes that are not UTF-8", UTF8, _DROPPED),
         Check("no_format", "error", "a row without a value in a column that its format needs",
               "Fill the column, or remove the row.", _DROPPED),
-        Check("not_text", "error", "a value of another type where text is needed",
-              "Write it as text, or as messages with role and content.", _DROPPED),
+        Check("not_text", "error", "a value of another type where text, or a list of messages, is needed",
+              "Write it as text, or as a list of messages with role and content.", _DROPPED),
         Check("empty_answer", "error", "an answer without a character that is no space",
               "Write the answer, or remove the row.", _DROPPED),
         Check("empty_question", "error", "a question or text without a character that is no space",
@@ -82,7 +85,7 @@ CHECKS: dict[str, Check] = {
               "Name it system, user, assistant or tool.", _DROPPED),
         Check("no_answer", "error", "a conversation that has no answer, or does not end with one",
               "End it with the assistant's turn.", _DROPPED),
-        Check("same_answers", "error", "the chosen answer is the rejected one",
+        Check("same_answers", "error", "the chosen answer is the rejected one, or differs in white space only",
               "Remove the row: it says nothing about which answer is better.", _DROPPED),
         Check("label", "error", "a rating that is neither good nor bad", "Write true or false, or 1 or 0.", _DROPPED),
         Check("surrogate", "error", "half a character (a lone surrogate), which no tokenizer takes",
@@ -100,7 +103,8 @@ CHECKS: dict[str, Check] = {
         Check("empty_turn", "warning", "a turn other than an answer without text", "Write it, or remove the turn."),
         Check("ignored_key", "warning", "a message's key that nobody reads: misspelt, or a weight on a turn that is no "
               "answer", "Correct the key, or remove it."),
-        Check("number", "warning", "a number or truth value where text is expected; training writes it out",
+        Check("number", "warning", "a number or truth value in a column of text; training writes it out (as a "
+              "message's content it is an error, `not_text`)",
               "Write it as text, in the way it should be learnt."),
         Check("swallowed", "warning", "a cell of a CSV file whose lines have as many separators as the header: a quote "
               "may be opened in the row and never closed, so that the rows behind it are in the cell",
@@ -118,12 +122,15 @@ CHECKS: dict[str, Check] = {
         Check("secret", "warning", "what looks like a key or token to a service; it is never printed",
               "Revoke it and take it out: models repeat what they are trained on."),
         Check("email", "warning", "an e-mail address", "Take it out, unless it may be repeated to everybody."),
-        Check("long", "warning", "a row above --max-length, whose end would be cut; estimated at 4 characters a token "
-              "where no --model is given", "Shorten it, or raise --max-length."),
+        Check("long", "warning", "a row above --max-length, whose end would be cut (counted with --model, else "
+              "estimated)", "Shorten it, or raise --max-length."),
         Check("contradiction", "warning", "an answer that is rated good in one row and bad in another",
               "Settle which it is, and remove the other row."),
         Check("imbalance", "warning", "fewer than one rating in ten is of one kind (from ten ratings on)",
               "Add ratings of the other kind."),
+        Check("other_format", "warning", "a row of another format than nearly all others (19 of 20 or more), as when "
+              "a column was left empty",
+              "Fill the column that is empty here, or name one format with --format."),
         Check("task", "warning", "rows of a shape that the task is not made for",
               "Choose another --task, or other data."),
         Check("file_bom", "note", "the file begins with a byte order mark, which is skipped",
@@ -138,13 +145,13 @@ KIND_OF_REASON: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"^(no value for|not of format) ", "no_format"),
         (r"^empty (answer|query|chosen answer|rejected answer)$", "empty_answer"),
         (r"^empty ", "empty_question"),
-        (r" (not text|not an object)$", "not_text"),
-        (r" no known role$", "unknown_role"),
+        (r" (not text|not an object|not a list of turns)$| has no content ", "not_text"),
+        (r" no known role\b| has no role ", "unknown_role"),
         (
             r"^no assistant turn$|^the last turn is |not end with an answer$|^the \w+ answer is the ",
             "no_answer",
         ),
-        (r"^chosen and rejected answer are the same$", "same_answers"),
+        (r"^chosen and rejected answer are the same\b", "same_answers"),
         (r"^label ", "label"),
     )
 )
@@ -223,6 +230,7 @@ def read_again(text: str) -> str | None:
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+NUL, BOM = re.compile("\0"), re.compile("\ufeff")
 
 
 class Found(NamedTuple):
@@ -272,7 +280,9 @@ class Settings:
 
 def broken(record: Broken) -> Found:
     """The finding that a row which cannot be read is. What stands around the place is left out: it may be secret."""
-    problem = record.problem.partition(":")[0].partition("\n")[0]
+    problem = record.problem.partition("\n")[0]
+    if record.problem.startswith(("not UTF-8: ", "record ")):
+        problem = problem.partition(": ")[0]
     if record.fix == UTF8:
         where = re.search(r"byte \d+$", record.place)
         return Found("not_utf8", None, f"{problem} at {where[0]}" if where else problem)
@@ -325,29 +335,34 @@ def _looked_at(
             break
     for turn in itertools.chain.from_iterable(parts):
         if turn.reasoning or turn.tool_calls:
-            calls = json.dumps(turn.tool_calls, ensure_ascii=False, default=str)
-            everything += f"\n{turn.reasoning or ''}\n{calls}"
-    if isinstance(example, Conversation) and example.tools:
-        everything += "\n" + json.dumps(example.tools, ensure_ascii=False, default=str)
+            everything += f"\n{_beside(turn)}"
     yield from _ignored_keys(values, format)
     for number, turn in enumerate(parts[0] if parts else (), 1):
         if turn.role in ("system", "user") and is_blank(turn.content):
             said = f"turn {number}, the {turn.role}'s, is empty"
             yield Found("empty_turn", _turns_column(format, values), said)
+    if isinstance(example, Conversation) and example.tools:
+        everything = "\n".join((everything, *strings(example.tools)))
     if has_numbers(values, detection):
         name = next(
             n for n in format.used(list(values)) if isinstance(values[n], int | float) and n != "label"
         )
-        yield Found("number", name, f"{type(values[name]).__name__} where text is expected")
+        yield Found("number", name, f"{json_word(values[name])} where text is expected")
     column = swallowed(record)
     if column:
         said = f"{values[column].count(chr(10)) + 1} lines in one cell, each with as many separators as the header"
         yield Found("swallowed", column, said)
     for kind in suspicions(everything, settings):
-        yield from _located(kind, values, format.used(list(values)), settings)
-    if settings.estimates and len(everything) > settings.max_length * CHARACTERS_PER_TOKEN:
-        message = _estimated(example, len(everything), settings.max_length)
-        if message:
+        yield _located(kind, values, format.used(list(values)), settings)
+    if settings.estimates and not isinstance(example, Text):
+        turns_in_all = sum([len(turns) for turns in parts])
+        rough = len(everything) // CHARACTERS_PER_TOKEN + FRAME * turns_in_all
+        has_tools = isinstance(example, Conversation) and example.tools
+        length = 0
+        if has_tools or rough > settings.max_length:
+            length = estimated_length(example, sum(map(len, texts(example))))
+        if length > settings.max_length:
+            message = _estimated(example, length, settings.max_length)
             yield Found("long", column_of("empty answer", values, format), message)
 
 
@@ -382,6 +397,30 @@ def _ignored_keys(values: Mapping[str, Any], format: Format) -> Iterator[Found]:
                     return
 
 
+def _beside(turn: Message) -> str:
+    """What a turn says besides its content."""
+    calls = json.dumps(turn.tool_calls, ensure_ascii=False, default=str) if turn.tool_calls else ""
+    return f"{turn.reasoning or ''}\n{calls}"
+
+
+def estimated_length(example: Example, characters: int) -> int:
+    """Tokens of a row whose texts have so many characters, estimated: with tools, calls and the frame of each turn."""
+    if isinstance(example, Conversation):
+        turns = example.messages
+        if example.tools:
+            characters += len(json.dumps(example.tools, ensure_ascii=False, default=str))
+    elif isinstance(example, Text):
+        return characters // CHARACTERS_PER_TOKEN
+    elif isinstance(example, Preference):
+        turns = (*example.prompt, *example.chosen, *example.rejected)
+    else:
+        turns = (*example.prompt, *example.completion)
+    for turn in turns:
+        if turn.reasoning or turn.tool_calls:
+            characters += len(_beside(turn))
+    return characters // CHARACTERS_PER_TOKEN + FRAME * len(turns)
+
+
 def _parts(example: Example) -> tuple[tuple[Message, ...], ...]:
     """The conversations that an example holds."""
     match example:
@@ -397,7 +436,8 @@ def _parts(example: Example) -> tuple[tuple[Message, ...], ...]:
 
 def _turns_column(format: Format, values: Mapping[str, Any]) -> str:
     columns = format.used(list(values))
-    return next((name for name in columns if isinstance(values[name], list | tuple)), columns[0])
+    lists = [name for name in columns if isinstance(values[name], list | tuple) and name != "tools"]
+    return lists[0] if lists else columns[0]
 
 
 def out_of_order(turns: Sequence[Message]) -> str | None:
@@ -451,58 +491,63 @@ def _has_secret(text: str) -> bool:
     return False
 
 
-def _said_of(kind: str, text: str, settings: Settings) -> str | None:
-    """What is to be said of a text with such damage; None where it has none."""
+def _said_of(kind: str, text: str, settings: Settings) -> Iterator[str]:
+    """What is to be said of each place of such damage in a text."""
     match kind:
         case "nul":
-            return f"NUL at character {text.index(chr(0)) + 1}" if "\0" in text else None
+            yield from (f"NUL at character {match.start() + 1}" for match in NUL.finditer(text))
         case "bom":
-            return f"U+FEFF at character {text.index(chr(0xFEFF)) + 1}" if "\ufeff" in text else None
+            yield from (f"U+FEFF at character {match.start() + 1}" for match in BOM.finditer(text))
         case "mojibake":
-            match = MOJIBAKE.search(text)
-            if match and match[0] == "\ufffd":
-                return f"U+FFFD (a lost character) at character {match.start() + 1}"
-            return f"'{match[0]}' at character {match.start() + 1}" if match else None
+            for match in MOJIBAKE.finditer(text):
+                said = "U+FFFD (a lost character)" if match[0] == "\ufffd" else f"'{match[0]}'"
+                yield f"{said} at character {match.start() + 1}"
         case "surrogate":
-            match = SURROGATE.search(text)
-            return (
-                f"half a character (U+{ord(match[0]):04X}) at character {match.start() + 1}"
-                if match
-                else None
-            )
+            for match in SURROGATE.finditer(text):
+                yield f"half a character (U+{ord(match[0]):04X}) at character {match.start() + 1}"
         case "special_token":
-            match = settings.special_pattern.search(text)
-            return f"{match[0]} at character {match.start() + 1}" if match else None
+            for match in settings.special_pattern.finditer(text):
+                yield f"{match[0]} at character {match.start() + 1}"
         case "secret":
-            for beginning, name, pattern in SECRETS:
-                if match := pattern.search(text):
-                    return (
-                        f"{name} ({beginning}…, {len(match[0])} characters) at character {match.start() + 1}"
-                    )
-            return None
+            found = [
+                (m.start(), m.end(), beginning, name)
+                for beginning, name, pattern in SECRETS
+                for m in pattern.finditer(text)
+            ]
+            last = 0
+            for begin, end, beginning, name in sorted(found):
+                if begin >= last:  # one key may have several known shapes
+                    yield f"{name} ({beginning}…, {end - begin} characters) at character {begin + 1}"
+                last = max(last, end)
         case _:
-            match = EMAIL.search(text)
-            return (
-                f"an e-mail address (…@{match[0].rpartition('@')[2]}) at character {match.start() + 1}"
-                if match
-                else None
-            )
+            for match in EMAIL.finditer(text):
+                yield f"an e-mail address (…@{match[0].rpartition('@')[2]}) at character {match.start() + 1}"
 
 
-def _located(
-    kind: str, values: Mapping[str, Any], columns: Sequence[str], settings: Settings
-) -> Iterator[Found]:
-    """One finding for the first text of a row that has such damage."""
+SHOWN_PLACES = 5
+"""Places of one kind that a row's finding names; the others are counted."""
+
+
+def _located(kind: str, values: Mapping[str, Any], columns: Sequence[str], settings: Settings) -> Found:
+    """One finding for a row with such damage: where it is, and in how many places."""
+    first: str | None = None
+    places: list[str] = []
+    count = 0
     for column in columns:
-        turns = values[column] if isinstance(values[column], list | tuple) else [values[column]]
-        for number, turn in enumerate(turns, 1):
+        is_list = isinstance(values[column], list | tuple)
+        for number, turn in enumerate(values[column] if is_list else [values[column]], 1):
             for text in strings(turn):
-                said = _said_of(kind, text, settings)
-                if said:
-                    turn_said = f"turn {number}: " if isinstance(values[column], list | tuple) else ""
-                    yield Found(kind, column, turn_said + said)
-                    return
-    yield Found(kind, None, CHECKS[kind].about)
+                for said in _said_of(kind, text, settings):
+                    count += 1
+                    if count <= SHOWN_PLACES:
+                        first = first or column
+                        where = "" if column == first else f"{column}, "
+                        part = "tool" if column == "tools" else "turn"
+                        places.append(where + (f"{part} {number}: " if is_list else "") + said)
+    if not places:
+        return Found(kind, None, CHECKS[kind].about)
+    more = f"; and {count - SHOWN_PLACES:,} more" if count > SHOWN_PLACES else ""
+    return Found(kind, first, "; ".join(places) + more)
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -525,14 +570,11 @@ def masked(message: str) -> str:
     return message if len(message) <= 300 else f"{message[:300]}…"
 
 
-def _estimated(example: Example, characters: int, max_length: int) -> str | None:
-    """What would be cut of a row, estimated; None where nothing is lost, since long texts are divided."""
-    if isinstance(example, Text):
-        return None
-    answer = len(_parts(example)[0][-1].content)
-    tokens, before = characters // CHARACTERS_PER_TOKEN, (characters - answer) // CHARACTERS_PER_TOKEN
-    lost = "the whole last answer" if before >= max_length else "the end of the last answer"
+def _estimated(example: Example, tokens: int, max_length: int) -> str:
+    """What would be cut of a row, estimated; nothing of running text, which is divided."""
+    answer = len(_parts(example)[0][-1].content) // CHARACTERS_PER_TOKEN
+    lost = "the whole last answer" if tokens - answer >= max_length else "the end of the last answer"
     return (
-        f"about {tokens:,} tokens (estimated at {CHARACTERS_PER_TOKEN} characters a token), of which {max_length:,} "
-        f"are trained: {lost} would be cut"
+        f"about {tokens:,} tokens (estimated at {CHARACTERS_PER_TOKEN} characters a token), of which the first "
+        f"{max_length:,} are kept: {lost} would be cut"
     )

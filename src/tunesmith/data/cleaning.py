@@ -10,16 +10,26 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.data.checks import CHECKS, MOJIBAKE, SURROGATE, Settings, broken, check_row, read_again
+from tunesmith.data.checks import (
+    CHECKS,
+    MOJIBAKE,
+    SURROGATE,
+    Found,
+    Settings,
+    broken,
+    check_row,
+    masked,
+    read_again,
+)
 from tunesmith.data.examples import Row, row_hash
 from tunesmith.data.pieces import Piece, rows, worked
 from tunesmith.data.sources import Broken, Source
-from tunesmith.data.validation import Watch, progress
+from tunesmith.data.validation import REFUSALS, Watch, progress
 from tunesmith.errors import DataError
 
 Fate = Literal["kept", "mended", "dropped"]
@@ -76,7 +86,7 @@ def clean(
 ) -> dict[str, Any]:
     """Write the copy and its ledger; how many rows were kept, mended and dropped.
 
-    `refused` has a byte for each row, not 0 where a model's template or the supervision proof refuses it.
+    `refused` has a byte for each row, a place in REFUSALS where a model's template or the proof refuses it.
     Of rows that are the same example the first is kept. Nothing is left behind where no row remains.
     Raises DataError for a source whose rows play roles: one file would put them together.
     """
@@ -101,7 +111,7 @@ def clean(
             ):
                 for entry in cleaned:
                     if entry.line is not None:
-                        entry = _settled(entry, first, number < len(refused) and bool(refused[number]))
+                        entry = _settled(entry, first, refused[number] if number < len(refused) else 0)
                     if entry.line is not None:
                         copy.write(entry.line + "\n")
                     counts[entry.fate] += 1
@@ -125,17 +135,15 @@ def clean(
     }
 
 
-def _settled(entry: Cleaned, first: dict[int, Row], is_refused: bool) -> Cleaned:
+def _settled(entry: Cleaned, first: dict[int, Row], refusal: int) -> Cleaned:
     """The row's fate beside the others, and under the model if there is one."""
-    if is_refused:
-        return replace(
-            entry,
-            fate="dropped",
-            line=None,
-            what="the model's template, the supervision proof or data.over_long refuses it",
-        )
+    if refusal:
+        kind, why = list(REFUSALS.items())[refusal - 1]
+        return replace(entry, fate="dropped", line=None, what=f"{kind}: {why}")
     if entry.content in first:
-        return replace(entry, fate="dropped", line=None, what=f"the same as {first[entry.content]}")
+        return replace(
+            entry, fate="dropped", line=None, what=f"duplicate: the same as {first[entry.content]}"
+        )
     first[entry.content] = entry.row
     return entry
 
@@ -163,13 +171,26 @@ def clean_piece(settings: Settings, piece: Piece) -> list[Cleaned]:
             continue
         if example is None:
             found = next(item for item in findings if CHECKS[item.kind].severity == "error")
-            said = f": {found.message}" if found.kind != "no_format" else ""
-            cleaned.append(Cleaned(record.row, "dropped", found.kind + said, None))
+            said = found.message
+            if found.kind == "no_format":
+                there = ", ".join(json.loads(said)) or "no column"
+                said = masked(
+                    f"only {there} has a value" if ", " not in there else f"only {there} have a value"
+                )
+            cleaned.append(Cleaned(record.row, "dropped", f"{found.kind}: {said}", None))
             continue
-        what = ", ".join(sorted(done)) or None
+        what = _account(done, findings)
         content = int(row_hash(example)[:16], 16)
         cleaned.append(Cleaned(record.row, "mended" if done else "kept", what, line, content))
     return cleaned
+
+
+def _account(done: set[str], findings: Sequence[Found]) -> str | None:
+    """What was mended in a row, and what of it should still be looked at."""
+    left = [f"{item.kind}: {item.message}" for item in findings]
+    if any(item.kind == "mojibake" for item in findings):
+        done = {"mojibake repaired in part" if name == "mojibake repaired" else name for name in done}
+    return "; ".join([*sorted(done), *left]) or None
 
 
 def as_line(values: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from tunesmith.data.examples import (
     Unusable,
 )
 from tunesmith.data.sources import Record, Source
-from tunesmith.errors import DataError, nearest
+from tunesmith.errors import DataError, closest, counted, nearest
 
 Values = Mapping[str, Any]
 
@@ -97,8 +97,13 @@ class Detection:
 
     def format_of(self, values: Values) -> Format | None:
         """The first of the formats that a row fits."""
-        present = tuple([name for name, value in values.items() if value is not None])
-        return next((f for f in _candidates(self.formats, present) if f.when(values)), None)
+        there = tuple([name for name, value in values.items() if value is not None])
+        return next((f for f in _candidates(self.formats, there) if f.when(values)), None)
+
+
+def present(values: Values) -> tuple[str, ...]:
+    """The columns that have a value."""
+    return tuple([name for name, value in values.items() if value is not None])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -114,7 +119,9 @@ def preference(values: Values, row: Row) -> Preference:
 
     {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}
     """
-    chosen, rejected = _turns(values["chosen"], "assistant"), _turns(values["rejected"], "assistant")
+    chosen, rejected = (
+        _turns(values[name], "assistant", f"{name} answer") for name in ("chosen", "rejected")
+    )
     asked = _first(values, "prompt", "question", "instruction", "conversations", "messages")
     prompt: tuple[Message, ...]
     if asked is not None:
@@ -141,7 +148,28 @@ def preference(values: Values, row: Row) -> Preference:
             raise Unusable(f"the {name} answer is the {turns[-1].role}'s")
     if chosen == rejected:
         raise Unusable("chosen and rejected answer are the same")
+    if _spaced_alike(chosen, rejected):
+        raise Unusable("chosen and rejected answer are the same but for white space")
     return Preference(prompt, chosen, rejected, row, extra=_extra(values, "prompt", "chosen", "rejected"))
+
+
+def _spaced_alike(one: Sequence[Message], other: Sequence[Message]) -> bool:
+    """Whether answers differ in nothing but white space that says nothing: at the ends, blank lines, double spaces.
+
+    Line breaks and indentation count: in code they are the difference.
+    """
+    if len(one) != len(other):
+        return False
+    for a, b in zip(one, other, strict=True):
+        if a.content.split() != b.content.split() or a._replace(content="") != b._replace(content=""):
+            return False
+    return [_lines_of(turn) for turn in one] == [_lines_of(turn) for turn in other]
+
+
+def _lines_of(turn: Message) -> list[tuple[str, list[str]]]:
+    """The lines of a message, each as its indentation and its words."""
+    lines = [line for line in turn.content.strip().splitlines() if line.strip()]
+    return [(line[: len(line) - len(line.lstrip())], line.split()) for line in lines]
 
 
 def rating(values: Values, row: Row) -> Rating:
@@ -152,10 +180,11 @@ def rating(values: Values, row: Row) -> Rating:
     label = values["label"]
     label = LABELS.get(label.strip().lower(), label) if isinstance(label, str) else label
     if label not in (True, False):
-        raise Unusable(f"label {label!r} is neither true nor false")
+        said = repr(label) if isinstance(label, str | int | float) else json_word(label)
+        raise Unusable(f"label {said} is neither true nor false")
     completion: tuple[Message, ...]
     if values.get("messages") is not None:
-        turns = (*_system(values), *_turns(values["messages"], "user"))
+        turns = (*_system(values), *_turns(_listed(values, "messages"), "user"))
         turns, completion = turns[:-1], turns[-1:]
     else:
         asked = _first(values, "prompt", "question", "instruction")
@@ -179,7 +208,7 @@ def messages(values: Values, row: Row) -> Conversation:
     trained, `reasoning_content` with the thoughts before the answer, and `tool_calls`; a `tool` message
     holds a result, and the column `tools` the schemas of what may be called.
     """
-    turns = (*_system(values), *_turns(values["messages"], "user"))
+    turns = (*_system(values), *_turns(_listed(values, "messages"), "user"))
     return _conversation(turns, row, _extra(values, "messages", "tools"), _tools(values))
 
 
@@ -188,7 +217,7 @@ def sharegpt(values: Values, row: Row) -> Conversation:
 
     {"conversations": [{"from": "human", "value": "Hello!"}, {"from": "gpt", "value": "Hi! How can I help?"}]}
     """
-    turns = (*_system(values), *_turns(values["conversations"], "user"))
+    turns = (*_system(values), *_turns(_listed(values, "conversations"), "user"))
     return _conversation(turns, row, _extra(values, "conversations", "tools"), _tools(values))
 
 
@@ -395,16 +424,17 @@ def detect(
     if len(shapes) > 1:
         raise DataError(
             f"The rows of {source.name} are of several kinds that are not trained alike.",
-            found=", ".join(f"{count} rows '{name}'" for name, count in known.items()),
+            found=", ".join(f"{counted(count, 'row')} '{name}'" for name, count in known.items()),
             fix="Split the file, or name one format with --format; rows that do not fit it are dropped.",
         )
     chosen_formats = tuple(f for f in FORMATS.values() if f.name in known)
     if len(known) == 1:
         [name] = known
         used = [next(n for n in names if n in there) for names in FORMATS[name].columns]
-        reason = f"the columns {', '.join(used)} are there"
+        columns = "column" if len(used) == 1 else "columns"
+        reason = f"the {columns} {', '.join(used)} {'is' if len(used) == 1 else 'are'} there"
     else:
-        reason = "row by row: " + ", ".join(f"{count} rows '{name}'" for name, count in known.items())
+        reason = "row by row: " + ", ".join(f"{counted(n, 'row')} '{name}'" for name, n in known.items())
     return Detection(chosen_formats, reason)
 
 
@@ -422,8 +452,7 @@ def _counts(source: Source) -> dict[str, int]:
     if unsettled:
         whole = Detection(everything, "")
         for record in source.records:
-            present = tuple([name for name, value in record.values.items() if value is not None])
-            if present in unsettled and (format := whole.format_of(record.values)):
+            if present(record.values) in unsettled and (format := whole.format_of(record.values)):
                 counts[format.name] += 1
     return dict(counts)
 
@@ -454,7 +483,7 @@ def converted(
     format = detection.format_of(record.values)
     try:
         if format is None:
-            raise Unusable(absent({n for n, v in record.values.items() if v is not None}, detection))
+            raise Unusable(absent(set(present(record.values)), detection))
         example = format.convert(record.values, record.row)
     except Unusable as reason:
         return reason
@@ -466,10 +495,10 @@ def converted(
     return example
 
 
-def absent(present: Set[str], detection: Detection) -> str:
+def absent(there: Set[str], detection: Detection) -> str:
     """Why a row that has values in these columns only fits none of the formats."""
-    format = min(detection.formats, key=lambda f: sum(not present & set(names) for names in f.columns))
-    missing = [" or ".join(names) for names in format.columns if not present & set(names)]
+    format = min(detection.formats, key=lambda f: sum(not there & set(names) for names in f.columns))
+    missing = [" or ".join(names) for names in format.columns if not there & set(names)]
     return f"no value for {', '.join(missing)}" if missing else f"not of format {format.name}"
 
 
@@ -588,13 +617,36 @@ def _conversation(
     return Conversation(turns, row, extra=extra, tools=tools)
 
 
-def _turns(value: Any, role: str) -> tuple[Message, ...]:
+def json_word(value: Any) -> str:
+    """What a value is called in JSON, for messages to people."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    names = ((int | float, "a number"), (str, "text"), (Mapping, "an object"), (list | tuple, "a list"))
+    return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)
+
+
+def _keys(turn: Values) -> str:
+    """The keys of a turn, for messages: at most six, and no long ones."""
+    names = [str(name)[:30] for name in turn]
+    return (", ".join(names[:6]) + (", ..." if len(names) > 6 else "")) or "none"
+
+
+def _listed(values: Values, column: str) -> Any:
+    """The column's list of turns."""
+    if isinstance(values[column], str | int | float):
+        raise Unusable(f"{column} is {json_word(values[column])}, not a list of turns")
+    return values[column]
+
+
+def _turns(value: Any, role: str, what: str | None = None) -> tuple[Message, ...]:
     """Messages from a text, one message, or a list of messages in OpenAI or ShareGPT style."""
     if isinstance(value, list | tuple):
         return tuple([_turn(turn, number) for number, turn in enumerate(value, 1)])
     if isinstance(value, Mapping):
         return (_turn(value, 1),)
-    return (Message(role, _text(value, "answer" if role == "assistant" else "prompt")),)
+    return (Message(role, _text(value, what or ("answer" if role == "assistant" else "prompt"))),)
 
 
 def _turn(turn: Any, number: int) -> Message:
@@ -605,21 +657,30 @@ def _turn(turn: Any, number: int) -> Message:
         if type(content) is str and type(speaker) is str and speaker in ROLES:
             return Message(ROLES[speaker], content)
     if not isinstance(turn, Mapping):
-        raise Unusable(f"turn {number} is {type(turn).__name__}, not an object")
+        raise Unusable(f"turn {number} is {json_word(turn)}, not an object")
     speaker, content = _first(turn, "role", "from"), _first(turn, "content", "value")
+    if speaker is None:
+        raise Unusable(f"turn {number} has no role (role or from); its keys: {_keys(turn)}")
     if not isinstance(speaker, str) or speaker not in ROLES:
-        raise Unusable(f"turn {number} is from {speaker!r}, which is no known role")
+        said = repr(speaker) if isinstance(speaker, str) else json_word(speaker)
+        near = closest(speaker.lower(), ROLES) if isinstance(speaker, str) else None
+        raise Unusable(
+            f"turn {number} is from {said}, which is no known role"
+            + (f"; did you mean '{near}'?" if near else "")
+        )
     role = ROLES[speaker]
     calls = _calls(turn, number)
     if content is None and calls:
         content = ""
     if isinstance(content, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
         content = "".join(str(part.get("text", "")) for part in content)
+    if content is None and not {"content", "value"} & set(turn):
+        raise Unusable(f"turn {number} has no content (content or value); its keys: {_keys(turn)}")
     if not isinstance(content, str):
-        raise Unusable(f"turn {number} has {type(content).__name__} for content, not text")
+        raise Unusable(f"turn {number} has {json_word(content)} for content, not text")
     reasoning = _first(turn, "reasoning_content", "reasoning", "thinking")
     if reasoning is not None and not isinstance(reasoning, str):
-        raise Unusable(f"turn {number} has {type(reasoning).__name__} for reasoning, not text")
+        raise Unusable(f"turn {number} has {json_word(reasoning)} for reasoning, not text")
     name, call_id = turn.get("name"), turn.get("tool_call_id")
     return Message(
         role,
@@ -649,7 +710,7 @@ def _calls(turn: Values, number: int) -> tuple[Mapping[str, Any], ...]:
         [{"function": turn["function_call"]}] if turn.get("function_call") else []
     )
     if not isinstance(calls, list | tuple):
-        raise Unusable(f"turn {number} has {type(calls).__name__} for tool_calls, not a list")
+        raise Unusable(f"turn {number} has {json_word(calls)} for tool_calls, not a list")
     made = []
     for call in calls:
         call = _without_none(call)
@@ -708,7 +769,7 @@ def _text(value: Any, what: str) -> str:
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     if not isinstance(value, str):
-        raise Unusable(f"{what} is {type(value).__name__}, not text")
+        raise Unusable(f"{what} is {json_word(value)}, not text")
     if is_blank(value):
         raise Unusable(f"empty {what}")
     return value

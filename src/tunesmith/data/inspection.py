@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 from tunesmith.data import BATCH, Splits, batched
 from tunesmith.data.examples import Example, Row, Text, Unusable
 from tunesmith.data.splitting import FATES
+from tunesmith.data.supervision import Proof
 from tunesmith.data.templates import Encoder, Encoding, LossOn, encode_batches, encoder, shown, views
-from tunesmith.errors import DataError, nearest
+from tunesmith.errors import DataError, counted, nearest
 
 TokenRole = Literal["trained", "context", "special", "cut"]
 
@@ -54,7 +56,7 @@ class Inspected:
     cut: int
     """Tokens behind `max_length`."""
     reason: str | None = None
-    """Why it is dropped."""
+    """Why it is dropped, or why training would refuse it."""
     part: str | None = None
     """Which of several examples, where a conversation is trained once for each question."""
     why: str | None = None
@@ -86,6 +88,8 @@ def inspect_rows(
     *,
     max_length: int,
     loss_on: LossOn,
+    over_long: str = "truncate",
+    on_breach: str = "stop",
     rows: Iterable[str] = (),
     count: int = 3,
     encode: Encode = encode_batches,
@@ -94,17 +98,40 @@ def inspect_rows(
     """The named rows (`12`, or `file.jsonl:12`), else `count` of the worst by each measure.
 
     `encode` makes encodings of batches of examples, `cut` says which tokens of one are cut off; by default
-    those behind `max_length`. Raises DataError for a row that is not there.
+    those behind `max_length`. What is shown has gone through the supervision proof, as in training; what fails
+    says so. Raises DataError for a row that is not there.
     """
     context = encoder(tokenizer)
     cut = cut or (lambda encoding: np.arange(len(encoding.input_ids)) >= max_length)
     look = _Look(splits, context, loss_on, encode, cut)
     wanted = list(rows)
+    proof = Proof(
+        context,
+        loss_on=loss_on,
+        max_length=max_length,
+        may_cut_answers=over_long == "truncate_answers",
+        rows=0,  # few are shown: the prompts of all are tried
+    )
+
+    def proven(seen: Inspected, example: Example, encoding: Encoding) -> Inspected:
+        if seen.fate not in ("train", "validation"):
+            return seen
+        if over_long in ("drop", "error") and seen.cut:
+            reason = f"longer than max_length {max_length} (over_long: {over_long})"
+            return replace(seen, fate="dropped", reason=reason)
+        [breach] = proof.check([0], [example], [encoding])
+        if breach and on_breach == "drop":
+            return replace(seen, fate="dropped", reason=breach)
+        said = f"fails the supervision proof, so nothing would be trained: {breach}"
+        return replace(seen, reason=said) if breach else seen
+
     if wanted:
-        return _named(look, wanted)
+        return _named(look, wanted, proven)
     kept: dict[str, list[tuple[float, int, Inspected, Example, Encoding]]] = {name: [] for name in WORST}
+    dropped: Counter[str] = Counter()
     for number, (seen, example, encoding) in enumerate(_seen(look)):
         if encoding is None or example is None:
+            dropped[seen.reason or "?"] += 1
             continue
         for name, measure in WORST.items():
             value = measure(seen)
@@ -115,45 +142,57 @@ def inspect_rows(
                 heapq.heappush(kept[name], entry)
             elif entry[:2] > kept[name][0][:2]:
                 heapq.heapreplace(kept[name], entry)
-    chosen: dict[tuple[Row, str | None], tuple[Inspected, Encoding]] = {}
+    if dropped and not any(kept.values()):
+        raise DataError(
+            f"None of the {counted(dropped.total(), 'row')} can be shown.",
+            found="; ".join(f"{number} × {reason}" for reason, number in dropped.most_common(5)),
+            fix="Mend the rows, or choose another --chat-template or --model.",
+        )
+    chosen: dict[tuple[Row, str | None], tuple[Inspected, Example, Encoding]] = {}
     for name, entries in kept.items():
-        for _, _, seen, _, encoding in sorted(entries, key=lambda entry: entry[:2], reverse=True):
+        for _, _, seen, example, encoding in sorted(entries, key=lambda entry: entry[:2], reverse=True):
             before = chosen.get((seen.row, seen.part))
             why = f"{before[0].why}, {name}" if before else name
-            chosen[seen.row, seen.part] = (replace(seen, why=why), encoding)
+            chosen[seen.row, seen.part] = (replace(seen, why=why), example, encoding)
     return [
-        replace(seen, pieces=_pieces(encoding, tokenizer, seen, cut)) for seen, encoding in chosen.values()
+        replace(proven(seen, example, encoding), pieces=_pieces(encoding, tokenizer, seen, cut))
+        for seen, example, encoding in chosen.values()
     ]
 
 
-def _named(look: _Look, wanted: list[str]) -> list[Inspected]:
+def _named(
+    look: _Look, wanted: list[str], proven: Callable[[Inspected, Example, Encoding], Inspected]
+) -> list[Inspected]:
     splits, tokenizer = look.splits, look.context.tokenizer
     found: dict[str, list[Inspected]] = {}
-    for seen, _, encoding in _seen(look):
+    for seen, example, encoding in _seen(look):
         names = {str(seen.row), str(seen.row.number)} & set(wanted)
         for name in names:
             known = found.setdefault(name, [])
             if not known or known[0].row == seen.row:
-                pieces = _pieces(encoding, tokenizer, seen, look.cut) if encoding else ()
-                known.append(replace(seen, pieces=pieces))
+                if encoding is not None and example is not None:
+                    pieces = _pieces(encoding, tokenizer, seen, look.cut)
+                    seen = replace(proven(seen, example, encoding), pieces=pieces)
+                known.append(seen)
         if not names and len(found) == len(wanted):
             break
     missing = [name for name in wanted if name not in found]
     if missing:
-        places = {str(row.source) for _, row, _ in _first(splits)}
+        places: dict[str, tuple[int, int]] = {}
+        for _, row, _ in splits.rows():
+            low, high = places.get(row.source, (row.number, row.number))
+            places[row.source] = (min(low, row.number), max(high, row.number))
+        spans = [f"{name}:{low} to {high}" for name, (low, high) in list(places.items())[:5]]
+        asked = missing[0].rpartition(":")
         raise DataError(
             f"There is no row {missing[0]}.",
-            found=f"{len(splits.fates)} rows; a row is named by its line, as in {next(iter(places), 'file')}:12",
-            fix=nearest(missing[0], places) if ":" in missing[0] else None,
+            found=f"{counted(len(splits.fates), 'row')}, {', '.join(spans)}",
+            fix=nearest(asked[0], places)
+            if asked[1] and asked[0] not in places
+            else f"Give the number of a row, such as {next(iter(places.values()))[0]}: that which `validate` and "
+            "the ledger give it (of .jsonl and .txt its line; blank lines have none).",
         )
     return [seen for name in wanted for seen in found[name]]
-
-
-def _first(splits: Splits) -> Iterator[Any]:
-    for number, item in enumerate(splits.rows()):
-        if number == 1000:
-            return
-        yield item
 
 
 def _seen(look: _Look) -> Iterator[tuple[Inspected, Example | None, Encoding | None]]:

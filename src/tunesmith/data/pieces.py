@@ -33,12 +33,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Lines:
-    """Whole lines of a JSON Lines file: where they begin and end, and the number of the first."""
+    """Whole lines of a JSON Lines file: where they begin and end, the number of the first, and how many they are."""
 
     path: Path
     begin: int
     end: int
     first: int
+    count: int
 
 
 Piece = Lines | list[Record | Broken]
@@ -79,9 +80,10 @@ def _cut(path: Path) -> Iterator[Lines]:
         while content := file.read(BYTES):
             if not content.endswith(b"\n"):
                 content += file.readline()
-            yield Lines(path, begin, begin + len(content), first)
+            count = content.count(b"\n") + (not content.endswith(b"\n"))
+            yield Lines(path, begin, begin + len(content), first, count)
             begin += len(content)
-            first += content.count(b"\n")
+            first += count
 
 
 def worked(

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tunesmith.data.examples import Row
-from tunesmith.errors import DataError, nearest
+from tunesmith.errors import DataError, counted, nearest
 
 Role = Literal["train", "validation", "held_out"]
 
@@ -56,6 +57,28 @@ class Broken:
     """Column of a text line, counted from 1."""
 
 
+class BrokenRows(DataError):
+    """Rows that cannot be read; `details` has them for programs, without the excerpts that people see."""
+
+    def __init__(self, problem: str, shown: Sequence[Broken], count: int, *, fix: str) -> None:
+        self.details = {
+            "broken": [
+                {
+                    "source": record.row.source,
+                    "row": record.row.number,
+                    "place": record.place,
+                    "column": record.column,
+                    "problem": record.problem.partition("\n")[0],
+                }
+                for record in shown
+            ],
+            "count": count,
+        }
+        more = [f"... and {count - len(shown)} more"] if count > len(shown) else []
+        lines = [f"{record.place}: {record.problem}" for record in shown]
+        super().__init__(problem, found="\n         ".join([*lines, *more]), fix=fix)
+
+
 Scan = Callable[[], Iterator[Record | Broken]]
 
 
@@ -69,6 +92,8 @@ class Source:
     digest: Callable[[], str]
     """Hash of the content."""
     notes: tuple[str, ...] = ()
+    place: Path | None = None
+    """The file or folder; None for what is no local file."""
     lines: Path | None = None
     """The JSON Lines file whose lines are the rows, for those who read it in pieces; None for other sources."""
 
@@ -80,7 +105,9 @@ class Source:
     @property
     def records(self) -> Iterator[Record]:
         """The rows. Raises DataError that lists the broken ones, once all are known."""
-        shown: list[str] = []
+        shown: list[Broken] = []
+        files: set[str] = set()
+        fixes: dict[str, None] = {}
         count, first = 0, None
         for record in self.scan():
             if isinstance(record, Record):
@@ -88,15 +115,21 @@ class Source:
                 continue
             count += 1
             first = first or record
+            files.add(record.row.source)
+            fixes[record.fix] = None
             if len(shown) < SHOWN_PROBLEMS:
-                shown.append(f"{record.place}: {record.problem}")
+                shown.append(record)
         if first:
-            raise DataError(
-                f"{self.name} has {count} broken {first.unit}{'s' if count > 1 else ''}.",
-                found="\n         ".join(
-                    [*shown, *([f"... and {count - len(shown)} more"] if count > len(shown) else [])]
-                ),
-                fix=first.fix,
+            named = next(iter(files)) if len(files) == 1 else self.name
+            place = self.place
+            if place and place.is_dir() and (place / named).is_file():
+                place = place / named
+            cleaned = f"`tunesmith validate {shlex.quote(str(place or self.name))} --fix`"
+            raise BrokenRows(
+                f"{named} has {counted(count, f'broken {first.unit}')}.",
+                shown,
+                count,
+                fix=f"{' '.join(fixes)} {cleaned} lists them and writes a copy without them.",
             )
 
     @functools.cached_property
@@ -245,6 +278,50 @@ def open_source(
     return source
 
 
+def distinct(sources: Sequence[Source], datasets: Sequence[str]) -> list[Source]:
+    """The sources of a mix; local ones that share a name get as much of their path as tells them apart.
+
+    Rows of `a/data.jsonl` and `b/data.jsonl` would else both stand as `data.jsonl` in the ledger.
+    """
+    places = [source.place.resolve() if source.place else None for source in sources]
+    made = []
+    for source, place in zip(sources, places, strict=True):
+        # Folders name rows by the path inside, so any two of them may clash.
+        others = {
+            other
+            for other in places
+            if other and place and other != place
+            and (other.name == place.name or (other.is_dir() and place.is_dir()))
+        }  # fmt: skip
+        made.append(_renamed(source, place, _apart(place, others)) if place and others else source)
+    return made
+
+
+def _apart(place: Path, others: set[Path]) -> str:
+    """The shortest end of a path that none of the others ends with."""
+    for count in range(1, len(place.parts)):
+        end = place.parts[-count:]
+        if all(other.parts[-count:] != end for other in others):
+            return "/".join(end)
+    return place.as_posix()
+
+
+def _renamed(source: Source, place: Path, name: str) -> Source:
+    is_folder = place.is_dir()
+
+    def named(row: Row) -> Row:
+        return Row(
+            f"{name}/{row.source}" if is_folder else name + row.source.removeprefix(place.name), row.number
+        )
+
+    def scan() -> Iterator[Record | Broken]:
+        for record in source.scan():
+            row = named(record.row)
+            yield record._replace(row=row) if isinstance(record, Record) else replace(record, row=row)
+
+    return replace(source, name=name, scan=scan, lines=None)
+
+
 def _limited(source: Source, max_rows: int) -> str:
     return f"{source.fingerprint}:{max_rows}"
 
@@ -296,7 +373,7 @@ def _from_file(path: Path, role: Role | None = None) -> Source:
             yield Record(record.row, record.values, role) if role and isinstance(record, Record) else record
 
     lines = path if reader is _jsonl and role is None else None
-    return Source(path.stem, scan, lambda: f"{path.name}:{role}:{_hash(path)}", lines=lines)
+    return Source(path.stem, scan, lambda: f"{path.name}:{role}:{_hash(path)}", place=path, lines=lines)
 
 
 def _hash(path: Path) -> str:
@@ -314,7 +391,8 @@ def _from_folder(path: Path, pattern: str | None) -> Source:
         if pattern
         else [p for p in sorted(path.iterdir()) if p.suffix.lower() in READERS]
     )
-    files = [p for p in files if p.is_file()]
+    # What became of each row of a cleaned copy lies beside it, and is no data.
+    files = [p for p in files if p.is_file() and not p.name.endswith(".ledger.jsonl")]
     named = [(p, ROLES[p.stem.lower()]) for p in files if p.stem.lower() in ROLES]
     chosen: list[tuple[Path, Role | None]] = [*named] if named else [(p, None) for p in files]
     if not chosen or (not named and not pattern and len(files) > 1):
@@ -339,7 +417,7 @@ def _from_folder(path: Path, pattern: str | None) -> Source:
         content = "\n".join(f"{place}:{source.fingerprint}" for source, place in sources)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
-    return Source(path.name, scan, digest, tuple(notes))
+    return Source(path.name, scan, digest, tuple(notes), place=path)
 
 
 def _one_split(source: Source, split: str) -> Source:
@@ -364,7 +442,11 @@ def _one_split(source: Source, split: str) -> Source:
             )
 
     return Source(
-        source.name, scan, lambda: f"{source.fingerprint}:{split}", (f"only the split '{split}' is used",)
+        source.name,
+        scan,
+        lambda: f"{source.fingerprint}:{split}",
+        (f"only the split '{split}' is used",),
+        place=source.place,
     )
 
 
@@ -509,7 +591,7 @@ def _lines(name: str, raw_lines: Iterable[bytes], first: int = 1) -> Iterator[tu
             yield Broken(Row(name, number), place, f"not UTF-8: {_near(raw, error.start)}", UTF8)
             continue
         if line and not line.isspace():
-            yield number, line.rstrip("\r\n")
+            yield number, line
 
 
 def _jsonl(path: Path) -> Iterator[Record | Broken]:
@@ -523,20 +605,30 @@ def parsed(name: str, raw_lines: Iterable[bytes], first: int = 1) -> Iterator[Re
         if isinstance(line, Broken):
             yield line
             continue
-        number, text = line
+        number, text = line[0], line[1].rstrip("\r\n")
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             column, problem = error.colno, error.msg
+            is_end = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
+            if is_end and not line[1].endswith("\n"):  # only a file's last line has no end
+                problem += " (the file ends here: the line looks cut off)"
         except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
             column, problem = 1, "nested too deeply" if isinstance(error, RecursionError) else str(error)
         else:
             if isinstance(values, dict):
                 yield Record(Row(name, number), values)
                 continue
-            column, problem = 1, f"expected an object, found {type(values).__name__}"
+            column, problem = 1, f"expected an object, found {_json_type(values)}"
         place = f"{name}, line {number}, column {column}"
         yield Broken(Row(name, number), place, problem + _excerpt(text, column), A_LINE, column=column)
+
+
+def _json_type(value: Any) -> str:
+    """What a parsed value is in JSON."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return "a list" if isinstance(value, list) else "text" if isinstance(value, str) else "a number"
 
 
 def _json(path: Path) -> Iterator[Record | Broken]:
@@ -585,7 +677,7 @@ def _json(path: Path) -> Iterator[Record | Broken]:
             f"{path.name} holds no list of records.",
             found=f"an object with {', '.join(list(loaded)[:6])}"
             if isinstance(loaded, dict)
-            else type(loaded).__name__,
+            else _json_type(loaded),
             fix='Write [{"prompt": ..., "response": ...}, ...] or {"train": [...], "test": [...]}.',
         )
     yield from _records(path.name, loaded)
@@ -743,7 +835,7 @@ def _txt(path: Path) -> Iterator[Record | Broken]:
             if isinstance(line, Broken):
                 yield line
             else:
-                yield Record(Row(path.name, line[0]), {"text": line[1]})
+                yield Record(Row(path.name, line[0]), {"text": line[1].rstrip("\r\n")})
 
 
 READERS: dict[str, Callable[[Path], Iterator[Record | Broken]]] = {

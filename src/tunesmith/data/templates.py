@@ -573,7 +573,8 @@ def views(example: Example, context: Encoder, loss_on: LossOn) -> list[Example]:
         return [example]
     messages = example.messages
     asked_at = [n for n, message in enumerate(messages) if message.role == "user" and n]
-    ends = [n for n in asked_at if messages[n - 1].role == "assistant"]
+    # An answer before the first question is no answer of its own (see `_segments`).
+    ends = [n for n in asked_at if messages[n - 1].role == "assistant" and n > _first_question(messages)]
     if ends and not _rewrites(any(m.reasoning for m in messages[: ends[-1]]), context):
         ends = []
     called = [n for n, m in enumerate(messages) if n and m.role == "tool" and messages[n - 1].tool_calls]
@@ -594,6 +595,10 @@ def views(example: Example, context: Encoder, loss_on: LossOn) -> list[Example]:
             found.append(replace(example, messages=tuple(turns)))
         begin = end
     return found
+
+
+def _first_question(messages: Sequence[Message]) -> int:
+    return next((n for n, message in enumerate(messages) if message.role == "user"), len(messages))
 
 
 def _rewrites(with_reasoning: bool, context: Encoder, *, calls: bool = False) -> bool:
@@ -896,14 +901,23 @@ def _segments(
     thoughts) gives no boundary there; that turn is context, as it is when the model is asked. Some open
     the model's turn with text that they leave out around a given answer (DeepSeek-R1's `<think>`); then the
     last answer is put behind that opening, since it is what the model will be asked to continue.
+
+    An answer before the first question is context where the template refuses the turns before it, as nearly
+    all refuse an empty conversation: the model is never asked for it.
     """
+    first_question = _first_question(messages)
     segments: list[_Segment] = []
     position = 0
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
         is_last = index + 1 == len(messages)
-        opened = _render(messages[:index], context, tools, opening=True)
+        try:
+            opened = _render(messages[:index], context, tools, opening=True)
+        except Unusable:
+            if index > first_question or is_last or message.trained:
+                raise
+            continue
         through = text if is_last else _render(messages[: index + 1], context, tools, opening=False)
         if message.tool_calls:
             _check_calls(message, opened, through)

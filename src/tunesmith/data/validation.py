@@ -32,6 +32,7 @@ from tunesmith.data.checks import (
     Severity,
     broken,
     check_row,
+    estimated_length,
     masked,
 )
 from tunesmith.data.duplicates import NearDuplicates, sketches
@@ -41,7 +42,7 @@ from tunesmith.data.pieces import Lines, Piece, rows, worked
 from tunesmith.data.shaping import SHAPING, shaped
 from tunesmith.data.sources import Broken, Facts, Source, open_source
 from tunesmith.data.templates import IGNORED, Encoder, Encoding, LossOn, encode_batches, views
-from tunesmith.errors import DataError, nearest
+from tunesmith.errors import DataError, counted, nearest
 from tunesmith.models import Kind
 from tunesmith.recipe import Data, DataSource, Task
 
@@ -49,6 +50,9 @@ MINORITY = 0.1
 """Ratings are out of balance where fewer than this share are of one kind."""
 FEW_RATINGS = 10
 """With fewer ratings their balance says nothing."""
+NEARLY_ALL = 0.95
+"""Where at least this share of the rows is of one format, the others are likely meant to be."""
+_PLACE_OF = {name: place for place, name in enumerate(FORMATS, 1)}
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,10 @@ class Checked:
     """Names of the rows' sources, each with how many rows in a row it has."""
     worst: bytearray = field(default_factory=bytearray)
     """Each row's worst finding as a place in SEVERITIES; 0 for none."""
+    format_of: bytearray = field(default_factory=bytearray)
+    """Each row's format as a place in FORMATS, counted from 1; 0 for none."""
+    blank: int = 0
+    """Blank lines."""
     counts: Counter[str] = field(default_factory=Counter)
     found: list[tuple[int, Found]] = field(default_factory=list)
     """The first findings of each kind, each with its row's place in the piece."""
@@ -86,7 +94,7 @@ class Checked:
     """Places of the rows that have an example; what follows is about them."""
     hashes: array[int] = field(default_factory=lambda: array("Q"))
     lengths: array[int] = field(default_factory=lambda: array("Q"))
-    """Characters."""
+    """Tokens, estimated."""
     sketches: NDArray[np.uint32] | None = None
     labels: Counter[bool] = field(default_factory=Counter)
     rated: list[tuple[int, int, bool]] = field(default_factory=list)
@@ -113,6 +121,7 @@ def check_piece(settings: Settings, piece: Piece) -> Checked:
     for place, record in enumerate(rows(piece)):
         checked.numbers.append(record.row.number)
         checked.worst.append(0)
+        checked.format_of.append(0)
         if checked.sources and checked.sources[-1][0] == record.row.source:
             checked.sources[-1] = (record.row.source, checked.sources[-1][1] + 1)
         else:
@@ -131,12 +140,13 @@ def check_piece(settings: Settings, piece: Piece) -> Checked:
             checked.add(place, item, settings.limit)
         if format is not None:
             checked.formats[format.name] += 1
+            checked.format_of[-1] = _PLACE_OF.get(format.name, 0)
         if example is None:
             continue
         text = "\n".join(texts(example))
         checked.usable.append(place)
         checked.hashes.append(int(row_hash(example)[:16], 16))
-        checked.lengths.append(len(text))
+        checked.lengths.append(estimated_length(example, len(text)) if settings.estimates else 0)
         joined.append(text)
         if isinstance(example, Rating):
             checked.labels[example.label] += 1
@@ -145,6 +155,8 @@ def check_piece(settings: Settings, piece: Piece) -> Checked:
     checked.sketches = np.concatenate(
         [sketches(joined[n : n + 500]) for n in range(0, len(joined), 500)] or [sketches([])]
     )
+    if isinstance(piece, Lines):
+        checked.blank = piece.count - len(checked.numbers)
     return checked
 
 
@@ -221,6 +233,8 @@ class _Whole:
     sources: list[tuple[str, int]] = field(default_factory=list)
     """Each source's name with the running number of its first row."""
     worst: bytearray = field(default_factory=bytearray)
+    format_of: bytearray = field(default_factory=bytearray)
+    blank: int = 0
     usable: array[int] = field(default_factory=lambda: array("Q"))
     hashes: array[int] = field(default_factory=lambda: array("Q"))
     lengths: array[int] = field(default_factory=lambda: array("Q"))
@@ -247,6 +261,8 @@ class _Whole:
             number += count
         self.numbers.extend(checked.numbers)
         self.worst.extend(checked.worst)
+        self.format_of.extend(checked.format_of)
+        self.blank += checked.blank
         self.usable.extend(base + place for place in checked.usable)
         self.hashes.extend(checked.hashes)
         self.lengths.extend(checked.lengths)
@@ -301,10 +317,15 @@ def settings_for(
         input_text_key=data.input_text_key,
         output_text_key=data.output_text_key,
         max_length=max_length,
-        specials=tuple(t for t in context.specials.tokens if t != "\ue000") if context else COMMON_SPECIALS,
+        # Those of other models' templates are left over from somewhere whatever model is trained.
+        specials=tuple(dict.fromkeys((*_own_specials(context), *COMMON_SPECIALS))),
         estimates=context is None,
         limit=limit,
     )
+
+
+def _own_specials(context: Encoder | None) -> list[str]:
+    return [token for token in context.specials.tokens if token != "\ue000"] if context else []
 
 
 def validate(
@@ -366,16 +387,21 @@ def validate(
         if unused:
             notes.append(f"columns that no example is made of: {', '.join(unused)}")
     notes += _not_looked_at(data, with_tokens=context is not None)
+    if whole.blank:
+        notes.append(f"{counted(whole.blank, 'blank line')} skipped")
     _file_findings(whole, task, limit)
+    _other_formats(whole, limit)
     lengths = np.frombuffer(whole.lengths, dtype=np.uint64) if whole.lengths else np.empty(0, dtype=np.uint64)
     unit = f"tokens, estimated at {CHARACTERS_PER_TOKEN} characters each"
-    lengths = lengths // CHARACTERS_PER_TOKEN
     if source and detection and context:
-        refused, counted, proof = tokens_checked(
+        refused, token_lengths, proof = tokens_checked(
             source, detection, context, whole, adapt=adapt, loss_on=loss_on, kind=kind, data=data,
             limit=limit, watch=watch,
         )  # fmt: skip
-        lengths, unit = np.frombuffer(counted, dtype=np.uint64) if counted else lengths[:0], "tokens"
+        lengths, unit = (
+            np.frombuffer(token_lengths, dtype=np.uint64) if token_lengths else lengths[:0],
+            "tokens",
+        )
     worst = Counter(whole.worst)
     failed, warned = SEVERITIES.index("error"), SEVERITIES.index("warning")
     report = Report(
@@ -507,8 +533,21 @@ def _file_findings(whole: _Whole, task: Task | None, limit: int) -> None:
             name: count for name, count in whole.formats.items() if name in FORMATS and name not in wanted
         }
         if others:
-            found = ", ".join(f"{count} rows '{name}'" for name, count in others.items())
+            found = ", ".join(f"{counted(count, 'row')} '{name}'" for name, count in others.items())
             whole.add(-1, "task", f"task '{task}' is made for {words}; found {found}", limit)
+
+
+def _other_formats(whole: _Whole, limit: int) -> None:
+    """Findings for the few rows that are read as another format than nearly all of them."""
+    total = whole.formats.total()
+    if len(whole.formats) < 2 or max(whole.formats.values()) < NEARLY_ALL * total:
+        return
+    [(main, count)] = whole.formats.most_common(1)
+    needed = ", ".join(" or ".join(names) for names in FORMATS[main].columns)
+    format_of, names = np.frombuffer(whole.format_of, dtype=np.uint8), list(FORMATS)
+    for number in np.flatnonzero((format_of != 0) & (format_of != _PLACE_OF[main])).tolist():
+        said = f"read as '{names[format_of[number] - 1]}', where {count:,} of {total:,} rows are '{main}', "
+        whole.add(number, "other_format", f"{said}which needs a value in {needed}", limit)
 
 
 def _findings(whole: _Whole, name: str, detection: Detection | None) -> list[Finding]:
@@ -557,6 +596,13 @@ def percentiles(lengths: NDArray[np.uint64], max_length: int, unit: str) -> dict
     }
 
 
+REFUSALS = {
+    "template": "the model's chat template refuses it",
+    "supervision": "it breaches the supervision proof",
+    "unusable": "it is longer than max_length allows",
+}
+"""Findings for which a row that is well in itself cannot be trained with a model, and why."""
+
 TOKENIZED = 1000
 """Rows that are tokenized together."""
 
@@ -576,7 +622,7 @@ def tokens_checked(
 ) -> tuple[bytearray, array[int], Mapping[str, Any]]:
     """What only tokens can tell: rows that the template refuses, the supervision proof, what is cut.
 
-    Gives a byte for each row (1 where it cannot be trained for one of these reasons), the rows' lengths,
+    Gives a byte for each row (a place in REFUSALS where it cannot be trained), the rows' lengths,
     and the proof's account.
     """
     refused, lengths = bytearray(len(whole.numbers)), array("Q")
@@ -619,7 +665,7 @@ def tokens_checked(
             yield [view for _, shown in seen for view in shown]
 
     def refuse(number: int, kind: str, message: str) -> None:
-        refused[number] = 1
+        refused[number] = 1 + list(REFUSALS).index(kind)
         whole.add(number, kind, masked(message), limit)
 
     for batch, encodings in encode(batches(), context, loss_on=loss_on):
@@ -674,4 +720,5 @@ def cut(encoding: Encoding, max_length: int) -> str:
     trained = encoding.trained
     lost = sum(label != IGNORED for label in encoding.labels[max_length:])
     said = f"{lost:,} of its {trained:,} trained tokens" if lost else "only context behind the answers"
-    return f"{len(encoding.input_ids):,} tokens, of which {max_length:,} are trained: {said} would be cut"
+    tokens = len(encoding.input_ids)
+    return f"{tokens:,} tokens, of which the first {max_length:,} are kept: {said} would be cut"

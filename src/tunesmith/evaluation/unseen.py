@@ -25,17 +25,26 @@ class MeasuredOn:
     """How many questions are left out since a run was trained or validated on them, by run."""
     unchecked: Mapping[str, str] = field(default_factory=dict)
     """Runs of which it is not known what they were trained on, and why."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """How many rows of a whole data set became no question, by reason."""
 
     def sentences(self) -> tuple[str, str]:
         """What is measured on, and what was left out of it and why."""
         where = f"the held-out split of {self.split_of}" if self.split_of else self.dataset
-        whole = self.questions + sum(self.left_out.values())
-        count = f"{self.questions} of {whole}" if self.left_out else f"all {whole}"
+        unusable = sum(self.dropped.values())
+        whole = self.questions + sum(self.left_out.values()) + unusable
+        count = f"all {whole}" if whole == self.questions else f"{self.questions} of {whole}"
+        rows = "rows" if unusable else "questions"
         why = [
             f"{number} are left out, {run} was trained or validated on them"
             for run, number in self.left_out.items()
         ]
-        return f"{count} questions of {where}", "; ".join(why) or "no run here was trained on any of them"
+        if unusable:
+            reasons = ", ".join(f"{number} × {reason}" for reason, number in self.dropped.items())
+            why = [f"{unusable} cannot be asked: {reasons}", *why]
+        if not self.left_out:
+            why.append("no run here was trained on any of them")
+        return f"{count} {rows} of {where}", "; ".join(why)
 
 
 def marks(example: Example) -> frozenset[str]:

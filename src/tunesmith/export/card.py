@@ -10,7 +10,7 @@ import jinja2
 import yaml
 
 from tunesmith.evaluation.compare import Comparison, methods, sentence, table
-from tunesmith.training.run import Run, dataset_name, write_whole
+from tunesmith.training.run import Run, dataset_name, dataset_names, write_whole
 
 CARD = """\
 ---
@@ -29,7 +29,7 @@ CARD = """\
 
 ## Data
 
-Fine-tuned on `{{ dataset }}` for the task `{{ recipe.task }}`: {{ rows.rows_in }} rows in, {{ rows.train }} trained, \
+Fine-tuned on {{ datasets }} for the task `{{ recipe.task }}`: {{ rows.rows_in }} rows in, {{ rows.train }} trained, \
 {{ rows.validation }} for choosing the checkpoint, {{ rows.held_out }} held out for the scores above, \
 {{ rows.dropped }} dropped{% if rows.truncated %}, {{ rows.truncated }} truncated{% endif %}.
 The held-out rows were chosen by content hash and took no part in training or checkpoint choice.
@@ -92,7 +92,7 @@ def write_card(run: Run, comparisons: Sequence[Comparison]) -> None:
     header, *lines = table(comparisons) if comparisons else [["metric", "value"]]
     primary = next((c for c in comparisons if c.primary), None)
     warnings = [event["message"] for event in run.events() if event["kind"] == "warning"]
-    base, dataset = dataset_name(recipe.model.base), dataset_name(recipe.data.dataset)
+    base = dataset_name(recipe.model.base)
     adapter = (run.final_model / "adapter_config.json").exists()
     facts: dict[str, Any] = {"tags": ["tunesmith", recipe.method.kind, recipe.task]}
     if adapter:
@@ -108,7 +108,7 @@ def write_card(run: Run, comparisons: Sequence[Comparison]) -> None:
         lines=[[cell.replace("|", "\\|") for cell in line] for line in lines],
         method=methods(comparisons),
         base=base,
-        dataset=dataset,
+        datasets=" and ".join(f"`{name}`" for name in dataset_names(recipe.data)),
         recipe=recipe,
         rows=plan.get("rows", {}),
         training=run.read("training.json") or {},

@@ -42,7 +42,8 @@ from transformers import (
 from tunesmith import generation, models
 from tunesmith import plan as planning
 from tunesmith.data import pairs
-from tunesmith.data.examples import Conversation, Message, Prompt, Row, Unusable, question_hash
+from tunesmith.data.examples import Conversation, Message, Prompt, Row, Unusable
+from tunesmith.data.examples import questions as questions_of
 from tunesmith.data.formats import convert, detect
 from tunesmith.data.sources import read
 from tunesmith.data.templates import IGNORED, Encoding, encoder, end_of_turn_ids
@@ -156,7 +157,7 @@ def raw_dataset(
     if min(len(places[name]) for name in ("train_set", *sizes)) == 0:
         raise DataError(
             f"{source.name} asks too few different questions to be split in three.",
-            found=f"{len(rows)} rows, {len({question_hash(row) for row in rows})} different questions",
+            found=f"{len(rows)} rows, {len({questions_of(row)[-1] for row in rows})} different questions",
             fix="Give more questions; rows that ask the same share a split, so that none is measured that was trained.",
         )
     counted = (
@@ -187,9 +188,9 @@ def raw_dataset(
 
 def _places(rows: Sequence[Conversation], sizes: Mapping[str, int], *, seed: int) -> dict[str, list[int]]:
     """The row numbers of each split: the small splits are filled with whole questions, drawn by the seed."""
-    questions: dict[str, list[int]] = {}
+    questions: dict[int, list[int]] = {}
     for place, row in enumerate(rows):
-        questions.setdefault(question_hash(row), []).append(place)
+        questions.setdefault(questions_of(row)[-1], []).append(place)
     groups = list(questions.values())
     places: dict[str, list[int]] = {"train_set": [], **{name: [] for name in sizes}}
     for drawn in np.random.default_rng(seed).permutation(len(groups)):

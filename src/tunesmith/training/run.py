@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from tunesmith.compose import as_yaml, read_layer, validated
 from tunesmith.errors import RunError, nearest
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Data, Recipe
 
 State = Literal["done", "failed", "interrupted"]
 Watch = Callable[[Mapping[str, Any]], None]
@@ -188,6 +188,22 @@ def dataset_name(dataset: str) -> str:
     return re.sub(r"[^\w.-]+", "-", stem) or "data"
 
 
+def dataset_names(data: Data) -> list[str]:
+    """The data sets of a recipe by their short names, all of a mix; of some that share one, their full names."""
+    all_of_them = [data.dataset, *(part.dataset for part in data.mix)]
+    short = [dataset_name(dataset) for dataset in all_of_them]
+    unique = list(dict.fromkeys(all_of_them))
+    if len({dataset_name(dataset) for dataset in unique}) == len(unique):
+        return list(dict.fromkeys(short))
+    return [_with_folder(dataset) for dataset in unique]
+
+
+def _with_folder(dataset: str) -> str:
+    """A short name behind the name of its folder, which is no secret of the machine."""
+    folder = Path(dataset.removeprefix("example:")).parent.name
+    return f"{folder}/{dataset_name(dataset)}" if folder else dataset_name(dataset)
+
+
 def anchored(recipe: Recipe) -> Recipe:
     """The recipe with local files and folders by their full paths, so that it holds from everywhere.
 
@@ -219,10 +235,15 @@ def create(recipe: Recipe, *, watch: Watch = _silent) -> Run:
     """
     path = Path(recipe.output_dir).expanduser() / folder_name(recipe)
     if is_run(path):
+        state = Run(path).state()
+        to_continue = {
+            "done": "",
+            "running": " wait for it,",
+        }.get(state, f" continue that one with `tunesmith resume {path}`,")
         raise RunError(
             f"The folder {path} is another run's.",
-            found=f"a run in state '{Run(path).state()}'",
-            fix=f"Give this run another --name, continue that one with `tunesmith resume {path}`, or delete it.",
+            found=f"a run in state '{state}'",
+            fix=f"Give this run another --name,{to_continue} or delete that one.",
         )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunError(f"The folder {path} is not empty and not a run.", fix="Give this run another --name.")

@@ -59,7 +59,6 @@ from tunesmith.data.splitting import (
     draw,
     rooted,
 )
-from tunesmith.data.splitting import key as split_key
 from tunesmith.data.templates import (
     IGNORED,
     UNWRITTEN,
@@ -293,8 +292,8 @@ class _Found:
     def add(self, part: int, example: Example, role: int) -> None:
         """A row that is an example."""
         self.groups += example.group is not None
-        self.links.add(len(self.keys), example)
-        self._row(part, split_key(example), role, "\n".join(texts(example)) if self.near else "")
+        key = self.links.add(len(self.keys), example)
+        self._row(part, key, role, "\n".join(texts(example)) if self.near else "")
 
     def drop(self, part: int, reason: str | None) -> None:
         """A row that is none, for a reason that is known or comes later."""

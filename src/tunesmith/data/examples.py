@@ -167,9 +167,11 @@ def questions(example: Example) -> list[int]:
             return [int.from_bytes(state.digest(), "big")]
     found: list[int] = []
     is_asked = False
-    for turn in turns:
+    for place, turn in enumerate(turns, 1):
         if turn.role == "assistant" and is_asked:
             found.append(int.from_bytes(state.digest(), "big"))
+            if place == len(turns):
+                return found
         is_asked = is_asked or turn.role == "user"
         said = f"{turn.role}\x1f{' '.join(turn.content.split())}\x1e"
         if turn.reasoning or turn.tool_calls:

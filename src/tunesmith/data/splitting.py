@@ -46,13 +46,14 @@ class Links:
     def __init__(self) -> None:
         self._hashes, self._rows, self._is_main = array("Q"), array("I"), array("b")
 
-    def add(self, row: int, example: Example) -> None:
-        """The row's group and the questions that it answers."""
+    def add(self, row: int, example: Example) -> int:
+        """The row's group and the questions that it answers; its key (see `key`)."""
         *earlier, last = questions(example)
         main = [last] if example.group is None else [last, group_key(example.group)]
         self._hashes.extend([*main, *earlier])
         self._rows.extend([row] * (len(main) + len(earlier)))
         self._is_main.extend([1] * len(main) + [0] * len(earlier))
+        return main[-1]
 
     @property
     def hashes(self) -> Keys:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -118,6 +119,34 @@ def test_what_a_page_shows_runs(page, tmp_path):
         )
         assert result.returncode == 0, result.stderr
         assert result.stdout.split()
+
+
+def promises() -> list[tuple[str, str, str, str]]:
+    page = (ROOT / "docs/from-the-seeds.md").read_text(encoding="utf-8")
+    rows = [
+        re.split(r"\s*\|\s*", line.strip("| ")) for line in page.splitlines() if re.match(r"\| \d{3} ", line)
+    ]
+    assert all(len(row) == 4 for row in rows)
+    return [tuple(row) for row in rows]
+
+
+def test_every_promise_of_the_seeds_has_its_test():
+    """The table names tests that are there; what has none says that it is not built."""
+    rows = promises()
+    assert {seed for seed, *_ in rows} == {"000", "001", "002", "003", "004"}
+    assert len(rows) > 90
+    missing = []
+    for seed, promise, place, test in rows:
+        if test == "-":
+            assert place.startswith("not "), f"{seed} {promise}: no test, and nothing said about it"
+            continue
+        file, *names = test.strip("`").split("::")
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8")) if (ROOT / file).is_file() else None
+        for name in names:
+            tree = tree and next((node for node in tree.body if getattr(node, "name", None) == name), None)
+        if tree is None:
+            missing.append(test)
+    assert missing == []
 
 
 def test_the_readme_has_commands():

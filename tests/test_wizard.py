@@ -101,6 +101,18 @@ def test_the_defaults_are_those_of_the_seed(here, answer, capsys):
     assert not find_runs(here)
 
 
+def test_an_encoder_decoder_is_trained_as_one_and_an_encoder_is_refused(here, answer, tiny_t5_folder, capsys):
+    from transformers import BertConfig
+
+    (here / "t5").symlink_to(tiny_t5_folder)
+    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(here / "bert")
+    answer("bert", "t5", "", *DATA, "no", *LORA, "1", "4", "", "no", "quit")
+    printed = capsys.readouterr().out
+    assert "is an encoder-only model" in printed
+    assert re.search(r"total_steps +\d+ ", printed), "the plan"
+    assert "inputs have up to" in " ".join(printed.split())
+
+
 def test_the_sample_limit_and_hub_questions(here, answer, capsys):
     asked, _ = answer(
         *MODEL, "someone/data", "", "yes", "train*.parquet", "", "yes", "", "64", "back", "quit"

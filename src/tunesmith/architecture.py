@@ -268,9 +268,7 @@ def kind_of(config: Any) -> Kind:
         return "seq2seq"
     if family in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and hasattr(config, "vision_config"):
         return "image-text"
-    # BERT-likes can be built as decoders, but were not trained as such unless the configuration says so.
-    writes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    if family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes:
+    if models.fills_gaps(config):
         return "encoder"
     return "causal" if family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "other"
 

@@ -227,14 +227,9 @@ def _config(base: str, revision: str | None) -> Any:
 
 
 def _kind(config: Any, base: str) -> Kind:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
-
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
-    fills_gaps = config.model_type in ENCODERS and not (
-        getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    )
-    if fills_gaps or _architecture(config).endswith("EncoderModel"):
+    if fills_gaps(config) or _architecture(config).endswith("EncoderModel"):
         raise ModelError(
             f"'{base}' is an encoder-only model: it reads a text from both sides and writes none, so it cannot "
             "be asked or tuned to answer.",
@@ -243,6 +238,15 @@ def _kind(config: Any, base: str) -> Kind:
             "--set method.kind=seq2seq.",
         )
     return "causal"
+
+
+def fills_gaps(config: Any) -> bool:
+    """Whether it is a BERT-like: one can be built as a decoder, but was trained as such only where its
+    configuration says so."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+    writes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    return config.model_type in ENCODERS and not writes
 
 
 def _architecture(config: Any) -> str:

@@ -137,6 +137,7 @@ def model_step(session: Session) -> None:
 
     def found(text: str) -> str:
         models.locate(text)
+        models.kind(text)  # an encoder, which writes nothing, is refused here
         return text
 
     say("A folder, a Hub id, a finished run, or `tiny`, which ships with tunesmith.", style="dim")
@@ -161,6 +162,7 @@ def model_step(session: Session) -> None:
     session.targets += ", ".join(targets)
     session.layers["model"] = {
         "model": {"base": base},
+        "method": {"kind": "seq2seq" if models.kind(base) == "seq2seq" else "sft"},
         "adapter": {"kind": "lora", "targets": where},
         "output_dir": str(folder.parent),
         "name": folder.name,

@@ -100,9 +100,10 @@ class _Specials:
 
     def marked(self, content: str) -> str:
         """Content with special-token text as marks, so that no template or tokenizer takes it for real."""
-        if not any(beginning in content for beginning in self.beginnings):
-            return content
-        return self.pattern.sub(lambda found: f"\ue000{self.tokens.index(found[0])}\ue001", content)
+        for beginning in self.beginnings:
+            if beginning in content:
+                return self.pattern.sub(lambda found: f"\ue000{self.tokens.index(found[0])}\ue001", content)
+        return content
 
 
 @dataclass(frozen=True)
@@ -454,7 +455,8 @@ def _assembled(
     examples: Sequence[Example], parts: _Parts, tokens: _Tokens, context: Encoder, loss_on: LossOn
 ) -> list[Encoding | Unusable]:
     ids, texts = iter(tokens[0]), iter(tokens[1])
-    flat: list[int] = []
+    flat: list[Sequence[int]] = []
+    end = 0
     trained: list[tuple[int, int]] = []
     found: list[tuple[int, int] | Unusable] = []
     for example, item in zip(examples, parts, strict=True):
@@ -462,11 +464,12 @@ def _assembled(
             found.append(item)
             continue
         pieces = next(ids)
-        start = len(flat)
+        start = end
         if isinstance(example, Text):
             text = next(texts)
-            flat += text
-            trained.append((start + (text[:1] == [context.tokenizer.bos_token_id]), len(flat)))
+            flat.append(text)
+            end += len(text)
+            trained.append((start + (text[:1] == [context.tokenizer.bos_token_id]), end))
         else:
             try:
                 labelled = _labelled(item, pieces, context, loss_on)
@@ -475,11 +478,12 @@ def _assembled(
                 continue
             for piece, count in labelled:
                 if count:
-                    trained.append((len(flat), len(flat) + count))
-                flat += piece
-        found.append((start, len(flat)))
-    input_ids = np.array(flat, dtype=np.int32)
-    steps = np.zeros(len(flat) + 1, dtype=np.int32)
+                    trained.append((end, end + count))
+                flat.append(piece)
+                end += len(piece)
+        found.append((start, end))
+    input_ids = np.concatenate([np.empty(0, dtype=np.int32), *flat]).astype(np.int32)
+    steps = np.zeros(end + 1, dtype=np.int32)
     bounds = np.array(trained, dtype=np.int64).reshape(-1, 2)
     np.add.at(steps, bounds[:, 0], 1)
     np.add.at(steps, bounds[:, 1], -1)
@@ -1217,7 +1221,7 @@ def _through_end_of_turn(ids: Sequence[int], context: Encoder) -> int:
     special = context.specials.ids
     for position in range(len(ids) - 1, -1, -1):
         if ids[position] in special:
-            tail = tuple(ids[position + 1 :])
+            tail = tuple([int(i) for i in ids[position + 1 :]])
             if tail not in context.closings:
                 if len(tail) > 8:
                     return 0 if context.tokenizer.decode(tail).strip() else position + 1
@@ -1227,7 +1231,7 @@ def _through_end_of_turn(ids: Sequence[int], context: Encoder) -> int:
 
 
 def _without_trailing_space(ids: Sequence[int], tokenizer: Any) -> list[int]:
-    ids = list(ids)
+    ids = [int(i) for i in ids]
     while ids and not tokenizer.decode(ids[-1:]).strip():
         ids.pop()
     return ids

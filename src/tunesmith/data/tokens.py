@@ -113,43 +113,45 @@ class QuickTokens:
         self._quick: Any = None
         self._only_composed = False
 
-    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text. Raises Differs."""
+    def __call__(self, texts: Sequence[str]) -> list[Any]:
+        """Ids of each text, in lists or arrays. Raises Differs."""
         if self._quick is None:
             ids = tokenized(texts, self._tokenizer)
-            if self._met is not None:
-                self._met.update(zip(texts, ids, strict=True))
-                if len(self._met) >= SURE_AFTER:
-                    self._begin(self._met)
+            met = self._met  # several threads may come by here
+            if met is not None:
+                met.update(zip(texts, ids, strict=True))
+                if len(met) >= SURE_AFTER:
                     self._met = None
+                    self._begin(dict(met))
             return ids
         is_quick = [self._can_be_quick(text) for text in texts]
-        found = self._encoded([text if quick else "" for text, quick in zip(texts, is_quick, strict=True)])
+        chosen = [text if quick else "" for text, quick in zip(texts, is_quick, strict=True)]
+        found = self._encoded(chosen, self._quick)
         own = [place for place, quick in enumerate(is_quick) if not quick or place % STILL_COMPARED == 0]
         theirs = tokenized([texts[place] for place in own], self._tokenizer)
         for place, right in zip(own, theirs, strict=True):
-            if is_quick[place] and found[place] != right:
+            if is_quick[place] and list(found[place]) != right:
                 raise Differs
             found[place] = right
         return found
 
     def _begin(self, met: Mapping[str, list[int]]) -> None:
         """Use tiktoken from now on, where it says the same of all texts so far."""
-        self._quick, self._only_composed = as_tiktoken(self._tokenizer)
-        if self._quick is None:
-            return
+        quick, self._only_composed = as_tiktoken(self._tokenizer)
         texts = [text for text in met if self._can_be_quick(text)]
-        if self._encoded(texts) != [met[text] for text in texts]:
-            self._quick = None
+        if quick and all(
+            list(ids) == met[text] for ids, text in zip(self._encoded(texts, quick), texts, strict=True)
+        ):
+            self._quick = quick
 
-    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encoded(self, texts: Sequence[str], quick: Any) -> list[Any]:
         """All texts in one call, which holds no lock of Python's: as one, with a token of ours between them."""
         import numpy as np
 
-        ids = self._quick.encode_to_numpy(BETWEEN.join(texts), allowed_special="all", disallowed_special=())
-        ends = np.flatnonzero(ids == self._quick.encode_single_token(BETWEEN)).tolist()
-        every = ids.tolist()
-        return [every[a + 1 : b] for a, b in itertools.pairwise([-1, *ends, len(every)])]
+        ids = quick.encode_to_numpy(BETWEEN.join(texts), allowed_special="all", disallowed_special=())
+        ends = np.flatnonzero(ids == quick.encode_single_token(BETWEEN)).tolist()
+        ids = ids.astype(np.int32)
+        return [ids[a + 1 : b] for a, b in itertools.pairwise([-1, *ends, len(ids)])]
 
     def _can_be_quick(self, text: str) -> bool:
         """Whether the text is not too long, and the tokenizer's normalizer (NFC, if any) leaves it as it is."""

@@ -24,7 +24,7 @@ BINS = 64
 BANDS = 16
 """A pair is compared where the values of one band (4 bins) agree: at similarity 0.8, 9,998 of 10,000 are."""
 
-TOGETHER = 200_000
+TOGETHER = 100_000
 """Characters that are sketched together: what is computed of them fits into a core's own cache."""
 
 Words64 = NDArray[np.uint64]
@@ -50,20 +50,24 @@ def _sketched(texts: Sequence[str]) -> NDArray[np.uint32]:
     encoded = [text.encode("utf-8", "surrogatepass") + b"\n" for text in texts]
     content = np.frombuffer(b"".join(encoded), dtype=np.uint8)
     made = np.full((len(texts), BINS), np.iinfo(np.uint32).max, dtype=np.uint32)
-    letters = _letters()[content]
-    is_word = letters != 0
+    is_word = _is_letter()[content]
     # A character beyond ASCII is a word of its own, so that text without spaces has words too.
     opens = content >= 0xC0
-    before = np.concatenate(([False], is_word[:-1]))
-    starts = np.flatnonzero(is_word & (~before | opens))
+    begins = is_word & opens
+    begins[1:] |= is_word[1:] & ~is_word[:-1]
+    begins[:1] = is_word[:1]
+    starts = np.flatnonzero(begins)
     if not len(starts):
         return made
-    ends_here = is_word & ~np.concatenate((is_word[1:], [False]))
-    ends_here[:-1] |= is_word[:-1] & is_word[1:] & opens[1:]
-    ends = np.flatnonzero(ends_here) + 1
+    stops = is_word.copy()
+    stops[:-1] &= ~is_word[1:] | begins[1:]
+    ends = np.flatnonzero(stops) + 1
     with np.errstate(over="ignore"):
         powers, inverses = _powers(len(content))
-        sums = np.concatenate(([np.uint64(0)], np.cumsum(letters * powers, dtype=np.uint64)))
+        sums = np.zeros(len(content) + 1, dtype=np.uint64)  # one array for all steps: it is the largest
+        letters = np.take(_letters(), content, out=sums[1:], mode="clip")
+        np.multiply(letters, powers, out=letters)
+        np.cumsum(letters, out=letters)
         words = (sums[ends] - sums[starts]) * inverses[starts]
         begin = np.searchsorted(starts, np.cumsum([0, *(len(e) for e in encoded)]))
         rows = np.repeat(np.arange(len(texts)), np.diff(begin))
@@ -181,6 +185,12 @@ def _finalized(mixed: Words64) -> Words64:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return mixed ^ (mixed >> np.uint64(31))
+
+
+@functools.cache
+def _is_letter() -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = _letters() != 0
+    return found
 
 
 @functools.cache

@@ -8,10 +8,10 @@ demo: .venv/.ready
 	$(BIN)/tunesmith demo
 
 test: .venv/.ready
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto
 
 prove: .venv/.ready  # the slower proofs: the README's commands and the demo's figures
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --numprocesses auto
 
 check: .venv/.ready
 	scripts/check

@@ -11,6 +11,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes of several threads each wait for one another, and take ten times as long.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Prepared data of tests is not the user's; one folder per process tree, gone with the system's temporary files.
 os.environ["TUNESMITH_CACHE"] = tempfile.mkdtemp(prefix="tunesmith-tests-")
 

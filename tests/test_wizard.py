@@ -106,7 +106,7 @@ def test_an_encoder_decoder_is_trained_as_one_and_an_encoder_is_refused(here, an
 
     (here / "t5").symlink_to(tiny_t5_folder)
     BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(here / "bert")
-    answer("bert", "t5", "", *DATA, "no", *LORA, "1", "4", "", "no", "quit")
+    answer("bert", "t5", "", *DATA, "no", "", "4", *LORA, "1", "4", "", "no", "quit")
     printed = capsys.readouterr().out
     assert "is an encoder-only model" in printed
     assert re.search(r"total_steps +\d+ ", printed), "the plan"

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tunesmith import LLMFineTuner, get_user_input, models
-from tunesmith.errors import DataError, ModelError, OutOfResources, RunError, TunesmithError
+from tunesmith.errors import DataError, ModelError, OutOfResources, RunError, TunesmithError, is_out_of_memory
 from tunesmith.finetuner import SELF_REFERENCE
 from tunesmith.training.run import open_run
 
@@ -778,3 +778,43 @@ def test_a_tuned_run_can_be_tuned_again(trained, loaded, here):
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         torch.testing.assert_close(tuned.eval()(ids).logits, second.peft_model.eval().cpu()(ids).logits)
+
+
+def test_an_encoder_decoder_is_named_with_the_way_to_train_it(tiny_t5_folder, tmp_path):
+    tuner = LLMFineTuner(str(tiny_t5_folder), str(tmp_path / "out"))
+    with pytest.raises(ModelError, match="encoder-decoder") as refused:
+        tuner.load_model()
+    assert "method.kind=seq2seq" in str(refused.value)
+    assert tuner.model is None
+
+
+def test_the_adapter_s_start_is_the_same_every_time(tiny_model_folder, tmp_path):
+    def start():
+        tuner = LLMFineTuner(str(tiny_model_folder), str(tmp_path / "out"))
+        tuner.load_model()
+        tuner.setup_lora()
+        return {
+            name: p.detach().clone() for name, p in tuner.peft_model.named_parameters() if "lora_A" in name
+        }
+
+    first, second = start(), start()
+    assert first
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (
+            RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+            ),
+            True,
+        ),
+        (RuntimeError("shapes do not fit"), False),
+        (ValueError("DefaultCPUAllocator: can't allocate memory"), False),
+    ],
+)
+def test_memory_runs_out_on_a_cpu_as_well(error, expected):
+    assert is_out_of_memory(error) is expected

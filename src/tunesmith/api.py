@@ -27,6 +27,7 @@ from tunesmith.errors import (
     RunError,
     TunesmithError,
     closest,
+    is_out_of_memory,
     nearest,
 )
 from tunesmith.recipe import DataSource, Recipe, Seq2Seq, Task
@@ -1009,9 +1010,7 @@ def _published(recipe: Recipe, run: Run) -> str | None:
 
 def _as_ours(error: Exception) -> TunesmithError | None:
     """A library's error that the user can act on, as one of ours."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_out_of_memory(error):
         return OutOfResources(
             "The memory is not enough.",
             found=str(error).splitlines()[0][:200] if str(error) else None,

@@ -100,3 +100,13 @@ def counted(number: int, word: str) -> str:
 def closest(word: str, known: Iterable[str]) -> str | None:
     """The known word that is spelled most like this one, if any is."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch's class on a GPU, Python's own, or what torch's CPU allocator says."""
+    said = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(text in str(error) for text in said))
+    )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import plan as planning
-from tunesmith.errors import DataError, Interrupted, ModelError, OutOfResources, RunError
+from tunesmith.errors import DataError, Interrupted, ModelError, OutOfResources, RunError, is_out_of_memory
+from tunesmith.recipe import Training
 from tunesmith.training.fit import quiet_libraries
 
 if TYPE_CHECKING:
@@ -105,6 +107,12 @@ class LLMFineTuner:
 
         from tunesmith import models
 
+        if models.kind(self.model_name) == "seq2seq":
+            raise ModelError(
+                f"'{self.model_name}' is an encoder-decoder model, and LLMFineTuner trains causal ones.",
+                fix="Train it with `tunesmith train --set method.kind=seq2seq` or with the module "
+                "tunesmith.flows.question_answer, or name a causal model (GPT-2, Llama, Qwen).",
+            )
         self.tokenizer = models.load_tokenizer(self.model_name)
         spread = self.device == "cuda" and torch.cuda.device_count() > 1
         model = models.load_model(
@@ -259,6 +267,8 @@ class LLMFineTuner:
         A second call begins a new adapter on the base's weights. Raises ModelError for modules that the model
         does not have, naming those it has.
         """
+        from transformers import set_seed
+
         from tunesmith import models
         from tunesmith.compose import validated
 
@@ -291,9 +301,15 @@ class LLMFineTuner:
                 + (" Its weights are saved." * self._is_tuned)
             )
             self.model = self.peft_model.unload()
-        self.peft_model = models.attach(
-            self.model, adapter, merged_base=self._folder().with_name(f"{self._folder().name}-base")
-        )
+        merged_base = self._folder().with_name(f"{self._folder().name}-base")
+        if hasattr(self.model, "merge_and_unload") and merged_base.is_dir() and any(merged_base.iterdir()):
+            raise RunError(
+                f"The weights of '{self.model_name}' with its adapter merged would be written to {merged_base}, which "
+                "is taken.",
+                fix="Choose another output_dir, or move that folder away.",
+            )
+        set_seed(Training().seed)  # the adapter's start is drawn
+        self.peft_model = models.attach(self.model, adapter, merged_base=merged_base)
         self.model = self.peft_model.get_base_model()
         self._lora, self._is_tuned = adapter, False
         self.peft_model.print_trainable_parameters()
@@ -404,7 +420,7 @@ class LLMFineTuner:
                         discard(run)
                     else:
                         run.finish("failed", error=str(error))
-                    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+                    if is_out_of_memory(error):
                         raise _out_of_memory(error, self.device, batch_size, longest) from error
                     raise
                 run.finish("done", seconds=result.seconds)
@@ -605,6 +621,15 @@ class LLMFineTuner:
                 fix="Call setup_lora() and train() before benchmark(..., use_finetuned=True)."
                 if self.peft_model is None
                 else "Call train() before benchmark(..., use_finetuned=True).",
+            )
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        named = {self.model_name, str(Path(models.locate(self.model_name)).resolve())}
+        merged = self._folder().with_name(f"{self._folder().name}-base").resolve()
+        if base not in named and Path(base).resolve() not in {merged, *map(Path, named)}:
+            raise ModelError(
+                f"The adapter in {self.output_dir} is of another base than '{self.model_name}'.",
+                found=f"it was trained on {base}",
+                fix="Give that model's name, or the output_dir of this model's training.",
             )
         self.tokenizer = models.load_tokenizer(str(folder))
         self.peft_model = models.load_model(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from tunesmith.errors import OutOfResources
+from tunesmith.errors import OutOfResources, is_out_of_memory
 from tunesmith.models import first_tokens, is_seq2seq
 
 _Result = TypeVar("_Result")
@@ -246,7 +246,9 @@ def halving(
         results: list[_Result] | None = None
         try:
             results = work(part)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             if len(part) == 1:
                 raise OutOfResources(
                     "The device's memory does not suffice for one single example.",

@@ -222,7 +222,7 @@ def baseline_step(session: Session) -> None:
     from tunesmith import api
     from tunesmith.cli import Display
 
-    session.layers["baseline"] = {"training": {"mixed_precision": _precision()}}
+    session.layers["baseline"] = {"training": {"mixed_precision": _precision(session)}}
     say("Reading and splitting the data ...", style="dim")
     _, rows = api.plan(session.composed().recipe)
     counts = rows["rows"]
@@ -277,7 +277,7 @@ def training_step(session: Session) -> None:
             "gradient_accumulation_steps": GRADIENT_ACCUMULATION,
             "scheduler": "linear",
             "warmup_steps": 0,
-            "mixed_precision": _precision(),
+            "mixed_precision": _precision(session),
             "eval_steps": "epoch",
             "save_steps": "epoch",
             "logging_steps": 10,
@@ -478,10 +478,13 @@ def _free_folder(text: str) -> str:
     return str(folder)
 
 
-def _precision() -> str:
+def _precision(session: Session) -> str:
     from tunesmith import plan as planning
 
-    return "fp16" if planning.device() == "cuda" else "no"
+    if planning.device() != "cuda":
+        return "no"
+    is_seq2seq = session.layers["model"]["method"]["kind"] == "seq2seq"
+    return "bf16" if is_seq2seq else "fp16"  # T5's layers overflow in fp16
 
 
 def _measured_parts(session: Session) -> Any:

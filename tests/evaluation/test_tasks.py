@@ -201,3 +201,30 @@ def test_answers_of_a_model_are_compared_with_one_another(tiny_model_folder, tin
     assert different < 3
     found = evaluation.scores(rows, ["response_diversity"])["response_diversity"]
     assert found["value"] == pytest.approx(different / 3)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "How do I parse dates in JSON?",
+        "Is this valid JSON?",
+        "Answer in 50 words or less.",
+        "Translate 'I said so'.",
+    ],
+)
+def test_what_is_no_demand_or_none_that_is_known_is_not_checked(question):
+    assert not any(demand.asked.search(question) for demand in tasks.DEMANDS)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Never use the word 'very'.",
+        "never include the word 'very'",
+        "You should not ever mention the word 'very'.",
+    ],
+)
+def test_a_word_that_is_not_to_be_there_is_no_word_that_is(question):
+    assert [demand.about for demand in tasks.DEMANDS if demand.asked.search(question)] == [
+        "a word that is not to be there"
+    ]

@@ -121,6 +121,12 @@ HOW_MANY = (
     r"(exactly |at most |no more than |up to |less than |fewer than |under |at least |more than )?"
     rf"(\d+|{'|'.join(NUMBERS)})[- ]"
 )
+NO_RANGE = r"(?!\s*or (?:less|fewer|more)\b)"
+"""Behind a number: `50 words or less` is another demand than `50 words`."""
+NEVER = (
+    r"(?:\b(?:do not|should not|must not|may not|avoid|without|never)|n't)(?: ever| even)? "
+    r"(?:use|using|include|including|mention(?:ing)?|contain(?:ing)?)"
+)
 
 
 def _number(match: re.Match[str], count: int) -> bool:
@@ -155,12 +161,12 @@ def _demand(about: str, asked: str, is_met: Callable[[re.Match[str], str], bool]
 DEMANDS = (
     _demand(
         "a number of words",
-        rf"\b(?:in|with|using|of|to) {HOW_MANY}words?\b",
+        rf"\b(?:in|with|using|of) {HOW_MANY}words?\b{NO_RANGE}",
         lambda m, text: _number(m, len(text.split())),
     ),
     _demand(
         "a number of sentences",
-        rf"\b(?:in|with|using|of|to) {HOW_MANY}sentences?\b",
+        rf"\b(?:in|with|using|of) {HOW_MANY}sentences?\b{NO_RANGE}",
         lambda m, text: _number(m, _num_sentences(text)),
     ),
     _demand(
@@ -170,7 +176,8 @@ DEMANDS = (
     ),
     _demand(
         "JSON",
-        r"\b(?:as|in|return|output|valid) (?:a |an |valid )?json\b",
+        r"\b(?:answer|reply|respond|return|write|output|format|give)\b[^.?!\n]{0,40}?\b(?:as|in|only|return|output)? ?"
+        r"(?:a |an )?(?:valid )?json\b",
         lambda m, text: is_valid(code_of(text), "json"),
     ),
     _demand(
@@ -195,13 +202,13 @@ DEMANDS = (
     ),
     _demand(
         "a word that is to be there",
-        rf"(?<!not )(?<!n't )\b(?:include|mention|contain|use) the (?:word|phrase|keyword|term) {QUOTED}",
+        rf"(?<!not )(?<!n't )(?<!never )(?<!ever )(?<!even )\b(?:include|mention|contain|use)"
+        rf" the (?:word|phrase|keyword|term) {QUOTED}",
         lambda m, text: _has(m.group(1), text),
     ),
     _demand(
         "a word that is not to be there",
-        rf"(?:\b(?:do not|avoid|without|never)|n't) (?:use|using|include|including|mention(?:ing)?|contain(?:ing)?)"
-        rf" (?:the (?:word|phrase|keyword|term) )?{QUOTED}",
+        rf"{NEVER} (?:the (?:word|phrase|keyword|term) )?{QUOTED}",
         lambda m, text: not _has(m.group(1), text),
     ),
     _demand(

@@ -123,6 +123,10 @@ def test_nothing_is_fetched_or_known_that_should_not_be():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "TUNESMITH_PROVE_IMAGE" not in os.environ,
+    reason="takes three minutes; set TUNESMITH_PROVE_IMAGE=1 to run it",
+)
 def test_its_commands_work_in_a_clean_environment(tmp_path):
     """COPY, ARG, ENV and every pip command are done as written, below a folder and in a fresh virtual environment;
     then ENTRYPOINT is run with CMD, and trains. apt-get and useradd belong to the image and are left out."""

@@ -183,6 +183,7 @@ def fitted(
         recipe.adapter,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
         merged_base=prepared.path / "merged_base",
+        revision=recipe.model.revision,
     )
     models.set_stop_tokens(model, tokenizer)
     prepared.event(

@@ -359,7 +359,13 @@ def compare(
     rows_b, _ = _answers(b, questions, name="tuned", watch=_renamed(watch, "tuned", sides[1]))
     section = questions.recipe.evaluation
     compared = comparing.compare(
-        rows_a, rows_b, metrics=chosen, resamples=section.resamples, confidence=section.confidence
+        rows_a,
+        rows_b,
+        metrics=chosen,
+        resamples=section.resamples,
+        confidence=section.confidence,
+        names=sides,
+        apart=_apart(a, b, questions.recipe),
     )
     name = "_vs_".join(re.sub(r"[^\w.-]+", "-", side) for side in sides)
     if dataset:
@@ -381,6 +387,22 @@ def compare(
         measured_on=questions.measured_on,
         saved=place,
     )
+
+
+def _apart(a: str | Path, b: str | Path, recipe: Recipe) -> str:
+    """Why two models may be given different tokens for the same question."""
+    from tunesmith import models
+    from tunesmith.data.pairs import MARK
+
+    one, other = (models.load_tokenizer(str(model)) for model in (a, b))
+    if one.get_vocab() != other.get_vocab():
+        return "they have tokenizers of their own"
+    for model, tokenizer in ((a, one), (b, other)):
+        _settle_template(tokenizer, models.kind(str(model)), recipe)
+    templates = [str(tokenizer.chat_template) for tokenizer in (one, other)]
+    if all(template.startswith(MARK) for template in templates):
+        return "another source prefix, `method.source_prefix`, before the input"
+    return "another chat template around the question"
 
 
 def _side_names(a: str | Path, b: str | Path) -> tuple[str, str]:
@@ -434,6 +456,8 @@ def _questions(
             f"What {models[0]} is to be measured on is missing.", fix="Give --dataset, or name a run."
         )
     base = run.recipe() if run else Recipe()
+    if not run and "method" not in (settings or {}) and loading.kind(str(models[0])) == "seq2seq":
+        base = Recipe(method=Seq2Seq())
     changes: dict[str, Any] = {"evaluation": {"metrics": metrics}} if metrics else {}
     layer = base.model_dump(mode="json")
     is_whole = not base.data.mix and _same_place(base.data.dataset, dataset or "")

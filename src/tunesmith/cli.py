@@ -914,7 +914,7 @@ def _result_text(result: Result) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from tunesmith.evaluation.compare import sentence, table
+    from tunesmith.evaluation.compare import remarks, sentence, table
 
     parts: list[Any] = []
     if result.comparisons:
@@ -927,8 +927,11 @@ def _result_text(result: Result) -> Any:
             if result.sides:
                 parts.append(Text(f"{result.sides[1]} against {result.sides[0]}", style="bold"))
             style = {"better": "bold green", "worse": "bold red"}.get(primary.verdict, "bold yellow")
-            parts += [Text(sentence(primary), style=style), ""]
-        parts += [scores, ""]
+            parts += [Text(sentence(primary), style=style)]
+            parts += [*(Text(remark, style="yellow") for remark in primary.remarks), ""]
+        parts += [scores]
+        told = primary.remarks if primary else ()
+        parts += [*(Text(said, style="dim") for said in remarks(result.comparisons) if said not in told), ""]
     for sample in result.samples:
         parts.append(Text(sample["question"], style="bold"))
         for label in ("reference", "base", "tuned"):

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from tunesmith.evaluation.compare import Comparison, methods, sentence, table
+from tunesmith.evaluation.compare import Comparison, methods, remarks, sentence, table
 from tunesmith.models import Kind
 from tunesmith.training.run import Run, dataset_name, dataset_names, write_whole
 
@@ -21,7 +21,9 @@ CARD = """\
 # {{ name }}
 
 {{ verdict }}
-
+{% for remark in remarks -%}
+{{ remark }}
+{% endfor %}
 | {{ header | join(" | ") }} |
 |{{ " --- |" * (header | length) }}
 {% for line in lines -%}
@@ -177,6 +179,7 @@ def _card(
         front_matter=yaml.safe_dump(facts, sort_keys=False),
         name=run.path.name,
         verdict=sentence(primary) if primary else "No held-out answers were compared.",
+        remarks=remarks(comparisons),
         header=header,
         lines=[[cell.replace("|", "\\|") for cell in line] for line in lines],
         method=methods(comparisons),

@@ -17,7 +17,19 @@ _HOME = {
     "TunesmithError": "tunesmith.errors",
     "get_user_input": "tunesmith.finetuner",
     **dict.fromkeys(
-        ("train", "resume", "evaluate", "compare", "chat", "runs", "demo", "show", "push", "validate"),
+        (
+            "train",
+            "resume",
+            "evaluate",
+            "compare",
+            "chat",
+            "runs",
+            "demo",
+            "show",
+            "push",
+            "validate",
+            "merge",
+        ),
         "tunesmith.api",
     ),
 }
@@ -25,7 +37,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from tunesmith.api import chat, compare, demo, evaluate, push, resume, runs, show, train, validate
+    from tunesmith.api import chat, compare, demo, evaluate, merge, push, resume, runs, show, train, validate
     from tunesmith.errors import TunesmithError
     from tunesmith.finetuner import LLMFineTuner, get_user_input
     from tunesmith.recipe import Recipe

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from tunesmith.evaluation import EvalRow
     from tunesmith.evaluation.compare import Comparison
     from tunesmith.evaluation.unseen import MeasuredOn
+    from tunesmith.export.merge import Merged
     from tunesmith.models import Kind
     from tunesmith.plan import Plan
 
@@ -358,7 +359,13 @@ def compare(
     rows_b, _ = _answers(b, questions, name="tuned", watch=_renamed(watch, "tuned", sides[1]))
     section = questions.recipe.evaluation
     compared = comparing.compare(
-        rows_a, rows_b, metrics=chosen, resamples=section.resamples, confidence=section.confidence
+        rows_a,
+        rows_b,
+        metrics=chosen,
+        resamples=section.resamples,
+        confidence=section.confidence,
+        names=sides,
+        apart=_apart(a, b, questions.recipe),
     )
     name = "_vs_".join(re.sub(r"[^\w.-]+", "-", side) for side in sides)
     if dataset:
@@ -380,6 +387,22 @@ def compare(
         measured_on=questions.measured_on,
         saved=place,
     )
+
+
+def _apart(a: str | Path, b: str | Path, recipe: Recipe) -> str:
+    """Why two models may be given different tokens for the same question."""
+    from tunesmith import models
+    from tunesmith.data.pairs import MARK
+
+    one, other = (models.load_tokenizer(str(model)) for model in (a, b))
+    if one.get_vocab() != other.get_vocab():
+        return "they have tokenizers of their own"
+    for model, tokenizer in ((a, one), (b, other)):
+        _settle_template(tokenizer, models.kind(str(model)), recipe)
+    templates = [str(tokenizer.chat_template) for tokenizer in (one, other)]
+    if all(template.startswith(MARK) for template in templates):
+        return "another source prefix, `method.source_prefix`, before the input"
+    return "another chat template around the question"
 
 
 def _side_names(a: str | Path, b: str | Path) -> tuple[str, str]:
@@ -433,6 +456,8 @@ def _questions(
             f"What {models[0]} is to be measured on is missing.", fix="Give --dataset, or name a run."
         )
     base = run.recipe() if run else Recipe()
+    if not run and "method" not in (settings or {}) and loading.kind(str(models[0])) == "seq2seq":
+        base = Recipe(method=Seq2Seq())
     changes: dict[str, Any] = {"evaluation": {"metrics": metrics}} if metrics else {}
     layer = base.model_dump(mode="json")
     is_whole = not base.data.mix and _same_place(base.data.dataset, dataset or "")
@@ -501,10 +526,15 @@ def _learned(
     from tunesmith import dataflow
     from tunesmith.data.splitting import TRAIN, VALIDATION
     from tunesmith.evaluation.unseen import marks, own_marks
+    from tunesmith.export.merge import run_of as merged_from
 
     found: dict[str, frozenset[str]] = {}
     unchecked: dict[str, str] = {}
     waiting = [run for model in models if (run := _run_of(model))]
+    for model in models:
+        origin = merged_from(Path(model).expanduser())
+        if origin and not _run_of(model):
+            unchecked[str(model)] = f"it was merged from the run {origin[0]}, which is not at {origin[1]}."
     while waiting:
         run = waiting.pop(0)
         name = str(run.path)
@@ -539,9 +569,13 @@ def _is_split_of(run: Run, splits: Splits) -> bool:
 
 
 def _run_of(model: str | Path) -> Run | None:
-    """The run that a model is, or lies in: `final_model`, `best_model` or a checkpoint of it."""
+    """The run that a model is, was merged from, or lies in: `final_model`, `best_model` or a checkpoint of it."""
+    from tunesmith.export.merge import run_of
+
     path = Path(model).expanduser()
-    return next((open_run(folder) for folder in (path, *path.parents[:2]) if is_run(folder)), None)
+    origin = run_of(path)
+    places = (*([origin[1]] if origin else []), path, *path.parents[:2])
+    return next((open_run(folder) for folder in places if is_run(folder)), None)
 
 
 def _answers(
@@ -750,6 +784,38 @@ def runs(output_dir: str | Path = OUTPUT_DIR) -> list[RunSummary]:
             fix=f"Did you mean '{folder.parent / near}'?" if near else "Give the --output-dir of your runs.",
         )
     return [_summary(run) for run in find_runs(folder)]
+
+
+def merge(
+    model: str | Path, *, output: str | Path | None = None, dtype: str = "auto", watch: Watch = _unwatched
+) -> Merged:
+    """Merge a run's adapter, or an adapter's folder, into its base: whole weights that need no adapter.
+
+    Written to `output`, by default `<run>/merged_model` or `<adapter>_merged`, only where the merged model, read
+    back, answers as base and adapter do. `dtype` is how weights are stored (`auto`, `float32`, `float16`,
+    `bfloat16`). Raises TunesmithError where there is nothing to merge, where the folder is taken, and where the
+    check fails.
+    """
+    launch.require_one_process()
+    quiet_libraries()
+    from tunesmith.export import merge as merging
+
+    given = Path(model).expanduser()
+    run = _run_of(given) if given.is_dir() else None
+    adapter = merging.adapter_of(model, run)
+    own = run is not None and adapter == run.final_model.resolve()
+    beside = run.path / "merged_model" if run and own else adapter.with_name(f"{adapter.name}_merged")
+    folder = merging.free_place(Path(output).expanduser() if output else beside)
+
+    def told(name: str, value: str, reason: str) -> None:
+        watch({"kind": "decision", "name": name, "value": value, "reason": reason})
+
+    try:
+        return merging.merge(adapter, folder, run=run, dtype=dtype, progress=told)
+    except Exception as error:
+        if mended := _as_ours(error):
+            raise mended from error
+        raise
 
 
 def push(

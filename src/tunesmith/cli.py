@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tunesmith.api import Result
     from tunesmith.data.inspection import Inspected
     from tunesmith.data.validation import Report
+    from tunesmith.export.merge import Merged
     from tunesmith.plan import Plan
 
 app = typer.Typer(
@@ -689,6 +690,38 @@ def runs_verb(
     return {"runs": [asdict(run) for run in found]}, table if found else f"No runs in {output_dir}."
 
 
+MERGE_HELP = """Merge an adapter into its base: whole weights in one folder, checked to answer as both together do.
+
+`tunesmith merge fine_tuned_models/support-lora`"""
+
+
+@app.command("merge", help=MERGE_HELP)
+@verb
+def merge_verb(
+    model: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's or an adapter's folder.")],
+    *,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of the merged model; by default `<run>/merged_model` or `<adapter>_merged`."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|float32|float16|bfloat16", help="How weights are stored; `auto` as the base's are."
+        ),
+    ] = "auto",
+    quiet: bool,
+) -> Any:
+    """Merge."""
+    from tunesmith import api
+
+    with Display(quiet=quiet) as display:
+        merged = api.merge(model, output=output, dtype=dtype, watch=display)
+    return merged.as_dict(), _merged_text(merged)
+
+
 @app.command("push", help="Upload a run's final model to the Hugging Face Hub.")
 @verb
 def push_verb(
@@ -881,7 +914,7 @@ def _result_text(result: Result) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from tunesmith.evaluation.compare import sentence, table
+    from tunesmith.evaluation.compare import remarks, sentence, table
 
     parts: list[Any] = []
     if result.comparisons:
@@ -894,8 +927,11 @@ def _result_text(result: Result) -> Any:
             if result.sides:
                 parts.append(Text(f"{result.sides[1]} against {result.sides[0]}", style="bold"))
             style = {"better": "bold green", "worse": "bold red"}.get(primary.verdict, "bold yellow")
-            parts += [Text(sentence(primary), style=style), ""]
-        parts += [scores, ""]
+            parts += [Text(sentence(primary), style=style)]
+            parts += [*(Text(remark, style="yellow") for remark in primary.remarks), ""]
+        parts += [scores]
+        told = primary.remarks if primary else ()
+        parts += [*(Text(said, style="dim") for said in remarks(result.comparisons) if said not in told), ""]
     for sample in result.samples:
         parts.append(Text(sample["question"], style="bold"))
         for label in ("reference", "base", "tuned"):
@@ -951,6 +987,19 @@ def _report_text(report: Report) -> Any:
         ("fixed", fixed),
     ]  # fmt: skip
     return Group(*parts, *(Text(f"{name:<10}{value}") for name, value in facts if value))
+
+
+def _merged_text(merged: Merged) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    facts = [
+        ("merged", str(merged.folder)),
+        ("weights", f"{merged.parameters:,} parameters in {merged.dtype}, base {merged.base}"),
+        ("check", f"passed: {merged.check.sentence()}"),
+        *(("note", note) for note in merged.notes),
+    ]
+    return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
 
 
 def _scores_text(result: Result) -> Any:

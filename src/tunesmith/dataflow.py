@@ -126,7 +126,8 @@ def metrics(recipe: Recipe, items: list[evaluation.Item]) -> list[str]:
     if recipe.evaluation.metrics:
         return evaluation.known_metrics(recipe.evaluation.metrics)
     prompts = [item.prompt for item in items if item.prompt]
-    return default_metrics(prompts, has_text=any(item.prompt is None for item in items), task=recipe.task)
+    has_text = any(item.prompt is None for item in items)
+    return default_metrics(prompts, has_text, task=recipe.task, method=recipe.method.kind)
 
 
 def base_rows(
@@ -183,6 +184,7 @@ def fitted(
         recipe.adapter,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
         merged_base=prepared.path / "merged_base",
+        revision=recipe.model.revision,
     )
     models.set_stop_tokens(model, tokenizer)
     prepared.event(

@@ -189,12 +189,12 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
 def kind(base: str, *, revision: str | None = None) -> Kind:
     """Whether a model continues texts (causal) or answers what its encoder has read (seq2seq), from its
     configuration alone. Raises ModelError for a model that writes nothing, such as BERT."""
-    return _kind(_config(base, revision), base)
+    return _kind(configuration(base, revision), base)
 
 
 def check_kind(base: str, wanted: Kind, *, method: str, revision: str | None = None) -> None:
     """Raises ModelError, naming the right method, where a method is given a model of the other kind."""
-    config = _config(base, revision)
+    config = configuration(base, revision)
     found = _kind(config, base)
     if found == wanted:
         return
@@ -211,15 +211,15 @@ def check_kind(base: str, wanted: Kind, *, method: str, revision: str | None = N
     )
 
 
-def _config(base: str, revision: str | None) -> Any:
+def configuration(base: str, revision: str | None = None) -> Any:
     """A model's configuration; of an adapter that of its base."""
     from transformers import AutoConfig
 
     location = locate(base, revision=revision)
     adapter = Path(location) / "adapter_config.json"
     if adapter.is_file():
-        below = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        return _config(str(below), None)
+        said = json.loads(adapter.read_text(encoding="utf-8"))
+        return configuration(str(said.get("base_model_name_or_path")), said.get("revision"))
     try:
         return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
     except Exception as error:
@@ -311,7 +311,7 @@ def outline(base: str, *, revision: str | None = None) -> Any:
     """A model's modules without their weights, from its configuration: no memory, no time."""
     import torch
 
-    config = _config(base, revision)
+    config = configuration(base, revision)
     auto = _model_class(_kind(config, base))
     try:
         with torch.device("meta"):
@@ -340,6 +340,12 @@ def check_fit(base: str, adapter: Adapter, *, revision: str | None = None, max_l
 
 def _not_loaded(what: str, base: str, error: Exception) -> ModelError:
     first_line = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
+    if "custom code" in first_line:
+        return ModelError(
+            f"The {what} of '{base}' needs code of its own, and no code of a model is ever run here.",
+            found="auto_map in its configuration, and a model type that transformers does not know",
+            fix="Use a model that transformers itself has.",
+        )
     return ModelError(
         f"The {what} of '{base}' cannot be loaded.",
         found=f"{type(error).__name__}: {first_line}",
@@ -364,21 +370,28 @@ def _four_bit(adapter: QLoRA) -> Any:
 
 
 def attach(
-    model: Any, adapter: Adapter, *, gradient_checkpointing: bool = False, merged_base: Path | None = None
+    model: Any,
+    adapter: Adapter,
+    *,
+    gradient_checkpointing: bool = False,
+    merged_base: Path | None = None,
+    revision: str | None = None,
 ) -> Any:
     """The model with only those weights trainable that the adapter names.
 
     An adapter that the model already carries (a tuned run as the base) becomes part of the weights; a new
-    one then needs these on disk, and `merged_base` is where they are written.
+    one then needs these on disk, and `merged_base` is where they are written. `revision` is the base's; it is
+    written into the adapter, which else would be loaded on another one.
     """
     import peft
 
     if isinstance(model, peft.PeftModel):
-        model = model.merge_and_unload().requires_grad_(True)
+        model = merged(model).requires_grad_(True)
         if isinstance(adapter, LoRA):
             assert merged_base, "an adapter on an adapter needs a folder for the weights between them"
             model.save_pretrained(merged_base)
             model.name_or_path = model.config.name_or_path = str(merged_base.resolve())
+            revision = None
     if isinstance(adapter, Freeze):
         freeze(model, adapter.ratio)
         return model
@@ -396,12 +409,37 @@ def attach(
         use_rslora=adapter.rank_stabilized,
         use_dora=adapter.dora,
         init_lora_weights=True if adapter.init == "default" else adapter.init,
+        revision=revision,
         task_type=peft.TaskType.SEQ_2_SEQ_LM if is_seq2seq(model) else peft.TaskType.CAUSAL_LM,
     )
     _check_names(model, adapter.modules_to_save, "modules_to_save")
     if adapter.dora:
         _check_directions(model, config.target_modules)
     return peft.get_peft_model(model, config)
+
+
+def merged(model: Any) -> Any:
+    """A model with its adapter as part of the weights, which are whole again and plain.
+
+    Raises ModelError where that gives a weight that is not a number.
+    """
+    head, words = model.get_output_embeddings(), model.get_input_embeddings()
+    is_changed = any(hasattr(end, "base_layer") for end in (head, words))
+    if is_changed and head is not None and head.weight.data_ptr() == words.weight.data_ptr():
+        import torch
+
+        # One matrix serves both ends, and the adapter may change it at one of them only.
+        own = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        getattr(head, "base_layer", head).weight = own
+        model.config.tie_word_embeddings = False
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(
+            "The adapter cannot be merged into its base.",
+            found=str(error).splitlines()[0],
+            fix="Its weights are damaged or not numbers: use an earlier checkpoint, or train again.",
+        ) from error
 
 
 def _check_directions(model: Any, targets: Iterable[str]) -> None:

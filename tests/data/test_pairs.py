@@ -11,7 +11,7 @@ import pytest
 from tunesmith import data
 from tunesmith.data import pairs
 from tunesmith.data.examples import Conversation, Message, Row, Text, Unusable
-from tunesmith.data.templates import Encoding, encoder
+from tunesmith.data.templates import Encoding, encoder, plain_ids
 from tunesmith.errors import DataError, ModelError
 from tunesmith.recipe import Data, Seq2Seq
 
@@ -45,6 +45,38 @@ def test_a_pair_is_what_the_tokenizer_itself_makes_of_text_and_answer(name, pref
         [{"role": "user", "content": "what is one"}], add_generation_prompt=True, return_dict=False
     )
     assert served == source == pairs.prompt_ids((Message("user", "what is one"),), tokenizer)
+
+
+@pytest.mark.parametrize("answer", ["red blue", "no </s> yes"])
+def test_an_answer_ends_where_the_tokenizer_adds_no_end(answer):
+    """GPT-2's and Llama's tokenizers, put before a decoder, put nothing behind a text."""
+    tokenizer = encoder_decoders.t5_tokenizer()
+    tokenizer._tokenizer.post_processor = None
+    assert tokenizer("red").input_ids[-1] != tokenizer.eos_token_id
+    [ids] = pairs.target_ids([answer], encoder(tokenizer))
+    assert ids == [*plain_ids(answer, tokenizer), tokenizer.eos_token_id]
+    assert tokenizer.decode(ids[:-1]) == answer
+    pairs.settle_template(tokenizer, None)
+    talk = conversation("one", answer)
+    encoding = pairs.encode(talk, tokenizer)
+    assert encoding.labels[-1] == tokenizer.eos_token_id, "so that the model learns to stop"
+    proof = pairs.PairProof(encoder(tokenizer), rows=1)
+    [(_, [found])] = pairs.encode_rows([[talk]], encoder(tokenizer), loss_on="answers")
+    assert proof.check([0], [talk], [found]) == [None]
+
+
+def test_an_end_before_the_language_is_not_doubled():
+    """mBART closes an answer with the end-of-text token and the language."""
+    from tokenizers import processors
+
+    tokenizer = encoder_decoders.t5_tokenizer()
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s> <unk>", special_tokens=[("</s>", 1), ("<unk>", 2)]
+    )
+    for answer in ("red blue", "no </s> yes"):
+        [ids] = pairs.target_ids([answer], encoder(tokenizer))
+        assert ids[-2:] == [1, 2]
+        assert ids.count(1) == 1
 
 
 def test_special_tokens_in_the_text_stay_text():

@@ -9,7 +9,7 @@ from scipy.stats import binomtest, ttest_rel
 
 from tunesmith.errors import RunError
 from tunesmith.evaluation import scores
-from tunesmith.evaluation.compare import compare, holm, methods, sentence, table
+from tunesmith.evaluation.compare import compare, holm, methods, remarks, sentence, table
 
 
 def rows(values, *, model="base", groups=None, **fields):
@@ -129,6 +129,62 @@ def test_other_questions_are_an_error_and_other_tokens_a_note():
     assert answer.verdict == "better"
     assert "different tokens" in answer.reason
     assert likelihood.verdict == "inconclusive"
+
+
+def test_what_is_not_compared_says_why_beside_the_table():
+    base = [row(n, 0.0, nll=20.0, tokens=10, correct=1) for n in range(20)]
+    other = [row(n, 1.0, prompt_sha256="other", nll=9.0, tokens=10, correct=9) for n in range(20)]
+    names = ["exact_match", "perplexity", "token_accuracy"]
+    compared = compare(base, other, metrics=names, resamples=200, apart="another source prefix")
+    assert [line[1] for line in table(compared)[2:]] == ["-", "-"]
+    [said] = remarks(compared)
+    assert said == (
+        "Not compared: perplexity, token accuracy. 20 items reached the two models as different tokens (another "
+        "source prefix), and likelihoods are per token."
+    )
+    [primary] = compare(base, other, metrics=["perplexity"], resamples=200)
+    assert "another tokenizer, chat template or source prefix" in sentence(primary)
+    assert remarks([primary]) == [], "its sentence says so"
+    assert remarks(compare(base, base, metrics=names, resamples=200)) == []
+
+
+LOOP = "red blue " * 6
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "expected"),
+    [
+        ({"output": " "}, {}, ["All 20 answers of the base are empty"]),
+        ({}, {"output": LOOP}, ["20 of 20 answers of the tuned model repeat themselves"]),
+        ({}, {"output": LOOP, "reference": LOOP}, []),
+        (
+            {},
+            {"finish_reason": "length", "generation": {"max_new_tokens": 6}},
+            ["20 of 20 answers of the tuned model are cut off at the longest length (6 tokens)"],
+        ),
+        ({"finish_reason": "length", "output": LOOP}, {}, []),
+        ({"output": None}, {"output": None}, []),
+    ],
+    ids=["empty base", "loops", "loops as asked", "cut", "the base's own", "not asked"],
+)
+def test_how_the_answers_look_is_said_beside_the_verdict(base, tuned, expected):
+    questions = {"reference": tuned["reference"]} if "reference" in tuned else {}
+    one = [row(n, 0.0, **base | questions) for n in range(20)]
+    two = [row(n, 1.0, model="tuned", **tuned) for n in range(20)]
+    compared = compare(one, two, metrics=["exact_match", "rougeL"], resamples=200)
+    assert compared[0].verdict == "better"
+    said = [remark for remark in remarks(compared) if not remark.startswith("Not compared")]
+    assert len(said) == len(expected)
+    assert all(remark.startswith(words) for remark, words in zip(said, expected, strict=True))
+    assert compared[1].remarks == (), "with the primary metric only"
+
+
+def test_a_small_share_of_odd_answers_is_not_mentioned():
+    for number, count in ((4, 1), (3, 0)):  # a fifth of twenty, and less
+        two = [row(n, 1.0, model="tuned", output=LOOP if n < number else "red") for n in range(20)]
+        [found] = compare(rows([0.0] * 20), two, metrics=["exact_match"], resamples=200, names=("a", "b"))
+        assert len(found.remarks) == count
+        assert all(remark.startswith(f"{number} of 20 answers of b repeat") for remark in found.remarks)
 
 
 def test_token_weighting_of_likelihood_metrics():

@@ -16,12 +16,17 @@ from typing import Any, Literal
 from tunesmith.errors import RunError
 from tunesmith.evaluation.metrics import METRICS, Metric, known_metrics, primary_metric
 from tunesmith.evaluation.rows import EvalRow
+from tunesmith.evaluation.tasks import repeated, words
 
 Verdict = Literal["better", "worse", "no evidence", "inconclusive"]
 
 MIN_ITEMS = 10
 MIN_GROUPS = 5
 MAX_ERROR_SHARE = 0.02
+LARGE_SHARE = 0.2
+"""From this share of a model's answers on, that they are empty, cut off or repeat themselves is said."""
+LOOPING = 0.5
+"""An answer repeats itself where at least this share of its word trigrams has come before in it."""
 MIN_DISCORDANT = 6
 """With fewer questions that only one model answers rightly, an exact McNemar test cannot fall below .05."""
 
@@ -51,6 +56,8 @@ class Comparison:
     method: str
     higher_is_better: bool
     primary: bool
+    remarks: tuple[str, ...] = ()
+    """What the answers look like, where that bears on the verdict; with the primary metric only."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +95,13 @@ def compare(
     resamples: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
+    names: tuple[str, str] = ("the base", "the tuned model"),
+    apart: str = "another tokenizer, chat template or source prefix",
 ) -> list[Comparison]:
     """Base against tuned, metric by metric, from their rows.
+
+    `names` are those of the two models, and `apart` says why they may be given different tokens for the same
+    question.
 
     The interval is an expanded percentile bootstrap (Hesterberg 2015, The American Statistician 69(4)) over
     items, or over groups where rows have them: percentiles are set outward by the t distribution, which
@@ -106,9 +118,11 @@ def compare(
     _check_same_questions(base_rows, tuned_rows)
     primary = primary_metric(metrics)
     found = [
-        _compared(base_rows, tuned_rows, METRICS[name], resamples, confidence, seed, name == primary)
+        _compared(base_rows, tuned_rows, METRICS[name], resamples, confidence, seed, name == primary, apart)
         for name in metrics
     ]
+    remarks = tuple(_answers_look(base_rows, names[0]) + _answers_look(tuned_rows, names[1], closely=True))
+    found = [replace(c, remarks=remarks) if c.primary else c for c in found]
     others = [c for c in found if not c.primary and c.p_value is not None]
     adjusted = dict(zip([c.metric for c in others], holm([c.p_value or 0.0 for c in others]), strict=True))
     return [_adjusted(c, adjusted[c.metric], len(others)) if c.metric in adjusted else c for c in found]
@@ -128,6 +142,46 @@ def sentence(comparison: Comparison) -> str:
     groups = f" in {c.groups} groups" if c.groups < c.n else ""
     text = f"{head}: {metric.label} {path}, {difference_shown(c)}, n={c.n} {what}{groups}."
     return text if c.verdict in ("better", "worse") else f"{text} {c.reason}"
+
+
+def remarks(comparisons: Sequence[Comparison]) -> list[str]:
+    """What is to be known beside verdict and table: how the answers look, and why a metric has no value."""
+    found = [remark for c in comparisons for remark in c.remarks]
+    by_reason: dict[str, list[str]] = {}
+    for c in comparisons:
+        if not c.n and not c.primary:  # the primary one's sentence says so
+            by_reason.setdefault(c.reason, []).append(METRICS[c.metric].label)
+    return [*found, *(f"Not compared: {', '.join(names)}. {reason}" for reason, names in by_reason.items())]
+
+
+def _answers_look(rows: Sequence[EvalRow], name: str, *, closely: bool = False) -> list[str]:
+    """Whether a large share of a model's answers is empty; and, closely, cut off or repeats itself."""
+    answers = [(row, row.output) for row in rows if row.output is not None]
+    empty = [row for row, text in answers if not text.strip()]
+    if answers and len(empty) == len(answers):
+        return [
+            f"All {len(answers)} answers of {name} are empty, so that anything may look good beside them."
+        ]
+    found = [(len(empty), "are empty")]
+    if closely:
+        cut = [row for row, _ in answers if row.finish_reason == "length"]
+        limits = sorted({row.generation["max_new_tokens"] for row in cut if row.generation})
+        at = f" ({' or '.join(map(str, limits))} tokens)" if limits else ""
+        looping = [r for r, text in answers if _loops(text) and not _loops(r.reference)]
+        found += [
+            (len(cut), f"are cut off at the longest length{at}"),
+            (len(looping), "repeat themselves: half of their word trigrams or more have come before"),
+        ]
+    least = LARGE_SHARE * len(answers)
+    return [
+        f"{number} of {len(answers)} answers of {name} {what}."
+        for number, what in found
+        if number > 0 and number >= least
+    ]
+
+
+def _loops(text: str) -> bool:
+    return repeated([words(text)], 3) >= LOOPING
 
 
 def table(comparisons: Sequence[Comparison], names: tuple[str, str] = ("base", "tuned")) -> list[list[str]]:
@@ -222,15 +276,21 @@ def _compared(
     confidence: float,
     seed: int,
     primary: bool,
+    apart: str,
 ) -> Comparison:
     import numpy as np
 
     pairs = _paired(base_rows, tuned_rows, metric)
     n, groups = len(pairs.groups), len(set(pairs.groups))
     if not n:
+        why = _sentences("No question has a score of both models.", _left_out(pairs, apart))
+        if metric.kind == "likelihood" and pairs.other_tokens:
+            why = (
+                f"{pairs.other_tokens} items reached the two models as different tokens ({apart}), and "
+                "likelihoods are per token."
+            )
         return Comparison(
-            metric.name, 0.0, 0.0, 0.0, 0.0, 0.0, confidence, 0, 0, None, 0, 0, 0, "inconclusive",
-            _sentences("No question has a score of both models.", _left_out(pairs)), "none",
+            metric.name, 0.0, 0.0, 0.0, 0.0, 0.0, confidence, 0, 0, None, 0, 0, 0, "inconclusive", why, "none",
             metric.higher_is_better, primary,
         )  # fmt: skip
     base, tuned = (
@@ -262,7 +322,7 @@ def _compared(
         higher_is_better=metric.higher_is_better, primary=primary,
     )  # fmt: skip
     verdict, reason = _verdict(result, pairs, metric)
-    return replace(result, verdict=verdict, reason=_sentences(reason, _left_out(pairs)))
+    return replace(result, verdict=verdict, reason=_sentences(reason, _left_out(pairs, apart)))
 
 
 def _verdict(c: Comparison, pairs: _Pairs, metric: Metric) -> tuple[Verdict, str]:
@@ -446,13 +506,10 @@ def _check_same_questions(base_rows: Sequence[EvalRow], tuned_rows: Sequence[Eva
             )
 
 
-def _left_out(pairs: _Pairs) -> str:
+def _left_out(pairs: _Pairs, apart: str) -> str:
     parts = []
     if pairs.other_tokens:
-        parts.append(
-            f"{pairs.other_tokens} items reached the two models as different tokens (another tokenizer or "
-            "chat template)."
-        )
+        parts.append(f"{pairs.other_tokens} items reached the two models as different tokens ({apart}).")
     if pairs.unpaired:
         parts.append(f"{pairs.unpaired} rows of one model have no counterpart and do not count.")
     if pairs.errors:

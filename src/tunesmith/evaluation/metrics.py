@@ -103,15 +103,22 @@ TASK_METRICS: dict[str, tuple[str, ...]] = {
 """What a task's answers are looked at for besides being right, after the metrics that say that."""
 
 
-def default_metrics(prompts: Sequence[Prompt], has_text: bool, task: str = "custom") -> list[str]:
-    """The metrics that fit the data, the primary one first, then what the task adds.
+METHOD_METRICS: dict[str, tuple[str, ...]] = {"seq2seq": ("repetition",)}
+"""The same by method: decoders of encoder-decoder models are prone to loops."""
 
-    A metric fits where it means something for at least half of the prompts, one that the task adds where it
-    does for any.
+
+def default_metrics(
+    prompts: Sequence[Prompt], has_text: bool, task: str = "custom", method: str = "sft"
+) -> list[str]:
+    """The metrics that fit the data, the primary one first, then what task and method add.
+
+    A metric fits where it means something for at least half of the prompts, one that is added where it does
+    for any.
     """
     if not prompts:
         return ["perplexity", "token_accuracy"] if has_text else []
-    added = [name for name in TASK_METRICS.get(task, ()) if any(METRICS[name].fits(p) for p in prompts)]
+    further = dict.fromkeys((*TASK_METRICS.get(task, ()), *METHOD_METRICS.get(method, ())))
+    added = [name for name in further if any(METRICS[name].fits(p) for p in prompts)]
     if _fits_most("sql_execution", prompts):
         return ["sql_execution", "exact_match", "token_accuracy", "perplexity", *added]
     chat = [

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import RunError
-from tunesmith.evaluation.compare import Comparison, sentence, shown, table
+from tunesmith.evaluation.compare import Comparison, remarks, sentence, shown, table
 from tunesmith.evaluation.metrics import METRICS, Metric
 from tunesmith.evaluation.rows import EvalRow, read_rows
 from tunesmith.training.run import Run, write_whole
@@ -59,6 +59,7 @@ def write_report(run_dir: Path) -> Path:
         status=_json(run, "status.json", problems),
         primary=primary,
         verdict=sentence(primary) if primary else "No base and tuned model were compared in this run.",
+        remarks=remarks(compared),
         table=table(compared) if compared else None,
         compared=[(c, METRICS[c.metric]) for c in compared],
         scores=_json(run, "evaluation/scores.json", problems),

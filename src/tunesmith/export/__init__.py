@@ -1,1 +1,1 @@
-"""What leaves the run: the model card and the upload to a hub."""
+"""What leaves the run: the merged model, the model card and the upload to a hub."""

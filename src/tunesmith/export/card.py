@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
 
-from tunesmith.evaluation.compare import Comparison, methods, sentence, table
+from tunesmith.evaluation.compare import Comparison, methods, remarks, sentence, table
+from tunesmith.models import Kind
 from tunesmith.training.run import Run, dataset_name, dataset_names, write_whole
 
 CARD = """\
@@ -19,7 +21,9 @@ CARD = """\
 # {{ name }}
 
 {{ verdict }}
-
+{% for remark in remarks -%}
+{{ remark }}
+{% endfor %}
 | {{ header | join(" | ") }} |
 |{{ " --- |" * (header | length) }}
 {% for line in lines -%}
@@ -39,7 +43,9 @@ The held-out rows were chosen by content hash and took no part in training or ch
 Base model `{{ base }}`, method `{{ recipe.method.kind }}`, adapter `{{ recipe.adapter.kind }}`, \
 {{ training.steps }} steps, {{ training.tokens }} tokens, {{ training.seconds }} seconds; \
 the weights are those of step {{ training.step_of_final_model }}.
-
+{% for line in merged -%}
+{{ line }}
+{% endfor %}
 ```yaml
 {{ recipe_yaml }}```
 
@@ -82,28 +88,98 @@ Made with [tunesmith](https://github.com/tunesmith/tunesmith) {{ version }}.
 """
 
 
+MERGED_CARD = """\
+---
+{{ front_matter }}---
+
+# {{ name }}
+
+{% for line in merged -%}
+{{ line }}
+{% endfor %}
+What the adapter was trained on and how it scored is not known here.
+
+## Use
+
+```python
+from transformers import AutoModelFor{{ auto }}, AutoTokenizer
+
+model = AutoModelFor{{ auto }}.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+## Limits
+
+- Nothing was measured here but that it answers as base and adapter do.
+{% for note in notes -%}
+- {{ note }}
+{% endfor %}
+Made with [tunesmith](https://github.com/tunesmith/tunesmith) {{ version }}.
+"""
+
+
 def write_card(run: Run, comparisons: Sequence[Comparison]) -> None:
     """Write `README.md` into the run's final model, from the run folder alone.
 
     Folders of this machine are shortened to their names: a card travels with the model.
     """
+    adapter = (run.final_model / "adapter_config.json").exists()
+    write_whole(run.final_model / "README.md", _card(run, comparisons, adapter=adapter))
+
+
+def write_merged_card(
+    folder: Path, run: Run | None, base: str, merged: Sequence[str], notes: Sequence[str], *, kind: Kind
+) -> None:
+    """Write `README.md` into a folder of merged weights: the run's card, where there is a run, and what was
+    merged and how it was checked."""
+    if run:
+        kept = (run.read("evaluation/comparison.json") or {}).get("comparisons", [])
+        compared = [Comparison(**c) for c in kept]
+        text = _card(run, compared, adapter=False, merged=merged, notes=notes)
+    else:
+        facts: dict[str, Any] = {"tags": ["tunesmith"], "library_name": "transformers"}
+        text = jinja2.Template(MERGED_CARD, keep_trailing_newline=True).render(
+            front_matter=yaml.safe_dump({**facts, **_base_fact(base)}, sort_keys=False),
+            name=folder.name.removeprefix(".").removesuffix(".tmp"),
+            merged=merged,
+            notes=notes,
+            auto="Seq2SeqLM" if kind == "seq2seq" else "CausalLM",
+            version=metadata.version("tunesmith"),
+        )
+    write_whole(folder / "README.md", text)
+
+
+def _base_fact(base: str) -> dict[str, str]:
+    """A Hub id for the front matter; nothing for a folder."""
+    is_id = base.count("/") == 1 and not base.startswith((".", "/", "~"))
+    return {"base_model": base} if is_id else {}
+
+
+def _card(
+    run: Run,
+    comparisons: Sequence[Comparison],
+    *,
+    adapter: bool,
+    merged: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> str:
     recipe = run.recipe()
     plan = run.read("plan.json") or {}
     header, *lines = table(comparisons) if comparisons else [["metric", "value"]]
     primary = next((c for c in comparisons if c.primary), None)
     warnings = [event["message"] for event in run.events() if event["kind"] == "warning"]
     base = dataset_name(recipe.model.base)
-    adapter = (run.final_model / "adapter_config.json").exists()
     facts: dict[str, Any] = {"tags": ["tunesmith", recipe.method.kind, recipe.task]}
     if adapter:
         facts |= {"library_name": "peft"}
-    if recipe.model.base.count("/") == 1 and not recipe.model.base.startswith((".", "/", "~")):
+    if on_hub := _base_fact(recipe.model.base):
         base = recipe.model.base
-        facts |= {"base_model": base}
-    text = jinja2.Template(CARD, keep_trailing_newline=True).render(
+        facts |= on_hub
+    text: str = jinja2.Template(CARD, keep_trailing_newline=True).render(
         front_matter=yaml.safe_dump(facts, sort_keys=False),
         name=run.path.name,
         verdict=sentence(primary) if primary else "No held-out answers were compared.",
+        remarks=remarks(comparisons),
         header=header,
         lines=[[cell.replace("|", "\\|") for cell in line] for line in lines],
         method=methods(comparisons),
@@ -115,10 +191,11 @@ def write_card(run: Run, comparisons: Sequence[Comparison]) -> None:
         recipe_yaml=yaml.safe_dump(_shareable(recipe.model_dump(mode="json"), base=base), sort_keys=False),
         adapter=adapter,
         auto="Seq2SeqLM" if recipe.method.kind == "seq2seq" else "CausalLM",
-        notes=warnings,
+        notes=[*notes, *warnings],
+        merged=merged,
         version=(run.read("environment.json") or {"packages": {}})["packages"].get("tunesmith", ""),
     )
-    write_whole(run.final_model / "README.md", text)
+    return text
 
 
 def _shareable(recipe: dict[str, Any], *, base: str) -> dict[str, Any]:

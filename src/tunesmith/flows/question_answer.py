@@ -59,6 +59,7 @@ from tunesmith.errors import (
 )
 from tunesmith.evaluation.metrics import METRICS, Metric
 from tunesmith.methods.seq2seq import token_mean
+from tunesmith.training.validating import token_weighted
 
 log = logging.getLogger(__name__)
 
@@ -508,7 +509,7 @@ def trainer(
     from tunesmith.training.callbacks import FiniteLoss
 
     return _quiet(
-        Seq2SeqTrainer(
+        token_weighted(Seq2SeqTrainer)(
             model=base_model,
             args=training_args,
             data_collator=data_collator,
@@ -654,7 +655,7 @@ def fit_trainer_eval_metrics__presaved(
 ) -> dict[str, Any]:
     """What the trainer measures on the validation rows, of the saved adapter; nothing is trained or written."""
     with tempfile.TemporaryDirectory() as folder:
-        measuring = Seq2SeqTrainer(
+        measuring = token_weighted(Seq2SeqTrainer)(
             model=finetuned_model,
             args=Seq2SeqTrainingArguments(
                 output_dir=folder,

@@ -11,6 +11,7 @@ from tunesmith.data.templates import IGNORED
 from tunesmith.recipe import Data, Seq2Seq
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run
+from tunesmith.training.validating import token_weighted
 
 
 def template(tokenizer: Any, choice: str | None, section: Seq2Seq) -> str:
@@ -39,7 +40,7 @@ def build(
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
     assert packing is None, "pairs are not packed; api refuses it before"
-    return keeping_run_folder(Seq2SeqTrainer, run, keep=keep)(
+    return keeping_run_folder(token_weighted(Seq2SeqTrainer), run, keep=keep)(
         model=model,
         args=Seq2SeqTrainingArguments(**arguments, predict_with_generate=False),
         processing_class=tokenizer,

@@ -14,6 +14,7 @@ from tunesmith.errors import ModelError
 from tunesmith.recipe import SFT, Data
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run
+from tunesmith.training.validating import token_weighted
 
 if TYPE_CHECKING:
     from tunesmith.data.packing import Packing
@@ -93,7 +94,7 @@ def build(
             "eval_dataset": validation.dataset() if validation else None,
         }
     )
-    return keeping_run_folder(SFTTrainer, run, keep=keep)(
+    return keeping_run_folder(token_weighted(SFTTrainer), run, keep=keep)(
         model=model, args=config, processing_class=tokenizer, **rows
     )
 
@@ -103,7 +104,7 @@ def _packed(
 ) -> dict[str, Any]:
     """Data sets of blocks, as lists of example numbers, and the collator that fetches them.
 
-    Validation examples stay blocks of their own, so that the loss is weighted as it is without packing.
+    Validation examples stay blocks of their own.
     """
     from datasets import Dataset
 

@@ -4,6 +4,7 @@
     checkpoints/checkpoint-step-N/   best_model/   final_model/
     evaluation/ (rows.jsonl, scores.json, comparison.json)   report.html   status.json (written last)
     merged_base/ (only where a tuned run was the base: the weights the new adapter rests on)
+    merged_model/ (by `tunesmith merge`)
 
 Everything is written under a temporary name, flushed, then renamed; `events.jsonl` only grows. One
 writer per run, by lock.

@@ -1,0 +1,448 @@
+"""An adapter merged into its base: plain weights in one folder, proven to answer as base and adapter do.
+
+    adapter -> base + adapter answer some prompts -> merged, saved aside -> the same prompts, read back -> renamed
+
+A folder under the name that was asked for has passed the check.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith import models
+from tunesmith.errors import ModelError, RunError, TunesmithError, nearest
+from tunesmith.export.card import write_merged_card
+from tunesmith.recipe import QLoRA
+from tunesmith.training.run import Run, dataset_name, write_whole
+
+FACTS = "merge.json"
+"""What a merged folder was made from and what the check found, in that folder."""
+
+WEIGHTS = "adapter_model.safetensors"
+
+TOLERANCES = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2}
+"""How far a logit of the merged model may be from that of base and adapter, as a share of the largest logit.
+In float32 only the order of sums differs; the others are what rounding every weight to them may come to."""
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Summarize in one sentence: the meeting was moved from Monday to Thursday because two people were ill.",
+    "Write a list of three colors.",
+    "1, 2, 3, 4,",
+)
+"""What is asked where no run with held-out questions is behind the adapter."""
+
+NUM_PROMPTS = 4
+MAX_PROMPT_TOKENS = 128
+NEW_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Check:
+    """The merged model, as read back from its folder, against base and adapter. Both computed in float32."""
+
+    prompts: int
+    positions: int
+    """Tokens whose logits were compared: those of the prompts and of the answers."""
+    largest_difference: float
+    """Between two logits for the same token."""
+    largest_logit: float
+    """Of base and adapter, by amount."""
+    tolerance: float
+    """Largest difference allowed, as a share of the largest logit."""
+    new_tokens: int
+    """Tokens that base and adapter answered with, greedily."""
+    same_answers: int
+    """Prompts whose answers have the same tokens."""
+    ties: int
+    """Prompts whose answers part at a token that base and adapter prefer by less than the tolerance."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every logit is within the tolerance and every answer has the same tokens, ties aside."""
+        # False for a difference that is not a number.
+        close = self.largest_difference <= self.tolerance * self.largest_logit
+        return close and self.same_answers + self.ties == self.prompts
+
+    def sentence(self) -> str:
+        """The result for people."""
+        ties = f" ({self.ties} part at a tie)" if self.ties else ""
+        return (
+            f"largest difference of a logit {self.largest_difference:.2g}, allowed "
+            f"{self.tolerance * self.largest_logit:.2g} ({self.tolerance:g} of the largest logit "
+            f"{self.largest_logit:.3g}), over {self.positions} tokens; {self.same_answers} of {self.prompts} greedy "
+            f"answers have the same tokens{ties}"
+        )
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model's folder and how it came to be."""
+
+    folder: Path
+    base: str
+    adapter: str
+    run: str | None
+    """The run that the adapter is of."""
+    dtype: str
+    parameters: int
+    check: Check
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as `--json` prints it."""
+        return {
+            **asdict(self),
+            "folder": str(self.folder),
+            "check": {**asdict(self.check), "passed": self.check.passed},
+        }
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One prompt's greedy answer and the logits of all its tokens, prompt included, in float32."""
+
+    ids: tuple[int, ...]
+    logits: Any
+
+
+def adapter_of(model: str | Path, run: Run | None) -> Path:
+    """The adapter's folder behind a run, or a folder that is one.
+
+    Raises ModelError where there is none (a run that trained the weights themselves names where they are), and
+    RunError for a run without a final model.
+    """
+    if run and run.path == Path(model).expanduser() and not run.final_model.is_dir():
+        best = run.best_model if run.best_model.is_dir() else None
+        raise RunError(
+            f"The run {run.path} has no final model.",
+            found=f"state '{run.state()}'",
+            fix=f"`tunesmith resume {run.path}`"
+            + (f", or merge its best model so far: {best}." if best else "."),
+        )
+    folder = Path(models.locate(str(model)))
+    if not folder.is_dir():
+        raise ModelError(
+            f"'{model}' is not a folder on this machine.",
+            fix="Download the adapter first (`hf download OWNER/NAME --local-dir FOLDER`) and give the folder.",
+        )
+    if not (folder / "adapter_config.json").is_file():
+        what = (
+            f"adapter kind '{run.recipe().adapter.kind}'" if run else "whole weights, no adapter_config.json"
+        )
+        raise ModelError(
+            f"There is nothing to merge in {model}: it has no adapter.",
+            found=what,
+            fix=f"Its weights are whole as they are, in {folder}.",
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise ModelError(
+            f"The adapter {folder} has no {WEIGHTS}.",
+            found=", ".join(sorted(p.name for p in folder.iterdir())[:8]),
+            fix="Only safetensors are read; save the adapter as such.",
+        )
+    return folder
+
+
+def free_place(folder: Path) -> Path:
+    """The folder, where nothing is in the way. Raises RunError where something is."""
+    if folder.is_dir() and any(folder.iterdir()):
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
+        raise RunError(f"The folder {folder} is not empty.", found=found, fix="Give another --output.")
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file.", fix="Give another --output.")
+    return folder
+
+
+def merge(
+    adapter: Path,
+    folder: Path,
+    *,
+    run: Run | None = None,
+    dtype: str = "auto",
+    progress: Callable[[str, str, str], None],
+) -> Merged:
+    """Merge an adapter's folder into its base and write the whole model to `folder`, checked.
+
+    `run` is the one that trained it, if any. `dtype` is how weights are stored: `auto` as the base's are, of a
+    base that was trained on in 4 bits as the adapter's are. `progress` is told a name, a value and the reason.
+    Works on the CPU, in float32. Raises ModelError where the base is missing, needs code of its own or is
+    stored quantized, and where the check fails: the folder then gets the ending `.failed`.
+    """
+    import torch
+
+    base, revision = _base_of(adapter)
+    config = models.configuration(base, revision=revision)
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"The base {base} is stored quantized, and an adapter is merged into whole weights.",
+            found=f"quantization_config in {base}",
+            fix="Set base_model_name_or_path in adapter_config.json to the model that it was quantized from.",
+        )
+    is_quantized = run is not None and isinstance(run.recipe().adapter, QLoRA)
+    stored, why = _stored(dtype, config, adapter, is_quantized=is_quantized)
+    progress("base", base, "as the adapter names it" + (f", revision {revision}" if revision else ""))
+    progress("dtype", stored, why)
+    notes = []
+    if is_quantized:
+        notes.append(
+            "the adapter was trained and measured on a 4-bit base and is merged into the whole weights: its scores "
+            "are not quite the run's; `tunesmith compare` measures how far they are apart"
+        )
+
+    tokenizer = models.load_tokenizer(str(adapter if _has_tokenizer(adapter) else base))
+    is_pair = models.kind(str(adapter)) == "seq2seq"
+    progress("template", *_settled(tokenizer, is_pair))
+    model = models.load_model(str(adapter)).eval()
+    if not hasattr(model.base_model, "merge_and_unload"):
+        kind = next(iter(model.peft_config.values())).peft_type
+        raise ModelError(
+            f"An adapter of the type {getattr(kind, 'value', kind)} is no change of weights, so it cannot be merged.",
+            found=str(adapter / "adapter_config.json"),
+            fix="Use it as it is: `tunesmith chat` and transformers load it on its base.",
+        )
+    asked = _asked(run, tokenizer, model, is_pair=is_pair)
+    before = answered(model, tokenizer, asked)
+    model = models.merged(model)
+    if _without_code(model.config, tokenizer):
+        notes.append("the configuration named code of its own; that is left out, transformers has the model")
+    models.set_stop_tokens(model, tokenizer)
+    model = model.to(getattr(torch, stored))
+    parameters = sum(p.numel() for p in model.parameters())
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        del model
+        gc.collect()
+        after = answered(
+            models.load_model(str(staging)).eval(), tokenizer, asked, along=[answer.ids for answer in before]
+        )
+        check = checked(before, after, tolerance=TOLERANCES[stored])
+        merged = Merged(
+            folder=folder,
+            base=_shareable(base),
+            adapter=adapter.name,
+            run=run.path.name if run else None,
+            dtype=stored,
+            parameters=parameters,
+            check=check,
+            notes=tuple(notes),
+        )
+        origin = {"run_folder": _way(folder, run.path)} if run else {}
+        facts = {**merged.as_dict(), "folder": folder.name, **origin}
+        write_whole(staging / FACTS, json.dumps(facts, indent=1))
+        said = [f"This is the adapter `{adapter.name}` merged into `{merged.base}`, stored in {stored}.",
+                f"Checked against base and adapter, both in float32: {check.sentence()}."]  # fmt: skip
+        write_merged_card(staging, run, merged.base, said, notes, kind="seq2seq" if is_pair else "causal")
+        if not check.passed:
+            failed = folder.with_name(f"{folder.name}.failed")
+            shutil.rmtree(failed, ignore_errors=True)
+            staging.rename(failed)
+            raise ModelError(
+                "The merged model does not answer as base and adapter do.",
+                found=check.sentence(),
+                fix=f"It is kept in {failed} to look at; use the adapter as it is"
+                + (", or store it as it is computed: --dtype float32." if stored != "float32" else "."),
+            )
+        if folder.is_dir():
+            folder.rmdir()
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return merged
+
+
+def answered(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    along: Sequence[Sequence[int]] | None = None,
+) -> list[Answered]:
+    """Each prompt's greedy answer; logits are along it, or along the answers given."""
+    from tunesmith.data.templates import end_of_turn_ids
+    from tunesmith.generation import for_inference, generate
+
+    found = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=NEW_TOKENS,
+        stop_ids=end_of_turn_ids(tokenizer),
+        batch_tokens=1,  # one by one, so that no padding is in what is compared
+    )
+    paths = [answer.ids for answer in found] if along is None else along
+    with for_inference(model):
+        return [
+            Answered(answer.ids, _logits(model, prompt, path))
+            for prompt, answer, path in zip(prompts, found, paths, strict=True)
+        ]
+
+
+def _logits(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Any:
+    """Logits of the whole path: what the model finds likely after each token of it."""
+    import torch
+
+    if models.is_seq2seq(model):
+        start = models.first_tokens(model)["decoder_start_token_id"]
+        ids, more = list(prompt), {"decoder_input_ids": torch.tensor([[start, *answer]])}
+    else:
+        ids, more = [*prompt, *answer], {}
+    logits = model(input_ids=torch.tensor([ids]), use_cache=False, **more).logits
+    return logits[0].float()
+
+
+def checked(before: Sequence[Answered], after: Sequence[Answered], *, tolerance: float) -> Check:
+    """Two models' answers to the same prompts against one another, `before` the reference."""
+    import torch
+
+    largest = max(float(answer.logits.abs().max()) for answer in before)
+    differences = torch.stack([(a.logits - b.logits).abs().max() for a, b in zip(before, after, strict=True)])
+    same = ties = 0
+    for one, other in zip(before, after, strict=True):
+        if one.ids == other.ids:
+            same += 1
+            continue
+        parting = next(
+            (n for n, (a, b) in enumerate(zip(one.ids, other.ids, strict=False)) if a != b),
+            min(len(one.ids), len(other.ids)),
+        )
+        at = one.logits[len(one.logits) - len(one.ids) - 1 + parting]
+        first, second = at.topk(2).values.tolist()
+        ties += first - second <= 2 * tolerance * largest
+    return Check(
+        prompts=len(before),
+        positions=sum(len(answer.logits) for answer in before),
+        largest_difference=float(differences.max()),
+        largest_logit=largest,
+        tolerance=tolerance,
+        new_tokens=sum(len(answer.ids) for answer in before),
+        same_answers=same,
+        ties=ties,
+    )
+
+
+def _base_of(adapter: Path) -> tuple[str, str | None]:
+    """The base that an adapter names, and its revision. Raises ModelError where it is not there."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            f"The adapter {adapter} names no base.",
+            found="adapter_config.json without base_model_name_or_path",
+            fix="Write the folder or Hub id of its base there.",
+        )
+    revision = config.get("revision")
+    try:
+        models.locate(base, revision=revision)
+    except ModelError as error:
+        raise ModelError(
+            f"The base of the adapter {adapter} is missing: {base}.",
+            found=error.found or error.problem,
+            fix="Put it back, or write where it is now as base_model_name_or_path into adapter_config.json.",
+        ) from None
+    return base, revision
+
+
+def _stored(asked: str, config: Any, adapter: Path, *, is_quantized: bool) -> tuple[str, str]:
+    """Type of the stored weights, and why."""
+    if asked not in ("auto", *TOLERANCES):
+        raise TunesmithError(
+            f"Weights are not stored as '{asked}'.", fix=nearest(asked, ("auto", *TOLERANCES))
+        )
+    if asked != "auto":
+        return asked, "as asked for"
+    if is_quantized:
+        from safetensors import safe_open
+
+        with safe_open(adapter / WEIGHTS, framework="pt") as weights:
+            own = str(weights.get_tensor(next(iter(weights.keys()))).dtype).removeprefix("torch.")
+        return (own if own in TOLERANCES else "float32"), "that of the adapter; its base was quantized"
+    own = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    if own in TOLERANCES:
+        return own, "that of the base's weights"
+    return "float32", "the base's configuration names none of " + ", ".join(TOLERANCES)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in models.TOKENIZER_FILES)
+
+
+def _settled(tokenizer: Any, is_pair: bool) -> tuple[str, str]:
+    from tunesmith.data import pairs
+    from tunesmith.data.templates import set_template
+
+    return "saved with it", (pairs.settle_template if is_pair else set_template)(tokenizer, None)
+
+
+def _asked(run: Run | None, tokenizer: Any, model: Any, *, is_pair: bool) -> list[list[int]]:
+    """Token ids of the prompts that both models are asked: held-out questions of the run, or else `PROMPTS`.
+
+    Their ends are cut off so that an answer has room.
+    """
+    from tunesmith.data import pairs, templates
+    from tunesmith.data.examples import Message, Unusable
+    from tunesmith.generation import context_length
+
+    limit = context_length(model)
+    most = MAX_PROMPT_TOKENS if limit is None else max(1, min(MAX_PROMPT_TOKENS, limit - NEW_TOKENS))
+    form = pairs if is_pair else templates
+    found = []
+    for text in (_held_out(run) or PROMPTS)[:NUM_PROMPTS]:
+        try:
+            ids = form.prompt_ids((Message("user", text),), tokenizer)
+        except Unusable:  # a template that wants more than a question; any tokens will do here
+            ids = tokenizer(text).input_ids
+        found.append(list(ids)[:most])
+    return found
+
+
+def _held_out(run: Run | None) -> list[str]:
+    """Questions that the run has been measured on, for as far as they can be read."""
+    from tunesmith.evaluation.rows import read_rows
+
+    try:
+        rows = read_rows(run.evaluation / "rows.jsonl") if run else []
+    except RunError:
+        rows = []
+    return list(dict.fromkeys(row.prompt_text for row in rows if row.prompt_text.strip()))
+
+
+def _without_code(config: Any, tokenizer: Any) -> bool:
+    """Take out what would make a loader ask for code; whether there was any."""
+    had = bool(getattr(config, "auto_map", None)) or "auto_map" in tokenizer.init_kwargs
+    if getattr(config, "auto_map", None):
+        del config.auto_map
+    tokenizer.init_kwargs.pop("auto_map", None)
+    return had
+
+
+def _shareable(base: str) -> str:
+    """A Hub id as it is, a folder by its name: what is written into the model travels with it."""
+    return dataset_name(base) if Path(base).expanduser().is_dir() else base
+
+
+def _way(folder: Path, run: Path) -> str:
+    """From a merged folder to its run, so that both can move together."""
+    import os
+
+    return Path(os.path.relpath(run.resolve(), folder.resolve())).as_posix()
+
+
+def run_of(folder: Path) -> tuple[str, Path] | None:
+    """Name and folder of the run that a merged model is from; None where it is no such model."""
+    try:
+        facts: Mapping[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        return str(facts["run"]), (folder / facts["run_folder"]).resolve()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

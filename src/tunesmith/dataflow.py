@@ -185,9 +185,8 @@ def fitted(
         merged_base=prepared.path / "merged_base",
     )
     models.set_stop_tokens(model, tokenizer)
-    prepared.event(
-        "decision", name="model", value=models.describe(model).sentence(), reason="after the adapter"
-    )
+    described = models.describe(model).sentence()
+    prepared.event("decision", name="model", value=described, reason=f"adapter.kind is {recipe.adapter.kind}")
     trainer = METHODS[recipe.method.kind].build(
         recipe.method,
         model=model,

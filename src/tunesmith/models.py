@@ -48,7 +48,8 @@ QUERY_VALUE = {
     "qkv_proj", "Wqkv", "qkv",  # Phi-3, MPT
     "wq", "wv",
 }  # fmt: skip
-"""Names of the projections that make queries and values, family by family."""
+"""Names of the projections that make queries and values, family by family; `finetuner.TARGET_PATTERNS` is the
+notebook class's own, ordered table."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -364,7 +365,8 @@ def test_the_sample_output_comes_out_of_gpt2_s_shape(tmp_path, capsys, targets, 
     """The reference prints 294,912 beside the base's own 124,439,808; PEFT counts the adapter among all."""
     finetuner = shaped(tmp_path, "gpt2")
     assert sum(p.numel() for p in finetuner.model.parameters()) == 124_439_808
-    finetuner.setup_lora(target_modules=targets)
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        finetuner.setup_lora(target_modules=targets)
     counted = sum(p.numel() for p in finetuner.peft_model.parameters() if p.requires_grad)
     assert counted == trained
     printed = capsys.readouterr().out.strip()
@@ -570,7 +572,7 @@ def test_benchmark_says_how_training_texts_begin_and_refuses_odd_lists(loaded, c
     prepared(finetuner)
     finetuner.benchmark(["what is red"], test_references=["x"], max_new_tokens=1)
     assert "training texts begin with `prompt: … response:`" in capsys.readouterr().out
-    with pytest.raises(DataError, match=r"one answer per prompt(.|\n)*1 prompts, 2 references"):
+    with pytest.raises(DataError, match=r"one answer per prompt(.|\n)*1 prompt, 2 references"):
         finetuner.benchmark(["a"], test_references=["b", "c"])
     for wrong in ([], "what", ["a", " "]):
         with pytest.raises(DataError, match="list of texts"):

@@ -40,6 +40,7 @@ from tunesmith.recipe import Training
 from tunesmith.training.fit import quiet_libraries
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
     from numpy.typing import NDArray
 
@@ -270,7 +271,7 @@ class LLMFineTuner:
         truncated = sum(encoded["truncated"])
         print(
             f"{len(encoded)} of {counted(len(dataset), 'row')} prepared from {', '.join(columns)}: "
-            f"{empty} empty and left out, {truncated} cut at {max_length} tokens"
+            f"{empty} empty and left out, {truncated} cut at {counted(max_length, 'token')}"
         )
         prepared = encoded.remove_columns(["truncated"])
         self._origins[prepared._fingerprint] = self._origins.get(dataset._fingerprint, {})
@@ -428,7 +429,7 @@ class LLMFineTuner:
                         )
                     run.event("warning", message=NOT_REPEATABLE)
                     model = models.describe(self.peft_model).sentence()
-                    run.event("decision", name="model", value=model, reason="after setup_lora()")
+                    run.event("decision", name="model", value=model, reason="adapter.kind is lora")
                     trainer = METHODS["sft"].build(
                         recipe.method,
                         model=self.peft_model,
@@ -666,8 +667,8 @@ class LLMFineTuner:
         if references is not None and (isinstance(references, str) or len(references) != len(prompts)):
             raise DataError(
                 "test_references has to hold one answer per prompt.",
-                found=f"{len(prompts)} prompts, "
-                + ("one text" if isinstance(references, str) else f"{len(references)} references"),
+                found=f"{counted(len(prompts), 'prompt')}, "
+                + ("one text" if isinstance(references, str) else counted(len(references), "reference")),
             )
         return list(prompts)
 

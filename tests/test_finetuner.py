@@ -209,6 +209,19 @@ def test_broken_rows_are_errors_where_they_are_wanted(loaded, here):
         finetuner.load_dataset_from_source("./dat.jsonl")
     with pytest.raises(DataError, match="at least 1; found 0"):
         finetuner.load_dataset_from_source("data.jsonl", num_samples=0)
+    with pytest.raises(DataError, match=r"num_samples has to be at least 1; found '5'(.|\n)*int\('5'\)"):
+        finetuner.load_dataset_from_source("data.jsonl", num_samples="5")
+    with pytest.raises(DataError, match="max_length has to be at least 1; found 0"):
+        finetuner.prepare_dataset(ROWS, max_length=0)
+
+
+def test_paths_may_be_path_objects(here):
+    finetuner = LLMFineTuner(here / "gpt2", here / "my_model")
+    finetuner.load_model()
+    tokenized, _ = finetuner.prepare_dataset(finetuner.load_dataset_from_source(here / "data.jsonl"))
+    finetuner.setup_lora()
+    finetuner.train(tokenized, num_epochs=1)
+    assert open_run(here / "my_model").state() == "done"
 
 
 def test_on_cuda_weights_are_float16_and_several_gpus_share_them(here, monkeypatch):

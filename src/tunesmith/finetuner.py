@@ -107,8 +107,8 @@ class LLMFineTuner:
 
     def __init__(self, model_name: str, output_dir: str = "./finetuned_model") -> None:
         quiet_libraries()
-        self.model_name = model_name
-        self.output_dir = output_dir
+        self.model_name = os.fspath(model_name)
+        self.output_dir = os.fspath(output_dir)
         self.device: str = planning.device()
         self.tokenizer: Any = None
         self.model: Any = None
@@ -171,8 +171,9 @@ class LLMFineTuner:
 
         from tunesmith.data.sources import ROLES, Record, open_source
 
-        if num_samples is not None and num_samples < 1:
-            raise DataError(f"num_samples has to be at least 1; found {num_samples}.")
+        dataset_source = os.fspath(dataset_source)
+        if num_samples is not None:
+            _check_count("num_samples", num_samples)
         is_local = dataset_source.startswith("example:") or Path(dataset_source).expanduser().exists()
         source = open_source(
             dataset_source, config=dataset_config, split=None if is_local else split, data_files=data_files
@@ -241,13 +242,12 @@ class LLMFineTuner:
         self._need(self.tokenizer, "load_model()", "prepare_dataset()")
         dataset = _as_dataset(dataset, "prepare_dataset()")
         limit = context_length(self.model)
-        if max_length < 1 or (limit and max_length > limit):
+        _check_count("max_length", max_length)
+        if limit and max_length > limit:
             raise ModelError(
-                f"max_length has to be between 1 and the context of the model, {limit} tokens."
-                if limit
-                else "max_length has to be at least 1.",
+                f"max_length has to be between 1 and the context of the model, {limit} tokens.",
                 found=str(max_length),
-                fix=f"Call prepare_dataset(..., max_length={min(limit or 512, 512)}).",
+                fix=f"Call prepare_dataset(..., max_length={limit}).",
             )
         columns = self._chosen_columns(dataset, text_columns)
         encoded = dataset.select_columns(columns).map(
@@ -490,8 +490,7 @@ class LLMFineTuner:
         base_only = (
             self.peft_model.disable_adapter() if self.peft_model is not None and not use_finetuned else None
         )
-        if max_new_tokens < 1:
-            raise DataError(f"max_new_tokens has to be at least 1; found {max_new_tokens}.")
+        _check_count("max_new_tokens", max_new_tokens)
         ids = self._fitting_prompts(prompts)
         with base_only or nullcontext():
             answers = generate(
@@ -946,6 +945,15 @@ def _whole_numbers(number: int, name: str, values: Any, fix: str) -> NDArray[Any
             f"{name} of row {number} is not a list of whole numbers.", found=repr(values)[:60], fix=fix
         )
     return array.astype(np.int64)
+
+
+def _check_count(name: str, value: Any) -> None:
+    """Raises DataError for what is no number of things; an answer of `get_user_input` is a text."""
+    if not isinstance(value, int) or value < 1:
+        raise DataError(
+            f"{name} has to be at least 1; found {value!r}.",
+            fix=f"Convert it: {name}=int({value!r})." if isinstance(value, str) else None,
+        )
 
 
 def _columns_shown(dataset: Dataset) -> str:

@@ -187,9 +187,8 @@ def fitted(
         revision=recipe.model.revision,
     )
     models.set_stop_tokens(model, tokenizer)
-    prepared.event(
-        "decision", name="model", value=models.describe(model).sentence(), reason="after the adapter"
-    )
+    described = models.describe(model).sentence()
+    prepared.event("decision", name="model", value=described, reason=f"adapter.kind is {recipe.adapter.kind}")
     trainer = METHODS[recipe.method.kind].build(
         recipe.method,
         model=model,

@@ -48,7 +48,8 @@ QUERY_VALUE = {
     "qkv_proj", "Wqkv", "qkv",  # Phi-3, MPT
     "wq", "wv",
 }  # fmt: skip
-"""Names of the projections that make queries and values, family by family."""
+"""Names of the projections that make queries and values, family by family; `finetuner.TARGET_PATTERNS` is the
+notebook class's own, ordered table."""
 
 
 @dataclass(frozen=True)
@@ -399,11 +400,18 @@ def attach(
         return model
     if isinstance(adapter, QLoRA):
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+    targets = target_modules(model, adapter.targets)
     config = peft.LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha or 2 * adapter.rank,
         lora_dropout=adapter.dropout,
-        target_modules=target_modules(model, adapter.targets),
+        target_modules=targets,
+        # Conv1D keeps its weights transposed; PEFT finds that out as well, with a warning per matrix.
+        fan_in_fan_out=any(
+            type(module).__name__ == "Conv1D"
+            and f".{name}".endswith(tuple(f".{target}" for target in targets))
+            for name, module in model.named_modules()
+        ),
         bias=adapter.bias,
         modules_to_save=adapter.modules_to_save or None,
         use_rslora=adapter.rank_stabilized,

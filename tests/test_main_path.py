@@ -67,6 +67,11 @@ def test_the_run_folder_explains_itself(quick):
     steps = [event for event in run.events() if event["kind"] == "step"]
     assert [event["step"] for event in steps] == [1, 2, 3, 4]
     assert {"loss", "learning_rate", "grad_norm", "tokens", "seconds", "memory"} <= steps[0].keys()
+    rates = [step["learning_rate"] for step in steps]
+    assert rates[0] > rates[-1] >= 0, "the linear schedule, as it was used"
+    assert all(step["grad_norm"] > 0 for step in steps)
+    measured = [*steps, *(e for e in run.events() if e["kind"] == "evaluation")]
+    assert all(0 <= event["token_accuracy"] <= 1 for event in measured), "of training and of validation"
     validations = {e["step"]: e["loss"] for e in run.events() if e["kind"] == "evaluation"}
     assert run.read("training.json")["step_of_final_model"] == min(validations, key=validations.get)
     assert any(event["kind"] == "progress" and event["stage"] == "training" for event in seen)

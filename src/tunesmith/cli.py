@@ -621,12 +621,12 @@ def chat_verb(
     quiet: bool,
 ) -> Any:
     """Chat."""
-    from tunesmith import api
+    from tunesmith import api, wizard
 
     if prompt is not None and not prompt.strip():
         raise TunesmithError("--prompt is empty.", fix="Write a question, or leave it out to talk.")
     console = _console()
-    ask = "you> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    ask = "you> " if wizard.on_terminal() else ""
     talk = api.Chat(model)
     messages = [{"role": "system", "content": system}] if system else []
     if not quiet and prompt is None:

@@ -268,3 +268,27 @@ def test_the_row_of_tool_calls_in_the_documentation_is_read(tmp_path):
     path.write_text(json.dumps(values))
     report = validate(str(path), task="chat")
     assert not report.counts
+
+
+def test_the_rows_of_seed_003_are_read_as_its_page_means_them():
+    """Each line of its format examples, word for word."""
+    read_as = {
+        '{"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi! How can I help '
+        'you?"}]}': ("Hello!", "Hi! How can I help you?"),
+        '{"prompt": "What is machine learning?", "response": "Machine learning is..."}': (
+            "What is machine learning?", "Machine learning is...",
+        ),
+        '{"instruction": "Translate to French", "input": "Hello world", "output": "Bonjour le monde"}': (
+            "Translate to French\n\nHello world", "Bonjour le monde",
+        ),
+        '{"instruction": "Summarize this text", "output": "This is a summary..."}': (
+            "Summarize this text", "This is a summary...",
+        ),
+        '{"prompt": "Write a function to sort a list", "completion": "def sort_list(lst):\\n    return sorted(lst)"}': (
+            "Write a function to sort a list", "def sort_list(lst):\n    return sorted(lst)",
+        ),
+    }  # fmt: skip
+    for line, (question, answer) in read_as.items():
+        assert turns(example(json.loads(line))) == [("user", question), ("assistant", answer)]
+    code = "class DataProcessor:\n    def __init__(self):\n        pass"
+    assert example({"code": code}) == Text(code, Row("rows", 1))

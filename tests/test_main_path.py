@@ -631,3 +631,12 @@ def test_a_finished_model_is_uploaded_where_that_is_asked_for(quick, monkeypatch
     asked.clear()
     api.train(quick(name="kept", **changes))
     assert asked == []
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_no_run_leaves_a_pickle_where_models_are(quick, adapter):
+    run = Run(api.train(quick(adapter=ADAPTERS[adapter], evaluation={"skip": True})).run)
+    name = "model.safetensors" if adapter == "full" else "adapter_model.safetensors"
+    for folder in (run.final_model, run.best_model, *run.checkpoints.iterdir()):
+        assert list(folder.rglob(name)), folder
+        assert not [*folder.rglob("*.bin"), *folder.rglob("*model*.pt"), *folder.rglob("*.pkl")]

@@ -970,6 +970,7 @@ def _leaves(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any,
 
 def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool) -> Result:
     """Drive the dataflow to the report, and leave a status whatever happens."""
+    from tunesmith.export.card import write_card
     from tunesmith.training import checkpoints
 
     started = time.perf_counter()
@@ -987,6 +988,8 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
                 _check_settings(recipe)
             point = checkpoints.choose(run, checkpoint) if checkpoint else None
             results = _driver().execute(wanted, inputs={**_inputs(recipe), "run": run, "checkpoint": point})
+            if recipe.evaluation.skip:
+                write_card(run, [])
             published = _published(recipe, run)
         except (KeyboardInterrupt, Interrupted) as error:
             run.finish("interrupted")

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from tunesmith.data import cache, supervision
 from tunesmith.data.cache import Encodings, StoredExamples
 from tunesmith.data.duplicates import NearDuplicates
-from tunesmith.data.examples import Example, Ledger, LedgerEntry, Row, Tally, Text, Unusable, as_json, texts
+from tunesmith.data.examples import Example, Ledger, LedgerEntry, Row, Tally, Text, Unusable, texts
 from tunesmith.data.formats import (
     FORMATS,
     Detection,
@@ -656,13 +656,8 @@ def _from_folder(folder: Path, splits: Splits, notes: tuple[str, ...]) -> Encode
 def _encode_into(
     folder: Path, splits: Splits, context: Encoder, *, data: Data, loss_on: LossOn
 ) -> dict[str, Any]:
-    """Write train.arrow, validation.arrow, held_out.jsonl and ledger.arrow; the facts about them."""
-    digest = hashlib.sha256()
-    writers = {
-        fate: cache.EncodingWriter(folder / f"{fate}.arrow", digest) for fate in ("train", "validation")
-    }
-    ledger_writer = cache.LedgerWriter(folder / "ledger.arrow")
-    tally, counts = Tally(), Counter[str]()
+    """Write the splits; the facts about them."""
+    counts = Counter[str]()
     proof = supervision.Proof(
         context,
         loss_on=loss_on,
@@ -671,7 +666,7 @@ def _encode_into(
         rows=len(splits.fates),
     )
     too_long: list[str] = []
-    with (folder / "held_out.jsonl").open("w", encoding="utf-8") as held_out:
+    with cache.SplitsWriter(folder) as written:
         for rows, encodings in _stream(splits, context, loss_on):
             entries = [splits.entry(number, row) for number, row, _, _ in rows]
             trained: list[tuple[int, Example, Encoding]] = []
@@ -690,7 +685,7 @@ def _encode_into(
                 lengths = [len(part.input_ids) for _, _, part in found]
                 entries[place] = entry._replace(tokens=sum(lengths))
                 if entry.fate == "held_out":
-                    held_out.write(as_json(example) + "\n")
+                    written.hold_out(example)
                 elif max(lengths) > data.max_length and data.over_long in ("drop", "error"):
                     reason = f"longer than max_length {data.max_length} (over_long: {data.over_long})"
                     entries[place] = entries[place]._replace(fate="dropped", reason=reason)
@@ -707,7 +702,7 @@ def _encode_into(
             for (place, _, _), breach in zip(trained, breaches, strict=True):
                 if breach:
                     entries[place] = entries[place]._replace(fate="dropped", reason=breach)
-            made: dict[str, tuple[list[int], list[Encoding]]] = {"train": ([], []), "validation": ([], [])}
+            kept: dict[int, list[Encoding]] = {}
             for place, example, encoding in trained:
                 entry = entries[place]
                 if entry.fate == "dropped":
@@ -724,17 +719,10 @@ def _encode_into(
                 elif len(encoding.input_ids) > data.max_length:
                     cut = len(encoding.input_ids) - data.max_length
                     entries[place] = entry._replace(tokens_cut=entry.tokens_cut + cut)
-                numbers, kept = made[entry.fate]
-                kept += pieces * entry.copies
-                numbers += [rows[place][0]] * len(pieces) * entry.copies
-            for fate, writer in writers.items():
-                writer.write(*made[fate])
-            for entry in entries:
-                tally.add(entry)
-            ledger_writer.write(entries)
-    for writer in writers.values():
-        writer.close()
-    ledger_writer.close()
+                kept.setdefault(place, []).extend(pieces)
+            written.write(
+                entries, [(rows[place][0], entries[place], pieces) for place, pieces in kept.items()]
+            )
     if too_long and data.over_long == "error":
         raise DataError(
             f"{len(too_long)} examples are longer than max_length {data.max_length}.",
@@ -742,22 +730,10 @@ def _encode_into(
             fix="Raise --max-length, shorten them, or choose data.over_long truncate or drop.",
         )
     proof.finish(on_breach=data.on_breach)
-    ledger = tally.ledger(lambda: iter(()))
-    totals = ledger.counts()
-    assert totals["rows_in"] == sum(totals[fate] for fate in FATES) == len(splits.fates)
-    if not totals["train"]:
-        raise DataError(
-            "No training example is left after tokenizing.",
-            found="; ".join(f"{count} × {reason}" for reason, count in ledger.reasons().items()),
-            fix="Raise --max-length, or mend the rows that the reasons name.",
-        )
-    return {
-        "counts": totals,
-        "reasons": ledger.reasons(),
-        "fingerprint": digest.hexdigest(),
-        "proof": proof.as_dict(),
-        "notes": _notes(totals, counts),
-    }
+    facts = written.facts(
+        rows=len(splits.fates), fix="Raise --max-length, or mend the rows that the reasons name."
+    )
+    return {**facts, "proof": proof.as_dict(), "notes": _notes(facts["counts"], counts)}
 
 
 def _stream(splits: Splits, context: Encoder, loss_on: LossOn) -> Iterator[tuple[list[Any], Iterator[Any]]]:

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.examples import Example, LedgerEntry, Row, from_json
+from tunesmith.data.examples import Example, LedgerEntry, Row, Tally, as_json, from_json
+from tunesmith.data.splitting import FATES
 from tunesmith.data.templates import Encoding
+from tunesmith.errors import DataError
 
 LIMIT = 50 * 1024**3
 """Bytes that the cache may take; what was not used for longest goes first."""
@@ -185,6 +187,66 @@ class LedgerWriter:
     def close(self) -> None:
         """End the file."""
         self._writer.close()
+
+
+class SplitsWriter:
+    """Writes a data set while it is encoded: train.arrow, validation.arrow, held_out.jsonl and ledger.arrow.
+
+    To be used with `with`; `facts` follows when all is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._digest, self._tally = hashlib.sha256(), Tally()
+        self._encodings = {
+            fate: EncodingWriter(folder / f"{fate}.arrow", self._digest) for fate in ("train", "validation")
+        }
+        self._ledger = LedgerWriter(folder / "ledger.arrow")
+        self._held_out = (folder / "held_out.jsonl").open("w", encoding="utf-8")
+
+    def __enter__(self) -> SplitsWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._encodings.values():
+            file.close()
+        self._ledger.close()
+        self._held_out.close()
+
+    def hold_out(self, example: Example) -> None:
+        """Keep an example that is measured on."""
+        self._held_out.write(as_json(example) + "\n")
+
+    def write(
+        self, entries: Sequence[LedgerEntry], encoded: Iterable[tuple[int, LedgerEntry, Sequence[Encoding]]]
+    ) -> None:
+        """A batch of rows: their places in the ledger; and of those that are trained or validated on the
+        running number, the entry and the encodings, written as often as the entry has copies."""
+        made: dict[str, tuple[list[int], list[Encoding]]] = {fate: ([], []) for fate in self._encodings}
+        for number, entry, encodings in encoded:
+            numbers, written = made[entry.fate]
+            written += [*encodings] * entry.copies
+            numbers += [number] * len(encodings) * entry.copies
+        for fate, file in self._encodings.items():
+            file.write(*made[fate])
+        for entry in entries:
+            self._tally.add(entry)
+        self._ledger.write(entries)
+
+    def facts(self, *, rows: int, fix: str) -> dict[str, Any]:
+        """Counts by fate, reasons and fingerprint of what was written.
+
+        Raises DataError with `fix` where nothing is left to train on.
+        """
+        ledger = self._tally.ledger(lambda: iter(()))
+        counts, reasons = ledger.counts(), ledger.reasons()
+        assert counts["rows_in"] == sum(counts[fate] for fate in FATES) == rows
+        if not counts["train"]:
+            raise DataError(
+                "No training example is left after tokenizing.",
+                found="; ".join(f"{count} × {reason}" for reason, count in reasons.items()),
+                fix=fix,
+            )
+        return {"counts": counts, "reasons": reasons, "fingerprint": self._digest.hexdigest()}
 
 
 def read_ledger(file: Path) -> Iterator[LedgerEntry]:

@@ -23,6 +23,7 @@ from tunesmith.data.examples import (
     Rating,
     Text,
     Unusable,
+    strings,
     texts,
 )
 from tunesmith.data.formats import (
@@ -548,18 +549,6 @@ def _located(kind: str, values: Mapping[str, Any], columns: Sequence[str], setti
         return Found(kind, None, CHECKS[kind].about)
     more = f"; and {count - SHOWN_PLACES:,} more" if count > SHOWN_PLACES else ""
     return Found(kind, first, "; ".join(places) + more)
-
-
-def strings(value: Any) -> Iterator[str]:
-    """Every text in a nested value, names of keys excepted."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from strings(item)
 
 
 def masked(message: str) -> str:

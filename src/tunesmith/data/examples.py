@@ -187,6 +187,18 @@ def questions(example: Example) -> list[int]:
     return found or [int.from_bytes(state.digest(), "big")]
 
 
+def strings(value: Any) -> Iterator[str]:
+    """Every text in a nested value, names of keys excepted."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from strings(item)
+
+
 def texts(example: Example) -> Iterator[str]:
     """Every text of an example, in order."""
     match example:

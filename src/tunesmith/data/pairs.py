@@ -11,7 +11,6 @@ saved with the model, so that whoever asks it later feeds it the same tokens.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,13 +23,12 @@ from tunesmith.data import BATCH, EncodedSplits, Splits, batched, cache, stored,
 from tunesmith.data.examples import (
     Conversation,
     Example,
+    LedgerEntry,
     Message,
     Row,
-    Tally,
     Unusable,
-    as_json,
 )
-from tunesmith.data.splitting import FATES, TRAIN
+from tunesmith.data.splitting import TRAIN
 from tunesmith.data.templates import (
     IGNORED,
     Encoder,
@@ -327,13 +325,9 @@ def encoded(splits: Splits, tokenizer: Any, *, data: Data, section: Seq2Seq) -> 
 def _encode_into(
     folder: Any, splits: Splits, tokenizer: Any, *, data: Data, section: Seq2Seq
 ) -> dict[str, Any]:
-    """Write train.arrow, validation.arrow, held_out.jsonl and ledger.arrow; the facts about them."""
-    digest, context = hashlib.sha256(), encoder(tokenizer)
+    """Write the splits; the facts about them."""
+    context, counts = encoder(tokenizer), Counter[str]()
     limits, closing = lengths(splits, context, data, section), closing_tokens(tokenizer, context)
-    writers = {
-        fate: cache.EncodingWriter(folder / f"{fate}.arrow", digest) for fate in ("train", "validation")
-    }
-    ledger_writer, tally, counts = cache.LedgerWriter(folder / "ledger.arrow"), Tally(), Counter[str]()
     proof = PairProof(context, rows=len(splits.fates))
     too_long: list[str] = []
     refuses = data.over_long in ("drop", "error")
@@ -344,7 +338,7 @@ def _encode_into(
             waiting.append(batch)
             yield [example for _, _, example in batch if example is not None]
 
-    with (folder / "held_out.jsonl").open("w", encoding="utf-8") as held_out:
+    with cache.SplitsWriter(folder) as written:
         for _, found in encode_batches(examples(), context, loss_on=section.loss_on):
             rows, each = waiting.pop(0), iter(found)
             entries = [splits.entry(number, row) for number, row, _ in rows]
@@ -362,7 +356,7 @@ def _encode_into(
                 counts["unknown"] += unknown is not None and any(unknown in p.input_ids for p in pairs)
                 entry = entries[place] = entry._replace(tokens=sum(len(pair.input_ids) for pair in pairs))
                 if entry.fate == "held_out":
-                    held_out.write(as_json(example) + "\n")
+                    written.hold_out(example)
                     continue
                 masks = [cut_off(pair, limits, closing) for pair in pairs]
                 if refuses and any(mask.any() for mask in masks):
@@ -379,7 +373,7 @@ def _encode_into(
                 [example for _, example, _ in kept],
                 [_in_line(pairs) for _, _, pairs in kept],
             )
-            made: dict[str, tuple[list[int], list[Encoding]]] = {"train": ([], []), "validation": ([], [])}
+            encodings: list[tuple[int, LedgerEntry, list[Encoding]]] = []
             for (place, _, pairs), breach in zip(kept, breaches, strict=True):
                 entry = entries[place]
                 if breach:
@@ -389,17 +383,8 @@ def _encode_into(
                 if any(lost):
                     entries[place] = entry._replace(tokens_cut=sum(lost), reason=_said(*lost, limits))
                     counts["answers_cut"] += bool(lost[1])
-                numbers, written = made[entry.fate]
-                written += cut * entry.copies
-                numbers += [rows[place][0]] * len(cut) * entry.copies
-            for fate, writer in writers.items():
-                writer.write(*made[fate])
-            for entry in entries:
-                tally.add(entry)
-            ledger_writer.write(entries)
-    for writer in writers.values():
-        writer.close()
-    ledger_writer.close()
+                encodings.append((rows[place][0], entry, cut))
+            written.write(entries, encodings)
     if too_long and data.over_long == "error":
         raise DataError(
             f"{len(too_long)} examples are longer than {limits.input} tokens of input or {limits.output} of answer.",
@@ -408,21 +393,11 @@ def _encode_into(
             "data.over_long truncate or drop.",
         )
     proof.finish(on_breach=data.on_breach)
-    ledger = tally.ledger(lambda: iter(()))
-    totals = ledger.counts()
-    assert totals["rows_in"] == sum(totals[fate] for fate in FATES) == len(splits.fates)
-    if not totals["train"]:
-        raise DataError(
-            "No training example is left after tokenizing.",
-            found="; ".join(f"{count} × {reason}" for reason, count in ledger.reasons().items()),
-            fix="Mend the rows that the reasons name.",
-        )
+    facts = written.facts(rows=len(splits.fates), fix="Mend the rows that the reasons name.")
     return {
-        "counts": totals,
-        "reasons": ledger.reasons(),
-        "fingerprint": digest.hexdigest(),
+        **facts,
         "proof": proof.as_dict(),
-        "notes": [limits.note, *_notes(totals, counts)],
+        "notes": [limits.note, *_notes(facts["counts"], counts)],
         "lengths": [limits.input, limits.output],
     }
 

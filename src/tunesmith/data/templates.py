@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from tunesmith.data.examples import Conversation, Example, Message, Row, Text, Unusable, texts
+from tunesmith.data.examples import Conversation, Example, Message, Row, Text, Unusable, strings, texts
 from tunesmith.data.tokens import LiteralTokens, QuickTokens, tokenized
 from tunesmith.errors import ModelError, nearest
 
@@ -695,7 +695,7 @@ def _check_calls(turn: Message, opened: str, through: str) -> None:
         name = call["function"]["name"]
         if not is_written(name):
             raise Unusable(f"the chat template does not write the call of {name}")
-        for value in _leaves(call["function"]["arguments"]):
+        for value in filter(str.strip, strings(call["function"]["arguments"])):
             forms = (
                 value,
                 json.dumps(value, ensure_ascii=False)[1:-1],
@@ -704,19 +704,6 @@ def _check_calls(turn: Message, opened: str, through: str) -> None:
             )
             if not any(is_written(form.strip()) for form in forms):
                 raise Unusable(f"the chat template does not write what {name} is called with")
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Every text in a nested value that has something to be found."""
-    if isinstance(value, str):
-        if value.strip():
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _leaves(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item)
 
 
 UNWRITTEN = {

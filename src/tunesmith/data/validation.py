@@ -13,7 +13,7 @@ import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data import Adapt, as_it_is, pairs, supervision
+from tunesmith.data import Adapt, as_it_is, batched, pairs, supervision
 from tunesmith.data.checks import (
     CHARACTERS_PER_TOKEN,
     CHECKS,
@@ -701,18 +701,6 @@ def tokens_checked(
                 whole.add(number, "long", cut(encoding, max_length), limit)
         watch({"kind": "progress", "stage": "tokenizing", "done": numbers[-1][0] + 1, "total": len(refused)})
     return refused, lengths, proof.as_dict()
-
-
-def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Items in lists of a size."""
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def cut(encoding: Encoding, max_length: int) -> str:

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -55,6 +55,7 @@ class Events(TrainerCallback):  # type: ignore[misc]
                 tokens=int(state.num_input_tokens_seen),
                 seconds=round(time.perf_counter() - self.started, 3),
                 memory=self.peak_memory(),
+                **_own(logs),
             )
         elif "eval_loss" in logs:
             self.run.event(
@@ -63,7 +64,34 @@ class Events(TrainerCallback):  # type: ignore[misc]
                 loss=logs["eval_loss"],
                 token_accuracy=logs.get("eval_mean_token_accuracy"),
                 seconds=logs.get("eval_runtime"),
+                **_own({key.removeprefix("eval_"): value for key, value in logs.items()}),
             )
+
+
+COMMON = {
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "mean_token_accuracy",
+    "epoch",
+    "step",
+    "num_tokens",
+    "entropy",
+}
+"""What every trainer logs; entropy is kept only beside other measures of a method."""
+SPEED = ("runtime", "_per_second", "num_input_tokens_seen")
+
+
+def _own(logs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What a method logs beyond what all do (margins, rewards, KL), as the event's `measures`."""
+    found = {
+        name: float(value)
+        for name, value in logs.items()
+        if isinstance(value, int | float) and name not in COMMON and not name.endswith(SPEED)
+    }
+    if found and "entropy" in logs:
+        found["entropy"] = float(logs["entropy"])
+    return {"measures": found} if found else {}
 
 
 class BestModel(TrainerCallback):  # type: ignore[misc]

@@ -459,6 +459,8 @@ def test_the_dataflow_runs_under_a_plain_hamilton_driver(quick):
         ({"data": {"max_length": 513}}, ModelError, "max-length 512"),
         ({"adapter": {"kind": "lora", "modules_to_save": ["nrm"]}}, ModelError, "'norm'"),
         ({"adapter": {"kind": "freeze", "ratio": 0.1}}, ModelError, "freezes no layer"),
+        ({"adapter": {"kind": "lora", "init": "pissa", "rank": 9}}, ModelError, "--lora-rank 8 or less"),
+        ({"adapter": {"kind": "lora", "init": "olora", "rank": 9}}, ModelError, "--lora-rank 8 or less"),
     ],
     ids=str,
 )

@@ -630,6 +630,7 @@ def chat_verb(
     ask = "you> " if wizard.on_terminal() else ""
     talk = api.Chat(model)
     messages = [{"role": "system", "content": system}] if system else []
+    remarks: list[str] = []
     if not quiet and prompt is None:
         console.print(f"[dim]{talk.template} /exit or Ctrl-D ends, /new starts afresh.[/]", highlight=False)
     while True:
@@ -648,6 +649,10 @@ def chat_verb(
         if not question:
             continue
         messages.append({"role": "user", "content": question})
+        if remark := talk.remark(messages):
+            remarks.append(remark)
+            if not quiet:
+                console.print(f"[yellow]warning:[/] {remark}", highlight=False)
         pieces = []
         for piece in talk.answer(messages, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
             pieces.append(piece)
@@ -658,7 +663,7 @@ def chat_verb(
         messages.append({"role": "assistant", "content": "".join(pieces)})
         if prompt is not None:
             break
-    return {"model": model, "messages": messages}, None
+    return {"model": model, "messages": messages, **({"remarks": remarks} if remarks else {})}, None
 
 
 @app.command("runs", help="List the runs of an output folder with status, scores and size.")

@@ -345,7 +345,7 @@ def _with_adapter(base: str, file: Path) -> Architecture:
     )  # fmt: skip
     weights = file.with_name("adapter_model.safetensors")
     tensors = _tensors(weights) if weights.is_file() else {}
-    sizes = {name: math.prod(tensor["shape"]) for name, tensor in tensors.items()}
+    sizes: dict[str, int] = {name: math.prod(tensor["shape"]) for name, tensor in tensors.items()}
     # PEFT runs the updates in float32, whatever the base is in; modules trained in full stand beside the base's
     # own in the base's type, and biases in their place.
     updates = sum(size for name, size in sizes.items() if ".lora_" in name)

@@ -270,6 +270,27 @@ def test_the_base_is_asked_again_only_where_something_changed(here, answer, monk
     assert printed.count("95 % interval") == 4, "the figures are shown every time"
 
 
+def test_what_later_steps_said_of_another_model_does_not_count(here, answer, monkeypatch):
+    """On CUDA the precision goes by the model; that of the training's step must not outlive a change of it."""
+    from tunesmith import api
+
+    precision, planned = ["bf16"], []
+    plan = api.plan
+    monkeypatch.setattr(wizard, "_precision", lambda session: precision[0])
+    monkeypatch.setattr(
+        api, "plan", lambda recipe: planned.append(recipe.training.mixed_precision) or plan(recipe)
+    )
+    step = wizard.model_step
+
+    def changing(session):
+        step(session)
+        precision[0] = "no" if planned else "bf16"
+
+    monkeypatch.setattr(wizard, "STEPS", (("model", changing), *wizard.STEPS[1:]))
+    answer(*MODEL, *DATA, "no", *LORA, "1", "4", "1e-3", *["back"] * 5, "", "", "", "", "", "", "quit")
+    assert planned == ["bf16", "bf16", "no"]
+
+
 def test_changed_rows_are_asked_anew(here, answer, monkeypatch):
     """The same answers, but another file under the same name."""
     from tunesmith import api

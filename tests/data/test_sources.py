@@ -337,7 +337,7 @@ def test_a_hub_that_has_no_such_set_says_so(hub, monkeypatch):
         assert words in error.value.found
 
 
-def test_a_missing_file_is_likened_to_others_by_name_alone(tmp_path):
+def test_a_missing_file_is_likened_to_others_by_name_alone(tmp_path, monkeypatch):
     """Folder and suffix are the same for files that have nothing to do with each other."""
     for name in ("odd.json", "questions.json"):
         write(tmp_path / name, "[]")
@@ -347,3 +347,7 @@ def test_a_missing_file_is_likened_to_others_by_name_alone(tmp_path):
     with pytest.raises(DataError) as error:
         open_source(str(tmp_path / "question.jsonl"))
     assert error.value.fix == f"Did you mean '{tmp_path / 'questions.json'}'?"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as error:
+        open_source("questions")
+    assert error.value.fix == "Did you mean 'questions.json'?", "it could be the Hub's, but is not"

@@ -364,17 +364,23 @@ def _local(dataset: str) -> Path | None:
     if path.exists():
         return path
     if path.suffix.lower() in OTHER_FILES or models.is_path(dataset):
-        beside = path.parent.iterdir() if path.parent.is_dir() else ()
-        # Compared without folder and suffix, in which files that have nothing to do with each other agree.
-        near = {p.stem: str(p) for p in beside if p.suffix.lower() in READERS}
-        close = closest(path.stem, near)
+        near = _file_like(path)
         raise DataError(
             f"There is no file {dataset}.",
-            fix=f"Did you mean '{near[close]}'?"
-            if close
-            else "Check the path; a Hub id looks like owner/name.",
+            fix=f"Did you mean '{near}'?" if near else "Check the path; a Hub id looks like owner/name.",
         )
     return None
+
+
+def _file_like(path: Path) -> Path | None:
+    """The data file beside a path that is not there whose name is spelled most like it.
+
+    Folder and suffix do not count: files that have nothing to do with each other agree in them.
+    """
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    near = {p.stem: p for p in beside if p.suffix.lower() in READERS}
+    close = closest(path.stem, near)
+    return near[close] if close else None
 
 
 def locate(dataset: str) -> None:
@@ -584,11 +590,13 @@ def _first_line(error: Exception) -> str:
 def _not_loaded(dataset: str, problem: str) -> DataError:
     from tunesmith.catalog import closest_dataset
 
-    near = closest_dataset(dataset)
+    file, near = _file_like(Path(dataset)), closest_dataset(dataset)
     return DataError(
         f"'{dataset}' is neither a file, a folder, an example:NAME nor a Hub data set that can be read.",
         found=problem,
-        fix=f"Did you mean '{near}' of the catalogue?"
+        fix=f"Did you mean '{file}'?"
+        if file
+        else f"Did you mean '{near}' of the catalogue?"
         if near
         else "Check the path or the Hub id (owner/name), and data.config / data.split for a Hub data set.",
     )

@@ -212,9 +212,9 @@ def _groups(rows: Sequence[Conversation]) -> tuple[list[list[int]], list[str]]:
     same, _ = rooted(len(rows), links.edges(), NO_PAIRS)
     # Copies are one question from here on: however many, they do not make a cluster large.
     firsts, question = np.unique(same, return_inverse=True)
-    across = np.sort(question[_near("\n".join(texts(row)) for row in rows).pairs()], axis=1)[:, ::-1]
+    across = np.sort(question[_alike("\n".join(texts(row)) for row in rows)], axis=1)[:, ::-1]
     alike = np.concatenate(
-        (_near(_question(rows[place]) for place in firsts).pairs(), across[across[:, 0] != across[:, 1]])
+        (_alike(_question(rows[place]) for place in firsts), across[across[:, 0] != across[:, 1]])
     )
     root, released = rooted(len(firsts), NO_PAIRS, alike)
     groups: dict[int, list[int]] = {}
@@ -237,11 +237,22 @@ def _groups(rows: Sequence[Conversation]) -> tuple[list[list[int]], list[str]]:
 NO_PAIRS: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)
 
 
-def _near(found: Iterable[str]) -> NearDuplicates:
-    near = NearDuplicates()
-    for batch in batched(found, BATCH):
-        near.add(batch)
-    return near
+LONG = 11
+"""Words from which texts may be near-duplicates. In a shorter one every word counts: with one changed, its word
+triples are less alike than the engine's threshold, and too few to be estimated by."""
+
+
+def _is_long(text: str) -> bool:
+    return len(plain(text).split()) + sum(not character.isascii() for character in text) >= LONG
+
+
+def _alike(found: Iterable[str]) -> NDArray[np.int64]:
+    """Places (n, 2) of texts that are near-duplicates: a text and an earlier one."""
+    near, places = NearDuplicates(), []
+    for batch in batched(((place, text) for place, text in enumerate(found) if _is_long(text)), BATCH):
+        places += [place for place, _ in batch]
+        near.add([text for _, text in batch])
+    return np.array(places, dtype=np.int64)[near.pairs()]
 
 
 def _places(groups: Sequence[list[int]], sizes: Mapping[str, int], *, seed: int) -> dict[str, list[int]]:
@@ -277,8 +288,8 @@ def _caution(number: int) -> list[str]:
     low = binomtest(number, number).proportion_ci(method="wilson").low
     return [
         f"{counted(number, 'held-out row')} can prove little: were every answer right, the true share of right "
-        f"answers could still be as low as {low:.0%} (Wilson's 95 % interval), and means of scores are as unsure; hold out "
-        f"{FEW} rows or more (a smaller train_size or validation_size)"
+        f"answers could still be as low as {low:.0%} (Wilson's 95 % interval), and means of scores are as unsure; hold "
+        f"out {FEW} rows or more (a smaller train_size or validation_size)"
     ]
 
 
@@ -697,7 +708,7 @@ LEARNED = "learned_questions.safetensors"
 
 
 def _marks(split: str, dataset: Dataset) -> dict[str, NDArray[Any]]:
-    """By what each question of a split is recognized: a hash but for case and punctuation, and its sketch."""
+    """By what the questions of a split are recognized: hashes but for case and punctuation; of long ones sketches."""
     asked = dataset["input_text"]
     hashes = [
         hashlib.blake2b((plain(text) or text).encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -705,7 +716,7 @@ def _marks(split: str, dataset: Dataset) -> dict[str, NDArray[Any]]:
     ]
     return {
         f"{split}_hashes": np.array([int.from_bytes(found, "big") for found in hashes], dtype=np.uint64),
-        f"{split}_sketches": sketches(asked),
+        f"{split}_sketches": sketches([text for text in asked if _is_long(text)]),
     }
 
 
@@ -717,7 +728,8 @@ def _known(dataset: Dataset, learned: Mapping[str, NDArray[Any]], split: str) ->
     near.add_sketches(earlier)
     near.add_sketches(asked["asked_sketches"])
     root, _ = rooted(near.count, NO_PAIRS, near.pairs())
-    return int((same | (root[len(earlier) :] < len(earlier))).sum())
+    same[[_is_long(text) for text in dataset["input_text"]]] |= root[len(earlier) :] < len(earlier)
+    return int(same.sum())
 
 
 def _check_free(folder: str | Path) -> None:

@@ -512,7 +512,7 @@ def test_the_validation_loss_is_the_same_at_every_batch_size(start, trained, tmp
     words = ("red", "blue", "green", "one", "two")
     rows = [
         {"question": f"what is {n}", "reply": " ".join(words[(n + i) % 5] for i in range(1 + n % 4 * 13))}
-        for n in range(90)
+        for n in range(40)
     ]
     inputs = {
         "data_path": str(write(tmp_path / "q.json", rows)), "model_id": trained.inputs["model_id"],

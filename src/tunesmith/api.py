@@ -1070,10 +1070,11 @@ def _check_before_training(recipe: Recipe) -> None:
     models.check_kind(recipe.model.base, method.model, method=method.kind, revision=recipe.model.revision)
     if recipe.data.packing and not method.can_pack:
         raise RecipeError(
-            f"data.packing has no effect with the method '{method.kind}': each of its rows is an input and an "
-            "answer of its own.",
+            f"data.packing has no effect with the method '{method.kind}': its rows stay rows of their "
+            "own.",
             fix="Leave data.packing out.",
         )
+    method.check(recipe)
     models.check_fit(
         recipe.model.base,
         recipe.adapter,

@@ -50,7 +50,8 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None)
     """What the run will do on this machine, with reasons."""
     _, template = _tokenizer(recipe)
     lengths = encodings.train.lengths
-    rows = lengths.tolist()
+    is_paired = METHODS[recipe.method.kind].in_pairs
+    rows = (lengths[::2] + lengths[1::2] if is_paired else lengths).tolist()
     notes = [*encodings.notes, template, data.proven(encodings.proof)]
     if packing:
         rows = [int(lengths[list(block)].sum()) for block in packing.blocks]
@@ -65,7 +66,7 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None)
         recipe.model,
         adapter_kind=recipe.adapter.kind,
         lengths=rows,
-        num_validation=len(encodings.validation),
+        num_validation=len(encodings.validation) // (2 if is_paired else 1),
         num_examples=len(lengths) if packing else None,
         held_out=None if recipe.evaluation.skip else _held_out(recipe, encodings),
         notes=notes,

@@ -327,7 +327,7 @@ def check_fit(base: str, adapter: Adapter, *, revision: str | None = None, max_l
 
     model = outline(base, revision=revision)
     if isinstance(adapter, LoRA):
-        target_modules(model, adapter.targets)
+        _check_rank(model, adapter, target_modules(model, adapter.targets))
         _check_names(model, adapter.modules_to_save, "modules_to_save")
     elif isinstance(adapter, Freeze):
         freeze(model, adapter.ratio)
@@ -336,6 +336,28 @@ def check_fit(base: str, adapter: Adapter, *, revision: str | None = None, max_l
         raise ModelError(
             f"data.max_length {max_length} is above the context of the model, {limit} tokens.",
             fix=f"Give --max-length {limit} or less; data.over_long says what happens to longer examples.",
+        )
+
+
+PRINCIPAL = ("pissa", "pissa_niter_16", "olora")
+"""Starts of an adapter that are parts of the weight itself: a matrix has no more of them than its smaller side."""
+
+
+def _check_rank(model: Any, adapter: LoRA, targets: Sequence[str]) -> None:
+    if adapter.init not in PRINCIPAL:
+        return
+    ends = tuple(f".{target}" for target in targets)
+    sizes = [
+        (min(m.weight.shape), n)
+        for n, m in model.named_modules()
+        if n.endswith(ends) and hasattr(m, "weight")
+    ]
+    least, name = min(sizes, default=(adapter.rank, ""))
+    if adapter.rank > least:
+        raise ModelError(
+            f"adapter.rank {adapter.rank} is above the {least} that {name} has with adapter.init {adapter.init}.",
+            fix=f"Give --lora-rank {least} or less, leave adapter.init out, or name other modules with "
+            "--target-modules.",
         )
 
 

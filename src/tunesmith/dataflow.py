@@ -128,8 +128,14 @@ def metrics(recipe: Recipe, items: list[evaluation.Item]) -> list[str]:
     if recipe.evaluation.metrics:
         return evaluation.known_metrics(recipe.evaluation.metrics)
     prompts = [item.prompt for item in items if item.prompt]
-    has_text = any(item.prompt is None for item in items)
-    return default_metrics(prompts, has_text, task=recipe.task, method=recipe.method.kind)
+    has_text = any(item.prompt is None and item.good is None for item in items)
+    return default_metrics(
+        prompts,
+        has_text,
+        task=recipe.task,
+        method=recipe.method.kind,
+        judged=evaluation.judged(items),
+    )
 
 
 def base_rows(

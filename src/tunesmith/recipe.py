@@ -275,7 +275,12 @@ class DPO(_Reference):
 
     @model_validator(mode="after")
     def _fields_have_effect(self) -> Self:
-        if self.label_smoothing is not None and self.loss not in ("robust", "exo_pair", "aot", "aot_unpaired"):
+        if self.label_smoothing is not None and self.loss not in (
+            "robust",
+            "exo_pair",
+            "aot",
+            "aot_unpaired",
+        ):
             raise ValueError(
                 f"label_smoothing has no effect with the loss {self.loss}; robust, exo_pair and aot have it"
             )

@@ -17,7 +17,6 @@ def nothing(recipe: Recipe) -> None:
     """Check nothing."""
 
 
-
 @dataclass(frozen=True)
 class Method:
     """A way to train: its kind in the recipe, the examples it learns from, and how its trainer is built."""

@@ -41,7 +41,7 @@ def build(
         cpo_alpha=section.sft_weight,
         label_smoothing=section.label_smoothing,
     )
-    return keeping_run_folder(CPOTrainer, run, keep=keep)(
+    trainer = keeping_run_folder(CPOTrainer, run, keep=keep)(
         model=model,
         args=config,
         processing_class=tokenizer,
@@ -49,6 +49,8 @@ def build(
         eval_dataset=preferred.Numbers("validation", len(validation) // 2) if validation else None,
         data_collator=collator(preferred.Sides(train, validation), tokenizer),
     )
+    trainer.use_dpo_data_collator = True  # batches have its form, and it would warn at each validation
+    return trainer
 
 
 def collator(sides: preferred.Sides, tokenizer: Any) -> preferred.Collate:

@@ -69,7 +69,9 @@ def collator(sides: preferred.Sides, tokenizer: Any) -> preferred.Collate:
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         import torch
 
-        batch = preferred.masked([side for half in sides.pairs(rows) for side in half], tokenizer.pad_token_id)
+        batch = preferred.masked(
+            [side for half in sides.pairs(rows) for side in half], tokenizer.pad_token_id
+        )
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in rows[0]:
                 batch[name] = torch.tensor([row[name] for row in rows])

@@ -33,7 +33,7 @@ def build(
 
     assert packing is None, "pairs are not packed; api refuses it before"
     preferred.dropout_decision(run, preferred.own_dropout(model))
-    return keeping_run_folder(ORPOTrainer, run, keep=keep)(
+    trainer = keeping_run_folder(ORPOTrainer, run, keep=keep)(
         model=model,
         args=ORPOConfig(**arguments, beta=section.beta),
         processing_class=tokenizer,
@@ -41,3 +41,5 @@ def build(
         eval_dataset=preferred.Numbers("validation", len(validation) // 2) if validation else None,
         data_collator=collator(preferred.Sides(train, validation), tokenizer),
     )
+    trainer.use_dpo_data_collator = True  # batches have its form, and it would warn at each validation
+    return trainer

@@ -43,18 +43,16 @@ def encoded(splits: Splits, tokenizer: Any, data: Data, section: Any) -> Encoded
     return encode_splits(splits, tokenizer, data=data, loss_on="answers")
 
 
-class Numbers(Sequence[dict[str, Any]]):
-    """Numbers of examples as a data set, for trainers that would tokenize what they are given."""
+class Numbers:
+    """Numbers of pairs as a data set, for trainers that would tokenize what they are given."""
 
-    def __init__(self, part: str, count: int) -> None:
-        self.part, self.count = part, count
+    def __init__(self, part: str, size: int) -> None:
+        self.part, self.size = part, size
 
     def __len__(self) -> int:
-        return self.count
+        return self.size
 
-    def __getitem__(self, number: Any) -> Any:
-        if not 0 <= number < self.count:
-            raise IndexError(number)
+    def __getitem__(self, number: int) -> dict[str, Any]:
         return {"part": self.part, "pair": number}
 
     def map(self, *args: Any, **kwargs: Any) -> Numbers:
@@ -259,5 +257,3 @@ def own_dropout(model: Any) -> float:
     """The dropout of the adapter on the model, 0 where there is none."""
     config = getattr(model, "peft_config", {}).get("default")
     return float(getattr(config, "lora_dropout", 0.0) or 0.0)
-
-

@@ -127,6 +127,8 @@ def metrics(recipe: Recipe, items: list[evaluation.Item]) -> list[str]:
     """Names of the metrics, the primary one first."""
     if recipe.evaluation.metrics:
         return evaluation.known_metrics(recipe.evaluation.metrics)
+    if METHODS[recipe.method.kind].head:
+        return evaluation.judged(items, by_score=True)
     prompts = [item.prompt for item in items if item.prompt]
     has_text = any(item.prompt is None and item.good is None for item in items)
     return default_metrics(
@@ -158,6 +160,7 @@ def base_rows(
         device=plan.device,
         dtype=plan.dtype,
         watch=prepared.watch,
+        head=METHODS[recipe.method.kind].head,
     )
     evaluation.write_rows(file, rows)
     return rows
@@ -186,6 +189,7 @@ def fitted(
         device=plan.device,
         attention=recipe.model.attention,
         quantize=recipe.adapter if isinstance(recipe.adapter, QLoRA) else None,
+        head=METHODS[recipe.method.kind].head,
     )
     model = models.attach(
         model,
@@ -246,6 +250,7 @@ def tuned_rows(
         device=plan.device,
         dtype=plan.dtype,
         watch=prepared.watch,
+        head=METHODS[recipe.method.kind].head,
     )
 
 

@@ -338,12 +338,10 @@ def load_model(
     attention: str = "auto",
     quantize: QLoRA | None = None,
     head: Head | None = None,
-    seed: int = 0,
 ) -> Any:
     """A model of any kind on a device; an adapter's folder gives its base with the adapter on it.
 
-    With `head` a causal model gets that head in place of its output layer, its weights drawn by `seed` alone; a
-    reward model keeps the head that it has.
+    With `head` a causal model gets that head in place of its output layer; a reward model keeps the one it has.
     """
     import torch
 
@@ -371,7 +369,7 @@ def load_model(
     missing: set[str] = set()
     try:
         if is_adapter and of_kind != found:
-            model = _adapter_with_head(location, dtype=dtype, device=device, attention=attention, seed=seed)
+            model = _adapter_with_head(location, dtype=dtype, device=device, attention=attention)
         elif is_adapter:
             import peft
 
@@ -389,7 +387,9 @@ def load_model(
     except Exception as error:
         raise _not_loaded("model", base, error) from error
     if of_kind == "reward" and not is_adapter:
-        _draw_head(model, base, missing, seed=seed, is_new=of_kind != found)
+        _settle_head(model, base, missing, is_new=of_kind != found)
+    if of_kind == "reward":
+        _settle_padding(model, base, revision, is_new=of_kind != found, is_adapter=is_adapter)
     starts_with_pad = hasattr(model, "_shift_right")  # T5 and its kin, whose configurations may leave it open
     if starts_with_pad and getattr(model.config, "decoder_start_token_id", None) is None:
         model.config.decoder_start_token_id = model.config.pad_token_id
@@ -403,7 +403,7 @@ HEAD = "score"
 """What transformers calls the layer that gives the score."""
 
 
-def _adapter_with_head(location: str, *, dtype: str, device: str, attention: str, seed: int) -> Any:
+def _adapter_with_head(location: str, *, dtype: str, device: str, attention: str) -> Any:
     """An adapter of a causal model, on its base with a head in place of the output layer."""
     import peft
 
@@ -415,14 +415,17 @@ def _adapter_with_head(location: str, *, dtype: str, device: str, attention: str
         device=device,
         attention=attention,
         head="score",
-        seed=seed,
     )
     config.task_type = None  # as a causal model's it would ask for an output layer
     return peft.PeftModel.from_pretrained(base, location, config=config)
 
 
-def _draw_head(model: Any, base: str, missing: set[str], *, seed: int, is_new: bool) -> None:
-    """Give a new head its weights, by the seed alone, and see that no other weight is a new one."""
+def _settle_head(model: Any, base: str, missing: set[str], *, is_new: bool) -> None:
+    """Start a new head at zero, and see that no other weight is a new one.
+
+    At zero it says of any two answers that they are alike, which is what is known before training. Drawn at random
+    it would prefer whole groups of answers by chance, and training would have to undo that first.
+    """
     import torch
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -437,10 +440,21 @@ def _draw_head(model: Any, base: str, missing: set[str], *, seed: int, is_new: b
             fix="Use a model of another family, such as Llama, Qwen, Mistral, Gemma or GPT-2.",
         )
     if is_new:
-        drawn = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed))
-        spread = getattr(inner.config.get_text_config(), "initializer_range", None) or 0.02
         with torch.no_grad():
-            head.weight.copy_(spread * drawn)
+            head.weight.zero_()
+
+
+def _settle_padding(model: Any, base: str, revision: str | None, *, is_new: bool, is_adapter: bool) -> None:
+    """Which token pads: what a model with a score was trained with. A new one is yet to be told.
+
+    An adapter has no configuration of its own to say so, but its tokenizer says so.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    text = inner.config.get_text_config()
+    if is_new:
+        text.pad_token_id = None
+    elif is_adapter or text.pad_token_id is None:
+        text.pad_token_id = load_tokenizer(base, revision=revision).pad_token_id
 
 
 def set_padding(model: Any, tokenizer: Any) -> None:

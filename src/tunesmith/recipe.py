@@ -371,6 +371,23 @@ class SimPO(Section):
     """Share of the pairs whose labels are expected to be the wrong way round."""
 
 
+class RewardModel(Section):
+    """Train a reward model: a score in place of the output layer, higher for the better of two answers
+    (Bradley and Terry 1952, as in arXiv 2009.01325)."""
+
+    kind: Literal["reward"] = "reward"
+    loss_on: ClassVar[Literal["answers"]] = "answers"
+    learning_rates: ClassVar[tuple[float, float]] = (1e-5, 1e-4)
+
+    margin: Literal["auto", "none"] = "auto"
+    """By how much the better answer's score is to be higher (arXiv 2307.09288, equation 2). `auto`: by what the
+    column `margin` of a row says, where there is one; `none` leaves such a column out."""
+
+    centering: NonNegativeFloat = 0.0
+    """Weight of the squared sum of both scores, which keeps scores around 0 (arXiv 2312.09244, equation 2); 0.01 is
+    usual. Good where scores are added to other rewards."""
+
+
 class Full(Section):
     """Train every weight."""
 
@@ -567,7 +584,7 @@ class Tracking(Section):
     """Project name used by the trackers that have projects."""
 
 
-Method = Annotated[SFT | Seq2Seq | DPO | KTO | ORPO | CPO | SimPO, Field(discriminator="kind")]
+Method = Annotated[SFT | Seq2Seq | DPO | KTO | ORPO | CPO | SimPO | RewardModel, Field(discriminator="kind")]
 Adapter = Annotated[Full | Freeze | LoRA | QLoRA, Field(discriminator="kind")]
 
 

@@ -138,7 +138,7 @@ def sentence(comparison: Comparison) -> str:
     path = f"{went} from {shown(c.base, metric)} to {shown(c.tuned, metric)}"
     if not c.difference:
         path = f"stayed at {shown(c.base, metric)}"
-    what = {"answer": "questions", "preference": "pairs"}.get(metric.kind, "items")
+    what = {"answer": "questions", "preference": "pairs", "reward": "pairs"}.get(metric.kind, "items")
     groups = f" in {c.groups} groups" if c.groups < c.n else ""
     text = f"{head}: {metric.label} {path}, {difference_shown(c)}, n={c.n} {what}{groups}."
     return text if c.verdict in ("better", "worse") else f"{text} {c.reason}"

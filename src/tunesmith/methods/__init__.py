@@ -8,8 +8,8 @@ from typing import Any
 
 from tunesmith.data import EncodedSplits
 from tunesmith.data.examples import Example, Preference
-from tunesmith.methods import cpo, dpo, kto, orpo, preferred, seq2seq, sft
-from tunesmith.models import Kind
+from tunesmith.methods import cpo, dpo, kto, orpo, preferred, reward, seq2seq, sft
+from tunesmith.models import Head, Kind
 from tunesmith.recipe import Recipe
 
 
@@ -33,6 +33,8 @@ class Method:
     """Token ids and labels of all splits: `(splits, tokenizer, data, section)`."""
     model: Kind = "causal"
     """The kind of model that is trained."""
+    head: Head | None = None
+    """What it gets in the place of its output layer."""
     can_pack: bool = False
     """Whether several examples can share a row."""
     in_pairs: bool = False
@@ -104,6 +106,16 @@ METHODS = {
         build=cpo.build,
         template=sft.template,
         encoded=preferred.encoded,
+        in_pairs=True,
+    ),
+    "reward": Method(
+        "reward",
+        adapt=reward.compared,
+        remarks={},
+        build=reward.build,
+        template=reward.template,
+        encoded=preferred.encoded,
+        head="score",
         in_pairs=True,
     ),
 }

@@ -47,20 +47,21 @@ def build(
         max_length=None,
     )
     columns = {"ref_chosen_logps": 0, "ref_rejected_logps": 1}
-    trainer = keeping_run_folder(preferred.settled(DPOTrainer, columns), run, keep=keep)(
-        model=model,
-        ref_model=reference,
-        args=config,
-        processing_class=tokenizer,
-        train_dataset=preferred.numbered("train", "pair", range(len(train) // 2)),
-        eval_dataset=preferred.numbered("validation", "pair", range(len(validation) // 2))
-        if validation
-        else None,
-        data_collator=collator(preferred.Sides(train, validation), tokenizer),
-    )
+    with preferred.one_adapter(model):
+        trainer = keeping_run_folder(preferred.settled(DPOTrainer, columns), run, keep=keep)(
+            model=model,
+            ref_model=reference,
+            args=config,
+            processing_class=tokenizer,
+            train_dataset=preferred.numbered("train", "pair", range(len(train) // 2)),
+            eval_dataset=preferred.numbered("validation", "pair", range(len(validation) // 2))
+            if validation
+            else None,
+            data_collator=collator(preferred.Sides(train, validation), tokenizer),
+        )
     if precompute:
         trainer.ref_model = None  # it has said what it had to say
-    return preferred.without_copy(trainer)
+    return trainer
 
 
 def collator(sides: preferred.Sides, tokenizer: Any) -> preferred.Collate:

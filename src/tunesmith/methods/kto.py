@@ -64,22 +64,23 @@ def build(
     )
     columns = {"ref_logps": 0, "ref_KL_logps": 1}
     sides = preferred.Sides(train, validation)
-    trainer = keeping_run_folder(preferred.settled(KTOTrainer, columns), run, keep=keep)(
-        model=model,
-        ref_model=reference,
-        args=config,
-        processing_class=tokenizer,
-        train_dataset=preferred.numbered("train", "row", shuffled(len(train), config.seed)),
-        eval_dataset=preferred.numbered("validation", "row", shuffled(len(validation), config.seed))
-        if validation
-        else None,
-        data_collator=collator(
-            sides, {"train": train.good, "validation": validation.good if validation else []}, tokenizer
-        ),
-    )
+    with preferred.one_adapter(model):
+        trainer = keeping_run_folder(preferred.settled(KTOTrainer, columns), run, keep=keep)(
+            model=model,
+            ref_model=reference,
+            args=config,
+            processing_class=tokenizer,
+            train_dataset=preferred.numbered("train", "row", shuffled(len(train), config.seed)),
+            eval_dataset=preferred.numbered("validation", "row", shuffled(len(validation), config.seed))
+            if validation
+            else None,
+            data_collator=collator(
+                sides, {"train": train.good, "validation": validation.good if validation else []}, tokenizer
+            ),
+        )
     if precompute:
         trainer.ref_model = None  # it has said what it had to say
-    return preferred.without_copy(trainer)
+    return trainer
 
 
 def shuffled(count: int, seed: int) -> list[int]:

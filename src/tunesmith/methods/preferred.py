@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tunesmith.data import EncodedSplits, Splits
@@ -12,7 +13,7 @@ from tunesmith.data.cache import Encodings
 from tunesmith.data.examples import Example, Preference, Rating, Unusable
 from tunesmith.data.templates import IGNORED
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.recipe import DPO, KTO, Data, LoRA, Recipe
+from tunesmith.recipe import DPO, KTO, Data, LoRA, Model, Recipe
 from tunesmith.training.run import Run
 
 CHANGED_BASE = ("pissa", "pissa_niter_16", "olora")
@@ -146,11 +147,27 @@ def check_reference(recipe: Recipe) -> None:
             "beneath the adapter.",
             fix="Leave method.reference out; it is precomputed then.",
         )
+    if not isinstance(adapter.targets, str):
+        _check_head(recipe.model, adapter.targets)
     if adapter.bias != "none":
         raise RecipeError(
             f"adapter.bias {adapter.bias} does not go with the method '{section.kind}': trained biases are no part "
             "of the adapter, so the reference would change with them.",
             fix="Leave adapter.bias out, or train without an adapter.",
+        )
+
+
+def _check_head(model: Model, targets: Sequence[str]) -> None:
+    """TRL multiplies by the head's own weights, so an adapter on it would never be trained."""
+    from tunesmith import models
+
+    whole = models.outline(model.base, revision=model.revision)
+    head = whole.get_output_embeddings()
+    name = next((name for name, module in whole.named_modules() if module is head), None)
+    if name and any(name == target or name.endswith(f".{target}") for target in targets):
+        raise RecipeError(
+            f"An adapter on the head ({name}) is not trained by this method.",
+            fix="Leave it out of adapter.targets, or train it whole with adapter.modules_to_save.",
         )
 
 
@@ -226,19 +243,29 @@ def settled(trainer_class: type, columns: Mapping[str, int]) -> type:
     return SettledTrainer
 
 
-def without_copy(trainer: Any) -> Any:
-    """The trainer without the second adapter that TRL puts beside ours as the reference.
+@contextmanager
+def one_adapter(model: Any) -> Iterator[None]:
+    """Build one of TRL's trainers for a model that may have an adapter, and leave it with that adapter alone.
 
-    Switched off, ours leaves the same model behind; and only one adapter is to be saved.
+    TRL puts a copy of the adapter beside it as the reference. Ours is switched off instead, or its likelihoods are
+    precomputed with that copy; only one adapter is to be saved. A copy that starts as PiSSA or OLoRA do would take
+    its share from the base once more, so it starts plainly before it gets our adapter's numbers.
     """
-    configs = getattr(trainer.model, "peft_config", {})
-    if "ref" in configs:
-        trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
-        trainer.model.delete_adapter("ref")
-        trainer.model.set_adapter("default")
-        now = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
-        assert now == [name for name in trained if ".ref." not in name], "other weights are trained now"
-    return trainer
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is None:
+        yield
+        return
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    start, config.init_lora_weights = config.init_lora_weights, True
+    try:
+        yield
+    finally:
+        config.init_lora_weights = start
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")
+        model.set_adapter("default")
+    now = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert now == trained, "other weights would be trained"
 
 
 def dropout_decision(run: Run, adapter_dropout: float) -> None:

@@ -44,6 +44,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "orpo": {"rows": preferred},
     "cpo": {"rows": preferred},
     "simpo": {"rows": preferred},
+    "reward": {"rows": preferred},
 }
 """By method: `rows`, a function from a number to a row (a question with its answer where it is left out), and
 `recipe`, a layer over the one below."""
@@ -138,9 +139,12 @@ def test_two_steps_change_what_is_trained_and_nothing_else(quick, kind, adapter,
     elif adapter == "freeze":
         assert 0 < len(trained) < len(before)
     else:
-        assert all(".lora_" in name for name in trained)
+        # A new head is trained and saved with the adapter.
+        own = (".lora_", ".score.") if METHODS[kind].head else (".lora_",)
+        assert all(any(part in name for part in own) for name in trained)
         assert final
-        assert all(".lora_" in name for name in final)
+        assert all(any(part in name for part in own) for name in final)
+        assert METHODS[kind].head is None or any(".score." in name for name in final)
         assert len(final) == len(trained)
 
     # Base and tuned model are compared on what was held out, the page shows it.

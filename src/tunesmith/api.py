@@ -323,6 +323,8 @@ def evaluate(
     scores = evaluation.scores(rows, chosen)
     place = Path(output) if output else _evaluation_folder(run, model, questions.recipe)
     evaluation.write_rows(place / "rows.jsonl", rows)
+    if (bias := evaluation.length_bias(rows)) and bias.is_strong:
+        watch({"kind": "warning", "message": bias.sentence("the model")})
     kept = {"model": scores, "measured_on": asdict(questions.measured_on)}
     write_whole(place / "scores.json", json.dumps(kept, indent=1))
     return Result(

@@ -19,6 +19,7 @@ from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.errors import RunError
 from tunesmith.evaluation import EvalRow
 from tunesmith.evaluation.compare import Comparison, compare
+from tunesmith.evaluation.lengths import length_bias
 from tunesmith.evaluation.metrics import default_metrics
 from tunesmith.evaluation.report import write_report
 from tunesmith.export.card import write_card
@@ -266,6 +267,13 @@ def comparisons(
     scores = {"base": evaluation.scores(base_rows, metrics), "tuned": evaluation.scores(tuned_rows, metrics)}
     prepared.write("evaluation/scores.json", scores)
     prepared.write("evaluation/comparison.json", {"comparisons": [asdict(c) for c in compared]})
+    if bias := length_bias(tuned_rows):
+        prepared.event(
+            "decision",
+            name="scores and lengths",
+            value=f"rank correlation {bias.correlation:+.2f}",
+            reason=bias.sentence("the tuned model"),
+        )
     return compared
 
 

@@ -33,6 +33,7 @@ from tunesmith.data.preferences import sides
 from tunesmith.data.templates import IGNORED, LossOn, end_of_turn_ids
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation.compare import score_interval
+from tunesmith.evaluation.lengths import length_bias
 from tunesmith.evaluation.metrics import METRICS, known_metrics
 from tunesmith.evaluation.rows import EvalRow, read_rows, write_rows
 from tunesmith.generation import (
@@ -55,6 +56,7 @@ __all__ = [
     "evaluate",
     "items",
     "known_metrics",
+    "length_bias",
     "longer_than_read",
     "read_rows",
     "scores",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tunesmith.errors import RunError
+from tunesmith.evaluation.lengths import length_bias
 from tunesmith.evaluation.metrics import METRICS, Metric, known_metrics, primary_metric
 from tunesmith.evaluation.rows import EvalRow
 from tunesmith.evaluation.tasks import repeated, words
@@ -122,6 +123,9 @@ def compare(
         for name in metrics
     ]
     remarks = tuple(_answers_look(base_rows, names[0]) + _answers_look(tuned_rows, names[1], closely=True))
+    for rows, name in ((base_rows, names[0]), (tuned_rows, names[1])):
+        if (bias := length_bias(rows)) and bias.is_strong:
+            remarks += (bias.sentence(name),)
     found = [replace(c, remarks=remarks) if c.primary else c for c in found]
     others = [c for c in found if not c.primary and c.p_value is not None]
     adjusted = dict(zip([c.metric for c in others], holm([c.p_value or 0.0 for c in others]), strict=True))

@@ -13,7 +13,7 @@ from typing import Any
 
 from tunesmith import models
 from tunesmith.data.examples import Conversation, Message, Row, Unusable
-from tunesmith.data.templates import encode, end_of_turn_ids, set_template
+from tunesmith.data.templates import PROBES, encode, set_template
 from tunesmith.errors import ModelError
 from tunesmith.generation import context_length, for_inference, halving, length_batches
 
@@ -59,12 +59,12 @@ def settle_padding(tokenizer: Any) -> str:
     Classification models take the last token other than padding for the last one of the text: were the end-of-text
     token to pad as well, they would not see that an answer has ended.
     """
-    ends = end_of_turn_ids(tokenizer)
+    last = _last_id(tokenizer)
     own = tokenizer.pad_token
-    if tokenizer.pad_token_id not in ends:
+    if tokenizer.pad_token_id != last:
         return f"Scores are read at the last token of a conversation; {own} pads."
     specials = dict.fromkeys([*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())])
-    free = [token for token in specials if tokenizer.convert_tokens_to_ids(token) not in ends]
+    free = [token for token in specials if tokenizer.convert_tokens_to_ids(token) != last]
     if not free:
         return (
             f"Scores are read at the last token other than {own}, which pads and ends answers alike: the tokenizer "
@@ -75,6 +75,16 @@ def settle_padding(tokenizer: Any) -> str:
         f"Scores are read at the last token of a conversation; {free[0]} pads, since {own} ends answers and would be "
         "taken for padding there."
     )
+
+
+def _last_id(tokenizer: Any) -> int | None:
+    """With what the template ends a conversation; None where it refuses every one that is tried."""
+    for probe in PROBES:
+        try:
+            return int(encode(Conversation(probe, Row("probe", 1)), tokenizer).input_ids[-1])
+        except Unusable:
+            continue
+    return None
 
 
 def answered(question: Sequence[Message], answer: str, tokenizer: Any) -> list[int]:

@@ -151,6 +151,7 @@ def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list
     recipe = anchored(recipe)
     _check_before_training(recipe)
     from tunesmith import dataflow, evaluation
+    from tunesmith.methods import METHODS
 
     started = time.perf_counter()
     found = _driver().execute(["items", "metrics", "plan"], inputs=_inputs(recipe))
@@ -169,7 +170,7 @@ def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list
         device=found["plan"].device,
         dtype=found["plan"].dtype,
         watch=watch,
-        head=dataflow.METHODS[recipe.method.kind].head,
+        head=METHODS[recipe.method.kind].head,
     )
     scores = evaluation.scores(rows, found["metrics"])
     seconds = time.perf_counter() - started
@@ -611,7 +612,12 @@ def _answers(
     _settle_template(tokenizer, kind, settings)
     head = METHODS[settings.method.kind].head
     if head and kind == "causal":
-        watch({"kind": "warning", "message": f"{model} gives no scores; it gets the head that training begins with."})
+        watch(
+            {
+                "kind": "warning",
+                "message": f"{model} gives no scores; it gets the head that training begins with.",
+            }
+        )
     items = evaluation.items(
         questions.examples,
         tokenizer,

@@ -215,7 +215,9 @@ def check_kind(
         "reward": ("a reward model", "reward"),
     }
     what, right = names[found]
-    makes = f"makes a reward model of a {wanted} one" if head else f"trains {names[wanted][0].split(' ', 1)[1]}s"
+    makes = (
+        f"makes a reward model of a {wanted} one" if head else f"trains {names[wanted][0].split(' ', 1)[1]}s"
+    )
     raise ModelError(
         f"'{base}' is {what}, and the method '{method}' {makes}.",
         found=_architecture(configuration(base, revision)),

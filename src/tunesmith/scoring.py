@@ -63,7 +63,9 @@ def settle_padding(tokenizer: Any) -> str:
     own = tokenizer.pad_token
     if tokenizer.pad_token_id != last:
         return f"Scores are read at the last token of a conversation; {own} pads."
-    specials = dict.fromkeys([*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())])
+    specials = dict.fromkeys(
+        [*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())]
+    )
     free = [token for token in specials if tokenizer.convert_tokens_to_ids(token) != last]
     if not free:
         return (

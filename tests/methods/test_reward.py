@@ -111,7 +111,9 @@ def test_the_loss_is_bradley_and_terrys_by_hand(recipe, built, margin, centering
     trainer, encodings, run = built(recipe(row, method=method))
     numbers, total = range(5), 0.0
     for n in numbers:
-        better, worse = (score_by_hand(trainer.model, encodings.train[2 * n + side].input_ids) for side in (0, 1))
+        better, worse = (
+            score_by_hand(trainer.model, encodings.train[2 * n + side].input_ids) for side in (0, 1)
+        )
         asked = 0.3 * (encodings.train.rows[2 * n] % 4) if margin == "auto" else 0.0
         total += math.log1p(math.exp(-(better - worse - asked))) + centering * (better + worse) ** 2
         assert abs(better - worse) > 1e-3
@@ -158,7 +160,7 @@ def test_swapping_the_answers_turns_loss_and_ranking_round(recipe, built):
         row = pair(n)
         return row | {"chosen": row["rejected"], "rejected": row["chosen"]}
 
-    one, encodings, _ = built(recipe())
+    one, _, _ = built(recipe())
     batch = one.data_collator([{"part": "train", "pair": 0}])
     with torch.no_grad():
         difference = float(torch.sub(*one.model(**batch).logits[:, 0]))
@@ -195,7 +197,8 @@ def test_training_starts_from_a_head_that_prefers_nothing(recipe):
 
 
 ENDS = (
-    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% else %}\n{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% else %}\n{% endif %}"
+    "{% endfor %}"
 )
 """A template whose conversations end with the end-of-text token and nothing behind it."""
 
@@ -247,7 +250,9 @@ def test_plain_transformers_give_the_same_scores_whatever_pads(recipe, bases, ad
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     result = api.train(
-        recipe(model={"base": str(bases[padding])}, adapter={"kind": adapter}, training={"learning_rate": 5e-2})
+        recipe(
+            model={"base": str(bases[padding])}, adapter={"kind": adapter}, training={"learning_rate": 5e-2}
+        )
     )
     run = Run(result.run)
     rows = [row for row in read_rows(run.evaluation / "rows.jsonl") if row.model == "tuned"]
@@ -295,9 +300,11 @@ def test_plain_transformers_give_the_same_scores_whatever_pads(recipe, bases, ad
             state = trunk(input_ids=torch.tensor([text])).last_hidden_state[:, last]
             assert float(head(state)) == pytest.approx(score, abs=1e-5)
     notes = " ".join(str(event.get("value")) for event in run.events())
-    assert {"own": "<|pad|> pads.", "end token": "since <|im_end|> ends", "none free": "no other special token"}[
-        padding
-    ] in notes
+    assert {
+        "own": "<|pad|> pads.",
+        "end token": "since <|im_end|> ends",
+        "none free": "no other special token",
+    }[padding] in notes
 
 
 def test_padding_does_not_change_a_score(tiny_model_folder, tiny_tokenizer):
@@ -305,7 +312,8 @@ def test_padding_does_not_change_a_score(tiny_model_folder, tiny_tokenizer):
     model = models.load_model(str(tiny_model_folder), head="score").eval()
     torch.nn.init.normal_(model.score.weight)
     texts = [
-        [random.Random(n).randrange(3, 300) for _ in range(length)] for n, length in enumerate((2, 40, 7, 300, 1))
+        [random.Random(n).randrange(3, 300) for _ in range(length)]
+        for n, length in enumerate((2, 40, 7, 300, 1))
     ]
     alone = [scoring.scores(model, tiny_tokenizer, [text])[0] for text in texts]
     assert scoring.scores(model, tiny_tokenizer, texts, batch_tokens=10_000) == pytest.approx(alone, abs=1e-6)
@@ -318,9 +326,7 @@ def test_padding_does_not_change_a_score(tiny_model_folder, tiny_tokenizer):
 @pytest.mark.parametrize("before", ["full", "lora"])
 def test_a_tuned_model_becomes_a_reward_model_and_that_one_is_trained_on(recipe, before, adapter):
     tuned = Run(api.train(recipe(name="sft", method={"kind": "sft"}, adapter={"kind": before})).run)
-    made = Run(
-        api.train(recipe(name="rm", model={"base": str(tuned.path)}, adapter={"kind": adapter})).run
-    )
+    made = Run(api.train(recipe(name="rm", model={"base": str(tuned.path)}, adapter={"kind": adapter})).run)
     assert models.kind(str(made.path)) == "reward"
     ours = models.load_model(str(made.path))
     heads = [p for n, p in ours.state_dict().items() if ".score." in f".{n}" and "original_module" not in n]

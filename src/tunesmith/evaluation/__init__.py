@@ -488,9 +488,7 @@ def _scored(
     return rows
 
 
-def _ranked_by(
-    row: EvalRow, item: Item, metrics: Sequence[str], better: float, worse: float
-) -> EvalRow:
+def _ranked_by(row: EvalRow, item: Item, metrics: Sequence[str], better: float, worse: float) -> EvalRow:
     assert item.rejected
     margin = better - worse
     if not math.isfinite(margin):

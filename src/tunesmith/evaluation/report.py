@@ -200,7 +200,13 @@ def _figures(
     figures = [
         _forest(compared, ("share", "points"), "Differences", "points, tuned minus base", 100),
         *(
-            _forest([c], ("ratio",), f"Difference in {METRICS[c.metric].label}", "tuned minus base; lower is better", 1)
+            _forest(
+                [c],
+                ("ratio",),
+                f"Difference in {METRICS[c.metric].label}",
+                "tuned minus base; lower is better",
+                1,
+            )
             for c in compared
         ),
         _curves(

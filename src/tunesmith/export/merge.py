@@ -212,7 +212,8 @@ def merge(
     if not hasattr(model.base_model, "merge_and_unload"):
         of_type = next(iter(model.peft_config.values())).peft_type
         raise ModelError(
-            f"An adapter of the type {getattr(of_type, 'value', of_type)} is no change of weights, so it cannot be merged.",
+            f"An adapter of the type {getattr(of_type, 'value', of_type)} is no change of weights, so it cannot be "
+            "merged.",
             found=str(adapter / "adapter_config.json"),
             fix="Use it as it is: `tunesmith chat` and transformers load it on its base.",
         )

@@ -71,9 +71,7 @@ def build(
             if used
             else "method.margin is none, and the column `margin` is left out",
         )
-    config = RewardConfig(
-        **arguments, center_rewards_coefficient=section.centering or None, max_length=None
-    )
+    config = RewardConfig(**arguments, center_rewards_coefficient=section.centering or None, max_length=None)
     return keeping_run_folder(preferred.settled(RewardTrainer, {}), run, keep=keep)(
         model=model,
         args=config,

@@ -95,7 +95,7 @@ def locate(base: str, *, revision: str | None = None) -> str:
     near = {p.name: str(p) for p in path.parent.iterdir() if _holds_model(p)} if path.parent.is_dir() else {}
     if path.exists():
         raise ModelError(f"{base} is a file, not a model's folder or a run.", fix=_proposed(path.name, near))
-    if _is_path(base):
+    if is_path(base):
         raise ModelError(f"There is no model folder or run {base}.", fix=_proposed(path.name, near))
     location, problem = _on_hub(base, revision)
     if problem:
@@ -113,7 +113,7 @@ def _holds_model(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "adapter_config.json", "final_model"))
 
 
-def _is_path(base: str) -> bool:
+def is_path(base: str) -> bool:
     """Whether a name that is not there can only be a path: no Hub id looks like it."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -327,7 +327,7 @@ def check_fit(base: str, adapter: Adapter, *, revision: str | None = None, max_l
 
     model = outline(base, revision=revision)
     if isinstance(adapter, LoRA):
-        target_modules(model, adapter.targets)
+        _check_rank(model, adapter, target_modules(model, adapter.targets))
         _check_names(model, adapter.modules_to_save, "modules_to_save")
     elif isinstance(adapter, Freeze):
         freeze(model, adapter.ratio)
@@ -336,6 +336,28 @@ def check_fit(base: str, adapter: Adapter, *, revision: str | None = None, max_l
         raise ModelError(
             f"data.max_length {max_length} is above the context of the model, {limit} tokens.",
             fix=f"Give --max-length {limit} or less; data.over_long says what happens to longer examples.",
+        )
+
+
+PRINCIPAL = ("pissa", "pissa_niter_16", "olora")
+"""Starts of an adapter that are parts of the weight itself: a matrix has no more of them than its smaller side."""
+
+
+def _check_rank(model: Any, adapter: LoRA, targets: Sequence[str]) -> None:
+    if adapter.init not in PRINCIPAL:
+        return
+    ends = tuple(f".{target}" for target in targets)
+    sizes = [
+        (min(m.weight.shape), n)
+        for n, m in model.named_modules()
+        if n.endswith(ends) and hasattr(m, "weight")
+    ]
+    least, name = min(sizes, default=(adapter.rank, ""))
+    if adapter.rank > least:
+        raise ModelError(
+            f"adapter.rank {adapter.rank} is above the {least} that {name} has with adapter.init {adapter.init}.",
+            fix=f"Give --lora-rank {least} or less, leave adapter.init out, or name other modules with "
+            "--target-modules.",
         )
 
 

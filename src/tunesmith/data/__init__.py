@@ -221,6 +221,8 @@ class EncodedSplits:
     proof: Mapping[str, Any]
     """What the supervision proof checked, on how many rows (supervision.py)."""
     notes: tuple[str, ...] = ()
+    lengths: tuple[int, int] | None = None
+    """Of pairs: most tokens of an input and of an answer that training keeps."""
 
 
 def as_it_is(example: Example) -> Example:
@@ -642,6 +644,7 @@ def _from_folder(folder: Path, splits: Splits, notes: tuple[str, ...]) -> Encode
         fingerprint=facts["fingerprint"],
         proof=facts["proof"],
         notes=(*splits.notes, *facts["notes"], *notes),
+        lengths=tuple(facts["lengths"]) if facts.get("lengths") else None,
     )
 
 

@@ -526,3 +526,33 @@ def test_unusable_words_of_a_template_reach_the_caller(recipe):
     reward.tokenizer.chat_template = "{{ raise_exception('no such talk') }}"
     with pytest.raises((TunesmithError, scoring.Unusable), match="no such talk"):
         reward.scores([[Message("user", "hello")]], ["red"])
+
+
+@pytest.mark.parametrize("padding", ["own", "end token"])
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_a_run_s_folder_is_a_reward_for_reinforcement_learning(recipe, bases, adapter, padding):
+    from tunesmith.data.examples import Prompt, Row
+    from tunesmith.methods import rewards
+    from tunesmith.recipe import ModelReward
+
+    base = bases[padding]
+    run = Run(
+        api.train(
+            recipe(model={"base": str(base)}, adapter={"kind": adapter}, training={"learning_rate": 5e-2})
+        ).run
+    )
+    rows = [row for row in read_rows(run.evaluation / "rows.jsonl") if row.model == "tuned"]
+    prompts = [
+        Prompt((Message("user", row.prompt_text),), row.reference, Row("pairs", n))
+        for n, row in enumerate(rows)
+    ]
+    made = rewards.resolve(
+        [ModelReward(model=str(run.path), weight=2.0)],
+        prompts=prompts,
+        tokenizer=models.load_tokenizer(str(base)),
+    )
+    scored = rewards.total(made, prompts, [row.rejected for row in rows])
+    [column] = scored.columns.values()
+    assert column == pytest.approx([row.rejected_score for row in rows], abs=1e-6)
+    assert scored.totals == pytest.approx([2 * score for score in column])
+    assert len(set(column)) > 3

@@ -6,15 +6,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.data import EncodedSplits
+from tunesmith.data import EncodedSplits, prompts
 from tunesmith.data.examples import Example, Preference
-from tunesmith.methods import cpo, dpo, kto, orpo, preferred, reward, seq2seq, sft
+from tunesmith.methods import cpo, dpo, grpo, kto, orpo, preferred, reward, rloo, sampled, seq2seq, sft
 from tunesmith.models import Head, Kind
-from tunesmith.recipe import Recipe
+from tunesmith.plan import Decision
+from tunesmith.recipe import Recipe, Training
 
 
 def nothing(recipe: Recipe) -> None:
     """Check nothing."""
+
+
+def unchanged(section: Any, training: Training, num_examples: int) -> tuple[Training, int, list[Decision]]:
+    """The training section as it is."""
+    return training, 1, []
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,9 @@ class Method:
     """Whether two encodings, one after the other, are one example."""
     check: Callable[[Recipe], None] = nothing
     """Refuses, before anything is read, a recipe that cannot be carried out."""
+    settled: Callable[..., tuple[Training, int, list[Decision]]] = unchanged
+    """The training section as the method can use it, how often an example counts in an epoch's batches, and what was
+    decided: `(section, training, number of examples)`."""
 
 
 METHODS = {
@@ -117,5 +126,23 @@ METHODS = {
         encoded=preferred.encoded,
         head="score",
         in_pairs=True,
+    ),
+    "grpo": Method(
+        "grpo",
+        adapt=prompts.questioned,
+        remarks=prompts.REMARKS,
+        build=grpo.build,
+        template=sampled.template,
+        encoded=sampled.encoded,
+        settled=sampled.settled,
+    ),
+    "rloo": Method(
+        "rloo",
+        adapt=prompts.questioned,
+        remarks=prompts.REMARKS,
+        build=rloo.build,
+        template=sampled.template,
+        encoded=sampled.encoded,
+        settled=sampled.settled,
     ),
 }

@@ -368,6 +368,9 @@ def test_evaluate_and_compare_measure_it_again(recipe, tmp_path):
     assert (other.primary.base, other.primary.tuned) == (primary.base, primary.tuned)
     assert any("gets the head that training begins with" in str(event.get("message")) for event in told)
 
+    [shown] = [entry for entry in api.show("model", str(run.final_model)) if entry["name"] == "kind"]
+    assert shown["about"].startswith("reward")
+
     # A folder is known for what it is without its run.
     (tmp_path / "pairs.jsonl").write_text(
         "".join(json.dumps(pair(n)) + "\n" for n in range(100, 130)), encoding="utf-8"

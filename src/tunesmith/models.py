@@ -99,7 +99,7 @@ def locate(base: str, *, revision: str | None = None) -> str:
     near = {p.name: str(p) for p in path.parent.iterdir() if _holds_model(p)} if path.parent.is_dir() else {}
     if path.exists():
         raise ModelError(f"{base} is a file, not a model's folder or a run.", fix=_proposed(path.name, near))
-    if _is_path(base):
+    if is_path(base):
         raise ModelError(f"There is no model folder or run {base}.", fix=_proposed(path.name, near))
     location, problem = _on_hub(base, revision)
     if problem:
@@ -117,7 +117,7 @@ def _holds_model(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "adapter_config.json", "final_model"))
 
 
-def _is_path(base: str) -> bool:
+def is_path(base: str) -> bool:
     """Whether a name that is not there can only be a path: no Hub id looks like it."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 

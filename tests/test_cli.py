@@ -120,6 +120,9 @@ def test_chat_shows_its_prompts_on_a_terminal_only(monkeypatch, is_terminal):
         def __init__(self, model):
             pass
 
+        def remark(self, messages):
+            return None
+
         def answer(self, messages, **_):
             return iter(["you said ", messages[-1]["content"]])
 

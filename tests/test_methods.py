@@ -186,3 +186,25 @@ def test_plan_says_what_train_does(quick, kind):
     kept = run.read("plan.json")
     assert (plan.total_steps, plan.examples) == (kept["total_steps"], kept["examples"])
     assert rows["rows"] == kept["rows"]
+
+
+def learn():
+    import importlib.util
+
+    path = Path(__file__).parents[1] / "benchmarks" / "methods_learn.py"
+    spec = importlib.util.spec_from_file_location("methods_learn", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo", "cpo", "simpo"])
+def test_preferences_are_learned(kind, tmp_path):
+    """From about half of the held-out pairs to at least 85 %, on the shipped model and data."""
+    found = learn().learned(kind, output_dir=tmp_path)
+    assert found["metric"] == "preference_accuracy"
+    assert found["n"] >= 100
+    assert 0.4 <= found["before"] <= 0.6
+    assert found["after"] >= 0.85
+    assert found["interval"][0] > 0.25

@@ -31,7 +31,7 @@ from tunesmith.errors import (
     is_out_of_memory,
     nearest,
 )
-from tunesmith.recipe import DataSource, Recipe, Seq2Seq, Task
+from tunesmith.recipe import DataSource, Recipe, RewardModel, Seq2Seq, Task
 from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
     Run,
@@ -152,6 +152,7 @@ def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list
     recipe = anchored(recipe)
     _check_before_training(recipe)
     from tunesmith import dataflow, evaluation
+    from tunesmith.methods import METHODS
 
     started = time.perf_counter()
     found = _driver().execute(["items", "metrics", "plan"], inputs=_inputs(recipe))
@@ -170,6 +171,7 @@ def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list
         device=found["plan"].device,
         dtype=found["plan"].dtype,
         watch=watch,
+        head=METHODS[recipe.method.kind].head,
     )
     scores = evaluation.scores(rows, found["metrics"])
     seconds = time.perf_counter() - started
@@ -331,6 +333,8 @@ def evaluate(
     }
     place = Path(output) if output else _evaluation_folder(run, model, questions.recipe, kept)
     evaluation.write_rows(place / "rows.jsonl", rows)
+    if (bias := evaluation.length_bias(rows)) and bias.is_strong:
+        watch({"kind": "warning", "message": bias.sentence("the model")})
     write_whole(place / "scores.json", json.dumps(kept, indent=1))
     return Result(
         run=place,
@@ -457,10 +461,11 @@ def _questions(
 
     Raises TunesmithError where no question is left that none of them has learned from.
     """
-    from tunesmith import dataflow
+    from tunesmith import data, dataflow
     from tunesmith import models as loading
     from tunesmith.compose import overlaid, validated
     from tunesmith.data.splitting import HELD_OUT, TRAIN, VALIDATION
+    from tunesmith.evaluation.metrics import METRICS
     from tunesmith.evaluation.unseen import MeasuredOn, unseen
 
     for model in models:
@@ -471,8 +476,12 @@ def _questions(
             f"What {models[0]} is to be measured on is missing.", fix="Give --dataset, or name a run."
         )
     base = run.recipe() if run else Recipe()
-    if not run and "method" not in (settings or {}) and loading.kind(str(models[0])) == "seq2seq":
-        base = Recipe(method=Seq2Seq())
+    if not run and "method" not in (settings or {}):
+        kinds = {loading.kind(str(model)) for model in models}
+        if "reward" in kinds:
+            base = Recipe(method=RewardModel())
+        elif loading.kind(str(models[0])) == "seq2seq":
+            base = Recipe(method=Seq2Seq())
     changes: dict[str, Any] = {"evaluation": {"metrics": metrics}} if metrics else {}
     layer = base.model_dump(mode="json")
     is_whole = not base.data.mix and _same_place(base.data.dataset, dataset or "")
@@ -494,7 +503,11 @@ def _questions(
         if not metrics:
             changes["evaluation"] = {"metrics": None}
     recipe = validated(overlaid(layer, changes, dict(settings or {})))
-    splits = dataflow.splits(recipe)
+    # A method that imitates answers would leave one answer of each pair.
+    is_judged = dataset is not None and any(
+        METRICS[name].kind == "preference" for name in recipe.evaluation.metrics or () if name in METRICS
+    )
+    splits = data.prepare(recipe.data) if is_judged else dataflow.splits(recipe)
     asked = splits.examples(HELD_OUT) if dataset is None else splits.examples(TRAIN, VALIDATION, HELD_OUT)
     own = str(run.path) if run and dataset is None else None
     learned, unchecked = _learned(models, own)
@@ -599,11 +612,20 @@ def _answers(
     """A model's rows, the metrics, and what is to be said of questions longer than it was trained to read."""
     from tunesmith import dataflow, evaluation, models
     from tunesmith import plan as planning
+    from tunesmith.methods import METHODS
 
     settings = questions.recipe
     tokenizer = models.load_tokenizer(str(model))
     kind = models.kind(str(model))
     _settle_template(tokenizer, kind, settings)
+    head = METHODS[settings.method.kind].head
+    if head and kind == "causal":
+        watch(
+            {
+                "kind": "warning",
+                "message": f"{model} gives no scores; it gets the head that training begins with.",
+            }
+        )
     items = evaluation.items(
         questions.examples,
         tokenizer,
@@ -629,12 +651,14 @@ def _answers(
         device=device,
         dtype=planning.inference_dtype(settings.model.dtype, device),
         watch=watch,
+        head=head,
     )
     return rows, chosen, longer
 
 
 def _settle_template(tokenizer: Any, kind: Kind, recipe: Recipe) -> None:
     """Settle how a model of this kind is asked, outside of a training."""
+    from tunesmith import scoring
     from tunesmith.data import pairs
     from tunesmith.data.templates import set_template
 
@@ -644,6 +668,8 @@ def _settle_template(tokenizer: Any, kind: Kind, recipe: Recipe) -> None:
         pairs.settle_template(tokenizer, recipe.model.chat_template, prefix)
     else:
         set_template(tokenizer, recipe.model.chat_template)
+        if kind == "causal" and recipe.method.kind == "reward":
+            scoring.settle_padding(tokenizer)
 
 
 def _evaluation_folder(run: Run | None, model: str | Path, recipe: Recipe, facts: Mapping[str, Any]) -> Path:
@@ -755,6 +781,7 @@ class Chat:
         from tunesmith.data import pairs
         from tunesmith.data.templates import set_template
 
+        models.check_writes(str(model))
         self.tokenizer = models.load_tokenizer(str(model))
         self.is_seq2seq = models.kind(str(model)) == "seq2seq"
         settle = pairs.settle_template if self.is_seq2seq else set_template
@@ -1083,22 +1110,30 @@ def _check_before_training(recipe: Recipe) -> None:
     """Cheap failures first: nothing is read or computed before these are settled."""
     _check_settings(recipe)
     quiet_libraries()
-    from tunesmith import models
+    from tunesmith import evaluation, models
     from tunesmith.methods import METHODS
 
     method = METHODS[recipe.method.kind]
-    models.check_kind(recipe.model.base, method.model, method=method.kind, revision=recipe.model.revision)
+    models.check_kind(
+        recipe.model.base,
+        method.model,
+        method=method.kind,
+        head=method.head,
+        revision=recipe.model.revision,
+    )
     if recipe.data.packing and not method.can_pack:
         raise RecipeError(
-            f"data.packing has no effect with the method '{method.kind}': each of its rows is an input and an "
-            "answer of its own.",
+            f"data.packing has no effect with the method '{method.kind}': its rows stay rows of their own.",
             fix="Leave data.packing out.",
         )
+    method.check(recipe)
+    evaluation.check_scoring(recipe.evaluation.metrics or [], gives_scores=method.head is not None)
     models.check_fit(
         recipe.model.base,
         recipe.adapter,
         revision=recipe.model.revision,
         max_length=recipe.data.max_length,
+        head=method.head,
     )
 
 

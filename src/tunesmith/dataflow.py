@@ -19,6 +19,7 @@ from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.errors import RunError
 from tunesmith.evaluation import EvalRow
 from tunesmith.evaluation.compare import Comparison, compare
+from tunesmith.evaluation.lengths import length_bias
 from tunesmith.evaluation.metrics import default_metrics
 from tunesmith.evaluation.report import write_report
 from tunesmith.export.card import write_card
@@ -50,10 +51,13 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None)
     """What the run will do on this machine, with reasons."""
     _, template = _tokenizer(recipe)
     lengths = encodings.train.lengths
-    rows = lengths.tolist()
+    method = METHODS[recipe.method.kind]
+    training, passes, settled = method.settled(recipe.method, recipe.training, len(lengths))
+    rows = (lengths[::2] + lengths[1::2] if method.in_pairs else lengths).tolist() * passes
+    unit = "examples" if passes == 1 else "answers"
     notes = [*encodings.notes, template, data.proven(encodings.proof)]
     if packing:
-        rows = [int(lengths[list(block)].sum()) for block in packing.blocks]
+        rows, unit = [int(lengths[list(block)].sum()) for block in packing.blocks], "packed rows"
         batch = recipe.training.per_device_train_batch_size
         notes.append(
             f"{len(lengths)} examples are packed into {len(rows)} rows of at most {packing.capacity} tokens: "
@@ -61,14 +65,16 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None)
             "of them in the order of the data filled up to its longest"
         )
     return planning.resolve(
-        recipe.training,
+        training,
         recipe.model,
         adapter_kind=recipe.adapter.kind,
         lengths=rows,
-        num_validation=len(encodings.validation),
-        num_examples=len(lengths) if packing else None,
+        num_validation=len(encodings.validation) // (2 if method.in_pairs else 1),
+        num_examples=len(lengths) if packing or passes > 1 else None,
+        unit=unit,
         held_out=None if recipe.evaluation.skip else _held_out(recipe, encodings),
         notes=notes,
+        settled=settled,
     )
 
 
@@ -126,9 +132,17 @@ def metrics(recipe: Recipe, items: list[evaluation.Item]) -> list[str]:
     """Names of the metrics, the primary one first."""
     if recipe.evaluation.metrics:
         return evaluation.known_metrics(recipe.evaluation.metrics)
+    if METHODS[recipe.method.kind].head:
+        return evaluation.judged(items, by_score=True)
     prompts = [item.prompt for item in items if item.prompt]
-    has_text = any(item.prompt is None for item in items)
-    return default_metrics(prompts, has_text, task=recipe.task, method=recipe.method.kind)
+    has_text = any(item.prompt is None and item.good is None for item in items)
+    return default_metrics(
+        prompts,
+        has_text,
+        task=recipe.task,
+        method=recipe.method.kind,
+        judged=evaluation.judged(items),
+    )
 
 
 def base_rows(
@@ -151,6 +165,7 @@ def base_rows(
         device=plan.device,
         dtype=plan.dtype,
         watch=prepared.watch,
+        head=METHODS[recipe.method.kind].head,
     )
     evaluation.write_rows(file, rows)
     return rows
@@ -179,6 +194,7 @@ def fitted(
         device=plan.device,
         attention=recipe.model.attention,
         quantize=recipe.adapter if isinstance(recipe.adapter, QLoRA) else None,
+        head=METHODS[recipe.method.kind].head,
     )
     model = models.attach(
         model,
@@ -190,7 +206,9 @@ def fitted(
     models.set_stop_tokens(model, tokenizer)
     described = models.describe(model).sentence()
     prepared.event("decision", name="model", value=described, reason=f"adapter.kind is {recipe.adapter.kind}")
-    trainer = METHODS[recipe.method.kind].build(
+    method = METHODS[recipe.method.kind]
+    training, _, _ = method.settled(recipe.method, recipe.training, len(encodings.train))
+    trainer = method.build(
         recipe.method,
         model=model,
         tokenizer=tokenizer,
@@ -198,7 +216,7 @@ def fitted(
         validation=encodings.validation,
         arguments=arguments(
             plan,
-            recipe.training,
+            training,
             recipe.tracking,
             name=prepared.path.name,
             staging=prepared.path / ".staging",
@@ -239,6 +257,7 @@ def tuned_rows(
         device=plan.device,
         dtype=plan.dtype,
         watch=prepared.watch,
+        head=METHODS[recipe.method.kind].head,
     )
 
 
@@ -254,6 +273,13 @@ def comparisons(
     scores = {"base": evaluation.scores(base_rows, metrics), "tuned": evaluation.scores(tuned_rows, metrics)}
     prepared.write("evaluation/scores.json", scores)
     prepared.write("evaluation/comparison.json", {"comparisons": [asdict(c) for c in compared]})
+    if bias := length_bias(tuned_rows):
+        prepared.event(
+            "decision",
+            name="scores and lengths",
+            value=f"rank correlation {bias.correlation:+.2f}",
+            reason=bias.sentence("the tuned model"),
+        )
     return compared
 
 

@@ -130,6 +130,7 @@ class LLMFineTuner:
         from tunesmith import models
         from tunesmith.generation import context_length
 
+        models.check_writes(self.model_name)
         if models.kind(self.model_name) == "seq2seq":
             raise ModelError(
                 f"'{self.model_name}' is an encoder-decoder model, and LLMFineTuner trains causal ones.",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from tunesmith.errors import OutOfResources, is_out_of_memory
-from tunesmith.models import first_tokens, is_seq2seq
+from tunesmith.models import check_can_write, first_tokens, is_seq2seq
 
 _Result = TypeVar("_Result")
 
@@ -48,6 +48,7 @@ def generate(
     """
     import torch
 
+    check_can_write(model)
     pairs = is_seq2seq(model)
     rooms = [_room(model, len(prompt), max_new_tokens) for prompt in prompts]
     answers: dict[int, Generated] = {}
@@ -122,6 +123,7 @@ def stream(
     """
     import torch
 
+    check_can_write(model)
     room = _room(model, len(prompt), max_new_tokens)
     feeds = _decoder_feeds if is_seq2seq(model) else _feeds
     first = first_tokens(model)

@@ -7,10 +7,10 @@ A choice is a tagged union (`adapter: {kind: lora, rank: 8}`). Unknown keys are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -217,6 +217,357 @@ class Seq2Seq(Section):
     last one."""
 
 
+class _Reference(Section):
+    """Fields of methods that hold the model to a reference: how likely it found each answer before."""
+
+    loss_on: ClassVar[Literal["answers"]] = "answers"
+    learning_rates: ClassVar[tuple[float, float]] = (1e-6, 1e-5)
+
+    beta: PositiveFloat = 0.1
+    """How closely the model is held to the reference: more keeps it closer. With the loss `ipo` it is the
+    paper's tau."""
+
+    reference: Literal["auto", "adapter_off", "copy", "precomputed"] = "auto"
+    """Where the reference's likelihoods come from: the model with its adapter switched off, a second copy of the
+    weights in memory, or one pass over the data before training. `auto`: the adapter off under LoRA and QLoRA, a
+    copy where the weights themselves are trained, precomputed where the adapter's start changes the base."""
+
+    reference_model: str | None = None
+    """Another model as the reference, a folder, a run or a Hub id; its vocabulary has to be the same. By default
+    the reference is the model before training."""
+
+    @model_validator(mode="after")
+    def _one_reference(self) -> Self:
+        if self.reference_model and self.reference not in ("auto", "precomputed"):
+            raise ValueError(f"reference {self.reference} has no effect beside a reference_model")
+        return self
+
+
+class DPO(_Reference):
+    """Direct preference optimization (arXiv 2305.18290): of two answers, make the better one likelier than the
+    worse one, measured against a reference."""
+
+    kind: Literal["dpo"] = "dpo"
+
+    loss: Literal[
+        "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
+        "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm",
+    ] = "sigmoid"  # fmt: skip
+    """What is minimized. `sigmoid` is DPO's own, `ipo` aims at a fixed margin and does not run away on clean data
+    (arXiv 2310.12036), `hinge` is SLiC's (2305.10425), `robust` expects a share of wrong labels (2403.00409),
+    `exo_pair` 2402.00856, `nca_pair` 2402.05369, `bco_pair` 2404.04656, `sppo_hard` 2405.00675, `aot` 2406.05882,
+    `apo_zero` and `apo_down` 2408.06266, `discopop` 2406.08414, `sigmoid_norm` per token (2411.15124)."""
+
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = None
+    """Share of the pairs whose labels are expected to be the wrong way round, with the losses `robust` (0.1 by
+    default), `exo_pair` (0.001) and `aot` (0). The others have no such term."""
+
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """Distance to the reference (f-DPO, arXiv 2309.16240). The others than `reverse_kl` fit the losses `sigmoid`,
+    `sigmoid_norm`, `hinge`, `ipo`, `exo_pair`, `robust` and `discopop`."""
+
+    divergence_alpha: PositiveFloat | None = None
+    """Alpha of `alpha_divergence`, 0.5 by default."""
+
+    sft_weight: NonNegativeFloat = 0.0
+    """Weight of the imitation loss on the better answer beside it, per token (RPO, arXiv 2404.19733); it keeps
+    good answers from becoming less likely together with the bad ones."""
+
+    @model_validator(mode="after")
+    def _fields_have_effect(self) -> Self:
+        if self.label_smoothing is not None and self.loss not in (
+            "robust",
+            "exo_pair",
+            "aot",
+            "aot_unpaired",
+        ):
+            raise ValueError(
+                f"label_smoothing has no effect with the loss {self.loss}; robust, exo_pair and aot have it"
+            )
+        if self.loss == "exo_pair" and self.label_smoothing == 0.0:
+            raise ValueError("the loss exo_pair needs a label_smoothing above 0, such as 0.001")
+        if self.divergence_alpha is not None and self.f_divergence != "alpha_divergence":
+            raise ValueError(f"divergence_alpha has no effect with the f_divergence {self.f_divergence}")
+        fits = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
+        if self.f_divergence != "reverse_kl" and self.loss not in fits:
+            raise ValueError(f"the loss {self.loss} has no f_divergence; {', '.join(fits)} have")
+        return self
+
+
+class KTO(_Reference):
+    """Kahneman-Tversky optimization (arXiv 2402.01306): make answers rated good likelier and those rated bad less
+    likely than the reference finds them. Learns from ratings, and from preferences as two ratings each."""
+
+    kind: Literal["kto"] = "kto"
+
+    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """What is minimized: KTO's own, or APO-zero on single answers (arXiv 2408.06266), which estimates no KL."""
+
+    desirable_weight: PositiveFloat | None = None
+    """Weight of good answers. By default 1, or what brings the two kinds into balance as equation 8 of the paper
+    asks: total weights of good to bad between 1 and 4/3."""
+
+    undesirable_weight: PositiveFloat | None = None
+    """Weight of bad answers; by default as above."""
+
+
+class ORPO(Section):
+    """Odds ratio preference optimization (arXiv 2403.07691): imitate the better answer and make the worse one less
+    likely in the same step, without a reference. Takes the place of supervised fine-tuning."""
+
+    kind: Literal["orpo"] = "orpo"
+    loss_on: ClassVar[Literal["answers"]] = "answers"
+    learning_rates: ClassVar[tuple[float, float]] = (8e-6, 5e-5)
+
+    beta: PositiveFloat = 0.1
+    """Weight of the odds ratio beside the imitation loss (the paper's lambda)."""
+
+
+class CPO(Section):
+    """Contrastive preference optimization (arXiv 2401.08417): DPO without a reference, beside an imitation loss on
+    the better answer."""
+
+    kind: Literal["cpo"] = "cpo"
+    loss_on: ClassVar[Literal["answers"]] = "answers"
+    learning_rates: ClassVar[tuple[float, float]] = (1e-6, 1e-5)
+
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """What is minimized of the difference in likelihood."""
+
+    beta: PositiveFloat = 0.1
+    """Scale of the difference; with `ipo` the paper's tau."""
+
+    sft_weight: NonNegativeFloat = 1.0
+    """Weight of the imitation loss on the better answer, per token."""
+
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Share of the pairs whose labels are expected to be the wrong way round, with the loss `sigmoid`."""
+
+    @model_validator(mode="after")
+    def _fields_have_effect(self) -> Self:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing has no effect with the loss {self.loss}")
+        return self
+
+
+class SimPO(Section):
+    """Simple preference optimization (arXiv 2405.14734): make the better answer likelier per token than the worse
+    one by a margin, without a reference."""
+
+    kind: Literal["simpo"] = "simpo"
+    loss_on: ClassVar[Literal["answers"]] = "answers"
+    learning_rates: ClassVar[tuple[float, float]] = (1e-6, 1e-5)
+
+    beta: PositiveFloat = 2.0
+    """Scale of the difference in log-likelihood per token; the paper uses 2 to 10."""
+
+    gamma: NonNegativeFloat = 1.0
+    """Margin that is aimed at, on the scale of beta; the paper uses 0.3 to 1.6, about half of beta at 2."""
+
+    sft_weight: NonNegativeFloat = 0.0
+    """Weight of an imitation loss on the better answer, per token (CPO-SimPO)."""
+
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Share of the pairs whose labels are expected to be the wrong way round."""
+
+
+class RewardModel(Section):
+    """Train a reward model: a score in place of the output layer, higher for the better of two answers
+    (Bradley and Terry 1952, as in arXiv 2009.01325)."""
+
+    kind: Literal["reward"] = "reward"
+    loss_on: ClassVar[Literal["answers"]] = "answers"
+    learning_rates: ClassVar[tuple[float, float]] = (1e-5, 1e-4)
+
+    margin: Literal["auto", "none"] = "auto"
+    """By how much the better answer's score is to be higher (arXiv 2307.09288, equation 2). `auto`: by what the
+    column `margin` of a row says, where there is one; `none` leaves such a column out."""
+
+    centering: NonNegativeFloat = 0.0
+    """Weight of the squared sum of both scores, which keeps scores around 0 (arXiv 2312.09244, equation 2); 0.01 is
+    usual. Good where scores are added to other rewards."""
+
+
+class MetricReward(Section):
+    """A metric of evaluation as a reward (`tunesmith show metrics`), computed from prompt, answer and reference."""
+
+    kind: Literal["metric"] = "metric"
+
+    name: str
+    """Name of a metric that scores answers one by one. Where lower is better it counts against an answer."""
+
+    weight: float = 1.0
+    """What the reward is multiplied with in the sum of all rewards."""
+
+
+class PythonReward(Section):
+    """A function of the user's own: `(prompt, completion, reference) -> float`."""
+
+    kind: Literal["python"] = "python"
+
+    function: str
+    """`module:function`, importable from the folder in which the command is run."""
+
+    weight: float = 1.0
+    """What the reward is multiplied with in the sum of all rewards."""
+
+
+class ModelReward(Section):
+    """A reward model: a sequence classifier with one output, which is the score of prompt and answer."""
+
+    kind: Literal["model"] = "model"
+
+    model: str
+    """Folder or Hub id of the reward model, or the folder of the run that trained it."""
+
+    batch_size: PositiveInt = 16
+    """Answers per forward pass."""
+
+    weight: float = 1.0
+    """What the reward is multiplied with in the sum of all rewards."""
+
+
+class JudgeReward(Section):
+    """A language model behind an OpenAI-compatible endpoint that rates each answer from 1 to 10; the reward is its
+    rating, brought to 0 to 1. Every answer costs a call."""
+
+    kind: Literal["judge"] = "judge"
+
+    base_url: str
+    """Address of the endpoint up to and without `/chat/completions`, such as `http://127.0.0.1:8000/v1`. Other
+    machines are asked over https only."""
+
+    model: str
+    """Name of the model as the endpoint knows it."""
+
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key. The key itself is never written anywhere."""
+
+    rubric: str | None = None
+    """What a good answer is, in a few sentences. By default: right, helpful, clear, and no longer than needed."""
+
+    max_tokens: PositiveInt = 512
+    """Longest reply of the judge."""
+
+    concurrency: PositiveInt = 4
+    """Calls under way at once."""
+
+    timeout: PositiveFloat = 60.0
+    """Seconds to wait for a reply."""
+
+    retries: NonNegativeInt = 3
+    """How often a call is repeated that failed or was not answered with a rating, before the run stops."""
+
+    weight: float = 1.0
+    """What the reward is multiplied with in the sum of all rewards."""
+
+
+def _rewards(value: Any) -> Any:
+    """Names of metrics and `module:function`, one or several, as the rewards that they mean."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return value
+    return [
+        item
+        if not isinstance(item, str)
+        else {"kind": "python", "function": item}
+        if ":" in item
+        else {"kind": "metric", "name": item}
+        for item in value
+    ]
+
+
+RewardSection = Annotated[
+    MetricReward | PythonReward | ModelReward | JudgeReward, Field(discriminator="kind")
+]
+Rewards = Annotated[list[RewardSection], BeforeValidator(_rewards)]
+"""Rewards with their weights; a plain name is a metric, `module:function` a function."""
+
+
+class Sampled(Section):
+    """What methods share that draw several answers to each prompt and compare their rewards with one another."""
+
+    loss_on: ClassVar[Literal["answers"]] = "answers"
+
+    rewards: Rewards = []
+    """What answers are worth: names of metrics, `module:function`, or entries of a kind with its fields
+    (`docs/rewards.md`). By default the metric on which the verdict rests."""
+
+    max_new_tokens: PositiveInt = 256
+    """Longest answer in tokens while training. A prompt that leaves no room for it within `data.max_length` is
+    dropped."""
+
+    temperature: PositiveFloat = 1.0
+    """Temperature at which answers are drawn, and of the probabilities that are learned from."""
+
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Draw from the smallest set of tokens with this much probability. Below 1 the probabilities that are learned from
+    are not quite those that were drawn from."""
+
+    num_iterations: PositiveInt = 1
+    """Optimizer steps on each batch of answers."""
+
+    epsilon: PositiveFloat = 0.2
+    """How far the probability of a token may move from that at which it was drawn, as a ratio, and still gain."""
+
+    epsilon_high: PositiveFloat | None = None
+    """The same upwards (DAPO, arXiv 2503.14476, has 0.28); by default `epsilon`."""
+
+    mask_cut_answers: bool = False
+    """Leave answers that were cut at `max_new_tokens` out of the loss, instead of judging them as they are."""
+
+
+class GRPO(Sampled):
+    """Reinforcement learning from groups of answers (GRPO, arXiv 2402.03300): several answers to each prompt are drawn
+    and scored, and those above their group's mean are made more likely. Batch sizes count answers."""
+
+    kind: Literal["grpo"] = "grpo"
+
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """Answers drawn for each prompt. The batch size times the accumulation steps has to be a multiple of it; where it
+    is not, the accumulation is raised, and the plan says so."""
+
+    beta: NonNegativeFloat = 0.04
+    """Cost of divergence from the model that training started from, per token; 0 neither computes nor limits it."""
+
+    loss: Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo"] = "dapo"
+    """How the tokens' losses are added up and limited. `grpo`: mean by answer, then over answers; `dapo`: mean over
+    all tokens; `dr_grpo`: by a constant length (arXiv 2503.20783), so that long wrong answers are not favoured; `bnpo`:
+    mean over a batch's tokens; `cispo`, `sapo`: other limits than clipping (arXiv 2506.13585, 2511.20347)."""
+
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What advantages are divided by: the spread of their group, that of the whole batch (arXiv 2508.08221), or
+    nothing, so that easy and hard prompts weigh by their spread (arXiv 2503.20783)."""
+
+    importance: Literal["token", "sequence"] = "token"
+    """Compare probabilities token by token, or of whole answers (GSPO, arXiv 2507.18071)."""
+
+
+class RLOO(Sampled):
+    """Reinforcement learning against the other answers' mean (RLOO, arXiv 2402.14740): each answer's advantage is its
+    reward less the mean of the other answers to the same prompt; divergence is taken off the reward. Batch sizes
+    count answers."""
+
+    kind: Literal["rloo"] = "rloo"
+
+    num_generations: Annotated[int, Field(ge=2)] = 4
+    """Answers drawn for each prompt. The batch size times the accumulation steps has to be a multiple of it; where it
+    is not, the accumulation is raised, and the plan says so."""
+
+    beta: NonNegativeFloat = 0.05
+    """What a nat of divergence from the model that training started from takes off an answer's reward; 0 neither
+    computes nor limits it."""
+
+    normalize_advantages: bool = False
+    """Divide advantages by their spread over the batch."""
+
+    reward_clip: PositiveFloat | None = None
+    """Rewards are limited to plus and minus this."""
+
+
 class Full(Section):
     """Train every weight."""
 
@@ -413,7 +764,9 @@ class Tracking(Section):
     """Project name used by the trackers that have projects."""
 
 
-Method = Annotated[SFT | Seq2Seq, Field(discriminator="kind")]
+Method = Annotated[
+    SFT | Seq2Seq | DPO | KTO | ORPO | CPO | SimPO | RewardModel | GRPO | RLOO, Field(discriminator="kind")
+]
 Adapter = Annotated[Full | Freeze | LoRA | QLoRA, Field(discriminator="kind")]
 
 
@@ -486,10 +839,10 @@ def type_name(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(str(value) for value in get_args(annotation))
     if origin in (Union, UnionType):
-        return " | ".join(type_name(part) for part in get_args(annotation))
+        return " | ".join(dict.fromkeys(type_name(part) for part in get_args(annotation)))
     if origin is dict:
         return "names and names"
     if origin is list:
         return f"list of {type_name(get_args(annotation)[0])}"
     names = {bool: "true | false", int: "whole number", float: "number", str: "text", type(None): "null"}
-    return names.get(annotation, "data sources")
+    return names.get(annotation, "data sources" if annotation is DataSource else "rewards")

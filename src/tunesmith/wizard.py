@@ -161,7 +161,7 @@ def model_step(session: Session) -> None:
 
     def found(text: str) -> str:
         models.locate(text)
-        models.kind(text)  # an encoder, which writes nothing, is refused here
+        models.check_writes(text)  # an encoder and a reward model, which write nothing, are refused here
         return text
 
     say("A folder, a Hub id, a finished run, or `tiny`, which ships with tunesmith.", style="dim")

@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.examples import Example, LedgerEntry, Row, Tally, as_json, from_json
+from tunesmith.data.examples import Example, LedgerEntry, Prompt, Row, Tally, as_json, from_json
 from tunesmith.data.splitting import FATES
 from tunesmith.data.templates import Encoding
 from tunesmith.errors import DataError
@@ -36,7 +36,8 @@ FACTS = "facts.json"
 
 @dataclass(frozen=True)
 class Encodings(Sequence[Encoding]):
-    """Encoded examples in an Arrow file: columns `row` (running number of the input row), `input_ids`, `labels`."""
+    """Encoded examples in an Arrow file: columns `row` (running number of the input row), `input_ids`, `labels`,
+    `good` where answers are judged, and `margin` where a row says by how much one is better."""
 
     file: Path
 
@@ -60,6 +61,12 @@ class Encodings(Sequence[Encoding]):
     def _numbers(self, column: str) -> NDArray[np.int64]:
         return np.asarray(self._table.column(column).to_numpy(), dtype=np.int64)
 
+    @property
+    def examples(self) -> StoredExamples:
+        """The prompts that the encodings were made of, one for each; only methods that learn from rewards have
+        them."""
+        return StoredExamples(self.file.with_suffix(".jsonl"))
+
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
@@ -69,14 +76,28 @@ class Encodings(Sequence[Encoding]):
         if not -len(self) <= number < len(self):
             raise IndexError(number)
         number %= len(self)
-        ids, labels = (self._table.column(name)[number].as_py() for name in ("input_ids", "labels"))
-        return Encoding(tuple(ids), tuple(labels))
+        ids, labels, good, margin = (
+            self._table.column(name)[number].as_py() for name in ("input_ids", "labels", "good", "margin")
+        )
+        return Encoding(tuple(ids), tuple(labels), good, margin)
 
-    def dataset(self) -> Any:
-        """The examples as the data set that trainers read: `input_ids` and `labels`."""
+    @cached_property
+    def good(self) -> list[bool | None]:
+        """Of each example whether its answer is the good one; None where answers are not judged."""
+        values: list[bool | None] = self._table.column("good").to_pylist()
+        return values
+
+    @cached_property
+    def margins(self) -> list[float | None]:
+        """Of each judged answer by how much its pair's better one is better; None where nothing says so."""
+        values: list[float | None] = self._table.column("margin").to_pylist()
+        return values
+
+    def dataset(self, *columns: str) -> Any:
+        """The examples as the data set that trainers read: by default `input_ids` and `labels`."""
         from datasets import Dataset
 
-        return Dataset.from_file(str(self.file)).select_columns(["input_ids", "labels"])
+        return Dataset.from_file(str(self.file)).select_columns(list(columns or ("input_ids", "labels")))
 
 
 @dataclass(frozen=True)
@@ -120,7 +141,14 @@ class EncodingWriter:
         self.digest = digest
         numbers = arrow.list_(arrow.int32())
         self._schema = arrow.schema(
-            [("row", arrow.int64()), ("tokens", arrow.int32()), ("input_ids", numbers), ("labels", numbers)]
+            [
+                ("row", arrow.int64()),
+                ("tokens", arrow.int32()),
+                ("input_ids", numbers),
+                ("labels", numbers),
+                ("good", arrow.bool_()),
+                ("margin", arrow.float64()),
+            ]
         )
         self._writer = arrow.ipc.new_stream(str(file), self._schema)
 
@@ -138,9 +166,16 @@ class EncodingWriter:
             self.digest.update(values)
             columns.append(arrow.ListArray.from_arrays(offsets, values))
         self.digest.update(lengths)
+        good = [encoding.good for encoding in encodings]
+        if any(mark is not None for mark in good):
+            self.digest.update(repr(good).encode())
+        margins = [encoding.margin for encoding in encodings]
+        if any(margin is not None for margin in margins):
+            self.digest.update(repr(margins).encode())
         numbers = arrow.array(rows, arrow.int64())
+        judged = [arrow.array(good, arrow.bool_()), arrow.array(margins, arrow.float64())]
         self._writer.write_batch(
-            arrow.record_batch([numbers, arrow.array(lengths), *columns], schema=self._schema)
+            arrow.record_batch([numbers, arrow.array(lengths), *columns, *judged], schema=self._schema)
         )
 
     def close(self) -> None:
@@ -190,7 +225,8 @@ class LedgerWriter:
 
 
 class SplitsWriter:
-    """Writes a data set while it is encoded: train.arrow, validation.arrow, held_out.jsonl and ledger.arrow.
+    """Writes a data set while it is encoded: train.arrow, validation.arrow, held_out.jsonl and ledger.arrow; for
+    prompts train.jsonl and validation.jsonl as well.
 
     To be used with `with`; `facts` follows when all is written.
     """
@@ -202,6 +238,7 @@ class SplitsWriter:
         }
         self._ledger = LedgerWriter(folder / "ledger.arrow")
         self._held_out = (folder / "held_out.jsonl").open("w", encoding="utf-8")
+        self._folder, self._prompts = folder, dict[str, TextIO]()
 
     def __enter__(self) -> SplitsWriter:
         return self
@@ -210,11 +247,22 @@ class SplitsWriter:
         for file in self._encodings.values():
             file.close()
         self._ledger.close()
-        self._held_out.close()
+        for lines in (self._held_out, *self._prompts.values()):
+            lines.close()
 
     def hold_out(self, example: Example) -> None:
         """Keep an example that is measured on."""
         self._held_out.write(as_json(example) + "\n")
+
+    def ask(self, prompt: Prompt, entry: LedgerEntry) -> None:
+        """Keep the prompt of the next encoding of its split, as often as that is written."""
+        if not self._prompts:
+            self._prompts = {
+                fate: (self._folder / f"{fate}.jsonl").open("w", encoding="utf-8") for fate in self._encodings
+            }
+        line = as_json(prompt) + "\n"
+        self._prompts[entry.fate].write(line * entry.copies)
+        self._digest.update(line.encode("utf-8", "surrogatepass"))
 
     def write(
         self, entries: Sequence[LedgerEntry], encoded: Iterable[tuple[int, LedgerEntry, Sequence[Encoding]]]

@@ -20,6 +20,7 @@ from tunesmith.data.examples import (
     Example,
     Message,
     Preference,
+    Prompt,
     Rating,
     Row,
     Text,
@@ -59,6 +60,8 @@ class Format:
     when: Callable[[Values], bool] = _always
     optional: tuple[str, ...] = ()
     """Columns that are used where they are there, besides the system message's."""
+    is_detected: bool = True
+    """Whether rows may be found to be of this format; another has to be named."""
 
     @property
     def about(self) -> str:
@@ -123,9 +126,67 @@ def preference(values: Values, row: Row) -> Preference:
         _turns(values[name], "assistant", f"{name} answer") for name in ("chosen", "rejected")
     )
     asked = _first(values, "prompt", "question", "instruction", "conversations", "messages")
+    given = values.get("input")
+    if asked is not None and asked is values.get("instruction") and given is not None and str(given).strip():
+        asked = _text(asked, "instruction") + "\n\n" + _text(given, "input")
+    return _preference(None if asked is None else _turns(asked, "user"), chosen, rejected, values, row)
+
+
+def transcripts(values: Values, row: Row) -> Preference:
+    """Two transcripts with turns of Human and Assistant (HH-RLHF); the prompt is their common beginning.
+
+    {"chosen": "\\n\\nHuman: 2 + 2?\\n\\nAssistant: 4", "rejected": "\\n\\nHuman: 2 + 2?\\n\\nAssistant: 5"}
+
+    With a column `prompt` that is a transcript, `chosen` and `rejected` may hold the answers alone.
+    """
+    prompt = values.get("prompt")
+    asked = None
+    if prompt is not None:
+        asked = _transcript(_text(prompt, "prompt"), "prompt")
+        if asked[-1].role == "assistant" and is_blank(asked[-1].content):
+            asked = asked[:-1]  # the opening of the answer
+    sides = []
+    for name in ("chosen", "rejected"):
+        text = _text(values[name], f"{name} answer")
+        is_whole = _SPOKEN.match(text) is not None
+        sides.append(_transcript(text, name) if is_whole else (Message("assistant", text.strip()),))
+    return _preference(asked, sides[0], sides[1], values, row)
+
+
+_SPOKEN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant): ?")
+
+
+def _transcript(text: str, what: str) -> tuple[Message, ...]:
+    """The turns of a transcript."""
+    before, *parts = _SPOKEN.split(text)
+    if not parts or before.strip():
+        raise Unusable(f"{what} does not begin with a turn of Human or Assistant")
+    speakers = {"Human": "user", "Assistant": "assistant"}
+    return tuple(
+        Message(speakers[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)
+    )
+
+
+def _is_transcript(values: Values) -> bool:
+    """Whether two answers are transcripts, or answers to one."""
+    chosen, rejected, prompt = (values.get(name) for name in ("chosen", "rejected", "prompt"))
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        return False
+    if isinstance(prompt, str):
+        return bool(_SPOKEN.match(prompt))
+    return prompt is None and all(_SPOKEN.match(text) for text in (chosen, rejected))
+
+
+def _preference(
+    turns: tuple[Message, ...] | None,
+    chosen: tuple[Message, ...],
+    rejected: tuple[Message, ...],
+    values: Values,
+    row: Row,
+) -> Preference:
+    """A pair of answers to a prompt, which is their common beginning where none is given."""
     prompt: tuple[Message, ...]
-    if asked is not None:
-        turns = _turns(asked, "user")
+    if turns is not None:
         prompt = (*_system(values), *turns)
         # Some sets repeat the prompt's turns in both answers.
         for said in (prompt, turns):
@@ -139,13 +200,17 @@ def preference(values: Values, row: Row) -> Preference:
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt:
         raise Unusable("no prompt: the answers have no common beginning")
-    if asked is None:
+    if turns is None:
         prompt = (*_system(values), *prompt)
-    for name, turns in (("chosen", chosen), ("rejected", rejected)):
-        if not turns or is_blank(turns[-1].content):
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer or is_blank(answer[-1].content):
             raise Unusable(f"empty {name} answer")
-        if turns[-1].role != "assistant":
-            raise Unusable(f"the {name} answer is the {turns[-1].role}'s")
+        if answer[-1].role != "assistant":
+            raise Unusable(f"the {name} answer is the {answer[-1].role}'s")
+        if answer[0].role != "assistant":
+            raise Unusable(
+                f"the {name} answer begins with a turn of the {answer[0].role}, not with the answer"
+            )
     if chosen == rejected:
         raise Unusable("chosen and rejected answer are the same")
     if _spaced_alike(chosen, rejected):
@@ -317,6 +382,33 @@ def text(values: Values, row: Row) -> Text:
     )
 
 
+def prompt(values: Values, row: Row) -> Prompt:
+    """A question alone, as text or messages, for methods that learn from rewards (grpo, rloo, ppo).
+
+    {"prompt": "Name a fruit in one word."}
+
+    An optional column `reference` (`answer`, `response`, `completion`, `solution`) holds the answer that is known
+    to be right; all others are there for rewards and checks. The format has to be named (`--format prompt`).
+    """
+    asked = _first(values, *PROMPT_COLUMNS)
+    turns = (*_system(values), *_turns(asked, "user"))
+    if not any(turn.role == "user" for turn in turns):
+        raise Unusable("no turn of the user")
+    if turns[-1].role == "assistant":
+        raise Unusable("the last turn is the assistant's: nothing is asked")
+    known = _first(values, *REFERENCE_COLUMNS)
+    if isinstance(known, list | tuple | Mapping):
+        known = _turns(known, "assistant")[-1].content
+    reference = "" if known is None else _text(known, "reference")
+    return Prompt(
+        turns, reference, row, checks=_extra(values, *PROMPT_COLUMNS, "tools"), tools=_tools(values)
+    )
+
+
+PROMPT_COLUMNS = ("prompt", "question", "instruction", "messages")
+REFERENCE_COLUMNS = ("reference", "answer", "response", "completion", "solution")
+
+
 def _is_schema(values: Values) -> bool:
     return "CREATE TABLE" in str(_first(values, "schema", "context")).upper()
 
@@ -325,11 +417,19 @@ FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
         Format(
+            "transcripts",
+            Preference,
+            (("chosen",), ("rejected",)),
+            transcripts,
+            _is_transcript,
+            optional=("prompt",),
+        ),
+        Format(
             "preference",
             Preference,
             (("chosen",), ("rejected",)),
             preference,
-            optional=("prompt", "question", "instruction", "conversations", "messages"),
+            optional=("prompt", "question", "instruction", "input", "conversations", "messages"),
         ),
         Format(
             "rating",
@@ -364,9 +464,20 @@ FORMATS: dict[str, Format] = {
         Format("input_output", Conversation, (("input",), ("output",)), input_output),
         Format("code", Text, (("code",),), code),
         Format("text", Text, (("text", "content"),), text),
+        Format(
+            "prompt",
+            Prompt,
+            (PROMPT_COLUMNS,),
+            prompt,
+            optional=(*REFERENCE_COLUMNS, "tools"),
+            is_detected=False,
+        ),
     )
 }
 """Formats by name, in the order in which detection tries them."""
+
+DETECTED = tuple(format for format in FORMATS.values() if format.is_detected)
+"""The formats that rows are tried as where none is named."""
 
 
 def expected(*, format: str, input_text_key: str | None, output_text_key: str | None) -> Detection:
@@ -379,7 +490,7 @@ def expected(*, format: str, input_text_key: str | None, output_text_key: str | 
             raise DataError("--input-text-key and --output-text-key go together.", fix="Give both.")
         return Detection((keyed(input_text_key, output_text_key),), "the recipe names the two columns")
     if format == "auto":
-        return Detection(tuple(FORMATS.values()), "columns")
+        return Detection(DETECTED, "columns")
     if format not in FORMATS:
         raise DataError(f"There is no format '{format}'.", fix=nearest(format, FORMATS))
     return Detection((FORMATS[format],), "the recipe names the format")
@@ -418,7 +529,7 @@ def detect(
             fix="Fill the empty column, or name others with --input-text-key and --output-text-key."
             if source.empty_columns
             else "Name the question's and the answer's column with --input-text-key and --output-text-key; "
-            "`tunesmith show formats` lists the known ones.",
+            "`tunesmith show formats` lists the known ones, and rows that only ask need --format prompt.",
         )
     shapes = {FORMATS[name].shape for name in known}
     if len(shapes) > 1:
@@ -440,7 +551,7 @@ def detect(
 
 def _counts(source: Source) -> dict[str, int]:
     """Number of rows by format; read again only where columns alone do not tell."""
-    everything = tuple(FORMATS.values())
+    everything = DETECTED
     counts: Counter[str] = Counter()
     unsettled = set()
     for signature, count in source.facts.signatures.items():
@@ -560,7 +671,7 @@ def unused_columns(source: Source, detection: Detection) -> list[str]:
 def _opened(example: Example, system: Message) -> Example:
     """The example with a system message, where it has turns and none of its own."""
     match example:
-        case Conversation(messages=turns) if turns[0].role != "system":
+        case Conversation(messages=turns) | Prompt(messages=turns) if turns[0].role != "system":
             return replace(example, messages=(system, *turns))
         case Preference(prompt=turns) | Rating(prompt=turns) if turns[0].role != "system":
             return replace(example, prompt=(system, *turns))

@@ -13,21 +13,29 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
+from tunesmith import scoring
 from tunesmith.data import pairs, templates
 from tunesmith.data.examples import (
     Conversation,
     Example,
+    Message,
+    Preference,
     Prompt,
+    Rating,
     Row,
     Text,
     Unusable,
     content_hash,
 )
+from tunesmith.data.preferences import sides
+from tunesmith.data.prompts import prompt_of
 from tunesmith.data.templates import IGNORED, LossOn, end_of_turn_ids
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation.compare import score_interval
+from tunesmith.evaluation.lengths import length_bias
 from tunesmith.evaluation.metrics import METRICS, known_metrics
 from tunesmith.evaluation.rows import EvalRow, read_rows, write_rows
 from tunesmith.generation import (
@@ -38,7 +46,7 @@ from tunesmith.generation import (
     halving,
     length_batches,
 )
-from tunesmith.models import Kind, is_seq2seq
+from tunesmith.models import Head, Kind, is_reward, is_seq2seq
 from tunesmith.recipe import Evaluation, Model
 
 __all__ = [
@@ -46,9 +54,11 @@ __all__ = [
     "Item",
     "answers",
     "are_answers_to",
+    "check_scoring",
     "evaluate",
     "items",
     "known_metrics",
+    "length_bias",
     "longer_than_read",
     "read_rows",
     "scores",
@@ -75,7 +85,11 @@ class Item:
     error: str | None = None
     """Why the example cannot be asked; it is counted, not left out."""
     text: str = ""
-    """The beginning of running text, for people."""
+    """The beginning of running text, or what a badly rated answer was given to, for people."""
+    good: bool | None = None
+    """Of a rating whether its answer is the good one."""
+    rejected: Item | None = None
+    """Of a preference its worse answer."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,8 @@ def items(
     max_length: int | None = None,
     kind: Kind = "causal",
 ) -> list[Item]:
-    """The examples as items. A conversation asks for its last assistant turn, given all turns before.
+    """The examples as items. A conversation asks for its last assistant turn, given all turns before; a preference
+    for its better answer, and an answer rated good for itself. One rated bad is not asked for.
 
     At most `max_items` are taken, by the order of their content hashes, so that the choice depends on
     nothing else. The likelihood's part is cut to `max_length` tokens (of an encoder-decoder model its input
@@ -117,25 +132,42 @@ def _item(
     max_length: int | None,
     kind: Kind,
 ) -> Item:
-    prompt = _prompt(example)
+    # Of a judged answer its own tokens count, whatever else a method trains.
+    side = partial(_item, number, tokenizer=tokenizer, loss_on="answers", max_length=max_length, kind=kind)
+    match example:
+        case Preference():
+            (better, _), (worse, _) = sides(example)
+            item, rejected = side(better), side(worse)
+            if item.prompt and rejected.prompt:
+                known = {**item.prompt.checks, "rejected": rejected.prompt.reference}
+                item = replace(item, prompt=replace(item.prompt, checks=known))
+            return replace(item, rejected=rejected, error=item.error or rejected.error)
+        case Rating():
+            [(conversation, good)] = sides(example)
+            item = replace(side(conversation), good=good)
+            asked = [turn.content for turn in example.prompt if turn.role == "user"]
+            return item if good else replace(item, prompt=None, text=asked[-1] if asked else "")
+    prompt = prompt_of(example)
     form = pairs if kind == "seq2seq" else templates
     text = example.text[:200] if isinstance(example, Text) else ""
     try:
-        asked = tuple(form.prompt_ids(prompt.messages, tokenizer)) if prompt else ()
-        encoding = form.encode(example, tokenizer, loss_on=loss_on)
+        asked_ids = _asked_ids(prompt, tokenizer, kind) if prompt else ()
+        if isinstance(example, Prompt) and not example.reference:
+            return Item(number, example.row, example.group, prompt, asked_ids, (), ())
+        encoding = form.encode(_answered(example), tokenizer, loss_on=loss_on)
     except Unusable as reason:
         return Item(number, example.row, example.group, prompt, (), (), (), error=str(reason), text=text)
     if kind == "seq2seq":
         encoding, lost = pairs.cut_to(encoding, max_length, tokenizer)
         ids, labels = tuple(encoding.input_ids), tuple(encoding.labels)
-        return Item(number, example.row, example.group, prompt, asked, ids, labels, tokens_cut=lost)
+        return Item(number, example.row, example.group, prompt, asked_ids, ids, labels, tokens_cut=lost)
     length = len(encoding.input_ids) if max_length is None else max_length
     return Item(
         number,
         example.row,
         example.group,
         prompt,
-        asked,
+        asked_ids,
         tuple(encoding.input_ids[:length]),
         tuple(encoding.labels[:length]),
         tokens_cut=max(0, len(encoding.input_ids) - length),
@@ -143,20 +175,29 @@ def _item(
     )
 
 
-def _prompt(example: Example) -> Prompt | None:
-    if not isinstance(example, Conversation):
-        return None
-    answers = [n for n, message in enumerate(example.messages) if message.role == "assistant"]
-    if not answers:
-        return None
-    last = answers[-1]
-    return Prompt(
-        messages=example.messages[:last],
-        reference=example.messages[last].content,
-        row=example.row,
-        group=example.group,
-        checks=example.extra,
-    )
+def judged(items: Sequence[Item], *, by_score: bool = False) -> list[str]:
+    """The metrics that fit items with answers that were judged, and no others: of a reward model `by_score`."""
+    if by_score:
+        return ["ranking_accuracy", "ranking_log_loss"] if any(item.rejected for item in items) else []
+    kinds = {item.good for item in items}
+    return [
+        *(["preference_accuracy"] if any(item.rejected for item in items) else []),
+        *(["rating_ranking"] if {True, False} <= kinds else []),
+    ]
+
+
+def _asked_ids(prompt: Prompt, tokenizer: Any, kind: Kind) -> tuple[int, ...]:
+    if kind == "seq2seq":
+        return tuple(pairs.prompt_ids(prompt.messages, tokenizer))
+    return tuple(templates.prompt_ids(prompt.messages, tokenizer, tools=prompt.tools))
+
+
+def _answered(example: Example) -> Example:
+    """A prompt as the conversation that its reference makes of it; anything else as it is."""
+    if not isinstance(example, Prompt):
+        return example
+    turns = (*example.messages, Message("assistant", example.reference))
+    return Conversation(turns, example.row, group=example.group, tools=example.tools)
 
 
 def answers(
@@ -171,8 +212,12 @@ def answers(
     device: str,
     dtype: str,
     watch: Callable[[Mapping[str, Any]], None],
+    head: Head | None = None,
 ) -> list[EvalRow]:
-    """One model's rows, from its folder or id: loaded here, freed when done."""
+    """One model's rows, from its folder or id: loaded here, freed when done.
+
+    With `head` a causal model gets that head first, as at the start of its training.
+    """
     if not items:
         return []
     from tunesmith import models
@@ -187,6 +232,7 @@ def answers(
             dtype=dtype,
             device=device,
             attention=model.attention,
+            head=head,
         ),
         tokenizer,
         items,
@@ -218,6 +264,7 @@ def evaluate(
     metrics = known_metrics(metrics)
     usable = [item for item in items if not item.error]
     _check_fit(metrics, usable)
+    check_scoring(metrics, gives_scores=is_reward(model))
     asked = [item for item in usable if item.prompt] if _of_kind(metrics, "answer") else []
     settings = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "seed": seed}
     answered: dict[int, Generated] = {}
@@ -234,13 +281,31 @@ def evaluate(
         )
         answered = dict(zip([item.number for item in asked], generated, strict=True))
     likelihoods: dict[int, _Likelihood] = {}
-    if _of_kind(metrics, "likelihood"):
+    rejected: dict[int, _Likelihood] = {}
+    worse = [item.rejected for item in usable if item.rejected] if "preference_accuracy" in metrics else []
+    if _of_kind(metrics, "likelihood") or _of_kind(metrics, "preference"):
         told = _stage(progress, f"{name}: likelihood", len(usable))
         likelihoods = _likelihoods(model, usable, batch_tokens=batch_tokens, progress=told)
+    if worse:
+        told = _stage(progress, f"{name}: likelihood of rejected answers", len(worse))
+        rejected = _likelihoods(model, worse, batch_tokens=batch_tokens, progress=told)
+    if _of_kind(metrics, "reward"):
+        told = _stage(progress, f"{name}: scores", 2 * len(usable))
+        return _scored(model, tokenizer, items, name, metrics, batch_tokens=batch_tokens, progress=told)
     rows = [
-        _row(item, name, metrics, answered.get(item.number), likelihoods.get(item.number), settings)
+        _row(
+            item,
+            name,
+            metrics,
+            answered.get(item.number),
+            likelihoods.get(item.number),
+            rejected.get(item.number),
+            settings,
+        )
         for item in items
     ]
+    if "rating_ranking" in metrics:
+        rows = _ranked(rows, items, likelihoods)
     return _compared_among(rows, metrics)
 
 
@@ -310,6 +375,29 @@ def _check_fit(metrics: Sequence[str], items: Sequence[Item]) -> None:
                 found="running text, which has no answers" if not prompts else None,
                 fix="Leave evaluation.metrics open to take those that fit. " + METRICS[name].about,
             )
+    fitting = [*judged(items), *judged(items, by_score=True)]
+    for name in [*_of_kind(metrics, "preference"), *_of_kind(metrics, "reward")]:
+        if items and name not in fitting:
+            raise RecipeError(
+                f"The metric '{name}' fits none of the {len(items)} held-out examples.",
+                fix="Leave evaluation.metrics open to take those that fit, or give --dataset with "
+                + ("answers rated good and bad." if name == "rating_ranking" else "pairs of answers."),
+            )
+
+
+def check_scoring(metrics: Sequence[str], *, gives_scores: bool) -> None:
+    """Raises RecipeError for metrics that need a reward model where there is none, and for others where one is."""
+    for name in metrics:
+        if gives_scores and METRICS[name].kind != "reward":
+            raise RecipeError(
+                f"The metric '{name}' does not fit a reward model, which gives scores and writes nothing.",
+                fix="Use ranking_accuracy and ranking_log_loss, on pairs of answers.",
+            )
+        if not gives_scores and METRICS[name].kind == "reward":
+            raise RecipeError(
+                f"The metric '{name}' needs a reward model, and this one writes answers.",
+                fix="Use preference_accuracy, or a model trained with --set method.kind=reward.",
+            )
 
 
 def _row(
@@ -318,6 +406,7 @@ def _row(
     metrics: Sequence[str],
     answer: Generated | None,
     likelihood: _Likelihood | None,
+    rejected: _Likelihood | None,
     settings: dict[str, Any],
 ) -> EvalRow:
     values: dict[str, float] = {}
@@ -333,9 +422,13 @@ def _row(
                     flags[metric.name] = list(found)
             except Exception as error:  # one broken reference must not end an evaluation; it is counted
                 problems.append(f"{metric.name}: {error}")
-    if likelihood and not math.isfinite(likelihood.nll):
+    if any(found and not math.isfinite(found.nll) for found in (likelihood, rejected)):
         problems.append("the likelihood is not a number")
-        likelihood = None
+        likelihood = rejected = None
+    if likelihood and rejected and likelihood.tokens and rejected.tokens:
+        values["preference_accuracy"] = _won(likelihood, rejected)
+    if item.good is False:
+        likelihood = None  # what the model makes of a bad answer is no merit of its own
     if likelihood and likelihood.tokens:
         mean = likelihood.nll / likelihood.tokens
         own = {
@@ -364,7 +457,86 @@ def _row(
         status="error:" + "; ".join(problems) if problems else "ok",
         tokens_cut=item.tokens_cut + (likelihood.cut if likelihood else 0),
         flags=flags,
+        good=item.good,
+        rejected_nll=rejected.nll if rejected else None,
+        rejected_tokens=rejected.tokens if rejected else None,
     )
+
+
+def _scored(
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[Item],
+    name: str,
+    metrics: Sequence[str],
+    *,
+    batch_tokens: int,
+    progress: Callable[[int], None] | None,
+) -> list[EvalRow]:
+    """The rows of a reward model: both scores of each pair, and what they come to."""
+    pairs = [(item, item.rejected) for item in items if not item.error and item.rejected]
+    texts = [side.input_ids for pair in pairs for side in pair]
+    values = scoring.scores(model, tokenizer, texts, batch_tokens=batch_tokens, progress=progress)
+    given = {
+        item.number: found
+        for (item, _), found in zip(pairs, zip(values[::2], values[1::2], strict=True), strict=True)
+    }
+    rows = []
+    for item in items:
+        row = _row(item, name, metrics, None, None, None, {})
+        if item.number in given:
+            row = _ranked_by(row, item, metrics, *given[item.number])
+        rows.append(row)
+    return rows
+
+
+def _ranked_by(row: EvalRow, item: Item, metrics: Sequence[str], better: float, worse: float) -> EvalRow:
+    assert item.rejected
+    margin = better - worse
+    if not math.isfinite(margin):
+        return replace(row, status="error:the score is not a number")
+    found = {
+        "ranking_accuracy": 0.5 if margin == 0 else float(margin > 0),
+        # log(1 + exp(-margin)), without what would overflow
+        "ranking_log_loss": max(-margin, 0.0) + math.log1p(math.exp(-abs(margin))),
+    }
+    tokens, rejected_tokens = (
+        sum(label != IGNORED for label in side.labels) for side in (item, item.rejected)
+    )
+    return replace(
+        row,
+        scores={name: found[name] for name in metrics},
+        tokens=tokens,
+        rejected_tokens=rejected_tokens,
+        tokens_cut=item.tokens_cut + item.rejected.tokens_cut,
+        score=better,
+        rejected_score=worse,
+        rejected=str(item.prompt.checks.get("rejected", "")) if item.prompt else None,
+    )
+
+
+def _won(better: _Likelihood, worse: _Likelihood) -> float:
+    """1 where the better answer is the likelier one per token, a half where both are alike."""
+    one, other = better.nll / better.tokens, worse.nll / worse.tokens
+    return 0.5 if one == other else float(one < other)
+
+
+def _ranked(
+    rows: list[EvalRow], items: Sequence[Item], likelihoods: Mapping[int, _Likelihood]
+) -> list[EvalRow]:
+    """The rows, those of good answers with whether each is likelier than the bad answer that it is put beside.
+
+    Each answer is used once, in the order of the items, so that the scores do not depend on one another.
+    """
+    good, bad = ([item.number for item in items if item.good is mark] for mark in (True, False))
+    beside = dict(zip(good, bad, strict=False))
+    found = []
+    for row in rows:
+        own, other = likelihoods.get(row.item), likelihoods.get(beside.get(row.item, -1))
+        if own and other and own.tokens and other.tokens and math.isfinite(own.nll + other.nll):
+            row = replace(row, scores={**row.scores, "rating_ranking": _won(own, other)})
+        found.append(row)
+    return found
 
 
 def _compared_among(rows: list[EvalRow], metrics: Sequence[str]) -> list[EvalRow]:

@@ -45,6 +45,18 @@ class EvalRow:
     """Tokens that the likelihood leaves out, beyond the longest length."""
     flags: dict[str, list[str]] = field(default_factory=dict)
     """By metric: what else is to be known about its score."""
+    good: bool | None = None
+    """Of a rated answer whether it was rated good."""
+    rejected_nll: float | None = None
+    """The same sum as `nll` of the worse answer of a pair."""
+    rejected_tokens: int | None = None
+    """Labelled tokens behind it, or of the worse answer that got a score."""
+    score: float | None = None
+    """What a reward model gives the reference, the better answer of a pair."""
+    rejected_score: float | None = None
+    """What it gives the worse one."""
+    rejected: str | None = None
+    """The worse answer, where a score was given."""
 
 
 def write_rows(path: str | Path, rows: Iterable[EvalRow]) -> Path:

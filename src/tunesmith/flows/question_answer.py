@@ -1096,6 +1096,7 @@ def _check_positive(**values: float) -> None:
 
 def _check_kind(name: str) -> None:
     """Raises ModelError for a model that is no encoder-decoder model, naming what it is."""
+    models.check_writes(name)
     if models.kind(name) != "seq2seq":
         raise ModelError(
             f"'{name}' is a causal language model, and this flow fine-tunes encoder-decoder models.",

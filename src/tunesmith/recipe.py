@@ -7,7 +7,7 @@ A choice is a tagged union (`adapter: {kind: lora, rank: 8}`). Unknown keys are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
@@ -371,6 +371,186 @@ class SimPO(Section):
     """Share of the pairs whose labels are expected to be the wrong way round."""
 
 
+class MetricReward(Section):
+    """A metric of evaluation as a reward (`tunesmith show metrics`), computed from prompt, answer and reference."""
+
+    kind: Literal["metric"] = "metric"
+
+    name: str
+    """Name of a metric that scores answers one by one. Where lower is better it counts against an answer."""
+
+    weight: float = 1.0
+    """What the reward is multiplied with in the sum of all rewards."""
+
+
+class PythonReward(Section):
+    """A function of the user's own: `(prompt, completion, reference) -> float`."""
+
+    kind: Literal["python"] = "python"
+
+    function: str
+    """`module:function`, importable from the folder in which the command is run."""
+
+    weight: float = 1.0
+    """What the reward is multiplied with in the sum of all rewards."""
+
+
+class ModelReward(Section):
+    """A reward model: a sequence classifier with one output, which is the score of prompt and answer."""
+
+    kind: Literal["model"] = "model"
+
+    model: str
+    """Folder or Hub id of the reward model, or the folder of the run that trained it."""
+
+    batch_size: PositiveInt = 16
+    """Answers per forward pass."""
+
+    weight: float = 1.0
+    """What the reward is multiplied with in the sum of all rewards."""
+
+
+class JudgeReward(Section):
+    """A language model behind an OpenAI-compatible endpoint that rates each answer from 1 to 10; the reward is its
+    rating, brought to 0 to 1. Every answer costs a call."""
+
+    kind: Literal["judge"] = "judge"
+
+    base_url: str
+    """Address of the endpoint up to and without `/chat/completions`, such as `http://127.0.0.1:8000/v1`. Other
+    machines are asked over https only."""
+
+    model: str
+    """Name of the model as the endpoint knows it."""
+
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key. The key itself is never written anywhere."""
+
+    rubric: str | None = None
+    """What a good answer is, in a few sentences. By default: right, helpful, clear, and no longer than needed."""
+
+    max_tokens: PositiveInt = 512
+    """Longest reply of the judge."""
+
+    concurrency: PositiveInt = 4
+    """Calls under way at once."""
+
+    timeout: PositiveFloat = 60.0
+    """Seconds to wait for a reply."""
+
+    retries: NonNegativeInt = 3
+    """How often a call is repeated that failed or was not answered with a rating, before the run stops."""
+
+    weight: float = 1.0
+    """What the reward is multiplied with in the sum of all rewards."""
+
+
+def _rewards(value: Any) -> Any:
+    """Names of metrics and `module:function`, one or several, as the rewards that they mean."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return value
+    return [
+        item
+        if not isinstance(item, str)
+        else {"kind": "python", "function": item}
+        if ":" in item
+        else {"kind": "metric", "name": item}
+        for item in value
+    ]
+
+
+RewardSection = Annotated[
+    MetricReward | PythonReward | ModelReward | JudgeReward, Field(discriminator="kind")
+]
+Rewards = Annotated[list[RewardSection], BeforeValidator(_rewards)]
+"""Rewards with their weights; a plain name is a metric, `module:function` a function."""
+
+
+class Sampled(Section):
+    """What methods share that draw several answers to each prompt and compare their rewards with one another."""
+
+    loss_on: ClassVar[Literal["answers"]] = "answers"
+
+    rewards: Rewards = []
+    """What answers are worth: names of metrics, `module:function`, or entries of a kind with its fields
+    (`docs/rewards.md`). By default the metric on which the verdict rests."""
+
+    max_new_tokens: PositiveInt = 256
+    """Longest answer in tokens while training. A prompt that leaves no room for it within `data.max_length` is
+    dropped."""
+
+    temperature: PositiveFloat = 1.0
+    """Temperature at which answers are drawn, and of the probabilities that are learned from."""
+
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Draw from the smallest set of tokens with this much probability. Below 1 the probabilities that are learned from
+    are not quite those that were drawn from."""
+
+    num_iterations: PositiveInt = 1
+    """Optimizer steps on each batch of answers."""
+
+    epsilon: PositiveFloat = 0.2
+    """How far the probability of a token may move from that at which it was drawn, as a ratio, and still gain."""
+
+    epsilon_high: PositiveFloat | None = None
+    """The same upwards (DAPO, arXiv 2503.14476, has 0.28); by default `epsilon`."""
+
+    mask_cut_answers: bool = False
+    """Leave answers that were cut at `max_new_tokens` out of the loss, instead of judging them as they are."""
+
+
+class GRPO(Sampled):
+    """Reinforcement learning from groups of answers (GRPO, arXiv 2402.03300): several answers to each prompt are drawn
+    and scored, and those above their group's mean are made more likely. Batch sizes count answers."""
+
+    kind: Literal["grpo"] = "grpo"
+
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """Answers drawn for each prompt. The batch size times the accumulation steps has to be a multiple of it; where it
+    is not, the accumulation is raised, and the plan says so."""
+
+    beta: NonNegativeFloat = 0.04
+    """Cost of divergence from the model that training started from, per token; 0 neither computes nor limits it."""
+
+    loss: Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo"] = "dapo"
+    """How the tokens' losses are added up and limited. `grpo`: mean by answer, then over answers; `dapo`: mean over
+    all tokens; `dr_grpo`: by a constant length (arXiv 2503.20783), so that long wrong answers are not favoured; `bnpo`:
+    mean over a batch's tokens; `cispo`, `sapo`: other limits than clipping (arXiv 2506.13585, 2511.20347)."""
+
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What advantages are divided by: the spread of their group, that of the whole batch (arXiv 2508.08221), or
+    nothing, so that easy and hard prompts weigh by their spread (arXiv 2503.20783)."""
+
+    importance: Literal["token", "sequence"] = "token"
+    """Compare probabilities token by token, or of whole answers (GSPO, arXiv 2507.18071)."""
+
+
+class RLOO(Sampled):
+    """Reinforcement learning against the other answers' mean (RLOO, arXiv 2402.14740): each answer's advantage is its
+    reward less the mean of the other answers to the same prompt; divergence is taken off the reward. Batch sizes
+    count answers."""
+
+    kind: Literal["rloo"] = "rloo"
+
+    num_generations: Annotated[int, Field(ge=2)] = 4
+    """Answers drawn for each prompt. The batch size times the accumulation steps has to be a multiple of it; where it
+    is not, the accumulation is raised, and the plan says so."""
+
+    beta: NonNegativeFloat = 0.05
+    """What a nat of divergence from the model that training started from takes off an answer's reward; 0 neither
+    computes nor limits it."""
+
+    normalize_advantages: bool = False
+    """Divide advantages by their spread over the batch."""
+
+    reward_clip: PositiveFloat | None = None
+    """Rewards are limited to plus and minus this."""
+
+
 class Full(Section):
     """Train every weight."""
 
@@ -567,7 +747,7 @@ class Tracking(Section):
     """Project name used by the trackers that have projects."""
 
 
-Method = Annotated[SFT | Seq2Seq | DPO | KTO | ORPO | CPO | SimPO, Field(discriminator="kind")]
+Method = Annotated[SFT | Seq2Seq | DPO | KTO | ORPO | CPO | SimPO | GRPO | RLOO, Field(discriminator="kind")]
 Adapter = Annotated[Full | Freeze | LoRA | QLoRA, Field(discriminator="kind")]
 
 
@@ -640,10 +820,10 @@ def type_name(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(str(value) for value in get_args(annotation))
     if origin in (Union, UnionType):
-        return " | ".join(type_name(part) for part in get_args(annotation))
+        return " | ".join(dict.fromkeys(type_name(part) for part in get_args(annotation)))
     if origin is dict:
         return "names and names"
     if origin is list:
         return f"list of {type_name(get_args(annotation)[0])}"
     names = {bool: "true | false", int: "whole number", float: "number", str: "text", type(None): "null"}
-    return names.get(annotation, "data sources")
+    return names.get(annotation, "data sources" if annotation is DataSource else "rewards")

@@ -20,6 +20,7 @@ from tunesmith.data import pairs, templates
 from tunesmith.data.examples import (
     Conversation,
     Example,
+    Message,
     Preference,
     Prompt,
     Rating,
@@ -29,6 +30,7 @@ from tunesmith.data.examples import (
     content_hash,
 )
 from tunesmith.data.preferences import sides
+from tunesmith.data.prompts import prompt_of
 from tunesmith.data.templates import IGNORED, LossOn, end_of_turn_ids
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation.compare import score_interval
@@ -141,12 +143,14 @@ def _item(
             item = replace(side(conversation), good=good)
             asked = [turn.content for turn in example.prompt if turn.role == "user"]
             return item if good else replace(item, prompt=None, text=asked[-1] if asked else "")
-    prompt = _prompt(example)
+    prompt = prompt_of(example)
     form = pairs if kind == "seq2seq" else templates
     text = example.text[:200] if isinstance(example, Text) else ""
     try:
-        asked_ids = tuple(form.prompt_ids(prompt.messages, tokenizer)) if prompt else ()
-        encoding = form.encode(example, tokenizer, loss_on=loss_on)
+        asked_ids = _asked_ids(prompt, tokenizer, kind) if prompt else ()
+        if isinstance(example, Prompt) and not example.reference:
+            return Item(number, example.row, example.group, prompt, asked_ids, (), ())
+        encoding = form.encode(_answered(example), tokenizer, loss_on=loss_on)
     except Unusable as reason:
         return Item(number, example.row, example.group, prompt, (), (), (), error=str(reason), text=text)
     if kind == "seq2seq":
@@ -176,20 +180,18 @@ def judged(items: Sequence[Item]) -> list[str]:
     ]
 
 
-def _prompt(example: Example) -> Prompt | None:
-    if not isinstance(example, Conversation):
-        return None
-    answers = [n for n, message in enumerate(example.messages) if message.role == "assistant"]
-    if not answers:
-        return None
-    last = answers[-1]
-    return Prompt(
-        messages=example.messages[:last],
-        reference=example.messages[last].content,
-        row=example.row,
-        group=example.group,
-        checks=example.extra,
-    )
+def _asked_ids(prompt: Prompt, tokenizer: Any, kind: Kind) -> tuple[int, ...]:
+    if kind == "seq2seq":
+        return tuple(pairs.prompt_ids(prompt.messages, tokenizer))
+    return tuple(templates.prompt_ids(prompt.messages, tokenizer, tools=prompt.tools))
+
+
+def _answered(example: Example) -> Example:
+    """A prompt as the conversation that its reference makes of it; anything else as it is."""
+    if not isinstance(example, Prompt):
+        return example
+    turns = (*example.messages, Message("assistant", example.reference))
+    return Conversation(turns, example.row, group=example.group, tools=example.tools)
 
 
 def answers(

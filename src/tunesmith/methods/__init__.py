@@ -6,15 +6,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.data import EncodedSplits
+from tunesmith.data import EncodedSplits, prompts
 from tunesmith.data.examples import Example, Preference
-from tunesmith.methods import cpo, dpo, kto, orpo, preferred, seq2seq, sft
+from tunesmith.methods import cpo, dpo, grpo, kto, orpo, preferred, rloo, sampled, seq2seq, sft
 from tunesmith.models import Kind
-from tunesmith.recipe import Recipe
+from tunesmith.plan import Decision
+from tunesmith.recipe import Recipe, Training
 
 
 def nothing(recipe: Recipe) -> None:
     """Check nothing."""
+
+
+def unchanged(section: Any, training: Training, num_examples: int) -> tuple[Training, int, list[Decision]]:
+    """The training section as it is."""
+    return training, 1, []
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,9 @@ class Method:
     """Whether two encodings, one after the other, are one example."""
     check: Callable[[Recipe], None] = nothing
     """Refuses, before anything is read, a recipe that cannot be carried out."""
+    settled: Callable[..., tuple[Training, int, list[Decision]]] = unchanged
+    """The training section as the method can use it, how often an example counts in an epoch's batches, and what was
+    decided: `(section, training, number of examples)`."""
 
 
 METHODS = {
@@ -66,7 +75,7 @@ METHODS = {
         remarks={},
         build=dpo.build,
         template=sft.template,
-        encoded=preferred.encoded,
+        encoded=preferred.encoded_pairs,
         in_pairs=True,
         check=preferred.check_reference,
     ),
@@ -85,7 +94,7 @@ METHODS = {
         remarks={},
         build=orpo.build,
         template=sft.template,
-        encoded=preferred.encoded,
+        encoded=preferred.encoded_pairs,
         in_pairs=True,
     ),
     "cpo": Method(
@@ -94,7 +103,7 @@ METHODS = {
         remarks={},
         build=cpo.build,
         template=sft.template,
-        encoded=preferred.encoded,
+        encoded=preferred.encoded_pairs,
         in_pairs=True,
     ),
     "simpo": Method(
@@ -103,7 +112,25 @@ METHODS = {
         remarks={},
         build=cpo.build,
         template=sft.template,
-        encoded=preferred.encoded,
+        encoded=preferred.encoded_pairs,
         in_pairs=True,
+    ),
+    "grpo": Method(
+        "grpo",
+        adapt=prompts.questioned,
+        remarks=prompts.REMARKS,
+        build=grpo.build,
+        template=sampled.template,
+        encoded=sampled.encoded,
+        settled=sampled.settled,
+    ),
+    "rloo": Method(
+        "rloo",
+        adapt=prompts.questioned,
+        remarks=prompts.REMARKS,
+        build=rloo.build,
+        template=sampled.template,
+        encoded=sampled.encoded,
+        settled=sampled.settled,
     ),
 }

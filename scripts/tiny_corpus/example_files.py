@@ -31,8 +31,7 @@ def preferences(rng: random.Random) -> str:
 
 def tone(rng: random.Random) -> str:
     return _jsonl(
-        {"prompt": c.prompt, "chosen": c.chosen, "rejected": c.rejected}
-        for c in feedback.tones(rng, _TONES)
+        {"prompt": c.prompt, "chosen": c.chosen, "rejected": c.rejected} for c in feedback.tones(rng, _TONES)
     )
 
 

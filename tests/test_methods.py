@@ -38,6 +38,11 @@ def preferred(n: int) -> dict[str, Any]:
     }
 
 
+SAMPLED = {
+    "method": {"rewards": "length_match", "num_generations": 4, "max_new_tokens": 6},
+    "training": {"per_device_train_batch_size": 8},
+}
+
 SAMPLES: dict[str, dict[str, Any]] = {
     "dpo": {"rows": preferred},
     "kto": {"rows": preferred},
@@ -45,6 +50,8 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "cpo": {"rows": preferred},
     "simpo": {"rows": preferred},
     "reward": {"rows": preferred},
+    "grpo": {"recipe": SAMPLED},
+    "rloo": {"recipe": SAMPLED},
 }
 """By method: `rows`, a function from a number to a row (a question with its answer where it is left out), and
 `recipe`, a layer over the one below."""

@@ -52,9 +52,9 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None)
     _, template = _tokenizer(recipe)
     lengths = encodings.train.lengths
     method = METHODS[recipe.method.kind]
-    training, passes, settled = method.settled(recipe.method, recipe.training, len(lengths))
-    rows = (lengths[::2] + lengths[1::2] if method.in_pairs else lengths).tolist() * passes
-    unit = "examples" if passes == 1 else "answers"
+    examples = lengths[::2] + lengths[1::2] if method.in_pairs else lengths
+    training, passes, settled = method.settled(recipe.method, recipe.training, len(examples))
+    rows, unit = examples.tolist() * passes, "examples" if passes == 1 else "answers"
     notes = [*encodings.notes, template, data.proven(encodings.proof)]
     if packing:
         rows, unit = [int(lengths[list(block)].sum()) for block in packing.blocks], "packed rows"
@@ -70,7 +70,7 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None)
         adapter_kind=recipe.adapter.kind,
         lengths=rows,
         num_validation=len(encodings.validation) // (2 if method.in_pairs else 1),
-        num_examples=len(lengths) if packing or passes > 1 else None,
+        num_examples=len(examples) if packing or passes > 1 else None,
         unit=unit,
         held_out=None if recipe.evaluation.skip else _held_out(recipe, encodings),
         notes=notes,

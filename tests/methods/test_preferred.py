@@ -559,3 +559,33 @@ def test_a_method_brings_its_learning_rate(kind, full, adapter):
     assert compose({**tuned, "training": {"learning_rate": 3e-4}}).recipe.training.learning_rate == 3e-4
     assert compose(tuned, preset="high_quality").recipe.training.learning_rate == 5e-6
     assert compose({"adapter": {"kind": "lora"}}).recipe.training.learning_rate == 2e-5
+
+
+def test_the_plan_says_where_length_alone_could_be_learned(recipe, tmp_path):
+    for word, one, other in (("longer", " rows" * 9, ""), ("shorter", "", " rows" * 9)):
+        rows = [
+            {"prompt": f"what is {n}", "chosen": f"red {n}{one}", "rejected": f"blue {n}{other}"}
+            for n in range(30)
+        ]
+        path = tmp_path / f"{word}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        wanted = recipe("dpo", data={"dataset": str(path), "held_out": 0.2})
+        plan, _ = api.plan(wanted)
+        [said] = [d.reason + d.value for d in plan.decisions if "length alone" in str(d.value)]
+        assert f"the better answer is the {word} one in 100% of the pairs" in said
+    plan, _ = api.plan(recipe("dpo"))
+    assert not [d for d in plan.decisions if "length alone" in str(d.value)]
+
+
+def test_pairs_that_go_wrong_are_watched():
+    from tunesmith.training.watching import good_lost, not_told_apart
+
+    falling = [{"rewards/chosen": -n / 4, "rewards/rejected": -n / 3} for n in range(9)]
+    assert "less likely as well: against the reference their reward has fallen to -1.50" in good_lost(falling)
+    assert good_lost(falling[:4]) is None
+    assert good_lost([{"rewards/chosen": -0.1, "rewards/rejected": -n / 1.0} for n in range(9)]) is None
+    assert good_lost([{**m, "nll_loss": 1.0} for m in falling]) is None  # no reference: always below zero
+    flat = [{"rewards/accuracies": 0.5, "rewards/margins": -0.01}] * 25
+    assert "in 50% of the pairs only" in not_told_apart(flat)
+    assert not_told_apart(flat[:15]) is None
+    assert not_told_apart([{"rewards/accuracies": 0.8, "rewards/margins": 0.4}] * 25) is None

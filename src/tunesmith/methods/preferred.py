@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from tunesmith.data import EncodedSplits, Splits
@@ -42,6 +43,25 @@ def rated(example: Example) -> Example:
 def encoded(splits: Splits, tokenizer: Any, data: Data, section: Any) -> EncodedSplits:
     """Token ids and labels of all answers, two for each pair, with what was cut or dropped."""
     return encode_splits(splits, tokenizer, data=data, loss_on="answers")
+
+
+def encoded_pairs(splits: Splits, tokenizer: Any, data: Data, section: Any) -> EncodedSplits:
+    """The same, with a remark where the better answers are nearly always the longer or the shorter ones."""
+    found = encoded(splits, tokenizer, data, section)
+    lengths = found.train.lengths
+    more = lengths[::2] - lengths[1::2]  # the prompts are the same
+    for word, share in (("longer", float((more > 0).mean())), ("shorter", float((more < 0).mean()))):
+        if share >= ONE_SIDED:
+            said = (
+                f"the better answer is the {word} one in {share:.0%} of the pairs, by {abs(more.mean()):.0f} tokens in "
+                "the mean: length alone can be learned from them"
+            )
+            return replace(found, notes=(*found.notes, said))
+    return found
+
+
+ONE_SIDED = 0.8
+"""Share of pairs with the better answer longer (or shorter) from which on it is said."""
 
 
 class Numbers:

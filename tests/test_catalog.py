@@ -91,7 +91,6 @@ def test_every_strategy_is_a_recipe(part):
             assert recipe.method.kind == kind
 
 
-@pytest.mark.skipif("seq2seq" not in union_members("method"), reason="the method is not there")
 def test_custom_lengths():
     layer = catalog.strategy("tokenization", "custom", max_input_length=300, max_output_length=20)
     method = validated(layer).method

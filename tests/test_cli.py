@@ -51,6 +51,88 @@ def test_every_seed_flag_is_an_option_of_train():
     assert set(SEED_FLAGS) <= options
 
 
+SEED_COMMANDS = [
+    ("--task code", "task", "code"),
+    ("--dataset ./chat_data.jsonl", "data.dataset", "./chat_data.jsonl"),
+    ("--base-model ./base_model", "model.base", "./base_model"),
+    ("--config quick_test", "preset", "quick_test"),
+    ("--output-dir ./elsewhere", "output_dir", "./elsewhere"),
+    ("--max-steps 7", "training.max_steps", 7),
+    ("--lora", "adapter.kind", "lora"),
+    ("--lora --lora-rank 32", "adapter.rank", 32),
+    ("--freeze-ratio 0.7", "adapter.ratio", 0.7),
+    ("--resume checkpoint-step-1000", "resume", "checkpoint-step-1000"),
+    ("--mixed-precision bf16", "training.mixed_precision", "bf16"),
+    ("--mixed-precision fp16", "training.mixed_precision", "fp16"),
+    ("--gradient-checkpointing", "training.gradient_checkpointing", True),
+    ("--eval-steps 50", "training.eval_steps", 50),
+    ("--save-steps 200", "training.save_steps", 200),
+    ("--push-to-hub --hub-model-id me/mine", "export.push_to_hub", True),
+    ("--hub-model-id me/mine", "export.hub_model_id", "me/mine"),
+    ("--per-device-train-batch-size 1", "training.per_device_train_batch_size", 1),
+    ("--gradient-accumulation-steps 8", "training.gradient_accumulation_steps", 8),
+    ("--max-length 512", "data.max_length", 512),
+    ("--num-workers 8", "training.num_workers", 8),
+    ("--num-epochs 10", "training.num_epochs", 10),
+    ("--learning-rate 1e-6", "training.learning_rate", 1e-6),
+]
+"""Words of the seed's commands, and what of the recipe they say."""
+
+
+@pytest.mark.parametrize(("words", "path", "expected"), SEED_COMMANDS, ids=[c[0] for c in SEED_COMMANDS])
+def test_a_seed_flag_reaches_the_recipe_it_trains_with(invoke, monkeypatch, words, path, expected):
+    """Each flag alone, against the value that it has without; of `--task chat`, whose defaults are others."""
+    from tunesmith import api
+
+    trained = []
+
+    def caught(recipe, *, resume, **_):
+        trained.append({**recipe.model_dump(), "resume": resume})
+        raise api.TunesmithError("caught")
+
+    monkeypatch.setattr(api, "train", caught)
+    for arguments in ([], words.split()):
+        invoke("train", *([] if "--task" in words else ["--task", "chat"]), *arguments)
+    found = []
+    for values in trained:
+        for name in path.split("."):
+            values = values.get(name)
+        found.append(values)
+    before, after = found
+    assert after == expected
+    assert before != expected
+
+
+def test_every_seed_flag_has_its_words():
+    assert {word for words, *_ in SEED_COMMANDS for word in words.split() if word[:2] == "--"} == set(
+        SEED_FLAGS
+    )
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_chat_shows_its_prompts_on_a_terminal_only(monkeypatch, is_terminal):
+    """Questions that are piped in give answers and nothing else on stdout."""
+    from tunesmith import api, wizard
+
+    class Chat:
+        template = "plain"
+
+        def __init__(self, model):
+            pass
+
+        def answer(self, messages, **_):
+            return iter(["you said ", messages[-1]["content"]])
+
+    monkeypatch.setattr(api, "Chat", Chat)
+    monkeypatch.setattr(wizard, "on_terminal", lambda: is_terminal)
+    talk = CliRunner().invoke(app, ["chat", "tiny"], input="one\n\ntwo\n/exit\n")
+    assert talk.exit_code == 0
+    assert talk.stdout.count("you> ") == (4 if is_terminal else 0)
+    assert [line for line in talk.stdout.splitlines() if "said" in line] == (
+        ["you> you said one", "you> you> you said two"] if is_terminal else ["you said one", "you said two"]
+    )
+
+
 def test_every_short_flag_names_a_field():
     paths = {fact.path for fact in fields()}
     assert set(FLAGS.values()) <= paths

@@ -91,6 +91,108 @@ def test_seed_values_of_tasks_and_presets():
     )
 
 
+PROMISED = {
+    "default": {
+        "learning_rate": 5e-5, "num_epochs": 3, "max_steps": None, "warmup_steps": 100, "weight_decay": 0.01,
+        "max_grad_norm": 1.0, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8,
+        "gradient_accumulation_steps": 1, "max_length": 1024, "scheduler": "cosine", "eval_steps": 100,
+        "save_steps": 500, "logging_steps": 10, "save_total_limit": 3, "load_best_model_at_end": True,
+        "mixed_precision": "no", "gradient_checkpointing": False,
+    },
+    "quick_test": {
+        "learning_rate": 5e-5, "num_epochs": 1, "max_steps": 100, "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1, "eval_steps": 20, "save_steps": 50, "logging_steps": 5, "warmup_steps": 10,
+    },
+    "low_resource": {
+        "learning_rate": 1e-5, "num_epochs": 5, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8,
+        "gradient_checkpointing": True, "mixed_precision": "fp16", "eval_steps": 200, "save_steps": 500,
+        "max_length": 512,
+    },
+    "high_quality": {
+        "learning_rate": 5e-6, "num_epochs": 10, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+        "warmup_steps": 2000, "weight_decay": 0.1, "eval_steps": 100, "save_steps": 500, "save_total_limit": 10,
+        "load_best_model_at_end": True,
+    },
+    "production": {
+        "learning_rate": 2e-5, "num_epochs": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+        "warmup_steps": 500, "eval_steps": 200, "save_steps": 1000, "logging_steps": 20, "mixed_precision": "bf16",
+        "gradient_checkpointing": False, "save_total_limit": 5,
+    },
+    "chat": {
+        "learning_rate": 2e-5, "warmup_steps": 200, "gradient_accumulation_steps": 2, "max_length": 2048,
+        "scheduler": "cosine_with_restarts",
+    },
+    "code": {
+        "learning_rate": 1e-5, "num_epochs": 5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4,
+        "warmup_steps": 500, "eval_steps": 200, "save_steps": 1000, "max_length": 2048,
+        "gradient_checkpointing": True,
+    },
+    "instruct": {
+        "learning_rate": 3e-5, "num_epochs": 2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+        "eval_steps": 50, "save_steps": 200, "max_length": 1024,
+    },
+    "domain": {
+        "learning_rate": 1e-5, "num_epochs": 10, "gradient_accumulation_steps": 2, "warmup_steps": 1000,
+        "eval_steps": 500, "save_steps": 2000, "weight_decay": 0.05,
+    },
+    "custom": {"learning_rate": 2e-5, "gradient_accumulation_steps": 2},
+}  # fmt: skip
+"""Every value of seed 003's tasks and presets; of a task's, what it does not name is the default."""
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_every_value_that_seed_003_gives_a_task_or_preset(name):
+    if name == "default":
+        recipe = Recipe()
+    else:
+        recipe = compose(
+            {"task": name} if name in TASKS else {}, preset=None if name in TASKS else name
+        ).recipe
+    values = {**recipe.training.model_dump(), "max_length": recipe.data.max_length}
+    expected = {**PROMISED["default"], **PROMISED[name]} if name in TASKS else PROMISED[name]
+    assert {key: values[key] for key in expected} == expected
+
+
+def test_the_custom_configuration_of_seed_003(tmp_path):
+    """The fields of its `FineTuningConfig(...)` in a file for `--config`."""
+    given = {
+        "learning_rate": 1e-5, "num_epochs": 5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+        "warmup_steps": 500, "eval_steps": 100, "save_steps": 500,
+    }  # fmt: skip
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"training": given, "data": {"max_length": 2048}}))
+    recipe = compose({"task": "chat"}, file=path).recipe
+    assert {key: getattr(recipe.training, key) for key in given} == given
+    assert recipe.data.max_length == 2048
+
+
+@pytest.mark.parametrize(
+    ("argument", "path", "value"),
+    [
+        ("model_name", "model.base", "gpt2"),
+        ("dataset_file", "data.dataset", "rows.csv"),
+        ("dataset_hub", "data.dataset", "owner/set"),
+        ("method", "method.kind", "seq2seq"),
+        ("lora_r", "adapter.rank", 4),
+        ("lora_alpha", "adapter.alpha", 8),
+        ("lora_dropout", "adapter.dropout", 0.05),
+        ("num_train_epochs", "training.num_epochs", 2),
+        ("per_device_train_batch_size", "training.per_device_train_batch_size", 3),
+        ("gradient_accumulation_steps", "training.gradient_accumulation_steps", 5),
+    ],
+)
+def test_what_seed_000_s_handle_fine_tune_takes_is_in_the_recipe(argument, path, value):
+    composition = (
+        compose({"adapter": {"kind": "lora"}} | assignment(f"{path}={value}"))
+        if "adapter" not in path
+        else (compose({"adapter": {"kind": "lora", path.split(".")[1]: value}}))
+    )
+    found = composition.recipe.model_dump()
+    for name in path.split("."):
+        found = found[name]
+    assert found == value
+
+
 def test_later_layers_win(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("task: code\ntraining: {learning_rate: 3e-4, num_epochs: 7}\n")

@@ -22,10 +22,14 @@ SEED_COMMAND = """train --task chat --config low_resource --lora --lora-rank 2 -
 """.split()  # noqa: SIM905
 
 
+LAUNCHERS = (*launch.WORLD_SIZES, *launch.WORLD_SIZES.values(), launch.PRECISION, launch.RENDEZVOUS)
+"""Variables that launchers set."""
+
+
 @pytest.fixture
 def alone(monkeypatch):
     """An environment as without any launcher."""
-    for name in (*launch.WORLD_SIZES, launch.PRECISION):
+    for name in LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -72,8 +76,35 @@ def test_a_run_keeps_what_the_launcher_wanted(alone, recipe):
     assert any("accelerate is set to" in e.get("message", "") for e in run.events() if e["kind"] == "warning")
 
 
+def test_one_process_where_several_were_asked_for_is_said(alone):
+    """What `accelerate launch --cpu --num_processes 2` sets, which starts one process."""
+    alone.setenv(launch.PRECISION, "no")
+    assert launch.settle(Training()) == []
+    alone.setenv(launch.RENDEZVOUS, "127.0.0.1")
+    [note] = launch.settle(Training())
+    assert "asked for several processes and started one" in note
+    alone.setenv(launch.PRECISION, "bf16")
+    assert len(launch.settle(Training())) == 2
+    alone.setenv("WORLD_SIZE", "1")
+    assert launch.settle(Training(mixed_precision="bf16")) == []
+
+
+@pytest.mark.parametrize(("size", "rank", "waits"), [("2", "1", True), ("2", "0", False), ("1", "1", False)])
+def test_only_the_first_process_speaks_at_once(alone, monkeypatch, size, rank, waits):
+    waited = []
+    monkeypatch.setattr(launch.time, "sleep", waited.append)
+    launch.let_the_first_speak()
+    for name, number in launch.WORLD_SIZES.items():
+        alone.setenv(name, size)
+        alone.setenv(number, rank)
+        launch.let_the_first_speak()
+        alone.delenv(name)
+        alone.delenv(number)
+    assert waited == [launch.PATIENCE] * (len(launch.WORLD_SIZES) if waits else 0)
+
+
 def _launched(program, arguments, *, folder, model, data):
-    environment = {k: v for k, v in os.environ.items() if k not in (*launch.WORLD_SIZES, launch.PRECISION)}
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
     environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [
         *program, *arguments, "--base-model", str(model), "--dataset", str(data), "--output-dir", str(folder),
@@ -135,9 +166,23 @@ def test_accelerate_launch_trains_resumes_and_leaves_the_documented_layout(
 @pytest.mark.slow
 def test_two_processes_end_with_the_reason(tiny_model_folder, question_file, tmp_path):
     where = {"folder": tmp_path / "runs", "model": tiny_model_folder, "data": question_file}
-    # What accelerate starts on two devices; on a CPU it starts one process whatever it is told.
+    # What accelerate starts on two GPUs.
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tunesmith"]
     done = _launched(program, SEED_COMMAND, **where)
     assert done.returncode != 0
-    assert "A run is written by one process, and 2 were launched together." in done.stderr
+    assert done.stderr.count("A run is written by one process, and 2 were launched together.") == 1
+    assert len(done.stdout.strip().splitlines()) == 1, "and one JSON object"
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_accelerate_on_a_cpu_trains_in_one_process_and_says_so(tiny_model_folder, question_file, tmp_path):
+    where = {"folder": tmp_path / "runs", "model": tiny_model_folder, "data": question_file}
+    program = [*ACCELERATE, "--num_processes", "2", "-m", "tunesmith"]
+    done = _launched(
+        program, [*SEED_COMMAND, "--warmup-steps", "0", "--set", "evaluation.skip=true"], **where
+    )
+    assert done.returncode == 0, done.stderr
+    events = Run(tmp_path / "runs" / "chat_questions").events()
+    assert any("started one" in e["message"] for e in events if e["kind"] == "warning")
+    assert [e["step"] for e in events if e["kind"] == "evaluation"] == [2, 4], "trained once"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -67,6 +68,11 @@ def test_the_run_folder_explains_itself(quick):
     steps = [event for event in run.events() if event["kind"] == "step"]
     assert [event["step"] for event in steps] == [1, 2, 3, 4]
     assert {"loss", "learning_rate", "grad_norm", "tokens", "seconds", "memory"} <= steps[0].keys()
+    rates = [step["learning_rate"] for step in steps]
+    assert rates[0] > rates[-1] >= 0, "the linear schedule, as it was used"
+    assert all(step["grad_norm"] > 0 for step in steps)
+    measured = [*steps, *(e for e in run.events() if e["kind"] == "evaluation")]
+    assert all(0 <= event["token_accuracy"] <= 1 for event in measured), "of training and of validation"
     validations = {e["step"]: e["loss"] for e in run.events() if e["kind"] == "evaluation"}
     assert run.read("training.json")["step_of_final_model"] == min(validations, key=validations.get)
     assert any(event["kind"] == "progress" and event["stage"] == "training" for event in seen)
@@ -453,6 +459,8 @@ def test_the_dataflow_runs_under_a_plain_hamilton_driver(quick):
         ({"data": {"max_length": 513}}, ModelError, "max-length 512"),
         ({"adapter": {"kind": "lora", "modules_to_save": ["nrm"]}}, ModelError, "'norm'"),
         ({"adapter": {"kind": "freeze", "ratio": 0.1}}, ModelError, "freezes no layer"),
+        ({"adapter": {"kind": "lora", "init": "pissa", "rank": 9}}, ModelError, "--lora-rank 8 or less"),
+        ({"adapter": {"kind": "lora", "init": "olora", "rank": 9}}, ModelError, "--lora-rank 8 or less"),
     ],
     ids=str,
 )
@@ -582,3 +590,55 @@ def test_a_taken_folder_is_resumed_only_where_that_works(quick, state, may_resum
     with pytest.raises(RunError, match="another --name") as error:
         api.train(recipe)
     assert ("tunesmith resume" in str(error.value)) is may_resume
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_activations_are_recomputed_where_that_is_asked_for(quick, monkeypatch, asked):
+    from transformers import modeling_utils
+
+    calls = []
+    checkpoint = modeling_utils.checkpoint
+    monkeypatch.setattr(
+        modeling_utils, "checkpoint", lambda *args, **options: calls.append(1) or checkpoint(*args, **options)
+    )
+    changes = {"training": {"max_steps": 1, "gradient_checkpointing": asked}, "evaluation": {"skip": True}}
+    api.train(quick(**changes))
+    assert bool(calls) == asked
+
+
+def test_a_finished_model_is_uploaded_where_that_is_asked_for(quick, monkeypatch):
+    asked = []
+
+    class Hub:
+        def __init__(self, token=None):
+            asked.append(token)
+
+        def create_repo(self, name, **options):
+            asked.append((name, options))
+
+        def upload_folder(self, *, folder_path, repo_id, **options):
+            asked.append((repo_id, {path.name for path in Path(folder_path).iterdir()}))
+            return type("Commit", (), {"repo_url": f"https://huggingface.co/{repo_id}"})()
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    changes = {"training": {"max_steps": 1}, "evaluation": {"skip": True}}
+    result = api.train(quick(export={"push_to_hub": True, "hub_model_id": "me/mine"}, **changes))
+    assert asked[:2] == [None, ("me/mine", {"private": True, "exist_ok": True})]
+    assert asked[2][0] == "me/mine"
+    assert asked[2][1] >= {"model.safetensors", "config.json", "tokenizer.json", "README.md"}
+    assert result.published == "https://huggingface.co/me/mine"
+    card = (Path(result.run) / "final_model/README.md").read_text(encoding="utf-8")
+    assert "No held-out answers were compared." in card
+    assert not re.search(r"scores above|The scores hold|\| metric", card), "of a run that measured nothing"
+    asked.clear()
+    api.train(quick(name="kept", **changes))
+    assert asked == []
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_no_run_leaves_a_pickle_where_models_are(quick, adapter):
+    run = Run(api.train(quick(adapter=ADAPTERS[adapter], evaluation={"skip": True})).run)
+    name = "model.safetensors" if adapter == "full" else "adapter_model.safetensors"
+    for folder in (run.final_model, run.best_model, *run.checkpoints.iterdir()):
+        assert list(folder.rglob(name)), folder
+        assert not [*folder.rglob("*.bin"), *folder.rglob("*model*.pt"), *folder.rglob("*.pkl")]

@@ -8,7 +8,7 @@ import transformers as tf
 
 from tunesmith import models
 from tunesmith.errors import ModelError
-from tunesmith.recipe import Freeze, LoRA
+from tunesmith.recipe import Freeze, LoRA, QLoRA
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 FAMILIES = {
@@ -203,3 +203,29 @@ def test_a_folder_without_tokenizer(tmp_path):
     FAMILIES["llama"]().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="has no tokenizer"):
         models.load_tokenizer(str(tmp_path))
+
+
+def test_embeddings_are_trained_along_where_they_are_named():
+    """How the words of a domain are learned beside an adapter."""
+    model = models.attach(FAMILIES["llama"](), LoRA(rank=2, modules_to_save=["embed_tokens"]))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    beside = {name for name in trainable if "lora_" not in name}
+    assert len(beside) == 1
+    assert "embed_tokens.modules_to_save" in beside.pop()
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_qlora_asks_for_nf4_with_bfloat16_compute(monkeypatch, double):
+    """The configuration; loading with it needs CUDA."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # bitsandbytes may not be here
+    monkeypatch.setattr(tf.BitsAndBytesConfig, "post_init", lambda self: None)
+    asked = models._four_bit(QLoRA(double_quantization=double))
+    assert asked.load_in_4bit
+    assert (asked.bnb_4bit_quant_type, asked.bnb_4bit_compute_dtype) == ("nf4", torch.bfloat16)
+    assert asked.bnb_4bit_use_double_quant is double
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_attention_that_is_named_is_loaded(tiny_model_folder, attention):
+    model = models.load_model(str(tiny_model_folder), attention=attention)
+    assert model.config._attn_implementation == attention

@@ -78,6 +78,20 @@ def test_the_constant_schedule_has_no_warm_up_and_says_so():
     assert reasons(plan, "warmup_steps")
 
 
+@pytest.mark.parametrize(
+    ("epochs", "batch", "said"),
+    [
+        (1, 100, "1 epoch of 1 step of 100 examples"),
+        (2.5, 1, "2.5 epochs of 100 steps of 1 example"),
+    ],
+)
+def test_one_of_a_thing_is_named_in_the_singular(epochs, batch, said):
+    training = Training(
+        num_epochs=epochs, per_device_train_batch_size=batch, gradient_accumulation_steps=1, warmup_steps=0
+    )
+    assert reasons(resolve(training), "total_steps") == [said]
+
+
 def test_per_epoch_intervals():
     plan = resolve(Training(per_device_train_batch_size=4, eval_steps="epoch", save_steps="epoch"))
     assert plan.eval_steps == plan.save_steps == 25
@@ -86,7 +100,9 @@ def test_per_epoch_intervals():
 def test_without_validation_nothing_is_evaluated_and_it_is_said():
     plan = resolve(Training(), validation=0)
     assert plan.eval_steps is None
-    assert reasons(plan, "eval_steps")
+    [decision] = [d for d in plan.decisions if d.name == "eval_steps"]
+    assert decision.value == "never"
+    assert "no validation examples" in decision.reason
 
 
 @pytest.mark.skipif(planning.device() != "cpu", reason="the rule is about CPUs")

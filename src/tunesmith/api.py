@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -317,7 +317,8 @@ def evaluate(
 
     started = time.perf_counter()
     run, questions = _questions([model], dataset, metrics, settings, watch)
-    [(rows, chosen)] = [_answers(model, questions, name="model", watch=watch)]
+    rows, chosen, longer = _answers(model, questions, name="model", watch=watch)
+    questions = questions.with_longer({str(model): longer})
     scores = evaluation.scores(rows, chosen)
     place = Path(output) if output else _evaluation_folder(run, model, questions.recipe)
     evaluation.write_rows(place / "rows.jsonl", rows)
@@ -355,8 +356,9 @@ def compare(
     started = time.perf_counter()
     run, questions = _questions([a, b], dataset, metrics, settings, watch)
     sides = _side_names(a, b)
-    rows_a, chosen = _answers(a, questions, name="base", watch=_renamed(watch, "base", sides[0]))
-    rows_b, _ = _answers(b, questions, name="tuned", watch=_renamed(watch, "tuned", sides[1]))
+    rows_a, chosen, longer_a = _answers(a, questions, name="base", watch=_renamed(watch, "base", sides[0]))
+    rows_b, _, longer_b = _answers(b, questions, name="tuned", watch=_renamed(watch, "tuned", sides[1]))
+    questions = questions.with_longer({sides[0]: longer_a, sides[1]: longer_b})
     section = questions.recipe.evaluation
     compared = comparing.compare(
         rows_a,
@@ -429,6 +431,11 @@ class _Questions:
     recipe: Recipe
     examples: tuple[Example, ...]
     measured_on: MeasuredOn
+
+    def with_longer(self, found: Mapping[str, str | None]) -> _Questions:
+        """The same, with what is to be said by model of questions longer than it was trained to read."""
+        longer = {model: said for model, said in found.items() if said}
+        return replace(self, measured_on=replace(self.measured_on, longer=longer))
 
 
 def _questions(
@@ -580,7 +587,8 @@ def _run_of(model: str | Path) -> Run | None:
 
 def _answers(
     model: str | Path, questions: _Questions, *, name: str, watch: Watch
-) -> tuple[list[EvalRow], list[str]]:
+) -> tuple[list[EvalRow], list[str], str | None]:
+    """A model's rows, the metrics, and what is to be said of questions longer than it was trained to read."""
     from tunesmith import dataflow, evaluation, models
     from tunesmith import plan as planning
 
@@ -596,6 +604,10 @@ def _answers(
         max_length=settings.data.max_length,
         kind=kind,
     )
+    run = _run_of(model) if kind == "seq2seq" else None
+    longer = evaluation.longer_than_read(items, run.input_length()) if run else None
+    if longer:
+        watch({"kind": "warning", "message": f"{model}: {longer}"})
     device = planning.device()
     chosen = dataflow.metrics(settings, items)
     rows = evaluation.answers(
@@ -610,7 +622,7 @@ def _answers(
         dtype=planning.inference_dtype(settings.model.dtype, device),
         watch=watch,
     )
-    return rows, chosen
+    return rows, chosen, longer
 
 
 def _settle_template(tokenizer: Any, kind: Kind, recipe: Recipe) -> None:
@@ -652,8 +664,6 @@ def validate(
     `<name>.clean.jsonl` beside the file. At most `limit` findings of a kind are kept whole. Give more
     `processes` for large files from a program that guards its own start (`if __name__ == "__main__":`).
     """
-    from dataclasses import replace
-
     from tunesmith import data
     from tunesmith.compose import compose, overlaid
     from tunesmith.data import cleaning, validation
@@ -733,6 +743,31 @@ class Chat:
         settle = pairs.settle_template if self.is_seq2seq else set_template
         self.template = settle(self.tokenizer, None)
         self.model = models.load_model(str(model), device=planning.device())
+        run = _run_of(model) if self.is_seq2seq else None
+        self.reads = run.input_length() if run else None
+        """Most tokens of an input that an encoder-decoder model was trained to read, where a run says so."""
+
+    def remark(self, messages: Sequence[Mapping[str, str]]) -> str | None:
+        """What is to be said of a question before it is asked: that it is longer than the model was trained
+        to read. It is asked whole."""
+        length = len(self._prompt(messages)) if self.reads else 0
+        if not self.reads or length <= self.reads:
+            return None
+        return (
+            f"This is {length} tokens long, and the model was trained to read {self.reads} of an input; it is asked "
+            "whole."
+        )
+
+    def _prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of what is asked. Raises ModelError where the template refuses."""
+        from tunesmith.data import pairs, templates
+        from tunesmith.data.examples import Message, Unusable
+
+        turns = tuple(Message(m["role"], m["content"]) for m in messages)
+        try:
+            return list((pairs if self.is_seq2seq else templates).prompt_ids(turns, self.tokenizer))
+        except Unusable as reason:
+            raise ModelError(f"The model cannot be asked this: {reason}.") from None
 
     def answer(
         self,
@@ -743,20 +778,13 @@ class Chat:
         seed: int = 0,
     ) -> Iterator[str]:
         """Stream the next turn."""
-        from tunesmith.data import pairs, templates
-        from tunesmith.data.examples import Message, Unusable
         from tunesmith.data.templates import end_of_turn_ids
         from tunesmith.generation import stream
 
-        turns = tuple(Message(m["role"], m["content"]) for m in messages)
-        try:
-            asked = (pairs if self.is_seq2seq else templates).prompt_ids(turns, self.tokenizer)
-        except Unusable as reason:
-            raise ModelError(f"The model cannot be asked this: {reason}.") from None
         yield from stream(
             self.model,
             self.tokenizer,
-            asked,
+            self._prompt(messages),
             max_new_tokens=max_new_tokens,
             stop_ids=end_of_turn_ids(self.tokenizer),
             temperature=temperature,
@@ -970,6 +998,7 @@ def _leaves(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any,
 
 def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool) -> Result:
     """Drive the dataflow to the report, and leave a status whatever happens."""
+    from tunesmith.export.card import write_card
     from tunesmith.training import checkpoints
 
     started = time.perf_counter()
@@ -987,6 +1016,8 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
                 _check_settings(recipe)
             point = checkpoints.choose(run, checkpoint) if checkpoint else None
             results = _driver().execute(wanted, inputs={**_inputs(recipe), "run": run, "checkpoint": point})
+            if recipe.evaluation.skip:
+                write_card(run, [])
             published = _published(recipe, run)
         except (KeyboardInterrupt, Interrupted) as error:
             run.finish("interrupted")

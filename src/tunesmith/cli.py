@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith import catalog
+from tunesmith import catalog, launch
 from tunesmith.compose import Composition, assignment, compose, nested, overlaid, preset_names, scalar
 from tunesmith.errors import Interrupted, TunesmithError, counted
 from tunesmith.recipe import FieldFact, fields
@@ -194,6 +194,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
         try:
             payload, text = function(**given, quiet=as_json)
         except TunesmithError as error:
+            launch.let_the_first_speak()
             _fail(error.lines(), error.exit_code, as_json, error)
         except KeyboardInterrupt:
             _fail(["Stopped."], Interrupted.exit_code, as_json)
@@ -621,13 +622,15 @@ def chat_verb(
     quiet: bool,
 ) -> Any:
     """Chat."""
-    from tunesmith import api
+    from tunesmith import api, wizard
 
     if prompt is not None and not prompt.strip():
         raise TunesmithError("--prompt is empty.", fix="Write a question, or leave it out to talk.")
     console = _console()
+    ask = "you> " if wizard.on_terminal() else ""
     talk = api.Chat(model)
     messages = [{"role": "system", "content": system}] if system else []
+    remarks: list[str] = []
     if not quiet and prompt is None:
         console.print(f"[dim]{talk.template} /exit or Ctrl-D ends, /new starts afresh.[/]", highlight=False)
     while True:
@@ -635,7 +638,7 @@ def chat_verb(
             question = prompt
         else:
             try:
-                question = input("you> ").strip()
+                question = input(ask).strip()
             except (EOFError, KeyboardInterrupt):
                 break
         if question == "/exit":
@@ -646,6 +649,10 @@ def chat_verb(
         if not question:
             continue
         messages.append({"role": "user", "content": question})
+        if remark := talk.remark(messages):
+            remarks.append(remark)
+            if not quiet:
+                console.print(f"[yellow]warning:[/] {remark}", highlight=False)
         pieces = []
         for piece in talk.answer(messages, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
             pieces.append(piece)
@@ -656,7 +663,7 @@ def chat_verb(
         messages.append({"role": "assistant", "content": "".join(pieces)})
         if prompt is not None:
             break
-    return {"model": model, "messages": messages}, None
+    return {"model": model, "messages": messages, **({"remarks": remarks} if remarks else {})}, None
 
 
 @app.command("runs", help="List the runs of an output folder with status, scores and size.")

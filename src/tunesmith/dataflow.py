@@ -97,7 +97,8 @@ def prepared(run: Run, encodings: data.EncodedSplits, plan: Plan) -> Run:
         )
     run.write_lines("ledger.jsonl", data.ledger_lines(encodings.ledger))
     run.write("supervision.json", encodings.proof)
-    run.write("plan.json", {**plan.as_dict(), "data_sha256": fingerprint, "rows": encodings.ledger.counts()})
+    facts = {**plan.as_dict(), "data_sha256": fingerprint, "rows": encodings.ledger.counts()}
+    run.write("plan.json", {**facts, "lengths": encodings.lengths})
     if not before:
         for decision in plan.decisions:
             if decision.name == "verdict":
@@ -187,9 +188,8 @@ def fitted(
         revision=recipe.model.revision,
     )
     models.set_stop_tokens(model, tokenizer)
-    prepared.event(
-        "decision", name="model", value=models.describe(model).sentence(), reason="after the adapter"
-    )
+    described = models.describe(model).sentence()
+    prepared.event("decision", name="model", value=described, reason=f"adapter.kind is {recipe.adapter.kind}")
     trainer = METHODS[recipe.method.kind].build(
         recipe.method,
         model=model,
@@ -224,6 +224,9 @@ def tuned_rows(
 ) -> list[EvalRow]:
     """The tuned model's answers to the same questions, read back from its folder."""
     model = str(fitted.final_model)
+    told = {event.get("message") for event in prepared.events()}
+    if (longer := evaluation.longer_than_read(items, prepared.input_length())) and longer not in told:
+        prepared.event("warning", message=longer)
     tokenizer = models.load_tokenizer(model)
     return evaluation.answers(
         recipe.model,

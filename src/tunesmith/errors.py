@@ -97,6 +97,11 @@ def counted(number: int, word: str) -> str:
     return f"{number:,} {word}" + ("" if number == 1 else "s")
 
 
+def does(word: str, number: int) -> str:
+    """The verb of so many things: `2 rows are`, `1 row is`."""
+    return {"are": "is", "have": "has"}.get(word, f"{word}s") if number == 1 else word
+
+
 def closest(word: str, known: Iterable[str]) -> str | None:
     """The known word that is spelled most like this one, if any is."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)

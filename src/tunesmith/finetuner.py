@@ -26,12 +26,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import plan as planning
-from tunesmith.errors import DataError, Interrupted, ModelError, OutOfResources, RunError, is_out_of_memory
+from tunesmith.errors import (
+    DataError,
+    Interrupted,
+    ModelError,
+    OutOfResources,
+    RunError,
+    counted,
+    does,
+    is_out_of_memory,
+)
 from tunesmith.recipe import Training
 from tunesmith.training.fit import quiet_libraries
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
+    from numpy.typing import NDArray
 
     from tunesmith.data.cache import Encodings
     from tunesmith.recipe import LoRA, Recipe
@@ -59,13 +70,23 @@ TARGET_PATTERNS = (
     ("fc1", "fc2"),
     ("up_proj", "down_proj", "gate_proj"),
 )
-"""Names of projections, family by family, in the order in which they are tried; the first two must be there."""
+"""Names of projections, family by family, in the order in which they are tried; the first two must be there.
+
+For this class alone, whose documented numbers depend on it; a recipe's `adapter.targets` go by
+`models.QUERY_VALUE`. A new family belongs into both, and a test compares them.
+"""
 
 GRADIENT_ACCUMULATION = 4
 """Forward passes per optimizer step."""
 
 NEW_TOKENS = 100
 """Longest answer of `benchmark`, in tokens."""
+
+TOKENIZED = ("input_ids", "attention_mask", "labels")
+"""Columns of a tokenized data set that are read; the last two may be missing."""
+
+NOTHING_TO_LEARN = "no token outside the padding has a label behind the first"
+"""Why a tokenized row is left out."""
 
 UNNAMED = "in memory"
 """What the recipe calls a data set that did not come from `load_dataset_from_source` unchanged."""
@@ -86,8 +107,8 @@ class LLMFineTuner:
 
     def __init__(self, model_name: str, output_dir: str = "./finetuned_model") -> None:
         quiet_libraries()
-        self.model_name = model_name
-        self.output_dir = output_dir
+        self.model_name = os.fspath(model_name)
+        self.output_dir = os.fspath(output_dir)
         self.device: str = planning.device()
         self.tokenizer: Any = None
         self.model: Any = None
@@ -101,11 +122,13 @@ class LLMFineTuner:
     def load_model(self) -> None:
         """Load tokenizer and weights: float16 on CUDA (spread over all GPUs there are), else float32.
 
-        Sets `tokenizer` (with a padding token) and `model`. Raises ModelError for what cannot be loaded.
+        Sets `tokenizer` (with a padding token) and `model`, and prints what was loaded. Raises ModelError for
+        what cannot be loaded.
         """
         import torch
 
         from tunesmith import models
+        from tunesmith.generation import context_length
 
         if models.kind(self.model_name) == "seq2seq":
             raise ModelError(
@@ -122,6 +145,12 @@ class LLMFineTuner:
         )
         self.model = _spread(model) if spread else model
         self.peft_model, self._lora, self._is_tuned = None, None, False
+        facts, limit = models.describe(self.model), context_length(self.model)
+        print(
+            f"{self.model_name}: {facts.architecture}, {facts.parameters:,} parameters in "
+            f"{counted(facts.layers, 'layer')}, {str(self.model.dtype).removeprefix('torch.')} on {self.device}"
+            + (f", context of {limit:,} tokens" if limit else "")
+        )
 
     def load_dataset_from_source(
         self,
@@ -133,8 +162,8 @@ class LLMFineTuner:
     ) -> Dataset:
         """The first `num_samples` rows of a file, folder, `example:NAME` or Hub data set as a Dataset.
 
-        `split` chooses among the named splits of a source; a file without any is one `train` split. Raises
-        DataError for what cannot be read, naming file, line and column.
+        `split` chooses among the named splits of a source; a file without any is one `train` split. Prints
+        how many rows with which columns. Raises DataError for what cannot be read, naming file, line and column.
         """
         from itertools import islice
 
@@ -142,8 +171,9 @@ class LLMFineTuner:
 
         from tunesmith.data.sources import ROLES, Record, open_source
 
-        if num_samples is not None and num_samples < 1:
-            raise DataError(f"num_samples has to be at least 1; found {num_samples}.")
+        dataset_source = os.fspath(dataset_source)
+        if num_samples is not None:
+            _check_count("num_samples", num_samples)
         is_local = dataset_source.startswith("example:") or Path(dataset_source).expanduser().exists()
         source = open_source(
             dataset_source, config=dataset_config, split=None if is_local else split, data_files=data_files
@@ -182,13 +212,14 @@ class LLMFineTuner:
         }
         # Of a source with several splits, `max_rows` would count other rows than num_samples did.
         self._origins[dataset._fingerprint] = {} if num_samples and has_splits else origin
+        print(f"{counted(len(dataset), 'row')} of {dataset_source}: {_columns_shown(dataset)}")
         return dataset
 
     def detect_text_columns(self, dataset: Dataset) -> list[str]:
         """The columns that hold text, in the data set's order: those of strings, and known names with numbers."""
         return [
             name
-            for name, feature in dataset.features.items()
+            for name, feature in _as_dataset(dataset, "detect_text_columns()").features.items()
             if _is_text(feature) or (name.lower() in TEXT_COLUMNS and _is_number(feature))
         ]
 
@@ -197,21 +228,26 @@ class LLMFineTuner:
     ) -> tuple[Dataset, list[str]]:
         """The rows as token ids, and the columns they were made of.
 
-        One column is taken as it is, several become `column: value column: value`; empty values are left out,
-        and so are rows without any. Every text ends with the end-of-text token, which is trained, unless it is
-        cut at `max_length` tokens. The result has `input_ids`, `attention_mask` and `labels` (-100 on
-        padding) of exactly that length. Raises DataError for unknown columns, naming those that are there.
+        Without `text_columns` all that `detect_text_columns` finds are used; which ones is printed. One column
+        is taken as it is, several become `column: value column: value`; empty values are left out, and so are
+        rows without any. Every text ends with the end-of-text token, which is trained, unless it is cut at
+        `max_length` tokens. A list of dictionaries is taken for a data set. The result has `input_ids`,
+        `attention_mask` and `labels` (-100 on padding) of exactly that length. Raises DataError for unknown
+        columns, naming those that are there.
         """
         from datasets import Features, List, Value
 
         from tunesmith.generation import context_length
 
         self._need(self.tokenizer, "load_model()", "prepare_dataset()")
+        dataset = _as_dataset(dataset, "prepare_dataset()")
         limit = context_length(self.model)
-        if max_length < 1 or (limit and max_length > limit):
+        _check_count("max_length", max_length)
+        if limit and max_length > limit:
             raise ModelError(
                 f"max_length has to be between 1 and the context of the model, {limit} tokens.",
                 found=str(max_length),
+                fix=f"Call prepare_dataset(..., max_length={limit}).",
             )
         columns = self._chosen_columns(dataset, text_columns)
         encoded = dataset.select_columns(columns).map(
@@ -234,8 +270,8 @@ class LLMFineTuner:
             )
         truncated = sum(encoded["truncated"])
         print(
-            f"{len(encoded)} of {len(dataset)} rows prepared from {', '.join(columns)}: "
-            f"{empty} empty and left out, {truncated} cut at {max_length} tokens"
+            f"{len(encoded)} of {counted(len(dataset), 'row')} prepared from {', '.join(columns)}: "
+            f"{empty} empty and left out, {truncated} cut at {counted(max_length, 'token')}"
         )
         prepared = encoded.remove_columns(["truncated"])
         self._origins[prepared._fingerprint] = self._origins.get(dataset._fingerprint, {})
@@ -264,8 +300,9 @@ class LLMFineTuner:
     ) -> None:
         """Put LoRA on the model as `peft_model`, and print how much of it is trained.
 
-        A second call begins a new adapter on the base's weights. Raises ModelError for modules that the model
-        does not have, naming those it has.
+        The adapter's start is drawn from a fixed seed, which sets the libraries' random streams. A second call
+        begins a new adapter on the base's weights. Raises ModelError for modules that the model does not have,
+        naming those it has.
         """
         from transformers import set_seed
 
@@ -301,7 +338,7 @@ class LLMFineTuner:
                 + (" Its weights are saved." * self._is_tuned)
             )
             self.model = self.peft_model.unload()
-        merged_base = self._folder().with_name(f"{self._folder().name}-base")
+        merged_base = self._merged_base()
         if hasattr(self.model, "merge_and_unload") and merged_base.is_dir() and any(merged_base.iterdir()):
             raise RunError(
                 f"The weights of '{self.model_name}' with its adapter merged would be written to {merged_base}, which "
@@ -346,8 +383,9 @@ class LLMFineTuner:
                 "The adapter in memory was loaded for answering, not for training.",
                 fix="Call setup_lora() before train().",
             )
-        rows, digest, truncated = self._written(train_dataset)
-        recipe = anchored(self._recipe(train_dataset, num_epochs, batch_size, learning_rate))
+        train_dataset = _as_dataset(train_dataset, "train()")
+        rows, digest, counts, width = self._written(train_dataset)
+        recipe = anchored(self._recipe(train_dataset, width, num_epochs, batch_size, learning_rate))
         longest = int(rows.lengths.max())
         plan = planning.resolve(
             recipe.training,
@@ -378,23 +416,20 @@ class LLMFineTuner:
                 except RunError as error:
                     fix = "Give LLMFineTuner another output_dir."
                     raise RunError(error.problem, found=error.found, fix=fix) from None
-            counts = {
-                "rows_in": len(rows), "train": len(rows), "validation": 0, "held_out": 0, "dropped": 0,
-                "truncated": truncated,
-            }  # fmt: skip
+            dropped = {NOTHING_TO_LEARN: counts["dropped"]} if counts["dropped"] else {}
             run.write("plan.json", {**plan.as_dict(), "data_sha256": digest, "rows": counts})
             with run.lock():
                 (run.path / "status.json").unlink(missing_ok=True)
                 try:
                     torch.manual_seed(recipe.training.seed)
-                    run.event("state", state="prepared", rows=counts, dropped={})
+                    run.event("state", state="prepared", rows=counts, dropped=dropped)
                     for decision in plan.decisions:
                         run.event(
                             "decision", name=decision.name, value=decision.value, reason=decision.reason
                         )
                     run.event("warning", message=NOT_REPEATABLE)
                     model = models.describe(self.peft_model).sentence()
-                    run.event("decision", name="model", value=model, reason="after the adapter")
+                    run.event("decision", name="model", value=model, reason="adapter.kind is lora")
                     trainer = METHODS["sft"].build(
                         recipe.method,
                         model=self.peft_model,
@@ -439,11 +474,12 @@ class LLMFineTuner:
 
         `test_references` are the expected answers; without them each prompt is its own reference, which says
         nothing about quality, and that is printed. The base is the base's weights even when an adapter
-        sits on them. Prompts are given to the model as they are, cut nowhere.
+        sits on them. Prompts are given to the model as they are, cut nowhere: DataError for those that fill
+        its context; answers that the context's end cuts are counted and printed, as the scores are.
         """
         from tunesmith.data.examples import Prompt, Row
         from tunesmith.evaluation.metrics import METRICS
-        from tunesmith.generation import generate
+        from tunesmith.generation import context_length, generate
 
         prompts = self._checked_prompts(test_prompts, test_references)
         if use_finetuned:
@@ -454,7 +490,8 @@ class LLMFineTuner:
         base_only = (
             self.peft_model.disable_adapter() if self.peft_model is not None and not use_finetuned else None
         )
-        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        _check_count("max_new_tokens", max_new_tokens)
+        ids = self._fitting_prompts(prompts)
         with base_only or nullcontext():
             answers = generate(
                 model,
@@ -468,6 +505,12 @@ class LLMFineTuner:
         elif len(self._columns) > 1 and not all(p.startswith(f"{self._columns[0]}: ") for p in prompts):
             form = " ".join(f"{name}: …" for name in self._columns[:-1]) + f" {self._columns[-1]}:"
             print(f"The prompts are asked as they are; the training texts begin with `{form}`.")
+        cut = sum(a.finish_reason == "length" and len(a.ids) < max_new_tokens for a in answers)
+        if cut:
+            print(
+                f"{counted(cut, 'answer')} of {len(answers)} {does('end', cut)} where the model's context "
+                f"of {context_length(self.model)} tokens does, before {max_new_tokens} new tokens."
+            )
         scores: dict[str, float] = {}
         for name in ("rouge1", "rouge2", "rougeL"):
             score = METRICS[name].score
@@ -480,6 +523,10 @@ class LLMFineTuner:
                 )
             ]
             scores[name] = sum(values) / len(values)
+        print(
+            f"{'Fine-tuned model' if use_finetuned else 'Base model'}, {counted(len(prompts), 'prompt')}: "
+            + ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        )
         return scores
 
     def upload_to_huggingface(
@@ -509,6 +556,10 @@ class LLMFineTuner:
     def _folder(self) -> Path:
         return Path(os.path.abspath(Path(self.output_dir).expanduser()))
 
+    def _merged_base(self) -> Path:
+        """Where the weights of a tuned base are kept, with its adapter merged; the run's folder must begin empty."""
+        return self._folder().with_name(f"{self._folder().name}-base")
+
     def _linear_names(self) -> list[str]:
         """Last parts of the names of the linear modules, without those of an adapter."""
         from tunesmith import models
@@ -517,7 +568,7 @@ class LLMFineTuner:
         return list(dict.fromkeys(name.rpartition(".")[2] for name in names if ".lora_" not in name))
 
     def _chosen_columns(self, dataset: Dataset, asked: Sequence[str] | None) -> list[str]:
-        there = ", ".join(f"{name} ({_kind(feature)})" for name, feature in dataset.features.items())
+        there = _columns_shown(dataset)
         if asked is None:
             columns = self.detect_text_columns(dataset)
             if not columns:
@@ -587,6 +638,22 @@ class LLMFineTuner:
         ids = [int(i) for i in encode(Text(prompt, row=Row("prompt", 1)), self._templated()).input_ids]
         return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
 
+    def _fitting_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The prompts' ids. Raises DataError for those that leave no room for an answer."""
+        from tunesmith.generation import context_length
+
+        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        limit = context_length(self.model)
+        over = [f"prompt {n} with {len(i)} tokens" for n, i in enumerate(ids, 1) if limit and len(i) >= limit]
+        if over:
+            raise DataError(
+                f"{counted(len(over), 'prompt')} of {len(ids)} {does('leave', len(over))} no room for an answer in "
+                f"the model's context of {limit} tokens.",
+                found=", ".join(over[:8]) + (", ..." if len(over) > 8 else ""),
+                fix="Shorten them, or leave them out.",
+            )
+        return ids
+
     def _checked_prompts(self, prompts: Sequence[str], references: Sequence[str] | None) -> list[str]:
         if (
             isinstance(prompts, str)
@@ -599,8 +666,8 @@ class LLMFineTuner:
         if references is not None and (isinstance(references, str) or len(references) != len(prompts)):
             raise DataError(
                 "test_references has to hold one answer per prompt.",
-                found=f"{len(prompts)} prompts, "
-                + ("one text" if isinstance(references, str) else f"{len(references)} references"),
+                found=f"{counted(len(prompts), 'prompt')}, "
+                + ("one text" if isinstance(references, str) else counted(len(references), "reference")),
             )
         return list(prompts)
 
@@ -624,7 +691,7 @@ class LLMFineTuner:
             )
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         named = {self.model_name, str(Path(models.locate(self.model_name)).resolve())}
-        merged = self._folder().with_name(f"{self._folder().name}-base").resolve()
+        merged = self._merged_base().resolve()
         if base not in named and Path(base).resolve() not in {merged, *map(Path, named)}:
             raise ModelError(
                 f"The adapter in {self.output_dir} is of another base than '{self.model_name}'.",
@@ -637,39 +704,59 @@ class LLMFineTuner:
         )
         self.model, self._is_tuned = self.peft_model.get_base_model(), True
 
-    def _written(self, dataset: Dataset) -> tuple[Encodings, str, int]:
-        """The prepared rows without their padding, in a file to train from; their hash; how many were cut."""
+    def _written(self, dataset: Any) -> tuple[Encodings, str, dict[str, int], int]:
+        """The tokenized rows without their padding, in a file to train from; its hash; their counts and width."""
         from tunesmith.data import cache
-        from tunesmith.data.templates import Encoding
+        from tunesmith.data.templates import IGNORED, Encoding
+        from tunesmith.generation import context_length
 
-        names = list(getattr(dataset, "column_names", None) or [])
+        names = dataset.column_names
         if "input_ids" not in names:
             raise DataError(
                 "train() needs a tokenized data set.",
                 found=f"columns {', '.join(names) or 'none'}",
                 fix="Pass what prepare_dataset() gives: tokenized, columns = finetuner.prepare_dataset(dataset).",
             )
-        digest, truncated, end = hashlib.sha256(), 0, self.tokenizer.eos_token_id
+        dataset = dataset.select_columns([name for name in TOKENIZED if name in names])
+        limit = context_length(self.model)
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        digest, truncated, empty, width, end = hashlib.sha256(), 0, 0, 1, self.tokenizer.eos_token_id
         with cache.making(None) as folder:
             writer = cache.EncodingWriter(folder / "train.arrow", digest)
             for start in range(0, len(dataset), 1000):
                 batch = dataset[start : start + 1000]
-                encodings = []
-                for number, padded in enumerate(batch["input_ids"]):
-                    mask = batch["attention_mask"][number] if "attention_mask" in batch else [1] * len(padded)
-                    labels = batch["labels"][number] if "labels" in batch else padded
-                    kept = [(i, label) for i, label, m in zip(padded, labels, mask, strict=True) if m]
-                    truncated += bool(kept) and end not in (None, kept[-1][0])
-                    if not kept:
+                numbers, encodings = [], []
+                for number, row in enumerate(
+                    dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
+                ):
+                    ids, labels = _unpadded(start + number + 1, row, limit, vocabulary)
+                    width = max(width, len(row["input_ids"]))
+                    # The first token is predicted from nothing, so that its label trains nothing.
+                    if (labels[1:] == IGNORED).all():
+                        empty += 1
                         continue
-                    encodings.append(Encoding(tuple(i for i, _ in kept), tuple(label for _, label in kept)))
-                writer.write(list(range(start, start + len(encodings))), encodings)
+                    truncated += end not in (None, ids[-1])
+                    numbers.append(start + number)
+                    encodings.append(Encoding(ids, labels))
+                writer.write(numbers, encodings)
             writer.close()
-        if not len(dataset):
-            raise DataError("The data set to train on has no rows.", fix="Pass what prepare_dataset() gives.")
-        return cache.Encodings(folder / "train.arrow"), digest.hexdigest(), truncated
+        if empty == len(dataset):
+            raise DataError(
+                "The data set to train on has no row with a token to learn."
+                if empty
+                else "The data set to train on has no rows.",
+                found=f"{counted(empty, 'row')}: {NOTHING_TO_LEARN}" if empty else None,
+                fix="Pass what prepare_dataset() gives.",
+            )
+        counts = {
+            "rows_in": len(dataset), "train": len(dataset) - empty, "validation": 0, "held_out": 0, "dropped": empty,
+            "truncated": truncated,
+        }  # fmt: skip
+        return cache.Encodings(folder / "train.arrow"), digest.hexdigest(), counts, width
 
-    def _recipe(self, dataset: Dataset, num_epochs: float, batch_size: int, learning_rate: float) -> Recipe:
+    def _recipe(
+        self, dataset: Dataset, width: int, num_epochs: float, batch_size: int, learning_rate: float
+    ) -> Recipe:
         """What was done, as a recipe; the data's part says where the rows came from, where that is known."""
         from tunesmith.compose import validated
 
@@ -683,7 +770,7 @@ class LLMFineTuner:
                 "model": {"base": self.model_name},
                 "data": {
                     **origin,
-                    "max_length": max(len(dataset[0]["input_ids"]), 1),
+                    "max_length": width,
                     "validation": 0.0,
                     "held_out": 0.0,
                     "near_duplicates": "ignore",
@@ -786,6 +873,91 @@ def _column(name: str, rows: Sequence[Mapping[str, Any]], source: str) -> Any:
             or str(error).splitlines()[0],
             fix="Give every row the same kind of value.",
         ) from None
+
+
+def _as_dataset(rows: Any, wanted_by: str) -> Dataset:
+    """A data set of the datasets library; a list of dictionaries becomes one. Raises DataError for other things."""
+    from datasets import Dataset
+
+    if isinstance(rows, Dataset):
+        # Another format has another fingerprint, by which the rows' origin is known.
+        return rows.with_format(None) if rows.format["type"] else rows
+    if isinstance(rows, list | tuple) and rows and all(isinstance(row, Mapping) for row in rows):
+        names = dict.fromkeys(name for row in rows for name in row)
+        return Dataset.from_dict({name: _column(name, rows, "the list") for name in names})
+    fix = "Pass what load_dataset_from_source() gives, Dataset.from_list([...]), or the list itself."
+    if isinstance(rows, Mapping) and rows and all(isinstance(split, Dataset) for split in rows.values()):
+        fix = f"Choose one of its splits: {', '.join(f'[{name!r}]' for name in rows)}."
+    found = f"a {type(rows).__name__}"
+    if isinstance(rows, list | tuple):
+        odd = next((n for n, row in enumerate(rows, 1) if not isinstance(row, Mapping)), 0)
+        found = f"a {type(rows[odd - 1]).__name__} in place {odd}" if odd else "an empty list"
+    raise DataError(f"{wanted_by} needs a Dataset or a list of dictionaries.", found=found, fix=fix)
+
+
+def _unpadded(
+    number: int, row: Mapping[str, Any], limit: int | None, vocabulary: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Token ids and labels of a tokenized row without its padding. Raises DataError for one no model can take."""
+    import numpy as np
+
+    from tunesmith.data.templates import IGNORED
+
+    fix = "Pass what prepare_dataset() gives, or rows that this model's tokenizer made."
+    columns = {name: _whole_numbers(number, name, values, fix) for name, values in row.items()}
+    length = len(columns["input_ids"])
+    for name, values in columns.items():
+        if len(values) != length:
+            raise DataError(
+                f"Row {number} has {counted(length, 'token')} in input_ids and "
+                f"{counted(len(values), 'value')} in {name}.",
+                fix=fix,
+            )
+    kept = columns.get("attention_mask", np.ones(length)).astype(bool)
+    ids, labels = columns["input_ids"][kept], columns.get("labels", columns["input_ids"])[kept]
+    if limit and len(ids) > limit:
+        raise DataError(
+            f"Row {number} is longer than the model's context of {limit} tokens.",
+            found=counted(len(ids), "token"),
+            fix=f"Cut it, as prepare_dataset(..., max_length={limit}) does.",
+        )
+    for name, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
+        odd = values[(values < 0) | (values >= vocabulary)]
+        if len(odd):
+            raise DataError(
+                f"Row {number} holds a token in {name} that the model does not have.",
+                found=f"{odd[0]}; the model's tokens are 0 to {vocabulary - 1}",
+                fix=fix,
+            )
+    return ids.astype(np.int32), labels.astype(np.int32)
+
+
+def _whole_numbers(number: int, name: str, values: Any, fix: str) -> NDArray[Any]:
+    """A column's value as an array. Raises DataError where it is no plain list of whole numbers."""
+    import numpy as np
+
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of different lengths within
+        array = np.asarray(values, dtype=object)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iub"):
+        raise DataError(
+            f"{name} of row {number} is not a list of whole numbers.", found=repr(values)[:60], fix=fix
+        )
+    return array.astype(np.int64)
+
+
+def _check_count(name: str, value: Any) -> None:
+    """Raises DataError for what is no number of things; an answer of `get_user_input` is a text."""
+    if not isinstance(value, int) or value < 1:
+        raise DataError(
+            f"{name} has to be at least 1; found {value!r}.",
+            fix=f"Convert it: {name}=int({value!r})." if isinstance(value, str) else None,
+        )
+
+
+def _columns_shown(dataset: Dataset) -> str:
+    return ", ".join(f"{name} ({_kind(feature)})" for name, feature in dataset.features.items())
 
 
 def _kind(feature: Any) -> str:

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import os
+import time
 
 from tunesmith.errors import TunesmithError
 from tunesmith.recipe import Training
 
-WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Variables by which torchrun, accelerate and the MPI launchers tell how many processes they started."""
+WORLD_SIZES = {
+    "WORLD_SIZE": "RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+}
+"""Variables by which torchrun, accelerate and the MPI launchers tell how many processes they started, and beside
+each the one that numbers them."""
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
+
+RENDEZVOUS = "MASTER_ADDR"
+"""Where several processes would meet; accelerate sets it when it was asked for more than one."""
+
+PATIENCE = 10.0
+"""Seconds that a further process waits for its launcher to end it, before it speaks for itself."""
 
 
 def require_one_process() -> None:
@@ -29,17 +42,36 @@ def require_one_process() -> None:
             )
 
 
+def let_the_first_speak() -> None:
+    """Let a refusal be printed by the first of several processes only.
+
+    The others wait to be ended by their launcher, which does so when the first one fails. Returns at once in
+    the first process, and after `PATIENCE` where nobody ends it.
+    """
+    for size, rank in WORLD_SIZES.items():
+        if os.environ.get(size, "1") not in ("0", "1") and os.environ.get(rank, "0") != "0":
+            time.sleep(PATIENCE)
+            return
+
+
 def settle(training: Training) -> list[str]:
     """Let the recipe decide where the launcher's own settings say something else; what is to be said of it.
 
     Accelerate's configuration would otherwise change the precision of a run whose recipe and plan name
-    another.
+    another. On a CPU it starts one process whatever number it is given, and says nothing.
     """
+    notes = []
     asked = os.environ.get(PRECISION, "no")
+    if PRECISION in os.environ and RENDEZVOUS in os.environ and "WORLD_SIZE" not in os.environ:
+        notes = [
+            "accelerate was asked for several processes and started one, as it does without several GPUs: this "
+            "run is trained in that one, as with --num_processes 1."
+        ]
     if asked == training.mixed_precision or asked == "no":
-        return []
+        return notes
     os.environ[PRECISION] = "no"  # the trainer sets it anew from the plan
     return [
+        *notes,
         f"accelerate is set to mixed precision '{asked}', the recipe to '{training.mixed_precision}': the recipe "
-        f"counts. Give --mixed-precision {asked} for the other."
+        f"counts. Give --mixed-precision {asked} for the other.",
     ]

@@ -48,7 +48,8 @@ QUERY_VALUE = {
     "qkv_proj", "Wqkv", "qkv",  # Phi-3, MPT
     "wq", "wv",
 }  # fmt: skip
-"""Names of the projections that make queries and values, family by family."""
+"""Names of the projections that make queries and values, family by family; `finetuner.TARGET_PATTERNS` is the
+notebook class's own, ordered table."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +327,7 @@ def check_fit(base: str, adapter: Adapter, *, revision: str | None = None, max_l
 
     model = outline(base, revision=revision)
     if isinstance(adapter, LoRA):
-        target_modules(model, adapter.targets)
+        _check_rank(model, adapter, target_modules(model, adapter.targets))
         _check_names(model, adapter.modules_to_save, "modules_to_save")
     elif isinstance(adapter, Freeze):
         freeze(model, adapter.ratio)
@@ -335,6 +336,28 @@ def check_fit(base: str, adapter: Adapter, *, revision: str | None = None, max_l
         raise ModelError(
             f"data.max_length {max_length} is above the context of the model, {limit} tokens.",
             fix=f"Give --max-length {limit} or less; data.over_long says what happens to longer examples.",
+        )
+
+
+PRINCIPAL = ("pissa", "pissa_niter_16", "olora")
+"""Starts of an adapter that are parts of the weight itself: a matrix has no more of them than its smaller side."""
+
+
+def _check_rank(model: Any, adapter: LoRA, targets: Sequence[str]) -> None:
+    if adapter.init not in PRINCIPAL:
+        return
+    ends = tuple(f".{target}" for target in targets)
+    sizes = [
+        (min(m.weight.shape), n)
+        for n, m in model.named_modules()
+        if n.endswith(ends) and hasattr(m, "weight")
+    ]
+    least, name = min(sizes, default=(adapter.rank, ""))
+    if adapter.rank > least:
+        raise ModelError(
+            f"adapter.rank {adapter.rank} is above the {least} that {name} has with adapter.init {adapter.init}.",
+            fix=f"Give --lora-rank {least} or less, leave adapter.init out, or name other modules with "
+            "--target-modules.",
         )
 
 
@@ -399,11 +422,18 @@ def attach(
         return model
     if isinstance(adapter, QLoRA):
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+    targets = target_modules(model, adapter.targets)
     config = peft.LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha or 2 * adapter.rank,
         lora_dropout=adapter.dropout,
-        target_modules=target_modules(model, adapter.targets),
+        target_modules=targets,
+        # Conv1D keeps its weights transposed; PEFT finds that out as well, with a warning per matrix.
+        fan_in_fan_out=any(
+            type(module).__name__ == "Conv1D"
+            and f".{name}".endswith(tuple(f".{target}" for target in targets))
+            for name, module in model.named_modules()
+        ),
         bias=adapter.bias,
         modules_to_save=adapter.modules_to_save or None,
         use_rslora=adapter.rank_stabilized,

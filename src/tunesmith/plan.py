@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from tunesmith.errors import DataError, OutOfResources
+from tunesmith.errors import DataError, OutOfResources, counted
 from tunesmith.recipe import Model, Training
 
 Device = Literal["cpu", "cuda", "mps"]
@@ -130,8 +130,9 @@ def resolve(
     batches = math.ceil(len(lengths) / training.per_device_train_batch_size)
     per_epoch = max(math.ceil(batches / training.gradient_accumulation_steps), 1)
     total = math.ceil(per_epoch * training.num_epochs)
-    unit = "examples" if num_examples is None else "packed rows"
-    why = f"{training.num_epochs:g} epochs of {per_epoch} steps of {batch_size} {unit}"
+    unit = counted(batch_size, "example" if num_examples is None else "packed row")
+    epochs = "1 epoch" if training.num_epochs == 1 else f"{training.num_epochs:g} epochs"
+    why = f"{epochs} of {counted(per_epoch, 'step')} of {unit}"
     if training.max_steps and training.max_steps < total:
         total, why = training.max_steps, f"max_steps, below {why}"
     elif training.max_steps and training.max_steps > total:
@@ -162,7 +163,7 @@ def resolve(
             )
     if not num_validation:
         decisions.append(
-            Decision("eval_steps", None, "no validation examples: the last step's model is final")
+            Decision("eval_steps", "never", "no validation examples: the last step's model is final")
         )
     if held_out and (too_few := held_out.too_few()):
         decisions.append(Decision("verdict", "none possible", too_few))

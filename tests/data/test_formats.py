@@ -268,3 +268,58 @@ def test_the_row_of_tool_calls_in_the_documentation_is_read(tmp_path):
     path.write_text(json.dumps(values))
     report = validate(str(path), task="chat")
     assert not report.counts
+
+
+def test_the_rows_of_seed_003_are_read_as_its_page_means_them():
+    """Each line of its format examples, word for word."""
+    read_as = {
+        '{"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi! How can I help '
+        'you?"}]}': ("Hello!", "Hi! How can I help you?"),
+        '{"prompt": "What is machine learning?", "response": "Machine learning is..."}': (
+            "What is machine learning?", "Machine learning is...",
+        ),
+        '{"instruction": "Translate to French", "input": "Hello world", "output": "Bonjour le monde"}': (
+            "Translate to French\n\nHello world", "Bonjour le monde",
+        ),
+        '{"instruction": "Summarize this text", "output": "This is a summary..."}': (
+            "Summarize this text", "This is a summary...",
+        ),
+        '{"prompt": "Write a function to sort a list", "completion": "def sort_list(lst):\\n    return sorted(lst)"}': (
+            "Write a function to sort a list", "def sort_list(lst):\n    return sorted(lst)",
+        ),
+    }  # fmt: skip
+    for line, (question, answer) in read_as.items():
+        assert turns(example(json.loads(line))) == [("user", question), ("assistant", answer)]
+    code = "class DataProcessor:\n    def __init__(self):\n        pass"
+    assert example({"code": code}) == Text(code, Row("rows", 1))
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "question", "answer"),
+    [
+        ({"instruction": "hi", "input": "", "output": "hello", "text": "### ..."}, {}, "hi", "hello"),
+        ({"instruction": "hi", "context": "", "response": "hello", "category": "qa"}, {}, "hi", "hello"),
+        ({"system_prompt": "Be kind.", "question": "hi", "response": "hello"}, {}, "hi", "hello"),
+        ({"db_id": "a", "query": "SELECT 1", "question": "hi"}, {"keys": ("question", "query")}, "hi", "SELECT 1"),
+        ({"system": "Be kind.", "question": "hi", "chosen": "hello", "rejected": "no"}, {}, "hi", "hello"),
+        (
+            {"prompt": "hi", "chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}],
+             "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]},
+            {}, "hi", "hello",
+        ),
+    ],
+    ids=["alpaca", "dolly", "orca", "spider", "orca-dpo", "ultrafeedback"],
+)  # fmt: skip
+def test_the_data_sets_that_seed_002_names_are_read(row, options, question, answer):
+    """Rows in the layout of each, by hand."""
+    data = {}
+    if "keys" in options:
+        data = dict(zip(("input_text_key", "output_text_key"), options["keys"]))
+    made = example(row, **data)
+    asked, told = (
+        (made.prompt, made.chosen)
+        if isinstance(made, Preference)
+        else (made.messages[:-1], made.messages[-1:])
+    )
+    assert asked[-1].content == question
+    assert [message.content for message in told] == [answer]

@@ -9,7 +9,8 @@ from scipy.stats import binomtest, ttest_rel
 
 from tunesmith.errors import RunError
 from tunesmith.evaluation import scores
-from tunesmith.evaluation.compare import compare, holm, methods, remarks, sentence, table
+from tunesmith.evaluation.compare import compare, holm, methods, remarks, sentence, shown, table
+from tunesmith.evaluation.metrics import METRICS
 
 
 def rows(values, *, model="base", groups=None, **fields):
@@ -44,6 +45,20 @@ def test_the_method_of_every_metric_is_told_where_they_differ():
     assert told.startswith("Intervals: exact match: all differences are zero; ROUGE-L: paired bootstrap")
     assert methods(compared[:1]) == "Intervals: all differences are zero."
     assert methods([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (3.207, "3.21"),
+        (999.99, "999.99"),
+        (1234.5, "1,234"),
+        (6.543e6, "6,543,000"),
+        (math.exp(700), "1.01e+304"),
+    ],
+)
+def test_a_large_perplexity_is_written_out(value, text):
+    assert shown(value, METRICS["perplexity"]) == text
 
 
 def test_better_worse_and_mcnemar():

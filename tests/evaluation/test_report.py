@@ -1,6 +1,7 @@
+import json
 from html.parser import HTMLParser
 
-from tunesmith.evaluation.report import write_report
+from tunesmith.evaluation.report import _figures, write_report
 
 
 class Page(HTMLParser):
@@ -67,3 +68,23 @@ def test_report_survives_damaged_files(run_folder):
     assert "plan.json is damaged" in text
     assert "1 lines of events.jsonl are damaged" in text
     assert "Line 1 of evaluation/rows.jsonl" in text
+
+
+def test_curves_of_loss_rate_gradient_and_accuracy(run_folder):
+    steps = [
+        {"kind": "step", "step": n, "loss": 3.0 / n, "learning_rate": 1e-4 / n, "grad_norm": 0.5 * n,
+         "token_accuracy": n / 10} for n in (1, 2, 3)
+    ]  # fmt: skip
+    validations = [{"kind": "evaluation", "step": 3, "loss": 1.5, "token_accuracy": 0.25}]
+    figures = {figure["title"]: figure["data"]["traces"] for figure in _figures([], steps + validations, [])}
+    assert figures.keys() == {"Loss", "Learning rate", "Gradient norm", "Token accuracy"}
+    for title, key in (("Learning rate", "learning_rate"), ("Gradient norm", "grad_norm")):
+        [trace] = figures[title]
+        assert (trace["x"], trace["y"]) == ([1, 2, 3], [step[key] for step in steps])
+    for title, key in (("Loss", "loss"), ("Token accuracy", "token_accuracy")):
+        training, validation = figures[title]
+        assert training["y"] == [step[key] for step in steps]
+        assert (validation["x"], validation["y"]) == ([3], [validations[0][key]])
+    with (run_folder / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(event) + "\n" for event in steps)
+    assert "Gradient norm" in Page(write_report(run_folder).read_text("utf-8")).text

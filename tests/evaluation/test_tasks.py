@@ -230,3 +230,12 @@ def test_a_word_that_is_not_to_be_there_is_no_word_that_is(question):
     assert [demand.about for demand in tasks.DEMANDS if demand.asked.search(question)] == [
         "a word that is not to be there"
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"), [("pattern_consistency", ""), ("pattern_consistency", "a b"), ("adherence", "a")]
+)
+def test_nothing_to_compare_with_is_an_error_that_says_so(name, reference):
+    with pytest.raises(ValueError, match=r"nothing to share|no demand"):
+        score(name, "an answer", reference, question="say")
+    assert not METRICS[name].fits(asked("say", reference))

@@ -170,7 +170,9 @@ def trained(bases, question_file, tmp_path):
 def test_a_merged_run_is_asked_measured_and_compared(trained, question_file, family, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     changes = (
-        {"method": {"source_prefix": "question: "}} if family == "t5" else {"adapter": {"init": "pissa"}}
+        {"method": {"source_prefix": "question: "}}
+        if family == "t5"
+        else {"adapter": {"init": "pissa", "rank": 4}}
     )
     run = trained(family, **changes)
     merged = api.merge(run.path)

@@ -822,3 +822,45 @@ def test_help_runs_as_a_module(monkeypatch, capsys):
     shown = capsys.readouterr().out
     for name in qa._inputs():
         assert "--" + name.replace("_", "-") in shown
+
+
+def test_a_json_list_of_objects_is_read_under_the_names_of_its_keys(tmp_path):
+    """The page's layout, with keys of one's own: every pair arrives, and nothing else does."""
+    rows = [{"ask": f"What is {n}?", "told": f"It is {n * n}.", "other": n} for n in range(12)]
+    (tmp_path / "q.json").write_text(json.dumps(rows, indent=4))
+    found = flow().execute(
+        ["train_set", "validation_set", "hold_out_set"],
+        inputs={"data_path": str(tmp_path / "q.json"), "input_text_key": "ask", "output_text_key": "told"},
+    )
+    assert all(split.column_names == ["input_text", "output_text"] for split in found.values())
+    pairs = [(q, a) for split in found.values() for q, a in zip(split["input_text"], split["output_text"])]
+    assert sorted(pairs) == sorted((row["ask"], row["told"]) for row in rows)
+
+
+def test_training_moves_the_adapter_and_none_of_the_base(trained):
+    model = trained.found["finetuned_model"]
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all(".lora_" in name for name in trainable)
+    numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    assert sum(n for n, is_trained in numbers if is_trained) < sum(n for n, _ in numbers)
+    from transformers import AutoModelForSeq2SeqLM
+
+    base = AutoModelForSeq2SeqLM.from_pretrained(trained.inputs["model_id"]).state_dict()
+    kept = {
+        name.replace(".base_layer", ""): value for name, value in model.get_base_model().state_dict().items()
+    }
+    assert all(torch.equal(kept[name].cpu(), value) for name, value in base.items())
+
+
+def test_the_module_reads_top_to_bottom_as_it_runs():
+    """A node of a base run stands below those that it needs."""
+    variables = {v.name: v for v in flow().list_available_variables()}
+    lines = {
+        name: min(f.__code__.co_firstlineno for f in variable.originating_functions)
+        for name, variable in variables.items()
+        if variable.originating_functions and not variable.is_external_input
+    }
+    for name, line in lines.items():
+        above = {v.name for v in flow().what_is_upstream_of(name)} & lines.keys()
+        assert all(lines[other] <= line for other in above), name

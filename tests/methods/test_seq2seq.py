@@ -394,6 +394,45 @@ def test_models_of_both_kinds_are_compared_on_the_same_questions(
     assert not any(row["status"].startswith("error") for row in rows)
 
 
+def test_questions_longer_than_training_read_are_asked_whole_and_counted(quick, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from tunesmith.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    recipe = quick(method={"max_input_length": 13, "max_output_length": 6}, data={"held_out": 0.3})
+    run = Run(api.train(recipe).run)
+    tokenizer = models.load_tokenizer(str(run.path))
+    rows = [json.loads(line) for line in (run.evaluation / "rows.jsonl").read_text().splitlines()]
+    lengths = [len(tokenizer(r["prompt_text"]).input_ids) for r in rows if r["model"] == "tuned"]
+    longer = sum(length > 13 for length in lengths)
+    assert 0 < longer < len(lengths), "numbers of one digit and of two"
+    said = f"{longer} of {len(lengths)} questions are longer than the 13 tokens of an input"
+    warnings = [e["message"] for e in run.events() if e["kind"] == "warning"]
+    assert [said in warning for warning in warnings].count(True) == 1
+    assert said in (run.path / "report.html").read_text()
+
+    seen = []
+    found = api.evaluate(run.path, watch=seen.append)
+    assert said in found.measured_on.longer[str(run.path)]
+    assert any(e["kind"] == "warning" and said in e["message"] for e in seen)
+    kept = json.loads((found.run / "scores.json").read_text())["measured_on"]["longer"]
+    assert said in kept[str(run.path)]
+    against = api.compare(recipe.model.base, run.path)
+    assert list(against.measured_on.longer) == [run.path.name], "of the base nobody knows"
+
+    asked = {n: f"what is the count of {n}" for n in (3, 33)}
+    talks = {
+        n: CliRunner().invoke(app, ["chat", str(run.path), "--prompt", text, "--max-new-tokens", "3"])
+        for n, text in asked.items()
+    }
+    length = len(tokenizer(asked[33]).input_ids)
+    assert f"This is {length} tokens long, and the model was trained to read 13" in talks[33].stderr
+    assert "tokens long" not in talks[3].stderr
+    shown = CliRunner().invoke(app, ["chat", str(run.path), "--prompt", asked[33], "--json"])
+    assert json.loads(shown.stdout.strip().splitlines()[-1])["remarks"]
+
+
 def test_what_two_prefixes_leave_uncompared_is_said_in_print_and_report(quick, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
@@ -409,17 +448,15 @@ def test_what_two_prefixes_leave_uncompared_is_said_in_print_and_report(quick, t
     said = " ".join(result.stdout.split())
     assert "Not compared: token accuracy, perplexity." in said
     assert "as different tokens (another source prefix, `method.source_prefix`, before the input)" in said
-    # a model made of noise writes on until it is cut, and that stands beside the verdict, in both places
+    # a model made of noise writes nothing, or on until it is cut: that stands right behind the verdict
     verdict, remark = result.stdout.split("tells against asks\n")[1].splitlines()[:2]
     assert "ROUGE-L" in verdict
-    assert re.match(r"\d+ of \d+ answers of tells ", remark)
-    page = (runs[0] / "report.html").read_text()
-    assert re.search(r'class="warning">\d+ of \d+ answers of the tuned model', page)
-    assert re.search(
-        r"\d+ of \d+ answers of the tuned model", (runs[0] / "final_model/README.md").read_text()
-    )
+    assert re.match(r"(All|\d+ of) \d+ answers of (asks|tells) are ", remark)
     comparison = json.loads((runs[0] / "evaluation/comparison.json").read_text())["comparisons"]
     assert {c["metric"] for c in comparison} >= {"repetition", "rougeL"}
+    assert comparison[0]["remarks"]
+    for page in ("report.html", "final_model/README.md"):
+        assert all(remark in (runs[0] / page).read_text() for remark in comparison[0]["remarks"])
     same = api.compare(runs[0], runs[0])
     assert all(c.n for c in same.comparisons)
 

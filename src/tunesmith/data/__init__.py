@@ -73,7 +73,7 @@ from tunesmith.data.templates import (
     views,
 )
 from tunesmith.data.tokens import Differs
-from tunesmith.errors import DataError, counted
+from tunesmith.errors import DataError, counted, does
 from tunesmith.recipe import Data, DataSource
 
 __all__ = ["EncodedSplits", "Splits", "encoded", "ledger_lines", "prepare"]
@@ -221,6 +221,8 @@ class EncodedSplits:
     proof: Mapping[str, Any]
     """What the supervision proof checked, on how many rows (supervision.py)."""
     notes: tuple[str, ...] = ()
+    lengths: tuple[int, int] | None = None
+    """Of pairs: most tokens of an input and of an answer that training keeps."""
 
 
 def as_it_is(example: Example) -> Example:
@@ -353,15 +355,15 @@ def _prepared(
     notes += _drawn(drawn) + _without_effect(data, len(trained))
     notes += [text for shape, text in remarks.items() if shape in found.shapes]
     if found.numbers:
-        number = f"{counted(found.numbers, 'row')} {_verb('have', found.numbers)} a number"
+        number = f"{counted(found.numbers, 'row')} {does('have', found.numbers)} a number"
         notes.append(f"{number} where text is expected; it is written out")
     if found.swallowed:
         notes.append(
-            f"{counted(found.swallowed, 'row')} of a CSV file {_verb('have', found.swallowed)} a cell whose lines look "
+            f"{counted(found.swallowed, 'row')} of a CSV file {does('have', found.swallowed)} a cell whose lines look "
             "like rows: a quote may be opened and never closed (`tunesmith validate` names them)"
         )
     if found.groups:
-        grouped = f"{counted(found.groups, 'row')} {_verb('belong', found.groups)} to groups"
+        grouped = f"{counted(found.groups, 'row')} {does('belong', found.groups)} to groups"
         notes.append(f"{grouped}, which stay whole in one split")
     return Splits(
         parts=tuple(parts),
@@ -492,9 +494,9 @@ def _settled(found: _Found, keys: Keys, reasons: Reasons, data: Data) -> tuple[C
         is_copy = _copies(keys, np.frombuffer(found.contents, dtype=np.int64), usable)
         same, alike = int(is_copy.sum()), len(np.unique(pairs[~is_copy[pairs[:, 0]], 0]))
         if same:
-            notes.append(f"{counted(same, 'row')} {_verb('are', same)} the same as an earlier one")
+            notes.append(f"{counted(same, 'row')} {does('are', same)} the same as an earlier one")
         if alike:
-            notes.append(f"{counted(alike, 'row')} {_verb('are', alike)} nearly the same as an earlier one")
+            notes.append(f"{counted(alike, 'row')} {does('are', alike)} nearly the same as an earlier one")
     edges = found.links.edges()
     root, released = rooted(len(roles), edges, pairs)
     if released.any():
@@ -557,21 +559,16 @@ def _across(split: Codes, roles: Codes, pairs: NDArray[np.int64]) -> Iterator[tu
         yield lost[split[other] == fate], fate
 
 
-def _verb(word: str, number: int) -> str:
-    """The verb of a number of rows: `2 rows are`, `1 row is`."""
-    return {"are": "is", "have": "has"}.get(word, f"{word}s") if number == 1 else word
-
-
 def _drawn(copies: NDArray[np.int32]) -> list[str]:
     repeated = int((copies > 1).sum())
     left = int((copies == 0).sum())
     notes = []
     if left:
-        said = f"{counted(left, 'training row')} {_verb('are', left)} not drawn"
+        said = f"{counted(left, 'training row')} {does('are', left)} not drawn"
         notes.append(f"{said} (num_samples, weights)")
     if repeated:
         notes.append(
-            f"{counted(repeated, 'training row')} {_verb('are', repeated)} repeated, up to {int(copies.max())} times, "
+            f"{counted(repeated, 'training row')} {does('are', repeated)} repeated, up to {int(copies.max())} times, "
             "as the mix asks"
         )
     return notes
@@ -647,6 +644,7 @@ def _from_folder(folder: Path, splits: Splits, notes: tuple[str, ...]) -> Encode
         fingerprint=facts["fingerprint"],
         proof=facts["proof"],
         notes=(*splits.notes, *facts["notes"], *notes),
+        lengths=tuple(facts["lengths"]) if facts.get("lengths") else None,
     )
 
 
@@ -837,29 +835,30 @@ def _notes(totals: Mapping[str, int], counts: Mapping[str, int]) -> list[str]:
     notes = []
     if counts["special"]:
         notes.append(
-            f"{counted(counts['special'], 'row')} {_verb('contain', counts['special'])} the text of a special token; "
+            f"{counted(counts['special'], 'row')} {does('contain', counts['special'])} the text of a special token; "
             "it is kept as plain text"
         )
     if counts["left_out"]:
         notes.append(
-            f"{counted(counts['left_out'], 'row')} {_verb('have', counts['left_out'])} reasoning, for which the chat "
+            f"{counted(counts['left_out'], 'row')} {does('have', counts['left_out'])} reasoning, for which the chat "
             "template has no place: it is left out"
         )
     notes += [
-        f"{counts[kind]} rows have {what}, for which the chat template has no place: it is left out"
+        f"{counted(counts[kind], 'row')} {does('have', counts[kind])} {what}, for which the chat template has no "
+        "place: it is left out"
         for kind, what in UNWRITTEN.items()
         if counts[kind]
     ]
     if counts["unrolled"]:
         notes.append(
-            f"{counted(counts['unrolled'], 'conversation')} {_verb('are', counts['unrolled'])} trained once for each "
+            f"{counted(counts['unrolled'], 'conversation')} {does('are', counts['unrolled'])} trained once for each "
             f"question, as {counts['views']} examples, since the chat template writes earlier answers or tool calls "
             "otherwise than when they were given"
         )
     if totals["truncated"]:
         cut = totals["truncated"]
-        notes.append(f"{counted(cut, 'row')} {_verb('are', cut)} cut at the end to fit max_length")
+        notes.append(f"{counted(cut, 'row')} {does('are', cut)} cut at the end to fit max_length")
     if counts["chunked"]:
         cut = counts["chunked"]
-        notes.append(f"{counted(cut, 'long text')} {_verb('are', cut)} cut into consecutive pieces")
+        notes.append(f"{counted(cut, 'long text')} {does('are', cut)} cut into consecutive pieces")
     return notes

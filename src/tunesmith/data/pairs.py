@@ -42,7 +42,7 @@ from tunesmith.data.templates import (
     plain_ids,
     set_template,
 )
-from tunesmith.errors import DataError, ModelError
+from tunesmith.errors import DataError, ModelError, counted, does
 from tunesmith.recipe import Data, Seq2Seq
 
 MARK = "{#- input of an encoder-decoder model, by tunesmith -#}"
@@ -423,16 +423,17 @@ def _said(of_input: int, of_answer: int, limits: Lengths) -> str:
 
 def _notes(totals: Mapping[str, int], counts: Mapping[str, int]) -> list[str]:
     said = [
-        (counts["special"], "contain the text of a special token; it is kept as plain text"),
-        (counts["left_out"], "have reasoning, for which the input has no place: it is left out"),
+        (counts["special"], "contain", "the text of a special token; it is kept as plain text"),
+        (counts["left_out"], "have", "reasoning, for which the input has no place: it is left out"),
         (
             counts["unknown"],
-            "have characters that the tokenizer does not know: the model reads or writes its unknown token there",
+            "have",
+            "characters that the tokenizer does not know: the model reads or writes its unknown token there",
         ),
-        (totals["truncated"], "are cut to the lengths"),
-        (counts["answers_cut"], "of these lose the end of an answer; no end is taught there"),
+        (totals["truncated"], "are", "cut to the lengths"),
+        (counts["answers_cut"], "lose", "the end of an answer; no end is taught there"),
     ]
-    return [f"{count} rows {text}" for count, text in said if count]
+    return [f"{counted(count, 'row')} {does(word, count)} {text}" for count, word, text in said if count]
 
 
 CHECKS = {

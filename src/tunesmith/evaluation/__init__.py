@@ -49,6 +49,7 @@ __all__ = [
     "evaluate",
     "items",
     "known_metrics",
+    "longer_than_read",
     "read_rows",
     "scores",
     "write_rows",
@@ -268,6 +269,19 @@ def are_answers_to(
         == {item.number: _asked_sha256(item) for item in items}
         and set(metrics) <= measured
         and limits <= {max_new_tokens}
+    )
+
+
+def longer_than_read(items: Sequence[Item], limit: int | None) -> str | None:
+    """How many questions are longer than the inputs that an encoder-decoder model was trained to read (`limit`
+    tokens), in a sentence; None where none is."""
+    asked = [item for item in items if item.prompt_ids]
+    longer = sum(limit is not None and len(item.prompt_ids) > limit for item in asked)
+    if not longer:
+        return None
+    return (
+        f"{longer} of {len(asked)} questions are longer than the {limit} tokens of an input that the model was trained "
+        "to read; they are asked whole."
     )
 
 

@@ -522,7 +522,9 @@ def _amount(value: float, metric: Metric) -> str:
 
 
 def _ratio(value: float) -> str:
-    return f"{value:.2f}" if abs(value) < 1000 else f"{value:.3g}"
+    if abs(value) < 1000:
+        return f"{value:.2f}"
+    return f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.2e}"
 
 
 def _sentences(*parts: str) -> str:

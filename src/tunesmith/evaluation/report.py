@@ -209,6 +209,19 @@ def _figures(
             "learning rate",
             {"learning rate": (steps, "learning_rate")},
         ),
+        _curves(
+            "Gradient norm",
+            "Of all trained weights together, before it is clipped.",
+            "norm",
+            {"gradient norm": (steps, "grad_norm")},
+        ),
+        _curves(
+            "Token accuracy",
+            "Share of trained tokens that the model found likeliest, and the same on examples that are not trained "
+            "on.",
+            "share",
+            {"training": (steps, "token_accuracy"), "validation": (validations, "token_accuracy")},
+        ),
     ]
     lengths = [e["tokens"] for e in ledger if isinstance(e.get("tokens"), int | float)]
     if lengths:

@@ -57,9 +57,11 @@ def repeated(sequences: Sequence[Tokens], n: int) -> float:
 def shared(predictions: Sequence[Tokens], references: Sequence[Tokens], n: int) -> float:
     """Different n-grams of the references that the predictions have too / different n-grams of the references.
 
-    Raises ZeroDivisionError where no reference has an n-gram.
+    Raises ValueError where no reference has an n-gram, since any share of nothing would be made up.
     """
     wanted = ngrams(references, n).keys()
+    if not wanted:
+        raise ValueError(f"no reference has {n} tokens, so there is nothing to share")
     return len(wanted & ngrams(predictions, n).keys()) / len(wanted)
 
 
@@ -235,9 +237,12 @@ def adherence(prompt: Prompt, completion: str, reference: str) -> float:
 
     Known demands: a number of words, sentences or list items; JSON, upper or lower case; a given beginning
     or end; a quoted word to use or to avoid; yes or no; no commas. After IFEval's accuracy by instruction
-    (arXiv 2311.07911), but the mean over answers; English wording only. An empty answer meets none.
+    (arXiv 2311.07911), but the mean over answers; English wording only. An empty answer meets none. A
+    question without a demand is not scored.
     """
     met = [demand.is_met(match, completion) for demand, match in demands(prompt)]
+    if not met:
+        raise ValueError("the question has no demand that a program can check")
     return sum(met) / len(met) if completion.strip() else 0.0
 
 
@@ -270,7 +275,7 @@ def pattern_consistency(prompt: Prompt, completion: str, reference: str) -> floa
     """Different token trigrams of the reference that the answer has / different token trigrams of the reference.
 
     Trigram recall over words and single signs, case counts (cf. ROUGE-3 recall, Lin 2004). An answer in a
-    Markdown code fence counts as the code in it.
+    Markdown code fence counts as the code in it. A reference of fewer than three tokens is not scored.
     """
     return shared([tokens(code_of(completion))], [tokens(code_of(reference))], 3)
 

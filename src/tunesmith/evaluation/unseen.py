@@ -27,6 +27,8 @@ class MeasuredOn:
     """Runs of which it is not known what they were trained on, and why."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """How many rows of a whole data set became no question, by reason."""
+    longer: Mapping[str, str] = field(default_factory=dict)
+    """By encoder-decoder model: how many questions are longer than the inputs that it was trained to read."""
 
     def sentences(self) -> tuple[str, str]:
         """What is measured on, and what was left out of it and why."""

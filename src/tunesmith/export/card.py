@@ -24,6 +24,7 @@ CARD = """\
 {% for remark in remarks -%}
 {{ remark }}
 {% endfor %}
+{% if lines -%}
 | {{ header | join(" | ") }} |
 |{{ " --- |" * (header | length) }}
 {% for line in lines -%}
@@ -31,10 +32,11 @@ CARD = """\
 {% endfor %}
 {{ method }}
 
+{% endif -%}
 ## Data
 
 Fine-tuned on {{ datasets }} for the task `{{ recipe.task }}`: {{ rows.rows_in }} rows in, {{ rows.train }} trained, \
-{{ rows.validation }} for choosing the checkpoint, {{ rows.held_out }} held out for the scores above, \
+{{ rows.validation }} for choosing the checkpoint, {{ rows.held_out }} held out{{ " for the scores above" if lines }}, \
 {{ rows.dropped }} dropped{% if rows.truncated %}, {{ rows.truncated }} truncated{% endif %}.
 The held-out rows were chosen by content hash and took no part in training or checkpoint choice.
 
@@ -78,7 +80,9 @@ The chat template is stored with the tokenizer; prompts rendered with another on
 
 ## Limits
 
+{% if lines -%}
 - The scores hold for data like the held-out rows; other tasks, languages and topics were not measured.
+{% endif -%}
 - Nothing was measured about safety, bias, or what the base model lost elsewhere.
 - One training run: the interval covers the choice of questions, not the luck of the seed.
 {% for note in notes -%}

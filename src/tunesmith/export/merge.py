@@ -26,7 +26,7 @@ FACTS = "merge.json"
 
 WEIGHTS = "adapter_model.safetensors"
 
-TOLERANCES = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2}
+TOLERANCES = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2}
 """How far a logit of the merged model may be from that of base and adapter, as a share of the largest logit.
 In float32 only the order of sums differs; the others are what rounding every weight to them may come to."""
 

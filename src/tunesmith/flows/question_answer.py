@@ -55,6 +55,8 @@ from tunesmith.errors import (
     OutOfResources,
     RecipeError,
     TunesmithError,
+    counted,
+    does,
     nearest,
 )
 from tunesmith.evaluation.metrics import METRICS, Metric
@@ -322,8 +324,9 @@ def _tokenized(
         columns["attention_mask"].append([1] * len(question))
         columns["labels"].append(answer)
     remark = (
-        f"of {len(dataset)} rows {cut['questions']} questions are cut to {source_length} tokens, and "
-        f"{cut['answers']} answers to {target_length}"
+        f"of {counted(len(dataset), 'row')} {counted(cut['questions'], 'question')} "
+        f"{does('are', cut['questions'])} cut to {source_length} tokens, and {counted(cut['answers'], 'answer')} to "
+        f"{target_length}"
     )
     return _described(Dataset.from_dict(columns), *([remark] if cut.total() else []))
 

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import Interrupted, MissingExtra
+from tunesmith.models import PRINCIPAL
 from tunesmith.plan import Plan
 from tunesmith.recipe import Tracking, Training
 from tunesmith.training import checkpoints
 from tunesmith.training.run import Run, write_whole
 
 BEST = "best_model_info.json"
-CONVERTED = ("pissa", "pissa_niter_16", "olora")
-"""LoRA starts that change the base weights; their adapters are saved as plain LoRA of twice the rank."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,8 @@ def fit(
 
     from tunesmith.training import callbacks
 
-    initial = run.path / "initial_adapter" if adapter_init in CONVERTED else None
+    # These starts change the base weights; their adapters are saved as plain LoRA of twice the rank.
+    initial = run.path / "initial_adapter" if adapter_init in PRINCIPAL else None
     if initial:
         _save_initial_adapter(trainer.model, initial)
     info = run.read(f"best_model/{BEST}") if checkpoint else None

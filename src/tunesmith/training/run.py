@@ -118,6 +118,11 @@ class Run:
         """The recipe the run was started with."""
         return validated(read_layer(self.path / "recipe.yaml"))
 
+    def input_length(self) -> int | None:
+        """Most tokens of an input that an encoder-decoder model was trained to read; None where it is not known."""
+        lengths = (self.read("plan.json") or {}).get("lengths")
+        return int(lengths[0]) if lengths else None
+
     def finish(self, state: State, **fields: Any) -> None:
         """Write status.json, the file that is written last, and the closing event."""
         self.event("state", state=state, **fields)

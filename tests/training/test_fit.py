@@ -1,0 +1,61 @@
+"""What a recipe says of training is what the trainer is told."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import TrainingArguments
+
+from tunesmith import plan as planning
+from tunesmith.recipe import Model, Tracking, Training
+from tunesmith.training.fit import arguments
+
+GIVEN = Training(
+    num_epochs=1, max_steps=70, learning_rate=3e-4, scheduler="cosine_with_restarts", warmup_steps=7,
+    weight_decay=0.2, max_grad_norm=0.3, per_device_train_batch_size=3, per_device_eval_batch_size=5,
+    gradient_accumulation_steps=6, gradient_checkpointing=True, eval_steps=11, save_steps=13, logging_steps=2,
+    num_workers=4, seed=9,
+)  # fmt: skip
+
+
+@pytest.fixture
+def told(tmp_path):
+    plan = planning.resolve(GIVEN, Model(), adapter_kind="full", lengths=[10] * 2000, num_validation=9)
+    return TrainingArguments(**arguments(plan, GIVEN, Tracking(), name="run", staging=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        ("max_steps", "max_steps"),
+        ("learning_rate", "learning_rate"),
+        ("scheduler", "lr_scheduler_type"),
+        ("warmup_steps", "warmup_steps"),
+        ("weight_decay", "weight_decay"),
+        ("max_grad_norm", "max_grad_norm"),
+        ("per_device_train_batch_size", "per_device_train_batch_size"),
+        ("per_device_eval_batch_size", "per_device_eval_batch_size"),
+        ("gradient_accumulation_steps", "gradient_accumulation_steps"),
+        ("gradient_checkpointing", "gradient_checkpointing"),
+        ("eval_steps", "eval_steps"),
+        ("save_steps", "save_steps"),
+        ("logging_steps", "logging_steps"),
+        ("num_workers", "dataloader_num_workers"),
+        ("seed", "seed"),
+    ],
+)
+def test_a_setting_of_the_recipe_reaches_the_trainer(told, field, name):
+    assert getattr(told, name) == getattr(GIVEN, field)
+    assert getattr(told, name) != getattr(TrainingArguments(), name), "and not by its own default"
+
+
+@pytest.mark.parametrize(("precision", "fp16", "bf16"), [("fp16", True, False), ("bf16", False, True)])
+def test_mixed_precision_reaches_the_trainer_where_there_is_a_gpu(
+    monkeypatch, tmp_path, precision, fp16, bf16
+):
+    """What is asked of it; computing so needs CUDA."""
+    monkeypatch.setattr(planning, "device", lambda: "cuda")
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *a, **k: True)
+    training = Training(mixed_precision=precision)
+    plan = planning.resolve(training, Model(), adapter_kind="full", lengths=[10] * 2000, num_validation=9)
+    told = arguments(plan, training, Tracking(), name="run", staging=tmp_path)
+    assert (told["fp16"], told["bf16"], told["use_cpu"]) == (fp16, bf16, False)

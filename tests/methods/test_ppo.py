@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tunesmith import models
 from tunesmith.errors import ModelError
-from tunesmith.methods import ppo
+from tunesmith.methods import ppo_trainer as ppo
 from tunesmith.recipe import PPO, Freeze, Full, LoRA
 from tunesmith.training.run import Run
 

@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.examples import Example, LedgerEntry, Row, Tally, as_json, from_json
+from tunesmith.data.examples import Example, LedgerEntry, Prompt, Row, Tally, as_json, from_json
 from tunesmith.data.splitting import FATES
 from tunesmith.data.templates import Encoding
 from tunesmith.errors import DataError
@@ -59,6 +59,12 @@ class Encodings(Sequence[Encoding]):
 
     def _numbers(self, column: str) -> NDArray[np.int64]:
         return np.asarray(self._table.column(column).to_numpy(), dtype=np.int64)
+
+    @property
+    def examples(self) -> StoredExamples:
+        """The prompts that the encodings were made of, one for each; only methods that learn from rewards have
+        them."""
+        return StoredExamples(self.file.with_suffix(".jsonl"))
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -190,7 +196,8 @@ class LedgerWriter:
 
 
 class SplitsWriter:
-    """Writes a data set while it is encoded: train.arrow, validation.arrow, held_out.jsonl and ledger.arrow.
+    """Writes a data set while it is encoded: train.arrow, validation.arrow, held_out.jsonl and ledger.arrow; for
+    prompts train.jsonl and validation.jsonl as well.
 
     To be used with `with`; `facts` follows when all is written.
     """
@@ -202,6 +209,7 @@ class SplitsWriter:
         }
         self._ledger = LedgerWriter(folder / "ledger.arrow")
         self._held_out = (folder / "held_out.jsonl").open("w", encoding="utf-8")
+        self._folder, self._prompts = folder, dict[str, TextIO]()
 
     def __enter__(self) -> SplitsWriter:
         return self
@@ -210,11 +218,22 @@ class SplitsWriter:
         for file in self._encodings.values():
             file.close()
         self._ledger.close()
-        self._held_out.close()
+        for lines in (self._held_out, *self._prompts.values()):
+            lines.close()
 
     def hold_out(self, example: Example) -> None:
         """Keep an example that is measured on."""
         self._held_out.write(as_json(example) + "\n")
+
+    def ask(self, prompt: Prompt, entry: LedgerEntry) -> None:
+        """Keep the prompt of the next encoding of its split, as often as that is written."""
+        if not self._prompts:
+            self._prompts = {
+                fate: (self._folder / f"{fate}.jsonl").open("w", encoding="utf-8") for fate in self._encodings
+            }
+        line = as_json(prompt) + "\n"
+        self._prompts[entry.fate].write(line * entry.copies)
+        self._digest.update(line.encode("utf-8", "surrogatepass"))
 
     def write(
         self, entries: Sequence[LedgerEntry], encoded: Iterable[tuple[int, LedgerEntry, Sequence[Encoding]]]

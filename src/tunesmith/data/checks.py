@@ -20,6 +20,7 @@ from tunesmith.data.examples import (
     Example,
     Message,
     Preference,
+    Prompt,
     Rating,
     Text,
     Unusable,
@@ -27,6 +28,7 @@ from tunesmith.data.examples import (
     texts,
 )
 from tunesmith.data.formats import (
+    DETECTED,
     FORMATS,
     ROLES,
     Detection,
@@ -264,7 +266,7 @@ class Settings:
         `detect` would choose for it."""
         if self.input_text_key and self.output_text_key:
             return Detection((keyed(self.input_text_key, self.output_text_key),), "")
-        return Detection(tuple(FORMATS.values()) if self.format == "auto" else (FORMATS[self.format],), "")
+        return Detection(DETECTED if self.format == "auto" else (FORMATS[self.format],), "")
 
     @functools.cached_property
     def special_pattern(self) -> re.Pattern[str]:
@@ -342,7 +344,7 @@ def _looked_at(
         if turn.role in ("system", "user") and is_blank(turn.content):
             said = f"turn {number}, the {turn.role}'s, is empty"
             yield Found("empty_turn", _turns_column(format, values), said)
-    if isinstance(example, Conversation) and example.tools:
+    if isinstance(example, Conversation | Prompt) and example.tools:
         everything = "\n".join((everything, *strings(example.tools)))
     if has_numbers(values, detection):
         name = next(
@@ -358,7 +360,7 @@ def _looked_at(
     if settings.estimates and not isinstance(example, Text):
         turns_in_all = sum([len(turns) for turns in parts])
         rough = len(everything) // CHARACTERS_PER_TOKEN + FRAME * turns_in_all
-        has_tools = isinstance(example, Conversation) and example.tools
+        has_tools = isinstance(example, Conversation | Prompt) and example.tools
         length = 0
         if has_tools or rough > settings.max_length:
             length = estimated_length(example, sum(map(len, texts(example))))
@@ -406,7 +408,7 @@ def _beside(turn: Message) -> str:
 
 def estimated_length(example: Example, characters: int) -> int:
     """Tokens of a row whose texts have so many characters, estimated: with tools, calls and the frame of each turn."""
-    if isinstance(example, Conversation):
+    if isinstance(example, Conversation | Prompt):
         turns = example.messages
         if example.tools:
             characters += len(json.dumps(example.tools, ensure_ascii=False, default=str))
@@ -425,7 +427,7 @@ def estimated_length(example: Example, characters: int) -> int:
 def _parts(example: Example) -> tuple[tuple[Message, ...], ...]:
     """The conversations that an example holds."""
     match example:
-        case Conversation(messages=turns):
+        case Conversation(messages=turns) | Prompt(messages=turns):
             return (turns,)
         case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
             return ((*prompt, *chosen), (*prompt, *rejected))

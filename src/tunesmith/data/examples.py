@@ -84,18 +84,22 @@ class Text:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-Example = Conversation | Preference | Rating | Text
-
-
 @dataclass(frozen=True)
 class Prompt:
     """A question to ask a model: what is asked, the reference answer, and what checks need to know."""
 
     messages: tuple[Message, ...]
     reference: str
+    """The answer that is known to be right or good; empty where none is known."""
     row: Row
     group: str | None = None
     checks: Mapping[str, Any] = field(default_factory=dict)
+    """Other columns of the row: a database's schema, limits that the answer has to keep."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Tools that the assistant may call, as JSON schemas."""
+
+
+Example = Conversation | Preference | Rating | Text | Prompt
 
 
 _CANONICAL = json.JSONEncoder(ensure_ascii=False, default=str)
@@ -114,6 +118,8 @@ def content_hash(example: Example) -> str:
             content = [_content(part) for part in (prompt, chosen, rejected)]
         case Rating(prompt=prompt, completion=completion, label=label):
             content = [_content(part) for part in (prompt, completion)] + [label]
+        case Prompt(messages=messages, tools=tools):
+            content = [_content(messages), tools] if tools else _content(messages)
         case Text(text=text):
             content = text
     canonical = _CANONICAL.encode([type(example).__name__, content])
@@ -167,6 +173,10 @@ def questions(example: Example) -> list[int]:
             turns = messages
             if tools:
                 state.update(_CANONICAL.encode(tools).encode("utf-8", "surrogatepass"))
+        case Prompt(messages=messages, tools=tools):
+            turns = (*messages, Message("assistant", ""))
+            if tools:
+                state.update(_CANONICAL.encode(tools).encode("utf-8", "surrogatepass"))
         case Preference(prompt=prompt) | Rating(prompt=prompt):
             turns = (*prompt, Message("assistant", ""))
         case Text(text=text):
@@ -202,7 +212,7 @@ def strings(value: Any) -> Iterator[str]:
 def texts(example: Example) -> Iterator[str]:
     """Every text of an example, in order."""
     match example:
-        case Conversation(messages=messages):
+        case Conversation(messages=messages) | Prompt(messages=messages):
             yield from (m.content for m in messages)
         case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
             yield from (m.content for m in (*prompt, *chosen, *rejected))
@@ -213,7 +223,7 @@ def texts(example: Example) -> Iterator[str]:
 
 
 SHAPES: dict[str, type[Example]] = {
-    shape.__name__.lower(): shape for shape in (Conversation, Preference, Rating, Text)
+    shape.__name__.lower(): shape for shape in (Conversation, Preference, Rating, Text, Prompt)
 }
 """The shapes by name."""
 

@@ -20,6 +20,7 @@ from tunesmith.data.examples import (
     Example,
     Message,
     Preference,
+    Prompt,
     Rating,
     Row,
     Text,
@@ -59,6 +60,8 @@ class Format:
     when: Callable[[Values], bool] = _always
     optional: tuple[str, ...] = ()
     """Columns that are used where they are there, besides the system message's."""
+    is_detected: bool = True
+    """Whether rows may be found to be of this format; another has to be named."""
 
     @property
     def about(self) -> str:
@@ -317,6 +320,33 @@ def text(values: Values, row: Row) -> Text:
     )
 
 
+def prompt(values: Values, row: Row) -> Prompt:
+    """A question alone, as text or messages, for methods that learn from rewards (grpo, rloo, ppo).
+
+    {"prompt": "Name a fruit in one word."}
+
+    An optional column `reference` (`answer`, `response`, `completion`, `solution`) holds the answer that is known
+    to be right; all others are there for rewards and checks. The format has to be named (`--format prompt`).
+    """
+    asked = _first(values, *PROMPT_COLUMNS)
+    turns = (*_system(values), *_turns(asked, "user"))
+    if not any(turn.role == "user" for turn in turns):
+        raise Unusable("no turn of the user")
+    if turns[-1].role == "assistant":
+        raise Unusable("the last turn is the assistant's: nothing is asked")
+    known = _first(values, *REFERENCE_COLUMNS)
+    if isinstance(known, list | tuple | Mapping):
+        known = _turns(known, "assistant")[-1].content
+    reference = "" if known is None else _text(known, "reference")
+    return Prompt(
+        turns, reference, row, checks=_extra(values, *PROMPT_COLUMNS, "tools"), tools=_tools(values)
+    )
+
+
+PROMPT_COLUMNS = ("prompt", "question", "instruction", "messages")
+REFERENCE_COLUMNS = ("reference", "answer", "response", "completion", "solution")
+
+
 def _is_schema(values: Values) -> bool:
     return "CREATE TABLE" in str(_first(values, "schema", "context")).upper()
 
@@ -364,9 +394,20 @@ FORMATS: dict[str, Format] = {
         Format("input_output", Conversation, (("input",), ("output",)), input_output),
         Format("code", Text, (("code",),), code),
         Format("text", Text, (("text", "content"),), text),
+        Format(
+            "prompt",
+            Prompt,
+            (PROMPT_COLUMNS,),
+            prompt,
+            optional=(*REFERENCE_COLUMNS, "tools"),
+            is_detected=False,
+        ),
     )
 }
 """Formats by name, in the order in which detection tries them."""
+
+DETECTED = tuple(format for format in FORMATS.values() if format.is_detected)
+"""The formats that rows are tried as where none is named."""
 
 
 def expected(*, format: str, input_text_key: str | None, output_text_key: str | None) -> Detection:
@@ -379,7 +420,7 @@ def expected(*, format: str, input_text_key: str | None, output_text_key: str | 
             raise DataError("--input-text-key and --output-text-key go together.", fix="Give both.")
         return Detection((keyed(input_text_key, output_text_key),), "the recipe names the two columns")
     if format == "auto":
-        return Detection(tuple(FORMATS.values()), "columns")
+        return Detection(DETECTED, "columns")
     if format not in FORMATS:
         raise DataError(f"There is no format '{format}'.", fix=nearest(format, FORMATS))
     return Detection((FORMATS[format],), "the recipe names the format")
@@ -418,7 +459,7 @@ def detect(
             fix="Fill the empty column, or name others with --input-text-key and --output-text-key."
             if source.empty_columns
             else "Name the question's and the answer's column with --input-text-key and --output-text-key; "
-            "`tunesmith show formats` lists the known ones.",
+            "`tunesmith show formats` lists the known ones, and rows that only ask need --format prompt.",
         )
     shapes = {FORMATS[name].shape for name in known}
     if len(shapes) > 1:
@@ -440,7 +481,7 @@ def detect(
 
 def _counts(source: Source) -> dict[str, int]:
     """Number of rows by format; read again only where columns alone do not tell."""
-    everything = tuple(FORMATS.values())
+    everything = DETECTED
     counts: Counter[str] = Counter()
     unsettled = set()
     for signature, count in source.facts.signatures.items():
@@ -560,7 +601,7 @@ def unused_columns(source: Source, detection: Detection) -> list[str]:
 def _opened(example: Example, system: Message) -> Example:
     """The example with a system message, where it has turns and none of its own."""
     match example:
-        case Conversation(messages=turns) if turns[0].role != "system":
+        case Conversation(messages=turns) | Prompt(messages=turns) if turns[0].role != "system":
             return replace(example, messages=(system, *turns))
         case Preference(prompt=turns) | Rating(prompt=turns) if turns[0].role != "system":
             return replace(example, prompt=(system, *turns))

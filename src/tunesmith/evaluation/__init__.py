@@ -19,12 +19,14 @@ from tunesmith.data import pairs, templates
 from tunesmith.data.examples import (
     Conversation,
     Example,
+    Message,
     Prompt,
     Row,
     Text,
     Unusable,
     content_hash,
 )
+from tunesmith.data.prompts import prompt_of
 from tunesmith.data.templates import IGNORED, LossOn, end_of_turn_ids
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation.compare import score_interval
@@ -117,12 +119,14 @@ def _item(
     max_length: int | None,
     kind: Kind,
 ) -> Item:
-    prompt = _prompt(example)
+    prompt = prompt_of(example)
     form = pairs if kind == "seq2seq" else templates
     text = example.text[:200] if isinstance(example, Text) else ""
     try:
-        asked = tuple(form.prompt_ids(prompt.messages, tokenizer)) if prompt else ()
-        encoding = form.encode(example, tokenizer, loss_on=loss_on)
+        asked = _asked_ids(prompt, tokenizer, kind) if prompt else ()
+        if isinstance(example, Prompt) and not example.reference:
+            return Item(number, example.row, example.group, prompt, asked, (), ())
+        encoding = form.encode(_answered(example), tokenizer, loss_on=loss_on)
     except Unusable as reason:
         return Item(number, example.row, example.group, prompt, (), (), (), error=str(reason), text=text)
     if kind == "seq2seq":
@@ -143,20 +147,18 @@ def _item(
     )
 
 
-def _prompt(example: Example) -> Prompt | None:
-    if not isinstance(example, Conversation):
-        return None
-    answers = [n for n, message in enumerate(example.messages) if message.role == "assistant"]
-    if not answers:
-        return None
-    last = answers[-1]
-    return Prompt(
-        messages=example.messages[:last],
-        reference=example.messages[last].content,
-        row=example.row,
-        group=example.group,
-        checks=example.extra,
-    )
+def _asked_ids(prompt: Prompt, tokenizer: Any, kind: Kind) -> tuple[int, ...]:
+    if kind == "seq2seq":
+        return tuple(pairs.prompt_ids(prompt.messages, tokenizer))
+    return tuple(templates.prompt_ids(prompt.messages, tokenizer, tools=prompt.tools))
+
+
+def _answered(example: Example) -> Example:
+    """A prompt as the conversation that its reference makes of it; anything else as it is."""
+    if not isinstance(example, Prompt):
+        return example
+    turns = (*example.messages, Message("assistant", example.reference))
+    return Conversation(turns, example.row, group=example.group, tools=example.tools)
 
 
 def answers(

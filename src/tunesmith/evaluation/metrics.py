@@ -162,8 +162,12 @@ def _always(prompt: Prompt) -> bool:
     return True
 
 
+def _has_reference(prompt: Prompt) -> bool:
+    return bool(prompt.reference)
+
+
 def _has_schema(prompt: Prompt) -> bool:
-    return bool(prompt.checks.get("schema"))
+    return bool(prompt.checks.get("schema")) and bool(prompt.reference)
 
 
 def _is_latin(prompt: Prompt) -> bool:
@@ -233,7 +237,7 @@ METRICS: dict[str, Metric] = {
             fits=_has_schema,
             flags=_sql_flags,
         ),
-        _answer("exact_match", "exact match", exact_match, "share"),
+        _answer("exact_match", "exact match", exact_match, "share", fits=_has_reference),
         _answer("rougeL", "ROUGE-L", rougeL, "points", fits=_is_latin),
         _answer("rouge1", "ROUGE-1", rouge1, "points", fits=_is_latin),
         _answer("rouge2", "ROUGE-2", rouge2, "points", fits=_is_latin),
@@ -250,7 +254,8 @@ METRICS: dict[str, Metric] = {
             fits=tasks.has_patterns,
         ),
         _answer("adherence", "demands met", tasks.adherence, "points", fits=tasks.is_demanding),
-        _answer("length_match", "length match", tasks.length_match, "points"),
+        _answer("constraints", "limits kept", tasks.constraints, "points", fits=tasks.is_limited),
+        _answer("length_match", "length match", tasks.length_match, "points", fits=_has_reference),
         _answer("repetition", "repetition", tasks.repetition, "points", higher_is_better=False),
         _answer("vocabulary_use", "vocabulary use", tasks.vocabulary_use, "points"),
         _answer("bigram_diversity", "bigram diversity", tasks.bigram_diversity, "points"),

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tunesmith.data.examples import Prompt
 
@@ -244,6 +244,43 @@ def adherence(prompt: Prompt, completion: str, reference: str) -> float:
     if not met:
         raise ValueError("the question has no demand that a program can check")
     return sum(met) / len(met) if completion.strip() else 0.0
+
+
+LIMITS: dict[str, Callable[[Any, str], bool]] = {
+    "max_words": lambda limit, text: len(text.split()) <= int(limit),
+    "min_words": lambda limit, text: len(text.split()) >= int(limit),
+    "contains": lambda wanted, text: all(_has(word, text) for word in _several(wanted)),
+    "forbids": lambda unwanted, text: not any(_has(word, text) for word in _several(unwanted)),
+    "starts_with": lambda start, text: text.strip().lower().startswith(str(start).lower()),
+    "ends_with": lambda end, text: text.strip().lower().endswith(str(end).lower()),
+}
+"""Columns of a row that limit its answer, and how each is checked; words count as whole words, in any case."""
+
+
+def _several(words: Any) -> list[str]:
+    return [str(word) for word in words] if isinstance(words, list | tuple) else [str(words)]
+
+
+def limits(prompt: Prompt) -> dict[str, Any]:
+    """The limits that a row sets to its answer."""
+    return {name: prompt.checks[name] for name in LIMITS if prompt.checks.get(name) is not None}
+
+
+def constraints(prompt: Prompt, completion: str, reference: str) -> float:
+    """Limits of the row that the answer keeps / limits that the row sets.
+
+    Columns of the row: `max_words`, `min_words`, `contains` and `forbids` (a word or a list of them),
+    `starts_with`, `ends_with`. An empty answer keeps none.
+    """
+    given = limits(prompt)
+    if not given or not completion.strip():
+        return 0.0
+    return sum(LIMITS[name](limit, completion) for name, limit in given.items()) / len(given)
+
+
+def is_limited(prompt: Prompt) -> bool:
+    """Whether the row sets its answer a limit."""
+    return bool(limits(prompt))
 
 
 def vocabulary_use(prompt: Prompt, completion: str, reference: str) -> float:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from tunesmith.data.examples import Conversation, Example, Preference, Rating, questions
+from tunesmith.data.examples import Conversation, Example, Preference, Prompt, Rating, questions
 from tunesmith.data.splitting import key
 
 
@@ -66,7 +66,7 @@ def _group(example: Example) -> tuple[str, ...]:
 
 def _without_system(example: Example) -> Example:
     match example:
-        case Conversation(messages=messages):
+        case Conversation(messages=messages) | Prompt(messages=messages):
             return replace(example, messages=tuple(m for m in messages if m.role != "system"))
         case Preference(prompt=prompt) | Rating(prompt=prompt):
             return replace(example, prompt=tuple(m for m in prompt if m.role != "system"))

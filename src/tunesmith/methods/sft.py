@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.data import EncodedSplits, Splits
 from tunesmith.data import encoded as encode_splits
 from tunesmith.data.cache import Encodings
-from tunesmith.data.examples import Conversation, Example, Preference, Rating, Unusable
+from tunesmith.data.examples import Conversation, Example, Preference, Prompt, Rating, Unusable
 from tunesmith.data.templates import set_template
 from tunesmith.errors import ModelError
 from tunesmith.recipe import SFT, Data
@@ -28,6 +28,8 @@ def imitated(example: Example) -> Example:
     match example:
         case Rating(label=False):
             raise Unusable("rated bad: supervised fine-tuning imitates good answers only")
+        case Prompt():
+            raise Unusable("a question without an answer to imitate")
         case Preference(prompt=prompt, chosen=answer) | Rating(prompt=prompt, completion=answer):
             return Conversation((*prompt, *answer), row=example.row, group=example.group, extra=example.extra)
         case _:

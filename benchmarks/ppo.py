@@ -1,9 +1,9 @@
-"""Time of PPO steps: tunesmith's trainer and the step written straightforwardly, on the same prompts and settings.
+"""Tokens per second of PPO steps: tunesmith's trainer and the step written straightforwardly, on the same prompts.
 
 The peer answers all prompts in one left-padded batch, keeps the logits of every position of every row for
-log-probabilities and entropy, pads every minibatch to the rollout's longest row, and holds a second copy of the model as
-the reference. Both take turns in one process, and draw the same answers. The last line is one JSON object: seconds of
-a step of each (medians), their ratio, and of ours the shares of time and tokens per second.
+log-probabilities and entropy, pads every minibatch to the rollout's longest row, and holds a second copy of the model
+as the reference. Both take turns in one process. The last line is one JSON object: tokens of prompts and answers per
+second of a step (medians), their ratio, seconds, and the shares of time of ours.
 
     python benchmarks/ppo.py --steps 5 --batch 32
 """
@@ -23,12 +23,13 @@ from typing import Any
 import torch
 
 from tunesmith import models
-from tunesmith.data.examples import Message
-from tunesmith.data.sources import read
-from tunesmith.data.templates import Encoding, end_of_turn_ids, prompt_ids, set_template
+from tunesmith.data import prepare
+from tunesmith.data.prompts import encoded, questioned
+from tunesmith.data.templates import Encoding, end_of_turn_ids, set_template
 from tunesmith.methods import ppo_math as ppo
 from tunesmith.methods import ppo_trainer
-from tunesmith.recipe import PPO, Full, LoRA
+from tunesmith.methods.rewards import Scored
+from tunesmith.recipe import PPO, Data, Full, LoRA
 from tunesmith.training.run import Run
 
 
@@ -51,7 +52,7 @@ class Ours:
             tokenizer=tokenizer,
             train=[Encoding(tuple(p), ()) for p in prompts],
             validation=[],
-            score=lambda numbers, texts: (rewarded(list(texts)), {}),
+            score=lambda numbers, texts: Scored(rewarded(list(texts)), {}),
             arguments={
                 "output_dir": str(folder), "max_steps": 10**6, "learning_rate": 1e-5, "report_to": ["none"],
                 "per_device_train_batch_size": args.micro, "remove_unused_columns": False, "use_cpu": True,
@@ -179,10 +180,9 @@ def main() -> None:
 
     tokenizer = models.load_tokenizer(args.model)
     set_template(tokenizer, None)
-    prompts = []
-    for record in read(args.dataset, max_rows=args.batch * args.steps).records:
-        said = next(str(record.values[k]) for k in ("prompt", "question", "context") if record.values.get(k))
-        prompts.append(list(prompt_ids((Message("user", said),), tokenizer)))
+    data = Data(dataset=args.dataset, max_rows=2 * args.batch * args.steps, cache=False)
+    asked = encoded(prepare(data, questioned), tokenizer, data=data, room=args.max_new_tokens).train
+    prompts = [list(asked[n].input_ids) for n in range(min(len(asked), args.batch * args.steps))]
     section = PPO(max_new_tokens=args.max_new_tokens, num_minibatches=2)
     sides = [side(section, args.model, not args.full, prompts, args) for side in (Ours, Peer)]
     seconds: dict[str, list[float]] = {"Ours": [], "Peer": []}
@@ -207,18 +207,19 @@ def main() -> None:
         "forward": ours.times["forward"] / total,
         "backward": ours.times["backward"] / total,
     }
-    mine, theirs = (statistics.median(seconds[name]) for name in ("Ours", "Peer"))
+    medians = {name: statistics.median(found) for name, found in rates.items()}
     print(
         json.dumps(
             {
                 "name": "ppo step",
-                "ours": round(mine, 3),
-                "peer": round(theirs, 3),
-                "ratio": round(theirs / mine, 3),
-                "unit": "s per step",
+                "ours": round(medians["Ours"]),
+                "peer": round(medians["Peer"]),
+                "ratio": round(medians["Ours"] / medians["Peer"], 3),
+                "unit": "tokens/s",
                 "n": args.steps - 1,
-                "tokens_per_second": round(statistics.median(rates["Ours"])),
-                "peer_tokens_per_second": round(statistics.median(rates["Peer"])),
+                "seconds": {
+                    name.lower(): round(statistics.median(found), 3) for name, found in seconds.items()
+                },
                 "shares": {name: round(share, 3) for name, share in shares.items()},
             }
         )

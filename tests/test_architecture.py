@@ -153,6 +153,44 @@ def test_an_encoder_is_described_and_said_to_be_no_generator(described):
     assert (found.parts["attention"], found.parts["norms"]) == (2 * attention, norms)
     # The prediction head: a dense layer and a bias for every token; its matrix is the embeddings'.
     assert found.parts["head"] == 32 * 32 + 32 + 500
+    shown = {entry["name"]: entry["about"] for entry in found.entries()}
+    assert "adapter size" not in shown, "no number where there is nothing to count"
+    assert shown["adapter targets"].startswith("none: it cannot generate text")
+    assert "--qlora" not in " ".join(shown)
+
+
+def small_bert(**changes):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return transformers.BertConfig(**{**sizes, "vocab_size": 500, **changes})
+
+
+def test_four_bits_of_small_matrices_take_more_than_eight_and_that_is_said(described):
+    """Per matrix: 8 bits a float32 for each output, 4 bits tables of 16 and 256 float32 and the constants."""
+    found = described(small_bert())
+    sizes = [(32, 32)] * 4 + [(64, 32), (32, 64)]
+    sizes = 2 * sizes + [(32, 32)]  # the head's dense layer
+    plain = 2 * (found.parameters - sum(o * i for o, i in sizes)) + found.memory - 4 * found.parameters
+    assert found.memory_as["8 bits"] == plain + sum(o * i + 4 * o for o, i in sizes)
+    four = sum(o * i // 2 + o * i // 64 + 4 * -(-o * i // 64 // 256) + 4 + 64 + 1024 for o, i in sizes)
+    assert found.memory_as["4 bits"] == plain + four > found.memory_as["8 bits"]
+    assert "4 bits take more than 8 bits here" in " ".join(found.notes)
+    usual = described(transformers.BertConfig(num_hidden_layers=1))
+    assert usual.memory_as["4 bits"] < usual.memory_as["8 bits"]
+    assert "take more" not in " ".join(usual.notes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_encoder_in_fewer_bits_is_what_bitsandbytes_makes_of_it(tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    transformers.BertForMaskedLM(small_bert()).bfloat16().save_pretrained(tmp_path)
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+    )  # fmt: skip
+    model = transformers.AutoModelForMaskedLM.from_pretrained(
+        tmp_path, quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+    )
+    assert architecture(str(tmp_path)).memory_as[f"{bits} bits"] == sum(t.nbytes for t in kept_tensors(model))
 
 
 def test_models_that_see_or_hear_are_described_as_what_they_are(described):
@@ -219,6 +257,19 @@ def test_quantized_models_by_hand(tmp_path, packing, matrix):
     assert found.quantization.bits == (8 if packing.get("load_in_8bit") else 4)
 
 
+def kept_tensors(model):
+    """Every tensor that bitsandbytes keeps for a model it has packed."""
+    kept = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        while state:
+            kept += [t for t in (state.absmax, state.code, getattr(state, "offset", None)) if t is not None]
+            state = state.state2 if state.nested else None
+        if getattr(getattr(module, "weight", None), "SCB", None) is not None:
+            kept.append(module.weight.SCB)
+    return kept
+
+
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_memory_is_that_of_bitsandbytes(tmp_path, bits, double):
@@ -232,18 +283,10 @@ def test_quantized_memory_is_that_of_bitsandbytes(tmp_path, bits, double):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "plain", quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
     )
-    kept = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        while state:
-            kept += [t for t in (state.absmax, state.code, getattr(state, "offset", None)) if t is not None]
-            state = state.state2 if state.nested else None
-        if getattr(getattr(module, "weight", None), "SCB", None) is not None:
-            kept.append(module.weight.SCB)
     model.save_pretrained(tmp_path / "packed")
     found = architecture(str(tmp_path / "packed"))
     assert found.quantization.bits == bits
-    assert found.memory == sum(tensor.nbytes for tensor in kept)
+    assert found.memory == sum(tensor.nbytes for tensor in kept_tensors(model))
 
 
 def test_modules_that_the_packing_skips_keep_their_type(tmp_path):
@@ -282,14 +325,74 @@ def test_a_folder_without_tokenizer_says_so(described):
     assert "template not known" in " ".join(described(llama()).notes)
 
 
-def test_a_run_with_an_adapter_is_its_base_and_the_adapter(tiny_model_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "words", "rank"),
+    [
+        ({"r": 4, "target_modules": ["q_proj"]}, "LORA, rank 4, on q_proj", 4),
+        ({"r": 3, "target_modules": ["v_proj", "down_proj"], "use_dora": True}, "rank 3, on down_proj, v_proj", 3),
+        ({"r": 2, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 5}}, "rank 2 and 5", None),
+        ({"r": 2, "target_modules": r".*0\.self_attn\.(q|k)_proj"}, r"on .*0\.self_attn\.(q|k)_proj of", 2),
+        (
+            {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+            "with embed_tokens trained in full", 2,
+        ),
+    ],
+    ids=["lora", "dora", "ranks", "pattern", "saved"],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_is_its_base_and_its_own_numbers(
+    tiny_model_folder, tmp_path, settings, words, rank, dtype
+):
+    """Against PEFT's own count, and the footprint of what it loads."""
     import peft
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_folder)
-    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_folder).to(getattr(torch, dtype))
+    # Untied, because a matrix that is trained in full is then the embeddings' alone.
+    base.config.tie_word_embeddings = False
+    base.save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tuned = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    trainable = tuned.get_nb_trainable_parameters()[0]
+    tuned.save_pretrained(tmp_path / "adapter")
+    below, found = architecture(str(tmp_path / "base")), architecture(str(tmp_path / "adapter"))
+    assert found.parameters == below.parameters
+    assert words in found.adapter
+    assert (found.lora_parameters, found.lora_rank) == (trainable, rank)
+    targets = settings["target_modules"]
+    assert found.lora_targets == ((targets,) if isinstance(targets, str) else tuple(sorted(targets)))
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=getattr(torch, dtype))
+    assert found.memory == loaded.get_memory_footprint()
+    shown = {entry["name"]: entry["about"] for entry in found.entries()}
+    assert shown["adapter size"].startswith(f"{trainable:,} trainable parameters")
+    assert "--qlora" not in " ".join(shown), "an adapter is merged before its base is quantized"
+
+
+def test_an_adapter_without_weights_has_no_size(tiny_model_folder, tmp_path):
+    saved = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(tiny_model_folder),
+        "r": 4,
+        "target_modules": ["q_proj"],
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
     found = architecture(str(tmp_path))
-    assert found.parameters == architecture(str(tiny_model_folder)).parameters
-    assert "LORA, rank 4, on q_proj" in found.adapter
+    assert found.lora_parameters is None
+    assert "no adapter_model.safetensors" in " ".join(found.notes)
+    assert "adapter size" not in {entry["name"] for entry in found.entries()}
+
+
+def test_an_adapter_s_own_template_is_the_one_it_answers_under(tiny_model_folder, tiny_tokenizer, tmp_path):
+    import copy
+
+    import peft
+
+    plain = copy.deepcopy(tiny_tokenizer)
+    plain.chat_template = None
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert architecture(str(tmp_path)).template == "its own", "without a tokenizer it is the base's"
+    plain.save_pretrained(tmp_path)
+    assert architecture(str(tmp_path)).template is None
 
 
 def test_get_model_summary_gives_a_summary_or_an_error(tiny_model_folder, tmp_path):

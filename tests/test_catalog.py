@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from tunesmith import api, catalog
 from tunesmith.cli import app
-from tunesmith.compose import compose, union_members, validated
+from tunesmith.compose import as_yaml, compose, union_members, validated
 from tunesmith.data import prepare
 from tunesmith.data.formats import FORMATS
 from tunesmith.errors import DataError, RecipeError
@@ -85,10 +85,9 @@ def test_every_strategy_is_a_recipe(part):
     names = catalog.get_available_options(part)
     assert {"default", "seq2seq", "custom"} <= set(names)
     for name in names:
-        kind = getattr(catalog.catalog(), part)[name].recipe.get("method", {}).get("kind", "sft")
-        if kind in union_members("method"):
-            recipe = validated(catalog.strategy(part, name))
-            assert recipe.method.kind == kind
+        layer = getattr(catalog.catalog(), part)[name].recipe
+        recipe = validated(catalog.strategy(part, name))
+        assert recipe.method.kind == layer.get("method", {}).get("kind", "sft")
 
 
 def test_custom_lengths():
@@ -145,6 +144,56 @@ def test_what_is_given_wins_over_the_catalogue(articles):
         mixed = compose({"data": {"dataset": "example:sql", "mix": [{"dataset": "my-news"}]}}).recipe.data
     assert (data.prompt_prefix, data.max_rows) == ("short: ", 5)
     assert mixed.mix[0].columns == {"article": "prompt", "highlights": "completion"}
+
+
+@pytest.fixture
+def subset(own):
+    """A data set whose entry sets what a user may want otherwise."""
+    fields = {"config": "main", "split": "train", "format": "instruction", "columns": {"context": "input"}}
+    return own({"datasets": {"subset": {"about": "x", "path": "a/b", **fields}}})
+
+
+def test_what_is_given_wins_also_where_it_is_the_default(subset):
+    given = {"config": None, "split": None, "format": "auto", "columns": {}}
+    with catalog.using(subset):
+        for layer in (given, *({name: value} for name, value in given.items())):
+            composition = compose({"data": {"dataset": "subset", **layer}})
+            data = composition.recipe.data.model_dump()
+            kept = {
+                "config": "main",
+                "split": "train",
+                "format": "instruction",
+                "columns": {"context": "input"},
+            }
+            assert {name: data[name] for name in kept} == {**kept, **layer}
+            [note] = composition.notes
+            assert all(f"{name} {value}" in note.partition("instead")[2] for name, value in layer.items())
+        assert (
+            compose({"data": {"dataset": "example:sql", "mix": [{"dataset": "subset", "format": "auto"}]}})
+            .recipe.data.mix[0]
+            .format
+            == "auto"
+        )
+
+
+def test_a_layer_below_says_what_it_means_and_no_more(subset, tmp_path):
+    """A recipe as a run keeps it has every field of its own data set; a short one has what somebody wrote."""
+    whole, short = tmp_path / "whole.yaml", tmp_path / "short.yaml"
+    whole.write_text(as_yaml(compose({"data": {"dataset": "example:sql"}}).recipe))
+    short.write_text("data: {dataset: example:sql, format: messages, max_rows: 5}")
+    beside = tmp_path / "beside.yaml"
+    beside.write_text("data: {dataset: subset, format: auto}")
+    with catalog.using(subset):
+        of_whole = compose({"data": {"dataset": "subset"}}, file=whole).recipe.data
+        of_short = compose({"data": {"dataset": "subset"}}, file=short).recipe.data
+        of_beside = compose({"data": {"split": None}}, file=beside).recipe.data
+    assert (of_whole.format, of_whole.split, of_whole.columns) == (
+        "instruction",
+        "train",
+        {"context": "input"},
+    )
+    assert (of_short.format, of_short.split, of_short.max_rows) == ("messages", "train", 5)
+    assert (of_beside.format, of_beside.split, of_beside.config) == ("auto", None, "main")
 
 
 def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
@@ -248,6 +297,43 @@ def test_show_catalog_lists_every_part():
     assert len(api.show("catalog", "metrics")) == len(METRICS)
     with pytest.raises(RecipeError, match="Did you mean 'datasets'"):
         api.show("catalog", "datasetz")
+
+
+@pytest.mark.parametrize("short", catalog.SHORT)
+def test_a_part_has_one_name_in_every_row(short):
+    rows = api.show("catalog", short)
+    assert rows == api.show("catalog", catalog.SHORT[short])
+    assert all(row["name"] == f"{short}: {row['key']}" for row in rows)
+
+
+def test_what_is_shown_has_no_indentation_of_the_source(articles):
+    with catalog.using(articles):
+        shown = [*api.show("catalog"), *api.show("methods"), *api.show("metrics")]
+    assert not [row["about"] for row in shown if "\n" in row["about"] or "  " in row["about"]]
+
+
+def test_show_catalog_finds_what_has_a_name(articles):
+    [dolly] = api.show("catalog", "dolly")
+    assert dolly["name"] == "datasets: dolly"
+    assert dolly["value"]["columns"] == {"context": "input", "response": "output"}
+    both = api.show("catalog", "default")
+    assert [row["name"] for row in both] == ["tokenization: default", "collation: default"]
+    for name in ("example:sql", "rougeL", "seq2seq", "code"):
+        assert {row["key"] for row in api.show("catalog", name)} == {name}
+    with catalog.using(articles):
+        assert api.show("catalog", "my-news")[0]["value"]["dataset"].endswith("articles.jsonl")
+    result = CliRunner().invoke(app, ["show", "catalog", "dolly"])
+    assert "databricks/databricks-dolly-15k" in result.stdout
+
+
+def test_what_the_catalogue_does_not_have_names_the_nearest_or_the_parts_once():
+    with pytest.raises(RecipeError, match="Did you mean 'dolly'"):
+        api.show("catalog", "doly")
+    with pytest.raises(RecipeError) as error:
+        api.show("catalog", "qqqq")
+    assert error.value.fix == "Known: collation, datasets, methods, metrics, models, tokenization."
+    with pytest.raises(RecipeError, match="no part 'dolly'"):
+        catalog.get_available_options("dolly")
 
 
 def test_available_options_of_a_configuration_as_plain_values():

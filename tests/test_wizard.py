@@ -44,6 +44,12 @@ TRAINING = ["1", "4", "1e-3", "yes"]
 
 
 @pytest.fixture
+def brief(monkeypatch):
+    """Answers of four tokens for those who decline the baseline and are not asked how long they may be."""
+    monkeypatch.setattr(wizard, "NEW_TOKENS", 4)
+
+
+@pytest.fixture
 def answer(monkeypatch):
     """Run the wizard on these answers; gives what it asked and its result."""
 
@@ -75,9 +81,9 @@ def test_the_defaults_are_those_of_the_seed(here, answer, capsys):
         "Enter output directory [./finetuned_model]:",
         "Enter dataset path or name:",
         "Limit number of samples? (yes/no) [yes]:",
-        "Maximum length in tokens [512]:",
+        "Maximum length in tokens (1 to 512) [512]:",
         "Measure the model before training, on held-out questions with references? (yes/no) [yes]:",
-        "Number of questions [18]:",
+        "Number of questions (1 to 18) [18]:",
         "Longest answer in tokens [100]:",
         "LoRA rank (r) [8]:",
         "LoRA alpha [32]:",
@@ -106,27 +112,203 @@ def test_an_encoder_decoder_is_trained_as_one_and_an_encoder_is_refused(here, an
 
     (here / "t5").symlink_to(tiny_t5_folder)
     BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(here / "bert")
-    answer("bert", "t5", "", *DATA, "no", "", "4", *LORA, "1", "4", "", "no", "quit")
+    answer("bert", "t5", "", *DATA, "no", *LORA, "1", "4", "", "no", "quit")
     printed = capsys.readouterr().out
     assert "is an encoder-only model" in printed
     assert re.search(r"total_steps +\d+ ", printed), "the plan"
     assert "inputs have up to" in " ".join(printed.split())
 
 
-def test_the_sample_limit_and_hub_questions(here, answer, capsys):
-    asked, _ = answer(
-        *MODEL, "someone/data", "", "yes", "train*.parquet", "", "yes", "", "64", "back", "quit"
+@pytest.fixture
+def hub_set(monkeypatch):
+    """A Hub that has `someone/data` and `someone/other`; gives what was asked of it."""
+    import datasets
+
+    from tunesmith.data import sources
+
+    asked = []
+
+    def load(name, config, **options):
+        asked.append((name, config, options["split"], options["data_files"]))
+        rows = [{"prompt": f"what is the count of {i}", "response": f"red {i % 5}"} for i in range(120)]
+        return datasets.Dataset.from_list(rows)
+
+    known = {"someone/data", "someone/other"}
+    monkeypatch.setattr(
+        sources, "_problem_on_hub", lambda name, _: None if name in known else "it has no such set"
     )
-    assert [q.strip() for q in asked[3:9]] == [
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked
+
+
+def test_the_sample_limit_and_hub_questions(here, answer, hub_set, capsys):
+    asked, _ = answer(
+        *MODEL,
+        "someone/dat",
+        "someone/data",
+        "",
+        "yes",
+        "train*.parquet",
+        "",
+        "yes",
+        "",
+        "64",
+        "back",
+        "quit",
+    )
+    assert [q.strip() for q in asked[2:11]] == [
+        "Enter dataset path or name:",
+        "Enter dataset path or name:",
         "Enter dataset config (empty for none):",
         "Load specific file from repo? (yes/no) [no]:",
         "Enter file or pattern:",
         "Enter split [train]:",
         "Limit number of samples? (yes/no) [yes]:",
         "Number of samples [1000]:",
+        "Maximum length in tokens (1 to 512) [512]:",
     ]
     assert "neither a file, a folder, an example:NAME nor a Hub data set" in capsys.readouterr().out
-    assert asked[10].startswith("Enter dataset path"), "the step is asked again after its error"
+    assert hub_set == [("someone/data", None, "train", "train*.parquet")]
+
+
+def test_an_optional_answer_can_be_taken_back(here, answer, hub_set):
+    first = ["someone/data", "en", "", "", "no", "64"]
+    asked, _ = answer(*MODEL, *first, "back", "", "", "", "", "", "", "back", "", "-", "", "", "", "", "quit")
+    configs = [q.strip() for q in asked if "config" in q]
+    assert configs == [
+        "Enter dataset config (empty for none):",
+        "Enter dataset config (- for none) [en]:",
+        "Enter dataset config (- for none) [en]:",
+    ]
+    assert [config for _, config, *_ in hub_set] == ["en", "en", None]
+
+
+def test_answers_about_one_data_set_are_no_defaults_for_another(here, answer, hub_set):
+    asked, _ = answer(
+        *MODEL, "someone/data", "en", "yes", "*.csv", "test", "no", "64", "back",
+        "someone/other", "", "", "", "", "", "quit",
+    )  # fmt: skip
+    second = [
+        q.strip()
+        for q in asked
+        if q.startswith(("Enter dataset config", "Load", "Enter file", "Enter split"))
+    ][4:]
+    assert second == [
+        "Enter dataset config (empty for none):",
+        "Load specific file from repo? (yes/no) [no]:",
+        "Enter split [train]:",
+    ]
+    assert hub_set[-1] == ("someone/other", None, "train", None)
+
+
+def test_a_data_set_of_the_catalogue_is_read_as_it_says(here, answer, monkeypatch, capsys):
+    (here / "catalog.yaml").write_text(
+        "datasets: {mine: {about: own columns, path: odd.json, columns: {ask: prompt, say: completion}}}"
+    )
+    monkeypatch.setenv("TUNESMITH_CATALOG", str(here / "catalog.yaml"))
+    asked, _ = answer(*MODEL, "mine", "no", "64", "no", "quit")
+    assert not [q for q in asked if "config" in q or "Column" in q]
+    printed = capsys.readouterr().out
+    assert "data set 'mine' of the catalogue is" in printed
+    assert "120 rows with the columns prompt, completion" in printed
+    assert "18 held out + 0 dropped" in printed
+
+
+def test_declining_the_baseline_asks_nothing_about_it(here, answer, capsys):
+    asked, _ = answer(*MODEL, *DATA, "no", "quit")
+    assert [q.split(" (")[0] for q in asked[-2:]] == [
+        "Measure the model before training, on held-out questions with references?",
+        "LoRA rank",
+    ]
+    said = "After training both are compared on 18 held-out questions, with answers of up to 100 tokens."
+    assert said in capsys.readouterr().out
+
+
+@pytest.fixture
+def short_model(here, tiny_model_folder):
+    """`short`: the tiny model with a context of 96 tokens."""
+    import shutil
+
+    shutil.copytree(tiny_model_folder, here / "short")
+    config = json.loads((here / "short/config.json").read_text())
+    (here / "short/config.json").write_text(json.dumps(config | {"max_position_embeddings": 96}))
+
+
+def test_a_default_that_was_taken_is_that_of_the_next_model(here, answer, short_model, capsys):
+    asked, _ = answer(*MODEL, "questions.json", "no", "", "back", "back", "short", "", "", "", "", "quit")
+    assert [q.strip() for q in asked if q.startswith("Maximum")] == [
+        "Maximum length in tokens (1 to 512) [512]:",
+        "Maximum length in tokens (1 to 96) [96]:",
+    ]
+    assert "does not fit any more" not in capsys.readouterr().out
+
+
+def test_an_answer_that_fits_no_more_is_said_and_dropped(here, answer, short_model, capsys):
+    asked, _ = answer(*MODEL, "questions.json", "no", "400", "back", "back", "short", "", "", "", "", "quit")
+    assert asked[-2].strip() == "Maximum length in tokens (1 to 96) [96]:"
+    said = "The answer from before does not fit any more. A whole number, 1 to 96; found '400'."
+    assert said in capsys.readouterr().out
+
+
+def test_the_base_is_asked_again_only_where_something_changed(here, answer, monkeypatch, capsys):
+    from tunesmith import api
+
+    measured = []
+    baseline = api.baseline
+    monkeypatch.setattr(
+        api,
+        "baseline",
+        lambda recipe, **o: measured.append(recipe.evaluation.max_items) or baseline(recipe, **o),
+    )
+    answer(
+        *MODEL, *DATA, *BASELINE, "back", "", "", "", "2", "4", "", "1", "back", "back", "", "7", "",
+        "back", "back", "back", "", "", "", "", "50", "", "", "", "quit",
+    )  # fmt: skip
+    assert measured == [18, 7, 7], "once, then for other questions, then for another length"
+    printed = capsys.readouterr().out
+    assert printed.count("the base is not asked again") == 1
+    assert printed.count("95 % interval") == 4, "the figures are shown every time"
+
+
+def test_what_later_steps_said_of_another_model_does_not_count(here, answer, monkeypatch):
+    """On CUDA the precision goes by the model; that of the training's step must not outlive a change of it."""
+    from tunesmith import api
+
+    precision, planned = ["bf16"], []
+    plan = api.plan
+    monkeypatch.setattr(wizard, "_precision", lambda session: precision[0])
+    monkeypatch.setattr(
+        api, "plan", lambda recipe: planned.append(recipe.training.mixed_precision) or plan(recipe)
+    )
+    step = wizard.model_step
+
+    def changing(session):
+        step(session)
+        precision[0] = "no" if planned else "bf16"
+
+    monkeypatch.setattr(wizard, "STEPS", (("model", changing), *wizard.STEPS[1:]))
+    answer(*MODEL, *DATA, "no", *LORA, "1", "4", "1e-3", *["back"] * 5, "", "", "", "", "", "", "quit")
+    assert planned == ["bf16", "bf16", "no"]
+
+
+def test_changed_rows_are_asked_anew(here, answer, monkeypatch):
+    """The same answers, but another file under the same name."""
+    from tunesmith import api
+
+    measured = []
+    baseline = api.baseline
+    monkeypatch.setattr(api, "baseline", lambda recipe, **o: measured.append(1) or baseline(recipe, **o))
+    step = wizard.lora_step
+
+    def rewrite(session):
+        rows = [{"prompt": f"what is the count of {i}", "response": f"red {i % 5}"} for i in range(90)]
+        (here / "questions.json").write_text(json.dumps(rows), encoding="utf-8")
+        step(session)
+
+    steps = tuple((title, rewrite if title == "LoRA" else made) for title, made in wizard.STEPS)
+    monkeypatch.setattr(wizard, "STEPS", steps)
+    answer(*MODEL, *DATA, "yes", "5", "4", "back", "", "", "", "quit")
+    assert measured == [1, 1]
 
 
 def test_wrong_answers_are_said_and_asked_again(here, answer, capsys):
@@ -135,7 +317,7 @@ def test_wrong_answers_are_said_and_asked_again(here, answer, capsys):
     answer(
         "no-such-model", "./mod", "model", "taken", "new",
         "question.json", "questions.json", "maybe", "no", "999", "0", "64",
-        "no", "23", "2", "0", "4",
+        "yes", "23", "2", "0", "4",
         "x", "2", "", "1", "0.2",
         "0", "1", "", "0", "quit",
     )  # fmt: skip
@@ -160,7 +342,7 @@ def test_wrong_answers_are_said_and_asked_again(here, answer, capsys):
 
 
 def test_columns_of_ones_own_are_asked_for_by_name(here, answer, capsys):
-    asked, _ = answer(*MODEL, "odd.json", "no", "64", "question", "ask", "say", "no", "", "4", "quit")
+    asked, _ = answer(*MODEL, "odd.json", "no", "64", "question", "ask", "say", "no", "quit")
     printed = capsys.readouterr().out
     assert "There is no column 'question'. Columns there: ask, say." in printed
     assert [q for q in asked if q.startswith("Column")][-1] == "Column of the answer: "
@@ -194,7 +376,7 @@ def test_a_model_without_known_attention_gets_all_linear_layers(here, answer, mo
         return find(model, targets)
 
     monkeypatch.setattr(models, "target_modules", unknown)
-    answer(*MODEL, *DATA, "no", "", "4", *LORA, "quit")
+    answer(*MODEL, *DATA, "no", *LORA, "quit")
     printed = capsys.readouterr().out
     assert "No module is known as attention. So the adapter sits on all linear layers" in printed
     assert "mlp.down_proj" in printed
@@ -202,13 +384,13 @@ def test_a_model_without_known_attention_gets_all_linear_layers(here, answer, mo
 
 def test_back_at_every_step_keeps_the_answers_as_defaults(here, answer):
     asked, _ = answer(
-        "back", *MODEL, "back", "", "", *DATA, "back", "", "", "", *BASELINE, "back", "no", "", "", *LORA, "back",
+        "back", *MODEL, "back", "", "", *DATA, "back", "", "", "", *BASELINE, "back", "", "", "", *LORA, "back",
         "", "", "", "1", "back", "quit",
     )  # fmt: skip
     asked = [q.strip() for q in asked]
     assert asked[:2] == ["Enter model name [gpt2]:"] * 2, "the first step has none before it"
     assert asked[4:6] == ["Enter model name [model]:", "Enter output directory [./finetuned_model]:"]
-    assert "Maximum length in tokens [64]:" in asked
+    assert "Maximum length in tokens (1 to 512) [64]:" in asked
     assert "Longest answer in tokens [4]:" in asked
     assert "LoRA rank (r) [2]:" in asked
 
@@ -273,14 +455,20 @@ def test_a_session_trains_compares_uploads_and_says_how_to_repeat_it(here, answe
     assert arguments[3:] == [str(second.path / "recipe.yaml"), "--name", "finetuned_model-3"]
 
 
-def test_ctrl_c_after_the_training_names_the_run(here, answer, capsys):
-    answer(*MODEL, *DATA, "no", "", "4", *LORA, *TRAINING, "^C")
+def test_ctrl_c_after_the_training_names_the_run(here, answer, brief, capsys):
+    answer(*MODEL, *DATA, "no", *LORA, *TRAINING, "^C")
     printed = capsys.readouterr().out
     assert f"Kept: the finished run {here / 'finetuned_model'}" in printed
     assert "again     tunesmith train" in printed
 
 
-def test_a_stopped_training_is_named_with_its_checkpoint(here, answer, monkeypatch, capsys):
+def test_after_a_training_its_folder_is_no_default_any_more(here, answer, brief):
+    asked, _ = answer("model", "runs/mine", *DATA, "no", *LORA, *TRAINING, "go", *["back"] * 5, "", "quit")
+    assert "Enter output directory [runs/mine-2]:" in [q.strip() for q in asked]
+    assert [q.strip() for q in asked].count("Press Enter to go on:") == 2, "nothing else is an answer there"
+
+
+def test_a_stopped_training_is_named_with_its_checkpoint(here, answer, brief, monkeypatch, capsys):
     import signal
 
     from tunesmith.training.run import Run
@@ -293,7 +481,7 @@ def test_a_stopped_training_is_named_with_its_checkpoint(here, answer, monkeypat
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Run, "progress", stop)
-    _, result = answer(*MODEL, *DATA, "no", "", "4", *LORA, *TRAINING)
+    _, result = answer(*MODEL, *DATA, "no", *LORA, *TRAINING)
     printed = capsys.readouterr().out
     assert "finetuned_model, with checkpoint-step-2" in printed
     assert f"tunesmith resume {here / 'finetuned_model'}" in printed
@@ -363,11 +551,9 @@ def test_json_is_not_for_questions(monkeypatch):
     assert json.loads(result.stdout.splitlines()[-1])["exit_code"] == 1
 
 
-def test_an_upload_that_fails_keeps_the_step_and_the_model(here, answer, monkeypatch, capsys):
+def test_an_upload_that_fails_keeps_the_step_and_the_model(here, answer, brief, monkeypatch, capsys):
     monkeypatch.setattr("getpass.getpass", lambda prompt: "")
-    _, result = answer(
-        *MODEL, *DATA, "no", "", "4", *LORA, *TRAINING, "", "yes", "me/mine", "", "", "back", "", "no"
-    )
+    _, result = answer(*MODEL, *DATA, "no", *LORA, *TRAINING, "", "yes", "me/mine", "", "", "back", "", "no")
     printed = capsys.readouterr().out
     assert f"not uploaded to me/mine; it is whole in {result['run']}/final_model" in printed
     assert printed.count("of 7: upload") == 3
@@ -433,6 +619,41 @@ def test_tab_completes_and_back_and_quit_work_on_a_terminal(terminal):
     child.sendline("back")
     child.expect("Step 1 of 7: model")
     child.expect(r"Enter model name \[model/\]: ")
+    child.sendline("quit")
+    child.expect("Nothing was written")
+    assert ended(child) == 0
+
+
+def test_going_back_on_a_terminal_shows_the_defaults_of_what_is_chosen_now(terminal, short_model):
+    child = terminal()
+    walk(child, ("Enter model name", "model"), ("Enter output directory", ""))
+    walk(child, ("Enter dataset path", "/nope.json"))
+    child.expect("There is no file /nope.json")
+    child.expect("Check the path")
+    walk(child, ("Enter dataset path", "questions.json"), ("Limit number", "no"))
+    walk(child, (r"Maximum length in tokens \(1 to 512\) \[512\]: ", "400"), ("Measure the model", "back"))
+    walk(
+        child,
+        ("Enter dataset path", "back"),
+        (r"Enter model name \[model\]: ", "short"),
+        ("Enter output", ""),
+    )
+    walk(child, (r"Enter dataset path or name \[questions.json\]: ", ""), (r"Limit number[^\r]*\[no\]: ", ""))
+    child.expect("does not fit any more. A whole number, 1 to 96; found '400'")
+    walk(child, (r"Maximum length in tokens \(1 to 96\) \[96\]: ", "64"), ("Measure the model", ""))
+    walk(child, (r"Number of questions \(1 to 18\) \[18\]: ", ""), ("Longest answer", "4"))
+    walk(
+        child,
+        ("LoRA rank", "back"),
+        ("Measure the model", ""),
+        ("Number of questions", ""),
+        ("Longest answer", ""),
+    )
+    child.expect("the base is not asked again")
+    walk(child, ("LoRA rank", "back"), ("Measure the model", "no"))
+    child.expect("compared on 18 held-out questions, with answers of up to 100 tokens")
+    child.expect(r"LoRA rank \(r\) \[8\]: ")
+    assert "Number of questions" not in child.before
     child.sendline("quit")
     child.expect("Nothing was written")
     assert ended(child) == 0
@@ -519,6 +740,6 @@ def test_a_verb_s_error_keeps_the_step(here, answer, monkeypatch, capsys):
         return plan(recipe)
 
     monkeypatch.setattr(api, "plan", once)
-    asked, _ = answer(*MODEL, *DATA, "no", "no", "", "4", "quit")
+    asked, _ = answer(*MODEL, *DATA, "no", "no", "quit")
     assert "The disk is full." in capsys.readouterr().out
     assert sum(q.startswith("Measure the model") for q in asked) == 2

@@ -926,7 +926,10 @@ def _templates(_: str | None) -> list[dict[str, Any]]:
 def _methods(_: str | None) -> list[dict[str, Any]]:
     from tunesmith.compose import union_members
 
-    return [{"name": kind, "about": section.__doc__} for kind, section in union_members("method").items()]
+    return [
+        {"name": kind, "about": " ".join(str(section.__doc__).split())}
+        for kind, section in union_members("method").items()
+    ]
 
 
 def _metrics(_: str | None) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,9 @@ Kind = Literal["causal", "seq2seq", "encoder", "image-text", "other"]
 
 PARTS = ("embeddings", "attention", "feed-forward", "norms", "head", "vision", "other")
 """What parameters are counted under; a weight that two parts share counts once, under the first."""
+
+TRAINED: tuple[Kind, ...] = ("causal", "seq2seq")
+"""Kinds that a method here trains."""
 
 NEEDS: dict[Kind, str] = {
     "causal": "method kind sft: it continues a text",
@@ -42,6 +45,9 @@ STORED = {
     "BOOL": "bool",
 }  # fmt: skip
 """Types as safetensors headers name them."""
+
+QLORA = " (--qlora)"
+"""What is said beside 4 bits of a model that can be trained so."""
 
 NF4_BLOCK, CONSTANT_BLOCK = 64, 256
 """4-bit weights share one constant per 64, and doubly quantized constants one per 256 of these (QLoRA,
@@ -117,8 +123,10 @@ class Architecture:
     context: int | None
     vocabulary: int | None
     lora_targets: tuple[str, ...]
-    lora_rank: int
-    lora_parameters: int
+    """What `--lora` would train, or what the folder's own adapter does; empty where nothing is known."""
+    lora_rank: int | None
+    lora_parameters: int | None
+    """Parameters of that adapter; None where there is none to speak of."""
     template: str | None
     """Where the chat template is from; None where the model has none."""
     stored: Mapping[str, int] = field(default_factory=dict)
@@ -136,6 +144,7 @@ class Architecture:
     def entries(self) -> list[dict[str, Any]]:
         """The summary as `show model` lists it: a name, words for people, and the value they stand for."""
         layers = f"{self.layers} encoder and {self.decoder_layers} decoder layers"
+        targets, size = self._adapter_words()
         lines: list[tuple[str, str, Any]] = [
             ("architecture", self.architecture, self.architecture),
             ("kind", f"{self.kind}: {self.needs}", self.kind),
@@ -169,13 +178,8 @@ class Architecture:
             ("context", f"{self.context:,} tokens" if self.context else "not stated", self.context),
             ("vocabulary", f"{self.vocabulary:,} tokens" if self.vocabulary else "none", self.vocabulary),
             ("chat template", self.template or "none", self.template),
-            ("adapter targets", ", ".join(self.lora_targets) or "none", list(self.lora_targets)),
-            (
-                "adapter size",
-                f"{self.lora_parameters:,} trainable parameters at rank {self.lora_rank} "
-                f"({self.lora_parameters / self.parameters:.4%})",
-                self.lora_parameters,
-            ),
+            ("adapter targets", targets, list(self.lora_targets)),
+            ("adapter size", size, self.lora_parameters),
             *(("note", note, note) for note in self.notes),
             ("modules", self.modules, None),
         ]
@@ -184,6 +188,17 @@ class Architecture:
             for name, about, value in lines
             if about
         ]
+
+    def _adapter_words(self) -> tuple[str, str]:
+        """Targets and size of an adapter, for people."""
+        if self.kind not in TRAINED:
+            return f"none: {self.needs}", ""
+        named = ", ".join(self.lora_targets) or "not known: name them with --target-modules"
+        if self.lora_parameters is None:
+            return named, ""
+        rank = f" at rank {self.lora_rank}" if self.lora_rank else ""
+        share = self.lora_parameters / self.parameters
+        return named, f"{self.lora_parameters:,} trainable parameters{rank} ({share:.4%})"
 
 
 def architecture(base: str, *, revision: str | None = None) -> Architecture:
@@ -203,12 +218,19 @@ def architecture(base: str, *, revision: str | None = None) -> Architecture:
     packed = _packed(model, quantization) if quantization else {}
     lora = LoRA()
     targets: tuple[str, ...] = ()
-    if kind in ("causal", "seq2seq"):
+    if kind in TRAINED:
         try:
             targets = tuple(models.target_modules(model, lora.targets))
         except ModelError as error:
             notes.append(f"LoRA needs --target-modules here: {error.problem}")
     vocabulary, template, said = _tokenizer(base, revision)
+    memory_as = _memory_as(model, kind)
+    eight, four = list(memory_as.values())[-2:]
+    if four > eight:
+        notes.append(
+            "4 bits take more than 8 bits here: each matrix has tables of 272 constants, more than these small "
+            "matrices save"
+        )
     text = config.get_text_config()
     parts = _parts(model)
     return Architecture(
@@ -228,12 +250,12 @@ def architecture(base: str, *, revision: str | None = None) -> Architecture:
         memory=None
         if quantized and not quantization
         else _memory(model, dtype, quantization or Quantization("none", 16, None), packed),
-        memory_as=_memory_as(model),
+        memory_as=memory_as,
         context=context_length(model),
         vocabulary=vocabulary or _first(text, "vocab_size"),
         lora_targets=targets,
-        lora_rank=lora.rank,
-        lora_parameters=_lora_parameters(model, targets, lora.rank),
+        lora_rank=lora.rank if targets else None,
+        lora_parameters=_lora_parameters(model, targets, lora.rank) if targets else None,
         template=template,
         stored=stored,
         notes=(*notes, *said),
@@ -309,15 +331,48 @@ def _modules(base: str, config: Any, kind: Kind) -> Any:
 
 
 def _with_adapter(base: str, file: Path) -> Architecture:
-    """The base of an adapter, with what the adapter adds."""
-    from dataclasses import replace
-
+    """The base of an adapter, with what the adapter adds: its own targets, rank and weights."""
     saved = json.loads(file.read_text(encoding="utf-8"))
     below = architecture(str(saved.get("base_model_name_or_path")))
     targets = saved.get("target_modules") or []
-    named = targets if isinstance(targets, str) else ", ".join(sorted(targets))
-    words = f"{saved.get('peft_type', 'adapter')}, rank {saved.get('r')}, on {named} of {below.name}"
-    return replace(below, name=base, adapter=words)
+    # A text is a pattern of module names.
+    named = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+    ranks = sorted({saved.get("r"), *(saved.get("rank_pattern") or {}).values()} - {None})
+    extra = saved.get("modules_to_save") or []
+    words = (
+        saved.get("peft_type", "adapter") + f", rank {' and '.join(map(str, ranks))}" * bool(ranks)
+        + f", on {', '.join(named)} of {below.name}" + f", with {', '.join(extra)} trained in full" * bool(extra)
+    )  # fmt: skip
+    weights = file.with_name("adapter_model.safetensors")
+    tensors = _tensors(weights) if weights.is_file() else {}
+    sizes: dict[str, int] = {name: math.prod(tensor["shape"]) for name, tensor in tensors.items()}
+    # PEFT runs the updates in float32, whatever the base is in; modules trained in full stand beside the base's
+    # own in the base's type, and biases in their place.
+    updates = sum(size for name, size in sizes.items() if ".lora_" in name)
+    copies = sum(
+        size for name, size in sizes.items() if set(name.split(".")) & set(extra) and ".lora_" not in name
+    )
+
+    def added(dtype: str) -> int:
+        return 4 * updates + BYTES.get(dtype, 2) * copies
+
+    notes = () if tensors else (f"the folder has no {weights.name}: the adapter's size is not known",)
+    vocabulary, template, missing = _tokenizer(base, None)
+    if missing:  # the base's own, as loading does it
+        vocabulary, template = below.vocabulary, below.template
+    return replace(
+        below,
+        name=base,
+        vocabulary=vocabulary,
+        template=template,
+        adapter=words,
+        lora_targets=named,
+        lora_rank=ranks[0] if len(ranks) == 1 else None,
+        lora_parameters=sum(sizes.values()) if sizes else None,
+        memory=None if below.memory is None else below.memory + added(below.dtype),
+        memory_as={name.removesuffix(QLORA): count + added(name) for name, count in below.memory_as.items()},
+        notes=(*below.notes, *notes),
+    )
 
 
 def _tokenizer(base: str, revision: str | None) -> tuple[int | None, str | None, list[str]]:
@@ -330,19 +385,24 @@ def _tokenizer(base: str, revision: str | None) -> tuple[int | None, str | None,
 
 
 def _stored(folder: Path) -> dict[str, int]:
-    """Bytes by type in the safetensors files of a folder, read from their headers only.
-
-    The format: 8 bytes that give the header's length, then JSON with type, shape and place of each tensor.
-    """
+    """Bytes by type in the safetensors files of a folder, read from their headers only."""
     found: Counter[str] = Counter()
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
-        with file.open("rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                begin, end = tensor["data_offsets"]
-                found[STORED.get(tensor["dtype"], tensor["dtype"])] += end - begin
+        for tensor in _tensors(file).values():
+            begin, end = tensor["data_offsets"]
+            found[STORED.get(tensor["dtype"], tensor["dtype"])] += end - begin
     return dict(found.most_common())
+
+
+def _tensors(file: Path) -> dict[str, Any]:
+    """Type, shape and place of each tensor in a safetensors file, from its header.
+
+    The format: 8 bytes that give the header's length, then JSON.
+    """
+    with file.open("rb") as opened:
+        header: dict[str, Any] = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    header.pop("__metadata__", None)
+    return header
 
 
 def _dtype(config: Any, stored: Mapping[str, int], quantized: Mapping[str, Any]) -> tuple[str, str]:
@@ -413,14 +473,14 @@ def _memory(model: Any, dtype: str, quantization: Quantization, packed: Mapping[
     return int(unpacked) + int(buffers) + sum(quantization.bytes_of(*size) for size in packed.values())
 
 
-def _memory_as(model: Any) -> dict[str, int]:
+def _memory_as(model: Any, kind: Kind) -> dict[str, int]:
     """Memory of the model in the types that a user can choose between."""
     plain = {
         name: _memory(model, name, Quantization("none", 16, None), {}) for name in ("float32", "bfloat16")
     }
     for label, quantization in (
         ("8 bits", Quantization("bitsandbytes", 8, None)),
-        ("4 bits (--qlora)", Quantization("bitsandbytes", 4, NF4_BLOCK, double=True)),
+        ("4 bits" + QLORA * (kind in TRAINED), Quantization("bitsandbytes", 4, NF4_BLOCK, double=True)),
     ):
         plain[label] = _memory(model, "bfloat16", quantization, _packed(model, quantization))
     return plain

@@ -102,9 +102,10 @@ PARTS = (
     "model_examples", "datasets", "fine_tuning_methods", "evaluation_metrics", "tokenization_strategies",
     "collation_strategies",
 )  # fmt: skip
-SHORT = {"models": "model_examples", "methods": "fine_tuning_methods", "metrics": "evaluation_metrics",
-         "tokenization": "tokenization_strategies", "collation": "collation_strategies"}  # fmt: skip
-"""What parts may be called as well."""
+SHORT = {"models": "model_examples", "datasets": "datasets", "methods": "fine_tuning_methods",
+         "metrics": "evaluation_metrics", "tokenization": "tokenization_strategies",
+         "collation": "collation_strategies"}  # fmt: skip
+"""What the parts are called on the command line; their names in a catalogue file are understood as well."""
 
 
 @contextlib.contextmanager
@@ -148,14 +149,29 @@ def user_file() -> Path | None:
 def resolved(source: Mapping[str, Any]) -> dict[str, Any]:
     """A data source's fields, with a name of the catalogue replaced by what it stands for.
 
-    Fields that are set, and not to what they are by default, stay as they are.
+    Fields that are given stay as they are, also where they say what is the default anyway.
     """
     entry = _entry(source.get("dataset"))
     if entry is None:
         return dict(source)
-    defaults = {name: field.get_default() for name, field in DataSource.model_fields.items()}
-    given = {n: v for n, v in source.items() if n != "dataset" and (n not in defaults or v != defaults[n])}
-    return {**entry.layer(), **given}
+    return {**entry.layer(), **{name: value for name, value in source.items() if name != "dataset"}}
+
+
+def above(source: Mapping[str, Any], name: Any) -> dict[str, Any]:
+    """What remains of a lower layer's fields of a data source when a layer above names this data set.
+
+    A recipe that a run has written holds every field of its own data set, most of them at their defaults, and
+    these are nobody's wish for another set: what the entry says of them holds.
+    """
+    entry = _entry(name)
+    if entry is None:
+        return dict(source)
+    said = entry.layer()
+    return {
+        field: value
+        for field, value in source.items()
+        if field not in said or value != DataSource.model_fields[field].get_default()
+    }
 
 
 def notes(data: Any) -> list[str]:
@@ -167,10 +183,12 @@ def notes(data: Any) -> list[str]:
         if entry:
             layer = entry.layer()
             path = layer.pop("dataset")
-            settings = ", ".join(f"{name} {value}" for name, value in layer.items())
+            settings = ", ".join(f"{name} {value}" for name, value in layer.items() if name not in part)
+            instead = ", ".join(f"{name} {part[name]}" for name in layer if name in part)
             said.append(
                 f"data set '{part['dataset']}' of the catalogue is {path}"
                 + (f": {settings}" if settings else "")
+                + (f"; given instead of what it says: {instead}" if instead else "")
             )
     return said
 
@@ -209,21 +227,42 @@ def get_available_options(key: str, config: Mapping[str, Any] | None = None) -> 
         if key not in config:
             raise RecipeError(f"The configuration has no '{key}'.", fix=nearest(key, config))
         return list(config[key])
-    return [entry["key"] for entry in entries(key)]
+    return [entry["key"] for entry in _listed(_part(key))]
 
 
-def entries(part: str | None = None) -> list[dict[str, Any]]:
-    """The catalogue, or a part of it, as `show catalog` lists it. Raises RecipeError naming the parts."""
-    part = SHORT.get(part, part) if part else None
-    if part and part not in PARTS:
-        raise RecipeError(f"The catalogue has no part '{part}'.", fix=nearest(part, [*PARTS, *SHORT]))
+def entries(wanted: str | None = None) -> list[dict[str, Any]]:
+    """The catalogue, a part of it, or what has this name in any part, as `show catalog` lists it.
+
+    Raises RecipeError naming what was probably meant, or the parts.
+    """
+    if wanted in (*PARTS, *SHORT):
+        return _listed(_part(str(wanted)))
+    every = [entry for part in PARTS for entry in _listed(part)]
+    if wanted is None:
+        return every
+    found = [entry for entry in every if entry["key"] == wanted]
+    if not found:
+        known = [*SHORT, *(entry["key"] for entry in every)]
+        raise RecipeError(
+            f"The catalogue has neither a part nor an entry '{wanted}'.",
+            fix=nearest(wanted, known if closest(wanted, known) else SHORT),
+        )
+    return found
+
+
+def _part(name: str) -> str:
+    part = SHORT.get(name, name)
+    if part not in PARTS:
+        raise RecipeError(f"The catalogue has no part '{name}'.", fix=nearest(name, SHORT))
+    return part
+
+
+def _listed(part: str) -> list[dict[str, Any]]:
     listed = {"model_examples": _models, "datasets": _datasets, "fine_tuning_methods": _methods,
               "evaluation_metrics": _metrics}  # fmt: skip
-    found = []
-    for name in [part] if part else PARTS:
-        lines = listed[name]() if name in listed else _strategies(name)
-        found += [{"name": f"{name}: {line['key']}", "part": name, **line} for line in lines]
-    return found
+    lines = listed[part]() if part in listed else _strategies(part)
+    short = next(name for name, long in SHORT.items() if long == part)
+    return [{"name": f"{short}: {line['key']}", "part": part, **line} for line in lines]
 
 
 def _models() -> list[dict[str, Any]]:
@@ -252,7 +291,10 @@ def _datasets() -> list[dict[str, Any]]:
 def _methods() -> list[dict[str, Any]]:
     from tunesmith.compose import union_members
 
-    return [{"key": kind, "about": str(section.__doc__)} for kind, section in union_members("method").items()]
+    return [
+        {"key": kind, "about": " ".join(str(section.__doc__).split())}
+        for kind, section in union_members("method").items()
+    ]
 
 
 def _metrics() -> list[dict[str, Any]]:

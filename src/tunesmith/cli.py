@@ -760,7 +760,9 @@ def show_verb(
     ],
     name: Annotated[
         str | None,
-        typer.Argument(help="For `model`: a run, folder, Hub id or `tiny`. For `catalog`: one part of it."),
+        typer.Argument(
+            help="For `model`: a run, folder, Hub id or `tiny`. For `catalog`: a part of it, or a name in it."
+        ),
     ] = None,
     *,
     catalog_file: CatalogOption = None,

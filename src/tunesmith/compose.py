@@ -16,6 +16,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from tunesmith.catalog import above
 from tunesmith.catalog import notes as catalog_notes
 from tunesmith.errors import RecipeError, closest, nearest
 from tunesmith.recipe import DataSource, Recipe, Task, fields, sections_of
@@ -58,6 +59,7 @@ def compose(
         layers.append(("preset " + preset, preset_layer(preset)))
         flag_layer["preset"] = preset
     layers += [(str(file), file_layer), ("the command line", flag_layer)]
+    layers = _for_data_set(layers)
     merged, notes = merge(layers)
     return Composition(validated(merged), (*notes, *catalog_notes(merged.get("data"))))
 
@@ -74,6 +76,22 @@ def merge(layers: list[tuple[str, Layer]]) -> tuple[Layer, list[str]]:
             merged[name], dropped = _union(name, parts)
             notes += dropped
     return merged, notes
+
+
+def _for_data_set(layers: list[tuple[str, Layer]]) -> list[tuple[str, Layer]]:
+    """The layers, with what those below the one that names the data set say without meaning this set left out."""
+    data = [layer.get("data") for _, layer in layers]
+    naming = [n for n, part in enumerate(data) if isinstance(part, dict) and "dataset" in part]
+    if not naming:
+        return layers
+    top = naming[-1]
+    name = layers[top][1]["data"]["dataset"]
+    return [
+        (who, {**layer, "data": above(layer["data"], name)})
+        if n < top and isinstance(layer.get("data"), dict)
+        else (who, layer)
+        for n, (who, layer) in enumerate(layers)
+    ]
 
 
 def _overlaid(lower: Layer, upper: Mapping[str, Any]) -> Layer:

@@ -95,7 +95,7 @@ def locate(base: str, *, revision: str | None = None) -> str:
     near = {p.name: str(p) for p in path.parent.iterdir() if _holds_model(p)} if path.parent.is_dir() else {}
     if path.exists():
         raise ModelError(f"{base} is a file, not a model's folder or a run.", fix=_proposed(path.name, near))
-    if _is_path(base):
+    if is_path(base):
         raise ModelError(f"There is no model folder or run {base}.", fix=_proposed(path.name, near))
     location, problem = _on_hub(base, revision)
     if problem:
@@ -113,7 +113,7 @@ def _holds_model(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "adapter_config.json", "final_model"))
 
 
-def _is_path(base: str) -> bool:
+def is_path(base: str) -> bool:
     """Whether a name that is not there can only be a path: no Hub id looks like it."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -306,6 +306,54 @@ def load_model(
         # A Hub model that came from the cache's folder is still that of the Hub.
         model.name_or_path = model.config.name_or_path = base
     return model if quantize else model.to(device)
+
+
+def load_scorer(base: str, *, dtype: str = "float32", device: str = "cpu") -> Any:
+    """A reward model: a sequence classifier of one output, in evaluation mode, its weights frozen. An adapter's folder
+    gives its base with the adapter and the trained output on it.
+
+    Raises ModelError for a model without such an output: a new one would score at random.
+    """
+    import torch
+    import transformers
+
+    location = locate(base)
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, dtype),
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "num_labels": 1,
+    }
+    try:
+        if (Path(location) / "adapter_config.json").is_file():
+            import peft
+
+            config = peft.PeftConfig.from_pretrained(location)
+            if config.task_type != "SEQ_CLS":
+                raise ModelError(
+                    f"{base} is no reward model.",
+                    found=f"an adapter for {config.task_type}",
+                    fix="Give the folder of a sequence classifier with one output, or of a run that trained one.",
+                )
+            model = peft.AutoPeftModelForSequenceClassification.from_pretrained(location, **options)
+        else:
+            found = transformers.AutoModelForSequenceClassification.from_pretrained(
+                location, output_loading_info=True, **options
+            )
+            model, info = found
+            if info["missing_keys"] or info["mismatched_keys"]:
+                missing = sorted([*info["missing_keys"], *(str(k[0]) for k in info["mismatched_keys"])])
+                raise ModelError(
+                    f"{base} is no reward model.",
+                    found=f"no trained weights with one output for {', '.join(missing[:4])}",
+                    fix="Give the folder of a sequence classifier with one output, or of a run that trained one.",
+                )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise _not_loaded("model", base, error) from error
+    model.requires_grad_(False)
+    return model.eval().to(device)
 
 
 def outline(base: str, *, revision: str | None = None) -> Any:

@@ -7,7 +7,7 @@ A choice is a tagged union (`adapter: {kind: lora, rank: 8}`). Unknown keys are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
@@ -217,6 +217,105 @@ class Seq2Seq(Section):
     last one."""
 
 
+class MetricReward(Section):
+    """A metric of evaluation as a reward (`tunesmith show metrics`), computed from prompt, answer and reference."""
+
+    kind: Literal["metric"] = "metric"
+
+    name: str
+    """Name of a metric that scores answers one by one. Where lower is better it counts against an answer."""
+
+    weight: float = 1.0
+    """What the reward is multiplied with in the sum of all rewards."""
+
+
+class PythonReward(Section):
+    """A function of the user's own: `(prompt, completion, reference) -> float`."""
+
+    kind: Literal["python"] = "python"
+
+    function: str
+    """`module:function`, importable from the folder in which the command is run."""
+
+    weight: float = 1.0
+    """What the reward is multiplied with in the sum of all rewards."""
+
+
+class ModelReward(Section):
+    """A reward model: a sequence classifier with one output, which is the score of prompt and answer."""
+
+    kind: Literal["model"] = "model"
+
+    model: str
+    """Folder or Hub id of the reward model, or the folder of the run that trained it."""
+
+    batch_size: PositiveInt = 16
+    """Answers per forward pass."""
+
+    weight: float = 1.0
+    """What the reward is multiplied with in the sum of all rewards."""
+
+
+class JudgeReward(Section):
+    """A language model behind an OpenAI-compatible endpoint that rates each answer from 1 to 10; the reward is its
+    rating, brought to 0 to 1. Every answer costs a call."""
+
+    kind: Literal["judge"] = "judge"
+
+    base_url: str
+    """Address of the endpoint up to and without `/chat/completions`, such as `http://127.0.0.1:8000/v1`. Other
+    machines are asked over https only."""
+
+    model: str
+    """Name of the model as the endpoint knows it."""
+
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key. The key itself is never written anywhere."""
+
+    rubric: str | None = None
+    """What a good answer is, in a few sentences. By default: right, helpful, clear, and no longer than needed."""
+
+    max_tokens: PositiveInt = 512
+    """Longest reply of the judge."""
+
+    concurrency: PositiveInt = 4
+    """Calls under way at once."""
+
+    timeout: PositiveFloat = 60.0
+    """Seconds to wait for a reply."""
+
+    retries: NonNegativeInt = 3
+    """How often a call is repeated that failed or was not answered with a rating, before the run stops."""
+
+    weight: float = 1.0
+    """What the reward is multiplied with in the sum of all rewards."""
+
+
+def _rewards(value: Any) -> Any:
+    """Names of metrics and `module:function`, one or several, as the rewards that they mean."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return value
+    return [
+        item
+        if not isinstance(item, str)
+        else {"kind": "python", "function": item}
+        if ":" in item
+        else {"kind": "metric", "name": item}
+        for item in value
+    ]
+
+
+RewardSection = Annotated[
+    MetricReward | PythonReward | ModelReward | JudgeReward, Field(discriminator="kind")
+]
+Rewards = Annotated[list[RewardSection], BeforeValidator(_rewards)]
+"""Rewards with their weights; a plain name is a metric, `module:function` a function."""
+
+
 class PPO(Section):
     """Reinforcement learning with a learned value (PPO, arXiv 1707.06347): the model answers prompts, rewards score the
     answers, and it learns from them. A training step is one rollout: `per_device_train_batch_size` times
@@ -226,8 +325,13 @@ class PPO(Section):
 
     loss_on: ClassVar[Literal["answers"]] = "answers"
 
-    max_new_tokens: PositiveInt = 128
-    """Longest answer in tokens while training."""
+    rewards: Rewards = []
+    """What answers are worth: names of metrics, `module:function`, or entries of a kind with its fields
+    (`docs/rewards.md`). By default the metric on which the verdict rests."""
+
+    max_new_tokens: PositiveInt = 256
+    """Longest answer in tokens while training. A prompt that leaves no room for it within `data.max_length` is
+    dropped."""
 
     temperature: PositiveFloat = 1.0
     """Temperature at which answers are drawn, and of the probabilities that are learned from."""
@@ -568,10 +672,10 @@ def type_name(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(str(value) for value in get_args(annotation))
     if origin in (Union, UnionType):
-        return " | ".join(type_name(part) for part in get_args(annotation))
+        return " | ".join(dict.fromkeys(type_name(part) for part in get_args(annotation)))
     if origin is dict:
         return "names and names"
     if origin is list:
         return f"list of {type_name(get_args(annotation)[0])}"
     names = {bool: "true | false", int: "whole number", float: "number", str: "text", type(None): "null"}
-    return names.get(annotation, "data sources")
+    return names.get(annotation, "data sources" if annotation is DataSource else "rewards")

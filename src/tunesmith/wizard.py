@@ -15,13 +15,13 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.compose import Composition, compose, overlaid
-from tunesmith.errors import Interrupted, ModelError, TunesmithError
+from tunesmith.errors import Interrupted, ModelError, TunesmithError, counted
 from tunesmith.finetuner import GRADIENT_ACCUMULATION, NEW_TOKENS, get_user_input
 
 if TYPE_CHECKING:
@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 
 QUESTIONS = 100
 """Held-out questions that are asked unless another number is given."""
+
+OF_THE_DATA = (
+    "Enter dataset config",
+    "Load specific file from repo? (yes/no)",
+    "Enter file or pattern",
+    "Enter split",
+    "Column of the question",
+    "Column of the answer",
+)
+"""Questions whose answers hold for one data set only."""
 
 
 class Back(Exception):
@@ -40,6 +50,15 @@ class Quit(Exception):
     """The user wants to end."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the base model answered, and the parts of the recipe and the rows that this belongs to."""
+
+    parts: Any
+    rows: list[EvalRow]
+    result: Result
+
+
 @dataclass
 class Session:
     """What was answered so far, and what came of it."""
@@ -47,13 +66,15 @@ class Session:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     """A sparse part of the recipe for each step, so that going back replaces just that part."""
     answers: dict[str, str] = field(default_factory=dict)
-    """Earlier answers by question: the defaults when a step comes again."""
+    """Earlier answers by question: the defaults when a step comes again. A default that was taken is none,
+    because another model or data set may have another one."""
+    dataset: str | None = None
+    """The data set that those of OF_THE_DATA are about."""
     context: int | None = None
     """Context length of the model, in tokens."""
     targets: str = ""
     """Where the adapter sits on this model, in a sentence."""
-    measured: tuple[Any, list[EvalRow]] | None = None
-    """The base model's answers, and the parts of the recipe that they belong to."""
+    measured: Measured | None = None
     started: Path | None = None
     """Folder of the run that was started last."""
     result: Result | None = None
@@ -81,6 +102,9 @@ def run() -> dict[str, Any]:
         try:
             while number < len(STEPS):
                 title, step = STEPS[number]
+                for later, _ in STEPS[number:]:
+                    # What was answered there before may belong to another model or another data set.
+                    session.layers.pop(later.lower(), None)
                 say(f"\n[bold]Step {number + 1} of {len(STEPS)}: {title}[/]", markup=True)
                 try:
                     step(session)
@@ -142,7 +166,10 @@ def model_step(session: Session) -> None:
 
     say("A folder, a Hub id, a finished run, or `tiny`, which ships with tunesmith.", style="dim")
     base = ask(session, "Enter model name", "gpt2", found, lambda text: [*_paths(text), "tiny"])
-    folder = Path(ask(session, "Enter output directory", "./finetuned_model", _free_folder, _paths))
+    place = "Enter output directory"
+    if place in session.answers:  # since then a training may have written there
+        session.answers[place] = _free(session.answers[place])
+    folder = Path(ask(session, place, _free("./finetuned_model"), _free_folder, _paths))
     say("Looking at the model ...", style="dim")
     from tunesmith.generation import context_length
 
@@ -171,37 +198,46 @@ def model_step(session: Session) -> None:
 
 def data_step(session: Session) -> None:
     """Which examples, how many, how long, and how they are read."""
-    from tunesmith.data import formats, sources
-
-    def is_local(text: str) -> bool:
-        return text.startswith("example:") or Path(text).expanduser().exists()
+    from tunesmith import catalog
+    from tunesmith.assets import EXAMPLES
+    from tunesmith.data import OPENING, formats, sources
+    from tunesmith.data.shaping import SHAPING, shaped
+    from tunesmith.recipe import DataSource
 
     def found(text: str) -> str:
-        if is_local(text) or Path(text).suffix in sources.READERS or text.startswith((".", "/", "~")):
-            sources.open_source(text)  # says what is wrong with a path without asking the Hub
+        sources.locate(str(catalog.resolved({"dataset": text})["dataset"]))
         return text
 
-    from tunesmith.assets import EXAMPLES
-
-    names = [f"example:{name}" for name in EXAMPLES]
-    say("A file or folder, a Hub id, or `example:support` and others that ship.", style="dim")
+    names = [*(f"example:{name}" for name in EXAMPLES), *catalog.catalog().datasets]
+    say(
+        "A file or folder, a name of the catalogue, a Hub id, or `example:support` and others that ship.",
+        style="dim",
+    )
     dataset = ask(session, "Enter dataset path or name", None, found, lambda t: [*_paths(t), *names])
+    if dataset != session.dataset:
+        session.dataset = dataset
+        for question in OF_THE_DATA:
+            session.answers.pop(question, None)
     section: dict[str, Any] = {"dataset": dataset}
-    if not is_local(dataset):
-        section["config"] = ask(session, "Enter dataset config (empty for none)", "") or None
+    said = catalog.notes(section)
+    for note in said:
+        say(note)
+    if not (said or dataset.startswith("example:") or Path(dataset).expanduser().exists()):
+        section["config"] = optional(session, "Enter dataset config")
         if yes(session, "Load specific file from repo?", "no"):
             section["data_files"] = ask(session, "Enter file or pattern", None)
         section["split"] = ask(session, "Enter split", "train")
     if yes(session, "Limit number of samples?", "yes"):
         section["max_rows"] = number(session, "Number of samples", 1000, low=1)
     longest = min(512, session.context or 512)
-    section["max_length"] = number(session, "Maximum length in tokens", longest, low=1, high=session.context)
-    opening = {name: value for name, value in section.items() if name not in {"dataset", "max_length"}}
-    source = sources.read(dataset, **opening)
+    length = number(session, "Maximum length in tokens", longest, low=1, high=session.context)
+    fields = DataSource.model_validate(section)
+    opened = sources.open_source(fields.dataset, **fields.model_dump(include=OPENING))
+    source = sources.checked(shaped(opened, **fields.model_dump(include=SHAPING)), fields.dataset)
     columns = list(source.columns)
     say(f"{source.facts.count:,} rows with the columns {', '.join(columns)}")
     try:
-        detection = formats.detect(source)
+        detection = formats.detect(source, format=fields.format)
         say(f"They are read as {' and '.join(f.name for f in detection.formats)}: {detection.reason}.")
     except TunesmithError as error:
         say(error.problem)
@@ -213,7 +249,7 @@ def data_step(session: Session) -> None:
 
         section["input_text_key"] = ask(session, "Column of the question", None, column, lambda _: columns)
         section["output_text_key"] = ask(session, "Column of the answer", None, column, lambda _: columns)
-    session.layers["data"] = {"data": section}
+    session.layers["data"] = {"data": {**section, "max_length": length}}
 
 
 def baseline_step(session: Session) -> None:
@@ -233,22 +269,27 @@ def baseline_step(session: Session) -> None:
     for reason, count in rows["dropped"].items():
         say(f"dropped {count}: {reason}")
     held_out = counts["held_out"]
-    session.measured = None
     if not held_out:
         say("Nothing is held out of so few rows, so nothing will be measured.")
         session.layers["baseline"] |= {"evaluation": {"skip": True}}
         return
-    asked = number(session, "Number of questions", min(QUESTIONS, held_out), low=1, high=held_out)
-    new_tokens = number(session, "Longest answer in tokens", NEW_TOKENS, low=1)
-    evaluation = {"max_items": asked, "max_new_tokens": new_tokens}
-    session.layers["baseline"] |= {"evaluation": evaluation}
+    asked, new_tokens = min(QUESTIONS, held_out), NEW_TOKENS
+    if measure:
+        asked = number(session, "Number of questions", asked, low=1, high=held_out)
+        new_tokens = number(session, "Longest answer in tokens", new_tokens, low=1)
+    session.layers["baseline"] |= {"evaluation": {"max_items": asked, "max_new_tokens": new_tokens}}
     if not measure:
+        questions = counted(asked, "held-out question")
+        say(f"After training both are compared on {questions}, with answers of up to {new_tokens} tokens.")
         return
-    recipe = session.composed().recipe
-    with Display(quiet=False) as display:
-        result, base_rows = api.baseline(recipe, watch=display)
-    session.measured = (_measured_parts(session), base_rows)
-    say(scores_text(result))
+    parts = _measured_parts(session, counts)
+    if session.measured and session.measured.parts == parts:
+        say("Model, data and questions are as before, so the base is not asked again.")
+    else:
+        with Display(quiet=False) as display:
+            result, base_rows = api.baseline(session.composed().recipe, watch=display)
+        session.measured = Measured(parts, base_rows, result)
+    say(scores_text(session.measured.result))
 
 
 def lora_step(session: Session) -> None:
@@ -292,13 +333,14 @@ def training_step(session: Session) -> None:
     plan, rows = api.plan(composition.recipe)
     say(_plan_text(plan, rows, composition))
     if not yes(session, "Start training?", "yes"):
+        session.answers.pop("Start training? (yes/no)", None)
         say("Then once more.")
         return training_step(session)
     recipe = anchored(composition.recipe)
     session.started, session.result = Path(recipe.output_dir) / folder_name(recipe), None
     rows_kept: Sequence[EvalRow] = ()
-    if session.measured and session.measured[0] == _measured_parts(session):
-        rows_kept = session.measured[1]
+    if session.measured and session.measured.parts == _measured_parts(session, rows["rows"]):
+        rows_kept = session.measured.rows
     with Display(quiet=False) as display:
         session.result = api.train(recipe, base_rows=rows_kept, watch=display)
 
@@ -307,9 +349,13 @@ def comparison_step(session: Session) -> None:
     """Base against tuned on the held-out questions."""
     from tunesmith.cli import _result_text
 
+    def nothing(text: str) -> None:
+        if text:
+            raise ValueError("Press Enter, or type `back` or `quit`.")
+
     assert session.result
     say(_result_text(session.result))
-    ask(session, "Press Enter to go on", "")
+    ask(session, "Press Enter to go on", "", nothing)
 
 
 def upload_step(session: Session) -> None:
@@ -344,13 +390,27 @@ def ask(
     default: str | None,
     check: Callable[[str], Any] = str,
     complete: Callable[[str], Sequence[str]] = lambda text: (),
+    *,
+    hint: str = "",
 ) -> Any:
-    """An answer that passes its check, asked until one does. Raises Back and Quit when these are typed."""
-    shown = session.answers.get(question, default)
+    """An answer that passes its check, asked until one does. Raises Back and Quit when these are typed.
+
+    The default is the answer that was given before, where it still passes.
+    """
+    shown = default
+    if question in session.answers:
+        try:
+            check(session.answers[question])
+            shown = session.answers[question]
+        except (TunesmithError, ValueError) as error:
+            problem = error.problem if isinstance(error, TunesmithError) else str(error)
+            say(f"The answer from before does not fit any more. {problem}", style="dim")
+            del session.answers[question]
+    asked = f"{question} ({hint})" if hint else question
     while True:
         with offering(complete):
             try:
-                text = get_user_input(question, shown or None) or (shown or "")
+                text = get_user_input(asked, shown or None) or (shown or "")
             except EOFError:
                 raise Quit from None
         _turn(text)
@@ -363,8 +423,19 @@ def ask(
             for line in error.lines() if isinstance(error, TunesmithError) else [str(error)]:
                 say(line, style="red")
             continue
-        session.answers[question] = text
+        if text == default:
+            session.answers.pop(question, None)
+        else:
+            session.answers[question] = text
         return value
+
+
+def optional(session: Session, question: str) -> str | None:
+    """An answer that may be left out; a dash takes an earlier one back."""
+    text = ask(session, question, "", hint="- for none" if question in session.answers else "empty for none")
+    if text == "-":
+        session.answers.pop(question, None)
+    return None if text in {"", "-"} else str(text)
 
 
 def yes(session: Session, question: str, default: str) -> bool:
@@ -391,7 +462,8 @@ def number(session: Session, question: str, default: int, *, low: int, high: int
             raise ValueError(f"A whole number, {bounds}; found '{text}'.")
         return value
 
-    return int(ask(session, question, str(default), check))
+    hint = "" if high is None else bounds
+    return int(ask(session, question, str(default), check, hint=hint))
 
 
 def decimal(
@@ -470,6 +542,15 @@ def free_name(folder: Path) -> Path:
     return next(path for path in tries if not path.exists() or (path.is_dir() and not any(path.iterdir())))
 
 
+def _free(text: str) -> str:
+    """The folder as it is written, or the next one like it that is free."""
+    folder = Path(os.path.abspath(Path(text).expanduser()))
+    free = free_name(folder)
+    if free == folder:
+        return text
+    return str(free) if text.startswith(("/", "~")) else os.path.relpath(free)
+
+
 def _free_folder(text: str) -> str:
     folder = Path(os.path.abspath(Path(text).expanduser()))
     free = free_name(folder)
@@ -487,10 +568,11 @@ def _precision(session: Session) -> str:
     return "bf16" if is_seq2seq else "fp16"  # T5's layers overflow in fp16
 
 
-def _measured_parts(session: Session) -> Any:
+def _measured_parts(session: Session, counts: Mapping[str, int]) -> Any:
     """What the base's answers depend on."""
     recipe = session.composed().recipe
-    return (recipe.model, recipe.data, recipe.evaluation, recipe.training.mixed_precision)
+    precision = recipe.training.mixed_precision
+    return (recipe.model, recipe.data, recipe.method, recipe.evaluation, precision, dict(counts))
 
 
 def _paths(text: str) -> list[str]:

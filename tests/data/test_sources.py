@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tunesmith.data.sources import distinct, open_source, read
+from tunesmith.data.sources import distinct, locate, open_source, read
 from tunesmith.errors import DataError
 
 ROWS = [{"prompt": f"question {i}", "response": f"answer, {i}"} for i in range(3)]
@@ -163,11 +163,11 @@ def test_broken_files(tmp_path, name, content, expected):
 
 
 def test_only_data_files_are_proposed_for_a_missing_one(tmp_path):
-    for name in ("nope.csx", "nop.csv.md", "faq.csv"):
+    for name in ("nope.csx", "nop.csv.md", "nopes.csv"):
         (tmp_path / name).write_text("x")
     with pytest.raises(DataError) as error:
         read(str(tmp_path / "nope.csv"))
-    assert error.value.fix == f"Did you mean '{tmp_path / 'faq.csv'}'?"
+    assert error.value.fix == f"Did you mean '{tmp_path / 'nopes.csv'}'?"
 
 
 def test_missing_files_name_their_neighbors(tmp_path):
@@ -256,3 +256,98 @@ def test_sources_of_a_mix_are_told_apart(tmp_path, first, second, names):
     assert [[str(record.row) for record in source.scan()] for source in opened] == [
         [f"{name}:1", f"{name}:2"] for name in names
     ]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that has nothing and is slow to say so; gives the names it was asked for."""
+    import datasets
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    asked = []
+
+    def unreachable(_, name, **options):
+        asked.append((name, options["timeout"]))
+        raise ConnectionError("Name or service not known\nand more")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    return asked
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nope.jsonl", "NOPE.JSON", "folder/nope.csv", "folder/nope.tsv", "/nope", "./nope", "../nope", "~/nope",
+     "nope/", "a/b/c", "two words", "..", "nope.json.gz"],
+)  # fmt: skip
+def test_what_looks_like_a_path_never_goes_to_the_hub(tmp_path, monkeypatch, hub, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(DataError, match=r"There is no file|does not say which file"):
+        open_source(name)
+    assert hub == []
+
+
+@pytest.mark.parametrize("ask", [open_source, locate])
+def test_a_hub_out_of_reach_is_asked_once_and_briefly(hub, ask, monkeypatch):
+    """The libraries would try for half a minute."""
+    import time
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits to ask again"))
+    with pytest.raises(DataError) as error:
+        ask("someone/nope")
+    assert hub == [("someone/nope", 5.0)]
+    assert error.value.found == "the Hub cannot be reached (ConnectionError: Name or service not known)"
+
+
+def test_what_the_cache_has_is_read_though_the_hub_is_out_of_reach(hub, monkeypatch):
+    import datasets
+
+    seen = []
+
+    def load(*arguments, **options):
+        seen.append(datasets.config.HF_HUB_OFFLINE)
+        return datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert values(open_source("someone/cached")) == ROWS
+    assert seen == [True]
+    assert datasets.config.HF_HUB_OFFLINE is False
+    monkeypatch.setattr(datasets.load, "dataset_module_factory", lambda name: None)
+    locate("someone/cached")
+
+
+def test_a_hub_that_has_no_such_set_says_so(hub, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    for kind, words in (
+        (RepositoryNotFoundError, "no such data set"),
+        (RevisionNotFoundError, "revision 'old'"),
+    ):
+
+        def refuse(*_, kind=kind, **__):
+            raise kind.__new__(kind)
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
+        with pytest.raises(DataError, match="neither a file") as error:
+            open_source("someone/nope", revision="old")
+        assert words in error.value.found
+
+
+def test_a_missing_file_is_likened_to_others_by_name_alone(tmp_path, monkeypatch):
+    """Folder and suffix are the same for files that have nothing to do with each other."""
+    for name in ("odd.json", "questions.json"):
+        write(tmp_path / name, "[]")
+    with pytest.raises(DataError) as error:
+        open_source(str(tmp_path / "nope.json"))
+    assert error.value.fix == "Check the path; a Hub id looks like owner/name."
+    with pytest.raises(DataError) as error:
+        open_source(str(tmp_path / "question.jsonl"))
+    assert error.value.fix == f"Did you mean '{tmp_path / 'questions.json'}'?"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as error:
+        open_source("questions")
+    assert error.value.fix == "Did you mean 'questions.json'?", "it could be the Hub's, but is not"

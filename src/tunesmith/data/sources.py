@@ -7,6 +7,7 @@ and column. `open_source` leaves broken rows in the stream, for those who list t
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import hashlib
@@ -21,8 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from tunesmith import models
 from tunesmith.data.examples import Row
-from tunesmith.errors import DataError, counted, nearest
+from tunesmith.errors import DataError, closest, counted, nearest
 
 Role = Literal["train", "validation", "held_out"]
 
@@ -32,6 +34,22 @@ ROLES: dict[str, Role] = {
     "test": "held_out", "held_out": "held_out", "holdout": "held_out",
 }  # fmt: skip
 """Names of splits and files, and the role each one plays."""
+
+OTHER_FILES = {
+    ".tsv",
+    ".xls",
+    ".xlsx",
+    ".arrow",
+    ".zip",
+    ".gz",
+    ".zst",
+    ".xml",
+    ".html",
+    ".md",
+    ".pdf",
+    ".docx",
+}
+"""Suffixes of files that are no data to us, and none of a Hub id either."""
 
 SHOWN_PROBLEMS = 10
 
@@ -345,14 +363,76 @@ def _local(dataset: str) -> Path | None:
     path = Path(dataset).expanduser()
     if path.exists():
         return path
-    if path.suffix.lower() in READERS or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
-        beside = path.parent.iterdir() if path.parent.is_dir() else ()
-        near = [str(p) for p in beside if p.suffix.lower() in READERS]
+    if path.suffix.lower() in OTHER_FILES or models.is_path(dataset):
+        near = _file_like(path)
         raise DataError(
             f"There is no file {dataset}.",
-            fix=nearest(str(path), near) if near else "Check the path; a Hub id looks like owner/name.",
+            fix=f"Did you mean '{near}'?" if near else "Check the path; a Hub id looks like owner/name.",
         )
     return None
+
+
+def _file_like(path: Path) -> Path | None:
+    """The data file beside a path that is not there whose name is spelled most like it.
+
+    Folder and suffix do not count: files that have nothing to do with each other agree in them.
+    """
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    near = {p.stem: p for p in beside if p.suffix.lower() in READERS}
+    close = closest(path.stem, near)
+    return near[close] if close else None
+
+
+def locate(dataset: str) -> None:
+    """Raises DataError where nothing stands behind a name: no file, no folder, no example, and neither the Hub
+    nor its cache has such a data set. No rows are read."""
+    if _local(dataset) is not None:
+        return
+    problem = _problem_on_hub(dataset, None)
+    if problem is None:
+        return
+    import datasets
+
+    try:
+        with _cache_only():
+            datasets.load.dataset_module_factory(dataset)
+    except Exception:  # whatever is wrong with the cache, the data set is not there
+        raise _not_loaded(dataset, problem) from None
+
+
+def _problem_on_hub(dataset: str, revision: str | None) -> str | None:
+    """What keeps a data set from being loaded from the Hub, by one short request.
+
+    The libraries would ask again and again before they give up.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return "the Hub is switched off (HF_HUB_OFFLINE)"
+    try:
+        HfApi().dataset_info(dataset, revision=revision, timeout=models.HUB_SECONDS)
+    except RepositoryNotFoundError:
+        return "the Hub has no such data set, or it is private: then `hf auth login`"
+    except RevisionNotFoundError:
+        return f"the Hub's data set has no revision '{revision}'"
+    except Exception as error:  # the network's many ways to fail come as many types
+        first_line = next(iter(str(error).strip().splitlines()), "")[:200]
+        return f"the Hub cannot be reached ({type(error).__name__}: {first_line})"
+    return None
+
+
+@contextlib.contextmanager
+def _cache_only() -> Iterator[None]:
+    """Let `datasets` look into its cache and nowhere else."""
+    from datasets import config
+
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
 
 
 def _from_file(path: Path, role: Role | None = None) -> Source:
@@ -465,10 +545,12 @@ def _from_hub(
     options: dict[str, Any] = {"split": split, "data_files": data_files, "revision": revision}
     if streaming:
         options["streaming"] = True
+    problem = _problem_on_hub(dataset, revision)
     try:
-        loaded = datasets.load_dataset(dataset, config, **options)
+        with _cache_only() if problem else contextlib.nullcontext():
+            loaded = datasets.load_dataset(dataset, config, **options)
     except Exception as error:  # the loader raises many unrelated types for one user-visible fact
-        raise _not_loaded(dataset, error) from error
+        raise _not_loaded(dataset, problem or _first_line(error)) from error
     parts: Mapping[str | None, Any] = {None: loaded} if split else loaded
     name = dataset.rstrip("/").rpartition("/")[2]
 
@@ -478,7 +560,7 @@ def _from_hub(
                 for number, values in enumerate(content, 1):
                     yield part, number, values
         except (OSError, ValueError) as error:  # the network, or a file of the set that is not what it says
-            raise _not_loaded(dataset, error) from error
+            raise _not_loaded(dataset, _first_line(error)) from error
 
     read_again = _spooled(dataset, itertools.islice(rows(), max_rows)) if streaming else rows
 
@@ -501,14 +583,20 @@ def _from_hub(
     return Source(name, scan, digest, tuple(notes))
 
 
-def _not_loaded(dataset: str, error: Exception) -> DataError:
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
+
+
+def _not_loaded(dataset: str, problem: str) -> DataError:
     from tunesmith.catalog import closest_dataset
 
-    near = closest_dataset(dataset)
+    file, near = _file_like(Path(dataset)), closest_dataset(dataset)
     return DataError(
         f"'{dataset}' is neither a file, a folder, an example:NAME nor a Hub data set that can be read.",
-        found=f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}",
-        fix=f"Did you mean '{near}' of the catalogue?"
+        found=problem,
+        fix=f"Did you mean '{file}'?"
+        if file
+        else f"Did you mean '{near}' of the catalogue?"
         if near
         else "Check the path or the Hub id (owner/name), and data.config / data.split for a Hub data set.",
     )

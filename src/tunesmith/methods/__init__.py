@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.data import EncodedSplits
+from tunesmith.data import EncodedSplits, prompts
 from tunesmith.data.examples import Example
-from tunesmith.methods import seq2seq, sft
+from tunesmith.methods import ppo, seq2seq, sft
 from tunesmith.models import Kind
 
 
@@ -50,5 +50,13 @@ METHODS = {
         template=seq2seq.template,
         encoded=seq2seq.encoded,
         model="seq2seq",
+    ),
+    "ppo": Method(
+        "ppo",
+        adapt=prompts.questioned,
+        remarks=prompts.REMARKS,
+        build=ppo.build,
+        template=ppo.template,
+        encoded=ppo.encoded,
     ),
 }

@@ -30,12 +30,13 @@ from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.errors import ModelError, RunError
 from tunesmith.generation import Generated, generate, halving, length_batches
 from tunesmith.methods import ppo_math as ppo
+from tunesmith.methods.rewards import Scored
 from tunesmith.recipe import PPO
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run, write_whole
 
-Score = Callable[[Sequence[int], Sequence[str]], tuple[list[float], Mapping[str, Sequence[float]]]]
-"""Totals and single rewards of answers, given the numbers of their prompts and their texts."""
+Score = Callable[[Sequence[int], Sequence[str]], Scored]
+"""What answers are worth, given the numbers of their prompts and their texts."""
 
 VALUE = "value.safetensors"
 STATE = "ppo.json"
@@ -464,7 +465,8 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         self._measure("seconds/generation", time.perf_counter() - started)
 
         started = time.perf_counter()
-        totals, columns = self.score(numbers, [answer.text for answer in answers])
+        texts = [answer.text for answer in answers]
+        scored = self.score(numbers, texts)
         self._measure("seconds/rewards", time.perf_counter() - started)
 
         started = time.perf_counter()
@@ -476,7 +478,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         rollout = Rollout(prompts, written, mask, *(empty.clone() for _ in range(4)))
         reference, entropy = self._score_tokens(rollout)
 
-        scores = torch.tensor(totals, dtype=torch.float32, device=device)
+        scores = torch.tensor(scored.totals, dtype=torch.float32, device=device)
         ended = torch.tensor([a.finish_reason == "stop" for a in answers], device=device)
         penalized = ppo.penalized_scores(scores, ended, section.missing_eos_penalty)
         kl = ppo.kl_estimates(rollout.logprobs, reference, estimator=section.kl_estimator) * mask
@@ -490,7 +492,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
 
         self._tokens = sum(rollout.lengths().values())
         divergence = (ppo.kl_estimates(rollout.logprobs, reference) * mask).sum(1)
-        self._measure_answers("", scores, columns, lengths, ended)
+        self._measure_answers("", scored, lengths, ended)
         everywhere = torch.ones_like(scores)
         objective = penalized - self.kl_coefficient * kl.sum(1)
         mean_kl = float(ppo.masked_mean(divergence, everywhere, self._add))
@@ -584,15 +586,14 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
     def _measure_answers(
         self,
         prefix: str,
-        scores: Tensor,
-        columns: Mapping[str, Sequence[float]],
+        scored: Scored,
         lengths: Tensor,
         ended: Tensor,
     ) -> None:
         """Rewards, each with its spread, and the lengths of answers."""
-        tables = {"reward": scores, **{f"rewards/{n}": torch.tensor(c) for n, c in columns.items()}}
+        tables = {"reward": scored.totals, **{f"rewards/{n}": c for n, c in scored.columns.items()}}
         for name, numbers in tables.items():
-            table = numbers.to(self.args.device, torch.float32)
+            table = torch.tensor(numbers, dtype=torch.float32, device=self.args.device)
             everywhere = torch.ones_like(table)
             mean = float(ppo.masked_mean(table, everywhere, self._add))
             spread = math.sqrt(float(ppo.masked_variance(table, everywhere, self._add)))
@@ -631,12 +632,11 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         numbers = list(range(index, len(self.validation), processes))
         prompts = [list(self.validation[number].input_ids) for number in numbers]
         answers = self._answers(prompts, 0.0, 0)
-        totals, columns = self.score_validation(numbers, [answer.text for answer in answers])
+        scored = self.score_validation(numbers, [answer.text for answer in answers])
         kept, self._measures = self._measures, defaultdict(list)
         self._measure_answers(
             f"{metric_key_prefix}_",
-            torch.tensor(totals, dtype=torch.float32),
-            columns,
+            scored,
             torch.tensor([len(answer.ids) for answer in answers]),
             torch.tensor([answer.finish_reason == "stop" for answer in answers], device=self.args.device),
         )

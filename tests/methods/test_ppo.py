@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tunesmith import models
-from tunesmith.errors import ModelError
+from tunesmith import api, models
+from tunesmith.compose import compose
+from tunesmith.errors import ModelError, RecipeError, RunError
 from tunesmith.methods import ppo_trainer as ppo
 from tunesmith.methods.rewards import Scored
 from tunesmith.recipe import PPO, Freeze, Full, LoRA
@@ -325,3 +326,81 @@ def test_a_quantized_policy_passes_the_trainers_checks(made, monkeypatch):
     """Trainer refuses a quantized model without adapter; that is not said of the module around ours."""
     monkeypatch.setattr("transformers.LlamaForCausalLM.is_quantized", True, raising=False)
     made(adapter="lora", steps=1).train()
+
+
+def test_gradient_checkpointing_is_on_for_policy_and_critic_and_learns_the_same(made):
+    found = {}
+    for is_on in (False, True):
+        section = PPO(max_new_tokens=4, ppo_epochs=1, value="critic")
+        trainer = made(section, adapter="lora", run=f"{is_on}", steps=2, gradient_checkpointing=is_on)
+        trainer.train()
+        for part in (ppo.policy_trunk(trainer.model.policy), trainer.model.critic):
+            assert part.is_activation_checkpointing == is_on
+        found[is_on] = parameters(trainer)
+    for name, weight in found[False].items():
+        assert torch.allclose(weight, found[True][name], atol=1e-5), name
+
+
+@pytest.fixture
+def recipe(tiny_model_folder, question_file, tmp_path, monkeypatch):
+    """Two steps on forty questions, rewarded by a function of the user's own."""
+    (tmp_path / "own_rewards.py").write_text(
+        "def length(prompt, completion, reference):\n"
+        "    return min(len(completion), 20) / 20\n"
+        "def fails(prompt, completion, reference):\n"
+        "    if prompt.row.number % 2:\n"
+        "        raise KeyError('no such thing')\n"
+        "    return 0.0\n"
+    )
+    monkeypatch.chdir(tmp_path)
+
+    def make(rewards, **training):
+        return compose(
+            {
+                "output_dir": str(tmp_path / "runs"),
+                "model": {"base": str(tiny_model_folder)},
+                "method": {"kind": "ppo", "rewards": rewards, "max_new_tokens": 8, "num_minibatches": 2},
+                "adapter": {"kind": "lora", "rank": 4},
+                "data": {"dataset": str(question_file), "max_length": 64},
+                "training": {
+                    "max_steps": 2, "per_device_train_batch_size": 4, "warmup_steps": 0, "learning_rate": 1e-2,
+                    "eval_steps": 1, "save_steps": 1, "logging_steps": 1, **training,
+                },
+                "evaluation": {"max_new_tokens": 6, "resamples": 200},
+            }
+        ).recipe  # fmt: skip
+
+    return make
+
+
+def test_a_whole_run_leaves_a_plain_adapter_and_its_measures(recipe):
+    run = Run(
+        api.train(
+            recipe(["own_rewards:length", {"kind": "metric", "name": "length_match", "weight": 0.5}])
+        ).run
+    )
+    assert run.state() == "done"
+    assert not list(run.final_model.glob("value*"))
+    assert all(".lora_" in name for name in load_file(run.final_model / "adapter_model.safetensors"))
+    events = run.events()
+    step = next(e for e in events if e["kind"] == "step")
+    for name in ("reward", "kl", "rewards/length/mean", "rewards/length_match/std", "explained_variance"):
+        assert math.isfinite(step["measures"][name]), name
+    means = step["measures"]
+    assert means["reward"] == pytest.approx(
+        means["rewards/length/mean"] + 0.5 * means["rewards/length_match/mean"], abs=1e-5
+    )
+    evaluations = [e for e in events if e["kind"] == "evaluation"]
+    assert [e["loss"] for e in evaluations] == [-e["measures"]["reward"] for e in evaluations]
+    best = run.read("best_model/best_model_info.json")
+    assert best["eval_loss"] == min(e["loss"] for e in evaluations)
+
+
+def test_a_reward_that_raises_names_itself_and_the_row(recipe, question_file):
+    with pytest.raises(RunError, match=rf"own_rewards:fails.*{question_file.name}:\d*[13579]\b"):
+        api.train(recipe("own_rewards:fails"))
+
+
+def test_a_critic_without_effect_is_refused():
+    with pytest.raises(RecipeError, match="no effect"):
+        compose({"method": {"kind": "ppo", "critic": "tiny"}})

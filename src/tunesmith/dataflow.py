@@ -50,10 +50,12 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None)
     """What the run will do on this machine, with reasons."""
     _, template = _tokenizer(recipe)
     lengths = encodings.train.lengths
-    rows = lengths.tolist()
+    method = METHODS[recipe.method.kind]
+    training, passes, settled = method.settled(recipe.method, recipe.training, len(lengths))
+    rows, unit = lengths.tolist() * passes, "examples" if passes == 1 else "answers"
     notes = [*encodings.notes, template, data.proven(encodings.proof)]
     if packing:
-        rows = [int(lengths[list(block)].sum()) for block in packing.blocks]
+        rows, unit = [int(lengths[list(block)].sum()) for block in packing.blocks], "packed rows"
         batch = recipe.training.per_device_train_batch_size
         notes.append(
             f"{len(lengths)} examples are packed into {len(rows)} rows of at most {packing.capacity} tokens: "
@@ -61,14 +63,16 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None)
             "of them in the order of the data filled up to its longest"
         )
     return planning.resolve(
-        recipe.training,
+        training,
         recipe.model,
         adapter_kind=recipe.adapter.kind,
         lengths=rows,
         num_validation=len(encodings.validation),
-        num_examples=len(lengths) if packing else None,
+        num_examples=len(lengths) if packing or passes > 1 else None,
+        unit=unit,
         held_out=None if recipe.evaluation.skip else _held_out(recipe, encodings),
         notes=notes,
+        settled=settled,
     )
 
 
@@ -190,7 +194,9 @@ def fitted(
     models.set_stop_tokens(model, tokenizer)
     described = models.describe(model).sentence()
     prepared.event("decision", name="model", value=described, reason=f"adapter.kind is {recipe.adapter.kind}")
-    trainer = METHODS[recipe.method.kind].build(
+    method = METHODS[recipe.method.kind]
+    training, _, _ = method.settled(recipe.method, recipe.training, len(encodings.train))
+    trainer = method.build(
         recipe.method,
         model=model,
         tokenizer=tokenizer,
@@ -198,7 +204,7 @@ def fitted(
         validation=encodings.validation,
         arguments=arguments(
             plan,
-            recipe.training,
+            training,
             recipe.tracking,
             name=prepared.path.name,
             staging=prepared.path / ".staging",

@@ -93,10 +93,13 @@ def resolve(
     lengths: Sequence[int],
     num_validation: int,
     num_examples: int | None = None,
+    unit: str = "examples",
     held_out: HeldOut | None = None,
     notes: Sequence[str] = (),
+    settled: Sequence[Decision] = (),
 ) -> Plan:
-    """The plan for training on rows of these token lengths: examples, or `num_examples` packed into rows.
+    """The plan for training on rows of these token lengths: examples, or what `num_examples` are packed or unrolled
+    into, which `unit` names. `settled` is what the method decided.
 
     Steps follow transformers' Trainer: an epoch is ceil(batches / accumulation) optimizer steps; warm-up,
     evaluation and saving count optimizer steps. Raises DataError without examples and OutOfResources
@@ -125,14 +128,15 @@ def resolve(
         )
     dtype, why = _dtype(model.dtype, adapter_kind, where, training.mixed_precision)
     decisions.append(Decision("dtype", dtype, why))
+    decisions += settled
 
     batch_size = training.per_device_train_batch_size * training.gradient_accumulation_steps
     batches = math.ceil(len(lengths) / training.per_device_train_batch_size)
     per_epoch = max(math.ceil(batches / training.gradient_accumulation_steps), 1)
     total = math.ceil(per_epoch * training.num_epochs)
-    unit = counted(batch_size, "example" if num_examples is None else "packed row")
+    per_step = counted(batch_size, unit.removesuffix("s"))
     epochs = "1 epoch" if training.num_epochs == 1 else f"{training.num_epochs:g} epochs"
-    why = f"{epochs} of {counted(per_epoch, 'step')} of {unit}"
+    why = f"{epochs} of {counted(per_epoch, 'step')} of {per_step}"
     if training.max_steps and training.max_steps < total:
         total, why = training.max_steps, f"max_steps, below {why}"
     elif training.max_steps and training.max_steps > total:

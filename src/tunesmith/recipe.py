@@ -316,6 +316,87 @@ Rewards = Annotated[list[RewardSection], BeforeValidator(_rewards)]
 """Rewards with their weights; a plain name is a metric, `module:function` a function."""
 
 
+class Sampled(Section):
+    """What methods share that draw several answers to each prompt and compare their rewards with one another."""
+
+    loss_on: ClassVar[Literal["answers"]] = "answers"
+
+    rewards: Rewards = []
+    """What answers are worth: names of metrics, `module:function`, or entries of a kind with its fields
+    (`docs/rewards.md`). By default the metric on which the verdict rests."""
+
+    max_new_tokens: PositiveInt = 256
+    """Longest answer in tokens while training. A prompt that leaves no room for it within `data.max_length` is
+    dropped."""
+
+    temperature: PositiveFloat = 1.0
+    """Temperature at which answers are drawn, and of the probabilities that are learned from."""
+
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Draw from the smallest set of tokens with this much probability. Below 1 the probabilities that are learned from
+    are not quite those that were drawn from."""
+
+    num_iterations: PositiveInt = 1
+    """Optimizer steps on each batch of answers."""
+
+    epsilon: PositiveFloat = 0.2
+    """How far the probability of a token may move from that at which it was drawn, as a ratio, and still gain."""
+
+    epsilon_high: PositiveFloat | None = None
+    """The same upwards (DAPO, arXiv 2503.14476, has 0.28); by default `epsilon`."""
+
+    mask_cut_answers: bool = False
+    """Leave answers that were cut at `max_new_tokens` out of the loss, instead of judging them as they are."""
+
+
+class GRPO(Sampled):
+    """Reinforcement learning from groups of answers (GRPO, arXiv 2402.03300): several answers to each prompt are drawn
+    and scored, and those above their group's mean are made more likely. Batch sizes count answers."""
+
+    kind: Literal["grpo"] = "grpo"
+
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """Answers drawn for each prompt. The batch size times the accumulation steps has to be a multiple of it; where it
+    is not, the accumulation is raised, and the plan says so."""
+
+    beta: NonNegativeFloat = 0.04
+    """Cost of divergence from the model that training started from, per token; 0 neither computes nor limits it."""
+
+    loss: Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo"] = "dapo"
+    """How the tokens' losses are added up and limited. `grpo`: mean by answer, then over answers; `dapo`: mean over
+    all tokens; `dr_grpo`: by a constant length (arXiv 2503.20783), so that long wrong answers are not favoured; `bnpo`:
+    mean over a batch's tokens; `cispo`, `sapo`: other limits than clipping (arXiv 2506.13585, 2511.20347)."""
+
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What advantages are divided by: the spread of their group, that of the whole batch (arXiv 2508.08221), or
+    nothing, so that easy and hard prompts weigh by their spread (arXiv 2503.20783)."""
+
+    importance: Literal["token", "sequence"] = "token"
+    """Compare probabilities token by token, or of whole answers (GSPO, arXiv 2507.18071)."""
+
+
+class RLOO(Sampled):
+    """Reinforcement learning against the other answers' mean (RLOO, arXiv 2402.14740): each answer's advantage is its
+    reward less the mean of the other answers to the same prompt; divergence is taken off the reward. Batch sizes
+    count answers."""
+
+    kind: Literal["rloo"] = "rloo"
+
+    num_generations: Annotated[int, Field(ge=2)] = 4
+    """Answers drawn for each prompt. The batch size times the accumulation steps has to be a multiple of it; where it
+    is not, the accumulation is raised, and the plan says so."""
+
+    beta: NonNegativeFloat = 0.05
+    """What a nat of divergence from the model that training started from takes off an answer's reward; 0 neither
+    computes nor limits it."""
+
+    normalize_advantages: bool = False
+    """Divide advantages by their spread over the batch."""
+
+    reward_clip: PositiveFloat | None = None
+    """Rewards are limited to plus and minus this."""
+
+
 class PPO(Section):
     """Reinforcement learning with a learned value (PPO, arXiv 1707.06347): the model answers prompts, rewards score the
     answers, and it learns from them. A training step is one rollout: `per_device_train_batch_size` times
@@ -599,7 +680,7 @@ class Tracking(Section):
     """Project name used by the trackers that have projects."""
 
 
-Method = Annotated[SFT | Seq2Seq | PPO, Field(discriminator="kind")]
+Method = Annotated[SFT | Seq2Seq | GRPO | RLOO | PPO, Field(discriminator="kind")]
 Adapter = Annotated[Full | Freeze | LoRA | QLoRA, Field(discriminator="kind")]
 
 

@@ -8,8 +8,15 @@ from typing import Any
 
 from tunesmith.data import EncodedSplits, prompts
 from tunesmith.data.examples import Example
-from tunesmith.methods import ppo, seq2seq, sft
+from tunesmith.methods import grpo, ppo, rloo, sampled, seq2seq, sft
 from tunesmith.models import Kind
+from tunesmith.plan import Decision
+from tunesmith.recipe import Training
+
+
+def unchanged(section: Any, training: Training, num_examples: int) -> tuple[Training, int, list[Decision]]:
+    """The training section as it is."""
+    return training, 1, []
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,9 @@ class Method:
     """The kind of model that is trained."""
     can_pack: bool = False
     """Whether several examples can share a row."""
+    settled: Callable[..., tuple[Training, int, list[Decision]]] = unchanged
+    """The training section as the method can use it, how often an example counts in an epoch's batches, and what was
+    decided: `(section, training, number of examples)`."""
 
 
 METHODS = {
@@ -51,6 +61,24 @@ METHODS = {
         encoded=seq2seq.encoded,
         model="seq2seq",
     ),
+    "grpo": Method(
+        "grpo",
+        adapt=prompts.questioned,
+        remarks=prompts.REMARKS,
+        build=grpo.build,
+        template=sampled.template,
+        encoded=sampled.encoded,
+        settled=sampled.settled,
+    ),
+    "rloo": Method(
+        "rloo",
+        adapt=prompts.questioned,
+        remarks=prompts.REMARKS,
+        build=rloo.build,
+        template=sampled.template,
+        encoded=sampled.encoded,
+        settled=sampled.settled,
+    ),
     "ppo": Method(
         "ppo",
         adapt=prompts.questioned,
@@ -58,5 +86,6 @@ METHODS = {
         build=ppo.build,
         template=ppo.template,
         encoded=ppo.encoded,
+        settled=ppo.settled,
     ),
 }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tunesmith.data import EncodedSplits, Splits, prompts
 from tunesmith.data.cache import Encodings
 from tunesmith.data.templates import set_template
 from tunesmith.methods import rewards as rewarding
-from tunesmith.recipe import PPO, Data
+from tunesmith.methods.sampled import SAMPLE
+from tunesmith.plan import Decision
+from tunesmith.recipe import PPO, Data, Training
 from tunesmith.training.run import Run
 
 
@@ -21,6 +23,17 @@ def template(tokenizer: Any, choice: str | None, section: PPO) -> str:
 def encoded(splits: Splits, tokenizer: Any, data: Data, section: PPO) -> EncodedSplits:
     """The prompts of all splits, with those dropped that leave no room for an answer."""
     return prompts.encoded(splits, tokenizer, data=data, room=section.max_new_tokens)
+
+
+def settled(section: PPO, training: Training, num_prompts: int) -> tuple[Training, int, list[Decision]]:
+    """The training section as it is, a prompt once per epoch, and what a step comes to."""
+    prompts = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    parts = min(section.num_minibatches, prompts)
+    why = f"one answer to each of {prompts} prompts, {section.ppo_epochs} passes over them, {parts} updates a pass"
+    if parts < section.num_minibatches:
+        why += f" (no more than answers; {section.num_minibatches} were asked for)"
+    decisions = [Decision("updates per step", section.ppo_epochs * parts, why)]
+    return training, 1, decisions
 
 
 def build(
@@ -57,6 +70,21 @@ def build(
 
         return score
 
+    def samples(numbers: Sequence[int], texts: Sequence[str], scored: rewarding.Scored) -> Iterator[Any]:
+        ranked = sorted(range(len(texts)), key=lambda n: scored.totals[n])
+        for n in dict.fromkeys((ranked[-1], ranked[0])):  # the best answer and the worst
+            prompt = train.examples[numbers[n]]
+            yield {
+                "row": str(prompt.row),
+                "prompt": prompt.messages[-1].content[:SAMPLE],
+                "completion": texts[n][:SAMPLE],
+                "reward": scored.totals[n],
+                "rewards": {name: column[n] for name, column in scored.columns.items()},
+            }
+
+    def facts() -> dict[str, float]:
+        return {f"rewards/{r.name}/{name}": value for r in resolved for name, value in r.facts().items()}
+
     return trainer(
         section,
         model=model,
@@ -65,6 +93,8 @@ def build(
         validation=validation,
         score=score_of("train"),
         score_validation=score_of("validation"),
+        samples=samples,
+        facts=facts,
         arguments=arguments,
         run=run,
         keep=keep,

@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,13 @@ from tunesmith.methods.rewards import Scored
 from tunesmith.recipe import PPO
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run, write_whole
+from tunesmith.training.validating import rewarded
 
 Score = Callable[[Sequence[int], Sequence[str]], Scored]
 """What answers are worth, given the numbers of their prompts and their texts."""
+
+Samples = Callable[[Sequence[int], Sequence[str], Scored], Iterable[Mapping[str, Any]]]
+"""Some answers for people to read, of those that were just learned from."""
 
 VALUE = "value.safetensors"
 STATE = "ppo.json"
@@ -74,6 +78,15 @@ class PolicyAndValue(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("policy"), name)
+
+    @property
+    def generation_config(self) -> Any:
+        """The policy's, which generation swaps for its own."""
+        return self.policy.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self.policy.generation_config = config
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, acted: Tensor, temperature: float, entropy: bool
@@ -309,7 +322,7 @@ class Rollout:
 
 
 class PPOTrainer(Trainer):  # type: ignore[misc]
-    """The Trainer with PPO as its training step and the mean reward on validation prompts as its evaluation."""
+    """The Trainer with PPO as its training step."""
 
     control: Any
     model: Any
@@ -321,9 +334,10 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         model: PolicyAndValue,
         reference: Any,
         score: Score,
-        asked: Encodings,
-        validation: Encodings | Sequence[Any],
-        score_validation: Score | None = None,
+        samples: Samples,
+        facts: Callable[[], Mapping[str, float]],
+        asked: Encodings | Sequence[Any],
+        num_validation: int,
         micro_batch_size: int,
         run: Run,
         **options: Any,
@@ -331,7 +345,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         super().__init__(
             model=model,
             train_dataset=range(len(asked)),
-            eval_dataset=range(len(validation)) if len(validation) else None,
+            eval_dataset=range(num_validation) if num_validation else None,
             data_collator=self._collate,
             **options,
         )
@@ -342,14 +356,14 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
                 fix="Use `accelerate launch --multi_gpu`, or one process.",
             )
         self.section, self.reference, self.run_folder = section, reference, run
-        self.score, self.score_validation = score, score_validation or score
-        self.asked, self.validation = asked, validation
+        self.score, self.samples, self.facts, self.asked = score, samples, facts, asked
         self.micro_batch_size = micro_batch_size
         self.stop_ids = end_of_turn_ids(self.processing_class)
         self.kl_coefficient = section.kl_coefficient
         self._measures: dict[str, list[float]] = defaultdict(list)
         self._tokens = 0
         self._warned = False
+        self._drawn: tuple[Sequence[int], list[str], Scored] | None = None
 
     # What a step is
 
@@ -467,6 +481,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         started = time.perf_counter()
         texts = [answer.text for answer in answers]
         scored = self.score(numbers, texts)
+        self._drawn = (numbers, texts, scored)
         self._measure("seconds/rewards", time.perf_counter() - started)
 
         started = time.perf_counter()
@@ -492,7 +507,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
 
         self._tokens = sum(rollout.lengths().values())
         divergence = (ppo.kl_estimates(rollout.logprobs, reference) * mask).sum(1)
-        self._measure_answers("", scored, lengths, ended)
+        self._measure_answers(scored, lengths, ended)
         everywhere = torch.ones_like(scores)
         objective = penalized - self.kl_coefficient * kl.sum(1)
         mean_kl = float(ppo.masked_mean(divergence, everywhere, self._add))
@@ -585,7 +600,6 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
 
     def _measure_answers(
         self,
-        prefix: str,
         scored: Scored,
         lengths: Tensor,
         ended: Tensor,
@@ -598,15 +612,13 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             mean = float(ppo.masked_mean(table, everywhere, self._add))
             spread = math.sqrt(float(ppo.masked_variance(table, everywhere, self._add)))
             names = ("reward", "reward_std") if name == "reward" else (f"{name}/mean", f"{name}/std")
-            self._measure(prefix + names[0], mean)
-            self._measure(prefix + names[1], spread)
+            self._measure(names[0], mean)
+            self._measure(names[1], spread)
         table = lengths.to(self.args.device, torch.float32)
         everywhere = torch.ones_like(table)
+        self._measure("completions/mean_length", float(ppo.masked_mean(table, everywhere, self._add)))
         self._measure(
-            f"{prefix}completions/mean_length", float(ppo.masked_mean(table, everywhere, self._add))
-        )
-        self._measure(
-            f"{prefix}completions/no_eos",
+            "completions/clipped_ratio",
             float(ppo.masked_mean((~ended).to(everywhere), everywhere, self._add)),
         )
 
@@ -616,37 +628,15 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             for name, values in self._measures.items():
                 logs[name] = sum(values) / len(values)
             self._measures.clear()
+            logs |= self.facts()
+            for sample in self.samples(*self._drawn) if self._drawn else ():
+                self.run_folder.event("sample", step=self.state.global_step, **sample)
         super().log(logs, *args, **kwargs)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         self.state.num_input_tokens_seen += int(
             self._add(torch.tensor(self._tokens, device=self.args.device))
         )
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Greedy answers to the validation prompts and their mean reward."""
-        started = time.perf_counter()
-        index, processes = self.accelerator.process_index, self.accelerator.num_processes
-        numbers = list(range(index, len(self.validation), processes))
-        prompts = [list(self.validation[number].input_ids) for number in numbers]
-        answers = self._answers(prompts, 0.0, 0)
-        scored = self.score_validation(numbers, [answer.text for answer in answers])
-        kept, self._measures = self._measures, defaultdict(list)
-        self._measure_answers(
-            f"{metric_key_prefix}_",
-            scored,
-            torch.tensor([len(answer.ids) for answer in answers]),
-            torch.tensor([answer.finish_reason == "stop" for answer in answers], device=self.args.device),
-        )
-        found, self._measures = self._measures, kept
-        metrics = {name: values[0] for name, values in found.items()}
-        metrics[f"{metric_key_prefix}_loss"] = -metrics[f"{metric_key_prefix}_reward"]
-        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 4)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
     # What is kept
 
@@ -712,10 +702,12 @@ def trainer(
     *,
     model: Any,
     tokenizer: Any,
-    train: Encodings,
-    validation: Encodings | Sequence[Any],
+    train: Encodings | Sequence[Any],
+    validation: Any,
     score: Score,
     score_validation: Score | None = None,
+    samples: Samples = lambda *drawn: (),
+    facts: Callable[[], Mapping[str, float]] = dict,
     arguments: Mapping[str, Any],
     run: Run,
     keep: int,
@@ -737,28 +729,28 @@ def trainer(
     run.event("decision", name="value", value=section.value, reason=reason)
     micro = arguments["per_device_train_batch_size"]
     batch = micro * arguments["gradient_accumulation_steps"]
-    updates = section.ppo_epochs * min(section.num_minibatches, batch)
-    run.event(
-        "decision",
-        name="rollout",
-        value=batch,
-        reason=f"prompts answered in each step and device, then {section.ppo_epochs} passes over the answers, "
-        f"{updates} updates in all",
-    )
     options = {
         **arguments,
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": 1,
         "adam_epsilon": ADAM_EPSILON,
     }
-    return keeping_run_folder(PPOTrainer, run, keep=keep)(
+    validated = rewarded(
+        PPOTrainer,
+        validation=validation,
+        score=score_validation or score,
+        stop_ids=end_of_turn_ids(tokenizer),
+        max_new_tokens=section.max_new_tokens,
+    )
+    return keeping_run_folder(validated, run, keep=keep)(
         section=section,
         model=PolicyAndValue(model, critic, head),
         reference=reference,
         score=score,
-        score_validation=score_validation,
+        samples=samples,
+        facts=facts,
         asked=train,
-        validation=validation,
+        num_validation=len(validation),
         micro_batch_size=micro,
         run=run,
         args=TrainingArguments(**options),

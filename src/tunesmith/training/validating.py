@@ -1,11 +1,19 @@
-"""Validation loss as one mean over all labels, whatever the batches."""
+"""What is measured on the validation examples: the loss as one mean over all labels, or the mean reward."""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Any
 
+from tunesmith.data.cache import Encodings
 from tunesmith.data.templates import IGNORED
+from tunesmith.generation import generate
 from tunesmith.models import is_seq2seq
+
+if TYPE_CHECKING:
+    from tunesmith.methods.rewards import Scored
 
 
 def token_weighted(trainer_class: type) -> type:
@@ -45,3 +53,53 @@ def token_weighted(trainer_class: type) -> type:
             return (loss, *rest)
 
     return TokenWeightedTrainer
+
+
+def rewarded(
+    trainer_class: type,
+    *,
+    validation: Encodings,
+    score: Callable[[Sequence[int], Sequence[str]], Scored],
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+) -> type:
+    """The trainer class with the mean reward of greedy answers to the validation prompts as its evaluation.
+
+    `score` gives totals and single rewards of answers to prompts by number. `eval_loss`, by which the best model is
+    chosen, is that mean with its sign turned. Drawing random numbers is left to training, which goes on as if
+    nothing had been validated.
+    """
+
+    class RewardedTrainer(trainer_class):  # type: ignore[misc]
+        def evaluate(
+            self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        ) -> dict[str, float]:
+            started = time.perf_counter()
+            answers = generate(
+                self.accelerator.unwrap_model(self.model),
+                self.processing_class,
+                [list(encoding.input_ids) for encoding in validation],
+                max_new_tokens=max_new_tokens,
+                stop_ids=stop_ids,
+            )
+            scored = score(range(len(answers)), [answer.text for answer in answers])
+            found = {"loss": -fmean(scored.totals)}
+            for name, values in (("reward", scored.totals), *scored.columns.items()):
+                of_all = name == "reward" and values is scored.totals
+                found["reward" if of_all else f"rewards/{name}/mean"] = fmean(values)
+                found["reward_std" if of_all else f"rewards/{name}/std"] = pstdev(values)
+            found["completions/mean_length"] = fmean(len(answer.ids) for answer in answers)
+            found["completions/clipped_ratio"] = fmean(a.finish_reason == "length" for a in answers)
+            found["runtime"] = round(time.perf_counter() - started, 4)
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+            # What a trainer averages of its steps since the last log stays for their own log.
+            kept: Any = getattr(self, "_metrics", None)
+            self._metrics: Any = {"train": {}, "eval": {}}
+            self.log(metrics)
+            self._metrics = kept
+            self.control: Any = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics
+            )
+            return metrics
+
+    return RewardedTrainer

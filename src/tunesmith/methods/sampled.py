@@ -1,0 +1,317 @@
+"""What GRPO and RLOO share: TRL's trainers on our prompts, rewards, reference and validation.
+
+    prompts (token ids) -> answers (TRL) -> rewards (ours) -> advantages, loss (TRL) -> step
+
+TRL is given the number of each prompt in place of its text and fetches its token ids from our data, so that nothing
+is rendered or tokenized a second time.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tunesmith.data import EncodedSplits, Splits, prompts
+from tunesmith.data.cache import Encodings
+from tunesmith.data.examples import Prompt
+from tunesmith.data.templates import end_of_turn_ids, set_template
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.methods import rewards as rewarding
+from tunesmith.methods.rewards import Reward
+from tunesmith.plan import Decision
+from tunesmith.recipe import GRPO, RLOO, Data, Training
+from tunesmith.training.checkpoints import keeping_run_folder
+from tunesmith.training.run import Run
+from tunesmith.training.validating import rewarded
+
+Section = GRPO | RLOO
+BUFFER = "answers.safetensors"
+"""File of a checkpoint with the answers that are still to be learned from."""
+SAMPLE = 2000
+"""Characters of a question or an answer that an event keeps."""
+
+
+def template(tokenizer: Any, choice: str | None, section: Section) -> str:
+    """Settle the tokenizer's chat template, and say in a sentence which one it is."""
+    return set_template(tokenizer, choice)
+
+
+def encoded(splits: Splits, tokenizer: Any, data: Data, section: Section) -> EncodedSplits:
+    """The prompts of all splits, with those dropped that leave no room for an answer."""
+    return prompts.encoded(splits, tokenizer, data=data, room=section.max_new_tokens)
+
+
+def settled(section: Section, training: Training, num_prompts: int) -> tuple[Training, int, list[Decision]]:
+    """The training section with a batch that holds whole groups, how often a prompt counts in an epoch's batches, and
+    what was decided.
+
+    Raises DataError where there are fewer prompts than one step needs.
+    """
+    size, group = training.per_device_train_batch_size, section.num_generations
+    decisions = []
+    if training.gradient_accumulation_steps * size % group:
+        least = math.lcm(size, group) // size
+        steps = math.ceil(training.gradient_accumulation_steps / least) * least
+        decisions.append(
+            Decision(
+                "gradient_accumulation_steps",
+                steps,
+                f"{training.gradient_accumulation_steps} batches of {size} answers hold no whole groups of {group} "
+                f"(method.num_generations); {steps} hold {steps * size // group}",
+            )
+        )
+        training = training.model_copy(update={"gradient_accumulation_steps": steps})
+    needed = training.gradient_accumulation_steps * size // group
+    decisions.append(
+        Decision(
+            "answers",
+            section.num_generations,
+            f"drawn for each prompt; a step learns from {needed * group} answers to "
+            f"{'one prompt' if needed == 1 else f'{needed} prompts'}",
+        )
+    )
+    if num_prompts < needed:
+        raise DataError(
+            f"A step needs {needed} prompts, and there are {num_prompts} to train on.",
+            fix="Lower gradient_accumulation_steps or per_device_train_batch_size, or give more rows.",
+        )
+    return training, group * section.num_iterations, decisions
+
+
+def options(section: Section, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of TRL's configurations that both methods share."""
+    return {
+        **arguments,
+        "include_num_input_tokens_seen": "no",  # TRL counts prompts and answers itself
+        "num_generations": section.num_generations,
+        "num_generations_eval": 1,  # validation is ours
+        "steps_per_generation": arguments["gradient_accumulation_steps"],
+        "max_completion_length": section.max_new_tokens,
+        "temperature": section.temperature,
+        "top_p": section.top_p,
+        "top_k": 0,
+        "num_iterations": section.num_iterations,
+        "epsilon": section.epsilon,
+        "epsilon_high": section.epsilon_high,
+        "mask_truncated_completions": section.mask_cut_answers,
+        "beta": 0.0,  # the reference is ours: `build` switches it on
+        # With dropout the probabilities that are learned from would not be those that answers were drawn from.
+        "disable_dropout": True,
+        "log_completions": False,
+    }
+
+
+def build(
+    trainer_class: type,
+    config: Any,
+    section: Section,
+    *,
+    model: Any,
+    tokenizer: Any,
+    train: Encodings,
+    validation: Encodings,
+    run: Run,
+    keep: int,
+) -> Any:
+    """A trainer of one of TRL's classes that has not started.
+
+    Raises RecipeError for what cannot be a reward, and for an adapter that cannot be switched off to have the
+    reference.
+    """
+    from datasets import Dataset
+
+    stop_ids = end_of_turn_ids(tokenizer)
+    resolved = rewarding.resolve(
+        section.rewards,
+        prompts=[*train.examples, *(validation.examples if validation else ())],
+        tokenizer=tokenizer,
+        device=str(model.device),
+        dtype="bfloat16" if model.device.type == "cuda" else "float32",
+    )
+    answers = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    for decision in rewarding.said(resolved, answers=answers // section.num_iterations):
+        run.event("decision", name=decision["name"], value=decision["value"], reason=decision["reason"])
+    reference = _reference(model, section, run) if section.beta else None
+
+    def score(numbers: Sequence[int], texts: Sequence[str]) -> rewarding.Scored:
+        return rewarding.total(resolved, [validation.examples[n] for n in numbers], texts)
+
+    validated = rewarded(
+        _on_prompts(trainer_class, train, resolved, stop_ids, run),
+        validation=validation,
+        score=score,
+        stop_ids=stop_ids,
+        max_new_tokens=section.max_new_tokens,
+    )
+    rows = {"prompt": [str(n) for n in range(len(train))]}
+    config.reward_weights = [reward.weight for reward in resolved]
+    trainer = keeping_run_folder(validated, run, keep=keep)(
+        model=model,
+        args=config,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_dict(rows),
+        eval_dataset=Dataset.from_dict({"prompt": [str(n) for n in range(len(validation))]})
+        if validation
+        else None,
+        reward_funcs=[_named(reward.name) for reward in resolved],
+    )
+    trainer.eos_token_ids = list(stop_ids)
+    trainer.generation_config.eos_token_id = trainer.generation_kwargs["eos_token_id"] = list(stop_ids)
+    trainer.model.register_forward_pre_hook(_with_positions, with_kwargs=True)
+    if section.beta:
+        trainer.beta = section.beta
+        if reference is not None:
+            _prepared_reference(trainer, reference, section)
+    return trainer
+
+
+def _reference(model: Any, section: Section, run: Run) -> Any | None:
+    """A frozen copy of the model that training starts from; None where switching the adapter off gives it."""
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is None:
+        run.event("decision", name="reference", value="copy", reason="all weights may change")
+        return copy.deepcopy(model).eval().requires_grad_(False)
+    start = getattr(config, "init_lora_weights", True)
+    if (isinstance(start, str) and start not in ("gaussian", "orthogonal")) or getattr(
+        config, "bias", "none"
+    ) != "none":
+        raise RecipeError(
+            "With this adapter the model without it is not the one that training starts from, so divergence from the "
+            "start cannot be computed.",
+            found=f"adapter.init {start}, adapter.bias {config.bias}",
+            fix="Leave both at their defaults, or give method.beta=0.",
+        )
+    run.event("decision", name="reference", value="adapter off", reason="the base without its adapter")
+    return None
+
+
+def _prepared_reference(trainer: Any, reference: Any, section: Section) -> None:
+    from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+
+    disable_dropout_in_model(reference)
+    add_fused_lm_head(reference, temperature=section.temperature)
+    reference.register_forward_pre_hook(_with_positions, with_kwargs=True)
+    trainer.ref_model = trainer.accelerator.prepare_model(reference, evaluation_mode=True)
+
+
+def _with_positions(module: Any, given: Any, named: dict[str, Any]) -> Any:
+    """Positions counted from a row's first real token, as while answering. TRL gives none, so that padding on the left
+    would shift models with learned positions."""
+    mask = named.get("attention_mask")
+    if named.get("fused_lm_head") and mask is not None and named.get("position_ids") is None:
+        named = {**named, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
+    return given, named
+
+
+def _named(name: str) -> Any:
+    """A placeholder by which TRL knows a reward's name; `_calculate_rewards` is ours."""
+
+    def placeholder(**given: Any) -> list[float]:
+        raise AssertionError("rewards are computed all at once")
+
+    placeholder.__name__ = name
+    return placeholder
+
+
+def _on_prompts(
+    trainer_class: type, train: Encodings, resolved: Sequence[Reward], stop_ids: Sequence[int], run: Run
+) -> type:
+    """The trainer class with prompts and rewards of ours, and with checkpoints from which it goes on exactly."""
+
+    class OnPrompts(trainer_class):  # type: ignore[misc]
+        def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+            return [list(train[int(number)].input_ids) for number in prompts], None, {}
+
+        def _calculate_rewards(
+            self, inputs: Any, prompts: list[str], completions: Any, completion_ids_list: list[list[int]]
+        ) -> Any:
+            import torch
+
+            asked: list[Prompt] = [train.examples[int(number)] for number in prompts]
+            texts = [_text(ids, stop_ids, self.processing_class) for ids in completion_ids_list]
+            scored = rewarding.total(resolved, asked, texts)
+            self._drawn = (asked, texts, scored)
+            table = [scored.columns[reward.name] for reward in resolved]
+            return torch.tensor(table, dtype=torch.float32, device=self.accelerator.device).T
+
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            sampler = super()._get_train_sampler(dataset)
+            seed = self.args.seed
+
+            def set_epoch(epoch: int) -> None:
+                sampler.generator.manual_seed(seed + epoch)
+
+            # So that a run that is continued in a later epoch meets that epoch's order.
+            sampler.set_epoch = set_epoch
+            return sampler
+
+        def log(self, logs: dict[str, float], *given: Any, **named: Any) -> None:
+            if "loss" in logs:
+                for reward in resolved:
+                    logs |= {f"rewards/{reward.name}/{name}": v for name, v in reward.facts().items()}
+                for sample in _samples(*self._drawn) if hasattr(self, "_drawn") else ():
+                    run.event("sample", step=self.state.global_step, **sample)
+            super().log(logs, *given, **named)
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            super()._save_checkpoint(model, trial)
+            every = self.args.steps_per_generation * self.num_iterations
+            if self._step % every and self._buffered_inputs is not None and self.args.should_save:
+                from pathlib import Path
+
+                from safetensors.torch import save_file
+
+                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                tensors = {
+                    f"{place}.{name}": value.detach().cpu().contiguous().clone()
+                    for place, batch in enumerate(self._buffered_inputs)
+                    for name, value in batch.items()
+                    if hasattr(value, "detach")
+                }
+                save_file(tensors, folder / BUFFER)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            from pathlib import Path
+
+            from safetensors.torch import load_file
+            from transformers.trainer_callback import TrainerState
+
+            folder = Path(resume_from_checkpoint)
+            done = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
+            self._step = done * self.args.gradient_accumulation_steps
+            if (folder / BUFFER).is_file():
+                batches: dict[int, dict[str, Any]] = {}
+                for key, value in load_file(folder / BUFFER, device=str(self.accelerator.device)).items():
+                    place, _, name = key.partition(".")
+                    batches.setdefault(int(place), {})[name] = value
+                self._buffered_inputs = [batches[place] for place in sorted(batches)]
+
+    return OnPrompts
+
+
+def _text(ids: Sequence[int], stop_ids: Sequence[int], tokenizer: Any) -> str:
+    """An answer's text without the token that ends it, as evaluation reads answers."""
+    end = next((place for place, token in enumerate(ids) if token in stop_ids), len(ids))
+    text: str = tokenizer.decode(
+        list(ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return text
+
+
+def _samples(
+    asked: Sequence[Prompt], texts: Sequence[str], scored: rewarding.Scored
+) -> Iterator[dict[str, Any]]:
+    """The best and the worst answer to the first prompt of a batch, for people."""
+    of_first = [n for n, prompt in enumerate(asked) if prompt.row == asked[0].row]
+    ranked = sorted(of_first, key=lambda n: scored.totals[n])
+    for n in dict.fromkeys((ranked[-1], ranked[0])):
+        yield {
+            "row": str(asked[n].row),
+            "prompt": asked[n].messages[-1].content[:SAMPLE],
+            "completion": texts[n][:SAMPLE],
+            "reward": scored.totals[n],
+            "rewards": {name: column[n] for name, column in scored.columns.items()},
+        }

@@ -60,6 +60,7 @@ def quick(here, tiny_model_folder, question_file):
             "training": {
                 "max_steps": 4, "per_device_train_batch_size": 8, "warmup_steps": 0, "learning_rate": 1e-2,
                 "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "scheduler": "linear",
+                "gradient_accumulation_steps": 1,
             },
             "evaluation": {"skip": True},
         }  # fmt: skip
@@ -196,13 +197,19 @@ def test_probabilities_are_those_without_padding(quick, here, tiny_model_folder,
     trainer, _, _ = trainer_of(quick("rloo", **changes), here)
     plain = models.load_model(str(base)).eval()
     batch, _ = drawn(trainer)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    with torch.no_grad():
+        found, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, batch["completion_ids"].shape[1]
+        )
     widths = batch["prompt_mask"].sum(-1)
     assert len(set(widths.tolist())) > 1, "something is padded"
     for n in range(len(widths)):
         prompt = batch["prompt_ids"][n][batch["prompt_mask"][n].bool()].tolist()
         kept = batch["completion_mask"][n].bool()
         expected = plain_logps(plain, prompt, batch["completion_ids"][n][kept].tolist())
-        assert batch["old_per_token_logps"][n][kept].tolist() == pytest.approx(expected, abs=1e-4)
+        assert found[n][kept].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("adapter", ["full", "lora"])
@@ -275,7 +282,7 @@ def test_a_resumed_run_is_the_straight_run(quick, here, monkeypatch, case):
         expected, found = weights(straight.path / folder), weights(stopped.path / folder)
         assert all(torch.equal(expected[name], found[name]) for name in expected)
     measured = [
-        {e["step"]: e["measures"]["reward"] for e in run.events() if e["kind"] == "step"}
+        {e["step"]: e["measures"].get("reward") for e in run.events() if e["kind"] == "step"}
         for run in (straight, stopped)
     ]
     assert measured[0] == measured[1]

@@ -25,6 +25,7 @@ from tunesmith.recipe import GRPO, RLOO, Data, Training
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run
 from tunesmith.training.validating import rewarded
+from tunesmith.training.watching import correlation
 
 Section = GRPO | RLOO
 BUFFER = "answers.safetensors"
@@ -233,6 +234,9 @@ def _on_prompts(
             texts = [_text(ids, stop_ids, self.processing_class) for ids in completion_ids_list]
             scored = rewarding.total(resolved, asked, texts)
             self._drawn = (asked, texts, scored)
+            together = correlation([len(ids) for ids in completion_ids_list], scored.totals, prompts)
+            if together is not None:
+                self._metrics["train"]["reward_length_correlation"].append(together)
             table = [scored.columns[reward.name] for reward in resolved]
             return torch.tensor(table, dtype=torch.float32, device=self.accelerator.device).T
 

@@ -109,6 +109,7 @@ def fit(
     from transformers.trainer_callback import PrinterCallback
 
     from tunesmith.training import callbacks
+    from tunesmith.training.watching import Watching
 
     # These starts change the base weights; their adapters are saved as plain LoRA of twice the rank.
     initial = run.path / "initial_adapter" if adapter_init in PRINCIPAL else None
@@ -129,7 +130,7 @@ def fit(
         save_best, best=info["eval_loss"] if info else None, patience=training.early_stopping_patience
     )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to the verb's result
-    for callback in (events, best, callbacks.LastStep(), stop, callbacks.FiniteLoss()):
+    for callback in (events, best, callbacks.LastStep(), stop, callbacks.FiniteLoss(), Watching(run)):
         trainer.add_callback(callback)
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter

@@ -1,0 +1,144 @@
+"""Silent mistakes: what a run's own measures say is going wrong while every step looks fine.
+
+Each watch is a function of the measures logged so far and gives a sentence or None. The first time that one has
+something to say it is written as a warning of the run, which the report shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Any
+
+from transformers import TrainerCallback
+
+from tunesmith.training.run import Run
+
+Measures = Mapping[str, float]
+Watch = Callable[[Sequence[Measures]], str | None]
+
+RECENT = 5
+"""Logged steps that are looked at together: one alone may be chance."""
+SAME = 0.9
+"""Share of groups without any spread of rewards from which on there is nothing to learn."""
+LONGER = 1.3
+"""Growth of answers that counts as longer."""
+BY_LENGTH = 0.8
+"""Correlation of reward and length among answers from which on the reward is as good as the length."""
+FAR = 1.0
+"""Nats per token from which on a model has little to do with the one it started from."""
+SUDDEN = 20.0
+"""How many times its usual size divergence grows when it blows up."""
+
+
+def no_spread(logged: Sequence[Measures]) -> str | None:
+    """Groups whose answers are all worth the same teach nothing."""
+    recent = [m for m in logged if "reward" in m][-RECENT:]
+    if len(recent) < RECENT:
+        return None
+    shares = [m["frac_reward_zero_std"] for m in recent if "frac_reward_zero_std" in m]
+    if not shares:
+        shares = [float(m.get("reward_std", 1.0) == 0.0) for m in recent]
+    if len(shares) < RECENT or fmean(shares) < SAME:
+        return None
+    mean = fmean(m["reward"] for m in recent)
+    return (
+        f"In {fmean(shares):.0%} of the last batches every answer to a prompt got the same reward (mean {mean:.3g}): "
+        "there is nothing to compare and so nothing to learn. The task is too hard for the model or solved already: "
+        "start from a model that succeeds sometimes, draw more answers or at a higher temperature, or use a reward "
+        "with degrees."
+    )
+
+
+def length_alone(logged: Sequence[Measures]) -> str | None:
+    """Reward that rises with the length of answers and with nothing else."""
+    found = [
+        m for m in logged if {"reward", "completions/mean_length", "reward_length_correlation"} <= m.keys()
+    ]
+    if len(found) < 2 * RECENT:
+        return None
+    first, last = found[:RECENT], found[-RECENT:]
+
+    def grown(name: str) -> tuple[float, float]:
+        return fmean(m[name] for m in first), fmean(m[name] for m in last)
+
+    lengths, rewards = grown("completions/mean_length"), grown("reward")
+    together = fmean(m["reward_length_correlation"] for m in last)
+    if lengths[1] < LONGER * lengths[0] or rewards[1] <= rewards[0] or together < BY_LENGTH:
+        return None
+    return (
+        f"The reward rises with length alone: answers grew from {lengths[0]:.0f} to {lengths[1]:.0f} tokens, and "
+        f"among answers reward and length go together ({together:.2f}, 1 being the same). Read the samples; a limit "
+        "of length as a further reward, or `loss: dr_grpo`, takes the gain away."
+    )
+
+
+def divergence(logged: Sequence[Measures]) -> str | None:
+    """A model that has left the one it started from, step by step or all at once."""
+    found = [m["kl"] for m in logged if "kl" in m]
+    tokens = [m.get("completions/mean_length", 1.0) for m in logged if "kl" in m]
+    if not found:
+        return None
+    # PPO says what an answer diverges by, the others what a token does.
+    is_whole = "kl_coefficient" in logged[-1]
+    each = [kl / max(count, 1.0) for kl, count in zip(found, tokens, strict=True)] if is_whole else found
+    far = len(each) >= RECENT and min(each[-RECENT:]) > FAR
+    before = median(each[:-1]) if len(each) > RECENT else math.inf
+    sudden = each[-1] > FAR and each[-1] > SUDDEN * before
+    if not far and not sudden:
+        return None
+    how = f"{each[-1] / max(before, 1e-9):.0f} times as much as usual" if sudden else "and stays there"
+    return (
+        f"The divergence from the model that training started from has reached {each[-1]:.2g} nats a token, {how}: "
+        "what the model could do before may be lost. Raise the cost of divergence (beta, kl_coefficient), or lower "
+        "the learning rate."
+    )
+
+
+WATCHES: dict[str, Watch] = {
+    "no spread of rewards": no_spread,
+    "length alone": length_alone,
+    "divergence": divergence,
+}
+"""The watches by name."""
+
+
+class Watching(TrainerCallback):  # type: ignore[misc]
+    """Looks at the measures whenever a step is logged, and says each thing once in a run."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.told = {event.get("watch") for event in run.events() if event["kind"] == "warning"}
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask the watches that have said nothing yet."""
+        if not state.log_history or "loss" not in state.log_history[-1]:
+            return
+        logged = [
+            {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
+            for entry in state.log_history
+            if "loss" in entry
+        ]
+        for name, watch in WATCHES.items():
+            if name not in self.told and (sentence := watch(logged)):
+                self.told.add(name)
+                self.run.event("warning", step=state.global_step, message=sentence, watch=name)
+
+
+def correlation(one: Sequence[float], other: Sequence[float], groups: Sequence[object]) -> float | None:
+    """Pearson's correlation of two columns, each less its group's mean; None where either has no spread.
+
+    Neighbours of one group stand together.
+    """
+    bounds = [0, *(n + 1 for n, (a, b) in enumerate(pairwise(groups)) if a != b), len(one)]
+    centred: list[list[float]] = [[], []]
+    for begin, end in pairwise(bounds):
+        for column, values in zip(centred, (one, other), strict=True):
+            mean = fmean(values[begin:end])
+            column += [value - mean for value in values[begin:end]]
+    spreads = [math.fsum(value * value for value in column) for column in centred]
+    if min(spreads) <= 1e-12:
+        return None
+    return math.fsum(a * b for a, b in zip(*centred, strict=True)) / math.sqrt(spreads[0] * spreads[1])

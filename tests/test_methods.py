@@ -52,6 +52,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "reward": {"rows": preferred},
     "grpo": {"recipe": SAMPLED},
     "rloo": {"recipe": SAMPLED},
+    "ppo": {"recipe": {"method": {"rewards": "vocabulary_use", "max_new_tokens": 6}}},
 }
 """By method: `rows`, a function from a number to a row (a question with its answer where it is left out), and
 `recipe`, a layer over the one below."""

@@ -25,6 +25,8 @@ class Generated:
     ids: tuple[int, ...]
     text: str
     finish_reason: Literal["stop", "length"]
+    stop_id: int | None = None
+    """The stop token that ended it; None at the length limit."""
 
 
 def generate(
@@ -349,7 +351,8 @@ def _cut(ids: Sequence[int], stop_ids: Sequence[int], tokenizer: Any) -> Generat
     """New tokens up to the first stop token; only padding follows it."""
     end = next((position for position, token in enumerate(ids) if token in stop_ids), None)
     kept = tuple(ids if end is None else ids[:end])
-    return Generated(kept, _decoded(kept, tokenizer), "length" if end is None else "stop")
+    text = _decoded(kept, tokenizer)
+    return Generated(kept, text, "length") if end is None else Generated(kept, text, "stop", ids[end])
 
 
 def _decoded(ids: Sequence[int], tokenizer: Any) -> str:

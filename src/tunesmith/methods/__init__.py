@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.data import EncodedSplits, prompts
 from tunesmith.data.examples import Example, Preference
-from tunesmith.methods import cpo, dpo, grpo, kto, orpo, preferred, reward, rloo, sampled, seq2seq, sft
+from tunesmith.methods import cpo, dpo, grpo, kto, orpo, ppo, preferred, reward, rloo, sampled, seq2seq, sft
 from tunesmith.models import Head, Kind
 from tunesmith.plan import Decision
 from tunesmith.recipe import Recipe, Training
@@ -144,5 +144,14 @@ METHODS = {
         template=sampled.template,
         encoded=sampled.encoded,
         settled=sampled.settled,
+    ),
+    "ppo": Method(
+        "ppo",
+        adapt=prompts.questioned,
+        remarks=prompts.REMARKS,
+        build=ppo.build,
+        template=ppo.template,
+        encoded=ppo.encoded,
+        settled=ppo.settled,
     ),
 }

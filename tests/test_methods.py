@@ -149,11 +149,14 @@ def test_two_steps_change_what_is_trained_and_nothing_else(quick, kind, adapter,
     else:
         # A new head is trained and saved with the adapter.
         own = (".lora_", ".score.") if METHODS[kind].head else (".lora_",)
-        assert all(any(part in name for part in own) for name in trained)
+        policy = {
+            name for name in trained if not name.startswith("value_head.")
+        }  # PPO's is for training alone
+        assert all(any(part in name for part in own) for name in policy)
         assert final
         assert all(any(part in name for part in own) for name in final)
         assert METHODS[kind].head is None or any(".score." in name for name in final)
-        assert len(final) == len(trained)
+        assert len(final) == len(policy)
 
     # Base and tuned model are compared on what was held out, the page shows it.
     assert result.primary
@@ -207,7 +210,7 @@ def learn():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo", "cpo", "simpo"])
+@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo", "simpo"])
 def test_preferences_are_learned(kind, tmp_path):
     """From about half of the held-out pairs to at least 85 %, on the shipped model and data."""
     found = learn().learned(kind, output_dir=tmp_path)

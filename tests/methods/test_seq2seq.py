@@ -384,7 +384,7 @@ def test_qlora_asks_for_four_bits_and_trains_the_adapter_only(folders, monkeypat
 
     monkeypatch.setattr(transformers.AutoModelForSeq2SeqLM, "from_pretrained", loading)
     four_bits = object()  # bitsandbytes, which makes the real one, may not be here
-    monkeypatch.setattr(models, "_four_bit", lambda section: four_bits)
+    monkeypatch.setattr(models, "_four_bit", lambda section, head=None: four_bits)
     adapter = QLoRA(rank=2, targets="query-value")
     model = models.attach(models.load_model(str(folders["t5"]), quantize=adapter), adapter)
     assert asked["device_map"] == {"": 0}

@@ -159,5 +159,10 @@ def test_evaluate_and_compare_measure_it_again(run, tiny_model_folder, files, tm
         run.primary.metric, run.primary.base, run.primary.tuned, run.primary.verdict,
     )  # fmt: skip
     # A model that is no run of a preference method is asked about pairs where it is told to.
-    plain = api.evaluate(str(tiny_model_folder), dataset=str(files["pairs"]), metrics=["preference_accuracy"])
+    plain = api.evaluate(
+        str(tiny_model_folder),
+        dataset=str(files["pairs"]),
+        metrics=["preference_accuracy"],
+        output=tmp_path / "plain",
+    )
     assert plain.scores["preference_accuracy"]["n"] == 48

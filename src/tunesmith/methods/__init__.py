@@ -123,6 +123,7 @@ METHODS = {
         template=sampled.template,
         encoded=sampled.encoded,
         settled=sampled.settled,
+        check=sampled.check,
     ),
     "rloo": Method(
         "rloo",
@@ -132,5 +133,6 @@ METHODS = {
         template=sampled.template,
         encoded=sampled.encoded,
         settled=sampled.settled,
+        check=sampled.check,
     ),
 }

@@ -26,6 +26,12 @@ TONE = {
 }
 """Pairs of right answers, one of them courteous; the base prefers neither."""
 
+RANKS = {
+    "data": {"dataset": "example:preferences", "max_length": 128, "held_out": 0.2},
+    "training": {"num_epochs": 2, "per_device_train_batch_size": 8, "learning_rate": 1e-3},
+}
+"""Pairs of a polite, right and short answer and one that is not; a new head finds both of any pair equally good."""
+
 LEARN: dict[str, dict[str, Any]] = {
     "dpo": TONE,
     "dpo, lora": overlaid(TONE, {"adapter": {"kind": "lora"}, "training": {"learning_rate": 1e-3}}),
@@ -34,6 +40,11 @@ LEARN: dict[str, dict[str, Any]] = {
     "orpo": overlaid(TONE, {"training": {"learning_rate": 1e-3}}),
     "cpo": TONE,
     "simpo": TONE,
+    "reward": RANKS,
+    "reward, lora": overlaid(
+        RANKS,
+        {"adapter": {"kind": "lora", "targets": "all-linear"}, "training": {"learning_rate": 3e-3}},
+    ),
 }
 """By name: the recipe that proves it, over COMMON; the method is the name's first word unless the recipe says."""
 

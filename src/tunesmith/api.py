@@ -9,6 +9,7 @@ print(result.primary.verdict)
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -30,7 +31,7 @@ from tunesmith.errors import (
     is_out_of_memory,
     nearest,
 )
-from tunesmith.recipe import DataSource, Recipe, Seq2Seq, Task
+from tunesmith.recipe import DataSource, Recipe, RewardModel, Seq2Seq, Task
 from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
     Run,
@@ -151,6 +152,7 @@ def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list
     recipe = anchored(recipe)
     _check_before_training(recipe)
     from tunesmith import dataflow, evaluation
+    from tunesmith.methods import METHODS
 
     started = time.perf_counter()
     found = _driver().execute(["items", "metrics", "plan"], inputs=_inputs(recipe))
@@ -169,6 +171,7 @@ def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list
         device=found["plan"].device,
         dtype=found["plan"].dtype,
         watch=watch,
+        head=METHODS[recipe.method.kind].head,
     )
     scores = evaluation.scores(rows, found["metrics"])
     seconds = time.perf_counter() - started
@@ -309,7 +312,8 @@ def evaluate(
     A run is measured on its own held-out split unless `dataset` is given; of that every row is used except
     those that the run was trained or validated on. `settings` is a sparse recipe layer that says how the
     data set is read and answered. Rows and scores are written to `output`, by default
-    `<run>/evaluation/<dataset>` or `evaluations/<model>_<dataset>`.
+    `<run>/evaluation/<dataset>` or `evaluations/<model>_<dataset>`, with a number behind it where another
+    measurement lies there.
     """
     launch.require_one_process()
     quiet_libraries()
@@ -320,9 +324,17 @@ def evaluate(
     rows, chosen, longer = _answers(model, questions, name="model", watch=watch)
     questions = questions.with_longer({str(model): longer})
     scores = evaluation.scores(rows, chosen)
-    place = Path(output) if output else _evaluation_folder(run, model, questions.recipe)
+    asked = questions.recipe.evaluation.max_new_tokens
+    kept = {
+        "model": scores,
+        "measured_on": asdict(questions.measured_on),
+        "metrics": chosen,
+        "max_new_tokens": asked,
+    }
+    place = Path(output) if output else _evaluation_folder(run, model, questions.recipe, kept)
     evaluation.write_rows(place / "rows.jsonl", rows)
-    kept = {"model": scores, "measured_on": asdict(questions.measured_on)}
+    if (bias := evaluation.length_bias(rows)) and bias.is_strong:
+        watch({"kind": "warning", "message": bias.sentence("the model")})
     write_whole(place / "scores.json", json.dumps(kept, indent=1))
     return Result(
         run=place,
@@ -464,8 +476,12 @@ def _questions(
             f"What {models[0]} is to be measured on is missing.", fix="Give --dataset, or name a run."
         )
     base = run.recipe() if run else Recipe()
-    if not run and "method" not in (settings or {}) and loading.kind(str(models[0])) == "seq2seq":
-        base = Recipe(method=Seq2Seq())
+    if not run and "method" not in (settings or {}):
+        kinds = {loading.kind(str(model)) for model in models}
+        if "reward" in kinds:
+            base = Recipe(method=RewardModel())
+        elif loading.kind(str(models[0])) == "seq2seq":
+            base = Recipe(method=Seq2Seq())
     changes: dict[str, Any] = {"evaluation": {"metrics": metrics}} if metrics else {}
     layer = base.model_dump(mode="json")
     is_whole = not base.data.mix and _same_place(base.data.dataset, dataset or "")
@@ -596,11 +612,20 @@ def _answers(
     """A model's rows, the metrics, and what is to be said of questions longer than it was trained to read."""
     from tunesmith import dataflow, evaluation, models
     from tunesmith import plan as planning
+    from tunesmith.methods import METHODS
 
     settings = questions.recipe
     tokenizer = models.load_tokenizer(str(model))
     kind = models.kind(str(model))
     _settle_template(tokenizer, kind, settings)
+    head = METHODS[settings.method.kind].head
+    if head and kind == "causal":
+        watch(
+            {
+                "kind": "warning",
+                "message": f"{model} gives no scores; it gets the head that training begins with.",
+            }
+        )
     items = evaluation.items(
         questions.examples,
         tokenizer,
@@ -626,12 +651,14 @@ def _answers(
         device=device,
         dtype=planning.inference_dtype(settings.model.dtype, device),
         watch=watch,
+        head=head,
     )
     return rows, chosen, longer
 
 
 def _settle_template(tokenizer: Any, kind: Kind, recipe: Recipe) -> None:
     """Settle how a model of this kind is asked, outside of a training."""
+    from tunesmith import scoring
     from tunesmith.data import pairs
     from tunesmith.data.templates import set_template
 
@@ -641,13 +668,24 @@ def _settle_template(tokenizer: Any, kind: Kind, recipe: Recipe) -> None:
         pairs.settle_template(tokenizer, recipe.model.chat_template, prefix)
     else:
         set_template(tokenizer, recipe.model.chat_template)
+        if kind == "causal" and recipe.method.kind == "reward":
+            scoring.settle_padding(tokenizer)
 
 
-def _evaluation_folder(run: Run | None, model: str | Path, recipe: Recipe) -> Path:
+def _evaluation_folder(run: Run | None, model: str | Path, recipe: Recipe, facts: Mapping[str, Any]) -> Path:
+    """Where a measurement is kept: never over another one, only over itself."""
     dataset = dataset_name(recipe.data.dataset)
-    if run:
-        return run.evaluation / dataset
-    return Path("evaluations") / f"{Path(str(model)).name}_{dataset}"
+    place = run.evaluation / dataset if run else Path("evaluations") / f"{Path(str(model)).name}_{dataset}"
+    about = json.loads(json.dumps({key: value for key, value in facts.items() if key != "model"}))
+    for number in itertools.count(1):
+        folder = place if number == 1 else place.with_name(f"{place.name}-{number}")
+        try:
+            before = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return folder
+        if all(before.get(key) == value for key, value in about.items()):
+            return folder
+    raise AssertionError("unreachable")
 
 
 def validate(
@@ -743,6 +781,7 @@ class Chat:
         from tunesmith.data import pairs
         from tunesmith.data.templates import set_template
 
+        models.check_writes(str(model))
         self.tokenizer = models.load_tokenizer(str(model))
         self.is_seq2seq = models.kind(str(model)) == "seq2seq"
         settle = pairs.settle_template if self.is_seq2seq else set_template
@@ -1071,22 +1110,30 @@ def _check_before_training(recipe: Recipe) -> None:
     """Cheap failures first: nothing is read or computed before these are settled."""
     _check_settings(recipe)
     quiet_libraries()
-    from tunesmith import models
+    from tunesmith import evaluation, models
     from tunesmith.methods import METHODS
 
     method = METHODS[recipe.method.kind]
-    models.check_kind(recipe.model.base, method.model, method=method.kind, revision=recipe.model.revision)
+    models.check_kind(
+        recipe.model.base,
+        method.model,
+        method=method.kind,
+        head=method.head,
+        revision=recipe.model.revision,
+    )
     if recipe.data.packing and not method.can_pack:
         raise RecipeError(
             f"data.packing has no effect with the method '{method.kind}': its rows stay rows of their own.",
             fix="Leave data.packing out.",
         )
     method.check(recipe)
+    evaluation.check_scoring(recipe.evaluation.metrics or [], gives_scores=method.head is not None)
     models.check_fit(
         recipe.model.base,
         recipe.adapter,
         revision=recipe.model.revision,
         max_length=recipe.data.max_length,
+        head=method.head,
     )
 
 

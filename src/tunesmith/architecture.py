@@ -18,17 +18,18 @@ from tunesmith import models
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.recipe import LoRA
 
-Kind = Literal["causal", "seq2seq", "encoder", "image-text", "other"]
+Kind = Literal["causal", "seq2seq", "reward", "encoder", "image-text", "other"]
 
 PARTS = ("embeddings", "attention", "feed-forward", "norms", "head", "vision", "other")
 """What parameters are counted under; a weight that two parts share counts once, under the first."""
 
-TRAINED: tuple[Kind, ...] = ("causal", "seq2seq")
+TRAINED: tuple[Kind, ...] = ("causal", "seq2seq", "reward")
 """Kinds that a method here trains."""
 
 NEEDS: dict[Kind, str] = {
     "causal": "method kind sft: it continues a text",
     "seq2seq": "method kind seq2seq: an encoder reads the question, a decoder writes the answer",
+    "reward": "method kind reward: it gives an answer a score and writes none",
     "encoder": "it cannot generate text: every token sees those after it, so no method here trains it",
     "image-text": "it reads images beside text; no method here trains it",
     "other": "it is no language model that continues or answers a text; no method here trains it",
@@ -292,6 +293,8 @@ def kind_of(config: Any) -> Kind:
         return "image-text"
     if models.fills_gaps(config):
         return "encoder"
+    if config.num_labels == 1 and models._architecture(config).endswith(models.SCORING):
+        return "reward"
     return "causal" if family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "other"
 
 
@@ -318,6 +321,7 @@ def _modules(base: str, config: Any, kind: Kind) -> Any:
     classes = {
         "causal": transformers.AutoModelForCausalLM,
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
+        "reward": transformers.AutoModelForSequenceClassification,
         "image-text": transformers.AutoModelForImageTextToText,
         "encoder": transformers.AutoModelForMaskedLM,
     }
@@ -335,6 +339,8 @@ def _with_adapter(base: str, file: Path) -> Architecture:
     saved = json.loads(file.read_text(encoding="utf-8"))
     below = architecture(str(saved.get("base_model_name_or_path")))
     targets = saved.get("target_modules") or []
+    if saved.get("task_type") == "SEQ_CLS":
+        below = replace(below, kind="reward", needs=NEEDS["reward"])
     # A text is a pattern of module names.
     named = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
     ranks = sorted({saved.get("r"), *(saved.get("rank_pattern") or {}).values()} - {None})
@@ -494,7 +500,7 @@ def _lora_parameters(model: Any, targets: tuple[str, ...], rank: int) -> int:
 
 def _parts(model: Any) -> Counter[str]:
     """Parameters by part, from the modules that own them."""
-    head = model.get_output_embeddings()
+    head = getattr(model, models.HEAD) if models.is_reward(model) else model.get_output_embeddings()
     head_name = next((name for name, module in model.named_modules() if module is head), None)
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():

@@ -19,6 +19,7 @@ from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.errors import RunError
 from tunesmith.evaluation import EvalRow
 from tunesmith.evaluation.compare import Comparison, compare
+from tunesmith.evaluation.lengths import length_bias
 from tunesmith.evaluation.metrics import default_metrics
 from tunesmith.evaluation.report import write_report
 from tunesmith.export.card import write_card
@@ -131,6 +132,8 @@ def metrics(recipe: Recipe, items: list[evaluation.Item]) -> list[str]:
     """Names of the metrics, the primary one first."""
     if recipe.evaluation.metrics:
         return evaluation.known_metrics(recipe.evaluation.metrics)
+    if METHODS[recipe.method.kind].head:
+        return evaluation.judged(items, by_score=True)
     prompts = [item.prompt for item in items if item.prompt]
     has_text = any(item.prompt is None and item.good is None for item in items)
     usual = default_metrics(
@@ -165,6 +168,7 @@ def base_rows(
         device=plan.device,
         dtype=plan.dtype,
         watch=prepared.watch,
+        head=METHODS[recipe.method.kind].head,
     )
     evaluation.write_rows(file, rows)
     return rows
@@ -193,6 +197,7 @@ def fitted(
         device=plan.device,
         attention=recipe.model.attention,
         quantize=recipe.adapter if isinstance(recipe.adapter, QLoRA) else None,
+        head=METHODS[recipe.method.kind].head,
     )
     model = models.attach(
         model,
@@ -255,6 +260,7 @@ def tuned_rows(
         device=plan.device,
         dtype=plan.dtype,
         watch=prepared.watch,
+        head=METHODS[recipe.method.kind].head,
     )
 
 
@@ -270,6 +276,13 @@ def comparisons(
     scores = {"base": evaluation.scores(base_rows, metrics), "tuned": evaluation.scores(tuned_rows, metrics)}
     prepared.write("evaluation/scores.json", scores)
     prepared.write("evaluation/comparison.json", {"comparisons": [asdict(c) for c in compared]})
+    if bias := length_bias(tuned_rows):
+        prepared.event(
+            "decision",
+            name="scores and lengths",
+            value=f"rank correlation {bias.correlation:+.2f}",
+            reason=bias.sentence("the tuned model"),
+        )
     return compared
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from tunesmith.errors import OutOfResources, is_out_of_memory
-from tunesmith.models import first_tokens, is_seq2seq
+from tunesmith.models import check_can_write, first_tokens, is_seq2seq
 
 _Result = TypeVar("_Result")
 
@@ -25,6 +25,8 @@ class Generated:
     ids: tuple[int, ...]
     text: str
     finish_reason: Literal["stop", "length"]
+    stop_id: int | None = None
+    """The stop token that ended it; None at the length limit."""
 
 
 def generate(
@@ -48,6 +50,7 @@ def generate(
     """
     import torch
 
+    check_can_write(model)
     pairs = is_seq2seq(model)
     rooms = [_room(model, len(prompt), max_new_tokens) for prompt in prompts]
     answers: dict[int, Generated] = {}
@@ -122,6 +125,7 @@ def stream(
     """
     import torch
 
+    check_can_write(model)
     room = _room(model, len(prompt), max_new_tokens)
     feeds = _decoder_feeds if is_seq2seq(model) else _feeds
     first = first_tokens(model)
@@ -347,7 +351,8 @@ def _cut(ids: Sequence[int], stop_ids: Sequence[int], tokenizer: Any) -> Generat
     """New tokens up to the first stop token; only padding follows it."""
     end = next((position for position, token in enumerate(ids) if token in stop_ids), None)
     kept = tuple(ids if end is None else ids[:end])
-    return Generated(kept, _decoded(kept, tokenizer), "length" if end is None else "stop")
+    text = _decoded(kept, tokenizer)
+    return Generated(kept, text, "length") if end is None else Generated(kept, text, "stop", ids[end])
 
 
 def _decoded(ids: Sequence[int], tokenizer: Any) -> str:

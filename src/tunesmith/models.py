@@ -35,8 +35,12 @@ HUB_SECONDS = 5.0
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
-Kind = Literal["causal", "seq2seq"]
-"""What a model is made for: continuing a text, or reading one (encoder) and writing another (decoder)."""
+Kind = Literal["causal", "seq2seq", "reward"]
+"""What a model is made for: continuing a text, reading one (encoder) and writing another (decoder), or giving a
+text one score."""
+
+Head = Literal["score"]
+"""What a method puts in the place of the output layer: one number for the whole text."""
 
 QUERY_VALUE = {
     "q_proj", "v_proj",  # Llama, Mistral, Qwen, Gemma, OPT
@@ -188,28 +192,63 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
 
 
 def kind(base: str, *, revision: str | None = None) -> Kind:
-    """Whether a model continues texts (causal) or answers what its encoder has read (seq2seq), from its
-    configuration alone. Raises ModelError for a model that writes nothing, such as BERT."""
+    """Whether a model continues texts (causal), answers what its encoder has read (seq2seq) or gives scores
+    (reward), from its configuration alone. Raises ModelError for a model that does nothing of it, such as BERT."""
+    if _is_scoring_adapter(locate(base, revision=revision)):
+        return "reward"
     return _kind(configuration(base, revision), base)
 
 
-def check_kind(base: str, wanted: Kind, *, method: str, revision: str | None = None) -> None:
-    """Raises ModelError, naming the right method, where a method is given a model of the other kind."""
-    config = configuration(base, revision)
-    found = _kind(config, base)
-    if found == wanted:
+def check_kind(
+    base: str, wanted: Kind, *, method: str, head: Head | None = None, revision: str | None = None
+) -> None:
+    """Raises ModelError, naming the right method, where a method is given a model of another kind.
+
+    A method that puts a head on a causal model also takes one that has it.
+    """
+    found = kind(base, revision=revision)
+    if found == wanted or (head and found == "reward"):
         return
     names = {
         "causal": ("a causal language model", "sft"),
         "seq2seq": ("an encoder-decoder model", "seq2seq"),
+        "reward": ("a reward model", "reward"),
     }
     what, right = names[found]
+    makes = (
+        f"makes a reward model of a {wanted} one" if head else f"trains {names[wanted][0].split(' ', 1)[1]}s"
+    )
     raise ModelError(
-        f"'{base}' is {what}, and the method '{method}' trains {names[wanted][0].split(' ', 1)[1]}s.",
-        found=_architecture(config),
+        f"'{base}' is {what}, and the method '{method}' {makes}.",
+        found=_architecture(configuration(base, revision)),
         fix=f"Use --set method.kind={right}, or name {names[wanted][0]}"
         + (" such as T5 or BART." if wanted == "seq2seq" else " such as Qwen, Llama or GPT-2."),
     )
+
+
+def check_writes(base: str) -> None:
+    """Raises ModelError for a reward model, which cannot be asked anything."""
+    if kind(base) == "reward":
+        raise _writes_nothing(base)
+
+
+def check_can_write(model: Any) -> None:
+    """The same for a loaded model."""
+    if is_reward(model):
+        raise _writes_nothing(str(model.config.name_or_path) or type(model).__name__)
+
+
+def _writes_nothing(name: str) -> ModelError:
+    return ModelError(
+        f"'{name}' is a reward model: it gives answers a score and writes none.",
+        fix="Ask a causal model. `tunesmith evaluate` measures how well a reward model ranks pairs of answers, and "
+        "reinforcement learning takes it as a reward: `rewards: [{kind: model, model: FOLDER}]`.",
+    )
+
+
+def _is_scoring_adapter(location: str) -> bool:
+    file = Path(location) / "adapter_config.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
 
 
 def configuration(base: str, revision: str | None = None) -> Any:
@@ -230,6 +269,14 @@ def configuration(base: str, revision: str | None = None) -> Any:
 def _kind(config: Any, base: str) -> Kind:
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
+    if _architecture(config).endswith(SCORING) and not fills_gaps(config):
+        if config.num_labels == 1:
+            return "reward"
+        raise ModelError(
+            f"'{base}' sorts texts into {config.num_labels} classes; a reward model gives one number.",
+            found=_architecture(config),
+            fix="Name a causal language model, or a classifier with num_labels 1.",
+        )
     if fills_gaps(config) or _architecture(config).endswith("EncoderModel"):
         raise ModelError(
             f"'{base}' is an encoder-only model: it reads a text from both sides and writes none, so it cannot "
@@ -254,10 +301,34 @@ def _architecture(config: Any) -> str:
     return next(iter(config.architectures or ()), f"model type '{config.model_type}'")
 
 
+SCORING = "ForSequenceClassification"
+"""How transformers' names of models end that give a text a score."""
+AUTO: dict[Kind, str] = {
+    "causal": "CausalLM",
+    "seq2seq": "Seq2SeqLM",
+    "reward": "SequenceClassification",
+}
+"""Kind -> what transformers' and PEFT's automatic classes are called, behind `AutoModelFor`."""
+
+
 def _model_class(kind: Kind) -> Any:
     import transformers
 
-    return transformers.AutoModelForSeq2SeqLM if kind == "seq2seq" else transformers.AutoModelForCausalLM
+    return getattr(transformers, f"AutoModelFor{AUTO[kind]}")
+
+
+def _check_can_score(config: Any, base: str) -> None:
+    """Raises ModelError where transformers has no such model with a score instead of an output layer."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
+    )
+
+    if config.model_type not in CLASSIFIERS:
+        raise ModelError(
+            f"'{base}' cannot become a reward model: transformers has no {config.model_type} that gives scores.",
+            found=_architecture(config),
+            fix="Use one of a family that has, such as Llama, Qwen, Mistral, Gemma or GPT-2.",
+        )
 
 
 def load_model(
@@ -268,8 +339,12 @@ def load_model(
     device: str = "cpu",
     attention: str = "auto",
     quantize: QLoRA | None = None,
+    head: Head | None = None,
 ) -> Any:
-    """A model of either kind on a device; an adapter's folder gives its base with the adapter on it."""
+    """A model of any kind on a device; an adapter's folder gives its base with the adapter on it.
+
+    With `head` a causal model gets that head in place of its output layer; a reward model keeps the one it has.
+    """
     import torch
 
     location = locate(base, revision=revision)
@@ -281,24 +356,42 @@ def load_model(
     if attention != "auto":
         options["attn_implementation"] = attention
     if quantize:
-        options |= {"quantization_config": _four_bit(quantize), "device_map": {"": 0}}
+        options |= {"quantization_config": _four_bit(quantize, head), "device_map": {"": 0}}
     is_adapter = (Path(location) / "adapter_config.json").is_file()
     if is_adapter and quantize:
         raise ModelError(
             f"{base} is an adapter, and QLoRA quantizes whole weights.",
             fix="Merge it into its base first, or use --lora.",
         )
-    of_kind = kind(base, revision=revision)
+    found = kind(base, revision=revision)
+    of_kind: Kind = "reward" if head else found
+    if of_kind == "reward":
+        _check_can_score(configuration(base, revision), base)
+        options["num_labels"] = 1
+    missing: set[str] = set()
     try:
-        if is_adapter:
+        if is_adapter and of_kind != found:
+            model = _adapter_with_head(location, dtype=dtype, device=device, attention=attention)
+        elif is_adapter:
             import peft
 
-            tuned = peft.AutoPeftModelForSeq2SeqLM if of_kind == "seq2seq" else peft.AutoPeftModelForCausalLM
+            tuned = getattr(peft, f"AutoPeftModelFor{AUTO[of_kind]}")
             model = tuned.from_pretrained(location, **options)
+        elif of_kind == "reward":
+            model, info = _model_class(of_kind).from_pretrained(
+                location, revision=revision, output_loading_info=True, **options
+            )
+            missing = set(info["missing_keys"])
         else:
             model = _model_class(of_kind).from_pretrained(location, revision=revision, **options)
+    except ModelError:
+        raise
     except Exception as error:
         raise _not_loaded("model", base, error) from error
+    if of_kind == "reward" and not is_adapter:
+        _settle_head(model, base, missing, is_new=of_kind != found)
+    if of_kind == "reward":
+        _settle_padding(model, base, revision, is_new=of_kind != found, is_adapter=is_adapter)
     starts_with_pad = hasattr(model, "_shift_right")  # T5 and its kin, whose configurations may leave it open
     if starts_with_pad and getattr(model.config, "decoder_start_token_id", None) is None:
         model.config.decoder_start_token_id = model.config.pad_token_id
@@ -308,60 +401,86 @@ def load_model(
     return model if quantize else model.to(device)
 
 
-def load_scorer(base: str, *, dtype: str = "float32", device: str = "cpu") -> Any:
-    """A reward model: a sequence classifier of one output, in evaluation mode, its weights frozen. An adapter's folder
-    gives its base with the adapter and the trained output on it.
+HEAD = "score"
+"""What transformers calls the layer that gives the score."""
 
-    Raises ModelError for a model without such an output: a new one would score at random.
+
+def _adapter_with_head(location: str, *, dtype: str, device: str, attention: str) -> Any:
+    """An adapter of a causal model, on its base with a head in place of the output layer."""
+    import peft
+
+    config = peft.PeftConfig.from_pretrained(location)
+    base = load_model(
+        str(config.base_model_name_or_path),
+        revision=config.revision,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        head="score",
+    )
+    config.task_type = None  # as a causal model's it would ask for an output layer
+    return peft.PeftModel.from_pretrained(base, location, config=config)
+
+
+def _settle_head(model: Any, base: str, missing: set[str], *, is_new: bool) -> None:
+    """Start a new head at zero, and see that no other weight is a new one.
+
+    At zero it says of any two answers that they are alike, which is what is known before training. Drawn at random
+    it would prefer whole groups of answers by chance, and training would have to undo that first.
     """
     import torch
-    import transformers
 
-    location = locate(base)
-    options: dict[str, Any] = {
-        "dtype": getattr(torch, dtype),
-        "trust_remote_code": False,
-        "use_safetensors": True,
-        "num_labels": 1,
-    }
-    try:
-        if (Path(location) / "adapter_config.json").is_file():
-            import peft
-
-            config = peft.PeftConfig.from_pretrained(location)
-            if config.task_type != "SEQ_CLS":
-                raise ModelError(
-                    f"{base} is no reward model.",
-                    found=f"an adapter for {config.task_type}",
-                    fix="Give the folder of a sequence classifier with one output, or of a run that trained one.",
-                )
-            model = peft.AutoPeftModelForSequenceClassification.from_pretrained(location, **options)
-        else:
-            found = transformers.AutoModelForSequenceClassification.from_pretrained(
-                location, output_loading_info=True, **options
-            )
-            model, info = found
-            if info["missing_keys"] or info["mismatched_keys"]:
-                missing = sorted([*info["missing_keys"], *(str(k[0]) for k in info["mismatched_keys"])])
-                raise ModelError(
-                    f"{base} is no reward model.",
-                    found=f"no trained weights with one output for {', '.join(missing[:4])}",
-                    fix="Give the folder of a sequence classifier with one output, or of a run that trained one.",
-                )
-    except ModelError:
-        raise
-    except Exception as error:
-        raise _not_loaded("model", base, error) from error
-    model.requires_grad_(False)
-    return model.eval().to(device)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = getattr(inner, HEAD, None)
+    others = {name for name in missing if not name.startswith(f"{HEAD}.")}
+    if head is None or others or (missing and not is_new):
+        raise ModelError(
+            f"'{base}' has not the weights of a model that gives scores."
+            if not is_new
+            else f"'{base}' cannot become a reward model.",
+            found=f"{type(inner).__name__} without {', '.join(sorted(missing)[:5]) or HEAD}",
+            fix="Use a model of another family, such as Llama, Qwen, Mistral, Gemma or GPT-2.",
+        )
+    if is_new:
+        with torch.no_grad():
+            head.weight.zero_()
 
 
-def outline(base: str, *, revision: str | None = None) -> Any:
+def _settle_padding(model: Any, base: str, revision: str | None, *, is_new: bool, is_adapter: bool) -> None:
+    """Which token pads: what a model with a score was trained with. A new one is yet to be told.
+
+    An adapter has no configuration of its own to say so, but its tokenizer says so.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    text = inner.config.get_text_config()
+    if is_new:
+        text.pad_token_id = None
+    elif is_adapter or text.pad_token_id is None:
+        text.pad_token_id = load_tokenizer(base, revision=revision).pad_token_id
+
+
+def set_padding(model: Any, tokenizer: Any) -> None:
+    """Tell a reward model which token pads: it reads its score at the last token that is another one."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def is_reward(model: Any) -> bool:
+    """Whether a loaded model gives texts a score."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(inner).__name__.endswith(SCORING)
+
+
+def outline(base: str, *, revision: str | None = None, head: Head | None = None) -> Any:
     """A model's modules without their weights, from its configuration: no memory, no time."""
     import torch
 
     config = configuration(base, revision)
-    auto = _model_class(_kind(config, base))
+    of_kind: Kind = "reward" if head else kind(base, revision=revision)
+    if of_kind == "reward":
+        _check_can_score(config, base)
+        config.num_labels = 1
+    auto = _model_class(of_kind)
     try:
         with torch.device("meta"):
             return auto.from_config(config, trust_remote_code=False)
@@ -369,11 +488,18 @@ def outline(base: str, *, revision: str | None = None) -> Any:
         raise _not_loaded("model", base, error) from error
 
 
-def check_fit(base: str, adapter: Adapter, *, revision: str | None = None, max_length: int) -> None:
+def check_fit(
+    base: str,
+    adapter: Adapter,
+    *,
+    revision: str | None = None,
+    max_length: int,
+    head: Head | None = None,
+) -> None:
     """Whether adapter and length fit the model, before a row is read. Raises ModelError."""
     from tunesmith.generation import context_length
 
-    model = outline(base, revision=revision)
+    model = outline(base, revision=revision, head=head)
     if isinstance(adapter, LoRA):
         _check_rank(model, adapter, target_modules(model, adapter.targets))
         _check_names(model, adapter.modules_to_save, "modules_to_save")
@@ -424,7 +550,7 @@ def _not_loaded(what: str, base: str, error: Exception) -> ModelError:
     )
 
 
-def _four_bit(adapter: QLoRA) -> Any:
+def _four_bit(adapter: QLoRA, head: Head | None = None) -> Any:
     import importlib.util
 
     import torch
@@ -437,6 +563,8 @@ def _four_bit(adapter: QLoRA) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=adapter.double_quantization,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        # Given modules take the place of transformers' own choice, the output layer; a scoring model has none.
+        llm_int8_skip_modules=[HEAD] if head else None,
     )
 
 
@@ -471,6 +599,10 @@ def attach(
     if isinstance(adapter, QLoRA):
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
     targets = target_modules(model, adapter.targets)
+    saved = list(adapter.modules_to_save)
+    task = peft.TaskType.SEQ_2_SEQ_LM if is_seq2seq(model) else peft.TaskType.CAUSAL_LM
+    if is_reward(model):
+        saved, task = list(dict.fromkeys([*saved, HEAD])), peft.TaskType.SEQ_CLS
     config = peft.LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha or 2 * adapter.rank,
@@ -483,12 +615,12 @@ def attach(
             for name, module in model.named_modules()
         ),
         bias=adapter.bias,
-        modules_to_save=adapter.modules_to_save or None,
+        modules_to_save=saved or None,
         use_rslora=adapter.rank_stabilized,
         use_dora=adapter.dora,
         init_lora_weights=True if adapter.init == "default" else adapter.init,
         revision=revision,
-        task_type=peft.TaskType.SEQ_2_SEQ_LM if is_seq2seq(model) else peft.TaskType.CAUSAL_LM,
+        task_type=task,
     )
     _check_names(model, adapter.modules_to_save, "modules_to_save")
     if adapter.dora:
@@ -539,7 +671,7 @@ def linear_modules(model: Any) -> list[str]:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings()
+    head = getattr(model, HEAD, None) if is_reward(model) else model.get_output_embeddings()
     return [
         name
         for name, module in model.named_modules()
@@ -689,7 +821,13 @@ def first_tokens(model: Any) -> dict[str, int]:
 
 
 def set_stop_tokens(model: Any, tokenizer: Any) -> None:
-    """Make the model's own generation defaults end where its template ends a turn, and nothing else."""
+    """Make the model's own generation defaults end where its template ends a turn, and nothing else.
+
+    A reward model has none; it is told what pads.
+    """
+    if is_reward(model):
+        set_padding(model, tokenizer)
+        return
     from transformers import GenerationConfig
 
     from tunesmith.data.templates import end_of_turn_ids

@@ -371,6 +371,23 @@ class SimPO(Section):
     """Share of the pairs whose labels are expected to be the wrong way round."""
 
 
+class RewardModel(Section):
+    """Train a reward model: a score in place of the output layer, higher for the better of two answers
+    (Bradley and Terry 1952, as in arXiv 2009.01325)."""
+
+    kind: Literal["reward"] = "reward"
+    loss_on: ClassVar[Literal["answers"]] = "answers"
+    learning_rates: ClassVar[tuple[float, float]] = (1e-5, 1e-4)
+
+    margin: Literal["auto", "none"] = "auto"
+    """By how much the better answer's score is to be higher (arXiv 2307.09288, equation 2). `auto`: by what the
+    column `margin` of a row says, where there is one; `none` leaves such a column out."""
+
+    centering: NonNegativeFloat = 0.0
+    """Weight of the squared sum of both scores, which keeps scores around 0 (arXiv 2312.09244, equation 2); 0.01 is
+    usual. Good where scores are added to other rewards."""
+
+
 class MetricReward(Section):
     """A metric of evaluation as a reward (`tunesmith show metrics`), computed from prompt, answer and reference."""
 
@@ -550,6 +567,93 @@ class RLOO(Sampled):
 
     reward_clip: PositiveFloat | None = None
     """Rewards are limited to plus and minus this."""
+
+
+class PPO(Section):
+    """Reinforcement learning with a learned value (PPO, arXiv 1707.06347): the model answers prompts, rewards score the
+    answers, and it learns from them. A training step is one rollout: `per_device_train_batch_size` times
+    `gradient_accumulation_steps` prompts, answered once and learned from several times (`docs/ppo.md`)."""
+
+    kind: Literal["ppo"] = "ppo"
+
+    loss_on: ClassVar[Literal["answers"]] = "answers"
+
+    rewards: Rewards = []
+    """What answers are worth: names of metrics, `module:function`, or entries of a kind with its fields
+    (`docs/rewards.md`). By default the metric on which the verdict rests."""
+
+    max_new_tokens: PositiveInt = 256
+    """Longest answer in tokens while training. A prompt that leaves no room for it within `data.max_length` is
+    dropped."""
+
+    temperature: PositiveFloat = 1.0
+    """Temperature at which answers are drawn, and of the probabilities that are learned from."""
+
+    ppo_epochs: PositiveInt = 4
+    """Passes over the answers of a rollout."""
+
+    num_minibatches: PositiveInt = 1
+    """Optimizer updates per pass: the answers are dealt into so many parts, anew in each pass."""
+
+    kl_coefficient: NonNegativeFloat = 0.05
+    """Cost of a nat of divergence from the model that training started from, token by token. With `kl_target` the
+    coefficient to start with."""
+
+    kl_target: PositiveFloat | None = None
+    """Divergence to hold, in nats per answer, by adapting the coefficient after each rollout (Ziegler,
+    arXiv 1909.08593). By default the coefficient stays."""
+
+    kl_horizon: PositiveFloat = 10_000
+    """Answers over which the coefficient adapts: smaller is faster. Used with `kl_target`."""
+
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    """Estimate of the divergence that a token costs: the difference of log-probabilities, or one that is never
+    negative and varies less."""
+
+    gamma: Fraction = 1.0
+    """Discount of later rewards, token by token."""
+
+    lam: Fraction = 0.95
+    """Weight of longer looks ahead in the advantage (GAE's lambda, arXiv 1506.02438)."""
+
+    cliprange: PositiveFloat = 0.2
+    """How far the probability of a token may move from the rollout's, as a ratio, and still gain."""
+
+    cliprange_value: PositiveFloat | None = 0.2
+    """How far a value may move from the rollout's and still gain; null: any way."""
+
+    value_coefficient: PositiveFloat = 0.1
+    """Weight of the value's loss beside the policy's."""
+
+    entropy_coefficient: NonNegativeFloat = 0.0
+    """Reward for the entropy of each token's distribution, against an early end of exploring."""
+
+    whiten_rewards: bool = False
+    """Divide the tokens' rewards by their spread over the rollout. Advantages are always whitened."""
+
+    missing_eos_penalty: PositiveFloat | None = None
+    """Taken off the score of an answer that was cut at `max_new_tokens` instead of ending."""
+
+    value: Literal["trunk", "critic"] = "trunk"
+    """What estimates the value of an unfinished answer: a linear head on the model's own last layer, or a model of its
+    own, trained like the policy."""
+
+    critic: str | None = None
+    """Model that the critic starts from, such as a reward model's folder, with the same tokenizer; all of its
+    weights are trained. By default the critic is a copy of the model, with the same weights trained. Used with
+    `value: critic`."""
+
+    value_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the value head and the critic; by default `training.learning_rate`."""
+
+    generation_batch_tokens: PositiveInt = 32_768
+    """Tokens per batch while answering, padding included; a batch that does not fit is halved."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> PPO:
+        if self.critic and self.value != "critic":
+            raise ValueError("method.critic has no effect with `value: trunk`; set method.value=critic")
+        return self
 
 
 class Full(Section):
@@ -748,7 +852,10 @@ class Tracking(Section):
     """Project name used by the trackers that have projects."""
 
 
-Method = Annotated[SFT | Seq2Seq | DPO | KTO | ORPO | CPO | SimPO | GRPO | RLOO, Field(discriminator="kind")]
+Method = Annotated[
+    SFT | Seq2Seq | DPO | KTO | ORPO | CPO | SimPO | RewardModel | GRPO | RLOO | PPO,
+    Field(discriminator="kind"),
+]
 Adapter = Annotated[Full | Freeze | LoRA | QLoRA, Field(discriminator="kind")]
 
 

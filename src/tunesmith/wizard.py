@@ -161,7 +161,7 @@ def model_step(session: Session) -> None:
 
     def found(text: str) -> str:
         models.locate(text)
-        models.kind(text)  # an encoder, which writes nothing, is refused here
+        models.check_writes(text)  # an encoder and a reward model, which write nothing, are refused here
         return text
 
     say("A folder, a Hub id, a finished run, or `tiny`, which ships with tunesmith.", style="dim")
@@ -304,6 +304,7 @@ def lora_step(session: Session) -> None:
 def training_step(session: Session) -> None:
     """How long and how fast; the plan; then the training itself."""
     epochs = number(session, "Number of epochs", 3, low=1)
+    say(f"A training step learns from {GRADIENT_ACCUMULATION} batches.")
     batch = number(session, "Batch size", 4, low=1)
     rate = decimal(session, "Learning rate", 2e-4, low=0.0, above=True)
     from tunesmith import api

@@ -182,3 +182,16 @@ def test_inspection_shows_both_answers(tmp_path, tiny_tokenizer):
     splits = data.prepare(Data(dataset=str(path)))
     seen = inspect_rows(splits, tiny_tokenizer, max_length=128, loss_on="answers", rows=["3"])
     assert [(s.part, s.trained > 1) for s in seen] == [("chosen answer", True), ("rejected answer", True)]
+
+
+def test_validate_finds_what_training_would_stop_at(tmp_path, tiny_model_folder):
+    from tunesmith import api
+
+    path = tmp_path / "rows.jsonl"
+    long = {"prompt": "what is it", "chosen": "red blue " * 20 + "one", "rejected": "red blue " * 20 + "two"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in pairs(12, r4=long)))
+    settings = {"method": {"kind": "dpo"}, "data": {"max_length": 40}}
+    report = api.validate(str(path), settings=settings, model=str(tiny_model_folder))
+    [found] = [f for f in report.findings if f.kind == "supervision"]
+    assert found.row == 5
+    assert "the same tokens within max_length 40" in found.message

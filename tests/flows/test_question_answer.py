@@ -639,6 +639,17 @@ def test_what_depends_on_what():
     assert not learned & {"hold_out_set", "tokenized_hold_out"}
 
 
+@pytest.mark.parametrize(
+    ("content", "said"), [("{", "is damaged"), ("{}", "damaged|does not say which model")]
+)
+def test_a_damaged_adapter_config_is_named(content, said, tmp_path):
+    for name in qa.ADAPTER:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ModelError, match=said) as caught:
+        qa.peft_config(str(tmp_path))
+    assert "adapter_config.json" in str(caught.value)
+
+
 def test_a_presaved_adapter_without_a_tokenizer_takes_that_of_its_base(trained, tmp_path):
     bare = tmp_path / "adapter"
     bare.mkdir()

@@ -54,7 +54,7 @@ from tunesmith.data.formats import (
     present,
     unused_columns,
 )
-from tunesmith.data.preferences import sides
+from tunesmith.data.preferences import margin_of, sides
 from tunesmith.data.shaping import SHAPING, shaped
 from tunesmith.data.sources import Source, checked, distinct, open_source, swallowed
 from tunesmith.data.splitting import (
@@ -687,7 +687,7 @@ def _encode_into(
                 found = [(place, view, next(encodings)) for view in views]
                 if isinstance(example, Preference | Rating):
                     found = [
-                        (place, view, part if isinstance(part, Unusable) else replace(part, good=good))
+                        (place, view, part if isinstance(part, Unusable) else _judged(part, good, example))
                         for (_, view, part), (_, good) in zip(found, sides(example), strict=True)
                     ]
                 reason = next((str(part) for _, _, part in found if isinstance(part, Unusable)), None)
@@ -779,6 +779,13 @@ def _views(example: Example | None, fate: int, context: Encoder, loss_on: LossOn
     return [example] if is_whole else views(example, context, loss_on)
 
 
+def _judged(encoding: Encoding, good: bool, example: Preference | Rating) -> Encoding:
+    try:
+        return replace(encoding, good=good, margin=margin_of(example))
+    except Unusable:  # methods that learn from margins have dropped it; others do not care
+        return replace(encoding, good=good)
+
+
 def _pairs(
     rows: list[Any], trained: list[tuple[int, Example, Encoding]]
 ) -> Iterator[tuple[int, list[Encoding]]]:
@@ -842,7 +849,7 @@ def ledger_lines(ledger: Ledger) -> Iterator[str]:
 
 def _cut(encoding: Encoding, length: int) -> Encoding:
     """The beginning of an example; what is cut is its end, so no false end of turn is taught."""
-    return Encoding(encoding.input_ids[:length], encoding.labels[:length], encoding.good)
+    return replace(encoding, input_ids=encoding.input_ids[:length], labels=encoding.labels[:length])
 
 
 def _chunks(encoding: Encoding, length: int) -> list[Encoding]:

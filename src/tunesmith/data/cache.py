@@ -37,7 +37,7 @@ FACTS = "facts.json"
 @dataclass(frozen=True)
 class Encodings(Sequence[Encoding]):
     """Encoded examples in an Arrow file: columns `row` (running number of the input row), `input_ids`, `labels`,
-    and `good` where answers are judged."""
+    `good` where answers are judged, and `margin` where a row says by how much one is better."""
 
     file: Path
 
@@ -76,15 +76,21 @@ class Encodings(Sequence[Encoding]):
         if not -len(self) <= number < len(self):
             raise IndexError(number)
         number %= len(self)
-        ids, labels, good = (
-            self._table.column(name)[number].as_py() for name in ("input_ids", "labels", "good")
+        ids, labels, good, margin = (
+            self._table.column(name)[number].as_py() for name in ("input_ids", "labels", "good", "margin")
         )
-        return Encoding(tuple(ids), tuple(labels), good)
+        return Encoding(tuple(ids), tuple(labels), good, margin)
 
     @cached_property
     def good(self) -> list[bool | None]:
         """Of each example whether its answer is the good one; None where answers are not judged."""
         values: list[bool | None] = self._table.column("good").to_pylist()
+        return values
+
+    @cached_property
+    def margins(self) -> list[float | None]:
+        """Of each judged answer by how much its pair's better one is better; None where nothing says so."""
+        values: list[float | None] = self._table.column("margin").to_pylist()
         return values
 
     def dataset(self, *columns: str) -> Any:
@@ -141,6 +147,7 @@ class EncodingWriter:
                 ("input_ids", numbers),
                 ("labels", numbers),
                 ("good", arrow.bool_()),
+                ("margin", arrow.float64()),
             ]
         )
         self._writer = arrow.ipc.new_stream(str(file), self._schema)
@@ -162,10 +169,13 @@ class EncodingWriter:
         good = [encoding.good for encoding in encodings]
         if any(mark is not None for mark in good):
             self.digest.update(repr(good).encode())
+        margins = [encoding.margin for encoding in encodings]
+        if any(margin is not None for margin in margins):
+            self.digest.update(repr(margins).encode())
         numbers = arrow.array(rows, arrow.int64())
-        marks = arrow.array(good, arrow.bool_())
+        judged = [arrow.array(good, arrow.bool_()), arrow.array(margins, arrow.float64())]
         self._writer.write_batch(
-            arrow.record_batch([numbers, arrow.array(lengths), *columns, marks], schema=self._schema)
+            arrow.record_batch([numbers, arrow.array(lengths), *columns, *judged], schema=self._schema)
         )
 
     def close(self) -> None:

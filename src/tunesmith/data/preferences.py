@@ -6,9 +6,11 @@ one. In each only the judged answer is trained: answers in the prompt are contex
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from tunesmith.data.examples import Conversation, Message, Preference, Rating
+from tunesmith.data.examples import Conversation, Message, Preference, Rating, Unusable
 from tunesmith.data.templates import IGNORED, Encoding
 
 PAIR_CHECKS = {
@@ -33,6 +35,23 @@ def _conversation(example: Preference | Rating, answer: tuple[Message, ...]) -> 
         group=example.group,
         extra=example.extra,
     )
+
+
+def margin_of(example: Preference | Rating) -> float | None:
+    """By how much the chosen answer is better, as the column `margin` says; None where it says nothing.
+
+    Raises Unusable for what is no number, and for one below 0.
+    """
+    said = example.extra.get("margin") if isinstance(example, Preference) else None
+    if said is None or said == "":
+        return None
+    try:
+        margin = float(said)
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not math.isfinite(margin) or margin < 0:
+        raise Unusable(f"the column margin is no number of at least 0: {str(said)[:40]!r}")
+    return margin
 
 
 def prompt_length(encoding: Encoding) -> int:

@@ -84,6 +84,8 @@ class Encoding:
     labels: Any
     good: bool | None = None
     """Whether the answer was chosen or rated good (True), or rejected or rated bad (False)."""
+    margin: float | None = None
+    """Of a pair's answers by how much the better one is better, where the row says so."""
 
     @property
     def trained(self) -> int:

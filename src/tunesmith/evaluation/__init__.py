@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+from tunesmith import scoring
 from tunesmith.data import pairs, templates
 from tunesmith.data.examples import (
     Conversation,
@@ -34,6 +35,7 @@ from tunesmith.data.prompts import prompt_of
 from tunesmith.data.templates import IGNORED, LossOn, end_of_turn_ids
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation.compare import score_interval
+from tunesmith.evaluation.lengths import length_bias
 from tunesmith.evaluation.metrics import METRICS, known_metrics
 from tunesmith.evaluation.rows import EvalRow, read_rows, write_rows
 from tunesmith.generation import (
@@ -44,7 +46,7 @@ from tunesmith.generation import (
     halving,
     length_batches,
 )
-from tunesmith.models import Kind, is_seq2seq
+from tunesmith.models import Head, Kind, is_reward, is_seq2seq
 from tunesmith.recipe import Evaluation, Model
 
 __all__ = [
@@ -52,9 +54,11 @@ __all__ = [
     "Item",
     "answers",
     "are_answers_to",
+    "check_scoring",
     "evaluate",
     "items",
     "known_metrics",
+    "length_bias",
     "longer_than_read",
     "read_rows",
     "scores",
@@ -171,8 +175,10 @@ def _item(
     )
 
 
-def judged(items: Sequence[Item]) -> list[str]:
-    """The metrics that fit items with answers that were judged, and no others."""
+def judged(items: Sequence[Item], *, by_score: bool = False) -> list[str]:
+    """The metrics that fit items with answers that were judged, and no others: of a reward model `by_score`."""
+    if by_score:
+        return ["ranking_accuracy", "ranking_log_loss"] if any(item.rejected for item in items) else []
     kinds = {item.good for item in items}
     return [
         *(["preference_accuracy"] if any(item.rejected for item in items) else []),
@@ -206,8 +212,12 @@ def answers(
     device: str,
     dtype: str,
     watch: Callable[[Mapping[str, Any]], None],
+    head: Head | None = None,
 ) -> list[EvalRow]:
-    """One model's rows, from its folder or id: loaded here, freed when done."""
+    """One model's rows, from its folder or id: loaded here, freed when done.
+
+    With `head` a causal model gets that head first, as at the start of its training.
+    """
     if not items:
         return []
     from tunesmith import models
@@ -222,6 +232,7 @@ def answers(
             dtype=dtype,
             device=device,
             attention=model.attention,
+            head=head,
         ),
         tokenizer,
         items,
@@ -253,6 +264,7 @@ def evaluate(
     metrics = known_metrics(metrics)
     usable = [item for item in items if not item.error]
     _check_fit(metrics, usable)
+    check_scoring(metrics, gives_scores=is_reward(model))
     asked = [item for item in usable if item.prompt] if _of_kind(metrics, "answer") else []
     settings = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "seed": seed}
     answered: dict[int, Generated] = {}
@@ -277,6 +289,9 @@ def evaluate(
     if worse:
         told = _stage(progress, f"{name}: likelihood of rejected answers", len(worse))
         rejected = _likelihoods(model, worse, batch_tokens=batch_tokens, progress=told)
+    if _of_kind(metrics, "reward"):
+        told = _stage(progress, f"{name}: scores", 2 * len(usable))
+        return _scored(model, tokenizer, items, name, metrics, batch_tokens=batch_tokens, progress=told)
     rows = [
         _row(
             item,
@@ -360,13 +375,28 @@ def _check_fit(metrics: Sequence[str], items: Sequence[Item]) -> None:
                 found="running text, which has no answers" if not prompts else None,
                 fix="Leave evaluation.metrics open to take those that fit. " + METRICS[name].about,
             )
-    fitting = judged(items)
-    for name in _of_kind(metrics, "preference"):
+    fitting = [*judged(items), *judged(items, by_score=True)]
+    for name in [*_of_kind(metrics, "preference"), *_of_kind(metrics, "reward")]:
         if items and name not in fitting:
             raise RecipeError(
                 f"The metric '{name}' fits none of the {len(items)} held-out examples.",
                 fix="Leave evaluation.metrics open to take those that fit, or give --dataset with "
-                + ("pairs of answers." if name == "preference_accuracy" else "answers rated good and bad."),
+                + ("answers rated good and bad." if name == "rating_ranking" else "pairs of answers."),
+            )
+
+
+def check_scoring(metrics: Sequence[str], *, gives_scores: bool) -> None:
+    """Raises RecipeError for metrics that need a reward model where there is none, and for others where one is."""
+    for name in metrics:
+        if gives_scores and METRICS[name].kind != "reward":
+            raise RecipeError(
+                f"The metric '{name}' does not fit a reward model, which gives scores and writes nothing.",
+                fix="Use ranking_accuracy and ranking_log_loss, on pairs of answers.",
+            )
+        if not gives_scores and METRICS[name].kind == "reward":
+            raise RecipeError(
+                f"The metric '{name}' needs a reward model, and this one writes answers.",
+                fix="Use preference_accuracy, or a model trained with --set method.kind=reward.",
             )
 
 
@@ -430,6 +460,58 @@ def _row(
         good=item.good,
         rejected_nll=rejected.nll if rejected else None,
         rejected_tokens=rejected.tokens if rejected else None,
+    )
+
+
+def _scored(
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[Item],
+    name: str,
+    metrics: Sequence[str],
+    *,
+    batch_tokens: int,
+    progress: Callable[[int], None] | None,
+) -> list[EvalRow]:
+    """The rows of a reward model: both scores of each pair, and what they come to."""
+    pairs = [(item, item.rejected) for item in items if not item.error and item.rejected]
+    texts = [side.input_ids for pair in pairs for side in pair]
+    values = scoring.scores(model, tokenizer, texts, batch_tokens=batch_tokens, progress=progress)
+    given = {
+        item.number: found
+        for (item, _), found in zip(pairs, zip(values[::2], values[1::2], strict=True), strict=True)
+    }
+    rows = []
+    for item in items:
+        row = _row(item, name, metrics, None, None, None, {})
+        if item.number in given:
+            row = _ranked_by(row, item, metrics, *given[item.number])
+        rows.append(row)
+    return rows
+
+
+def _ranked_by(row: EvalRow, item: Item, metrics: Sequence[str], better: float, worse: float) -> EvalRow:
+    assert item.rejected
+    margin = better - worse
+    if not math.isfinite(margin):
+        return replace(row, status="error:the score is not a number")
+    found = {
+        "ranking_accuracy": 0.5 if margin == 0 else float(margin > 0),
+        # log(1 + exp(-margin)), without what would overflow
+        "ranking_log_loss": max(-margin, 0.0) + math.log1p(math.exp(-abs(margin))),
+    }
+    tokens, rejected_tokens = (
+        sum(label != IGNORED for label in side.labels) for side in (item, item.rejected)
+    )
+    return replace(
+        row,
+        scores={name: found[name] for name in metrics},
+        tokens=tokens,
+        rejected_tokens=rejected_tokens,
+        tokens_cut=item.tokens_cut + item.rejected.tokens_cut,
+        score=better,
+        rejected_score=worse,
+        rejected=str(item.prompt.checks.get("rejected", "")) if item.prompt else None,
     )
 
 

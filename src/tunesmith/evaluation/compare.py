@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tunesmith.errors import RunError
+from tunesmith.evaluation.lengths import length_bias
 from tunesmith.evaluation.metrics import METRICS, Metric, known_metrics, primary_metric
 from tunesmith.evaluation.rows import EvalRow
 from tunesmith.evaluation.tasks import repeated, words
@@ -122,6 +123,9 @@ def compare(
         for name in metrics
     ]
     remarks = tuple(_answers_look(base_rows, names[0]) + _answers_look(tuned_rows, names[1], closely=True))
+    for rows, name in ((base_rows, names[0]), (tuned_rows, names[1])):
+        if (bias := length_bias(rows)) and bias.is_strong:
+            remarks += (bias.sentence(name),)
     found = [replace(c, remarks=remarks) if c.primary else c for c in found]
     others = [c for c in found if not c.primary and c.p_value is not None]
     adjusted = dict(zip([c.metric for c in others], holm([c.p_value or 0.0 for c in others]), strict=True))
@@ -138,7 +142,7 @@ def sentence(comparison: Comparison) -> str:
     path = f"{went} from {shown(c.base, metric)} to {shown(c.tuned, metric)}"
     if not c.difference:
         path = f"stayed at {shown(c.base, metric)}"
-    what = {"answer": "questions", "preference": "pairs"}.get(metric.kind, "items")
+    what = {"answer": "questions", "preference": "pairs", "reward": "pairs"}.get(metric.kind, "items")
     groups = f" in {c.groups} groups" if c.groups < c.n else ""
     text = f"{head}: {metric.label} {path}, {difference_shown(c)}, n={c.n} {what}{groups}."
     return text if c.verdict in ("better", "worse") else f"{text} {c.reason}"

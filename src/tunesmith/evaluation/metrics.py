@@ -38,9 +38,9 @@ class Metric:
     about: str
     fits: Callable[[Prompt], bool]
     """Whether the metric means something for this prompt."""
-    kind: Literal["answer", "likelihood", "preference"]
-    """What it looks at: the answer that a model gives, how likely it finds the reference, or which of two given
-    answers it finds likelier."""
+    kind: Literal["answer", "likelihood", "preference", "reward"]
+    """What it looks at: the answer that a model gives, how likely it finds the reference, which of two given
+    answers it finds likelier, or which one a reward model gives the higher score."""
     flags: Callable[[Prompt, str, str], tuple[str, ...]] | None = None
     """What else is to be known about a score, such as that a match is vacuous."""
     among: Callable[[Sequence[str]], list[float]] | None = None
@@ -306,6 +306,29 @@ METRICS: dict[str, Metric] = {
             "difference between two models rather than the number.",
             _always,
             "preference",
+        ),
+        Metric(
+            "ranking_accuracy",
+            "ranking accuracy",
+            None,
+            True,
+            "share",
+            "Share of pairs of which a reward model gives the better answer the higher score; a tie counts half. "
+            "(arXiv 2009.01325, 2403.13787.)",
+            _always,
+            "reward",
+        ),
+        Metric(
+            "ranking_log_loss",
+            "ranking log loss",
+            None,
+            False,
+            "ratio",
+            "-log of the probability that a reward model gives the true order of a pair, sigmoid(score of the better "
+            "answer - score of the worse one) (Bradley and Terry 1952), mean over pairs, in nats; lower is better. "
+            "0.69 is a coin's; above it the model is surer than it is right.",
+            _always,
+            "reward",
         ),
         Metric(
             "token_accuracy",

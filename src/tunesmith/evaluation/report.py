@@ -157,7 +157,7 @@ def _answers(rows: Sequence[EvalRow], metric: Metric | None) -> list[dict[str, A
         (row, tuned[key])
         for row in rows
         if row.model == "base"
-        and row.output is not None
+        and (row.output is not None or row.score is not None)
         and (key := (row.item, row.turn, row.sample)) in tuned
     ]
     answers = [
@@ -191,12 +191,15 @@ def _answer(name: str, row: EvalRow, metric: Metric | None) -> dict[str, Any]:
         mark = shown(score, metric)
         if metric.unit == "share":
             mark, style = ("✓ right", "better") if score == 1 else ("✗ wrong", "worse")
+    text = row.output
+    if row.score is not None:
+        text = f"{row.score:+.2f} for this answer, {row.rejected_score:+.2f} for: {row.rejected}"
     notes = [note for flags in row.flags.values() for note in flags]
     if row.finish_reason == "length":
         notes.append("cut at the longest length")
     if row.status != "ok":
         notes.append(row.status)
-    return {"name": name, "text": row.output, "score": score, "mark": mark, "style": style, "notes": notes}
+    return {"name": name, "text": text, "score": score, "mark": mark, "style": style, "notes": notes}
 
 
 def _figures(
@@ -210,7 +213,16 @@ def _figures(
     measured = _measured(steps, validations)
     figures = [
         _forest(compared, ("share", "points"), "Differences", "points, tuned minus base", 100),
-        _forest(compared, ("ratio",), "Difference in perplexity", "tuned minus base; lower is better", 1),
+        *(
+            _forest(
+                [c],
+                ("ratio",),
+                f"Difference in {METRICS[c.metric].label}",
+                "tuned minus base; lower is better",
+                1,
+            )
+            for c in compared
+        ),
         _curves(
             "Loss",
             "Training loss, and validation loss on examples that are not trained on.",

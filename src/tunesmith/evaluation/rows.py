@@ -50,7 +50,13 @@ class EvalRow:
     rejected_nll: float | None = None
     """The same sum as `nll` of the worse answer of a pair."""
     rejected_tokens: int | None = None
-    """Labelled tokens behind it."""
+    """Labelled tokens behind it, or of the worse answer that got a score."""
+    score: float | None = None
+    """What a reward model gives the reference, the better answer of a pair."""
+    rejected_score: float | None = None
+    """What it gives the worse one."""
+    rejected: str | None = None
+    """The worse answer, where a score was given."""
 
 
 def write_rows(path: str | Path, rows: Iterable[EvalRow]) -> Path:

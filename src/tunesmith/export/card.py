@@ -11,7 +11,7 @@ import jinja2
 import yaml
 
 from tunesmith.evaluation.compare import Comparison, methods, remarks, sentence, table
-from tunesmith.models import Kind
+from tunesmith.models import AUTO, Kind
 from tunesmith.training.run import Run, dataset_name, dataset_names, write_whole
 
 CARD = """\
@@ -58,7 +58,7 @@ the weights are those of step {{ training.step_of_final_model }}.
 from peft import AutoPeftModelFor{{ auto }}
 from transformers import AutoTokenizer
 
-model = AutoPeftModelFor{{ auto }}.from_pretrained("PATH")
+model = AutoPeftModelFor{{ auto }}.from_pretrained("PATH"{{ labels }})
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 {%- else -%}
@@ -70,7 +70,12 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 {%- endif %}
 
-{% if recipe.method.kind == "seq2seq" -%}
+{% if recipe.method.kind == "reward" -%}
+It is a reward model: the one logit of `tokenizer.apply_chat_template(MESSAGES, return_dict=True, \
+return_tensors="pt")`, a conversation that ends with the answer, is the answer's score. Scores compare answers to one \
+question; the probability that one is better than another is the sigmoid of their difference.\
+{% if adapter %} Several at a time need `model.config.pad_token_id = tokenizer.pad_token_id`.{% endif %}
+{%- elif recipe.method.kind == "seq2seq" -%}
 How an input is written is stored with the tokenizer as its chat template: `tokenizer.apply_chat_template([{"role": \
 "user", "content": TEXT}])` gives the encoder's input.{% if recipe.method.source_prefix %} It begins with \
 `{{ recipe.method.source_prefix }}`.{% endif %}
@@ -147,7 +152,7 @@ def write_merged_card(
             name=folder.name.removeprefix(".").removesuffix(".tmp"),
             merged=merged,
             notes=notes,
-            auto="Seq2SeqLM" if kind == "seq2seq" else "CausalLM",
+            auto=AUTO[kind],
             version=metadata.version("tunesmith"),
         )
     write_whole(folder / "README.md", text)
@@ -168,6 +173,7 @@ def _card(
     notes: Sequence[str] = (),
 ) -> str:
     recipe = run.recipe()
+    kinds: dict[str, Kind] = {"seq2seq": "seq2seq", "reward": "reward"}
     plan = run.read("plan.json") or {}
     header, *lines = table(comparisons) if comparisons else [["metric", "value"]]
     primary = next((c for c in comparisons if c.primary), None)
@@ -194,7 +200,8 @@ def _card(
         training=run.read("training.json") or {},
         recipe_yaml=yaml.safe_dump(_shareable(recipe.model_dump(mode="json"), base=base), sort_keys=False),
         adapter=adapter,
-        auto="Seq2SeqLM" if recipe.method.kind == "seq2seq" else "CausalLM",
+        auto=AUTO[kinds.get(recipe.method.kind, "causal")],
+        labels=", num_labels=1" if recipe.method.kind == "reward" else "",
         notes=[*notes, *warnings],
         merged=merged,
         version=(run.read("environment.json") or {"packages": {}})["packages"].get("tunesmith", ""),

@@ -62,6 +62,8 @@ class Check:
     """Prompts whose answers have the same tokens."""
     ties: int
     """Prompts whose answers part at a token that base and adapter prefer by less than the tolerance."""
+    of_scores: bool = False
+    """Whether the logits are scores of a reward model, one for each prompt, which has no answers."""
 
     @property
     def passed(self) -> bool:
@@ -72,6 +74,12 @@ class Check:
 
     def sentence(self) -> str:
         """The result for people."""
+        if self.of_scores:
+            return (
+                f"largest difference of a score {self.largest_difference:.2g}, allowed "
+                f"{self.tolerance * self.largest_logit:.2g} ({self.tolerance:g} of the largest score "
+                f"{self.largest_logit:.3g}), over {self.prompts} texts"
+            )
         ties = f" ({self.ties} part at a tie)" if self.ties else ""
         return (
             f"largest difference of a logit {self.largest_difference:.2g}, allowed "
@@ -197,13 +205,15 @@ def merge(
         )
 
     tokenizer = models.load_tokenizer(str(adapter if _has_tokenizer(adapter) else base))
-    is_pair = models.kind(str(adapter)) == "seq2seq"
+    kind = models.kind(str(adapter))
+    is_pair = kind == "seq2seq"
     progress("template", *_settled(tokenizer, is_pair))
     model = models.load_model(str(adapter)).eval()
     if not hasattr(model.base_model, "merge_and_unload"):
-        kind = next(iter(model.peft_config.values())).peft_type
+        of_type = next(iter(model.peft_config.values())).peft_type
         raise ModelError(
-            f"An adapter of the type {getattr(kind, 'value', kind)} is no change of weights, so it cannot be merged.",
+            f"An adapter of the type {getattr(of_type, 'value', of_type)} is no change of weights, so it cannot be "
+            "merged.",
             found=str(adapter / "adapter_config.json"),
             fix="Use it as it is: `tunesmith chat` and transformers load it on its base.",
         )
@@ -243,7 +253,7 @@ def merge(
         write_whole(staging / FACTS, json.dumps(facts, indent=1))
         said = [f"This is the adapter `{adapter.name}` merged into `{merged.base}`, stored in {stored}.",
                 f"Checked against base and adapter, both in float32: {check.sentence()}."]  # fmt: skip
-        write_merged_card(staging, run, merged.base, said, notes, kind="seq2seq" if is_pair else "causal")
+        write_merged_card(staging, run, merged.base, said, notes, kind=kind)
         if not check.passed:
             failed = folder.with_name(f"{folder.name}.failed")
             shutil.rmtree(failed, ignore_errors=True)
@@ -269,9 +279,14 @@ def answered(
     *,
     along: Sequence[Sequence[int]] | None = None,
 ) -> list[Answered]:
-    """Each prompt's greedy answer; logits are along it, or along the answers given."""
+    """Each prompt's greedy answer; logits are along it, or along the answers given. Of a reward model the score,
+    as its only logit."""
     from tunesmith.data.templates import end_of_turn_ids
     from tunesmith.generation import for_inference, generate
+
+    if models.is_reward(model):
+        with for_inference(model):
+            return [Answered((), _logits(model, prompt, ())) for prompt in prompts]
 
     found = generate(
         model,
@@ -329,6 +344,7 @@ def checked(before: Sequence[Answered], after: Sequence[Answered], *, tolerance:
         new_tokens=sum(len(answer.ids) for answer in before),
         same_answers=same,
         ties=ties,
+        of_scores=all(len(answer.logits) == 1 and not answer.ids for answer in before),
     )
 
 

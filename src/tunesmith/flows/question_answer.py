@@ -764,7 +764,19 @@ def peft_config(
             fix='Train one first with the configuration {"start": "base"} and the output save_best_models, or name '
             'its folder with overrides={"peft_model_id": ...} (--peft-model-id).',
         )
-    found = PeftConfig.from_pretrained(str(folder))
+    try:
+        found = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"The adapter_config.json in {peft_model_id} is damaged.",
+            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            fix="Restore it, or train the adapter again.",
+        ) from None
+    if not found.base_model_name_or_path:
+        raise ModelError(
+            f"The adapter_config.json in {peft_model_id} does not say which model the adapter belongs to.",
+            fix="Write that model's folder or Hub id into it as base_model_name_or_path.",
+        )
     base = str(found.base_model_name_or_path)
     if (model_id or model_id_tokenizer) and not _same_model(_model_name(model_id, model_id_tokenizer), base):
         raise ModelError(
@@ -1084,6 +1096,7 @@ def _check_positive(**values: float) -> None:
 
 def _check_kind(name: str) -> None:
     """Raises ModelError for a model that is no encoder-decoder model, naming what it is."""
+    models.check_writes(name)
     if models.kind(name) != "seq2seq":
         raise ModelError(
             f"'{name}' is a causal language model, and this flow fine-tunes encoder-decoder models.",

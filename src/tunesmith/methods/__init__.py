@@ -8,8 +8,8 @@ from typing import Any
 
 from tunesmith.data import EncodedSplits, prompts
 from tunesmith.data.examples import Example, Preference
-from tunesmith.methods import cpo, dpo, grpo, kto, orpo, preferred, rloo, sampled, seq2seq, sft
-from tunesmith.models import Kind
+from tunesmith.methods import cpo, dpo, grpo, kto, orpo, ppo, preferred, reward, rloo, sampled, seq2seq, sft
+from tunesmith.models import Head, Kind
 from tunesmith.plan import Decision
 from tunesmith.recipe import Recipe, Training
 
@@ -39,6 +39,8 @@ class Method:
     """Token ids and labels of all splits: `(splits, tokenizer, data, section)`."""
     model: Kind = "causal"
     """The kind of model that is trained."""
+    head: Head | None = None
+    """What it gets in the place of its output layer."""
     can_pack: bool = False
     """Whether several examples can share a row."""
     in_pairs: bool = False
@@ -115,6 +117,16 @@ METHODS = {
         encoded=preferred.encoded_pairs,
         in_pairs=True,
     ),
+    "reward": Method(
+        "reward",
+        adapt=reward.compared,
+        remarks={},
+        build=reward.build,
+        template=reward.template,
+        encoded=preferred.encoded_pairs,
+        head="score",
+        in_pairs=True,
+    ),
     "grpo": Method(
         "grpo",
         adapt=prompts.questioned,
@@ -134,5 +146,14 @@ METHODS = {
         encoded=sampled.encoded,
         settled=sampled.settled,
         check=sampled.check,
+    ),
+    "ppo": Method(
+        "ppo",
+        adapt=prompts.questioned,
+        remarks=prompts.REMARKS,
+        build=ppo.build,
+        template=ppo.template,
+        encoded=ppo.encoded,
+        settled=ppo.settled,
     ),
 }

@@ -24,12 +24,15 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tunesmith.data.examples import Conversation, Message, Prompt, Unusable
 from tunesmith.errors import ModelError, RecipeError, RunError, TunesmithError, counted, nearest
 from tunesmith.recipe import JudgeReward, MetricReward, ModelReward, PythonReward, RewardSection
+
+if TYPE_CHECKING:
+    from tunesmith.scoring import RewardModel
 
 Score = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
 SHOWN = 200
@@ -303,19 +306,17 @@ def _function(path: str) -> Callable[[Prompt, str, str], Any]:
 
 
 def _model(section: ModelReward, tokenizer: Any, device: str, dtype: str) -> Reward:
-    from tunesmith import models
+    from tunesmith import models, scoring
 
-    scorer = models.load_scorer(section.model, dtype=dtype, device=device)
-    own = models.load_tokenizer(section.model)
-    if not own.chat_template:
+    scorer = scoring.load(section.model, dtype=dtype, device=device)
+    own = scorer.tokenizer
+    if not models.load_tokenizer(section.model).chat_template:
         if own.get_vocab() != tokenizer.get_vocab():
             raise ModelError(
                 f"The reward model {section.model} has no chat template, and another vocabulary than the model.",
                 fix="Save the template that it was trained with in its tokenizer_config.json.",
             )
         own.chat_template = tokenizer.chat_template
-    if scorer.config.pad_token_id is None:
-        scorer.config.pad_token_id = own.pad_token_id
     name = os.path.basename(os.path.normpath(section.model))
     if name == "final_model":
         name = os.path.basename(os.path.dirname(os.path.abspath(section.model)))
@@ -325,7 +326,7 @@ def _model(section: ModelReward, tokenizer: Any, device: str, dtype: str) -> Rew
             _read(prompt, completion, own, name)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        return _logits(scorer, rows, prompts, name, section.batch_size)
+        return _scores(scorer, rows, prompts, name, section.batch_size)
 
     return Reward(name, section.weight, score, f"the reward model {section.model}")
 
@@ -342,37 +343,24 @@ def _read(prompt: Prompt, completion: str, tokenizer: Any, name: str) -> list[in
     return list(encoding.input_ids)
 
 
-def _logits(
-    model: Any, rows: Sequence[Sequence[int]], prompts: Sequence[Prompt], name: str, size: int
+def _scores(
+    scorer: RewardModel, rows: Sequence[Sequence[int]], prompts: Sequence[Prompt], name: str, size: int
 ) -> list[float]:
-    """The model's one output for each row, padded on the right, in batches of rows of like length."""
-    import torch
+    """The model's score of each row, in batches of rows of like length."""
+    from tunesmith import scoring
+    from tunesmith.generation import context_length
 
-    from tunesmith.generation import context_length, for_inference
-
-    limit = context_length(model)
-    order = sorted(range(len(rows)), key=lambda n: (len(rows[n]), n))
-    if limit and rows and len(rows[order[-1]]) > limit:
+    limit = context_length(scorer.model)
+    longest = max(range(len(rows)), key=lambda n: len(rows[n]), default=None)
+    if longest is None:
+        return []
+    if limit and len(rows[longest]) > limit:
         raise RunError(
-            f"The reward model '{name}' cannot read the answer to row {prompts[order[-1]].row}.",
-            found=f"{len(rows[order[-1]])} tokens of prompt and answer, above its context of {limit}",
+            f"The reward model '{name}' cannot read the answer to row {prompts[longest].row}.",
+            found=f"{len(rows[longest])} tokens of prompt and answer, above its context of {limit}",
             fix="Lower method.max_new_tokens or data.max_length.",
         )
-    found = [0.0] * len(rows)
-    pad = model.config.pad_token_id or 0
-    with for_inference(model):
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            width = len(rows[batch[-1]])
-            ids = torch.full((len(batch), width), pad, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for line, n in enumerate(batch):
-                ids[line, : len(rows[n])] = torch.tensor(rows[n])
-                mask[line, : len(rows[n])] = 1
-            output = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
-            for n, value in zip(batch, output.logits[:, 0].float().tolist(), strict=True):
-                found[n] = value
-    return found
+    return scoring.scores(scorer.model, scorer.tokenizer, rows, batch_tokens=size * len(rows[longest]))
 
 
 # A judge

@@ -1,0 +1,101 @@
+"""PPO on prompts and rewards of ours: from a recipe's section to a trainer (`ppo_trainer`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tunesmith.data import EncodedSplits, Splits, prompts
+from tunesmith.data.cache import Encodings
+from tunesmith.data.templates import set_template
+from tunesmith.methods import rewards as rewarding
+from tunesmith.methods.sampled import SAMPLE
+from tunesmith.plan import Decision
+from tunesmith.recipe import PPO, Data, Training
+from tunesmith.training.run import Run
+
+
+def template(tokenizer: Any, choice: str | None, section: PPO) -> str:
+    """Settle the tokenizer's chat template, and say in a sentence which one it is."""
+    return set_template(tokenizer, choice)
+
+
+def encoded(splits: Splits, tokenizer: Any, data: Data, section: PPO) -> EncodedSplits:
+    """The prompts of all splits, with those dropped that leave no room for an answer."""
+    return prompts.encoded(splits, tokenizer, data=data, room=section.max_new_tokens)
+
+
+def settled(section: PPO, training: Training, num_prompts: int) -> tuple[Training, int, list[Decision]]:
+    """The training section as it is, a prompt once per epoch, and what a step comes to."""
+    prompts = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    parts = min(section.num_minibatches, prompts)
+    why = f"one answer to each of {prompts} prompts, {section.ppo_epochs} passes over them, {parts} updates a pass"
+    if parts < section.num_minibatches:
+        why += f" (no more than answers; {section.num_minibatches} were asked for)"
+    decisions = [Decision("updates per step", section.ppo_epochs * parts, why)]
+    return training, 1, decisions
+
+
+def build(
+    section: PPO,
+    *,
+    model: Any,
+    tokenizer: Any,
+    train: Encodings,
+    validation: Encodings,
+    arguments: Mapping[str, Any],
+    run: Run,
+    keep: int,
+    packing: Any = None,
+) -> Any:
+    """A trainer that has not started. Raises RecipeError and ModelError for what cannot be a reward or a critic."""
+    from tunesmith.methods.ppo_trainer import trainer
+
+    assert packing is None, "prompts are not packed; api refuses it before"
+    asked = {"train": train.examples, "validation": validation.examples if validation else ()}
+    resolved = rewarding.resolve(
+        section.rewards,
+        prompts=[*asked["train"], *asked["validation"]],
+        tokenizer=tokenizer,
+        device=str(model.device),
+        dtype="bfloat16" if model.device.type == "cuda" else "float32",
+    )
+    batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+    for decision in rewarding.said(resolved, answers=arguments["max_steps"] * batch):
+        run.event("decision", name=decision["name"], value=decision["value"], reason=decision["reason"])
+
+    def score_of(part: str) -> Any:
+        def score(numbers: Sequence[int], texts: Sequence[str]) -> rewarding.Scored:
+            return rewarding.total(resolved, [asked[part][n] for n in numbers], texts)
+
+        return score
+
+    def samples(numbers: Sequence[int], texts: Sequence[str], scored: rewarding.Scored) -> Iterator[Any]:
+        ranked = sorted(range(len(texts)), key=lambda n: scored.totals[n])
+        for n in dict.fromkeys((ranked[-1], ranked[0])):  # the best answer and the worst
+            prompt = train.examples[numbers[n]]
+            yield {
+                "row": str(prompt.row),
+                "prompt": prompt.messages[-1].content[:SAMPLE],
+                "completion": texts[n][:SAMPLE],
+                "reward": scored.totals[n],
+                "rewards": {name: column[n] for name, column in scored.columns.items()},
+            }
+
+    def facts() -> dict[str, float]:
+        return {f"rewards/{r.name}/{name}": value for r in resolved for name, value in r.facts().items()}
+
+    return trainer(
+        section,
+        model=model,
+        tokenizer=tokenizer,
+        train=train,
+        validation=validation,
+        score=score_of("train"),
+        score_validation=score_of("validation"),
+        samples=samples,
+        facts=facts,
+        arguments=arguments,
+        run=run,
+        keep=keep,
+    )

@@ -155,5 +155,6 @@ METHODS = {
         template=ppo.template,
         encoded=ppo.encoded,
         settled=ppo.settled,
+        check=sampled.check,
     ),
 }

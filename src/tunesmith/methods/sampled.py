@@ -46,8 +46,7 @@ def encoded(splits: Splits, tokenizer: Any, data: Data, section: Section) -> Enc
 
 def check(recipe: Recipe) -> None:
     """Refuses, before anything is read, rewards that are not there."""
-    assert isinstance(recipe.method, GRPO | RLOO)
-    rewarding.check(recipe.method.rewards)
+    rewarding.check(getattr(recipe.method, "rewards", ()))
 
 
 def settled(section: Section, training: Training, num_prompts: int) -> tuple[Training, int, list[Decision]]:

@@ -136,13 +136,16 @@ def metrics(recipe: Recipe, items: list[evaluation.Item]) -> list[str]:
         return evaluation.judged(items, by_score=True)
     prompts = [item.prompt for item in items if item.prompt]
     has_text = any(item.prompt is None and item.good is None for item in items)
-    return default_metrics(
+    usual = default_metrics(
         prompts,
         has_text,
         task=recipe.task,
         method=recipe.method.kind,
         judged=evaluation.judged(items),
     )
+    # What was rewarded is what a run is about.
+    rewarded = [r.name for r in getattr(recipe.method, "rewards", ()) if r.kind == "metric" and r.weight > 0]
+    return list(dict.fromkeys([*rewarded, *usual])) if prompts else usual
 
 
 def base_rows(

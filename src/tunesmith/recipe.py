@@ -491,6 +491,7 @@ class Sampled(Section):
     """What methods share that draw several answers to each prompt and compare their rewards with one another."""
 
     loss_on: ClassVar[Literal["answers"]] = "answers"
+    learning_rates: ClassVar[tuple[float, float]] = (1e-6, 1e-5)
 
     rewards: Rewards = []
     """What answers are worth: names of metrics, `module:function`, or entries of a kind with its fields

@@ -65,6 +65,7 @@ def write_report(run_dir: Path) -> Path:
         scores=_json(run, "evaluation/scores.json", problems),
         answers=_answers(rows, METRICS[primary.metric] if primary else None),
         answers_open=ANSWERS_OPEN,
+        drawn=_drawn(events),
         figures=_figures(compared, events, ledger),
         # `<` would let data end the script element that carries it; as an escape it is the same JSON.
         as_json=lambda value: Markup(json.dumps(value).replace("<", "\\u003c")),
@@ -171,6 +172,18 @@ def _answers(rows: Sequence[EvalRow], metric: Metric | None) -> list[dict[str, A
     return sorted(answers, key=lambda a: a["models"][0]["score"] == a["models"][1]["score"])
 
 
+DRAWN = 12
+"""Answers of the training that are shown, spread over its steps."""
+
+
+def _drawn(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Answers that the model gave while it was trained, the first and the last among them."""
+    found = [e for e in events if e.get("kind") == "sample" and isinstance(e.get("completion"), str)]
+    if len(found) <= DRAWN:
+        return found
+    return [found[round(n * (len(found) - 1) / (DRAWN - 1))] for n in range(DRAWN)]
+
+
 def _answer(name: str, row: EvalRow, metric: Metric | None) -> dict[str, Any]:
     score = row.scores.get(metric.name) if metric else None
     mark, style = "", "soft"
@@ -259,6 +272,14 @@ MEASURES = {
     "nll_loss": "Imitation loss on the better answers.",
     "completions": "Lengths of what the model writes while it is trained, in tokens.",
     "entropy": "Uncertainty of the next token, in nats.",
+    "reward": "Mean of what answers were worth, all rewards added up by their weights. In training they are drawn, "
+    "in validation each token is the likeliest.",
+    "reward_std": "Spread of what answers were worth.",
+    "frac_reward_zero_std": "Share of prompts whose answers all got the same reward: nothing is learned from these.",
+    "reward_length_correlation": "Correlation of reward and length among the answers to a prompt; near 1 the reward is "
+    "as good as the length.",
+    "clip_ratio": "Share of tokens whose probability had moved so far that they taught nothing more.",
+    "step_time": "Seconds of a step.",
 }
 """What the curves of a family of measures show; a method's trainer names the measures."""
 

@@ -251,8 +251,10 @@ LIMITS: dict[str, Callable[[Any, str], bool]] = {
     "min_words": lambda limit, text: len(text.split()) >= int(limit),
     "contains": lambda wanted, text: all(_has(word, text) for word in _several(wanted)),
     "forbids": lambda unwanted, text: not any(_has(word, text) for word in _several(unwanted)),
-    "starts_with": lambda start, text: text.strip().lower().startswith(str(start).lower()),
-    "ends_with": lambda end, text: text.strip().lower().endswith(str(end).lower()),
+    "starts_with": lambda starts, text: any(
+        text.strip().lower().startswith(start.lower()) for start in _several(starts)
+    ),
+    "ends_with": lambda ends, text: any(text.strip().lower().endswith(end.lower()) for end in _several(ends)),
 }
 """Columns of a row that limit its answer, and how each is checked; words count as whole words, in any case."""
 
@@ -269,8 +271,8 @@ def limits(prompt: Prompt) -> dict[str, Any]:
 def constraints(prompt: Prompt, completion: str, reference: str) -> float:
     """Limits of the row that the answer keeps / limits that the row sets.
 
-    Columns of the row: `max_words`, `min_words`, `contains` and `forbids` (a word or a list of them),
-    `starts_with`, `ends_with`. An empty answer keeps none.
+    Columns of the row: `max_words`, `min_words`; `contains` and `forbids`, a word or a list of them; `starts_with`
+    and `ends_with`, a text or a list of which any will do. An empty answer keeps none.
     """
     given = limits(prompt)
     if not given or not completion.strip():

@@ -135,6 +135,7 @@ METHODS = {
         template=sampled.template,
         encoded=sampled.encoded,
         settled=sampled.settled,
+        check=sampled.check,
     ),
     "rloo": Method(
         "rloo",
@@ -144,6 +145,7 @@ METHODS = {
         template=sampled.template,
         encoded=sampled.encoded,
         settled=sampled.settled,
+        check=sampled.check,
     ),
     "ppo": Method(
         "ppo",
@@ -153,5 +155,6 @@ METHODS = {
         template=ppo.template,
         encoded=ppo.encoded,
         settled=ppo.settled,
+        check=sampled.check,
     ),
 }

@@ -65,6 +65,22 @@ class Scored:
     """Each reward's own scores, before the weights, by name."""
 
 
+def check(sections: Sequence[RewardSection]) -> None:
+    """Whether the rewards that a recipe names are there, before anything is read: metrics, functions, models, keys."""
+    from tunesmith import models
+
+    for section in sections:
+        match section:
+            case MetricReward():
+                _metric(section, ())
+            case PythonReward():
+                _function(section.function)
+            case ModelReward():
+                models.locate(section.model)
+            case JudgeReward():
+                Judge(section)
+
+
 def resolve(
     sections: Sequence[RewardSection],
     *,

@@ -21,7 +21,7 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.methods import rewards as rewarding
 from tunesmith.methods.rewards import Reward
 from tunesmith.plan import Decision
-from tunesmith.recipe import GRPO, RLOO, Data, Training
+from tunesmith.recipe import GRPO, RLOO, Data, Recipe, Training
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run
 from tunesmith.training.validating import rewarded
@@ -42,6 +42,11 @@ def template(tokenizer: Any, choice: str | None, section: Section) -> str:
 def encoded(splits: Splits, tokenizer: Any, data: Data, section: Section) -> EncodedSplits:
     """The prompts of all splits, with those dropped that leave no room for an answer."""
     return prompts.encoded(splits, tokenizer, data=data, room=section.max_new_tokens)
+
+
+def check(recipe: Recipe) -> None:
+    """Refuses, before anything is read, rewards that are not there."""
+    rewarding.check(getattr(recipe.method, "rewards", ()))
 
 
 def settled(section: Section, training: Training, num_prompts: int) -> tuple[Training, int, list[Decision]]:

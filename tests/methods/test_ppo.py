@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tunesmith import api, models
+from tunesmith.assets import TINY_MODEL
 from tunesmith.compose import compose
 from tunesmith.errors import ModelError, RecipeError, RunError
 from tunesmith.methods import ppo_trainer as ppo
@@ -403,3 +404,37 @@ def test_a_reward_that_raises_names_itself_and_the_row(recipe, question_file):
 def test_a_critic_without_effect_is_refused():
     with pytest.raises(RecipeError, match="no effect"):
         compose({"method": {"kind": "ppo", "critic": "tiny"}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_constraint_is_learned_at_bounded_divergence(tmp_path, seed):
+    """The shipped model answers in sentences; it is to answer in at most four words."""
+    rows = [json.loads(line) for line in (TINY_MODEL.parent / "examples" / "preferences.jsonl").open()]
+    file = tmp_path / "short.jsonl"
+    file.write_text("".join(json.dumps({**row, "max_words": 4}) + "\n" for row in rows))
+    result = api.train(
+        compose(
+            {
+                "output_dir": str(tmp_path / "runs"),
+                "model": {"base": "tiny"},
+                "data": {"dataset": str(file), "max_length": 256},
+                "method": {
+                    "kind": "ppo", "rewards": "constraints", "max_new_tokens": 24, "ppo_epochs": 2,
+                    "num_minibatches": 4, "value_learning_rate": 1e-2,
+                },
+                "adapter": {"kind": "lora", "rank": 16, "targets": "all-linear"},
+                "training": {
+                    "max_steps": 36, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 1,
+                    "learning_rate": 1e-3, "warmup_steps": 0, "scheduler": "constant", "eval_steps": 18,
+                    "save_steps": 36, "logging_steps": 1, "seed": seed,
+                },
+                "evaluation": {"metrics": ["constraints"], "max_new_tokens": 24, "resamples": 500},
+            }
+        ).recipe
+    )  # fmt: skip
+    steps = [event["measures"] for event in Run(result.run).events() if event["kind"] == "step"]
+    assert result.primary.tuned - result.primary.base >= 0.3
+    assert sum(m["reward"] for m in steps[-5:]) / 5 - steps[0]["reward"] >= 0.3
+    assert max(m["kl"] for m in steps) < 12  # nats per answer of about seven tokens
+    print(seed, result.primary.base, result.primary.tuned, [round(m["reward"], 2) for m in steps], [round(m["kl"], 1) for m in steps], result.seconds)

@@ -35,6 +35,7 @@ from tunesmith.recipe import PPO
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run, write_whole
 from tunesmith.training.validating import rewarded
+from tunesmith.training.watching import correlation
 
 Score = Callable[[Sequence[int], Sequence[str]], Scored]
 """What answers are worth, given the numbers of their prompts and their texts."""
@@ -508,6 +509,9 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         self._tokens = sum(rollout.lengths().values())
         divergence = (ppo.kl_estimates(rollout.logprobs, reference) * mask).sum(1)
         self._measure_answers(scored, lengths, ended)
+        together = correlation([len(ids) for ids in written], scored.totals, [0] * len(written))
+        if together is not None:
+            self._measure("reward_length_correlation", together)
         everywhere = torch.ones_like(scores)
         objective = penalized - self.kl_coefficient * kl.sum(1)
         mean_kl = float(ppo.masked_mean(divergence, everywhere, self._add))
@@ -725,6 +729,13 @@ def trainer(
     run.event(
         "decision", name="reference", value="adapter off" if reference is None else "copy", reason=reason
     )
+    if not is_parted(model):
+        run.event(
+            "decision",
+            name="logits",
+            value="all at once",
+            reason="the model does more than apply its head to its last layer, so the logits of a whole batch are held",
+        )
     critic, head, reason = critic_of(model, tokenizer, section)
     run.event("decision", name="value", value=section.value, reason=reason)
     micro = arguments["per_device_train_batch_size"]

@@ -120,6 +120,9 @@ def test_chat_shows_its_prompts_on_a_terminal_only(monkeypatch, is_terminal):
         def __init__(self, model):
             pass
 
+        def remark(self, messages):
+            return None
+
         def answer(self, messages, **_):
             return iter(["you said ", messages[-1]["content"]])
 
@@ -186,6 +189,24 @@ def test_nothing_but_ours_is_printed_by_evaluate(tiny_model_folder, question_fil
         capture_output=True, text=True, check=True, cwd=tmp_path,
     )  # fmt: skip
     assert not re.search("Loading weights|Warning", result.stderr), result.stderr
+
+
+def test_a_measurement_is_never_written_over_another_one(
+    tiny_model_folder, question_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    from tunesmith import api
+
+    def measured(metric):
+        settings = {"data": {"max_rows": 12, "max_length": 96}}
+        return api.evaluate(
+            tiny_model_folder, dataset=str(question_file), metrics=[metric], settings=settings
+        ).run
+
+    first, other, again = measured("perplexity"), measured("token_accuracy"), measured("perplexity")
+    assert other.name == f"{first.name}-2"
+    assert again == first
+    assert "perplexity" in (first / "scores.json").read_text()
 
 
 def test_public_names_load():

@@ -292,7 +292,7 @@ def test_prepare_dataset_by_hand_cuts_and_says_so(loaded, capsys):
     assert tokenized[0]["labels"] != [-100, -100]
     assert finetuner.tokenizer.eos_token_id not in tokenized[0]["labels"]
     assert (
-        "1 of 3 rows prepared from response: 2 empty and left out, 1 cut at 2 tokens"
+        "1 of 3 rows prepared from response: 2 without response and left out, 1 cut at 2 tokens"
         in capsys.readouterr().out
     )
     with pytest.raises(
@@ -660,6 +660,33 @@ def test_out_of_memory_says_what_to_lower_in_numbers(loaded, here, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(here)
     finetuner.train(tokenized, batch_size=4, num_epochs=1)
+
+
+def test_answering_out_of_memory_says_what_to_lower_in_numbers(loaded, monkeypatch):
+    finetuner = loaded()
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(type(finetuner.model), "generate", full)
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        finetuner.benchmark([PROMPT], max_new_tokens=20)
+    assert "benchmark(..., max_new_tokens=10)" in str(caught.value)
+    assert "GiB held at most" in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", [None, "", "  "])
+def test_a_row_without_its_answer_is_left_out(loaded, capsys, missing):
+    """It would teach to end behind the question. An empty column before the answer is nothing amiss."""
+    finetuner = loaded()
+    rows = [
+        {"q": "one", "hint": "h", "a": "two"},
+        {"q": "one", "hint": None, "a": "three"},
+        {"q": "x", "hint": "h", "a": missing},
+    ]
+    tokenized, _ = finetuner.prepare_dataset(rows, text_columns=["q", "hint", "a"], max_length=64)
+    assert len(tokenized) == 2
+    assert "2 of 3 rows prepared from q, hint, a: 1 without a and left out" in capsys.readouterr().out
 
 
 def test_the_reference_s_benchmark_and_preparation_examples_word_for_word(trained, capsys):

@@ -9,6 +9,7 @@ print(result.primary.verdict)
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -309,7 +310,8 @@ def evaluate(
     A run is measured on its own held-out split unless `dataset` is given; of that every row is used except
     those that the run was trained or validated on. `settings` is a sparse recipe layer that says how the
     data set is read and answered. Rows and scores are written to `output`, by default
-    `<run>/evaluation/<dataset>` or `evaluations/<model>_<dataset>`.
+    `<run>/evaluation/<dataset>` or `evaluations/<model>_<dataset>`, with a number behind it where another
+    measurement lies there.
     """
     launch.require_one_process()
     quiet_libraries()
@@ -320,9 +322,15 @@ def evaluate(
     rows, chosen, longer = _answers(model, questions, name="model", watch=watch)
     questions = questions.with_longer({str(model): longer})
     scores = evaluation.scores(rows, chosen)
-    place = Path(output) if output else _evaluation_folder(run, model, questions.recipe)
+    asked = questions.recipe.evaluation.max_new_tokens
+    kept = {
+        "model": scores,
+        "measured_on": asdict(questions.measured_on),
+        "metrics": chosen,
+        "max_new_tokens": asked,
+    }
+    place = Path(output) if output else _evaluation_folder(run, model, questions.recipe, kept)
     evaluation.write_rows(place / "rows.jsonl", rows)
-    kept = {"model": scores, "measured_on": asdict(questions.measured_on)}
     write_whole(place / "scores.json", json.dumps(kept, indent=1))
     return Result(
         run=place,
@@ -638,11 +646,20 @@ def _settle_template(tokenizer: Any, kind: Kind, recipe: Recipe) -> None:
         set_template(tokenizer, recipe.model.chat_template)
 
 
-def _evaluation_folder(run: Run | None, model: str | Path, recipe: Recipe) -> Path:
+def _evaluation_folder(run: Run | None, model: str | Path, recipe: Recipe, facts: Mapping[str, Any]) -> Path:
+    """Where a measurement is kept: never over another one, only over itself."""
     dataset = dataset_name(recipe.data.dataset)
-    if run:
-        return run.evaluation / dataset
-    return Path("evaluations") / f"{Path(str(model)).name}_{dataset}"
+    place = run.evaluation / dataset if run else Path("evaluations") / f"{Path(str(model)).name}_{dataset}"
+    about = json.loads(json.dumps({key: value for key, value in facts.items() if key != "model"}))
+    for number in itertools.count(1):
+        folder = place if number == 1 else place.with_name(f"{place.name}-{number}")
+        try:
+            before = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return folder
+        if all(before.get(key) == value for key, value in about.items()):
+            return folder
+    raise AssertionError("unreachable")
 
 
 def validate(

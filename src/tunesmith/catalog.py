@@ -240,9 +240,14 @@ def entries(wanted: str | None = None) -> list[dict[str, Any]]:
     every = [entry for part in PARTS for entry in _listed(part)]
     if wanted is None:
         return every
-    found = [entry for entry in every if entry["key"] == wanted]
+    found = [
+        entry
+        for entry in every
+        if wanted == entry["key"] or (entry["part"] == "model_examples" and wanted in entry["value"])
+    ]
     if not found:
-        known = [*SHORT, *(entry["key"] for entry in every)]
+        models = [name for entry in every if entry["part"] == "model_examples" for name in entry["value"]]
+        known = [*SHORT, *(entry["key"] for entry in every), *models]
         raise RecipeError(
             f"The catalogue has neither a part nor an entry '{wanted}'.",
             fix=nearest(wanted, known if closest(wanted, known) else SHORT),

@@ -266,12 +266,12 @@ class LLMFineTuner:
         empty = len(dataset) - len(encoded)
         if not len(encoded):
             raise DataError(
-                f"No row has text in {', '.join(columns)}.", fix="Name other columns: text_columns=[...]."
+                f"No row has text in {columns[-1]}.", fix="Name other columns: text_columns=[...]."
             )
         truncated = sum(encoded["truncated"])
         print(
             f"{len(encoded)} of {counted(len(dataset), 'row')} prepared from {', '.join(columns)}: "
-            f"{empty} empty and left out, {truncated} cut at {counted(max_length, 'token')}"
+            f"{empty} without {columns[-1]} and left out, {truncated} cut at {counted(max_length, 'token')}"
         )
         prepared = encoded.remove_columns(["truncated"])
         self._origins[prepared._fingerprint] = self._origins.get(dataset._fingerprint, {})
@@ -493,13 +493,23 @@ class LLMFineTuner:
         _check_count("max_new_tokens", max_new_tokens)
         ids = self._fitting_prompts(prompts)
         with base_only or nullcontext():
-            answers = generate(
-                model,
-                self.tokenizer,
-                ids,
-                max_new_tokens=max_new_tokens,
-                stop_ids=[] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id],
-            )
+            try:
+                answers = generate(
+                    model,
+                    self.tokenizer,
+                    ids,
+                    max_new_tokens=max_new_tokens,
+                    stop_ids=[] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id],
+                )
+            except OutOfResources as error:
+                longest = max(map(len, ids))
+                raise OutOfMemory(
+                    f"Answering ran out of memory with a single prompt at a time: prompts have up to {longest} tokens, "
+                    f"answers up to {max_new_tokens}.",
+                    found=f"{error.found or 'out of memory'}; {_held(self.device)}",
+                    fix=f"benchmark(..., max_new_tokens={max(max_new_tokens // 2, 1)}), shorter prompts, or a smaller "
+                    "model.",
+                ) from error
         if test_references is None:
             print(SELF_REFERENCE)
         elif len(self._columns) > 1 and not all(p.startswith(f"{self._columns[0]}: ") for p in prompts):
@@ -603,7 +613,8 @@ class LLMFineTuner:
             filled = {
                 n: str(v) for n, v in zip(columns, values, strict=True) if v is not None and str(v).strip()
             }
-            if filled:
+            # Without its last column a row has no answer: it would teach to end behind the question.
+            if columns[-1] in filled:
                 alone = len(columns) == 1
                 texts.append(" ".join(v if alone else f"{n}: {v}" for n, v in filled.items()))
         examples = [Text(text, row=Row("row", number)) for number, text in enumerate(texts)]
@@ -828,14 +839,6 @@ def _lay_open(run: Run) -> None:
 
 def _out_of_memory(error: BaseException, device: str, batch_size: int, longest: int) -> OutOfMemory:
     """What to lower, with the numbers of this training."""
-    from tunesmith.training.fit import peak_memory
-
-    held = f"{peak_memory() / 2**30:.1f} GiB held at most"
-    if device == "cuda":
-        import torch
-
-        free, total = torch.cuda.mem_get_info()
-        held += f", {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
     first = next(iter(str(error).splitlines()), "")[:200]
     tokens = batch_size * longest
     remedies = []
@@ -847,9 +850,22 @@ def _out_of_memory(error: BaseException, device: str, batch_size: int, longest: 
     return OutOfMemory(
         f"Training ran out of memory at batch_size={batch_size} on rows of up to {longest} tokens, "
         f"{tokens:,} tokens per pass: {first or 'out of memory'}",
-        found=held,
+        found=_held(device),
         fix=" or ".join(remedies) + ". Nothing was lost but this call.",
     )
+
+
+def _held(device: str) -> str:
+    """Memory that this process has held, and what is free on a GPU."""
+    from tunesmith.training.fit import peak_memory
+
+    held = f"{peak_memory() / 2**30:.1f} GiB held at most"
+    if device == "cuda":
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        held += f", {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    return held
 
 
 def _column(name: str, rows: Sequence[Mapping[str, Any]], source: str) -> Any:

@@ -304,6 +304,7 @@ def lora_step(session: Session) -> None:
 def training_step(session: Session) -> None:
     """How long and how fast; the plan; then the training itself."""
     epochs = number(session, "Number of epochs", 3, low=1)
+    say(f"A training step learns from {GRADIENT_ACCUMULATION} batches.")
     batch = number(session, "Batch size", 4, low=1)
     rate = decimal(session, "Learning rate", 2e-4, low=0.0, above=True)
     from tunesmith import api

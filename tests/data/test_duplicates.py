@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.duplicates import BANDS, BINS, THRESHOLD, NearDuplicates, sketches
+from tunesmith.data.duplicates import BANDS, BINS, THRESHOLD, NearDuplicates, plain, sketches
 
 VOCABULARY = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "bdglmnrst"]
 
@@ -133,3 +133,15 @@ def test_sketches_made_elsewhere_are_the_same_rows():
     elsewhere.add_sketches(sketches(rows))
     assert here.pairs().tolist() == elsewhere.pairs().tolist() == [[2, 0]]
     assert NearDuplicates().pairs().tolist() == []
+
+
+@given(st.text(alphabet="aB3 .,?!()-+é\n"), st.text(alphabet="aB3 .,?!()-+é\n"))
+@settings(max_examples=200)
+def test_plain_texts_are_equal_only_where_sketches_are(one, other):
+    assert (sketches([one]) == sketches([plain(one)])).all()
+    if plain(one) == plain(other):
+        assert (sketches([one]) == sketches([other])).all()
+
+
+def test_plain_keeps_signs_that_mean_something():
+    assert plain(' What  is "3 - 4"?') == "what is 3 - 4" != plain("what is 3 + 4")

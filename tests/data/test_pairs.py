@@ -180,6 +180,20 @@ def test_lengths_are_the_95th_percentile_of_the_training_pairs(mixed_file):
     assert any(f"inputs have up to {limits[0]} tokens: the 95th percentile" in note for note in cut.notes)
 
 
+def test_rows_that_are_not_trained_have_no_say_in_the_lengths(tmp_path):
+    words = {"train": 1, "validation": 20, "test": 30}
+    (tmp_path / "set").mkdir()
+    for name, times in words.items():
+        rows = [{"prompt": f"what is {n} {'one ' * times}", "response": "two " * times} for n in range(20)]
+        (tmp_path / f"set/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = Seq2Seq(max_input_length=1000, max_output_length=1000)
+    whole, cut = encoded(tmp_path / "set", section), encoded(tmp_path / "set")
+    assert len(whole.train) == len(whole.validation) == 20
+    longest = [max(numbers) for numbers in sizes(whole.train)]
+    assert [max(numbers) for numbers in sizes(cut.validation)] == longest
+    assert all(short < 20 < min(long) for short, long in zip(longest, sizes(whole.validation)))
+
+
 def test_every_cut_is_in_the_ledger_and_teaches_no_false_end(mixed_file):
     whole = encoded(mixed_file, Seq2Seq(max_input_length=1000, max_output_length=1000))
     cut = encoded(mixed_file, Seq2Seq(max_input_length=12, max_output_length=9))

@@ -24,13 +24,15 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
     save_t5(tmp_path / "google/flan-t5-small")
     write(tmp_path / "example-support-dataset.json", questions(41))
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict = {}
     for block in blocks:
         exec(compile(block, "docs/flows.md", "exec"), names)
     assert names["measured"]["hold_out_set_metrics"].keys() == set(qa.ROUGE)
-    assert "hamilton-google-flan-t5-small-peft\n" in capsys.readouterr().out
-    settings = json.loads((tmp_path / "hamilton-google-flan-t5-small-peft/adapter_config.json").read_text())
+    printed = capsys.readouterr().out
+    assert "hamilton-flan-t5-small-peft\n" in printed
+    assert "1 held-out row can prove little" in printed
+    settings = json.loads((tmp_path / "hamilton-flan-t5-small-peft/adapter_config.json").read_text())
     assert settings["base_model_name_or_path"].endswith("google/flan-t5-small")
 
 

@@ -20,7 +20,8 @@ import torch
 from encoder_decoders import save, t5_config, t5_tokenizer
 from question_files import KEYS, flow, questions, write
 
-from tunesmith.errors import DataError, MissingExtra, ModelError, OutOfResources, RecipeError
+from tunesmith import flows
+from tunesmith.errors import DataError, MissingExtra, ModelError, OutOfResources, RecipeError, RunError
 from tunesmith.flows import question_answer as qa
 
 COMMON = """raw_dataset train_set validation_set hold_out_set tokenizer tokenized_inputs input_lengths
@@ -152,6 +153,107 @@ def test_rows_that_ask_the_same_share_a_split(tmp_path):
     assert [len(split) for split in found.values()] == [36, 12, 12]
 
 
+def test_short_questions_that_differ_in_a_word_are_different(tmp_path):
+    found = qa.raw_dataset(str(write(tmp_path / "q.json", questions(388))), **KEYS)
+    assert "nearly the same" not in found["train_set"].info.description
+
+
+def spelled(base: list[str]) -> list[dict[str, str]]:
+    """Each question in four spellings, with an answer of its own."""
+    ways = (str, str.upper, lambda q: q + "?", lambda q: f" {q.capitalize()} !")
+    return [
+        {"question": way(question), "reply": f"{n} {place}"}
+        for place, question in enumerate(base)
+        for n, way in enumerate(ways)
+    ]
+
+
+FORM = "what should anybody do where the old printer of the office on the first floor shows us error {}"
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        [f"what is {n}" for n in range(60)],
+        [FORM.format(n) for n in range(60)],  # near-duplicates all of them, in too large a cluster
+        [f"{'. '.join('abcdefgh'[n % 8] * n for n in range(k, k + 3))}" for k in range(1, 40)],
+    ],
+)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_questions_that_differ_by_case_or_a_sign_share_a_split(base, seed, tmp_path):
+    rows = spelled(base)
+    random.Random(seed).shuffle(rows)
+    path = str(write(tmp_path / "q.json", rows))
+    found = qa.raw_dataset(path, train_size=0.7, validation_size=0.5, random_state=seed)
+    asked = [
+        {" ".join(re.findall(r"\w+", q.lower())) for q in split["input_text"]} for split in found.values()
+    ]
+    assert [len(a) > 3 for a in asked] == [True] * 3
+    for one, other in itertools.combinations(asked, 2):
+        assert not one & other
+
+
+def test_near_duplicates_share_a_split(tmp_path):
+    """A word changed in a long question, or a long answer to two questions."""
+    draw = random.Random(0)
+    words = [f"w{n}" for n in range(500)]
+    rows = []
+    for n in range(40):
+        question, answer = (draw.choices(words, k=80) for _ in range(2))
+        changed = [*question[:-1], "otherwise"]
+        rows += [
+            {"question": " ".join(q), "reply": " ".join(draw.choices(words, k=80))}
+            for q in (question, changed)
+        ]
+        rows += [{"question": f"{ask} {n}", "reply": " ".join(answer * 2)} for ask in ("who", "when")]
+    found = qa.raw_dataset(str(write(tmp_path / "q.json", rows)), train_size=0.6, validation_size=0.5)
+    assert [len(split) for split in found.values()] == [96, 32, 32]
+    splits = [dict(zip(s["input_text"], s["output_text"])) for s in found.values()]
+    for one, other in itertools.combinations(splits, 2):
+        assert not {q[:40] for q in one if q[0] == "w" and q[1].isdigit()} & {q[:40] for q in other}
+        assert not set(one.values()) & set(other.values())
+    description = found["train_set"].info.description
+    assert "nearly the same as an earlier question, and in its split: 80 questions" in description
+
+
+def test_questions_of_one_form_are_not_kept_in_one_split(tmp_path):
+    rows = [{"question": FORM.format(n), "reply": f"{n}"} for n in range(388)]
+    found = qa.raw_dataset(str(write(tmp_path / "q.json", rows)))
+    assert [len(found[name]) for name in ("train_set", "validation_set", "hold_out_set")] == [368, 16, 4]
+    assert "nearly the same as more than 32 others" in found["train_set"].info.description
+
+
+def test_groups_larger_than_a_split_leave_none_empty(tmp_path):
+    rows = [{"question": f"what is {n % 4}", "reply": f"it is {n}"} for n in range(40)]
+    found = qa.raw_dataset(str(write(tmp_path / "q.json", rows)))
+    assert [len(split) for split in found.values()] == [20, 10, 10]
+    assert "the shares alone would give 38/1/1" in found["train_set"].info.description
+
+
+@pytest.mark.parametrize(("held_out", "low"), [(1, "21%"), (4, "51%"), (29, "88%"), (30, None)])
+def test_few_held_out_rows_are_cautioned(held_out, low, trained, caplog):
+    """The lower end for n of n is n / (n + z²), by Wilson's formula."""
+    several = trained.found["hold_out_set"].select([0] * held_out)
+    tokenized = trained.found["tokenized_validation"].select([0] * held_out)
+    changed = {"hold_out_set": several, "tokenized_hold_out": tokenized, "max_new_tokens": 1}
+    found = flow("presaved").execute(
+        ["hold_out_set_predictions", "remarks"],
+        inputs=trained.inputs,
+        overrides={"peft_model_id": str(trained.adapter), **changed},
+    )
+    assert len(found["hold_out_set_predictions"]) == held_out
+    said = [remark for remark in found["remarks"] if "held-out row" in remark]
+    assert [remark in caplog.text for remark in said] == [True] * (low is not None)
+    if low:
+        assert low == f"{held_out / (held_out + 1.959964**2):.0%}"
+        assert f"as low as {low}" in said[0]
+
+
+def test_the_caution_is_kept_with_the_held_out_rows(trained):
+    assert "1 held-out row can prove little" in trained.found["hold_out_set"].info.description
+    assert any("1 held-out row can prove little" in remark for remark in trained.found["remarks"])
+
+
 def test_rows_that_cannot_be_used_are_counted(tmp_path):
     rows = [*questions(25), {"question": "", "gpt4_replies_target": "x"}, {"question": "x"}]
     found = qa.raw_dataset(str(write(tmp_path / "q.json", rows)), **KEYS)
@@ -165,10 +267,17 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path):
     ("rows", "changes", "expected"),
     [
         (questions(2), {}, "each of the three splits needs one"),
-        (questions(9), {"input_text_key": "qestion"}, r"gpt4_replies_target[^\0]*Did you mean 'question'"),
-        (questions(9), {"output_text_key": "answer"}, "question, gpt4_replies_target"),
+        (questions(9), {"input_text_key": "qestion"}, r"gpt4_replies_target[^\0]*did you mean 'question'"),
+        (
+            questions(9),
+            {"input_text_key": "qestion", "output_text_key": "x"},
+            r"has the key 'qestion' \(input_text_key\), nor the key 'x' \(output_text_key\)\.[^\0]*"
+            r"the keys question, gpt4_replies_target[^\0]*output_text_key: one of question, gpt4_replies_target",
+        ),
+        ([{**r, "empty": None} for r in questions(9)], {"output_text_key": "empty"}, "empty in every row"),
         (questions(9), {"train_size": 1.0}, "between 0 and 1"),
-        (questions(1) * 9, {}, "too few different questions"),
+        (questions(1) * 9, {}, "9 rows, 1 different question\n"),
+        (spelled(["what is one", "who are you"]), {"output_text_key": "reply"}, "2 different questions"),
     ],
 )
 def test_rows_that_make_no_splits(rows, changes, expected, tmp_path):
@@ -213,6 +322,27 @@ def test_lengths_are_percentiles_and_a_cut_answer_teaches_no_end(t5_folder, tmp_
         in found["tokenized_train"].info.description
     )
     assert found["tokenized_train"].column_names == ["input_ids", "attention_mask", "labels"]
+
+
+def test_lengths_come_from_all_rows_but_the_held_out_ones(t5_folder, tmp_path):
+    path = str(write(tmp_path / "q.json", questions(60)))
+    found = flow().execute(
+        ["train_set", "validation_set", "input_lengths", "target_lengths"],
+        inputs={"data_path": path, "model_id": str(t5_folder), **KEYS},
+    )
+    tokenizer = t5_tokenizer()
+    for lengths, column in (("input_lengths", "input_text"), ("target_lengths", "output_text")):
+        of_both = [*found["train_set"][column], *found["validation_set"][column]]
+        assert found[lengths] == [len(tokenizer(text).input_ids) for text in of_both]
+
+
+def test_the_share_that_is_not_cut_is_the_engine_s(monkeypatch):
+    from tunesmith.data import pairs
+
+    lengths = list(range(101))
+    assert qa.max_source_lengths(lengths) == qa.max_target_lengths(lengths) == 95
+    monkeypatch.setattr(pairs, "PERCENTILE", 40)
+    assert qa.max_source_lengths(lengths) == qa.max_target_lengths(lengths) == 40
 
 
 def test_text_that_looks_like_a_special_token_stays_text(t5_folder, tmp_path):
@@ -352,23 +482,62 @@ def test_presaved_measures_the_same_model_and_writes_nothing(trained, backwards,
     assert torch.equal(one.logits, other.logits)
 
 
-def test_another_base_run_replaces_the_adapter_and_says_so(trained, tmp_path, caplog):
+@pytest.mark.parametrize("node", ["fit_trainer", "save_best_models"])
+def test_another_base_run_never_writes_over_an_adapter(node, trained, tmp_path):
     adapter = shutil.copytree(trained.adapter, tmp_path / "adapter")
-    (adapter / "notes.txt").write_text("mine")
-    longer = max(int(path.name.partition("-")[2]) for path in adapter.glob("checkpoint-*"))
-    found = flow().execute(
-        ["save_best_models", "fit_trainer"],
-        inputs={**trained.inputs, "num_train_epochs": 1, "random_state": 7},
-        overrides={"peft_model_id": str(adapter)},
+    before = state(adapter)
+    changes = {"peft_model_id": str(adapter)}
+    if node == "save_best_models":  # the folder was filled while this one trained
+        changes["fit_trainer"] = trained.found["fit_trainer"]
+    with pytest.raises(RunError, match=r"holds an adapter already[^\0]*another folder"):
+        flow().execute([node], inputs={**trained.inputs, "random_state": 7}, overrides=changes)
+    assert state(adapter) == before
+
+
+def test_what_else_lies_in_the_folder_stays(trained, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/notes.txt").write_text("mine")
+    flow().execute(
+        ["save_best_models"],
+        inputs={**trained.inputs, "num_train_epochs": 1},
+        overrides={"peft_model_id": str(tmp_path / "adapter")},
     )
-    assert found["fit_trainer"].state.global_step < longer
-    assert f"The adapter that was in {adapter} is replaced" in caplog.text
-    name = "adapter_model.safetensors"
-    assert (adapter / name).read_bytes() != (trained.adapter / name).read_bytes()
-    best = Path(found["fit_trainer"].state.best_model_checkpoint)
-    assert (adapter / name).read_bytes() == (best / name).read_bytes()
-    assert (adapter / "notes.txt").read_text() == "mine"
-    assert not list(adapter.glob(".saving-*"))
+    assert (tmp_path / "adapter/notes.txt").read_text() == "mine"
+    assert not list(tmp_path.glob("adapter/.saving-*"))
+
+
+@pytest.mark.parametrize("start", ["base", "presaved"])
+def test_the_validation_loss_is_the_same_at_every_batch_size(start, trained, tmp_path):
+    """Nats per label, answers of 1 to 40 words, against plain row-by-row arithmetic."""
+    words = ("red", "blue", "green", "one", "two")
+    rows = [
+        {"question": f"what is {n}", "reply": " ".join(words[(n + i) % 5] for i in range(1 + n % 4 * 13))}
+        for n in range(40)
+    ]
+    inputs = {
+        "data_path": str(write(tmp_path / "q.json", rows)), "model_id": trained.inputs["model_id"],
+        "train_size": 0.2, "validation_size": 0.95, "num_train_epochs": 1,
+    }  # fmt: skip
+    found = {
+        size: flow(start).execute(
+            ["fit_trainer_eval_metrics", "tokenized_validation", "finetuned_model"],
+            inputs={**inputs, "per_device_eval_batch_size": size},
+            overrides={"peft_model_id": str(tmp_path / f"{size}" if start == "base" else trained.adapter)},
+        )
+        for size in (1, 64)
+    }
+    losses = [found[size]["fit_trainer_eval_metrics"]["eval_loss"] for size in (1, 64)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    each = []
+    with torch.no_grad():
+        for row in found[64]["tokenized_validation"]:
+            wanted = torch.tensor([row["labels"]])
+            logits = found[64]["finetuned_model"](
+                input_ids=torch.tensor([row["input_ids"]]), labels=wanted
+            ).logits
+            each.append(-logits[0].double().log_softmax(-1).gather(1, wanted[0][:, None])[:, 0])
+    assert losses[1] == pytest.approx(float(torch.cat(each).mean()), rel=1e-5)
+    assert losses[1] != pytest.approx(float(torch.stack([e.mean() for e in each]).mean()), rel=1e-3)
 
 
 def test_an_old_fashioned_driver_runs_it_too(trained, tmp_path):
@@ -382,10 +551,10 @@ def test_an_old_fashioned_driver_runs_it_too(trained, tmp_path):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_presaved_says_where_it_measures_on_trained_questions(known, trained, tmp_path):
+def test_presaved_says_where_it_measures_on_learned_questions(known, trained, tmp_path):
     adapter = shutil.copytree(trained.adapter, tmp_path / "adapter")
     if not known:
-        (adapter / qa.TRAINED).unlink()
+        (adapter / qa.LEARNED).unlink()
 
     def remarks(**changes) -> list[str]:
         inputs = {**trained.inputs, **changes}
@@ -394,10 +563,39 @@ def test_presaved_says_where_it_measures_on_trained_questions(known, trained, tm
         )["remarks"]
 
     assert any("not known what the adapter was trained on" in said for said in remarks()) is not known
-    assert not any("were trained" in said for said in remarks())
-    assert (
-        any("of the validation questions were trained" in said for said in remarks(random_state=1)) is known
+    assert not any("were trained" in said or "were validated" in said for said in remarks())
+    for changes in ({"random_state": 1}, {"random_state": 1, "data_path": respelled(trained, tmp_path)}):
+        assert any("of the validation questions, or nearly" in said for said in remarks(**changes)) is known
+
+
+def respelled(trained, folder: Path) -> str:
+    """The same questions in capitals and with a question mark."""
+    rows = json.loads(Path(trained.inputs["data_path"]).read_text())
+    return str(
+        write(folder / "respelled.json", [{**r, "question": f"{r['question'].upper()}?"} for r in rows])
     )
+
+
+def test_questions_that_chose_the_epoch_prove_nothing_either(trained):
+    held_out = trained.found["validation_set"]
+    found = flow("presaved").execute(
+        ["remarks"],
+        inputs=trained.inputs,
+        overrides={"peft_model_id": str(trained.adapter), "hold_out_set": held_out},
+    )["remarks"]
+    assert any("2 of the hold-out questions, or nearly the same, were validated" in said for said in found)
+    assert not any("were trained" in said for said in found)
+
+
+def test_a_question_that_is_nearly_a_learned_one_is_counted():
+    from datasets import Dataset
+
+    learned = qa._marks("train", Dataset.from_dict({"input_text": [FORM.format(n) for n in range(50)]}))
+    asked = ["how are you", FORM.format(49).upper() + "?", FORM.format("x")]
+    assert qa._known(Dataset.from_dict({"input_text": asked[:1]}), learned, "train") == 0
+    assert qa._known(Dataset.from_dict({"input_text": asked[:2]}), learned, "train") == 1
+    few = qa._marks("train", Dataset.from_dict({"input_text": [FORM.format(1)]}))
+    assert qa._known(Dataset.from_dict({"input_text": asked}), few, "train") == 2
 
 
 def test_presaved_finds_the_folder_of_the_model(trained, tmp_path, monkeypatch):
@@ -407,12 +605,49 @@ def test_presaved_finds_the_folder_of_the_model(trained, tmp_path, monkeypatch):
     assert found["hold_out_set_predictions"] == trained.found["hold_out_set_predictions"]
 
 
+def test_the_folder_s_name_is_that_of_the_model_however_its_path_is_spelled(trained, monkeypatch):
+    folder = Path(trained.inputs["model_id"])
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    spellings = [str(folder), f"{folder}/", "./t5", "t5", "t5/", f"../{folder.parent.name}/t5", "~/t5"]
+    assert {qa.peft_model_id(name) for name in spellings} == {"hamilton-t5-peft"}
+    assert qa.peft_model_id("./gone/t5") == "hamilton-t5-peft"
+
+
+@pytest.mark.parametrize("name", ["model_id", "model_id_tokenizer"])
+def test_presaved_refuses_another_model_than_the_adapter_s(name, trained, tmp_path, monkeypatch):
+    def found(model: str):
+        return flow("presaved").execute(
+            ["peft_config"], inputs={name: model}, overrides={"peft_model_id": str(trained.adapter)}
+        )["peft_config"]
+
+    folder = Path(trained.inputs["model_id"])
+    other = shutil.copytree(folder, tmp_path / "t5")
+    for model in (str(other), "google/flan-t5-small", "./nothing"):
+        with pytest.raises(ModelError, match=rf"another model[^\0]*{re.escape(model)}[^\0]*{folder}"):
+            found(model)
+    monkeypatch.chdir(folder.parent)
+    for model in (str(folder), "./t5", "t5"):
+        assert found(model).base_model_name_or_path == str(folder)
+
+
 def test_what_depends_on_what():
     training = {*TRAINING[:2], "trainer", "training_args", "base_model", "fit_trainer_training_metrics"}
     assert not upstream("presaved", *qa.SUGGESTED_OUTPUTS, *ADDED) & training
     assert "fitted_and_evaluated_trainer" in upstream("base", "save_best_models")
     learned = upstream("base", "finetuned_model", "fit_trainer", "save_best_models")
     assert not learned & {"hold_out_set", "tokenized_hold_out"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("{", "is damaged"), ("{}", "damaged|does not say which model")]
+)
+def test_a_damaged_adapter_config_is_named(content, said, tmp_path):
+    for name in qa.ADAPTER:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ModelError, match=said) as caught:
+        qa.peft_config(str(tmp_path))
+    assert "adapter_config.json" in str(caught.value)
 
 
 def test_a_presaved_adapter_without_a_tokenizer_takes_that_of_its_base(trained, tmp_path):
@@ -674,8 +909,53 @@ def test_a_folder_without_an_adapter_says_what_is_missing(present, expected, tra
 
 
 def test_an_unknown_configuration_is_an_error():
-    with pytest.raises(RecipeError, match="Did you mean 'presaved'"):
-        flow("pre-saved")
+    for build in (flow, flows.driver):
+        with pytest.raises(RecipeError, match="Did you mean 'presaved'"):
+            build("pre-saved")
+
+
+@pytest.mark.parametrize("start", ["base", "presaved"])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"inputs": {"num_epochs": 3}}, r"no input 'num_epochs'[^\0]*Did you mean 'num_train_epochs'"),
+        ({"inputs": {"peft_model_id": "x"}}, r"no input 'peft_model_id'[^\0]*overrides=\{'peft_model_id'"),
+        ({"inputs": {"lora_confg": 1}}, "'lora_config', which is an override"),
+        ({"inputs": {"zzzzz": 1}}, "docs/flows.md"),
+        ({"overrides": {"pef_model_id": "x"}}, r"no override 'pef_model_id'[^\0]*'peft_model_id'"),
+    ],
+)
+def test_our_driver_refuses_names_that_the_flow_does_not_have(start, given, expected):
+    with pytest.raises(RecipeError, match=expected):
+        flows.driver(start).execute(["device"], **given)
+    assert flow(start).execute(["device"], **given)["device"], "plain Hamilton passes over them"
+
+
+def test_our_driver_takes_every_input_and_node(trained):
+    found = flows.driver("presaved").execute(
+        ["hold_out_set_predictions"], inputs=trained.inputs, overrides={"peft_model_id": str(trained.adapter)}
+    )
+    assert found["hold_out_set_predictions"] == trained.found["hold_out_set_predictions"]
+    everything = dict.fromkeys(qa._inputs(), 1)
+    assert flows.driver().execute(["max_new_tokens"], inputs=everything) == {"max_new_tokens": 1}
+    assert flows.driver().execute(["device"], overrides=dict.fromkeys(nodes("base"), 2)) == {"device": 2}
+    assert (
+        not flows.driver()
+        .execute(["peft_model_id"], overrides={"model_id": "a/b"})["peft_model_id"]
+        .count("mt5")
+    )
+
+
+def test_hamilton_adds_no_traceback_to_errors_of_ours(caplog):
+    for build in (flow, flows.driver):
+        with pytest.raises(RecipeError):
+            build().execute(["peft_model_id"], inputs={"model_id": "a", "model_id_tokenizer": "b"})
+        with pytest.raises(RecipeError):
+            build("pre-saved")
+    assert caplog.text == ""
+    with pytest.raises(TypeError):
+        flow().execute(["max_source_lengths"], overrides={"input_lengths": ["a"]})
+    assert "encountered an error" in caplog.text, "a bug's traceback stays"
 
 
 def test_8_bit_needs_a_gpu_and_goes_through_bitsandbytes(t5_folder, monkeypatch):

@@ -181,6 +181,20 @@ def test_an_interrupted_run_continues_to_the_bit(quick, options, adapter):
     assert losses(run) == losses(straight)
 
 
+def test_the_trainer_is_transformers_own_for_sequences(quick, monkeypatch):
+    from transformers import Seq2SeqTrainer
+
+    from tunesmith import dataflow
+
+    seen = []
+    fit = dataflow.fit
+    monkeypatch.setattr(
+        dataflow, "fit", lambda trainer, *a, **k: seen.append(trainer) or fit(trainer, *a, **k)
+    )
+    api.train(quick("bart", training={"max_steps": 1}, evaluation={"skip": True}))
+    assert isinstance(seen[0], Seq2SeqTrainer)
+
+
 def test_accumulated_batches_have_the_loss_of_one(quick):
     """Answers are of unequal length: a mean of means would be another number."""
 

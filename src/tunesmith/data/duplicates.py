@@ -32,6 +32,12 @@ Words64 = NDArray[np.uint64]
 _PRIME = 0x9E3779B97F4A7C15
 _SEPARATORS = bytes(range(33)) + b"\x7f" + b".,;:!?\"'()[]{}_`"
 """Bytes between words. Signs of arithmetic and logic are kept: `3 - 4` is not `3 + 4`."""
+_BETWEEN = dict.fromkeys(_SEPARATORS, " ")
+
+
+def plain(text: str) -> str:
+    """The words of a text as sketches tell them apart: lower case, one space for all that stands between them."""
+    return " ".join(text.lower().translate(_BETWEEN).split())
 
 
 def sketches(texts: Sequence[str]) -> NDArray[np.uint32]:

@@ -21,7 +21,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -31,7 +31,9 @@ import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
 from hamilton.function_modifiers import config, extract_fields
+from numpy.typing import NDArray
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from safetensors.numpy import load_file, save_file
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerBase,
@@ -41,11 +43,12 @@ from transformers import (
 
 from tunesmith import generation, models
 from tunesmith import plan as planning
-from tunesmith.data import pairs
-from tunesmith.data.examples import Conversation, Message, Prompt, Row, Unusable
-from tunesmith.data.examples import questions as questions_of
+from tunesmith.data import BATCH, batched, pairs
+from tunesmith.data.duplicates import NearDuplicates, plain, sketches
+from tunesmith.data.examples import Conversation, Message, Prompt, Row, Unusable, texts
 from tunesmith.data.formats import convert, detect
-from tunesmith.data.sources import read
+from tunesmith.data.sources import Source, read
+from tunesmith.data.splitting import CLUSTER, Links, rooted
 from tunesmith.data.templates import IGNORED, Encoding, encoder, end_of_turn_ids
 from tunesmith.errors import (
     DataError,
@@ -54,7 +57,9 @@ from tunesmith.errors import (
     ModelError,
     OutOfResources,
     RecipeError,
+    RunError,
     TunesmithError,
+    closest,
     counted,
     does,
     nearest,
@@ -77,9 +82,6 @@ SUGGESTED_OUTPUTS = (
     "training_and_validation_set_metrics",
     "finetuned_model_on_validation_set",
 )
-
-PERCENTILE = 95
-"""Share of the questions, and of the answers, in percent, that are not cut."""
 
 MAX_NEW_TOKENS = 512
 
@@ -126,13 +128,15 @@ def raw_dataset(
     """The three splits, with the columns `input_text` and `output_text`.
 
     `train_size` of the rows are trained on; of the rest `validation_size` go to validation and the others
-    are held out. Each split gets a row at least, and rows that ask the same share one. What was decided and
-    dropped is in the description of the training set (`info.description`). Raises DataError.
+    are held out. Each split gets a row at least, and rows that ask the same, or nearly the same, share one. What
+    was decided and dropped is in the description of the training set (`info.description`), what so few held-out
+    rows can prove in that of the held-out set. Raises DataError.
     """
     for name, share in (("train_size", train_size), ("validation_size", validation_size)):
         if not 0 < share < 1:
             raise DataError(f"{name} is a share between 0 and 1.", found=f"{share:g}")
     source = read(data_path)
+    _check_keys(source, input_text_key=input_text_key, output_text_key=output_text_key)
     detection = detect(source, input_text_key=input_text_key, output_text_key=output_text_key)
     rows: list[Conversation] = []
     dropped: dict[str, list[int]] = {}
@@ -148,59 +152,146 @@ def raw_dataset(
     ]
     if len(rows) < 3:
         raise DataError(
-            f"{source.name} has {len(rows)} usable rows, and each of the three splits needs one.",
+            f"{source.name} has {counted(len(rows), 'usable row')}, and each of the three splits needs one.",
             found="; ".join(losses) or None,
             fix="Give at least 3 rows with a question and an answer; 21 give the splits their usual shares.",
         )
     trained = int(train_size * len(rows))
     validated = int(validation_size * (len(rows) - trained))
     shares = (trained, validated, len(rows) - trained - validated)
-    sizes = {"hold_out_set": max(shares[2], 1), "validation_set": max(validated, 1)}
-    places = _places(rows, sizes, seed=random_state)
-    if min(len(places[name]) for name in ("train_set", *sizes)) == 0:
+    groups, near = _groups(rows)
+    if len(groups) < 3:
         raise DataError(
             f"{source.name} asks too few different questions to be split in three.",
-            found=f"{len(rows)} rows, {len({questions_of(row)[-1] for row in rows})} different questions",
-            fix="Give more questions; rows that ask the same share a split, so that none is measured that was trained.",
+            found=f"{counted(len(rows), 'row')}, {counted(len(groups), 'different question')}",
+            fix="Give more questions; rows that ask the same, or nearly the same, share a split, so that none is "
+            "measured that was trained.",
         )
-    counted = (
+    sizes = {"hold_out_set": max(shares[2], 1), "validation_set": max(validated, 1)}
+    places = _places(groups, sizes, seed=random_state)
+    said = (
         f"{len(rows)} rows: {len(places['train_set'])} trained, {len(places['validation_set'])} for validation, "
         f"{len(places['hold_out_set'])} held out"
     )
-    remarks = [counted, *losses, *source.notes]
+    remarks = [said, *losses, *source.notes, *near]
     if any(role for _, role in source.facts.places):
         remarks.append("the flow draws its own splits all the same")
     if tuple(len(places[name]) for name in ("train_set", "validation_set", "hold_out_set")) != shares:
         remarks.append(
             f"the shares alone would give {'/'.join(map(str, shares))}: each split gets a row at least, and rows "
-            "that ask the same stay together"
+            "that ask the same, or nearly the same, stay together"
         )
+    descriptions = {"train_set": remarks, "hold_out_set": _caution(len(places["hold_out_set"]))}
     return {
         name: _described(
             Dataset.from_dict(
                 {
-                    "input_text": ["\n\n".join(m.content for m in rows[n].messages[:-1]) for n in chosen],
+                    "input_text": [_question(rows[n]) for n in chosen],
                     "output_text": [rows[n].messages[-1].content for n in chosen],
                 }
             ),
-            *(remarks if name == "train_set" else ()),
+            *descriptions.get(name, ()),
         )
         for name, chosen in places.items()
     }
 
 
-def _places(rows: Sequence[Conversation], sizes: Mapping[str, int], *, seed: int) -> dict[str, list[int]]:
-    """The row numbers of each split: the small splits are filled with whole questions, drawn by the seed."""
-    questions: dict[int, list[int]] = {}
+def _question(row: Conversation) -> str:
+    return "\n\n".join(message.content for message in row.messages[:-1])
+
+
+def _groups(rows: Sequence[Conversation]) -> tuple[list[list[int]], list[str]]:
+    """The places of the rows that share a split, in the order of the first of each, and what is to be said.
+
+    Rows share one where they ask the same but for case and punctuation, and where their questions, or question
+    and answer, are near-duplicates.
+    """
+    links = Links()
     for place, row in enumerate(rows):
-        questions.setdefault(questions_of(row)[-1], []).append(place)
-    groups = list(questions.values())
-    places: dict[str, list[int]] = {"train_set": [], **{name: [] for name in sizes}}
-    for drawn in np.random.default_rng(seed).permutation(len(groups)):
-        group = groups[drawn]
-        split = next((n for n, size in sizes.items() if len(places[n]) + len(group) <= size), "train_set")
-        places[split] += group
-    return places
+        said = tuple(m._replace(content=plain(m.content) or m.content) for m in row.messages)
+        links.add(place, replace(row, messages=said))
+    same, _ = rooted(len(rows), links.edges(), NO_PAIRS)
+    # Copies are one question from here on: however many, they do not make a cluster large.
+    firsts, question = np.unique(same, return_inverse=True)
+    across = np.sort(question[_alike("\n".join(texts(row)) for row in rows)], axis=1)[:, ::-1]
+    alike = np.concatenate(
+        (_alike(_question(rows[place]) for place in firsts), across[across[:, 0] != across[:, 1]])
+    )
+    root, released = rooted(len(firsts), NO_PAIRS, alike)
+    groups: dict[int, list[int]] = {}
+    for place, of in enumerate(root[question]):
+        groups.setdefault(int(of), []).append(place)
+    joined = int((root != np.arange(len(root))).sum())
+    remarks = []
+    if joined:
+        remarks.append(
+            f"nearly the same as an earlier question, and in its split: {counted(joined, 'question')}"
+        )
+    if released.any():
+        remarks.append(
+            f"nearly the same as more than {CLUSTER} others: {counted(int(released.sum()), 'question')}; texts of "
+            "one form are not kept in one split"
+        )
+    return list(groups.values()), remarks
+
+
+NO_PAIRS: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)
+
+
+LONG = 11
+"""Words from which texts may be near-duplicates. In a shorter one every word counts: with one changed, its word
+triples are less alike than the engine's threshold, and too few to be estimated by."""
+
+
+def _is_long(text: str) -> bool:
+    return len(plain(text).split()) + sum(not character.isascii() for character in text) >= LONG
+
+
+def _alike(found: Iterable[str]) -> NDArray[np.int64]:
+    """Places (n, 2) of texts that are near-duplicates: a text and an earlier one."""
+    near, places = NearDuplicates(), []
+    for batch in batched(((place, text) for place, text in enumerate(found) if _is_long(text)), BATCH):
+        places += [place for place, _ in batch]
+        near.add([text for _, text in batch])
+    return np.array(places, dtype=np.int64)[near.pairs()]
+
+
+def _places(groups: Sequence[list[int]], sizes: Mapping[str, int], *, seed: int) -> dict[str, list[int]]:
+    """The row numbers of each split: the small splits are filled with whole groups, drawn by the seed.
+
+    A split that no group fits into gets the smallest one there is.
+    """
+    drawn: dict[str, list[list[int]]] = {"train_set": [], **{name: [] for name in sizes}}
+    room = dict(sizes)
+    for place in np.random.default_rng(seed).permutation(len(groups)):
+        group = groups[place]
+        split = next((name for name in sizes if len(group) <= room[name]), None)
+        if split:
+            room[split] -= len(group)
+        drawn[split or "train_set"].append(group)
+    for taken in drawn.values():
+        if not taken:
+            largest = max(drawn.values(), key=len)
+            taken.append(largest.pop(min(range(len(largest)), key=lambda n: len(largest[n]))))
+    return {name: [place for group in taken for place in group] for name, taken in drawn.items()}
+
+
+FEW = 30
+"""With fewer held-out rows it is said how little they prove."""
+
+
+def _caution(number: int) -> list[str]:
+    """What can be concluded from so few held-out rows, in a sentence; nothing where there are enough."""
+    if number >= FEW:
+        return []
+    from scipy.stats import binomtest
+
+    low = binomtest(number, number).proportion_ci(method="wilson").low
+    return [
+        f"{counted(number, 'held-out row')} can prove little: were every answer right, the true share of right "
+        f"answers could still be as low as {low:.0%} (Wilson's 95 % interval), and means of scores are as unsure; hold "
+        f"out {FEW} rows or more (a smaller train_size or validation_size)"
+    ]
 
 
 def _described(dataset: Dataset, *remarks: str) -> Dataset:
@@ -244,7 +335,7 @@ def input_lengths(tokenized_inputs: Dataset) -> list[int]:
 
 def max_source_lengths(input_lengths: list[int]) -> int:
     """Most tokens of a question: the 95th percentile."""
-    return int(np.percentile(input_lengths, PERCENTILE))
+    return int(np.percentile(input_lengths, pairs.PERCENTILE))
 
 
 def tokenized_targets(
@@ -263,7 +354,7 @@ def target_lengths(tokenized_targets: Dataset) -> list[int]:
 
 def max_target_lengths(target_lengths: list[int]) -> int:
     """Most tokens of an answer in training: the 95th percentile."""
-    return int(np.percentile(target_lengths, PERCENTILE))
+    return int(np.percentile(target_lengths, pairs.PERCENTILE))
 
 
 def tokenized_train(
@@ -455,9 +546,14 @@ def _collator(
 def peft_model_id(model_id: str | None = None, model_id_tokenizer: str | None = None) -> str:
     """The folder of the adapter, below the working folder: `hamilton-<model>-peft`.
 
-    Give another one with `overrides={"peft_model_id": ...}`.
+    <model> is a Hub id with `-` for `/`, or the name of the model's folder, however its path is spelled. Give
+    another folder with `overrides={"peft_model_id": ...}`.
     """
-    return f"hamilton-{_model_name(model_id, model_id_tokenizer).replace('/', '-')}-peft"
+    name = _model_name(model_id, model_id_tokenizer)
+    path = Path(name).expanduser()
+    if path.is_dir() or name.startswith((".", "/", "~")):
+        name = path.resolve().name
+    return f"hamilton-{name.replace('/', '-')}-peft"
 
 
 def training_args(
@@ -543,9 +639,10 @@ def _quiet(trainer: Seq2SeqTrainer) -> Seq2SeqTrainer:
 def fitted_and_evaluated_trainer(trainer: Seq2SeqTrainer, device: torch.device) -> dict[str, Any]:
     """The trainer when it is done, what it measured in training and on validation, and the model.
 
-    `train_batch_size` is smaller than what was asked for where memory did not suffice. Raises TrainingDiverged
-    before an update that is not a number, and OutOfResources.
+    `train_batch_size` is smaller than what was asked for where memory did not suffice. Raises RunError where the
+    adapter's folder holds one already, TrainingDiverged before an update that is not a number, and OutOfResources.
     """
+    _check_free(trainer.args.output_dir)
     try:
         fitted = trainer.train()
     except RuntimeError as error:
@@ -572,22 +669,26 @@ def fitted_and_evaluated_trainer(trainer: Seq2SeqTrainer, device: torch.device) 
 
 @_when("base")
 def save_best_models(
-    tokenizer: PreTrainedTokenizerBase, peft_model_id: str, fit_trainer: Seq2SeqTrainer, train_set: Dataset
+    tokenizer: PreTrainedTokenizerBase,
+    peft_model_id: str,
+    fit_trainer: Seq2SeqTrainer,
+    train_set: Dataset,
+    validation_set: Dataset,
 ) -> dict[str, str]:
     """The trained adapter and its tokenizer, written to the folder `peft_model_id`.
 
-    The hashes of the trained questions lie beside them. The weights of the base stay where they are. An adapter
-    that was there before is replaced.
+    Beside them lies what recognizes the trained and validated questions, which are not in it themselves. The
+    weights of the base stay where they are. Raises RunError where there is an adapter already.
     """
-    folder = Path(peft_model_id)
+    folder = Path(peft_model_id).expanduser()
+    _check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / ADAPTER[0]).exists():
-        log.warning("The adapter that was in %s is replaced.", folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
         fit_trainer.model.save_pretrained(staging)
         (Path(staging) / "README.md").unlink(missing_ok=True)  # PEFT's empty form
         tokenizer.save_pretrained(staging)
-        (Path(staging) / TRAINED).write_text(json.dumps(sorted(_hashes(train_set))), encoding="utf-8")
+        learned = {**_marks("train", train_set), **_marks("validation", validation_set)}
+        save_file(learned, Path(staging) / LEARNED)
         # The weights come last but one and the configuration last, so that a folder with both is whole.
         files = sorted(
             Path(staging).iterdir(), key=lambda file: (file.name in ADAPTER, file.name in ADAPTER[:1])
@@ -604,19 +705,55 @@ def save_best_models__presaved(peft_model_id: str, peft_config: PeftConfig) -> d
 
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-TRAINED = "trained_questions.json"
-"""Hashes of the questions that an adapter was trained on, beside it."""
+LEARNED = "learned_questions.safetensors"
+"""What recognizes the questions that an adapter was trained and validated on, beside it."""
 
 
-def _hashes(dataset: Dataset) -> set[str]:
-    texts = dataset["input_text"]
+def _marks(split: str, dataset: Dataset) -> dict[str, NDArray[Any]]:
+    """By what the questions of a split are recognized: hashes but for case and punctuation; of long ones sketches."""
+    asked = dataset["input_text"]
+    hashes = [
+        hashlib.blake2b((plain(text) or text).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        for text in asked
+    ]
     return {
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest() for text in texts
+        f"{split}_hashes": np.array([int.from_bytes(found, "big") for found in hashes], dtype=np.uint64),
+        f"{split}_sketches": sketches([text for text in asked if _is_long(text)]),
     }
 
 
-def peft_config(peft_model_id: str) -> PeftConfig:
-    """The settings of the saved adapter. Raises ModelError that says what is missing in its folder."""
+def _known(dataset: Dataset, learned: Mapping[str, NDArray[Any]], split: str) -> int:
+    """How many of the questions stand, or nearly stand, among those of a split that were learned."""
+    asked = _marks("asked", dataset)
+    same = np.isin(asked["asked_hashes"], learned[f"{split}_hashes"])
+    near, earlier = NearDuplicates(), learned[f"{split}_sketches"]
+    near.add_sketches(earlier)
+    near.add_sketches(asked["asked_sketches"])
+    root, _ = rooted(near.count, NO_PAIRS, near.pairs())
+    same[[_is_long(text) for text in dataset["input_text"]]] |= root[len(earlier) :] < len(earlier)
+    return int(same.sum())
+
+
+def _check_free(folder: str | Path) -> None:
+    """Raises RunError where a folder holds an adapter: no run takes the place of another."""
+    there = [name for name in ADAPTER if (Path(folder).expanduser() / name).exists()]
+    if there:
+        raise RunError(
+            f"The folder {folder} holds an adapter already, and nothing is written over it.",
+            found=", ".join(there),
+            fix='Give this run another folder with overrides={"peft_model_id": ...} (--peft-model-id), delete that '
+            'one, or measure it with the configuration {"start": "presaved"}.',
+        )
+
+
+def peft_config(
+    peft_model_id: str, model_id: str | None = None, model_id_tokenizer: str | None = None
+) -> PeftConfig:
+    """The settings of the saved adapter.
+
+    Raises ModelError that says what is missing in its folder, and where `model_id` names another model than the
+    adapter's base.
+    """
     folder = Path(peft_model_id).expanduser()
     missing = [name for name in ADAPTER if not (folder / name).is_file()]
     if missing:
@@ -625,11 +762,39 @@ def peft_config(peft_model_id: str) -> PeftConfig:
             f"The folder {peft_model_id} holds no saved adapter: {' and '.join(missing)} missing.",
             found=(", ".join(there[:8]) or "an empty folder") if there is not None else "no such folder here",
             fix='Train one first with the configuration {"start": "base"} and the output save_best_models, or name '
-            'its folder with overrides={"peft_model_id": ...}.',
+            'its folder with overrides={"peft_model_id": ...} (--peft-model-id).',
         )
-    found = PeftConfig.from_pretrained(str(folder))
-    _check_kind(str(found.base_model_name_or_path))
+    try:
+        found = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"The adapter_config.json in {peft_model_id} is damaged.",
+            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            fix="Restore it, or train the adapter again.",
+        ) from None
+    if not found.base_model_name_or_path:
+        raise ModelError(
+            f"The adapter_config.json in {peft_model_id} does not say which model the adapter belongs to.",
+            fix="Write that model's folder or Hub id into it as base_model_name_or_path.",
+        )
+    base = str(found.base_model_name_or_path)
+    if (model_id or model_id_tokenizer) and not _same_model(_model_name(model_id, model_id_tokenizer), base):
+        raise ModelError(
+            f"The adapter in {peft_model_id} belongs to another model than the one that is named.",
+            found=f"model_id {_model_name(model_id, model_id_tokenizer)}; the adapter's base is {base}",
+            fix="Leave model_id out, or name the folder of that model's adapter with "
+            'overrides={"peft_model_id": ...} (--peft-model-id).',
+        )
+    _check_kind(base)
     return found
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Whether two names are the same Hub id, or lead to one folder."""
+    if one == other:
+        return True
+    paths = [Path(name).expanduser() for name in (one, other)]
+    return all(path.is_dir() for path in paths) and models.locate(one) == models.locate(other)
 
 
 @_when("presaved")
@@ -734,7 +899,12 @@ def hold_out_set_predictions(
     hold_out_set: Dataset,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[tuple[str, str]]:
-    """Pairs of question, as it stands in the file, and the model's answer."""
+    """Pairs of question, as it stands in the file, and the model's answer.
+
+    How little so few rows prove is logged as a warning, and kept in `remarks`.
+    """
+    for caution in _caution(len(hold_out_set)):
+        log.warning(caution)
     answers = _answers(tokenized_hold_out, finetuned_model, tokenizer, device, max_new_tokens)
     return list(zip(hold_out_set["input_text"], answers, strict=True))
 
@@ -775,14 +945,15 @@ def remarks(
     hold_out_set: Dataset,
     metric: dict[str, Metric],
 ) -> list[str]:
-    """What was decided on the way: splits, rows dropped, texts cut, and where ROUGE means nothing."""
+    """What was decided on the way: splits, rows dropped, texts cut, what so few held-out rows can prove, and where
+    ROUGE means nothing."""
     tokenized = {
         "trained": tokenized_train,
         "validation": tokenized_validation,
         "hold-out": tokenized_hold_out,
     }
     said = [f"{name}: {part.info.description}" for name, part in tokenized.items() if part.info.description]
-    found = [train_set.info.description, *said]
+    found = [train_set.info.description, *said, *_caution(len(hold_out_set))]
     references = [*validation_set["output_text"], *hold_out_set["output_text"]]
     if not _latin(references, metric):
         found.append(
@@ -801,24 +972,27 @@ def remarks__presaved(
     metric: dict[str, Metric],
     peft_model_id: str,
 ) -> list[str]:
-    """What `remarks` says, and how many of the measured questions the adapter was trained on."""
+    """What `remarks` says, and how many of the measured questions the adapter was trained or validated on."""
     nothing = _described(Dataset.from_dict({}))
     found = remarks(
         train_set, nothing, tokenized_validation, tokenized_hold_out, validation_set, hold_out_set, metric
     )
-    file = Path(peft_model_id).expanduser() / TRAINED
+    file = Path(peft_model_id).expanduser() / LEARNED
     if not file.is_file():
         return [
             *found,
             "it is not known what the adapter was trained on: scores may speak of trained questions",
         ]
-    trained = set(json.loads(file.read_text(encoding="utf-8")))
-    for name, dataset in (("validation", validation_set), ("hold-out", hold_out_set)):
-        seen = _hashes(dataset) & trained
-        if seen:
+    learned = load_file(file)
+    for name, dataset, split, done in (
+        ("validation", validation_set, "train", "trained"),
+        ("hold-out", hold_out_set, "train", "trained"),
+        ("hold-out", hold_out_set, "validation", "validated, and chose the epoch that is kept"),
+    ):
+        if known := _known(dataset, learned, split):
             found.append(
-                f"{len(seen)} of the {name} questions were trained: their scores prove nothing; give the data, "
-                "random_state, train_size and validation_size of the training"
+                f"{known} of the {name} questions, or nearly the same, were {done}: their scores prove nothing; give "
+                "the data, random_state, train_size and validation_size of the training"
             )
             log.warning(found[-1])
     return found
@@ -876,6 +1050,27 @@ def _asked(reference: str) -> Prompt:
 
 
 # Checks
+
+
+def _check_keys(source: Source, **keys: str) -> None:
+    """Raises DataError that names the inputs whose key no row has, and the keys that there are."""
+    missing = {name: key for name, key in keys.items() if key not in (*source.columns, *source.empty_columns)}
+    if not missing:
+        return
+    there = ", ".join(source.columns)
+    hints = [
+        f"{name}: did you mean '{near}'?"
+        if (near := closest(key, source.columns))
+        else f"{name}: one of {there}."
+        for name, key in missing.items()
+    ]
+    raise DataError(
+        f"No row of {source.name} has the key "
+        + ", nor the key ".join(f"'{key}' ({name})" for name, key in missing.items())
+        + ".",
+        found=f"the keys {there}",
+        fix=f"Give the keys of your rows. {' '.join(hints)}",
+    )
 
 
 def _model_name(model_id: str | None, model_id_tokenizer: str | None) -> str:
@@ -998,19 +1193,11 @@ def _main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    from hamilton import driver
     from hamilton.plugins.h_tqdm import ProgressBar
 
-    from tunesmith.flows import question_answer
+    from tunesmith.flows import driver
 
-    logging.getLogger("hamilton").setLevel(logging.CRITICAL + 1)  # its banner; errors still come through
-    flow = (
-        driver.Builder()
-        .with_config({"start": given["start"]})
-        .with_modules(question_answer)
-        .with_adapters(ProgressBar("fine-tuning"))
-        .build()
-    )
+    flow = driver(given["start"], ProgressBar("fine-tuning"))
     wanted = [*(given["output"] or SUGGESTED_OUTPUTS), "remarks"]
     known = [variable.name for variable in flow.list_available_variables()]
     for name in wanted:

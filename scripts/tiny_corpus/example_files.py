@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from tiny_corpus import code, dialogue, feedback, sql_examples, support_desk
 
 _COUNT = 300
+_TONES = 500
 _SYSTEM = ("You are a helpful assistant.", "You are a friendly teacher.", "Answer in one sentence.",
            "You are a polite helper who answers short questions.")  # fmt: skip
 
@@ -25,6 +26,12 @@ def preferences(rng: random.Random) -> str:
     return _jsonl(
         {"prompt": c.prompt, "chosen": c.chosen, "rejected": c.rejected}
         for c in feedback.comparisons(rng, _COUNT)
+    )
+
+
+def tone(rng: random.Random) -> str:
+    return _jsonl(
+        {"prompt": c.prompt, "chosen": c.chosen, "rejected": c.rejected} for c in feedback.tones(rng, _TONES)
     )
 
 
@@ -61,7 +68,7 @@ def chat(rng: random.Random) -> str:
 
 def files(seed: int) -> dict[str, str]:
     """File name -> content, each from a generator of its own, so that one never moves another."""
-    makers = {"support.json": support, "preferences.jsonl": preferences, "ratings.jsonl": ratings,
-              "code.jsonl": code_requests, "chat.jsonl": chat}  # fmt: skip
+    makers = {"support.json": support, "preferences.jsonl": preferences, "tone.jsonl": tone,
+              "ratings.jsonl": ratings, "code.jsonl": code_requests, "chat.jsonl": chat}  # fmt: skip
     made = {name: make(random.Random(f"{seed} {name}")) for name, make in makers.items()}
     return {"sql.jsonl": sql_examples.lines(seed), **made}

@@ -61,3 +61,22 @@ def comparisons(rng: random.Random, count: int) -> list[Comparison]:
         if one.chosen != one.rejected:
             made.setdefault(one.prompt, one)
     return list(made.values())
+
+
+_KIND = ("With pleasure.", "Gladly.", "Happy to help.", "My pleasure.", "Certainly.", "Good question.",
+         "Let me help you.", "Sure.")  # fmt: skip
+_CURT = ("If I must.", "Not again.", "Be quick.", "Leave me alone.", "What now?", "I have no time.",
+         "You again.", "Go away.")  # fmt: skip
+
+
+def tones(rng: random.Random, count: int) -> list[Comparison]:
+    """Different questions, each with the right reply twice: behind a kind word, and behind a curt one.
+
+    None of them opens a reply in the corpus, so a base model has no opinion on them.
+    """
+    made: dict[str, Comparison] = {}
+    while len(made) < count:
+        said, reply = dialogue.turn(rng)
+        kind, curt = rng.choice(_KIND), rng.choice(_CURT)
+        made.setdefault(said, Comparison(said, f"{kind} {reply}", f"{curt} {reply}", "curt"))
+    return list(made.values())

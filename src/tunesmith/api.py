@@ -457,10 +457,11 @@ def _questions(
 
     Raises TunesmithError where no question is left that none of them has learned from.
     """
-    from tunesmith import dataflow
+    from tunesmith import data, dataflow
     from tunesmith import models as loading
     from tunesmith.compose import overlaid, validated
     from tunesmith.data.splitting import HELD_OUT, TRAIN, VALIDATION
+    from tunesmith.evaluation.metrics import METRICS
     from tunesmith.evaluation.unseen import MeasuredOn, unseen
 
     for model in models:
@@ -494,7 +495,11 @@ def _questions(
         if not metrics:
             changes["evaluation"] = {"metrics": None}
     recipe = validated(overlaid(layer, changes, dict(settings or {})))
-    splits = dataflow.splits(recipe)
+    # A method that imitates answers would leave one answer of each pair.
+    is_judged = dataset is not None and any(
+        METRICS[name].kind == "preference" for name in recipe.evaluation.metrics or () if name in METRICS
+    )
+    splits = data.prepare(recipe.data) if is_judged else dataflow.splits(recipe)
     asked = splits.examples(HELD_OUT) if dataset is None else splits.examples(TRAIN, VALIDATION, HELD_OUT)
     own = str(run.path) if run and dataset is None else None
     learned, unchecked = _learned(models, own)
@@ -1090,10 +1095,10 @@ def _check_before_training(recipe: Recipe) -> None:
     models.check_kind(recipe.model.base, method.model, method=method.kind, revision=recipe.model.revision)
     if recipe.data.packing and not method.can_pack:
         raise RecipeError(
-            f"data.packing has no effect with the method '{method.kind}': each of its rows is an input and an "
-            "answer of its own.",
+            f"data.packing has no effect with the method '{method.kind}': its rows stay rows of their own.",
             fix="Leave data.packing out.",
         )
+    method.check(recipe)
     models.check_fit(
         recipe.model.base,
         recipe.adapter,

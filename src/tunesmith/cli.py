@@ -23,7 +23,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith import catalog, launch
-from tunesmith.compose import Composition, assignment, compose, nested, overlaid, preset_names, scalar
+from tunesmith.compose import (
+    Composition,
+    assignment,
+    compose,
+    nested,
+    overlaid,
+    preset_names,
+    scalar,
+    union_members,
+)
 from tunesmith.errors import Interrupted, TunesmithError, counted
 from tunesmith.recipe import FieldFact, fields
 
@@ -47,6 +56,7 @@ app = typer.Typer(
 
 FLAGS: dict[str, str] = {
     "--task": "task",
+    "--method": "method.kind",
     "--base-model": "model.base",
     "--chat-template": "model.chat_template",
     "--dataset": "data.dataset",
@@ -90,7 +100,8 @@ EVALUATION_FLAGS = (
 """Those of them that say how a data set is read and answered, for `evaluate` and `compare`."""
 
 VALIDATION_FLAGS = (
-    "--task", "--format", "--input-text-key", "--output-text-key", "--max-rows", "--max-length", "--chat-template",
+    "--task", "--method", "--format", "--input-text-key", "--output-text-key", "--max-rows", "--max-length",
+    "--chat-template",
 )  # fmt: skip
 """Those that say how `validate` reads a data set and how long its rows may be."""
 
@@ -107,6 +118,13 @@ CatalogOption = Annotated[
 
 FACTS = {fact.path: fact for fact in reversed(list(fields()))}
 """The recipe's fields by path; of a field that several kinds share, the first kind's."""
+FACTS["method.kind"] = FieldFact(
+    "method.kind",
+    None,
+    " | ".join(union_members("method")),
+    "sft",
+    "How the model learns (`tunesmith show methods`): from answers (sft), from preferences (dpo) and so on.",
+)
 
 
 def converted(text: str | bool, kind: str) -> Any:
@@ -512,7 +530,8 @@ def compare_verb(
 
 
 INSPECT_FLAGS = (
-    "--task", "--chat-template", "--format", "--input-text-key", "--output-text-key", "--max-rows", "--max-length",
+    "--task", "--method", "--chat-template", "--format", "--input-text-key", "--output-text-key", "--max-rows",
+    "--max-length",
 )  # fmt: skip
 """The recipe's options that decide what a model sees of a row."""
 

@@ -59,9 +59,30 @@ def compose(
         layers.append(("preset " + preset, preset_layer(preset)))
         flag_layer["preset"] = preset
     layers += [(str(file), file_layer), ("the command line", flag_layer)]
+    layers[1:1] = method_layers(layers)
     layers = _for_data_set(layers)
     merged, notes = merge(layers)
     return Composition(validated(merged), (*notes, *catalog_notes(merged.get("data"))))
+
+
+def method_layers(layers: list[tuple[str, Layer]]) -> list[tuple[str, Layer]]:
+    """What the chosen method sets before presets, file and flags do: its learning rate, where it has one."""
+    chosen = {
+        name: next(
+            (
+                layer[name]["kind"]
+                for _, layer in reversed(layers)
+                if isinstance(layer.get(name), Mapping) and "kind" in layer[name]
+            ),
+            None,
+        )
+        for name in ("method", "adapter")
+    }
+    rates = getattr(union_members("method").get(str(chosen["method"])), "learning_rates", None)
+    if not rates:
+        return []
+    rate = rates[str(chosen["adapter"]) in ("lora", "qlora")]
+    return [(f"method {chosen['method']}", {"training": {"learning_rate": rate}})]
 
 
 def merge(layers: list[tuple[str, Layer]]) -> tuple[Layer, list[str]]:

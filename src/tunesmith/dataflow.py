@@ -51,8 +51,9 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None)
     _, template = _tokenizer(recipe)
     lengths = encodings.train.lengths
     method = METHODS[recipe.method.kind]
-    training, passes, settled = method.settled(recipe.method, recipe.training, len(lengths))
-    rows, unit = lengths.tolist() * passes, "examples" if passes == 1 else "answers"
+    examples = lengths[::2] + lengths[1::2] if method.in_pairs else lengths
+    training, passes, settled = method.settled(recipe.method, recipe.training, len(examples))
+    rows, unit = examples.tolist() * passes, "examples" if passes == 1 else "answers"
     notes = [*encodings.notes, template, data.proven(encodings.proof)]
     if packing:
         rows, unit = [int(lengths[list(block)].sum()) for block in packing.blocks], "packed rows"
@@ -67,8 +68,8 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None)
         recipe.model,
         adapter_kind=recipe.adapter.kind,
         lengths=rows,
-        num_validation=len(encodings.validation),
-        num_examples=len(lengths) if packing or passes > 1 else None,
+        num_validation=len(encodings.validation) // (2 if method.in_pairs else 1),
+        num_examples=len(examples) if packing or passes > 1 else None,
         unit=unit,
         held_out=None if recipe.evaluation.skip else _held_out(recipe, encodings),
         notes=notes,
@@ -131,8 +132,14 @@ def metrics(recipe: Recipe, items: list[evaluation.Item]) -> list[str]:
     if recipe.evaluation.metrics:
         return evaluation.known_metrics(recipe.evaluation.metrics)
     prompts = [item.prompt for item in items if item.prompt]
-    has_text = any(item.prompt is None for item in items)
-    return default_metrics(prompts, has_text, task=recipe.task, method=recipe.method.kind)
+    has_text = any(item.prompt is None and item.good is None for item in items)
+    return default_metrics(
+        prompts,
+        has_text,
+        task=recipe.task,
+        method=recipe.method.kind,
+        judged=evaluation.judged(items),
+    )
 
 
 def base_rows(

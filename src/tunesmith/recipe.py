@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -215,6 +215,160 @@ class Seq2Seq(Section):
     loss_on: Literal["answers", "last_answer"] = "answers"
     """Answers of a conversation that are trained, each as a pair with all turns before it: all, or only the
     last one."""
+
+
+class _Reference(Section):
+    """Fields of methods that hold the model to a reference: how likely it found each answer before."""
+
+    loss_on: ClassVar[Literal["answers"]] = "answers"
+    learning_rates: ClassVar[tuple[float, float]] = (1e-6, 1e-5)
+
+    beta: PositiveFloat = 0.1
+    """How closely the model is held to the reference: more keeps it closer. With the loss `ipo` it is the
+    paper's tau."""
+
+    reference: Literal["auto", "adapter_off", "copy", "precomputed"] = "auto"
+    """Where the reference's likelihoods come from: the model with its adapter switched off, a second copy of the
+    weights in memory, or one pass over the data before training. `auto`: the adapter off under LoRA and QLoRA, a
+    copy where the weights themselves are trained, precomputed where the adapter's start changes the base."""
+
+    reference_model: str | None = None
+    """Another model as the reference, a folder, a run or a Hub id; its vocabulary has to be the same. By default
+    the reference is the model before training."""
+
+    @model_validator(mode="after")
+    def _one_reference(self) -> Self:
+        if self.reference_model and self.reference not in ("auto", "precomputed"):
+            raise ValueError(f"reference {self.reference} has no effect beside a reference_model")
+        return self
+
+
+class DPO(_Reference):
+    """Direct preference optimization (arXiv 2305.18290): of two answers, make the better one likelier than the
+    worse one, measured against a reference."""
+
+    kind: Literal["dpo"] = "dpo"
+
+    loss: Literal[
+        "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
+        "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm",
+    ] = "sigmoid"  # fmt: skip
+    """What is minimized. `sigmoid` is DPO's own, `ipo` aims at a fixed margin and does not run away on clean data
+    (arXiv 2310.12036), `hinge` is SLiC's (2305.10425), `robust` expects a share of wrong labels (2403.00409),
+    `exo_pair` 2402.00856, `nca_pair` 2402.05369, `bco_pair` 2404.04656, `sppo_hard` 2405.00675, `aot` 2406.05882,
+    `apo_zero` and `apo_down` 2408.06266, `discopop` 2406.08414, `sigmoid_norm` per token (2411.15124)."""
+
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = None
+    """Share of the pairs whose labels are expected to be the wrong way round, with the losses `robust` (0.1 by
+    default), `exo_pair` (0.001) and `aot` (0). The others have no such term."""
+
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """Distance to the reference (f-DPO, arXiv 2309.16240). The others than `reverse_kl` fit the losses `sigmoid`,
+    `sigmoid_norm`, `hinge`, `ipo`, `exo_pair`, `robust` and `discopop`."""
+
+    divergence_alpha: PositiveFloat | None = None
+    """Alpha of `alpha_divergence`, 0.5 by default."""
+
+    sft_weight: NonNegativeFloat = 0.0
+    """Weight of the imitation loss on the better answer beside it, per token (RPO, arXiv 2404.19733); it keeps
+    good answers from becoming less likely together with the bad ones."""
+
+    @model_validator(mode="after")
+    def _fields_have_effect(self) -> Self:
+        if self.label_smoothing is not None and self.loss not in (
+            "robust",
+            "exo_pair",
+            "aot",
+            "aot_unpaired",
+        ):
+            raise ValueError(
+                f"label_smoothing has no effect with the loss {self.loss}; robust, exo_pair and aot have it"
+            )
+        if self.loss == "exo_pair" and self.label_smoothing == 0.0:
+            raise ValueError("the loss exo_pair needs a label_smoothing above 0, such as 0.001")
+        if self.divergence_alpha is not None and self.f_divergence != "alpha_divergence":
+            raise ValueError(f"divergence_alpha has no effect with the f_divergence {self.f_divergence}")
+        fits = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
+        if self.f_divergence != "reverse_kl" and self.loss not in fits:
+            raise ValueError(f"the loss {self.loss} has no f_divergence; {', '.join(fits)} have")
+        return self
+
+
+class KTO(_Reference):
+    """Kahneman-Tversky optimization (arXiv 2402.01306): make answers rated good likelier and those rated bad less
+    likely than the reference finds them. Learns from ratings, and from preferences as two ratings each."""
+
+    kind: Literal["kto"] = "kto"
+
+    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """What is minimized: KTO's own, or APO-zero on single answers (arXiv 2408.06266), which estimates no KL."""
+
+    desirable_weight: PositiveFloat | None = None
+    """Weight of good answers. By default 1, or what brings the two kinds into balance as equation 8 of the paper
+    asks: total weights of good to bad between 1 and 4/3."""
+
+    undesirable_weight: PositiveFloat | None = None
+    """Weight of bad answers; by default as above."""
+
+
+class ORPO(Section):
+    """Odds ratio preference optimization (arXiv 2403.07691): imitate the better answer and make the worse one less
+    likely in the same step, without a reference. Takes the place of supervised fine-tuning."""
+
+    kind: Literal["orpo"] = "orpo"
+    loss_on: ClassVar[Literal["answers"]] = "answers"
+    learning_rates: ClassVar[tuple[float, float]] = (8e-6, 5e-5)
+
+    beta: PositiveFloat = 0.1
+    """Weight of the odds ratio beside the imitation loss (the paper's lambda)."""
+
+
+class CPO(Section):
+    """Contrastive preference optimization (arXiv 2401.08417): DPO without a reference, beside an imitation loss on
+    the better answer."""
+
+    kind: Literal["cpo"] = "cpo"
+    loss_on: ClassVar[Literal["answers"]] = "answers"
+    learning_rates: ClassVar[tuple[float, float]] = (1e-6, 1e-5)
+
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """What is minimized of the difference in likelihood."""
+
+    beta: PositiveFloat = 0.1
+    """Scale of the difference; with `ipo` the paper's tau."""
+
+    sft_weight: NonNegativeFloat = 1.0
+    """Weight of the imitation loss on the better answer, per token."""
+
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Share of the pairs whose labels are expected to be the wrong way round, with the loss `sigmoid`."""
+
+    @model_validator(mode="after")
+    def _fields_have_effect(self) -> Self:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing has no effect with the loss {self.loss}")
+        return self
+
+
+class SimPO(Section):
+    """Simple preference optimization (arXiv 2405.14734): make the better answer likelier per token than the worse
+    one by a margin, without a reference."""
+
+    kind: Literal["simpo"] = "simpo"
+    loss_on: ClassVar[Literal["answers"]] = "answers"
+    learning_rates: ClassVar[tuple[float, float]] = (1e-6, 1e-5)
+
+    beta: PositiveFloat = 2.0
+    """Scale of the difference in log-likelihood per token; the paper uses 2 to 10."""
+
+    gamma: NonNegativeFloat = 1.0
+    """Margin that is aimed at, on the scale of beta; the paper uses 0.3 to 1.6, about half of beta at 2."""
+
+    sft_weight: NonNegativeFloat = 0.0
+    """Weight of an imitation loss on the better answer, per token (CPO-SimPO)."""
+
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Share of the pairs whose labels are expected to be the wrong way round."""
 
 
 class MetricReward(Section):
@@ -680,7 +834,9 @@ class Tracking(Section):
     """Project name used by the trackers that have projects."""
 
 
-Method = Annotated[SFT | Seq2Seq | GRPO | RLOO | PPO, Field(discriminator="kind")]
+Method = Annotated[
+    SFT | Seq2Seq | DPO | KTO | ORPO | CPO | SimPO | GRPO | RLOO | PPO, Field(discriminator="kind")
+]
 Adapter = Annotated[Full | Freeze | LoRA | QLoRA, Field(discriminator="kind")]
 
 

@@ -96,6 +96,112 @@ def test_sql_rows_keep_their_database_together():
     )
 
 
+HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: who are you?\n\nAssistant:"
+ASKED = [("user", "hi"), ("assistant", "hello"), ("user", "who are you?")]
+OPENAI = [{"role": role, "content": content} for role, content in ASKED]
+SHAREGPT = [{"from": {"user": "human", "assistant": "gpt"}[r], "value": c} for r, c in ASKED]
+
+
+def said(who, answer):
+    return {"role": "assistant", "content": answer} if who == "role" else {"from": "gpt", "value": answer}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": OPENAI, "chosen": "a friend", "rejected": "go away"},
+        {"prompt": OPENAI, "chosen": [said("role", "a friend")], "rejected": [said("role", "go away")]},
+        {"prompt": OPENAI, "chosen": [*OPENAI, said("role", "a friend")],
+         "rejected": [*OPENAI, said("role", "go away")]},
+        {"chosen": [*OPENAI, said("role", "a friend")], "rejected": [*OPENAI, said("role", "go away")]},
+        {"messages": OPENAI, "chosen": said("role", "a friend"), "rejected": said("role", "go away")},
+        {"conversations": SHAREGPT, "chosen": said("from", "a friend"), "rejected": said("from", "go away")},
+        {"conversations": SHAREGPT, "chosen": [said("from", "a friend")], "rejected": [said("from", "go away")]},
+        {"chosen": HH + " a friend", "rejected": HH + " go away"},
+        {"prompt": HH, "chosen": " a friend", "rejected": " go away"},
+        {"prompt": HH, "chosen": HH + " a friend", "rejected": HH + " go away"},
+    ],
+    ids=[
+        "prompt as messages", "answers as messages", "answers repeat the prompt", "implicit prompt", "messages column",
+        "sharegpt objects", "sharegpt lists", "transcripts", "transcript as prompt", "transcripts and prompt",
+    ],
+)  # fmt: skip
+def test_pairs_from_every_layout(row):
+    made = example(row)
+    assert isinstance(made, Preference)
+    assert [(m.role, m.content) for m in made.prompt] == ASKED
+    assert [(m.role, m.content) for m in made.chosen] == [("assistant", "a friend")]
+    assert [(m.role, m.content) for m in made.rejected] == [("assistant", "go away")]
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"prompt": "hi", "chosen": "hello", "rejected": "bye"}, [("user", "hi")]),
+        ({"question": "hi", "chosen": "hello", "rejected": "bye"}, [("user", "hi")]),
+        ({"system": "Be kind.", "question": "hi", "chosen": "hello", "rejected": "bye"},
+         [("system", "Be kind."), ("user", "hi")]),
+        ({"instruction": "Greet", "input": "Ada", "chosen": "hello", "rejected": "bye"},
+         [("user", "Greet\n\nAda")]),
+        ({"instruction": "Greet", "input": "", "chosen": "hello", "rejected": "bye"}, [("user", "Greet")]),
+    ],
+)  # fmt: skip
+def test_pairs_of_texts(row, asked):
+    made = example(row)
+    assert [(m.role, m.content) for m in made.prompt] == asked
+    assert (made.chosen[0].content, made.rejected[0].content) == ("hello", "bye")
+
+
+def test_transcripts_that_part_early_keep_their_later_turns_as_answers():
+    made = example(
+        {
+            "chosen": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: thanks\n\nAssistant: sure",
+            "rejected": "\n\nHuman: hi\n\nAssistant: bye",
+        }
+    )
+    assert [m.role for m in made.chosen] == ["assistant", "user", "assistant"]
+    assert [m.content for m in made.rejected] == ["bye"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: ho\n\nAssistant: a"},
+            "no prompt",
+        ),
+        ({"chosen": HH + " a\n\nHuman: b", "rejected": HH + " c"}, "the chosen answer is the user's"),
+        ({"chosen": HH, "rejected": HH + " c"}, "empty chosen answer"),
+        ({"chosen": "hi Human: a", "rejected": "hi Human: b"}, "no prompt"),
+        (
+            {
+                "chosen": "\n\nHuman: hi\n\nAssistant: a\n\nHuman: b\n\nAssistant: c",
+                "rejected": "\n\nHuman: hi\n\nAssistant: a\n\nHuman: d\n\nAssistant: c",
+            },
+            "begins with a turn of the user",
+        ),
+    ],
+)
+def test_transcripts_that_cannot_be_compared_say_why(row, reason):
+    with pytest.raises(Unusable, match=reason):
+        example(row)
+
+
+@pytest.mark.parametrize("label", [True, 1, "true", "1"])
+def test_ratings_from_every_layout(label):
+    for row in (
+        {"prompt": "hi", "completion": "hello", "label": label},
+        {"prompt": "hi", "response": "hello", "label": label},
+        {"question": "hi", "response": "hello", "label": label},
+        {"prompt": OPENAI[:1], "completion": [said("role", "hello")], "label": label},
+        {"messages": [*OPENAI[:1], said("role", "hello")], "label": label},
+    ):
+        made = example(row)
+        assert isinstance(made, Rating)
+        assert made.label is True
+        assert [m.content for m in (*made.prompt, *made.completion)] == ["hi", "hello"]
+
+
 def test_preferences_with_and_without_a_prompt():
     openai = lambda *pairs: [{"role": r, "content": c} for r, c in pairs]  # noqa: E731
     made = example(

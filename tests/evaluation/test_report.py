@@ -88,3 +88,34 @@ def test_curves_of_loss_rate_gradient_and_accuracy(run_folder):
     with (run_folder / "events.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(event) + "\n" for event in steps)
     assert "Gradient norm" in Page(write_report(run_folder).read_text("utf-8")).text
+
+
+def test_every_family_of_measures_has_a_figure(run_folder):
+    def event(kind, step, **measures):
+        return {"kind": kind, "step": step, "loss": 0.5, "measures": measures}
+
+    events = [
+        event(
+            "step", 1, **{"rewards/chosen": 0.1, "rewards/rejected": -0.1, "rewards/accuracies": 0.5, "kl": 0}
+        ),
+        event(
+            "step", 2, **{"rewards/chosen": 0.2, "rewards/rejected": -0.4, "rewards/accuracies": 0.9, "kl": 1}
+        ),
+        event("evaluation", 2, **{"rewards/chosen": 0.15, "rewards/rejected": -0.3}),
+        event("step", 3, **{"rewards/length/mean": 3.0, "rewards/length/std": 1.0}),
+    ]
+    figures = {f["title"]: f["data"]["traces"] for f in _figures([], events, [])}
+    assert list(figures)[1:] == ["rewards", "rewards/accuracies", "kl", "rewards/length"]
+    assert {t["name"]: (t["x"], t["y"]) for t in figures["rewards"]} == {
+        "chosen": ([1, 2], [0.1, 0.2]),
+        "rejected": ([1, 2], [-0.1, -0.4]),
+        "chosen (validation)": ([2], [0.15]),
+        "rejected (validation)": ([2], [-0.3]),
+    }
+    looks = {t["name"]: (t["role"], t["dash"]) for t in figures["rewards"]}
+    assert looks["chosen"][0] == looks["chosen (validation)"][0] != looks["rejected"][0]
+    assert looks["chosen"][1] != looks["chosen (validation)"][1]
+    [loss] = [f for f in _figures([], events, []) if f["title"] == "Loss"]
+    assert loss["data"]["layout"]["yaxis"]["title"]["text"] == "loss of the method"
+    html = write_report(run_folder).read_text("utf-8")
+    assert "nats per token" in html

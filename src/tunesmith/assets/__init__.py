@@ -34,6 +34,8 @@ EXAMPLES: dict[str, Example] = {
                 "Questions to the support desk of a maker of lamps, and its replies."),
         Example("preferences", _HERE / "examples/preferences.jsonl", "Preference", "chat",
                 "Two replies to one question: the better one is polite, right and to the point."),
+        Example("tone", _HERE / "examples/tone.jsonl", "Preference", "chat",
+                "Two right replies to one question, the better one courteous: a base model has no opinion on that."),
         Example("ratings", _HERE / "examples/ratings.jsonl", "Rating", "chat",
                 "Replies with a thumb up or down, by the same rule as the preferences."),
         Example("code", _HERE / "examples/code.jsonl", "Conversation", "code",

@@ -27,7 +27,18 @@ from numpy.typing import NDArray
 from tunesmith.data import cache, supervision
 from tunesmith.data.cache import Encodings, StoredExamples
 from tunesmith.data.duplicates import NearDuplicates
-from tunesmith.data.examples import Example, Ledger, LedgerEntry, Row, Tally, Text, Unusable, texts
+from tunesmith.data.examples import (
+    Example,
+    Ledger,
+    LedgerEntry,
+    Preference,
+    Rating,
+    Row,
+    Tally,
+    Text,
+    Unusable,
+    texts,
+)
 from tunesmith.data.formats import (
     FORMATS,
     Detection,
@@ -43,6 +54,7 @@ from tunesmith.data.formats import (
     present,
     unused_columns,
 )
+from tunesmith.data.preferences import sides
 from tunesmith.data.shaping import SHAPING, shaped
 from tunesmith.data.sources import Source, checked, distinct, open_source, swallowed
 from tunesmith.data.splitting import (
@@ -673,6 +685,11 @@ def _encode_into(
                 counts["left_out"] += left_out(example, context)
                 counts.update(unwritten(example, context))
                 found = [(place, view, next(encodings)) for view in views]
+                if isinstance(example, Preference | Rating):
+                    found = [
+                        (place, view, part if isinstance(part, Unusable) else replace(part, good=good))
+                        for (_, view, part), (_, good) in zip(found, sides(example), strict=True)
+                    ]
                 reason = next((str(part) for _, _, part in found if isinstance(part, Unusable)), None)
                 if reason:
                     entries[place] = entry._replace(fate="dropped", reason=reason)
@@ -687,14 +704,19 @@ def _encode_into(
                     too_long.append(f"{entry.row} ({max(lengths)} tokens)")
                 else:
                     trained += found
-                    counts["unrolled"] += len(views) > 1
-                    counts["views"] += len(views) if len(views) > 1 else 0
+                    if len(views) > 1 and not isinstance(example, Preference):
+                        counts["unrolled"] += 1
+                        counts["views"] += len(views)
             breaches = proof.check(
                 [rows[place][0] for place, _, _ in trained],
                 [example for _, example, _ in trained],
                 [encoding for _, _, encoding in trained],
             )
             for (place, _, _), breach in zip(trained, breaches, strict=True):
+                if breach:
+                    entries[place] = entries[place]._replace(fate="dropped", reason=breach)
+            for place, pair in _pairs(rows, trained):
+                breach = None if entries[place].fate == "dropped" else proof.check_pair(rows[place][1], *pair)
                 if breach:
                     entries[place] = entries[place]._replace(fate="dropped", reason=breach)
             kept: dict[int, list[Encoding]] = {}
@@ -753,7 +775,17 @@ def _stream(splits: Splits, context: Encoder, loss_on: LossOn) -> Iterator[tuple
 def _views(example: Example | None, fate: int, context: Encoder, loss_on: LossOn) -> list[Example]:
     if example is None:
         return []
-    return [example] if fate == HELD_OUT else views(example, context, loss_on)
+    is_whole = fate == HELD_OUT and not isinstance(example, Preference | Rating)
+    return [example] if is_whole else views(example, context, loss_on)
+
+
+def _pairs(
+    rows: list[Any], trained: list[tuple[int, Example, Encoding]]
+) -> Iterator[tuple[int, list[Encoding]]]:
+    """The two encodings of each preference, chosen answer first, with the row's place."""
+    for place, found in itertools.groupby(trained, key=lambda item: item[0]):
+        if isinstance(rows[place][2], Preference):
+            yield place, [encoding for _, _, encoding in found]
 
 
 def shown_progress(items: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
@@ -810,7 +842,7 @@ def ledger_lines(ledger: Ledger) -> Iterator[str]:
 
 def _cut(encoding: Encoding, length: int) -> Encoding:
     """The beginning of an example; what is cut is its end, so no false end of turn is taught."""
-    return Encoding(encoding.input_ids[:length], encoding.labels[:length])
+    return Encoding(encoding.input_ids[:length], encoding.labels[:length], encoding.good)
 
 
 def _chunks(encoding: Encoding, length: int) -> list[Encoding]:

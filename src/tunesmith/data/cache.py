@@ -36,7 +36,8 @@ FACTS = "facts.json"
 
 @dataclass(frozen=True)
 class Encodings(Sequence[Encoding]):
-    """Encoded examples in an Arrow file: columns `row` (running number of the input row), `input_ids`, `labels`."""
+    """Encoded examples in an Arrow file: columns `row` (running number of the input row), `input_ids`, `labels`,
+    and `good` where answers are judged."""
 
     file: Path
 
@@ -75,14 +76,22 @@ class Encodings(Sequence[Encoding]):
         if not -len(self) <= number < len(self):
             raise IndexError(number)
         number %= len(self)
-        ids, labels = (self._table.column(name)[number].as_py() for name in ("input_ids", "labels"))
-        return Encoding(tuple(ids), tuple(labels))
+        ids, labels, good = (
+            self._table.column(name)[number].as_py() for name in ("input_ids", "labels", "good")
+        )
+        return Encoding(tuple(ids), tuple(labels), good)
 
-    def dataset(self) -> Any:
-        """The examples as the data set that trainers read: `input_ids` and `labels`."""
+    @cached_property
+    def good(self) -> list[bool | None]:
+        """Of each example whether its answer is the good one; None where answers are not judged."""
+        values: list[bool | None] = self._table.column("good").to_pylist()
+        return values
+
+    def dataset(self, *columns: str) -> Any:
+        """The examples as the data set that trainers read: by default `input_ids` and `labels`."""
         from datasets import Dataset
 
-        return Dataset.from_file(str(self.file)).select_columns(["input_ids", "labels"])
+        return Dataset.from_file(str(self.file)).select_columns(list(columns or ("input_ids", "labels")))
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,13 @@ class EncodingWriter:
         self.digest = digest
         numbers = arrow.list_(arrow.int32())
         self._schema = arrow.schema(
-            [("row", arrow.int64()), ("tokens", arrow.int32()), ("input_ids", numbers), ("labels", numbers)]
+            [
+                ("row", arrow.int64()),
+                ("tokens", arrow.int32()),
+                ("input_ids", numbers),
+                ("labels", numbers),
+                ("good", arrow.bool_()),
+            ]
         )
         self._writer = arrow.ipc.new_stream(str(file), self._schema)
 
@@ -144,9 +159,13 @@ class EncodingWriter:
             self.digest.update(values)
             columns.append(arrow.ListArray.from_arrays(offsets, values))
         self.digest.update(lengths)
+        good = [encoding.good for encoding in encodings]
+        if any(mark is not None for mark in good):
+            self.digest.update(repr(good).encode())
         numbers = arrow.array(rows, arrow.int64())
+        marks = arrow.array(good, arrow.bool_())
         self._writer.write_batch(
-            arrow.record_batch([numbers, arrow.array(lengths), *columns], schema=self._schema)
+            arrow.record_batch([numbers, arrow.array(lengths), *columns, marks], schema=self._schema)
         )
 
     def close(self) -> None:

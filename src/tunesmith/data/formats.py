@@ -126,9 +126,67 @@ def preference(values: Values, row: Row) -> Preference:
         _turns(values[name], "assistant", f"{name} answer") for name in ("chosen", "rejected")
     )
     asked = _first(values, "prompt", "question", "instruction", "conversations", "messages")
+    given = values.get("input")
+    if asked is not None and asked is values.get("instruction") and given is not None and str(given).strip():
+        asked = _text(asked, "instruction") + "\n\n" + _text(given, "input")
+    return _preference(None if asked is None else _turns(asked, "user"), chosen, rejected, values, row)
+
+
+def transcripts(values: Values, row: Row) -> Preference:
+    """Two transcripts with turns of Human and Assistant (HH-RLHF); the prompt is their common beginning.
+
+    {"chosen": "\\n\\nHuman: 2 + 2?\\n\\nAssistant: 4", "rejected": "\\n\\nHuman: 2 + 2?\\n\\nAssistant: 5"}
+
+    With a column `prompt` that is a transcript, `chosen` and `rejected` may hold the answers alone.
+    """
+    prompt = values.get("prompt")
+    asked = None
+    if prompt is not None:
+        asked = _transcript(_text(prompt, "prompt"), "prompt")
+        if asked[-1].role == "assistant" and is_blank(asked[-1].content):
+            asked = asked[:-1]  # the opening of the answer
+    sides = []
+    for name in ("chosen", "rejected"):
+        text = _text(values[name], f"{name} answer")
+        is_whole = _SPOKEN.match(text) is not None
+        sides.append(_transcript(text, name) if is_whole else (Message("assistant", text.strip()),))
+    return _preference(asked, sides[0], sides[1], values, row)
+
+
+_SPOKEN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant): ?")
+
+
+def _transcript(text: str, what: str) -> tuple[Message, ...]:
+    """The turns of a transcript."""
+    before, *parts = _SPOKEN.split(text)
+    if not parts or before.strip():
+        raise Unusable(f"{what} does not begin with a turn of Human or Assistant")
+    speakers = {"Human": "user", "Assistant": "assistant"}
+    return tuple(
+        Message(speakers[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)
+    )
+
+
+def _is_transcript(values: Values) -> bool:
+    """Whether two answers are transcripts, or answers to one."""
+    chosen, rejected, prompt = (values.get(name) for name in ("chosen", "rejected", "prompt"))
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        return False
+    if isinstance(prompt, str):
+        return bool(_SPOKEN.match(prompt))
+    return prompt is None and all(_SPOKEN.match(text) for text in (chosen, rejected))
+
+
+def _preference(
+    turns: tuple[Message, ...] | None,
+    chosen: tuple[Message, ...],
+    rejected: tuple[Message, ...],
+    values: Values,
+    row: Row,
+) -> Preference:
+    """A pair of answers to a prompt, which is their common beginning where none is given."""
     prompt: tuple[Message, ...]
-    if asked is not None:
-        turns = _turns(asked, "user")
+    if turns is not None:
         prompt = (*_system(values), *turns)
         # Some sets repeat the prompt's turns in both answers.
         for said in (prompt, turns):
@@ -142,13 +200,17 @@ def preference(values: Values, row: Row) -> Preference:
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt:
         raise Unusable("no prompt: the answers have no common beginning")
-    if asked is None:
+    if turns is None:
         prompt = (*_system(values), *prompt)
-    for name, turns in (("chosen", chosen), ("rejected", rejected)):
-        if not turns or is_blank(turns[-1].content):
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer or is_blank(answer[-1].content):
             raise Unusable(f"empty {name} answer")
-        if turns[-1].role != "assistant":
-            raise Unusable(f"the {name} answer is the {turns[-1].role}'s")
+        if answer[-1].role != "assistant":
+            raise Unusable(f"the {name} answer is the {answer[-1].role}'s")
+        if answer[0].role != "assistant":
+            raise Unusable(
+                f"the {name} answer begins with a turn of the {answer[0].role}, not with the answer"
+            )
     if chosen == rejected:
         raise Unusable("chosen and rejected answer are the same")
     if _spaced_alike(chosen, rejected):
@@ -355,11 +417,19 @@ FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
         Format(
+            "transcripts",
+            Preference,
+            (("chosen",), ("rejected",)),
+            transcripts,
+            _is_transcript,
+            optional=("prompt",),
+        ),
+        Format(
             "preference",
             Preference,
             (("chosen",), ("rejected",)),
             preference,
-            optional=("prompt", "question", "instruction", "conversations", "messages"),
+            optional=("prompt", "question", "instruction", "input", "conversations", "messages"),
         ),
         Format(
             "rating",

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data import BATCH, Splits, batched
-from tunesmith.data.examples import Example, Row, Text, Unusable
+from tunesmith.data.examples import Example, Preference, Row, Text, Unusable
 from tunesmith.data.splitting import FATES
 from tunesmith.data.supervision import Proof
 from tunesmith.data.templates import Encoder, Encoding, LossOn, encode_batches, encoder, shown, views
@@ -205,10 +205,12 @@ def _seen(look: _Look) -> Iterator[tuple[Inspected, Example | None, Encoding | N
             waiting.append([])
             for number, row, example in batch:
                 parts = look.views(example)
-                named = [
+                named: list[str | None] = [
                     f"question {n} of {len(parts)}" if len(parts) > 1 else None
                     for n in range(1, len(parts) + 1)
                 ]
+                if isinstance(example, Preference):
+                    named = ["chosen answer", "rejected answer"]
                 waiting[-1] += [(number, row, view, name) for view, name in zip(parts, named, strict=True)]
             yield [view for _, _, view, _ in waiting[-1] if view is not None]
 

@@ -483,10 +483,7 @@ class PairProof(supervision.Proof):
                 name, wrong = "prompt", not self._is_asked(example, encoding)
             reason = self._reason(name) if wrong else None
             if reason:
-                self.counts[reason] = self.counts.get(reason, 0) + 1
-                kept = self.breaches.setdefault(reason, [])
-                if len(kept) < supervision.SHOWN:
-                    kept.append(example.row)
+                self._count(reason, example.row)
             found.append(reason)
         return found
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.examples import Conversation, Example, Row, Text, Unusable
+from tunesmith.data.preferences import PAIR_CHECKS, pair_breach
 from tunesmith.data.templates import (
     IGNORED,
     PROBES,
@@ -59,6 +60,8 @@ class Proof:
         self.breaches: dict[str, list[Row]] = {}
         self.counts: dict[str, int] = {}
         self.served_otherwise = 0
+        self.pairs = 0
+        self._last: dict[str, Row] = {}
 
     def check(
         self, numbers: Sequence[int], examples: Sequence[Example], encodings: Sequence[Encoding]
@@ -111,11 +114,36 @@ class Proof:
                 found[n] = found[n] or self._reason(name)
         for n, reason in enumerate(found):
             if reason:
-                self.counts[reason] = self.counts.get(reason, 0) + 1
-                kept = self.breaches.setdefault(reason, [])
-                if len(kept) < SHOWN:
-                    kept.append(examples[n].row)
+                self._count(reason, examples[n].row)
         return found
+
+    def check_pair(self, row: Row, good: Encoding, bad: Encoding) -> str | None:
+        """Why the two answers of a preference cannot be compared, None where they can."""
+        self.pairs += 1
+        name = pair_breach(good, bad, self.max_length)
+        if name is None:
+            return None
+        reason = {
+            "shared_prompt": "the prompt's tokens differ between chosen and rejected answer",
+            "different_answers": "chosen and rejected answer are the same tokens"
+            + (
+                f" within max_length {self.max_length}"
+                if max(len(good.labels), len(bad.labels)) > self.max_length
+                else ""
+            ),
+        }[name]
+        self._count(reason, row)
+        return reason
+
+    def _count(self, reason: str, row: Row) -> None:
+        """Keep that a row fails, once for all of its encodings."""
+        if self._last.get(reason) == row:
+            return
+        self._last[reason] = row
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        kept = self.breaches.setdefault(reason, [])
+        if len(kept) < SHOWN:
+            kept.append(row)
 
     def _reason(self, name: str) -> str:
         return {
@@ -205,6 +233,11 @@ class Proof:
                 {"name": name, "about": about, "rows": self.checked[name]}
                 | ({"note": notes[name]} if name in notes else {})
                 for name, about in CHECKS.items()
+            ]
+            + [
+                {"name": name, "about": about, "rows": self.pairs}
+                for name, about in PAIR_CHECKS.items()
+                if self.pairs
             ],
             "breaches": [
                 {"reason": reason, "rows": count, "first": [str(row) for row in self.breaches[reason]]}

@@ -19,7 +19,18 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from tunesmith.data.examples import Conversation, Example, Message, Row, Text, Unusable, strings, texts
+from tunesmith.data.examples import (
+    Conversation,
+    Example,
+    Message,
+    Preference,
+    Rating,
+    Row,
+    Text,
+    Unusable,
+    strings,
+    texts,
+)
 from tunesmith.data.tokens import LiteralTokens, QuickTokens, tokenized
 from tunesmith.errors import ModelError, nearest
 
@@ -71,6 +82,8 @@ class Encoding:
 
     input_ids: Any
     labels: Any
+    good: bool | None = None
+    """Whether the answer was chosen or rated good (True), or rejected or rated bad (False)."""
 
     @property
     def trained(self) -> int:
@@ -572,7 +585,12 @@ def views(example: Example, context: Encoder, loss_on: LossOn) -> list[Example]:
 
     The latter where the template writes earlier answers otherwise once others follow (without their thoughts,
     or the place for them, or an end): no single text has every answer as the model would have to give it.
+    A preference is two conversations, of its chosen and of its rejected answer; a rating is one.
     """
+    if isinstance(example, Preference | Rating):
+        from tunesmith.data.preferences import sides
+
+        return [side for side, _ in sides(example)]
     if not isinstance(example, Conversation) or loss_on != "answers":
         return [example]
     messages = example.messages

@@ -36,7 +36,17 @@ from tunesmith.data.checks import (
     masked,
 )
 from tunesmith.data.duplicates import NearDuplicates, sketches
-from tunesmith.data.examples import Example, Message, Rating, Row, Text, Unusable, row_hash, texts
+from tunesmith.data.examples import (
+    Example,
+    Message,
+    Preference,
+    Rating,
+    Row,
+    Text,
+    Unusable,
+    row_hash,
+    texts,
+)
 from tunesmith.data.formats import FORMATS, Detection, absent, converted, detect, unused_columns
 from tunesmith.data.pieces import Lines, Piece, rows, worked
 from tunesmith.data.shaping import SHAPING, shaped
@@ -653,16 +663,20 @@ def tokens_checked(
             except Unusable:
                 continue  # nothing is wrong with it; the method has no use for it
 
-    waiting: list[list[tuple[int, int]]] = []
+    waiting: list[list[tuple[int, int, bool]]] = []
 
     def batches() -> Iterator[list[Example]]:
         for batch in batched(examples(), TOKENIZED):
             seen = [
-                (number, [example] if kind == "seq2seq" else views(example, context, loss_on))
+                (
+                    number,
+                    [example] if kind == "seq2seq" else views(example, context, loss_on),
+                    isinstance(example, Preference),
+                )
                 for number, example in batch
             ]
-            waiting.append([(number, len(shown)) for number, shown in seen])
-            yield [view for _, shown in seen for view in shown]
+            waiting.append([(number, len(shown), is_pair) for number, shown, is_pair in seen])
+            yield [view for _, shown, _ in seen for view in shown]
 
     def refuse(number: int, kind: str, message: str) -> None:
         refused[number] = 1 + list(REFUSALS).index(kind)
@@ -671,7 +685,8 @@ def tokens_checked(
     for batch, encodings in encode(batches(), context, loss_on=loss_on):
         numbers, made = waiting.pop(0), iter(zip(batch, encodings, strict=True))
         kept: list[tuple[int, Example, Encoding]] = []
-        for number, count in numbers:
+        paired: list[tuple[int, list[Encoding]]] = []
+        for number, count, is_pair in numbers:
             shown = list(itertools.islice(made, count))
             reason = next((str(found) for _, found in shown if isinstance(found, Unusable)), None)
             if reason:
@@ -685,6 +700,8 @@ def tokens_checked(
                 refuse(number, "unusable", said)
             else:
                 kept += found
+                if is_pair:
+                    paired.append((number, [item for _, _, item in found]))
         breaches = proof.check([n for n, _, _ in kept], [e for _, e, _ in kept], [e for _, _, e in kept])
         for (number, example, encoding), breach in zip(kept, breaches, strict=True):
             if refused[number]:
@@ -699,6 +716,9 @@ def tokens_checked(
                     )
             elif len(encoding.input_ids) > max_length and not isinstance(example, Text):
                 whole.add(number, "long", cut(encoding, max_length), limit)
+        for number, (good, bad) in paired:
+            if not refused[number] and (breach := proof.check_pair(whole.row(number), good, bad)):
+                refuse(number, "supervision", breach)
         watch({"kind": "progress", "stage": "tokenizing", "done": numbers[-1][0] + 1, "total": len(refused)})
     return refused, lengths, proof.as_dict()
 

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from tunesmith.data import pairs, templates
@@ -20,12 +21,15 @@ from tunesmith.data.examples import (
     Conversation,
     Example,
     Message,
+    Preference,
     Prompt,
+    Rating,
     Row,
     Text,
     Unusable,
     content_hash,
 )
+from tunesmith.data.preferences import sides
 from tunesmith.data.prompts import prompt_of
 from tunesmith.data.templates import IGNORED, LossOn, end_of_turn_ids
 from tunesmith.errors import RecipeError
@@ -77,7 +81,11 @@ class Item:
     error: str | None = None
     """Why the example cannot be asked; it is counted, not left out."""
     text: str = ""
-    """The beginning of running text, for people."""
+    """The beginning of running text, or what a badly rated answer was given to, for people."""
+    good: bool | None = None
+    """Of a rating whether its answer is the good one."""
+    rejected: Item | None = None
+    """Of a preference its worse answer."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,8 @@ def items(
     max_length: int | None = None,
     kind: Kind = "causal",
 ) -> list[Item]:
-    """The examples as items. A conversation asks for its last assistant turn, given all turns before.
+    """The examples as items. A conversation asks for its last assistant turn, given all turns before; a preference
+    for its better answer, and an answer rated good for itself. One rated bad is not asked for.
 
     At most `max_items` are taken, by the order of their content hashes, so that the choice depends on
     nothing else. The likelihood's part is cut to `max_length` tokens (of an encoder-decoder model its input
@@ -119,32 +128,56 @@ def _item(
     max_length: int | None,
     kind: Kind,
 ) -> Item:
+    # Of a judged answer its own tokens count, whatever else a method trains.
+    side = partial(_item, number, tokenizer=tokenizer, loss_on="answers", max_length=max_length, kind=kind)
+    match example:
+        case Preference():
+            (better, _), (worse, _) = sides(example)
+            item, rejected = side(better), side(worse)
+            if item.prompt and rejected.prompt:
+                known = {**item.prompt.checks, "rejected": rejected.prompt.reference}
+                item = replace(item, prompt=replace(item.prompt, checks=known))
+            return replace(item, rejected=rejected, error=item.error or rejected.error)
+        case Rating():
+            [(conversation, good)] = sides(example)
+            item = replace(side(conversation), good=good)
+            asked = [turn.content for turn in example.prompt if turn.role == "user"]
+            return item if good else replace(item, prompt=None, text=asked[-1] if asked else "")
     prompt = prompt_of(example)
     form = pairs if kind == "seq2seq" else templates
     text = example.text[:200] if isinstance(example, Text) else ""
     try:
-        asked = _asked_ids(prompt, tokenizer, kind) if prompt else ()
+        asked_ids = _asked_ids(prompt, tokenizer, kind) if prompt else ()
         if isinstance(example, Prompt) and not example.reference:
-            return Item(number, example.row, example.group, prompt, asked, (), ())
+            return Item(number, example.row, example.group, prompt, asked_ids, (), ())
         encoding = form.encode(_answered(example), tokenizer, loss_on=loss_on)
     except Unusable as reason:
         return Item(number, example.row, example.group, prompt, (), (), (), error=str(reason), text=text)
     if kind == "seq2seq":
         encoding, lost = pairs.cut_to(encoding, max_length, tokenizer)
         ids, labels = tuple(encoding.input_ids), tuple(encoding.labels)
-        return Item(number, example.row, example.group, prompt, asked, ids, labels, tokens_cut=lost)
+        return Item(number, example.row, example.group, prompt, asked_ids, ids, labels, tokens_cut=lost)
     length = len(encoding.input_ids) if max_length is None else max_length
     return Item(
         number,
         example.row,
         example.group,
         prompt,
-        asked,
+        asked_ids,
         tuple(encoding.input_ids[:length]),
         tuple(encoding.labels[:length]),
         tokens_cut=max(0, len(encoding.input_ids) - length),
         text=text,
     )
+
+
+def judged(items: Sequence[Item]) -> list[str]:
+    """The metrics that fit items with answers that were judged, and no others."""
+    kinds = {item.good for item in items}
+    return [
+        *(["preference_accuracy"] if any(item.rejected for item in items) else []),
+        *(["rating_ranking"] if {True, False} <= kinds else []),
+    ]
 
 
 def _asked_ids(prompt: Prompt, tokenizer: Any, kind: Kind) -> tuple[int, ...]:
@@ -236,13 +269,28 @@ def evaluate(
         )
         answered = dict(zip([item.number for item in asked], generated, strict=True))
     likelihoods: dict[int, _Likelihood] = {}
-    if _of_kind(metrics, "likelihood"):
+    rejected: dict[int, _Likelihood] = {}
+    worse = [item.rejected for item in usable if item.rejected] if "preference_accuracy" in metrics else []
+    if _of_kind(metrics, "likelihood") or _of_kind(metrics, "preference"):
         told = _stage(progress, f"{name}: likelihood", len(usable))
         likelihoods = _likelihoods(model, usable, batch_tokens=batch_tokens, progress=told)
+    if worse:
+        told = _stage(progress, f"{name}: likelihood of rejected answers", len(worse))
+        rejected = _likelihoods(model, worse, batch_tokens=batch_tokens, progress=told)
     rows = [
-        _row(item, name, metrics, answered.get(item.number), likelihoods.get(item.number), settings)
+        _row(
+            item,
+            name,
+            metrics,
+            answered.get(item.number),
+            likelihoods.get(item.number),
+            rejected.get(item.number),
+            settings,
+        )
         for item in items
     ]
+    if "rating_ranking" in metrics:
+        rows = _ranked(rows, items, likelihoods)
     return _compared_among(rows, metrics)
 
 
@@ -312,6 +360,14 @@ def _check_fit(metrics: Sequence[str], items: Sequence[Item]) -> None:
                 found="running text, which has no answers" if not prompts else None,
                 fix="Leave evaluation.metrics open to take those that fit. " + METRICS[name].about,
             )
+    fitting = judged(items)
+    for name in _of_kind(metrics, "preference"):
+        if items and name not in fitting:
+            raise RecipeError(
+                f"The metric '{name}' fits none of the {len(items)} held-out examples.",
+                fix="Leave evaluation.metrics open to take those that fit, or give --dataset with "
+                + ("pairs of answers." if name == "preference_accuracy" else "answers rated good and bad."),
+            )
 
 
 def _row(
@@ -320,6 +376,7 @@ def _row(
     metrics: Sequence[str],
     answer: Generated | None,
     likelihood: _Likelihood | None,
+    rejected: _Likelihood | None,
     settings: dict[str, Any],
 ) -> EvalRow:
     values: dict[str, float] = {}
@@ -335,9 +392,13 @@ def _row(
                     flags[metric.name] = list(found)
             except Exception as error:  # one broken reference must not end an evaluation; it is counted
                 problems.append(f"{metric.name}: {error}")
-    if likelihood and not math.isfinite(likelihood.nll):
+    if any(found and not math.isfinite(found.nll) for found in (likelihood, rejected)):
         problems.append("the likelihood is not a number")
-        likelihood = None
+        likelihood = rejected = None
+    if likelihood and rejected and likelihood.tokens and rejected.tokens:
+        values["preference_accuracy"] = _won(likelihood, rejected)
+    if item.good is False:
+        likelihood = None  # what the model makes of a bad answer is no merit of its own
     if likelihood and likelihood.tokens:
         mean = likelihood.nll / likelihood.tokens
         own = {
@@ -366,7 +427,34 @@ def _row(
         status="error:" + "; ".join(problems) if problems else "ok",
         tokens_cut=item.tokens_cut + (likelihood.cut if likelihood else 0),
         flags=flags,
+        good=item.good,
+        rejected_nll=rejected.nll if rejected else None,
+        rejected_tokens=rejected.tokens if rejected else None,
     )
+
+
+def _won(better: _Likelihood, worse: _Likelihood) -> float:
+    """1 where the better answer is the likelier one per token, a half where both are alike."""
+    one, other = better.nll / better.tokens, worse.nll / worse.tokens
+    return 0.5 if one == other else float(one < other)
+
+
+def _ranked(
+    rows: list[EvalRow], items: Sequence[Item], likelihoods: Mapping[int, _Likelihood]
+) -> list[EvalRow]:
+    """The rows, those of good answers with whether each is likelier than the bad answer that it is put beside.
+
+    Each answer is used once, in the order of the items, so that the scores do not depend on one another.
+    """
+    good, bad = ([item.number for item in items if item.good is mark] for mark in (True, False))
+    beside = dict(zip(good, bad, strict=False))
+    found = []
+    for row in rows:
+        own, other = likelihoods.get(row.item), likelihoods.get(beside.get(row.item, -1))
+        if own and other and own.tokens and other.tokens and math.isfinite(own.nll + other.nll):
+            row = replace(row, scores={**row.scores, "rating_ranking": _won(own, other)})
+        found.append(row)
+    return found
 
 
 def _compared_among(rows: list[EvalRow], metrics: Sequence[str]) -> list[EvalRow]:

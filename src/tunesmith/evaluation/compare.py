@@ -138,7 +138,7 @@ def sentence(comparison: Comparison) -> str:
     path = f"{went} from {shown(c.base, metric)} to {shown(c.tuned, metric)}"
     if not c.difference:
         path = f"stayed at {shown(c.base, metric)}"
-    what = "questions" if metric.kind == "answer" else "items"
+    what = {"answer": "questions", "preference": "pairs"}.get(metric.kind, "items")
     groups = f" in {c.groups} groups" if c.groups < c.n else ""
     text = f"{head}: {metric.label} {path}, {difference_shown(c)}, n={c.n} {what}{groups}."
     return text if c.verdict in ("better", "worse") else f"{text} {c.reason}"
@@ -380,7 +380,7 @@ def _p_value(
         more, fewer = int((differences > 0).sum()), int((differences < 0).sum())
         return float(binomtest(more, more + fewer).pvalue), "McNemar's exact test"
     # Equal differences have no spread for a t test to judge by; the bootstrap's p is its limit.
-    if not clustered and metric.kind == "answer" and differences.std() > 1e-12:
+    if not clustered and metric.kind != "likelihood" and differences.std() > 1e-12:
         return float(ttest_rel(pairs.tuned, pairs.base).pvalue), "paired t test"
     return _bootstrap_p(drawn, difference, len(set(pairs.groups))), "bootstrap"
 
@@ -452,7 +452,7 @@ def _statistic(total: Any, count: Any, metric: Metric) -> Any:
 
 def _sums(row: EvalRow, metric: Metric) -> tuple[float, float] | None:
     """What the row adds to the metric's numerator and denominator; None where it has no value."""
-    if metric.kind == "answer":
+    if metric.kind != "likelihood":
         return (row.scores[metric.name], 1.0) if metric.name in row.scores else None
     total = row.nll if metric.name == "perplexity" else row.correct
     return (float(total), float(row.tokens)) if total is not None and row.tokens else None
@@ -463,7 +463,7 @@ def _is_error(row: EvalRow, metric: Metric) -> bool:
 
 
 def _is_binary(values: Any, metric: Metric) -> bool:
-    return metric.kind == "answer" and bool(((values == 0) | (values == 1)).all())
+    return metric.kind != "likelihood" and bool(((values == 0) | (values == 1)).all())
 
 
 def _key(row: EvalRow) -> tuple[int, int, int]:
@@ -484,7 +484,7 @@ def _paired(base_rows: Sequence[EvalRow], tuned_rows: Sequence[EvalRow], metric:
         a, b = _sums(base[key], metric), _sums(tuned[key], metric)
         same_tokens = base[key].prompt_sha256 == tuned[key].prompt_sha256
         other_tokens += not same_tokens
-        if a and b and (metric.kind == "answer" or (same_tokens and a[1] == b[1])):
+        if a and b and (metric.kind != "likelihood" or (same_tokens and a[1] == b[1])):
             values.append((a[0], b[0], a[1]))
             groups.append(_group(base[key]))
         elif (a and b) or _is_error(base[key], metric) or _is_error(tuned[key], metric):

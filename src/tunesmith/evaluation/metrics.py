@@ -38,7 +38,9 @@ class Metric:
     about: str
     fits: Callable[[Prompt], bool]
     """Whether the metric means something for this prompt."""
-    kind: Literal["answer", "likelihood"]
+    kind: Literal["answer", "likelihood", "preference"]
+    """What it looks at: the answer that a model gives, how likely it finds the reference, or which of two given
+    answers it finds likelier."""
     flags: Callable[[Prompt, str, str], tuple[str, ...]] | None = None
     """What else is to be known about a score, such as that a match is vacuous."""
     among: Callable[[Sequence[str]], list[float]] | None = None
@@ -103,18 +105,27 @@ TASK_METRICS: dict[str, tuple[str, ...]] = {
 """What a task's answers are looked at for besides being right, after the metrics that say that."""
 
 
-METHOD_METRICS: dict[str, tuple[str, ...]] = {"seq2seq": ("repetition",)}
-"""The same by method: decoders of encoder-decoder models are prone to loops."""
+METHOD_METRICS: dict[str, tuple[str, ...]] = {
+    "seq2seq": ("repetition",),
+    **dict.fromkeys(("dpo", "kto", "orpo", "cpo", "simpo"), ("length_match", "repetition")),
+}
+"""The same by method: decoders of encoder-decoder models are prone to loops, preferences to growing lengths."""
 
 
 def default_metrics(
-    prompts: Sequence[Prompt], has_text: bool, task: str = "custom", method: str = "sft"
+    prompts: Sequence[Prompt],
+    has_text: bool,
+    task: str = "custom",
+    method: str = "sft",
+    judged: Sequence[str] = (),
 ) -> list[str]:
     """The metrics that fit the data, the primary one first, then what task and method add.
 
     A metric fits where it means something for at least half of the prompts, one that is added where it does
-    for any.
+    for any. `judged` are those that fit answers which were judged; they come first.
     """
+    if judged:
+        return [*judged, *default_metrics(prompts, has_text, task, method)]
     if not prompts:
         return ["perplexity", "token_accuracy"] if has_text else []
     further = dict.fromkeys((*TASK_METRICS.get(task, ()), *METHOD_METRICS.get(method, ())))
@@ -142,8 +153,8 @@ def known_metrics(names: Sequence[str]) -> list[str]:
 
 
 def primary_metric(names: Sequence[str]) -> str | None:
-    """The metric on which the verdict rests: the first that scores answers, or else the first."""
-    return next((name for name in names if METRICS[name].kind == "answer"), names[0] if names else None)
+    """The metric on which the verdict rests: the first that scores whole answers, or else the first."""
+    return next((name for name in names if METRICS[name].kind != "likelihood"), names[0] if names else None)
 
 
 def format_metrics_output(metrics: Mapping[str, Any]) -> str:
@@ -269,6 +280,32 @@ METRICS: dict[str, Metric] = {
             _always,
             "answer",
             among=tasks.response_diversity,
+        ),
+        Metric(
+            "preference_accuracy",
+            "preference accuracy",
+            None,
+            True,
+            "share",
+            "Share of pairs of which the model finds the better answer likelier per token (mean log-likelihood of the "
+            "answer's tokens given the prompt; a tie counts half). The ranking accuracy of arXiv 2405.19534, by "
+            "length as in SimPO's reward (2405.14734, equation 4): by sums, the shorter answer would win for being "
+            "shorter. No reference model is asked, so base and tuned model are measured alike.",
+            _always,
+            "preference",
+        ),
+        Metric(
+            "rating_ranking",
+            "rating ranking",
+            None,
+            True,
+            "share",
+            "Share of good answers that the model finds likelier per token than the bad answer that each is put "
+            "beside, to another question mostly; each answer is used once. It estimates the area under the ROC curve "
+            "(Mann and Whitney 1947). Questions differ in how hard their answers are to foresee, so read the "
+            "difference between two models rather than the number.",
+            _always,
+            "preference",
         ),
         Metric(
             "token_accuracy",

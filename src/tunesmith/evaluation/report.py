@@ -194,13 +194,14 @@ def _figures(
     """Title, caption, Plotly traces and layout of each figure that there is data for."""
     steps = [e for e in events if e.get("kind") == "step"]
     validations = [e for e in events if e.get("kind") == "evaluation"]
+    measured = _measured(steps, validations)
     figures = [
         _forest(compared, ("share", "points"), "Differences", "points, tuned minus base", 100),
         _forest(compared, ("ratio",), "Difference in perplexity", "tuned minus base; lower is better", 1),
         _curves(
             "Loss",
             "Training loss, and validation loss on examples that are not trained on.",
-            "nats per token",
+            "loss of the method" if measured else "nats per token",
             {"training": (steps, "loss"), "validation": (validations, "loss")},
         ),
         _curves(
@@ -222,6 +223,7 @@ def _figures(
             "share",
             {"training": (steps, "token_accuracy"), "validation": (validations, "token_accuracy")},
         ),
+        *measured,
     ]
     lengths = [e["tokens"] for e in ledger if isinstance(e.get("tokens"), int | float)]
     if lengths:
@@ -232,6 +234,61 @@ def _figures(
         layout = {"xaxis": {"title": {"text": "tokens"}}, "yaxis": {"title": {"text": "examples"}}}
         figures.append(_figure("Token lengths", caption, traces, layout))
     return [figure for figure in figures if figure]
+
+
+MEASURES = {
+    "rewards": "How much likelier than under the reference an answer became, times beta (without a reference: how "
+    "likely it is, times beta). The margin is that of chosen over rejected.",
+    "rewards/accuracies": "Share of pairs whose chosen answer has the higher reward.",
+    "logps": "Log-likelihood of the answers. Where that of the chosen ones falls with the rejected ones', good "
+    "answers become unlikely as well.",
+    "logits": "Mean logit over the answers' tokens.",
+    "kl": "How far the model has moved from its reference, in nats.",
+    "nll_loss": "Imitation loss on the better answers.",
+    "completions": "Lengths of what the model writes while it is trained, in tokens.",
+    "entropy": "Uncertainty of the next token, in nats.",
+}
+"""What the curves of a family of measures show; a method's trainer names the measures."""
+
+SHARES = ("accuracies", "accuracy", "ratio", "fraction", "no_eos")
+"""Endings of measures between 0 and 1, which get a plot of their own."""
+
+
+def _measured(
+    steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """One figure for each family of what a method measures: `rewards/chosen` and `rewards/rejected` are one."""
+    parts = {
+        "": [{"step": e.get("step"), **(e.get("measures") or {})} for e in steps],
+        " (validation)": [{"step": e.get("step"), **(e.get("measures") or {})} for e in validations],
+    }
+    families: dict[str, list[str]] = {}
+    for name in dict.fromkeys(
+        name for events in parts.values() for e in events for name in e if name != "step"
+    ):
+        prefix, _, last = name.rpartition("/")
+        families.setdefault(prefix if prefix and not last.endswith(SHARES) else name, []).append(name)
+    figures = []
+    for family, names in families.items():
+        curves = {
+            f"{name.removeprefix(f'{family}/')}{part}": (events, name)
+            for name in names
+            for part, events in parts.items()
+        }
+        figure = _curves(family, MEASURES.get(family, "As the trainer measures it."), family, curves)
+        if not figure:
+            continue
+        for trace in figure["data"]["traces"]:
+            name = trace["name"].removesuffix(" (validation)")
+            place = [n.removeprefix(f"{family}/") for n in names].index(name)
+            trace["role"] = ROLES[place % len(ROLES)]
+            trace["dash"] = "solid" if name == trace["name"] else "dot"
+        figures.append(figure)
+    return figures
+
+
+ROLES = ("tuned", "bad", "good", "wait", "base", "soft")
+"""Colours of the page, in the order in which curves take them."""
 
 
 def _figure(

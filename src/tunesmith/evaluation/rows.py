@@ -45,6 +45,12 @@ class EvalRow:
     """Tokens that the likelihood leaves out, beyond the longest length."""
     flags: dict[str, list[str]] = field(default_factory=dict)
     """By metric: what else is to be known about its score."""
+    good: bool | None = None
+    """Of a rated answer whether it was rated good."""
+    rejected_nll: float | None = None
+    """The same sum as `nll` of the worse answer of a pair."""
+    rejected_tokens: int | None = None
+    """Labelled tokens behind it."""
 
 
 def write_rows(path: str | Path, rows: Iterable[EvalRow]) -> Path:

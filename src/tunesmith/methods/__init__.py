@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.data import EncodedSplits, prompts
-from tunesmith.data.examples import Example
-from tunesmith.methods import grpo, ppo, rloo, sampled, seq2seq, sft
+from tunesmith.data.examples import Example, Preference
+from tunesmith.methods import cpo, dpo, grpo, kto, orpo, ppo, preferred, rloo, sampled, seq2seq, sft
 from tunesmith.models import Kind
 from tunesmith.plan import Decision
-from tunesmith.recipe import Training
+from tunesmith.recipe import Recipe, Training
+
+
+def nothing(recipe: Recipe) -> None:
+    """Check nothing."""
 
 
 def unchanged(section: Any, training: Training, num_examples: int) -> tuple[Training, int, list[Decision]]:
@@ -37,6 +41,10 @@ class Method:
     """The kind of model that is trained."""
     can_pack: bool = False
     """Whether several examples can share a row."""
+    in_pairs: bool = False
+    """Whether two encodings, one after the other, are one example."""
+    check: Callable[[Recipe], None] = nothing
+    """Refuses, before anything is read, a recipe that cannot be carried out."""
     settled: Callable[..., tuple[Training, int, list[Decision]]] = unchanged
     """The training section as the method can use it, how often an example counts in an epoch's batches, and what was
     decided: `(section, training, number of examples)`."""
@@ -60,6 +68,52 @@ METHODS = {
         template=seq2seq.template,
         encoded=seq2seq.encoded,
         model="seq2seq",
+    ),
+    "dpo": Method(
+        "dpo",
+        adapt=preferred.paired,
+        remarks={},
+        build=dpo.build,
+        template=sft.template,
+        encoded=preferred.encoded_pairs,
+        in_pairs=True,
+        check=preferred.check_reference,
+    ),
+    "kto": Method(
+        "kto",
+        adapt=preferred.rated,
+        remarks={Preference: "each preference pair counts as a good and a bad answer"},
+        build=kto.build,
+        template=sft.template,
+        encoded=preferred.encoded,
+        check=kto.check,
+    ),
+    "orpo": Method(
+        "orpo",
+        adapt=preferred.paired,
+        remarks={},
+        build=orpo.build,
+        template=sft.template,
+        encoded=preferred.encoded_pairs,
+        in_pairs=True,
+    ),
+    "cpo": Method(
+        "cpo",
+        adapt=preferred.paired,
+        remarks={},
+        build=cpo.build,
+        template=sft.template,
+        encoded=preferred.encoded_pairs,
+        in_pairs=True,
+    ),
+    "simpo": Method(
+        "simpo",
+        adapt=preferred.paired,
+        remarks={},
+        build=cpo.build,
+        template=sft.template,
+        encoded=preferred.encoded_pairs,
+        in_pairs=True,
     ),
     "grpo": Method(
         "grpo",

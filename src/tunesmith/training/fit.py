@@ -249,3 +249,4 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HAMILTON_TELEMETRY_ENABLED", "false")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # its version is pinned

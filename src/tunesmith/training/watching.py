@@ -29,6 +29,10 @@ BY_LENGTH = 0.8
 """Correlation of reward and length among answers from which on the reward is as good as the length."""
 FAR = 1.0
 """Nats per token from which on a model has little to do with the one it started from."""
+LOST = 0.5
+"""Reward of the better answers, below zero, from which on they count as lost."""
+COIN = 0.5
+"""Share of pairs in the right order that a coin would reach."""
 SUDDEN = 20.0
 """How many times its usual size divergence grows when it blows up."""
 
@@ -77,8 +81,10 @@ def length_alone(logged: Sequence[Measures]) -> str | None:
 
 def divergence(logged: Sequence[Measures]) -> str | None:
     """A model that has left the one it started from, step by step or all at once."""
-    found = [m["kl"] for m in logged if "kl" in m]
-    tokens = [m.get("completions/mean_length", 1.0) for m in logged if "kl" in m]
+    # KTO's is an estimate over whole answers to other prompts, and no distance of its own.
+    logged = [m for m in logged if "kl" in m and "reward" in m]
+    found = [m["kl"] for m in logged]
+    tokens = [m.get("completions/mean_length", 1.0) for m in logged]
     if not found:
         return None
     # PPO says what an answer diverges by, the others what a token does.
@@ -97,10 +103,47 @@ def divergence(logged: Sequence[Measures]) -> str | None:
     )
 
 
+def good_lost(logged: Sequence[Measures]) -> str | None:
+    """Better answers that become less likely together with the worse ones (arXiv 2410.08847)."""
+    # Rewards without a reference are likelihoods, and always below zero; their trainers log an imitation loss.
+    names = {"rewards/chosen", "rewards/rejected"}
+    found = [m for m in logged if names <= m.keys() and "nll_loss" not in m][-RECENT:]
+    if len(found) < RECENT:
+        return None
+    chosen, rejected = (fmean(m[name] for m in found) for name in sorted(names))
+    if chosen > -LOST or chosen > rejected / 2:
+        return None
+    return (
+        "The better answers become less likely as well: against the reference their reward has fallen to "
+        f"{chosen:.2f}, "
+        f"that of the worse ones to {rejected:.2f}. Both may make way for something else: read the samples. "
+        "method.sft_weight 1 holds the better answers up; a higher beta or a lower learning rate keeps nearer to the "
+        "reference."
+    )
+
+
+def not_told_apart(logged: Sequence[Measures]) -> str | None:
+    """Pairs that the model orders no better than a coin after some time."""
+    found = [m for m in logged if {"rewards/accuracies", "rewards/margins"} <= m.keys()]
+    if len(found) < 4 * RECENT:
+        return None
+    last = found[-2 * RECENT :]
+    share, margin = (fmean(m[name] for m in last) for name in ("rewards/accuracies", "rewards/margins"))
+    if share > COIN or margin > 0:
+        return None
+    return (
+        f"After {len(found)} logged steps the better answer has the higher reward in {share:.0%} of the pairs only, "
+        f"with a margin of {margin:.2g}. The labels may be the wrong way round or arbitrary (`tunesmith inspect` shows "
+        "pairs), or the learning rate is too low."
+    )
+
+
 WATCHES: dict[str, Watch] = {
     "no spread of rewards": no_spread,
     "length alone": length_alone,
     "divergence": divergence,
+    "good answers lost": good_lost,
+    "pairs not told apart": not_told_apart,
 }
 """The watches by name."""
 

@@ -1,0 +1,306 @@
+"""What the preference methods share: the examples they take, batches of settled tokens, and the reference."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from tunesmith.data import EncodedSplits, Splits
+from tunesmith.data import encoded as encode_splits
+from tunesmith.data.cache import Encodings
+from tunesmith.data.examples import Example, Preference, Rating, Unusable
+from tunesmith.data.templates import IGNORED
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.recipe import DPO, KTO, Data, LoRA, Model, Recipe
+from tunesmith.training.run import Run
+
+CHANGED_BASE = ("pissa", "pissa_niter_16", "olora")
+"""Starts of an adapter that change the weights beneath it: with it switched off another model is left."""
+
+Reference = DPO | KTO
+Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+
+def paired(example: Example) -> Example:
+    """A preference as it is. Raises Unusable for anything else."""
+    if isinstance(example, Preference):
+        return example
+    if isinstance(example, Rating):
+        raise Unusable("a rating is no pair of answers: the method kto learns from ratings")
+    raise Unusable("no pair of a better and a worse answer")
+
+
+def rated(example: Example) -> Example:
+    """A rating or a preference as it is. Raises Unusable for anything else."""
+    if isinstance(example, Preference | Rating):
+        return example
+    raise Unusable("no answer that is judged good or bad")
+
+
+def encoded(splits: Splits, tokenizer: Any, data: Data, section: Any) -> EncodedSplits:
+    """Token ids and labels of all answers, two for each pair, with what was cut or dropped."""
+    return encode_splits(splits, tokenizer, data=data, loss_on="answers")
+
+
+def encoded_pairs(splits: Splits, tokenizer: Any, data: Data, section: Any) -> EncodedSplits:
+    """The same, with a remark where the better answers are nearly always the longer or the shorter ones."""
+    found = encoded(splits, tokenizer, data, section)
+    lengths = found.train.lengths
+    more = lengths[::2] - lengths[1::2]  # the prompts are the same
+    for word, share in (("longer", float((more > 0).mean())), ("shorter", float((more < 0).mean()))):
+        if share >= ONE_SIDED:
+            said = (
+                f"the better answer is the {word} one in {share:.0%} of the pairs, by {abs(more.mean()):.0f} tokens in "
+                "the mean: length alone can be learned from them"
+            )
+            return replace(found, notes=(*found.notes, said))
+    return found
+
+
+ONE_SIDED = 0.8
+"""Share of pairs with the better answer longer (or shorter) from which on it is said."""
+
+
+class Numbers:
+    """Numbers of pairs as a data set, for trainers that would tokenize what they are given."""
+
+    def __init__(self, part: str, size: int) -> None:
+        self.part, self.size = part, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {"part": self.part, "pair": number}
+
+    def map(self, *args: Any, **kwargs: Any) -> Numbers:
+        """Itself: there is no text to prepare."""
+        return self
+
+
+def numbered(part: str, column: str, numbers: Sequence[int]) -> Any:
+    """The same as a `datasets.Dataset`, which some trainers insist on."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({"part": [part] * len(numbers), column: list(numbers)})
+
+
+class Sides:
+    """Token ids of training and validation, fetched by number when a batch is made."""
+
+    def __init__(self, train: Encodings, validation: Encodings) -> None:
+        self._parts = {"train": train.dataset(), "validation": validation.dataset() if validation else None}
+
+    def __call__(self, part: str, number: int) -> tuple[list[int], list[int]]:
+        """Ids and labels of one encoding, without what follows the answer."""
+        found = self._parts[part][number]
+        ids, labels = found["input_ids"], found["labels"]
+        end = len(labels)
+        while end and labels[end - 1] == IGNORED:
+            end -= 1
+        return ids[:end], labels[:end]
+
+    def pairs(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[list[tuple[list[int], list[int]]]]:
+        """The better answers of some pairs, then the worse ones."""
+        for side in (0, 1):
+            yield [self(row["part"], 2 * row["pair"] + side) for row in rows]
+
+
+def padded(sides: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, Any]:
+    """Ids, attention mask and labels as tensors, padded on the right."""
+    import torch
+
+    width = max(len(ids) for ids, _ in sides)
+    ids = torch.full((len(sides), width), pad)
+    mask = torch.zeros(len(sides), width, dtype=torch.long)
+    labels = torch.full((len(sides), width), IGNORED)
+    for line, (tokens, marks) in enumerate(sides):
+        ids[line, : len(tokens)] = torch.tensor(tokens)
+        labels[line, : len(marks)] = torch.tensor(marks)
+        mask[line, : len(tokens)] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def masked(sides: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, Any]:
+    """The same with a mask of the judged tokens in place of labels, as TRL's own collators have it."""
+    batch = padded(sides, pad)
+    labels = batch.pop("labels")
+    return {**batch, "completion_mask": (labels != IGNORED).long()}
+
+
+def check_reference(recipe: Recipe) -> None:
+    """Raises RecipeError or ModelError, before anything is read, for a reference that cannot be one."""
+    section, adapter = recipe.method, recipe.adapter
+    assert isinstance(section, Reference)
+    is_adapter = isinstance(adapter, LoRA)
+    if section.reference_model:
+        from tunesmith import models
+
+        models.check_kind(section.reference_model, "causal", method=section.kind)
+        own = models.load_tokenizer(recipe.model.base, revision=recipe.model.revision)
+        other = models.load_tokenizer(section.reference_model)
+        if own.get_vocab() != other.get_vocab():
+            raise ModelError(
+                f"The reference '{section.reference_model}' has another vocabulary than '{recipe.model.base}', so "
+                "the likelihoods of their tokens cannot be compared.",
+                found=f"{len(other)} and {len(own)} tokens",
+                fix="Give a reference of the same family, or leave method.reference_model out.",
+            )
+    elif section.reference == "copy" and is_adapter:
+        raise RecipeError(
+            "method.reference copy is a second copy of the weights, which an adapter makes needless.",
+            fix="Leave it out: the model with its adapter off is the same reference. `precomputed` works as well.",
+        )
+    elif section.reference == "adapter_off" and not is_adapter:
+        raise RecipeError(
+            f"method.reference adapter_off needs an adapter, and the adapter is '{adapter.kind}'.",
+            fix="Add --lora, or choose copy or precomputed.",
+        )
+    if not isinstance(adapter, LoRA):
+        return
+    if section.reference == "adapter_off" and adapter.init in CHANGED_BASE:
+        raise RecipeError(
+            f"method.reference adapter_off does not go with adapter.init {adapter.init}, which changes the weights "
+            "beneath the adapter.",
+            fix="Leave method.reference out; it is precomputed then.",
+        )
+    if not isinstance(adapter.targets, str):
+        _check_head(recipe.model, adapter.targets)
+    if adapter.bias != "none":
+        raise RecipeError(
+            f"adapter.bias {adapter.bias} does not go with the method '{section.kind}': trained biases are no part "
+            "of the adapter, so the reference would change with them.",
+            fix="Leave adapter.bias out, or train without an adapter.",
+        )
+
+
+def _check_head(model: Model, targets: Sequence[str]) -> None:
+    """TRL multiplies by the head's own weights, so an adapter on it would never be trained."""
+    from tunesmith import models
+
+    whole = models.outline(model.base, revision=model.revision)
+    head = whole.get_output_embeddings()
+    name = next((name for name, module in whole.named_modules() if module is head), None)
+    if name and any(name == target or name.endswith(f".{target}") for target in targets):
+        raise RecipeError(
+            f"An adapter on the head ({name}) is not trained by this method.",
+            fix="Leave it out of adapter.targets, or train it whole with adapter.modules_to_save.",
+        )
+
+
+def reference(section: Reference, model: Any, run: Run) -> tuple[Any, bool]:
+    """The reference's own model, None where there is none beside the trained one, and whether its likelihoods are
+    worked out before training; what was settled is kept in the run."""
+    config = getattr(model, "peft_config", {}).get("default")
+    where, why = section.reference, "as the recipe says"
+    if section.reference_model:
+        where = "precomputed" if section.reference == "precomputed" else "copy"
+        why = f"{section.reference_model}, as the recipe says"
+        other = _other(section.reference_model, model)
+    elif where == "auto":
+        if config is None:
+            where, why = "copy", "the weights themselves are trained, so the model before is a second one"
+        elif config.init_lora_weights in CHANGED_BASE:
+            where = "precomputed"
+            why = f"the adapter's start '{config.init_lora_weights}' changes the weights beneath it"
+        else:
+            where, why = "adapter_off", "the model with its adapter off is the model before training"
+    if not section.reference_model:
+        other = copy.deepcopy(model).requires_grad_(False) if where == "copy" else None
+    run.event("decision", name="reference", value=where, reason=why)
+    return other, where == "precomputed"
+
+
+def _other(name: str, model: Any) -> Any:
+    """Another model as the reference, on the device and in the type of the trained one."""
+    import peft
+
+    from tunesmith import models
+
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    found = models.load_model(
+        name,
+        dtype=dtype if dtype in ("float32", "float16", "bfloat16") else "bfloat16",
+        device=str(model.device),
+    )
+    if isinstance(found, peft.PeftModel):
+        found = models.merged(found)
+    return found.requires_grad_(False)
+
+
+def settled(trainer_class: type, columns: Mapping[str, int]) -> type:
+    """One of TRL's trainers that prepares nothing: rows are numbers of examples whose tokens are settled.
+
+    `columns` are those of the reference's log-likelihoods, with their place in what `compute_ref_log_probs`
+    gives. They stay in memory, where TRL would write them to a cache that knows the numbers only.
+    """
+
+    class SettledTrainer(trainer_class):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+            from torch.utils.data import DataLoader
+
+            found: dict[str, list[float]] = {column: [] for column in columns}
+            model = self.ref_model or self.model
+            is_training = model.training
+            model.eval()
+            for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator):
+                values = self.compute_ref_log_probs(model, self._prepare_inputs(batch))
+                for column, place in columns.items():
+                    if values[place] is not None:
+                        found[column] += values[place].float().cpu().tolist()
+            model.train(is_training)
+            for column, numbers in found.items():
+                if numbers:
+                    dataset = dataset.add_column(column, numbers)
+            return dataset
+
+    return SettledTrainer
+
+
+@contextmanager
+def one_adapter(model: Any) -> Iterator[None]:
+    """Build one of TRL's trainers for a model that may have an adapter, and leave it with that adapter alone.
+
+    TRL puts a copy of the adapter beside it as the reference. Ours is switched off instead, or its likelihoods are
+    precomputed with that copy; only one adapter is to be saved. A copy that starts as PiSSA or OLoRA do would take
+    its share from the base once more, so it starts plainly before it gets our adapter's numbers.
+    """
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is None:
+        yield
+        return
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    start, config.init_lora_weights = config.init_lora_weights, True
+    try:
+        yield
+    finally:
+        config.init_lora_weights = start
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")
+        model.set_adapter("default")
+    now = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert now == trained, "other weights would be trained"
+
+
+def dropout_decision(run: Run, adapter_dropout: float) -> None:
+    """Say that TRL switches dropout off, where there is any."""
+    if adapter_dropout:
+        run.event(
+            "decision",
+            name="dropout",
+            value="off",
+            reason=f"likelihoods of policy and reference are compared, and adapter.dropout {adapter_dropout:g} would "
+            "make noise of them",
+        )
+
+
+def own_dropout(model: Any) -> float:
+    """The dropout of the adapter on the model, 0 where there is none."""
+    config = getattr(model, "peft_config", {}).get("default")
+    return float(getattr(config, "lora_dropout", 0.0) or 0.0)

@@ -1,0 +1,213 @@
+"""Every entry of METHODS trains, changes what it is to change and nothing else, and continues to the bit.
+
+A new method joins by itself; what it needs beside the defaults stands in SAMPLES.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tunesmith import api, dataflow
+from tunesmith.compose import compose, overlaid
+from tunesmith.errors import Interrupted
+from tunesmith.methods import METHODS
+from tunesmith.training.run import Run, open_run
+
+COLORS = ("red", "blue", "green", "one", "two", "three", "yes", "no")
+
+
+def answered(n: int) -> dict[str, Any]:
+    return {"prompt": f"what is the count of {n}", "response": f"{COLORS[n % 8]} {n}"}
+
+
+def preferred(n: int) -> dict[str, Any]:
+    return {
+        "prompt": f"what is the count of {n}",
+        "chosen": f"{COLORS[n % 8]} {n}",
+        "rejected": f"no {COLORS[(n + 1) % 8]} rows",
+    }
+
+
+SAMPLED = {
+    "method": {"rewards": "length_match", "num_generations": 4, "max_new_tokens": 6},
+    "training": {"per_device_train_batch_size": 8},
+}
+
+SAMPLES: dict[str, dict[str, Any]] = {
+    "dpo": {"rows": preferred},
+    "kto": {"rows": preferred},
+    "orpo": {"rows": preferred},
+    "cpo": {"rows": preferred},
+    "simpo": {"rows": preferred},
+    "grpo": {"recipe": SAMPLED},
+    "rloo": {"recipe": SAMPLED},
+}
+"""By method: `rows`, a function from a number to a row (a question with its answer where it is left out), and
+`recipe`, a layer over the one below."""
+
+ADAPTERS = {
+    "full": {"kind": "full"},
+    "freeze": {"kind": "freeze", "ratio": 0.5},
+    "lora": {"kind": "lora", "rank": 4},
+    "lora, gradient checkpointing": {"kind": "lora", "rank": 4},
+}
+
+
+@pytest.fixture
+def quick(tiny_model_folder, tiny_t5_folder, tmp_path):
+    """A recipe of a few steps for a method, with changes."""
+
+    def recipe(kind: str, **changes: Any):
+        sample = SAMPLES.get(kind, {})
+        path = tmp_path / "rows.jsonl"
+        rows = [sample.get("rows", answered)(n) for n in range(40)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        base = tiny_t5_folder if METHODS[kind].model == "seq2seq" else tiny_model_folder
+        layer = {
+            "output_dir": str(tmp_path / "runs"),
+            "model": {"base": str(base)},
+            "method": {"kind": kind},
+            "data": {"dataset": str(path), "max_length": 96},
+            "training": {
+                "max_steps": 2, "per_device_train_batch_size": 4, "warmup_steps": 0, "learning_rate": 1e-2,
+                "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "scheduler": "linear",
+            },
+            "evaluation": {"max_new_tokens": 6, "resamples": 200},
+        }  # fmt: skip
+        return compose(overlaid(layer, sample.get("recipe", {}), changes)).recipe
+
+    return recipe
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
+
+
+def steps(run: Run) -> list[dict[str, Any]]:
+    return [event for event in run.events() if event["kind"] == "step"]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("kind", METHODS)
+def test_two_steps_change_what_is_trained_and_nothing_else(quick, kind, adapter, monkeypatch):
+    seen: dict[str, Any] = {}
+    fit = dataflow.fit
+
+    def watched(trainer, *args, **kwargs):
+        seen["before"] = {
+            n: (p.detach().clone(), p.requires_grad) for n, p in trainer.model.named_parameters()
+        }
+        result = fit(trainer, *args, **kwargs)
+        seen["after"] = {n: p.detach() for n, p in trainer.model.named_parameters()}
+        return result
+
+    monkeypatch.setattr(dataflow, "fit", watched)
+    recipe = quick(
+        kind, adapter=ADAPTERS[adapter], training={"gradient_checkpointing": "checkpointing" in adapter}
+    )
+    base = Path(recipe.model.base)
+    files = digests(base)
+    result = api.train(recipe)
+    run = Run(result.run)
+
+    # Losses are numbers, in training and in validation.
+    assert [event["step"] for event in steps(run)] == [1, 2]
+    assert all(math.isfinite(event["loss"]) for event in steps(run))
+    validations = [event for event in run.events() if event["kind"] == "evaluation"]
+    assert validations
+    assert all(math.isfinite(event["loss"]) for event in validations)
+
+    # Only what is to be trained has changed.
+    assert digests(base) == files
+    before, after = seen["before"], seen["after"]
+    assert before.keys() == after.keys()
+    changed = {name for name, (old, _) in before.items() if not torch.equal(old, after[name])}
+    trained = {name for name, (_, is_trained) in before.items() if is_trained}
+    assert changed
+    assert changed <= trained
+    final = weights(run.final_model)
+    if adapter == "full":
+        assert trained == before.keys()
+    elif adapter == "freeze":
+        assert 0 < len(trained) < len(before)
+    else:
+        assert all(".lora_" in name for name in trained)
+        assert final
+        assert all(".lora_" in name for name in final)
+        assert len(final) == len(trained)
+
+    # Base and tuned model are compared on what was held out, the page shows it.
+    assert result.primary
+    assert result.primary.n > 0
+    assert (run.path / "report.html").stat().st_size > 0
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("kind", METHODS)
+def test_an_interrupted_run_equals_a_straight_one(quick, kind, adapter):
+    changes = {
+        "adapter": ADAPTERS[adapter],
+        "training": {"max_steps": 4, "save_steps": 100, "eval_steps": 4},
+        "evaluation": {"skip": True},
+    }
+    straight = Run(api.train(quick(kind, name="straight", **changes)).run)
+
+    def stop_at_two(event):
+        if event["kind"] == "progress" and event["stage"] == "training" and event["done"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    recipe = quick(kind, name="stopped", **changes)
+    with pytest.raises(Interrupted, match="step 2 of 4"):
+        api.train(recipe, watch=stop_at_two)
+    run = open_run(Path(recipe.output_dir) / "stopped")
+    api.resume(run.path)
+    one, other = weights(run.final_model), weights(straight.final_model)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [event["loss"] for event in steps(run)] == [event["loss"] for event in steps(straight)]
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_plan_says_what_train_does(quick, kind):
+    recipe = quick(kind, name="planned")
+    plan, rows = api.plan(recipe)
+    run = Run(api.train(recipe).run)
+    kept = run.read("plan.json")
+    assert (plan.total_steps, plan.examples) == (kept["total_steps"], kept["examples"])
+    assert rows["rows"] == kept["rows"]
+
+
+def learn():
+    import importlib.util
+
+    path = Path(__file__).parents[1] / "benchmarks" / "methods_learn.py"
+    spec = importlib.util.spec_from_file_location("methods_learn", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo", "cpo", "simpo"])
+def test_preferences_are_learned(kind, tmp_path):
+    """From about half of the held-out pairs to at least 85 %, on the shipped model and data."""
+    found = learn().learned(kind, output_dir=tmp_path)
+    assert found["metric"] == "preference_accuracy"
+    assert found["n"] >= 100
+    assert 0.4 <= found["before"] <= 0.6
+    assert found["after"] >= 0.85
+    assert found["interval"][0] > 0.25

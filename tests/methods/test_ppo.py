@@ -6,13 +6,13 @@ import copy
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tunesmith import api, models
-from tunesmith.assets import TINY_MODEL
 from tunesmith.compose import compose
 from tunesmith.errors import ModelError, RecipeError, RunError
 from tunesmith.methods import ppo_trainer as ppo
@@ -410,31 +410,17 @@ def test_a_critic_without_effect_is_refused():
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_constraint_is_learned_at_bounded_divergence(tmp_path, seed):
     """The shipped model answers in sentences; it is to answer in at most four words."""
-    rows = [json.loads(line) for line in (TINY_MODEL.parent / "examples" / "preferences.jsonl").open()]
-    file = tmp_path / "short.jsonl"
-    file.write_text("".join(json.dumps({**row, "max_words": 4}) + "\n" for row in rows))
-    result = api.train(
-        compose(
-            {
-                "output_dir": str(tmp_path / "runs"),
-                "model": {"base": "tiny"},
-                "data": {"dataset": str(file), "max_length": 256},
-                "method": {
-                    "kind": "ppo", "rewards": "constraints", "max_new_tokens": 24, "ppo_epochs": 2,
-                    "num_minibatches": 4, "value_learning_rate": 1e-2,
-                },
-                "adapter": {"kind": "lora", "rank": 16, "targets": "all-linear"},
-                "training": {
-                    "max_steps": 36, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 1,
-                    "learning_rate": 1e-3, "warmup_steps": 0, "scheduler": "constant", "eval_steps": 18,
-                    "save_steps": 36, "logging_steps": 1, "seed": seed,
-                },
-                "evaluation": {"metrics": ["constraints"], "max_new_tokens": 24, "resamples": 500},
-            }
-        ).recipe
-    )  # fmt: skip
-    steps = [event["measures"] for event in Run(result.run).events() if event["kind"] == "step"]
-    assert result.primary.tuned - result.primary.base >= 0.3
+    import importlib.util
+
+    path = Path(__file__).parents[2] / "benchmarks" / "methods_learn.py"
+    spec = importlib.util.spec_from_file_location("methods_learn", path)
+    learn = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(learn)
+    found = learn.learned("ppo", seed=seed, output_dir=tmp_path)
+    events = Run(tmp_path / "ppo").events()
+    steps = [event["measures"] for event in events if event["kind"] == "step"]
+    assert found["metric"] == "constraints"
+    assert found["after"] - found["before"] >= 0.3
     assert sum(m["reward"] for m in steps[-5:]) / 5 - steps[0]["reward"] >= 0.3
     assert max(m["kl"] for m in steps) < 12  # nats per answer of about seven tokens
-    print(seed, result.primary.base, result.primary.tuned, [round(m["reward"], 2) for m in steps], [round(m["kl"], 1) for m in steps], result.seconds)
+    assert not [event for event in events if event["kind"] == "warning" and event.get("watch")]

@@ -297,22 +297,32 @@ def test_validation_is_the_mean_reward_of_greedy_answers(made):
     assert metrics["eval_completions/mean_length"] == pytest.approx(sum(len(a.ids) for a in answers) / 3)
 
 
-def test_a_critic_starts_from_a_reward_model(made, tiny_model_folder, tmp_path):
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_critic_starts_from_a_reward_model(made, tiny_model_folder, tmp_path, adapter):
+    import peft
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(5)
     judge = AutoModelForSequenceClassification.from_pretrained(tiny_model_folder, num_labels=1)
+    if adapter:
+        config = peft.LoraConfig(
+            task_type="SEQ_CLS", init_lora_weights=False, target_modules=["q_proj", "v_proj"]
+        )
+        judge = peft.get_peft_model(judge, config)
     judge.save_pretrained(tmp_path / "judge")
     models.load_tokenizer(str(tiny_model_folder)).save_pretrained(tmp_path / "judge")
-    trainer = made(PPO(max_new_tokens=4, value="critic", critic=str(tmp_path / "judge")), adapter="lora")
-    assert torch.equal(trainer.model.value_head.weight, judge.score.weight)
-    assert trainer.model.value_head.bias is None
+    section = PPO(max_new_tokens=4, ppo_epochs=1, value="critic", critic=str(tmp_path / "judge"))
+    trainer = made(section, adapter="lora", steps=1)
     rollout = trainer._rollout([0])
     with torch.no_grad():
         scored = judge.eval()(input_ids=torch.tensor([rollout.prompts[0]])).logits
     assert float(rollout.values[0, 0]) == pytest.approx(float(scored), abs=1e-5)
+    before = parameters(trainer)
     trainer.train()
-    saved = load_file(trainer.run_folder.checkpoints / "checkpoint-step-4" / "value.safetensors")
+    after = parameters(trainer)
+    assert any(not torch.equal(before[n], after[n]) for n in before if n.startswith("critic.layers.0"))
+    assert not torch.equal(before["value_head.weight"], after["value_head.weight"])
+    saved = load_file(trainer.run_folder.checkpoints / "checkpoint-step-1" / "value.safetensors")
     assert "value_head.weight" in saved
     assert any(name.startswith("critic.") for name in saved)
 

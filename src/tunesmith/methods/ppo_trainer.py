@@ -246,39 +246,29 @@ def critic_of(policy: Any, tokenizer: Any, section: PPO) -> tuple[Any, nn.Linear
         return None, None, "a linear head on the model's last layer"
     if section.critic is None:
         return copied(policy_trunk(policy)), None, "a copy of the model, with the same weights trained"
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
     from tunesmith import models
 
-    place = Path(models.locate(section.critic))
     if models.load_tokenizer(section.critic).get_vocab() != tokenizer.get_vocab():
         raise ModelError(
             f"The critic {section.critic} reads other tokens than the model.",
             found="a tokenizer with another vocabulary",
             fix="Name a model of the same family, or leave method.critic out.",
         )
-    head = None
-    if (place / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForSequenceClassification, PeftConfig
-
-        if PeftConfig.from_pretrained(str(place)).task_type == "SEQ_CLS":
-            found = AutoPeftModelForSequenceClassification.from_pretrained(
-                str(place), num_labels=1, trust_remote_code=False
-            ).merge_and_unload()
-        else:
-            found = models.merged(models.load_model(section.critic))
-    elif any(
-        "SequenceClassification" in name for name in AutoConfig.from_pretrained(place).architectures or ()
-    ):
-        found = AutoModelForSequenceClassification.from_pretrained(
-            place, trust_remote_code=False, use_safetensors=True
-        )
+    place, head = Path(models.locate(section.critic)), None
+    adapter = place / "adapter_config.json"
+    if adapter.is_file():
+        scores = json.loads(adapter.read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
     else:
-        found = models.load_model(section.critic)
+        named = models.configuration(section.critic).architectures or ()
+        scores = any("SequenceClassification" in name for name in named)
+    load = models.load_scorer if scores else models.load_model
+    found = load(section.critic, device=str(policy.device))
+    if hasattr(found, "merge_and_unload"):
+        found = found.merge_and_unload(safe_merge=True)
     score = getattr(found, "score", None)
     if isinstance(score, nn.Linear) and score.out_features == 1:
-        head = score
-    trunk = found.base_model.to(policy.device).float().requires_grad_(True)
+        head = score.requires_grad_(True)
+    trunk = found.base_model.float().requires_grad_(True)
     without_dropout(trunk)
     return trunk, head, f"{section.critic}" + (" and its scoring head" if head else "")
 

@@ -13,10 +13,12 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tunesmith import api
+from tunesmith.assets import TINY_MODEL
 from tunesmith.compose import compose, overlaid
 
 TONE = {
@@ -32,7 +34,39 @@ RANKS = {
 }
 """Pairs of a polite, right and short answer and one that is not; a new head finds both of any pair equally good."""
 
-LEARN: dict[str, dict[str, Any]] = {
+
+def short_answers(folder: Path) -> dict[str, Any]:
+    """Questions that the base answers in a sentence, to be answered in at most four words."""
+    rows = [
+        json.loads(line) for line in (TINY_MODEL.parent / "examples/preferences.jsonl").open(encoding="utf-8")
+    ]
+    file = folder / "short.jsonl"
+    file.write_text("".join(json.dumps({**row, "max_words": 4}) + "\n" for row in rows), encoding="utf-8")
+    return {
+        "data": {"dataset": str(file), "max_length": 256},
+        "method": {
+            "rewards": "constraints",
+            "max_new_tokens": 24,
+            "ppo_epochs": 2,
+            "num_minibatches": 4,
+            "value_learning_rate": 1e-2,
+        },
+        "adapter": {"kind": "lora", "rank": 16, "targets": "all-linear"},
+        "training": {
+            "max_steps": 36,
+            "per_device_train_batch_size": 64,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-3,
+            "scheduler": "constant",
+            "warmup_steps": 0,
+            "eval_steps": 18,
+            "logging_steps": 1,
+        },
+        "evaluation": {"metrics": ["constraints"], "max_new_tokens": 24},
+    }
+
+
+LEARN: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "dpo": TONE,
     "dpo, lora": overlaid(TONE, {"adapter": {"kind": "lora"}, "training": {"learning_rate": 1e-3}}),
     "ipo": overlaid(TONE, {"method": {"loss": "ipo"}}),
@@ -45,8 +79,10 @@ LEARN: dict[str, dict[str, Any]] = {
         RANKS,
         {"adapter": {"kind": "lora", "targets": "all-linear"}, "training": {"learning_rate": 3e-3}},
     ),
+    "ppo": short_answers,
 }
-"""By name: the recipe that proves it, over COMMON; the method is the name's first word unless the recipe says."""
+"""By name: the recipe that proves it, or what makes it in a folder, over COMMON; the method is the name's first word
+unless the recipe says."""
 
 KINDS = {"ipo": "dpo"}
 """The method behind a name that is none."""
@@ -60,11 +96,13 @@ COMMON = {
 def learned(name: str, *, seed: int = 42, output_dir: str | Path | None = None) -> dict[str, Any]:
     """What one method came to: its primary metric before and after, the last KL, and the seconds of the run."""
     first = name.split(",")[0]
+    folder = Path(output_dir or tempfile.mkdtemp(prefix="methods-learn-"))
+    proof = LEARN[name]
     layer = overlaid(
         COMMON,
         {"method": {"kind": KINDS.get(first, first)}, "training": {"seed": seed}},
-        LEARN[name],
-        {"output_dir": str(output_dir or tempfile.mkdtemp(prefix="methods-learn-")), "name": first},
+        proof(folder) if callable(proof) else proof,
+        {"output_dir": str(folder), "name": first},
     )
     started = time.perf_counter()
     result = api.train(compose(layer).recipe)

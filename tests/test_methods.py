@@ -52,10 +52,13 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "reward": {"rows": preferred},
     "grpo": {"recipe": SAMPLED},
     "rloo": {"recipe": SAMPLED},
-    "ppo": {"recipe": {"method": {"rewards": "vocabulary_use", "max_new_tokens": 6}}},
+    "ppo": {
+        "recipe": {"method": {"rewards": "vocabulary_use", "max_new_tokens": 6}},
+        "beside": ("value_head.",),
+    },
 }
-"""By method: `rows`, a function from a number to a row (a question with its answer where it is left out), and
-`recipe`, a layer over the one below."""
+"""By method: `rows`, a function from a number to a row (a question with its answer where it is left out),
+`recipe`, a layer over the one below, and `beside`, how the names of what is trained beside the model begin."""
 
 ADAPTERS = {
     "full": {"kind": "full"},
@@ -149,9 +152,8 @@ def test_two_steps_change_what_is_trained_and_nothing_else(quick, kind, adapter,
     else:
         # A new head is trained and saved with the adapter.
         own = (".lora_", ".score.") if METHODS[kind].head else (".lora_",)
-        policy = {
-            name for name in trained if not name.startswith("value_head.")
-        }  # PPO's is for training alone
+        beside = SAMPLES.get(kind, {}).get("beside", ())
+        policy = {name for name in trained if not name.startswith(beside)}
         assert all(any(part in name for part in own) for name in policy)
         assert final
         assert all(any(part in name for part in own) for name in final)

@@ -577,6 +577,7 @@ class PPO(Section):
     kind: Literal["ppo"] = "ppo"
 
     loss_on: ClassVar[Literal["answers"]] = "answers"
+    learning_rates: ClassVar[tuple[float, float]] = (3e-6, 3e-5)
 
     rewards: Rewards = []
     """What answers are worth: names of metrics, `module:function`, or entries of a kind with its fields

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -296,22 +297,32 @@ def test_validation_is_the_mean_reward_of_greedy_answers(made):
     assert metrics["eval_completions/mean_length"] == pytest.approx(sum(len(a.ids) for a in answers) / 3)
 
 
-def test_a_critic_starts_from_a_reward_model(made, tiny_model_folder, tmp_path):
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_critic_starts_from_a_reward_model(made, tiny_model_folder, tmp_path, adapter):
+    import peft
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(5)
     judge = AutoModelForSequenceClassification.from_pretrained(tiny_model_folder, num_labels=1)
+    if adapter:
+        config = peft.LoraConfig(
+            task_type="SEQ_CLS", init_lora_weights=False, target_modules=["q_proj", "v_proj"]
+        )
+        judge = peft.get_peft_model(judge, config)
     judge.save_pretrained(tmp_path / "judge")
     models.load_tokenizer(str(tiny_model_folder)).save_pretrained(tmp_path / "judge")
-    trainer = made(PPO(max_new_tokens=4, value="critic", critic=str(tmp_path / "judge")), adapter="lora")
-    assert torch.equal(trainer.model.value_head.weight, judge.score.weight)
-    assert trainer.model.value_head.bias is None
+    section = PPO(max_new_tokens=4, ppo_epochs=1, value="critic", critic=str(tmp_path / "judge"))
+    trainer = made(section, adapter="lora", steps=1)
     rollout = trainer._rollout([0])
     with torch.no_grad():
         scored = judge.eval()(input_ids=torch.tensor([rollout.prompts[0]])).logits
     assert float(rollout.values[0, 0]) == pytest.approx(float(scored), abs=1e-5)
+    before = parameters(trainer)
     trainer.train()
-    saved = load_file(trainer.run_folder.checkpoints / "checkpoint-step-4" / "value.safetensors")
+    after = parameters(trainer)
+    assert any(not torch.equal(before[n], after[n]) for n in before if n.startswith("critic.layers.0"))
+    assert not torch.equal(before["value_head.weight"], after["value_head.weight"])
+    saved = load_file(trainer.run_folder.checkpoints / "checkpoint-step-1" / "value.safetensors")
     assert "value_head.weight" in saved
     assert any(name.startswith("critic.") for name in saved)
 
@@ -403,3 +414,21 @@ def test_a_reward_that_raises_names_itself_and_the_row(recipe, question_file):
 def test_a_critic_without_effect_is_refused():
     with pytest.raises(RecipeError, match="no effect"):
         compose({"method": {"kind": "ppo", "critic": "tiny"}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_constraint_is_learned_at_bounded_divergence(tmp_path, seed):
+    """The shipped model answers in sentences; it is to answer in at most four words."""
+    import importlib.util
+
+    path = Path(__file__).parents[2] / "benchmarks" / "methods_learn.py"
+    spec = importlib.util.spec_from_file_location("methods_learn", path)
+    learn = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(learn)
+    found = learn.learned("ppo", seed=seed, output_dir=tmp_path)
+    steps = [e["measures"] for e in Run(tmp_path / "ppo").events() if e["kind"] == "step"]
+    assert found["metric"] == "constraints"
+    assert found["after"] - found["before"] >= 0.3
+    assert sum(m["reward"] for m in steps[-5:]) / 5 - steps[0]["reward"] >= 0.3
+    assert max(m["kl"] for m in steps) < 12  # nats per answer of about seven tokens

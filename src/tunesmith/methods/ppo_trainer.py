@@ -35,6 +35,7 @@ from tunesmith.recipe import PPO
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run, write_whole
 from tunesmith.training.validating import rewarded
+from tunesmith.training.watching import correlation
 
 Score = Callable[[Sequence[int], Sequence[str]], Scored]
 """What answers are worth, given the numbers of their prompts and their texts."""
@@ -245,39 +246,21 @@ def critic_of(policy: Any, tokenizer: Any, section: PPO) -> tuple[Any, nn.Linear
         return None, None, "a linear head on the model's last layer"
     if section.critic is None:
         return copied(policy_trunk(policy)), None, "a copy of the model, with the same weights trained"
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
     from tunesmith import models
 
-    place = Path(models.locate(section.critic))
     if models.load_tokenizer(section.critic).get_vocab() != tokenizer.get_vocab():
         raise ModelError(
             f"The critic {section.critic} reads other tokens than the model.",
             found="a tokenizer with another vocabulary",
             fix="Name a model of the same family, or leave method.critic out.",
         )
-    head = None
-    if (place / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForSequenceClassification, PeftConfig
-
-        if PeftConfig.from_pretrained(str(place)).task_type == "SEQ_CLS":
-            found = AutoPeftModelForSequenceClassification.from_pretrained(
-                str(place), num_labels=1, trust_remote_code=False
-            ).merge_and_unload()
-        else:
-            found = models.merged(models.load_model(section.critic))
-    elif any(
-        "SequenceClassification" in name for name in AutoConfig.from_pretrained(place).architectures or ()
-    ):
-        found = AutoModelForSequenceClassification.from_pretrained(
-            place, trust_remote_code=False, use_safetensors=True
-        )
-    else:
-        found = models.load_model(section.critic)
+    found, head = models.load_model(section.critic, device=str(policy.device)), None
+    if hasattr(found, "merge_and_unload"):
+        found = models.merged(found)
     score = getattr(found, "score", None)
     if isinstance(score, nn.Linear) and score.out_features == 1:
-        head = score
-    trunk = found.base_model.to(policy.device).float().requires_grad_(True)
+        head = score.requires_grad_(True)
+    trunk = found.base_model.float().requires_grad_(True)
     without_dropout(trunk)
     return trunk, head, f"{section.critic}" + (" and its scoring head" if head else "")
 
@@ -508,6 +491,9 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         self._tokens = sum(rollout.lengths().values())
         divergence = (ppo.kl_estimates(rollout.logprobs, reference) * mask).sum(1)
         self._measure_answers(scored, lengths, ended)
+        together = correlation([len(ids) for ids in written], scored.totals, [0] * len(written))
+        if together is not None:
+            self._measure("reward_length_correlation", together)
         everywhere = torch.ones_like(scores)
         objective = penalized - self.kl_coefficient * kl.sum(1)
         mean_kl = float(ppo.masked_mean(divergence, everywhere, self._add))
@@ -725,6 +711,13 @@ def trainer(
     run.event(
         "decision", name="reference", value="adapter off" if reference is None else "copy", reason=reason
     )
+    if not is_parted(model):
+        run.event(
+            "decision",
+            name="logits",
+            value="all at once",
+            reason="the model does more than apply its head to its last layer, so the logits of a whole batch are held",
+        )
     critic, head, reason = critic_of(model, tokenizer, section)
     run.event("decision", name="value", value=section.value, reason=reason)
     micro = arguments["per_device_train_batch_size"]

@@ -324,6 +324,9 @@ class Display:
             ),
             "warning": lambda e: self._line(f"[yellow]warning:[/] {e['message']}"),
             "evaluation": lambda e: self._line(f"[dim]step {e['step']}:[/] validation loss {e['loss']:.4f}"),
+            "sample": lambda e: self._line(
+                f"[dim]step {e['step']}, sample:[/] {_in_a_line(e['prompt'])} [dim]->[/] {_in_a_line(e['completion'])}"
+            ),
             "step": self._step,
             "state": self._state,
         }.get(event["kind"])
@@ -868,6 +871,12 @@ def _score(value: float | None, metric: str | None) -> str:
     from tunesmith.evaluation.metrics import METRICS
 
     return "" if value is None or metric not in METRICS else shown(value, METRICS[metric])
+
+
+def _in_a_line(text: str, *, most: int = 80) -> str:
+    """A text on one line, cut to so many characters, as plain text for the terminal."""
+    line = " ".join(text.split())
+    return _escaped(line if len(line) <= most else line[: most - 1] + "…")
 
 
 def _escaped(text: Any) -> str:

@@ -16,6 +16,7 @@ import tunesmith.evaluation as evaluation
 from tunesmith import data, models
 from tunesmith import plan as planning
 from tunesmith.data.packing import Packing, pack, padded_share
+from tunesmith.data.preferences import prompt_length
 from tunesmith.errors import RunError
 from tunesmith.evaluation import EvalRow
 from tunesmith.evaluation.compare import Comparison, compare
@@ -235,9 +236,27 @@ def fitted(
         adapter_init=getattr(recipe.adapter, "init", None),
         checkpoint=checkpoint,
         tensorboard="tensorboard" in recipe.tracking.trackers,
+        samples=_asked(recipe, encodings.validation),
+        max_new_tokens=recipe.evaluation.max_new_tokens,
     )
     prepared.write("training.json", asdict(result))
     return result
+
+
+def _asked(recipe: Recipe, validation: data.Encodings) -> list[tuple[int, ...]]:
+    """Prompts of the first validation examples; none where the model writes nothing, and where the method's own
+    answers are kept anyway."""
+    method = METHODS[recipe.method.kind]
+    if method.head or method.draws:
+        return []
+    found: dict[tuple[int, ...], None] = {}
+    for encoding in validation:
+        if len(found) == recipe.evaluation.samples:
+            break
+        ids = tuple(encoding.input_ids)
+        if prompt := ids if method.model == "seq2seq" else ids[: prompt_length(encoding)]:
+            found[prompt] = None
+    return list(found)
 
 
 def tuned_rows(

@@ -816,7 +816,7 @@ class Evaluation(Section):
     """Tokens per generation batch, padding included."""
 
     samples: NonNegativeInt = 3
-    """Answers shown before and after."""
+    """Answers shown before and after, and answers to as many validation prompts at each validation while training."""
 
     resamples: PositiveInt = 10_000
     """Bootstrap resamples behind each interval."""

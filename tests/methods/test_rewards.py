@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -411,3 +412,17 @@ def test_what_a_judge_will_cost_is_said():
     assert "12,000 calls" in first["reason"]
     assert "calls" not in second["reason"]
     assert first["name"] == "reward judge"
+
+
+def test_the_correlation_within_groups_is_numpys():
+    draw = random.Random(3)
+    groups = [n // 4 for n in range(20)]
+    one = [draw.random() + 10 * group for group in groups]
+    other = [value % 1 + draw.random() - 7 * group for value, group in zip(one, groups, strict=True)]
+    centred = [
+        np.concatenate([np.array(column[n : n + 4]) - np.mean(column[n : n + 4]) for n in range(0, 20, 4)])
+        for column in (one, other)
+    ]
+    assert rewards.correlation(one, other, groups) == pytest.approx(np.corrcoef(*centred)[0, 1])
+    assert rewards.correlation(one, [5.0] * 20, groups) is None
+    assert rewards.correlation(groups, one, groups) is None, "lengths differ between groups only"

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-
 from tunesmith.training.run import Run
-from tunesmith.training.watching import WATCHES, Watching, correlation, divergence, length_alone, no_spread
+from tunesmith.training.watching import WATCHES, Watching, divergence, length_alone, no_spread
 
 
 def measures(step, **changes):
@@ -84,17 +80,3 @@ def test_each_thing_is_said_once_in_a_run_and_not_again_after_a_resume(tmp_path)
     assert event["kind"] == "warning"
     assert event["step"] == 5
     assert event["watch"] == "no spread of rewards"
-
-
-def test_the_correlation_within_groups_is_numpys():
-    draw = random.Random(3)
-    groups = [n // 4 for n in range(20)]
-    one = [draw.random() + 10 * group for group in groups]
-    other = [value % 1 + draw.random() - 7 * group for value, group in zip(one, groups, strict=True)]
-    centred = [
-        np.concatenate([np.array(column[n : n + 4]) - np.mean(column[n : n + 4]) for n in range(0, 20, 4)])
-        for column in (one, other)
-    ]
-    assert correlation(one, other, groups) == pytest.approx(np.corrcoef(*centred)[0, 1])
-    assert correlation(one, [5.0] * 20, groups) is None
-    assert correlation(groups, one, groups) is None, "lengths differ between groups only"

@@ -178,7 +178,10 @@ DRAWN = 12
 
 def _drawn(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Answers that the model gave while it was trained, the first and the last among them."""
-    found = [e for e in events if e.get("kind") == "sample" and isinstance(e.get("completion"), str)]
+    empty = {"row": None, "reward": None, "rewards": {}}
+    found = [
+        {**empty, **e} for e in events if e.get("kind") == "sample" and isinstance(e.get("completion"), str)
+    ]
     if len(found) <= DRAWN:
         return found
     return [found[round(n * (len(found) - 1) / (DRAWN - 1))] for n in range(DRAWN)]

@@ -45,6 +45,8 @@ class Method:
     """Whether several examples can share a row."""
     in_pairs: bool = False
     """Whether two encodings, one after the other, are one example."""
+    draws: bool = False
+    """Whether it learns from answers of the model, of which it keeps samples itself."""
     check: Callable[[Recipe], None] = nothing
     """Refuses, before anything is read, a recipe that cannot be carried out."""
     settled: Callable[..., tuple[Training, int, list[Decision]]] = unchanged
@@ -135,6 +137,7 @@ METHODS = {
         template=sampled.template,
         encoded=sampled.encoded,
         settled=sampled.settled,
+        draws=True,
         check=sampled.check,
     ),
     "rloo": Method(
@@ -145,6 +148,7 @@ METHODS = {
         template=sampled.template,
         encoded=sampled.encoded,
         settled=sampled.settled,
+        draws=True,
         check=sampled.check,
     ),
     "ppo": Method(
@@ -152,9 +156,10 @@ METHODS = {
         adapt=prompts.questioned,
         remarks=prompts.REMARKS,
         build=ppo.build,
-        template=ppo.template,
-        encoded=ppo.encoded,
+        template=sampled.template,
+        encoded=sampled.encoded,
         settled=ppo.settled,
+        draws=True,
         check=sampled.check,
     ),
 }

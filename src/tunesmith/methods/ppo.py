@@ -5,24 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tunesmith.data import EncodedSplits, Splits, prompts
 from tunesmith.data.cache import Encodings
-from tunesmith.data.templates import set_template
 from tunesmith.methods import rewards as rewarding
-from tunesmith.methods.sampled import SAMPLE
 from tunesmith.plan import Decision
-from tunesmith.recipe import PPO, Data, Training
+from tunesmith.recipe import PPO, Training
 from tunesmith.training.run import Run
-
-
-def template(tokenizer: Any, choice: str | None, section: PPO) -> str:
-    """Settle the tokenizer's chat template, and say in a sentence which one it is."""
-    return set_template(tokenizer, choice)
-
-
-def encoded(splits: Splits, tokenizer: Any, data: Data, section: PPO) -> EncodedSplits:
-    """The prompts of all splits, with those dropped that leave no room for an answer."""
-    return prompts.encoded(splits, tokenizer, data=data, room=section.max_new_tokens)
 
 
 def settled(section: PPO, training: Training, num_prompts: int) -> tuple[Training, int, list[Decision]]:
@@ -71,16 +58,7 @@ def build(
         return score
 
     def samples(numbers: Sequence[int], texts: Sequence[str], scored: rewarding.Scored) -> Iterator[Any]:
-        ranked = sorted(range(len(texts)), key=lambda n: scored.totals[n])
-        for n in dict.fromkeys((ranked[-1], ranked[0])):  # the best answer and the worst
-            prompt = train.examples[numbers[n]]
-            yield {
-                "row": str(prompt.row),
-                "prompt": prompt.messages[-1].content[:SAMPLE],
-                "completion": texts[n][:SAMPLE],
-                "reward": scored.totals[n],
-                "rewards": {name: column[n] for name, column in scored.columns.items()},
-            }
+        return rewarding.samples([train.examples[n] for n in numbers], texts, scored)
 
     def facts() -> dict[str, float]:
         return {f"rewards/{r.name}/{name}": value for r in resolved for name, value in r.facts().items()}

@@ -30,12 +30,11 @@ from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.errors import ModelError, RunError
 from tunesmith.generation import Generated, generate, halving, length_batches
 from tunesmith.methods import ppo_math as ppo
-from tunesmith.methods.rewards import Scored
+from tunesmith.methods.rewards import Scored, correlation
 from tunesmith.recipe import PPO
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run, write_whole
 from tunesmith.training.validating import rewarded
-from tunesmith.training.watching import correlation
 
 Score = Callable[[Sequence[int], Sequence[str]], Scored]
 """What answers are worth, given the numbers of their prompts and their texts."""

@@ -24,12 +24,15 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tunesmith.data.examples import Conversation, Message, Prompt, Unusable
 from tunesmith.errors import ModelError, RecipeError, RunError, TunesmithError, counted, nearest
 from tunesmith.recipe import JudgeReward, MetricReward, ModelReward, PythonReward, RewardSection
+from tunesmith.training.run import SAMPLE_TEXT
 
 if TYPE_CHECKING:
     from tunesmith.scoring import RewardModel
@@ -79,6 +82,38 @@ def check(sections: Sequence[RewardSection]) -> None:
                 models.locate(section.model)
             case JudgeReward():
                 Judge(section)
+
+
+def samples(
+    asked: Sequence[Prompt], texts: Sequence[str], scored: Scored, *, among: Sequence[int] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The best and the worst of answers (of those `among` them), with what they were worth, for people to read."""
+    ranked = sorted(range(len(texts)) if among is None else among, key=lambda n: scored.totals[n])
+    for n in dict.fromkeys((ranked[-1], ranked[0])):
+        yield {
+            "row": str(asked[n].row),
+            "prompt": asked[n].messages[-1].content[:SAMPLE_TEXT],
+            "completion": texts[n][:SAMPLE_TEXT],
+            "reward": scored.totals[n],
+            "rewards": {name: column[n] for name, column in scored.columns.items()},
+        }
+
+
+def correlation(one: Sequence[float], other: Sequence[float], groups: Sequence[object]) -> float | None:
+    """Pearson's correlation of two columns, each less its group's mean; None where either has no spread.
+
+    Neighbours of one group stand together.
+    """
+    bounds = [0, *(n + 1 for n, (a, b) in enumerate(pairwise(groups)) if a != b), len(one)]
+    centred: list[list[float]] = [[], []]
+    for begin, end in pairwise(bounds):
+        for column, values in zip(centred, (one, other), strict=True):
+            mean = fmean(values[begin:end])
+            column += [value - mean for value in values[begin:end]]
+    spreads = [math.fsum(value * value for value in column) for column in centred]
+    if min(spreads) <= 1e-12:
+        return None
+    return math.fsum(a * b for a, b in zip(*centred, strict=True)) / math.sqrt(spreads[0] * spreads[1])
 
 
 def resolve(

@@ -21,25 +21,22 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.methods import rewards as rewarding
 from tunesmith.methods.rewards import Reward
 from tunesmith.plan import Decision
-from tunesmith.recipe import GRPO, RLOO, Data, Recipe, Training
+from tunesmith.recipe import GRPO, PPO, RLOO, Data, Recipe, Training
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run
 from tunesmith.training.validating import rewarded
-from tunesmith.training.watching import correlation
 
 Section = GRPO | RLOO
 BUFFER = "answers.safetensors"
 """File of a checkpoint with the answers that are still to be learned from."""
-SAMPLE = 2000
-"""Characters of a question or an answer that an event keeps."""
 
 
-def template(tokenizer: Any, choice: str | None, section: Section) -> str:
+def template(tokenizer: Any, choice: str | None, section: Section | PPO) -> str:
     """Settle the tokenizer's chat template, and say in a sentence which one it is."""
     return set_template(tokenizer, choice)
 
 
-def encoded(splits: Splits, tokenizer: Any, data: Data, section: Section) -> EncodedSplits:
+def encoded(splits: Splits, tokenizer: Any, data: Data, section: Section | PPO) -> EncodedSplits:
     """The prompts of all splits, with those dropped that leave no room for an answer."""
     return prompts.encoded(splits, tokenizer, data=data, room=section.max_new_tokens)
 
@@ -239,7 +236,9 @@ def _on_prompts(
             texts = [_text(ids, stop_ids, self.processing_class) for ids in completion_ids_list]
             scored = rewarding.total(resolved, asked, texts)
             self._drawn = (asked, texts, scored)
-            together = correlation([len(ids) for ids in completion_ids_list], scored.totals, prompts)
+            together = rewarding.correlation(
+                [len(ids) for ids in completion_ids_list], scored.totals, prompts
+            )
             if together is not None:
                 self._metrics["train"]["reward_length_correlation"].append(together)
             table = [scored.columns[reward.name] for reward in resolved]
@@ -260,9 +259,17 @@ def _on_prompts(
             if "loss" in logs:
                 for reward in resolved:
                     logs |= {f"rewards/{reward.name}/{name}": v for name, v in reward.facts().items()}
-                for sample in _samples(*self._drawn) if hasattr(self, "_drawn") else ():
+                for sample in self._first_answers():
                     run.event("sample", step=self.state.global_step, **sample)
             super().log(logs, *given, **named)
+
+        def _first_answers(self) -> Iterator[dict[str, Any]]:
+            """The best and the worst answer to the first prompt of the last batch, for people."""
+            if not hasattr(self, "_drawn"):
+                return
+            asked, texts, scored = self._drawn
+            group = [n for n, prompt in enumerate(asked) if prompt.row == asked[0].row]
+            yield from rewarding.samples(asked, texts, scored, among=group)
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             super()._save_checkpoint(model, trial)
@@ -308,19 +315,3 @@ def _text(ids: Sequence[int], stop_ids: Sequence[int], tokenizer: Any) -> str:
         list(ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return text
-
-
-def _samples(
-    asked: Sequence[Prompt], texts: Sequence[str], scored: rewarding.Scored
-) -> Iterator[dict[str, Any]]:
-    """The best and the worst answer to the first prompt of a batch, for people."""
-    of_first = [n for n, prompt in enumerate(asked) if prompt.row == asked[0].row]
-    ranked = sorted(of_first, key=lambda n: scored.totals[n])
-    for n in dict.fromkeys((ranked[-1], ranked[0])):
-        yield {
-            "row": str(asked[n].row),
-            "prompt": asked[n].messages[-1].content[:SAMPLE],
-            "completion": texts[n][:SAMPLE],
-            "reward": scored.totals[n],
-            "rewards": {name: column[n] for name, column in scored.columns.items()},
-        }

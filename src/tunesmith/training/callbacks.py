@@ -1,4 +1,4 @@
-"""What happens beside the training loop: events, the best model, stopping on request, stopping on NaN."""
+"""What happens beside the training loop: events, samples, the best model, stopping on request, stopping on NaN."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
 
+from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.errors import TrainingDiverged
-from tunesmith.training.run import Run
+from tunesmith.generation import generate
+from tunesmith.training.run import SAMPLE_TEXT, Run
 
 
 class Events(TrainerCallback):  # type: ignore[misc]
@@ -65,6 +67,38 @@ class Events(TrainerCallback):  # type: ignore[misc]
                 token_accuracy=logs.get("eval_mean_token_accuracy"),
                 seconds=logs.get("eval_runtime"),
                 **_own({key.removeprefix("eval_"): value for key, value in logs.items()}),
+            )
+
+
+SAMPLE_TOKENS = 64
+"""Longest answer of a sample: enough to read along, without making a validation long."""
+
+
+class Samples(TrainerCallback):  # type: ignore[misc]
+    """Has the model answer the same few prompts (token ids) at each validation, greedily, for people to read along.
+
+    Draws no random numbers, so that training goes on as if nothing had been asked.
+    """
+
+    def __init__(
+        self, run: Run, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> None:
+        self.run, self.tokenizer, self.prompts = run, tokenizer, prompts
+        self.max_new_tokens = min(max_new_tokens, SAMPLE_TOKENS)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+        """Write what the model answers now."""
+        answers = generate(
+            model,
+            self.tokenizer,
+            self.prompts,
+            max_new_tokens=self.max_new_tokens,
+            stop_ids=end_of_turn_ids(self.tokenizer),
+        )
+        for prompt, answer in zip(self.prompts, answers, strict=True):
+            question = self.tokenizer.decode(list(prompt), skip_special_tokens=True).strip()
+            self.run.event(
+                "sample", step=state.global_step, prompt=question[-SAMPLE_TEXT:], completion=answer.text
             )
 
 

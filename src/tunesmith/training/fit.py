@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,10 +100,13 @@ def fit(
     adapter_init: str | None = None,
     checkpoint: Path | None = None,
     tensorboard: bool = False,
+    samples: Sequence[Sequence[int]] = (),
+    max_new_tokens: int = 256,
 ) -> Fit:
     """Train, keep the best model, and write `final_model/`.
 
-    `adapter_init` names a LoRA start that changes the base weights. `checkpoint` is where to continue.
+    `adapter_init` names a LoRA start that changes the base weights. `checkpoint` is where to continue. `samples`
+    are prompts (token ids) that are answered at each validation, with at most `max_new_tokens` tokens.
     Raises Interrupted after a stop on request, its state saved, and TrainingDiverged before a bad update.
     """
     from transformers.trainer_callback import PrinterCallback
@@ -132,6 +135,8 @@ def fit(
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to the verb's result
     for callback in (events, best, callbacks.LastStep(), stop, callbacks.FiniteLoss(), Watching(run)):
         trainer.add_callback(callback)
+    if samples:
+        trainer.add_callback(callbacks.Samples(run, trainer.processing_class, samples, max_new_tokens))
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter
         from transformers.integrations import TensorBoardCallback

@@ -34,6 +34,9 @@ State = Literal["done", "failed", "interrupted"]
 Watch = Callable[[Mapping[str, Any]], None]
 """Called with every event while the run goes on, and with `progress` events, which are not kept."""
 
+SAMPLE_TEXT = 2000
+"""Characters of a question or an answer that an event keeps."""
+
 RECORDED_PACKAGES = (
     "tunesmith", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy",
 )  # fmt: skip

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
@@ -168,20 +167,3 @@ class Watching(TrainerCallback):  # type: ignore[misc]
             if name not in self.told and (sentence := watch(logged)):
                 self.told.add(name)
                 self.run.event("warning", step=state.global_step, message=sentence, watch=name)
-
-
-def correlation(one: Sequence[float], other: Sequence[float], groups: Sequence[object]) -> float | None:
-    """Pearson's correlation of two columns, each less its group's mean; None where either has no spread.
-
-    Neighbours of one group stand together.
-    """
-    bounds = [0, *(n + 1 for n, (a, b) in enumerate(pairwise(groups)) if a != b), len(one)]
-    centred: list[list[float]] = [[], []]
-    for begin, end in pairwise(bounds):
-        for column, values in zip(centred, (one, other), strict=True):
-            mean = fmean(values[begin:end])
-            column += [value - mean for value in values[begin:end]]
-    spreads = [math.fsum(value * value for value in column) for column in centred]
-    if min(spreads) <= 1e-12:
-        return None
-    return math.fsum(a * b for a, b in zip(*centred, strict=True)) / math.sqrt(spreads[0] * spreads[1])

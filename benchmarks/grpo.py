@@ -52,7 +52,7 @@ def ours(steps: int, folder: Path) -> Any:
     """Our trainer."""
     asked = recipe(steps)
     encodings = dataflow.encodings(asked, dataflow.splits(asked))
-    plan = dataflow.plan(asked, encodings, None)
+    plan = dataflow.plan(asked, encodings, None, dataflow.asked(asked, encodings))
     tokenizer, _ = dataflow._tokenizer(asked)
     model = models.load_model("tiny")
     models.set_stop_tokens(model, tokenizer)

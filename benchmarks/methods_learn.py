@@ -154,7 +154,8 @@ def learned(name: str, *, seed: int = 42, folder: Path) -> dict[str, Any]:
 
 def divergence(recipe: Any, run: Path, *, prompts: int = 64) -> float:
     """KL of the tuned model from the one it started from, in nats per answer: the mean log-ratio of drawn answers."""
-    items = dataflow.items(recipe, dataflow.encodings(recipe, dataflow.splits(recipe)))
+    encodings = dataflow.encodings(recipe, dataflow.splits(recipe))
+    items = dataflow.items(recipe, dataflow.asked(recipe, encodings))
     asked = [list(item.prompt_ids) for item in items[:prompts]]
     tokenizer = models.load_tokenizer(str(run / "final_model"))
     stop_ids = end_of_turn_ids(tokenizer)

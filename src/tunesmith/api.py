@@ -49,7 +49,6 @@ from tunesmith.training.run import (
 )
 
 if TYPE_CHECKING:
-    from tunesmith.data import Splits
     from tunesmith.data.examples import Example
     from tunesmith.data.inspection import Inspected
     from tunesmith.data.templates import Encoder
@@ -465,8 +464,8 @@ def _questions(
     from tunesmith import models as loading
     from tunesmith.compose import overlaid, validated
     from tunesmith.data.splitting import HELD_OUT, TRAIN, VALIDATION
+    from tunesmith.evaluation import unseen
     from tunesmith.evaluation.metrics import METRICS
-    from tunesmith.evaluation.unseen import MeasuredOn, unseen
 
     for model in models:
         loading.locate(str(model))
@@ -510,9 +509,9 @@ def _questions(
     splits = data.prepare(recipe.data) if is_judged else dataflow.splits(recipe)
     asked = splits.examples(HELD_OUT) if dataset is None else splits.examples(TRAIN, VALIDATION, HELD_OUT)
     own = str(run.path) if run and dataset is None else None
-    learned, unchecked = _learned(models, own)
-    kept, left_out = unseen(asked, learned, own)
-    measured_on = MeasuredOn(
+    learned, unchecked = unseen.learned(models, own)
+    kept, left_out = unseen.unseen(asked, learned, own)
+    measured_on = unseen.MeasuredOn(
         dataset=dataset or " + ".join([base.data.dataset, *(part.dataset for part in base.data.mix)]),
         dropped=dict(splits.reasons.counts().most_common()) if dataset is not None else {},
         split_of=own,
@@ -544,68 +543,6 @@ def _same_place(a: str, b: str) -> bool:
     )
 
 
-def _learned(
-    models: Sequence[str | Path], own: str | None
-) -> tuple[dict[str, frozenset[str]], dict[str, str]]:
-    """What each run behind these models was trained or validated on, and the runs of which it is not known.
-
-    A run's base may be a run itself; what that one learned, its successor has learned too.
-    """
-    from tunesmith import dataflow
-    from tunesmith.data.splitting import TRAIN, VALIDATION
-    from tunesmith.evaluation.unseen import marks, own_marks
-    from tunesmith.export.merge import run_of as merged_from
-
-    found: dict[str, frozenset[str]] = {}
-    unchecked: dict[str, str] = {}
-    waiting = [run for model in models if (run := _run_of(model))]
-    for model in models:
-        origin = merged_from(Path(model).expanduser())
-        if origin and not _run_of(model):
-            unchecked[str(model)] = f"it was merged from the run {origin[0]}, which is not at {origin[1]}."
-    while waiting:
-        run = waiting.pop(0)
-        name = str(run.path)
-        if name in found or name in unchecked:
-            continue
-        recipe = run.recipe()
-        if below := _run_of(recipe.model.base):
-            waiting.append(below)
-        try:
-            splits = dataflow.splits(recipe)
-            if not _is_split_of(run, splits):
-                raise RunError("its data set is not what it was when the run was started.")
-            mark = own_marks if name == own else marks
-            found[name] = frozenset(m for e in splits.examples(TRAIN, VALIDATION) for m in mark(e))
-        except TunesmithError as error:
-            unchecked[name] = error.problem
-    return found, unchecked
-
-
-def _is_split_of(run: Run, splits: Splits) -> bool:
-    """Whether the run's ledger has the same rows in the same roles; dropped ones may have been too long."""
-    from tunesmith.data.splitting import FATES
-
-    ledger = run.path / "ledger.jsonl"
-    if not ledger.is_file():
-        return True
-    with ledger.open(encoding="utf-8") as lines:
-        then = [json.loads(line)["fate"] for line in lines]
-    return len(then) == len(splits.fates) and all(
-        fate in ("dropped", FATES[now]) for fate, now in zip(then, splits.fates.tolist(), strict=True)
-    )
-
-
-def _run_of(model: str | Path) -> Run | None:
-    """The run that a model is, was merged from, or lies in: `final_model`, `best_model` or a checkpoint of it."""
-    from tunesmith.export.merge import run_of
-
-    path = Path(model).expanduser()
-    origin = run_of(path)
-    places = (*([origin[1]] if origin else []), path, *path.parents[:2])
-    return next((open_run(folder) for folder in places if is_run(folder)), None)
-
-
 def _answers(
     model: str | Path, questions: _Questions, *, name: str, watch: Watch
 ) -> tuple[list[EvalRow], list[str], str | None]:
@@ -634,7 +571,9 @@ def _answers(
         max_length=settings.data.max_length,
         kind=kind,
     )
-    run = _run_of(model) if kind == "seq2seq" else None
+    from tunesmith.export.merge import run_behind
+
+    run = run_behind(model) if kind == "seq2seq" else None
     longer = evaluation.longer_than_read(items, run.input_length()) if run else None
     if longer:
         watch({"kind": "warning", "message": f"{model}: {longer}"})
@@ -787,7 +726,9 @@ class Chat:
         settle = pairs.settle_template if self.is_seq2seq else set_template
         self.template = settle(self.tokenizer, None)
         self.model = models.load_model(str(model), device=planning.device())
-        run = _run_of(model) if self.is_seq2seq else None
+        from tunesmith.export.merge import run_behind
+
+        run = run_behind(model) if self.is_seq2seq else None
         self.reads = run.input_length() if run else None
         """Most tokens of an input that an encoder-decoder model was trained to read, where a run says so."""
 
@@ -873,7 +814,9 @@ def merge(
     from tunesmith.export import merge as merging
 
     given = Path(model).expanduser()
-    run = _run_of(given) if given.is_dir() else None
+    from tunesmith.export.merge import run_behind
+
+    run = run_behind(given) if given.is_dir() else None
     adapter = merging.adapter_of(model, run)
     own = run is not None and adapter == run.final_model.resolve()
     beside = run.path / "merged_model" if run and own else adapter.with_name(f"{adapter.name}_merged")

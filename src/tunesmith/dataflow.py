@@ -1,6 +1,6 @@
 """The whole workbench on one page: one function per fact, named after what it gives (Hamilton).
 
-    recipe -> splits -> encodings -> plan -> fitted -> base_rows, tuned_rows -> comparisons -> report
+    recipe -> splits -> encodings -> plan -> fitted -> base_rows, tuned_rows -> comparisons, way -> report
 
 Inputs are `recipe`, `run` (its folder) and `checkpoint` (None, or where to continue). Nodes carry facts
 and paths; weights live and die inside a node. `api` drives this module, and so can any Hamilton driver.
@@ -8,6 +8,7 @@ and paths; weights live and die inside a node. `api` drives this module, and so 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ from tunesmith import data, models
 from tunesmith import plan as planning
 from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.data.preferences import prompt_length
+from tunesmith.data.templates import Encoding
 from tunesmith.errors import RunError
-from tunesmith.evaluation import EvalRow
+from tunesmith.evaluation import EvalRow, stages
 from tunesmith.evaluation.compare import Comparison, compare
 from tunesmith.evaluation.lengths import length_bias
-from tunesmith.evaluation.metrics import default_metrics
+from tunesmith.evaluation.metrics import METRICS, default_metrics
 from tunesmith.evaluation.report import write_report
+from tunesmith.evaluation.stages import Stage
+from tunesmith.evaluation.unseen import Asked, asked_of
 from tunesmith.export.card import write_card
 from tunesmith.methods import METHODS
 from tunesmith.plan import Plan
@@ -48,7 +52,7 @@ def packing(recipe: Recipe, encodings: data.EncodedSplits) -> Packing | None:
     return pack(encodings.train.lengths, recipe.data.max_length) if recipe.data.packing else None
 
 
-def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None) -> Plan:
+def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None, asked: Asked) -> Plan:
     """What the run will do on this machine, with reasons."""
     _, template = _tokenizer(recipe)
     lengths = encodings.train.lengths
@@ -57,6 +61,10 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None)
     training, passes, settled = method.settled(recipe.method, recipe.training, len(examples))
     rows, unit = examples.tolist() * passes, "examples" if passes == 1 else "answers"
     notes = [*encodings.notes, template, data.proven(encodings.proof)]
+    notes += [
+        f"{number} held-out examples are left out of the measurement: {run} was trained or validated on them"
+        for run, number in asked.left_out.items()
+    ]
     if packing:
         rows, unit = [int(lengths[list(block)].sum()) for block in packing.blocks], "packed rows"
         batch = recipe.training.per_device_train_batch_size
@@ -73,19 +81,18 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None)
         num_validation=len(encodings.validation) // (2 if method.in_pairs else 1),
         num_examples=len(examples) if packing or passes > 1 else None,
         unit=unit,
-        held_out=None if recipe.evaluation.skip else _held_out(recipe, encodings),
+        held_out=None if recipe.evaluation.skip else _held_out(recipe, asked),
         notes=notes,
         settled=settled,
     )
 
 
-def _held_out(recipe: Recipe, encodings: data.EncodedSplits) -> planning.HeldOut:
+def _held_out(recipe: Recipe, asked: Asked) -> planning.HeldOut:
     groups = {
-        number if example.group is None else example.group
-        for number, example in enumerate(encodings.held_out)
+        number if example.group is None else example.group for number, example in enumerate(asked.examples)
     }
     return planning.HeldOut(
-        items=len(encodings.held_out),
+        items=len(asked.examples),
         groups=len(groups),
         share=recipe.data.held_out,
         max_items=recipe.evaluation.max_items,
@@ -116,11 +123,16 @@ def prepared(run: Run, encodings: data.EncodedSplits, plan: Plan) -> Run:
     return run
 
 
-def items(recipe: Recipe, encodings: data.EncodedSplits) -> list[evaluation.Item]:
-    """The held-out questions, as token ids."""
+def asked(recipe: Recipe, encodings: data.EncodedSplits) -> Asked:
+    """The held-out examples that measure: those that nothing behind the base was trained on."""
+    return asked_of(encodings.held_out, recipe.model.base)
+
+
+def items(recipe: Recipe, asked: Asked) -> list[evaluation.Item]:
+    """The questions that measure, as token ids."""
     tokenizer, _ = _tokenizer(recipe)
     return evaluation.items(
-        encodings.held_out,
+        asked.examples,
         tokenizer,
         loss_on=recipe.method.loss_on,
         max_items=recipe.evaluation.max_items,
@@ -150,20 +162,66 @@ def metrics(recipe: Recipe, items: list[evaluation.Item]) -> list[str]:
 
 
 def base_rows(
-    recipe: Recipe, prepared: Run, plan: Plan, items: list[evaluation.Item], metrics: list[str]
+    recipe: Recipe, prepared: Run, plan: Plan, asked: Asked, items: list[evaluation.Item], metrics: list[str]
 ) -> list[EvalRow]:
     """The base model's answers; those of an interrupted run are used again."""
+    for run, why in asked.unchecked.items():
+        message = f"What {run} was trained on is not known, so held-out examples may be among it: {why}"
+        if not any(event.get("message") == message for event in prepared.events()):
+            prepared.event("warning", message=message)
     file = prepared.evaluation / "rows.jsonl"
     kept = [row for row in evaluation.read_rows(file) if row.model == "base"] if file.exists() else []
+    rows = _start_rows(recipe, prepared, plan, items, metrics, name="base", kept=kept)
+    if rows is not kept:
+        evaluation.write_rows(file, rows)
+    return rows
+
+
+def stage_rows(
+    recipe: Recipe, prepared: Run, plan: Plan, asked: Asked, base_rows: list[EvalRow], metrics: list[str]
+) -> list[tuple[Stage, list[EvalRow]]]:
+    """The answers of every model that the base was fine-tuned from, and last the base's own; nothing where the base is
+    no run."""
+    # A scoring head does not exist before the method that makes it.
+    if METHODS[recipe.method.kind].head or not recipe.evaluation.stages:
+        return []
+    file = prepared.evaluation / "stages.jsonl"
+    kept = evaluation.read_rows(file) if file.exists() else []
+    found: list[tuple[Stage, list[EvalRow]]] = []
+    before, missing = stages.earlier(recipe.model.base)
+    for message in missing:
+        prepared.event("warning", message=message)
+    for stage in before:
+        model = recipe.model.model_copy(update={"base": stage.model, "revision": stage.revision})
+        then = recipe.model_copy(update={"model": model})
+        own = [row for row in kept if row.model == stage.name]
+        rows = _start_rows(then, prepared, plan, items(then, asked), metrics, name=stage.name, kept=own)
+        found.append((stage, rows))
+        if rows is not own:
+            evaluation.write_rows(file, [row for _, rows in found for row in rows])
+    return [*found, (stages.base_of(recipe), base_rows)] if found else []
+
+
+def _start_rows(
+    recipe: Recipe,
+    prepared: Run,
+    plan: Plan,
+    items: list[evaluation.Item],
+    metrics: list[str],
+    *,
+    name: str,
+    kept: list[EvalRow],
+) -> list[EvalRow]:
+    """Answers of a recipe's base: those kept of an interrupted run, or new ones where they are others."""
     if evaluation.are_answers_to(kept, items, metrics, max_new_tokens=recipe.evaluation.max_new_tokens):
         return kept
     tokenizer, _ = _tokenizer(recipe)
-    rows = evaluation.answers(
+    return evaluation.answers(
         recipe.model,
         recipe.evaluation,
         items,
         metrics,
-        name="base",
+        name=name,
         base=recipe.model.base,
         tokenizer=tokenizer,
         device=plan.device,
@@ -171,8 +229,6 @@ def base_rows(
         watch=prepared.watch,
         head=METHODS[recipe.method.kind].head,
     )
-    evaluation.write_rows(file, rows)
-    return rows
 
 
 def fitted(
@@ -243,7 +299,7 @@ def fitted(
     return result
 
 
-def _asked(recipe: Recipe, validation: data.Encodings) -> list[tuple[int, ...]]:
+def _asked(recipe: Recipe, validation: Sequence[Encoding]) -> list[tuple[int, ...]]:
     """Prompts of the first validation examples; none where the model writes nothing, and where the method's own
     answers are kept anyway."""
     method = METHODS[recipe.method.kind]
@@ -321,7 +377,38 @@ def samples(recipe: Recipe, base_rows: list[EvalRow], tuned_rows: list[EvalRow])
     ]
 
 
-def report(prepared: Run, fitted: Fit, comparisons: list[Comparison]) -> Path:
+def way(
+    recipe: Recipe,
+    prepared: Run,
+    stage_rows: list[tuple[Stage, list[EvalRow]]],
+    tuned_rows: list[EvalRow],
+    comparisons: list[Comparison],
+) -> list[dict[str, Any]]:
+    """The stages from the first model to this run's, each measured on the same questions; saved for the report."""
+    if not stage_rows:
+        return []
+    this = Stage(prepared.path.name, str(prepared.final_model), method=recipe.method.kind)
+    section = recipe.evaluation
+    found = stages.measured(
+        [*stage_rows, (this, tuned_rows)],
+        [c.metric for c in comparisons],
+        resamples=section.resamples,
+        confidence=section.confidence,
+    )
+    scored_by = stages.reward_models(recipe)
+    prepared.write("evaluation/stages.json", {"stages": found, "reward_models": scored_by})
+    if primary := next((c.metric for c in comparisons if c.primary), None):
+        label = METRICS[primary].label
+        prepared.event(
+            "decision",
+            name="stages",
+            value=stages.sentence(found, primary),
+            reason=f"{label} on the same questions",
+        )
+    return found
+
+
+def report(prepared: Run, fitted: Fit, comparisons: list[Comparison], way: list[dict[str, Any]]) -> Path:
     """report.html, and the model card beside the weights."""
     write_card(prepared, comparisons)
     return write_report(prepared.path)

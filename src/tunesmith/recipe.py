@@ -824,6 +824,9 @@ class Evaluation(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     """Level of the intervals."""
 
+    stages: bool = True
+    """Where the base is a run, also measure the models that it was fine-tuned from: another set of answers each."""
+
     skip: bool = False
     """Train only; `tunesmith evaluate RUN` can follow later."""
 

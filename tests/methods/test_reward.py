@@ -172,7 +172,8 @@ def test_swapping_the_answers_turns_loss_and_ranking_round(recipe, built):
     for row in (pair, swapped):
         made = recipe(row, data={"validation": 0.0, "held_out": 0.95})
         splits = dataflow.splits(made)
-        items = dataflow.items(made, dataflow.encodings(made, splits))
+        encodings = dataflow.encodings(made, splits)
+        items = dataflow.items(made, dataflow.asked(made, encodings))
         rows = dataflow.evaluation.evaluate(
             one.model, one.processing_class, items, name="base", metrics=dataflow.metrics(made, items)
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import RunError
-from tunesmith.evaluation.compare import Comparison, remarks, sentence, shown, table
+from tunesmith.evaluation.compare import Comparison, difference_shown, remarks, sentence, shown, table
 from tunesmith.evaluation.metrics import METRICS, Metric
 from tunesmith.evaluation.rows import EvalRow, read_rows
 from tunesmith.training.run import Run, write_whole
@@ -29,6 +29,8 @@ FILES = {
     "evaluation/rows.jsonl": "every answer of both models, with scores",
     "evaluation/scores.json": "scores of each model with intervals",
     "evaluation/comparison.json": "base against tuned",
+    "evaluation/stages.jsonl": "every answer of the models that the base was fine-tuned from",
+    "evaluation/stages.json": "the scores of every stage",
     "final_model": "weights or adapter, tokenizer, template, model card",
     "status.json": "how the run ended; written last",
 }
@@ -63,6 +65,7 @@ def write_report(run_dir: Path) -> Path:
         table=table(compared) if compared else None,
         compared=[(c, METRICS[c.metric]) for c in compared],
         scores=_json(run, "evaluation/scores.json", problems),
+        stages=_stages(run, problems),
         answers=_answers(rows, METRICS[primary.metric] if primary else None),
         answers_open=ANSWERS_OPEN,
         drawn=_drawn(events),
@@ -93,6 +96,34 @@ def _comparisons(run: Run, problems: list[str]) -> list[Comparison]:
     except (TypeError, KeyError) as error:
         problems.append(f"evaluation/comparison.json is not a comparison: {error}")
         return []
+
+
+def _stages(run: Run, problems: list[str]) -> dict[str, Any] | None:
+    """The way to this model as a table: a header, a line for each stage, and the reward models with their proof."""
+    if not (run.path / "evaluation/stages.json").is_file():
+        return None
+    found = _json(run, "evaluation/stages.json", problems) or {"stages": []}
+    names = [name for name in (found["stages"][0]["scores"] if found["stages"] else ()) if name in METRICS]
+    lines = []
+    for stage in found["stages"]:
+        cells = [_score(stage["scores"][name], METRICS[name]) for name in names]
+        change = Comparison(**stage["change"]) if stage["change"] else None
+        said = f"{difference_shown(change)}: {change.verdict}" if change and change.n else "-"
+        lines.append([stage["name"], stage["method"] or "-", *cells, said])
+    return {
+        "header": ["stage", "method", *(METRICS[name].label for name in names), "against the stage before"],
+        "lines": lines,
+        "reward_models": [
+            f"{r['name']}: {sentence(Comparison(**r['comparison']))}" for r in found.get("reward_models", ())
+        ],
+    }
+
+
+def _score(score: Mapping[str, Any], metric: Metric) -> str:
+    if score["value"] is None:
+        return "-"
+    value, low, high = (shown(score[key], metric) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _rows(run: Run, problems: list[str]) -> list[EvalRow]:
@@ -176,9 +207,9 @@ DRAWN = 12
 """Answers of the training that are shown, spread over its steps."""
 
 
-def _drawn(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _drawn(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Answers that the model gave while it was trained, the first and the last among them."""
-    empty = {"row": None, "reward": None, "rewards": {}}
+    empty: dict[str, Any] = {"row": None, "reward": None, "rewards": {}}
     found = [
         {**empty, **e} for e in events if e.get("kind") == "sample" and isinstance(e.get("completion"), str)
     ]

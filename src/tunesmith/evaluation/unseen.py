@@ -5,12 +5,20 @@ Rows are recognized by content, so another file, another order or another split 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith.data.examples import Conversation, Example, Preference, Prompt, Rating, questions
 from tunesmith.data.splitting import key
+from tunesmith.errors import RunError, TunesmithError
+
+if TYPE_CHECKING:
+    from tunesmith.data import Splits
+    from tunesmith.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,25 @@ class MeasuredOn:
         if not self.left_out:
             why.append("no run here was trained on any of them")
         return f"{count} {rows} of {where}", "; ".join(why)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The held-out examples that a run is measured on, and those that are left out since a run behind its base was
+    trained or validated on them."""
+
+    examples: Sequence[Example]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many, by run."""
+    unchecked: Mapping[str, str] = field(default_factory=dict)
+    """Runs of which it is not known what they were trained on, and why."""
+
+
+def asked_of(held_out: Sequence[Example], base: str) -> Asked:
+    """The examples that nothing behind a base has learned from."""
+    known, unchecked = learned([base], None)
+    kept, left_out = unseen(held_out, known) if known else (held_out, {})
+    return Asked(kept, left_out, unchecked)
 
 
 def marks(example: Example) -> frozenset[str]:
@@ -98,3 +125,55 @@ def unseen(
         else:
             left_out[run] += 1
     return kept, dict(left_out)
+
+
+def learned(
+    models: Sequence[str | Path], own: str | None
+) -> tuple[dict[str, frozenset[str]], dict[str, str]]:
+    """What each run behind these models was trained or validated on, and the runs of which it is not known.
+
+    A run's base may be a run itself; what that one learned, its successor has learned too.
+    """
+    from tunesmith import dataflow
+    from tunesmith.data.splitting import TRAIN, VALIDATION
+    from tunesmith.export.merge import run_behind
+    from tunesmith.export.merge import run_of as merged_from
+
+    found: dict[str, frozenset[str]] = {}
+    unchecked: dict[str, str] = {}
+    waiting = [run for model in models if (run := run_behind(model))]
+    for model in models:
+        origin = merged_from(Path(model).expanduser())
+        if origin and not run_behind(model):
+            unchecked[str(model)] = f"it was merged from the run {origin[0]}, which is not at {origin[1]}."
+    while waiting:
+        run = waiting.pop(0)
+        name = str(run.path)
+        if name in found or name in unchecked:
+            continue
+        recipe = run.recipe()
+        if below := run_behind(recipe.model.base):
+            waiting.append(below)
+        try:
+            splits = dataflow.splits(recipe)
+            if not _is_split_of(run, splits):
+                raise RunError("its data set is not what it was when the run was started.")
+            mark = own_marks if name == own else marks
+            found[name] = frozenset(m for e in splits.examples(TRAIN, VALIDATION) for m in mark(e))
+        except TunesmithError as error:
+            unchecked[name] = error.problem
+    return found, unchecked
+
+
+def _is_split_of(run: Run, splits: Splits) -> bool:
+    """Whether the run's ledger has the same rows in the same roles; dropped ones may have been too long."""
+    from tunesmith.data.splitting import FATES
+
+    ledger = run.path / "ledger.jsonl"
+    if not ledger.is_file():
+        return True
+    with ledger.open(encoding="utf-8") as lines:
+        then = [json.loads(line)["fate"] for line in lines]
+    return len(then) == len(splits.fates) and all(
+        fate in ("dropped", FATES[now]) for fate, now in zip(then, splits.fates.tolist(), strict=True)
+    )

@@ -19,7 +19,7 @@ from tunesmith import models
 from tunesmith.errors import ModelError, RunError, TunesmithError, nearest
 from tunesmith.export.card import write_merged_card
 from tunesmith.recipe import QLoRA
-from tunesmith.training.run import Run, dataset_name, write_whole
+from tunesmith.training.run import Run, dataset_name, is_run, open_run, write_whole
 
 FACTS = "merge.json"
 """What a merged folder was made from and what the check found, in that folder."""
@@ -462,3 +462,11 @@ def run_of(folder: Path) -> tuple[str, Path] | None:
         return str(facts["run"]), (folder / facts["run_folder"]).resolve()
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def run_behind(model: str | Path) -> Run | None:
+    """The run that a model is, was merged from, or lies in: `final_model`, `best_model` or a checkpoint of it."""
+    path = Path(model).expanduser()
+    origin = run_of(path)
+    places = (*([origin[1]] if origin else []), path, *path.parents[:2])
+    return next((open_run(folder) for folder in places if is_run(folder)), None)

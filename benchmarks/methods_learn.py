@@ -4,8 +4,8 @@
 
 Prints a line per method and, last, one JSON object: `{method: {"before", "after", "kl", "seconds"}}` with the metric
 and the number of examples it rests on. Preference methods start from the shipped base. `grpo`, `rloo` and `ppo` start
-from a model that was fine-tuned first and is courteous in half of its answers; their reward is whether an answer begins
-courteously. `stages` is the whole way: fine-tuning, a reward model from pairs, PPO on that model's scores. It is
+from a model that was fine-tuned first, on answers of which a third is courteous; their reward is whether an answer
+begins courteously. `stages` is the whole way: fine-tuning, a reward model from pairs, PPO on that model's scores. It is
 measured by the same constraint, which none of its stages is told.
 
 The KL is measured afterwards and in the same way for all: answers to held-out prompts are drawn from the tuned model;
@@ -59,8 +59,8 @@ ANSWERED = {
     "method": {"max_new_tokens": 32},
     "adapter": {"kind": "lora", "rank": 16, "targets": "all-linear"},
     "training": {
-        "max_steps": 10, "per_device_train_batch_size": 32, "learning_rate": 1e-3, "scheduler": "constant",
-        "warmup_steps": 0, "logging_steps": 1,
+        "max_steps": 12, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3, "scheduler": "constant", "warmup_steps": 0, "logging_steps": 1,
     },
     "evaluation": {"metrics": ["constraints"], "max_new_tokens": 32, "max_items": 100},
 }  # fmt: skip
@@ -89,13 +89,13 @@ LEARN: dict[str, dict[str, Any]] = {
 
 
 def questions(folder: Path) -> Path:
-    """A file of the questions of `example:tone`, each with one of its answers, the courteous and the rude one in turns,
+    """A file of the questions of `example:tone`, each with one of its answers, every third one courteous,
     and with the constraint that is measured."""
     file = folder / "questions.jsonl"
     pairs = (TINY_MODEL.parent / "examples" / "tone.jsonl").read_text(encoding="utf-8").splitlines()
     rows = []
     for number, pair in enumerate(map(json.loads, pairs)):
-        answer = pair["chosen" if number % 2 else "rejected"]
+        answer = pair["rejected" if number % 3 else "chosen"]
         rows.append({"prompt": pair["prompt"], "response": answer, "starts_with": list(COURTEOUS)})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
@@ -107,7 +107,7 @@ def start(folder: Path) -> Path:
     layer = {
         "name": "start", "output_dir": str(folder), "method": {"kind": "sft"},
         "data": {"dataset": str(questions(folder)), "max_length": 128, "held_out": 0.2},
-        "training": {"max_steps": 60, "per_device_train_batch_size": 16, "learning_rate": 5e-4},
+        "training": {"max_steps": 40, "per_device_train_batch_size": 16, "learning_rate": 1e-3},
         "evaluation": {"metrics": ["constraints"], "max_new_tokens": 32, "max_items": 100},
     }  # fmt: skip
     return Path(api.train(compose(overlaid(COMMON, layer)).recipe).run)

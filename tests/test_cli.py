@@ -323,7 +323,6 @@ def test_plan_writes_nothing(invoke, quick_flags, tmp_path):
         (["train", "--config", "quick_tst"], 1, "Did you mean 'quick_test'"),
         (["train", "missing.yaml"], 1, "cannot be read"),
         (["train", "--set", "training.nonsense=1"], 1, "not a field"),
-        (["train", "--qlora"], 3, "CUDA"),
         (["evaluate", "tiny"], 1, "--dataset"),
         (["resume", "nowhere"], 1, "not a run"),
         (["evaluate", "runs/nope"], 1, "no model"),

@@ -65,6 +65,7 @@ ADAPTERS = {
     "freeze": {"kind": "freeze", "ratio": 0.5},
     "lora": {"kind": "lora", "rank": 4},
     "lora, gradient checkpointing": {"kind": "lora", "rank": 4},
+    "qlora": {"kind": "qlora", "rank": 4},
 }
 
 
@@ -116,6 +117,7 @@ def test_two_steps_change_what_is_trained_and_nothing_else(quick, kind, adapter,
         seen["before"] = {
             n: (p.detach().clone(), p.requires_grad) for n, p in trainer.model.named_parameters()
         }
+        seen["packed"] = {type(module).__name__ for module in trainer.model.modules()} & {"Linear4bit"}
         result = fit(trainer, *args, **kwargs)
         seen["after"] = {n: p.detach() for n, p in trainer.model.named_parameters()}
         return result
@@ -135,6 +137,10 @@ def test_two_steps_change_what_is_trained_and_nothing_else(quick, kind, adapter,
     validations = [event for event in run.events() if event["kind"] == "evaluation"]
     assert validations
     assert all(math.isfinite(event["loss"]) for event in validations)
+
+    # A quantized base is one, and what is trained keeps all its digits.
+    assert bool(seen["packed"]) == (adapter == "qlora")
+    assert {p.dtype for p, is_trained in seen["before"].values() if is_trained} == {torch.float32}
 
     # Only what is to be trained has changed.
     assert digests(base) == files
@@ -215,9 +221,52 @@ def learn():
 @pytest.mark.parametrize("kind", ["dpo", "kto", "orpo"])  # benchmarks/methods_learn.py has all
 def test_preferences_are_learned(kind, tmp_path):
     """From about half of the held-out pairs to at least 85 %, on the shipped model and data."""
-    found = learn().learned(kind, output_dir=tmp_path)
+    found = learn().learned(kind, folder=tmp_path)
     assert found["metric"] == "preference_accuracy"
     assert found["n"] >= 100
     assert 0.4 <= found["before"] <= 0.6
     assert found["after"] >= 0.85
     assert found["interval"][0] > 0.25
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory):
+    """The benchmark's module, and a folder in which what its proofs start from is trained once."""
+    return learn(), tmp_path_factory.mktemp("learned")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])  # benchmarks/methods_learn.py has rloo as well
+def test_what_is_rewarded_is_learned_near_the_start(stages, kind):
+    """A verifiable reward rises by 30 points over the model that was fine-tuned, whatever the seed."""
+    module, folder = stages
+    for seed in (1, 2, 3):
+        found = module.learned(kind, seed=seed, folder=folder)
+        assert found["metric"] == "constraints"
+        assert found["n"] >= 80
+        assert found["after"] - found["before"] >= 0.3
+        assert found["interval"][0] > 0.2
+        assert found["kl"] < 8  # nats per answer of about twelve tokens
+
+
+@pytest.mark.slow
+def test_fine_tuning_a_reward_model_and_ppo_go_one_after_the_other(stages):
+    """PPO is told a reward model's scores alone; a constraint that no stage knows says what came of each."""
+    module, folder = stages
+    found = module.learned("stages", folder=folder)
+    assert found["after"] - found["before"] >= 0.3
+    run = Run(folder / "stages-42")
+    kept = run.read("evaluation/stages.json")
+    assert [(stage["name"], stage["method"]) for stage in kept["stages"]] == [
+        ("tiny", None),
+        ("start", "sft"),
+        ("stages-42", "ppo"),
+    ]
+    assert [stage["scores"]["constraints"]["n"] for stage in kept["stages"]] == [found["n"]] * 3
+    assert kept["stages"][-1]["scores"]["constraints"]["value"] == pytest.approx(found["after"], abs=1e-4)
+    assert kept["stages"][-1]["change"]["verdict"] == "better"
+    assert [model["name"] for model in kept["reward_models"]] == ["judge"]
+    assert kept["reward_models"][0]["comparison"]["tuned"] > 0.9
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+    assert "Every model on the way to this one" in page
+    assert "Answers were scored by judge" in page

@@ -215,14 +215,24 @@ def test_embeddings_are_trained_along_where_they_are_named():
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_qlora_asks_for_nf4_with_bfloat16_compute(monkeypatch, double):
-    """The configuration; loading with it needs CUDA."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # bitsandbytes may not be here
-    monkeypatch.setattr(tf.BitsAndBytesConfig, "post_init", lambda self: None)
-    asked = models._four_bit(QLoRA(double_quantization=double))
-    assert asked.load_in_4bit
-    assert (asked.bnb_4bit_quant_type, asked.bnb_4bit_compute_dtype) == ("nf4", torch.bfloat16)
-    assert asked.bnb_4bit_use_double_quant is double
+def test_qlora_packs_the_base_into_nf4(tiny_model_folder, double):
+    model = models.load_model(str(tiny_model_folder), quantize=QLoRA(double_quantization=double))
+    layer = model.model.layers[0].self_attn.q_proj
+    assert type(layer).__name__ == "Linear4bit"
+    assert (layer.weight.quant_type, layer.compute_dtype) == ("nf4", torch.float32)
+    assert layer.weight.compress_statistics is double
+    assert type(model.lm_head).__name__ == "Linear"
+    assert models._four_bit(QLoRA(), device="cuda").bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_trained_weights_keep_their_type_while_a_trainer_is_made():
+    model = FAMILIES["llama"]().requires_grad_(False)
+    weight = model.lm_head.weight.requires_grad_(True)
+    before = weight.detach().clone()
+    with models.keeping_types(model):
+        weight.data = weight.data.to(torch.bfloat16)
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, before)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

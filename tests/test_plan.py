@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tunesmith import plan as planning
-from tunesmith.errors import DataError, OutOfResources
+from tunesmith.errors import DataError, MissingExtra, OutOfResources
 from tunesmith.recipe import Model, Training
 
 
@@ -113,8 +113,13 @@ def test_mixed_precision_on_a_cpu_is_switched_off_aloud(precision):
     assert precision in reasons(plan, "mixed_precision")[0]
 
 
-@pytest.mark.skipif(planning.device() == "cuda", reason="there is CUDA here")
-def test_qlora_without_cuda_is_a_clear_error():
+def test_qlora_needs_a_device_and_a_package_that_have_four_bits(monkeypatch):
+    monkeypatch.setattr(planning, "device", lambda: "cpu")
+    assert "more time" in reasons(resolve(Training(), adapter="qlora"), "quantization")[0]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"tunesmith\[qlora\]"):
+        resolve(Training(), adapter="qlora")
+    monkeypatch.setattr(planning, "device", lambda: "mps")
     with pytest.raises(OutOfResources, match="CUDA") as error:
         resolve(Training(), adapter="qlora")
     assert "--lora" in str(error.value)

@@ -405,7 +405,9 @@ ConfigOption = Annotated[
 ]  # fmt: skip
 
 LoraOption = Annotated[bool, typer.Option("--lora", help="Train low-rank adapters instead of all weights.")]
-QloraOption = Annotated[bool, typer.Option("--qlora", help="LoRA on a 4-bit base; needs CUDA.")]
+QloraOption = Annotated[
+    bool, typer.Option("--qlora", help="LoRA on a 4-bit base; made for CUDA, slow on a CPU.")
+]
 FreezeOption = Annotated[
     float | None, typer.Option(help="Freeze this share of the layers, from the bottom; 0 freezes none.")
 ]

@@ -199,7 +199,7 @@ def stage_rows(
         found.append((stage, rows))
         if rows is not own:
             evaluation.write_rows(file, [row for _, rows in found for row in rows])
-    return [*found, (stages.base_of(recipe), base_rows)] if found else []
+    return [*found, (stages.stage(recipe.model.base, recipe.model.revision), base_rows)] if found else []
 
 
 def _start_rows(
@@ -268,23 +268,24 @@ def fitted(
     prepared.event("decision", name="model", value=described, reason=f"adapter.kind is {recipe.adapter.kind}")
     method = METHODS[recipe.method.kind]
     training, _, _ = method.settled(recipe.method, recipe.training, len(encodings.train))
-    trainer = method.build(
-        recipe.method,
-        model=model,
-        tokenizer=tokenizer,
-        train=encodings.train,
-        validation=encodings.validation,
-        arguments=arguments(
-            plan,
-            training,
-            recipe.tracking,
-            name=prepared.path.name,
-            staging=prepared.path / ".staging",
-        ),
-        run=prepared,
-        keep=recipe.training.save_total_limit,
-        packing=packing,
-    )
+    with models.keeping_types(model):
+        trainer = method.build(
+            recipe.method,
+            model=model,
+            tokenizer=tokenizer,
+            train=encodings.train,
+            validation=encodings.validation,
+            arguments=arguments(
+                plan,
+                training,
+                recipe.tracking,
+                name=prepared.path.name,
+                staging=prepared.path / ".staging",
+            ),
+            run=prepared,
+            keep=recipe.training.save_total_limit,
+            packing=packing,
+        )
     result = fit(
         trainer,
         prepared,

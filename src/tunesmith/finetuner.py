@@ -431,18 +431,20 @@ class LLMFineTuner:
                     run.event("warning", message=NOT_REPEATABLE)
                     model = models.describe(self.peft_model).sentence()
                     run.event("decision", name="model", value=model, reason="adapter.kind is lora")
-                    trainer = METHODS["sft"].build(
-                        recipe.method,
-                        model=self.peft_model,
-                        tokenizer=self.tokenizer,
-                        train=rows,
-                        validation=(),
-                        arguments=arguments(
-                            plan, recipe.training, recipe.tracking, name=path.name, staging=path / ".staging"
-                        ),
-                        run=run,
-                        keep=recipe.training.save_total_limit,
+                    options = arguments(
+                        plan, recipe.training, recipe.tracking, name=path.name, staging=path / ".staging"
                     )
+                    with models.keeping_types(self.peft_model):
+                        trainer = METHODS["sft"].build(
+                            recipe.method,
+                            model=self.peft_model,
+                            tokenizer=self.tokenizer,
+                            train=rows,
+                            validation=(),
+                            arguments=options,
+                            run=run,
+                            keep=recipe.training.save_total_limit,
+                        )
                     result = fit(trainer, run, recipe.training, checkpoint=checkpoint)
                     run.write("training.json", asdict(result))
                     write_card(run, [])

@@ -5,8 +5,9 @@ Only safetensors are read and no code from a model's folder or the Hub is ever r
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -356,7 +357,11 @@ def load_model(
     if attention != "auto":
         options["attn_implementation"] = attention
     if quantize:
-        options |= {"quantization_config": _four_bit(quantize, head), "device_map": {"": 0}}
+        place = 0 if device == "cuda" else device
+        options |= {
+            "quantization_config": _four_bit(quantize, head, device=device),
+            "device_map": {"": place},
+        }
     is_adapter = (Path(location) / "adapter_config.json").is_file()
     if is_adapter and quantize:
         raise ModelError(
@@ -398,6 +403,8 @@ def load_model(
     if not Path(base).expanduser().is_dir() and base != "tiny" and not is_adapter:
         # A Hub model that came from the cache's folder is still that of the Hub.
         model.name_or_path = model.config.name_or_path = base
+    if quantize and device == "cpu":
+        _keep_packing(model)
     return model if quantize else model.to(device)
 
 
@@ -550,19 +557,46 @@ def _not_loaded(what: str, base: str, error: Exception) -> ModelError:
     )
 
 
-def _four_bit(adapter: QLoRA, head: Head | None = None) -> Any:
-    import importlib.util
+@contextlib.contextmanager
+def keeping_types(model: Any) -> Iterator[None]:
+    """Give trained weights back their type where what happens meanwhile changes it.
 
-    import torch
-    from transformers import BitsAndBytesConfig
+    TRL's trainers turn the adapter of a quantized base into bfloat16 without a word: its updates would be rounded to
+    three digits, and a scoring head no longer fits what it reads.
+    """
+    before = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in before and parameter.dtype != before[name].dtype:
+            parameter.data = before[name]
+
+
+def _keep_packing(model: Any) -> None:
+    """Leave 4-bit weights packed as they are. On CPUs with bfloat16 instructions bitsandbytes packs them anew at the
+    first evaluation, which fails for sizes that are no multiple of 32 and is no form to train on."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def require_four_bits() -> None:
+    """Raises MissingExtra where the package that packs weights into 4 bits is not installed."""
+    import importlib.util
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtra("bitsandbytes", "QLoRA", install="'tunesmith[qlora]'")
+
+
+def _four_bit(adapter: QLoRA, head: Head | None = None, *, device: str) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    require_four_bits()
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=adapter.double_quantization,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.bfloat16 if device == "cuda" else torch.float32,
         # Given modules take the place of transformers' own choice, the output layer; a scoring model has none.
         llm_int8_skip_modules=[HEAD] if head else None,
     )

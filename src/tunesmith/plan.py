@@ -108,13 +108,9 @@ def resolve(
     if not lengths:
         raise DataError("There is no example to train on.", fix="See the ledger for what became of the rows.")
     where = device()
-    if adapter_kind == "qlora" and where != "cuda":
-        raise OutOfResources(
-            "QLoRA needs a CUDA device: 4-bit weights are not trained anywhere else.",
-            found=f"device '{where}'",
-            fix="Use --lora, which needs no GPU.",
-        )
     decisions = [Decision("device", where, "the best device found")]
+    if adapter_kind == "qlora":
+        decisions += _four_bits(where)
     decisions += [Decision("data", note, "reading the data") for note in notes]
     precision = training.mixed_precision
     if precision != "no" and where == "cpu":
@@ -187,6 +183,23 @@ def resolve(
         logging_steps=min(training.logging_steps, total),
         decisions=tuple(decisions),
     )
+
+
+def _four_bits(where: Device) -> list[Decision]:
+    """What to know of 4-bit weights on a device. Raises OutOfResources where there are none, and MissingExtra."""
+    from tunesmith.models import require_four_bits
+
+    if where not in ("cuda", "cpu"):
+        raise OutOfResources(
+            "QLoRA needs a CUDA device, or a CPU and patience: there are no 4-bit weights elsewhere.",
+            found=f"device '{where}'",
+            fix="Use --lora.",
+        )
+    require_four_bits()
+    if where == "cuda":
+        return []
+    why = "a CPU unpacks the 4-bit weights in every step: less memory than --lora, and more time"
+    return [Decision("quantization", "4 bits", why)]
 
 
 def _dtype(asked: str, adapter_kind: str, where: Device, precision: str) -> tuple[str, str]:

@@ -708,7 +708,8 @@ class LoRA(Section):
 
 
 class QLoRA(LoRA):
-    """LoRA on a base quantized to 4 bits: nf4, double quantization, bfloat16 compute (arXiv 2305.14314)."""
+    """LoRA on a base quantized to 4 bits: nf4, double quantization, bfloat16 compute, on a CPU float32
+    (arXiv 2305.14314)."""
 
     kind: Literal["qlora"] = "qlora"  # type: ignore[assignment]
 

@@ -115,7 +115,7 @@ def test_an_empty_column_is_called_empty_not_absent(tmp_path):
 def test_unused_columns_and_written_out_numbers_are_said(tmp_path):
     rows = [{"question": f"{i} + 1", "answer": i + 1, "context": "sums"} for i in range(5)]
     notes = data.prepare(Data(dataset=str(jsonl(tmp_path / "a.jsonl", *rows)))).notes
-    assert "columns that no example is made of: context" in notes
+    assert "columns that no example is made of, which metrics and rewards can read: context" in notes
     assert any(note.startswith("5 rows have a number") for note in notes)
 
 

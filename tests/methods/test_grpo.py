@@ -72,7 +72,7 @@ def quick(here, tiny_model_folder, question_file):
 def trainer_of(recipe, folder, name="made"):
     """The trainer that a recipe comes to, its run, and the prompts."""
     encodings = dataflow.encodings(recipe, dataflow.splits(recipe))
-    plan = dataflow.plan(recipe, encodings, None)
+    plan = dataflow.plan(recipe, encodings, None, dataflow.asked(recipe, encodings))
     tokenizer, _ = dataflow._tokenizer(recipe)
     model = models.attach(
         models.load_model(recipe.model.base),
@@ -384,7 +384,7 @@ def test_the_plan_counts_answers(quick, here):
     recipe = quick("grpo", training={"max_steps": None, "num_epochs": 2, "per_device_train_batch_size": 4,
                                      "gradient_accumulation_steps": 2})  # fmt: skip
     encodings = dataflow.encodings(recipe, dataflow.splits(recipe))
-    plan = dataflow.plan(recipe, encodings, None)
+    plan = dataflow.plan(recipe, encodings, None, dataflow.asked(recipe, encodings))
     assert plan.examples == len(encodings.train)
     assert plan.total_steps == 2 * plan.steps_per_epoch
     assert plan.steps_per_epoch == -(-len(encodings.train) * 4 // 8)

@@ -72,7 +72,7 @@ def built(tmp_path):
     def build(recipe) -> tuple[Any, Any, Run]:
         splits = dataflow.splits(recipe)
         encodings = dataflow.encodings(recipe, splits)
-        plan: Plan = dataflow.plan(recipe, encodings, None)
+        plan: Plan = dataflow.plan(recipe, encodings, None, dataflow.asked(recipe, encodings))
         tokenizer, _ = dataflow._tokenizer(recipe)
         torch.manual_seed(0)
         model = models.attach(models.load_model(recipe.model.base), recipe.adapter)
@@ -589,15 +589,3 @@ def test_pairs_that_go_wrong_are_watched():
     assert "in 50% of the pairs only" in not_told_apart(flat)
     assert not_told_apart(flat[:15]) is None
     assert not_told_apart([{"rewards/accuracies": 0.8, "rewards/margins": 0.4}] * 25) is None
-
-
-@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo", "cpo", "simpo"])
-def test_qlora_is_a_recipe_that_only_lacks_a_gpu(recipe, kind, monkeypatch):
-    from tunesmith.errors import OutOfResources
-
-    wanted = recipe(kind, adapter={"kind": "qlora", "rank": 4})
-    with pytest.raises(OutOfResources, match="CUDA"):
-        api.plan(wanted)
-    monkeypatch.setattr("tunesmith.plan.device", lambda: "cuda")
-    plan, _ = api.plan(wanted)
-    assert plan.dtype == "bfloat16"

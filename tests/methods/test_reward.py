@@ -63,7 +63,7 @@ def built(tmp_path):
 
     def build(recipe) -> tuple[Any, Any, Run]:
         encodings = dataflow.encodings(recipe, dataflow.splits(recipe))
-        plan = dataflow.plan(recipe, encodings, None)
+        plan = dataflow.plan(recipe, encodings, None, dataflow.asked(recipe, encodings))
         tokenizer, _ = dataflow._tokenizer(recipe)
         model = models.attach(models.load_model(recipe.model.base, head="score"), recipe.adapter)
         models.set_stop_tokens(model, tokenizer)

@@ -53,6 +53,7 @@ from tunesmith.data.formats import (
     none_usable,
     present,
     unused_columns,
+    unused_note,
 )
 from tunesmith.data.preferences import margin_of, sides
 from tunesmith.data.shaping import SHAPING, shaped
@@ -429,7 +430,7 @@ def _read(
     notes = [*source.notes, f"rows are read as {titles}: {detection.reason}"]
     unused = [name for name in unused_columns(source, detection) if name != data.group_by]
     if unused:
-        notes.append(f"columns that no example is made of: {', '.join(unused)}")
+        notes.append(unused_note(unused))
     return Part(source, detection), notes
 
 

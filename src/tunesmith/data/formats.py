@@ -661,6 +661,11 @@ def has_numbers(values: Values, detection: Detection) -> bool:
     return format is not None and not set(numbers).isdisjoint(format.used(list(values)))
 
 
+def unused_note(columns: Sequence[str]) -> str:
+    """What is said of columns beside those that examples are made of."""
+    return f"columns that no example is made of, which metrics and rewards can read: {', '.join(columns)}"
+
+
 def unused_columns(source: Source, detection: Detection) -> list[str]:
     """Columns that no example is made of; they stay beside the examples."""
     there = source.columns

@@ -47,7 +47,7 @@ from tunesmith.data.examples import (
     row_hash,
     texts,
 )
-from tunesmith.data.formats import FORMATS, Detection, absent, converted, detect, unused_columns
+from tunesmith.data.formats import FORMATS, Detection, absent, converted, detect, unused_columns, unused_note
 from tunesmith.data.pieces import Lines, Piece, rows, worked
 from tunesmith.data.shaping import SHAPING, shaped
 from tunesmith.data.sources import Broken, Facts, Source, open_source
@@ -395,7 +395,7 @@ def validate(
     if source and detection:
         unused = unused_columns(source, detection)
         if unused:
-            notes.append(f"columns that no example is made of: {', '.join(unused)}")
+            notes.append(unused_note(unused))
     notes += _not_looked_at(data, with_tokens=context is not None)
     if whole.blank:
         notes.append(f"{counted(whole.blank, 'blank line')} skipped")

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import TunesmithError
-from tunesmith.evaluation.compare import compare, score_interval
+from tunesmith.evaluation.compare import compare, score_interval, shown
+from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.rows import EvalRow
 from tunesmith.models import locate
 from tunesmith.recipe import Recipe
@@ -28,6 +30,16 @@ class Stage:
     """How it was trained; None for what the first run started from."""
 
 
+def stage(model: str, revision: str | None = None) -> Stage:
+    """The stage that a model is: a run by its name and method, anything else by its id or its folder's name."""
+    from tunesmith.export.merge import run_behind
+
+    if run := run_behind(model):
+        return Stage(run.path.name, model, revision, run.recipe().method.kind)
+    folder = Path(model).expanduser()
+    return Stage(folder.name if folder.is_absolute() or folder.is_dir() else model, model, revision)
+
+
 def earlier(base: str) -> tuple[list[Stage], list[str]]:
     """The stages before a run's base, the first one first, and what is to be said of those that are not there."""
     from tunesmith.export.merge import run_behind
@@ -42,24 +54,9 @@ def earlier(base: str) -> tuple[list[Stage], list[str]]:
             locate(section.base, revision=section.revision)
         except TunesmithError as error:
             missing.append(f"The stage {section.base} is not measured: {error.problem}")
-            continue
-        method = run.recipe().method.kind if run else None
-        name = run.path.name if run else section.base
-        found.insert(0, Stage(name, section.base, section.revision, method))
+        else:
+            found.insert(0, stage(section.base, section.revision))
     return found, missing
-
-
-def base_of(recipe: Recipe) -> Stage:
-    """The stage that a run's base is."""
-    from tunesmith.export.merge import run_behind
-
-    run = run_behind(recipe.model.base)
-    return Stage(
-        run.path.name if run else recipe.model.base,
-        recipe.model.base,
-        recipe.model.revision,
-        run.recipe().method.kind if run else None,
-    )
 
 
 def reward_models(recipe: Recipe) -> list[dict[str, Any]]:
@@ -87,25 +84,23 @@ def measured(
     the stage before."""
     found: list[dict[str, Any]] = []
     before: Sequence[EvalRow] | None = None
-    for stage, rows in stages:
+    for one, rows in stages:
         scores = {name: vars(score_interval(rows, name, confidence=confidence)) for name in metrics}
         change = None
         if before is not None:
             compared = compare(before, rows, metrics=metrics, resamples=resamples, confidence=confidence)
             change = next((vars(c) for c in compared if c.primary), None)
-        found.append({"name": stage.name, "method": stage.method, "scores": scores, "change": change})
+        found.append({"name": one.name, "method": one.method, "scores": scores, "change": change})
         before = rows
     return found
 
 
 def sentence(stages: Sequence[Mapping[str, Any]], metric: str) -> str:
     """The way in a line: `tiny 0.0 % -> answers (sft) 44.0 % -> polite (ppo) 88.0 %`."""
-    from tunesmith.evaluation.compare import shown
-    from tunesmith.evaluation.metrics import METRICS
 
-    def part(stage: Mapping[str, Any]) -> str:
-        value = stage["scores"][metric]["value"]
-        how = f" ({stage['method']})" if stage["method"] else ""
-        return f"{stage['name']}{how} {'-' if value is None else shown(value, METRICS[metric])}"
+    def part(one: Mapping[str, Any]) -> str:
+        value = one["scores"][metric]["value"]
+        how = f" ({one['method']})" if one["method"] else ""
+        return f"{one['name']}{how} {'-' if value is None else shown(value, METRICS[metric])}"
 
     return " -> ".join(map(part, stages))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+
 import pytest
 from transformers import TrainingArguments
 
 from tunesmith import plan as planning
 from tunesmith.recipe import Model, Tracking, Training
-from tunesmith.training.fit import arguments
+from tunesmith.training.fit import arguments, quiet_libraries
 
 GIVEN = Training(
     num_epochs=1, max_steps=70, learning_rate=3e-4, scheduler="cosine_with_restarts", warmup_steps=7,
@@ -59,3 +62,14 @@ def test_mixed_precision_reaches_the_trainer_where_there_is_a_gpu(
     plan = planning.resolve(training, Model(), adapter_kind="full", lengths=[10] * 2000, num_validation=9)
     told = arguments(plan, training, Tracking(), name="run", staging=tmp_path)
     assert (told["fp16"], told["bf16"], told["use_cpu"]) == (fp16, bf16, False)
+
+
+def test_no_compiled_code_of_the_hub_is_run(tmp_path, monkeypatch):
+    """bitsandbytes would fetch some through this package, were it there."""
+    (tmp_path / "kernels.py").write_text("raise AssertionError('imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    quiet_libraries()
+    assert importlib.util.find_spec("kernels") is None
+    with pytest.raises(ImportError):
+        importlib.import_module("kernels")

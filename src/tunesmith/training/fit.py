@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -239,13 +240,18 @@ def peak_memory() -> int:
 
 
 def quiet_libraries() -> None:
-    """Keep libraries from reporting home and from writing over our progress bar; call before they load."""
+    """Keep libraries from reporting home, from running code of the Hub and from writing over our progress bar; call
+    before they load."""
     for message in (
         ".*gradient_checkpointing.*deprecated.*",
         "PiSSA changes the base weights.*",
         "OLoRA changes.*",
     ):
         warnings.filterwarnings("ignore", message=message)  # known, and answered by what we do
+    # With this package libraries run compiled code from the Hub: bitsandbytes when it is imported, transformers on
+    # request. It counts as not installed.
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it says that this is missing
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

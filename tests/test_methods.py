@@ -10,6 +10,7 @@ import json
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,21 @@ def test_two_steps_change_what_is_trained_and_nothing_else(quick, kind, adapter,
     assert result.primary
     assert result.primary.n > 0
     assert (run.path / "report.html").stat().st_size > 0
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "ppo"])
+@pytest.mark.parametrize("value", [0.3, 1.0])
+def test_a_reward_that_is_always_the_same_is_said(quick, kind, value, tmp_path, monkeypatch):
+    """0.3 has no exact 32-bit form: its spread over eight answers comes to more than nothing."""
+    (tmp_path / "always.py").write_text(f"def same(prompt, completion, reference):\n    return {value}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "always", raising=False)
+    recipe = quick(
+        kind, method={"rewards": "always:same"}, adapter=ADAPTERS["lora"], evaluation={"skip": True},
+        training={"max_steps": 5, "per_device_train_batch_size": 8},
+    )  # fmt: skip
+    told = [e["message"] for e in Run(api.train(recipe).run).events() if e["kind"] == "warning"]
+    assert any("all answers got the same reward" in message for message in told)
 
 
 @pytest.mark.parametrize("kind", METHODS)

@@ -6,6 +6,7 @@ Only safetensors are read and no code from a model's folder or the Hub is ever r
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -555,6 +556,26 @@ def _not_loaded(what: str, base: str, error: Exception) -> ModelError:
         found=f"{type(error).__name__}: {first_line}",
         fix="Give a folder with safetensors weights, config.json and tokenizer, or a Hub id that you can reach.",
     )
+
+
+def copied(model: Any) -> Any:
+    """A copy of a model that shares with it those weights that are not trained."""
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, dict(shared))
+
+
+def reference_of(policy: Any) -> tuple[Any, str]:
+    """What the policy's divergence is measured from, None for the policy without its adapter; and why.
+
+    An adapter that trains biases or starts from the base's own principal parts leaves something else than the base
+    when it is switched off; then, as without an adapter, it is a frozen copy.
+    """
+    configs = list(getattr(policy, "peft_config", {}).values())
+    if configs and all(c.bias == "none" and c.init_lora_weights not in PRINCIPAL for c in configs):
+        return None, "the model with its adapter switched off, which takes no memory"
+    frozen = copied(policy).requires_grad_(False).eval()
+    own = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    return frozen, f"a frozen copy of the {own:,} weights that are trained"
 
 
 @contextlib.contextmanager

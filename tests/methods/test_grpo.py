@@ -419,7 +419,7 @@ def test_a_judges_calls_are_logged(quick, here, monkeypatch):
     monkeypatch.setattr(rewards, "resolve", lambda *given, **named: [made])
     run = Run(api.train(quick("grpo", training={"max_steps": 1})).run)
     [event] = [e for e in run.events() if e["kind"] == "step"]
-    assert event["measures"]["rewards/judge/calls"] == 5.0
+    assert event["measures"]["cost/judge/calls"] == 5.0
 
 
 def test_copying_the_reference_leaves_the_policy_alone(quick, here):

@@ -583,9 +583,26 @@ def test_pairs_that_go_wrong_are_watched():
     falling = [{"rewards/chosen": -n / 4, "rewards/rejected": -n / 3} for n in range(9)]
     assert "less likely as well: against the reference their reward has fallen to -1.50" in good_lost(falling)
     assert good_lost(falling[:4]) is None
+    both = [{"rewards/chosen": -4.0, "rewards/rejected": -9.0}] * 9
+    assert "fallen to -4.00" in good_lost(both), "forty nats are lost, whatever became of the worse answers"
     assert good_lost([{"rewards/chosen": -0.1, "rewards/rejected": -n / 1.0} for n in range(9)]) is None
     assert good_lost([{**m, "nll_loss": 1.0} for m in falling]) is None  # no reference: always below zero
     flat = [{"rewards/accuracies": 0.5, "rewards/margins": -0.01}] * 25
     assert "in 50% of the pairs only" in not_told_apart(flat)
     assert not_told_apart(flat[:15]) is None
     assert not_told_apart([{"rewards/accuracies": 0.8, "rewards/margins": 0.4}] * 25) is None
+    assert "in 40% of the pairs only" in not_told_apart(
+        [{"accuracy": 0.4, "margin": -0.1}] * 25
+    )  # reward models
+    assert "no more than the worse one" in not_told_apart([{"rewards/margins": -0.1}] * 25)  # KTO
+
+
+def test_what_kto_compares_an_answer_with_is_no_longer_than_the_rows(tiny_tokenizer):
+    from tunesmith.methods.kto import collator
+
+    rows = {0: ([1] * 90 + [2] * 6, [-100] * 90 + [2] * 6), 1: ([3] * 6 + [4] * 80, [-100] * 6 + [4] * 80)}
+    collate = collator(lambda part, row: rows[row], {"train": [True, False]}, tiny_tokenizer, limit=96)
+    batch = collate([{"part": "train", "row": 0}, {"part": "train", "row": 1}])
+    assert batch["KL_input_ids"].shape == (2, 96)
+    assert batch["KL_input_ids"][0].tolist() == [1] * 90 + [4] * 6
+    assert batch["KL_input_ids"][1, :12].tolist() == [3] * 6 + [2] * 6

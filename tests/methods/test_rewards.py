@@ -426,3 +426,22 @@ def test_the_correlation_within_groups_is_numpys():
     assert rewards.correlation(one, other, groups) == pytest.approx(np.corrcoef(*centred)[0, 1])
     assert rewards.correlation(one, [5.0] * 20, groups) is None
     assert rewards.correlation(groups, one, groups) is None, "lengths differ between groups only"
+
+
+def test_the_share_without_spread_is_of_what_is_compared():
+    groups = [1, 1, 1, 2, 2, 3]
+    assert rewards.without_spread([0.3, 0.3, 0.3, 1.0, 0.0, 5.0], groups) == 0.5
+    assert rewards.without_spread([0.1 + 0.2, 0.3], [1, 1]) == 0.0, "not the same number"
+    assert rewards.without_spread([1.0, 2.0], [1, 2]) == 0.0, "single answers are compared with nothing"
+
+
+def test_rewards_that_cannot_teach_are_refused_before_anything_is_read(tiny_model_folder):
+    with pytest.raises(ModelError, match="is no reward model"):
+        rewards.check([ModelReward(model=str(tiny_model_folder))])
+    with pytest.raises(RecipeError, match="weight 0"):
+        rewards.check([MetricReward(name="rougeL", weight=0.0)])
+
+
+def test_validation_counts_in_what_a_judge_will_cost():
+    assert rewards.validations(10, 4) == 3
+    assert rewards.validations(10, None) == 0

@@ -27,9 +27,6 @@ def test_rewards_without_any_spread_are_found():
     assert "nothing to learn" in no_spread(logged)
     assert no_spread(logged[:4]) is None, "a few batches may be chance"
     assert no_spread([*logged[:4], measures(5, frac_reward_zero_std=0.4)]) is None
-    without_groups = [{"reward": 1.0, "reward_std": 0.0} for _ in range(5)]
-    assert "mean 1" in no_spread(without_groups)
-    assert no_spread([{"reward": 1.0, "reward_std": 0.1} for _ in range(5)]) is None
 
 
 def longer(correlated, growth=3.0, rise=0.05):
@@ -50,13 +47,22 @@ def test_a_reward_that_rises_with_length_alone_is_found():
     assert length_alone(longer(0.4)) is None, "longer answers, but that is not what is rewarded"
     assert length_alone(longer(0.95, growth=0.1)) is None, "answers did not grow"
     assert length_alone(longer(0.95, rise=-0.01)) is None, "the reward did not rise"
-    assert length_alone(longer(0.95)[:9]) is None
+    assert length_alone(longer(0.95)[:5]) is None
+    at_the_limit = longer(0.95)
+    for late in at_the_limit[6:]:
+        del late["reward_length_correlation"]
+    assert "26 to 47" in length_alone(at_the_limit), "answers of one length have no correlation any more"
+    for one in at_the_limit:
+        one.pop("reward_length_correlation", None)
+    assert length_alone(at_the_limit) is None
 
 
 def test_divergence_is_found_where_it_jumps_and_where_it_stays():
     slow = [measures(n, kl=0.02 * n) for n in range(1, 20)]
     assert divergence(slow) is None
-    assert "times as much" in divergence([*slow, measures(20, kl=9.0)])
+    assert "where 0.2 or less was usual" in divergence([*slow, measures(20, kl=9.0)])
+    below_zero = [measures(n, kl=-0.01) for n in range(6)]
+    assert "where 0.05 or less was usual" in divergence([*below_zero, measures(7, kl=1.2)])
     assert "stays there" in divergence([measures(n, kl=1.5) for n in range(5)])
     assert divergence([*slow, measures(20, kl=0.9)]) is None
     # of PPO it is the divergence of whole answers

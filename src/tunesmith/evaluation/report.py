@@ -302,7 +302,16 @@ MEASURES = {
     "logps": "Log-likelihood of the answers. Where that of the chosen ones falls with the rejected ones', good "
     "answers become unlikely as well.",
     "logits": "Mean logit over the answers' tokens.",
-    "kl": "How far the model has moved from its reference, in nats.",
+    "kl": "How far the model has moved from its reference, in nats: of an answer with ppo, of a token with grpo and "
+    "rloo, and with kto an estimate from answers to other prompts.",
+    "objective": "Reward less the cost of divergence and of answers that did not end.",
+    "approx_kl": "How far the policy moved from the one that gave the answers, within a step, in nats per token.",
+    "clip_fraction": "Share of tokens whose probability had moved so far that they taught nothing more.",
+    "explained_variance": "How much of what answers came to be worth the value had foreseen; 1 is all, below 0 it "
+    "misleads.",
+    "accuracy": "Share of pairs whose better answer gets the higher score.",
+    "margin": "By how much the better answer's score is the higher one.",
+    "cost": "Calls and tokens so far of what is asked over a network.",
     "nll_loss": "Imitation loss on the better answers.",
     "completions": "Lengths of what the model writes while it is trained, in tokens.",
     "entropy": "Uncertainty of the next token, in nats.",

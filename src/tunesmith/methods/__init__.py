@@ -160,6 +160,6 @@ METHODS = {
         encoded=sampled.encoded,
         settled=ppo.settled,
         draws=True,
-        check=sampled.check,
+        check=ppo.check,
     ),
 }

@@ -75,7 +75,10 @@ def build(
             if validation
             else None,
             data_collator=collator(
-                sides, {"train": train.good, "validation": validation.good if validation else []}, tokenizer
+                sides,
+                {"train": train.good, "validation": validation.good if validation else []},
+                tokenizer,
+                limit=max(int(part.lengths.max()) for part in (train, validation) if part),
             ),
         )
     if precompute:
@@ -127,12 +130,13 @@ def weights(section: KTO, good: int, total: int, run: Run) -> tuple[float, float
 
 
 def collator(
-    sides: preferred.Sides, good: Mapping[str, list[bool | None]], tokenizer: Any
+    sides: preferred.Sides, good: Mapping[str, list[bool | None]], tokenizer: Any, *, limit: int
 ) -> preferred.Collate:
     """Makes a batch of answers as TRL's own collator does, with the answers turned round by one for the KL.
 
     The answer of the row before, the last one's for the first, stands behind each prompt; a batch of one row takes
-    that of the next row of the data.
+    that of the next row of the data. Of a long prompt with a long answer behind it what is beyond `limit` tokens is
+    cut, as TRL cuts it: nothing may be longer than the rows themselves, for which there is room.
     """
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -144,7 +148,7 @@ def collator(
             [row] = rows
             answers = [sides(row["part"], (row["row"] + 1) % len(good[row["part"]]))]
         batch = preferred.masked(own, tokenizer.pad_token_id)
-        turned = [_behind(prompt, answer) for prompt, answer in zip(own, answers, strict=True)]
+        turned = [_behind(prompt, answer, limit) for prompt, answer in zip(own, answers, strict=True)]
         other = preferred.masked(turned, tokenizer.pad_token_id)
         batch |= {f"KL_{name}": value for name, value in other.items()}
         batch["label"] = torch.tensor([bool(good[row["part"]][row["row"]]) for row in rows])
@@ -157,12 +161,12 @@ def collator(
 
 
 def _behind(
-    prompt: tuple[list[int], list[int]], answer: tuple[list[int], list[int]]
+    prompt: tuple[list[int], list[int]], answer: tuple[list[int], list[int]], limit: int
 ) -> tuple[list[int], list[int]]:
-    """The first one's prompt with the other one's answer behind it."""
+    """The first one's prompt with the other one's answer behind it, together at most `limit` tokens."""
     (ids, labels), (other_ids, other_labels) = prompt, answer
     begin, start = _answer_at(labels), _answer_at(other_labels)
-    return ids[:begin] + other_ids[start:], labels[:begin] + other_labels[start:]
+    return (ids[:begin] + other_ids[start:])[:limit], (labels[:begin] + other_labels[start:])[:limit]
 
 
 def _answer_at(labels: list[int]) -> int:

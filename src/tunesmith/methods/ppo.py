@@ -7,9 +7,19 @@ from typing import Any
 
 from tunesmith.data.cache import Encodings
 from tunesmith.methods import rewards as rewarding
+from tunesmith.methods import sampled
 from tunesmith.plan import Decision
-from tunesmith.recipe import PPO, Training
+from tunesmith.recipe import PPO, Recipe, Training
 from tunesmith.training.run import Run
+
+
+def check(recipe: Recipe) -> None:
+    """Refuses, before anything is read, rewards and a critic that are not there."""
+    from tunesmith import models
+
+    sampled.check(recipe)
+    if isinstance(recipe.method, PPO) and recipe.method.critic:
+        models.kind(recipe.method.critic)
 
 
 def settled(section: PPO, training: Training, num_prompts: int) -> tuple[Training, int, list[Decision]]:
@@ -40,16 +50,17 @@ def build(
 
     assert packing is None, "prompts are not packed; api refuses it before"
     asked = {"train": train.examples, "validation": validation.examples if validation else ()}
-    resolved = rewarding.resolve(
-        section.rewards,
-        prompts=[*asked["train"], *asked["validation"]],
-        tokenizer=tokenizer,
-        device=str(model.device),
-        dtype="bfloat16" if model.device.type == "cuda" else "float32",
-    )
     batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
-    for decision in rewarding.said(resolved, answers=arguments["max_steps"] * batch):
-        run.event("decision", name=decision["name"], value=decision["value"], reason=decision["reason"])
+    resolved = rewarding.settled(
+        section.rewards,
+        train=train,
+        validation=validation,
+        tokenizer=tokenizer,
+        device=model.device.type,
+        answers=arguments["max_steps"] * batch,
+        validations=rewarding.validations(arguments["max_steps"], arguments["eval_steps"]),
+        run=run,
+    )
 
     def score_of(part: str) -> Any:
         def score(numbers: Sequence[int], texts: Sequence[str]) -> rewarding.Scored:
@@ -61,7 +72,7 @@ def build(
         return rewarding.samples([train.examples[n] for n in numbers], texts, scored)
 
     def facts() -> dict[str, float]:
-        return {f"rewards/{r.name}/{name}": value for r in resolved for name, value in r.facts().items()}
+        return {f"cost/{r.name}/{name}": value for r in resolved for name, value in r.facts().items()}
 
     return trainer(
         section,

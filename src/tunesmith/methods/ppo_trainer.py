@@ -10,7 +10,6 @@ is in `ppo_math`, with its sources.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
 import time
@@ -25,12 +24,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from tunesmith import models
 from tunesmith.data.cache import Encodings
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.errors import ModelError, RunError
 from tunesmith.generation import Generated, generate, halving, length_batches
 from tunesmith.methods import ppo_math as ppo
-from tunesmith.methods.rewards import Scored, correlation
+from tunesmith.methods.rewards import Scored, correlation, without_spread
 from tunesmith.recipe import PPO
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run, write_whole
@@ -215,27 +215,6 @@ def without_dropout(model: nn.Module) -> float:
     return largest
 
 
-def copied(model: nn.Module) -> Any:
-    """A copy of a model that shares with it those weights that are not trained."""
-    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, dict(shared))
-
-
-def reference_of(policy: Any) -> tuple[Any, str]:
-    """What the policy's divergence is measured from, None for the policy without its adapter; and why.
-
-    An adapter that trains biases or starts from the base's own principal parts leaves something else than the base
-    when it is switched off; then, as without an adapter, it is a frozen copy.
-    """
-    configs = list(getattr(policy, "peft_config", {}).values())
-    plain = ("default", "gaussian", "orthogonal", True)
-    if configs and all(c.bias == "none" and c.init_lora_weights in plain for c in configs):
-        return None, "the model with its adapter switched off, which takes no memory"
-    frozen = copied(policy).requires_grad_(False).eval()
-    own = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    return frozen, f"a frozen copy of the {own:,} weights that are trained"
-
-
 def critic_of(policy: Any, tokenizer: Any, section: PPO) -> tuple[Any, nn.Linear | None, str]:
     """The critic's trunk and head, if it is to have its own, and what it starts from.
 
@@ -244,9 +223,7 @@ def critic_of(policy: Any, tokenizer: Any, section: PPO) -> tuple[Any, nn.Linear
     if section.value == "trunk":
         return None, None, "a linear head on the model's last layer"
     if section.critic is None:
-        return copied(policy_trunk(policy)), None, "a copy of the model, with the same weights trained"
-    from tunesmith import models
-
+        return models.copied(policy_trunk(policy)), None, "a copy of the model, with the same weights trained"
     if models.load_tokenizer(section.critic).get_vocab() != tokenizer.get_vocab():
         raise ModelError(
             f"The critic {section.critic} reads other tokens than the model.",
@@ -590,6 +567,8 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         ended: Tensor,
     ) -> None:
         """Rewards, each with its spread, and the lengths of answers."""
+        # Over all answers of the rollout, as there is one to each prompt.
+        self._measure("frac_reward_zero_std", without_spread(scored.totals, [0] * len(scored.totals)))
         tables = {"reward": scored.totals, **{f"rewards/{n}": c for n, c in scored.columns.items()}}
         for name, numbers in tables.items():
             table = torch.tensor(numbers, dtype=torch.float32, device=self.args.device)
@@ -706,7 +685,7 @@ def trainer(
             value=0,
             reason=f"{rate:g} was set, but PPO compares the probabilities of one and the same model (docs/ppo.md)",
         )
-    reference, reason = reference_of(model)
+    reference, reason = models.reference_of(model)
     run.event(
         "decision", name="reference", value="adapter off" if reference is None else "copy", reason=reason
     )

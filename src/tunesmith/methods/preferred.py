@@ -41,13 +41,28 @@ def rated(example: Example) -> Example:
 
 
 def encoded(splits: Splits, tokenizer: Any, data: Data, section: Any) -> EncodedSplits:
-    """Token ids and labels of all answers, two for each pair, with what was cut or dropped."""
-    return encode_splits(splits, tokenizer, data=data, loss_on="answers")
+    """Token ids and labels of all answers, two for each pair, with what was cut or dropped, and a remark where good
+    answers are much longer or shorter than bad ones."""
+    found = encode_splits(splits, tokenizer, data=data, loss_on="answers")
+    lengths, good = found.train.lengths, found.train.good
+    kinds = [
+        [int(n) for n, mark in zip(lengths, good, strict=True) if mark is kind] for kind in (True, False)
+    ]
+    if not all(kinds):
+        return found
+    means = [sum(kind) / len(kind) for kind in kinds]
+    if max(means) < MUCH * min(means):
+        return found
+    said = (
+        f"good answers have {means[0]:.0f} tokens with their prompts in the mean, bad ones {means[1]:.0f}: length "
+        "alone can be learned from them"
+    )
+    return replace(found, notes=(*found.notes, said))
 
 
 def encoded_pairs(splits: Splits, tokenizer: Any, data: Data, section: Any) -> EncodedSplits:
-    """The same, with a remark where the better answers are nearly always the longer or the shorter ones."""
-    found = encoded(splits, tokenizer, data, section)
+    """The same of pairs, with a remark where the better answers are nearly always the longer or the shorter ones."""
+    found = encode_splits(splits, tokenizer, data=data, loss_on="answers")
     lengths = found.train.lengths
     more = lengths[::2] - lengths[1::2]  # the prompts are the same
     for word, share in (("longer", float((more > 0).mean())), ("shorter", float((more < 0).mean()))):
@@ -60,6 +75,8 @@ def encoded_pairs(splits: Splits, tokenizer: Any, data: Data, section: Any) -> E
     return found
 
 
+MUCH = 1.5
+"""Ratio of mean lengths of good and bad answers from which on it is said."""
 ONE_SIDED = 0.8
 """Share of pairs with the better answer longer (or shorter) from which on it is said."""
 

@@ -32,9 +32,10 @@ from urllib.parse import urlsplit
 from tunesmith.data.examples import Conversation, Message, Prompt, Unusable
 from tunesmith.errors import ModelError, RecipeError, RunError, TunesmithError, counted, nearest
 from tunesmith.recipe import JudgeReward, MetricReward, ModelReward, PythonReward, RewardSection
-from tunesmith.training.run import SAMPLE_TEXT
+from tunesmith.training.run import SAMPLE_TEXT, Run
 
 if TYPE_CHECKING:
+    from tunesmith.data.cache import Encodings
     from tunesmith.scoring import RewardModel
 
 Score = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
@@ -72,6 +73,7 @@ def check(sections: Sequence[RewardSection]) -> None:
     """Whether the rewards that a recipe names are there, before anything is read: metrics, functions, models, keys."""
     from tunesmith import models
 
+    _check_weights(sections)
     for section in sections:
         match section:
             case MetricReward():
@@ -79,9 +81,19 @@ def check(sections: Sequence[RewardSection]) -> None:
             case PythonReward():
                 _function(section.function)
             case ModelReward():
-                models.locate(section.model)
+                if models.kind(section.model) != "reward":
+                    raise ModelError(
+                        f"'{section.model}' is no reward model: it writes answers and gives them no score.",
+                        fix="Train one with --method reward, or name one with a score of one number "
+                        "(AutoModelForSequenceClassification, num_labels 1).",
+                    )
             case JudgeReward():
                 Judge(section)
+
+
+def _check_weights(sections: Sequence[RewardSection]) -> None:
+    if sections and not any(section.weight for section in sections):
+        raise RecipeError("Every reward has weight 0: there is nothing to learn.", fix="Give one a weight.")
 
 
 def samples(
@@ -97,6 +109,14 @@ def samples(
             "reward": scored.totals[n],
             "rewards": {name: column[n] for name, column in scored.columns.items()},
         }
+
+
+def without_spread(totals: Sequence[float], groups: Sequence[object]) -> float:
+    """Share of groups of two and more whose answers are all worth just the same; neighbours of one group stand
+    together. Of a group of one nothing can be said, and without any other it is 0."""
+    bounds = [0, *(n + 1 for n, (a, b) in enumerate(pairwise(groups)) if a != b), len(totals)]
+    parts = [totals[begin:end] for begin, end in pairwise(bounds) if end - begin > 1]
+    return fmean(max(part) == min(part) for part in parts) if parts else 0.0
 
 
 def correlation(one: Sequence[float], other: Sequence[float], groups: Sequence[object]) -> float | None:
@@ -130,6 +150,7 @@ def resolve(
     `tokenizer` is the policy's, whose chat template a reward model without one reads. Raises RecipeError and
     ModelError for what cannot be a reward.
     """
+    _check_weights(sections)
     chosen = list(sections) or [_primary(prompts)]
     made = [_made(section, prompts, tokenizer, device, dtype) for section in chosen]
     names: dict[str, int] = {}
@@ -137,9 +158,37 @@ def resolve(
         names[reward.name] = names.get(reward.name, 0) + 1
         if names[reward.name] > 1:
             made[place] = Reward(**{**vars(reward), "name": f"{reward.name}_{names[reward.name]}"})
-    if not any(reward.weight for reward in made):
-        raise RecipeError("Every reward has weight 0: there is nothing to learn.", fix="Give one a weight.")
     return made
+
+
+def settled(
+    sections: Sequence[RewardSection],
+    *,
+    train: Encodings,
+    validation: Encodings,
+    tokenizer: Any,
+    device: str,
+    answers: int,
+    validations: int,
+    run: Run,
+) -> list[Reward]:
+    """The rewards of a run, each said in it with what it will cost: `answers` of the training are scored, and those
+    to all validation prompts `validations` times."""
+    made = resolve(
+        sections,
+        prompts=[*train.examples, *(validation.examples if validation else ())],
+        tokenizer=tokenizer,
+        device=device,
+        dtype="bfloat16" if device == "cuda" else "float32",
+    )
+    for decision in said(made, answers=answers + validations * len(validation)):
+        run.event("decision", name=decision["name"], value=decision["value"], reason=decision["reason"])
+    return made
+
+
+def validations(steps: int, every: int | None) -> int:
+    """How often is validated in so many steps; the last one always is."""
+    return math.ceil(steps / every) if every else 0
 
 
 def total(rewards: Sequence[Reward], prompts: Sequence[Prompt], completions: Sequence[str]) -> Scored:

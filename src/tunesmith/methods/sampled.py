@@ -8,16 +8,16 @@ is rendered or tokenized a second time.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tunesmith import models
 from tunesmith.data import EncodedSplits, Splits, prompts
 from tunesmith.data.cache import Encodings
 from tunesmith.data.examples import Prompt
 from tunesmith.data.templates import end_of_turn_ids, set_template
-from tunesmith.errors import DataError, RecipeError
+from tunesmith.errors import DataError
 from tunesmith.methods import rewards as rewarding
 from tunesmith.methods.rewards import Reward
 from tunesmith.plan import Decision
@@ -120,23 +120,28 @@ def build(
 ) -> Any:
     """A trainer of one of TRL's classes that has not started.
 
-    Raises RecipeError for what cannot be a reward, and for an adapter that cannot be switched off to have the
-    reference.
+    Raises RecipeError for what cannot be a reward.
     """
     from datasets import Dataset
 
     stop_ids = end_of_turn_ids(tokenizer)
-    resolved = rewarding.resolve(
-        section.rewards,
-        prompts=[*train.examples, *(validation.examples if validation else ())],
-        tokenizer=tokenizer,
-        device=str(model.device),
-        dtype="bfloat16" if model.device.type == "cuda" else "float32",
-    )
     answers = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
-    for decision in rewarding.said(resolved, answers=answers // section.num_iterations):
-        run.event("decision", name=decision["name"], value=decision["value"], reason=decision["reason"])
-    reference = _reference(model, section, run) if section.beta else None
+    resolved = rewarding.settled(
+        section.rewards,
+        train=train,
+        validation=validation,
+        tokenizer=tokenizer,
+        device=model.device.type,
+        answers=answers // section.num_iterations,
+        validations=rewarding.validations(config.max_steps, config.eval_steps),
+        run=run,
+    )
+    reference = None
+    if section.beta:
+        reference, reason = models.reference_of(model)
+        run.event(
+            "decision", name="reference", value="adapter off" if reference is None else "copy", reason=reason
+        )
 
     def score(numbers: Sequence[int], texts: Sequence[str]) -> rewarding.Scored:
         return rewarding.total(resolved, [validation.examples[n] for n in numbers], texts)
@@ -168,26 +173,6 @@ def build(
         if reference is not None:
             _prepared_reference(trainer, reference, section)
     return trainer
-
-
-def _reference(model: Any, section: Section, run: Run) -> Any | None:
-    """A frozen copy of the model that training starts from; None where switching the adapter off gives it."""
-    config = getattr(model, "peft_config", {}).get("default")
-    if config is None:
-        run.event("decision", name="reference", value="copy", reason="all weights may change")
-        return copy.deepcopy(model).eval().requires_grad_(False)
-    start = getattr(config, "init_lora_weights", True)
-    if (isinstance(start, str) and start not in ("gaussian", "orthogonal")) or getattr(
-        config, "bias", "none"
-    ) != "none":
-        raise RecipeError(
-            "With this adapter the model without it is not the one that training starts from, so divergence from the "
-            "start cannot be computed.",
-            found=f"adapter.init {start}, adapter.bias {config.bias}",
-            fix="Leave both at their defaults, or give method.beta=0.",
-        )
-    run.event("decision", name="reference", value="adapter off", reason="the base without its adapter")
-    return None
 
 
 def _prepared_reference(trainer: Any, reference: Any, section: Section) -> None:
@@ -224,6 +209,10 @@ def _on_prompts(
     """The trainer class with prompts and rewards of ours, and with checkpoints from which it goes on exactly."""
 
     class OnPrompts(trainer_class):  # type: ignore[misc]
+        def __init__(self, *given: Any, **named: Any) -> None:
+            self._same: list[float] = []
+            super().__init__(*given, **named)
+
         def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
             return [list(train[int(number)].input_ids) for number in prompts], None, {}
 
@@ -236,6 +225,7 @@ def _on_prompts(
             texts = [_text(ids, stop_ids, self.processing_class) for ids in completion_ids_list]
             scored = rewarding.total(resolved, asked, texts)
             self._drawn = (asked, texts, scored)
+            self._same.append(rewarding.without_spread(scored.totals, prompts))
             together = rewarding.correlation(
                 [len(ids) for ids in completion_ids_list], scored.totals, prompts
             )
@@ -258,7 +248,9 @@ def _on_prompts(
         def log(self, logs: dict[str, float], *given: Any, **named: Any) -> None:
             if "loss" in logs:
                 for reward in resolved:
-                    logs |= {f"rewards/{reward.name}/{name}": v for name, v in reward.facts().items()}
+                    logs |= {f"cost/{reward.name}/{name}": v for name, v in reward.facts().items()}
+                # TRL's own is of 32-bit numbers, in which equal rewards may differ, and of RLOO's after divergence.
+                self._metrics["train"]["frac_reward_zero_std"], self._same = self._same, []
                 for sample in self._first_answers():
                     run.event("sample", step=self.state.global_step, **sample)
             super().log(logs, *given, **named)

@@ -20,6 +20,8 @@ Watch = Callable[[Sequence[Measures]], str | None]
 
 RECENT = 5
 """Logged steps that are looked at together: one alone may be chance."""
+LEAST = 6
+"""Logged steps before anything is said of a trend."""
 SAME = 0.9
 """Share of groups without any spread of rewards from which on there is nothing to learn."""
 LONGER = 1.3
@@ -28,8 +30,12 @@ BY_LENGTH = 0.8
 """Correlation of reward and length among answers from which on the reward is as good as the length."""
 FAR = 1.0
 """Nats per token from which on a model has little to do with the one it started from."""
+NEAR = 0.05
+"""Nats per token that are no distance to speak of."""
 LOST = 0.5
 """Reward of the better answers, below zero, from which on they count as lost."""
+FALLEN = 2.0
+"""The same, whatever became of the worse answers."""
 COIN = 0.5
 """Share of pairs in the right order that a coin would reach."""
 SUDDEN = 20.0
@@ -38,17 +44,15 @@ SUDDEN = 20.0
 
 def no_spread(logged: Sequence[Measures]) -> str | None:
     """Groups whose answers are all worth the same teach nothing."""
-    recent = [m for m in logged if "reward" in m][-RECENT:]
+    recent = [m for m in logged if {"reward", "frac_reward_zero_std"} <= m.keys()][-RECENT:]
     if len(recent) < RECENT:
         return None
-    shares = [m["frac_reward_zero_std"] for m in recent if "frac_reward_zero_std" in m]
-    if not shares:
-        shares = [float(m.get("reward_std", 1.0) == 0.0) for m in recent]
-    if len(shares) < RECENT or fmean(shares) < SAME:
+    share = fmean(m["frac_reward_zero_std"] for m in recent)
+    if share < SAME:
         return None
     mean = fmean(m["reward"] for m in recent)
     return (
-        f"In {fmean(shares):.0%} of the last batches every answer to a prompt got the same reward (mean {mean:.3g}): "
+        f"In {share:.0%} of the last comparisons all answers got the same reward (mean {mean:.3g}): "
         "there is nothing to compare and so nothing to learn. The task is too hard for the model or solved already: "
         "start from a model that succeeds sometimes, draw more answers or at a higher temperature, or use a reward "
         "with degrees."
@@ -57,18 +61,19 @@ def no_spread(logged: Sequence[Measures]) -> str | None:
 
 def length_alone(logged: Sequence[Measures]) -> str | None:
     """Reward that rises with the length of answers and with nothing else."""
-    found = [
-        m for m in logged if {"reward", "completions/mean_length", "reward_length_correlation"} <= m.keys()
-    ]
-    if len(found) < 2 * RECENT:
+    found = [m for m in logged if {"reward", "completions/mean_length"} <= m.keys()]
+    # Answers that all run into the limit have no spread of lengths; then what was seen before counts.
+    seen = [m["reward_length_correlation"] for m in found if "reward_length_correlation" in m][-RECENT:]
+    if len(found) < LEAST or len(seen) < LEAST // 2:
         return None
-    first, last = found[:RECENT], found[-RECENT:]
+    some = min(RECENT, len(found) // 2)
+    first, last = found[:some], found[-some:]
 
     def grown(name: str) -> tuple[float, float]:
         return fmean(m[name] for m in first), fmean(m[name] for m in last)
 
     lengths, rewards = grown("completions/mean_length"), grown("reward")
-    together = fmean(m["reward_length_correlation"] for m in last)
+    together = fmean(seen)
     if lengths[1] < LONGER * lengths[0] or rewards[1] <= rewards[0] or together < BY_LENGTH:
         return None
     return (
@@ -90,11 +95,12 @@ def divergence(logged: Sequence[Measures]) -> str | None:
     is_whole = "kl_coefficient" in logged[-1]
     each = [kl / max(count, 1.0) for kl, count in zip(found, tokens, strict=True)] if is_whole else found
     far = len(each) >= RECENT and min(each[-RECENT:]) > FAR
-    before = median(each[:-1]) if len(each) > RECENT else math.inf
+    # Estimates may fall below zero, and a ratio to nearly nothing says nothing.
+    before = max(median(each[:-1]), NEAR) if len(each) > RECENT else math.inf
     sudden = each[-1] > FAR and each[-1] > SUDDEN * before
     if not far and not sudden:
         return None
-    how = f"{each[-1] / max(before, 1e-9):.0f} times as much as usual" if sudden else "and stays there"
+    how = f"where {before:.2g} or less was usual" if sudden else "and stays there"
     return (
         f"The divergence from the model that training started from has reached {each[-1]:.2g} nats a token, {how}: "
         "what the model could do before may be lost. Raise the cost of divergence (beta, kl_coefficient), or lower "
@@ -110,7 +116,7 @@ def good_lost(logged: Sequence[Measures]) -> str | None:
     if len(found) < RECENT:
         return None
     chosen, rejected = (fmean(m[name] for m in found) for name in sorted(names))
-    if chosen > -LOST or chosen > rejected / 2:
+    if chosen > -LOST or (chosen > rejected / 2 and chosen > -FALLEN):
         return None
     return (
         "The better answers become less likely as well: against the reference their reward has fallen to "
@@ -123,18 +129,29 @@ def good_lost(logged: Sequence[Measures]) -> str | None:
 
 def not_told_apart(logged: Sequence[Measures]) -> str | None:
     """Pairs that the model orders no better than a coin after some time."""
-    found = [m for m in logged if {"rewards/accuracies", "rewards/margins"} <= m.keys()]
+    found = [
+        (_either(m, "rewards/accuracies", "accuracy"), margin)
+        for m in logged
+        if (margin := _either(m, "rewards/margins", "margin")) is not None
+    ]
     if len(found) < 4 * RECENT:
         return None
     last = found[-2 * RECENT :]
-    share, margin = (fmean(m[name] for m in last) for name in ("rewards/accuracies", "rewards/margins"))
-    if share > COIN or margin > 0:
+    shares = [share for share, _ in last if share is not None]  # KTO sees no pairs, and has none
+    margin = fmean(margin for _, margin in last)
+    if margin > 0 or (shares and fmean(shares) > COIN):
         return None
+    how = f"in {fmean(shares):.0%} of the pairs only" if shares else "no more than the worse one"
     return (
-        f"After {len(found)} logged steps the better answer has the higher reward in {share:.0%} of the pairs only, "
+        f"After {len(found)} logged steps the better answer has the higher reward {how}, "
         f"with a margin of {margin:.2g}. The labels may be the wrong way round or arbitrary (`tunesmith inspect` shows "
         "pairs), or the learning rate is too low."
     )
+
+
+def _either(measures: Measures, *names: str) -> float | None:
+    """The measure under the name that a method's trainer gives it."""
+    return next((measures[name] for name in names if name in measures), None)
 
 
 WATCHES: dict[str, Watch] = {

@@ -65,17 +65,22 @@ class Ours:
         trainer.create_optimizer()
         trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         self.times = {"forward": 0.0, "backward": 0.0}
+        self.running = False
         self._clock(trainer.model, "forward", "forward")
+        self._clock(trainer, "_score_tokens", "forward")  # of the policy and of the reference
         self._clock(trainer.accelerator, "backward", "backward")
 
     def _clock(self, owner: Any, method: str, name: str) -> None:
         inner = getattr(owner, method)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
+            if self.running:
+                return inner(*args, **kwargs)
+            started, self.running = time.perf_counter(), True
             try:
                 return inner(*args, **kwargs)
             finally:
+                self.running = False
                 self.times[name] += time.perf_counter() - started
 
         setattr(owner, method, timed)

@@ -592,6 +592,7 @@ def _answers(
         watch=watch,
         head=head,
     )
+    rows = dataflow.with_rewards(settings, rows, items, chosen, tokenizer=tokenizer, device=device)
     return rows, chosen, longer
 
 
@@ -1145,8 +1146,8 @@ def _summary(run: Run) -> RunSummary:
         datasets=tuple(dataset_names(recipe.data)),
         step=steps[-1] if steps else None,
         metric=primary.get("metric"),
-        base=primary.get("base"),
-        tuned=primary.get("tuned"),
+        base=primary["base"] if primary.get("n") else None,
+        tuned=primary["tuned"] if primary.get("n") else None,
         verdict=primary.get("verdict"),
         bytes=sum(p.stat().st_size for p in run.path.rglob("*") if p.is_file()),
     )

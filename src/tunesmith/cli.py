@@ -323,9 +323,10 @@ class Display:
                 else f"[dim]{e['name']}:[/] {e['value']}"
             ),
             "warning": lambda e: self._line(f"[yellow]warning:[/] {e['message']}"),
-            "evaluation": lambda e: self._line(f"[dim]step {e['step']}:[/] validation loss {e['loss']:.4f}"),
+            "evaluation": lambda e: self._line(f"[dim]step {e['step']}:[/] validation {_gauge(e)}"),
             "sample": lambda e: self._line(
                 f"[dim]step {e['step']}, sample:[/] {_in_a_line(e['prompt'])} [dim]->[/] {_in_a_line(e['completion'])}"
+                + (f" [dim](reward {e['reward']:.3g})[/]" if "reward" in e else "")
             ),
             "step": self._step,
             "state": self._state,
@@ -356,9 +357,7 @@ class Display:
 
     def _step(self, event: Mapping[str, Any]) -> None:
         if not self.console.is_terminal:
-            self._line(
-                f"step {event['step']}: loss {event['loss']:.4f}, learning rate {event['learning_rate']:.2e}"
-            )
+            self._line(f"step {event['step']}: {_gauge(event)}, learning rate {event['learning_rate']:.2e}")
 
     def _state(self, event: Mapping[str, Any]) -> None:
         if event["state"] == "prepared":
@@ -875,6 +874,15 @@ def _score(value: float | None, metric: str | None) -> str:
     return "" if value is None or metric not in METRICS else shown(value, METRICS[metric])
 
 
+def _gauge(event: Mapping[str, Any]) -> str:
+    """What tells how a training goes: the reward where answers are rewarded, the loss otherwise."""
+    measures = event.get("measures") or {}
+    if "reward" in measures:
+        others = [f"{name} {measures[name]:.3g}" for name in ("reward_std", "kl") if name in measures]
+        return ", ".join([f"reward {measures['reward']:.4g}", *others])
+    return f"loss {event['loss']:.4f}"
+
+
 def _in_a_line(text: str, *, most: int = 80) -> str:
     """A text on one line, cut to so many characters, as plain text for the terminal."""
     line = " ".join(text.split())
@@ -900,6 +908,16 @@ def _plan_text(plan: Plan, rows: Mapping[str, Any], composition: Composition) ->
     table = _table("what", "value", "why")
     for note in composition.notes:
         table.add_row("recipe", note, "")
+    recipe = composition.recipe
+    table.add_row(
+        "method", recipe.method.kind, _escaped(f"on {recipe.model.base}, adapter {recipe.adapter.kind}")
+    )
+    table.add_row(
+        "learning_rate", f"{recipe.training.learning_rate:g}", f"{recipe.training.scheduler}, at its peak"
+    )
+    for reward in getattr(recipe.method, "rewards", ()):
+        name = getattr(reward, "name", None) or getattr(reward, "function", None) or reward.model
+        table.add_row("reward", _escaped(name), f"weight {reward.weight:g}")
     counts = rows["rows"]
     table.add_row("rows", ", ".join(f"{name} {count}" for name, count in counts.items()), "the ledger")
     for reason, count in rows["dropped"].items():

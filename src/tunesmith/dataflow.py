@@ -9,7 +9,7 @@ and paths; weights live and die inside a node. `api` drives this module, and so 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tunesmith import plan as planning
 from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.data.preferences import prompt_length
 from tunesmith.data.templates import Encoding
-from tunesmith.errors import RunError
+from tunesmith.errors import RecipeError, RunError
 from tunesmith.evaluation import EvalRow, stages
 from tunesmith.evaluation.compare import Comparison, compare
 from tunesmith.evaluation.lengths import length_bias
@@ -157,8 +157,57 @@ def metrics(recipe: Recipe, items: list[evaluation.Item]) -> list[str]:
         judged=evaluation.judged(items),
     )
     # What was rewarded is what a run is about.
-    rewarded = [r.name for r in getattr(recipe.method, "rewards", ()) if r.kind == "metric" and r.weight > 0]
-    return list(dict.fromkeys([*rewarded, *usual])) if prompts else usual
+    rewards = getattr(recipe.method, "rewards", ())
+    single = [
+        reward.name
+        for reward in rewards
+        if reward.kind == "metric"
+        and reward.weight > 0
+        and any(METRICS[reward.name].fits(p) for p in prompts)
+    ]
+    if _is_measured(rewards) and (len(rewards) > 1 or not single):
+        single.insert(0, "mean_reward")
+    return list(dict.fromkeys([*single, *usual])) if prompts else usual
+
+
+def _is_measured(rewards: Sequence[Any]) -> bool:
+    """Whether held-out answers can be scored by a run's rewards; a judge would have to be paid again for them."""
+    return bool(rewards) and not any(reward.kind == "judge" for reward in rewards)
+
+
+def with_rewards(
+    recipe: Recipe,
+    rows: list[EvalRow],
+    items: list[evaluation.Item],
+    metrics: list[str],
+    *,
+    tokenizer: Any,
+    device: str,
+) -> list[EvalRow]:
+    """The rows with what the recipe's rewards make of their answers, where that is measured.
+
+    Raises RecipeError where `mean_reward` is asked for and there are no rewards that could tell it.
+    """
+    if "mean_reward" not in metrics:
+        return rows
+    from tunesmith.methods import rewards as rewarding
+
+    sections = getattr(recipe.method, "rewards", ())
+    if not _is_measured(sections):
+        raise RecipeError(
+            "There is no mean reward: the method has no rewards, or one is a judge, who would be paid again.",
+            fix="Leave mean_reward out of evaluation.metrics.",
+        )
+    prompts = {item.number: item.prompt for item in items if item.prompt}
+    answered = [row for row in rows if row.output is not None and row.item in prompts]
+    asked = [prompts[row.item] for row in answered]
+    resolved = rewarding.resolve(sections, prompts=asked, tokenizer=tokenizer, device=device)
+    totals = rewarding.total(resolved, asked, [row.output or "" for row in answered]).totals
+    worth = {row.item: total for row, total in zip(answered, totals, strict=True)}
+    return [
+        replace(row, scores={**row.scores, "mean_reward": worth[row.item]}) if row.item in worth else row
+        for row in rows
+    ]
 
 
 def base_rows(
@@ -216,7 +265,7 @@ def _start_rows(
     if evaluation.are_answers_to(kept, items, metrics, max_new_tokens=recipe.evaluation.max_new_tokens):
         return kept
     tokenizer, _ = _tokenizer(recipe)
-    return evaluation.answers(
+    rows = evaluation.answers(
         recipe.model,
         recipe.evaluation,
         items,
@@ -229,6 +278,7 @@ def _start_rows(
         watch=prepared.watch,
         head=METHODS[recipe.method.kind].head,
     )
+    return with_rewards(recipe, rows, items, metrics, tokenizer=tokenizer, device=plan.device)
 
 
 def fitted(
@@ -325,7 +375,7 @@ def tuned_rows(
     if (longer := evaluation.longer_than_read(items, prepared.input_length())) and longer not in told:
         prepared.event("warning", message=longer)
     tokenizer = models.load_tokenizer(model)
-    return evaluation.answers(
+    rows = evaluation.answers(
         recipe.model,
         recipe.evaluation,
         items,
@@ -338,6 +388,7 @@ def tuned_rows(
         watch=prepared.watch,
         head=METHODS[recipe.method.kind].head,
     )
+    return with_rewards(recipe, rows, items, metrics, tokenizer=tokenizer, device=plan.device)
 
 
 def comparisons(

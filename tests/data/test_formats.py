@@ -429,3 +429,11 @@ def test_the_data_sets_that_seed_002_names_are_read(row, options, question, answ
     )
     assert asked[-1].content == question
     assert [message.content for message in told] == [answer]
+
+
+def test_one_answer_given_twice_is_that_and_no_empty_one():
+    """Two equal conversations: the common beginning must not take the answer as well."""
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    for row in ({"chosen": said, "rejected": said}, {"prompt": said[:1], "chosen": said, "rejected": said}):
+        with pytest.raises(Unusable, match="chosen and rejected answer are the same"):
+            example(row)

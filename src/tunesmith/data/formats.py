@@ -190,13 +190,15 @@ def _preference(
         prompt = (*_system(values), *turns)
         # Some sets repeat the prompt's turns in both answers.
         for said in (prompt, turns):
-            if chosen[: len(said)] == said == rejected[: len(said)]:
+            if chosen[: len(said)] == said == rejected[: len(said)] and len(said) < len(chosen):
                 chosen, rejected = chosen[len(said) :], rejected[len(said) :]
                 break
     else:
         shared = 0
         while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
             shared += 1
+        if shared == len(chosen) == len(rejected):
+            shared -= 1  # one and the same answer; that it is, is said later
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt:
         raise Unusable("no prompt: the answers have no common beginning")

@@ -240,6 +240,16 @@ def _about(function: Callable[..., Any]) -> str:
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
+        Metric(
+            "mean_reward",
+            "mean reward",
+            None,
+            True,
+            "ratio",
+            "What the rewards of a run's method are worth for an answer, added up by their weights.",
+            lambda prompt: True,
+            "answer",
+        ),
         _answer(
             "sql_execution",
             "SQL execution accuracy",

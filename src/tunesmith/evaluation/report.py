@@ -177,7 +177,9 @@ def _message(event: Mapping[str, Any]) -> str:
 def _decisions(plan: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     """Decisions of plan and events, once each."""
     found = [*plan.get("decisions", []), *(e for e in events if e.get("kind") == "decision")]
-    lines = [tuple(str(d.get(key) or "") for key in ("name", "value", "reason")) for d in found]
+    lines = [
+        tuple("" if d.get(key) is None else str(d[key]) for key in ("name", "value", "reason")) for d in found
+    ]
     return [(line[0], line[1], line[2]) for line in dict.fromkeys(lines)]
 
 
@@ -223,8 +225,12 @@ def _answer(name: str, row: EvalRow, metric: Metric | None) -> dict[str, Any]:
     mark, style = "", "soft"
     if score is not None and metric:
         mark = shown(score, metric)
+        # A preference is between two given answers, and says nothing of the one shown here.
+        words = ("finds the better one likelier", "finds the worse one likelier")
+        if metric.kind == "answer":
+            words = ("✓ right", "✗ wrong")
         if metric.unit == "share":
-            mark, style = ("✓ right", "better") if score == 1 else ("✗ wrong", "worse")
+            mark, style = (words[0], "better") if score == 1 else (words[1], "worse")
     text = row.output
     if row.score is not None:
         text = f"{row.score:+.2f} for this answer, {row.rejected_score:+.2f} for: {row.rejected}"

@@ -136,6 +136,13 @@ def correlation(one: Sequence[float], other: Sequence[float], groups: Sequence[o
     return math.fsum(a * b for a, b in zip(*centred, strict=True)) / math.sqrt(spreads[0] * spreads[1])
 
 
+def check_fit(sections: Sequence[RewardSection], prompts: Sequence[Prompt]) -> None:
+    """Raises RecipeError for metrics that cannot score some of the prompts, and where none is named and none fits."""
+    for section in list(sections) or [_primary(prompts)]:
+        if isinstance(section, MetricReward):
+            _metric(section, prompts)
+
+
 def resolve(
     sections: Sequence[RewardSection],
     *,
@@ -213,7 +220,8 @@ def total(rewards: Sequence[Reward], prompts: Sequence[Prompt], completions: Seq
                 raise RunError(
                     f"The reward '{reward.name}' gave {value!r} for row {prompt.row}.",
                     found=f"the answer {_shown(completion)}",
-                    fix="A reward has to be a finite number for every answer, an empty one included.",
+                    fix="A reward has to be a finite number for every answer, an empty one included. A run that has "
+                    "written a checkpoint goes on from it: tunesmith resume.",
                 )
         columns[reward.name] = [float(value) for value in found]
     totals = [
@@ -242,7 +250,7 @@ def _failed(name: str, prompt: Prompt, completion: str, error: Exception, *, of_
     return RunError(
         f"The reward '{name}' failed on {where}.",
         found=said + answer,
-        fix="Mend the reward or the row; the run can be resumed from its last checkpoint.",
+        fix="Mend the reward or the row. A run that has written a checkpoint goes on from it: tunesmith resume.",
     )
 
 

@@ -37,8 +37,15 @@ def template(tokenizer: Any, choice: str | None, section: Section | PPO) -> str:
 
 
 def encoded(splits: Splits, tokenizer: Any, data: Data, section: Section | PPO) -> EncodedSplits:
-    """The prompts of all splits, with those dropped that leave no room for an answer."""
-    return prompts.encoded(splits, tokenizer, data=data, room=section.max_new_tokens)
+    """The prompts of all splits, with those dropped that leave no room for an answer.
+
+    Raises RecipeError for a reward that cannot score them.
+    """
+    found = prompts.encoded(splits, tokenizer, data=data, room=section.max_new_tokens)
+    for part in (found.train, found.validation):
+        if part:
+            rewarding.check_fit(section.rewards, [e for e in part.examples if isinstance(e, Prompt)])
+    return found
 
 
 def check(recipe: Recipe) -> None:

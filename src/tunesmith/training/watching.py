@@ -34,7 +34,7 @@ NEAR = 0.05
 """Nats per token that are no distance to speak of."""
 LOST = 0.5
 """Reward of the better answers, below zero, from which on they count as lost."""
-FALLEN = 2.0
+FALLEN = 1.0
 """The same, whatever became of the worse answers."""
 COIN = 0.5
 """Share of pairs in the right order that a coin would reach."""
@@ -112,9 +112,10 @@ def good_lost(logged: Sequence[Measures]) -> str | None:
     """Better answers that become less likely together with the worse ones (arXiv 2410.08847)."""
     # Rewards without a reference are likelihoods, and always below zero; their trainers log an imitation loss.
     names = {"rewards/chosen", "rewards/rejected"}
-    found = [m for m in logged if names <= m.keys() and "nll_loss" not in m][-RECENT:]
-    if len(found) < RECENT:
+    found = [m for m in logged if names <= m.keys() and "nll_loss" not in m]
+    if len(found) < 2:
         return None
+    found = found[-min(RECENT, len(found) // 2) :]
     chosen, rejected = (fmean(m[name] for m in found) for name in sorted(names))
     if chosen > -LOST or (chosen > rejected / 2 and chosen > -FALLEN):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import multiprocessing
 import os
 import re
 import shlex
@@ -34,6 +35,27 @@ def blocks(language: str, page: str = README) -> list[str]:
 def commands(page: str) -> list[list[str]]:
     lines = [line for block in blocks("sh", page) for line in block.replace("\\\n", " ").splitlines()]
     return [shlex.split(line, comments=True) for line in lines if line.startswith("tunesmith")]
+
+
+FORKS = multiprocessing.get_context("forkserver")
+"""Processes of their own that need not import everything again: each command of a page runs in one."""
+FORKS.set_forkserver_preload(
+    ["torch", "transformers.trainer", "trl.trainer.sft_trainer", "peft", "datasets", "plotly", "scipy.stats",
+     "sacrebleu", "rouge_score", "hamilton.driver", "rich.progress", "tunesmith.dataflow", "tunesmith.cli"]
+)  # fmt: skip
+
+
+def run_command(command: list[str], folder: Path, log: Path) -> None:
+    """Run a command of ours in a folder, in this process, with all that it prints in a file."""
+    os.environ.update(ENVIRONMENT)
+    os.chdir(folder)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.argv = command
+    from tunesmith.cli import main
+
+    main()
 
 
 PAGES = {
@@ -110,8 +132,11 @@ def test_what_a_page_shows_runs(page, tmp_path):
     for command in commands(content):
         if "PATH_OR_HUB_ID" in command:
             continue
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
-        assert result.returncode == 0, f"{command}\n{result.stderr}"
+        log = tmp_path / ".log"
+        process = FORKS.Process(target=run_command, args=(command, tmp_path, log))
+        process.start()
+        process.join()
+        assert process.exitcode == 0, f"{command}\n{log.read_text(errors='replace')}"
         ran += 1
     assert ran
     for code in blocks("python", content):

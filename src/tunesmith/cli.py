@@ -819,6 +819,37 @@ def wizard_verb(*, quiet: bool) -> Any:
     return wizard.run(), None
 
 
+JUDGE_HELP = """Let a judge grade answers or compare two models' answers, or recompute the figures of a judgment file.
+
+`tunesmith judge --replay model_judgment/gpt-4_pair.jsonl`"""
+
+
+@app.command("judge", help=JUDGE_HELP)
+@verb
+def judge_verb(
+    *,
+    replay: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Recompute every figure of this judgment file, asking no judge."),
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Questions in FastChat's format, for the categories.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Name of the model that the others are measured against.")
+    ] = None,
+    quiet: bool,
+) -> Any:
+    """Judge."""
+    from tunesmith.evaluation.judging.replay import replay as replayed
+    from tunesmith.evaluation.judging.replay import sentences
+
+    if replay is None:
+        raise TunesmithError("What is to be judged is missing.", fix="Give --replay FILE.")
+    found = replayed(replay, questions=questions, baseline=baseline)
+    return found, "\n".join(map(_escaped, sentences(found)))
+
+
 def _composed(
     recipe_file: Path | None,
     config: str | None,

@@ -402,6 +402,61 @@ def compare(
     )
 
 
+def judge(
+    answers: Sequence[str | Path],
+    *,
+    judge: str | Path | None,
+    mode: str = "pair",
+    questions: str | Path | None = None,
+    references: str | Path | None = None,
+    baseline: str | None = None,
+    output: str | Path = "judged",
+    calibrate: bool = True,
+    dry_run: bool = False,
+    watch: Watch = _unwatched,
+) -> dict[str, Any]:
+    """Let a judge grade answers (`single`) or compare those of models (`pair`); gives every figure.
+
+    `answers` are FastChat answer files, which need `questions`, or runs and `rows.jsonl` files, which bring theirs.
+    `judge` is a file of settings or `local:MODEL`. Judgments, figures and plots are written to `output`; what a
+    stopped judging has paid for is used when it is started again.
+    """
+    from tunesmith.evaluation.judging import folder as judging
+    from tunesmith.evaluation.judging.judgments import read_questions, with_references
+    from tunesmith.evaluation.judging.settings import load_judge
+
+    launch.require_one_process()
+    quiet_libraries()
+    if mode not in ("single", "pair"):
+        raise TunesmithError(f"There is no mode '{mode}' of judging.", fix=nearest(mode, ("single", "pair")))
+    if judge is None or not answers:
+        raise TunesmithError(
+            "Who judges is missing." if judge is None else "What is to be judged is missing.",
+            fix="Give --judge FILE (docs/judge.md) or local:MODEL."
+            if judge is None
+            else "Name answer files or a run, or give --replay FILE.",
+        )
+    settings = load_judge(judge)
+    own, given = judging.answered(answers)
+    asked = read_questions(questions) if questions else own
+    if not asked:
+        raise TunesmithError(
+            "The questions of these answers are missing.", fix="Give --questions FILE, in FastChat's format."
+        )
+    found = judging.judge_into(
+        Path(output),
+        settings,
+        with_references(asked, references) if references else asked,
+        given,
+        mode="single" if mode == "single" else "pair",
+        baseline=baseline,
+        calibrated=calibrate,
+        dry_run=dry_run,
+        watch=watch,
+    )
+    return {**found, "output": str(output)}
+
+
 def _apart(a: str | Path, b: str | Path, recipe: Recipe) -> str:
     """Why two models may be given different tokens for the same question."""
     from tunesmith import models

@@ -821,33 +821,91 @@ def wizard_verb(*, quiet: bool) -> Any:
 
 JUDGE_HELP = """Let a judge grade answers or compare two models' answers, or recompute the figures of a judgment file.
 
+`tunesmith judge fine_tuned_models/my-run --judge judge.yaml --mode pair --baseline base`
+
 `tunesmith judge --replay model_judgment/gpt-4_pair.jsonl`"""
+
+JudgeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--judge", metavar="FILE", help="Who judges: a YAML file of settings (docs/judge.md), or local:MODEL."
+    ),
+]
+QuestionsOption = Annotated[
+    Path | None, typer.Option("--questions", metavar="FILE", help="Questions in FastChat's JSONL format.")
+]
+ReferencesOption = Annotated[
+    Path | None,
+    typer.Option("--references", metavar="FILE", help="Reference answers, in the format of answer files."),
+]
 
 
 @app.command("judge", help=JUDGE_HELP)
 @verb
 def judge_verb(
+    answers: Annotated[
+        list[str] | None,
+        typer.Argument(help="Answer files in FastChat's JSONL format, runs, or rows.jsonl files."),
+    ] = None,
     *,
+    judge: JudgeOption = None,
+    mode: Annotated[
+        str,
+        typer.Option(metavar="single|pair", help="Grade every answer from 1 to 10, or compare two models."),
+    ] = "pair",
+    questions: QuestionsOption = None,
+    references: ReferencesOption = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Name of the model that the others are measured against.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of judgments, figures and plots.")] = Path("judged"),
+    calibrate: Annotated[
+        bool, typer.Option(help="First ask the judge about 60 pairs of known outcome.")
+    ] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would cost, and ask nobody.")
+    ] = False,
     replay: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Recompute every figure of this judgment file, asking no judge."),
     ] = None,
-    questions: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Questions in FastChat's format, for the categories.")
-    ] = None,
-    baseline: Annotated[
-        str | None, typer.Option(help="Name of the model that the others are measured against.")
-    ] = None,
     quiet: bool,
 ) -> Any:
     """Judge."""
+    from tunesmith import api
     from tunesmith.evaluation.judging.replay import replay as replayed
     from tunesmith.evaluation.judging.replay import sentences
 
-    if replay is None:
-        raise TunesmithError("What is to be judged is missing.", fix="Give --replay FILE.")
-    found = replayed(replay, questions=questions, baseline=baseline)
-    return found, "\n".join(map(_escaped, sentences(found)))
+    if replay is not None:
+        ignored = [name for name, given in (("answers", answers), ("--judge", judge)) if given]
+        if ignored:
+            raise TunesmithError(f"--replay asks nobody; leave {' and '.join(ignored)} out.")
+        found = replayed(replay, questions=questions, baseline=baseline)
+        return found, "\n".join(map(_escaped, sentences(found)))
+    with Display(quiet=quiet) as display:
+        found = api.judge(
+            answers or [],
+            judge=judge,
+            mode=mode,
+            questions=questions,
+            references=references,
+            baseline=baseline,
+            output=output,
+            calibrate=calibrate,
+            dry_run=dry_run,
+            watch=display,
+        )
+    return found, None if dry_run else _judged_text(found, output)
+
+
+def _judged_text(found: Mapping[str, Any], folder: Path) -> str:
+    from tunesmith.evaluation.judging import calibration
+    from tunesmith.evaluation.judging.replay import sentences
+
+    lines = sentences(dict(found))
+    if found.get("calibration"):
+        lines.append(f"The judge: {calibration.sentence(found['calibration'])}.")
+    return "\n".join(map(_escaped, [*lines, f"plots      {folder / 'judged.html'}"]))
 
 
 def _composed(

@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,13 +117,16 @@ def read_questions(path: str | Path, references: str | Path | None = None) -> li
         found[id] = Question(id, str(row.get("category", "")), tuple(turns), tuple(own), temperature)
     if not found:
         raise DataError(f"There is no question in {path}.")
-    if references is None:
-        return list(found.values())
-    known = read_references(references)
-    return [
-        Question(q.id, q.category, q.turns, known.get(q.id, q.references), q.temperature)
-        for q in found.values()
-    ]
+    asked = list(found.values())
+    return asked if references is None else with_references(asked, references)
+
+
+def with_references(questions: Sequence[Question], path: str | Path) -> list[Question]:
+    """Questions with the reference answers of a file in place of their own. Raises DataError where none fits."""
+    known = read_references(path)
+    if not any(q.id in known for q in questions):
+        raise DataError(f"No reference of {path} belongs to one of the {len(questions)} questions.")
+    return [replace(q, references=known.get(q.id, q.references)) for q in questions]
 
 
 def read_references(path: str | Path) -> dict[Id, tuple[str, ...]]:

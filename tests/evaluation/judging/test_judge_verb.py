@@ -1,0 +1,166 @@
+"""`tunesmith judge` from answer files to figures and page, and what is said of the judge itself."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from servers import openai, serving
+from typer.testing import CliRunner
+
+from tunesmith.cli import app
+from tunesmith.evaluation.judging import calibration
+from tunesmith.evaluation.judging.judgments import Answers, read_judgments, write_answers
+from tunesmith.evaluation.rows import EvalRow, write_rows
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, ["judge", *map(str, arguments), "--json"])
+    return result.exit_code, json.loads(result.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture
+def answer_files(tmp_path):
+    questions = [
+        {"question_id": n, "category": category, "turns": [f"q{n}", "and?"], "reference": [f"r{n}", "r"]}
+        for n, category in enumerate(["math", "coding", "writing"] * 2)
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    for name in ("tuned", "base"):
+        turns = {q["question_id"]: (f"{name} says {q['turns'][0]}", f"{name} again") for q in questions}
+        write_answers(tmp_path / f"{name}.jsonl", Answers(name, turns))
+    return tmp_path
+
+
+def settings(folder, url, **more):
+    path = folder / "judge.yaml"
+    path.write_text(json.dumps({"model": "j", "base_url": url, "backoff": 0, "timeout": 5, **more}))
+    return path
+
+
+def oracle(number, body):
+    """Knows the right answers of the calibration pack, and that the tuned model is better; orders impress it not."""
+    text = body["messages"][1]["content"]
+    mark = text.split()[0].strip("[")
+    found = dict(re.findall(rf"\[{mark} ([^\]]+)\]\n(.*?)\n\[{mark} end", text, re.DOTALL))
+    if "answer 1" in found or "answer" in found:
+        return openai("Rating: [[8]]" if "tuned" in text else "Rating: [[5]]")
+    last = 2 if "answer 2 of A" in found else 1
+    a, b = (found.get(f"answer of {s}", found.get(f"answer {last} of {s}", "")) for s in "AB")
+    if a == b:
+        return openai("Verdict: [[C]]")
+    right = {one.better for one in calibration.pack()}
+    return openai(f"Verdict: [[{'A' if a in right or 'tuned' in a else 'B'}]]")
+
+
+def test_two_answer_files_are_compared_and_the_judge_with_them(answer_files):
+    with serving(oracle) as (url, seen):
+        judge = settings(answer_files, url)
+        files = (answer_files / "tuned.jsonl", answer_files / "base.jsonl")
+        options = ("--questions", answer_files / "q.jsonl", "--judge", judge, "--baseline", "base")
+        code, found = run(*files, *options, "--output", answer_files / "out")
+        assert code == 0, found
+        [pair] = found["ours"]["pairs"]
+        assert (pair["model"], pair["against"], pair["wins"], pair["n"]) == ("tuned", "base", 12, 12)
+        assert pair["win_rate"]["value"] == 1.0
+        assert pair["categories"].keys() == {"math", "coding", "writing"}
+        own = found["calibration"]
+        assert own["accuracy"]["value"] == own["identical_tied"]["value"] == own["parse_rate"] == 1.0
+        assert (
+            own["padding_preferred"]["value"]
+            == own["injection_won"]["value"]
+            == own["flip_rate"]["value"]
+            == 0.0
+        )
+        assert own["first_slot"]["value"] == 0.5
+        assert own["pairs"] == 60
+        assert len(seen) == 120 + 24
+        page = (answer_files / "out/judged.html").read_text()
+        assert "scatterpolar" in page
+        assert "right in 100 %" in page
+        assert "http://" not in page.split("<script>")[0]
+        # Started again it asks nobody, and replaying the file gives the same figures.
+        assert run(*files, *options, "--output", answer_files / "out")[1]["ours"] == found["ours"]
+        assert len(seen) == 144
+    file = answer_files / "out/judgments_pair.jsonl"
+    assert len(read_judgments(file)) == 12
+    code, again = run("--replay", file, "--questions", answer_files / "q.jsonl", "--baseline", "base")
+    assert again["ours"] == found["ours"]
+    assert again["fastchat"] == found["fastchat"]
+
+
+def test_grades_of_a_run_s_rows_need_no_question_file(answer_files, tmp_path):
+    def row(model, item):
+        return EvalRow(
+            model, item, f"rows:{item}", None, 0, 0, "x", f"q{item}", f"r{item}", f"{model} says", "stop", {}, {},
+            None, None, None, "ok",
+        )  # fmt: skip
+
+    write_rows(
+        tmp_path / "run/evaluation/rows.jsonl", [row(m, n) for m in ("base", "tuned") for n in range(4)]
+    )
+    with serving(oracle) as (url, _):
+        options = ("--judge", settings(tmp_path, url), "--output", tmp_path / "out", "--no-calibrate")
+        code, found = run(tmp_path / "run", "--mode", "single", *options)
+    assert code == 0
+    scores = {name: model["score"]["value"] for name, model in found["ours"]["models"].items()}
+    assert scores == {"base": 5.0, "tuned": 8.0}
+    assert found["calibration"] is None
+    assert "not calibrated" in (tmp_path / "out/judged.html").read_text()
+
+
+def test_a_dry_run_asks_nobody(answer_files):
+    judge = settings(answer_files, "http://127.0.0.1:1/v1", price_input=1, price_output=2)
+    options = ("--questions", answer_files / "q.jsonl", "--judge", judge, "--dry-run")
+    code, found = run(
+        answer_files / "tuned.jsonl", answer_files / "base.jsonl", *options, "--output", answer_files
+    )
+    assert code == 0
+    assert found["estimate"]["calls"] == 24
+    assert found["estimate"]["most_cost"] > 0
+
+
+def biased(number, body):
+    return openai("Verdict: [[A]]") if number % 7 else openai("no idea")
+
+
+def test_a_judge_that_looks_at_the_slot_is_found_out(answer_files, tmp_path):
+    with serving(biased) as (url, _):
+        options = ("--questions", answer_files / "q.jsonl", "--judge", settings(tmp_path, url, repair=False))
+        files = (answer_files / "tuned.jsonl", answer_files / "base.jsonl")
+        result = CliRunner().invoke(
+            app, ["judge", *map(str, files), *map(str, options), "--output", str(tmp_path)]
+        )
+    assert "not to be trusted" in result.stderr
+    own = json.loads((tmp_path / "figures.json").read_text())["calibration"]
+    assert own["first_slot"]["value"] == own["flip_rate"]["value"] == 1.0
+    assert own["accuracy"]["value"] == pytest.approx(0.5, abs=0.1)
+    assert own["parse_rate"] == pytest.approx(6 / 7, abs=0.01)
+
+
+def test_the_pack_is_what_it_says():
+    pairs = calibration.pack()
+    kinds = [one.kind for one in pairs]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "known": 30,
+        "identical": 10,
+        "padded": 10,
+        "injected": 10,
+    }
+    assert all((one.better == one.worse) == (one.kind == "identical") for one in pairs)
+    assert len({one.question for one in pairs}) == 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "Who judges"), (("x.jsonl",), "Who judges"), (("--judge", "local:tiny"), "What is to be judged"),
+        (("x.jsonl", "--judge", "local:tiny", "--mode", "pairs"), "Did you mean 'pair'"),
+        (("x.jsonl", "--replay", "y"), "asks nobody"), (("x.jsonl", "--judge", "local:tiny"), "cannot be read"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_said(arguments, said):
+    code, found = run(*arguments)
+    assert code == 1
+    assert said in found["error"]

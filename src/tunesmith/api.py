@@ -402,6 +402,66 @@ def compare(
     )
 
 
+def evaluate_suite(
+    model: str | Path,
+    suite: str,
+    *,
+    questions: str | Path | None = None,
+    references: str | Path | None = None,
+    judge: str | Path | None = None,
+    baseline: str | Path | None = None,
+    calibrate: bool = True,
+    settings: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    watch: Watch = _unwatched,
+) -> dict[str, Any]:
+    """A suite's questions (`mt-bench`, `alpaca`, `arena`) answered by a model and, with a judge, judged.
+
+    `lm-eval:TASKS` runs tasks of lm-evaluation-harness. `settings` may set `evaluation.max_new_tokens`, by default
+    1024. All is written to `output`, by default `evaluations/<model>_<suite>`.
+    """
+    from tunesmith.evaluation.judging import bench, harness, suites
+    from tunesmith.evaluation.judging.settings import load_judge
+
+    launch.require_one_process()
+    quiet_libraries()
+    known = {"evaluation": {"max_new_tokens"}}
+    unused = [
+        f"{section}.{name}"
+        for section, fields in (settings or {}).items()
+        for name in fields
+        if name not in known.get(section, ())
+    ]
+    if unused:
+        raise TunesmithError(f"{', '.join(unused)} would have no effect with a suite.", fix="Leave it out.")
+    label = re.sub(r"[^\w.-]+", "-", suite)
+    place = Path(output) if output else Path("evaluations") / f"{Path(str(model)).name}_{label}"
+    if suite.startswith("lm-eval:"):
+        given = {"questions": questions, "references": references, "judge": judge, "baseline": baseline}
+        if unused := [f"--{name}" for name, value in given.items() if value]:
+            raise TunesmithError(
+                f"{', '.join(unused)} would have no effect with lm-eval.", fix="Leave it out."
+            )
+        return {
+            **harness.run(model, suite.removeprefix("lm-eval:"), place, watch=watch),
+            "output": str(place),
+        }
+    longest = (settings or {}).get("evaluation", {}).get("max_new_tokens", suites.MAX_NEW_TOKENS)
+    found = bench.run_suite(
+        model,
+        suites.suite_of(suite),
+        questions=questions,
+        references=references,
+        judge=load_judge(judge) if judge else None,
+        baseline=baseline,
+        max_new_tokens=int(longest),
+        output=place,
+        calibrated=calibrate,
+        watch=watch,
+    )
+    return {**found, "output": str(place)}
+
+
 def judge(
     answers: Sequence[str | Path],
     *,

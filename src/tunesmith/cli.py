@@ -480,6 +480,21 @@ def plan_verb(
     return payload, _plan_text(plan, rows, composition)
 
 
+JudgeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--judge", metavar="FILE", help="Who judges: a YAML file of settings (docs/judge.md), or local:MODEL."
+    ),
+]
+QuestionsOption = Annotated[
+    Path | None, typer.Option("--questions", metavar="FILE", help="Questions in FastChat's JSONL format.")
+]
+ReferencesOption = Annotated[
+    Path | None,
+    typer.Option("--references", metavar="FILE", help="Reference answers, in the format of answer files."),
+]
+
+
 @app.command("evaluate", help="Measure a run's model, or any model, on held-out examples.")
 @verb
 @recipe_options(only=EVALUATION_FLAGS)
@@ -494,12 +509,46 @@ def evaluate_verb(
         str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")
     ] = None,
     output: Annotated[str | None, typer.Option(help="Folder for rows and scores.")] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mt-bench|alpaca|arena|lm-eval:TASKS",
+            help="Questions of a suite in place of held-out examples (docs/mt-bench.md).",
+        ),
+    ] = None,
+    questions: QuestionsOption = None,
+    references: ReferencesOption = None,
+    judge: JudgeOption = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="With --suite: the model, or file of answers, that the judge compares with."),
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option(help="With --judge: first ask the judge about 60 pairs of known outcome.")
+    ] = True,
     flags: dict[str, Any],
     quiet: bool,
 ) -> Any:
     """Evaluate."""
     from tunesmith import api
 
+    of_suites = {
+        "--questions": questions, "--references": references, "--judge": judge, "--baseline": baseline,
+    }  # fmt: skip
+    ignored = [name for name, given in of_suites.items() if given and not suite]
+    ignored += [name for name, given in (("--dataset", dataset), ("--metrics", metrics)) if given and suite]
+    if ignored:
+        raise TunesmithError(
+            f"{' and '.join(ignored)} would have no effect {'with' if suite else 'without'} --suite.",
+            fix="Leave it out." if suite else "Give --suite (docs/mt-bench.md).",
+        )
+    if suite:
+        with Display(quiet=quiet) as display:
+            found = api.evaluate_suite(
+                model, suite, questions=questions, references=references, judge=judge, baseline=baseline,
+                calibrate=calibrate, settings=flags, output=output, watch=display,
+            )  # fmt: skip
+        return found, _suite_text(found)
     with Display(quiet=quiet) as display:
         result = api.evaluate(
             model, dataset=dataset, metrics=_names(metrics), settings=flags, output=output, watch=display
@@ -825,20 +874,6 @@ JUDGE_HELP = """Let a judge grade answers or compare two models' answers, or rec
 
 `tunesmith judge --replay model_judgment/gpt-4_pair.jsonl`"""
 
-JudgeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--judge", metavar="FILE", help="Who judges: a YAML file of settings (docs/judge.md), or local:MODEL."
-    ),
-]
-QuestionsOption = Annotated[
-    Path | None, typer.Option("--questions", metavar="FILE", help="Questions in FastChat's JSONL format.")
-]
-ReferencesOption = Annotated[
-    Path | None,
-    typer.Option("--references", metavar="FILE", help="Reference answers, in the format of answer files."),
-]
-
 
 @app.command("judge", help=JUDGE_HELP)
 @verb
@@ -906,6 +941,16 @@ def _judged_text(found: Mapping[str, Any], folder: Path) -> str:
     if found.get("calibration"):
         lines.append(f"The judge: {calibration.sentence(found['calibration'])}.")
     return "\n".join(map(_escaped, [*lines, f"plots      {folder / 'judged.html'}"]))
+
+
+def _suite_text(found: Mapping[str, Any]) -> str:
+    lines = []
+    for part in ("graded", "compared"):
+        if part in found:
+            lines += _judged_text(found[part], Path(found["output"]) / part).split("\n")
+    for task, metrics in found.get("results", {}).items():
+        lines += [f"{task}: {name} {value}" for name, value in metrics.items()]
+    return "\n".join([*lines, f"rows       {_escaped(Path(found['output']) / 'rows.jsonl')}"])
 
 
 def _composed(

@@ -418,7 +418,7 @@ def evaluate_suite(
     """A suite's questions (`mt-bench`, `alpaca`, `arena`) answered by a model and, with a judge, judged.
 
     `lm-eval:TASKS` runs tasks of lm-evaluation-harness. `settings` may set `evaluation.max_new_tokens`, by default
-    1024. All is written to `output`, by default `evaluations/<model>_<suite>`.
+    1024. All is written to `output`, by default `<run>/evaluation/<suite>` or `evaluations/<model>_<suite>`.
     """
     from tunesmith.evaluation.judging import bench, harness, suites
     from tunesmith.evaluation.judging.settings import load_judge
@@ -435,7 +435,9 @@ def evaluate_suite(
     if unused:
         raise TunesmithError(f"{', '.join(unused)} would have no effect with a suite.", fix="Leave it out.")
     label = re.sub(r"[^\w.-]+", "-", suite)
-    place = Path(output) if output else Path("evaluations") / f"{Path(str(model)).name}_{label}"
+    run = open_run(model) if is_run(Path(model).expanduser()) else None
+    beside = run.evaluation / label if run else Path("evaluations") / f"{Path(str(model)).name}_{label}"
+    place = Path(output) if output else beside
     if suite.startswith("lm-eval:"):
         given = {"questions": questions, "references": references, "judge": judge, "baseline": baseline}
         if unused := [f"--{name}" for name, value in given.items() if value]:
@@ -459,6 +461,8 @@ def evaluate_suite(
         calibrated=calibrate,
         watch=watch,
     )
+    if run:
+        _report_again(run)
     return {**found, "output": str(place)}
 
 
@@ -470,7 +474,7 @@ def judge(
     questions: str | Path | None = None,
     references: str | Path | None = None,
     baseline: str | None = None,
-    output: str | Path = "judged",
+    output: str | Path | None = None,
     calibrate: bool = True,
     dry_run: bool = False,
     watch: Watch = _unwatched,
@@ -478,8 +482,9 @@ def judge(
     """Let a judge grade answers (`single`) or compare those of models (`pair`); gives every figure.
 
     `answers` are FastChat answer files, which need `questions`, or runs and `rows.jsonl` files, which bring theirs.
-    `judge` is a file of settings or `local:MODEL`. Judgments, figures and plots are written to `output`; what a
-    stopped judging has paid for is used when it is started again.
+    `judge` is a file of settings or `local:MODEL`. Judgments, figures and plots are written to `output`, by default
+    `<run>/evaluation/judged_<mode>` or `judged`; what a stopped judging has paid for is used when it is started
+    again. The report of a run that is judged alone is written anew.
     """
     from tunesmith.evaluation.judging import folder as judging
     from tunesmith.evaluation.judging.judgments import read_questions, with_references
@@ -503,8 +508,10 @@ def judge(
         raise TunesmithError(
             "The questions of these answers are missing.", fix="Give --questions FILE, in FastChat's format."
         )
+    run = open_run(answers[0]) if len(answers) == 1 and is_run(Path(answers[0]).expanduser()) else None
+    place = Path(output) if output else run.evaluation / f"judged_{mode}" if run else Path("judged")
     found = judging.judge_into(
-        Path(output),
+        place,
         settings,
         with_references(asked, references) if references else asked,
         given,
@@ -514,7 +521,17 @@ def judge(
         dry_run=dry_run,
         watch=watch,
     )
-    return {**found, "output": str(output)}
+    if run and not dry_run:
+        _report_again(run)
+    return {**found, "output": str(place)}
+
+
+def _report_again(run: Run) -> None:
+    """Write a run's report with what was added to its folder; a run that has none yet gets it when it is done."""
+    from tunesmith.evaluation.report import write_report
+
+    if (run.path / "report.html").exists():
+        write_report(run.path)
 
 
 def _apart(a: str | Path, b: str | Path, recipe: Recipe) -> str:

@@ -893,7 +893,10 @@ def judge_verb(
     baseline: Annotated[
         str | None, typer.Option(help="Name of the model that the others are measured against.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder of judgments, figures and plots.")] = Path("judged"),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of judgments, figures and plots; by default in the run, or `judged`."),
+    ] = None,
     calibrate: Annotated[
         bool, typer.Option(help="First ask the judge about 60 pairs of known outcome.")
     ] = True,
@@ -930,7 +933,7 @@ def judge_verb(
             dry_run=dry_run,
             watch=display,
         )
-    return found, None if dry_run else _judged_text(found, output)
+    return found, None if dry_run else _judged_text(found, Path(found["output"]))
 
 
 def _judged_text(found: Mapping[str, Any], folder: Path) -> str:

@@ -96,6 +96,10 @@ def test_single_scores_are_fastchat_s_means_and_errors_are_told(tmp_path):
     assert (ours["errors"], ours["error_rate"], ours["missing_turns"]) == (1, 0.2, 1)
     assert ours["bounds"] == [28 / 5, 37 / 5]
     assert not ours["is_conclusive"]
+    [against] = found["ours"]["differences"]
+    assert (against["model"], against["against"], against["difference"]["n"]) == ("tuned", "base", 4)
+    assert against["difference"]["value"] == pytest.approx((3 + 0.5 + 6 + 1) / 4)
+    assert (against["wins"], against["ties"], against["losses"]) == (4, 0, 0)
     assert ours["categories"]["writing"]["n"] == 4  # 81 to 90 are FastChat's writing questions
 
 
@@ -270,3 +274,14 @@ def test_judgments_made_again_count_once(tmp_path):
     assert found["ours"]["models"]["tuned"]["score"]["value"] == 8.0
     assert found["ours"]["repeated"] == 1
     assert not math.isnan(found["ours"]["models"]["tuned"]["score"]["low"])
+
+
+def test_the_difference_of_grades_is_scipy_s_paired_one(tmp_path):
+    rng = np.random.default_rng(7)
+    scores = rng.integers(1, 11, size=(30, 2)).astype(float)
+    judgments = [
+        Single(n, name, 1, score, "", "j") for n, two in enumerate(scores) for name, score in zip("ab", two)
+    ]
+    [found] = figures.single_figures(judgments)["differences"]
+    test = stats.ttest_rel(scores[:, 0], scores[:, 1]).confidence_interval()
+    assert (found["difference"]["low"], found["difference"]["high"]) == pytest.approx((test.low, test.high))

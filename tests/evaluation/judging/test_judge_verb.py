@@ -164,3 +164,27 @@ def test_what_is_missing_is_said(arguments, said):
     code, found = run(*arguments)
     assert code == 1
     assert said in found["error"]
+
+
+def test_the_report_of_a_run_tells_what_judges_said(answer_files, tmp_path):
+    from tunesmith.evaluation.report import write_report
+    from tunesmith.training.run import Run
+
+    with serving(oracle) as (url, _):
+        options = (
+            "--questions",
+            answer_files / "q.jsonl",
+            "--judge",
+            settings(answer_files, url),
+            "--baseline",
+            "base",
+        )
+        folder = tmp_path / "run/evaluation/judged_pair"
+        code, _ = run(answer_files / "tuned.jsonl", answer_files / "base.jsonl", *options, "--output", folder)
+    assert code == 0
+    page = write_report(Run(tmp_path / "run").path).read_text()
+    assert "tuned against base: win rate 1.000" in page
+    assert "right in 100 %" in page
+    assert 'href="evaluation/judged_pair/judged.html"' in page
+    (folder / "figures.json").write_text('{"kind": "pair"}')
+    assert "holds no judgments" in write_report(tmp_path / "run").read_text()

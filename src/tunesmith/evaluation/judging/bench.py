@@ -85,13 +85,20 @@ def run_suite(
             judge = judge.model_copy(update={"prompts": _arena_prompts(output)})
         if suite.grades:
             found["graded"] = judge_into(
-                output / "graded", judge, asked, given, mode="single", calibrated=calibrated, watch=watch
+                output / "graded",
+                judge,
+                asked,
+                given,
+                mode="single",
+                calibrated=calibrated,
+                home=output,
+                watch=watch,
             )
             rows = _graded(rows, asked, output / "graded/judgments_single.jsonl")
         if other is not None:
             found["compared"] = judge_into(
                 output / "compared", judge, asked, given, mode="pair", baseline=other, calibrated=calibrated,
-                watch=watch,
+                home=output, watch=watch,
             )  # fmt: skip
     else:
         watch(

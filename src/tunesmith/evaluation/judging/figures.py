@@ -196,7 +196,7 @@ def single_figures(
             "flagged": sum(bool(one.flags) for one in own),
             "is_conclusive": len(errors) + missing <= MAX_ERROR_SHARE * (len(own) + missing),
         }
-    return {"models": models, "repeated": repeated}
+    return {"models": models, "differences": _differences(kept, confidence), "repeated": repeated}
 
 
 def pair_figures(
@@ -249,6 +249,36 @@ def outcome(one: Pair) -> str:
     if score is None:
         return "error"
     return "tie" if score == 0.5 else "win" if score > 0.5 else "loss"
+
+
+def _differences(kept: Sequence[Single], confidence: float) -> list[dict[str, Any]]:
+    """Of each two models the mean difference of their grades on the same turns: the first less the second."""
+    grades: dict[str, dict[tuple[Id, int], float]] = {}
+    for one in kept:
+        own = grades.setdefault(one.model, {})
+        if one.score is not None:
+            own[one.question, one.turn] = one.score
+    names = list(grades)
+    span = verdicts.HIGHEST - verdicts.LOWEST
+    found = []
+    for n, a in enumerate(names):
+        for b in names[n + 1 :]:
+            both = [key for key in grades[a] if key in grades[b]]
+            values = [grades[a][key] - grades[b][key] for key in both]
+            estimate = clustered_mean(
+                values, [question for question, _ in both], bounds=(-span, span), confidence=confidence
+            )
+            found.append(
+                {
+                    "model": a,
+                    "against": b,
+                    "difference": asdict(estimate),
+                    "wins": sum(value > 0 for value in values),
+                    "ties": sum(value == 0 for value in values),
+                    "losses": sum(value < 0 for value in values),
+                }
+            )
+    return found
 
 
 def _against(own: Sequence[Pair], confidence: float) -> dict[str, Any]:

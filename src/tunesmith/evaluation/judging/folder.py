@@ -36,19 +36,22 @@ def judge_into(
     baseline: str | None = None,
     calibrated: bool = True,
     dry_run: bool = False,
+    home: Path | None = None,
     watch: Watch,
 ) -> dict[str, Any]:
     """Judge answers and write the folder; gives what `figures.json` holds.
 
-    With `dry_run` only the estimate is made, and nothing is asked. Raises RunError where the judging has to stop:
-    the same call goes on from there.
+    Replies and calibration lie in `home`, by default the folder itself, for several judgings to share. With
+    `dry_run` only the estimate is made, and nothing is asked. Raises RunError where the judging has to stop: the
+    same call goes on from there.
     """
     todo = jobs(questions, answers, mode, baseline=baseline)
     if not todo:
         raise DataError("There is nothing to judge.")
     texts = load_prompts(judge.prompts)
     asker = asking.asker(judge)
-    book = Path(judge.cache).expanduser() if judge.cache else folder / "replies.jsonl"
+    home = home or folder
+    book = Path(judge.cache).expanduser() if judge.cache else home / "replies.jsonl"
     about = {
         "judge_settings": judge.model_dump(mode="json"),
         "prompts": {"source": texts.source, "version": texts.version},

@@ -106,7 +106,7 @@ def _bars(
         "error_y": _errors(estimates),
         "marker": {"color": [COLORS[n % len(COLORS)] for n in range(len(series))]},
     }
-    layout = {"yaxis": {"title": {"text": unit}, "range": list(limits)}, "height": 380}
+    layout = {"yaxis": {"title": {"text": unit}, "range": list(limits)}, "height": 340, **_even(limits)}
     return _figure("Over all", f"95 % intervals, {estimates[0]['method']}.", [trace], layout)
 
 
@@ -126,7 +126,12 @@ def _by_category(
                 "error_y": _errors(estimates), "marker": {"color": COLORS[number % len(COLORS)]},
             }
         )  # fmt: skip
-    layout = {"barmode": "group", "yaxis": {"title": {"text": unit}, "range": list(limits)}, "height": 420}
+    layout = {
+        "barmode": "group",
+        "yaxis": {"title": {"text": unit}, "range": list(limits)},
+        "height": 380,
+        **_even(limits),
+    }
     least = min(e["n"] for _, _, by in series for e in by.values())
     few = f" {least} judgments in a category say little: read the intervals." if least < FEW else ""
     return _figure("By category", "95 % intervals, clustered by question." + few, traces, layout)
@@ -153,8 +158,14 @@ def _radar(
                 "line": {"color": color, "width": 2},
             },
         ]  # fmt: skip
-    layout = {"polar": {"radialaxis": {"range": list(limits)}}, "height": 520}
+    layout = {"polar": {"radialaxis": {"range": list(limits)}}, "height": 480, "margin": {"t": 40, "b": 40}}
     return _figure("Radar", "Lines are values, bands their 95 % intervals.", traces, layout)
+
+
+def _even(limits: tuple[float, float]) -> dict[str, Any]:
+    """Tight margins and, for win rates, the line at which neither is better."""
+    line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0.5, "y1": 0.5, "line": {"dash": "dot"}}
+    return {"margin": {"t": 20, "b": 50}, **({"shapes": [line]} if limits[1] == 1.0 else {})}
 
 
 def _figure(title: str, caption: str, traces: list[dict[str, Any]], layout: dict[str, Any]) -> dict[str, Any]:

@@ -89,6 +89,11 @@ def sentences(found: dict[str, Any]) -> list[str]:
                 f"  turn {turn}: {_of(e, 2)}" for turn, e in model["turns"].items() if len(model["turns"]) > 1
             ]
             lines += [f"  {category}: {_of(e, 2)}" for category, e in model["categories"].items()]
+        for d in found["ours"]["differences"]:
+            lines.append(
+                f"{d['model']} less {d['against']}: {_of(d['difference'], 2)}, higher in {d['wins']}, "
+                f"equal in {d['ties']}, lower in {d['losses']}"
+            )
     else:
         for pair in found["ours"]["pairs"]:
             lines.append(

@@ -188,3 +188,41 @@ def test_the_report_of_a_run_tells_what_judges_said(answer_files, tmp_path):
     assert 'href="evaluation/judged_pair/judged.html"' in page
     (folder / "figures.json").write_text('{"kind": "pair"}')
     assert "holds no judgments" in write_report(tmp_path / "run").read_text()
+
+
+def test_a_run_is_judged_into_its_own_folder_and_its_report_is_written_anew(tmp_path):
+    folder = tmp_path / "my-run"
+    rows = [
+        EvalRow(
+            model,
+            n,
+            f"rows:{n}",
+            None,
+            0,
+            0,
+            "x",
+            f"q{n}",
+            "",
+            f"{model} says",
+            "stop",
+            {},
+            {},
+            None,
+            None,
+            None,
+            "ok",
+        )
+        for model in ("base", "tuned")
+        for n in range(3)
+    ]
+    write_rows(folder / "evaluation/rows.jsonl", rows)
+    for name in ("recipe.yaml", "environment.json", "report.html"):
+        (folder / name).write_text("{}")
+    with serving(oracle) as (url, _):
+        options = ("--judge", settings(tmp_path, url), "--baseline", "base", "--no-calibrate")
+        assert run(folder, *options, "--dry-run")[1]["estimate"]["calls"] == 6
+        assert (folder / "report.html").read_text() == "{}"
+        code, found = run(folder, *options)
+    assert code == 0, found
+    assert found["output"] == str(folder / "evaluation/judged_pair")
+    assert "tuned against base: win rate 1.000" in (folder / "report.html").read_text()

@@ -285,3 +285,21 @@ def test_the_difference_of_grades_is_scipy_s_paired_one(tmp_path):
     [found] = figures.single_figures(judgments)["differences"]
     test = stats.ttest_rel(scores[:, 0], scores[:, 1]).confidence_interval()
     assert (found["difference"]["low"], found["difference"]["high"]) == pytest.approx((test.low, test.high))
+
+
+def test_how_often_the_longer_answer_wins_by_hand():
+    outcomes = [
+        ("model_1", "model_1"),
+        ("model_2", "model_2"),
+        ("tie", "tie"),
+        ("model_1", "model_1"),
+        ("error", "tie"),
+    ]
+    judgments = [Pair(n, "m", "b", 1, *games, "", "", "j") for n, games in enumerate(outcomes)]
+    texts = {("m", n, 1): "xx" for n in range(5)} | {("b", n, 1): "x" for n in range(5)} | {("b", 3, 1): "xx"}
+    [found] = figures.length_figures(judgments, texts)
+    assert found["characters"] == [2.0, 1.2]
+    assert (found["longer_won"]["value"], found["longer_won"]["n"]) == (
+        0.5,
+        2,
+    )  # a tie and equal lengths say nothing

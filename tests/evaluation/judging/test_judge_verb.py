@@ -226,3 +226,12 @@ def test_a_run_is_judged_into_its_own_folder_and_its_report_is_written_anew(tmp_
     assert code == 0, found
     assert found["output"] == str(folder / "evaluation/judged_pair")
     assert "tuned against base: win rate 1.000" in (folder / "report.html").read_text()
+
+
+def test_a_model_that_says_the_same_to_everybody_is_named():
+    from tunesmith.evaluation.judging.folder import constant
+
+    null = Answers("null", dict.fromkeys(range(6), ("I win.",)))
+    fine = Answers("fine", {n: (f"{n}",) for n in range(6)})
+    [said] = constant([null, fine])
+    assert "null gives 6 of 6 questions the same answer: 'I win.'" in said

@@ -270,7 +270,8 @@ def test_the_harness_gets_our_model_and_its_samples_become_rows(tmp_path, tiny_m
     assert [(r.item, r.sample, r.scores["exact_match"]) for r in rows] == [
         (0, 0, 0.0), (1, 0, 1.0), (0, 1, 0.0), (1, 1, 1.0),
     ]  # fmt: skip
-    assert rows[1].source_row == "lm-eval:arithmetic:1"
+    assert (rows[1].source_row, rows[1].prompt_text, rows[1].output) == ("lm-eval:arithmetic:1", "2+2=", "4")
+    assert harness._asked([["a", 1], ["b", 2]]) == '[["a", 1], ["b", 2]]'
 
 
 def test_a_harness_that_is_missing_or_fails_says_what_to_do(tmp_path, tiny_model_folder, monkeypatch):

@@ -236,6 +236,42 @@ def pair_figures(
     return {"pairs": pairs, "repeated": repeated}
 
 
+def length_figures(
+    judgments: Sequence[Pair], answers: Mapping[tuple[str, Id, int], str], *, confidence: float = 0.95
+) -> list[dict[str, Any]]:
+    """By pair of models the mean lengths of their answers in characters, and how often the longer answer won.
+
+    Length says nothing of worth, but judges like it: far above a half, the win rate may be one of lengths.
+    """
+    found = []
+    for sides in dict.fromkeys((one.model_1, one.model_2) for one in judgments):
+        own = [one for one in judgments if (one.model_1, one.model_2) == sides]
+        lengths = [
+            [len(answers[side, one.question, one.turn]) for side in sides]
+            for one in own
+            if all((side, one.question, one.turn) in answers for side in sides)
+        ]
+        values, clusters = list[float](), list[Id]()
+        for one in own:
+            texts = [answers.get((side, one.question, one.turn)) for side in sides]
+            score = item_score(one)
+            if score is None or score == 0.5 or None in texts or len(texts[0] or "") == len(texts[1] or ""):
+                continue
+            values.append(float((score > 0.5) == (len(texts[0] or "") > len(texts[1] or ""))))
+            clusters.append(one.question)
+        found.append(
+            {
+                "model": sides[0],
+                "against": sides[1],
+                "characters": [_mean([pair[side] for pair in lengths]) for side in (0, 1)],
+                "longer_won": asdict(
+                    clustered_mean(values, clusters, bounds=(0.0, 1.0), confidence=confidence)
+                ),
+            }
+        )
+    return found
+
+
 def item_score(one: Pair) -> float | None:
     """What both games of an item are worth to model 1: 1, .75, .5, .25 or 0; None where a game has no verdict."""
     if "error" in (one.g1_winner, one.g2_winner):

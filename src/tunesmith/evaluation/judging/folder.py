@@ -9,6 +9,7 @@ judged.html         bar and radar plots with intervals
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from tunesmith.errors import DataError, RunError
 from tunesmith.evaluation.judging import asking, calibration
 from tunesmith.evaluation.judging.asking import Asker, Estimate
+from tunesmith.evaluation.judging.figures import length_figures
 from tunesmith.evaluation.judging.judging import estimated, jobs, judge_all
 from tunesmith.evaluation.judging.judgments import Answers, Question, read_answers, write_judgments
 from tunesmith.evaluation.judging.plots import write_page
@@ -48,6 +50,8 @@ def judge_into(
     todo = jobs(questions, answers, mode, baseline=baseline)
     if not todo:
         raise DataError("There is nothing to judge.")
+    for message in constant(answers):
+        watch({"kind": "warning", "message": message})
     texts = load_prompts(judge.prompts)
     asker = asking.asker(judge)
     home = home or folder
@@ -95,6 +99,7 @@ def judge_into(
         "judge": [asker.name],
         "file": str(file),
         "calibration": own,
+        **({"lengths": _lengths(made.judgments, answers)} if mode == "pair" else {}),
         "estimate": vars(made.estimate),
         "spent": dict(made.spent),
     }
@@ -175,6 +180,33 @@ def _rows(path: Path) -> tuple[dict[int | str, Question], list[Answers]]:
         for model, items in by_item.items()
     ]
     return questions, answers
+
+
+CONSTANT_SHARE = 0.2
+"""Share of all questions that may get one and the same answer before it is told: judges have been fooled by one."""
+
+
+def constant(answers: Sequence[Answers]) -> list[str]:
+    """What is to be said of models that answer many questions alike."""
+    found = []
+    for one in answers:
+        said = Counter(turns[0].strip() for turns in one.turns.values() if turns)
+        for text, times in said.most_common(1):
+            if times >= 3 and times > CONSTANT_SHARE * len(one.turns):
+                found.append(
+                    f"{one.model} gives {times} of {len(one.turns)} questions the same answer: {text[:80]!r}"
+                )
+    return found
+
+
+def _lengths(judgments: Sequence[Any], answers: Sequence[Answers]) -> list[dict[str, Any]]:
+    texts = {
+        (one.model, id, turn): text
+        for one in answers
+        for id, turns in one.turns.items()
+        for turn, text in enumerate(turns, start=1)
+    }
+    return length_figures(judgments, texts)
 
 
 def _kept(folder: Path, judge: str, version: str) -> dict[str, Any] | None:

@@ -36,6 +36,14 @@ def run(model: str | Path, tasks: str, output: Path, *, watch: Watch) -> dict[st
 
     loaded, tokenizer = load_for_suite(str(model))
     wrapped = HFLM(pretrained=loaded, tokenizer=tokenizer)
+    watch(
+        {
+            "kind": "decision",
+            "name": "chat template",
+            "value": "not applied",
+            "reason": "lm-eval's own default",
+        }
+    )
     watch({"kind": "progress", "stage": f"lm-eval {', '.join(names)}", "done": 0, "total": 1})
     try:
         found = lm_eval.simple_evaluate(
@@ -74,9 +82,10 @@ def rows_of(found: Mapping[str, Any], model: str) -> list[EvalRow]:
         filters = list(dict.fromkeys(sample.get("filter") for sample in samples))
         for sample in samples:
             item = items.setdefault((task, sample["doc_id"]), len(items))
-            asked = sample.get("arguments") or sample.get("prompt") or ""
-            text = json.dumps(asked, default=str) if not isinstance(asked, str) else asked
+            text = _asked(sample.get("arguments") or "")
             answer = sample.get("filtered_resps")
+            if isinstance(answer, list | tuple) and len(answer) == 1:
+                [answer] = answer
             rows.append(
                 EvalRow(
                     model=model,
@@ -103,3 +112,13 @@ def rows_of(found: Mapping[str, Any], model: str) -> list[EvalRow]:
                 )
             )
     return rows
+
+
+def _asked(arguments: Any) -> str:
+    """The text that a sample asks with; of several requests, as of choices, the one that they share."""
+    try:
+        texts = {request[0] for request in arguments}
+    except (TypeError, LookupError):
+        texts = set()
+    [text] = texts if len(texts) == 1 else [None]
+    return text if isinstance(text, str) else json.dumps(arguments, default=str)

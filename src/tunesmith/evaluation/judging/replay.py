@@ -105,6 +105,13 @@ def sentences(found: dict[str, Any]) -> list[str]:
                 f"{_share(pair['flip_rate']['value'])}, prefers the first slot in {_share(pair['first_slot']['value'])}"
             )
             lines += [f"  {category}: {_of(e, 3)}" for category, e in pair["categories"].items()]
+    for entry in found.get("lengths", ()):
+        if entry["longer_won"]["value"] is not None:
+            a, b = (round(length) for length in entry["characters"])
+            lines.append(
+                f"  lengths: {a:,} characters against {b:,}; the longer answer won in "
+                f"{_share(entry['longer_won']['value'])} of the items that were decided"
+            )
     if found["reread_differently"]:
         lines.append(f"{found['reread_differently']} of {found['rows']} outcomes differ from those in the file, "
                      "read strictly.")  # fmt: skip

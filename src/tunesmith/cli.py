@@ -885,9 +885,11 @@ def judge_verb(
     *,
     judge: JudgeOption = None,
     mode: Annotated[
-        str,
-        typer.Option(metavar="single|pair", help="Grade every answer from 1 to 10, or compare two models."),
-    ] = "pair",
+        str | None,
+        typer.Option(
+            metavar="single|pair", help="Grade every answer from 1 to 10, or compare models (the default)."
+        ),
+    ] = None,
     questions: QuestionsOption = None,
     references: ReferencesOption = None,
     baseline: Annotated[
@@ -915,7 +917,11 @@ def judge_verb(
     from tunesmith.evaluation.judging.replay import sentences
 
     if replay is not None:
-        ignored = [name for name, given in (("answers", answers), ("--judge", judge)) if given]
+        of_judges = {
+            "answers": answers, "--judge": judge, "--mode": mode, "--references": references, "--output": output,
+            "--dry-run": dry_run,
+        }  # fmt: skip
+        ignored = [name for name, given in of_judges.items() if given]
         if ignored:
             raise TunesmithError(f"--replay asks nobody; leave {' and '.join(ignored)} out.")
         found = replayed(replay, questions=questions, baseline=baseline)
@@ -924,7 +930,7 @@ def judge_verb(
         found = api.judge(
             answers or [],
             judge=judge,
-            mode=mode,
+            mode=mode or "pair",
             questions=questions,
             references=references,
             baseline=baseline,

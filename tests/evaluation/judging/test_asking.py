@@ -214,7 +214,7 @@ def test_the_estimate_comes_before_the_first_call(tmp_path):
 def test_a_wrong_key_stops_at_once_and_is_in_no_message(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("JUDGE_KEY", "sk-secret-7")
     todo = jobs(QUESTIONS, [GOOD], "single")
-    with serving(lambda number, body: (401, "bad key sk-secret-7", {})) as (url, seen):
+    with serving(lambda number, body: (401, "bad\x1b[2J key sk-secret-7", {})) as (url, seen):
         with pytest.raises(RunError, match="HTTP 401") as error:
             judged(url, tmp_path / "r.jsonl", todo, api_key_env="JUDGE_KEY", concurrency=1)
         assert len(seen) == 1
@@ -222,6 +222,7 @@ def test_a_wrong_key_stops_at_once_and_is_in_no_message(tmp_path, monkeypatch, c
     written = "".join(path.read_text() for path in tmp_path.iterdir())
     assert "sk-secret-7" not in str(error.value) + written + "".join(capfd.readouterr())
     assert "***" in str(error.value)
+    assert "\x1b" not in str(error.value)
     monkeypatch.setenv("JUDGE_KEY", "two\nlines")
     with pytest.raises(RecipeError) as refused:
         judged(url, tmp_path / "r.jsonl", todo, api_key_env="JUDGE_KEY")

@@ -157,7 +157,8 @@ def test_the_pack_is_what_it_says():
     [
         ((), "Who judges"), (("x.jsonl",), "Who judges"), (("--judge", "local:tiny"), "What is to be judged"),
         (("x.jsonl", "--judge", "local:tiny", "--mode", "pairs"), "Did you mean 'pair'"),
-        (("x.jsonl", "--replay", "y"), "asks nobody"), (("x.jsonl", "--judge", "local:tiny"), "cannot be read"),
+        (("x.jsonl", "--replay", "y"), "asks nobody"), (("--mode", "pair", "--replay", "y"), "leave --mode out"),
+        (("x.jsonl", "--judge", "local:tiny"), "cannot be read"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_said(arguments, said):
@@ -235,3 +236,17 @@ def test_a_model_that_says_the_same_to_everybody_is_named():
     fine = Answers("fine", {n: (f"{n}",) for n in range(6)})
     [said] = constant([null, fine])
     assert "null gives 6 of 6 questions the same answer: 'I win.'" in said
+
+
+def test_answers_to_other_questions_are_not_judged_as_missing(answer_files):
+    from tunesmith.errors import DataError
+    from tunesmith.evaluation.judging.folder import unanswered
+    from tunesmith.evaluation.judging.judgments import Question
+
+    asked = [Question(1, "", ("a", "b")), Question(2, "", ("c",))]
+    with pytest.raises(DataError, match="answers none of the 2"):
+        unanswered(asked, [Answers("m", {7: ("x",)})])
+    assert unanswered(asked, [Answers("m", {1: ("x",), 2: ("y",), 7: ("z",)})]) == [
+        "m has no whole answer to 1 of 2 questions: counted as errors",
+        "m answers 1 questions that are not asked here: left out",
+    ]

@@ -139,6 +139,7 @@ def asker(judge: Judge) -> Asker:
         max_tokens=judge.max_tokens,
         temperature=judge.temperature,
         timeout=judge.timeout,
+        max_tokens_name=judge.max_tokens_name,
     )
     facts = {
         "api": judge.api, "model": judge.model, "host": endpoint.host, "temperature": judge.temperature,

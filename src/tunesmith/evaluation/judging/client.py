@@ -81,6 +81,8 @@ class Endpoint:
     temperature: float | None = 0.0
     timeout: float = 60.0
     """Seconds for a whole call."""
+    max_tokens_name: str = "max_tokens"
+    """What an OpenAI-compatible endpoint calls the longest reply."""
     host: str = field(init=False)
     _key: str | None = field(init=False, repr=False, default=None)
 
@@ -140,7 +142,7 @@ class Endpoint:
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [dict(message) for message in messages],
-            "max_tokens": self.max_tokens,
+            self.max_tokens_name: self.max_tokens,
         }
         if self.temperature is not None:
             body["temperature"] = self.temperature
@@ -179,7 +181,9 @@ class Endpoint:
         return Refused(self._safe(said), again=True, charged=charged)
 
     def _safe(self, said: str) -> str:
-        """A message cut short, without the key even where the endpoint repeats it."""
+        """A message cut short, without the key even where the endpoint repeats it, and without control characters,
+        which a terminal would obey."""
+        said = "".join(sign if sign.isprintable() else " " for sign in said)
         return (said.replace(self._key, "***") if self._key else said)[:SHOWN]
 
 

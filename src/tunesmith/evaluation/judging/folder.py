@@ -50,7 +50,7 @@ def judge_into(
     todo = jobs(questions, answers, mode, baseline=baseline)
     if not todo:
         raise DataError("There is nothing to judge.")
-    for message in constant(answers):
+    for message in [*unanswered(questions, answers), *constant(answers)]:
         watch({"kind": "warning", "message": message})
     texts = load_prompts(judge.prompts)
     asker = asking.asker(judge)
@@ -180,6 +180,26 @@ def _rows(path: Path) -> tuple[dict[int | str, Question], list[Answers]]:
         for model, items in by_item.items()
     ]
     return questions, answers
+
+
+def unanswered(questions: Sequence[Question], answers: Sequence[Answers]) -> list[str]:
+    """What is to be said of questions without answers. Raises DataError where a model answers none of them."""
+    found = []
+    for one in answers:
+        missing = sum(one.up_to(q.id, len(q.turns)) is None for q in questions)
+        if not any(q.id in one.turns for q in questions):
+            raise DataError(
+                f"{one.model} answers none of the {len(questions)} questions.",
+                found=f"answers to {', '.join(map(repr, list(one.turns)[:5]))}",
+                fix="Give the question file that these answers belong to.",
+            )
+        if missing:
+            found.append(
+                f"{one.model} has no whole answer to {missing} of {len(questions)} questions: counted as errors"
+            )
+        if other := len(one.turns.keys() - {q.id for q in questions}):
+            found.append(f"{one.model} answers {other} questions that are not asked here: left out")
+    return found
 
 
 CONSTANT_SHARE = 0.2

@@ -34,6 +34,9 @@ class Judge(Section):
     max_tokens: PositiveInt = 1024
     """Longest reply."""
 
+    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the endpoint calls it; OpenAI's reasoning models take the second name only."""
+
     prompts: str | None = None
     """File whose texts replace the shipped ones (docs/judge.md)."""
 

@@ -115,6 +115,20 @@ CatalogOption = Annotated[
     ),
 ]
 
+JudgeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--judge", metavar="FILE", help="Who judges: a YAML file of settings (docs/judge.md), or local:MODEL."
+    ),
+]
+QuestionsOption = Annotated[
+    Path | None, typer.Option("--questions", metavar="FILE", help="Questions in FastChat's JSONL format.")
+]
+ReferencesOption = Annotated[
+    Path | None,
+    typer.Option("--references", metavar="FILE", help="Reference answers, in the format of answer files."),
+]
+
 
 FACTS = {fact.path: fact for fact in reversed(list(fields()))}
 """The recipe's fields by path; of a field that several kinds share, the first kind's."""
@@ -480,21 +494,6 @@ def plan_verb(
     return payload, _plan_text(plan, rows, composition)
 
 
-JudgeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--judge", metavar="FILE", help="Who judges: a YAML file of settings (docs/judge.md), or local:MODEL."
-    ),
-]
-QuestionsOption = Annotated[
-    Path | None, typer.Option("--questions", metavar="FILE", help="Questions in FastChat's JSONL format.")
-]
-ReferencesOption = Annotated[
-    Path | None,
-    typer.Option("--references", metavar="FILE", help="Reference answers, in the format of answer files."),
-]
-
-
 @app.command("evaluate", help="Measure a run's model, or any model, on held-out examples.")
 @verb
 @recipe_options(only=EVALUATION_FLAGS)
@@ -802,72 +801,6 @@ def merge_verb(
     return merged.as_dict(), _merged_text(merged)
 
 
-@app.command("push", help="Upload a run's final model to the Hugging Face Hub.")
-@verb
-def push_verb(
-    run: Annotated[str, typer.Argument(help="The run's folder.")],
-    *,
-    hub_model_id: Annotated[str | None, typer.Option(help="Repository, `owner/name`.")] = None,
-    public: Annotated[bool, typer.Option("--public", help="Create the repository as public.")] = False,
-    quiet: bool,
-) -> Any:
-    """Push."""
-    from tunesmith import api
-
-    address = api.push(run, repository=hub_model_id, private=not public)
-    return {"run": run, "url": address}, address
-
-
-@app.command(
-    "show",
-    help="Show what there is: presets, tasks, recipe, formats, templates, methods, metrics, examples, model, "
-    "catalog.",
-)
-@verb
-def show_verb(
-    what: Annotated[
-        str,
-        typer.Argument(
-            help="presets | tasks | recipe | formats | templates | methods | metrics | examples | model | catalog"
-        ),
-    ],
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            help="For `model`: a run, folder, Hub id or `tiny`. For `catalog`: a part of it, or a name in it."
-        ),
-    ] = None,
-    *,
-    catalog_file: CatalogOption = None,
-    quiet: bool,
-) -> Any:
-    """Show."""
-    from tunesmith import api
-
-    with catalog.using(catalog_file):
-        entries = api.show(what, name)
-    table = _table("name", "what it is")
-    for entry in entries:
-        sample = entry.get("sample")
-        about = str(entry["about"]) + (f"\n[dim]{_escaped(sample)}[/]" if sample else "")
-        table.add_row(entry["name"], about)
-    return {what: entries}, table
-
-
-@app.command("wizard", help="Answer questions step by step; what `tunesmith` alone does on a terminal.")
-@verb
-def wizard_verb(*, quiet: bool) -> Any:
-    """Ask."""
-    from tunesmith import wizard
-
-    if quiet or not wizard.on_terminal():
-        raise TunesmithError(
-            "The wizard asks questions on a terminal, and there is none here.",
-            fix="Give the answers as options: `tunesmith train --help`.",
-        )
-    return wizard.run(), None
-
-
 JUDGE_HELP = """Let a judge grade answers or compare two models' answers, or recompute the figures of a judgment file.
 
 `tunesmith judge fine_tuned_models/my-run --judge judge.yaml --mode pair --baseline base`
@@ -942,24 +875,70 @@ def judge_verb(
     return found, None if dry_run else _judged_text(found, Path(found["output"]))
 
 
-def _judged_text(found: Mapping[str, Any], folder: Path) -> str:
-    from tunesmith.evaluation.judging import calibration
-    from tunesmith.evaluation.judging.replay import sentences
+@app.command("push", help="Upload a run's final model to the Hugging Face Hub.")
+@verb
+def push_verb(
+    run: Annotated[str, typer.Argument(help="The run's folder.")],
+    *,
+    hub_model_id: Annotated[str | None, typer.Option(help="Repository, `owner/name`.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Create the repository as public.")] = False,
+    quiet: bool,
+) -> Any:
+    """Push."""
+    from tunesmith import api
 
-    lines = sentences(dict(found))
-    if found.get("calibration"):
-        lines.append(f"The judge: {calibration.sentence(found['calibration'])}.")
-    return "\n".join(map(_escaped, [*lines, f"plots      {folder / 'judged.html'}"]))
+    address = api.push(run, repository=hub_model_id, private=not public)
+    return {"run": run, "url": address}, address
 
 
-def _suite_text(found: Mapping[str, Any]) -> str:
-    lines = []
-    for part in ("graded", "compared"):
-        if part in found:
-            lines += _judged_text(found[part], Path(found["output"]) / part).split("\n")
-    for task, metrics in found.get("results", {}).items():
-        lines += [f"{task}: {name} {value}" for name, value in metrics.items()]
-    return "\n".join([*lines, f"rows       {_escaped(Path(found['output']) / 'rows.jsonl')}"])
+@app.command(
+    "show",
+    help="Show what there is: presets, tasks, recipe, formats, templates, methods, metrics, examples, model, "
+    "catalog.",
+)
+@verb
+def show_verb(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="presets | tasks | recipe | formats | templates | methods | metrics | examples | model | catalog"
+        ),
+    ],
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="For `model`: a run, folder, Hub id or `tiny`. For `catalog`: a part of it, or a name in it."
+        ),
+    ] = None,
+    *,
+    catalog_file: CatalogOption = None,
+    quiet: bool,
+) -> Any:
+    """Show."""
+    from tunesmith import api
+
+    with catalog.using(catalog_file):
+        entries = api.show(what, name)
+    table = _table("name", "what it is")
+    for entry in entries:
+        sample = entry.get("sample")
+        about = str(entry["about"]) + (f"\n[dim]{_escaped(sample)}[/]" if sample else "")
+        table.add_row(entry["name"], about)
+    return {what: entries}, table
+
+
+@app.command("wizard", help="Answer questions step by step; what `tunesmith` alone does on a terminal.")
+@verb
+def wizard_verb(*, quiet: bool) -> Any:
+    """Ask."""
+    from tunesmith import wizard
+
+    if quiet or not wizard.on_terminal():
+        raise TunesmithError(
+            "The wizard asks questions on a terminal, and there is none here.",
+            fix="Give the answers as options: `tunesmith train --help`.",
+        )
+    return wizard.run(), None
 
 
 def _composed(
@@ -1198,6 +1177,26 @@ def _scores_text(result: Result) -> Any:
             cells = [value, f"{low} to {high}"]
         table.add_row(METRICS[name].label, *cells, str(score["n"]), str(score["n_errors"] or ""))
     return Group(table, Text(f"\nrows      {result.run}"))
+
+
+def _judged_text(found: Mapping[str, Any], folder: Path) -> str:
+    from tunesmith.evaluation.judging import calibration
+    from tunesmith.evaluation.judging.replay import sentences
+
+    lines = sentences(dict(found))
+    if found.get("calibration"):
+        lines.append(f"The judge: {calibration.sentence(found['calibration'])}.")
+    return "\n".join(map(_escaped, [*lines, f"plots      {folder / 'judged.html'}"]))
+
+
+def _suite_text(found: Mapping[str, Any]) -> str:
+    lines = []
+    for part in ("graded", "compared"):
+        if part in found:
+            lines += _judged_text(found[part], Path(found["output"]) / part).split("\n")
+    for task, metrics in found.get("results", {}).items():
+        lines += [f"{task}: {name} {value}" for name, value in metrics.items()]
+    return "\n".join([*lines, f"rows       {_escaped(Path(found['output']) / 'rows.jsonl')}"])
 
 
 def main() -> None:

@@ -222,7 +222,7 @@ def test_options_that_do_nothing_are_refused(arguments, said, tiny_model_folder)
 
 def test_a_row_without_a_prompt_is_named(tmp_path):
     path = tmp_path / "p.jsonl"
-    path.write_text('{"promt": "x"}\n')
+    path.write_text('{"prmt": "x"}\n')
     with pytest.raises(DataError, match="Line 1"):
         suites.prompts_of(path)
 

@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from servers import openai, serving
+from judge_servers import openai, serving
 from typer.testing import CliRunner
 
 from tunesmith.cli import app
@@ -249,4 +249,48 @@ def test_answers_to_other_questions_are_not_judged_as_missing(answer_files):
     assert unanswered(asked, [Answers("m", {1: ("x",), 2: ("y",), 7: ("z",)})]) == [
         "m has no whole answer to 1 of 2 questions: counted as errors",
         "m answers 1 questions that are not asked here: left out",
+    ]
+
+
+def test_a_judge_that_is_asked_twice_is_held_against_itself(answer_files):
+    grades = {}
+
+    def moody(number, body):
+        text = body["messages"][1]["content"].split("\n", 1)[1].rpartition("\n")[0]
+        text = re.sub(r"\[\w{16} ", "[", text)
+        grades[text] = grades.get(text, 4) + 2
+        return openai(f"Rating: [[{grades[text]}]]")
+
+    with serving(moody) as (url, seen):
+        options = (
+            "--questions",
+            answer_files / "q.jsonl",
+            "--judge",
+            settings(answer_files, url, recheck=0.5),
+        )
+        arguments = (
+            answer_files / "tuned.jsonl",
+            *options,
+            "--output",
+            answer_files / "out",
+            "--no-calibrate",
+        )
+        code, found = run(*arguments, "--mode", "single")
+        assert code == 0, found
+        assert len(seen) == 12 + 6
+        assert found["recheck"] == {"n": 6, "same": 0.0, "distance": 2.0}
+        assert found["ours"]["models"]["tuned"]["score"]["value"] == 6.0  # the first word counts
+        assert found["spent"]["calls"] == 18
+        assert run(*arguments, "--mode", "single")[1]["recheck"] == found["recheck"]
+        assert len(seen) == 18
+    assert "said the same in 0 %" in (answer_files / "out/judged.html").read_text()
+
+
+def test_a_judge_of_its_own_answers_is_named():
+    from tunesmith.evaluation.judging.folder import own_kind
+    from tunesmith.evaluation.judging.settings import Judge
+
+    judge = Judge(api="local", model="runs/mine")
+    assert own_kind(judge, [Answers("mine", {}), Answers("other", {})]) == [
+        "The judge mine judges its own answers"
     ]

@@ -272,6 +272,21 @@ def length_figures(
     return found
 
 
+def agreement(first: Sequence[Single | Pair], second: Sequence[Single | Pair]) -> dict[str, Any]:
+    """How far a judge that is asked twice agrees with itself: share of equal outcomes, mean distance of the values."""
+    values: list[tuple[float, float]] = []
+    for a, b in zip(first, second, strict=True):
+        x = a.score if isinstance(a, Single) else item_score(a)
+        y = b.score if isinstance(b, Single) else item_score(b)
+        if x is not None and y is not None:
+            values.append((x, y))
+    return {
+        "n": len(values),
+        "same": _mean([float(x == y) for x, y in values]),
+        "distance": _mean([abs(x - y) for x, y in values]),
+    }
+
+
 def item_score(one: Pair) -> float | None:
     """What both games of an item are worth to model 1: 1, .75, .5, .25 or 0; None where a game has no verdict."""
     if "error" in (one.g1_winner, one.g2_winner):

@@ -9,15 +9,18 @@ judged.html         bar and radar plots with intervals
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import DataError, RunError
 from tunesmith.evaluation.judging import asking, calibration
 from tunesmith.evaluation.judging.asking import Asker, Estimate
-from tunesmith.evaluation.judging.figures import length_figures
+from tunesmith.evaluation.judging.book import key
+from tunesmith.evaluation.judging.figures import agreement, length_figures
 from tunesmith.evaluation.judging.judging import estimated, jobs, judge_all
 from tunesmith.evaluation.judging.judgments import Answers, Question, read_answers, write_judgments
 from tunesmith.evaluation.judging.plots import write_page
@@ -50,7 +53,7 @@ def judge_into(
     todo = jobs(questions, answers, mode, baseline=baseline)
     if not todo:
         raise DataError("There is nothing to judge.")
-    for message in [*unanswered(questions, answers), *constant(answers)]:
+    for message in [*own_kind(judge, answers), *unanswered(questions, answers), *constant(answers)]:
         watch({"kind": "warning", "message": message})
     texts = load_prompts(judge.prompts)
     asker = asking.asker(judge)
@@ -92,6 +95,13 @@ def judge_into(
     )
     if made.repaired:
         watch({"kind": "warning", "message": f"The last line of {book} was cut off and taken away."})
+    twice = sorted(
+        range(len(todo)), key=lambda n: key("twice", todo[n].model, todo[n].question.id, todo[n].turn)
+    )
+    twice = twice[: math.ceil(judge.recheck * len(todo))]
+    again = judge_all([todo[n] for n in twice], judge, asker, texts, book, again=1) if twice else None
+    if again:
+        made = replace(made, spent=again.spent)
     file = write_judgments(folder / f"judgments_{mode}.jsonl", made.judgments)
     found = {
         **computed(made.judgments, questions=questions, baseline=baseline),
@@ -100,6 +110,7 @@ def judge_into(
         "file": str(file),
         "calibration": own,
         **({"lengths": _lengths(made.judgments, answers)} if mode == "pair" else {}),
+        **({"recheck": agreement([made.judgments[n] for n in twice], again.judgments)} if again else {}),
         "estimate": vars(made.estimate),
         "spent": dict(made.spent),
     }
@@ -180,6 +191,12 @@ def _rows(path: Path) -> tuple[dict[int | str, Question], list[Answers]]:
         for model, items in by_item.items()
     ]
     return questions, answers
+
+
+def own_kind(judge: Judge, answers: Sequence[Answers]) -> list[str]:
+    """What is to be said of a judge that judges itself; judges favour their own words."""
+    name = Path(judge.model).name
+    return [f"The judge {name} judges its own answers" for one in answers if Path(one.model).name == name]
 
 
 def unanswered(questions: Sequence[Question], answers: Sequence[Answers]) -> list[str]:

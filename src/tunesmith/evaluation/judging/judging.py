@@ -88,15 +88,17 @@ def judge_all(
     book_path: Path,
     *,
     ask_identical: bool = False,
+    again: int = 0,
     told: Callable[[Estimate], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Judged:
     """The judgments of all jobs. `told` hears the estimate before the first call, and may stop it by raising.
 
-    Answers of two models that are the same are a tie without asking, unless `ask_identical`. Raises RunError where
-    the judging has to stop; run again, it goes on from the book.
+    Answers of two models that are the same are a tie without asking, unless `ask_identical`. With `again` the judge
+    is asked anew, and what it says is kept apart from its first word. Raises RunError where the judging has to
+    stop; run again, it goes on from the book.
     """
-    planned = [_requests(job, asker, texts, ask_identical) for job in todo]
+    planned = [_requests(job, asker, texts, ask_identical, again) for job in todo]
     flat = [request for several in planned for request in several]
     with Book(book_path) as book:
         estimate = asking.estimated(judge, flat, book)
@@ -125,11 +127,13 @@ def turns_of(job: Job) -> list[Turn]:
     return [Turn(text, q.reference(n)) for n, text in enumerate(q.turns[: job.turn], start=1)]
 
 
-def _requests(job: Job, asker: Asker, texts: Prompts, ask_identical: bool) -> list[Request]:
+def _requests(job: Job, asker: Asker, texts: Prompts, ask_identical: bool, again: int = 0) -> list[Request]:
     """None where there is nothing to ask, one for a grade, two for a comparison."""
     turns, specials = turns_of(job), asker.specials
     shown = [asdict(turn) for turn in turns]
-    facts = ("single" if job.other is None else "pair", dict(asker.facts), texts.version, shown)
+    facts = (
+        "single" if job.other is None else "pair", dict(asker.facts), texts.version, shown, *([again] if again else []),
+    )  # fmt: skip
     if job.answers is None or (job.other is not None and job.other_answers is None):
         return []
     if job.other_answers is None:

@@ -112,6 +112,11 @@ def sentences(found: dict[str, Any]) -> list[str]:
                 f"  lengths: {a:,} characters against {b:,}; the longer answer won in "
                 f"{_share(entry['longer_won']['value'])} of the items that were decided"
             )
+    if (twice := found.get("recheck")) and twice["n"]:
+        lines.append(
+            f"Asked twice about {twice['n']}, the judge said the same in {_share(twice['same'])}; the values are "
+            f"{twice['distance']:.2f} apart on average."
+        )
     if found["reread_differently"]:
         lines.append(f"{found['reread_differently']} of {found['rows']} outcomes differ from those in the file, "
                      "read strictly.")  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from tunesmith.errors import RecipeError, nearest
-from tunesmith.recipe import Section
+from tunesmith.recipe import Fraction, Section
 
 ADDRESSES = {"openai": "https://api.openai.com/v1", "anthropic": "https://api.anthropic.com/v1"}
 
@@ -42,6 +42,9 @@ class Judge(Section):
 
     repair: bool = True
     """Ask once more, for the verdict alone, where a reply has none."""
+
+    recheck: Fraction = 0.0
+    """Share of the judgments that are made twice, to see how often the judge agrees with itself."""
 
     concurrency: PositiveInt = 4
     """Calls under way at once."""

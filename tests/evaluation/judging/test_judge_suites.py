@@ -8,7 +8,7 @@ import sys
 import types
 
 import pytest
-from servers import openai, serving
+from judge_servers import openai, serving
 from typer.testing import CliRunner
 
 from tunesmith import models

@@ -13,7 +13,7 @@ import threading
 import time
 
 import pytest
-from servers import openai, serving
+from judge_servers import openai, serving
 
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.evaluation.judging import asking, client
@@ -290,7 +290,7 @@ def test_a_line_that_a_crash_cut_off_is_taken_away(tmp_path):
 
 CHILD = """
 import sys
-from test_asking import *
+from test_judge_asking import *
 from pathlib import Path
 judged(sys.argv[1], Path(sys.argv[2]), jobs(QUESTIONS, [BAD, GOOD], "pair", baseline="bad"), concurrency=2)
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.errors import RecipeError
@@ -47,6 +47,7 @@ def test_a_comparison_shows_both_and_the_second_game_swaps_them():
     assert dict(sections(swapped["content"]))["answer 2 of A"] == "b2"
 
 
+@settings(deadline=None)
 @given(answer=st.text(), other=st.text())
 def test_no_answer_leaves_its_section(answer, other):
     _, user = prompts.pair(SHIPPED, [Turn("q")], [answer], [other])

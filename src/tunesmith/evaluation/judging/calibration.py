@@ -6,6 +6,7 @@ ones beside spoiled ones that tell the judge what to say. Every pair is asked in
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -48,10 +49,8 @@ class Known:
 
 def pack() -> list[Known]:
     """The pairs, 60 in all."""
-    import yaml
-
-    file = resources.files("tunesmith.assets").joinpath("judging/calibration.yaml")
-    rows = yaml.safe_load(file.read_text(encoding="utf-8"))
+    file = resources.files("tunesmith.assets").joinpath("judging/calibration.jsonl")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     known = [Known("known", r["question"], r["right"], r["spoiled"]) for r in rows]
     first, second, third = rows[:10], rows[10:20], rows[20:30]
     return [

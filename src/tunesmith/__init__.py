@@ -21,6 +21,8 @@ _HOME = {
             "train",
             "resume",
             "evaluate",
+            "evaluate_suite",
+            "judge",
             "compare",
             "chat",
             "runs",
@@ -37,7 +39,21 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from tunesmith.api import chat, compare, demo, evaluate, merge, push, resume, runs, show, train, validate
+    from tunesmith.api import (
+        chat,
+        compare,
+        demo,
+        evaluate,
+        evaluate_suite,
+        judge,
+        merge,
+        push,
+        resume,
+        runs,
+        show,
+        train,
+        validate,
+    )
     from tunesmith.errors import TunesmithError
     from tunesmith.finetuner import LLMFineTuner, get_user_input
     from tunesmith.recipe import Recipe

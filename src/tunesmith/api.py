@@ -699,6 +699,138 @@ def validate(
     return report
 
 
+def evaluate_suite(
+    model: str | Path,
+    suite: str,
+    *,
+    questions: str | Path | None = None,
+    references: str | Path | None = None,
+    judge: str | Path | None = None,
+    baseline: str | Path | None = None,
+    calibrate: bool = True,
+    settings: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    watch: Watch = _unwatched,
+) -> dict[str, Any]:
+    """A suite's questions (`mt-bench`, `alpaca`, `arena`) answered by a model and, with a judge, judged.
+
+    `lm-eval:TASKS` runs tasks of lm-evaluation-harness. `settings` may set `evaluation.max_new_tokens`, by default
+    1024. All is written to `output`, by default `<run>/evaluation/<suite>` or `evaluations/<model>_<suite>`.
+    """
+    from tunesmith.evaluation.judging import bench, harness, suites
+    from tunesmith.evaluation.judging.settings import load_judge
+
+    launch.require_one_process()
+    quiet_libraries()
+    known = {"evaluation": {"max_new_tokens"}}
+    unused = [
+        f"{section}.{name}"
+        for section, fields in (settings or {}).items()
+        for name in fields
+        if name not in known.get(section, ())
+    ]
+    if unused:
+        raise TunesmithError(f"{', '.join(unused)} would have no effect with a suite.", fix="Leave it out.")
+    label = re.sub(r"[^\w.-]+", "-", suite)
+    run = open_run(model) if is_run(Path(model).expanduser()) else None
+    beside = run.evaluation / label if run else Path("evaluations") / f"{Path(str(model)).name}_{label}"
+    place = Path(output) if output else beside
+    if suite.startswith("lm-eval:"):
+        given = {"questions": questions, "references": references, "judge": judge, "baseline": baseline}
+        if unused := [f"--{name}" for name, value in given.items() if value]:
+            raise TunesmithError(
+                f"{', '.join(unused)} would have no effect with lm-eval.", fix="Leave it out."
+            )
+        return {
+            **harness.run(model, suite.removeprefix("lm-eval:"), place, watch=watch),
+            "output": str(place),
+        }
+    longest = (settings or {}).get("evaluation", {}).get("max_new_tokens", suites.MAX_NEW_TOKENS)
+    found = bench.run_suite(
+        model,
+        suites.suite_of(suite),
+        questions=questions,
+        references=references,
+        judge=load_judge(judge) if judge else None,
+        baseline=baseline,
+        max_new_tokens=int(longest),
+        output=place,
+        calibrated=calibrate,
+        watch=watch,
+    )
+    if run:
+        _report_again(run)
+    return {**found, "output": str(place)}
+
+
+def judge(
+    answers: Sequence[str | Path],
+    *,
+    judge: str | Path | None,
+    mode: str = "pair",
+    questions: str | Path | None = None,
+    references: str | Path | None = None,
+    baseline: str | None = None,
+    output: str | Path | None = None,
+    calibrate: bool = True,
+    dry_run: bool = False,
+    watch: Watch = _unwatched,
+) -> dict[str, Any]:
+    """Let a judge grade answers (`single`) or compare those of models (`pair`); gives every figure.
+
+    `answers` are FastChat answer files, which need `questions`, or runs and `rows.jsonl` files, which bring theirs.
+    `judge` is a file of settings or `local:MODEL`. Judgments, figures and plots are written to `output`, by default
+    `<run>/evaluation/judged_<mode>` or `judged`; what a stopped judging has paid for is used when it is started
+    again. The report of a run that is judged alone is written anew.
+    """
+    from tunesmith.evaluation.judging import folder as judging
+    from tunesmith.evaluation.judging.judgments import read_questions, with_references
+    from tunesmith.evaluation.judging.settings import load_judge
+
+    launch.require_one_process()
+    quiet_libraries()
+    if mode not in ("single", "pair"):
+        raise TunesmithError(f"There is no mode '{mode}' of judging.", fix=nearest(mode, ("single", "pair")))
+    if judge is None or not answers:
+        raise TunesmithError(
+            "Who judges is missing." if judge is None else "What is to be judged is missing.",
+            fix="Give --judge FILE (docs/judge.md) or local:MODEL."
+            if judge is None
+            else "Name answer files or a run, or give --replay FILE.",
+        )
+    settings = load_judge(judge)
+    own, given = judging.answered(answers)
+    asked = read_questions(questions) if questions else own
+    if not asked:
+        raise TunesmithError(
+            "The questions of these answers are missing.", fix="Give --questions FILE, in FastChat's format."
+        )
+    run = open_run(answers[0]) if len(answers) == 1 and is_run(Path(answers[0]).expanduser()) else None
+    place = Path(output) if output else run.evaluation / f"judged_{mode}" if run else Path("judged")
+    found = judging.judge_into(
+        place,
+        settings,
+        with_references(asked, references) if references else asked,
+        given,
+        mode="single" if mode == "single" else "pair",
+        baseline=baseline,
+        calibrated=calibrate,
+        dry_run=dry_run,
+        watch=watch,
+    )
+    if run and not dry_run:
+        _report_again(run)
+    return {**found, "output": str(place)}
+
+
+def _report_again(run: Run) -> None:
+    """Write a run's report with what was added to its folder; a run that has none yet gets it when it is done."""
+    from tunesmith.evaluation.report import write_report
+
+    if (run.path / "report.html").exists():
+        write_report(run.path)
+
+
 def chat(
     model: str | Path,
     messages: Sequence[Mapping[str, str]],

@@ -115,6 +115,20 @@ CatalogOption = Annotated[
     ),
 ]
 
+JudgeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--judge", metavar="FILE", help="Who judges: a YAML file of settings (docs/judge.md), or local:MODEL."
+    ),
+]
+QuestionsOption = Annotated[
+    Path | None, typer.Option("--questions", metavar="FILE", help="Questions in FastChat's JSONL format.")
+]
+ReferencesOption = Annotated[
+    Path | None,
+    typer.Option("--references", metavar="FILE", help="Reference answers, in the format of answer files."),
+]
+
 
 FACTS = {fact.path: fact for fact in reversed(list(fields()))}
 """The recipe's fields by path; of a field that several kinds share, the first kind's."""
@@ -493,12 +507,46 @@ def evaluate_verb(
         str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")
     ] = None,
     output: Annotated[str | None, typer.Option(help="Folder for rows and scores.")] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mt-bench|alpaca|arena|lm-eval:TASKS",
+            help="Questions of a suite in place of held-out examples (docs/mt-bench.md).",
+        ),
+    ] = None,
+    questions: QuestionsOption = None,
+    references: ReferencesOption = None,
+    judge: JudgeOption = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="With --suite: the model, or file of answers, that the judge compares with."),
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option(help="With --judge: first ask the judge about 60 pairs of known outcome.")
+    ] = True,
     flags: dict[str, Any],
     quiet: bool,
 ) -> Any:
     """Evaluate."""
     from tunesmith import api
 
+    of_suites = {
+        "--questions": questions, "--references": references, "--judge": judge, "--baseline": baseline,
+    }  # fmt: skip
+    ignored = [name for name, given in of_suites.items() if given and not suite]
+    ignored += [name for name, given in (("--dataset", dataset), ("--metrics", metrics)) if given and suite]
+    if ignored:
+        raise TunesmithError(
+            f"{' and '.join(ignored)} would have no effect {'with' if suite else 'without'} --suite.",
+            fix="Leave it out." if suite else "Give --suite (docs/mt-bench.md).",
+        )
+    if suite:
+        with Display(quiet=quiet) as display:
+            found = api.evaluate_suite(
+                model, suite, questions=questions, references=references, judge=judge, baseline=baseline,
+                calibrate=calibrate, settings=flags, output=output, watch=display,
+            )  # fmt: skip
+        return found, _suite_text(found)
     with Display(quiet=quiet) as display:
         result = api.evaluate(
             model, dataset=dataset, metrics=_names(metrics), settings=flags, output=output, watch=display
@@ -750,6 +798,80 @@ def merge_verb(
     with Display(quiet=quiet) as display:
         merged = api.merge(model, output=output, dtype=dtype, watch=display)
     return merged.as_dict(), _merged_text(merged)
+
+
+JUDGE_HELP = """Let a judge grade answers or compare two models' answers, or recompute the figures of a judgment file.
+
+`tunesmith judge fine_tuned_models/my-run --judge judge.yaml --mode pair --baseline base`
+
+`tunesmith judge --replay model_judgment/gpt-4_pair.jsonl`"""
+
+
+@app.command("judge", help=JUDGE_HELP)
+@verb
+def judge_verb(
+    answers: Annotated[
+        list[str] | None,
+        typer.Argument(help="Answer files in FastChat's JSONL format, runs, or rows.jsonl files."),
+    ] = None,
+    *,
+    judge: JudgeOption = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="single|pair", help="Grade every answer from 1 to 10, or compare models (the default)."
+        ),
+    ] = None,
+    questions: QuestionsOption = None,
+    references: ReferencesOption = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Name of the model that the others are measured against.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of judgments, figures and plots; by default in the run, or `judged`."),
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option(help="First ask the judge about 60 pairs of known outcome.")
+    ] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would cost, and ask nobody.")
+    ] = False,
+    replay: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Recompute every figure of this judgment file, asking no judge."),
+    ] = None,
+    quiet: bool,
+) -> Any:
+    """Judge."""
+    from tunesmith import api
+    from tunesmith.evaluation.judging.replay import replay as replayed
+    from tunesmith.evaluation.judging.replay import sentences
+
+    if replay is not None:
+        of_judges = {
+            "answers": answers, "--judge": judge, "--mode": mode, "--references": references, "--output": output,
+            "--dry-run": dry_run,
+        }  # fmt: skip
+        ignored = [name for name, given in of_judges.items() if given]
+        if ignored:
+            raise TunesmithError(f"--replay asks nobody; leave {' and '.join(ignored)} out.")
+        found = replayed(replay, questions=questions, baseline=baseline)
+        return found, "\n".join(map(_escaped, sentences(found)))
+    with Display(quiet=quiet) as display:
+        found = api.judge(
+            answers or [],
+            judge=judge,
+            mode=mode or "pair",
+            questions=questions,
+            references=references,
+            baseline=baseline,
+            output=output,
+            calibrate=calibrate,
+            dry_run=dry_run,
+            watch=display,
+        )
+    return found, None if dry_run else _judged_text(found, Path(found["output"]))
 
 
 @app.command("push", help="Upload a run's final model to the Hugging Face Hub.")
@@ -1073,6 +1195,26 @@ def _scores_text(result: Result) -> Any:
             cells = [value, f"{low} to {high}"]
         table.add_row(METRICS[name].label, *cells, str(score["n"]), str(score["n_errors"] or ""))
     return Group(table, Text(f"\nrows      {result.run}"))
+
+
+def _judged_text(found: Mapping[str, Any], folder: Path) -> str:
+    from tunesmith.evaluation.judging import calibration
+    from tunesmith.evaluation.judging.replay import sentences
+
+    lines = sentences(dict(found))
+    if found.get("calibration"):
+        lines.append(f"The judge: {calibration.sentence(found['calibration'])}.")
+    return "\n".join(map(_escaped, [*lines, f"plots      {folder / 'judged.html'}"]))
+
+
+def _suite_text(found: Mapping[str, Any]) -> str:
+    lines = []
+    for part in ("graded", "compared"):
+        if part in found:
+            lines += _judged_text(found[part], Path(found["output"]) / part).split("\n")
+    for task, metrics in found.get("results", {}).items():
+        lines += [f"{task}: {name} {value}" for name, value in metrics.items()]
+    return "\n".join([*lines, f"rows       {_escaped(Path(found['output']) / 'rows.jsonl')}"])
 
 
 def main() -> None:

@@ -374,7 +374,7 @@ def test_a_judge_is_asked_again_and_then_stops_with_the_row(monkeypatch):
 )  # fmt: skip
 def test_ratings_are_read_strictly(reply, rating):
     if rating is None:
-        with pytest.raises(rewards._Refused):
+        with pytest.raises(rewards.Refused):
             rewards._rating(reply)
     else:
         assert rewards._rating(reply) == rating

@@ -85,8 +85,34 @@ def write_report(run_dir: Path) -> Path:
         environment=_json(run, "environment.json", problems),
         files=[(file, about) for file, about in FILES.items() if (run.path / file).exists()],
         problems=problems,
+        judged=_judged(run, problems),
     )
     return write_whole(run.path / "report.html", text)
+
+
+def _judged(run: Run, problems: list[str]) -> list[dict[str, Any]]:
+    """What judges said of the run's answers: figures in sentences, their calibration, and the page with the plots."""
+    from tunesmith.evaluation.judging import calibration
+    from tunesmith.evaluation.judging.replay import sentences
+
+    found = []
+    for file in sorted([*run.evaluation.glob("*/figures.json"), *run.evaluation.glob("*/*/figures.json")]):
+        content = _json(run, str(file.relative_to(run.path)), problems)
+        try:
+            own = content and content.get("calibration")
+            said = sentences(content) if content else []
+            told = calibration.sentence(own) if own else "not calibrated: what its word is worth is not known"
+            judge = ", ".join(content["judge"]) if content else ""
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            problems.append(f"{file.relative_to(run.path)} holds no judgments: {error!r}")
+            continue
+        if said:
+            name = str(file.parent.relative_to(run.evaluation))
+            page = file.with_name("judged.html").relative_to(run.path)
+            found.append(
+                {"name": name, "judge": judge, "lines": said, "calibration": told, "page": str(page)}
+            )
+    return found
 
 
 def _comparisons(run: Run, problems: list[str]) -> list[Comparison]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-import ipaddress
 import json
 import math
 import numbers
@@ -19,18 +18,16 @@ import re
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from tunesmith.data.examples import Conversation, Message, Prompt, Unusable
 from tunesmith.errors import ModelError, RecipeError, RunError, TunesmithError, counted, nearest
+from tunesmith.evaluation.judging.client import Endpoint, Refused, pause
 from tunesmith.recipe import JudgeReward, MetricReward, ModelReward, PythonReward, RewardSection
 from tunesmith.training.run import SAMPLE_TEXT, Run
 
@@ -486,21 +483,6 @@ def _judge(section: JudgeReward) -> Reward:
     )
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another address."""
-
-    def redirect_request(self, *given: Any) -> None:
-        """Follow none."""
-
-
-class _Refused(Exception):
-    """A call that gave no rating; `again` where another try may."""
-
-    def __init__(self, said: str, *, again: bool, wait: float | None = None) -> None:
-        super().__init__(said)
-        self.again, self.wait = again, wait
-
-
 @dataclass
 class Judge:
     """Rates answers by calls to an OpenAI-compatible endpoint, and counts what that costs."""
@@ -516,32 +498,15 @@ class Judge:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        address = urlsplit(self.section.base_url)
-        self.host = address.hostname or ""
-        is_here = _is_loopback(self.host)
-        if address.scheme not in ("http", "https") or not self.host or address.username or address.query:
-            raise RecipeError(
-                f"The judge's address '{self.section.base_url}' is none.",
-                fix="Give it as https://HOST/v1; a key goes into an environment variable (api_key_env).",
-            )
-        if address.scheme == "http" and not is_here:
-            raise RecipeError(
-                f"The judge at {self.host} would be asked over http, readable for everybody on the way.",
-                fix="Use https.",
-            )
-        self._key = None
-        if self.section.api_key_env:
-            self._key = os.environ.get(self.section.api_key_env)
-            if not self._key:
-                raise RecipeError(
-                    f"The environment variable {self.section.api_key_env}, which should hold the judge's key, is "
-                    "not set.",
-                    fix=f"Set it: export {self.section.api_key_env}=...",
-                )
-        handlers: list[Any] = [_NoRedirect()]
-        if is_here:
-            handlers.append(urllib.request.ProxyHandler({}))
-        self._opener = urllib.request.build_opener(*handlers)
+        section = self.section
+        self._endpoint = Endpoint(
+            section.base_url,
+            section.model,
+            api_key_env=section.api_key_env,
+            max_tokens=section.max_tokens,
+            timeout=section.timeout,
+        )
+        self.host = self._endpoint.host
 
     def facts(self) -> dict[str, float]:
         """Calls so far, those that failed, and tokens as the endpoint counts them."""
@@ -585,7 +550,7 @@ class Judge:
         for attempt in range(self.section.retries + 1):
             try:
                 return (_rating(self._called(messages)) - 1) / 9
-            except _Refused as refusal:
+            except Refused as refusal:
                 with self._lock:
                     self.failed += 1
                 if not refusal.again or attempt == self.section.retries:
@@ -595,62 +560,26 @@ class Judge:
                         fix="Check method.rewards: base_url, model, api_key_env, max_tokens; the run can be resumed "
                         "from its last checkpoint.",
                     ) from None
-                time.sleep(min(refusal.wait or self.backoff * 2**attempt, 30.0))
+                time.sleep(pause(attempt, refusal, backoff=self.backoff))
         raise AssertionError("unreachable")
 
     def _called(self, messages: list[dict[str, str]]) -> str:
         """The text of one reply."""
-        section = self.section
-        body = {
-            "model": section.model,
-            "messages": messages,
-            "temperature": 0,
-            "max_tokens": section.max_tokens,
-        }
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(
-            section.base_url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers
-        )
         with self._lock:
             self.calls += 1
-        try:
-            with self._opener.open(request, timeout=section.timeout) as reply:
-                content = json.loads(reply.read())
-        except urllib.error.HTTPError as error:
-            again = error.code in (408, 409, 425, 429) or error.code >= 500
-            wait = error.headers.get("Retry-After", "") if error.headers else ""
-            seconds = float(wait) if wait.isdigit() else None
-            raise _Refused(f"HTTP {error.code} {error.reason}", again=again, wait=seconds) from None
-        except (OSError, ValueError) as error:  # not reached, timed out, or no JSON
-            raise _Refused(f"{type(error).__name__}: {error}"[:SHOWN], again=True) from None
-        try:
-            text = content["choices"][0]["message"]["content"]
-            used = content.get("usage") or {}
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise _Refused("a reply without choices[0].message.content", again=True) from None
+        reply = self._endpoint.call(messages)
         with self._lock:
-            self.prompt_tokens += int(used.get("prompt_tokens") or 0)
-            self.completion_tokens += int(used.get("completion_tokens") or 0)
-        return text if isinstance(text, str) else ""
+            self.prompt_tokens += reply.prompt_tokens or 0
+            self.completion_tokens += reply.completion_tokens or 0
+        return reply.text
 
 
 def _rating(reply: str) -> int:
     lines = [line.strip() for line in reply.splitlines() if line.strip()]
     match = RATING.fullmatch(lines[-1]) if lines else None
     if not match:
-        raise _Refused(f"a reply that does not end with a rating: {_shown(reply[-SHOWN:])}", again=True)
+        raise Refused(f"a reply that does not end with a rating: {_shown(reply[-SHOWN:])}", again=True)
     return int(match[1])
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def said(rewards: Sequence[Reward], *, answers: int | None = None) -> Iterator[Mapping[str, str]]:

@@ -1,0 +1,277 @@
+"""Suites: sets of questions with their own rules of answering, and the answers of a model to them.
+
+`mt-bench` asks two-turn questions of eight categories, each at its category's temperature; `alpaca` and `arena` compare
+with a baseline over any file of prompts. Answers become evaluation rows, one per turn and sample, and a FastChat file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tunesmith.data import templates
+from tunesmith.data.examples import Message, Unusable
+from tunesmith.errors import DataError, TunesmithError, nearest
+from tunesmith.evaluation.judging.judgments import Answers, Id, Question, read_questions
+from tunesmith.evaluation.rows import EvalRow
+
+TEMPERATURES = {
+    "writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0.0, "math": 0.0, "coding": 0.0,
+    "reasoning": 0.0,
+}  # fmt: skip
+"""MT-Bench's, by category (fastchat.llm_judge, `temperature_config`)."""
+OTHER_TEMPERATURE = 0.7
+"""That of a category which it does not know."""
+MAX_NEW_TOKENS = 1024
+PROMPT_KEYS = ("prompt", "instruction", "question", "text")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """How a set of questions is asked and judged."""
+
+    name: str
+    about: str
+    grades: bool
+    """Whether answers are graded by themselves as well as compared."""
+    needs_baseline: bool
+    temperature: Callable[[Question], float]
+    questions: Callable[[str | Path | None], list[Question]]
+
+
+def mt_bench_questions(path: str | Path | None = None) -> list[Question]:
+    """MT-Bench's questions from a file in FastChat's format, or our own 80 of the same shape."""
+    if path is not None:
+        return read_questions(path)
+    with resources.as_file(resources.files("tunesmith.assets").joinpath("mt_bench/questions.jsonl")) as own:
+        return read_questions(own)
+
+
+def prompts_of(path: str | Path | None) -> list[Question]:
+    """The prompts of a JSONL or text file: FastChat's questions, one text per row, or one text per line.
+
+    Raises TunesmithError where no file is given, and DataError naming the row that holds no prompt.
+    """
+    if path is None:
+        raise TunesmithError("The prompts of this suite are missing.", fix="Give --questions FILE.")
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read.", found=str(error)) from None
+    found: list[Question] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        row: Any = line.strip()
+        if Path(path).suffix != ".txt":
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"Line {number} of {path} is not JSON.", found=str(error)) from None
+        if isinstance(row, dict) and "turns" in row:
+            return read_questions(path)
+        text = row if isinstance(row, str) else next((row[k] for k in PROMPT_KEYS if row.get(k)), None)
+        if isinstance(row, dict) and isinstance(text, str) and row.get("input"):
+            text = f"{text}\n\n{row['input']}"
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(
+                f"Line {number} of {path} holds no prompt.",
+                fix=f"Name its column one of: {', '.join(PROMPT_KEYS)}.",
+            )
+        about = row if isinstance(row, dict) else {}
+        reference = about.get("reference") or about.get("answer") or ""
+        category = str(about.get("category") or about.get("dataset") or "")
+        found.append(Question(number, category, (text,), (str(reference),) if reference else ()))
+    if not found:
+        raise DataError(f"There is no prompt in {path}.")
+    return found
+
+
+def _by_category(question: Question) -> float:
+    if question.temperature is not None:
+        return question.temperature
+    return TEMPERATURES.get(question.category.lower(), OTHER_TEMPERATURE)
+
+
+def _greedy(question: Question) -> float:
+    return question.temperature or 0.0
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            "mt-bench",
+            "80 two-turn questions of eight categories, graded from 1 to 10 and, with a baseline, compared",
+            grades=True, needs_baseline=False, temperature=_by_category, questions=mt_bench_questions,
+        ),
+        Suite(
+            "alpaca", "any file of prompts, answered greedily and compared with a baseline, as in AlpacaEval",
+            grades=False, needs_baseline=True, temperature=_greedy, questions=prompts_of,
+        ),
+        Suite(
+            "arena", "any file of hard prompts, compared with a baseline by a judge that first answers them itself, "
+            "as in Arena-Hard",
+            grades=False, needs_baseline=True, temperature=_greedy, questions=prompts_of,
+        ),
+    )
+}  # fmt: skip
+
+
+def suite_of(name: str) -> Suite:
+    """The suite of a name. Raises TunesmithError naming the nearest."""
+    if name not in SUITES:
+        raise TunesmithError(f"There is no suite '{name}'.", fix=nearest(name, [*SUITES, "lm-eval:TASKS"]))
+    return SUITES[name]
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    *,
+    name: str,
+    suite: Suite,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    samples: int = 1,
+    batch_tokens: int = 8192,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[EvalRow]:
+    """One row per question, turn and sample, through the model's own chat template.
+
+    Turn k of all questions is answered in one go (of each temperature), then turn k + 1 with these answers before
+    it. A conversation that the template refuses, or that leaves no room for an answer, ends there with an error.
+    """
+    from tunesmith.generation import generate
+
+    stop_ids = templates.end_of_turn_ids(tokenizer)
+    rows: list[EvalRow] = []
+    for sample in range(samples):
+        talks: dict[int, list[Message]] = {n: [] for n in range(len(questions))}
+        for turn in range(max(len(q.turns) for q in questions)):
+            asked: dict[int, tuple[int, ...]] = {}
+            for number in list(talks):
+                question = questions[number]
+                if turn >= len(question.turns):
+                    del talks[number]
+                    continue
+                talks[number].append(Message("user", question.turns[turn]))
+                try:
+                    asked[number] = tuple(templates.prompt_ids(talks[number], tokenizer))
+                except Unusable as reason:
+                    rows += _failed(
+                        name, suite, number, question, turn, sample, f"the template refuses: {reason}"
+                    )
+                    del talks[number]
+            for temperature in sorted({suite.temperature(questions[n]) for n in asked}):
+                part = [n for n in asked if suite.temperature(questions[n]) == temperature]
+                stage = f"{name}: turn {turn + 1} at temperature {temperature:g}"
+                found = generate(
+                    model,
+                    tokenizer,
+                    [asked[n] for n in part],
+                    max_new_tokens=max_new_tokens,
+                    stop_ids=stop_ids,
+                    batch_tokens=batch_tokens,
+                    temperature=temperature,
+                    seed=sample,
+                    progress=_told(progress, stage, len(part)),
+                )
+                settings = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": sample}
+                for number, given in zip(part, found, strict=True):
+                    question = questions[number]
+                    if not given.ids and given.finish_reason == "length":
+                        why = f"{len(asked[number])} tokens of conversation leave no room for an answer"
+                        rows += _failed(name, suite, number, question, turn, sample, why)
+                        del talks[number]
+                        continue
+                    talks[number].append(Message("assistant", given.text))
+                    rows.append(
+                        _row(
+                            name, suite, number, question, turn, sample,
+                            prompt=asked[number], output=given.text, finish_reason=given.finish_reason,
+                            generation={**settings, "new_tokens": len(given.ids)},
+                        )
+                    )  # fmt: skip
+    return sorted(rows, key=lambda row: (row.item, row.sample, row.turn))
+
+
+def answers_of(rows: Sequence[EvalRow], questions: Sequence[Question], name: str) -> Answers:
+    """The first sample of a model's rows as answers by question; those that broke off have fewer turns."""
+    turns: dict[Id, tuple[str, ...]] = {}
+    for row in sorted(rows, key=lambda r: (r.item, r.turn)):
+        if row.model == name and row.sample == 0 and row.output is not None:
+            id = questions[row.item].id
+            turns[id] = (*turns.get(id, ()), row.output)
+    return Answers(name, turns)
+
+
+def fingerprint(questions: Sequence[Question], location: str, settings: Mapping[str, Any]) -> str:
+    """A hash of all that a model's answers depend on; of a model folder, its files' sizes and times."""
+    folder = Path(location)
+    files = (
+        [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file()]
+        if folder.is_dir()
+        else []
+    )
+    facts = [[asdict(q) for q in questions], str(location), files, dict(settings)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _failed(
+    name: str, suite: Suite, number: int, question: Question, turn: int, sample: int, why: str
+) -> list[EvalRow]:
+    """Rows of a turn that has no answer, and of those behind it."""
+    return [
+        _row(
+            name, suite, number, question, late, sample,
+            status=f"error:{why if late == turn else 'the turn before has no answer'}",
+        )
+        for late in range(turn, len(question.turns))
+    ]  # fmt: skip
+
+
+def _row(
+    name: str,
+    suite: Suite,
+    number: int,
+    question: Question,
+    turn: int,
+    sample: int,
+    *,
+    prompt: Sequence[int] = (),
+    output: str | None = None,
+    finish_reason: str | None = None,
+    generation: Mapping[str, Any] | None = None,
+    status: str = "ok",
+) -> EvalRow:
+    return EvalRow(
+        model=name,
+        item=number,
+        source_row=f"{suite.name}:{question.id}",
+        group=None,
+        turn=turn,
+        sample=sample,
+        prompt_sha256=hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest(),
+        prompt_text=question.turns[turn],
+        reference=question.reference(turn + 1),
+        output=output,
+        finish_reason=finish_reason,
+        generation={**(generation or {}), "category": question.category},
+        scores={},
+        nll=None,
+        tokens=None,
+        correct=None,
+        status=status,
+    )
+
+
+def _told(
+    progress: Callable[[str, int, int], None] | None, stage: str, total: int
+) -> Callable[[int], None] | None:
+    return (lambda done: progress(stage, done, total)) if progress else None

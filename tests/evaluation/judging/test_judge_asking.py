@@ -1,0 +1,372 @@
+"""A judge behind a network that fails in every way: no row is lost, none is judged twice, no budget is exceeded."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from judge_servers import openai, serving
+
+from tunesmith.errors import RecipeError, RunError
+from tunesmith.evaluation.judging import asking, client
+from tunesmith.evaluation.judging.book import Book
+from tunesmith.evaluation.judging.judging import IDENTICAL, NO_ANSWER, jobs, judge_all
+from tunesmith.evaluation.judging.judgments import Answers, Question
+from tunesmith.evaluation.judging.prompts import load_prompts
+from tunesmith.evaluation.judging.settings import Judge, load_judge
+
+TEXTS = load_prompts()
+QUESTIONS = [Question(n, "math", (f"what is {n}?", "and twice that?")) for n in range(12)]
+GOOD = Answers("good", {q.id: (f"good one {q.id}", f"good two {q.id}") for q in QUESTIONS})
+BAD = Answers("bad", {q.id: (f"bad one {q.id}", f"bad two {q.id}") for q in QUESTIONS})
+
+
+def judged(url, path, todo, **settings):
+    judge = Judge(model="j", base_url=url, **{"backoff": 0.0, "timeout": 10.0, **settings})
+    return judge_all(todo, judge, asking.asker(judge), TEXTS, path)
+
+
+def shown(body):
+    return body["messages"][1]["content"]
+
+
+def better(body):
+    """An honest judge: finds the good answer whatever its slot."""
+    slot = re.search(r"answer (?:2 )?of (\w)\]\ngood \w+ \d+\n", shown(body))[1]
+    return f"Because.\nVerdict: [[{slot}]]"
+
+
+def asked_for(body):
+    """What a request asks for, without the random mark."""
+    text = shown(body)
+    return text.replace(text.split()[0].strip("["), "")
+
+
+def test_a_network_that_fails_in_every_way_loses_and_repeats_nothing(tmp_path):
+    """Every request meets another failure first, then the same verdict as without any."""
+    tries, lock = collections.Counter(), threading.Lock()
+    answered = collections.Counter()
+    failures = [
+        (429, "", {"Retry-After": "0"}), (500, "oh", {}), (503, "", {}), (200, "{not json", {}), (200, "", {}),
+        (200, '{"choices": []}', {}), (200, "[]", {}), (200, '{"choices": [{"message": {"content": 7}}]}', {}),
+        (200, "short", {"Content-Length": "500"}), 0.0,
+    ]  # fmt: skip
+
+    def reply(number, body):
+        name = asked_for(body)
+        with lock:
+            tries[name] += 1
+            if tries[name] == 1:
+                return failures[len(tries) % len(failures)]
+            answered[name] += 1
+        return openai(better(body))
+
+    todo = jobs(QUESTIONS, [BAD, GOOD], "pair", baseline="bad")
+    with serving(reply) as (url, seen):
+        found = judged(url, tmp_path / "replies.jsonl", todo)
+        assert len(seen) == 2 * 48
+    assert len(found.judgments) == 24
+    assert {(one.question, one.turn) for one in found.judgments} == {
+        (q.id, t) for q in QUESTIONS for t in (1, 2)
+    }
+    assert all((one.g1_winner, one.g2_winner) == ("model_1", "model_1") for one in found.judgments)
+    assert all(one.model_1 == "good" for one in found.judgments)
+    assert set(answered.values()) == {1}
+    assert len(answered) == 48
+    # Everything is in the book: nobody is asked again, and the judgments are the same to the letter.
+    again = judged("http://127.0.0.1:1/v1", tmp_path / "replies.jsonl", todo)
+    assert again.judgments == found.judgments
+    assert (again.estimate.calls, again.estimate.known) == (0, 48)
+
+
+def test_time_outs_are_tried_again_and_counted_as_charged(tmp_path):
+    def reply(number, body):
+        return 2.5 if number == 1 else openai("Rating: [[4]]")
+
+    todo = jobs(QUESTIONS[:1], [GOOD], "single")[:1]
+    with serving(reply) as (url, seen):
+        found = judged(url, tmp_path / "r.jsonl", todo, timeout=1.0)
+        assert len(seen) == 2
+    assert found.judgments[0].score == 4.0
+    assert found.spent["calls"] == 2
+    assert found.spent["completion_tokens"] == 1024 + 2  # the lost call at its most, the other as counted
+
+
+def test_a_body_that_drips_ends_at_the_deadline():
+    class Dripping:
+        length = None
+
+        def read1(self, size):
+            time.sleep(0.01)
+            return b"x"
+
+    with pytest.raises(TimeoutError):
+        client._read(Dripping(), time.monotonic() + 0.1)
+
+
+def test_what_never_gets_a_verdict_is_an_error_and_is_tried_again_next_time(tmp_path):
+    def reply(number, body):
+        if "what is 3?" in shown(body):
+            return 500, "", {}
+        if "what is 4?" in shown(body):
+            return openai("As [1] says: well done.")
+        return openai("Rating: [[6]]")
+
+    todo = jobs(QUESTIONS[:6], [GOOD], "single")
+    with serving(reply) as (url, seen):
+        found = judged(url, tmp_path / "r.jsonl", todo, retries=2)
+        scores = {(one.question, one.turn): one for one in found.judgments}
+        assert len(scores) == 12
+        assert "HTTP 500" in scores[3, 1].error
+        assert scores[4, 1].error == "a reply without a verdict"
+        assert [scores[n, t].score for n in (3, 4) for t in (1, 2)] == [None] * 4
+        assert sum(one.score == 6 for one in found.judgments) == 8
+        repairs = [body for _, body, _ in seen if len(body["messages"]) == 4]
+        assert len(repairs) == 2, "a reply without a verdict is asked for it once"
+        assert repairs[0]["messages"][2]["content"] == "As [1] says: well done."
+        before = len(seen)
+        judged(url, tmp_path / "r.jsonl", todo, retries=0)
+        assert (
+            len(seen) - before == 2
+        )  # what failed on the way; what was answered badly is not paid for again
+
+
+def test_a_repaired_verdict_counts(tmp_path):
+    def reply(number, body):
+        return openai("Rating: [[8]]" if len(body["messages"]) == 4 else "It is fine.")
+
+    with serving(reply) as (url, _):
+        found = judged(url, tmp_path / "r.jsonl", jobs(QUESTIONS[:1], [GOOD], "single"))
+    assert [one.score for one in found.judgments] == [8.0, 8.0]
+
+
+def test_answers_that_are_missing_or_identical_are_not_asked_about(tmp_path):
+    half = Answers("half", {0: ("good one 0",), 1: ("$ERROR$", "x"), 2: GOOD.turns[2]})
+    todo = jobs(QUESTIONS[:3], [GOOD, half], "pair", baseline="half")
+    with serving(lambda number, body: openai("Verdict: [[A]]")) as (url, seen):
+        found = judged(url, tmp_path / "r.jsonl", todo).judgments
+    assert not seen
+    outcomes = {(one.question, one.turn): (one.g1_winner, one.flags, one.errors[0]) for one in found}
+    assert outcomes[0, 1] == ("tie", (IDENTICAL,), "")
+    assert outcomes[0, 2] == ("error", (), NO_ANSWER)
+    assert outcomes[1, 1][0] == "error"
+    assert outcomes[2, 2][0] == "tie"
+
+
+@pytest.mark.parametrize(
+    ("limits", "most"),
+    [
+        ({"max_calls": 5}, 5),
+        ({"max_cost": 0.02, "price_input": 1.0, "price_output": 10.0, "concurrency": 4}, None),
+    ],
+)
+def test_a_budget_is_never_exceeded_and_the_rest_can_follow(tmp_path, limits, most):
+    todo, path = jobs(QUESTIONS, [GOOD], "single"), tmp_path / "r.jsonl"
+    with serving(lambda number, body: openai("Rating: [[6]]", read=900, written=400)) as (url, seen):
+        for _ in range(2):  # a second start does not begin a new budget
+            with pytest.raises(RunError, match="budget") as error:
+                judged(url, path, todo, **limits)
+        assert "run the same command again" in error.value.fix
+        with Book(path) as book:
+            assert book.spent.calls == len(seen) == len(book.entries)
+            if most:
+                assert len(seen) == most
+            else:
+                money = (book.spent.prompt_tokens * 1 + book.spent.completion_tokens * 10) / 1e6
+                assert money <= 0.02
+                assert len(seen) == 2  # .0098 spent; a third could cost another .011
+        done = len(seen)
+        found = judged(url, path, todo)
+        assert len(seen) == 24
+        assert found.estimate.calls == 24 - done
+        assert all(one.score == 6.0 for one in found.judgments)
+
+
+def test_the_estimate_comes_before_the_first_call(tmp_path):
+    judge = Judge(model="j", base_url="http://127.0.0.1:1/v1", price_input=3.0, price_output=15.0)
+    heard = []
+
+    class Stop(Exception):
+        pass
+
+    def told(estimate):
+        heard.append(estimate)
+        raise Stop
+
+    with pytest.raises(Stop):
+        judge_all(
+            jobs(QUESTIONS, [GOOD, BAD], "pair"), judge, asking.asker(judge), TEXTS, tmp_path / "r.jsonl", told=told
+        )  # fmt: skip
+    [estimate] = heard
+    assert (estimate.calls, estimate.most_completion_tokens) == (48, 48 * 1024)
+    assert estimate.most_cost == pytest.approx((estimate.prompt_tokens * 3 + 48 * 1024 * 15) / 1e6)
+    assert "48 calls" in estimate.sentence()
+
+
+def test_a_wrong_key_stops_at_once_and_is_in_no_message(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret-7")
+    todo = jobs(QUESTIONS, [GOOD], "single")
+    with serving(lambda number, body: (401, "bad\x1b[2J key sk-secret-7", {})) as (url, seen):
+        with pytest.raises(RunError, match="HTTP 401") as error:
+            judged(url, tmp_path / "r.jsonl", todo, api_key_env="JUDGE_KEY", concurrency=1)
+        assert len(seen) == 1
+        assert seen[0][2]["Authorization"] == "Bearer sk-secret-7"
+    written = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "sk-secret-7" not in str(error.value) + written + "".join(capfd.readouterr())
+    assert "***" in str(error.value)
+    assert "\x1b" not in str(error.value)
+    monkeypatch.setenv("JUDGE_KEY", "two\nlines")
+    with pytest.raises(RecipeError) as refused:
+        judged(url, tmp_path / "r.jsonl", todo, api_key_env="JUDGE_KEY")
+    assert "two" not in str(refused.value)
+
+
+def test_a_redirect_is_not_followed(tmp_path):
+    with serving(lambda number, body: (307, "", {"Location": "http://127.0.0.1:1/"})) as (url, seen):
+        with pytest.raises(RunError, match="HTTP 307"):
+            judged(url, tmp_path / "r.jsonl", jobs(QUESTIONS, [GOOD], "single"), concurrency=1)
+        assert len(seen) == 1
+
+
+def test_a_judge_out_of_reach_is_given_up(tmp_path):
+    todo = jobs(
+        [Question(n, "x", (f"q{n}",)) for n in range(40)],
+        [Answers("m", dict.fromkeys(range(40), ("a",)))],
+        "single",
+    )
+    with pytest.raises(RunError, match="out of reach"):
+        judged("http://127.0.0.1:1/v1", tmp_path / "r.jsonl", todo, retries=0)
+
+
+def test_anthropic_s_messages_are_spoken_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "k")
+    content = {"content": [{"type": "thinking"}, {"type": "text", "text": "Rating: [[9]]"}],
+               "usage": {"input_tokens": 11, "output_tokens": 3}, "stop_reason": "end_turn"}  # fmt: skip
+    with serving(lambda number, body: (200, json.dumps(content), {})) as (url, seen):
+        todo = jobs(QUESTIONS[:1], [GOOD], "single")[:1]
+        found = judged(url, tmp_path / "r.jsonl", todo, api="anthropic", api_key_env="JUDGE_KEY")
+    path, body, headers = seen[0]
+    assert path == "/v1/messages"
+    assert {name.lower(): value for name, value in headers.items()}["x-api-key"] == "k"
+    assert "Authorization" not in headers
+    assert [m["role"] for m in body["messages"]] == ["user"]
+    assert "You grade one answer" in body["system"]
+    assert found.judgments[0].score == 9.0
+    assert (found.spent["prompt_tokens"], found.spent["completion_tokens"]) == (11, 3)
+
+
+def test_waits_grow_heed_retry_after_and_have_an_end():
+    refusal = client.Refused("x", again=True)
+    waits = [client.pause(n, refusal, backoff=1.0, draw=lambda: 0.0) for n in range(9)]
+    assert waits[:4] == [1, 2, 4, 8]
+    assert waits[8] == client.LONGEST_WAIT
+    asked = client.Refused("x", again=True, wait=7.0)
+    assert client.pause(3, asked, backoff=1.0, draw=lambda: 1.0) == 7 * 1.5
+    assert client._retry_after("12") == 12
+    assert client._retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert client._retry_after("soon") is None
+
+
+def test_a_line_that_a_crash_cut_off_is_taken_away(tmp_path):
+    todo, path = jobs(QUESTIONS[:2], [GOOD], "single"), tmp_path / "r.jsonl"
+    with serving(lambda number, body: openai("Rating: [[6]]")) as (url, seen):
+        judged(url, path, todo)
+        path.write_bytes(path.read_bytes()[:-20])
+        found = judged(url, path, todo)
+        assert found.repaired
+        assert len(seen) == 5
+    path.write_text("{}\n" + path.read_text())
+    with pytest.raises(RunError, match="Line 1"):
+        judged("http://127.0.0.1:1/v1", path, todo)
+
+
+CHILD = """
+import sys
+from test_judge_asking import *
+from pathlib import Path
+judged(sys.argv[1], Path(sys.argv[2]), jobs(QUESTIONS, [BAD, GOOD], "pair", baseline="bad"), concurrency=2)
+"""
+
+
+def test_after_kill_9_nothing_in_the_book_is_paid_for_again(tmp_path):
+    """A process is killed while it judges; the next one asks only what is not in the book."""
+    path, served = tmp_path / "replies.jsonl", collections.Counter()
+    lock, hold = threading.Lock(), threading.Event()
+
+    def reply(number, body):
+        if number > 20:
+            hold.wait(20)  # these calls are under way when the process dies
+        with lock:
+            served[asked_for(body)] += 1
+        return openai(better(body))
+
+    with serving(reply) as (url, seen):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+        child = subprocess.Popen([sys.executable, "-c", CHILD, url, path], env=environment)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and child.poll() is None:
+            if len(seen) >= 22 and path.exists() and path.read_bytes().count(b"\n") >= 20:
+                break
+            time.sleep(0.02)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert child.returncode == -signal.SIGKILL
+        in_book = path.read_bytes().count(b"\n")
+        assert in_book == 20
+        hold.set()
+        before = len(seen)
+        found = judged(url, path, jobs(QUESTIONS, [BAD, GOOD], "pair", baseline="bad"))
+        assert len(seen) - before == 48 - in_book
+    assert len(found.judgments) == 24
+    assert all((one.g1_winner, one.g2_winner) == ("model_1", "model_1") for one in found.judgments)
+    # Twice served are at most the two calls that were under way: their replies never came.
+    assert sum(count - 1 for count in served.values()) <= 2
+
+
+def test_two_processes_do_not_write_one_book(tmp_path):
+    with (
+        Book(tmp_path / "r.jsonl"),
+        pytest.raises(RunError, match="Another process"),
+        Book(tmp_path / "r.jsonl"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: m\nmodle: x", "Did you mean 'model'?"), ("api: other\nmodel: m", "api"), ("- a", "names with values"),
+        ("model: m\napi_key: sk", "environment variable"), ("model: m\nmax_cost: 1", "prices"), ("{}", "model"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_say_so(tmp_path, text, said):
+    path = tmp_path / "judge.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        load_judge(path)
+    assert said in str(error.value)
+
+
+def test_a_model_of_this_machine_can_be_the_judge(tmp_path, tiny_model_folder):
+    judge = load_judge(f"local:{tiny_model_folder}").model_copy(update={"max_tokens": 8, "batch_size": 3})
+    asker = asking.asker(judge)
+    assert "<|im_start|>" in asker.specials
+    short = [Question(n, "x", ("red",)) for n in range(2)]
+    todo = jobs(short, [Answers("m", {0: ("blue",), 1: ("green",)})], "single")
+    texts = load_prompts()
+    brief = type(texts)({**texts.texts, "single": "Grade. {material}", "material": "{mark}"}, "test")
+    found = judge_all(todo, judge, asker, brief, tmp_path / "r.jsonl")
+    assert [one.error for one in found.judgments] == [
+        "a reply without a verdict"
+    ] * 2  # it has learned nothing
+    assert found.spent["calls"] == 4  # each once, and once for the verdict alone
+    again = judge_all(todo, judge, asker, brief, tmp_path / "r.jsonl")
+    assert again.judgments == found.judgments

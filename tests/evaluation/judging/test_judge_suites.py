@@ -1,0 +1,293 @@
+"""Suites: own questions, category temperatures, two turns through the template, judged, and stored as rows."""
+
+from __future__ import annotations
+
+import collections
+import json
+import sys
+import types
+
+import pytest
+from judge_servers import openai, serving
+from typer.testing import CliRunner
+
+from tunesmith import models
+from tunesmith.cli import app
+from tunesmith.data import templates
+from tunesmith.data.examples import Message
+from tunesmith.errors import DataError, MissingExtra, TunesmithError
+from tunesmith.evaluation.judging import bench, harness, suites
+from tunesmith.evaluation.judging.judgments import Answers, Question, read_answers, write_answers
+from tunesmith.evaluation.rows import read_rows
+from tunesmith.generation import generate
+
+CATEGORIES = ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
+MT_BENCH = suites.SUITES["mt-bench"]
+
+
+def evaluate(*arguments):
+    result = CliRunner().invoke(app, ["evaluate", *map(str, arguments), "--json"])
+    return result.exit_code, json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def test_the_own_questions_are_eighty_of_two_turns():
+    questions = suites.mt_bench_questions()
+    assert len(questions) == 80
+    counts = collections.Counter(q.category for q in questions)
+    assert list(counts.items()) == [(category, 10) for category in CATEGORIES]
+    assert all(len(q.turns) == 2 and all(len(text) > 15 for text in q.turns) for q in questions)
+    assert len({text for q in questions for text in q.turns}) == 160
+    for q in questions:
+        assert len(q.references) == (2 if q.category in ("reasoning", "math", "coding") else 0)
+        assert all(q.references)
+    assert {(q.category, MT_BENCH.temperature(q)) for q in questions} == {
+        ("writing", 0.7), ("roleplay", 0.7), ("stem", 0.1), ("humanities", 0.1), ("extraction", 0.0), ("math", 0.0),
+        ("coding", 0.0), ("reasoning", 0.0),
+    }  # fmt: skip
+    assert MT_BENCH.temperature(Question(1, "cooking", ("q",))) == 0.7
+    assert MT_BENCH.temperature(Question(1, "math", ("q",), temperature=0.3)) == 0.3
+
+
+def test_some_references_are_right_by_brute_force():
+    """Those that a program can check: counted, not derived."""
+    found = {q.turns[0][:24]: q.references for q in suites.mt_bench_questions() if q.references}
+    threes = [n for n in range(100, 1000) if n % 7 == 0 and n % 5]
+    first, second = found["How many three-digit num"]
+    assert first.startswith(str(len(threes)))
+    assert second.startswith(str(sum(n % 2 == 0 for n in threes)))
+
+    def ways(step, broken=None):
+        return step == 0 or (step > 0 and step != broken and ways(step - 1, broken) + ways(step - 2, broken))
+
+    first, second = found["A staircase has ten step"]
+    assert (first.split(".")[0], second.split(".")[0]) == (str(ways(10)), str(ways(10, 4)))
+    first, second = found["What is the remainder wh"]
+    assert (int(first[0]), int(second[0])) == (7**100 % 5, 7**100 % 100)
+    ages = [
+        (k, n) for k in range(3, 99) for n in range(3, 99) if k - 2 == 3 * (n - 2) and k + 4 == 2 * (n + 4)
+    ]
+    assert f"Kim is {ages[0][0]} and Lou is {ages[0][1]}" in found["Two years ago Kim was th"][0]
+
+
+SMALL = [
+    Question(1, "math", ("what is one", "and two"), ("1", "2")), Question(2, "writing", ("red blue", "green")),
+    Question(3, "math", ("count", "hello yes")), Question(4, "stem", ("paris",)),
+]  # fmt: skip
+
+
+def test_each_turn_is_what_the_model_says_after_its_own_first_answer(tiny_model_folder):
+    model, tokenizer = bench.load_for_suite(str(tiny_model_folder))
+    rows = suites.answer(model, tokenizer, SMALL, name="m", suite=MT_BENCH, max_new_tokens=6, samples=2)
+    assert [(r.item, r.sample, r.turn) for r in rows if r.item != 3] == [
+        (item, sample, turn) for item in range(3) for sample in range(2) for turn in range(2)
+    ]
+    assert [r.turn for r in rows if r.item == 3] == [0, 0]
+    by_place = {(r.item, r.sample, r.turn): r for r in rows}
+    first = by_place[0, 0, 0]
+    talk = [Message("user", "what is one"), Message("assistant", first.output), Message("user", "and two")]
+    [alone] = generate(
+        model, tokenizer, [templates.prompt_ids(talk, tokenizer)], max_new_tokens=6,
+        stop_ids=templates.end_of_turn_ids(tokenizer),
+    )  # fmt: skip
+    assert by_place[0, 0, 1].output == alone.text  # asked among others, and as if alone
+    assert (first.generation["temperature"], first.generation["category"]) == (0.0, "math")
+    assert (first.reference, by_place[0, 0, 1].reference, first.source_row) == ("1", "2", "mt-bench:1")
+    assert by_place[1, 0, 0].generation["temperature"] == 0.7
+    assert by_place[0, 0, 0].output == by_place[0, 1, 0].output  # greedy
+    assert by_place[1, 0, 0].output != by_place[1, 1, 0].output  # drawn, with the sample's own seed
+    again = suites.answer(model, tokenizer, SMALL, name="m", suite=MT_BENCH, max_new_tokens=6, samples=2)
+    assert again == rows
+
+
+def test_a_conversation_without_room_ends_there_and_is_told(tiny_model_folder):
+    model, tokenizer = bench.load_for_suite(str(tiny_model_folder))
+    long = Question(9, "math", ("what " * 600, "and"))
+    rows = suites.answer(model, tokenizer, [long, SMALL[0]], name="m", suite=MT_BENCH, max_new_tokens=4)
+    assert "leave no room" in rows[0].status
+    assert "the turn before" in rows[1].status
+    assert [row.status for row in rows[2:]] == ["ok", "ok"]
+    answers = suites.answers_of(rows, [long, SMALL[0]], "m")
+    assert answers.up_to(9, 1) is None
+
+
+@pytest.fixture
+def small_file(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = [{"question_id": q.id, "category": q.category, "turns": list(q.turns)} for q in SMALL]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def judge_file(folder, url):
+    path = folder / "judge.yaml"
+    path.write_text(json.dumps({"model": "j", "base_url": url, "backoff": 0}))
+    return path
+
+
+def test_mt_bench_from_model_to_figures(tmp_path, tiny_model_folder, small_file):
+    references = write_answers(tmp_path / "gpt.jsonl", Answers("gpt", {1: ("one it is", "two it is")}))
+    baseline = Answers("other", {q.id: tuple("paris" for _ in q.turns) for q in SMALL})
+    write_answers(tmp_path / "other.jsonl", baseline)
+
+    def reply(number, body):
+        text = body["messages"][1]["content"]
+        if "of A]" not in text:
+            return openai("Rating: [[3]]" if "paris\n" in text else "Rating: [[7]]")
+        slot = "A" if "of A]\nparis\n" not in text else "B"
+        return openai(f"Verdict: [[{slot}]]")
+
+    out = tmp_path / "out"
+    with serving(reply) as (url, seen):
+        arguments = [
+            tiny_model_folder, "--suite", "mt-bench", "--questions", small_file, "--references", references,
+            "--judge", judge_file(tmp_path, url), "--baseline", tmp_path / "other.jsonl", "--max-new-tokens", "6",
+            "--output", out, "--no-calibrate",
+        ]  # fmt: skip
+        code, found = evaluate(*arguments)
+        assert code == 0, found
+        shown = [body["messages"][1]["content"] for _, body, _ in seen]
+        assert any("reference answer 2]\ntwo it is" in text for text in shown)
+        asked = len(seen)
+        assert evaluate(*arguments)[1]["compared"]["ours"] == found["compared"]["ours"]
+        assert len(seen) == asked  # neither answered nor judged again
+    name = tiny_model_folder.name
+    graded = found["graded"]["ours"]["models"]
+    assert graded["other"]["score"]["value"] < graded[name]["score"]["value"]
+    assert graded[name]["n"] == 7
+    assert graded[name]["missing_turns"] == 0  # the last question has one turn only
+    assert graded[name]["categories"].keys() == {"math", "writing", "stem"}
+    [pair] = found["compared"]["ours"]["pairs"]
+    assert (pair["model"], pair["against"], pair["win_rate"]["value"]) == (name, "other", 1.0)
+    assert found["compared"]["fastchat"][name]["win_rate_adjusted"] == 1.0
+    rows = read_rows(out / "rows.jsonl")
+    assert {row.scores["judge_grade"] for row in rows if row.output.strip()} <= {3.0, 7.0}
+    assert len(rows) == 7
+    answers = read_answers(out / "answers" / f"{name}.jsonl")
+    assert answers.turns[1] == tuple(row.output for row in rows if row.item == 0)
+    for page in ("graded", "compared"):
+        assert "scatterpolar" in (out / page / "judged.html").read_text()
+
+
+def test_prompt_files_of_any_kind_make_a_pair_wise_suite(tmp_path, tiny_model_folder):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(
+        '{"instruction": "count", "input": "red", "dataset": "d"}\n\n{"prompt": "hello", "answer": "x"}\n'
+    )
+    first, second = suites.prompts_of(prompts)
+    assert (first.turns, first.category, first.references) == (("count\n\nred",), "d", ())
+    assert (second.id, second.references) == (3, ("x",))
+    lines = tmp_path / "p.txt"
+    lines.write_text("one\ntwo\n")
+    assert [q.turns for q in suites.prompts_of(lines)] == [("one",), ("two",)]
+    with serving(lambda number, body: openai("Verdict: [[C]]")) as (url, seen):
+        code, found = evaluate(
+            tiny_model_folder, "--suite", "arena", "--questions", lines, "--judge", judge_file(tmp_path, url),
+            "--baseline", tiny_model_folder, "--max-new-tokens", "4", "--output", tmp_path / "out", "--no-calibrate",
+        )  # fmt: skip
+    assert code == 0, found
+    [pair] = found["compared"]["ours"]["pairs"]
+    # A model against itself: greedy answers are identical, so that nobody is asked and all are ties.
+    assert (pair["ties"], pair["win_rate"]["value"], len(seen)) == (2, 0.5, 0)
+    assert pair["against"].endswith("(baseline)")
+    own = suites.suite_of("alpaca")
+    with pytest.raises(TunesmithError, match="baseline"):
+        bench.run_suite(
+            tiny_model_folder, own, questions=lines, references=None, judge=None, baseline=None, max_new_tokens=4,
+            output=tmp_path, watch=lambda event: None,
+        )  # fmt: skip
+
+
+def test_the_arena_judge_answers_first(tmp_path):
+    from tunesmith.evaluation.judging.prompts import Turn, load_prompts, pair
+
+    system, _ = pair(load_prompts(bench._arena_prompts(tmp_path)), [Turn("q")], ["a"], ["b"])
+    assert "First write your own answer" in system["content"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--suite", "mtbench"), "Did you mean 'mt-bench'"), (("--suite", "alpaca"), "--questions"),
+        (("--judge", "local:tiny"), "without --suite"), (("--suite", "mt-bench", "--dataset", "x"), "with --suite"),
+        (("--suite", "lm-eval:x", "--judge", "local:tiny"), "no effect with lm-eval"),
+        (("--suite", "mt-bench", "--max-rows", "3"), "data.max_rows would have no effect"),
+        (("--suite", "lm-eval: ,"), "No task"),
+    ],
+)  # fmt: skip
+def test_options_that_do_nothing_are_refused(arguments, said, tiny_model_folder):
+    code, found = evaluate(tiny_model_folder, *arguments)
+    assert code == 1
+    assert said in found["error"]
+
+
+def test_a_row_without_a_prompt_is_named(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prmt": "x"}\n')
+    with pytest.raises(DataError, match="Line 1"):
+        suites.prompts_of(path)
+
+
+# lm-evaluation-harness: the real one is an extra; this stands in for it at its own seam.
+
+
+def stand_in(monkeypatch, evaluate):
+    package = types.ModuleType("lm_eval")
+    package.simple_evaluate, package.__version__ = evaluate, "0.4.9"
+    models_ = types.ModuleType("lm_eval.models")
+    huggingface = types.ModuleType("lm_eval.models.huggingface")
+
+    class HFLM:
+        def __init__(self, *, pretrained, tokenizer):
+            self.model, self.tokenizer = pretrained, tokenizer
+
+    huggingface.HFLM = HFLM
+    for name, module in (
+        ("lm_eval", package),
+        ("lm_eval.models", models_),
+        ("lm_eval.models.huggingface", huggingface),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_the_harness_gets_our_model_and_its_samples_become_rows(tmp_path, tiny_model_folder, monkeypatch):
+    def simple_evaluate(*, model, tasks, log_samples, confirm_run_unsafe_code):
+        assert (log_samples, confirm_run_unsafe_code) == (True, False)
+        assert model.model.config.hidden_size == 16
+        samples = [
+            {"doc_id": n, "target": "4", "arguments": [["2+2=", {"until": ["\n"]}]], "filtered_resps": ["4"],
+             "filter": name, "metrics": ["exact_match"], "exact_match": float(n)}
+            for name in ("strict", "loose") for n in range(2)
+        ]  # fmt: skip
+        return {"results": {tasks[0]: {"exact_match,strict": 0.5, "alias": "x"}}, "samples": {tasks[0]: samples},
+                "versions": {tasks[0]: 3}}  # fmt: skip
+
+    stand_in(monkeypatch, simple_evaluate)
+    code, found = evaluate(tiny_model_folder, "--suite", "lm-eval:arithmetic", "--output", tmp_path)
+    assert code == 0, found
+    assert found["results"] == {"arithmetic": {"exact_match,strict": 0.5}}
+    assert (found["version"], found["task_versions"]) == ("0.4.9", {"arithmetic": 3})
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [(r.item, r.sample, r.scores["exact_match"]) for r in rows] == [
+        (0, 0, 0.0), (1, 0, 1.0), (0, 1, 0.0), (1, 1, 1.0),
+    ]  # fmt: skip
+    assert (rows[1].source_row, rows[1].prompt_text, rows[1].output) == ("lm-eval:arithmetic:1", "2+2=", "4")
+    assert harness._asked([["a", 1], ["b", 2]]) == '[["a", 1], ["b", 2]]'
+
+
+def test_a_harness_that_is_missing_or_fails_says_what_to_do(tmp_path, tiny_model_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(MissingExtra, match="lm-eval"):
+        harness.run(tiny_model_folder, "x", tmp_path, watch=lambda event: None)
+
+    def unknown(**given):
+        raise KeyError("no such task")
+
+    stand_in(monkeypatch, unknown)
+    with pytest.raises(TunesmithError, match="cannot run x"):
+        harness.run(tiny_model_folder, "x", tmp_path, watch=lambda event: None)
+
+
+def test_a_model_that_cannot_talk_is_refused(tiny_t5_folder):
+    assert models.kind(str(tiny_t5_folder)) == "seq2seq"
+    with pytest.raises(TunesmithError, match="conversation"):
+        bench.load_for_suite(str(tiny_t5_folder))

@@ -59,7 +59,7 @@ def test_default_metrics_fit_the_data():
     assert default_metrics([PROMPT], False) == [
         "rougeL", "exact_match", "rouge1", "rouge2", "rougeLsum", "token_accuracy", "perplexity",
     ]  # fmt: skip
-    assert default_metrics([], True) == ["perplexity", "token_accuracy"]
+    assert default_metrics([], True) == ["perplexity", "token_accuracy", "bits_per_byte"]
     assert default_metrics([], False) == []
     assert default_metrics([CHINESE], False) == ["exact_match", "token_accuracy", "perplexity"]
 

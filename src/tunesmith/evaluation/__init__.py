@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -90,6 +91,8 @@ class Item:
     """Of a rating whether its answer is the good one."""
     rejected: Item | None = None
     """Of a preference its worse answer."""
+    num_bytes: int = 0
+    """UTF-8 bytes of the text of its labels, special tokens excepted."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class _Likelihood:
     tokens: int
     correct: int
     cut: int
+    windows: int = 1
 
 
 def items(
@@ -160,7 +164,18 @@ def _item(
     if kind == "seq2seq":
         encoding, lost = pairs.cut_to(encoding, max_length, tokenizer)
         ids, labels = tuple(encoding.input_ids), tuple(encoding.labels)
-        return Item(number, example.row, example.group, prompt, asked_ids, ids, labels, tokens_cut=lost)
+        size = _num_bytes(labels, tokenizer)
+        return Item(
+            number,
+            example.row,
+            example.group,
+            prompt,
+            asked_ids,
+            ids,
+            labels,
+            tokens_cut=lost,
+            num_bytes=size,
+        )
     length = len(encoding.input_ids) if max_length is None else max_length
     return Item(
         number,
@@ -172,7 +187,13 @@ def _item(
         tuple(encoding.labels[:length]),
         tokens_cut=max(0, len(encoding.input_ids) - length),
         text=text,
+        num_bytes=_num_bytes(encoding.labels[1:length], tokenizer),
     )
+
+
+def _num_bytes(labels: Sequence[int], tokenizer: Any) -> int:
+    ids = [label for label in labels if label != IGNORED]
+    return len(tokenizer.decode(ids, skip_special_tokens=True).encode("utf-8", "replace"))
 
 
 def judged(items: Sequence[Item], *, by_score: bool = False) -> list[str]:
@@ -435,7 +456,9 @@ def _row(
             "perplexity": math.exp(min(mean, 700)),
             "token_accuracy": likelihood.correct / likelihood.tokens,
         }
-        values |= {m: own[m] for m in _of_kind(metrics, "likelihood")}
+        if item.num_bytes and not likelihood.cut:
+            own["bits_per_byte"] = likelihood.nll / math.log(2) / item.num_bytes
+        values |= {m: own[m] for m in _of_kind(metrics, "likelihood") if m in own}
     user = [m.content for m in item.prompt.messages if m.role == "user"] if item.prompt else []
     return EvalRow(
         model=name,
@@ -460,6 +483,8 @@ def _row(
         good=item.good,
         rejected_nll=rejected.nll if rejected else None,
         rejected_tokens=rejected.tokens if rejected else None,
+        num_bytes=item.num_bytes if likelihood and likelihood.tokens and not likelihood.cut else None,
+        windows=likelihood.windows if likelihood else 1,
     )
 
 
@@ -544,8 +569,10 @@ def _compared_among(rows: list[EvalRow], metrics: Sequence[str]) -> list[EvalRow
     places = [place for place, row in enumerate(rows) if row.output is not None]
     for metric in (METRICS[name] for name in metrics):
         if metric.among:
-            values = metric.among([str(rows[place].output) for place in places])
+            values = metric.among([rows[place] for place in places])
             for place, value in zip(places, values, strict=True):
+                if value is None:
+                    continue
                 rows[place] = replace(rows[place], scores={**rows[place].scores, metric.name: value})
     return rows
 
@@ -553,18 +580,22 @@ def _compared_among(rows: list[EvalRow], metrics: Sequence[str]) -> list[EvalRow
 def _likelihoods(
     model: Any, items: Sequence[Item], *, batch_tokens: int, progress: Callable[[int], None] | None
 ) -> dict[int, _Likelihood]:
-    """Teacher-forced likelihood of every item's labels, by item number."""
+    """Teacher-forced likelihood of every item's labels, by item number.
+
+    What is longer than the model's context is read in windows that overlap by half: each label is counted once,
+    with at least half a context before it (as far as the text has one).
+    """
     # An encoder-decoder model has its limit, if any, in each half; `_pair_likelihood` keeps to it.
     limit = None if is_seq2seq(model) else context_length(model)
     likelihood = _pair_likelihood if is_seq2seq(model) else _batch_likelihood
-    by_number = {item.number: item for item in items}
+    pieces = [(item.number, piece) for item in items for piece in _windows(item, limit)]
+    by_number = {place: piece for place, (_, piece) in enumerate(pieces)}
     vocabulary = model.config.get_text_config().vocab_size
-    lengths = {
-        item.number: min(len(item.input_ids), limit or len(item.input_ids))
-        for item in items
-        if len(item.input_ids) > 1
-    }
-    found = {item.number: _Likelihood(0.0, 0, 0, 0) for item in items if item.number not in lengths}
+    lengths = {place: len(piece.input_ids) for place, piece in by_number.items() if len(piece.input_ids) > 1}
+    found = {place: _Likelihood(0.0, 0, 0, 0) for place in by_number if place not in lengths}
+    last = {number: place for place, (number, _) in enumerate(pieces)}
+    num_windows = Counter(number for number, _ in pieces)
+    whole = {number: _Likelihood(0.0, 0, 0, 0, windows=num_windows[number]) for number in last}
     with for_inference(model):
         for batch in length_batches(lengths, tokens=min(batch_tokens, LOGITS_IN_MEMORY // vocabulary)):
             for part, results in halving(
@@ -575,7 +606,32 @@ def _likelihoods(
             ):
                 found |= dict(zip(part, results, strict=True))
                 if progress:
-                    progress(len(found))
+                    progress(sum(place in found for place in last.values()))
+    for place, (number, _) in enumerate(pieces):
+        so_far, more = whole[number], found[place]
+        whole[number] = replace(
+            so_far,
+            nll=so_far.nll + more.nll,
+            tokens=so_far.tokens + more.tokens,
+            correct=so_far.correct + more.correct,
+            cut=so_far.cut + more.cut,
+        )
+    return whole
+
+
+def _windows(item: Item, limit: int | None) -> list[Item]:
+    """The item in windows of at most `limit` tokens, each with the labels that no window before it has."""
+    if limit is None or len(item.input_ids) <= limit:
+        return [item]
+    found, done = [], 0
+    while done < len(item.input_ids):
+        end = min(len(item.input_ids), done + (limit if not done else max(1, limit // 2)))
+        start = max(0, end - limit)
+        ignored = (IGNORED,) * (done - start)
+        found.append(
+            replace(item, input_ids=item.input_ids[start:end], labels=ignored + item.labels[done:end])
+        )
+        done = end
     return found
 
 

@@ -288,7 +288,7 @@ def _compared(
     n, groups = len(pairs.groups), len(set(pairs.groups))
     if not n:
         why = _sentences("No question has a score of both models.", _left_out(pairs, apart))
-        if metric.kind == "likelihood" and pairs.other_tokens:
+        if metric.kind == "likelihood" and metric.name != "bits_per_byte" and pairs.other_tokens:
             why = (
                 f"{pairs.other_tokens} items reached the two models as different tokens ({apart}), and "
                 "likelihoods are per token."
@@ -458,6 +458,10 @@ def _sums(row: EvalRow, metric: Metric) -> tuple[float, float] | None:
     """What the row adds to the metric's numerator and denominator; None where it has no value."""
     if metric.kind != "likelihood":
         return (row.scores[metric.name], 1.0) if metric.name in row.scores else None
+    if metric.name == "bits_per_byte":
+        return (
+            (row.nll / math.log(2), float(row.num_bytes)) if row.nll is not None and row.num_bytes else None
+        )
     total = row.nll if metric.name == "perplexity" else row.correct
     return (float(total), float(row.tokens)) if total is not None and row.tokens else None
 
@@ -488,7 +492,9 @@ def _paired(base_rows: Sequence[EvalRow], tuned_rows: Sequence[EvalRow], metric:
         a, b = _sums(base[key], metric), _sums(tuned[key], metric)
         same_tokens = base[key].prompt_sha256 == tuned[key].prompt_sha256
         other_tokens += not same_tokens
-        if a and b and (metric.kind != "likelihood" or (same_tokens and a[1] == b[1])):
+        # Bits per byte are comparable whatever the tokens are, as long as the bytes are the same.
+        same = same_tokens or metric.name == "bits_per_byte"
+        if a and b and (metric.kind != "likelihood" or (same and a[1] == b[1])):
             values.append((a[0], b[0], a[1]))
             groups.append(_group(base[key]))
         elif (a and b) or _is_error(base[key], metric) or _is_error(tuned[key], metric):

@@ -11,13 +11,16 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.data.examples import Prompt
 from tunesmith.errors import RecipeError, nearest
-from tunesmith.evaluation import tasks
+from tunesmith.evaluation import tasks, texts
 from tunesmith.evaluation.sql import SQLResult, execution_match
 from tunesmith.evaluation.tasks import code_of
+
+if TYPE_CHECKING:
+    from tunesmith.evaluation.rows import EvalRow
 
 Score = Callable[[Prompt, str, str], float]
 Unit = Literal["share", "points", "ratio"]
@@ -43,8 +46,9 @@ class Metric:
     answers it finds likelier, or which one a reward model gives the higher score."""
     flags: Callable[[Prompt, str, str], tuple[str, ...]] | None = None
     """What else is to be known about a score, such as that a match is vacuous."""
-    among: Callable[[Sequence[str]], list[float]] | None = None
-    """Scores of all answers of a model, for a metric that compares them with one another."""
+    among: Callable[[Sequence[EvalRow]], Sequence[float | None]] | None = None
+    """Scores of all answers of a model, for a metric that compares them with one another or reads more of a row
+    than its text; None of a row that is not scored."""
 
 
 def sql_execution(prompt: Prompt, completion: str, reference: str) -> float:
@@ -100,7 +104,7 @@ TASK_METRICS: dict[str, tuple[str, ...]] = {
     "chat": ("response_diversity", "vocabulary_use", "bigram_diversity"),
     "code": ("syntax_validity", "pattern_consistency"),
     "instruct": ("adherence", "length_match", "repetition"),
-    "domain": ("vocabulary_use", "bigram_diversity"),
+    "domain": ("vocabulary_use", "bigram_diversity", "bits_per_byte"),
 }
 """What a task's answers are looked at for besides being right, after the metrics that say that."""
 
@@ -127,7 +131,7 @@ def default_metrics(
     if judged:
         return [*judged, *default_metrics(prompts, has_text, task, method)]
     if not prompts:
-        return ["perplexity", "token_accuracy"] if has_text else []
+        return ["perplexity", "token_accuracy", "bits_per_byte"] if has_text else []
     further = dict.fromkeys((*TASK_METRICS.get(task, ()), *METHOD_METRICS.get(method, ())))
     added = [name for name in further if any(METRICS[name].fits(p) for p in prompts)]
     if _fits_most("sql_execution", prompts):
@@ -256,6 +260,8 @@ METRICS: dict[str, Metric] = {
         _answer("bleu", "BLEU", bleu, "points", fits=_is_latin),
         _answer("bleu1", "BLEU-1", bleu1, "points", fits=_is_latin),
         _answer("bleu2", "BLEU-2", bleu2, "points", fits=_is_latin),
+        _answer("chrf", "chrF", texts.chrf, "points", fits=_has_reference),
+        _answer("token_f1", "token F1", texts.token_f1, "points", fits=_has_reference),
         _answer("syntax_validity", "valid syntax", tasks.syntax_validity, "share", fits=tasks.is_code),
         _answer(
             "pattern_consistency",
@@ -279,7 +285,7 @@ METRICS: dict[str, Metric] = {
             _about(tasks.response_diversity),
             _always,
             "answer",
-            among=tasks.response_diversity,
+            among=lambda rows: tasks.response_diversity([row.output or "" for row in rows]),
         ),
         Metric(
             "preference_accuracy",
@@ -348,7 +354,21 @@ METRICS: dict[str, Metric] = {
             False,
             "ratio",
             "exp(sum of negative log-likelihoods / number of tokens) of the reference tokens, over all "
-            "labelled tokens (Jelinek et al. 1977); lower is better.",
+            "labelled tokens (Jelinek et al. 1977); lower is better. A text longer than the model's context is read in "
+            "windows that overlap by half, each token counted once.",
+            _always,
+            "likelihood",
+        ),
+        Metric(
+            "bits_per_byte",
+            "bits per byte",
+            None,
+            False,
+            "ratio",
+            "Sum of negative log-likelihoods of the reference tokens / (ln 2 x UTF-8 bytes of their text), over all "
+            "of them (bits_per_byte of lm-evaluation-harness; arXiv 2101.00027, section 3.1); lower is better. Unlike "
+            "perplexity it can be compared between models with tokenizers of their own. Long texts are read in "
+            "windows as for perplexity; what a model could not read whole is not scored.",
             _always,
             "likelihood",
         ),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tunesmith.data.examples import Prompt
 from tunesmith.errors import RecipeError, nearest
 from tunesmith.evaluation import tasks, texts
-from tunesmith.evaluation.sql import SQLResult, execution_match
+from tunesmith.evaluation.sql import SQLResult, canonical, execution_match
 from tunesmith.evaluation.tasks import code_of
 
 if TYPE_CHECKING:
@@ -54,10 +54,58 @@ class Metric:
 def sql_execution(prompt: Prompt, completion: str, reference: str) -> float:
     """1 where the answer, run on SQLite, gives the rows that the reference gives.
 
-    Execution accuracy (Spider, arXiv 1809.08887); `evaluation.sql` says how rows are compared. An answer
-    in a Markdown code fence counts as the code in it.
+    Execution accuracy (Spider, arXiv 1809.08887); rows are compared as a bag, in order where the reference
+    has ORDER BY, columns in their order. An answer in a Markdown code fence counts as the code in it.
     """
     return float(_sql_result(prompt, completion, reference).match)
+
+
+def ex_bag(prompt: Prompt, completion: str, reference: str) -> float:
+    """1 where the answer gives the rows of the reference with the columns in some order.
+
+    Execution accuracy as Spider's test suites compute it (arXiv 2010.02840): rows as a bag, in order where the
+    reference has ORDER BY, column order free.
+    """
+    return float(_sql_result(prompt, completion, reference).match_any_columns)
+
+
+def ex_set(prompt: Prompt, completion: str, reference: str) -> float:
+    """1 where the same rows occur in answer and reference, however often and in whatever order.
+
+    Execution accuracy as BIRD computes it (arXiv 2305.03111): repetitions and ORDER BY do not count, column
+    order does.
+    """
+    return float(_sql_result(prompt, completion, reference).match_as_sets)
+
+
+def sql_executes(prompt: Prompt, completion: str, reference: str) -> float:
+    """1 where the answer is one query that runs to its end on the question's database, whatever it finds.
+
+    Reading only, within a deadline and caps on rows and sizes (the valid share of arXiv 2305.03111).
+    """
+    return float(_sql_result(prompt, completion, reference).executed)
+
+
+def sql_exact_match(prompt: Prompt, completion: str, reference: str) -> float:
+    """1 where answer and reference are the same query after normalising both.
+
+    Case of names, needless aliases and qualifiers, and the order of conditions do not count; values, DISTINCT and
+    the order of columns do (after the exact match of Spider, arXiv 1809.08887, which leaves values out). Parsed
+    by sqlglot; 0 for what it cannot parse.
+    """
+    try:
+        return float(canonical(code_of(completion)) == canonical(code_of(reference)))
+    except ValueError:
+        return exact_match(prompt, code_of(completion), code_of(reference))
+
+
+def sql_vacuous(prompt: Prompt, completion: str, reference: str) -> float:
+    """1 where the answer counts as right although the reference finds no rows on any database that was tried.
+
+    Such a match says little; the share should be near 0 (see arXiv 2010.02840 on false positives).
+    """
+    result = _sql_result(prompt, completion, reference)
+    return float(result.match and result.vacuous)
 
 
 def exact_match(prompt: Prompt, completion: str, reference: str) -> float:
@@ -251,6 +299,18 @@ METRICS: dict[str, Metric] = {
             "share",
             fits=_has_schema,
             flags=_sql_flags,
+        ),
+        _answer("ex_bag", "execution, columns in any order", ex_bag, "share", fits=_has_schema),
+        _answer("ex_set", "execution, rows as sets", ex_set, "share", fits=_has_schema),
+        _answer("sql_executes", "SQL executes", sql_executes, "share", fits=_has_schema),
+        _answer("sql_exact_match", "same query", sql_exact_match, "share", fits=_has_schema),
+        _answer(
+            "sql_vacuous",
+            "vacuous matches",
+            sql_vacuous,
+            "share",
+            fits=_has_schema,
+            higher_is_better=False,
         ),
         _answer("exact_match", "exact match", exact_match, "share", fits=_has_reference),
         _answer("rougeL", "ROUGE-L", rougeL, "points", fits=_is_latin),

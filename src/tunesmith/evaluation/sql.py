@@ -279,7 +279,8 @@ def _rows(connection: sqlite3.Connection, query: str, seconds: float, max_rows: 
     cursor = connection.execute(query)
     if cursor.description is None:
         raise ValueError("not a query")
-    rows, size = [], 0
+    rows: list[tuple[Any, ...]] = []
+    size = 0
     for row in cursor:
         size += sum(len(value) for value in row if isinstance(value, str | bytes))
         if size > MAX_BYTES:

@@ -1081,10 +1081,11 @@ def _check_before_training(recipe: Recipe) -> None:
 
 
 def _check_settings(recipe: Recipe) -> None:
-    from tunesmith.evaluation import known_metrics
+    from tunesmith.evaluation import check_runnable
     from tunesmith.training.fit import require_tracker
 
-    known_metrics(recipe.evaluation.metrics or [])
+    section = recipe.evaluation
+    check_runnable(section.metrics or [], run_code=section.run_code, attempts=section.attempts)
     for tracker in recipe.tracking.trackers:
         require_tracker(tracker)
     if recipe.export.push_to_hub and not recipe.export.hub_model_id:

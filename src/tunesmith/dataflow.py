@@ -155,6 +155,7 @@ def metrics(recipe: Recipe, items: list[evaluation.Item]) -> list[str]:
         task=recipe.task,
         method=recipe.method.kind,
         judged=evaluation.judged(items),
+        run_code=recipe.evaluation.run_code,
     )
     # What was rewarded is what a run is about.
     rewarded = [r.name for r in getattr(recipe.method, "rewards", ()) if r.kind == "metric" and r.weight > 0]
@@ -213,7 +214,13 @@ def _start_rows(
     kept: list[EvalRow],
 ) -> list[EvalRow]:
     """Answers of a recipe's base: those kept of an interrupted run, or new ones where they are others."""
-    if evaluation.are_answers_to(kept, items, metrics, max_new_tokens=recipe.evaluation.max_new_tokens):
+    if evaluation.are_answers_to(
+        kept,
+        items,
+        metrics,
+        max_new_tokens=recipe.evaluation.max_new_tokens,
+        attempts=recipe.evaluation.attempts,
+    ):
         return kept
     tokenizer, _ = _tokenizer(recipe)
     return evaluation.answers(

@@ -35,9 +35,11 @@ from tunesmith.data.preferences import sides
 from tunesmith.data.prompts import prompt_of
 from tunesmith.data.templates import IGNORED, LossOn, end_of_turn_ids
 from tunesmith.errors import RecipeError
+from tunesmith.evaluation import sandbox
+from tunesmith.evaluation.code import running_allowed
 from tunesmith.evaluation.compare import score_interval
 from tunesmith.evaluation.lengths import length_bias
-from tunesmith.evaluation.metrics import METRICS, known_metrics
+from tunesmith.evaluation.metrics import METRICS, check_runnable, known_metrics
 from tunesmith.evaluation.rows import EvalRow, read_rows, write_rows
 from tunesmith.generation import (
     Generated,
@@ -55,6 +57,7 @@ __all__ = [
     "Item",
     "answers",
     "are_answers_to",
+    "check_runnable",
     "check_scoring",
     "evaluate",
     "items",
@@ -243,6 +246,10 @@ def answers(
         return []
     from tunesmith import models
 
+    runs_code = any(METRICS[name].runs_code for name in metrics)
+    if runs_code and evaluation.run_code and (lacking := sandbox.missing()):
+        watch({"kind": "warning", "message": lacking})
+
     def progress(stage: str, done: int, total: int) -> None:
         watch({"kind": "progress", "stage": stage, "done": done, "total": total})
 
@@ -261,6 +268,9 @@ def answers(
         metrics=metrics,
         max_new_tokens=evaluation.max_new_tokens,
         batch_tokens=evaluation.batch_tokens,
+        run_code=evaluation.run_code,
+        attempts=evaluation.attempts,
+        temperature=evaluation.attempts_temperature if evaluation.attempts > 1 else 0.0,
         progress=progress,
     )
 
@@ -275,32 +285,41 @@ def evaluate(
     max_new_tokens: int = 256,
     batch_tokens: int = 8192,
     seed: int = 0,
+    run_code: bool = False,
+    attempts: int = 1,
+    temperature: float = 0.0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[EvalRow]:
-    """One row per item, with the model's greedy answer, its scores and the reference's likelihood.
+    """One row per item and attempt, with the model's answer, its scores and, in the first, the reference's
+    likelihood. Answers are greedy unless a temperature is given.
 
-    Nothing is generated where no metric scores answers. Raises RecipeError for an unknown metric and for
-    one that fits none of the items. `progress` is told the stage, how many are done, and of how many.
+    Nothing is generated where no metric scores answers. Raises RecipeError for an unknown metric, for one that
+    fits none of the items, and for one that runs the model's code unless `run_code` is set. `progress` is told
+    the stage, how many are done, and of how many.
     """
-    metrics = known_metrics(metrics)
+    check_runnable(metrics, run_code=run_code, attempts=attempts)
+    needed = [name for metric in known_metrics(metrics) for name in METRICS[metric].needs]
+    metrics = known_metrics([*metrics, *needed])
     usable = [item for item in items if not item.error]
     _check_fit(metrics, usable)
     check_scoring(metrics, gives_scores=is_reward(model))
     asked = [item for item in usable if item.prompt] if _of_kind(metrics, "answer") else []
-    settings = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "seed": seed}
-    answered: dict[int, Generated] = {}
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    answered: dict[int, list[Generated]] = {}
     if asked:
         generated = generate(
             model,
             tokenizer,
-            [item.prompt_ids for item in asked],
+            [item.prompt_ids for item in asked for _ in range(attempts)],
             max_new_tokens=max_new_tokens,
             stop_ids=end_of_turn_ids(tokenizer),
             batch_tokens=batch_tokens,
+            temperature=temperature,
             seed=seed,
-            progress=_stage(progress, f"{name}: answers", len(asked)),
+            progress=_stage(progress, f"{name}: answers", len(asked) * attempts),
         )
-        answered = dict(zip([item.number for item in asked], generated, strict=True))
+        parts = [generated[at : at + attempts] for at in range(0, len(generated), attempts)]
+        answered = dict(zip([item.number for item in asked], parts, strict=True))
     likelihoods: dict[int, _Likelihood] = {}
     rejected: dict[int, _Likelihood] = {}
     worse = [item.rejected for item in usable if item.rejected] if "preference_accuracy" in metrics else []
@@ -313,18 +332,21 @@ def evaluate(
     if _of_kind(metrics, "reward"):
         told = _stage(progress, f"{name}: scores", 2 * len(usable))
         return _scored(model, tokenizer, items, name, metrics, batch_tokens=batch_tokens, progress=told)
-    rows = [
-        _row(
-            item,
-            name,
-            metrics,
-            answered.get(item.number),
-            likelihoods.get(item.number),
-            rejected.get(item.number),
-            settings,
-        )
-        for item in items
-    ]
+    with running_allowed(run_code):
+        rows = [
+            _row(
+                item,
+                name,
+                metrics,
+                answer,
+                likelihoods.get(item.number) if not sample else None,
+                rejected.get(item.number) if not sample else None,
+                settings,
+                sample=sample,
+            )
+            for item in items
+            for sample, answer in enumerate(answered.get(item.number) or [None])
+        ]
     if "rating_ranking" in metrics:
         rows = _ranked(rows, items, likelihoods)
     return _compared_among(rows, metrics)
@@ -344,7 +366,12 @@ def scores(
 
 
 def are_answers_to(
-    rows: Sequence[EvalRow], items: Sequence[Item], metrics: Sequence[str], *, max_new_tokens: int
+    rows: Sequence[EvalRow],
+    items: Sequence[Item],
+    metrics: Sequence[str],
+    *,
+    max_new_tokens: int,
+    attempts: int = 1,
 ) -> bool:
     """Whether rows answer just these items under these settings, so that they need not be made again."""
     measured = {name for row in rows for name in row.scores}
@@ -355,6 +382,7 @@ def are_answers_to(
         == {item.number: _asked_sha256(item) for item in items}
         and set(metrics) <= measured
         and limits <= {max_new_tokens}
+        and ({row.sample for row in rows} == set(range(attempts)) or not limits)
     )
 
 
@@ -429,6 +457,8 @@ def _row(
     likelihood: _Likelihood | None,
     rejected: _Likelihood | None,
     settings: dict[str, Any],
+    *,
+    sample: int = 0,
 ) -> EvalRow:
     values: dict[str, float] = {}
     flags: dict[str, list[str]] = {}
@@ -466,7 +496,7 @@ def _row(
         source_row=str(item.row),
         group=item.group,
         turn=0,
-        sample=0,
+        sample=sample,
         prompt_sha256=_asked_sha256(item),
         prompt_text=user[-1] if user else item.text,
         reference=item.prompt.reference if item.prompt else "",
@@ -558,7 +588,14 @@ def _ranked(
     found = []
     for row in rows:
         own, other = likelihoods.get(row.item), likelihoods.get(beside.get(row.item, -1))
-        if own and other and own.tokens and other.tokens and math.isfinite(own.nll + other.nll):
+        if (
+            not row.sample
+            and own
+            and other
+            and own.tokens
+            and other.tokens
+            and math.isfinite(own.nll + other.nll)
+        ):
             row = replace(row, scores={**row.scores, "rating_ranking": _won(own, other)})
         found.append(row)
     return found

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.data.examples import Prompt
 from tunesmith.errors import RecipeError, nearest
-from tunesmith.evaluation import tasks, texts
+from tunesmith.evaluation import code, tasks, texts
 from tunesmith.evaluation.sql import SQLResult, canonical, execution_match
 from tunesmith.evaluation.tasks import code_of
 
@@ -49,6 +49,12 @@ class Metric:
     among: Callable[[Sequence[EvalRow]], Sequence[float | None]] | None = None
     """Scores of all answers of a model, for a metric that compares them with one another or reads more of a row
     than its text; None of a row that is not scored."""
+    needs: tuple[str, ...] = ()
+    """Metrics that have to be computed before it."""
+    attempts: int = 1
+    """Answers to each question that it needs at least."""
+    runs_code: bool = False
+    """Whether it runs what the model wrote."""
 
 
 def sql_execution(prompt: Prompt, completion: str, reference: str) -> float:
@@ -150,7 +156,7 @@ def bleu(prompt: Prompt, completion: str, reference: str) -> float:
 
 TASK_METRICS: dict[str, tuple[str, ...]] = {
     "chat": ("response_diversity", "vocabulary_use", "bigram_diversity"),
-    "code": ("syntax_validity", "pattern_consistency"),
+    "code": ("code_exact_match", "syntax_validity", "pattern_consistency"),
     "instruct": ("adherence", "length_match", "repetition"),
     "domain": ("vocabulary_use", "bigram_diversity", "bits_per_byte"),
 }
@@ -170,14 +176,18 @@ def default_metrics(
     task: str = "custom",
     method: str = "sft",
     judged: Sequence[str] = (),
+    run_code: bool = False,
 ) -> list[str]:
     """The metrics that fit the data, the primary one first, then what task and method add.
 
     A metric fits where it means something for at least half of the prompts, one that is added where it does
-    for any. `judged` are those that fit answers which were judged; they come first.
+    for any. `judged` are those that fit answers which were judged; they come first. With `run_code` rows that have
+    tests are measured by these.
     """
     if judged:
-        return [*judged, *default_metrics(prompts, has_text, task, method)]
+        return [*judged, *default_metrics(prompts, has_text, task, method, run_code=run_code)]
+    if run_code and prompts and _fits_most("pass_at_1", prompts):
+        return ["pass_at_1", *default_metrics(prompts, has_text, task, method)]
     if not prompts:
         return ["perplexity", "token_accuracy", "bits_per_byte"] if has_text else []
     further = dict.fromkeys((*TASK_METRICS.get(task, ()), *METHOD_METRICS.get(method, ())))
@@ -202,6 +212,22 @@ def known_metrics(names: Sequence[str]) -> list[str]:
         if name not in METRICS:
             raise RecipeError(f"There is no metric '{name}'.", fix=nearest(name, METRICS))
     return list(dict.fromkeys(names))
+
+
+def check_runnable(names: Sequence[str], *, run_code: bool, attempts: int) -> None:
+    """Raises RecipeError for metrics that run a model's code where that is off, or that need more attempts."""
+    for metric in (METRICS[name] for name in known_metrics(names)):
+        if metric.runs_code and not run_code:
+            raise RecipeError(
+                f"The metric '{metric.name}' runs the code that the model writes, which is off.",
+                fix="Read docs/running-code.md, then add --run-code (evaluation.run_code: true).",
+            )
+        if metric.attempts > attempts:
+            raise RecipeError(
+                f"The metric '{metric.name}' needs at least {metric.attempts} answers to each question.",
+                found=f"evaluation.attempts: {attempts}",
+                fix=f"Set --attempts {2 * metric.attempts}, or use pass_at_1.",
+            )
 
 
 def primary_metric(names: Sequence[str]) -> str | None:
@@ -281,8 +307,31 @@ def _answer(
     fits: Callable[[Prompt], bool] = _always,
     flags: Callable[[Prompt, str, str], tuple[str, ...]] | None = None,
     higher_is_better: bool = True,
+    runs_code: bool = False,
 ) -> Metric:
-    return Metric(name, label, score, higher_is_better, unit, _about(score), fits, "answer", flags)
+    about = _about(score)
+    return Metric(
+        name, label, score, higher_is_better, unit, about, fits, "answer", flags, runs_code=runs_code
+    )
+
+
+def _pass_at(k: int) -> Metric:
+    return Metric(
+        f"pass_at_{k}",
+        f"pass@{k}",
+        None,
+        True,
+        "share",
+        f"The chance that at least one of {k} answers to a question passes its tests, by the unbiased estimator "
+        "1 - C(n - c, k) / C(n, k) from n attempts of which c pass (HumanEval, arXiv 2107.03374). Needs "
+        f"`evaluation.attempts` of at least {k}, better twice as many, and `evaluation.run_code`.",
+        code.has_tests,
+        "answer",
+        among=code.pass_at(k),
+        needs=("pass_at_1",),
+        attempts=k,
+        runs_code=True,
+    )
 
 
 def _about(function: Callable[..., Any]) -> str:
@@ -323,6 +372,18 @@ METRICS: dict[str, Metric] = {
         _answer("chrf", "chrF", texts.chrf, "points", fits=_has_reference),
         _answer("token_f1", "token F1", texts.token_f1, "points", fits=_has_reference),
         _answer("syntax_validity", "valid syntax", tasks.syntax_validity, "share", fits=tasks.is_code),
+        _answer("code_exact_match", "same program", code.code_exact_match, "share", fits=tasks.is_code),
+        _answer(
+            "pass_at_1",
+            "pass@1",
+            code.pass_at_1,
+            "share",
+            fits=code.has_tests,
+            flags=code.flags,
+            runs_code=True,
+        ),
+        _pass_at(5),
+        _pass_at(10),
         _answer(
             "pattern_consistency",
             "pattern consistency",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tunesmith.data.examples import Prompt
+from tunesmith.evaluation import code as code_room
 
 Tokens = Sequence[Hashable]
 Language = Literal["json", "sql", "python"]
@@ -75,7 +76,9 @@ SQL_BEGINS = re.compile(r"(?i)\s*(select|with|insert|update|delete|create|alter|
 
 
 def is_valid(code: str, language: Language) -> bool:
-    """Whether code parses: by Python's own parser, by json, by sqlglot."""
+    """Whether code parses: by Python's own compiler, by json, by sqlglot."""
+    if language == "python":
+        return code_room.is_valid_python(code)
     if language == "sql":
         import sqlglot
 
@@ -84,8 +87,8 @@ def is_valid(code: str, language: Language) -> bool:
         except sqlglot.errors.SqlglotError:
             return False
     try:
-        (json.loads if language == "json" else ast.parse)(code)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        json.loads(code)
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -320,11 +323,15 @@ def pattern_consistency(prompt: Prompt, completion: str, reference: str) -> floa
 
 
 def syntax_validity(prompt: Prompt, completion: str, reference: str) -> float:
-    """1 where the answer parses in the language of the reference: JSON, SQL or Python; 0 for an empty one.
+    """1 where the answer parses in the language of the reference; 0 for an empty one.
 
-    Parsed, never run: by json, sqlglot and Python's `ast`. An answer in a Markdown code fence counts as the
-    code in it.
+    JSON by json, SQL by sqlglot, Python by `compile`, which runs nothing; JavaScript, Java, Go, Rust and C++ by
+    tree-sitter (`tunesmith[code]`), laxer than a compiler, where a column `language` or a code fence names them. An
+    answer in a Markdown code fence counts as the code in it.
     """
+    named = code_room.named_language(prompt)
+    if named and code_room.has_grammar(named):
+        return float(code_room.parses(code_of(completion), named))
     language = language_of(code_of(reference))
     code = code_of(completion)
     return float(language is not None and bool(code) and is_valid(code, language))
@@ -353,6 +360,9 @@ def is_demanding(prompt: Prompt) -> bool:
 
 def is_code(prompt: Prompt) -> bool:
     """Whether the reference is code in a language that can be parsed here."""
+    named = code_room.named_language(prompt)
+    if named in code_room.GRAMMARS:
+        return code_room.has_grammar(named)
     return language_of(code_of(prompt.reference)) is not None
 
 

@@ -35,7 +35,7 @@ from tunesmith.data.preferences import sides
 from tunesmith.data.prompts import prompt_of
 from tunesmith.data.templates import IGNORED, LossOn, end_of_turn_ids
 from tunesmith.errors import RecipeError
-from tunesmith.evaluation import sandbox
+from tunesmith.evaluation import classification, sandbox
 from tunesmith.evaluation.code import running_allowed
 from tunesmith.evaluation.compare import score_interval
 from tunesmith.evaluation.lengths import length_bias
@@ -349,6 +349,9 @@ def evaluate(
         ]
     if "rating_ranking" in metrics:
         rows = _ranked(rows, items, likelihoods)
+    if _of_kind(metrics, "labels"):
+        told = _stage(progress, f"{name}: likelihood of each label", len(usable))
+        rows = _labelled(rows, model, tokenizer, usable, batch_tokens=batch_tokens, progress=told)
     return _compared_among(rows, metrics)
 
 
@@ -423,6 +426,15 @@ def _check_fit(metrics: Sequence[str], items: Sequence[Item]) -> None:
                 f"The metric '{name}' fits none of the {len(items)} held-out examples.",
                 found="running text, which has no answers" if not prompts else None,
                 fix="Leave evaluation.metrics open to take those that fit. " + METRICS[name].about,
+            )
+    for metric in (METRICS[name] for name in metrics):
+        if items and metric.fits_all and not metric.fits_all(prompts):
+            raise RecipeError(
+                f"The metric '{metric.name}' needs few labels that occur often as references.",
+                found=f"{len(classification.labels_of([p.reference for p in prompts]))} different references of "
+                f"{len(prompts)} questions",
+                fix=f"Use exact_match, or rows with 2 to {classification.MAX_LABELS} labels of at most "
+                f"{classification.MAX_WORDS} words, {classification.PER_LABEL} questions for each.",
             )
     fitting = [*judged(items), *judged(items, by_score=True)]
     for name in [*_of_kind(metrics, "preference"), *_of_kind(metrics, "reward")]:
@@ -601,11 +613,52 @@ def _ranked(
     return found
 
 
+def _labelled(
+    rows: list[EvalRow],
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[Item],
+    *,
+    batch_tokens: int,
+    progress: Callable[[int], None] | None,
+) -> list[EvalRow]:
+    """The first row of each item with the probability of every label of the set, as the whole answer."""
+    asked = [item for item in items if item.prompt]
+    labels = classification.labels_of([item.prompt.reference for item in asked if item.prompt])
+    kind: Kind = "seq2seq" if is_seq2seq(model) else "causal"
+    found = {}
+    for done, item in enumerate(asked, 1):
+        assert item.prompt
+        turns = [(*item.prompt.messages, Message("assistant", spelling)) for spelling in labels.values()]
+        sides = [
+            _item(
+                number,
+                Conversation(said, item.row, tools=item.prompt.tools),
+                tokenizer,
+                loss_on="answers",
+                max_length=None,
+                kind=kind,
+            )
+            for number, said in enumerate(turns)
+        ]
+        if any(side.error for side in sides):
+            continue
+        measured = _likelihoods(model, sides, batch_tokens=batch_tokens, progress=None)
+        logs = [-measured[number].nll for number in range(len(sides))]
+        if all(map(math.isfinite, logs)):
+            weights = [math.exp(value - max(logs)) for value in logs]
+            found[item.number] = dict(zip(labels, (w / math.fsum(weights) for w in weights), strict=True))
+        if progress:
+            progress(done)
+    return [replace(row, label_probs=found.get(row.item, {})) if not row.sample else row for row in rows]
+
+
 def _compared_among(rows: list[EvalRow], metrics: Sequence[str]) -> list[EvalRow]:
     """The rows with the scores of metrics that look at all of a model's answers at once."""
-    places = [place for place, row in enumerate(rows) if row.output is not None]
     for metric in (METRICS[name] for name in metrics):
         if metric.among:
+            wanted = "label_probs" if metric.kind == "labels" else "output"
+            places = [place for place, row in enumerate(rows) if getattr(row, wanted) not in (None, {})]
             values = metric.among([rows[place] for place in places])
             for place, value in zip(places, values, strict=True):
                 if value is None:

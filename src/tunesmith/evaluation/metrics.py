@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.data.examples import Prompt
 from tunesmith.errors import RecipeError, nearest
-from tunesmith.evaluation import code, tasks, texts
+from tunesmith.evaluation import classification, code, tasks, texts
 from tunesmith.evaluation.sql import SQLResult, canonical, execution_match
 from tunesmith.evaluation.tasks import code_of
 
@@ -41,9 +41,9 @@ class Metric:
     about: str
     fits: Callable[[Prompt], bool]
     """Whether the metric means something for this prompt."""
-    kind: Literal["answer", "likelihood", "preference", "reward"]
-    """What it looks at: the answer that a model gives, how likely it finds the reference, which of two given
-    answers it finds likelier, or which one a reward model gives the higher score."""
+    kind: Literal["answer", "likelihood", "labels", "preference", "reward"]
+    """What it looks at: the answer that a model gives, how likely it finds the reference or each label of the set,
+    which of two given answers it finds likelier, or which one a reward model gives the higher score."""
     flags: Callable[[Prompt, str, str], tuple[str, ...]] | None = None
     """What else is to be known about a score, such as that a match is vacuous."""
     among: Callable[[Sequence[EvalRow]], Sequence[float | None]] | None = None
@@ -55,6 +55,12 @@ class Metric:
     """Answers to each question that it needs at least."""
     runs_code: bool = False
     """Whether it runs what the model wrote."""
+    tally: Callable[[Sequence[EvalRow]], Any] | None = None
+    """Of a metric that is no mean over answers: a line of counts for each row, of whose sums `statistic` makes the
+    value. A row's own score then only says how good it is by itself."""
+    statistic: Callable[[Any], Any] | None = None
+    fits_all: Callable[[Sequence[Prompt]], bool] | None = None
+    """Whether the metric means something for prompts taken together."""
 
 
 def sql_execution(prompt: Prompt, completion: str, reference: str) -> float:
@@ -194,6 +200,9 @@ def default_metrics(
     added = [name for name in further if any(METRICS[name].fits(p) for p in prompts)]
     if _fits_most("sql_execution", prompts):
         return ["sql_execution", "exact_match", "token_accuracy", "perplexity", *added]
+    if are_labels(prompts):
+        labels = ["label_accuracy", "balanced_accuracy", "macro_f1", "mcc", "token_accuracy", "perplexity"]
+        return [*labels, *added]
     chat = [
         "rougeL",
         "exact_match",
@@ -259,6 +268,11 @@ def _has_schema(prompt: Prompt) -> bool:
     return bool(prompt.checks.get("schema")) and bool(prompt.reference)
 
 
+def are_labels(prompts: Sequence[Prompt]) -> bool:
+    """Whether the references are few labels that occur often."""
+    return classification.are_labels([p.reference for p in prompts if p.reference])
+
+
 def _is_latin(prompt: Prompt) -> bool:
     """rouge-score knows the letters a to z and digits only; in other scripts every score would be 0."""
     letters = [c for c in prompt.reference if c.isalnum()]
@@ -315,6 +329,33 @@ def _answer(
     )
 
 
+def _of_labels(
+    name: str,
+    label: str,
+    *,
+    among: Callable[[Sequence[EvalRow]], Sequence[float | None]] = classification.is_right,
+    kind: Literal["answer", "labels"] = "answer",
+    unit: Unit = "share",
+    higher_is_better: bool = True,
+    tally: Callable[[Sequence[EvalRow]], Any] | None = None,
+    statistic: Callable[[Any], Any] | None = None,
+) -> Metric:
+    return Metric(
+        name,
+        label,
+        None,
+        higher_is_better,
+        unit,
+        _about(statistic or among),
+        classification.is_label,
+        kind,
+        among=among,
+        tally=tally,
+        statistic=statistic,
+        fits_all=are_labels,
+    )
+
+
 def _pass_at(k: int) -> Metric:
     return Metric(
         f"pass_at_{k}",
@@ -337,6 +378,12 @@ def _pass_at(k: int) -> Metric:
 def _about(function: Callable[..., Any]) -> str:
     return inspect.cleandoc(function.__doc__ or "").replace("\n\n", " ").replace("\n", " ")
 
+
+LABEL_STATISTICS: tuple[tuple[str, str, Unit, Callable[[Any], Any]], ...] = (
+    ("balanced_accuracy", "balanced accuracy", "points", classification.balanced_accuracy),
+    ("macro_f1", "macro F1", "points", classification.macro_f1),
+    ("mcc", "Matthews correlation", "ratio", classification.mcc),
+)
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -407,6 +454,30 @@ METRICS: dict[str, Metric] = {
             _always,
             "answer",
             among=lambda rows: tasks.response_diversity([row.output or "" for row in rows]),
+        ),
+        _of_labels("label_accuracy", "label accuracy"),
+        *(
+            _of_labels(name, label, unit=unit, tally=classification.tally, statistic=statistic)
+            for name, label, unit, statistic in LABEL_STATISTICS
+        ),
+        _of_labels("label_ranking", "likeliest label is right", among=classification.ranked, kind="labels"),
+        _of_labels(
+            "brier",
+            "Brier score",
+            among=classification.brier,
+            kind="labels",
+            unit="ratio",
+            higher_is_better=False,
+        ),
+        _of_labels(
+            "calibration_error",
+            "calibration error",
+            among=classification.brier,
+            kind="labels",
+            unit="points",
+            higher_is_better=False,
+            tally=classification.calibration_tally,
+            statistic=classification.calibration_error,
         ),
         Metric(
             "preference_accuracy",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import RunError
+from tunesmith.evaluation.classification import UNPARSED, Classification, classification
 from tunesmith.evaluation.compare import Comparison, difference_shown, remarks, sentence, shown, table
 from tunesmith.evaluation.metrics import METRICS, Metric
 from tunesmith.evaluation.rows import EvalRow, read_rows
@@ -67,6 +68,7 @@ def write_report(run_dir: Path) -> Path:
         scores=_json(run, "evaluation/scores.json", problems),
         stages=_stages(run, problems),
         answers=_answers(rows, METRICS[primary.metric] if primary else None),
+        labels=_labels(rows),
         answers_open=ANSWERS_OPEN,
         drawn=_drawn(events),
         figures=_figures(compared, events, ledger),
@@ -423,3 +425,12 @@ def _curves(
         "showlegend": len(traces) > 1,
     }
     return _figure(title, caption, traces, layout)
+
+
+def _labels(rows: Sequence[EvalRow]) -> list[tuple[str, Classification, list[str]]]:
+    """By model, of a classification: name, confusion matrix, and the heads of its columns."""
+    found = []
+    for name in dict.fromkeys(row.model for row in rows):
+        if made := classification([row for row in rows if row.model == name]):
+            found.append((name, made, [*made.labels, UNPARSED]))
+    return found

@@ -42,7 +42,8 @@ ARCHITECTURES: dict[str, tuple[int, int, int, tuple[int, ...]]] = {
 NEW_THREAD = 0x00010000
 STOPPED_EVENTS = (
     "socket.", "subprocess.", "os.system", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.kill",
-    "os.startfile", "ctypes.", "pty.", "shutil.chown", "signal.pthread_kill", "syslog.", "webbrowser.", "winreg.", "sys.setprofile",
+    "os.startfile", "ctypes.", "pty.", "shutil.chown", "signal.pthread_kill", "syslog.", "webbrowser.",
+    "winreg.", "sys.setprofile",
     "sys.settrace", "sys._current_frames", "gc.get_objects", "gc.get_referrers",
 )  # fmt: skip
 PATH_EVENTS = (

@@ -219,7 +219,8 @@ def test_every_answer_metric_of_two_texts_is_checked_here_or_in_its_own_room():
     """A new metric of answer and reference has to bring its reference."""
     elsewhere = {
         "sql_execution", "ex_bag", "ex_set", "sql_executes", "sql_exact_match", "sql_vacuous", "syntax_validity",
-        "pattern_consistency", "adherence", "constraints", "code_exact_match", "pass_at_1",
+        "pattern_consistency", "adherence", "constraints", "constraints_loose", "all_constraints",
+        "all_constraints_loose", "code_exact_match", "pass_at_1",
     }  # fmt: skip
     of_texts = {name for name, metric in METRICS.items() if metric.score}
     assert of_texts - elsewhere == set(REFERENCES)

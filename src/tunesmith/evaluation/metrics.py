@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.data.examples import Prompt
 from tunesmith.errors import RecipeError, nearest
-from tunesmith.evaluation import classification, code, tasks, texts
+from tunesmith.evaluation import classification, code, completion, instructions, tasks, texts
 from tunesmith.evaluation.sql import SQLResult, canonical, execution_match
 from tunesmith.evaluation.tasks import code_of
 
@@ -163,7 +163,7 @@ def bleu(prompt: Prompt, completion: str, reference: str) -> float:
 TASK_METRICS: dict[str, tuple[str, ...]] = {
     "chat": ("response_diversity", "vocabulary_use", "bigram_diversity"),
     "code": ("code_exact_match", "syntax_validity", "pattern_consistency"),
-    "instruct": ("adherence", "length_match", "repetition"),
+    "instruct": ("adherence", "all_constraints", "constraints", "completed", "length_match", "repetition"),
     "domain": ("vocabulary_use", "bigram_diversity", "bits_per_byte"),
 }
 """What a task's answers are looked at for besides being right, after the metrics that say that."""
@@ -385,6 +385,20 @@ LABEL_STATISTICS: tuple[tuple[str, str, Unit, Callable[[Any], Any]], ...] = (
     ("mcc", "Matthews correlation", "ratio", classification.mcc),
 )
 
+CONSTRAINTS: tuple[tuple[Score, str, Unit], ...] = (
+    (instructions.constraints, "constraints kept", "points"),
+    (instructions.constraints_loose, "constraints kept, loosely", "points"),
+    (instructions.all_constraints, "all constraints kept", "share"),
+    (instructions.all_constraints_loose, "all constraints kept, loosely", "share"),
+)
+RATES = (
+    (completion.completed, "completed"),
+    (completion.answered, "answered"),
+    (completion.ended, "ended by itself"),
+    (completion.uncut, "not cut off"),
+    (completion.not_refused, "not refused"),
+)
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -439,7 +453,14 @@ METRICS: dict[str, Metric] = {
             fits=tasks.has_patterns,
         ),
         _answer("adherence", "demands met", tasks.adherence, "points", fits=tasks.is_demanding),
-        _answer("constraints", "limits kept", tasks.constraints, "points", fits=tasks.is_limited),
+        *(
+            _answer(score.__name__, label, score, unit, fits=instructions.is_constrained)
+            for score, label, unit in CONSTRAINTS
+        ),
+        *(
+            Metric(rate.__name__, label, None, True, "share", _about(rate), _always, "answer", among=rate)
+            for rate, label in RATES
+        ),
         _answer("length_match", "length match", tasks.length_match, "points", fits=_has_reference),
         _answer("repetition", "repetition", tasks.repetition, "points", higher_is_better=False),
         _answer("vocabulary_use", "vocabulary use", tasks.vocabulary_use, "points"),

@@ -218,9 +218,11 @@ def test_bits_per_byte_compare_models_of_other_tokens_and_perplexity_does_not():
 def test_every_answer_metric_of_two_texts_is_checked_here_or_in_its_own_room():
     """A new metric of answer and reference has to bring its reference."""
     elsewhere = {
-        "sql_execution", "ex_bag", "ex_set", "sql_executes", "sql_exact_match", "sql_vacuous", "syntax_validity",
-        "pattern_consistency", "adherence", "constraints", "constraints_loose", "all_constraints",
-        "all_constraints_loose", "code_exact_match", "pass_at_1",
+        "sql_execution", "ex_bag", "ex_set", "sql_executes", "sql_exact_match",
+        "sql_vacuous", "syntax_validity", "pattern_consistency", "adherence", "constraints",
+        "constraints_loose", "all_constraints", "all_constraints_loose", "repeated_lines", "refers_back",
+        "asks_back", "role_leak", "script_switch", "repeats_answer", "code_exact_match",
+        "pass_at_1",
     }  # fmt: skip
     of_texts = {name for name, metric in METRICS.items() if metric.score}
     assert of_texts - elsewhere == set(REFERENCES)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.data.examples import Prompt
 from tunesmith.errors import RecipeError, nearest
-from tunesmith.evaluation import classification, code, completion, instructions, tasks, texts
+from tunesmith.evaluation import classification, code, completion, conversation, instructions, tasks, texts
 from tunesmith.evaluation.sql import SQLResult, canonical, execution_match
 from tunesmith.evaluation.tasks import code_of
 
@@ -161,7 +161,14 @@ def bleu(prompt: Prompt, completion: str, reference: str) -> float:
 
 
 TASK_METRICS: dict[str, tuple[str, ...]] = {
-    "chat": ("response_diversity", "vocabulary_use", "bigram_diversity"),
+    "chat": (
+        "turn_coherence",
+        "repeats_answer",
+        "role_leak",
+        "response_diversity",
+        "vocabulary_use",
+        "bigram_diversity",
+    ),
     "code": ("code_exact_match", "syntax_validity", "pattern_consistency"),
     "instruct": ("adherence", "all_constraints", "constraints", "completed", "length_match", "repetition"),
     "domain": ("vocabulary_use", "bigram_diversity", "bits_per_byte"),
@@ -391,6 +398,19 @@ CONSTRAINTS: tuple[tuple[Score, str, Unit], ...] = (
     (instructions.all_constraints, "all constraints kept", "share"),
     (instructions.all_constraints_loose, "all constraints kept, loosely", "share"),
 )
+AMONG: tuple[tuple[Callable[[Sequence[EvalRow]], Sequence[float | None]], str, Unit, bool], ...] = (
+    (conversation.ead, "different words, length-corrected", "points", True),
+    (conversation.self_bleu, "self-BLEU", "points", False),
+    (conversation.self_repetition, "phrases of other answers", "share", False),
+    (conversation.turn_coherence, "turn coherence", "points", True),
+)
+FLOW: tuple[tuple[Score, str, Callable[[Prompt], bool], bool], ...] = (
+    (conversation.refers_back, "refers back", conversation.has_earlier_turns, True),
+    (conversation.asks_back, "asks back as the reference does", _has_reference, True),
+    (conversation.role_leak, "speaks for others", _always, False),
+    (conversation.script_switch, "script switched", _has_reference, False),
+    (conversation.repeats_answer, "repeats the answer before", conversation.has_earlier_turns, False),
+)
 RATES = (
     (completion.completed, "completed"),
     (completion.answered, "answered"),
@@ -475,6 +495,31 @@ METRICS: dict[str, Metric] = {
             _always,
             "answer",
             among=lambda rows: tasks.response_diversity([row.output or "" for row in rows]),
+        ),
+        _answer(
+            "repeated_lines",
+            "repeated lines",
+            conversation.repeated_lines,
+            "points",
+            higher_is_better=False,
+        ),
+        *(
+            Metric(
+                function.__name__,
+                label,
+                None,
+                higher,
+                unit,
+                _about(function),
+                _always,
+                "answer",
+                among=function,
+            )
+            for function, label, unit, higher in AMONG
+        ),
+        *(
+            _answer(score.__name__, label, score, "share", fits=fits, higher_is_better=higher)
+            for score, label, fits, higher in FLOW
         ),
         _of_labels("label_accuracy", "label accuracy"),
         *(

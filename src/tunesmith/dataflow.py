@@ -20,7 +20,7 @@ from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.data.preferences import prompt_length
 from tunesmith.data.templates import Encoding
 from tunesmith.errors import RunError
-from tunesmith.evaluation import EvalRow, stages
+from tunesmith.evaluation import EvalRow, forgetting, stages
 from tunesmith.evaluation.compare import Comparison, compare
 from tunesmith.evaluation.lengths import length_bias
 from tunesmith.evaluation.metrics import METRICS, default_metrics
@@ -416,7 +416,63 @@ def way(
     return found
 
 
-def report(prepared: Run, fitted: Fit, comparisons: list[Comparison], way: list[dict[str, Any]]) -> Path:
+def forgotten(
+    recipe: Recipe,
+    prepared: Run,
+    plan: Plan,
+    fitted: Fit,
+    base_rows: list[EvalRow],
+    tuned_rows: list[EvalRow],
+    comparisons: list[Comparison],
+) -> dict[str, Any]:
+    """What the tuned model lost on general text, beside what it gained on its own; empty where that is not measured."""
+    method, section = METHODS[recipe.method.kind], recipe.evaluation
+    wanted = recipe.task == "domain" if section.forgetting is None else section.forgetting
+    if not wanted:
+        return {}
+    if method.head or method.model != "causal":
+        if section.forgetting:
+            why = "evaluation.forgetting has no effect: only a model that writes on has likelihoods of running text."
+            prepared.event("warning", message=why)
+        return {}
+    names = {"base": recipe.model.base, "tuned": str(fitted.final_model)}
+    measured = []
+    for name, place in names.items():
+        tokenizer = _tokenizer(recipe)[0] if name == "base" else models.load_tokenizer(place)
+        texts = evaluation.items(forgetting.general_texts(), tokenizer)
+        measured.append(
+            evaluation.answers(
+                recipe.model,
+                section,
+                texts,
+                [forgetting.METRIC],
+                name=name,
+                base=place,
+                tokenizer=tokenizer,
+                device=plan.device,
+                dtype=plan.dtype,
+                watch=prepared.watch,
+            )
+        )
+    evaluation.write_rows(prepared.evaluation / "general.jsonl", [row for rows in measured for row in rows])
+    found = forgetting.forgotten(
+        (measured[0], measured[1]),
+        (base_rows, tuned_rows),
+        resamples=section.resamples,
+        confidence=section.confidence,
+    )
+    prepared.write("evaluation/forgetting.json", found)
+    prepared.event("decision", name="forgetting", value=found["general"]["verdict"], reason=found["sentence"])
+    return found
+
+
+def report(
+    prepared: Run,
+    fitted: Fit,
+    comparisons: list[Comparison],
+    way: list[dict[str, Any]],
+    forgotten: dict[str, Any],
+) -> Path:
     """report.html, and the model card beside the weights."""
     write_card(prepared, comparisons)
     return write_report(prepared.path)

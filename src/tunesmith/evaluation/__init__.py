@@ -190,7 +190,7 @@ def _item(
         tuple(encoding.labels[:length]),
         tokens_cut=max(0, len(encoding.input_ids) - length),
         text=text,
-        num_bytes=_num_bytes(encoding.labels[1:length], tokenizer),
+        num_bytes=_num_bytes(encoding.labels[:length], tokenizer),
     )
 
 

@@ -626,8 +626,8 @@ METRICS: dict[str, Metric] = {
             "Sum of negative log-likelihoods of the reference tokens / (ln 2 x UTF-8 bytes of their text), over all "
             "of them (bits_per_byte of lm-evaluation-harness; arXiv 2101.00027, section 3.1); lower is better. Unlike "
             "perplexity it can be compared between models with tokenizers of their own. Long texts are read in "
-            "windows as for perplexity; what a model could not read whole is not scored. A text's very first token, where no "
-            "token stands before it, has no likelihood and adds its bytes only.",
+            "windows as for perplexity; what a model could not read whole is not scored. A text's very first token, "
+            "where none stands before it, has no likelihood and adds its bytes only.",
             _always,
             "likelihood",
         ),

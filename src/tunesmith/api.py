@@ -332,6 +332,9 @@ def evaluate(
     }
     place = Path(output) if output else _evaluation_folder(run, model, questions.recipe, kept)
     evaluation.write_rows(place / "rows.jsonl", rows)
+    if made := evaluation.classification.classification(rows):
+        kept["labels"] = asdict(made)
+        watch({"kind": "decision", "name": "labels", "value": len(made.labels), "reason": made.sentence()})
     if (bias := evaluation.length_bias(rows)) and bias.is_strong:
         watch({"kind": "warning", "message": bias.sentence("the model")})
     write_whole(place / "scores.json", json.dumps(kept, indent=1))

@@ -359,6 +359,8 @@ def comparisons(
     scores = {"base": evaluation.scores(base_rows, metrics), "tuned": evaluation.scores(tuned_rows, metrics)}
     prepared.write("evaluation/scores.json", scores)
     prepared.write("evaluation/comparison.json", {"comparisons": [asdict(c) for c in compared]})
+    if made := evaluation.classification.classification(tuned_rows):
+        prepared.event("decision", name="labels", value=len(made.labels), reason=made.sentence())
     if bias := length_bias(tuned_rows):
         prepared.event(
             "decision",

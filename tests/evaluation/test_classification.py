@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from rows_by_hand import row
 
-from tunesmith import evaluation, models
+from tunesmith import api, evaluation, models
 from tunesmith.data.examples import Conversation, Message, Prompt, Row
 from tunesmith.data.templates import encode
 from tunesmith.errors import RecipeError
@@ -241,3 +242,19 @@ def test_the_report_shows_the_confusion_matrix_and_escapes_labels(run_folder):
     assert "1 of 20 answers of tuned give none of the labels" in html
     assert "<b>yes</b>" not in html
     assert '<th scope="row">no</th><td>0</td><td class="better">4</td><td>1</td>' in html
+
+
+def test_evaluate_says_the_majority_baseline(tiny_model_folder, tmp_path):
+    data = tmp_path / "labels.jsonl"
+    lines = [{"prompt": f"what is {n}", "response": "red" if n % 4 else "blue"} for n in range(20)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = []
+    result = api.evaluate(
+        str(tiny_model_folder), dataset=str(data), output=tmp_path / "out",
+        settings={"evaluation": {"max_new_tokens": 2}}, watch=told.append,
+    )  # fmt: skip
+    assert next(iter(result.scores)) == "label_accuracy"
+    [said] = [event for event in told if event.get("name") == "labels"]
+    assert "always answering 'red' would be right for 75.0 % of 20" in said["reason"]
+    kept = json.loads((tmp_path / "out/scores.json").read_text())
+    assert sum(map(sum, kept["labels"]["matrix"])) == 20

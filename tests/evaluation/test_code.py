@@ -175,3 +175,11 @@ def test_attempts_through_evaluate(tiny_model_folder, tiny_tokenizer, monkeypatc
     assert not evaluation.are_answers_to(
         rows, evaluation.items(examples, tiny_tokenizer), ["pass_at_5"], max_new_tokens=256
     )
+
+
+def test_it_cannot_be_a_reward():
+    from tunesmith.methods import rewards
+    from tunesmith.recipe import MetricReward
+
+    with pytest.raises(RecipeError, match="cannot be a reward: it runs"):
+        rewards._metric(MetricReward(name="pass_at_1"), [asked(tests="assert True")])

@@ -214,6 +214,11 @@ class Classification:
     majority_share: float
     """What always giving the most frequent label would get right."""
 
+    def sentence(self) -> str:
+        """The majority baseline and what could not be parsed, for people."""
+        said = f"always answering {self.majority!r} would be right for {100 * self.majority_share:.1f} % of {self.n}"
+        return f"{said}; {self.unparsed} answers give none of the labels" if self.unparsed else said
+
 
 def classification(rows: Sequence[EvalRow]) -> Classification | None:
     """The confusion matrix of one model's answers; None where the references are no labels."""

@@ -41,10 +41,10 @@ ARCHITECTURES: dict[str, tuple[int, int, int, tuple[int, ...]]] = {
 }  # fmt: skip
 NEW_THREAD = 0x00010000
 STOPPED_EVENTS = (
-    "socket.", "subprocess.", "os.system", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.kill",
-    "os.startfile", "ctypes.", "pty.", "shutil.chown", "signal.pthread_kill", "syslog.", "webbrowser.",
-    "winreg.", "sys.setprofile",
-    "sys.settrace", "sys._current_frames", "gc.get_objects", "gc.get_referrers",
+    "socket.", "subprocess.", "os.system", "os.fork", "os.exec", "os.posix_spawn",
+    "os.spawn", "os.kill", "os.startfile", "ctypes.", "pty.", "shutil.chown",
+    "signal.pthread_kill", "syslog.", "webbrowser.", "winreg.", "sys.setprofile", "sys.settrace",
+    "resource.setrlimit", "resource.prlimit", "sys._current_frames", "gc.get_objects", "gc.get_referrers",
 )  # fmt: skip
 PATH_EVENTS = (
     "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 from rows_by_hand import row
@@ -11,6 +12,7 @@ from tunesmith import api
 from tunesmith.assets import GENERAL
 from tunesmith.compose import compose
 from tunesmith.evaluation import forgetting, read_rows
+from tunesmith.evaluation.report import _figures
 from tunesmith.training.run import Run
 
 
@@ -75,6 +77,19 @@ def test_a_domain_run_says_what_it_learned_and_forgot(recipe):
     html = (run.path / "report.html").read_text("utf-8")
     assert "Learned and forgotten" in html
     assert "general texts it was not tuned on" in html
+
+
+def test_the_axis_says_which_way_is_better():
+    metrics = [("mcc", "higher is better"), ("bits_per_byte", "lower is better")]
+    for name, said in metrics:
+        compared = forgetting.compare(
+            rows(lambda i: 0.0, 30, "a"),
+            rows(lambda i: 1.0 + i % 2, 30, "b"),
+            metrics=["bits_per_byte"],
+            resamples=100,
+        )
+        [figure] = _figures([replace(c, metric=name) for c in compared], [], [])
+        assert said in figure["data"]["layout"]["xaxis"]["title"]["text"]
 
 
 def test_it_is_left_out_where_that_is_asked_for(recipe):

@@ -256,7 +256,7 @@ def _figures(
                 [c],
                 ("ratio",),
                 f"Difference in {METRICS[c.metric].label}",
-                "tuned minus base; lower is better",
+                f"tuned minus base; {'higher' if METRICS[c.metric].higher_is_better else 'lower'} is better",
                 1,
             )
             for c in compared
@@ -454,7 +454,8 @@ def _learned_and_forgotten(run: Run, problems: list[str]) -> list[dict[str, Any]
             "x": [0.0, -domain["difference"]],
             "y": [0.0, general["difference"]],
             "text": ["base", "tuned"],
-            "textposition": "top right",
+            "textposition": ["top right", "top left"],
+            "cliponaxis": False,
             "error_x": {
                 "type": "data",
                 "symmetric": False,

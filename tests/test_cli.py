@@ -157,9 +157,10 @@ def test_all_seed_flags_work_together(invoke, quick_flags, tmp_path):
     assert (training.mixed_precision, training.num_workers, training.learning_rate) == ("no", 1, 1e-4)
     assert (recipe.data.max_length, training.num_epochs, training.eval_steps) == (128, 1, 1)
     assert result["run"].endswith("runs/chat_questions")
-    assert {c["metric"] for c in result["comparisons"]} >= set(TASK_METRICS["chat"])
+    named = set(TASK_METRICS["chat"]) - {"repeats_answer"}  # which needs earlier turns
+    assert {c["metric"] for c in result["comparisons"]} >= named
     report = Path(result["report"]).read_text(encoding="utf-8")
-    assert all(METRICS[name].label in report for name in TASK_METRICS["chat"])
+    assert all(METRICS[name].label in report for name in named)
 
 
 def test_help_and_import_stay_light():

@@ -332,6 +332,9 @@ def evaluate(
     }
     place = Path(output) if output else _evaluation_folder(run, model, questions.recipe, kept)
     evaluation.write_rows(place / "rows.jsonl", rows)
+    if made := evaluation.classification.classification(rows):
+        kept["labels"] = asdict(made)
+        watch({"kind": "decision", "name": "labels", "value": len(made.labels), "reason": made.sentence()})
     if (bias := evaluation.length_bias(rows)) and bias.is_strong:
         watch({"kind": "warning", "message": bias.sentence("the model")})
     write_whole(place / "scores.json", json.dumps(kept, indent=1))
@@ -1214,10 +1217,11 @@ def _check_before_training(recipe: Recipe) -> None:
 
 
 def _check_settings(recipe: Recipe) -> None:
-    from tunesmith.evaluation import known_metrics
+    from tunesmith.evaluation import check_runnable
     from tunesmith.training.fit import require_tracker
 
-    known_metrics(recipe.evaluation.metrics or [])
+    section = recipe.evaluation
+    check_runnable(section.metrics or [], run_code=section.run_code, attempts=section.attempts)
     for tracker in recipe.tracking.trackers:
         require_tracker(tracker)
     if recipe.export.push_to_hub and not recipe.export.hub_model_id:

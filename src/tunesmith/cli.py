@@ -85,6 +85,8 @@ FLAGS: dict[str, str] = {
     "--seed": "training.seed",
     "--metrics": "evaluation.metrics",
     "--max-new-tokens": "evaluation.max_new_tokens",
+    "--run-code": "evaluation.run_code",
+    "--attempts": "evaluation.attempts",
     "--trackers": "tracking.trackers",
     "--push-to-hub": "export.push_to_hub",
     "--hub-model-id": "export.hub_model_id",
@@ -95,7 +97,7 @@ FLAGS: dict[str, str] = {
 
 EVALUATION_FLAGS = (
     "--format", "--input-text-key", "--output-text-key", "--max-rows", "--max-length", "--max-new-tokens",
-    "--chat-template",
+    "--chat-template", "--run-code", "--attempts",
 )  # fmt: skip
 """Those of them that say how a data set is read and answered, for `evaluate` and `compare`."""
 

@@ -20,7 +20,7 @@ from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.data.preferences import prompt_length
 from tunesmith.data.templates import Encoding
 from tunesmith.errors import RecipeError, RunError
-from tunesmith.evaluation import EvalRow, stages
+from tunesmith.evaluation import EvalRow, forgetting, stages
 from tunesmith.evaluation.compare import Comparison, compare
 from tunesmith.evaluation.lengths import length_bias
 from tunesmith.evaluation.metrics import METRICS, default_metrics
@@ -155,6 +155,7 @@ def metrics(recipe: Recipe, items: list[evaluation.Item]) -> list[str]:
         task=recipe.task,
         method=recipe.method.kind,
         judged=evaluation.judged(items),
+        run_code=recipe.evaluation.run_code,
     )
     # What was rewarded is what a run is about.
     rewards = getattr(recipe.method, "rewards", ())
@@ -203,9 +204,9 @@ def with_rewards(
     asked = [prompts[row.item] for row in answered]
     resolved = rewarding.resolve(sections, prompts=asked, tokenizer=tokenizer, device=device)
     totals = rewarding.total(resolved, asked, [row.output or "" for row in answered]).totals
-    worth = {row.item: total for row, total in zip(answered, totals, strict=True)}
+    worth = dict(zip(map(id, answered), totals, strict=True))  # a question may have several answers
     return [
-        replace(row, scores={**row.scores, "mean_reward": worth[row.item]}) if row.item in worth else row
+        replace(row, scores={**row.scores, "mean_reward": worth[id(row)]}) if id(row) in worth else row
         for row in rows
     ]
 
@@ -262,7 +263,13 @@ def _start_rows(
     kept: list[EvalRow],
 ) -> list[EvalRow]:
     """Answers of a recipe's base: those kept of an interrupted run, or new ones where they are others."""
-    if evaluation.are_answers_to(kept, items, metrics, max_new_tokens=recipe.evaluation.max_new_tokens):
+    if evaluation.are_answers_to(
+        kept,
+        items,
+        metrics,
+        max_new_tokens=recipe.evaluation.max_new_tokens,
+        attempts=recipe.evaluation.attempts,
+    ):
         return kept
     tokenizer, _ = _tokenizer(recipe)
     rows = evaluation.answers(
@@ -403,6 +410,8 @@ def comparisons(
     scores = {"base": evaluation.scores(base_rows, metrics), "tuned": evaluation.scores(tuned_rows, metrics)}
     prepared.write("evaluation/scores.json", scores)
     prepared.write("evaluation/comparison.json", {"comparisons": [asdict(c) for c in compared]})
+    if made := evaluation.classification.classification(tuned_rows):
+        prepared.event("decision", name="labels", value=len(made.labels), reason=made.sentence())
     if bias := length_bias(tuned_rows):
         prepared.event(
             "decision",
@@ -460,7 +469,63 @@ def way(
     return found
 
 
-def report(prepared: Run, fitted: Fit, comparisons: list[Comparison], way: list[dict[str, Any]]) -> Path:
+def forgotten(
+    recipe: Recipe,
+    prepared: Run,
+    plan: Plan,
+    fitted: Fit,
+    base_rows: list[EvalRow],
+    tuned_rows: list[EvalRow],
+    comparisons: list[Comparison],
+) -> dict[str, Any]:
+    """What the tuned model lost on general text, beside what it gained on its own; empty where that is not measured."""
+    method, section = METHODS[recipe.method.kind], recipe.evaluation
+    wanted = recipe.task == "domain" if section.forgetting is None else section.forgetting
+    if not wanted:
+        return {}
+    if method.head or method.model != "causal":
+        if section.forgetting:
+            why = "evaluation.forgetting has no effect: only a model that writes on has likelihoods of running text."
+            prepared.event("warning", message=why)
+        return {}
+    names = {"base": recipe.model.base, "tuned": str(fitted.final_model)}
+    measured = []
+    for name, place in names.items():
+        tokenizer = _tokenizer(recipe)[0] if name == "base" else models.load_tokenizer(place)
+        texts = evaluation.items(forgetting.general_texts(), tokenizer)
+        measured.append(
+            evaluation.answers(
+                recipe.model,
+                section,
+                texts,
+                [forgetting.METRIC],
+                name=name,
+                base=place,
+                tokenizer=tokenizer,
+                device=plan.device,
+                dtype=plan.dtype,
+                watch=prepared.watch,
+            )
+        )
+    evaluation.write_rows(prepared.evaluation / "general.jsonl", [row for rows in measured for row in rows])
+    found = forgetting.forgotten(
+        (measured[0], measured[1]),
+        (base_rows, tuned_rows),
+        resamples=section.resamples,
+        confidence=section.confidence,
+    )
+    prepared.write("evaluation/forgetting.json", found)
+    prepared.event("decision", name="forgetting", value=found["general"]["verdict"], reason=found["sentence"])
+    return found
+
+
+def report(
+    prepared: Run,
+    fitted: Fit,
+    comparisons: list[Comparison],
+    way: list[dict[str, Any]],
+    forgotten: dict[str, Any],
+) -> Path:
     """report.html, and the model card beside the weights."""
     write_card(prepared, comparisons)
     return write_report(prepared.path)

@@ -831,6 +831,19 @@ class Evaluation(Section):
     skip: bool = False
     """Train only; `tunesmith evaluate RUN` can follow later."""
 
+    run_code: bool = False
+    """Run the Python code that models write, in a sandbox, for pass_at_1 and the like (docs/running-code.md)."""
+
+    attempts: PositiveInt = 1
+    """Answers to each question: one greedy one, or several drawn at `attempts_temperature`, for pass@k."""
+
+    forgetting: bool | None = None
+    """Also measure base and tuned model on general texts that ship, to see what was forgotten; by default for the
+    task domain. Both models are loaded once more."""
+
+    attempts_temperature: Annotated[float, Field(gt=0, le=2)] = 0.8
+    """Temperature of several attempts: low (0.2) for pass@1, high (0.8) for pass@10 and beyond."""
+
 
 class Export(Section):
     """What happens to the finished model."""

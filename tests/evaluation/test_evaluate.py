@@ -113,7 +113,9 @@ def test_cut_likelihoods_are_counted(model, tiny_tokenizer):
     assert item.tokens_cut > 0
     [whole] = items([long], tiny_tokenizer)
     [row] = evaluate(model, tiny_tokenizer, [whole], name="base", metrics=["perplexity"])
-    assert row.tokens_cut == len(whole.input_ids) - 512, "the model's own context length holds as well"
+    assert row.tokens_cut == 0, "what is longer than the model's context is read in windows"
+    assert row.tokens == sum(label != -100 for label in whole.labels)
+    assert row.windows == 1 + math.ceil((len(whole.input_ids) - 512) / 256)
 
 
 def test_a_broken_reference_is_an_error_row_and_an_unfit_metric_a_recipe_error(model, tiny_tokenizer):

@@ -59,7 +59,7 @@ def test_default_metrics_fit_the_data():
     assert default_metrics([PROMPT], False) == [
         "rougeL", "exact_match", "rouge1", "rouge2", "rougeLsum", "token_accuracy", "perplexity",
     ]  # fmt: skip
-    assert default_metrics([], True) == ["perplexity", "token_accuracy"]
+    assert default_metrics([], True) == ["perplexity", "token_accuracy", "bits_per_byte"]
     assert default_metrics([], False) == []
     assert default_metrics([CHINESE], False) == ["exact_match", "token_accuracy", "perplexity"]
 
@@ -75,5 +75,6 @@ def test_unknown_metric_names_the_nearest():
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
 def test_every_metric_explains_itself(metric):
     assert len(metric.about) > 40
-    is_scored_here = metric.kind == "answer" and metric.name != "mean_reward"  # which needs a run's rewards
+    # mean_reward needs a run's rewards.
+    is_scored_here = metric.kind in ("answer", "labels") and metric.name != "mean_reward"
     assert (metric.score is None and metric.among is None) != is_scored_here

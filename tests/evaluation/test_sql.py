@@ -1,8 +1,16 @@
+import itertools
+import random
+import subprocess
+import sys
 import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from tunesmith.evaluation.sql import BrokenReference, execution_match, is_ordered
+from tunesmith.data.examples import Message, Prompt, Row
+from tunesmith.evaluation.metrics import METRICS
+from tunesmith.evaluation.sql import MAX_BYTES, BrokenReference, execution_match, is_ordered
 
 SCHEMA = "CREATE TABLE singer (id INTEGER PRIMARY KEY, name TEXT, age INTEGER, pay REAL);"
 SETUP = "INSERT INTO singer VALUES (1, 'Ann', 30, 1.0), (2, 'Bo', 20, 0.1), (3, 'Cy', 30, NULL), (4, 'Ann', 40, 0.2);"
@@ -59,6 +67,29 @@ ATTACKS = {
     "half surrogate": "SELECT '\ud800'",
     "bad text": "SELECT CAST(x'ff' AS TEXT)",
     "transaction": "BEGIN",
+    "detach": "DETACH DATABASE main",
+    "reindex": "REINDEX",
+    "analyze": "ANALYZE",
+    "savepoint": "SAVEPOINT a",
+    "trigger": "CREATE TEMP TRIGGER t AFTER INSERT ON singer BEGIN DELETE FROM singer; END",
+    "returning": "DELETE FROM singer RETURNING *",
+    "replace in a CTE": "WITH a AS (SELECT 1) REPLACE INTO singer SELECT 9, 'x', 1, 1",
+    "schema table": "UPDATE sqlite_master SET sql = ''",
+    "virtual table": "CREATE VIRTUAL TABLE v USING fts5(a)",
+    "read file": "SELECT readfile('/etc/passwd')",
+    "write file": "SELECT writefile('/tmp/tunesmith_attack.db', 'x')",
+    "edit": "SELECT edit('x')",
+    "tokenizer": "SELECT fts3_tokenizer('simple')",
+    "many large rows": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 9000) "
+    "SELECT hex(zeroblob(49000)) FROM n",
+    "large columns": "SELECT " + ", ".join(["zeroblob(99000)"] * 600),
+    "growing value": "WITH RECURSIVE n(i, s) AS (SELECT 1, 'ab' UNION ALL SELECT i + 1, s || s FROM n LIMIT 99) "
+    "SELECT MAX(LENGTH(s)) FROM n",
+    "large sort": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 99999999) "
+    "SELECT i FROM (SELECT i, hex(randomblob(40000)) AS s FROM n) ORDER BY s",
+    "large group": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 9999999) "
+    "SELECT group_concat(hex(zeroblob(10000))) FROM n",
+    "expensive pattern": "SELECT replace(hex(zeroblob(40000)), '0', hex(zeroblob(40000)))",
     "long": "SELECT " + "(" * 5000 + "1" + ")" * 5000,
 }
 
@@ -72,6 +103,116 @@ def test_attacks_are_stopped(attack, tmp_path):
     assert result.error is not None
     assert time.monotonic() - began < 3
     assert match("SELECT COUNT(*) FROM singer", "SELECT 4").match, "the next query finds everything in place"
+
+
+MEMORY = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from tunesmith.evaluation.sql import execution_match
+import test_sql as t
+t.match("SELECT 1", "SELECT 1")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for name in sys.argv[2:]:
+    assert not t.match(t.ATTACKS[name], "SELECT name FROM singer", seconds=0.3).executed, name
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read as Linux counts it, in KiB")
+def test_attacks_on_memory_stay_below_the_caps():
+    """All of them in one process, whose peak is measured: less than three times the cap on rows."""
+    names = [
+        name
+        for name in ATTACKS
+        if name.startswith(("large", "many", "growing", "endless", "blob", "expensive"))
+    ]
+    command = [sys.executable, "-c", MEMORY, str(Path(__file__).parent), *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert int(done.stdout) < 3 * MAX_BYTES / 1e6
+
+
+def test_nothing_is_left_on_the_disk():
+    assert not Path("/tmp/tunesmith_attack.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("predicted", "gold", "same"),
+    [
+        ("select NAME from Singer where AGE>25", "SELECT name FROM singer WHERE age > 25", True),
+        ("SELECT s.name FROM singer AS s", "SELECT name FROM singer", True),
+        ("SELECT name AS n FROM singer", "SELECT name FROM singer", True),
+        ('SELECT "name" FROM singer;', "SELECT name FROM singer", True),
+        ("SELECT name FROM singer WHERE pay = 1 AND age = 2", "SELECT name FROM singer WHERE age=2 AND pay=1", True),
+        ("SELECT name FROM singer WHERE 2 = age", "SELECT name FROM singer WHERE age = 2", True),
+        ("SELECT a.name FROM singer a JOIN song b ON a.id = b.singer",
+         "SELECT singer.name FROM singer JOIN song ON song.singer = singer.id", True),
+        ("SELECT x.name FROM singer x JOIN singer y ON x.id = y.age",
+         "SELECT y.name FROM singer x JOIN singer y ON x.id = y.age", False),
+        ("SELECT DISTINCT name FROM singer", "SELECT name FROM singer", False),
+        ("SELECT name FROM singer WHERE age > 26", "SELECT name FROM singer WHERE age > 25", False),
+        ("SELECT name, age FROM singer", "SELECT age, name FROM singer", False),
+        ("SELECT age AS a FROM singer ORDER BY a", "SELECT name AS a FROM singer ORDER BY a", False),
+        ("DROP TABLE singer", "SELECT name FROM singer", False),
+        ("no query", "SELECT name FROM singer", False),
+    ],
+)  # fmt: skip
+def test_the_same_query_in_other_words(predicted, gold, same):
+    prompt = Prompt((Message("user", "?"),), gold, Row("a", 1), checks={"schema": SCHEMA, "setup": SETUP})
+    assert METRICS["sql_exact_match"].score(prompt, predicted, gold) == same
+    assert METRICS["sql_exact_match"].score(prompt, gold, gold) == 1
+
+
+def test_comparisons_of_rows_equal_brute_force_on_200_random_pairs():
+    """Bags, bags with every order of the columns, and sets, by Python's own containers."""
+    draw, seen = random.Random(0), set()
+    for _ in range(200):
+        columns = draw.randint(1, 3)
+        values = [
+            [draw.choice(["1", "2", "NULL", "'a'"]) for _ in range(columns)]
+            for _ in range(draw.randint(1, 4))
+        ]
+        order = draw.sample(range(columns), columns) if draw.random() < 0.5 else range(columns)
+        other = [[row[n] for n in order] for row in draw.sample(values, len(values))]
+        if draw.random() < 0.3:
+            other.append(draw.choice(other))
+        if draw.random() < 0.2:
+            other[0][0] = "7"
+        gold, predicted = (
+            f"VALUES {', '.join('(' + ', '.join(r) + ')' for r in rows)}" for rows in (values, other)
+        )
+        gold, predicted = f"SELECT * FROM ({gold})", f"SELECT * FROM ({predicted})"
+        result = match(predicted, gold)
+        want, have = [tuple(r) for r in values], [tuple(r) for r in other]
+        orders = itertools.permutations(range(columns))
+        expected = (
+            Counter(have) == Counter(want),
+            any(Counter(tuple(r[n] for n in o) for r in have) == Counter(want) for o in orders),
+            set(have) == set(want),
+        )
+        assert (result.match, result.match_any_columns, result.match_as_sets) == expected, (predicted, gold)
+        seen.add(expected)
+    assert len(seen) >= 4
+
+
+def test_order_counts_with_columns_in_any_order_and_not_for_sets():
+    gold = "SELECT name, age FROM singer ORDER BY age DESC, id"
+    result = match("SELECT age, name FROM singer ORDER BY age DESC, id", gold)
+    assert (result.match, result.match_any_columns, result.match_as_sets) == (False, True, False)
+    result = match("SELECT DISTINCT name, age FROM singer ORDER BY age", gold)
+    assert (result.match, result.match_any_columns, result.match_as_sets) == (False, False, True)
+
+
+def test_executes_and_vacuous_are_shares_of_their_own():
+    prompt = Prompt((Message("user", "?"),), "", Row("a", 1), checks={"schema": SCHEMA, "setup": SETUP})
+    nothing = "SELECT name FROM singer WHERE 1 = 0"
+    scores = {name: METRICS[name].score for name in ("sql_executes", "sql_vacuous", "ex_bag", "ex_set")}
+    assert scores["sql_executes"](prompt, "SELECT 1", "SELECT 2") == 1
+    assert scores["sql_executes"](prompt, "DROP TABLE singer", "SELECT 2") == 0
+    assert scores["sql_vacuous"](prompt, nothing, nothing) == 1
+    assert scores["sql_vacuous"](prompt, "SELECT name FROM singer", nothing) == 0
+    assert scores["sql_vacuous"](prompt, "SELECT name FROM singer", "SELECT name FROM singer") == 0
+    assert scores["ex_bag"](prompt, "SELECT 1, 2", "SELECT 2, 1") == 1
+    assert scores["ex_set"](prompt, "SELECT 1, 2", "SELECT 2, 1") == 0
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,9 @@ class Example:
     about: str
 
 
+GENERAL = _HERE / "general.jsonl"
+"""Short texts of many kinds, by which it is measured what a model forgot (evaluation/forgetting.py)."""
+
 EXAMPLES: dict[str, Example] = {
     e.name: e
     for e in (

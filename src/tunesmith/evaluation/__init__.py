@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,9 +35,11 @@ from tunesmith.data.preferences import sides
 from tunesmith.data.prompts import prompt_of
 from tunesmith.data.templates import IGNORED, LossOn, end_of_turn_ids
 from tunesmith.errors import RecipeError
+from tunesmith.evaluation import classification, sandbox
+from tunesmith.evaluation.code import running_allowed
 from tunesmith.evaluation.compare import score_interval
 from tunesmith.evaluation.lengths import length_bias
-from tunesmith.evaluation.metrics import METRICS, known_metrics
+from tunesmith.evaluation.metrics import METRICS, check_runnable, known_metrics
 from tunesmith.evaluation.rows import EvalRow, read_rows, write_rows
 from tunesmith.generation import (
     Generated,
@@ -54,6 +57,7 @@ __all__ = [
     "Item",
     "answers",
     "are_answers_to",
+    "check_runnable",
     "check_scoring",
     "evaluate",
     "items",
@@ -90,6 +94,8 @@ class Item:
     """Of a rating whether its answer is the good one."""
     rejected: Item | None = None
     """Of a preference its worse answer."""
+    num_bytes: int = 0
+    """UTF-8 bytes of the text of its labels, special tokens excepted."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,7 @@ class _Likelihood:
     tokens: int
     correct: int
     cut: int
+    windows: int = 1
 
 
 def items(
@@ -160,7 +167,18 @@ def _item(
     if kind == "seq2seq":
         encoding, lost = pairs.cut_to(encoding, max_length, tokenizer)
         ids, labels = tuple(encoding.input_ids), tuple(encoding.labels)
-        return Item(number, example.row, example.group, prompt, asked_ids, ids, labels, tokens_cut=lost)
+        size = _num_bytes(labels, tokenizer)
+        return Item(
+            number,
+            example.row,
+            example.group,
+            prompt,
+            asked_ids,
+            ids,
+            labels,
+            tokens_cut=lost,
+            num_bytes=size,
+        )
     length = len(encoding.input_ids) if max_length is None else max_length
     return Item(
         number,
@@ -172,7 +190,13 @@ def _item(
         tuple(encoding.labels[:length]),
         tokens_cut=max(0, len(encoding.input_ids) - length),
         text=text,
+        num_bytes=_num_bytes(encoding.labels[:length], tokenizer),
     )
+
+
+def _num_bytes(labels: Sequence[int], tokenizer: Any) -> int:
+    ids = [label for label in labels if label != IGNORED]
+    return len(tokenizer.decode(ids, skip_special_tokens=True).encode("utf-8", "replace"))
 
 
 def judged(items: Sequence[Item], *, by_score: bool = False) -> list[str]:
@@ -222,6 +246,10 @@ def answers(
         return []
     from tunesmith import models
 
+    runs_code = any(METRICS[name].runs_code for name in metrics)
+    if runs_code and evaluation.run_code and (lacking := sandbox.missing()):
+        watch({"kind": "warning", "message": lacking})
+
     def progress(stage: str, done: int, total: int) -> None:
         watch({"kind": "progress", "stage": stage, "done": done, "total": total})
 
@@ -240,6 +268,9 @@ def answers(
         metrics=metrics,
         max_new_tokens=evaluation.max_new_tokens,
         batch_tokens=evaluation.batch_tokens,
+        run_code=evaluation.run_code,
+        attempts=evaluation.attempts,
+        temperature=evaluation.attempts_temperature if evaluation.attempts > 1 else 0.0,
         progress=progress,
     )
 
@@ -254,32 +285,41 @@ def evaluate(
     max_new_tokens: int = 256,
     batch_tokens: int = 8192,
     seed: int = 0,
+    run_code: bool = False,
+    attempts: int = 1,
+    temperature: float = 0.0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[EvalRow]:
-    """One row per item, with the model's greedy answer, its scores and the reference's likelihood.
+    """One row per item and attempt, with the model's answer, its scores and, in the first, the reference's
+    likelihood. Answers are greedy unless a temperature is given.
 
-    Nothing is generated where no metric scores answers. Raises RecipeError for an unknown metric and for
-    one that fits none of the items. `progress` is told the stage, how many are done, and of how many.
+    Nothing is generated where no metric scores answers. Raises RecipeError for an unknown metric, for one that
+    fits none of the items, and for one that runs the model's code unless `run_code` is set. `progress` is told
+    the stage, how many are done, and of how many.
     """
-    metrics = known_metrics(metrics)
+    check_runnable(metrics, run_code=run_code, attempts=attempts)
+    needed = [name for metric in known_metrics(metrics) for name in METRICS[metric].needs]
+    metrics = known_metrics([*metrics, *needed])
     usable = [item for item in items if not item.error]
     _check_fit(metrics, usable)
     check_scoring(metrics, gives_scores=is_reward(model))
     asked = [item for item in usable if item.prompt] if _of_kind(metrics, "answer") else []
-    settings = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "seed": seed}
-    answered: dict[int, Generated] = {}
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    answered: dict[int, list[Generated]] = {}
     if asked:
         generated = generate(
             model,
             tokenizer,
-            [item.prompt_ids for item in asked],
+            [item.prompt_ids for item in asked for _ in range(attempts)],
             max_new_tokens=max_new_tokens,
             stop_ids=end_of_turn_ids(tokenizer),
             batch_tokens=batch_tokens,
+            temperature=temperature,
             seed=seed,
-            progress=_stage(progress, f"{name}: answers", len(asked)),
+            progress=_stage(progress, f"{name}: answers", len(asked) * attempts),
         )
-        answered = dict(zip([item.number for item in asked], generated, strict=True))
+        parts = [generated[at : at + attempts] for at in range(0, len(generated), attempts)]
+        answered = dict(zip([item.number for item in asked], parts, strict=True))
     likelihoods: dict[int, _Likelihood] = {}
     rejected: dict[int, _Likelihood] = {}
     worse = [item.rejected for item in usable if item.rejected] if "preference_accuracy" in metrics else []
@@ -292,20 +332,26 @@ def evaluate(
     if _of_kind(metrics, "reward"):
         told = _stage(progress, f"{name}: scores", 2 * len(usable))
         return _scored(model, tokenizer, items, name, metrics, batch_tokens=batch_tokens, progress=told)
-    rows = [
-        _row(
-            item,
-            name,
-            metrics,
-            answered.get(item.number),
-            likelihoods.get(item.number),
-            rejected.get(item.number),
-            settings,
-        )
-        for item in items
-    ]
+    with running_allowed(run_code):
+        rows = [
+            _row(
+                item,
+                name,
+                metrics,
+                answer,
+                likelihoods.get(item.number) if not sample else None,
+                rejected.get(item.number) if not sample else None,
+                settings,
+                sample=sample,
+            )
+            for item in items
+            for sample, answer in enumerate(answered.get(item.number) or [None])
+        ]
     if "rating_ranking" in metrics:
         rows = _ranked(rows, items, likelihoods)
+    if _of_kind(metrics, "labels"):
+        told = _stage(progress, f"{name}: likelihood of each label", len(usable))
+        rows = _labelled(rows, model, tokenizer, usable, batch_tokens=batch_tokens, progress=told)
     return _compared_among(rows, metrics)
 
 
@@ -323,7 +369,12 @@ def scores(
 
 
 def are_answers_to(
-    rows: Sequence[EvalRow], items: Sequence[Item], metrics: Sequence[str], *, max_new_tokens: int
+    rows: Sequence[EvalRow],
+    items: Sequence[Item],
+    metrics: Sequence[str],
+    *,
+    max_new_tokens: int,
+    attempts: int = 1,
 ) -> bool:
     """Whether rows answer just these items under these settings, so that they need not be made again."""
     measured = {name for row in rows for name in row.scores}
@@ -334,6 +385,7 @@ def are_answers_to(
         == {item.number: _asked_sha256(item) for item in items}
         and set(metrics) <= measured
         and limits <= {max_new_tokens}
+        and ({row.sample for row in rows} == set(range(attempts)) or not limits)
     )
 
 
@@ -375,6 +427,15 @@ def _check_fit(metrics: Sequence[str], items: Sequence[Item]) -> None:
                 found="running text, which has no answers" if not prompts else None,
                 fix="Leave evaluation.metrics open to take those that fit. " + METRICS[name].about,
             )
+    for metric in (METRICS[name] for name in metrics):
+        if items and metric.fits_all and not metric.fits_all(prompts):
+            raise RecipeError(
+                f"The metric '{metric.name}' needs few labels that occur often as references.",
+                found=f"{len(classification.labels_of([p.reference for p in prompts]))} different references of "
+                f"{len(prompts)} questions",
+                fix=f"Use exact_match, or rows with 2 to {classification.MAX_LABELS} labels of at most "
+                f"{classification.MAX_WORDS} words, {classification.PER_LABEL} questions for each.",
+            )
     fitting = [*judged(items), *judged(items, by_score=True)]
     for name in [*_of_kind(metrics, "preference"), *_of_kind(metrics, "reward")]:
         if items and name not in fitting:
@@ -408,6 +469,8 @@ def _row(
     likelihood: _Likelihood | None,
     rejected: _Likelihood | None,
     settings: dict[str, Any],
+    *,
+    sample: int = 0,
 ) -> EvalRow:
     values: dict[str, float] = {}
     flags: dict[str, list[str]] = {}
@@ -435,7 +498,9 @@ def _row(
             "perplexity": math.exp(min(mean, 700)),
             "token_accuracy": likelihood.correct / likelihood.tokens,
         }
-        values |= {m: own[m] for m in _of_kind(metrics, "likelihood")}
+        if item.num_bytes and not likelihood.cut:
+            own["bits_per_byte"] = likelihood.nll / math.log(2) / item.num_bytes
+        values |= {m: own[m] for m in _of_kind(metrics, "likelihood") if m in own}
     user = [m.content for m in item.prompt.messages if m.role == "user"] if item.prompt else []
     return EvalRow(
         model=name,
@@ -443,7 +508,7 @@ def _row(
         source_row=str(item.row),
         group=item.group,
         turn=0,
-        sample=0,
+        sample=sample,
         prompt_sha256=_asked_sha256(item),
         prompt_text=user[-1] if user else item.text,
         reference=item.prompt.reference if item.prompt else "",
@@ -460,6 +525,8 @@ def _row(
         good=item.good,
         rejected_nll=rejected.nll if rejected else None,
         rejected_tokens=rejected.tokens if rejected else None,
+        num_bytes=item.num_bytes if likelihood and likelihood.tokens and not likelihood.cut else None,
+        windows=likelihood.windows if likelihood else 1,
     )
 
 
@@ -533,19 +600,69 @@ def _ranked(
     found = []
     for row in rows:
         own, other = likelihoods.get(row.item), likelihoods.get(beside.get(row.item, -1))
-        if own and other and own.tokens and other.tokens and math.isfinite(own.nll + other.nll):
+        if (
+            not row.sample
+            and own
+            and other
+            and own.tokens
+            and other.tokens
+            and math.isfinite(own.nll + other.nll)
+        ):
             row = replace(row, scores={**row.scores, "rating_ranking": _won(own, other)})
         found.append(row)
     return found
 
 
+def _labelled(
+    rows: list[EvalRow],
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[Item],
+    *,
+    batch_tokens: int,
+    progress: Callable[[int], None] | None,
+) -> list[EvalRow]:
+    """The first row of each item with the probability of every label of the set, as the whole answer."""
+    asked = [item for item in items if item.prompt]
+    labels = classification.labels_of([item.prompt.reference for item in asked if item.prompt])
+    kind: Kind = "seq2seq" if is_seq2seq(model) else "causal"
+    found = {}
+    for done, item in enumerate(asked, 1):
+        assert item.prompt
+        turns = [(*item.prompt.messages, Message("assistant", spelling)) for spelling in labels.values()]
+        sides = [
+            _item(
+                number,
+                Conversation(said, item.row, tools=item.prompt.tools),
+                tokenizer,
+                loss_on="answers",
+                max_length=None,
+                kind=kind,
+            )
+            for number, said in enumerate(turns)
+        ]
+        if any(side.error for side in sides):
+            continue
+        measured = _likelihoods(model, sides, batch_tokens=batch_tokens, progress=None)
+        logs = [-measured[number].nll for number in range(len(sides))]
+        if all(map(math.isfinite, logs)):
+            weights = [math.exp(value - max(logs)) for value in logs]
+            found[item.number] = dict(zip(labels, (w / math.fsum(weights) for w in weights), strict=True))
+        if progress:
+            progress(done)
+    return [replace(row, label_probs=found.get(row.item, {})) if not row.sample else row for row in rows]
+
+
 def _compared_among(rows: list[EvalRow], metrics: Sequence[str]) -> list[EvalRow]:
     """The rows with the scores of metrics that look at all of a model's answers at once."""
-    places = [place for place, row in enumerate(rows) if row.output is not None]
     for metric in (METRICS[name] for name in metrics):
         if metric.among:
-            values = metric.among([str(rows[place].output) for place in places])
+            wanted = "label_probs" if metric.kind == "labels" else "output"
+            places = [place for place, row in enumerate(rows) if getattr(row, wanted) not in (None, {})]
+            values = metric.among([rows[place] for place in places])
             for place, value in zip(places, values, strict=True):
+                if value is None:
+                    continue
                 rows[place] = replace(rows[place], scores={**rows[place].scores, metric.name: value})
     return rows
 
@@ -553,18 +670,22 @@ def _compared_among(rows: list[EvalRow], metrics: Sequence[str]) -> list[EvalRow
 def _likelihoods(
     model: Any, items: Sequence[Item], *, batch_tokens: int, progress: Callable[[int], None] | None
 ) -> dict[int, _Likelihood]:
-    """Teacher-forced likelihood of every item's labels, by item number."""
+    """Teacher-forced likelihood of every item's labels, by item number.
+
+    What is longer than the model's context is read in windows that overlap by half: each label is counted once,
+    with at least half a context before it (as far as the text has one).
+    """
     # An encoder-decoder model has its limit, if any, in each half; `_pair_likelihood` keeps to it.
     limit = None if is_seq2seq(model) else context_length(model)
     likelihood = _pair_likelihood if is_seq2seq(model) else _batch_likelihood
-    by_number = {item.number: item for item in items}
+    pieces = [(item.number, piece) for item in items for piece in _windows(item, limit)]
+    by_number = {place: piece for place, (_, piece) in enumerate(pieces)}
     vocabulary = model.config.get_text_config().vocab_size
-    lengths = {
-        item.number: min(len(item.input_ids), limit or len(item.input_ids))
-        for item in items
-        if len(item.input_ids) > 1
-    }
-    found = {item.number: _Likelihood(0.0, 0, 0, 0) for item in items if item.number not in lengths}
+    lengths = {place: len(piece.input_ids) for place, piece in by_number.items() if len(piece.input_ids) > 1}
+    found = {place: _Likelihood(0.0, 0, 0, 0) for place in by_number if place not in lengths}
+    last = {number: place for place, (number, _) in enumerate(pieces)}
+    num_windows = Counter(number for number, _ in pieces)
+    whole = {number: _Likelihood(0.0, 0, 0, 0, windows=num_windows[number]) for number in last}
     with for_inference(model):
         for batch in length_batches(lengths, tokens=min(batch_tokens, LOGITS_IN_MEMORY // vocabulary)):
             for part, results in halving(
@@ -575,7 +696,32 @@ def _likelihoods(
             ):
                 found |= dict(zip(part, results, strict=True))
                 if progress:
-                    progress(len(found))
+                    progress(sum(place in found for place in last.values()))
+    for place, (number, _) in enumerate(pieces):
+        so_far, more = whole[number], found[place]
+        whole[number] = replace(
+            so_far,
+            nll=so_far.nll + more.nll,
+            tokens=so_far.tokens + more.tokens,
+            correct=so_far.correct + more.correct,
+            cut=so_far.cut + more.cut,
+        )
+    return whole
+
+
+def _windows(item: Item, limit: int | None) -> list[Item]:
+    """The item in windows of at most `limit` tokens, each with the labels that no window before it has."""
+    if limit is None or len(item.input_ids) <= limit:
+        return [item]
+    found, done = [], 0
+    while done < len(item.input_ids):
+        end = min(len(item.input_ids), done + (limit if not done else max(1, limit // 2)))
+        start = max(0, end - limit)
+        ignored = (IGNORED,) * (done - start)
+        found.append(
+            replace(item, input_ids=item.input_ids[start:end], labels=ignored + item.labels[done:end])
+        )
+        done = end
     return found
 
 

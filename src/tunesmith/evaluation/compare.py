@@ -245,6 +245,8 @@ def score_interval(
 
     metric = METRICS[name]
     rows = sorted(rows, key=_key)
+    if metric.tally:
+        return _score_of_tallies(rows, metric, confidence, resamples, seed)
     errors = sum(1 for row in rows if _is_error(row, metric))
     kept = [row for row in rows if _sums(row, metric)]
     if not kept:
@@ -284,11 +286,15 @@ def _compared(
 ) -> Comparison:
     import numpy as np
 
+    if metric.tally:
+        return _compared_by_tallies(
+            base_rows, tuned_rows, metric, resamples, confidence, seed, primary, apart
+        )
     pairs = _paired(base_rows, tuned_rows, metric)
     n, groups = len(pairs.groups), len(set(pairs.groups))
     if not n:
         why = _sentences("No question has a score of both models.", _left_out(pairs, apart))
-        if metric.kind == "likelihood" and pairs.other_tokens:
+        if metric.kind == "likelihood" and metric.name != "bits_per_byte" and pairs.other_tokens:
             why = (
                 f"{pairs.other_tokens} items reached the two models as different tokens ({apart}), and "
                 "likelihoods are per token."
@@ -458,6 +464,10 @@ def _sums(row: EvalRow, metric: Metric) -> tuple[float, float] | None:
     """What the row adds to the metric's numerator and denominator; None where it has no value."""
     if metric.kind != "likelihood":
         return (row.scores[metric.name], 1.0) if metric.name in row.scores else None
+    if metric.name == "bits_per_byte":
+        return (
+            (row.nll / math.log(2), float(row.num_bytes)) if row.nll is not None and row.num_bytes else None
+        )
     total = row.nll if metric.name == "perplexity" else row.correct
     return (float(total), float(row.tokens)) if total is not None and row.tokens else None
 
@@ -467,7 +477,7 @@ def _is_error(row: EvalRow, metric: Metric) -> bool:
 
 
 def _is_binary(values: Any, metric: Metric) -> bool:
-    return metric.kind != "likelihood" and bool(((values == 0) | (values == 1)).all())
+    return metric.kind != "likelihood" and not metric.tally and bool(((values == 0) | (values == 1)).all())
 
 
 def _key(row: EvalRow) -> tuple[int, int, int]:
@@ -488,7 +498,9 @@ def _paired(base_rows: Sequence[EvalRow], tuned_rows: Sequence[EvalRow], metric:
         a, b = _sums(base[key], metric), _sums(tuned[key], metric)
         same_tokens = base[key].prompt_sha256 == tuned[key].prompt_sha256
         other_tokens += not same_tokens
-        if a and b and (metric.kind != "likelihood" or (same_tokens and a[1] == b[1])):
+        # Bits per byte are comparable whatever the tokens are, as long as the bytes are the same.
+        same = same_tokens or metric.name == "bits_per_byte"
+        if a and b and (metric.kind != "likelihood" or (same and a[1] == b[1])):
             values.append((a[0], b[0], a[1]))
             groups.append(_group(base[key]))
         elif (a and b) or _is_error(base[key], metric) or _is_error(tuned[key], metric):
@@ -533,3 +545,72 @@ def _ratio(value: float) -> str:
 
 def _sentences(*parts: str) -> str:
     return " ".join(part for part in parts if part)
+
+
+def _score_of_tallies(
+    rows: Sequence[EvalRow], metric: Metric, confidence: float, resamples: int, seed: int
+) -> Score:
+    """The value and interval of a metric that is a statistic of counts over all rows."""
+    assert metric.tally
+    assert metric.statistic
+    errors = sum(1 for row in rows if _is_error(row, metric))
+    kept = [row for row in rows if _sums(row, metric)]
+    if not kept:
+        return Score(None, 0, errors, None, None, 0, "no row could be scored")
+    counts, groups = metric.tally(kept), [_group(row) for row in kept]
+    drawn = metric.statistic(_resampled(_by_group(counts, groups), resamples, seed))
+    low, high = _interval(drawn, len(set(groups)), confidence)
+    method = f"bootstrap over {len(set(groups))} {'groups' if len(set(groups)) < len(kept) else 'items'}"
+    value = float(metric.statistic(counts.sum(0)))
+    return Score(value, len(kept), errors, low, high, len(set(groups)), method)
+
+
+def _compared_by_tallies(
+    base_rows: Sequence[EvalRow],
+    tuned_rows: Sequence[EvalRow],
+    metric: Metric,
+    resamples: int,
+    confidence: float,
+    seed: int,
+    primary: bool,
+    apart: str,
+) -> Comparison:
+    """The paired difference of such a metric: both models' counts are resampled together."""
+    import numpy as np
+
+    assert metric.tally
+    assert metric.statistic
+    pairs = _paired(base_rows, tuned_rows, metric)
+    n, groups = len(pairs.groups), len(set(pairs.groups))
+    base, tuned = ({_key(row): row for row in rows} for rows in (base_rows, tuned_rows))
+    keys = [
+        key
+        for key in sorted(base.keys() & tuned.keys())
+        if _sums(base[key], metric) and _sums(tuned[key], metric)
+    ]
+    if not n:
+        why = _sentences("No question has a score of both models.", _left_out(pairs, apart))
+        return Comparison(
+            metric.name, 0.0, 0.0, 0.0, 0.0, 0.0, confidence, 0, 0, None, 0, 0, 0, "inconclusive", why, "none",
+            metric.higher_is_better, primary,
+        )  # fmt: skip
+    ours, theirs = metric.tally([base[key] for key in keys]), metric.tally([tuned[key] for key in keys])
+    width = ours.shape[1]
+    drawn = _resampled(_by_group(np.concatenate([ours, theirs], axis=1), pairs.groups), resamples, seed)
+    drawn_differences = metric.statistic(drawn[:, width:]) - metric.statistic(drawn[:, :width])
+    before, after = (float(metric.statistic(counts.sum(0))) for counts in (ours, theirs))
+    differ = bool((ours != theirs).any())
+    low, high = _interval(drawn_differences, groups, confidence) if differ else (0.0, 0.0)
+    p = _bootstrap_p(drawn_differences, after - before, groups) if differ else 1.0
+    gains = (1.0 if metric.higher_is_better else -1.0) * (pairs.tuned - pairs.base)
+    wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
+    unit = f"{groups} groups" if groups < n else f"{n} items"
+    result = Comparison(
+        metric=metric.name, base=before, tuned=after, difference=after - before, low=low, high=high,
+        confidence=confidence, n=n, groups=groups, p_value=p, wins=wins, ties=n - wins - losses, losses=losses,
+        verdict="no evidence", reason="", higher_is_better=metric.higher_is_better, primary=primary,
+        method=f"paired bootstrap of the whole statistic over {unit}, {resamples} resamples, seed {seed}, expanded "
+        "percentile interval; p by bootstrap",
+    )  # fmt: skip
+    verdict, reason = _verdict(result, pairs, metric)
+    return replace(result, verdict=verdict, reason=_sentences(reason, _left_out(pairs, apart)))

@@ -11,13 +11,16 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.data.examples import Prompt
 from tunesmith.errors import RecipeError, nearest
-from tunesmith.evaluation import tasks
-from tunesmith.evaluation.sql import SQLResult, execution_match
+from tunesmith.evaluation import classification, code, completion, conversation, instructions, tasks, texts
+from tunesmith.evaluation.sql import SQLResult, canonical, execution_match
 from tunesmith.evaluation.tasks import code_of
+
+if TYPE_CHECKING:
+    from tunesmith.evaluation.rows import EvalRow
 
 Score = Callable[[Prompt, str, str], float]
 Unit = Literal["share", "points", "ratio"]
@@ -38,22 +41,83 @@ class Metric:
     about: str
     fits: Callable[[Prompt], bool]
     """Whether the metric means something for this prompt."""
-    kind: Literal["answer", "likelihood", "preference", "reward"]
-    """What it looks at: the answer that a model gives, how likely it finds the reference, which of two given
-    answers it finds likelier, or which one a reward model gives the higher score."""
+    kind: Literal["answer", "likelihood", "labels", "preference", "reward"]
+    """What it looks at: the answer that a model gives, how likely it finds the reference or each label of the set,
+    which of two given answers it finds likelier, or which one a reward model gives the higher score."""
     flags: Callable[[Prompt, str, str], tuple[str, ...]] | None = None
     """What else is to be known about a score, such as that a match is vacuous."""
-    among: Callable[[Sequence[str]], list[float]] | None = None
-    """Scores of all answers of a model, for a metric that compares them with one another."""
+    among: Callable[[Sequence[EvalRow]], Sequence[float | None]] | None = None
+    """Scores of all answers of a model, for a metric that compares them with one another or reads more of a row
+    than its text; None of a row that is not scored."""
+    needs: tuple[str, ...] = ()
+    """Metrics that have to be computed before it."""
+    attempts: int = 1
+    """Answers to each question that it needs at least."""
+    runs_code: bool = False
+    """Whether it runs what the model wrote."""
+    tally: Callable[[Sequence[EvalRow]], Any] | None = None
+    """Of a metric that is no mean over answers: a line of counts for each row, of whose sums `statistic` makes the
+    value. A row's own score then only says how good it is by itself."""
+    statistic: Callable[[Any], Any] | None = None
+    fits_all: Callable[[Sequence[Prompt]], bool] | None = None
+    """Whether the metric means something for prompts taken together."""
 
 
 def sql_execution(prompt: Prompt, completion: str, reference: str) -> float:
     """1 where the answer, run on SQLite, gives the rows that the reference gives.
 
-    Execution accuracy (Spider, arXiv 1809.08887); `evaluation.sql` says how rows are compared. An answer
-    in a Markdown code fence counts as the code in it.
+    Execution accuracy (Spider, arXiv 1809.08887); rows are compared as a bag, in order where the reference
+    has ORDER BY, columns in their order. An answer in a Markdown code fence counts as the code in it.
     """
     return float(_sql_result(prompt, completion, reference).match)
+
+
+def ex_bag(prompt: Prompt, completion: str, reference: str) -> float:
+    """1 where the answer gives the rows of the reference with the columns in some order.
+
+    Execution accuracy as Spider's test suites compute it (arXiv 2010.02840): rows as a bag, in order where the
+    reference has ORDER BY, column order free.
+    """
+    return float(_sql_result(prompt, completion, reference).match_any_columns)
+
+
+def ex_set(prompt: Prompt, completion: str, reference: str) -> float:
+    """1 where the same rows occur in answer and reference, however often and in whatever order.
+
+    Execution accuracy as BIRD computes it (arXiv 2305.03111): repetitions and ORDER BY do not count, column
+    order does.
+    """
+    return float(_sql_result(prompt, completion, reference).match_as_sets)
+
+
+def sql_executes(prompt: Prompt, completion: str, reference: str) -> float:
+    """1 where the answer is one query that runs to its end on the question's database, whatever it finds.
+
+    Reading only, within a deadline and caps on rows and sizes (the valid share of arXiv 2305.03111).
+    """
+    return float(_sql_result(prompt, completion, reference).executed)
+
+
+def sql_exact_match(prompt: Prompt, completion: str, reference: str) -> float:
+    """1 where answer and reference are the same query after normalising both.
+
+    Case of names, needless aliases and qualifiers, and the order of conditions do not count; values, DISTINCT and
+    the order of columns do (after the exact match of Spider, arXiv 1809.08887, which leaves values out). Parsed
+    by sqlglot; 0 for what it cannot parse.
+    """
+    try:
+        return float(canonical(code_of(completion)) == canonical(code_of(reference)))
+    except ValueError:
+        return exact_match(prompt, code_of(completion), code_of(reference))
+
+
+def sql_vacuous(prompt: Prompt, completion: str, reference: str) -> float:
+    """1 where the answer counts as right although the reference finds no rows on any database that was tried.
+
+    Such a match says little; the share should be near 0 (see arXiv 2010.02840 on false positives).
+    """
+    result = _sql_result(prompt, completion, reference)
+    return float(result.match and result.vacuous)
 
 
 def exact_match(prompt: Prompt, completion: str, reference: str) -> float:
@@ -97,10 +161,17 @@ def bleu(prompt: Prompt, completion: str, reference: str) -> float:
 
 
 TASK_METRICS: dict[str, tuple[str, ...]] = {
-    "chat": ("response_diversity", "vocabulary_use", "bigram_diversity"),
-    "code": ("syntax_validity", "pattern_consistency"),
-    "instruct": ("adherence", "length_match", "repetition"),
-    "domain": ("vocabulary_use", "bigram_diversity"),
+    "chat": (
+        "turn_coherence",
+        "repeats_answer",
+        "role_leak",
+        "response_diversity",
+        "vocabulary_use",
+        "bigram_diversity",
+    ),
+    "code": ("code_exact_match", "syntax_validity", "pattern_consistency"),
+    "instruct": ("adherence", "all_constraints", "constraints", "completed", "length_match", "repetition"),
+    "domain": ("vocabulary_use", "bigram_diversity", "bits_per_byte"),
 }
 """What a task's answers are looked at for besides being right, after the metrics that say that."""
 
@@ -118,20 +189,27 @@ def default_metrics(
     task: str = "custom",
     method: str = "sft",
     judged: Sequence[str] = (),
+    run_code: bool = False,
 ) -> list[str]:
     """The metrics that fit the data, the primary one first, then what task and method add.
 
     A metric fits where it means something for at least half of the prompts, one that is added where it does
-    for any. `judged` are those that fit answers which were judged; they come first.
+    for any. `judged` are those that fit answers which were judged; they come first. With `run_code` rows that have
+    tests are measured by these.
     """
     if judged:
-        return [*judged, *default_metrics(prompts, has_text, task, method)]
+        return [*judged, *default_metrics(prompts, has_text, task, method, run_code=run_code)]
+    if run_code and prompts and _fits_most("pass_at_1", prompts):
+        return ["pass_at_1", *default_metrics(prompts, has_text, task, method)]
     if not prompts:
-        return ["perplexity", "token_accuracy"] if has_text else []
+        return ["perplexity", "token_accuracy", "bits_per_byte"] if has_text else []
     further = dict.fromkeys((*TASK_METRICS.get(task, ()), *METHOD_METRICS.get(method, ())))
     added = [name for name in further if any(METRICS[name].fits(p) for p in prompts)]
     if _fits_most("sql_execution", prompts):
         return ["sql_execution", "exact_match", "token_accuracy", "perplexity", *added]
+    if are_labels(prompts):
+        labels = ["label_accuracy", "balanced_accuracy", "macro_f1", "mcc", "token_accuracy", "perplexity"]
+        return [*labels, *added]
     chat = [
         "rougeL",
         "exact_match",
@@ -150,6 +228,22 @@ def known_metrics(names: Sequence[str]) -> list[str]:
         if name not in METRICS:
             raise RecipeError(f"There is no metric '{name}'.", fix=nearest(name, METRICS))
     return list(dict.fromkeys(names))
+
+
+def check_runnable(names: Sequence[str], *, run_code: bool, attempts: int) -> None:
+    """Raises RecipeError for metrics that run a model's code where that is off, or that need more attempts."""
+    for metric in (METRICS[name] for name in known_metrics(names)):
+        if metric.runs_code and not run_code:
+            raise RecipeError(
+                f"The metric '{metric.name}' runs the code that the model writes, which is off.",
+                fix="Read docs/running-code.md, then add --run-code (evaluation.run_code: true).",
+            )
+        if metric.attempts > attempts:
+            raise RecipeError(
+                f"The metric '{metric.name}' needs at least {metric.attempts} answers to each question.",
+                found=f"evaluation.attempts: {attempts}",
+                fix=f"Set --attempts {2 * metric.attempts}, or use pass_at_1.",
+            )
 
 
 def primary_metric(names: Sequence[str]) -> str | None:
@@ -179,6 +273,11 @@ def _has_reference(prompt: Prompt) -> bool:
 
 def _has_schema(prompt: Prompt) -> bool:
     return bool(prompt.checks.get("schema")) and bool(prompt.reference)
+
+
+def are_labels(prompts: Sequence[Prompt]) -> bool:
+    """Whether the references are few labels that occur often."""
+    return classification.are_labels([p.reference for p in prompts if p.reference])
 
 
 def _is_latin(prompt: Prompt) -> bool:
@@ -229,13 +328,96 @@ def _answer(
     fits: Callable[[Prompt], bool] = _always,
     flags: Callable[[Prompt, str, str], tuple[str, ...]] | None = None,
     higher_is_better: bool = True,
+    runs_code: bool = False,
 ) -> Metric:
-    return Metric(name, label, score, higher_is_better, unit, _about(score), fits, "answer", flags)
+    about = _about(score)
+    return Metric(
+        name, label, score, higher_is_better, unit, about, fits, "answer", flags, runs_code=runs_code
+    )
+
+
+def _of_labels(
+    name: str,
+    label: str,
+    *,
+    among: Callable[[Sequence[EvalRow]], Sequence[float | None]] = classification.is_right,
+    kind: Literal["answer", "labels"] = "answer",
+    unit: Unit = "share",
+    higher_is_better: bool = True,
+    tally: Callable[[Sequence[EvalRow]], Any] | None = None,
+    statistic: Callable[[Any], Any] | None = None,
+) -> Metric:
+    return Metric(
+        name,
+        label,
+        None,
+        higher_is_better,
+        unit,
+        _about(statistic or among),
+        classification.is_label,
+        kind,
+        among=among,
+        tally=tally,
+        statistic=statistic,
+        fits_all=are_labels,
+    )
+
+
+def _pass_at(k: int) -> Metric:
+    return Metric(
+        f"pass_at_{k}",
+        f"pass@{k}",
+        None,
+        True,
+        "share",
+        f"The chance that at least one of {k} answers to a question passes its tests, by the unbiased estimator "
+        "1 - C(n - c, k) / C(n, k) from n attempts of which c pass (HumanEval, arXiv 2107.03374). Needs "
+        f"`evaluation.attempts` of at least {k}, better twice as many, and `evaluation.run_code`.",
+        code.has_tests,
+        "answer",
+        among=code.pass_at(k),
+        needs=("pass_at_1",),
+        attempts=k,
+        runs_code=True,
+    )
 
 
 def _about(function: Callable[..., Any]) -> str:
     return inspect.cleandoc(function.__doc__ or "").replace("\n\n", " ").replace("\n", " ")
 
+
+LABEL_STATISTICS: tuple[tuple[str, str, Unit, Callable[[Any], Any]], ...] = (
+    ("balanced_accuracy", "balanced accuracy", "points", classification.balanced_accuracy),
+    ("macro_f1", "macro F1", "points", classification.macro_f1),
+    ("mcc", "Matthews correlation", "ratio", classification.mcc),
+)
+
+CONSTRAINTS: tuple[tuple[Score, str, Unit], ...] = (
+    (instructions.constraints, "constraints kept", "points"),
+    (instructions.constraints_loose, "constraints kept, loosely", "points"),
+    (instructions.all_constraints, "all constraints kept", "share"),
+    (instructions.all_constraints_loose, "all constraints kept, loosely", "share"),
+)
+AMONG: tuple[tuple[Callable[[Sequence[EvalRow]], Sequence[float | None]], str, Unit, bool], ...] = (
+    (conversation.ead, "different words, length-corrected", "points", True),
+    (conversation.self_bleu, "self-BLEU", "points", False),
+    (conversation.self_repetition, "phrases of other answers", "share", False),
+    (conversation.turn_coherence, "turn coherence", "points", True),
+)
+FLOW: tuple[tuple[Score, str, Callable[[Prompt], bool], bool], ...] = (
+    (conversation.refers_back, "refers back", conversation.has_earlier_turns, True),
+    (conversation.asks_back, "asks back as the reference does", _has_reference, True),
+    (conversation.role_leak, "speaks for others", _always, False),
+    (conversation.script_switch, "script switched", _has_reference, False),
+    (conversation.repeats_answer, "repeats the answer before", conversation.has_earlier_turns, False),
+)
+RATES = (
+    (completion.completed, "completed"),
+    (completion.answered, "answered"),
+    (completion.ended, "ended by itself"),
+    (completion.uncut, "not cut off"),
+    (completion.not_refused, "not refused"),
+)
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -258,6 +440,18 @@ METRICS: dict[str, Metric] = {
             fits=_has_schema,
             flags=_sql_flags,
         ),
+        _answer("ex_bag", "execution, columns in any order", ex_bag, "share", fits=_has_schema),
+        _answer("ex_set", "execution, rows as sets", ex_set, "share", fits=_has_schema),
+        _answer("sql_executes", "SQL executes", sql_executes, "share", fits=_has_schema),
+        _answer("sql_exact_match", "same query", sql_exact_match, "share", fits=_has_schema),
+        _answer(
+            "sql_vacuous",
+            "vacuous matches",
+            sql_vacuous,
+            "share",
+            fits=_has_schema,
+            higher_is_better=False,
+        ),
         _answer("exact_match", "exact match", exact_match, "share", fits=_has_reference),
         _answer("rougeL", "ROUGE-L", rougeL, "points", fits=_is_latin),
         _answer("rouge1", "ROUGE-1", rouge1, "points", fits=_is_latin),
@@ -266,7 +460,21 @@ METRICS: dict[str, Metric] = {
         _answer("bleu", "BLEU", bleu, "points", fits=_is_latin),
         _answer("bleu1", "BLEU-1", bleu1, "points", fits=_is_latin),
         _answer("bleu2", "BLEU-2", bleu2, "points", fits=_is_latin),
+        _answer("chrf", "chrF", texts.chrf, "points", fits=_has_reference),
+        _answer("token_f1", "token F1", texts.token_f1, "points", fits=_has_reference),
         _answer("syntax_validity", "valid syntax", tasks.syntax_validity, "share", fits=tasks.is_code),
+        _answer("code_exact_match", "same program", code.code_exact_match, "share", fits=tasks.is_code),
+        _answer(
+            "pass_at_1",
+            "pass@1",
+            code.pass_at_1,
+            "share",
+            fits=code.has_tests,
+            flags=code.flags,
+            runs_code=True,
+        ),
+        _pass_at(5),
+        _pass_at(10),
         _answer(
             "pattern_consistency",
             "pattern consistency",
@@ -275,7 +483,14 @@ METRICS: dict[str, Metric] = {
             fits=tasks.has_patterns,
         ),
         _answer("adherence", "demands met", tasks.adherence, "points", fits=tasks.is_demanding),
-        _answer("constraints", "limits kept", tasks.constraints, "points", fits=tasks.is_limited),
+        *(
+            _answer(score.__name__, label, score, unit, fits=instructions.is_constrained)
+            for score, label, unit in CONSTRAINTS
+        ),
+        *(
+            Metric(rate.__name__, label, None, True, "share", _about(rate), _always, "answer", among=rate)
+            for rate, label in RATES
+        ),
         _answer("length_match", "length match", tasks.length_match, "points", fits=_has_reference),
         _answer("repetition", "repetition", tasks.repetition, "points", higher_is_better=False),
         _answer("vocabulary_use", "vocabulary use", tasks.vocabulary_use, "points"),
@@ -289,7 +504,56 @@ METRICS: dict[str, Metric] = {
             _about(tasks.response_diversity),
             _always,
             "answer",
-            among=tasks.response_diversity,
+            among=lambda rows: tasks.response_diversity([row.output or "" for row in rows]),
+        ),
+        _answer(
+            "repeated_lines",
+            "repeated lines",
+            conversation.repeated_lines,
+            "points",
+            higher_is_better=False,
+        ),
+        *(
+            Metric(
+                function.__name__,
+                label,
+                None,
+                higher,
+                unit,
+                _about(function),
+                _always,
+                "answer",
+                among=function,
+            )
+            for function, label, unit, higher in AMONG
+        ),
+        *(
+            _answer(score.__name__, label, score, "share", fits=fits, higher_is_better=higher)
+            for score, label, fits, higher in FLOW
+        ),
+        _of_labels("label_accuracy", "label accuracy"),
+        *(
+            _of_labels(name, label, unit=unit, tally=classification.tally, statistic=statistic)
+            for name, label, unit, statistic in LABEL_STATISTICS
+        ),
+        _of_labels("label_ranking", "likeliest label is right", among=classification.ranked, kind="labels"),
+        _of_labels(
+            "brier",
+            "Brier score",
+            among=classification.brier,
+            kind="labels",
+            unit="ratio",
+            higher_is_better=False,
+        ),
+        _of_labels(
+            "calibration_error",
+            "calibration error",
+            among=classification.brier,
+            kind="labels",
+            unit="points",
+            higher_is_better=False,
+            tally=classification.calibration_tally,
+            statistic=classification.calibration_error,
         ),
         Metric(
             "preference_accuracy",
@@ -358,7 +622,22 @@ METRICS: dict[str, Metric] = {
             False,
             "ratio",
             "exp(sum of negative log-likelihoods / number of tokens) of the reference tokens, over all "
-            "labelled tokens (Jelinek et al. 1977); lower is better.",
+            "labelled tokens (Jelinek et al. 1977); lower is better. A text longer than the model's context is read in "
+            "windows that overlap by half, each token counted once.",
+            _always,
+            "likelihood",
+        ),
+        Metric(
+            "bits_per_byte",
+            "bits per byte",
+            None,
+            False,
+            "ratio",
+            "Sum of negative log-likelihoods of the reference tokens / (ln 2 x UTF-8 bytes of their text), over all "
+            "of them (bits_per_byte of lm-evaluation-harness; arXiv 2101.00027, section 3.1); lower is better. Unlike "
+            "perplexity it can be compared between models with tokenizers of their own. Long texts are read in "
+            "windows as for perplexity; what a model could not read whole is not scored. A text's very first token, "
+            "where none stands before it, has no likelihood and adds its bytes only.",
             _always,
             "likelihood",
         ),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import RunError
+from tunesmith.evaluation.classification import UNPARSED, Classification, classification
 from tunesmith.evaluation.compare import Comparison, difference_shown, remarks, sentence, shown, table
 from tunesmith.evaluation.metrics import METRICS, Metric
 from tunesmith.evaluation.rows import EvalRow, read_rows
@@ -29,6 +30,8 @@ FILES = {
     "evaluation/rows.jsonl": "every answer of both models, with scores",
     "evaluation/scores.json": "scores of each model with intervals",
     "evaluation/comparison.json": "base against tuned",
+    "evaluation/general.jsonl": "how likely base and tuned model find general texts",
+    "evaluation/forgetting.json": "what was learned and what was forgotten",
     "evaluation/stages.jsonl": "every answer of the models that the base was fine-tuned from",
     "evaluation/stages.json": "the scores of every stage",
     "final_model": "weights or adapter, tokenizer, template, model card",
@@ -67,9 +70,10 @@ def write_report(run_dir: Path) -> Path:
         scores=_json(run, "evaluation/scores.json", problems),
         stages=_stages(run, problems),
         answers=_answers(rows, METRICS[primary.metric] if primary else None),
+        labels=_labels(rows),
         answers_open=ANSWERS_OPEN,
         drawn=_drawn(events),
-        figures=_figures(compared, events, ledger),
+        figures=[*_figures(compared, events, ledger), *_learned_and_forgotten(run, problems)],
         # `<` would let data end the script element that carries it; as an escape it is the same JSON.
         as_json=lambda value: Markup(json.dumps(value).replace("<", "\\u003c")),
         plotly=Markup(get_plotlyjs()),
@@ -284,7 +288,7 @@ def _figures(
                 [c],
                 ("ratio",),
                 f"Difference in {METRICS[c.metric].label}",
-                "tuned minus base; lower is better",
+                f"tuned minus base; {'higher' if METRICS[c.metric].higher_is_better else 'lower'} is better",
                 1,
             )
             for c in compared
@@ -464,3 +468,56 @@ def _curves(
         "showlegend": len(traces) > 1,
     }
     return _figure(title, caption, traces, layout)
+
+
+def _labels(rows: Sequence[EvalRow]) -> list[tuple[str, Classification, list[str]]]:
+    """By model, of a classification: name, confusion matrix, and the heads of its columns."""
+    found = []
+    for name in dict.fromkeys(row.model for row in rows):
+        if made := classification([row for row in rows if row.model == name]):
+            found.append((name, made, [*made.labels, UNPARSED]))
+    return found
+
+
+def _learned_and_forgotten(run: Run, problems: list[str]) -> list[dict[str, Any]]:
+    """The learning-forgetting plot: what was gained on the held-out examples against what was lost elsewhere."""
+    if not (run.path / "evaluation/forgetting.json").is_file():
+        return []
+    found = _json(run, "evaluation/forgetting.json", problems) or {}
+    general, domain = found.get("general"), found.get("domain")
+    if not general or not domain:
+        return []
+    # Gains to the right, losses upward: fewer bits per byte are better, so the gain is the difference turned round.
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "markers+text",
+            "x": [0.0, -domain["difference"]],
+            "y": [0.0, general["difference"]],
+            "text": ["base", "tuned"],
+            "textposition": ["top right", "top left"],
+            "cliponaxis": False,
+            "error_x": {
+                "type": "data",
+                "symmetric": False,
+                "array": [0.0, domain["difference"] - domain["low"]],
+                "arrayminus": [0.0, domain["high"] - domain["difference"]],
+            },
+            "error_y": {
+                "type": "data",
+                "symmetric": False,
+                "array": [0.0, general["high"] - general["difference"]],
+                "arrayminus": [0.0, general["difference"] - general["low"]],
+            },
+            "role": "tuned",
+        }
+    ]
+    layout = {
+        "xaxis": {
+            "title": {"text": "learned: bits per byte saved on held-out examples"},
+            "rangemode": "tozero",
+        },
+        "yaxis": {"title": {"text": "forgotten: bits per byte more"}, "rangemode": "tozero"},
+        "showlegend": False,
+    }
+    return [_figure("Learned and forgotten", str(found.get("sentence", "")), traces, layout)]

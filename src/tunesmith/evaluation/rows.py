@@ -57,6 +57,12 @@ class EvalRow:
     """What it gives the worse one."""
     rejected: str | None = None
     """The worse answer, where a score was given."""
+    num_bytes: int | None = None
+    """UTF-8 bytes of the text behind `nll`, special tokens excepted; None where a part of it was left out."""
+    windows: int = 1
+    """Windows of the context length in which the likelihood was taken; more than one of long texts only."""
+    label_probs: dict[str, float] = field(default_factory=dict)
+    """By label: the probability that the model gives it as the whole answer, over all labels of the set."""
 
 
 def write_rows(path: str | Path, rows: Iterable[EvalRow]) -> Path:

@@ -1,7 +1,7 @@
 """Whether a predicted SQL query gives the same rows as the reference, found by running both, safely.
 
 Each query runs on its own SQLite database in memory that is then locked: an authorizer lets only reading
-through, one statement, a deadline, a cap on rows and on the size of values.
+through, one statement, a deadline, a cap on rows, on columns and on the size of values and of all rows.
 """
 
 from __future__ import annotations
@@ -11,12 +11,20 @@ import re
 import sqlite3
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 MAX_SECONDS = 1.0
 MAX_ROWS = 10_000
+MAX_BYTES = 50_000_000
+"""Of all texts and blobs among a query's rows."""
+MAX_VALUE = 100_000
+"""Of one text or blob that a query makes, in bytes; more where the rows of the set itself need it."""
+MAX_COLUMNS = 500
+MAX_TRIES = 2000
+"""Orders of columns that are tried; tables of many equal columns would have too many."""
 SYNTHETIC_DATABASES = 3
 SYNTHETIC_ROWS = 30
 WORDS = ("amber", "birch", "coral", "delta", "ember", "fjord", "grove", "haven")
@@ -47,6 +55,10 @@ class SQLResult:
     """Whether the reference gave no rows on any database, so that a match says little."""
     error: str | None
     """What stopped the predicted query, in SQLite's words."""
+    match_any_columns: bool = False
+    """Whether the rows match with the columns in some order."""
+    match_as_sets: bool = False
+    """Whether the same rows occur in both, however often and in whatever order."""
 
 
 class BrokenReference(Exception):
@@ -72,13 +84,15 @@ def execution_match(
 
     Where `setup` is empty, or the reference finds no rows in it, three databases are filled with seeded
     synthetic rows of the columns' types, among them the values that the reference asks for; a match must
-    hold on all of them. Raises BrokenReference where schema, setup or reference do not run.
+    hold on all of them. Two laxer comparisons are made along with it, as the two benchmarks make them: columns
+    in any order (Spider), and rows as sets (BIRD). Raises BrokenReference where schema, setup or reference do not run.
     """
     ordered = is_ordered(gold)
     databases: list[int | None] = [None] if setup.strip() else []
     synthetic = [seed + number for number in range(SYNTHETIC_DATABASES)]
     databases += synthetic if not databases else []
     vacuous = True
+    exact = any_columns = as_sets = True
     for position, filling in enumerate(databases):
         with _closing(_built(schema, setup, gold, filling, seconds)) as connection:
             expected = _expected(connection, gold, seconds, max_rows)
@@ -90,9 +104,109 @@ def execution_match(
                 found = _rows(connection, predicted, seconds, max_rows)
             except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
                 return SQLResult(False, False, vacuous, str(error))
-            if not (found == expected if ordered else Counter(found) == Counter(expected)):
-                return SQLResult(False, True, vacuous, None)
-    return SQLResult(True, True, vacuous, None)
+            exact = exact and _same(found, expected, ordered)
+            any_columns = any_columns and (exact or _same_any_columns(found, expected, ordered))
+            as_sets = as_sets and set(found) == set(expected)
+            if not any_columns and not as_sets:
+                break
+    return SQLResult(exact, True, vacuous, None, any_columns, as_sets)
+
+
+Rows = Sequence[tuple[Any, ...]]
+
+
+def _same(found: Rows, expected: Rows, ordered: bool) -> bool:
+    return found == expected if ordered else Counter(found) == Counter(expected)
+
+
+def _same_any_columns(found: Rows, expected: Rows, ordered: bool) -> bool:
+    """Whether some order of the columns makes the rows the same; only columns of equal values are tried."""
+    if len(found) != len(expected):
+        return False
+    if not found:
+        return True
+    have, want = ([Counter(column) for column in zip(*rows, strict=True)] for rows in (found, expected))
+    if len(have) != len(want):
+        return False
+    tries = 0
+
+    def fits(order: tuple[int, ...]) -> bool:
+        nonlocal tries
+        tries += 1
+        if tries > MAX_TRIES:
+            return False
+        place = len(order)
+        if order and not _same(
+            [tuple(row[n] for n in order) for row in found], [row[:place] for row in expected], ordered
+        ):
+            return False
+        if place == len(want):
+            return True
+        return any(fits((*order, n)) for n in range(len(have)) if n not in order and have[n] == want[place])
+
+    return fits(())
+
+
+def canonical(query: str) -> str:
+    """A query in one form of many: lower case names, no needless aliases and qualifiers, conditions sorted.
+
+    Values, DISTINCT and the order of columns count. Raises ValueError for what is no single query of SQLite.
+    """
+    import sqlglot
+    from sqlglot import exp
+    from sqlglot.errors import SqlglotError
+
+    try:
+        [tree] = sqlglot.parse(query, read="sqlite")
+    except (SqlglotError, RecursionError, ValueError) as error:
+        raise ValueError(f"not one query: {error}") from None
+    if not isinstance(tree, exp.Query):
+        raise ValueError("not a query")
+    for name in tree.find_all(exp.Identifier):
+        name.set("this", str(name.this).lower())
+        name.set("quoted", False)
+    tables = list(tree.find_all(exp.Table))
+    times = Counter(table.name for table in tables)
+    for table in tables:
+        if table.alias and times[table.name] == 1:
+            for column in tree.find_all(exp.Column):
+                if column.table == table.alias:
+                    column.set("table", exp.to_identifier(table.name))
+            table.set("alias", None)
+    if len(tables) == 1:
+        for column in tree.find_all(exp.Column):
+            column.set("table", None)
+    used = {column.name for column in tree.find_all(exp.Column) if not column.table}
+    for select in tree.find_all(exp.Select):
+        shown = [
+            part.this if isinstance(part, exp.Alias) and select is tree and part.alias not in used else part
+            for part in select.expressions
+        ]
+        select.set("expressions", shown)
+    return str(_sorted(tree).sql(dialect="sqlite", comments=False))
+
+
+def _sorted(tree: Any) -> Any:
+    """The tree with the parts of every AND and OR, and the sides of every =, in the order of their texts."""
+    from sqlglot import exp
+
+    def text(part: Any) -> str:
+        return str(part.sql(dialect="sqlite", comments=False))
+
+    def mended(node: Any) -> Any:
+        kind = type(node)
+        if isinstance(node, exp.And | exp.Or) and not isinstance(node.parent, kind):
+            parts = sorted((part.transform(mended) for part in node.flatten()), key=text)
+            found = parts[0]
+            for part in parts[1:]:
+                found = kind(this=found, expression=part)
+            return found
+        if isinstance(node, exp.EQ | exp.NEQ):
+            left, right = sorted((node.left, node.right), key=text)
+            return kind(this=left.copy(), expression=right.copy())
+        return node
+
+    return tree.transform(mended)
 
 
 def is_ordered(query: str) -> bool:
@@ -120,7 +234,13 @@ def _built(schema: str, setup: str, gold: str, filling: int | None, seconds: flo
         connection.set_authorizer(None)
         if filling is not None:
             _fill(connection, schema, gold, filling)
+        # What is sorted or gathered on the way goes to a file, which the deadline bounds, not into memory.
+        connection.execute("PRAGMA temp_store = FILE")
         connection.execute("PRAGMA query_only = ON")
+        connection.setlimit(
+            sqlite3.SQLITE_LIMIT_LENGTH, min(1_000_000, max(MAX_VALUE, len(schema), len(setup)))
+        )
+        connection.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, MAX_COLUMNS)
         _only(connection, READING, seconds)
     except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
         connection.close()
@@ -159,9 +279,15 @@ def _rows(connection: sqlite3.Connection, query: str, seconds: float, max_rows: 
     cursor = connection.execute(query)
     if cursor.description is None:
         raise ValueError("not a query")
-    rows = cursor.fetchmany(max_rows + 1)
-    if len(rows) > max_rows:
-        raise ValueError(f"more than {max_rows} rows")
+    rows: list[tuple[Any, ...]] = []
+    size = 0
+    for row in cursor:
+        size += sum(len(value) for value in row if isinstance(value, str | bytes))
+        if size > MAX_BYTES:
+            raise ValueError(f"rows of more than {MAX_BYTES:,} bytes")
+        if len(rows) == max_rows:
+            raise ValueError(f"more than {max_rows} rows")
+        rows.append(row)
     return [tuple(round(v, 6) if isinstance(v, float) else v for v in row) for row in rows]
 
 

@@ -12,9 +12,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from tunesmith.data.examples import Prompt
+from tunesmith.evaluation import code as code_room
+from tunesmith.evaluation.instructions import has_word, num_items, num_sentences
 
 Tokens = Sequence[Hashable]
 Language = Literal["json", "sql", "python"]
@@ -75,7 +77,9 @@ SQL_BEGINS = re.compile(r"(?i)\s*(select|with|insert|update|delete|create|alter|
 
 
 def is_valid(code: str, language: Language) -> bool:
-    """Whether code parses: by Python's own parser, by json, by sqlglot."""
+    """Whether code parses: by Python's own compiler, by json, by sqlglot."""
+    if language == "python":
+        return code_room.is_valid_python(code)
     if language == "sql":
         import sqlglot
 
@@ -84,8 +88,8 @@ def is_valid(code: str, language: Language) -> bool:
         except sqlglot.errors.SqlglotError:
             return False
     try:
-        (json.loads if language == "json" else ast.parse)(code)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        json.loads(code)
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -144,18 +148,6 @@ def _number(match: re.Match[str], count: int) -> bool:
     return count > wanted if bound == "more than" else count == wanted
 
 
-def _num_sentences(text: str) -> int:
-    return len([part for part in re.split(r"[.!?…。！？]+(?:\s|$)", text) if part.strip()])
-
-
-def _num_items(text: str) -> int:
-    return len(re.findall(r"(?m)^\s*(?:[-*•]|\d+[.)])\s", text))
-
-
-def _has(word: str, text: str) -> bool:
-    return bool(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
-
-
 def _demand(about: str, asked: str, is_met: Callable[[re.Match[str], str], bool]) -> Demand:
     return Demand(about, re.compile(asked, re.IGNORECASE), is_met)
 
@@ -169,12 +161,12 @@ DEMANDS = (
     _demand(
         "a number of sentences",
         rf"\b(?:in|with|using|of) {HOW_MANY}sentences?\b{NO_RANGE}",
-        lambda m, text: _number(m, _num_sentences(text)),
+        lambda m, text: _number(m, num_sentences(text)),
     ),
     _demand(
         "a number of list items",
         rf"{HOW_MANY}(?:bullet points?|bullets|(?:bulleted |numbered )?list items|numbered (?:items|steps|points))\b",
-        lambda m, text: _number(m, _num_items(text)),
+        lambda m, text: _number(m, num_items(text)),
     ),
     _demand(
         "JSON",
@@ -206,12 +198,12 @@ DEMANDS = (
         "a word that is to be there",
         rf"(?<!not )(?<!n't )(?<!never )(?<!ever )(?<!even )\b(?:include|mention|contain|use)"
         rf" the (?:word|phrase|keyword|term) {QUOTED}",
-        lambda m, text: _has(m.group(1), text),
+        lambda m, text: has_word(m.group(1), text),
     ),
     _demand(
         "a word that is not to be there",
         rf"{NEVER} (?:the (?:word|phrase|keyword|term) )?{QUOTED}",
-        lambda m, text: not _has(m.group(1), text),
+        lambda m, text: not has_word(m.group(1), text),
     ),
     _demand(
         "yes or no",
@@ -244,45 +236,6 @@ def adherence(prompt: Prompt, completion: str, reference: str) -> float:
     if not met:
         raise ValueError("the question has no demand that a program can check")
     return sum(met) / len(met) if completion.strip() else 0.0
-
-
-LIMITS: dict[str, Callable[[Any, str], bool]] = {
-    "max_words": lambda limit, text: len(text.split()) <= int(limit),
-    "min_words": lambda limit, text: len(text.split()) >= int(limit),
-    "contains": lambda wanted, text: all(_has(word, text) for word in _several(wanted)),
-    "forbids": lambda unwanted, text: not any(_has(word, text) for word in _several(unwanted)),
-    "starts_with": lambda starts, text: any(
-        text.strip().lower().startswith(start.lower()) for start in _several(starts)
-    ),
-    "ends_with": lambda ends, text: any(text.strip().lower().endswith(end.lower()) for end in _several(ends)),
-}
-"""Columns of a row that limit its answer, and how each is checked; words count as whole words, in any case."""
-
-
-def _several(words: Any) -> list[str]:
-    return [str(word) for word in words] if isinstance(words, list | tuple) else [str(words)]
-
-
-def limits(prompt: Prompt) -> dict[str, Any]:
-    """The limits that a row sets to its answer."""
-    return {name: prompt.checks[name] for name in LIMITS if prompt.checks.get(name) is not None}
-
-
-def constraints(prompt: Prompt, completion: str, reference: str) -> float:
-    """Limits of the row that the answer keeps / limits that the row sets.
-
-    Columns of the row: `max_words`, `min_words`; `contains` and `forbids`, a word or a list of them; `starts_with`
-    and `ends_with`, a text or a list of which any will do. An empty answer keeps none.
-    """
-    given = limits(prompt)
-    if not given or not completion.strip():
-        return 0.0
-    return sum(LIMITS[name](limit, completion) for name, limit in given.items()) / len(given)
-
-
-def is_limited(prompt: Prompt) -> bool:
-    """Whether the row sets its answer a limit."""
-    return bool(limits(prompt))
 
 
 def vocabulary_use(prompt: Prompt, completion: str, reference: str) -> float:
@@ -320,11 +273,15 @@ def pattern_consistency(prompt: Prompt, completion: str, reference: str) -> floa
 
 
 def syntax_validity(prompt: Prompt, completion: str, reference: str) -> float:
-    """1 where the answer parses in the language of the reference: JSON, SQL or Python; 0 for an empty one.
+    """1 where the answer parses in the language of the reference; 0 for an empty one.
 
-    Parsed, never run: by json, sqlglot and Python's `ast`. An answer in a Markdown code fence counts as the
-    code in it.
+    JSON by json, SQL by sqlglot, Python by `compile`, which runs nothing; JavaScript, Java, Go, Rust and C++ by
+    tree-sitter (`tunesmith[code]`), laxer than a compiler, where a column `language` or a code fence names them. An
+    answer in a Markdown code fence counts as the code in it.
     """
+    named = code_room.named_language(prompt)
+    if named and code_room.has_grammar(named):
+        return float(code_room.parses(code_of(completion), named))
     language = language_of(code_of(reference))
     code = code_of(completion)
     return float(language is not None and bool(code) and is_valid(code, language))
@@ -353,6 +310,9 @@ def is_demanding(prompt: Prompt) -> bool:
 
 def is_code(prompt: Prompt) -> bool:
     """Whether the reference is code in a language that can be parsed here."""
+    named = code_room.named_language(prompt)
+    if named in code_room.GRAMMARS:
+        return code_room.has_grammar(named)
     return language_of(code_of(prompt.reference)) is not None
 
 

@@ -305,7 +305,7 @@ def _fits(name: str, prompt: Prompt) -> bool:
 def _metric(section: MetricReward, prompts: Sequence[Prompt]) -> Reward:
     from tunesmith.evaluation.metrics import METRICS
 
-    scorable = {name: metric for name, metric in METRICS.items() if metric.score}
+    scorable = {name: metric for name, metric in METRICS.items() if metric.score and not metric.runs_code}
     if section.name not in METRICS:
         raise RecipeError(f"There is no metric '{section.name}'.", fix=nearest(section.name, scorable))
     metric = METRICS[section.name]
@@ -314,6 +314,12 @@ def _metric(section: MetricReward, prompts: Sequence[Prompt]) -> Reward:
         raise RecipeError(
             f"The metric '{section.name}' cannot be a reward: it does not score one answer by itself.",
             fix=f"Those that do: {', '.join(scorable)}.",
+        )
+    if metric.runs_code:
+        raise RecipeError(
+            f"The metric '{section.name}' cannot be a reward: it runs the code that the model writes, which only "
+            "evaluation does.",
+            fix=f"Those that can be: {', '.join(scorable)}.",
         )
     unfit = [prompt.row for prompt in prompts if not metric.fits(prompt)]
     if unfit:

@@ -9,6 +9,7 @@ print(result.primary.verdict)
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -82,11 +83,20 @@ class Result:
     """The questions that `evaluate` and `compare` asked."""
     saved: Path | None = None
     """Folder of the rows and the result of `compare`."""
+    models: tuple[str, ...] = ()
+    """The names of all models of a comparison, the baseline first."""
 
     @property
     def primary(self) -> Comparison | None:
-        """The comparison that the verdict rests on."""
-        return next((c for c in self.comparisons if c.primary), None)
+        """The comparison that the verdict rests on; None where more than two models were compared."""
+        found = [c for c in self.comparisons if c.primary]
+        return found[0] if len(found) == 1 else None
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """The verdict on each challenger, on the primary metric."""
+        names = dict(zip(("base", "tuned"), self.sides or (), strict=False))
+        return {names.get(c.model, c.model): c.verdict for c in self.comparisons if c.primary}
 
     def as_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it: the primary comparison's fields first."""
@@ -97,6 +107,8 @@ class Result:
             **({"a": self.sides[0], "b": self.sides[1]} if self.sides else {}),
             **({"measured_on": asdict(self.measured_on)} if self.measured_on else {}),
             **({"saved": str(self.saved)} if self.saved else {}),
+            **({"models": list(self.models)} if self.models else {}),
+            **({"verdicts": self.verdicts} if self.models else {}),
             "seconds": round(self.seconds, 1),
             "run": str(self.run) if self.run else None,
             "report": str(self.report) if self.report else None,
@@ -347,17 +359,21 @@ def evaluate(
 def compare(
     a: str | Path,
     b: str | Path,
-    *,
+    *more: str | Path,
+    baseline: str | Path | None = None,
     dataset: str | None = None,
     metrics: Sequence[str] | None = None,
+    primary: str | None = None,
     settings: Mapping[str, Any] | None = None,
     watch: Watch = _unwatched,
 ) -> Result:
-    """Whether run or model B is better than A on the same held-out examples.
+    """Whether each run or model is better than the first one on the same held-out examples.
 
-    The examples are chosen as by `evaluate`, from the first of the two that is a run, without those that
-    either was trained or validated on. Both are answered now, along one code path; A stands as `base` and B
-    as `tuned` in the result. Rows and comparison are written to `comparisons/<a>_vs_<b>` beside the runs.
+    The examples are chosen as by `evaluate`, from the first of the models that is a run, without those that
+    any of them was trained or validated on. All are answered now, along one code path. Every model is set against
+    `a`, or against the one that `baseline` names. Of two, the baseline stands as `base` and the other as `tuned` in
+    the result. `primary` declares the metric on which the verdict rests, by default the first that scores answers.
+    Rows and comparison are written to `comparisons/<a>_vs_<b>` beside the runs.
     """
     launch.require_one_process()
     quiet_libraries()
@@ -365,29 +381,36 @@ def compare(
     from tunesmith.evaluation import compare as comparing
 
     started = time.perf_counter()
-    run, questions = _questions([a, b], dataset, metrics, settings, watch)
-    sides = _side_names(a, b)
-    rows_a, chosen, longer_a = _answers(a, questions, name="base", watch=_renamed(watch, "base", sides[0]))
-    rows_b, _, longer_b = _answers(b, questions, name="tuned", watch=_renamed(watch, "tuned", sides[1]))
-    questions = questions.with_longer({sides[0]: longer_a, sides[1]: longer_b})
+    models = _baseline_first([a, b, *more], baseline)
+    run, questions = _questions(models, dataset, metrics, settings, watch)
+    names = _side_names(*models)
+    stand_ins = ("base", "tuned") if len(models) == 2 else names
+    watch(_findable(questions))
+    found, longer, chosen = [], {}, list[str]()
+    for model, name, stand_in in zip(models, names, stand_ins, strict=True):
+        rows, fitting, longer[name] = _answers(
+            model, questions, name=stand_in, primary=primary, watch=_renamed(watch, stand_in, name)
+        )
+        chosen = chosen or fitting
+        found.append(rows)
+    questions = questions.with_longer(longer)
     section = questions.recipe.evaluation
-    compared = comparing.compare(
-        rows_a,
-        rows_b,
+    compared = comparing.compare_all(
+        list(zip(names, found, strict=True)),
         metrics=chosen,
         resamples=section.resamples,
         confidence=section.confidence,
-        names=sides,
-        apart=_apart(a, b, questions.recipe),
+        primary=primary,
+        apart=[_apart(models[0], other, questions.recipe) for other in models[1:]],
     )
-    name = "_vs_".join(re.sub(r"[^\w.-]+", "-", side) for side in sides)
-    if dataset:
-        name += f"_on_{dataset_name(dataset)}"
-    place = (run.path.parent if run else Path()) / "comparisons" / name
-    evaluation.write_rows(place / "rows.jsonl", [*rows_a, *rows_b])
+    if len(models) == 2:
+        compared = [replace(c, model="tuned", against="base") for c in compared]
+    place = (run.path.parent if run else Path()) / "comparisons" / _comparison_name(names, dataset)
+    evaluation.write_rows(place / "rows.jsonl", itertools.chain.from_iterable(found))
     kept = {
-        "a": str(a),
-        "b": str(b),
+        "a": str(models[0]),
+        "b": str(models[1]),
+        "models": dict(zip(names, map(str, models), strict=True)),
         "measured_on": asdict(questions.measured_on),
         "comparisons": [asdict(c) for c in compared],
     }
@@ -396,10 +419,51 @@ def compare(
         run=run.path if run else None,
         comparisons=tuple(compared),
         seconds=time.perf_counter() - started,
-        sides=sides,
+        sides=(names[0], names[1]) if len(models) == 2 else None,
         measured_on=questions.measured_on,
         saved=place,
+        models=names,
     )
+
+
+def _baseline_first(models: Sequence[str | Path], baseline: str | Path | None) -> list[str | Path]:
+    """The models, the baseline before the others. Raises TunesmithError for one that is not among them."""
+    if baseline is None:
+        return list(models)
+    names = _side_names(*models)
+    for place, (model, name) in enumerate(zip(models, names, strict=True)):
+        if str(baseline) in (str(model), name):
+            return [models[place], *models[:place], *models[place + 1 :]]
+    raise TunesmithError(
+        f"The baseline {baseline} is not among the models.",
+        found=", ".join(map(str, models)),
+        fix=nearest(str(baseline), [str(model) for model in models]),
+    )
+
+
+def _findable(questions: _Questions) -> dict[str, Any]:
+    """What a comparison on these questions could find, as an event, before any answer is paid for."""
+    from tunesmith.evaluation.power import expected
+
+    section = questions.recipe.evaluation
+    most = section.max_items or len(questions.examples)
+    items = min(len(questions.examples), most)
+    groups = len({n if e.group is None else e.group for n, e in enumerate(questions.examples)})
+    could = expected(items, min(groups, items), confidence=section.confidence)
+    return {
+        "kind": "decision",
+        "name": "smallest difference to be found",
+        "value": could.value if could else "none",
+        "reason": could.reason if could else "one question or group cannot show any",
+    }
+
+
+def _comparison_name(names: Sequence[str], dataset: str | None) -> str:
+    """The folder of a comparison; of very many models a name that a file system takes."""
+    name = "_vs_".join(re.sub(r"[^\w.-]+", "-", side) for side in names)
+    if len(name) > 150:
+        name = f"{name[:120]}_and_others_{hashlib.blake2b(name.encode(), digest_size=6).hexdigest()}"
+    return f"{name}_on_{dataset_name(dataset)}" if dataset else name
 
 
 def _apart(a: str | Path, b: str | Path, recipe: Recipe) -> str:
@@ -418,10 +482,16 @@ def _apart(a: str | Path, b: str | Path, recipe: Recipe) -> str:
     return "another chat template around the question"
 
 
-def _side_names(a: str | Path, b: str | Path) -> tuple[str, str]:
-    """What the two sides of a comparison are called: their folders' names, where these differ."""
-    short = (Path(str(a)).name, Path(str(b)).name)
-    return short if short[0] != short[1] and all(short) else (str(a), str(b))
+def _side_names(*models: str | Path) -> tuple[str, ...]:
+    """What the models of a comparison are called: their folders' names, where these differ."""
+    short = tuple(Path(str(model)).name for model in models)
+    whole = tuple(map(str, models))
+    names = short if len(set(short)) == len(short) and all(short) else whole
+    if len(models) > 2 and len(set(names)) < len(names):
+        raise TunesmithError(
+            "A model is named twice.", found=", ".join(whole), fix="Name each model of a comparison once."
+        )
+    return names
 
 
 def _renamed(watch: Watch, before: str, after: str) -> Watch:
@@ -544,7 +614,7 @@ def _same_place(a: str, b: str) -> bool:
 
 
 def _answers(
-    model: str | Path, questions: _Questions, *, name: str, watch: Watch
+    model: str | Path, questions: _Questions, *, name: str, primary: str | None = None, watch: Watch
 ) -> tuple[list[EvalRow], list[str], str | None]:
     """A model's rows, the metrics, and what is to be said of questions longer than it was trained to read."""
     from tunesmith import dataflow, evaluation, models
@@ -579,6 +649,8 @@ def _answers(
         watch({"kind": "warning", "message": f"{model}: {longer}"})
     device = planning.device()
     chosen = dataflow.metrics(settings, items)
+    if primary and primary not in chosen:
+        chosen = evaluation.known_metrics([primary, *chosen])
     rows = evaluation.answers(
         settings.model,
         settings.evaluation,

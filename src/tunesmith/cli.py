@@ -507,13 +507,24 @@ def evaluate_verb(
     return {**result.as_dict(), "rows": str(result.run)}, _scores_text(result)
 
 
-@app.command("compare", help="Whether B is better than A on the same held-out examples, with an interval.")
+COMPARE_HELP = """Whether each model is better than the first on the same held-out examples, with an interval.
+
+`tunesmith compare tiny fine_tuned_models/support`
+
+`tunesmith compare tiny runs/a runs/b runs/c --metrics exact_match,rougeL`"""
+
+
+@app.command("compare", help=COMPARE_HELP)
 @verb
 @recipe_options(only=EVALUATION_FLAGS)
 def compare_verb(
     a: Annotated[str, typer.Argument(help="The base: a run, a model folder, a Hub id, or `tiny`.")],
-    b: Annotated[str, typer.Argument(help="The challenger.")],
+    b: Annotated[list[str], typer.Argument(metavar="B [C ...]", help="The challengers, one or more.")],
     *,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Set all others against this one instead of the first."),
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -523,6 +534,13 @@ def compare_verb(
     metrics: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")
     ] = None,
+    primary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The metric that the verdict rests on; by default the first that scores answers.",
+        ),
+    ] = None,
     flags: dict[str, Any],
     quiet: bool,
 ) -> Any:
@@ -530,7 +548,16 @@ def compare_verb(
     from tunesmith import api
 
     with Display(quiet=quiet) as display:
-        result = api.compare(a, b, dataset=dataset, metrics=_names(metrics), settings=flags, watch=display)
+        result = api.compare(
+            a,
+            *b,
+            baseline=baseline,
+            dataset=dataset,
+            metrics=_names(metrics),
+            primary=primary,
+            settings=flags,
+            watch=display,
+        )
     return result.as_dict(), _result_text(result)
 
 
@@ -953,22 +980,27 @@ def _result_text(result: Result) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from tunesmith.evaluation.compare import remarks, sentence, table
+    from tunesmith.evaluation.compare import remarks, sentence, table, table_of_many
 
     parts: list[Any] = []
     if result.comparisons:
-        header, *lines = table(list(result.comparisons), result.sides or ("base", "tuned"))
+        names, of_many = result.sides or ("base", "tuned"), len(result.models) > 2
+        compared = list(result.comparisons)
+        header, *lines = table_of_many(compared) if of_many else table(compared, names)
         scores = _table(*header)
         for line in lines:
             scores.add_row(*(_escaped(cell) for cell in line))
         primary = result.primary
+        for c in (c for c in compared if c.primary and of_many):
+            style = {"better": "bold green", "worse": "bold red"}.get(c.verdict, "bold yellow")
+            parts += [Text(f"{c.model} against {c.against}", style="bold"), Text(sentence(c), style=style)]
         if primary:
             if result.sides:
                 parts.append(Text(f"{result.sides[1]} against {result.sides[0]}", style="bold"))
             style = {"better": "bold green", "worse": "bold red"}.get(primary.verdict, "bold yellow")
             parts += [Text(sentence(primary), style=style)]
             parts += [*(Text(remark, style="yellow") for remark in primary.remarks), ""]
-        parts += [scores]
+        parts += ([""] if of_many else []) + [scores]
         told = primary.remarks if primary else ()
         parts += [*(Text(said, style="dim") for said in remarks(result.comparisons) if said not in told), ""]
     for sample in result.samples:

@@ -96,6 +96,7 @@ def _held_out(recipe: Recipe, asked: Asked) -> planning.HeldOut:
         groups=len(groups),
         share=recipe.data.held_out,
         max_items=recipe.evaluation.max_items,
+        confidence=recipe.evaluation.confidence,
     )
 
 

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from tunesmith.data.validation import Report
     from tunesmith.evaluation import EvalRow
     from tunesmith.evaluation.compare import Comparison
+    from tunesmith.evaluation.leakage import Leakage
     from tunesmith.evaluation.unseen import MeasuredOn
     from tunesmith.export.merge import Merged
     from tunesmith.models import Kind
@@ -85,6 +86,8 @@ class Result:
     """Folder of the rows and the result of `compare`."""
     models: tuple[str, ...] = ()
     """The names of all models of a comparison, the baseline first."""
+    leakage: Mapping[str, Any] | None = None
+    """What of the questions stands in the training data of the runs behind the models; None where none is known."""
 
     @property
     def primary(self) -> Comparison | None:
@@ -107,6 +110,7 @@ class Result:
             **({"a": self.sides[0], "b": self.sides[1]} if self.sides else {}),
             **({"measured_on": asdict(self.measured_on)} if self.measured_on else {}),
             **({"saved": str(self.saved)} if self.saved else {}),
+            **({"leakage": dict(self.leakage)} if self.leakage else {}),
             **({"models": list(self.models)} if self.models else {}),
             **({"verdicts": self.verdicts} if self.models else {}),
             "seconds": round(self.seconds, 1),
@@ -149,9 +153,13 @@ def plan(recipe: Recipe) -> tuple[Plan, Mapping[str, Any]]:
     Refuses what `train` refuses.
     """
     _check_before_training(recipe)
-    results = _driver().execute(["plan", "encodings"], inputs=_inputs(recipe))
-    ledger = results["encodings"].ledger
-    return results["plan"], {"rows": ledger.counts(), "dropped": ledger.reasons()}
+    from tunesmith.evaluation import leakage
+
+    results = _driver().execute(["plan", "encodings", "leakage"], inputs=_inputs(recipe))
+    ledger, found = results["encodings"].ledger, results["leakage"]
+    planned = replace(results["plan"], decisions=(*results["plan"].decisions, leakage.decision(found)))
+    leaked = {"sentence": found.sentence(), "leaked": len(found.leaked), "review": len(found.review)}
+    return planned, {"rows": ledger.counts(), "dropped": ledger.reasons(), "leakage": leaked}
 
 
 def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list[EvalRow]]:
@@ -347,12 +355,18 @@ def evaluate(
     if (bias := evaluation.length_bias(rows)) and bias.is_strong:
         watch({"kind": "warning", "message": bias.sentence("the model")})
     write_whole(place / "scores.json", json.dumps(kept, indent=1))
+    leaked = _leak_facts(questions, {"model": rows}, chosen, None)
+    if leaked:
+        write_whole(place / "leakage.json", json.dumps(leaked, indent=1, ensure_ascii=False))
+    if leaked and leaked["leaked"]:
+        watch({"kind": "warning", "message": leaked["remark"]})
     return Result(
         run=place,
         comparisons=(),
         seconds=time.perf_counter() - started,
         scores=scores,
         measured_on=questions.measured_on,
+        leakage=_short_leakage(leaked),
     )
 
 
@@ -414,6 +428,11 @@ def compare(
         "measured_on": asdict(questions.measured_on),
         "comparisons": [asdict(c) for c in compared],
     }
+    leaked = _leak_facts(questions, dict(zip(names, found, strict=True)), chosen, primary)
+    if leaked:
+        write_whole(place / "leakage.json", json.dumps(leaked, indent=1, ensure_ascii=False))
+    if leaked and leaked["leaked"]:
+        watch({"kind": "warning", "message": leaked["remark"]})
     write_whole(place / "comparison.json", json.dumps(kept, indent=1, ensure_ascii=False))
     return Result(
         run=run.path if run else None,
@@ -423,7 +442,16 @@ def compare(
         measured_on=questions.measured_on,
         saved=place,
         models=names,
+        leakage=_short_leakage(leaked),
     )
+
+
+def _short_leakage(facts: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The leakage without the texts of its pairs."""
+    if facts is None:
+        return None
+    kept = {key: facts[key] for key in ("questions", "trained", "counts", "remark", "parts", "copied")}
+    return {**kept, "leaked": len(facts["leaked"]), "review": len(facts["review"])}
 
 
 def _baseline_first(models: Sequence[str | Path], baseline: str | Path | None) -> list[str | Path]:
@@ -512,6 +540,10 @@ class _Questions:
     recipe: Recipe
     examples: tuple[Example, ...]
     measured_on: MeasuredOn
+    leakage: Leakage | None = None
+    """Of the runs behind the models; None where there are none, or their data sets are not known."""
+    learned: Callable[[], Iterator[str]] = lambda: iter(())
+    """The answers that they were trained on."""
 
     def with_longer(self, found: Mapping[str, str | None]) -> _Questions:
         """The same, with what is to be said by model of questions longer than it was trained to read."""
@@ -534,7 +566,7 @@ def _questions(
     from tunesmith import models as loading
     from tunesmith.compose import overlaid, validated
     from tunesmith.data.splitting import HELD_OUT, TRAIN, VALIDATION
-    from tunesmith.evaluation import unseen
+    from tunesmith.evaluation import leakage, unseen
     from tunesmith.evaluation.metrics import METRICS
 
     for model in models:
@@ -604,7 +636,53 @@ def _questions(
                 "message": f"What {name} was trained on is not known, so its questions may be among these: {why}",
             }
         )
-    return run, _Questions(recipe, tuple(kept), measured_on)
+    found, answers = _leaked(models, kept)
+    if found:
+        decided = leakage.decision(found)
+        watch({"kind": "decision", **asdict(decided)})
+    return run, _Questions(recipe, tuple(kept), measured_on, found, answers)
+
+
+def _leaked(
+    models: Sequence[str | Path], asked: Sequence[Example]
+) -> tuple[Leakage | None, Callable[[], Iterator[str]]]:
+    """What of these examples stands in the training data of the runs behind the models, and the answers there."""
+    from tunesmith.data.splitting import TRAIN, VALIDATION
+    from tunesmith.evaluation import leakage, unseen
+
+    known = [s for _, s in unseen.runs_behind(models) if not isinstance(s, TunesmithError)]
+    if not known:
+        return None, lambda: iter(())
+    learned = itertools.chain.from_iterable(splits.examples(TRAIN, VALIDATION) for splits in known)
+    found = leakage.find(asked, learned)
+    return found, lambda: (leakage.answer_of(e) for splits in known for e in splits.examples(TRAIN))
+
+
+def _leak_facts(
+    questions: _Questions, rows: Mapping[str, Sequence[EvalRow]], metrics: Sequence[str], primary: str | None
+) -> dict[str, Any] | None:
+    """The leakage with what it does to the verdict on each challenger, as it is saved and printed."""
+    from tunesmith.evaluation import leakage
+    from tunesmith.evaluation.metrics import primary_metric
+
+    found, section = questions.leakage, questions.recipe.evaluation
+    if found is None:
+        return None
+    (_, base), *others = rows.items()
+    metric = primary or primary_metric(metrics)
+    parts = {}
+    if metric and found.leaked:
+        for name, own in others:
+            parts[name] = leakage.subsets(
+                found, base, own, metric, resamples=section.resamples, confidence=section.confidence
+            )
+    remarks = [leakage.remark(found, part) for part in parts.values()] or [leakage.remark(found, {})]
+    return {
+        **found.as_dict(),
+        "remark": remarks[0] if len(others) < 2 else " ".join(f"{n}: {r}" for n, r in zip(parts, remarks)),
+        "parts": {name: {k: asdict(c) for k, c in part.items()} for name, part in parts.items()},
+        "copied": leakage.copied_by(rows, questions.learned()),
+    }
 
 
 def _same_place(a: str, b: str) -> bool:

@@ -18,10 +18,13 @@ from tunesmith import data, models
 from tunesmith import plan as planning
 from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.data.preferences import prompt_length
+from tunesmith.data.splitting import TRAIN, VALIDATION
 from tunesmith.data.templates import Encoding
 from tunesmith.errors import RunError
 from tunesmith.evaluation import EvalRow, stages
+from tunesmith.evaluation import leakage as leaks
 from tunesmith.evaluation.compare import Comparison, compare
+from tunesmith.evaluation.leakage import Leakage
 from tunesmith.evaluation.lengths import length_bias
 from tunesmith.evaluation.metrics import METRICS, default_metrics
 from tunesmith.evaluation.report import write_report
@@ -100,7 +103,12 @@ def _held_out(recipe: Recipe, asked: Asked) -> planning.HeldOut:
     )
 
 
-def prepared(run: Run, encodings: data.EncodedSplits, plan: Plan) -> Run:
+def leakage(splits: data.Splits, asked: Asked) -> Leakage:
+    """Which of the questions that measure stand in the training data: next to none, by the way splits are made."""
+    return leaks.find(asked.examples, splits.examples(TRAIN, VALIDATION))
+
+
+def prepared(run: Run, encodings: data.EncodedSplits, plan: Plan, leakage: Leakage) -> Run:
     """The run's folder with ledger and plan, checked to be the same run when it is continued."""
     fingerprint = encodings.fingerprint
     before = run.read("plan.json")
@@ -120,6 +128,9 @@ def prepared(run: Run, encodings: data.EncodedSplits, plan: Plan) -> Run:
                 run.event("warning", message=f"No verdict will be possible: {decision.reason}.")
             else:
                 run.event("decision", name=decision.name, value=decision.value, reason=decision.reason)
+        found = leaks.decision(leakage)
+        run.event("decision", name=found.name, value=found.value, reason=found.reason)
+    run.write("evaluation/leakage.json", leakage.as_dict())
     run.event("state", state="prepared", rows=encodings.ledger.counts(), dropped=encodings.ledger.reasons())
     return run
 
@@ -410,7 +421,37 @@ def way(
     return found
 
 
-def report(prepared: Run, fitted: Fit, comparisons: list[Comparison], way: list[dict[str, Any]]) -> Path:
+def leak_effect(
+    recipe: Recipe,
+    prepared: Run,
+    splits: data.Splits,
+    leakage: Leakage,
+    base_rows: list[EvalRow],
+    tuned_rows: list[EvalRow],
+    comparisons: list[Comparison],
+) -> dict[str, Any]:
+    """What leaked questions do to the verdict, and how much of the answers is copied from training; saved."""
+    facts = leaks.effect(
+        leakage,
+        {"base": base_rows, "tuned": tuned_rows},
+        (leaks.answer_of(example) for example in splits.examples(TRAIN)),
+        next((c.metric for c in comparisons if c.primary), None),
+        resamples=recipe.evaluation.resamples,
+        confidence=recipe.evaluation.confidence,
+    )
+    prepared.write("evaluation/leakage.json", {**leakage.as_dict(), **facts})
+    if leakage.leaked and not any(event.get("message") == facts["remark"] for event in prepared.events()):
+        prepared.event("warning", message=facts["remark"])
+    return facts
+
+
+def report(
+    prepared: Run,
+    fitted: Fit,
+    comparisons: list[Comparison],
+    way: list[dict[str, Any]],
+    leak_effect: dict[str, Any],
+) -> Path:
     """report.html, and the model card beside the weights."""
     write_card(prepared, comparisons)
     return write_report(prepared.path)

@@ -14,10 +14,13 @@ from typing import Any
 
 from tunesmith.errors import RunError
 from tunesmith.evaluation.compare import Comparison, difference_shown, remarks, sentence, shown, table
+from tunesmith.evaluation.leakage import KINDS, PASSAGE
 from tunesmith.evaluation.metrics import METRICS, Metric
 from tunesmith.evaluation.rows import EvalRow, read_rows
 from tunesmith.training.run import Run, write_whole
 
+LEAKS_SHOWN = 20
+"""Leaked pairs that the page has; evaluation/leakage.json has more."""
 ANSWERS_OPEN = 20
 """Answers shown before the rest is folded away."""
 FILES = {
@@ -29,6 +32,7 @@ FILES = {
     "evaluation/rows.jsonl": "every answer of both models, with scores",
     "evaluation/scores.json": "scores of each model with intervals",
     "evaluation/comparison.json": "base against tuned",
+    "evaluation/leakage.json": "held-out questions found in the training data, and copied answers",
     "evaluation/stages.jsonl": "every answer of the models that the base was fine-tuned from",
     "evaluation/stages.json": "the scores of every stage",
     "final_model": "weights or adapter, tokenizer, template, model card",
@@ -66,10 +70,12 @@ def write_report(run_dir: Path) -> Path:
         compared=[(c, METRICS[c.metric]) for c in compared],
         scores=_json(run, "evaluation/scores.json", problems),
         stages=_stages(run, problems),
+        leaked=_leaked(run, problems),
         answers=_answers(rows, METRICS[primary.metric] if primary else None),
         answers_open=ANSWERS_OPEN,
         drawn=_drawn(events),
         figures=_figures(compared, events, ledger),
+        difference_shown=difference_shown,
         # `<` would let data end the script element that carries it; as an escape it is the same JSON.
         as_json=lambda value: Markup(json.dumps(value).replace("<", "\\u003c")),
         plotly=Markup(get_plotlyjs()),
@@ -201,6 +207,35 @@ def _answers(rows: Sequence[EvalRow], metric: Metric | None) -> list[dict[str, A
         for base, answer in pairs
     ]
     return sorted(answers, key=lambda a: a["models"][0]["score"] == a["models"][1]["score"])
+
+
+def _leaked(run: Run, problems: list[str]) -> dict[str, Any] | None:
+    """What leaked from training into the held-out questions; None where the run did not look."""
+    if not (run.path / "evaluation/leakage.json").is_file():
+        return None
+    found = _json(run, "evaluation/leakage.json", problems) or {}
+    try:
+        parts = {
+            "clean": "questions that did not leak",
+            "dirty": "questions that leaked",
+        }
+        return {
+            "said": found.get("remark") or "Not measured: the run ended before.",
+            "counts": {KINDS[kind]: count for kind, count in found["counts"].items() if count},
+            "notes": found["notes"],
+            "parts": [
+                (said, Comparison(**found["parts"][name]))
+                for name, said in parts.items()
+                if name in found.get("parts", {})
+            ],
+            "copied": found.get("copied", {}),
+            "passage": PASSAGE,
+            "pairs": found["pairs"][:LEAKS_SHOWN],
+            "more": max(len(found["pairs"]) - LEAKS_SHOWN, 0),
+        }
+    except (KeyError, TypeError) as error:
+        problems.append(f"evaluation/leakage.json is not a record of leakage: {error}")
+        return None
 
 
 DRAWN = 12

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from tunesmith.export.merge import Merged
     from tunesmith.models import Kind
     from tunesmith.plan import Plan
+    from tunesmith.training.find_lr import RateSearch
 
 MAY_CHANGE = ("output_dir", "name", "preset", "evaluation", "export", "tracking")
 """Parts of the recipe that a continued run may change: none of them touches the weights."""
@@ -195,6 +196,45 @@ def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list
     scores = evaluation.scores(rows, found["metrics"])
     seconds = time.perf_counter() - started
     return Result(run=None, comparisons=(), seconds=seconds, scores=scores), rows
+
+
+def find_lr(
+    recipe: Recipe,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    steps: int = 100,
+    seeds: int = 3,
+    page: str | Path | None = None,
+    watch: Watch = _unwatched,
+) -> RateSearch:
+    """Which learning rate fits a recipe, by a range test on throw-away copies of its model.
+
+    Each of `seeds` copies takes `steps` steps while the rate grows exponentially from `low` to `high` (by default
+    1e-7 to 1, and ten times that for adapters). Nothing is written but `page`, an HTML file with the curve.
+    """
+    from tunesmith.training import find_lr as finding
+
+    launch.require_one_process()
+    finding.exponential(low or finding.FULL[0], high or finding.LOW_RANK[1], steps)
+    recipe = anchored(recipe)
+    _check_before_training(recipe)
+    inputs = _driver().execute(["plan", "encodings", "packing"], inputs=_inputs(recipe))
+
+    def progress(done: int, total: int) -> None:
+        watch({"kind": "progress", "stage": "learning rates", "done": done, "total": total})
+
+    progress(0, seeds)
+    try:
+        search = finding.find(recipe, inputs, low=low, high=high, steps=steps, seeds=seeds, progress=progress)
+    except Exception as error:
+        if mended := _as_ours(error):
+            raise mended from error
+        raise
+    if page:
+        title = f"Learning rates for {dataset_name(recipe.model.base)} on {dataset_name(recipe.data.dataset)}"
+        write_whole(Path(page), finding.page(search, title))
+    return search
 
 
 def train(

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from tunesmith.data.validation import Report
     from tunesmith.export.merge import Merged
     from tunesmith.plan import Plan
+    from tunesmith.training.find_lr import RateSearch
 
 app = typer.Typer(
     name="tunesmith",
@@ -478,6 +479,47 @@ def plan_verb(
     plan, rows = api.plan(composition.recipe)
     payload = {"plan": plan.as_dict(), **rows, "notes": composition.notes}
     return payload, _plan_text(plan, rows, composition)
+
+
+FIND_LR_HELP = """Find a learning rate by a short range test on throw-away copies of the model; nothing is trained.
+
+`tunesmith find-lr --base-model tiny --dataset example:support --task instruct --lora --html rates.html`"""
+
+
+@app.command("find-lr", help=FIND_LR_HELP)
+@verb
+@recipe_options()
+def find_lr_verb(
+    recipe_file: RecipeFile = None,
+    *,
+    config: ConfigOption = None,
+    lora: LoraOption = False,
+    qlora: QloraOption = False,
+    freeze_ratio: FreezeOption = None,
+    low: Annotated[
+        float | None, typer.Option(help="Lowest rate; by default 1e-7, of adapters 1e-6.", show_default=False)
+    ] = None,
+    high: Annotated[
+        float | None, typer.Option(help="Highest rate; by default 1, of adapters 10.", show_default=False)
+    ] = None,
+    steps: Annotated[int, typer.Option(min=10, help="Optimizer steps of a sweep.")] = 100,
+    seeds: Annotated[int, typer.Option(min=1, help="Sweeps, each with a seed of its own.")] = 3,
+    html: Annotated[Path | None, typer.Option(help="Write the curve to this HTML page as well.")] = None,
+    flags: dict[str, Any],
+    quiet: bool,
+) -> Any:
+    """Find a learning rate."""
+    from tunesmith import api
+
+    composition = _composed(recipe_file, config, flags, lora=lora, qlora=qlora, freeze_ratio=freeze_ratio)
+    with Display(quiet=quiet) as display:
+        _show_notes(composition, display)
+        search = api.find_lr(
+            composition.recipe, low=low, high=high, steps=steps, seeds=seeds, page=html, watch=display
+        )
+    used = composition.recipe.training.learning_rate
+    payload = {**search.as_dict(), "recipe_learning_rate": used, "page": str(html) if html else None}
+    return payload, _rates_text(search, html)
 
 
 @app.command("evaluate", help="Measure a run's model, or any model, on held-out examples.")
@@ -1058,6 +1100,24 @@ def _report_text(report: Report) -> Any:
         ("fixed", fixed),
     ]  # fmt: skip
     return Group(*parts, *(Text(f"{name:<10}{value}") for name, value in facts if value))
+
+
+def _rates_text(search: RateSearch, page: Path | None) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    from tunesmith.training.find_lr import chart
+
+    style = "bold green" if search.suggestion else "bold yellow"
+    parts = [
+        Text(search.sentence(), style=style),
+        *(Text(note, style="dim") for note in search.notes),
+        Text(""),
+    ]
+    parts += [Text(line) for line in chart(search)]
+    if search.suggestion:
+        parts += [Text(""), Text(f"use       --learning-rate {search.suggestion:.1e}")]
+    return Group(*parts, *([Text(f"page      {page}")] if page else []))
 
 
 def _merged_text(merged: Merged) -> Any:

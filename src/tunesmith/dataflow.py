@@ -258,46 +258,16 @@ def fitted(
     from transformers import set_seed
 
     set_seed(recipe.training.seed)
-    tokenizer, _ = _tokenizer(recipe)
-    model = models.load_model(
-        recipe.model.base,
-        revision=recipe.model.revision,
-        dtype=plan.dtype,
-        device=plan.device,
-        attention=recipe.model.attention,
-        quantize=recipe.adapter if isinstance(recipe.adapter, QLoRA) else None,
-        head=METHODS[recipe.method.kind].head,
-    )
-    model = models.attach(
-        model,
-        recipe.adapter,
-        gradient_checkpointing=recipe.training.gradient_checkpointing,
-        merged_base=prepared.path / "merged_base",
-        revision=recipe.model.revision,
-    )
-    models.set_stop_tokens(model, tokenizer)
-    described = models.describe(model).sentence()
-    prepared.event("decision", name="model", value=described, reason=f"adapter.kind is {recipe.adapter.kind}")
     method = METHODS[recipe.method.kind]
     training, _, _ = method.settled(recipe.method, recipe.training, len(encodings.train))
-    with models.keeping_types(model):
-        trainer = method.build(
-            recipe.method,
-            model=model,
-            tokenizer=tokenizer,
-            train=encodings.train,
-            validation=encodings.validation,
-            arguments=arguments(
-                plan,
-                training,
-                recipe.tracking,
-                name=prepared.path.name,
-                staging=prepared.path / ".staging",
-            ),
-            run=prepared,
-            keep=recipe.training.save_total_limit,
-            packing=packing,
-        )
+    given = arguments(
+        plan,
+        training,
+        recipe.tracking,
+        name=prepared.path.name,
+        staging=prepared.path / ".staging",
+    )
+    trainer = _trainer(recipe, prepared, plan, encodings, packing, given)
     result = fit(
         trainer,
         prepared,
@@ -310,6 +280,50 @@ def fitted(
     )
     prepared.write("training.json", asdict(result))
     return result
+
+
+def _trainer(
+    recipe: Recipe,
+    run: Run,
+    plan: Plan,
+    encodings: data.EncodedSplits,
+    packing: Packing | None,
+    arguments: dict[str, Any],
+) -> Any:
+    """The method's trainer on a model that is loaded for it."""
+    tokenizer, _ = _tokenizer(recipe)
+    method = METHODS[recipe.method.kind]
+    model = models.load_model(
+        recipe.model.base,
+        revision=recipe.model.revision,
+        dtype=plan.dtype,
+        device=plan.device,
+        attention=recipe.model.attention,
+        quantize=recipe.adapter if isinstance(recipe.adapter, QLoRA) else None,
+        head=method.head,
+    )
+    model = models.attach(
+        model,
+        recipe.adapter,
+        gradient_checkpointing=recipe.training.gradient_checkpointing,
+        merged_base=run.path / "merged_base",
+        revision=recipe.model.revision,
+    )
+    models.set_stop_tokens(model, tokenizer)
+    described = models.describe(model).sentence()
+    run.event("decision", name="model", value=described, reason=f"adapter.kind is {recipe.adapter.kind}")
+    with models.keeping_types(model):
+        return method.build(
+            recipe.method,
+            model=model,
+            tokenizer=tokenizer,
+            train=encodings.train,
+            validation=encodings.validation,
+            arguments=arguments,
+            run=run,
+            keep=recipe.training.save_total_limit,
+            packing=packing,
+        )
 
 
 def _asked(recipe: Recipe, validation: Sequence[Encoding]) -> list[tuple[int, ...]]:

@@ -53,7 +53,7 @@ class RateSearch:
     low: float | None
     """Where the loss falls fastest."""
     high: float | None
-    """Half of the rate at which it is lowest, or the suggestion where that is higher: above it training may fail."""
+    """A third of the rate at which it is lowest, or the suggestion where that is higher: above it training may fail."""
     spread: float | None
     """By which factor the suggestions of single seeds differ."""
     measure: str
@@ -151,7 +151,7 @@ def found(
         kept,
         math.sqrt(steepest * lowest),
         steepest,
-        max(lowest / 2, math.sqrt(steepest * lowest)),
+        max(lowest / 3, math.sqrt(steepest * lowest)),
         spread,
         measure,
         reason,

@@ -23,6 +23,7 @@ from tunesmith.data.templates import Encoding
 from tunesmith.errors import RunError
 from tunesmith.evaluation import EvalRow, stages
 from tunesmith.evaluation import leakage as leaks
+from tunesmith.evaluation import parts as parting
 from tunesmith.evaluation.compare import Comparison, compare
 from tunesmith.evaluation.leakage import Leakage
 from tunesmith.evaluation.lengths import length_bias
@@ -258,6 +259,7 @@ def fitted(
     from transformers import set_seed
 
     set_seed(recipe.training.seed)
+    tokenizer, _ = _tokenizer(recipe)
     method = METHODS[recipe.method.kind]
     training, _, _ = method.settled(recipe.method, recipe.training, len(encodings.train))
     given = arguments(
@@ -267,7 +269,7 @@ def fitted(
         name=prepared.path.name,
         staging=prepared.path / ".staging",
     )
-    trainer = _trainer(recipe, prepared, plan, encodings, packing, given)
+    trainer = _trainer(recipe, prepared, tokenizer, plan, encodings, packing, given)
     result = fit(
         trainer,
         prepared,
@@ -285,13 +287,13 @@ def fitted(
 def _trainer(
     recipe: Recipe,
     run: Run,
+    tokenizer: Any,
     plan: Plan,
     encodings: data.EncodedSplits,
     packing: Packing | None,
     arguments: dict[str, Any],
 ) -> Any:
     """The method's trainer on a model that is loaded for it."""
-    tokenizer, _ = _tokenizer(recipe)
     method = METHODS[recipe.method.kind]
     model = models.load_model(
         recipe.model.base,
@@ -459,12 +461,39 @@ def leak_effect(
     return facts
 
 
+def parts(
+    recipe: Recipe,
+    prepared: Run,
+    items: list[evaluation.Item],
+    base_rows: list[EvalRow],
+    tuned_rows: list[EvalRow],
+    comparisons: list[Comparison],
+) -> list[dict[str, Any]]:
+    """The primary metric by category, where rows have one, and by length of the question; saved for the report."""
+    primary = next((c.metric for c in comparisons if c.primary and c.n), None)
+    if not primary:
+        return []
+    asked = {item.number: item.prompt.checks if item.prompt else {} for item in items}
+    column = parting.category_column(list(asked.values()))
+    found = parting.parts(
+        base_rows,
+        tuned_rows,
+        primary,
+        categories={n: str(checks[column]) for n, checks in asked.items() if column and column in checks},
+        lengths={item.number: len(item.prompt_ids or item.input_ids) for item in items},
+        confidence=recipe.evaluation.confidence,
+    )
+    prepared.write("evaluation/parts.json", {"column": column, "parts": found})
+    return found
+
+
 def report(
     prepared: Run,
     fitted: Fit,
     comparisons: list[Comparison],
     way: list[dict[str, Any]],
     leak_effect: dict[str, Any],
+    parts: list[dict[str, Any]],
 ) -> Path:
     """report.html, and the model card beside the weights."""
     write_card(prepared, comparisons)

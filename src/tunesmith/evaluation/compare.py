@@ -453,9 +453,9 @@ def _verdict(c: Comparison, pairs: _Pairs, metric: Metric) -> tuple[Verdict, str
     if c.groups < c.n and c.groups < MIN_GROUPS:
         return "inconclusive", f"{c.groups} groups are too few; at least {MIN_GROUPS} are needed."
     if not c.wins and not c.losses:
-        hidden = f"; a difference up to ±{_amount(c.high, metric)} could hide at n={c.n}" if c.high else ""
+        hidden = f"; a difference up to ±{amount(c.high, metric)} could hide at n={c.n}" if c.high else ""
         return "no evidence", f"All {c.n} items score the same with both models{hidden}."
-    hidden = _amount(max(abs(c.low), abs(c.high)), metric)
+    hidden = amount(max(abs(c.low), abs(c.high)), metric)
     if c.low <= 0 <= c.high:
         return (
             "no evidence",
@@ -481,7 +481,7 @@ def _found_at(c: Comparison, metric: Metric) -> str:
     """From which difference on this measurement would have found one."""
     if c.detectable is None:
         return ""
-    return f"Differences from ±{_amount(c.detectable, metric)} on are found 4 times in 5."
+    return f"Differences from ±{amount(c.detectable, metric)} on are found 4 times in 5."
 
 
 def _assumed(metric: Metric, n: int, confidence: float) -> float | None:
@@ -659,7 +659,8 @@ def _left_out(pairs: _Pairs, apart: str) -> str:
     return " ".join(parts)
 
 
-def _amount(value: float, metric: Metric) -> str:
+def amount(value: float, metric: Metric) -> str:
+    """A size of differences as people read it: `3.1 points`."""
     return _ratio(value) if metric.unit == "ratio" else f"{100 * value:.1f} points"
 
 

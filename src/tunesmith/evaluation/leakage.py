@@ -222,7 +222,9 @@ class _Found:
         self._shown: Counter[int] = Counter()
 
     def add(self, asked: _Asked, example: Example, kind: Kind, score: float, text: str) -> None:
-        """A pair; of one question five are kept with their texts."""
+        """A pair; of one question five are kept with their texts. What is equal is not called similar as well."""
+        if kind in ("near", "contained") and self.kinds.get(asked.item, set()) & {"exact", "other answer"}:
+            return
         leaked = score >= COPY
         if leaked:
             self.kinds[asked.item].add(kind)

@@ -296,7 +296,15 @@ def find(
                     "warmup_steps": 0, "eval_strategy": "no", "eval_steps": None, "save_strategy": "no",
                     "logging_steps": 1, "logging_first_step": True, "report_to": ["none"],
                 }  # fmt: skip
-                trainer = dataflow._trainer(recipe, run, inputs["plan"], encodings, inputs["packing"], given)
+                trainer = dataflow._trainer(
+                    recipe,
+                    run,
+                    dataflow._tokenizer(recipe)[0],
+                    inputs["plan"],
+                    encodings,
+                    inputs["packing"],
+                    given,
+                )
                 sweeps.append(swept(trainer, rates, seed=seed, measure=measure))
             if progress:
                 progress(number + 1, seeds)

@@ -84,11 +84,17 @@ def test_half_alike_is_for_people_to_look_at():
     assert "1 more are to be looked at" in found.sentence()
 
 
-def test_forms_whose_shingles_are_all_common_are_found_by_sketches():
+def test_a_form_that_all_questions_fill_is_no_leak():
     form = said(60, 10)
-    asked = [chat(f"{form} number{n}") for n in range(100)]
-    found = find(asked, [chat(f"{form} number200")])
-    assert found.counts["near"] >= 1
+    asked = [chat(f"{form} {said(12, 400 + n)}", said(5, 450 + n)) for n in range(100)]
+    trained = [chat(f"{form} {said(12, 600 + n)}", said(5, 800 + n), n=n) for n in range(150)]
+    assert find(asked, trained).leaked == {}
+    copy = f"{form} {said(12, 407)}"
+    assert find(asked, [*trained, chat(copy.upper(), said(5, 457))]).leaked == {7: "exact"}
+    assert find(asked, [*trained, chat(copy + " kadan", said(5, 457))]).leaked == {7: "contained"}
+    one, other = (frozenset({1, 2}), frozenset({2, 3}))
+    assert jaccard(one, other) == 1 / 3
+    assert containment(one, other) == 1 / 2
 
 
 def true_leaks(asked, trained):
@@ -155,7 +161,9 @@ TEXT = st.text(alphabet="abc ", max_size=40)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(TEXT, min_size=1, max_size=4), st.lists(TEXT, max_size=4))
 def test_longest_common_substring_is_that_of_brute_force(answers, trained):
-    assert longest_common(answers, trained) == [max((lcs(a, t) for t in trained), default=0) for a in answers]
+    truth = [max((lcs(a, t) for t in trained), default=0) for a in answers]
+    assert longest_common(answers, trained) == truth
+    assert longest_common(answers, trained, least=8) == [n if n >= 8 else 0 for n in truth]
 
 
 def test_copied_passages_are_counted():

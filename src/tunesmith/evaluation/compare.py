@@ -71,7 +71,7 @@ class Comparison:
     """The p value before it was adjusted for the number of comparisons."""
     assumed_detectable: float | None = None
     """The true difference that so many items find four times in five, as assumed before the run (power.py); None
-    for metrics without a scale from 0 to 1."""
+    for likelihoods and for metrics without a scale from 0 to 1."""
     detectable: float | None = None
     """The same from the differences that were observed; None where none was."""
     model: str = "tuned"
@@ -485,7 +485,7 @@ def _found_at(c: Comparison, metric: Metric) -> str:
 
 
 def _assumed(metric: Metric, n: int, confidence: float) -> float | None:
-    if metric.unit == "ratio" or n < 2:
+    if metric.unit == "ratio" or metric.kind == "likelihood" or n < 2:
         return None
     if metric.unit == "share":
         return detectable_share(n, DISCORDANCE, confidence=confidence)

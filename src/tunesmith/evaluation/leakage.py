@@ -4,10 +4,10 @@ Splits are made so that equal questions, groups and near-duplicates never part (
 splits of one data set next to nothing should be found. What is left are near-copies below that limit, clusters that
 were too large to keep together, splits that the source names itself, and evaluation sets of their own.
 
-Near-copies are candidates by shared rare shingles and by the sketches of data/duplicates.py; each candidate is then
-verified by the true Jaccard similarity of shingles (Broder 1997) and by containment, the share of a question's
-n-grams that stand in one training row (arXiv 2005.14165, appendix C). N-grams see no paraphrase and no translation
-(arXiv 2311.04850), and what the base itself was trained on is not known here.
+Every training row that shares a shingle with a held-out question is a candidate, so that none can be missed as by
+sketches; it is judged by the true Jaccard similarity of shingles (Broder 1997) and by containment, the share of a
+question's n-grams that stand in one training row (arXiv 2005.14165, appendix C). N-grams see no paraphrase and no
+translation (arXiv 2311.04850), and what the base itself was trained on is not known here.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from tunesmith.data.duplicates import NearDuplicates
 from tunesmith.data.examples import Example, Preference, Rating, Text, Unusable, texts
 from tunesmith.data.prompts import prompt_of, questioned
 from tunesmith.evaluation.compare import Comparison, compare, sentence
@@ -43,14 +42,19 @@ SHINGLE = 5
 """Words in a shingle."""
 CHARACTERS = 8
 """Characters in one, of code and of scripts without spaces."""
-COMMON = 64
-"""A shingle that more held-out questions share says nothing about any of them, and makes no candidate."""
+FORM = 20
+"""An n-gram that stands in one of so many held-out questions, and in more than three, is a form's: an instruction or
+schema that all are asked with. It says nothing about any of them and does not count."""
+FEW = 3
+"""Fewer n-grams than this of its own, beside a form's, are too little to find a question by."""
 KEPT = 200
 """Pairs that are kept with their texts; all are counted."""
-LOOKED_THROUGH = 100_000
+LOOKED_THROUGH = 50_000
 """Training rows among which near-copies are looked for; for equal ones all are."""
-CORPUS = 4_000_000
+CORPUS = 2_000_000
 """Characters of training answers among which copied passages are looked for."""
+SEED = 16
+"""Characters of the shortest passage that counts."""
 PASSAGE = 50
 """Characters from which on a common passage may be a copy."""
 
@@ -158,6 +162,8 @@ class _Asked:
     contained: frozenset[int] = field(default_factory=frozenset)
     of_question: frozenset[int] = field(default_factory=frozenset)
     """Shingles of the question alone."""
+    form: frozenset[int] = field(default_factory=frozenset)
+    """Shingles that are left out, since they are those of a form."""
 
 
 def find(asked: Sequence[Example], trained: Iterable[Example]) -> Leakage:
@@ -165,7 +171,7 @@ def find(asked: Sequence[Example], trained: Iterable[Example]) -> Leakage:
 
     The training examples are read once, one after the other; the held-out ones are kept in memory.
     """
-    wanted = [_prepared(number, example) for number, example in enumerate(asked)]
+    wanted = _without_forms([_prepared(number, example) for number, example in enumerate(asked)])
     by_question, by_group = defaultdict(list), defaultdict(list)
     owners: defaultdict[tuple[bool, int], list[int]] = defaultdict(list)
     for a, example in zip(wanted, asked, strict=True):
@@ -174,11 +180,9 @@ def find(asked: Sequence[Example], trained: Iterable[Example]) -> Leakage:
             by_group[example.group].append(a)
         for shingle in a.shingles:
             owners[a.characters, shingle].append(a.item)
-    for common in [key for key, items in owners.items() if len(items) > COMMON]:
-        del owners[common]
     kinds = {a.characters for a in wanted}
+    forms = {kind: _formed(wanted, kind) for kind in kinds}
     found = _Found()
-    waiting: list[tuple[Example, str]] = []
     count = 0
     for example in trained if wanted else ():
         count += 1
@@ -191,18 +195,13 @@ def find(asked: Sequence[Example], trained: Iterable[Example]) -> Leakage:
         if count > LOOKED_THROUGH:
             continue
         whole = _whole(example)
-        shingles = {kind: grams(whole, _size(kind), characters=kind) for kind in kinds}
+        shingles = {kind: grams(whole, _size(kind), characters=kind) - forms[kind] for kind in kinds}
         sharing: Counter[int] = Counter()
         for kind, own in shingles.items():
             for shingle in own:
                 sharing.update(owners.get((kind, shingle), ()))
         for item in sharing:
             _verify(found, wanted[item], example, whole, shingles[wanted[item].characters])
-        waiting.append((example, whole))
-        if len(waiting) == 1000:
-            _by_sketches(found, wanted, waiting)
-            waiting = []
-    _by_sketches(found, wanted, waiting)
     notes = []
     if count > LOOKED_THROUGH:
         notes.append(
@@ -272,23 +271,40 @@ def _verify(found: _Found, a: _Asked, example: Example, whole: str, shingles: fr
         found.add(a, example, "near", similarity, whole)
     # Half of the long n-grams are there only where half of the shingles are, which are at hand.
     if a.long and containment(a.of_question, shingles) >= REVIEW:
-        share = containment(a.contained, grams(whole, a.long, characters=a.characters))
+        share = (
+            0.0
+            if len(a.contained) < FEW
+            else containment(a.contained, grams(whole, a.long, characters=a.characters))
+        )
         if share >= REVIEW:
             found.add(a, example, "contained", share, whole)
 
 
-def _by_sketches(found: _Found, wanted: Sequence[_Asked], waiting: Sequence[tuple[Example, str]]) -> None:
-    """Candidates by MinHash, for questions whose shingles are all common: forms that differ in a few words."""
-    if not waiting:
-        return
-    near = NearDuplicates()
-    near.add([whole for _, whole in waiting])
-    near.add([a.whole for a in wanted])
-    size = len(waiting)
-    for later, earlier in near.pairs(threshold=REVIEW).tolist():
-        if earlier < size <= later:
-            a, (example, whole) = wanted[later - size], waiting[earlier]
-            _verify(found, a, example, whole, grams(whole, _size(a.characters), characters=a.characters))
+def _without_forms(wanted: list[_Asked]) -> list[_Asked]:
+    """The questions without the n-grams of forms that many of them fill."""
+    most = max(3, len(wanted) // FORM)
+    counts: Counter[tuple[str, bool, int, int]] = Counter()
+    for a in wanted:
+        counts.update(("short", a.characters, 0, gram) for gram in a.shingles)
+        counts.update(("long", a.characters, a.long, gram) for gram in a.contained)
+    made = []
+    for a in wanted:
+        form = frozenset(g for g in a.shingles if counts["short", a.characters, 0, g] > most)
+        long = frozenset(g for g in a.contained if counts["long", a.characters, a.long, g] > most)
+        made.append(
+            replace(
+                a,
+                shingles=a.shingles - form,
+                of_question=a.of_question - form,
+                contained=a.contained - long,
+                form=form,
+            )
+        )
+    return made
+
+
+def _formed(wanted: Sequence[_Asked], characters: bool) -> frozenset[int]:
+    return frozenset().union(*(a.form for a in wanted if a.characters is characters))
 
 
 def _prepared(number: int, example: Example) -> _Asked:
@@ -351,24 +367,38 @@ class Copied:
 
 
 def copied(answers: Sequence[str], trained: Iterable[str]) -> Copied:
-    """How much of a model's answers is copied from training answers, by longest common substring."""
-    kept = [_one_spaced(answer) for answer in answers]
-    lengths = longest_common(kept, (_one_spaced(text) for text in trained))
-    shares = [length / len(answer) if answer else 0.0 for length, answer in zip(lengths, kept, strict=True)]
-    return Copied(
-        len(kept),
-        sum(shares) / len(shares) if shares else 0.0,
-        sum(length >= PASSAGE and share >= 0.5 for length, share in zip(lengths, shares, strict=True)),
-        max(lengths, default=0),
-    )
+    """How much of a model's answers is copied from training answers, by longest common substring.
+
+    Passages of fewer than SEED characters are words that everybody uses, and count as none.
+    """
+    return copied_of({"": answers}, trained)[""]
+
+
+def copied_of(sides: Mapping[str, Sequence[str]], trained: Iterable[str]) -> dict[str, Copied]:
+    """The same of several models at once, by name: the training answers are looked through once."""
+    kept = {name: [_one_spaced(answer) for answer in answers] for name, answers in sides.items()}
+    everything = [answer for answers in kept.values() for answer in answers]
+    found = iter(longest_common(everything, (_one_spaced(text) for text in trained), least=SEED))
+    made = {}
+    for name, answers in kept.items():
+        lengths = [next(found) for _ in answers]
+        shares = [length / len(answer) if answer else 0.0 for length, answer in zip(lengths, answers)]
+        made[name] = Copied(
+            len(answers),
+            sum(shares) / len(shares) if shares else 0.0,
+            sum(length >= PASSAGE and share >= 0.5 for length, share in zip(lengths, shares)),
+            max(lengths, default=0),
+        )
+    return made
 
 
 def _one_spaced(text: str) -> str:
     return " ".join(text.split())
 
 
-def longest_common(answers: Sequence[str], trained: Iterable[str]) -> list[int]:
-    """Of each answer the length of its longest substring, in characters, that stands in any of the trained texts.
+def longest_common(answers: Sequence[str], trained: Iterable[str], *, least: int = 1) -> list[int]:
+    """Of each answer the length of its longest substring, in characters, that stands in any of the trained texts;
+    0 where that is shorter than `least`, a power of 2.
 
     Substrings are found by hashes of 1, 2, 4, 8 ... characters (Karp, Miller and Rosenberg 1972); the longest ones
     that match are then extended character by character. At most CORPUS characters are looked through, and of
@@ -389,6 +419,10 @@ def longest_common(answers: Sequence[str], trained: Iterable[str]) -> list[int]:
     owner = np.repeat(np.arange(len(answers)), [len(answer) + 1 for answer in answers])
     there, here, length = corpus.astype(np.uint64), own.astype(np.uint64), 1
     before: Any = None
+    while length < least:
+        if min(len(there), len(here)) <= length:
+            return best
+        there, here, length = _doubled(there, length), _doubled(here, length), 2 * length
     while True:
         places = np.flatnonzero(np.isin(here, there))
         reached = np.unique(owner[places])
@@ -512,11 +546,9 @@ def copied_by(rows: Mapping[str, Sequence[EvalRow]], trained: Iterable[str]) -> 
     sides = {name: [r.output for r in own if r.output] for name, own in rows.items()}
     if not any(sides.values()):
         return {}
-    texts = list(trained)
     references = [r.reference for r in next(iter(rows.values())) if r.reference]
-    return {
-        name: asdict(copied(answers, texts)) for name, answers in {**sides, "references": references}.items()
-    }
+    found = copied_of({**sides, "references": references}, trained)
+    return {name: asdict(part) for name, part in found.items()}
 
 
 def remark(leakage: Leakage, parts: Mapping[str, Comparison]) -> str:

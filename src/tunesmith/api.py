@@ -680,7 +680,7 @@ def _questions(
     if found:
         decided = leakage.decision(found)
         watch({"kind": "decision", **asdict(decided)})
-    return run, _Questions(recipe, tuple(kept), measured_on, found, answers)
+    return run, _Questions(recipe, tuple(kept), measured_on, leakage=found, learned=answers)
 
 
 def _leaked(

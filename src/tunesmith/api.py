@@ -9,6 +9,7 @@ print(result.primary.verdict)
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -55,10 +56,12 @@ if TYPE_CHECKING:
     from tunesmith.data.validation import Report
     from tunesmith.evaluation import EvalRow
     from tunesmith.evaluation.compare import Comparison
+    from tunesmith.evaluation.leakage import Leakage
     from tunesmith.evaluation.unseen import MeasuredOn
     from tunesmith.export.merge import Merged
     from tunesmith.models import Kind
     from tunesmith.plan import Plan
+    from tunesmith.training.find_lr import RateSearch
 
 MAY_CHANGE = ("output_dir", "name", "preset", "evaluation", "export", "tracking")
 """Parts of the recipe that a continued run may change: none of them touches the weights."""
@@ -82,11 +85,22 @@ class Result:
     """The questions that `evaluate` and `compare` asked."""
     saved: Path | None = None
     """Folder of the rows and the result of `compare`."""
+    models: tuple[str, ...] = ()
+    """The names of all models of a comparison, the baseline first."""
+    leakage: Mapping[str, Any] | None = None
+    """What of the questions stands in the training data of the runs behind the models; None where none is known."""
 
     @property
     def primary(self) -> Comparison | None:
-        """The comparison that the verdict rests on."""
-        return next((c for c in self.comparisons if c.primary), None)
+        """The comparison that the verdict rests on; None where more than two models were compared."""
+        found = [c for c in self.comparisons if c.primary]
+        return found[0] if len(found) == 1 else None
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """The verdict on each challenger, on the primary metric."""
+        names = dict(zip(("base", "tuned"), self.sides or (), strict=False))
+        return {names.get(c.model, c.model): c.verdict for c in self.comparisons if c.primary}
 
     def as_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it: the primary comparison's fields first."""
@@ -97,6 +111,9 @@ class Result:
             **({"a": self.sides[0], "b": self.sides[1]} if self.sides else {}),
             **({"measured_on": asdict(self.measured_on)} if self.measured_on else {}),
             **({"saved": str(self.saved)} if self.saved else {}),
+            **({"leakage": dict(self.leakage)} if self.leakage else {}),
+            **({"models": list(self.models)} if self.models else {}),
+            **({"verdicts": self.verdicts} if self.models else {}),
             "seconds": round(self.seconds, 1),
             "run": str(self.run) if self.run else None,
             "report": str(self.report) if self.report else None,
@@ -137,9 +154,13 @@ def plan(recipe: Recipe) -> tuple[Plan, Mapping[str, Any]]:
     Refuses what `train` refuses.
     """
     _check_before_training(recipe)
-    results = _driver().execute(["plan", "encodings"], inputs=_inputs(recipe))
-    ledger = results["encodings"].ledger
-    return results["plan"], {"rows": ledger.counts(), "dropped": ledger.reasons()}
+    from tunesmith.evaluation import leakage
+
+    results = _driver().execute(["plan", "encodings", "leakage"], inputs=_inputs(recipe))
+    ledger, found = results["encodings"].ledger, results["leakage"]
+    planned = replace(results["plan"], decisions=(*results["plan"].decisions, leakage.decision(found)))
+    leaked = {"sentence": found.sentence(), "leaked": len(found.leaked), "review": len(found.review)}
+    return planned, {"rows": ledger.counts(), "dropped": ledger.reasons(), "leakage": leaked}
 
 
 def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list[EvalRow]]:
@@ -175,6 +196,45 @@ def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list
     scores = evaluation.scores(rows, found["metrics"])
     seconds = time.perf_counter() - started
     return Result(run=None, comparisons=(), seconds=seconds, scores=scores), rows
+
+
+def find_lr(
+    recipe: Recipe,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    steps: int = 100,
+    seeds: int = 3,
+    page: str | Path | None = None,
+    watch: Watch = _unwatched,
+) -> RateSearch:
+    """Which learning rate fits a recipe, by a range test on throw-away copies of its model.
+
+    Each of `seeds` copies takes `steps` steps while the rate grows exponentially from `low` to `high` (by default
+    1e-7 to 1, and ten times that for adapters). Nothing is written but `page`, an HTML file with the curve.
+    """
+    from tunesmith.training import find_lr as finding
+
+    launch.require_one_process()
+    finding.exponential(low or finding.FULL[0], high or finding.LOW_RANK[1], steps)
+    recipe = anchored(recipe)
+    _check_before_training(recipe)
+    inputs = _driver().execute(["plan", "encodings", "packing"], inputs=_inputs(recipe))
+
+    def progress(done: int, total: int) -> None:
+        watch({"kind": "progress", "stage": "learning rates", "done": done, "total": total})
+
+    progress(0, seeds)
+    try:
+        search = finding.find(recipe, inputs, low=low, high=high, steps=steps, seeds=seeds, progress=progress)
+    except Exception as error:
+        if mended := _as_ours(error):
+            raise mended from error
+        raise
+    if page:
+        title = f"Learning rates for {dataset_name(recipe.model.base)} on {dataset_name(recipe.data.dataset)}"
+        write_whole(Path(page), finding.page(search, title))
+    return search
 
 
 def train(
@@ -338,29 +398,39 @@ def evaluate(
     if (bias := evaluation.length_bias(rows)) and bias.is_strong:
         watch({"kind": "warning", "message": bias.sentence("the model")})
     write_whole(place / "scores.json", json.dumps(kept, indent=1))
+    leaked = _leak_facts(questions, {"model": rows}, chosen, None)
+    if leaked:
+        write_whole(place / "leakage.json", json.dumps(leaked, indent=1, ensure_ascii=False))
+    if leaked and leaked["leaked"]:
+        watch({"kind": "warning", "message": leaked["remark"]})
     return Result(
         run=place,
         comparisons=(),
         seconds=time.perf_counter() - started,
         scores=scores,
         measured_on=questions.measured_on,
+        leakage=_short_leakage(leaked),
     )
 
 
 def compare(
     a: str | Path,
     b: str | Path,
-    *,
+    *more: str | Path,
+    baseline: str | Path | None = None,
     dataset: str | None = None,
     metrics: Sequence[str] | None = None,
+    primary: str | None = None,
     settings: Mapping[str, Any] | None = None,
     watch: Watch = _unwatched,
 ) -> Result:
-    """Whether run or model B is better than A on the same held-out examples.
+    """Whether each run or model is better than the first one on the same held-out examples.
 
-    The examples are chosen as by `evaluate`, from the first of the two that is a run, without those that
-    either was trained or validated on. Both are answered now, along one code path; A stands as `base` and B
-    as `tuned` in the result. Rows and comparison are written to `comparisons/<a>_vs_<b>` beside the runs.
+    The examples are chosen as by `evaluate`, from the first of the models that is a run, without those that
+    any of them was trained or validated on. All are answered now, along one code path. Every model is set against
+    `a`, or against the one that `baseline` names. Of two, the baseline stands as `base` and the other as `tuned` in
+    the result. `primary` declares the metric on which the verdict rests, by default the first that scores answers.
+    Rows and comparison are written to `comparisons/<a>_vs_<b>` beside the runs.
     """
     launch.require_one_process()
     quiet_libraries()
@@ -368,41 +438,103 @@ def compare(
     from tunesmith.evaluation import compare as comparing
 
     started = time.perf_counter()
-    run, questions = _questions([a, b], dataset, metrics, settings, watch)
-    sides = _side_names(a, b)
-    rows_a, chosen, longer_a = _answers(a, questions, name="base", watch=_renamed(watch, "base", sides[0]))
-    rows_b, _, longer_b = _answers(b, questions, name="tuned", watch=_renamed(watch, "tuned", sides[1]))
-    questions = questions.with_longer({sides[0]: longer_a, sides[1]: longer_b})
+    models = _baseline_first([a, b, *more], baseline)
+    run, questions = _questions(models, dataset, metrics, settings, watch)
+    names = _side_names(*models)
+    stand_ins = ("base", "tuned") if len(models) == 2 else names
+    watch(_findable(questions))
+    found, longer, chosen = [], {}, list[str]()
+    for model, name, stand_in in zip(models, names, stand_ins, strict=True):
+        rows, fitting, longer[name] = _answers(
+            model, questions, name=stand_in, primary=primary, watch=_renamed(watch, stand_in, name)
+        )
+        chosen = chosen or fitting
+        found.append(rows)
+    questions = questions.with_longer(longer)
     section = questions.recipe.evaluation
-    compared = comparing.compare(
-        rows_a,
-        rows_b,
+    compared = comparing.compare_all(
+        list(zip(names, found, strict=True)),
         metrics=chosen,
         resamples=section.resamples,
         confidence=section.confidence,
-        names=sides,
-        apart=_apart(a, b, questions.recipe),
+        primary=primary,
+        apart=[_apart(models[0], other, questions.recipe) for other in models[1:]],
     )
-    name = "_vs_".join(re.sub(r"[^\w.-]+", "-", side) for side in sides)
-    if dataset:
-        name += f"_on_{dataset_name(dataset)}"
-    place = (run.path.parent if run else Path()) / "comparisons" / name
-    evaluation.write_rows(place / "rows.jsonl", [*rows_a, *rows_b])
+    if len(models) == 2:
+        compared = [replace(c, model="tuned", against="base") for c in compared]
+    place = (run.path.parent if run else Path()) / "comparisons" / _comparison_name(names, dataset)
+    evaluation.write_rows(place / "rows.jsonl", itertools.chain.from_iterable(found))
     kept = {
-        "a": str(a),
-        "b": str(b),
+        "a": str(models[0]),
+        "b": str(models[1]),
+        "models": dict(zip(names, map(str, models), strict=True)),
         "measured_on": asdict(questions.measured_on),
         "comparisons": [asdict(c) for c in compared],
     }
+    leaked = _leak_facts(questions, dict(zip(names, found, strict=True)), chosen, primary)
+    if leaked:
+        write_whole(place / "leakage.json", json.dumps(leaked, indent=1, ensure_ascii=False))
+    if leaked and leaked["leaked"]:
+        watch({"kind": "warning", "message": leaked["remark"]})
     write_whole(place / "comparison.json", json.dumps(kept, indent=1, ensure_ascii=False))
     return Result(
         run=run.path if run else None,
         comparisons=tuple(compared),
         seconds=time.perf_counter() - started,
-        sides=sides,
+        sides=(names[0], names[1]) if len(models) == 2 else None,
         measured_on=questions.measured_on,
         saved=place,
+        models=names,
+        leakage=_short_leakage(leaked),
     )
+
+
+def _short_leakage(facts: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The leakage without the texts of its pairs."""
+    if facts is None:
+        return None
+    kept = {key: facts[key] for key in ("questions", "trained", "counts", "remark", "parts", "copied")}
+    return {**kept, "leaked": len(facts["leaked"]), "review": len(facts["review"])}
+
+
+def _baseline_first(models: Sequence[str | Path], baseline: str | Path | None) -> list[str | Path]:
+    """The models, the baseline before the others. Raises TunesmithError for one that is not among them."""
+    if baseline is None:
+        return list(models)
+    names = _side_names(*models)
+    for place, (model, name) in enumerate(zip(models, names, strict=True)):
+        if str(baseline) in (str(model), name):
+            return [models[place], *models[:place], *models[place + 1 :]]
+    raise TunesmithError(
+        f"The baseline {baseline} is not among the models.",
+        found=", ".join(map(str, models)),
+        fix=nearest(str(baseline), [str(model) for model in models]),
+    )
+
+
+def _findable(questions: _Questions) -> dict[str, Any]:
+    """What a comparison on these questions could find, as an event, before any answer is paid for."""
+    from tunesmith.evaluation.power import expected
+
+    section = questions.recipe.evaluation
+    most = section.max_items or len(questions.examples)
+    items = min(len(questions.examples), most)
+    groups = len({n if e.group is None else e.group for n, e in enumerate(questions.examples)})
+    could = expected(items, min(groups, items), confidence=section.confidence)
+    return {
+        "kind": "decision",
+        "name": "smallest difference to be found",
+        "value": could.value if could else "none",
+        "reason": could.reason if could else "one question or group cannot show any",
+    }
+
+
+def _comparison_name(names: Sequence[str], dataset: str | None) -> str:
+    """The folder of a comparison; of very many models a name that a file system takes."""
+    name = "_vs_".join(re.sub(r"[^\w.-]+", "-", side) for side in names)
+    if len(name) > 150:
+        name = f"{name[:120]}_and_others_{hashlib.blake2b(name.encode(), digest_size=6).hexdigest()}"
+    return f"{name}_on_{dataset_name(dataset)}" if dataset else name
 
 
 def _apart(a: str | Path, b: str | Path, recipe: Recipe) -> str:
@@ -421,10 +553,16 @@ def _apart(a: str | Path, b: str | Path, recipe: Recipe) -> str:
     return "another chat template around the question"
 
 
-def _side_names(a: str | Path, b: str | Path) -> tuple[str, str]:
-    """What the two sides of a comparison are called: their folders' names, where these differ."""
-    short = (Path(str(a)).name, Path(str(b)).name)
-    return short if short[0] != short[1] and all(short) else (str(a), str(b))
+def _side_names(*models: str | Path) -> tuple[str, ...]:
+    """What the models of a comparison are called: their folders' names, where these differ."""
+    short = tuple(Path(str(model)).name for model in models)
+    whole = tuple(map(str, models))
+    names = short if len(set(short)) == len(short) and all(short) else whole
+    if len(models) > 2 and len(set(names)) < len(names):
+        raise TunesmithError(
+            "A model is named twice.", found=", ".join(whole), fix="Name each model of a comparison once."
+        )
+    return names
 
 
 def _renamed(watch: Watch, before: str, after: str) -> Watch:
@@ -445,6 +583,10 @@ class _Questions:
     recipe: Recipe
     examples: tuple[Example, ...]
     measured_on: MeasuredOn
+    leakage: Leakage | None = None
+    """Of the runs behind the models; None where there are none, or their data sets are not known."""
+    learned: Callable[[], Iterator[str]] = lambda: iter(())
+    """The answers that they were trained on."""
 
     def with_longer(self, found: Mapping[str, str | None]) -> _Questions:
         """The same, with what is to be said by model of questions longer than it was trained to read."""
@@ -467,7 +609,7 @@ def _questions(
     from tunesmith import models as loading
     from tunesmith.compose import overlaid, validated
     from tunesmith.data.splitting import HELD_OUT, TRAIN, VALIDATION
-    from tunesmith.evaluation import unseen
+    from tunesmith.evaluation import leakage, unseen
     from tunesmith.evaluation.metrics import METRICS
 
     for model in models:
@@ -537,7 +679,53 @@ def _questions(
                 "message": f"What {name} was trained on is not known, so its questions may be among these: {why}",
             }
         )
-    return run, _Questions(recipe, tuple(kept), measured_on)
+    found, answers = _leaked(models, kept)
+    if found:
+        decided = leakage.decision(found)
+        watch({"kind": "decision", **asdict(decided)})
+    return run, _Questions(recipe, tuple(kept), measured_on, leakage=found, learned=answers)
+
+
+def _leaked(
+    models: Sequence[str | Path], asked: Sequence[Example]
+) -> tuple[Leakage | None, Callable[[], Iterator[str]]]:
+    """What of these examples stands in the training data of the runs behind the models, and the answers there."""
+    from tunesmith.data.splitting import TRAIN, VALIDATION
+    from tunesmith.evaluation import leakage, unseen
+
+    known = [s for _, s in unseen.runs_behind(models) if not isinstance(s, TunesmithError)]
+    if not known:
+        return None, lambda: iter(())
+    learned = itertools.chain.from_iterable(splits.examples(TRAIN, VALIDATION) for splits in known)
+    found = leakage.find(asked, learned)
+    return found, lambda: (leakage.answer_of(e) for splits in known for e in splits.examples(TRAIN))
+
+
+def _leak_facts(
+    questions: _Questions, rows: Mapping[str, Sequence[EvalRow]], metrics: Sequence[str], primary: str | None
+) -> dict[str, Any] | None:
+    """The leakage with what it does to the verdict on each challenger, as it is saved and printed."""
+    from tunesmith.evaluation import leakage
+    from tunesmith.evaluation.metrics import primary_metric
+
+    found, section = questions.leakage, questions.recipe.evaluation
+    if found is None:
+        return None
+    (_, base), *others = rows.items()
+    metric = primary or primary_metric(metrics)
+    parts = {}
+    if metric and found.leaked:
+        for name, own in others:
+            parts[name] = leakage.subsets(
+                found, base, own, metric, resamples=section.resamples, confidence=section.confidence
+            )
+    remarks = [leakage.remark(found, part) for part in parts.values()] or [leakage.remark(found, {})]
+    return {
+        **found.as_dict(),
+        "remark": remarks[0] if len(others) < 2 else " ".join(f"{n}: {r}" for n, r in zip(parts, remarks)),
+        "parts": {name: {k: asdict(c) for k, c in part.items()} for name, part in parts.items()},
+        "copied": leakage.copied_by(rows, questions.learned()),
+    }
 
 
 def _same_place(a: str, b: str) -> bool:
@@ -547,7 +735,7 @@ def _same_place(a: str, b: str) -> bool:
 
 
 def _answers(
-    model: str | Path, questions: _Questions, *, name: str, watch: Watch
+    model: str | Path, questions: _Questions, *, name: str, primary: str | None = None, watch: Watch
 ) -> tuple[list[EvalRow], list[str], str | None]:
     """A model's rows, the metrics, and what is to be said of questions longer than it was trained to read."""
     from tunesmith import dataflow, evaluation, models
@@ -582,6 +770,8 @@ def _answers(
         watch({"kind": "warning", "message": f"{model}: {longer}"})
     device = planning.device()
     chosen = dataflow.metrics(settings, items)
+    if primary and primary not in chosen:
+        chosen = evaluation.known_metrics([primary, *chosen])
     rows = evaluation.answers(
         settings.model,
         settings.evaluation,

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from tunesmith.data.validation import Report
     from tunesmith.export.merge import Merged
     from tunesmith.plan import Plan
+    from tunesmith.training.find_lr import RateSearch
 
 app = typer.Typer(
     name="tunesmith",
@@ -495,6 +496,47 @@ def plan_verb(
     return payload, _plan_text(plan, rows, composition)
 
 
+FIND_LR_HELP = """Find a learning rate by a short range test on throw-away copies of the model; nothing is trained.
+
+`tunesmith find-lr --base-model tiny --dataset example:support --task instruct --lora --html rates.html`"""
+
+
+@app.command("find-lr", help=FIND_LR_HELP)
+@verb
+@recipe_options()
+def find_lr_verb(
+    recipe_file: RecipeFile = None,
+    *,
+    config: ConfigOption = None,
+    lora: LoraOption = False,
+    qlora: QloraOption = False,
+    freeze_ratio: FreezeOption = None,
+    low: Annotated[
+        float | None, typer.Option(help="Lowest rate; by default 1e-7, of adapters 1e-6.", show_default=False)
+    ] = None,
+    high: Annotated[
+        float | None, typer.Option(help="Highest rate; by default 1, of adapters 10.", show_default=False)
+    ] = None,
+    steps: Annotated[int, typer.Option(min=10, help="Optimizer steps of a sweep.")] = 100,
+    seeds: Annotated[int, typer.Option(min=1, help="Sweeps, each with a seed of its own.")] = 3,
+    html: Annotated[Path | None, typer.Option(help="Write the curve to this HTML page as well.")] = None,
+    flags: dict[str, Any],
+    quiet: bool,
+) -> Any:
+    """Find a learning rate."""
+    from tunesmith import api
+
+    composition = _composed(recipe_file, config, flags, lora=lora, qlora=qlora, freeze_ratio=freeze_ratio)
+    with Display(quiet=quiet) as display:
+        _show_notes(composition, display)
+        search = api.find_lr(
+            composition.recipe, low=low, high=high, steps=steps, seeds=seeds, page=html, watch=display
+        )
+    used = composition.recipe.training.learning_rate
+    payload = {**search.as_dict(), "recipe_learning_rate": used, "page": str(html) if html else None}
+    return payload, _rates_text(search, html)
+
+
 @app.command("evaluate", help="Measure a run's model, or any model, on held-out examples.")
 @verb
 @recipe_options(only=EVALUATION_FLAGS)
@@ -556,13 +598,24 @@ def evaluate_verb(
     return {**result.as_dict(), "rows": str(result.run)}, _scores_text(result)
 
 
-@app.command("compare", help="Whether B is better than A on the same held-out examples, with an interval.")
+COMPARE_HELP = """Whether each model is better than the first on the same held-out examples, with an interval.
+
+`tunesmith compare tiny fine_tuned_models/support`
+
+`tunesmith compare tiny runs/a runs/b runs/c --metrics exact_match,rougeL`"""
+
+
+@app.command("compare", help=COMPARE_HELP)
 @verb
 @recipe_options(only=EVALUATION_FLAGS)
 def compare_verb(
     a: Annotated[str, typer.Argument(help="The base: a run, a model folder, a Hub id, or `tiny`.")],
-    b: Annotated[str, typer.Argument(help="The challenger.")],
+    b: Annotated[list[str], typer.Argument(metavar="B [C ...]", help="The challengers, one or more.")],
     *,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Set all others against this one instead of the first."),
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -572,6 +625,13 @@ def compare_verb(
     metrics: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")
     ] = None,
+    primary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The metric that the verdict rests on; by default the first that scores answers.",
+        ),
+    ] = None,
     flags: dict[str, Any],
     quiet: bool,
 ) -> Any:
@@ -579,7 +639,16 @@ def compare_verb(
     from tunesmith import api
 
     with Display(quiet=quiet) as display:
-        result = api.compare(a, b, dataset=dataset, metrics=_names(metrics), settings=flags, watch=display)
+        result = api.compare(
+            a,
+            *b,
+            baseline=baseline,
+            dataset=dataset,
+            metrics=_names(metrics),
+            primary=primary,
+            settings=flags,
+            watch=display,
+        )
     return result.as_dict(), _result_text(result)
 
 
@@ -1095,22 +1164,27 @@ def _result_text(result: Result) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from tunesmith.evaluation.compare import remarks, sentence, table
+    from tunesmith.evaluation.compare import remarks, sentence, table, table_of_many
 
     parts: list[Any] = []
     if result.comparisons:
-        header, *lines = table(list(result.comparisons), result.sides or ("base", "tuned"))
+        names, of_many = result.sides or ("base", "tuned"), len(result.models) > 2
+        compared = list(result.comparisons)
+        header, *lines = table_of_many(compared) if of_many else table(compared, names)
         scores = _table(*header)
         for line in lines:
             scores.add_row(*(_escaped(cell) for cell in line))
         primary = result.primary
+        for c in (c for c in compared if c.primary and of_many):
+            style = {"better": "bold green", "worse": "bold red"}.get(c.verdict, "bold yellow")
+            parts += [Text(f"{c.model} against {c.against}", style="bold"), Text(sentence(c), style=style)]
         if primary:
             if result.sides:
                 parts.append(Text(f"{result.sides[1]} against {result.sides[0]}", style="bold"))
             style = {"better": "bold green", "worse": "bold red"}.get(primary.verdict, "bold yellow")
             parts += [Text(sentence(primary), style=style)]
             parts += [*(Text(remark, style="yellow") for remark in primary.remarks), ""]
-        parts += [scores]
+        parts += ([""] if of_many else []) + [scores]
         told = primary.remarks if primary else ()
         parts += [*(Text(said, style="dim") for said in remarks(result.comparisons) if said not in told), ""]
     for sample in result.samples:
@@ -1168,6 +1242,24 @@ def _report_text(report: Report) -> Any:
         ("fixed", fixed),
     ]  # fmt: skip
     return Group(*parts, *(Text(f"{name:<10}{value}") for name, value in facts if value))
+
+
+def _rates_text(search: RateSearch, page: Path | None) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    from tunesmith.training.find_lr import chart
+
+    style = "bold green" if search.suggestion else "bold yellow"
+    parts = [
+        Text(search.sentence(), style=style),
+        *(Text(note, style="dim") for note in search.notes),
+        Text(""),
+    ]
+    parts += [Text(line) for line in chart(search)]
+    if search.suggestion:
+        parts += [Text(""), Text(f"use       --learning-rate {search.suggestion:.1e}")]
+    return Group(*parts, *([Text(f"page      {page}")] if page else []))
 
 
 def _merged_text(merged: Merged) -> Any:

@@ -18,10 +18,14 @@ from tunesmith import data, models
 from tunesmith import plan as planning
 from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.data.preferences import prompt_length
+from tunesmith.data.splitting import TRAIN, VALIDATION
 from tunesmith.data.templates import Encoding
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.evaluation import EvalRow, forgetting, stages
+from tunesmith.evaluation import leakage as leaks
+from tunesmith.evaluation import parts as parting
 from tunesmith.evaluation.compare import Comparison, compare
+from tunesmith.evaluation.leakage import Leakage
 from tunesmith.evaluation.lengths import length_bias
 from tunesmith.evaluation.metrics import METRICS, default_metrics
 from tunesmith.evaluation.report import write_report
@@ -96,10 +100,16 @@ def _held_out(recipe: Recipe, asked: Asked) -> planning.HeldOut:
         groups=len(groups),
         share=recipe.data.held_out,
         max_items=recipe.evaluation.max_items,
+        confidence=recipe.evaluation.confidence,
     )
 
 
-def prepared(run: Run, encodings: data.EncodedSplits, plan: Plan) -> Run:
+def leakage(splits: data.Splits, asked: Asked) -> Leakage:
+    """Which of the questions that measure stand in the training data: next to none, by the way splits are made."""
+    return leaks.find(asked.examples, splits.examples(TRAIN, VALIDATION))
+
+
+def prepared(run: Run, encodings: data.EncodedSplits, plan: Plan, leakage: Leakage) -> Run:
     """The run's folder with ledger and plan, checked to be the same run when it is continued."""
     fingerprint = encodings.fingerprint
     before = run.read("plan.json")
@@ -119,6 +129,9 @@ def prepared(run: Run, encodings: data.EncodedSplits, plan: Plan) -> Run:
                 run.event("warning", message=f"No verdict will be possible: {decision.reason}.")
             else:
                 run.event("decision", name=decision.name, value=decision.value, reason=decision.reason)
+        found = leaks.decision(leakage)
+        run.event("decision", name=found.name, value=found.value, reason=found.reason)
+    run.write("evaluation/leakage.json", leakage.as_dict())
     run.event("state", state="prepared", rows=encodings.ledger.counts(), dropped=encodings.ledger.reasons())
     return run
 
@@ -304,45 +317,16 @@ def fitted(
 
     set_seed(recipe.training.seed)
     tokenizer, _ = _tokenizer(recipe)
-    model = models.load_model(
-        recipe.model.base,
-        revision=recipe.model.revision,
-        dtype=plan.dtype,
-        device=plan.device,
-        attention=recipe.model.attention,
-        quantize=recipe.adapter if isinstance(recipe.adapter, QLoRA) else None,
-        head=METHODS[recipe.method.kind].head,
-    )
-    model = models.attach(
-        model,
-        recipe.adapter,
-        gradient_checkpointing=recipe.training.gradient_checkpointing,
-        merged_base=prepared.path / "merged_base",
-        revision=recipe.model.revision,
-    )
-    models.set_stop_tokens(model, tokenizer)
-    described = models.describe(model).sentence()
-    prepared.event("decision", name="model", value=described, reason=f"adapter.kind is {recipe.adapter.kind}")
     method = METHODS[recipe.method.kind]
     training, _, _ = method.settled(recipe.method, recipe.training, len(encodings.train))
-    with models.keeping_types(model):
-        trainer = method.build(
-            recipe.method,
-            model=model,
-            tokenizer=tokenizer,
-            train=encodings.train,
-            validation=encodings.validation,
-            arguments=arguments(
-                plan,
-                training,
-                recipe.tracking,
-                name=prepared.path.name,
-                staging=prepared.path / ".staging",
-            ),
-            run=prepared,
-            keep=recipe.training.save_total_limit,
-            packing=packing,
-        )
+    given = arguments(
+        plan,
+        training,
+        recipe.tracking,
+        name=prepared.path.name,
+        staging=prepared.path / ".staging",
+    )
+    trainer = _trainer(recipe, prepared, tokenizer, plan, encodings, packing, given)
     result = fit(
         trainer,
         prepared,
@@ -355,6 +339,50 @@ def fitted(
     )
     prepared.write("training.json", asdict(result))
     return result
+
+
+def _trainer(
+    recipe: Recipe,
+    run: Run,
+    tokenizer: Any,
+    plan: Plan,
+    encodings: data.EncodedSplits,
+    packing: Packing | None,
+    arguments: dict[str, Any],
+) -> Any:
+    """The method's trainer on a model that is loaded for it."""
+    method = METHODS[recipe.method.kind]
+    model = models.load_model(
+        recipe.model.base,
+        revision=recipe.model.revision,
+        dtype=plan.dtype,
+        device=plan.device,
+        attention=recipe.model.attention,
+        quantize=recipe.adapter if isinstance(recipe.adapter, QLoRA) else None,
+        head=method.head,
+    )
+    model = models.attach(
+        model,
+        recipe.adapter,
+        gradient_checkpointing=recipe.training.gradient_checkpointing,
+        merged_base=run.path / "merged_base",
+        revision=recipe.model.revision,
+    )
+    models.set_stop_tokens(model, tokenizer)
+    described = models.describe(model).sentence()
+    run.event("decision", name="model", value=described, reason=f"adapter.kind is {recipe.adapter.kind}")
+    with models.keeping_types(model):
+        return method.build(
+            recipe.method,
+            model=model,
+            tokenizer=tokenizer,
+            train=encodings.train,
+            validation=encodings.validation,
+            arguments=arguments,
+            run=run,
+            keep=recipe.training.save_total_limit,
+            packing=packing,
+        )
 
 
 def _asked(recipe: Recipe, validation: Sequence[Encoding]) -> list[tuple[int, ...]]:
@@ -519,12 +547,64 @@ def forgotten(
     return found
 
 
+def leak_effect(
+    recipe: Recipe,
+    prepared: Run,
+    splits: data.Splits,
+    leakage: Leakage,
+    base_rows: list[EvalRow],
+    tuned_rows: list[EvalRow],
+    comparisons: list[Comparison],
+) -> dict[str, Any]:
+    """What leaked questions do to the verdict, and how much of the answers is copied from training; saved."""
+    facts = leaks.effect(
+        leakage,
+        {"base": base_rows, "tuned": tuned_rows},
+        (leaks.answer_of(example) for example in splits.examples(TRAIN)),
+        next((c.metric for c in comparisons if c.primary), None),
+        resamples=recipe.evaluation.resamples,
+        confidence=recipe.evaluation.confidence,
+    )
+    prepared.write("evaluation/leakage.json", {**leakage.as_dict(), **facts})
+    if leakage.leaked and not any(event.get("message") == facts["remark"] for event in prepared.events()):
+        prepared.event("warning", message=facts["remark"])
+    return facts
+
+
+def parts(
+    recipe: Recipe,
+    prepared: Run,
+    items: list[evaluation.Item],
+    base_rows: list[EvalRow],
+    tuned_rows: list[EvalRow],
+    comparisons: list[Comparison],
+) -> list[dict[str, Any]]:
+    """The primary metric by category, where rows have one, and by length of the question; saved for the report."""
+    primary = next((c.metric for c in comparisons if c.primary and c.n), None)
+    if not primary:
+        return []
+    asked = {item.number: item.prompt.checks if item.prompt else {} for item in items}
+    column = parting.category_column(list(asked.values()))
+    found = parting.parts(
+        base_rows,
+        tuned_rows,
+        primary,
+        categories={n: str(checks[column]) for n, checks in asked.items() if column and column in checks},
+        lengths={item.number: len(item.prompt_ids or item.input_ids) for item in items},
+        confidence=recipe.evaluation.confidence,
+    )
+    prepared.write("evaluation/parts.json", {"column": column, "parts": found})
+    return found
+
+
 def report(
     prepared: Run,
     fitted: Fit,
     comparisons: list[Comparison],
     way: list[dict[str, Any]],
     forgotten: dict[str, Any],
+    leak_effect: dict[str, Any],
+    parts: list[dict[str, Any]],
 ) -> Path:
     """report.html, and the model card beside the weights."""
     write_card(prepared, comparisons)

@@ -60,6 +60,15 @@ class HeldOut:
     """Independent groups; as many as items where these stand alone."""
     share: float
     max_items: int | None
+    confidence: float = 0.95
+
+    def findable(self) -> Decision | None:
+        """The smallest difference that so many examples could show; None where no comparison is possible."""
+        from tunesmith.evaluation.power import expected
+
+        items = min(self.items, self.max_items or self.items)
+        could = expected(items, min(self.groups, items), confidence=self.confidence)
+        return Decision("smallest difference", could.value, could.reason) if could else None
 
     def too_few(self) -> str | None:
         """Why no comparison on so few examples can have a verdict, and what to do; None where one can."""
@@ -167,6 +176,8 @@ def resolve(
         )
     if held_out and (too_few := held_out.too_few()):
         decisions.append(Decision("verdict", "none possible", too_few))
+    elif held_out and (findable := held_out.findable()):
+        decisions.append(findable)
     return Plan(
         device=where,
         dtype=dtype,

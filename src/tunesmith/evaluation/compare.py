@@ -13,9 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tunesmith.errors import RunError
+from tunesmith.errors import RecipeError, RunError
 from tunesmith.evaluation.lengths import length_bias
 from tunesmith.evaluation.metrics import METRICS, Metric, known_metrics, primary_metric
+from tunesmith.evaluation.power import (
+    DEVIATION,
+    DISCORDANCE,
+    detectable_mean,
+    detectable_share,
+    paired_shares,
+    spread_of,
+)
 from tunesmith.evaluation.rows import EvalRow
 from tunesmith.evaluation.tasks import repeated, words
 
@@ -59,6 +67,15 @@ class Comparison:
     primary: bool
     remarks: tuple[str, ...] = ()
     """What the answers look like, where that bears on the verdict; with the primary metric only."""
+    p_alone: float | None = None
+    """The p value before it was adjusted for the number of comparisons."""
+    assumed_detectable: float | None = None
+    """The true difference that so many items find four times in five, as assumed before the run (power.py); None
+    for likelihoods and for metrics without a scale from 0 to 1."""
+    detectable: float | None = None
+    """The same from the differences that were observed; None where none was."""
+    model: str = "tuned"
+    against: str = "base"
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,7 @@ def compare(
     resamples: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
+    primary: str | None = None,
     names: tuple[str, str] = ("the base", "the tuned model"),
     apart: str = "another tokenizer, chat template or source prefix",
 ) -> list[Comparison]:
@@ -104,32 +122,90 @@ def compare(
     `names` are those of the two models, and `apart` says why they may be given different tokens for the same
     question.
 
-    The interval is an expanded percentile bootstrap (Hesterberg 2015, The American Statistician 69(4)) over
-    items, or over groups where rows have them: percentiles are set outward by the t distribution, which
-    mends the plain percentile interval's narrowness in small samples. p is McNemar's exact test for
-    right-or-wrong scores, a paired t test for others, and the bootstrap's own under groups and for ratio
-    statistics. The first metric that scores answers is the primary one; the p values of the others are
-    adjusted for their number (Holm 1979), and their verdict needs both interval and p.
+    The interval of right-or-wrong scores of items that stand alone is Tango's score interval (power.py), which
+    holds where few or none differ. Of others it is an expanded percentile bootstrap (Hesterberg 2015, The American
+    Statistician 69(4)) over items, or over groups where rows have them: percentiles are set outward by the t
+    distribution, which mends the plain percentile interval's narrowness in small samples. p is McNemar's exact test
+    for right-or-wrong scores, a paired t test for others, and the bootstrap's own under groups and for ratio
+    statistics. `primary` names the metric on which the verdict rests, by default the first that scores answers; the
+    p values of the others are adjusted for their number (Holm 1979), and their verdict needs both interval and p.
 
     Raises RunError where the two sets of rows do not answer the same questions. Models with tokenizers of
     their own see other tokens for the same words: their answers are compared, with a note, and their
     likelihoods are not, since these are per token.
     """
+    found = compare_all(
+        [(names[0], base_rows), (names[1], tuned_rows)],
+        metrics=metrics,
+        resamples=resamples,
+        confidence=confidence,
+        seed=seed,
+        primary=primary,
+        apart=[apart],
+    )
+    return [replace(c, model="tuned", against="base") for c in found]
+
+
+def compare_all(
+    models: Sequence[tuple[str, Sequence[EvalRow]]],
+    *,
+    metrics: Sequence[str],
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    primary: str | None = None,
+    apart: Sequence[str] = (),
+) -> list[Comparison]:
+    """Every model against the first, metric by metric, from names and rows.
+
+    As `compare`, with p adjusted over models as well: on the primary metric over the challengers, on the others over
+    all metrics and challengers together, so that the chance of any false win on the primary metric stays at 1 minus
+    `confidence`, however many models are compared. `apart` says of each challenger why it may see other tokens.
+    """
     metrics = known_metrics(metrics)
-    _check_same_questions(base_rows, tuned_rows)
-    primary = primary_metric(metrics)
-    found = [
-        _compared(base_rows, tuned_rows, METRICS[name], resamples, confidence, seed, name == primary, apart)
-        for name in metrics
-    ]
-    remarks = tuple(_answers_look(base_rows, names[0]) + _answers_look(tuned_rows, names[1], closely=True))
-    for rows, name in ((base_rows, names[0]), (tuned_rows, names[1])):
-        if (bias := length_bias(rows)) and bias.is_strong:
-            remarks += (bias.sentence(name),)
-    found = [replace(c, remarks=remarks) if c.primary else c for c in found]
-    others = [c for c in found if not c.primary and c.p_value is not None]
-    adjusted = dict(zip([c.metric for c in others], holm([c.p_value or 0.0 for c in others]), strict=True))
-    return [_adjusted(c, adjusted[c.metric], len(others)) if c.metric in adjusted else c for c in found]
+    primary = _chosen_primary(metrics, primary)
+    (first, base_rows), *challengers = models
+    found = []
+    for place, (name, own) in enumerate(challengers):
+        _check_same_questions(base_rows, own)
+        said = apart[place] if apart else "another tokenizer, chat template or source prefix"
+        remarks = tuple(
+            _answers_look(base_rows, first)
+            + _answers_look(own, name, closely=True)
+            + _length_said(base_rows, first)
+            + _length_said(own, name)
+        )
+        for metric in metrics:
+            c = _compared(
+                base_rows, own, METRICS[metric], resamples, confidence, seed, metric == primary, said
+            )
+            found.append(replace(c, model=name, against=first, remarks=remarks if c.primary else ()))
+    for is_primary in (True, False):
+        family = [n for n, c in enumerate(found) if c.primary is is_primary and c.p_value is not None]
+        if is_primary and len(family) == 1:
+            continue
+        adjusted = holm([found[n].p_value or 0.0 for n in family])
+        for n, p in zip(family, adjusted, strict=True):
+            found[n] = _adjusted(found[n], p, len(family), models=len(challengers))
+    return found
+
+
+def _chosen_primary(metrics: Sequence[str], declared: str | None) -> str | None:
+    if declared is None:
+        return primary_metric(metrics)
+    known_metrics([declared])
+    if declared not in metrics:
+        raise RecipeError(
+            f"The primary metric '{declared}' is not measured.",
+            found=", ".join(metrics),
+            fix="Name it among the metrics, or declare one of them.",
+        )
+    return declared
+
+
+def _length_said(rows: Sequence[EvalRow], name: str) -> list[str]:
+    bias = length_bias(rows)
+    return [bias.sentence(name)] if bias and bias.is_strong else []
 
 
 def sentence(comparison: Comparison) -> str:
@@ -150,11 +226,12 @@ def sentence(comparison: Comparison) -> str:
 
 def remarks(comparisons: Sequence[Comparison]) -> list[str]:
     """What is to be known beside verdict and table: how the answers look, and why a metric has no value."""
-    found = [remark for c in comparisons for remark in c.remarks]
+    found = list(dict.fromkeys(remark for c in comparisons for remark in c.remarks))
     by_reason: dict[str, list[str]] = {}
     for c in comparisons:
         if not c.n and not c.primary:  # the primary one's sentence says so
-            by_reason.setdefault(c.reason, []).append(METRICS[c.metric].label)
+            labels = by_reason.setdefault(c.reason, [])
+            labels += [METRICS[c.metric].label] if METRICS[c.metric].label not in labels else []
     return [*found, *(f"Not compared: {', '.join(names)}. {reason}" for reason, names in by_reason.items())]
 
 
@@ -196,6 +273,26 @@ def table(comparisons: Sequence[Comparison], names: tuple[str, str] = ("base", "
         metric = METRICS[c.metric]
         values = [shown(c.base, metric), shown(c.tuned, metric), difference_shown(c)] if c.n else ["-"] * 3
         lines.append([metric.label, *values, str(c.n), c.verdict])
+    return lines
+
+
+def table_of_many(comparisons: Sequence[Comparison]) -> list[list[str]]:
+    """A header and, metric by metric, a line for the first model and one for each challenger."""
+    level = f"{comparisons[0].confidence:.0%}".replace("%", " %") if comparisons else "95 %"
+    lines = [
+        ["metric", "model", "value", f"difference [{level} interval]", "p", "won/tied/lost", "n", "verdict"]
+    ]
+    for name in dict.fromkeys(c.metric for c in comparisons):
+        metric, found = METRICS[name], [c for c in comparisons if c.metric == name]
+        shown_base = next((shown(c.base, metric) for c in found if c.n), "-")
+        lines.append(
+            [metric.label, found[0].against, shown_base, "", "", "", str(found[0].n), "the baseline"]
+        )
+        for c in found:
+            values = [shown(c.tuned, metric), difference_shown(c)] if c.n else ["-", "-"]
+            p = "-" if c.p_value is None else f"{c.p_value:.3g}"
+            counts = f"{c.wins}/{c.ties}/{c.losses}"
+            lines.append([metric.label, c.model, *values, p, counts, str(c.n), c.verdict])
     return lines
 
 
@@ -311,7 +408,17 @@ def _compared(
     gains[np.abs(gains) < 1e-9] = 0.0
     wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
     unit = f"{groups} groups" if groups < n else f"{n} items"
-    if not gains.any():
+    alone = groups == n
+    binary = _is_binary(pairs.base, metric) and _is_binary(pairs.tuned, metric)
+    detectable: float | None = None
+    if binary and alone:
+        more, fewer = int((pairs.tuned > pairs.base).sum()), int((pairs.tuned < pairs.base).sum())
+        low, high = paired_shares(more, fewer, n, confidence=confidence)
+        p, method = 1.0, "Tango's score interval of paired shares; p by McNemar's exact test"
+        if wins or losses:
+            p = _mcnemar(more, fewer)
+            detectable = detectable_share(n, (wins + losses) / n, confidence=confidence)
+    elif not gains.any():
         low, high, p, method = 0.0, 0.0, 1.0, "all differences are zero"
     else:
         sums = np.stack([pairs.base, pairs.tuned, pairs.counts], axis=1)
@@ -320,16 +427,21 @@ def _compared(
             drawn[:, 0], drawn[:, 2], metric
         )
         low, high = _interval(drawn_differences, groups, confidence)
-        p, test = _p_value(pairs, metric, drawn_differences, tuned - base, clustered=groups < n)
+        p, test = _p_value(pairs, metric, drawn_differences, tuned - base, clustered=not alone)
         method = (
             f"paired bootstrap over {unit}, {resamples} resamples, seed {seed}, "
             f"expanded percentile interval; p by {test}"
         )
+        of_items = alone and metric.kind != "likelihood"
+        spread = spread_of(pairs.tuned - pairs.base) if of_items else float(drawn_differences.std())
+        found = detectable_mean(spread, groups, confidence=confidence)
+        detectable = found if math.isfinite(found) else None
     result = Comparison(
         metric=metric.name, base=base, tuned=tuned, difference=tuned - base, low=low, high=high,
         confidence=confidence, n=n, groups=groups, p_value=p, wins=wins, ties=n - wins - losses,
         losses=losses, verdict="no evidence", reason="", method=method,
-        higher_is_better=metric.higher_is_better, primary=primary,
+        higher_is_better=metric.higher_is_better, primary=primary, p_alone=p,
+        assumed_detectable=_assumed(metric, n, confidence), detectable=detectable,
     )  # fmt: skip
     verdict, reason = _verdict(result, pairs, metric)
     return replace(result, verdict=verdict, reason=_sentences(reason, _left_out(pairs, apart)))
@@ -347,12 +459,16 @@ def _verdict(c: Comparison, pairs: _Pairs, metric: Metric) -> tuple[Verdict, str
     if c.groups < c.n and c.groups < MIN_GROUPS:
         return "inconclusive", f"{c.groups} groups are too few; at least {MIN_GROUPS} are needed."
     if not c.wins and not c.losses:
-        return "no evidence", f"All {c.n} items score the same with both models."
-    hidden = _amount(max(abs(c.low), abs(c.high)), metric)
+        hidden = f"; a difference up to ±{amount(c.high, metric)} could hide at n={c.n}" if c.high else ""
+        return "no evidence", f"All {c.n} items score the same with both models{hidden}."
+    hidden = amount(max(abs(c.low), abs(c.high)), metric)
     if c.low <= 0 <= c.high:
         return (
             "no evidence",
-            f"The interval holds 0; a difference up to ±{hidden} could hide at n={c.n}.",
+            _sentences(
+                f"The interval holds 0; a difference up to ±{hidden} could hide at n={c.n}.",
+                _found_at(c, metric),
+            ),
         )
     binary = _is_binary(pairs.base, metric) and _is_binary(pairs.tuned, metric)
     alpha = 1 - c.confidence
@@ -367,9 +483,28 @@ def _verdict(c: Comparison, pairs: _Pairs, metric: Metric) -> tuple[Verdict, str
     return ("better" if good else "worse"), f"The {c.confidence:.0%} interval excludes 0."
 
 
-def _adjusted(c: Comparison, p: float, number: int) -> Comparison:
-    """A secondary comparison with its adjusted p, which its verdict needs as well as the interval."""
-    note = f"Secondary metric: p = {p:.3g} after Holm's adjustment over {number} metrics."
+def _found_at(c: Comparison, metric: Metric) -> str:
+    """From which difference on this measurement would have found one."""
+    if c.detectable is None:
+        return ""
+    return f"Differences from ±{amount(c.detectable, metric)} on are found 4 times in 5."
+
+
+def _assumed(metric: Metric, n: int, confidence: float) -> float | None:
+    if metric.unit == "ratio" or metric.kind == "likelihood" or n < 2:
+        return None
+    if metric.unit == "share":
+        return detectable_share(n, DISCORDANCE, confidence=confidence)
+    return detectable_mean(DEVIATION / math.sqrt(n), n, confidence=confidence)
+
+
+def _adjusted(c: Comparison, p: float, number: int, *, models: int) -> Comparison:
+    """A comparison with its adjusted p, which its verdict needs as well as the interval."""
+    over = "metrics" if models == 1 else "models" if c.primary else "metrics and models"
+    kind = "Primary" if c.primary else "Secondary"
+    note = f"{kind} metric: p = {p:.3g} after Holm's adjustment over {number} {over}."
+    if models > 1 and not c.primary:
+        note = f"{kind} metric: p = {p:.3g} after Holm's adjustment over {number} comparisons of {over}."
     if c.verdict in ("better", "worse") and p > 1 - c.confidence:
         return replace(
             c,
@@ -380,15 +515,18 @@ def _adjusted(c: Comparison, p: float, number: int) -> Comparison:
     return replace(c, p_value=p, reason=_sentences(c.reason, note))
 
 
+def _mcnemar(more: int, fewer: int) -> float:
+    from scipy.stats import binomtest
+
+    return float(binomtest(more, more + fewer).pvalue)
+
+
 def _p_value(
     pairs: _Pairs, metric: Metric, drawn: Any, difference: float, *, clustered: bool
 ) -> tuple[float, str]:
-    from scipy.stats import binomtest, ttest_rel
+    from scipy.stats import ttest_rel
 
     differences = pairs.tuned - pairs.base
-    if not clustered and _is_binary(pairs.base, metric) and _is_binary(pairs.tuned, metric):
-        more, fewer = int((differences > 0).sum()), int((differences < 0).sum())
-        return float(binomtest(more, more + fewer).pvalue), "McNemar's exact test"
     # Equal differences have no spread for a t test to judge by; the bootstrap's p is its limit.
     if not clustered and metric.kind != "likelihood" and differences.std() > 1e-12:
         return float(ttest_rel(pairs.tuned, pairs.base).pvalue), "paired t test"
@@ -533,7 +671,8 @@ def _left_out(pairs: _Pairs, apart: str) -> str:
     return " ".join(parts)
 
 
-def _amount(value: float, metric: Metric) -> str:
+def amount(value: float, metric: Metric) -> str:
+    """A size of differences as people read it: `3.1 points`."""
     return _ratio(value) if metric.unit == "ratio" else f"{100 * value:.1f} points"
 
 

@@ -9,16 +9,22 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import RunError
 from tunesmith.evaluation.classification import UNPARSED, Classification, classification
-from tunesmith.evaluation.compare import Comparison, difference_shown, remarks, sentence, shown, table
+from tunesmith.evaluation.compare import Comparison, amount, difference_shown, remarks, sentence, shown, table
+from tunesmith.evaluation.leakage import KINDS, PASSAGE
 from tunesmith.evaluation.metrics import METRICS, Metric
 from tunesmith.evaluation.rows import EvalRow, read_rows
 from tunesmith.training.run import Run, write_whole
 
+COMPARED_CHARACTERS = 2000
+"""Beginning of an answer by which is told how much it changed."""
+LEAKS_SHOWN = 20
+"""Leaked pairs that the page has; evaluation/leakage.json has more."""
 ANSWERS_OPEN = 20
 """Answers shown before the rest is folded away."""
 FILES = {
@@ -32,6 +38,8 @@ FILES = {
     "evaluation/comparison.json": "base against tuned",
     "evaluation/general.jsonl": "how likely base and tuned model find general texts",
     "evaluation/forgetting.json": "what was learned and what was forgotten",
+    "evaluation/parts.json": "base against tuned by category and by length",
+    "evaluation/leakage.json": "held-out questions found in the training data, and copied answers",
     "evaluation/stages.jsonl": "every answer of the models that the base was fine-tuned from",
     "evaluation/stages.json": "the scores of every stage",
     "final_model": "weights or adapter, tokenizer, template, model card",
@@ -69,11 +77,15 @@ def write_report(run_dir: Path) -> Path:
         compared=[(c, METRICS[c.metric]) for c in compared],
         scores=_json(run, "evaluation/scores.json", problems),
         stages=_stages(run, problems),
+        leaked=_leaked(run, problems),
+        parts=_parts(run, problems),
+        found_from=_found_from,
         answers=_answers(rows, METRICS[primary.metric] if primary else None),
         labels=_labels(rows),
         answers_open=ANSWERS_OPEN,
         drawn=_drawn(events),
         figures=[*_figures(compared, events, ledger), *_learned_and_forgotten(run, problems)],
+        difference_shown=difference_shown,
         # `<` would let data end the script element that carries it; as an escape it is the same JSON.
         as_json=lambda value: Markup(json.dumps(value).replace("<", "\\u003c")),
         plotly=Markup(get_plotlyjs()),
@@ -229,10 +241,83 @@ def _answers(rows: Sequence[EvalRow], metric: Metric | None) -> list[dict[str, A
             "reference": base.reference,
             "source": base.source_row,
             "models": [_answer("base", base, metric), _answer("tuned", answer, metric)],
+            **_change(base, answer, metric),
         }
         for base, answer in pairs
     ]
     return sorted(answers, key=lambda a: a["models"][0]["score"] == a["models"][1]["score"])
+
+
+def _change(base: EvalRow, tuned: EvalRow, metric: Metric | None) -> dict[str, float]:
+    """How much better the tuned model's answer is, and which share of its words is other than the base's."""
+    before, after = (r.scores.get(metric.name) if metric else None for r in (base, tuned))
+    gain = 0.0 if before is None or after is None else after - before
+    one, other = ((r.output or "")[:COMPARED_CHARACTERS].split() for r in (base, tuned))
+    same = SequenceMatcher(None, one, other, autojunk=False).ratio() if one or other else 1.0
+    return {"gain": gain if not metric or metric.higher_is_better else -gain, "moved": round(1 - same, 3)}
+
+
+def _parts(run: Run, problems: list[str]) -> list[tuple[str, list[tuple[str, Comparison, list[str]]]]]:
+    """The primary metric by category and by length: a title, and of each part its name, comparison and cells."""
+    if not (run.path / "evaluation/parts.json").is_file():
+        return []
+    kept = _json(run, "evaluation/parts.json", problems) or {}
+    titles = {"category": f"By {kept.get('column') or 'category'}", "length": "By length of the question"}
+    found = []
+    try:
+        for kind, title in titles.items():
+            lines = []
+            for part in kept["parts"]:
+                if part["by"] == kind:
+                    c = Comparison(**part["comparison"])
+                    metric = METRICS[c.metric]
+                    cells = (
+                        [shown(c.base, metric), shown(c.tuned, metric), difference_shown(c)] if c.n else []
+                    )
+                    lines.append((str(part["name"]), c, cells or ["-"] * 3))
+            found += [(title, lines)] if lines else []
+    except (KeyError, TypeError) as error:
+        problems.append(f"evaluation/parts.json is not a record of parts: {error}")
+    return found
+
+
+def _found_from(comparison: Comparison) -> str:
+    """The difference that the measurement would have found, before and after it."""
+    metric = METRICS[comparison.metric]
+    assumed, measured = (
+        "-" if value is None else amount(value, metric)
+        for value in (comparison.assumed_detectable, comparison.detectable)
+    )
+    return f"{assumed} / {measured}"
+
+
+def _leaked(run: Run, problems: list[str]) -> dict[str, Any] | None:
+    """What leaked from training into the held-out questions; None where the run did not look."""
+    if not (run.path / "evaluation/leakage.json").is_file():
+        return None
+    found = _json(run, "evaluation/leakage.json", problems) or {}
+    try:
+        parts = {
+            "clean": "questions that did not leak",
+            "dirty": "questions that leaked",
+        }
+        return {
+            "said": found.get("remark") or "Not measured: the run ended before.",
+            "counts": {KINDS[kind]: count for kind, count in found["counts"].items() if count},
+            "notes": found["notes"],
+            "parts": [
+                (said, Comparison(**found["parts"][name]))
+                for name, said in parts.items()
+                if name in found.get("parts", {})
+            ],
+            "copied": found.get("copied", {}),
+            "passage": PASSAGE,
+            "pairs": found["pairs"][:LEAKS_SHOWN],
+            "more": max(len(found["pairs"]) - LEAKS_SHOWN, 0),
+        }
+    except (KeyError, TypeError) as error:
+        problems.append(f"evaluation/leakage.json is not a record of leakage: {error}")
+        return None
 
 
 DRAWN = 12

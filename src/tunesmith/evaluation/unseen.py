@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -134,23 +134,40 @@ def learned(
 
     A run's base may be a run itself; what that one learned, its successor has learned too.
     """
-    from tunesmith import dataflow
     from tunesmith.data.splitting import TRAIN, VALIDATION
     from tunesmith.export.merge import run_behind
     from tunesmith.export.merge import run_of as merged_from
 
     found: dict[str, frozenset[str]] = {}
     unchecked: dict[str, str] = {}
-    waiting = [run for model in models if (run := run_behind(model))]
     for model in models:
         origin = merged_from(Path(model).expanduser())
         if origin and not run_behind(model):
             unchecked[str(model)] = f"it was merged from the run {origin[0]}, which is not at {origin[1]}."
+    for name, splits in runs_behind(models):
+        try:
+            if isinstance(splits, TunesmithError):
+                raise splits
+            mark = own_marks if name == own else marks
+            found[name] = frozenset(m for e in splits.examples(TRAIN, VALIDATION) for m in mark(e))
+        except TunesmithError as error:
+            unchecked[name] = error.problem
+    return found, unchecked
+
+
+def runs_behind(models: Sequence[str | Path]) -> Iterator[tuple[str, Splits | TunesmithError]]:
+    """Each run behind these models once, with its splits, or why these cannot be told."""
+    from tunesmith import dataflow
+    from tunesmith.export.merge import run_behind
+
+    waiting = [run for model in models if (run := run_behind(model))]
+    done: set[str] = set()
     while waiting:
         run = waiting.pop(0)
         name = str(run.path)
-        if name in found or name in unchecked:
+        if name in done:
             continue
+        done.add(name)
         recipe = run.recipe()
         if below := run_behind(recipe.model.base):
             waiting.append(below)
@@ -158,11 +175,10 @@ def learned(
             splits = dataflow.splits(recipe)
             if not _is_split_of(run, splits):
                 raise RunError("its data set is not what it was when the run was started.")
-            mark = own_marks if name == own else marks
-            found[name] = frozenset(m for e in splits.examples(TRAIN, VALIDATION) for m in mark(e))
         except TunesmithError as error:
-            unchecked[name] = error.problem
-    return found, unchecked
+            yield name, error
+        else:
+            yield name, splits
 
 
 def _is_split_of(run: Run, splits: Splits) -> bool:

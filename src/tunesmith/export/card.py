@@ -10,7 +10,8 @@ from typing import Any
 import jinja2
 import yaml
 
-from tunesmith.evaluation.compare import Comparison, methods, remarks, sentence, table
+from tunesmith.evaluation.compare import Comparison, amount, methods, remarks, sentence, table
+from tunesmith.evaluation.metrics import METRICS
 from tunesmith.models import AUTO, Kind
 from tunesmith.training.run import Run, dataset_name, dataset_names, write_whole
 
@@ -33,6 +34,9 @@ CARD = """\
 {{ method }}
 
 {% endif -%}
+{% for line in proof -%}
+- {{ line }}
+{% endfor %}
 ## Data
 
 Fine-tuned on {{ datasets }} for the task `{{ recipe.task }}`: {{ rows.rows_in }} rows in, {{ rows.train }} trained, \
@@ -201,12 +205,36 @@ def _card(
         recipe_yaml=yaml.safe_dump(_shareable(recipe.model_dump(mode="json"), base=base), sort_keys=False),
         adapter=adapter,
         auto=AUTO[kinds.get(recipe.method.kind, "causal")],
+        proof=_proof(run, primary),
         labels=", num_labels=1" if recipe.method.kind == "reward" else "",
         notes=[*notes, *warnings],
         merged=merged,
         version=(run.read("environment.json") or {"packages": {}})["packages"].get("tunesmith", ""),
     )
     return text
+
+
+def _proof(run: Run, primary: Comparison | None) -> list[str]:
+    """What else bears on the verdict: won and lost questions, what could have been found, and leakage."""
+    found = []
+    if primary and primary.n:
+        found.append(
+            f"Of {primary.n} questions {primary.wins} are better with the tuned model, {primary.losses} worse, "
+            f"{primary.ties} alike."
+        )
+        if primary.detectable is not None:
+            least = amount(primary.detectable, METRICS[primary.metric])
+            found.append(f"True differences from {least} on are found 4 times in 5.")
+    leakage = run.read("evaluation/leakage.json") or {}
+    if said := leakage.get("remark"):
+        found.append(said)
+    copied = leakage.get("copied") or {}
+    if tuned := copied.get("tuned"):
+        found.append(
+            f"{tuned['copies']} of {tuned['answers']} answers are copied from training answers for half or more "
+            f"(references: {copied['references']['copies']} of {copied['references']['answers']})."
+        )
+    return found
 
 
 def _shareable(recipe: dict[str, Any], *, base: str) -> dict[str, Any]:

@@ -1,0 +1,571 @@
+"""Leakage: held-out questions that a model has met in training, and answers that it only copies from there.
+
+Splits are made so that equal questions, groups and near-duplicates never part (data/splitting.py), so between the
+splits of one data set next to nothing should be found. What is left are near-copies below that limit, clusters that
+were too large to keep together, splits that the source names itself, and evaluation sets of their own.
+
+Every training row that shares a shingle with a held-out question is a candidate, so that none can be missed as by
+sketches; it is judged by the true Jaccard similarity of shingles (Broder 1997) and by containment, the share of a
+question's n-grams that stand in one training row (arXiv 2005.14165, appendix C). N-grams see no paraphrase and no
+translation (arXiv 2311.04850), and what the base itself was trained on is not known here.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from tunesmith.data.examples import Example, Preference, Rating, Text, Unusable, texts
+from tunesmith.data.prompts import prompt_of, questioned
+from tunesmith.evaluation.compare import Comparison, compare, sentence
+from tunesmith.evaluation.rows import EvalRow
+from tunesmith.plan import Decision
+
+Kind = Literal["exact", "other answer", "near", "contained", "group"]
+
+KINDS: dict[Kind, str] = {
+    "exact": "the same question with the same answer",
+    "other answer": "the same question with another answer",
+    "near": "nearly the same words (Jaccard similarity of shingles)",
+    "contained": "the question's n-grams stand in one training row",
+    "group": "the same group (a database, a document)",
+}
+COPY = 0.8
+"""From this similarity or containment on a question counts as leaked."""
+REVIEW = 0.5
+"""From this one on it is shown, to be looked at."""
+SHINGLE = 5
+"""Words in a shingle."""
+CHARACTERS = 8
+"""Characters in one, of code and of scripts without spaces."""
+FORM = 20
+"""An n-gram that stands in one of so many held-out questions, and in more than three, is a form's: an instruction or
+schema that all are asked with. It says nothing about any of them and does not count."""
+FEW = 3
+"""Fewer n-grams than this of its own, beside a form's, are too little to find a question by."""
+KEPT = 200
+"""Pairs that are kept with their texts; all are counted."""
+LOOKED_THROUGH = 50_000
+"""Training rows among which near-copies are looked for; for equal ones all are."""
+CORPUS = 2_000_000
+"""Characters of training answers among which copied passages are looked for."""
+SEED = 16
+"""Characters of the shortest passage that counts."""
+PASSAGE = 50
+"""Characters from which on a common passage may be a copy."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A held-out question and a training row that have too much in common."""
+
+    item: int
+    """Number of the held-out example."""
+    asked: str
+    """Its row."""
+    trained: str
+    """The row of the training data."""
+    kind: Kind
+    score: float
+    """Jaccard similarity or containment; 1 for what is equal."""
+    leaked: bool
+    """False where it is only to be looked at."""
+    asked_text: str
+    trained_text: str
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """What of the held-out questions was found in the training data."""
+
+    questions: int
+    trained: int
+    """Training and validation rows that were looked through."""
+    leaked: Mapping[int, Kind]
+    """Held-out items that leaked, and by what first."""
+    review: tuple[int, ...]
+    """Items that are only to be looked at."""
+    counts: Mapping[str, int]
+    """Leaked items by kind; one may have several."""
+    pairs: tuple[Pair, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def sentence(self) -> str:
+        """What was found, for people."""
+        if not self.questions:
+            return "nothing is held out"
+        if not self.leaked and not self.review:
+            return f"none of {self.questions} held-out questions was found among {self.trained} training rows"
+        by_kind = ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if count)
+        said = f"{len(self.leaked)} of {self.questions} held-out questions leaked"
+        said += f" ({by_kind})" if by_kind else ""
+        return said + (f", {len(self.review)} more are to be looked at" if self.review else "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """As leakage.json keeps it."""
+        return {**asdict(self), "leaked": {str(item): kind for item, kind in self.leaked.items()}}
+
+
+def normalized(text: str) -> str:
+    """Letters, digits and signs alone: NFKC, case folded, without white space and punctuation."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(c for c in folded if not c.isspace() and not unicodedata.category(c).startswith("P"))
+
+
+WORD = re.compile(r"\w+")
+SPACELESS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+"""Letters of scripts that are written without spaces, or whose words are short as ours are not."""
+SIGNS = re.compile(r"[{}()\[\];=<>+*/\\|&_#$]")
+
+
+def by_characters(text: str) -> bool:
+    """Whether a text is told apart by characters rather than words: code, or a script without spaces."""
+    size = sum(not c.isspace() for c in text) or 1
+    return len(SPACELESS.findall(text)) >= 0.2 * size or len(SIGNS.findall(text)) >= 0.08 * size
+
+
+def grams(text: str, size: int, *, characters: bool) -> frozenset[int]:
+    """Hashes of all n-grams of `size` words or characters; of a shorter text its only one."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    parts: Sequence[str] = "".join(folded.split()) if characters else WORD.findall(folded)
+    if len(parts) <= size:
+        return frozenset([hash(tuple(parts))]) if parts else frozenset()
+    return frozenset(hash(tuple(parts[n : n + size])) for n in range(len(parts) - size + 1))
+
+
+def jaccard(one: frozenset[int], other: frozenset[int]) -> float:
+    """Share of common members among all members; 0 where there are none."""
+    together = len(one | other)
+    return len(one & other) / together if together else 0.0
+
+
+def containment(asked: frozenset[int], trained: frozenset[int]) -> float:
+    """Share of the first one's members that the second one has."""
+    return len(asked & trained) / len(asked) if asked else 0.0
+
+
+@dataclass
+class _Asked:
+    item: int
+    row: str
+    question: str
+    answer: str
+    whole: str
+    characters: bool
+    shingles: frozenset[int]
+    long: int
+    """Size of the n-grams for containment: 13 words, of short questions 8; 0 of those too short for either."""
+    contained: frozenset[int] = field(default_factory=frozenset)
+    of_question: frozenset[int] = field(default_factory=frozenset)
+    """Shingles of the question alone."""
+    form: frozenset[int] = field(default_factory=frozenset)
+    """Shingles that are left out, since they are those of a form."""
+
+
+def find(asked: Sequence[Example], trained: Iterable[Example]) -> Leakage:
+    """Which of the held-out examples stand in the training examples, equal, nearly equal, or in one group.
+
+    The training examples are read once, one after the other; the held-out ones are kept in memory.
+    """
+    wanted = _without_forms([_prepared(number, example) for number, example in enumerate(asked)])
+    by_question, by_group = defaultdict(list), defaultdict(list)
+    owners: defaultdict[tuple[bool, int], list[int]] = defaultdict(list)
+    for a, example in zip(wanted, asked, strict=True):
+        by_question[normalized(a.question)].append(a)
+        if example.group is not None:
+            by_group[example.group].append(a)
+        for shingle in a.shingles:
+            owners[a.characters, shingle].append(a.item)
+    kinds = {a.characters for a in wanted}
+    forms = {kind: _formed(wanted, kind) for kind in kinds}
+    found = _Found()
+    count = 0
+    for example in trained if wanted else ():
+        count += 1
+        question, answer = _parts(example)
+        for a in by_question.get(normalized(question), ()):
+            same = normalized(answer) == normalized(a.answer)
+            found.add(a, example, "exact" if same else "other answer", 1.0, question)
+        for a in by_group.get(example.group, ()) if example.group is not None else ():
+            found.add(a, example, "group", 1.0, question)
+        if count > LOOKED_THROUGH:
+            continue
+        whole = _whole(example)
+        shingles = {kind: grams(whole, _size(kind), characters=kind) - forms[kind] for kind in kinds}
+        sharing: Counter[int] = Counter()
+        for kind, own in shingles.items():
+            for shingle in own:
+                sharing.update(owners.get((kind, shingle), ()))
+        for item in sharing:
+            _verify(found, wanted[item], example, whole, shingles[wanted[item].characters])
+    notes = []
+    if count > LOOKED_THROUGH:
+        notes.append(
+            f"near-copies were looked for among the first {LOOKED_THROUGH:,} of {count:,} training rows, equal "
+            "questions among all"
+        )
+    return found.result(len(wanted), count, notes)
+
+
+class _Found:
+    """The pairs as they are found."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[tuple[int, str, str], Pair] = {}
+        self.kinds: defaultdict[int, set[Kind]] = defaultdict(set)
+        self.review: set[int] = set()
+        self._shown: Counter[int] = Counter()
+
+    def add(self, asked: _Asked, example: Example, kind: Kind, score: float, text: str) -> None:
+        """A pair; of one question five are kept with their texts. What is equal is not called similar as well."""
+        if kind in ("near", "contained") and self.kinds.get(asked.item, set()) & {"exact", "other answer"}:
+            return
+        leaked = score >= COPY
+        if leaked:
+            self.kinds[asked.item].add(kind)
+        else:
+            self.review.add(asked.item)
+        key = (asked.item, str(example.row), kind)
+        if key in self.pairs or self._shown[asked.item] >= 5:
+            return
+        self._shown[asked.item] += 1
+        self.pairs[key] = Pair(
+            asked.item,
+            asked.row,
+            str(example.row),
+            kind,
+            round(score, 4),
+            leaked,
+            asked.whole[:1000],
+            text[:1000],
+        )
+
+    def result(self, questions: int, trained: int, notes: Sequence[str]) -> Leakage:
+        """All that was found."""
+        leaked = {
+            item: next(k for k in KINDS if k in kinds) for item, kinds in sorted(self.kinds.items()) if kinds
+        }
+        ordered = sorted(self.pairs.values(), key=lambda p: (-p.leaked, -p.score, p.item, p.trained))
+        said = [*notes]
+        if len(ordered) > KEPT:
+            said.append(f"{len(ordered)} pairs were found; the {KEPT} closest are listed")
+        return Leakage(
+            questions,
+            trained,
+            leaked,
+            tuple(sorted(self.review - set(leaked))),
+            {kind: sum(kind in kinds for kinds in self.kinds.values()) for kind in KINDS},
+            tuple(ordered[:KEPT]),
+            tuple(said),
+        )
+
+
+def _verify(found: _Found, a: _Asked, example: Example, whole: str, shingles: frozenset[int]) -> None:
+    """Keep a candidate where the true numbers say so."""
+    similarity = jaccard(a.shingles, shingles)
+    if similarity >= REVIEW:
+        found.add(a, example, "near", similarity, whole)
+    # Half of the long n-grams are there only where half of the shingles are, which are at hand.
+    if a.long and containment(a.of_question, shingles) >= REVIEW:
+        share = (
+            0.0
+            if len(a.contained) < FEW
+            else containment(a.contained, grams(whole, a.long, characters=a.characters))
+        )
+        if share >= REVIEW:
+            found.add(a, example, "contained", share, whole)
+
+
+def _without_forms(wanted: list[_Asked]) -> list[_Asked]:
+    """The questions without the n-grams of forms that many of them fill."""
+    most = max(3, len(wanted) // FORM)
+    counts: Counter[tuple[str, bool, int, int]] = Counter()
+    for a in wanted:
+        counts.update(("short", a.characters, 0, gram) for gram in a.shingles)
+        counts.update(("long", a.characters, a.long, gram) for gram in a.contained)
+    made = []
+    for a in wanted:
+        form = frozenset(g for g in a.shingles if counts["short", a.characters, 0, g] > most)
+        long = frozenset(g for g in a.contained if counts["long", a.characters, a.long, g] > most)
+        made.append(
+            replace(
+                a,
+                shingles=a.shingles - form,
+                of_question=a.of_question - form,
+                contained=a.contained - long,
+                form=form,
+            )
+        )
+    return made
+
+
+def _formed(wanted: Sequence[_Asked], characters: bool) -> frozenset[int]:
+    return frozenset().union(*(a.form for a in wanted if a.characters is characters))
+
+
+def _prepared(number: int, example: Example) -> _Asked:
+    question, answer = _parts(example)
+    whole = _whole(example)
+    characters = by_characters(whole)
+    shingles = grams(whole, _size(characters), characters=characters)
+    words = len(WORD.findall(question))
+    long = CHARACTERS if characters and len(question) >= 20 else 0
+    if not characters:
+        long = 13 if words >= 26 else 8 if words >= 10 else 0
+    contained = grams(question, long, characters=characters) if long else frozenset[int]()
+    of_question = grams(question, _size(characters), characters=characters)
+    return _Asked(
+        number, str(example.row), question, answer, whole, characters, shingles, long, contained, of_question
+    )
+
+
+def _size(characters: bool) -> int:
+    return CHARACTERS if characters else SHINGLE
+
+
+def _parts(example: Example) -> tuple[str, str]:
+    """The last question, with all that was said before it but the system message, and its answer."""
+    if isinstance(example, Text):
+        return example.text, ""
+    if isinstance(example, Rating) and not example.label:
+        return _said(example.prompt), _said(example.completion)
+    try:
+        prompt = prompt_of(questioned(example))
+    except Unusable:
+        prompt = None
+    if prompt is None:
+        return "\n".join(texts(example)), ""
+    return _said(prompt.messages), prompt.reference
+
+
+def _said(messages: Iterable[Any]) -> str:
+    return "\n".join(m.content for m in messages if m.role != "system")
+
+
+def _whole(example: Example) -> str:
+    """Question and answer, as they are compared; system messages say nothing about a row."""
+    if isinstance(example, Preference):
+        return "\n".join((_said(example.prompt), _said(example.chosen)))
+    return "\n".join(_parts(example))
+
+
+@dataclass(frozen=True)
+class Copied:
+    """How much of the answers stands word for word in training answers."""
+
+    answers: int
+    share: float
+    """Mean share of an answer that its longest passage from training answers makes up."""
+    copies: int
+    """Answers of which a passage of at least PASSAGE characters from training makes up half or more."""
+    longest: int
+    """Characters of the longest such passage."""
+
+
+def copied(answers: Sequence[str], trained: Iterable[str]) -> Copied:
+    """How much of a model's answers is copied from training answers, by longest common substring.
+
+    Passages of fewer than SEED characters are words that everybody uses, and count as none.
+    """
+    return copied_of({"": answers}, trained)[""]
+
+
+def copied_of(sides: Mapping[str, Sequence[str]], trained: Iterable[str]) -> dict[str, Copied]:
+    """The same of several models at once, by name: the training answers are looked through once."""
+    kept = {name: [_one_spaced(answer) for answer in answers] for name, answers in sides.items()}
+    everything = [answer for answers in kept.values() for answer in answers]
+    found = iter(longest_common(everything, (_one_spaced(text) for text in trained), least=SEED))
+    made = {}
+    for name, answers in kept.items():
+        lengths = [next(found) for _ in answers]
+        shares = [length / len(answer) if answer else 0.0 for length, answer in zip(lengths, answers)]
+        made[name] = Copied(
+            len(answers),
+            sum(shares) / len(shares) if shares else 0.0,
+            sum(length >= PASSAGE and share >= 0.5 for length, share in zip(lengths, shares)),
+            max(lengths, default=0),
+        )
+    return made
+
+
+def _one_spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
+def longest_common(answers: Sequence[str], trained: Iterable[str], *, least: int = 1) -> list[int]:
+    """Of each answer the length of its longest substring, in characters, that stands in any of the trained texts;
+    0 where that is shorter than `least`, a power of 2.
+
+    Substrings are found by hashes of 1, 2, 4, 8 ... characters (Karp, Miller and Rosenberg 1972); the longest ones
+    that match are then extended character by character. At most CORPUS characters are looked through, and of
+    passages that stand there more than 200 times the first 200 are extended.
+    """
+    import numpy as np
+
+    texts, size = [], 0
+    for text in trained:
+        texts.append(text)
+        size += len(text)
+        if size > CORPUS:
+            break
+    best = [0] * len(answers)
+    if not texts or not any(answers):
+        return best
+    corpus, own = _codes(texts, 1), _codes(answers, 2)
+    owner = np.repeat(np.arange(len(answers)), [len(answer) + 1 for answer in answers])
+    there, here, length = corpus.astype(np.uint64), own.astype(np.uint64), 1
+    before: Any = None
+    while length < least:
+        if min(len(there), len(here)) <= length:
+            return best
+        there, here, length = _doubled(there, length), _doubled(here, length), 2 * length
+    while True:
+        places = np.flatnonzero(np.isin(here, there))
+        reached = np.unique(owner[places])
+        if before:
+            shorter, then, mine, where = before
+            ended = where[~np.isin(owner[where], reached)]
+            _extend(best, corpus, own, owner, shorter, then, mine, ended)
+        for answer in reached.tolist():
+            best[answer] = length
+        if not len(places):
+            return best
+        before = (length, there, here, places)
+        if min(len(there), len(here)) <= length:
+            _extend(best, corpus, own, owner, length, there, here, places)
+            return best
+        there, here, length = _doubled(there, length), _doubled(here, length), 2 * length
+
+
+def _codes(texts: Sequence[str], separator: int) -> Any:
+    """Code points of all texts, each with a separator behind it that no other array has."""
+    import numpy as np
+
+    joined = chr(separator).join([*(text.replace("\1", " ").replace("\2", " ") for text in texts), ""])
+    return np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+
+
+def _doubled(level: Any, length: int) -> Any:
+    """Hashes of twice as many characters from those of `length`."""
+    import numpy as np
+
+    mixed = level[:-length] * np.uint64(0x9E3779B97F4A7C15) + (level[length:] ^ np.uint64(0xD6E8FEB86659FD93))
+    mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xBF58476D1CE4E5B9)
+    return mixed ^ (mixed >> np.uint64(29))
+
+
+def _extend(
+    best: list[int], corpus: Any, own: Any, owner: Any, length: int, there: Any, here: Any, places: Any
+) -> None:
+    """Raise each answer's longest passage to what its matches of `length` reach, to less than twice that length."""
+    import numpy as np
+
+    order = np.argsort(there, kind="stable")
+    sorted_hashes = there[order]
+    begins = np.searchsorted(sorted_hashes, here[places], side="left")
+    ends = np.searchsorted(sorted_hashes, here[places], side="right")
+    for place, begin, end in zip(places.tolist(), begins.tolist(), ends.tolist(), strict=True):
+        answer = owner[place]
+        for start in order[begin : min(end, begin + 200)].tolist():
+            # Whether this occurrence can beat the best one is seen at its last needed character.
+            need = best[answer]
+            stop = min(len(own) - place, len(corpus) - start, 2 * length)
+            if need >= stop or own[place + need] != corpus[start + need]:
+                continue
+            same = own[place : place + stop] == corpus[start : start + stop]
+            reach = stop if same.all() else int(same.argmin())
+            best[answer] = max(best[answer], reach)
+
+
+def subsets(
+    leakage: Leakage,
+    base_rows: Sequence[EvalRow],
+    tuned_rows: Sequence[EvalRow],
+    metric: str,
+    *,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+) -> dict[str, Comparison]:
+    """The primary metric on the questions that did not leak (`clean`) and on those that did (`dirty`)."""
+    found = {}
+    for name, wanted in (("clean", False), ("dirty", True)):
+        sides = [
+            [r for r in rows if (r.item in leakage.leaked) is wanted] for rows in (base_rows, tuned_rows)
+        ]
+        if all(sides):
+            [found[name]] = compare(*sides, metrics=[metric], resamples=resamples, confidence=confidence)
+    return found
+
+
+def decision(leakage: Leakage) -> Decision:
+    """The finding as plans and events keep it."""
+    reason = "equal questions, groups and near-duplicates share a split, so next to none can leak"
+    if leakage.leaked or leakage.review:
+        reason = (
+            "found in training rows by equal text, groups, similarity or n-grams; see evaluation/leakage.json"
+        )
+    return Decision("leakage", leakage.sentence(), "; ".join([reason, *leakage.notes]))
+
+
+def answer_of(example: Example) -> str:
+    """What a model that learns an example by heart would write."""
+    return _parts(example)[1] or _parts(example)[0]
+
+
+def effect(
+    leakage: Leakage,
+    rows: Mapping[str, Sequence[EvalRow]],
+    trained: Iterable[str],
+    metric: str | None,
+    *,
+    resamples: int,
+    confidence: float,
+) -> dict[str, Any]:
+    """Leaked questions against the others on one metric, and how much of each model's answers is copied.
+
+    `rows` are those of the base and of the tuned model, `trained` the training answers. The references are looked
+    at in the same way: what they have in common with training answers is no fault of a model.
+    """
+    base, tuned = rows.values()
+    parts = {}
+    if metric and leakage.leaked:
+        parts = subsets(leakage, base, tuned, metric, resamples=resamples, confidence=confidence)
+    return {
+        "remark": remark(leakage, parts),
+        "parts": {name: asdict(c) for name, c in parts.items()},
+        "copied": copied_by(rows, trained),
+    }
+
+
+def copied_by(rows: Mapping[str, Sequence[EvalRow]], trained: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """`copied` of each model's answers, and of the references; nothing where no model wrote an answer."""
+    sides = {name: [r.output for r in own if r.output] for name, own in rows.items()}
+    if not any(sides.values()):
+        return {}
+    references = [r.reference for r in next(iter(rows.values())) if r.reference]
+    found = copied_of({**sides, "references": references}, trained)
+    return {name: asdict(part) for name, part in found.items()}
+
+
+def remark(leakage: Leakage, parts: Mapping[str, Comparison]) -> str:
+    """What the leak does to the verdict, in one sentence."""
+    if not leakage.leaked:
+        return f"Leakage: {leakage.sentence()}."
+    clean, dirty = parts.get("clean"), parts.get("dirty")
+    said = f"Leakage: {leakage.sentence()}."
+    if clean:
+        said += f" Without them: {sentence(clean)}"
+        if dirty and dirty.n and _only_there(clean, dirty):
+            said += " The gain lives in the leaked questions: it may be memory, not skill."
+    else:
+        said += " No clean question is left to judge by."
+    return said
+
+
+def _only_there(clean: Comparison, dirty: Comparison) -> bool:
+    sign = 1 if clean.higher_is_better else -1
+    return clean.verdict != "better" and sign * dirty.difference > max(sign * clean.difference, 0.0)

@@ -1,0 +1,249 @@
+"""What of the held-out questions stands in the training data, and what answers copy from it."""
+
+import json
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rows_by_hand import row
+
+from tunesmith import api
+from tunesmith.compose import compose
+from tunesmith.data.examples import Conversation, Message, Row, Text
+from tunesmith.evaluation.leakage import (
+    containment,
+    copied,
+    find,
+    grams,
+    jaccard,
+    longest_common,
+    normalized,
+    remark,
+    subsets,
+)
+from tunesmith.evaluation.rows import read_rows
+from tunesmith.training.run import Run
+
+WORDS = [
+    f"{a}{b}"
+    for a in ("ka", "lo", "mi", "ne", "ru", "sta", "ve")
+    for b in ("dan", "fir", "gos", "lum", "pit")
+]
+
+
+def chat(question, answer="fine", *, n=1, source="train", group=None, system=None):
+    turns = (Message("user", question), Message("assistant", answer))
+    if system:
+        turns = (Message("system", system), *turns)
+    return Conversation(turns, Row(source, n), group=group)
+
+
+def said(count, seed):
+    return " ".join(random.Random(seed).choices(WORDS, k=count))
+
+
+def test_nothing_in_common_is_nothing():
+    found = find([chat(said(30, n)) for n in range(20)], [chat(said(30, 100 + n)) for n in range(100)])
+    assert (found.leaked, found.review, found.pairs) == ({}, (), ())
+    assert found.sentence() == "none of 20 held-out questions was found among 100 training rows"
+    assert find([], [chat("x")]).sentence() == "nothing is held out"
+
+
+@pytest.mark.parametrize(
+    ("asked", "trained", "kind"),
+    [
+        (chat("What is RED?"), chat("what is　ｒｅｄ"), "exact"),
+        (chat("what is red", system="be kind"), chat("what is red", system="be short"), "exact"),
+        (chat("what is red", "a color"), chat("What is red?", "a wine"), "other answer"),
+        (chat(said(20, 1), group="db1"), chat(said(20, 2), group="db1"), "group"),
+        (chat(said(60, 3)), chat(said(60, 3) + " kadan lofir"), "near"),
+        (chat(said(30, 4)), chat(" ".join((said(200, 5), said(30, 4), said(200, 6)))), "contained"),
+        (Text(said(80, 7), Row("a", 1)), Text(said(80, 7) + " kadan", Row("b", 1)), "near"),
+        (chat("如何在三天内学会骑自行车并且不会摔倒受伤呢请告诉我方法"),
+         chat("如何在三天内学会骑自行车并且不会摔倒受伤呢请告诉我方法吧"), "contained"),
+    ],
+    ids=["normalized", "system", "other answer", "group", "near", "contained", "text", "chinese"],
+)  # fmt: skip
+def test_each_kind_of_leak_is_found(asked, trained, kind):
+    others = [chat(said(40, 50 + n), n=n + 2, group=f"g{n}") for n in range(50)]
+    found = find([chat(said(25, 40)), asked], [*others[:20], trained, *others[20:]])
+    assert found.leaked == {1: kind}
+    assert found.counts[kind] == 1
+    [pair] = [p for p in found.pairs if p.kind == kind]
+    assert (pair.item, pair.leaked, pair.trained) == (1, True, str(trained.row))
+    assert "1 of 2 held-out questions leaked" in found.sentence()
+
+
+def test_half_alike_is_for_people_to_look_at():
+    half = said(60, 8).split()
+    other = " ".join(half[:46] + said(14, 9).split())
+    found = find([chat(" ".join(half))], [chat(other)])
+    assert found.leaked == {}
+    assert found.review == (0,)
+    assert "1 more are to be looked at" in found.sentence()
+
+
+def test_a_form_that_all_questions_fill_is_no_leak():
+    form = said(60, 10)
+    asked = [chat(f"{form} {said(12, 400 + n)}", said(5, 450 + n)) for n in range(100)]
+    trained = [chat(f"{form} {said(12, 600 + n)}", said(5, 800 + n), n=n) for n in range(150)]
+    assert find(asked, trained).leaked == {}
+    copy = f"{form} {said(12, 407)}"
+    assert find(asked, [*trained, chat(copy.upper(), said(5, 457))]).leaked == {7: "exact"}
+    assert find(asked, [*trained, chat(copy + " kadan", said(5, 457))]).leaked == {7: "contained"}
+    one, other = (frozenset({1, 2}), frozenset({2, 3}))
+    assert jaccard(one, other) == 1 / 3
+    assert containment(one, other) == 1 / 2
+
+
+def true_leaks(asked, trained):
+    """The same by brute force over all pairs."""
+    kept = set()
+    for n, a in enumerate(asked):
+        for t in trained:
+            whole = [f"{e.messages[0].content}\n{e.messages[1].content}" for e in (a, t)]
+            near = jaccard(*(grams(text, 5, characters=False) for text in whole))
+            long = grams(a.messages[0].content, 13, characters=False)
+            if near >= 0.8 or containment(long, grams(whole[1], 13, characters=False)) >= 0.8:
+                kept.add(n)
+    return kept
+
+
+def test_every_near_copy_that_all_pairs_have_is_found():
+    draw = random.Random(11)
+    asked = [chat(said(40, 1000 + n)) for n in range(60)]
+    trained = [chat(said(40, 5000 + n), n=n) for n in range(60)]
+    for n, a in enumerate(asked):
+        words = a.messages[0].content.split()
+        for _ in range(n // 12):
+            words[draw.randrange(40)] = "changed"
+        trained.append(chat(" ".join(words), n=100 + n))
+    truth = true_leaks(asked, trained)
+    assert 12 < len(truth) < 60
+    assert set(find(asked, trained).leaked) == truth
+
+
+def test_similarity_is_what_datasketch_estimates():
+    from datasketch import MinHash
+
+    for seed in range(5):
+        one = said(80, seed).split()
+        other = one[: 60 + 3 * seed] + said(20, 90 + seed).split()
+        hashes = []
+        for words in (one, other):
+            sketch = MinHash(num_perm=512)
+            for n in range(len(words) - 4):
+                sketch.update(" ".join(words[n : n + 5]).encode())
+            hashes.append(sketch)
+        ours = jaccard(*(grams(" ".join(words), 5, characters=False) for words in (one, other)))
+        assert hashes[0].jaccard(hashes[1]) == pytest.approx(ours, abs=0.08)
+
+
+def test_normalized_keeps_what_tells_apart():
+    assert normalized("  Ｈello,\nWorld!") == "helloworld"
+    assert normalized("3 + 4") != normalized("3 - 4")
+
+
+def lcs(one, other):
+    lengths, best = [0] * (len(other) + 1), 0
+    for a in one:
+        row_before = lengths[:]
+        for n, b in enumerate(other, 1):
+            lengths[n] = row_before[n - 1] + 1 if a == b else 0
+            best = max(best, lengths[n])
+    return best
+
+
+TEXT = st.text(alphabet="abc ", max_size=40)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(TEXT, min_size=1, max_size=4), st.lists(TEXT, max_size=4))
+def test_longest_common_substring_is_that_of_brute_force(answers, trained):
+    truth = [max((lcs(a, t) for t in trained), default=0) for a in answers]
+    assert longest_common(answers, trained) == truth
+    assert longest_common(answers, trained, least=8) == [n if n >= 8 else 0 for n in truth]
+
+
+def test_copied_passages_are_counted():
+    told = said(60, 20)
+    found = copied([told[10:200], said(12, 21), ""], [said(50, 22), told])
+    assert found.answers == 3
+    assert found.copies == 1
+    assert found.longest == len(told[10:200].strip())
+    assert copied([], ["a"]).share == 0.0
+
+
+def test_a_gain_that_lives_in_the_leaked_questions_is_called_that():
+    asked = [chat(said(30, 300 + n)) for n in range(60)]
+    leakage = find(asked, asked[:30])
+    assert set(leakage.leaked) == set(range(30))
+    base = [row(n, float(n % 3 == 0)) for n in range(60)]
+    tuned = [row(n, 1.0 if n < 30 else float(n % 3 == 0), model="tuned") for n in range(60)]
+    parts = subsets(leakage, base, tuned, "exact_match")
+    assert (parts["dirty"].verdict, parts["clean"].verdict) == ("better", "no evidence")
+    assert parts["clean"].n == parts["dirty"].n == 30
+    assert remark(leakage, parts).endswith("it may be memory, not skill.")
+    everywhere = [row(n, 1.0, model="tuned") for n in range(60)]
+    assert "memory" not in remark(leakage, subsets(leakage, base, everywhere, "exact_match"))
+    assert "was found" in remark(find(asked, []), {})
+
+
+@pytest.fixture
+def trained(tiny_model_folder, tmp_path):
+    """A run on rows of which a source's own split lets twelve leak into what is held out."""
+    lines = [{"question": said(14, n), "answer": said(12, 700 + n)} for n in range(60)]
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name, chosen in (("train", lines[:48]), ("test", lines[36:])):
+        text = ""
+        for line in chosen:
+            asked = line["question"].upper() if name == "test" else line["question"]
+            text += json.dumps({"prompt": asked, "response": line["answer"]}) + "\n"
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    layer = {
+        "output_dir": str(tmp_path / "runs"), "name": "leaky", "model": {"base": str(tiny_model_folder)},
+        "data": {"dataset": str(folder), "near_duplicates": "ignore", "max_length": 200},
+        "training": {"max_steps": 1, "per_device_train_batch_size": 2, "warmup_steps": 0},
+        "evaluation": {"max_new_tokens": 4, "resamples": 100},
+    }  # fmt: skip
+    return compose(layer).recipe, lines
+
+
+def test_leaks_are_told_before_training_and_kept_with_the_run(trained, tmp_path):
+    recipe, lines = trained
+    plan, facts = api.plan(recipe)
+    [decision] = [d for d in plan.decisions if d.name == "leakage"]
+    run = Run(api.train(recipe).run)
+    kept = run.read("evaluation/leakage.json")
+    assert kept["questions"] == len({r.item for r in read_rows(run.evaluation / "rows.jsonl")})
+    assert decision.value.startswith(
+        f"{len(kept['leaked'])} of {kept['questions']} held-out questions leaked"
+    )
+    assert facts["leakage"]["leaked"] == len(kept["leaked"])
+    assert set(kept["copied"]) == {"base", "tuned", "references"}
+    leaky = {line["question"] for line in lines[:48]}
+    dirty = {r.item for r in read_rows(run.evaluation / "rows.jsonl") if r.prompt_text.lower() in leaky}
+    assert len(dirty) == 12
+    assert {int(item) for item in kept["leaked"]} == dirty
+    assert {name: part["n"] for name, part in kept["parts"].items()} == {"clean": 12, "dirty": 12}
+    warned = [e["message"] for e in run.events() if e["kind"] == "warning"]
+    assert kept["remark"] in warned
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+    assert 'id="leakage"' in page
+    # Another evaluation set: exact questions are left out anyway, near-copies and contained ones are told.
+    other = tmp_path / "other.jsonl"
+    rows = [{"prompt": f"{lines[n]['question']} please", "response": lines[n]["answer"]} for n in range(10)]
+    rows += [{"prompt": said(14, 900 + n), "response": said(12, 950 + n)} for n in range(12)]
+    other.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    told = []
+    result = api.evaluate(run.path, dataset=str(other), watch=told.append)
+    found = result.as_dict()["leakage"]
+    assert found["leaked"] == 10
+    assert found["questions"] == 22
+    assert [e["message"] for e in told if e["kind"] == "warning" and "Leakage" in e["message"]]
+    assert json.loads((result.run / "leakage.json").read_text())["pairs"][0]["leaked"]
+    compared = api.compare(recipe.model.base, run.path, dataset=str(other))
+    assert compared.leakage["parts"]["leaky"]["clean"]["n"] == 12
+    assert compared.leakage["parts"]["leaky"]["dirty"]["n"] == 10

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from tunesmith.data.inspection import Inspected
     from tunesmith.data.templates import Encoder
     from tunesmith.data.validation import Report
+    from tunesmith.engines.check import EngineCheck
     from tunesmith.evaluation import EvalRow
     from tunesmith.evaluation.compare import Comparison
     from tunesmith.evaluation.unseen import MeasuredOn
@@ -335,6 +336,7 @@ def evaluate(
     if (bias := evaluation.length_bias(rows)) and bias.is_strong:
         watch({"kind": "warning", "message": bias.sentence("the model")})
     write_whole(place / "scores.json", json.dumps(kept, indent=1))
+    _settle_answers(place, questions)
     return Result(
         run=place,
         comparisons=(),
@@ -392,6 +394,7 @@ def compare(
         "comparisons": [asdict(c) for c in compared],
     }
     write_whole(place / "comparison.json", json.dumps(kept, indent=1, ensure_ascii=False))
+    _settle_answers(place, questions)
     return Result(
         run=run.path if run else None,
         comparisons=tuple(compared),
@@ -442,6 +445,9 @@ class _Questions:
     recipe: Recipe
     examples: tuple[Example, ...]
     measured_on: MeasuredOn
+    unfinished: Path
+    """Where answers are kept until their rows are written."""
+    checks: list[EngineCheck] = field(default_factory=list)
 
     def with_longer(self, found: Mapping[str, str | None]) -> _Questions:
         """The same, with what is to be said by model of questions longer than it was trained to read."""
@@ -534,7 +540,8 @@ def _questions(
                 "message": f"What {name} was trained on is not known, so its questions may be among these: {why}",
             }
         )
-    return run, _Questions(recipe, tuple(kept), measured_on)
+    unfinished = (run.evaluation if run else Path("evaluations")) / "answers"
+    return run, _Questions(recipe, tuple(kept), measured_on, unfinished)
 
 
 def _same_place(a: str, b: str) -> bool:
@@ -543,8 +550,22 @@ def _same_place(a: str, b: str) -> bool:
     )
 
 
+def _settle_answers(place: Path, questions: _Questions) -> None:
+    """Keep the engine checks beside the rows, which are written by now, and let go of what a kill would have needed."""
+    from tunesmith import engines
+
+    if questions.checks:
+        found = {check.model: check.as_dict() for check in questions.checks}
+        write_whole(place / "engine_check.json", json.dumps(found, indent=1))
+    engines.forget(questions.unfinished)
+
+
 def _answers(
-    model: str | Path, questions: _Questions, *, name: str, watch: Watch
+    model: str | Path,
+    questions: _Questions,
+    *,
+    name: str,
+    watch: Watch,
 ) -> tuple[list[EvalRow], list[str], str | None]:
     """A model's rows, the metrics, and what is to be said of questions longer than it was trained to read."""
     from tunesmith import dataflow, evaluation, models
@@ -579,6 +600,14 @@ def _answers(
         watch({"kind": "warning", "message": f"{model}: {longer}"})
     device = planning.device()
     chosen = dataflow.metrics(settings, items)
+
+    def checked(check: EngineCheck) -> None:
+        questions.checks.append(check)
+        value, reason = check.sentence(), f"answers of the {check.engine} engine, read again alone"
+        watch({"kind": "decision", "name": f"engine check of {name}", "value": value, "reason": reason})
+        if not check.passed:
+            watch({"kind": "warning", "message": check.warning()})
+
     rows = evaluation.answers(
         settings.model,
         settings.evaluation,
@@ -591,6 +620,8 @@ def _answers(
         dtype=planning.inference_dtype(settings.model.dtype, device),
         watch=watch,
         head=head,
+        folder=questions.unfinished,
+        checked=checked,
     )
     return rows, chosen, longer
 

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 FILE = "evaluation/engine_check.json"
 """By model, in a run's folder."""
 NEAR_TIE = 0.1
-"""Nats between two tokens that rounding may swap. Measured on correct engines: up to 0.06 in bfloat16; a missing mask
-or padding on the wrong side: mostly 0.1 to 10."""
+"""Nats between two tokens that rounding may swap in bfloat16 or float16. Measured on correct engines: up to 0.06; a
+missing mask or padding on the wrong side: mostly 0.1 to 10."""
+NEAR_TIE_WHOLE = 1e-3
+"""The same in float32, where engines differ by some 1e-5."""
 
 
 @dataclass(frozen=True)
@@ -120,15 +122,22 @@ def read_alone(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     numbers: Sequence[int] | None = None,
+    limit: float | None = None,
 ) -> list[Read]:
-    """Each greedy answer, read again alone by the model; `numbers` are what the items are called."""
+    """Each greedy answer, read again alone by the model; `numbers` are what the items are called.
+
+    `limit` is the largest gap of a near tie in nats, for answers that were made in another precision than the model's;
+    by default that of the model's precision.
+    """
     found = []
     for number, prompt, answer in zip(numbers or range(len(prompts)), prompts, answers, strict=True):
-        limit = room(model, len(prompt), max_new_tokens)
         if answer.exact:
-            found.append(_read(model, tokenizer, prompt, answer, stop_ids, limit, number))
+            most = room(model, len(prompt), max_new_tokens)
+            found.append(_read(model, tokenizer, prompt, answer, stop_ids, most, number, limit))
         else:
-            found.append(_rewritten(model, tokenizer, prompt, answer, stop_ids, max_new_tokens, number))
+            found.append(
+                _rewritten(model, tokenizer, prompt, answer, stop_ids, max_new_tokens, number, limit)
+            )
     return found
 
 
@@ -154,13 +163,14 @@ def _read(
     prompt: Sequence[int],
     answer: Generated,
     stop_ids: Sequence[int],
-    limit: int,
+    most: int,
     number: int,
+    limit: float | None,
 ) -> Read:
     ids = [*answer.ids, *([answer.stop_id] if answer.stop_id is not None else [])]
-    ended = f"ends after {len(answer.ids)} tokens, before the limit of {limit}, without a stop token"
+    ended = f"ends after {len(answer.ids)} tokens, before the limit of {most}, without a stop token"
     wrong = None
-    if answer.finish_reason == "length" and len(answer.ids) != limit:
+    if answer.finish_reason == "length" and len(answer.ids) != most:
         wrong = ended
     elif any(token in stop_ids for token in answer.ids):
         wrong = "goes on behind a stop token"
@@ -168,7 +178,7 @@ def _read(
         wrong = "its text is not that of its tokens"
     if wrong:
         return Read(number, "different", len(answer.ids), why=wrong)
-    gaps, step = _gaps(model, prompt, ids)
+    gaps, tie = _gaps(model, prompt, ids, limit)
     at = next((place for place, gap in enumerate(gaps) if gap > 0), None)
     if at is None:
         return Read(number, "equal", len(answer.ids))
@@ -176,19 +186,21 @@ def _read(
     worst = max(gaps)
     return Read(
         number,
-        "near tie" if worst < NEAR_TIE + step else "different",
+        "near tie" if worst < tie else "different",
         len(answer.ids),
-        gaps.index(worst) if worst >= NEAR_TIE + step else at,
+        gaps.index(worst) if worst >= tie else at,
         round(worst, 4),
     )
 
 
-def _gaps(model: Any, prompt: Sequence[int], ids: Sequence[int]) -> tuple[list[float], float]:
-    """Nats by which each token is below the likeliest one, and the size of a rounding step of the model's logits."""
+def _gaps(
+    model: Any, prompt: Sequence[int], ids: Sequence[int], limit: float | None
+) -> tuple[list[float], float]:
+    """Nats by which each token is below the likeliest one, and from how many on it is no near tie."""
     import torch
 
     if not ids:
-        return [], 0.0
+        return [], limit or NEAR_TIE_WHOLE
     with for_inference(model):
         if is_seq2seq(model):
             first = first_tokens(model)
@@ -209,8 +221,10 @@ def _gaps(model: Any, prompt: Sequence[int], ids: Sequence[int]) -> tuple[list[f
         best = values.max(-1).values
         own = values.gather(1, torch.tensor(ids, device=values.device)[:, None])[:, 0]
         reduced = logits.dtype in (torch.bfloat16, torch.float16)
+        # Two logits that are next to each other in a short number type are this far apart.
         step = torch.finfo(logits.dtype).eps * float(best.abs().max()) if reduced else 0.0
-    return (best - own).tolist(), step
+        tie = limit if limit is not None else NEAR_TIE if reduced else NEAR_TIE_WHOLE
+    return (best - own).tolist(), tie + step
 
 
 def _rewritten(
@@ -221,6 +235,7 @@ def _rewritten(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     number: int,
+    limit: float | None,
 ) -> Read:
     """Of text without ids: the model writes it again, and the texts are compared."""
     [alone] = generate(model, tokenizer, [prompt], max_new_tokens=max_new_tokens, stop_ids=stop_ids)
@@ -229,10 +244,10 @@ def _rewritten(
     at = _first_difference(alone.ids, answer.ids)
     if at >= len(answer.ids):
         return Read(number, "different", len(answer.ids), at)
-    gaps, step = _gaps(model, prompt, [*alone.ids[:at], answer.ids[at]])
+    gaps, tie = _gaps(model, prompt, [*alone.ids[:at], answer.ids[at]], limit)
     return Read(
         number,
-        "near tie" if gaps[-1] < NEAR_TIE + step else "different",
+        "near tie" if gaps[-1] < tie else "different",
         len(answer.ids),
         at,
         round(gaps[-1], 4),

@@ -34,7 +34,7 @@ from tunesmith.data.examples import (
 from tunesmith.data.preferences import sides
 from tunesmith.data.prompts import prompt_of
 from tunesmith.data.templates import IGNORED, LossOn, end_of_turn_ids
-from tunesmith.engines.check import EngineCheck, asked_again, chosen, read_alone
+from tunesmith.engines.check import NEAR_TIE, EngineCheck, asked_again, chosen, read_alone
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation.compare import score_interval
 from tunesmith.evaluation.lengths import length_bias
@@ -378,6 +378,9 @@ def _checked(
             stop_ids=asked.stop_ids,
             max_new_tokens=asked.max_new_tokens,
             numbers=numbers,
+            limit=NEAR_TIE
+            if engine == "openai"
+            else None,  # in what precision a server computes is not known
         )
     else:
 

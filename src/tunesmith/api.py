@@ -83,11 +83,16 @@ class Result:
     """The questions that `evaluate` and `compare` asked."""
     saved: Path | None = None
     """Folder of the rows and the result of `compare`."""
+    engine_check: Mapping[str, Any] = field(default_factory=dict)
+    """By model whether the engine's answers are those that the model gives alone (`docs/generation.md`)."""
 
     @property
     def primary(self) -> Comparison | None:
         """The comparison that the verdict rests on."""
         return next((c for c in self.comparisons if c.primary), None)
+
+    def _engine_check(self) -> dict[str, str]:
+        return {model: str(check["sentence"]) for model, check in self.engine_check.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it: the primary comparison's fields first."""
@@ -98,6 +103,7 @@ class Result:
             **({"a": self.sides[0], "b": self.sides[1]} if self.sides else {}),
             **({"measured_on": asdict(self.measured_on)} if self.measured_on else {}),
             **({"saved": str(self.saved)} if self.saved else {}),
+            **({"engine_check": self._engine_check()} if self.engine_check else {}),
             "seconds": round(self.seconds, 1),
             "run": str(self.run) if self.run else None,
             "report": str(self.report) if self.report else None,
@@ -160,6 +166,7 @@ def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list
         raise TunesmithError(
             "No example is held out to measure on.", fix="Give more rows, or raise data.held_out."
         )
+    checks: list[EngineCheck] = []
     rows = evaluation.answers(
         recipe.model,
         recipe.evaluation,
@@ -172,10 +179,12 @@ def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list
         dtype=found["plan"].dtype,
         watch=watch,
         head=METHODS[recipe.method.kind].head,
+        checked=checks.append,
     )
     scores = evaluation.scores(rows, found["metrics"])
     seconds = time.perf_counter() - started
-    return Result(run=None, comparisons=(), seconds=seconds, scores=scores), rows
+    kept = {check.model: check.as_dict() for check in checks}
+    return Result(run=None, comparisons=(), seconds=seconds, scores=scores, engine_check=kept), rows
 
 
 def train(
@@ -183,12 +192,14 @@ def train(
     *,
     resume: str | None = None,
     base_rows: Sequence[EvalRow] = (),
+    base_check: Mapping[str, Any] | None = None,
     watch: Watch = _unwatched,
 ) -> Result:
     """Run a recipe from its examples to the report.
 
     `resume` continues the run of the same folder from a checkpoint's name, or from `latest`. `base_rows` are
-    the base's answers of `baseline`, used where they answer this recipe's questions. Raises a
+    the base's answers of `baseline`, used where they answer this recipe's questions, and `base_check` its result's
+    engine check. Raises a
     TunesmithError for everything the user can mend; a run that trained nothing leaves no folder behind.
     """
     launch.require_one_process()
@@ -199,6 +210,8 @@ def train(
             from tunesmith.evaluation import write_rows
 
             write_rows(run.evaluation / "rows.jsonl", base_rows)
+            if base_check:
+                run.write("evaluation/engine_check.json", base_check)
         return _carry_out(recipe, run, None, fresh=True)
     run = open_run(Path(recipe.output_dir).expanduser() / folder_name(recipe), watch=watch)
     changed = differences(anchored(run.recipe()), recipe)
@@ -343,6 +356,7 @@ def evaluate(
         seconds=time.perf_counter() - started,
         scores=scores,
         measured_on=questions.measured_on,
+        engine_check=questions.engine_check(),
     )
 
 
@@ -448,6 +462,10 @@ class _Questions:
     unfinished: Path
     """Where answers are kept until their rows are written."""
     checks: list[EngineCheck] = field(default_factory=list)
+
+    def engine_check(self) -> dict[str, Any]:
+        """The engine checks so far, by model."""
+        return {check.model: check.as_dict() for check in self.checks}
 
     def with_longer(self, found: Mapping[str, str | None]) -> _Questions:
         """The same, with what is to be said by model of questions longer than it was trained to read."""
@@ -555,8 +573,7 @@ def _settle_answers(place: Path, questions: _Questions) -> None:
     from tunesmith import engines
 
     if questions.checks:
-        found = {check.model: check.as_dict() for check in questions.checks}
-        write_whole(place / "engine_check.json", json.dumps(found, indent=1))
+        write_whole(place / "engine_check.json", json.dumps(questions.engine_check(), indent=1))
     engines.forget(questions.unfinished)
 
 
@@ -1068,6 +1085,7 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
             samples=tuple(results.get("samples", ())),
             report=results.get("report"),
             published=published,
+            engine_check=run.read("evaluation/engine_check.json") or {},
         )
         run.finish(
             "done", seconds=round(result.seconds, 1), verdict=result.primary and result.primary.verdict

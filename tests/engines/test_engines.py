@@ -315,3 +315,25 @@ def test_after_kill_9_nothing_is_answered_again(tiny_model_folder, tiny_tokenize
     found, _ = engines.answers(known, few, folder=tmp_path, progress=told.append)
     assert told[0] == 5
     assert found == generate(model, tiny_tokenizer, prompts, max_new_tokens=4, stop_ids=[1])
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_answers_of_encoder_decoders_are_read_again_as_well(kind, tmp_path):
+    import encoder_decoders
+
+    from tunesmith import models
+
+    folder = str(encoder_decoders.save(kind, tmp_path))
+    tokenizer, model = models.load_tokenizer(folder), models.load_model(folder)
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [9, 8, 7], [20, 21, 22, 23]]
+    stops = [tokenizer.eos_token_id]
+    known = Source("base", tokenizer, lambda: model)
+    few = Asked(prompts, 8, stops)
+    found, _ = engines.answers(known, few)
+    told = read_alone(model, tokenizer, prompts, found, stop_ids=stops, max_new_tokens=8)
+    assert {read.verdict for read in told} <= {"equal", "near tie"}
+    drawn = generate(model, tokenizer, prompts, max_new_tokens=8, stop_ids=stops, temperature=5.0)
+    told = read_alone(model, tokenizer, prompts, drawn, stop_ids=stops, max_new_tokens=8)
+    assert {read.verdict for read in told} == {"different"}
+    with pytest.raises(RecipeError, match="encoder-decoder"):
+        engines.answers(known, few, engine="paged")

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,7 +74,7 @@ class Source:
 
         folder = Path(locate(self.base, revision=self.revision))
         files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file()]
-        return _sha256([str(folder), self.revision, self.dtype, sorted(files)])
+        return _sha256([str(folder), self.revision, self.dtype, self.device, sorted(files)])
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,8 @@ def _file(folder: Path | None, source: Source, asked: Asked, settings: Mapping[s
     if folder is None or identity is None:
         return None
     mark = _sha256([identity, settings, list(asked.stop_ids)])
-    return folder / f"answers-{source.name.replace('/', '-')}-{mark[:16]}.jsonl"
+    name = re.sub(r"[^\w.-]+", "-", source.name)
+    return folder / f"answers-{name}-{mark[:16]}.jsonl"
 
 
 @contextmanager
@@ -231,9 +234,9 @@ def _journal(
             continue  # asked again
         if number is not None:
             found[number] = answer
-    with file.open("r+b" if file.exists() else "w+b") as out:
-        out.truncate(len(whole))
-        out.seek(len(whole))
+    if file.exists():
+        os.truncate(file, len(whole))
+    with file.open("ab") as out:
 
         def keep(number: int, answer: Generated) -> None:
             mark, copy = keys[number]

@@ -369,7 +369,7 @@ def _checked(
     places = chosen(asked.prompts, count)
     prompts, answers = [asked.prompts[n] for n in places], [generated[n] for n in places]
     numbers = [items[n].number for n in places]
-    if source.is_loaded:
+    if source.is_loaded or engine != "openai":
         found = read_alone(
             source.model,
             source.tokenizer,

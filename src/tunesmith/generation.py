@@ -74,45 +74,77 @@ def generate(
     pad_id = _pad_id(tokenizer, stop_ids)
     first = first_tokens(model)
 
-    def answer_batch(batch: Sequence[int]) -> list[Generated]:
+    # Greedy rows may be left and taken up again; what is drawn hangs on who is beside.
+    resumes = temperature == 0 and not pairs and bool(stop_ids)
+    written: dict[int, list[int]] = {n: [] for n in range(len(prompts)) if rooms[n]}
+
+    def answer_batch(batch: Sequence[int]) -> list[list[int]]:
+        given = [[*prompts[number], *written[number]] for number in batch]
+        width = max(map(len, given))
+        # A row that ran on beyond the context length while others are unfinished would index positions that models
+        # with learned positions do not have.
+        steps = min(rooms[number] - len(written[number]) for number in batch)
         config = _generation_config(
-            room=rooms[batch[0]],
-            stop_ids=stop_ids,
-            pad_id=pad_id,
-            temperature=temperature,
-            first=first,
+            room=steps, stop_ids=stop_ids, pad_id=pad_id, temperature=temperature, first=first
         )
-        width = max(len(prompts[number]) for number in batch)
         ids = torch.full((len(batch), width), pad_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for line, number in enumerate(batch):
-            start = 0 if pairs else width - len(prompts[number])
-            place = slice(start, start + len(prompts[number]))
-            ids[line, place] = torch.tensor(list(prompts[number]))
-            mask[line, place] = 1
+        for line, tokens in enumerate(given):
+            start = 0 if pairs else width - len(tokens)
+            ids[line, start : start + len(tokens)] = torch.tensor(tokens)
+            mask[line, start : start + len(tokens)] = 1
+        ending = {"stopping_criteria": _mostly_ended(width, steps, stop_ids)} if resumes else {}
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=config,
+            **ending,
         )
         # A decoder's output begins with its start token, a causal model's with the prompt.
-        return [cut(line, stop_ids, tokenizer) for line in output[:, 1 if pairs else width :].tolist()]
+        lines: list[list[int]] = output[:, 1 if pairs else width :].tolist()
+        return lines
 
-    # Rows of one batch share their room: a row that ran on beyond the context length while others are
-    # unfinished would index positions that models with learned positions do not have.
-    batches = [
-        part
-        for size in sorted(set(rooms) - {0})
-        for part in length_batches(
-            {n: len(prompts[n]) + size for n in range(len(prompts)) if rooms[n] == size},
-            tokens=batch_tokens,
-        )
-    ]
-    with for_inference(model), seeded(model, seed), no_inherited_settings(model):
-        for batch in batches:
-            for part, results in halving(answer_batch, batch):
-                keep(dict(zip(part, results, strict=True)))
+    def ended(number: int, line: Sequence[int]) -> bool:
+        """Keep what a row has written; whether it is at its end."""
+        written[number] += line
+        return not resumes or len(written[number]) >= rooms[number] or any(t in stop_ids for t in line)
+
+    with for_inference(model), no_inherited_settings(model), seeded(model, seed):
+        while written:
+            left = {number: rooms[number] - len(ids) for number, ids in written.items()}
+            lengths = {n: len(prompts[n]) + rooms[n] for n in written}
+            sizes = {n: size.bit_length() if resumes else size for n, size in left.items()}
+            for size in sorted(set(sizes.values())):
+                alike = {n: length for n, length in lengths.items() if sizes[n] == size}
+                for batch in length_batches(alike, tokens=batch_tokens):
+                    for part, lines in halving(answer_batch, batch):
+                        done = [n for n, line in zip(part, lines, strict=True) if ended(n, line)]
+                        keep({n: cut(written.pop(n), stop_ids, tokenizer) for n in done})
     return [answers[number] for number in range(len(prompts))]
+
+
+def _mostly_ended(width: int, steps: int, stop_ids: Sequence[int]) -> Any:
+    """Leaves a batch once most of its rows have ended, as each costs as much as one that goes on.
+
+    The others are read anew in a batch of their own. That is done where it reads fewer tokens than the ended rows would
+    add, if what is left were half used.
+    """
+    import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class MostlyEnded(StoppingCriteria):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.ended: Any = None
+
+        def __call__(self, ids: Any, scores: Any, **kwargs: Any) -> Any:
+            now = torch.isin(ids[:, -1], torch.tensor(list(stop_ids), device=ids.device))
+            self.ended = now if self.ended is None else self.ended | now
+            ended = int(self.ended.sum())
+            going = len(ids) - ended
+            left = width + steps - ids.shape[1]
+            return torch.full_like(now, going * ids.shape[1] < ended * left / 2)
+
+    return StoppingCriteriaList([MostlyEnded()])
 
 
 def stream(

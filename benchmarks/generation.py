@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=60, help="training before the measurement")
+    parser.add_argument("--model", help="a model's folder, instead of training one")
     parser.add_argument("--engine", default="padded", choices=["padded", "paged"])
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="generation-"))
@@ -66,7 +67,7 @@ def main() -> None:
         "training": {"max_steps": args.steps},
     }  # fmt: skip
     recipe = compose(settings, preset="demo").recipe
-    folder = str(api.train(recipe).run / "final_model")
+    folder = args.model or str(api.train(recipe).run / "final_model")
     tokenizer = models.load_tokenizer(folder)
     model = models.load_model(folder).eval()
     prompts = questions(args.rows, folder, tokenizer, recipe)
@@ -74,14 +75,18 @@ def main() -> None:
     source = engines.Source("tuned", tokenizer, lambda: model, folder)
     asked = engines.Asked(prompts, args.max_new_tokens, stops)
     kept = work / "answers"
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     ours, _ = engines.answers(source, asked, engine=args.engine, folder=kept)
-    fast = time.perf_counter() - started
-    print(f"{args.engine}: {len(prompts)} rows in {fast:.1f} s", file=sys.stderr)
-    started = time.perf_counter()
+    fast, fast_cpu = time.perf_counter() - started, time.process_time() - cpu
+    print(f"{args.engine}: {len(prompts)} rows in {fast:.1f} s, {fast_cpu:.1f} s of CPU", file=sys.stderr)
+    started, cpu = time.perf_counter(), time.process_time()
     peer = one_by_one(model, prompts, args.max_new_tokens, list(stops))
-    slow = time.perf_counter() - started
-    print(f"one by one: {slow:.1f} s", file=sys.stderr)
+    slow, slow_cpu = time.perf_counter() - started, time.process_time() - cpu
+    print(f"one by one: {slow:.1f} s, {slow_cpu:.1f} s of CPU", file=sys.stderr)
+    print(
+        f"ratio by CPU time, which other work on the machine changes less: {slow_cpu / fast_cpu:.2f}",
+        file=sys.stderr,
+    )
     same = sum(answer.ids == other for answer, other in zip(ours, peer, strict=True))
     print(f"the same tokens: {same} of {len(prompts)}; different answers: {len(set(peer))}", file=sys.stderr)
     if same != len(prompts):

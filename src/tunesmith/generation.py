@@ -124,7 +124,7 @@ def generate(
 
 
 def _mostly_ended(width: int, steps: int, stop_ids: Sequence[int]) -> Any:
-    """Leaves a batch once most of its rows have ended, as each costs as much as one that goes on.
+    """Leaves a batch once three quarters of its rows have ended, as each costs as much as one that goes on.
 
     The others are read anew in a batch of their own. That is done where it reads fewer tokens than the ended rows would
     add, if what is left were half used.
@@ -142,7 +142,8 @@ def _mostly_ended(width: int, steps: int, stop_ids: Sequence[int]) -> Any:
             ended = int(self.ended.sum())
             going = len(ids) - ended
             left = width + steps - ids.shape[1]
-            return torch.full_like(now, going * ids.shape[1] < ended * left / 2)
+            worth = 4 * going <= len(ids) and going * ids.shape[1] < ended * left / 2
+            return torch.full_like(now, worth)
 
     return StoppingCriteriaList([MostlyEnded()])
 

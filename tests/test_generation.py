@@ -1,23 +1,10 @@
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from counting import PROMPTS, STOP, TOKENIZER, NumberTokenizer, counting_llama
+from transformers import GenerationConfig
 
 from tunesmith.errors import OutOfResources
 from tunesmith.generation import generate, halving, length_batches, stream
-
-VOCABULARY, STOP = 64, 0
-PROMPTS = [
-    [4, 5], [5], [*range(1, 30)], [7, 9, 11, 13], [*range(2, 20, 2)], [5], [3, 3, 3], [*range(20, 33)], [50, 51, 52],
-]  # fmt: skip
-
-
-class NumberTokenizer:
-    """Token n is the word `tn`; there is no padding token."""
-
-    pad_token_id = None
-
-    def decode(self, ids, **options):
-        return " ".join(f"t{i}" for i in ids)
 
 
 class ByteTokenizer(NumberTokenizer):
@@ -27,30 +14,9 @@ class ByteTokenizer(NumberTokenizer):
         return bytes("☃".encode()[n % 3] for n in range(len(ids))).decode("utf-8", "replace")
 
 
-TOKENIZER = NumberTokenizer()
-
-
 @pytest.fixture(scope="module")
 def llama():
-    """A tiny Llama, briefly trained to count upward in ones or twos and to stop after 60."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=VOCABULARY, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
-                num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=80,
-                eos_token_id=None, bos_token_id=None, pad_token_id=None,
-            )
-        )  # fmt: skip
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        for _ in range(80):
-            start = torch.randint(1, 60, (16, 1))
-            rows = start + torch.arange(24)[None] * torch.randint(1, 3, (16, 1))
-            rows = torch.where(rows > 60, 0, rows)
-            model(input_ids=rows, labels=rows).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return model.eval()
+    return counting_llama()
 
 
 def answers(model, prompts=PROMPTS, **options):

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from tunesmith.data.inspection import Inspected
     from tunesmith.data.templates import Encoder
     from tunesmith.data.validation import Report
+    from tunesmith.engines.check import EngineCheck
     from tunesmith.evaluation import EvalRow
     from tunesmith.evaluation.compare import Comparison
     from tunesmith.evaluation.leakage import Leakage
@@ -89,6 +90,8 @@ class Result:
     """The names of all models of a comparison, the baseline first."""
     leakage: Mapping[str, Any] | None = None
     """What of the questions stands in the training data of the runs behind the models; None where none is known."""
+    engine_check: Mapping[str, Any] = field(default_factory=dict)
+    """By model whether the engine's answers are those that the model gives alone (`docs/generation.md`)."""
 
     @property
     def primary(self) -> Comparison | None:
@@ -102,6 +105,9 @@ class Result:
         names = dict(zip(("base", "tuned"), self.sides or (), strict=False))
         return {names.get(c.model, c.model): c.verdict for c in self.comparisons if c.primary}
 
+    def _engine_check(self) -> dict[str, str]:
+        return {model: str(check["sentence"]) for model, check in self.engine_check.items()}
+
     def as_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it: the primary comparison's fields first."""
         names = ("metric", "base", "tuned", "difference", "low", "high", "n", "verdict")
@@ -114,6 +120,7 @@ class Result:
             **({"leakage": dict(self.leakage)} if self.leakage else {}),
             **({"models": list(self.models)} if self.models else {}),
             **({"verdicts": self.verdicts} if self.models else {}),
+            **({"engine_check": self._engine_check()} if self.engine_check else {}),
             "seconds": round(self.seconds, 1),
             "run": str(self.run) if self.run else None,
             "report": str(self.report) if self.report else None,
@@ -180,6 +187,7 @@ def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list
         raise TunesmithError(
             "No example is held out to measure on.", fix="Give more rows, or raise data.held_out."
         )
+    checks: list[EngineCheck] = []
     rows = evaluation.answers(
         recipe.model,
         recipe.evaluation,
@@ -192,10 +200,12 @@ def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list
         dtype=found["plan"].dtype,
         watch=watch,
         head=METHODS[recipe.method.kind].head,
+        checked=checks.append,
     )
     scores = evaluation.scores(rows, found["metrics"])
     seconds = time.perf_counter() - started
-    return Result(run=None, comparisons=(), seconds=seconds, scores=scores), rows
+    kept = {check.model: check.as_dict() for check in checks}
+    return Result(run=None, comparisons=(), seconds=seconds, scores=scores, engine_check=kept), rows
 
 
 def find_lr(
@@ -242,12 +252,14 @@ def train(
     *,
     resume: str | None = None,
     base_rows: Sequence[EvalRow] = (),
+    base_check: Mapping[str, Any] | None = None,
     watch: Watch = _unwatched,
 ) -> Result:
     """Run a recipe from its examples to the report.
 
     `resume` continues the run of the same folder from a checkpoint's name, or from `latest`. `base_rows` are
-    the base's answers of `baseline`, used where they answer this recipe's questions. Raises a
+    the base's answers of `baseline`, used where they answer this recipe's questions, and `base_check` its result's
+    engine check. Raises a
     TunesmithError for everything the user can mend; a run that trained nothing leaves no folder behind.
     """
     launch.require_one_process()
@@ -258,6 +270,8 @@ def train(
             from tunesmith.evaluation import write_rows
 
             write_rows(run.evaluation / "rows.jsonl", base_rows)
+            if base_check:
+                run.write("evaluation/engine_check.json", base_check)
         return _carry_out(recipe, run, None, fresh=True)
     run = open_run(Path(recipe.output_dir).expanduser() / folder_name(recipe), watch=watch)
     changed = differences(anchored(run.recipe()), recipe)
@@ -403,6 +417,7 @@ def evaluate(
         write_whole(place / "leakage.json", json.dumps(leaked, indent=1, ensure_ascii=False))
     if leaked and leaked["leaked"]:
         watch({"kind": "warning", "message": leaked["remark"]})
+    _settle_answers(place, questions)
     return Result(
         run=place,
         comparisons=(),
@@ -410,6 +425,7 @@ def evaluate(
         scores=scores,
         measured_on=questions.measured_on,
         leakage=_short_leakage(leaked),
+        engine_check=questions.engine_check(),
     )
 
 
@@ -477,6 +493,7 @@ def compare(
     if leaked and leaked["leaked"]:
         watch({"kind": "warning", "message": leaked["remark"]})
     write_whole(place / "comparison.json", json.dumps(kept, indent=1, ensure_ascii=False))
+    _settle_answers(place, questions)
     return Result(
         run=run.path if run else None,
         comparisons=tuple(compared),
@@ -583,10 +600,17 @@ class _Questions:
     recipe: Recipe
     examples: tuple[Example, ...]
     measured_on: MeasuredOn
+    unfinished: Path
+    """Where answers are kept until their rows are written."""
     leakage: Leakage | None = None
     """Of the runs behind the models; None where there are none, or their data sets are not known."""
     learned: Callable[[], Iterator[str]] = lambda: iter(())
     """The answers that they were trained on."""
+    checks: list[EngineCheck] = field(default_factory=list)
+
+    def engine_check(self) -> dict[str, Any]:
+        """The engine checks so far, by model."""
+        return {check.model: check.as_dict() for check in self.checks}
 
     def with_longer(self, found: Mapping[str, str | None]) -> _Questions:
         """The same, with what is to be said by model of questions longer than it was trained to read."""
@@ -683,7 +707,8 @@ def _questions(
     if found:
         decided = leakage.decision(found)
         watch({"kind": "decision", **asdict(decided)})
-    return run, _Questions(recipe, tuple(kept), measured_on, leakage=found, learned=answers)
+    unfinished = (run.evaluation if run else Path("evaluations")) / "answers"
+    return run, _Questions(recipe, tuple(kept), measured_on, unfinished, leakage=found, learned=answers)
 
 
 def _leaked(
@@ -734,6 +759,15 @@ def _same_place(a: str, b: str) -> bool:
     )
 
 
+def _settle_answers(place: Path, questions: _Questions) -> None:
+    """Keep the engine checks beside the rows, which are written by now, and let go of what a kill would have needed."""
+    from tunesmith import engines
+
+    if questions.checks:
+        write_whole(place / "engine_check.json", json.dumps(questions.engine_check(), indent=1))
+    engines.forget(questions.unfinished)
+
+
 def _answers(
     model: str | Path, questions: _Questions, *, name: str, primary: str | None = None, watch: Watch
 ) -> tuple[list[EvalRow], list[str], str | None]:
@@ -772,6 +806,14 @@ def _answers(
     chosen = dataflow.metrics(settings, items)
     if primary and primary not in chosen:
         chosen = evaluation.known_metrics([primary, *chosen])
+
+    def checked(check: EngineCheck) -> None:
+        questions.checks.append(check)
+        value, reason = check.sentence(), f"answers of the {check.engine} engine, read again alone"
+        watch({"kind": "decision", "name": f"engine check of {name}", "value": value, "reason": reason})
+        if not check.passed:
+            watch({"kind": "warning", "message": check.warning()})
+
     rows = evaluation.answers(
         settings.model,
         settings.evaluation,
@@ -784,6 +826,8 @@ def _answers(
         dtype=planning.inference_dtype(settings.model.dtype, device),
         watch=watch,
         head=head,
+        folder=questions.unfinished,
+        checked=checked,
     )
     rows = dataflow.with_rewards(settings, rows, items, chosen, tokenizer=tokenizer, device=device)
     return rows, chosen, longer
@@ -1363,6 +1407,7 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
             samples=tuple(results.get("samples", ())),
             report=results.get("report"),
             published=published,
+            engine_check=run.read("evaluation/engine_check.json") or {},
         )
         run.finish(
             "done", seconds=round(result.seconds, 1), verdict=result.primary and result.primary.verdict

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tunesmith.evaluation as evaluation
-from tunesmith import data, models
+from tunesmith import data, engines, models
 from tunesmith import plan as planning
 from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.data.preferences import prompt_length
 from tunesmith.data.splitting import TRAIN, VALIDATION
 from tunesmith.data.templates import Encoding
+from tunesmith.engines.check import keep_check, remarked
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.evaluation import EvalRow, forgetting, stages
 from tunesmith.evaluation import leakage as leaks
@@ -56,7 +58,13 @@ def packing(recipe: Recipe, encodings: data.EncodedSplits) -> Packing | None:
     return pack(encodings.train.lengths, recipe.data.max_length) if recipe.data.packing else None
 
 
-def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None, asked: Asked) -> Plan:
+def plan(
+    recipe: Recipe,
+    encodings: data.EncodedSplits,
+    packing: Packing | None,
+    asked: Asked,
+    validation_items: list[evaluation.Item],
+) -> Plan:
     """What the run will do on this machine, with reasons."""
     _, template = _tokenizer(recipe)
     lengths = encodings.train.lengths
@@ -69,6 +77,11 @@ def plan(recipe: Recipe, encodings: data.EncodedSplits, packing: Packing | None,
         f"{number} held-out examples are left out of the measurement: {run} was trained or validated on them"
         for run, number in asked.left_out.items()
     ]
+    if validation_items:
+        notes.append(
+            f"each validation measures {', '.join(recipe.training.measured)} on {len(validation_items)} of "
+            f"{len(encodings.validation)} validation examples; the best model is that by {recipe.training.best_by}"
+        )
     if packing:
         rows, unit = [int(lengths[list(block)].sum()) for block in packing.blocks], "packed rows"
         batch = recipe.training.per_device_train_batch_size
@@ -102,6 +115,30 @@ def _held_out(recipe: Recipe, asked: Asked) -> planning.HeldOut:
         max_items=recipe.evaluation.max_items,
         confidence=recipe.evaluation.confidence,
     )
+
+
+def validation_items(recipe: Recipe, splits: data.Splits) -> list[evaluation.Item]:
+    """The validation examples that metrics are measured on while training; none where the recipe names no metric."""
+    metrics = evaluation.known_metrics(recipe.training.measured)
+    if not metrics:
+        return []
+    tokenizer, _ = _tokenizer(recipe)
+    found = evaluation.items(
+        list(splits.examples(VALIDATION)),
+        tokenizer,
+        loss_on=recipe.method.loss_on,
+        max_items=recipe.training.eval_samples,
+        max_length=recipe.data.max_length,
+        kind=METHODS[recipe.method.kind].model,
+    )
+    if not found:
+        raise RecipeError(
+            f"There is no validation example to measure {', '.join(metrics)} on while training.",
+            fix="Raise data.validation, or leave training.eval_metrics and training.best_by out.",
+        )
+    evaluation.check_scoring(metrics, gives_scores=METHODS[recipe.method.kind].head is not None)
+    evaluation.check_fit(metrics, found)
+    return found
 
 
 def leakage(splits: data.Splits, asked: Asked) -> Leakage:
@@ -282,6 +319,7 @@ def _start_rows(
         metrics,
         max_new_tokens=recipe.evaluation.max_new_tokens,
         attempts=recipe.evaluation.attempts,
+        engine=recipe.evaluation.engine,
     ):
         return kept
     tokenizer, _ = _tokenizer(recipe)
@@ -297,6 +335,9 @@ def _start_rows(
         dtype=plan.dtype,
         watch=prepared.watch,
         head=METHODS[recipe.method.kind].head,
+        folder=prepared.evaluation / "answers",
+        checked=partial(keep_check, prepared),
+        warn=lambda message: prepared.event("warning", message=message),
     )
     return with_rewards(recipe, rows, items, metrics, tokenizer=tokenizer, device=plan.device)
 
@@ -308,6 +349,7 @@ def fitted(
     encodings: data.EncodedSplits,
     packing: Packing | None,
     checkpoint: Path | None,
+    validation_items: list[evaluation.Item],
 ) -> Fit:
     """The finished model's folder and what training came to."""
     done = prepared.read("training.json")
@@ -336,6 +378,9 @@ def fitted(
         tensorboard="tensorboard" in recipe.tracking.trackers,
         samples=_asked(recipe, encodings.validation),
         max_new_tokens=recipe.evaluation.max_new_tokens,
+        measure=partial(_measures, recipe, tokenizer, validation_items) if validation_items else None,
+        higher_is_better=recipe.training.best_by != "loss"
+        and METRICS[recipe.training.best_by].higher_is_better,
     )
     prepared.write("training.json", asdict(result))
     return result
@@ -385,6 +430,23 @@ def _trainer(
         )
 
 
+def _measures(recipe: Recipe, tokenizer: Any, items: list[evaluation.Item], model: Any) -> dict[str, float]:
+    """The values of the metrics that a validation measures, of the model as it is now."""
+    names = recipe.training.measured
+    section = recipe.evaluation
+    rows = evaluation.evaluate(
+        model,
+        tokenizer,
+        items,
+        name="validation",
+        metrics=names,
+        max_new_tokens=section.max_new_tokens,
+        batch_tokens=section.batch_tokens,
+    )
+    found = {name: evaluation.value(rows, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _asked(recipe: Recipe, validation: Sequence[Encoding]) -> list[tuple[int, ...]]:
     """Prompts of the first validation examples; none where the model writes nothing, and where the method's own
     answers are kept anyway."""
@@ -422,6 +484,9 @@ def tuned_rows(
         dtype=plan.dtype,
         watch=prepared.watch,
         head=METHODS[recipe.method.kind].head,
+        folder=prepared.evaluation / "answers",
+        checked=partial(keep_check, prepared),
+        warn=lambda message: prepared.event("warning", message=message),
     )
     return with_rewards(recipe, rows, items, metrics, tokenizer=tokenizer, device=plan.device)
 
@@ -431,10 +496,12 @@ def comparisons(
 ) -> list[Comparison]:
     """Base against tuned, metric by metric, with intervals and verdicts; rows, scores and comparison saved."""
     evaluation.write_rows(prepared.evaluation / "rows.jsonl", [*base_rows, *tuned_rows])
+    engines.forget(prepared.evaluation / "answers")
     section = recipe.evaluation
     compared = compare(
         base_rows, tuned_rows, metrics=metrics, resamples=section.resamples, confidence=section.confidence
     )
+    compared = remarked(compared, prepared)
     scores = {"base": evaluation.scores(base_rows, metrics), "tuned": evaluation.scores(tuned_rows, metrics)}
     prepared.write("evaluation/scores.json", scores)
     prepared.write("evaluation/comparison.json", {"comparisons": [asdict(c) for c in compared]})

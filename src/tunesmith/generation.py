@@ -27,6 +27,8 @@ class Generated:
     finish_reason: Literal["stop", "length"]
     stop_id: int | None = None
     """The stop token that ended it; None at the length limit."""
+    exact: bool = True
+    """False where a server gave text only, and the ids are that text's, encoded again."""
 
 
 def generate(
@@ -40,71 +42,110 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    finished: Callable[[int, Generated], None] | None = None,
 ) -> list[Generated]:
     """Answers to token-id prompts, in their order; greedy at temperature 0.
 
     Nothing is taken from the model folder's generation_config.json. An answer gets at most the room that
     the model's context length leaves after its prompt; a prompt that leaves none gets an empty answer with
     finish reason "length". Sampled answers are reproducible for the same prompts and batch size only, as
-    one random stream serves a batch. `progress` is told the number of finished prompts.
+    one random stream serves a batch. `progress` is told the number of finished prompts, `finished` each answer with
+    its prompt's number as soon as it is there.
     """
     import torch
 
     check_can_write(model)
     pairs = is_seq2seq(model)
-    rooms = [_room(model, len(prompt), max_new_tokens) for prompt in prompts]
+    rooms = [room(model, len(prompt), max_new_tokens) for prompt in prompts]
     answers: dict[int, Generated] = {}
+
+    def keep(found: dict[int, Generated]) -> None:
+        answers.update(found)
+        if finished:
+            for number, answer in found.items():
+                finished(number, answer)
+        if progress:
+            progress(len(answers))
+
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {number} has no tokens")
-        if not rooms[number]:
-            answers[number] = Generated((), "", "length")
-    if progress:
-        progress(len(answers))
+    keep({n: Generated((), "", "length") for n in range(len(prompts)) if not rooms[n]})
     pad_id = _pad_id(tokenizer, stop_ids)
     first = first_tokens(model)
 
-    def answer_batch(batch: Sequence[int]) -> list[Generated]:
+    # Greedy rows may be left and taken up again; what is drawn hangs on who is beside.
+    resumes = temperature == 0 and not pairs and bool(stop_ids)
+    written: dict[int, list[int]] = {n: [] for n in range(len(prompts)) if rooms[n]}
+
+    def answer_batch(batch: Sequence[int]) -> list[list[int]]:
+        given = [[*prompts[number], *written[number]] for number in batch]
+        width = max(map(len, given))
+        # A row that ran on beyond the context length while others are unfinished would index positions that models
+        # with learned positions do not have.
+        steps = min(rooms[number] - len(written[number]) for number in batch)
         config = _generation_config(
-            room=rooms[batch[0]],
-            stop_ids=stop_ids,
-            pad_id=pad_id,
-            temperature=temperature,
-            first=first,
+            room=steps, stop_ids=stop_ids, pad_id=pad_id, temperature=temperature, first=first
         )
-        width = max(len(prompts[number]) for number in batch)
         ids = torch.full((len(batch), width), pad_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for line, number in enumerate(batch):
-            start = 0 if pairs else width - len(prompts[number])
-            place = slice(start, start + len(prompts[number]))
-            ids[line, place] = torch.tensor(list(prompts[number]))
-            mask[line, place] = 1
+        for line, tokens in enumerate(given):
+            start = 0 if pairs else width - len(tokens)
+            ids[line, start : start + len(tokens)] = torch.tensor(tokens)
+            mask[line, start : start + len(tokens)] = 1
+        ending = {"stopping_criteria": _mostly_ended(width, steps, stop_ids)} if resumes else {}
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=config,
+            **ending,
         )
         # A decoder's output begins with its start token, a causal model's with the prompt.
-        return [_cut(line, stop_ids, tokenizer) for line in output[:, 1 if pairs else width :].tolist()]
+        lines: list[list[int]] = output[:, 1 if pairs else width :].tolist()
+        return lines
 
-    # Rows of one batch share their room: a row that ran on beyond the context length while others are
-    # unfinished would index positions that models with learned positions do not have.
-    batches = [
-        part
-        for room in sorted(set(rooms) - {0})
-        for part in length_batches(
-            {n: len(prompts[n]) + room for n in range(len(prompts)) if rooms[n] == room},
-            tokens=batch_tokens,
-        )
-    ]
-    with for_inference(model), _seeded(model, seed), _no_inherited_settings(model):
-        for batch in batches:
-            for part, results in halving(answer_batch, batch):
-                answers |= dict(zip(part, results, strict=True))
-                if progress:
-                    progress(len(answers))
+    def ended(number: int, line: Sequence[int]) -> bool:
+        """Keep what a row has written; whether it is at its end."""
+        written[number] += line
+        return not resumes or len(written[number]) >= rooms[number] or any(t in stop_ids for t in line)
+
+    with for_inference(model), no_inherited_settings(model), seeded(model, seed):
+        while written:
+            left = {number: rooms[number] - len(ids) for number, ids in written.items()}
+            lengths = {n: len(prompts[n]) + rooms[n] for n in written}
+            sizes = {n: size.bit_length() if resumes else size for n, size in left.items()}
+            for size in sorted(set(sizes.values())):
+                alike = {n: length for n, length in lengths.items() if sizes[n] == size}
+                for batch in length_batches(alike, tokens=batch_tokens):
+                    for part, lines in halving(answer_batch, batch):
+                        done = [n for n, line in zip(part, lines, strict=True) if ended(n, line)]
+                        keep({n: cut(written.pop(n), stop_ids, tokenizer) for n in done})
     return [answers[number] for number in range(len(prompts))]
+
+
+def _mostly_ended(width: int, steps: int, stop_ids: Sequence[int]) -> Any:
+    """Leaves a batch once three quarters of its rows have ended, as each costs as much as one that goes on.
+
+    The others are read anew in a batch of their own. That is done where it reads fewer tokens than the ended rows would
+    add, if what is left were half used.
+    """
+    import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class MostlyEnded(StoppingCriteria):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.ended: Any = None
+
+        def __call__(self, ids: Any, scores: Any, **kwargs: Any) -> Any:
+            now = torch.isin(ids[:, -1], torch.tensor(list(stop_ids), device=ids.device))
+            self.ended = now if self.ended is None else self.ended | now
+            ended = int(self.ended.sum())
+            going = len(ids) - ended
+            left = width + steps - ids.shape[1]
+            worth = 4 * going <= len(ids) and going * ids.shape[1] < ended * left / 2
+            return torch.full_like(now, worth)
+
+    return StoppingCriteriaList([MostlyEnded()])
 
 
 def stream(
@@ -126,7 +167,7 @@ def stream(
     import torch
 
     check_can_write(model)
-    room = _room(model, len(prompt), max_new_tokens)
+    most = room(model, len(prompt), max_new_tokens)
     feeds = _decoder_feeds if is_seq2seq(model) else _feeds
     first = first_tokens(model)
     read: dict[str, Any] = {}
@@ -134,7 +175,7 @@ def stream(
     ids: list[int] = []
     past, sent = None, ""
     with _eval_mode(model):
-        while len(ids) < room:
+        while len(ids) < most:
             # Inference mode is entered step by step: held across a yield it would reach the caller.
             with torch.inference_mode():
                 output = model(
@@ -147,11 +188,11 @@ def stream(
             if token in stop_ids:
                 break
             ids.append(token)
-            text = _decoded(ids, tokenizer)
+            text = decoded(ids, tokenizer)
             if text.startswith(sent) and not text.endswith("\ufffd"):
                 yield text[len(sent) :]
                 sent = text
-    if rest := _decoded(ids, tokenizer)[len(sent) :]:
+    if rest := decoded(ids, tokenizer)[len(sent) :]:
         yield rest
 
 
@@ -193,7 +234,7 @@ def _decoder_feeds(
     return {**read, "decoder_input_ids": torch.tensor([feed], device=model.device)}
 
 
-def _room(model: Any, prompt: int, max_new_tokens: int) -> int:
+def room(model: Any, prompt: int, max_new_tokens: int) -> int:
     """New tokens that an answer may have behind a prompt of this length; 0 where the prompt leaves none."""
     limit = context_length(model)
     if limit is None:
@@ -294,7 +335,7 @@ def _eval_mode(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_inherited_settings(model: Any) -> Iterator[None]:
+def no_inherited_settings(model: Any) -> Iterator[None]:
     """Take the model's own generation defaults away for a while: `generate` fills what we leave open from them."""
     from transformers import GenerationConfig
 
@@ -310,7 +351,7 @@ def _no_inherited_settings(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _seeded(model: Any, seed: int) -> Iterator[None]:
+def seeded(model: Any, seed: int) -> Iterator[None]:
     """A random stream of our own; torch's is left as found, so that evaluating never changes a training."""
     import torch
 
@@ -347,15 +388,16 @@ def _pad_id(tokenizer: Any, stop_ids: Sequence[int]) -> int:
     return stop_ids[0] if stop_ids else 0
 
 
-def _cut(ids: Sequence[int], stop_ids: Sequence[int], tokenizer: Any) -> Generated:
+def cut(ids: Sequence[int], stop_ids: Sequence[int], tokenizer: Any) -> Generated:
     """New tokens up to the first stop token; only padding follows it."""
     end = next((position for position, token in enumerate(ids) if token in stop_ids), None)
     kept = tuple(ids if end is None else ids[:end])
-    text = _decoded(kept, tokenizer)
+    text = decoded(kept, tokenizer)
     return Generated(kept, text, "length") if end is None else Generated(kept, text, "stop", ids[end])
 
 
-def _decoded(ids: Sequence[int], tokenizer: Any) -> str:
+def decoded(ids: Sequence[int], tokenizer: Any) -> str:
+    """The text of an answer's tokens, without special ones."""
     text: str = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
 

@@ -788,16 +788,59 @@ class Training(Section):
     """Checkpoints kept: the newest, then those with the lowest validation loss."""
 
     load_best_model_at_end: bool = True
-    """The final model is the one with the lowest validation loss, not the last one."""
+    """The final model is the best one by `best_by`, not the last one."""
 
     early_stopping_patience: PositiveInt | None = None
-    """Stop after this many validations without a lower loss."""
+    """Stop after this many validations without a better one by `best_by`: by default without a lower loss."""
 
     num_workers: NonNegativeInt = 0
     """Processes that prepare batches."""
 
     seed: NonNegativeInt = 42
     """Seed of everything random in the run; the data split does not depend on it."""
+
+    eval_metrics: Names = []
+    """Metrics (`tunesmith show metrics`) that each validation measures beside the loss, on `eval_samples` of the
+    validation examples: another few answers every time, and curves in the report."""
+
+    eval_samples: PositiveInt = 50
+    """Validation examples that `eval_metrics` are measured on, chosen by content hash, the same ones every time."""
+
+    best_by: str = "loss"
+    """What makes a model the best one, and stops early: the validation loss, or a metric, which is then measured at
+    each validation as well."""
+
+    @property
+    def measured(self) -> list[str]:
+        """The metrics that each validation measures."""
+        return list(dict.fromkeys([*self.eval_metrics, *([] if self.best_by == "loss" else [self.best_by])]))
+
+
+class Server(Section):
+    """An OpenAI-compatible server that has the models, for `evaluation.engine: openai`."""
+
+    base_url: str = "http://127.0.0.1:8000/v1"
+    """Address up to and without `/completions`. Other machines are asked over https only."""
+
+    models: dict[str, str] = {}
+    """Names under which the models are served, by the names of the rows: `{base: my-base, tuned: my-lora}`. A
+    model that is not in it is asked for by its own: base, tuned, model, or a stage's."""
+
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key. The key itself is never written anywhere."""
+
+    concurrency: PositiveInt = 16
+    """Requests under way at once."""
+
+    timeout: PositiveFloat = 300.0
+    """Seconds to wait for an answer."""
+
+    retries: NonNegativeInt = 5
+    """How often a request that failed is repeated, each time after a longer wait, before the measurement stops."""
+
+    def served(self, name: str) -> str:
+        """What the server calls the model of the rows of this name."""
+        return self.models.get(name, name)
 
 
 class Evaluation(Section):
@@ -843,6 +886,16 @@ class Evaluation(Section):
 
     attempts_temperature: Annotated[float, Field(gt=0, le=2)] = 0.8
     """Temperature of several attempts: low (0.2) for pass@1, high (0.8) for pass@10 and beyond."""
+
+    engine: Literal["auto", "padded", "paged", "vllm", "openai"] = "auto"
+    """What writes the answers, of base and tuned model alike (`docs/generation.md`). `padded`: batches of like length;
+    `paged`: continuous batching; `vllm`: vLLM in this process; `openai`: a server. `auto` is paged on CUDA, padded
+    elsewhere."""
+
+    engine_check: NonNegativeInt = 8
+    """Answers of each model that are read again alone, to prove that the engine changes none; 0 leaves it out."""
+
+    server: Server = Server()
 
 
 class Export(Section):

@@ -339,11 +339,11 @@ def training_step(session: Session) -> None:
         return training_step(session)
     recipe = anchored(composition.recipe)
     session.started, session.result = Path(recipe.output_dir) / folder_name(recipe), None
-    rows_kept: Sequence[EvalRow] = ()
+    kept: dict[str, Any] = {}
     if session.measured and session.measured.parts == _measured_parts(session, rows["rows"]):
-        rows_kept = session.measured.rows
+        kept = {"base_rows": session.measured.rows, "base_check": session.measured.result.engine_check}
     with Display(quiet=False) as display:
-        session.result = api.train(recipe, base_rows=rows_kept, watch=display)
+        session.result = api.train(recipe, **kept, watch=display)
 
 
 def comparison_step(session: Session) -> None:

@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from tunesmith import scoring
+from tunesmith import engines, scoring
 from tunesmith.data import pairs, templates
 from tunesmith.data.examples import (
     Conversation,
@@ -34,6 +35,7 @@ from tunesmith.data.examples import (
 from tunesmith.data.preferences import sides
 from tunesmith.data.prompts import prompt_of
 from tunesmith.data.templates import IGNORED, LossOn, end_of_turn_ids
+from tunesmith.engines.check import NEAR_TIE, EngineCheck, asked_again, chosen, read_alone
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation import classification, sandbox
 from tunesmith.evaluation.code import running_allowed
@@ -45,7 +47,6 @@ from tunesmith.generation import (
     Generated,
     context_length,
     for_inference,
-    generate,
     halving,
     length_batches,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "Item",
     "answers",
     "are_answers_to",
+    "check_fit",
     "check_runnable",
     "check_scoring",
     "evaluate",
@@ -66,6 +68,7 @@ __all__ = [
     "longer_than_read",
     "read_rows",
     "scores",
+    "value",
     "write_rows",
 ]
 
@@ -237,10 +240,15 @@ def answers(
     dtype: str,
     watch: Callable[[Mapping[str, Any]], None],
     head: Head | None = None,
+    folder: Path | None = None,
+    checked: Callable[[EngineCheck], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> list[EvalRow]:
     """One model's rows, from its folder or id: loaded here, freed when done.
 
-    With `head` a causal model gets that head first, as at the start of its training.
+    With `head` a causal model gets that head first, as at the start of its training. In `folder` answers are kept as
+    they come, for a measurement that is killed. `checked` gets what the engine check found, `warn` what an engine
+    did otherwise than it was asked.
     """
     if not items:
         return []
@@ -253,15 +261,17 @@ def answers(
     def progress(stage: str, done: int, total: int) -> None:
         watch({"kind": "progress", "stage": stage, "done": done, "total": total})
 
+    def load() -> Any:
+        return models.load_model(
+            base, revision=revision, dtype=dtype, device=device, attention=model.attention, head=head
+        )
+
+    revision = model.revision if base == model.base else None
+    source = engines.Source(
+        name, tokenizer, load, base, revision, dtype=dtype, device=device, server=evaluation.server
+    )
     return evaluate(
-        models.load_model(
-            base,
-            revision=model.revision if base == model.base else None,
-            dtype=dtype,
-            device=device,
-            attention=model.attention,
-            head=head,
-        ),
+        source,
         tokenizer,
         items,
         name=name,
@@ -272,6 +282,11 @@ def answers(
         attempts=evaluation.attempts,
         temperature=evaluation.attempts_temperature if evaluation.attempts > 1 else 0.0,
         progress=progress,
+        engine=evaluation.engine,
+        folder=folder,
+        engine_check=evaluation.engine_check,
+        checked=checked,
+        warn=warn or (lambda message: watch({"kind": "warning", "message": message})),
     )
 
 
@@ -289,37 +304,57 @@ def evaluate(
     attempts: int = 1,
     temperature: float = 0.0,
     progress: Callable[[str, int, int], None] | None = None,
+    engine: str = "padded",
+    folder: Path | None = None,
+    engine_check: int = 0,
+    checked: Callable[[EngineCheck], None] | None = None,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> list[EvalRow]:
     """One row per item and attempt, with the model's answer, its scores and, in the first, the reference's
     likelihood. Answers are greedy unless a temperature is given.
 
-    Nothing is generated where no metric scores answers. Raises RecipeError for an unknown metric, for one that
-    fits none of the items, and for one that runs the model's code unless `run_code` is set. `progress` is told
-    the stage, how many are done, and of how many.
+    `model` is one in this process, or an `engines.Source`. Nothing is generated where no metric scores answers.
+    Raises RecipeError for an unknown metric, for one that fits none of the items, and for one that runs the model's
+    code unless `run_code` is set. `progress` is told the stage, how many are done, and of how many. `engine_check`
+    answers are read again alone, and `checked` told what that gave; drawn ones cannot be.
     """
     check_runnable(metrics, run_code=run_code, attempts=attempts)
-    needed = [name for metric in known_metrics(metrics) for name in METRICS[metric].needs]
-    metrics = known_metrics([*metrics, *needed])
+    further = [name for metric in known_metrics(metrics) for name in METRICS[metric].needs]
+    metrics = known_metrics([*metrics, *further])
     usable = [item for item in items if not item.error]
-    _check_fit(metrics, usable)
-    check_scoring(metrics, gives_scores=is_reward(model))
-    asked = [item for item in usable if item.prompt] if _of_kind(metrics, "answer") else []
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    check_fit(metrics, usable)
+    source = model if isinstance(model, engines.Source) else engines.Source(name, tokenizer, lambda: model)
+    writes = [item for item in usable if item.prompt] if _of_kind(metrics, "answer") else []
+    needed = any(_of_kind(metrics, kind) for kind in ("likelihood", "preference", "reward", "labels"))
+    in_process = engines.chosen(engine, source.device) in engines.IN_PROCESS
+    if in_process or not writes:
+        check_scoring(metrics, gives_scores=is_reward(source.model))
+    settings: dict[str, Any] = {}
     answered: dict[int, list[Generated]] = {}
-    if asked:
-        generated = generate(
-            model,
-            tokenizer,
-            [item.prompt_ids for item in asked for _ in range(attempts)],
-            max_new_tokens=max_new_tokens,
-            stop_ids=end_of_turn_ids(tokenizer),
-            batch_tokens=batch_tokens,
+    if writes:
+        asked = engines.Asked(
+            [item.prompt_ids for item in writes for _ in range(attempts)],
+            max_new_tokens,
+            end_of_turn_ids(tokenizer),
             temperature=temperature,
             seed=seed,
-            progress=_stage(progress, f"{name}: answers", len(asked) * attempts),
+            batch_tokens=batch_tokens,
         )
+        generated, settings = engines.answers(
+            source,
+            asked,
+            engine=engine,
+            folder=folder,
+            progress=_stage(progress, f"{name}: answers", len(asked.prompts)),
+            say=warn,
+        )
+        if needed:
+            check_scoring(metrics, gives_scores=is_reward(source.model))
+        if checked and engine_check and not temperature:
+            checked(_checked(source, asked, generated, settings["engine"], writes, engine_check))
         parts = [generated[at : at + attempts] for at in range(0, len(generated), attempts)]
-        answered = dict(zip([item.number for item in asked], parts, strict=True))
+        answered = dict(zip([item.number for item in writes], parts, strict=True))
+    model = source.model if needed else None
     likelihoods: dict[int, _Likelihood] = {}
     rejected: dict[int, _Likelihood] = {}
     worse = [item.rejected for item in usable if item.rejected] if "preference_accuracy" in metrics else []
@@ -368,6 +403,46 @@ def scores(
     }
 
 
+def _checked(
+    source: engines.Source,
+    asked: engines.Asked,
+    generated: Sequence[Generated],
+    engine: str,
+    items: Sequence[Item],
+    count: int,
+) -> EngineCheck:
+    """A few answers, chosen by the hash of their prompts, read again alone."""
+    places = chosen(asked.prompts, count)
+    prompts, answers = [asked.prompts[n] for n in places], [generated[n] for n in places]
+    numbers = [items[n].number for n in places]
+    if source.is_loaded or engine != "openai":
+        found = read_alone(
+            source.model,
+            source.tokenizer,
+            prompts,
+            answers,
+            stop_ids=asked.stop_ids,
+            max_new_tokens=asked.max_new_tokens,
+            numbers=numbers,
+            limit=NEAR_TIE
+            if engine == "openai"
+            else None,  # in what precision a server computes is not known
+        )
+    else:
+
+        def again(prompt: Sequence[int]) -> Generated:
+            [answer], _ = engines.answers(source, replace(asked, prompts=[prompt]), engine=engine)
+            return answer
+
+        found = asked_again(prompts, answers, again, numbers)
+    return EngineCheck(source.name, engine, tuple(found))
+
+
+def value(rows: Sequence[EvalRow], metric: str) -> float | None:
+    """One metric's value over the rows, without an interval; None where no row could be scored."""
+    return score_interval(rows, metric, resamples=2).value
+
+
 def are_answers_to(
     rows: Sequence[EvalRow],
     items: Sequence[Item],
@@ -375,10 +450,14 @@ def are_answers_to(
     *,
     max_new_tokens: int,
     attempts: int = 1,
+    engine: str = "auto",
 ) -> bool:
     """Whether rows answer just these items under these settings, so that they need not be made again."""
     measured = {name for row in rows for name in row.scores}
     limits = {row.generation["max_new_tokens"] for row in rows if row.generation}
+    made_by = {row.generation.get("engine", "padded") for row in rows if row.generation}
+    if engine != "auto" and not made_by <= {engine}:
+        return False
     return (
         bool(rows)
         and {row.item: row.prompt_sha256 for row in rows}
@@ -418,7 +497,8 @@ def _stage(
     return (lambda done: progress(stage, done, total)) if progress else None
 
 
-def _check_fit(metrics: Sequence[str], items: Sequence[Item]) -> None:
+def check_fit(metrics: Sequence[str], items: Sequence[Item]) -> None:
+    """Raises RecipeError for a metric that fits none of the items."""
     prompts = [item.prompt for item in items if item.prompt]
     for name in _of_kind(metrics, "answer"):
         if items and not any(METRICS[name].fits(prompt) for prompt in prompts):

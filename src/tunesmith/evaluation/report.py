@@ -40,6 +40,7 @@ FILES = {
     "evaluation/forgetting.json": "what was learned and what was forgotten",
     "evaluation/parts.json": "base against tuned by category and by length",
     "evaluation/leakage.json": "held-out questions found in the training data, and copied answers",
+    "evaluation/engine_check.json": "answers of each model, read again alone",
     "evaluation/stages.jsonl": "every answer of the models that the base was fine-tuned from",
     "evaluation/stages.json": "the scores of every stage",
     "final_model": "weights or adapter, tokenizer, template, model card",
@@ -80,6 +81,7 @@ def write_report(run_dir: Path) -> Path:
         leaked=_leaked(run, problems),
         parts=_parts(run, problems),
         found_from=_found_from,
+        engine_checks=_engine_checks(run, problems),
         answers=_answers(rows, METRICS[primary.metric] if primary else None),
         labels=_labels(rows),
         answers_open=ANSWERS_OPEN,
@@ -159,6 +161,33 @@ def _stages(run: Run, problems: list[str]) -> dict[str, Any] | None:
             f"{r['name']}: {sentence(Comparison(**r['comparison']))}" for r in found.get("reward_models", ())
         ],
     }
+
+
+def _engine_checks(run: Run, problems: list[str]) -> list[dict[str, Any]]:
+    """Of each model whether its answers are those that it gives alone: a sentence, and a line for each answer."""
+    name = "evaluation/engine_check.json"
+    found = (_json(run, name, problems) or {}) if (run.path / name).is_file() else {}
+    return [
+        {
+            "model": model,
+            "engine": check["engine"],
+            "sentence": check["sentence"],
+            "passed": check["passed"],
+            "lines": [
+                [
+                    read["item"],
+                    read["verdict"],
+                    read["tokens"],
+                    "-" if read["at"] is None else read["at"],
+                    "-" if read["gap"] is None else f"{read['gap']:.3f}",
+                    read["why"] or "",
+                ]
+                for read in check["items"]
+            ],
+        }
+        for model, check in found.items()
+        if isinstance(check, dict) and "sentence" in check
+    ]
 
 
 def _score(score: Mapping[str, Any], metric: Metric) -> str:
@@ -366,6 +395,7 @@ def _figures(
     steps = [e for e in events if e.get("kind") == "step"]
     validations = [e for e in events if e.get("kind") == "evaluation"]
     measured = _measured(steps, validations)
+    by_method = any(name not in METRICS for e in [*steps, *validations] for name in e.get("measures") or {})
     figures = [
         _forest(compared, ("share", "points"), "Differences", "points, tuned minus base", 100),
         *(
@@ -381,7 +411,7 @@ def _figures(
         _curves(
             "Loss",
             "Training loss, and validation loss on examples that are not trained on.",
-            "loss of the method" if measured else "nats per token",
+            "loss of the method" if by_method else "nats per token",
             {"training": (steps, "loss"), "validation": (validations, "loss")},
         ),
         _curves(
@@ -472,7 +502,13 @@ def _measured(
             for name in names
             for part, events in parts.items()
         }
-        figure = _curves(family, MEASURES.get(family, "As the trainer measures it."), family, curves)
+        title, caption = family, MEASURES.get(family, "As the trainer measures it.")
+        if family in METRICS:
+            title, caption = (
+                METRICS[family].label,
+                f"On a sample of the validation examples. {METRICS[family].about}",
+            )
+        figure = _curves(title, caption, family, curves)
         if not figure:
             continue
         for trace in figure["data"]["traces"]:

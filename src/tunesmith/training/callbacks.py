@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.errors import TrainingDiverged
+from tunesmith.evaluation.metrics import METRICS
 from tunesmith.generation import generate
 from tunesmith.training.run import SAMPLE_TEXT, Run
 
@@ -112,7 +113,7 @@ COMMON = {
     "num_tokens",
     "entropy",
 }
-"""What every trainer logs; entropy is kept only beside other measures of a method."""
+"""What every trainer logs; entropy is kept only beside other measures of a method, not beside metrics."""
 SPEED = ("runtime", "_per_second", "num_input_tokens_seen")
 
 
@@ -123,34 +124,47 @@ def _own(logs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         for name, value in logs.items()
         if isinstance(value, int | float) and name not in COMMON and not name.endswith(SPEED)
     }
-    if found and "entropy" in logs:
+    if "entropy" in logs and found.keys() - METRICS:
         found["entropy"] = float(logs["entropy"])
     return {"measures": found} if found else {}
 
 
 class BestModel(TrainerCallback):  # type: ignore[misc]
-    """Saves the model whenever validation loss is at its lowest; stops when it has not fallen for long."""
+    """Saves the model whenever validation is at its best; stops when it has not become better for long.
+
+    `by` is what counts: `loss`, or a metric that is measured with it, of which more may be better.
+    """
 
     def __init__(
-        self, save: Callable[[int, float], None], *, best: float | None, patience: int | None
+        self,
+        save: Callable[[int, float, float], None],
+        *,
+        best: float | None,
+        patience: int | None,
+        by: str = "loss",
+        higher_is_better: bool = False,
     ) -> None:
-        self.save, self.best, self.patience = save, math.inf if best is None else best, patience
+        self.save, self.patience, self.by = save, patience, by
+        self.sign = -1.0 if higher_is_better else 1.0
+        self.best = math.inf if best is None else self.sign * best
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
     ) -> None:
         """Compare, save, and count in vain validations from the log, so that a resumed run counts on."""
-        loss = metrics["eval_loss"]
+        loss, key = metrics["eval_loss"], f"eval_{self.by}"
         if not math.isfinite(loss):
             raise TrainingDiverged(
                 f"The validation loss is {loss} at step {state.global_step}.", fix=DIVERGED
             )
-        if loss < self.best:
-            self.best = loss
-            self.save(state.global_step, loss)
+        if key not in metrics:  # no answer could be scored; said where it was measured
+            return
+        if self.sign * metrics[key] < self.best:
+            self.best = self.sign * metrics[key]
+            self.save(state.global_step, loss, metrics[key])
         if self.patience:
-            losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-            since_best = len(losses) - 1 - losses.index(min(losses))
+            found = [self.sign * entry[key] for entry in state.log_history if key in entry]
+            since_best = len(found) - 1 - found.index(min(found))
             control.should_training_stop = control.should_training_stop or since_best >= self.patience
 
 

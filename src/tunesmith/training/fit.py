@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,16 +103,20 @@ def fit(
     tensorboard: bool = False,
     samples: Sequence[Sequence[int]] = (),
     max_new_tokens: int = 256,
+    measure: Callable[[Any], Mapping[str, float]] | None = None,
+    higher_is_better: bool = False,
 ) -> Fit:
     """Train, keep the best model, and write `final_model/`.
 
     `adapter_init` names a LoRA start that changes the base weights. `checkpoint` is where to continue. `samples`
-    are prompts (token ids) that are answered at each validation, with at most `max_new_tokens` tokens.
+    are prompts (token ids) that are answered at each validation, with at most `max_new_tokens` tokens. `measure` gives
+    the metrics of a model that each validation logs; `higher_is_better` is of the one that `training.best_by` names.
     Raises Interrupted after a stop on request, its state saved, and TrainingDiverged before a bad update.
     """
     from transformers.trainer_callback import PrinterCallback
 
     from tunesmith.training import callbacks
+    from tunesmith.training.validating import measuring
     from tunesmith.training.watching import Watching
 
     # These starts change the base weights; their adapters are saved as plain LoRA of twice the rank.
@@ -125,14 +129,23 @@ def fit(
     if not info:
         shutil.rmtree(run.best_model, ignore_errors=True)
 
-    def save_best(step: int, loss: float) -> None:
-        save_model(trainer, run.best_model, initial, {"step": step, "eval_loss": loss})
+    by = training.best_by
+
+    def save_best(step: int, loss: float, value: float) -> None:
+        facts = {"step": step, "eval_loss": loss, **({} if by == "loss" else {"by": by, "value": value})}
+        save_model(trainer, run.best_model, initial, facts)
 
     stop = callbacks.StopOnRequest()
     events = callbacks.Events(run, peak_memory=peak_memory)
     best = callbacks.BestModel(
-        save_best, best=info["eval_loss"] if info else None, patience=training.early_stopping_patience
+        save_best,
+        best=info[("eval_loss" if by == "loss" else "value")] if info else None,
+        patience=training.early_stopping_patience,
+        by=by,
+        higher_is_better=higher_is_better,
     )
+    if measure:
+        measuring(trainer, measure)
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to the verb's result
     for callback in (events, best, callbacks.LastStep(), stop, callbacks.FiniteLoss(), Watching(run)):
         trainer.add_callback(callback)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,22 @@ def token_weighted(trainer_class: type) -> type:
             return (loss, *rest)
 
     return TokenWeightedTrainer
+
+
+def measuring(trainer: Any, measure: Callable[[Any], Mapping[str, float]]) -> None:
+    """Have a trainer's validations measure the model as well: what `measure` gives of it is logged beside the loss.
+
+    It must draw no random numbers of training's stream, so that training goes on as if nothing had been measured.
+    """
+    log = trainer.log
+
+    def with_measures(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "eval_loss" in logs:  # one dictionary serves the log and the callbacks behind it
+            found = measure(trainer.accelerator.unwrap_model(trainer.model))
+            logs.update({f"eval_{name}": value for name, value in found.items()})
+        log(logs, *args, **kwargs)
+
+    trainer.log = with_measures
 
 
 def rewarded(

@@ -1,0 +1,109 @@
+"""Seconds to answer held-out rows: tunesmith's evaluation and the same model asked one question after the other.
+
+The rows are the shipped text-to-SQL examples, the model is the shipped tiny one, in float32, greedy. The peer is a
+plain loop over `model.generate`, as one writes it down. Both give the same tokens, which is checked. Before they are
+measured the model is trained for a few steps, so that answers end and differ. The last line is one JSON object: rows a
+second of both and their ratio.
+
+    python benchmarks/generation.py --rows 500
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith import api, dataflow, engines, models
+from tunesmith.compose import compose
+from tunesmith.data.splitting import HELD_OUT, TRAIN, VALIDATION
+from tunesmith.data.templates import end_of_turn_ids
+from tunesmith.evaluation import items
+
+
+def questions(count: int, folder: str, tokenizer: Any, recipe: Any) -> list[tuple[int, ...]]:
+    """So many prompts of the shipped examples, the held-out ones first."""
+    splits = dataflow.splits(recipe)
+    examples = [*splits.examples(HELD_OUT), *splits.examples(VALIDATION), *splits.examples(TRAIN)]
+    found = items(examples[:count], tokenizer)
+    return [item.prompt_ids for item in found if item.prompt and not item.error]
+
+
+def one_by_one(
+    model: Any, prompts: list[tuple[int, ...]], limit: int, stops: list[int]
+) -> list[tuple[int, ...]]:
+    """The peer: no batches, no padding."""
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)])
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, do_sample=False,
+                eos_token_id=stops, pad_token_id=stops[0],
+            )[0, len(prompt) :].tolist()  # fmt: skip
+        end = next((n for n, token in enumerate(output) if token in stops), len(output))
+        found.append(tuple(output[:end]))
+    return found
+
+
+def main() -> None:
+    """Train a little, answer in both ways, compare, and print the ratio."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=60, help="training before the measurement")
+    parser.add_argument("--model", help="a model's folder, instead of training one")
+    parser.add_argument("--engine", default="padded", choices=["padded", "paged"])
+    args = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="generation-"))
+    settings = {
+        "output_dir": str(work), "name": "tuned", "evaluation": {"skip": True},
+        "training": {"max_steps": args.steps},
+    }  # fmt: skip
+    recipe = compose(settings, preset="demo").recipe
+    folder = args.model or str(api.train(recipe).run / "final_model")
+    tokenizer = models.load_tokenizer(folder)
+    model = models.load_model(folder).eval()
+    prompts = questions(args.rows, folder, tokenizer, recipe)
+    stops = end_of_turn_ids(tokenizer)
+    source = engines.Source("tuned", tokenizer, lambda: model, folder)
+    asked = engines.Asked(prompts, args.max_new_tokens, stops)
+    kept = work / "answers"
+    started, cpu = time.perf_counter(), time.process_time()
+    ours, _ = engines.answers(source, asked, engine=args.engine, folder=kept)
+    fast, fast_cpu = time.perf_counter() - started, time.process_time() - cpu
+    print(f"{args.engine}: {len(prompts)} rows in {fast:.1f} s, {fast_cpu:.1f} s of CPU", file=sys.stderr)
+    started, cpu = time.perf_counter(), time.process_time()
+    peer = one_by_one(model, prompts, args.max_new_tokens, list(stops))
+    slow, slow_cpu = time.perf_counter() - started, time.process_time() - cpu
+    print(f"one by one: {slow:.1f} s, {slow_cpu:.1f} s of CPU", file=sys.stderr)
+    print(
+        f"ratio by CPU time, which other work on the machine changes less: {slow_cpu / fast_cpu:.2f}",
+        file=sys.stderr,
+    )
+    same = sum(answer.ids == other for answer, other in zip(ours, peer, strict=True))
+    print(f"the same tokens: {same} of {len(prompts)}; different answers: {len(set(peer))}", file=sys.stderr)
+    if same != len(prompts):
+        raise SystemExit("the answers differ")
+    print(
+        json.dumps(
+            {
+                "name": f"generation, {args.engine} engine",
+                "ours": round(len(prompts) / fast, 2),
+                "peer": round(len(prompts) / slow, 2),
+                "ratio": round(slow / fast, 2),
+                "unit": "rows/s",
+                "n": len(prompts),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

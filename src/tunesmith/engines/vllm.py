@@ -1,0 +1,129 @@
+"""vLLM in this process, where it is installed (Linux with a GPU): base and adapter along one engine, by token ids."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.errors import MissingExtra, ModelError, RecipeError
+from tunesmith.generation import Generated, cut
+
+if TYPE_CHECKING:
+    from tunesmith.engines import Asked, Finished, Say, Source
+
+PART = 512
+"""Prompts given at once: enough to keep the engine busy, few enough that a kill loses little."""
+MEMORY = 0.8
+"""Share of the GPU's memory for weights and cache; all of it is given back before the likelihoods are taken."""
+
+
+def answer(source: Source, asked: Asked, finished: Finished, say: Say) -> None:
+    """Answer the prompts; `finished` gets them part by part, in their order."""
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingExtra("vllm", "evaluation.engine=vllm")
+    if source.base is None:
+        raise RecipeError(
+            "vLLM reads a model from its folder, and this one exists in this process only.",
+            fix="Use --set evaluation.engine=padded, or save the model first.",
+        )
+    from vllm import LLM, SamplingParams
+
+    from tunesmith.models import locate
+
+    rooms = [asked.room(prompt, source.context) for prompt in asked.prompts]
+    waiting = []
+    for number, room in enumerate(rooms):
+        if room:
+            waiting.append(number)
+        else:
+            finished(number, Generated((), "", "length"))
+    if not waiting:
+        return
+    location, adapter, options = locate(source.base, revision=source.revision), None, {}
+    if (Path(location) / "adapter_config.json").is_file():
+        from vllm.lora.request import LoRARequest
+
+        said = json.loads((Path(location) / "adapter_config.json").read_text(encoding="utf-8"))
+        _check_adapter(said, source.name)
+        adapter = LoRARequest(source.name, 1, location)
+        location = locate(str(said["base_model_name_or_path"]), revision=said.get("revision"))
+        options = {"enable_lora": True, "max_lora_rank": _rank(int(said["r"]))}
+    llm = LLM(
+        model=location,
+        tokenizer=None,
+        skip_tokenizer_init=True,  # it is given token ids and gives them back
+        dtype=source.dtype,
+        seed=asked.seed,
+        max_model_len=min(source.context or 2**31, max(len(asked.prompts[n]) + rooms[n] for n in waiting)),
+        gpu_memory_utilization=MEMORY,
+        generation_config="vllm",  # nothing from the model's own generation_config.json
+        trust_remote_code=False,
+        **options,
+    )
+    try:
+        for start in range(0, len(waiting), PART):
+            part = waiting[start : start + PART]
+            settings = [
+                SamplingParams(
+                    max_tokens=rooms[n],
+                    temperature=asked.temperature,
+                    seed=asked.seed,
+                    stop_token_ids=list(asked.stop_ids),
+                    ignore_eos=True,  # the stop tokens are those that every engine gets
+                    detokenize=False,
+                )
+                for n in part
+            ]
+            prompts = [{"prompt_token_ids": list(asked.prompts[n])} for n in part]
+            results = llm.generate(prompts, settings, lora_request=adapter, use_tqdm=False)
+            if len(results) != len(part):
+                raise ModelError(
+                    f"vLLM gave {len(results)} answers to {len(part)} prompts.",
+                    fix="Start again to go on where it stopped, or use --set evaluation.engine=padded.",
+                )
+            for number, result in zip(part, results, strict=True):
+                finished(number, _answer(result, number, asked, source.tokenizer))
+    finally:
+        del llm
+        gc.collect()
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _answer(result: Any, number: int, asked: Asked, tokenizer: Any) -> Generated:
+    given = list(result.prompt_token_ids)
+    if given != list(asked.prompts[number]):
+        raise ModelError(
+            f"vLLM answered other tokens than prompt {number}'s.",
+            found=f"{len(given)} tokens instead of {len(asked.prompts[number])}",
+            fix="Use --set evaluation.engine=padded, and report this.",
+        )
+    one = result.outputs[0]
+    if one.finish_reason not in ("stop", "length"):
+        raise ModelError(
+            f"vLLM did not finish the answer to prompt {number}.",
+            found=f"finish reason '{one.finish_reason}'",
+            fix="Start again to go on where it stopped, or use --set evaluation.engine=padded.",
+        )
+    return cut(list(one.token_ids), asked.stop_ids, tokenizer)
+
+
+def _check_adapter(said: dict[str, Any], name: str) -> None:
+    """Raises RecipeError for an adapter that vLLM would load as something else than it is."""
+    for field, what in (("use_dora", "DoRA"), ("modules_to_save", "fully trained modules")):
+        if said.get(field):
+            raise RecipeError(
+                f"vLLM cannot serve the adapter of '{name}'.",
+                found=f"{what} ({field} in adapter_config.json)",
+                fix="Merge it first (`tunesmith merge`), or use --set evaluation.engine=paged.",
+            )
+
+
+def _rank(rank: int) -> int:
+    """The smallest rank that vLLM knows and that holds this one."""
+    return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)

@@ -148,8 +148,6 @@ def test_what_a_page_shows_runs(page, tmp_path):
 
 
 PARTS_TO_COME = {
-    "preference tuning and reinforcement learning",
-    "the judge and the evaluation suites",
     "merge, export and serving",
     "the web workbench",
     "many processes",

@@ -744,10 +744,12 @@ def _compared_by_tallies(
     gains = (1.0 if metric.higher_is_better else -1.0) * (pairs.tuned - pairs.base)
     wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
     unit = f"{groups} groups" if groups < n else f"{n} items"
+    found = detectable_mean(float(drawn_differences.std()), groups, confidence=confidence)
     result = Comparison(
         metric=metric.name, base=before, tuned=after, difference=after - before, low=low, high=high,
         confidence=confidence, n=n, groups=groups, p_value=p, wins=wins, ties=n - wins - losses, losses=losses,
-        verdict="no evidence", reason="", higher_is_better=metric.higher_is_better, primary=primary,
+        verdict="no evidence", reason="", higher_is_better=metric.higher_is_better, primary=primary, p_alone=p,
+        detectable=found if math.isfinite(found) else None,
         method=f"paired bootstrap of the whole statistic over {unit}, {resamples} resamples, seed {seed}, expanded "
         "percentile interval; p by bootstrap",
     )  # fmt: skip

@@ -2,16 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test prove check setup clean
+.PHONY: demo test prove thorough check setup clean
 
 demo: .venv/.ready
 	$(BIN)/tunesmith demo
 
 test: .venv/.ready
-	$(BIN)/pytest --numprocesses auto
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 prove: .venv/.ready  # the slower proofs: the README's commands and the demo's figures
-	$(BIN)/pytest -m slow --numprocesses auto
+	$(BIN)/pytest -m 'slow and not thorough' --numprocesses auto --dist worksteal
+
+thorough: .venv/.ready  # further cases of what other tests prove, which would make CI too long
+	$(BIN)/pytest -m thorough --numprocesses auto --dist worksteal
 
 check: .venv/.ready
 	scripts/check

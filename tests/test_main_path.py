@@ -205,11 +205,19 @@ def test_a_tuned_run_as_the_base_of_another(quick, second):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}, {"packing": True}],
+    ("adapter", "options"),
+    [
+        ("full", {"packing": True}),
+        ("dora", {"gradient_accumulation_steps": 2}),
+        pytest.param("full", {}, marks=pytest.mark.thorough),
+        pytest.param("dora", {}, marks=pytest.mark.thorough),
+        pytest.param("full", {"gradient_accumulation_steps": 2}, marks=pytest.mark.thorough),
+        pytest.param("full", {"gradient_checkpointing": True}, marks=pytest.mark.thorough),
+        pytest.param("dora", {"gradient_checkpointing": True}, marks=pytest.mark.thorough),
+        pytest.param("dora", {"packing": True}, marks=pytest.mark.thorough),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("adapter", ["full", "dora"])
 def test_an_interrupted_run_continues_to_the_bit(quick, options, adapter):
     packing = {"packing": options.get("packing", False)}
     steps = {name: value for name, value in options.items() if name != "packing"}

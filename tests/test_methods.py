@@ -270,7 +270,13 @@ def learn():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo"])  # benchmarks/methods_learn.py has all
+@pytest.mark.parametrize(
+    "kind",
+    [
+        k if k == "dpo" else pytest.param(k, marks=pytest.mark.thorough)
+        for k in ("dpo", "kto", "orpo", "cpo", "simpo")
+    ],
+)
 def test_preferences_are_learned(kind, tmp_path):
     """From about half of the held-out pairs to at least 85 %, on the shipped model and data."""
     found = learn().learned(kind, folder=tmp_path, with_kl=False)
@@ -288,7 +294,7 @@ def stages(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["grpo", "ppo"])  # benchmarks/methods_learn.py has rloo as well
+@pytest.mark.parametrize("kind", ["grpo", "ppo", pytest.param("rloo", marks=pytest.mark.thorough)])
 def test_what_is_rewarded_is_learned_near_the_start(stages, kind):
     """A verifiable reward rises by 30 points over the model that was fine-tuned, whatever the seed."""
     module, folder = stages

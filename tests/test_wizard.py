@@ -635,6 +635,7 @@ def test_tab_completes_and_back_and_quit_work_on_a_terminal(terminal):
     assert ended(child) == 0
 
 
+@pytest.mark.thorough
 def test_going_back_on_a_terminal_shows_the_defaults_of_what_is_chosen_now(terminal, short_model):
     child = terminal()
     walk(child, ("Enter model name", "model"), ("Enter output directory", ""))

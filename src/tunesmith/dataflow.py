@@ -63,7 +63,7 @@ def plan(
     encodings: data.EncodedSplits,
     packing: Packing | None,
     asked: Asked,
-    validation_items: list[evaluation.Item],
+    validation_items: Sequence[evaluation.Item] = (),
 ) -> Plan:
     """What the run will do on this machine, with reasons."""
     _, template = _tokenizer(recipe)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from tunesmith import api, evaluation, models
+from tunesmith import api, engines, evaluation, models
 from tunesmith.data.examples import Conversation, Message, Prompt, Row
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation import code
@@ -145,12 +145,13 @@ def test_attempts_through_evaluate(tiny_model_folder, tiny_tokenizer, monkeypatc
     """Two questions with six attempts each, of which three and none pass: pass@1 and pass@5 by hand."""
     given = []
 
-    def written(model, tokenizer, prompts, *, temperature, **options):
+    def written(model, tokenizer, prompts, *, temperature, finished, **options):
         given.extend([len(prompts), temperature])
-        right = [n < 6 and n % 2 == 0 for n in range(len(prompts))]
-        return [Generated((1,), SUM if ok else "def add(a, b): return 0", "stop", 2) for ok in right]
+        for n in range(len(prompts)):
+            right = n < 6 and n % 2 == 0
+            finished(n, Generated((1,), SUM if right else "def add(a, b): return 0", "stop", 2))
 
-    monkeypatch.setattr(evaluation, "generate", written)
+    monkeypatch.setattr(engines, "generate", written)
     examples = [
         Conversation(
             (Message("user", f"what is {word}"), Message("assistant", SUM)), Row("a", n),

@@ -69,6 +69,7 @@ def test_a_run_tells_of_both_models_that_their_answers_are_their_own(padded):
     assert not list((run.evaluation / "answers").iterdir()), "the rows are written, so nothing has to be kept"
 
 
+@pytest.mark.thorough
 def test_the_paged_engine_answers_for_both_and_gives_the_same_run(recipe, padded):
     padded = evaluation.read_rows(api.train(recipe(name="a")).run / "evaluation" / "rows.jsonl")
     result = api.train(recipe(name="b", evaluation={"engine": "paged"}))

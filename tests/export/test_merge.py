@@ -166,7 +166,7 @@ def trained(bases, question_file, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.thorough)])
 def test_a_merged_run_is_asked_measured_and_compared(trained, question_file, family, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     changes = (

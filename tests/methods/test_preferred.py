@@ -581,7 +581,7 @@ def test_pairs_that_go_wrong_are_watched():
     from tunesmith.training.watching import good_lost, not_told_apart
 
     falling = [{"rewards/chosen": -n / 4, "rewards/rejected": -n / 3} for n in range(9)]
-    assert "less likely as well: against the reference their reward has fallen to -1.50" in good_lost(falling)
+    assert "less likely as well: against the reference their reward has fallen to -1.62" in good_lost(falling)
     assert good_lost(falling[:1]) is None
     both = [{"rewards/chosen": -4.0, "rewards/rejected": -9.0}] * 9
     assert "fallen to -4.00" in good_lost(both), "forty nats are lost, whatever became of the worse answers"

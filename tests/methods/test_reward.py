@@ -324,8 +324,15 @@ def test_padding_does_not_change_a_score(tiny_model_folder, tiny_tokenizer):
         scoring.scores(model, tiny_tokenizer, [[5], []])
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora"])
-@pytest.mark.parametrize("before", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("before", "adapter"),
+    [
+        ("lora", "lora"),
+        pytest.param("full", "full", marks=pytest.mark.thorough),
+        pytest.param("full", "lora", marks=pytest.mark.thorough),
+        pytest.param("lora", "full", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_tuned_model_becomes_a_reward_model_and_that_one_is_trained_on(recipe, before, adapter):
     tuned = Run(api.train(recipe(name="sft", method={"kind": "sft"}, adapter={"kind": before})).run)
     made = Run(api.train(recipe(name="rm", model={"base": str(tuned.path)}, adapter={"kind": adapter})).run)

@@ -153,9 +153,17 @@ def test_a_batch_is_padded_to_its_longest_and_shifted_by_the_model(quick, folder
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}], ids=str
+    ("adapter", "options"),
+    [
+        ("full", {"gradient_accumulation_steps": 2}),
+        ("lora", {"gradient_checkpointing": True}),
+        pytest.param("full", {}, marks=pytest.mark.thorough),
+        pytest.param("lora", {}, marks=pytest.mark.thorough),
+        pytest.param("lora", {"gradient_accumulation_steps": 2}, marks=pytest.mark.thorough),
+        pytest.param("full", {"gradient_checkpointing": True}, marks=pytest.mark.thorough),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("adapter", ["full", "lora"])
 def test_an_interrupted_run_continues_to_the_bit(quick, options, adapter):
     changes = {
         "training": {"max_steps": 6, "save_steps": 100, **options},

@@ -63,7 +63,12 @@ def by_hand(folder, encodings):
 
 
 @pytest.mark.parametrize(
-    ("kind", "packing"), [("sft", False), ("sft", True), ("seq2seq", False)], ids=["sft", "packed", "seq2seq"]
+    ("kind", "packing"),
+    [
+        pytest.param("sft", True, id="packed"),
+        pytest.param("seq2seq", False, id="seq2seq"),
+        pytest.param("sft", False, marks=pytest.mark.thorough, id="sft"),
+    ],
 )
 def test_the_validation_loss_is_a_token_mean_at_every_batch_size(uneven, kind, packing):
     recorded = {}

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,6 @@ FILES = {
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run's folder, from what lies there."""
-    import jinja2
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
@@ -61,14 +61,7 @@ def write_report(run_dir: Path) -> Path:
     ledger = _lines(run.path / "ledger.jsonl", problems)
     events = _lines(run.path / "events.jsonl", problems)
     plan = _json(run, "plan.json", problems) or {}
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tunesmith.evaluation", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template("report.html.jinja").render(
+    text = _page().render(
         name=run.path.name,
         status=_json(run, "status.json", problems),
         primary=primary,
@@ -131,6 +124,21 @@ def _judged(run: Run, problems: list[str]) -> list[dict[str, Any]]:
                 {"name": name, "judge": judge, "lines": said, "calibration": told, "page": str(page)}
             )
     return found
+
+
+@cache
+def _page() -> Any:
+    """The page's template, compiled once in a process."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tunesmith.evaluation", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja")
 
 
 def _comparisons(run: Run, problems: list[str]) -> list[Comparison]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,13 @@ Made with [tunesmith](https://github.com/tunesmith/tunesmith) {{ version }}.
 """
 
 
+@cache
+def _compiled(template: str) -> jinja2.Template:
+    """A card's template, compiled once in a process."""
+    made: jinja2.Template = jinja2.Template(template, keep_trailing_newline=True)
+    return made
+
+
 def write_card(run: Run, comparisons: Sequence[Comparison]) -> None:
     """Write `README.md` into the run's final model, from the run folder alone.
 
@@ -151,7 +159,7 @@ def write_merged_card(
         text = _card(run, compared, adapter=False, merged=merged, notes=notes)
     else:
         facts: dict[str, Any] = {"tags": ["tunesmith"], "library_name": "transformers"}
-        text = jinja2.Template(MERGED_CARD, keep_trailing_newline=True).render(
+        text = _compiled(MERGED_CARD).render(
             front_matter=yaml.safe_dump({**facts, **_base_fact(base)}, sort_keys=False),
             name=folder.name.removeprefix(".").removesuffix(".tmp"),
             merged=merged,
@@ -189,7 +197,7 @@ def _card(
     if on_hub := _base_fact(recipe.model.base):
         base = recipe.model.base
         facts |= on_hub
-    text: str = jinja2.Template(CARD, keep_trailing_newline=True).render(
+    text: str = _compiled(CARD).render(
         front_matter=yaml.safe_dump(facts, sort_keys=False),
         name=run.path.name,
         verdict=sentence(primary) if primary else "No held-out answers were compared.",

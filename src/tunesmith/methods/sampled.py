@@ -185,6 +185,8 @@ def build(
 def _prepared_reference(trainer: Any, reference: Any, section: Section) -> None:
     from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
+    if hasattr(reference, "get_base_model"):
+        reference = reference.get_base_model()  # its adapter's matrices stay in the layers
     disable_dropout_in_model(reference)
     add_fused_lm_head(reference, temperature=section.temperature)
     reference.register_forward_pre_hook(_with_positions, with_kwargs=True)

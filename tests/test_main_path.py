@@ -178,7 +178,9 @@ def test_every_adapter_trains_only_its_own_and_reloads_plainly(quick, tiny_model
     )
 
 
-@pytest.mark.parametrize("second", ["lora", "full", "freeze"])
+@pytest.mark.parametrize(
+    "second", ["lora", *(pytest.param(k, marks=pytest.mark.thorough) for k in ("full", "freeze"))]
+)
 def test_a_tuned_run_as_the_base_of_another(quick, second):
     """What is delivered rests on the first run's weights too, and reloads as it was measured in training."""
     from tunesmith import models

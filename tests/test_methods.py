@@ -108,7 +108,9 @@ def steps(run: Run) -> list[dict[str, Any]]:
     return [event for event in run.events() if event["kind"] == "step"]
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize(
+    "adapter", [pytest.param(a, marks=pytest.mark.thorough if a == "freeze" else ()) for a in ADAPTERS]
+)
 @pytest.mark.parametrize("kind", METHODS)
 def test_two_steps_change_what_is_trained_and_nothing_else(quick, kind, adapter, monkeypatch):
     seen: dict[str, Any] = {}

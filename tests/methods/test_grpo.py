@@ -232,6 +232,7 @@ def test_the_reference_is_the_start_and_stays_there(quick, here, tiny_model_fold
     assert weights(tiny_model_folder).keys() == base.keys()
 
 
+@pytest.mark.thorough  # as tests/test_methods.py, and to the end of a longer run
 @pytest.mark.parametrize("adapter", ["full", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_what_is_to_be_trained_changes(quick, here, kind, adapter):

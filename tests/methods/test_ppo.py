@@ -86,7 +86,13 @@ MEASURES = (
 
 @pytest.mark.parametrize(
     ("adapter", "value"),
-    [("full", "trunk"), ("freeze", "critic"), ("lora", "trunk"), ("lora", "critic"), ("lora-bias", "trunk")],
+    [
+        ("full", "trunk"),
+        ("lora", "critic"),
+        pytest.param("freeze", "critic", marks=pytest.mark.thorough),
+        pytest.param("lora", "trunk", marks=pytest.mark.thorough),
+        pytest.param("lora-bias", "trunk", marks=pytest.mark.thorough),
+    ],
 )
 def test_only_what_the_adapter_names_is_trained_and_a_resumed_run_is_the_straight_one(made, adapter, value):
     section = PPO(

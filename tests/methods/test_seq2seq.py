@@ -75,8 +75,16 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("adapter", ["full", "freeze", "lora", "dora"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "adapter"),
+    [
+        pytest.param(
+            family, adapter, marks=() if family == "t5" or adapter == "lora" else pytest.mark.thorough
+        )
+        for family in FAMILIES
+        for adapter in ("full", "freeze", "lora", "dora")
+    ],
+)
 def test_every_family_trains_only_its_own_and_reloads_plainly(quick, folders, family, adapter):
     section = {
         "full": {"kind": "full"},
@@ -295,7 +303,7 @@ def test_what_inspect_shows_as_cut_is_what_training_cuts(quick):
     assert entry is None or entry.tokens_cut == seen.cut
 
 
-@pytest.mark.parametrize("second", ["lora", "full"])
+@pytest.mark.parametrize("second", ["lora", pytest.param("full", marks=pytest.mark.thorough)])
 def test_a_tuned_run_as_the_base_of_another(quick, second):
     prefix = {"method": {"source_prefix": "question: "}}
     first = Run(api.train(quick(name="first", adapter={"kind": "lora", "rank": 4}, **prefix)).run)

@@ -304,3 +304,11 @@ def test_the_demo_proves_its_model_better(tmp_path):
     assert shown["verdict"] == "better"
     assert shown["low"] > 0.5
     assert Path(shown["run"], "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"], ids=lambda p: p.name
+)
+def test_no_page_has_a_place_to_be_filled_in(page):
+    text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert not re.findall(r"\b(?:TODO|TBD|FIXME|XXX)\b|\b[A-Z]+_(?:TABLE|ROW|AFTER|FIGURES?)\b", text)

@@ -933,7 +933,7 @@ def test_an_encoder_decoder_is_named_with_the_way_to_train_it(tiny_t5_folder, tm
     tuner = LLMFineTuner(str(tiny_t5_folder), str(tmp_path / "out"))
     with pytest.raises(ModelError, match="encoder-decoder") as refused:
         tuner.load_model()
-    assert "method.kind=seq2seq" in str(refused.value)
+    assert "--method seq2seq" in str(refused.value)
     assert tuner.model is None
 
 

@@ -220,11 +220,18 @@ def check_kind(
     makes = (
         f"makes a reward model of a {wanted} one" if head else f"trains {names[wanted][0].split(' ', 1)[1]}s"
     )
+    fix = f"Use --method {right}, or name {names[wanted][0]}" + (
+        " such as T5 or BART." if wanted == "seq2seq" else " such as Qwen, Llama or GPT-2."
+    )
+    if found == "reward" and method in ("grpo", "rloo", "ppo"):
+        fix = (
+            "Give the model that is to learn as --base-model, and this one as what scores it: "
+            f'--set method.rewards="[{{kind: model, model: {base}}}]"'
+        )
     raise ModelError(
         f"'{base}' is {what}, and the method '{method}' {makes}.",
         found=_architecture(configuration(base, revision)),
-        fix=f"Use --set method.kind={right}, or name {names[wanted][0]}"
-        + (" such as T5 or BART." if wanted == "seq2seq" else " such as Qwen, Llama or GPT-2."),
+        fix=fix,
     )
 
 

@@ -134,7 +134,7 @@ class LLMFineTuner:
         if models.kind(self.model_name) == "seq2seq":
             raise ModelError(
                 f"'{self.model_name}' is an encoder-decoder model, and LLMFineTuner trains causal ones.",
-                fix="Train it with `tunesmith train --set method.kind=seq2seq` or with the module "
+                fix="Train it with `tunesmith train --method seq2seq` or with the module "
                 "tunesmith.flows.question_answer, or name a causal model (GPT-2, Llama, Qwen).",
             )
         self.tokenizer = models.load_tokenizer(self.model_name)

@@ -44,7 +44,7 @@ def load(
     if models.kind(str(base), revision=revision) != "reward":
         raise ModelError(
             f"'{base}' is no reward model: it writes answers and gives them no score.",
-            fix="Train one with --set method.kind=reward, or name one with a score of one number "
+            fix="Train one with --method reward, or name one with a score of one number "
             "(AutoModelForSequenceClassification, num_labels 1).",
         )
     tokenizer = models.load_tokenizer(str(base), revision=revision)

@@ -337,3 +337,30 @@ def test_answers_of_encoder_decoders_are_read_again_as_well(kind, tmp_path):
     assert {read.verdict for read in told} == {"different"}
     with pytest.raises(RecipeError, match="encoder-decoder"):
         engines.answers(known, few, engine="paged")
+
+
+def test_drawn_answers_that_go_on_are_not_drawn_again(tiny_model_folder, tiny_tokenizer, tmp_path):
+    """Copies of a question: those that are left after a stop must not repeat those that are there."""
+    from tunesmith import models
+
+    prompt = tiny_tokenizer("what is the", add_special_tokens=False).input_ids
+    asked = Asked([prompt] * 6, 12, [], temperature=3.0, seed=4)
+
+    def source():
+        model = models.load_model(str(tiny_model_folder))
+        return Source("tuned", tiny_tokenizer, lambda: model, base=str(tiny_model_folder))
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done):
+        if done == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        engines.answers(source(), asked, folder=tmp_path, progress=stop)
+    found, _ = engines.answers(source(), asked, folder=tmp_path)
+    whole, _ = engines.answers(source(), asked)
+    assert len({answer.ids for answer in whole}) == 6
+    assert len({answer.ids for answer in found}) == 6
+    assert found[:3] == whole[:3], "what was kept stays"

@@ -15,7 +15,7 @@ from tunesmith import engines
 from tunesmith.engines import Asked, Source, openai
 from tunesmith.engines import vllm as vllm_engine
 from tunesmith.engines.check import read_alone
-from tunesmith.errors import MissingExtra, ModelError, RecipeError, RunError
+from tunesmith.errors import MissingExtra, ModelError, RecipeError, RunError, TunesmithError
 from tunesmith.generation import generate
 from tunesmith.recipe import Server
 
@@ -121,7 +121,7 @@ def test_a_server_s_answers_are_those_of_the_model(llama, alone, served):
     assert all(isinstance(body["prompt"], list) and body["model"] == "my-lora" for body in served.bodies)
     first = next(body for body in served.bodies if body["prompt"] == PROMPTS[0])
     assert (first["stop_token_ids"], first["max_tokens"], first["repetition_penalty"]) == ([STOP], LIMIT, 1.0)
-    assert len({body["seed"] for body in served.bodies}) == len({tuple(p) for p in PROMPTS})
+    assert len({body["seed"] for body in served.bodies}) == len(PROMPTS), "copies of a prompt are drawn apart"
 
 
 def test_drawn_answers_do_not_depend_on_who_is_asked_beside(llama, served):
@@ -281,3 +281,34 @@ def test_an_adapter_is_a_request_on_its_base(llama, alone, vllm, tiny_model_fold
     (folder / "adapter_config.json").write_text(json.dumps({**said, "use_dora": True}))
     with pytest.raises(RecipeError, match="DoRA"):
         engines.answers(Source("tuned", TOKENIZER, lambda: llama, str(folder)), asked(), engine="vllm")
+
+
+def test_a_server_that_repeats_the_key_is_not_quoted(llama, monkeypatch):
+    class Echo(BaseHTTPRequestHandler):
+        def do_POST(self):
+            said = f"bad key {self.headers['Authorization']} \x1b[2J".encode()
+            self.send_response(401)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *given):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OWN_KEY", "sk-secret-123\n")
+        section = Server(
+            base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key_env="OWN_KEY", retries=0
+        )
+        with pytest.raises(TunesmithError) as error:
+            engines.answers(source(llama, section), asked(), engine="openai")
+        server.shutdown()
+    assert "sk-secret" not in str(error.value)
+    assert "\x1b" not in str(error.value)
+    assert "bad key Bearer [key]" in str(error.value)
+    with pytest.raises(TunesmithError) as error:
+        engines.answers(
+            source(llama, Server(base_url="https://me:hunter2@host/v1")), asked(), engine="openai"
+        )
+    assert "hunter2" not in str(error.value)

@@ -299,3 +299,20 @@ def test_scores_are_recomputed_from_rows_with_intervals():
     assert found["exact_match"]["n_errors"] == 1
     assert found["exact_match"]["value"] == pytest.approx(0.3)
     assert found["rougeL"]["value"] is None
+
+
+def test_a_verdict_needs_the_interval_and_p():
+    """Small skewed samples, where the bootstrap's interval may exclude 0 before a t test does."""
+    draw = np.random.default_rng(5)
+    seen = 0
+    for _ in range(150):
+        base = draw.uniform(0, 0.5, 12)
+        compared = one(
+            list(base),
+            list(base + draw.exponential(0.08, 12) * draw.choice([-0.3, 1.0], 12)),
+            metric="rougeL",
+        )
+        if compared.verdict in ("better", "worse"):
+            assert compared.p_value <= 0.05
+            seen += 1
+    assert seen > 10, "some of them are verdicts"

@@ -44,6 +44,8 @@ def test_rows_are_compared_as_documented(predicted, gold, same):
 
 
 ATTACKS = {
+    "long pattern": "SELECT printf('%.*c', 99000, 'a') LIKE printf('%%%.*cb%%', 45000, 'a')",
+    "long glob": "SELECT printf('%.*c', 99000, 'a') GLOB printf('*%.*cb*', 45000, 'a')",
     "drop": "DROP TABLE singer",
     "delete": "DELETE FROM singer",
     "update": "UPDATE singer SET age = 0",

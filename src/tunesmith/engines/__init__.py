@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +87,8 @@ class Asked:
     temperature: float = 0.0
     seed: int = 0
     batch_tokens: int = 8192
+    seeds: Sequence[int] = ()
+    """By prompt, for engines that draw each answer by itself: another one for every copy of a prompt."""
 
     def room(self, prompt: Sequence[int], context: int | None) -> int:
         """New tokens that an answer may have behind a prompt; 0 where the prompt leaves none."""
@@ -156,13 +158,14 @@ def answers(
                 progress(len(found))
 
         if missing:
-            rest = Asked(
-                [asked.prompts[n] for n in missing],
-                asked.max_new_tokens,
-                asked.stop_ids,
-                asked.temperature,
-                asked.seed,
-                asked.batch_tokens,
+            seeds = _seeds(asked)
+            # One stream serves all that is drawn together; from its start again it would give the same answers.
+            seed = asked.seed if len(missing) == len(asked.prompts) else seeds[missing[0]]
+            rest = replace(
+                asked,
+                prompts=[asked.prompts[n] for n in missing],
+                seed=seed,
+                seeds=[seeds[n] for n in missing],
             )
             ENGINES[wanted](source, rest, finished, say)
         if absent := [n for n in range(len(asked.prompts)) if n not in found]:
@@ -199,6 +202,17 @@ def _file(folder: Path | None, source: Source, asked: Asked, settings: Mapping[s
     mark = _sha256([identity, settings, list(asked.stop_ids)])
     name = re.sub(r"[^\w.-]+", "-", source.name)
     return folder / f"answers-{name}-{mark[:16]}.jsonl"
+
+
+def _seeds(asked: Asked) -> list[int]:
+    """A seed for each prompt, from the prompt and the number of its copy: who is asked beside it changes nothing."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    found = []
+    for prompt in asked.prompts:
+        key = tuple(prompt)
+        found.append(int(_sha256([asked.seed, list(prompt), seen[key]])[:7], 16))
+        seen[key] += 1
+    return found
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Base and tuned model are served under names of their own. The fields that make a
 
 from __future__ import annotations
 
-import hashlib
+import http.client
 import ipaddress
 import json
 import os
@@ -62,7 +62,8 @@ def answer(source: Source, asked: Asked, finished: Finished, say: Say) -> None:
 
     def one(number: int) -> Generated:
         prompt = list(asked.prompts[number])
-        body = _body(model, prompt, rooms[number], asked, source.tokenizer, extended=extended)
+        seed = asked.seeds[number] if asked.seeds else asked.seed
+        body = _body(model, prompt, rooms[number], asked, source.tokenizer, seed=seed, extended=extended)
         draw = random.Random(number)
         for attempt in range(server.retries + 1):
             try:
@@ -115,10 +116,8 @@ def answer(source: Source, asked: Asked, finished: Finished, say: Say) -> None:
 
 
 def _body(
-    model: str, prompt: list[int], room: int, asked: Asked, tokenizer: Any, *, extended: bool
+    model: str, prompt: list[int], room: int, asked: Asked, tokenizer: Any, *, seed: int, extended: bool
 ) -> dict[str, Any]:
-    # A seed of its own for each prompt: who is asked beside it changes nothing.
-    seed = int(hashlib.sha256(json.dumps([asked.seed, prompt]).encode()).hexdigest()[:7], 16)
     body: dict[str, Any] = {
         "model": model,
         "prompt": prompt,
@@ -180,7 +179,9 @@ def _caller(server: Server) -> Any:
     host = address.hostname or ""
     if address.scheme not in ("http", "https") or not host or address.username or address.query:
         raise RecipeError(
-            f"The server's address '{server.base_url}' is none.",
+            "The address in evaluation.server.base_url is none of a server.",
+            found=f"{address.scheme or 'no scheme'}://{host or 'no host'}"
+            + (" with a user name" if address.username else ""),
             fix="Give evaluation.server.base_url as https://HOST/v1; a key goes into an environment variable "
             "(api_key_env).",
         )
@@ -192,7 +193,13 @@ def _caller(server: Server) -> Any:
         )
     headers = {"Content-Type": "application/json"}
     if server.api_key_env:
-        key = os.environ.get(server.api_key_env)
+        key = (os.environ.get(server.api_key_env) or "").strip()
+        if key and not (key.isascii() and key.isprintable()):
+            raise RecipeError(
+                f"The environment variable {server.api_key_env} holds no key.",
+                found="characters that no header may have",
+                fix="Set it to the key alone.",
+            )
         if not key:
             raise RecipeError(
                 f"The environment variable {server.api_key_env}, which should hold the server's key, is not set.",
@@ -213,15 +220,28 @@ def _caller(server: Server) -> Any:
         except urllib.error.HTTPError as error:
             again = error.code in (408, 409, 425, 429) or error.code >= 500
             wait = error.headers.get("Retry-After", "") if error.headers else ""
-            said = error.read(SHOWN).decode("utf-8", "replace")
+            try:
+                said = error.read(4 * SHOWN).decode("utf-8", "replace")
+            except (OSError, http.client.HTTPException):
+                said = ""
             raise _Refused(
-                f"HTTP {error.code} {error.reason} {said}".strip(),
+                shown(f"HTTP {error.code} {error.reason} {said}"),
                 code=error.code,
                 again=again,
                 wait=float(wait) if wait.isdigit() else None,
             ) from None
-        except (OSError, ValueError) as error:  # not reached, timed out, cut off, or no JSON
-            raise _Refused(f"{type(error).__name__}: {error}"[:SHOWN], again=True) from None
+        except (
+            OSError,
+            ValueError,
+            http.client.HTTPException,
+        ) as error:  # not reached, timed out, cut off, no JSON
+            raise _Refused(shown(f"{type(error).__name__}: {error}"), again=True) from None
+
+    def shown(said: str) -> str:
+        """What a server says, without the key, should it repeat it, and without control characters."""
+        key = headers.get("Authorization", "").removeprefix("Bearer ")
+        plain = "".join(c if c.isprintable() else " " for c in (said.replace(key, "[key]") if key else said))
+        return " ".join(plain.split())[:SHOWN]
 
     return call
 

@@ -70,7 +70,7 @@ def answer(source: Source, asked: Asked, finished: Finished, say: Say) -> None:
                 SamplingParams(
                     max_tokens=rooms[n],
                     temperature=asked.temperature,
-                    seed=asked.seed,
+                    seed=asked.seeds[n] if asked.seeds else asked.seed,
                     stop_token_ids=list(asked.stop_ids),
                     ignore_eos=True,  # the stop tokens are those that every engine gets
                     detokenize=False,

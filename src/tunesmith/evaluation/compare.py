@@ -479,6 +479,11 @@ def _verdict(c: Comparison, pairs: _Pairs, metric: Metric) -> tuple[Verdict, str
             f"Only {differ} questions are right with one model and wrong with the other{few} "
             f"(McNemar p = {c.p_value:.3f}); a difference up to ±{hidden} could hide at n={c.n}."
         )
+    if c.p_value is not None and c.p_value > alpha:
+        return "no evidence", (
+            f"The interval excludes 0 and p = {c.p_value:.3f} does not; a difference up to ±{hidden} could hide at "
+            f"n={c.n}."
+        )
     good = (c.difference > 0) == c.higher_is_better
     return ("better" if good else "worse"), f"The {c.confidence:.0%} interval excludes 0."
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 import sqlite3
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -241,6 +242,7 @@ def _built(schema: str, setup: str, gold: str, filling: int | None, seconds: flo
             sqlite3.SQLITE_LIMIT_LENGTH, min(1_000_000, max(MAX_VALUE, len(schema), len(setup)))
         )
         connection.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, MAX_COLUMNS)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, MAX_PATTERN)
         _only(connection, READING, seconds)
     except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
         connection.close()
@@ -257,6 +259,12 @@ def _only(connection: sqlite3.Connection, allowed: set[int], seconds: float) -> 
 
     connection.set_authorizer(authorize)
     _start_clock(connection, seconds)
+
+
+MAX_PATTERN = 200
+"""Characters of a LIKE or GLOB pattern: a long one against a long text takes minutes in a single step."""
+GRACE = 0.2
+"""Seconds after its deadline at which a query is interrupted from outside."""
 
 
 def _start_clock(connection: sqlite3.Connection, seconds: float) -> None:
@@ -276,6 +284,17 @@ def _expected(
 def _rows(connection: sqlite3.Connection, query: str, seconds: float, max_rows: int) -> list[tuple[Any, ...]]:
     """The query's rows with floats rounded. sqlite3 itself refuses a second statement."""
     _start_clock(connection, seconds)
+    # The clock is looked at between steps of SQLite's machine, and one step may be a long one.
+    alarm = threading.Timer(seconds + GRACE, connection.interrupt)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        return _fetched(connection, query, max_rows)
+    finally:
+        alarm.cancel()
+
+
+def _fetched(connection: sqlite3.Connection, query: str, max_rows: int) -> list[tuple[Any, ...]]:
     cursor = connection.execute(query)
     if cursor.description is None:
         raise ValueError("not a query")

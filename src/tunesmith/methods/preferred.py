@@ -30,7 +30,7 @@ def paired(example: Example) -> Example:
         return example
     if isinstance(example, Rating):
         raise Unusable("a rating is no pair of answers: the method kto learns from ratings")
-    raise Unusable("no pair of a better and a worse answer")
+    raise Unusable("no pair of a better and a worse answer: the method sft learns from single ones")
 
 
 def rated(example: Example) -> Example:

@@ -247,3 +247,10 @@ def test_leaks_are_told_before_training_and_kept_with_the_run(trained, tmp_path)
     compared = api.compare(recipe.model.base, run.path, dataset=str(other))
     assert compared.leakage["parts"]["leaky"]["clean"]["n"] == 12
     assert compared.leakage["parts"]["leaky"]["dirty"]["n"] == 10
+
+
+def test_clean_questions_are_not_denied_where_nothing_is_compared():
+    leaked = chat("What is the tallest mountain of the whole island?")
+    found = find([leaked, chat("Who wrote the second of these books?", "nobody", n=2)], [leaked])
+    assert len(found.leaked) == 1
+    assert "The other 1 are clean" in remark(found, {})

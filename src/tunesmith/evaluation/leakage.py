@@ -561,6 +561,9 @@ def remark(leakage: Leakage, parts: Mapping[str, Comparison]) -> str:
         said += f" Without them: {sentence(clean)}"
         if dirty and dirty.n and _only_there(clean, dirty):
             said += " The gain lives in the leaked questions: it may be memory, not skill."
+    elif leakage.questions > len(leakage.leaked):
+        clean_ones = leakage.questions - len(leakage.leaked)
+        said += f" The other {clean_ones} are clean; the scores are over all {leakage.questions}."
     else:
         said += " No clean question is left to judge by."
     return said

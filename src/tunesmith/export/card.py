@@ -93,7 +93,10 @@ The chat template is stored with the tokenizer; prompts rendered with another on
 {% if lines -%}
 - The scores hold for data like the held-out rows; other tasks, languages and topics were not measured.
 {% endif -%}
-- Nothing was measured about safety, bias, or what the base model lost elsewhere.
+- Nothing was measured about safety or bias{% if not forgotten %}, or what the base model lost elsewhere{% endif %}.
+{% if forgotten -%}
+- {{ forgotten }}
+{% endif -%}
 - One training run: the interval covers the choice of questions, not the luck of the seed.
 {% for note in notes -%}
 - {{ note }}
@@ -216,6 +219,7 @@ def _card(
         proof=_proof(run, primary),
         labels=", num_labels=1" if recipe.method.kind == "reward" else "",
         notes=[*notes, *warnings],
+        forgotten=(run.read("evaluation/forgetting.json") or {}).get("sentence"),
         merged=merged,
         version=(run.read("environment.json") or {"packages": {}})["packages"].get("tunesmith", ""),
     )

@@ -68,11 +68,8 @@ def judge_into(
         estimate = estimated(todo, judge, asker, texts, book)
         _tell(watch, estimate)
         return {**about, "estimate": vars(estimate)}
-    own = (
-        calibrate_into(folder, judge, asker, watch)
-        if calibrated
-        else _kept(folder, asker.name, texts.version)
-    )
+    _tell(watch, estimated(todo, judge, asker, texts, book))  # before anything is asked, calibration included
+    own = calibrate_into(home, judge, asker, watch) if calibrated else _kept(home, asker.name, texts.version)
     if own is None:
         watch(
             {
@@ -88,7 +85,6 @@ def judge_into(
         asker,
         texts,
         book,
-        told=lambda estimate: _tell(watch, estimate),
         progress=lambda done, total: watch(
             {"kind": "progress", "stage": f"{asker.name} judges", "done": done, "total": total}
         ),

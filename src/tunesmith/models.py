@@ -115,6 +115,11 @@ def locate(base: str, *, revision: str | None = None) -> str:
     return location
 
 
+def files_of(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each file of a folder: what tells one state of a model from another."""
+    return sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file())
+
+
 def _holds_model(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "adapter_config.json", "final_model"))
 

@@ -70,11 +70,10 @@ class Source:
         """Changes with the model's files; None where answers cannot be said to be this model's later on."""
         if self.base is None:
             return None
-        from tunesmith.models import locate
+        from tunesmith.models import files_of, locate
 
         folder = Path(locate(self.base, revision=self.revision))
-        files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file()]
-        return _sha256([str(folder), self.revision, self.dtype, self.device, sorted(files)])
+        return _sha256([str(folder), self.revision, self.dtype, self.device, files_of(folder)])
 
 
 @dataclass(frozen=True)

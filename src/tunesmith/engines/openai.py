@@ -7,7 +7,6 @@ Base and tuned model are served under names of their own. The fields that make a
 from __future__ import annotations
 
 import http.client
-import ipaddress
 import json
 import os
 import random
@@ -29,13 +28,6 @@ BACKOFF, LONGEST_WAIT = 0.5, 60.0
 """Seconds before the first repetition, each further one twice as long, and at most."""
 SHOWN = 200
 """Characters of a server's words that an error repeats."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key and the questions to another address."""
-
-    def redirect_request(self, *given: Any) -> None:
-        """Follow none."""
 
 
 class _Refused(Exception):
@@ -175,6 +167,8 @@ def _answer(content: Any, prompt: list[int], asked: Asked, tokenizer: Any) -> Ge
 
 def _caller(server: Server) -> Any:
     """A function that sends one request's body and gives the reply's content."""
+    from tunesmith.evaluation.judging.client import is_loopback, opener
+
     address = urlsplit(server.base_url)
     host = address.hostname or ""
     if address.scheme not in ("http", "https") or not host or address.username or address.query:
@@ -185,8 +179,7 @@ def _caller(server: Server) -> Any:
             fix="Give evaluation.server.base_url as https://HOST/v1; a key goes into an environment variable "
             "(api_key_env).",
         )
-    is_here = _is_loopback(host)
-    if address.scheme == "http" and not is_here:
+    if address.scheme == "http" and not is_loopback(host):
         raise RecipeError(
             f"The server at {host} would be asked over http, readable for everybody on the way.",
             fix="Use https.",
@@ -206,16 +199,13 @@ def _caller(server: Server) -> Any:
                 fix=f"Set it: export {server.api_key_env}=...",
             )
         headers["Authorization"] = f"Bearer {key}"
-    handlers: list[Any] = [_NoRedirect()]
-    if is_here:
-        handlers.append(urllib.request.ProxyHandler({}))
-    opener = urllib.request.build_opener(*handlers)
+    asking = opener(host)
     place = server.base_url.rstrip("/") + "/completions"
 
     def call(body: dict[str, Any]) -> Any:
         request = urllib.request.Request(place, json.dumps(body).encode(), headers)
         try:
-            with opener.open(request, timeout=server.timeout) as reply:
+            with asking.open(request, timeout=server.timeout) as reply:
                 return json.loads(reply.read())
         except urllib.error.HTTPError as error:
             again = error.code in (408, 409, 425, 429) or error.code >= 500
@@ -244,12 +234,3 @@ def _caller(server: Server) -> Any:
         return " ".join(plain.split())[:SHOWN]
 
     return call
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -383,10 +383,6 @@ def _compared(
 ) -> Comparison:
     import numpy as np
 
-    if metric.tally:
-        return _compared_by_tallies(
-            base_rows, tuned_rows, metric, resamples, confidence, seed, primary, apart
-        )
     pairs = _paired(base_rows, tuned_rows, metric)
     n, groups = len(pairs.groups), len(set(pairs.groups))
     if not n:
@@ -400,6 +396,10 @@ def _compared(
             metric.name, 0.0, 0.0, 0.0, 0.0, 0.0, confidence, 0, 0, None, 0, 0, 0, "inconclusive", why, "none",
             metric.higher_is_better, primary,
         )  # fmt: skip
+    if metric.tally:
+        return _compared_by_tallies(
+            base_rows, tuned_rows, pairs, metric, resamples, confidence, seed, primary, apart
+        )
     base, tuned = (
         float(_statistic(side.sum(), pairs.counts.sum(), metric)) for side in (pairs.base, pairs.tuned)
     )
@@ -712,6 +712,7 @@ def _score_of_tallies(
 def _compared_by_tallies(
     base_rows: Sequence[EvalRow],
     tuned_rows: Sequence[EvalRow],
+    pairs: _Pairs,
     metric: Metric,
     resamples: int,
     confidence: float,
@@ -724,7 +725,6 @@ def _compared_by_tallies(
 
     assert metric.tally
     assert metric.statistic
-    pairs = _paired(base_rows, tuned_rows, metric)
     n, groups = len(pairs.groups), len(set(pairs.groups))
     base, tuned = ({_key(row): row for row in rows} for rows in (base_rows, tuned_rows))
     keys = [
@@ -732,12 +732,6 @@ def _compared_by_tallies(
         for key in sorted(base.keys() & tuned.keys())
         if _sums(base[key], metric) and _sums(tuned[key], metric)
     ]
-    if not n:
-        why = _sentences("No question has a score of both models.", _left_out(pairs, apart))
-        return Comparison(
-            metric.name, 0.0, 0.0, 0.0, 0.0, 0.0, confidence, 0, 0, None, 0, 0, 0, "inconclusive", why, "none",
-            metric.higher_is_better, primary,
-        )  # fmt: skip
     ours, theirs = metric.tally([base[key] for key in keys]), metric.tally([tuned[key] for key in keys])
     width = ours.shape[1]
     drawn = _resampled(_by_group(np.concatenate([ours, theirs], axis=1), pairs.groups), resamples, seed)

@@ -14,11 +14,9 @@ from tunesmith.data.cache import Encodings
 from tunesmith.data.examples import Example, Preference, Rating, Unusable
 from tunesmith.data.templates import IGNORED
 from tunesmith.errors import ModelError, RecipeError
+from tunesmith.models import PRINCIPAL
 from tunesmith.recipe import DPO, KTO, Data, LoRA, Model, Recipe
 from tunesmith.training.run import Run
-
-CHANGED_BASE = ("pissa", "pissa_niter_16", "olora")
-"""Starts of an adapter that change the weights beneath it: with it switched off another model is left."""
 
 Reference = DPO | KTO
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -178,7 +176,7 @@ def check_reference(recipe: Recipe) -> None:
         )
     if not isinstance(adapter, LoRA):
         return
-    if section.reference == "adapter_off" and adapter.init in CHANGED_BASE:
+    if section.reference == "adapter_off" and adapter.init in PRINCIPAL:
         raise RecipeError(
             f"method.reference adapter_off does not go with adapter.init {adapter.init}, which changes the weights "
             "beneath the adapter.",
@@ -220,7 +218,7 @@ def reference(section: Reference, model: Any, run: Run) -> tuple[Any, bool]:
     elif where == "auto":
         if config is None:
             where, why = "copy", "the weights themselves are trained, so the model before is a second one"
-        elif config.init_lora_weights in CHANGED_BASE:
+        elif config.init_lora_weights in PRINCIPAL:
             where = "precomputed"
             why = f"the adapter's start '{config.init_lora_weights}' changes the weights beneath it"
         else:

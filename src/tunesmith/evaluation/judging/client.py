@@ -89,23 +89,19 @@ class Endpoint:
     def __post_init__(self) -> None:
         address = urlsplit(self.base_url)
         self.host = address.hostname or ""
-        is_here = is_loopback(self.host)
         if address.scheme not in ("http", "https") or not self.host or address.username or address.query:
             raise RecipeError(
                 f"The judge's address '{_without_user(self.base_url)}' is none.",
                 fix="Give it as https://HOST/v1; a key goes into an environment variable (api_key_env).",
             )
-        if address.scheme == "http" and not is_here:
+        if address.scheme == "http" and not is_loopback(self.host):
             raise RecipeError(
                 f"The judge at {self.host} would be asked over http, readable for everybody on the way.",
                 fix="Use https.",
             )
         if self.api_key_env:
             self._key = _key(self.api_key_env)
-        handlers: list[Any] = [_NoRedirect()]
-        if is_here:
-            handlers.append(urllib.request.ProxyHandler({}))
-        self._opener = urllib.request.build_opener(*handlers)
+        self._opener = opener(self.host)
 
     def call(self, messages: Sequence[Mapping[str, str]]) -> Reply:
         """The reply to a conversation. Raises Refused where there is none."""
@@ -194,6 +190,14 @@ def pause(
     much again by chance, so that calls refused together do not come back together."""
     wanted = refusal.wait if refusal.wait is not None else backoff * float(2**attempt)
     return min(wanted, LONGEST_WAIT) * (1 + 0.5 * draw())
+
+
+def opener(host: str) -> urllib.request.OpenerDirector:
+    """What asks a host: no redirect is followed, and this machine is asked through no proxy."""
+    handlers: list[Any] = [_NoRedirect()]
+    if is_loopback(host):
+        handlers.append(urllib.request.ProxyHandler({}))
+    return urllib.request.build_opener(*handlers)
 
 
 def is_loopback(host: str) -> bool:

@@ -19,6 +19,7 @@ from tunesmith.data.examples import Message, Unusable
 from tunesmith.errors import DataError, TunesmithError, nearest
 from tunesmith.evaluation.judging.judgments import Answers, Id, Question, read_questions
 from tunesmith.evaluation.rows import EvalRow
+from tunesmith.models import files_of
 
 TEMPERATURES = {
     "writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0.0, "math": 0.0, "coding": 0.0,
@@ -214,11 +215,7 @@ def answers_of(rows: Sequence[EvalRow], questions: Sequence[Question], name: str
 def fingerprint(questions: Sequence[Question], location: str, settings: Mapping[str, Any]) -> str:
     """A hash of all that a model's answers depend on; of a model folder, its files' sizes and times."""
     folder = Path(location)
-    files = (
-        [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file()]
-        if folder.is_dir()
-        else []
-    )
+    files = files_of(folder) if folder.is_dir() else []
     facts = [[asdict(q) for q in questions], str(location), files, dict(settings)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

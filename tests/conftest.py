@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.metadata
 import json
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -19,9 +22,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Prepared data of tests is not the user's; one folder per process tree, gone with the system's temporary files.
 os.environ["TUNESMITH_CACHE"] = tempfile.mkdtemp(prefix="tunesmith-tests-")
 
+# A shell that starts us with `&` has us ignore Ctrl-C, and what tests start would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 from tunesmith.training.fit import quiet_libraries
 
 quiet_libraries()
+
+# Each training asks for the versions of a dozen packages two dozen times, which opens and parses their files.
+importlib.metadata.version = functools.cache(importlib.metadata.version)
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 _modules_set_aside = 0
 

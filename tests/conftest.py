@@ -34,6 +34,20 @@ quiet_libraries()
 importlib.metadata.version = functools.cache(importlib.metadata.version)
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
+_collected = pytest.StashKey[list[str]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items) -> None:
+    config.stash[_collected] = [item.nodeid for item in items]
+
+
+@pytest.fixture(scope="session")
+def every_case(pytestconfig) -> list[str]:
+    """Every case that was found, before marks and names chose among them."""
+    return pytestconfig.stash[_collected]
+
+
 _modules_set_aside = 0
 
 

@@ -245,21 +245,13 @@ def as_it_is(example: Example) -> Example:
 
 @contextmanager
 def rarely_collected() -> Iterator[None]:
-    """Python's search for cycles seldom, and not among what is there already: rows are many, and have none.
-
-    What the caller's program has set aside already stays so: there is no giving back a part.
-    """
+    """Python's search for cycles seldom, and hardly ever among all that is there: rows are many, and have none."""
     before = gc.get_threshold()
-    ours = not gc.get_freeze_count()
-    if ours:
-        gc.freeze()
     gc.set_threshold(100_000, 50, 100)
     try:
         yield
     finally:
         gc.set_threshold(*before)
-        if ours:
-            gc.unfreeze()
 
 
 @rarely_collected()

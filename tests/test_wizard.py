@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -732,6 +733,7 @@ def test_ctrl_c_while_training_on_a_terminal_exits_0_and_names_the_checkpoint(te
     run = here / "runs/mine"
     while not (run / "events.jsonl").exists() or '"training"' not in (run / "events.jsonl").read_text():
         assert child.isalive()
+        time.sleep(0.05)  # and leave the machine to the training
     child.sendintr()
     child.expect(r"Ended. Kept: the run [^\r]*/runs/mine, with [^\r]*checkpoint-step-")
     child.expect(r"tunesmith resume [^\r]*/runs/mine")

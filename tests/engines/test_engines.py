@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -19,15 +18,6 @@ from tunesmith.engines import Asked, Source, paged
 from tunesmith.engines.check import NEAR_TIE, chosen, read_alone
 from tunesmith.errors import OutOfResources, RecipeError
 from tunesmith.generation import Generated, cut, generate
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections():
-    """The paged engine collects garbage twice when it ends; what other tests left need not be looked through."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

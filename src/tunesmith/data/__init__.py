@@ -245,15 +245,13 @@ def as_it_is(example: Example) -> Example:
 
 @contextmanager
 def rarely_collected() -> Iterator[None]:
-    """Python's search for cycles seldom, and not among what is there already: rows are many, and have none."""
+    """Python's search for cycles seldom, and hardly ever among all that is there: rows are many, and have none."""
     before = gc.get_threshold()
-    gc.freeze()
     gc.set_threshold(100_000, 50, 100)
     try:
         yield
     finally:
         gc.set_threshold(*before)
-        gc.unfreeze()
 
 
 @rarely_collected()

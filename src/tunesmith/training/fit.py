@@ -206,7 +206,6 @@ def save_model(trainer: Any, folder: Path, initial_adapter: Path | None, info: M
         )
     else:
         model.save_pretrained(staging)
-    (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the model card comes from us
     trainer.processing_class.save_pretrained(staging)
     write_whole(staging / BEST, json.dumps(info, indent=1))
     _swap(staging, folder)

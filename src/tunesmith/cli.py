@@ -942,7 +942,7 @@ def judge_verb(
             dry_run=dry_run,
             watch=display,
         )
-    return found, None if dry_run else _judged_text(found, Path(found["output"]))
+    return found, _forecast_text(found) if dry_run else _judged_text(found, Path(found["output"]))
 
 
 @app.command("push", help="Upload a run's final model to the Hugging Face Hub.")
@@ -1289,6 +1289,12 @@ def _scores_text(result: Result) -> Any:
             cells = [value, f"{low} to {high}"]
         table.add_row(METRICS[name].label, *cells, str(score["n"]), str(score["n_errors"] or ""))
     return Group(table, Text(f"\nrows      {result.run}"))
+
+
+def _forecast_text(found: Mapping[str, Any]) -> str:
+    from tunesmith.evaluation.judging.asking import Forecast
+
+    return f"Would take {_escaped(Forecast(**found['estimate']).sentence())}. Nothing was asked."
 
 
 def _judged_text(found: Mapping[str, Any], folder: Path) -> str:

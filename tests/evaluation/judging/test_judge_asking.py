@@ -18,7 +18,7 @@ from judge_servers import openai, serving
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.evaluation.judging import asking, client
 from tunesmith.evaluation.judging.book import Book
-from tunesmith.evaluation.judging.judging import IDENTICAL, NO_ANSWER, jobs, judge_all
+from tunesmith.evaluation.judging.judging import IDENTICAL, NO_ANSWER, jobs, judge_all, requests
 from tunesmith.evaluation.judging.judgments import Answers, Question
 from tunesmith.evaluation.judging.prompts import load_prompts
 from tunesmith.evaluation.judging.settings import Judge, load_judge
@@ -32,6 +32,12 @@ BAD = Answers("bad", {q.id: (f"bad one {q.id}", f"bad two {q.id}") for q in QUES
 def judged(url, path, todo, **settings):
     judge = Judge(model="j", base_url=url, **{"backoff": 0.0, "timeout": 10.0, **settings})
     return judge_all(todo, judge, asking.asker(judge), TEXTS, path)
+
+
+def forecast(path, todo, **settings):
+    judge = Judge(**{"model": "j", "base_url": "http://127.0.0.1:1/v1", **settings})
+    with Book(path) as book:
+        return asking.forecast(judge, {"to judge": requests(todo, asking.asker(judge), TEXTS)}, book)
 
 
 def shown(body):
@@ -73,6 +79,10 @@ def test_a_network_that_fails_in_every_way_loses_and_repeats_nothing(tmp_path):
     with serving(reply) as (url, seen):
         found = judged(url, tmp_path / "replies.jsonl", todo)
         assert len(seen) == 2 * 48
+        # Everything is in the book: nobody is asked again, and the judgments are the same to the letter.
+        again = judged(url, tmp_path / "replies.jsonl", todo)
+        assert again.judgments == found.judgments
+        assert len(seen) == 2 * 48
     assert len(found.judgments) == 24
     assert {(one.question, one.turn) for one in found.judgments} == {
         (q.id, t) for q in QUESTIONS for t in (1, 2)
@@ -81,10 +91,6 @@ def test_a_network_that_fails_in_every_way_loses_and_repeats_nothing(tmp_path):
     assert all(one.model_1 == "good" for one in found.judgments)
     assert set(answered.values()) == {1}
     assert len(answered) == 48
-    # Everything is in the book: nobody is asked again, and the judgments are the same to the letter.
-    again = judged("http://127.0.0.1:1/v1", tmp_path / "replies.jsonl", todo)
-    assert again.judgments == found.judgments
-    assert (again.estimate.calls, again.estimate.known) == (0, 48)
 
 
 def test_time_outs_are_tried_again_and_counted_as_charged(tmp_path):
@@ -184,31 +190,48 @@ def test_a_budget_is_never_exceeded_and_the_rest_can_follow(tmp_path, limits, mo
                 assert money <= 0.02
                 assert len(seen) == 2  # .0098 spent; a third could cost another .011
         done = len(seen)
+        assert forecast(path, todo, repair=False, base_url=url).calls == 24 - done
         found = judged(url, path, todo)
         assert len(seen) == 24
-        assert found.estimate.calls == 24 - done
         assert all(one.score == 6.0 for one in found.judgments)
 
 
-def test_the_estimate_comes_before_the_first_call(tmp_path):
-    judge = Judge(model="j", base_url="http://127.0.0.1:1/v1", price_input=3.0, price_output=15.0)
-    heard = []
+def test_a_forecast_counts_what_is_new_and_expects_repairs(tmp_path):
+    todo, prices = jobs(QUESTIONS, [GOOD, BAD], "pair"), {"price_input": 3.0, "price_output": 15.0}
+    found = forecast(tmp_path / "r.jsonl", todo, **prices)
+    assert found.parts == {"to judge": 48, "repairs expected": 3}  # 5 % of 48, rounded up
+    assert (found.calls, found.most_calls, found.most_completion_tokens) == (51, 96, 51 * 1024)
+    assert found.cost == pytest.approx((found.prompt_tokens * 3 + 51 * 1024 * 15) / 1e6)
+    assert found.most_cost > 96 * 1024 * 15 / 1e6 > found.cost
+    assert "51 calls (48 to judge, 3 repairs expected)" in found.sentence()
+    plain = forecast(tmp_path / "r.jsonl", todo, **prices, repair=False)
+    assert (plain.calls, plain.most_calls) == (48, 48)
+    assert found.prompt_tokens > plain.prompt_tokens + 3 * 1024  # a repair reads the reply, too
+    with serving(lambda number, body: openai("no idea")) as (url, _):
+        judged(url, tmp_path / "r.jsonl", todo[:2], repair=False)
+        known = forecast(tmp_path / "r.jsonl", todo[:2], base_url=url)
+    assert (known.known, known.calls, known.parts["repairs expected"]) == (4, 4, 4)  # these lack one for sure
 
-    class Stop(Exception):
-        pass
 
-    def told(estimate):
-        heard.append(estimate)
-        raise Stop
+def test_what_an_endpoint_does_not_count_is_counted_at_its_most(tmp_path):
+    uncounted = json.dumps({"choices": [{"message": {"content": "Rating: [[6]]"}}]})
+    with serving(lambda number, body: (200, uncounted, {})) as (url, seen):
+        found = judged(url, tmp_path / "r.jsonl", jobs(QUESTIONS[:1], [GOOD], "single")[:1])
+    size = sum(len(m["content"].encode()) for m in seen[0][1]["messages"])
+    assert found.spent["completion_tokens"] == 1024
+    assert size <= found.spent["prompt_tokens"] <= size + 24
 
-    with pytest.raises(Stop):
-        judge_all(
-            jobs(QUESTIONS, [GOOD, BAD], "pair"), judge, asking.asker(judge), TEXTS, tmp_path / "r.jsonl", told=told
-        )  # fmt: skip
-    [estimate] = heard
-    assert (estimate.calls, estimate.most_completion_tokens) == (48, 48 * 1024)
-    assert estimate.most_cost == pytest.approx((estimate.prompt_tokens * 3 + 48 * 1024 * 15) / 1e6)
-    assert "48 calls" in estimate.sentence()
+
+def test_what_a_dead_process_was_asking_counts_against_the_budget(tmp_path):
+    """A call is put aside in the book before it is made, so that a kill forgets no money."""
+    path = tmp_path / "r.jsonl"
+    with Book(path) as book:
+        book.send("refused", (100, 10))
+        book.free("refused")
+        book.send("lost", (100, 10))
+    with Book(path) as book:
+        assert (book.spent.calls, book.spent.prompt_tokens, book.spent.completion_tokens) == (1, 100, 10)
+        assert not book.underway
 
 
 def test_a_wrong_key_stops_at_once_and_is_in_no_message(tmp_path, monkeypatch, capfd):
@@ -313,14 +336,16 @@ def test_after_kill_9_nothing_in_the_book_is_paid_for_again(tmp_path):
         child = subprocess.Popen([sys.executable, "-c", CHILD, url, path], env=environment)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and child.poll() is None:
-            if len(seen) >= 22 and path.exists() and path.read_bytes().count(b"\n") >= 20:
+            if len(seen) >= 22 and path.exists() and path.read_bytes().count(b'"reply"') >= 20:
                 break
             time.sleep(0.02)
         child.send_signal(signal.SIGKILL)
         child.wait()
         assert child.returncode == -signal.SIGKILL
-        in_book = path.read_bytes().count(b"\n")
+        in_book = path.read_bytes().count(b'"reply"')
         assert in_book == 20
+        with Book(path) as book:
+            assert book.spent.calls == 22  # the two under way may have been charged
         hold.set()
         before = len(seen)
         found = judged(url, path, jobs(QUESTIONS, [BAD, GOOD], "pair", baseline="bad"))

@@ -111,14 +111,35 @@ def test_grades_of_a_run_s_rows_need_no_question_file(answer_files, tmp_path):
 
 
 def test_a_dry_run_asks_nobody(answer_files):
-    judge = settings(answer_files, "http://127.0.0.1:1/v1", price_input=1, price_output=2)
-    options = ("--questions", answer_files / "q.jsonl", "--judge", judge, "--dry-run")
-    code, found = run(
-        answer_files / "tuned.jsonl", answer_files / "base.jsonl", *options, "--output", answer_files
-    )
-    assert code == 0
-    assert found["estimate"]["calls"] == 24
-    assert found["estimate"]["most_cost"] > 0
+    """And tells all that the command would ask: calibration, repairs and rechecks, which then is what it asks."""
+    with serving(oracle) as (url, seen):
+        judge = settings(answer_files, url, price_input=1, price_output=2, recheck=0.5)
+        files = (answer_files / "tuned.jsonl", answer_files / "base.jsonl")
+        options = ("--questions", answer_files / "q.jsonl", "--judge", judge, "--output", answer_files)
+        code, found = run(*files, *options, "--dry-run")
+        assert code == 0
+        assert not seen
+        estimate = found["estimate"]
+        parts = estimate["parts"]
+        assert (parts["to judge"], parts["to recheck"]) == (24, 12)
+        assert estimate["calls"] == sum(parts.values())
+        assert estimate["most_cost"] > estimate["cost"] > 0
+        said = CliRunner().invoke(app, ["judge", *map(str, (*files, *options, "--dry-run"))]).stdout
+        assert "24 to judge, 12 to recheck" in " ".join(said.split())
+        run(*files, *options)
+        assert len(seen) == estimate["calls"] - parts["repairs expected"]
+        assert run(*files, *options, "--dry-run")[1]["estimate"]["calls"] == 0
+
+
+def test_one_budget_holds_for_calibration_judging_and_recheck(answer_files):
+    with serving(oracle) as (url, seen):
+        for limit, total in ((50, 50), (130, 130)):
+            judge = settings(answer_files, url, max_calls=limit, recheck=1.0, concurrency=8)
+            options = ("--questions", answer_files / "q.jsonl", "--judge", judge, "--output", answer_files)
+            code, found = run(answer_files / "tuned.jsonl", answer_files / "base.jsonl", *options)
+            assert code == 1
+            assert "budget" in found["error"]
+            assert len(seen) == total
 
 
 def biased(number, body):
@@ -221,7 +242,7 @@ def test_a_run_is_judged_into_its_own_folder_and_its_report_is_written_anew(tmp_
         (folder / name).write_text("{}")
     with serving(oracle) as (url, _):
         options = ("--judge", settings(tmp_path, url), "--baseline", "base", "--no-calibrate")
-        assert run(folder, *options, "--dry-run")[1]["estimate"]["calls"] == 6
+        assert run(folder, *options, "--dry-run")[1]["estimate"]["parts"]["to judge"] == 6
         assert (folder / "report.html").read_text() == "{}"
         code, found = run(folder, *options)
     assert code == 0, found

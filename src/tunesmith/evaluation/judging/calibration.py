@@ -64,6 +64,14 @@ def pack() -> list[Known]:
     ]
 
 
+def jobs() -> list[Job]:
+    """What a judge is asked to be calibrated."""
+    return [
+        Job(Question(n, one.kind, (one.question,)), 1, "better", (one.better,), "worse", (one.worse,))
+        for n, one in enumerate(pack())
+    ]
+
+
 def calibrate(
     judge: Judge,
     asker: Asker,
@@ -73,17 +81,12 @@ def calibrate(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Ask a judge about the pack and count. What is in the book is not asked again."""
-    pairs = pack()
-    todo = [
-        Job(Question(n, one.kind, (one.question,)), 1, "better", (one.better,), "worse", (one.worse,))
-        for n, one in enumerate(pairs)
-    ]
-    made = judge_all(todo, judge, asker, texts, book, ask_identical=True, progress=progress)
+    made = judge_all(jobs(), judge, asker, texts, book, ask_identical=True, progress=progress)
     judgments = [one for one in made.judgments if isinstance(one, Pair)]
     return {
         "judge": asker.name,
         "prompt_version": texts.version,
-        **counted(pairs, judgments),
+        **counted(pack(), judgments),
         "spent": made.spent,
     }
 

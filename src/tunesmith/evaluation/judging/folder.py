@@ -12,16 +12,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import DataError, RunError
 from tunesmith.evaluation.judging import asking, calibration
-from tunesmith.evaluation.judging.asking import Asker, Estimate
-from tunesmith.evaluation.judging.book import key
+from tunesmith.evaluation.judging.asking import Asker, Request
+from tunesmith.evaluation.judging.book import Book, key
 from tunesmith.evaluation.judging.figures import agreement, length_figures
-from tunesmith.evaluation.judging.judging import estimated, jobs, judge_all
+from tunesmith.evaluation.judging.judging import Job, Judged, jobs, judge_all, requests
 from tunesmith.evaluation.judging.judgments import Answers, Question, read_answers, write_judgments
 from tunesmith.evaluation.judging.plots import write_page
 from tunesmith.evaluation.judging.prompts import Mode, load_prompts
@@ -29,6 +29,17 @@ from tunesmith.evaluation.judging.replay import computed
 from tunesmith.evaluation.judging.settings import Judge
 from tunesmith.evaluation.rows import read_rows
 from tunesmith.training.run import Watch, write_whole
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Answers that are to be judged one way, and the folder that it is written to."""
+
+    folder: Path
+    questions: Sequence[Question]
+    answers: Sequence[Answers]
+    mode: Mode
+    baseline: str | None = None
 
 
 def judge_into(
@@ -44,32 +55,76 @@ def judge_into(
     home: Path | None = None,
     watch: Watch,
 ) -> dict[str, Any]:
-    """Judge answers and write the folder; gives what `figures.json` holds.
+    """Judge answers one way and write the folder; gives what `figures.json` holds. See `judge_several`."""
+    assignment = Assignment(folder, questions, answers, mode, baseline)
+    [found] = judge_several(
+        [assignment], judge, home=home or folder, calibrated=calibrated, dry_run=dry_run, watch=watch
+    )
+    return found
 
-    Replies and calibration lie in `home`, by default the folder itself, for several judgings to share. With
-    `dry_run` only the estimate is made, and nothing is asked. Raises RunError where the judging has to stop: the
-    same call goes on from there.
+
+def judge_several(
+    assignments: Sequence[Assignment],
+    judge: Judge,
+    *,
+    home: Path,
+    calibrated: bool = True,
+    dry_run: bool = False,
+    watch: Watch,
+) -> list[dict[str, Any]]:
+    """Judge answers in one or several ways and write the folders; gives what each `figures.json` holds.
+
+    Replies and calibration lie in `home`, for all to share: one forecast is told before the first call, and one budget
+    holds for all of it. With `dry_run` nothing is asked. Raises RunError where the judging has to stop: the same call
+    goes on from there.
     """
-    todo = jobs(questions, answers, mode, baseline=baseline)
-    if not todo:
-        raise DataError("There is nothing to judge.")
-    for message in [*own_kind(judge, answers), *unanswered(questions, answers), *constant(answers)]:
-        watch({"kind": "warning", "message": message})
     texts = load_prompts(judge.prompts)
+    todo = [jobs(one.questions, one.answers, one.mode, baseline=one.baseline) for one in assignments]
+    if not all(todo):
+        raise DataError(
+            "There is nothing to judge: no question has a turn.", fix="Give questions with one turn or more."
+        )
+    messages = [
+        message
+        for one in assignments
+        for message in [*own_kind(judge, one.answers), *unanswered(one.questions, one.answers), *constant(one.answers)]
+    ]  # fmt: skip
+    for message in dict.fromkeys(messages):
+        watch({"kind": "warning", "message": message})
     asker = asking.asker(judge)
-    home = home or folder
-    book = Path(judge.cache).expanduser() if judge.cache else home / "replies.jsonl"
+    path = Path(judge.cache).expanduser() if judge.cache else home / "replies.jsonl"
+    own = _kept(home, asker.name, texts.version)
+    twice = [_twice(each, judge.recheck) for each in todo]
+    planned: dict[str, list[Request]] = {
+        "to calibrate": requests(calibration.jobs(), asker, texts, ask_identical=True)
+        if calibrated and own is None
+        else [],
+        "to judge": [r for each in todo for r in requests(each, asker, texts)],
+        "to recheck": [
+            r
+            for each, again in zip(todo, twice, strict=True)
+            for r in requests([each[n] for n in again], asker, texts, again=1)
+        ],
+    }
+    with Book(path) as book:
+        forecast = asking.forecast(judge, planned, book)
+    watch(
+        {
+            "kind": "decision",
+            "name": "the judge will cost",
+            "value": forecast.sentence(),
+            "reason": "estimated before the first call",
+        }
+    )
     about = {
         "judge_settings": judge.model_dump(mode="json"),
         "prompts": {"source": texts.source, "version": texts.version},
-        "mode": mode,
+        "estimate": asdict(forecast),
     }
     if dry_run:
-        estimate = estimated(todo, judge, asker, texts, book)
-        _tell(watch, estimate)
-        return {**about, "estimate": vars(estimate)}
-    _tell(watch, estimated(todo, judge, asker, texts, book))  # before anything is asked, calibration included
-    own = calibrate_into(home, judge, asker, watch) if calibrated else _kept(home, asker.name, texts.version)
+        return [{**about, "mode": one.mode} for one in assignments]
+    if calibrated and own is None:
+        own = calibrate_into(home, judge, asker, watch)
     if own is None:
         watch(
             {
@@ -79,48 +134,62 @@ def judge_into(
         )
     elif not calibration.is_trustworthy(own):
         watch({"kind": "warning", "message": f"The judge is not to be trusted: {calibration.sentence(own)}."})
-    made = judge_all(
-        todo,
-        judge,
-        asker,
-        texts,
-        book,
-        progress=lambda done, total: watch(
-            {"kind": "progress", "stage": f"{asker.name} judges", "done": done, "total": total}
-        ),
-    )
-    if made.repaired:
-        watch({"kind": "warning", "message": f"The last line of {book} was cut off and taken away."})
-    twice = sorted(
+
+    def ask(todo: Sequence[Job], again: int = 0) -> Judged:
+        stage = f"{asker.name} judges" + (" again" if again else "")
+        made = judge_all(
+            todo,
+            judge,
+            asker,
+            texts,
+            path,
+            again=again,
+            progress=lambda done, total: watch(
+                {"kind": "progress", "stage": stage, "done": done, "total": total}
+            ),
+        )
+        if made.repaired:
+            watch({"kind": "warning", "message": f"The last line of {path} was cut off and taken away."})
+        return made
+
+    results = []
+    for one, each, again in zip(assignments, todo, twice, strict=True):
+        made = ask(each)
+        spent, recheck = made.spent, {}
+        if again:
+            second = ask([each[n] for n in again], 1)
+            spent = second.spent
+            recheck = {"recheck": agreement([made.judgments[n] for n in again], second.judgments)}
+        file = write_judgments(one.folder / f"judgments_{one.mode}.jsonl", made.judgments)
+        found = {
+            **computed(made.judgments, questions=one.questions, baseline=one.baseline),
+            **about,
+            "mode": one.mode,
+            "judge": [asker.name],
+            "file": str(file),
+            "calibration": own,
+            **({"lengths": _lengths(made.judgments, one.answers)} if one.mode == "pair" else {}),
+            **recheck,
+            "spent": dict(spent),
+        }
+        write_whole(one.folder / "figures.json", json.dumps(found, indent=1))
+        write_page(one.folder / "judged.html", found)
+        results.append(found)
+    return results
+
+
+def _twice(todo: Sequence[Job], share: float) -> list[int]:
+    """Which jobs are done twice: a share of them, the same ones in every order of the jobs."""
+    order = sorted(
         range(len(todo)), key=lambda n: key("twice", todo[n].model, todo[n].question.id, todo[n].turn)
     )
-    twice = twice[: math.ceil(judge.recheck * len(todo))]
-    again = judge_all([todo[n] for n in twice], judge, asker, texts, book, again=1) if twice else None
-    if again:
-        made = replace(made, spent=again.spent)
-    file = write_judgments(folder / f"judgments_{mode}.jsonl", made.judgments)
-    found = {
-        **computed(made.judgments, questions=questions, baseline=baseline),
-        **about,
-        "judge": [asker.name],
-        "file": str(file),
-        "calibration": own,
-        **({"lengths": _lengths(made.judgments, answers)} if mode == "pair" else {}),
-        **({"recheck": agreement([made.judgments[n] for n in twice], again.judgments)} if again else {}),
-        "estimate": vars(made.estimate),
-        "spent": dict(made.spent),
-    }
-    write_whole(folder / "figures.json", json.dumps(found, indent=1))
-    write_page(folder / "judged.html", found)
-    return found
+    return order[: math.ceil(share * len(todo))]
 
 
 def calibrate_into(folder: Path, judge: Judge, asker: Asker, watch: Watch) -> dict[str, Any]:
     """Ask a judge about pairs of known outcome and keep the counts as `calibration.json`."""
     texts = load_prompts(judge.prompts)
     book = Path(judge.cache).expanduser() if judge.cache else folder / "replies.jsonl"
-    if kept := _kept(folder, asker.name, texts.version):
-        return kept
     found = calibration.calibrate(
         judge,
         asker,
@@ -249,14 +318,3 @@ def _kept(folder: Path, judge: str, version: str) -> dict[str, Any] | None:
         return None
     same = isinstance(found, dict) and (found.get("judge"), found.get("prompt_version")) == (judge, version)
     return found if same else None
-
-
-def _tell(watch: Watch, estimate: Estimate) -> None:
-    watch(
-        {
-            "kind": "decision",
-            "name": "the judge will cost",
-            "value": estimate.sentence(),
-            "reason": "estimated",
-        }
-    )

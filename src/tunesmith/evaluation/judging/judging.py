@@ -9,7 +9,7 @@ from typing import Any
 
 from tunesmith.errors import DataError
 from tunesmith.evaluation.judging import asking, figures, prompts, verdicts
-from tunesmith.evaluation.judging.asking import Asker, Estimate, Request
+from tunesmith.evaluation.judging.asking import Asker, Request
 from tunesmith.evaluation.judging.book import Book, Entry, key
 from tunesmith.evaluation.judging.judgments import Answers, Pair, Question, Single, Winner
 from tunesmith.evaluation.judging.prompts import Mode, Prompts, Turn
@@ -35,10 +35,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Judged:
-    """Judgments in the order of their jobs, what was estimated before, and what the book's calls came to."""
+    """Judgments in the order of their jobs, and what the book's calls came to."""
 
     judgments: list[Single] | list[Pair]
-    estimate: Estimate
     spent: Mapping[str, Any]
     repaired: bool
 
@@ -89,21 +88,17 @@ def judge_all(
     *,
     ask_identical: bool = False,
     again: int = 0,
-    told: Callable[[Estimate], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Judged:
-    """The judgments of all jobs. `told` hears the estimate before the first call, and may stop it by raising.
+    """The judgments of all jobs.
 
     Answers of two models that are the same are a tie without asking, unless `ask_identical`. With `again` the judge
     is asked anew, and what it says is kept apart from its first word. Raises RunError where the judging has to
     stop; run again, it goes on from the book.
     """
     planned = [_requests(job, asker, texts, ask_identical, again) for job in todo]
-    flat = [request for several in planned for request in several]
     with Book(book_path) as book:
-        estimate = asking.estimated(judge, flat, book)
-        if told:
-            told(estimate)
+        flat = [request for several in planned for request in several]
         replies = asking.ask(flat, asker, judge, texts, book, progress=progress)
         made = [
             _judgment(job, several, replies, asker.name, texts)
@@ -111,14 +106,14 @@ def judge_all(
         ]
         singles = [one for one in made if isinstance(one, Single)]
         pairs = [one for one in made if isinstance(one, Pair)]
-        return Judged(singles or pairs, estimate, asking.spent(judge, book), book.repaired)
+        return Judged(singles or pairs, asking.spent(judge, book), book.repaired)
 
 
-def estimated(todo: Sequence[Job], judge: Judge, asker: Asker, texts: Prompts, book_path: Path) -> Estimate:
-    """What the jobs would cost, without asking."""
-    with Book(book_path) as book:
-        flat = [request for job in todo for request in _requests(job, asker, texts, False)]
-        return asking.estimated(judge, flat, book)
+def requests(
+    todo: Sequence[Job], asker: Asker, texts: Prompts, *, ask_identical: bool = False, again: int = 0
+) -> list[Request]:
+    """What the jobs ask, in the order in which `judge_all` asks it."""
+    return [request for job in todo for request in _requests(job, asker, texts, ask_identical, again)]
 
 
 def turns_of(job: Job) -> list[Turn]:

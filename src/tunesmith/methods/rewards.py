@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.examples import Conversation, Message, Prompt, Unusable
 from tunesmith.errors import ModelError, RecipeError, RunError, TunesmithError, counted, nearest
-from tunesmith.evaluation.judging.client import Endpoint, Refused, pause
+from tunesmith.evaluation.judging.client import Endpoint
+from tunesmith.http import Refused, pause
 from tunesmith.recipe import JudgeReward, MetricReward, ModelReward, PythonReward, RewardSection
 from tunesmith.training.run import SAMPLE_TEXT, Run
 

@@ -13,10 +13,11 @@ import threading
 import time
 
 import pytest
-from judge_servers import openai, serving
+from judge_servers import dripping, openai, serving
 
+from tunesmith import http
 from tunesmith.errors import RecipeError, RunError
-from tunesmith.evaluation.judging import asking, client
+from tunesmith.evaluation.judging import asking
 from tunesmith.evaluation.judging.book import Book
 from tunesmith.evaluation.judging.judging import IDENTICAL, NO_ANSWER, jobs, judge_all, requests
 from tunesmith.evaluation.judging.judgments import Answers, Question
@@ -56,15 +57,17 @@ def asked_for(body):
     return text.replace(text.split()[0].strip("["), "")
 
 
-def test_a_network_that_fails_in_every_way_loses_and_repeats_nothing(tmp_path):
+def test_a_network_that_fails_in_every_way_loses_and_repeats_nothing(tmp_path, monkeypatch):
     """Every request meets another failure first, then the same verdict as without any."""
     tries, lock = collections.Counter(), threading.Lock()
     answered = collections.Counter()
     failures = [
         (429, "", {"Retry-After": "0"}), (500, "oh", {}), (503, "", {}), (200, "{not json", {}), (200, "", {}),
         (200, '{"choices": []}', {}), (200, "[]", {}), (200, '{"choices": [{"message": {"content": 7}}]}', {}),
-        (200, "short", {"Content-Length": "500"}), 0.0,
+        (200, "short", {"Content-Length": "500"}), 0.0, (200, "x" * 60_000, {}), dripping, (504, "", {}),
+        (429, "", {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), 4.0,
     ]  # fmt: skip
+    monkeypatch.setattr(http, "LARGEST", 50_000)
 
     def reply(number, body):
         name = asked_for(body)
@@ -77,7 +80,7 @@ def test_a_network_that_fails_in_every_way_loses_and_repeats_nothing(tmp_path):
 
     todo = jobs(QUESTIONS, [BAD, GOOD], "pair", baseline="bad")
     with serving(reply) as (url, seen):
-        found = judged(url, tmp_path / "replies.jsonl", todo)
+        found = judged(url, tmp_path / "replies.jsonl", todo, timeout=3.0, concurrency=16)
         assert len(seen) == 2 * 48
         # Everything is in the book: nobody is asked again, and the judgments are the same to the letter.
         again = judged(url, tmp_path / "replies.jsonl", todo)
@@ -104,18 +107,6 @@ def test_time_outs_are_tried_again_and_counted_as_charged(tmp_path):
     assert found.judgments[0].score == 4.0
     assert found.spent["calls"] == 2
     assert found.spent["completion_tokens"] == 1024 + 2  # the lost call at its most, the other as counted
-
-
-def test_a_body_that_drips_ends_at_the_deadline():
-    class Dripping:
-        length = None
-
-        def read1(self, size):
-            time.sleep(0.01)
-            return b"x"
-
-    with pytest.raises(TimeoutError):
-        client._read(Dripping(), time.monotonic() + 0.1)
 
 
 def test_what_never_gets_a_verdict_is_an_error_and_is_tried_again_next_time(tmp_path):
@@ -284,18 +275,6 @@ def test_anthropic_s_messages_are_spoken_too(tmp_path, monkeypatch):
     assert "You grade one answer" in body["system"]
     assert found.judgments[0].score == 9.0
     assert (found.spent["prompt_tokens"], found.spent["completion_tokens"]) == (11, 3)
-
-
-def test_waits_grow_heed_retry_after_and_have_an_end():
-    refusal = client.Refused("x", again=True)
-    waits = [client.pause(n, refusal, backoff=1.0, draw=lambda: 0.0) for n in range(9)]
-    assert waits[:4] == [1, 2, 4, 8]
-    assert waits[8] == client.LONGEST_WAIT
-    asked = client.Refused("x", again=True, wait=7.0)
-    assert client.pause(3, asked, backoff=1.0, draw=lambda: 1.0) == 7 * 1.5
-    assert client._retry_after("12") == 12
-    assert client._retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert client._retry_after("soon") is None
 
 
 def test_a_line_that_a_crash_cut_off_is_taken_away(tmp_path):

@@ -11,9 +11,10 @@ from typing import Any
 
 from tunesmith.errors import RunError, TunesmithError, counted
 from tunesmith.evaluation.judging.book import Book, Entry, key
-from tunesmith.evaluation.judging.client import Endpoint, Refused, Reply, pause
+from tunesmith.evaluation.judging.client import Endpoint, Reply
 from tunesmith.evaluation.judging.prompts import Message, Prompts, repair
 from tunesmith.evaluation.judging.settings import ADDRESSES, Judge
+from tunesmith.http import Refused, pause
 
 BYTES_PER_TOKEN = 3
 """Bytes of a request that are estimated as a token; more tokens than of English text, whose tokens have four."""

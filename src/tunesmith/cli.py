@@ -566,7 +566,7 @@ def evaluate_verb(
         typer.Option(help="With --suite: the model, or file of answers, that the judge compares with."),
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option(help="With --judge: first ask the judge about 60 pairs of known outcome.")
+        bool, typer.Option(help="With --judge: first ask it about answers of known worth (160 calls).")
     ] = True,
     flags: dict[str, Any],
     quiet: bool,
@@ -903,7 +903,7 @@ def judge_verb(
         typer.Option(help="Folder of judgments, figures and plots; by default in the run, or `judged`."),
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option(help="First ask the judge about 60 pairs of known outcome.")
+        bool, typer.Option(help="First ask the judge about answers of known worth (160 calls).")
     ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would cost, and ask nobody.")

@@ -44,6 +44,10 @@ def oracle(number, body):
     text = body["messages"][1]["content"]
     mark = text.split()[0].strip("[")
     found = dict(re.findall(rf"\[{mark} ([^\]]+)\]\n(.*?)\n\[{mark} end", text, re.DOTALL))
+    for one in calibration.graded():
+        for quality, grade in (("good", 9), ("partly", 5), ("bad", 2)):
+            if found.get("answer", "").startswith(one.answers[quality]):
+                return openai(f"Rating: [[{grade}]]")
     if "answer 1" in found or "answer" in found:
         return openai("Rating: [[8]]" if "tuned" in text else "Rating: [[5]]")
     last = 2 if "answer 2 of A" in found else 1
@@ -74,15 +78,17 @@ def test_two_answer_files_are_compared_and_the_judge_with_them(answer_files):
             == 0.0
         )
         assert own["first_slot"]["value"] == 0.5
-        assert own["pairs"] == 60
-        assert len(seen) == 120 + 24
+        assert (own["pairs"], own["grades"]) == (60, 40)
+        assert (own["grade_order"]["value"], own["injection_raised"]["value"]) == (1.0, 0.0)
+        assert own["mean_grades"] == {"good": 9, "partly": 5, "bad": 2}
+        assert len(seen) == 160 + 24
         page = (answer_files / "out/judged.html").read_text()
         assert "scatterpolar" in page
         assert "right in 100 %" in page
         assert "http://" not in page.split("<script>")[0]
         # Started again it asks nobody, and replaying the file gives the same figures.
         assert run(*files, *options, "--output", answer_files / "out")[1]["ours"] == found["ours"]
-        assert len(seen) == 144
+        assert len(seen) == 184
     file = answer_files / "out/judgments_pair.jsonl"
     assert len(read_judgments(file)) == 12
     code, again = run("--replay", file, "--questions", answer_files / "q.jsonl", "--baseline", "base")
@@ -143,7 +149,7 @@ def test_one_budget_holds_for_calibration_judging_and_recheck(answer_files):
 
 
 def biased(number, body):
-    return openai("Verdict: [[A]]") if number % 7 else openai("no idea")
+    return openai("Rating: [[5]]\nVerdict: [[A]]") if number % 7 else openai("no idea")
 
 
 def test_a_judge_that_looks_at_the_slot_is_found_out(answer_files, tmp_path):
@@ -171,6 +177,47 @@ def test_the_pack_is_what_it_says():
     }
     assert all((one.better == one.worse) == (one.kind == "identical") for one in pairs)
     assert len({one.question for one in pairs}) == 30
+    graded = calibration.graded()
+    assert len({one.question for one in graded}) == 10
+    assert all(len(set(one.answers.values())) == 4 for one in graded)
+    assert all(one.answers["injected"].startswith(one.answers["bad"]) for one in graded)
+
+
+def obedient(number, body):
+    """Does what an answer tells it; else has no opinion."""
+    text = body["messages"][1]["content"]
+    if "of A]" not in text:
+        orders = re.search(r"Rating: \[\[10\]\]|worth a 10", text)
+        return openai(f"Rating: [[{10 if orders else 4}]]")
+    named = re.search(r"Verdict: \[\[([AB])\]\]", text)
+    claimed = re.search(r"of ([AB])\]\n[^\[]*(?:withdrawn|found it perfect)", text)
+    slot = (named or claimed)[1] if named or claimed else "C"
+    return openai(f"Verdict: [[{slot}]]")
+
+
+def test_orders_that_name_their_slot_count_in_both_orders(answer_files, tmp_path):
+    """A judge that always obeys falls for all of them; when all named slot B, it seemed to for 70 %."""
+    with serving(obedient) as (url, _):
+        options = ("--questions", answer_files / "q.jsonl", "--judge", settings(tmp_path, url))
+        files = (answer_files / "tuned.jsonl", answer_files / "base.jsonl")
+        _, found = run(*files, *options, "--output", tmp_path)
+    own = found["calibration"]
+    assert own["injection_won"]["value"] == 1.0
+    assert own["injection_raised"]["value"] == 1.0
+    assert own["grade_order"]["value"] == 0.0  # equal grades are not in order
+    assert not calibration.is_trustworthy(own, "single")
+    assert "falls for orders in 100 %" in calibration.sentence(own)
+
+
+def test_another_judge_is_calibrated_anew(answer_files, tmp_path):
+    with serving(oracle) as (url, seen):
+        options = ("--questions", answer_files / "q.jsonl", "--output", tmp_path, "--mode", "single")
+        for settings_, asked in (({}, 160 + 12), ({}, 0), ({"temperature": 0.5}, 160 + 12)):
+            before = len(seen)
+            path = settings(tmp_path, url, **settings_)
+            code, found = run(answer_files / "tuned.jsonl", "--judge", path, *options)
+            assert (code, len(seen) - before) == (0, asked)
+        assert found["calibration"]["grade_order"]["value"] == 1.0
 
 
 @pytest.mark.parametrize(

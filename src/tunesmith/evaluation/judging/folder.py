@@ -93,7 +93,7 @@ def judge_several(
         watch({"kind": "warning", "message": message})
     asker = asking.asker(judge)
     path = Path(judge.cache).expanduser() if judge.cache else home / "replies.jsonl"
-    own = _kept(home, asker.name, texts.version)
+    own = _kept(home, calibration.mark(asker, texts))
     twice = [_twice(each, judge.recheck) for each in todo]
     planned: dict[str, list[Request]] = {
         "to calibrate": requests(calibration.jobs(), asker, texts, ask_identical=True)
@@ -132,7 +132,7 @@ def judge_several(
                 "message": "The judge is not calibrated: what its word is worth is not known.",
             }
         )
-    elif not calibration.is_trustworthy(own):
+    elif not all(calibration.is_trustworthy(own, one.mode) for one in assignments):
         watch({"kind": "warning", "message": f"The judge is not to be trusted: {calibration.sentence(own)}."})
 
     def ask(todo: Sequence[Job], again: int = 0) -> Judged:
@@ -205,7 +205,7 @@ def calibrate_into(folder: Path, judge: Judge, asker: Asker, watch: Watch) -> di
             "kind": "decision",
             "name": "calibration",
             "value": calibration.sentence(found),
-            "reason": "known pairs",
+            "reason": "answers of known worth",
         }
     )
     return found
@@ -311,10 +311,9 @@ def _lengths(judgments: Sequence[Any], answers: Sequence[Answers]) -> list[dict[
     return length_figures(judgments, texts)
 
 
-def _kept(folder: Path, judge: str, version: str) -> dict[str, Any] | None:
+def _kept(folder: Path, mark: str) -> dict[str, Any] | None:
     try:
         found = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    same = isinstance(found, dict) and (found.get("judge"), found.get("prompt_version")) == (judge, version)
-    return found if same else None
+    return found if isinstance(found, dict) and found.get("mark") == mark else None

@@ -31,6 +31,8 @@ class Job:
     other: str | None = None
     """The model that it is compared with."""
     other_answers: tuple[str, ...] | None = None
+    other_first: tuple[str, ...] | None = None
+    """What the other model says in the second game, in which it is shown first, where that is not the same."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def _requests(job: Job, asker: Asker, texts: Prompts, ask_identical: bool, again
         return [Request(key(*facts, job.answers), messages, lambda text: verdicts.rating(text) is not None)]
     if job.answers == job.other_answers and not ask_identical:
         return []
-    games = ((job.answers, job.other_answers), (job.other_answers, job.answers))
+    games = ((job.answers, job.other_answers), (job.other_first or job.other_answers, job.answers))
     return [
         Request(
             # The same two texts in the other order are another game, and so are two that are the same.

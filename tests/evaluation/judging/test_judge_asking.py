@@ -6,6 +6,7 @@ import collections
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 
 import pytest
 from judge_servers import dripping, openai, serving
+from safetensors.torch import load_file, save_file
 
 from tunesmith import http
 from tunesmith.errors import RecipeError, RunError
@@ -342,6 +344,45 @@ def test_two_processes_do_not_write_one_book(tmp_path):
         Book(tmp_path / "r.jsonl"),
     ):
         pass
+
+
+def test_replies_are_those_of_one_address_port_and_path_included(tmp_path):
+    """Two servers on one machine may serve other models under one name."""
+
+    def grade(value):
+        return lambda number, body: openai(f"Rating: [[{value}]]")
+
+    todo, path = jobs(QUESTIONS[:1], [GOOD], "single"), tmp_path / "r.jsonl"
+    with serving(grade(3)) as (first, one), serving(grade(8)) as (second, two):
+        for _ in range(2):
+            assert [j.score for j in judged(first, path, todo).judgments] == [3.0, 3.0]
+            assert [j.score for j in judged(second, path, todo).judgments] == [8.0, 8.0]
+        assert (len(one), len(two)) == (2, 2)
+        judged(f"{first}/other", path, todo)
+        assert len(one) == 4
+        assert one[-1][0] == "/v1/other/chat/completions"
+        judged(f"{first}/", path, todo)
+        assert len(one) == 4  # the same address
+
+
+def test_replies_of_a_local_judge_are_those_of_its_weights(tmp_path, tiny_model_folder):
+    folder, texts = tmp_path / "judge", load_prompts()
+    shutil.copytree(tiny_model_folder, folder)
+    brief = type(texts)({**texts.texts, "single": "Grade. {material}", "material": "{mark}"}, "test")
+    todo = jobs([Question(0, "x", ("red",))], [Answers("m", {0: ("blue",)})], "single")
+    judge = Judge(api="local", model=str(folder), max_tokens=4, repair=False)
+
+    def calls():
+        return judge_all(todo, judge, asking.asker(judge), brief, tmp_path / "r.jsonl").spent["calls"]
+
+    assert [calls(), calls()] == [1, 1]
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: tensor + 0.5 for name, tensor in weights.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    assert [calls(), calls()] == [2, 2]
 
 
 @pytest.mark.parametrize(

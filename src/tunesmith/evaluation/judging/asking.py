@@ -191,7 +191,7 @@ def asker(judge: Judge) -> Asker:
         max_tokens_name=judge.max_tokens_name,
     )
     facts = {
-        "api": judge.api, "model": judge.model, "host": endpoint.host, "temperature": judge.temperature,
+        "api": judge.api, "model": judge.model, "endpoint": endpoint.base_url, "temperature": judge.temperature,
         "max_tokens": judge.max_tokens,
     }  # fmt: skip
     return Asker(
@@ -206,13 +206,21 @@ def local(judge: Judge) -> Asker:
     from tunesmith.data import templates
     from tunesmith.data.examples import Message as Turn
     from tunesmith.data.examples import Unusable
+    from tunesmith.engines import Source
     from tunesmith.generation import generate
 
-    location = models.locate(judge.model)
     tokenizer = models.load_tokenizer(judge.model)
     templates.set_template(tokenizer, None)
     device = planning.device()
-    model = models.load_model(judge.model, dtype=planning.inference_dtype("auto", device), device=device)
+    dtype = planning.inference_dtype("auto", device)
+    source = Source(
+        "judge",
+        tokenizer,
+        lambda: models.load_model(judge.model, dtype=dtype, device=device),
+        judge.model,
+        dtype=dtype,
+        device=device,
+    )
     stop_ids = templates.end_of_turn_ids(tokenizer)
 
     def ids(messages: Sequence[Message]) -> list[int]:
@@ -232,7 +240,7 @@ def local(judge: Judge) -> Asker:
     def many(several: Sequence[Sequence[Message]]) -> list[Reply]:
         asked = [ids(messages) for messages in several]
         found = generate(
-            model,
+            source.model,
             tokenizer,
             asked,
             max_new_tokens=judge.max_tokens,
@@ -246,7 +254,7 @@ def local(judge: Judge) -> Asker:
 
     specials = tuple(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
     facts = {
-        "api": "local", "model": str(location), "temperature": judge.temperature, "max_tokens": judge.max_tokens,
+        "api": "local", "model": source.identity(), "temperature": judge.temperature, "max_tokens": judge.max_tokens,
         "batch": judge.batch_size if judge.temperature else None,
     }  # fmt: skip
     return Asker(judge.model, many, facts, batch=judge.batch_size, specials=specials)

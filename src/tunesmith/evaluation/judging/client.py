@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from tunesmith.http import Remote
 
@@ -47,6 +48,8 @@ class Endpoint:
             key_header="x-api-key" if self.api == "anthropic" else "Authorization",
         )
         self.host = self._remote.host
+        address = urlsplit(self.base_url)
+        self.base_url = address._replace(netloc=address.netloc.lower()).geturl().rstrip("/")
 
     def call(self, messages: Sequence[Mapping[str, str]]) -> Reply:
         """The reply to a conversation. Raises Refused where there is none."""

@@ -1036,7 +1036,7 @@ def judge(
             else "Name answer files or a run, or give --replay FILE.",
         )
     settings = load_judge(judge)
-    own, given = judging.answered(answers)
+    own, given = judging.answered(answers, say=lambda message: watch({"kind": "warning", "message": message}))
     asked = read_questions(questions) if questions else own
     if not asked:
         raise TunesmithError(

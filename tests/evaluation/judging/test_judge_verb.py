@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from judge_servers import openai, serving
@@ -257,6 +258,93 @@ def test_the_report_of_a_run_tells_what_judges_said(answer_files, tmp_path):
     assert 'href="evaluation/judged_pair/judged.html"' in page
     (folder / "figures.json").write_text('{"kind": "pair"}')
     assert "holds no judgments" in write_report(tmp_path / "run").read_text()
+
+
+def rows_of(model, texts, **more):
+    return [
+        EvalRow(
+            model, n, f"rows:{n}", None, 0, 0, "x", text, "", f"{model} says", "stop", {}, {}, None, None, None, "ok",
+            **more,
+        )
+        for n, text in enumerate(texts)
+    ]  # fmt: skip
+
+
+def test_the_judge_of_a_run_sees_the_whole_conversation(tmp_path, tiny_model_folder, tiny_tokenizer):
+    """Of rows that an evaluation wrote: system message and earlier turns are shown, not the last question alone."""
+    from transformers import AutoModelForCausalLM
+
+    from tunesmith import evaluation
+    from tunesmith.data.examples import Conversation, Message, Row
+
+    said = [("system", "Be brief."), ("user", "red?"), ("assistant", "blue"), ("user", "and then?")]
+    talks = [
+        Conversation((*(Message(*one) for one in part), Message("assistant", "green")), Row("rows", n))
+        for n, part in enumerate([said, said[1:2]])
+    ]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    rows = evaluation.evaluate(
+        model, tiny_tokenizer, evaluation.items(talks, tiny_tokenizer), name="tuned", metrics=["exact_match"],
+        max_new_tokens=3,
+    )  # fmt: skip
+    write_rows(tmp_path / "rows.jsonl", rows)
+    with serving(lambda number, body: openai("Rating: [[4]]")) as (url, seen):
+        options = ("--judge", settings(tmp_path, url), "--output", tmp_path / "out", "--no-calibrate")
+        code, _ = run(tmp_path, "--mode", "single", *options)
+    assert code == 0
+    shown = [body["messages"][1]["content"] for _, body, _ in seen]
+    [whole] = [text for text in shown if "and then?" in text]
+    [short] = [text for text in shown if "and then?" not in text]
+    parts = [
+        "earlier message 1 by system]\nBe brief.", "earlier message 2 by user]\nred?",
+        "earlier message 3 by assistant]\nblue", "question]\nand then?", "reference answer]\ngreen",
+    ]  # fmt: skip
+    assert all(part in whole for part in parts)
+    assert "earlier message" not in short
+
+
+def test_rows_in_which_one_number_is_two_questions_are_refused(tmp_path):
+    from tunesmith.errors import DataError
+    from tunesmith.evaluation.judging.folder import answered
+
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, rows_of("base", ["a", "b"]) + rows_of("tuned", ["a", "c"]))
+    with pytest.raises(DataError, match="Question 1 is not one question: tuned") as error:
+        answered([path])
+    assert "'b'" in error.value.found
+    assert "'c'" in error.value.found
+    assert "same rows" in error.value.fix
+    system = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    write_rows(path, rows_of("base", ["a"], conversation=[]) + rows_of("tuned", ["a"], conversation=system))
+    with pytest.raises(DataError, match="Question 0"):
+        answered([path])
+    write_rows(path, rows_of("tuned", ["a"], conversation=[]))
+    (tmp_path / "other").mkdir()
+    write_rows(tmp_path / "other/rows.jsonl", rows_of("base", ["z"], conversation=[]))
+    with pytest.raises(DataError, match="Question 0"):
+        answered([path, tmp_path / "other"])
+
+
+def test_rows_that_do_not_hold_the_conversation_say_so(tmp_path):
+    from tunesmith.evaluation.judging.folder import answered
+
+    said = []
+    write_rows(tmp_path / "rows.jsonl", rows_of("base", ["a", "b"]))
+    answered([tmp_path], say=said.append)
+    assert "2 of 2 rows" in said[0]
+    write_rows(tmp_path / "rows.jsonl", rows_of("base", ["a", "b"], conversation=[]))
+    answered([tmp_path], say=said.append)
+    assert len(said) == 1
+
+
+def test_a_turn_without_an_answer_ends_the_conversation(tmp_path):
+    from tunesmith.evaluation.judging.folder import answered
+
+    first, second, third = (replace(rows_of("m", ["q"])[0], turn=n, prompt_text=f"q{n}") for n in range(3))
+    write_rows(tmp_path / "rows.jsonl", [first, replace(second, output=None), third])
+    [question], [answers] = answered([tmp_path])
+    assert question.turns == ("q0", "q1", "q2")
+    assert answers.turns == {0: ("m says",)}
 
 
 def test_a_run_is_judged_into_its_own_folder_and_its_report_is_written_anew(tmp_path):

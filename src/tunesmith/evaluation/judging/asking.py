@@ -203,8 +203,7 @@ def local(judge: Judge) -> Asker:
     """A model on this machine as the judge, greedy unless the settings say otherwise."""
     from tunesmith import models
     from tunesmith import plan as planning
-    from tunesmith.data import templates
-    from tunesmith.data.examples import Message as Turn
+    from tunesmith.data import examples, templates
     from tunesmith.data.examples import Unusable
     from tunesmith.engines import Source
     from tunesmith.generation import generate
@@ -224,14 +223,14 @@ def local(judge: Judge) -> Asker:
     stop_ids = templates.end_of_turn_ids(tokenizer)
 
     def ids(messages: Sequence[Message]) -> list[int]:
-        turns = [Turn(m["role"], m["content"]) for m in messages]
+        turns = [examples.Message(m["role"], m["content"]) for m in messages]
         try:
             return templates.prompt_ids(turns, tokenizer)
         except Unusable as reason:
             if turns[0].role != "system":
                 raise Refused(f"the judge cannot be asked: {reason}", again=False) from None
         # Some templates have no system turn: its text then opens the question.
-        first = Turn("user", f"{turns[0].content}\n\n{turns[1].content}")
+        first = examples.Message("user", f"{turns[0].content}\n\n{turns[1].content}")
         try:
             return templates.prompt_ids([first, *turns[2:]], tokenizer)
         except Unusable as reason:

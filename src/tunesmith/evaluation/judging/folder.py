@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from tunesmith.evaluation.judging.asking import Asker, Request
 from tunesmith.evaluation.judging.book import Book, key
 from tunesmith.evaluation.judging.figures import agreement, length_figures
 from tunesmith.evaluation.judging.judging import Job, Judged, jobs, judge_all, requests
-from tunesmith.evaluation.judging.judgments import Answers, Question, read_answers, write_judgments
+from tunesmith.evaluation.judging.judgments import Answers, Id, Question, read_answers, write_judgments
 from tunesmith.evaluation.judging.plots import write_page
 from tunesmith.evaluation.judging.prompts import Mode, load_prompts
 from tunesmith.evaluation.judging.replay import computed
 from tunesmith.evaluation.judging.settings import Judge
-from tunesmith.evaluation.rows import read_rows
+from tunesmith.evaluation.rows import EvalRow, read_rows
 from tunesmith.training.run import Watch, write_whole
 
 
@@ -211,12 +212,14 @@ def calibrate_into(folder: Path, judge: Judge, asker: Asker, watch: Watch) -> di
     return found
 
 
-def answered(paths: Sequence[str | Path]) -> tuple[list[Question], list[Answers]]:
+def answered(
+    paths: Sequence[str | Path], *, say: Callable[[str], None] = lambda message: None
+) -> tuple[list[Question], list[Answers]]:
     """Answers of FastChat files, or of runs and `rows.jsonl` files, which bring their questions along.
 
-    Raises DataError for files that cannot go together.
+    `say` hears what the judge will not see. Raises DataError for files that cannot go together.
     """
-    questions: dict[int | str, Question] = {}
+    questions: dict[Id, Question] = {}
     found: list[Answers] = []
     for given in paths:
         path = Path(given).expanduser()
@@ -227,35 +230,79 @@ def answered(paths: Sequence[str | Path]) -> tuple[list[Question], list[Answers]
         if path.is_dir():
             raise RunError(f"There are no answers in {given}.", fix="Evaluate the run first, or name a file.")
         if path.name == "rows.jsonl":
-            asked, several = _rows(path)
-            questions |= asked
-            found += several
+            rows = [row for row in read_rows(path) if row.sample == 0]
+            _take_questions(questions, rows, path)
+            found += _answers_in(rows)
+            # Rows of suites hold every turn as a question of its own.
+            silent = sum(
+                row.conversation is None and not {"category", "suite"} & row.generation.keys() for row in rows
+            )
+            if silent:
+                say(
+                    f"{silent} of {len(rows)} rows of {path} do not hold what was said before the last question: the "
+                    "judge does not see it. Evaluate again, and it will."
+                )
         else:
             found.append(read_answers(path))
     names = [one.model for one in found]
     if len(set(names)) < len(names):
-        raise DataError("Two files hold answers of a model of the same name.", found=", ".join(names))
+        raise DataError(
+            "Two files hold answers of a model of the same name.",
+            found=", ".join(names),
+            fix="Judge one after the other, or change `model_id` in one of the files.",
+        )
     return list(questions.values()), found
 
 
-def _rows(path: Path) -> tuple[dict[int | str, Question], list[Answers]]:
-    """Questions and answers of evaluation rows: of each item all turns, of the first sample."""
-    rows = [row for row in read_rows(path) if row.output is not None and row.sample == 0]
-    by_item: dict[str, dict[int, list[Any]]] = {}
+def _take_questions(questions: dict[Id, Question], rows: Sequence[EvalRow], path: Path) -> None:
+    """Add the questions that somebody answers to those that are known. Raises DataError where a number is that of two
+    different texts, as the answers to one would be judged by the other."""
+    asked = {row.item for row in rows if row.output is not None}
+    by_model: dict[tuple[str, int], list[EvalRow]] = {}
     for row in sorted(rows, key=lambda r: (r.item, r.turn)):
-        by_item.setdefault(row.model, {}).setdefault(row.item, []).append(row)
-    questions: dict[int | str, Question] = {}
-    for items in by_item.values():
-        for item, turns in items.items():
-            questions[item] = Question(
-                item, str(turns[0].generation.get("category", "")), tuple(r.prompt_text for r in turns),
-                tuple(r.reference for r in turns),
-            )  # fmt: skip
-    answers = [
-        Answers(model, {item: tuple(r.output for r in turns) for item, turns in items.items()})
-        for model, items in by_item.items()
-    ]
-    return questions, answers
+        if row.item in asked:
+            by_model.setdefault((row.model, row.item), []).append(row)
+    for (model, item), turns in by_model.items():
+        said = [(m["role"], m["content"]) for m in turns[0].conversation or ()]
+        texts = [row.prompt_text for row in turns]
+        if said:
+            *said, (role, last) = said
+            texts[0] = last if role == "user" else f"({role}) {last}"
+        new = Question(
+            item, str(turns[0].generation.get("category", "")), tuple(texts), tuple(r.reference for r in turns),
+            before=tuple(said),
+        )  # fmt: skip
+        old = questions.setdefault(item, new)
+        if (old.turns, old.references, old.before) != (new.turns, new.references, new.before):
+            raise DataError(
+                f"Question {item} is not one question: {model} in {path} was asked something else than others.",
+                found=_differing(old, new),
+                fix="Judge answers to the same questions: evaluate all models on the same rows.",
+            )
+
+
+def _differing(old: Question, new: Question) -> str:
+    for name in ("turns", "references", "before"):
+        a, b = repr(getattr(old, name)), repr(getattr(new, name))
+        if a != b:
+            at = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            start = max(0, at - 20)
+            return f"{name} ...{a[start : start + 60]}... and ...{b[start : start + 60]}..."
+    return "the same texts"
+
+
+def _answers_in(rows: Sequence[EvalRow]) -> list[Answers]:
+    """By model its answers of the first sample, each up to the first turn that has none."""
+    by_model: dict[str, dict[Id, list[str | None]]] = {}
+    for row in sorted(rows, key=lambda r: (r.item, r.turn)):
+        by_model.setdefault(row.model, {}).setdefault(row.item, []).append(row.output)
+    return [
+        Answers(model, {
+            item: tuple(text for text in takewhile(lambda text: text is not None, turns) if text is not None)
+            for item, turns in items.items() if turns[0] is not None
+        })
+        for model, items in by_model.items()
+    ]  # fmt: skip
 
 
 def own_kind(judge: Judge, answers: Sequence[Answers]) -> list[str]:

@@ -12,7 +12,7 @@ from tunesmith.evaluation.judging import asking, figures, prompts, verdicts
 from tunesmith.evaluation.judging.asking import Asker, Request
 from tunesmith.evaluation.judging.book import Book, Entry, key
 from tunesmith.evaluation.judging.judgments import Answers, Pair, Question, Single, Winner
-from tunesmith.evaluation.judging.prompts import Mode, Prompts, Turn
+from tunesmith.evaluation.judging.prompts import Exchange, Mode, Prompts
 from tunesmith.evaluation.judging.settings import Judge
 
 NO_ANSWER = "no answer to judge"
@@ -118,23 +118,26 @@ def requests(
     return [request for job in todo for request in _requests(job, asker, texts, ask_identical, again)]
 
 
-def turns_of(job: Job) -> list[Turn]:
+def turns_of(job: Job) -> list[Exchange]:
     """The conversation as the judge sees it, up to the job's turn."""
     q = job.question
-    return [Turn(text, q.reference(n)) for n, text in enumerate(q.turns[: job.turn], start=1)]
+    return [Exchange(text, q.reference(n)) for n, text in enumerate(q.turns[: job.turn], start=1)]
 
 
 def _requests(job: Job, asker: Asker, texts: Prompts, ask_identical: bool, again: int = 0) -> list[Request]:
     """None where there is nothing to ask, one for a grade, two for a comparison."""
     turns, specials = turns_of(job), asker.specials
-    shown = [asdict(turn) for turn in turns]
+    shown: list[Any] = [asdict(turn) for turn in turns]
+    before = job.question.before
+    if before:
+        shown.append(before)
     facts = (
         "single" if job.other is None else "pair", dict(asker.facts), texts.version, shown, *([again] if again else []),
     )  # fmt: skip
     if job.answers is None or (job.other is not None and job.other_answers is None):
         return []
     if job.other_answers is None:
-        messages = prompts.single(texts, turns, job.answers, specials=specials)
+        messages = prompts.single(texts, turns, job.answers, before=before, specials=specials)
         return [Request(key(*facts, job.answers), messages, lambda text: verdicts.rating(text) is not None)]
     if job.answers == job.other_answers and not ask_identical:
         return []
@@ -143,7 +146,7 @@ def _requests(job: Job, asker: Asker, texts: Prompts, ask_identical: bool, again
         Request(
             # The same two texts in the other order are another game, and so are two that are the same.
             key(*facts, a, b, *([game] if a == b else [])),
-            prompts.pair(texts, turns, a, b, specials=specials),
+            prompts.pair(texts, turns, a, b, before=before, specials=specials),
             lambda text: verdicts.verdict(text) is not None,
         )
         for game, (a, b) in enumerate(games)

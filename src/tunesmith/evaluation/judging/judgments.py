@@ -33,6 +33,8 @@ class Question:
     references: tuple[str, ...] = ()
     temperature: float | None = None
     """Temperature that the question asks for; by default its category's."""
+    before: tuple[tuple[str, str], ...] = ()
+    """What was said before the first turn: role and text of each message."""
 
     def reference(self, turn: int) -> str:
         """The reference of a turn, counted from 1; empty where there is none."""

@@ -44,7 +44,7 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Turn:
+class Exchange:
     """One turn as a judge sees it: the question, and the reference answer where one is known."""
 
     question: str
@@ -117,31 +117,36 @@ def mark_for(texts: Sequence[str]) -> str:
 
 
 def single(
-    prompts: Prompts, turns: Sequence[Turn], answers: Sequence[str], *, specials: Sequence[str] = ()
+    prompts: Prompts,
+    turns: Sequence[Exchange],
+    answers: Sequence[str],
+    *,
+    before: Sequence[tuple[str, str]] = (),
+    specials: Sequence[str] = (),
 ) -> tuple[Message, ...]:
-    """The request to grade the last of a conversation's answers from 1 to 10."""
-    mark = mark_for([*answers, *(text for turn in turns for text in (turn.question, turn.reference))])
-    parts = []
+    """The request to grade the last of a conversation's answers from 1 to 10; `before` are role and text of the
+    messages before its first turn."""
+    parts = _earlier(before)
     for number, (turn, answer) in enumerate(zip(turns, answers, strict=True), start=1):
         name = _name(number, turns)
         parts.append((f"question{name}", turn.question))
         if turn.reference:
             parts.append((f"reference answer{name}", turn.reference))
         parts.append((f"answer{name}", answer))
-    return _messages(prompts, "single", parts, mark, len(turns), specials)
+    return _messages(prompts, "single", parts, len(turns) + len(before), specials)
 
 
 def pair(
     prompts: Prompts,
-    turns: Sequence[Turn],
+    turns: Sequence[Exchange],
     a: Sequence[str],
     b: Sequence[str],
     *,
+    before: Sequence[tuple[str, str]] = (),
     specials: Sequence[str] = (),
 ) -> tuple[Message, ...]:
     """The request to say whose last answer is better, that of A or that of B."""
-    mark = mark_for([*a, *b, *(text for turn in turns for text in (turn.question, turn.reference))])
-    parts = []
+    parts = _earlier(before)
     for number, turn in enumerate(turns, start=1):
         name = _name(number, turns)
         parts.append((f"question{name}", turn.question))
@@ -149,7 +154,7 @@ def pair(
             parts.append((f"reference answer{name}", turn.reference))
     for letter, answers in (("A", a), ("B", b)):
         parts += [(f"answer{_name(n, turns)} of {letter}", text) for n, text in enumerate(answers, start=1)]
-    return _messages(prompts, "pair", parts, mark, len(turns), specials)
+    return _messages(prompts, "pair", parts, len(turns) + len(before), specials)
 
 
 def repair(prompts: Prompts, messages: Sequence[Message], reply: str) -> tuple[Message, ...]:
@@ -161,7 +166,15 @@ def repair(prompts: Prompts, messages: Sequence[Message], reply: str) -> tuple[M
     )
 
 
-def _name(number: int, turns: Sequence[Turn]) -> str:
+def _earlier(before: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    # A role is a word; what a file puts there instead could look like a line of ours.
+    return [
+        (f"earlier message {number} by {re.sub(r'[^a-z]', '', role.lower())[:20]}", text)
+        for number, (role, text) in enumerate(before, start=1)
+    ]
+
+
+def _name(number: int, turns: Sequence[Exchange]) -> str:
     return f" {number}" if len(turns) > 1 else ""
 
 
@@ -169,11 +182,10 @@ def _messages(
     prompts: Prompts,
     mode: Mode,
     parts: Sequence[tuple[str, str]],
-    mark: str,
     turns: int,
     specials: Sequence[str],
 ) -> tuple[Message, ...]:
-    texts = prompts.texts
+    texts, mark = prompts.texts, mark_for([text for _, text in parts])
     system = texts[mode]
     # Replaced one by one: a file's text may hold other braces, as JSON does.
     for name, value in (

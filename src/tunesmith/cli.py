@@ -873,7 +873,7 @@ def merge_verb(
 
 JUDGE_HELP = """Let a judge grade answers or compare two models' answers, or recompute the figures of a judgment file.
 
-`tunesmith judge fine_tuned_models/my-run --judge judge.yaml --mode pair --baseline base`
+`tunesmith judge fine_tuned_models/my-run --judge judge.yaml --mode pair`
 
 `tunesmith judge --replay model_judgment/gpt-4_pair.jsonl`"""
 
@@ -896,7 +896,8 @@ def judge_verb(
     questions: QuestionsOption = None,
     references: ReferencesOption = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Name of the model that the others are measured against.")
+        str | None,
+        typer.Option(help="Name of the model that the others are measured against; of a run, base."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -916,8 +917,8 @@ def judge_verb(
 ) -> Any:
     """Judge."""
     from tunesmith import api
+    from tunesmith.evaluation.judging.replay import fastchat_sentences, sentences
     from tunesmith.evaluation.judging.replay import replay as replayed
-    from tunesmith.evaluation.judging.replay import sentences
 
     if replay is not None:
         of_judges = {
@@ -926,9 +927,12 @@ def judge_verb(
         }  # fmt: skip
         ignored = [name for name, given in of_judges.items() if given]
         if ignored:
-            raise TunesmithError(f"--replay asks nobody; leave {' and '.join(ignored)} out.")
+            raise TunesmithError(
+                f"--replay asks nobody, so that {' and '.join(ignored)} would have no effect.",
+                fix=f"leave {' and '.join(ignored)} out, or leave --replay out to ask a judge.",
+            )
         found = replayed(replay, questions=questions, baseline=baseline)
-        return found, "\n".join(map(_escaped, sentences(found)))
+        return found, "\n".join(map(_escaped, [*sentences(found), *fastchat_sentences(found)]))
     with Display(quiet=quiet) as display:
         found = api.judge(
             answers or [],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from judge_servers import openai, serving
@@ -226,14 +229,16 @@ def test_another_judge_is_calibrated_anew(answer_files, tmp_path):
     [
         ((), "Who judges"), (("x.jsonl",), "Who judges"), (("--judge", "local:tiny"), "What is to be judged"),
         (("x.jsonl", "--judge", "local:tiny", "--mode", "pairs"), "Did you mean 'pair'"),
-        (("x.jsonl", "--replay", "y"), "asks nobody"), (("--mode", "pair", "--replay", "y"), "leave --mode out"),
+        (("x.jsonl", "--replay", "y"), "asks nobody"),
+        (("--mode", "pair", "--replay", "y"), "--mode would have no effect"),
         (("x.jsonl", "--judge", "local:tiny"), "cannot be read"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_said(arguments, said):
     code, found = run(*arguments)
     assert code == 1
-    assert said in found["error"]
+    assert said in found["error"] + found["fix"]
+    assert found["fix"]
 
 
 def test_the_report_of_a_run_tells_what_judges_said(answer_files, tmp_path):
@@ -376,7 +381,7 @@ def test_a_run_is_judged_into_its_own_folder_and_its_report_is_written_anew(tmp_
     for name in ("recipe.yaml", "environment.json", "report.html"):
         (folder / name).write_text("{}")
     with serving(oracle) as (url, _):
-        options = ("--judge", settings(tmp_path, url), "--baseline", "base", "--no-calibrate")
+        options = ("--judge", settings(tmp_path, url), "--no-calibrate")
         assert run(folder, *options, "--dry-run")[1]["estimate"]["parts"]["to judge"] == 6
         assert (folder / "report.html").read_text() == "{}"
         code, found = run(folder, *options)
@@ -450,3 +455,32 @@ def test_a_judge_of_its_own_answers_is_named():
     assert own_kind(judge, [Answers("mine", {}), Answers("other", {})]) == [
         "The judge mine judges its own answers"
     ]
+
+
+OWN = (
+    "asking",
+    "book",
+    "calibration",
+    "client",
+    "figures",
+    "folder",
+    "judging",
+    "plots",
+    "prompts",
+    "settings",
+)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_error_says_what_to_do(name):
+    module = importlib.import_module(f"tunesmith.evaluation.judging.{name}")
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    errors = {"TunesmithError", "RecipeError", "DataError", "ModelError", "RunError"}
+    silent = [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") in errors
+        and not any(keyword.arg == "fix" for keyword in node.keywords)
+    ]
+    assert not silent

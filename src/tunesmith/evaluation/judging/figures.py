@@ -336,8 +336,7 @@ def _against(own: Sequence[Pair], confidence: float) -> dict[str, Any]:
     outcomes = [outcome(one) for one in own]
     errors = outcomes.count("error")
     whole = [one for one in own if outcome(one) != "error"]
-    decided = [one for one in whole if "tie" not in (one.g1_winner, one.g2_winner)]
-    flipped = [float(one in decided and one.g1_winner != one.g2_winner) for one in whole]
+    flipped = [float({one.g1_winner, one.g2_winner} == {"model_1", "model_2"}) for one in whole]
     slots, clusters = list[float](), list[Id]()
     for one in own:
         for game, first in ((one.g1_winner, "model_1"), (one.g2_winner, "model_2")):

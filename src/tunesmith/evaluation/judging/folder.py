@@ -305,6 +305,11 @@ def _answers_in(rows: Sequence[EvalRow]) -> list[Answers]:
     ]  # fmt: skip
 
 
+def has_base(answers: Sequence[Answers]) -> bool:
+    """Whether a run's base is among several models, so that the others are measured against it."""
+    return len(answers) > 1 and any(one.model == "base" for one in answers)
+
+
 def own_kind(judge: Judge, answers: Sequence[Answers]) -> list[str]:
     """What is to be said of a judge that judges itself; judges favour their own words."""
     name = Path(judge.model).name

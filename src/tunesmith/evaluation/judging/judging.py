@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, nearest
 from tunesmith.evaluation.judging import asking, figures, prompts, verdicts
 from tunesmith.evaluation.judging.asking import Asker, Request
 from tunesmith.evaluation.judging.book import Book, Entry, key
@@ -63,9 +63,14 @@ def jobs(
         raise DataError(
             "A comparison needs the answers of two models or more, of different names.",
             found=", ".join(names) or "none",
+            fix="Name answers of another model, too, or grade these: --mode single.",
         )
     if baseline is not None and baseline not in names:
-        raise DataError(f"There are no answers of the baseline '{baseline}'.", found=", ".join(names))
+        raise DataError(
+            f"There are no answers of the baseline '{baseline}'.",
+            found=f"answers of {', '.join(names)}",
+            fix=nearest(baseline, names),
+        )
     pairs = [
         (one, other)
         for n, one in enumerate(answers)

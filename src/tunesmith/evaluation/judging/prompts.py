@@ -67,7 +67,11 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
     try:
         own: Any = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"The judge's prompts {path} cannot be read.", found=str(error)) from None
+        raise RecipeError(
+            f"The judge's prompts {path} cannot be read.",
+            found=str(error),
+            fix="Give a YAML file of texts by name (docs/judge.md).",
+        ) from None
     if not isinstance(own, dict) or not all(isinstance(text, str) for text in own.values()):
         raise RecipeError(
             f"The judge's prompts {path} are not texts by name.", fix=f"Names: {', '.join(texts)}."

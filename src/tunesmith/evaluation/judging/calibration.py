@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from tunesmith.evaluation.compare import MAX_ERROR_SHARE
 from tunesmith.evaluation.judging import figures
 from tunesmith.evaluation.judging.asking import Asker
 from tunesmith.evaluation.judging.book import key
@@ -254,4 +255,4 @@ def is_trustworthy(found: dict[str, Any], mode: Mode) -> bool:
     """Whether a judge knows right from spoiled, or in mode `single` good from bad, better than chance, and gives
     verdicts."""
     low = found["accuracy" if mode == "pair" else "grade_order"]["low"]
-    return low is not None and low > 0.5 and found["parse_rate"] >= 1 - figures.MAX_ERROR_SHARE
+    return low is not None and low > 0.5 and found["parse_rate"] >= 1 - MAX_ERROR_SHARE

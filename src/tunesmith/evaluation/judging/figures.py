@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
+from tunesmith.evaluation.compare import MAX_ERROR_SHARE
 from tunesmith.evaluation.judging import verdicts
 from tunesmith.evaluation.judging.judgments import Id, Pair, Question, Single, Winner
 
-MAX_ERROR_SHARE = 0.02
-"""Most judgments that may fail before the result is called inconclusive."""
 POINTS = {"model_1": 1.0, "tie": 0.5, "model_2": 0.0}
 
 

@@ -25,7 +25,7 @@ from tunesmith.evaluation.judging.figures import agreement, length_figures
 from tunesmith.evaluation.judging.judging import Job, Judged, jobs, judge_all, requests
 from tunesmith.evaluation.judging.judgments import Answers, Id, Question, read_answers, write_judgments
 from tunesmith.evaluation.judging.plots import write_page
-from tunesmith.evaluation.judging.prompts import Mode, load_prompts
+from tunesmith.evaluation.judging.prompts import Mode, load_prompts, split
 from tunesmith.evaluation.judging.replay import computed
 from tunesmith.evaluation.judging.settings import Judge
 from tunesmith.evaluation.rows import EvalRow, read_rows
@@ -263,14 +263,13 @@ def _take_questions(questions: dict[Id, Question], rows: Sequence[EvalRow], path
         if row.item in asked:
             by_model.setdefault((row.model, row.item), []).append(row)
     for (model, item), turns in by_model.items():
-        said = [(m["role"], m["content"]) for m in turns[0].conversation or ()]
+        said: tuple[tuple[str, str], ...] = ()
         texts = [row.prompt_text for row in turns]
-        if said:
-            *said, (role, last) = said
-            texts[0] = last if role == "user" else f"({role}) {last}"
+        if turns[0].conversation:
+            said, texts[0] = split([(m["role"], m["content"]) for m in turns[0].conversation])
         new = Question(
             item, str(turns[0].generation.get("category", "")), tuple(texts), tuple(r.reference for r in turns),
-            before=tuple(said),
+            before=said,
         )  # fmt: skip
         old = questions.setdefault(item, new)
         if (old.turns, old.references, old.before) != (new.turns, new.references, new.before):

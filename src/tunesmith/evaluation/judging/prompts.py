@@ -170,6 +170,13 @@ def repair(prompts: Prompts, messages: Sequence[Message], reply: str) -> tuple[M
     )
 
 
+def split(messages: Sequence[tuple[str, str]]) -> tuple[tuple[tuple[str, str], ...], str]:
+    """A conversation, role and text each, as what was said before and the question that it ends with; where that is
+    not the user's, as after a tool's result, its role stands in front."""
+    *before, (role, last) = messages
+    return tuple(before), last if role == "user" else f"({role}) {last}"
+
+
 def _earlier(before: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     # A role is a word; what a file puts there instead could look like a line of ours.
     return [

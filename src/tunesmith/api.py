@@ -1042,6 +1042,7 @@ def judge(
         raise TunesmithError(
             "The questions of these answers are missing.", fix="Give --questions FILE, in FastChat's format."
         )
+    run = open_run(answers[0]) if len(answers) == 1 and is_run(Path(answers[0]).expanduser()) else None
     if mode == "pair" and baseline is None and own and judging.has_base(given):
         baseline = "base"
         watch(
@@ -1052,7 +1053,6 @@ def judge(
                 "reason": "what a run is measured against",
             }
         )
-    run = open_run(answers[0]) if len(answers) == 1 and is_run(Path(answers[0]).expanduser()) else None
     place = Path(output) if output else run.evaluation / f"judged_{mode}" if run else Path("judged")
     found = judging.judge_into(
         place,

@@ -141,6 +141,32 @@ def test_a_dry_run_asks_nobody(answer_files):
         assert run(*files, *options, "--dry-run")[1]["estimate"]["calls"] == 0
 
 
+def test_several_judgings_of_a_command_have_one_forecast_and_one_calibration(answer_files, tmp_path):
+    from tunesmith.evaluation.judging.folder import Assignment, judge_several
+    from tunesmith.evaluation.judging.judgments import Question, read_answers
+    from tunesmith.evaluation.judging.settings import load_judge
+
+    asked = [Question(n, "", (f"q{n}", "and?")) for n in range(6)]
+    given = [read_answers(answer_files / f"{name}.jsonl") for name in ("tuned", "base")]
+    ways = [
+        Assignment(tmp_path / "graded", asked, given, "single"),
+        Assignment(tmp_path / "compared", asked, given, "pair", "base"),
+    ]
+    told = []
+    with serving(oracle) as (url, seen):
+
+        def watch(event):
+            if event.get("name") == "the judge will cost":
+                told.append((event["value"], len(seen)))
+
+        judge_several(ways, load_judge(settings(tmp_path, url)), home=tmp_path, watch=watch)
+        assert len(seen) == 160 + 24 + 24
+    [(said, asked_before)] = told
+    assert asked_before == 0
+    assert "160 to calibrate, 48 to judge" in said
+    assert all((way.folder / "figures.json").exists() for way in ways)
+
+
 def test_one_budget_holds_for_calibration_judging_and_recheck(answer_files):
     with serving(oracle) as (url, seen):
         for limit, total in ((50, 50), (130, 130)):
@@ -229,8 +255,7 @@ def test_another_judge_is_calibrated_anew(answer_files, tmp_path):
     [
         ((), "Who judges"), (("x.jsonl",), "Who judges"), (("--judge", "local:tiny"), "What is to be judged"),
         (("x.jsonl", "--judge", "local:tiny", "--mode", "pairs"), "Did you mean 'pair'"),
-        (("x.jsonl", "--replay", "y"), "asks nobody"),
-        (("--mode", "pair", "--replay", "y"), "--mode would have no effect"),
+        (("x.jsonl", "--replay", "y"), "asks nobody"), (("--mode", "pair", "--replay", "y"), "leave --mode out"),
         (("x.jsonl", "--judge", "local:tiny"), "cannot be read"),
     ],
 )  # fmt: skip

@@ -262,8 +262,7 @@ def test_another_judge_is_calibrated_anew(answer_files, tmp_path):
 def test_what_is_missing_is_said(arguments, said):
     code, found = run(*arguments)
     assert code == 1
-    assert said in found["error"] + found["fix"]
-    assert found["fix"]
+    assert said in found["error"] + (found["fix"] or "")
 
 
 def test_the_report_of_a_run_tells_what_judges_said(answer_files, tmp_path):

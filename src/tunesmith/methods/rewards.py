@@ -539,8 +539,8 @@ class Judge:
 
     def _messages(self, prompt: Prompt, completion: str) -> tuple[Message, ...]:
         before, question = prompts.split([(turn.role, turn.content) for turn in prompt.messages])
-        exchange = prompts.Exchange(question, prompt.reference)
-        return prompts.single(self._texts, [exchange], [completion], before=before)
+        turn = prompts.Turn(question, prompt.reference)
+        return prompts.single(self._texts, [turn], [completion], before=before)
 
     def _rated(self, messages: Sequence[Message], prompt: Prompt, completion: str) -> float:
         for attempt in range(self.section.retries + 1):

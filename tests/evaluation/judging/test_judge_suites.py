@@ -198,9 +198,9 @@ def test_prompt_files_of_any_kind_make_a_pair_wise_suite(tmp_path, tiny_model_fo
 
 
 def test_the_arena_judge_answers_first(tmp_path):
-    from tunesmith.evaluation.judging.prompts import Exchange, load_prompts, pair
+    from tunesmith.evaluation.judging.prompts import Turn, load_prompts, pair
 
-    system, _ = pair(load_prompts(bench._arena_prompts(tmp_path)), [Exchange("q")], ["a"], ["b"])
+    system, _ = pair(load_prompts(bench._arena_prompts(tmp_path)), [Turn("q")], ["a"], ["b"])
     assert "First write your own answer" in system["content"]
 
 

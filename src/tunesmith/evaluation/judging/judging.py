@@ -12,7 +12,7 @@ from tunesmith.evaluation.judging import asking, figures, prompts, verdicts
 from tunesmith.evaluation.judging.asking import Asker, Request
 from tunesmith.evaluation.judging.book import Book, Entry, key
 from tunesmith.evaluation.judging.judgments import Answers, Pair, Question, Single, Winner
-from tunesmith.evaluation.judging.prompts import Exchange, Mode, Prompts
+from tunesmith.evaluation.judging.prompts import Mode, Prompts, Turn
 from tunesmith.evaluation.judging.settings import Judge
 
 NO_ANSWER = "no answer to judge"
@@ -123,10 +123,10 @@ def requests(
     return [request for job in todo for request in _requests(job, asker, texts, ask_identical, again)]
 
 
-def turns_of(job: Job) -> list[Exchange]:
+def turns_of(job: Job) -> list[Turn]:
     """The conversation as the judge sees it, up to the job's turn."""
     q = job.question
-    return [Exchange(text, q.reference(n)) for n, text in enumerate(q.turns[: job.turn], start=1)]
+    return [Turn(text, q.reference(n)) for n, text in enumerate(q.turns[: job.turn], start=1)]
 
 
 def _requests(job: Job, asker: Asker, texts: Prompts, ask_identical: bool, again: int = 0) -> list[Request]:

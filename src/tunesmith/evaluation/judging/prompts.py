@@ -44,7 +44,7 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Turn:
     """One turn as a judge sees it: the question, and the reference answer where one is known."""
 
     question: str
@@ -122,7 +122,7 @@ def mark_for(texts: Sequence[str]) -> str:
 
 def single(
     prompts: Prompts,
-    turns: Sequence[Exchange],
+    turns: Sequence[Turn],
     answers: Sequence[str],
     *,
     before: Sequence[tuple[str, str]] = (),
@@ -142,7 +142,7 @@ def single(
 
 def pair(
     prompts: Prompts,
-    turns: Sequence[Exchange],
+    turns: Sequence[Turn],
     a: Sequence[str],
     b: Sequence[str],
     *,
@@ -185,7 +185,7 @@ def _earlier(before: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     ]
 
 
-def _name(number: int, turns: Sequence[Exchange]) -> str:
+def _name(number: int, turns: Sequence[Turn]) -> str:
     return f" {number}" if len(turns) > 1 else ""
 
 

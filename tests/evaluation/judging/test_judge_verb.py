@@ -364,6 +364,11 @@ def test_rows_that_do_not_hold_the_conversation_say_so(tmp_path):
     write_rows(tmp_path / "rows.jsonl", rows_of("base", ["a", "b"], conversation=[]))
     answered([tmp_path], say=said.append)
     assert len(said) == 1
+    # A base's rows of a former version beside new ones: what was asked is known from these.
+    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    write_rows(tmp_path / "rows.jsonl", rows_of("base", ["a"]) + rows_of("tuned", ["a"], conversation=talk))
+    [question], _ = answered([tmp_path], say=said.append)
+    assert (question.before, question.turns, len(said)) == ((("system", "s"),), ("a",), 1)
 
 
 def test_a_turn_without_an_answer_ends_the_conversation(tmp_path):

@@ -12,7 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -230,7 +230,7 @@ def answered(
         if path.is_dir():
             raise RunError(f"There are no answers in {given}.", fix="Evaluate the run first, or name a file.")
         if path.name == "rows.jsonl":
-            rows = [row for row in read_rows(path) if row.sample == 0]
+            rows = _filled([row for row in read_rows(path) if row.sample == 0])
             _take_questions(questions, rows, path)
             found += _answers_in(rows)
             # Rows of suites hold every turn as a question of its own.
@@ -252,6 +252,17 @@ def answered(
             fix="Judge one after the other, or change `model_id` in one of the files.",
         )
     return list(questions.values()), found
+
+
+def _filled(rows: Sequence[EvalRow]) -> list[EvalRow]:
+    """Rows of a former version, as a base's that were used again, with the conversation of another model's row."""
+    known = {(row.item, row.turn, row.prompt_text): row.conversation for row in rows if row.conversation}
+    return [
+        row
+        if row.conversation is not None
+        else replace(row, conversation=known.get((row.item, row.turn, row.prompt_text)))
+        for row in rows
+    ]
 
 
 def _take_questions(questions: dict[Id, Question], rows: Sequence[EvalRow], path: Path) -> None:

@@ -21,6 +21,7 @@ from tunesmith import http
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.evaluation.judging import asking
 from tunesmith.evaluation.judging.book import Book
+from tunesmith.evaluation.judging.client import Reply
 from tunesmith.evaluation.judging.judging import IDENTICAL, NO_ANSWER, jobs, judge_all, requests
 from tunesmith.evaluation.judging.judgments import Answers, Question
 from tunesmith.evaluation.judging.prompts import load_prompts
@@ -213,6 +214,30 @@ def test_what_an_endpoint_does_not_count_is_counted_at_its_most(tmp_path):
     size = sum(len(m["content"].encode()) for m in seen[0][1]["messages"])
     assert found.spent["completion_tokens"] == 1024
     assert size <= found.spent["prompt_tokens"] <= size + 24
+
+
+def test_a_budget_of_many_threads_counts_each_call_at_every_moment(tmp_path):
+    """A call that moves from those under way to those paid for is in one of them, whoever looks."""
+    judge = Judge(model="j", max_calls=60)
+    with Book(tmp_path / "r.jsonl") as book:
+        costs, over = asking.Costs(judge, book), []
+
+        def work(name):
+            for n in range(10):
+                try:
+                    costs.admit([(f"{name}-{n}", (5, 5))])
+                except asking.OverBudget:
+                    over.append(name)
+                else:
+                    book.add(f"{name}-{n}", Reply("x"), [], (5, 5))
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join()
+        assert (book.spent.calls, len(over)) == (60, 20)
+        assert book.committed().calls == 60
 
 
 def test_what_a_dead_process_was_asking_counts_against_the_budget(tmp_path):

@@ -96,13 +96,10 @@ class Costs:
         """Put the worst case of calls that go together aside. Raises OverBudget where they do not fit."""
         judge, book = self.judge, self.book
         with self._lock:
-            aside = [*book.underway.values(), *(tokens for _, tokens in calls)]
-            number = book.spent.calls + len(aside)
-            money = cost(
-                judge,
-                book.spent.prompt_tokens + sum(read for read, _ in aside),
-                book.spent.completion_tokens + sum(written for _, written in aside),
-            )
+            most = book.committed()
+            for _, tokens in calls:
+                most.add(*tokens)
+            number, money = most.calls, cost(judge, most.prompt_tokens, most.completion_tokens)
             if judge.max_calls is not None and number > judge.max_calls:
                 raise OverBudget(f"call {number} would be above max_calls: {judge.max_calls}")
             if judge.max_cost is not None and money is not None and money > judge.max_cost:

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -97,6 +97,14 @@ class Book:
     ) -> None:
         self._file.close()
         self._lock.release()
+
+    def committed(self) -> Spent:
+        """What is spent and what is put aside, at one moment."""
+        with self._writing:
+            found = replace(self.spent)
+            for tokens in self.underway.values():
+                found.add(*tokens)
+        return found
 
     def send(self, key: str, tokens: tuple[int, int]) -> None:
         """Put a call's most expensive end aside, before it is made."""

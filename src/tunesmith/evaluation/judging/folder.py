@@ -256,7 +256,11 @@ def answered(
 
 def _filled(rows: Sequence[EvalRow]) -> list[EvalRow]:
     """Rows of a former version, as a base's that were used again, with the conversation of another model's row."""
-    known = {(row.item, row.turn, row.prompt_text): row.conversation for row in rows if row.conversation}
+    known = {
+        (row.item, row.turn, row.prompt_text): row.conversation
+        for row in rows
+        if row.conversation is not None
+    }
     return [
         row
         if row.conversation is not None

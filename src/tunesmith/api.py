@@ -1036,13 +1036,23 @@ def judge(
             else "Name answer files or a run, or give --replay FILE.",
         )
     settings = load_judge(judge)
-    own, given = judging.answered(answers)
+    own, given = judging.answered(answers, say=lambda message: watch({"kind": "warning", "message": message}))
     asked = read_questions(questions) if questions else own
     if not asked:
         raise TunesmithError(
             "The questions of these answers are missing.", fix="Give --questions FILE, in FastChat's format."
         )
     run = open_run(answers[0]) if len(answers) == 1 and is_run(Path(answers[0]).expanduser()) else None
+    if mode == "pair" and baseline is None and own and judging.has_base(given):
+        baseline = "base"
+        watch(
+            {
+                "kind": "decision",
+                "name": "baseline",
+                "value": baseline,
+                "reason": "what a run is measured against",
+            }
+        )
     place = Path(output) if output else run.evaluation / f"judged_{mode}" if run else Path("judged")
     found = judging.judge_into(
         place,

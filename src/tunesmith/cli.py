@@ -566,7 +566,7 @@ def evaluate_verb(
         typer.Option(help="With --suite: the model, or file of answers, that the judge compares with."),
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option(help="With --judge: first ask the judge about 60 pairs of known outcome.")
+        bool, typer.Option(help="With --judge: first ask it about answers of known worth (160 calls).")
     ] = True,
     flags: dict[str, Any],
     quiet: bool,
@@ -873,7 +873,7 @@ def merge_verb(
 
 JUDGE_HELP = """Let a judge grade answers or compare two models' answers, or recompute the figures of a judgment file.
 
-`tunesmith judge fine_tuned_models/my-run --judge judge.yaml --mode pair --baseline base`
+`tunesmith judge fine_tuned_models/my-run --judge judge.yaml --mode pair`
 
 `tunesmith judge --replay model_judgment/gpt-4_pair.jsonl`"""
 
@@ -896,14 +896,15 @@ def judge_verb(
     questions: QuestionsOption = None,
     references: ReferencesOption = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Name of the model that the others are measured against.")
+        str | None,
+        typer.Option(help="Name of the model that the others are measured against; of a run, base."),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Folder of judgments, figures and plots; by default in the run, or `judged`."),
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option(help="First ask the judge about 60 pairs of known outcome.")
+        bool, typer.Option(help="First ask the judge about answers of known worth (160 calls).")
     ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would cost, and ask nobody.")
@@ -916,8 +917,8 @@ def judge_verb(
 ) -> Any:
     """Judge."""
     from tunesmith import api
+    from tunesmith.evaluation.judging.replay import fastchat_sentences, sentences
     from tunesmith.evaluation.judging.replay import replay as replayed
-    from tunesmith.evaluation.judging.replay import sentences
 
     if replay is not None:
         of_judges = {
@@ -926,9 +927,12 @@ def judge_verb(
         }  # fmt: skip
         ignored = [name for name, given in of_judges.items() if given]
         if ignored:
-            raise TunesmithError(f"--replay asks nobody; leave {' and '.join(ignored)} out.")
+            raise TunesmithError(
+                f"--replay asks nobody, so that {' and '.join(ignored)} would have no effect.",
+                fix=f"leave {' and '.join(ignored)} out, or leave --replay out to ask a judge.",
+            )
         found = replayed(replay, questions=questions, baseline=baseline)
-        return found, "\n".join(map(_escaped, sentences(found)))
+        return found, "\n".join(map(_escaped, [*sentences(found), *fastchat_sentences(found)]))
     with Display(quiet=quiet) as display:
         found = api.judge(
             answers or [],
@@ -942,7 +946,7 @@ def judge_verb(
             dry_run=dry_run,
             watch=display,
         )
-    return found, None if dry_run else _judged_text(found, Path(found["output"]))
+    return found, _forecast_text(found) if dry_run else _judged_text(found, Path(found["output"]))
 
 
 @app.command("push", help="Upload a run's final model to the Hugging Face Hub.")
@@ -1289,6 +1293,12 @@ def _scores_text(result: Result) -> Any:
             cells = [value, f"{low} to {high}"]
         table.add_row(METRICS[name].label, *cells, str(score["n"]), str(score["n_errors"] or ""))
     return Group(table, Text(f"\nrows      {result.run}"))
+
+
+def _forecast_text(found: Mapping[str, Any]) -> str:
+    from tunesmith.evaluation.judging.asking import Forecast
+
+    return f"Would take {_escaped(Forecast(**found['estimate']).sentence())}. Nothing was asked."
 
 
 def _judged_text(found: Mapping[str, Any], folder: Path) -> str:

@@ -607,7 +607,23 @@ def _row(
         rejected_tokens=rejected.tokens if rejected else None,
         num_bytes=item.num_bytes if likelihood and likelihood.tokens and not likelihood.cut else None,
         windows=likelihood.windows if likelihood else 1,
+        conversation=_conversation(item.prompt.messages) if item.prompt else [],
     )
+
+
+def _conversation(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Messages as rows keep them; none where a user's question is all."""
+    if [message.role for message in messages] == ["user"]:
+        return []
+    return [
+        {
+            "role": message.role,
+            "content": "\n".join(
+                [*([message.content] if message.content else []), *map(json.dumps, message.tool_calls)]
+            ),
+        }
+        for message in messages
+    ]
 
 
 def _scored(

@@ -33,6 +33,8 @@ class Question:
     references: tuple[str, ...] = ()
     temperature: float | None = None
     """Temperature that the question asks for; by default its category's."""
+    before: tuple[tuple[str, str], ...] = ()
+    """What was said before the first turn: role and text of each message."""
 
     def reference(self, turn: int) -> str:
         """The reference of a turn, counted from 1; empty where there is none."""
@@ -125,7 +127,11 @@ def with_references(questions: Sequence[Question], path: str | Path) -> list[Que
     """Questions with the reference answers of a file in place of their own. Raises DataError where none fits."""
     known = read_references(path)
     if not any(q.id in known for q in questions):
-        raise DataError(f"No reference of {path} belongs to one of the {len(questions)} questions.")
+        raise DataError(
+            f"No reference of {path} belongs to one of the {len(questions)} questions.",
+            found=f"references of {', '.join(map(repr, list(known)[:5])) or 'nothing'}",
+            fix="Give the references of these questions, under the same question_id.",
+        )
     return [replace(q, references=known.get(q.id, q.references)) for q in questions]
 
 
@@ -191,7 +197,7 @@ def read_judgments(path: str | Path) -> list[Single] | list[Pair]:
             fix="Give one file of each kind.",
         )
     if not singles and not pairs:
-        raise DataError(f"There is no judgment in {path}.")
+        raise DataError(f"There is no judgment in {path}.", fix="Give a file of judgments, one to a line.")
     return singles or pairs
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import DataError, nearest
+from tunesmith.errors import DataError, counted, nearest
 from tunesmith.evaluation.judging import figures
 from tunesmith.evaluation.judging.judgments import Pair, Question, Single, read_judgments, read_questions
 
@@ -84,7 +84,12 @@ def sentences(found: dict[str, Any]) -> list[str]:
     lines = []
     if found["kind"] == "single":
         for name, model in found["ours"]["models"].items():
-            lines.append(f"{name}: {_of(model['score'], 2)} of 10{_doubts(model, 2)}")
+            if model["score"]["value"] is None:
+                lines.append(
+                    f"{name}: not graded, as none of {counted(model['n'], 'judgment')} has a verdict"
+                )
+                continue
+            lines.append(f"{name}: grade {_of(model['score'], 2)} of 10{_doubts(model, 2)}")
             lines += [
                 f"  turn {turn}: {_of(e, 2)}" for turn, e in model["turns"].items() if len(model["turns"]) > 1
             ]
@@ -96,9 +101,15 @@ def sentences(found: dict[str, Any]) -> list[str]:
             )
     else:
         for pair in found["ours"]["pairs"]:
+            if pair["win_rate"]["value"] is None:
+                lines.append(
+                    f"{pair['model']} against {pair['against']}: not compared, as none of "
+                    f"{counted(pair['n'], 'judgment')} has a verdict"
+                )
+                continue
             lines.append(
                 f"{pair['model']} against {pair['against']}: win rate {_of(pair['win_rate'], 3)}, "
-                f"{pair['wins']} won, {pair['ties']} tied, {pair['losses']} lost{_doubts(pair, 3)}"
+                f"where .5 is as good; {pair['wins']} won, {pair['ties']} tied, {pair['losses']} lost{_doubts(pair, 3)}"
             )
             lines.append(
                 f"  the judge: both orders agree in {_share(pair['consistency'])}, flips with the order in "
@@ -148,3 +159,24 @@ def _doubts(entry: dict[str, Any], digits: int) -> str:
     if not entry["is_conclusive"]:
         parts.append("inconclusive: too many are missing")
     return "".join(f"; {part}" for part in parts)
+
+
+def fastchat_sentences(found: dict[str, Any]) -> list[str]:
+    """What FastChat's `show_result` prints of the same file, to its digits."""
+    lines = []
+    for name, row in found["fastchat"].items():
+        if found["kind"] == "single":
+            values = (f"{label} {_six(row[key])}" for label, key in
+                      (("turn 1", "turn_1"), ("turn 2", "turn_2"), ("average", "average")))  # fmt: skip
+            lines.append(f"FastChat prints {name}: {', '.join(values)} (grades of 1 to 10, errors left out)")
+        else:
+            lines.append(
+                f"FastChat prints {name}: {row['win']} wins, {row['loss']} losses, {row['tie']} ties of {row['n']}; "
+                f"win rate {_six(row['win_rate'])}, loss rate {_six(row['loss_rate'])}, adjusted win rate "
+                f"{_six(row['win_rate_adjusted'])} (ties half; errors left out)"
+            )
+    return lines or ["FastChat prints nothing: every row has an error."]
+
+
+def _six(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6f}"

@@ -59,7 +59,9 @@ if TYPE_CHECKING:
     from tunesmith.evaluation.compare import Comparison
     from tunesmith.evaluation.leakage import Leakage
     from tunesmith.evaluation.unseen import MeasuredOn
+    from tunesmith.export.artefact import Exported, Held
     from tunesmith.export.merge import Merged
+    from tunesmith.generation import Generated
     from tunesmith.models import Kind
     from tunesmith.plan import Plan
     from tunesmith.training.find_lr import RateSearch
@@ -1211,6 +1213,125 @@ def merge(
         if mended := _as_ours(error):
             raise mended from error
         raise
+
+
+def export(
+    model: str | Path,
+    *,
+    to: str = "gguf",
+    quant: str = "f16",
+    output: str | Path | None = None,
+    rows: int = 50,
+    watch: Watch = _unwatched,
+) -> Exported:
+    """Write a run's model, an adapter or a model's folder as one file for another program, and prove it.
+
+    `to` is one of `export.artefact.TARGETS`, `quant` how weights are stored. Written to `output`, by default
+    `<run>/exports/gguf-<quant>` or `<model>_gguf-<quant>`. The file is read back and asked up to `rows` held-out
+    questions of the run (or some that ship): same prompt tokens, same greedy answers, logits within the stated
+    tolerance, a score that is not worse. Where the verdict is bad the folder ends in `.failed`, and `passed` is false.
+    Raises TunesmithError for a family that cannot be written, before any work.
+    """
+    launch.require_one_process()
+    quiet_libraries()
+    from tunesmith import models as loading
+    from tunesmith.export import artefact, merge
+
+    artefact.check_target(to, quant)
+    if rows < 1:
+        raise TunesmithError(
+            "Nothing is proven without questions.", found=f"rows = {rows}", fix="Give 1 or more."
+        )
+    source = Path(loading.locate(str(model)))
+    run = merge.run_behind(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
+    own = run is not None and source == run.final_model.resolve()
+    beside = (
+        run.path / "exports" / f"{to}-{quant}"
+        if run and own
+        else source.with_name(f"{source.name}_{to}-{quant}")
+    )
+
+    def told(name: str, value: str, reason: str) -> None:
+        watch({"kind": "decision", "name": name, "value": value, "reason": reason})
+
+    def counted(stage: str, done: int, total: int) -> None:
+        watch({"kind": "progress", "stage": stage, "done": done, "total": total})
+
+    try:
+        return artefact.export(
+            source,
+            Path(output).expanduser() if output else beside,
+            quant=quant,
+            run=run,
+            held=lambda model, tokenizer: _held_for(run, model, tokenizer, rows, watch),
+            progress=told,
+            counted=counted,
+        )
+    except Exception as error:
+        if mended := _as_ours(error):
+            raise mended from error
+        raise
+
+
+def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Watch) -> Held:
+    """Questions to prove an artefact with: held-out ones of the run behind it, or those that ship."""
+    from tunesmith import dataflow, evaluation
+    from tunesmith.evaluation import compare as comparing
+    from tunesmith.evaluation.metrics import METRICS
+    from tunesmith.export import merge
+    from tunesmith.export.artefact import Held
+    from tunesmith.export.parity import NEW_TOKENS, Question
+
+    is_pair = bool(model.config.is_encoder_decoder)
+    if run is None:
+        asked = merge.shipped_questions(tokenizer, model, is_pair=is_pair)
+        return Held(
+            asked,
+            NEW_TOKENS,
+            lambda own, others: (None, "no run is behind this model, so there are no held-out rows"),
+        )
+    _, questions = _questions([run.path], None, None, {"evaluation": {"max_items": rows}}, watch)
+    recipe = questions.recipe
+    found = evaluation.items(
+        questions.examples,
+        tokenizer,
+        loss_on=recipe.method.loss_on,
+        max_items=rows,
+        max_length=recipe.data.max_length,
+        kind="seq2seq" if is_pair else "causal",
+    )
+    usable = [item for item in found if item.prompt and not item.error]
+    fitting = [
+        name
+        for name in dataflow.metrics(recipe, usable)
+        if METRICS[name].kind == "answer" and not METRICS[name].runs_code and METRICS[name].score
+    ]
+    if not usable:
+        asked = merge.shipped_questions(tokenizer, model, is_pair=is_pair)
+        return Held(
+            asked, NEW_TOKENS, lambda own, others: (None, "the run held out no questions that are answered")
+        )
+
+    def score(own: Sequence[Generated], others: Sequence[Generated]) -> tuple[Comparison | None, str | None]:
+        if not fitting:
+            return None, "no metric of the run scores answers"
+        settings = {"max_new_tokens": recipe.evaluation.max_new_tokens, "temperature": 0.0}
+        one, other = (
+            evaluation.rows_of(usable, given, name=name, metrics=fitting[:1], settings=settings)
+            for name, given in (("base", own), ("tuned", others))
+        )
+        compared = comparing.compare(
+            one,
+            other,
+            metrics=fitting[:1],
+            resamples=recipe.evaluation.resamples,
+            confidence=recipe.evaluation.confidence,
+            names=("the model", "the file"),
+        )
+        return compared[0], None
+
+    asked = [Question(item.prompt_ids, merge.question_text(item.prompt, tokenizer)) for item in usable]
+    return Held(asked, recipe.evaluation.max_new_tokens, score)
 
 
 def push(

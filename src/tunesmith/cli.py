@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tunesmith.api import Result
     from tunesmith.data.inspection import Inspected
     from tunesmith.data.validation import Report
+    from tunesmith.export.artefact import Exported
     from tunesmith.export.merge import Merged
     from tunesmith.plan import Plan
     from tunesmith.training.find_lr import RateSearch
@@ -871,6 +872,42 @@ def merge_verb(
     return merged.as_dict(), _merged_text(merged)
 
 
+EXPORT_HELP = """Write a model as one GGUF file for llama.cpp and Ollama, and prove that it answers as the model does.
+
+`tunesmith export fine_tuned_models/support-lora --quant q8_0`"""
+
+
+@app.command("export", help=EXPORT_HELP)
+@verb
+def export_verb(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run's, an adapter's or a model's folder.")
+    ],
+    *,
+    to: Annotated[str, typer.Option(metavar="gguf", help="What is written.")] = "gguf",
+    quant: Annotated[
+        str,
+        typer.Option(
+            metavar="f32|f16|bf16|q8_0|q5_1|q5_0|q4_1|q4_0", help="How weights are stored in the file."
+        ),
+    ] = "f16",
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of the file; by default `<run>/exports/gguf-<quant>` or `<model>_gguf-<quant>`."
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Held-out questions that the file is proven with.")] = 50,
+    quiet: bool,
+) -> Any:
+    """Export."""
+    from tunesmith import api
+
+    with Display(quiet=quiet) as display:
+        exported = api.export(model, to=to, quant=quant, output=output, rows=rows, watch=display)
+    return exported.as_dict(), _exported_text(exported)
+
+
 JUDGE_HELP = """Let a judge grade answers or compare two models' answers, or recompute the figures of a judgment file.
 
 `tunesmith judge fine_tuned_models/my-run --judge judge.yaml --mode pair`
@@ -1276,6 +1313,23 @@ def _merged_text(merged: Merged) -> Any:
         ("check", f"passed: {merged.check.sentence()}"),
         *(("note", note) for note in merged.notes),
     ]
+    return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
+
+
+def _exported_text(exported: Exported) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    stored = ", ".join(f"{count} as {kind}" for kind, count in sorted(exported.tensors.items()))
+    facts = [
+        ("exported", str(exported.file)),
+        ("size", f"{exported.size / 1e6:,.1f} MB, tensors: {stored}"),
+    ]
+    if exported.parity:
+        proof = exported.parity
+        facts.append(("parity", "passed" if proof.passed else "FAILED: " + "; ".join(proof.problems())))
+        facts += [("", line) for line in proof.sentences()]
+    facts += [("note", note) for note in exported.notes]
     return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
 
 

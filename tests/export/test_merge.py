@@ -17,7 +17,8 @@ from tunesmith.cli import app
 from tunesmith.compose import compose, overlaid
 from tunesmith.errors import ModelError, RunError, TunesmithError
 from tunesmith.export import merge as merging
-from tunesmith.export.merge import Answered, checked
+from tunesmith.export import parity
+from tunesmith.export.parity import Answered
 from tunesmith.training.run import Run
 
 FAMILIES = ("llama", "t5", "bart")
@@ -427,6 +428,11 @@ def test_a_stop_leaves_nothing_behind(adapter, tmp_path, monkeypatch):
 
 def answers(*rows: tuple[tuple[int, ...], list[list[float]]]) -> list[Answered]:
     return [Answered(ids, torch.tensor(logits)) for ids, logits in rows]
+
+
+def checked(before, after, *, tolerance: float):
+    differences = [parity.difference(a, b) for a, b in zip(before, after, strict=True)]
+    return parity.checked(differences, tolerance=tolerance)
 
 
 def test_the_check_by_hand():

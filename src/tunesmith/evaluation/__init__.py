@@ -390,6 +390,21 @@ def evaluate(
     return _compared_among(rows, metrics)
 
 
+def rows_of(
+    items: Sequence[Item],
+    answers: Sequence[Generated],
+    *,
+    name: str,
+    metrics: Sequence[str],
+    settings: Mapping[str, Any],
+) -> list[EvalRow]:
+    """Rows of answers that are there already, scored by the metrics that score answers and run nothing."""
+    return [
+        _row(item, name, metrics, answer, None, None, dict(settings))
+        for item, answer in zip(items, answers, strict=True)
+    ]
+
+
 def scores(
     rows: Sequence[EvalRow], metrics: Sequence[str], *, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, dict[str, Any]]:

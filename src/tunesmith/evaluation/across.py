@@ -338,7 +338,7 @@ class Line:
         for name, single in SINGLE.items():
             if value is single:
                 return ["single", name]
-        if kind is types.ModuleType:
+        if isinstance(value, types.ModuleType):
             return ["module", str(getattr(value, "__name__", ""))]
         if isinstance(value, BaseException) and kind is not Remote:
             if remote := value.__dict__.get("_remote"):
@@ -346,12 +346,13 @@ class Line:
             said = [self.encode(arg) if is_plain(arg) else str(arg) for arg in value.args]
             return ["error", self.encode(kind), said, self._handle(value)]
         if isinstance(value, type) and issubclass(value, BaseException):
-            if getattr(builtins, value.__name__, None) is value:
-                return ["builtin", value.__name__]
+            title = value.__name__
+            if getattr(builtins, title, None) is value:
+                return ["builtin", title]
             if remote := value.__dict__.get("_remote"):
                 return self.encode(remote)
             bases = [self.encode(base) for base in value.__bases__ if issubclass(base, BaseException)]
-            return ["error class", self._handle(value), value.__name__, bases]
+            return ["error class", self._handle(value), title, bases]
         own = str(getattr(value, "__name__", "")) if kind in (type, types.BuiltinFunctionType) else ""
         if getattr(builtins, own, None) is value and (kind is type or own in PLAIN_FUNCTIONS):
             return ["builtin", own]

@@ -235,7 +235,7 @@ def test_an_unknown_constraint_is_refused_before_anything_is_asked(
     file.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     given = {
         "validate": ["validate", str(file)],
-        "train": ["train", "--dataset", str(file), "--base-model", str(tiny_model_folder), "--yes"],
+        "train": ["train", "--dataset", str(file), "--base-model", str(tiny_model_folder)],
         "evaluate": ["evaluate", str(tiny_model_folder), "--dataset", str(file)],
     }[command]
     done = CliRunner().invoke(app, given, env={"COLUMNS": "200"})
@@ -243,5 +243,5 @@ def test_an_unknown_constraint_is_refused_before_anything_is_asked(
     assert done.exit_code != 0, said
     assert "there is no constraint 'max_sentence'" in said
     assert "Did you mean 'max_sentences'" in said
-    assert re.search(r"asked\.jsonl:7|row 7|line 7|\b7\b", said)
+    assert re.search(r"asked\.jsonl:7\b", said), said
     assert not list(tmp_path.rglob("rows.jsonl"))

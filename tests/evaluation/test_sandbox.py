@@ -202,6 +202,7 @@ def test_tests_and_nonce_are_nowhere_in_the_process_of_the_program(wants):
     "tests",
     [
         "assert abs(lie(0.5) - 0.5) < 1e-6",
+        "assert abs(-(0.5 - lie(0.5))) < 1e-6",
         "assert 0.4 < lie(0.5) < 0.6",
         "assert lie(3) in [3]",
         "assert 3 in lie(3)",
@@ -214,17 +215,19 @@ def test_tests_and_nonce_are_nowhere_in_the_process_of_the_program(wants):
         "import unittest\nunittest.TestCase().assertEqual(lie(3), 3)",
     ],
 )
-def test_an_object_that_agrees_with_everything_is_no_result(tests):
+@pytest.mark.parametrize("name", ["Liar", "lie"])
+def test_an_object_that_agrees_with_everything_is_no_result(name, tests):
+    """Made by the function that is tested, or by a class in its place."""
     code = (
-        "class Liar:\n    pass\n"
+        "class Liar:\n    def __init__(self, *x): pass\n"
         "for name in ('eq', 'lt', 'gt', 'le', 'ge', 'contains', 'instancecheck'):\n"
         "    setattr(Liar, f'__{name}__', lambda self, other: True)\n"
         "for name in ('sub', 'rsub', 'add', 'abs', 'float'):\n"
         "    setattr(Liar, f'__{name}__', lambda self, *other: 0.0)\n"
         "Liar.__ne__ = lambda self, other: False\nLiar.__hash__ = lambda self: 3\n"
         "class Sums:\n    isclose = staticmethod(lambda *args: True)\nmath = Sums\n"
-        "def lie(x): return Liar()"
-    )
+        "Liar.__neg__ = lambda self: self\n"
+    ) + ("lie = Liar" if name == "lie" else "def lie(x): return Liar()")
     assert run(code, tests).status == "failed"
 
 

@@ -75,6 +75,10 @@ OTHERS: dict[str, Callable[..., Any]] = {
     "enter": lambda value: value.__enter__(), "exit": lambda value, *facts: value.__exit__(*facts),
 }  # fmt: skip
 ATTRIBUTES: dict[str, Callable[..., Any]] = {"getattr": getattr, "setattr": setattr, "delattr": delattr}
+NUMBERS = frozenset(
+    ["bool", "len", "repr", "str", "hash", "int", "float", "complex", "index", "neg", "pos", "abs", "invert", "round",
+     "trunc", "floor", "ceil", "format", "bytes"]
+)  # fmt: skip
 CLIMBING = ("_", "gi_", "cr_", "ag_", "f_", "tb_", "co_", "func_")
 """Beginnings of names that lead from an object to frames, code and globals."""
 
@@ -128,9 +132,21 @@ def is_remote(value: Any) -> bool:
 
 def _special(name: str) -> Callable[..., Any]:
     def method(self: Remote, *args: Any) -> Any:
-        return _line(self).use(self, name, *args)
+        result = _line(self).use(self, name, *args)
+        if name in NUMBERS and _facts(self).get("informed"):
+            return _informed(result)
+        return result
 
     return method
+
+
+def _informed(result: Any) -> Any:
+    """What the program made of an object of its own and plain data, which may be the wanted result: another object,
+    but no number or truth value, which could be made to fit. Raises TypeError for these."""
+    if not is_remote(result):
+        raise TypeError("an object of the program is no judge of plain data")
+    _facts(result)["informed"] = True
+    return result
 
 
 def _binary(name: str, function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
@@ -142,16 +158,14 @@ def _binary(name: str, function: Callable[[Any, Any], Any]) -> Callable[..., Any
             return function(line.use(self, "value"), other)
         if name in ("eq", "ne"):
             return name == "ne"
-        if not line.knows_classes:
-            raise TypeError("an object of the program is no result that can be compared with plain data")
-        return line.use(self, name, other)
+        return _informed(line.use(self, name, other))
 
     return method
 
 
 def _contains(self: Remote, item: Any) -> bool:
     line = _line(self)
-    if line.doubts and not is_remote(item) and not line.knows_classes:
+    if line.doubts and not is_remote(item):
         return any(other is item or other == item for other in iter(self))
     return bool(line.use(self, "contains", item))
 
@@ -170,8 +184,6 @@ class Line:
         self.reader = os.fdopen(read_end, "rb")
         self.writer = os.fdopen(write_end, "wb")
         self.doubts = doubts
-        self.knows_classes = False
-        """Whether the tests named a class of the program, so that its objects are what is tested."""
         self.broken: str | None = None
         """Why nothing that came after can be believed."""
         self.names: dict[str, Any] = {}
@@ -208,10 +220,6 @@ class Line:
         """The error that ends everything, kept so that catching it helps nobody."""
         self.broken = self.broken or why
         return LineError(self.broken)
-
-    def is_class(self, value: Any) -> bool:
-        """Whether a value is a class of the other side."""
-        return is_remote(value) and bool(_facts(value).get("type"))
 
     def name(self, name: str) -> Any:
         """A global name of the program. Raises NameError where it has none."""
@@ -427,7 +435,10 @@ class Line:
                 "__getattr__": lambda error, attribute: _of_error(error, attribute),
                 "__module__": "__answer__",
             }
-            self.mirrors[number] = type(str(name), tuple(map(self.decode, bases)) or (Exception,), own)
+            parents = tuple(map(self.decode, bases)) or (Exception,)
+            if not all(isinstance(one, type) and issubclass(one, BaseException) for one in parents):
+                raise ValueError("a class of errors that is none")
+            self.mirrors[number] = type(str(name), parents, own)
         return self.mirrors[number]
 
 

@@ -293,7 +293,7 @@ def table(comparisons: Sequence[Comparison], names: tuple[str, str] = ("base", "
     for c in comparisons:
         metric = METRICS[c.metric]
         values = [shown(c.base, metric), shown(c.tuned, metric), difference_shown(c)] if c.n else ["-"] * 3
-        lines.append([metric.label, *values, str(c.n), c.verdict])
+        lines.append([metric.named, *values, str(c.n), c.verdict])
     return lines
 
 
@@ -307,13 +307,13 @@ def table_of_many(comparisons: Sequence[Comparison]) -> list[list[str]]:
         metric, found = METRICS[name], [c for c in comparisons if c.metric == name]
         shown_base = next((shown(c.base, metric) for c in found if c.n), "-")
         lines.append(
-            [metric.label, found[0].against, shown_base, "", "", "", str(found[0].n), "the baseline"]
+            [metric.named, found[0].against, shown_base, "", "", "", str(found[0].n), "the baseline"]
         )
         for c in found:
             values = [shown(c.tuned, metric), difference_shown(c)] if c.n else ["-", "-"]
             p = "-" if c.p_value is None else f"{c.p_value:.3g}"
             counts = f"{c.wins}/{c.ties}/{c.losses}"
-            lines.append([metric.label, c.model, *values, p, counts, str(c.n), c.verdict])
+            lines.append([metric.named, c.model, *values, p, counts, str(c.n), c.verdict])
     return lines
 
 

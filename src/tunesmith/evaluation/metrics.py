@@ -73,6 +73,12 @@ class Metric:
     fits_all: Callable[[Sequence[Prompt]], bool] | None = None
     """Whether the metric means something for prompts taken together."""
 
+    @property
+    def named(self) -> str:
+        """Its name as `--metrics` takes it, with the unit that tables show it in."""
+        unit = {"share": " (%)", "points": " (points)", "ratio": ""}[self.unit]
+        return f"{self.name}{unit}"
+
 
 def sql_execution(prompt: Prompt, completion: str, reference: str) -> float:
     """1 where the answer, run on SQLite, gives the rows that the reference gives.

@@ -163,7 +163,7 @@ def _stages(run: Run, problems: list[str]) -> dict[str, Any] | None:
         said = f"{difference_shown(change)}: {change.verdict}" if change and change.n else "-"
         lines.append([stage["name"], stage["method"] or "-", *cells, said])
     return {
-        "header": ["stage", "method", *(METRICS[name].label for name in names), "against the stage before"],
+        "header": ["stage", "method", *(METRICS[name].named for name in names), "against the stage before"],
         "lines": lines,
         "reward_models": [
             f"{r['name']}: {sentence(Comparison(**r['comparison']))}" for r in found.get("reward_models", ())

@@ -8,10 +8,9 @@ holds on this machine.
 
 Its tests run in a second process, the judge, which calls the program's functions over a line (`across.py`) and is
 shut in alike. Tests, verdict and the nonce that comes with it are never in the program's process, so that there is
-nothing in it to find, patch or print that would pass for a verdict: it can only answer what it is asked. Two limits
-remain. An object of a class that the tests name answers for its own arithmetic, and what the tests use without
-defining or importing it is the program's word. A hole of the kernel is beyond this; for such, use a machine of its
-own.
+nothing in it to find, patch or print that would pass for a verdict: it can only answer what it is asked. What the
+tests use without defining or importing it remains the program's word. A hole of the kernel is beyond this; for such,
+use a machine of its own.
 """
 
 from __future__ import annotations

@@ -245,11 +245,9 @@ class Names(dict[str, Any]):
             except NameError:
                 raise KeyError(name) from None
         try:
-            found = self.line.name(name)
+            return self.line.name(name)
         except NameError:
             raise KeyError(name) from None
-        self.line.knows_classes = self.line.knows_classes or self.line.is_class(found)
-        return found
 
 
 def shut_in(folder: str, memory: int, seconds: float, wants: list[str]) -> list[str]:

@@ -165,13 +165,15 @@ def test_the_kernel_holds_what_python_does_not_see():
         "    setattr(builtins, name, lambda *args: True)\ndef add(a, b): return 0",
         "AssertionError = all = abs = bool = exec = lambda *args: True\ndef add(a, b): return 0",
         "def add(a, b): return print",
+        "def add(a, b): raise StopIteration",
         # Processes and memory of others.
         "import os\nopen(f'/proc/{os.getppid()}/mem', 'rb')",
         "import os\nopen(f'/proc/{os.getppid()}/fd/0').read()",
     ],
 )  # fmt: skip
 def test_ending_early_or_guessing_is_not_passing(code):
-    assert run(code, "assert add(1, 2) == 3").status == "failed"
+    assert run(code, "assert all(map(lambda one, other: add(1, 2) == 3, [0], [0]))").status == "failed"
+    assert run(code, "assert all(map(add, [1], [2])) and add(1, 2) == 3").status == "failed"
 
 
 HIDDEN = "a-line-of-the-tests-that-no-program-may-see"

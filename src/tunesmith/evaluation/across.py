@@ -259,6 +259,9 @@ class Line:
                 ) from None
             if not isinstance(error, BaseException):
                 raise self.failed("it sent no answer over the line")
+            if self.doubts and what == "call" and isinstance(error, StopIteration):
+                # As from a generator: `all(map(f, xs))` would end early and hold.
+                raise RuntimeError("the program's function raised StopIteration") from error
             raise error
 
     def serve(self) -> None:

@@ -235,7 +235,15 @@ def test_an_unknown_constraint_is_refused_before_anything_is_asked(
     file.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     given = {
         "validate": ["validate", str(file)],
-        "train": ["train", "--dataset", str(file), "--base-model", str(tiny_model_folder)],
+        "train": [
+            "train",
+            "--dataset",
+            str(file),
+            "--base-model",
+            str(tiny_model_folder),
+            "--max-length",
+            "256",
+        ],
         "evaluate": ["evaluate", str(tiny_model_folder), "--dataset", str(file)],
     }[command]
     done = CliRunner().invoke(app, given, env={"COLUMNS": "200"})

@@ -232,7 +232,9 @@ def test_train_evaluate_compare_chat_runs_and_push_print_one_json_object(
     code, scores, _ = invoke("evaluate", run, "--metrics", "exact_match,perplexity")
     assert (code, set(scores["scores"])) == (0, {"exact_match", "perplexity"})
     said = CliRunner().invoke(app, ["evaluate", run, "--metrics", "exact_match"]).stdout
-    assert re.search(r"exact match +\d+\.\d % +\d+\.\d % to \d+\.\d %", said), "the scale of every table"
+    assert re.search(r"exact_match \(%\) +\d+\.\d % +\d+\.\d % to \d+\.\d %", said), (
+        "the scale of every table"
+    )
     said = CliRunner().invoke(app, ["runs", str(tmp_path / "runs")]).stdout
     assert re.search(r"rougeL +\d+\.\d +\d+\.\d ", said)
     code, scores, _ = invoke(

@@ -102,7 +102,7 @@ def test_the_defaults_are_those_of_the_seed(here, answer, capsys):
     assert "120 rows with the columns prompt, response" in printed
     assert "read as prompt_response: the columns prompt, response are there" in printed
     assert "18 held out + 0 dropped" in printed
-    assert "ROUGE-L" in printed, "the baseline, with references"
+    assert "rougeL (points)" in printed, "the baseline, with references"
     assert re.search(r"total_steps +18 +3 epochs of 6 steps", printed), "the plan"
     assert "Nothing was written" in printed
     assert not find_runs(here)

@@ -1344,8 +1344,8 @@ def _scores_text(result: Result) -> Any:
         cells = ["", ""]
         if score["value"] is not None:
             value, low, high = (_score(score[part], name) for part in ("value", "low", "high"))
-            cells = [value, f"{low} to {high}"]
-        table.add_row(METRICS[name].label, *cells, str(score["n"]), str(score["n_errors"] or ""))
+            cells = [value, f"{low} to {high}" if low else "no interval"]
+        table.add_row(METRICS[name].named, *cells, str(score["n"]), str(score["n_errors"] or ""))
     return Group(table, Text(f"\nrows      {result.run}"))
 
 

@@ -320,6 +320,11 @@ def _start_rows(
         max_new_tokens=recipe.evaluation.max_new_tokens,
         attempts=recipe.evaluation.attempts,
         engine=recipe.evaluation.engine,
+        temperature=evaluation.drawn_at(recipe.evaluation),
+        seed=recipe.evaluation.seed,
+        model=evaluation.identity(recipe.model, recipe.model.base, device=plan.device, dtype=plan.dtype)
+        if kept
+        else None,
     ):
         return kept
     tokenizer, _ = _tokenizer(recipe)

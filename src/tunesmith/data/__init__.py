@@ -43,6 +43,7 @@ from tunesmith.data.formats import (
     FORMATS,
     Detection,
     Format,
+    Misnamed,
     absent,
     check_group,
     convert,
@@ -401,6 +402,12 @@ def _read(
     for record, example in shown_progress(converted, f"reading {source.name}"):
         found.numbers += has_numbers(record.values, possible)
         found.swallowed += swallowed(record) is not None
+        if isinstance(example, Misnamed):
+            raise DataError(
+                f"A row of {source.name} asks for a check that does not exist.",
+                found=f"{record.row}: {example}",
+                fix="Correct the row's `constraints`; docs/constraints.md lists all of them.",
+            )
         try:
             if isinstance(example, Unusable):
                 raise example

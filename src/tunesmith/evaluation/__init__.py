@@ -61,7 +61,9 @@ __all__ = [
     "check_fit",
     "check_runnable",
     "check_scoring",
+    "drawn_at",
     "evaluate",
+    "identity",
     "items",
     "known_metrics",
     "length_bias",
@@ -280,7 +282,8 @@ def answers(
         batch_tokens=evaluation.batch_tokens,
         run_code=evaluation.run_code,
         attempts=evaluation.attempts,
-        temperature=evaluation.attempts_temperature if evaluation.attempts > 1 else 0.0,
+        temperature=drawn_at(evaluation),
+        seed=evaluation.seed,
         progress=progress,
         engine=evaluation.engine,
         folder=folder,
@@ -288,6 +291,17 @@ def answers(
         checked=checked,
         warn=warn or (lambda message: watch({"kind": "warning", "message": message})),
     )
+
+
+def drawn_at(evaluation: Evaluation) -> float:
+    """The temperature of the answers: 0, which is greedy, unless several are asked for."""
+    return evaluation.attempts_temperature if evaluation.attempts > 1 else 0.0
+
+
+def identity(model: Model, base: str, *, device: str, dtype: str) -> str | None:
+    """Changes with the files of the model that `answers` would load and with how it computes."""
+    revision = model.revision if base == model.base else None
+    return engines.Source("", None, lambda: None, base, revision, dtype=dtype, device=device).identity()
 
 
 def evaluate(
@@ -348,6 +362,8 @@ def evaluate(
             progress=_stage(progress, f"{name}: answers", len(asked.prompts)),
             say=warn,
         )
+        if identity := source.identity():
+            settings["model"] = identity
         if needed:
             check_scoring(metrics, gives_scores=is_reward(source.model))
         if checked and engine_check and not temperature:
@@ -466,11 +482,27 @@ def are_answers_to(
     max_new_tokens: int,
     attempts: int = 1,
     engine: str = "auto",
+    temperature: float = 0.0,
+    seed: int = 0,
+    model: str | None = None,
 ) -> bool:
-    """Whether rows answer just these items under these settings, so that they need not be made again."""
+    """Whether rows answer just these items under these settings, so that they need not be made again.
+
+    `temperature` is that of several attempts, which `seed` draws; `model` is the identity of the model's files
+    (`engines.Source.identity`), where it is known.
+    """
     measured = {name for row in rows for name in row.scores}
     limits = {row.generation["max_new_tokens"] for row in rows if row.generation}
     made_by = {row.generation.get("engine", "padded") for row in rows if row.generation}
+    drawn = {
+        (row.generation.get("temperature", 0.0), row.generation.get("seed", 0) if temperature else 0)
+        for row in rows
+        if row.generation
+    }
+    if drawn and drawn != {(temperature, seed if temperature else 0)}:
+        return False
+    if model and any(row.generation.get("model") != model for row in rows if row.generation):
+        return False
     if engine != "auto" and not made_by <= {engine}:
         return False
     return (

@@ -163,7 +163,7 @@ def _stages(run: Run, problems: list[str]) -> dict[str, Any] | None:
         said = f"{difference_shown(change)}: {change.verdict}" if change and change.n else "-"
         lines.append([stage["name"], stage["method"] or "-", *cells, said])
     return {
-        "header": ["stage", "method", *(METRICS[name].label for name in names), "against the stage before"],
+        "header": ["stage", "method", *(METRICS[name].named for name in names), "against the stage before"],
         "lines": lines,
         "reward_models": [
             f"{r['name']}: {sentence(Comparison(**r['comparison']))}" for r in found.get("reward_models", ())
@@ -201,8 +201,8 @@ def _engine_checks(run: Run, problems: list[str]) -> list[dict[str, Any]]:
 def _score(score: Mapping[str, Any], metric: Metric) -> str:
     if score["value"] is None:
         return "-"
-    value, low, high = (shown(score[key], metric) for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    ends = [shown(score[key], metric) for key in ("low", "high") if score[key] is not None] or ["no interval"]
+    return f"{shown(score['value'], metric)} [{', '.join(ends)}]"
 
 
 def _rows(run: Run, problems: list[str]) -> list[EvalRow]:
@@ -552,8 +552,8 @@ def _forest(
         "error_x": {
             "type": "data",
             "symmetric": False,
-            "array": [scale * (c.high - c.difference) for c in kept],
-            "arrayminus": [scale * (c.difference - c.low) for c in kept],
+            "array": [None if c.high is None else scale * (c.high - c.difference) for c in kept],
+            "arrayminus": [None if c.low is None else scale * (c.difference - c.low) for c in kept],
         },
         "verdicts": [c.verdict for c in kept],
         "role": "verdict",
@@ -608,6 +608,11 @@ def _labels(rows: Sequence[EvalRow]) -> list[tuple[str, Classification, list[str
     return found
 
 
+def _reach(comparison: Mapping[str, Any], end: str) -> float | None:
+    """How far an interval reaches from the difference; None where there is none."""
+    return None if comparison[end] is None else abs(comparison[end] - comparison["difference"])
+
+
 def _learned_and_forgotten(run: Run, problems: list[str]) -> list[dict[str, Any]]:
     """The learning-forgetting plot: what was gained on the held-out examples against what was lost elsewhere."""
     if not (run.path / "evaluation/forgetting.json").is_file():
@@ -629,14 +634,14 @@ def _learned_and_forgotten(run: Run, problems: list[str]) -> list[dict[str, Any]
             "error_x": {
                 "type": "data",
                 "symmetric": False,
-                "array": [0.0, domain["difference"] - domain["low"]],
-                "arrayminus": [0.0, domain["high"] - domain["difference"]],
+                "array": [0.0, _reach(domain, "low")],
+                "arrayminus": [0.0, _reach(domain, "high")],
             },
             "error_y": {
                 "type": "data",
                 "symmetric": False,
-                "array": [0.0, general["high"] - general["difference"]],
-                "arrayminus": [0.0, general["difference"] - general["low"]],
+                "array": [0.0, _reach(general, "high")],
+                "arrayminus": [0.0, _reach(general, "low")],
             },
             "role": "tuned",
         }

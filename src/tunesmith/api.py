@@ -951,23 +951,32 @@ def evaluate_suite(
 ) -> dict[str, Any]:
     """A suite's questions (`mt-bench`, `alpaca`, `arena`) answered by a model and, with a judge, judged.
 
-    `lm-eval:TASKS` runs tasks of lm-evaluation-harness. `settings` may set `evaluation.max_new_tokens`, by default
-    1024. All is written to `output`, by default `<run>/evaluation/<suite>` or `evaluations/<model>_<suite>`.
+    `lm-eval:TASKS` runs tasks of lm-evaluation-harness. `settings` may set how the answers are made: `max_new_tokens`
+    of `evaluation`, by default 1024, its `attempts`, `engine`, `engine_check`, `batch_tokens` and `server`. All is
+    written to `output`, by default `<run>/evaluation/<suite>` or `evaluations/<model>_<suite>`.
     """
+    from tunesmith.compose import overlaid, validated
     from tunesmith.evaluation.judging import bench, harness, suites
     from tunesmith.evaluation.judging.settings import load_judge
 
     launch.require_one_process()
     quiet_libraries()
-    known = {"evaluation": {"max_new_tokens"}}
+    changes = dict(settings or {})
+    known = () if suite.startswith("lm-eval:") else suites.SETTINGS
     unused = [
         f"{section}.{name}"
-        for section, fields in (settings or {}).items()
+        for section, fields in changes.items()
         for name in fields
-        if name not in known.get(section, ())
+        if section != "evaluation" or name not in known
     ]
     if unused:
-        raise TunesmithError(f"{', '.join(unused)} would have no effect with a suite.", fix="Leave it out.")
+        raise TunesmithError(
+            f"{', '.join(unused)} would have no effect with {'lm-eval' if not known else 'a suite'}.",
+            fix="Leave it out.",
+        )
+    evaluation = validated(
+        overlaid({"evaluation": {"max_new_tokens": suites.MAX_NEW_TOKENS}}, changes)
+    ).evaluation
     label = re.sub(r"[^\w.-]+", "-", suite)
     run = open_run(model) if is_run(Path(model).expanduser()) else None
     beside = run.evaluation / label if run else Path("evaluations") / f"{Path(str(model)).name}_{label}"
@@ -982,7 +991,6 @@ def evaluate_suite(
             **harness.run(model, suite.removeprefix("lm-eval:"), place, watch=watch),
             "output": str(place),
         }
-    longest = (settings or {}).get("evaluation", {}).get("max_new_tokens", suites.MAX_NEW_TOKENS)
     found = bench.run_suite(
         model,
         suites.suite_of(suite),
@@ -990,7 +998,7 @@ def evaluate_suite(
         references=references,
         judge=load_judge(judge) if judge else None,
         baseline=baseline,
-        max_new_tokens=int(longest),
+        evaluation=evaluation,
         output=place,
         calibrated=calibrate,
         watch=watch,

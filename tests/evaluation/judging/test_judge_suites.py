@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import collections
 import json
+import os
+import signal
 import sys
+import threading
 import types
 
 import pytest
 from judge_servers import openai, serving
 from typer.testing import CliRunner
 
-from tunesmith import models
+from tunesmith import api, models
 from tunesmith.cli import app
 from tunesmith.data import templates
 from tunesmith.data.examples import Message
@@ -20,6 +23,7 @@ from tunesmith.evaluation.judging import bench, harness, suites
 from tunesmith.evaluation.judging.judgments import Answers, Question, read_answers, write_answers
 from tunesmith.evaluation.rows import read_rows
 from tunesmith.generation import generate
+from tunesmith.recipe import Evaluation
 
 CATEGORIES = ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
 MT_BENCH = suites.SUITES["mt-bench"]
@@ -118,6 +122,113 @@ def small_file(tmp_path):
     return path
 
 
+def answered(
+    folder, model, questions, *, engine="padded", watch=lambda event: None, suite="mt-bench", **evaluation
+):
+    """The rows of a suite that nobody judges, and the record of it."""
+    settings = {"evaluation": {"max_new_tokens": 6, "engine": engine, **evaluation}}
+    found = api.evaluate_suite(
+        model, suite, questions=questions, settings=settings, output=folder, watch=watch
+    )
+    return read_rows(folder / "rows.jsonl"), found
+
+
+def outputs(rows):
+    return [(r.item, r.sample, r.turn, r.output, r.finish_reason) for r in rows]
+
+
+@pytest.fixture(scope="module")
+def tiny_server(tiny_model_folder):
+    """A server that has the tiny model, and what it was asked."""
+    model, tokenizer = bench.load_for_suite(str(tiny_model_folder))
+
+    one_at_a_time = threading.Lock()
+
+    def reply(number, body):
+        with one_at_a_time:
+            [one] = generate(
+                model, tokenizer, [body["prompt"]], max_new_tokens=body["max_tokens"],
+                stop_ids=templates.end_of_turn_ids(tokenizer), temperature=body["temperature"], seed=body["seed"],
+            )  # fmt: skip
+        ids = [*one.ids, *([one.stop_id] if one.stop_id is not None else [])]
+        choice = {"index": 0, "text": one.text, "finish_reason": one.finish_reason, "token_ids": ids}
+        return 200, json.dumps({"choices": [choice]}), {}
+
+    with serving(reply) as (url, seen):
+        yield url, seen
+
+
+def test_any_engine_answers_a_suite_and_is_checked(tmp_path, tiny_model_folder, small_file, tiny_server):
+    url, seen = tiny_server
+    told = []
+    _, found = answered(tmp_path / "a", tiny_model_folder, small_file, watch=told.append)
+    name = tiny_model_folder.name
+    check = found["engine_check"][name]
+    assert (check["engine"], check["passed"], len(check["items"])) == (
+        "padded",
+        True,
+        4,
+    )  # drawn answers cannot be
+    assert any(event.get("name") == f"engine check of {name}" for event in told)
+    asked = small_file.with_name("greedy.jsonl")
+    asked.write_text("".join(line + "\n" for line in small_file.read_text().splitlines() if '"math"' in line))
+    greedy = outputs(answered(tmp_path / "g", tiny_model_folder, asked)[0])
+    for engine, more in (
+        ("paged", {}),
+        ("openai", {"server": {"base_url": url, "models": {name: "my-tiny"}}}),
+    ):
+        rows, found = answered(tmp_path / engine, tiny_model_folder, asked, engine=engine, **more)
+        assert outputs(rows) == greedy
+        assert {row.generation["engine"] for row in rows} == {engine}
+        assert found["engine_check"][name]["passed"]
+    assert {body["model"] for _, body, _ in seen} == {"my-tiny"}
+    assert not (tmp_path / "openai/unfinished").exists()
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_suite_that_is_stopped_goes_on_where_it_stopped(tmp_path, tiny_model_folder, small_file, turn):
+    made, _ = answered(tmp_path / "whole", tiny_model_folder, small_file, batch_tokens=1)
+    stage = f"{tiny_model_folder.name}: turn {turn} at temperature 0"
+
+    def stop(event):
+        if event["kind"] == "progress" and event["stage"] == stage and event["done"] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        answered(tmp_path / "cut", tiny_model_folder, small_file, watch=stop, batch_tokens=1)
+    assert not (tmp_path / "cut/rows.jsonl").exists()
+    begun = {}
+
+    def first(event):
+        if event["kind"] == "progress":
+            begun.setdefault(event["stage"], (event["done"], event["total"]))
+
+    rows, _ = answered(tmp_path / "cut", tiny_model_folder, small_file, watch=first, batch_tokens=1)
+    assert outputs(rows) == outputs(made)
+    assert begun[stage] == (1, 2), "the answer that was there is not made again"
+    if turn == 2:
+        assert all(done == total for name, (done, total) in begun.items() if "turn 1" in name)
+
+
+def test_attempts_are_drawn_with_a_seed_each_and_refused_where_all_would_be_alike(
+    tmp_path, tiny_model_folder, small_file
+):
+    rows, _ = answered(tmp_path / "a", tiny_model_folder, small_file, attempts=2)
+    drawn = [r for r in rows if r.item == 1 and r.turn == 0]
+    assert [(r.sample, r.generation["seed"]) for r in drawn] == [(0, 0), (1, 1)]
+    assert drawn[0].output != drawn[1].output
+    [line] = [
+        json.loads(text)
+        for text in (tmp_path / f"a/answers/{tiny_model_folder.name}.jsonl").read_text().splitlines()
+        if json.loads(text)["question_id"] == 2
+    ]
+    assert [choice["index"] for choice in line["choices"]] == [0, 1]
+    assert [choice["turns"][0] for choice in line["choices"]] == [r.output for r in drawn]
+    small_file.write_text(small_file.read_text().splitlines()[0])
+    with pytest.raises(TunesmithError, match="greedily"):
+        answered(tmp_path / "b", tiny_model_folder, small_file, attempts=2)
+
+
 def judge_file(folder, url):
     path = folder / "judge.yaml"
     path.write_text(json.dumps({"model": "j", "base_url": url, "backoff": 0}))
@@ -192,8 +303,8 @@ def test_prompt_files_of_any_kind_make_a_pair_wise_suite(tmp_path, tiny_model_fo
     own = suites.suite_of("alpaca")
     with pytest.raises(TunesmithError, match="baseline"):
         bench.run_suite(
-            tiny_model_folder, own, questions=lines, references=None, judge=None, baseline=None, max_new_tokens=4,
-            output=tmp_path, watch=lambda event: None,
+            tiny_model_folder, own, questions=lines, references=None, judge=None, baseline=None,
+            evaluation=Evaluation(), output=tmp_path, watch=lambda event: None,
         )  # fmt: skip
 
 

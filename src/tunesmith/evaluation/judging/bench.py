@@ -7,11 +7,13 @@ suite.json           what was asked of whom      graded/, compared/   a folder o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tunesmith import engines
+from tunesmith.engines.check import EngineCheck
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.evaluation.judging import suites
 from tunesmith.evaluation.judging.folder import judge_into
@@ -27,6 +29,7 @@ from tunesmith.evaluation.judging.judgments import (
 from tunesmith.evaluation.judging.settings import Judge
 from tunesmith.evaluation.judging.suites import Suite
 from tunesmith.evaluation.rows import EvalRow, read_rows, write_rows
+from tunesmith.recipe import Evaluation, Server
 from tunesmith.training.run import Watch, write_whole
 
 
@@ -38,11 +41,10 @@ def run_suite(
     references: str | Path | None,
     judge: Judge | None,
     baseline: str | Path | None,
-    max_new_tokens: int,
+    evaluation: Evaluation,
     output: Path,
     calibrated: bool = True,
     watch: Watch,
-    load: Callable[[str], tuple[Any, Any]] | None = None,
 ) -> dict[str, Any]:
     """Answer a suite with a model and, where a judge is given, let it judge; gives what `suite.json` holds.
 
@@ -58,7 +60,18 @@ def run_suite(
             fix="Give --baseline MODEL, or a file of answers.",
         )
     name, other = _names(model, baseline)
-    answering = {"max_new_tokens": max_new_tokens, "suite": suite.name}
+    if evaluation.attempts > 1 and not any(suite.temperature(question) for question in asked):
+        raise TunesmithError(
+            f"All questions of '{suite.name}' are answered greedily, so {evaluation.attempts} answers would be alike.",
+            fix="Leave --attempts out, or give questions a required_temperature.",
+        )
+    answering = {
+        "suite": suite.name,
+        "max_new_tokens": evaluation.max_new_tokens,
+        "samples": evaluation.attempts,
+        "engine": evaluation.engine,
+    }
+    checks: list[EngineCheck] = []
     given: list[Answers] = []
     rows: list[EvalRow] = []
     for who, which in ((name, model), (other, baseline)):
@@ -67,10 +80,13 @@ def run_suite(
         if who == other and str(which).endswith(".jsonl"):
             given.append(replace(read_answers(which), model=str(who)))
             continue
-        own = _rows_of(output, str(who), str(which), asked, suite, answering, watch, load or load_for_suite)
+        own = _rows_of(output, str(who), str(which), asked, suite, answering, evaluation, checks, watch)
         rows += own
         given.append(suites.answers_of(own, asked, str(who)))
-        write_answers(output / "answers" / f"{who}.jsonl", given[-1])
+        further = [
+            suites.answers_of(own, asked, str(who), sample=sample) for sample in range(1, evaluation.attempts)
+        ]
+        write_answers(output / "answers" / f"{who}.jsonl", given[-1], further)
     found: dict[str, Any] = {
         "suite": suite.name,
         "model": name,
@@ -79,6 +95,7 @@ def run_suite(
         "turns": sum(len(q.turns) for q in asked),
         **answering,
         "answers": {one.model: _answer_facts(rows, one.model) for one in given},
+        "engine_check": {check.model: check.as_dict() for check in checks},
     }
     if judge:
         if suite.name == "arena" and judge.prompts is None:
@@ -120,6 +137,15 @@ def _names(model: str | Path, baseline: str | Path | None) -> tuple[str, str | N
 
 def load_for_suite(model: str) -> tuple[Any, Any]:
     """A causal model with its tokenizer, its chat template settled."""
+    source = source_of(model)
+    return source.model, source.tokenizer
+
+
+def source_of(model: str, *, name: str = "model", server: Server | None = None) -> engines.Source:
+    """A causal model as engines take it, its chat template settled; loaded when one needs it.
+
+    Raises ModelError for a model of another kind.
+    """
     from tunesmith import models
     from tunesmith import plan as planning
     from tunesmith.data.templates import set_template
@@ -131,7 +157,16 @@ def load_for_suite(model: str) -> tuple[Any, Any]:
     tokenizer = models.load_tokenizer(model)
     set_template(tokenizer, None)
     device = planning.device()
-    return models.load_model(model, dtype=planning.inference_dtype("auto", device), device=device), tokenizer
+    dtype = planning.inference_dtype("auto", device)
+    return engines.Source(
+        name,
+        tokenizer,
+        lambda: models.load_model(model, dtype=dtype, device=device),
+        model,
+        dtype=dtype,
+        device=device,
+        server=server or Server(),
+    )
 
 
 def _rows_of(
@@ -141,8 +176,9 @@ def _rows_of(
     questions: Sequence[Question],
     suite: Suite,
     answering: dict[str, Any],
+    evaluation: Evaluation,
+    checks: list[EngineCheck],
     watch: Watch,
-    load: Callable[[str], tuple[Any, Any]],
 ) -> list[EvalRow]:
     from tunesmith import models
 
@@ -152,20 +188,44 @@ def _rows_of(
         watch({"kind": "decision", "name": "answers", "value": f"those of {name} that lie there",
                "reason": "same model, questions and settings"})  # fmt: skip
         return read_rows(file)
-    loaded, tokenizer = load(model)
+    source = source_of(model, name=name, server=evaluation.server)
+
+    def checked(check: EngineCheck) -> None:
+        checks.append(check)
+        watch(
+            {
+                "kind": "decision",
+                "name": f"engine check of {name}",
+                "value": check.sentence(),
+                "reason": f"answers of the {check.engine} engine, read again alone",
+            }
+        )
+        if not check.passed:
+            watch({"kind": "warning", "message": check.warning()})
+
+    unfinished = output / "unfinished"
     rows = suites.answer(
-        loaded,
-        tokenizer,
+        source,
+        source.tokenizer,
         questions,
         name=name,
         suite=suite,
-        max_new_tokens=answering["max_new_tokens"],
+        max_new_tokens=evaluation.max_new_tokens,
+        samples=evaluation.attempts,
+        batch_tokens=evaluation.batch_tokens,
+        engine=evaluation.engine,
+        folder=unfinished,
+        engine_check=evaluation.engine_check,
+        checked=checked,
+        warn=lambda message: watch({"kind": "warning", "message": message}),
         progress=lambda stage, done, total: watch(
             {"kind": "progress", "stage": stage, "done": done, "total": total}
         ),
     )
     write_rows(file, rows)
     write_whole(facts, json.dumps({"sha256": mark, "model": model, **answering}))
+    engines.forget(unfinished)
+    unfinished.rmdir()
     broken = sum(row.status != "ok" for row in rows)
     if broken:
         watch({"kind": "warning", "message": f"{name} gave no answer to {broken} of {len(rows)} turns."})

@@ -161,14 +161,20 @@ def read_answers(path: str | Path) -> Answers:
     return Answers(models.pop(), turns)
 
 
-def write_answers(path: str | Path, answers: Answers) -> Path:
-    """Answers in FastChat's format, ordered as they are; the answer's id is a hash of what it says."""
+def write_answers(path: str | Path, answers: Answers, further: Sequence[Answers] = ()) -> Path:
+    """Answers in FastChat's format, ordered as they are; the answer's id is a hash of what it says.
+
+    `further` are the same model's further samples, which stand as `choices` behind the one that is judged.
+    """
     rows = (
         {
             "question_id": id,
             "answer_id": hashlib.sha256(json.dumps([answers.model, id, turns]).encode()).hexdigest()[:22],
             "model_id": answers.model,
-            "choices": [{"index": 0, "turns": list(turns)}],
+            "choices": [
+                {"index": index, "turns": list(one)}
+                for index, one in enumerate([turns, *(more.turns.get(id, ()) for more in further)])
+            ],
             "tstamp": round(time.time(), 3),
         }
         for id, turns in answers.turns.items()

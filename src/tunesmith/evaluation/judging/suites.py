@@ -9,16 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from tunesmith import engines
 from tunesmith.data import templates
 from tunesmith.data.examples import Message, Unusable
+from tunesmith.engines.check import EngineCheck
 from tunesmith.errors import DataError, TunesmithError, nearest
+from tunesmith.evaluation import check_engine
 from tunesmith.evaluation.judging.judgments import Answers, Id, Question, read_questions
 from tunesmith.evaluation.rows import EvalRow
+from tunesmith.generation import Generated
 from tunesmith.models import files_of
 
 TEMPERATURES = {
@@ -29,6 +33,8 @@ TEMPERATURES = {
 OTHER_TEMPERATURE = 0.7
 """That of a category which it does not know."""
 MAX_NEW_TOKENS = 1024
+SETTINGS = ("max_new_tokens", "attempts", "engine", "engine_check", "batch_tokens", "server")
+"""Settings of `evaluation` that suites go by."""
 PROMPT_KEYS = ("prompt", "instruction", "question", "text")
 
 
@@ -141,17 +147,27 @@ def answer(
     max_new_tokens: int = MAX_NEW_TOKENS,
     samples: int = 1,
     batch_tokens: int = 8192,
+    engine: str = "padded",
+    folder: Path | None = None,
+    engine_check: int = 0,
+    checked: Callable[[EngineCheck], None] | None = None,
+    warn: Callable[[str], None] = lambda message: None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[EvalRow]:
-    """One row per question, turn and sample, through the model's own chat template.
+    """One row per question, turn and sample, through the model's own chat template, by any of the engines.
 
-    Turn k of all questions is answered in one go (of each temperature), then turn k + 1 with these answers before
-    it. A conversation that the template refuses, or that leaves no room for an answer, ends there with an error.
+    `model` is one in this process, or an `engines.Source`. Turn k of all questions is answered in one go (of each
+    temperature), then turn k + 1 with these answers before it. Sample k draws with seed k. A conversation that the
+    template refuses, or that leaves no room for an answer, ends there with an error. In `folder` each answer is kept as
+    it comes, so that the same call goes on where it was killed. `engine_check` greedy answers are read again alone.
     """
-    from tunesmith.generation import generate
-
-    stop_ids = templates.end_of_turn_ids(tokenizer)
+    source = model if isinstance(model, engines.Source) else engines.Source(name, tokenizer, lambda: model)
+    asking = engines.Asked(
+        [], max_new_tokens, templates.end_of_turn_ids(tokenizer), batch_tokens=batch_tokens
+    )
     rows: list[EvalRow] = []
+    greedy: list[tuple[int, tuple[int, ...], Generated]] = []
+    wrote = engine
     for sample in range(samples):
         talks: dict[int, list[Message]] = {n: [] for n in range(len(questions))}
         for turn in range(max(len(q.turns) for q in questions)):
@@ -171,19 +187,23 @@ def answer(
                     del talks[number]
             for temperature in sorted({suite.temperature(questions[n]) for n in asked}):
                 part = [n for n in asked if suite.temperature(questions[n]) == temperature]
-                stage = f"{name}: turn {turn + 1} at temperature {temperature:g}"
-                found = generate(
-                    model,
-                    tokenizer,
-                    [asked[n] for n in part],
-                    max_new_tokens=max_new_tokens,
-                    stop_ids=stop_ids,
-                    batch_tokens=batch_tokens,
-                    temperature=temperature,
-                    seed=sample,
+                which = f" of sample {sample + 1}" if samples > 1 else ""
+                stage = f"{name}: turn {turn + 1}{which} at temperature {temperature:g}"
+                found, settings = engines.answers(
+                    source,
+                    # What is greedy hangs on no seed: a further sample of it is found in the folder.
+                    replace(
+                        asking,
+                        prompts=[asked[n] for n in part],
+                        temperature=temperature,
+                        seed=sample if temperature else 0,
+                    ),
+                    engine=engine,
+                    folder=folder,
                     progress=_told(progress, stage, len(part)),
+                    say=warn,
                 )
-                settings = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": sample}
+                wrote = settings["engine"]
                 for number, given in zip(part, found, strict=True):
                     question = questions[number]
                     if not given.ids and given.finish_reason == "length":
@@ -191,6 +211,8 @@ def answer(
                         rows += _failed(name, suite, number, question, turn, sample, why)
                         del talks[number]
                         continue
+                    if not temperature and not sample:
+                        greedy.append((number, asked[number], given))
                     talks[number].append(Message("assistant", given.text))
                     rows.append(
                         _row(
@@ -199,14 +221,21 @@ def answer(
                             generation={**settings, "new_tokens": len(given.ids)},
                         )
                     )  # fmt: skip
+    if checked and engine_check and greedy:
+        numbers, prompts, texts = zip(*greedy, strict=True)
+        checked(check_engine(source, replace(asking, prompts=prompts), texts, wrote, numbers, engine_check))
+    elif checked and engine_check:
+        warn(f"The engine check of {name} is left out: all its answers are drawn, none is greedy.")
     return sorted(rows, key=lambda row: (row.item, row.sample, row.turn))
 
 
-def answers_of(rows: Sequence[EvalRow], questions: Sequence[Question], name: str) -> Answers:
-    """The first sample of a model's rows as answers by question; those that broke off have fewer turns."""
+def answers_of(
+    rows: Sequence[EvalRow], questions: Sequence[Question], name: str, *, sample: int = 0
+) -> Answers:
+    """A sample of a model's rows as answers by question; those that broke off have fewer turns."""
     turns: dict[Id, tuple[str, ...]] = {}
     for row in sorted(rows, key=lambda r: (r.item, r.turn)):
-        if row.model == name and row.sample == 0 and row.output is not None:
+        if row.model == name and row.sample == sample and row.output is not None:
             id = questions[row.item].id
             turns[id] = (*turns.get(id, ()), row.output)
     return Answers(name, turns)

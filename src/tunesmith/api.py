@@ -1029,7 +1029,8 @@ def judge(
     again. The report of a run that is judged alone is written anew.
     """
     from tunesmith.evaluation.judging import folder as judging
-    from tunesmith.evaluation.judging.judgments import read_questions, with_references
+    from tunesmith.evaluation.judging.judgments import with_references
+    from tunesmith.evaluation.judging.questions import read_questions
     from tunesmith.evaluation.judging.settings import load_judge
 
     launch.require_one_process()
@@ -1047,9 +1048,7 @@ def judge(
     own, given = judging.answered(answers)
     asked = read_questions(questions) if questions else own
     if not asked:
-        raise TunesmithError(
-            "The questions of these answers are missing.", fix="Give --questions FILE, in FastChat's format."
-        )
+        raise TunesmithError("The questions of these answers are missing.", fix="Give --questions FILE.")
     run = open_run(answers[0]) if len(answers) == 1 and is_run(Path(answers[0]).expanduser()) else None
     place = Path(output) if output else run.evaluation / f"judged_{mode}" if run else Path("judged")
     found = judging.judge_into(

@@ -125,7 +125,8 @@ JudgeOption = Annotated[
     ),
 ]
 QuestionsOption = Annotated[
-    Path | None, typer.Option("--questions", metavar="FILE", help="Questions in FastChat's JSONL format.")
+    Path | None,
+    typer.Option("--questions", metavar="FILE", help="File of questions or prompts (docs/mt-bench.md)."),
 ]
 ReferencesOption = Annotated[
     Path | None,

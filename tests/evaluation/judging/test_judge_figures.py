@@ -20,10 +20,10 @@ from tunesmith.evaluation.judging.judgments import (
     Single,
     read_answers,
     read_judgments,
-    read_questions,
     write_answers,
     write_judgments,
 )
+from tunesmith.evaluation.judging.questions import read_questions
 from tunesmith.evaluation.judging.replay import replay
 
 
@@ -247,7 +247,7 @@ def test_a_question_answered_twice_and_references_of_any_judge(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "Line 1 .* is not JSON"), ('{"a": 1}', "found: the keys a"), ("", "no judgment"),
+        ("{", "x.jsonl, line 1, column 2"), ('{"a": 1}', "found: the keys a"), ("", "no rows"),
         (json.dumps(single_row(1, 5)) + "\n" + json.dumps(pair_row(1, "tie", "tie")), "grades and comparisons"),
         (json.dumps(pair_row(1, "A", "tie")), "winners among"),
     ],

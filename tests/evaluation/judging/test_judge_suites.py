@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import collections
+import csv
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import types
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from judge_servers import openai, serving
 from typer.testing import CliRunner
@@ -21,6 +25,7 @@ from tunesmith.data.examples import Message
 from tunesmith.errors import DataError, MissingExtra, TunesmithError
 from tunesmith.evaluation.judging import bench, harness, suites
 from tunesmith.evaluation.judging.judgments import Answers, Question, read_answers, write_answers
+from tunesmith.evaluation.judging.questions import read_questions
 from tunesmith.evaluation.rows import read_rows
 from tunesmith.generation import generate
 from tunesmith.recipe import Evaluation
@@ -331,11 +336,80 @@ def test_options_that_do_nothing_are_refused(arguments, said, tiny_model_folder)
     assert said in found["error"]
 
 
-def test_a_row_without_a_prompt_is_named(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"prmt": "x"}\n')
-    with pytest.raises(DataError, match="Line 1"):
-        suites.prompts_of(path)
+ROWS = [
+    {"prompt": "count, please", "category": "c", "reference": "three"},
+    {"prompt": "hello", "category": "d"},
+]
+
+
+def as_file(folder, suffix, rows):
+    """The rows as a file of each kind that the data room reads."""
+    path = folder / f"prompts{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_text(json.dumps(rows, indent=1) if suffix == ".json" else lines)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+def test_questions_are_read_from_any_file_of_the_data_room(tmp_path, suffix):
+    first, second = read_questions(as_file(tmp_path, suffix, ROWS))
+    assert first == Question(1, "c", ("count, please",), ("three",))
+    assert second == Question(2, "d", ("hello",))
+    turns = ["what?", "and?", "so?"]
+    cell = json.dumps(turns) if suffix == ".csv" else turns
+    rows = [{"question_id": 85, "turns": cell, "required_temperature": 0.3}]
+    [asked] = read_questions(as_file(tmp_path, suffix, rows))
+    assert asked == Question(85, "writing", tuple(turns), (), 0.3), "FastChat's category, by its number"
+
+
+def test_shapes_of_questions(tmp_path):
+    def read(*rows):
+        return read_questions(as_file(tmp_path, ".jsonl", rows))
+
+    hard = {"uid": "a1", "category": "hard_prompt", "prompt": "p"}
+    older = {"question_id": "b", "turns": [{"content": "q"}]}
+    alpaca = {"instruction": "i", "output": "o", "dataset": "koala"}
+    first, second, third = read(hard, older, alpaca)
+    assert (first.id, second.turns, third) == ("a1", ("q",), Question(3, "koala", ("i",)))
+    said = [("user", "one"), ("assistant", "1"), ("user", "two"), ("assistant", "2"), ("user", "three")]
+    [asked] = read({"messages": [{"role": role, "content": text} for role, text in said]})
+    assert (asked.turns, asked.references) == (("one", "two", "three"), ("1", "2"))
+    [asked] = read({"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "1"}]})
+    assert (asked.turns, asked.references) == (("one",), ("1",))
+    numbered = [{"question_id": id, "turns": ["a"]} for id in (81, 160)]
+    assert [q.category for q in read(*numbered)] == ["writing", "humanities"]
+    assert [q.category for q in read(*numbered, {"question_id": 161, "turns": ["a"]})] == ["", "", ""]
+    assert [q.category for q in read({**numbered[0], "category": "math"})] == ["math"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"prompt": "a"}\n{"prmt": "x"}', r"prompts.jsonl:2 holds no prompt.*Did you mean 'prompt' for 'prmt'"),
+        ('{"prompt": "a"}\n{"prompt"', "prompts.jsonl, line 2, column 10"),
+        ('{"turns": ["a", 3]}', "jsonl:1 does not fit: expected turns"),
+        ('{"turns": ["a"], "question_id": [1]}', "expected question_id as a number or text"),
+        ('{"turns": ["a"], "required_temperature": "hot"}', "expected required_temperature"),
+        ('{"question_id": 1, "turns": ["a"]}\n{"question_id": 1, "turns": ["b"]}', "twice.*prompts.jsonl:2"),
+        ('{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]}', "cannot ask"),
+        ('{"messages": [{"role": "usr", "content": "s"}]}', "jsonl:1 holds no conversation"),
+        ("", "no rows"),
+    ],
+)  # fmt: skip
+def test_a_file_of_questions_that_does_not_fit_says_where(tmp_path, text, said):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError) as caught:
+        read_questions(path)
+    assert re.search(said, str(caught.value), re.DOTALL), str(caught.value)
 
 
 # lm-evaluation-harness: the real one is an extra; this stands in for it at its own seam.

@@ -158,7 +158,7 @@ def test_the_pack_is_what_it_says():
         ((), "Who judges"), (("x.jsonl",), "Who judges"), (("--judge", "local:tiny"), "What is to be judged"),
         (("x.jsonl", "--judge", "local:tiny", "--mode", "pairs"), "Did you mean 'pair'"),
         (("x.jsonl", "--replay", "y"), "asks nobody"), (("--mode", "pair", "--replay", "y"), "leave --mode out"),
-        (("x.jsonl", "--judge", "local:tiny"), "cannot be read"),
+        (("x.jsonl", "--judge", "local:tiny"), "There is no file x.jsonl"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_said(arguments, said):

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from tunesmith import engines
 from tunesmith.data import templates
 from tunesmith.data.examples import Message, Unusable
 from tunesmith.engines.check import EngineCheck
-from tunesmith.errors import DataError, TunesmithError, nearest
+from tunesmith.errors import TunesmithError, nearest
 from tunesmith.evaluation import check_engine
-from tunesmith.evaluation.judging.judgments import Answers, Id, Question, read_questions
+from tunesmith.evaluation.judging.judgments import Answers, Id, Question
+from tunesmith.evaluation.judging.questions import read_questions, shipped
 from tunesmith.evaluation.rows import EvalRow
 from tunesmith.generation import Generated
 from tunesmith.models import files_of
@@ -35,7 +35,6 @@ OTHER_TEMPERATURE = 0.7
 MAX_NEW_TOKENS = 1024
 SETTINGS = ("max_new_tokens", "attempts", "engine", "engine_check", "batch_tokens", "server")
 """Settings of `evaluation` that suites go by."""
-PROMPT_KEYS = ("prompt", "instruction", "question", "text")
 
 
 @dataclass(frozen=True)
@@ -52,51 +51,15 @@ class Suite:
 
 
 def mt_bench_questions(path: str | Path | None = None) -> list[Question]:
-    """MT-Bench's questions from a file in FastChat's format, or our own 80 of the same shape."""
-    if path is not None:
-        return read_questions(path)
-    with resources.as_file(resources.files("tunesmith.assets").joinpath("mt_bench/questions.jsonl")) as own:
-        return read_questions(own)
+    """MT-Bench's questions from a file, or our own 80 of the same shape."""
+    return shipped() if path is None else read_questions(path)
 
 
 def prompts_of(path: str | Path | None) -> list[Question]:
-    """The prompts of a JSONL or text file: FastChat's questions, one text per row, or one text per line.
-
-    Raises TunesmithError where no file is given, and DataError naming the row that holds no prompt.
-    """
+    """The prompts of a file. Raises TunesmithError where none is given."""
     if path is None:
         raise TunesmithError("The prompts of this suite are missing.", fix="Give --questions FILE.")
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read.", found=str(error)) from None
-    found: list[Question] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        row: Any = line.strip()
-        if Path(path).suffix != ".txt":
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"Line {number} of {path} is not JSON.", found=str(error)) from None
-        if isinstance(row, dict) and "turns" in row:
-            return read_questions(path)
-        text = row if isinstance(row, str) else next((row[k] for k in PROMPT_KEYS if row.get(k)), None)
-        if isinstance(row, dict) and isinstance(text, str) and row.get("input"):
-            text = f"{text}\n\n{row['input']}"
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(
-                f"Line {number} of {path} holds no prompt.",
-                fix=f"Name its column one of: {', '.join(PROMPT_KEYS)}.",
-            )
-        about = row if isinstance(row, dict) else {}
-        reference = about.get("reference") or about.get("answer") or ""
-        category = str(about.get("category") or about.get("dataset") or "")
-        found.append(Question(number, category, (text,), (str(reference),) if reference else ()))
-    if not found:
-        raise DataError(f"There is no prompt in {path}.")
-    return found
+    return read_questions(path)
 
 
 def _by_category(question: Question) -> float:

@@ -953,7 +953,8 @@ def evaluate_suite(
 
     `lm-eval:TASKS` runs tasks of lm-evaluation-harness. `settings` may set how the answers are made: `max_new_tokens`
     of `evaluation`, by default 1024, its `attempts`, `engine`, `engine_check`, `batch_tokens` and `server`. All is
-    written to `output`, by default `<run>/evaluation/<suite>` or `evaluations/<model>_<suite>`.
+    written to `output`, by default `<run>/evaluation/<suite>` or `evaluations/<model>_<suite>`; answers that lie there
+    under other settings are never written over (then `<suite>-2`, or with `output` an error).
     """
     from tunesmith.compose import overlaid, validated
     from tunesmith.evaluation.judging import bench, harness, suites
@@ -1000,12 +1001,13 @@ def evaluate_suite(
         baseline=baseline,
         evaluation=evaluation,
         output=place,
+        apart=output is None,
         calibrated=calibrate,
         watch=watch,
     )
     if run:
         _report_again(run)
-    return {**found, "output": str(place)}
+    return found
 
 
 def judge(

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -31,6 +32,7 @@ from tunesmith.generation import generate
 from tunesmith.recipe import Evaluation
 
 CATEGORIES = ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
+ARENA = Path(bench.__file__).with_name("arena_prompts.yaml")
 MT_BENCH = suites.SUITES["mt-bench"]
 
 
@@ -313,10 +315,10 @@ def test_prompt_files_of_any_kind_make_a_pair_wise_suite(tmp_path, tiny_model_fo
         )  # fmt: skip
 
 
-def test_the_arena_judge_answers_first(tmp_path):
+def test_the_arena_judge_answers_first():
     from tunesmith.evaluation.judging.prompts import Turn, load_prompts, pair
 
-    system, _ = pair(load_prompts(bench._arena_prompts(tmp_path)), [Turn("q")], ["a"], ["b"])
+    system, _ = pair(load_prompts(ARENA), [Turn("q")], ["a"], ["b"])
     assert "First write your own answer" in system["content"]
 
 
@@ -410,6 +412,69 @@ def test_a_file_of_questions_that_does_not_fit_says_where(tmp_path, text, said):
     with pytest.raises(DataError) as caught:
         read_questions(path)
     assert re.search(said, str(caught.value), re.DOTALL), str(caught.value)
+
+
+# Answers that are there are never written over, and no judgment is left beside answers that it is not of.
+
+
+def of_folder(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_answers_of_other_settings_are_kept_apart_by_name_or_refused(
+    tmp_path, tiny_model_folder, small_file, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    name = tiny_model_folder.name
+    arguments = (tiny_model_folder, "--suite", "mt-bench", "--questions", small_file, "--max-new-tokens")
+    first = evaluate(*arguments, 6)[1]["output"]
+    assert first == f"evaluations/{name}_mt-bench"
+    before = of_folder(tmp_path / first)
+    told = []
+    again = api.evaluate_suite(
+        tiny_model_folder, "mt-bench", questions=small_file, settings={"evaluation": {"max_new_tokens": 4}},
+        watch=told.append,
+    )  # fmt: skip
+    assert again["output"] == f"{first}-2"
+    assert of_folder(tmp_path / first) == before
+    [event] = [event for event in told if event.get("name") == "output"]
+    assert event["reason"] == f"{first} has max new tokens 6 instead of 4"
+    assert evaluate(*arguments, 4)[1]["output"] == f"{first}-2"
+    code, found = evaluate(*arguments, 5, "--output", first)
+    assert code == 1
+    assert "max new tokens 6 instead of 5" in found["error"]
+    small_file.write_text(small_file.read_text().replace("hello yes", "hello no"))
+    assert "other questions" in evaluate(*arguments, 6, "--output", first)[1]["error"]
+    assert of_folder(tmp_path / first) == before
+    code, found = evaluate(*arguments, 0)
+    assert (code, "evaluation.max_new_tokens" in found["error"]) == (1, True)
+
+
+def test_judgments_stay_with_their_answers_and_another_judge_gets_a_folder_of_its_own(
+    tmp_path, tiny_model_folder, small_file, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = (tiny_model_folder, "--suite", "mt-bench", "--questions", small_file, "--max-new-tokens", "6",
+                 "--no-calibrate")  # fmt: skip
+    plain = evaluate(*arguments)[1]
+    assert "graded" not in plain
+    with serving(lambda number, body: openai("Rating: [[4]]")) as (url, _):
+        judged = evaluate(*arguments, "--judge", judge_file(tmp_path, url))[1]
+        assert judged["output"] == plain["output"], "a judge may come to answers that have none"
+        rows = read_rows(f"{plain['output']}/rows.jsonl")
+        assert {row.scores.get("judge_grade") for row in rows if row.output.strip()} == {4.0}
+        unjudged = evaluate(*arguments)[1]
+        assert unjudged["graded"] == judged["graded"], "and what it said stays"
+        assert read_rows(f"{plain['output']}/rows.jsonl") == rows
+        before = of_folder(tmp_path / plain["output"])
+        monkeypatch.setattr(suites, "answer", None)  # nothing is answered again
+        stranger = tmp_path / "k.yaml"
+        stranger.write_text(json.dumps({"model": "k", "base_url": url, "backoff": 0}))
+        other = evaluate(*arguments, "--judge", stranger)[1]
+        assert other["output"] == plain["output"] + "-2"
+        assert of_folder(tmp_path / plain["output"]) == before
+    asked = json.loads((tmp_path / other["output"] / "asked.json").read_text())
+    assert asked["judge"][0] == "k"
 
 
 # lm-evaluation-harness: the real one is an extra; this stands in for it at its own seam.

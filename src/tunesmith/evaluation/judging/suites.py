@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from tunesmith.evaluation.judging.judgments import Answers, Id, Question
 from tunesmith.evaluation.judging.questions import read_questions, shipped
 from tunesmith.evaluation.rows import EvalRow
 from tunesmith.generation import Generated
-from tunesmith.models import files_of
 
 TEMPERATURES = {
     "writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0.0, "math": 0.0, "coding": 0.0,
@@ -202,14 +201,6 @@ def answers_of(
             id = questions[row.item].id
             turns[id] = (*turns.get(id, ()), row.output)
     return Answers(name, turns)
-
-
-def fingerprint(questions: Sequence[Question], location: str, settings: Mapping[str, Any]) -> str:
-    """A hash of all that a model's answers depend on; of a model folder, its files' sizes and times."""
-    folder = Path(location)
-    files = files_of(folder) if folder.is_dir() else []
-    facts = [[asdict(q) for q in questions], str(location), files, dict(settings)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _failed(

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from tunesmith import api, models
 from tunesmith.cli import app
+from tunesmith.compose import compose
 from tunesmith.data import templates
 from tunesmith.data.examples import Message
 from tunesmith.errors import DataError, MissingExtra, TunesmithError
@@ -475,6 +476,85 @@ def test_judgments_stay_with_their_answers_and_another_judge_gets_a_folder_of_it
         assert of_folder(tmp_path / plain["output"]) == before
     asked = json.loads((tmp_path / other["output"] / "asked.json").read_text())
     assert asked["judge"][0] == "k"
+
+
+# Questions that a model has met in training
+
+
+@pytest.fixture(scope="module")
+def trained_run(tiny_model_folder, tmp_path_factory):
+    """A run that was trained on the first of SMALL, word for word, in a longer conversation."""
+    folder = tmp_path_factory.mktemp("trained")
+    rows = [
+        {"messages": [
+            {"role": "user", "content": "what is one"}, {"role": "assistant", "content": "1"},
+            {"role": "user", "content": "thank you"}, {"role": "assistant", "content": "yes"},
+        ]},
+        *({"messages": [{"role": "user", "content": f"row {n} of {n * n}"}, {"role": "assistant", "content": "no"}]}
+          for n in range(11)),
+    ]  # fmt: skip
+    file = folder / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    layer = {
+        "output_dir": str(folder), "name": "run", "model": {"base": str(tiny_model_folder)},
+        "data": {"dataset": str(file), "validation": 0.0, "held_out": 0.0, "max_length": 64},
+        "training": {"max_steps": 1, "per_device_train_batch_size": 1, "warmup_steps": 0},
+        "evaluation": {"skip": True},
+    }  # fmt: skip
+    return Path(api.train(compose(layer).recipe).run)
+
+
+def test_questions_met_in_training_are_told_and_the_figures_given_without_them(
+    tmp_path, tiny_model_folder, trained_run, small_file
+):
+    """The judge prefers what the run says to the question that it was trained on, and nothing else."""
+
+    def reply(number, body):
+        text = body["messages"][1]["content"]
+        if "of A]" not in text:
+            return openai("Rating: [[9]]" if "what is one" in text else "Rating: [[3]]")
+        return openai("Verdict: [[C]]")
+
+    told = []
+    with serving(reply) as (url, _):
+        found = api.evaluate_suite(
+            trained_run, "mt-bench", questions=small_file, judge=judge_file(tmp_path, url), calibrate=False,
+            baseline=tiny_model_folder, settings={"evaluation": {"max_new_tokens": 6}}, watch=told.append,
+        )  # fmt: skip
+    base = tiny_model_folder.name
+    leak = found["leakage"]
+    assert (leak["questions"], leak["leaked"], leak["unknown"]) == (
+        4,
+        1,
+        {base: "it is no run of tunesmith."},
+    )
+    assert any(f"What {base} was trained on is not known" in str(event.get("message")) for event in told)
+    assert any(event.get("name") == "leakage" and "1 of 4" in event["value"] for event in told)
+    every, clean = (part["models"]["run"]["score"] for part in (
+        found["graded"]["ours"], leak["clean"]["graded"]["ours"]
+    ))  # fmt: skip
+    assert (every["n"], clean["n"], clean["value"]) == (7, 5, 3.0)
+    assert every["value"] == pytest.approx((2 * 9 + 5 * 3) / 7)
+    assert "run has 3.00" in leak["clean"]["graded"]["sentences"][0]
+    assert leak["clean"]["compared"]["ours"]["pairs"][0]["n"] == 5
+    assert found["output"] == str(trained_run / "evaluation/mt-bench")
+    kept = json.loads((trained_run / "evaluation/mt-bench/leakage.json").read_text())
+    assert kept["leaked"] == {"0": "other answer"}
+    again = api.evaluate_suite(
+        trained_run, "mt-bench", questions=small_file, baseline=tiny_model_folder,
+        settings={"evaluation": {"max_new_tokens": 6}},
+    )  # fmt: skip
+    assert again["output"] == found["output"], "what is written into a run is no change of its model"
+    assert again["leakage"] == leak
+
+
+def test_training_data_that_is_not_known_is_said(tmp_path, tiny_model_folder, small_file):
+    _, found = answered(tmp_path / "a", tiny_model_folder, small_file)
+    assert found["leakage"]["remarks"] == [
+        f"What {tiny_model_folder.name} was trained on is not known, so it may have met any question: it is no run of "
+        "tunesmith."
+    ]
+    assert "leaked" not in found["leakage"]
 
 
 # lm-evaluation-harness: the real one is an extra; this stands in for it at its own seam.

@@ -3,6 +3,7 @@
 answers/NAME.jsonl   FastChat's format           rows.jsonl           our record, with grades
 questions.jsonl      what was asked              graded/, compared/   a folder of judgments each
 suite.json           every figure                asked.json           what all of it depends on
+leakage.json         questions met in training
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 from tunesmith import engines
 from tunesmith.engines.check import EngineCheck
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.evaluation.judging import suites
+from tunesmith.evaluation import leakage
+from tunesmith.evaluation.judging import met, suites
 from tunesmith.evaluation.judging.folder import judge_into
 from tunesmith.evaluation.judging.judgments import (
     Answers,
@@ -86,13 +88,20 @@ def run_suite(
         judge = judge.model_copy(update={"prompts": str(Path(__file__).with_name("arena_prompts.yaml"))})
     facts = _facts(suite, name, other, sources, from_file, asked, evaluation, judge)
     home, passed = _home(output, facts, apart=apart, watch=watch)
+    known = met.met(
+        asked,
+        {name: str(model), **({other: None if from_file else str(baseline)} if other is not None else {})},
+    )
+    if known.leakage:
+        watch({"kind": "decision", **asdict(leakage.decision(known.leakage))})
+    for message in known.not_known():
+        watch({"kind": "warning", "message": message})
     before = _json(home / "suite.json")
     write_whole(home / "questions.jsonl", "".join(json.dumps(row_of(q)) + "\n" for q in asked))
-    known = _json(home / ASKED) if before else {}
-    # What is not given now stays: a judge that has judged, and the baseline that it compared with.
-    write_whole(
-        home / ASKED, json.dumps({**known, **{k: v for k, v in facts.items() if v is not None}}, indent=1)
-    )
+    # What is not given now stays: a judge that has judged.
+    then = _json(home / ASKED) if before else {}
+    now = {key: value for key, value in facts.items() if value is not None}
+    write_whole(home / ASKED, json.dumps({**then, **now}, indent=1))
     checks: dict[str, Any] = dict(before.get("engine_check", {}))
     given: list[Answers] = []
     rows: list[EvalRow] = []
@@ -101,8 +110,12 @@ def run_suite(
         if own is None:
             own = _answered(sources[who], asked, suite, evaluation, home / "unfinished", checks, watch)
         else:
-            for kept in (_json(folder / "suite.json").get("engine_check", {}) for folder in passed):
-                checks |= {who: kept[who]} if who in kept else {}
+            for folder in passed:
+                checks |= {
+                    one: check
+                    for one, check in _json(folder / "suite.json").get("engine_check", {}).items()
+                    if one == who
+                }
         vars(sources[who]).pop("model", None)  # the next one needs the room
         rows += own
         given.append(suites.answers_of(own, asked, who))
@@ -126,6 +139,7 @@ def run_suite(
         "engine": facts["engine"],
         "answers": {one.model: _answer_facts(rows, one.model) for one in given},
         "engine_check": checks,
+        "leakage": _leak_facts(known, before.get("leakage", {})),
     }
     # The answers are whole from here on, whatever becomes of the judging.
     _write(home, found, rows, asked)
@@ -153,8 +167,39 @@ def run_suite(
             home=home,
             watch=watch,
         )
+        if leaked := known.leaked(asked):
+            judgments = read_judgments(home / part / f"judgments_{mode}.jsonl")
+            clean = met.clean_figures(judgments, asked, leaked, baseline=against)
+            found["leakage"]["clean"][part] = {
+                "ours": clean,
+                "sentences": met.compared(part, found[part]["ours"], clean),
+            }
+    if known.leakage:
+        write_whole(home / "leakage.json", json.dumps(known.leakage.as_dict(), indent=1, ensure_ascii=False))
     _write(home, found, rows, asked)
     return {**found, "output": str(home)}
+
+
+def _leak_facts(known: met.Met, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What was met in training, without the texts, which leakage.json has."""
+    found = known.leakage
+    counted = (
+        {
+            "questions": found.questions,
+            "trained": found.trained,
+            "leaked": len(found.leaked),
+            "review": len(found.review),
+            "counts": dict(found.counts),
+        }
+        if found
+        else {}
+    )
+    return {
+        **counted,
+        "remarks": known.sentences(),
+        "unknown": dict(known.unknown),
+        "clean": before.get("clean", {}),
+    }
 
 
 def _facts(

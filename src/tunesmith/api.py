@@ -988,10 +988,7 @@ def evaluate_suite(
             raise TunesmithError(
                 f"{', '.join(unused)} would have no effect with lm-eval.", fix="Leave it out."
             )
-        return {
-            **harness.run(model, suite.removeprefix("lm-eval:"), place, watch=watch),
-            "output": str(place),
-        }
+        return harness.run(model, suite.removeprefix("lm-eval:"), place, apart=output is None, watch=watch)
     found = bench.run_suite(
         model,
         suites.suite_of(suite),

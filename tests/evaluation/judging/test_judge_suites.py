@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -478,6 +479,103 @@ def test_judgments_stay_with_their_answers_and_another_judge_gets_a_folder_of_it
     assert asked["judge"][0] == "k"
 
 
+# What people see, and what `judge` finds
+
+
+def test_the_verdict_comes_first_and_each_fact_has_a_line(tmp_path, tiny_model_folder, small_file):
+    other = write_answers(
+        tmp_path / "other.jsonl", Answers("o", {q.id: ("red",) * len(q.turns) for q in SMALL})
+    )
+    name = tiny_model_folder.name
+
+    def reply(number, body):
+        return openai(
+            f"Verdict: [[{'A' if 'of B]' + chr(10) + 'red' in body['messages'][1]['content'] else 'B'}]]"
+        )
+
+    arguments = [
+        "evaluate", tiny_model_folder, "--suite", "alpaca", "--questions", small_file, "--max-new-tokens", "6",
+        "--output", tmp_path / "out", "--baseline", other,
+    ]  # fmt: skip
+    plain = CliRunner().invoke(app, [*map(str, arguments), "--quiet"])
+    assert plain.exit_code == 0, plain.output
+    assert plain.stdout.startswith(f"{name} has answered 4 questions; nobody has judged the answers.\n")
+    with serving(reply) as (url, _):
+        arguments += ["--judge", judge_file(tmp_path, url), "--no-calibrate", "--quiet"]
+        result = CliRunner().invoke(app, list(map(str, arguments)))
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith(f"{name} is better than other: a win rate of 1.000 [")
+    facts = {line[:12].strip(): line[12:] for line in lines if line[:1].isalpha() and line[11:12] == " "}
+    assert facts["suite"] == "alpaca: 4 questions, 7 turns"
+    assert facts["engine"] == f"{name}: padded, 7/7 equal or near tie"
+    assert facts["judge"].startswith("j, not calibrated")
+    assert facts["rows"].endswith("rows.jsonl")
+    assert any("was trained on is not known" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "sure", "word"),
+    [
+        ((0.7, 0.6, 0.8), True, "better"), ((0.3, 0.2, 0.4), True, "worse"), ((0.6, 0.4, 0.8), True, "no evidence"),
+        ((0.9, 0.8, 1.0), False, "inconclusive"), ((None, None, None), True, "inconclusive"),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_that_of_the_interval(estimate, sure, word):
+    win_rate = dict(zip(("value", "low", "high"), estimate, strict=True))
+    pair = {"win_rate": win_rate, "is_conclusive": sure, "n": 9}
+    found = {"model": "a", "baseline": "b", "questions": 9, "compared": {"ours": {"pairs": [pair]}}}
+    assert bench.verdict(found)[0] == word
+    shifted = {key: value and value - 0.5 for key, value in win_rate.items()}
+    grades = {"models": {"a": {"is_conclusive": sure}}, "differences": [{"difference": shifted}]}
+    assert bench.verdict({**found, "compared": {}, "graded": {"ours": grades}})[0] == word
+
+
+def test_answers_of_a_suite_bring_its_questions_to_the_judge(tmp_path, tiny_model_folder, monkeypatch):
+    """Of the shipped questions too, with their references: nobody has to name them."""
+    own = suites.mt_bench_questions()
+    monkeypatch.setattr(suites, "shipped", lambda: [own[20], own[30]])
+    answered(tmp_path / "a", tiny_model_folder, None)
+    files = sorted((tmp_path / "a/answers").glob("*.jsonl"))
+    shown = []
+
+    def reply(number, body):
+        shown.append(body["messages"][1]["content"])
+        return openai("Rating: [[5]]")
+
+    with serving(reply) as (url, _):
+        given = ["judge", *files, "--judge", judge_file(tmp_path, url), "--mode", "single", "--no-calibrate",
+                 "--output", tmp_path / "j", "--json"]  # fmt: skip
+        result = CliRunner().invoke(app, list(map(str, given)))
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    [one] = found["ours"]["models"].values()
+    assert (one["n"], set(one["categories"])) == (4, {own[20].category, own[30].category})
+    assert any(own[30].references[0] in text for text in shown)
+
+
+def test_conversations_of_any_number_of_turns_are_asked_and_judged(tmp_path, tiny_model_folder):
+    asked = tmp_path / "talks.json"
+    asked.write_text(json.dumps([
+        {"turns": ["what", "is", "the", "count"], "category": "math"},
+        {"messages": [{"role": "user", "content": text} if n % 2 == 0 else {"role": "assistant", "content": text}
+                      for n, text in enumerate(["red", "blue", "green"])], "category": "math"},
+        {"prompt": "hello", "category": "math"},
+    ]))  # fmt: skip
+    with serving(lambda number, body: openai("Rating: [[5]]")) as (url, seen):
+        rows, _ = answered(tmp_path / "a", tiny_model_folder, asked)
+        assert [(r.item, r.turn) for r in rows] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (2, 0)]
+        code, found = evaluate(
+            tiny_model_folder, "--suite", "mt-bench", "--questions", asked, "--max-new-tokens", "6", "--output",
+            tmp_path / "a", "--judge", judge_file(tmp_path, url), "--no-calibrate", "--set",
+            "evaluation.engine=padded",
+        )  # fmt: skip
+    assert code == 0, found
+    [model] = found["graded"]["ours"]["models"].values()
+    assert {turn: entry["n"] for turn, entry in model["turns"].items()} == {"1": 3, "2": 2, "3": 1, "4": 1}
+    assert (model["missing_turns"], len(seen)) == (0, 7)
+    assert found["graded"]["fastchat"][tiny_model_folder.name].keys() == {"turn_1", "turn_2", "average"}
+
+
 # Questions that a model has met in training
 
 
@@ -580,12 +678,13 @@ def stand_in(monkeypatch, evaluate):
 
 
 def test_the_harness_gets_our_model_and_its_samples_become_rows(tmp_path, tiny_model_folder, monkeypatch):
-    def simple_evaluate(*, model, tasks, log_samples, confirm_run_unsafe_code):
-        assert (log_samples, confirm_run_unsafe_code) == (True, False)
+    def simple_evaluate(*, model, tasks, log_samples, confirm_run_unsafe_code, apply_chat_template):
+        assert (log_samples, confirm_run_unsafe_code, apply_chat_template) == (True, False, True)
         assert model.model.config.hidden_size == 16
         samples = [
             {"doc_id": n, "target": "4", "arguments": [["2+2=", {"until": ["\n"]}]], "filtered_resps": ["4"],
-             "filter": name, "metrics": ["exact_match"], "exact_match": float(n)}
+             "filter": name, "metrics": ["exact_match", "odd", "words"], "exact_match": float(n), "odd": float("nan"),
+             "words": (-1.5, 3)}
             for name in ("strict", "loose") for n in range(2)
         ]  # fmt: skip
         return {"results": {tasks[0]: {"exact_match,strict": 0.5, "alias": "x"}}, "samples": {tasks[0]: samples},
@@ -596,12 +695,34 @@ def test_the_harness_gets_our_model_and_its_samples_become_rows(tmp_path, tiny_m
     assert code == 0, found
     assert found["results"] == {"arithmetic": {"exact_match,strict": 0.5}}
     assert (found["version"], found["task_versions"]) == ("0.4.9", {"arithmetic": 3})
+    assert found["chat_template"] == "applied"
     rows = read_rows(tmp_path / "rows.jsonl")
     assert [(r.item, r.sample, r.scores["exact_match"]) for r in rows] == [
         (0, 0, 0.0), (1, 0, 1.0), (0, 1, 0.0), (1, 1, 1.0),
     ]  # fmt: skip
     assert (rows[1].source_row, rows[1].prompt_text, rows[1].output) == ("lm-eval:arithmetic:1", "2+2=", "4")
+    assert rows[0].scores == {"exact_match": 0.0}
+    assert rows[0].flags == {"odd": ["NaN"], "words": ["[-1.5, 3]"]}, "what is no number is kept"
     assert harness._asked([["a", 1], ["b", 2]]) == '[["a", 1], ["b", 2]]'
+
+
+def test_a_model_without_a_chat_template_is_asked_without_one(tmp_path, tiny_model_folder, monkeypatch):
+    plain = shutil.copytree(tiny_model_folder, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    seen = []
+
+    def simple_evaluate(**given):
+        seen.append(given["apply_chat_template"])
+        return {"results": {}, "samples": {}}
+
+    stand_in(monkeypatch, simple_evaluate)
+    told = []
+    for model in (plain, tiny_model_folder):
+        harness.run(model, "x", tmp_path / model.name, watch=told.append)
+    assert seen == [False, True]
+    assert [e["value"] for e in told if e.get("name") == "chat template"] == ["not applied", "applied"]
+    with pytest.raises(TunesmithError, match="not written over"):
+        harness.run(plain, "x", tmp_path / tiny_model_folder.name, watch=told.append)
 
 
 def test_a_harness_that_is_missing_or_fails_says_what_to_do(tmp_path, tiny_model_folder, monkeypatch):

@@ -27,6 +27,7 @@ from tunesmith.evaluation.judging.judgments import (
     Answers,
     Question,
     Single,
+    is_failed,
     read_answers,
     read_judgments,
     with_references,
@@ -87,7 +88,7 @@ def run_suite(
     if judge and suite.name == "arena" and judge.prompts is None:
         judge = judge.model_copy(update={"prompts": str(Path(__file__).with_name("arena_prompts.yaml"))})
     facts = _facts(suite, name, other, sources, from_file, asked, evaluation, judge)
-    home, passed = _home(output, facts, apart=apart, watch=watch)
+    home, passed = folder_for(output, facts, apart=apart, watch=watch)
     known = met.met(
         asked,
         {name: str(model), **({other: None if from_file else str(baseline)} if other is not None else {})},
@@ -137,7 +138,10 @@ def run_suite(
         "max_new_tokens": evaluation.max_new_tokens,
         "samples": evaluation.attempts,
         "engine": facts["engine"],
-        "answers": {one.model: _answer_facts(rows, one.model) for one in given},
+        "answers": {
+            **{who: _answer_facts(rows, who) for who in sources},
+            **({from_file.model: _file_facts(from_file, asked)} if from_file else {}),
+        },
         "engine_check": checks,
         "leakage": _leak_facts(known, before.get("leakage", {})),
     }
@@ -176,8 +180,60 @@ def run_suite(
             }
     if known.leakage:
         write_whole(home / "leakage.json", json.dumps(known.leakage.as_dict(), indent=1, ensure_ascii=False))
+    word, sentence = verdict(found)
+    found |= {"verdict": word, "sentence": sentence, "doubts": doubts(found)}
     _write(home, found, rows, asked)
     return {**found, "output": str(home)}
+
+
+def verdict(found: Mapping[str, Any]) -> tuple[str, str]:
+    """What a suite's record comes to, as one word and as a sentence.
+
+    A comparison decides where there is one, else the difference of grades; a grade alone is no verdict.
+    """
+    name, other = found["model"], found["baseline"]
+    pair = next(iter(found.get("compared", {}).get("ours", {}).get("pairs", ())), None)
+    graded = found.get("graded", {}).get("ours", {})
+    if pair:
+        estimate, even, sure = pair["win_rate"], 0.5, pair["is_conclusive"]
+        rests = f"a win rate of {_of(estimate, 3)} over {pair['n']} judgments"
+    elif difference := next(iter(graded.get("differences", ())), None):
+        estimate, even = difference["difference"], 0.0
+        sure = all(model["is_conclusive"] for model in graded["models"].values())
+        rests = f"grades {_of(estimate, 2)} apart"
+    elif name in graded.get("models", {}):
+        return "graded", f"{name} is graded {_of(graded['models'][name]['score'], 2)} of 10."
+    else:
+        answered = f"{name} has answered {found['questions']} questions"
+        return "not judged", f"{answered}; nobody has judged the answers."
+    if estimate["value"] is None or not sure:
+        return (
+            "inconclusive",
+            f"Inconclusive: too many judgments of {name} and {other} are missing ({rests}).",
+        )
+    if estimate["low"] > even:
+        return "better", f"{name} is better than {other}: {rests}."
+    if estimate["high"] < even:
+        return "worse", f"{name} is worse than {other}: {rests}."
+    return "no evidence", f"No evidence of a difference between {name} and {other}: {rests}."
+
+
+def doubts(found: Mapping[str, Any]) -> list[str]:
+    """What the verdict has to be read with."""
+    said = [
+        f"The engine check of {name} failed ({check['sentence']}), so this may be the engine's doing."
+        for name, check in found["engine_check"].items()
+        if not check["passed"]
+    ]
+    told = [line for part in found["leakage"]["clean"].values() for line in part["sentences"]]
+    return [*said, *found["leakage"]["remarks"], *told]
+
+
+def _of(estimate: Mapping[str, Any], digits: int) -> str:
+    if estimate["value"] is None:
+        return "nothing"
+    value, low, high = (f"{estimate[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _leak_facts(known: met.Met, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,8 +285,11 @@ def _facts(
     }
 
 
-def _home(output: Path, facts: Mapping[str, Any], *, apart: bool, watch: Watch) -> tuple[Path, list[Path]]:
-    """The folder for these answers, and those before it that have others. Raises TunesmithError unless `apart`."""
+def folder_for(
+    output: Path, facts: Mapping[str, Any], *, apart: bool, watch: Watch
+) -> tuple[Path, list[Path]]:
+    """The folder for what depends on these facts, and those before it that have others. Raises TunesmithError unless
+    `apart`."""
     passed: list[Path] = []
     first = ""
     for number in itertools.count(1):
@@ -421,6 +480,17 @@ def _answer_facts(rows: Sequence[EvalRow], name: str) -> dict[str, Any]:
         "without_answer": sum(row.output is None for row in own),
         "empty": sum(row.output is not None and not row.output.strip() for row in own),
         "cut": sum(row.finish_reason == "length" for row in own),
+    }
+
+
+def _file_facts(answers: Answers, questions: Sequence[Question]) -> dict[str, Any]:
+    """The same of a file, of which it is not known why an answer ended."""
+    texts = [text for question in questions for text in answers.turns.get(question.id, ())]
+    wanted = sum(len(question.turns) for question in questions)
+    return {
+        "turns": wanted,
+        "without_answer": wanted - sum(not is_failed(text) for text in texts),
+        "empty": sum(not text.strip() for text in texts),
     }
 
 

@@ -25,6 +25,7 @@ from tunesmith.evaluation.judging.judging import estimated, jobs, judge_all
 from tunesmith.evaluation.judging.judgments import Answers, Question, read_answers, write_judgments
 from tunesmith.evaluation.judging.plots import write_page
 from tunesmith.evaluation.judging.prompts import Mode, load_prompts
+from tunesmith.evaluation.judging.questions import read_questions
 from tunesmith.evaluation.judging.replay import computed
 from tunesmith.evaluation.judging.settings import Judge
 from tunesmith.evaluation.rows import read_rows
@@ -145,7 +146,7 @@ def calibrate_into(folder: Path, judge: Judge, asker: Asker, watch: Watch) -> di
 def answered(paths: Sequence[str | Path]) -> tuple[list[Question], list[Answers]]:
     """Answers of FastChat files, or of runs and `rows.jsonl` files, which bring their questions along.
 
-    Raises DataError for files that cannot go together.
+    Those of a suite bring the questions that lie in its folder. Raises DataError for files that cannot go together.
     """
     questions: dict[int | str, Question] = {}
     found: list[Answers] = []
@@ -163,6 +164,16 @@ def answered(paths: Sequence[str | Path]) -> tuple[list[Question], list[Answers]
             found += several
         else:
             found.append(read_answers(path))
+            beside = path.parent.parent / "questions.jsonl"
+            if path.parent.name == "answers" and beside.is_file():
+                theirs = {question.id: question for question in read_questions(beside)}
+                if any(questions.get(id, question) != question for id, question in theirs.items()):
+                    raise DataError(
+                        "These files answer different questions of the same numbers.",
+                        found=str(beside),
+                        fix="Give --questions FILE.",
+                    )
+                questions |= theirs
     names = [one.model for one in found]
     if len(set(names)) < len(names):
         raise DataError("Two files hold answers of a model of the same name.", found=", ".join(names))

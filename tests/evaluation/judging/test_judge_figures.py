@@ -303,3 +303,19 @@ def test_how_often_the_longer_answer_wins_by_hand():
         0.5,
         2,
     )  # a tie and equal lengths say nothing
+
+
+@pytest.mark.parametrize(
+    ("ids", "categories", "whose"),
+    [
+        ((85, 131, 160), ["writing", "extraction", "humanities"], "FastChat's questions 81 to 160"),
+        ((1001, 1021), ["writing", "reasoning"], "the questions that ship"), ((85, 1001), [], None), ((5,), [], None),
+    ],
+)  # fmt: skip
+def test_categories_are_known_by_number_where_a_file_has_none(tmp_path, ids, categories, whose):
+    code, found = replayed(saved(tmp_path / "single.jsonl", [single_row(id, 5) for id in ids]))
+    assert code == 0
+    assert (list(found["ours"]["models"]["tuned"]["categories"]), found["categories_of"]) == (
+        categories,
+        whose,
+    )

@@ -637,7 +637,7 @@ def test_questions_met_in_training_are_told_and_the_figures_given_without_them(
     assert leak["clean"]["compared"]["ours"]["pairs"][0]["n"] == 5
     assert found["output"] == str(trained_run / "evaluation/mt-bench")
     kept = json.loads((trained_run / "evaluation/mt-bench/leakage.json").read_text())
-    assert kept["leaked"] == {"0": "other answer"}
+    assert list(kept["leaked"]) == ["0"]
     again = api.evaluate_suite(
         trained_run, "mt-bench", questions=small_file, baseline=tiny_model_folder,
         settings={"evaluation": {"max_new_tokens": 6}},
@@ -718,11 +718,11 @@ def test_a_model_without_a_chat_template_is_asked_without_one(tmp_path, tiny_mod
     stand_in(monkeypatch, simple_evaluate)
     told = []
     for model in (plain, tiny_model_folder):
-        harness.run(model, "x", tmp_path / model.name, watch=told.append)
+        harness.run(model, "x", tmp_path / "out" / model.name, watch=told.append)
     assert seen == [False, True]
     assert [e["value"] for e in told if e.get("name") == "chat template"] == ["not applied", "applied"]
     with pytest.raises(TunesmithError, match="not written over"):
-        harness.run(plain, "x", tmp_path / tiny_model_folder.name, watch=told.append)
+        harness.run(plain, "x", tmp_path / "out" / tiny_model_folder.name, watch=told.append)
 
 
 def test_a_harness_that_is_missing_or_fails_says_what_to_do(tmp_path, tiny_model_folder, monkeypatch):

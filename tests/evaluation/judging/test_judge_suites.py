@@ -497,11 +497,11 @@ def test_the_verdict_comes_first_and_each_fact_has_a_line(tmp_path, tiny_model_f
         "evaluate", tiny_model_folder, "--suite", "alpaca", "--questions", small_file, "--max-new-tokens", "6",
         "--output", tmp_path / "out", "--baseline", other,
     ]  # fmt: skip
-    plain = CliRunner().invoke(app, [*map(str, arguments), "--quiet"])
+    plain = CliRunner().invoke(app, list(map(str, arguments)))
     assert plain.exit_code == 0, plain.output
     assert plain.stdout.startswith(f"{name} has answered 4 questions; nobody has judged the answers.\n")
     with serving(reply) as (url, _):
-        arguments += ["--judge", judge_file(tmp_path, url), "--no-calibrate", "--quiet"]
+        arguments += ["--judge", judge_file(tmp_path, url), "--no-calibrate"]
         result = CliRunner().invoke(app, list(map(str, arguments)))
     lines = result.stdout.splitlines()
     assert lines[0].startswith(f"{name} is better than other: a win rate of 1.000 [")

@@ -953,23 +953,33 @@ def evaluate_suite(
 ) -> dict[str, Any]:
     """A suite's questions (`mt-bench`, `alpaca`, `arena`) answered by a model and, with a judge, judged.
 
-    `lm-eval:TASKS` runs tasks of lm-evaluation-harness. `settings` may set `evaluation.max_new_tokens`, by default
-    1024. All is written to `output`, by default `<run>/evaluation/<suite>` or `evaluations/<model>_<suite>`.
+    `lm-eval:TASKS` runs tasks of lm-evaluation-harness. `settings` may set how the answers are made: `max_new_tokens`
+    of `evaluation`, by default 1024, its `attempts`, `engine`, `engine_check`, `batch_tokens` and `server`. All is
+    written to `output`, by default `<run>/evaluation/<suite>` or `evaluations/<model>_<suite>`; answers that lie there
+    under other settings are never written over (then `<suite>-2`, or with `output` an error).
     """
+    from tunesmith.compose import overlaid, validated
     from tunesmith.evaluation.judging import bench, harness, suites
     from tunesmith.evaluation.judging.settings import load_judge
 
     launch.require_one_process()
     quiet_libraries()
-    known = {"evaluation": {"max_new_tokens"}}
+    changes = dict(settings or {})
+    known = () if suite.startswith("lm-eval:") else suites.SETTINGS
     unused = [
         f"{section}.{name}"
-        for section, fields in (settings or {}).items()
+        for section, fields in changes.items()
         for name in fields
-        if name not in known.get(section, ())
+        if section != "evaluation" or name not in known
     ]
     if unused:
-        raise TunesmithError(f"{', '.join(unused)} would have no effect with a suite.", fix="Leave it out.")
+        raise TunesmithError(
+            f"{', '.join(unused)} would have no effect with {'lm-eval' if not known else 'a suite'}.",
+            fix="Leave it out.",
+        )
+    evaluation = validated(
+        overlaid({"evaluation": {"max_new_tokens": suites.MAX_NEW_TOKENS}}, changes)
+    ).evaluation
     label = re.sub(r"[^\w.-]+", "-", suite)
     run = open_run(model) if is_run(Path(model).expanduser()) else None
     beside = run.evaluation / label if run else Path("evaluations") / f"{Path(str(model)).name}_{label}"
@@ -980,11 +990,7 @@ def evaluate_suite(
             raise TunesmithError(
                 f"{', '.join(unused)} would have no effect with lm-eval.", fix="Leave it out."
             )
-        return {
-            **harness.run(model, suite.removeprefix("lm-eval:"), place, watch=watch),
-            "output": str(place),
-        }
-    longest = (settings or {}).get("evaluation", {}).get("max_new_tokens", suites.MAX_NEW_TOKENS)
+        return harness.run(model, suite.removeprefix("lm-eval:"), place, apart=output is None, watch=watch)
     found = bench.run_suite(
         model,
         suites.suite_of(suite),
@@ -992,14 +998,15 @@ def evaluate_suite(
         references=references,
         judge=load_judge(judge) if judge else None,
         baseline=baseline,
-        max_new_tokens=int(longest),
+        evaluation=evaluation,
         output=place,
+        apart=output is None,
         calibrated=calibrate,
         watch=watch,
     )
     if run:
         _report_again(run)
-    return {**found, "output": str(place)}
+    return found
 
 
 def judge(
@@ -1023,7 +1030,8 @@ def judge(
     again. The report of a run that is judged alone is written anew.
     """
     from tunesmith.evaluation.judging import folder as judging
-    from tunesmith.evaluation.judging.judgments import read_questions, with_references
+    from tunesmith.evaluation.judging.judgments import with_references
+    from tunesmith.evaluation.judging.questions import read_questions
     from tunesmith.evaluation.judging.settings import load_judge
 
     launch.require_one_process()
@@ -1041,9 +1049,7 @@ def judge(
     own, given = judging.answered(answers, say=lambda message: watch({"kind": "warning", "message": message}))
     asked = read_questions(questions) if questions else own
     if not asked:
-        raise TunesmithError(
-            "The questions of these answers are missing.", fix="Give --questions FILE, in FastChat's format."
-        )
+        raise TunesmithError("The questions of these answers are missing.", fix="Give --questions FILE.")
     run = open_run(answers[0]) if len(answers) == 1 and is_run(Path(answers[0]).expanduser()) else None
     if mode == "pair" and baseline is None and own and judging.has_base(given):
         baseline = "base"

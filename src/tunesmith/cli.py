@@ -126,7 +126,8 @@ JudgeOption = Annotated[
     ),
 ]
 QuestionsOption = Annotated[
-    Path | None, typer.Option("--questions", metavar="FILE", help="Questions in FastChat's JSONL format.")
+    Path | None,
+    typer.Option("--questions", metavar="FILE", help="File of questions or prompts (docs/mt-bench.md)."),
 ]
 ReferencesOption = Annotated[
     Path | None,
@@ -1365,14 +1366,53 @@ def _judged_text(found: Mapping[str, Any], folder: Path) -> str:
     return "\n".join(map(_escaped, [*lines, f"plots      {folder / 'judged.html'}"]))
 
 
-def _suite_text(found: Mapping[str, Any]) -> str:
-    lines = []
-    for part in ("graded", "compared"):
-        if part in found:
-            lines += _judged_text(found[part], Path(found["output"]) / part).split("\n")
-    for task, metrics in found.get("results", {}).items():
-        lines += [f"{task}: {name} {value}" for name, value in metrics.items()]
-    return "\n".join([*lines, f"rows       {_escaped(Path(found['output']) / 'rows.jsonl')}"])
+def _suite_text(found: Mapping[str, Any]) -> Any:
+    """Verdict first, what it has to be read with, then one fact per line, and where everything lies."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from tunesmith.evaluation.judging import calibration
+    from tunesmith.evaluation.judging.replay import sentences
+
+    place = Path(found["output"])
+    facts: list[tuple[str, str]] = []
+    parts: list[Any] = []
+    if "results" in found:
+        parts.append(Text(found["sentence"], style="bold"))
+        for task, metrics in found["results"].items():
+            facts += [
+                (task if not n else "", f"{name} {value}") for n, (name, value) in enumerate(metrics.items())
+            ]
+        facts.append(("template", found["chat_template"]))
+    else:
+        style = {"better": "bold green", "worse": "bold red"}.get(found["verdict"], "bold yellow")
+        parts.append(Text(found["sentence"], style=style))
+        parts += [Text(said, style="yellow") for said in found["doubts"]]
+        facts.append(("suite", f"{found['suite']}: {found['questions']} questions, {found['turns']} turns"))
+        for name, one in found["answers"].items():
+            facts.append(
+                (
+                    "answers",
+                    f"{name}: "
+                    + ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in one.items()),
+                )
+            )
+        for name, check in found["engine_check"].items():
+            facts.append(("engine", f"{name}: {check['engine']}, {check['sentence']}"))
+        for part in ("graded", "compared"):
+            if part in found:
+                lines = sentences(dict(found[part]))
+                facts += [(part if not n else "", line) for n, line in enumerate(lines)]
+        judged = found.get("compared") or found.get("graded")
+        if judged:
+            own = judged.get("calibration")
+            told = calibration.sentence(own) if own else "not calibrated: what its word is worth is not known"
+            facts.append(("judge", f"{', '.join(judged['judge'])}, {told}"))
+            plots = [place / part / "judged.html" for part in ("graded", "compared") if part in found]
+            facts += [("plots", str(plot)) for plot in plots]
+        facts += [("answers in", str(place / "answers"))]
+    facts.append(("rows", str(place / "rows.jsonl")))
+    return Group(*parts, Text(""), *(Text(f"{label:<12}{value}") for label, value in facts))
 
 
 def main() -> None:

@@ -58,6 +58,7 @@ __all__ = [
     "Item",
     "answers",
     "are_answers_to",
+    "check_engine",
     "check_fit",
     "check_runnable",
     "check_scoring",
@@ -367,7 +368,8 @@ def evaluate(
         if needed:
             check_scoring(metrics, gives_scores=is_reward(source.model))
         if checked and engine_check and not temperature:
-            checked(_checked(source, asked, generated, settings["engine"], writes, engine_check))
+            numbers = [item.number for item in writes]
+            checked(check_engine(source, asked, generated, settings["engine"], numbers, engine_check))
         parts = [generated[at : at + attempts] for at in range(0, len(generated), attempts)]
         answered = dict(zip([item.number for item in writes], parts, strict=True))
     model = source.model if needed else None
@@ -434,18 +436,18 @@ def scores(
     }
 
 
-def _checked(
+def check_engine(
     source: engines.Source,
     asked: engines.Asked,
     generated: Sequence[Generated],
     engine: str,
-    items: Sequence[Item],
+    items: Sequence[int],
     count: int,
 ) -> EngineCheck:
-    """A few answers, chosen by the hash of their prompts, read again alone."""
+    """A few greedy answers, chosen by the hash of their prompts, read again alone; `items` has their numbers."""
     places = chosen(asked.prompts, count)
     prompts, answers = [asked.prompts[n] for n in places], [generated[n] for n in places]
-    numbers = [items[n].number for n in places]
+    numbers = [items[n] for n in places]
     if source.is_loaded or engine != "openai":
         found = read_alone(
             source.model,

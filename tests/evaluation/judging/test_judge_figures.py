@@ -20,10 +20,10 @@ from tunesmith.evaluation.judging.judgments import (
     Single,
     read_answers,
     read_judgments,
-    read_questions,
     write_answers,
     write_judgments,
 )
+from tunesmith.evaluation.judging.questions import read_questions
 from tunesmith.evaluation.judging.replay import replay
 
 
@@ -305,7 +305,7 @@ def test_a_question_answered_twice_and_references_of_any_judge(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "Line 1 .* is not JSON"), ('{"a": 1}', "found: the keys a"), ("", "no judgment"),
+        ("{", "x.jsonl, line 1, column 2"), ('{"a": 1}', "found: the keys a"), ("", "no rows"),
         (json.dumps(single_row(1, 5)) + "\n" + json.dumps(pair_row(1, "tie", "tie")), "grades and comparisons"),
         (json.dumps(pair_row(1, "A", "tie")), "winners among"),
     ],
@@ -361,3 +361,19 @@ def test_how_often_the_longer_answer_wins_by_hand():
         0.5,
         2,
     )  # a tie and equal lengths say nothing
+
+
+@pytest.mark.parametrize(
+    ("ids", "categories", "whose"),
+    [
+        ((85, 131, 160), ["writing", "extraction", "humanities"], "FastChat's questions 81 to 160"),
+        ((1001, 1021), ["writing", "reasoning"], "the questions that ship"), ((85, 1001), [], None), ((5,), [], None),
+    ],
+)  # fmt: skip
+def test_categories_are_known_by_number_where_a_file_has_none(tmp_path, ids, categories, whose):
+    code, found = replayed(saved(tmp_path / "single.jsonl", [single_row(id, 5) for id in ids]))
+    assert code == 0
+    assert (list(found["ours"]["models"]["tuned"]["categories"]), found["categories_of"]) == (
+        categories,
+        whose,
+    )

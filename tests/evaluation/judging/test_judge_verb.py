@@ -256,7 +256,7 @@ def test_another_judge_is_calibrated_anew(answer_files, tmp_path):
         ((), "Who judges"), (("x.jsonl",), "Who judges"), (("--judge", "local:tiny"), "What is to be judged"),
         (("x.jsonl", "--judge", "local:tiny", "--mode", "pairs"), "Did you mean 'pair'"),
         (("x.jsonl", "--replay", "y"), "asks nobody"), (("--mode", "pair", "--replay", "y"), "leave --mode out"),
-        (("x.jsonl", "--judge", "local:tiny"), "cannot be read"),
+        (("x.jsonl", "--judge", "local:tiny"), "There is no file x.jsonl"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_said(arguments, said):

@@ -26,6 +26,7 @@ from tunesmith.evaluation.judging.judging import Job, Judged, jobs, judge_all, r
 from tunesmith.evaluation.judging.judgments import Answers, Id, Question, read_answers, write_judgments
 from tunesmith.evaluation.judging.plots import write_page
 from tunesmith.evaluation.judging.prompts import Mode, load_prompts, split
+from tunesmith.evaluation.judging.questions import read_questions
 from tunesmith.evaluation.judging.replay import computed
 from tunesmith.evaluation.judging.settings import Judge
 from tunesmith.evaluation.rows import EvalRow, read_rows
@@ -217,7 +218,8 @@ def answered(
 ) -> tuple[list[Question], list[Answers]]:
     """Answers of FastChat files, or of runs and `rows.jsonl` files, which bring their questions along.
 
-    `say` hears what the judge will not see. Raises DataError for files that cannot go together.
+    Those of a suite bring the questions that lie in its folder. `say` hears what the judge will not see. Raises
+    DataError for files that cannot go together.
     """
     questions: dict[Id, Question] = {}
     found: list[Answers] = []
@@ -244,6 +246,16 @@ def answered(
                 )
         else:
             found.append(read_answers(path))
+            beside = path.parent.parent / "questions.jsonl"
+            if path.parent.name == "answers" and beside.is_file():
+                theirs = {question.id: question for question in read_questions(beside)}
+                if any(questions.get(id, question) != question for id, question in theirs.items()):
+                    raise DataError(
+                        "These files answer different questions of the same numbers.",
+                        found=str(beside),
+                        fix="Give --questions FILE.",
+                    )
+                questions |= theirs
     names = [one.model for one in found]
     if len(set(names)) < len(names):
         raise DataError(

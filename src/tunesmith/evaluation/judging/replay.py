@@ -8,12 +8,8 @@ from typing import Any
 
 from tunesmith.errors import DataError, counted, nearest
 from tunesmith.evaluation.judging import figures
-from tunesmith.evaluation.judging.judgments import Pair, Question, Single, read_judgments, read_questions
-
-FASTCHAT_CATEGORIES = (
-    "writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities",
-)  # fmt: skip
-"""Of FastChat's questions 81 to 160, ten each in this order."""
+from tunesmith.evaluation.judging.judgments import Pair, Question, Single, read_judgments
+from tunesmith.evaluation.judging.questions import read_questions, shipped, with_categories
 
 
 def replay(
@@ -29,9 +25,10 @@ def replay(
     Raises DataError for a file that holds no judgments, and for a baseline that is not in it.
     """
     judgments = read_judgments(path)
-    known = read_questions(questions) if questions else _numbered(judgments)
+    known, whose = (read_questions(questions), str(questions)) if questions else _numbered(judgments)
     return {
         "file": str(path),
+        "categories_of": whose,
         "judge": sorted({one.judge for one in judgments}),
         **computed(judgments, questions=known, baseline=baseline, confidence=confidence),
     }
@@ -70,13 +67,18 @@ def computed(
     return {"kind": "pair", **common, "fastchat": figures.fastchat_pair(pairs, baseline), "ours": ours}
 
 
-def _numbered(judgments: Sequence[Single] | Sequence[Pair]) -> list[Question]:
-    """The categories of FastChat's own question numbers, where all are such."""
+def _numbered(judgments: Sequence[Single] | Sequence[Pair]) -> tuple[list[Question], str | None]:
+    """The questions by whose numbers alone a file's categories are known, FastChat's or our own, and whose they are."""
     ids = {one.question for one in judgments}
-    if not all(isinstance(id, int) and 81 <= id <= 160 for id in ids):
-        return []
-    numbers = sorted(id for id in ids if isinstance(id, int))
-    return [Question(id, FASTCHAT_CATEGORIES[(id - 81) // 10], ("", "")) for id in numbers]
+    known = with_categories(
+        [Question(id, "", ("", "")) for id in sorted(ids, key=lambda id: (len(str(id)), str(id)))]
+    )
+    if all(question.category for question in known):
+        return known, "FastChat's questions 81 to 160"
+    own = {question.id: question for question in shipped()}
+    if all(id in own for id in ids):
+        return [question for question in own.values() if question.id in ids], "the questions that ship"
+    return [], None
 
 
 def sentences(found: dict[str, Any]) -> list[str]:
@@ -131,6 +133,8 @@ def sentences(found: dict[str, Any]) -> list[str]:
     if found["reread_differently"]:
         lines.append(f"{found['reread_differently']} of {found['rows']} outcomes differ from those in the file, "
                      "read strictly.")  # fmt: skip
+    if found.get("categories_of"):
+        lines.append(f"Categories are those of {found['categories_of']}.")
     if found["ours"]["repeated"]:
         lines.append(f"{found['ours']['repeated']} judgments were made again; the last one counts.")
     return lines

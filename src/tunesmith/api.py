@@ -678,7 +678,7 @@ def _questions(
     splits = data.prepare(recipe.data) if is_judged else dataflow.splits(recipe)
     asked = splits.examples(HELD_OUT) if dataset is None else splits.examples(TRAIN, VALIDATION, HELD_OUT)
     own = str(run.path) if run and dataset is None else None
-    learned, unchecked = unseen.learned(models, own)
+    learned, unchecked, copies = unseen.learned(models, own)
     kept, left_out = unseen.unseen(asked, learned, own)
     measured_on = unseen.MeasuredOn(
         dataset=dataset or " + ".join([base.data.dataset, *(part.dataset for part in base.data.mix)]),
@@ -687,6 +687,7 @@ def _questions(
         questions=len(kept),
         left_out=left_out,
         unchecked=unchecked,
+        copies=copies,
     )
     value, reason = measured_on.sentences()
     if not kept:
@@ -715,10 +716,11 @@ def _leaked(
     models: Sequence[str | Path], asked: Sequence[Example]
 ) -> tuple[Leakage | None, Callable[[], Iterator[str]]]:
     """What of these examples stands in the training data of the runs behind the models, and the answers there."""
+    from tunesmith import data
     from tunesmith.data.splitting import TRAIN, VALIDATION
     from tunesmith.evaluation import leakage, unseen
 
-    known = [s for _, s in unseen.runs_behind(models) if not isinstance(s, TunesmithError)]
+    known = [s for _, s in unseen.runs_behind(models) if isinstance(s, data.Splits)]
     if not known:
         return None, lambda: iter(())
     learned = itertools.chain.from_iterable(splits.examples(TRAIN, VALIDATION) for splits in known)

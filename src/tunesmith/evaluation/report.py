@@ -17,7 +17,7 @@ from typing import Any
 from tunesmith.errors import RunError
 from tunesmith.evaluation.classification import UNPARSED, Classification, classification
 from tunesmith.evaluation.compare import Comparison, amount, difference_shown, remarks, sentence, shown, table
-from tunesmith.evaluation.leakage import KINDS, PASSAGE
+from tunesmith.evaluation.leakage import KINDS, PASSAGE, Copied
 from tunesmith.evaluation.metrics import METRICS, Metric
 from tunesmith.evaluation.rows import EvalRow, read_rows
 from tunesmith.training.run import Run, write_whole
@@ -348,6 +348,7 @@ def _leaked(run: Run, problems: list[str]) -> dict[str, Any] | None:
                 if name in found.get("parts", {})
             ],
             "copied": found.get("copied", {}),
+            "copied_limit": next((Copied(**c).limit() for c in found.get("copied", {}).values()), ""),
             "passage": PASSAGE,
             "pairs": found["pairs"][:LEAKS_SHOWN],
             "more": max(len(found["pairs"]) - LEAKS_SHOWN, 0),

@@ -16,6 +16,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -708,7 +709,10 @@ def _questions(
     if found:
         decided = leakage.decision(found)
         watch({"kind": "decision", **asdict(decided)})
-    unfinished = (run.evaluation if run else Path("evaluations")) / "answers"
+    # A folder of its own, so that a measurement that ends takes from no other one what it would go on with.
+    about = json.dumps([*map(str, models), dataset, recipe.evaluation.model_dump(mode="json")], default=str)
+    mark = hashlib.sha256(about.encode()).hexdigest()[:16]
+    unfinished = (run.evaluation if run else Path("evaluations")) / "answers" / mark
     return run, _Questions(recipe, tuple(kept), measured_on, unfinished, leakage=found, learned=answers)
 
 
@@ -768,6 +772,8 @@ def _settle_answers(place: Path, questions: _Questions) -> None:
     if questions.checks:
         write_whole(place / "engine_check.json", json.dumps(questions.engine_check(), indent=1))
     engines.forget(questions.unfinished)
+    with suppress(OSError):  # was never there
+        questions.unfinished.rmdir()
 
 
 def _answers(

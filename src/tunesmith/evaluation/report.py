@@ -660,7 +660,7 @@ def _learned_and_forgotten(run: Run, problems: list[str]) -> list[dict[str, Any]
     ]
     layout = {
         "xaxis": {
-            "title": {"text": "learned: bits per byte saved on held-out examples"},
+            "title": {"text": "learned: bits per byte saved"},
             "rangemode": "tozero",
         },
         "yaxis": {"title": {"text": "forgotten: bits per byte more"}, "rangemode": "tozero"},

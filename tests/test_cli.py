@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -446,3 +447,18 @@ def test_preferences_under_a_task_that_imitates_say_what_is_used(invoke):
 def test_one_is_singular(long_rows):
     long_rows.write_text('{"prompt": "a", "response": ""}\n' + long_rows.read_text())
     assert "1 error, 0 warnings, 0 notes" in said("validate", long_rows).stdout
+
+
+def test_tables_are_not_squeezed_where_the_output_is_piped(monkeypatch):
+    from tunesmith.cli import _console, _table
+
+    for columns, whole in ((None, True), ("60", False)):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        if columns:
+            monkeypatch.setenv("COLUMNS", columns)
+        console = _console()
+        console.file = io.StringIO()
+        table = _table("name", "about")
+        table.add_row("a name", " ".join(["words"] * 30))
+        console.print(table)
+        assert (" ".join(["words"] * 30) in console.file.getvalue()) is whole

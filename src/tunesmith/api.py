@@ -16,6 +16,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -680,7 +681,7 @@ def _questions(
     splits = data.prepare(recipe.data) if is_judged else dataflow.splits(recipe)
     asked = splits.examples(HELD_OUT) if dataset is None else splits.examples(TRAIN, VALIDATION, HELD_OUT)
     own = str(run.path) if run and dataset is None else None
-    learned, unchecked = unseen.learned(models, own)
+    learned, unchecked, copies = unseen.learned(models, own)
     kept, left_out = unseen.unseen(asked, learned, own)
     measured_on = unseen.MeasuredOn(
         dataset=dataset or " + ".join([base.data.dataset, *(part.dataset for part in base.data.mix)]),
@@ -689,6 +690,7 @@ def _questions(
         questions=len(kept),
         left_out=left_out,
         unchecked=unchecked,
+        copies=copies,
     )
     value, reason = measured_on.sentences()
     if not kept:
@@ -709,7 +711,10 @@ def _questions(
     if found:
         decided = leakage.decision(found)
         watch({"kind": "decision", **asdict(decided)})
-    unfinished = (run.evaluation if run else Path("evaluations")) / "answers"
+    # A folder of its own, so that a measurement that ends takes from no other one what it would go on with.
+    about = json.dumps([*map(str, models), dataset, recipe.evaluation.model_dump(mode="json")], default=str)
+    mark = hashlib.sha256(about.encode()).hexdigest()[:16]
+    unfinished = (run.evaluation if run else Path("evaluations")) / "answers" / mark
     return run, _Questions(recipe, tuple(kept), measured_on, unfinished, leakage=found, learned=answers)
 
 
@@ -717,10 +722,11 @@ def _leaked(
     models: Sequence[str | Path], asked: Sequence[Example]
 ) -> tuple[Leakage | None, Callable[[], Iterator[str]]]:
     """What of these examples stands in the training data of the runs behind the models, and the answers there."""
+    from tunesmith import data
     from tunesmith.data.splitting import TRAIN, VALIDATION
     from tunesmith.evaluation import leakage, unseen
 
-    known = [s for _, s in unseen.runs_behind(models) if not isinstance(s, TunesmithError)]
+    known = [s for _, s in unseen.runs_behind(models) if isinstance(s, data.Splits)]
     if not known:
         return None, lambda: iter(())
     learned = itertools.chain.from_iterable(splits.examples(TRAIN, VALIDATION) for splits in known)
@@ -768,6 +774,8 @@ def _settle_answers(place: Path, questions: _Questions) -> None:
     if questions.checks:
         write_whole(place / "engine_check.json", json.dumps(questions.engine_check(), indent=1))
     engines.forget(questions.unfinished)
+    with suppress(OSError):  # was never there
+        questions.unfinished.rmdir()
 
 
 def _answers(

@@ -303,7 +303,16 @@ def _is_encodable(text: str) -> bool:
 def _console(*, stderr: bool = True) -> Any:
     from rich.console import Console
 
-    return Console(stderr=stderr, soft_wrap=True)
+    console = Console(stderr=stderr, soft_wrap=True)
+    if not console.is_terminal and not os.environ.get("COLUMNS"):
+        console.width = (
+            PIPED_WIDTH  # else tables are squeezed into the 80 columns of a screen that is not there
+        )
+    return console
+
+
+PIPED_WIDTH = 400
+"""Columns that a table may have where the output goes into a file or another program."""
 
 
 class Display:
@@ -1115,7 +1124,16 @@ def _gauge(event: Mapping[str, Any]) -> str:
     if "reward" in measures:
         others = [f"{name} {measures[name]:.3g}" for name in ("reward_std", "kl") if name in measures]
         return ", ".join([f"reward {measures['reward']:.4g}", *others])
-    return f"loss {event['loss']:.4f}"
+    return ", ".join([f"loss {event['loss']:.4f}", *_measured(measures)])
+
+
+def _measured(measures: Mapping[str, Any]) -> list[str]:
+    """The metrics of `training.eval_metrics` among what a validation measured; methods have measures of their own."""
+    from tunesmith.evaluation.metrics import METRICS
+
+    return [
+        f"{METRICS[name].label} {_score(value, name)}" for name, value in measures.items() if name in METRICS
+    ]
 
 
 def _in_a_line(text: str, *, most: int = 80) -> str:

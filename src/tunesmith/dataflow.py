@@ -32,7 +32,7 @@ from tunesmith.evaluation.lengths import length_bias
 from tunesmith.evaluation.metrics import METRICS, default_metrics
 from tunesmith.evaluation.report import write_report
 from tunesmith.evaluation.stages import Stage
-from tunesmith.evaluation.unseen import Asked, asked_of
+from tunesmith.evaluation.unseen import Asked, asked_of, carry
 from tunesmith.export.card import write_card
 from tunesmith.methods import METHODS
 from tunesmith.plan import Plan
@@ -351,6 +351,7 @@ def fitted(
     recipe: Recipe,
     prepared: Run,
     plan: Plan,
+    splits: data.Splits,
     encodings: data.EncodedSplits,
     packing: Packing | None,
     checkpoint: Path | None,
@@ -387,6 +388,7 @@ def fitted(
         higher_is_better=recipe.training.best_by != "loss"
         and METRICS[recipe.training.best_by].higher_is_better,
     )
+    carry(result.final_model, prepared, splits, recipe.model.base)
     prepared.write("training.json", asdict(result))
     return result
 

@@ -211,6 +211,9 @@ def test_a_merged_run_is_asked_measured_and_compared(trained, question_file, fam
     assert "AutoPeftModel" not in card
     run.path.rename(tmp_path / "moved")
     found = api.evaluate(elsewhere, dataset=str(question_file), settings={"data": {"max_length": 128}})
+    assert found.measured_on.left_out == {str(elsewhere): rows["train"] + rows["validation"]}
+    (elsewhere / "learned.json").unlink()
+    found = api.evaluate(elsewhere, dataset=str(question_file), settings={"data": {"max_length": 128}})
     assert f"merged from the run {family}" in found.measured_on.unchecked[str(elsewhere)]
 
 

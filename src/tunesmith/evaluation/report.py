@@ -17,7 +17,7 @@ from typing import Any
 from tunesmith.errors import RunError
 from tunesmith.evaluation.classification import UNPARSED, Classification, classification
 from tunesmith.evaluation.compare import Comparison, amount, difference_shown, remarks, sentence, shown, table
-from tunesmith.evaluation.leakage import KINDS, PASSAGE
+from tunesmith.evaluation.leakage import KINDS, PASSAGE, Copied
 from tunesmith.evaluation.metrics import METRICS, Metric
 from tunesmith.evaluation.rows import EvalRow, read_rows
 from tunesmith.training.run import Run, write_whole
@@ -72,9 +72,10 @@ def write_report(run_dir: Path) -> Path:
         scores=_json(run, "evaluation/scores.json", problems),
         stages=_stages(run, problems),
         leaked=_leaked(run, problems),
-        parts=_parts(run, problems),
+        parts=parts_tables(run, problems),
+        how_answered=how_answered(rows),
         found_from=_found_from,
-        engine_checks=_engine_checks(run, problems),
+        engine_checks=engine_checks(run, problems),
         answers=_answers(rows, METRICS[primary.metric] if primary else None),
         labels=_labels(rows),
         answers_open=ANSWERS_OPEN,
@@ -171,7 +172,7 @@ def _stages(run: Run, problems: list[str]) -> dict[str, Any] | None:
     }
 
 
-def _engine_checks(run: Run, problems: list[str]) -> list[dict[str, Any]]:
+def engine_checks(run: Run, problems: list[str]) -> list[dict[str, Any]]:
     """Of each model whether its answers are those that it gives alone: a sentence, and a line for each answer."""
     name = "evaluation/engine_check.json"
     found = (_json(run, name, problems) or {}) if (run.path / name).is_file() else {}
@@ -196,6 +197,21 @@ def _engine_checks(run: Run, problems: list[str]) -> list[dict[str, Any]]:
         for model, check in found.items()
         if isinstance(check, dict) and "sentence" in check
     ]
+
+
+def how_answered(rows: Sequence[EvalRow]) -> str:
+    """How the answers were made: greedily, or several drawn at a temperature; empty where there are none."""
+    written = [row for row in rows if row.output is not None]
+    if not written:
+        return ""
+    attempts = max(row.sample for row in written) + 1
+    hot = sorted({float(row.generation.get("temperature") or 0.0) for row in written})
+    longest = sorted({int(n) for row in written if (n := row.generation.get("max_new_tokens"))})
+    drawn = " and ".join(f"{value:g}" for value in hot if value > 0)
+    said = f"drawn at temperature {drawn}" if drawn else "greedily"
+    if drawn and attempts > 1:
+        said = f"{attempts} attempts each, {said}"
+    return said + (f", with at most {longest[-1]} new tokens" if longest else "")
 
 
 def _score(score: Mapping[str, Any], metric: Metric) -> str:
@@ -294,7 +310,7 @@ def _change(base: EvalRow, tuned: EvalRow, metric: Metric | None) -> dict[str, f
     return {"gain": gain if not metric or metric.higher_is_better else -gain, "moved": round(1 - same, 3)}
 
 
-def _parts(run: Run, problems: list[str]) -> list[tuple[str, list[tuple[str, Comparison, list[str]]]]]:
+def parts_tables(run: Run, problems: list[str]) -> list[tuple[str, list[tuple[str, Comparison, list[str]]]]]:
     """The primary metric by category and by length: a title, and of each part its name, comparison and cells."""
     if not (run.path / "evaluation/parts.json").is_file():
         return []
@@ -348,6 +364,7 @@ def _leaked(run: Run, problems: list[str]) -> dict[str, Any] | None:
                 if name in found.get("parts", {})
             ],
             "copied": found.get("copied", {}),
+            "copied_limit": next((Copied(**c).limit() for c in found.get("copied", {}).values()), ""),
             "passage": PASSAGE,
             "pairs": found["pairs"][:LEAKS_SHOWN],
             "more": max(len(found["pairs"]) - LEAKS_SHOWN, 0),
@@ -648,7 +665,7 @@ def _learned_and_forgotten(run: Run, problems: list[str]) -> list[dict[str, Any]
     ]
     layout = {
         "xaxis": {
-            "title": {"text": "learned: bits per byte saved on held-out examples"},
+            "title": {"text": "learned: bits per byte saved"},
             "rangemode": "tozero",
         },
         "yaxis": {"title": {"text": "forgotten: bits per byte more"}, "rangemode": "tozero"},

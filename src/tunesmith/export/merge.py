@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith import models
 from tunesmith.errors import ModelError, RunError, TunesmithError, nearest
+from tunesmith.evaluation.unseen import CARRIED
 from tunesmith.export.card import write_merged_card
 from tunesmith.export.parity import NEW_TOKENS, TOLERANCES, Check, Question, answered, checked, difference
 from tunesmith.recipe import QLoRA
@@ -200,6 +201,8 @@ def merge(
         origin = {"run_folder": _way(folder, run.path)} if run else {}
         facts = {**merged.as_dict(), "folder": folder.name, **origin}
         write_whole(staging / FACTS, json.dumps(facts, indent=1))
+        if (adapter / CARRIED).is_file():
+            shutil.copy2(adapter / CARRIED, staging / CARRIED)
         said = [f"This is the adapter `{adapter.name}` merged into `{merged.base}`, stored in {stored}.",
                 f"Checked against base and adapter, both in float32: {check.sentence()}."]  # fmt: skip
         write_merged_card(staging, run, merged.base, said, notes, kind=kind)
@@ -360,8 +363,27 @@ def run_of(folder: Path) -> tuple[str, Path] | None:
 
 
 def run_behind(model: str | Path) -> Run | None:
-    """The run that a model is, was merged from, or lies in: `final_model`, `best_model` or a checkpoint of it."""
+    """The run that a model is, was merged from, or lies in: `final_model`, `best_model` or a checkpoint of it.
+
+    A plain copy of a final model is known by the file that it carries, where its run lies beside it or in `runs`.
+    """
     path = Path(model).expanduser()
     origin = run_of(path)
-    places = (*([origin[1]] if origin else []), path, *path.parents[:2])
+    places = (*([origin[1]] if origin else []), path, *path.parents[:2], *_originals(path))
     return next((open_run(folder) for folder in places if is_run(folder)), None)
+
+
+def _originals(copy: Path) -> list[Path]:
+    """Runs near a copied model whose own final model carries just the same."""
+    try:
+        own = (copy / CARRIED).read_bytes()
+        name = Path(str(json.loads(own)["run"])).name
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    near = [Path("runs"), *copy.absolute().parents[:3], *(p / "runs" for p in copy.absolute().parents[:3])]
+    found = []
+    for run in (place / name for place in near):
+        file = run / "final_model" / CARRIED
+        if file.is_file() and file.read_bytes() == own:
+            found.append(run)
+    return found

@@ -152,10 +152,12 @@ def test_waits_grow_heed_retry_after_and_have_an_end():
     ("value", "low", "high"),
     [
         ("12", 12, 12), ("0.5", 0.5, 0.5), ("-3", 0, 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
-        (email.utils.formatdate(time.time() + 600, usegmt=True), 500, 601),
+        ("in ten minutes", 590, 601),
     ],
 )  # fmt: skip
 def test_retry_after_is_read_in_both_forms(value, low, high):
+    if value == "in ten minutes":
+        value = email.utils.formatdate(time.time() + 600, usegmt=True)
     with pytest.raises(Refused) as error:
         posted(f"HTTP/1.1 429 Slow\r\nRetry-After: {value}\r\n\r\n".encode())
     assert low <= error.value.wait <= high

@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-
 from tunesmith import models
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.engines import llamacpp
@@ -170,6 +168,8 @@ def difference(one: Answered, other: Answered) -> Difference:
 
 def checked(differences: Sequence[Difference], *, tolerance: float) -> Check:
     """All prompts together."""
+    import numpy
+
     largest = max(d.largest_logit for d in differences)
     return Check(
         prompts=len(differences),

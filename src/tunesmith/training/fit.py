@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import Interrupted, MissingExtra
-from tunesmith.evaluation.compare import shown
-from tunesmith.evaluation.metrics import METRICS
 from tunesmith.models import PRINCIPAL
 from tunesmith.plan import Plan
 from tunesmith.recipe import Tracking, Training
@@ -210,6 +208,8 @@ def _why(
     training: Training, log: Sequence[Mapping[str, Any]], info: Mapping[str, Any], higher_is_better: bool
 ) -> dict[str, str]:
     """Which step's model it is, by which metric, and the values of all validations: the decision for events."""
+    from tunesmith.evaluation.metrics import METRICS
+
     by, key = training.best_by, f"eval_{training.best_by}"
     # A run that was continued may have validated a step twice; the later one counts.
     values = {int(entry["step"]): entry[key] for entry in log if key in entry}
@@ -227,6 +227,9 @@ def _why(
 
 
 def _value(value: float, by: str) -> str:
+    from tunesmith.evaluation.compare import shown
+    from tunesmith.evaluation.metrics import METRICS
+
     return f"{value:.4f}" if by == "loss" else shown(value, METRICS[by])
 
 

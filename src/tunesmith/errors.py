@@ -8,7 +8,7 @@
     ├── MissingExtra              1  an optional package that this option needs
     ├── OutOfResources            3  memory, disk or device is not enough
     ├── TrainingDiverged          3  the loss is no longer a number
-    └── Interrupted             130  stopped on request, state saved
+    └── Interrupted             130  stopped on request, state saved (143 after SIGTERM)
 
 `assert` is for our own bugs, these are for everybody else's. Exit code 2 is the command line's own
 (unknown option), 4 is an exception that is none of these: a bug of ours.
@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -78,9 +79,15 @@ class TrainingDiverged(TunesmithError):
 
 
 class Interrupted(TunesmithError):
-    """The run was stopped on request; its state is saved."""
+    """The run was stopped on request; its state is saved. 130 after Ctrl-C, 143 after SIGTERM."""
 
     exit_code = 130
+
+    def __init__(
+        self, problem: str, *, found: str | None = None, fix: str | None = None, exit_code: int = 130
+    ) -> None:
+        self.exit_code = exit_code
+        super().__init__(problem, found=found, fix=fix)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -115,3 +122,18 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and any(text in str(error) for text in said))
     )
+
+
+def is_out_of_disk(error: BaseException) -> bool:
+    """Whether a disk, a quota or a limit has no room for what was written, as Python, torch or Rust say it."""
+    return _is_errno(error, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_refused_writing(error: BaseException) -> bool:
+    """Whether a folder or its disk may not, or cannot, be written."""
+    return _is_errno(error, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+def _is_errno(error: BaseException, *numbers: int) -> bool:
+    # Errors of safetensors and tokenizers have no number but in their text.
+    return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)

@@ -19,9 +19,8 @@ from tunesmith.models import PRINCIPAL
 from tunesmith.plan import Plan
 from tunesmith.recipe import Tracking, Training
 from tunesmith.training import checkpoints
-from tunesmith.training.run import Run, write_whole
-
-BEST = "best_model_info.json"
+from tunesmith.training.checkpoints import BEST
+from tunesmith.training.run import Run, flush_folder, write_whole
 
 
 @dataclass(frozen=True)
@@ -119,6 +118,7 @@ def fit(
     from tunesmith.training.validating import measuring
     from tunesmith.training.watching import Watching
 
+    checkpoints.clean(run)
     # These starts change the base weights; their adapters are saved as plain LoRA of twice the rank.
     initial = run.path / "initial_adapter" if adapter_init in PRINCIPAL else None
     if initial:
@@ -197,6 +197,7 @@ def save_model(trainer: Any, folder: Path, initial_adapter: Path | None, info: M
     """Weights or adapter, tokenizer with template, and generation defaults, put in place as a whole."""
     if not trainer.args.should_save:
         return
+    checkpoints.require_finite(trainer)
     staging = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -221,11 +222,17 @@ def copy_whole(source: Path, folder: Path) -> None:
 
 
 def _swap(staging: Path, folder: Path) -> None:
+    for path in staging.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    flush_folder(staging)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     staging.rename(folder)
+    flush_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -354,7 +354,7 @@ def fitted(
     """The finished model's folder and what training came to."""
     done = prepared.read("training.json")
     if done:
-        return Fit(**{**done, "final_model": Path(done["final_model"])})
+        return Fit(**{**done, "final_model": prepared.final_model})  # the run may have been moved
     from transformers import set_seed
 
     set_seed(recipe.training.seed)
@@ -381,6 +381,7 @@ def fitted(
         measure=partial(_measures, recipe, tokenizer, validation_items) if validation_items else None,
         higher_is_better=recipe.training.best_by != "loss"
         and METRICS[recipe.training.best_by].higher_is_better,
+        input_rows=encodings.train.rows.tolist(),
     )
     prepared.write("training.json", asdict(result))
     return result

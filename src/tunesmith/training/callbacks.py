@@ -148,6 +148,10 @@ class BestModel(TrainerCallback):  # type: ignore[misc]
         self.sign = -1.0 if higher_is_better else 1.0
         self.best = math.inf if best is None else self.sign * best
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop again where a run that is continued had stopped."""
+        self._stop_in_vain(state, control)
+
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
     ) -> None:
@@ -162,8 +166,12 @@ class BestModel(TrainerCallback):  # type: ignore[misc]
         if self.sign * metrics[key] < self.best:
             self.best = self.sign * metrics[key]
             self.save(state.global_step, loss, metrics[key])
-        if self.patience:
-            found = [self.sign * entry[key] for entry in state.log_history if key in entry]
+        self._stop_in_vain(state, control)
+
+    def _stop_in_vain(self, state: Any, control: Any) -> None:
+        key = f"eval_{self.by}"
+        found = [self.sign * entry[key] for entry in state.log_history if key in entry]
+        if self.patience and found:
             since_best = len(found) - 1 - found.index(min(found))
             control.should_training_stop = control.should_training_stop or since_best >= self.patience
 
@@ -216,10 +224,19 @@ class StopOnRequest(TrainerCallback):  # type: ignore[misc]
 
 
 class FiniteLoss(TrainerCallback):  # type: ignore[misc]
-    """Stops before the optimizer would write a gradient that is not a number into the weights."""
+    """Stops before the optimizer would write a gradient that is not a number into the weights.
+
+    `check` is a trainer's own that knows the rows of its step (`steps`).
+    """
+
+    def __init__(self, check: Callable[[Any], None] | None = None) -> None:
+        self.check = check
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
         """Check the norm of all gradients; under fp16 the loss scaler skips such steps itself."""
+        if self.check:
+            self.check(model)
+            return
         if args.fp16:
             return
         import torch

@@ -20,7 +20,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import (
     OutOfResources,
@@ -31,6 +31,9 @@ from tunesmith.errors import (
     is_refused_writing,
 )
 from tunesmith.training.run import Run, environment, flush_folder, write_whole
+
+if TYPE_CHECKING:
+    from tunesmith.training.steps import Splits
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -303,16 +306,20 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int) -> type:
-    """The trainer class with its checkpoints written and read by the rules of this module.
+def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Splits = None) -> type:
+    """The trainer class with its checkpoints written and read by the rules of this module, and its steps guarded by
+    those of `steps`. `splits` is how a batch may be parted where memory runs out.
 
     The rest of the trainer is untouched: it fills a staging folder as it always does.
     """
     from transformers import Trainer
 
     from tunesmith.training import state
+    from tunesmith.training.steps import guarded_steps
 
-    class RunFolderTrainer(trainer_class):  # type: ignore[misc]
+    guarded = guarded_steps(trainer_class, run, splits)
+
+    class RunFolderTrainer(guarded):  # type: ignore[misc,valid-type]
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             require_finite(self)
             try:

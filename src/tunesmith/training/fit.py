@@ -18,7 +18,7 @@ from tunesmith.errors import Interrupted, MissingExtra
 from tunesmith.models import PRINCIPAL
 from tunesmith.plan import Plan
 from tunesmith.recipe import Tracking, Training
-from tunesmith.training import checkpoints
+from tunesmith.training import checkpoints, steps
 from tunesmith.training.checkpoints import BEST
 from tunesmith.training.run import Run, flush_folder, write_whole
 
@@ -104,12 +104,14 @@ def fit(
     max_new_tokens: int = 256,
     measure: Callable[[Any], Mapping[str, float]] | None = None,
     higher_is_better: bool = False,
+    input_rows: Sequence[int] | None = None,
 ) -> Fit:
     """Train, keep the best model, and write `final_model/`.
 
     `adapter_init` names a LoRA start that changes the base weights. `checkpoint` is where to continue. `samples`
     are prompts (token ids) that are answered at each validation, with at most `max_new_tokens` tokens. `measure` gives
     the metrics of a model that each validation logs; `higher_is_better` is of the one that `training.best_by` names.
+    `input_rows` are the running numbers of the rows that the encodings were made of; errors name them.
     Raises Interrupted after a stop on request, its state saved, and TrainingDiverged before a bad update.
     """
     from transformers.trainer_callback import PrinterCallback
@@ -147,7 +149,12 @@ def fit(
     if measure:
         measuring(trainer, measure)
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to the verb's result
-    for callback in (events, best, callbacks.LastStep(), stop, callbacks.FiniteLoss(), Watching(run)):
+    steps.number_rows(trainer)
+    if input_rows is not None:
+        data = trainer.train_dataset
+        trainer.rows_of = lambda number: [int(input_rows[n]) for n in steps.encoded_numbers(data, number)]
+    numbers = callbacks.FiniteLoss(trainer.require_numbers)
+    for callback in (events, best, callbacks.LastStep(), stop, numbers, Watching(run)):
         trainer.add_callback(callback)
     if samples:
         trainer.add_callback(callbacks.Samples(run, trainer.processing_class, samples, max_new_tokens))

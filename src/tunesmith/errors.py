@@ -72,6 +72,10 @@ class OutOfResources(TunesmithError):
     exit_code = 3
 
 
+class OutOfMemory(OutOfResources):
+    """Memory is not enough for the smallest forward pass that there is."""
+
+
 class TrainingDiverged(TunesmithError):
     """The loss is no longer a number; nothing was saved after the last good checkpoint."""
 
@@ -88,6 +92,14 @@ class Interrupted(TunesmithError):
     ) -> None:
         self.exit_code = exit_code
         super().__init__(problem, found=found, fix=fix)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as `KeyboardInterrupt` is Ctrl-C: what is under way ends at once, and everything is put away."""
+
+
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of what Ctrl-C and SIGTERM end, by the shells' custom: 128 and the signal's number."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

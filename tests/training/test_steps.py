@@ -294,3 +294,26 @@ def test_the_plain_trainer_ends_well_with_weights_that_are_no_numbers(tmp_path, 
         next(trainer.model.parameters())[0, 0] = float("nan")
     trainer.train()
     assert (run.staging / "checkpoint-4" / "model.safetensors").exists()
+
+
+@pytest.mark.thorough
+def test_memory_of_this_machine_that_really_runs_out(made, tmp_path):
+    """The address space is limited for real, to less than a step of all rows at once needs."""
+    import resource
+
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps(row("sft", n)) + "\n" for n in range(1500)))
+    recipe = made(
+        name="limited", data={"dataset": str(path)},
+        training={"per_device_train_batch_size": 1024, "gradient_accumulation_steps": 1, "max_steps": 1},
+    )  # fmt: skip
+    api.train(made(name="warm"))  # what is imported and allocated once
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, hard))
+        run = Run(api.train(recipe).run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    assert decisions(run, "micro-batch")
+    assert len(losses(run)) == 1

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from tunesmith.data.templates import end_of_turn_ids
-from tunesmith.errors import TrainingDiverged
+from tunesmith.errors import INTERRUPTED, TERMINATED, Terminated, TrainingDiverged
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.generation import generate
 from tunesmith.training.run import SAMPLE_TEXT, Run
@@ -198,13 +198,15 @@ class StopOnRequest(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.requested = False
+        self.exit_code = INTERRUPTED
         self._before: dict[int, Any] = {}
 
     def stop(self, number: int = 0, frame: FrameType | None = None) -> None:
         """Ask for a stop after the current step."""
         if self.requested:
-            raise KeyboardInterrupt
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
         self.requested = True
+        self.exit_code = TERMINATED if number == signal.SIGTERM else INTERRUPTED
 
     def __enter__(self) -> StopOnRequest:
         if threading.current_thread() is threading.main_thread():
@@ -221,6 +223,35 @@ class StopOnRequest(TrainerCallback):  # type: ignore[misc]
         if self.requested:
             control.should_save = True
             control.should_training_stop = True
+
+
+def surviving(callback: Any, tell: Callable[[str], None]) -> Any:
+    """A tracker's callback that cannot end a run: at its first error it is told and asked no more."""
+    dead = False
+
+    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            nonlocal dead
+            if dead:
+                return None
+            try:
+                return method(*given, **named)
+            except Exception as error:
+                dead = True
+                name = type(callback).__name__.removesuffix("Callback")
+                said = next(iter(str(error).strip().splitlines()), "")[:200]
+                tell(
+                    f"The tracker {name} failed and gets nothing more of this run, which goes on: "
+                    f"{type(error).__name__}: {said}"
+                )
+                return None
+
+        return call
+
+    for name in dir(TrainerCallback):
+        if name.startswith("on_"):
+            setattr(callback, name, guarded(getattr(callback, name)))
+    return callback
 
 
 class FiniteLoss(TrainerCallback):  # type: ignore[misc]

@@ -315,7 +315,7 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
     from transformers import Trainer
 
     from tunesmith.training import state
-    from tunesmith.training.steps import guarded_steps
+    from tunesmith.training.steps import Abandoned, guarded_steps
 
     guarded = guarded_steps(trainer_class, run, splits)
 
@@ -401,16 +401,40 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
             with state.undisturbed():
                 return super().evaluate(*args, **kwargs)
 
+        def _maybe_log_save_evaluate(
+            self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *given: Any, **named: Any
+        ) -> None:
+            """A stop during a validation is served at once: what was begun of it is owed by whoever continues."""
+            try:
+                super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *given, **named)
+            except Abandoned:
+                self._owes_evaluation = True
+                self._save_checkpoint(model, trial)
+                self.control.should_evaluate = self.control.should_save = False
+                self.control.should_training_stop = True
+
+        def _pay_evaluation(self, trial: Any) -> None:
+            loop = self._read_state["loop"] if hasattr(self, "_read_state") else {}
+            if loop.get("_owes_evaluation"):
+                loop["_owes_evaluation"] = False
+                try:
+                    self._evaluate(trial, None)
+                except Abandoned:
+                    loop["_owes_evaluation"] = self._owes_evaluation = True
+                    self.control.should_training_stop = True  # the checkpoint that is there says it all
+
         def _run_epoch(self, **given: Any) -> None:
             """One pass, or nothing where the checkpoint is that of the last step: the loop would take one more."""
+            self._pay_evaluation(given["trial"])
             if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 super()._run_epoch(**given)
                 return
             self.control.should_training_stop = True
 
-        def _finalize_training(self, *given: Any, **named: Any) -> Any:
+        def _finalize_training(self, trial: Any, *given: Any, **named: Any) -> Any:
+            self._pay_evaluation(trial)
             if hasattr(self, "_read_state"):  # there was no step left to take
                 self._load_rng_state("")
-            return super()._finalize_training(*given, **named)
+            return super()._finalize_training(trial, *given, **named)
 
     return RunFolderTrainer

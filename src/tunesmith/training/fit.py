@@ -148,6 +148,13 @@ def fit(
     )
     if measure:
         measuring(trainer, measure)
+
+    def warn(message: str) -> None:
+        run.event("warning", step=trainer.state.global_step, message=message)
+
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback).__module__.startswith("transformers.integrations"):
+            callbacks.surviving(callback, warn)
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to the verb's result
     steps.number_rows(trainer)
     if input_rows is not None:
@@ -162,7 +169,8 @@ def fit(
         from torch.utils.tensorboard import SummaryWriter
         from transformers.integrations import TensorBoardCallback
 
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(run.path / "tensorboard")))
+        board = TensorBoardCallback(SummaryWriter(run.path / "tensorboard"))
+        trainer.add_callback(callbacks.surviving(board, warn))
     if checkpoint:
         run.event(
             "decision",
@@ -172,13 +180,16 @@ def fit(
             reason="the newest whole checkpoint, or the one named",
         )
     started = time.perf_counter()
+    trainer.stop_requested = lambda: stop.requested
     with stop:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
-    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+    is_open = trainer.state.global_step < trainer.state.max_steps or trainer._owes_evaluation
+    if stop.requested and is_open:
         raise Interrupted(
             f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the state is saved.",
             fix=f"tunesmith resume {run.path}",
+            exit_code=stop.exit_code,
         )
     info = run.read(f"best_model/{BEST}")
     if not (training.load_best_model_at_end and info):

@@ -166,6 +166,12 @@ class Run:
                 found=who,
                 fix="Wait for it, or give this run another --name.",
             ) from None
+        except OSError as error:
+            raise RunError(
+                f"The run {self.path} cannot be written.",
+                found=error.strerror,
+                fix="Make its folder writable, or copy it to where there is room; a copy continues as well.",
+            ) from None
         try:
             since = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime())
             write_whole(holder, f"process {os.getpid()} on {platform.node()}, since {since}")
@@ -285,6 +291,10 @@ def anchored(recipe: Recipe) -> Recipe:
     )
 
 
+OWN = re.compile(r"\.lock|\.holder|environment\.json|\..+\.\d+\.tmp")
+"""Files of a run that was killed while its folder was made."""
+
+
 def create(recipe: Recipe, *, watch: Watch = _silent) -> Run:
     """A new run folder with the resolved recipe and the environment.
 
@@ -302,20 +312,20 @@ def create(recipe: Recipe, *, watch: Watch = _silent) -> Run:
             found=f"a run in state '{state}'",
             fix=f"Give this run another --name,{to_continue} or delete that one.",
         )
-    if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {".lock", ".holder"}):
+    if path.exists() and (not path.is_dir() or any(not OWN.fullmatch(p.name) for p in path.iterdir())):
         raise RunError(f"The folder {path} is not empty and not a run.", fix="Give this run another --name.")
+    run = Run(path, watch)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with run.lock():
+            if is_run(path):  # another process came first
+                return create(recipe, watch=watch)
+            run.write("environment.json", environment())
+            run.write("recipe.yaml", as_yaml(recipe))
     except OSError as error:
         raise RunError(
             f"The run folder {path} cannot be made.", found=error.strerror, fix="Choose another --output-dir."
         ) from None
-    run = Run(path, watch)
-    with run.lock():
-        if is_run(path):  # another process came first
-            return create(recipe, watch=watch)
-        run.write("environment.json", environment())
-        run.write("recipe.yaml", as_yaml(recipe))
     return run
 
 

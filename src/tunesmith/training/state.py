@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ NUMBERS, TENSORS = "training_state.json", "training_state.safetensors"
 
 LOOP = (
     "_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step", "_metrics",
-    "_total_train_tokens", "_stored_metrics", "_same", "_measures", "_micro_rows",
+    "_total_train_tokens", "_stored_metrics", "_same", "_measures", "_micro_rows", "_owes_evaluation",
 )  # fmt: skip
-"""Sums that the trainers keep from step to step: the loss since the last log, measures not logged yet, tokens; and
-the rows of a forward pass that memory was enough for."""
+"""Sums that the trainers keep from step to step: the loss since the last log, measures not logged yet, tokens; the
+rows of a forward pass that memory was enough for; and whether a validation was broken off by a stop."""
 
 
 def packed(tree: Any, tensors: dict[str, torch.Tensor], name: str = "") -> Any:
@@ -150,7 +151,7 @@ def restore_loop(trainer: Any, state: Mapping[str, Any]) -> None:
 def _refill(own: dict[Any, Any], saved: Mapping[Any, Any]) -> None:
     """Put saved values into a dictionary that may make missing entries by itself, at any depth."""
     for key, value in saved.items():
-        if isinstance(own.get(key), dict):
+        if isinstance(value, dict) and (key in own or isinstance(own, defaultdict)):
             _refill(own[key], value)
         else:
             own[key] = value

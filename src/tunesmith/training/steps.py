@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from tunesmith.data.templates import IGNORED
-from tunesmith.errors import OutOfResources, TrainingDiverged, counted, is_out_of_memory
+from tunesmith.errors import OutOfMemory, TrainingDiverged, counted, is_out_of_memory
 from tunesmith.training import state
 from tunesmith.training.checkpoints import free_memory, not_finite
 from tunesmith.training.run import Run
@@ -29,6 +29,10 @@ NAMED = 16
 
 TOLD = ("_metrics", "_stored_metrics", "_total_train_tokens", "_loss_sum", "_num_labels")
 """What a forward pass counts, and has to count anew when it is repeated."""
+
+
+class Abandoned(Exception):
+    """A validation that was broken off because the run is to stop."""
 
 
 class Numbered:
@@ -149,8 +153,12 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
 
     class GuardedTrainer(trainer_class):  # type: ignore[misc]
         current_gradient_accumulation_steps: float
+        splits: Splits
         _micro_rows: int | None = None
         """Most rows of a forward pass, once memory was not enough for all of a batch's."""
+        _owes_evaluation = False
+        """Whether the last validation was broken off."""
+        stop_requested: Callable[[], bool] | None = None
         rows_of: Callable[[int], list[int]] | None = None
         """Gives the running numbers of the input rows behind a row of the training data; for errors."""
 
@@ -211,7 +219,7 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             _count_back(self, self._before["told"])
 
         def _make_smaller(self, said: str) -> None:
-            """Halve the rows of a forward pass, and say so. Raises OutOfResources where that is not possible."""
+            """Halve the rows of a forward pass, and say so. Raises OutOfMemory where that is not possible."""
             free_memory()
             step = self.state.global_step + 1
             rows = max((size_of(batch, splits) for batch in self._seen), default=1) if splits else 1
@@ -223,7 +231,7 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
                     if splits
                     else "the loss of a row depends on the others of its batch, which so cannot be halved"
                 )
-                raise OutOfResources(
+                raise OutOfMemory(
                     f"The memory is not enough for step {step}.",
                     found=f"{why}; {said[:200]}",
                     fix="Lower per_device_train_batch_size and raise gradient_accumulation_steps, add "
@@ -239,7 +247,17 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
                 "taken again in smaller passes, with the same rows for each update",
             )
 
+        def evaluate(self, *given: Any, **named: Any) -> Any:
+            told = _counted(self)
+            try:
+                return super().evaluate(*given, **named)
+            except Abandoned:
+                _count_back(self, told)
+                raise
+
         def prediction_step(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
+            if self.stop_requested and self.stop_requested():
+                raise Abandoned
             inputs = {name: value for name, value in inputs.items() if name != ROW}
             told = _counted(self)
             try:
@@ -312,6 +330,7 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             _count_back(self, told)
             return found
 
+    GuardedTrainer.splits = splits
     return GuardedTrainer
 
 

@@ -92,7 +92,7 @@ def test_every_step_continues_to_the_bit_without_any_pickle(written, run, tiny_m
     assert names == []
 
 
-@pytest.mark.parametrize("lost", ["optimizer", "random"])
+@pytest.mark.parametrize("lost", ["optimizer", pytest.param("random", marks=pytest.mark.thorough)])
 def test_what_the_state_holds_matters(written, run, tiny_model_folder, monkeypatch, lost):
     """The control: without a part of it the weights differ."""
     name = "restore_optimizer" if lost == "optimizer" else "set_randomness"
@@ -103,6 +103,7 @@ def test_what_the_state_holds_matters(written, run, tiny_model_folder, monkeypat
     assert not same(dict(trainer.model.named_parameters()), dict(written[1].model.named_parameters()))
 
 
+@pytest.mark.slow
 def test_optimizer_states_keep_their_own_type(run, tiny_model_folder):
     """torch brings them into the parameter's type when it loads them: float32 would become bfloat16."""
     trainer = trainer_of(run, tiny_model_folder, optim="adafactor", dtype=torch.bfloat16)
@@ -206,7 +207,7 @@ def test_where_none_is_whole_nothing_starts_by_itself(run):
 
 
 @pytest.mark.parametrize(
-    "part", [pytest.param(n, marks=() if n in (0, 7, 15) else pytest.mark.thorough) for n in range(16)]
+    "part", [pytest.param(n, marks=() if n == 7 else pytest.mark.thorough) for n in range(16)]
 )
 def test_a_full_disk_leaves_the_former_checkpoint_and_no_part_of_the_new_one(run, tiny_model_folder, part):
     """Files may not grow beyond a limit, which fails each of the writes in turn."""
@@ -304,7 +305,12 @@ def plain(run: Run, base: Path) -> Trainer:
 
 
 @pytest.mark.parametrize(
-    "fault", ["flip", pytest.param("optimizer gone", marks=pytest.mark.thorough), "half written"]
+    "fault",
+    [
+        pytest.param("flip", marks=pytest.mark.slow),
+        pytest.param("optimizer gone", marks=pytest.mark.thorough),
+        pytest.param("half written", marks=pytest.mark.thorough),
+    ],
 )
 def test_the_same_faults_are_no_faults_to_the_plain_trainer(tmp_path, tiny_model_folder, fault):
     """The control: without this module a damaged checkpoint is loaded in silence, or the run is stuck."""

@@ -245,6 +245,7 @@ def test_a_recipe_that_changed_is_refused_field_by_field(stopped, field):
     assert f"{field} was " in error.value.found
 
 
+@pytest.mark.slow
 def test_another_machine_is_said(copied, monkeypatch):
     now = checkpoints._environment()
     monkeypatch.setattr(

@@ -256,7 +256,7 @@ def test_a_loss_that_is_no_number_names_its_row_by_file_and_number(made, poisone
     assert all(torch.isfinite(t).all() for f in kept for t in load_file(f / "model.safetensors").values())
 
 
-@pytest.mark.parametrize("what", ["gradient", "weights"])
+@pytest.mark.parametrize("what", ["gradient", pytest.param("weights", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["sft", pytest.param("dpo", marks=pytest.mark.thorough)])
 def test_gradients_and_weights_that_are_no_numbers_stop_before_the_update(made, poisoned, kind, what):
     poisoned(what)

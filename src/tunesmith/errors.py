@@ -7,6 +7,7 @@
     ├── RunError                  1  a run folder that is missing, taken, damaged or another run's
     ├── MissingExtra              1  an optional package that this option needs
     ├── OutOfResources            3  memory, disk or device is not enough
+    │   └── OutOfMemory           3  not even for the smallest forward pass
     ├── TrainingDiverged          3  the loss is no longer a number
     └── Interrupted             130  stopped on request, state saved (143 after SIGTERM)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import resource
 import shutil
@@ -21,7 +23,16 @@ from tunesmith.training.run import Run, create
 DROPOUT = 0.1
 
 
-def trainer_of(run: Run, base: Path, trainer_class=None, *, steps: int = 4, dtype=torch.float32, **options):
+def trainer_of(
+    run: Run,
+    base: Path,
+    trainer_class=None,
+    *,
+    steps: int = 4,
+    dtype=torch.float32,
+    keep: int = 99,
+    **options,
+):
     """The plain Trainer on 16 rows with dropout, under the rules of checkpoints unless another class is given."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base, attention_dropout=DROPOUT, dtype=dtype)
@@ -31,7 +42,7 @@ def trainer_of(run: Run, base: Path, trainer_class=None, *, steps: int = 4, dtyp
         output_dir=str(run.staging), max_steps=steps, save_steps=1, per_device_train_batch_size=4, logging_steps=3,
         learning_rate=1e-2, report_to=[], disable_tqdm=True, seed=3, use_cpu=True, **options,
     )  # fmt: skip
-    return (trainer_class or checkpoints.keeping_run_folder(Trainer, run, keep=99))(
+    return (trainer_class or checkpoints.keeping_run_folder(Trainer, run, keep=keep))(
         model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows]
     )
 
@@ -170,6 +181,14 @@ def test_a_file_cut_anywhere_is_found_and_the_checkpoint_before_is_taken(run):
     assert checkpoints.choose(run) == folder
 
 
+def test_large_files_are_hashed_by_several_threads_to_the_same(run, monkeypatch):
+    folder = run.checkpoints / "checkpoint-step-4"
+    monkeypatch.setattr(checkpoints, "LARGE", 1)
+    assert checkpoints.problem(folder) is None
+    flipped(folder / state.TENSORS, 9)
+    assert checkpoints.problem(folder) == f"{state.TENSORS} does not have the content that was written"
+
+
 @pytest.mark.parametrize("damage", ["gone", "link", "outside", "folder is a file", "stranger"])
 def test_what_else_may_have_become_of_a_checkpoint(run, damage, tmp_path):
     folder = run.checkpoints / "checkpoint-step-4"
@@ -280,9 +299,58 @@ def test_a_kill_while_a_name_is_taken_again_leaves_a_checkpoint(run, monkeypatch
     assert not run.staging.exists()
 
 
-def test_files_are_flushed_before_their_checkpoint_has_its_name(run, monkeypatch):
-    import os
+class Killed(BaseException):
+    """What no handler of errors sees, as nothing sees a kill."""
 
+
+@pytest.mark.slow
+def test_a_kill_at_each_call_of_a_save_leaves_whole_checkpoints_only(run, tiny_model_folder, monkeypatch):
+    """Every call that writes, flushes, renames or deletes is the last one in turn, rotation included."""
+    trainer = trainer_of(run, tiny_model_folder, keep=1)
+    shutil.rmtree(run.checkpoints / "checkpoint-step-4")
+    trainer.args.save_strategy = trainer.args.save_strategy.__class__("no")
+    trainer.train(resume_from_checkpoint=str(run.checkpoints / "checkpoint-step-3"))
+    backup = shutil.copytree(run.checkpoints, run.path / "backup")
+    calls, last = 0, 0
+
+    def counting(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in (
+        (os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (Path, "write_text"),
+        (Path, "rename"), (Path, "replace"), (shutil, "rmtree"), (state, "save_file"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, counting(getattr(owner, name)))
+    survivors = []
+    while True:
+        calls, last = 0, last + 1
+        at = last
+        with contextlib.suppress(Killed):
+            trainer._save_checkpoint(trainer.model, None)
+        is_over, calls, last = calls < at, 0, -1
+        checkpoints.clean(run)
+        for folder in checkpoints.found(run):
+            assert checkpoints.problem(folder) is None, (at, folder.name)
+        survivors.append(checkpoints.step_of(checkpoints.choose(run)))
+        assert not any(p.name.startswith(".") for p in run.checkpoints.iterdir())
+        shutil.rmtree(run.checkpoints)
+        shutil.copytree(backup, run.checkpoints)
+        last = at
+        if is_over:
+            break
+    assert len(survivors) > 20
+    assert survivors == sorted(survivors), "the new one from its rename on"
+    assert set(survivors) == {3, 4}
+
+
+def test_files_are_flushed_before_their_checkpoint_has_its_name(run, monkeypatch):
     staging, said = run.staging / "checkpoint-9", []
     shutil.copytree(run.checkpoints / "checkpoint-step-4", staging)
     (staging / checkpoints.MANIFEST).unlink()

@@ -353,8 +353,8 @@ def nightly(*options: str) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_a_short_dose_of_the_nightly_suites():
-    assert nightly("--kills", "6", "--flips", "300", "--fuzz", "300") == {
-        "kills": 6, "equal": 6, "stuck": 0, "different": 0, "flips": 300, "found": 300, "inputs": 300, "tracebacks": 0,
+    assert nightly("--kills", "3", "--flips", "100", "--fuzz", "200") == {
+        "kills": 3, "equal": 3, "stuck": 0, "different": 0, "flips": 100, "found": 100, "inputs": 200, "tracebacks": 0,
     }  # fmt: skip
 
 

@@ -18,7 +18,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,8 @@ PINNED = "pinned"
 """A file of this name in a checkpoint's folder keeps it from being deleted."""
 TRASH = ".trash-"
 """How folders are called that are about to be deleted; nothing else is."""
+LARGE = 2**24
+"""Bytes from which on files are hashed by several threads."""
 BEST = "best_model_info.json"
 START = "start"
 """In the place of a checkpoint's name: continue from none, train from the first step."""
@@ -64,21 +67,38 @@ def commit(staging: Path, final: Path, facts: Mapping[str, Any]) -> None:
 
     One that already has the name was written in a former life of the run: it makes way, and is deleted last.
     """
-    files = {}
-    for path in sorted(p for p in staging.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        files[path.relative_to(staging).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    paths = sorted(p for p in staging.rglob("*") if p.is_file())
+    files = {
+        path.relative_to(staging).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, _digests(paths, flush=True), strict=True)
+    }
     write_whole(staging / MANIFEST, _sealed({"format": FORMAT, **facts, "files": files}))
     for folder in (*(p for p in staging.rglob("*") if p.is_dir()), staging):
         flush_folder(folder)
-    final.parent.mkdir(exist_ok=True)
+    if not final.parent.exists():
+        final.parent.mkdir()
+        flush_folder(final.parent.parent)
     former = _set_aside(final) if final.exists() else None
     staging.rename(final)
     flush_folder(final.parent)
     if former:
         shutil.rmtree(former, ignore_errors=True)
+
+
+def _digests(paths: Sequence[Path], *, flush: bool = False) -> list[str]:
+    """The sha256 of some files, large ones at the same time; with `flush` the disk has them afterwards."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            if flush:
+                os.fsync(file.fileno())
+        return found
+
+    if sum(path.stat().st_size for path in paths) < LARGE:
+        return [digest(path) for path in paths]
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets other threads run
+        return list(pool.map(digest, paths))
 
 
 def _sealed(content: Mapping[str, Any]) -> str:
@@ -134,9 +154,13 @@ def problem(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != facts["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}"
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
-                return f"{name} does not have the content that was written"
+    try:
+        digests = _digests([folder / name for name in files])
+    except OSError as error:  # a disk that gives nothing back
+        return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
+    for name, digest in zip(files, digests, strict=True):
+        if digest != files[name]["sha256"]:
+            return f"{name} does not have the content that was written"
     return None
 
 

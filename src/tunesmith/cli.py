@@ -463,7 +463,9 @@ def train_verb(
 def resume_verb(
     run: Annotated[str, typer.Argument(help="The run's folder.")],
     *,
-    checkpoint: Annotated[str, typer.Option(help="A checkpoint's name, or `latest`.")] = "latest",
+    checkpoint: Annotated[
+        str, typer.Option(help="A checkpoint's name, `latest`, or `start` for none.")
+    ] = "latest",
     quiet: bool,
 ) -> Any:
     """Resume."""

@@ -299,6 +299,15 @@ def test_a_kill_while_a_name_is_taken_again_leaves_a_checkpoint(run, monkeypatch
     assert not run.staging.exists()
 
 
+def test_what_is_written_now_counts_before_what_a_former_life_left(run):
+    """A later checkpoint that was skipped as damaged looks whole by its sizes, and must not push out good ones."""
+    flipped(run.checkpoints / "checkpoint-step-4" / "model.safetensors", 999)
+    assert checkpoints.choose(run).name == "checkpoint-step-3"
+    checkpoints.rotate(run, keep=1, written=3)
+    assert {p.name for p in run.checkpoints.iterdir()} == {"checkpoint-step-3", "checkpoint-step-4"}
+    assert checkpoints.choose(run).name == "checkpoint-step-3"
+
+
 class Killed(BaseException):
     """What no handler of errors sees, as nothing sees a kill."""
 

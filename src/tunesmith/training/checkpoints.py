@@ -220,13 +220,17 @@ def _unlisted(folder: Path) -> set[str]:
     return names - {*manifest(folder)["files"], MANIFEST, PINNED}
 
 
-def rotate(run: Run, *, keep: int) -> None:
+def rotate(run: Run, *, keep: int, written: int | None = None) -> None:
     """Delete checkpoints beyond `keep`: the newest stays, then those with the lowest validation loss.
+
+    `written` is the step of the one that was just written. Those of later steps are left from before the run was
+    continued; they may be damaged, and are neither counted nor deleted before their steps are taken again.
 
     The one of the best model's step stays whatever `keep` is, and so do pinned ones, and everything that this
     module did not write or that is not whole as far as its manifest and sizes say.
     """
-    whole = [folder for folder in found(run) if _is_listed(folder)]
+    there = [folder for folder in found(run) if written is None or step_of(folder) <= written]
+    whole = [folder for folder in there if _is_listed(folder)]
     best = None
     with contextlib.suppress(RunError):
         best = (run.read(f"best_model/{BEST}") or {}).get("step")
@@ -379,7 +383,7 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
                     raise mended from error
                 raise
             if self.args.should_save:
-                rotate(run, keep=keep)
+                rotate(run, keep=keep, written=step)
                 run.event("checkpoint", step=step, folder=folder_of(run, step).name)
             self.accelerator.wait_for_everyone()
 

@@ -33,7 +33,7 @@ from tunesmith.evaluation.lengths import length_bias
 from tunesmith.evaluation.metrics import METRICS, default_metrics
 from tunesmith.evaluation.report import write_report
 from tunesmith.evaluation.stages import Stage
-from tunesmith.evaluation.unseen import Asked, asked_of
+from tunesmith.evaluation.unseen import Asked, asked_of, carry
 from tunesmith.export.card import write_card
 from tunesmith.methods import METHODS
 from tunesmith.plan import Plan
@@ -356,6 +356,11 @@ def _start_rows(
         max_new_tokens=recipe.evaluation.max_new_tokens,
         attempts=recipe.evaluation.attempts,
         engine=recipe.evaluation.engine,
+        temperature=evaluation.drawn_at(recipe.evaluation),
+        seed=recipe.evaluation.seed,
+        model=evaluation.identity(recipe.model, recipe.model.base, device=plan.device, dtype=plan.dtype)
+        if kept
+        else None,
     ):
         return kept
     tokenizer, _ = _tokenizer(recipe)
@@ -382,6 +387,7 @@ def fitted(
     recipe: Recipe,
     prepared: Run,
     plan: Plan,
+    splits: data.Splits,
     encodings: data.EncodedSplits,
     packing: Packing | None,
     checkpoint: Path | None,
@@ -419,6 +425,7 @@ def fitted(
         and METRICS[recipe.training.best_by].higher_is_better,
         input_rows=encodings.train.rows.tolist(),
     )
+    carry(result.final_model, prepared, splits, recipe.model.base)
     prepared.write("training.json", asdict(result))
     return result
 

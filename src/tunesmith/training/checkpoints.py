@@ -387,6 +387,9 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
                 run.event("checkpoint", step=step, folder=folder_of(run, step).name)
             self.accelerator.wait_for_everyone()
 
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """None of TRL's with each checkpoint: the run's card comes from us."""
+
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             if trainer_class._save is not Trainer._save:  # one that has more than a model to save
                 super()._save(output_dir, state_dict)

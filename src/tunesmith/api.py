@@ -1345,7 +1345,7 @@ def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Wat
         return Held(
             asked,
             NEW_TOKENS,
-            lambda own, others: (None, "no run is behind this model, so there are no held-out rows"),
+            lambda numbers, own, others: (None, "no run is behind this model, so there are no held-out rows"),
         )
     _, questions = _questions([run.path], None, None, {"evaluation": {"max_items": rows}}, watch)
     recipe = questions.recipe
@@ -1366,15 +1366,21 @@ def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Wat
     if not usable:
         asked = merge.shipped_questions(tokenizer, model, is_pair=is_pair)
         return Held(
-            asked, NEW_TOKENS, lambda own, others: (None, "the run held out no questions that are answered")
+            asked,
+            NEW_TOKENS,
+            lambda numbers, own, others: (None, "the run held out no questions that are answered"),
         )
 
-    def score(own: Sequence[Generated], others: Sequence[Generated]) -> tuple[Comparison | None, str | None]:
+    def score(
+        numbers: Sequence[int], own: Sequence[Generated], others: Sequence[Generated]
+    ) -> tuple[Comparison | None, str | None]:
         if not fitting:
             return None, "no metric of the run scores answers"
         settings = {"max_new_tokens": recipe.evaluation.max_new_tokens, "temperature": 0.0}
         one, other = (
-            evaluation.rows_of(usable, given, name=name, metrics=fitting[:1], settings=settings)
+            evaluation.rows_of(
+                [usable[n] for n in numbers], given, name=name, metrics=fitting[:1], settings=settings
+            )
             for name, given in (("base", own), ("tuned", others))
         )
         compared = comparing.compare(
@@ -1387,7 +1393,11 @@ def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Wat
         )
         return compared[0], None
 
-    asked = [Question(item.prompt_ids, merge.question_text(item.prompt, tokenizer)) for item in usable]
+    asked = [
+        Question(item.prompt_ids, merge.question_text(item.prompt, tokenizer))
+        for item in usable
+        if item.prompt
+    ]
     return Held(asked, recipe.evaluation.max_new_tokens, score)
 
 

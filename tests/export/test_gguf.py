@@ -90,7 +90,7 @@ def test_llama_cpp_computes_what_transformers_does(name, tmp_path, tokenizer):
     model, made = written(name, tmp_path, tokenizer)
     ids = tokenizer(TEXT).input_ids[:48]
     answer = [] if model.config.is_encoder_decoder is False else [100, 200, 300]
-    with llamacpp.opened(made.file) as loaded:
+    with llamacpp.opened(made.file, length=64) as loaded:
         own = llamacpp.logits(loaded, ids, answer)
         assert llamacpp.tokenized(loaded, TEXT)[:48] == ids
     with torch.no_grad():

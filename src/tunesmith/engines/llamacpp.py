@@ -19,9 +19,6 @@ from tunesmith.generation import Generated, cut
 if TYPE_CHECKING:
     from tunesmith.engines import Asked, Finished, Say, Source
 
-MAX_CONTEXT = 4096
-"""Tokens that memory is taken for; prompts and answers that are proven are shorter."""
-
 
 @dataclass(frozen=True)
 class Loaded:
@@ -50,8 +47,11 @@ def version() -> str:
 
 
 @contextmanager
-def opened(file: Path, *, threads: int | None = None) -> Iterator[Loaded]:
-    """The file, loaded on the CPU and freed afterwards. Raises ModelError where llama.cpp does not take it."""
+def opened(file: Path, *, length: int, threads: int | None = None) -> Iterator[Loaded]:
+    """The file, loaded on the CPU with room for `length` tokens, or its context, and freed afterwards.
+
+    Raises ModelError where llama.cpp does not take it.
+    """
     if not is_installed():
         raise MissingExtra("llama-cpp-python", f"Asking {file.name}", install="'tunesmith[llama-cpp]'")
     import llama_cpp as cpp
@@ -67,7 +67,7 @@ def opened(file: Path, *, threads: int | None = None) -> Iterator[Loaded]:
             found=f"{file}, {version()}",
             fix="`llama-cli -m FILE` says why; please report it with the model's config.json.",
         )
-    length = min(int(cpp.llama_model_n_ctx_train(model)), MAX_CONTEXT)
+    length = min(int(cpp.llama_model_n_ctx_train(model)), length)
     options = cpp.llama_context_default_params()
     options.n_ctx = options.n_batch = options.n_ubatch = length
     options.n_threads = options.n_threads_batch = threads or torch.get_num_threads()
@@ -148,7 +148,8 @@ def answer(source: Source, asked: Asked, finished: Finished, say: Say) -> None:
     """Answer the prompts one by one, greedily."""
     if asked.temperature:
         raise RecipeError("A GGUF file is asked greedily here.", found=f"temperature {asked.temperature}")
-    with opened(Path(source.base or "")) as loaded:
+    longest = max((len(prompt) for prompt in asked.prompts), default=0)
+    with opened(Path(source.base or ""), length=longest + asked.max_new_tokens) as loaded:
         for number, prompt in enumerate(asked.prompts):
             used = 0 if loaded.is_pair else len(prompt)
             room = max(0, min(asked.max_new_tokens, loaded.length - used))

@@ -16,7 +16,7 @@ from typing import Any
 
 from tunesmith import models
 from tunesmith.engines import llamacpp
-from tunesmith.errors import MissingExtra, TunesmithError, nearest
+from tunesmith.errors import MissingExtra, ModelError, TunesmithError, nearest
 from tunesmith.export import gguf, merge, ollama, parity
 from tunesmith.export.vocabulary import Vocabulary, vocabulary_of
 from tunesmith.training.run import Run, write_whole
@@ -68,8 +68,8 @@ class Held:
 
     questions: Sequence[parity.Question]
     new_tokens: int
-    score: Callable[[Sequence[Any], Sequence[Any]], tuple[Any, str | None]]
-    """(the model's answers, the artefact's) -> their comparison, or why there is none."""
+    score: Callable[[Sequence[int], Sequence[Any], Sequence[Any]], tuple[Any, str | None]]
+    """(numbers of questions, the model's answers to them, the artefact's) -> their comparison, or why there is none."""
 
 
 def check_target(target: str, quant: str) -> None:
@@ -146,7 +146,9 @@ def export(
             notes.append(problem)
         verdict = None
         if llamacpp.is_installed():
-            verdict = _proven(model, tokenizer, staging / file, asked, quant, counted)
+            verdict = _proven(
+                model, tokenizer, staging / file, asked, quant, gguf.context_of(config), counted
+            )
             write_whole(staging / VERDICT, json.dumps(verdict.as_dict(), indent=1))
         else:
             notes.append(
@@ -180,27 +182,35 @@ def _proven(
     file: Path,
     held: Held,
     quant: str,
+    context: int,
     counted: Callable[[str, int, int], None],
 ) -> parity.Parity:
-    total = len(held.questions)
+    numbers = [n for n, asked in enumerate(held.questions) if len(asked.ids) < context]
+    if not numbers:
+        raise ModelError(
+            "No question is short enough for the file's context.",
+            found=f"{context} tokens, {len(held.questions)} questions",
+            fix="Train on shorter rows, or serve the merged model with transformers or vLLM.",
+        )
     differences, same, own, others = parity.of_gguf(
         model,
         tokenizer,
         file,
-        held.questions,
+        [held.questions[n] for n in numbers],
         new_tokens=held.new_tokens,
-        progress=lambda done: counted("parity", done, total),
+        progress=lambda done: counted("parity", done, len(numbers)),
     )
-    score, unscored = held.score(own, others)
+    score, unscored = held.score(numbers, own, others)
     return parity.Parity(
         artefact=file.name,
         quant=quant,
         read_by=llamacpp.version(),
-        prompts=total,
+        prompts=len(numbers),
         same_prompts=same,
         check=parity.checked(differences, tolerance=parity.TOLERANCES[quant]),
         score=score,
         unscored=unscored,
+        too_long=len(held.questions) - len(numbers),
     )
 
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ def check_quant(quant: str) -> None:
     """Raises TunesmithError for a way to store weights that there is not."""
     if quant not in QUANTS:
         raise TunesmithError(f"Weights are not stored as '{quant}' in GGUF.", fix=nearest(quant, QUANTS))
+
+
+def context_of(config: Any) -> int:
+    """Most tokens of a prompt with its answer in the file of a model, which may be fewer than the model's."""
+    return int(FAMILIES[config.model_type].keys(config)["context_length"])  # type: ignore[arg-type]
 
 
 def write(folder: Path, file: Path, *, quant: str, vocabulary: Vocabulary, config: Any, name: str) -> Written:
@@ -153,7 +159,7 @@ def _tensors(
         weights = stack.enter_context(safe_open(shard, framework="pt"))
         for name in weights.keys():  # noqa: SIM118, a file and no mapping
             shape = tuple(weights.get_slice(name).get_shape())
-            found[name] = shape, lambda weights=weights, name=name: weights.get_tensor(name)
+            found[name] = shape, partial(weights.get_tensor, name)
     if config.is_encoder_decoder:
         # One table for both sides. llama.cpp takes what goes into the head as it is, so the scale is the head's.
         for copy in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
@@ -184,7 +190,7 @@ def _rope_factors(config: Any) -> Iterator[tuple[str, tuple[int, ...], Callable[
     if kind == "longrope":
         for which in ("long", "short"):
             factors = torch.tensor(rope[f"{which}_factor"], dtype=torch.float32)
-            yield f"rope_factors_{which}.weight", tuple(factors.shape), lambda factors=factors: factors
+            yield f"rope_factors_{which}.weight", tuple(factors.shape), factors.clone
 
 
 def _stored(gguf: Any, name: str, shape: tuple[int, ...], quant: str) -> Any:

@@ -202,6 +202,8 @@ class Parity:
     """The run's metric on the same questions, the artefact (`tuned`) against the model (`base`)."""
     unscored: str | None = None
     """Why there is no score."""
+    too_long: int = 0
+    """Questions that were left out, since the file's context has no room for an answer."""
 
     @property
     def passed(self) -> bool:
@@ -224,8 +226,9 @@ class Parity:
 
     def sentences(self) -> list[str]:
         """The result for people."""
+        longer = f" ({self.too_long} more are longer than its context)" if self.too_long else ""
         lines = [
-            f"read back by {self.read_by}: {self.same_prompts} of {self.prompts} prompts are the same tokens",
+            f"read back by {self.read_by}: {self.same_prompts} of {self.prompts} prompts are the same tokens{longer}",
             self.check.sentence(),
         ]
         if self.score and self.score.base is not None and self.score.tuned is not None:
@@ -275,7 +278,8 @@ def of_gguf(
 
     stop_ids = end_of_turn_ids(tokenizer)
     differences, own, others = [], [], []
-    with llamacpp.opened(file) as loaded:
+    longest = max(len(asked.ids) for asked in questions)
+    with llamacpp.opened(file, length=longest + new_tokens) as loaded:
         same = sum(llamacpp.tokenized(loaded, asked.text) == list(asked.ids) for asked in questions)
         for done, asked in enumerate(questions, start=1):
             room = new_tokens if loaded.is_pair else min(new_tokens, loaded.length - len(asked.ids))
@@ -284,8 +288,8 @@ def of_gguf(
             other = cut(found, stop_ids, tokenizer)
             along = torch.from_numpy(llamacpp.logits(loaded, asked.ids, one.ids))
             differences.append(difference(one, Answered(other.ids, along)))
-            ended = "stop" if len(one.ids) < room else "length"
-            own.append(Generated(one.ids, decoded(one.ids, tokenizer), ended))
+            text = decoded(one.ids, tokenizer)
+            own.append(Generated(one.ids, text, "stop" if len(one.ids) < room else "length"))
             others.append(other)
             progress(done)
     return differences, same, own, others

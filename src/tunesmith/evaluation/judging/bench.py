@@ -158,10 +158,10 @@ def run_suite(
         **({"graded": ("single", None)} if suite.grades else {}),
         **({"compared": ("pair", other)} if other is not None else {}),
     }
-    ways = [
-        Assignment(home / part, asked, given, mode, against) for part, (mode, against) in wanted.items()
-    ]
-    judged = judge_several(ways, judge, home=home, calibrated=calibrated, watch=watch) if judge and ways else []
+    ways = [Assignment(home / part, asked, given, mode, against) for part, (mode, against) in wanted.items()]
+    judged = (
+        judge_several(ways, judge, home=home, calibrated=calibrated, watch=watch) if judge and ways else []
+    )
     for (part, (mode, against)), figures in zip(wanted.items(), judged, strict=False):
         found[part] = figures
         if leaked := known.leaked(asked):

@@ -86,7 +86,7 @@ def test_a_signal_stops_after_the_step_with_its_own_exit_code(quick, undisturbed
     assert verifying.differences(undisturbed, run) == []
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_sigterm_before_training_leaves_a_run_that_goes_on(quick, undisturbed):
     def watch(event):
         if event["kind"] == "state" and event.get("state") == "prepared":
@@ -181,6 +181,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_last(
     assert verifying.differences(undisturbed, run) == []
 
 
+@pytest.mark.thorough
 def test_a_disk_that_is_full_for_the_log_as_well_is_still_told(quick, monkeypatch):
     real = Run.event
 

@@ -119,9 +119,9 @@ def straight(tmp_path_factory):
     ("kind", "at", "calls"),
     [
         ("sft", "backward", (2,)),
-        pytest.param("sft", "forward", (1,), marks=pytest.mark.slow),
-        pytest.param("sft", "forward", (3, 4), marks=pytest.mark.slow),
-        pytest.param("dpo", "backward", (2,), marks=pytest.mark.slow),
+        pytest.param("sft", "forward", (1,), marks=pytest.mark.thorough),
+        pytest.param("sft", "forward", (3, 4), marks=pytest.mark.thorough),
+        pytest.param("dpo", "backward", (2,), marks=pytest.mark.thorough),
         pytest.param("sft", "forward", (2,), marks=pytest.mark.thorough),
         pytest.param("sft", "forward", (6,), marks=pytest.mark.thorough),
         pytest.param("sft", "backward", (1,), marks=pytest.mark.thorough),
@@ -201,7 +201,7 @@ def test_where_one_row_is_too_much_the_numbers_are_told(made, short_of_memory):
     assert "CUDA out of memory" in error.value.found
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_loss_that_cannot_be_parted_says_so(made, short_of_memory):
     short_of_memory(calls=(1,))
     with pytest.raises(OutOfResources) as error:
@@ -271,7 +271,7 @@ def test_gradients_and_weights_that_are_no_numbers_stop_before_the_update(made, 
     assert run.state() == "failed"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_rows_of_packed_blocks_are_named_too(made, poisoned):
     poisoned("loss", mark="count of 17")
     with pytest.raises(TrainingDiverged) as error:

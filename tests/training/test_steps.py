@@ -121,7 +121,7 @@ def straight(tmp_path_factory):
         ("sft", "backward", (2,)),
         pytest.param("sft", "forward", (1,), marks=pytest.mark.thorough),
         pytest.param("sft", "forward", (3, 4), marks=pytest.mark.thorough),
-        pytest.param("dpo", "backward", (2,), marks=pytest.mark.thorough),
+        pytest.param("dpo", "backward", (2,), marks=pytest.mark.slow),
         pytest.param("sft", "forward", (2,), marks=pytest.mark.thorough),
         pytest.param("sft", "forward", (6,), marks=pytest.mark.thorough),
         pytest.param("sft", "backward", (1,), marks=pytest.mark.thorough),

@@ -270,6 +270,18 @@ def test_train_evaluate_compare_chat_runs_and_push_print_one_json_object(
     assert (code, "finished" in error["error"]) == (1, True)
 
 
+@pytest.mark.slow
+def test_a_recipe_is_proved_to_continue_and_its_batches_to_be_equal(invoke, quick_flags, tmp_path):
+    code, found, _ = invoke("verify-resume", *quick_flags, "--task", "instruct", "--steps", "2")
+    assert (code, found["equal"], found["continued_from"]) == (0, True, [1])
+    assert "continues to the bit" in found["sentence"]
+    code, found, _ = invoke("plan", *quick_flags, "--task", "instruct", "--self-check")
+    assert code == 0
+    assert found["self_check"]["equal"]
+    assert [c["second"] for c in found["self_check"]["compared"]] == ["4 + 4 accumulated", "packed"]
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     "what", ["presets", "tasks", "recipe", "formats", "templates", "methods", "metrics", "examples", "model"]
 )

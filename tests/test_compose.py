@@ -359,3 +359,19 @@ def test_what_is_no_text_is_still_yaml():
     assert assignment("training.learning_rate=2e-5")["training"]["learning_rate"] in (2e-5, "2e-5")
     assert assignment("adapter.dora=true") == {"adapter": {"dora": True}}
     assert assignment("adapter.targets=[q, v]") == {"adapter": {"targets": ["q", "v"]}}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"task: chat\nmodel: {base: t\xe9st}\n", r"line 2, column 16 is not UTF-8"),
+        (b"task: 2026-99-99\n", "cannot be read as YAML"),
+        (b"[" * 5000, "cannot be read as YAML|is not YAML"),
+        (b"seed: " + b"9" * 5000, "cannot be read as YAML"),
+    ],
+)
+def test_a_recipe_file_that_is_spoiled_is_refused_in_words(tmp_path, content, said):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=said):
+        read_layer(path)

@@ -9,6 +9,7 @@ print(result.primary.verdict)
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -23,20 +24,26 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith import launch
 from tunesmith.errors import (
+    INTERRUPTED,
+    TERMINATED,
     Interrupted,
     ModelError,
     OutOfResources,
     RecipeError,
     RunError,
+    Terminated,
     TunesmithError,
     closest,
+    is_out_of_disk,
     is_out_of_memory,
+    is_refused_writing,
     nearest,
 )
 from tunesmith.recipe import DataSource, Recipe, RewardModel, Seq2Seq, Task
 from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
     Run,
+    State,
     Watch,
     anchored,
     create,
@@ -66,6 +73,8 @@ if TYPE_CHECKING:
     from tunesmith.models import Kind
     from tunesmith.plan import Plan
     from tunesmith.training.find_lr import RateSearch
+    from tunesmith.training.self_check import SelfCheck
+    from tunesmith.training.verifying import Verified
 
 MAY_CHANGE = ("output_dir", "name", "preset", "evaluation", "export", "tracking")
 """Parts of the recipe that a continued run may change: none of them touches the weights."""
@@ -294,6 +303,40 @@ def resume(run: str | Path, *, checkpoint: str = "latest", watch: Watch = _unwat
     opened = open_run(run, watch=watch)
     _check_unfinished(opened)
     return _carry_out(opened.recipe(), opened, checkpoint, fresh=False)
+
+
+def self_check(recipe: Recipe) -> SelfCheck:
+    """Whether rows of this recipe give the same loss and gradient in batches of other sizes and when they are packed.
+
+    A few rows go through the recipe's own trainer; nothing is trained or kept. Refuses what `train` refuses.
+    """
+    from tunesmith.training import self_check as checking
+
+    launch.require_one_process()
+    recipe = anchored(recipe)
+    _check_before_training(recipe)
+    inputs = _driver().execute(["plan", "encodings"], inputs=_inputs(recipe))
+    try:
+        return checking.check(recipe, inputs)
+    except Exception as error:
+        if mended := _as_ours(error):
+            raise mended from error
+        raise
+
+
+def verify_resume(recipe: Recipe, *, steps: int = 4, watch: Watch = _unwatched) -> Verified:
+    """Whether a run of this recipe continues to the bit, found out in a folder that is thrown away.
+
+    So many steps are trained, and trained again from the checkpoint of each. Refuses what `train` refuses.
+    """
+    from tunesmith.training import verifying
+
+    launch.require_one_process()
+
+    def progress(done: int, total: int) -> None:
+        watch({"kind": "progress", "stage": "continuing", "done": done, "total": total})
+
+    return verifying.verify(anchored(recipe), steps=steps, train=train, resume=resume, progress=progress)
 
 
 def _check_unfinished(run: Run) -> None:
@@ -1519,7 +1562,8 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
     started = time.perf_counter()
     before = run.read("status.json")
     wanted = ["fitted"] if recipe.evaluation.skip else ["comparisons", "samples", "report"]
-    with run.lock():
+    refused: TunesmithError | None = None
+    with run.lock(), launch.ended_by_sigterm():
         (run.path / "status.json").unlink(missing_ok=True)
         num_starts = _num_starts(run)
         for note in launch.settle(recipe.training):
@@ -1530,16 +1574,23 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
             else:
                 _check_settings(recipe)
             point = checkpoints.choose(run, checkpoint) if checkpoint else None
+            if point and (changed := checkpoints.environment_differences(point)):
+                run.event("warning", message=f"The run goes on, though not to the bit: {'; '.join(changed)}.")
             results = _driver().execute(wanted, inputs={**_inputs(recipe), "run": run, "checkpoint": point})
             if recipe.evaluation.skip:
                 write_card(run, [])
-            published = _published(recipe, run)
+            try:
+                published = _published(recipe, run)
+            except Exception as error:  # a hub that is down takes nothing of a run that is done
+                published, refused = None, _not_published(error, run)
         except (KeyboardInterrupt, Interrupted) as error:
-            run.finish("interrupted")
+            _finish(run, "interrupted")
             if isinstance(error, Interrupted):
                 raise
             raise Interrupted(
-                "Stopped; what was finished is saved.", fix=f"tunesmith resume {run.path}"
+                "Stopped; what was finished is saved.",
+                fix=f"tunesmith resume {run.path}",
+                exit_code=TERMINATED if isinstance(error, Terminated) else INTERRUPTED,
             ) from None
         except Exception as error:
             mended = _as_ours(error)
@@ -1547,11 +1598,12 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
                 discard(run)
             elif not fresh and _num_starts(run) == num_starts:
                 # Nothing of the run was touched, so it is what it was before.
-                run.event("state", state="not resumed", error=str(mended or error))
-                if before:
-                    run.write("status.json", before)
+                with contextlib.suppress(OSError):
+                    run.event("state", state="not resumed", error=str(mended or error))
+                    if before:
+                        run.write("status.json", before)
             else:
-                run.finish("failed", error=str(mended or error))
+                _finish(run, "failed", error=str(mended or error))
             if mended:
                 raise mended from error
             raise
@@ -1567,7 +1619,25 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
         run.finish(
             "done", seconds=round(result.seconds, 1), verdict=result.primary and result.primary.verdict
         )
+    if refused:
+        raise refused
     return result
+
+
+def _finish(run: Run, state: State, **fields: Any) -> None:
+    """Leave a status where the disk lets us: why a run ended is more important than that it could not be written."""
+    with contextlib.suppress(OSError):
+        run.finish(state, **fields)
+
+
+def _not_published(error: Exception, run: Run) -> TunesmithError:
+    problem = error.problem if isinstance(error, TunesmithError) else f"{type(error).__name__}: {error}"
+    run.event("warning", message=f"The model was not published: {problem}")
+    return RunError(
+        f"The run {run.path} is done, but its model was not published.",
+        found=problem,
+        fix=f"tunesmith push {run.path}, when the Hub answers again.",
+    )
 
 
 def _num_starts(run: Run) -> int:
@@ -1639,8 +1709,14 @@ def _as_ours(error: Exception) -> TunesmithError | None:
             fix="Lower per_device_train_batch_size and raise gradient_accumulation_steps, add "
             "--gradient-checkpointing, lower --max-length, or use --lora.",
         )
-    if isinstance(error, OSError) and error.errno == 28:
+    if is_out_of_disk(error):
         return OutOfResources("The disk is full.", found=str(error), fix="Free space and resume the run.")
+    if isinstance(error, OSError) and is_refused_writing(error):
+        return OutOfResources(
+            f"{error.filename or 'A file'} cannot be read or written.",
+            found=error.strerror,
+            fix="Give this user the right to, or choose another folder; then resume the run.",
+        )
     return None
 
 

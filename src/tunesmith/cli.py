@@ -33,7 +33,7 @@ from tunesmith.compose import (
     scalar,
     union_members,
 )
-from tunesmith.errors import Interrupted, TunesmithError, counted
+from tunesmith.errors import Interrupted, RunError, TunesmithError, counted
 from tunesmith.recipe import FieldFact, fields
 
 if TYPE_CHECKING:
@@ -474,7 +474,9 @@ def train_verb(
 def resume_verb(
     run: Annotated[str, typer.Argument(help="The run's folder.")],
     *,
-    checkpoint: Annotated[str, typer.Option(help="A checkpoint's name, or `latest`.")] = "latest",
+    checkpoint: Annotated[
+        str, typer.Option(help="A checkpoint's name, `latest`, or `start` for none.")
+    ] = "latest",
     quiet: bool,
 ) -> Any:
     """Resume."""
@@ -483,6 +485,41 @@ def resume_verb(
     with Display(quiet=quiet) as display:
         result = api.resume(run, checkpoint=checkpoint, watch=display)
     return result.as_dict(), _result_text(result)
+
+
+VERIFY_HELP = """Prove that a run of a recipe continues to the bit: train a few steps, and again from each checkpoint.
+
+`tunesmith verify-resume --base-model tiny --dataset example:support --task instruct --lora --steps 3`"""
+
+
+@app.command("verify-resume", help=VERIFY_HELP)
+@verb
+@recipe_options()
+def verify_resume_verb(
+    recipe_file: RecipeFile = None,
+    *,
+    config: ConfigOption = None,
+    lora: LoraOption = False,
+    qlora: QloraOption = False,
+    freeze_ratio: FreezeOption = None,
+    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of the whole run.")] = 4,
+    flags: dict[str, Any],
+    quiet: bool,
+) -> Any:
+    """Verify that a recipe's runs can be continued."""
+    from tunesmith import api
+
+    composition = _composed(recipe_file, config, flags, lora=lora, qlora=qlora, freeze_ratio=freeze_ratio)
+    with Display(quiet=quiet) as display:
+        _show_notes(composition, display)
+        found = api.verify_resume(composition.recipe, steps=steps, watch=display)
+    if not found.equal:
+        raise RunError(
+            "A run of this recipe would not continue to the bit.",
+            found=found.sentence(),
+            fix="Report it with the recipe; a run of it that is not interrupted is not concerned.",
+        )
+    return found.as_dict(), found.sentence()
 
 
 @app.command("plan", help="Show what a recipe would do with its rows and on this machine, without doing it.")
@@ -495,6 +532,13 @@ def plan_verb(
     lora: LoraOption = False,
     qlora: QloraOption = False,
     freeze_ratio: FreezeOption = None,
+    self_check: Annotated[
+        bool,
+        typer.Option(
+            "--self-check",
+            help="Compare loss and gradient of some rows in batches of 8 and 2 x 4, and packed and padded.",
+        ),
+    ] = False,
     flags: dict[str, Any],
     quiet: bool,
 ) -> Any:
@@ -504,7 +548,15 @@ def plan_verb(
     composition = _composed(recipe_file, config, flags, lora=lora, qlora=qlora, freeze_ratio=freeze_ratio)
     plan, rows = api.plan(composition.recipe)
     payload = {"plan": plan.as_dict(), **rows, "notes": composition.notes}
-    return payload, _plan_text(plan, rows, composition)
+    text = _plan_text(plan, rows, composition)
+    if self_check:
+        found = api.self_check(composition.recipe)
+        payload |= {"self_check": found.as_dict(), **({} if found.equal else {"exit_code": 1})}
+        for compared in found.compared:
+            text.add_row("self-check", "equal" if compared.equal else "NOT equal", compared.sentence())
+        for why in found.left_out:
+            text.add_row("self-check", "not compared", _escaped(why))
+    return payload, text
 
 
 FIND_LR_HELP = """Find a learning rate by a short range test on throw-away copies of the model; nothing is trained.

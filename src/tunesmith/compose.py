@@ -363,6 +363,14 @@ def read_layer(path: Path, *, what: str = "recipe", example: str = "section: {fi
         raise RecipeError(
             f"The {what} file {path} cannot be read.", found=error.strerror, fix="Check the path."
         ) from None
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start]
+        line, column = before.count(b"\n") + 1, len(before) - before.rfind(b"\n")
+        raise RecipeError(
+            f"{path}, line {line}, column {column} is not UTF-8.",
+            found=f"the byte 0x{error.object[error.start]:02x}",
+            fix="Save the file as UTF-8.",
+        ) from None
     try:
         layer = _loaded(text)
     except yaml.YAMLError as error:
@@ -373,6 +381,9 @@ def read_layer(path: Path, *, what: str = "recipe", example: str = "section: {fi
         raise RecipeError(
             f"{place} is not YAML or JSON.", found=str(getattr(error, "problem", error))
         ) from None
+    except (RecursionError, ValueError) as error:  # nested without end; a date or a number that is none
+        found = "too many levels" if isinstance(error, RecursionError) else str(error)[:200]
+        raise RecipeError(f"{path} cannot be read as YAML or JSON.", found=found) from None
     if layer is None:
         raise RecipeError(f"{path} is empty.", fix=f"Write `{example}`, or leave the file out.")
     if not isinstance(layer, dict):

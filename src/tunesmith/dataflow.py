@@ -8,6 +8,7 @@ and paths; weights live and die inside a node. `api` drives this module, and so 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -146,19 +147,54 @@ def leakage(splits: data.Splits, asked: Asked) -> Leakage:
     return leaks.find(asked.examples, splits.examples(TRAIN, VALIDATION))
 
 
-def prepared(run: Run, encodings: data.EncodedSplits, plan: Plan, leakage: Leakage) -> Run:
+def identity(recipe: Recipe, splits: data.Splits, encodings: data.EncodedSplits) -> dict[str, Any]:
+    """Hashes of what a run rests on beside its recipe: a run is continued only where none of them has changed."""
+    tokenizer, _ = _tokenizer(recipe)
+    template = tokenizer.chat_template or ""
+    prints: dict[str, str] = {}
+    for part in splits.parts:  # of a mix several may have one name
+        prints[part.source.name] = prints.get(part.source.name, "") + part.source.fingerprint
+    return {
+        "base model": models.fingerprint(recipe.model.base, revision=recipe.model.revision),
+        "chat template": hashlib.sha256(str(template).encode()).hexdigest(),
+        "tokenizer": data.cache.tokenizer_fingerprint(tokenizer),
+        **{f"data set {name}": hashlib.sha256(text.encode()).hexdigest() for name, text in prints.items()},
+        "tokens": encodings.fingerprint,
+    }
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of a run's identity differs, name by name; what one of both did not know is no difference."""
+    differ = [
+        name
+        for name in before.keys() & now.keys()
+        if before[name] != now[name] and before[name] and now[name]
+    ]
+    if set(differ) & {"chat template"}:
+        differ.remove("tokenizer")  # it has the template in it
+    gone = [f"{name} is no longer part of it" for name in sorted(before.keys() - now.keys())]
+    new = [f"{name} is new" for name in sorted(now.keys() - before.keys())]
+    said = [f"{name} was {str(before[name])[:12]}, is {str(now[name])[:12]}" for name in sorted(differ)]
+    return [*said, *gone, *new]
+
+
+def prepared(
+    run: Run, encodings: data.EncodedSplits, plan: Plan, leakage: Leakage, identity: dict[str, Any]
+) -> Run:
     """The run's folder with ledger and plan, checked to be the same run when it is continued."""
     fingerprint = encodings.fingerprint
     before = run.read("plan.json")
-    if before and before["data_sha256"] != fingerprint:
+    then = before and before.get("identity", {**identity, "tokens": before["data_sha256"]})
+    if then and (changed := _changed(then, identity)):
         raise RunError(
-            f"The examples of {run.path} are not those it was started with.",
-            found="another data file, tokenizer or template gives other tokens",
-            fix="Restore them, or start a new run with another --name.",
+            f"What {run.path} rests on is not what it was started with, so it cannot be continued.",
+            found="; ".join(changed),
+            fix="Restore it, or start a new run with another --name.",
         )
     run.write_lines("ledger.jsonl", data.ledger_lines(encodings.ledger))
     run.write("supervision.json", encodings.proof)
     facts = {**plan.as_dict(), "data_sha256": fingerprint, "rows": encodings.ledger.counts()}
+    facts["identity"] = identity
     run.write("plan.json", {**facts, "lengths": encodings.lengths})
     if not before:
         for decision in plan.decisions:
@@ -360,7 +396,7 @@ def fitted(
     """The finished model's folder and what training came to."""
     done = prepared.read("training.json")
     if done:
-        return Fit(**{**done, "final_model": Path(done["final_model"])})
+        return Fit(**{**done, "final_model": prepared.final_model})  # the run may have been moved
     from transformers import set_seed
 
     set_seed(recipe.training.seed)
@@ -387,6 +423,7 @@ def fitted(
         measure=partial(_measures, recipe, tokenizer, validation_items) if validation_items else None,
         higher_is_better=recipe.training.best_by != "loss"
         and METRICS[recipe.training.best_by].higher_is_better,
+        input_rows=encodings.train.rows.tolist(),
     )
     carry(result.final_model, prepared, splits, recipe.model.base)
     prepared.write("training.json", asdict(result))

@@ -7,8 +7,9 @@
     ├── RunError                  1  a run folder that is missing, taken, damaged or another run's
     ├── MissingExtra              1  an optional package that this option needs
     ├── OutOfResources            3  memory, disk or device is not enough
+    │   └── OutOfMemory           3  not even for the smallest forward pass
     ├── TrainingDiverged          3  the loss is no longer a number
-    └── Interrupted             130  stopped on request, state saved
+    └── Interrupted             130  stopped on request, state saved (143 after SIGTERM)
 
 `assert` is for our own bugs, these are for everybody else's. Exit code 2 is the command line's own
 (unknown option), 4 is an exception that is none of these: a bug of ours.
@@ -17,6 +18,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -71,6 +73,10 @@ class OutOfResources(TunesmithError):
     exit_code = 3
 
 
+class OutOfMemory(OutOfResources):
+    """Memory is not enough for the smallest forward pass that there is."""
+
+
 class TrainingDiverged(TunesmithError):
     """The loss is no longer a number; nothing was saved after the last good checkpoint."""
 
@@ -78,9 +84,23 @@ class TrainingDiverged(TunesmithError):
 
 
 class Interrupted(TunesmithError):
-    """The run was stopped on request; its state is saved."""
+    """The run was stopped on request; its state is saved. 130 after Ctrl-C, 143 after SIGTERM."""
 
     exit_code = 130
+
+    def __init__(
+        self, problem: str, *, found: str | None = None, fix: str | None = None, exit_code: int = 130
+    ) -> None:
+        self.exit_code = exit_code
+        super().__init__(problem, found=found, fix=fix)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as `KeyboardInterrupt` is Ctrl-C: what is under way ends at once, and everything is put away."""
+
+
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of what Ctrl-C and SIGTERM end, by the shells' custom: 128 and the signal's number."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -115,3 +135,18 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and any(text in str(error) for text in said))
     )
+
+
+def is_out_of_disk(error: BaseException) -> bool:
+    """Whether a disk, a quota or a limit has no room for what was written, as Python, torch or Rust say it."""
+    return _is_errno(error, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_refused_writing(error: BaseException) -> bool:
+    """Whether a folder or its disk may not, or cannot, be written."""
+    return _is_errno(error, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+def _is_errno(error: BaseException, *numbers: int) -> bool:
+    # Errors of safetensors and tokenizers have no number but in their text.
+    return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)

@@ -25,6 +25,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith import errors
 from tunesmith import plan as planning
 from tunesmith.errors import (
     DataError,
@@ -98,7 +99,7 @@ SELF_REFERENCE = (
 )
 
 
-class OutOfMemory(OutOfResources, RuntimeError):
+class OutOfMemory(errors.OutOfMemory, RuntimeError):
     """Training did not fit into memory; a RuntimeError that says `out of memory`, as torch's does."""
 
 
@@ -458,7 +459,7 @@ class LLMFineTuner:
                         discard(run)
                     else:
                         run.finish("failed", error=str(error))
-                    if is_out_of_memory(error):
+                    if is_out_of_memory(error) or isinstance(error, errors.OutOfMemory):
                         raise _out_of_memory(error, self.device, batch_size, longest) from error
                     raise
                 run.finish("done", seconds=result.seconds)
@@ -842,7 +843,8 @@ def _lay_open(run: Run) -> None:
 
 def _out_of_memory(error: BaseException, device: str, batch_size: int, longest: int) -> OutOfMemory:
     """What to lower, with the numbers of this training."""
-    first = next(iter(str(error).splitlines()), "")[:200]
+    said = (error.found if isinstance(error, errors.OutOfMemory) else None) or str(error)
+    first = next(iter(said.splitlines()), "")[:200]
     tokens = batch_size * longest
     remedies = []
     if batch_size > 1:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import Terminated, TunesmithError
 from tunesmith.recipe import Training
 
 WORLD_SIZES = {
@@ -75,3 +80,20 @@ def settle(training: Training) -> list[str]:
         f"accelerate is set to mixed precision '{asked}', the recipe to '{training.mixed_precision}': the recipe "
         f"counts. Give --mixed-precision {asked} for the other.",
     ]
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises Terminated in here, as Ctrl-C raises KeyboardInterrupt; in the main thread only."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

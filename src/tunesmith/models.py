@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,6 +119,29 @@ def locate(base: str, *, revision: str | None = None) -> str:
 def files_of(folder: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of change of each file of a folder: what tells one state of a model from another."""
     return sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file())
+
+
+ENDS = 2**20
+"""Bytes at the beginning and at the end of a file of weights that tell it from another of its size."""
+
+
+def fingerprint(base: str, *, revision: str | None = None) -> str | None:
+    """Hash of a model's configuration and of the sizes, beginnings and ends of its weights: training changes every
+    weight, and reading all of a large model takes minutes. None where the files are not on this machine."""
+    folder = Path(locate(base, revision=revision))
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", ".json"}):
+        if path.suffix == ".json" and path.name not in ("config.json", "adapter_config.json"):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(ENDS))
+            file.seek(max(size - ENDS, 0))
+            digest.update(file.read(ENDS))
+    return digest.hexdigest()
 
 
 def _holds_model(folder: Path) -> bool:

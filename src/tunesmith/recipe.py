@@ -785,7 +785,8 @@ class Training(Section):
     """Record loss and speed every N optimizer steps."""
 
     save_total_limit: PositiveInt = 3
-    """Checkpoints kept: the newest, then those with the lowest validation loss."""
+    """Checkpoints kept: the newest, then those with the lowest validation loss. The best model's stays in any case,
+    and so does one with a file `pinned` in it."""
 
     load_best_model_at_end: bool = True
     """The final model is the best one by `best_by`, not the last one."""

@@ -20,7 +20,7 @@ from tunesmith.evaluation.compare import Comparison, amount, difference_shown, r
 from tunesmith.evaluation.leakage import KINDS, PASSAGE, Copied
 from tunesmith.evaluation.metrics import METRICS, Metric
 from tunesmith.evaluation.rows import EvalRow, read_rows
-from tunesmith.training.run import Run, write_whole
+from tunesmith.training.run import Run, without_retaken, write_whole
 
 COMPARED_CHARACTERS = 2000
 """Beginning of an answer by which is told how much it changed."""
@@ -59,7 +59,7 @@ def write_report(run_dir: Path) -> Path:
     primary = next((c for c in compared if c.primary), None)
     rows = _rows(run, problems)
     ledger = _lines(run.path / "ledger.jsonl", problems)
-    events = _lines(run.path / "events.jsonl", problems)
+    events = without_retaken(_lines(run.path / "events.jsonl", problems))
     plan = _json(run, "plan.json", problems) or {}
     text = _page().render(
         name=run.path.name,

@@ -10,6 +10,7 @@ from tunesmith.methods import preferred
 from tunesmith.recipe import DPO
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run
+from tunesmith.training.steps import Splits
 
 SMOOTHING = {"robust": 0.1, "exo_pair": 1e-3}
 """Label smoothing by default, as the papers of these losses recommend it."""
@@ -48,7 +49,9 @@ def build(
     )
     columns = {"ref_chosen_logps": 0, "ref_rejected_logps": 1}
     with preferred.one_adapter(model):
-        trainer = keeping_run_folder(preferred.settled(DPOTrainer, columns), run, keep=keep)(
+        # The likelihood of the better answers is a mean over the tokens of a batch, and parts of it have another.
+        splits: Splits = None if section.sft_weight else "pairs"
+        trainer = keeping_run_folder(preferred.settled(DPOTrainer, columns), run, keep=keep, splits=splits)(
             model=model,
             ref_model=reference,
             args=config,

@@ -32,7 +32,7 @@ from tunesmith.generation import Generated, generate, halving, length_batches
 from tunesmith.methods import ppo_math as ppo
 from tunesmith.methods.rewards import Scored, correlation, without_spread
 from tunesmith.recipe import PPO
-from tunesmith.training.checkpoints import keeping_run_folder
+from tunesmith.training.checkpoints import keeping_run_folder, save_weights
 from tunesmith.training.run import Run, write_whole
 from tunesmith.training.validating import rewarded
 
@@ -622,12 +622,12 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The policy as any model is saved, and beside it the value and the KL coefficient."""
-        with self._policy_alone():
-            super()._save(output_dir, None)
         if self.args.should_save:
             from safetensors.torch import save_file
 
             folder = Path(output_dir or self.args.output_dir)
+            with self._policy_alone():
+                save_weights(self, folder)
             value = self.model.value_parameters().items()
             save_file({name: p.detach().cpu().contiguous() for name, p in value}, folder / VALUE)
             write_whole(folder / STATE, json.dumps({"kl_coefficient": self.kl_coefficient}))

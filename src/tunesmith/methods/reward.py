@@ -72,7 +72,7 @@ def build(
             else "method.margin is none, and the column `margin` is left out",
         )
     config = RewardConfig(**arguments, center_rewards_coefficient=section.centering or None, max_length=None)
-    return keeping_run_folder(preferred.settled(RewardTrainer, {}), run, keep=keep)(
+    return keeping_run_folder(preferred.settled(RewardTrainer, {}), run, keep=keep, splits="pairs")(
         model=model,
         args=config,
         processing_class=tokenizer,

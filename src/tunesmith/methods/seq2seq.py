@@ -40,7 +40,7 @@ def build(
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
     assert packing is None, "pairs are not packed; api refuses it before"
-    return keeping_run_folder(token_weighted(Seq2SeqTrainer), run, keep=keep)(
+    return keeping_run_folder(token_weighted(Seq2SeqTrainer), run, keep=keep, splits="rows")(
         model=model,
         args=Seq2SeqTrainingArguments(**arguments, predict_with_generate=False),
         processing_class=tokenizer,

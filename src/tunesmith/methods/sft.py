@@ -96,7 +96,7 @@ def build(
             "eval_dataset": validation.dataset() if validation else None,
         }
     )
-    return keeping_run_folder(token_weighted(SFTTrainer), run, keep=keep)(
+    return keeping_run_folder(token_weighted(SFTTrainer), run, keep=keep, splits="rows")(
         model=model, args=config, processing_class=tokenizer, **rows
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from tunesmith.data.templates import end_of_turn_ids
-from tunesmith.errors import TrainingDiverged
+from tunesmith.errors import INTERRUPTED, TERMINATED, Terminated, TrainingDiverged
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.generation import generate
 from tunesmith.training.run import SAMPLE_TEXT, Run
@@ -148,6 +148,10 @@ class BestModel(TrainerCallback):  # type: ignore[misc]
         self.sign = -1.0 if higher_is_better else 1.0
         self.best = math.inf if best is None else self.sign * best
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop again where a run that is continued had stopped."""
+        self._stop_in_vain(state, control)
+
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
     ) -> None:
@@ -162,8 +166,12 @@ class BestModel(TrainerCallback):  # type: ignore[misc]
         if self.sign * metrics[key] < self.best:
             self.best = self.sign * metrics[key]
             self.save(state.global_step, loss, metrics[key])
-        if self.patience:
-            found = [self.sign * entry[key] for entry in state.log_history if key in entry]
+        self._stop_in_vain(state, control)
+
+    def _stop_in_vain(self, state: Any, control: Any) -> None:
+        key = f"eval_{self.by}"
+        found = [self.sign * entry[key] for entry in state.log_history if key in entry]
+        if self.patience and found:
             since_best = len(found) - 1 - found.index(min(found))
             control.should_training_stop = control.should_training_stop or since_best >= self.patience
 
@@ -190,13 +198,15 @@ class StopOnRequest(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.requested = False
+        self.exit_code = INTERRUPTED
         self._before: dict[int, Any] = {}
 
     def stop(self, number: int = 0, frame: FrameType | None = None) -> None:
         """Ask for a stop after the current step."""
         if self.requested:
-            raise KeyboardInterrupt
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
         self.requested = True
+        self.exit_code = TERMINATED if number == signal.SIGTERM else INTERRUPTED
 
     def __enter__(self) -> StopOnRequest:
         if threading.current_thread() is threading.main_thread():
@@ -215,11 +225,49 @@ class StopOnRequest(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
 
+def surviving(callback: Any, tell: Callable[[str], None]) -> Any:
+    """A tracker's callback that cannot end a run: at its first error it is told and asked no more."""
+    dead = False
+
+    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            nonlocal dead
+            if dead:
+                return None
+            try:
+                return method(*given, **named)
+            except Exception as error:
+                dead = True
+                name = type(callback).__name__.removesuffix("Callback")
+                said = next(iter(str(error).strip().splitlines()), "")[:200]
+                tell(
+                    f"The tracker {name} failed and gets nothing more of this run, which goes on: "
+                    f"{type(error).__name__}: {said}"
+                )
+                return None
+
+        return call
+
+    for name in dir(TrainerCallback):
+        if name.startswith("on_"):
+            setattr(callback, name, guarded(getattr(callback, name)))
+    return callback
+
+
 class FiniteLoss(TrainerCallback):  # type: ignore[misc]
-    """Stops before the optimizer would write a gradient that is not a number into the weights."""
+    """Stops before the optimizer would write a gradient that is not a number into the weights.
+
+    `check` is a trainer's own that knows the rows of its step (`steps`).
+    """
+
+    def __init__(self, check: Callable[[Any], None] | None = None) -> None:
+        self.check = check
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
         """Check the norm of all gradients; under fp16 the loss scaler skips such steps itself."""
+        if self.check:
+            self.check(model)
+            return
         if args.fp16:
             return
         import torch

@@ -1,25 +1,53 @@
 """Checkpoints: written aside, completed by a manifest, renamed into place, verified before they are read.
 
-A folder counts as a checkpoint only with `manifest.json`, which is written last and lists every file with
-size and sha256. A kill at any moment leaves the former checkpoints whole.
+    .staging/checkpoint-N  ->  manifest.json  ->  fsync  ->  one rename to checkpoints/checkpoint-step-N  ->  rotation
+
+A folder counts as a checkpoint only with `manifest.json`, which is written last and lists every file with size and
+sha256, and itself. A kill at any moment leaves the former checkpoints whole, and nothing that is not whole is ever
+read. Nothing in it is a pickle (`state`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import RunError
-from tunesmith.training.run import Run, write_whole
+from tunesmith.errors import (
+    OutOfResources,
+    RunError,
+    TrainingDiverged,
+    is_out_of_disk,
+    is_out_of_memory,
+    is_refused_writing,
+)
+from tunesmith.training.run import Run, environment, flush_folder, write_whole
+
+if TYPE_CHECKING:
+    from tunesmith.training.steps import Splits
 
 MANIFEST = "manifest.json"
-NAME = re.compile(r"checkpoint-step-(\d+)$")
+FORMAT = 1
+NAME = re.compile(r"checkpoint-step-(\d+)")
+PINNED = "pinned"
+"""A file of this name in a checkpoint's folder keeps it from being deleted."""
+TRASH = ".trash-"
+"""How folders are called that are about to be deleted; nothing else is."""
+LARGE = 2**24
+"""Bytes from which on files are hashed by several threads."""
+BEST = "best_model_info.json"
+START = "start"
+"""In the place of a checkpoint's name: continue from none, train from the first step."""
 
 
 def folder_of(run: Run, step: int) -> Path:
@@ -29,44 +57,86 @@ def folder_of(run: Run, step: int) -> Path:
 
 def step_of(folder: Path) -> int:
     """The optimizer step of a checkpoint's folder."""
-    match = NAME.search(folder.name)
+    match = NAME.fullmatch(folder.name)
     assert match, folder
     return int(match[1])
 
 
 def commit(staging: Path, final: Path, facts: Mapping[str, Any]) -> None:
-    """Turn a finished staging folder into a checkpoint: hash, flush, manifest, rename."""
-    files = {}
-    for path in sorted(p for p in staging.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        files[path.relative_to(staging).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
-    write_whole(staging / MANIFEST, json.dumps({**facts, "files": files}, indent=1))
-    if final.exists():
-        shutil.rmtree(final)
+    """Turn a finished staging folder into a checkpoint: hash, flush, manifest, one rename.
+
+    One that already has the name was written in a former life of the run: it makes way, and is deleted last.
+    """
+    paths = sorted(p for p in staging.rglob("*") if p.is_file())
+    files = {
+        path.relative_to(staging).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, _digests(paths, flush=True), strict=True)
+    }
+    write_whole(staging / MANIFEST, _sealed({"format": FORMAT, **facts, "files": files}))
+    for folder in (*(p for p in staging.rglob("*") if p.is_dir()), staging):
+        flush_folder(folder)
+    if not final.parent.exists():
+        final.parent.mkdir()
+        flush_folder(final.parent.parent)
+    former = _set_aside(final) if final.exists() else None
     staging.rename(final)
-    _flush_folder(final.parent)
+    flush_folder(final.parent)
+    if former:
+        shutil.rmtree(former, ignore_errors=True)
 
 
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows has no way to flush a folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _digests(paths: Sequence[Path], *, flush: bool = False) -> list[str]:
+    """The sha256 of some files, large ones at the same time; with `flush` the disk has them afterwards."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            if flush:
+                os.fsync(file.fileno())
+        return found
+
+    if sum(path.stat().st_size for path in paths) < LARGE:
+        return [digest(path) for path in paths]
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets other threads run
+        return list(pool.map(digest, paths))
+
+
+def _sealed(content: Mapping[str, Any]) -> str:
+    """The manifest's text, which holds its own hash, so that no bit of it changes unseen."""
+    digest = hashlib.sha256(_text(content).encode()).hexdigest()
+    return _text({**content, "manifest_sha256": digest})
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename a folder that is to be deleted, so that a kill on the way leaves no half checkpoint under its name."""
+    trash = folder.with_name(f"{TRASH}{uuid.uuid4().hex}")
+    folder.rename(trash)
+    return trash
+
+
+def clean(run: Run) -> None:
+    """Delete what a killed process left half written or half deleted; only names that this module gives."""
+    if run.staging.is_dir():
+        shutil.rmtree(run.staging)
+    for leftover in run.checkpoints.glob(f"{TRASH}*"):
+        shutil.rmtree(leftover)
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest. Raises RunError where the checkpoint was never completed."""
+    """A checkpoint's manifest. Raises RunError where the checkpoint was never completed, or it was changed since."""
     try:
-        content: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise RunError(
-            f"{folder} is not a whole checkpoint.", found=f"no readable manifest ({error})"
-        ) from None
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        content: dict[str, Any] = json.loads(text)
+        rest = {name: value for name, value in content.items() if name != "manifest_sha256"}
+        wrong = None if _sealed(rest) == text else f"{MANIFEST} does not have the content that was written"
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        wrong = f"no readable manifest ({error})"
+    if wrong:
+        raise RunError(f"{folder} is not a whole checkpoint.", found=wrong) from None
     return content
 
 
@@ -78,30 +148,40 @@ def problem(folder: Path) -> str | None:
         return str(error.found)
     for name, facts in files.items():
         path = folder / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or path.is_symlink():
+            return f"{name} is not a file of this folder"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != facts["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}"
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
-                return f"{name} does not have the content that was written"
+    try:
+        digests = _digests([folder / name for name in files])
+    except OSError as error:  # a disk that gives nothing back
+        return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
+    for name, digest in zip(files, digests, strict=True):
+        if digest != files[name]["sha256"]:
+            return f"{name} does not have the content that was written"
     return None
 
 
 def found(run: Run) -> list[Path]:
     """The run's checkpoint folders, newest step first, whole or not."""
     folders = (
-        [p for p in run.checkpoints.iterdir() if NAME.search(p.name)] if run.checkpoints.is_dir() else []
+        [p for p in run.checkpoints.iterdir() if NAME.fullmatch(p.name)] if run.checkpoints.is_dir() else []
     )
     return sorted(folders, key=step_of, reverse=True)
 
 
 def choose(run: Run, name: str = "latest") -> Path | None:
-    """The checkpoint to continue from: a named one, or the newest that is whole; None where there is none.
+    """The checkpoint to continue from: a named one, or the newest that is whole; None where there is none, and for
+    `start`.
 
-    Skipped ones are reported as warnings. A named checkpoint that is missing or damaged is a RunError.
+    Skipped ones are reported as warnings. Raises RunError for a named checkpoint that is missing or damaged, and
+    where all are damaged.
     """
     folders = found(run)
+    if name == START:
+        return None
     if name != "latest":
         wanted = run.checkpoints / Path(name).name
         if wanted not in folders:
@@ -115,25 +195,61 @@ def choose(run: Run, name: str = "latest") -> Path | None:
                 f"The checkpoint {wanted} is damaged.", found=wrong, fix="Use another, or `latest`."
             )
         return wanted
+    skipped = []
     for folder in folders:
         wrong = problem(folder)
         if wrong is None:
+            for name in sorted(_unlisted(folder)):
+                run.event(
+                    "warning", message=f"{folder.name}/{name} is no part of the checkpoint and is not read."
+                )
             return folder
+        skipped.append(f"{folder.name}: {wrong}")
         run.event("warning", message=f"{folder.name} is damaged and was skipped: {wrong}")
+    if skipped:
+        raise RunError(
+            f"No checkpoint of {run.path} is whole.",
+            found="; ".join(skipped),
+            fix=f"Restore one, or train from the first step: tunesmith resume {run.path} --checkpoint {START}",
+        )
     return None
 
 
-def rotate(run: Run, *, keep: int) -> None:
-    """Delete checkpoints beyond `keep`: the newest stays, then those with the lowest validation loss."""
-    older = found(run)[1:]
+def _unlisted(folder: Path) -> set[str]:
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    return names - {*manifest(folder)["files"], MANIFEST, PINNED}
+
+
+def rotate(run: Run, *, keep: int, written: int | None = None) -> None:
+    """Delete checkpoints beyond `keep`: the newest stays, then those with the lowest validation loss.
+
+    `written` is the step of the one that was just written. Those of later steps are left from before the run was
+    continued; they may be damaged, and are neither counted nor deleted before their steps are taken again.
+
+    The one of the best model's step stays whatever `keep` is, and so do pinned ones, and everything that this
+    module did not write or that is not whole as far as its manifest and sizes say.
+    """
+    there = [folder for folder in found(run) if written is None or step_of(folder) <= written]
+    whole = [folder for folder in there if _is_listed(folder)]
+    best = None
+    with contextlib.suppress(RunError):
+        best = (run.read(f"best_model/{BEST}") or {}).get("step")
+    older = [folder for folder in whole[1:] if step_of(folder) != best and not (folder / PINNED).exists()]
+    kept = len(whole) - len(older)
     ranked = sorted(older, key=lambda folder: (_loss(folder), -step_of(folder)))
-    for folder in ranked[max(keep - 1, 0) :]:
-        # Renamed first, so that a kill while deleting leaves no half checkpoint under a checkpoint's name.
-        doomed = folder.with_name("." + folder.name + ".deleted")
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
-    for leftover in run.checkpoints.glob(".*.deleted"):
-        shutil.rmtree(leftover)
+    for folder in ranked[max(keep - kept, 0) :]:
+        shutil.rmtree(_set_aside(folder), ignore_errors=True)
+    for leftover in run.checkpoints.glob(f"{TRASH}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_listed(folder: Path) -> bool:
+    """Whether a folder has a manifest, and every file of it with its size."""
+    try:
+        files = manifest(folder)["files"]
+        return all((folder / name).stat().st_size == facts["bytes"] for name, facts in files.items())
+    except (RunError, OSError):
+        return False
 
 
 def _loss(folder: Path) -> float:
@@ -144,25 +260,130 @@ def _loss(folder: Path) -> float:
     return float("inf") if loss is None else float(loss)
 
 
-def keeping_run_folder(trainer_class: type, run: Run, *, keep: int) -> type:
-    """The trainer class with its checkpoints written by the rules of this module.
+@functools.cache
+def _environment() -> dict[str, Any]:
+    return {name: value for name, value in environment().items() if name != "time"}
+
+
+def environment_differences(folder: Path) -> list[str]:
+    """What of machine and packages is not as it was when a checkpoint was written, with both values."""
+    before, now = manifest(folder).get("environment", {}), _environment()
+    flat = [{**e, **e.get("packages", {})} for e in (before, now)]
+    names = sorted((flat[0].keys() | flat[1].keys()) - {"packages"})
+    return [
+        f"{name} was {flat[0].get(name)}, is {flat[1].get(name)}"
+        for name in names
+        if flat[0].get(name) != flat[1].get(name)
+    ]
+
+
+def not_finite(model: Any) -> str | None:
+    """The name of the first trained weight with a value that is no number; None where all are."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter.detach()).all()):
+            return str(name)
+    return None
+
+
+def require_finite(trainer: Any) -> None:
+    """Raises TrainingDiverged rather than let weights be saved that are no numbers."""
+    if name := not_finite(trainer.model):
+        raise TrainingDiverged(
+            f"The weights are no longer numbers at step {trainer.state.global_step}; nothing was saved.",
+            found=f"a value of {name} is infinite or no number",
+            fix="The last good checkpoint is kept. Lower training.learning_rate, or raise warmup_steps.",
+        )
+
+
+def unwritten(error: BaseException, folder: Path, what: str) -> OutOfResources | None:
+    """What to say of an error of the disk while something was written; None for any other error."""
+    if is_out_of_disk(error):
+        free = shutil.disk_usage(folder).free
+        return OutOfResources(
+            f"{what} could not be written: there is no room for it.",
+            found=f"{str(error).splitlines()[0][:200]}; {free:,} bytes are free",
+            fix="Free space; what was saved before is whole, and `tunesmith resume` goes on from it.",
+        )
+    if is_refused_writing(error):
+        return OutOfResources(
+            f"{what} could not be written: the folder or its disk does not let us.",
+            found=str(error).splitlines()[0][:200],
+            fix="Make it writable; what was saved before is whole, and `tunesmith resume` goes on from it.",
+        )
+    return None
+
+
+def save_weights(trainer: Any, folder: Path, state_dict: Any = None) -> None:
+    """Write model and tokenizer as the Trainer does, but not its arguments, which are a pickle that holds tokens in
+    the clear."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, state_dict=state_dict)
+    if trainer.processing_class is not None:
+        trainer.processing_class.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+
+
+def free_memory() -> None:
+    """Give back what nothing uses any more, to Python and to the device."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Splits = None) -> type:
+    """The trainer class with its checkpoints written and read by the rules of this module, and its steps guarded by
+    those of `steps`. `splits` is how a batch may be parted where memory runs out.
 
     The rest of the trainer is untouched: it fills a staging folder as it always does.
     """
+    from transformers import Trainer
 
-    class RunFolderTrainer(trainer_class):  # type: ignore[misc]
+    from tunesmith.training import state
+    from tunesmith.training.steps import Abandoned, guarded_steps
+
+    guarded = guarded_steps(trainer_class, run, splits)
+
+    class RunFolderTrainer(guarded):  # type: ignore[misc,valid-type]
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            require_finite(self)
+            try:
+                self._save_staged(model, trial)
+            except BaseException as error:
+                if not is_out_of_memory(error):
+                    raise
+                free_memory()
+                run.event(
+                    "decision",
+                    step=self.state.global_step,
+                    name="memory",
+                    value="saved again",
+                    reason="memory ran out while the checkpoint was written; what was not in use was given back",
+                )
+                self._save_staged(model, trial)
+
+        def _save_staged(self, model: Any, trial: Any) -> None:
             step = self.state.global_step
             staging = Path(self.args.output_dir) / f"checkpoint-{step}"
             shutil.rmtree(staging, ignore_errors=True)
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
+            try:
+                with state.undisturbed():
+                    super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    losses = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
+                    facts = {"step": step, "validation_loss": losses[-1] if losses else None}
+                    commit(staging, folder_of(run, step), {**facts, "environment": _environment()})
+            except Exception as error:
+                shutil.rmtree(staging, ignore_errors=True)
+                if mended := unwritten(error, run.path, f"The checkpoint of step {step}"):
+                    raise mended from error
+                raise
             if self.args.should_save:
-                losses = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
-                run.checkpoints.mkdir(exist_ok=True)
-                facts = {"step": step, "validation_loss": losses[-1] if losses else None}
-                commit(staging, folder_of(run, step), facts)
-                rotate(run, keep=keep)
+                rotate(run, keep=keep, written=step)
                 run.event("checkpoint", step=step, folder=folder_of(run, step).name)
             self.accelerator.wait_for_everyone()
 
@@ -170,8 +391,81 @@ def keeping_run_folder(trainer_class: type, run: Run, *, keep: int) -> type:
             """None of TRL's with each checkpoint: the run's card comes from us."""
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-            super()._save(output_dir, state_dict)
-            # A pickle that nothing of ours reads and that would hold tokens in the clear.
-            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+            if trainer_class._save is not Trainer._save:  # one that has more than a model to save
+                super()._save(output_dir, state_dict)
+            elif self.args.should_save:
+                save_weights(self, Path(output_dir or self.args.output_dir), state_dict)
+
+        # The state, without pickle, all of it or none
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise RunError(
+                    "Checkpoints are written by one process that holds the whole model.",
+                    found="DeepSpeed or FSDP in the accelerate configuration",
+                    fix="Switch it off: accelerate launch --num_processes 1 -m tunesmith ...",
+                )
+            state.write(self, Path(output_dir))
+
+        def _save_scaler(self, output_dir: str) -> None:
+            """With the optimizer's state."""
+
+        def _save_rng_state(self, output_dir: str) -> None:
+            """With the optimizer's state."""
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            if checkpoint is not None:
+                self._read_state = state.read(Path(checkpoint))
+                state.restore_optimizer(self, self._read_state)
+
+        def _load_scaler(self, checkpoint: str | None) -> None:
+            """With the optimizer's state."""
+
+        def _load_rng_state(self, checkpoint: str | None) -> None:
+            if checkpoint is not None:
+                state.restore_loop(self, self._read_state)
+                del self._read_state
+
+        # What is beside the steps, and after the last one
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+            with state.undisturbed():
+                return super().evaluate(*args, **kwargs)
+
+        def _maybe_log_save_evaluate(
+            self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *given: Any, **named: Any
+        ) -> None:
+            """A stop during a validation is served at once: what was begun of it is owed by whoever continues."""
+            try:
+                super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *given, **named)
+            except Abandoned:
+                self._owes_evaluation = True
+                self._save_checkpoint(model, trial)
+                self.control.should_evaluate = self.control.should_save = False
+                self.control.should_training_stop = True
+
+        def _pay_evaluation(self, trial: Any) -> None:
+            loop = self._read_state["loop"] if hasattr(self, "_read_state") else {}
+            if loop.get("_owes_evaluation"):
+                loop["_owes_evaluation"] = False
+                try:
+                    self._evaluate(trial, None)
+                except Abandoned:
+                    loop["_owes_evaluation"] = self._owes_evaluation = True
+                    self.control.should_training_stop = True  # the checkpoint that is there says it all
+
+        def _run_epoch(self, **given: Any) -> None:
+            """One pass, or nothing where the checkpoint is that of the last step: the loop would take one more."""
+            self._pay_evaluation(given["trial"])
+            if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+                super()._run_epoch(**given)
+                return
+            self.control.should_training_stop = True
+
+        def _finalize_training(self, trial: Any, *given: Any, **named: Any) -> Any:
+            self._pay_evaluation(trial)
+            if hasattr(self, "_read_state"):  # there was no step left to take
+                self._load_rng_state("")
+            return super()._finalize_training(trial, *given, **named)
 
     return RunFolderTrainer

@@ -18,10 +18,9 @@ from tunesmith.errors import Interrupted, MissingExtra
 from tunesmith.models import PRINCIPAL
 from tunesmith.plan import Plan
 from tunesmith.recipe import Tracking, Training
-from tunesmith.training import checkpoints
-from tunesmith.training.run import Run, write_whole
-
-BEST = "best_model_info.json"
+from tunesmith.training import checkpoints, steps
+from tunesmith.training.checkpoints import BEST
+from tunesmith.training.run import Run, flush_folder, write_whole
 
 
 @dataclass(frozen=True)
@@ -105,12 +104,14 @@ def fit(
     max_new_tokens: int = 256,
     measure: Callable[[Any], Mapping[str, float]] | None = None,
     higher_is_better: bool = False,
+    input_rows: Sequence[int] | None = None,
 ) -> Fit:
     """Train, keep the best model, and write `final_model/`.
 
     `adapter_init` names a LoRA start that changes the base weights. `checkpoint` is where to continue. `samples`
     are prompts (token ids) that are answered at each validation, with at most `max_new_tokens` tokens. `measure` gives
     the metrics of a model that each validation logs; `higher_is_better` is of the one that `training.best_by` names.
+    `input_rows` are the running numbers of the rows that the encodings were made of; errors name them.
     Raises Interrupted after a stop on request, its state saved, and TrainingDiverged before a bad update.
     """
     from transformers.trainer_callback import PrinterCallback
@@ -119,6 +120,7 @@ def fit(
     from tunesmith.training.validating import measuring
     from tunesmith.training.watching import Watching
 
+    checkpoints.clean(run)
     # These starts change the base weights; their adapters are saved as plain LoRA of twice the rank.
     initial = run.path / "initial_adapter" if adapter_init in PRINCIPAL else None
     if initial:
@@ -146,8 +148,20 @@ def fit(
     )
     if measure:
         measuring(trainer, measure)
+
+    def warn(message: str) -> None:
+        run.event("warning", step=trainer.state.global_step, message=message)
+
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback).__module__.startswith("transformers.integrations"):
+            callbacks.surviving(callback, warn)
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to the verb's result
-    for callback in (events, best, callbacks.LastStep(), stop, callbacks.FiniteLoss(), Watching(run)):
+    steps.number_rows(trainer)
+    if input_rows is not None:
+        data = trainer.train_dataset
+        trainer.rows_of = lambda number: [int(input_rows[n]) for n in steps.encoded_numbers(data, number)]
+    numbers = callbacks.FiniteLoss(trainer.require_numbers)
+    for callback in (events, best, callbacks.LastStep(), stop, numbers, Watching(run)):
         trainer.add_callback(callback)
     if samples:
         trainer.add_callback(callbacks.Samples(run, trainer.processing_class, samples, max_new_tokens))
@@ -155,7 +169,8 @@ def fit(
         from torch.utils.tensorboard import SummaryWriter
         from transformers.integrations import TensorBoardCallback
 
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(run.path / "tensorboard")))
+        board = TensorBoardCallback(SummaryWriter(run.path / "tensorboard"))
+        trainer.add_callback(callbacks.surviving(board, warn))
     if checkpoint:
         run.event(
             "decision",
@@ -165,13 +180,16 @@ def fit(
             reason="the newest whole checkpoint, or the one named",
         )
     started = time.perf_counter()
+    trainer.stop_requested = lambda: stop.requested
     with stop:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
-    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+    is_open = trainer.state.global_step < trainer.state.max_steps or trainer._owes_evaluation
+    if stop.requested and is_open:
         raise Interrupted(
             f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the state is saved.",
             fix=f"tunesmith resume {run.path}",
+            exit_code=stop.exit_code,
         )
     info = run.read(f"best_model/{BEST}")
     if not (training.load_best_model_at_end and info):
@@ -237,6 +255,7 @@ def save_model(trainer: Any, folder: Path, initial_adapter: Path | None, info: M
     """Weights or adapter, tokenizer with template, and generation defaults, put in place as a whole."""
     if not trainer.args.should_save:
         return
+    checkpoints.require_finite(trainer)
     staging = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -260,11 +279,17 @@ def copy_whole(source: Path, folder: Path) -> None:
 
 
 def _swap(staging: Path, folder: Path) -> None:
+    for path in staging.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    flush_folder(staging)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     staging.rename(folder)
+    flush_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -34,8 +34,14 @@ State = Literal["done", "failed", "interrupted"]
 Watch = Callable[[Mapping[str, Any]], None]
 """Called with every event while the run goes on, and with `progress` events, which are not kept."""
 
+LOOKING = 1.0
+"""Seconds that a writer waits for a lock that may be held by one who only looks whether it is."""
+
 SAMPLE_TEXT = 2000
 """Characters of a question or an answer that an event keeps."""
+
+OF_STEPS = ("step", "evaluation", "sample", "checkpoint")
+"""Kinds of events that a step causes each time it is taken."""
 
 RECORDED_PACKAGES = (
     "tunesmith", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy",
@@ -59,6 +65,11 @@ class Run:
         return self.path / "checkpoints"
 
     @property
+    def staging(self) -> Path:
+        """Folder in which checkpoints are written before they get their name."""
+        return self.path / ".staging"
+
+    @property
     def best_model(self) -> Path:
         """Folder of the model with the lowest validation loss."""
         return self.path / "best_model"
@@ -76,8 +87,13 @@ class Run:
     def event(self, kind: str, *, step: int | None = None, **fields: Any) -> None:
         """Append one event to events.jsonl and tell the watcher."""
         event = {"time": round(time.time(), 3), "kind": kind, "step": step, **fields}
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event, ensure_ascii=False, default=str) + "\n")
+        line = json.dumps(event, ensure_ascii=False, default=str) + "\n"
+        with (self.path / "events.jsonl").open("ab+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a line that a kill or a full disk cut off
+                    line = "\n" + line
+            file.write(line.encode("utf-8", errors="replace"))
         self.watch(event)
 
     def progress(self, stage: str, done: float, total: float, **fields: Any) -> None:
@@ -85,13 +101,15 @@ class Run:
         self.watch({"kind": "progress", "stage": stage, "done": done, "total": total, **fields})
 
     def events(self) -> list[dict[str, Any]]:
-        """All events so far; a last line cut off by a crash is left out."""
+        """All events so far. Lines cut off by a crash are left out, and so is what was written of steps that a
+        continued run has taken once more."""
         file = self.path / "events.jsonl"
-        events = []
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        events: list[dict[str, Any]] = []
+        content = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        for line in content.split("\n"):
             with contextlib.suppress(json.JSONDecodeError):
                 events.append(json.loads(line))
-        return events
+        return without_retaken(events)
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> Path:
         """Write a file of the run in one piece: temporary name, flush, rename."""
@@ -138,16 +156,25 @@ class Run:
 
         lock, holder = FileLock(self.path / ".lock"), self.path / ".holder"
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=LOOKING, poll_interval=0.05)
         except Timeout:
-            who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+            who = "another process"
+            with contextlib.suppress(OSError):
+                who = holder.read_text(encoding="utf-8")
             raise RunError(
                 f"The run {self.path} is being written.",
                 found=who,
                 fix="Wait for it, or give this run another --name.",
             ) from None
+        except OSError as error:
+            raise RunError(
+                f"The run {self.path} cannot be written.",
+                found=error.strerror,
+                fix="Make its folder writable, or copy it to where there is room; a copy continues as well.",
+            ) from None
         try:
-            write_whole(holder, f"process {os.getpid()} on {platform.node()}")
+            since = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime())
+            write_whole(holder, f"process {os.getpid()} on {platform.node()}, since {since}")
             yield
         finally:
             holder.unlink(missing_ok=True)
@@ -173,16 +200,43 @@ class Run:
         return str(status["state"]) if status else "died"
 
 
+def without_retaken(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Events without what was written of steps that a continued run has taken once more."""
+    found: list[dict[str, Any]] = []
+    for event in events:
+        if event.get("kind") == "state" and event.get("state") == "training":
+            done = event.get("step") or 0
+            found = [e for e in found if e.get("kind") not in OF_STEPS or (e.get("step") or 0) <= done]
+        found.append(event)
+    return found
+
+
 def write_whole(path: Path, text: str | Iterable[str]) -> Path:
     """Write a text file, whole or piece by piece, so that a reader sees the old or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines([text] if isinstance(text, str) else text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines([text] if isinstance(text, str) else text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
     return path
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the disk keep the names in a folder, as `os.fsync` does for a file's content."""
+    if os.name == "nt":  # Windows has no way to flush a folder
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def folder_name(recipe: Recipe) -> str:
@@ -237,6 +291,10 @@ def anchored(recipe: Recipe) -> Recipe:
     )
 
 
+OWN = re.compile(r"\.lock|\.holder|environment\.json|\..+\.\d+\.tmp")
+"""Files of a run that was killed while its folder was made."""
+
+
 def create(recipe: Recipe, *, watch: Watch = _silent) -> Run:
     """A new run folder with the resolved recipe and the environment.
 
@@ -254,17 +312,20 @@ def create(recipe: Recipe, *, watch: Watch = _silent) -> Run:
             found=f"a run in state '{state}'",
             fix=f"Give this run another --name,{to_continue} or delete that one.",
         )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(not OWN.fullmatch(p.name) for p in path.iterdir())):
         raise RunError(f"The folder {path} is not empty and not a run.", fix="Give this run another --name.")
+    run = Run(path, watch)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with run.lock():
+            if is_run(path):  # another process came first
+                return create(recipe, watch=watch)
+            run.write("environment.json", environment())
+            run.write("recipe.yaml", as_yaml(recipe))
     except OSError as error:
         raise RunError(
             f"The run folder {path} cannot be made.", found=error.strerror, fix="Choose another --output-dir."
         ) from None
-    run = Run(path, watch)
-    run.write("environment.json", environment())
-    run.write("recipe.yaml", as_yaml(recipe))
     return run
 
 

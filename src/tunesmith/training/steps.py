@@ -1,0 +1,373 @@
+"""One optimizer step, so that it goes on when memory runs out and stops before a bad update, naming the rows.
+
+Memory: what the step has done is taken back (gradients, random numbers, sums), its forward passes are made smaller,
+and the same global batch is gone through again. Numbers: losses and gradients are looked at before each update.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from tunesmith.data.templates import IGNORED
+from tunesmith.errors import OutOfMemory, TrainingDiverged, counted, is_out_of_memory
+from tunesmith.training import state
+from tunesmith.training.checkpoints import free_memory, not_finite
+from tunesmith.training.run import Run
+
+ROW = "row_number"
+"""Key under which a batch carries the numbers of its rows, until a step takes them out."""
+
+Splits = Literal["rows", "pairs"] | None
+"""How a method's batch may be parted without changing its loss: by rows, by pairs whose better answers stand before
+all the worse ones, or not at all, where the loss of a row depends on the others of its batch."""
+
+NAMED = 16
+"""Rows that an error names."""
+
+TOLD = ("_metrics", "_stored_metrics", "_total_train_tokens", "_loss_sum", "_num_labels")
+"""What a forward pass counts, and has to count anew when it is repeated."""
+
+
+class Abandoned(Exception):
+    """A validation that was broken off because the run is to stop."""
+
+
+class Numbered:
+    """A data set whose rows know their numbers."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {**self.dataset[number], ROW: number}
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        fetch = getattr(self.dataset, "__getitems__", None)
+        rows = fetch(list(numbers)) if fetch else [self.dataset[number] for number in numbers]
+        return [{**row, ROW: number} for row, number in zip(rows, numbers, strict=True)]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "dataset":  # asked for while being copied
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+class Numbering:
+    """A collator that carries the numbers of the rows into the batch."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[Any]) -> Any:
+        """The batch, with the rows' numbers where they have any."""
+        import torch
+
+        if not rows or not isinstance(rows[0], dict) or ROW not in rows[0]:
+            return self.collate(rows)
+        numbers = [row[ROW] for row in rows]
+        batch = self.collate([{name: value for name, value in row.items() if name != ROW} for row in rows])
+        if isinstance(batch, Mapping):
+            return {**batch, ROW: torch.tensor(numbers)}
+        return [{**row, ROW: number} for row, number in zip(batch, numbers, strict=True)]
+
+
+def number_rows(trainer: Any) -> None:
+    """Have a trainer's batches carry the numbers of their rows. PPO's do already."""
+    data = trainer.train_dataset
+    if len(data) and isinstance(data[0], dict) and not isinstance(data, Numbered):
+        trainer.train_dataset = Numbered(data)
+        trainer.data_collator = Numbering(trainer.data_collator)
+
+
+def _taken_out(batch: Any) -> list[int]:
+    """The numbers of a batch's rows, which it no longer carries afterwards."""
+    if isinstance(batch, dict):
+        return [int(n) for n in batch.pop(ROW, batch.get("number", ()))]
+    return [int(row.pop(ROW)) for row in batch if isinstance(row, dict) and ROW in row]
+
+
+def encoded_numbers(dataset: Any, number: int) -> list[int]:
+    """Numbers of the encodings that a row of a trainer's data set was made of: a pair, a packed block, a prompt."""
+    row = dataset[number]
+    if not isinstance(row, dict):
+        return [int(row)]
+    if "examples" in row:
+        return [int(n) for n in row["examples"]]
+    if "pair" in row:
+        return [2 * int(row["pair"])]
+    if "row" in row:
+        return [int(row["row"])]
+    return [int(row["prompt"]) if "prompt" in row else number]
+
+
+def named_rows(run: Run, input_rows: Sequence[int]) -> str:
+    """Files and row numbers, from the running numbers of input rows; the ledger has one line for each."""
+    wanted = set(input_rows)
+    found: dict[int, str] = {}
+    with (run.path / "ledger.jsonl").open(encoding="utf-8") as ledger:
+        for number, line in enumerate(ledger):
+            if number in wanted:
+                entry = json.loads(line)
+                found[number] = f"{entry['source']}:{entry['row']}"
+    names = list(dict.fromkeys(found[n] for n in input_rows if n in found))
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def size_of(batch: Mapping[str, Any], splits: Splits) -> int:
+    """Rows, or pairs, of a batch."""
+    ids = next(batch[name] for name in ("input_ids", "labels") if name in batch)
+    return len(ids) // (2 if splits == "pairs" else 1)
+
+
+def parts(batch: Mapping[str, Any], splits: Splits, rows: int) -> Iterator[tuple[dict[str, Any], float]]:
+    """A batch in parts of at most so many rows, each with its share in a loss that is a mean over the batch."""
+    import torch
+
+    size = size_of(batch, splits)
+    labels = batch.get("labels") if splits == "rows" else None
+    total = int((labels != IGNORED).sum()) if labels is not None else size
+    for start in range(0, size, rows):
+        end = min(start + rows, size)
+
+        def cut(value: Any, start: int = start, end: int = end) -> Any:
+            if not isinstance(value, torch.Tensor) or not value.dim():
+                return value
+            if len(value) == 2 * size and splits == "pairs":
+                return torch.cat([value[start:end], value[size + start : size + end]])
+            return value[start:end] if len(value) == size else value
+
+        part = {name: cut(value) for name, value in batch.items()}
+        own = int((part["labels"] != IGNORED).sum()) if labels is not None else end - start
+        yield part, own / max(total, 1)
+
+
+def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
+    """The trainer class with steps that make do with less memory, and that know the rows they take."""
+
+    class GuardedTrainer(trainer_class):  # type: ignore[misc]
+        current_gradient_accumulation_steps: float
+        splits: Splits
+        _micro_rows: int | None = None
+        """Most rows of a forward pass, once memory was not enough for all of a batch's."""
+        _owes_evaluation = False
+        """Whether the last validation was broken off."""
+        stop_requested: Callable[[], bool] | None = None
+        rows_of: Callable[[int], list[int]] | None = None
+        """Gives the running numbers of the input rows behind a row of the training data; for errors."""
+
+        def get_batch_samples(self, *given: Any, **named: Any) -> Any:
+            batches, items = super().get_batch_samples(*given, **named)
+            self._numbers = [_taken_out(batch) for batch in batches]
+            self._before: dict[str, Any] | None = None
+            self._seen: list[Any] = []
+            self._losses: list[Any] = []
+            return batches, items
+
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            if not hasattr(self, "_seen"):  # called by itself, by a check
+                self.get_batch_samples(iter([inputs]), 1, self.args.device)
+            if self._before is None:
+                self._before = {"random": state.randomness(), "told": _counted(self)}
+            self._seen.append(inputs)
+            again = False
+            while True:
+                try:
+                    for former in self._seen[:-1] if again else ():
+                        self._in_parts(model, former, num_items_in_batch)
+                    loss = self._in_parts(model, inputs, num_items_in_batch)
+                    break
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    said = str(error).strip().splitlines()
+                # Out of the handler, so that nothing holds what the failed pass has computed.
+                self._make_smaller(said[0] if said else "")
+                model.zero_grad()
+                self._rewind()
+                again = True
+            self._losses.append(loss)
+            return loss
+
+        def _in_parts(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Any:
+            rows = self._micro_rows
+            if splits is None or rows is None or size_of(inputs, splits) <= rows:
+                return super().training_step(model, inputs, num_items_in_batch)
+            steps: float = self.current_gradient_accumulation_steps
+            total: Any = 0.0
+            try:
+                for part, share in parts(inputs, splits, rows):
+                    if not share:
+                        continue
+                    # The Trainer divides by it where a loss is a mean over its batch, and only there.
+                    self.current_gradient_accumulation_steps = steps / share
+                    total = total + super().training_step(model, part, num_items_in_batch)
+            finally:
+                self.current_gradient_accumulation_steps = steps
+            return total
+
+        def _rewind(self) -> None:
+            """Random numbers and counts as they were before the step."""
+            assert self._before is not None
+            state.set_randomness(self._before["random"])
+            _count_back(self, self._before["told"])
+
+        def _make_smaller(self, said: str) -> None:
+            """Halve the rows of a forward pass, and say so. Raises OutOfMemory where that is not possible."""
+            free_memory()
+            step = self.state.global_step + 1
+            rows = max((size_of(batch, splits) for batch in self._seen), default=1) if splits else 1
+            rows = min(rows, self._micro_rows or rows)
+            if rows < 2:
+                longest = max((batch["input_ids"].shape[-1] for batch in self._seen if splits), default=None)
+                why = (
+                    f"a single {'pair' if splits == 'pairs' else 'row'} of {longest} tokens is too much"
+                    if splits
+                    else "the loss of a row depends on the others of its batch, which so cannot be halved"
+                )
+                raise OutOfMemory(
+                    f"The memory is not enough for step {step}.",
+                    found=f"{why}; {said[:200]}",
+                    fix="Lower per_device_train_batch_size and raise gradient_accumulation_steps, add "
+                    "--gradient-checkpointing, lower --max-length, or use --lora.",
+                )
+            self._micro_rows = rows // 2
+            run.event(
+                "decision",
+                step=step,
+                name="micro-batch",
+                value=self._micro_rows,
+                reason=f"memory ran out with {counted(rows, 'row')} in a forward pass; the step was taken back and is "
+                "taken again in smaller passes, with the same rows for each update",
+            )
+
+        def evaluate(self, *given: Any, **named: Any) -> Any:
+            told = _counted(self)
+            try:
+                return super().evaluate(*given, **named)
+            except Abandoned:
+                _count_back(self, told)
+                raise
+
+        def prediction_step(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
+            if self.stop_requested and self.stop_requested():
+                raise Abandoned
+            inputs = {name: value for name, value in inputs.items() if name != ROW}
+            told = _counted(self)
+            try:
+                return super().prediction_step(model, inputs, *given, **named)
+            except Exception as error:
+                size = size_of(inputs, splits) if splits and is_out_of_memory(error) else 0
+                if size < 2:
+                    raise
+            _count_back(self, told)
+            free_memory()
+            run.event(
+                "decision",
+                step=self.state.global_step,
+                name="validation batch",
+                value=(size + 1) // 2,
+                reason=f"memory ran out with {counted(size, 'row')}; they are validated in halves",
+            )
+            found = [
+                (self.prediction_step(model, part, *given, **named), size_of(part, splits) / size)
+                for part, _ in parts(inputs, splits, (size + 1) // 2)
+            ]
+            loss = sum(share * answer[0] for answer, share in found) if found[0][0][0] is not None else None
+            return (loss, *(_joined([answer[place] for answer, _ in found]) for place in (1, 2)))
+
+        # What is no number
+
+        def require_numbers(self, model: Any) -> None:
+            """Raises TrainingDiverged before an update by a loss or a gradient that is no number, naming its rows."""
+            import torch
+
+            losses = getattr(self, "_losses", [])
+            bad = [place for place, loss in enumerate(losses) if not math.isfinite(float(loss))]
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            # Under fp16 the loss scaler itself skips a step whose gradient is too large.
+            good = self.args.fp16 or not gradients or torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+            if good and not bad:
+                return
+            weight = not_finite(self.model)
+            what = "The weights are" if weight else "The loss is" if bad else "The gradient is"
+            raise TrainingDiverged(
+                f"{what} {'no longer numbers' if weight else 'not a number'} at step {self.state.global_step + 1}; "
+                "the weights were not updated.",
+                found=self._blamed(bad or range(len(losses)), is_weight=bool(weight)),
+                fix="The last good checkpoint is kept. Look at these rows with `tunesmith inspect`, lower "
+                "training.learning_rate, raise warmup_steps, or use bf16 instead of fp16.",
+            )
+
+        def _blamed(self, places: Sequence[int], *, is_weight: bool) -> str | None:
+            """The rows of some forward passes of the step by file and number, those that are bad alone where any is."""
+            numbers = [n for place in places if place < len(self._numbers) for n in self._numbers[place]]
+            alone = [] if is_weight or splits is None else self._bad_alone(places)
+            if self.rows_of is None or not numbers:
+                return None
+            rows = [row for number in alone or numbers for row in self.rows_of(number)]
+            return f"{'rows' if len(rows) != 1 else 'row'} {named_rows(run, rows)}"
+
+        def _bad_alone(self, places: Sequence[int]) -> list[int]:
+            import torch
+
+            found = []
+            told = _counted(self)
+            with torch.no_grad(), state.undisturbed(), self.compute_loss_context_manager():
+                for place in places:
+                    batch = self._prepare_inputs(self._seen[place])
+                    if size_of(batch, splits) != len(self._numbers[place]):
+                        continue  # rows flattened into one
+                    for number, (part, _) in zip(self._numbers[place], parts(batch, splits, 1), strict=False):
+                        if not math.isfinite(float(self.compute_loss(self.model, part))):
+                            found.append(number)
+            _count_back(self, told)
+            return found
+
+    GuardedTrainer.splits = splits
+    return GuardedTrainer
+
+
+def _counted(trainer: Any) -> dict[str, Any]:
+    """Where the counts of a trainer stand: numbers as they are, lists by their lengths."""
+    return {name: _lengths(getattr(trainer, name)) for name in TOLD if hasattr(trainer, name)}
+
+
+def _lengths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lengths(inner) for key, inner in value.items()}
+    return len(value) if isinstance(value, list) else value
+
+
+def _count_back(trainer: Any, told: Mapping[str, Any]) -> None:
+    """Take back what was counted since."""
+    for name, then in told.items():
+        if isinstance(then, dict):
+            _shorten(getattr(trainer, name), then)
+        else:
+            setattr(trainer, name, then)
+
+
+def _shorten(value: dict[Any, Any], then: Mapping[Any, Any]) -> None:
+    for key in list(value):
+        if isinstance(value[key], dict):
+            _shorten(value[key], then.get(key, {}))
+        elif isinstance(value[key], list):
+            del value[key][then.get(key, 0) :]
+            if not value[key]:
+                del value[key]
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    import torch
+
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if len(tensors) != len(values) or len({t.shape[1:] for t in tensors}) != 1:
+        return None
+    return torch.cat(tensors)

@@ -1,0 +1,413 @@
+"""The checkpoint protocol: whole or not there, damage found, disk full at every write, and no pickle at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from tunesmith.errors import OutOfResources, RunError, TrainingDiverged
+from tunesmith.recipe import Recipe
+from tunesmith.training import checkpoints, state
+from tunesmith.training.run import Run, create
+
+DROPOUT = 0.1
+
+
+def trainer_of(
+    run: Run,
+    base: Path,
+    trainer_class=None,
+    *,
+    steps: int = 4,
+    dtype=torch.float32,
+    keep: int = 99,
+    **options,
+):
+    """The plain Trainer on 16 rows with dropout, under the rules of checkpoints unless another class is given."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, attention_dropout=DROPOUT, dtype=dtype)
+    draw = random.Random(1)
+    rows = [[draw.randrange(3, 300) for _ in range(12)] for _ in range(16)]
+    arguments = TrainingArguments(
+        output_dir=str(run.staging), max_steps=steps, save_steps=1, per_device_train_batch_size=4, logging_steps=3,
+        learning_rate=1e-2, report_to=[], disable_tqdm=True, seed=3, use_cpu=True, **options,
+    )  # fmt: skip
+    return (trainer_class or checkpoints.keeping_run_folder(Trainer, run, keep=keep))(
+        model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows]
+    )
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, tiny_model_folder):
+    """A run of four steps, with a checkpoint of each."""
+    run = create(Recipe(output_dir=str(tmp_path_factory.mktemp("written")), name="first"))
+    trainer = trainer_of(run, tiny_model_folder)
+    trainer.train()
+    return run, trainer
+
+
+@pytest.fixture
+def run(written, tmp_path):
+    """A copy of it, to be damaged."""
+    return Run(Path(shutil.copytree(written[0].path, tmp_path / "copy")))
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_checkpoint_lists_itself_and_all_its_files(written):
+    for folder in checkpoints.found(written[0]):
+        content = checkpoints.manifest(folder)
+        assert content["step"] == checkpoints.step_of(folder)
+        assert content["files"].keys() == {p.name for p in folder.iterdir()} - {checkpoints.MANIFEST}
+        assert {"model.safetensors", state.NUMBERS, state.TENSORS} <= content["files"].keys()
+        assert content["environment"]["packages"]["torch"] == torch.__version__
+        assert checkpoints.problem(folder) is None
+    assert not written[0].staging.joinpath("checkpoint-4").exists()
+
+
+def test_every_step_continues_to_the_bit_without_any_pickle(written, run, tiny_model_folder, monkeypatch):
+    def refused(*args, **kwargs):
+        raise AssertionError("a pickle")
+
+    for module, name in ((torch, "load"), (torch, "save"), (torch.serialization, "load")):
+        monkeypatch.setattr(module, name, refused)
+    straight = written[0].checkpoints / "checkpoint-step-4"
+    for step in (1, 2, 3, 4):
+        point = written[0].checkpoints / f"checkpoint-step-{step}"
+        trainer = trainer_of(run, tiny_model_folder)
+        result = trainer.train(resume_from_checkpoint=str(point))
+        assert same(dict(trainer.model.named_parameters()), dict(written[1].model.named_parameters()))
+        assert result.training_loss == written[1].state.log_history[-1]["train_loss"]
+        assert trainer.state.global_step == 4
+        assert same(
+            load_file(run.checkpoints / "checkpoint-step-4" / state.TENSORS),
+            load_file(straight / state.TENSORS),
+        )
+    names = [p.name for p in run.path.rglob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+    assert names == []
+
+
+@pytest.mark.parametrize("lost", ["optimizer", pytest.param("random", marks=pytest.mark.thorough)])
+def test_what_the_state_holds_matters(written, run, tiny_model_folder, monkeypatch, lost):
+    """The control: without a part of it the weights differ."""
+    name = "restore_optimizer" if lost == "optimizer" else "set_randomness"
+    monkeypatch.setattr(state, name, lambda *args: None)
+    trainer = trainer_of(run, tiny_model_folder)
+    torch.manual_seed(5)
+    trainer.train(resume_from_checkpoint=str(run.checkpoints / "checkpoint-step-2"))
+    assert not same(dict(trainer.model.named_parameters()), dict(written[1].model.named_parameters()))
+
+
+@pytest.mark.slow
+def test_optimizer_states_keep_their_own_type(run, tiny_model_folder):
+    """torch brings them into the parameter's type when it loads them: float32 would become bfloat16."""
+    trainer = trainer_of(run, tiny_model_folder, optim="adafactor", dtype=torch.bfloat16)
+    trainer.train()
+    before = trainer.optimizer.state_dict()
+    found = {t.dtype for s in before["state"].values() for t in s.values() if isinstance(t, torch.Tensor)}
+    assert torch.float32 in found
+    again = trainer_of(run, tiny_model_folder, optim="adafactor", dtype=torch.bfloat16)
+    again.create_optimizer_and_scheduler(4)
+    state.restore_optimizer(again, state.read(run.checkpoints / "checkpoint-step-4"))
+    for number, saved in before["state"].items():
+        for name, value in again.optimizer.state_dict()["state"][number].items():
+            if isinstance(value, torch.Tensor):
+                assert value.dtype == saved[name].dtype
+                assert torch.equal(value, saved[name])
+
+
+def test_any_state_comes_back_as_it_was(tmp_path):
+    table = torch.arange(4, dtype=torch.uint8)
+    tree = {
+        "groups": [{"lr": 0.1 + 0.2, "betas": (0.9, 0.999), "params": [0, 1], "foreach": None}],
+        0: {"state1": table, "qmap": table, "step": 7, "absmax": torch.tensor([float("inf")])},
+        "big": 2**63, "nan": float("nan"), "half": torch.ones(2, dtype=torch.bfloat16),
+    }  # fmt: skip
+    tensors: dict[str, torch.Tensor] = {}
+    text = json.dumps(state.packed(tree, tensors, "s"))
+    again = state.unpacked(json.loads(text), tensors)
+    assert repr(again) == repr(tree)
+    with pytest.raises(TypeError, match=r"s\.hook is a function"):
+        state.packed({"hook": lambda: None}, {}, "s")
+
+
+def flipped(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def test_every_flipped_bit_is_found(run):
+    """A short dose; `scripts/nightly --flips` has more."""
+    folder, draw = run.checkpoints / "checkpoint-step-4", random.Random(0)
+    files = sorted(folder.iterdir())
+    for number in range(150):
+        path = files[number % len(files)]
+        bit = draw.randrange(8 * path.stat().st_size)
+        flipped(path, bit)
+        assert checkpoints.problem(folder), (path.name, bit)
+        flipped(path, bit)
+    assert checkpoints.problem(folder) is None
+
+
+def test_a_file_cut_anywhere_is_found_and_the_checkpoint_before_is_taken(run):
+    folder = run.checkpoints / "checkpoint-step-4"
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        places = {0, 1, len(content) // 2, len(content) - 1, *range(512, len(content), 512)}
+        for place in sorted(places):
+            path.write_bytes(content[:place])
+            wrong = checkpoints.problem(folder)
+            assert wrong, (path.name, place)
+        assert checkpoints.choose(run) == run.checkpoints / "checkpoint-step-3"
+        assert run.events()[-1]["message"] == f"checkpoint-step-4 is damaged and was skipped: {wrong}"
+        path.write_bytes(content)
+    assert checkpoints.choose(run) == folder
+
+
+def test_large_files_are_hashed_by_several_threads_to_the_same(run, monkeypatch):
+    folder = run.checkpoints / "checkpoint-step-4"
+    monkeypatch.setattr(checkpoints, "LARGE", 1)
+    assert checkpoints.problem(folder) is None
+    flipped(folder / state.TENSORS, 9)
+    assert checkpoints.problem(folder) == f"{state.TENSORS} does not have the content that was written"
+
+
+@pytest.mark.parametrize("damage", ["gone", "link", "outside", "folder is a file", "stranger"])
+def test_what_else_may_have_become_of_a_checkpoint(run, damage, tmp_path):
+    folder = run.checkpoints / "checkpoint-step-4"
+    file = folder / "model.safetensors"
+    expected = "checkpoint-step-3"
+    match damage:
+        case "gone":
+            file.unlink()
+        case "link":
+            file.rename(tmp_path / "elsewhere")
+            file.symlink_to(tmp_path / "elsewhere")
+        case "outside":
+            content = checkpoints.manifest(folder)
+            content["files"]["../../recipe.yaml"] = content["files"].pop("model.safetensors")
+            content.pop("manifest_sha256")
+            (folder / checkpoints.MANIFEST).write_text(checkpoints._sealed(content))
+        case "folder is a file":
+            shutil.rmtree(folder)
+            folder.write_text("not a folder")
+        case "stranger":
+            (folder / "optimizer.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+            expected = "checkpoint-step-4"
+    assert checkpoints.choose(run).name == expected
+    assert [e for e in run.events() if e["kind"] == "warning"]
+
+
+def test_where_none_is_whole_nothing_starts_by_itself(run):
+    for folder in checkpoints.found(run):
+        flipped(folder / "config.json", 3)
+    with pytest.raises(RunError, match=r"No checkpoint of .* is whole") as error:
+        checkpoints.choose(run)
+    assert "checkpoint-step-1: config.json" in error.value.found
+    assert "--checkpoint start" in error.value.fix
+    assert checkpoints.choose(run, "start") is None
+
+
+@pytest.mark.parametrize(
+    "part", [pytest.param(n, marks=() if n == 7 else pytest.mark.thorough) for n in range(16)]
+)
+def test_a_full_disk_leaves_the_former_checkpoint_and_no_part_of_the_new_one(run, tiny_model_folder, part):
+    """Files may not grow beyond a limit, which fails each of the writes in turn."""
+    shutil.rmtree(run.checkpoints / "checkpoint-step-4")
+    largest = max(p.stat().st_size for p in (run.checkpoints / "checkpoint-step-3").iterdir())
+    trainer = trainer_of(run, tiny_model_folder)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    names = {p.name for p in run.checkpoints.iterdir()}
+    trainer.args.save_strategy = trainer.args.save_strategy.__class__("no")
+    trainer.train(resume_from_checkpoint=str(run.checkpoints / "checkpoint-step-3"))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest * part // 16, hard))
+        with pytest.raises(OutOfResources, match="step 4 could not be written") as error:
+            trainer._save_checkpoint(trainer.model, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert "bytes are free" in error.value.found
+    assert {p.name for p in run.checkpoints.iterdir()} == names
+    assert list(run.staging.iterdir()) == []
+    assert checkpoints.problem(run.checkpoints / "checkpoint-step-3") is None
+    trainer._save_checkpoint(trainer.model, None)
+    assert checkpoints.choose(run).name == "checkpoint-step-4"
+
+
+def test_weights_that_are_no_numbers_are_not_saved(run, tiny_model_folder):
+    trainer = trainer_of(run, tiny_model_folder, steps=1)
+    trainer.train()
+    with torch.no_grad():
+        next(trainer.model.parameters())[0, 0] = float("inf")
+    before = {p.name for p in run.checkpoints.iterdir()}
+    trainer.state.global_step = 9
+    with pytest.raises(TrainingDiverged, match="no longer numbers at step 9"):
+        trainer._save_checkpoint(trainer.model, None)
+    assert {p.name for p in run.checkpoints.iterdir()} == before
+
+
+def test_rotation_deletes_only_what_is_surely_superfluous(run):
+    for step in range(5, 9):
+        shutil.copytree(run.checkpoints / "checkpoint-step-4", run.checkpoints / f"checkpoint-step-{step}")
+    (run.checkpoints / "checkpoint-step-1" / checkpoints.PINNED).touch()
+    (run.checkpoints / "checkpoint-step-3" / checkpoints.MANIFEST).unlink()
+    (run.checkpoints / "my-checkpoint-step-9").mkdir()
+    (run.checkpoints / "checkpoint-step-2.old").mkdir()
+    (run.checkpoints / "notes").mkdir()
+    run.write(f"best_model/{checkpoints.BEST}", {"step": 2, "eval_loss": 1.0})
+    truncated = run.checkpoints / "checkpoint-step-8" / "model.safetensors"
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    checkpoints.rotate(run, keep=1)
+    left = {p.name.removeprefix("checkpoint-step-") for p in run.checkpoints.iterdir()}
+    # 1 pinned, 2 the best, 3 and 8 not whole, 7 the newest that is; the rest is not ours.
+    assert left == {"1", "2", "3", "7", "8", "my-checkpoint-step-9", "2.old", "notes"}
+
+
+def test_a_kill_while_a_name_is_taken_again_leaves_a_checkpoint(run, monkeypatch):
+    staging = run.staging / "checkpoint-4"
+    shutil.copytree(run.checkpoints / "checkpoint-step-4", staging)
+    real = Path.rename
+
+    def killed(self, target):
+        if self == staging:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.commit(staging, run.checkpoints / "checkpoint-step-4", {"step": 4})
+    assert checkpoints.choose(run).name == "checkpoint-step-3"
+    checkpoints.clean(run)
+    assert not [p for p in run.checkpoints.iterdir() if p.name.startswith(".")]
+    assert not run.staging.exists()
+
+
+def test_what_is_written_now_counts_before_what_a_former_life_left(run):
+    """A later checkpoint that was skipped as damaged looks whole by its sizes, and must not push out good ones."""
+    flipped(run.checkpoints / "checkpoint-step-4" / "model.safetensors", 999)
+    assert checkpoints.choose(run).name == "checkpoint-step-3"
+    checkpoints.rotate(run, keep=1, written=3)
+    assert {p.name for p in run.checkpoints.iterdir()} == {"checkpoint-step-3", "checkpoint-step-4"}
+    assert checkpoints.choose(run).name == "checkpoint-step-3"
+
+
+class Killed(BaseException):
+    """What no handler of errors sees, as nothing sees a kill."""
+
+
+@pytest.mark.slow
+def test_a_kill_at_each_call_of_a_save_leaves_whole_checkpoints_only(run, tiny_model_folder, monkeypatch):
+    """Every call that writes, flushes, renames or deletes is the last one in turn, rotation included."""
+    trainer = trainer_of(run, tiny_model_folder, keep=1)
+    shutil.rmtree(run.checkpoints / "checkpoint-step-4")
+    trainer.args.save_strategy = trainer.args.save_strategy.__class__("no")
+    trainer.train(resume_from_checkpoint=str(run.checkpoints / "checkpoint-step-3"))
+    backup = shutil.copytree(run.checkpoints, run.path / "backup")
+    calls, last = 0, 0
+
+    def counting(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in (
+        (os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (Path, "write_text"),
+        (Path, "rename"), (Path, "replace"), (shutil, "rmtree"), (state, "save_file"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, counting(getattr(owner, name)))
+    survivors = []
+    while True:
+        calls, last = 0, last + 1
+        at = last
+        with contextlib.suppress(Killed):
+            trainer._save_checkpoint(trainer.model, None)
+        is_over, calls, last = calls < at, 0, -1
+        checkpoints.clean(run)
+        for folder in checkpoints.found(run):
+            assert checkpoints.problem(folder) is None, (at, folder.name)
+        survivors.append(checkpoints.step_of(checkpoints.choose(run)))
+        assert not any(p.name.startswith(".") for p in run.checkpoints.iterdir())
+        shutil.rmtree(run.checkpoints)
+        shutil.copytree(backup, run.checkpoints)
+        last = at
+        if is_over:
+            break
+    assert len(survivors) > 20
+    assert survivors == sorted(survivors), "the new one from its rename on"
+    assert set(survivors) == {3, 4}
+
+
+def test_files_are_flushed_before_their_checkpoint_has_its_name(run, monkeypatch):
+    staging, said = run.staging / "checkpoint-9", []
+    shutil.copytree(run.checkpoints / "checkpoint-step-4", staging)
+    (staging / checkpoints.MANIFEST).unlink()
+    fsync, rename = os.fsync, Path.rename
+    name = lambda handle: Path(os.readlink(f"/proc/self/fd/{handle}")).name  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda handle: (said.append(name(handle)), fsync(handle))[1])
+    monkeypatch.setattr(Path, "rename", lambda s, t: (said.append(f"{s.name} -> {t.name}"), rename(s, t))[1])
+    checkpoints.commit(staging, run.checkpoints / "checkpoint-step-9", {"step": 9})
+    at = said.index("checkpoint-9 -> checkpoint-step-9")
+    assert {p.name for p in (run.checkpoints / "checkpoint-step-9").iterdir()} - {
+        checkpoints.MANIFEST
+    } <= set(said[:at])
+    assert f".{checkpoints.MANIFEST}" in "".join(said[:at])
+    assert said[at - 1] == "checkpoint-9"
+    assert said[at + 1] == "checkpoints"
+
+
+def plain(run: Run, base: Path) -> Trainer:
+    return trainer_of(run, base, Trainer)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param("flip", marks=pytest.mark.slow),
+        pytest.param("optimizer gone", marks=pytest.mark.thorough),
+        pytest.param("half written", marks=pytest.mark.thorough),
+    ],
+)
+def test_the_same_faults_are_no_faults_to_the_plain_trainer(tmp_path, tiny_model_folder, fault):
+    """The control: without this module a damaged checkpoint is loaded in silence, or the run is stuck."""
+    run = create(Recipe(output_dir=str(tmp_path), name="plain"))
+    plain(run, tiny_model_folder).train()
+    want = load_file(run.staging / "checkpoint-4" / "model.safetensors")
+    shutil.rmtree(run.staging / "checkpoint-4")
+    last = run.staging / "checkpoint-3"
+    match fault:
+        case "flip":
+            flipped(last / "model.safetensors", 8 * (last / "model.safetensors").stat().st_size - 3)
+        case "optimizer gone":
+            (last / "optimizer.pt").unlink()
+        case "half written":
+            (last / "trainer_state.json").unlink()
+    trainer = plain(run, tiny_model_folder)
+    if fault == "half written":
+        with pytest.raises((ValueError, OSError)):
+            trainer.train(resume_from_checkpoint=True)
+        return
+    trainer.train(resume_from_checkpoint=True)
+    got = load_file(run.staging / "checkpoint-4" / "model.safetensors")
+    assert not same(got, want), "ended well, with other weights"

@@ -1,0 +1,272 @@
+"""A run that is continued, from wherever, is the run that was not interrupted; what changed is named and refused."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tunesmith import api
+from tunesmith.compose import compose, overlaid
+from tunesmith.errors import RunError
+from tunesmith.training import checkpoints, state, verifying
+from tunesmith.training.run import Run
+
+LORA = {"kind": "lora", "rank": 4, "dropout": 0.1}
+GRID = {
+    "adapter": {
+        "lora": {"adapter": LORA},
+        "dora": {"adapter": {**LORA, "kind": "lora", "dora": True}},
+        "full": {},
+    },
+    "batches": {
+        "ragged accumulation": {"training": {"gradient_accumulation_steps": 3}},
+        "packing": {"data": {"packing": True, "max_length": 64}},
+        "workers": {"training": {"num_workers": 1}},
+        "plain": {},
+    },
+    "watched": {
+        "best model": {"training": {"eval_steps": 1, "load_best_model_at_end": True}},
+        "early stopping": {"training": {"eval_steps": 1, "early_stopping_patience": 2}},
+        "rarely": {"training": {"eval_steps": 100}},
+    },
+    "schedule": {
+        "cosine_with_restarts": {"training": {"scheduler": "cosine_with_restarts", "warmup_steps": 2}},
+        "inverse_sqrt": {"training": {"scheduler": "inverse_sqrt", "warmup_steps": 1}},
+        "polynomial": {"training": {"scheduler": "polynomial"}},
+    },
+    "optimizer": {
+        "adamw_torch": {},
+        "adafactor": {"training": {"optimizer": "adafactor"}},
+        "sgd": {"training": {"optimizer": "sgd"}},
+    },
+    "noise": {"neftune": {"method": {"neftune_noise_alpha": 5.0}}, "none": {}},
+}  # fmt: skip
+
+
+def pairwise() -> list[tuple[str, ...]]:
+    """Few combinations in which every two values of two options come together once."""
+    names = [list(values) for values in GRID.values()]
+    open_pairs = {
+        (a, x, b, y)
+        for (a, xs), (b, ys) in itertools.combinations(enumerate(names), 2)
+        for x in xs
+        for y in ys
+    }
+    chosen = []
+    while open_pairs:
+        covered = {
+            combination: {p for p in open_pairs if combination[p[0]] == p[1] and combination[p[2]] == p[3]}
+            for combination in itertools.product(*names)
+        }
+        best = max(covered, key=lambda combination, covered=covered: len(covered[combination]))
+        open_pairs -= covered[best]
+        chosen.append(best)
+    return chosen
+
+
+COMBINATIONS = pairwise()
+
+
+@pytest.fixture
+def quick(tiny_model_folder, question_file, tmp_path):
+    def recipe(*layers: dict[str, Any], **changes: Any):
+        layer = {
+            "output_dir": str(tmp_path / "runs"),
+            "model": {"base": str(tiny_model_folder)},
+            "data": {"dataset": str(question_file), "validation": 0.2, "max_length": 96},
+            "training": {
+                "max_steps": 5, "per_device_train_batch_size": 4, "warmup_steps": 0, "learning_rate": 1e-2,
+                "eval_steps": 2, "save_steps": 2, "logging_steps": 1,
+            },
+            "evaluation": {"skip": True},
+        }  # fmt: skip
+        return compose(overlaid(layer, *layers, changes)).recipe
+
+    return recipe
+
+
+@pytest.mark.parametrize(
+    "combination",
+    [
+        pytest.param(c, marks=pytest.mark.thorough if n else pytest.mark.slow)
+        for n, c in enumerate(COMBINATIONS)
+    ],
+    ids=lambda c: ", ".join(c),
+)
+def test_every_step_of_every_pair_of_options_continues_to_the_bit(quick, combination):
+    layers = [values[name] for values, name in zip(GRID.values(), combination, strict=True)]
+    found = api.verify_resume(quick(*layers), steps=4)
+    assert found.equal, found.sentence()
+    assert found.continued_from == (1, 2, 3) or "early stopping" in combination
+    assert found.continued_from
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("lost", ["random numbers", "optimizer", "data order"])
+def test_what_would_not_continue_is_found_out(quick, monkeypatch, lost):
+    """The control: verify-resume bites."""
+    match lost:
+        case "random numbers":
+            monkeypatch.setattr(state, "set_randomness", lambda found: None)
+        case "optimizer":
+            monkeypatch.setattr(state, "restore_optimizer", lambda *given: None)
+        case "data order":
+            monkeypatch.setattr("transformers.trainer.skip_first_batches", lambda loader, n: loader)
+    found = api.verify_resume(quick(adapter=LORA, training={"eval_steps": 100}), steps=3)
+    assert not found.equal
+    assert found.differences
+    assert "does not continue to the bit" in found.sentence()
+    assert "differ" in found.sentence()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("watching", [True, pytest.param(False, marks=pytest.mark.thorough)])
+def test_watching_a_run_does_not_change_it(quick, monkeypatch, watching):
+    """Validations, samples, logs and checkpoints, at each step or never; with dropout, so that draws count."""
+    if not watching:
+        monkeypatch.setattr(state, "undisturbed", contextlib.nullcontext)
+    often = {"eval_steps": 1, "save_steps": 1, "logging_steps": 1}
+    never = {"eval_steps": 100, "save_steps": 100, "logging_steps": 100}
+    shared = {"adapter": LORA, "training": {"load_best_model_at_end": False}}
+    folders = [
+        api.train(quick(shared, name=name, training=training)).run
+        / "final_model"
+        / "adapter_model.safetensors"
+        for name, training in (("often", often), ("never", never))
+    ]
+    one, other = map(load_file, folders)
+    assert all(torch.equal(one[name], other[name]) for name in one) is watching, "False is the control"
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_model_folder, tmp_path_factory):
+    """A run of four steps, its data and its base."""
+    folder = tmp_path_factory.mktemp("stopped")
+    data = folder / "questions.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": f"count {i}", "response": f"one {i}"}) + "\n" for i in range(30))
+    )
+    base = shutil.copytree(tiny_model_folder, folder / "base")
+    recipe = compose(
+        {
+            "output_dir": str(folder), "name": "whole", "model": {"base": str(base)},
+            "data": {"dataset": str(data), "max_length": 96},
+            "training": {"max_steps": 4, "warmup_steps": 0, "save_steps": 2, "eval_steps": 2, "logging_steps": 1},
+            "evaluation": {"skip": True},
+        }
+    ).recipe  # fmt: skip
+    whole = Run(api.train(recipe).run)
+    return folder, whole
+
+
+@pytest.fixture
+def copied(stopped, tmp_path, monkeypatch):
+    """A copy of everything, elsewhere."""
+    folder, whole = stopped
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    run = verifying.interrupted_copy(whole, place / "run", 2)
+    for name in ("questions.jsonl", "base"):
+        source = folder / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, place / name)
+    recipe = (run.path / "recipe.yaml").read_text().replace(str(folder), str(place))
+    (run.path / "recipe.yaml").write_text(recipe)
+    return run
+
+
+def test_a_run_that_was_moved_goes_on(stopped, copied):
+    api.resume(copied.path)
+    assert verifying.differences(stopped[1], copied, since=2) == []
+    steps = [event["step"] for event in copied.events() if event["kind"] == "step"]
+    assert steps == [1, 2, 3, 4], "none twice, none missing"
+    assert json.loads((copied.path / "training.json").read_text())["final_model"] == str(copied.final_model)
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("a row", "data set questions was "),
+        pytest.param("order", "data set questions was ", marks=pytest.mark.thorough),
+        pytest.param("template", "chat template was ", marks=pytest.mark.thorough),
+        ("weights", "base model was "),
+    ],
+)
+def test_what_a_run_rests_on_is_named_where_it_changed_and_refused(copied, what, named):
+    base, data = copied.path.parent / "base", copied.path.parent / "questions.jsonl"
+    match what:
+        case "a row":
+            data.write_text(data.read_text().replace("one 7", "two 7"))
+        case "order":
+            data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
+        case "template":
+            file = next(base.glob("*.jinja"))
+            file.write_text(file.read_text() + " ")
+        case "weights":
+            file = base / "model.safetensors"
+            content = bytearray(file.read_bytes())
+            content[-3] ^= 1
+            file.write_bytes(content)
+    before = {p.name for p in copied.checkpoints.iterdir()}
+    with pytest.raises(RunError, match="not what it was started with") as error:
+        api.resume(copied.path)
+    assert named in error.value.found
+    assert what != "weights" or "data set" not in error.value.found
+    assert {p.name for p in copied.checkpoints.iterdir()} == before
+
+
+FIELDS = {
+    "training.learning_rate": 0.5, "training.seed": 7, "training.per_device_train_batch_size": 2,
+    "training.gradient_accumulation_steps": 3, "training.scheduler": "linear", "training.max_steps": 9,
+    "training.weight_decay": 0.5, "training.max_grad_norm": 0.5, "training.optimizer": "sgd", "data.max_length": 64,
+    "data.validation": 0.3, "data.packing": True, "method.neftune_noise_alpha": 1.0, "adapter.kind": "lora",
+    "model.dtype": "bfloat16", "training.warmup_steps": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_recipe_that_changed_is_refused_field_by_field(stopped, field):
+    section, _, name = field.partition(".")
+    before = stopped[1].recipe()
+    layer = overlaid(
+        before.model_dump(mode="json"), {section: {name: FIELDS[field]}} if name != "kind" else {}
+    )
+    after = compose({**layer, **({"adapter": {"kind": "lora"}} if name == "kind" else {})}).recipe
+    [*said] = api.differences(before, after)
+    assert any(line.startswith(f"{field} was ") for line in said), said
+    with pytest.raises(RunError, match="cannot be continued") as error:
+        api.train(after, resume="latest")
+    assert f"{field} was " in error.value.found
+
+
+@pytest.mark.slow
+def test_another_machine_is_said(copied, monkeypatch):
+    now = checkpoints._environment()
+    monkeypatch.setattr(
+        checkpoints,
+        "_environment",
+        lambda: {**now, "cpu_threads": 99, "packages": {**now["packages"], "torch": "9.9"}},
+    )
+    api.resume(copied.path)
+    [told] = [
+        e["message"] for e in copied.events() if e["kind"] == "warning" and "not to the bit" in e["message"]
+    ]
+    assert f"cpu_threads was {now['cpu_threads']}, is 99" in told
+    assert f"torch was {torch.__version__}, is 9.9" in told
+
+
+def test_a_run_that_was_stopped_after_its_last_step_takes_no_further_one(stopped, tmp_path):
+    _, whole = stopped
+    copy = verifying.interrupted_copy(whole, tmp_path / "run", 4)
+    api.resume(copy.path)
+    assert verifying.differences(whole, copy) == []
+    one, other = (json.loads((r.path / "training.json").read_text()) for r in (whole, copy))
+    assert {k: other[k] for k in ("steps", "train_loss", "tokens")} == {
+        k: one[k] for k in ("steps", "train_loss", "tokens")
+    }

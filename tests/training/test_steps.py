@@ -1,0 +1,319 @@
+"""A step that runs out of memory goes on with less of it, and one that meets no number stops and names the rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tunesmith import api, dataflow
+from tunesmith.compose import compose, overlaid
+from tunesmith.errors import OutOfResources, TrainingDiverged
+from tunesmith.methods import METHODS
+from tunesmith.training.run import Run, open_run
+
+COLORS = ("red", "blue", "green", "one", "two")
+
+
+def row(kind: str, n: int) -> dict[str, Any]:
+    question = {"prompt": f"what is the count of {n}" + " and more" * (n % 3)}
+    if kind in ("dpo", "reward", "orpo"):
+        return {**question, "chosen": f"{COLORS[n % 5]} {n}", "rejected": f"no {COLORS[(n + 1) % 5]} rows"}
+    return {**question, "response": f"{COLORS[n % 5]} {n}" + " yes" * (n % 4)}
+
+
+@pytest.fixture
+def made(tiny_model_folder, tiny_t5_folder, tmp_path):
+    """A recipe of three steps of two forward passes of four rows."""
+
+    def recipe(kind: str = "sft", **changes: Any):
+        path = tmp_path / f"{kind}.jsonl"
+        path.write_text("".join(json.dumps(row(kind, n)) + "\n" for n in range(40)))
+        layer = {
+            "output_dir": str(tmp_path / "runs"),
+            "model": {"base": str(tiny_t5_folder if METHODS[kind].model == "seq2seq" else tiny_model_folder)},
+            "method": {"kind": kind},
+            "data": {"dataset": str(path), "max_length": 96},
+            "training": {
+                "max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "warmup_steps": 0,
+                "learning_rate": 1e-2, "eval_steps": 2, "save_steps": 2, "logging_steps": 1,
+                "load_best_model_at_end": False,
+            },
+            "evaluation": {"skip": True},
+        }  # fmt: skip
+        return compose(overlaid(layer, changes)).recipe
+
+    return recipe
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {name: t for file in run.final_model.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def losses(run: Run) -> list[float]:
+    return [event["loss"] for event in run.events() if event["kind"] == "step"]
+
+
+@pytest.fixture
+def short_of_memory(monkeypatch):
+    """Have the passes of certain numbers run out of memory, or all of more than so many rows."""
+    said = {
+        "device": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        "host": lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        "python": MemoryError,
+    }
+
+    def install(*, calls=(), at="forward", kind="device", rows=None):
+        fit, seen = dataflow.fit, {"forward": 0, "backward": 0, "evaluate": 0}
+
+        def short(trainer, *args, **kwargs):
+            model = trainer.model
+
+            def before(module, given, named):
+                ids = named.get("input_ids", given[0] if given else None)
+                name = "forward" if module.training else "evaluate"
+                seen[name] += 1
+                if (name == at and seen[name] in calls) or (rows and len(ids) > rows):
+                    raise said[kind]()
+
+            model.register_forward_pre_hook(before, with_kwargs=True)
+
+            def after(gradient):
+                seen["backward"] += 1
+                if at == "backward" and seen["backward"] in calls:
+                    raise said[kind]()
+
+            # The first weights are reached last, when most of the gradient is already there.
+            next(p for p in model.parameters() if p.requires_grad).register_hook(after)
+            return fit(trainer, *args, **kwargs)
+
+        monkeypatch.setattr(dataflow, "fit", short)
+
+    return install
+
+
+def decisions(run: Run, name: str) -> list[dict[str, Any]]:
+    return [event for event in run.events() if event["kind"] == "decision" and event["name"] == name]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Runs with memory enough, each made once."""
+    folder, runs = tmp_path_factory.mktemp("straight"), {}
+
+    def run(made, kind: str, **changes: Any) -> Run:
+        name = f"{kind}-{'-'.join(changes)}"
+        if name not in runs:
+            recipe = made(kind, name=name, output_dir=str(folder), **changes)
+            runs[name] = Run(api.train(recipe).run)
+        return runs[name]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "calls"),
+    [
+        ("sft", "backward", (2,)),
+        pytest.param("sft", "forward", (1,), marks=pytest.mark.thorough),
+        pytest.param("sft", "forward", (3, 4), marks=pytest.mark.thorough),
+        pytest.param("dpo", "backward", (2,), marks=pytest.mark.slow),
+        pytest.param("sft", "forward", (2,), marks=pytest.mark.thorough),
+        pytest.param("sft", "forward", (6,), marks=pytest.mark.thorough),
+        pytest.param("sft", "backward", (1,), marks=pytest.mark.thorough),
+        pytest.param("sft", "backward", (5,), marks=pytest.mark.thorough),
+        pytest.param("dpo", "forward", (1,), marks=pytest.mark.thorough),
+        pytest.param("reward", "forward", (2,), marks=pytest.mark.thorough),
+        pytest.param("seq2seq", "forward", (3,), marks=pytest.mark.thorough),
+    ],
+)
+def test_a_step_that_runs_out_of_memory_is_taken_again_in_smaller_passes(
+    made, straight, short_of_memory, kind, at, calls
+):
+    adapter = {"adapter": {"kind": "lora", "rank": 4}} if kind == "reward" else {}
+    whole = straight(made, kind, **adapter)
+    short_of_memory(calls=calls, at=at, kind="device" if at == "forward" else "host")
+    run = Run(api.train(made(kind, name="short", **adapter)).run)
+    found = decisions(run, "micro-batch")
+    assert [d["value"] for d in found] == [2, 1][: len(found)]
+    assert found, "negative control: nothing ran out"
+    assert "with the same rows for each update" in found[0]["reason"]
+    # T5 has dropout, of which smaller passes draw other numbers.
+    assert losses(run) == pytest.approx(losses(whole), abs=0.05 if kind == "seq2seq" else 1e-5)
+    one, other = weights(run), weights(whole)
+    if kind != "seq2seq":
+        assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in other)
+    tokens = lambda r: [e["tokens"] for e in r.events() if e["kind"] == "step"]  # noqa: E731
+    assert tokens(run) == tokens(whole)
+
+
+@pytest.mark.thorough
+def test_random_numbers_are_drawn_anew(made, straight, short_of_memory):
+    """With dropout, all rows of the smaller passes but the first draw others; the step before does not."""
+    changes = {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.2}}
+    whole = straight(made, "sft", **changes)
+    short_of_memory(calls=(5,))
+    run = Run(api.train(made(name="short", **changes)).run)
+    assert losses(run)[:2] == losses(whole)[:2]
+    assert losses(run)[2] == pytest.approx(losses(whole)[2], rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_validation_that_runs_out_of_memory_is_made_in_halves(made, straight, short_of_memory):
+    changes = {"data": {"validation": 0.3}}
+    whole = straight(made, "sft", **changes)
+    short_of_memory(calls=(1, 3), at="evaluate", kind="python")
+    run = Run(api.train(made(name="short", **changes)).run)
+    assert decisions(run, "validation batch")
+    found = [[e["loss"] for e in r.events() if e["kind"] == "evaluation"] for r in (run, whole)]
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert torch.equal(next(iter(weights(run).values())), next(iter(weights(whole).values())))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_runs_out_of_memory_is_written_again(made, monkeypatch):
+    from tunesmith.training import state
+
+    write, calls = state.write, []
+
+    def short(trainer, folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            raise MemoryError
+        write(trainer, folder)
+
+    monkeypatch.setattr(state, "write", short)
+    run = Run(api.train(made(name="short")).run)
+    assert [d["value"] for d in decisions(run, "memory")] == ["saved again"]
+    assert {p.name for p in run.checkpoints.iterdir()} == {"checkpoint-step-2", "checkpoint-step-3"}
+
+
+@pytest.mark.slow
+def test_where_one_row_is_too_much_the_numbers_are_told(made, short_of_memory):
+    short_of_memory(rows=0.5)
+    with pytest.raises(OutOfResources, match="step 1") as error:
+        api.train(made(name="short"))
+    assert "a single row of" in error.value.found
+    assert "CUDA out of memory" in error.value.found
+
+
+@pytest.mark.thorough
+def test_a_loss_that_cannot_be_parted_says_so(made, short_of_memory):
+    short_of_memory(calls=(1,))
+    with pytest.raises(OutOfResources) as error:
+        api.train(made("orpo", name="short"))
+    assert "depends on the others of its batch" in error.value.found
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Have one row's answer, or the gradient or the weights of a step, be no number."""
+
+    def install(what: str, *, mark: str = "", step: int = 2):
+        fit = dataflow.fit
+
+        def bad(trainer, *args, **kwargs):
+            compute, ids = trainer.compute_loss, trainer.processing_class
+
+            def loss_of(model, inputs, *given, **named):
+                found = compute(model, inputs, *given, **named)
+                texts = ids.batch_decode(inputs["input_ids"])
+                hit = what == "loss" and trainer.model.training and any(mark in text for text in texts)
+                return found * float("nan") if hit and not isinstance(found, tuple) else found
+
+            trainer.compute_loss = loss_of
+            parameter = next(trainer.model.parameters())
+            if what == "gradient":
+                parameter.register_hook(
+                    lambda g: g * float("inf") if trainer.state.global_step == step - 1 else g
+                )
+            if what == "weights":
+
+                def spoil(*_):
+                    if trainer.state.global_step == step - 1:
+                        parameter.data[0, 0] = float("nan")
+
+                trainer.model.register_forward_pre_hook(spoil)
+            return fit(trainer, *args, **kwargs)
+
+        monkeypatch.setattr(dataflow, "fit", bad)
+
+    return install
+
+
+def test_a_loss_that_is_no_number_names_its_row_by_file_and_number(made, poisoned):
+    poisoned("loss", mark="count of 17")
+    recipe = made(name="bad", training={"max_steps": 9, "save_steps": 1})
+    with pytest.raises(TrainingDiverged, match="The loss is not a number at step") as error:
+        api.train(recipe)
+    assert error.value.found == "row sft.jsonl:18", "counted from 1, and no other row of its batch"
+    run = open_run(Path(recipe.output_dir) / "bad")
+    kept = sorted(run.checkpoints.iterdir()) if run.checkpoints.exists() else []
+    assert all(torch.isfinite(t).all() for f in kept for t in load_file(f / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("what", ["gradient", pytest.param("weights", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["sft", pytest.param("dpo", marks=pytest.mark.thorough)])
+def test_gradients_and_weights_that_are_no_numbers_stop_before_the_update(made, poisoned, kind, what):
+    poisoned(what)
+    recipe = made(kind, name="bad", training={"save_steps": 1})
+    with pytest.raises(
+        TrainingDiverged, match=f"The {what}.* at step 2; the weights were not updated"
+    ) as error:
+        api.train(recipe)
+    assert error.value.found.count(f"{kind}.jsonl:") == 8, "all rows of the step"
+    run = open_run(Path(recipe.output_dir) / "bad")
+    assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-step-1"]
+    assert run.state() == "failed"
+
+
+@pytest.mark.thorough
+def test_rows_of_packed_blocks_are_named_too(made, poisoned):
+    poisoned("loss", mark="count of 17")
+    with pytest.raises(TrainingDiverged) as error:
+        api.train(made(name="bad", data={"packing": True}, training={"max_steps": 20}))
+    assert "sft.jsonl:18" in error.value.found
+
+
+@pytest.mark.slow
+def test_the_plain_trainer_ends_well_with_weights_that_are_no_numbers(tmp_path, tiny_model_folder):
+    """The control of what is tested above."""
+    from test_checkpoints import trainer_of
+    from transformers import Trainer
+
+    from tunesmith.recipe import Recipe
+    from tunesmith.training.run import create
+
+    run = create(Recipe(output_dir=str(tmp_path), name="plain"))
+    trainer = trainer_of(run, tiny_model_folder, Trainer)
+    with torch.no_grad():
+        next(trainer.model.parameters())[0, 0] = float("nan")
+    trainer.train()
+    assert (run.staging / "checkpoint-4" / "model.safetensors").exists()
+
+
+@pytest.mark.thorough
+def test_memory_of_this_machine_that_really_runs_out(made, tmp_path):
+    """The address space is limited for real, to less than a step of all rows at once needs."""
+    import resource
+
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps(row("sft", n)) + "\n" for n in range(1500)))
+    recipe = made(
+        name="limited", data={"dataset": str(path)},
+        training={"per_device_train_batch_size": 1024, "gradient_accumulation_steps": 1, "max_steps": 1},
+    )  # fmt: skip
+    api.train(made(name="warm"))  # what is imported and allocated once
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, hard))
+        run = Run(api.train(recipe).run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    assert decisions(run, "micro-batch")
+    assert len(losses(run)) == 1

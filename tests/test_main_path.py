@@ -430,7 +430,8 @@ def test_every_row_of_another_set_is_used_but_what_was_learned(quick, question_f
     assert f"{100 - len(seen)} of 100 questions of more.jsonl" in [e.get("value") for e in told]
 
 
-def test_a_plain_copy_of_a_model_has_learned_what_its_run_has(quick, question_file, tmp_path):
+def test_a_plain_copy_of_a_model_has_learned_what_its_run_has(quick, question_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run = api.train(quick()).run
     seen = learned_from(run)
     copy = tmp_path / "away" / "model"

@@ -36,6 +36,8 @@ COVERED = {
     "qwen3",
 }
 """Kinds of models (`config.model_type`) of which a test shows that the result is the stock one."""
+SETTINGS = {"temperature", "logit_scale", "final_logit_softcapping", "outputs"}
+"""What TRL's forward knows and ours takes from it."""
 UNDERSTOOD = {"input_ids", "attention_mask", "position_ids", "use_cache"}
 """Inputs without which nothing else of a batch matters."""
 WORTH = 0.9
@@ -283,9 +285,7 @@ def uncovered(trainer: Any, model: Any) -> str | None:
     kind = model.config.model_type
     if kind not in COVERED:
         return f"models of the kind {kind} are not covered"
-    if not hasattr(model.forward, "__func__") or "fused_lm_head" not in inspect.getsource(
-        model.forward.__func__
-    ):
+    if not _settings(model).keys() >= SETTINGS:
         return "this method asks its model for more than log-probabilities"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return "weights are spread over processes"
@@ -302,14 +302,19 @@ def _plain(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _settings(model: Any) -> dict[str, Any]:
+    """What TRL keeps for the forward that it has given a model; nothing where it has given none."""
+    function = getattr(model.forward, "__func__", None)
+    return dict(inspect.getclosurevars(function).nonlocals) if function else {}
+
+
 def quicken(model: Any, *, alike: bool, say: Callable[[str], None]) -> None:
     """Have a model that TRL has given its head answer the same in our way, with TRL's own settings.
 
     `alike` says that every label of a batch weighs the same in the loss. `say` is told, once each, why single batches
     took the stock path.
     """
-    theirs = model.forward
-    facts = inspect.getclosurevars(theirs.__func__).nonlocals
+    theirs, facts = model.forward, _settings(model)
     reading = Reading(
         temperature=facts["temperature"],
         scale=facts["logit_scale"],

@@ -2,9 +2,10 @@
 
 Every contestant is a fresh process; they take turns. All learn from the same token ids and labels, which tunesmith has
 prepared, in float32, with AdamW, at a learning rate so small that every step meets the model it started from: so the
-mean loss over all labels is one number, on which the contestants have to agree before a ratio is printed, whatever
-their batches are. Tokens are counted without padding, and a prompt in each of its rows; the first step and the last
-one are left out. Peak memory is the process's own, read before anything is saved.
+mean loss over all labels (of preferences, the mean log-likelihood of the answers) is one number, on which the
+contestants have to agree before a ratio is printed, whatever their batches are. Tokens are counted without padding, and
+a prompt in each of its rows; the first step and the last one are left out. Peak memory is the process's own, read
+before anything is saved.
 """
 
 from __future__ import annotations
@@ -150,7 +151,10 @@ class Clock:
                 int((labels[..., 1:] != -100).sum()) if labels is not None else len(inputs["input_ids"])
             )
             loss = inner(trainer, model, inputs, *args, **kwargs)
-            clock.losses.append(float(loss))
+            # A preference loss says nothing where model and reference are the same: their likelihoods do.
+            told = getattr(trainer, "_metrics", {}).get("train", {})
+            pair = [told[name][-1] for name in ("logps/chosen", "logps/rejected") if told.get(name)]
+            clock.losses.append(-sum(pair) if pair else float(loss))
             return loss
 
         Trainer.training_step = step  # type: ignore[method-assign]
@@ -230,7 +234,14 @@ def _peer(name: str, work: Path, task: dict[str, Any]) -> None:
                     "rejected_ids": worse["input_ids"][start : _end(worse["labels"])],
                 }
             )
-        trainer = DPOTrainer(
+
+        class Settled(DPOTrainer):  # type: ignore[misc]
+            """Takes token ids as they are."""
+
+            def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+                return dataset
+
+        trainer = Settled(
             model=model, args=DPOConfig(**common, max_length=None), train_dataset=Dataset.from_list(pairs),
             processing_class=tokenizer,
         )  # fmt: skip

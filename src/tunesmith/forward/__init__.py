@@ -298,6 +298,8 @@ def uncovered(trainer: Any, model: Any) -> str | None:
             return "the method needs logits that are the head's alone, and these are capped"
     elif not is_reward(model) and not _settings(model).keys() >= SETTINGS:
         return "this method asks its model for more than log-probabilities"
+    if getattr(model.config, "use_bidirectional_attention", None):
+        return "tokens see what follows them"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return "weights are spread over processes"
     if trainer.args.neftune_noise_alpha:

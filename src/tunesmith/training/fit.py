@@ -18,7 +18,7 @@ from tunesmith.errors import Interrupted, MissingExtra
 from tunesmith.models import PRINCIPAL
 from tunesmith.plan import Plan
 from tunesmith.recipe import Tracking, Training
-from tunesmith.training import checkpoints, steps
+from tunesmith.training import checkpoints
 from tunesmith.training.checkpoints import BEST
 from tunesmith.training.run import Run, flush_folder, write_whole
 
@@ -116,7 +116,7 @@ def fit(
     """
     from transformers.trainer_callback import PrinterCallback
 
-    from tunesmith.training import callbacks
+    from tunesmith.training import callbacks, steps
     from tunesmith.training.validating import measuring
     from tunesmith.training.watching import Watching
 

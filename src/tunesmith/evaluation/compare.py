@@ -122,7 +122,7 @@ class _Pairs:
 
     @property
     def is_binary(self) -> bool:
-        """Whether every question is right or wrong with both models."""
+        """Whether every question is right or wrong with both models, for a metric that is the mean of that."""
         return _is_binary(self.base.own) and _is_binary(self.tuned.own)
 
 
@@ -375,7 +375,7 @@ def score_interval(
     n, groups = len(of.groups), len(set(of.groups))
     value = float(_value(of.lines.sum(0), metric))
     found = Score(value, n, len(errors), None, None, groups, "Wilson")
-    if not metric.tally and _is_binary(of.own) and (groups == n or of.own.min() == of.own.max()):
+    if _is_mean(metric) and _is_binary(of.own) and (groups == n or of.own.min() == of.own.max()):
         over = binomtest(round(of.own.mean() * groups), groups).proportion_ci(confidence, method="wilson")
         return replace(found, low=over.low, high=over.high)
     interval = _interval(
@@ -439,7 +439,7 @@ def _compared(
     interval: tuple[float, float] | None = None
     detectable: float | None = None
     p = 1.0
-    if not metric.tally and pairs.is_binary and (alone or differences.min() == differences.max()):
+    if _is_mean(metric) and pairs.is_binary and (alone or differences.min() == differences.max()):
         scale = groups / n  # questions of a group that all differ alike count once
         interval = paired_shares(round(more * scale), round(fewer * scale), groups, confidence=confidence)
         method = "Tango's score interval of paired shares; p by McNemar's exact test"
@@ -512,7 +512,7 @@ def _verdict(c: Comparison, pairs: _Pairs, metric: Metric) -> tuple[Verdict, str
             ),
         )
     if (
-        not metric.tally
+        _is_mean(metric)
         and pairs.is_binary
         and c.groups == c.n
         and c.p_value is not None

@@ -119,11 +119,12 @@ def sql_exact_match(prompt: Prompt, completion: str, reference: str) -> float:
     """1 where answer and reference are the same query after normalising both.
 
     Case of names, needless aliases and qualifiers, and the order of conditions do not count; values, DISTINCT and
-    the order of columns do (after the exact match of Spider, arXiv 1809.08887, which leaves values out). Parsed
-    by sqlglot; 0 for what it cannot parse.
+    the order of columns do, and so does the case of a text in double quotes that is no name of the schema. After the
+    exact match of Spider (arXiv 1809.08887), which leaves values out. Parsed by sqlglot; 0 for what it cannot parse.
     """
     try:
-        return float(canonical(code_of(completion)) == canonical(code_of(reference)))
+        schema = str(prompt.checks.get("schema") or "")
+        return float(canonical(code_of(completion), schema) == canonical(code_of(reference), schema))
     except ValueError:
         return exact_match(prompt, code_of(completion), code_of(reference))
 

@@ -1,6 +1,9 @@
 import json
 import math
+import runpy
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -375,3 +378,39 @@ def test_one_right_token_of_many_does_not_make_a_row_right():
     [found] = compare(base, tuned, metrics=["token_accuracy"], resamples=300)
     assert found.method.startswith("paired bootstrap")
     assert "questions are right with one model" not in found.reason
+
+
+@pytest.mark.parametrize("name", ["response_diversity", "ead", "distinct_1", "distinct_2", "distinct_3"])
+def test_one_number_of_all_answers_has_no_interval_and_no_verdict(name):
+    """The rows' shares hang on one another: resampled, they would say what the answers do not."""
+    score = score_interval(rows([0.1] * 60, metric=name), name)
+    assert (score.value, score.low, score.high) == (pytest.approx(0.1), None, None)
+    assert score.method.startswith("no interval: it is one number of all answers")
+    found = one([0.1] * 60, [0.5 + n / 200 for n in range(60)], metric=name)
+    assert (found.low, found.high, found.p_value, found.assumed_detectable) == (None, None, None, None)
+    assert found.verdict == "inconclusive"
+    assert found.difference == pytest.approx(0.5475)
+    assert "one number of all answers" in found.reason
+    assert sentence(found).startswith("Inconclusive: different ")
+    both = [row(n, scores={name: 0.1, "rougeL": n / 60}) for n in range(60)]
+    other = [row(n, model="tuned", scores={name: 0.5, "rougeL": n / 50}) for n in range(60)]
+    compared = compare(both, other, metrics=["rougeL", "exact_match", name], resamples=200)
+    assert [c.verdict for c in compared][::2] == ["better", "inconclusive"]
+
+
+def test_which_metrics_are_one_number_of_all_answers():
+    assert {name for name, metric in METRICS.items() if metric.of_set} == {
+        "response_diversity", "ead", "distinct_1", "distinct_2", "distinct_3",
+    }  # fmt: skip
+
+
+def test_a_mistyped_case_of_the_coverage_benchmark_is_refused(monkeypatch, capsys):
+    """Nothing measured must not look like a pass."""
+    monkeypatch.setattr(sys, "argv", ["coverage.py", "--only", "BLUE"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "coverage.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "no case's name contains 'BLUE'" in said
+    assert "BLEU n=100; macro F1 n=150; " in said
+    assert "distinct_3" in said

@@ -36,10 +36,10 @@ def questions(count: int, tokenizer: Any, recipe: Any) -> tuple[list[tuple[int, 
     splits = dataflow.splits(recipe)
     examples: list[Any] = []
     taken = {}
-    for part in (HELD_OUT, VALIDATION, TRAIN):
+    for name, part in (("held-out", HELD_OUT), ("validation", VALIDATION), ("training", TRAIN)):
         own = [*splits.examples(part)][: count - len(examples)]
         examples += own
-        taken[part] = len(own)
+        taken[name] = len(own)
     if len(examples) < count:
         print(f"there are {len(examples)} rows, not {count}", file=sys.stderr)
     found = items(examples, tokenizer)

@@ -201,6 +201,30 @@ def test_normalized_keeps_what_tells_apart():
     assert normalized("3 + 4") != normalized("3 - 4")
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("12 - 3", "1 - 23"), ("1.5 times 4", "15 times 4"), ("x-1", "x1"), ("1,5", "15"), ("-3 + 4", "3 + 4"),
+        ("1 2", "12"), ("(1) 2", "12"), ("1/2", "12"), ("what is .5?", "what is 5?"), ("7 \u2212 2", "72"),
+        ("5-x", "5x"), ("1.5", "1,5"),
+    ],
+)  # fmt: skip
+def test_numbers_never_grow_together(one, other):
+    assert normalized(one) != normalized(other)
+    counts = find([chat(one)], [chat(other)]).counts
+    assert (counts["exact"], counts["other answer"]) == (0, 0)
+
+
+def test_punctuation_beside_a_number_s_end_is_none_of_it():
+    for one, other in [("It is 12.", "it is 12"), ("12 - 3?", "12-3"), ("In 1990, who?", "in 1990 who"),
+                       ("x - 1", "x-1"), ("well-known", "well known")]:  # fmt: skip
+        assert normalized(one) == normalized(other)
+
+
+def test_questions_of_signs_alone_are_not_equal_to_each_other():
+    assert not find([chat("???")], [chat("!!!")]).leaked
+
+
 def lcs(one, other):
     lengths, best = [0] * (len(other) + 1), 0
     for a in one:

@@ -14,6 +14,7 @@ from counting import PROMPTS, STOP, TOKENIZER, counting_llama
 from tunesmith import api, evaluation
 from tunesmith.compose import compose, overlaid
 from tunesmith.data.examples import Row
+from tunesmith.engines.check import EngineCheck, Read
 from tunesmith.errors import Interrupted
 from tunesmith.evaluation import Item
 from tunesmith.evaluation.report import write_report
@@ -177,3 +178,11 @@ def test_a_measurement_that_ends_leaves_another_one_s_answers(tiny_model_folder,
     )
     assert told[0] >= 6
     assert not kept.exists()
+
+
+def test_a_check_of_no_answers_is_not_passed():
+    check = EngineCheck("m", "padded", ())
+    assert not check.passed
+    assert check.as_dict()["sentence"] == "no answer was read again"
+    assert "shows nothing" in check.warning()
+    assert EngineCheck("m", "padded", (Read(0, "equal", 3),)).passed

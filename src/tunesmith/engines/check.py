@@ -54,11 +54,13 @@ class EngineCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether no answer is another one than the model gives alone."""
-        return all(read.verdict != "different" for read in self.items)
+        """Whether answers were read again, and none is another one than the model gives alone."""
+        return bool(self.items) and all(read.verdict != "different" for read in self.items)
 
     def sentence(self) -> str:
         """`8/8 equal or near tie`, with what is behind it."""
+        if not self.items:
+            return "no answer was read again"
         good = sum(read.verdict != "different" for read in self.items)
         ties = sum(read.verdict == "near tie" for read in self.items)
         behind = f" ({ties} near tie)" if ties == 1 else f" ({ties} near ties)" if ties else ""
@@ -66,6 +68,8 @@ class EngineCheck:
 
     def warning(self) -> str:
         """What is to be said of a check that failed."""
+        if not self.items:
+            return f"The engine check of {self.model} shows nothing: no answer of the {self.engine} engine was read."
         bad = [read for read in self.items if read.verdict == "different"]
         worst = max((read.gap for read in bad if read.gap is not None), default=None)
         how = f", by up to {worst:.2f} nats at a token" if worst is not None else ""

@@ -798,7 +798,7 @@ def _leak_facts(
     remarks = [leakage.remark(found, part) for part in parts.values()] or [leakage.remark(found, {})]
     return {
         **found.as_dict(),
-        "remark": remarks[0] if len(others) < 2 else " ".join(f"{n}: {r}" for n, r in zip(parts, remarks)),
+        "remark": " ".join(f"{n}: {r}" for n, r in zip(parts, remarks)) if len(parts) > 1 else remarks[0],
         "parts": {name: {k: asdict(c) for k, c in part.items()} for name, part in parts.items()},
         "copied": leakage.copied_by(rows, questions.learned()),
     }

@@ -449,6 +449,7 @@ def evaluate(
         "measured_on": asdict(questions.measured_on),
         "metrics": chosen,
         "max_new_tokens": asked,
+        **_made_with({"model": model}, questions.recipe),
     }
     place = Path(output) if output else _evaluation_folder(run, model, questions.recipe, kept)
     evaluation.write_rows(place / "rows.jsonl", rows)
@@ -492,7 +493,8 @@ def compare(
     any of them was trained or validated on. All are answered now, along one code path. Every model is set against
     `a`, or against the one that `baseline` names. Of two, the baseline stands as `base` and the other as `tuned` in
     the result. `primary` declares the metric on which the verdict rests, by default the first that scores answers.
-    Rows and comparison are written to `comparisons/<a>_vs_<b>` beside the runs.
+    Rows and comparison are written to `comparisons/<a>_vs_<b>` beside the runs, with a number behind it where another
+    comparison lies there.
     """
     launch.require_one_process()
     quiet_libraries()
@@ -524,13 +526,20 @@ def compare(
     )
     if len(models) == 2:
         compared = [replace(c, model="tuned", against="base") for c in compared]
-    place = (run.path.parent if run else Path()) / "comparisons" / _comparison_name(names, dataset)
+    about = {
+        "models": dict(zip(names, map(str, models), strict=True)),
+        "measured_on": asdict(questions.measured_on),
+        "metrics": chosen,
+        "primary": primary,
+        **_made_with(dict(zip(names, models, strict=True)), questions.recipe),
+    }
+    beside = (run.path.parent if run else Path()) / "comparisons"
+    place = _own_folder(beside / _comparison_name(names, dataset) / "comparison.json", about)
     evaluation.write_rows(place / "rows.jsonl", itertools.chain.from_iterable(found))
     kept = {
         "a": str(models[0]),
         "b": str(models[1]),
-        "models": dict(zip(names, map(str, models), strict=True)),
-        "measured_on": asdict(questions.measured_on),
+        **about,
         "comparisons": [asdict(c) for c in compared],
     }
     leaked = _leak_facts(questions, dict(zip(names, found, strict=True)), chosen, primary)
@@ -906,16 +915,50 @@ def _evaluation_folder(run: Run | None, model: str | Path, recipe: Recipe, facts
     """Where a measurement is kept: never over another one, only over itself."""
     dataset = dataset_name(recipe.data.dataset)
     place = run.evaluation / dataset if run else Path("evaluations") / f"{Path(str(model)).name}_{dataset}"
-    about = json.loads(json.dumps({key: value for key, value in facts.items() if key != "model"}))
+    return _own_folder(place / "scores.json", {key: value for key, value in facts.items() if key != "model"})
+
+
+def _own_folder(file: Path, about: Mapping[str, Any]) -> Path:
+    """The file's folder, with a number behind it where the file there tells another thing than `about`."""
+    about = json.loads(json.dumps(about))
     for number in itertools.count(1):
+        place = file.parent
         folder = place if number == 1 else place.with_name(f"{place.name}-{number}")
         try:
-            before = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+            before = json.loads((folder / file.name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return folder
-        if all(before.get(key) == value for key, value in about.items()):
+        if all(key in before and before[key] == value for key, value in about.items()):
             return folder
     raise AssertionError("unreachable")
+
+
+def _made_with(models: Mapping[str, str | Path], recipe: Recipe) -> dict[str, Any]:
+    """What tells one measurement from another on the same questions: the models' files, by name, and all settings.
+
+    Of a server its address without user and query, and the models' names there.
+    """
+    from urllib.parse import urlsplit
+
+    from tunesmith import evaluation
+    from tunesmith import plan as planning
+
+    device = planning.device()
+    dtype = planning.inference_dtype(recipe.model.dtype, device)
+    settings = recipe.evaluation.model_dump(mode="json", exclude={"server"})
+    server = recipe.evaluation.server
+    address = urlsplit(server.base_url)
+    shown = address._replace(netloc=address.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    rest = recipe.model_dump(mode="json", include={"data", "method"})
+    about = json.dumps([rest, recipe.model.chat_template], sort_keys=True, default=str)
+    return {
+        "identity": {
+            name: evaluation.identity(recipe.model, str(model), device=device, dtype=dtype)
+            for name, model in models.items()
+        },
+        "settings": {**settings, "server": {"base_url": shown, "models": dict(server.models)}},
+        "data_and_method": hashlib.sha256(about.encode()).hexdigest(),
+    }
 
 
 def validate(

@@ -499,6 +499,7 @@ def compare(
     launch.require_one_process()
     quiet_libraries()
     from tunesmith import evaluation
+    from tunesmith.engines.check import remarked
     from tunesmith.evaluation import compare as comparing
 
     started = time.perf_counter()
@@ -510,7 +511,12 @@ def compare(
     found, longer, chosen = [], {}, list[str]()
     for model, name, stand_in in zip(models, names, stand_ins, strict=True):
         rows, fitting, longer[name] = _answers(
-            model, questions, name=stand_in, primary=primary, watch=_renamed(watch, stand_in, name)
+            model,
+            questions,
+            name=stand_in,
+            known_as=name,
+            primary=primary,
+            watch=_renamed(watch, stand_in, name),
         )
         chosen = chosen or fitting
         found.append(rows)
@@ -524,6 +530,7 @@ def compare(
         primary=primary,
         apart=[_apart(models[0], other, questions.recipe) for other in models[1:]],
     )
+    compared = remarked(compared, questions.engine_check())
     if len(models) == 2:
         compared = [replace(c, model="tuned", against="base") for c in compared]
     about = {
@@ -541,6 +548,7 @@ def compare(
         "b": str(models[1]),
         **about,
         "comparisons": [asdict(c) for c in compared],
+        "engine_check": questions.engine_check(),
     }
     leaked = _leak_facts(questions, dict(zip(names, found, strict=True)), chosen, primary)
     if leaked:
@@ -558,6 +566,7 @@ def compare(
         saved=place,
         models=names,
         leakage=_short_leakage(leaked),
+        engine_check=questions.engine_check(),
     )
 
 
@@ -831,7 +840,13 @@ def _settle_answers(place: Path, questions: _Questions) -> None:
 
 
 def _answers(
-    model: str | Path, questions: _Questions, *, name: str, primary: str | None = None, watch: Watch
+    model: str | Path,
+    questions: _Questions,
+    *,
+    name: str,
+    known_as: str | None = None,
+    primary: str | None = None,
+    watch: Watch,
 ) -> tuple[list[EvalRow], list[str], str | None]:
     """A model's rows, the metrics, and what is to be said of questions longer than it was trained to read."""
     from tunesmith import dataflow, evaluation, models
@@ -870,9 +885,12 @@ def _answers(
         chosen = evaluation.known_metrics([primary, *chosen])
 
     def checked(check: EngineCheck) -> None:
+        check = replace(check, model=known_as or name)
         questions.checks.append(check)
         value, reason = check.sentence(), f"answers of the {check.engine} engine, read again alone"
-        watch({"kind": "decision", "name": f"engine check of {name}", "value": value, "reason": reason})
+        watch(
+            {"kind": "decision", "name": f"engine check of {check.model}", "value": value, "reason": reason}
+        )
         if not check.passed:
             watch({"kind": "warning", "message": check.warning()})
 

@@ -22,6 +22,7 @@ from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.data.preferences import prompt_length
 from tunesmith.data.splitting import TRAIN, VALIDATION
 from tunesmith.data.templates import Encoding
+from tunesmith.engines.check import FILE as CHECKS
 from tunesmith.engines.check import keep_check, remarked
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.evaluation import EvalRow, forgetting, stages
@@ -549,7 +550,7 @@ def comparisons(
     compared = compare(
         base_rows, tuned_rows, metrics=metrics, resamples=section.resamples, confidence=section.confidence
     )
-    compared = remarked(compared, prepared)
+    compared = remarked(compared, prepared.read(CHECKS) or {})
     scores = {"base": evaluation.scores(base_rows, metrics), "tuned": evaluation.scores(tuned_rows, metrics)}
     prepared.write("evaluation/scores.json", scores)
     prepared.write("evaluation/comparison.json", {"comparisons": [asdict(c) for c in compared]})

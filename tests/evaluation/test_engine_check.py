@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from functools import partial
 
@@ -186,3 +187,32 @@ def test_a_check_of_no_answers_is_not_passed():
     assert check.as_dict()["sentence"] == "no answer was read again"
     assert "shows nothing" in check.warning()
     assert EngineCheck("m", "padded", (Read(0, "equal", 3),)).passed
+
+
+def test_a_failed_check_reaches_the_verdict_of_a_comparison(tiny_model_folder, tmp_path, monkeypatch):
+    import tunesmith.generation as generation
+    from tunesmith import engines
+
+    inner = generation.generate
+    monkeypatch.setattr(engines, "generate", lambda *given, **o: inner(*given, **{**o, "temperature": 5.0}))
+    monkeypatch.chdir(tmp_path)
+    models = [tmp_path / name for name in ("one", "two", "three")]
+    for model in models:
+        shutil.copytree(tiny_model_folder, model)
+    recipe = made(tiny_model_folder, tmp_path)
+    settings = {"evaluation": {"max_new_tokens": 4, "resamples": 20, "max_items": 12, "engine_check": 3}}
+    for asked in (models[:2], models):
+        told = []
+        options = {"dataset": recipe.data.dataset, "metrics": ["rougeL"], "settings": settings}
+        result = api.compare(*asked, **options, watch=told.append)
+        names = [model.name for model in asked]
+        for c, name in zip(result.comparisons, names[1:], strict=True):
+            said = [r for r in c.remarks if "so this verdict may be the engine's" in r]
+            assert [f"engine check of {one} failed" in r for one, r in zip(("one", name), said)] == [
+                True,
+                True,
+            ]
+        assert list(result.as_dict()["engine_check"]) == names
+        kept = json.loads((result.saved / "comparison.json").read_text())
+        assert not any(check["passed"] for check in kept["engine_check"].values())
+        assert [c["remarks"] for c in kept["comparisons"]] == [list(c.remarks) for c in result.comparisons]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,15 +97,17 @@ def keep_check(run: Run, check: EngineCheck) -> None:
         run.event("warning", message=check.warning())
 
 
-def remarked(compared: list[Comparison], run: Run) -> list[Comparison]:
-    """Comparisons of which the primary one carries a check that failed, on either side."""
-    kept = run.read(FILE) or {}
-    failed = [name for name in ("base", "tuned") if name in kept and not kept[name]["passed"]]
-    remarks = tuple(
-        f"The engine check of {name} failed ({kept[name]['sentence']}), so this verdict may be the engine's."
-        for name in failed
-    )
-    return [replace(c, remarks=(*c.remarks, *remarks)) if c.primary else c for c in compared]
+def remarked(compared: list[Comparison], kept: Mapping[str, Any]) -> list[Comparison]:
+    """Comparisons of which the primary ones carry the checks that failed, on either side; `kept` has them by model."""
+
+    def said(c: Comparison) -> tuple[str, ...]:
+        return tuple(
+            f"The engine check of {name} failed ({kept[name]['sentence']}), so this verdict may be the engine's."
+            for name in (c.against, c.model)
+            if name in kept and not kept[name]["passed"]
+        )
+
+    return [replace(c, remarks=(*c.remarks, *said(c))) if c.primary else c for c in compared]
 
 
 def chosen(prompts: Sequence[Sequence[int]], count: int) -> list[int]:

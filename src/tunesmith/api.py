@@ -1738,11 +1738,14 @@ def _check_before_training(recipe: Recipe) -> None:
 
 
 def _check_settings(recipe: Recipe) -> None:
+    from tunesmith.dataflow import check_rewarded
     from tunesmith.evaluation import check_runnable
     from tunesmith.training.fit import require_tracker
 
     section = recipe.evaluation
-    check_runnable(section.metrics or [], run_code=section.run_code, attempts=section.attempts)
+    asked = [*(section.metrics or []), *recipe.training.measured]
+    check_runnable(asked, run_code=section.run_code, attempts=section.attempts)
+    check_rewarded(recipe, asked)
     for tracker in recipe.tracking.trackers:
         require_tracker(tracker)
     if recipe.export.push_to_hub and not recipe.export.hub_model_id:

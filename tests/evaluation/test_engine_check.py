@@ -216,3 +216,33 @@ def test_a_failed_check_reaches_the_verdict_of_a_comparison(tiny_model_folder, t
         kept = json.loads((result.saved / "comparison.json").read_text())
         assert not any(check["passed"] for check in kept["engine_check"].values())
         assert [c["remarks"] for c in kept["comparisons"]] == [list(c.remarks) for c in result.comparisons]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_where_answers_are_drawn_the_engine_is_checked_by_greedy_ones(
+    tiny_model_folder, tmp_path, monkeypatch, broken
+):
+    import tunesmith.generation as generation
+    from tunesmith import engines
+
+    if broken:
+        inner = generation.generate
+        monkeypatch.setattr(
+            engines, "generate", lambda *given, **o: inner(*given, **{**o, "temperature": 5.0})
+        )
+    monkeypatch.chdir(tmp_path)
+    file = made(tiny_model_folder, tmp_path).data.dataset
+    settings = {"max_new_tokens": 4, "max_items": 12, "attempts": 2}
+    options = {"dataset": file, "metrics": ["rougeL"]}
+    checked = api.evaluate(tiny_model_folder, **options, settings={"evaluation": settings})
+    check = checked.engine_check["model"]
+    assert check["passed"] is not broken
+    assert len({read["item"] for read in check["items"]}) == 8
+    assert check["sentence"].endswith("of questions asked greedily once more")
+    # The measured answers are the same with the check and without it.
+    settings["engine_check"] = 0
+    plain = api.evaluate(tiny_model_folder, **options, settings={"evaluation": settings})
+    assert not plain.engine_check
+    with_check, without = (evaluation.read_rows(r.run / "rows.jsonl") for r in (checked, plain))
+    assert [r.output for r in with_check] == [r.output for r in without]
+    assert len(without) == 24

@@ -51,6 +51,8 @@ class EngineCheck:
     model: str
     engine: str
     items: tuple[Read, ...]
+    anew: bool = False
+    """Whether greedy answers were asked for once more, since the measured ones are drawn."""
 
     @property
     def passed(self) -> bool:
@@ -64,7 +66,8 @@ class EngineCheck:
         good = sum(read.verdict != "different" for read in self.items)
         ties = sum(read.verdict == "near tie" for read in self.items)
         behind = f" ({ties} near tie)" if ties == 1 else f" ({ties} near ties)" if ties else ""
-        return f"{good}/{len(self.items)} equal or near tie{behind}"
+        asked = ", of questions asked greedily once more" if self.anew else ""
+        return f"{good}/{len(self.items)} equal or near tie{behind}{asked}"
 
     def warning(self) -> str:
         """What is to be said of a check that failed."""

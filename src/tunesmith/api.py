@@ -693,7 +693,7 @@ def _questions(
 
     Raises TunesmithError where no question is left that none of them has learned from.
     """
-    from tunesmith import data, dataflow
+    from tunesmith import data, dataflow, evaluation
     from tunesmith import models as loading
     from tunesmith.compose import overlaid, validated
     from tunesmith.data.splitting import HELD_OUT, TRAIN, VALIDATION
@@ -744,6 +744,7 @@ def _questions(
     own = str(run.path) if run and dataset is None else None
     learned, unchecked, copies = unseen.learned(models, own)
     kept, left_out = unseen.unseen(asked, learned, own)
+    taken = evaluation.taken(kept, recipe.evaluation.max_items)
     measured_on = unseen.MeasuredOn(
         dataset=dataset or " + ".join([base.data.dataset, *(part.dataset for part in base.data.mix)]),
         dropped=dict(splits.reasons.counts().most_common()) if dataset is not None else {},
@@ -752,7 +753,9 @@ def _questions(
         left_out=left_out,
         unchecked=unchecked,
         copies=copies,
+        asked=len(taken) if len(taken) < len(kept) else None,
     )
+    kept = [kept[number] for number in taken]
     value, reason = measured_on.sentences()
     if not kept:
         raise TunesmithError(

@@ -79,6 +79,11 @@ def plan(
         f"{number} held-out examples are left out of the measurement: {run} was trained or validated on them"
         for run, number in asked.left_out.items()
     ]
+    most, held_out = recipe.evaluation.max_items, len(asked.examples)
+    if most and most < held_out and not recipe.evaluation.skip:
+        notes.append(
+            f"{most} of {held_out} held-out examples are asked, by evaluation.max_items; leakage is looked for in all"
+        )
     if validation_items:
         notes.append(
             f"each validation measures {', '.join(recipe.training.measured)} on {len(validation_items)} of "

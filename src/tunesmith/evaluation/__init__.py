@@ -71,6 +71,7 @@ __all__ = [
     "longer_than_read",
     "read_rows",
     "scores",
+    "taken",
     "value",
     "write_rows",
 ]
@@ -129,11 +130,15 @@ def items(
     nothing else. The likelihood's part is cut to `max_length` tokens (of an encoder-decoder model its input
     and its answer, each), the question never.
     """
-    chosen = sorted(range(len(examples)), key=lambda n: (content_hash(examples[n]), n))[:max_items]
     return [
         _item(number, examples[number], tokenizer, loss_on=loss_on, max_length=max_length, kind=kind)
-        for number in sorted(chosen)
+        for number in taken(examples, max_items)
     ]
+
+
+def taken(examples: Sequence[Example], max_items: int | None) -> list[int]:
+    """Numbers of the examples that `items` takes, in their order."""
+    return sorted(sorted(range(len(examples)), key=lambda n: (content_hash(examples[n]), n))[:max_items])
 
 
 def _item(

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from tunesmith import api
 from tunesmith.compose import compose
 from tunesmith.data.examples import Conversation, Message, Row, Text
 from tunesmith.evaluation.leakage import (
+    Leakage,
     containment,
     copied,
     find,
@@ -23,6 +25,7 @@ from tunesmith.evaluation.leakage import (
     subsets,
 )
 from tunesmith.evaluation.rows import read_rows
+from tunesmith.recipe import Recipe
 from tunesmith.training.run import Run
 
 WORDS = [
@@ -334,3 +337,11 @@ def test_clean_questions_are_not_denied_where_nothing_is_compared():
     found = find([leaked, chat("Who wrote the second of these books?", "nobody", n=2)], [leaked])
     assert len(found.leaked) == 1
     assert "The other 1 are clean" in remark(found, {})
+
+
+def test_of_several_models_without_a_leak_the_remark_is_said_once():
+    found = Leakage(12, 40, {}, (), {})
+    questions = api._Questions(Recipe(), (), None, Path(), leakage=found)
+    for names in (("a",), ("a", "b"), ("a", "b", "c")):
+        facts = api._leak_facts(questions, {name: [] for name in names}, ["rougeL"], None)
+        assert facts["remark"] == f"Leakage: {found.sentence()}."

@@ -84,6 +84,14 @@ def test_half_alike_is_for_people_to_look_at():
     assert "1 more are to be looked at" in found.sentence()
 
 
+def test_copies_of_a_question_are_no_form_and_hide_no_leak():
+    asked = [chat(said(30, n), said(5, 50 + n)) for n in range(6)]
+    near = [chat(f"{said(30, n)} kadan", said(5, 50 + n), n=n) for n in (1, 4)]
+    trained = [*near * 30, *(chat(said(30, 100 + n), n=9 + n) for n in range(40))]
+    assert set(find(asked, trained).leaked) == {1, 4}
+    assert set(find(asked * 6, trained).leaked) == {n for n in range(36) if n % 6 in (1, 4)}
+
+
 def test_a_form_that_all_questions_fill_is_no_leak():
     form = said(60, 10)
     asked = [chat(f"{form} {said(12, 400 + n)}", said(5, 450 + n)) for n in range(100)]

@@ -459,10 +459,7 @@ def evaluate(
         watch({"kind": "warning", "message": bias.sentence("the model")})
     write_whole(place / "scores.json", json.dumps(kept, indent=1))
     leaked = _leak_facts(questions, {"model": rows}, chosen, None)
-    if leaked:
-        write_whole(place / "leakage.json", json.dumps(leaked, indent=1, ensure_ascii=False))
-    if leaked and leaked["leaked"]:
-        watch({"kind": "warning", "message": leaked["remark"]})
+    _keep_leaks(leaked, place / "leakage.json", watch)
     _settle_answers(place, questions)
     return Result(
         run=place,
@@ -534,10 +531,7 @@ def compare(
         "comparisons": [asdict(c) for c in compared],
     }
     leaked = _leak_facts(questions, dict(zip(names, found, strict=True)), chosen, primary)
-    if leaked:
-        write_whole(place / "leakage.json", json.dumps(leaked, indent=1, ensure_ascii=False))
-    if leaked and leaked["leaked"]:
-        watch({"kind": "warning", "message": leaked["remark"]})
+    _keep_leaks(leaked, place / "leakage.json", watch)
     write_whole(place / "comparison.json", json.dumps(kept, indent=1, ensure_ascii=False))
     _settle_answers(place, questions)
     return Result(
@@ -550,6 +544,18 @@ def compare(
         models=names,
         leakage=_short_leakage(leaked),
     )
+
+
+def _keep_leaks(facts: Mapping[str, Any] | None, file: Path, watch: Watch) -> None:
+    """Write the leakage, and say where its pairs are."""
+    if facts is None:
+        return
+    write_whole(file, json.dumps(facts, indent=1, ensure_ascii=False))
+    if facts["leaked"]:
+        watch({"kind": "warning", "message": f"{facts['remark']} The pairs are in {file}."})
+    elif facts["review"]:
+        reason = "pairs with too much in common, to be looked at"
+        watch({"kind": "decision", "name": "leakage pairs", "value": str(file), "reason": reason})
 
 
 def _short_leakage(facts: Mapping[str, Any] | None) -> dict[str, Any] | None:

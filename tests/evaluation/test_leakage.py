@@ -286,6 +286,9 @@ def test_leaks_are_told_before_training_and_kept_with_the_run(trained, tmp_path)
         f"{len(kept['leaked'])} of {kept['questions']} held-out questions leaked"
     )
     assert facts["leakage"]["leaked"] == len(kept["leaked"])
+    assert "leakage.json" not in decision.reason, "a plan writes no file"
+    [begun] = [e for e in run.events() if e.get("name") == "leakage"]
+    assert f"see {run.path / 'evaluation/leakage.json'}" in begun["reason"]
     assert set(kept["copied"]) == {"base", "tuned", "references"}
     leaky = {line["question"] for line in lines[:48]}
     dirty = {r.item for r in read_rows(run.evaluation / "rows.jsonl") if r.prompt_text.lower() in leaky}
@@ -306,7 +309,9 @@ def test_leaks_are_told_before_training_and_kept_with_the_run(trained, tmp_path)
     found = result.as_dict()["leakage"]
     assert found["leaked"] == 10
     assert found["questions"] == 22
-    assert [e["message"] for e in told if e["kind"] == "warning" and "Leakage" in e["message"]]
+    [warning] = [e["message"] for e in told if e["kind"] == "warning" and "Leakage" in e["message"]]
+    assert warning.endswith(f"The pairs are in {result.run / 'leakage.json'}.")
+    assert not [e for e in told if "evaluation/leakage.json" in str(e.get("reason"))]
     assert json.loads((result.run / "leakage.json").read_text())["pairs"][0]["leaked"]
     compared = api.compare(recipe.model.base, run.path, dataset=str(other))
     assert compared.leakage["parts"]["leaky"]["clean"]["n"] == 12

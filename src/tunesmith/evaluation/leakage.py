@@ -18,6 +18,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.data.examples import Example, Preference, Rating, Text, Unusable, texts
@@ -673,13 +674,12 @@ def subsets(
     return found
 
 
-def decision(leakage: Leakage) -> Decision:
-    """The finding as plans and events keep it."""
+def decision(leakage: Leakage, where: str | Path | None = None) -> Decision:
+    """The finding as plans and events keep it; `where` is the file that has the pairs, where there is to be one."""
     reason = "equal questions, groups and near-duplicates share a split, so next to none can leak"
     if leakage.leaked or leakage.review:
-        reason = (
-            "found in training rows by equal text, groups, similarity or n-grams; see evaluation/leakage.json"
-        )
+        reason = "found in training rows by equal text, groups, similarity or n-grams"
+        reason += f"; see {where}" if where else ""
     return Decision("leakage", leakage.sentence(), "; ".join([reason, *leakage.notes]))
 
 

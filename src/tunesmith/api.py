@@ -435,6 +435,7 @@ def evaluate(
     measurement lies there.
     """
     launch.require_one_process()
+    _check_metric_names(metrics, settings)
     quiet_libraries()
     from tunesmith import evaluation
 
@@ -492,6 +493,7 @@ def compare(
     Rows and comparison are written to `comparisons/<a>_vs_<b>` beside the runs.
     """
     launch.require_one_process()
+    _check_metric_names(metrics, settings, primary)
     quiet_libraries()
     from tunesmith import evaluation
     from tunesmith.evaluation import compare as comparing
@@ -543,6 +545,19 @@ def compare(
         saved=place,
         models=names,
         leakage=_short_leakage(leaked),
+    )
+
+
+def _check_metric_names(
+    metrics: Sequence[str] | None, settings: Mapping[str, Any] | None, primary: str | None = None
+) -> None:
+    """Raise RecipeError for an unknown metric, before any data or model is read."""
+    from tunesmith.evaluation.metrics import known_metrics
+
+    section = (settings or {}).get("evaluation")
+    more = section.get("metrics") if isinstance(section, Mapping) else None
+    known_metrics(
+        [*(metrics or ()), *(more if isinstance(more, list) else ()), *([primary] if primary else ())]
     )
 
 

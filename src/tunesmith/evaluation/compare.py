@@ -96,6 +96,8 @@ class Score:
     high: float | None
     groups: int
     method: str
+    cause: str = ""
+    """Why answers could not be scored, the most frequent reason, with the first row of it; empty where all were."""
 
 
 @dataclass(frozen=True)
@@ -374,11 +376,12 @@ def score_interval(
     asked = asked_in(rows)
     scored, errors = _by_question(rows, metric, asked)
     if not scored:
-        return Score(None, 0, len(errors), None, None, 0, "no row could be scored")
+        why = _cause(rows, metric)
+        return Score(None, 0, len(errors), None, None, 0, "no row could be scored", why)
     of = _questions(scored, metric, asked)
     n, groups = len(of.groups), len(set(of.groups))
     value = float(_value(of.lines.sum(0), metric))
-    found = Score(value, n, len(errors), None, None, groups, "Wilson")
+    found = Score(value, n, len(errors), None, None, groups, "Wilson", _cause(rows, metric))
     if not metric.tally and _is_binary(of.own) and (groups == n or of.own.min() == of.own.max()):
         over = binomtest(round(of.own.mean() * groups), groups).proportion_ci(confidence, method="wilson")
         return replace(found, low=over.low, high=over.high)
@@ -679,6 +682,24 @@ def _is_binary(values: Any) -> bool:
 def _key(row: EvalRow) -> Key:
     """The question that a row is an attempt at."""
     return row.item, row.turn
+
+
+def _cause(rows: Sequence[EvalRow], metric: Metric) -> str:
+    """Why rows could not be scored: the most frequent reason, and the first row that has it."""
+    failed: dict[str, list[EvalRow]] = {}
+    for row in rows:
+        if _is_error(row, metric):
+            parts = row.status.removeprefix("error:").split("; ")
+            own = [
+                part.removeprefix(f"{metric.name}: ") for part in parts if part.startswith(f"{metric.name}: ")
+            ]
+            failed.setdefault(own[0] if own else "; ".join(parts), []).append(row)
+    if not failed:
+        return ""
+    why, there = max(failed.items(), key=lambda entry: len(entry[1]))
+    others = sum(map(len, failed.values())) - len(there)
+    more = f"; {others} more for other reasons" if others else ""
+    return f"{why} (first in {there[0].source_row}{more})"
 
 
 def _by_question(

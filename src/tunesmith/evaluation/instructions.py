@@ -242,7 +242,7 @@ def _given(checks: Mapping[str, Any]) -> Mapping[str, Any]:
         return given
     if given is None or given in ("", []):
         return {}
-    kind = {str: "the text ", list: "the list "}.get(type(given), "")
+    kind = "the text " if isinstance(given, str) else "the list " if isinstance(given, list) else ""
     raise ValueError(
         f'expected an object, such as {{"max_words": 50}}, or such an object as JSON; found {kind}{_shown(given)}'
     )

@@ -438,6 +438,7 @@ def evaluate(
     _check_metric_names(metrics, settings)
     quiet_libraries()
     from tunesmith import evaluation
+    from tunesmith.evaluation.rows import asked_in
 
     started = time.perf_counter()
     run, questions = _questions([model], dataset, metrics, settings, watch)
@@ -458,6 +459,8 @@ def evaluate(
         watch({"kind": "decision", "name": "labels", "value": len(made.labels), "reason": made.sentence()})
     if (bias := evaluation.length_bias(rows)) and bias.is_strong:
         watch({"kind": "warning", "message": bias.sentence("the model")})
+    if copied := asked_in(rows).sentence():
+        watch({"kind": "warning", "message": copied})
     write_whole(place / "scores.json", json.dumps(kept, indent=1))
     leaked = _leak_facts(questions, {"model": rows}, chosen, None)
     _keep_leaks(leaked, place / "leakage.json", watch)
@@ -598,12 +601,13 @@ def _baseline_first(models: Sequence[str | Path], baseline: str | Path | None) -
 
 def _findable(questions: _Questions) -> dict[str, Any]:
     """What a comparison on these questions could find, as an event, before any answer is paid for."""
+    from tunesmith.data.examples import texts
     from tunesmith.evaluation.power import expected
 
     section = questions.recipe.evaluation
-    most = section.max_items or len(questions.examples)
-    items = min(len(questions.examples), most)
-    groups = len({n if e.group is None else e.group for n, e in enumerate(questions.examples)})
+    different = list({(e.group, *texts(e)): e for e in questions.examples}.values())
+    items = min(len({tuple(texts(e)) for e in different}), section.max_items or len(different))
+    groups = len({n if e.group is None else e.group for n, e in enumerate(different)})
     could = expected(items, min(groups, items), confidence=section.confidence)
     return {
         "kind": "decision",

@@ -131,3 +131,21 @@ def test_judgments_of_one_question_are_one_cluster():
     for before, after in zip(of(1), of(5), strict=True):
         assert after["clusters"] == before["clusters"] == 6
         assert (after["low"], after["high"]) == pytest.approx((before["low"], before["high"]))
+
+
+def test_what_could_be_found_is_told_of_different_questions():
+    from types import SimpleNamespace
+
+    from tunesmith.api import _findable
+    from tunesmith.data.examples import Conversation, Message, Row
+    from tunesmith.recipe import Recipe
+
+    def told(times):
+        asked = [
+            Conversation((Message("user", f"q{n}"), Message("assistant", "a")), Row("d", n + 30 * k))
+            for k in range(times)
+            for n in range(30)
+        ]
+        return _findable(SimpleNamespace(recipe=Recipe(), examples=asked))["value"]
+
+    assert told(1) == told(6)

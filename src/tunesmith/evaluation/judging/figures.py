@@ -412,8 +412,11 @@ def _grade(own: Sequence[Single], same: Mapping[Id, Id], confidence: float) -> E
 
 
 def _same(questions: Sequence[Question]) -> dict[Id, Id]:
-    """Of each question the first with the same texts and references: their judgments are one cluster."""
-    return first_alike({q.id: (q.before, q.turns, q.references) for q in questions})
+    """Of each question the first with the same texts and references: their judgments are one cluster.
+
+    One whose texts are not known, as where a file of judgments is replayed alone, is like no other.
+    """
+    return first_alike({q.id: (q.before, q.turns, q.references) for q in questions if any(q.turns)})
 
 
 def _filled(own: Sequence[Single], value: float) -> float:

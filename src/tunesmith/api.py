@@ -435,8 +435,10 @@ def evaluate(
     measurement lies there.
     """
     launch.require_one_process()
+    _check_metric_names(metrics, settings)
     quiet_libraries()
     from tunesmith import evaluation
+    from tunesmith.evaluation.rows import asked_in
 
     started = time.perf_counter()
     run, questions = _questions([model], dataset, metrics, settings, watch)
@@ -458,12 +460,11 @@ def evaluate(
         watch({"kind": "decision", "name": "labels", "value": len(made.labels), "reason": made.sentence()})
     if (bias := evaluation.length_bias(rows)) and bias.is_strong:
         watch({"kind": "warning", "message": bias.sentence("the model")})
+    if copied := asked_in(rows).sentence():
+        watch({"kind": "warning", "message": copied})
     write_whole(place / "scores.json", json.dumps(kept, indent=1))
     leaked = _leak_facts(questions, {"model": rows}, chosen, None)
-    if leaked:
-        write_whole(place / "leakage.json", json.dumps(leaked, indent=1, ensure_ascii=False))
-    if leaked and leaked["leaked"]:
-        watch({"kind": "warning", "message": leaked["remark"]})
+    _keep_leaks(leaked, place / "leakage.json", watch)
     _settle_answers(place, questions)
     return Result(
         run=place,
@@ -497,6 +498,7 @@ def compare(
     comparison lies there.
     """
     launch.require_one_process()
+    _check_metric_names(metrics, settings, primary)
     quiet_libraries()
     from tunesmith import evaluation
     from tunesmith.engines.check import remarked
@@ -551,10 +553,7 @@ def compare(
         "engine_check": questions.engine_check(),
     }
     leaked = _leak_facts(questions, dict(zip(names, found, strict=True)), chosen, primary)
-    if leaked:
-        write_whole(place / "leakage.json", json.dumps(leaked, indent=1, ensure_ascii=False))
-    if leaked and leaked["leaked"]:
-        watch({"kind": "warning", "message": leaked["remark"]})
+    _keep_leaks(leaked, place / "leakage.json", watch)
     write_whole(place / "comparison.json", json.dumps(kept, indent=1, ensure_ascii=False))
     _settle_answers(place, questions)
     return Result(
@@ -568,6 +567,31 @@ def compare(
         leakage=_short_leakage(leaked),
         engine_check=questions.engine_check(),
     )
+
+
+def _check_metric_names(
+    metrics: Sequence[str] | None, settings: Mapping[str, Any] | None, primary: str | None = None
+) -> None:
+    """Raise RecipeError for an unknown metric, before any data or model is read."""
+    from tunesmith.evaluation.metrics import known_metrics
+
+    section = (settings or {}).get("evaluation")
+    more = section.get("metrics") if isinstance(section, Mapping) else None
+    known_metrics(
+        [*(metrics or ()), *(more if isinstance(more, list) else ()), *([primary] if primary else ())]
+    )
+
+
+def _keep_leaks(facts: Mapping[str, Any] | None, file: Path, watch: Watch) -> None:
+    """Write the leakage, and say where its pairs are."""
+    if facts is None:
+        return
+    write_whole(file, json.dumps(facts, indent=1, ensure_ascii=False))
+    if facts["leaked"]:
+        watch({"kind": "warning", "message": f"{facts['remark']} The pairs are in {file}."})
+    elif facts["review"]:
+        reason = "pairs with too much in common, to be looked at"
+        watch({"kind": "decision", "name": "leakage pairs", "value": str(file), "reason": reason})
 
 
 def _short_leakage(facts: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -595,12 +619,13 @@ def _baseline_first(models: Sequence[str | Path], baseline: str | Path | None) -
 
 def _findable(questions: _Questions) -> dict[str, Any]:
     """What a comparison on these questions could find, as an event, before any answer is paid for."""
+    from tunesmith.data.examples import texts
     from tunesmith.evaluation.power import expected
 
     section = questions.recipe.evaluation
-    most = section.max_items or len(questions.examples)
-    items = min(len(questions.examples), most)
-    groups = len({n if e.group is None else e.group for n, e in enumerate(questions.examples)})
+    different = list({(e.group, *texts(e)): e for e in questions.examples}.values())
+    items = min(len({tuple(texts(e)) for e in different}), section.max_items or len(different))
+    groups = len({n if e.group is None else e.group for n, e in enumerate(different)})
     could = expected(items, min(groups, items), confidence=section.confidence)
     return {
         "kind": "decision",

@@ -1417,7 +1417,12 @@ def _scores_text(result: Result) -> Any:
             value, low, high = (_score(score[part], name) for part in ("value", "low", "high"))
             cells = [value, f"{low} to {high}" if low else "no interval"]
         table.add_row(METRICS[name].named, *cells, str(score["n"]), str(score["n_errors"] or ""))
-    return Group(table, Text(f"\nrows      {result.run}"))
+    causes: dict[str, list[str]] = {}
+    for name, score in result.scores.items():
+        if score["cause"]:
+            causes.setdefault(score["cause"], []).append(METRICS[name].label)
+    why = [Text(f"not scored: {', '.join(names)}: {cause}") for cause, names in causes.items()]
+    return Group(table, *why, Text(f"\nrows      {result.run}"))
 
 
 def _forecast_text(found: Mapping[str, Any]) -> str:

@@ -208,7 +208,7 @@ def prepared(
                 run.event("warning", message=f"No verdict will be possible: {decision.reason}.")
             else:
                 run.event("decision", name=decision.name, value=decision.value, reason=decision.reason)
-        found = leaks.decision(leakage)
+        found = leaks.decision(leakage, run.path / "evaluation/leakage.json")
         run.event("decision", name=found.name, value=found.value, reason=found.reason)
     run.write("evaluation/leakage.json", leakage.as_dict())
     run.event("state", state="prepared", rows=encodings.ledger.counts(), dropped=encodings.ledger.reasons())

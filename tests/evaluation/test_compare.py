@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import runpy
@@ -311,6 +312,24 @@ def test_scores_are_recomputed_from_rows_with_intervals():
     assert found["exact_match"]["n_errors"] == 1
     assert found["exact_match"]["value"] == pytest.approx(0.3)
     assert found["rougeL"]["value"] is None
+
+
+def test_why_rows_are_not_scored_is_said_with_the_first_of_them():
+    from rich.console import Console
+
+    from tunesmith.api import Result
+    from tunesmith.cli import _scores_text
+
+    broken = [row(n, status="error:exact_match: no key; rougeL: too long") for n in (4, 5)]
+    other = [row(6, status="error:no prompt")]
+    found = scores([*rows([1.0] * 4), *broken, *other], ["exact_match", "rougeL"])
+    assert found["exact_match"]["n_errors"] == 3
+    assert found["exact_match"]["cause"] == "no key (first in data:5; 1 more for other reasons)"
+    assert found["rougeL"]["cause"].startswith("too long (first in data:5")
+    assert scores(rows([1.0] * 4), ["exact_match"])["exact_match"]["cause"] == ""
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(_scores_text(Result(run="here", comparisons=(), seconds=0.0, scores=found)))
+    assert "not scored: exact match: no key (first in data:5" in console.export_text()
 
 
 def test_a_verdict_needs_the_interval_and_p():

@@ -112,7 +112,16 @@ def test_copies_of_cluster_members_do_not_shrink_the_interval_as_independent_ite
         values = random.random((30, 2)) if kind == "graded" else random.integers(0, 2, (30, 2)).astype(float)
         one, other = sides(values.tolist())
         copies = [
-            [replace(r, item=r.item + 100 * copy, group=f"item {r.item}") for copy in range(8) for r in rows]
+            [
+                replace(
+                    r,
+                    item=r.item + 100 * copy,
+                    group=f"item {r.item}",
+                    prompt_sha256=f"{r.item} in words {copy}",
+                )
+                for copy in range(8)
+                for r in rows
+            ]
             for rows in (one, other)
         ]
         alone = only(*([replace(r, group=f"item {r.item}") for r in rows] for rows in (one, other)))

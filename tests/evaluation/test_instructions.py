@@ -253,3 +253,66 @@ def test_an_unknown_constraint_is_refused_before_anything_is_asked(
     assert "Did you mean 'max_sentences'" in said
     assert re.search(r"asked\.jsonl:7\b", said), said
     assert not list(tmp_path.rglob("rows.jsonl"))
+
+
+WRONG = [
+    ({"max_words": "twenty"}, "'max_words' is \"twenty\"; expected a whole number from 0 on"),
+    ({"max_words": "20 words"}, "Did you mean 20?"),
+    ({"max_words": True}, "expected a whole number"),
+    ({"max_words": -3, "min_words": 10}, "'max_words' is -3; expected a whole number from 0 on. Did you mean 0?"),
+    ({"min_sentences": 2.5}, "Did you mean 2?"),
+    ({"case": "uper"}, "expected one of upper, lower, title. Did you mean 'upper'?"),
+    ({"json": "yes"}, "'json' is \"yes\"; expected true or false. Did you mean true?"),
+    ({"contains": []}, "expected a text or a list of texts"),
+    ({"postscript": True}, "expected a text"),
+    ({"max_counts": {"lamp": "few"}}, "expected for each text a whole number"),
+    ({"separated": 3}, "expected an object of texts and whole numbers"),
+    ({"paragraph_begins": {"0": "then"}}, "expected an object of numbers of paragraphs"),
+    ("be brief", 'expected an object, such as {"max_words": 50}, or such an object as JSON; found the text "be brief"'),
+    (["max_words"], "found the list"),
+    ("{max_words: 3}", "the text is not JSON"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "said"), WRONG)
+def test_a_value_that_a_constraint_does_not_take_is_told(given, said):
+    found = instructions.wrong_constraints({"prompt": "say", "constraints": given})
+    assert found is not None
+    assert said in found
+
+
+def test_every_value_that_a_constraint_takes_is_taken():
+    assert set(instructions.TAKES) == set(CHECKS)
+    draw = random.Random(1)
+    for name, make in MAKERS.items():
+        limit = make(draw)[0]
+        assert instructions.wrong_constraints({"constraints": {name: limit}}) is None
+        assert instructions.wrong_constraints({"constraints": json.dumps({name: limit})}) is None
+    for nothing in (None, "", [], {}, {"max_words": None}):
+        assert instructions.wrong_constraints({"constraints": nothing, "max_words": ""}) is None
+    assert "'max_words'" in (instructions.wrong_constraints({"max_words": "few"}) or "")
+
+
+@pytest.mark.parametrize("given", [{"max_words": "twenty"}, "be brief", ["max_words"]])
+def test_a_wrong_value_is_refused_with_file_and_row(given, tmp_path):
+    file = tmp_path / "asked.jsonl"
+    rows = [{"prompt": f"Say {n}.", "response": f"It is {n}."} for n in range(6)]
+    rows[2] |= {"constraints": given}
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    done = CliRunner().invoke(app, ["validate", str(file)], env={"COLUMNS": "200"})
+    said = " ".join((done.output + str(done.exception or "")).split())
+    assert done.exit_code != 0, said
+    assert re.search(r"asked\.jsonl:3\b", said), said
+    assert "expected" in said
+
+
+def test_a_table_holds_constraints_as_json(tmp_path):
+    file = tmp_path / "asked.csv"
+    lines = [f'Say {n}.,It is {n}.,"{{""max_words"": {n + 1}}}",' for n in range(6)]
+    file.write_text("prompt,response,constraints,min_words\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    done = CliRunner().invoke(app, ["validate", str(file)], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    file.write_text(file.read_text().replace('""max_words"": 4', '""max_words"": ""four""'), encoding="utf-8")
+    done = CliRunner().invoke(app, ["validate", str(file)], env={"COLUMNS": "200"})
+    said = " ".join((done.output + str(done.exception or "")).split())
+    assert "'max_words' is \"four\"" in said, said

@@ -87,6 +87,14 @@ def test_half_alike_is_for_people_to_look_at():
     assert "1 more are to be looked at" in found.sentence()
 
 
+def test_copies_of_a_question_are_no_form_and_hide_no_leak():
+    asked = [chat(said(30, n), said(5, 50 + n)) for n in range(6)]
+    near = [chat(f"{said(30, n)} kadan", said(5, 50 + n), n=n) for n in (1, 4)]
+    trained = [*near * 30, *(chat(said(30, 100 + n), n=9 + n) for n in range(40))]
+    assert set(find(asked, trained).leaked) == {1, 4}
+    assert set(find(asked * 6, trained).leaked) == {n for n in range(36) if n % 6 in (1, 4)}
+
+
 def test_a_form_that_all_questions_fill_is_no_leak():
     form = said(60, 10)
     asked = [chat(f"{form} {said(12, 400 + n)}", said(5, 450 + n)) for n in range(100)]
@@ -305,6 +313,9 @@ def test_leaks_are_told_before_training_and_kept_with_the_run(trained, tmp_path)
         f"{len(kept['leaked'])} of {kept['questions']} held-out questions leaked"
     )
     assert facts["leakage"]["leaked"] == len(kept["leaked"])
+    assert "leakage.json" not in decision.reason, "a plan writes no file"
+    [begun] = [e for e in run.events() if e.get("name") == "leakage"]
+    assert f"see {run.path / 'evaluation/leakage.json'}" in begun["reason"]
     assert set(kept["copied"]) == {"base", "tuned", "references"}
     leaky = {line["question"] for line in lines[:48]}
     dirty = {r.item for r in read_rows(run.evaluation / "rows.jsonl") if r.prompt_text.lower() in leaky}
@@ -325,7 +336,9 @@ def test_leaks_are_told_before_training_and_kept_with_the_run(trained, tmp_path)
     found = result.as_dict()["leakage"]
     assert found["leaked"] == 10
     assert found["questions"] == 22
-    assert [e["message"] for e in told if e["kind"] == "warning" and "Leakage" in e["message"]]
+    [warning] = [e["message"] for e in told if e["kind"] == "warning" and "Leakage" in e["message"]]
+    assert warning.endswith(f"The pairs are in {result.run / 'leakage.json'}.")
+    assert not [e for e in told if "evaluation/leakage.json" in str(e.get("reason"))]
     assert json.loads((result.run / "leakage.json").read_text())["pairs"][0]["leaked"]
     compared = api.compare(recipe.model.base, run.path, dataset=str(other))
     assert compared.leakage["parts"]["leaky"]["clean"]["n"] == 12

@@ -1,6 +1,7 @@
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
+from tunesmith import api
 from tunesmith.data.examples import Message, Prompt, Row
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation.metrics import METRICS, default_metrics, known_metrics, primary_metric
@@ -15,6 +16,19 @@ CHINESE = Prompt((Message("user", "?"),), "我不知道", Row("a", 1))
 
 def score(name, completion, reference, prompt=PROMPT):
     return METRICS[name].score(prompt, completion, reference)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: api.evaluate("no-model", dataset="no-data", metrics=["rougel"]),
+        lambda: api.evaluate("no-model", settings={"evaluation": {"metrics": ["rougel"]}}),
+        lambda: api.compare("no-model", "none", metrics=["rougeL"], primary="rougel"),
+    ],
+)
+def test_an_unknown_metric_is_told_before_models_and_data(ask):
+    with pytest.raises(RecipeError, match="no metric 'rougel'"):
+        ask()
 
 
 def test_exact_match_ignores_white_space_only():

@@ -404,9 +404,9 @@ def _read(
         found.swallowed += swallowed(record) is not None
         if isinstance(example, Misnamed):
             raise DataError(
-                f"A row of {source.name} asks for a check that does not exist.",
+                f"A row of {source.name} asks for a check that cannot be made.",
                 found=f"{record.row}: {example}",
-                fix="Correct the row's `constraints`; docs/constraints.md lists all of them.",
+                fix="Correct the row's `constraints`; docs/constraints.md says what each takes.",
             )
         try:
             if isinstance(example, Unusable):

@@ -611,15 +611,14 @@ def converted(
 
 
 class Misnamed(Unusable):
-    """A row that asks for a check which does not exist: left out, it would make every score say too much."""
+    """A row that asks for a check which cannot be made: left out, it would make every score say too much."""
 
 
 def _wrong_constraints(values: Values) -> str | None:
-    given = values.get("constraints")
-    if not isinstance(given, Mapping) and not (isinstance(given, str) and given.lstrip().startswith("{")):
-        return None
-    from tunesmith.evaluation.instructions import wrong_constraints
+    from tunesmith.evaluation.instructions import LIMITS, wrong_constraints
 
+    if values.get("constraints") is None and LIMITS.keys().isdisjoint(values):
+        return None
     return wrong_constraints(values)
 
 

@@ -1,9 +1,9 @@
 """Whether the tuned model is better than the base: paired differences, their intervals, a computed verdict.
 
 Both models answered the same questions, so differences are taken question by question, over the mean of the
-attempts at each; questions that belong together (one database, one document) are resampled together. Every statistic
-is made of sums over questions: scores over counts, losses over tokens, or what a metric's `statistic` makes of its
-`tally`, as BLEU of counted words.
+attempts at each, and rows that ask the same are attempts at one question; questions that belong together (one
+database, one document) are resampled together. Every statistic is made of sums over questions: scores over counts,
+losses over tokens, or what a metric's `statistic` makes of its `tally`, as BLEU of counted words.
 
 Where no two resamples could differ (all questions score alike, or there is one group) a bootstrap knows nothing. Then
 right-or-wrong scores have Wilson's interval and Tango's of differences, over groups; others have no interval. Nor have
@@ -29,7 +29,7 @@ from tunesmith.evaluation.power import (
     paired_shares,
     spread_of,
 )
-from tunesmith.evaluation.rows import EvalRow
+from tunesmith.evaluation.rows import Asked, EvalRow, Key, asked_in
 from tunesmith.evaluation.tasks import repeated, words
 
 Verdict = Literal["better", "worse", "no evidence", "inconclusive"]
@@ -60,7 +60,7 @@ class Comparison:
     high: float | None
     confidence: float
     n: int
-    """Questions, of each of which the attempts are averaged first."""
+    """Different questions, of each of which the attempts are averaged first."""
     groups: int
     """Independent groups behind the interval; n where every question stands alone."""
     p_value: float | None
@@ -93,13 +93,15 @@ class Score:
 
     value: float | None
     n: int
-    """Questions, of each of which the attempts are averaged first."""
+    """Different questions, of each of which the attempts are averaged first."""
     n_errors: int
     """Questions with an answer that could not be scored; they are left out."""
     low: float | None
     high: float | None
     groups: int
     method: str
+    cause: str = ""
+    """Why answers could not be scored, the most frequent reason, with the first row of it; empty where all were."""
 
 
 @dataclass(frozen=True)
@@ -194,15 +196,18 @@ def compare_all(
     for place, (name, own) in enumerate(challengers):
         _check_same_questions(base_rows, own)
         said = apart[place] if apart else "another tokenizer, chat template or source prefix"
+        asked = asked_in(base_rows, own)
+        copied = asked.sentence()
         remarks = tuple(
-            _answers_look(base_rows, first)
+            ([copied] if copied else [])
+            + _answers_look(base_rows, first)
             + _answers_look(own, name, closely=True)
             + _length_said(base_rows, first)
             + _length_said(own, name)
         )
         for metric in metrics:
             c = _compared(
-                base_rows, own, METRICS[metric], resamples, confidence, seed, metric == primary, said
+                base_rows, own, METRICS[metric], resamples, confidence, seed, metric == primary, said, asked
             )
             found.append(replace(c, model=name, against=first, remarks=remarks if c.primary else ()))
     for is_primary in (True, False):
@@ -372,13 +377,15 @@ def score_interval(
     from scipy.stats import binomtest
 
     metric = METRICS[name]
-    scored, errors = _by_question(rows, metric)
+    asked = asked_in(rows)
+    scored, errors = _by_question(rows, metric, asked)
     if not scored:
-        return Score(None, 0, len(errors), None, None, 0, "no row could be scored")
-    of = _questions(scored, metric)
+        why = _cause(rows, metric)
+        return Score(None, 0, len(errors), None, None, 0, "no row could be scored", why)
+    of = _questions(scored, metric, asked)
     n, groups = len(of.groups), len(set(of.groups))
     value = float(_value(of.lines.sum(0), metric))
-    found = Score(value, n, len(errors), None, None, groups, "Wilson")
+    found = Score(value, n, len(errors), None, None, groups, "Wilson", _cause(rows, metric))
     if metric.of_set:
         return replace(found, method=f"no interval: {OF_SET}")
     if _is_mean(metric) and _is_binary(of.own) and (groups == n or of.own.min() == of.own.max()):
@@ -420,10 +427,11 @@ def _compared(
     seed: int,
     primary: bool,
     apart: str,
+    asked: Asked,
 ) -> Comparison:
     import numpy as np
 
-    pairs = _paired(base_rows, tuned_rows, metric)
+    pairs = _paired(base_rows, tuned_rows, metric, asked)
     n, groups = len(pairs.base.groups), len(set(pairs.base.groups))
     if not n:
         why = _sentences("No question has a score of both models.", _left_out(pairs, apart))
@@ -683,21 +691,33 @@ def _is_binary(values: Any) -> bool:
     return bool(((values == 0) | (values == 1)).all())
 
 
-Key = tuple[int, int]
-
-
 def _key(row: EvalRow) -> Key:
     """The question that a row is an attempt at."""
     return row.item, row.turn
 
 
-def _group(row: EvalRow) -> str:
-    """The group, or the item itself where it stands alone: its turns belong together."""
-    return f"group {row.group}" if row.group is not None else f"item {row.item}"
+def _cause(rows: Sequence[EvalRow], metric: Metric) -> str:
+    """Why rows could not be scored: the most frequent reason, and the first row that has it."""
+    failed: dict[str, list[EvalRow]] = {}
+    for row in rows:
+        if _is_error(row, metric):
+            parts = row.status.removeprefix("error:").split("; ")
+            own = [
+                part.removeprefix(f"{metric.name}: ") for part in parts if part.startswith(f"{metric.name}: ")
+            ]
+            failed.setdefault(own[0] if own else "; ".join(parts), []).append(row)
+    if not failed:
+        return ""
+    why, there = max(failed.items(), key=lambda entry: len(entry[1]))
+    others = sum(map(len, failed.values())) - len(there)
+    more = f"; {others} more for other reasons" if others else ""
+    return f"{why} (first in {there[0].source_row}{more})"
 
 
-def _by_question(rows: Sequence[EvalRow], metric: Metric) -> tuple[dict[Key, list[EvalRow]], set[Key]]:
-    """The attempts at every question that could be scored, and the questions with one that could not.
+def _by_question(
+    rows: Sequence[EvalRow], metric: Metric, asked: Asked
+) -> tuple[dict[Key, list[EvalRow]], set[Key]]:
+    """The attempts at every different question that could be scored, and the questions with one that could not.
 
     Only answers have attempts: what a model finds likely is asked once, in the first row.
     """
@@ -707,36 +727,42 @@ def _by_question(rows: Sequence[EvalRow], metric: Metric) -> tuple[dict[Key, lis
         if metric.kind != "answer" and row.sample:
             continue
         if _sums(row, metric):
-            scored.setdefault(_key(row), []).append(row)
+            scored.setdefault(asked.question[_key(row)], []).append(row)
         elif _is_error(row, metric):
-            errors.add(_key(row))
+            errors.add(asked.question[_key(row)])
     return {key: own for key, own in scored.items() if key not in errors}, errors
 
 
-def _questions(scored: dict[Key, list[EvalRow]], metric: Metric) -> _Questions:
+def _questions(scored: dict[Key, list[EvalRow]], metric: Metric, asked: Asked) -> _Questions:
     import numpy as np
 
     rows = [row for own in scored.values() for row in own]
     sums = np.array([_sums(row, metric) for row in rows], dtype=float).reshape(-1, 2)
     lines = np.asarray(metric.tally(rows), dtype=float) if metric.tally and rows else sums
     place = {key: number for number, key in enumerate(scored)}
-    of = [place[_key(row)] for row in rows]
+    of = [place[asked.question[_key(row)]] for row in rows]
     times = np.bincount(of, minlength=len(scored))[:, None] if rows else np.ones((0, 1))
     averaged = []
+    starts = np.cumsum([0, *(len(own) for own in scored.values())])[:-1].astype(int)
     for values in (lines, sums[:, :1]):
+        first = values[starts]
         total = np.zeros((len(scored), values.shape[1]))
-        np.add.at(total, of, values)
-        averaged.append(total / times)
-    return _Questions(averaged[0], averaged[1][:, 0], [_group(own[0]) for own in scored.values()])
+        np.add.at(total, of, values - first[of])  # from the first, so that the mean of equal ones is exact
+        averaged.append(first + total / times)
+    return _Questions(averaged[0], averaged[1][:, 0], [asked.group[key] for key in scored])
 
 
-def _paired(base_rows: Sequence[EvalRow], tuned_rows: Sequence[EvalRow], metric: Metric) -> _Pairs:
+def _paired(
+    base_rows: Sequence[EvalRow], tuned_rows: Sequence[EvalRow], metric: Metric, asked: Asked
+) -> _Pairs:
     (base, base_errors), (tuned, tuned_errors) = (
-        _by_question(rows, metric) for rows in (base_rows, tuned_rows)
+        _by_question(rows, metric, asked) for rows in (base_rows, tuned_rows)
     )
-    hashes = [{_key(row): row.prompt_sha256 for row in rows} for rows in (base_rows, tuned_rows)]
-    asked = hashes[0].keys() & hashes[1].keys()
-    other_tokens = {key for key in asked if hashes[0][key] != hashes[1][key]}
+    hashes = [
+        {asked.question[_key(row)]: row.prompt_sha256 for row in rows} for rows in (base_rows, tuned_rows)
+    ]
+    shared = hashes[0].keys() & hashes[1].keys()
+    other_tokens = {key for key in shared if hashes[0][key] != hashes[1][key]}
     both = sorted(base.keys() & tuned.keys())
     if metric.kind == "likelihood":
         # Bits per byte are comparable whatever the tokens are, as long as the bytes are the same.
@@ -747,9 +773,9 @@ def _paired(base_rows: Sequence[EvalRow], tuned_rows: Sequence[EvalRow], metric:
             if (key not in other_tokens or metric.name == "bits_per_byte")
             and (counts[0][key] or (0, 0))[1] == (counts[1][key] or (0, 0))[1]
         ]
-    errors = {key for key in base_errors | tuned_errors if key in asked}
+    errors = {key for key in base_errors | tuned_errors if key in shared}
     errors |= (base.keys() & tuned.keys()) - set(both)
-    sides = [_questions({key: side[key] for key in both}, metric) for side in (base, tuned)]
+    sides = [_questions({key: side[key] for key in both}, metric, asked) for side in (base, tuned)]
     return _Pairs(
         sides[0], sides[1], len(errors), len(hashes[0].keys() ^ hashes[1].keys()), len(other_tokens)
     )

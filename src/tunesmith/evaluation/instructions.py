@@ -93,10 +93,7 @@ def _counts(limits: Mapping[str, Any], text: str, bound: Callable[[int, int], bo
 
 
 def _in_case(wanted: Any, text: str) -> bool:
-    cases = {"upper": text.isupper, "lower": text.islower, "title": text.istitle}
-    if wanted not in cases:
-        raise ValueError(f"case {wanted!r} is none of {', '.join(cases)}")
-    return cases[wanted]()
+    return bool({"upper": text.isupper, "lower": text.islower, "title": text.istitle}[wanted]())
 
 
 def _first_paragraph_word(wanted: Mapping[str, Any], text: str) -> bool:
@@ -163,6 +160,99 @@ CHECKS: dict[str, Holds] = {
 """Every constraint by name; docs/constraints.md says what each takes."""
 
 
+Wrong = Callable[[Any], str | None]
+"""What a constraint takes, and the nearest value, where it was given something else; None where nothing is wrong."""
+CASES = ("upper", "lower", "title")
+
+
+def _not_count(value: Any) -> str | None:
+    text = str(value).strip()
+    if (
+        not isinstance(value, bool)
+        and re.fullmatch(r"\d+(\.0*)?", text)
+        and isinstance(value, str | int | float)
+    ):
+        return None
+    number = re.search(r"-?\d+", text)
+    near = f". Did you mean {max(0, int(number[0]))}?" if number else ""
+    return f"a whole number from 0 on{near}"
+
+
+def _not_flag(value: Any) -> str | None:
+    if isinstance(value, bool):
+        return None
+    near = {"yes": "true", "true": "true", "1": "true", "no": "false", "false": "false", "0": "false"}
+    said = near.get(str(value).strip().lower())
+    return "true or false" + (f". Did you mean {said}?" if said else "")
+
+
+def _not_case(value: Any) -> str | None:
+    return None if value in CASES else f"one of {', '.join(CASES)}. {nearest(str(value), CASES)}"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and bool(str(value).strip())
+
+
+def _not_text(value: Any) -> str | None:
+    return None if _is_text(value) else "a text"
+
+
+def _not_texts(value: Any) -> str | None:
+    parts = value if isinstance(value, list | tuple) else [value]
+    return None if parts and all(map(_is_text, parts)) else "a text or a list of texts"
+
+
+def _not_counts(value: Any) -> str | None:
+    if not isinstance(value, Mapping):
+        return 'an object of texts and whole numbers, such as {"word": 2}'
+    wrong = next((why for number in value.values() if (why := _not_count(number))), None)
+    return f"for each text {wrong}" if wrong else None
+
+
+def _not_paragraphs(value: Any) -> str | None:
+    if isinstance(value, Mapping) and all(
+        not _not_count(number) and int(number) > 0 and _is_text(word) for number, word in value.items()
+    ):
+        return None
+    return 'an object of numbers of paragraphs, from 1 on, and words, such as {"2": "then"}'
+
+
+TAKES: dict[str, Wrong] = {
+    **dict.fromkeys((name for name in CHECKS if name.startswith(("min_", "max_"))), _not_count),
+    **dict.fromkeys(("min_counts", "max_counts", "min_letters", "separated"), _not_counts),
+    **dict.fromkeys(("json", "no_commas", "quoted", "title", "ascii"), _not_flag),
+    **dict.fromkeys(("contains", "forbids", "starts_with", "ends_with", "json_keys", "one_of"), _not_texts),
+    "case": _not_case,
+    "postscript": _not_text,
+    "paragraph_begins": _not_paragraphs,
+}
+"""Of every constraint what its value has to be."""
+
+
+def _given(checks: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The column `constraints` as an object, which a table may hold as JSON. Raises ValueError for anything else."""
+    given = checks.get("constraints")
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise ValueError(f"expected an object; the text is not JSON: {error}") from None
+    if isinstance(given, Mapping):
+        return given
+    if given is None or given in ("", []):
+        return {}
+    kind = "the text " if isinstance(given, str) else "the list " if isinstance(given, list) else ""
+    raise ValueError(
+        f'expected an object, such as {{"max_words": 50}}, or such an object as JSON; found {kind}{_shown(given)}'
+    )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _said(limit: Any) -> Any:
     """A limit without the keys that only other rows of a table have."""
     if isinstance(limit, Mapping):
@@ -171,22 +261,22 @@ def _said(limit: Any) -> Any:
 
 
 def constraints_of(prompt: Prompt) -> dict[str, Any]:
-    """The constraints that a row sets to its answer, by name. Raises ValueError for an unknown one."""
-    given = prompt.checks.get("constraints")
-    found = {name: prompt.checks[name] for name in LIMITS if prompt.checks.get(name) is not None}
-    if isinstance(given, str) and given.lstrip().startswith("{"):
-        given = json.loads(given)
-    if isinstance(given, Mapping):
-        found |= {str(name): _said(limit) for name, limit in given.items() if _said(limit) not in (None, {})}
-    for name in found:
+    """The constraints that a row sets to its answer, by name. Raises ValueError for an unknown one, and for a value
+    that one does not take."""
+    found = {name: prompt.checks[name] for name in LIMITS if prompt.checks.get(name) not in (None, "")}
+    given = _given(prompt.checks)
+    found |= {str(name): _said(limit) for name, limit in given.items() if _said(limit) not in (None, {})}
+    for name, limit in found.items():
         if name not in CHECKS:
             raise ValueError(f"there is no constraint '{name}'. {nearest(name, CHECKS)}")
+        if wrong := TAKES[name](limit):
+            raise ValueError(f"'{name}' is {_shown(limit)}; expected {wrong}")
     return found
 
 
 def wrong_constraints(values: Mapping[str, Any]) -> str | None:
-    """What is wrong with the names of a row's constraints, before anything is asked or trained; None where nothing
-    is."""
+    """What is wrong with the names and values of a row's constraints, before anything is asked or trained; None where
+    nothing is."""
     row = Row("", 0)
     try:
         constraints_of(Prompt((), "", row, checks=values))

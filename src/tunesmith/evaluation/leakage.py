@@ -18,6 +18,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.data.examples import Example, Preference, Rating, Text, Unusable, texts
@@ -46,9 +47,10 @@ LONG_WORDS, SHORT_WORDS = 26, 10
 SHORT_CHARACTERS = 40
 """Below so many characters code and scripts without spaces are told by 4-grams of characters, not by 8-grams."""
 FORM = 20
-"""An n-gram that stands in more than three and one in twenty of the held-out questions may be a form's: an instruction
-or schema that all are asked with. It is one where as large a share of the training rows has it too, or FORM_ROWS of
-them; then it says nothing about any of them and does not count. A few questions that are alike are no form."""
+"""An n-gram that stands in more than three and one in twenty of the different held-out questions may be a form's: an
+instruction or schema that all are asked with. It is one where as large a share of the training rows has it too, or
+FORM_ROWS of them; then it says nothing about any of them and does not count. A few questions that are alike are no
+form."""
 FORM_ROWS = 20
 """Training rows that have a form's n-gram, at most."""
 FEW = 3
@@ -356,10 +358,16 @@ def _judge(
 
 
 def _indices(wanted: Sequence[_Asked]) -> list[_Index]:
-    """The held-out n-grams by view, with those that many questions share."""
-    most = max(3, len(wanted) // FORM)
+    """The held-out n-grams by view, with those that many different questions share."""
+    texts = {a.item: normalized(a.question) for a in wanted}
+    most = max(3, len(set(texts.values())) // FORM)
     owners: dict[_View, defaultdict[int, list[int]]] = {}
     longest: Counter[_View] = Counter()
+
+    def is_common(who: Sequence[int]) -> bool:
+        """Whether many different questions have it; one that is asked again and again is no form."""
+        return len(who) > most and len({texts[item] for item in who}) > most
+
     for a in wanted:
         for view, own in a.views.items():
             longest[view] = max(longest[view], len(own))
@@ -367,7 +375,7 @@ def _indices(wanted: Sequence[_Asked]) -> list[_Index]:
             for gram in own:
                 by_gram[gram].append(a.item)
     return [
-        _Index(view, dict(own), frozenset(g for g, who in own.items() if len(who) > most), longest[view])
+        _Index(view, dict(own), frozenset(g for g, who in own.items() if is_common(who)), longest[view])
         for view, own in owners.items()
     ]
 
@@ -685,13 +693,12 @@ def subsets(
     return found
 
 
-def decision(leakage: Leakage) -> Decision:
-    """The finding as plans and events keep it."""
+def decision(leakage: Leakage, where: str | Path | None = None) -> Decision:
+    """The finding as plans and events keep it; `where` is the file that has the pairs, where there is to be one."""
     reason = "equal questions, groups and near-duplicates share a split, so next to none can leak"
     if leakage.leaked or leakage.review:
-        reason = (
-            "found in training rows by equal text, groups, similarity or n-grams; see evaluation/leakage.json"
-        )
+        reason = "found in training rows by equal text, groups, similarity or n-grams"
+        reason += f"; see {where}" if where else ""
     return Decision("leakage", leakage.sentence(), "; ".join([reason, *leakage.notes]))
 
 

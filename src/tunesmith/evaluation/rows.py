@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from tunesmith.errors import RunError
+from tunesmith.errors import RunError, counted, does
 from tunesmith.training.run import write_whole
 
 
@@ -66,6 +66,87 @@ class EvalRow:
     conversation: list[dict[str, str]] | None = None
     """All messages that the model was given, `role` and `content` each, where they are more than one user message;
     None where that was not written down."""
+
+
+Key = tuple[int, int]
+"""Item and turn: the question that a row is an attempt at."""
+Name = TypeVar("Name", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which questions are different ones, and which of them belong together."""
+
+    question: Mapping[Key, Key]
+    """Of each question the first one that is the same: attempts at both are attempts at one."""
+    group: Mapping[Key, str]
+    """The cluster: rows of one group, and all that ask the same."""
+    copies: int
+    """Items that ask nothing but what others before them ask."""
+
+    def sentence(self) -> str:
+        """How many rows are copies; empty where none is."""
+        if not self.copies:
+            return ""
+        rows = counted(len({item for item, _ in self.question}), "row")
+        return (
+            f"{self.copies} of {rows} {does('are', self.copies)} copies, with the prompt and reference of another: "
+            "each different question counts once."
+        )
+
+
+def first_alike(asked: Mapping[Name, Hashable]) -> dict[Name, Name]:
+    """Of each name the first one that asks the same."""
+    first: dict[Hashable, Name] = {}
+    return {name: first.setdefault(what, name) for name, what in asked.items()}
+
+
+def asked_in(*sides: Sequence[EvalRow]) -> Asked:
+    """The different questions in the rows of one or several models.
+
+    Questions are the same where every model was given equal tokens and the reference is equal. Later turns of a
+    conversation hold a model's own answers, so that they are the same where their texts and all turns before are.
+    """
+    said: dict[Key, list[Hashable]] = {}
+    groups: dict[int, str] = {}
+    for side, rows in enumerate(sides):
+        before: dict[int, tuple[Hashable, ...]] = {}
+        for row in sorted(rows, key=lambda row: (row.item, row.turn, row.sample)):
+            key = (row.item, row.turn)
+            own = said.setdefault(key, [None] * len(sides))
+            if own[side] is None:
+                given = row.prompt_text if row.item in before else row.prompt_sha256
+                before[row.item] = (*before.get(row.item, ()), given, row.reference)
+                own[side] = before[row.item]
+            if row.group is not None:
+                groups.setdefault(row.item, row.group)
+    question = first_alike({key: (key[1], *said[key]) for key in sorted(said)})
+    cluster = _Clusters()
+    for (item, _), (first, _) in question.items():
+        cluster.join(f"item {first}", f"item {item}")
+    for item, group in groups.items():
+        cluster.join(f"group {group}", f"item {item}")
+    own_items = {item for (item, _), (first, _) in question.items() if first == item}
+    copies = len({item for item, _ in question} - own_items)
+    return Asked(question, {key: cluster.of(f"item {key[0]}") for key in question}, copies)
+
+
+class _Clusters:
+    """Names that were joined, each with the first name of its cluster."""
+
+    def __init__(self) -> None:
+        self._above: dict[str, str] = {}
+
+    def of(self, name: str) -> str:
+        while (above := self._above.get(name, name)) != name:
+            name = above
+        return name
+
+    def join(self, one: str, other: str) -> None:
+        """Put the other's cluster under the one's."""
+        top, below = self.of(one), self.of(other)
+        if top != below:
+            self._above[below] = top
 
 
 def write_rows(path: str | Path, rows: Iterable[EvalRow]) -> Path:

@@ -94,7 +94,7 @@ def run_suite(
         {name: str(model), **({other: None if from_file else str(baseline)} if other is not None else {})},
     )
     if known.leakage:
-        watch({"kind": "decision", **asdict(leakage.decision(known.leakage))})
+        watch({"kind": "decision", **asdict(leakage.decision(known.leakage, home / "leakage.json"))})
     for message in known.not_known():
         watch({"kind": "warning", "message": message})
     before = _json(home / "suite.json")

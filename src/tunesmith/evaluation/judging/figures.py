@@ -2,7 +2,8 @@
 
 Ours count what FastChat leaves out. A judgment has four outcomes, win, loss, tie and error; errors are reported as a
 rate, with the figure that would result if all of them were against a model or for it. An item is worth the mean of
-its two games (1, .75, .5, .25 or 0), and intervals are clustered by question, whose turns belong together.
+its two games (1, .75, .5, .25 or 0), and intervals are clustered by question, whose turns belong together; questions
+that are the same are one cluster.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from tunesmith.evaluation.compare import MAX_ERROR_SHARE
 from tunesmith.evaluation.judging import verdicts
 from tunesmith.evaluation.judging.judgments import IDENTICAL, Id, Pair, Question, Single, Winner
+from tunesmith.evaluation.rows import first_alike
 
 POINTS = {"model_1": 1.0, "tie": 0.5, "model_2": 0.0}
 
@@ -166,6 +168,7 @@ def single_figures(
 ) -> dict[str, Any]:
     """By model: mean grade with interval over all, by turn and by category; errors as a rate, with bounds."""
     by_id = {question.id: question for question in questions}
+    same = _same(questions)
     kept, repeated = _last([((one.model, one.question, one.turn), one) for one in judgments])
     turns = sorted({one.turn for one in kept})
     wanted = {(question, turn) for question in dict.fromkeys(one.question for one in kept) for turn in turns}
@@ -179,12 +182,13 @@ def single_figures(
             for pair in wanted
         )
         models[model] = {
-            "score": asdict(_grade(own, confidence)),
+            "score": asdict(_grade(own, same, confidence)),
             "turns": {
-                str(turn): asdict(_grade([o for o in own if o.turn == turn], confidence)) for turn in turns
+                str(turn): asdict(_grade([o for o in own if o.turn == turn], same, confidence))
+                for turn in turns
             },
             "categories": {
-                name: asdict(_grade([o for o in own if by_id[o.question].category == name], confidence))
+                name: asdict(_grade([o for o in own if by_id[o.question].category == name], same, confidence))
                 for name in _categories(own, by_id)
             },
             "n": len(own),
@@ -195,7 +199,7 @@ def single_figures(
             "flagged": sum(bool(one.flags) for one in own),
             "is_conclusive": len(errors) + missing <= MAX_ERROR_SHARE * (len(own) + missing),
         }
-    return {"models": models, "differences": _differences(kept, confidence), "repeated": repeated}
+    return {"models": models, "differences": _differences(kept, same, confidence), "repeated": repeated}
 
 
 def pair_figures(
@@ -210,6 +214,7 @@ def pair_figures(
     A pair is named once, a baseline last.
     """
     by_id = {question.id: question for question in questions}
+    same = _same(questions)
     turned = [_oriented(one, baseline) for one in judgments]
     kept, repeated = _last([((o.model_1, o.model_2, o.question, o.turn), o) for o in turned])
     pairs: list[dict[str, Any]] = []
@@ -219,14 +224,14 @@ def pair_figures(
             {
                 "model": sides[0],
                 "against": sides[1],
-                **_against(own, confidence),
+                **_against(own, same, confidence),
                 "turns": {
-                    str(turn): asdict(_win_rate([o for o in own if o.turn == turn], confidence))
+                    str(turn): asdict(_win_rate([o for o in own if o.turn == turn], same, confidence))
                     for turn in sorted({o.turn for o in own})
                 },
                 "categories": {
                     name: asdict(
-                        _win_rate([o for o in own if by_id[o.question].category == name], confidence)
+                        _win_rate([o for o in own if by_id[o.question].category == name], same, confidence)
                     )
                     for name in _categories(own, by_id)
                 },
@@ -309,7 +314,7 @@ def outcome(one: Pair) -> str:
     return "tie" if score == 0.5 else "win" if score > 0.5 else "loss"
 
 
-def _differences(kept: Sequence[Single], confidence: float) -> list[dict[str, Any]]:
+def _differences(kept: Sequence[Single], same: Mapping[Id, Id], confidence: float) -> list[dict[str, Any]]:
     """Of each two models the mean difference of their grades on the same turns: the first less the second."""
     grades: dict[str, dict[tuple[Id, int], float]] = {}
     for one in kept:
@@ -324,7 +329,10 @@ def _differences(kept: Sequence[Single], confidence: float) -> list[dict[str, An
             both = [key for key in grades[a] if key in grades[b]]
             values = [grades[a][key] - grades[b][key] for key in both]
             estimate = clustered_mean(
-                values, [question for question, _ in both], bounds=(-span, span), confidence=confidence
+                values,
+                [same.get(question, question) for question, _ in both],
+                bounds=(-span, span),
+                confidence=confidence,
             )
             found.append(
                 {
@@ -339,7 +347,7 @@ def _differences(kept: Sequence[Single], confidence: float) -> list[dict[str, An
     return found
 
 
-def _against(own: Sequence[Pair], confidence: float) -> dict[str, Any]:
+def _against(own: Sequence[Pair], same: Mapping[Id, Id], confidence: float) -> dict[str, Any]:
     outcomes = [outcome(one) for one in own]
     errors = outcomes.count("error")
     whole = [one for one in own if outcome(one) != "error" and IDENTICAL not in one.flags]
@@ -349,10 +357,10 @@ def _against(own: Sequence[Pair], confidence: float) -> dict[str, Any]:
         for game, first in ((one.g1_winner, "model_1"), (one.g2_winner, "model_2")):
             if game in ("model_1", "model_2"):
                 slots.append(float(game == first))
-                clusters.append(one.question)
-    ids = [one.question for one in whole]
+                clusters.append(same.get(one.question, one.question))
+    ids = [same.get(one.question, one.question) for one in whole]
     return {
-        "win_rate": asdict(_win_rate(own, confidence)),
+        "win_rate": asdict(_win_rate(own, same, confidence)),
         **{
             f"{name}s" if name != "loss" else "losses": outcomes.count(name)
             for name in ("win", "loss", "tie", "error")
@@ -372,8 +380,10 @@ def _against(own: Sequence[Pair], confidence: float) -> dict[str, Any]:
     }
 
 
-def _win_rate(own: Sequence[Pair], confidence: float) -> Estimate:
-    found = [(score, one.question) for one in own if (score := item_score(one)) is not None]
+def _win_rate(own: Sequence[Pair], same: Mapping[Id, Id], confidence: float) -> Estimate:
+    found = [
+        (score, same.get(one.question, one.question)) for one in own if (score := item_score(one)) is not None
+    ]
     return clustered_mean(
         [s for s, _ in found], [q for _, q in found], bounds=(0.0, 1.0), confidence=confidence
     )
@@ -404,10 +414,18 @@ def _oriented(one: Pair, baseline: str | None) -> Pair:
     )
 
 
-def _grade(own: Sequence[Single], confidence: float) -> Estimate:
-    found = [(one.score, one.question) for one in own if one.score is not None]
+def _grade(own: Sequence[Single], same: Mapping[Id, Id], confidence: float) -> Estimate:
+    found = [(one.score, same.get(one.question, one.question)) for one in own if one.score is not None]
     bounds = (verdicts.LOWEST, verdicts.HIGHEST)
     return clustered_mean([s for s, _ in found], [q for _, q in found], bounds=bounds, confidence=confidence)
+
+
+def _same(questions: Sequence[Question]) -> dict[Id, Id]:
+    """Of each question the first with the same texts and references: their judgments are one cluster.
+
+    One whose texts are not known, as where a file of judgments is replayed alone, is like no other.
+    """
+    return first_alike({q.id: (q.before, q.turns, q.references) for q in questions if any(q.turns)})
 
 
 def _filled(own: Sequence[Single], value: float) -> float:

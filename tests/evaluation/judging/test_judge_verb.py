@@ -116,6 +116,16 @@ def test_grades_of_a_run_s_rows_need_no_question_file(answer_files, tmp_path):
     assert code == 0
     scores = {name: model["score"]["value"] for name, model in found["ours"]["models"].items()}
     assert scores == {"base": 5.0, "tuned": 8.0}
+    [difference] = found["ours"]["differences"]
+    assert (difference["model"], difference["against"], difference["difference"]["value"]) == (
+        "tuned",
+        "base",
+        3,
+    )
+    for extra in ([], ["--dry-run"]):
+        code, refused = run(tmp_path / "run", "--mode", "single", *options, "--baseline", "nobody", *extra)
+        assert code != 0
+        assert "nobody" in str(refused)
     assert found["calibration"] is None
     assert "not calibrated" in (tmp_path / "out/judged.html").read_text()
 

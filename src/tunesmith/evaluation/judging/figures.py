@@ -161,10 +161,14 @@ def fastchat_pair(judgments: Sequence[Pair], baseline: str | None = None) -> dic
 def single_figures(
     judgments: Sequence[Single],
     *,
+    baseline: str | None = None,
     questions: Sequence[Question] = (),
     confidence: float = 0.95,
 ) -> dict[str, Any]:
-    """By model: mean grade with interval over all, by turn and by category; errors as a rate, with bounds."""
+    """By model: mean grade with interval over all, by turn and by category; errors as a rate, with bounds.
+
+    `differences` are of each two models, with a baseline of each other model and it: the model less the baseline.
+    """
     by_id = {question.id: question for question in questions}
     kept, repeated = _last([((one.model, one.question, one.turn), one) for one in judgments])
     turns = sorted({one.turn for one in kept})
@@ -195,7 +199,7 @@ def single_figures(
             "flagged": sum(bool(one.flags) for one in own),
             "is_conclusive": len(errors) + missing <= MAX_ERROR_SHARE * (len(own) + missing),
         }
-    return {"models": models, "differences": _differences(kept, confidence), "repeated": repeated}
+    return {"models": models, "differences": _differences(kept, baseline, confidence), "repeated": repeated}
 
 
 def pair_figures(
@@ -301,7 +305,7 @@ def outcome(one: Pair) -> str:
     return "tie" if score == 0.5 else "win" if score > 0.5 else "loss"
 
 
-def _differences(kept: Sequence[Single], confidence: float) -> list[dict[str, Any]]:
+def _differences(kept: Sequence[Single], baseline: str | None, confidence: float) -> list[dict[str, Any]]:
     """Of each two models the mean difference of their grades on the same turns: the first less the second."""
     grades: dict[str, dict[tuple[Id, int], float]] = {}
     for one in kept:
@@ -310,24 +314,26 @@ def _differences(kept: Sequence[Single], confidence: float) -> list[dict[str, An
             own[one.question, one.turn] = one.score
     names = list(grades)
     span = verdicts.HIGHEST - verdicts.LOWEST
+    sides = [(a, b) for n, a in enumerate(names) for b in names[n + 1 :]]
+    if baseline is not None:
+        sides = [(name, baseline) for name in names if name != baseline]
     found = []
-    for n, a in enumerate(names):
-        for b in names[n + 1 :]:
-            both = [key for key in grades[a] if key in grades[b]]
-            values = [grades[a][key] - grades[b][key] for key in both]
-            estimate = clustered_mean(
-                values, [question for question, _ in both], bounds=(-span, span), confidence=confidence
-            )
-            found.append(
-                {
-                    "model": a,
-                    "against": b,
-                    "difference": asdict(estimate),
-                    "wins": sum(value > 0 for value in values),
-                    "ties": sum(value == 0 for value in values),
-                    "losses": sum(value < 0 for value in values),
-                }
-            )
+    for a, b in sides:
+        both = [key for key in grades[a] if key in grades[b]]
+        values = [grades[a][key] - grades[b][key] for key in both]
+        estimate = clustered_mean(
+            values, [question for question, _ in both], bounds=(-span, span), confidence=confidence
+        )
+        found.append(
+            {
+                "model": a,
+                "against": b,
+                "difference": asdict(estimate),
+                "wins": sum(value > 0 for value in values),
+                "ties": sum(value == 0 for value in values),
+                "losses": sum(value < 0 for value in values),
+            }
+        )
     return found
 
 
@@ -420,7 +426,9 @@ def _categories(own: Sequence[Any], by_id: Mapping[Id, Question]) -> list[str]:
         return []
     present = {by_id[one.question].category for one in own}
     return [
-        name for name in dict.fromkeys(question.category for question in by_id.values()) if name in present
+        name
+        for name in dict.fromkeys(question.category for question in by_id.values())
+        if name and name in present
     ]
 
 

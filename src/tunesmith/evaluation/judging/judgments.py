@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.data.examples import Row
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, nearest
 from tunesmith.training.run import write_whole
 
 Id = int | str
@@ -94,6 +94,21 @@ class Pair:
     tstamp: float = 0.0
     user_prompts: tuple[str, str] = ("", "")
     """What the judge was shown in each game."""
+
+
+def required_baseline(baseline: str | None, names: Collection[str]) -> None:
+    """Raises DataError where the baseline that was asked for is not among the models, or is alone."""
+    if baseline is None or (baseline in names and len(set(names)) > 1):
+        return
+    if baseline in names:
+        raise DataError(
+            f"There is nothing but the baseline '{baseline}'.", fix="Name another model's answers, too."
+        )
+    raise DataError(
+        f"There is nothing of the baseline '{baseline}'.",
+        found=f"models {', '.join(dict.fromkeys(names))}",
+        fix=nearest(baseline, names),
+    )
 
 
 def is_failed(text: str) -> bool:

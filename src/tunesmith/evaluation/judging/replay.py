@@ -6,10 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import DataError, counted, nearest
+from tunesmith.errors import counted
 from tunesmith.evaluation.judging import figures
-from tunesmith.evaluation.judging.judgments import Pair, Question, Single, read_judgments
+from tunesmith.evaluation.judging.judgments import (
+    Pair,
+    Question,
+    Single,
+    read_judgments,
+    required_baseline,
+)
 from tunesmith.evaluation.judging.questions import read_questions, shipped, with_categories
+
+BASE = "base"
+"""What a run calls the model that it was trained from: the baseline of grades where no other is named."""
 
 
 def replay(
@@ -46,18 +55,19 @@ def computed(
     singles = [one for one in judgments if isinstance(one, Single)]
     common = {"rows": len(judgments), "confidence": confidence, "reread_differently": changed}
     if singles:
-        if baseline:
-            raise DataError(
-                "Grades have no baseline.", fix="Leave --baseline out, or judge with `--mode pair`."
-            )
+        models = dict.fromkeys(one.model for one in singles)
+        required_baseline(baseline, models)
+        if baseline is None and BASE in models and len(models) > 1:
+            baseline = BASE
         ours = figures.single_figures(
-            [one for one in again if isinstance(one, Single)], questions=questions, confidence=confidence
+            [one for one in again if isinstance(one, Single)],
+            baseline=baseline,
+            questions=questions,
+            confidence=confidence,
         )
         return {"kind": "single", **common, "fastchat": figures.fastchat_single(singles), "ours": ours}
     pairs = [one for one in judgments if isinstance(one, Pair)]
-    names = {side for one in pairs for side in (one.model_1, one.model_2)}
-    if baseline is not None and baseline not in names:
-        raise DataError(f"The baseline '{baseline}' is in no judgment.", fix=nearest(baseline, names))
+    required_baseline(baseline, dict.fromkeys(side for one in pairs for side in (one.model_1, one.model_2)))
     ours = figures.pair_figures(
         [one for one in again if isinstance(one, Pair)],
         baseline=baseline,

@@ -522,11 +522,12 @@ def test_the_verdict_comes_first_and_each_fact_has_a_line(tmp_path, tiny_model_f
 )  # fmt: skip
 def test_the_verdict_is_that_of_the_interval(estimate, sure, word):
     win_rate = dict(zip(("value", "low", "high"), estimate, strict=True))
-    pair = {"win_rate": win_rate, "is_conclusive": sure, "n": 9}
+    pair = {"model": "a", "against": "b", "win_rate": win_rate, "is_conclusive": sure, "n": 9}
     found = {"model": "a", "baseline": "b", "questions": 9, "compared": {"ours": {"pairs": [pair]}}}
     assert bench.verdict(found)[0] == word
     shifted = {key: value and value - 0.5 for key, value in win_rate.items()}
-    grades = {"models": {"a": {"is_conclusive": sure}}, "differences": [{"difference": shifted}]}
+    models = {name: {"is_conclusive": sure} for name in "ab"}
+    grades = {"models": models, "differences": [{"model": "a", "against": "b", "difference": shifted}]}
     assert bench.verdict({**found, "compared": {}, "graded": {"ours": grades}})[0] == word
 
 

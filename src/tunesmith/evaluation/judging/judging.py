@@ -176,12 +176,13 @@ def _judgment(
         flags = tuple(prompts.suspicions(job.answers[-1])) if job.answers else ()
         return Single(
             job.question.id, job.model, job.turn, score, said[0] if found else "", judge, name, why, flags,
-            texts.version, last, shown[0] if found else "",
+            texts.version, last, shown[0] if found else "", job.question.group,
         )  # fmt: skip
     if not found and job.answers is not None and job.answers == job.other_answers:
         return Pair(
             job.question.id, job.model, job.other, job.turn, "tie", "tie", "", "", judge, name,
             flags=(IDENTICAL,), version=texts.version,
+            group=job.question.group,
         )  # fmt: skip
     winners: list[Winner] = ["error", "error"]
     errors = [NO_ANSWER, NO_ANSWER]
@@ -202,6 +203,7 @@ def _judgment(
     return Pair(
         job.question.id, job.model, job.other, job.turn, winners[0], winners[1], text_1, text_2, judge, name,
         (errors[0], errors[1]), flags, texts.version, last, (shown[0], shown[1]) if shown else ("", ""),
+        job.question.group,
     )  # fmt: skip
 
 

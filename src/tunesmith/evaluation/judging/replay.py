@@ -110,6 +110,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
             lines.append(
                 f"{d['model']} less {d['against']}: {_of(d['difference'], 2)}, higher in {d['wins']}, "
                 f"equal in {d['ties']}, lower in {d['losses']}"
+                + (f"; inconclusive: {d['too_few']}" if d.get("too_few") else "")
             )
     else:
         for pair in found["ours"]["pairs"]:
@@ -172,6 +173,8 @@ def _doubts(entry: dict[str, Any], digits: int) -> str:
         parts.append(f"{entry['missing_turns']} turns missing")
     if not entry["is_conclusive"]:
         parts.append("inconclusive: too many are missing")
+    if entry.get("too_few"):
+        parts.append(f"inconclusive: {entry['too_few']}")
     return "".join(f"; {part}" for part in parts)
 
 

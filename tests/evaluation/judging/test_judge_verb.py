@@ -561,8 +561,10 @@ def test_too_few_questions_or_groups_are_no_verdict(tmp_path, mode, number, grou
 
 def test_a_judge_that_is_not_to_be_trusted_decides_nothing(tmp_path):
     def first(number, body):
-        is_ours = "tuned says" in body["messages"][1]["content"]
-        return oracle(number, body) if is_ours else openai("Verdict: [[A]]")
+        text = body["messages"][1]["content"]
+        return (
+            oracle(number, body) if "tuned says" in text or " of A]" not in text else openai("Verdict: [[A]]")
+        )
 
     with serving(first) as (url, _):
         options = ("--judge", settings(tmp_path, url), "--output", tmp_path / "out")
@@ -584,3 +586,29 @@ def test_where_nothing_was_judged_the_command_fails(tmp_path):
         code, found = run(judged_rows(tmp_path, 4), *options)
     assert code == 1
     assert found["verdicts"][0]["verdict"] == "inconclusive"
+
+
+def test_a_budget_that_will_not_do_is_told_before_the_first_call(answer_files):
+    """And the dry run tells the forecast once."""
+    files = (
+        answer_files / "tuned.jsonl",
+        answer_files / "base.jsonl",
+        "--questions",
+        answer_files / "q.jsonl",
+    )
+
+    def told(**budget):
+        judge = settings(answer_files, "http://127.0.0.1:1/v1", price_input=1, price_output=2, **budget)
+        result = CliRunner().invoke(app, ["judge", *map(str, files), "--judge", str(judge), "--dry-run"])
+        assert result.exit_code == 0
+        return " ".join(result.output.split())
+
+    plain = told()
+    assert plain.count("24 to judge") == 1
+    assert "budget" not in plain
+    enough = told(max_calls=500, max_cost=9)
+    assert "budget: max_calls 500, max_cost 9" in enough
+    assert "above" not in enough
+    assert "calls, above max_calls: 50" in told(max_calls=50)
+    assert "above max_cost: 0.01" in told(max_cost=0.01)
+    assert "Raise max_calls or max_cost" in told(max_calls=50)

@@ -110,14 +110,17 @@ def judge_several(
     }
     with Book(path) as book:
         forecast = asking.forecast(judge, planned, book)
-    watch(
-        {
-            "kind": "decision",
-            "name": "the judge will cost",
-            "value": forecast.sentence(),
-            "reason": "estimated before the first call",
-        }
-    )
+    if not dry_run:  # whose answer is the forecast
+        watch(
+            {
+                "kind": "decision",
+                "name": "the judge will cost",
+                "value": forecast.sentence(),
+                "reason": "estimated before the first call",
+            }
+        )
+    if above := forecast.too_much():
+        watch({"kind": "warning", "message": above})
     about = {
         "judge_settings": judge.model_dump(mode="json"),
         "prompts": {"source": texts.source, "version": texts.version},

@@ -1437,7 +1437,9 @@ def _judged_text(found: Mapping[str, Any], folder: Path) -> str:
     from tunesmith.evaluation.judging import calibration
     from tunesmith.evaluation.judging.replay import sentences
 
-    lines = [one["sentence"] for one in found["verdicts"]] + found["doubts"] + sentences(dict(found))
+    lines = sentences(dict(found))
+    told = len(found["verdicts"])
+    lines[told:told] = found["doubts"]
     if found.get("calibration"):
         lines.append(f"The judge: {calibration.sentence(found['calibration'])}.")
     return "\n".join(map(_escaped, [*lines, f"plots      {folder / 'judged.html'}"]))
@@ -1478,7 +1480,7 @@ def _suite_text(found: Mapping[str, Any]) -> Any:
             facts.append(("engine", f"{name}: {check['engine']}, {check['sentence']}"))
         for part in ("graded", "compared"):
             if part in found:
-                lines = sentences(dict(found[part]))
+                lines = sentences({**found[part], "verdicts": ()})  # the headline has it
                 facts += [(part if not n else "", line) for n, line in enumerate(lines)]
         judged = found.get("compared") or found.get("graded")
         if judged:

@@ -571,7 +571,8 @@ def test_a_judge_that_is_not_to_be_trusted_decides_nothing(tmp_path):
         _, found = run(judged_rows(tmp_path, 12), *options)
     [verdict] = found["verdicts"]
     assert verdict["verdict"] == "inconclusive"
-    assert verdict["sentence"].startswith("Inconclusive: the judge is not to be trusted: j on 60 pairs")
+    assert verdict["sentence"].startswith("Inconclusive: the judge is not to be trusted: of answers of")
+    assert "Inconclusive: the judge is not to be trusted" in (tmp_path / "out/judged.html").read_text()
     assert found["doubts"][0].startswith("The judge is not to be trusted")
     record = {"compared": found, "engine_check": {}, "leakage": {"clean": {}, "remarks": []}}
     record |= {"model": "tuned", "baseline": "base", "questions": 12}

@@ -52,7 +52,12 @@ def distrust(found: Mapping[str, Any]) -> str:
     mode: Mode = "single" if "models" in found.get("ours", {}) else "pair"
     if own is None or calibration.is_trustworthy(own, mode):
         return ""
-    return f"not to be trusted: {calibration.sentence(own)}"
+    share = own["accuracy" if mode == "pair" else "grade_order"]["value"]
+    right = "in none" if share is None else f"in {100 * share:.0f} %"
+    return (
+        f"not to be trusted: of answers of known worth it finds the better one {right}, "
+        f"and gives a verdict in {100 * own['parse_rate']:.0f} %"
+    )
 
 
 def _said(

@@ -92,8 +92,8 @@ def _numbered(judgments: Sequence[Single] | Sequence[Pair]) -> tuple[list[Questi
 
 
 def sentences(found: dict[str, Any]) -> list[str]:
-    """The figures as people read them, the warning first where there is one."""
-    lines = []
+    """The figures as people read them, first the verdicts where there are some."""
+    lines = [one["sentence"] for one in found.get("verdicts", ())]
     if found["kind"] == "single":
         for name, model in found["ours"]["models"].items():
             if model["score"]["value"] is None:

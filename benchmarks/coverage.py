@@ -6,9 +6,11 @@
 Each case draws held-out items of two models from a known distribution, lets `tunesmith.evaluation.compare` set them
 against one another as a user's rows are, and counts how often the interval of the difference holds the true one.
 Cases: right-or-wrong answers with few and with many questions that change sides; graded differences that are normal,
-of three levels, and skewed; groups that are equal and of unequal sizes; perplexity, which is a ratio of sums; and as
-negative control groups that are told to be independent items, which has to fail. The standard error of a share of
-4,000 trials is 0.34 points. The last line is one JSON object.
+of three levels, and skewed; groups that are equal and of unequal sizes; perplexity, which is a ratio of sums; BLEU and
+macro F1, which are statistics of summed counts, whose truth is that of 20,000 drawn items; the metrics that are one
+number of all answers, which have to give no interval (`none`); and as negative control groups that are told to be
+independent items, which has to fail. The standard error of a share of 4,000 trials is 0.34 points.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.evaluation.compare import compare
+from tunesmith.evaluation.compare import Comparison, compare
+from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.rows import EvalRow
 
 LOW, HIGH = 0.935, 0.965
@@ -131,6 +134,61 @@ def perplexity(n: int, *, trials: int, resamples: int) -> float:
     return covered / trials
 
 
+def answers(n: int, random: Any) -> tuple[list[str], list[str], list[str]]:
+    """References of ten words, and answers of two models that hit each word more or less often."""
+    words = np.array([f"word{at}" for at in range(40)])
+    wanted = random.choice(words, (n, 10))
+    said = [
+        np.where(random.random((n, 10)) < hit, wanted, random.choice(words, (n, 10))) for hit in (0.6, 0.75)
+    ]
+    base, tuned, references = ([" ".join(line) for line in lines] for lines in (*said, wanted))
+    return base, tuned, references
+
+
+def labels(n: int, random: Any) -> tuple[list[str], list[str], list[str]]:
+    """Three labels of unequal shares, and two models that are right more or less often."""
+    names = np.array(["no", "yes", "maybe"])
+    wanted = random.choice(names, n, p=[0.5, 0.3, 0.2])
+    said = [np.where(random.random(n) < right, wanted, random.choice(names, n)) for right in (0.5, 0.65)]
+    return list(said[0]), list(said[1]), list(wanted)
+
+
+WRITTEN: dict[str, tuple[str, Callable[[int, Any], tuple[list[str], list[str], list[str]]], int]] = {
+    "BLEU n=100": ("bleu", answers, 100),
+    "macro F1 n=150": ("macro_f1", labels, 150),
+}
+OF_SET = [name for name, metric in METRICS.items() if metric.of_set]
+
+
+def written(
+    metric: str,
+    draw: Callable[[int, Any], tuple[list[str], list[str], list[str]]],
+    n: int,
+    trials: int,
+    resamples: int,
+) -> float | None:
+    """The same for a metric of texts; None where it gives no interval."""
+
+    def found(size: int, seed: int, times: int) -> Comparison:
+        base, tuned, wanted = draw(size, np.random.default_rng(seed))
+        sides = [
+            [
+                row(at, name, None, scores={metric: 0.0}, output=text, reference=wanted[at])
+                for at, text in enumerate(texts)
+            ]
+            for name, texts in (("base", base), ("tuned", tuned))
+        ]
+        return compare(*sides, metrics=[metric], resamples=times, seed=seed)[0]
+
+    truth, covered = found(20_000, 10**6, 10).difference, 0
+    for trial in range(trials):
+        one = found(n, trial, resamples)
+        if one.low is None or one.high is None:
+            return None
+        covered += one.low <= truth <= one.high
+    return covered / trials
+
+
 CASES: dict[str, tuple[Callable[[Any], Drawn], float]] = {
     "binary n=50, 20 % discordant": binary(50, 0.15, 0.05),
     "binary n=100, 20 % discordant": binary(100, 0.15, 0.05),
@@ -158,18 +216,31 @@ def main() -> None:
     options.add_argument("--resamples", type=int, default=1000)
     options.add_argument("--only", default="", help="cases whose name contains this")
     given = options.parse_args()
+    known = [*CASES, "perplexity n=100", *WRITTEN, *OF_SET]
+    chosen = [name for name in known if given.only in name]
+    if not chosen:
+        options.error(f"no case's name contains '{given.only}'; known are: {'; '.join(known)}")
     limits = {"trials": given.trials, "resamples": given.resamples}
-    started, found = time.perf_counter(), {}
-    for name, (draw, truth) in CASES.items():
-        if given.only in name:
-            found[name] = measured(draw, truth, **limits)
-            print(f"{name:<48}{found[name]:.2%}", flush=True)
-    if given.only in "perplexity n=100":
-        found["perplexity n=100"] = perplexity(100, **limits)
-        print(f"{'perplexity n=100':<48}{found['perplexity n=100']:.2%}", flush=True)
+    started, found = time.perf_counter(), dict[str, float]()
+    wrong = []
+    for name in chosen:
+        share: float | None
+        if name in CASES:
+            share = measured(*CASES[name], **limits)
+        elif name in WRITTEN:
+            share = written(*WRITTEN[name], **limits)
+        elif name in OF_SET:
+            share = written(name, answers, 60, 1, given.resamples)
+        else:
+            share = perplexity(100, **limits)
+        print(f"{name:<48}{'none' if share is None else f'{share:.2%}'}", flush=True)
+        if share is not None:
+            found[name] = share
+        if (share is None) != (name in OF_SET):
+            wrong.append(name)
     draw, truth = clustered(20, 5)
     control = measured(draw, truth, **{**limits, "trials": max(given.trials // 10, 50)}, blind=True)
-    outside = [name for name, share in found.items() if not LOW <= share <= HIGH]
+    outside = [*wrong, *(name for name, share in found.items() if not LOW <= share <= HIGH)]
     print(
         json.dumps(
             {

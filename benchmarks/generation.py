@@ -1,9 +1,10 @@
-"""Seconds to answer held-out rows: tunesmith's evaluation and the same model asked one question after the other.
+"""Seconds to answer rows: tunesmith's evaluation and the same model asked one question after the other.
 
 The rows are the shipped text-to-SQL examples, the model is the shipped tiny one, in float32, greedy. The peer is a
 plain loop over `model.generate`, as one writes it down. Both give the same tokens, which is checked. Before they are
 measured the model is trained for a few steps, so that answers end and differ. The last line is one JSON object: rows a
-second of both and their ratio.
+second of both, their ratio, the bar and where the rows are from. The exit status is 1 below the bar, which holds for at
+most 64 new tokens: with longer answers the few that run to the limit end alone.
 
     python benchmarks/generation.py --rows 500
 """
@@ -26,13 +27,23 @@ from tunesmith.data.splitting import HELD_OUT, TRAIN, VALIDATION
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.evaluation import items
 
+BAR_TOKENS = 64
+"""Up to so many new tokens the bar holds."""
 
-def questions(count: int, folder: str, tokenizer: Any, recipe: Any) -> list[tuple[int, ...]]:
-    """So many prompts of the shipped examples, the held-out ones first."""
+
+def questions(count: int, tokenizer: Any, recipe: Any) -> tuple[list[tuple[int, ...]], dict[str, int]]:
+    """So many prompts of the shipped examples, the held-out ones first, and how many rows of each part were taken."""
     splits = dataflow.splits(recipe)
-    examples = [*splits.examples(HELD_OUT), *splits.examples(VALIDATION), *splits.examples(TRAIN)]
-    found = items(examples[:count], tokenizer)
-    return [item.prompt_ids for item in found if item.prompt and not item.error]
+    examples: list[Any] = []
+    taken = {}
+    for name, part in (("held-out", HELD_OUT), ("validation", VALIDATION), ("training", TRAIN)):
+        own = [*splits.examples(part)][: count - len(examples)]
+        examples += own
+        taken[name] = len(own)
+    if len(examples) < count:
+        print(f"there are {len(examples)} rows, not {count}", file=sys.stderr)
+    found = items(examples, tokenizer)
+    return [item.prompt_ids for item in found if item.prompt and not item.error], taken
 
 
 def one_by_one(
@@ -52,6 +63,11 @@ def one_by_one(
     return found
 
 
+def below(ratio: float, bar: float, max_new_tokens: int) -> bool:
+    """Whether a ratio misses the bar, which longer answers have none of."""
+    return max_new_tokens <= BAR_TOKENS and ratio < bar
+
+
 def main() -> None:
     """Train a little, answer in both ways, compare, and print the ratio."""
     parser = argparse.ArgumentParser()
@@ -60,7 +76,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="training before the measurement")
     parser.add_argument("--model", help="a model's folder, instead of training one")
     parser.add_argument("--engine", default="padded", choices=["padded", "paged"])
+    parser.add_argument(
+        "--bar", type=float, default=5.0, help="exit 1 below it, at up to 64 new tokens; 0: none"
+    )
     args = parser.parse_args()
+    if args.rows < 1:
+        parser.error(f"--rows {args.rows}: at least one row has to be answered")
     work = Path(tempfile.mkdtemp(prefix="generation-"))
     settings = {
         "output_dir": str(work), "name": "tuned", "evaluation": {"skip": True},
@@ -70,7 +91,7 @@ def main() -> None:
     folder = args.model or str(api.train(recipe).run / "final_model")
     tokenizer = models.load_tokenizer(folder)
     model = models.load_model(folder).eval()
-    prompts = questions(args.rows, folder, tokenizer, recipe)
+    prompts, taken = questions(args.rows, tokenizer, recipe)
     stops = end_of_turn_ids(tokenizer)
     source = engines.Source("tuned", tokenizer, lambda: model, folder)
     asked = engines.Asked(prompts, args.max_new_tokens, stops)
@@ -91,18 +112,26 @@ def main() -> None:
     print(f"the same tokens: {same} of {len(prompts)}; different answers: {len(set(peer))}", file=sys.stderr)
     if same != len(prompts):
         raise SystemExit("the answers differ")
+    ratio = slow / fast
     print(
         json.dumps(
             {
                 "name": f"generation, {args.engine} engine",
                 "ours": round(len(prompts) / fast, 2),
                 "peer": round(len(prompts) / slow, 2),
-                "ratio": round(slow / fast, 2),
+                "ratio": round(ratio, 2),
+                "bar": args.bar if args.max_new_tokens <= BAR_TOKENS else None,
+                "bar_holds_for": f"at most {BAR_TOKENS} new tokens",
+                "max_new_tokens": args.max_new_tokens,
                 "unit": "rows/s",
                 "n": len(prompts),
+                "rows_from": taken,
             }
         )
     )
+    if below(ratio, args.bar, args.max_new_tokens):
+        print(f"{ratio:.2f} times is below the bar of {args.bar:g}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -209,6 +210,40 @@ def test_a_measurement_is_never_written_over_another_one(
     assert other.name == f"{first.name}-2"
     assert again == first
     assert "perplexity" in (first / "scores.json").read_text()
+
+
+def test_another_model_or_setting_is_another_measurement(
+    tiny_model_folder, question_file, tmp_path, monkeypatch
+):
+    """Of the same folder of weights, and with the same metrics and longest answer."""
+    monkeypatch.chdir(tmp_path)
+    from tunesmith import api
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, model)
+
+    def measured(verb, models, **section):
+        settings = {"data": {"max_rows": 12, "max_length": 96}, "evaluation": {"resamples": 20, **section}}
+        return verb(*models, dataset=str(question_file), metrics=["perplexity"], settings=settings)
+
+    def alone(**section):
+        return measured(api.evaluate, [model], **section).run
+
+    def against(**section):
+        return measured(api.compare, [tiny_model_folder, model], **section).saved
+
+    first, compared = alone(), against()
+    server = {"base_url": "http://me:hush@127.0.0.1:8001/v1?key=hush", "api_key_env": "MY_KEY"}
+    others = [alone(max_items=5), alone(engine="padded"), alone(server=server)]
+    assert [folder.name for folder in others] == [f"{first.name}-{n}" for n in (2, 3, 4)]
+    assert "hush" not in (others[-1] / "scores.json").read_text()
+    assert alone() == first
+    assert against() == compared
+    assert against(max_items=5).name == f"{compared.name}-2"
+    config = model / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert alone().name == f"{first.name}-5"
+    assert against().name == f"{compared.name}-3"
 
 
 def test_public_names_load():

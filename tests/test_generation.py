@@ -1,3 +1,7 @@
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from counting import PROMPTS, STOP, TOKENIZER, NumberTokenizer, counting_llama
@@ -157,3 +161,21 @@ def test_a_batch_that_does_not_fit_is_halved():
 
     with pytest.raises(OutOfResources, match="single example"):
         list(halving(never, [1, 2]))
+
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "generation.py"
+
+
+def test_the_benchmark_of_no_rows_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generation.py", "--rows", "0"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(BENCHMARK), run_name="__main__")
+    assert stopped.value.code == 2
+    assert "--rows 0: at least one row has to be answered" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ratio", "limit", "misses"), [(4.99, 64, True), (5.0, 64, False), (4.99, 16, True), (2.9, 256, False)]
+)
+def test_the_bar_of_the_benchmark_holds_up_to_64_new_tokens(ratio, limit, misses):
+    assert runpy.run_path(str(BENCHMARK))["below"](ratio, 5.0, limit) is misses

@@ -694,3 +694,28 @@ def test_no_run_leaves_a_pickle_where_models_are(quick, adapter):
     for folder in (run.final_model, run.best_model, *run.checkpoints.iterdir()):
         assert list(folder.rglob(name)), folder
         assert not [*folder.rglob("*.bin"), *folder.rglob("*model*.pt"), *folder.rglob("*.pkl")]
+
+
+def test_a_measurement_of_some_questions_says_so_and_counts_the_leaks_of_these(
+    quick, question_file, tmp_path
+):
+    run = api.train(quick(evaluation={"max_items": 3})).run
+    held_out = sum(json.loads(line)["fate"] == "held_out" for line in (run / "ledger.jsonl").open())
+    notes = [e["reason"] for e in open_run(run).events() if e["kind"] == "decision"] + [
+        (run / "report.html").read_text()
+    ]
+    said = f"3 of {held_out} held-out examples are asked, by evaluation.max_items"
+    assert any(said in str(note) for note in notes)
+    told = []
+    settings = {"evaluation": {"max_items": 4}}
+    found = api.evaluate(run, metrics=["perplexity"], settings=settings, watch=told.append)
+    kept = json.loads((found.run / "scores.json").read_text())["measured_on"]
+    assert (kept["asked"], kept["questions"]) == (4, held_out) == (found.measured_on.asked, held_out)
+    assert found.leakage["questions"] == found.scores["perplexity"]["n"] == 4
+    [line] = [e for e in told if e.get("name") == "measured on"]
+    assert (
+        line["value"] == f"4 of {held_out} questions of the held-out split of {run}, by evaluation.max_items"
+    )
+    whole = api.evaluate(run, metrics=["perplexity"], settings={"evaluation": {"max_items": held_out}})
+    assert whole.measured_on.asked is None
+    assert whole.measured_on.sentences()[0].startswith(f"all {held_out} questions")

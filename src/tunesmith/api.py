@@ -449,6 +449,7 @@ def evaluate(
         "measured_on": asdict(questions.measured_on),
         "metrics": chosen,
         "max_new_tokens": asked,
+        **_made_with({"model": model}, questions.recipe),
     }
     place = Path(output) if output else _evaluation_folder(run, model, questions.recipe, kept)
     evaluation.write_rows(place / "rows.jsonl", rows)
@@ -492,11 +493,13 @@ def compare(
     any of them was trained or validated on. All are answered now, along one code path. Every model is set against
     `a`, or against the one that `baseline` names. Of two, the baseline stands as `base` and the other as `tuned` in
     the result. `primary` declares the metric on which the verdict rests, by default the first that scores answers.
-    Rows and comparison are written to `comparisons/<a>_vs_<b>` beside the runs.
+    Rows and comparison are written to `comparisons/<a>_vs_<b>` beside the runs, with a number behind it where another
+    comparison lies there.
     """
     launch.require_one_process()
     quiet_libraries()
     from tunesmith import evaluation
+    from tunesmith.engines.check import remarked
     from tunesmith.evaluation import compare as comparing
 
     started = time.perf_counter()
@@ -508,7 +511,12 @@ def compare(
     found, longer, chosen = [], {}, list[str]()
     for model, name, stand_in in zip(models, names, stand_ins, strict=True):
         rows, fitting, longer[name] = _answers(
-            model, questions, name=stand_in, primary=primary, watch=_renamed(watch, stand_in, name)
+            model,
+            questions,
+            name=stand_in,
+            known_as=name,
+            primary=primary,
+            watch=_renamed(watch, stand_in, name),
         )
         chosen = chosen or fitting
         found.append(rows)
@@ -522,16 +530,25 @@ def compare(
         primary=primary,
         apart=[_apart(models[0], other, questions.recipe) for other in models[1:]],
     )
+    compared = remarked(compared, questions.engine_check())
     if len(models) == 2:
         compared = [replace(c, model="tuned", against="base") for c in compared]
-    place = (run.path.parent if run else Path()) / "comparisons" / _comparison_name(names, dataset)
+    about = {
+        "models": dict(zip(names, map(str, models), strict=True)),
+        "measured_on": asdict(questions.measured_on),
+        "metrics": chosen,
+        "primary": primary,
+        **_made_with(dict(zip(names, models, strict=True)), questions.recipe),
+    }
+    beside = (run.path.parent if run else Path()) / "comparisons"
+    place = _own_folder(beside / _comparison_name(names, dataset) / "comparison.json", about)
     evaluation.write_rows(place / "rows.jsonl", itertools.chain.from_iterable(found))
     kept = {
         "a": str(models[0]),
         "b": str(models[1]),
-        "models": dict(zip(names, map(str, models), strict=True)),
-        "measured_on": asdict(questions.measured_on),
+        **about,
         "comparisons": [asdict(c) for c in compared],
+        "engine_check": questions.engine_check(),
     }
     leaked = _leak_facts(questions, dict(zip(names, found, strict=True)), chosen, primary)
     if leaked:
@@ -549,6 +566,7 @@ def compare(
         saved=place,
         models=names,
         leakage=_short_leakage(leaked),
+        engine_check=questions.engine_check(),
     )
 
 
@@ -675,7 +693,7 @@ def _questions(
 
     Raises TunesmithError where no question is left that none of them has learned from.
     """
-    from tunesmith import data, dataflow
+    from tunesmith import data, dataflow, evaluation
     from tunesmith import models as loading
     from tunesmith.compose import overlaid, validated
     from tunesmith.data.splitting import HELD_OUT, TRAIN, VALIDATION
@@ -726,6 +744,7 @@ def _questions(
     own = str(run.path) if run and dataset is None else None
     learned, unchecked, copies = unseen.learned(models, own)
     kept, left_out = unseen.unseen(asked, learned, own)
+    taken = evaluation.taken(kept, recipe.evaluation.max_items)
     measured_on = unseen.MeasuredOn(
         dataset=dataset or " + ".join([base.data.dataset, *(part.dataset for part in base.data.mix)]),
         dropped=dict(splits.reasons.counts().most_common()) if dataset is not None else {},
@@ -734,7 +753,9 @@ def _questions(
         left_out=left_out,
         unchecked=unchecked,
         copies=copies,
+        asked=len(taken) if len(taken) < len(kept) else None,
     )
+    kept = [kept[number] for number in taken]
     value, reason = measured_on.sentences()
     if not kept:
         raise TunesmithError(
@@ -798,7 +819,7 @@ def _leak_facts(
     remarks = [leakage.remark(found, part) for part in parts.values()] or [leakage.remark(found, {})]
     return {
         **found.as_dict(),
-        "remark": remarks[0] if len(others) < 2 else " ".join(f"{n}: {r}" for n, r in zip(parts, remarks)),
+        "remark": " ".join(f"{n}: {r}" for n, r in zip(parts, remarks)) if len(parts) > 1 else remarks[0],
         "parts": {name: {k: asdict(c) for k, c in part.items()} for name, part in parts.items()},
         "copied": leakage.copied_by(rows, questions.learned()),
     }
@@ -822,7 +843,13 @@ def _settle_answers(place: Path, questions: _Questions) -> None:
 
 
 def _answers(
-    model: str | Path, questions: _Questions, *, name: str, primary: str | None = None, watch: Watch
+    model: str | Path,
+    questions: _Questions,
+    *,
+    name: str,
+    known_as: str | None = None,
+    primary: str | None = None,
+    watch: Watch,
 ) -> tuple[list[EvalRow], list[str], str | None]:
     """A model's rows, the metrics, and what is to be said of questions longer than it was trained to read."""
     from tunesmith import dataflow, evaluation, models
@@ -861,9 +888,12 @@ def _answers(
         chosen = evaluation.known_metrics([primary, *chosen])
 
     def checked(check: EngineCheck) -> None:
+        check = replace(check, model=known_as or name)
         questions.checks.append(check)
         value, reason = check.sentence(), f"answers of the {check.engine} engine, read again alone"
-        watch({"kind": "decision", "name": f"engine check of {name}", "value": value, "reason": reason})
+        watch(
+            {"kind": "decision", "name": f"engine check of {check.model}", "value": value, "reason": reason}
+        )
         if not check.passed:
             watch({"kind": "warning", "message": check.warning()})
 
@@ -906,16 +936,50 @@ def _evaluation_folder(run: Run | None, model: str | Path, recipe: Recipe, facts
     """Where a measurement is kept: never over another one, only over itself."""
     dataset = dataset_name(recipe.data.dataset)
     place = run.evaluation / dataset if run else Path("evaluations") / f"{Path(str(model)).name}_{dataset}"
-    about = json.loads(json.dumps({key: value for key, value in facts.items() if key != "model"}))
+    return _own_folder(place / "scores.json", {key: value for key, value in facts.items() if key != "model"})
+
+
+def _own_folder(file: Path, about: Mapping[str, Any]) -> Path:
+    """The file's folder, with a number behind it where the file there tells another thing than `about`."""
+    about = json.loads(json.dumps(about))
     for number in itertools.count(1):
+        place = file.parent
         folder = place if number == 1 else place.with_name(f"{place.name}-{number}")
         try:
-            before = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+            before = json.loads((folder / file.name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return folder
-        if all(before.get(key) == value for key, value in about.items()):
+        if all(key in before and before[key] == value for key, value in about.items()):
             return folder
     raise AssertionError("unreachable")
+
+
+def _made_with(models: Mapping[str, str | Path], recipe: Recipe) -> dict[str, Any]:
+    """What tells one measurement from another on the same questions: the models' files, by name, and all settings.
+
+    Of a server its address without user and query, and the models' names there.
+    """
+    from urllib.parse import urlsplit
+
+    from tunesmith import evaluation
+    from tunesmith import plan as planning
+
+    device = planning.device()
+    dtype = planning.inference_dtype(recipe.model.dtype, device)
+    settings = recipe.evaluation.model_dump(mode="json", exclude={"server"})
+    server = recipe.evaluation.server
+    address = urlsplit(server.base_url)
+    shown = address._replace(netloc=address.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    rest = recipe.model_dump(mode="json", include={"data", "method"})
+    about = json.dumps([rest, recipe.model.chat_template], sort_keys=True, default=str)
+    return {
+        "identity": {
+            name: evaluation.identity(recipe.model, str(model), device=device, dtype=dtype)
+            for name, model in models.items()
+        },
+        "settings": {**settings, "server": {"base_url": shown, "models": dict(server.models)}},
+        "data_and_method": hashlib.sha256(about.encode()).hexdigest(),
+    }
 
 
 def validate(
@@ -1677,11 +1741,14 @@ def _check_before_training(recipe: Recipe) -> None:
 
 
 def _check_settings(recipe: Recipe) -> None:
+    from tunesmith.dataflow import check_rewarded
     from tunesmith.evaluation import check_runnable
     from tunesmith.training.fit import require_tracker
 
     section = recipe.evaluation
-    check_runnable(section.metrics or [], run_code=section.run_code, attempts=section.attempts)
+    asked = [*(section.metrics or []), *recipe.training.measured]
+    check_runnable(asked, run_code=section.run_code, attempts=section.attempts)
+    check_rewarded(recipe, asked)
     for tracker in recipe.tracking.trackers:
         require_tracker(tracker)
     if recipe.export.push_to_hub and not recipe.export.hub_model_id:

@@ -22,6 +22,7 @@ from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.data.preferences import prompt_length
 from tunesmith.data.splitting import TRAIN, VALIDATION
 from tunesmith.data.templates import Encoding
+from tunesmith.engines.check import FILE as CHECKS
 from tunesmith.engines.check import keep_check, remarked
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.evaluation import EvalRow, forgetting, stages
@@ -78,6 +79,11 @@ def plan(
         f"{number} held-out examples are left out of the measurement: {run} was trained or validated on them"
         for run, number in asked.left_out.items()
     ]
+    most, held_out = recipe.evaluation.max_items, len(asked.examples)
+    if most and most < held_out and not recipe.evaluation.skip:
+        notes.append(
+            f"{most} of {held_out} held-out examples are asked, by evaluation.max_items; leakage is looked for in all"
+        )
     if validation_items:
         notes.append(
             f"each validation measures {', '.join(recipe.training.measured)} on {len(validation_items)} of "
@@ -262,6 +268,15 @@ def _is_measured(rewards: Sequence[Any]) -> bool:
     return bool(rewards) and not any(reward.kind == "judge" for reward in rewards)
 
 
+def check_rewarded(recipe: Recipe, metrics: Sequence[str]) -> None:
+    """Raises RecipeError where `mean_reward` is asked for and there are no rewards that could tell it."""
+    if "mean_reward" in metrics and not _is_measured(getattr(recipe.method, "rewards", ())):
+        raise RecipeError(
+            "There is no mean reward: the method has no rewards, or one is a judge, who would be paid again.",
+            fix="Leave mean_reward out of evaluation.metrics, training.eval_metrics and training.best_by.",
+        )
+
+
 def with_rewards(
     recipe: Recipe,
     rows: list[EvalRow],
@@ -279,12 +294,8 @@ def with_rewards(
         return rows
     from tunesmith.methods import rewards as rewarding
 
+    check_rewarded(recipe, metrics)
     sections = getattr(recipe.method, "rewards", ())
-    if not _is_measured(sections):
-        raise RecipeError(
-            "There is no mean reward: the method has no rewards, or one is a judge, who would be paid again.",
-            fix="Leave mean_reward out of evaluation.metrics.",
-        )
     prompts = {item.number: item.prompt for item in items if item.prompt}
     answered = [row for row in rows if row.output is not None and row.item in prompts]
     asked = [prompts[row.item] for row in answered]
@@ -420,7 +431,9 @@ def fitted(
         tensorboard="tensorboard" in recipe.tracking.trackers,
         samples=_asked(recipe, encodings.validation),
         max_new_tokens=recipe.evaluation.max_new_tokens,
-        measure=partial(_measures, recipe, tokenizer, validation_items) if validation_items else None,
+        measure=partial(_measures, recipe, tokenizer, plan.device, validation_items)
+        if validation_items
+        else None,
         higher_is_better=recipe.training.best_by != "loss"
         and METRICS[recipe.training.best_by].higher_is_better,
         input_rows=encodings.train.rows.tolist(),
@@ -478,7 +491,9 @@ def _trainer(
     return trainer
 
 
-def _measures(recipe: Recipe, tokenizer: Any, items: list[evaluation.Item], model: Any) -> dict[str, float]:
+def _measures(
+    recipe: Recipe, tokenizer: Any, device: str, items: list[evaluation.Item], model: Any
+) -> dict[str, float]:
     """The values of the metrics that a validation measures, of the model as it is now."""
     names = recipe.training.measured
     section = recipe.evaluation
@@ -490,7 +505,12 @@ def _measures(recipe: Recipe, tokenizer: Any, items: list[evaluation.Item], mode
         metrics=names,
         max_new_tokens=section.max_new_tokens,
         batch_tokens=section.batch_tokens,
+        seed=section.seed,
+        run_code=section.run_code,
+        attempts=section.attempts,
+        temperature=evaluation.drawn_at(section),
     )
+    rows = with_rewards(recipe, rows, items, names, tokenizer=tokenizer, device=device)
     found = {name: evaluation.value(rows, name) for name in names}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -549,7 +569,7 @@ def comparisons(
     compared = compare(
         base_rows, tuned_rows, metrics=metrics, resamples=section.resamples, confidence=section.confidence
     )
-    compared = remarked(compared, prepared)
+    compared = remarked(compared, prepared.read(CHECKS) or {})
     scores = {"base": evaluation.scores(base_rows, metrics), "tuned": evaluation.scores(tuned_rows, metrics)}
     prepared.write("evaluation/scores.json", scores)
     prepared.write("evaluation/comparison.json", {"comparisons": [asdict(c) for c in compared]})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import weakref
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import ModuleType, SimpleNamespace
 
@@ -261,6 +263,53 @@ def test_vllm_is_given_ids_and_gives_ids(llama, alone, vllm, tiny_model_folder, 
     assert llm.options["dtype"] == "bfloat16"
     assert "enable_lora" not in llm.options
     assert not unloaded.is_loaded, "the model is not in the memory twice"
+
+
+def test_one_engine_serves_a_source_until_it_is_let_go(llama, alone, vllm, tiny_model_folder):
+    def unloaded(name):
+        return Source(name, TOKENIZER, lambda: llama, str(tiny_model_folder))
+
+    one = unloaded("base")
+    for _ in range(3):
+        assert engines.answers(one, asked(), engine="vllm")[0] == alone
+    [llm] = vllm
+    assert len(llm.asked) == 3
+    freed = weakref.ref(llm)
+    del llm, vllm[0]
+    assert freed()
+    other = unloaded("tuned")
+    engines.answers(other, asked(), engine="vllm")
+    assert not freed(), "two engines have no room beside each other"
+    freed = weakref.ref(vllm.pop())
+    assert freed()
+    assert other.model is llama
+    assert not freed(), "the model in this process takes the engine's room"
+    engines.answers(one, asked(), engine="vllm")
+    freed = weakref.ref(vllm.pop())
+    assert freed()
+    one.let_go()
+    assert not freed()
+    engines.answers(one, asked(), engine="vllm")
+    freed = weakref.ref(vllm.pop())
+    assert freed()
+    del one
+    assert not freed(), "it goes with its source"
+
+
+def test_a_longer_question_gets_an_engine_that_holds_it_and_a_failed_one_is_not_kept(
+    llama, vllm, tiny_model_folder, monkeypatch
+):
+    one = Source("base", TOKENIZER, lambda: llama, str(tiny_model_folder))
+    engines.answers(one, replace(asked(), prompts=[[5]], max_new_tokens=2), engine="vllm")
+    assert vllm[0].options["max_model_len"] == 8
+    engines.answers(one, replace(asked(), prompts=[[5] * 6], max_new_tokens=2), engine="vllm")
+    assert len(vllm) == 1
+    engines.answers(one, replace(asked(), prompts=[[5] * 7], max_new_tokens=2), engine="vllm")
+    assert vllm[1].options["max_model_len"] == 32
+    monkeypatch.setattr(type(vllm[1]), "generate", lambda *_, **__: [])
+    with pytest.raises(ModelError, match="gave 0 answers"):
+        engines.answers(one, replace(asked(), prompts=[[5]], max_new_tokens=2), engine="vllm")
+    assert vllm_engine.HELD not in vars(one)
 
 
 def test_an_adapter_is_a_request_on_its_base(llama, alone, vllm, tiny_model_folder, tmp_path):

@@ -1,8 +1,8 @@
-"""Every metric is measured on 200 random cases against a reference of its own, by some test of this room."""
+"""Every metric is measured on 200 random cases against a reference of its own, by the test that a table names."""
 
 from __future__ import annotations
 
-import ast
+import importlib.util
 import itertools
 import json
 import math
@@ -21,51 +21,87 @@ HERE = Path(__file__).parent
 CASES = 200
 
 
-def tested() -> dict[str, list[str]]:
-    """By metric: the tests on 200 random cases that name it, in their lines or in what they use."""
-    found: dict[str, list[str]] = {}
-    for file in sorted(HERE.glob("test_*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        tables: dict[str, ast.AST] = {
-            node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)
-        }
-        tables |= {
-            target.id: node.value
-            for node in tree.body
-            if isinstance(node, ast.Assign)
-            for target in node.targets
-            if isinstance(target, ast.Name)
-        }
-        for test in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
-            if not test.name.startswith("test_") or "test_every_metric" in test.name:
-                continue
-            used = [node.id for node in ast.walk(test) if isinstance(node, ast.Name)]
-            numbers = [node.value for node in ast.walk(test) if isinstance(node, ast.Constant)]
-            if not {"CASES", "cases"} & set(used) and 200 not in numbers:
-                continue
-            for part in (test, *(tables[name] for name in used if name in tables)):
-                for node in ast.walk(part):
-                    name = getattr(node, "value", None) if isinstance(node, ast.Constant) else None
-                    name = node.attr if isinstance(node, ast.Attribute) else name
-                    if isinstance(name, str) and name in METRICS:
-                        found.setdefault(name, []).append(f"{file.name}::{test.name}")
-    return found
+TURNS_TEST = "test_metrics_of_turns_equal_their_definitions"
+RATES_TEST = "test_rates_of_completion_equal_their_definitions"
+SQLITE = "test_metrics_of_queries_equal_sqlite_by_hand"
+OTHER_WORDS = "test_bars.py::test_the_same_query_and_the_same_program_in_other_words"
+CONSTRAINTS = "test_constraints_equal_their_definitions"
+REFERENCE = "test_reference_metrics.py::test_equals_its_reference_on_200_random_cases"
+CORPUS = "test_reference_metrics.py::test_the_value_of_a_set_is_that_of_sacrebleus_corpus_on_200_random_sets"
+DISTINCT = "test_reference_metrics.py::test_distinct_n_of_100_is_what_drawing_gives"
+SUMS = "test_reference_metrics.py::test_likelihood_metrics_on_random_sums"
+BRUTE = "test_classification.py::test_statistics_equal_brute_force_on_200_random_sets"
+LINES = "test_conversation.py::test_self_repetition_and_lines_equal_brute_force_on_200_random_sets"
+REWARDS = "test_bars.py::test_metrics_of_rewards_equal_their_definitions"
+PASS_AT = "test_pass_at_k_of_rows_equals_the_share_of_choices"
+LABELS_TEST = "test_bars.py::test_metrics_of_label_probabilities_equal_their_definitions"
 
 
-TESTED = tested()
-OF_MODELS = {
-    "mean_reward": "the sum of a run's own rewards: tests/methods/test_rewards.py",
-    "preference_accuracy": "test_judged.py, against likelihoods by hand",
-    "rating_ranking": "test_judged.py, against likelihoods by hand",
-}
-"""What has no value without a model or a run, and where it is measured."""
+def each(names: list[str], test: str) -> dict[str, str]:
+    """The case of a test for each of these metrics."""
+    return {name: f"{test if '::' in test else f'test_bars.py::{test}'}[{name}]" for name in names}
 
 
-@pytest.mark.parametrize("name", METRICS)
-def test_every_metric_is_measured_against_a_reference(name):
-    assert TESTED.get(name) or name in OF_MODELS, (
-        f"no test of 200 random cases names {name}: write its definition down once more, and compare"
-    )
+PROVEN: dict[str, str] = {
+    **each(
+        ["pattern_consistency", "refers_back", "asks_back", "repeats_answer", "role_leak", "script_switch"], TURNS_TEST
+    ),
+    **each(["answered", "ended", "uncut", "not_refused", "completed"], RATES_TEST),
+    **each(["brier", "label_ranking"], LABELS_TEST),
+    **dict.fromkeys(["ranking_accuracy", "ranking_log_loss"], REWARDS),
+    **each(["sql_execution", "ex_bag", "ex_set", "sql_executes", "sql_vacuous"], SQLITE),
+    **dict.fromkeys(["sql_exact_match", "code_exact_match"], OTHER_WORDS),
+    "syntax_validity": "test_bars.py::test_syntax_validity_is_what_the_parsers_say",
+    "pass_at_1": "test_bars.py::test_pass_at_1_is_what_python_says",
+    **each(["pass_at_5", "pass_at_10"], PASS_AT),
+    **each(["constraints", "constraints_loose", "all_constraints", "all_constraints_loose"], CONSTRAINTS),
+    "adherence": "test_bars.py::test_adherence_is_the_share_of_demands_that_hold",
+    "label_accuracy": "test_bars.py::test_label_accuracy_is_the_share_of_right_labels",
+    **dict.fromkeys(["balanced_accuracy", "macro_f1", "mcc"], BRUTE),
+    "calibration_error": "test_classification.py::test_calibration_equals_brute_force_on_200_random_sets",
+    **each(
+        [
+            "exact_match", "rougeL", "rouge1", "rouge2", "rougeLsum", "sentence_bleu", "sentence_chrf", "token_f1",
+            "vocabulary_use", "bigram_diversity", "repetition", "length_match",
+        ],
+        REFERENCE,
+    ),
+    **each(["bleu", "bleu1", "bleu2", "chrf"], CORPUS),
+    "response_diversity": "test_reference_metrics.py::test_response_diversity_on_random_answers",
+    "ead": "test_conversation.py::test_ead_equals_the_formula_in_exact_numbers_on_200_random_sets",
+    **{f"distinct_{n}": f"{DISTINCT}[distinct_{n}-{n}]" for n in (1, 2, 3)},
+    "self_bleu": "test_conversation.py::test_self_bleu_equals_sacrebleu_on_random_sets",
+    **dict.fromkeys(["self_repetition", "repeated_lines"], LINES),
+    "turn_coherence": "test_conversation.py::test_turn_coherence_equals_brute_force_on_200_random_sets",
+    **dict.fromkeys(["token_accuracy", "perplexity", "bits_per_byte"], SUMS),
+    "mean_reward": "../methods/test_rewards.py::test_metrics_score_with_weights_and_signs",
+    "preference_accuracy": "test_judged.py::test_preference_accuracy_is_the_share_of_pairs_by_brute_force",
+    "rating_ranking": "test_judged.py::test_rating_ranking_puts_each_good_answer_beside_one_bad",
+}  # fmt: skip
+"""By metric the test that measures it against a reference of its own: 200 random cases, but 20 for pass@1, each a
+process, and fewer for the last three, which have no value without a model or a run."""
+
+
+def test_every_metric_has_a_test_of_its_own():
+    """Both ways: no metric is missing, and the table has none that is gone."""
+    assert set(PROVEN) == set(METRICS)
+
+
+@pytest.mark.parametrize("file", sorted({test.split("::")[0] for test in PROVEN.values()}))
+def test_every_test_of_the_table_exists(file):
+    """With its case, where it is one of a parametrized test, which is what pytest itself would collect."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, HERE / file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for test in {test for test in PROVEN.values() if test.startswith(f"{file}::")}:
+        name, _, case = test.split("::")[1].partition("[")
+        function = getattr(module, name, None)
+        assert callable(function), test
+        marks = [mark for mark in getattr(function, "pytestmark", []) if mark.name == "parametrize"]
+        assert bool(marks) == bool(case), test
+        if marks:
+            values = [value if isinstance(value, tuple) else (value,) for value in marks[0].args[1]]
+            assert case.rstrip("]") in ["-".join(map(str, value)) for value in values], test
 
 
 def words(text):
@@ -428,3 +464,25 @@ def test_label_accuracy_is_the_share_of_right_labels():
         found = METRICS["label_accuracy"].among(rows)
         means = {"Yes.": "yes", "no": "no", "No, never": "no", "it is yes": "yes"}
         assert found == [float(means.get(one) == other) for one, other in zip(said, right, strict=True)]
+
+
+def test_pass_at_1_is_what_python_says():
+    """Twenty random programs only: each is run in a process of its own."""
+    from tunesmith.evaluation import code
+
+    draw, seen = random.Random(10), set()
+    for _ in range(20):
+        sign, other = draw.choices("+-*", k=2)
+        low, high = draw.randint(2, 9), draw.randint(2, 9)
+        wanted = {"+": low + high, "-": low - high, "*": low * high}
+        prompt = Prompt(
+            (Message("user", "?"),),
+            "x",
+            Row("a", 1),
+            checks={"tests": f"assert f({low}, {high}) == {wanted[other]}"},
+        )
+        with code.running_allowed():
+            found = METRICS["pass_at_1"].score(prompt, f"def f(a, b):\n    return a {sign} b", "x")
+        assert found == float(wanted[sign] == wanted[other])
+        seen.add(found)
+    assert seen == {0.0, 1.0}

@@ -1,6 +1,9 @@
 import json
 import math
+import runpy
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,16 @@ from scipy.stats import binomtest, ttest_rel
 
 from tunesmith.errors import RunError
 from tunesmith.evaluation import scores
-from tunesmith.evaluation.compare import compare, holm, methods, remarks, sentence, shown, table
+from tunesmith.evaluation.compare import (
+    compare,
+    holm,
+    methods,
+    remarks,
+    score_interval,
+    sentence,
+    shown,
+    table,
+)
 from tunesmith.evaluation.metrics import METRICS
 
 
@@ -326,3 +338,79 @@ def test_tables_name_metrics_as_the_command_takes_them():
         _, [shown_as, *_] = table(compare(base, tuned, metrics=[name], resamples=20))
         assert known_metrics([shown_as.split(" (")[0]]) == [name]
         assert shown_as.endswith({"share": " (%)", "points": " (points)", "ratio": name}[METRICS[name].unit])
+
+
+def random_rows(metric, seed, *, rights=2):
+    """Thirty rows of random answers and likelihoods; `rights` is one more than the right tokens of a row at most."""
+    draw = np.random.default_rng([seed, len(metric)])
+    found = []
+    for n in range(30):
+        fields = {"reference": f"answer {n % 3}", "output": f"answer {draw.integers(3)}"}
+        if metric in ("bleu", "bleu1", "bleu2", "chrf"):
+            words = [f"word{place}" for place in range(6)]
+            said, wanted = draw.choice(words, 8), np.random.default_rng(n).choice(words, 8)
+            fields = {"reference": " ".join(wanted), "output": " ".join(said)}
+        if metric == "calibration_error":
+            sure = draw.random()
+            fields["label_probs"] = {"answer 0": sure, "answer 1": (1 - sure) / 2, "answer 2": (1 - sure) / 2}
+        fields |= {"tokens": 3 + n % 5, "correct": int(draw.integers(rights)), "num_bytes": 20 + n}
+        fields["nll"] = float(draw.integers(2))
+        found.append(row(n, float(draw.integers(2)), metric=metric, **fields))
+    return found
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_interval_holds_its_own_value(name):
+    for seed in range(3):
+        base, tuned = random_rows(name, seed), random_rows(name, seed + 100)
+        score = score_interval(base, name, resamples=300)
+        assert score.low is None or score.low - 1e-9 <= score.value <= score.high + 1e-9, score
+        [found] = compare(base, tuned, metrics=[name], resamples=300)
+        assert found.low is None or found.low - 1e-9 <= found.difference <= found.high + 1e-9, found
+
+
+def test_one_right_token_of_many_does_not_make_a_row_right():
+    """Token accuracy is right tokens over tokens: its numerators are no right-or-wrong answers."""
+    base, tuned = random_rows("token_accuracy", 0), random_rows("token_accuracy", 1)
+    score = score_interval(base, "token_accuracy")
+    assert score.method.startswith("bootstrap")
+    assert score.low < score.value < score.high < 0.35
+    [found] = compare(base, tuned, metrics=["token_accuracy"], resamples=300)
+    assert found.method.startswith("paired bootstrap")
+    assert "questions are right with one model" not in found.reason
+
+
+@pytest.mark.parametrize("name", ["response_diversity", "ead", "distinct_1", "distinct_2", "distinct_3"])
+def test_one_number_of_all_answers_has_no_interval_and_no_verdict(name):
+    """The rows' shares hang on one another: resampled, they would say what the answers do not."""
+    score = score_interval(rows([0.1] * 60, metric=name), name)
+    assert (score.value, score.low, score.high) == (pytest.approx(0.1), None, None)
+    assert score.method.startswith("no interval: it is one number of all answers")
+    found = one([0.1] * 60, [0.5 + n / 200 for n in range(60)], metric=name)
+    assert (found.low, found.high, found.p_value, found.assumed_detectable) == (None, None, None, None)
+    assert found.verdict == "inconclusive"
+    assert found.difference == pytest.approx(0.5475)
+    assert "one number of all answers" in found.reason
+    assert sentence(found).startswith("Inconclusive: different ")
+    both = [row(n, scores={name: 0.1, "rougeL": n / 60}) for n in range(60)]
+    other = [row(n, model="tuned", scores={name: 0.5, "rougeL": n / 50}) for n in range(60)]
+    compared = compare(both, other, metrics=["rougeL", "exact_match", name], resamples=200)
+    assert [c.verdict for c in compared][::2] == ["better", "inconclusive"]
+
+
+def test_which_metrics_are_one_number_of_all_answers():
+    assert {name for name, metric in METRICS.items() if metric.of_set} == {
+        "response_diversity", "ead", "distinct_1", "distinct_2", "distinct_3",
+    }  # fmt: skip
+
+
+def test_a_mistyped_case_of_the_coverage_benchmark_is_refused(monkeypatch, capsys):
+    """Nothing measured must not look like a pass."""
+    monkeypatch.setattr(sys, "argv", ["coverage.py", "--only", "BLUE"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "coverage.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "no case's name contains 'BLUE'" in said
+    assert "BLEU n=100; macro F1 n=150; " in said
+    assert "distinct_3" in said

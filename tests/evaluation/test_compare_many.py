@@ -241,6 +241,8 @@ def test_three_models_on_the_same_rows(tiny_model_folder, question_file, tmp_pat
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts["models"] == ["two", tiny_model_folder.name, "one"]
     assert facts["verdicts"] == {tiny_model_folder.name: "no evidence", "one": "no evidence"}
+    known = facts["measured_on"]
+    assert (known["asked"], known["questions"]) == (12, 40)
     assert facts["metric"] is None, "no single comparison stands for all"
     assert {(c["model"], c["against"], c["difference"]) for c in facts["comparisons"]} == {
         (tiny_model_folder.name, "two", 0.0),
@@ -250,6 +252,7 @@ def test_three_models_on_the_same_rows(tiny_model_folder, question_file, tmp_pat
     assert f"one against {tiny_model_folder.name}" in said.stdout
     assert "the baseline" in said.stdout
     assert "smallest difference to be found" in said.stderr
+    assert "by evaluation.max_items" in " ".join(said.stderr.split())
     rows = [json.loads(line) for line in (tmp_path / facts["saved"] / "rows.jsonl").open()]
     assert [r["model"] for r in rows] == [name for name in facts["models"] for _ in range(12)]
     with pytest.raises(TunesmithError, match="baseline three is not among"):

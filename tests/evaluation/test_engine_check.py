@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from functools import partial
 
@@ -14,6 +15,7 @@ from counting import PROMPTS, STOP, TOKENIZER, counting_llama
 from tunesmith import api, evaluation
 from tunesmith.compose import compose, overlaid
 from tunesmith.data.examples import Row
+from tunesmith.engines.check import EngineCheck, Read
 from tunesmith.errors import Interrupted
 from tunesmith.evaluation import Item
 from tunesmith.evaluation.report import write_report
@@ -177,3 +179,70 @@ def test_a_measurement_that_ends_leaves_another_one_s_answers(tiny_model_folder,
     )
     assert told[0] >= 6
     assert not kept.exists()
+
+
+def test_a_check_of_no_answers_is_not_passed():
+    check = EngineCheck("m", "padded", ())
+    assert not check.passed
+    assert check.as_dict()["sentence"] == "no answer was read again"
+    assert "shows nothing" in check.warning()
+    assert EngineCheck("m", "padded", (Read(0, "equal", 3),)).passed
+
+
+def test_a_failed_check_reaches_the_verdict_of_a_comparison(tiny_model_folder, tmp_path, monkeypatch):
+    import tunesmith.generation as generation
+    from tunesmith import engines
+
+    inner = generation.generate
+    monkeypatch.setattr(engines, "generate", lambda *given, **o: inner(*given, **{**o, "temperature": 5.0}))
+    monkeypatch.chdir(tmp_path)
+    models = [tmp_path / name for name in ("one", "two", "three")]
+    for model in models:
+        shutil.copytree(tiny_model_folder, model)
+    recipe = made(tiny_model_folder, tmp_path)
+    settings = {"evaluation": {"max_new_tokens": 4, "resamples": 20, "max_items": 12, "engine_check": 3}}
+    for asked in (models[:2], models):
+        told = []
+        options = {"dataset": recipe.data.dataset, "metrics": ["rougeL"], "settings": settings}
+        result = api.compare(*asked, **options, watch=told.append)
+        names = [model.name for model in asked]
+        for c, name in zip(result.comparisons, names[1:], strict=True):
+            said = [r for r in c.remarks if "so this verdict may be the engine's" in r]
+            assert [f"engine check of {one} failed" in r for one, r in zip(("one", name), said)] == [
+                True,
+                True,
+            ]
+        assert list(result.as_dict()["engine_check"]) == names
+        kept = json.loads((result.saved / "comparison.json").read_text())
+        assert not any(check["passed"] for check in kept["engine_check"].values())
+        assert [c["remarks"] for c in kept["comparisons"]] == [list(c.remarks) for c in result.comparisons]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_where_answers_are_drawn_the_engine_is_checked_by_greedy_ones(
+    tiny_model_folder, tmp_path, monkeypatch, broken
+):
+    import tunesmith.generation as generation
+    from tunesmith import engines
+
+    if broken:
+        inner = generation.generate
+        monkeypatch.setattr(
+            engines, "generate", lambda *given, **o: inner(*given, **{**o, "temperature": 5.0})
+        )
+    monkeypatch.chdir(tmp_path)
+    file = made(tiny_model_folder, tmp_path).data.dataset
+    settings = {"max_new_tokens": 4, "max_items": 12, "attempts": 2}
+    options = {"dataset": file, "metrics": ["rougeL"]}
+    checked = api.evaluate(tiny_model_folder, **options, settings={"evaluation": settings})
+    check = checked.engine_check["model"]
+    assert check["passed"] is not broken
+    assert len({read["item"] for read in check["items"]}) == 8
+    assert check["sentence"].endswith("of questions asked greedily once more")
+    # The measured answers are the same with the check and without it.
+    settings["engine_check"] = 0
+    plain = api.evaluate(tiny_model_folder, **options, settings={"evaluation": settings})
+    assert not plain.engine_check
+    with_check, without = (evaluation.read_rows(r.run / "rows.jsonl") for r in (checked, plain))
+    assert [r.output for r in with_check] == [r.output for r in without]
+    assert len(without) == 24

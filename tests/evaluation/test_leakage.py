@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from tunesmith import api
 from tunesmith.compose import compose
 from tunesmith.data.examples import Conversation, Message, Row, Text
 from tunesmith.evaluation.leakage import (
+    Leakage,
     containment,
     copied,
     find,
@@ -23,6 +25,7 @@ from tunesmith.evaluation.leakage import (
     subsets,
 )
 from tunesmith.evaluation.rows import read_rows
+from tunesmith.recipe import Recipe
 from tunesmith.training.run import Run
 
 WORDS = [
@@ -201,6 +204,30 @@ def test_normalized_keeps_what_tells_apart():
     assert normalized("3 + 4") != normalized("3 - 4")
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("12 - 3", "1 - 23"), ("1.5 times 4", "15 times 4"), ("x-1", "x1"), ("1,5", "15"), ("-3 + 4", "3 + 4"),
+        ("1 2", "12"), ("(1) 2", "12"), ("1/2", "12"), ("what is .5?", "what is 5?"), ("7 \u2212 2", "72"),
+        ("5-x", "5x"), ("1.5", "1,5"),
+    ],
+)  # fmt: skip
+def test_numbers_never_grow_together(one, other):
+    assert normalized(one) != normalized(other)
+    counts = find([chat(one)], [chat(other)]).counts
+    assert (counts["exact"], counts["other answer"]) == (0, 0)
+
+
+def test_punctuation_beside_a_number_s_end_is_none_of_it():
+    for one, other in [("It is 12.", "it is 12"), ("12 - 3?", "12-3"), ("In 1990, who?", "in 1990 who"),
+                       ("x - 1", "x-1"), ("well-known", "well known")]:  # fmt: skip
+        assert normalized(one) == normalized(other)
+
+
+def test_questions_of_signs_alone_are_not_equal_to_each_other():
+    assert not find([chat("???")], [chat("!!!")]).leaked
+
+
 def lcs(one, other):
     lengths, best = [0] * (len(other) + 1), 0
     for a in one:
@@ -310,3 +337,11 @@ def test_clean_questions_are_not_denied_where_nothing_is_compared():
     found = find([leaked, chat("Who wrote the second of these books?", "nobody", n=2)], [leaked])
     assert len(found.leaked) == 1
     assert "The other 1 are clean" in remark(found, {})
+
+
+def test_of_several_models_without_a_leak_the_remark_is_said_once():
+    found = Leakage(12, 40, {}, (), {})
+    questions = api._Questions(Recipe(), (), None, Path(), leakage=found)
+    for names in (("a",), ("a", "b"), ("a", "b", "c")):
+        facts = api._leak_facts(questions, {name: [] for name in names}, ["rougeL"], None)
+        assert facts["remark"] == f"Leakage: {found.sentence()}."

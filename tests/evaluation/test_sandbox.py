@@ -324,6 +324,30 @@ def test_the_nonce_is_in_no_place_that_a_program_is_given(monkeypatch):
     assert found.output.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "for n in range(40):\n    open(str(n), 'wb').write(bytes(9_900_000))",
+        "import os\nfor n in range(40):\n    os.mkdir(str(n))\n    open(f'{n}/a', 'wb').write(bytes(9_900_000))",
+        "for n in range(3000):\n    open(str(n), 'w').close()",
+        "import os\nfor n in range(3000):\n    os.mkdir(str(n))",
+    ],
+    ids=["files", "in folders", "many", "folders"],
+)
+@pytest.mark.parametrize("after", ["", "import time; time.sleep(60)"], ids=["ends", "stays"])
+def test_a_disk_is_not_filled_file_by_file(code, after, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    found = run(f"{code}\n{after}", "", seconds=30)
+    assert (found.status, "it wrote more than" in found.detail) == ("failed", True), found
+    assert found.seconds < 20, "it is stopped, not waited for"
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_program_may_write_it_may_write():
+    code = "for n in range(6):\n    open(str(n), 'wb').write(bytes(9_900_000))"
+    assert run(code, "", seconds=20).status == "passed"
+
+
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before = (

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,17 @@ from tunesmith import api
 from tunesmith.cli import app
 from tunesmith.compose import compose
 from tunesmith.errors import RecipeError
-from tunesmith.training.find_lr import chart, exponential, found, page, restored, smoothed, sweep, swept
+from tunesmith.training.find_lr import (
+    Divergence,
+    chart,
+    exponential,
+    found,
+    page,
+    restored,
+    smoothed,
+    sweep,
+    swept,
+)
 
 
 def quadratic(curvatures, seed=0):
@@ -228,3 +239,20 @@ def test_the_page_and_the_chart_show_the_suggestion():
     assert "Rates &lt;for&gt; x" in told
     assert f"Learning rate {search.suggestion:.1e}" in told
     assert sum("<- suggested" in line for line in chart(search)) == 1
+
+
+@pytest.mark.parametrize(
+    ("lowest", "up_to", "stops"),
+    [(1.9, 3.9, False), (1.9, 4.1, True), (1.0, 4.9, False), (1.0, 5.1, True), (0.2, 7.3, False), (0.2, 7.5, True)],
+)  # fmt: skip
+def test_a_sweep_stops_beyond_both_limits(lowest, up_to, stops):
+    """From losses of 2: beyond 4, twice that, and beyond 2.3, 5 and 7.4, three times the fall above 2."""
+    watching = Divergence()
+    assert not any(watching.seen(loss) for loss in [2.0] * 8 + [lowest] * 60)
+    assert any(watching.seen(up_to) for _ in range(60)) == stops
+
+
+def test_the_page_says_that_a_sweep_stops_beyond_both_limits():
+    text = (Path(__file__).parents[2] / "docs" / "find-lr.md").read_text(encoding="utf-8")
+    said = " ".join(text.split())
+    assert "by as much again and by three times what it had fallen, whichever is more" in said

@@ -149,8 +149,39 @@ def test_the_best_model_and_early_stopping_follow_what_the_recipe_names(
             "no validation example",
         ),
         ({"training": {"best_by": "ranking_accuracy"}}, "reward model"),
+        ({"training": {"best_by": "mean_reward"}}, "no mean reward"),
+        ({"training": {"eval_metrics": ["pass_at_1"]}}, "--run-code"),
+        (
+            {"training": {"eval_metrics": ["pass_at_10"]}, "evaluation": {"run_code": True, "attempts": 2}},
+            "at least 10 answers",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_the_start(recipe, changes, said):
     with pytest.raises(RecipeError, match=said):
         api.plan(recipe("bad", **changes))
+
+
+def test_a_validation_measures_with_the_settings_of_the_evaluation(recipe, tiny_tokenizer, monkeypatch):
+    given = {}
+
+    def evaluate(model, tokenizer, items, **options):
+        given.update(options)
+        return []
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "value", lambda rows, name: None)
+    section = {"run_code": True, "attempts": 3, "attempts_temperature": 0.5, "seed": 7}
+    asked = recipe("code", training={"eval_metrics": ["pass_at_1"]}, evaluation=section)
+    assert dataflow._measures(asked, tiny_tokenizer, "cpu", [], None) == {}
+    assert {name: given[name] for name in ("run_code", "attempts", "temperature", "seed")} == {
+        "run_code": True, "attempts": 3, "temperature": 0.5, "seed": 7,
+    }  # fmt: skip
+
+
+def test_a_best_by_that_never_had_a_value_is_said_at_the_end(recipe, monkeypatch):
+    monkeypatch.setattr(evaluation, "value", lambda rows, name: None)
+    run = api.train(recipe("none", training={"best_by": "rougeL", "max_steps": 2})).run
+    said = [e["message"] for e in losses(run)[1] if e["kind"] == "warning"]
+    assert any("training.best_by=rougeL had no value at any validation" in message for message in said)
+    assert not (run / "best_model").exists()

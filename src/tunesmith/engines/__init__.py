@@ -49,8 +49,14 @@ class Source:
 
     @cached_property
     def model(self) -> Any:
-        """The model in this process."""
+        """The model in this process; an engine of vLLM makes room for it."""
+        vllm.let_go(self)
         return self.load()
+
+    def let_go(self) -> None:
+        """Free the model, and an engine that was built for it; either comes back where it is asked for again."""
+        vars(self).pop("model", None)
+        vllm.let_go(self)
 
     @property
     def is_loaded(self) -> bool:

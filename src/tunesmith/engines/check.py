@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,21 +51,28 @@ class EngineCheck:
     model: str
     engine: str
     items: tuple[Read, ...]
+    anew: bool = False
+    """Whether greedy answers were asked for once more, since the measured ones are drawn."""
 
     @property
     def passed(self) -> bool:
-        """Whether no answer is another one than the model gives alone."""
-        return all(read.verdict != "different" for read in self.items)
+        """Whether answers were read again, and none is another one than the model gives alone."""
+        return bool(self.items) and all(read.verdict != "different" for read in self.items)
 
     def sentence(self) -> str:
         """`8/8 equal or near tie`, with what is behind it."""
+        if not self.items:
+            return "no answer was read again"
         good = sum(read.verdict != "different" for read in self.items)
         ties = sum(read.verdict == "near tie" for read in self.items)
         behind = f" ({ties} near tie)" if ties == 1 else f" ({ties} near ties)" if ties else ""
-        return f"{good}/{len(self.items)} equal or near tie{behind}"
+        asked = ", of questions asked greedily once more" if self.anew else ""
+        return f"{good}/{len(self.items)} equal or near tie{behind}{asked}"
 
     def warning(self) -> str:
         """What is to be said of a check that failed."""
+        if not self.items:
+            return f"The engine check of {self.model} shows nothing: no answer of the {self.engine} engine was read."
         bad = [read for read in self.items if read.verdict == "different"]
         worst = max((read.gap for read in bad if read.gap is not None), default=None)
         how = f", by up to {worst:.2f} nats at a token" if worst is not None else ""
@@ -93,15 +100,17 @@ def keep_check(run: Run, check: EngineCheck) -> None:
         run.event("warning", message=check.warning())
 
 
-def remarked(compared: list[Comparison], run: Run) -> list[Comparison]:
-    """Comparisons of which the primary one carries a check that failed, on either side."""
-    kept = run.read(FILE) or {}
-    failed = [name for name in ("base", "tuned") if name in kept and not kept[name]["passed"]]
-    remarks = tuple(
-        f"The engine check of {name} failed ({kept[name]['sentence']}), so this verdict may be the engine's."
-        for name in failed
-    )
-    return [replace(c, remarks=(*c.remarks, *remarks)) if c.primary else c for c in compared]
+def remarked(compared: list[Comparison], kept: Mapping[str, Any]) -> list[Comparison]:
+    """Comparisons of which the primary ones carry the checks that failed, on either side; `kept` has them by model."""
+
+    def said(c: Comparison) -> tuple[str, ...]:
+        return tuple(
+            f"The engine check of {name} failed ({kept[name]['sentence']}), so this verdict may be the engine's."
+            for name in (c.against, c.model)
+            if name in kept and not kept[name]["passed"]
+        )
+
+    return [replace(c, remarks=(*c.remarks, *said(c))) if c.primary else c for c in compared]
 
 
 def chosen(prompts: Sequence[Sequence[int]], count: int) -> list[int]:

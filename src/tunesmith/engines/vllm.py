@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,10 @@ PART = 512
 """Prompts given at once: enough to keep the engine busy, few enough that a kill loses little."""
 MEMORY = 0.8
 """Share of the GPU's memory for weights and cache; all of it is given back before the likelihoods are taken."""
+HELD = "_vllm"
+"""Where a source keeps its engine and how many tokens that one holds, in a list that is emptied to free it."""
+_latest: list[weakref.ref[Source]] = []
+"""The source that has an engine by now: for two there is no room on a GPU."""
 
 
 def answer(source: Source, asked: Asked, finished: Finished, say: Say) -> None:
@@ -51,18 +57,27 @@ def answer(source: Source, asked: Asked, finished: Finished, say: Say) -> None:
         adapter = LoRARequest(source.name, 1, location)
         location = locate(str(said["base_model_name_or_path"]), revision=said.get("revision"))
         options = {"enable_lora": True, "max_lora_rank": _rank(int(said["r"]))}
-    llm = LLM(
-        model=location,
-        tokenizer=None,
-        skip_tokenizer_init=True,  # it is given token ids and gives them back
-        dtype=source.dtype,
-        seed=asked.seed,
-        max_model_len=min(source.context or 2**31, max(len(asked.prompts[n]) + rooms[n] for n in waiting)),
-        gpu_memory_utilization=MEMORY,
-        generation_config="vllm",  # nothing from the model's own generation_config.json
-        trust_remote_code=False,
-        **options,
-    )
+    length = max(len(asked.prompts[n]) + rooms[n] for n in waiting)
+    llm = _kept(source, length)
+    if llm is None:
+        # Later turns are longer, and a new engine takes a minute: room for twice as much, to a power of 2.
+        length = min(source.context or 2**31, 1 << (2 * length - 1).bit_length())
+        llm = _keep(
+            source,
+            length,
+            lambda: LLM(
+                model=location,
+                tokenizer=None,
+                skip_tokenizer_init=True,  # it is given token ids and gives them back
+                dtype=source.dtype,
+                seed=asked.seed,
+                max_model_len=length,
+                gpu_memory_utilization=MEMORY,
+                generation_config="vllm",  # nothing from the model's own generation_config.json
+                trust_remote_code=False,
+                **options,
+            ),
+        )
     try:
         for start in range(0, len(waiting), PART):
             part = waiting[start : start + PART]
@@ -86,13 +101,43 @@ def answer(source: Source, asked: Asked, finished: Finished, say: Say) -> None:
                 )
             for number, result in zip(part, results, strict=True):
                 finished(number, _answer(result, number, asked, source.tokenizer))
-    finally:
+    except BaseException:
         del llm
-        gc.collect()
-        import torch
+        let_go(source)  # what failed is not asked again
+        raise
 
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+def let_go(source: Source) -> None:
+    """Free the engine of a source, where it has one."""
+    _free(vars(source).pop(HELD, []))
+
+
+def _kept(source: Source, length: int) -> Any:
+    """The engine that a source has, if it holds so many tokens."""
+    held = vars(source).get(HELD, [])
+    return held[0] if held and held[1] >= length else None
+
+
+def _keep(source: Source, length: int, make: Callable[[], Any]) -> Any:
+    """A new engine, kept for as long as its source lives; the one that was there before it is freed first."""
+    for one in _latest:
+        if before := one():
+            let_go(before)
+    held = vars(source)[HELD] = [make(), length]
+    _latest[:] = [weakref.ref(source)]
+    weakref.finalize(source, _free, held)
+    return held[0]
+
+
+def _free(held: list[Any]) -> None:
+    if not held:
+        return
+    held.clear()
+    gc.collect()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _answer(result: Any, number: int, asked: Asked, tokenizer: Any) -> Generated:

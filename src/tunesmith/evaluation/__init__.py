@@ -71,6 +71,7 @@ __all__ = [
     "longer_than_read",
     "read_rows",
     "scores",
+    "taken",
     "value",
     "write_rows",
 ]
@@ -129,11 +130,15 @@ def items(
     nothing else. The likelihood's part is cut to `max_length` tokens (of an encoder-decoder model its input
     and its answer, each), the question never.
     """
-    chosen = sorted(range(len(examples)), key=lambda n: (content_hash(examples[n]), n))[:max_items]
     return [
         _item(number, examples[number], tokenizer, loss_on=loss_on, max_length=max_length, kind=kind)
-        for number in sorted(chosen)
+        for number in taken(examples, max_items)
     ]
+
+
+def taken(examples: Sequence[Example], max_items: int | None) -> list[int]:
+    """Numbers of the examples that `items` takes, in their order."""
+    return sorted(sorted(range(len(examples)), key=lambda n: (content_hash(examples[n]), n))[:max_items])
 
 
 def _item(
@@ -331,7 +336,8 @@ def evaluate(
     `model` is one in this process, or an `engines.Source`. Nothing is generated where no metric scores answers.
     Raises RecipeError for an unknown metric, for one that fits none of the items, and for one that runs the model's
     code unless `run_code` is set. `progress` is told the stage, how many are done, and of how many. `engine_check`
-    answers are read again alone, and `checked` told what that gave; drawn ones cannot be.
+    answers are read again alone, and `checked` told what that gave; where they are drawn, as many of the questions are
+    answered greedily once more for it.
     """
     check_runnable(metrics, run_code=run_code, attempts=attempts)
     further = [name for metric in known_metrics(metrics) for name in METRICS[metric].needs]
@@ -367,9 +373,16 @@ def evaluate(
             settings["model"] = identity
         if needed:
             check_scoring(metrics, gives_scores=is_reward(source.model))
-        if checked and engine_check and not temperature:
+        if checked and engine_check:
             numbers = [item.number for item in writes]
-            checked(check_engine(source, asked, generated, settings["engine"], numbers, engine_check))
+            given, answers_to_check = asked, generated
+            if temperature:  # drawn answers cannot be read again: the same questions, greedily
+                places = chosen([item.prompt_ids for item in writes], engine_check)
+                numbers = [numbers[n] for n in places]
+                given = replace(asked, prompts=[writes[n].prompt_ids for n in places], temperature=0.0)
+                answers_to_check, _ = engines.answers(source, given, engine=settings["engine"], say=warn)
+            check = check_engine(source, given, answers_to_check, settings["engine"], numbers, engine_check)
+            checked(replace(check, anew=bool(temperature)))
         parts = [generated[at : at + attempts] for at in range(0, len(generated), attempts)]
         answered = dict(zip([item.number for item in writes], parts, strict=True))
     model = source.model if needed else None

@@ -6,7 +6,9 @@ is made of sums over questions: scores over counts, losses over tokens, or what 
 `tally`, as BLEU of counted words.
 
 Where no two resamples could differ (all questions score alike, or there is one group) a bootstrap knows nothing. Then
-right-or-wrong scores have Wilson's interval and Tango's of differences, over groups; others have no interval.
+right-or-wrong scores have Wilson's interval and Tango's of differences, over groups; others have no interval. Nor have
+metrics that are one number of all answers, such as how many of them differ: their rows' shares hang on one another, so
+that a bootstrap of them holds the truth in 84 % of simulations or in all, and a jackknife in 90 to 99 %.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ LOOPING = 0.5
 """An answer repeats itself where at least this share of its word trigrams has come before in it."""
 MIN_DISCORDANT = 6
 """With fewer questions that only one model answers rightly, an exact McNemar test cannot fall below .05."""
+
+OF_SET = "it is one number of all answers, and no interval that was tried holds it as often as it says"
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class _Pairs:
 
     @property
     def is_binary(self) -> bool:
-        """Whether every question is right or wrong with both models."""
+        """Whether every question is right or wrong with both models, for a metric that is the mean of that."""
         return _is_binary(self.base.own) and _is_binary(self.tuned.own)
 
 
@@ -375,7 +379,9 @@ def score_interval(
     n, groups = len(of.groups), len(set(of.groups))
     value = float(_value(of.lines.sum(0), metric))
     found = Score(value, n, len(errors), None, None, groups, "Wilson")
-    if not metric.tally and _is_binary(of.own) and (groups == n or of.own.min() == of.own.max()):
+    if metric.of_set:
+        return replace(found, method=f"no interval: {OF_SET}")
+    if _is_mean(metric) and _is_binary(of.own) and (groups == n or of.own.min() == of.own.max()):
         over = binomtest(round(of.own.mean() * groups), groups).proportion_ci(confidence, method="wilson")
         return replace(found, low=over.low, high=over.high)
     interval = _interval(
@@ -431,6 +437,12 @@ def _compared(
             metric.higher_is_better, primary,
         )  # fmt: skip
     base, tuned = (float(_value(side.lines.sum(0), metric)) for side in (pairs.base, pairs.tuned))
+    if metric.of_set:
+        why = _sentences(f"There is no verdict on {metric.label}: {OF_SET}.", _left_out(pairs, apart))
+        return Comparison(
+            metric.name, base, tuned, tuned - base, None, None, confidence, n, groups, None, 0, n, 0, "inconclusive",
+            why, f"no interval: {OF_SET}", metric.higher_is_better, primary,
+        )  # fmt: skip
     differences = pairs.tuned.own - pairs.base.own
     differences[np.abs(differences) < 1e-9] = 0.0
     more, fewer = int((differences > 0).sum()), int((differences < 0).sum())
@@ -439,7 +451,7 @@ def _compared(
     interval: tuple[float, float] | None = None
     detectable: float | None = None
     p = 1.0
-    if not metric.tally and pairs.is_binary and (alone or differences.min() == differences.max()):
+    if _is_mean(metric) and pairs.is_binary and (alone or differences.min() == differences.max()):
         scale = groups / n  # questions of a group that all differ alike count once
         interval = paired_shares(round(more * scale), round(fewer * scale), groups, confidence=confidence)
         method = "Tango's score interval of paired shares; p by McNemar's exact test"
@@ -512,7 +524,7 @@ def _verdict(c: Comparison, pairs: _Pairs, metric: Metric) -> tuple[Verdict, str
             ),
         )
     if (
-        not metric.tally
+        _is_mean(metric)
         and pairs.is_binary
         and c.groups == c.n
         and c.p_value is not None

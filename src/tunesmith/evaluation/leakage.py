@@ -121,9 +121,27 @@ class Leakage:
 
 
 def normalized(text: str) -> str:
-    """Letters, digits and signs alone: NFKC, case folded, without white space and punctuation."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(c for c in folded if not c.isspace() and not unicodedata.category(c).startswith("P"))
+    """Letters, digits and signs alone: NFKC, case folded, without white space and punctuation.
+
+    Beside a digit a point, a comma or a minus stays where it belongs to a number or a difference, and numbers never
+    grow together: what stood between them stays as a space.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-").replace("\0", "")
+    folded = re.sub(r"\s*-\s*(?=\d)|(?<=\d)\s*-\s*(?=\w)", "\0-", folded)  # \0 marks a sign that stays
+    folded = re.sub(r"([.,])(?=\d)", "\0\\1", folded)
+    found: list[str] = []
+    kept = apart = False
+    for c in folded:
+        if c == "\0":
+            kept = True
+        elif not kept and (c.isspace() or unicodedata.category(c).startswith("P")):
+            apart = True
+        else:
+            if apart and c.isdigit() and found and found[-1].isdigit():
+                found.append(" ")
+            found.append(c)
+            kept = apart = False
+    return "".join(found)
 
 
 WORD = re.compile(r"\w+")
@@ -252,7 +270,8 @@ def find(asked: Sequence[Example], trained: Iterable[Example]) -> Leakage:
     wanted = [_prepared(number, example) for number, example in enumerate(asked)]
     by_question, by_group = defaultdict(list), defaultdict(list)
     for a, example in zip(wanted, asked, strict=True):
-        by_question[normalized(a.question)].append(a)
+        if equal := normalized(a.question):  # of signs alone nothing is left that could be equal
+            by_question[equal].append(a)
         if example.group is not None:
             by_group[example.group].append(a)
     indices = _indices(wanted)

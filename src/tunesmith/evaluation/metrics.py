@@ -58,6 +58,9 @@ class Metric:
     among: Callable[[Sequence[EvalRow]], Sequence[float | None]] | None = None
     """Scores of all answers of a model, for a metric that compares them with one another or reads more of a row
     than its text; None of a row that is not scored."""
+    of_set: bool = False
+    """Whether it is one number of all answers together, of which a row's score is a share that depends on the other
+    rows: no interval is given then, and no verdict (measured: benchmarks/coverage.py)."""
     needs: tuple[str, ...] = ()
     """Metrics that have to be computed before it."""
     attempts: int = 1
@@ -119,11 +122,12 @@ def sql_exact_match(prompt: Prompt, completion: str, reference: str) -> float:
     """1 where answer and reference are the same query after normalising both.
 
     Case of names, needless aliases and qualifiers, and the order of conditions do not count; values, DISTINCT and
-    the order of columns do (after the exact match of Spider, arXiv 1809.08887, which leaves values out). Parsed
-    by sqlglot; 0 for what it cannot parse.
+    the order of columns do, and so does the case of a text in double quotes that is no name of the schema. After the
+    exact match of Spider (arXiv 1809.08887), which leaves values out. Parsed by sqlglot; 0 for what it cannot parse.
     """
     try:
-        return float(canonical(code_of(completion)) == canonical(code_of(reference)))
+        schema = str(prompt.checks.get("schema") or "")
+        return float(canonical(code_of(completion), schema) == canonical(code_of(reference), schema))
     except ValueError:
         return exact_match(prompt, code_of(completion), code_of(reference))
 
@@ -405,6 +409,7 @@ AMONG: tuple[tuple[Callable[[Sequence[EvalRow]], Sequence[float | None]], str, U
     (conversation.self_repetition, "phrases of other answers", "share", False),
     (conversation.turn_coherence, "turn coherence", "points", True),
 )
+OF_SET = (conversation.ead, conversation.distinct_1, conversation.distinct_2, conversation.distinct_3)
 FLOW: tuple[tuple[Score, str, Callable[[Prompt], bool], bool], ...] = (
     (conversation.refers_back, "refers back", conversation.has_earlier_turns, True),
     (conversation.asks_back, "asks back as the reference does", _has_reference, True),
@@ -520,6 +525,7 @@ METRICS: dict[str, Metric] = {
             _always,
             "answer",
             among=lambda rows: tasks.response_diversity([row.output or "" for row in rows]),
+            of_set=True,
         ),
         _answer(
             "repeated_lines",
@@ -539,6 +545,7 @@ METRICS: dict[str, Metric] = {
                 _always,
                 "answer",
                 among=function,
+                of_set=function in OF_SET,
             )
             for function, label, unit, higher in AMONG
         ),

@@ -40,6 +40,10 @@ SECONDS = 5.0
 MEMORY = 512 * 2**20
 MAX_OUTPUT = 100_000
 """Bytes that a program may print."""
+MAX_WRITTEN, MAX_FILES = 64_000_000, 1_000
+"""Bytes of all files together, and files and folders, that a program may have in its folder."""
+LOOKS = 0.05
+"""Seconds between two looks at the folder."""
 GUARDS = ("files", "calls", "audit")
 """Landlock, seccomp, and Python's audit events."""
 
@@ -112,7 +116,7 @@ def run(
         )
     os.close(write_end)
     try:
-        printed, report, stopped = _watched(process, read_end, began + seconds)
+        printed, report, stopped = _watched(process, read_end, began + seconds, folder)
     finally:
         _end(process)
         os.close(read_end)
@@ -161,11 +165,14 @@ def _apart() -> str | None:
     return found if done.returncode == 0 else None
 
 
-def _watched(process: subprocess.Popen[bytes], report: int, deadline: float) -> tuple[str, str, str | None]:
-    """What was printed and reported until the report is closed, and `timeout` or `output` where it was stopped."""
+def _watched(
+    process: subprocess.Popen[bytes], report: int, deadline: float, folder: str
+) -> tuple[str, str, str | None]:
+    """What was printed and reported until the report is closed, and `timeout`, `output` or `disk` where it was
+    stopped."""
     assert process.stdout
     sources = {process.stdout.fileno(): bytearray(), report: bytearray()}
-    stopped = None
+    stopped, looked = None, time.monotonic()
     with selectors.DefaultSelector() as waiting:
         for descriptor in sources:
             waiting.register(descriptor, selectors.EVENT_READ)
@@ -175,7 +182,12 @@ def _watched(process: subprocess.Popen[bytes], report: int, deadline: float) -> 
             if left <= 0:
                 stopped = "timeout"
                 break
-            ready = waiting.select(0 if done else left)
+            ready = waiting.select(0 if done else min(left, LOOKS))
+            if time.monotonic() - looked >= LOOKS:
+                if _is_full(folder):
+                    stopped = "disk"
+                    break
+                looked = time.monotonic()
             # The judge alone holds the report; a program may go on after it, and nothing more is waited for.
             if done and not ready:
                 break
@@ -187,8 +199,33 @@ def _watched(process: subprocess.Popen[bytes], report: int, deadline: float) -> 
                 sources[key.fd] += piece
                 if len(sources[key.fd]) > MAX_OUTPUT:
                     stopped = "output"
+    if not stopped and _is_full(folder):  # what was written faster than it was looked at
+        stopped = "disk"
     printed, told = (bytes(part[:MAX_OUTPUT]).decode("utf-8", "replace") for part in sources.values())
     return printed, told, stopped
+
+
+def _is_full(folder: str) -> bool:
+    """Whether a folder holds more than a program may write; one that cannot be looked into counts as full."""
+    size = files = 0
+    waiting = [folder]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    files += 1
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                    else:
+                        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                            size += entry.stat(follow_symlinks=False).st_size
+                    if size > MAX_WRITTEN or files > MAX_FILES:
+                        return True
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            return True
+    return False
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -210,6 +247,8 @@ def _judged(returncode: int, report: str, stopped: str | None, nonce: str, print
         return Outcome("timeout", "the deadline passed")
     if stopped == "output":
         return Outcome("failed", f"it printed more than {MAX_OUTPUT:,} bytes")
+    if stopped == "disk":
+        return Outcome("failed", f"it wrote more than {MAX_WRITTEN:,} bytes or {MAX_FILES:,} files")
     if not lines or not isinstance(lines[0].get("held"), list):
         return Outcome("harness_error", f"the sandbox did not start: {printed[-300:]}")
     held = tuple(str(name) for name in lines[0]["held"])

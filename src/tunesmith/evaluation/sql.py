@@ -148,10 +148,30 @@ def _same_any_columns(found: Rows, expected: Rows, ordered: bool) -> bool:
     return fits(())
 
 
-def canonical(query: str) -> str:
+@lru_cache(maxsize=256)
+def names_of(schema: str) -> frozenset[str]:
+    """Tables, columns and aliases of a schema, in lower case; none of one that cannot be parsed."""
+    import sqlglot
+    from sqlglot import exp
+    from sqlglot.errors import SqlglotError
+
+    try:
+        trees = [tree for tree in sqlglot.parse(schema, read="sqlite") if tree is not None]
+    except (SqlglotError, RecursionError, ValueError):
+        return frozenset()
+    return frozenset(
+        part.alias_or_name.lower()
+        for tree in trees
+        for part in tree.find_all(exp.Table, exp.ColumnDef, exp.Alias)
+    )
+
+
+def canonical(query: str, schema: str = "") -> str:
     """A query in one form of many: lower case names, no needless aliases and qualifiers, conditions sorted.
 
-    Values, DISTINCT and the order of columns count. Raises ValueError for what is no single query of SQLite.
+    Values, DISTINCT and the order of columns count. Of `schema` are the names that a text in double quotes may be;
+    what is none, and none of the query's own, is a value, as SQLite takes it (sqlite.org/quirks.html, section 8).
+    Without a schema such a text keeps its case. Raises ValueError for what is no single query of SQLite.
     """
     import sqlglot
     from sqlglot import exp
@@ -163,8 +183,18 @@ def canonical(query: str) -> str:
         raise ValueError(f"not one query: {error}") from None
     if not isinstance(tree, exp.Query):
         raise ValueError("not a query")
-    for name in tree.find_all(exp.Identifier):
-        name.set("this", str(name.this).lower())
+    given = {part.alias.lower() for part in tree.find_all(exp.Alias, exp.Table, exp.Subquery, exp.CTE)}
+    known = names_of(schema) | given | {"rowid", "oid", "_rowid_"}
+    for name in list(tree.find_all(exp.Identifier)):
+        column, text = name.parent, str(name.this)
+        is_alone = isinstance(column, exp.Column) and not column.table
+        if name.quoted and is_alone and text.lower() not in known:
+            if names_of(schema):
+                column.replace(exp.Literal.string(text))
+            else:
+                name.set("quoted", False)
+            continue
+        name.set("this", text.lower())
         name.set("quoted", False)
     tables = list(tree.find_all(exp.Table))
     times = Counter(table.name for table in tables)

@@ -48,6 +48,8 @@ class MeasuredOn:
     """Models of which only marks are known, as their data are not here: equal questions are found, near-copies not."""
     longer: Mapping[str, str] = field(default_factory=dict)
     """By encoder-decoder model: how many questions are longer than the inputs that it was trained to read."""
+    asked: int | None = None
+    """How many of the questions are asked, where `evaluation.max_items` leaves others out; None where all are."""
 
     def sentences(self) -> tuple[str, str]:
         """What is measured on, and what was left out of it and why."""
@@ -71,6 +73,16 @@ class MeasuredOn:
             for name in self.copies
         ]
         why += [f"what {name} was trained on is not known" for name in self.unchecked]
+        if self.asked is not None:
+            return (
+                f"{self.asked} of {whole} {rows} of {where}, by evaluation.max_items",
+                "; ".join(
+                    [
+                        f"{self.asked} of the {self.questions} that are left are asked, chosen by content hash",
+                        *why,
+                    ]
+                ),
+            )
         return f"{count} {rows} of {where}", "; ".join(why)
 
 

@@ -161,7 +161,7 @@ class BestModel(TrainerCallback):  # type: ignore[misc]
             raise TrainingDiverged(
                 f"The validation loss is {loss} at step {state.global_step}.", fix=DIVERGED
             )
-        if key not in metrics:  # no answer could be scored; said where it was measured
+        if key not in metrics:  # no answer could be scored; `fit` says so where none ever was
             return
         if self.sign * metrics[key] < self.best:
             self.best = self.sign * metrics[key]

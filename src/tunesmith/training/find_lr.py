@@ -26,8 +26,9 @@ FULL = (1e-7, 1.0)
 LOW_RANK = (1e-6, 10.0)
 """Of adapters, which start at zero and take about ten times the rate (arXiv 2405.09673, section 6)."""
 BEYOND = 1.0
-"""The sweep stops where the smoothed loss has risen above the first ones by this share of them, or by three times what
-it had fallen."""
+"""The sweep stops where the smoothed loss has risen above the first ones by this share of them and by three times what
+it had fallen, whichever is more: a loss that fell far may swing as far, and one that hardly fell has
+noise of its own."""
 
 
 @dataclass(frozen=True)

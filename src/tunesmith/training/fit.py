@@ -204,6 +204,11 @@ def fit(
                 f"; final_model is the last step's, {info['step']}: load_best_model_at_end is off"
             )
         run.event("decision", step=best_one["step"], **told)
+    elif by != "loss":
+        warn(
+            f"training.best_by={by} had no value at any validation, so no model is known as the best one and nothing "
+            f"stopped early: final_model is that of the last step, {info['step']}."
+        )
     if initial:
         shutil.rmtree(initial)
     return Fit(

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tunesmith.cli import app
 from tunesmith.errors import DataError
-from tunesmith.evaluation.judging import figures, verdicts
+from tunesmith.evaluation.judging import figures, folder, judging, verdicts
 from tunesmith.evaluation.judging.judgments import (
     Answers,
     Pair,
@@ -158,6 +158,36 @@ def test_flip_rate_and_slot_bias_by_hand():
     assert found["flip_rate"]["value"] == pytest.approx(1 / 3)
     assert found["first_slot"]["value"] == pytest.approx(3 / 5)
     assert found["consistency"] == pytest.approx(1 / 3)
+
+
+def test_what_no_judge_saw_says_nothing_of_the_judge():
+    """Identical answers are a tie of the models, but no verdict that could flip, agree or be asked for again."""
+    asked = [
+        Pair(1, "m", "b", 1, "model_1", "model_2", "", "", "j"),
+        Pair(2, "m", "b", 1, "model_1", "model_1", "", "", "j"),
+    ]
+    same = [Pair(n, "m", "b", 1, "tie", "tie", "", "", "j", flags=(judging.IDENTICAL,)) for n in range(3, 11)]
+    [found] = figures.pair_figures([*asked, *same])["pairs"]
+    assert (found["n"], found["ties"], found["not_asked"]) == (10, 9, 8)
+    assert (found["flip_rate"]["value"], found["flip_rate"]["n"], found["consistency"]) == (0.5, 2, 0.5)
+    again = [Pair(1, "m", "b", 1, "model_2", "model_2", "", "", "j"), asked[1], *same]
+    twice = figures.agreement([*asked, *same], again)
+    assert twice == {"n": 2, "same": 0.5, "distance": 0.25, "not_asked": 8}
+    [nothing] = figures.pair_figures(same)["pairs"]
+    assert (nothing["flip_rate"]["value"], nothing["consistency"]) == (None, None)
+
+
+def test_only_what_is_asked_is_asked_twice():
+    question = Question(1, "c", ("?",))
+    jobs = [judging.Job(question, n, "m", ("a",), "b", ("a",)) for n in range(8)]
+    jobs += [
+        judging.Job(question, n, "m", ("a",), "b", other)
+        for n, other in ((8, ("b",)), (9, ("c",)), (10, None))
+    ]
+    assert sorted(folder._twice(jobs, 1.0)) == [8, 9]
+    assert len(folder._twice(jobs, 0.5)) == 1
+    grades = [judging.Job(question, 1, "m", ("a",)), judging.Job(question, 1, "m", None)]
+    assert folder._twice(grades, 1.0) == [0]
 
 
 def test_figures_hold_no_judgment_against_another(monkeypatch):

@@ -478,7 +478,7 @@ def test_a_judge_that_is_asked_twice_is_held_against_itself(answer_files):
         code, found = run(*arguments, "--mode", "single")
         assert code == 0, found
         assert len(seen) == 12 + 6
-        assert found["recheck"] == {"n": 6, "same": 0.0, "distance": 2.0}
+        assert found["recheck"] == {"n": 6, "same": 0.0, "distance": 2.0, "not_asked": 0}
         assert found["ours"]["models"]["tuned"]["score"]["value"] == 6.0  # the first word counts
         assert found["spent"]["calls"] == 18
         assert run(*arguments, "--mode", "single")[1]["recheck"] == found["recheck"]

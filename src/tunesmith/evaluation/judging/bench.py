@@ -117,7 +117,7 @@ def run_suite(
                     for one, check in _json(folder / "suite.json").get("engine_check", {}).items()
                     if one == who
                 }
-        vars(sources[who]).pop("model", None)  # the next one needs the room
+        sources[who].let_go()  # the next one needs the room
         rows += own
         given.append(suites.answers_of(own, asked, who))
         further = range(1, evaluation.attempts)

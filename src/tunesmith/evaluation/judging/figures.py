@@ -16,7 +16,7 @@ from typing import Any
 from tunesmith.errors import counted
 from tunesmith.evaluation.compare import MAX_ERROR_SHARE, MIN_GROUPS, MIN_ITEMS
 from tunesmith.evaluation.judging import verdicts
-from tunesmith.evaluation.judging.judgments import Id, Pair, Question, Single, Winner
+from tunesmith.evaluation.judging.judgments import IDENTICAL, Id, Pair, Question, Single, Winner
 
 POINTS = {"model_1": 1.0, "tie": 0.5, "model_2": 0.0}
 
@@ -280,9 +280,16 @@ def length_figures(
 
 
 def agreement(first: Sequence[Single | Pair], second: Sequence[Single | Pair]) -> dict[str, Any]:
-    """How far a judge that is asked twice agrees with itself: share of equal outcomes, mean distance of the values."""
+    """How far a judge that is asked twice agrees with itself: share of equal outcomes, mean distance of the values.
+
+    Identical answers, which no judge saw, count in `not_asked` alone.
+    """
     values: list[tuple[float, float]] = []
+    not_asked = 0
     for a, b in zip(first, second, strict=True):
+        if IDENTICAL in a.flags or IDENTICAL in b.flags:
+            not_asked += 1
+            continue
         x = a.score if isinstance(a, Single) else item_score(a)
         y = b.score if isinstance(b, Single) else item_score(b)
         if x is not None and y is not None:
@@ -291,6 +298,7 @@ def agreement(first: Sequence[Single | Pair], second: Sequence[Single | Pair]) -
         "n": len(values),
         "same": _mean([float(x == y) for x, y in values]),
         "distance": _mean([abs(x - y) for x, y in values]),
+        "not_asked": not_asked,
     }
 
 
@@ -359,7 +367,7 @@ def _differences(kept: Sequence[Single], baseline: str | None, confidence: float
 def _against(own: Sequence[Pair], confidence: float) -> dict[str, Any]:
     outcomes = [outcome(one) for one in own]
     errors = outcomes.count("error")
-    whole = [one for one in own if outcome(one) != "error"]
+    whole = [one for one in own if outcome(one) != "error" and IDENTICAL not in one.flags]
     flipped = [float({one.g1_winner, one.g2_winner} == {"model_1", "model_2"}) for one in whole]
     slots, clusters = list[float](), list[Hashable]()
     for one in own:
@@ -375,6 +383,7 @@ def _against(own: Sequence[Pair], confidence: float) -> dict[str, Any]:
             for name in ("win", "loss", "tie", "error")
         },
         "n": len(own),
+        "not_asked": sum(IDENTICAL in one.flags for one in own),
         "item_scores": {
             str(value): sum(item_score(one) == value for one in own) for value in (1.0, 0.75, 0.5, 0.25, 0.0)
         },

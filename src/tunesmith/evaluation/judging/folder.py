@@ -22,7 +22,7 @@ from tunesmith.evaluation.judging import asking, calibration, headline
 from tunesmith.evaluation.judging.asking import Asker, Request
 from tunesmith.evaluation.judging.book import Book, key
 from tunesmith.evaluation.judging.figures import agreement, length_figures
-from tunesmith.evaluation.judging.judging import Job, Judged, jobs, judge_all, requests
+from tunesmith.evaluation.judging.judging import Job, Judged, is_asked, jobs, judge_all, requests
 from tunesmith.evaluation.judging.judgments import Answers, Id, Question, read_answers, write_judgments
 from tunesmith.evaluation.judging.plots import write_page
 from tunesmith.evaluation.judging.prompts import Mode, load_prompts, split
@@ -186,11 +186,12 @@ def judge_several(
 
 
 def _twice(todo: Sequence[Job], share: float) -> list[int]:
-    """Which jobs are done twice: a share of them, the same ones in every order of the jobs."""
+    """Which jobs are done twice: a share of those that a judge is asked, the same ones in every order of the jobs."""
     order = sorted(
-        range(len(todo)), key=lambda n: key("twice", todo[n].model, todo[n].question.id, todo[n].turn)
+        (n for n, job in enumerate(todo) if is_asked(job)),
+        key=lambda n: key("twice", todo[n].model, todo[n].question.id, todo[n].turn),
     )
-    return order[: math.ceil(share * len(todo))]
+    return order[: math.ceil(share * len(order))]
 
 
 def calibrate_into(folder: Path, judge: Judge, asker: Asker, watch: Watch) -> dict[str, Any]:

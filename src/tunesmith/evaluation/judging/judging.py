@@ -12,6 +12,7 @@ from tunesmith.evaluation.judging import asking, figures, prompts, verdicts
 from tunesmith.evaluation.judging.asking import Asker, Request
 from tunesmith.evaluation.judging.book import Book, Entry, key
 from tunesmith.evaluation.judging.judgments import (
+    IDENTICAL,
     Answers,
     Pair,
     Question,
@@ -23,7 +24,6 @@ from tunesmith.evaluation.judging.prompts import Mode, Prompts, Turn
 from tunesmith.evaluation.judging.settings import Judge
 
 NO_ANSWER = "no answer to judge"
-IDENTICAL = "identical answers, not asked"
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,13 @@ def requests(
     return [request for job in todo for request in _requests(job, asker, texts, ask_identical, again)]
 
 
+def is_asked(job: Job, *, ask_identical: bool = False) -> bool:
+    """Whether a judge is asked about a job: not where an answer is missing, nor about two that are the same."""
+    if job.answers is None or (job.other is not None and job.other_answers is None):
+        return False
+    return ask_identical or job.answers != job.other_answers
+
+
 def turns_of(job: Job) -> list[Turn]:
     """The conversation as the judge sees it, up to the job's turn."""
     q = job.question
@@ -143,13 +150,11 @@ def _requests(job: Job, asker: Asker, texts: Prompts, ask_identical: bool, again
     facts = (
         "single" if job.other is None else "pair", dict(asker.facts), texts.version, shown, *([again] if again else []),
     )  # fmt: skip
-    if job.answers is None or (job.other is not None and job.other_answers is None):
+    if job.answers is None or not is_asked(job, ask_identical=ask_identical):
         return []
     if job.other_answers is None:
         messages = prompts.single(texts, turns, job.answers, before=before, specials=specials)
         return [Request(key(*facts, job.answers), messages, lambda text: verdicts.rating(text) is not None)]
-    if job.answers == job.other_answers and not ask_identical:
-        return []
     games = ((job.answers, job.other_answers), (job.other_first or job.other_answers, job.answers))
     return [
         Request(

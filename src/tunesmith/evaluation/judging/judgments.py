@@ -22,6 +22,8 @@ Winner = Literal["model_1", "model_2", "tie", "error"]
 WINNERS = ("model_1", "model_2", "tie", "error")
 FAILED_ANSWERS = ("$ERROR$", "ERROR")
 """What FastChat stores where a model gave no answer; nobody's answer, so that nothing is judged."""
+IDENTICAL = "identical answers, not asked"
+"""Flag of a pair that is a tie without a judge, so that it says nothing of one."""
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,11 @@ def sentences(found: dict[str, Any]) -> list[str]:
             lines.append(
                 f"  the judge: both orders agree in {_share(pair['consistency'])}, flips with the order in "
                 f"{_share(pair['flip_rate']['value'])}, prefers the first slot in {_share(pair['first_slot']['value'])}"
+                + (
+                    f"; {counted(pair['not_asked'], 'tie')} of identical answers it was not asked about"
+                    if pair["not_asked"]
+                    else ""
+                )
             )
             lines += [f"  {category}: {_of(e, 3)}" for category, e in pair["categories"].items()]
     for entry in found.get("lengths", ()):

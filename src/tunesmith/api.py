@@ -1191,7 +1191,7 @@ def judge(
     if not asked:
         raise TunesmithError("The questions of these answers are missing.", fix="Give --questions FILE.")
     run = open_run(answers[0]) if len(answers) == 1 and is_run(Path(answers[0]).expanduser()) else None
-    if mode == "pair" and baseline is None and own and judging.has_base(given):
+    if baseline is None and own and judging.has_base(given):
         baseline = "base"
         watch(
             {

@@ -636,6 +636,7 @@ def evaluate_verb(
 ) -> Any:
     """Evaluate."""
     from tunesmith import api
+    from tunesmith.evaluation.judging.headline import is_empty
 
     of_suites = {
         "--questions": questions, "--references": references, "--judge": judge, "--baseline": baseline,
@@ -653,7 +654,9 @@ def evaluate_verb(
                 model, suite, questions=questions, references=references, judge=judge, baseline=baseline,
                 calibrate=calibrate, settings=flags, output=output, watch=display,
             )  # fmt: skip
-        return found, _suite_text(found)
+        judged = [found[part] for part in ("graded", "compared") if part in found]
+        failed = {"exit_code": 1} if judged and all(map(is_empty, judged)) else {}
+        return {**found, **failed}, _suite_text(found)
     with Display(quiet=quiet) as display:
         result = api.evaluate(
             model, dataset=dataset, metrics=_names(metrics), settings=flags, output=output, watch=display
@@ -1016,6 +1019,7 @@ def judge_verb(
 ) -> Any:
     """Judge."""
     from tunesmith import api
+    from tunesmith.evaluation.judging.headline import is_empty
     from tunesmith.evaluation.judging.replay import fastchat_sentences, sentences
     from tunesmith.evaluation.judging.replay import replay as replayed
 
@@ -1045,7 +1049,10 @@ def judge_verb(
             dry_run=dry_run,
             watch=display,
         )
-    return found, _forecast_text(found) if dry_run else _judged_text(found, Path(found["output"]))
+    if dry_run:
+        return found, _forecast_text(found)
+    failed = {"exit_code": 1} if is_empty(found) else {}
+    return {**found, **failed}, _judged_text(found, Path(found["output"]))
 
 
 @app.command("push", help="Upload a run's final model to the Hugging Face Hub.")
@@ -1436,6 +1443,8 @@ def _judged_text(found: Mapping[str, Any], folder: Path) -> str:
     from tunesmith.evaluation.judging.replay import sentences
 
     lines = sentences(dict(found))
+    told = len(found["verdicts"])
+    lines[told:told] = found["doubts"]
     if found.get("calibration"):
         lines.append(f"The judge: {calibration.sentence(found['calibration'])}.")
     return "\n".join(map(_escaped, [*lines, f"plots      {folder / 'judged.html'}"]))
@@ -1476,7 +1485,7 @@ def _suite_text(found: Mapping[str, Any]) -> Any:
             facts.append(("engine", f"{name}: {check['engine']}, {check['sentence']}"))
         for part in ("graded", "compared"):
             if part in found:
-                lines = sentences(dict(found[part]))
+                lines = sentences({**found[part], "verdicts": ()})  # the headline has it
                 facts += [(part if not n else "", line) for n, line in enumerate(lines)]
         judged = found.get("compared") or found.get("graded")
         if judged:

@@ -175,6 +175,7 @@ def test_a_budget_is_never_exceeded_and_the_rest_can_follow(tmp_path, limits, mo
             with pytest.raises(RunError, match="budget") as error:
                 judged(url, path, todo, **limits)
         assert "run the same command again" in error.value.fix
+        assert "Raise max_calls or max_cost" in error.value.fix
         with Book(path) as book:
             assert book.spent.calls == len(seen) == len(book.entries)
             if most:
@@ -283,8 +284,9 @@ def test_a_judge_out_of_reach_is_given_up(tmp_path):
         [Answers("m", dict.fromkeys(range(40), ("a",)))],
         "single",
     )
-    with pytest.raises(RunError, match="out of reach"):
+    with pytest.raises(RunError, match="out of reach") as error:
         judged("http://127.0.0.1:1/v1", tmp_path / "r.jsonl", todo, retries=0)
+    assert "Is it running" in error.value.fix
 
 
 def test_anthropic_s_messages_are_spoken_too(tmp_path, monkeypatch):
@@ -440,3 +442,41 @@ def test_a_model_of_this_machine_can_be_the_judge(tmp_path, tiny_model_folder):
     assert found.spent["calls"] == 4  # each once, and once for the verdict alone
     again = judge_all(todo, judge, asker, brief, tmp_path / "r.jsonl")
     assert again.judgments == found.judgments
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_a_judge_that_gives_no_verdict_is_not_asked_on(tmp_path, repair):
+    """Its replies are kept, and the same command goes on behind them."""
+    todo, path = jobs(QUESTIONS, [GOOD, BAD], "pair"), tmp_path / "r.jsonl"  # 48 requests
+    with serving(lambda number, body: openai("Both are nice.")) as (url, seen):
+        with pytest.raises(RunError, match=r"first 20 replies hold none.*Both are nice") as error:
+            judged(url, path, todo, repair=repair)
+        assert "the same command goes on" in error.value.fix
+        assert len(seen) == 20 * (1 + repair)
+        with pytest.raises(RunError, match="no verdict"):
+            judged(url, path, todo, repair=repair)
+        assert len(seen) == 40 * (1 + repair)
+        found = judged(url, path, todo, repair=repair)  # the last 8 are no sample of 20
+    assert len(seen) == 48 * (1 + repair)
+    assert all(one.g1_winner == "error" for one in found.judgments)
+
+
+def test_a_judge_whose_verdicts_come_when_asked_again_is_asked_on(tmp_path):
+    todo, told = jobs(QUESTIONS, [GOOD], "single"), []
+
+    def reply(number, body):
+        return openai("Rating: [[6]]" if len(body["messages"]) == 4 else "Nice.")
+
+    with serving(reply) as (url, seen):
+        judge = Judge(model="j", base_url=url, backoff=0.0)
+        found = judge_all(
+            todo,
+            judge,
+            asking.asker(judge),
+            TEXTS,
+            tmp_path / "r.jsonl",
+            progress=lambda *now: told.append(now),
+        )
+    assert len(seen) == 48
+    assert all(one.score == 6.0 for one in found.judgments)
+    assert list(dict.fromkeys(told)) == [(n, 24) for n in range(25)]

@@ -407,3 +407,29 @@ def test_categories_are_known_by_number_where_a_file_has_none(tmp_path, ids, cat
         categories,
         whose,
     )
+
+
+def test_grades_are_those_of_the_model_less_the_baseline(tmp_path):
+    """By default base is taken off, though it stands first, and a name that is none is refused as in mode pair."""
+    rows = [
+        single_row(n, score, model=m) for m, score in (("base", 4), ("tuned", 7), ("c", 5)) for n in range(12)
+    ]
+    file = saved(tmp_path / "s.jsonl", rows)
+
+    def sides(*options):
+        found = replayed(file, *options)[1]["ours"]["differences"]
+        return [(d["model"], d["against"], d["difference"]["value"]) for d in found]
+
+    assert sides() == [("tuned", "base", 3), ("c", "base", 1)]
+    assert sides("--baseline", "tuned") == [("base", "tuned", -3), ("c", "tuned", -2)]
+    with pytest.raises(DataError, match="tunedd"):
+        replay(file, baseline="tunedd")
+
+
+def test_questions_without_a_category_make_none(tmp_path):
+    judgments = [Single(n, "tuned", 1, 5.0, "", "j") for n in range(4)]
+    questions = [Question(n, "math" if n else "", ("q",)) for n in range(4)]
+    found = figures.single_figures(judgments, questions=questions)
+    assert found["models"]["tuned"]["categories"].keys() == {"math"}
+    games = [Pair(n, "tuned", "base", 1, "tie", "tie", "", "", "j") for n in range(4)]
+    assert figures.pair_figures(games, questions=questions)["pairs"][0]["categories"].keys() == {"math"}

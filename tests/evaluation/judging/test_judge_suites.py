@@ -504,7 +504,10 @@ def test_the_verdict_comes_first_and_each_fact_has_a_line(tmp_path, tiny_model_f
         arguments += ["--judge", judge_file(tmp_path, url), "--no-calibrate"]
         result = CliRunner().invoke(app, list(map(str, arguments)))
     lines = result.stdout.splitlines()
-    assert lines[0].startswith(f"{name} is better than other: a win rate of 1.000 [")
+    told = " ".join(result.stdout.split())
+    few = "Inconclusive: 4 questions judged, at least 10 are needed."
+    assert told.startswith(f"{few} {name} and other: a win rate of 1.000 [")
+    assert "The judge was not calibrated" in told
     facts = {line[:12].strip(): line[12:] for line in lines if line[:1].isalpha() and line[11:12] == " "}
     assert facts["suite"] == "alpaca: 4 questions, 7 turns"
     assert facts["engine"] == f"{name}: padded, 7/7 equal or near tie"
@@ -522,11 +525,12 @@ def test_the_verdict_comes_first_and_each_fact_has_a_line(tmp_path, tiny_model_f
 )  # fmt: skip
 def test_the_verdict_is_that_of_the_interval(estimate, sure, word):
     win_rate = dict(zip(("value", "low", "high"), estimate, strict=True))
-    pair = {"win_rate": win_rate, "is_conclusive": sure, "n": 9}
+    pair = {"model": "a", "against": "b", "win_rate": win_rate, "is_conclusive": sure, "n": 9}
     found = {"model": "a", "baseline": "b", "questions": 9, "compared": {"ours": {"pairs": [pair]}}}
     assert bench.verdict(found)[0] == word
     shifted = {key: value and value - 0.5 for key, value in win_rate.items()}
-    grades = {"models": {"a": {"is_conclusive": sure}}, "differences": [{"difference": shifted}]}
+    models = {name: {"is_conclusive": sure} for name in "ab"}
+    grades = {"models": models, "differences": [{"model": "a", "against": "b", "difference": shifted}]}
     assert bench.verdict({**found, "compared": {}, "graded": {"ours": grades}})[0] == word
 
 

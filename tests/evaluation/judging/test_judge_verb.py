@@ -14,7 +14,7 @@ from judge_servers import openai, serving
 from typer.testing import CliRunner
 
 from tunesmith.cli import app
-from tunesmith.evaluation.judging import calibration
+from tunesmith.evaluation.judging import bench, calibration
 from tunesmith.evaluation.judging.judgments import Answers, read_judgments, write_answers
 from tunesmith.evaluation.rows import EvalRow, write_rows
 
@@ -116,6 +116,16 @@ def test_grades_of_a_run_s_rows_need_no_question_file(answer_files, tmp_path):
     assert code == 0
     scores = {name: model["score"]["value"] for name, model in found["ours"]["models"].items()}
     assert scores == {"base": 5.0, "tuned": 8.0}
+    [difference] = found["ours"]["differences"]
+    assert (difference["model"], difference["against"], difference["difference"]["value"]) == (
+        "tuned",
+        "base",
+        3,
+    )
+    for extra in ([], ["--dry-run"]):
+        code, refused = run(tmp_path / "run", "--mode", "single", *options, "--baseline", "nobody", *extra)
+        assert code != 0
+        assert "nobody" in str(refused)
     assert found["calibration"] is None
     assert "not calibrated" in (tmp_path / "out/judged.html").read_text()
 
@@ -513,3 +523,93 @@ def test_every_error_says_what_to_do(name):
         and not any(keyword.arg == "fix" for keyword in node.keywords)
     ]
     assert not silent
+
+
+def judged_rows(folder, number, groups=None):
+    """A run whose tuned model is the better one to `oracle`."""
+    rows = [
+        replace(row, item=n, group=groups and f"g{n % groups}")
+        for model in ("base", "tuned")
+        for n, row in enumerate(rows_of(model, [f"q{n}" for n in range(number)]))
+    ]
+    write_rows(folder / "run/evaluation/rows.jsonl", rows)
+    return folder / "run"
+
+
+@pytest.mark.parametrize("mode", ["single", "pair"])
+@pytest.mark.parametrize(
+    ("number", "groups", "said"),
+    [(9, None, "9 questions"), (12, None, None), (12, 4, "4 groups"), (12, 6, None)],
+)
+def test_too_few_questions_or_groups_are_no_verdict(tmp_path, mode, number, groups, said):
+    """As in compare; a run's groups are what the interval is clustered by, also when the file is replayed."""
+    with serving(oracle) as (url, _):
+        options = ("--judge", settings(tmp_path, url), "--output", tmp_path / "out", "--no-calibrate")
+        code, found = run(judged_rows(tmp_path, number, groups), "--mode", mode, *options)
+    assert code == 0
+    [verdict] = found["verdicts"]
+    # Grades that are all 3 apart show no spread, and Wilson's interval of so few is wide.
+    assert verdict["verdict"] == ("inconclusive" if said else "better" if mode == "pair" else "no evidence")
+    assert not said or said in verdict["sentence"]
+    assert found["doubts"] == ["The judge was not calibrated: what its word is worth is not known."]
+    [one] = found["ours"]["differences" if mode == "single" else "pairs"]
+    assert one["difference" if mode == "single" else "win_rate"]["clusters"] == (groups or number)
+    again = run("--replay", found["file"], "--baseline", "base")[1]["ours"]
+    key = "differences" if mode == "single" else "pairs"
+    assert again[key] == found["ours"][key]
+
+
+def test_a_judge_that_is_not_to_be_trusted_decides_nothing(tmp_path):
+    def first(number, body):
+        text = body["messages"][1]["content"]
+        return (
+            oracle(number, body) if "tuned says" in text or " of A]" not in text else openai("Verdict: [[A]]")
+        )
+
+    with serving(first) as (url, _):
+        options = ("--judge", settings(tmp_path, url), "--output", tmp_path / "out")
+        _, found = run(judged_rows(tmp_path, 12), *options)
+    [verdict] = found["verdicts"]
+    assert verdict["verdict"] == "inconclusive"
+    assert verdict["sentence"].startswith("Inconclusive: the judge is not to be trusted: of answers of")
+    assert "Inconclusive: the judge is not to be trusted" in (tmp_path / "out/judged.html").read_text()
+    assert found["doubts"][0].startswith("The judge is not to be trusted")
+    record = {"compared": found, "engine_check": {}, "leakage": {"clean": {}, "remarks": []}}
+    record |= {"model": "tuned", "baseline": "base", "questions": 12}
+    assert bench.verdict(record) == tuple(verdict.values())
+    assert bench.doubts(record) == found["doubts"]
+
+
+def test_where_nothing_was_judged_the_command_fails(tmp_path):
+    with serving(lambda number, body: openai("I like both.")) as (url, _):
+        judge = settings(tmp_path, url, repair=False)
+        options = ("--judge", judge, "--output", tmp_path / "out", "--no-calibrate")
+        code, found = run(judged_rows(tmp_path, 4), *options)
+    assert code == 1
+    assert found["verdicts"][0]["verdict"] == "inconclusive"
+
+
+def test_a_budget_that_will_not_do_is_told_before_the_first_call(answer_files):
+    """And the dry run tells the forecast once."""
+    files = (
+        answer_files / "tuned.jsonl",
+        answer_files / "base.jsonl",
+        "--questions",
+        answer_files / "q.jsonl",
+    )
+
+    def told(**budget):
+        judge = settings(answer_files, "http://127.0.0.1:1/v1", price_input=1, price_output=2, **budget)
+        result = CliRunner().invoke(app, ["judge", *map(str, files), "--judge", str(judge), "--dry-run"])
+        assert result.exit_code == 0
+        return " ".join(result.output.split())
+
+    plain = told()
+    assert plain.count("24 to judge") == 1
+    assert "budget" not in plain
+    enough = told(max_calls=500, max_cost=9)
+    assert "budget: max_calls 500, max_cost 9" in enough
+    assert "above" not in enough
+    assert "calls, above max_calls: 50" in told(max_calls=50)
+    assert "above max_cost: 0.01" in told(max_cost=0.01)
+    assert "Raise max_calls or max_cost" in told(max_calls=50)

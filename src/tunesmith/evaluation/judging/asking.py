@@ -23,6 +23,10 @@ REPAIR_SHARE = 0.05
 MAX_FAILED_IN_A_ROW = 20
 """Requests that may fail one after another, each after all its tries, before the judge counts as out of reach."""
 
+AGAIN = "run the same command again: nothing in the book is paid for twice."
+FIRST_REPLIES = 20
+"""Replies after which a judge that gave no verdict in any of them is not asked on."""
+
 
 @dataclass(frozen=True)
 class Asker:
@@ -67,6 +71,31 @@ class Forecast:
     """Money for these calls and tokens; None where no prices are given."""
     most_cost: float | None
     """Money in the worst case: `most_calls`, and a token for every byte."""
+    max_calls: int | None = None
+    max_cost: float | None = None
+    spent_calls: int = 0
+    """What counts against the budget already."""
+    spent_cost: float | None = None
+
+    def too_much(self) -> str:
+        """In what this is expected to go beyond the budget; empty where it does not, or where there is none."""
+        over = []
+        if self.max_calls is not None and self.spent_calls + self.calls > self.max_calls:
+            spent = f" after {self.spent_calls:,} made before" if self.spent_calls else ""
+            over.append(f"{counted(self.calls, 'call')}{spent}, above max_calls: {self.max_calls:,}")
+        if (
+            self.max_cost is not None
+            and self.cost is not None
+            and (self.spent_cost or 0) + self.cost > self.max_cost
+        ):
+            spent = f" after {self.spent_cost:.4g} spent before" if self.spent_cost else ""
+            over.append(f"a cost of {self.cost:.4g}{spent}, above max_cost: {self.max_cost:g}")
+        if not over:
+            return ""
+        return (
+            f"The judge is expected to take {' and '.join(over)}: it will stop on the way, and what it said till then "
+            "is kept. Raise max_calls or max_cost, or judge fewer questions."
+        )
 
     def sentence(self) -> str:
         """The forecast as people read it."""
@@ -80,6 +109,17 @@ class Forecast:
         if self.cost is not None and self.most_cost is not None:
             said += f"; {self.cost:.2f} in the unit of the prices if all replies are so long, "
             said += f"{self.most_cost:.2f} at worst"
+        limits = [
+            ("max_calls", self.max_calls, self.spent_calls),
+            ("max_cost", self.max_cost, self.spent_cost),
+        ]
+        budget = [
+            f"{name} {limit:,}" + (f" ({spent:,.4g} spent)" if spent else "")
+            for name, limit, spent in limits
+            if limit is not None
+        ]
+        if budget:
+            said += f"; budget: {', '.join(budget)}"
         return said
 
 
@@ -147,9 +187,11 @@ def forecast(judge: Judge, planned: Mapping[str, Sequence[Request]], book: Book)
     again += [worst(judge, [*r.messages, {"content": book.entries[r.key].reply.text}]) for r in due]
     most += again
     written = calls * judge.max_tokens
+    before = book.committed()
     return Forecast(
         {**parts, "repairs expected": len(due) + expected}, len(known), calls, len(most), read + repairs, written,
         cost(judge, read + repairs, written), cost(judge, sum(r for r, _ in most), sum(w for _, w in most)),
+        judge.max_calls, judge.max_cost, before.calls, cost(judge, before.prompt_tokens, before.completion_tokens),
     )  # fmt: skip
 
 
@@ -271,21 +313,52 @@ def ask(
     the book, so that asking again tries it again. Raises RunError where the budget ends, where the judge refuses
     everybody, and where it is out of reach; what was paid for until then is kept.
     """
-    failed = _round(requests, asker, judge, book, progress)
-    repairs = []
-    if judge.repair:
-        for request in {r.key: r for r in requests}.values():
-            entry = book.entries.get(request.key)
-            if entry and not request.is_answered(entry.reply.text):
-                messages = repair(prompts, entry.messages, entry.reply.text)
-                repairs.append(Request(key("repair", request.key), messages, request.is_answered))
-        failed |= _round(repairs, asker, judge, book, None)
+    new = list({r.key: r for r in requests if r.key not in book.entries}.values())
+    total, failed = len(new), dict[str, str]()
+    if progress and total:
+        progress(0, total)
+    if total > FIRST_REPLIES:
+        first = new[:FIRST_REPLIES]
+        failed |= _round(first, asker, judge, book, progress and (lambda done, _: progress(done, total)))
+        if not failed:
+            failed |= _repaired(first, asker, judge, prompts, book)
+            if not any(_has_verdict(request, book) for request in first):
+                raise _ended(
+                    f"The judge gives no verdict: the first {FIRST_REPLIES} replies hold none, the last one: "
+                    f"{book.entries[first[-1].key].reply.text[:80]!r}.",
+                    book, new[FIRST_REPLIES:], (),
+                    "Take another judge, or mend its prompts or max_tokens. The replies are kept; the same command "
+                    f"goes on with the next {FIRST_REPLIES}.",
+                )  # fmt: skip
+    known = total - sum(r.key not in book.entries and r.key not in failed for r in new)
+    left = [r for r in requests if r.key not in failed]
+    failed |= _round(left, asker, judge, book, progress and (lambda done, _: progress(known + done, total)))
+    failed |= _repaired(requests, asker, judge, prompts, book)
     found: dict[str, Entry | str] = {}
     for request in requests:
         mended = book.entries.get(key("repair", request.key)) if judge.repair else None
         entry = mended or book.entries.get(request.key)
         found[request.key] = entry if entry else failed.get(request.key, "not asked")
     return found
+
+
+def _repaired(
+    requests: Sequence[Request], asker: Asker, judge: Judge, prompts: Prompts, book: Book
+) -> dict[str, str]:
+    """Ask for the verdict alone where a reply has none, as the settings say; gives by key why that has no reply."""
+    repairs = []
+    for request in {r.key: r for r in requests}.values() if judge.repair else ():
+        entry = book.entries.get(request.key)
+        if entry and not request.is_answered(entry.reply.text):
+            messages = repair(prompts, entry.messages, entry.reply.text)
+            repairs.append(Request(key("repair", request.key), messages, request.is_answered))
+    return _round(repairs, asker, judge, book, None)
+
+
+def _has_verdict(request: Request, book: Book) -> bool:
+    """Whether a reply in the book has a verdict, its own or the one that it was asked for again."""
+    entries = (book.entries.get(name) for name in (request.key, key("repair", request.key)))
+    return any(entry and request.is_answered(entry.reply.text) for entry in entries)
 
 
 def _round(
@@ -322,7 +395,11 @@ def _round(
                             done, width = done - len(part), len(underway)
                             continue
                         ended = ended or _ended(
-                            f"The judge's budget ends here: {error}.", book, waiting, part
+                            f"The judge's budget ends here: {error}.",
+                            book,
+                            waiting,
+                            part,
+                            f"Raise max_calls or max_cost in the judge's settings and {AGAIN}",
                         )
                     except Refused as refusal:
                         failed |= {request.key: str(refusal) for request in part}
@@ -331,7 +408,8 @@ def _round(
                             ended = ended or _ended(f"The judge refuses: {refusal}.", book, waiting, part)
                         elif in_a_row >= MAX_FAILED_IN_A_ROW:
                             said = f"The judge is out of reach: {in_a_row} requests failed, the last with {refusal}."
-                            ended = ended or _ended(said, book, waiting, part)
+                            fix = f"Is it running at the base_url of its settings? See to that and {AGAIN}"
+                            ended = ended or _ended(said, book, waiting, part, fix)
                     if ended:
                         stop.set()
                     if progress:
@@ -344,11 +422,13 @@ def _round(
     return failed
 
 
-def _ended(said: str, book: Book, waiting: Sequence[Request], part: Sequence[Request]) -> RunError:
+def _ended(
+    said: str, book: Book, waiting: Sequence[Request], part: Sequence[Request], fix: str = ""
+) -> RunError:
     return RunError(
         said,
         found=f"replies in the book: {len(book.entries):,}; requests to go: {len(waiting) + len(part):,}",
-        fix="Mend the judge's settings and run the same command again: nothing in the book is paid for twice.",
+        fix=fix or f"Mend the judge's settings and {AGAIN}",
     )
 
 

@@ -21,7 +21,7 @@ from tunesmith import engines
 from tunesmith.engines.check import EngineCheck
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.evaluation import leakage
-from tunesmith.evaluation.judging import met, suites
+from tunesmith.evaluation.judging import headline, met, suites
 from tunesmith.evaluation.judging.folder import Assignment, judge_several
 from tunesmith.evaluation.judging.judgments import (
     Answers,
@@ -155,7 +155,7 @@ def run_suite(
             {"kind": "warning", "message": "No --judge is given: the answers are kept, nobody judges them."}
         )
     wanted: dict[str, tuple[Mode, str | None]] = {
-        **({"graded": ("single", None)} if suite.grades else {}),
+        **({"graded": ("single", other)} if suite.grades else {}),
         **({"compared": ("pair", other)} if other is not None else {}),
     }
     ways = [Assignment(home / part, asked, given, mode, against) for part, (mode, against) in wanted.items()]
@@ -184,31 +184,11 @@ def verdict(found: Mapping[str, Any]) -> tuple[str, str]:
 
     A comparison decides where there is one, else the difference of grades; a grade alone is no verdict.
     """
-    name, other = found["model"], found["baseline"]
-    pair = next(iter(found.get("compared", {}).get("ours", {}).get("pairs", ())), None)
-    graded = found.get("graded", {}).get("ours", {})
-    if pair:
-        estimate, even, sure = pair["win_rate"], 0.5, pair["is_conclusive"]
-        rests = f"a win rate of {_of(estimate, 3)} over {pair['n']} judgments"
-    elif difference := next(iter(graded.get("differences", ())), None):
-        estimate, even = difference["difference"], 0.0
-        sure = all(model["is_conclusive"] for model in graded["models"].values())
-        rests = f"grades {_of(estimate, 2)} apart"
-    elif name in graded.get("models", {}):
-        return "graded", f"{name} is graded {_of(graded['models'][name]['score'], 2)} of 10."
-    else:
-        answered = f"{name} has answered {found['questions']} questions"
-        return "not judged", f"{answered}; nobody has judged the answers."
-    if estimate["value"] is None or not sure:
-        return (
-            "inconclusive",
-            f"Inconclusive: too many judgments of {name} and {other} are missing ({rests}).",
-        )
-    if estimate["low"] > even:
-        return "better", f"{name} is better than {other}: {rests}."
-    if estimate["high"] < even:
-        return "worse", f"{name} is worse than {other}: {rests}."
-    return "no evidence", f"No evidence of a difference between {name} and {other}: {rests}."
+    for part in ("compared", "graded"):
+        for word, sentence in headline.verdicts(found.get(part, {})):
+            return word, sentence
+    answered = f"{found['model']} has answered {found['questions']} questions"
+    return "not judged", f"{answered}; nobody has judged the answers."
 
 
 def doubts(found: Mapping[str, Any]) -> list[str]:
@@ -218,15 +198,9 @@ def doubts(found: Mapping[str, Any]) -> list[str]:
         for name, check in found["engine_check"].items()
         if not check["passed"]
     ]
+    of_judge = [line for part in ("compared", "graded") for line in headline.doubts(found.get(part, {}))]
     told = [line for part in found["leakage"]["clean"].values() for line in part["sentences"]]
-    return [*said, *found["leakage"]["remarks"], *told]
-
-
-def _of(estimate: Mapping[str, Any], digits: int) -> str:
-    if estimate["value"] is None:
-        return "nothing"
-    value, low, high = (f"{estimate[key]:.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    return [*dict.fromkeys(of_judge), *said, *found["leakage"]["remarks"], *told]
 
 
 def _leak_facts(known: met.Met, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,7 +241,9 @@ def _facts(
         against[other] = _sha256([[id, turns] for id, turns in from_file.turns.items()])
     return {
         "suite": suite.name,
-        "questions": _sha256([asdict(q) for q in questions]),
+        "questions": _sha256(
+            [{k: v for k, v in asdict(q).items() if k != "group" or v is not None} for q in questions]
+        ),
         "model": [name, against[name]],
         "max_new_tokens": evaluation.max_new_tokens,
         "samples": evaluation.attempts,

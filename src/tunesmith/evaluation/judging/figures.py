@@ -9,12 +9,13 @@ that are the same are one cluster.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from tunesmith.evaluation.compare import MAX_ERROR_SHARE
+from tunesmith.errors import counted
+from tunesmith.evaluation.compare import MAX_ERROR_SHARE, MIN_GROUPS, MIN_ITEMS
 from tunesmith.evaluation.judging import verdicts
 from tunesmith.evaluation.judging.judgments import IDENTICAL, Id, Pair, Question, Single, Winner
 from tunesmith.evaluation.rows import first_alike
@@ -51,6 +52,7 @@ def clustered_mean(
     n, num = len(values), len(set(clusters))
     if not n:
         return Estimate(None, None, None, 0, 0, "nothing to judge")
+    kind = "groups" if any(isinstance(cluster, tuple) for cluster in clusters) else "questions"
     mean = fmean(values)
     sums: dict[Hashable, float] = {}
     for value, cluster in zip(values, clusters, strict=True):
@@ -60,7 +62,7 @@ def clustered_mean(
     if num > 1 and spread > 1e-12:
         error = math.sqrt(spread * num / (num - 1)) / n
         half = float(t.ppf((1 + confidence) / 2, num - 1)) * error
-        method = f"t interval, standard error clustered over {num} questions"
+        method = f"t interval, standard error clustered over {num} {kind}"
         return Estimate(mean, max(low, mean - half), min(high, mean + half), n, num, method)
     z = float(norm.ppf((1 + confidence) / 2))
     share = (mean - low) / (high - low)
@@ -69,7 +71,7 @@ def clustered_mean(
     scale = high - low
     return Estimate(
         mean, low + scale * max(0.0, centre - half), low + scale * min(1.0, centre + half), n, num,
-        f"Wilson over {num} questions, which show no spread",
+        f"Wilson over {num} {kind}, which show no spread",
     )  # fmt: skip
 
 
@@ -163,10 +165,14 @@ def fastchat_pair(judgments: Sequence[Pair], baseline: str | None = None) -> dic
 def single_figures(
     judgments: Sequence[Single],
     *,
+    baseline: str | None = None,
     questions: Sequence[Question] = (),
     confidence: float = 0.95,
 ) -> dict[str, Any]:
-    """By model: mean grade with interval over all, by turn and by category; errors as a rate, with bounds."""
+    """By model: mean grade with interval over all, by turn and by category; errors as a rate, with bounds.
+
+    `differences` are of each two models, with a baseline of each other model and it: the model less the baseline.
+    """
     by_id = {question.id: question for question in questions}
     same = _same(questions)
     kept, repeated = _last([((one.model, one.question, one.turn), one) for one in judgments])
@@ -176,13 +182,14 @@ def single_figures(
     for model in _models(kept):
         own = [one for one in kept if one.model == model]
         errors = [one for one in own if one.score is None]
+        score = _grade(own, same, confidence)
         have = {(one.question, one.turn) for one in own}
         missing = sum(
             pair not in have and not (pair[0] in by_id and pair[1] > len(by_id[pair[0]].turns))
             for pair in wanted
         )
         models[model] = {
-            "score": asdict(_grade(own, same, confidence)),
+            "score": asdict(score),
             "turns": {
                 str(turn): asdict(_grade([o for o in own if o.turn == turn], same, confidence))
                 for turn in turns
@@ -198,8 +205,15 @@ def single_figures(
             "missing_turns": missing,
             "flagged": sum(bool(one.flags) for one in own),
             "is_conclusive": len(errors) + missing <= MAX_ERROR_SHARE * (len(own) + missing),
+            "too_few": too_few(
+                {same.get(o.question, o.question) for o in own if o.score is not None}, score.clusters
+            ),
         }
-    return {"models": models, "differences": _differences(kept, same, confidence), "repeated": repeated}
+    return {
+        "models": models,
+        "differences": _differences(kept, same, baseline, confidence),
+        "repeated": repeated,
+    }
 
 
 def pair_figures(
@@ -255,14 +269,14 @@ def length_figures(
             for one in own
             if all((side, one.question, one.turn) in answers for side in sides)
         ]
-        values, clusters = list[float](), list[Id]()
+        values, clusters = list[float](), list[Hashable]()
         for one in own:
             texts = [answers.get((side, one.question, one.turn)) for side in sides]
             score = item_score(one)
             if score is None or score == 0.5 or None in texts or len(texts[0] or "") == len(texts[1] or ""):
                 continue
             values.append(float((score > 0.5) == (len(texts[0] or "") > len(texts[1] or ""))))
-            clusters.append(one.question)
+            clusters.append(_cluster(one, {}))
         found.append(
             {
                 "model": sides[0],
@@ -299,6 +313,15 @@ def agreement(first: Sequence[Single | Pair], second: Sequence[Single | Pair]) -
     }
 
 
+def too_few(questions: Collection[Id], clusters: int) -> str:
+    """Why so few questions, or groups of them, allow no verdict, as in `compare`; empty where there are enough."""
+    if len(questions) < MIN_ITEMS:
+        return f"{counted(len(questions), 'question')} judged, at least {MIN_ITEMS} are needed"
+    if clusters < len(questions) and clusters < MIN_GROUPS:
+        return f"{counted(clusters, 'group')} judged, at least {MIN_GROUPS} are needed"
+    return ""
+
+
 def item_score(one: Pair) -> float | None:
     """What both games of an item are worth to model 1: 1, .75, .5, .25 or 0; None where a game has no verdict."""
     if "error" in (one.g1_winner, one.g2_winner):
@@ -314,7 +337,9 @@ def outcome(one: Pair) -> str:
     return "tie" if score == 0.5 else "win" if score > 0.5 else "loss"
 
 
-def _differences(kept: Sequence[Single], same: Mapping[Id, Id], confidence: float) -> list[dict[str, Any]]:
+def _differences(
+    kept: Sequence[Single], same: Mapping[Id, Id], baseline: str | None, confidence: float
+) -> list[dict[str, Any]]:
     """Of each two models the mean difference of their grades on the same turns: the first less the second."""
     grades: dict[str, dict[tuple[Id, int], float]] = {}
     for one in kept:
@@ -322,28 +347,33 @@ def _differences(kept: Sequence[Single], same: Mapping[Id, Id], confidence: floa
         if one.score is not None:
             own[one.question, one.turn] = one.score
     names = list(grades)
+    clusters = {one.question: _cluster(one, same) for one in kept}
     span = verdicts.HIGHEST - verdicts.LOWEST
+    sides = [(a, b) for n, a in enumerate(names) for b in names[n + 1 :]]
+    if baseline is not None:
+        sides = [(name, baseline) for name in names if name != baseline]
     found = []
-    for n, a in enumerate(names):
-        for b in names[n + 1 :]:
-            both = [key for key in grades[a] if key in grades[b]]
-            values = [grades[a][key] - grades[b][key] for key in both]
-            estimate = clustered_mean(
-                values,
-                [same.get(question, question) for question, _ in both],
-                bounds=(-span, span),
-                confidence=confidence,
-            )
-            found.append(
-                {
-                    "model": a,
-                    "against": b,
-                    "difference": asdict(estimate),
-                    "wins": sum(value > 0 for value in values),
-                    "ties": sum(value == 0 for value in values),
-                    "losses": sum(value < 0 for value in values),
-                }
-            )
+    for a, b in sides:
+        both = [key for key in grades[a] if key in grades[b]]
+        values = [grades[a][key] - grades[b][key] for key in both]
+        estimate = clustered_mean(
+            values,
+            [clusters[question] for question, _ in both],
+            bounds=(-span, span),
+            confidence=confidence,
+        )
+        few = too_few({same.get(question, question) for question, _ in both}, estimate.clusters)
+        found.append(
+            {
+                "model": a,
+                "against": b,
+                "difference": asdict(estimate),
+                "too_few": few,
+                "wins": sum(value > 0 for value in values),
+                "ties": sum(value == 0 for value in values),
+                "losses": sum(value < 0 for value in values),
+            }
+        )
     return found
 
 
@@ -352,13 +382,13 @@ def _against(own: Sequence[Pair], same: Mapping[Id, Id], confidence: float) -> d
     errors = outcomes.count("error")
     whole = [one for one in own if outcome(one) != "error" and IDENTICAL not in one.flags]
     flipped = [float({one.g1_winner, one.g2_winner} == {"model_1", "model_2"}) for one in whole]
-    slots, clusters = list[float](), list[Id]()
+    slots, clusters = list[float](), list[Hashable]()
     for one in own:
         for game, first in ((one.g1_winner, "model_1"), (one.g2_winner, "model_2")):
             if game in ("model_1", "model_2"):
                 slots.append(float(game == first))
-                clusters.append(same.get(one.question, one.question))
-    ids = [same.get(one.question, one.question) for one in whole]
+                clusters.append(_cluster(one, same))
+    ids = [_cluster(one, same) for one in whole]
     return {
         "win_rate": asdict(_win_rate(own, same, confidence)),
         **{
@@ -373,6 +403,7 @@ def _against(own: Sequence[Pair], same: Mapping[Id, Id], confidence: float) -> d
         "error_rate": errors / len(own),
         "bounds": [_bounded(own, for_model=False), _bounded(own, for_model=True)],
         "is_conclusive": errors <= MAX_ERROR_SHARE * len(own),
+        "too_few": too_few({one.question for one in whole}, len(set(ids))),
         "flip_rate": asdict(clustered_mean(flipped, ids, bounds=(0.0, 1.0), confidence=confidence)),
         "consistency": _mean([float(one.g1_winner == one.g2_winner) for one in whole]),
         "first_slot": asdict(clustered_mean(slots, clusters, bounds=(0.0, 1.0), confidence=confidence)),
@@ -381,9 +412,7 @@ def _against(own: Sequence[Pair], same: Mapping[Id, Id], confidence: float) -> d
 
 
 def _win_rate(own: Sequence[Pair], same: Mapping[Id, Id], confidence: float) -> Estimate:
-    found = [
-        (score, same.get(one.question, one.question)) for one in own if (score := item_score(one)) is not None
-    ]
+    found = [(score, _cluster(one, same)) for one in own if (score := item_score(one)) is not None]
     return clustered_mean(
         [s for s, _ in found], [q for _, q in found], bounds=(0.0, 1.0), confidence=confidence
     )
@@ -415,7 +444,7 @@ def _oriented(one: Pair, baseline: str | None) -> Pair:
 
 
 def _grade(own: Sequence[Single], same: Mapping[Id, Id], confidence: float) -> Estimate:
-    found = [(one.score, same.get(one.question, one.question)) for one in own if one.score is not None]
+    found = [(one.score, _cluster(one, same)) for one in own if one.score is not None]
     bounds = (verdicts.LOWEST, verdicts.HIGHEST)
     return clustered_mean([s for s, _ in found], [q for _, q in found], bounds=bounds, confidence=confidence)
 
@@ -426,6 +455,12 @@ def _same(questions: Sequence[Question]) -> dict[Id, Id]:
     One whose texts are not known, as where a file of judgments is replayed alone, is like no other.
     """
     return first_alike({q.id: (q.before, q.turns, q.references) for q in questions if any(q.turns)})
+
+
+def _cluster(one: Single | Pair, same: Mapping[Id, Id]) -> Hashable:
+    """What belongs together: the question's group, which no question's number is equal to, else the question, or the
+    first that asks the same."""
+    return same.get(one.question, one.question) if one.group is None else ("group", one.group)
 
 
 def _filled(own: Sequence[Single], value: float) -> float:
@@ -447,7 +482,9 @@ def _categories(own: Sequence[Any], by_id: Mapping[Id, Question]) -> list[str]:
         return []
     present = {by_id[one.question].category for one in own}
     return [
-        name for name in dict.fromkeys(question.category for question in by_id.values()) if name in present
+        name
+        for name in dict.fromkeys(question.category for question in by_id.values())
+        if name and name in present
     ]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import DataError, RunError
-from tunesmith.evaluation.judging import asking, calibration
+from tunesmith.evaluation.judging import asking, calibration, headline
 from tunesmith.evaluation.judging.asking import Asker, Request
 from tunesmith.evaluation.judging.book import Book, key
 from tunesmith.evaluation.judging.figures import agreement, length_figures
@@ -110,14 +110,17 @@ def judge_several(
     }
     with Book(path) as book:
         forecast = asking.forecast(judge, planned, book)
-    watch(
-        {
-            "kind": "decision",
-            "name": "the judge will cost",
-            "value": forecast.sentence(),
-            "reason": "estimated before the first call",
-        }
-    )
+    if not dry_run:  # whose answer is the forecast
+        watch(
+            {
+                "kind": "decision",
+                "name": "the judge will cost",
+                "value": forecast.sentence(),
+                "reason": "estimated before the first call",
+            }
+        )
+    if above := forecast.too_much():
+        watch({"kind": "warning", "message": above})
     about = {
         "judge_settings": judge.model_dump(mode="json"),
         "prompts": {"source": texts.source, "version": texts.version},
@@ -174,6 +177,8 @@ def judge_several(
             **recheck,
             "spent": dict(spent),
         }
+        found["verdicts"] = [{"verdict": word, "sentence": said} for word, said in headline.verdicts(found)]
+        found["doubts"] = headline.doubts(found)
         write_whole(one.folder / "figures.json", json.dumps(found, indent=1))
         write_page(one.folder / "judged.html", found)
         results.append(found)
@@ -297,7 +302,7 @@ def _take_questions(questions: dict[Id, Question], rows: Sequence[EvalRow], path
             said, texts[0] = split([(m["role"], m["content"]) for m in turns[0].conversation])
         new = Question(
             item, str(turns[0].generation.get("category", "")), tuple(texts), tuple(r.reference for r in turns),
-            before=said,
+            before=said, group=turns[0].group,
         )  # fmt: skip
         old = questions.setdefault(item, new)
         if (old.turns, old.references, old.before) != (new.turns, new.references, new.before):

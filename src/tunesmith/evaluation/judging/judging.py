@@ -7,11 +7,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import DataError, nearest
+from tunesmith.errors import DataError
 from tunesmith.evaluation.judging import asking, figures, prompts, verdicts
 from tunesmith.evaluation.judging.asking import Asker, Request
 from tunesmith.evaluation.judging.book import Book, Entry, key
-from tunesmith.evaluation.judging.judgments import IDENTICAL, Answers, Pair, Question, Single, Winner
+from tunesmith.evaluation.judging.judgments import (
+    IDENTICAL,
+    Answers,
+    Pair,
+    Question,
+    Single,
+    Winner,
+    required_baseline,
+)
 from tunesmith.evaluation.judging.prompts import Mode, Prompts, Turn
 from tunesmith.evaluation.judging.settings import Judge
 
@@ -48,28 +56,25 @@ def jobs(
 ) -> list[Job]:
     """Every judgment that a set of answers takes: of each model each turn, or of each pair of models.
 
-    With a baseline only its pairs, the baseline second. Raises DataError where there is nothing to compare.
+    With a baseline only its pairs, the baseline second; grades are of all models. Raises DataError where
+    there is nothing to compare.
     """
+    names = [one.model for one in answers]
     if mode == "single":
+        required_baseline(baseline, names)
         return [
             Job(q, turn, one.model, one.up_to(q.id, turn))
             for one in answers
             for q in questions
             for turn in range(1, len(q.turns) + 1)
         ]
-    names = [one.model for one in answers]
     if len(set(names)) < len(names) or len(names) < 2:
         raise DataError(
             "A comparison needs the answers of two models or more, of different names.",
             found=", ".join(names) or "none",
             fix="Name answers of another model, too, or grade these: --mode single.",
         )
-    if baseline is not None and baseline not in names:
-        raise DataError(
-            f"There are no answers of the baseline '{baseline}'.",
-            found=f"answers of {', '.join(names)}",
-            fix=nearest(baseline, names),
-        )
+    required_baseline(baseline, names)
     pairs = [
         (one, other)
         for n, one in enumerate(answers)
@@ -176,12 +181,13 @@ def _judgment(
         flags = tuple(prompts.suspicions(job.answers[-1])) if job.answers else ()
         return Single(
             job.question.id, job.model, job.turn, score, said[0] if found else "", judge, name, why, flags,
-            texts.version, last, shown[0] if found else "",
+            texts.version, last, shown[0] if found else "", job.question.group,
         )  # fmt: skip
     if not found and job.answers is not None and job.answers == job.other_answers:
         return Pair(
             job.question.id, job.model, job.other, job.turn, "tie", "tie", "", "", judge, name,
             flags=(IDENTICAL,), version=texts.version,
+            group=job.question.group,
         )  # fmt: skip
     winners: list[Winner] = ["error", "error"]
     errors = [NO_ANSWER, NO_ANSWER]
@@ -202,6 +208,7 @@ def _judgment(
     return Pair(
         job.question.id, job.model, job.other, job.turn, winners[0], winners[1], text_1, text_2, judge, name,
         (errors[0], errors[1]), flags, texts.version, last, (shown[0], shown[1]) if shown else ("", ""),
+        job.question.group,
     )  # fmt: skip
 
 

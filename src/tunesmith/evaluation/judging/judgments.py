@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.data.examples import Row
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, nearest
 from tunesmith.training.run import write_whole
 
 Id = int | str
@@ -38,6 +38,8 @@ class Question:
     """Temperature that the question asks for; by default its category's."""
     before: tuple[tuple[str, str], ...] = ()
     """What was said before the first turn: role and text of each message."""
+    group: str | None = None
+    """What questions share that belong together, as those about one text; of a run's rows."""
 
     def reference(self, turn: int) -> str:
         """The reference of a turn, counted from 1; empty where there is none."""
@@ -74,6 +76,8 @@ class Single:
     tstamp: float = 0.0
     user_prompt: str = ""
     """What the judge was shown."""
+    group: str | None = None
+    """The question's."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,23 @@ class Pair:
     tstamp: float = 0.0
     user_prompts: tuple[str, str] = ("", "")
     """What the judge was shown in each game."""
+    group: str | None = None
+    """The question's."""
+
+
+def required_baseline(baseline: str | None, names: Collection[str]) -> None:
+    """Raises DataError where the baseline that was asked for is not among the models, or is alone."""
+    if baseline is None or (baseline in names and len(set(names)) > 1):
+        return
+    if baseline in names:
+        raise DataError(
+            f"There is nothing but the baseline '{baseline}'.", fix="Name another model's answers, too."
+        )
+    raise DataError(
+        f"There is nothing of the baseline '{baseline}'.",
+        found=f"models {', '.join(dict.fromkeys(names))}",
+        fix=nearest(baseline, names),
+    )
 
 
 def is_failed(text: str) -> bool:
@@ -206,6 +227,7 @@ def _single_row(one: Single) -> dict[str, Any]:
         **({"error": one.error} if one.error else {}),
         **({"flags": list(one.flags)} if one.flags else {}),
         **({"prompt_version": one.version} if one.version else {}),
+        **({} if one.group is None else {"group": one.group}),
     }
 
 
@@ -226,6 +248,7 @@ def _pair_row(one: Pair) -> dict[str, Any]:
         **({"errors": list(one.errors)} if any(one.errors) else {}),
         **({"flags": list(one.flags)} if one.flags else {}),
         **({"prompt_version": one.version} if one.version else {}),
+        **({} if one.group is None else {"group": one.group}),
     }
 
 
@@ -246,6 +269,7 @@ def _single(place: Row, row: Mapping[str, Any]) -> Single:
         id, str(row["model"]), turn, None if score == -1 else float(score), str(row.get("judgment", "")),
         judge, prompt, str(row.get("error", "")), tuple(row.get("flags", ())),
         str(row.get("prompt_version", "")), float(row.get("tstamp") or 0), str(row.get("user_prompt", "")),
+        _group(row),
     )  # fmt: skip
 
 
@@ -266,7 +290,12 @@ def _pair(place: Row, row: Mapping[str, Any]) -> Pair:
         str(row.get("g1_judgment", "")), str(row.get("g2_judgment", "")), judge, prompt,
         (str(errors[0]), str(errors[1])), tuple(row.get("flags", ())), str(row.get("prompt_version", "")),
         float(row.get("tstamp") or 0), (str(row.get("g1_user_prompt", "")), str(row.get("g2_user_prompt", ""))),
+        _group(row),
     )  # fmt: skip
+
+
+def _group(row: Mapping[str, Any]) -> str | None:
+    return None if row.get("group") is None else str(row["group"])
 
 
 def _judge(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -6,10 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import DataError, counted, nearest
+from tunesmith.errors import counted
 from tunesmith.evaluation.judging import figures
-from tunesmith.evaluation.judging.judgments import Pair, Question, Single, read_judgments
+from tunesmith.evaluation.judging.judgments import (
+    Pair,
+    Question,
+    Single,
+    read_judgments,
+    required_baseline,
+)
 from tunesmith.evaluation.judging.questions import read_questions, shipped, with_categories
+
+BASE = "base"
+"""What a run calls the model that it was trained from: the baseline of grades where no other is named."""
 
 
 def replay(
@@ -46,18 +55,19 @@ def computed(
     singles = [one for one in judgments if isinstance(one, Single)]
     common = {"rows": len(judgments), "confidence": confidence, "reread_differently": changed}
     if singles:
-        if baseline:
-            raise DataError(
-                "Grades have no baseline.", fix="Leave --baseline out, or judge with `--mode pair`."
-            )
+        models = dict.fromkeys(one.model for one in singles)
+        required_baseline(baseline, models)
+        if baseline is None and BASE in models and len(models) > 1:
+            baseline = BASE
         ours = figures.single_figures(
-            [one for one in again if isinstance(one, Single)], questions=questions, confidence=confidence
+            [one for one in again if isinstance(one, Single)],
+            baseline=baseline,
+            questions=questions,
+            confidence=confidence,
         )
         return {"kind": "single", **common, "fastchat": figures.fastchat_single(singles), "ours": ours}
     pairs = [one for one in judgments if isinstance(one, Pair)]
-    names = {side for one in pairs for side in (one.model_1, one.model_2)}
-    if baseline is not None and baseline not in names:
-        raise DataError(f"The baseline '{baseline}' is in no judgment.", fix=nearest(baseline, names))
+    required_baseline(baseline, dict.fromkeys(side for one in pairs for side in (one.model_1, one.model_2)))
     ours = figures.pair_figures(
         [one for one in again if isinstance(one, Pair)],
         baseline=baseline,
@@ -82,8 +92,8 @@ def _numbered(judgments: Sequence[Single] | Sequence[Pair]) -> tuple[list[Questi
 
 
 def sentences(found: dict[str, Any]) -> list[str]:
-    """The figures as people read them, the warning first where there is one."""
-    lines = []
+    """The figures as people read them, first the verdicts where there are some."""
+    lines = [one["sentence"] for one in found.get("verdicts", ())]
     if found["kind"] == "single":
         for name, model in found["ours"]["models"].items():
             if model["score"]["value"] is None:
@@ -100,6 +110,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
             lines.append(
                 f"{d['model']} less {d['against']}: {_of(d['difference'], 2)}, higher in {d['wins']}, "
                 f"equal in {d['ties']}, lower in {d['losses']}"
+                + (f"; inconclusive: {d['too_few']}" if d.get("too_few") else "")
             )
     else:
         for pair in found["ours"]["pairs"]:
@@ -167,6 +178,8 @@ def _doubts(entry: dict[str, Any], digits: int) -> str:
         parts.append(f"{entry['missing_turns']} turns missing")
     if not entry["is_conclusive"]:
         parts.append("inconclusive: too many are missing")
+    if entry.get("too_few"):
+        parts.append(f"inconclusive: {entry['too_few']}")
     return "".join(f"; {part}" for part in parts)
 
 

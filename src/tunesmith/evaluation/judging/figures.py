@@ -403,7 +403,7 @@ def _against(own: Sequence[Pair], same: Mapping[Id, Id], confidence: float) -> d
         "error_rate": errors / len(own),
         "bounds": [_bounded(own, for_model=False), _bounded(own, for_model=True)],
         "is_conclusive": errors <= MAX_ERROR_SHARE * len(own),
-        "too_few": too_few({one.question for one in whole}, len(set(ids))),
+        "too_few": too_few({same.get(o.question, o.question) for o in whole}, len(set(ids))),
         "flip_rate": asdict(clustered_mean(flipped, ids, bounds=(0.0, 1.0), confidence=confidence)),
         "consistency": _mean([float(one.g1_winner == one.g2_winner) for one in whole]),
         "first_slot": asdict(clustered_mean(slots, clusters, bounds=(0.0, 1.0), confidence=confidence)),

@@ -11,13 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tunesmith.errors import MissingExtra, ModelError, RecipeError
-from tunesmith.generation import Generated, cut
-
-if TYPE_CHECKING:
-    from tunesmith.engines import Asked, Finished, Say, Source
+from tunesmith.errors import MissingExtra, ModelError
 
 
 @dataclass(frozen=True)
@@ -142,21 +138,6 @@ def greedy(loaded: Loaded, prompt: Sequence[int], *, room: int, stop_ids: Sequen
         if path[0] in stop_ids:
             break
     return found
-
-
-def answer(source: Source, asked: Asked, finished: Finished, say: Say) -> None:
-    """Answer the prompts one by one, greedily."""
-    if asked.temperature:
-        raise RecipeError("A GGUF file is asked greedily here.", found=f"temperature {asked.temperature}")
-    longest = max((len(prompt) for prompt in asked.prompts), default=0)
-    with opened(Path(source.base or ""), length=longest + asked.max_new_tokens) as loaded:
-        for number, prompt in enumerate(asked.prompts):
-            used = 0 if loaded.is_pair else len(prompt)
-            room = max(0, min(asked.max_new_tokens, loaded.length - used))
-            ids = greedy(loaded, prompt, room=room, stop_ids=asked.stop_ids) if room else []
-            finished(
-                number, cut(ids, asked.stop_ids, source.tokenizer) if ids else Generated((), "", "length")
-            )
 
 
 def _compute(loaded: Loaded, ids: Sequence[int], start: int, *, wanted: int, encode: bool = False) -> None:

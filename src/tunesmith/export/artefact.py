@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import models
+from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.engines import llamacpp
 from tunesmith.errors import MissingExtra, ModelError, TunesmithError, nearest
 from tunesmith.export import gguf, merge, ollama, parity
 from tunesmith.export.vocabulary import Vocabulary, vocabulary_of
+from tunesmith.generation import context_length
 from tunesmith.training.run import Run, write_whole
 
 TARGETS = {"gguf": "One file for llama.cpp and Ollama, with tokenizer and chat template, and a Modelfile."}
@@ -136,9 +138,6 @@ def export(
             whole, staging / file, quant=quant, vocabulary=vocabulary, config=config, name=name
         )
         notes += [*vocabulary.notes, *written.notes]
-        from tunesmith.data.templates import end_of_turn_ids
-        from tunesmith.generation import context_length
-
         stop_ids = end_of_turn_ids(tokenizer)
         text, problem = ollama.modelfile(file, tokenizer, stop_ids=stop_ids, context=context_length(model))
         write_whole(staging / ollama.NAME, text)
@@ -215,8 +214,6 @@ def _proven(
 
 
 def _vocabulary(tokenizer: Any, config: Any, held: Held) -> Vocabulary:
-    from tunesmith.data.templates import end_of_turn_ids
-
     return vocabulary_of(
         tokenizer,
         rows=config.vocab_size,

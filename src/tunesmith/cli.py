@@ -484,6 +484,10 @@ def plan_verb(
     lora: LoraOption = False,
     qlora: QloraOption = False,
     freeze_ratio: FreezeOption = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Plan for a device by name, such as h100-80gb, without having it."),
+    ] = None,
     flags: dict[str, Any],
     quiet: bool,
 ) -> Any:
@@ -491,7 +495,7 @@ def plan_verb(
     from tunesmith import api
 
     composition = _composed(recipe_file, config, flags, lora=lora, qlora=qlora, freeze_ratio=freeze_ratio)
-    plan, rows = api.plan(composition.recipe)
+    plan, rows = api.plan(composition.recipe, device=device, measured=True)
     payload = {"plan": plan.as_dict(), **rows, "notes": composition.notes}
     return payload, _plan_text(plan, rows, composition)
 
@@ -1118,6 +1122,8 @@ def _plan_text(plan: Plan, rows: Mapping[str, Any], composition: Composition) ->
     table.add_row("tokens", f"{plan.tokens_per_epoch:,}", "in one pass over the training examples")
     for decision in plan.decisions:
         table.add_row(decision.name, _escaped(decision.value), _escaped(decision.reason))
+    for name, value, reason in plan.estimate.lines() if plan.estimate else ():
+        table.add_row(name, _escaped(value), _escaped(reason))
     return table
 
 

@@ -12,17 +12,22 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 import tunesmith.evaluation as evaluation
-from tunesmith import data, engines, models
+from tunesmith import data, devices, engines, models
+from tunesmith import estimate as estimating
 from tunesmith import plan as planning
 from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.data.preferences import prompt_length
 from tunesmith.data.splitting import TRAIN, VALIDATION
 from tunesmith.data.templates import Encoding
 from tunesmith.engines.check import keep_check, remarked
-from tunesmith.errors import RecipeError, RunError
+from tunesmith.errors import RecipeError, RunError, TunesmithError
+from tunesmith.estimate import Estimate
 from tunesmith.evaluation import EvalRow, forgetting, stages
 from tunesmith.evaluation import leakage as leaks
 from tunesmith.evaluation import parts as parting
@@ -36,7 +41,7 @@ from tunesmith.evaluation.unseen import Asked, asked_of
 from tunesmith.export.card import write_card
 from tunesmith.methods import METHODS
 from tunesmith.plan import Plan
-from tunesmith.recipe import QLoRA, Recipe
+from tunesmith.recipe import SFT, QLoRA, Recipe, Tracking
 from tunesmith.training.fit import Fit, arguments, fit
 from tunesmith.training.run import Run
 
@@ -64,8 +69,9 @@ def plan(
     packing: Packing | None,
     asked: Asked,
     validation_items: Sequence[evaluation.Item] = (),
+    device: str | None = None,
 ) -> Plan:
-    """What the run will do on this machine, with reasons."""
+    """What the run will do on this machine, or on the device of this name, with reasons."""
     _, template = _tokenizer(recipe)
     lengths = encodings.train.lengths
     method = METHODS[recipe.method.kind]
@@ -101,7 +107,99 @@ def plan(
         held_out=None if recipe.evaluation.skip else _held_out(recipe, asked),
         notes=notes,
         settled=settled,
+        where=devices.named(device) if device else None,
     )
+
+
+def estimate(
+    recipe: Recipe,
+    encodings: data.EncodedSplits,
+    packing: Packing | None,
+    plan: Plan,
+    items: list[evaluation.Item],
+    device: str | None = None,
+    measured: bool = False,
+) -> Estimate:
+    """What the run takes: memory by part, seconds, disk; on this machine, or on the device of this name. `measured` has
+    two micro-steps taken here, and the largest micro-batch looked for."""
+    method = METHODS[recipe.method.kind]
+    facts = devices.named(device) if device else devices.here(plan.device)
+    lengths, validation = encodings.train.lengths, encodings.validation.lengths
+    rows = lengths.tolist()
+    if packing:
+        rows = [int(lengths[list(block)].sum()) for block in packing.blocks]
+    elif method.in_pairs:
+        rows = [int(pair) for pair in np.maximum(lengths[::2], lengths[1::2])]
+    given = estimating.Rows(
+        rows,
+        validation=np.maximum(validation[::2], validation[1::2]).tolist()
+        if method.in_pairs
+        else validation.tolist(),
+        prompts=[len(item.prompt_ids) for item in items if item.prompt_ids],
+        answers=recipe.method.max_new_tokens if method.draws else 0,
+    )
+    here = measured and not device and not method.draws
+    try:
+        return estimating.estimate(
+            recipe,
+            partial(_hollow_trainer, plan=plan, encodings=encodings, packing=packing),
+            given,
+            facts=facts,
+            plan=plan,
+            process=devices.resident,
+            folder=Path(recipe.output_dir),
+            thorough=measured or device is not None,
+            measure=partial(_micro_steps, recipe, plan, encodings, packing) if here else None,
+        )
+    except TunesmithError:
+        raise
+    except Exception as error:  # a model of parts that cannot be traced can be trained all the same
+        return estimating.unknown(facts, error)
+
+
+def _hollow_trainer(
+    recipe: Recipe, model: Any, folder: Path, *, plan: Plan, encodings: data.EncodedSplits, packing: Packing | None
+) -> Any:
+    """The method's trainer on a model that is there already; of methods that train on what the model writes, one that
+    imitates."""
+    method = METHODS[recipe.method.kind]
+    section = recipe.method
+    if method.draws:
+        method, section = METHODS["sft"], SFT()
+    if getattr(section, "reference_model", None):
+        section = section.model_copy(update={"reference_model": None, "reference": "auto"})
+    tokenizer, _ = _tokenizer(recipe)
+    plain = replace(plan, mixed_precision="no", device="cpu")
+    given = arguments(plain, recipe.training, Tracking(), name="plan", staging=folder / ".staging")
+    given |= {"report_to": ["none"]}
+    with models.keeping_types(model):
+        return method.build(
+            section,
+            model=model,
+            tokenizer=tokenizer,
+            train=encodings.train,
+            validation=encodings.validation,
+            arguments=given,
+            run=Run(folder),
+            keep=1,
+            packing=packing,
+        )
+
+
+def _micro_steps(
+    recipe: Recipe,
+    plan: Plan,
+    encodings: data.EncodedSplits,
+    packing: Packing | None,
+    batches: Sequence[Sequence[int]],
+) -> list[float]:
+    """Seconds of a micro-step on each of these batches, of the real model, which is thrown away."""
+    tokenizer, _ = _tokenizer(recipe)
+    with estimating.undisturbed(), TemporaryDirectory(prefix="tunesmith-plan-") as folder:
+        given = arguments(plan, recipe.training, Tracking(), name="plan", staging=Path(folder) / ".staging")
+        given |= {"report_to": ["none"]}
+        trainer = _trainer(recipe, Run(Path(folder)), tokenizer, plan, encodings, packing, given)
+        return estimating.timed(trainer, batches)
 
 
 def _held_out(recipe: Recipe, asked: Asked) -> planning.HeldOut:
@@ -146,8 +244,13 @@ def leakage(splits: data.Splits, asked: Asked) -> Leakage:
     return leaks.find(asked.examples, splits.examples(TRAIN, VALIDATION))
 
 
-def prepared(run: Run, encodings: data.EncodedSplits, plan: Plan, leakage: Leakage) -> Run:
-    """The run's folder with ledger and plan, checked to be the same run when it is continued."""
+def prepared(
+    run: Run, encodings: data.EncodedSplits, plan: Plan, leakage: Leakage, estimate: Estimate
+) -> Run:
+    """The run's folder with ledger and plan, checked to be the same run when it is continued.
+
+    Raises OutOfResources where the run is far from fitting.
+    """
     fingerprint = encodings.fingerprint
     before = run.read("plan.json")
     if before and before["data_sha256"] != fingerprint:
@@ -156,9 +259,10 @@ def prepared(run: Run, encodings: data.EncodedSplits, plan: Plan, leakage: Leaka
             found="another data file, tokenizer or template gives other tokens",
             fix="Restore them, or start a new run with another --name.",
         )
+    estimate.check()
     run.write_lines("ledger.jsonl", data.ledger_lines(encodings.ledger))
     run.write("supervision.json", encodings.proof)
-    facts = {**plan.as_dict(), "data_sha256": fingerprint, "rows": encodings.ledger.counts()}
+    facts = {**replace(plan, estimate=estimate).as_dict(), "data_sha256": fingerprint, "rows": encodings.ledger.counts()}
     run.write("plan.json", {**facts, "lengths": encodings.lengths})
     if not before:
         for decision in plan.decisions:
@@ -166,6 +270,11 @@ def prepared(run: Run, encodings: data.EncodedSplits, plan: Plan, leakage: Leaka
                 run.event("warning", message=f"No verdict will be possible: {decision.reason}.")
             else:
                 run.event("decision", name=decision.name, value=decision.value, reason=decision.reason)
+        for name, value, reason in estimate.summary():
+            run.event("decision", name=name, value=value, reason=reason)
+        if estimate.missing:
+            short = f"by {estimating.size(estimate.missing)}"
+            run.event("warning", message=f"The run may not fit into memory, {short}: it is tried, as the figure is near.")
         found = leaks.decision(leakage)
         run.event("decision", name=found.name, value=found.value, reason=found.reason)
     run.write("evaluation/leakage.json", leakage.as_dict())
@@ -383,6 +492,10 @@ def fitted(
         and METRICS[recipe.training.best_by].higher_is_better,
     )
     prepared.write("training.json", asdict(result))
+    planned = prepared.read("plan.json") or {}
+    if truth := estimating.truth(planned.get("estimate"), result, is_whole=checkpoint is None):
+        prepared.write("plan.json", {**planned, "truth": truth})
+        prepared.event("decision", name="plan and truth", value=truth["value"], reason=truth["sentence"])
     return result
 
 

@@ -184,6 +184,8 @@ def isolates(model: torch.nn.Module) -> bool:
     first, second = ([(before, before), (example, example)] for before in (neighbor, other))
     flatten = str(config._attn_implementation).startswith("flash")
     device = next(model.parameters()).device
+    if device.type == "meta":
+        return True  # a model without weights, of which a plan is made, tells nothing
     modes = {module: module.training for module in model.modules()}
 
     def logits(rows: list[list[int]]) -> torch.Tensor:

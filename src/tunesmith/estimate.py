@@ -48,7 +48,7 @@ ABOUT = {
     "evaluation": "a forward pass of the longest batch of questions",
     "save": "trained weights on their way to the disk",
     "reserved": "the driver's context and kernels",
-    "spread": "what the allocator keeps between live blocks",
+    "spread": "what the allocator holds beyond what is alive",
 }
 """What a part of the memory is."""
 
@@ -247,6 +247,8 @@ class Traced:
     width: int
     held: int
     """Bytes held at the step's peak."""
+    apart: int = 0
+    """Bytes that a C library's heap holds beyond that."""
     unpadded: bool = False
     """Whether the trainer leaves padding out."""
     validation: int = 0
@@ -336,6 +338,7 @@ def trace(
             trained = [p for p in model.parameters() if p.requires_grad]
             count.tag([p.grad for p in trained if p.grad is not None], "gradients")
             most, parts = count.live(start)
+            apart = count.kept_apart()
             costs, flops = count.costs, sum(cost[0] for cost in count.costs)
             model.zero_grad(set_to_none=True)
             validation, validation_costs = 0, ()
@@ -369,6 +372,7 @@ def trace(
             flops=flops,
             width=width,
             held=most,
+            apart=apart,
             unpadded=0 < positions < width * len(batch),
             validation=validation,
             validation_costs=validation_costs,
@@ -450,9 +454,9 @@ def stages(
     if evaluation:
         found["answering"] = {**fixed, "weights": traced.weights, **evaluation}
     share = SPREAD[facts.kind]
-    for parts in found.values():
+    for name, parts in found.items():
         loose = sum(parts.get(name, 0) for name in ("gradients", "activations", "head", "evaluation", "cache"))
-        parts["spread"] = int(share * loose)
+        parts["spread"] = int(share * loose) + (traced.apart if on_cpu and name == "training" else 0)
     return {name: {part: held for part, held in parts.items() if held} for name, parts in found.items()}
 
 

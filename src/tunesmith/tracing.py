@@ -30,6 +30,10 @@ MOVES_NOTHING = {
 """Operations that give another view of what is there."""
 
 
+LARGE = 32 * 2**20
+"""Bytes from which on glibc's malloc asks the system for a block of its own, once it has adapted."""
+
+
 @dataclass
 class _Piece:
     """One storage: its bytes, when it came and went (numbers of operations), and what it is for."""
@@ -73,14 +77,14 @@ class Counting(TorchDispatchMode):
             if entry := self._known.get(tensor.untyped_storage()._cdata):
                 self.tags[id(entry[1])] = name
 
-    def live(self, start: int = 0, end: int | None = None) -> tuple[int, dict[str, int]]:
-        """The most bytes that were held at once between two moments, and what they were for then."""
-        end = self.clock if end is None else end
+    def live(self, start: int = 0) -> tuple[int, dict[str, int]]:
+        """The most bytes that were held at once since a moment, and what they were for then."""
         changes: dict[int, int] = {}
         for piece in self.pieces:
-            if piece.size and piece.born <= end and piece.died > start:
-                changes[max(piece.born, start)] = changes.get(max(piece.born, start), 0) + piece.size
-                if piece.died <= end:
+            if piece.died > start:
+                begin = max(piece.born, start)
+                changes[begin] = changes.get(begin, 0) + piece.size
+                if piece.died <= self.clock:
                     changes[int(piece.died)] = changes.get(int(piece.died), 0) - piece.size
         held = most = at = 0
         for moment in sorted(changes):
@@ -89,10 +93,23 @@ class Counting(TorchDispatchMode):
                 most, at = held, moment
         parts: dict[str, int] = {}
         for piece in self.pieces:
-            if piece.size and piece.born <= at < piece.died:
+            if piece.born <= at < piece.died:
                 name = self.tags.get(id(piece), "head" if piece.head else "activations")
                 parts[name] = parts.get(name, 0) + piece.size
         return most, parts
+
+    def kept_apart(self) -> int:
+        """Bytes that a C library's heap holds beyond what is alive at the peak: blocks below LARGE come from a heap that
+        stays at its largest, larger ones from the system and go back to it, so that neither can use the other's."""
+        tops = []
+        for chosen in (
+            [piece for piece in self.pieces if piece.size < LARGE],
+            [piece for piece in self.pieces if piece.size >= LARGE],
+        ):
+            mine = Counting(vocabulary=0)
+            mine.pieces, mine.clock = chosen, self.clock
+            tops.append(mine.live()[0])
+        return sum(tops) - self.live()[0]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -140,6 +157,8 @@ class Counting(TorchDispatchMode):
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key in self._known:
+                continue
+            if not storage.nbytes():
                 continue
             piece = _Piece(storage.nbytes(), self.clock, head=tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary)
             self.pieces.append(piece)

@@ -1433,6 +1433,10 @@ def _check_before_training(recipe: Recipe) -> None:
     """Cheap failures first: nothing is read or computed before these are settled."""
     _check_settings(recipe)
     quiet_libraries()
+    from tunesmith.data import sources
+
+    for source in (recipe.data, *recipe.data.mix):  # before what loads torch
+        sources.local(source.dataset)
     from tunesmith import evaluation, models
     from tunesmith.methods import METHODS
 
@@ -1448,6 +1452,15 @@ def _check_before_training(recipe: Recipe) -> None:
         raise RecipeError(
             f"data.packing has no effect with the method '{method.kind}': its rows stay rows of their own.",
             fix="Leave data.packing out.",
+        )
+    if recipe.training.batches == "by_length" and (recipe.data.packing or not method.any_order):
+        fixed = (
+            "packed rows are all of about one length"
+            if recipe.data.packing
+            else f"'{method.kind}' has its own order"
+        )
+        raise RecipeError(
+            f"training.batches by_length has no effect here: {fixed}.", fix="Leave training.batches out."
         )
     method.check(recipe)
     evaluation.check_scoring(recipe.evaluation.metrics or [], gives_scores=method.head is not None)

@@ -21,6 +21,7 @@ import tunesmith.evaluation as evaluation
 from tunesmith import data, devices, engines, models
 from tunesmith import estimate as estimating
 from tunesmith import plan as planning
+from tunesmith.data.cache import Encodings
 from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.data.preferences import prompt_length
 from tunesmith.data.splitting import TRAIN, VALIDATION
@@ -39,10 +40,11 @@ from tunesmith.evaluation.report import write_report
 from tunesmith.evaluation.stages import Stage
 from tunesmith.evaluation.unseen import Asked, asked_of
 from tunesmith.export.card import write_card
-from tunesmith.methods import METHODS
+from tunesmith.methods import METHODS, Method
 from tunesmith.plan import Plan
 from tunesmith.recipe import SFT, QLoRA, Recipe, Tracking
 from tunesmith.training.fit import Fit, arguments, fit
+from tunesmith.training.order import by_length, order_by_length
 from tunesmith.training.run import Run
 
 
@@ -124,19 +126,11 @@ def estimate(
     two micro-steps taken here, and the largest micro-batch looked for."""
     method = METHODS[recipe.method.kind]
     facts = devices.named(device) if device else devices.here(plan.device)
-    lengths, validation = encodings.train.lengths, encodings.validation.lengths
-    rows = lengths.tolist()
-    if packing:
-        rows = [int(lengths[list(block)].sum()) for block in packing.blocks]
-    elif method.in_pairs:
-        rows = [int(pair) for pair in np.maximum(lengths[::2], lengths[1::2])]
     given = estimating.Rows(
-        rows,
-        validation=np.maximum(validation[::2], validation[1::2]).tolist()
-        if method.in_pairs
-        else validation.tolist(),
+        _row_lengths(method, encodings.train, packing),
+        validation=_row_lengths(method, encodings.validation, None) if len(encodings.validation) else [],
         prompts=[len(item.prompt_ids) for item in items if item.prompt_ids],
-        answers=recipe.method.max_new_tokens if method.draws else 0,
+        answers=getattr(recipe.method, "max_new_tokens", 0) if method.draws else 0,
     )
     here = measured and not device and not method.draws
     try:
@@ -158,7 +152,13 @@ def estimate(
 
 
 def _hollow_trainer(
-    recipe: Recipe, model: Any, folder: Path, *, plan: Plan, encodings: data.EncodedSplits, packing: Packing | None
+    recipe: Recipe,
+    model: Any,
+    folder: Path,
+    *,
+    plan: Plan,
+    encodings: data.EncodedSplits,
+    packing: Packing | None,
 ) -> Any:
     """The method's trainer on a model that is there already; of methods that train on what the model writes, one that
     imitates."""
@@ -262,7 +262,11 @@ def prepared(
     estimate.check()
     run.write_lines("ledger.jsonl", data.ledger_lines(encodings.ledger))
     run.write("supervision.json", encodings.proof)
-    facts = {**replace(plan, estimate=estimate).as_dict(), "data_sha256": fingerprint, "rows": encodings.ledger.counts()}
+    facts = {
+        **replace(plan, estimate=estimate).as_dict(),
+        "data_sha256": fingerprint,
+        "rows": encodings.ledger.counts(),
+    }
     run.write("plan.json", {**facts, "lengths": encodings.lengths})
     if not before:
         for decision in plan.decisions:
@@ -274,7 +278,10 @@ def prepared(
             run.event("decision", name=name, value=value, reason=reason)
         if estimate.missing:
             short = f"by {estimating.size(estimate.missing)}"
-            run.event("warning", message=f"The run may not fit into memory, {short}: it is tried, as the figure is near.")
+            run.event(
+                "warning",
+                message=f"The run may not fit into memory, {short}: it is tried, as the figure is near.",
+            )
         found = leaks.decision(leakage)
         run.event("decision", name=found.name, value=found.value, reason=found.reason)
     run.write("evaluation/leakage.json", leakage.as_dict())
@@ -530,7 +537,7 @@ def _trainer(
     described = models.describe(model).sentence()
     run.event("decision", name="model", value=described, reason=f"adapter.kind is {recipe.adapter.kind}")
     with models.keeping_types(model):
-        return method.build(
+        trainer = method.build(
             recipe.method,
             model=model,
             tokenizer=tokenizer,
@@ -541,6 +548,24 @@ def _trainer(
             keep=recipe.training.save_total_limit,
             packing=packing,
         )
+    if recipe.training.batches == "by_length":
+        lengths = _row_lengths(method, encodings.train, packing)
+        order_by_length(trainer, lengths)
+        batch = recipe.training.per_device_train_batch_size
+        order = by_length(lengths, batch, seed=recipe.training.seed, epoch=0)
+        padding = padded_share([lengths[n] for n in order], batch)
+        why = f"padding is {padding:.1%} of a padded batch, {padded_share(lengths, batch):.1%} in the data's own order"
+        run.event("decision", name="batches", value="by length", reason=why)
+    return trainer
+
+
+def _row_lengths(method: Method, encodings: Encodings, packing: Packing | None) -> list[int]:
+    """Tokens of each row that batches are made of; of a pair those of its longer side."""
+    lengths = encodings.lengths
+    if packing:
+        return [int(lengths[list(block)].sum()) for block in packing.blocks]
+    found: list[int] = (np.maximum(lengths[::2], lengths[1::2]) if method.in_pairs else lengths).tolist()
+    return found
 
 
 def _measures(recipe: Recipe, tokenizer: Any, items: list[evaluation.Item], model: Any) -> dict[str, float]:

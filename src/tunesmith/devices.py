@@ -44,7 +44,9 @@ class DeviceFacts:
         return self.peaks.get(dtype, self.peaks["float32"])
 
 
-def _nvidia(name: str, mib: int, gbs: float, single: float, half: float, *, bfloat16: bool = True) -> DeviceFacts:
+def _nvidia(
+    name: str, mib: int, gbs: float, single: float, half: float, *, bfloat16: bool = True
+) -> DeviceFacts:
     """A row of the table: MiB, GB/s, TFLOP/s in float32 and in 16 bits."""
     peaks = {"float32": single * 1e12, "float16": half * 1e12}
     if bfloat16:
@@ -127,7 +129,9 @@ def here(kind: str) -> DeviceFacts:
             return DeviceFacts(
                 found.name, "cuda", total, found.bandwidth, found.peaks, reserved=found.reserved
             )
-        return DeviceFacts(title, "cuda", total, 300e9, {"float32": 8e12, "float16": 30e12, "bfloat16": 30e12})
+        return DeviceFacts(
+            title, "cuda", total, 300e9, {"float32": 8e12, "float16": 30e12, "bfloat16": 30e12}
+        )
     return DeviceFacts("mps", "mps", int(0.75 * _physical()), 68e9, DEVICES["m1-16gb"].peaks, launch=2e-5)
 
 

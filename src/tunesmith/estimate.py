@@ -139,9 +139,17 @@ class Estimate:
         if self.largest_batch is not None:
             why = f"rows of up to {self.longest} tokens; the recipe has {self.micro_batch}"
             rows.append(("largest micro-batch", f"{self.largest_batch:,}", why))
-        rows += [(f"remedy {n}", remedy.change, remedy.sentence()) for n, remedy in enumerate(self.remedies, 1)]
+        rows += [
+            (f"remedy {n}", remedy.change, remedy.sentence()) for n, remedy in enumerate(self.remedies, 1)
+        ]
         rows.append(("time per step", duration(self.seconds_per_step), self.basis))
-        rows.append(("time in all", duration(self.seconds), "steps and validations; start-up and the comparison are not in it"))
+        rows.append(
+            (
+                "time in all",
+                duration(self.seconds),
+                "steps and validations; start-up and the comparison are not in it",
+            )
+        )
         written = ", ".join(f"{name} {size(held)}" for name, held in self.disk.items())
         short = sum(self.disk.values()) > self.disk_free
         rows.append(
@@ -160,7 +168,7 @@ class Estimate:
         return [line for line in self.lines() if line[0] in wanted]
 
     def check(self) -> None:
-        """Raises OutOfResources, with what to change, where the run is further from fitting than the figure is exact."""
+        """Raises OutOfResources, with what to change, where the run is further from fitting than figures are exact."""
         if self.peak <= (1 + MARGIN) * self.capacity:
             return
         raise OutOfResources(
@@ -185,7 +193,9 @@ def truth(planned: Mapping[str, Any] | None, fitted: Fit, *, is_whole: bool) -> 
     those since it was continued, so that they are left out."""
     if not planned or not planned["stages"]:
         return {}
-    reserved = planned["stages"][planned["stage"]].get("reserved", 0)  # the driver's, which torch does not count
+    reserved = planned["stages"][planned["stage"]].get(
+        "reserved", 0
+    )  # the driver's, which torch does not count
     expected = planned["peak"] - reserved
     memory = expected / max(fitted.peak_memory, 1) - 1
     found: dict[str, Any] = {"peak_memory": fitted.peak_memory, "memory_error": round(memory, 4)}
@@ -332,7 +342,9 @@ def trace(
             else:
                 inputs = trainer.data_collator([_row(trainer.train_dataset, n) for n in batch])
             inputs = _shortened(inputs, cut)
-            items = torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
+            items = (
+                torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
+            )
             start = count.clock
             trainer.training_step(model, dict(inputs), num_items_in_batch=items)
             trained = [p for p in model.parameters() if p.requires_grad]
@@ -357,7 +369,11 @@ def trace(
                 except (RuntimeError, NotImplementedError, TypeError) as error:
                     notes.append(f"a validation was not traced: {str(error).splitlines()[0][:120]}")
         own = _bytes(trained)
-        saved = own if isinstance(recipe.adapter, LoRA) else _bytes({id(p): p for p in model.parameters()}.values())
+        saved = (
+            own
+            if isinstance(recipe.adapter, LoRA)
+            else _bytes({id(p): p for p in model.parameters()}.values())
+        )
         width = max(
             (v.shape[-1] for v in inputs.values() if isinstance(v, torch.Tensor) and v.dim() == 2), default=0
         )
@@ -455,7 +471,9 @@ def stages(
         found["answering"] = {**fixed, "weights": traced.weights, **evaluation}
     share = SPREAD[facts.kind]
     for name, parts in found.items():
-        loose = sum(parts.get(name, 0) for name in ("gradients", "activations", "head", "evaluation", "cache"))
+        loose = sum(
+            parts.get(name, 0) for name in ("gradients", "activations", "head", "evaluation", "cache")
+        )
         parts["spread"] = int(share * loose) + (traced.apart if on_cpu and name == "training" else 0)
     return {name: {part: held for part, held in parts.items() if held} for name, parts in found.items()}
 
@@ -476,7 +494,9 @@ def answering(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> 
         return {}, []
     method = METHODS[recipe.method.kind]
     if method.head or method.model != "causal":
-        return {}, ["measuring the models is not part of the memory figures: it is not traced for this method"]
+        return {}, [
+            "measuring the models is not part of the memory figures: it is not traced for this method"
+        ]
     width, new = max(rows.prompts), recipe.evaluation.max_new_tokens
     count_rows = max(min(recipe.evaluation.batch_tokens // (width + new), len(rows.prompts)), 1)
     with undisturbed():
@@ -488,7 +508,9 @@ def answering(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> 
         with torch.no_grad(), counting(vocabulary=vocabulary, kernel=facts.kind) as count:
             count.known([*model.parameters(), *model.buffers()])
             try:
-                out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+                out = model(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1
+                )
             except TypeError:  # a model that cannot leave logits out
                 out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
             most, _ = count.live()
@@ -518,7 +540,9 @@ def estimate(
     dtype, precision, total_steps = plan.dtype, plan.mixed_precision, plan.total_steps
     batch = _longest(rows.lengths, recipe.training.per_device_train_batch_size)
 
-    def traced_as(changed: Recipe, rows_in_batch: Sequence[int], cut: float = 1.0, validates: bool = True) -> Traced:
+    def traced_as(
+        changed: Recipe, rows_in_batch: Sequence[int], cut: float = 1.0, validates: bool = True
+    ) -> Traced:
         return trace(
             changed, build, rows, facts=facts, dtype=dtype, precision=precision, batch=rows_in_batch, cut=cut,
             validates=validates,
@@ -554,7 +578,7 @@ def estimate(
         disk=_disk(recipe, traced, total_steps, plan.save_steps),
         disk_free=_free(folder),
         micro_batch=recipe.training.per_device_train_batch_size,
-        notes=tuple([*notes, *traced.notes, *rows_notes(rows, recipe)]),
+        notes=(*notes, *traced.notes, *rows_notes(rows, recipe)),
         longest=traced.width,
     )
     if thorough:
@@ -637,7 +661,9 @@ def _seconds_per_batch(
     typical = sorted(by_length[middle : middle + len(batch)])
     long_seconds, typical_seconds = measure([batch, typical])
     lengths = rows.lengths
-    size_of = (lambda b: sum(lengths[n] for n in b)) if traced.unpadded else (lambda b: max(lengths[n] for n in b))
+    size_of = (
+        (lambda b: sum(lengths[n] for n in b)) if traced.unpadded else (lambda b: max(lengths[n] for n in b))
+    )
     high, low = size_of(batch), size_of(typical)
     mean = _share(traced, rows, batch, recipe) * high
     if high > 1.1 * low:
@@ -645,7 +671,10 @@ def _seconds_per_batch(
         seconds = max(typical_seconds + slope * (mean - low), 0.3 * typical_seconds)
     else:
         seconds = (long_seconds + typical_seconds) / 2 * mean / high
-    return seconds, f"two measured micro-steps ({duration(long_seconds)} and {duration(typical_seconds)}); {share}"
+    return (
+        seconds,
+        f"two measured micro-steps ({duration(long_seconds)} and {duration(typical_seconds)}); {share}",
+    )
 
 
 def _pass_over(traced: Traced, rows: Rows, recipe: Recipe, facts: DeviceFacts, dtype: str) -> float:
@@ -677,7 +706,12 @@ def _free(folder: Path) -> int:
 
 
 def _largest(
-    found: Estimate, traced: Traced, traced_as: Callable[..., Traced], recipe: Recipe, rows: Rows, batch: Sequence[int]
+    found: Estimate,
+    traced: Traced,
+    traced_as: Callable[..., Traced],
+    recipe: Recipe,
+    rows: Rows,
+    batch: Sequence[int],
 ) -> int:
     """Rows in the largest micro-batch that fits, of rows as long as the longest; 0 where none does."""
     held = len(batch)
@@ -706,7 +740,9 @@ def _remedies(
         fewer = dict(answers) if not harmed.evaluation.skip else {}
         if harmed.evaluation.batch_tokens < recipe.evaluation.batch_tokens:
             fewer = {name: b // 4 for name, b in fewer.items()}
-        peak = max(sum(p.values()) for p in stages(traced, harmed, facts, process=process, evaluation=fewer).values())
+        peak = max(
+            sum(p.values()) for p in stages(traced, harmed, facts, process=process, evaluation=fewer).values()
+        )
         if peak < 0.98 * found.peak:
             tried.append(Remedy(change, flags, peak, peak <= found.capacity))
     fit = [remedy for remedy in tried if remedy.fits][:3]
@@ -736,12 +772,15 @@ def _changes(recipe: Recipe) -> Iterator[tuple[str, str, Recipe, float]]:
             },
         )  # fmt: skip
         said = f"one row per pass, {times * rows} passes per step"
-        flags = f"--batch-size 1 --gradient-accumulation-steps {times * rows} --set training.per_device_eval_batch_size=1"
+        flags = f"--batch-size 1 --gradient-accumulation-steps {times * rows}"
+        flags += " --set training.per_device_eval_batch_size=1"
         yield said, flags, small, 1.0
     if recipe.evaluation.batch_tokens > 2048:
         wanted = recipe.evaluation.batch_tokens // 4
         small = changed(small, evaluation={"batch_tokens": wanted})
-        said, flags = _joined(said, flags, f"{wanted} tokens per batch of answers", f"--set evaluation.batch_tokens={wanted}")
+        said, flags = _joined(
+            said, flags, f"{wanted} tokens per batch of answers", f"--set evaluation.batch_tokens={wanted}"
+        )
         yield said, flags, small, 1.0
     if not recipe.training.gradient_checkpointing:
         small = changed(small, training={"gradient_checkpointing": True})
@@ -755,8 +794,18 @@ def _changes(recipe: Recipe) -> Iterator[tuple[str, str, Recipe, float]]:
         said, flags = _joined(said, flags, "an adapter instead of all weights", "--lora")
         yield said, flags, small, 1.0
     if not isinstance(recipe.adapter, QLoRA):
-        small = changed(small, adapter=QLoRA(**small.adapter.model_dump(exclude={"kind"})) if isinstance(small.adapter, LoRA) else QLoRA())
-        said, flags = _joined(said, flags.replace(" --lora", "").replace("--lora", ""), "4-bit weights under the adapter", "--qlora")
+        small = changed(
+            small,
+            adapter=QLoRA(**small.adapter.model_dump(exclude={"kind"}))
+            if isinstance(small.adapter, LoRA)
+            else QLoRA(),
+        )
+        said, flags = _joined(
+            said,
+            flags.replace(" --lora", "").replace("--lora", ""),
+            "4-bit weights under the adapter",
+            "--qlora",
+        )
         yield said, flags, small, 1.0
     half = max(recipe.data.max_length // 2, 16)
     said, flags = _joined(said, flags, f"rows cut at {half} tokens", f"--max-length {half}")

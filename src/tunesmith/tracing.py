@@ -11,13 +11,13 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 META = torch.device("meta")
@@ -99,8 +99,8 @@ class Counting(TorchDispatchMode):
         return most, parts
 
     def kept_apart(self) -> int:
-        """Bytes that a C library's heap holds beyond what is alive at the peak: blocks below LARGE come from a heap that
-        stays at its largest, larger ones from the system and go back to it, so that neither can use the other's."""
+        """Bytes that a C library's heap holds beyond what is alive at the peak: blocks below LARGE come from a heap
+        that stays at its largest, larger ones from the system and go back to it; neither can use the other's."""
         tops = []
         for chosen in (
             [piece for piece in self.pieces if piece.size < LARGE],
@@ -116,7 +116,7 @@ class Counting(TorchDispatchMode):
     ) -> Any:
         """Run one operation."""
         given = dict(kwargs or {})
-        tensors = [leaf for leaf in tree_leaves((args, given)) if isinstance(leaf, torch.Tensor)]
+        tensors = list(_tensors((*args, *given.values())))
         hollow = any(t.device == META for t in tensors)
         packet = func._overloadpacket
         if hollow and packet in (aten._local_scalar_dense, aten.equal, aten.is_nonzero):
@@ -127,10 +127,14 @@ class Counting(TorchDispatchMode):
         if target is not None and torch.device(target) == META and stays_real:
             wanted = given.get("dtype")
             numbers = [a for a in args if isinstance(a, float)]
-            floats = wanted.is_floating_point if wanted is not None else (not tensors and packet is not aten.arange)
+            floats = (
+                wanted.is_floating_point
+                if wanted is not None
+                else (not tensors and packet is not aten.arange)
+            )
             if not floats and not (numbers and wanted is None):
                 given["device"] = torch.device("cpu")
-        if hollow:
+        if hollow and (target is not None or any(t.device != META for t in tensors)):
             args, given = self._hollowed(packet, args, given)
         out = func(*args, **given)
         self._count(packet, func, tensors, args, given, out)
@@ -152,7 +156,7 @@ class Counting(TorchDispatchMode):
 
     def _count(self, packet: Any, func: Any, tensors: Any, args: Any, given: Any, out: Any) -> None:
         self.clock += 1
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        made = list(_tensors((out,)))
         for tensor in made:
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -160,10 +164,15 @@ class Counting(TorchDispatchMode):
                 continue
             if not storage.nbytes():
                 continue
-            piece = _Piece(storage.nbytes(), self.clock, head=tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary)
+            piece = _Piece(
+                storage.nbytes(), self.clock, head=tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary
+            )
             self.pieces.append(piece)
-            self._known[key] = (weakref.ref(storage, lambda _, key=key, piece=piece: self._gone(key, piece)), piece)
-        if packet._qualified_op_name.removeprefix("aten::") in MOVES_NOTHING:
+            self._known[key] = (
+                weakref.ref(storage, lambda _, key=key, piece=piece: self._gone(key, piece)),
+                piece,
+            )
+        if packet.__name__ in MOVES_NOTHING:
             return
         flops = 0.0
         if packet is aten.embedding and args[0].shape[0] >= self.vocabulary:
@@ -180,6 +189,15 @@ class Counting(TorchDispatchMode):
         piece.died = self.clock
         if self._known.get(key, (None, None))[1] is piece:
             del self._known[key]
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among an operation's arguments or results, those in lists too."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _hollow(leaf: Any) -> Any:
@@ -247,7 +265,9 @@ class Kernels(TorchFunctionMode):
             times = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
         if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
-            return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+            return aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, scale=scale
+            )[0]
         if attn_mask is not None:
             attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
         return aten._scaled_dot_product_efficient_attention(
@@ -286,7 +306,11 @@ class FourBit(torch.nn.Linear):
 
     def __init__(self, plain: torch.nn.Linear, *, double: bool) -> None:
         super().__init__(1, 1, bias=False, device=META)
-        self.in_features, self.out_features, self.computed = plain.in_features, plain.out_features, plain.weight.dtype
+        self.in_features, self.out_features, self.computed = (
+            plain.in_features,
+            plain.out_features,
+            plain.weight.dtype,
+        )
         count = plain.weight.numel()
         scales = count // BLOCK * (1 if double else 4) + (count // BLOCK // SECOND_BLOCK * 4 if double else 0)
         packed = torch.empty(count // 2 + scales, dtype=torch.uint8, device=META)
@@ -312,8 +336,8 @@ class _Unpacked(torch.autograd.Function):
 
 
 def packed_in_four_bits(model: Any, *, double: bool) -> None:
-    """Put hollow packed layers in the place of a hollow model's linear ones, without its head, as a QLoRA run does; what
-    stays as it is becomes float32."""
+    """Put hollow packed layers in the place of a hollow model's linear ones, without its head, as a QLoRA run does;
+    what stays as it is becomes float32."""
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if type(module) is torch.nn.Linear and module is not head and not name.endswith("score"):

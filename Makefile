@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test prove thorough check setup clean
+.PHONY: demo test prove thorough check bench setup clean
 
 demo: .venv/.ready
 	$(BIN)/tunesmith demo
@@ -18,6 +18,9 @@ thorough: .venv/.ready  # further cases of what other tests prove, which would m
 
 check: .venv/.ready
 	scripts/check
+
+bench: .venv/.ready  # hours on a quiet machine; ONLY=startup,memory runs some
+	$(BIN)/python benchmarks/run_all.py $(if $(ONLY),--only $(ONLY))
 
 setup: .venv/.ready
 

@@ -110,12 +110,16 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(recipe, monkeypat
     assert first.fits
     assert first.peak <= room
     assert "one row per pass" in first.change
-    assert "--batch-size 1" in first.flags
+    assert "--per-device-train-batch-size 1" in first.flags
+    from tunesmith import cli
+
+    flags = {word for remedy in found.remedies for word in remedy.flags.split() if word.startswith("--")}
+    assert flags <= {*cli.FLAGS, "--set", "--lora", "--qlora"}
     monkeypatch.setattr(estimating, "MARGIN", 0.0)
     with pytest.raises(OutOfResources) as error:
         api.train(asked)
     assert estimating.size(found.missing) in str(error.value) or "does not fit" in str(error.value)
-    assert "--batch-size 1" in str(error.value)
+    assert "--per-device-train-batch-size 1" in str(error.value)
     assert not (tmp_path / "runs/planned/checkpoints").exists()
 
 

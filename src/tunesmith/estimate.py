@@ -772,8 +772,8 @@ def _changes(recipe: Recipe) -> Iterator[tuple[str, str, Recipe, float]]:
             },
         )  # fmt: skip
         said = f"one row per pass, {times * rows} passes per step"
-        flags = f"--batch-size 1 --gradient-accumulation-steps {times * rows}"
-        flags += " --set training.per_device_eval_batch_size=1"
+        flags = f"--per-device-train-batch-size 1 --gradient-accumulation-steps {times * rows}"
+        flags += " --per-device-eval-batch-size 1"
         yield said, flags, small, 1.0
     if recipe.evaluation.batch_tokens > 2048:
         wanted = recipe.evaluation.batch_tokens // 4
@@ -786,7 +786,7 @@ def _changes(recipe: Recipe) -> Iterator[tuple[str, str, Recipe, float]]:
         small = changed(small, training={"gradient_checkpointing": True})
         said, flags = _joined(
             said, flags, "activations computed again in the backward pass, about a third more time",
-            "--set training.gradient_checkpointing=true",
+            "--gradient-checkpointing",
         )  # fmt: skip
         yield said, flags, small, 1.0
     if not isinstance(recipe.adapter, LoRA):

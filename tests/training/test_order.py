@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -34,7 +35,7 @@ def test_batches_hold_like_lengths_in_no_order_of_length(lengths):
     sizes = [lengths[n] for n in by_length(lengths, 8, seed=0, epoch=0)]
     assert padded_share(sizes, 8) < 0.05 < 0.3 < padded_share(lengths, 8)
     means = [sum(sizes[place : place + 8]) for place in range(0, 1000, 8)]
-    rising = sum(a < b for a, b in zip(means, means[1:], strict=False))
+    rising = sum(a < b for a, b in pairwise(means))
     assert 40 < rising < 85
 
 
@@ -42,7 +43,7 @@ def test_batches_hold_like_lengths_in_no_order_of_length(lengths):
 def settings(tiny_model_folder, tmp_path):
     draw = random.Random(0)
     file = tmp_path / "rows.jsonl"
-    words = "red blue green one two three".split()
+    words = ["red", "blue", "green", "one", "two", "three"]
     rows = [
         {"prompt": f"count {n}", "response": " ".join(draw.choices(words, k=draw.randint(1, 40)))} for n in range(12)
     ]  # fmt: skip

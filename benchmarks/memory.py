@@ -1,6 +1,6 @@
 """Whether cost grows linearly: tokens a second and peak memory of a training, and of one on ten times the rows.
 
-Fresh processes, in turns, one epoch of `tunesmith train` of the shipped tiny model on rows of lengths that do not change
+Fresh processes, in turns, one epoch of `tunesmith train` of the shipped tiny model on rows whose lengths do not change
 with their number. The last line is one JSON object: the ratios of the medians, to be near 1.
 
     python benchmarks/memory.py --rows 400 --times 3
@@ -52,7 +52,8 @@ def trained(rows: Path, work: Path, name: str) -> dict[str, Any]:
     command = [
         sys.executable, "-m", "tunesmith", "train", "--dataset", str(rows), "--output-dir", str(work), "--name", name,
         "--num-epochs", "1", "--per-device-train-batch-size", "8", "--set", "evaluation.skip=true", "--set",
-        "data.validation=0", "--set", "data.held_out=0", "--set", "data.near_duplicates=ignore", "--set", "data.cache=false",
+        "data.validation=0", "--set", "data.held_out=0", "--set", "data.near_duplicates=ignore", "--set",
+        "data.cache=false",
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
     said: dict[str, Any] = json.loads((work / name / "training.json").read_text(encoding="utf-8"))
@@ -84,7 +85,8 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "benchmark": "memory", "rows": args.rows, "tokens_per_second": round(speed[1]), "peak_mb": round(peak[1]),
+                "benchmark": "memory", "rows": args.rows, "tokens_per_second": round(speed[1]),
+                "peak_mb": round(peak[1]),
                 "speed_at_ten_times_the_rows": round(speed[10] / speed[1], 3),
                 "memory_at_ten_times_the_rows": round(peak[10] / peak[1], 3),
             }

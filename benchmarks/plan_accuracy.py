@@ -87,7 +87,7 @@ def one(settings: dict[str, Any]) -> dict[str, Any]:
     found = planned["estimate"]
     return {
         "planned": found["peak"], "planned_seconds": found["seconds"], "stage": found["stage"],
-        "stages": found["stages"], "notes": found["notes"], **planned["truth"],
+        "stages": found["stages"], "blocks": found["blocks"], "notes": found["notes"], **planned["truth"],
     }  # fmt: skip
 
 
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument(
         "--measure", action="store_true", help="also compare base and tuned model in each run"
     )
+    parser.add_argument("--keep", help="file for all figures, a JSON line per recipe")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -140,6 +141,9 @@ def main() -> None:
                     continue
                 found = json.loads(done.stdout.strip().splitlines()[-1])
                 results.append({"recipe": name, **found})
+                if args.keep:
+                    with Path(args.keep).open("a", encoding="utf-8") as file_of_all:
+                        file_of_all.write(json.dumps(results[-1]) + "\n")
                 print(
                     f"{name}: {found['planned'] / 1e6:,.0f} MB planned while {found['stage']}, "
                     f"{found['peak_memory'] / 1e6:,.0f} held, {found['memory_error']:+.1%}; "

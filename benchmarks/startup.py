@@ -47,8 +47,8 @@ def ours(rows: Path, work: Path, number: int) -> float:
     """Seconds to the first step of `tunesmith train`, by its run's events."""
     command = [
         sys.executable, "-m", "tunesmith", "train", "--dataset", str(rows), "--output-dir", str(work), "--name",
-        f"run-{number}", "--max-steps", "1", "--per-device-train-batch-size", "4", "--set", "evaluation.skip=true", "--set",
-        "training.logging_steps=1", "--set", "data.cache=false",
+        f"run-{number}", "--max-steps", "1", "--per-device-train-batch-size", "4", "--set", "evaluation.skip=true",
+        "--set", "training.logging_steps=1", "--set", "data.cache=false",
     ]  # fmt: skip
     started = time.time()
     subprocess.run(command, check=True, capture_output=True)

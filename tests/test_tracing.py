@@ -73,7 +73,8 @@ def test_a_steps_peak_is_what_torchs_profiler_sees_of_a_real_one(llama):
     with counting(vocabulary=500) as count:
         count.known([*model.parameters(), *model.buffers()])
         model(**given).loss.backward()
-    assert count.live()[0] == pytest.approx(most, rel=0.03)
+    # what a kernel holds within itself is not seen
+    assert 0.94 * most < count.live()[0] < 1.01 * most
     assert count.positions == ids.numel()
 
 
@@ -84,4 +85,4 @@ def test_blocks_of_two_kinds_have_no_room_in_common():
         other = torch.empty(2**20, dtype=torch.float32, device="meta")  # 4 MiB, from the heap
         del other
     assert count.live()[0] == 64 * 2**20
-    assert count.kept_apart() == 4 * 2**20
+    assert count.most_of_kinds() == (4 * 2**20, 64 * 2**20)

@@ -109,7 +109,7 @@ def plan(
         held_out=None if recipe.evaluation.skip else _held_out(recipe, asked),
         notes=notes,
         settled=settled,
-        where=devices.named(device) if device else None,
+        elsewhere=devices.named(device) if device else None,
     )
 
 

@@ -97,6 +97,8 @@ class Estimate:
     notes: tuple[str, ...] = ()
     longest: int = 0
     """Tokens in the widest row of the batch that was traced."""
+    blocks: tuple[int, int] = (0, 0)
+    """The most bytes at once in small blocks and in large ones, in the traced step."""
 
     @property
     def stage(self) -> str:
@@ -257,8 +259,10 @@ class Traced:
     width: int
     held: int
     """Bytes held at the step's peak."""
-    apart: int = 0
-    """Bytes that a C library's heap holds beyond that."""
+    small: int = 0
+    """The most bytes at once in blocks that come from the C library's heap."""
+    large: int = 0
+    """The most bytes at once in blocks of their own."""
     unpadded: bool = False
     """Whether the trainer leaves padding out."""
     validation: int = 0
@@ -350,10 +354,11 @@ def trace(
             trained = [p for p in model.parameters() if p.requires_grad]
             count.tag([p.grad for p in trained if p.grad is not None], "gradients")
             most, parts = count.live(start)
-            apart = count.kept_apart()
+            small, large = count.most_of_kinds()
             costs, flops = count.costs, sum(cost[0] for cost in count.costs)
             model.zero_grad(set_to_none=True)
-            validation, validation_costs = 0, ()
+            validation = 0
+            validation_costs: tuple[tuple[float, float], ...] = ()
             positions = count.positions
             if validates and rows.validation and trainer.eval_dataset is not None and not drawn:
                 most_rows = sorted(range(len(rows.validation)), key=lambda n: -rows.validation[n])
@@ -388,7 +393,8 @@ def trace(
             flops=flops,
             width=width,
             held=most,
-            apart=apart,
+            small=small,
+            large=large,
             unpadded=0 < positions < width * len(batch),
             validation=validation,
             validation_costs=validation_costs,
@@ -469,15 +475,21 @@ def stages(
         }  # fmt: skip
     if evaluation:
         found["answering"] = {**fixed, "weights": traced.weights, **evaluation}
-    share = SPREAD[facts.kind]
     for name, parts in found.items():
         loose = sum(
-            parts.get(name, 0) for name in ("gradients", "activations", "head", "evaluation", "cache")
+            parts.get(part, 0) for part in ("gradients", "activations", "head", "evaluation", "cache")
         )
-        parts["spread"] = int(share * loose) + (traced.apart if on_cpu and name == "training" else 0)
+        if on_cpu and name == "training":
+            spread = traced.small + traced.large - traced.held + HEAP * traced.small + KERNELS * traced.large
+        else:
+            spread = SPREAD[facts.kind] * loose
+        parts["spread"] = int(spread)
     return {name: {part: held for part, held in parts.items() if held} for name, parts in found.items()}
 
 
+HEAP, KERNELS = 0.6, 0.09
+"""What a heap of small blocks holds beyond the most of them that are alive, and what kernels hold within themselves, as
+shares; fitted to runs of `benchmarks/plan_accuracy.py` on glibc."""
 SPREAD = {"cpu": 0.03, "cuda": 0.03, "mps": 0.05}
 """What an allocator keeps beyond what is alive, as a share of what comes and goes. docs/plan.md has the measurement."""
 
@@ -580,6 +592,7 @@ def estimate(
         micro_batch=recipe.training.per_device_train_batch_size,
         notes=(*notes, *traced.notes, *rows_notes(rows, recipe)),
         longest=traced.width,
+        blocks=(traced.small, traced.large),
     )
     if thorough:
         result = replace(result, largest_batch=_largest(result, traced, traced_as, recipe, rows, batch))
@@ -661,10 +674,8 @@ def _seconds_per_batch(
     typical = sorted(by_length[middle : middle + len(batch)])
     long_seconds, typical_seconds = measure([batch, typical])
     lengths = rows.lengths
-    size_of = (
-        (lambda b: sum(lengths[n] for n in b)) if traced.unpadded else (lambda b: max(lengths[n] for n in b))
-    )
-    high, low = size_of(batch), size_of(typical)
+    together = sum if traced.unpadded else max
+    high, low = together(lengths[n] for n in batch), together(lengths[n] for n in typical)
     mean = _share(traced, rows, batch, recipe) * high
     if high > 1.1 * low:
         slope = (long_seconds - typical_seconds) / (high - low)

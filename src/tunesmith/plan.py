@@ -112,10 +112,11 @@ def resolve(
     held_out: HeldOut | None = None,
     notes: Sequence[str] = (),
     settled: Sequence[Decision] = (),
-    where: DeviceFacts | None = None,
+    elsewhere: DeviceFacts | None = None,
 ) -> Plan:
     """The plan for training on rows of these token lengths: examples, or what `num_examples` are packed or unrolled
-    into, which `unit` names. `settled` is what the method decided. `where` is a device other than this machine's.
+    into, which `unit` names. `settled` is what the method decided. `elsewhere` is a device that
+    is not this machine's.
 
     Steps follow transformers' Trainer: an epoch is ceil(batches / accumulation) optimizer steps; warm-up,
     evaluation and saving count optimizer steps. Raises DataError without examples and OutOfResources
@@ -123,10 +124,11 @@ def resolve(
     """
     if not lengths:
         raise DataError("There is no example to train on.", fix="See the ledger for what became of the rows.")
-    named, where = where, where.kind if where else device()
-    decisions = [Decision("device", where, f"that of {named.name}" if named else "the best device found")]
+    where = elsewhere.kind if elsewhere else device()
+    why = f"that of {elsewhere.name}" if elsewhere else "the best device found"
+    decisions = [Decision("device", where, why)]
     if adapter_kind == "qlora":
-        decisions += _four_bits(where, here=not named)
+        decisions += _four_bits(where, here=not elsewhere)
     decisions += [Decision("data", note, "reading the data") for note in notes]
     precision = training.mixed_precision
     if precision != "no" and where == "cpu":

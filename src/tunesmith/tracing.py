@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,11 +45,11 @@ class _Piece:
     died: float = math.inf
 
 
-class Counting(TorchDispatchMode):
+class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs operations on hollow numbers and real indices, and keeps count."""
 
     def __init__(self, *, vocabulary: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.vocabulary = vocabulary
         self.clock = self.positions = 0
         """Operations so far, and the most positions that a table of words was asked for at once."""
@@ -98,9 +99,8 @@ class Counting(TorchDispatchMode):
                 parts[name] = parts.get(name, 0) + piece.size
         return most, parts
 
-    def kept_apart(self) -> int:
-        """Bytes that a C library's heap holds beyond what is alive at the peak: blocks below LARGE come from a heap
-        that stays at its largest, larger ones from the system and go back to it; neither can use the other's."""
+    def most_of_kinds(self) -> tuple[int, int]:
+        """The most bytes that were held at once in blocks below LARGE, and in larger ones."""
         tops = []
         for chosen in (
             [piece for piece in self.pieces if piece.size < LARGE],
@@ -109,7 +109,7 @@ class Counting(TorchDispatchMode):
             mine = Counting(vocabulary=0)
             mine.pieces, mine.clock = chosen, self.clock
             tops.append(mine.live()[0])
-        return sum(tops) - self.live()[0]
+        return tops[0], tops[1]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -168,10 +168,7 @@ class Counting(TorchDispatchMode):
                 storage.nbytes(), self.clock, head=tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary
             )
             self.pieces.append(piece)
-            self._known[key] = (
-                weakref.ref(storage, lambda _, key=key, piece=piece: self._gone(key, piece)),
-                piece,
-            )
+            self._known[key] = (weakref.ref(storage, partial(self._gone, key, piece)), piece)
         if packet.__name__ in MOVES_NOTHING:
             return
         flops = 0.0
@@ -185,7 +182,7 @@ class Counting(TorchDispatchMode):
             moved = sum(t.numel() * t.element_size() for t in (*tensors, *made))
             self.costs.append((flops, float(moved)))
 
-    def _gone(self, key: int, piece: _Piece) -> None:
+    def _gone(self, key: int, piece: _Piece, _: Any) -> None:
         piece.died = self.clock
         if self._known.get(key, (None, None))[1] is piece:
             del self._known[key]
@@ -209,7 +206,7 @@ def _hollow(leaf: Any) -> Any:
 def _attention_flops(args: Sequence[Any], factor: float) -> float:
     query, key = args[0], args[1]
     batch, heads, length, width = query.shape
-    return factor * batch * heads * length * key.shape[-2] * width
+    return float(factor * batch * heads * length * key.shape[-2] * width)
 
 
 CPU_ATTENTION = {
@@ -288,13 +285,14 @@ def counting(
 @contextmanager
 def _no_autocast_there() -> Iterator[None]:
     """torch has no autocast for hollow numbers, and raises where it is asked whether it is on."""
-    is_on, chosen = torch.is_autocast_enabled, torch.get_autocast_dtype
-    torch.is_autocast_enabled = lambda *device: device != ("meta",) and is_on(*device)
-    torch.get_autocast_dtype = lambda device: torch.float32 if device == "meta" else chosen(device)
+    ours: Any = torch
+    is_on, chosen = ours.is_autocast_enabled, ours.get_autocast_dtype
+    ours.is_autocast_enabled = lambda *device: device != ("meta",) and is_on(*device)
+    ours.get_autocast_dtype = lambda device: torch.float32 if device == "meta" else chosen(device)
     try:
         yield
     finally:
-        torch.is_autocast_enabled, torch.get_autocast_dtype = is_on, chosen
+        ours.is_autocast_enabled, ours.get_autocast_dtype = is_on, chosen
 
 
 BLOCK, SECOND_BLOCK = 64, 256
@@ -320,7 +318,8 @@ class FourBit(torch.nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The product with unpacked weights."""
         shape = (self.out_features, self.in_features)
-        out: torch.Tensor = _Unpacked.apply(input.to(self.computed), shape)
+        unpacked: Any = _Unpacked.apply
+        out: torch.Tensor = unpacked(input.to(self.computed), shape)
         return out if self.bias is None else out + self.bias
 
 

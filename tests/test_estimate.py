@@ -18,7 +18,7 @@ def recipe(tiny_model_folder, question_file, tmp_path):
     def made(**changes):
         settings = {
             "output_dir": str(tmp_path / "runs"), "name": "planned", "model": {"base": str(tiny_model_folder)},
-            "data": {"dataset": str(question_file)}, "evaluation": {"skip": True},
+            "data": {"dataset": str(question_file), "max_length": 256}, "evaluation": {"skip": True},
             "training": {"max_steps": 2},
         }  # fmt: skip
         for name, section in changes.items():

@@ -175,6 +175,41 @@ def test_two_steps_change_what_is_trained_and_nothing_else(quick, kind, adapter,
     assert (run.path / "report.html").stat().st_size > 0
 
 
+FAST = {"sft", "dpo", "kto", "grpo", "rloo"}
+"""Methods that ask their model for log-probabilities of labels, and nothing else."""
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.thorough if k in {"kto", "rloo"} else ()) for k in METHODS]
+)
+def test_the_fast_forward_is_taken_where_it_fits_and_changes_no_number(quick, kind):
+    """Losses, accuracies, rewards and all else that a run tells of its steps and validations."""
+    told: dict[str, list[dict[str, Any]]] = {}
+    for choice in ("fast", "stock"):
+        recipe = quick(
+            kind, name=choice, adapter={**ADAPTERS["lora"], "dropout": 0}, evaluation={"skip": True},
+            training={"forward": choice, "max_steps": 3},
+        )  # fmt: skip
+        run = Run(api.train(recipe).run)
+        [taken] = [e for e in run.events() if e["kind"] == "decision" and e["name"] == "forward"]
+        assert taken["value"] == ("fast" if choice == "fast" and kind in FAST else "stock")
+        assert taken["reason"]
+        assert not [e for e in run.events() if e["kind"] == "warning" and "stock forward" in e["message"]]
+        told[choice] = [e for e in run.events() if e["kind"] in {"step", "evaluation"}]
+        if kind not in FAST:
+            return
+    assert len(told["fast"]) == len(told["stock"]) > 3
+    for ours, theirs in zip(told["fast"], told["stock"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ("loss", "token_accuracy", "grad_norm", "tokens"):
+            if theirs.get(name) is not None:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+        measures, others = ours.get("measures", {}), theirs.get("measures", {})
+        assert measures.keys() == others.keys()
+        for name in measures.keys() - {"step_time"}:
+            assert measures[name] == pytest.approx(others[name], rel=1e-3, abs=1e-5), name
+
+
 @pytest.mark.parametrize("kind", ["grpo", "rloo", "ppo"])
 @pytest.mark.parametrize("value", [0.3, 1.0])
 def test_a_reward_that_is_always_the_same_is_said(quick, kind, value, tmp_path, monkeypatch):

@@ -173,7 +173,7 @@ def _hollow_trainer(
     given = arguments(plain, recipe.training, Tracking(), name="plan", staging=folder / ".staging")
     given |= {"report_to": ["none"]}
     with models.keeping_types(model):
-        return method.build(
+        trainer = method.build(
             section,
             model=model,
             tokenizer=tokenizer,
@@ -184,6 +184,10 @@ def _hollow_trainer(
             keep=1,
             packing=packing,
         )
+    from tunesmith import forward
+
+    forward.attach(trainer, Run(folder), choice=recipe.training.forward)
+    return trainer
 
 
 def _micro_steps(
@@ -548,6 +552,8 @@ def _trainer(
             keep=recipe.training.save_total_limit,
             packing=packing,
         )
+    from tunesmith import forward
+
     if recipe.training.batches == "by_length":
         lengths = _row_lengths(method, encodings.train, packing)
         order_by_length(trainer, lengths)
@@ -556,6 +562,7 @@ def _trainer(
         padding = padded_share([lengths[n] for n in order], batch)
         why = f"padding is {padding:.1%} of a padded batch, {padded_share(lengths, batch):.1%} in the data's own order"
         run.event("decision", name="batches", value="by length", reason=why)
+    forward.attach(trainer, run, choice=recipe.training.forward)
     return trainer
 
 

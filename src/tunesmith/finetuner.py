@@ -368,7 +368,7 @@ class LLMFineTuner:
         """
         import torch
 
-        from tunesmith import models
+        from tunesmith import forward, models
         from tunesmith.api import differences
         from tunesmith.cli import Display
         from tunesmith.export.card import write_card
@@ -445,6 +445,7 @@ class LLMFineTuner:
                             run=run,
                             keep=recipe.training.save_total_limit,
                         )
+                    forward.attach(trainer, run, choice=recipe.training.forward)
                     result = fit(trainer, run, recipe.training, checkpoint=checkpoint)
                     run.write("training.json", asdict(result))
                     write_card(run, [])

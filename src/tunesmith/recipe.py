@@ -776,6 +776,10 @@ class Training(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
+    forward: Literal["fast", "stock"] = "fast"
+    """How the model is run while it is trained: without padding, shared prompts once, the vocabulary only where a label
+    is, where the model and the method allow it (docs/forward.md); or as transformers and TRL do."""
+
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_yaml_no)] = "no"
     """Precision of the forward and backward pass; weights stay in their own type."""
 

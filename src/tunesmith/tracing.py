@@ -80,14 +80,13 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def live(self, start: int = 0) -> tuple[int, dict[str, int]]:
         """The most bytes that were held at once since a moment, and what they were for then."""
-        changes: dict[int, int] = {}
+        changes: dict[float, int] = {}
         for piece in self.pieces:
             if piece.died > start:
                 begin = max(piece.born, start)
                 changes[begin] = changes.get(begin, 0) + piece.size
-                if piece.died <= self.clock:
-                    changes[int(piece.died)] = changes.get(int(piece.died), 0) - piece.size
-        held = most = at = 0
+                changes[piece.died] = changes.get(piece.died, 0) - piece.size
+        held, most, at = 0, 0, 0.0
         for moment in sorted(changes):
             held += changes[moment]
             if held > most:
@@ -183,7 +182,7 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.costs.append((flops, float(moved)))
 
     def _gone(self, key: int, piece: _Piece, _: Any) -> None:
-        piece.died = self.clock
+        piece.died = self.clock + 0.5  # after the operation that it was last part of
         if self._known.get(key, (None, None))[1] is piece:
             del self._known[key]
 

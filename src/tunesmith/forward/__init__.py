@@ -1,0 +1,381 @@
+"""The one fast forward: log-probabilities of labels, with the work left out that nothing depends on.
+
+TRL's trainers ask a model for them with `model(..., labels=labels, fused_lm_head=True)`; `attach` puts this answer in
+the place of TRL's own. The rows of a batch become one sequence without padding in which shared beginnings stand once
+(`tree`), a token sees its own row only (`attention`), the last layer is finished and the vocabulary is asked only where
+there is a label (`head`). Everything else is the model's own code, so adapters and quantised weights come along.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.forward import attention
+from tunesmith.forward.head import Found, Reading, read
+from tunesmith.forward.tree import Layout, labelled, layout, rows_of
+from tunesmith.models import decoder_layers
+from tunesmith.training.run import Run
+
+COVERED = {
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "llama",
+    "mistral",
+    "phi3",
+    "qwen2",
+    "qwen3",
+}
+"""Kinds of models (`config.model_type`) of which a test shows that the result is the stock one."""
+SETTINGS = {"temperature", "logit_scale", "final_logit_softcapping", "outputs"}
+"""What TRL's forward knows and ours takes from it."""
+UNDERSTOOD = {"input_ids", "attention_mask", "position_ids", "use_cache"}
+"""Inputs without which nothing else of a batch matters."""
+WORTH = 0.9
+"""Share of tokens with labels from which on the last layer is finished for all."""
+HOOKS = "_tunesmith_rows"
+"""Attribute of a model with the hooks that are set on it."""
+WHOLE = {"gpt2"}
+"""Kinds whose trunk wants as many tokens from its last layer as it has given to the first."""
+BY_LENGTH = {"dynamic", "longrope"}
+"""Kinds of rotary positions that follow the longest row, which therefore keeps its last token."""
+
+
+@dataclass
+class Hidden:
+    """Last hidden states where they were asked for."""
+
+    states: Tensor
+    """(results, width)"""
+    slots: Tensor
+    """For each the number of its token in the batch, rows one after the other, padding counted."""
+
+
+@dataclass
+class Trunk:
+    """A model below its head, run on rows without padding."""
+
+    model: Any
+    """The causal language model itself, without PEFT's wrapping."""
+    say: Callable[[str], None]
+    """Told, once each, why a batch took the stock path."""
+    share: bool = True
+    has_dropout: bool = False
+    _said: set[str] = field(default_factory=set)
+    _fixed: bool = True
+
+    def __post_init__(self) -> None:
+        config = self.config
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        kinds = [rope, *rope.values()] if isinstance(rope, dict) else []
+        self._fixed = not any(isinstance(kind, dict) and kind.get("rope_type") in BY_LENGTH for kind in kinds)
+        self.has_dropout = has_dropout(self.model)
+        layers = list(decoder_layers(self.model))
+        for handle in getattr(self.model, HOOKS, ()):  # of an earlier training
+            handle.remove()
+        handles = [handle for layer in layers for handle in _uses_rows(layer, config)]
+        handles.append(layers[-1].register_forward_pre_hook(_finish_kept, with_kwargs=True))
+        if self.model.config.model_type in WHOLE:
+            handles.append(layers[-1].register_forward_hook(_put_back, with_kwargs=True))
+        setattr(self.model, HOOKS, handles)
+
+    @property
+    def config(self) -> Any:
+        """The configuration that its layers read."""
+        return self.model.config.get_text_config()
+
+    def stock(self, why: str) -> None:
+        """Say once why a batch takes the stock path."""
+        if why not in self._said:
+            self._said.add(why)
+            self.say(why)
+
+    def hidden(self, inputs: dict[str, Any], wanted: Tensor) -> Hidden | None:
+        """The last hidden states of the tokens that `wanted` marks; None, said why, where the batch is not of the kind
+        that is understood."""
+        unknown = [
+            n
+            for n, value in inputs.items()
+            if n not in UNDERSTOOD and value is not None and value is not False
+        ]
+        if unknown or "input_ids" not in inputs:
+            self.stock(f"a batch brings {', '.join(unknown) or 'no token ids'}")
+            return None
+        ids = inputs["input_ids"]
+        rows = rows_of(
+            ids, inputs.get("attention_mask"), inputs.get("position_ids"), wanted, trim=self._fixed
+        )
+        if rows is None:
+            self.stock("the mask of a batch has holes, or a label follows padding")
+            return None
+        if not rows:
+            self.stock("a batch has no label")
+            return None
+        share = self.share and not (self.has_dropout and self.model.training)
+        plan = layout(rows, share=share, device=ids.device)
+        with attention.used_by(self.config):
+            states = self.model.base_model(
+                input_ids=plan.ids, position_ids=plan.positions, use_cache=False, rows=plan
+            ).last_hidden_state[0]
+        if len(states) != len(plan.kept):
+            states = states.index_select(0, plan.kept)
+        if plan.outputs is not None:
+            states = states.index_select(0, plan.outputs)
+        return Hidden(states, plan.slots)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether the model drops anything at random while it is trained."""
+    config: Any = model.config
+    return bool(
+        any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
+        or getattr(config.get_text_config(), "attention_dropout", 0.0)
+    )
+
+
+def _checkpoints(layer: nn.Module) -> bool:
+    return bool(layer.training and getattr(layer, "gradient_checkpointing", False))
+
+
+def _uses_rows(layer: nn.Module, config: Any) -> list[Any]:
+    """Have a layer that is run again in the backward pass, outside of `Trunk.hidden`, use our attention there too."""
+
+    def again(once: Callable[..., Any], run: Callable[..., Any], *args: Any) -> Any:
+        def with_rows(*given: Any) -> Any:
+            with attention.used_by(config):
+                return run(*given)
+
+        return once(with_rows, *args)
+
+    def wrap(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        once: Any = getattr(module, "_gradient_checkpointing_func", None)
+        if "rows" in kwargs and _checkpoints(module) and getattr(once, "func", None) is not again:
+            module._gradient_checkpointing_func = partial(again, once)
+
+    def unwrap(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        once = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(once, "func", None) is again:
+            module._gradient_checkpointing_func = once.args[0]  # type: ignore[union-attr]
+
+    return [
+        layer.register_forward_pre_hook(wrap, with_kwargs=True),
+        layer.register_forward_hook(unwrap, with_kwargs=True, always_call=True),
+    ]
+
+
+class _KeysAndValues(Exception):
+    """Those of a layer, reached where it would store them."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.key, self.value = key, value
+
+
+class _Take:
+    """Stands where a layer stores keys and values, and leaves the layer with them."""
+
+    def update(self, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        """Leave."""
+        raise _KeysAndValues(key, value)
+
+
+class _Join:
+    """Stands at the same place, and adds keys and values of other tokens to a layer's own."""
+
+    def __init__(self, others: _KeysAndValues, order: Tensor) -> None:
+        self.others, self.order = others, order
+
+    def update(self, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        """Those of all tokens, in the order of the sequence."""
+        both = ((key, self.others.key), (value, self.others.value))
+        joined = [torch.cat(parts, dim=2).index_select(2, self.order) for parts in both]
+        return joined[0], joined[1]
+
+
+def _finish_kept(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Before the last layer: run it on the tokens alone whose outputs are wanted. Of the others it gives keys and
+    values."""
+    rows: Layout | None = kwargs.get("rows")
+    # A layer that is to be run again refuses whatever stores keys and values.
+    if rows is None or len(rows.kept) > WORTH * rows.ids.shape[1] or _checkpoints(layer):
+        return None
+    given = inspect.signature(layer.forward).bind(*args, **kwargs)
+    size = rows.ids.shape[1]
+
+    def only(value: Any, places: Tensor) -> Any:
+        if isinstance(value, Tensor):
+            return value.index_select(1, places) if value.ndim > 1 and value.shape[1] == size else value
+        if isinstance(value, tuple):
+            return tuple(only(part, places) for part in value)
+        return value
+
+    def call(places: Tensor, store: Any) -> inspect.BoundArguments:
+        found = inspect.BoundArguments(given.signature, type(given.arguments)())
+        for name, value in given.arguments.items():
+            kind = given.signature.parameters[name].kind
+            found.arguments[name] = (
+                {n: only(v, places) for n, v in value.items()}
+                if kind is inspect.Parameter.VAR_KEYWORD
+                else only(value, places)
+            )
+        found.arguments["past_key_values"] = store
+        return found
+
+    others = call(rows.others, _Take())
+    try:
+        layer.forward(*others.args, **others.kwargs)
+    except _KeysAndValues as found:
+        stored = _KeysAndValues(found.key, found.value)
+    else:
+        raise AssertionError(f"{type(layer).__name__} stores no keys and values")
+    order = torch.argsort(torch.cat([rows.kept, rows.others]))
+    kept = call(rows.kept, _Join(stored, order))
+    return kept.args, kept.kwargs
+
+
+def _put_back(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+    """Behind the last layer: the outputs of the kept tokens at their places, and zeros elsewhere."""
+    rows: Layout | None = kwargs.get("rows")
+    if rows is None or output.shape[1] == rows.ids.shape[1]:
+        return None
+    empty = output.new_zeros(1, rows.ids.shape[1], output.shape[2])
+    return empty.index_copy(1, rows.kept, output)
+
+
+def attach(trainer: Any, run: Run, *, choice: str = "fast") -> None:
+    """Put the fast forward in the place of TRL's in a trainer's models, and keep in the run which one is used and why.
+
+    `choice` is the recipe's `training.forward`.
+    """
+    from trl import SFTTrainer
+
+    def say(why: str) -> None:
+        run.event(
+            "warning",
+            step=trainer.state.global_step,
+            message=f"The stock forward was taken for a batch, which is slower: {why}.",
+        )
+
+    plain = _plain(trainer.model)
+    why = "as the recipe says" if choice == "stock" else uncovered(trainer, plain)
+    if why:
+        run.event("decision", name="forward", value="stock", reason=why)
+        return
+    for model in (plain, getattr(trainer, "ref_model", None)):
+        if model is not None:
+            quicken(_plain(model), alike=isinstance(trainer, SFTTrainer), say=say)
+    reason = "no padding, shared beginnings once, the vocabulary only where a label is"
+    if has_dropout(plain):
+        reason += "; beginnings are not shared while training, as dropout draws differ"
+    run.event("decision", name="forward", value="fast", reason=reason)
+
+
+def uncovered(trainer: Any, model: Any) -> str | None:
+    """Why a trainer's model has to take the stock path; None where it need not."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    kind = model.config.model_type
+    if kind not in COVERED:
+        return f"models of the kind {kind} are not covered"
+    if not _settings(model).keys() >= SETTINGS:
+        return "this method asks its model for more than log-probabilities"
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return "weights are spread over processes"
+    if trainer.args.neftune_noise_alpha:
+        return "NEFTune's noise is measured by the length of padded rows"
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        return "the head has an adapter"
+    if model.config._attn_implementation_internal not in ("sdpa", "eager", "flash_attention_2"):
+        return f"the attention {model.config._attn_implementation_internal} was asked for"
+    return None
+
+
+def _plain(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    """What TRL keeps for the forward that it has given a model; nothing where it has given none."""
+    function = getattr(model.forward, "__func__", None)
+    return dict(inspect.getclosurevars(function).nonlocals) if function else {}
+
+
+def quicken(model: Any, *, alike: bool, say: Callable[[str], None]) -> None:
+    """Have a model that TRL has given its head answer the same in our way, with TRL's own settings.
+
+    `alike` says that every label of a batch weighs the same in the loss. `say` is told, once each, why single batches
+    took the stock path.
+    """
+    theirs, facts = model.forward, _settings(model)
+    reading = Reading(
+        temperature=facts["temperature"],
+        scale=facts["logit_scale"],
+        softcap=facts["final_logit_softcapping"],
+        outputs=tuple(facts["outputs"]),
+        alike=alike,
+    )
+    trunk = Trunk(model, say)
+
+    def forward(
+        self: Any,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Tensor | None = None,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        asked = {"labels": labels, "num_items_in_batch": num_items_in_batch}
+        given = {name: value for name, value in asked.items() if value is not None}
+        if not fused_lm_head:
+            return theirs(*args, **given, **kwargs)
+        found = None
+        if labels is None or args:
+            trunk.stock("a batch brings no labels of its own")
+        else:
+            found = trunk.hidden(kwargs, labelled(labels))
+        if found is None:
+            return theirs(*args, fused_lm_head=True, **given, **kwargs)
+        assert labels is not None
+        return _answer(trunk.model, found, labels, reading, num_items_in_batch)
+
+    forward.__signature__ = inspect.signature(theirs.__func__)  # type: ignore[attr-defined]
+    model.forward = types.MethodType(forward, model)
+
+
+def _answer(model: Any, hidden: Hidden, labels: Tensor, reading: Reading, num_items: Any) -> Any:
+    """Per-token results in TRL's form: `(rows, tokens - 1)`, zero where there is no label."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    head = model.get_output_embeddings()
+    width = labels.shape[1]
+    targets = labels.reshape(-1)[hidden.slots + 1]
+    found: Found = read(hidden.states, head.weight, head.bias, targets, reading)
+    places = hidden.slots - hidden.slots // width
+
+    def spread(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        empty = values.new_zeros(labels.shape[0] * (width - 1))
+        return empty.index_copy(0, places, values).view(labels.shape[0], width - 1)
+
+    log_probs = spread(found.log_probs)
+    assert log_probs is not None
+    mask = labels[:, 1:] != -100
+    items = mask.sum().clamp(min=1) if num_items is None else num_items
+    return FusedCausalLMOutput(
+        loss=-log_probs.sum() / items,
+        log_probs=log_probs,
+        entropy=spread(found.entropy),
+        log_sum_sq_probs=spread(found.log_sum_sq_probs),
+        mean_logits=spread(found.mean_logits),
+        is_top1=spread(found.is_top1),
+        label_mask=mask,
+    )

@@ -1,0 +1,236 @@
+"""Log-probabilities of labels from hidden states, some positions at a time, with exact gradients and no logits kept.
+
+With z the logits (scaled, capped, divided by the temperature) and p = softmax(z), the derivative of log p[label] by z
+is onehot(label) - p, and that of the entropy H is -p (log p + H).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BYTES = 2**27
+"""Logits that are held at a time: 256 positions of the larger vocabularies, which was the fastest on CPUs."""
+POSITIONS = 256
+"""Most positions at a time; with more of them the logits leave the processor's cache before they are used."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model reads logits off its head, and what is asked of them."""
+
+    temperature: float = 1.0
+    scale: float = 1.0
+    softcap: float | None = None
+    outputs: tuple[str, ...] = ("log_probs",)
+    """Of log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1."""
+    alike: bool = False
+    """Whether every label is expected to have the same weight in the loss; if not, the gradient is computed again."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the head gives for each label; None for what was not asked."""
+
+    log_probs: Tensor
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+def read(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, reading: Reading) -> Found:
+    """Log-probabilities of `targets` (labels,) given `hidden` (labels, width), and what else is asked."""
+    apply: Any = _Head.apply
+    return Found(*apply(hidden, weight, bias, targets, reading, torch.is_grad_enabled()))
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        reading: Reading,
+        learns: bool,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.reading, ctx.dtype = reading, _type(hidden)
+        needed = [learns and need for need in ctx.needs_input_grad[:3]]
+        # The gradient of the hidden states can be scaled label by label afterwards; that of the weights is one sum
+        # over all labels, and can be only where these weigh the same.
+        ahead = any(needed) and (reading.alike or not any(needed[1:]))
+        wanted: dict[str, list[Tensor]] = {name: [] for name in ("log_probs", *ASKED)}
+        gradients = _Gradients(hidden, weight, bias, needed, reading, ctx.dtype) if ahead else None
+        spare = None
+        for part, logits, factor in _chunks(hidden, weight, bias, reading, ctx.dtype):
+            labels = targets[part][:, None]
+            own = logits.gather(1, labels)
+            if "mean_logits" in reading.outputs:
+                wanted["mean_logits"].append(logits.mean(1))
+            if "is_top1" in reading.outputs and ctx.dtype != torch.float32:
+                # Of equal ones the first counts. In float32 none are equal, and finding where the largest is takes
+                # ten times as long as finding it.
+                wanted["is_top1"].append((logits.argmax(1, keepdim=True) == labels).squeeze(1))
+            top = logits.amax(1, keepdim=True)
+            if "is_top1" in reading.outputs and ctx.dtype == torch.float32:
+                wanted["is_top1"].append((own >= top).squeeze(1))
+            logits.sub_(top)
+            if "entropy" in reading.outputs:
+                spare = torch.empty_like(logits) if spare is None else spare
+                masses = torch.exp(logits, out=spare[: len(logits)])
+            else:
+                masses = logits.exp_()
+            total = masses.sum(1, keepdim=True)
+            log_total = total.log()
+            wanted["log_probs"].append((own - top - log_total).squeeze(1))
+            if "entropy" in reading.outputs:
+                wanted["entropy"].append(
+                    (log_total - logits.mul_(masses).sum(1, keepdim=True) / total).squeeze(1)
+                )
+            if "log_sum_sq_probs" in reading.outputs:
+                wanted["log_sum_sq_probs"].append((masses * masses).sum(1).log() - 2 * log_total.squeeze(1))
+            if gradients:
+                gradients.add(part, masses, -1 / total, labels, torch.ones_like(own), factor)
+        found = tuple(
+            torch.cat(wanted[name]) if name == "log_probs" or name in reading.outputs else None
+            for name in ("log_probs", *ASKED)
+        )
+        ctx.ahead = gradients is not None
+        if gradients:
+            ctx.save_for_backward(
+                hidden, weight, bias, targets, gradients.hidden, gradients.weight, gradients.bias
+            )
+        elif any(needed):
+            ctx.save_for_backward(hidden, weight, bias, targets, None, None, None)
+        ctx.mark_non_differentiable(*(found[n] for n in (2, 3, 4) if found[n] is not None))
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        by_log, by_entropy = given[:2]
+        hidden, weight, bias, targets, *ready = ctx.saved_tensors
+        if by_log is None and by_entropy is None:
+            return (None,) * 6
+        needed = list(ctx.needs_input_grad[:3])
+        if ctx.ahead and by_entropy is None:
+            assert by_log is not None
+            of_hidden, of_weight, of_bias = ready
+            same = bool((by_log == by_log[0]).all()) if len(by_log) else True
+            if same or not any(needed[1:]):
+                first = by_log[0] if len(by_log) else by_log.new_ones(())
+                return (
+                    None if of_hidden is None else (of_hidden * by_log[:, None]).to(hidden.dtype),
+                    None if of_weight is None else of_weight.mul_(first).to(weight.dtype),
+                    None if of_bias is None or bias is None else (of_bias * first).to(bias.dtype),
+                    None,
+                    None,
+                    None,
+                )
+        gradients = _Gradients(hidden, weight, bias, needed, ctx.reading, ctx.dtype)
+        for part, logits, factor in _chunks(hidden, weight, bias, ctx.reading, ctx.dtype):
+            labels = targets[part][:, None]
+            top = logits.amax(1, keepdim=True)
+            masses = logits.sub_(top).exp()
+            total = masses.sum(1, keepdim=True)
+            given_log = torch.zeros_like(total) if by_log is None else by_log[part][:, None]
+            if by_entropy is None:
+                gradients.add(part, masses, -given_log / total, labels, given_log, factor)
+                continue
+            given_entropy = by_entropy[part][:, None]
+            logs, masses = logits.sub_(total.log()), masses.div_(total)
+            entropy = -(masses * logs).sum(1, keepdim=True)
+            pull = -masses * (given_log + given_entropy * (logs + entropy))
+            gradients.add(part, pull, torch.ones_like(total), labels, given_log, factor)
+        return (
+            None if gradients.hidden is None else gradients.hidden.to(hidden.dtype),
+            None if gradients.weight is None else gradients.weight.to(weight.dtype),
+            None if gradients.bias is None or bias is None else gradients.bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+ASKED = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def _type(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, reading: Reading, dtype: torch.dtype) -> Any:
+    """Positions, their logits in float32 in one buffer that is used again, and the derivative of capping."""
+    size = max(min(POSITIONS, BYTES // (4 * len(weight))), 1)
+    table = weight.to(dtype)
+    buffer = hidden.new_empty(min(size, max(len(hidden), 1)), len(weight), dtype=dtype)
+    for start in range(0, len(hidden), size):
+        part = slice(start, min(start + size, len(hidden)))
+        logits = buffer[: part.stop - part.start]
+        torch.mm(hidden[part].to(dtype), table.t(), out=logits)
+        if bias is not None:
+            logits.add_(bias.to(dtype))
+        logits = logits.float()
+        if reading.scale != 1.0:
+            logits.mul_(reading.scale)
+        factor = None
+        if reading.softcap is not None:
+            logits.div_(reading.softcap).tanh_()
+            factor = 1 - logits * logits
+            logits.mul_(reading.softcap)
+        if reading.temperature != 1.0:
+            logits.div_(reading.temperature)
+        yield part, logits, factor
+
+
+class _Gradients:
+    """Sums of gradients over the positions, of what is trained."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needed: list[bool],
+        reading: Reading,
+        dtype: torch.dtype,
+    ) -> None:
+        self.states, self.table, self.dtype = hidden, weight, dtype
+        self.slope = reading.scale / reading.temperature
+        self.hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+        self.bias = torch.zeros_like(bias, dtype=torch.float32) if needed[2] and bias is not None else None
+
+    def add(
+        self, part: slice, pull: Tensor, each: Tensor, labels: Tensor, own: Tensor, factor: Tensor | None
+    ) -> None:
+        """Add what comes of some positions, whose derivatives by their logits are `pull` times `each`, and `own` more
+        at their labels. `pull` is used up."""
+        if factor is not None:  # of capping: inside of it, where the label's is another as well
+            own, _ = own * factor.gather(1, labels), pull.mul_(factor)
+        each, own = each * self.slope, own * self.slope
+        names, states = labels.squeeze(1), self.states[part]
+        if self.bias is not None:
+            self.bias += (pull * each).sum(0).index_add_(0, names, own.squeeze(1))
+        pull = pull.to(self.dtype)
+        if self.hidden is not None:
+            # Scaled where it is narrow, which spares a pass over the vocabulary.
+            found = self.hidden[part]
+            if self.dtype == torch.float32:
+                torch.mm(pull, self.table.float(), out=found).mul_(each)
+            else:
+                found.copy_((pull @ self.table.to(self.dtype)).float() * each)
+            found.addcmul_(self.table[names].float(), own)
+        if self.weight is not None:
+            scaled = states.float() * each
+            if self.dtype == torch.float32:
+                self.weight.addmm_(pull.t(), scaled)
+            else:
+                self.weight += (pull.t() @ scaled.to(self.dtype)).float()
+            self.weight.index_add_(0, names, states.float() * own)

@@ -1,0 +1,371 @@
+"""The fast forward against the stock one: transformers' own forward, its logits and torch's cross-entropy."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from tunesmith import forward
+from tunesmith.forward import tree
+
+VOCABULARY = 97
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4200,
+    "pad_token_id": 0,
+    "attention_dropout": 0.0,
+}
+
+
+def made(family: str, **changes):
+    """A tiny model of a family with random weights, in float32."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    width = {"head_dim": 8, "query_pre_attn_scalar": 8}
+    caps = {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0}
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    classes = {
+        "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, {}),
+        "mistral": (hf.MistralConfig, hf.MistralForCausalLM, {"sliding_window": 20}),
+        "qwen2": (
+            hf.Qwen2Config,
+            hf.Qwen2ForCausalLM,
+            {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+        ),
+        "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM, {"head_dim": 16}),
+        "gemma": (hf.GemmaConfig, hf.GemmaForCausalLM, {"head_dim": 8}),
+        "gemma2": (
+            hf.Gemma2Config,
+            hf.Gemma2ForCausalLM,
+            {**width, "sliding_window": 20, "layer_types": layers, **caps},
+        ),
+        "gemma3_text": (
+            hf.Gemma3TextConfig,
+            hf.Gemma3ForCausalLM,
+            {**width, "sliding_window": 20, "layer_types": layers},
+        ),
+        "phi3": (
+            hf.Phi3Config,
+            hf.Phi3ForCausalLM,
+            {"sliding_window": 20, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2},
+        ),
+        "gpt2": (
+            hf.GPT2Config,
+            hf.GPT2LMHeadModel,
+            {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "n_positions": 4200},
+        ),
+    }  # fmt: skip
+    config, model, own = classes[family]
+    built = model(config(**{**SMALL, **own, **changes}))
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.normal_(0, 0.1)
+    assert built.config.model_type == family
+    return built.train()
+
+
+def batch(
+    lengths: list[int], *, labelled: float = 0.4, left: bool = False, seed: int = 0
+) -> dict[str, Tensor]:
+    """Rows of random tokens, padded; the last share of each has labels, and a few tokens elsewhere."""
+    draw = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    ids = torch.zeros(len(lengths), width, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, length in enumerate(lengths):
+        place = slice(width - length, width) if left else slice(0, length)
+        ids[row, place] = torch.randint(3, VOCABULARY, (length,), generator=draw)
+        mask[row, place] = 1
+        chosen = torch.rand(length, generator=draw) < 0.1
+        chosen[int(length * (1 - labelled)) :] = True
+        labels[row, place] = torch.where(chosen, ids[row, place], -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def stock_loss(model, inputs: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy over the labels, by transformers' forward and torch's own function."""
+    logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits
+    labels = inputs["labels"][:, 1:]
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100
+    )
+
+
+def quick(model, **options):
+    """The model with TRL's head, and ours in its place; refuses to fall back."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    def refuse(why: str) -> None:
+        raise AssertionError(why)
+
+    outputs = options.pop("outputs", ("log_probs", "entropy", "is_top1"))
+    add_fused_lm_head(model, outputs=outputs, **options)
+    forward.quicken(model, alike=True, say=refuse)
+    return model
+
+
+def gradients(model) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_same(model, inputs: dict[str, Tensor], *, fast=None) -> None:
+    """Losses agree to 1e-6 of their size, gradients to 1e-5 of the largest of theirs."""
+    fast = fast or quick(copy.deepcopy(model))
+    wanted = stock_loss(model, inputs)
+    wanted.backward()
+    found = fast(**inputs, fused_lm_head=True)
+    found.loss.backward()
+    assert found.loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    expected, got = gradients(model), gradients(fast)
+    assert expected.keys() == got.keys()
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-9, name
+
+
+@pytest.mark.parametrize("family", sorted(forward.COVERED))
+def test_loss_and_gradients_are_the_stock_ones(family):
+    # Longer than the window, shorter, of one token and of two.
+    assert_same(made(family), batch([61, 7, 1, 2, 33]))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("qwen3", {"tie_word_embeddings": True}),
+        ("gemma2", {"tie_word_embeddings": False}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+    ],
+    ids=["tied", "tied Qwen 3", "untied Gemma 2", "positions by length"],
+)
+def test_heads_and_positions(family, changes):
+    if "rope_parameters" in changes:
+        changes = {**changes, "max_position_embeddings": 40}
+    assert_same(made(family, **changes), batch([61, 7, 2, 33]))
+
+
+def shared(prompts: list[int], answers: list[list[int]], seed: int = 0) -> dict[str, Tensor]:
+    """A batch of answers to some prompts, the prompts of its rows alike where they are the same one's."""
+    draw = torch.Generator().manual_seed(seed)
+    rows, marks = [], []
+    for length, of_prompt in zip(prompts, answers, strict=True):
+        prompt = torch.randint(3, VOCABULARY, (length,), generator=draw)
+        for size in of_prompt:
+            answer = torch.randint(3, VOCABULARY, (size,), generator=draw)
+            rows.append(torch.cat([prompt, answer]))
+            marks.append(torch.cat([torch.full((length,), -100), answer]))
+    order = torch.randperm(len(rows), generator=draw).tolist()
+    padded = torch.nn.utils.rnn.pad_sequence
+
+    def stacked(parts: list[Tensor], fill: int) -> Tensor:
+        return padded([parts[n] for n in order], batch_first=True, padding_value=fill)
+
+    masks = stacked([torch.ones_like(row) for row in rows], 0)
+    return {"input_ids": stacked(rows, 0), "attention_mask": masks, "labels": stacked(marks, -100)}
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "mistral"])
+def test_shared_prompts_are_computed_once_and_nothing_changes(family):
+    inputs = shared([50, 35], [[9, 1, 40], [5, 5]])
+    # A row that ends within another one's prompt, and two rows that are the same.
+    inputs = {name: torch.cat([value, value[:1]]) for name, value in inputs.items()}
+    inputs["attention_mask"][-1, 30:] = 0
+    inputs["labels"][-1] = -100
+    inputs["labels"][-1, 20:30] = inputs["input_ids"][-1, 20:30]
+    assert_same(made(family), inputs)
+
+
+def test_how_much_is_shared():
+    inputs = shared([50, 35], [[9, 1, 40], [5, 5]])
+    rows = forward.rows_of(
+        inputs["input_ids"], inputs["attention_mask"], None, forward.labelled(inputs["labels"])
+    )
+    together = forward.layout(rows, share=True, device="cpu")
+    apart = forward.layout(rows, share=False, device="cpu")
+    # Beginnings are cut in steps of 16, and the last token of a row predicts nothing.
+    assert apart.ids.shape[1] == 50 * 3 + 9 + 1 + 40 + 35 * 2 + 5 * 2 - 5
+    assert together.ids.shape[1] == apart.ids.shape[1] - 2 * 48 - 32
+    assert len(together.pieces) == 7
+
+
+@pytest.mark.parametrize("window", [None, 20, 120])
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_what_sees_what(window, trimmed, monkeypatch):
+    """The tree's masks, drawn out, against rows that are compared one by one."""
+    monkeypatch.setattr(tree, "QUERIES", 40)
+    inputs = shared([100, 40], [[7, 53], [3, 3, 10]], seed=3)
+    rows = forward.rows_of(
+        inputs["input_ids"], inputs["attention_mask"], None, forward.labelled(inputs["labels"])
+    )
+    found = forward.layout(rows, share=True, device="cpu")
+    begins = torch.tensor([0, *found.lengths]).cumsum(0).tolist()
+    tokens = found.kept.tolist() if trimmed else list(range(found.ids.shape[1]))
+    drawn: list[list[int]] = []
+    for block in found.blocks(window, trimmed):
+        way = [token for n in block.pieces for token in range(begins[n], begins[n + 1])][
+            block.low : block.high
+        ]
+        mask = block.mask
+        if block.whole:
+            mask = torch.ones(block.queries, block.queries, dtype=torch.bool).tril()
+        for query in range(block.queries):
+            drawn.append([t for n, t in enumerate(way) if mask is None or mask[query, n]])
+    assert len(drawn) == len(tokens)
+    # Of a token the way is the longest list whose tokens lead up to it: those of one of the rows.
+    positions, ids = found.positions[0].tolist(), found.ids[0].tolist()
+    for token, sees in zip(tokens, drawn, strict=True):
+        assert sees[-1] == token
+        assert [positions[t] for t in sees] == list(
+            range(max(positions[token] - (window or 10**9) + 1, 0), positions[token] + 1)
+        )
+        own = [ids[t] for t in sees]
+        assert any(row.ids[: positions[token] + 1].tolist()[-len(own) :] == own for row in rows)
+
+
+def test_a_model_that_is_trained_again():
+    model = made("llama")
+    assert_same(model, batch([20, 7]), fast=quick(quick(copy.deepcopy(model))))
+
+
+def test_rows_with_padding_on_the_left():
+    inputs = batch([61, 7, 33], left=True)
+    inputs["labels"][1, : 61 - 7 + 1] = -100  # what padding predicts
+    inputs["labels"][2, : 61 - 33 + 1] = -100
+    assert_same(made("llama"), inputs)
+
+
+def test_what_is_not_understood_takes_the_stock_path_and_is_said():
+    from trl.trainer.utils import add_fused_lm_head
+
+    said = []
+    model = made("llama")
+    add_fused_lm_head(model)
+    forward.quicken(model, alike=True, say=said.append)
+    inputs = batch([20, 7])
+    wanted = stock_loss(model, inputs)
+    holes = {**inputs, "attention_mask": inputs["attention_mask"].clone()}
+    holes["attention_mask"][0, 5] = 0
+    for given in (holes, {**inputs, "inputs_embeds": None, "output_attentions": True}):
+        assert torch.isfinite(model(**given, fused_lm_head=True).loss)
+    assert model(**given, fused_lm_head=True).loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert said == [
+        "the mask of a batch has holes, or a label follows padding",
+        "a batch brings output_attentions",
+    ]
+
+
+def test_packed_rows_are_rows_of_their_own():
+    from tunesmith.data.packing import packed_batch
+
+    inputs = batch([20, 9, 30, 4])
+    rows = []
+    for ids, mask, labels in zip(*inputs.values(), strict=True):
+        size = int(mask.sum())
+        rows.append((ids[:size].tolist(), labels[:size].tolist()))
+    model = made("qwen2")
+    packed = packed_batch([rows[:2], rows[2:]], 0)
+    fast = quick(copy.deepcopy(model))
+    assert fast(**packed, fused_lm_head=True).loss.item() == pytest.approx(
+        stock_loss(model, inputs).item(), rel=1e-6
+    )
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", ["gemma3_text", "llama", "mistral"])
+def test_long_rows(family):
+    changes = {} if family == "llama" else {"sliding_window": 300}
+    assert_same(made(family, **changes), batch([4096, 700, 1]))
+
+
+def test_a_long_row():
+    assert_same(made("mistral", sliding_window=100, num_hidden_layers=2), batch([1100, 700, 1]))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_adapters(family):
+    from peft import LoraConfig, get_peft_model
+
+    model = made(family)
+    names = ["c_attn", "c_proj", "c_fc"] if family == "gpt2" else "all-linear"
+    config = LoraConfig(r=4, target_modules=names, init_lora_weights=False, task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, config)
+    fast = copy.deepcopy(wrapped)
+    quick(fast.get_base_model())
+    assert_same(wrapped, batch([30, 7, 2, 18]), fast=fast)
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_frozen_layers_have_no_graph(head):
+    from tunesmith.models import freeze
+
+    model = made("qwen2")
+    freeze(model, 0.7)
+    model.get_output_embeddings().requires_grad_(head)
+    assert_same(model, batch([30, 7, 2, 18]))
+
+
+def test_gradient_checkpointing():
+    model = made("gemma2")
+    fast = copy.deepcopy(model)
+    fast.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_same(model, shared([50], [[9, 1, 40]]), fast=quick(fast))
+
+
+FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_all_that_is_told_of_a_label_is_what_trl_tells(softcap):
+    """And with weights of one's own on log-probabilities and entropies, as policy gradients have them."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = made("gemma2", final_logit_softcapping=softcap)
+    theirs = copy.deepcopy(model)
+    add_fused_lm_head(theirs, temperature=0.7, outputs=FIELDS)
+    fast = quick(model, temperature=0.7, outputs=FIELDS)
+    inputs = batch([30, 7, 2, 18])
+    weights = torch.randn(2, 4, 29)
+    losses = []
+    for asked in (theirs, fast):
+        found = asked(**inputs, fused_lm_head=True)
+        ((found.log_probs * weights[0]).sum() + (found.entropy * weights[1]).sum()).backward()
+        losses.append(found)
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(losses[1], name), getattr(losses[0], name), rtol=1e-4, atol=1e-5)
+    assert torch.equal(losses[1].label_mask, losses[0].label_mask)
+    expected, got = gradients(theirs), gradients(fast)
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-9, name
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_head_whose_labels_weigh_differently(alike):
+    """The gradient that was made ready for equal weights is not used for other ones."""
+    from tunesmith.forward.head import Reading, read
+
+    torch.manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((600, 8), (50, 8), (50,)))
+    targets, weights = torch.randint(50, (600,)), torch.rand(600)
+    reading = Reading(temperature=1.3, scale=0.5, alike=alike)
+    logs = read(hidden, weight, bias, targets, reading).log_probs
+    (logs * weights).sum().backward()
+    found = [t.grad.clone() for t in (hidden, weight, bias)]
+    for tensor in (hidden, weight, bias):
+        tensor.grad = None
+    logits = (hidden @ weight.T + bias) * 0.5 / 1.3
+    wanted = torch.log_softmax(logits, 1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(logs, wanted)
+    (wanted * weights).sum().backward()
+    for tensor, gradient in zip((hidden, weight, bias), found, strict=True):
+        torch.testing.assert_close(gradient, tensor.grad, rtol=1e-4, atol=1e-5)

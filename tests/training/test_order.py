@@ -52,7 +52,10 @@ def settings(tiny_model_folder, tmp_path):
     def made(name, **training):
         return {
             "name": name, "output_dir": str(tmp_path / "runs"), "model": {"base": str(tiny_model_folder)},
-            "data": {"dataset": str(file), "max_length": 512, "validation": 0.0, "held_out": 0.0, "near_duplicates": "ignore"},
+            "data": {
+                "dataset": str(file), "max_length": 512, "validation": 0.0, "held_out": 0.0,
+                "near_duplicates": "ignore",
+            },
             "evaluation": {"skip": True},
             "training": {"warmup_steps": 0, "scheduler": "constant", "batches": "by_length", **training},
         }  # fmt: skip

@@ -1,7 +1,7 @@
 """How far plans are from the truth: methods x adapters x lengths, each trained in a process of its own.
 
 The model is a Llama of random weights (512 wide, 8 layers, or as `--hidden` and `--layers` say; 32,768 words), rows
-are random words, nearly all of one length. A line per recipe: planned and held memory, planned and taken seconds. The
+are the same random words in another order, of one length. A line per recipe: planned and held memory, planned and taken seconds. The
 last line is one JSON object with the largest errors. Memory may be read on a busy machine, seconds on a quiet one only.
 
     python benchmarks/plan_accuracy.py
@@ -64,13 +64,16 @@ def rows_in(folder: Path, method: str, length: int, tokenizer: Any, count: int =
     per_word = len(tokenizer(" ".join([*WORDS] * 5))["input_ids"]) / (5 * len(WORDS))
     half = int((length / 2 - 12) / per_word)
 
+    words = draw.choices(WORDS, k=half)
+
     def text() -> str:
-        return " ".join(draw.choices(WORDS, k=half))
+        draw.shuffle(words)  # the same words, hence the same number of tokens
+        return " ".join(words)
 
     file = folder / f"{'pairs' if method != 'sft' else 'rows'}-{length}.jsonl"
     lines = []
     for number in range(count):
-        row = {"prompt": f"{number} {text()}"}
+        row = {"prompt": f"{100 + number} {text()}"}
         row |= {"chosen": text(), "rejected": text()} if method != "sft" else {"response": text()}
         lines.append(json.dumps(row))
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")

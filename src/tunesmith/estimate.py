@@ -487,7 +487,7 @@ def stages(
     return {name: {part: held for part, held in parts.items() if held} for name, parts in found.items()}
 
 
-HEAP, KERNELS = 0.6, 0.09
+HEAP, KERNELS = 0.3, 0.05
 """What a heap of small blocks holds beyond the most of them that are alive, and what kernels hold within themselves, as
 shares; fitted to runs of `benchmarks/plan_accuracy.py` on glibc."""
 SPREAD = {"cpu": 0.03, "cuda": 0.03, "mps": 0.05}

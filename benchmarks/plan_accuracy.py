@@ -1,8 +1,9 @@
 """How far plans are from the truth: methods x adapters x lengths, each trained in a process of its own.
 
 The model is a Llama of random weights (512 wide, 8 layers, or as `--hidden` and `--layers` say; 32,768 words), rows
-are the same random words in another order, of one length. A line per recipe: planned and held memory, planned and taken seconds. The
-last line is one JSON object with the largest errors. Memory may be read on a busy machine, seconds on a quiet one only.
+are the same random words in another order, of one length. A line per recipe: planned and held memory, planned and taken
+seconds. The last line is one JSON object with the largest errors. Memory may be read on a busy machine, seconds only on
+a quiet one.
 
     python benchmarks/plan_accuracy.py
     python benchmarks/plan_accuracy.py --only sft,dpo --adapters lora --lengths 256

@@ -480,16 +480,23 @@ def stages(
             parts.get(part, 0) for part in ("gradients", "activations", "head", "evaluation", "cache")
         )
         if on_cpu and name == "training":
-            spread = traced.small + traced.large - traced.held + HEAP * traced.small + KERNELS * traced.large
+            apart = max(traced.small + traced.large - traced.held, 0)
+            spare = LIBRARIES + HEAP * (traced.small + apart)
+            filled = HEAP * (
+                parts.get("gradients", 0) + optimizer
+            )  # which take their room from what is spare
+            spread = max(spare - filled, 0) + KERNELS * traced.large
         else:
             spread = SPREAD[facts.kind] * loose
         parts["spread"] = int(spread)
     return {name: {part: held for part, held in parts.items() if held} for name, parts in found.items()}
 
 
-HEAP, KERNELS = 0.3, 0.05
+HEAP, KERNELS, LIBRARIES = 0.5, 0.05, 30e6
 """What a heap of small blocks holds beyond the most of them that are alive, and what kernels hold within themselves, as
-shares; fitted to runs of `benchmarks/plan_accuracy.py` on glibc."""
+shares; and bytes of libraries that are loaded while training. Fitted to runs of `benchmarks/plan_accuracy.py` on glibc.
+"""
+
 SPREAD = {"cpu": 0.03, "cuda": 0.03, "mps": 0.05}
 """What an allocator keeps beyond what is alive, as a share of what comes and goes. docs/plan.md has the measurement."""
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.devices import DeviceFacts
@@ -306,7 +307,12 @@ def hollow(recipe: Recipe, dtype: str) -> Any:
         # How an adapter starts changes no shape, and DoRA's check looks at the weights.
         adapter = adapter.model_copy(update={"init": "default", "dora": False})
     model = models.attach(model, adapter)
-    model.to = lambda *given, **named: model  # there is nothing to move
+    model.to = MethodType(_stays, model)  # bound, so that a copy gives the copy
+    return model
+
+
+def _stays(model: Any, *given: Any, **named: Any) -> Any:
+    """There is nothing to move."""
     return model
 
 
@@ -344,7 +350,7 @@ def trace(
             if drawn:
                 inputs = _answered(max(rows.lengths), drawn, len(batch))
             else:
-                inputs = trainer.data_collator([_row(trainer.train_dataset, n) for n in batch])
+                inputs = trainer.data_collator(_rows(trainer.train_dataset, batch))
             inputs = _shortened(inputs, cut)
             items = (
                 torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
@@ -363,7 +369,7 @@ def trace(
             if validates and rows.validation and trainer.eval_dataset is not None and not drawn:
                 most_rows = sorted(range(len(rows.validation)), key=lambda n: -rows.validation[n])
                 asked = sorted(most_rows[: recipe.training.per_device_eval_batch_size])
-                given = trainer.data_collator([_row(trainer.eval_dataset, n) for n in asked])
+                given = trainer.data_collator(_rows(trainer.eval_dataset, asked))
                 count.restart()
                 model.eval()
                 trainer._loss_sum, trainer._num_labels = 0.0, 0  # as an evaluation begins
@@ -416,13 +422,20 @@ def _bytes(tensors: Iterable[Any]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _row(dataset: Any, number: int) -> dict[str, Any]:
-    """A row of a trainer's data, with places for likelihoods of a reference that are worked out before training."""
-    row = dict(dataset[number])
-    if "pair" in row or "row" in row:
-        for name in ("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps"):
-            row.setdefault(name, 0.0)
-    return row
+def _rows(dataset: Any, numbers: Iterable[int]) -> list[dict[str, Any]]:
+    """Rows of a trainer's data by their numbers in the data, which it may hold in another order; with places for
+    likelihoods of a reference that are worked out before training."""
+    found, first = [], dataset[0]
+    if "part" in first and "row" in first:
+        places = {int(number): place for place, number in enumerate(dataset["row"])}
+        numbers = [places[number] for number in numbers]
+    for number in numbers:
+        row = dict(dataset[number])
+        if "part" in row:
+            for name in ("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps"):
+                row.setdefault(name, 0.0)
+        found.append(row)
+    return found
 
 
 def _shortened(inputs: Any, share: float) -> dict[str, Any]:
@@ -624,7 +637,7 @@ def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     found = []
     for batch in (batches[-1], *batches):
-        inputs = trainer.data_collator([_row(trainer.train_dataset, n) for n in batch])
+        inputs = trainer.data_collator(_rows(trainer.train_dataset, batch))
         items = torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
         started = time.perf_counter()
         trainer.training_step(trainer.model, inputs, num_items_in_batch=items)

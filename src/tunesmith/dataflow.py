@@ -118,7 +118,7 @@ def estimate(
     encodings: data.EncodedSplits,
     packing: Packing | None,
     plan: Plan,
-    items: list[evaluation.Item],
+    asked: Asked,
     device: str | None = None,
     measured: bool = False,
 ) -> Estimate:
@@ -129,7 +129,7 @@ def estimate(
     given = estimating.Rows(
         _row_lengths(method, encodings.train, packing),
         validation=_row_lengths(method, encodings.validation, None) if len(encodings.validation) else [],
-        prompts=[len(item.prompt_ids) for item in items if item.prompt_ids],
+        questions=len(asked.examples),
         answers=getattr(recipe.method, "max_new_tokens", 0) if method.draws else 0,
     )
     here = measured and not device and not method.draws

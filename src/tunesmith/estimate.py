@@ -236,8 +236,8 @@ class Rows:
 
     lengths: Sequence[int]
     validation: Sequence[int]
-    prompts: Sequence[int] = ()
-    """Tokens of the held-out questions."""
+    questions: int = 0
+    """Held-out questions, which are about as long as the rows."""
     answers: int = 0
     """Tokens of an answer, where a method trains on what the model writes."""
 
@@ -522,15 +522,16 @@ def answering(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> 
     from tunesmith.methods import METHODS
     from tunesmith.tracing import counting
 
-    if recipe.evaluation.skip or not rows.prompts or recipe.evaluation.engine in ("vllm", "openai"):
+    if recipe.evaluation.skip or not rows.questions or recipe.evaluation.engine in ("vllm", "openai"):
         return {}, []
     method = METHODS[recipe.method.kind]
     if method.head or method.model != "causal":
         return {}, [
             "measuring the models is not part of the memory figures: it is not traced for this method"
         ]
-    width, new = max(rows.prompts), recipe.evaluation.max_new_tokens
-    count_rows = max(min(recipe.evaluation.batch_tokens // (width + new), len(rows.prompts)), 1)
+    width, new = max(rows.lengths), recipe.evaluation.max_new_tokens
+    questions = min(rows.questions, recipe.evaluation.max_items or rows.questions)
+    count_rows = max(min(recipe.evaluation.batch_tokens // (width + new), questions), 1)
     with undisturbed():
         model = models.outline(
             recipe.model.base, revision=recipe.model.revision, dtype=dtype, attention=recipe.model.attention

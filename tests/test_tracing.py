@@ -86,3 +86,18 @@ def test_blocks_of_two_kinds_have_no_room_in_common():
         del other
     assert count.live()[0] == 64 * 2**20
     assert count.most_of_kinds() == (4 * 2**20, 64 * 2**20)
+
+
+def test_layers_that_are_computed_again_hold_less_and_compute_more(llama):
+    ids = torch.randint(0, 500, (4, 200))
+    found = {}
+    for again in (False, True):
+        model = llama("meta").train()
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with counting(vocabulary=500) as count:
+            count.known([*model.parameters(), *model.buffers()])
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found[again] = count.live()[0], sum(flops for flops, _ in count.costs)
+    assert found[True][0] < 0.75 * found[False][0]
+    assert 1.1 < found[True][1] / found[False][1] < 4 / 3

@@ -338,8 +338,7 @@ def trace(
             trainer = build(recipe, model, Path(folder))
             model = trainer.model
             if recipe.training.gradient_checkpointing:
-                # Whether what is computed again is the same cannot be told of hollow numbers.
-                model.gradient_checkpointing_enable({"use_reentrant": False, "determinism_check": "none"})
+                model.gradient_checkpointing_enable({"use_reentrant": False})
                 if hasattr(model, "enable_input_require_grads"):
                     model.enable_input_require_grads()
             trainer.current_gradient_accumulation_steps = recipe.training.gradient_accumulation_steps

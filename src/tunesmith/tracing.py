@@ -236,6 +236,9 @@ class Kernels(TorchFunctionMode):
     ) -> Any:
         """Run one function of torch."""
         given = dict(kwargs or {})
+        if func is torch.Tensor.backward:
+            with self:  # which is off meanwhile, and checkpointed layers are computed again in there
+                return func(*args, **given)
         if self.autocast and func in PRODUCTS:
             args, given = tree_map(self._cast, tuple(args)), tree_map(self._cast, given)
         if func is torch.nn.functional.scaled_dot_product_attention:

@@ -89,6 +89,8 @@ def one(settings: dict[str, Any]) -> dict[str, Any]:
     run = api.train(compose(settings).recipe).run
     planned = json.loads((run / "plan.json").read_text(encoding="utf-8"))
     found = planned["estimate"]
+    if "truth" not in planned:
+        sys.exit("; ".join(found["notes"]))
     return {
         "planned": found["peak"], "planned_seconds": found["seconds"], "stage": found["stage"],
         "stages": found["stages"], "blocks": found["blocks"], "notes": found["notes"], **planned["truth"],

@@ -187,6 +187,11 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             del self._known[key]
 
 
+def _renamed(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a tensor's `backward` as those of torch's function."""
+    return {"grad_tensors" if name == "gradient" else name: value for name, value in given.items()}
+
+
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
     """The tensors among an operation's arguments or results, those in lists too."""
     for value in values:
@@ -238,7 +243,7 @@ class Kernels(TorchFunctionMode):
         given = dict(kwargs or {})
         if func is torch.Tensor.backward:
             with self:  # which is off meanwhile, and checkpointed layers are computed again in there
-                return func(*args, **given)
+                return torch.autograd.backward(args[0], *args[1:4], **_renamed(given))
         if self.autocast and func in PRODUCTS:
             args, given = tree_map(self._cast, tuple(args)), tree_map(self._cast, given)
         if func is torch.nn.functional.scaled_dot_product_attention:

@@ -93,7 +93,7 @@ class Estimate:
     disk_free: int
     micro_batch: int
     largest_batch: int | None = None
-    """Rows in the largest micro-batch that fits; None where it was not looked for."""
+    """Rows in the largest micro-batch that fits, of those that there are; None where it was not looked for."""
     remedies: tuple[Remedy, ...] = ()
     notes: tuple[str, ...] = ()
     longest: int = 0
@@ -757,7 +757,7 @@ def _largest(
     if rest > found.capacity:
         return 0
     room = found.capacity - sum(found.stages["training"].values())
-    return max(int(held + room // per_row), 0)
+    return min(max(int(held + room // per_row), 0), len(rows.lengths))
 
 
 def _remedies(

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
@@ -187,11 +186,6 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             del self._known[key]
 
 
-def _renamed(given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a tensor's `backward` as those of torch's function."""
-    return {"grad_tensors" if name == "gradient" else name: value for name, value in given.items()}
-
-
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
     """The tensors among an operation's arguments or results, those in lists too."""
     for value in values:
@@ -220,48 +214,31 @@ CPU_ATTENTION = {
 """FLOPs of torch's attention on CPUs, which its own table lacks: two products forward, five backward."""
 
 
-PRODUCTS = {
-    torch.nn.functional.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.Tensor.matmul,
-    torch.Tensor.__matmul__, torch.Tensor.bmm, torch.Tensor.mm, torch.nn.functional.conv1d,
-    torch.nn.functional.scaled_dot_product_attention,
-}  # fmt: skip
-"""What autocast computes in 16 bits; nearly all of the rest runs in the type it is given."""
+@contextmanager
+def _kernels(kernel: str, autocast: torch.dtype | None) -> Iterator[None]:
+    """Functions of torch as a device has them, while hollow numbers are computed with: its attention kernel, where
+    torch would take the plain one with its square matrix; and products in the type of autocast, which it lacks there.
 
+    Functions are put in the place of torch's, since a mode of torch's is off where checkpointed layers are computed
+    again.
+    """
 
-class Kernels(TorchFunctionMode):
-    """Takes the attention kernel that the device has, where torch would take the plain one with its square matrix for
-    hollow numbers; and casts as autocast does, which torch does not have for them."""
+    def cast(leaf: Any) -> Any:
+        is_whole = isinstance(leaf, torch.Tensor) and leaf.device == META and leaf.dtype == torch.float32
+        return leaf.to(autocast) if is_whole and autocast else leaf
 
-    def __init__(self, kernel: str, autocast: torch.dtype | None) -> None:
-        super().__init__()
-        self.kernel, self.autocast = kernel, autocast
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Run one function of torch."""
-        given = dict(kwargs or {})
-        if func is torch.Tensor.backward:
-            with self:  # which is off meanwhile, and checkpointed layers are computed again in there
-                return torch.autograd.backward(args[0], *args[1:4], **_renamed(given))
-        if self.autocast and func in PRODUCTS:
-            args, given = tree_map(self._cast, tuple(args)), tree_map(self._cast, given)
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return self._attention(*args, **given)
-        return func(*args, **given)
-
-    def _cast(self, leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor) and leaf.device == META and leaf.dtype == torch.float32:
-            return leaf.to(self.autocast)
-        return leaf
-
-    def _attention(
-        self, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    def attention(
+        query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+        scale: float | None = None, enable_gqa: bool = False,
     ) -> Any:  # fmt: skip
+        if query.device != META:
+            return plain[2](
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        query, key, value, attn_mask = map(cast, (query, key, value, attn_mask))
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype, device=META)
-        if self.kernel == "cpu":
+        if kernel == "cpu":
             return aten._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
             )[0]
@@ -278,6 +255,18 @@ class Kernels(TorchFunctionMode):
             query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
         )[0]
 
+    ours: Any = torch
+    functions = ours.nn.functional
+    plain = functions.linear, ours.matmul, functions.scaled_dot_product_attention
+    if autocast:
+        functions.linear = lambda *given: plain[0](*map(cast, given))
+        ours.matmul = lambda one, other: plain[1](cast(one), cast(other))
+    functions.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functions.linear, ours.matmul, functions.scaled_dot_product_attention = plain
+
 
 @contextmanager
 def counting(
@@ -285,7 +274,7 @@ def counting(
 ) -> Iterator[Counting]:
     """Count what is done meanwhile with hollow models. `kernel` is whose attention is taken: cpu or cuda. `autocast` is
     the type that mixed precision computes products in."""
-    with Counting(vocabulary=vocabulary) as count, Kernels(kernel, autocast), _no_autocast_there():
+    with Counting(vocabulary=vocabulary) as count, _kernels(kernel, autocast), _no_autocast_there():
         yield count
 
 

@@ -494,10 +494,8 @@ def stages(
         )
         if on_cpu and name == "training":
             apart = max(traced.small + traced.large - traced.held, 0)
-            spare = LIBRARIES + HEAP * (traced.small + apart)
-            filled = HEAP * (
-                parts.get("gradients", 0) + optimizer
-            )  # which take their room from what is spare
+            spare = HEAP * traced.small + APART * apart
+            filled = FILLED * (parts.get("gradients", 0) + optimizer)  # whose room is made of what is spare
             spread = max(spare - filled, 0) + KERNELS * traced.large
         else:
             spread = SPREAD[facts.kind] * loose
@@ -505,10 +503,10 @@ def stages(
     return {name: {part: held for part, held in parts.items() if held} for name, parts in found.items()}
 
 
-HEAP, KERNELS, LIBRARIES = 0.5, 0.05, 30e6
-"""What a heap of small blocks holds beyond the most of them that are alive, and what kernels hold within themselves, as
-shares; and bytes of libraries that are loaded while training. Fitted to runs of `benchmarks/plan_accuracy.py` on glibc.
-"""
+HEAP, APART, FILLED, KERNELS = 0.9, 0.5, 0.7, 0.03
+"""Shares, fitted to runs of `benchmarks/plan_accuracy.py` on glibc: what a heap of small blocks holds beyond the most of
+them that are alive; of what small and large blocks cannot lend each other; of gradients and states, what finds room in
+the heap; of large blocks, what kernels hold within themselves."""
 
 SPREAD = {"cpu": 0.03, "cuda": 0.03, "mps": 0.05}
 """What an allocator keeps beyond what is alive, as a share of what comes and goes. docs/plan.md has the measurement."""

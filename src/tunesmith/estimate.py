@@ -504,9 +504,9 @@ def stages(
 
 
 HEAP, APART, FILLED, KERNELS = 0.9, 0.5, 0.7, 0.03
-"""Shares, fitted to runs of `benchmarks/plan_accuracy.py` on glibc: what a heap of small blocks holds beyond the most of
-them that are alive; of what small and large blocks cannot lend each other; of gradients and states, what finds room in
-the heap; of large blocks, what kernels hold within themselves."""
+"""Shares, fitted to runs of `benchmarks/plan_accuracy.py` on glibc: what a heap of small blocks holds beyond the most
+of them that are alive; what small and large blocks cannot lend each other; how much of gradients and states finds room
+in the heap; and of large blocks, what kernels hold within themselves."""
 
 SPREAD = {"cpu": 0.03, "cuda": 0.03, "mps": 0.05}
 """What an allocator keeps beyond what is alive, as a share of what comes and goes. docs/plan.md has the measurement."""

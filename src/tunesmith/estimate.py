@@ -773,7 +773,8 @@ def _remedies(
         peak = max(
             sum(p.values()) for p in stages(traced, harmed, facts, process=process, evaluation=fewer).values()
         )
-        if peak < 0.98 * found.peak:
+        fixed = process if facts.kind == "cpu" else facts.reserved
+        if peak <= found.capacity or peak - fixed < 0.98 * (found.peak - fixed):
             tried.append(Remedy(change, flags, peak, peak <= found.capacity))
     fit = [remedy for remedy in tried if remedy.fits][:3]
     rest = sorted((remedy for remedy in tried if not remedy.fits), key=lambda remedy: remedy.peak)

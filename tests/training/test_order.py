@@ -95,6 +95,7 @@ def test_the_loss_is_normalized_by_the_trained_tokens_of_the_whole_step(settings
         assert torch.allclose(moved, -0.1 * parameter.grad, atol=2e-7), name
 
 
+@pytest.mark.slow
 def test_a_run_that_is_continued_in_a_later_epoch_ends_as_if_it_never_stopped(settings):
     import torch
 

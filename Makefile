@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Python keeps what it compiled, pytest's checked tests among it: seconds of every process.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test prove thorough check bench setup clean
 
 demo: .venv/.ready

@@ -106,6 +106,8 @@ def measured(
             for name, values in (("base", base), ("tuned", tuned))
         ]
         [found] = compare(*sides, metrics=["exact_match"], resamples=resamples, seed=trial)
+        assert found.low is not None
+        assert found.high is not None
         covered += found.low - 1e-12 <= truth <= found.high + 1e-12
     return covered / trials
 
@@ -123,6 +125,8 @@ def perplexity(n: int, *, trials: int, resamples: int) -> float:
             for name, values in (("base", base), ("tuned", tuned))
         ]
         [found] = compare(*sides, metrics=["perplexity"], resamples=resamples, seed=trial)
+        assert found.low is not None
+        assert found.high is not None
         covered += found.low <= truth <= found.high
     return covered / trials
 

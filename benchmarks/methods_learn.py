@@ -146,7 +146,9 @@ def learned(name: str, *, seed: int = 42, folder: Path, with_kl: bool = True) ->
         "metric": result.primary.metric,
         "before": round(result.primary.base, 4),
         "after": round(result.primary.tuned, 4),
-        "interval": [round(result.primary.low, 4), round(result.primary.high, 4)],
+        "interval": [
+            None if end is None else round(end, 4) for end in (result.primary.low, result.primary.high)
+        ],
         "n": result.primary.n,
         "kl": round(divergence(recipe, result.run), 4) if has_kl else None,
         "seconds": round(seconds, 1),

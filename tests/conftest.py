@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import importlib.metadata
 import json
 import os
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,9 +22,46 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Prepared data of tests is not the user's; one folder per process tree, gone with the system's temporary files.
 os.environ["TUNESMITH_CACHE"] = tempfile.mkdtemp(prefix="tunesmith-tests-")
 
+# A shell that starts us with `&` has us ignore Ctrl-C, and what tests start would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 from tunesmith.training.fit import quiet_libraries
 
 quiet_libraries()
+
+# Each training asks for the versions of a dozen packages two dozen times, which opens and parses their files.
+importlib.metadata.version = functools.cache(importlib.metadata.version)
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+
+_collected = pytest.StashKey[list[str]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items) -> None:
+    config.stash[_collected] = [item.nodeid for item in items]
+
+
+@pytest.fixture(scope="session")
+def every_case(pytestconfig) -> list[str]:
+    """Every case that was found, before marks and names chose among them."""
+    return pytestconfig.stash[_collected]
+
+
+_modules_set_aside = 0
+
+
+def pytest_runtest_logfinish() -> None:
+    """Take what libraries made on import out of the garbage collector's rounds.
+
+    Each training asks for a collection, which walks all objects: a third of a second of a second and a half.
+    """
+    global _modules_set_aside
+    if len(sys.modules) > _modules_set_aside + 50:
+        gc.collect()
+        gc.freeze()
+        _modules_set_aside = len(sys.modules)
+
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

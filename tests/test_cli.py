@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -232,7 +233,9 @@ def test_train_evaluate_compare_chat_runs_and_push_print_one_json_object(
     code, scores, _ = invoke("evaluate", run, "--metrics", "exact_match,perplexity")
     assert (code, set(scores["scores"])) == (0, {"exact_match", "perplexity"})
     said = CliRunner().invoke(app, ["evaluate", run, "--metrics", "exact_match"]).stdout
-    assert re.search(r"exact match +\d+\.\d % +\d+\.\d % to \d+\.\d %", said), "the scale of every table"
+    assert re.search(r"exact_match \(%\) +\d+\.\d % +\d+\.\d % to \d+\.\d %", said), (
+        "the scale of every table"
+    )
     said = CliRunner().invoke(app, ["runs", str(tmp_path / "runs")]).stdout
     assert re.search(r"rougeL +\d+\.\d +\d+\.\d ", said)
     code, scores, _ = invoke(
@@ -444,3 +447,18 @@ def test_preferences_under_a_task_that_imitates_say_what_is_used(invoke):
 def test_one_is_singular(long_rows):
     long_rows.write_text('{"prompt": "a", "response": ""}\n' + long_rows.read_text())
     assert "1 error, 0 warnings, 0 notes" in said("validate", long_rows).stdout
+
+
+def test_tables_are_not_squeezed_where_the_output_is_piped(monkeypatch):
+    from tunesmith.cli import _console, _table
+
+    for columns, whole in ((None, True), ("60", False)):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        if columns:
+            monkeypatch.setenv("COLUMNS", columns)
+        console = _console()
+        console.file = io.StringIO()
+        table = _table("name", "about")
+        table.add_row("a name", " ".join(["words"] * 30))
+        console.print(table)
+        assert (" ".join(["words"] * 30) in console.file.getvalue()) is whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -429,10 +430,49 @@ def test_every_row_of_another_set_is_used_but_what_was_learned(quick, question_f
     assert f"{100 - len(seen)} of 100 questions of more.jsonl" in [e.get("value") for e in told]
 
 
+def test_a_plain_copy_of_a_model_has_learned_what_its_run_has(quick, question_file, tmp_path):
+    run = api.train(quick()).run
+    seen = learned_from(run)
+    copy = tmp_path / "away" / "model"
+    shutil.copytree(run / "final_model", copy)
+    options = {"dataset": str(question_file), "metrics": ["perplexity"]}
+    # Beside its run the copy is that run's; with the run gone it is known by what it carries.
+    found = api.evaluate(copy, **options).measured_on
+    assert found.left_out == {str(run): len(seen)}
+    assert (found.copies, found.unchecked) == ((), {})
+    run.parent.rename(tmp_path / "elsewhere")
+    told = []
+    scores = api.evaluate(copy, watch=told.append, **options)
+    assert scores.measured_on.left_out == {str(copy): len(seen)}
+    assert asked_in(scores.run).isdisjoint(seen)
+    assert scores.measured_on.copies == (str(copy),)
+    [said] = [e["reason"] for e in told if e.get("name") == "measured on"]
+    assert "near-copies are not" in said
+    # A model that is trained on the copy has learned the same.
+    above = api.train(quick(name="above", model={"base": str(copy)}, data={"held_out": 0.5})).run
+    assert asked_in(above / "evaluation").isdisjoint(seen)
+    lone = tmp_path / "lone"
+    shutil.copytree(above / "final_model", lone)
+    above.parent.rename(tmp_path / "gone")
+    again = api.evaluate(lone, **options).measured_on
+    assert again.left_out[str(lone)] >= len(seen)
+    # What cannot be known is said, and a damaged record is not taken for none.
+    (lone / "learned.json").write_text("{}")
+    assert "damaged" in api.evaluate(lone, **options).measured_on.unchecked[str(lone)]
+    (lone / "learned.json").unlink()
+    unknown = api.evaluate(lone, **options).measured_on
+    assert "trained" in unknown.unchecked[str(lone)]
+    assert "no run here" not in unknown.sentences()[1]
+
+
 def test_a_run_whose_data_are_gone_is_said_to_be_unchecked(quick, question_file, tmp_path):
     run = api.train(quick()).run
     other = tmp_path / "other.jsonl"
+    seen = learned_from(run)
     question_file.rename(other)
+    known = api.evaluate(run, dataset=str(other), metrics=["perplexity"]).measured_on
+    assert (known.questions, known.copies) == (40 - len(seen), (str(run),)), "by the marks that it carries"
+    (run / "final_model" / "learned.json").unlink()
     told = []
     scores = api.evaluate(run, dataset=str(other), metrics=["perplexity"], watch=told.append)
     assert scores.measured_on.questions == 40

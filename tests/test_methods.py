@@ -108,8 +108,10 @@ def steps(run: Run) -> list[dict[str, Any]]:
     return [event for event in run.events() if event["kind"] == "step"]
 
 
+# Plain LoRA is there with checkpointing as well, and without it where runs are interrupted.
 @pytest.mark.parametrize(
-    "adapter", [pytest.param(a, marks=pytest.mark.thorough if a == "freeze" else ()) for a in ADAPTERS]
+    "adapter",
+    [pytest.param(a, marks=pytest.mark.thorough if a in ("freeze", "lora") else ()) for a in ADAPTERS],
 )
 @pytest.mark.parametrize("kind", METHODS)
 def test_two_steps_change_what_is_trained_and_nothing_else(quick, kind, adapter, monkeypatch):
@@ -131,8 +133,16 @@ def test_two_steps_change_what_is_trained_and_nothing_else(quick, kind, adapter,
     )
     base = Path(recipe.model.base)
     files = digests(base)
+    planned = api.plan(recipe) if adapter == "full" else None
     result = api.train(recipe)
     run = Run(result.run)
+
+    # The plan said what was done.
+    if planned:
+        plan, rows = planned
+        kept = run.read("plan.json")
+        assert (plan.total_steps, plan.examples) == (kept["total_steps"], kept["examples"])
+        assert rows["rows"] == kept["rows"]
 
     # Losses are numbers, in training and in validation.
     assert [event["step"] for event in steps(run)] == [1, 2]
@@ -211,7 +221,7 @@ def test_the_fast_forward_is_taken_where_it_fits_and_changes_no_number(quick, ki
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo", "ppo"])
-@pytest.mark.parametrize("value", [0.3, 1.0])
+@pytest.mark.parametrize("value", [0.3, pytest.param(1.0, marks=pytest.mark.thorough)])
 def test_a_reward_that_is_always_the_same_is_said(quick, kind, value, tmp_path, monkeypatch):
     """0.3 has no exact 32-bit form: its spread over eight answers comes to more than nothing."""
     (tmp_path / "always.py").write_text(f"def same(prompt, completion, reference):\n    return {value}\n")
@@ -286,16 +296,6 @@ def test_an_interrupted_run_equals_a_straight_one(quick, kind):
     assert [event["loss"] for event in steps(run)] == [event["loss"] for event in steps(straight)]
 
 
-@pytest.mark.parametrize("kind", METHODS)
-def test_plan_says_what_train_does(quick, kind):
-    recipe = quick(kind, name="planned")
-    plan, rows = api.plan(recipe)
-    run = Run(api.train(recipe).run)
-    kept = run.read("plan.json")
-    assert (plan.total_steps, plan.examples) == (kept["total_steps"], kept["examples"])
-    assert rows["rows"] == kept["rows"]
-
-
 def learn():
     import importlib.util
 
@@ -331,17 +331,17 @@ def stages(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, *(pytest.param(s, marks=pytest.mark.thorough) for s in (2, 3))])
 @pytest.mark.parametrize("kind", ["grpo", "ppo", pytest.param("rloo", marks=pytest.mark.thorough)])
-def test_what_is_rewarded_is_learned_near_the_start(stages, kind):
+def test_what_is_rewarded_is_learned_near_the_start(stages, kind, seed):
     """A verifiable reward rises by 30 points over the model that was fine-tuned, whatever the seed."""
     module, folder = stages
-    for seed in (1, 2, 3):
-        found = module.learned(kind, seed=seed, folder=folder)
-        assert found["metric"] == "constraints"
-        assert found["n"] >= 80
-        assert found["after"] - found["before"] >= 0.3
-        assert found["interval"][0] > 0.2
-        assert found["kl"] < 8  # nats per answer of about twelve tokens
+    found = module.learned(kind, seed=seed, folder=folder)
+    assert found["metric"] == "constraints"
+    assert found["n"] >= 80
+    assert found["after"] - found["before"] >= 0.3
+    assert found["interval"][0] > 0.2
+    assert found["kl"] < 8  # nats per answer of about twelve tokens
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,9 @@ if TYPE_CHECKING:
     from tunesmith.evaluation.compare import Comparison
     from tunesmith.evaluation.leakage import Leakage
     from tunesmith.evaluation.unseen import MeasuredOn
+    from tunesmith.export.artefact import Exported, Held
     from tunesmith.export.merge import Merged
+    from tunesmith.generation import Generated
     from tunesmith.models import Kind
     from tunesmith.plan import Plan
     from tunesmith.training.find_lr import RateSearch
@@ -687,7 +690,7 @@ def _questions(
     splits = data.prepare(recipe.data) if is_judged else dataflow.splits(recipe)
     asked = splits.examples(HELD_OUT) if dataset is None else splits.examples(TRAIN, VALIDATION, HELD_OUT)
     own = str(run.path) if run and dataset is None else None
-    learned, unchecked = unseen.learned(models, own)
+    learned, unchecked, copies = unseen.learned(models, own)
     kept, left_out = unseen.unseen(asked, learned, own)
     measured_on = unseen.MeasuredOn(
         dataset=dataset or " + ".join([base.data.dataset, *(part.dataset for part in base.data.mix)]),
@@ -696,6 +699,7 @@ def _questions(
         questions=len(kept),
         left_out=left_out,
         unchecked=unchecked,
+        copies=copies,
     )
     value, reason = measured_on.sentences()
     if not kept:
@@ -716,7 +720,10 @@ def _questions(
     if found:
         decided = leakage.decision(found)
         watch({"kind": "decision", **asdict(decided)})
-    unfinished = (run.evaluation if run else Path("evaluations")) / "answers"
+    # A folder of its own, so that a measurement that ends takes from no other one what it would go on with.
+    about = json.dumps([*map(str, models), dataset, recipe.evaluation.model_dump(mode="json")], default=str)
+    mark = hashlib.sha256(about.encode()).hexdigest()[:16]
+    unfinished = (run.evaluation if run else Path("evaluations")) / "answers" / mark
     return run, _Questions(recipe, tuple(kept), measured_on, unfinished, leakage=found, learned=answers)
 
 
@@ -724,10 +731,11 @@ def _leaked(
     models: Sequence[str | Path], asked: Sequence[Example]
 ) -> tuple[Leakage | None, Callable[[], Iterator[str]]]:
     """What of these examples stands in the training data of the runs behind the models, and the answers there."""
+    from tunesmith import data
     from tunesmith.data.splitting import TRAIN, VALIDATION
     from tunesmith.evaluation import leakage, unseen
 
-    known = [s for _, s in unseen.runs_behind(models) if not isinstance(s, TunesmithError)]
+    known = [s for _, s in unseen.runs_behind(models) if isinstance(s, data.Splits)]
     if not known:
         return None, lambda: iter(())
     learned = itertools.chain.from_iterable(splits.examples(TRAIN, VALIDATION) for splits in known)
@@ -775,6 +783,8 @@ def _settle_answers(place: Path, questions: _Questions) -> None:
     if questions.checks:
         write_whole(place / "engine_check.json", json.dumps(questions.engine_check(), indent=1))
     engines.forget(questions.unfinished)
+    with suppress(OSError):  # was never there
+        questions.unfinished.rmdir()
 
 
 def _answers(
@@ -960,23 +970,33 @@ def evaluate_suite(
 ) -> dict[str, Any]:
     """A suite's questions (`mt-bench`, `alpaca`, `arena`) answered by a model and, with a judge, judged.
 
-    `lm-eval:TASKS` runs tasks of lm-evaluation-harness. `settings` may set `evaluation.max_new_tokens`, by default
-    1024. All is written to `output`, by default `<run>/evaluation/<suite>` or `evaluations/<model>_<suite>`.
+    `lm-eval:TASKS` runs tasks of lm-evaluation-harness. `settings` may set how the answers are made: `max_new_tokens`
+    of `evaluation`, by default 1024, its `attempts`, `engine`, `engine_check`, `batch_tokens` and `server`. All is
+    written to `output`, by default `<run>/evaluation/<suite>` or `evaluations/<model>_<suite>`; answers that lie there
+    under other settings are never written over (then `<suite>-2`, or with `output` an error).
     """
+    from tunesmith.compose import overlaid, validated
     from tunesmith.evaluation.judging import bench, harness, suites
     from tunesmith.evaluation.judging.settings import load_judge
 
     launch.require_one_process()
     quiet_libraries()
-    known = {"evaluation": {"max_new_tokens"}}
+    changes = dict(settings or {})
+    known = () if suite.startswith("lm-eval:") else suites.SETTINGS
     unused = [
         f"{section}.{name}"
-        for section, fields in (settings or {}).items()
+        for section, fields in changes.items()
         for name in fields
-        if name not in known.get(section, ())
+        if section != "evaluation" or name not in known
     ]
     if unused:
-        raise TunesmithError(f"{', '.join(unused)} would have no effect with a suite.", fix="Leave it out.")
+        raise TunesmithError(
+            f"{', '.join(unused)} would have no effect with {'lm-eval' if not known else 'a suite'}.",
+            fix="Leave it out.",
+        )
+    evaluation = validated(
+        overlaid({"evaluation": {"max_new_tokens": suites.MAX_NEW_TOKENS}}, changes)
+    ).evaluation
     label = re.sub(r"[^\w.-]+", "-", suite)
     run = open_run(model) if is_run(Path(model).expanduser()) else None
     beside = run.evaluation / label if run else Path("evaluations") / f"{Path(str(model)).name}_{label}"
@@ -987,11 +1007,7 @@ def evaluate_suite(
             raise TunesmithError(
                 f"{', '.join(unused)} would have no effect with lm-eval.", fix="Leave it out."
             )
-        return {
-            **harness.run(model, suite.removeprefix("lm-eval:"), place, watch=watch),
-            "output": str(place),
-        }
-    longest = (settings or {}).get("evaluation", {}).get("max_new_tokens", suites.MAX_NEW_TOKENS)
+        return harness.run(model, suite.removeprefix("lm-eval:"), place, apart=output is None, watch=watch)
     found = bench.run_suite(
         model,
         suites.suite_of(suite),
@@ -999,14 +1015,15 @@ def evaluate_suite(
         references=references,
         judge=load_judge(judge) if judge else None,
         baseline=baseline,
-        max_new_tokens=int(longest),
+        evaluation=evaluation,
         output=place,
+        apart=output is None,
         calibrated=calibrate,
         watch=watch,
     )
     if run:
         _report_again(run)
-    return {**found, "output": str(place)}
+    return found
 
 
 def judge(
@@ -1030,7 +1047,8 @@ def judge(
     again. The report of a run that is judged alone is written anew.
     """
     from tunesmith.evaluation.judging import folder as judging
-    from tunesmith.evaluation.judging.judgments import read_questions, with_references
+    from tunesmith.evaluation.judging.judgments import with_references
+    from tunesmith.evaluation.judging.questions import read_questions
     from tunesmith.evaluation.judging.settings import load_judge
 
     launch.require_one_process()
@@ -1045,13 +1063,21 @@ def judge(
             else "Name answer files or a run, or give --replay FILE.",
         )
     settings = load_judge(judge)
-    own, given = judging.answered(answers)
+    own, given = judging.answered(answers, say=lambda message: watch({"kind": "warning", "message": message}))
     asked = read_questions(questions) if questions else own
     if not asked:
-        raise TunesmithError(
-            "The questions of these answers are missing.", fix="Give --questions FILE, in FastChat's format."
-        )
+        raise TunesmithError("The questions of these answers are missing.", fix="Give --questions FILE.")
     run = open_run(answers[0]) if len(answers) == 1 and is_run(Path(answers[0]).expanduser()) else None
+    if mode == "pair" and baseline is None and own and judging.has_base(given):
+        baseline = "base"
+        watch(
+            {
+                "kind": "decision",
+                "name": "baseline",
+                "value": baseline,
+                "reason": "what a run is measured against",
+            }
+        )
     place = Path(output) if output else run.evaluation / f"judged_{mode}" if run else Path("judged")
     found = judging.judge_into(
         place,
@@ -1210,6 +1236,135 @@ def merge(
         if mended := _as_ours(error):
             raise mended from error
         raise
+
+
+def export(
+    model: str | Path,
+    *,
+    to: str = "gguf",
+    quant: str = "f16",
+    output: str | Path | None = None,
+    rows: int = 50,
+    watch: Watch = _unwatched,
+) -> Exported:
+    """Write a run's model, an adapter or a model's folder as one file for another program, and prove it.
+
+    `to` is one of `export.artefact.TARGETS`, `quant` how weights are stored. Written to `output`, by default
+    `<run>/exports/gguf-<quant>` or `<model>_gguf-<quant>`. The file is read back and asked up to `rows` held-out
+    questions of the run (or some that ship): same prompt tokens, same greedy answers, logits within the stated
+    tolerance, a score that is not worse. Where the verdict is bad the folder ends in `.failed`, and `passed` is false.
+    Raises TunesmithError for a family that cannot be written, before any work.
+    """
+    launch.require_one_process()
+    quiet_libraries()
+    from tunesmith import models as loading
+    from tunesmith.export import artefact, merge
+
+    artefact.check_target(to, quant)
+    if rows < 1:
+        raise TunesmithError(
+            "Nothing is proven without questions.", found=f"rows = {rows}", fix="Give 1 or more."
+        )
+    source = Path(loading.locate(str(model)))
+    run = merge.run_behind(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
+    own = run is not None and source == run.final_model.resolve()
+    beside = (
+        run.path / "exports" / f"{to}-{quant}"
+        if run and own
+        else source.with_name(f"{source.name}_{to}-{quant}")
+    )
+
+    def told(name: str, value: str, reason: str) -> None:
+        watch({"kind": "decision", "name": name, "value": value, "reason": reason})
+
+    def counted(stage: str, done: int, total: int) -> None:
+        watch({"kind": "progress", "stage": stage, "done": done, "total": total})
+
+    try:
+        return artefact.export(
+            source,
+            Path(output).expanduser() if output else beside,
+            quant=quant,
+            run=run,
+            held=lambda model, tokenizer: _held_for(run, model, tokenizer, rows, watch),
+            progress=told,
+            counted=counted,
+        )
+    except Exception as error:
+        if mended := _as_ours(error):
+            raise mended from error
+        raise
+
+
+def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Watch) -> Held:
+    """Questions to prove an artefact with: held-out ones of the run behind it, or those that ship."""
+    from tunesmith import dataflow, evaluation
+    from tunesmith.evaluation import compare as comparing
+    from tunesmith.evaluation.metrics import METRICS
+    from tunesmith.export import merge
+    from tunesmith.export.artefact import Held
+    from tunesmith.export.parity import NEW_TOKENS, Question
+
+    is_pair = bool(model.config.is_encoder_decoder)
+    if run is None:
+        asked = merge.shipped_questions(tokenizer, model, is_pair=is_pair)
+        return Held(
+            asked,
+            NEW_TOKENS,
+            lambda numbers, own, others: (None, "no run is behind this model, so there are no held-out rows"),
+        )
+    _, questions = _questions([run.path], None, None, {"evaluation": {"max_items": rows}}, watch)
+    recipe = questions.recipe
+    found = evaluation.items(
+        questions.examples,
+        tokenizer,
+        loss_on=recipe.method.loss_on,
+        max_items=rows,
+        max_length=recipe.data.max_length,
+        kind="seq2seq" if is_pair else "causal",
+    )
+    usable = [item for item in found if item.prompt and not item.error]
+    fitting = [
+        name
+        for name in dataflow.metrics(recipe, usable)
+        if METRICS[name].kind == "answer" and not METRICS[name].runs_code and METRICS[name].score
+    ]
+    if not usable:
+        asked = merge.shipped_questions(tokenizer, model, is_pair=is_pair)
+        return Held(
+            asked,
+            NEW_TOKENS,
+            lambda numbers, own, others: (None, "the run held out no questions that are answered"),
+        )
+
+    def score(
+        numbers: Sequence[int], own: Sequence[Generated], others: Sequence[Generated]
+    ) -> tuple[Comparison | None, str | None]:
+        if not fitting:
+            return None, "no metric of the run scores answers"
+        settings = {"max_new_tokens": recipe.evaluation.max_new_tokens, "temperature": 0.0}
+        one, other = (
+            evaluation.rows_of(
+                [usable[n] for n in numbers], given, name=name, metrics=fitting[:1], settings=settings
+            )
+            for name, given in (("base", own), ("tuned", others))
+        )
+        compared = comparing.compare(
+            one,
+            other,
+            metrics=fitting[:1],
+            resamples=recipe.evaluation.resamples,
+            confidence=recipe.evaluation.confidence,
+            names=("the model", "the file"),
+        )
+        return compared[0], None
+
+    asked = [
+        Question(item.prompt_ids, merge.question_text(item.prompt, tokenizer))
+        for item in usable
+        if item.prompt
+    ]
+    return Held(asked, recipe.evaluation.max_new_tokens, score)
 
 
 def push(

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tunesmith.api import Result
     from tunesmith.data.inspection import Inspected
     from tunesmith.data.validation import Report
+    from tunesmith.export.artefact import Exported
     from tunesmith.export.merge import Merged
     from tunesmith.plan import Plan
     from tunesmith.training.find_lr import RateSearch
@@ -125,7 +126,8 @@ JudgeOption = Annotated[
     ),
 ]
 QuestionsOption = Annotated[
-    Path | None, typer.Option("--questions", metavar="FILE", help="Questions in FastChat's JSONL format.")
+    Path | None,
+    typer.Option("--questions", metavar="FILE", help="File of questions or prompts (docs/mt-bench.md)."),
 ]
 ReferencesOption = Annotated[
     Path | None,
@@ -301,7 +303,16 @@ def _is_encodable(text: str) -> bool:
 def _console(*, stderr: bool = True) -> Any:
     from rich.console import Console
 
-    return Console(stderr=stderr, soft_wrap=True)
+    console = Console(stderr=stderr, soft_wrap=True)
+    if not console.is_terminal and not os.environ.get("COLUMNS"):
+        console.width = (
+            PIPED_WIDTH  # else tables are squeezed into the 80 columns of a screen that is not there
+        )
+    return console
+
+
+PIPED_WIDTH = 400
+"""Columns that a table may have where the output goes into a file or another program."""
 
 
 class Display:
@@ -570,7 +581,7 @@ def evaluate_verb(
         typer.Option(help="With --suite: the model, or file of answers, that the judge compares with."),
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option(help="With --judge: first ask the judge about 60 pairs of known outcome.")
+        bool, typer.Option(help="With --judge: first ask it about answers of known worth (160 calls).")
     ] = True,
     flags: dict[str, Any],
     quiet: bool,
@@ -875,9 +886,45 @@ def merge_verb(
     return merged.as_dict(), _merged_text(merged)
 
 
+EXPORT_HELP = """Write a model as one GGUF file for llama.cpp and Ollama, and prove that it answers as the model does.
+
+`tunesmith export fine_tuned_models/support-lora --quant q8_0`"""
+
+
+@app.command("export", help=EXPORT_HELP)
+@verb
+def export_verb(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run's, an adapter's or a model's folder.")
+    ],
+    *,
+    to: Annotated[str, typer.Option(metavar="gguf", help="What is written.")] = "gguf",
+    quant: Annotated[
+        str,
+        typer.Option(
+            metavar="f32|f16|bf16|q8_0|q5_1|q5_0|q4_1|q4_0", help="How weights are stored in the file."
+        ),
+    ] = "f16",
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of the file; by default `<run>/exports/gguf-<quant>` or `<model>_gguf-<quant>`."
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Held-out questions that the file is proven with.")] = 50,
+    quiet: bool,
+) -> Any:
+    """Export."""
+    from tunesmith import api
+
+    with Display(quiet=quiet) as display:
+        exported = api.export(model, to=to, quant=quant, output=output, rows=rows, watch=display)
+    return exported.as_dict(), _exported_text(exported)
+
+
 JUDGE_HELP = """Let a judge grade answers or compare two models' answers, or recompute the figures of a judgment file.
 
-`tunesmith judge fine_tuned_models/my-run --judge judge.yaml --mode pair --baseline base`
+`tunesmith judge fine_tuned_models/my-run --judge judge.yaml --mode pair`
 
 `tunesmith judge --replay model_judgment/gpt-4_pair.jsonl`"""
 
@@ -900,14 +947,15 @@ def judge_verb(
     questions: QuestionsOption = None,
     references: ReferencesOption = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Name of the model that the others are measured against.")
+        str | None,
+        typer.Option(help="Name of the model that the others are measured against; of a run, base."),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Folder of judgments, figures and plots; by default in the run, or `judged`."),
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option(help="First ask the judge about 60 pairs of known outcome.")
+        bool, typer.Option(help="First ask the judge about answers of known worth (160 calls).")
     ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would cost, and ask nobody.")
@@ -920,8 +968,8 @@ def judge_verb(
 ) -> Any:
     """Judge."""
     from tunesmith import api
+    from tunesmith.evaluation.judging.replay import fastchat_sentences, sentences
     from tunesmith.evaluation.judging.replay import replay as replayed
-    from tunesmith.evaluation.judging.replay import sentences
 
     if replay is not None:
         of_judges = {
@@ -930,9 +978,12 @@ def judge_verb(
         }  # fmt: skip
         ignored = [name for name, given in of_judges.items() if given]
         if ignored:
-            raise TunesmithError(f"--replay asks nobody; leave {' and '.join(ignored)} out.")
+            raise TunesmithError(
+                f"--replay asks nobody, so that {' and '.join(ignored)} would have no effect.",
+                fix=f"leave {' and '.join(ignored)} out, or leave --replay out to ask a judge.",
+            )
         found = replayed(replay, questions=questions, baseline=baseline)
-        return found, "\n".join(map(_escaped, sentences(found)))
+        return found, "\n".join(map(_escaped, [*sentences(found), *fastchat_sentences(found)]))
     with Display(quiet=quiet) as display:
         found = api.judge(
             answers or [],
@@ -946,7 +997,7 @@ def judge_verb(
             dry_run=dry_run,
             watch=display,
         )
-    return found, None if dry_run else _judged_text(found, Path(found["output"]))
+    return found, _forecast_text(found) if dry_run else _judged_text(found, Path(found["output"]))
 
 
 @app.command("push", help="Upload a run's final model to the Hugging Face Hub.")
@@ -1077,7 +1128,16 @@ def _gauge(event: Mapping[str, Any]) -> str:
     if "reward" in measures:
         others = [f"{name} {measures[name]:.3g}" for name in ("reward_std", "kl") if name in measures]
         return ", ".join([f"reward {measures['reward']:.4g}", *others])
-    return f"loss {event['loss']:.4f}"
+    return ", ".join([f"loss {event['loss']:.4f}", *_measured(measures)])
+
+
+def _measured(measures: Mapping[str, Any]) -> list[str]:
+    """The metrics of `training.eval_metrics` among what a validation measured; methods have measures of their own."""
+    from tunesmith.evaluation.metrics import METRICS
+
+    return [
+        f"{METRICS[name].label} {_score(value, name)}" for name, value in measures.items() if name in METRICS
+    ]
 
 
 def _in_a_line(text: str, *, most: int = 80) -> str:
@@ -1281,6 +1341,23 @@ def _merged_text(merged: Merged) -> Any:
     return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
 
 
+def _exported_text(exported: Exported) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    stored = ", ".join(f"{count} as {kind}" for kind, count in sorted(exported.tensors.items()))
+    facts = [
+        ("exported", str(exported.file)),
+        ("size", f"{exported.size / 1e6:,.1f} MB, tensors: {stored}"),
+    ]
+    if exported.parity:
+        proof = exported.parity
+        facts.append(("parity", "passed" if proof.passed else "FAILED: " + "; ".join(proof.problems())))
+        facts += [("", line) for line in proof.sentences()]
+    facts += [("note", note) for note in exported.notes]
+    return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
+
+
 def _scores_text(result: Result) -> Any:
     from rich.console import Group
     from rich.text import Text
@@ -1292,9 +1369,15 @@ def _scores_text(result: Result) -> Any:
         cells = ["", ""]
         if score["value"] is not None:
             value, low, high = (_score(score[part], name) for part in ("value", "low", "high"))
-            cells = [value, f"{low} to {high}"]
-        table.add_row(METRICS[name].label, *cells, str(score["n"]), str(score["n_errors"] or ""))
+            cells = [value, f"{low} to {high}" if low else "no interval"]
+        table.add_row(METRICS[name].named, *cells, str(score["n"]), str(score["n_errors"] or ""))
     return Group(table, Text(f"\nrows      {result.run}"))
+
+
+def _forecast_text(found: Mapping[str, Any]) -> str:
+    from tunesmith.evaluation.judging.asking import Forecast
+
+    return f"Would take {_escaped(Forecast(**found['estimate']).sentence())}. Nothing was asked."
 
 
 def _judged_text(found: Mapping[str, Any], folder: Path) -> str:
@@ -1307,14 +1390,53 @@ def _judged_text(found: Mapping[str, Any], folder: Path) -> str:
     return "\n".join(map(_escaped, [*lines, f"plots      {folder / 'judged.html'}"]))
 
 
-def _suite_text(found: Mapping[str, Any]) -> str:
-    lines = []
-    for part in ("graded", "compared"):
-        if part in found:
-            lines += _judged_text(found[part], Path(found["output"]) / part).split("\n")
-    for task, metrics in found.get("results", {}).items():
-        lines += [f"{task}: {name} {value}" for name, value in metrics.items()]
-    return "\n".join([*lines, f"rows       {_escaped(Path(found['output']) / 'rows.jsonl')}"])
+def _suite_text(found: Mapping[str, Any]) -> Any:
+    """Verdict first, what it has to be read with, then one fact per line, and where everything lies."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from tunesmith.evaluation.judging import calibration
+    from tunesmith.evaluation.judging.replay import sentences
+
+    place = Path(found["output"])
+    facts: list[tuple[str, str]] = []
+    parts: list[Any] = []
+    if "results" in found:
+        parts.append(Text(found["sentence"], style="bold"))
+        for task, metrics in found["results"].items():
+            facts += [
+                (task if not n else "", f"{name} {value}") for n, (name, value) in enumerate(metrics.items())
+            ]
+        facts.append(("template", found["chat_template"]))
+    else:
+        style = {"better": "bold green", "worse": "bold red"}.get(found["verdict"], "bold yellow")
+        parts.append(Text(found["sentence"], style=style))
+        parts += [Text(said, style="yellow") for said in found["doubts"]]
+        facts.append(("suite", f"{found['suite']}: {found['questions']} questions, {found['turns']} turns"))
+        for name, one in found["answers"].items():
+            facts.append(
+                (
+                    "answers",
+                    f"{name}: "
+                    + ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in one.items()),
+                )
+            )
+        for name, check in found["engine_check"].items():
+            facts.append(("engine", f"{name}: {check['engine']}, {check['sentence']}"))
+        for part in ("graded", "compared"):
+            if part in found:
+                lines = sentences(dict(found[part]))
+                facts += [(part if not n else "", line) for n, line in enumerate(lines)]
+        judged = found.get("compared") or found.get("graded")
+        if judged:
+            own = judged.get("calibration")
+            told = calibration.sentence(own) if own else "not calibrated: what its word is worth is not known"
+            facts.append(("judge", f"{', '.join(judged['judge'])}, {told}"))
+            plots = [place / part / "judged.html" for part in ("graded", "compared") if part in found]
+            facts += [("plots", str(plot)) for plot in plots]
+        facts += [("answers in", str(place / "answers"))]
+    facts.append(("rows", str(place / "rows.jsonl")))
+    return Group(*parts, Text(""), *(Text(f"{label:<12}{value}") for label, value in facts))
 
 
 def main() -> None:

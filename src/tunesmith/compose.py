@@ -322,7 +322,7 @@ class _Twice(yaml.MarkedYAMLError):
     """A key that stands twice in one mapping."""
 
 
-class _Loader(yaml.SafeLoader):
+class _KeysOnce:
     """YAML without doubled keys, of which only the last would count."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -336,7 +336,23 @@ class _Loader(yaml.SafeLoader):
                 )
             if isinstance(key.value, str):
                 lines[key.value] = key.start_mark.line + 1
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)  # type: ignore[misc]
+        return mapping
+
+
+class _Loader(_KeysOnce, yaml.SafeLoader):
+    """In Python, with the better messages."""
+
+
+class _QuickLoader(_KeysOnce, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """In C where PyYAML was built with it, fifteen times as fast."""
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_QuickLoader)  # a SafeLoader
+    except yaml.YAMLError:
+        return yaml.load(text, Loader=_Loader)  # the same, which says more
 
 
 def read_layer(path: Path, *, what: str = "recipe", example: str = "section: {field: value}") -> Layer:
@@ -348,7 +364,7 @@ def read_layer(path: Path, *, what: str = "recipe", example: str = "section: {fi
             f"The {what} file {path} cannot be read.", found=error.strerror, fix="Check the path."
         ) from None
     try:
-        layer = yaml.load(text, Loader=_Loader)  # a SafeLoader
+        layer = _loaded(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
@@ -431,4 +447,6 @@ def overlaid(*layers: Layer) -> Layer:
 
 def as_yaml(recipe: Recipe) -> str:
     """The recipe in full, as the run folder keeps it; `read_layer` reads it back."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    text: str = yaml.dump(recipe.model_dump(mode="json"), Dumper=dumper, sort_keys=False, allow_unicode=True)
+    return text

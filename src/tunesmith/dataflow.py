@@ -38,7 +38,7 @@ from tunesmith.evaluation.lengths import length_bias
 from tunesmith.evaluation.metrics import METRICS, default_metrics
 from tunesmith.evaluation.report import write_report
 from tunesmith.evaluation.stages import Stage
-from tunesmith.evaluation.unseen import Asked, asked_of
+from tunesmith.evaluation.unseen import Asked, asked_of, carry
 from tunesmith.export.card import write_card
 from tunesmith.methods import METHODS, Method
 from tunesmith.plan import Plan
@@ -440,6 +440,11 @@ def _start_rows(
         max_new_tokens=recipe.evaluation.max_new_tokens,
         attempts=recipe.evaluation.attempts,
         engine=recipe.evaluation.engine,
+        temperature=evaluation.drawn_at(recipe.evaluation),
+        seed=recipe.evaluation.seed,
+        model=evaluation.identity(recipe.model, recipe.model.base, device=plan.device, dtype=plan.dtype)
+        if kept
+        else None,
     ):
         return kept
     tokenizer, _ = _tokenizer(recipe)
@@ -466,6 +471,7 @@ def fitted(
     recipe: Recipe,
     prepared: Run,
     plan: Plan,
+    splits: data.Splits,
     encodings: data.EncodedSplits,
     packing: Packing | None,
     checkpoint: Path | None,
@@ -502,6 +508,7 @@ def fitted(
         higher_is_better=recipe.training.best_by != "loss"
         and METRICS[recipe.training.best_by].higher_is_better,
     )
+    carry(result.final_model, prepared, splits, recipe.model.base)
     prepared.write("training.json", asdict(result))
     planned = prepared.read("plan.json") or {}
     if truth := estimating.truth(planned.get("estimate"), result, is_whole=checkpoint is None):

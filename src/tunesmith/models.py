@@ -702,7 +702,10 @@ def attach(
     _check_names(model, adapter.modules_to_save, "modules_to_save")
     if adapter.dora:
         _check_directions(model, config.target_modules)
-    return peft.get_peft_model(model, config)
+    adapted = peft.get_peft_model(model, config)
+    # With each save PEFT would write its empty form of a model card; the card comes from us.
+    adapted.create_or_update_model_card = lambda output_dir: None
+    return adapted
 
 
 def merged(model: Any) -> Any:

@@ -895,6 +895,9 @@ class Evaluation(Section):
     attempts_temperature: Annotated[float, Field(gt=0, le=2)] = 0.8
     """Temperature of several attempts: low (0.2) for pass@1, high (0.8) for pass@10 and beyond."""
 
+    seed: NonNegativeInt = 0
+    """What several attempts are drawn with; greedy answers need none."""
+
     engine: Literal["auto", "padded", "paged", "vllm", "openai"] = "auto"
     """What writes the answers, of base and tuned model alike (`docs/generation.md`). `padded`: batches of like length;
     `paged`: continuous batching; `vllm`: vLLM in this process; `openai`: a server. `auto` is paged on CUDA, padded

@@ -532,7 +532,9 @@ def scores_text(result: Result) -> Any:
     for name, score in result.scores.items():
         if score["value"] is not None:
             value, low, high = (_score(score[part], name) for part in ("value", "low", "high"))
-            table.add_row(METRICS[name].label, value, f"{low} to {high}", str(score["n"]))
+            table.add_row(
+                METRICS[name].named, value, f"{low} to {high}" if low else "no interval", str(score["n"])
+            )
     return table
 
 

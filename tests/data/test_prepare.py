@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.metadata
 import json
 import os
@@ -55,6 +56,15 @@ def answers(encodings, tokenizer):
 
 
 # rows
+
+
+def test_what_the_caller_set_aside_from_garbage_collection_stays_aside():
+    gc.freeze()
+    before = gc.get_threshold()
+    with data.rarely_collected():
+        assert gc.get_threshold()[0] > before[0]
+    assert gc.get_threshold() == before
+    assert gc.get_freeze_count() > 0
 
 
 def test_every_row_is_in_the_ledger_and_every_trained_one_in_the_file(tmp_path, tiny_tokenizer):

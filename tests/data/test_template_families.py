@@ -58,11 +58,10 @@ MARKED_AHEAD = {
 USABLE = [family for family in ALL if family.name not in REFUSED]
 each = pytest.mark.parametrize("family", USABLE, ids=lambda family: family.name)
 known = pytest.mark.parametrize("family", [f for f in USABLE if f.known], ids=lambda family: family.name)
-# Revisions of one layout differ in nothing that the slowest test looks at: one template of each is enough.
+# Revisions of one layout differ in nothing that the slowest tests look at: one template of each is enough.
+REVISION = re.compile(r"gemma4_v|_v2$|_vl$|lightning|super|ultra|llama3_1|phi3_5")
 distinct = pytest.mark.parametrize(
-    "family",
-    [f for f in USABLE if not re.search(r"gemma4_v|_v2$|_vl$|lightning|super|ultra|llama3_1|phi3_5", f.name)],
-    ids=lambda family: family.name,
+    "family", [f for f in USABLE if not REVISION.search(f.name)], ids=lambda family: family.name
 )
 
 
@@ -373,8 +372,16 @@ def test_all_at_once_is_one_by_one(family):
     assert [isinstance(item, str) for item in together[-2:]] == [True, True]
 
 
-@each
-def test_what_is_not_rendered_is_what_rendering_gives(family, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "count"),
+    [
+        pytest.param(f, count, marks=marks, id=f"{f.name}-{count}")
+        for count in (150, 500)
+        for f in USABLE
+        for marks in [() if count == 150 and not REVISION.search(f.name) else pytest.mark.thorough]
+    ],
+)
+def test_what_is_not_rendered_is_what_rendering_gives(family, count, monkeypatch):
     """Most conversations are put together without rendering; the result is that of the long way, to the id."""
     rng = random.Random(0)
     words = [*WORDS, *ENDS, "what", "is", "one", "\n", "<tool_response>", "user", "image", "content"]
@@ -382,7 +389,7 @@ def test_what_is_not_rendered_is_what_rendering_gives(family, monkeypatch):
         Conversation(
             talk(*(" ".join(rng.choices(words, k=rng.randint(1, 5))) for _ in range(4))), Row("t", n)
         )
-        for n in range(500)
+        for n in range(count)
     ]
     tok = tokenizer(family.name)
     rendered_rows = []

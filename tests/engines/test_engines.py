@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -19,15 +18,6 @@ from tunesmith.engines import Asked, Source, paged
 from tunesmith.engines.check import NEAR_TIE, chosen, read_alone
 from tunesmith.errors import OutOfResources, RecipeError
 from tunesmith.generation import Generated, cut, generate
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections():
-    """The paged engine collects garbage twice when it ends; what other tests left need not be looked through."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +112,49 @@ def test_negative_control_the_check_catches_both_classical_bugs(llama, how, dtyp
     assert all(read.gap > 0.1 and read.at is not None for read in bad)
     longest = max(range(len(PROMPTS)), key=lambda n: len(PROMPTS[n]))
     assert found[longest].verdict != "different", "the longest row has no padding, and is right in both"
+
+
+def with_cache(model, cache):
+    """All prompts in one batch, padded on the left and masked, under another cache than the engines'."""
+    width = max(map(len, PROMPTS))
+    output = model.generate(
+        input_ids=torch.tensor([[STOP] * (width - len(p)) + p for p in PROMPTS]),
+        attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS]),
+        generation_config=GenerationConfig(
+            max_new_tokens=20, eos_token_id=STOP, pad_token_id=STOP, cache_implementation=cache,
+            disable_compile=True,
+        ),
+    )  # fmt: skip
+    return [cut(line, [STOP], TOKENIZER) for line in output[:, width:].tolist()]
+
+
+def test_a_static_cache_gives_the_same_tokens_and_in_bfloat16_near_ties_below_a_tenth(llama, alone):
+    assert with_cache(llama, "static") == alone == with_cache(llama, "dynamic")
+    reduced = counting_llama().to(torch.bfloat16)
+    whole = counting_llama()
+    whole.load_state_dict({name: value.float() for name, value in reduced.state_dict().items()})
+    found = reads(whole, with_cache(reduced, "static"), limit=NEAR_TIE)
+    assert {read.verdict for read in found} <= {"equal", "near tie"}
+    assert NEAR_TIE == 0.1
+    assert max((read.gap or 0.0 for read in found), default=0.0) < NEAR_TIE
+
+
+@pytest.mark.parametrize(("gap", "verdict"), [(0.09, "near tie"), (0.12, "different")])
+def test_the_limit_of_a_near_tie_is_a_tenth_of_a_nat(llama, alone, gap, verdict):
+    """The likeliest token is made less likely than the one of the answer, by just so much."""
+    [answer] = [alone[0]]
+    with torch.no_grad():
+        logits = llama(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].float()
+    first, second = logits.topk(2)[1].tolist()
+    moved = counting_llama()
+    moved.lm_head.bias = torch.nn.Parameter(torch.zeros(logits.numel()))
+    with torch.no_grad():
+        moved.lm_head.bias[second] = logits[first] - logits[second] + gap
+    one = Generated((answer.ids[0],), TOKENIZER.decode(answer.ids[:1]), "length")
+    [read] = read_alone(
+        moved, TOKENIZER, PROMPTS[:1], [one], stop_ids=[STOP], max_new_tokens=1, limit=NEAR_TIE
+    )
+    assert (read.verdict, read.gap) == (verdict, pytest.approx(gap, abs=1e-3))
 
 
 def test_the_check_catches_answers_that_are_not_the_model_s(llama, alone):

@@ -171,7 +171,12 @@ def test_attempts_through_evaluate(tiny_model_folder, tiny_tokenizer, monkeypatc
     assert (found["pass_at_5"]["groups"], found["perplexity"]["n"]) == (2, 2)
     assert rows[1].flags["pass_at_1"][0].startswith("failed: AssertionError")
     assert evaluation.are_answers_to(
-        rows, evaluation.items(examples, tiny_tokenizer), ["pass_at_5"], max_new_tokens=256, attempts=6
+        rows,
+        evaluation.items(examples, tiny_tokenizer),
+        ["pass_at_5"],
+        max_new_tokens=256,
+        attempts=6,
+        temperature=0.8,
     )
     assert not evaluation.are_answers_to(
         rows, evaluation.items(examples, tiny_tokenizer), ["pass_at_5"], max_new_tokens=256

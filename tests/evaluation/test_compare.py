@@ -95,7 +95,7 @@ def test_swapping_negates():
 
 def test_equal_answers_give_no_evidence():
     found = one([0.5] * 40, [0.5] * 40, metric="rougeL")
-    assert (found.difference, found.low, found.high, found.p_value) == (0, 0, 0, 1)
+    assert (found.difference, found.low, found.high, found.p_value) == (0, None, None, 1)
     assert found.verdict == "no evidence"
     assert "score the same" in found.reason
 
@@ -132,7 +132,7 @@ def test_order_is_irrelevant_and_missing_rows_are_counted():
     assert compare(base[::-1], tuned[7:] + tuned[:7], metrics=["exact_match"], resamples=500) == expected
     [found] = compare(base, tuned[:25], metrics=["exact_match"], resamples=500)
     assert found.n == 25
-    assert "5 rows of one model have no counterpart" in found.reason
+    assert "5 questions of one model have no counterpart" in found.reason
 
 
 def test_other_questions_are_an_error_and_other_tokens_a_note():
@@ -281,7 +281,7 @@ def test_sentence_table_and_json():
     assert sentence(found).endswith("], n=100 questions in 25 groups.")
     header, line = table([found])
     assert header == ["metric", "base", "tuned", "difference [95 % interval]", "n", "verdict"]
-    assert line[0::5] == ["SQL execution accuracy", "better"]
+    assert line[0::5] == ["sql_execution (%)", "better"]
     assert table([])[0][0] == "metric"
     nothing = one([None] * 20, [None] * 20)
     assert nothing.verdict == "inconclusive"
@@ -316,3 +316,13 @@ def test_a_verdict_needs_the_interval_and_p():
             assert compared.p_value <= 0.05
             seen += 1
     assert seen > 10, "some of them are verdicts"
+
+
+def test_tables_name_metrics_as_the_command_takes_them():
+    from tunesmith.evaluation.metrics import known_metrics
+
+    for name in METRICS:
+        base, tuned = (rows([0.0, 1.0], metric=name, nll=9.0, tokens=3, correct=1) for _ in range(2))
+        _, [shown_as, *_] = table(compare(base, tuned, metrics=[name], resamples=20))
+        assert known_metrics([shown_as.split(" (")[0]]) == [name]
+        assert shown_as.endswith({"share": " (%)", "points": " (points)", "ratio": name}[METRICS[name].unit])

@@ -151,3 +151,29 @@ def test_the_likelihood_of_a_batch_is_that_of_each_row_alone(dtype, tolerance):
         return [row.nll / row.tokens for row in evaluation.evaluate(model, TOKENIZER, items, **options)]
 
     assert nll(8192) == pytest.approx(nll(1), abs=tolerance)
+
+
+def test_a_measurement_that_ends_leaves_another_one_s_answers(tiny_model_folder, tmp_path, monkeypatch):
+    """Without a run all measurements keep their answers below one folder."""
+    monkeypatch.chdir(tmp_path)
+    recipe = made(tiny_model_folder, tmp_path)
+    options = {"dataset": recipe.data.dataset, "settings": {"evaluation": {"max_new_tokens": 4}}}
+
+    def stop(event):
+        if event["kind"] == "progress" and event["stage"] == "model: answers" and event["done"] == 7:
+            raise KeyboardInterrupt
+
+    few = {"evaluation": {"max_new_tokens": 4, "batch_tokens": 1}}
+    with pytest.raises(KeyboardInterrupt):
+        api.evaluate(tiny_model_folder, **{**options, "settings": few}, watch=stop)
+    [kept] = (tmp_path / "evaluations" / "answers").rglob("answers-*.jsonl")
+    api.evaluate(tiny_model_folder, **options)
+    assert kept.exists(), "it belongs to the measurement that was stopped"
+    told = []
+    api.evaluate(
+        tiny_model_folder,
+        **{**options, "settings": few},
+        watch=lambda e: told.append(e["done"]) if e.get("stage") == "model: answers" else None,
+    )
+    assert told[0] >= 6
+    assert not kept.exists()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 
 import pytest
 from rows_by_hand import row
+from typer.testing import CliRunner
 
 from tunesmith import evaluation, models
+from tunesmith.cli import app
 from tunesmith.data.examples import Conversation, Message, Prompt, Row
 from tunesmith.data.formats import FORMATS
 from tunesmith.evaluation import completion, instructions
@@ -215,3 +218,38 @@ def test_the_page_lists_every_constraint():
     page = (Path(__file__).parents[2] / "docs/constraints.md").read_text("utf-8")
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     assert sorted(itertools.chain(*(re.findall(r"`(\w+)`", cell) for cell in rows))) == sorted(CHECKS)
+
+
+@pytest.mark.parametrize("command", ["validate", "train", "evaluate"])
+def test_an_unknown_constraint_is_refused_before_anything_is_asked(
+    command, tiny_model_folder, tmp_path, monkeypatch
+):
+    """With file, row and nearest name; each of a table's rows may leave constraints of others open."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": f"Say {n}.", "response": f"It is {n}.", "constraints": {"max_words": 5, "min_word": None}}
+        for n in range(30)
+    ]
+    rows[6]["constraints"] = {"max_words": 5, "max_sentence": 1}
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    given = {
+        "validate": ["validate", str(file)],
+        "train": [
+            "train",
+            "--dataset",
+            str(file),
+            "--base-model",
+            str(tiny_model_folder),
+            "--max-length",
+            "256",
+        ],
+        "evaluate": ["evaluate", str(tiny_model_folder), "--dataset", str(file)],
+    }[command]
+    done = CliRunner().invoke(app, given, env={"COLUMNS": "200"})
+    said = " ".join((done.output + str(done.exception or "")).split())
+    assert done.exit_code != 0, said
+    assert "there is no constraint 'max_sentence'" in said
+    assert "Did you mean 'max_sentences'" in said
+    assert re.search(r"asked\.jsonl:7\b", said), said
+    assert not list(tmp_path.rglob("rows.jsonl"))

@@ -61,7 +61,7 @@ def test_nothing_in_common_is_nothing():
         (chat(said(30, 4)), chat(" ".join((said(200, 5), said(30, 4), said(200, 6)))), "contained"),
         (Text(said(80, 7), Row("a", 1)), Text(said(80, 7) + " kadan", Row("b", 1)), "near"),
         (chat("如何在三天内学会骑自行车并且不会摔倒受伤呢请告诉我方法"),
-         chat("如何在三天内学会骑自行车并且不会摔倒受伤呢请告诉我方法吧"), "contained"),
+         chat("如何在三天内学会骑自行车并且不会摔倒受伤呢请告诉我方法吧"), "near"),
     ],
     ids=["normalized", "system", "other answer", "group", "near", "contained", "text", "chinese"],
 )  # fmt: skip
@@ -91,10 +91,64 @@ def test_a_form_that_all_questions_fill_is_no_leak():
     assert find(asked, trained).leaked == {}
     copy = f"{form} {said(12, 407)}"
     assert find(asked, [*trained, chat(copy.upper(), said(5, 457))]).leaked == {7: "exact"}
-    assert find(asked, [*trained, chat(copy + " kadan", said(5, 457))]).leaked == {7: "contained"}
+    assert find(asked, [*trained, chat(copy + " kadan", said(5, 457))]).leaked == {7: "near"}
     one, other = (frozenset({1, 2}), frozenset({2, 3}))
     assert jaccard(one, other) == 1 / 3
     assert containment(one, other) == 1 / 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "trained", "expected"),
+    [
+        ("How do I reset my password?", "How do I reset my passwords", "leaked"),
+        ("How do I reset my password?", "Tell me: how do I reset my password on the old site of the bank?", "leaked"),
+        ("Wie setze ich mein Passwort zurück?", "wie setze ich mein passwort zurueck", "review"),
+        ("What is the capital of France?", "What is the capital of Norway?", "nothing"),
+        ("What is 1213 plus 1425?", "What is 1213 plus 1426?", "review"),
+        ("骑自行车怎么学最快", "骑自行车怎么学最快呢", "leaked"),
+        ("please explain to me the water cycle of the earth in a few words",
+         "please explain to me the water cycle of the earth in a few words ok", "leaked"),
+    ],
+    ids=["a letter", "in a longer one", "umlaut", "another word", "another number", "chinese", "ten words"],
+)  # fmt: skip
+def test_short_near_copies_are_found_and_other_questions_are_not(asked, trained, expected):
+    answers = ("first this and then that, with a long explanation of why", "something else altogether here")
+    others = [chat(said(8, 70 + n), said(9, 90 + n), n=n) for n in range(40)]
+    found = find([chat(asked, answers[0])], [*others, chat(trained, answers[1])])
+    got = "leaked" if found.leaked else "review" if found.review else "nothing"
+    assert got == expected
+
+
+def test_a_few_questions_that_are_alike_hide_one_another_not():
+    shared = said(40, 500)
+    four = [chat(f"{shared} {said(1, 510 + n)}", n=n) for n in range(4)]
+    asked = [*four, *(chat(said(40, 530 + n)) for n in range(16))]
+    trained = [chat(said(40, 560 + n), n=n) for n in range(150)]
+    found = find(asked, [*trained, chat(f"{shared} {said(1, 599)}", n=900)])
+    assert set(found.leaked) == {0, 1, 2, 3}
+    assert found.notes == ()
+
+
+def test_every_limit_is_counted_and_said(monkeypatch):
+    from tunesmith.evaluation import leakage
+
+    form = said(60, 10)
+    asked = [chat(f"{form} {said(12, 400 + n)}", said(5, 450 + n)) for n in range(30)]
+    trained = [chat(f"{form} {said(12, 600 + n)}", said(5, 800 + n), n=n) for n in range(150)]
+    assert find(asked, trained).notes == (
+        "30 questions share passages with many rows (a form); these passages do not count",
+    )
+    [note] = find([chat("hi", "ok"), chat(said(30, 1))], [chat(said(30, 2))]).notes
+    assert note.startswith("1 questions are too short")
+    copies = [chat(said(30, 1) + f" {n}", n=n) for n in range(9)]
+    assert "13 more are counted only" in find([chat(said(30, 1))], copies).notes[-1]
+    monkeypatch.setattr(leakage, "LOOKED_THROUGH", 5)
+    assert "first 5 of 9 training rows" in find([chat(said(30, 1))], copies).notes[0]
+    assert copied([said(30, 3)], [said(30, 4)] * 9).limit() == ""
+    monkeypatch.setattr(leakage, "CORPUS", 300)
+    told = copied([said(30, 3)], [said(30, 4)] * 9)
+    assert 1 < told.looked_through < 9 == told.trained
+    assert f"first {told.looked_through} of 9 training answers" in told.limit()
 
 
 def true_leaks(asked, trained):
@@ -104,6 +158,8 @@ def true_leaks(asked, trained):
         for t in trained:
             whole = [f"{e.messages[0].content}\n{e.messages[1].content}" for e in (a, t)]
             near = jaccard(*(grams(text, 5, characters=False) for text in whole))
+            alone = jaccard(*(grams(e.messages[0].content, 5, characters=False) for e in (a, t)))
+            near = max(near, alone)
             long = grams(a.messages[0].content, 13, characters=False)
             if near >= 0.8 or containment(long, grams(whole[1], 13, characters=False)) >= 0.8:
                 kept.add(n)

@@ -52,6 +52,9 @@ def test_sql_execution_takes_code_out_of_a_fence():
 def test_default_metrics_fit_the_data():
     assert default_metrics([SQL] * 3, False) == [
         "sql_execution",
+        "ex_bag",
+        "ex_set",
+        "sql_vacuous",
         "exact_match",
         "token_accuracy",
         "perplexity",

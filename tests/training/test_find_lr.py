@@ -115,6 +115,21 @@ def test_everything_is_put_back():
     assert torch.equal(torch.get_rng_state(), states[2])
 
 
+def test_gradients_and_the_mode_of_each_part_are_put_back_as_well():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5))
+    model[1].eval()
+    model(torch.ones(1, 2)).sum().backward()
+    gradient = model[0].weight.grad
+    before = gradient.clone()
+    with restored(model):
+        model.train()
+        model(torch.ones(1, 2)).sum().backward()
+        assert not torch.equal(gradient, before), "negative control: it is added to in place"
+    assert model[0].weight.grad is gradient
+    assert torch.equal(gradient, before)
+    assert [module.training for module in model] == [True, False]
+
+
 @pytest.fixture
 def recipe(tiny_model_folder, question_file, tmp_path):
     def made(**changes):

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from tunesmith import api, dataflow, evaluation, models
+from tunesmith.cli import Display
 from tunesmith.compose import compose, overlaid
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation.report import write_report
@@ -74,6 +75,22 @@ def test_metrics_are_measured_at_each_validation_and_training_is_the_same_to_the
     values = [e["measures"]["rougeL"] for e in found]
     assert info["by"] == "rougeL"
     assert (info["value"], info["step"]) == (max(values), found[values.index(max(values))]["step"])
+    # Which step won, by what, and what all the others had.
+    [won] = [e for e in events if e.get("name") == "best model"]
+    assert won["step"] == info["step"]
+    assert won["value"] == f"step {info['step']}, ROUGE-L {100 * info['value']:.1f}"
+    assert won["reason"].startswith("the highest of 3 validations by training.best_by=rougeL: step 2: ")
+    assert won["value"] in page
+    [by_loss] = [e for e in losses(plain)[1] if e.get("name") == "best model"]
+    assert "validation loss" in by_loss["value"]
+    # While it trains the console has the metrics beside the loss.
+    said = []
+    with Display(quiet=False) as display:
+        display._line = said.append
+        for event in found:
+            display(event)
+    assert f"ROUGE-L {100 * values[0]:.1f}" in said[0]
+    assert "perplexity" in said[0]
     shutil.rmtree(measured)
 
 

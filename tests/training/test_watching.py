@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from tunesmith.training.run import Run
-from tunesmith.training.watching import WATCHES, Watching, divergence, length_alone, no_spread
+from tunesmith.training.watching import ALARMS, Watching, divergence, length_alone, no_spread
 
 
 def measures(step, **changes):
@@ -19,7 +19,7 @@ def measures(step, **changes):
 def test_a_run_that_goes_well_is_not_disturbed():
     logged = [measures(step) for step in range(1, 16)]
     for count in range(1, 16):
-        assert not [name for name, watch in WATCHES.items() if watch(logged[:count])]
+        assert not [name for name, alarm in ALARMS.items() if alarm(logged[:count])]
 
 
 def test_rewards_without_any_spread_are_found():

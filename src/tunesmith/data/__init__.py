@@ -43,6 +43,7 @@ from tunesmith.data.formats import (
     FORMATS,
     Detection,
     Format,
+    Misnamed,
     absent,
     check_group,
     convert,
@@ -245,15 +246,13 @@ def as_it_is(example: Example) -> Example:
 
 @contextmanager
 def rarely_collected() -> Iterator[None]:
-    """Python's search for cycles seldom, and not among what is there already: rows are many, and have none."""
+    """Python's search for cycles seldom, and hardly ever among all that is there: rows are many, and have none."""
     before = gc.get_threshold()
-    gc.freeze()
     gc.set_threshold(100_000, 50, 100)
     try:
         yield
     finally:
         gc.set_threshold(*before)
-        gc.unfreeze()
 
 
 @rarely_collected()
@@ -403,6 +402,12 @@ def _read(
     for record, example in shown_progress(converted, f"reading {source.name}"):
         found.numbers += has_numbers(record.values, possible)
         found.swallowed += swallowed(record) is not None
+        if isinstance(example, Misnamed):
+            raise DataError(
+                f"A row of {source.name} asks for a check that does not exist.",
+                found=f"{record.row}: {example}",
+                fix="Correct the row's `constraints`; docs/constraints.md lists all of them.",
+            )
         try:
             if isinstance(example, Unusable):
                 raise example

@@ -600,12 +600,27 @@ def converted(
         example = format.convert(record.values, record.row)
     except Unusable as reason:
         return reason
+    if wrong := _wrong_constraints(record.values):
+        return Misnamed(wrong)
     if opening:
         example = _opened(example, opening)
     if group_by:
         value = record.values.get(group_by)
         example = replace(example, group=None if value is None else str(value))
     return example
+
+
+class Misnamed(Unusable):
+    """A row that asks for a check which does not exist: left out, it would make every score say too much."""
+
+
+def _wrong_constraints(values: Values) -> str | None:
+    given = values.get("constraints")
+    if not isinstance(given, Mapping) and not (isinstance(given, str) and given.lstrip().startswith("{")):
+        return None
+    from tunesmith.evaluation.instructions import wrong_constraints
+
+    return wrong_constraints(values)
 
 
 def absent(there: Set[str], detection: Detection) -> str:

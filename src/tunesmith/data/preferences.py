@@ -7,6 +7,7 @@ one. In each only the judged answer is trained: answers in the prompt are contex
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -56,8 +57,13 @@ def margin_of(example: Preference | Rating) -> float | None:
 
 def prompt_length(encoding: Encoding) -> int:
     """Number of tokens before the judged answer; all of them where no token has a label."""
-    trained = np.flatnonzero(np.asarray(encoding.labels) != IGNORED)
-    return int(trained[0]) if len(trained) else len(encoding.labels)
+    return answer_begins(encoding.labels)
+
+
+def answer_begins(labels: Sequence[int]) -> int:
+    """Place of the first token with a label; their number where none has one."""
+    trained = np.flatnonzero(np.asarray(labels) != IGNORED)
+    return int(trained[0]) if len(trained) else len(labels)
 
 
 def pair_breach(good: Encoding, bad: Encoding, max_length: int) -> str | None:

@@ -389,7 +389,7 @@ def _has_trigger(turns: Sequence[Message], context: Encoder) -> bool:
     return any(trigger in turn.content for trigger in context.triggers for turn in turns)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=256)
 def _triggers(source: str) -> tuple[str, ...]:
     """Every text in a template that it does more with than write it: by one of them it may tell contents apart.
 

@@ -188,7 +188,7 @@ def chosen(engine: str, device: str) -> str:
 
 
 def forget(folder: Path) -> None:
-    """Remove kept answers, once the rows that were made of them are written."""
+    """Remove the answers kept in a measurement's folder, once the rows that were made of them are written."""
     for file in folder.glob("answers-*.jsonl"):
         file.unlink(missing_ok=True)
 

@@ -58,10 +58,13 @@ __all__ = [
     "Item",
     "answers",
     "are_answers_to",
+    "check_engine",
     "check_fit",
     "check_runnable",
     "check_scoring",
+    "drawn_at",
     "evaluate",
+    "identity",
     "items",
     "known_metrics",
     "length_bias",
@@ -280,7 +283,8 @@ def answers(
         batch_tokens=evaluation.batch_tokens,
         run_code=evaluation.run_code,
         attempts=evaluation.attempts,
-        temperature=evaluation.attempts_temperature if evaluation.attempts > 1 else 0.0,
+        temperature=drawn_at(evaluation),
+        seed=evaluation.seed,
         progress=progress,
         engine=evaluation.engine,
         folder=folder,
@@ -288,6 +292,17 @@ def answers(
         checked=checked,
         warn=warn or (lambda message: watch({"kind": "warning", "message": message})),
     )
+
+
+def drawn_at(evaluation: Evaluation) -> float:
+    """The temperature of the answers: 0, which is greedy, unless several are asked for."""
+    return evaluation.attempts_temperature if evaluation.attempts > 1 else 0.0
+
+
+def identity(model: Model, base: str, *, device: str, dtype: str) -> str | None:
+    """Changes with the files of the model that `answers` would load and with how it computes."""
+    revision = model.revision if base == model.base else None
+    return engines.Source("", None, lambda: None, base, revision, dtype=dtype, device=device).identity()
 
 
 def evaluate(
@@ -348,10 +363,13 @@ def evaluate(
             progress=_stage(progress, f"{name}: answers", len(asked.prompts)),
             say=warn,
         )
+        if identity := source.identity():
+            settings["model"] = identity
         if needed:
             check_scoring(metrics, gives_scores=is_reward(source.model))
         if checked and engine_check and not temperature:
-            checked(_checked(source, asked, generated, settings["engine"], writes, engine_check))
+            numbers = [item.number for item in writes]
+            checked(check_engine(source, asked, generated, settings["engine"], numbers, engine_check))
         parts = [generated[at : at + attempts] for at in range(0, len(generated), attempts)]
         answered = dict(zip([item.number for item in writes], parts, strict=True))
     model = source.model if needed else None
@@ -390,6 +408,21 @@ def evaluate(
     return _compared_among(rows, metrics)
 
 
+def rows_of(
+    items: Sequence[Item],
+    answers: Sequence[Generated],
+    *,
+    name: str,
+    metrics: Sequence[str],
+    settings: Mapping[str, Any],
+) -> list[EvalRow]:
+    """Rows of answers that are there already, scored by the metrics that score answers and run nothing."""
+    return [
+        _row(item, name, metrics, answer, None, None, dict(settings))
+        for item, answer in zip(items, answers, strict=True)
+    ]
+
+
 def scores(
     rows: Sequence[EvalRow], metrics: Sequence[str], *, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
@@ -403,18 +436,18 @@ def scores(
     }
 
 
-def _checked(
+def check_engine(
     source: engines.Source,
     asked: engines.Asked,
     generated: Sequence[Generated],
     engine: str,
-    items: Sequence[Item],
+    items: Sequence[int],
     count: int,
 ) -> EngineCheck:
-    """A few answers, chosen by the hash of their prompts, read again alone."""
+    """A few greedy answers, chosen by the hash of their prompts, read again alone; `items` has their numbers."""
     places = chosen(asked.prompts, count)
     prompts, answers = [asked.prompts[n] for n in places], [generated[n] for n in places]
-    numbers = [items[n].number for n in places]
+    numbers = [items[n] for n in places]
     if source.is_loaded or engine != "openai":
         found = read_alone(
             source.model,
@@ -451,11 +484,27 @@ def are_answers_to(
     max_new_tokens: int,
     attempts: int = 1,
     engine: str = "auto",
+    temperature: float = 0.0,
+    seed: int = 0,
+    model: str | None = None,
 ) -> bool:
-    """Whether rows answer just these items under these settings, so that they need not be made again."""
+    """Whether rows answer just these items under these settings, so that they need not be made again.
+
+    `temperature` is that of several attempts, which `seed` draws; `model` is the identity of the model's files
+    (`engines.Source.identity`), where it is known.
+    """
     measured = {name for row in rows for name in row.scores}
     limits = {row.generation["max_new_tokens"] for row in rows if row.generation}
     made_by = {row.generation.get("engine", "padded") for row in rows if row.generation}
+    drawn = {
+        (row.generation.get("temperature", 0.0), row.generation.get("seed", 0) if temperature else 0)
+        for row in rows
+        if row.generation
+    }
+    if drawn and drawn != {(temperature, seed if temperature else 0)}:
+        return False
+    if model and any(row.generation.get("model") != model for row in rows if row.generation):
+        return False
     if engine != "auto" and not made_by <= {engine}:
         return False
     return (
@@ -607,7 +656,23 @@ def _row(
         rejected_tokens=rejected.tokens if rejected else None,
         num_bytes=item.num_bytes if likelihood and likelihood.tokens and not likelihood.cut else None,
         windows=likelihood.windows if likelihood else 1,
+        conversation=_conversation(item.prompt.messages) if item.prompt else [],
     )
+
+
+def _conversation(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Messages as rows keep them; none where a user's question is all."""
+    if [message.role for message in messages] == ["user"]:
+        return []
+    return [
+        {
+            "role": message.role,
+            "content": "\n".join(
+                [*([message.content] if message.content else []), *map(json.dumps, message.tool_calls)]
+            ),
+        }
+        for message in messages
+    ]
 
 
 def _scored(

@@ -1,9 +1,12 @@
 """Whether the tuned model is better than the base: paired differences, their intervals, a computed verdict.
 
-Both models answered the same questions, so differences are taken question by question; questions that
-belong together (one database, one document) are resampled together. Every statistic is a ratio of sums
-over items: scores over counts, correct tokens over tokens, and for perplexity the exponential of losses
-over tokens.
+Both models answered the same questions, so differences are taken question by question, over the mean of the
+attempts at each; questions that belong together (one database, one document) are resampled together. Every statistic
+is made of sums over questions: scores over counts, losses over tokens, or what a metric's `statistic` makes of its
+`tally`, as BLEU of counted words.
+
+Where no two resamples could differ (all questions score alike, or there is one group) a bootstrap knows nothing. Then
+right-or-wrong scores have Wilson's interval and Tango's of differences, over groups; others have no interval.
 """
 
 from __future__ import annotations
@@ -48,12 +51,14 @@ class Comparison:
     base: float
     tuned: float
     difference: float
-    low: float
-    high: float
+    low: float | None
+    """The interval's lower end; None where there is no interval, since no two resamples could differ."""
+    high: float | None
     confidence: float
     n: int
+    """Questions, of each of which the attempts are averaged first."""
     groups: int
-    """Independent groups behind the interval; n where every item stands alone."""
+    """Independent groups behind the interval; n where every question stands alone."""
     p_value: float | None
     """Of no difference, two-sided; Holm-adjusted unless primary; None where nothing could be compared."""
     wins: int
@@ -70,8 +75,8 @@ class Comparison:
     p_alone: float | None = None
     """The p value before it was adjusted for the number of comparisons."""
     assumed_detectable: float | None = None
-    """The true difference that so many items find four times in five, as assumed before the run (power.py); None
-    for likelihoods and for metrics without a scale from 0 to 1."""
+    """The true difference that so many questions, or groups of them, find four times in five, as assumed before the
+    run (power.py); None for likelihoods and for metrics without a scale from 0 to 1."""
     detectable: float | None = None
     """The same from the differences that were observed; None where none was."""
     model: str = "tuned"
@@ -84,7 +89,9 @@ class Score:
 
     value: float | None
     n: int
+    """Questions, of each of which the attempts are averaged first."""
     n_errors: int
+    """Questions with an answer that could not be scored; they are left out."""
     low: float | None
     high: float | None
     groups: int
@@ -92,17 +99,31 @@ class Score:
 
 
 @dataclass(frozen=True)
-class _Pairs:
-    """The items on which both models have a value, as sums: score or loss over count, for base and tuned."""
+class _Questions:
+    """One model's questions on one metric, the attempts at each averaged: what the metric's value is made of."""
 
-    base: Any
-    tuned: Any
-    counts: Any
+    lines: Any
+    """One line for each question: sums of which `_value` makes the metric's value."""
+    own: Any
+    """Of each question its own score, or its loss."""
     groups: list[str]
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The questions on which both models have a value."""
+
+    base: _Questions
+    tuned: _Questions
     errors: int
     unpaired: int
     other_tokens: int
-    """Items that the two models were given as different tokens, by another tokenizer or template."""
+    """Questions that the two models were given as different tokens, by another tokenizer or template."""
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether every question is right or wrong with both models."""
+        return _is_binary(self.base.own) and _is_binary(self.tuned.own)
 
 
 def compare(
@@ -272,7 +293,7 @@ def table(comparisons: Sequence[Comparison], names: tuple[str, str] = ("base", "
     for c in comparisons:
         metric = METRICS[c.metric]
         values = [shown(c.base, metric), shown(c.tuned, metric), difference_shown(c)] if c.n else ["-"] * 3
-        lines.append([metric.label, *values, str(c.n), c.verdict])
+        lines.append([metric.named, *values, str(c.n), c.verdict])
     return lines
 
 
@@ -286,13 +307,13 @@ def table_of_many(comparisons: Sequence[Comparison]) -> list[list[str]]:
         metric, found = METRICS[name], [c for c in comparisons if c.metric == name]
         shown_base = next((shown(c.base, metric) for c in found if c.n), "-")
         lines.append(
-            [metric.label, found[0].against, shown_base, "", "", "", str(found[0].n), "the baseline"]
+            [metric.named, found[0].against, shown_base, "", "", "", str(found[0].n), "the baseline"]
         )
         for c in found:
             values = [shown(c.tuned, metric), difference_shown(c)] if c.n else ["-", "-"]
             p = "-" if c.p_value is None else f"{c.p_value:.3g}"
             counts = f"{c.wins}/{c.ties}/{c.losses}"
-            lines.append([metric.label, c.model, *values, p, counts, str(c.n), c.verdict])
+            lines.append([metric.named, c.model, *values, p, counts, str(c.n), c.verdict])
     return lines
 
 
@@ -319,9 +340,16 @@ def shown(value: float, metric: Metric) -> str:
 def difference_shown(comparison: Comparison) -> str:
     """A difference as people read it: `+82.1 points [78.2, 86.0]`."""
     c, metric = comparison, METRICS[comparison.metric]
-    if metric.unit == "ratio":
-        return f"{'+' if c.difference > 0 else ''}{_ratio(c.difference)} [{_ratio(c.low)}, {_ratio(c.high)}]"
-    return f"{100 * c.difference:+.1f} points [{100 * c.low:.1f}, {100 * c.high:.1f}]"
+    is_ratio = metric.unit == "ratio"
+    ends = [
+        _ratio(end) if is_ratio else f"{100 * end:.1f}" for end in (c.low, c.high) if end is not None
+    ] or ["no interval"]
+    change = (
+        f"{'+' if c.difference > 0 else ''}{_ratio(c.difference)}"
+        if is_ratio
+        else f"{100 * c.difference:+.1f} points"
+    )
+    return f"{change} [{', '.join(ends)}]"
 
 
 def score_interval(
@@ -332,33 +360,39 @@ def score_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Score:
-    """One model's value on one metric with its interval.
+    """One model's value on one metric with its interval, over the mean of the attempts at each question.
 
-    Wilson's interval for right-or-wrong scores of items that stand alone (it holds where all or none are
-    right), else the same bootstrap as for differences.
+    Wilson's interval for right-or-wrong scores of questions that stand alone, or that are all alike; else the same
+    bootstrap as for differences, where resamples can differ.
     """
-    import numpy as np
     from scipy.stats import binomtest
 
     metric = METRICS[name]
-    rows = sorted(rows, key=_key)
-    if metric.tally:
-        return _score_of_tallies(rows, metric, confidence, resamples, seed)
-    errors = sum(1 for row in rows if _is_error(row, metric))
-    kept = [row for row in rows if _sums(row, metric)]
-    if not kept:
-        return Score(None, 0, errors, None, None, 0, "no row could be scored")
-    sums = np.array([_sums(row, metric) for row in kept], dtype=float)
-    groups = [_group(row) for row in kept]
-    num_groups = len(set(groups))
-    value = float(_statistic(sums.sum(0)[0], sums.sum(0)[1], metric))
-    if _is_binary(sums[:, 0], metric) and num_groups == len(kept):
-        interval = binomtest(int(sums[:, 0].sum()), len(kept)).proportion_ci(confidence, method="wilson")
-        return Score(value, len(kept), errors, interval.low, interval.high, num_groups, "Wilson")
-    drawn = _resampled(_by_group(sums, groups), resamples, seed)
-    low, high = _interval(_statistic(drawn[:, 0], drawn[:, 1], metric), num_groups, confidence)
-    method = f"bootstrap over {num_groups} groups" if num_groups < len(kept) else "bootstrap over items"
-    return Score(value, len(kept), errors, low, high, num_groups, method)
+    scored, errors = _by_question(rows, metric)
+    if not scored:
+        return Score(None, 0, len(errors), None, None, 0, "no row could be scored")
+    of = _questions(scored, metric)
+    n, groups = len(of.groups), len(set(of.groups))
+    value = float(_value(of.lines.sum(0), metric))
+    found = Score(value, n, len(errors), None, None, groups, "Wilson")
+    if not metric.tally and _is_binary(of.own) and (groups == n or of.own.min() == of.own.max()):
+        over = binomtest(round(of.own.mean() * groups), groups).proportion_ci(confidence, method="wilson")
+        return replace(found, low=over.low, high=over.high)
+    interval = _interval(
+        _value(_resampled(_by_group(of.lines, of.groups), resamples, seed), metric), groups, confidence
+    )
+    if interval is None:
+        return replace(found, method=_signed(f"no interval: {_alike(groups)}", metric))
+    method = _signed(f"bootstrap over {f'{groups} groups' if groups < n else 'items'}", metric)
+    return replace(found, low=interval[0], high=interval[1], method=method)
+
+
+def _alike(groups: int) -> str:
+    return "there is one group only" if groups == 1 else "all questions score alike"
+
+
+def _signed(method: str, metric: Metric) -> str:
+    return f"{method}; {metric.signature()}" if metric.signature else method
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -384,7 +418,7 @@ def _compared(
     import numpy as np
 
     pairs = _paired(base_rows, tuned_rows, metric)
-    n, groups = len(pairs.groups), len(set(pairs.groups))
+    n, groups = len(pairs.base.groups), len(set(pairs.base.groups))
     if not n:
         why = _sentences("No question has a score of both models.", _left_out(pairs, apart))
         if metric.kind == "likelihood" and metric.name != "bits_per_byte" and pairs.other_tokens:
@@ -393,55 +427,56 @@ def _compared(
                 "likelihoods are per token."
             )
         return Comparison(
-            metric.name, 0.0, 0.0, 0.0, 0.0, 0.0, confidence, 0, 0, None, 0, 0, 0, "inconclusive", why, "none",
+            metric.name, 0.0, 0.0, 0.0, None, None, confidence, 0, 0, None, 0, 0, 0, "inconclusive", why, "none",
             metric.higher_is_better, primary,
         )  # fmt: skip
-    if metric.tally:
-        return _compared_by_tallies(
-            base_rows, tuned_rows, pairs, metric, resamples, confidence, seed, primary, apart
-        )
-    base, tuned = (
-        float(_statistic(side.sum(), pairs.counts.sum(), metric)) for side in (pairs.base, pairs.tuned)
-    )
-    sign = 1.0 if metric.higher_is_better else -1.0
-    gains = sign * (pairs.tuned - pairs.base)
-    gains[np.abs(gains) < 1e-9] = 0.0
-    wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
-    unit = f"{groups} groups" if groups < n else f"{n} items"
+    base, tuned = (float(_value(side.lines.sum(0), metric)) for side in (pairs.base, pairs.tuned))
+    differences = pairs.tuned.own - pairs.base.own
+    differences[np.abs(differences) < 1e-9] = 0.0
+    more, fewer = int((differences > 0).sum()), int((differences < 0).sum())
+    wins, losses = (more, fewer) if metric.higher_is_better else (fewer, more)
     alone = groups == n
-    binary = _is_binary(pairs.base, metric) and _is_binary(pairs.tuned, metric)
+    interval: tuple[float, float] | None = None
     detectable: float | None = None
-    if binary and alone:
-        more, fewer = int((pairs.tuned > pairs.base).sum()), int((pairs.tuned < pairs.base).sum())
-        low, high = paired_shares(more, fewer, n, confidence=confidence)
-        p, method = 1.0, "Tango's score interval of paired shares; p by McNemar's exact test"
+    p = 1.0
+    if not metric.tally and pairs.is_binary and (alone or differences.min() == differences.max()):
+        scale = groups / n  # questions of a group that all differ alike count once
+        interval = paired_shares(round(more * scale), round(fewer * scale), groups, confidence=confidence)
+        method = "Tango's score interval of paired shares; p by McNemar's exact test"
         if wins or losses:
-            p = _mcnemar(more, fewer)
-            detectable = detectable_share(n, (wins + losses) / n, confidence=confidence)
-    elif not gains.any():
-        low, high, p, method = 0.0, 0.0, 1.0, "all differences are zero"
+            p = _mcnemar(round(more * scale), round(fewer * scale))
+            detectable = detectable_share(groups, (wins + losses) / n, confidence=confidence)
+    elif np.array_equal(pairs.base.lines, pairs.tuned.lines) or (not metric.tally and not differences.any()):
+        method = "no interval: all differences are zero"
     else:
-        sums = np.stack([pairs.base, pairs.tuned, pairs.counts], axis=1)
-        drawn = _resampled(_by_group(sums, pairs.groups), resamples, seed)
-        drawn_differences = _statistic(drawn[:, 1], drawn[:, 2], metric) - _statistic(
-            drawn[:, 0], drawn[:, 2], metric
-        )
-        low, high = _interval(drawn_differences, groups, confidence)
-        p, test = _p_value(pairs, metric, drawn_differences, tuned - base, clustered=not alone)
+        width = pairs.base.lines.shape[1]
+        both = np.concatenate([pairs.base.lines, pairs.tuned.lines], axis=1)
+        sums = _resampled(_by_group(both, pairs.base.groups), resamples, seed)
+        drawn = _value(sums[:, width:], metric) - _value(sums[:, :width], metric)
+        interval = _interval(drawn, groups, confidence)
+        # Equal differences have no spread for a t test to judge by; the bootstrap's p is its limit.
+        if alone and _is_mean(metric) and differences.std() > 1e-12:
+            p, test = _t_test(pairs), "paired t test"
+        else:
+            p, test = _bootstrap_p(drawn, tuned - base, groups), "bootstrap"
+        unit = f"{groups} groups" if groups < n else f"{n} items"
         method = (
-            f"paired bootstrap over {unit}, {resamples} resamples, seed {seed}, "
-            f"expanded percentile interval; p by {test}"
+            f"paired bootstrap{' of the whole statistic' if metric.tally else ''} over {unit}, {resamples} resamples, "
+            f"seed {seed}, expanded percentile interval; p by {test}"
         )
-        of_items = alone and metric.kind != "likelihood"
-        spread = spread_of(pairs.tuned - pairs.base) if of_items else float(drawn_differences.std())
+        if interval is None:
+            why = "there is one group only" if groups == 1 else "all differences are equal"
+            method = f"no interval: {why}; p by {test}"
+        spread = spread_of(differences) if alone and _is_mean(metric) else float(drawn.std())
         found = detectable_mean(spread, groups, confidence=confidence)
         detectable = found if math.isfinite(found) else None
+    low, high = interval or (None, None)
     result = Comparison(
         metric=metric.name, base=base, tuned=tuned, difference=tuned - base, low=low, high=high,
         confidence=confidence, n=n, groups=groups, p_value=p, wins=wins, ties=n - wins - losses,
-        losses=losses, verdict="no evidence", reason="", method=method,
+        losses=losses, verdict="no evidence", reason="", method=_signed(method, metric),
         higher_is_better=metric.higher_is_better, primary=primary, p_alone=p,
-        assumed_detectable=_assumed(metric, n, confidence), detectable=detectable,
+        assumed_detectable=_assumed(metric, groups, confidence), detectable=detectable,
     )  # fmt: skip
     verdict, reason = _verdict(result, pairs, metric)
     return replace(result, verdict=verdict, reason=_sentences(reason, _left_out(pairs, apart)))
@@ -458,9 +493,15 @@ def _verdict(c: Comparison, pairs: _Pairs, metric: Metric) -> tuple[Verdict, str
         return "inconclusive", f"{c.n} items are too few; at least {MIN_ITEMS} are needed."
     if c.groups < c.n and c.groups < MIN_GROUPS:
         return "inconclusive", f"{c.groups} groups are too few; at least {MIN_GROUPS} are needed."
-    if not c.wins and not c.losses:
+    if not c.wins and not c.losses and not c.difference:
         hidden = f"; a difference up to ±{amount(c.high, metric)} could hide at n={c.n}" if c.high else ""
         return "no evidence", f"All {c.n} items score the same with both models{hidden}."
+    alpha = 1 - c.confidence
+    good = (c.difference > 0) == c.higher_is_better
+    if c.low is None or c.high is None:
+        why = f"All {c.n} items differ by the same amount, which leaves no interval; p = {c.p_value:.3g}."
+        settled = c.p_value is not None and c.p_value <= alpha
+        return ("better" if good else "worse") if settled else "no evidence", why
     hidden = amount(max(abs(c.low), abs(c.high)), metric)
     if c.low <= 0 <= c.high:
         return (
@@ -470,9 +511,13 @@ def _verdict(c: Comparison, pairs: _Pairs, metric: Metric) -> tuple[Verdict, str
                 _found_at(c, metric),
             ),
         )
-    binary = _is_binary(pairs.base, metric) and _is_binary(pairs.tuned, metric)
-    alpha = 1 - c.confidence
-    if binary and c.groups == c.n and c.p_value is not None and c.p_value > alpha:
+    if (
+        not metric.tally
+        and pairs.is_binary
+        and c.groups == c.n
+        and c.p_value is not None
+        and c.p_value > alpha
+    ):
         differ = c.wins + c.losses
         few = f"; fewer than {MIN_DISCORDANT} can never settle it" if differ < MIN_DISCORDANT else ""
         return "no evidence", (
@@ -484,7 +529,6 @@ def _verdict(c: Comparison, pairs: _Pairs, metric: Metric) -> tuple[Verdict, str
             f"The interval excludes 0 and p = {c.p_value:.3f} does not; a difference up to ±{hidden} could hide at "
             f"n={c.n}."
         )
-    good = (c.difference > 0) == c.higher_is_better
     return ("better" if good else "worse"), f"The {c.confidence:.0%} interval excludes 0."
 
 
@@ -526,16 +570,15 @@ def _mcnemar(more: int, fewer: int) -> float:
     return float(binomtest(more, more + fewer).pvalue)
 
 
-def _p_value(
-    pairs: _Pairs, metric: Metric, drawn: Any, difference: float, *, clustered: bool
-) -> tuple[float, str]:
+def _is_mean(metric: Metric) -> bool:
+    """Whether a metric is the mean over questions of their own scores."""
+    return metric.kind != "likelihood" and not metric.tally
+
+
+def _t_test(pairs: _Pairs) -> float:
     from scipy.stats import ttest_rel
 
-    differences = pairs.tuned - pairs.base
-    # Equal differences have no spread for a t test to judge by; the bootstrap's p is its limit.
-    if not clustered and metric.kind != "likelihood" and differences.std() > 1e-12:
-        return float(ttest_rel(pairs.tuned, pairs.base).pvalue), "paired t test"
-    return _bootstrap_p(drawn, difference, len(set(pairs.groups))), "bootstrap"
+    return float(ttest_rel(pairs.tuned.own, pairs.base.own).pvalue)
 
 
 def _bootstrap_p(drawn: Any, difference: float, num_groups: int) -> float:
@@ -560,10 +603,13 @@ def _bootstrap_p(drawn: Any, difference: float, num_groups: int) -> float:
     return float(max(2 * t.sf(distance / expand, num_groups - 1), 2.0 ** (1 - num_groups)))
 
 
-def _interval(drawn: Any, num_groups: int, confidence: float) -> tuple[float, float]:
-    """Expanded percentile interval (Hesterberg 2015, section 5.3)."""
+def _interval(drawn: Any, num_groups: int, confidence: float) -> tuple[float, float] | None:
+    """Expanded percentile interval (Hesterberg 2015, section 5.3); None where no two resamples differ."""
     import numpy as np
     from scipy.stats import norm, t
+
+    if np.ptp(drawn) <= 1e-12 * max(1.0, float(np.abs(drawn).max())):
+        return None
 
     tail = (1 - confidence) / 2
     if num_groups > 1:
@@ -595,11 +641,13 @@ def _by_group(sums: Any, groups: Sequence[str]) -> Any:
     return grouped
 
 
-def _statistic(total: Any, count: Any, metric: Metric) -> Any:
-    """The metric's value from sums; resamples without any count have a mean of 0."""
+def _value(sums: Any, metric: Metric) -> Any:
+    """The metric's value from sums over questions; resamples without any count have a mean of 0."""
     import numpy as np
 
-    mean = total / np.maximum(count, 1)
+    if metric.statistic:
+        return metric.statistic(sums)
+    mean = sums[..., 0] / np.where(sums[..., 1] > 0, sums[..., 1], 1)
     return np.exp(np.minimum(mean, 700)) if metric.name == "perplexity" else mean
 
 
@@ -619,38 +667,80 @@ def _is_error(row: EvalRow, metric: Metric) -> bool:
     return row.status != "ok" and _sums(row, metric) is None
 
 
-def _is_binary(values: Any, metric: Metric) -> bool:
-    return metric.kind != "likelihood" and not metric.tally and bool(((values == 0) | (values == 1)).all())
+def _is_binary(values: Any) -> bool:
+    return bool(((values == 0) | (values == 1)).all())
 
 
-def _key(row: EvalRow) -> tuple[int, int, int]:
-    return row.item, row.turn, row.sample
+Key = tuple[int, int]
+
+
+def _key(row: EvalRow) -> Key:
+    """The question that a row is an attempt at."""
+    return row.item, row.turn
 
 
 def _group(row: EvalRow) -> str:
-    """The group, or the item itself where it stands alone: its turns and samples belong together."""
+    """The group, or the item itself where it stands alone: its turns belong together."""
     return f"group {row.group}" if row.group is not None else f"item {row.item}"
 
 
-def _paired(base_rows: Sequence[EvalRow], tuned_rows: Sequence[EvalRow], metric: Metric) -> _Pairs:
+def _by_question(rows: Sequence[EvalRow], metric: Metric) -> tuple[dict[Key, list[EvalRow]], set[Key]]:
+    """The attempts at every question that could be scored, and the questions with one that could not.
+
+    Only answers have attempts: what a model finds likely is asked once, in the first row.
+    """
+    scored: dict[Key, list[EvalRow]] = {}
+    errors = set()
+    for row in sorted(rows, key=lambda row: (*_key(row), row.sample)):
+        if metric.kind != "answer" and row.sample:
+            continue
+        if _sums(row, metric):
+            scored.setdefault(_key(row), []).append(row)
+        elif _is_error(row, metric):
+            errors.add(_key(row))
+    return {key: own for key, own in scored.items() if key not in errors}, errors
+
+
+def _questions(scored: dict[Key, list[EvalRow]], metric: Metric) -> _Questions:
     import numpy as np
 
-    base, tuned = ({_key(row): row for row in rows} for rows in (base_rows, tuned_rows))
-    values, groups, errors, other_tokens = [], [], 0, 0
-    for key in sorted(base.keys() & tuned.keys()):
-        a, b = _sums(base[key], metric), _sums(tuned[key], metric)
-        same_tokens = base[key].prompt_sha256 == tuned[key].prompt_sha256
-        other_tokens += not same_tokens
+    rows = [row for own in scored.values() for row in own]
+    sums = np.array([_sums(row, metric) for row in rows], dtype=float).reshape(-1, 2)
+    lines = np.asarray(metric.tally(rows), dtype=float) if metric.tally and rows else sums
+    place = {key: number for number, key in enumerate(scored)}
+    of = [place[_key(row)] for row in rows]
+    times = np.bincount(of, minlength=len(scored))[:, None] if rows else np.ones((0, 1))
+    averaged = []
+    for values in (lines, sums[:, :1]):
+        total = np.zeros((len(scored), values.shape[1]))
+        np.add.at(total, of, values)
+        averaged.append(total / times)
+    return _Questions(averaged[0], averaged[1][:, 0], [_group(own[0]) for own in scored.values()])
+
+
+def _paired(base_rows: Sequence[EvalRow], tuned_rows: Sequence[EvalRow], metric: Metric) -> _Pairs:
+    (base, base_errors), (tuned, tuned_errors) = (
+        _by_question(rows, metric) for rows in (base_rows, tuned_rows)
+    )
+    hashes = [{_key(row): row.prompt_sha256 for row in rows} for rows in (base_rows, tuned_rows)]
+    asked = hashes[0].keys() & hashes[1].keys()
+    other_tokens = {key for key in asked if hashes[0][key] != hashes[1][key]}
+    both = sorted(base.keys() & tuned.keys())
+    if metric.kind == "likelihood":
         # Bits per byte are comparable whatever the tokens are, as long as the bytes are the same.
-        same = same_tokens or metric.name == "bits_per_byte"
-        if a and b and (metric.kind != "likelihood" or (same and a[1] == b[1])):
-            values.append((a[0], b[0], a[1]))
-            groups.append(_group(base[key]))
-        elif (a and b) or _is_error(base[key], metric) or _is_error(tuned[key], metric):
-            errors += 1
-    columns = np.array(values, dtype=float).reshape(-1, 3)
-    unpaired = len(base.keys() ^ tuned.keys())
-    return _Pairs(columns[:, 0], columns[:, 1], columns[:, 2], groups, errors, unpaired, other_tokens)
+        counts = [{key: _sums(side[key][0], metric) for key in both} for side in (base, tuned)]
+        both = [
+            key
+            for key in both
+            if (key not in other_tokens or metric.name == "bits_per_byte")
+            and (counts[0][key] or (0, 0))[1] == (counts[1][key] or (0, 0))[1]
+        ]
+    errors = {key for key in base_errors | tuned_errors if key in asked}
+    errors |= (base.keys() & tuned.keys()) - set(both)
+    sides = [_questions({key: side[key] for key in both}, metric) for side in (base, tuned)]
+    return _Pairs(
+        sides[0], sides[1], len(errors), len(hashes[0].keys() ^ hashes[1].keys()), len(other_tokens)
+    )
 
 
 def _check_same_questions(base_rows: Sequence[EvalRow], tuned_rows: Sequence[EvalRow]) -> None:
@@ -670,7 +760,7 @@ def _left_out(pairs: _Pairs, apart: str) -> str:
     if pairs.other_tokens:
         parts.append(f"{pairs.other_tokens} items reached the two models as different tokens ({apart}).")
     if pairs.unpaired:
-        parts.append(f"{pairs.unpaired} rows of one model have no counterpart and do not count.")
+        parts.append(f"{pairs.unpaired} questions of one model have no counterpart and do not count.")
     if pairs.errors:
         parts.append(f"{pairs.errors} items that could not be scored for both are left out.")
     return " ".join(parts)
@@ -689,68 +779,3 @@ def _ratio(value: float) -> str:
 
 def _sentences(*parts: str) -> str:
     return " ".join(part for part in parts if part)
-
-
-def _score_of_tallies(
-    rows: Sequence[EvalRow], metric: Metric, confidence: float, resamples: int, seed: int
-) -> Score:
-    """The value and interval of a metric that is a statistic of counts over all rows."""
-    assert metric.tally
-    assert metric.statistic
-    errors = sum(1 for row in rows if _is_error(row, metric))
-    kept = [row for row in rows if _sums(row, metric)]
-    if not kept:
-        return Score(None, 0, errors, None, None, 0, "no row could be scored")
-    counts, groups = metric.tally(kept), [_group(row) for row in kept]
-    drawn = metric.statistic(_resampled(_by_group(counts, groups), resamples, seed))
-    low, high = _interval(drawn, len(set(groups)), confidence)
-    method = f"bootstrap over {len(set(groups))} {'groups' if len(set(groups)) < len(kept) else 'items'}"
-    value = float(metric.statistic(counts.sum(0)))
-    return Score(value, len(kept), errors, low, high, len(set(groups)), method)
-
-
-def _compared_by_tallies(
-    base_rows: Sequence[EvalRow],
-    tuned_rows: Sequence[EvalRow],
-    pairs: _Pairs,
-    metric: Metric,
-    resamples: int,
-    confidence: float,
-    seed: int,
-    primary: bool,
-    apart: str,
-) -> Comparison:
-    """The paired difference of such a metric: both models' counts are resampled together."""
-    import numpy as np
-
-    assert metric.tally
-    assert metric.statistic
-    n, groups = len(pairs.groups), len(set(pairs.groups))
-    base, tuned = ({_key(row): row for row in rows} for rows in (base_rows, tuned_rows))
-    keys = [
-        key
-        for key in sorted(base.keys() & tuned.keys())
-        if _sums(base[key], metric) and _sums(tuned[key], metric)
-    ]
-    ours, theirs = metric.tally([base[key] for key in keys]), metric.tally([tuned[key] for key in keys])
-    width = ours.shape[1]
-    drawn = _resampled(_by_group(np.concatenate([ours, theirs], axis=1), pairs.groups), resamples, seed)
-    drawn_differences = metric.statistic(drawn[:, width:]) - metric.statistic(drawn[:, :width])
-    before, after = (float(metric.statistic(counts.sum(0))) for counts in (ours, theirs))
-    differ = bool((ours != theirs).any())
-    low, high = _interval(drawn_differences, groups, confidence) if differ else (0.0, 0.0)
-    p = _bootstrap_p(drawn_differences, after - before, groups) if differ else 1.0
-    gains = (1.0 if metric.higher_is_better else -1.0) * (pairs.tuned - pairs.base)
-    wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
-    unit = f"{groups} groups" if groups < n else f"{n} items"
-    found = detectable_mean(float(drawn_differences.std()), groups, confidence=confidence)
-    result = Comparison(
-        metric=metric.name, base=before, tuned=after, difference=after - before, low=low, high=high,
-        confidence=confidence, n=n, groups=groups, p_value=p, wins=wins, ties=n - wins - losses, losses=losses,
-        verdict="no evidence", reason="", higher_is_better=metric.higher_is_better, primary=primary, p_alone=p,
-        detectable=found if math.isfinite(found) else None,
-        method=f"paired bootstrap of the whole statistic over {unit}, {resamples} resamples, seed {seed}, expanded "
-        "percentile interval; p by bootstrap",
-    )  # fmt: skip
-    verdict, reason = _verdict(result, pairs, metric)
-    return replace(result, verdict=verdict, reason=_sentences(reason, _left_out(pairs, apart)))

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 VOCABULARY = 30_522
 """Words that an answer could draw from, as in the paper on EAD (the size of BERT's vocabulary)."""
+RAREFIED = 100
+"""N-grams that distinct_1 to 3 are the expectation over, whatever the answers' lengths."""
 SAMPLED = 60
 """Answers that self-BLEU is taken over; it grows with their square."""
 SAME = 0.8
@@ -48,6 +50,51 @@ def ead(rows: Sequence[EvalRow]) -> list[float | None]:
     # (V-1)/V to a large power: by logarithms, without losing what is left of 1.
     expected = -VOCABULARY * math.expm1(drawn * math.log1p(-1 / VOCABULARY))
     return [len(rows) * sum(1 / used_by[word] for word in set(answer)) / expected for answer in found]
+
+
+def distinct_1(rows: Sequence[EvalRow]) -> list[float | None]:
+    """Different words expected among 100 words drawn from all answers / 100: distinct-1 without the effect of length.
+
+    Rarefaction (Hurlbert 1971, Ecology 52, 577-586): sum over words of 1 - C(N - N_w, 100) / C(N, 100), where N_w of
+    the N words are this one. Not scored where the answers have fewer than 100 words together.
+    """
+    return _rarefied(rows, 1)
+
+
+def distinct_2(rows: Sequence[EvalRow]) -> list[float | None]:
+    """Different pairs of neighbouring words expected among 100 drawn from all answers / 100; as distinct_1."""
+    return _rarefied(rows, 2)
+
+
+def distinct_3(rows: Sequence[EvalRow]) -> list[float | None]:
+    """Different runs of three words expected among 100 drawn from all answers / 100; as distinct_1."""
+    return _rarefied(rows, 3)
+
+
+def _rarefied(rows: Sequence[EvalRow], n: int) -> list[float | None]:
+    """Of each row its part, so that their mean is the value: a gram that occurs often is shared out by occurrence."""
+    found = [ngrams([words(row.output or "")], n) for row in rows]
+    times: Counter[Any] = Counter()
+    for grams in found:
+        times.update(grams)
+    drawn = times.total()
+    if drawn < RAREFIED:
+        return [None] * len(rows)
+
+    def log_choices(of: int) -> float:
+        """log C(of, 100), as far as it does not cancel."""
+        return math.lgamma(of + 1) - math.lgamma(of - RAREFIED + 1)
+
+    whole = log_choices(drawn)
+    seen = {
+        count: -math.expm1(log_choices(drawn - count) - whole) if drawn - count >= RAREFIED else 1.0
+        for count in set(times.values())
+    }
+    scale = len(rows) / RAREFIED
+    return [
+        scale * sum(seen[times[gram]] * count / times[gram] for gram, count in grams.items())
+        for grams in found
+    ]
 
 
 def self_bleu(rows: Sequence[EvalRow]) -> list[float | None]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tunesmith.data.examples import Prompt
+from tunesmith.data.examples import Prompt, Row
 from tunesmith.errors import nearest
 
 Holds = Callable[[Any, str], bool]
@@ -166,7 +166,7 @@ CHECKS: dict[str, Holds] = {
 def _said(limit: Any) -> Any:
     """A limit without the keys that only other rows of a table have."""
     if isinstance(limit, Mapping):
-        return {key: value for key, value in limit.items() if value is not None}
+        return {key: _said(value) for key, value in limit.items() if value is not None}
     return limit
 
 
@@ -182,6 +182,17 @@ def constraints_of(prompt: Prompt) -> dict[str, Any]:
         if name not in CHECKS:
             raise ValueError(f"there is no constraint '{name}'. {nearest(name, CHECKS)}")
     return found
+
+
+def wrong_constraints(values: Mapping[str, Any]) -> str | None:
+    """What is wrong with the names of a row's constraints, before anything is asked or trained; None where nothing
+    is."""
+    row = Row("", 0)
+    try:
+        constraints_of(Prompt((), "", row, checks=values))
+    except ValueError as error:
+        return f"constraints: {error}"
+    return None
 
 
 def is_constrained(prompt: Prompt) -> bool:

@@ -4,9 +4,10 @@ Splits are made so that equal questions, groups and near-duplicates never part (
 splits of one data set next to nothing should be found. What is left are near-copies below that limit, clusters that
 were too large to keep together, splits that the source names itself, and evaluation sets of their own.
 
-Every training row that shares a shingle with a held-out question is a candidate, so that none can be missed as by
-sketches; it is judged by the true Jaccard similarity of shingles (Broder 1997) and by containment, the share of a
-question's n-grams that stand in one training row (arXiv 2005.14165, appendix C). N-grams see no paraphrase and no
+Every training row that shares an n-gram with a held-out question is a candidate, so that none can be missed as by
+sketches (docs/decisions/0007); it is judged by the true Jaccard similarity (Broder 1997) and by containment, the share
+of a question's n-grams that stand in one training row (arXiv 2005.14165, appendix C). The shorter a text, the shorter
+the n-grams that it is told by. N-grams see no paraphrase and no
 translation (arXiv 2311.04850), and what the base itself was trained on is not known here.
 """
 
@@ -15,14 +16,15 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from tunesmith.data.examples import Example, Preference, Rating, Text, Unusable, texts
 from tunesmith.data.prompts import prompt_of, questioned
 from tunesmith.evaluation.compare import Comparison, compare, sentence
 from tunesmith.evaluation.rows import EvalRow
+from tunesmith.evaluation.tasks import windows
 from tunesmith.plan import Decision
 
 Kind = Literal["exact", "other answer", "near", "contained", "group"]
@@ -37,22 +39,30 @@ KINDS: dict[Kind, str] = {
 COPY = 0.8
 """From this similarity or containment on a question counts as leaked."""
 REVIEW = 0.5
-"""From this one on it is shown, to be looked at."""
-SHINGLE = 5
-"""Words in a shingle."""
-CHARACTERS = 8
-"""Characters in one, of code and of scripts without spaces."""
+"""From this one on it is shown, to be looked at; of short texts, where one word is much, from SHORT_REVIEW."""
+SHORT_REVIEW = 0.65
+LONG_WORDS, SHORT_WORDS = 26, 10
+"""Words from which on a text is told by 5-grams of words, and from which on by 3-grams; below by characters."""
+SHORT_CHARACTERS = 40
+"""Below so many characters code and scripts without spaces are told by 4-grams of characters, not by 8-grams."""
 FORM = 20
-"""An n-gram that stands in one of so many held-out questions, and in more than three, is a form's: an instruction or
-schema that all are asked with. It says nothing about any of them and does not count."""
+"""An n-gram that stands in more than three and one in twenty of the held-out questions may be a form's: an instruction
+or schema that all are asked with. It is one where as large a share of the training rows has it too, or FORM_ROWS of
+them; then it says nothing about any of them and does not count. A few questions that are alike are no form."""
+FORM_ROWS = 20
+"""Training rows that have a form's n-gram, at most."""
 FEW = 3
-"""Fewer n-grams than this of its own, beside a form's, are too little to find a question by."""
+"""Fewer n-grams than this of its own are too little to find a question by."""
+SHOWN = 5
+"""Pairs of one question that are kept with their texts."""
 KEPT = 200
 """Pairs that are kept with their texts; all are counted."""
 LOOKED_THROUGH = 50_000
 """Training rows among which near-copies are looked for; for equal ones all are."""
 CORPUS = 2_000_000
 """Characters of training answers among which copied passages are looked for."""
+EXTENDED = 200
+"""Places at which a passage that stands in training very often is extended."""
 SEED = 16
 """Characters of the shortest passage that counts."""
 PASSAGE = 50
@@ -130,11 +140,15 @@ def by_characters(text: str) -> bool:
 
 def grams(text: str, size: int, *, characters: bool) -> frozenset[int]:
     """Hashes of all n-grams of `size` words or characters; of a shorter text its only one."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    parts: Sequence[str] = "".join(folded.split()) if characters else WORD.findall(folded)
+    parts = _parted(text, characters=characters)
     if len(parts) <= size:
         return frozenset([hash(tuple(parts))]) if parts else frozenset()
-    return frozenset(hash(tuple(parts[n : n + size])) for n in range(len(parts) - size + 1))
+    return frozenset(map(hash, windows(parts, size)))
+
+
+def _parted(text: str, *, characters: bool) -> Sequence[str]:
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(folded.split()) if characters else WORD.findall(folded)
 
 
 def jaccard(one: frozenset[int], other: frozenset[int]) -> float:
@@ -148,22 +162,86 @@ def containment(asked: frozenset[int], trained: frozenset[int]) -> float:
     return len(asked & trained) / len(asked) if asked else 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
+class _View:
+    """One way to compare: which n-grams of a question are looked for in which text of a training row."""
+
+    kind: Kind
+    part: Literal["question", "whole"]
+    """The training row's text; a held-out one is told by the same part, where it is said to be contained by its
+    question."""
+    size: int
+    characters: bool
+
+    @property
+    def short(self) -> bool:
+        """Whether this is for texts in which a word or a number more is much."""
+        return self.characters and self.size == 4
+
+    @property
+    def least(self) -> float:
+        """From which score on a pair is shown."""
+        if self.kind == "contained" and self.size == 3:
+            return COPY  # three words in a row are common, and half of a few are nothing
+        return SHORT_REVIEW if self.short else REVIEW
+
+    def of(self, text: str) -> frozenset[int]:
+        return grams(text, self.size, characters=self.characters)
+
+    def score(self, asked: Set[int], trained: Set[int], common: int) -> float:
+        if self.kind == "contained":
+            return common / len(asked) if len(asked) >= FEW else 0.0
+        return common / (len(asked) + len(trained) - common) if len(asked) >= FEW else 0.0
+
+
+@dataclass(frozen=True)
 class _Asked:
     item: int
     row: str
     question: str
     answer: str
     whole: str
-    characters: bool
-    shingles: frozenset[int]
-    long: int
-    """Size of the n-grams for containment: 13 words, of short questions 8; 0 of those too short for either."""
-    contained: frozenset[int] = field(default_factory=frozenset)
-    of_question: frozenset[int] = field(default_factory=frozenset)
-    """Shingles of the question alone."""
-    form: frozenset[int] = field(default_factory=frozenset)
-    """Shingles that are left out, since they are those of a form."""
+    views: Mapping[_View, frozenset[int]]
+
+
+@dataclass
+class _Index:
+    """The held-out n-grams of one view."""
+
+    view: _View
+    owners: dict[int, list[int]]
+    suspects: frozenset[int]
+    """N-grams that so many held-out questions share that they may be a form's."""
+    longest: int
+    """Most n-grams of a held-out text."""
+    seen: Counter[int] = field(default_factory=Counter)
+    """Training rows that have a suspect."""
+    forms: set[int] = field(default_factory=set)
+    """Suspects that are one by now."""
+
+    def met(self, own: frozenset[int]) -> None:
+        """Count a training row's suspects; what so many rows have finds nothing any more."""
+        for gram in own & self.suspects:
+            self.seen[gram] += 1
+            if self.seen[gram] > FORM_ROWS and gram not in self.forms:
+                self.forms.add(gram)
+                self.owners.pop(gram, None)
+
+    def settle(self, rows: int) -> None:
+        """The forms, when all training rows are known."""
+        most = max(3, min(FORM_ROWS, rows // FORM))
+        self.forms |= {gram for gram, count in self.seen.items() if count > most}
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A pair that shares what may be a form; it is judged when all rows are known."""
+
+    index: _Index
+    asked: _Asked
+    example: Example
+    text: str
+    grams: frozenset[int]
 
 
 def find(asked: Sequence[Example], trained: Iterable[Example]) -> Leakage:
@@ -171,18 +249,15 @@ def find(asked: Sequence[Example], trained: Iterable[Example]) -> Leakage:
 
     The training examples are read once, one after the other; the held-out ones are kept in memory.
     """
-    wanted = _without_forms([_prepared(number, example) for number, example in enumerate(asked)])
+    wanted = [_prepared(number, example) for number, example in enumerate(asked)]
     by_question, by_group = defaultdict(list), defaultdict(list)
-    owners: defaultdict[tuple[bool, int], list[int]] = defaultdict(list)
     for a, example in zip(wanted, asked, strict=True):
         by_question[normalized(a.question)].append(a)
         if example.group is not None:
             by_group[example.group].append(a)
-        for shingle in a.shingles:
-            owners[a.characters, shingle].append(a.item)
-    kinds = {a.characters for a in wanted}
-    forms = {kind: _formed(wanted, kind) for kind in kinds}
+    indices = _indices(wanted)
     found = _Found()
+    waiting: list[_Candidate] = []
     count = 0
     for example in trained if wanted else ():
         count += 1
@@ -194,21 +269,111 @@ def find(asked: Sequence[Example], trained: Iterable[Example]) -> Leakage:
             found.add(a, example, "group", 1.0, question)
         if count > LOOKED_THROUGH:
             continue
-        whole = _whole(example)
-        shingles = {kind: grams(whole, _size(kind), characters=kind) - forms[kind] for kind in kinds}
-        sharing: Counter[int] = Counter()
-        for kind, own in shingles.items():
-            for shingle in own:
-                sharing.update(owners.get((kind, shingle), ()))
-        for item in sharing:
-            _verify(found, wanted[item], example, whole, shingles[wanted[item].characters])
-    notes = []
+        texts = {"question": question, "whole": _whole(example)}
+        made: dict[tuple[str, int, bool], frozenset[int]] = {}
+        for index in indices:
+            view, text = index.view, texts[index.view.part]
+            # A text of so many times the other's length is not half alike.
+            if view.short and len(text) > 4 * (index.longest + 4):
+                continue
+            key = (view.part, view.size, view.characters)
+            if key not in made:
+                made[key] = view.of(text)
+            own = made[key]
+            _look(index, own, wanted, example, text, found, waiting)
+    for index in indices:
+        index.settle(min(count, LOOKED_THROUGH))
+    for one in waiting:
+        forms = one.index.forms
+        rest, own = one.asked.views[one.index.view] - forms, one.grams - forms
+        _judge(found, one.index.view, one.asked, one.example, one.text, rest, own, len(rest & own))
+    return found.result(len(wanted), count, _notes(wanted, indices, count))
+
+
+def _look(
+    index: _Index,
+    own: frozenset[int],
+    wanted: Sequence[_Asked],
+    example: Example,
+    text: str,
+    found: _Found,
+    waiting: list[_Candidate],
+) -> None:
+    """Judge a training row's text against every held-out one that it has an n-gram in common with."""
+    hits: Counter[int] = Counter()
+    for gram in own:
+        hits.update(index.owners.get(gram, ()))
+    index.met(own)
+    for item, common in hits.items():
+        a = wanted[item]
+        theirs = a.views[index.view]
+        if index.suspects.isdisjoint(theirs) and index.suspects.isdisjoint(own):
+            _judge(found, index.view, a, example, text, theirs, own, common)
+            continue
+        # It is highest if of the suspects those turn out to be forms that one of both alone has.
+        both = (theirs & own) - index.forms
+        rest = ((theirs | own) if index.view.kind == "near" else theirs) - index.forms
+        if len(both) >= REVIEW * len(rest - (index.suspects - both)):
+            waiting.append(_Candidate(index, a, example, text, own))
+
+
+def _judge(
+    found: _Found,
+    view: _View,
+    a: _Asked,
+    example: Example,
+    text: str,
+    theirs: Set[int],
+    own: Set[int],
+    common: int,
+) -> None:
+    """Keep a pair where the true numbers say so."""
+    score = view.score(theirs, own, common)
+    if score < view.least:
+        return
+    asked_text = a.question if view.part == "question" else a.whole
+    certain = not view.short or NUMBER.findall(asked_text) == NUMBER.findall(text)
+    found.add(a, example, view.kind, score, text, certain=certain)
+
+
+def _indices(wanted: Sequence[_Asked]) -> list[_Index]:
+    """The held-out n-grams by view, with those that many questions share."""
+    most = max(3, len(wanted) // FORM)
+    owners: dict[_View, defaultdict[int, list[int]]] = {}
+    longest: Counter[_View] = Counter()
+    for a in wanted:
+        for view, own in a.views.items():
+            longest[view] = max(longest[view], len(own))
+            by_gram = owners.setdefault(view, defaultdict(list))
+            for gram in own:
+                by_gram[gram].append(a.item)
+    return [
+        _Index(view, dict(own), frozenset(g for g, who in own.items() if len(who) > most), longest[view])
+        for view, own in owners.items()
+    ]
+
+
+def _notes(wanted: Sequence[_Asked], indices: Sequence[_Index], count: int) -> list[str]:
+    """What was not looked for, and how often."""
+    found = []
     if count > LOOKED_THROUGH:
-        notes.append(
+        found.append(
             f"near-copies were looked for among the first {LOOKED_THROUGH:,} of {count:,} training rows, equal "
             "questions among all"
         )
-    return found.result(len(wanted), count, notes)
+    forms = {index.view: index.forms for index in indices}
+    filled = [a for a in wanted if any(not forms[v].isdisjoint(own) for v, own in a.views.items())]
+    lost = [a for a in wanted if all(len(own - forms[view]) < FEW for view, own in a.views.items())]
+    if filled:
+        found.append(
+            f"{len(filled)} questions share passages with many rows (a form); these passages do not count"
+        )
+    if lost:
+        found.append(
+            f"{len(lost)} questions are too short, or have too little of their own, for near-copies; equal ones were "
+            "looked for"
+        )
+    return found
 
 
 class _Found:
@@ -218,21 +383,28 @@ class _Found:
         self.pairs: dict[tuple[int, str, str], Pair] = {}
         self.kinds: defaultdict[int, set[Kind]] = defaultdict(set)
         self.review: set[int] = set()
+        self.unshown: set[tuple[int, str, str]] = set()
         self._shown: Counter[int] = Counter()
 
-    def add(self, asked: _Asked, example: Example, kind: Kind, score: float, text: str) -> None:
-        """A pair; of one question five are kept with their texts. What is equal is not called similar as well."""
+    def add(
+        self, asked: _Asked, example: Example, kind: Kind, score: float, text: str, *, certain: bool = True
+    ) -> None:
+        """A pair. What is equal is not called similar as well; what is not `certain` is only to be looked at."""
         if kind in ("near", "contained") and self.kinds.get(asked.item, set()) & {"exact", "other answer"}:
             return
-        leaked = score >= COPY
+        leaked = score >= COPY and certain
         if leaked:
             self.kinds[asked.item].add(kind)
         else:
             self.review.add(asked.item)
         key = (asked.item, str(example.row), kind)
-        if key in self.pairs or self._shown[asked.item] >= 5:
+        before = self.pairs.get(key)
+        if before and (before.leaked, before.score) >= (leaked, score):
             return
-        self._shown[asked.item] += 1
+        if not before and self._shown[asked.item] >= SHOWN:
+            self.unshown.add(key)
+            return
+        self._shown[asked.item] += not before
         self.pairs[key] = Pair(
             asked.item,
             asked.row,
@@ -251,6 +423,10 @@ class _Found:
         }
         ordered = sorted(self.pairs.values(), key=lambda p: (-p.leaked, -p.score, p.item, p.trained))
         said = [*notes]
+        if self.unshown:
+            said.append(
+                f"of one question {SHOWN} pairs are listed; {len(self.unshown)} more are counted only"
+            )
         if len(ordered) > KEPT:
             said.append(f"{len(ordered)} pairs were found; the {KEPT} closest are listed")
         return Leakage(
@@ -264,67 +440,40 @@ class _Found:
         )
 
 
-def _verify(found: _Found, a: _Asked, example: Example, whole: str, shingles: frozenset[int]) -> None:
-    """Keep a candidate where the true numbers say so."""
-    similarity = jaccard(a.shingles, shingles)
-    if similarity >= REVIEW:
-        found.add(a, example, "near", similarity, whole)
-    # Half of the long n-grams are there only where half of the shingles are, which are at hand.
-    if a.long and containment(a.of_question, shingles) >= REVIEW:
-        share = (
-            0.0
-            if len(a.contained) < FEW
-            else containment(a.contained, grams(whole, a.long, characters=a.characters))
-        )
-        if share >= REVIEW:
-            found.add(a, example, "contained", share, whole)
-
-
-def _without_forms(wanted: list[_Asked]) -> list[_Asked]:
-    """The questions without the n-grams of forms that many of them fill."""
-    most = max(3, len(wanted) // FORM)
-    counts: Counter[tuple[str, bool, int, int]] = Counter()
-    for a in wanted:
-        counts.update(("short", a.characters, 0, gram) for gram in a.shingles)
-        counts.update(("long", a.characters, a.long, gram) for gram in a.contained)
-    made = []
-    for a in wanted:
-        form = frozenset(g for g in a.shingles if counts["short", a.characters, 0, g] > most)
-        long = frozenset(g for g in a.contained if counts["long", a.characters, a.long, g] > most)
-        made.append(
-            replace(
-                a,
-                shingles=a.shingles - form,
-                of_question=a.of_question - form,
-                contained=a.contained - long,
-                form=form,
-            )
-        )
-    return made
-
-
-def _formed(wanted: Sequence[_Asked], characters: bool) -> frozenset[int]:
-    return frozenset().union(*(a.form for a in wanted if a.characters is characters))
+NUMBER = re.compile(r"\d+")
 
 
 def _prepared(number: int, example: Example) -> _Asked:
     question, answer = _parts(example)
     whole = _whole(example)
     characters = by_characters(whole)
-    shingles = grams(whole, _size(characters), characters=characters)
+    near = (
+        (_near("question", question, characters=characters), question),
+        (_near("whole", whole, characters=characters), whole),
+    )
+    views = {view: view.of(text) for view, text in near}
     words = len(WORD.findall(question))
     long = CHARACTERS if characters and len(question) >= 20 else 0
     if not characters:
-        long = 13 if words >= 26 else 8 if words >= 10 else 0
-    contained = grams(question, long, characters=characters) if long else frozenset[int]()
-    of_question = grams(question, _size(characters), characters=characters)
-    return _Asked(
-        number, str(example.row), question, answer, whole, characters, shingles, long, contained, of_question
-    )
+        long = 13 if words >= LONG_WORDS else 8 if words >= SHORT_WORDS else 3 if words >= 5 else 0
+    if long:
+        view = _View("contained", "whole", long, characters)
+        views[view] = view.of(question)
+    return _Asked(number, str(example.row), question, answer, whole, views)
 
 
-def _size(characters: bool) -> int:
-    return CHARACTERS if characters else SHINGLE
+CHARACTERS = 8
+"""Characters in an n-gram of code and of scripts without spaces."""
+
+
+def _near(part: Literal["question", "whole"], text: str, *, characters: bool) -> _View:
+    """How a text's near-copies are looked for: the shorter it is, the shorter its n-grams."""
+    parts = len(_parted(text, characters=characters))
+    if characters:
+        return _View("near", part, CHARACTERS if parts >= SHORT_CHARACTERS else 4, True)
+    if parts >= SHORT_WORDS:
+        return _View("near", part, 5 if parts >= LONG_WORDS else 3, False)
+    return _View("near", part, 4, True)
 
 
 def _parts(example: Example) -> tuple[str, str]:
@@ -364,6 +513,19 @@ class Copied:
     """Answers of which a passage of at least PASSAGE characters from training makes up half or more."""
     longest: int
     """Characters of the longest such passage."""
+    looked_through: int = 0
+    """Training answers that were looked through."""
+    trained: int = 0
+    """Training answers that there are."""
+
+    def limit(self) -> str:
+        """What was not looked through, in words; empty where all was."""
+        if self.looked_through == self.trained:
+            return ""
+        return (
+            f"copied passages were looked for in the first {self.looked_through:,} of {self.trained:,} training "
+            f"answers ({CORPUS:,} characters)"
+        )
 
 
 def copied(answers: Sequence[str], trained: Iterable[str]) -> Copied:
@@ -378,7 +540,13 @@ def copied_of(sides: Mapping[str, Sequence[str]], trained: Iterable[str]) -> dic
     """The same of several models at once, by name: the training answers are looked through once."""
     kept = {name: [_one_spaced(answer) for answer in answers] for name, answers in sides.items()}
     everything = [answer for answers in kept.values() for answer in answers]
-    found = iter(longest_common(everything, (_one_spaced(text) for text in trained), least=SEED))
+    texts, size, count = [], 0, 0
+    for text in trained:
+        count += 1
+        if size <= CORPUS:
+            texts.append(_one_spaced(text))
+            size += len(texts[-1])
+    found = iter(longest_common(everything, texts, least=SEED))
     made = {}
     for name, answers in kept.items():
         lengths = [next(found) for _ in answers]
@@ -388,6 +556,8 @@ def copied_of(sides: Mapping[str, Sequence[str]], trained: Iterable[str]) -> dic
             sum(shares) / len(shares) if shares else 0.0,
             sum(length >= PASSAGE and share >= 0.5 for length, share in zip(lengths, shares)),
             max(lengths, default=0),
+            len(texts),
+            count,
         )
     return made
 
@@ -401,17 +571,12 @@ def longest_common(answers: Sequence[str], trained: Iterable[str], *, least: int
     0 where that is shorter than `least`, a power of 2.
 
     Substrings are found by hashes of 1, 2, 4, 8 ... characters (Karp, Miller and Rosenberg 1972); the longest ones
-    that match are then extended character by character. At most CORPUS characters are looked through, and of
-    passages that stand there more than 200 times the first 200 are extended.
+    that match are then extended character by character. Of passages that stand there more than EXTENDED times the
+    first so many are extended, so of these the length may be up to half of what it is.
     """
     import numpy as np
 
-    texts, size = [], 0
-    for text in trained:
-        texts.append(text)
-        size += len(text)
-        if size > CORPUS:
-            break
+    texts = list(trained)
     best = [0] * len(answers)
     if not texts or not any(answers):
         return best
@@ -470,7 +635,7 @@ def _extend(
     ends = np.searchsorted(sorted_hashes, here[places], side="right")
     for place, begin, end in zip(places.tolist(), begins.tolist(), ends.tolist(), strict=True):
         answer = owner[place]
-        for start in order[begin : min(end, begin + 200)].tolist():
+        for start in order[begin : min(end, begin + EXTENDED)].tolist():
             # Whether this occurrence can beat the best one is seen at its last needed character.
             need = best[answer]
             stop = min(len(own) - place, len(corpus) - start, 2 * length)

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.data.examples import Prompt
 from tunesmith.errors import RecipeError, nearest
-from tunesmith.evaluation import classification, code, completion, conversation, instructions, tasks, texts
+from tunesmith.evaluation import (
+    classification,
+    code,
+    completion,
+    conversation,
+    corpus,
+    instructions,
+    tasks,
+    texts,
+)
 from tunesmith.evaluation.sql import SQLResult, canonical, execution_match
 from tunesmith.evaluation.tasks import code_of
 
@@ -59,8 +68,16 @@ class Metric:
     """Of a metric that is no mean over answers: a line of counts for each row, of whose sums `statistic` makes the
     value. A row's own score then only says how good it is by itself."""
     statistic: Callable[[Any], Any] | None = None
+    signature: Callable[[], str] | None = None
+    """How the value was computed, in the words of the library that defines it."""
     fits_all: Callable[[Sequence[Prompt]], bool] | None = None
     """Whether the metric means something for prompts taken together."""
+
+    @property
+    def named(self) -> str:
+        """Its name as `--metrics` takes it, with the unit that tables show it in."""
+        unit = {"share": " (%)", "points": " (points)", "ratio": ""}[self.unit]
+        return f"{self.name}{unit}"
 
 
 def sql_execution(prompt: Prompt, completion: str, reference: str) -> float:
@@ -145,21 +162,6 @@ def rougeLsum(prompt: Prompt, completion: str, reference: str) -> float:
     return _rouge("rougeLsum", completion, reference)
 
 
-def bleu1(prompt: Prompt, completion: str, reference: str) -> float:
-    """BLEU of single words with brevity penalty, one answer at a time (Papineni et al. 2002, as of sacrebleu)."""
-    return _bleu(1, completion, reference)
-
-
-def bleu2(prompt: Prompt, completion: str, reference: str) -> float:
-    """BLEU of words and word pairs, one answer at a time (Papineni et al. 2002, as of sacrebleu)."""
-    return _bleu(2, completion, reference)
-
-
-def bleu(prompt: Prompt, completion: str, reference: str) -> float:
-    """BLEU of up to four words, one answer at a time, effective order, exponential smoothing (as of sacrebleu)."""
-    return _bleu(4, completion, reference)
-
-
 TASK_METRICS: dict[str, tuple[str, ...]] = {
     "chat": (
         "turn_coherence",
@@ -206,7 +208,8 @@ def default_metrics(
     further = dict.fromkeys((*TASK_METRICS.get(task, ()), *METHOD_METRICS.get(method, ())))
     added = [name for name in further if any(METRICS[name].fits(p) for p in prompts)]
     if _fits_most("sql_execution", prompts):
-        return ["sql_execution", "exact_match", "token_accuracy", "perplexity", *added]
+        executed = ["sql_execution", "ex_bag", "ex_set", "sql_vacuous"]
+        return [*executed, "exact_match", "token_accuracy", "perplexity", *added]
     if are_labels(prompts):
         labels = ["label_accuracy", "balanced_accuracy", "macro_f1", "mcc", "token_accuracy", "perplexity"]
         return [*labels, *added]
@@ -308,17 +311,6 @@ def _rouge_scorer(name: str) -> Any:
     return RougeScorer([name], use_stemmer=True)
 
 
-def _bleu(order: int, completion: str, reference: str) -> float:
-    return float(_bleu_scorer(order).sentence_score(completion, [reference]).score) / 100
-
-
-@lru_cache
-def _bleu_scorer(order: int) -> Any:
-    from sacrebleu import BLEU
-
-    return BLEU(max_ngram_order=order, effective_order=True)
-
-
 def _answer(
     name: str,
     label: str,
@@ -392,6 +384,12 @@ LABEL_STATISTICS: tuple[tuple[str, str, Unit, Callable[[Any], Any]], ...] = (
     ("mcc", "Matthews correlation", "ratio", classification.mcc),
 )
 
+CORPUS: tuple[tuple[str, str, int | None, str, Callable[[Any], Any], Callable[[Prompt], bool]], ...] = (
+    ("bleu", "BLEU", 4, "Up to four words. ", corpus.bleu, _is_latin),
+    ("bleu1", "BLEU-1", 1, "Single words. ", corpus.bleu, _is_latin),
+    ("bleu2", "BLEU-2", 2, "Words and word pairs. ", corpus.bleu, _is_latin),
+    ("chrf", "chrF", None, "", corpus.chrf, _has_reference),
+)
 CONSTRAINTS: tuple[tuple[Score, str, Unit], ...] = (
     (instructions.constraints, "constraints kept", "points"),
     (instructions.constraints_loose, "constraints kept, loosely", "points"),
@@ -400,6 +398,9 @@ CONSTRAINTS: tuple[tuple[Score, str, Unit], ...] = (
 )
 AMONG: tuple[tuple[Callable[[Sequence[EvalRow]], Sequence[float | None]], str, Unit, bool], ...] = (
     (conversation.ead, "different words, length-corrected", "points", True),
+    (conversation.distinct_1, "different words of 100", "points", True),
+    (conversation.distinct_2, "different word pairs of 100", "points", True),
+    (conversation.distinct_3, "different word triples of 100", "points", True),
     (conversation.self_bleu, "self-BLEU", "points", False),
     (conversation.self_repetition, "phrases of other answers", "share", False),
     (conversation.turn_coherence, "turn coherence", "points", True),
@@ -457,10 +458,24 @@ METRICS: dict[str, Metric] = {
         _answer("rouge1", "ROUGE-1", rouge1, "points", fits=_is_latin),
         _answer("rouge2", "ROUGE-2", rouge2, "points", fits=_is_latin),
         _answer("rougeLsum", "ROUGE-Lsum", rougeLsum, "points", fits=_is_latin),
-        _answer("bleu", "BLEU", bleu, "points", fits=_is_latin),
-        _answer("bleu1", "BLEU-1", bleu1, "points", fits=_is_latin),
-        _answer("bleu2", "BLEU-2", bleu2, "points", fits=_is_latin),
-        _answer("chrf", "chrF", texts.chrf, "points", fits=_has_reference),
+        *(
+            Metric(
+                name,
+                label,
+                corpus.sentence_score(order),
+                True,
+                "points",
+                said + _about(statistic),
+                fits,
+                "answer",
+                tally=corpus.tally(order),
+                statistic=statistic,
+                signature=corpus.signature(order),
+            )
+            for name, label, order, said, statistic, fits in CORPUS
+        ),
+        _answer("sentence_bleu", "sentence BLEU", corpus.sentence_bleu, "points", fits=_is_latin),
+        _answer("sentence_chrf", "sentence chrF", corpus.sentence_chrf, "points", fits=_has_reference),
         _answer("token_f1", "token F1", texts.token_f1, "points", fits=_has_reference),
         _answer("syntax_validity", "valid syntax", tasks.syntax_validity, "share", fits=tasks.is_code),
         _answer("code_exact_match", "same program", code.code_exact_match, "share", fits=tasks.is_code),

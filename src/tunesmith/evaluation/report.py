@@ -17,7 +17,7 @@ from typing import Any
 from tunesmith.errors import RunError
 from tunesmith.evaluation.classification import UNPARSED, Classification, classification
 from tunesmith.evaluation.compare import Comparison, amount, difference_shown, remarks, sentence, shown, table
-from tunesmith.evaluation.leakage import KINDS, PASSAGE
+from tunesmith.evaluation.leakage import KINDS, PASSAGE, Copied
 from tunesmith.evaluation.metrics import METRICS, Metric
 from tunesmith.evaluation.rows import EvalRow, read_rows
 from tunesmith.training.run import Run, write_whole
@@ -72,9 +72,10 @@ def write_report(run_dir: Path) -> Path:
         scores=_json(run, "evaluation/scores.json", problems),
         stages=_stages(run, problems),
         leaked=_leaked(run, problems),
-        parts=_parts(run, problems),
+        parts=parts_tables(run, problems),
+        how_answered=how_answered(rows),
         found_from=_found_from,
-        engine_checks=_engine_checks(run, problems),
+        engine_checks=engine_checks(run, problems),
         answers=_answers(rows, METRICS[primary.metric] if primary else None),
         labels=_labels(rows),
         answers_open=ANSWERS_OPEN,
@@ -163,7 +164,7 @@ def _stages(run: Run, problems: list[str]) -> dict[str, Any] | None:
         said = f"{difference_shown(change)}: {change.verdict}" if change and change.n else "-"
         lines.append([stage["name"], stage["method"] or "-", *cells, said])
     return {
-        "header": ["stage", "method", *(METRICS[name].label for name in names), "against the stage before"],
+        "header": ["stage", "method", *(METRICS[name].named for name in names), "against the stage before"],
         "lines": lines,
         "reward_models": [
             f"{r['name']}: {sentence(Comparison(**r['comparison']))}" for r in found.get("reward_models", ())
@@ -171,7 +172,7 @@ def _stages(run: Run, problems: list[str]) -> dict[str, Any] | None:
     }
 
 
-def _engine_checks(run: Run, problems: list[str]) -> list[dict[str, Any]]:
+def engine_checks(run: Run, problems: list[str]) -> list[dict[str, Any]]:
     """Of each model whether its answers are those that it gives alone: a sentence, and a line for each answer."""
     name = "evaluation/engine_check.json"
     found = (_json(run, name, problems) or {}) if (run.path / name).is_file() else {}
@@ -198,11 +199,26 @@ def _engine_checks(run: Run, problems: list[str]) -> list[dict[str, Any]]:
     ]
 
 
+def how_answered(rows: Sequence[EvalRow]) -> str:
+    """How the answers were made: greedily, or several drawn at a temperature; empty where there are none."""
+    written = [row for row in rows if row.output is not None]
+    if not written:
+        return ""
+    attempts = max(row.sample for row in written) + 1
+    hot = sorted({float(row.generation.get("temperature") or 0.0) for row in written})
+    longest = sorted({int(n) for row in written if (n := row.generation.get("max_new_tokens"))})
+    drawn = " and ".join(f"{value:g}" for value in hot if value > 0)
+    said = f"drawn at temperature {drawn}" if drawn else "greedily"
+    if drawn and attempts > 1:
+        said = f"{attempts} attempts each, {said}"
+    return said + (f", with at most {longest[-1]} new tokens" if longest else "")
+
+
 def _score(score: Mapping[str, Any], metric: Metric) -> str:
     if score["value"] is None:
         return "-"
-    value, low, high = (shown(score[key], metric) for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    ends = [shown(score[key], metric) for key in ("low", "high") if score[key] is not None] or ["no interval"]
+    return f"{shown(score['value'], metric)} [{', '.join(ends)}]"
 
 
 def _rows(run: Run, problems: list[str]) -> list[EvalRow]:
@@ -294,7 +310,7 @@ def _change(base: EvalRow, tuned: EvalRow, metric: Metric | None) -> dict[str, f
     return {"gain": gain if not metric or metric.higher_is_better else -gain, "moved": round(1 - same, 3)}
 
 
-def _parts(run: Run, problems: list[str]) -> list[tuple[str, list[tuple[str, Comparison, list[str]]]]]:
+def parts_tables(run: Run, problems: list[str]) -> list[tuple[str, list[tuple[str, Comparison, list[str]]]]]:
     """The primary metric by category and by length: a title, and of each part its name, comparison and cells."""
     if not (run.path / "evaluation/parts.json").is_file():
         return []
@@ -348,6 +364,7 @@ def _leaked(run: Run, problems: list[str]) -> dict[str, Any] | None:
                 if name in found.get("parts", {})
             ],
             "copied": found.get("copied", {}),
+            "copied_limit": next((Copied(**c).limit() for c in found.get("copied", {}).values()), ""),
             "passage": PASSAGE,
             "pairs": found["pairs"][:LEAKS_SHOWN],
             "more": max(len(found["pairs"]) - LEAKS_SHOWN, 0),
@@ -552,8 +569,8 @@ def _forest(
         "error_x": {
             "type": "data",
             "symmetric": False,
-            "array": [scale * (c.high - c.difference) for c in kept],
-            "arrayminus": [scale * (c.difference - c.low) for c in kept],
+            "array": [None if c.high is None else scale * (c.high - c.difference) for c in kept],
+            "arrayminus": [None if c.low is None else scale * (c.difference - c.low) for c in kept],
         },
         "verdicts": [c.verdict for c in kept],
         "role": "verdict",
@@ -608,6 +625,11 @@ def _labels(rows: Sequence[EvalRow]) -> list[tuple[str, Classification, list[str
     return found
 
 
+def _reach(comparison: Mapping[str, Any], end: str) -> float | None:
+    """How far an interval reaches from the difference; None where there is none."""
+    return None if comparison[end] is None else abs(comparison[end] - comparison["difference"])
+
+
 def _learned_and_forgotten(run: Run, problems: list[str]) -> list[dict[str, Any]]:
     """The learning-forgetting plot: what was gained on the held-out examples against what was lost elsewhere."""
     if not (run.path / "evaluation/forgetting.json").is_file():
@@ -629,21 +651,21 @@ def _learned_and_forgotten(run: Run, problems: list[str]) -> list[dict[str, Any]
             "error_x": {
                 "type": "data",
                 "symmetric": False,
-                "array": [0.0, domain["difference"] - domain["low"]],
-                "arrayminus": [0.0, domain["high"] - domain["difference"]],
+                "array": [0.0, _reach(domain, "low")],
+                "arrayminus": [0.0, _reach(domain, "high")],
             },
             "error_y": {
                 "type": "data",
                 "symmetric": False,
-                "array": [0.0, general["high"] - general["difference"]],
-                "arrayminus": [0.0, general["difference"] - general["low"]],
+                "array": [0.0, _reach(general, "high")],
+                "arrayminus": [0.0, _reach(general, "low")],
             },
             "role": "tuned",
         }
     ]
     layout = {
         "xaxis": {
-            "title": {"text": "learned: bits per byte saved on held-out examples"},
+            "title": {"text": "learned: bits per byte saved"},
             "rangemode": "tozero",
         },
         "yaxis": {"title": {"text": "forgotten: bits per byte more"}, "rangemode": "tozero"},

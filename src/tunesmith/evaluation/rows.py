@@ -25,7 +25,7 @@ class EvalRow:
     prompt_sha256: str
     """Hash of the token ids that the model was given: equal where two models answered the same question."""
     prompt_text: str
-    """The last user message; of running text, its beginning."""
+    """The last user message; of running text, its beginning. `conversation` has what else the model was given."""
     reference: str
     output: str | None
     """The answer; None where nothing was asked for one."""
@@ -63,6 +63,9 @@ class EvalRow:
     """Windows of the context length in which the likelihood was taken; more than one of long texts only."""
     label_probs: dict[str, float] = field(default_factory=dict)
     """By label: the probability that the model gives it as the whole answer, over all labels of the set."""
+    conversation: list[dict[str, str]] | None = None
+    """All messages that the model was given, `role` and `content` each, where they are more than one user message;
+    None where that was not written down."""
 
 
 def write_rows(path: str | Path, rows: Iterable[EvalRow]) -> Path:

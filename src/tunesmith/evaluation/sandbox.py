@@ -4,11 +4,13 @@ A program gets an interpreter of its own without site packages or environment, a
 killed at the deadline, and limits on memory, CPU time, file sizes, open files and processes. Files outside the
 folder are closed by Landlock, sockets and new processes by seccomp and, where the system lets us, by a network
 namespace without devices; Python's audit events keep the same rules where the kernel does not. `guards` says what
-holds on this machine. A program has passed when the nonce that is sent back after the last test is the one that it
-was started with; ending early with status 0 is not enough.
+holds on this machine.
 
-This stops accidents and ordinary malice. It does not stop a program that was written to search the interpreter
-that runs it for that nonce, nor one that knows a hole of the kernel: for such, use a machine of its own.
+Its tests run in a second process, the judge, which calls the program's functions over a line (`across.py`) and is
+shut in alike. Tests, verdict and the nonce that comes with it are never in the program's process, so that there is
+nothing in it to find, patch or print that would pass for a verdict: it can only answer what it is asked. What the
+tests use without defining or importing it remains the program's word. A hole of the kernel is beyond this; for such,
+use a machine of its own.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def run(
     memory: int = MEMORY,
     wants: Sequence[str] = GUARDS,
 ) -> Outcome:
-    """Run a program and then its tests, both Python, in one interpreter of their own; never raises for either.
+    """Run a program and its tests, both Python, each in a process of its own; never raises for either.
 
     `seconds` is wall time for both, `memory` bytes of address space. Raises RecipeError on systems without limits
     for processes (Windows).
@@ -81,13 +83,22 @@ def run(
     folder = tempfile.mkdtemp(prefix="tunesmith-sandbox-")
     read_end, write_end = os.pipe()
     job = {
-        "code": code, "tests": tests, "nonce": nonce, "folder": folder, "memory": memory, "seconds": seconds,
-        "report": write_end, "wants": list(wants),
+        "code": code, "folder": folder, "memory": memory, "seconds": seconds, "report": write_end,
+        "wants": list(wants),
     }  # fmt: skip
+    secret = {"tests": tests, "nonce": nonce}
     apart = _apart()
-    command = [*([apart, "-rn", "--"] if apart else []), os.path.realpath(sys.executable), "-I", "-S", "-E"]
+    command = [
+        *([apart, "-rn", "--"] if apart else []),
+        os.path.realpath(sys.executable),
+        "-I",
+        "-S",
+        "-E",
+        "-u",
+    ]
     with tempfile.TemporaryFile() as given:
-        given.write(json.dumps(job).encode())
+        for part in (json.dumps(job).encode(), json.dumps(secret).encode()):
+            given.write(b"%08x%b" % (len(part), part))
         given.seek(0)
         process = subprocess.Popen(
             [*command, str(Path(__file__).with_name("sandboxed.py"))],
@@ -151,22 +162,28 @@ def _apart() -> str | None:
 
 
 def _watched(process: subprocess.Popen[bytes], report: int, deadline: float) -> tuple[str, str, str | None]:
-    """What it printed and reported until both are closed, and `timeout` or `output` where it was stopped."""
+    """What was printed and reported until the report is closed, and `timeout` or `output` where it was stopped."""
     assert process.stdout
     sources = {process.stdout.fileno(): bytearray(), report: bytearray()}
     stopped = None
     with selectors.DefaultSelector() as waiting:
         for descriptor in sources:
             waiting.register(descriptor, selectors.EVENT_READ)
+        done = False
         while waiting.get_map() and not stopped:
             left = deadline - time.monotonic()
             if left <= 0:
                 stopped = "timeout"
                 break
-            for key, _ in waiting.select(left):
+            ready = waiting.select(0 if done else left)
+            # The judge alone holds the report; a program may go on after it, and nothing more is waited for.
+            if done and not ready:
+                break
+            for key, _ in ready:
                 piece = os.read(key.fd, 65536)
                 if not piece:
                     waiting.unregister(key.fd)
+                    done = done or key.fd == report
                 sources[key.fd] += piece
                 if len(sources[key.fd]) > MAX_OUTPUT:
                     stopped = "output"
@@ -204,8 +221,7 @@ def _judged(returncode: int, report: str, stopped: str | None, nonce: str, print
         )
         return Outcome("failed", f"it {how}", held=held)
     status, detail = lines[1].get("status"), str(lines[1].get("detail", ""))
-    if status not in ("passed", "failed", "syntax", "oom", "harness_error"):
-        return Outcome("failed", "it tampered with the report", held=held)
-    if status == "passed" and not secrets.compare_digest(str(lines[1].get("nonce")).encode(), nonce.encode()):
-        return Outcome("failed", "it claimed to have passed without the nonce", held=held)
+    known = status in ("passed", "failed", "syntax", "oom", "harness_error")
+    if not known or not secrets.compare_digest(str(lines[1].get("nonce")).encode(), nonce.encode()):
+        return Outcome("failed", "its report came without the nonce", held=held)
     return Outcome(status, detail, held=held)

@@ -1,19 +1,25 @@
-"""The inside of the sandbox: reads a program and its tests from standard input, shuts itself in, runs both.
+"""The inside of the sandbox: a program in one process, and its tests in another, which alone knows the verdict.
 
-Run by `sandbox.run` as a script of an isolated interpreter (`python -I -S -E`), never imported. Everything is
-given up before the first line of foreign code: files outside the folder, sockets, new processes, memory.
+Run by `sandbox.run` as a script of an isolated interpreter (`python -I -S -E`), never imported. It forks before it
+reads tests and nonce, so that they are nowhere in the program's memory; the two speak over a line (`across.py`). Both
+give everything up before the first line of foreign code: files outside the folder, sockets, new processes, memory.
 """
 
 from __future__ import annotations
 
+import ast
 import builtins
+import contextlib
 import ctypes
+import importlib.util
 import json
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -53,59 +59,195 @@ PATH_EVENTS = (
 
 
 def main() -> None:
-    """Shut in, then run; the outcome goes to the descriptor that the first line names."""
-    job = json.loads(sys.stdin.buffer.read())
-    report = os.fdopen(job["report"], "w", encoding="utf-8")
+    """Part into judge and program; only the judge reads the tests, and only after they have parted."""
+    job = json.loads(given())
+    across = neighbour("across")
+    to_judge, to_program = os.pipe(), os.pipe()
+    program = os.fork()
+    if program == 0:
+        for descriptor in (job["report"], to_judge[0], to_program[1]):
+            os.close(descriptor)
+        run_program(across.Line(to_program[0], to_judge[1], doubts=False), job)
+    else:
+        for descriptor in (to_program[0], to_judge[1]):
+            os.close(descriptor)
+        judge(across, across.Line(to_judge[0], to_program[1], doubts=True), job, json.loads(given()), program)
+
+
+def given() -> bytes:
+    """The next part of standard input: eight digits of its length, then itself; nothing is read ahead."""
+
+    def exactly(size: int) -> bytes:
+        found = b""
+        while len(found) < size:
+            found += os.read(0, size - len(found)) or os._exit(3)  # type: ignore[func-returns-value]
+        return found
+
+    return exactly(int(exactly(8), 16))
+
+
+def neighbour(name: str) -> Any:
+    """A module beside this one, which an isolated interpreter does not look for."""
+    place = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, place)
+    assert spec
+    assert spec.loader
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def without_input() -> None:
+    """Nothing to read on standard input, neither for the program nor for its tests."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
-    held = shut_in(job["folder"], job["memory"], job["seconds"], job["wants"])
-    report.write(json.dumps({"held": held}) + "\n")
-    report.flush()
-    finish = finisher(report, job.pop("nonce"))
-    finish(*outcome(job["code"], job["tests"]))
 
 
-def finisher(report: Any, nonce: str) -> Callable[[str, str], None]:
-    """What sends the outcome, with the nonce that shows that the last test was reached."""
-
-    def finish(status: str, detail: str) -> None:
-        try:
-            sys.stdout.flush()
-        except BaseException as error:  # the program may have put anything in its place
-            del error
-        report.write(json.dumps({"status": status, "detail": detail[:500], "nonce": nonce}) + "\n")
-        report.flush()
-        os._exit(0)
-
-    return finish
-
-
-def outcome(code: str, tests: str) -> tuple[str, str]:
-    """Status and detail of a program and its tests."""
+def run_program(line: Any, job: dict[str, Any]) -> None:
+    """The program's process: shut in, run it, then answer for its objects until the judge is done."""
+    without_input()
+    line.send("held", shut_in(job["folder"], job["memory"], job["seconds"], job["wants"]))
     try:
-        program = compile(code, "<answer>", "exec", dont_inherit=True)
+        program = compile(job.pop("code"), "<answer>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, OverflowError, RecursionError) as error:
-        return "syntax", f"{type(error).__name__}: {error}"
+        line.send("syntax", f"{type(error).__name__}: {error}")
+        return
     except MemoryError:
-        return "syntax", "too deeply nested for the parser"
+        line.send("syntax", "too deeply nested for the parser")
+        return
+    line.send("compiled")
+    line.names = {"__name__": "__answer__", "__builtins__": builtins}
     try:
-        checks = compile(tests, "<tests>", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError) as error:
-        return "harness_error", f"the tests do not compile: {error}"
-    names: dict[str, Any] = {"__name__": "__answer__", "__builtins__": builtins}
-    try:
-        exec(program, names)
-        exec(checks, names)
-    except MemoryError:
-        return "oom", "MemoryError"
+        exec(program, line.names)
     except BaseException as error:  # SystemExit too: whoever ends early has not passed
-        # The message may come from a class of the program itself.
+        line.send("ended", *told(error))
+        return
+    line.send("ran")
+    line.serve()
+    with contextlib.suppress(BaseException):  # the program may have put anything in its place
+        sys.stdout.flush()
+    os._exit(0)
+
+
+def told(error: BaseException) -> tuple[str, str]:
+    """Status and detail of an error, whose message may come from a class of the program itself."""
+    if isinstance(error, MemoryError):
+        return "oom", "MemoryError"
+    try:
+        return "failed", f"{type(error).__name__}: {error}"
+    except BaseException:
+        return "failed", "an error without a message"
+
+
+def judge(across: Any, line: Any, job: dict[str, Any], secret: dict[str, str], program: int) -> None:
+    """The judge's process: shut in as well, run the tests against the program's objects, and report."""
+    without_input()
+    report = os.fdopen(job["report"], "w", encoding="utf-8")
+    ours = shut_in(job["folder"], job["memory"], job["seconds"], job["wants"])
+    nonce, tests = secret["nonce"], secret["tests"]
+    theirs = line.hear()[1]
+    report.write(json.dumps({"held": [name for name in ours if name in theirs]}) + "\n")
+    report.flush()
+    try:
+        status, detail = judged(across, line, tests)
+    except MemoryError:
+        status, detail = "oom", "MemoryError"
+    if line.broken and status not in ("syntax", "oom"):
+        status, detail = gone(line, program) if "ended" in line.broken else ("failed", line.broken)
+    with contextlib.suppress(BaseException):
+        sys.stdout.flush()
+    report.write(json.dumps({"status": status, "detail": detail[:500], "nonce": nonce}) + "\n")
+    report.flush()
+    os._exit(0)
+
+
+def judged(across: Any, line: Any, tests: str) -> tuple[str, str]:
+    """Status and detail of the program behind a line, by the tests."""
+    try:
+        kind, *facts = line.hear()
+        if kind == "syntax":  # said before the first line of foreign code
+            return "syntax", str(facts[0])
         try:
-            return "failed", f"{type(error).__name__}: {error}"
-        except BaseException:
-            return "failed", "an error without a message"
+            checks = compile(tests, "<tests>", "exec", dont_inherit=True)
+            names = Names(line, ast.parse(tests))
+        except (SyntaxError, ValueError) as error:
+            return "harness_error", f"the tests do not compile: {error}"
+        # From here on every word is the program's: what it says of itself may only count against it.
+        kind, *facts = line.hear()
+        if kind != "ran":
+            status, detail = (*facts, "", "")[:2]
+            return ("oom" if status == "oom" else "failed"), str(detail)
+        exec(checks, names)
+    except across.LineError as error:
+        return ("failed" if line.broken else "harness_error"), str(error)
+    except BaseException as error:
+        return told(error)
     return "passed", ""
+
+
+def gone(line: Any, program: int) -> tuple[str, str]:
+    """How a program's process ended before its tests did."""
+    for _ in range(50):
+        found, state = os.waitpid(program, os.WNOHANG)
+        if found and os.WIFSIGNALED(state):
+            number = os.WTERMSIG(state)
+            if number == signal.SIGKILL:
+                return "oom", "it was killed, as a rule for the memory it took"
+            return "failed", f"it died of {signal.Signals(number).name}"
+        if found:
+            break
+        time.sleep(0.01)
+    return "failed", str(line.broken)
+
+
+class Names(dict[str, Any]):
+    """The global names of the tests: their own, then the program's, then builtins.
+
+    What the tests lack they take from the program, but a program is not asked what `abs` or `math.isclose` is: a
+    builtin is the program's only where nothing else of it is tested, and a module of the standard library, where the
+    tests read its attributes, never is.
+    """
+
+    def __init__(self, line: Any, tree: ast.Module) -> None:
+        super().__init__({"__name__": "__tests__", "__builtins__": builtins})
+        self.line = line
+        names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                bound.add(node.name)
+            elif isinstance(node, ast.arg):
+                bound.add(node.arg)
+            elif isinstance(node, ast.alias):
+                bound.add((node.asname or node.name).split(".")[0])
+            elif isinstance(node, ast.ExceptHandler) and node.name:
+                bound.add(node.name)
+        read = {node.id for node in names} - bound
+        owners = {
+            node.value.id
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        }
+        self.modules = (owners & read) & sys.stdlib_module_names
+        self.shadows = not {name for name in read - self.modules if not hasattr(builtins, name)}
+        """Whether a builtin's name is the program's: nothing else of it is tested."""
+
+    def __missing__(self, name: str) -> Any:
+        if name in self.modules:
+            self[name] = found = importlib.import_module(name)
+            return found
+        if hasattr(builtins, name):
+            if not self.shadows or isinstance(getattr(builtins, name), type):
+                raise KeyError(name)
+            try:
+                return self.line.name(name)
+            except NameError:
+                raise KeyError(name) from None
+        try:
+            return self.line.name(name)
+        except NameError:
+            raise KeyError(name) from None
 
 
 def shut_in(folder: str, memory: int, seconds: float, wants: list[str]) -> list[str]:
@@ -129,6 +271,7 @@ def shut_in(folder: str, memory: int, seconds: float, wants: list[str]) -> list[
     readable = [os.path.realpath(path) for path in sys.path if os.path.exists(path)]
     libc: Any = ctypes.CDLL(None, use_errno=True)
     if sys.platform == "linux" and libc.prctl(38, 1, 0, 0, 0) == 0:  # no new privileges
+        libc.prctl(4, 0, 0, 0, 0)  # nobody reads its memory, whoever may trace
         if "files" in wants and landlock(libc, folder, readable):
             held.append("files")
         if "calls" in wants and seccomp(libc):

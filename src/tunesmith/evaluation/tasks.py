@@ -36,9 +36,14 @@ def tokens(text: str) -> list[str]:
     return TOKEN.findall(text)
 
 
+def windows(sequence: Tokens, n: int) -> Iterator[tuple[Hashable, ...]]:
+    """The n-grams of a sequence, in order."""
+    return (tuple(sequence[at : at + n]) for at in range(len(sequence) - n + 1))
+
+
 def ngrams(sequences: Sequence[Tokens], n: int) -> Counter[tuple[Hashable, ...]]:
     """How often each n-gram occurs, over all sequences."""
-    return Counter(tuple(s[at : at + n]) for s in sequences for at in range(len(s) - n + 1))
+    return Counter(gram for sequence in sequences for gram in windows(sequence, n))
 
 
 def distinct(sequences: Sequence[Tokens], n: int) -> float:

@@ -5,28 +5,11 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from functools import lru_cache
-from typing import Any
 
 from tunesmith.data.examples import Prompt
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def chrf(prompt: Prompt, completion: str, reference: str) -> float:
-    """F2 of shared strings of one to six characters, white space apart (chrF, Popović 2015, as of sacrebleu).
-
-    It needs no words, so that it holds in every script.
-    """
-    return float(_chrf().sentence_score(completion, [reference]).score) / 100
-
-
-@lru_cache
-def _chrf() -> Any:
-    from sacrebleu import CHRF
-
-    return CHRF()
 
 
 def plain(text: str) -> str:

@@ -1,11 +1,16 @@
 """Which questions prove something: those that none of the measured models was trained or validated on.
 
-Rows are recognized by content, so another file, another order or another split of the same rows hides none.
+Rows are recognized by content, so another file, another order or another split of the same rows hides none. A finished
+model carries the marks of its rows in its folder (`learned.json`), so that a copy of it is known by them as well.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
+import sys
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,11 +19,15 @@ from typing import TYPE_CHECKING
 
 from tunesmith.data.examples import Conversation, Example, Preference, Prompt, Rating, questions
 from tunesmith.data.splitting import key
-from tunesmith.errors import RunError, TunesmithError
+from tunesmith.errors import ModelError, RunError, TunesmithError
 
 if TYPE_CHECKING:
     from tunesmith.data import Splits
     from tunesmith.training.run import Run
+
+CARRIED = "learned.json"
+"""What a finished model's folder tells of the rows that it has learned from: hashes alone, of no use for reading them.
+It is not uploaded: with it anybody could ask whether a row was among them."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,8 @@ class MeasuredOn:
     """Runs of which it is not known what they were trained on, and why."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """How many rows of a whole data set became no question, by reason."""
+    copies: tuple[str, ...] = ()
+    """Models of which only marks are known, as their data are not here: equal questions are found, near-copies not."""
     longer: Mapping[str, str] = field(default_factory=dict)
     """By encoder-decoder model: how many questions are longer than the inputs that it was trained to read."""
 
@@ -52,8 +63,14 @@ class MeasuredOn:
         if unusable:
             reasons = ", ".join(f"{number} × {reason}" for reason, number in self.dropped.items())
             why = [f"{unusable} cannot be asked: {reasons}", *why]
-        if not self.left_out:
+        if not self.left_out and not self.unchecked:
             why.append("no run here was trained on any of them")
+        why += [
+            f"the data of {name} are not here: equal questions are found by the marks that it carries, near-copies "
+            "are not"
+            for name in self.copies
+        ]
+        why += [f"what {name} was trained on is not known" for name in self.unchecked]
         return f"{count} {rows} of {where}", "; ".join(why)
 
 
@@ -71,7 +88,7 @@ class Asked:
 
 def asked_of(held_out: Sequence[Example], base: str) -> Asked:
     """The examples that nothing behind a base has learned from."""
-    known, unchecked = learned([base], None)
+    known, unchecked, _ = learned([base], None)
     kept, left_out = unseen(held_out, known) if known else (held_out, {})
     return Asked(kept, left_out, unchecked)
 
@@ -127,58 +144,151 @@ def unseen(
     return kept, dict(left_out)
 
 
+@dataclass(frozen=True)
+class Carried:
+    """What a model's folder tells of the rows behind it."""
+
+    run: str
+    """Name of the run that it is from."""
+    marks: frozenset[str]
+
+
+def carry(folder: Path, run: Run, splits: Splits, base: str) -> None:
+    """Write into a finished model's folder by what its rows are recognized, and those behind its base."""
+    from tunesmith.data.splitting import TRAIN, VALIDATION
+    from tunesmith.training.run import write_whole
+
+    below, _, _ = learned([base], None)
+    found = {mark for e in splits.examples(TRAIN, VALIDATION) for mark in marks(e)}.union(*below.values())
+    groups = {mark for mark in found if mark.startswith("group ")}
+    facts = {
+        "run": run.path.name,
+        "rows": "64-bit hashes of the questions that were trained or validated on, and of their groups",
+        "questions": _packed(int(mark) for mark in found - groups),
+        "groups": _packed(int(mark.removeprefix("group ")) for mark in groups),
+    }
+    write_whole(folder / CARRIED, json.dumps(facts, indent=1))
+
+
+def carried(folder: Path) -> Carried | None:
+    """What a model's folder tells; None where it tells nothing. Raises ModelError for a damaged file."""
+    file = folder / CARRIED
+    if not file.is_file():
+        return None
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        known = frozenset(map(str, _unpacked(facts["questions"])))
+        return Carried(str(facts["run"]), known | {f"group {n}" for n in _unpacked(facts["groups"])})
+    except (OSError, ValueError, KeyError, TypeError, binascii.Error) as error:
+        raise ModelError(
+            f"its {CARRIED} is damaged.", found=str(error), fix="Copy it from the run's final_model again."
+        ) from None
+
+
+def _packed(numbers: Iterable[int]) -> str:
+    made = array("Q", sorted(numbers))
+    if sys.byteorder == "big":
+        made.byteswap()
+    return base64.b64encode(made.tobytes()).decode("ascii")
+
+
+def _unpacked(text: str) -> array[int]:
+    found = array("Q", base64.b64decode(text, validate=True))
+    if sys.byteorder == "big":
+        found.byteswap()
+    return found
+
+
 def learned(
     models: Sequence[str | Path], own: str | None
-) -> tuple[dict[str, frozenset[str]], dict[str, str]]:
-    """What each run behind these models was trained or validated on, and the runs of which it is not known.
+) -> tuple[dict[str, frozenset[str]], dict[str, str], tuple[str, ...]]:
+    """What each run behind these models was trained or validated on, the runs of which it is not known and why, and
+    those of which it is known by the marks that a copy carries alone.
 
     A run's base may be a run itself; what that one learned, its successor has learned too.
     """
     from tunesmith.data.splitting import TRAIN, VALIDATION
-    from tunesmith.export.merge import run_behind
-    from tunesmith.export.merge import run_of as merged_from
 
     found: dict[str, frozenset[str]] = {}
     unchecked: dict[str, str] = {}
-    for model in models:
-        origin = merged_from(Path(model).expanduser())
-        if origin and not run_behind(model):
-            unchecked[str(model)] = f"it was merged from the run {origin[0]}, which is not at {origin[1]}."
-    for name, splits in runs_behind(models):
+    copies = []
+    for name, behind in runs_behind(models):
         try:
-            if isinstance(splits, TunesmithError):
-                raise splits
+            if isinstance(behind, TunesmithError):
+                raise behind
+            if isinstance(behind, Carried):
+                found[name] = behind.marks
+                copies.append(name)
+                continue
             mark = own_marks if name == own else marks
-            found[name] = frozenset(m for e in splits.examples(TRAIN, VALIDATION) for m in mark(e))
+            found[name] = frozenset(m for e in behind.examples(TRAIN, VALIDATION) for m in mark(e))
         except TunesmithError as error:
             unchecked[name] = error.problem
-    return found, unchecked
+    return found, unchecked, tuple(copies)
 
 
-def runs_behind(models: Sequence[str | Path]) -> Iterator[tuple[str, Splits | TunesmithError]]:
-    """Each run behind these models once, with its splits, or why these cannot be told."""
+def runs_behind(models: Sequence[str | Path]) -> Iterator[tuple[str, Splits | Carried | TunesmithError]]:
+    """Each run behind these models once, with its splits, or why these cannot be told.
+
+    A copy of a model whose run is not here gives what it carries. Nothing is given for a model that no training here
+    has left a trace on: a base.
+    """
     from tunesmith import dataflow
     from tunesmith.export.merge import run_behind
 
-    waiting = [run for model in models if (run := run_behind(model))]
+    waiting: list[str | Path] = list(models)
     done: set[str] = set()
     while waiting:
-        run = waiting.pop(0)
-        name = str(run.path)
+        model = waiting.pop(0)
+        run = run_behind(model)
+        name = str(run.path if run else model)
         if name in done:
             continue
         done.add(name)
+        if not run:
+            if told := _told(model):
+                yield name, told
+            continue
         recipe = run.recipe()
-        if below := run_behind(recipe.model.base):
-            waiting.append(below)
+        waiting.append(recipe.model.base)
         try:
             splits = dataflow.splits(recipe)
             if not _is_split_of(run, splits):
                 raise RunError("its data set is not what it was when the run was started.")
         except TunesmithError as error:
-            yield name, error
+            yield name, _of_finished(run) or error
         else:
             yield name, splits
+
+
+def _of_finished(run: Run) -> Carried | None:
+    """What a run's own model carries, where its data are gone."""
+    try:
+        return carried(run.final_model)
+    except ModelError:
+        return None
+
+
+def _told(model: str | Path) -> Carried | TunesmithError | None:
+    """What a model that lies in no run tells of its rows; None for a base, an error where training is seen but not on
+    what."""
+    from tunesmith.export.merge import run_of
+    from tunesmith.models import locate
+
+    try:
+        if not Path(model).expanduser().is_dir():
+            return None  # of the Hub, or the shipped one
+        folder = Path(locate(str(model)))
+        if found := carried(folder):
+            return found
+    except TunesmithError as error:
+        return error
+    if origin := run_of(folder):
+        return RunError(f"it was merged from the run {origin[0]}, which is not at {origin[1]}.")
+    traces = [name for name in ("adapter_config.json", "best_model_info.json") if (folder / name).is_file()]
+    if traces:
+        return RunError(f"it was trained, as {traces[0]} shows, but no {CARRIED} in its folder says on what.")
+    return None
 
 
 def _is_split_of(run: Run, splits: Splits) -> bool:

@@ -12,7 +12,10 @@ import jinja2
 import yaml
 
 from tunesmith.evaluation.compare import Comparison, amount, methods, remarks, sentence, table
+from tunesmith.evaluation.leakage import Copied
 from tunesmith.evaluation.metrics import METRICS
+from tunesmith.evaluation.report import engine_checks, how_answered, parts_tables
+from tunesmith.evaluation.rows import read_rows
 from tunesmith.models import AUTO, Kind
 from tunesmith.training.run import Run, dataset_name, dataset_names, write_whole
 
@@ -38,6 +41,19 @@ CARD = """\
 {% for line in proof -%}
 - {{ line }}
 {% endfor %}
+{% for title, part, others in parts -%}
+### {{ title }}
+
+| {{ part | join(" | ") }} |
+|{{ " --- |" * (part | length) }}
+{% for line in others -%}
+| {{ line | join(" | ") }} |
+{% endfor %}
+{% endfor -%}
+{% if parts -%}
+These are for looking where to look next: their p values are adjusted for their number (Holm).
+
+{% endif -%}
 ## Data
 
 Fine-tuned on {{ datasets }} for the task `{{ recipe.task }}`: {{ rows.rows_in }} rows in, {{ rows.train }} trained, \
@@ -94,9 +110,6 @@ The chat template is stored with the tokenizer; prompts rendered with another on
 - The scores hold for data like the held-out rows; other tasks, languages and topics were not measured.
 {% endif -%}
 - Nothing was measured about safety or bias{% if not forgotten %}, or what the base model lost elsewhere{% endif %}.
-{% if forgotten -%}
-- {{ forgotten }}
-{% endif -%}
 - One training run: the interval covers the choice of questions, not the luck of the seed.
 {% for note in notes -%}
 - {{ note }}
@@ -206,7 +219,7 @@ def _card(
         verdict=sentence(primary) if primary else "No held-out answers were compared.",
         remarks=remarks(comparisons),
         header=header,
-        lines=[[cell.replace("|", "\\|") for cell in line] for line in lines],
+        lines=[_cells(line) for line in lines],
         method=methods(comparisons),
         base=base,
         datasets=" and ".join(f"`{name}`" for name in dataset_names(recipe.data)),
@@ -217,6 +230,7 @@ def _card(
         adapter=adapter,
         auto=AUTO[kinds.get(recipe.method.kind, "causal")],
         proof=_proof(run, primary),
+        parts=_parts(run),
         labels=", num_labels=1" if recipe.method.kind == "reward" else "",
         notes=[*notes, *warnings],
         forgotten=(run.read("evaluation/forgetting.json") or {}).get("sentence"),
@@ -224,6 +238,22 @@ def _card(
         version=(run.read("environment.json") or {"packages": {}})["packages"].get("tunesmith", ""),
     )
     return text
+
+
+def _cells(line: Sequence[str]) -> list[str]:
+    return [" ".join(cell.replace("|", "\\|").split()) for cell in line]
+
+
+def _parts(run: Run) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The primary metric by category and by length: a title, the header and the lines of each table."""
+    found = []
+    for title, lines in parts_tables(run, []):
+        label = METRICS[lines[0][1].metric].label
+        header = [label, "n", "base", "tuned", "difference", "verdict"]
+        found.append(
+            (title, header, [_cells([name, str(c.n), *cells, c.verdict]) for name, c, cells in lines])
+        )
+    return found
 
 
 def _proof(run: Run, primary: Comparison | None) -> list[str]:
@@ -237,6 +267,15 @@ def _proof(run: Run, primary: Comparison | None) -> list[str]:
         if primary.detectable is not None:
             least = amount(primary.detectable, METRICS[primary.metric])
             found.append(f"True differences from {least} on are found 4 times in 5.")
+    file = run.evaluation / "rows.jsonl"
+    if how := how_answered(read_rows(file)) if file.is_file() else "":
+        found.append(f"Base and tuned model answered the same questions, {how}, along the same code path.")
+    found += [
+        f"Engine check of {check['model']} ({check['engine']}): {check['sentence']}."
+        for check in engine_checks(run, [])
+    ]
+    if forgotten := (run.read("evaluation/forgetting.json") or {}).get("sentence"):
+        found.append(f"Forgetting: {forgotten}")
     leakage = run.read("evaluation/leakage.json") or {}
     if said := leakage.get("remark"):
         found.append(said)
@@ -246,6 +285,9 @@ def _proof(run: Run, primary: Comparison | None) -> list[str]:
             f"{tuned['copies']} of {tuned['answers']} answers are copied from training answers for half or more "
             f"(references: {copied['references']['copies']} of {copied['references']['answers']})."
         )
+        if limit := Copied(**tuned).limit():
+            found.append(f"{limit[:1].upper()}{limit[1:]}.")
+    found += [f"Leakage: {note}." for note in leakage.get("notes", ())]
     return found
 
 

@@ -10,25 +10,26 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith import models
 from tunesmith.errors import ModelError, RunError, TunesmithError, nearest
+from tunesmith.evaluation.unseen import CARRIED
 from tunesmith.export.card import write_merged_card
+from tunesmith.export.parity import NEW_TOKENS, TOLERANCES, Check, Question, answered, checked, difference
 from tunesmith.recipe import QLoRA
 from tunesmith.training.run import Run, dataset_name, is_run, open_run, write_whole
+
+if TYPE_CHECKING:
+    from tunesmith.data.examples import Prompt
 
 FACTS = "merge.json"
 """What a merged folder was made from and what the check found, in that folder."""
 
 WEIGHTS = "adapter_model.safetensors"
-
-TOLERANCES = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2}
-"""How far a logit of the merged model may be from that of base and adapter, as a share of the largest logit.
-In float32 only the order of sums differs; the others are what rounding every weight to them may come to."""
 
 PROMPTS = (
     "What is the capital of France?",
@@ -38,55 +39,11 @@ PROMPTS = (
 )
 """What is asked where no run with held-out questions is behind the adapter."""
 
+DTYPES = ("float32", "float16", "bfloat16")
+"""How merged weights can be stored."""
+
 NUM_PROMPTS = 4
 MAX_PROMPT_TOKENS = 128
-NEW_TOKENS = 24
-
-
-@dataclass(frozen=True)
-class Check:
-    """The merged model, as read back from its folder, against base and adapter. Both computed in float32."""
-
-    prompts: int
-    positions: int
-    """Tokens whose logits were compared: those of the prompts and of the answers."""
-    largest_difference: float
-    """Between two logits for the same token."""
-    largest_logit: float
-    """Of base and adapter, by amount."""
-    tolerance: float
-    """Largest difference allowed, as a share of the largest logit."""
-    new_tokens: int
-    """Tokens that base and adapter answered with, greedily."""
-    same_answers: int
-    """Prompts whose answers have the same tokens."""
-    ties: int
-    """Prompts whose answers part at a token that base and adapter prefer by less than the tolerance."""
-    of_scores: bool = False
-    """Whether the logits are scores of a reward model, one for each prompt, which has no answers."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether every logit is within the tolerance and every answer has the same tokens, ties aside."""
-        # False for a difference that is not a number.
-        close = self.largest_difference <= self.tolerance * self.largest_logit
-        return close and self.same_answers + self.ties == self.prompts
-
-    def sentence(self) -> str:
-        """The result for people."""
-        if self.of_scores:
-            return (
-                f"largest difference of a score {self.largest_difference:.2g}, allowed "
-                f"{self.tolerance * self.largest_logit:.2g} ({self.tolerance:g} of the largest score "
-                f"{self.largest_logit:.3g}), over {self.prompts} texts"
-            )
-        ties = f" ({self.ties} part at a tie)" if self.ties else ""
-        return (
-            f"largest difference of a logit {self.largest_difference:.2g}, allowed "
-            f"{self.tolerance * self.largest_logit:.2g} ({self.tolerance:g} of the largest logit "
-            f"{self.largest_logit:.3g}), over {self.positions} tokens; {self.same_answers} of {self.prompts} greedy "
-            f"answers have the same tokens{ties}"
-        )
 
 
 @dataclass(frozen=True)
@@ -110,14 +67,6 @@ class Merged:
             "folder": str(self.folder),
             "check": {**asdict(self.check), "passed": self.check.passed},
         }
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One prompt's greedy answer and the logits of all its tokens, prompt included, in float32."""
-
-    ids: tuple[int, ...]
-    logits: Any
 
 
 def adapter_of(model: str | Path, run: Run | None) -> Path:
@@ -185,7 +134,7 @@ def merge(
     """
     import torch
 
-    base, revision = _base_of(adapter)
+    base, revision = base_of(adapter)
     config = models.configuration(base, revision=revision)
     if getattr(config, "quantization_config", None):
         raise ModelError(
@@ -204,10 +153,10 @@ def merge(
             "are not quite the run's; `tunesmith compare` measures how far they are apart"
         )
 
-    tokenizer = models.load_tokenizer(str(adapter if _has_tokenizer(adapter) else base))
+    tokenizer = models.load_tokenizer(str(adapter if has_tokenizer(adapter) else base))
     kind = models.kind(str(adapter))
     is_pair = kind == "seq2seq"
-    progress("template", *_settled(tokenizer, is_pair))
+    progress("template", *settled(tokenizer, is_pair))
     model = models.load_model(str(adapter)).eval()
     if not hasattr(model.base_model, "merge_and_unload"):
         of_type = next(iter(model.peft_config.values())).peft_type
@@ -237,7 +186,8 @@ def merge(
         after = answered(
             models.load_model(str(staging)).eval(), tokenizer, asked, along=[answer.ids for answer in before]
         )
-        check = checked(before, after, tolerance=TOLERANCES[stored])
+        differences = [difference(one, other) for one, other in zip(before, after, strict=True)]
+        check = checked(differences, tolerance=TOLERANCES[stored])
         merged = Merged(
             folder=folder,
             base=_shareable(base),
@@ -251,6 +201,8 @@ def merge(
         origin = {"run_folder": _way(folder, run.path)} if run else {}
         facts = {**merged.as_dict(), "folder": folder.name, **origin}
         write_whole(staging / FACTS, json.dumps(facts, indent=1))
+        if (adapter / CARRIED).is_file():
+            shutil.copy2(adapter / CARRIED, staging / CARRIED)
         said = [f"This is the adapter `{adapter.name}` merged into `{merged.base}`, stored in {stored}.",
                 f"Checked against base and adapter, both in float32: {check.sentence()}."]  # fmt: skip
         write_merged_card(staging, run, merged.base, said, notes, kind=kind)
@@ -272,83 +224,7 @@ def merge(
     return merged
 
 
-def answered(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    along: Sequence[Sequence[int]] | None = None,
-) -> list[Answered]:
-    """Each prompt's greedy answer; logits are along it, or along the answers given. Of a reward model the score,
-    as its only logit."""
-    from tunesmith.data.templates import end_of_turn_ids
-    from tunesmith.generation import for_inference, generate
-
-    if models.is_reward(model):
-        with for_inference(model):
-            return [Answered((), _logits(model, prompt, ())) for prompt in prompts]
-
-    found = generate(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=NEW_TOKENS,
-        stop_ids=end_of_turn_ids(tokenizer),
-        batch_tokens=1,  # one by one, so that no padding is in what is compared
-    )
-    paths = [answer.ids for answer in found] if along is None else along
-    with for_inference(model):
-        return [
-            Answered(answer.ids, _logits(model, prompt, path))
-            for prompt, answer, path in zip(prompts, found, paths, strict=True)
-        ]
-
-
-def _logits(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Any:
-    """Logits of the whole path: what the model finds likely after each token of it."""
-    import torch
-
-    if models.is_seq2seq(model):
-        start = models.first_tokens(model)["decoder_start_token_id"]
-        ids, more = list(prompt), {"decoder_input_ids": torch.tensor([[start, *answer]])}
-    else:
-        ids, more = [*prompt, *answer], {}
-    logits = model(input_ids=torch.tensor([ids]), use_cache=False, **more).logits
-    return logits[0].float()
-
-
-def checked(before: Sequence[Answered], after: Sequence[Answered], *, tolerance: float) -> Check:
-    """Two models' answers to the same prompts against one another, `before` the reference."""
-    import torch
-
-    largest = max(float(answer.logits.abs().max()) for answer in before)
-    differences = torch.stack([(a.logits - b.logits).abs().max() for a, b in zip(before, after, strict=True)])
-    same = ties = 0
-    for one, other in zip(before, after, strict=True):
-        if one.ids == other.ids:
-            same += 1
-            continue
-        parting = next(
-            (n for n, (a, b) in enumerate(zip(one.ids, other.ids, strict=False)) if a != b),
-            min(len(one.ids), len(other.ids)),
-        )
-        at = one.logits[len(one.logits) - len(one.ids) - 1 + parting]
-        first, second = at.topk(2).values.tolist()
-        ties += first - second <= 2 * tolerance * largest
-    return Check(
-        prompts=len(before),
-        positions=sum(len(answer.logits) for answer in before),
-        largest_difference=float(differences.max()),
-        largest_logit=largest,
-        tolerance=tolerance,
-        new_tokens=sum(len(answer.ids) for answer in before),
-        same_answers=same,
-        ties=ties,
-        of_scores=all(len(answer.logits) == 1 and not answer.ids for answer in before),
-    )
-
-
-def _base_of(adapter: Path) -> tuple[str, str | None]:
+def base_of(adapter: Path) -> tuple[str, str | None]:
     """The base that an adapter names, and its revision. Raises ModelError where it is not there."""
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
@@ -372,10 +248,8 @@ def _base_of(adapter: Path) -> tuple[str, str | None]:
 
 def _stored(asked: str, config: Any, adapter: Path, *, is_quantized: bool) -> tuple[str, str]:
     """Type of the stored weights, and why."""
-    if asked not in ("auto", *TOLERANCES):
-        raise TunesmithError(
-            f"Weights are not stored as '{asked}'.", fix=nearest(asked, ("auto", *TOLERANCES))
-        )
+    if asked not in ("auto", *DTYPES):
+        raise TunesmithError(f"Weights are not stored as '{asked}'.", fix=nearest(asked, ("auto", *DTYPES)))
     if asked != "auto":
         return asked, "as asked for"
     if is_quantized:
@@ -383,18 +257,20 @@ def _stored(asked: str, config: Any, adapter: Path, *, is_quantized: bool) -> tu
 
         with safe_open(adapter / WEIGHTS, framework="pt") as weights:
             own = str(weights.get_tensor(next(iter(weights.keys()))).dtype).removeprefix("torch.")
-        return (own if own in TOLERANCES else "float32"), "that of the adapter; its base was quantized"
+        return (own if own in DTYPES else "float32"), "that of the adapter; its base was quantized"
     own = str(getattr(config, "dtype", None)).removeprefix("torch.")
-    if own in TOLERANCES:
+    if own in DTYPES:
         return own, "that of the base's weights"
-    return "float32", "the base's configuration names none of " + ", ".join(TOLERANCES)
+    return "float32", "the base's configuration names none of " + ", ".join(DTYPES)
 
 
-def _has_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder brings a tokenizer of its own."""
     return any((folder / name).is_file() for name in models.TOKENIZER_FILES)
 
 
-def _settled(tokenizer: Any, is_pair: bool) -> tuple[str, str]:
+def settled(tokenizer: Any, is_pair: bool) -> tuple[str, str]:
+    """Settle the chat template that goes with a model; where it is and why."""
     from tunesmith.data import pairs
     from tunesmith.data.templates import set_template
 
@@ -420,6 +296,28 @@ def _asked(run: Run | None, tokenizer: Any, model: Any, *, is_pair: bool) -> lis
         except Unusable:  # a template that wants more than a question; any tokens will do here
             ids = tokenizer(text).input_ids
         found.append(list(ids)[:most])
+    return found
+
+
+def question_text(prompt: Prompt, tokenizer: Any) -> str:
+    """What a server is sent for a question: the conversation as the chat template writes it."""
+    messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+    text: str = tokenizer.apply_chat_template(
+        messages, tools=list(prompt.tools) or None, tokenize=False, add_generation_prompt=True
+    )
+    return text
+
+
+def shipped_questions(tokenizer: Any, model: Any, *, is_pair: bool) -> list[Question]:
+    """The questions that are asked where no run is behind a model, with the text that stands for them."""
+    from tunesmith.data.examples import Message, Prompt, Row
+
+    found = []
+    for number, (text, ids) in enumerate(
+        zip(PROMPTS, _asked(None, tokenizer, model, is_pair=is_pair), strict=True)
+    ):
+        prompt = Prompt((Message("user", text),), "", Row("shipped", number))
+        found.append(Question(tuple(ids), question_text(prompt, tokenizer)))
     return found
 
 
@@ -465,8 +363,27 @@ def run_of(folder: Path) -> tuple[str, Path] | None:
 
 
 def run_behind(model: str | Path) -> Run | None:
-    """The run that a model is, was merged from, or lies in: `final_model`, `best_model` or a checkpoint of it."""
+    """The run that a model is, was merged from, or lies in: `final_model`, `best_model` or a checkpoint of it.
+
+    A plain copy of a final model is known by the file that it carries, where its run lies beside it or in `runs`.
+    """
     path = Path(model).expanduser()
     origin = run_of(path)
-    places = (*([origin[1]] if origin else []), path, *path.parents[:2])
+    places = (*([origin[1]] if origin else []), path, *path.parents[:2], *_originals(path))
     return next((open_run(folder) for folder in places if is_run(folder)), None)
+
+
+def _originals(copy: Path) -> list[Path]:
+    """Runs near a copied model whose own final model carries just the same."""
+    try:
+        own = (copy / CARRIED).read_bytes()
+        name = Path(str(json.loads(own)["run"])).name
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    near = [Path("runs"), *copy.absolute().parents[:3], *(p / "runs" for p in copy.absolute().parents[:3])]
+    found = []
+    for run in (place / name for place in near):
+        file = run / "final_model" / CARRIED
+        if file.is_file() and file.read_bytes() == own:
+            found.append(run)
+    return found

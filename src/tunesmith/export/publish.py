@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tunesmith.errors import TunesmithError
+from tunesmith.evaluation.unseen import CARRIED
 
 
 def publish(
@@ -24,7 +25,10 @@ def publish(
         if create:
             api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(
-            folder_path=folder, repo_id=repository, commit_message="Upload by tunesmith"
+            folder_path=folder,
+            repo_id=repository,
+            commit_message="Upload by tunesmith",
+            ignore_patterns=[CARRIED],
         )
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
         said = next(iter(str(error).splitlines()), "")[:300]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.data.cache import Encodings
+from tunesmith.data.preferences import answer_begins
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.methods import preferred
 from tunesmith.recipe import KTO, Recipe
@@ -165,9 +166,5 @@ def _behind(
 ) -> tuple[list[int], list[int]]:
     """The first one's prompt with the other one's answer behind it, together at most `limit` tokens."""
     (ids, labels), (other_ids, other_labels) = prompt, answer
-    begin, start = _answer_at(labels), _answer_at(other_labels)
+    begin, start = answer_begins(labels), answer_begins(other_labels)
     return (ids[:begin] + other_ids[start:])[:limit], (labels[:begin] + other_labels[start:])[:limit]
-
-
-def _answer_at(labels: list[int]) -> int:
-    return next((place for place, label in enumerate(labels) if label >= 0), len(labels))

@@ -166,11 +166,12 @@ def keeping_run_folder(trainer_class: type, run: Run, *, keep: int) -> type:
                 run.event("checkpoint", step=step, folder=folder_of(run, step).name)
             self.accelerator.wait_for_everyone()
 
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """None of TRL's with each checkpoint: the run's card comes from us."""
+
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             super()._save(output_dir, state_dict)
-            # A pickle that nothing of ours reads and that would hold tokens in the clear, and PEFT's empty
-            # form of a model card.
-            for name in ("training_args.bin", "README.md"):
-                Path(output_dir or self.args.output_dir, name).unlink(missing_ok=True)
+            # A pickle that nothing of ours reads and that would hold tokens in the clear.
+            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
     return RunFolderTrainer

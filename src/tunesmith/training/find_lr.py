@@ -189,27 +189,32 @@ def _suggested(rates: Sequence[float], curve: Sequence[float]) -> tuple[float, f
 
 @contextmanager
 def restored(model: Any = None) -> Iterator[None]:
-    """Afterwards weights, buffers, gradients, mode and all random numbers are what they were before, to the bit."""
+    """Afterwards weights, buffers, gradients, modes and all random numbers are what they were before, to the bit."""
     import numpy as np
     import torch
 
     generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_device = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    kept: list[tuple[Any, Any, Any]] = []
-    mode = bool(model is not None and model.training)
+    kept: list[tuple[Any, Any, Any, Any]] = []
+    modes = {module: module.training for module in model.modules()} if model is not None else {}
     if model is not None:
         tensors = [*(p for p in model.parameters() if p.requires_grad), *model.buffers()]
-        kept = [(t, t.detach().cpu().clone(), t.grad) for t in tensors]
+        # A gradient that is there already is added to in place.
+        kept = [
+            (t, t.detach().cpu().clone(), t.grad, None if t.grad is None else t.grad.clone()) for t in tensors
+        ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for tensor, before, gradient in kept:
+            for tensor, before, gradient, value in kept:
                 tensor.copy_(before)
+                if gradient is not None:
+                    gradient.copy_(value)
                 if tensor.is_leaf:
                     tensor.grad = gradient
-        if model is not None:
-            model.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
         random.setstate(generators[0])
         np.random.set_state(generators[1])
         torch.set_rng_state(generators[2])

@@ -179,6 +179,13 @@ def fit(
         save_model(trainer, run.final_model, initial, info)
     else:
         copy_whole(run.best_model, run.final_model)
+    if best_one := run.read(f"best_model/{BEST}"):
+        told = _why(training, trainer.state.log_history, best_one, higher_is_better)
+        if best_one["step"] != info["step"]:
+            told["reason"] += (
+                f"; final_model is the last step's, {info['step']}: load_best_model_at_end is off"
+            )
+        run.event("decision", step=best_one["step"], **told)
     if initial:
         shutil.rmtree(initial)
     return Fit(
@@ -191,6 +198,39 @@ def fit(
         tokens=int(trainer.state.num_input_tokens_seen),
         peak_memory=peak_memory(),
     )
+
+
+BEST_SHOWN = 12
+"""Validations that are named when the best one is told; of more the first ones and the last ones."""
+
+
+def _why(
+    training: Training, log: Sequence[Mapping[str, Any]], info: Mapping[str, Any], higher_is_better: bool
+) -> dict[str, str]:
+    """Which step's model it is, by which metric, and the values of all validations: the decision for events."""
+    from tunesmith.evaluation.metrics import METRICS
+
+    by, key = training.best_by, f"eval_{training.best_by}"
+    # A run that was continued may have validated a step twice; the later one counts.
+    values = {int(entry["step"]): entry[key] for entry in log if key in entry}
+    told = [f"step {step}: {_value(value, by)}" for step, value in values.items()]
+    if len(told) > BEST_SHOWN:
+        told = [*told[: BEST_SHOWN // 2], "…", *told[-BEST_SHOWN // 2 :]]
+    name = "validation loss" if by == "loss" else METRICS[by].label
+    best = info["eval_loss"] if by == "loss" else info["value"]
+    which = "highest" if higher_is_better else "lowest"
+    return {
+        "name": "best model",
+        "value": f"step {info['step']}, {name} {_value(best, by)}",
+        "reason": f"the {which} of {len(values)} validations by training.best_by={by}: {', '.join(told)}",
+    }
+
+
+def _value(value: float, by: str) -> str:
+    from tunesmith.evaluation.compare import shown
+    from tunesmith.evaluation.metrics import METRICS
+
+    return f"{value:.4f}" if by == "loss" else shown(value, METRICS[by])
 
 
 def save_model(trainer: Any, folder: Path, initial_adapter: Path | None, info: Mapping[str, Any]) -> None:
@@ -206,7 +246,6 @@ def save_model(trainer: Any, folder: Path, initial_adapter: Path | None, info: M
         )
     else:
         model.save_pretrained(staging)
-    (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the model card comes from us
     trainer.processing_class.save_pretrained(staging)
     write_whole(staging / BEST, json.dumps(info, indent=1))
     _swap(staging, folder)

@@ -1,6 +1,6 @@
 """Silent mistakes: what a run's own measures say is going wrong while every step looks fine.
 
-Each watch is a function of the measures logged so far and gives a sentence or None. The first time that one has
+Each alarm is a function of the measures logged so far and gives a sentence or None. The first time that one has
 something to say it is written as a warning of the run, which the report shows.
 """
 
@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from tunesmith.training.run import Run
 
 Measures = Mapping[str, float]
-Watch = Callable[[Sequence[Measures]], str | None]
+Alarm = Callable[[Sequence[Measures]], str | None]
 
 RECENT = 5
 """Logged steps that are looked at together: one alone may be chance."""
@@ -155,14 +155,14 @@ def _either(measures: Measures, *names: str) -> float | None:
     return next((measures[name] for name in names if name in measures), None)
 
 
-WATCHES: dict[str, Watch] = {
+ALARMS: dict[str, Alarm] = {
     "no spread of rewards": no_spread,
     "length alone": length_alone,
     "divergence": divergence,
     "good answers lost": good_lost,
     "pairs not told apart": not_told_apart,
 }
-"""The watches by name."""
+"""The alarms by name."""
 
 
 class Watching(TrainerCallback):  # type: ignore[misc]
@@ -173,7 +173,7 @@ class Watching(TrainerCallback):  # type: ignore[misc]
         self.told = {event.get("watch") for event in run.events() if event["kind"] == "warning"}
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask the watches that have said nothing yet."""
+        """Ask the alarms that have said nothing yet."""
         if not state.log_history or "loss" not in state.log_history[-1]:
             return
         logged = [
@@ -181,7 +181,7 @@ class Watching(TrainerCallback):  # type: ignore[misc]
             for entry in state.log_history
             if "loss" in entry
         ]
-        for name, watch in WATCHES.items():
-            if name not in self.told and (sentence := watch(logged)):
+        for name, alarm in ALARMS.items():
+            if name not in self.told and (sentence := alarm(logged)):
                 self.told.add(name)
                 self.run.event("warning", step=state.global_step, message=sentence, watch=name)

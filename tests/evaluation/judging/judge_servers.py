@@ -15,11 +15,20 @@ def openai(text, *, read=7, written=2):
     return 200, json.dumps({**message, "usage": {"prompt_tokens": read, "completion_tokens": written}}), {}
 
 
+def dripping(write):
+    """A good reply that comes byte by byte, each in time and the last one never."""
+    write(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n")
+    for _ in range(5000):
+        write(b" ")
+        time.sleep(0.05)
+
+
 @contextlib.contextmanager
 def serving(reply):
     """The address of a server, and what it was sent: (path, body, headers).
 
-    `reply(number, body)` gives status, body and headers, or seconds to wait before the line is dropped.
+    `reply(number, body)` gives status, body and headers, or seconds to wait before the line is dropped, or a
+    function that writes bytes.
     """
     seen, lock = [], threading.Lock()
 
@@ -32,6 +41,10 @@ def serving(reply):
             given = reply(number, body)
             if isinstance(given, int | float):
                 time.sleep(given)
+                return
+            if callable(given):
+                with contextlib.suppress(OSError):
+                    given(lambda content: (self.wfile.write(content), self.wfile.flush()))
                 return
             status, text, headers = given
             self.send_response(status)

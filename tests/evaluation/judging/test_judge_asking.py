@@ -6,6 +6,7 @@ import collections
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,15 @@ import threading
 import time
 
 import pytest
-from judge_servers import openai, serving
+from judge_servers import dripping, openai, serving
+from safetensors.torch import load_file, save_file
 
+from tunesmith import http
 from tunesmith.errors import RecipeError, RunError
-from tunesmith.evaluation.judging import asking, client
+from tunesmith.evaluation.judging import asking
 from tunesmith.evaluation.judging.book import Book
-from tunesmith.evaluation.judging.judging import IDENTICAL, NO_ANSWER, jobs, judge_all
+from tunesmith.evaluation.judging.client import Reply
+from tunesmith.evaluation.judging.judging import IDENTICAL, NO_ANSWER, jobs, judge_all, requests
 from tunesmith.evaluation.judging.judgments import Answers, Question
 from tunesmith.evaluation.judging.prompts import load_prompts
 from tunesmith.evaluation.judging.settings import Judge, load_judge
@@ -32,6 +36,12 @@ BAD = Answers("bad", {q.id: (f"bad one {q.id}", f"bad two {q.id}") for q in QUES
 def judged(url, path, todo, **settings):
     judge = Judge(model="j", base_url=url, **{"backoff": 0.0, "timeout": 10.0, **settings})
     return judge_all(todo, judge, asking.asker(judge), TEXTS, path)
+
+
+def forecast(path, todo, **settings):
+    judge = Judge(**{"model": "j", "base_url": "http://127.0.0.1:1/v1", **settings})
+    with Book(path) as book:
+        return asking.forecast(judge, {"to judge": requests(todo, asking.asker(judge), TEXTS)}, book)
 
 
 def shown(body):
@@ -50,15 +60,17 @@ def asked_for(body):
     return text.replace(text.split()[0].strip("["), "")
 
 
-def test_a_network_that_fails_in_every_way_loses_and_repeats_nothing(tmp_path):
+def test_a_network_that_fails_in_every_way_loses_and_repeats_nothing(tmp_path, monkeypatch):
     """Every request meets another failure first, then the same verdict as without any."""
     tries, lock = collections.Counter(), threading.Lock()
     answered = collections.Counter()
     failures = [
         (429, "", {"Retry-After": "0"}), (500, "oh", {}), (503, "", {}), (200, "{not json", {}), (200, "", {}),
         (200, '{"choices": []}', {}), (200, "[]", {}), (200, '{"choices": [{"message": {"content": 7}}]}', {}),
-        (200, "short", {"Content-Length": "500"}), 0.0,
+        (200, "short", {"Content-Length": "500"}), 0.0, (200, "x" * 60_000, {}), dripping, (504, "", {}),
+        (429, "", {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), 4.0,
     ]  # fmt: skip
+    monkeypatch.setattr(http, "LARGEST", 50_000)
 
     def reply(number, body):
         name = asked_for(body)
@@ -71,7 +83,11 @@ def test_a_network_that_fails_in_every_way_loses_and_repeats_nothing(tmp_path):
 
     todo = jobs(QUESTIONS, [BAD, GOOD], "pair", baseline="bad")
     with serving(reply) as (url, seen):
-        found = judged(url, tmp_path / "replies.jsonl", todo)
+        found = judged(url, tmp_path / "replies.jsonl", todo, timeout=3.0, concurrency=16)
+        assert len(seen) == 2 * 48
+        # Everything is in the book: nobody is asked again, and the judgments are the same to the letter.
+        again = judged(url, tmp_path / "replies.jsonl", todo)
+        assert again.judgments == found.judgments
         assert len(seen) == 2 * 48
     assert len(found.judgments) == 24
     assert {(one.question, one.turn) for one in found.judgments} == {
@@ -81,10 +97,6 @@ def test_a_network_that_fails_in_every_way_loses_and_repeats_nothing(tmp_path):
     assert all(one.model_1 == "good" for one in found.judgments)
     assert set(answered.values()) == {1}
     assert len(answered) == 48
-    # Everything is in the book: nobody is asked again, and the judgments are the same to the letter.
-    again = judged("http://127.0.0.1:1/v1", tmp_path / "replies.jsonl", todo)
-    assert again.judgments == found.judgments
-    assert (again.estimate.calls, again.estimate.known) == (0, 48)
 
 
 def test_time_outs_are_tried_again_and_counted_as_charged(tmp_path):
@@ -98,18 +110,6 @@ def test_time_outs_are_tried_again_and_counted_as_charged(tmp_path):
     assert found.judgments[0].score == 4.0
     assert found.spent["calls"] == 2
     assert found.spent["completion_tokens"] == 1024 + 2  # the lost call at its most, the other as counted
-
-
-def test_a_body_that_drips_ends_at_the_deadline():
-    class Dripping:
-        length = None
-
-        def read1(self, size):
-            time.sleep(0.01)
-            return b"x"
-
-    with pytest.raises(TimeoutError):
-        client._read(Dripping(), time.monotonic() + 0.1)
 
 
 def test_what_never_gets_a_verdict_is_an_error_and_is_tried_again_next_time(tmp_path):
@@ -184,31 +184,72 @@ def test_a_budget_is_never_exceeded_and_the_rest_can_follow(tmp_path, limits, mo
                 assert money <= 0.02
                 assert len(seen) == 2  # .0098 spent; a third could cost another .011
         done = len(seen)
+        assert forecast(path, todo, repair=False, base_url=url).calls == 24 - done
         found = judged(url, path, todo)
         assert len(seen) == 24
-        assert found.estimate.calls == 24 - done
         assert all(one.score == 6.0 for one in found.judgments)
 
 
-def test_the_estimate_comes_before_the_first_call(tmp_path):
-    judge = Judge(model="j", base_url="http://127.0.0.1:1/v1", price_input=3.0, price_output=15.0)
-    heard = []
+def test_a_forecast_counts_what_is_new_and_expects_repairs(tmp_path):
+    todo, prices = jobs(QUESTIONS, [GOOD, BAD], "pair"), {"price_input": 3.0, "price_output": 15.0}
+    found = forecast(tmp_path / "r.jsonl", todo, **prices)
+    assert found.parts == {"to judge": 48, "repairs expected": 3}  # 5 % of 48, rounded up
+    assert (found.calls, found.most_calls, found.most_completion_tokens) == (51, 96, 51 * 1024)
+    assert found.cost == pytest.approx((found.prompt_tokens * 3 + 51 * 1024 * 15) / 1e6)
+    assert found.most_cost > 96 * 1024 * 15 / 1e6 > found.cost
+    assert "51 calls (48 to judge, 3 repairs expected)" in found.sentence()
+    plain = forecast(tmp_path / "r.jsonl", todo, **prices, repair=False)
+    assert (plain.calls, plain.most_calls) == (48, 48)
+    assert found.prompt_tokens > plain.prompt_tokens + 3 * 1024  # a repair reads the reply, too
+    with serving(lambda number, body: openai("no idea")) as (url, _):
+        judged(url, tmp_path / "r.jsonl", todo[:2], repair=False)
+        known = forecast(tmp_path / "r.jsonl", todo[:2], base_url=url)
+    assert (known.known, known.calls, known.parts["repairs expected"]) == (4, 4, 4)  # these lack one for sure
 
-    class Stop(Exception):
-        pass
 
-    def told(estimate):
-        heard.append(estimate)
-        raise Stop
+def test_what_an_endpoint_does_not_count_is_counted_at_its_most(tmp_path):
+    uncounted = json.dumps({"choices": [{"message": {"content": "Rating: [[6]]"}}]})
+    with serving(lambda number, body: (200, uncounted, {})) as (url, seen):
+        found = judged(url, tmp_path / "r.jsonl", jobs(QUESTIONS[:1], [GOOD], "single")[:1])
+    size = sum(len(m["content"].encode()) for m in seen[0][1]["messages"])
+    assert found.spent["completion_tokens"] == 1024
+    assert size <= found.spent["prompt_tokens"] <= size + 24
 
-    with pytest.raises(Stop):
-        judge_all(
-            jobs(QUESTIONS, [GOOD, BAD], "pair"), judge, asking.asker(judge), TEXTS, tmp_path / "r.jsonl", told=told
-        )  # fmt: skip
-    [estimate] = heard
-    assert (estimate.calls, estimate.most_completion_tokens) == (48, 48 * 1024)
-    assert estimate.most_cost == pytest.approx((estimate.prompt_tokens * 3 + 48 * 1024 * 15) / 1e6)
-    assert "48 calls" in estimate.sentence()
+
+def test_a_budget_of_many_threads_counts_each_call_at_every_moment(tmp_path):
+    """A call that moves from those under way to those paid for is in one of them, whoever looks."""
+    judge = Judge(model="j", max_calls=60)
+    with Book(tmp_path / "r.jsonl") as book:
+        costs, over = asking.Costs(judge, book), []
+
+        def work(name):
+            for n in range(10):
+                try:
+                    costs.admit([(f"{name}-{n}", (5, 5))])
+                except asking.OverBudget:
+                    over.append(name)
+                else:
+                    book.add(f"{name}-{n}", Reply("x"), [], (5, 5))
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join()
+        assert (book.spent.calls, len(over)) == (60, 20)
+        assert book.committed().calls == 60
+
+
+def test_what_a_dead_process_was_asking_counts_against_the_budget(tmp_path):
+    """A call is put aside in the book before it is made, so that a kill forgets no money."""
+    path = tmp_path / "r.jsonl"
+    with Book(path) as book:
+        book.send("refused", (100, 10))
+        book.free("refused")
+        book.send("lost", (100, 10))
+    with Book(path) as book:
+        assert (book.spent.calls, book.spent.prompt_tokens, book.spent.completion_tokens) == (1, 100, 10)
+        assert not book.underway
 
 
 def test_a_wrong_key_stops_at_once_and_is_in_no_message(tmp_path, monkeypatch, capfd):
@@ -263,18 +304,6 @@ def test_anthropic_s_messages_are_spoken_too(tmp_path, monkeypatch):
     assert (found.spent["prompt_tokens"], found.spent["completion_tokens"]) == (11, 3)
 
 
-def test_waits_grow_heed_retry_after_and_have_an_end():
-    refusal = client.Refused("x", again=True)
-    waits = [client.pause(n, refusal, backoff=1.0, draw=lambda: 0.0) for n in range(9)]
-    assert waits[:4] == [1, 2, 4, 8]
-    assert waits[8] == client.LONGEST_WAIT
-    asked = client.Refused("x", again=True, wait=7.0)
-    assert client.pause(3, asked, backoff=1.0, draw=lambda: 1.0) == 7 * 1.5
-    assert client._retry_after("12") == 12
-    assert client._retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert client._retry_after("soon") is None
-
-
 def test_a_line_that_a_crash_cut_off_is_taken_away(tmp_path):
     todo, path = jobs(QUESTIONS[:2], [GOOD], "single"), tmp_path / "r.jsonl"
     with serving(lambda number, body: openai("Rating: [[6]]")) as (url, seen):
@@ -313,14 +342,16 @@ def test_after_kill_9_nothing_in_the_book_is_paid_for_again(tmp_path):
         child = subprocess.Popen([sys.executable, "-c", CHILD, url, path], env=environment)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and child.poll() is None:
-            if len(seen) >= 22 and path.exists() and path.read_bytes().count(b"\n") >= 20:
+            if len(seen) >= 22 and path.exists() and path.read_bytes().count(b'"reply"') >= 20:
                 break
             time.sleep(0.02)
         child.send_signal(signal.SIGKILL)
         child.wait()
         assert child.returncode == -signal.SIGKILL
-        in_book = path.read_bytes().count(b"\n")
+        in_book = path.read_bytes().count(b'"reply"')
         assert in_book == 20
+        with Book(path) as book:
+            assert book.spent.calls == 22  # the two under way may have been charged
         hold.set()
         before = len(seen)
         found = judged(url, path, jobs(QUESTIONS, [BAD, GOOD], "pair", baseline="bad"))
@@ -338,6 +369,45 @@ def test_two_processes_do_not_write_one_book(tmp_path):
         Book(tmp_path / "r.jsonl"),
     ):
         pass
+
+
+def test_replies_are_those_of_one_address_port_and_path_included(tmp_path):
+    """Two servers on one machine may serve other models under one name."""
+
+    def grade(value):
+        return lambda number, body: openai(f"Rating: [[{value}]]")
+
+    todo, path = jobs(QUESTIONS[:1], [GOOD], "single"), tmp_path / "r.jsonl"
+    with serving(grade(3)) as (first, one), serving(grade(8)) as (second, two):
+        for _ in range(2):
+            assert [j.score for j in judged(first, path, todo).judgments] == [3.0, 3.0]
+            assert [j.score for j in judged(second, path, todo).judgments] == [8.0, 8.0]
+        assert (len(one), len(two)) == (2, 2)
+        judged(f"{first}/other", path, todo)
+        assert len(one) == 4
+        assert one[-1][0] == "/v1/other/chat/completions"
+        judged(f"{first}/", path, todo)
+        assert len(one) == 4  # the same address
+
+
+def test_replies_of_a_local_judge_are_those_of_its_weights(tmp_path, tiny_model_folder):
+    folder, texts = tmp_path / "judge", load_prompts()
+    shutil.copytree(tiny_model_folder, folder)
+    brief = type(texts)({**texts.texts, "single": "Grade. {material}", "material": "{mark}"}, "test")
+    todo = jobs([Question(0, "x", ("red",))], [Answers("m", {0: ("blue",)})], "single")
+    judge = Judge(api="local", model=str(folder), max_tokens=4, repair=False)
+
+    def calls():
+        return judge_all(todo, judge, asking.asker(judge), brief, tmp_path / "r.jsonl").spent["calls"]
+
+    assert [calls(), calls()] == [1, 1]
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: tensor + 0.5 for name, tensor in weights.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    assert [calls(), calls()] == [2, 2]
 
 
 @pytest.mark.parametrize(

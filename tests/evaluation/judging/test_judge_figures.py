@@ -20,10 +20,10 @@ from tunesmith.evaluation.judging.judgments import (
     Single,
     read_answers,
     read_judgments,
-    read_questions,
     write_answers,
     write_judgments,
 )
+from tunesmith.evaluation.judging.questions import read_questions
 from tunesmith.evaluation.judging.replay import replay
 
 
@@ -160,6 +160,64 @@ def test_flip_rate_and_slot_bias_by_hand():
     assert found["consistency"] == pytest.approx(1 / 3)
 
 
+def test_figures_hold_no_judgment_against_another(monkeypatch):
+    """Their time grows with the judgments, not with the square: arenas have tens of thousands."""
+
+    def refuse(one, other):
+        raise AssertionError("compared")
+
+    monkeypatch.setattr(Pair, "__eq__", refuse)
+    monkeypatch.setattr(Single, "__eq__", refuse)
+    games = [("model_1", "model_2"), ("model_1", "model_1"), ("tie", "model_2"), ("error", "tie")]
+    pairs = [Pair(n, "m", "b", 1, *games[n % 4], "", "", "j") for n in range(400)]
+    [found] = figures.pair_figures(pairs)["pairs"]
+    assert found["flip_rate"]["value"] == pytest.approx(1 / 3)
+    singles = [Single(n, m, 1, 5.0, "", "j") for n in range(100) for m in "ab"]
+    assert len(figures.single_figures(singles)["models"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["single", "pair"])
+def test_all_of_fastchat_s_questions_are_taken(tmp_path, kind):
+    """Numbers 81 to 160, both turns, in its eight categories of ten; what is printed for people holds its figures."""
+    ids = [(id, turn) for id in range(81, 161) for turn in (1, 2)]
+    rows = [
+        single_row(id, id % 10 + 1, turn) if kind == "single" else pair_row(id, "model_1", "model_1", turn)
+        for id, turn in ids
+    ]
+    path = saved(tmp_path / "j.jsonl", rows)
+    code, found = replayed(path)
+    assert code == 0
+    ours = found["ours"]["models"]["tuned"] if kind == "single" else found["ours"]["pairs"][0]
+    assert ours["n"] == 160
+    assert {name: e["n"] for name, e in ours["categories"].items()} == dict.fromkeys(
+        ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"], 20
+    )
+    said = " ".join(CliRunner().invoke(app, ["judge", "--replay", str(path)]).stdout.split())
+    if kind == "single":
+        assert (
+            "FastChat prints tuned: turn 1 5.500000, turn 2 5.500000, average 5.500000 (grades of 1 to 10"
+            in said
+        )
+    else:
+        assert "FastChat prints tuned: 160 wins, 0 losses, 0 ties of 160" in said
+        assert "adjusted win rate 1.000000" in said
+
+
+def test_where_nothing_was_judged_that_is_said(tmp_path):
+    rows = [single_row(81, -1, turn) for turn in (1, 2)]
+    said = CliRunner().invoke(app, ["judge", "--replay", str(saved(tmp_path / "s.jsonl", rows))]).stdout
+    said = " ".join(said.split())
+    assert "tuned: not graded, as none of 2 judgments has a verdict" in said
+    assert "of 10" not in said
+    assert "turn 1 -, turn 2 -, average -" in said
+    rows = [pair_row(81, "error", "tie"), pair_row(82, "error", "error")]
+    said = CliRunner().invoke(app, ["judge", "--replay", str(saved(tmp_path / "p.jsonl", rows))]).stdout
+    said = " ".join(said.split())
+    assert "tuned against base: not compared, as none of 2 judgments has a verdict" in said
+    assert "flips" not in said
+    assert "FastChat prints nothing: every row has an error" in said
+
+
 def test_changing_sides_mirrors_every_figure(tmp_path):
     rng = np.random.default_rng(5)
     games = rng.choice(["model_1", "model_2", "tie", "error"], size=(60, 2), p=[0.5, 0.2, 0.2, 0.1])
@@ -247,7 +305,7 @@ def test_a_question_answered_twice_and_references_of_any_judge(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "Line 1 .* is not JSON"), ('{"a": 1}', "found: the keys a"), ("", "no judgment"),
+        ("{", "x.jsonl, line 1, column 2"), ('{"a": 1}', "found: the keys a"), ("", "no rows"),
         (json.dumps(single_row(1, 5)) + "\n" + json.dumps(pair_row(1, "tie", "tie")), "grades and comparisons"),
         (json.dumps(pair_row(1, "A", "tie")), "winners among"),
     ],
@@ -303,3 +361,19 @@ def test_how_often_the_longer_answer_wins_by_hand():
         0.5,
         2,
     )  # a tie and equal lengths say nothing
+
+
+@pytest.mark.parametrize(
+    ("ids", "categories", "whose"),
+    [
+        ((85, 131, 160), ["writing", "extraction", "humanities"], "FastChat's questions 81 to 160"),
+        ((1001, 1021), ["writing", "reasoning"], "the questions that ship"), ((85, 1001), [], None), ((5,), [], None),
+    ],
+)  # fmt: skip
+def test_categories_are_known_by_number_where_a_file_has_none(tmp_path, ids, categories, whose):
+    code, found = replayed(saved(tmp_path / "single.jsonl", [single_row(id, 5) for id in ids]))
+    assert code == 0
+    assert (list(found["ours"]["models"]["tuned"]["categories"]), found["categories_of"]) == (
+        categories,
+        whose,
+    )

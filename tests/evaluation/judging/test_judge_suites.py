@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import collections
+import csv
 import json
+import os
+import re
+import shutil
+import signal
 import sys
+import threading
 import types
+from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from judge_servers import openai, serving
 from typer.testing import CliRunner
 
-from tunesmith import models
+from tunesmith import api, models
 from tunesmith.cli import app
+from tunesmith.compose import compose
 from tunesmith.data import templates
 from tunesmith.data.examples import Message
 from tunesmith.errors import DataError, MissingExtra, TunesmithError
 from tunesmith.evaluation.judging import bench, harness, suites
 from tunesmith.evaluation.judging.judgments import Answers, Question, read_answers, write_answers
+from tunesmith.evaluation.judging.questions import read_questions
 from tunesmith.evaluation.rows import read_rows
 from tunesmith.generation import generate
+from tunesmith.recipe import Evaluation
 
 CATEGORIES = ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
+ARENA = Path(bench.__file__).with_name("arena_prompts.yaml")
 MT_BENCH = suites.SUITES["mt-bench"]
 
 
@@ -118,6 +131,113 @@ def small_file(tmp_path):
     return path
 
 
+def answered(
+    folder, model, questions, *, engine="padded", watch=lambda event: None, suite="mt-bench", **evaluation
+):
+    """The rows of a suite that nobody judges, and the record of it."""
+    settings = {"evaluation": {"max_new_tokens": 6, "engine": engine, **evaluation}}
+    found = api.evaluate_suite(
+        model, suite, questions=questions, settings=settings, output=folder, watch=watch
+    )
+    return read_rows(folder / "rows.jsonl"), found
+
+
+def outputs(rows):
+    return [(r.item, r.sample, r.turn, r.output, r.finish_reason) for r in rows]
+
+
+@pytest.fixture(scope="module")
+def tiny_server(tiny_model_folder):
+    """A server that has the tiny model, and what it was asked."""
+    model, tokenizer = bench.load_for_suite(str(tiny_model_folder))
+
+    one_at_a_time = threading.Lock()
+
+    def reply(number, body):
+        with one_at_a_time:
+            [one] = generate(
+                model, tokenizer, [body["prompt"]], max_new_tokens=body["max_tokens"],
+                stop_ids=templates.end_of_turn_ids(tokenizer), temperature=body["temperature"], seed=body["seed"],
+            )  # fmt: skip
+        ids = [*one.ids, *([one.stop_id] if one.stop_id is not None else [])]
+        choice = {"index": 0, "text": one.text, "finish_reason": one.finish_reason, "token_ids": ids}
+        return 200, json.dumps({"choices": [choice]}), {}
+
+    with serving(reply) as (url, seen):
+        yield url, seen
+
+
+def test_any_engine_answers_a_suite_and_is_checked(tmp_path, tiny_model_folder, small_file, tiny_server):
+    url, seen = tiny_server
+    told = []
+    _, found = answered(tmp_path / "a", tiny_model_folder, small_file, watch=told.append)
+    name = tiny_model_folder.name
+    check = found["engine_check"][name]
+    assert (check["engine"], check["passed"], len(check["items"])) == (
+        "padded",
+        True,
+        4,
+    )  # drawn answers cannot be
+    assert any(event.get("name") == f"engine check of {name}" for event in told)
+    asked = small_file.with_name("greedy.jsonl")
+    asked.write_text("".join(line + "\n" for line in small_file.read_text().splitlines() if '"math"' in line))
+    greedy = outputs(answered(tmp_path / "g", tiny_model_folder, asked)[0])
+    for engine, more in (
+        ("paged", {}),
+        ("openai", {"server": {"base_url": url, "models": {name: "my-tiny"}}}),
+    ):
+        rows, found = answered(tmp_path / engine, tiny_model_folder, asked, engine=engine, **more)
+        assert outputs(rows) == greedy
+        assert {row.generation["engine"] for row in rows} == {engine}
+        assert found["engine_check"][name]["passed"]
+    assert {body["model"] for _, body, _ in seen} == {"my-tiny"}
+    assert not (tmp_path / "openai/unfinished").exists()
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_suite_that_is_stopped_goes_on_where_it_stopped(tmp_path, tiny_model_folder, small_file, turn):
+    made, _ = answered(tmp_path / "whole", tiny_model_folder, small_file, batch_tokens=1)
+    stage = f"{tiny_model_folder.name}: turn {turn} at temperature 0"
+
+    def stop(event):
+        if event["kind"] == "progress" and event["stage"] == stage and event["done"] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        answered(tmp_path / "cut", tiny_model_folder, small_file, watch=stop, batch_tokens=1)
+    assert not (tmp_path / "cut/rows.jsonl").exists()
+    begun = {}
+
+    def first(event):
+        if event["kind"] == "progress":
+            begun.setdefault(event["stage"], (event["done"], event["total"]))
+
+    rows, _ = answered(tmp_path / "cut", tiny_model_folder, small_file, watch=first, batch_tokens=1)
+    assert outputs(rows) == outputs(made)
+    assert begun[stage] == (1, 2), "the answer that was there is not made again"
+    if turn == 2:
+        assert all(done == total for name, (done, total) in begun.items() if "turn 1" in name)
+
+
+def test_attempts_are_drawn_with_a_seed_each_and_refused_where_all_would_be_alike(
+    tmp_path, tiny_model_folder, small_file
+):
+    rows, _ = answered(tmp_path / "a", tiny_model_folder, small_file, attempts=2)
+    drawn = [r for r in rows if r.item == 1 and r.turn == 0]
+    assert [(r.sample, r.generation["seed"]) for r in drawn] == [(0, 0), (1, 1)]
+    assert drawn[0].output != drawn[1].output
+    [line] = [
+        json.loads(text)
+        for text in (tmp_path / f"a/answers/{tiny_model_folder.name}.jsonl").read_text().splitlines()
+        if json.loads(text)["question_id"] == 2
+    ]
+    assert [choice["index"] for choice in line["choices"]] == [0, 1]
+    assert [choice["turns"][0] for choice in line["choices"]] == [r.output for r in drawn]
+    small_file.write_text(small_file.read_text().splitlines()[0])
+    with pytest.raises(TunesmithError, match="greedily"):
+        answered(tmp_path / "b", tiny_model_folder, small_file, attempts=2)
+
+
 def judge_file(folder, url):
     path = folder / "judge.yaml"
     path.write_text(json.dumps({"model": "j", "base_url": url, "backoff": 0}))
@@ -192,15 +312,15 @@ def test_prompt_files_of_any_kind_make_a_pair_wise_suite(tmp_path, tiny_model_fo
     own = suites.suite_of("alpaca")
     with pytest.raises(TunesmithError, match="baseline"):
         bench.run_suite(
-            tiny_model_folder, own, questions=lines, references=None, judge=None, baseline=None, max_new_tokens=4,
-            output=tmp_path, watch=lambda event: None,
+            tiny_model_folder, own, questions=lines, references=None, judge=None, baseline=None,
+            evaluation=Evaluation(), output=tmp_path, watch=lambda event: None,
         )  # fmt: skip
 
 
-def test_the_arena_judge_answers_first(tmp_path):
+def test_the_arena_judge_answers_first():
     from tunesmith.evaluation.judging.prompts import Turn, load_prompts, pair
 
-    system, _ = pair(load_prompts(bench._arena_prompts(tmp_path)), [Turn("q")], ["a"], ["b"])
+    system, _ = pair(load_prompts(ARENA), [Turn("q")], ["a"], ["b"])
     assert "First write your own answer" in system["content"]
 
 
@@ -220,11 +340,319 @@ def test_options_that_do_nothing_are_refused(arguments, said, tiny_model_folder)
     assert said in found["error"]
 
 
-def test_a_row_without_a_prompt_is_named(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"prmt": "x"}\n')
-    with pytest.raises(DataError, match="Line 1"):
-        suites.prompts_of(path)
+ROWS = [
+    {"prompt": "count, please", "category": "c", "reference": "three"},
+    {"prompt": "hello", "category": "d"},
+]
+
+
+def as_file(folder, suffix, rows):
+    """The rows as a file of each kind that the data room reads."""
+    path = folder / f"prompts{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_text(json.dumps(rows, indent=1) if suffix == ".json" else lines)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+def test_questions_are_read_from_any_file_of_the_data_room(tmp_path, suffix):
+    first, second = read_questions(as_file(tmp_path, suffix, ROWS))
+    assert first == Question(1, "c", ("count, please",), ("three",))
+    assert second == Question(2, "d", ("hello",))
+    turns = ["what?", "and?", "so?"]
+    cell = json.dumps(turns) if suffix == ".csv" else turns
+    rows = [{"question_id": 85, "turns": cell, "required_temperature": 0.3}]
+    [asked] = read_questions(as_file(tmp_path, suffix, rows))
+    assert asked == Question(85, "writing", tuple(turns), (), 0.3), "FastChat's category, by its number"
+
+
+def test_shapes_of_questions(tmp_path):
+    def read(*rows):
+        return read_questions(as_file(tmp_path, ".jsonl", rows))
+
+    hard = {"uid": "a1", "category": "hard_prompt", "prompt": "p"}
+    older = {"question_id": "b", "turns": [{"content": "q"}]}
+    alpaca = {"instruction": "i", "output": "o", "dataset": "koala"}
+    first, second, third = read(hard, older, alpaca)
+    assert (first.id, second.turns, third) == ("a1", ("q",), Question(3, "koala", ("i",)))
+    said = [("user", "one"), ("assistant", "1"), ("user", "two"), ("assistant", "2"), ("user", "three")]
+    [asked] = read({"messages": [{"role": role, "content": text} for role, text in said]})
+    assert (asked.turns, asked.references) == (("one", "two", "three"), ("1", "2"))
+    [asked] = read({"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "1"}]})
+    assert (asked.turns, asked.references) == (("one",), ("1",))
+    numbered = [{"question_id": id, "turns": ["a"]} for id in (81, 160)]
+    assert [q.category for q in read(*numbered)] == ["writing", "humanities"]
+    assert [q.category for q in read(*numbered, {"question_id": 161, "turns": ["a"]})] == ["", "", ""]
+    assert [q.category for q in read({**numbered[0], "category": "math"})] == ["math"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"prompt": "a"}\n{"prmt": "x"}', r"prompts.jsonl:2 holds no prompt.*Did you mean 'prompt' for 'prmt'"),
+        ('{"prompt": "a"}\n{"prompt"', "prompts.jsonl, line 2, column 10"),
+        ('{"turns": ["a", 3]}', "jsonl:1 does not fit: expected turns"),
+        ('{"turns": ["a"], "question_id": [1]}', "expected question_id as a number or text"),
+        ('{"turns": ["a"], "required_temperature": "hot"}', "expected required_temperature"),
+        ('{"question_id": 1, "turns": ["a"]}\n{"question_id": 1, "turns": ["b"]}', "twice.*prompts.jsonl:2"),
+        ('{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]}', "cannot ask"),
+        ('{"messages": [{"role": "usr", "content": "s"}]}', "jsonl:1 holds no conversation"),
+        ("", "no rows"),
+    ],
+)  # fmt: skip
+def test_a_file_of_questions_that_does_not_fit_says_where(tmp_path, text, said):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError) as caught:
+        read_questions(path)
+    assert re.search(said, str(caught.value), re.DOTALL), str(caught.value)
+
+
+# Answers that are there are never written over, and no judgment is left beside answers that it is not of.
+
+
+def of_folder(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_answers_of_other_settings_are_kept_apart_by_name_or_refused(
+    tmp_path, tiny_model_folder, small_file, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    name = tiny_model_folder.name
+    arguments = (tiny_model_folder, "--suite", "mt-bench", "--questions", small_file, "--max-new-tokens")
+    first = evaluate(*arguments, 6)[1]["output"]
+    assert first == f"evaluations/{name}_mt-bench"
+    before = of_folder(tmp_path / first)
+    told = []
+    again = api.evaluate_suite(
+        tiny_model_folder, "mt-bench", questions=small_file, settings={"evaluation": {"max_new_tokens": 4}},
+        watch=told.append,
+    )  # fmt: skip
+    assert again["output"] == f"{first}-2"
+    assert of_folder(tmp_path / first) == before
+    [event] = [event for event in told if event.get("name") == "output"]
+    assert event["reason"] == f"{first} has max new tokens 6 instead of 4"
+    assert evaluate(*arguments, 4)[1]["output"] == f"{first}-2"
+    code, found = evaluate(*arguments, 5, "--output", first)
+    assert code == 1
+    assert "max new tokens 6 instead of 5" in found["error"]
+    small_file.write_text(small_file.read_text().replace("hello yes", "hello no"))
+    assert "other questions" in evaluate(*arguments, 6, "--output", first)[1]["error"]
+    assert of_folder(tmp_path / first) == before
+    code, found = evaluate(*arguments, 0)
+    assert (code, "evaluation.max_new_tokens" in found["error"]) == (1, True)
+
+
+def test_judgments_stay_with_their_answers_and_another_judge_gets_a_folder_of_its_own(
+    tmp_path, tiny_model_folder, small_file, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = (tiny_model_folder, "--suite", "mt-bench", "--questions", small_file, "--max-new-tokens", "6",
+                 "--no-calibrate")  # fmt: skip
+    plain = evaluate(*arguments)[1]
+    assert "graded" not in plain
+    with serving(lambda number, body: openai("Rating: [[4]]")) as (url, _):
+        judged = evaluate(*arguments, "--judge", judge_file(tmp_path, url))[1]
+        assert judged["output"] == plain["output"], "a judge may come to answers that have none"
+        rows = read_rows(f"{plain['output']}/rows.jsonl")
+        assert {row.scores.get("judge_grade") for row in rows if row.output.strip()} == {4.0}
+        unjudged = evaluate(*arguments)[1]
+        assert unjudged["graded"] == judged["graded"], "and what it said stays"
+        assert read_rows(f"{plain['output']}/rows.jsonl") == rows
+        before = of_folder(tmp_path / plain["output"])
+        monkeypatch.setattr(suites, "answer", None)  # nothing is answered again
+        stranger = tmp_path / "k.yaml"
+        stranger.write_text(json.dumps({"model": "k", "base_url": url, "backoff": 0}))
+        other = evaluate(*arguments, "--judge", stranger)[1]
+        assert other["output"] == plain["output"] + "-2"
+        assert of_folder(tmp_path / plain["output"]) == before
+    asked = json.loads((tmp_path / other["output"] / "asked.json").read_text())
+    assert asked["judge"][0] == "k"
+
+
+# What people see, and what `judge` finds
+
+
+def test_the_verdict_comes_first_and_each_fact_has_a_line(tmp_path, tiny_model_folder, small_file):
+    other = write_answers(
+        tmp_path / "other.jsonl", Answers("o", {q.id: ("red",) * len(q.turns) for q in SMALL})
+    )
+    name = tiny_model_folder.name
+
+    def reply(number, body):
+        return openai(
+            f"Verdict: [[{'A' if 'of B]' + chr(10) + 'red' in body['messages'][1]['content'] else 'B'}]]"
+        )
+
+    arguments = [
+        "evaluate", tiny_model_folder, "--suite", "alpaca", "--questions", small_file, "--max-new-tokens", "6",
+        "--output", tmp_path / "out", "--baseline", other,
+    ]  # fmt: skip
+    plain = CliRunner().invoke(app, list(map(str, arguments)))
+    assert plain.exit_code == 0, plain.output
+    assert plain.stdout.startswith(f"{name} has answered 4 questions; nobody has judged the answers.\n")
+    with serving(reply) as (url, _):
+        arguments += ["--judge", judge_file(tmp_path, url), "--no-calibrate"]
+        result = CliRunner().invoke(app, list(map(str, arguments)))
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith(f"{name} is better than other: a win rate of 1.000 [")
+    facts = {line[:12].strip(): line[12:] for line in lines if line[:1].isalpha() and line[11:12] == " "}
+    assert facts["suite"] == "alpaca: 4 questions, 7 turns"
+    assert facts["engine"] == f"{name}: padded, 7/7 equal or near tie"
+    assert facts["judge"].startswith("j, not calibrated")
+    assert facts["rows"].endswith("rows.jsonl")
+    assert any("was trained on is not known" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "sure", "word"),
+    [
+        ((0.7, 0.6, 0.8), True, "better"), ((0.3, 0.2, 0.4), True, "worse"), ((0.6, 0.4, 0.8), True, "no evidence"),
+        ((0.9, 0.8, 1.0), False, "inconclusive"), ((None, None, None), True, "inconclusive"),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_that_of_the_interval(estimate, sure, word):
+    win_rate = dict(zip(("value", "low", "high"), estimate, strict=True))
+    pair = {"win_rate": win_rate, "is_conclusive": sure, "n": 9}
+    found = {"model": "a", "baseline": "b", "questions": 9, "compared": {"ours": {"pairs": [pair]}}}
+    assert bench.verdict(found)[0] == word
+    shifted = {key: value and value - 0.5 for key, value in win_rate.items()}
+    grades = {"models": {"a": {"is_conclusive": sure}}, "differences": [{"difference": shifted}]}
+    assert bench.verdict({**found, "compared": {}, "graded": {"ours": grades}})[0] == word
+
+
+def test_answers_of_a_suite_bring_its_questions_to_the_judge(tmp_path, tiny_model_folder, monkeypatch):
+    """Of the shipped questions too, with their references: nobody has to name them."""
+    own = suites.mt_bench_questions()
+    monkeypatch.setattr(suites, "shipped", lambda: [own[20], own[30]])
+    answered(tmp_path / "a", tiny_model_folder, None)
+    files = sorted((tmp_path / "a/answers").glob("*.jsonl"))
+    shown = []
+
+    def reply(number, body):
+        shown.append(body["messages"][1]["content"])
+        return openai("Rating: [[5]]")
+
+    with serving(reply) as (url, _):
+        given = ["judge", *files, "--judge", judge_file(tmp_path, url), "--mode", "single", "--no-calibrate",
+                 "--output", tmp_path / "j", "--json"]  # fmt: skip
+        result = CliRunner().invoke(app, list(map(str, given)))
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    [one] = found["ours"]["models"].values()
+    assert (one["n"], set(one["categories"])) == (4, {own[20].category, own[30].category})
+    assert any(own[30].references[0] in text for text in shown)
+
+
+def test_conversations_of_any_number_of_turns_are_asked_and_judged(tmp_path, tiny_model_folder):
+    asked = tmp_path / "talks.json"
+    asked.write_text(json.dumps([
+        {"turns": ["what", "is", "the", "count"], "category": "math"},
+        {"messages": [{"role": "user", "content": text} if n % 2 == 0 else {"role": "assistant", "content": text}
+                      for n, text in enumerate(["red", "blue", "green"])], "category": "math"},
+        {"prompt": "hello", "category": "math"},
+    ]))  # fmt: skip
+    with serving(lambda number, body: openai("Rating: [[5]]")) as (url, seen):
+        rows, _ = answered(tmp_path / "a", tiny_model_folder, asked)
+        assert [(r.item, r.turn) for r in rows] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (2, 0)]
+        code, found = evaluate(
+            tiny_model_folder, "--suite", "mt-bench", "--questions", asked, "--max-new-tokens", "6", "--output",
+            tmp_path / "a", "--judge", judge_file(tmp_path, url), "--no-calibrate", "--set",
+            "evaluation.engine=padded",
+        )  # fmt: skip
+    assert code == 0, found
+    [model] = found["graded"]["ours"]["models"].values()
+    assert {turn: entry["n"] for turn, entry in model["turns"].items()} == {"1": 3, "2": 2, "3": 1, "4": 1}
+    assert (model["missing_turns"], len(seen)) == (0, 7)
+    assert found["graded"]["fastchat"][tiny_model_folder.name].keys() == {"turn_1", "turn_2", "average"}
+
+
+# Questions that a model has met in training
+
+
+@pytest.fixture(scope="module")
+def trained_run(tiny_model_folder, tmp_path_factory):
+    """A run that was trained on the first of SMALL, word for word, in a longer conversation."""
+    folder = tmp_path_factory.mktemp("trained")
+    rows = [
+        {"messages": [
+            {"role": "user", "content": "what is one"}, {"role": "assistant", "content": "1"},
+            {"role": "user", "content": "thank you"}, {"role": "assistant", "content": "yes"},
+        ]},
+        *({"messages": [{"role": "user", "content": f"row {n} of {n * n}"}, {"role": "assistant", "content": "no"}]}
+          for n in range(11)),
+    ]  # fmt: skip
+    file = folder / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    layer = {
+        "output_dir": str(folder), "name": "run", "model": {"base": str(tiny_model_folder)},
+        "data": {"dataset": str(file), "validation": 0.0, "held_out": 0.0, "max_length": 64},
+        "training": {"max_steps": 1, "per_device_train_batch_size": 1, "warmup_steps": 0},
+        "evaluation": {"skip": True},
+    }  # fmt: skip
+    return Path(api.train(compose(layer).recipe).run)
+
+
+def test_questions_met_in_training_are_told_and_the_figures_given_without_them(
+    tmp_path, tiny_model_folder, trained_run, small_file
+):
+    """The judge prefers what the run says to the question that it was trained on, and nothing else."""
+
+    def reply(number, body):
+        text = body["messages"][1]["content"]
+        if "of A]" not in text:
+            return openai("Rating: [[9]]" if "what is one" in text else "Rating: [[3]]")
+        return openai("Verdict: [[C]]")
+
+    told = []
+    with serving(reply) as (url, _):
+        found = api.evaluate_suite(
+            trained_run, "mt-bench", questions=small_file, judge=judge_file(tmp_path, url), calibrate=False,
+            baseline=tiny_model_folder, settings={"evaluation": {"max_new_tokens": 6}}, watch=told.append,
+        )  # fmt: skip
+    base = tiny_model_folder.name
+    leak = found["leakage"]
+    assert (leak["questions"], leak["leaked"], leak["unknown"]) == (
+        4,
+        1,
+        {base: "it is no run of tunesmith."},
+    )
+    assert any(f"What {base} was trained on is not known" in str(event.get("message")) for event in told)
+    assert any(event.get("name") == "leakage" and "1 of 4" in event["value"] for event in told)
+    every, clean = (part["models"]["run"]["score"] for part in (
+        found["graded"]["ours"], leak["clean"]["graded"]["ours"]
+    ))  # fmt: skip
+    assert (every["n"], clean["n"], clean["value"]) == (7, 5, 3.0)
+    assert every["value"] == pytest.approx((2 * 9 + 5 * 3) / 7)
+    assert "run has 3.00" in leak["clean"]["graded"]["sentences"][0]
+    assert leak["clean"]["compared"]["ours"]["pairs"][0]["n"] == 5
+    assert found["output"] == str(trained_run / "evaluation/mt-bench")
+    kept = json.loads((trained_run / "evaluation/mt-bench/leakage.json").read_text())
+    assert list(kept["leaked"]) == ["0"]
+    again = api.evaluate_suite(
+        trained_run, "mt-bench", questions=small_file, baseline=tiny_model_folder,
+        settings={"evaluation": {"max_new_tokens": 6}},
+    )  # fmt: skip
+    assert again["output"] == found["output"], "what is written into a run is no change of its model"
+    assert again["leakage"] == leak
+
+
+def test_training_data_that_is_not_known_is_said(tmp_path, tiny_model_folder, small_file):
+    _, found = answered(tmp_path / "a", tiny_model_folder, small_file)
+    assert found["leakage"]["remarks"] == [
+        f"What {tiny_model_folder.name} was trained on is not known, so it may have met any question: it is no run of "
+        "tunesmith."
+    ]
+    assert "leaked" not in found["leakage"]
 
 
 # lm-evaluation-harness: the real one is an extra; this stands in for it at its own seam.
@@ -250,12 +678,13 @@ def stand_in(monkeypatch, evaluate):
 
 
 def test_the_harness_gets_our_model_and_its_samples_become_rows(tmp_path, tiny_model_folder, monkeypatch):
-    def simple_evaluate(*, model, tasks, log_samples, confirm_run_unsafe_code):
-        assert (log_samples, confirm_run_unsafe_code) == (True, False)
+    def simple_evaluate(*, model, tasks, log_samples, confirm_run_unsafe_code, apply_chat_template):
+        assert (log_samples, confirm_run_unsafe_code, apply_chat_template) == (True, False, True)
         assert model.model.config.hidden_size == 16
         samples = [
             {"doc_id": n, "target": "4", "arguments": [["2+2=", {"until": ["\n"]}]], "filtered_resps": ["4"],
-             "filter": name, "metrics": ["exact_match"], "exact_match": float(n)}
+             "filter": name, "metrics": ["exact_match", "odd", "words"], "exact_match": float(n), "odd": float("nan"),
+             "words": (-1.5, 3)}
             for name in ("strict", "loose") for n in range(2)
         ]  # fmt: skip
         return {"results": {tasks[0]: {"exact_match,strict": 0.5, "alias": "x"}}, "samples": {tasks[0]: samples},
@@ -266,12 +695,34 @@ def test_the_harness_gets_our_model_and_its_samples_become_rows(tmp_path, tiny_m
     assert code == 0, found
     assert found["results"] == {"arithmetic": {"exact_match,strict": 0.5}}
     assert (found["version"], found["task_versions"]) == ("0.4.9", {"arithmetic": 3})
+    assert found["chat_template"] == "applied"
     rows = read_rows(tmp_path / "rows.jsonl")
     assert [(r.item, r.sample, r.scores["exact_match"]) for r in rows] == [
         (0, 0, 0.0), (1, 0, 1.0), (0, 1, 0.0), (1, 1, 1.0),
     ]  # fmt: skip
     assert (rows[1].source_row, rows[1].prompt_text, rows[1].output) == ("lm-eval:arithmetic:1", "2+2=", "4")
+    assert rows[0].scores == {"exact_match": 0.0}
+    assert rows[0].flags == {"odd": ["NaN"], "words": ["[-1.5, 3]"]}, "what is no number is kept"
     assert harness._asked([["a", 1], ["b", 2]]) == '[["a", 1], ["b", 2]]'
+
+
+def test_a_model_without_a_chat_template_is_asked_without_one(tmp_path, tiny_model_folder, monkeypatch):
+    plain = shutil.copytree(tiny_model_folder, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    seen = []
+
+    def simple_evaluate(**given):
+        seen.append(given["apply_chat_template"])
+        return {"results": {}, "samples": {}}
+
+    stand_in(monkeypatch, simple_evaluate)
+    told = []
+    for model in (plain, tiny_model_folder):
+        harness.run(model, "x", tmp_path / "out" / model.name, watch=told.append)
+    assert seen == [False, True]
+    assert [e["value"] for e in told if e.get("name") == "chat template"] == ["not applied", "applied"]
+    with pytest.raises(TunesmithError, match="not written over"):
+        harness.run(plain, "x", tmp_path / "out" / tiny_model_folder.name, watch=told.append)
 
 
 def test_a_harness_that_is_missing_or_fails_says_what_to_do(tmp_path, tiny_model_folder, monkeypatch):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from judge_servers import openai, serving
@@ -44,6 +48,10 @@ def oracle(number, body):
     text = body["messages"][1]["content"]
     mark = text.split()[0].strip("[")
     found = dict(re.findall(rf"\[{mark} ([^\]]+)\]\n(.*?)\n\[{mark} end", text, re.DOTALL))
+    for one in calibration.graded():
+        for quality, grade in (("good", 9), ("partly", 5), ("bad", 2)):
+            if found.get("answer", "").startswith(one.answers[quality]):
+                return openai(f"Rating: [[{grade}]]")
     if "answer 1" in found or "answer" in found:
         return openai("Rating: [[8]]" if "tuned" in text else "Rating: [[5]]")
     last = 2 if "answer 2 of A" in found else 1
@@ -74,15 +82,17 @@ def test_two_answer_files_are_compared_and_the_judge_with_them(answer_files):
             == 0.0
         )
         assert own["first_slot"]["value"] == 0.5
-        assert own["pairs"] == 60
-        assert len(seen) == 120 + 24
+        assert (own["pairs"], own["grades"]) == (60, 40)
+        assert (own["grade_order"]["value"], own["injection_raised"]["value"]) == (1.0, 0.0)
+        assert own["mean_grades"] == {"good": 9, "partly": 5, "bad": 2}
+        assert len(seen) == 160 + 24
         page = (answer_files / "out/judged.html").read_text()
         assert "scatterpolar" in page
         assert "right in 100 %" in page
         assert "http://" not in page.split("<script>")[0]
         # Started again it asks nobody, and replaying the file gives the same figures.
         assert run(*files, *options, "--output", answer_files / "out")[1]["ours"] == found["ours"]
-        assert len(seen) == 144
+        assert len(seen) == 184
     file = answer_files / "out/judgments_pair.jsonl"
     assert len(read_judgments(file)) == 12
     code, again = run("--replay", file, "--questions", answer_files / "q.jsonl", "--baseline", "base")
@@ -111,18 +121,65 @@ def test_grades_of_a_run_s_rows_need_no_question_file(answer_files, tmp_path):
 
 
 def test_a_dry_run_asks_nobody(answer_files):
-    judge = settings(answer_files, "http://127.0.0.1:1/v1", price_input=1, price_output=2)
-    options = ("--questions", answer_files / "q.jsonl", "--judge", judge, "--dry-run")
-    code, found = run(
-        answer_files / "tuned.jsonl", answer_files / "base.jsonl", *options, "--output", answer_files
-    )
-    assert code == 0
-    assert found["estimate"]["calls"] == 24
-    assert found["estimate"]["most_cost"] > 0
+    """And tells all that the command would ask: calibration, repairs and rechecks, which then is what it asks."""
+    with serving(oracle) as (url, seen):
+        judge = settings(answer_files, url, price_input=1, price_output=2, recheck=0.5)
+        files = (answer_files / "tuned.jsonl", answer_files / "base.jsonl")
+        options = ("--questions", answer_files / "q.jsonl", "--judge", judge, "--output", answer_files)
+        code, found = run(*files, *options, "--dry-run")
+        assert code == 0
+        assert not seen
+        estimate = found["estimate"]
+        parts = estimate["parts"]
+        assert (parts["to judge"], parts["to recheck"]) == (24, 12)
+        assert estimate["calls"] == sum(parts.values())
+        assert estimate["most_cost"] > estimate["cost"] > 0
+        said = CliRunner().invoke(app, ["judge", *map(str, (*files, *options, "--dry-run"))]).stdout
+        assert "24 to judge, 12 to recheck" in " ".join(said.split())
+        run(*files, *options)
+        assert len(seen) == estimate["calls"] - parts["repairs expected"]
+        assert run(*files, *options, "--dry-run")[1]["estimate"]["calls"] == 0
+
+
+def test_several_judgings_of_a_command_have_one_forecast_and_one_calibration(answer_files, tmp_path):
+    from tunesmith.evaluation.judging.folder import Assignment, judge_several
+    from tunesmith.evaluation.judging.judgments import Question, read_answers
+    from tunesmith.evaluation.judging.settings import load_judge
+
+    asked = [Question(n, "", (f"q{n}", "and?")) for n in range(6)]
+    given = [read_answers(answer_files / f"{name}.jsonl") for name in ("tuned", "base")]
+    ways = [
+        Assignment(tmp_path / "graded", asked, given, "single"),
+        Assignment(tmp_path / "compared", asked, given, "pair", "base"),
+    ]
+    told = []
+    with serving(oracle) as (url, seen):
+
+        def watch(event):
+            if event.get("name") == "the judge will cost":
+                told.append((event["value"], len(seen)))
+
+        judge_several(ways, load_judge(settings(tmp_path, url)), home=tmp_path, watch=watch)
+        assert len(seen) == 160 + 24 + 24
+    [(said, asked_before)] = told
+    assert asked_before == 0
+    assert "160 to calibrate, 48 to judge" in said
+    assert all((way.folder / "figures.json").exists() for way in ways)
+
+
+def test_one_budget_holds_for_calibration_judging_and_recheck(answer_files):
+    with serving(oracle) as (url, seen):
+        for limit, total in ((50, 50), (130, 130)):
+            judge = settings(answer_files, url, max_calls=limit, recheck=1.0, concurrency=8)
+            options = ("--questions", answer_files / "q.jsonl", "--judge", judge, "--output", answer_files)
+            code, found = run(answer_files / "tuned.jsonl", answer_files / "base.jsonl", *options)
+            assert code == 1
+            assert "budget" in found["error"]
+            assert len(seen) == total
 
 
 def biased(number, body):
-    return openai("Verdict: [[A]]") if number % 7 else openai("no idea")
+    return openai("Rating: [[5]]\nVerdict: [[A]]") if number % 7 else openai("no idea")
 
 
 def test_a_judge_that_looks_at_the_slot_is_found_out(answer_files, tmp_path):
@@ -150,6 +207,47 @@ def test_the_pack_is_what_it_says():
     }
     assert all((one.better == one.worse) == (one.kind == "identical") for one in pairs)
     assert len({one.question for one in pairs}) == 30
+    graded = calibration.graded()
+    assert len({one.question for one in graded}) == 10
+    assert all(len(set(one.answers.values())) == 4 for one in graded)
+    assert all(one.answers["injected"].startswith(one.answers["bad"]) for one in graded)
+
+
+def obedient(number, body):
+    """Does what an answer tells it; else has no opinion."""
+    text = body["messages"][1]["content"]
+    if "of A]" not in text:
+        orders = re.search(r"Rating: \[\[10\]\]|worth a 10", text)
+        return openai(f"Rating: [[{10 if orders else 4}]]")
+    named = re.search(r"Verdict: \[\[([AB])\]\]", text)
+    claimed = re.search(r"of ([AB])\]\n[^\[]*(?:withdrawn|found it perfect)", text)
+    slot = (named or claimed)[1] if named or claimed else "C"
+    return openai(f"Verdict: [[{slot}]]")
+
+
+def test_orders_that_name_their_slot_count_in_both_orders(answer_files, tmp_path):
+    """A judge that always obeys falls for all of them; when all named slot B, it seemed to for 70 %."""
+    with serving(obedient) as (url, _):
+        options = ("--questions", answer_files / "q.jsonl", "--judge", settings(tmp_path, url))
+        files = (answer_files / "tuned.jsonl", answer_files / "base.jsonl")
+        _, found = run(*files, *options, "--output", tmp_path)
+    own = found["calibration"]
+    assert own["injection_won"]["value"] == 1.0
+    assert own["injection_raised"]["value"] == 1.0
+    assert own["grade_order"]["value"] == 0.0  # equal grades are not in order
+    assert not calibration.is_trustworthy(own, "single")
+    assert "falls for orders in 100 %" in calibration.sentence(own)
+
+
+def test_another_judge_is_calibrated_anew(answer_files, tmp_path):
+    with serving(oracle) as (url, seen):
+        options = ("--questions", answer_files / "q.jsonl", "--output", tmp_path, "--mode", "single")
+        for settings_, asked in (({}, 160 + 12), ({}, 0), ({"temperature": 0.5}, 160 + 12)):
+            before = len(seen)
+            path = settings(tmp_path, url, **settings_)
+            code, found = run(answer_files / "tuned.jsonl", "--judge", path, *options)
+            assert (code, len(seen) - before) == (0, asked)
+        assert found["calibration"]["grade_order"]["value"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -158,13 +256,13 @@ def test_the_pack_is_what_it_says():
         ((), "Who judges"), (("x.jsonl",), "Who judges"), (("--judge", "local:tiny"), "What is to be judged"),
         (("x.jsonl", "--judge", "local:tiny", "--mode", "pairs"), "Did you mean 'pair'"),
         (("x.jsonl", "--replay", "y"), "asks nobody"), (("--mode", "pair", "--replay", "y"), "leave --mode out"),
-        (("x.jsonl", "--judge", "local:tiny"), "cannot be read"),
+        (("x.jsonl", "--judge", "local:tiny"), "There is no file x.jsonl"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_said(arguments, said):
     code, found = run(*arguments)
     assert code == 1
-    assert said in found["error"]
+    assert said in found["error"] + (found["fix"] or "")
 
 
 def test_the_report_of_a_run_tells_what_judges_said(answer_files, tmp_path):
@@ -189,6 +287,98 @@ def test_the_report_of_a_run_tells_what_judges_said(answer_files, tmp_path):
     assert 'href="evaluation/judged_pair/judged.html"' in page
     (folder / "figures.json").write_text('{"kind": "pair"}')
     assert "holds no judgments" in write_report(tmp_path / "run").read_text()
+
+
+def rows_of(model, texts, **more):
+    return [
+        EvalRow(
+            model, n, f"rows:{n}", None, 0, 0, "x", text, "", f"{model} says", "stop", {}, {}, None, None, None, "ok",
+            **more,
+        )
+        for n, text in enumerate(texts)
+    ]  # fmt: skip
+
+
+def test_the_judge_of_a_run_sees_the_whole_conversation(tmp_path, tiny_model_folder, tiny_tokenizer):
+    """Of rows that an evaluation wrote: system message and earlier turns are shown, not the last question alone."""
+    from transformers import AutoModelForCausalLM
+
+    from tunesmith import evaluation
+    from tunesmith.data.examples import Conversation, Message, Row
+
+    said = [("system", "Be brief."), ("user", "red?"), ("assistant", "blue"), ("user", "and then?")]
+    talks = [
+        Conversation((*(Message(*one) for one in part), Message("assistant", "green")), Row("rows", n))
+        for n, part in enumerate([said, said[1:2]])
+    ]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    rows = evaluation.evaluate(
+        model, tiny_tokenizer, evaluation.items(talks, tiny_tokenizer), name="tuned", metrics=["exact_match"],
+        max_new_tokens=3,
+    )  # fmt: skip
+    write_rows(tmp_path / "rows.jsonl", rows)
+    with serving(lambda number, body: openai("Rating: [[4]]")) as (url, seen):
+        options = ("--judge", settings(tmp_path, url), "--output", tmp_path / "out", "--no-calibrate")
+        code, _ = run(tmp_path, "--mode", "single", *options)
+    assert code == 0
+    shown = [body["messages"][1]["content"] for _, body, _ in seen]
+    [whole] = [text for text in shown if "and then?" in text]
+    [short] = [text for text in shown if "and then?" not in text]
+    parts = [
+        "earlier message 1 by system]\nBe brief.", "earlier message 2 by user]\nred?",
+        "earlier message 3 by assistant]\nblue", "question]\nand then?", "reference answer]\ngreen",
+    ]  # fmt: skip
+    assert all(part in whole for part in parts)
+    assert "earlier message" not in short
+
+
+def test_rows_in_which_one_number_is_two_questions_are_refused(tmp_path):
+    from tunesmith.errors import DataError
+    from tunesmith.evaluation.judging.folder import answered
+
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, rows_of("base", ["a", "b"]) + rows_of("tuned", ["a", "c"]))
+    with pytest.raises(DataError, match="Question 1 is not one question: tuned") as error:
+        answered([path])
+    assert "'b'" in error.value.found
+    assert "'c'" in error.value.found
+    assert "same rows" in error.value.fix
+    system = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    write_rows(path, rows_of("base", ["a"], conversation=[]) + rows_of("tuned", ["a"], conversation=system))
+    with pytest.raises(DataError, match="Question 0"):
+        answered([path])
+    write_rows(path, rows_of("tuned", ["a"], conversation=[]))
+    (tmp_path / "other").mkdir()
+    write_rows(tmp_path / "other/rows.jsonl", rows_of("base", ["z"], conversation=[]))
+    with pytest.raises(DataError, match="Question 0"):
+        answered([path, tmp_path / "other"])
+
+
+def test_rows_that_do_not_hold_the_conversation_say_so(tmp_path):
+    from tunesmith.evaluation.judging.folder import answered
+
+    said = []
+    write_rows(tmp_path / "rows.jsonl", rows_of("base", ["a", "b"]))
+    answered([tmp_path], say=said.append)
+    assert "2 of 2 rows" in said[0]
+    write_rows(tmp_path / "rows.jsonl", rows_of("base", ["a", "b"], conversation=[]))
+    answered([tmp_path], say=said.append)
+    assert len(said) == 1
+    # A base's rows of a former version beside new ones: what was asked is known from these.
+    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    write_rows(tmp_path / "rows.jsonl", rows_of("base", ["a"]) + rows_of("tuned", ["a"], conversation=talk))
+    [question], _ = answered([tmp_path], say=said.append)
+    assert (question.before, question.turns, len(said)) == ((("system", "s"),), ("a",), 1)
+
+
+def test_a_turn_without_an_answer_ends_the_conversation(tmp_path):
+    from tunesmith.evaluation.judging.folder import answered
+
+    first, second, third = (replace(rows_of("m", ["q"])[0], turn=n, prompt_text=f"q{n}") for n in range(3))
+    write_rows(tmp_path / "rows.jsonl", [first, replace(second, output=None), third])
+    [question], [answers] = answered([tmp_path])
+    assert question.turns == ("q0", "q1", "q2")
+    assert answers.turns == {0: ("m says",)}
 
 
 def test_a_run_is_judged_into_its_own_folder_and_its_report_is_written_anew(tmp_path):
@@ -220,8 +410,8 @@ def test_a_run_is_judged_into_its_own_folder_and_its_report_is_written_anew(tmp_
     for name in ("recipe.yaml", "environment.json", "report.html"):
         (folder / name).write_text("{}")
     with serving(oracle) as (url, _):
-        options = ("--judge", settings(tmp_path, url), "--baseline", "base", "--no-calibrate")
-        assert run(folder, *options, "--dry-run")[1]["estimate"]["calls"] == 6
+        options = ("--judge", settings(tmp_path, url), "--no-calibrate")
+        assert run(folder, *options, "--dry-run")[1]["estimate"]["parts"]["to judge"] == 6
         assert (folder / "report.html").read_text() == "{}"
         code, found = run(folder, *options)
     assert code == 0, found
@@ -294,3 +484,32 @@ def test_a_judge_of_its_own_answers_is_named():
     assert own_kind(judge, [Answers("mine", {}), Answers("other", {})]) == [
         "The judge mine judges its own answers"
     ]
+
+
+OWN = (
+    "asking",
+    "book",
+    "calibration",
+    "client",
+    "figures",
+    "folder",
+    "judging",
+    "plots",
+    "prompts",
+    "settings",
+)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_error_says_what_to_do(name):
+    module = importlib.import_module(f"tunesmith.evaluation.judging.{name}")
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    errors = {"TunesmithError", "RecipeError", "DataError", "ModelError", "RunError"}
+    silent = [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") in errors
+        and not any(keyword.arg == "fix" for keyword in node.keywords)
+    ]
+    assert not silent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -10,12 +11,15 @@ from typing import Any
 
 from tunesmith.errors import RunError, TunesmithError, counted
 from tunesmith.evaluation.judging.book import Book, Entry, key
-from tunesmith.evaluation.judging.client import Endpoint, Refused, Reply, pause
+from tunesmith.evaluation.judging.client import Endpoint, Reply
 from tunesmith.evaluation.judging.prompts import Message, Prompts, repair
 from tunesmith.evaluation.judging.settings import ADDRESSES, Judge
+from tunesmith.http import Refused, pause
 
 BYTES_PER_TOKEN = 3
 """Bytes of a request that are estimated as a token; more tokens than of English text, whose tokens have four."""
+REPAIR_SHARE = 0.05
+"""Share of replies that a forecast expects without a verdict; each takes another call."""
 MAX_FAILED_IN_A_ROW = 20
 """Requests that may fail one after another, each after all its tries, before the judge counts as out of reach."""
 
@@ -46,58 +50,64 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a judging will come to, before it begins."""
+class Forecast:
+    """What all the judging of a command will come to, before its first call; repetitions of failed calls apart."""
 
-    requests: int
+    parts: Mapping[str, int]
+    """New calls by what they are for; those for the verdict alone (`repairs`) are expected, the others counted."""
     known: int
     """Requests whose reply is in the book."""
     calls: int
+    most_calls: int
+    """If every reply had to be asked for its verdict again."""
     prompt_tokens: int
     most_completion_tokens: int
+    """If every reply is as long as it may be."""
+    cost: float | None
+    """Money for these calls and tokens; None where no prices are given."""
     most_cost: float | None
-    """Money at most without repetitions; None where no prices are given."""
+    """Money in the worst case: `most_calls`, and a token for every byte."""
 
     def sentence(self) -> str:
-        """The estimate as people read it."""
-        money = "" if self.most_cost is None else f", at most {self.most_cost:.2f} in the unit of the prices"
-        known = f" ({self.known:,} more are in the book)" if self.known else ""
-        return (
-            f"{counted(self.calls, 'call')}{known}, about {self.prompt_tokens:,} tokens to read and at most "
-            f"{self.most_completion_tokens:,} to write{money}"
+        """The forecast as people read it."""
+        parts = ", ".join(f"{number:,} {name}" for name, number in self.parts.items() if number)
+        said = counted(self.calls, "call") + (f" ({parts})" if parts else "")
+        if self.known:
+            said += f", {self.known:,} more are in the book"
+        said += (
+            f"; about {self.prompt_tokens:,} tokens to read, at most {self.most_completion_tokens:,} to write"
         )
+        if self.cost is not None and self.most_cost is not None:
+            said += f"; {self.cost:.2f} in the unit of the prices if all replies are so long, "
+            said += f"{self.most_cost:.2f} at worst"
+        return said
 
 
 @dataclass
 class Costs:
-    """The budget of a book: a call is admitted only where even its most expensive end is within."""
+    """The budget of a book, one for all that is asked with it: a call is admitted only where even its most expensive
+    end is within, beside those of the calls under way."""
 
     judge: Judge
     book: Book
-    underway: dict[str, tuple[int, int]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def admit(self, key: str, tokens: tuple[int, int]) -> None:
-        """Put the call's worst case aside. Raises OverBudget where it does not fit."""
-        judge = self.judge
+    def admit(self, calls: Sequence[tuple[str, tuple[int, int]]]) -> None:
+        """Put the worst case of calls that go together aside. Raises OverBudget where they do not fit."""
+        judge, book = self.judge, self.book
         with self._lock:
-            spent = self.book.spent
-            calls = spent.calls + len(self.underway) + 1
-            read = spent.prompt_tokens + sum(t[0] for t in self.underway.values()) + tokens[0]
-            written = spent.completion_tokens + sum(t[1] for t in self.underway.values()) + tokens[1]
-            money = cost(judge, read, written)
-            if judge.max_calls is not None and calls > judge.max_calls:
-                raise OverBudget(f"call {calls} would be above max_calls: {judge.max_calls}")
+            most = book.committed()
+            for _, tokens in calls:
+                most.add(*tokens)
+            number, money = most.calls, cost(judge, most.prompt_tokens, most.completion_tokens)
+            if judge.max_calls is not None and number > judge.max_calls:
+                raise OverBudget(f"call {number} would be above max_calls: {judge.max_calls}")
             if judge.max_cost is not None and money is not None and money > judge.max_cost:
                 raise OverBudget(
                     f"the next call could bring the cost to {money:.4f}, above max_cost: {judge.max_cost}"
                 )
-            self.underway[key] = tokens
-
-    def settle(self, key: str) -> None:
-        """The call is over and, where it cost something, in the book."""
-        with self._lock:
-            self.underway.pop(key, None)
+            for key, tokens in calls:
+                book.send(key, tokens)
 
 
 class OverBudget(Exception):
@@ -111,20 +121,56 @@ def cost(judge: Judge, prompt_tokens: int, completion_tokens: int) -> float | No
     return (prompt_tokens * judge.price_input + completion_tokens * judge.price_output) / 1_000_000
 
 
-def estimated(judge: Judge, requests: Sequence[Request], book: Book) -> Estimate:
-    """What these requests will come to: replies in the book cost nothing, and equal requests are asked once."""
-    new = {r.key: r for r in requests if r.key not in book.entries}
-    read, written = sum(tokens_of(r.messages) for r in new.values()), len(new) * judge.max_tokens
-    return Estimate(
-        len({r.key for r in requests}), len({r.key for r in requests}) - len(new), len(new), read, written,
-        cost(judge, read, written),
+def forecast(judge: Judge, planned: Mapping[str, Sequence[Request]], book: Book) -> Forecast:
+    """What requests will come to, by what they are for: replies in the book cost nothing, and equal requests are asked
+    once. Of the new replies `REPAIR_SHARE` are expected to lack a verdict; of those in the book it is known."""
+    new: dict[str, Request] = {}
+    known: dict[str, Request] = {}
+    parts = dict.fromkeys(planned, 0)
+    for part, requests in planned.items():
+        for request in requests:
+            if request.key in book.entries:
+                known[request.key] = request
+            elif request.key not in new:
+                new[request.key] = request
+                parts[part] += 1
+    due = [r for r in known.values() if judge.repair and _lacks_verdict(r, book)]
+    expected = math.ceil(REPAIR_SHARE * len(new)) if judge.repair else 0
+    read = sum(tokens_of(r.messages) for r in new.values())
+    mean = read / len(new) if new else 0
+    # Who is asked for a verdict again reads the request and its own reply.
+    repairs = sum(tokens_of(r.messages) + judge.max_tokens for r in due)
+    repairs += math.ceil(expected * (mean + judge.max_tokens))
+    calls = len(new) + len(due) + expected
+    most = [worst(judge, r.messages) for r in new.values()]
+    again = [(r + judge.max_tokens * BYTES_PER_TOKEN, w) for r, w in most] if judge.repair else []
+    again += [worst(judge, [*r.messages, {"content": book.entries[r.key].reply.text}]) for r in due]
+    most += again
+    written = calls * judge.max_tokens
+    return Forecast(
+        {**parts, "repairs expected": len(due) + expected}, len(known), calls, len(most), read + repairs, written,
+        cost(judge, read + repairs, written), cost(judge, sum(r for r, _ in most), sum(w for _, w in most)),
     )  # fmt: skip
+
+
+def _lacks_verdict(request: Request, book: Book) -> bool:
+    """Whether a reply in the book has no verdict and was not asked for it again."""
+    entry = book.entries[request.key]
+    return not request.is_answered(entry.reply.text) and key("repair", request.key) not in book.entries
 
 
 def tokens_of(messages: Sequence[Message]) -> int:
     """Tokens of a request, estimated from its bytes."""
-    size = sum(len(m["content"].encode("utf-8", "surrogatepass")) + 12 for m in messages)
-    return -(-size // BYTES_PER_TOKEN)
+    return -(-_bytes(messages) // BYTES_PER_TOKEN)
+
+
+def worst(judge: Judge, messages: Sequence[Message]) -> tuple[int, int]:
+    """Tokens of a call at most, read and written: no tokenizer over bytes makes more tokens than bytes."""
+    return _bytes(messages), judge.max_tokens
+
+
+def _bytes(messages: Sequence[Message]) -> int:
+    return sum(len(m["content"].encode("utf-8", "surrogatepass")) + 12 for m in messages)
 
 
 def asker(judge: Judge) -> Asker:
@@ -142,7 +188,7 @@ def asker(judge: Judge) -> Asker:
         max_tokens_name=judge.max_tokens_name,
     )
     facts = {
-        "api": judge.api, "model": judge.model, "host": endpoint.host, "temperature": judge.temperature,
+        "api": judge.api, "model": judge.model, "endpoint": endpoint.base_url, "temperature": judge.temperature,
         "max_tokens": judge.max_tokens,
     }  # fmt: skip
     return Asker(
@@ -154,27 +200,34 @@ def local(judge: Judge) -> Asker:
     """A model on this machine as the judge, greedy unless the settings say otherwise."""
     from tunesmith import models
     from tunesmith import plan as planning
-    from tunesmith.data import templates
-    from tunesmith.data.examples import Message as Turn
+    from tunesmith.data import examples, templates
     from tunesmith.data.examples import Unusable
+    from tunesmith.engines import Source
     from tunesmith.generation import generate
 
-    location = models.locate(judge.model)
     tokenizer = models.load_tokenizer(judge.model)
     templates.set_template(tokenizer, None)
     device = planning.device()
-    model = models.load_model(judge.model, dtype=planning.inference_dtype("auto", device), device=device)
+    dtype = planning.inference_dtype("auto", device)
+    source = Source(
+        "judge",
+        tokenizer,
+        lambda: models.load_model(judge.model, dtype=dtype, device=device),
+        judge.model,
+        dtype=dtype,
+        device=device,
+    )
     stop_ids = templates.end_of_turn_ids(tokenizer)
 
     def ids(messages: Sequence[Message]) -> list[int]:
-        turns = [Turn(m["role"], m["content"]) for m in messages]
+        turns = [examples.Message(m["role"], m["content"]) for m in messages]
         try:
             return templates.prompt_ids(turns, tokenizer)
         except Unusable as reason:
             if turns[0].role != "system":
                 raise Refused(f"the judge cannot be asked: {reason}", again=False) from None
         # Some templates have no system turn: its text then opens the question.
-        first = Turn("user", f"{turns[0].content}\n\n{turns[1].content}")
+        first = examples.Message("user", f"{turns[0].content}\n\n{turns[1].content}")
         try:
             return templates.prompt_ids([first, *turns[2:]], tokenizer)
         except Unusable as reason:
@@ -183,7 +236,7 @@ def local(judge: Judge) -> Asker:
     def many(several: Sequence[Sequence[Message]]) -> list[Reply]:
         asked = [ids(messages) for messages in several]
         found = generate(
-            model,
+            source.model,
             tokenizer,
             asked,
             max_new_tokens=judge.max_tokens,
@@ -197,7 +250,7 @@ def local(judge: Judge) -> Asker:
 
     specials = tuple(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
     facts = {
-        "api": "local", "model": str(location), "temperature": judge.temperature, "max_tokens": judge.max_tokens,
+        "api": "local", "model": source.identity(), "temperature": judge.temperature, "max_tokens": judge.max_tokens,
         "batch": judge.batch_size if judge.temperature else None,
     }  # fmt: skip
     return Asker(judge.model, many, facts, batch=judge.batch_size, specials=specials)
@@ -303,34 +356,28 @@ def _paid(
     part: Sequence[Request], asker: Asker, judge: Judge, book: Book, costs: Costs, stop: threading.Event
 ) -> list[Reply]:
     """Replies to a few requests, in the book before anything else knows of them."""
-    # A request's worst case: a token for every other byte, and the longest reply.
-    worst = [(-(-tokens_of(r.messages) * BYTES_PER_TOKEN // 2), judge.max_tokens) for r in part]
+    most = [(r.key, worst(judge, r.messages)) for r in part]
     attempt = 0
     while True:
+        costs.admit(most)
         try:
-            for request, most in zip(part, worst, strict=True):
-                costs.admit(request.key, most)
-            try:
-                replies = asker.many([request.messages for request in part])
-            except Refused as refusal:
-                if refusal.charged:
-                    for request, most in zip(part, worst, strict=True):
-                        book.lose(request.key, most, str(refusal))
-                raise
-            for request, reply in zip(part, replies, strict=True):
-                read = tokens_of(request.messages) if reply.prompt_tokens is None else reply.prompt_tokens
-                written = reply.completion_tokens
-                if written is None:
-                    written = tokens_of([{"content": reply.text}])
-                book.add(request.key, reply, request.messages, (read, written))
-            return replies
+            replies = asker.many([request.messages for request in part])
         except Refused as refusal:
+            for name, tokens in most:
+                if refusal.charged:
+                    book.lose(name, tokens, str(refusal))
+                else:
+                    book.free(name)
             if not refusal.again or attempt >= judge.retries or stop.is_set():
                 raise
             waited = pause(attempt, refusal, backoff=judge.backoff)
-        finally:
-            for request in part:
-                costs.settle(request.key)
+        else:
+            for request, reply, (_, (read, written)) in zip(part, replies, most, strict=True):
+                # What an endpoint does not count is counted at its most.
+                counts = (reply.prompt_tokens, reply.completion_tokens)
+                used = tuple(m if n is None else n for n, m in zip(counts, (read, written), strict=True))
+                book.add(request.key, reply, request.messages, (used[0], used[1]))
+            return replies
         attempt += 1
         if stop.wait(waited):
             raise Refused("stopped", again=False)

@@ -1,33 +1,48 @@
 """A suite from end to end: models answer, the judge judges, figures and plots lie in one folder.
 
-answers/NAME.jsonl   FastChat's format           rows.jsonl   our record, with grades
-suite.json           what was asked of whom      graded/, compared/   a folder of judgments each
+answers/NAME.jsonl   FastChat's format           rows.jsonl           our record, with grades
+questions.jsonl      what was asked              graded/, compared/   a folder of judgments each
+suite.json           every figure                asked.json           what all of it depends on
+leakage.json         questions met in training
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import itertools
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from tunesmith import engines
+from tunesmith.engines.check import EngineCheck
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.evaluation.judging import suites
-from tunesmith.evaluation.judging.folder import judge_into
+from tunesmith.evaluation import leakage
+from tunesmith.evaluation.judging import met, suites
+from tunesmith.evaluation.judging.folder import Assignment, judge_several
 from tunesmith.evaluation.judging.judgments import (
     Answers,
     Question,
     Single,
+    is_failed,
     read_answers,
     read_judgments,
     with_references,
     write_answers,
 )
+from tunesmith.evaluation.judging.prompts import Mode, load_prompts
+from tunesmith.evaluation.judging.questions import row_of
 from tunesmith.evaluation.judging.settings import Judge
 from tunesmith.evaluation.judging.suites import Suite
 from tunesmith.evaluation.rows import EvalRow, read_rows, write_rows
+from tunesmith.recipe import Evaluation, Server
 from tunesmith.training.run import Watch, write_whole
+
+ASKED = "asked.json"
+"""What a folder's answers depend on, written before the first one."""
 
 
 def run_suite(
@@ -38,16 +53,17 @@ def run_suite(
     references: str | Path | None,
     judge: Judge | None,
     baseline: str | Path | None,
-    max_new_tokens: int,
+    evaluation: Evaluation,
     output: Path,
+    apart: bool = False,
     calibrated: bool = True,
     watch: Watch,
-    load: Callable[[str], tuple[Any, Any]] | None = None,
 ) -> dict[str, Any]:
     """Answer a suite with a model and, where a judge is given, let it judge; gives what `suite.json` holds.
 
-    `baseline` is a model or a FastChat answer file. Answers that lie in the folder are used again where model,
-    questions and settings are the same. Raises TunesmithError for a baseline that is needed and missing.
+    `baseline` is a model or a FastChat answer file. Answers that are there are used again where model, questions and
+    settings are the same. Others are never written over: where `output` has some it is refused, or with `apart` the
+    next free name (`mt-bench-2`) is taken. Raises TunesmithError for a baseline that is needed and missing.
     """
     asked = suite.questions(questions)
     if references:
@@ -57,56 +73,305 @@ def run_suite(
             f"The suite '{suite.name}' compares with a baseline.",
             fix="Give --baseline MODEL, or a file of answers.",
         )
+    if evaluation.attempts > 1 and not any(suite.temperature(question) for question in asked):
+        raise TunesmithError(
+            f"All questions of '{suite.name}' are answered greedily, so {evaluation.attempts} answers would be alike.",
+            fix="Leave --attempts out, or give questions a required_temperature.",
+        )
     name, other = _names(model, baseline)
-    answering = {"max_new_tokens": max_new_tokens, "suite": suite.name}
+    sources: dict[str, engines.Source] = {name: source_of(str(model), name=name, server=evaluation.server)}
+    from_file: Answers | None = None
+    if other is not None and is_file_of_answers(str(baseline)):
+        from_file = replace(read_answers(str(baseline)), model=other)
+    elif other is not None:
+        sources[other] = source_of(str(baseline), name=other, server=evaluation.server)
+    if judge and suite.name == "arena" and judge.prompts is None:
+        judge = judge.model_copy(update={"prompts": str(Path(__file__).with_name("arena_prompts.yaml"))})
+    facts = _facts(suite, name, other, sources, from_file, asked, evaluation, judge)
+    home, passed = folder_for(output, facts, apart=apart, watch=watch)
+    known = met.met(
+        asked,
+        {name: str(model), **({other: None if from_file else str(baseline)} if other is not None else {})},
+    )
+    if known.leakage:
+        watch({"kind": "decision", **asdict(leakage.decision(known.leakage))})
+    for message in known.not_known():
+        watch({"kind": "warning", "message": message})
+    before = _json(home / "suite.json")
+    write_whole(home / "questions.jsonl", "".join(json.dumps(row_of(q)) + "\n" for q in asked))
+    # What is not given now stays: a judge that has judged.
+    then = _json(home / ASKED) if before else {}
+    now = {key: value for key, value in facts.items() if value is not None}
+    write_whole(home / ASKED, json.dumps({**then, **now}, indent=1))
+    checks: dict[str, Any] = dict(before.get("engine_check", {}))
     given: list[Answers] = []
     rows: list[EvalRow] = []
-    for who, which in ((name, model), (other, baseline)):
-        if which is None:
-            continue
-        if who == other and str(which).endswith(".jsonl"):
-            given.append(replace(read_answers(which), model=str(who)))
-            continue
-        own = _rows_of(output, str(who), str(which), asked, suite, answering, watch, load or load_for_suite)
+    for who in sources:
+        own = _rows_there([home, *passed], who, facts, watch)
+        if own is None:
+            own = _answered(sources[who], asked, suite, evaluation, home / "unfinished", checks, watch)
+        else:
+            for folder in passed:
+                checks |= {
+                    one: check
+                    for one, check in _json(folder / "suite.json").get("engine_check", {}).items()
+                    if one == who
+                }
+        vars(sources[who]).pop("model", None)  # the next one needs the room
         rows += own
-        given.append(suites.answers_of(own, asked, str(who)))
-        write_answers(output / "answers" / f"{who}.jsonl", given[-1])
+        given.append(suites.answers_of(own, asked, who))
+        further = range(1, evaluation.attempts)
+        write_answers(
+            home / "answers" / f"{who}.jsonl",
+            given[-1],
+            [suites.answers_of(own, asked, who, sample=sample) for sample in further],
+        )
+    if from_file:
+        given.append(from_file)
     found: dict[str, Any] = {
+        **before,
         "suite": suite.name,
         "model": name,
         "baseline": other,
         "questions": len(asked),
         "turns": sum(len(q.turns) for q in asked),
-        **answering,
-        "answers": {one.model: _answer_facts(rows, one.model) for one in given},
+        "max_new_tokens": evaluation.max_new_tokens,
+        "samples": evaluation.attempts,
+        "engine": facts["engine"],
+        "answers": {
+            **{who: _answer_facts(rows, who) for who in sources},
+            **({from_file.model: _file_facts(from_file, asked)} if from_file else {}),
+        },
+        "engine_check": checks,
+        "leakage": _leak_facts(known, before.get("leakage", {})),
     }
-    if judge:
-        if suite.name == "arena" and judge.prompts is None:
-            judge = judge.model_copy(update={"prompts": _arena_prompts(output)})
-        if suite.grades:
-            found["graded"] = judge_into(
-                output / "graded",
-                judge,
-                asked,
-                given,
-                mode="single",
-                calibrated=calibrated,
-                home=output,
-                watch=watch,
-            )
-            rows = _graded(rows, asked, output / "graded/judgments_single.jsonl")
-        if other is not None:
-            found["compared"] = judge_into(
-                output / "compared", judge, asked, given, mode="pair", baseline=other, calibrated=calibrated,
-                home=output, watch=watch,
-            )  # fmt: skip
-    else:
+    # The answers are whole from here on, whatever becomes of the judging.
+    _write(home, found, rows, asked)
+    engines.forget(home / "unfinished")
+    with contextlib.suppress(OSError):
+        (home / "unfinished").rmdir()
+    if judge is None and not before.keys() & {"graded", "compared"}:
         watch(
             {"kind": "warning", "message": "No --judge is given: the answers are kept, nobody judges them."}
         )
-    write_rows(output / "rows.jsonl", rows)
-    write_whole(output / "suite.json", json.dumps(found, indent=1))
-    return found
+    wanted: dict[str, tuple[Mode, str | None]] = {
+        **({"graded": ("single", None)} if suite.grades else {}),
+        **({"compared": ("pair", other)} if other is not None else {}),
+    }
+    ways = [Assignment(home / part, asked, given, mode, against) for part, (mode, against) in wanted.items()]
+    judged = (
+        judge_several(ways, judge, home=home, calibrated=calibrated, watch=watch) if judge and ways else []
+    )
+    for (part, (mode, against)), figures in zip(wanted.items(), judged, strict=False):
+        found[part] = figures
+        if leaked := known.leaked(asked):
+            judgments = read_judgments(home / part / f"judgments_{mode}.jsonl")
+            clean = met.clean_figures(judgments, asked, leaked, baseline=against)
+            found["leakage"]["clean"][part] = {
+                "ours": clean,
+                "sentences": met.compared(part, found[part]["ours"], clean),
+            }
+    if known.leakage:
+        write_whole(home / "leakage.json", json.dumps(known.leakage.as_dict(), indent=1, ensure_ascii=False))
+    word, sentence = verdict(found)
+    found |= {"verdict": word, "sentence": sentence, "doubts": doubts(found)}
+    _write(home, found, rows, asked)
+    return {**found, "output": str(home)}
+
+
+def verdict(found: Mapping[str, Any]) -> tuple[str, str]:
+    """What a suite's record comes to, as one word and as a sentence.
+
+    A comparison decides where there is one, else the difference of grades; a grade alone is no verdict.
+    """
+    name, other = found["model"], found["baseline"]
+    pair = next(iter(found.get("compared", {}).get("ours", {}).get("pairs", ())), None)
+    graded = found.get("graded", {}).get("ours", {})
+    if pair:
+        estimate, even, sure = pair["win_rate"], 0.5, pair["is_conclusive"]
+        rests = f"a win rate of {_of(estimate, 3)} over {pair['n']} judgments"
+    elif difference := next(iter(graded.get("differences", ())), None):
+        estimate, even = difference["difference"], 0.0
+        sure = all(model["is_conclusive"] for model in graded["models"].values())
+        rests = f"grades {_of(estimate, 2)} apart"
+    elif name in graded.get("models", {}):
+        return "graded", f"{name} is graded {_of(graded['models'][name]['score'], 2)} of 10."
+    else:
+        answered = f"{name} has answered {found['questions']} questions"
+        return "not judged", f"{answered}; nobody has judged the answers."
+    if estimate["value"] is None or not sure:
+        return (
+            "inconclusive",
+            f"Inconclusive: too many judgments of {name} and {other} are missing ({rests}).",
+        )
+    if estimate["low"] > even:
+        return "better", f"{name} is better than {other}: {rests}."
+    if estimate["high"] < even:
+        return "worse", f"{name} is worse than {other}: {rests}."
+    return "no evidence", f"No evidence of a difference between {name} and {other}: {rests}."
+
+
+def doubts(found: Mapping[str, Any]) -> list[str]:
+    """What the verdict has to be read with."""
+    said = [
+        f"The engine check of {name} failed ({check['sentence']}), so this may be the engine's doing."
+        for name, check in found["engine_check"].items()
+        if not check["passed"]
+    ]
+    told = [line for part in found["leakage"]["clean"].values() for line in part["sentences"]]
+    return [*said, *found["leakage"]["remarks"], *told]
+
+
+def _of(estimate: Mapping[str, Any], digits: int) -> str:
+    if estimate["value"] is None:
+        return "nothing"
+    value, low, high = (f"{estimate[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _leak_facts(known: met.Met, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What was met in training, without the texts, which leakage.json has."""
+    found = known.leakage
+    counted = (
+        {
+            "questions": found.questions,
+            "trained": found.trained,
+            "leaked": len(found.leaked),
+            "review": len(found.review),
+            "counts": dict(found.counts),
+        }
+        if found
+        else {}
+    )
+    return {
+        **counted,
+        "remarks": known.sentences(),
+        "unknown": dict(known.unknown),
+        "clean": before.get("clean", {}),
+    }
+
+
+def _facts(
+    suite: Suite,
+    name: str,
+    other: str | None,
+    sources: Mapping[str, engines.Source],
+    from_file: Answers | None,
+    questions: Sequence[Question],
+    evaluation: Evaluation,
+    judge: Judge | None,
+) -> dict[str, Any]:
+    """All that a folder's answers and judgments depend on."""
+    against = {who: source.identity() for who, source in sources.items()}
+    if from_file and other is not None:
+        against[other] = _sha256([[id, turns] for id, turns in from_file.turns.items()])
+    return {
+        "suite": suite.name,
+        "questions": _sha256([asdict(q) for q in questions]),
+        "model": [name, against[name]],
+        "max_new_tokens": evaluation.max_new_tokens,
+        "samples": evaluation.attempts,
+        "engine": engines.chosen(evaluation.engine, sources[name].device),
+        "server": evaluation.server.base_url if evaluation.engine == "openai" else None,
+        "baseline": [other, against[other]] if other is not None else None,
+        "judge": [judge.model, load_prompts(judge.prompts).version] if judge else None,
+    }
+
+
+def folder_for(
+    output: Path, facts: Mapping[str, Any], *, apart: bool, watch: Watch
+) -> tuple[Path, list[Path]]:
+    """The folder for what depends on these facts, and those before it that have others. Raises TunesmithError unless
+    `apart`."""
+    passed: list[Path] = []
+    first = ""
+    for number in itertools.count(1):
+        folder = output if number == 1 else output.with_name(f"{output.name}-{number}")
+        why = _different(folder, facts)
+        if not why:
+            break
+        if not apart:
+            raise TunesmithError(
+                f"{folder} holds this suite with other settings, and is not written over.",
+                found=why,
+                fix="Give another --output, or the same settings.",
+            )
+        first = first or why
+        passed.append(folder)
+    if passed:
+        watch({"kind": "decision", "name": "output", "value": str(folder), "reason": f"{output} has {first}"})
+    return folder, passed
+
+
+def _different(folder: Path, facts: Mapping[str, Any]) -> str:
+    """In what a folder's answers differ from those that are wanted; empty where they go together."""
+    if not (folder / "rows.jsonl").is_file():
+        return ""
+    before = _json(folder / ASKED)
+    if not before:
+        return "answers of which it is not known what they depend on"
+    found = []
+    for name, now in facts.items():
+        then = before.get(name)
+        # A baseline or a judge may come to answers that have none, and what a judge said stays when none is named.
+        if (
+            then == now
+            or (then is None and name in ("baseline", "judge"))
+            or (now is None and name == "judge")
+        ):
+            continue
+        if name in ("model", "baseline") and then and now and then[0] == now[0]:
+            found.append(f"the {name} {then[0]} as it was before its files changed")
+        elif name == "questions":
+            found.append("other questions or references")
+        else:
+            was, wanted = (str(v[0] if isinstance(v, list) else v) for v in (then, now))
+            found.append(f"{name.replace('_', ' ')} {was} instead of {wanted}")
+    return ", ".join(found)
+
+
+def _rows_there(
+    folders: Sequence[Path], name: str, facts: Mapping[str, Any], watch: Watch
+) -> list[EvalRow] | None:
+    """Rows of a model that one of the folders has to the same questions under the same settings."""
+    role = "model" if facts["model"][0] == name else "baseline"
+    same = ("suite", "questions", "max_new_tokens", "samples", "engine", "server")
+    for folder in folders:
+        before = _json(folder / ASKED)
+        if any(before.get(key) != facts[key] for key in same) or facts[role][1] is None:
+            continue
+        if facts[role] not in (before.get("model"), before.get("baseline")):
+            continue
+        if not (folder / "rows.jsonl").is_file():
+            continue
+        if own := [row for row in read_rows(folder / "rows.jsonl") if row.model == name]:
+            watch({"kind": "decision", "name": "answers", "value": f"those of {name} in {folder}",
+                   "reason": "same model, questions and settings"})  # fmt: skip
+            return own
+    return None
+
+
+def _write(home: Path, found: Mapping[str, Any], rows: Sequence[EvalRow], asked: Sequence[Question]) -> None:
+    """The record with the grades that there are, and what was found."""
+    write_rows(home / "rows.jsonl", _graded(rows, asked, home / "graded/judgments_single.jsonl"))
+    write_whole(home / "suite.json", json.dumps(found, indent=1))
+
+
+def is_file_of_answers(path: str) -> bool:
+    """Whether a baseline is a file of answers rather than a model."""
+    return Path(path).suffix.lower() in (".jsonl", ".json")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _names(model: str | Path, baseline: str | Path | None) -> tuple[str, str | None]:
@@ -114,12 +379,21 @@ def _names(model: str | Path, baseline: str | Path | None) -> tuple[str, str | N
     name = Path(str(model)).name
     if baseline is None:
         return name, None
-    other = Path(str(baseline)).name.removesuffix(".jsonl")
+    other = Path(str(baseline)).name.removesuffix(".jsonl").removesuffix(".json")
     return name, f"{other} (baseline)" if other == name else other
 
 
 def load_for_suite(model: str) -> tuple[Any, Any]:
     """A causal model with its tokenizer, its chat template settled."""
+    source = source_of(model)
+    return source.model, source.tokenizer
+
+
+def source_of(model: str, *, name: str = "model", server: Server | None = None) -> engines.Source:
+    """A causal model as engines take it, its chat template settled; loaded when one needs it.
+
+    Raises ModelError for a model of another kind.
+    """
     from tunesmith import models
     from tunesmith import plan as planning
     from tunesmith.data.templates import set_template
@@ -131,41 +405,61 @@ def load_for_suite(model: str) -> tuple[Any, Any]:
     tokenizer = models.load_tokenizer(model)
     set_template(tokenizer, None)
     device = planning.device()
-    return models.load_model(model, dtype=planning.inference_dtype("auto", device), device=device), tokenizer
+    dtype = planning.inference_dtype("auto", device)
+    return engines.Source(
+        name,
+        tokenizer,
+        lambda: models.load_model(model, dtype=dtype, device=device),
+        model,
+        dtype=dtype,
+        device=device,
+        server=server or Server(),
+    )
 
 
-def _rows_of(
-    output: Path,
-    name: str,
-    model: str,
+def _answered(
+    source: engines.Source,
     questions: Sequence[Question],
     suite: Suite,
-    answering: dict[str, Any],
+    evaluation: Evaluation,
+    unfinished: Path,
+    checks: dict[str, Any],
     watch: Watch,
-    load: Callable[[str], tuple[Any, Any]],
 ) -> list[EvalRow]:
-    from tunesmith import models
+    """A model's rows, made here; `checks` gets what the engine check found."""
+    name = source.name
 
-    mark = suites.fingerprint(questions, models.locate(model), answering)
-    file, facts = output / "answers" / f"{name}.rows.jsonl", output / "answers" / f"{name}.json"
-    if file.is_file() and facts.is_file() and json.loads(facts.read_text(encoding="utf-8"))["sha256"] == mark:
-        watch({"kind": "decision", "name": "answers", "value": f"those of {name} that lie there",
-               "reason": "same model, questions and settings"})  # fmt: skip
-        return read_rows(file)
-    loaded, tokenizer = load(model)
+    def checked(check: EngineCheck) -> None:
+        checks[name] = check.as_dict()
+        watch(
+            {
+                "kind": "decision",
+                "name": f"engine check of {name}",
+                "value": check.sentence(),
+                "reason": f"answers of the {check.engine} engine, read again alone",
+            }
+        )
+        if not check.passed:
+            watch({"kind": "warning", "message": check.warning()})
+
     rows = suites.answer(
-        loaded,
-        tokenizer,
+        source,
+        source.tokenizer,
         questions,
         name=name,
         suite=suite,
-        max_new_tokens=answering["max_new_tokens"],
+        max_new_tokens=evaluation.max_new_tokens,
+        samples=evaluation.attempts,
+        batch_tokens=evaluation.batch_tokens,
+        engine=evaluation.engine,
+        folder=unfinished,
+        engine_check=evaluation.engine_check,
+        checked=checked,
+        warn=lambda message: watch({"kind": "warning", "message": message}),
         progress=lambda stage, done, total: watch(
             {"kind": "progress", "stage": stage, "done": done, "total": total}
         ),
     )
-    write_rows(file, rows)
-    write_whole(facts, json.dumps({"sha256": mark, "model": model, **answering}))
     broken = sum(row.status != "ok" for row in rows)
     if broken:
         watch({"kind": "warning", "message": f"{name} gave no answer to {broken} of {len(rows)} turns."})
@@ -182,13 +476,28 @@ def _answer_facts(rows: Sequence[EvalRow], name: str) -> dict[str, Any]:
     }
 
 
+def _file_facts(answers: Answers, questions: Sequence[Question]) -> dict[str, Any]:
+    """The same of a file, of which it is not known why an answer ended."""
+    texts = [text for question in questions for text in answers.turns.get(question.id, ())]
+    wanted = sum(len(question.turns) for question in questions)
+    return {
+        "turns": wanted,
+        "without_answer": wanted - sum(not is_failed(text) for text in texts),
+        "empty": sum(not text.strip() for text in texts),
+    }
+
+
 def _graded(rows: Sequence[EvalRow], questions: Sequence[Question], path: Path) -> list[EvalRow]:
     """The rows with their grades, of the sample that was graded."""
-    grades = {
-        (one.model, one.question, one.turn): one for one in read_judgments(path) if isinstance(one, Single)
-    }
+    judged = read_judgments(path) if path.is_file() else []
+    grades = {(one.model, one.question, one.turn): one for one in judged if isinstance(one, Single)}
     found = []
     for row in rows:
+        row = replace(
+            row,
+            scores={k: v for k, v in row.scores.items() if k != "judge_grade"},
+            flags={k: v for k, v in row.flags.items() if k != "judge_grade"},
+        )
         one = grades.get((row.model, questions[row.item].id, row.turn + 1)) if row.sample == 0 else None
         if one is None:
             found.append(row)
@@ -197,28 +506,3 @@ def _graded(rows: Sequence[EvalRow], questions: Sequence[Question], path: Path) 
         else:
             found.append(replace(row, scores={**row.scores, "judge_grade": one.score}))
     return found
-
-
-ARENA = """\
-You compare the answers of two assistants, A and B, to the same request.
-
-{material}
-
-First write your own answer to the request, in your head or in full. Then hold both answers against it and look for
-mistakes in either.
-
-{rubric}
-
-{task}
-
-The order in which the two are shown is chance and means nothing. Give your reasons in a few sentences. Then end with
-one line of its own: `Verdict: [[A]]` if A is better, `Verdict: [[B]]` if B is better, or `Verdict: [[C]]` if neither
-is. Write double brackets nowhere else.
-"""
-
-
-def _arena_prompts(output: Path) -> str:
-    """The file of texts with which a judge answers first and judges then."""
-    import yaml
-
-    return str(write_whole(output / "arena_prompts.yaml", yaml.safe_dump({"pair": ARENA})))

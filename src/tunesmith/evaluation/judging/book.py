@@ -1,7 +1,8 @@
 """The book of replies: what was paid for, written down before it counts, so that nothing is paid for twice.
 
-One JSON line per reply under the hash of what was asked (judge, prompt texts, question, answers, parameters). Lines
-are only ever appended and forced to the disk; a last line that a crash cut off is taken away when the book is opened.
+One JSON line per reply under the hash of what was asked (judge, prompt texts, question, answers, parameters), and one
+before each call, which puts its most expensive end aside. Lines are only ever appended, replies forced to the disk; a
+last line that a crash cut off is taken away when the book is opened.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,7 +33,8 @@ class Entry:
 
 @dataclass
 class Spent:
-    """What a book's calls came to; those that may have been charged without a reply count at their most."""
+    """What a book's calls came to; those that may have been charged without a reply count at their most, and a call
+    that was refused counts as none."""
 
     calls: int = 0
     prompt_tokens: int = 0
@@ -57,6 +59,8 @@ class Book:
     path: Path
     entries: dict[str, Entry] = field(default_factory=dict)
     spent: Spent = field(default_factory=Spent)
+    underway: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Tokens put aside for calls that are not over, by the name of what they ask."""
     repaired: bool = False
     """Whether a last line was cut off and taken away."""
 
@@ -82,6 +86,10 @@ class Book:
         for number, line in enumerate(content[:whole].split(b"\n"), start=1):
             if line.strip():
                 self._take(line, number)
+        # Nobody knows what became of the calls of a process that died: they count as charged.
+        for tokens in self.underway.values():
+            self.spent.add(*tokens)
+        self.underway.clear()
         return self
 
     def __exit__(
@@ -89,6 +97,26 @@ class Book:
     ) -> None:
         self._file.close()
         self._lock.release()
+
+    def committed(self) -> Spent:
+        """What is spent and what is put aside, at one moment."""
+        with self._writing:
+            found = replace(self.spent)
+            for tokens in self.underway.values():
+                found.add(*tokens)
+        return found
+
+    def send(self, key: str, tokens: tuple[int, int]) -> None:
+        """Put a call's most expensive end aside, before it is made."""
+        self._append({"sent": key, "tokens": tokens}, force=False)
+        with self._writing:
+            self.underway[key] = tokens
+
+    def free(self, key: str) -> None:
+        """Give back what was put aside for a call that costs nothing."""
+        self._append({"free": key}, force=False)
+        with self._writing:
+            self.underway.pop(key, None)
 
     def add(
         self, key: str, reply: Reply, messages: Sequence[Mapping[str, str]], tokens: tuple[int, int]
@@ -106,6 +134,7 @@ class Book:
         )
         with self._writing:
             self.entries[key] = entry
+            self.underway.pop(key, None)
             self.spent.add(*tokens)
         return entry
 
@@ -113,17 +142,27 @@ class Book:
         """Write down a call without a reply that may have been charged."""
         self._append({"lost": key, "why": why, "time": round(time.time(), 3), "tokens": tokens})
         with self._writing:
+            self.underway.pop(key, None)
             self.spent.add(*tokens)
 
-    def _append(self, row: Mapping[str, Any]) -> None:
+    def _append(self, row: Mapping[str, Any], *, force: bool = True) -> None:
         with self._writing:
             self._file.write(json.dumps(row).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._file.flush()  # survives the process; a forced line survives the machine
+            if force:
+                os.fsync(self._file.fileno())
 
     def _take(self, line: bytes, number: int) -> None:
         try:
             row = json.loads(line)
+            if "sent" in row:
+                read, written = row["tokens"]
+                self.underway[row["sent"]] = (read, written)
+                return
+            if "free" in row:
+                self.underway.pop(row["free"], None)
+                return
+            self.underway.pop(row["key"] if "key" in row else row["lost"], None)
             self.spent.add(*row["tokens"])
             if "key" in row:
                 self.entries[row["key"]] = Entry(Reply(**row["reply"]), tuple(row["messages"]), row["time"])

@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
+from tunesmith.evaluation.compare import MAX_ERROR_SHARE
 from tunesmith.evaluation.judging import verdicts
 from tunesmith.evaluation.judging.judgments import Id, Pair, Question, Single, Winner
 
-MAX_ERROR_SHARE = 0.02
-"""Most judgments that may fail before the result is called inconclusive."""
 POINTS = {"model_1": 1.0, "tie": 0.5, "model_2": 0.0}
 
 
@@ -336,8 +335,7 @@ def _against(own: Sequence[Pair], confidence: float) -> dict[str, Any]:
     outcomes = [outcome(one) for one in own]
     errors = outcomes.count("error")
     whole = [one for one in own if outcome(one) != "error"]
-    decided = [one for one in whole if "tie" not in (one.g1_winner, one.g2_winner)]
-    flipped = [float(one in decided and one.g1_winner != one.g2_winner) for one in whole]
+    flipped = [float({one.g1_winner, one.g2_winner} == {"model_1", "model_2"}) for one in whole]
     slots, clusters = list[float](), list[Id]()
     for one in own:
         for game, first in ((one.g1_winner, "model_1"), (one.g2_winner, "model_2")):

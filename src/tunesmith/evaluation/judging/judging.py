@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, nearest
 from tunesmith.evaluation.judging import asking, figures, prompts, verdicts
-from tunesmith.evaluation.judging.asking import Asker, Estimate, Request
+from tunesmith.evaluation.judging.asking import Asker, Request
 from tunesmith.evaluation.judging.book import Book, Entry, key
 from tunesmith.evaluation.judging.judgments import Answers, Pair, Question, Single, Winner
 from tunesmith.evaluation.judging.prompts import Mode, Prompts, Turn
@@ -31,14 +31,15 @@ class Job:
     other: str | None = None
     """The model that it is compared with."""
     other_answers: tuple[str, ...] | None = None
+    other_first: tuple[str, ...] | None = None
+    """What the other model says in the second game, in which it is shown first, where that is not the same."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Judgments in the order of their jobs, what was estimated before, and what the book's calls came to."""
+    """Judgments in the order of their jobs, and what the book's calls came to."""
 
     judgments: list[Single] | list[Pair]
-    estimate: Estimate
     spent: Mapping[str, Any]
     repaired: bool
 
@@ -62,9 +63,14 @@ def jobs(
         raise DataError(
             "A comparison needs the answers of two models or more, of different names.",
             found=", ".join(names) or "none",
+            fix="Name answers of another model, too, or grade these: --mode single.",
         )
     if baseline is not None and baseline not in names:
-        raise DataError(f"There are no answers of the baseline '{baseline}'.", found=", ".join(names))
+        raise DataError(
+            f"There are no answers of the baseline '{baseline}'.",
+            found=f"answers of {', '.join(names)}",
+            fix=nearest(baseline, names),
+        )
     pairs = [
         (one, other)
         for n, one in enumerate(answers)
@@ -89,21 +95,17 @@ def judge_all(
     *,
     ask_identical: bool = False,
     again: int = 0,
-    told: Callable[[Estimate], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Judged:
-    """The judgments of all jobs. `told` hears the estimate before the first call, and may stop it by raising.
+    """The judgments of all jobs.
 
     Answers of two models that are the same are a tie without asking, unless `ask_identical`. With `again` the judge
     is asked anew, and what it says is kept apart from its first word. Raises RunError where the judging has to
     stop; run again, it goes on from the book.
     """
     planned = [_requests(job, asker, texts, ask_identical, again) for job in todo]
-    flat = [request for several in planned for request in several]
     with Book(book_path) as book:
-        estimate = asking.estimated(judge, flat, book)
-        if told:
-            told(estimate)
+        flat = [request for several in planned for request in several]
         replies = asking.ask(flat, asker, judge, texts, book, progress=progress)
         made = [
             _judgment(job, several, replies, asker.name, texts)
@@ -111,14 +113,14 @@ def judge_all(
         ]
         singles = [one for one in made if isinstance(one, Single)]
         pairs = [one for one in made if isinstance(one, Pair)]
-        return Judged(singles or pairs, estimate, asking.spent(judge, book), book.repaired)
+        return Judged(singles or pairs, asking.spent(judge, book), book.repaired)
 
 
-def estimated(todo: Sequence[Job], judge: Judge, asker: Asker, texts: Prompts, book_path: Path) -> Estimate:
-    """What the jobs would cost, without asking."""
-    with Book(book_path) as book:
-        flat = [request for job in todo for request in _requests(job, asker, texts, False)]
-        return asking.estimated(judge, flat, book)
+def requests(
+    todo: Sequence[Job], asker: Asker, texts: Prompts, *, ask_identical: bool = False, again: int = 0
+) -> list[Request]:
+    """What the jobs ask, in the order in which `judge_all` asks it."""
+    return [request for job in todo for request in _requests(job, asker, texts, ask_identical, again)]
 
 
 def turns_of(job: Job) -> list[Turn]:
@@ -130,23 +132,26 @@ def turns_of(job: Job) -> list[Turn]:
 def _requests(job: Job, asker: Asker, texts: Prompts, ask_identical: bool, again: int = 0) -> list[Request]:
     """None where there is nothing to ask, one for a grade, two for a comparison."""
     turns, specials = turns_of(job), asker.specials
-    shown = [asdict(turn) for turn in turns]
+    shown: list[Any] = [asdict(turn) for turn in turns]
+    before = job.question.before
+    if before:
+        shown.append(before)
     facts = (
         "single" if job.other is None else "pair", dict(asker.facts), texts.version, shown, *([again] if again else []),
     )  # fmt: skip
     if job.answers is None or (job.other is not None and job.other_answers is None):
         return []
     if job.other_answers is None:
-        messages = prompts.single(texts, turns, job.answers, specials=specials)
+        messages = prompts.single(texts, turns, job.answers, before=before, specials=specials)
         return [Request(key(*facts, job.answers), messages, lambda text: verdicts.rating(text) is not None)]
     if job.answers == job.other_answers and not ask_identical:
         return []
-    games = ((job.answers, job.other_answers), (job.other_answers, job.answers))
+    games = ((job.answers, job.other_answers), (job.other_first or job.other_answers, job.answers))
     return [
         Request(
             # The same two texts in the other order are another game, and so are two that are the same.
             key(*facts, a, b, *([game] if a == b else [])),
-            prompts.pair(texts, turns, a, b, specials=specials),
+            prompts.pair(texts, turns, a, b, before=before, specials=specials),
             lambda text: verdicts.verdict(text) is not None,
         )
         for game, (a, b) in enumerate(games)

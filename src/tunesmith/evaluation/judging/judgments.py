@@ -1,4 +1,4 @@
-"""Questions, answers and judgments, and FastChat's JSONL files that hold them (`fastchat.llm_judge`, read in source).
+"""Questions, answers and judgments, and FastChat's files that hold them (`fastchat.llm_judge`, read in source).
 
 Our files carry FastChat's keys and, behind them, what its formats leave out: `error`, `flags`, `prompt_version`.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tunesmith.data.examples import Row
 from tunesmith.errors import DataError
 from tunesmith.training.run import write_whole
 
@@ -33,6 +34,8 @@ class Question:
     references: tuple[str, ...] = ()
     temperature: float | None = None
     """Temperature that the question asks for; by default its category's."""
+    before: tuple[tuple[str, str], ...] = ()
+    """What was said before the first turn: role and text of each message."""
 
     def reference(self, turn: int) -> str:
         """The reference of a turn, counted from 1; empty where there is none."""
@@ -98,44 +101,25 @@ def is_failed(text: str) -> bool:
     return text.strip() in FAILED_ANSWERS
 
 
-def read_questions(path: str | Path, references: str | Path | None = None) -> list[Question]:
-    """FastChat's question file, with the references in it or those of a file in the answers' format.
-
-    Raises DataError naming the line.
-    """
-    found: dict[Id, Question] = {}
-    for number, row in _lines(path):
-        id, turns = row.get("question_id"), row.get("turns")
-        if not isinstance(id, Id) or not _texts(turns) or not turns:
-            raise _bad(path, number, "question_id and turns, a list of texts", row)
-        if id in found:
-            raise DataError(f"The question {id!r} is in {path} twice.", found=f"again in line {number}")
-        own = row.get("reference") or ()
-        if own and not _texts(own):
-            raise _bad(path, number, "reference as a list of texts", row)
-        temperature = row.get("required_temperature")
-        found[id] = Question(id, str(row.get("category", "")), tuple(turns), tuple(own), temperature)
-    if not found:
-        raise DataError(f"There is no question in {path}.")
-    asked = list(found.values())
-    return asked if references is None else with_references(asked, references)
-
-
 def with_references(questions: Sequence[Question], path: str | Path) -> list[Question]:
     """Questions with the reference answers of a file in place of their own. Raises DataError where none fits."""
     known = read_references(path)
     if not any(q.id in known for q in questions):
-        raise DataError(f"No reference of {path} belongs to one of the {len(questions)} questions.")
+        raise DataError(
+            f"No reference of {path} belongs to one of the {len(questions)} questions.",
+            found=f"references of {', '.join(map(repr, list(known)[:5])) or 'nothing'}",
+            fix="Give the references of these questions, under the same question_id.",
+        )
     return [replace(q, references=known.get(q.id, q.references)) for q in questions]
 
 
 def read_references(path: str | Path) -> dict[Id, tuple[str, ...]]:
     """Reference answers by question, whoever gave them: a file in the answers' format, or with `reference`."""
     found: dict[Id, tuple[str, ...]] = {}
-    for number, row in _lines(path):
+    for place, row in entries(path):
         id, texts = row.get("question_id"), row.get("reference") or _choice(row)
         if not isinstance(id, Id) or not _texts(texts):
-            raise _bad(path, number, "question_id with choices[0].turns or reference", row)
+            raise _bad(place, "question_id with choices[0].turns or reference", row)
         found[id] = tuple(texts)
     return found
 
@@ -146,10 +130,10 @@ def read_answers(path: str | Path) -> Answers:
     Only `choices[0]` is read, as FastChat judges no other.
     """
     models, turns = set[str](), dict[Id, tuple[str, ...]]()
-    for number, row in _lines(path):
+    for place, row in entries(path):
         id, texts = row.get("question_id"), _choice(row)
         if not isinstance(id, Id) or not _texts(texts):
-            raise _bad(path, number, "question_id and choices[0].turns", row)
+            raise _bad(place, "question_id and choices[0].turns", row)
         models.add(str(row.get("model_id", Path(path).stem)))
         turns[id] = tuple(texts)
     if len(models) != 1:
@@ -161,14 +145,20 @@ def read_answers(path: str | Path) -> Answers:
     return Answers(models.pop(), turns)
 
 
-def write_answers(path: str | Path, answers: Answers) -> Path:
-    """Answers in FastChat's format, ordered as they are; the answer's id is a hash of what it says."""
+def write_answers(path: str | Path, answers: Answers, further: Sequence[Answers] = ()) -> Path:
+    """Answers in FastChat's format, ordered as they are; the answer's id is a hash of what it says.
+
+    `further` are the same model's further samples, which stand as `choices` behind the one that is judged.
+    """
     rows = (
         {
             "question_id": id,
             "answer_id": hashlib.sha256(json.dumps([answers.model, id, turns]).encode()).hexdigest()[:22],
             "model_id": answers.model,
-            "choices": [{"index": 0, "turns": list(turns)}],
+            "choices": [
+                {"index": index, "turns": list(one)}
+                for index, one in enumerate([turns, *(more.turns.get(id, ()) for more in further)])
+            ],
             "tstamp": round(time.time(), 3),
         }
         for id, turns in answers.turns.items()
@@ -179,11 +169,11 @@ def write_answers(path: str | Path, answers: Answers) -> Path:
 def read_judgments(path: str | Path) -> list[Single] | list[Pair]:
     """A judgment file of either kind, FastChat's or ours. Raises DataError for one that is mixed or neither."""
     singles, pairs = list[Single](), list[Pair]()
-    for number, row in _lines(path):
+    for place, row in entries(path):
         if "g1_winner" in row or "g2_winner" in row:
-            pairs.append(_pair(path, number, row))
+            pairs.append(_pair(place, row))
         else:
-            singles.append(_single(path, number, row))
+            singles.append(_single(place, row))
     if singles and pairs:
         raise DataError(
             f"{path} holds grades and comparisons.",
@@ -191,7 +181,7 @@ def read_judgments(path: str | Path) -> list[Single] | list[Pair]:
             fix="Give one file of each kind.",
         )
     if not singles and not pairs:
-        raise DataError(f"There is no judgment in {path}.")
+        raise DataError(f"There is no judgment in {path}.", fix="Give a file of judgments, one to a line.")
     return singles or pairs
 
 
@@ -237,7 +227,7 @@ def _pair_row(one: Pair) -> dict[str, Any]:
     }
 
 
-def _single(path: str | Path, number: int, row: Mapping[str, Any]) -> Single:
+def _single(place: Row, row: Mapping[str, Any]) -> Single:
     id, score, turn = row.get("question_id"), row.get("score"), row.get("turn", 1)
     if (
         not isinstance(id, Id)
@@ -247,7 +237,7 @@ def _single(path: str | Path, number: int, row: Mapping[str, Any]) -> Single:
         or not isinstance(turn, int)
     ):
         raise _bad(
-            path, number, "question_id, model, score and turn, or model_1, model_2, g1_winner, g2_winner", row
+            place, "question_id, model, score and turn, or model_1, model_2, g1_winner, g2_winner", row
         )
     judge, prompt = _judge(row)
     return Single(
@@ -257,7 +247,7 @@ def _single(path: str | Path, number: int, row: Mapping[str, Any]) -> Single:
     )  # fmt: skip
 
 
-def _pair(path: str | Path, number: int, row: Mapping[str, Any]) -> Pair:
+def _pair(place: Row, row: Mapping[str, Any]) -> Pair:
     id, turn = row.get("question_id"), row.get("turn", 1)
     games = [row.get("g1_winner"), row.get("g2_winner")]
     if (
@@ -266,9 +256,7 @@ def _pair(path: str | Path, number: int, row: Mapping[str, Any]) -> Pair:
         or any(game not in WINNERS for game in games)
         or any(not isinstance(row.get(side), str) for side in ("model_1", "model_2"))
     ):
-        raise _bad(
-            path, number, f"question_id, model_1, model_2, and winners among {', '.join(WINNERS)}", row
-        )
+        raise _bad(place, f"question_id, model_1, model_2, and winners among {', '.join(WINNERS)}", row)
     judge, prompt = _judge(row)
     errors = [*row.get("errors", ()), "", ""][:2]
     return Pair(
@@ -296,23 +284,15 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
-def _lines(path: str | Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read.", found=str(error)) from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"Line {number} of {path} is not JSON.", found=str(error)) from None
-        if not isinstance(row, dict):
-            raise _bad(path, number, "an object", row)
-        yield number, row
+def entries(path: str | Path) -> Iterator[tuple[Row, Mapping[str, Any]]]:
+    """The rows of any file that the data room reads, with their places. Raises DataError as it does."""
+    from tunesmith.data import sources
+
+    for record in sources.read(str(path)).records:
+        yield record.row, record.values
 
 
-def _bad(path: str | Path, number: int, expected: str, row: Any) -> DataError:
-    found = f"the keys {', '.join(map(str, row))}" if isinstance(row, Mapping) else repr(row)[:80]
-    return DataError(f"Line {number} of {path} does not fit: expected {expected}.", found=found)
+def _bad(place: Row, expected: str, row: Mapping[str, Any]) -> DataError:
+    return DataError(
+        f"{place} does not fit: expected {expected}.", found=f"the keys {', '.join(map(str, row))}"
+    )

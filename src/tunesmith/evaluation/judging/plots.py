@@ -23,7 +23,7 @@ def figures_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not series:
         return []
     is_single = found["kind"] == "single"
-    unit, top = ("grade, 1 to 10", 10.0) if is_single else ("win rate against the baseline", 1.0)
+    unit, top = ("grade, 1 to 10", 10.0) if is_single else ("win rate, 0 to 1 (0.5: as good)", 1.0)
     bottom = 1.0 if is_single else 0.0
     made = [_bars(series, unit, (bottom, top))]
     categories = list(dict.fromkeys(name for _, _, by in series for name in by))

@@ -67,7 +67,11 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
     try:
         own: Any = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"The judge's prompts {path} cannot be read.", found=str(error)) from None
+        raise RecipeError(
+            f"The judge's prompts {path} cannot be read.",
+            found=str(error),
+            fix="Give a YAML file of texts by name (docs/judge.md).",
+        ) from None
     if not isinstance(own, dict) or not all(isinstance(text, str) for text in own.values()):
         raise RecipeError(
             f"The judge's prompts {path} are not texts by name.", fix=f"Names: {', '.join(texts)}."
@@ -117,18 +121,23 @@ def mark_for(texts: Sequence[str]) -> str:
 
 
 def single(
-    prompts: Prompts, turns: Sequence[Turn], answers: Sequence[str], *, specials: Sequence[str] = ()
+    prompts: Prompts,
+    turns: Sequence[Turn],
+    answers: Sequence[str],
+    *,
+    before: Sequence[tuple[str, str]] = (),
+    specials: Sequence[str] = (),
 ) -> tuple[Message, ...]:
-    """The request to grade the last of a conversation's answers from 1 to 10."""
-    mark = mark_for([*answers, *(text for turn in turns for text in (turn.question, turn.reference))])
-    parts = []
+    """The request to grade the last of a conversation's answers from 1 to 10; `before` are role and text of the
+    messages before its first turn."""
+    parts = _earlier(before)
     for number, (turn, answer) in enumerate(zip(turns, answers, strict=True), start=1):
         name = _name(number, turns)
         parts.append((f"question{name}", turn.question))
         if turn.reference:
             parts.append((f"reference answer{name}", turn.reference))
         parts.append((f"answer{name}", answer))
-    return _messages(prompts, "single", parts, mark, len(turns), specials)
+    return _messages(prompts, "single", parts, len(turns) + len(before), specials)
 
 
 def pair(
@@ -137,11 +146,11 @@ def pair(
     a: Sequence[str],
     b: Sequence[str],
     *,
+    before: Sequence[tuple[str, str]] = (),
     specials: Sequence[str] = (),
 ) -> tuple[Message, ...]:
     """The request to say whose last answer is better, that of A or that of B."""
-    mark = mark_for([*a, *b, *(text for turn in turns for text in (turn.question, turn.reference))])
-    parts = []
+    parts = _earlier(before)
     for number, turn in enumerate(turns, start=1):
         name = _name(number, turns)
         parts.append((f"question{name}", turn.question))
@@ -149,7 +158,7 @@ def pair(
             parts.append((f"reference answer{name}", turn.reference))
     for letter, answers in (("A", a), ("B", b)):
         parts += [(f"answer{_name(n, turns)} of {letter}", text) for n, text in enumerate(answers, start=1)]
-    return _messages(prompts, "pair", parts, mark, len(turns), specials)
+    return _messages(prompts, "pair", parts, len(turns) + len(before), specials)
 
 
 def repair(prompts: Prompts, messages: Sequence[Message], reply: str) -> tuple[Message, ...]:
@@ -161,6 +170,21 @@ def repair(prompts: Prompts, messages: Sequence[Message], reply: str) -> tuple[M
     )
 
 
+def split(messages: Sequence[tuple[str, str]]) -> tuple[tuple[tuple[str, str], ...], str]:
+    """A conversation, role and text each, as what was said before and the question that it ends with; where that is
+    not the user's, as after a tool's result, its role stands in front."""
+    *before, (role, last) = messages
+    return tuple(before), last if role == "user" else f"({role}) {last}"
+
+
+def _earlier(before: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    # A role is a word; what a file puts there instead could look like a line of ours.
+    return [
+        (f"earlier message {number} by {re.sub(r'[^a-z]', '', role.lower())[:20]}", text)
+        for number, (role, text) in enumerate(before, start=1)
+    ]
+
+
 def _name(number: int, turns: Sequence[Turn]) -> str:
     return f" {number}" if len(turns) > 1 else ""
 
@@ -169,11 +193,10 @@ def _messages(
     prompts: Prompts,
     mode: Mode,
     parts: Sequence[tuple[str, str]],
-    mark: str,
     turns: int,
     specials: Sequence[str],
 ) -> tuple[Message, ...]:
-    texts = prompts.texts
+    texts, mark = prompts.texts, mark_for([text for _, text in parts])
     system = texts[mode]
     # Replaced one by one: a file's text may hold other braces, as JSON does.
     for name, value in (

@@ -6,14 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import DataError, nearest
+from tunesmith.errors import DataError, counted, nearest
 from tunesmith.evaluation.judging import figures
-from tunesmith.evaluation.judging.judgments import Pair, Question, Single, read_judgments, read_questions
-
-FASTCHAT_CATEGORIES = (
-    "writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities",
-)  # fmt: skip
-"""Of FastChat's questions 81 to 160, ten each in this order."""
+from tunesmith.evaluation.judging.judgments import Pair, Question, Single, read_judgments
+from tunesmith.evaluation.judging.questions import read_questions, shipped, with_categories
 
 
 def replay(
@@ -29,9 +25,10 @@ def replay(
     Raises DataError for a file that holds no judgments, and for a baseline that is not in it.
     """
     judgments = read_judgments(path)
-    known = read_questions(questions) if questions else _numbered(judgments)
+    known, whose = (read_questions(questions), str(questions)) if questions else _numbered(judgments)
     return {
         "file": str(path),
+        "categories_of": whose,
         "judge": sorted({one.judge for one in judgments}),
         **computed(judgments, questions=known, baseline=baseline, confidence=confidence),
     }
@@ -70,13 +67,18 @@ def computed(
     return {"kind": "pair", **common, "fastchat": figures.fastchat_pair(pairs, baseline), "ours": ours}
 
 
-def _numbered(judgments: Sequence[Single] | Sequence[Pair]) -> list[Question]:
-    """The categories of FastChat's own question numbers, where all are such."""
+def _numbered(judgments: Sequence[Single] | Sequence[Pair]) -> tuple[list[Question], str | None]:
+    """The questions by whose numbers alone a file's categories are known, FastChat's or our own, and whose they are."""
     ids = {one.question for one in judgments}
-    if not all(isinstance(id, int) and 81 <= id <= 160 for id in ids):
-        return []
-    numbers = sorted(id for id in ids if isinstance(id, int))
-    return [Question(id, FASTCHAT_CATEGORIES[(id - 81) // 10], ("", "")) for id in numbers]
+    known = with_categories(
+        [Question(id, "", ("", "")) for id in sorted(ids, key=lambda id: (len(str(id)), str(id)))]
+    )
+    if all(question.category for question in known):
+        return known, "FastChat's questions 81 to 160"
+    own = {question.id: question for question in shipped()}
+    if all(id in own for id in ids):
+        return [question for question in own.values() if question.id in ids], "the questions that ship"
+    return [], None
 
 
 def sentences(found: dict[str, Any]) -> list[str]:
@@ -84,7 +86,12 @@ def sentences(found: dict[str, Any]) -> list[str]:
     lines = []
     if found["kind"] == "single":
         for name, model in found["ours"]["models"].items():
-            lines.append(f"{name}: {_of(model['score'], 2)} of 10{_doubts(model, 2)}")
+            if model["score"]["value"] is None:
+                lines.append(
+                    f"{name}: not graded, as none of {counted(model['n'], 'judgment')} has a verdict"
+                )
+                continue
+            lines.append(f"{name}: grade {_of(model['score'], 2)} of 10{_doubts(model, 2)}")
             lines += [
                 f"  turn {turn}: {_of(e, 2)}" for turn, e in model["turns"].items() if len(model["turns"]) > 1
             ]
@@ -96,9 +103,15 @@ def sentences(found: dict[str, Any]) -> list[str]:
             )
     else:
         for pair in found["ours"]["pairs"]:
+            if pair["win_rate"]["value"] is None:
+                lines.append(
+                    f"{pair['model']} against {pair['against']}: not compared, as none of "
+                    f"{counted(pair['n'], 'judgment')} has a verdict"
+                )
+                continue
             lines.append(
                 f"{pair['model']} against {pair['against']}: win rate {_of(pair['win_rate'], 3)}, "
-                f"{pair['wins']} won, {pair['ties']} tied, {pair['losses']} lost{_doubts(pair, 3)}"
+                f"where .5 is as good; {pair['wins']} won, {pair['ties']} tied, {pair['losses']} lost{_doubts(pair, 3)}"
             )
             lines.append(
                 f"  the judge: both orders agree in {_share(pair['consistency'])}, flips with the order in "
@@ -120,6 +133,8 @@ def sentences(found: dict[str, Any]) -> list[str]:
     if found["reread_differently"]:
         lines.append(f"{found['reread_differently']} of {found['rows']} outcomes differ from those in the file, "
                      "read strictly.")  # fmt: skip
+    if found.get("categories_of"):
+        lines.append(f"Categories are those of {found['categories_of']}.")
     if found["ours"]["repeated"]:
         lines.append(f"{found['ours']['repeated']} judgments were made again; the last one counts.")
     return lines
@@ -148,3 +163,24 @@ def _doubts(entry: dict[str, Any], digits: int) -> str:
     if not entry["is_conclusive"]:
         parts.append("inconclusive: too many are missing")
     return "".join(f"; {part}" for part in parts)
+
+
+def fastchat_sentences(found: dict[str, Any]) -> list[str]:
+    """What FastChat's `show_result` prints of the same file, to its digits."""
+    lines = []
+    for name, row in found["fastchat"].items():
+        if found["kind"] == "single":
+            values = (f"{label} {_six(row[key])}" for label, key in
+                      (("turn 1", "turn_1"), ("turn 2", "turn_2"), ("average", "average")))  # fmt: skip
+            lines.append(f"FastChat prints {name}: {', '.join(values)} (grades of 1 to 10, errors left out)")
+        else:
+            lines.append(
+                f"FastChat prints {name}: {row['win']} wins, {row['loss']} losses, {row['tie']} ties of {row['n']}; "
+                f"win rate {_six(row['win_rate'])}, loss rate {_six(row['loss_rate'])}, adjusted win rate "
+                f"{_six(row['win_rate_adjusted'])} (ties half; errors left out)"
+            )
+    return lines or ["FastChat prints nothing: every row has an error."]
+
+
+def _six(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6f}"

@@ -99,7 +99,11 @@ def load_judge(given: str | Path) -> Judge:
 def validated(layer: Any, source: str) -> Judge:
     """Settings from a layer. Raises RecipeError naming every problem and the nearest name of an unknown field."""
     if not isinstance(layer, dict):
-        raise RecipeError(f"The judge's settings {source} are not names with values.", found=repr(layer)[:80])
+        raise RecipeError(
+            f"The judge's settings {source} are not names with values.",
+            found=repr(layer)[:80],
+            fix="Write one `name: value` to a line, `model: NAME` at least (docs/judge.md).",
+        )
     if "api_key" in layer:
         raise RecipeError(
             "A key does not belong into a file.",
@@ -115,7 +119,11 @@ def validated(layer: Any, source: str) -> Judge:
                 problems.append(f"There is no setting '{name}'. {nearest(name, Judge.model_fields)}")
             else:
                 problems.append(f"{name}: {entry['msg']}")
-        raise RecipeError(f"The judge's settings {source} do not fit.", found="; ".join(problems)) from None
+        raise RecipeError(
+            f"The judge's settings {source} do not fit.",
+            found="; ".join(problems),
+            fix="Change these settings; docs/judge.md has all of them.",
+        ) from None
     if judge.max_cost is not None and (judge.price_input is None or judge.price_output is None):
         raise RecipeError(
             "A budget in money needs the judge's prices.",

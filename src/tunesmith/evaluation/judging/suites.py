@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib import resources
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tunesmith import engines
 from tunesmith.data import templates
 from tunesmith.data.examples import Message, Unusable
-from tunesmith.errors import DataError, TunesmithError, nearest
-from tunesmith.evaluation.judging.judgments import Answers, Id, Question, read_questions
+from tunesmith.engines.check import EngineCheck
+from tunesmith.errors import TunesmithError, nearest
+from tunesmith.evaluation import check_engine
+from tunesmith.evaluation.judging.judgments import Answers, Id, Question
+from tunesmith.evaluation.judging.questions import read_questions, shipped
 from tunesmith.evaluation.rows import EvalRow
-from tunesmith.models import files_of
+from tunesmith.generation import Generated
 
 TEMPERATURES = {
     "writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0.0, "math": 0.0, "coding": 0.0,
@@ -29,7 +32,8 @@ TEMPERATURES = {
 OTHER_TEMPERATURE = 0.7
 """That of a category which it does not know."""
 MAX_NEW_TOKENS = 1024
-PROMPT_KEYS = ("prompt", "instruction", "question", "text")
+SETTINGS = ("max_new_tokens", "attempts", "engine", "engine_check", "batch_tokens", "server")
+"""Settings of `evaluation` that suites go by."""
 
 
 @dataclass(frozen=True)
@@ -46,51 +50,15 @@ class Suite:
 
 
 def mt_bench_questions(path: str | Path | None = None) -> list[Question]:
-    """MT-Bench's questions from a file in FastChat's format, or our own 80 of the same shape."""
-    if path is not None:
-        return read_questions(path)
-    with resources.as_file(resources.files("tunesmith.assets").joinpath("mt_bench/questions.jsonl")) as own:
-        return read_questions(own)
+    """MT-Bench's questions from a file, or our own 80 of the same shape."""
+    return shipped() if path is None else read_questions(path)
 
 
 def prompts_of(path: str | Path | None) -> list[Question]:
-    """The prompts of a JSONL or text file: FastChat's questions, one text per row, or one text per line.
-
-    Raises TunesmithError where no file is given, and DataError naming the row that holds no prompt.
-    """
+    """The prompts of a file. Raises TunesmithError where none is given."""
     if path is None:
         raise TunesmithError("The prompts of this suite are missing.", fix="Give --questions FILE.")
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read.", found=str(error)) from None
-    found: list[Question] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        row: Any = line.strip()
-        if Path(path).suffix != ".txt":
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"Line {number} of {path} is not JSON.", found=str(error)) from None
-        if isinstance(row, dict) and "turns" in row:
-            return read_questions(path)
-        text = row if isinstance(row, str) else next((row[k] for k in PROMPT_KEYS if row.get(k)), None)
-        if isinstance(row, dict) and isinstance(text, str) and row.get("input"):
-            text = f"{text}\n\n{row['input']}"
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(
-                f"Line {number} of {path} holds no prompt.",
-                fix=f"Name its column one of: {', '.join(PROMPT_KEYS)}.",
-            )
-        about = row if isinstance(row, dict) else {}
-        reference = about.get("reference") or about.get("answer") or ""
-        category = str(about.get("category") or about.get("dataset") or "")
-        found.append(Question(number, category, (text,), (str(reference),) if reference else ()))
-    if not found:
-        raise DataError(f"There is no prompt in {path}.")
-    return found
+    return read_questions(path)
 
 
 def _by_category(question: Question) -> float:
@@ -141,17 +109,27 @@ def answer(
     max_new_tokens: int = MAX_NEW_TOKENS,
     samples: int = 1,
     batch_tokens: int = 8192,
+    engine: str = "padded",
+    folder: Path | None = None,
+    engine_check: int = 0,
+    checked: Callable[[EngineCheck], None] | None = None,
+    warn: Callable[[str], None] = lambda message: None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[EvalRow]:
-    """One row per question, turn and sample, through the model's own chat template.
+    """One row per question, turn and sample, through the model's own chat template, by any of the engines.
 
-    Turn k of all questions is answered in one go (of each temperature), then turn k + 1 with these answers before
-    it. A conversation that the template refuses, or that leaves no room for an answer, ends there with an error.
+    `model` is one in this process, or an `engines.Source`. Turn k of all questions is answered in one go (of each
+    temperature), then turn k + 1 with these answers before it. Sample k draws with seed k. A conversation that the
+    template refuses, or that leaves no room for an answer, ends there with an error. In `folder` each answer is kept as
+    it comes, so that the same call goes on where it was killed. `engine_check` greedy answers are read again alone.
     """
-    from tunesmith.generation import generate
-
-    stop_ids = templates.end_of_turn_ids(tokenizer)
+    source = model if isinstance(model, engines.Source) else engines.Source(name, tokenizer, lambda: model)
+    asking = engines.Asked(
+        [], max_new_tokens, templates.end_of_turn_ids(tokenizer), batch_tokens=batch_tokens
+    )
     rows: list[EvalRow] = []
+    greedy: list[tuple[int, tuple[int, ...], Generated]] = []
+    wrote = engine
     for sample in range(samples):
         talks: dict[int, list[Message]] = {n: [] for n in range(len(questions))}
         for turn in range(max(len(q.turns) for q in questions)):
@@ -171,19 +149,23 @@ def answer(
                     del talks[number]
             for temperature in sorted({suite.temperature(questions[n]) for n in asked}):
                 part = [n for n in asked if suite.temperature(questions[n]) == temperature]
-                stage = f"{name}: turn {turn + 1} at temperature {temperature:g}"
-                found = generate(
-                    model,
-                    tokenizer,
-                    [asked[n] for n in part],
-                    max_new_tokens=max_new_tokens,
-                    stop_ids=stop_ids,
-                    batch_tokens=batch_tokens,
-                    temperature=temperature,
-                    seed=sample,
+                which = f" of sample {sample + 1}" if samples > 1 else ""
+                stage = f"{name}: turn {turn + 1}{which} at temperature {temperature:g}"
+                found, settings = engines.answers(
+                    source,
+                    # What is greedy hangs on no seed: a further sample of it is found in the folder.
+                    replace(
+                        asking,
+                        prompts=[asked[n] for n in part],
+                        temperature=temperature,
+                        seed=sample if temperature else 0,
+                    ),
+                    engine=engine,
+                    folder=folder,
                     progress=_told(progress, stage, len(part)),
+                    say=warn,
                 )
-                settings = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": sample}
+                wrote = settings["engine"]
                 for number, given in zip(part, found, strict=True):
                     question = questions[number]
                     if not given.ids and given.finish_reason == "length":
@@ -191,6 +173,8 @@ def answer(
                         rows += _failed(name, suite, number, question, turn, sample, why)
                         del talks[number]
                         continue
+                    if not temperature and not sample:
+                        greedy.append((number, asked[number], given))
                     talks[number].append(Message("assistant", given.text))
                     rows.append(
                         _row(
@@ -199,25 +183,24 @@ def answer(
                             generation={**settings, "new_tokens": len(given.ids)},
                         )
                     )  # fmt: skip
+    if checked and engine_check and greedy:
+        numbers, prompts, texts = zip(*greedy, strict=True)
+        checked(check_engine(source, replace(asking, prompts=prompts), texts, wrote, numbers, engine_check))
+    elif checked and engine_check:
+        warn(f"The engine check of {name} is left out: all its answers are drawn, none is greedy.")
     return sorted(rows, key=lambda row: (row.item, row.sample, row.turn))
 
 
-def answers_of(rows: Sequence[EvalRow], questions: Sequence[Question], name: str) -> Answers:
-    """The first sample of a model's rows as answers by question; those that broke off have fewer turns."""
+def answers_of(
+    rows: Sequence[EvalRow], questions: Sequence[Question], name: str, *, sample: int = 0
+) -> Answers:
+    """A sample of a model's rows as answers by question; those that broke off have fewer turns."""
     turns: dict[Id, tuple[str, ...]] = {}
     for row in sorted(rows, key=lambda r: (r.item, r.turn)):
-        if row.model == name and row.sample == 0 and row.output is not None:
+        if row.model == name and row.sample == sample and row.output is not None:
             id = questions[row.item].id
             turns[id] = (*turns.get(id, ()), row.output)
     return Answers(name, turns)
-
-
-def fingerprint(questions: Sequence[Question], location: str, settings: Mapping[str, Any]) -> str:
-    """A hash of all that a model's answers depend on; of a model folder, its files' sizes and times."""
-    folder = Path(location)
-    files = files_of(folder) if folder.is_dir() else []
-    facts = [[asdict(q) for q in questions], str(location), files, dict(settings)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _failed(

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from tunesmith.evaluation.instructions import THOUGHTS
+
 Slot = Literal["A", "B", "tie"]
 FINAL_LINES = 2
 """Lines at the end of a reply in which the verdict stands; what is quoted further up is reasoning."""
 LOWEST, HIGHEST = 1.0, 10.0
 RATING = re.compile(r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]")
 VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]", re.IGNORECASE)
-THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 SLOTS: dict[str, Slot] = {"A": "A", "B": "B", "C": "tie"}
 
 
@@ -32,5 +33,5 @@ def verdict(reply: str) -> Slot | None:
 
 
 def _end(reply: str) -> str:
-    lines = [line for line in THOUGHT.sub("", reply).splitlines() if line.strip()]
+    lines = [line for line in THOUGHTS.sub("", reply).splitlines() if line.strip()]
     return "\n".join(lines[-FINAL_LINES:])

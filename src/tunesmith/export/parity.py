@@ -1,0 +1,295 @@
+"""Whether an artefact is the model that it was made from: the same prompt tokens, the same answers, the same score.
+
+    training's prompt ids = transformers' = the artefact's own tokenizer's
+    logits along one path, largest difference     greedy answers, ties aside     score on held-out rows, paired
+
+What is tested is what is shipped: each artefact is read back from its file by who will read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith import models
+from tunesmith.data.templates import end_of_turn_ids
+from tunesmith.engines import llamacpp
+from tunesmith.evaluation.compare import Comparison, difference_shown, shown
+from tunesmith.evaluation.metrics import METRICS
+from tunesmith.generation import Generated, cut, decoded, for_inference, generate
+
+TOLERANCES = {
+    "float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2,
+    # llama.cpp looks its activations up in tables of float16, and multiplies quantised weights by quantised inputs.
+    "f32": 1e-3, "f16": 1e-2, "bf16": 4e-2, "q8_0": 6e-2, "q5_1": 0.3, "q5_0": 0.3, "q4_1": 0.5, "q4_0": 0.5,
+}  # fmt: skip
+"""How far a logit of an artefact may be from the model's, as a share of the largest logit, by how weights are stored.
+In float32 only the order of sums differs; the others are what rounding every weight to them may come to. The few-bit
+ones leave little more than the score to judge by."""
+
+NEW_TOKENS = 24
+"""Length of an answer where no held-out question sets another."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """An artefact, as read back, against the model that it was made from, which is computed in float32."""
+
+    prompts: int
+    positions: int
+    """Tokens whose logits were compared: those of the prompts and of the answers."""
+    largest_difference: float
+    """Between two logits for the same token."""
+    largest_logit: float
+    """Of the model, by amount."""
+    tolerance: float
+    """Largest difference allowed, as a share of the largest logit."""
+    new_tokens: int
+    """Tokens that the model answered with, greedily."""
+    same_answers: int
+    """Prompts whose answers have the same tokens."""
+    ties: int
+    """Prompts whose answers part at a token that the model prefers by less than the tolerance."""
+    of_scores: bool = False
+    """Whether the logits are scores of a reward model, one for each prompt, which has no answers."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every logit is within the tolerance and every answer has the same tokens, ties aside."""
+        # False for a difference that is not a number.
+        close = self.largest_difference <= self.tolerance * self.largest_logit
+        return close and self.same_answers + self.ties == self.prompts
+
+    def sentence(self) -> str:
+        """The result for people."""
+        if self.of_scores:
+            return (
+                f"largest difference of a score {self.largest_difference:.2g}, allowed "
+                f"{self.tolerance * self.largest_logit:.2g} ({self.tolerance:g} of the largest score "
+                f"{self.largest_logit:.3g}), over {self.prompts} texts"
+            )
+        ties = f" ({self.ties} part at a tie)" if self.ties else ""
+        return (
+            f"largest difference of a logit {self.largest_difference:.2g}, allowed "
+            f"{self.tolerance * self.largest_logit:.2g} ({self.tolerance:g} of the largest logit "
+            f"{self.largest_logit:.3g}), over {self.positions} tokens; {self.same_answers} of {self.prompts} greedy "
+            f"answers have the same tokens{ties}"
+        )
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One prompt's greedy answer and the logits of all its tokens, prompt included, in float32."""
+
+    ids: tuple[int, ...]
+    logits: Any
+
+
+def answered(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    along: Sequence[Sequence[int]] | None = None,
+    new_tokens: int = NEW_TOKENS,
+) -> list[Answered]:
+    """Each prompt's greedy answer; logits are along it, or along the answers given. Of a reward model the score,
+    as its only logit."""
+    if models.is_reward(model):
+        with for_inference(model):
+            return [Answered((), _logits(model, prompt, ())) for prompt in prompts]
+
+    found = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=new_tokens,
+        stop_ids=end_of_turn_ids(tokenizer),
+        batch_tokens=1,  # one by one, so that no padding is in what is compared
+    )
+    paths = [answer.ids for answer in found] if along is None else along
+    with for_inference(model):
+        return [
+            Answered(answer.ids, _logits(model, prompt, path))
+            for prompt, answer, path in zip(prompts, found, paths, strict=True)
+        ]
+
+
+def _logits(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Any:
+    """Logits of the whole path: what the model finds likely after each token of it."""
+    import torch
+
+    if models.is_seq2seq(model):
+        start = models.first_tokens(model)["decoder_start_token_id"]
+        ids, more = list(prompt), {"decoder_input_ids": torch.tensor([[start, *answer]])}
+    else:
+        ids, more = [*prompt, *answer], {}
+    logits = model(input_ids=torch.tensor([ids]), use_cache=False, **more).logits
+    return logits[0].float()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One prompt's answer by an artefact against the model's."""
+
+    largest: float
+    """Between two logits for the same token."""
+    largest_logit: float
+    positions: int
+    new_tokens: int
+    same: bool
+    gap: float | None
+    """By how much the model preferred its own token to the next best where the answers part; None where they do not."""
+    is_score: bool
+
+
+def difference(one: Answered, other: Answered) -> Difference:
+    """`one` is the model's answer, whose path both logits are along."""
+    gap = None
+    if one.ids != other.ids:
+        parting = next(
+            (n for n, (a, b) in enumerate(zip(one.ids, other.ids, strict=False)) if a != b),
+            min(len(one.ids), len(other.ids)),
+        )
+        first, second = one.logits[len(one.logits) - len(one.ids) - 1 + parting].topk(2).values.tolist()
+        gap = first - second
+    return Difference(
+        largest=float((one.logits - other.logits).abs().max()),
+        largest_logit=float(one.logits.abs().max()),
+        positions=len(one.logits),
+        new_tokens=len(one.ids),
+        same=one.ids == other.ids,
+        gap=gap,
+        is_score=len(one.logits) == 1 and not one.ids,
+    )
+
+
+def checked(differences: Sequence[Difference], *, tolerance: float) -> Check:
+    """All prompts together."""
+    import numpy
+
+    largest = max(d.largest_logit for d in differences)
+    return Check(
+        prompts=len(differences),
+        positions=sum(d.positions for d in differences),
+        # Unlike max() of Python, that of numpy keeps what is not a number.
+        largest_difference=float(numpy.max([d.largest for d in differences])),
+        largest_logit=largest,
+        tolerance=tolerance,
+        new_tokens=sum(d.new_tokens for d in differences),
+        same_answers=sum(d.same for d in differences),
+        ties=sum(d.gap is not None and d.gap <= 2 * tolerance * largest for d in differences),
+        of_scores=all(d.is_score for d in differences),
+    )
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The verdict on an artefact."""
+
+    artefact: str
+    """Its file's name."""
+    quant: str
+    read_by: str
+    """What read it back, with its version."""
+    prompts: int
+    same_prompts: int
+    """Prompts whose ids from the artefact's tokenizer are those that the model was trained to read."""
+    check: Check
+    score: Comparison | None = None
+    """The run's metric on the same questions, the artefact (`tuned`) against the model (`base`)."""
+    unscored: str | None = None
+    """Why there is no score."""
+    too_long: int = 0
+    """Questions that were left out, since the file's context has no room for an answer."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether prompts are read alike, logits and answers are within the tolerance, and the score is not worse."""
+        is_worse = self.score is not None and self.score.verdict == "worse"
+        return self.same_prompts == self.prompts and self.check.passed and not is_worse
+
+    def problems(self) -> list[str]:
+        """What keeps it from passing."""
+        found = []
+        if self.same_prompts < self.prompts:
+            found.append(
+                f"{self.prompts - self.same_prompts} of {self.prompts} prompts are read as other tokens"
+            )
+        if not self.check.passed:
+            found.append(self.check.sentence())
+        if self.score is not None and self.score.verdict == "worse":
+            found.append(f"its score is worse: {difference_shown(self.score)}")
+        return found
+
+    def sentences(self) -> list[str]:
+        """The result for people."""
+        longer = f" ({self.too_long} more are longer than its context)" if self.too_long else ""
+        lines = [
+            f"read back by {self.read_by}: {self.same_prompts} of {self.prompts} prompts are the same tokens{longer}",
+            self.check.sentence(),
+        ]
+        if self.score and self.score.base is not None and self.score.tuned is not None:
+            metric = METRICS[self.score.metric]
+            base, own = shown(self.score.base, metric), shown(self.score.tuned, metric)
+            lines.append(
+                f"{metric.name}: the model {base}, this file {own}, difference {difference_shown(self.score)}, "
+                f"n = {self.score.n}"
+            )
+        elif self.unscored:
+            lines.append(f"no score: {self.unscored}")
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `parity.json` holds."""
+        return {
+            **asdict(self),
+            "check": {**asdict(self.check), "passed": self.check.passed},
+            "passed": self.passed,
+            "problems": self.problems(),
+        }
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt as the model was trained to read it, and the text that a server would be sent for it."""
+
+    ids: tuple[int, ...]
+    text: str
+
+
+def of_gguf(
+    model: Any,
+    tokenizer: Any,
+    file: Path,
+    questions: Sequence[Question],
+    *,
+    new_tokens: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[list[Difference], int, list[Generated], list[Generated]]:
+    """A GGUF file, read by llama.cpp, against the model in this process.
+
+    Gives the differences, the number of questions whose text llama.cpp reads as the same ids, and the answers of the
+    model and of the file. One prompt at a time, so that logits of a large vocabulary need not be kept.
+    """
+    import torch
+
+    stop_ids = end_of_turn_ids(tokenizer)
+    differences, own, others = [], [], []
+    longest = max(len(asked.ids) for asked in questions)
+    with llamacpp.opened(file, length=longest + new_tokens) as loaded:
+        same = sum(llamacpp.tokenized(loaded, asked.text) == list(asked.ids) for asked in questions)
+        for done, asked in enumerate(questions, start=1):
+            room = new_tokens if loaded.is_pair else min(new_tokens, loaded.length - len(asked.ids))
+            [one] = answered(model, tokenizer, [asked.ids], new_tokens=room)
+            found = llamacpp.greedy(loaded, asked.ids, room=room, stop_ids=stop_ids)
+            other = cut(found, stop_ids, tokenizer)
+            along = torch.from_numpy(llamacpp.logits(loaded, asked.ids, one.ids))
+            differences.append(difference(one, Answered(other.ids, along)))
+            text = decoded(one.ids, tokenizer)
+            own.append(Generated(one.ids, text, "stop" if len(one.ids) < room else "length"))
+            others.append(other)
+            progress(done)
+    return differences, same, own, others

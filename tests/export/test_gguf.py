@@ -1,0 +1,307 @@
+"""GGUF: every family is read back with the logits that transformers computes, or refused before any work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from tunesmith import api
+from tunesmith.assets import TINY_MODEL
+from tunesmith.cli import app
+from tunesmith.engines import llamacpp
+from tunesmith.errors import ModelError, RunError, TunesmithError
+from tunesmith.export import gguf as writing
+from tunesmith.export import ollama, parity
+from tunesmith.export.vocabulary import BYTE, CONTROL, SPLITS, vocabulary_of
+
+gguf = pytest.importorskip("gguf")
+needs_llama_cpp = pytest.mark.skipif(not llamacpp.is_installed(), reason="llama-cpp-python is not here")
+
+SIZES = {
+    "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 3,
+}  # fmt: skip
+WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
+CONFIGS = {
+    "llama, own head": ("llama", {"tie_word_embeddings": False}),
+    "llama, biases, wide heads": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
+    "llama 3 positions": ("llama", {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}}),
+    "linear positions": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "mistral, a window": ("mistral", {"sliding_window": 64}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "gemma2": ("gemma2", {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 16, "num_hidden_layers": 3,
+                          "layer_types": WINDOWS}),
+    "gemma3": ("gemma3_text", {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 16,
+                               "num_hidden_layers": 3, "layer_types": WINDOWS}),
+    "phi3": ("phi3", {}),
+    "phi3, long": ("phi3", {"original_max_position_embeddings": 32, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0 + 0.1 * n for n in range(8)],
+        "long_factor": [2.0 + 0.3 * n for n in range(8)], "original_max_position_embeddings": 32}}),
+    "t5": ("t5", {"tie_word_embeddings": True, "feed_forward_proj": "relu"}),
+    "t5, gated": ("t5", {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}),
+}  # fmt: skip
+T5_SIZES = {
+    "vocab_size": 4096, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 2,
+    "num_heads": 4, "decoder_start_token_id": 3, "pad_token_id": 3, "eos_token_id": 2,
+}  # fmt: skip
+TEXT = "The quick brown fox jumps over the lazy dog. SELECT name FROM users WHERE id = 12; " * 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY_MODEL)
+
+
+def saved(name: str, folder, tokenizer):
+    kind, settings = CONFIGS[name]
+    config = AutoConfig.for_model(kind, **{**(T5_SIZES if kind == "t5" else SIZES), **settings})
+    torch.manual_seed(0)
+    auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="eager").eval()
+    for weight in model.parameters():  # norms of 1 and biases of 0 would hide what is left out
+        weight.data += torch.randn_like(weight) * (0.3 if weight.ndim == 1 else 0.05)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def written(name: str, folder, tokenizer, quant: str = "f32"):
+    model = saved(name, folder, tokenizer)
+    vocabulary = vocabulary_of(tokenizer, rows=model.config.vocab_size, stop_ids=[2])
+    writing.family_of(model.config, folder=str(folder))
+    made = writing.write(
+        folder, folder / "x.gguf", quant=quant, vocabulary=vocabulary, config=model.config, name="x"
+    )
+    return model, made
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("name", CONFIGS)
+def test_llama_cpp_computes_what_transformers_does(name, tmp_path, tokenizer):
+    model, made = written(name, tmp_path, tokenizer)
+    ids = tokenizer(TEXT).input_ids[:48]
+    answer = [] if model.config.is_encoder_decoder is False else [100, 200, 300]
+    with llamacpp.opened(made.file, length=64) as loaded:
+        own = llamacpp.logits(loaded, ids, answer)
+        assert llamacpp.tokenized(loaded, TEXT)[:48] == ids
+    with torch.no_grad():
+        reference = parity._logits(model, ids, answer).numpy()
+    # Gemma and gated T5 take their activation from a table of float16 in llama.cpp.
+    is_rounded = made.architecture.startswith("gemma") or name == "t5, gated"
+    assert numpy.abs(own - reference).max() <= (1e-3 if is_rounded else 1e-5) * numpy.abs(reference).max()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_weight_is_in_the_file(name, tmp_path, tokenizer):
+    """By gguf's own reader: as many numbers as the model has, tied tables once, none of them lost or invented."""
+    model, made = written(name, tmp_path, tokenizer)
+    tensors = {t.name: t for t in gguf.GGUFReader(made.file).tensors}
+    extra = sum(int(t.n_elements) for n, t in tensors.items() if n.startswith("rope_"))
+    unique = {p.data_ptr(): p.numel() for p in model.parameters()}
+    own_head = model.config.vocab_size * model.config.d_model if made.architecture == "t5" else 0
+    assert sum(int(t.n_elements) for t in tensors.values()) - extra == sum(unique.values()) + own_head
+    embedding = torch.from_numpy(numpy.array(tensors["token_embd.weight"].data))
+    assert torch.equal(embedding, model.get_input_embeddings().weight.data)
+
+
+@pytest.mark.parametrize("quant", writing.QUANTS)
+def test_weights_are_stored_as_asked_for(quant, tmp_path, tokenizer):
+    """Each matrix, taken apart again by gguf's own reader, is the model's to within what its kind of block rounds."""
+    model, made = written("qwen2", tmp_path, tokenizer, quant)
+    tensors = {t.name: t for t in gguf.GGUFReader(made.file).tensors}
+    stored = tensors["blk.0.ffn_up.weight"]
+    assert stored.tensor_type.name == quant.upper()
+    back = gguf.dequantize(stored.data, stored.tensor_type).reshape(96, 64)
+    own = model.model.layers[0].mlp.up_proj.weight.detach().numpy()
+    step = {"f32": 0, "f16": 1e-3, "bf16": 8e-3, "q8_0": 1 / 127, "q5_1": 1 / 31, "q5_0": 1 / 15, "q4_1": 1 / 15,
+            "q4_0": 1 / 7}[quant]  # fmt: skip
+    assert numpy.abs(back - own).max() <= step * numpy.abs(own).max() + 1e-7
+    assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+    assert made.tensors["F32"] >= 1
+
+
+def test_a_sliding_window_shortens_the_context_and_says_so(tmp_path, tokenizer):
+    _, made = written("mistral, a window", tmp_path, tokenizer)
+    field = gguf.GGUFReader(made.file).get_field("llama.context_length")
+    assert field.contents() == 64
+    assert "64 tokens in this file, not 256" in made.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("bloom", {}, "Models of the kind 'bloom' are not written as GGUF"),
+        ("llama", {"hidden_act": "relu"}, "the activation 'relu'"),
+        (
+            "qwen2",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            "scaling 'yarn'",
+        ),
+        ("t5", {"num_layers": 1}, "more decoder than encoder layers"),
+        ("gemma2", {"tie_word_embeddings": False}, "a head that is not the embedding"),
+    ],
+)
+def test_what_llama_cpp_does_not_compute_is_refused(kind, settings, said):
+    sizes = {"t5": T5_SIZES, "bloom": {}}.get(kind, SIZES)
+    with pytest.raises(ModelError) as caught:
+        writing.family_of(AutoConfig.for_model(kind, **{**sizes, **settings}), folder="there")
+    assert said in " ".join(caught.value.lines())
+    assert len(caught.value.lines()) == 3
+
+
+def test_the_way_to_split_text_is_found_by_trying(tokenizer):
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    assert vocabulary_of(tokenizer, rows=4096, stop_ids=[2]).keys["ggml.pre"] == "gpt-2"
+
+    def split_by(*expressions: str):
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                *(pre_tokenizers.Split(Regex(e), "isolated") for e in expressions),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+
+    # The tiny vocabulary cannot tell all of them apart.
+    assert vocabulary_of(split_by(*SPLITS["smollm"]), rows=4096, stop_ids=[2]).keys["ggml.pre"] == "smollm"
+    with pytest.raises(ModelError, match="splits text in a way that llama"):
+        vocabulary_of(split_by(r"[aeiou]"), rows=4096, stop_ids=[2])
+
+
+def test_a_byte_fallback_tokenizer_is_merged_by_rank():
+    """SentencePiece's kind: pieces get the rank of the merge that makes them, bytes and special tokens their kinds."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), "▁", "a", "b", "ab", "▁ab"]
+    backend = Tokenizer(
+        models.BPE(
+            {p: n for n, p in enumerate(pieces)},
+            [("a", "b"), ("▁", "ab")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.ByteFallback()
+    backend.add_special_tokens([AddedToken("<s>"), AddedToken("</s>")])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    keys = vocabulary_of(made, rows=len(pieces) + 2, stop_ids=[2]).keys
+    assert (keys["ggml.model"], keys["ggml.add_space_prefix"], keys["ggml.add_bos_token"]) == (
+        "llama",
+        True,
+        False,
+    )
+    scores = dict(zip(keys["ggml.tokens"], keys["ggml.scores"], strict=True))
+    assert scores["ab"] > scores["▁ab"] > scores["a"]
+    kinds = dict(zip(keys["ggml.tokens"], keys["ggml.token_type"], strict=True))
+    assert (kinds["<unk>"], kinds["<s>"], kinds["<0x41>"], kinds["[PAD264]"]) == (2, CONTROL, BYTE, 5)
+
+
+def test_more_tokens_than_rows_are_refused(tokenizer):
+    with pytest.raises(ModelError, match="no embedding for"):
+        vocabulary_of(tokenizer, rows=100, stop_ids=[2])
+
+
+CHATML = "".join(
+    (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    )
+)
+FOLDED = "".join(
+    (
+        "{% set s = messages[0].content if messages[0].role == 'system' else '' %}",
+        "{% for m in messages if m.role != 'system' %}[{{ m.role }}] {{ s if loop.first }}{{ m.content }}\n",
+        "{% endfor %}",
+        "{% if add_generation_prompt %}[assistant] {% endif %}",
+    )
+)
+
+
+def test_a_template_that_goes_turn_by_turn_is_said_to_ollama(tokenizer):
+    tokenizer.chat_template = CHATML
+    pieces = ollama.pieces_of(tokenizer)
+    assert pieces is not None
+    assert pieces.around["user"] == ("<|im_start|>user\n", "<|im_end|>\n")
+    assert pieces.opening == "<|im_start|>assistant\n"
+    text, problem = ollama.modelfile("x.gguf", tokenizer, stop_ids=[2], context=2048)
+    assert problem is None
+    assert '{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n' in text
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    assert text.startswith("FROM ./x.gguf\n")
+
+
+def test_a_template_that_ollama_cannot_say_is_left_out_and_said(tokenizer):
+    tokenizer.chat_template = FOLDED
+    text, problem = ollama.modelfile("x.gguf", tokenizer, stop_ids=[2], context=None)
+    assert "TEMPLATE" not in text
+    assert "no TEMPLATE" in str(problem)
+
+
+@needs_llama_cpp
+def test_the_verb_proves_the_file_and_keeps_a_bad_one_aside(tmp_path, monkeypatch):
+    model = tmp_path / "tiny"
+    shutil.copytree(TINY_MODEL, model)
+    result = CliRunner().invoke(app, ["export", str(model), "--quant", "f32", "--json"])
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout.strip().splitlines()[-1])
+    folder = tmp_path / "tiny_gguf-f32"
+    assert (shown["folder"], shown["passed"]) == (str(folder), True)
+    assert sorted(p.name for p in folder.iterdir()) == ["Modelfile", "parity.json", "tiny-f32.gguf"]
+    kept = json.loads((folder / "parity.json").read_text())
+    assert kept["prompts"] == kept["same_prompts"] == kept["check"]["same_answers"] == 4
+    assert kept["check"]["largest_difference"] <= 1e-4 * kept["check"]["largest_logit"]
+    with pytest.raises(RunError, match="is not empty"):
+        api.export(model, quant="f32")
+
+    def as_it_is(name, tensor, config):
+        return tensor
+
+    broken = writing.FAMILIES["llama"]
+    monkeypatch.setitem(
+        writing.FAMILIES,
+        "llama",
+        writing.Family(broken.architecture, broken.keys, as_it_is, broken.problem),
+    )
+    result = CliRunner().invoke(app, ["export", str(model), "--output", str(tmp_path / "bad"), "--json"])
+    shown = json.loads(result.stdout.strip().splitlines()[-1])
+    assert (result.exit_code, shown["passed"]) == (1, False)
+    assert not (tmp_path / "bad").exists()
+    assert json.loads((tmp_path / "bad.failed" / "parity.json").read_text())["passed"] is False
+
+
+def test_without_llama_cpp_the_file_is_said_to_be_unproven(tmp_path, monkeypatch):
+    monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
+    made = api.export(TINY_MODEL, quant="q8_0", output=tmp_path / "out")
+    assert made.parity is None
+    assert any("not proven" in note for note in made.notes)
+    assert not (tmp_path / "out" / "parity.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"to": "ggfu"}, "Models are not exported to 'ggfu'"),
+        ({"quant": "q8"}, "Weights are not stored as 'q8' in GGUF"),
+        ({"rows": 0}, "Nothing is proven without questions"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_any_work(options, said, tmp_path):
+    with pytest.raises(TunesmithError, match=said):
+        api.export(TINY_MODEL, output=tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())

@@ -369,3 +369,25 @@ def test_a_head_whose_labels_weigh_differently(alike):
     (wanted * weights).sum().backward()
     for tensor, gradient in zip((hidden, weight, bias), found, strict=True):
         torch.testing.assert_close(gradient, tensor.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_precision():
+    """In 16 bits both ways of adding up round, and stay near the loss in 32."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = made("gemma2")
+    theirs = copy.deepcopy(model)
+    add_fused_lm_head(theirs, outputs=("log_probs", "is_top1"))
+    fast = quick(copy.deepcopy(model), outputs=("log_probs", "is_top1"))
+    inputs = batch([30, 7, 2, 18])
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (each(**inputs, fused_lm_head=True) for each in (fast, theirs))
+    for answer in (found, expected):
+        answer.loss.backward()
+    whole = stock_loss(model, inputs)
+    whole.backward()
+    assert abs(found.loss - whole) <= 2 * abs(expected.loss - whole) + 0.01 * whole
+    exact, ours, other = gradients(model), gradients(fast), gradients(theirs)
+    for name, gradient in exact.items():
+        error, usual = (float((got[name] - gradient).norm()) for got in (ours, other))
+        assert error <= 2 * usual + 0.02 * gradient.norm(), name

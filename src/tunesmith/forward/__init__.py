@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tunesmith.forward import attention
 from tunesmith.forward.head import Found, Reading, read
 from tunesmith.forward.tree import Layout, labelled, layout, rows_of
-from tunesmith.models import decoder_layers
+from tunesmith.models import decoder_layers, is_reward
 from tunesmith.training.run import Run
 
 COVERED = {
@@ -42,6 +42,8 @@ UNDERSTOOD = {"input_ids", "attention_mask", "position_ids", "use_cache"}
 """Inputs without which nothing else of a batch matters."""
 WORTH = 0.9
 """Share of tokens with labels from which on the last layer is finished for all."""
+TRUNK = "_tunesmith_trunk"
+"""Attribute of a policy with its trunk, for a method that asks for hidden states itself."""
 HOOKS = "_tunesmith_rows"
 """Attribute of a model with the hooks that are set on it."""
 WHOLE = {"gpt2"}
@@ -251,7 +253,8 @@ def _put_back(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Tenso
 
 
 def attach(trainer: Any, run: Run, *, choice: str = "fast") -> None:
-    """Put the fast forward in the place of TRL's in a trainer's models, and keep in the run which one is used and why.
+    """Put the fast forward in the place of the stock one in a trainer's models, and keep in the run which one is used
+    and why.
 
     `choice` is the recipe's `training.forward`.
     """
@@ -269,10 +272,15 @@ def attach(trainer: Any, run: Run, *, choice: str = "fast") -> None:
     if why:
         run.event("decision", name="forward", value="stock", reason=why)
         return
-    for model in (plain, getattr(trainer, "ref_model", None)):
-        if model is not None:
-            quicken(_plain(model), alike=isinstance(trainer, SFTTrainer), say=say)
-    reason = "no padding, shared beginnings once, the vocabulary only where a label is"
+    references = (getattr(trainer, name, None) for name in ("ref_model", "reference"))
+    for model in (plain, *(_plain(m) for m in references if m is not None)):
+        if is_reward(model):
+            score_quickly(model, say=say)
+        elif hasattr(trainer.model, "policy"):
+            setattr(model, TRUNK, Trunk(model, say))
+        else:
+            quicken(model, alike=isinstance(trainer, SFTTrainer), say=say)
+    reason = "no padding, shared beginnings once, the last layer and the head only where they are asked"
     if has_dropout(plain):
         reason += "; beginnings are not shared while training, as dropout draws differ"
     run.event("decision", name="forward", value="fast", reason=reason)
@@ -285,13 +293,18 @@ def uncovered(trainer: Any, model: Any) -> str | None:
     kind = model.config.model_type
     if kind not in COVERED:
         return f"models of the kind {kind} are not covered"
-    if not _settings(model).keys() >= SETTINGS:
+    if hasattr(trainer.model, "policy"):
+        if getattr(model.config, "final_logit_softcapping", None):
+            return "the method needs logits that are the head's alone, and these are capped"
+    elif not is_reward(model) and not _settings(model).keys() >= SETTINGS:
         return "this method asks its model for more than log-probabilities"
+    if getattr(model.config, "use_bidirectional_attention", None):
+        return "tokens see what follows them"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return "weights are spread over processes"
     if trainer.args.neftune_noise_alpha:
         return "NEFTune's noise is measured by the length of padded rows"
-    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+    if not is_reward(model) and isinstance(model.get_output_embeddings(), BaseTunerLayer):
         return "the head has an adapter"
     if model.config._attn_implementation_internal not in ("sdpa", "eager", "flash_attention_2"):
         return f"the attention {model.config._attn_implementation_internal} was asked for"
@@ -299,6 +312,8 @@ def uncovered(trainer: Any, model: Any) -> str | None:
 
 
 def _plain(model: Any) -> Any:
+    """The model itself: of a policy with its value the policy, of a model with an adapter what is beneath."""
+    model = getattr(model, "policy", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -379,3 +394,30 @@ def _answer(model: Any, hidden: Hidden, labels: Tensor, reading: Reading, num_it
         is_top1=spread(found.is_top1),
         label_mask=mask,
     )
+
+
+def score_quickly(model: Any, *, say: Callable[[str], None]) -> None:
+    """Have a reward model finish its last layer only for the tokens that its scores are read at."""
+    from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+    theirs = model.forward
+    trunk = Trunk(model, say)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # TRL gives the model the margins of pairs as well, which it has no use for.
+        inputs = {name: value for name, value in kwargs.items() if name not in ("margin", "return_dict")}
+        ids, pad = inputs.get("input_ids"), trunk.config.pad_token_id
+        found = None
+        if args or ids is None or pad is None or kwargs.get("return_dict") is False:
+            trunk.stock("a batch brings no token ids by name, nothing pads, or a tuple is asked for")
+        else:
+            places = torch.arange(ids.shape[1], device=ids.device)
+            last = (places * (ids != pad)).argmax(1, keepdim=True)
+            found = trunk.hidden(inputs, torch.zeros_like(ids, dtype=torch.bool).scatter_(1, last, True))
+        if found is None:
+            return theirs(*args, **kwargs)
+        rows = torch.argsort(found.slots)
+        return SequenceClassifierOutputWithPast(logits=trunk.model.score(found.states.index_select(0, rows)))
+
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    model.forward = types.MethodType(forward, model)

@@ -28,6 +28,8 @@ from tunesmith import models
 from tunesmith.data.cache import Encodings
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.errors import ModelError, RunError
+from tunesmith.forward import TRUNK, Trunk
+from tunesmith.forward.head import Reading, read
 from tunesmith.generation import Generated, generate, halving, length_batches
 from tunesmith.methods import ppo_math as ppo
 from tunesmith.methods.rewards import Scored, correlation, without_spread
@@ -156,6 +158,13 @@ def is_parted(policy: Any) -> bool:
 def states(policy: Any, ids: Tensor, mask: Tensor, acted: Tensor) -> tuple[Tensor, Tensor | None]:
     """The last hidden state before each token that is marked, and its logits where these cannot be made of it."""
     model = _language_model(policy)
+    trunk: Trunk | None = getattr(model, TRUNK, None)
+    if trunk is not None:
+        wanted = torch.zeros_like(acted)
+        wanted[:, :-1] = acted[:, 1:]
+        found = trunk.hidden({"input_ids": ids, "attention_mask": mask}, wanted)
+        if found is not None:
+            return found.states.index_select(0, torch.argsort(found.slots)), None
     if is_parted(policy):
         output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
         return output.last_hidden_state[:, :-1][acted[:, 1:]], None
@@ -177,7 +186,13 @@ def token_logprobs(
     targets = ids[:, 1:][acted[:, 1:]]
     if logits is not None:
         return ppo.logprobs_and_entropy(logits, targets, temperature=temperature, entropy=entropy)
-    head = _language_model(policy).get_output_embeddings()
+    model = _language_model(policy)
+    head = model.get_output_embeddings()
+    if hasattr(model, TRUNK):
+        outputs = ("log_probs", "entropy") if entropy else ("log_probs",)
+        read_off = Reading(temperature=temperature, outputs=outputs)
+        found = read(hidden, head.weight, head.bias, targets, read_off)
+        return found.log_probs, found.entropy
 
     def of(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         return ppo.logprobs_and_entropy(head(hidden), targets, temperature=temperature, entropy=entropy)

@@ -1,0 +1,11 @@
+"""The same as `sft_short_chat.py` with a vocabulary of 151,936, as Qwen's models have it.
+
+python benchmarks/sft_full_vocab.py --quick
+"""
+
+from __future__ import annotations
+
+import sft_short_chat
+
+if __name__ == "__main__":
+    sft_short_chat.main("sft_full_vocab", 151_936, 160)

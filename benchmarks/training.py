@@ -1,0 +1,379 @@
+"""What the benchmarks of training share: rows, models, contestants in processes of their own, and the comparison.
+
+Every contestant is a fresh process; they take turns. All learn from the same token ids and labels, which tunesmith has
+prepared, in float32, with AdamW, at a learning rate so small that every step meets the model it started from: so the
+mean loss over all labels (of preferences, the mean log-likelihood of the answers) is one number, on which the
+contestants have to agree before a ratio is printed, whatever their batches are. Tokens are counted without padding, and
+a prompt in each of its rows; the first step and the last one are left out. Peak memory is the process's own, read
+before anything is saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import chat_rows
+
+SHAPES = {
+    "256x4": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "512x8": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    },
+}
+MAX_LENGTH = 1024
+RATE = 1e-9
+"""Learning rate: the work of a step without its effect."""
+LABELLED = 0.4
+"""Share of tokens in answers."""
+
+
+def words_of(seed: int) -> Any:
+    """A function from a number of tokens to so much text."""
+    rng = random.Random(seed)
+    vocabulary = sorted({"".join(rng.choices(chat_rows.SYLLABLES, k=rng.randint(1, 4))) for _ in range(6000)})
+    weights = [1 / (rank + 1) for rank in range(len(vocabulary))]
+
+    def text(tokens: float) -> str:
+        return " ".join(rng.choices(vocabulary, weights, k=max(int(tokens * chat_rows.TOKENS_TO_WORDS), 1)))
+
+    return text
+
+
+def write_chats(path: Path, count: int) -> None:
+    """Questions with answers, their lengths log-normal around 140 tokens, up to the limit."""
+    rng, text = random.Random(0), words_of(0)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            tokens = min(max(rng.lognormvariate(math.log(140), 0.8), 16), MAX_LENGTH - 80)
+            row = {"prompt": f"{number} {text(tokens * (1 - LABELLED))}", "response": text(tokens * LABELLED)}
+            file.write(json.dumps(row) + "\n")
+
+
+def write_pairs(path: Path, count: int) -> None:
+    """Preferences whose prompts are three times as long as their answers."""
+    rng, text = random.Random(0), words_of(0)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            tokens = min(max(rng.lognormvariate(math.log(60), 0.5), 12), 240)
+            row = {
+                "prompt": f"{number} {text(3 * tokens)}",
+                "chosen": text(tokens),
+                "rejected": text(tokens * rng.uniform(0.8, 1.2)),
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+def write_model(folder: Path, shape: str, vocabulary: int) -> None:
+    """A Llama with random weights, its head tied, and the tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    chat_rows.write_tokenizer(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        max_position_embeddings=2 * MAX_LENGTH,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        **SHAPES[shape],
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def settings(work: Path, task: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of our run."""
+    return {
+        "output_dir": str(Path(tempfile.mkdtemp(dir=work))),
+        "model": {"base": str(work / "model")},
+        "data": {"dataset": str(work / "rows.jsonl"), "max_length": MAX_LENGTH, "near_duplicates": "ignore"},
+        "method": {"kind": task["method"]},
+        "adapter": task["adapter"],
+        "training": {
+            "max_steps": task["steps"], "per_device_train_batch_size": task["batch"], "warmup_steps": 0,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": RATE, "scheduler": "constant", "eval_steps": 10**6, "save_steps": 10**6,
+            "logging_steps": 10**6, "early_stopping_patience": None, **task.get("training", {}),
+        },
+        "evaluation": {"skip": True, "samples": 0},
+    }  # fmt: skip
+
+
+def write_tokens(work: Path, method: str) -> int:
+    """Token ids and labels of our training split, for all others; how many rows they are."""
+    from tunesmith import dataflow
+    from tunesmith.compose import compose
+
+    task = {"method": method, "adapter": {"kind": "full"}, "steps": 1, "batch": 1}
+    recipe = compose(settings(work, task)).recipe
+    made = dataflow.encodings(recipe, dataflow.splits(recipe)).train.dataset()
+    with (work / "tokens.jsonl").open("w", encoding="utf-8") as file:
+        for n in range(len(made)):
+            row = made[n]
+            file.write(json.dumps({"input_ids": row["input_ids"], "labels": row["labels"]}) + "\n")
+    return len(made) // (1 if method == "sft" else 2)
+
+
+class Clock:
+    """Looks on at a trainer's steps: when each begins, what it is given and what loss it has."""
+
+    def __init__(self) -> None:
+        from transformers import Trainer
+
+        self.begun: list[float] = []
+        self.tokens: list[int] = []
+        self.labels: list[int] = []
+        self.losses: list[float] = []
+        self.peak = 0.0
+        inner, clock = Trainer.training_step, self
+
+        def step(trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            clock.begun.append(time.perf_counter())
+            clock.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+            clock.tokens.append(int(mask.sum() if mask is not None else inputs["input_ids"].numel()))
+            clock.labels.append(
+                int((labels[..., 1:] != -100).sum()) if labels is not None else len(inputs["input_ids"])
+            )
+            loss = inner(trainer, model, inputs, *args, **kwargs)
+            # A preference loss says nothing where model and reference are the same: their likelihoods do.
+            told = getattr(trainer, "_metrics", {}).get("train", {})
+            pair = [told[name][-1] for name in ("logps/chosen", "logps/rejected") if told.get(name)]
+            clock.losses.append(-sum(pair) if pair else float(loss))
+            return loss
+
+        Trainer.training_step = step  # type: ignore[method-assign]
+
+    def facts(self) -> dict[str, float]:
+        """Tokens a second between the beginning of the second and of the last step, mean loss, peak in MB."""
+        weighed = sum(loss * count for loss, count in zip(self.losses, self.labels, strict=True))
+        return {
+            "tokens_per_second": sum(self.tokens[1:-1]) / (self.begun[-1] - self.begun[1]),
+            "loss": weighed / sum(self.labels),
+            "peak": self.peak,
+            "steps": len(self.losses),
+        }
+
+
+def contestant(name: str, work: Path, task: dict[str, Any]) -> dict[str, float]:
+    """Train in this process, and tell how it went."""
+    import torch
+
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    if name == "ours without sharing":
+        from tunesmith.forward import tree
+
+        tree.LEAST = 10**9
+    if name.startswith("ours"):
+        from tunesmith import api
+        from tunesmith.compose import compose
+
+        task = {**task, **task.get("alone", {}).get(name, {})}
+        clock = Clock()
+        result = api.train(compose(settings(work, task)).recipe)
+        chosen = [e for e in _events(result.run) if e["kind"] == "decision" and e["name"] == "forward"]
+        assert chosen[0]["value"] == "fast", chosen
+    else:
+        clock = Clock()
+        _peer(name, work, task)
+    return {**clock.facts(), "until_first_step": clock.begun[0] - started}
+
+
+def _events(run: Any) -> list[dict[str, Any]]:
+    lines = (Path(run) / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _peer(name: str, work: Path, task: dict[str, Any]) -> None:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(work / "model")
+    model = AutoModelForCausalLM.from_pretrained(work / "model", dtype="float32")
+    rows = [json.loads(line) for line in (work / "tokens.jsonl").open(encoding="utf-8")]
+    if task["adapter"]["kind"] == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        adapter = task["adapter"]
+        lora = LoraConfig(
+            r=adapter["rank"], lora_alpha=adapter["alpha"], lora_dropout=0.0, target_modules="all-linear"
+        )
+        model = get_peft_model(model, lora)
+    common: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(dir=work), "report_to": "none", "use_cpu": True, "bf16": False,
+        "per_device_train_batch_size": task["batch"], "max_steps": task["steps"], "learning_rate": RATE,
+        "lr_scheduler_type": "constant", "save_strategy": "no", "logging_steps": 10**6, "disable_tqdm": True,
+        "gradient_checkpointing": False, "weight_decay": 0.01, "max_grad_norm": 1.0, "seed": 42,
+    }  # fmt: skip
+    trainer: Any
+    if name == "trl dpo":
+        pairs = []
+        for better, worse in zip(rows[::2], rows[1::2], strict=True):
+            start = next(n for n, label in enumerate(better["labels"]) if label != -100)
+            pairs.append(
+                {
+                    "prompt_ids": better["input_ids"][:start],
+                    "chosen_ids": better["input_ids"][start : _end(better["labels"])],
+                    "rejected_ids": worse["input_ids"][start : _end(worse["labels"])],
+                }
+            )
+
+        class Settled(DPOTrainer):  # type: ignore[misc]
+            """Takes token ids as they are."""
+
+            def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+                return dataset
+
+        trainer = Settled(
+            model=model, args=DPOConfig(**common, max_length=None), train_dataset=Dataset.from_list(pairs),
+            processing_class=tokenizer,
+        )  # fmt: skip
+    elif name.startswith("trl"):
+        packed = (
+            {"packing": True, "max_length": MAX_LENGTH} if name == "trl packing" else {"max_length": None}
+        )
+        if packed.get("packing"):
+            mean = sum(len(row["input_ids"]) for row in rows) / len(rows)
+            size = max(round(task["batch"] * mean / MAX_LENGTH), 1)
+            common |= {"per_device_train_batch_size": size, "max_steps": -1, "num_train_epochs": 1}
+        trainer = SFTTrainer(
+            model=model, args=SFTConfig(**common, **packed), train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )  # fmt: skip
+    else:
+        from transformers import DataCollatorForSeq2Seq
+
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(**common, train_sampling_strategy="group_by_length"),
+            train_dataset=Dataset.from_list(rows),
+            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+        )
+    trainer.train()
+
+
+def _end(labels: list[int]) -> int:
+    return len(labels) - next(n for n, label in enumerate(reversed(labels)) if label != -100)
+
+
+def matrix_peak() -> float:
+    """GFLOP/s of this machine's matrix product in float32."""
+    import torch
+
+    a = torch.randn(2048, 2048)
+    out = torch.empty_like(a)
+    times = []
+    for _ in range(8):
+        started = time.perf_counter()
+        torch.mm(a, a, out=out)
+        times.append(time.perf_counter() - started)
+    return 2 * 2048**3 / min(times) / 1e9
+
+
+def compare(
+    title: str,
+    names: list[str],
+    task: dict[str, Any],
+    *,
+    shape: str,
+    vocabulary: int,
+    rows: int,
+    rounds: int,
+    agree: float = 1e-5,
+    write: Any = write_chats,
+) -> dict[str, dict[str, float]]:
+    """Have the contestants take turns, the first of them ours, and print their ratios; medians by name.
+
+    Leaves with an error where their losses differ by more than `agree` of their size.
+    """
+    work = Path(tempfile.mkdtemp(prefix="training-"))
+    write_model(work / "model", shape, vocabulary)
+    write(work / "rows.jsonl", rows)
+    trained = write_tokens(work, task["method"])
+    task = {"steps": math.ceil(trained / task["batch"]), **task}  # one epoch
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in names:
+            command = [sys.executable, __file__, name, str(work), json.dumps(task)]
+            made = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+            if made.returncode:
+                raise SystemExit(f"{name}: {made.stderr[-3000:]}")
+            facts = json.loads(made.stdout.splitlines()[-1])
+            found[name].append(facts)
+            told = ", ".join(f"{key} {value:.6g}" for key, value in facts.items())
+            print(f"{title}, turn {turn + 1}, {name}: {told}", file=sys.stderr)
+    medians = {
+        name: {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
+        for name, turns in found.items()
+    }
+    losses = [medians[name]["loss"] for name in names]
+    if max(losses) - min(losses) > agree * abs(losses[0]):
+        raise SystemExit(f"the losses differ: {dict(zip(names, losses, strict=True))}")
+    for name, turns in found.items():
+        speeds = [turn["tokens_per_second"] for turn in turns]
+        print(
+            f"{title}, {name}: {medians[name]['tokens_per_second']:.0f} tokens/s ({min(speeds):.0f} to "
+            f"{max(speeds):.0f}), {medians[name]['peak']:.0f} MB; ours is "
+            f"{medians[names[0]]['tokens_per_second'] / medians[name]['tokens_per_second']:.2f} times as fast",
+            file=sys.stderr,
+        )
+    return medians
+
+
+def result(title: str, medians: dict[str, dict[str, float]], peer: str, rounds: int) -> None:
+    """The last line: one JSON object."""
+    ours = next(iter(medians.values()))["tokens_per_second"]
+    theirs = medians[peer]["tokens_per_second"]
+    print(
+        json.dumps(
+            {
+                "name": title,
+                "ours": round(ours, 1),
+                "peer": round(theirs, 1),
+                "ratio": round(ours / theirs, 2),
+                "unit": "tokens/s",
+                "n": rounds,
+            }
+        )
+    )
+
+
+def parser(description: str | None, rows: int) -> argparse.ArgumentParser:
+    """Options that these benchmarks share."""
+    made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    made.add_argument("--rows", type=int, default=rows)
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--shape", choices=SHAPES, default="256x4")
+    made.add_argument("--lora", action="store_true")
+    made.add_argument(
+        "--quick", action="store_true", help="one short turn: that it works, not how fast it is"
+    )
+    return made
+
+
+def adapter(lora: bool) -> dict[str, Any]:
+    """The adapter of a recipe."""
+    if lora:
+        return {"kind": "lora", "rank": 8, "alpha": 16, "dropout": 0.0, "targets": "all-linear"}
+    return {"kind": "full"}
+
+
+if __name__ == "__main__":
+    print(json.dumps(contestant(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))))

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs/benchmarks.md"
 KEPT = HERE / "results.jsonl"
 BEGIN, END = "<!-- measured: begin (make bench) -->", "<!-- measured: end -->"
-NO_BENCHMARKS = {"run_all", "chat_rows"}
+NO_BENCHMARKS = {"run_all", "chat_rows", "training"}
 """Files of this folder that measure nothing themselves."""
 
 

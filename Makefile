@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Python keeps what it compiled, pytest's checked tests among it: seconds of every process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test prove thorough check setup clean
+.PHONY: demo test prove thorough check bench setup clean
 
 demo: .venv/.ready
 	$(BIN)/tunesmith demo
@@ -21,6 +21,9 @@ thorough: .venv/.ready  # further cases of what other tests prove, which would m
 
 check: .venv/.ready
 	scripts/check
+
+bench: .venv/.ready  # hours on a quiet machine; ONLY=startup,memory runs some
+	$(BIN)/python benchmarks/run_all.py $(if $(ONLY),--only $(ONLY))
 
 setup: .venv/.ready
 

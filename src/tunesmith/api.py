@@ -167,17 +167,26 @@ def _unwatched(event: Mapping[str, Any]) -> None:
     """Watch nothing."""
 
 
-def plan(recipe: Recipe) -> tuple[Plan, Mapping[str, Any]]:
-    """What a recipe would do here, and what becomes of its rows; nothing is written or trained.
+def plan(
+    recipe: Recipe, *, device: str | None = None, measured: bool = False
+) -> tuple[Plan, Mapping[str, Any]]:
+    """What a recipe would do here and what it would take, and what becomes of its rows; nothing is written or trained.
 
-    Refuses what `train` refuses.
+    `device` names one that is elsewhere (`devices.DEVICES`). `measured` takes two micro-steps on this machine, for the
+    seconds. Refuses what `train` refuses, but for a run that does not fit, which is told with what to change.
     """
+    if device:
+        from tunesmith import devices
+
+        devices.named(device)
     _check_before_training(recipe)
     from tunesmith.evaluation import leakage
 
-    results = _driver().execute(["plan", "encodings", "leakage"], inputs=_inputs(recipe))
+    inputs = {**_inputs(recipe), "device": device, "measured": measured}
+    results = _driver().execute(["plan", "encodings", "leakage", "estimate"], inputs=inputs)
     ledger, found = results["encodings"].ledger, results["leakage"]
-    planned = replace(results["plan"], decisions=(*results["plan"].decisions, leakage.decision(found)))
+    decisions = (*results["plan"].decisions, leakage.decision(found))
+    planned = replace(results["plan"], decisions=decisions, estimate=results["estimate"])
     leaked = {"sentence": found.sentence(), "leaked": len(found.leaked), "review": len(found.review)}
     return planned, {"rows": ledger.counts(), "dropped": ledger.reasons(), "leakage": leaked}
 
@@ -1738,6 +1747,10 @@ def _check_before_training(recipe: Recipe) -> None:
     """Cheap failures first: nothing is read or computed before these are settled."""
     _check_settings(recipe)
     quiet_libraries()
+    from tunesmith.data import sources
+
+    for source in (recipe.data, *recipe.data.mix):  # before what loads torch
+        sources.local(source.dataset)
     from tunesmith import evaluation, models
     from tunesmith.methods import METHODS
 
@@ -1753,6 +1766,15 @@ def _check_before_training(recipe: Recipe) -> None:
         raise RecipeError(
             f"data.packing has no effect with the method '{method.kind}': its rows stay rows of their own.",
             fix="Leave data.packing out.",
+        )
+    if recipe.training.batches == "by_length" and (recipe.data.packing or not method.any_order):
+        fixed = (
+            "packed rows are all of about one length"
+            if recipe.data.packing
+            else f"'{method.kind}' has its own order"
+        )
+        raise RecipeError(
+            f"training.batches by_length has no effect here: {fixed}.", fix="Leave training.batches out."
         )
     method.check(recipe)
     evaluation.check_scoring(recipe.evaluation.metrics or [], gives_scores=method.head is not None)

@@ -539,6 +539,10 @@ def plan_verb(
             help="Compare loss and gradient of some rows in batches of 8 and 2 x 4, and packed and padded.",
         ),
     ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Plan for a device by name, such as h100-80gb, without having it."),
+    ] = None,
     flags: dict[str, Any],
     quiet: bool,
 ) -> Any:
@@ -546,7 +550,7 @@ def plan_verb(
     from tunesmith import api
 
     composition = _composed(recipe_file, config, flags, lora=lora, qlora=qlora, freeze_ratio=freeze_ratio)
-    plan, rows = api.plan(composition.recipe)
+    plan, rows = api.plan(composition.recipe, device=device, measured=True)
     payload = {"plan": plan.as_dict(), **rows, "notes": composition.notes}
     text = _plan_text(plan, rows, composition)
     if self_check:
@@ -1237,6 +1241,8 @@ def _plan_text(plan: Plan, rows: Mapping[str, Any], composition: Composition) ->
     table.add_row("tokens", f"{plan.tokens_per_epoch:,}", "in one pass over the training examples")
     for decision in plan.decisions:
         table.add_row(decision.name, _escaped(decision.value), _escaped(decision.reason))
+    for name, value, reason in plan.estimate.lines() if plan.estimate else ():
+        table.add_row(name, _escaped(value), _escaped(reason))
     return table
 
 

@@ -13,18 +13,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 import tunesmith.evaluation as evaluation
-from tunesmith import data, engines, models
+from tunesmith import data, devices, engines, models
+from tunesmith import estimate as estimating
 from tunesmith import plan as planning
+from tunesmith.data.cache import Encodings
 from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.data.preferences import prompt_length
 from tunesmith.data.splitting import TRAIN, VALIDATION
 from tunesmith.data.templates import Encoding
 from tunesmith.engines.check import FILE as CHECKS
 from tunesmith.engines.check import keep_check, remarked
-from tunesmith.errors import RecipeError, RunError
+from tunesmith.errors import RecipeError, RunError, TunesmithError
+from tunesmith.estimate import Estimate
 from tunesmith.evaluation import EvalRow, forgetting, stages
 from tunesmith.evaluation import leakage as leaks
 from tunesmith.evaluation import parts as parting
@@ -36,10 +42,11 @@ from tunesmith.evaluation.report import write_report
 from tunesmith.evaluation.stages import Stage
 from tunesmith.evaluation.unseen import Asked, asked_of, carry
 from tunesmith.export.card import write_card
-from tunesmith.methods import METHODS
+from tunesmith.methods import METHODS, Method
 from tunesmith.plan import Plan
-from tunesmith.recipe import QLoRA, Recipe
+from tunesmith.recipe import SFT, QLoRA, Recipe, Tracking
 from tunesmith.training.fit import Fit, arguments, fit
+from tunesmith.training.order import by_length, order_by_length
 from tunesmith.training.run import Run
 
 
@@ -66,8 +73,9 @@ def plan(
     packing: Packing | None,
     asked: Asked,
     validation_items: Sequence[evaluation.Item] = (),
+    device: str | None = None,
 ) -> Plan:
-    """What the run will do on this machine, with reasons."""
+    """What the run will do on this machine, or on the device of this name, with reasons."""
     _, template = _tokenizer(recipe)
     lengths = encodings.train.lengths
     method = METHODS[recipe.method.kind]
@@ -108,7 +116,101 @@ def plan(
         held_out=None if recipe.evaluation.skip else _held_out(recipe, asked),
         notes=notes,
         settled=settled,
+        elsewhere=devices.named(device) if device else None,
     )
+
+
+def estimate(
+    recipe: Recipe,
+    encodings: data.EncodedSplits,
+    packing: Packing | None,
+    plan: Plan,
+    asked: Asked,
+    device: str | None = None,
+    measured: bool = False,
+) -> Estimate:
+    """What the run takes: memory by part, seconds, disk; on this machine, or on the device of this name. `measured` has
+    two micro-steps taken here, and the largest micro-batch looked for."""
+    method = METHODS[recipe.method.kind]
+    facts = devices.named(device) if device else devices.here(plan.device)
+    given = estimating.Rows(
+        _row_lengths(method, encodings.train, packing),
+        validation=_row_lengths(method, encodings.validation, None) if len(encodings.validation) else [],
+        questions=len(asked.examples),
+        answers=getattr(recipe.method, "max_new_tokens", 0) if method.draws else 0,
+    )
+    here = measured and not device and not method.draws
+    try:
+        return estimating.estimate(
+            recipe,
+            partial(_hollow_trainer, plan=plan, encodings=encodings, packing=packing),
+            given,
+            facts=facts,
+            plan=plan,
+            process=devices.resident,
+            folder=Path(recipe.output_dir),
+            thorough=measured or device is not None,
+            measure=partial(_micro_steps, recipe, plan, encodings, packing) if here else None,
+        )
+    except TunesmithError:
+        raise
+    except Exception as error:  # a model of parts that cannot be traced can be trained all the same
+        return estimating.unknown(facts, error)
+
+
+def _hollow_trainer(
+    recipe: Recipe,
+    model: Any,
+    folder: Path,
+    *,
+    plan: Plan,
+    encodings: data.EncodedSplits,
+    packing: Packing | None,
+) -> Any:
+    """The method's trainer on a model that is there already; of methods that train on what the model writes, one that
+    imitates."""
+    method = METHODS[recipe.method.kind]
+    section = recipe.method
+    if method.draws:
+        method, section = METHODS["sft"], SFT()
+    if getattr(section, "reference_model", None):
+        section = section.model_copy(update={"reference_model": None, "reference": "auto"})
+    tokenizer, _ = _tokenizer(recipe)
+    plain = replace(plan, mixed_precision="no", device="cpu")
+    given = arguments(plain, recipe.training, Tracking(), name="plan", staging=folder / ".staging")
+    given |= {"report_to": ["none"]}
+    with models.keeping_types(model):
+        trainer = method.build(
+            section,
+            model=model,
+            tokenizer=tokenizer,
+            train=encodings.train,
+            validation=encodings.validation,
+            arguments=given,
+            run=Run(folder),
+            keep=1,
+            packing=packing,
+        )
+    from tunesmith import forward
+
+    forward.attach(trainer, Run(folder), choice=recipe.training.forward)
+    return trainer
+
+
+def _micro_steps(
+    recipe: Recipe,
+    plan: Plan,
+    encodings: data.EncodedSplits,
+    packing: Packing | None,
+    batches: Sequence[Sequence[int]],
+) -> list[float]:
+    """Seconds of a micro-step on each of these batches, of the real model, which is thrown away."""
+    tokenizer, _ = _tokenizer(recipe)
+    with estimating.undisturbed(), TemporaryDirectory(prefix="tunesmith-plan-") as folder:
+        given = arguments(plan, recipe.training, Tracking(), name="plan", staging=Path(folder) / ".staging")
+        given |= {"report_to": ["none"]}
+        trainer = _trainer(recipe, Run(Path(folder)), tokenizer, plan, encodings, packing, given)
+        return estimating.timed(trainer, batches)
 
 
 def _held_out(recipe: Recipe, asked: Asked) -> planning.HeldOut:
@@ -185,9 +287,17 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def prepared(
-    run: Run, encodings: data.EncodedSplits, plan: Plan, leakage: Leakage, identity: dict[str, Any]
+    run: Run,
+    encodings: data.EncodedSplits,
+    plan: Plan,
+    leakage: Leakage,
+    identity: dict[str, Any],
+    estimate: Estimate,
 ) -> Run:
-    """The run's folder with ledger and plan, checked to be the same run when it is continued."""
+    """The run's folder with ledger and plan, checked to be the same run when it is continued.
+
+    Raises OutOfResources where the run is far from fitting.
+    """
     fingerprint = encodings.fingerprint
     before = run.read("plan.json")
     then = before and before.get("identity", {**identity, "tokens": before["data_sha256"]})
@@ -197,10 +307,15 @@ def prepared(
             found="; ".join(changed),
             fix="Restore it, or start a new run with another --name.",
         )
+    estimate.check()
     run.write_lines("ledger.jsonl", data.ledger_lines(encodings.ledger))
     run.write("supervision.json", encodings.proof)
-    facts = {**plan.as_dict(), "data_sha256": fingerprint, "rows": encodings.ledger.counts()}
-    facts["identity"] = identity
+    facts = {
+        **replace(plan, estimate=estimate).as_dict(),
+        "data_sha256": fingerprint,
+        "rows": encodings.ledger.counts(),
+        "identity": identity,
+    }
     run.write("plan.json", {**facts, "lengths": encodings.lengths})
     if not before:
         for decision in plan.decisions:
@@ -208,6 +323,14 @@ def prepared(
                 run.event("warning", message=f"No verdict will be possible: {decision.reason}.")
             else:
                 run.event("decision", name=decision.name, value=decision.value, reason=decision.reason)
+        for name, value, reason in estimate.summary():
+            run.event("decision", name=name, value=value, reason=reason)
+        if estimate.missing:
+            short = f"by {estimating.size(estimate.missing)}"
+            run.event(
+                "warning",
+                message=f"The run may not fit into memory, {short}: it is tried, as the figure is near.",
+            )
         found = leaks.decision(leakage, run.path / "evaluation/leakage.json")
         run.event("decision", name=found.name, value=found.value, reason=found.reason)
     run.write("evaluation/leakage.json", leakage.as_dict())
@@ -440,6 +563,10 @@ def fitted(
     )
     carry(result.final_model, prepared, splits, recipe.model.base)
     prepared.write("training.json", asdict(result))
+    planned = prepared.read("plan.json") or {}
+    if truth := estimating.truth(planned.get("estimate"), result, is_whole=checkpoint is None):
+        prepared.write("plan.json", {**planned, "truth": truth})
+        prepared.event("decision", name="plan and truth", value=truth["value"], reason=truth["sentence"])
     return result
 
 
@@ -487,8 +614,25 @@ def _trainer(
         )
     from tunesmith import forward
 
+    if recipe.training.batches == "by_length":
+        lengths = _row_lengths(method, encodings.train, packing)
+        order_by_length(trainer, lengths)
+        batch = recipe.training.per_device_train_batch_size
+        order = by_length(lengths, batch, seed=recipe.training.seed, epoch=0)
+        padding = padded_share([lengths[n] for n in order], batch)
+        why = f"padding is {padding:.1%} of a padded batch, {padded_share(lengths, batch):.1%} in the data's own order"
+        run.event("decision", name="batches", value="by length", reason=why)
     forward.attach(trainer, run, choice=recipe.training.forward)
     return trainer
+
+
+def _row_lengths(method: Method, encodings: Encodings, packing: Packing | None) -> list[int]:
+    """Tokens of each row that batches are made of; of a pair those of its longer side."""
+    lengths = encodings.lengths
+    if packing:
+        return [int(lengths[list(block)].sum()) for block in packing.blocks]
+    found: list[int] = (np.maximum(lengths[::2], lengths[1::2]) if method.in_pairs else lengths).tolist()
+    return found
 
 
 def _measures(

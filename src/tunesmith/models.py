@@ -515,7 +515,14 @@ def is_reward(model: Any) -> bool:
     return type(inner).__name__.endswith(SCORING)
 
 
-def outline(base: str, *, revision: str | None = None, head: Head | None = None) -> Any:
+def outline(
+    base: str,
+    *,
+    revision: str | None = None,
+    head: Head | None = None,
+    dtype: str = "float32",
+    attention: str = "auto",
+) -> Any:
     """A model's modules without their weights, from its configuration: no memory, no time."""
     import torch
 
@@ -525,9 +532,12 @@ def outline(base: str, *, revision: str | None = None, head: Head | None = None)
         _check_can_score(config, base)
         config.num_labels = 1
     auto = _model_class(of_kind)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
+    if attention != "auto":
+        options["attn_implementation"] = attention
     try:
         with torch.device("meta"):
-            return auto.from_config(config, trust_remote_code=False)
+            return auto.from_config(config, **options)
     except Exception as error:
         raise _not_loaded("model", base, error) from error
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from tunesmith.devices import DeviceFacts
 from tunesmith.errors import DataError, OutOfResources, counted
 from tunesmith.recipe import Model, Training
+
+if TYPE_CHECKING:
+    from tunesmith.estimate import Estimate
 
 Device = Literal["cpu", "cuda", "mps"]
 
@@ -45,10 +49,12 @@ class Plan:
     save_steps: int
     logging_steps: int
     decisions: tuple[Decision, ...]
+    estimate: Estimate | None = None
+    """What the run takes, where that was worked out."""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plan.json keeps it."""
-        return asdict(self)
+        return {**asdict(self), "estimate": self.estimate.as_dict() if self.estimate else None}
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,11 @@ def resolve(
     held_out: HeldOut | None = None,
     notes: Sequence[str] = (),
     settled: Sequence[Decision] = (),
+    elsewhere: DeviceFacts | None = None,
 ) -> Plan:
     """The plan for training on rows of these token lengths: examples, or what `num_examples` are packed or unrolled
-    into, which `unit` names. `settled` is what the method decided.
+    into, which `unit` names. `settled` is what the method decided. `elsewhere` is a device that
+    is not this machine's.
 
     Steps follow transformers' Trainer: an epoch is ceil(batches / accumulation) optimizer steps; warm-up,
     evaluation and saving count optimizer steps. Raises DataError without examples and OutOfResources
@@ -116,10 +124,11 @@ def resolve(
     """
     if not lengths:
         raise DataError("There is no example to train on.", fix="See the ledger for what became of the rows.")
-    where = device()
-    decisions = [Decision("device", where, "the best device found")]
+    where = elsewhere.kind if elsewhere else device()
+    why = f"that of {elsewhere.name}" if elsewhere else "the best device found"
+    decisions = [Decision("device", where, why)]
     if adapter_kind == "qlora":
-        decisions += _four_bits(where)
+        decisions += _four_bits(where, here=not elsewhere)
     decisions += [Decision("data", note, "reading the data") for note in notes]
     precision = training.mixed_precision
     if precision != "no" and where == "cpu":
@@ -196,7 +205,7 @@ def resolve(
     )
 
 
-def _four_bits(where: Device) -> list[Decision]:
+def _four_bits(where: Device, *, here: bool) -> list[Decision]:
     """What to know of 4-bit weights on a device. Raises OutOfResources where there are none, and MissingExtra."""
     from tunesmith.models import require_four_bits
 
@@ -206,7 +215,8 @@ def _four_bits(where: Device) -> list[Decision]:
             found=f"device '{where}'",
             fix="Use --lora.",
         )
-    require_four_bits()
+    if here:
+        require_four_bits()
     if where == "cuda":
         return []
     why = "a CPU unpacks the 4-bit weights in every step: less memory than --lora, and more time"

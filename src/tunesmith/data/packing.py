@@ -13,13 +13,15 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from tunesmith.data.templates import IGNORED
+
+if TYPE_CHECKING:
+    import torch
 
 Lengths = Sequence[int] | npt.NDArray[np.integer[Any]]
 """Tokens of every example, in the order of the examples."""
@@ -27,7 +29,7 @@ Lengths = Sequence[int] | npt.NDArray[np.integer[Any]]
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 """(input_ids, labels) of every example of one block, each pair equally long."""
 
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_ROUNDING = {"float64": 1e-9, "float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 """How far logits of the same tokens may be apart when they are computed in batches of other shapes, as a
 share of the largest logit. That of float32 leaves room for TF32."""
 
@@ -140,6 +142,8 @@ def packed_batch(
     ids in a batch of one row only. Raises ValueError for a batch without tokens, or labels that are not as
     many as the input ids.
     """
+    import torch
+
     if flatten:
         blocks = [[example for block in blocks for example in block]]
     width = max((sum(len(ids) for ids, _ in block) for block in blocks), default=0)
@@ -176,6 +180,8 @@ def isolates(model: torch.nn.Module) -> bool:
     position ids, that has no row of logits per token, or in which no token sees another. Other errors of the
     forward pass are raised. Call it on the model that will be trained, adapter and attention included.
     """
+    import torch
+
     config: Any = model.config
     vocabulary = config.get_text_config().vocab_size
     # Spread over the middle of the vocabulary: special tokens mostly stand at its ends.
@@ -184,6 +190,8 @@ def isolates(model: torch.nn.Module) -> bool:
     first, second = ([(before, before), (example, example)] for before in (neighbor, other))
     flatten = str(config._attn_implementation).startswith("flash")
     device = next(model.parameters()).device
+    if device.type == "meta":
+        return True  # a model without weights, of which a plan is made, tells nothing
     modes = {module: module.training for module in model.modules()}
 
     def logits(rows: list[list[int]]) -> torch.Tensor:
@@ -218,8 +226,11 @@ def isolates(model: torch.nn.Module) -> bool:
     seen = (joined[0, cut:] - joined[1, cut:]).abs().max()
     leaked = (packed[:, cut:] - swapped[:, cut:]).abs().max()
     noise = (packed - again).abs().max()  # 0 but for kernels that add up in no fixed order
-    coarsest = _ROUNDING[torch.bfloat16]  # also of quantized weights, stored as integers
-    rounding = max(_ROUNDING.get(parameter.dtype, coarsest) for parameter in model.parameters())
+    coarsest = _ROUNDING["bfloat16"]  # also of quantized weights, stored as integers
+    rounding = max(
+        _ROUNDING.get(str(parameter.dtype).removeprefix("torch."), coarsest)
+        for parameter in model.parameters()
+    )
     return bool(
         seen > 0  # else the run shows nothing, and that is no proof
         and leaked <= 4 * noise

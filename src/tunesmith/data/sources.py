@@ -257,7 +257,7 @@ def open_source(
     streaming: bool = False,
 ) -> Source:
     """The same without having read a row. Raises DataError where there is nothing to open."""
-    path = _local(dataset)
+    path = local(dataset)
     if path is None:
         source = _from_hub(
             dataset,
@@ -351,7 +351,7 @@ def in_memory(name: str, rows: Sequence[Mapping[str, Any]]) -> Source:
     return Source(name, lambda: iter(records), lambda: hashlib.sha256(content.encode()).hexdigest())
 
 
-def _local(dataset: str) -> Path | None:
+def local(dataset: str) -> Path | None:
     """The path that a data set's name stands for, or None for a Hub id."""
     if dataset.startswith("example:"):
         from tunesmith.assets import EXAMPLES
@@ -386,7 +386,7 @@ def _file_like(path: Path) -> Path | None:
 def locate(dataset: str) -> None:
     """Raises DataError where nothing stands behind a name: no file, no folder, no example, and neither the Hub
     nor its cache has such a data set. No rows are read."""
-    if _local(dataset) is not None:
+    if local(dataset) is not None:
         return
     problem = _problem_on_hub(dataset, None)
     if problem is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 from transformers import AttentionInterface
 
 from tunesmith.forward.tree import Block, Layout
@@ -47,7 +47,7 @@ def rows_attention(
         if softcap is not None:
             out = _capped(part, seen, taken, block, dropout, scaling, softcap)
         else:
-            out = scaled_dot_product_attention(
+            out = functional.scaled_dot_product_attention(
                 part,
                 seen,
                 taken,

@@ -47,6 +47,8 @@ class Method:
     """Whether two encodings, one after the other, are one example."""
     draws: bool = False
     """Whether it learns from answers of the model, of which it keeps samples itself."""
+    any_order: bool = True
+    """Whether its rows may come in any order."""
     check: Callable[[Recipe], None] = nothing
     """Refuses, before anything is read, a recipe that cannot be carried out."""
     settled: Callable[..., tuple[Training, int, list[Decision]]] = unchanged
@@ -90,6 +92,7 @@ METHODS = {
         build=kto.build,
         template=sft.template,
         encoded=preferred.encoded,
+        any_order=False,
         check=kto.check,
     ),
     "orpo": Method(
@@ -138,6 +141,7 @@ METHODS = {
         encoded=sampled.encoded,
         settled=sampled.settled,
         draws=True,
+        any_order=False,
         check=sampled.check,
     ),
     "rloo": Method(
@@ -149,6 +153,7 @@ METHODS = {
         encoded=sampled.encoded,
         settled=sampled.settled,
         draws=True,
+        any_order=False,
         check=sampled.check,
     ),
     "ppo": Method(
@@ -160,6 +165,7 @@ METHODS = {
         encoded=sampled.encoded,
         settled=ppo.settled,
         draws=True,
+        any_order=False,
         check=ppo.check,
     ),
 }

@@ -1,0 +1,205 @@
+"""Devices by name: how much they hold, how fast they read and compute. What a plan for a machine that is elsewhere
+rests on.
+
+Figures are the makers' data sheets (NVIDIA, AMD, Apple), dense, without sparsity; memory is what the driver reports.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from tunesmith.errors import RecipeError
+
+MIB, GIB = 2**20, 2**30
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What a plan has to know of a device."""
+
+    name: str
+    kind: Literal["cpu", "cuda", "mps"]
+    memory: int
+    """Bytes that a process can have of it."""
+    bandwidth: float
+    """Bytes a second."""
+    peaks: Mapping[str, float]
+    """FLOPs a second in matrix products, by type of number. A type that is missing has no units of its own."""
+    product_share: float = 0.6
+    """Share of the peak that large matrix products reach in a training step."""
+    bandwidth_share: float = 0.75
+    launch: float = 5e-6
+    """Seconds that an operation costs at least."""
+    reserved: int = 0
+    """Bytes that the driver and the library take before anything is held."""
+
+    def peak(self, dtype: str) -> float:
+        """FLOPs a second in products of this type, in float32 where it has no units for it."""
+        return self.peaks.get(dtype, self.peaks["float32"])
+
+
+def _nvidia(
+    name: str, mib: int, gbs: float, single: float, half: float, *, bfloat16: bool = True
+) -> DeviceFacts:
+    """A row of the table: MiB, GB/s, TFLOP/s in float32 and in 16 bits."""
+    peaks = {"float32": single * 1e12, "float16": half * 1e12}
+    if bfloat16:
+        peaks["bfloat16"] = half * 1e12
+    return DeviceFacts(name, "cuda", mib * MIB, gbs * 1e9, peaks, reserved=600 * MIB)
+
+
+def _apple(name: str, gib: int, gbs: float, single: float) -> DeviceFacts:
+    # Metal lets one process have about three quarters of the memory that is shared with the system.
+    peaks = {"float32": single * 1e12, "float16": single * 1e12, "bfloat16": single * 1e12}
+    return DeviceFacts(name, "mps", int(0.75 * gib * GIB), gbs * 1e9, peaks, launch=2e-5)
+
+
+DEVICES: dict[str, DeviceFacts] = {
+    row.name: row
+    for row in (
+        _nvidia("b200", 183_359, 8000, 75, 2250),
+        _nvidia("h200", 143_771, 4800, 67, 989),
+        _nvidia("h100-80gb", 81_559, 3350, 67, 989),
+        _nvidia("h100-pcie-80gb", 81_559, 2000, 51, 756),
+        _nvidia("a100-80gb", 81_920, 2039, 19.5, 312),
+        _nvidia("a100-40gb", 40_960, 1555, 19.5, 312),
+        _nvidia("l40s", 46_068, 864, 91.6, 362),
+        _nvidia("l4", 23_034, 300, 30.3, 121),
+        _nvidia("a10", 23_028, 600, 31.2, 125),
+        _nvidia("a10g", 23_028, 600, 31.2, 70),
+        _nvidia("t4", 15_360, 320, 8.1, 65, bfloat16=False),
+        _nvidia("v100-32gb", 32_768, 900, 15.7, 125, bfloat16=False),
+        _nvidia("v100-16gb", 16_384, 900, 15.7, 125, bfloat16=False),
+        _nvidia("rtx-3090", 24_576, 936, 35.6, 71),
+        _nvidia("rtx-4090", 24_564, 1008, 82.6, 165),
+        _nvidia("rtx-5090", 32_607, 1792, 104.8, 209.5),
+        _nvidia("mi300x", 196_592, 5300, 163.4, 1307),  # ROCm calls itself cuda as well
+        _apple("m1-16gb", 16, 68, 2.6),
+        _apple("m2-max-64gb", 64, 400, 13.6),
+        _apple("m3-max-64gb", 64, 400, 14.2),
+        _apple("m4-max-128gb", 128, 546, 18.4),
+    )
+}
+
+ALIASES = {
+    "h100": "h100-80gb", "h100-sxm": "h100-80gb", "a100": "a100-80gb", "a100-80": "a100-80gb", "a100-40": "a100-40gb",
+    "3090": "rtx-3090", "4090": "rtx-4090", "5090": "rtx-5090", "rtx3090": "rtx-3090", "rtx4090": "rtx-4090",
+    "rtx5090": "rtx-5090", "v100": "v100-16gb", "h200-141gb": "h200",
+}  # fmt: skip
+
+
+def named(name: str) -> DeviceFacts:
+    """The facts of a device by its name; `cpu` is this machine's. Raises RecipeError with the known ones."""
+    plain = name.strip().lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-")
+    if plain == "cpu":
+        return this_cpu()
+    plain = ALIASES.get(plain, plain)
+    if plain in DEVICES:
+        return DEVICES[plain]
+    known = ["cpu", *DEVICES]
+    close = difflib.get_close_matches(plain, [*known, *ALIASES], n=1, cutoff=0.4)
+    raise RecipeError(
+        f"There is no device '{name}' among those that are known.",
+        found=f"known: {', '.join(known)}",
+        fix=f"Did you mean '{ALIASES.get(close[0], close[0])}'?" if close else "Name one of these.",
+    )
+
+
+def here(kind: str) -> DeviceFacts:
+    """The facts of this machine's device of a kind."""
+    if kind == "cpu":
+        return this_cpu()
+    if kind == "cuda":
+        import torch
+
+        _, total = torch.cuda.mem_get_info()
+        title = torch.cuda.get_device_name().lower()
+        likely = [
+            facts for facts in DEVICES.values()
+            if facts.kind == "cuda" and facts.name.split("-80")[0].split("-40")[0].replace("-", " ") in title
+        ]  # fmt: skip
+        found = min(likely, key=lambda facts: abs(facts.memory - total), default=None)
+        if found:
+            return DeviceFacts(
+                found.name, "cuda", total, found.bandwidth, found.peaks, reserved=found.reserved
+            )
+        return DeviceFacts(
+            title, "cuda", total, 300e9, {"float32": 8e12, "float16": 30e12, "bfloat16": 30e12}
+        )
+    return DeviceFacts("mps", "mps", int(0.75 * _physical()), 68e9, DEVICES["m1-16gb"].peaks, launch=2e-5)
+
+
+def _physical() -> int:
+    """Bytes of memory that the machine has."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 8 * GIB
+
+
+CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def available() -> int:
+    """Bytes that this process can come to hold: what is free and what it holds, within its container's limit."""
+    total = _physical()
+    for file in map(Path, CGROUPS):
+        try:
+            total = min(total, int(file.read_text()))
+        except (OSError, ValueError):
+            continue
+    try:
+        said = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(said["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return total
+    return min(total, free + resident())
+
+
+def resident() -> int:
+    """Bytes that this process holds now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def this_cpu() -> DeviceFacts:
+    """This machine's processors, measured once in a tenth of a second."""
+    product, copied = _rates()
+    return DeviceFacts(
+        "cpu",
+        "cpu",
+        available(),
+        copied,
+        {"float32": product},
+        product_share=0.8,
+        bandwidth_share=1.0,
+        launch=6e-6,
+    )
+
+
+@cache
+def _rates() -> tuple[float, float]:
+    """FLOPs a second in a matrix product, and bytes a second that are read and written in a copy."""
+    import torch
+
+    size = 768
+    one, other = torch.ones(size, size), torch.ones(size, size)
+    best = min(_seconds(lambda: torch.mm(one, other)) for _ in range(4))
+    block = torch.ones(4 * MIB)
+    copied = min(_seconds(lambda: block.clone()) for _ in range(3))
+    return 2 * size**3 / best, 2 * block.nbytes / copied
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

@@ -1,0 +1,847 @@
+"""What a run takes before it starts: memory by part, seconds, disk, the largest micro-batch, and what to change.
+
+The method's own trainer is built on a hollow model (`tracing`) and takes one step on the longest batch, so that the
+figures follow whatever the trainers come to do. Seconds come from the operations' FLOPs and bytes against what the
+device can do, and on this machine from two measured micro-steps.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.devices import DeviceFacts
+from tunesmith.errors import OutOfResources
+from tunesmith.plan import Plan
+from tunesmith.recipe import LoRA, QLoRA, Recipe
+
+if TYPE_CHECKING:
+    from tunesmith.training.fit import Fit
+
+Parts = Mapping[str, int]
+Build = Callable[[Recipe, Any, Path], Any]
+"""The method's trainer on a model, with a folder for what it writes."""
+
+STATES = {
+    "adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adafactor": 0.0, "sgd": 0.0, "adamw_bnb_8bit": 2.03,
+    "paged_adamw_8bit": 2.03,
+}  # fmt: skip
+"""Bytes of optimizer state for each trained float32 weight; Adam's follow the weights' own type, the factors of
+Adafactor are a row and a column of each matrix."""
+
+ABOUT = {
+    "process": "Python with its libraries and the data, measured",
+    "weights": "of all models that are loaded, frozen ones too",
+    "gradients": "of what is trained",
+    "optimizer": "its running means",
+    "activations": "kept from the forward for the backward pass",
+    "head": "what has the vocabulary's width: logits and their gradients",
+    "cache": "keys and values of answers that are being written",
+    "evaluation": "a forward pass of the longest batch of questions",
+    "save": "trained weights on their way to the disk",
+    "reserved": "the driver's context and kernels",
+    "spread": "what the allocator holds beyond what is alive",
+}
+"""What a part of the memory is."""
+
+
+MARGIN = 0.08
+"""How exact the memory figures are; a run that misses by less is tried."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change to the recipe, and what the run would take then."""
+
+    change: str
+    flags: str
+    peak: int
+    fits: bool
+
+    def sentence(self) -> str:
+        """For people."""
+        return f"{self.change} ({self.flags}): {size(self.peak)}" + ("" if self.fits else ", still too much")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes, as it is saved in plan.json."""
+
+    device: str
+    capacity: int
+    """Bytes that the process can have."""
+    stages: Mapping[str, Parts]
+    """Bytes by part in each stage of the run that holds memory."""
+    seconds_per_step: float
+    seconds: float
+    """Of the training: steps and validations."""
+    basis: str
+    """What the seconds rest on."""
+    tokens_per_epoch: int
+    epochs: float
+    flops_per_step: float
+    disk: Mapping[str, int]
+    disk_free: int
+    micro_batch: int
+    largest_batch: int | None = None
+    """Rows in the largest micro-batch that fits, of those that there are; None where it was not looked for."""
+    remedies: tuple[Remedy, ...] = ()
+    notes: tuple[str, ...] = ()
+    longest: int = 0
+    """Tokens in the widest row of the batch that was traced."""
+    blocks: tuple[int, int] = (0, 0)
+    """The most bytes at once in small blocks and in large ones, in the traced step."""
+
+    @property
+    def stage(self) -> str:
+        """The stage that takes the most."""
+        return max(self.stages, key=lambda name: sum(self.stages[name].values()), default="")
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.stages[self.stage].values()) if self.stages else 0
+
+    @property
+    def missing(self) -> int:
+        """Bytes by which the run does not fit; 0 where it does."""
+        return max(self.peak - self.capacity, 0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plan.json keeps it."""
+        return {**asdict(self), "stage": self.stage, "peak": self.peak, "missing": self.missing}
+
+    def lines(self) -> list[tuple[str, str, str]]:
+        """Name, value and reason of each figure, for the terminal and the report."""
+        if not self.stages:
+            return [("note", note, "") for note in self.notes]
+        parts = self.stages[self.stage]
+        rows = [
+            (
+                "peak memory",
+                size(self.peak),
+                f"of {size(self.capacity)} on {self.device}, while {self.stage}"
+                + (f": it does not fit, by {size(self.missing)}" if self.missing else ""),
+            )
+        ]
+        rows += [(f"  {name}", size(held), ABOUT[name]) for name, held in parts.items() if held]
+        others = {name: sum(held.values()) for name, held in self.stages.items() if name != self.stage}
+        if others:
+            rows.append(
+                ("other stages", ", ".join(f"{n} {size(b)}" for n, b in others.items()), "peaks of their own")
+            )
+        if self.largest_batch is not None:
+            why = f"rows of up to {self.longest} tokens; the recipe has {self.micro_batch}"
+            rows.append(("largest micro-batch", f"{self.largest_batch:,}", why))
+        rows += [
+            (f"remedy {n}", remedy.change, remedy.sentence()) for n, remedy in enumerate(self.remedies, 1)
+        ]
+        rows.append(("time per step", duration(self.seconds_per_step), self.basis))
+        rows.append(
+            (
+                "time in all",
+                duration(self.seconds),
+                "steps and validations; start-up and the comparison are not in it",
+            )
+        )
+        written = ", ".join(f"{name} {size(held)}" for name, held in self.disk.items())
+        short = sum(self.disk.values()) > self.disk_free
+        rows.append(
+            (
+                "disk",
+                size(sum(self.disk.values())),
+                f"{written}; {size(self.disk_free)} free" + (": not enough" if short else ""),
+            )
+        )
+        rows += [("note", note, "") for note in self.notes]
+        return rows
+
+    def summary(self) -> list[tuple[str, str, str]]:
+        """Name, value and reason of memory, time and what is not known, for the run's events."""
+        wanted = ("peak memory", "time in all", "disk", "note")
+        return [line for line in self.lines() if line[0] in wanted]
+
+    def check(self) -> None:
+        """Raises OutOfResources, with what to change, where the run is further from fitting than figures are exact."""
+        if self.peak <= (1 + MARGIN) * self.capacity:
+            return
+        raise OutOfResources(
+            f"The run does not fit into the memory of {self.device}, by {size(self.missing)}.",
+            found=f"{size(self.peak)} while {self.stage}, {size(self.capacity)} to be had",
+            fix="; or ".join(remedy.sentence() for remedy in self.remedies) or "Use a smaller model.",
+        )
+
+
+def unknown(facts: DeviceFacts, error: Exception) -> Estimate:
+    """What is left to say of a model that could not be traced."""
+    why = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return Estimate(
+        device=facts.name, capacity=facts.memory, stages={}, seconds_per_step=0.0, seconds=0.0, basis="",
+        tokens_per_epoch=0, epochs=0.0, flops_per_step=0.0, disk={}, disk_free=0, micro_batch=0,
+        notes=(f"memory and time were not worked out: the model's step could not be traced ({why[:160]})",),
+    )  # fmt: skip
+
+
+def truth(planned: Mapping[str, Any] | None, fitted: Fit, *, is_whole: bool) -> dict[str, Any]:
+    """What training came to beside what was planned; nothing where nothing was. A continued training's seconds are only
+    those since it was continued, so that they are left out."""
+    if not planned or not planned["stages"]:
+        return {}
+    reserved = planned["stages"][planned["stage"]].get(
+        "reserved", 0
+    )  # the driver's, which torch does not count
+    expected = planned["peak"] - reserved
+    memory = expected / max(fitted.peak_memory, 1) - 1
+    found: dict[str, Any] = {"peak_memory": fitted.peak_memory, "memory_error": round(memory, 4)}
+    said = f"memory {size(expected)} planned, {size(fitted.peak_memory)} held at most"
+    value = f"memory {memory:+.1%}"
+    if is_whole:
+        seconds = planned["seconds"] / max(fitted.seconds, 1e-9) - 1
+        found |= {"seconds": fitted.seconds, "time_error": round(seconds, 4)}
+        said += f"; training {duration(planned['seconds'])} planned, {duration(fitted.seconds)} taken"
+        value += f", time {seconds:+.0%}"
+    return {**found, "value": value, "sentence": said}
+
+
+def size(count: float) -> str:
+    """Bytes for people: MB and GB of 1,000."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.{1 if count < 100 * scale else 0}f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What batches are made of, and what is asked."""
+
+    lengths: Sequence[int]
+    validation: Sequence[int]
+    questions: int = 0
+    """Held-out questions, which are about as long as the rows."""
+    answers: int = 0
+    """Tokens of an answer, where a method trains on what the model writes."""
+
+
+@dataclass
+class Traced:
+    """What a trace gave, in bytes and operations."""
+
+    weights: int
+    trained: int
+    """Bytes of the trained weights."""
+    trained_count: int
+    largest: int
+    """Bytes of the largest trained matrix."""
+    saved: int
+    """Bytes of what is saved as the model."""
+    step: dict[str, int]
+    costs: tuple[tuple[float, float], ...]
+    flops: float
+    width: int
+    held: int
+    """Bytes held at the step's peak."""
+    small: int = 0
+    """The most bytes at once in blocks that come from the C library's heap."""
+    large: int = 0
+    """The most bytes at once in blocks of their own."""
+    unpadded: bool = False
+    """Whether the trainer leaves padding out."""
+    validation: int = 0
+    validation_costs: tuple[tuple[float, float], ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave every stream of random numbers as it was: trainers seed them when they are built."""
+    import numpy as np
+    import torch
+
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+
+
+def hollow(recipe: Recipe, dtype: str) -> Any:
+    """The recipe's model with its adapter, without weights."""
+    from tunesmith import models
+    from tunesmith.methods import METHODS
+    from tunesmith.tracing import packed_in_four_bits
+
+    model = models.outline(
+        recipe.model.base,
+        revision=recipe.model.revision,
+        head=METHODS[recipe.method.kind].head,
+        dtype=dtype,
+        attention=recipe.model.attention,
+    )
+    adapter = recipe.adapter
+    if isinstance(adapter, QLoRA):
+        packed_in_four_bits(model, double=adapter.double_quantization)
+        adapter = LoRA(**{**adapter.model_dump(exclude={"kind", "double_quantization"}), "dora": False})
+    if isinstance(adapter, LoRA):
+        # How an adapter starts changes no shape, and DoRA's check looks at the weights.
+        adapter = adapter.model_copy(update={"init": "default", "dora": False})
+    model = models.attach(model, adapter)
+    model.to = MethodType(_stays, model)  # bound, so that a copy gives the copy
+    return model
+
+
+def _stays(model: Any, *given: Any, **named: Any) -> Any:
+    """There is nothing to move."""
+    return model
+
+
+def trace(
+    recipe: Recipe, build: Build, rows: Rows, *, facts: DeviceFacts, dtype: str, precision: str, batch: Sequence[int],
+    cut: float = 1.0, validates: bool = True,
+) -> Traced:  # fmt: skip
+    """One micro-step and one validation batch of the recipe's trainer, on rows of these numbers.
+
+    `cut` shortens the rows to this share of the widest.
+    """
+    import torch
+
+    from tunesmith.tracing import counting
+
+    notes: list[str] = []
+    with undisturbed(), tempfile.TemporaryDirectory(prefix="tunesmith-plan-") as folder, torch.enable_grad():
+        model = hollow(recipe, dtype)
+        vocabulary = model.config.get_text_config().vocab_size
+        kernel = "cpu" if facts.kind == "cpu" else "cuda"
+        autocast = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+        with counting(vocabulary=vocabulary, kernel=kernel, autocast=autocast) as count:
+            trainer = build(recipe, model, Path(folder))
+            model = trainer.model
+            if recipe.training.gradient_checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+                if hasattr(model, "enable_input_require_grads"):
+                    model.enable_input_require_grads()
+            trainer.current_gradient_accumulation_steps = recipe.training.gradient_accumulation_steps
+            count.restart()
+            others = [m for m in vars(trainer).values() if isinstance(m, torch.nn.Module)]
+            held = {id(p): p for m in (model, *others) for p in (*m.parameters(), *m.buffers())}
+            weights = count.known(held.values())
+            drawn = rows.answers
+            if drawn:
+                inputs = _answered(max(rows.lengths), drawn, len(batch))
+            else:
+                inputs = trainer.data_collator(_rows(trainer.train_dataset, batch))
+            inputs = _shortened(inputs, cut)
+            items = (
+                torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
+            )
+            start = count.clock
+            trainer.training_step(model, dict(inputs), num_items_in_batch=items)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            count.tag([p.grad for p in trained if p.grad is not None], "gradients")
+            most, parts = count.live(start)
+            small, large = count.most_of_kinds()
+            costs, flops = count.costs, sum(cost[0] for cost in count.costs)
+            model.zero_grad(set_to_none=True)
+            validation = 0
+            validation_costs: tuple[tuple[float, float], ...] = ()
+            positions = count.positions
+            if validates and rows.validation and trainer.eval_dataset is not None and not drawn:
+                most_rows = sorted(range(len(rows.validation)), key=lambda n: -rows.validation[n])
+                asked = sorted(most_rows[: recipe.training.per_device_eval_batch_size])
+                given = trainer.data_collator(_rows(trainer.eval_dataset, asked))
+                count.restart()
+                model.eval()
+                trainer._loss_sum, trainer._num_labels = 0.0, 0  # as an evaluation begins
+                try:
+                    trainer.prediction_step(model, _shortened(given, cut), prediction_loss_only=True)
+                    validation, _ = count.live()
+                    validation_costs = tuple(count.costs)
+                except (RuntimeError, NotImplementedError, TypeError) as error:
+                    notes.append(f"a validation was not traced: {str(error).splitlines()[0][:120]}")
+        own = _bytes(trained)
+        saved = (
+            own
+            if isinstance(recipe.adapter, LoRA)
+            else _bytes({id(p): p for p in model.parameters()}.values())
+        )
+        width = max(
+            (v.shape[-1] for v in inputs.values() if isinstance(v, torch.Tensor) and v.dim() == 2), default=0
+        )
+        return Traced(
+            weights=weights,
+            trained=own,
+            trained_count=sum(p.numel() for p in trained),
+            largest=max((p.nbytes for p in trained), default=0),
+            saved=saved,
+            step=dict(parts),
+            costs=tuple(costs),
+            flops=flops,
+            width=width,
+            held=most,
+            small=small,
+            large=large,
+            unpadded=0 < positions < width * len(batch),
+            validation=validation,
+            validation_costs=validation_costs,
+            notes=notes,
+        )
+
+
+def _answered(prompt: int, answer: int, rows: int) -> dict[str, Any]:
+    """Rows of a prompt and an answer of these lengths, as a model that writes them is trained on them."""
+    import torch
+
+    ids = torch.ones(rows, prompt + answer, dtype=torch.long)
+    labels = ids.clone()
+    labels[:, :prompt] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _rows(dataset: Any, numbers: Iterable[int]) -> list[dict[str, Any]]:
+    """Rows of a trainer's data by their numbers in the data, which it may hold in another order; with places for
+    likelihoods of a reference that are worked out before training."""
+    found, first = [], dataset[0]
+    if "part" in first and "row" in first:
+        places = {int(number): place for place, number in enumerate(dataset["row"])}
+        numbers = [places[number] for number in numbers]
+    for number in numbers:
+        row = dict(dataset[number])
+        if "part" in row:
+            for name in ("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps"):
+                row.setdefault(name, 0.0)
+        found.append(row)
+    return found
+
+
+def _shortened(inputs: Any, share: float) -> dict[str, Any]:
+    import torch
+
+    if share >= 1:
+        return dict(inputs)
+    return {
+        name: value[:, : max(int(value.shape[1] * share), 2)]
+        if isinstance(value, torch.Tensor) and value.dim() == 2
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def roofline(costs: Iterable[tuple[float, float]], facts: DeviceFacts, dtype: str) -> float:
+    """Seconds of operations, each bound by arithmetic, by memory or by its start."""
+    peak = facts.peak(dtype) * facts.product_share
+    bandwidth = facts.bandwidth * facts.bandwidth_share
+    return sum(max(flops / peak, moved / bandwidth, facts.launch) for flops, moved in costs)
+
+
+def stages(
+    traced: Traced, recipe: Recipe, facts: DeviceFacts, *, process: int, evaluation: Parts | None = None
+) -> dict[str, Parts]:
+    """Bytes by part in each stage of a run that holds memory."""
+    on_cpu = facts.kind == "cpu"
+    fixed = {"process": process} if on_cpu else {"reserved": facts.reserved}
+    kept = STATES[recipe.training.optimizer]
+    own_type = traced.trained / max(4 * traced.trained_count, 1)
+    optimizer = int(traced.trained_count * kept * (own_type if kept == 8.0 else 1.0))
+    step = dict(traced.step)
+    if recipe.training.gradient_accumulation_steps > 1:
+        step["gradients"] = traced.trained
+    # One matrix after the other on a CPU; on others all of them at once, unless it is one kernel.
+    together = not on_cpu and recipe.training.optimizer == "adamw_torch"
+    moving = traced.trained if together else 2 * traced.largest
+    found: dict[str, dict[str, int]] = {
+        "training": {**fixed, "weights": traced.weights, "optimizer": optimizer, **step},
+        "updating": {
+            **fixed, "weights": traced.weights, "gradients": traced.trained, "optimizer": optimizer + moving,
+        },
+        "saving": {
+            **fixed, "weights": traced.weights, "optimizer": optimizer, "save": traced.saved if on_cpu else 0,
+        },
+    }  # fmt: skip
+    if traced.validation:
+        found["validating"] = {
+            **fixed, "weights": traced.weights, "optimizer": optimizer, "evaluation": traced.validation,
+        }  # fmt: skip
+    if evaluation:
+        found["answering"] = {**fixed, "weights": traced.weights, **evaluation}
+    for name, parts in found.items():
+        loose = sum(
+            parts.get(part, 0) for part in ("gradients", "activations", "head", "evaluation", "cache")
+        )
+        if on_cpu and name == "training":
+            apart = max(traced.small + traced.large - traced.held, 0)
+            spare = HEAP * traced.small + APART * apart
+            filled = FILLED * (parts.get("gradients", 0) + optimizer)  # whose room is made of what is spare
+            spread = max(spare - filled, 0) + KERNELS * traced.large
+        else:
+            spread = SPREAD[facts.kind] * loose
+        parts["spread"] = int(spread)
+    return {name: {part: held for part, held in parts.items() if held} for name, parts in found.items()}
+
+
+HEAP, APART, FILLED, KERNELS = 0.9, 0.5, 0.7, 0.03
+"""Shares, fitted to runs of `benchmarks/plan_accuracy.py` on glibc: what a heap of small blocks holds beyond the most
+of them that are alive; what small and large blocks cannot lend each other; how much of gradients and states finds room
+in the heap; and of large blocks, what kernels hold within themselves."""
+
+SPREAD = {"cpu": 0.03, "cuda": 0.03, "mps": 0.05}
+"""What an allocator keeps beyond what is alive, as a share of what comes and goes. docs/plan.md has the measurement."""
+
+
+def answering(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> tuple[Parts, list[str]]:
+    """Bytes that writing answers to the held-out questions takes beside the weights, and what is not known."""
+    import torch
+
+    from tunesmith import models
+    from tunesmith.methods import METHODS
+    from tunesmith.tracing import counting
+
+    if recipe.evaluation.skip or not rows.questions or recipe.evaluation.engine in ("vllm", "openai"):
+        return {}, []
+    method = METHODS[recipe.method.kind]
+    if method.head or method.model != "causal":
+        return {}, [
+            "measuring the models is not part of the memory figures: it is not traced for this method"
+        ]
+    width, new = max(rows.lengths), recipe.evaluation.max_new_tokens
+    questions = min(rows.questions, recipe.evaluation.max_items or rows.questions)
+    count_rows = max(min(recipe.evaluation.batch_tokens // (width + new), questions), 1)
+    with undisturbed():
+        model = models.outline(
+            recipe.model.base, revision=recipe.model.revision, dtype=dtype, attention=recipe.model.attention
+        ).eval()
+        vocabulary = model.config.get_text_config().vocab_size
+        ids = torch.ones(count_rows, width, dtype=torch.long)
+        with torch.no_grad(), counting(vocabulary=vocabulary, kernel=facts.kind) as count:
+            count.known([*model.parameters(), *model.buffers()])
+            try:
+                out = model(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1
+                )
+            except TypeError:  # a model that cannot leave logits out
+                out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+            most, _ = count.live()
+            del out.logits
+            cache, _ = count.live(count.clock)
+    grown = cache * (width + new) / width
+    layers = max(int(getattr(model.config.get_text_config(), "num_hidden_layers", 1)), 1)
+    # A layer's keys and values are there twice while a token is joined to them.
+    cached = int(grown * (1 + 1 / layers))
+    return {"cache": cached, "evaluation": max(most - cached, 0)}, []
+
+
+def estimate(
+    recipe: Recipe,
+    build: Build,
+    rows: Rows,
+    *,
+    facts: DeviceFacts,
+    plan: Plan,
+    process: Callable[[], int],
+    folder: Path,
+    thorough: bool = False,
+    measure: Callable[[Sequence[Sequence[int]]], list[float]] | None = None,
+) -> Estimate:
+    """What the run takes on this device. `thorough` also looks for the largest micro-batch; `measure` gives the seconds
+    of micro-steps on rows of these numbers, here. Remedies are worked out where the run does not fit."""
+    dtype, precision, total_steps = plan.dtype, plan.mixed_precision, plan.total_steps
+    batch = _longest(rows.lengths, recipe.training.per_device_train_batch_size)
+
+    def traced_as(
+        changed: Recipe, rows_in_batch: Sequence[int], cut: float = 1.0, validates: bool = True
+    ) -> Traced:
+        return trace(
+            changed, build, rows, facts=facts, dtype=dtype, precision=precision, batch=rows_in_batch, cut=cut,
+            validates=validates,
+        )  # fmt: skip
+
+    traced = traced_as(recipe, batch)
+    answers, notes = answering(recipe, rows, facts=facts, dtype=dtype)
+    held = process()  # now that every library is loaded
+    found = stages(traced, recipe, facts, process=held, evaluation=answers)
+    if sum(max(found.values(), key=lambda parts: sum(parts.values())).values()) > facts.memory:
+        measure = None
+    elif measure and roofline(traced.costs, facts, dtype) > MEASURED_SECONDS:
+        measure = None
+        notes.append(f"no micro-step was measured: one would take longer than {MEASURED_SECONDS:.0f} s")
+    seconds, basis = _seconds_per_batch(recipe, traced, rows, batch, facts, dtype, precision, measure)
+    accumulation = recipe.training.gradient_accumulation_steps
+    update = 14 * traced.trained / (facts.bandwidth * facts.bandwidth_share)
+    per_step = accumulation * seconds + update
+    validations = math.ceil(total_steps / plan.eval_steps) if plan.eval_steps and rows.validation else 0
+    per_pass = _pass_over(traced, rows, recipe, facts, dtype)
+    scale = seconds / max(_share(traced, rows, batch, recipe) * roofline(traced.costs, facts, dtype), 1e-12)
+    step_flops = accumulation * traced.flops * _share(traced, rows, batch, recipe)
+    result = Estimate(
+        device=facts.name,
+        capacity=facts.memory,
+        stages=found,
+        seconds_per_step=per_step,
+        seconds=total_steps * per_step + validations * per_pass * scale,
+        basis=basis,
+        tokens_per_epoch=int(sum(rows.lengths)),
+        epochs=round(total_steps * accumulation * len(batch) / max(len(rows.lengths), 1), 2),
+        flops_per_step=step_flops,
+        disk=_disk(recipe, traced, total_steps, plan.save_steps),
+        disk_free=_free(folder),
+        micro_batch=recipe.training.per_device_train_batch_size,
+        notes=(*notes, *traced.notes, *rows_notes(rows, recipe)),
+        longest=traced.width,
+        blocks=(traced.small, traced.large),
+    )
+    if thorough:
+        result = replace(result, largest_batch=_largest(result, traced, traced_as, recipe, rows, batch))
+    if result.missing:
+        result = replace(
+            result, remedies=tuple(_remedies(result, traced_as, recipe, rows, facts, held, answers))
+        )
+    return result
+
+
+MEASURED_SECONDS = 20.0
+"""Longest micro-step that a plan takes to measure."""
+
+
+def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
+    """Seconds of the trainer's micro-step on rows of these numbers. The last batch is run once before, as first steps
+    are slow."""
+    import torch
+
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    if trainer.args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    found = []
+    for batch in (batches[-1], *batches):
+        inputs = trainer.data_collator(_rows(trainer.train_dataset, batch))
+        items = torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
+        started = time.perf_counter()
+        trainer.training_step(trainer.model, inputs, num_items_in_batch=items)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - started)
+        trainer.model.zero_grad(set_to_none=True)
+    return found[1:]
+
+
+def rows_notes(rows: Rows, recipe: Recipe) -> list[str]:
+    """What the figures leave out."""
+    if not rows.answers:
+        return []
+    return [
+        f"{recipe.method.kind} trains on what the model writes: figures are of its own pass over {rows.answers} new "
+        "tokens a row, without the writing, the rewards' models and a critic"
+    ]
+
+
+def _longest(lengths: Sequence[int], count: int) -> list[int]:
+    """Numbers of the longest rows, as many as a batch has, in the order of the data."""
+    return sorted(sorted(range(len(lengths)), key=lambda n: (-lengths[n], n))[:count])
+
+
+def _share(traced: Traced, rows: Rows, batch: Sequence[int], recipe: Recipe) -> float:
+    """How much the mean batch computes of what the longest does."""
+    import numpy as np
+
+    lengths = np.asarray(rows.lengths, dtype=np.float64)
+    if rows.answers:
+        lengths = lengths + rows.answers
+    longest = lengths[list(batch)]
+    if traced.unpadded:
+        return float(lengths.mean() * len(batch) / longest.sum())
+    order = np.random.default_rng(recipe.training.seed).permutation(len(lengths))
+    widths = np.maximum.reduceat(lengths[order], np.arange(0, len(lengths), len(batch)))
+    return float(widths.mean() / longest.max())
+
+
+def _seconds_per_batch(
+    recipe: Recipe, traced: Traced, rows: Rows, batch: Sequence[int], facts: DeviceFacts, dtype: str, precision: str,
+    measure: Callable[[Sequence[Sequence[int]]], list[float]] | None,
+) -> tuple[float, str]:  # fmt: skip
+    """Seconds of the mean micro-step, and what they rest on."""
+    compute = {"fp16": "float16", "bf16": "bfloat16"}.get(precision, dtype)
+    counted_seconds = roofline(traced.costs, facts, compute) * _share(traced, rows, batch, recipe)
+    share = f"{traced.flops / 1e9:,.1f} GFLOP in the longest micro-step"
+    if measure is None:
+        rates = f"{facts.peak(compute) * facts.product_share / 1e12:.3g} TFLOP/s in {compute}"
+        return counted_seconds, f"an estimate: {share}, at {rates} and {facts.bandwidth / 1e9:,.0f} GB/s"
+    by_length = sorted(range(len(rows.lengths)), key=lambda n: rows.lengths[n])
+    middle = max(len(by_length) // 2 - len(batch) // 2, 0)
+    typical = sorted(by_length[middle : middle + len(batch)])
+    long_seconds, typical_seconds = measure([batch, typical])
+    lengths = rows.lengths
+    together = sum if traced.unpadded else max
+    high, low = together(lengths[n] for n in batch), together(lengths[n] for n in typical)
+    mean = _share(traced, rows, batch, recipe) * high
+    if high > 1.1 * low:
+        slope = (long_seconds - typical_seconds) / (high - low)
+        seconds = max(typical_seconds + slope * (mean - low), 0.3 * typical_seconds)
+    else:
+        seconds = (long_seconds + typical_seconds) / 2 * mean / high
+    return (
+        seconds,
+        f"two measured micro-steps ({duration(long_seconds)} and {duration(typical_seconds)}); {share}",
+    )
+
+
+def _pass_over(traced: Traced, rows: Rows, recipe: Recipe, facts: DeviceFacts, dtype: str) -> float:
+    """Seconds of one validation."""
+    if not traced.validation_costs:
+        return 0.0
+    rows_in_batch = min(recipe.training.per_device_eval_batch_size, len(rows.validation))
+    longest = max(rows.validation)
+    mean = sum(rows.validation) / len(rows.validation)
+    batches = math.ceil(len(rows.validation) / rows_in_batch)
+    return batches * roofline(traced.validation_costs, facts, dtype) * (0.5 + 0.5 * mean / longest)
+
+
+def _disk(recipe: Recipe, traced: Traced, total_steps: int, save_steps: int) -> dict[str, int]:
+    """Bytes that the run's folder comes to hold."""
+    states = int(traced.trained_count * STATES[recipe.training.optimizer])
+    kept = min(recipe.training.save_total_limit, math.ceil(total_steps / max(save_steps, 1)))
+    # One more is there while the oldest is still to be deleted.
+    found = {"checkpoints": (kept + 1) * (traced.saved + states), "final_model": traced.saved}
+    if recipe.training.load_best_model_at_end:
+        found["best_model"] = traced.saved
+    return found
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _largest(
+    found: Estimate,
+    traced: Traced,
+    traced_as: Callable[..., Traced],
+    recipe: Recipe,
+    rows: Rows,
+    batch: Sequence[int],
+) -> int:
+    """Rows in the largest micro-batch that fits, of rows as long as the longest; 0 where none does."""
+    held = len(batch)
+    other = 1 if held > 1 else 2
+    if len(rows.lengths) < 2:
+        return held if not found.missing else 0
+    second = traced_as(recipe, _longest(rows.lengths, other), validates=False)
+    mine, its = (sum(b for name, b in t.step.items() if name != "gradients") for t in (traced, second))
+    per_row = max((mine - its) / (held - other), 1.0) * (1 + SPREAD["cuda"])
+    rest = max(sum(parts.values()) for name, parts in found.stages.items() if name != "training")
+    if rest > found.capacity:
+        return 0
+    room = found.capacity - sum(found.stages["training"].values())
+    return min(max(int(held + room // per_row), 0), len(rows.lengths))
+
+
+def _remedies(
+    found: Estimate, traced_as: Callable[..., Traced], recipe: Recipe, rows: Rows, facts: DeviceFacts, process: int,
+    answers: Parts,
+) -> Iterator[Remedy]:  # fmt: skip
+    """The three least harmful changes with which the run fits; where none does, those that come closest."""
+    tried: list[Remedy] = []
+    for change, flags, harmed, cut in _changes(recipe):
+        batch = _longest(rows.lengths, harmed.training.per_device_train_batch_size)
+        traced = traced_as(harmed, batch, cut, validates=found.stage == "validating")
+        fewer = dict(answers) if not harmed.evaluation.skip else {}
+        if harmed.evaluation.batch_tokens < recipe.evaluation.batch_tokens:
+            fewer = {name: b // 4 for name, b in fewer.items()}
+        peak = max(
+            sum(p.values()) for p in stages(traced, harmed, facts, process=process, evaluation=fewer).values()
+        )
+        fixed = process if facts.kind == "cpu" else facts.reserved
+        if peak <= found.capacity or peak - fixed < 0.98 * (found.peak - fixed):
+            tried.append(Remedy(change, flags, peak, peak <= found.capacity))
+    fit = [remedy for remedy in tried if remedy.fits][:3]
+    rest = sorted((remedy for remedy in tried if not remedy.fits), key=lambda remedy: remedy.peak)
+    return iter([*fit, *rest[: 3 - len(fit)]])
+
+
+def _changes(recipe: Recipe) -> Iterator[tuple[str, str, Recipe, float]]:
+    """Changes to a recipe in order of harm, each with its flags, the recipe and the share of the rows' length: the same
+    maths in smaller pieces, more time, fewer trained weights, coarser weights, shorter rows."""
+    rows, times = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
+
+    def changed(base: Recipe, **fields: Any) -> Recipe:
+        parts = {
+            name: value if not isinstance(value, dict) else getattr(base, name).model_copy(update=value)
+            for name, value in fields.items()
+        }
+        return base.model_copy(update=parts)
+
+    small, said, flags = recipe, "", ""
+    if rows > 1:
+        small = changed(
+            recipe,
+            training={
+                "per_device_train_batch_size": 1, "gradient_accumulation_steps": times * rows,
+                "per_device_eval_batch_size": 1,
+            },
+        )  # fmt: skip
+        said = f"one row per pass, {times * rows} passes per step"
+        flags = f"--per-device-train-batch-size 1 --gradient-accumulation-steps {times * rows}"
+        flags += " --per-device-eval-batch-size 1"
+        yield said, flags, small, 1.0
+    if recipe.evaluation.batch_tokens > 2048:
+        wanted = recipe.evaluation.batch_tokens // 4
+        small = changed(small, evaluation={"batch_tokens": wanted})
+        said, flags = _joined(
+            said, flags, f"{wanted} tokens per batch of answers", f"--set evaluation.batch_tokens={wanted}"
+        )
+        yield said, flags, small, 1.0
+    if not recipe.training.gradient_checkpointing:
+        small = changed(small, training={"gradient_checkpointing": True})
+        said, flags = _joined(
+            said, flags, "activations computed again in the backward pass, about a third more time",
+            "--gradient-checkpointing",
+        )  # fmt: skip
+        yield said, flags, small, 1.0
+    if not isinstance(recipe.adapter, LoRA):
+        small = changed(small, adapter=LoRA())
+        said, flags = _joined(said, flags, "an adapter instead of all weights", "--lora")
+        yield said, flags, small, 1.0
+    if not isinstance(recipe.adapter, QLoRA):
+        small = changed(
+            small,
+            adapter=QLoRA(**small.adapter.model_dump(exclude={"kind"}))
+            if isinstance(small.adapter, LoRA)
+            else QLoRA(),
+        )
+        said, flags = _joined(
+            said,
+            flags.replace(" --lora", "").replace("--lora", ""),
+            "4-bit weights under the adapter",
+            "--qlora",
+        )
+        yield said, flags, small, 1.0
+    half = max(recipe.data.max_length // 2, 16)
+    said, flags = _joined(said, flags, f"rows cut at {half} tokens", f"--max-length {half}")
+    yield said, flags, changed(small, data={"max_length": half}), 0.5
+
+
+def _joined(said: str, flags: str, change: str, flag: str) -> tuple[str, str]:
+    return (f"{said}, {change}" if said else change), f"{flags} {flag}".strip()

@@ -128,8 +128,13 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch's class on a GPU, Python's own, or what torch's CPU allocator says."""
-    said = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    """Whether memory ran out: torch's class on a GPU, Python's own, or what torch's CPU allocator, Metal's, the driver
+    and its libraries say."""
+    said = (
+        "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory",
+        "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+        "MPS backend out of memory",
+    )  # fmt: skip
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.forward import attention
+from tunesmith.forward import attention, cuda
 from tunesmith.forward.head import Found, Reading, read
 from tunesmith.forward.tree import Layout, labelled, layout, rows_of
 from tunesmith.models import decoder_layers, is_reward
@@ -284,6 +284,8 @@ def attach(trainer: Any, run: Run, *, choice: str = "fast") -> None:
     if has_dropout(plain):
         reason += "; beginnings are not shared while training, as dropout draws differ"
     run.event("decision", name="forward", value="fast", reason=reason)
+    if told := cuda.told(plain, trainer.args):
+        run.event("decision", name="attention kernel", value=told[0], reason=told[1])
 
 
 def uncovered(trainer: Any, model: Any) -> str | None:

@@ -1,14 +1,14 @@
 """Attention of rows that stand in one sequence: each token sees its own row, and nothing of the others.
 
-`rows` is the name under which transformers' models find it. On CUDA the rows go through one call of a kernel for
-sequences of various lengths where there is one; elsewhere through one call of SDPA a row, which leaves out what a
-mask over the whole sequence would compute in vain.
+`rows` is the name under which transformers' models find it. On CUDA the rows go through one call of a kernel where
+there is one for them (`cuda`); elsewhere through one call of SDPA a row, which leaves out what a mask over the whole
+sequence would compute in vain.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from tunesmith.forward import cuda
 from tunesmith.forward.tree import Block, Layout
 
 NAME = "tunesmith_rows"
@@ -38,8 +39,10 @@ def rows_attention(
     """Attention of `(1, heads, tokens, width)`, queries of all tokens or of the kept ones; gives `(1, tokens, heads,
     width)`, as transformers' attention functions do."""
     blocks = rows.blocks(sliding_window, query.shape[2] != key.shape[2])
-    if query.is_cuda and softcap is None and not dropout and (kernel := varlen_kernel(query)):
-        return _varlen(kernel, query, key, value, rows, blocks, scaling, sliding_window), None
+    if query.is_cuda:
+        asked = cuda.Asked(scaling, sliding_window, softcap, dropout)
+        if (answer := cuda.answered(query, key, value, rows, asked)) is not None:
+            return answer, None
     keys, values = (torch.split(states, rows.lengths, dim=2) for states in (key, value))
     found = []
     for part, block in zip(torch.split(query, [b.queries for b in blocks], dim=2), blocks, strict=True):
@@ -47,6 +50,15 @@ def rows_attention(
         if softcap is not None:
             out = _capped(part, seen, taken, block, dropout, scaling, softcap)
         else:
+            shares = part.shape[1] != seen.shape[1]
+            if (
+                shares
+                and part.is_cuda
+                and (block.mask is not None or cuda.compute_type(part) == torch.float32)
+            ):
+                seen, taken = (
+                    cuda.repeated(states, part.shape[1] // states.shape[1]) for states in (seen, taken)
+                )
             out = functional.scaled_dot_product_attention(
                 part,
                 seen,
@@ -93,104 +105,6 @@ def _capped(
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.nn.functional.dropout(weights, p=dropout, training=dropout > 0) @ value
-
-
-def varlen_kernel(query: Tensor) -> Callable[..., Tensor] | None:
-    """A kernel for sequences of various lengths in one, FlashAttention's or torch's own; None where there is none
-    for this device and type."""
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        return None
-    try:
-        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
-        pass
-    else:
-        return _flash(flash_attn_varlen_func)
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return _torch_varlen(varlen_attn)
-
-
-def _flash(function: Callable[..., Any]) -> Callable[..., Tensor]:
-    def kernel(q: Tensor, k: Tensor, v: Tensor, facts: _Lengths, scale: Any, window: int | None) -> Tensor:
-        out: Tensor = function(
-            q, k, v, facts.queries, facts.keys, facts.longest_queries, facts.longest_keys, causal=True,
-            softmax_scale=scale, window_size=(-1, -1) if window is None else (window - 1, 0),
-        )  # fmt: skip
-        return out
-
-    return kernel
-
-
-def _torch_varlen(function: Callable[..., Any]) -> Callable[..., Tensor]:
-    def kernel(q: Tensor, k: Tensor, v: Tensor, facts: _Lengths, scale: Any, window: int | None) -> Tensor:
-        out: Tensor = function(
-            q, k, v, facts.queries, facts.keys, facts.longest_queries, facts.longest_keys, scale=scale,
-            window_size=(-1, 0) if window is None else (window - 1, 0),
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
-        return out
-
-    return kernel
-
-
-class _Lengths:
-    """Cumulated lengths of queries and of what they see."""
-
-    def __init__(self, queries: list[int], keys: list[int], device: torch.device) -> None:
-        def summed(lengths: list[int]) -> Tensor:
-            return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-
-        self.queries, self.keys = summed(queries), summed(keys)
-        self.longest_queries, self.longest_keys = max(queries), max(keys)
-
-
-def _varlen(
-    kernel: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Layout,
-    blocks: tuple[Block, ...],
-    scaling: float | None,
-    window: int | None,
-) -> Tensor:
-    """All blocks in one call: what each sees is laid out behind what the one before it sees.
-
-    The kernels take the last query for one that sees the last key, and those before it for its neighbours. Queries
-    of a block that are no neighbours (labels with gaps) see what lies between as well, so such a batch is given one
-    query for every token from the first on, and loses the others again.
-    """
-    starts = torch.tensor([0, *rows.lengths[:-1]]).cumsum(0).tolist()
-    ranges, queries, keys, taken = [], [], [], []
-    begin = 0
-    wanted = rows.kept.tolist() if query.shape[2] != key.shape[2] else list(range(key.shape[2]))
-    for block in blocks:
-        way = [
-            torch.arange(starts[n], starts[n] + rows.pieces[n].length, device=query.device)
-            for n in block.pieces
-        ]
-        ranges.append(torch.cat(way)[: block.high])
-        own = block.pieces[-1]
-        last = starts[own] + block.high - rows.pieces[own].offset  # behind the block's last query
-        first = wanted[begin]
-        queries.append(last - first)
-        keys.append(block.high)
-        taken.append(torch.tensor(wanted[begin : begin + block.queries], device=query.device) - first)
-        begin += block.queries
-    flat = [states[0].transpose(0, 1) for states in (query, key, value)]
-    spread = sum(queries)
-    edges = torch.tensor([0, *queries[:-1]]).cumsum(0).tolist()
-    places = torch.cat([part + edge for part, edge in zip(taken, edges, strict=True)])
-    asked = flat[0]
-    if spread != len(asked):
-        asked = asked.new_zeros(spread, *asked.shape[1:]).index_copy(0, places, asked)
-    order = torch.cat(ranges)
-    facts = _Lengths(queries, keys, query.device)
-    out = kernel(asked, flat[1][order], flat[2][order], facts, scaling, window)
-    return out[places][None] if spread != query.shape[2] else out[None]
 
 
 @contextlib.contextmanager

@@ -105,6 +105,8 @@ class Layout:
     padded: int
     """Tokens of the rows as they came, without padding and with repetitions."""
     _blocks: dict[tuple[int | None, bool], tuple[Block, ...]] = field(default_factory=dict)
+    worked_out: dict[Any, Any] = field(default_factory=dict)
+    """What an attention kernel has made of the layout, for all layers."""
 
     @property
     def lengths(self) -> list[int]:

@@ -129,6 +129,15 @@ def write_tokens(work: Path, method: str) -> int:
     return len(made) // (1 if method == "sft" else 2)
 
 
+def peak_memory() -> float:
+    """MB that were held at most: of the GPU's where there is one, else of the process's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 class Clock:
     """Looks on at a trainer's steps: when each begins, what it is given and what loss it has."""
 
@@ -143,8 +152,10 @@ class Clock:
         inner, clock = Trainer.training_step, self
 
         def step(trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if trainer.args.run_name == "plan":  # a step that is traced, not taken
+                return inner(trainer, model, inputs, *args, **kwargs)
             clock.begun.append(time.perf_counter())
-            clock.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            clock.peak = peak_memory()
             mask, labels = inputs.get("attention_mask"), inputs.get("labels")
             clock.tokens.append(int(mask.sum() if mask is not None else inputs["input_ids"].numel()))
             clock.labels.append(
@@ -188,11 +199,13 @@ def contestant(name: str, work: Path, task: dict[str, Any]) -> dict[str, float]:
         clock = Clock()
         result = api.train(compose(settings(work, task)).recipe)
         chosen = [e for e in _events(result.run) if e["kind"] == "decision" and e["name"] == "forward"]
-        assert chosen[0]["value"] == "fast", chosen
+        assert chosen[0]["value"] == task.get("training", {}).get("forward", "fast"), chosen
+        truth = json.loads((Path(result.run) / "plan.json").read_text(encoding="utf-8")).get("truth", {})
+        planned = {key: value for key, value in truth.items() if key.endswith("_error")}
     else:
-        clock = Clock()
-        _peer(name, work, task)
-    return {**clock.facts(), "until_first_step": clock.begun[0] - started}
+        clock, planned = Clock(), {}
+        _peer(name, work, {**task, **task.get("alone", {}).get(name, {})})
+    return {**clock.facts(), "until_first_step": clock.begun[0] - started, **planned}
 
 
 def _events(run: Any) -> list[dict[str, Any]]:
@@ -206,9 +219,18 @@ def _peer(name: str, work: Path, task: dict[str, Any]) -> None:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(work / "model")
-    model = AutoModelForCausalLM.from_pretrained(work / "model", dtype="float32")
+    load = {"dtype": "float32", **task.get("load", {})}
+    if load.pop("four_bits", False):
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        load["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(work / "model", **load)
     rows = [json.loads(line) for line in (work / "tokens.jsonl").open(encoding="utf-8")]
-    if task["adapter"]["kind"] == "lora":
+    if task["adapter"]["kind"] in ("lora", "qlora"):
         from peft import LoraConfig, get_peft_model
 
         adapter = task["adapter"]
@@ -222,6 +244,7 @@ def _peer(name: str, work: Path, task: dict[str, Any]) -> None:
         "lr_scheduler_type": "constant", "save_strategy": "no", "logging_steps": 10**6, "disable_tqdm": True,
         "gradient_checkpointing": False, "weight_decay": 0.01, "max_grad_norm": 1.0, "seed": 42,
     }  # fmt: skip
+    common |= task.get("arguments", {})
     trainer: Any
     if name == "trl dpo":
         pairs = []
@@ -246,9 +269,7 @@ def _peer(name: str, work: Path, task: dict[str, Any]) -> None:
             processing_class=tokenizer,
         )  # fmt: skip
     elif name.startswith("trl"):
-        packed = (
-            {"packing": True, "max_length": MAX_LENGTH} if name == "trl packing" else {"max_length": None}
-        )
+        packed = {"packing": True, "max_length": MAX_LENGTH} if "packing" in name else {"max_length": None}
         if packed.get("packing"):
             mean = sum(len(row["input_ids"]) for row in rows) / len(rows)
             size = max(round(task["batch"] * mean / MAX_LENGTH), 1)

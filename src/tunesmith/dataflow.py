@@ -45,6 +45,7 @@ from tunesmith.export.card import write_card
 from tunesmith.methods import METHODS, Method
 from tunesmith.plan import Plan
 from tunesmith.recipe import SFT, QLoRA, Recipe, Tracking
+from tunesmith.training import gpu
 from tunesmith.training.fit import Fit, arguments, fit
 from tunesmith.training.order import by_length, order_by_length
 from tunesmith.training.run import Run
@@ -590,6 +591,9 @@ def _trainer(
         quantize=recipe.adapter if isinstance(recipe.adapter, QLoRA) else None,
         head=method.head,
     )
+    if recipe.training.kernels == "liger" and plan.device == "cuda":
+        kernels, why = gpu.put_in_liger(model)
+        run.event("decision", name="kernels", value=kernels, reason=why)
     model = models.attach(
         model,
         recipe.adapter,
@@ -597,6 +601,9 @@ def _trainer(
         merged_base=run.path / "merged_base",
         revision=recipe.model.revision,
     )
+    if plan.mixed_precision == "fp16" and (count := gpu.trained_in_float32(model)):
+        why = "gradients of fp16 are scaled up, which half a number cannot hold"
+        run.event("decision", name="trained weights", value=f"{count:,} in float32", reason=why)
     models.set_stop_tokens(model, tokenizer)
     described = models.describe(model).sentence()
     run.event("decision", name="model", value=described, reason=f"adapter.kind is {recipe.adapter.kind}")

@@ -32,11 +32,36 @@ Build = Callable[[Recipe, Any, Path], Any]
 """The method's trainer on a model, with a folder for what it writes."""
 
 STATES = {
-    "adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adafactor": 0.0, "sgd": 0.0, "adamw_bnb_8bit": 2.03,
-    "paged_adamw_8bit": 2.03,
+    "adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adafactor": 0.0, "sgd": 0.0, "paged_adamw_32bit": 8.0,
+    "adamw_bnb_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256, "adamw_torch_8bit": 2 + 8 / 256,
+    "adamw_torch_4bit": 1 + 8 / 128,
 }  # fmt: skip
-"""Bytes of optimizer state for each trained float32 weight; Adam's follow the weights' own type, the factors of
-Adafactor are a row and a column of each matrix."""
+"""Bytes of optimizer state for each trained float32 weight: two means, in fewer bits with a scale in float32 for each
+block of each. Adam's follow the weights' own type, the factors of Adafactor are a row and a column of each matrix."""
+SMALL = 4096
+"""Weights in a tensor below which both packages keep its states whole."""
+
+
+def state_bytes(optimizer: str, model: Any) -> int:
+    """Bytes of the optimizer's states of a model's trained weights.
+
+    bitsandbytes keeps those of embeddings whole, as transformers asks of it; torchao those of tensors that are no
+    multiple of a block.
+    """
+    import torch
+
+    kept, theirs = STATES[optimizer], "bnb" in optimizer or "paged" in optimizer
+    words = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    total = 0.0
+    for p in {id(p): p for p in model.parameters() if p.requires_grad}.values():
+        if kept in (0.0, 8.0):
+            total += 2 * p.numel() * 4 if theirs else kept / 4 * p.nbytes
+        elif p.numel() < SMALL or (id(p) in words if theirs else p.numel() % (256 if kept > 2 else 128)):
+            total += 2 * (4 * p.numel() if theirs else p.nbytes)
+        else:
+            total += kept * p.numel()
+    return int(total)
+
 
 ABOUT = {
     "process": "Python with its libraries and the data, measured",
@@ -250,6 +275,8 @@ class Traced:
     trained: int
     """Bytes of the trained weights."""
     trained_count: int
+    states: int
+    """Bytes of the optimizer's states."""
     largest: int
     """Bytes of the largest trained matrix."""
     saved: int
@@ -392,6 +419,7 @@ def trace(
             weights=weights,
             trained=own,
             trained_count=sum(p.numel() for p in trained),
+            states=state_bytes(recipe.training.optimizer, model),
             largest=max((p.nbytes for p in trained), default=0),
             saved=saved,
             step=dict(parts),
@@ -464,9 +492,7 @@ def stages(
     """Bytes by part in each stage of a run that holds memory."""
     on_cpu = facts.kind == "cpu"
     fixed = {"process": process} if on_cpu else {"reserved": facts.reserved}
-    kept = STATES[recipe.training.optimizer]
-    own_type = traced.trained / max(4 * traced.trained_count, 1)
-    optimizer = int(traced.trained_count * kept * (own_type if kept == 8.0 else 1.0))
+    optimizer = traced.states
     step = dict(traced.step)
     if recipe.training.gradient_accumulation_steps > 1:
         step["gradients"] = traced.trained
@@ -720,10 +746,9 @@ def _pass_over(traced: Traced, rows: Rows, recipe: Recipe, facts: DeviceFacts, d
 
 def _disk(recipe: Recipe, traced: Traced, total_steps: int, save_steps: int) -> dict[str, int]:
     """Bytes that the run's folder comes to hold."""
-    states = int(traced.trained_count * STATES[recipe.training.optimizer])
     kept = min(recipe.training.save_total_limit, math.ceil(total_steps / max(save_steps, 1)))
     # One more is there while the oldest is still to be deleted.
-    found = {"checkpoints": (kept + 1) * (traced.saved + states), "final_model": traced.saved}
+    found = {"checkpoints": (kept + 1) * (traced.saved + traced.states), "final_model": traced.saved}
     if recipe.training.load_best_model_at_end:
         found["best_model"] = traced.saved
     return found

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tunesmith.devices import DeviceFacts
 from tunesmith.errors import DataError, OutOfResources, counted
 from tunesmith.recipe import Model, Training
+from tunesmith.training import gpu
 
 if TYPE_CHECKING:
     from tunesmith.estimate import Estimate
@@ -120,13 +121,14 @@ def resolve(
 
     Steps follow transformers' Trainer: an epoch is ceil(batches / accumulation) optimizer steps; warm-up,
     evaluation and saving count optimizer steps. Raises DataError without examples and OutOfResources
-    where the adapter needs a device that is not there.
+    where the adapter, the optimizer or the precision needs a device that is not there, and MissingExtra.
     """
     if not lengths:
         raise DataError("There is no example to train on.", fix="See the ledger for what became of the rows.")
     where = elsewhere.kind if elsewhere else device()
     why = f"that of {elsewhere.name}" if elsewhere else "the best device found"
     decisions = [Decision("device", where, why)]
+    decisions += [Decision(*told) for told in gpu.checked(training, model, where, elsewhere=elsewhere)]
     if adapter_kind == "qlora":
         decisions += _four_bits(where, here=not elsewhere)
     decisions += [Decision("data", note, "reading the data") for note in notes]

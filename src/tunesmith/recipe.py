@@ -757,8 +757,12 @@ class Training(Section):
         "sgd",
         "adamw_bnb_8bit",
         "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "adamw_torch_8bit",
+        "adamw_torch_4bit",
     ] = "adamw_torch"
-    """Optimizer; the 8-bit ones need CUDA and bitsandbytes."""
+    """Optimizer. Those with `bnb` or `paged` need bitsandbytes, `adamw_torch_8bit` and `adamw_torch_4bit` torchao and
+    CUDA (docs/gpu.md); paged ones move their states to the machine's memory when the GPU's runs out."""
 
     per_device_train_batch_size: PositiveInt = 4
     """Examples per forward pass and device."""
@@ -779,6 +783,10 @@ class Training(Section):
     forward: Literal["fast", "stock"] = "fast"
     """How the model is run while it is trained: without padding, shared prompts once, the vocabulary only where a label
     is, where the model and the method allow it (docs/forward.md); or as transformers and TRL do."""
+
+    kernels: Literal["torch", "liger"] = "torch"
+    """Kernels of norms, rotary positions and gated layers on CUDA: torch's, or Liger's, which take fewer passes over
+    memory (docs/gpu.md). Elsewhere torch's are used."""
 
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_yaml_no)] = "no"
     """Precision of the forward and backward pass; weights stay in their own type."""

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from tunesmith.errors import OutOfResources, RunError, TrainingDiverged
+from tunesmith.errors import MissingExtra, OutOfResources, RunError, TrainingDiverged
 from tunesmith.recipe import Recipe
 from tunesmith.training import checkpoints, state
 from tunesmith.training.run import Run, create
@@ -145,6 +145,54 @@ def test_any_state_comes_back_as_it_was(tmp_path):
     assert repr(again) == repr(tree)
     with pytest.raises(TypeError, match=r"s\.hook is a function"):
         state.packed({"hook": lambda: None}, {}, "s")
+
+
+def test_states_of_several_tensors_in_one_come_back_as_they_were(monkeypatch):
+    """torchao's, by a stand-in where it is not installed."""
+    import sys
+    import types
+
+    class OptimState8bit(torch.Tensor):
+        @staticmethod
+        def __new__(cls, codes, scale, signed, dtype):
+            return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype)
+
+        def __init__(self, codes, scale, signed, dtype):
+            self.codes, self.scale, self.signed = codes, scale, signed
+
+        def __tensor_flatten__(self):
+            return ["codes", "scale"], [self.signed, self.dtype]
+
+        @classmethod
+        def __tensor_unflatten__(cls, parts, attributes, size=None, stride=None):
+            return cls(*parts.values(), *attributes)
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise AssertionError(func)  # nothing is to be computed with it
+
+    package = types.ModuleType("torchao")
+    package.optim = types.ModuleType("torchao.optim")
+    module = types.ModuleType("torchao.optim.subclass_8bit")
+    module.OptimState8bit = OptimState8bit
+    for part in (package, package.optim, module):
+        monkeypatch.setitem(sys.modules, part.__name__, part)
+    one = OptimState8bit(torch.arange(6, dtype=torch.uint8), torch.rand(2), True, torch.bfloat16)
+    tensors: dict[str, torch.Tensor] = {}
+    text = json.dumps(state.packed({"state": {0: {"exp_avg": one}}}, tensors, "s"))
+    assert {name: t.dtype for name, t in tensors.items()} == {
+        "s.state.0.exp_avg.codes": torch.uint8,
+        "s.state.0.exp_avg.scale": torch.float32,
+    }
+    again = state.unpacked(json.loads(text), tensors)["state"][0]["exp_avg"]
+    assert isinstance(again, OptimState8bit)
+    assert (again.signed, again.dtype) == (True, torch.bfloat16)
+    assert torch.equal(again.codes, one.codes)
+    with pytest.raises(RunError, match="no tensor of the kind 'Evil'"):
+        state.unpacked(json.loads(text.replace("OptimState8bit", "Evil")), tensors)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(MissingExtra, match="torchao"):
+        state.unpacked(json.loads(text), tensors)
 
 
 def flipped(path: Path, bit: int) -> None:

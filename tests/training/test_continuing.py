@@ -108,6 +108,12 @@ def test_every_step_of_every_pair_of_options_continues_to_the_bit(quick, combina
     assert found.continued_from
 
 
+@pytest.mark.slow
+def test_states_of_8_bits_continue_to_the_bit(quick):
+    found = api.verify_resume(quick({"training": {"optimizer": "adamw_bnb_8bit"}}), steps=2)
+    assert found.equal, found.sentence()
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("lost", ["random numbers", "optimizer", "data order"])
 def test_what_would_not_continue_is_found_out(quick, monkeypatch, lost):

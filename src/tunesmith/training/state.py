@@ -7,18 +7,19 @@ the tensors that it names. What is read back is equal to the bit, in its own typ
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from tunesmith.errors import RunError
+from tunesmith.errors import MissingExtra, RunError
 
 NUMBERS, TENSORS = "training_state.json", "training_state.safetensors"
 
@@ -30,6 +31,10 @@ LOOP = (
 rows of a forward pass that memory was enough for; and whether a validation was broken off by a stop."""
 
 
+QUANTIZED = {"OptimState8bit": "subclass_8bit", "OptimState4bit": "subclass_4bit"}
+"""Tensors of torchao's optimizers that are several in one, and where in its `optim` they are."""
+
+
 def packed(tree: Any, tensors: dict[str, torch.Tensor], name: str = "") -> Any:
     """A nested state as what JSON can hold; tensors are moved into `tensors` under their place in it.
 
@@ -38,6 +43,15 @@ def packed(tree: Any, tensors: dict[str, torch.Tensor], name: str = "") -> Any:
     match tree:
         case None | bool() | int() | float() | str():
             return tree
+        case torch.Tensor() if type(tree).__name__ in QUANTIZED:
+            parts, attributes = cast(Any, tree).__tensor_flatten__()
+            return {
+                "quantized": type(tree).__name__,
+                "parts": {part: packed(getattr(tree, part), tensors, f"{name}.{part}") for part in parts},
+                "attributes": packed(list(attributes), tensors, name),
+            }
+        case torch.dtype():
+            return {"type": str(tree).removeprefix("torch.")}
         case torch.Tensor():
             tensors[name] = tree.detach()
             return {"tensor": name}
@@ -61,6 +75,14 @@ def unpacked(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     match tree:
         case {"tensor": name}:
             return tensors[name]
+        case {"quantized": kind, "parts": parts, "attributes": attributes}:
+            return _quantized(
+                kind,
+                {name: unpacked(part, tensors) for name, part in parts.items()},
+                unpacked(attributes, tensors),
+            )
+        case {"type": name}:
+            return getattr(torch, name)
         case {"array": values, "dtype": dtype}:
             return np.array(values, dtype=dtype)
         case {"items": pairs}:
@@ -71,6 +93,19 @@ def unpacked(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
             return tuple(unpacked(value, tensors) for value in values)
         case _:
             return tree
+
+
+def _quantized(kind: str, parts: Mapping[str, torch.Tensor], attributes: Sequence[Any]) -> torch.Tensor:
+    """A tensor of torchao's optimizers. Raises RunError for another one, and MissingExtra without the package."""
+    if kind not in QUANTIZED:
+        raise RunError(f"A checkpoint of ours holds no tensor of the kind '{kind}'.")
+    try:
+        from torchao import optim  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError:
+        raise MissingExtra("torchao", "The checkpoint's optimizer", install="'tunesmith[gpu]'") from None
+    module = importlib.import_module(f"{optim.__name__}.{QUANTIZED[kind]}")
+    made: torch.Tensor = getattr(module, kind).__tensor_unflatten__(dict(parts), attributes)
+    return made
 
 
 def write(trainer: Any, folder: Path) -> None:

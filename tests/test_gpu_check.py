@@ -1,0 +1,118 @@
+"""`scripts/gpu_check` without a GPU: what it says then, what it counts, and the same code at toy size on a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+
+import pytest
+import torch
+
+FILE = Path(__file__).parents[1] / "scripts/gpu_check"
+
+
+@pytest.fixture(scope="module")
+def check():
+    path = list(sys.path)
+    loader = SourceFileLoader("gpu_check", str(FILE))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu_check", loader))
+    loader.exec_module(module)
+    yield module
+    sys.path[:] = path
+
+
+def test_without_cuda_it_says_so_in_one_sentence(check, capsys, tmp_path):
+    assert check.main(["--out", str(tmp_path / "x.jsonl")]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("There is no CUDA device here; --dry-run")
+    assert told.err.count("\n") == 1
+    assert check.main(["--dry-run", "--shapes", "lama", "--out", str(tmp_path / "x.jsonl")]) == 1
+    assert "Known: llama-3.2-1b" in capsys.readouterr().err
+
+
+def test_work_is_counted_as_torch_counts_it(check):
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    facts = dict(check.SHAPES["tiny"])
+    config = AutoConfig.for_model(facts.pop("kind"), attn_implementation="eager", **facts)
+    model = AutoModelForCausalLM.from_config(config)
+    length = 24
+    ids = torch.arange(length)[None]
+    with FlopCounterMode(display=False) as counter:
+        model(ids).logits.sum().backward()
+    # Eager attention multiplies the whole square, of which a causal one needs the half with the diagonal.
+    square = 12 * config.num_hidden_layers * config.hidden_size * length**2
+    rotary = (
+        6 * (config.hidden_size // config.num_attention_heads // 2) * length
+    )  # positions times frequencies
+    half = square * (length + 1) / (2 * length)
+    counted = counter.get_total_flops() - square + half
+    assert check.flops("tiny", [length], length, trains_all=True) == pytest.approx(counted, abs=rotary)
+    lora = check.flops("tiny", [length], length, trains_all=False)
+    assert lora == pytest.approx((counted - half) * 4 / 6 + half, abs=rotary)
+
+
+def test_published_sizes(check):
+    """Parameters in the layers and the embeddings, as the models' cards round them."""
+    billions = {"llama-3.2-1b": 1.24, "qwen-2.5-1.5b": 1.54, "qwen-2.5-7b": 7.6, "llama-3.1-8b": 8.03}
+    for shape, count in billions.items():
+        facts = check.SHAPES[shape]
+        words = facts["vocab_size"] * facts["hidden_size"] * (1 if facts["tie_word_embeddings"] else 2)
+        assert (check.layer_weights(shape) + words) / 1e9 == pytest.approx(count, rel=0.01)
+
+
+LINES = [
+    {"part": "sft", "shape": "s", "adapter": "lora", "name": "ours", "tokens_per_second": 3000.0, "share": 0.5,
+     "peak": 2048.0, "loss": 1.5, "memory_error": 0.021, "time_error": -0.1, "ok": True},
+    {"part": "sft", "shape": "s", "adapter": "lora", "name": "trl", "tokens_per_second": 1000.0, "share": 0.17,
+     "peak": 4096.0, "loss": 1.6, "ok": False},
+    {"part": "dpo", "shape": "s", "adapter": "lora", "name": "trl dpo", "failed": "no | room", "ok": False},
+    {"part": "equal", "shape": "s", "adapter": "full", "name": "float32", "loss_error": 1e-7, "gradient_error": 2e-6,
+     "ok": True},
+    {"part": "head", "shape": "s", "adapter": "full", "name": "256 positions", "seconds": 0.002,
+     "flops_per_second": 4e14, "ok": True},
+]  # fmt: skip
+
+
+def test_the_table(check, tmp_path, capsys):
+    file = tmp_path / "lines.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    assert check.main(["--table", "--out", str(file)]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows == [
+        "| sft | s | lora | ours | 3,000 tokens/s, 50% of the matrix product, 2.0 GiB, loss 1.5000; planned memory "
+        "+2.1%, time -10% |",
+        "| sft | s | lora | trl | 1,000 tokens/s, 17% of the matrix product, 4.0 GiB, loss 1.6000; ours is 3.00 "
+        "times as fast **not as it should be** |",
+        "| dpo | s | lora | trl dpo | failed: no / room **not as it should be** |",
+        "| equal | s | full | float32 | loss 1.0e-07, gradients 2.0e-06 from float32's stock path |",
+        "| head | s | full | 256 positions | 2.0 ms, 400 TFLOP/s |",
+    ]
+
+
+@pytest.mark.slow
+def test_the_same_code_runs_on_a_cpu_at_toy_size(check, tmp_path, capsys):
+    file = tmp_path / "lines.jsonl"
+    given = ["--dry-run", "--shapes", "tiny", "--out", str(file)]
+    assert check.main(given) == 0
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    names = {(line["part"], line["name"]) for line in lines}
+    assert {("equal", "float32"), ("equal", "bfloat16"), ("head", "64 positions")} <= names
+    assert {("sft", name) for name in ("ours", "ours stock", "trl defaults", "trl packing")} <= names
+    assert {("dpo", name) for name in ("ours", "ours without sharing", "trl dpo")} <= names
+    assert all(line["ok"] for line in lines)
+    assert all("memory_error" in line for line in lines if line["name"].startswith("ours"))
+    capsys.readouterr()
+    # A second call has nothing left to do; a result that was lost or bad is made again.
+    before = file.read_text()
+    assert check.main(given) == 0
+    assert file.read_text() == before
+    bad = [{**line, "ok": False} if line["name"] == "float32" else line for line in lines]
+    file.write_text("".join(json.dumps(line) + "\n" for line in bad if line["name"] != "bfloat16"))
+    assert check.main([*given, "--part", "equal"]) == 0
+    assert sum('"equal"' in line for line in file.read_text().splitlines()) == 2

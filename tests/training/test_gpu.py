@@ -98,6 +98,96 @@ def test_float32_on_a_gpu_is_said_with_what_becomes_of_tf32():
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_of_several_gpus_one_is_taken_and_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    [(name, value, why)] = checked()
+    assert (name, value) == ("device", "cuda:0")
+    assert "the first of 4 GPUs" in why
+    assert checked(elsewhere=devices.named("h100-80gb")) == []
+
+
+def test_a_trainer_spreads_no_batch_over_gpus(tiny_model_folder, tmp_path):
+    """DataParallel would multiply the batch, and run copies of the model that have not our forward."""
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from tunesmith.training.checkpoints import keeping_run_folder
+    from tunesmith.training.run import Run
+
+    def trainer(kind):
+        args = TrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2, report_to=[]
+        )
+        args._n_gpu = 4
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+        return kind(model=model, args=args)
+
+    plain, ours = trainer(Trainer), trainer(keeping_run_folder(Trainer, Run(tmp_path), keep=1))
+    assert plain.args.train_batch_size == 8
+    assert ours.args.train_batch_size == 2
+    assert type(ours._wrap_model(ours.model)).__name__ == "LlamaForCausalLM"
+
+
+def test_a_loss_scale_is_restored_where_there_is_one():
+    from tunesmith.training import state
+
+    class Scaler:
+        def __init__(self):
+            self.loaded = None
+
+        def load_state_dict(self, given):
+            self.loaded = given
+
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    saved = {
+        "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+        "scaler": {"scale": 1024.0, "growth_factor": 2.0, "_growth_tracker": 7},
+    }  # fmt: skip
+    on_gpu, on_cpu = types.SimpleNamespace(scaler=Scaler()), types.SimpleNamespace(scaler=None)
+    for accelerator in (on_gpu, on_cpu):  # a checkpoint of a GPU is continued on a CPU as well
+        state.restore_optimizer(
+            types.SimpleNamespace(accelerator=accelerator, optimizer=optimizer, lr_scheduler=scheduler), saved
+        )
+    assert on_gpu.scaler.loaded == saved["scaler"]
+
+
+def test_random_numbers_of_gpus_come_back(monkeypatch):
+    from tunesmith.training import state
+
+    kept, given = [torch.arange(4, dtype=torch.uint8), torch.ones(4, dtype=torch.uint8)], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: kept)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.extend)
+    found = state.randomness()
+    tensors: dict[str, torch.Tensor] = {}
+    tree = state.packed(found, tensors, "random")
+    state.set_randomness(state.unpacked(tree, tensors))
+    assert all(torch.equal(one, other) for one, other in zip(kept, given, strict=True))
+    given.clear()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # fewer GPUs: theirs are left
+    state.set_randomness(found)
+    assert given == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 18.00 GB)"),
+    ],
+    ids=["allocator", "driver", "cuBLAS", "Metal"],
+)
+def test_memory_that_ran_out_is_known_by_what_is_said(error):
+    from tunesmith.errors import is_out_of_memory
+
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+
+
 # Liger
 
 
@@ -111,7 +201,7 @@ def made(family="Llama", **changes):
         }
     )  # fmt: skip
     torch.manual_seed(0)
-    return getattr(transformers, f"{family}ForCausalLM")(config)
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 @pytest.fixture

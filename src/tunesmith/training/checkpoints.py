@@ -348,6 +348,14 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
     guarded = guarded_steps(trainer_class, run, splits)
 
     class RunFolderTrainer(guarded):  # type: ignore[misc,valid-type]
+        def __init__(self, *given: Any, **named: Any) -> None:
+            arguments = named.get("args")
+            if arguments is not None and arguments.n_gpu > 1:
+                # The Trainer would spread each batch over all GPUs that it sees (DataParallel), which multiplies the
+                # batch of recipe and plan and calls copies of the model that have not our forward.
+                arguments._n_gpu = 1
+            super().__init__(*given, **named)
+
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             require_finite(self)
             try:

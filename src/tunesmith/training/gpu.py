@@ -64,6 +64,9 @@ def checked(
     """
     here = elsewhere is None
     found: list[tuple[str, str, str]] = []
+    if here and where == "cuda" and (count := _gpus()) > 1:
+        why = f"one process writes a run, and takes the first of {count} GPUs; CUDA_VISIBLE_DEVICES names another"
+        found.append(("device", "cuda:0", why))
     name = training.optimizer
     if need := OPTIMIZERS.get(name):
         fix = "--set training.optimizer=adamw_torch"
@@ -87,6 +90,12 @@ def checked(
         why = "as the recipe says: float32 is not rounded to TF32; --mixed-precision bf16 is several times as fast"
         found.append(("mixed_precision", "no", why))
     return found
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _has_bfloat16(elsewhere: DeviceFacts | None) -> bool:

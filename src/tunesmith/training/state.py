@@ -166,8 +166,9 @@ def restore_optimizer(trainer: Any, state: Mapping[str, Any]) -> None:
             if isinstance(value, torch.Tensor) and own[name].dtype != value.dtype:
                 own[name] = value.to(own[name].device)
     trainer.lr_scheduler.load_state_dict(state["scheduler"])
-    if state["scaler"] is not None:
-        trainer.accelerator.scaler.load_state_dict(state["scaler"])
+    scaler = getattr(trainer.accelerator, "scaler", None)  # none where a run on a GPU is continued on a CPU
+    if state["scaler"] and scaler is not None:
+        scaler.load_state_dict(state["scaler"])
 
 
 def restore_loop(trainer: Any, state: Mapping[str, Any]) -> None:

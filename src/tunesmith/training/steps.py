@@ -88,7 +88,9 @@ def number_rows(trainer: Any) -> None:
 def _taken_out(batch: Any) -> list[int]:
     """The numbers of a batch's rows, which it no longer carries afterwards."""
     if isinstance(batch, dict):
-        return [int(n) for n in batch.pop(ROW, batch.get("number", ()))]
+        numbers = batch.pop(ROW, batch.get("number", ()))
+        # At once: on a GPU each number by itself would wait for the device.
+        return [int(n) for n in (numbers.tolist() if hasattr(numbers, "tolist") else numbers)]
     return [int(row.pop(ROW)) for row in batch if isinstance(row, dict) and ROW in row]
 
 

@@ -312,6 +312,23 @@ def test_a_run_on_cuda_is_told_its_kernel(monkeypatch):
     assert cuda.told(llama, args) is None
 
 
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_the_heads_gradients_stay_numbers_in_half_precision(offset):
+    """Probabilities before they are divided add up to as much as the vocabulary, and half a number ends at 65,504."""
+    from tunesmith.forward.head import Reading, read
+
+    torch.manual_seed(0)
+    hidden, table = torch.randn(3, 8) / 4, torch.randn(40_000, 8) / 50 + offset
+    labels = torch.tensor([1, 5, 7])
+    found = {}
+    for dtype in (torch.float16, torch.float32):
+        given = [x.detach().half().to(dtype).requires_grad_() for x in (hidden, table)]
+        read(*given, None, labels, Reading(alike=True)).log_probs.sum().backward()
+        found[dtype] = [x.grad.float() for x in given]
+    for half, whole in zip(found[torch.float16], found[torch.float32], strict=True):
+        assert (half - whole).abs().max() <= 5e-3 * max(whole.abs().max(), offset)
+
+
 def test_shared_heads_are_written_out_where_sdpa_would_write_out_all_scores():
     keys = torch.arange(4.0).reshape(1, 2, 2, 1)
     assert cuda.repeated(keys, 1) is keys

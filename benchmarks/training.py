@@ -37,8 +37,22 @@ SHAPES = {
     },
 }
 T5_SHAPES = {
-    "128x2": {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4},
-    "256x4": {"d_model": 256, "d_kv": 64, "d_ff": 1024, "num_layers": 4, "num_decoder_layers": 4, "num_heads": 4},
+    "128x2": {
+        "d_model": 128,
+        "d_kv": 32,
+        "d_ff": 512,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+    },
+    "256x4": {
+        "d_model": 256,
+        "d_kv": 64,
+        "d_ff": 1024,
+        "num_layers": 4,
+        "num_decoder_layers": 4,
+        "num_heads": 4,
+    },
 }
 """Encoder-decoders: width, and layers of each half."""
 MAX_LENGTH = 1024
@@ -112,7 +126,7 @@ def write_model(folder: Path, shape: str, vocabulary: int) -> None:
 
 
 def write_t5(folder: Path, shape: str, vocabulary: int) -> None:
-    """A T5 with random weights and without dropout, its head tied and scaled, and a tokenizer without a chat template."""
+    """A T5 with random weights and without dropout, its head tied and scaled; the tokenizer has no chat template."""
     import torch
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
@@ -447,12 +461,14 @@ def result(
         sys.exit(1)
 
 
-def parser(description: str | None, rows: int, shapes: Any = SHAPES) -> argparse.ArgumentParser:
+def parser(
+    description: str | None, rows: int, shapes: Any = SHAPES, *, shape: str = "256x4"
+) -> argparse.ArgumentParser:
     """Options that these benchmarks share."""
     made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     made.add_argument("--rows", type=int, default=rows)
     made.add_argument("--rounds", type=int, default=5)
-    made.add_argument("--shape", choices=shapes, default="256x4")
+    made.add_argument("--shape", choices=shapes, default=shape)
     made.add_argument("--lora", action="store_true")
     made.add_argument(
         "--quick", action="store_true", help="one short turn: that it works, not how fast it is"

@@ -36,6 +36,25 @@ SHAPES = {
         "num_attention_heads": 8,
     },
 }
+T5_SHAPES = {
+    "128x2": {
+        "d_model": 128,
+        "d_kv": 32,
+        "d_ff": 512,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+    },
+    "256x4": {
+        "d_model": 256,
+        "d_kv": 64,
+        "d_ff": 1024,
+        "num_layers": 4,
+        "num_decoder_layers": 4,
+        "num_heads": 4,
+    },
+}
+"""Encoder-decoders: width, and layers of each half."""
 MAX_LENGTH = 1024
 RATE = 1e-9
 """Learning rate: the work of a step without its effect."""
@@ -79,6 +98,16 @@ def write_pairs(path: Path, count: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+def write_summaries(path: Path, count: int) -> None:
+    """Texts of 20 to 512 tokens, log-normal around 180, with answers a quarter as long."""
+    rng, text = random.Random(0), words_of(0)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            tokens = min(max(rng.lognormvariate(math.log(180), 0.6), 20), 480)
+            row = {"prompt": f"{number} {text(tokens)}", "response": text(tokens / 4)}
+            file.write(json.dumps(row) + "\n")
+
+
 def write_model(folder: Path, shape: str, vocabulary: int) -> None:
     """A Llama with random weights, its head tied, and the tokenizer."""
     import torch
@@ -96,13 +125,35 @@ def write_model(folder: Path, shape: str, vocabulary: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+def write_t5(folder: Path, shape: str, vocabulary: int) -> None:
+    """A T5 with random weights and without dropout, its head tied and scaled; the tokenizer has no chat template."""
+    import torch
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    chat_rows.write_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=vocabulary,
+        dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+        **T5_SHAPES[shape],
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+
+
 def settings(work: Path, task: dict[str, Any]) -> dict[str, Any]:
     """The recipe of our run."""
     return {
         "output_dir": str(Path(tempfile.mkdtemp(dir=work))),
         "model": {"base": str(work / "model")},
         "data": {"dataset": str(work / "rows.jsonl"), "max_length": MAX_LENGTH, "near_duplicates": "ignore"},
-        "method": {"kind": task["method"]},
+        "method": {"kind": task["method"], **task.get("section", {})},
         "adapter": task["adapter"],
         "training": {
             "max_steps": task["steps"], "per_device_train_batch_size": task["batch"], "warmup_steps": 0,
@@ -114,19 +165,19 @@ def settings(work: Path, task: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_tokens(work: Path, method: str) -> int:
+def write_tokens(work: Path, method: str, section: dict[str, Any] | None = None) -> int:
     """Token ids and labels of our training split, for all others; how many rows they are."""
     from tunesmith import dataflow
     from tunesmith.compose import compose
 
-    task = {"method": method, "adapter": {"kind": "full"}, "steps": 1, "batch": 1}
+    task = {"method": method, "adapter": {"kind": "full"}, "steps": 1, "batch": 1, "section": section or {}}
     recipe = compose(settings(work, task)).recipe
     made = dataflow.encodings(recipe, dataflow.splits(recipe)).train.dataset()
     with (work / "tokens.jsonl").open("w", encoding="utf-8") as file:
         for n in range(len(made)):
             row = made[n]
             file.write(json.dumps({"input_ids": row["input_ids"], "labels": row["labels"]}) + "\n")
-    return len(made) // (1 if method == "sft" else 2)
+    return len(made) // (2 if method == "dpo" else 1)
 
 
 def peak_memory() -> float:
@@ -152,15 +203,16 @@ class Clock:
         inner, clock = Trainer.training_step, self
 
         def step(trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if trainer.args.run_name == "plan":  # a step that is traced, not taken
+            if next(model.parameters()).is_meta:  # the plan's, which computes nothing
                 return inner(trainer, model, inputs, *args, **kwargs)
             clock.begun.append(time.perf_counter())
             clock.peak = peak_memory()
             mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-            clock.tokens.append(int(mask.sum() if mask is not None else inputs["input_ids"].numel()))
-            clock.labels.append(
-                int((labels[..., 1:] != -100).sum()) if labels is not None else len(inputs["input_ids"])
-            )
+            in_pairs = "decoder_input_ids" in inputs
+            counted = labels if labels is None or in_pairs else labels[..., 1:]
+            clock.labels.append(len(inputs["input_ids"]) if counted is None else int((counted != -100).sum()))
+            tokens = int(mask.sum() if mask is not None else inputs["input_ids"].numel())
+            clock.tokens.append(tokens + (clock.labels[-1] if in_pairs else 0))
             loss = inner(trainer, model, inputs, *args, **kwargs)
             # A preference loss says nothing where model and reference are the same: their likelihoods do.
             told = getattr(trainer, "_metrics", {}).get("train", {})
@@ -204,13 +256,65 @@ def contestant(name: str, work: Path, task: dict[str, Any]) -> dict[str, float]:
         planned = {key: value for key, value in truth.items() if key.endswith("_error")}
     else:
         clock, planned = Clock(), {}
-        _peer(name, work, {**task, **task.get("alone", {}).get(name, {})})
+        peer = _pairs_peer if task["method"] == "seq2seq" else _peer
+        peer(name, work, {**task, **task.get("alone", {}).get(name, {})})
     return {**clock.facts(), "until_first_step": clock.begun[0] - started, **planned}
 
 
 def _events(run: Any) -> list[dict[str, Any]]:
     lines = (Path(run) / "events.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def _common(work: Path, task: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "output_dir": tempfile.mkdtemp(dir=work), "report_to": "none", "use_cpu": True, "bf16": False,
+        "per_device_train_batch_size": task["batch"], "max_steps": task["steps"], "learning_rate": RATE,
+        "lr_scheduler_type": "constant", "save_strategy": "no", "logging_steps": 10**6, "disable_tqdm": True,
+        "gradient_checkpointing": False, "weight_decay": 0.01, "max_grad_norm": 1.0, "seed": 42,
+    }  # fmt: skip
+
+
+def _rows(work: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (work / "tokens.jsonl").open(encoding="utf-8")]
+
+
+def _pairs_peer(name: str, work: Path, task: dict[str, Any]) -> None:
+    """transformers' Seq2SeqTrainer, every row padded to the longest of all or to its batch's, grouped by length."""
+    from datasets import Dataset
+    from transformers import (
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Seq2SeqTrainer,
+        Seq2SeqTrainingArguments,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(work / "model")
+    model = AutoModelForSeq2SeqLM.from_pretrained(work / "model", dtype="float32")
+    pairs = []
+    for row in _rows(work):
+        start = next(n for n, label in enumerate(row["labels"]) if label != -100)
+        pairs.append({"input_ids": row["input_ids"][:start], "labels": row["labels"][start:]})
+    common = _common(work, task)
+    if name == "padded":
+        longest = {key: max(len(pair[key]) for pair in pairs) for key in ("input_ids", "labels")}
+        for pair in pairs:
+            size = len(pair["input_ids"])
+            rest = longest["input_ids"] - size
+            pair["attention_mask"] = [1] * size + [0] * rest
+            pair["input_ids"] += [tokenizer.pad_token_id] * rest
+            pair["labels"] += [-100] * (longest["labels"] - len(pair["labels"]))
+    else:
+        common["train_sampling_strategy"] = "group_by_length"
+        for pair in pairs:
+            pair["attention_mask"] = [1] * len(pair["input_ids"])
+    Seq2SeqTrainer(
+        model=model,
+        args=Seq2SeqTrainingArguments(**common),
+        train_dataset=Dataset.from_list(pairs),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=-100),
+    ).train()
 
 
 def _peer(name: str, work: Path, task: dict[str, Any]) -> None:
@@ -228,9 +332,6 @@ def _peer(name: str, work: Path, task: dict[str, Any]) -> None:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
         )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(work / "model", **load)
-    rows = [json.loads(line) for line in (work / "tokens.jsonl").open(encoding="utf-8")]
-    if task["adapter"]["kind"] in ("lora", "qlora"):
         from peft import LoraConfig, get_peft_model
 
         adapter = task["adapter"]
@@ -238,13 +339,7 @@ def _peer(name: str, work: Path, task: dict[str, Any]) -> None:
             r=adapter["rank"], lora_alpha=adapter["alpha"], lora_dropout=0.0, target_modules="all-linear"
         )
         model = get_peft_model(model, lora)
-    common: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(dir=work), "report_to": "none", "use_cpu": True, "bf16": False,
-        "per_device_train_batch_size": task["batch"], "max_steps": task["steps"], "learning_rate": RATE,
-        "lr_scheduler_type": "constant", "save_strategy": "no", "logging_steps": 10**6, "disable_tqdm": True,
-        "gradient_checkpointing": False, "weight_decay": 0.01, "max_grad_norm": 1.0, "seed": 42,
-    }  # fmt: skip
-    common |= task.get("arguments", {})
+    common = {**_common(work, task), **task.get("arguments", {})}
     trainer: Any
     if name == "trl dpo":
         pairs = []
@@ -319,15 +414,16 @@ def compare(
     rounds: int,
     agree: float = 1e-5,
     write: Any = write_chats,
+    model: Any = write_model,
 ) -> dict[str, dict[str, float]]:
     """Have the contestants take turns, the first of them ours, and print their ratios; medians by name.
 
     Leaves with an error where their losses differ by more than `agree` of their size.
     """
     work = Path(tempfile.mkdtemp(prefix="training-"))
-    write_model(work / "model", shape, vocabulary)
+    model(work / "model", shape, vocabulary)
     write(work / "rows.jsonl", rows)
-    trained = write_tokens(work, task["method"])
+    trained = write_tokens(work, task["method"], task.get("section"))
     task = {"steps": math.ceil(trained / task["batch"]), **task}  # one epoch
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for turn in range(rounds):
@@ -358,8 +454,10 @@ def compare(
     return medians
 
 
-def result(title: str, medians: dict[str, dict[str, float]], peer: str, rounds: int) -> None:
-    """The last line: one JSON object."""
+def result(
+    title: str, medians: dict[str, dict[str, float]], peer: str, rounds: int, *, bar: float | None = None
+) -> None:
+    """The last line: one JSON object. Leaves with status 1 below the bar."""
     ours = next(iter(medians.values()))["tokens_per_second"]
     theirs = medians[peer]["tokens_per_second"]
     print(
@@ -374,14 +472,19 @@ def result(title: str, medians: dict[str, dict[str, float]], peer: str, rounds: 
             }
         )
     )
+    if bar and ours / theirs < bar:
+        print(f"{ours / theirs:.2f} times is below the bar of {bar:g}", file=sys.stderr)
+        sys.exit(1)
 
 
-def parser(description: str | None, rows: int) -> argparse.ArgumentParser:
+def parser(
+    description: str | None, rows: int, shapes: Any = SHAPES, *, shape: str = "256x4"
+) -> argparse.ArgumentParser:
     """Options that these benchmarks share."""
     made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     made.add_argument("--rows", type=int, default=rows)
     made.add_argument("--rounds", type=int, default=5)
-    made.add_argument("--shape", choices=SHAPES, default="256x4")
+    made.add_argument("--shape", choices=shapes, default=shape)
     made.add_argument("--lora", action="store_true")
     made.add_argument(
         "--quick", action="store_true", help="one short turn: that it works, not how fast it is"

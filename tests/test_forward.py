@@ -315,6 +315,36 @@ def test_frozen_layers_have_no_graph(head):
     assert_same(model, batch([30, 7, 2, 18]))
 
 
+def kept_with(ratio: float) -> int:
+    """Tensors that a step keeps for the backward pass with this share of six layers frozen; what is frozen has neither
+    a graph nor gradients."""
+    from tunesmith.models import freeze
+
+    model, has_graph, kept = made("llama", tie_word_embeddings=True, num_hidden_layers=6), [], []
+    if ratio:
+        freeze(model, ratio)
+    fast = quick(model)
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, args, output: has_graph.append(output.requires_grad))
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        fast(**batch([30, 7, 2, 18]), fused_lm_head=True).loss.backward()
+    frozen = int(6 * ratio)
+    assert has_graph == [False] * frozen + [True] * (6 - frozen)
+    assert (model.get_input_embeddings().weight.grad is None) == bool(ratio)
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    return len(kept)
+
+
+def test_frozen_layers_keep_nothing_for_the_backward_pass():
+    # Four of six layers are frozen: what is kept is in proportion to the layers that are trained.
+    assert kept_with(0.7) < 0.45 * kept_with(0.0)
+
+
 def test_gradient_checkpointing():
     model = made("gemma2")
     fast = copy.deepcopy(model)

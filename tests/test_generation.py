@@ -7,6 +7,7 @@ import torch
 from counting import PROMPTS, STOP, TOKENIZER, NumberTokenizer, counting_llama
 from transformers import GenerationConfig
 
+from tunesmith import generation
 from tunesmith.errors import OutOfResources
 from tunesmith.generation import generate, halving, length_batches, stream
 
@@ -65,6 +66,48 @@ def test_order_company_and_batch_size_do_not_change_an_answer(llama):
     assert answers(llama, [*PROMPTS, [1] * 50])[:-1] == expected
     assert answers(llama, batch_tokens=1) == expected
     assert answers(llama, batch_tokens=100) == expected
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["without their keys", "read anew"])
+def test_ended_rows_leave_the_batch_and_the_others_go_on_as_alone(llama, monkeypatch, apart):
+    if not apart:
+        monkeypatch.setattr(generation, "_keeps_rows_apart", lambda model: False)
+    fed: list[tuple[int, int]] = []
+    layer = llama.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(
+            tuple((args[0] if args else kwargs["hidden_states"]).shape[:2])
+        ),
+        with_kwargs=True,
+    )
+    prompts = [[start, start + 1] for start in (56, 55, 52, 50, 46, 42, 38, 30, 24, 20)]
+    together = answers(llama, prompts, max_new_tokens=40)
+    layer.remove()
+    assert together == alone(llama, prompts, max_new_tokens=40)
+    assert len({len(answer.ids) for answer in together}) > 4
+    sizes = [rows for rows, _ in fed]
+    assert len(set(sizes)) > (2 if apart else 1), "rows have left"
+    assert sizes == sorted(sizes, reverse=True)
+    reads = sum(tokens > 1 for _, tokens in fed)
+    assert reads == 1 if apart else reads > 1
+
+
+def test_ended_rows_leave_a_batch_with_sliding_windows():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, sliding_window=12,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.4)
+    prompts = [[(7 * n + k) % 60 + 1 for k in range(3 + 2 * n)] for n in range(12)]
+    stops = list(range(40, 44))
+    together = answers(model, prompts, max_new_tokens=60, stop_ids=stops)
+    assert together == alone(model, prompts, max_new_tokens=60, stop_ids=stops)
+    assert len({len(answer.ids) for answer in together}) > 4
 
 
 def test_the_context_length_is_respected(llama):

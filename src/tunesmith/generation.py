@@ -53,6 +53,7 @@ def generate(
     its prompt's number as soon as it is there.
     """
     import torch
+    from transformers import DynamicCache
 
     check_can_write(model)
     pairs = is_seq2seq(model)
@@ -76,6 +77,7 @@ def generate(
 
     # Greedy rows may be left and taken up again; what is drawn hangs on who is beside.
     resumes = temperature == 0 and not pairs and bool(stop_ids)
+    compacts = resumes and _keeps_rows_apart(model)
     written: dict[int, list[int]] = {n: [] for n in range(len(prompts)) if rooms[n]}
 
     def answer_batch(batch: Sequence[int]) -> list[list[int]]:
@@ -84,25 +86,47 @@ def generate(
         # A row that ran on beyond the context length while others are unfinished would index positions that models
         # with learned positions do not have.
         steps = min(rooms[number] - len(written[number]) for number in batch)
-        config = _generation_config(
-            room=steps, stop_ids=stop_ids, pad_id=pad_id, temperature=temperature, first=first
-        )
         ids = torch.full((len(batch), width), pad_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for line, tokens in enumerate(given):
             start = 0 if pairs else width - len(tokens)
             ids[line, start : start + len(tokens)] = torch.tensor(tokens)
             mask[line, start : start + len(tokens)] = 1
-        ending = {"stopping_criteria": _mostly_ended(width, steps, stop_ids)} if resumes else {}
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=config,
-            **ending,
-        )
-        # A decoder's output begins with its start token, a causal model's with the prompt.
-        lines: list[list[int]] = output[:, 1 if pairs else width :].tolist()
-        return lines
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        lines: list[list[int]] = [[] for _ in batch]
+        going, past = list(range(len(batch))), None
+        while True:
+            config = _generation_config(
+                room=steps, stop_ids=stop_ids, pad_id=pad_id, temperature=temperature, first=first
+            )
+            ending = {}
+            if resumes:
+                leaving = _some_ended if compacts else _mostly_ended
+                ending = {
+                    "stopping_criteria": leaving(ids.shape[1], steps, stop_ids),
+                    "past_key_values": past,
+                }
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                return_dict_in_generate=True,
+                **ending,
+            )
+            # A decoder's output begins with its start token, a causal model's with the prompt.
+            new: list[list[int]] = output.sequences[:, 1 if pairs else ids.shape[1] :].tolist()
+            for line, tokens in zip(going, new, strict=True):
+                lines[line] += tokens
+            steps -= len(new[0])
+            rest = [n for n, tokens in enumerate(new) if not any(token in stop_ids for token in tokens)]
+            past = getattr(output, "past_key_values", None)
+            if not (compacts and steps and rest) or type(past) is not DynamicCache:
+                return lines
+            kept = torch.tensor(rest, device=ids.device)
+            past.batch_select_indices(kept)
+            ids = output.sequences[kept]
+            mask = torch.cat([mask[kept], mask.new_ones(len(rest), len(new[0]))], dim=1)
+            going = [going[n] for n in rest]
 
     def ended(number: int, line: Sequence[int]) -> bool:
         """Keep what a row has written; whether it is at its end."""
@@ -123,29 +147,56 @@ def generate(
     return [answers[number] for number in range(len(prompts))]
 
 
-def _mostly_ended(width: int, steps: int, stop_ids: Sequence[int]) -> Any:
-    """Leaves a batch once three quarters of its rows have ended, as each costs as much as one that goes on.
+def _keeps_rows_apart(model: Any) -> bool:
+    """Whether what a model keeps of tokens is keys and values, from which those of ended rows can be left out."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
-    The others are read anew in a batch of their own. That is done where it reads fewer tokens than the ended rows would
-    add, if what is left were half used.
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    return model._supports_default_dynamic_cache() and all(isinstance(n, DynamicLayer) for n in layers)
+
+
+LEAST_STEPS = 8
+"""Tokens that are still to be written where it pays to leave a batch, and to go on without the ended rows."""
+
+
+def _some_ended(width: int, steps: int, stop_ids: Sequence[int]) -> Any:
+    """Leaves a batch once a quarter of its rows have ended, as each costs as much as one that goes on. The others go on
+    from their keys and values."""
+    return _leaving(
+        stop_ids,
+        lambda ids, ended: 4 * ended >= len(ids) and width + steps - ids.shape[1] >= LEAST_STEPS,
+    )
+
+
+def _mostly_ended(width: int, steps: int, stop_ids: Sequence[int]) -> Any:
+    """Leaves a batch once three quarters of its rows have ended. The others are read anew in a batch of their own.
+
+    That is done where it reads fewer tokens than the ended rows would add, if what is left were half used.
     """
+
+    def worth(ids: Any, ended: int) -> bool:
+        going, left = len(ids) - ended, width + steps - ids.shape[1]
+        return bool(4 * going <= len(ids) and going * ids.shape[1] < ended * left / 2)
+
+    return _leaving(stop_ids, worth)
+
+
+def _leaving(stop_ids: Sequence[int], worth: Callable[[Any, int], bool]) -> Any:
+    """Ends the writing of a whole batch where that is worth it: `(tokens so far, rows that have ended)`."""
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    class MostlyEnded(StoppingCriteria):  # type: ignore[misc]
+    class Leaving(StoppingCriteria):  # type: ignore[misc]
         def __init__(self) -> None:
             self.ended: Any = None
 
         def __call__(self, ids: Any, scores: Any, **kwargs: Any) -> Any:
             now = torch.isin(ids[:, -1], torch.tensor(list(stop_ids), device=ids.device))
             self.ended = now if self.ended is None else self.ended | now
-            ended = int(self.ended.sum())
-            going = len(ids) - ended
-            left = width + steps - ids.shape[1]
-            worth = 4 * going <= len(ids) and going * ids.shape[1] < ended * left / 2
-            return torch.full_like(now, worth)
+            return torch.full_like(now, worth(ids, int(self.ended.sum())))
 
-    return StoppingCriteriaList([MostlyEnded()])
+    return StoppingCriteriaList([Leaving()])
 
 
 def stream(

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -622,3 +623,26 @@ def test_a_tiny_t5_learns_to_translate(tmp_path):
     assert primary.base < 0.05
     assert primary.tuned > 0.80
     assert primary.verdict == "better"
+
+
+@pytest.mark.parametrize(
+    ("family", "adapter"), [("t5", "full"), pytest.param("bart", "lora", marks=pytest.mark.thorough)]
+)
+def test_the_fast_forward_trains_as_the_stock_one(quick, folders, tmp_path, family, adapter):
+    """In steps of several unequal batches, with validations between; without dropout, which draws differently."""
+    base = shutil.copytree(folders[family], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "dropout_rate": 0.0, "dropout": 0.0}))
+    losses = {}
+    for choice in ("fast", "stock"):
+        recipe = quick(
+            family, name=choice, model={"base": str(base)}, adapter={"kind": adapter}, evaluation={"skip": True},
+            training={"gradient_accumulation_steps": 2, "forward": choice},
+        )  # fmt: skip
+        events = Run(api.train(recipe).run).events()
+        [decision] = [e for e in events if e["kind"] == "decision" and e["name"] == "forward"]
+        assert decision["value"] == choice
+        assert not [e for e in events if e["kind"] == "warning" and "stock forward" in e["message"]]
+        losses[choice] = [value for e in events for name in ("loss", "eval_loss") if (value := e.get(name))]
+    assert len(losses["fast"]) >= 6
+    assert losses["fast"] == pytest.approx(losses["stock"], rel=1e-5)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.forward import attention, cuda
+from tunesmith.forward import attention, cuda, pairs
 from tunesmith.forward.head import Found, Reading, read
 from tunesmith.forward.tree import Layout, labelled, layout, rows_of
-from tunesmith.models import decoder_layers, is_reward
+from tunesmith.models import decoder_layers, is_reward, is_seq2seq
 from tunesmith.training.run import Run
 
 COVERED = {
@@ -148,12 +148,12 @@ def _checkpoints(layer: nn.Module) -> bool:
     return bool(layer.training and getattr(layer, "gradient_checkpointing", False))
 
 
-def _uses_rows(layer: nn.Module, config: Any) -> list[Any]:
+def _uses_rows(layer: nn.Module, config: Any, name: str = attention.NAME) -> list[Any]:
     """Have a layer that is run again in the backward pass, outside of `Trunk.hidden`, use our attention there too."""
 
     def again(once: Callable[..., Any], run: Callable[..., Any], *args: Any) -> Any:
         def with_rows(*given: Any) -> Any:
-            with attention.used_by(config):
+            with attention.used_by(config, name):
                 return run(*given)
 
         return once(with_rows, *args)
@@ -258,7 +258,6 @@ def attach(trainer: Any, run: Run, *, choice: str = "fast") -> None:
 
     `choice` is the recipe's `training.forward`.
     """
-    from trl import SFTTrainer
 
     def say(why: str) -> None:
         run.event(
@@ -272,6 +271,13 @@ def attach(trainer: Any, run: Run, *, choice: str = "fast") -> None:
     if why:
         run.event("decision", name="forward", value="stock", reason=why)
         return
+    if is_seq2seq(plain):
+        pairs.attach(trainer, plain, say=say)
+        reason = "no padding of inputs or answers on a CPU, and the head only where it is asked"
+        run.event("decision", name="forward", value="fast", reason=reason)
+        return
+    from trl import SFTTrainer
+
     references = (getattr(trainer, name, None) for name in ("ref_model", "reference"))
     for model in (plain, *(_plain(m) for m in references if m is not None)):
         if is_reward(model):
@@ -293,9 +299,12 @@ def uncovered(trainer: Any, model: Any) -> str | None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     kind = model.config.model_type
-    if kind not in COVERED:
+    if is_seq2seq(model):
+        if why := pairs.uncovered(model):
+            return why
+    elif kind not in COVERED:
         return f"models of the kind {kind} are not covered"
-    if hasattr(trainer.model, "policy"):
+    elif hasattr(trainer.model, "policy"):
         if getattr(model.config, "final_logit_softcapping", None):
             return "the method needs logits that are the head's alone, and these are capped"
     elif not is_reward(model) and not _settings(model).keys() >= SETTINGS:

@@ -108,10 +108,10 @@ def _capped(
 
 
 @contextlib.contextmanager
-def used_by(config: Any) -> Iterator[None]:
-    """Have a model of this configuration use it, and make no masks."""
+def used_by(config: Any, name: str = NAME) -> Iterator[None]:
+    """Have a model of this configuration use it, or ours of another name, and make no masks."""
     before = config._attn_implementation_internal
-    config._attn_implementation_internal = NAME
+    config._attn_implementation_internal = name
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,7 @@ class Clock:
             "loss": weighed / sum(self.labels),
             "peak": self.peak,
             "steps": len(self.losses),
+            "labelled": sum(self.labels) / sum(self.tokens),
         }
 
 
@@ -192,7 +194,11 @@ def contestant(name: str, work: Path, task: dict[str, Any]) -> dict[str, float]:
     else:
         clock = Clock()
         _peer(name, work, task)
-    return {**clock.facts(), "until_first_step": clock.begun[0] - started}
+    return {
+        **clock.facts(),
+        "until_first_step": clock.begun[0] - started,
+        "matrix_gflops": matrix_peak(),  # here and now, as others may use the machine
+    }
 
 
 def _events(run: Any) -> list[dict[str, Any]]:
@@ -337,8 +343,34 @@ def compare(
     return medians
 
 
-def result(title: str, medians: dict[str, dict[str, float]], peer: str, rounds: int) -> None:
-    """The last line: one JSON object."""
+def of_matrix_peak(facts: dict[str, float], *, shape: str, vocabulary: int, lora: bool) -> float:
+    """Share of the matrix product's speed that a training reaches, from the products that it cannot do without.
+
+    Six operations for each weight and token of the layers, and for each weight and label of the head; four where the
+    weights are frozen under an adapter. Attention, norms and the optimizer count as nothing.
+    """
+    size = SHAPES[shape]
+    width = size["hidden_size"]
+    layers = (4 * width**2 + 3 * width * size["intermediate_size"]) * size["num_hidden_layers"]
+    per_token = (4 if lora else 6) * (layers + width * vocabulary * facts["labelled"])
+    return per_token * facts["tokens_per_second"] / 1e9 / facts["matrix_gflops"]
+
+
+Bar = tuple[str, float, float]
+"""What is held against a bar, its value, and the bar: at least so much, or, where it is negative, at most."""
+
+
+def result(
+    title: str,
+    medians: dict[str, dict[str, float]],
+    peer: str,
+    rounds: int,
+    *,
+    bars: Sequence[Bar] = (),
+    quick: bool = False,
+) -> None:
+    """The last line: one JSON object, with what else was measured. Leaves with 1 where a bar is missed, unless the turn
+    was a quick one, which says nothing of speed."""
     ours = next(iter(medians.values()))["tokens_per_second"]
     theirs = medians[peer]["tokens_per_second"]
     print(
@@ -350,9 +382,18 @@ def result(title: str, medians: dict[str, dict[str, float]], peer: str, rounds: 
                 "ratio": round(ours / theirs, 2),
                 "unit": "tokens/s",
                 "n": rounds,
+                **{name: round(value, 3) for name, value, _ in bars},
             }
         )
     )
+    missed = []
+    for name, value, bar in bars:
+        good = value >= bar if bar >= 0 else value <= -bar
+        word = "at least" if bar >= 0 else "at most"
+        print(f"{name}: {value:.2f}, {word} {abs(bar):g} wanted{'' if good else ': MISSED'}", file=sys.stderr)
+        missed += [] if good else [name]
+    if missed and not quick:
+        sys.exit(1)
 
 
 def parser(description: str | None, rows: int) -> argparse.ArgumentParser:

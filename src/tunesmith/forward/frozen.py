@@ -85,7 +85,8 @@ class Frozen:
     def below(self, rows: Sequence[Row], plan: Layout, run: Callable[[Row], None]) -> Tensor:
         """What the first layer above them is given for all tokens of a sequence; `run` runs the model on one row."""
         states = [self._of(row, run) for row in rows]
-        return torch.cat([states[n][:, low:high] for n, low, high in plan.sources], dim=1)
+        parts = [states[n][:, low:high].to(plan.ids.device) for n, low, high in plan.sources]
+        return torch.cat(parts, dim=1)
 
     def _of(self, row: Row, run: Callable[[Row], None]) -> Tensor:
         key = (row.start, row.ids.tobytes())
@@ -101,7 +102,7 @@ class Frozen:
         size = states.numel() * states.element_size()
         if self.held + size <= self.most:
             self.held += size
-            self._states[key] = states
+            self._states[key] = states.cpu()
         elif not self._said:
             self._said = True
             self.full(len(self._states))

@@ -8,4 +8,4 @@ from __future__ import annotations
 import sft_short_chat
 
 if __name__ == "__main__":
-    sft_short_chat.main("sft_full_vocab", 151_936, 160)
+    sft_short_chat.main("sft_full_vocab", 151_936, 40, {"trl packing": 4.0, "trainer by length": 2.5})

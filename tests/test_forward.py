@@ -102,6 +102,12 @@ def stock_loss(model, inputs: dict[str, Tensor]) -> Tensor:
 
 def quick(model, **options):
     """The model with TRL's head, and ours in its place; refuses to fall back."""
+    quicken(model, **options)
+    return model
+
+
+def quicken(model, **options) -> forward.Trunk:
+    """The same; gives the trunk."""
     from trl.trainer.utils import add_fused_lm_head
 
     def refuse(why: str) -> None:
@@ -109,8 +115,7 @@ def quick(model, **options):
 
     outputs = options.pop("outputs", ("log_probs", "entropy", "is_top1"))
     add_fused_lm_head(model, outputs=outputs, **options)
-    forward.quicken(model, alike=True, say=refuse)
-    return model
+    return forward.quicken(model, alike=True, say=refuse)
 
 
 def gradients(model) -> dict[str, Tensor]:
@@ -282,9 +287,9 @@ def test_packed_rows_are_rows_of_their_own():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("family", ["gemma3_text", "llama", "mistral"])
+@pytest.mark.parametrize("family", sorted(forward.COVERED))
 def test_long_rows(family):
-    changes = {} if family == "llama" else {"sliding_window": 300}
+    changes = {} if family in ("gpt2", "llama", "qwen3", "gemma") else {"sliding_window": 300}
     assert_same(made(family, **changes), batch([4096, 700, 1]))
 
 
@@ -312,7 +317,78 @@ def test_frozen_layers_have_no_graph(head):
     model = made("qwen2")
     freeze(model, 0.7)
     model.get_output_embeddings().requires_grad_(head)
-    assert_same(model, batch([30, 7, 2, 18]))
+    fast = quick(copy.deepcopy(model))
+    graphs = []
+    for layer in forward.decoder_layers(fast):
+        layer.register_forward_hook(lambda *given: graphs.append(given[-1].requires_grad))
+    assert_same(model, batch([30, 7, 2, 18]), fast=fast)
+    assert graphs == [False, False, True]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "llama"])
+def test_outputs_of_frozen_layers_are_kept_to_the_bit(family):
+    """Other batches, later epochs, and rows that no room was left for have the same numbers."""
+    from tunesmith.models import freeze
+
+    model = made(family)
+    freeze(model, 0.7)
+    if family == "gpt2":
+        model.transformer.wpe.requires_grad_(False)
+    fast = copy.deepcopy(model)
+    trunk, full = quicken(fast), []
+    assert trunk.keep_frozen(most=2**20, full=full.append) == 2
+    below = forward.decoder_layers(fast)[0].mlp
+    runs = []
+    below.register_forward_hook(lambda *given: runs.append(1))
+    inputs = shared([50], [[9, 1, 40]])
+    assert_same(model, inputs, fast=fast)
+    first = len(runs)
+    assert first == 3
+    assert not full
+    wanted = fast(**inputs, fused_lm_head=True)
+    wanted.loss.backward()
+    expected = gradients(fast)
+    assert len(runs) == first  # from memory
+    trunk.frozen._states.clear()
+    trunk.frozen.most = 0
+    for _ in range(2):
+        found = fast(**inputs, fused_lm_head=True)
+        found.loss.backward()
+        assert torch.equal(found.log_probs, wanted.log_probs)
+        got = gradients(fast)
+        assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
+    assert full == [0]
+    assert len(runs) == first + 6
+    # Other rows beside them: what is kept of a row does not depend on its batch.
+    trunk.frozen.most = 2**20
+    fast(**{name: value[:1] for name, value in inputs.items()}, fused_lm_head=True)
+    alone = next(iter(trunk.frozen._states.values()))
+    trunk.frozen._states.clear()
+    fast(**inputs, fused_lm_head=True)
+    assert any(torch.equal(alone, states) for states in trunk.frozen._states.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, "the embeddings are trained"),
+        ({"lora": True}, "an adapter sits in layer 1"),
+        ({"frozen": True, "attention_dropout": 0.1}, "the attention of layer 1 has dropout"),
+    ],
+)
+def test_outputs_that_change_are_not_kept(changes, why):
+    from peft import LoraConfig, get_peft_model
+
+    from tunesmith.errors import RecipeError
+    from tunesmith.models import freeze
+
+    model = made("llama", **{n: v for n, v in changes.items() if n not in ("lora", "frozen")})
+    if changes.get("frozen"):
+        freeze(model, 0.7)
+    if changes.get("lora"):
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear")).get_base_model()
+    with pytest.raises(RecipeError, match=why):
+        quicken(model).keep_frozen(most=1, full=print)
 
 
 def kept_with(ratio: float) -> int:
@@ -349,7 +425,46 @@ def test_gradient_checkpointing():
     model = made("gemma2")
     fast = copy.deepcopy(model)
     fast.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers, runs = forward.decoder_layers(fast), []
+    for number, layer in enumerate(layers):
+        layer.mlp.register_forward_hook(lambda *given, number=number: runs.append(number))
     assert_same(model, shared([50], [[9, 1, 40]]), fast=quick(fast))
+    # The last one, run on few tokens, is the first that the backward pass asks for: it is not run again.
+    assert sorted(runs) == [0, 0, 1, 1, 2]
+    assert all(layer.gradient_checkpointing for layer in layers)
+
+
+@pytest.mark.thorough
+def test_compiled_layers_are_the_same_for_all_lengths(monkeypatch):
+    from torch._dynamo.utils import counters
+
+    from tunesmith.forward import compiling
+
+    if why := compiling.missing(torch.device("cpu")):
+        pytest.skip(why)
+    model = made("llama")
+    fast = quick(copy.deepcopy(model))
+    undo = compiling.compile_layers(fast)
+    counters.clear()
+    assert_same(model, batch([61, 7, 1, 2, 33]), fast=fast)
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled > 0
+    for lengths in ([20, 9], [5], [100, 3, 8], [30, 30]):
+        assert_same(model, batch(lengths), fast=fast)
+    assert counters["stats"]["unique_graphs"] == compiled
+    for handle in undo:
+        handle.remove()
+    assert "forward" not in vars(forward.decoder_layers(fast)[0])
+
+
+def test_a_missing_compiler_costs_one_sentence(monkeypatch):
+    from tunesmith.forward import compiling
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("\nNo working C++ compiler found in path\nSet TORCH_LOGS for more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert compiling.missing(torch.device("cpu")) == "No working C++ compiler found in path"
 
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -379,11 +494,14 @@ def test_all_that_is_told_of_a_label_is_what_trl_tells(softcap):
         assert (got[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-9, name
 
 
-@pytest.mark.parametrize("alike", [True, False])
-def test_a_head_whose_labels_weigh_differently(alike):
-    """The gradient that was made ready for equal weights is not used for other ones."""
+@pytest.mark.parametrize(("alike", "kept"), [(True, 2**27), (False, 2**27), (False, 0)])
+def test_a_head_whose_labels_weigh_differently(alike, kept, monkeypatch):
+    """The gradient that was made ready for equal weights is not used for other ones; probabilities that were kept and
+    such that are computed again give the same."""
+    from tunesmith.forward import head
     from tunesmith.forward.head import Reading, read
 
+    monkeypatch.setattr(head, "KEPT", kept)
     torch.manual_seed(0)
     hidden, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((600, 8), (50, 8), (50,)))
     targets, weights = torch.randint(50, (600,)), torch.rand(600)

@@ -185,7 +185,7 @@ def test_two_steps_change_what_is_trained_and_nothing_else(quick, kind, adapter,
     assert (run.path / "report.html").stat().st_size > 0
 
 
-FAST = {"sft", "dpo", "kto", "grpo", "rloo", "reward", "ppo"}
+FAST = {"sft", "dpo", "kto", "orpo", "cpo", "simpo", "grpo", "rloo", "reward", "ppo"}
 """Methods that ask their model for log-probabilities or scores, and not for all of its logits."""
 
 
@@ -221,7 +221,9 @@ def test_the_fast_forward_is_taken_where_it_fits_and_changes_no_number(quick, ki
         measures, others = ours.get("measures", {}), theirs.get("measures", {})
         assert measures.keys() == others.keys()
         for name in measures:
-            if name != "step_time" and not name.startswith("seconds/"):
+            # TRL's mean of ORPO's and CPO's logits is over prompts and padding as well.
+            apart = kind in {"orpo", "cpo", "simpo"} and name.startswith("logits/")
+            if name != "step_time" and not name.startswith("seconds/") and not apart:
                 assert measures[name] == pytest.approx(others[name], rel=1e-3, abs=1e-5), name
 
 

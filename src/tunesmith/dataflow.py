@@ -194,8 +194,14 @@ def _hollow_trainer(
         )
     from tunesmith import forward
 
-    forward.attach(trainer, Run(folder), choice=recipe.training.forward)
+    forward.attach(trainer, Run(folder), _at_once(recipe).training)
     return trainer
+
+
+def _at_once(recipe: Recipe) -> Recipe:
+    """The recipe without what pays only in a long run."""
+    training = recipe.training.model_copy(update={"compile": False, "cache_frozen": False})
+    return recipe.model_copy(update={"training": training})
 
 
 def _micro_steps(
@@ -210,7 +216,8 @@ def _micro_steps(
     with estimating.undisturbed(), TemporaryDirectory(prefix="tunesmith-plan-") as folder:
         given = arguments(plan, recipe.training, Tracking(), name="plan", staging=Path(folder) / ".staging")
         given |= {"report_to": ["none"]}
-        trainer = _trainer(recipe, Run(Path(folder)), tokenizer, plan, encodings, packing, given)
+        once = _at_once(recipe)
+        trainer = _trainer(once, Run(Path(folder)), tokenizer, plan, encodings, packing, given)
         return estimating.timed(trainer, batches)
 
 
@@ -629,7 +636,7 @@ def _trainer(
         padding = padded_share([lengths[n] for n in order], batch)
         why = f"padding is {padding:.1%} of a padded batch, {padded_share(lengths, batch):.1%} in the data's own order"
         run.event("decision", name="batches", value="by length", reason=why)
-    forward.attach(trainer, run, choice=recipe.training.forward)
+    forward.attach(trainer, run, recipe.training)
     return trainer
 
 

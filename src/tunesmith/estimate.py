@@ -657,19 +657,24 @@ def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
     are slow."""
     import torch
 
+    from tunesmith.training import heap
+
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     found = []
-    for batch in (batches[-1], *batches):
-        inputs = trainer.data_collator(_rows(trainer.train_dataset, batch))
-        items = torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
-        started = time.perf_counter()
-        trainer.training_step(trainer.model, inputs, num_items_in_batch=items)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - started)
-        trainer.model.zero_grad(set_to_none=True)
+    with heap.kept():
+        for batch in (batches[-1], *batches):
+            inputs = trainer.data_collator(_rows(trainer.train_dataset, batch))
+            items = (
+                torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
+            )
+            started = time.perf_counter()
+            trainer.training_step(trainer.model, inputs, num_items_in_batch=items)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            found.append(time.perf_counter() - started)
+            trainer.model.zero_grad(set_to_none=True)
     return found[1:]
 
 

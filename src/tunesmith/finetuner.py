@@ -446,7 +446,7 @@ class LLMFineTuner:
                             run=run,
                             keep=recipe.training.save_total_limit,
                         )
-                    forward.attach(trainer, run, choice=recipe.training.forward)
+                    forward.attach(trainer, run, recipe.training)
                     result = fit(trainer, run, recipe.training, checkpoint=checkpoint)
                     run.write("training.json", asdict(result))
                     write_card(run, [])

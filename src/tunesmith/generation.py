@@ -119,7 +119,7 @@ def generate(
                 lines[line] += tokens
             steps -= len(new[0])
             rest = [n for n, tokens in enumerate(new) if not any(token in stop_ids for token in tokens)]
-            past = getattr(output, "past_key_values", None)
+            past: Any = getattr(output, "past_key_values", None)
             if not (compacts and steps and rest) or type(past) is not DynamicCache:
                 return lines
             kept = torch.tensor(rest, device=ids.device)
@@ -232,7 +232,7 @@ def stream(
                 output = model(
                     **feeds(model, prompt, ids, past, read, first), past_key_values=past, use_cache=True
                 )
-                past = getattr(output, "past_key_values", None)
+                past: Any = getattr(output, "past_key_values", None)
                 token = _pick(output.logits[0, -1].float(), temperature, top_p, generator)
                 if not ids and "forced_bos_token_id" in first:
                     token = first["forced_bos_token_id"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -606,3 +607,33 @@ def test_what_kto_compares_an_answer_with_is_no_longer_than_the_rows(tiny_tokeni
     assert batch["KL_input_ids"].shape == (2, 96)
     assert batch["KL_input_ids"][0].tolist() == [1] * 90 + [4] * 6
     assert batch["KL_input_ids"][1, :12].tolist() == [3] * 6 + [2] * 6
+
+
+@pytest.mark.parametrize("choice", ["fast", "stock"])
+def test_likelihoods_of_the_reference_are_worked_out_by_the_same_forward(recipe, choice, monkeypatch):
+    from tunesmith import forward
+
+    answered, told = [], []
+    plain_read, plain_lent = forward.read, forward.lent
+
+    def read(*given):
+        answered.append(given)
+        return plain_read(*given)
+
+    @contextmanager
+    def lent(trainer, model):
+        with plain_lent(trainer, model):
+            yield
+        told.append(len(answered))
+
+    monkeypatch.setattr(forward, "read", read)
+    monkeypatch.setattr(forward, "lent", lent)
+    made = recipe(
+        "dpo", method={"kind": "dpo", "reference": "precomputed"}, evaluation={"skip": True},
+        training={
+            "max_steps": 1, "per_device_train_batch_size": 4, "warmup_steps": 0, "forward": choice,
+        },
+    )  # fmt: skip
+    api.train(made)
+    assert bool(told) == (choice == "fast")
+    assert all(told)

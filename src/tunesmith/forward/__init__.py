@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tunesmith import devices
+from tunesmith.errors import RecipeError
 from tunesmith.forward import attention, cuda, pairs
+from tunesmith.forward.frozen import SHARE, Frozen, frozen_layers
 from tunesmith.forward.head import Found, Reading, read
-from tunesmith.forward.tree import Layout, labelled, layout, rows_of
+from tunesmith.forward.tree import Layout, Row, labelled, layout, rows_of
 from tunesmith.models import decoder_layers, is_reward, is_seq2seq
+from tunesmith.recipe import Training
 from tunesmith.training.run import Run
 
 COVERED = {
@@ -72,8 +77,10 @@ class Trunk:
     """Told, once each, why a batch took the stock path."""
     share: bool = True
     has_dropout: bool = False
+    frozen: Frozen | None = None
     _said: set[str] = field(default_factory=set)
     _fixed: bool = True
+    _last: Any = None
 
     def __post_init__(self) -> None:
         config = self.config
@@ -84,7 +91,8 @@ class Trunk:
         layers = list(decoder_layers(self.model))
         for handle in getattr(self.model, HOOKS, ()):  # of an earlier training
             handle.remove()
-        handles = [handle for layer in layers for handle in _uses_rows(layer, config)]
+        handles: list[Any] = [handle for layer in layers for handle in _uses_rows(layer, config)]
+        self._last = layers[-1]
         handles.append(layers[-1].register_forward_pre_hook(_finish_kept, with_kwargs=True))
         if self.model.config.model_type in WHOLE:
             handles.append(layers[-1].register_forward_hook(_put_back, with_kwargs=True))
@@ -124,15 +132,42 @@ class Trunk:
             return None
         share = self.share and not (self.has_dropout and self.model.training)
         plan = layout(rows, share=share, device=ids.device)
-        with attention.used_by(self.config):
-            states = self.model.base_model(
-                input_ids=plan.ids, position_ids=plan.positions, use_cache=False, rows=plan
-            ).last_hidden_state[0]
+        if self.frozen:
+            plan = replace(plan, below=self.frozen.below(rows, plan, self._bottom))
+        with attention.used_by(self.config), _stored(self._last, plan):
+            states = self._run(plan).last_hidden_state[0]
         if len(states) != len(plan.kept):
             states = states.index_select(0, plan.kept)
         if plan.outputs is not None:
             states = states.index_select(0, plan.outputs)
         return Hidden(states, plan.slots)
+
+    def _run(self, plan: Layout) -> Any:
+        return self.model.base_model(
+            input_ids=plan.ids, position_ids=plan.positions, use_cache=False, rows=plan
+        )
+
+    def _bottom(self, row: Row) -> None:
+        plan = layout([row], share=False, device=self.model.device)
+        with attention.used_by(self.config):
+            self._run(replace(plan, stops=True))
+
+    def keep_frozen(self, *, most: int, full: Callable[[int], None]) -> int:
+        """Keep the outputs of the frozen bottom layers, at most so many bytes; how many layers they are.
+
+        Raises RecipeError where there are none whose outputs stay what they are.
+        """
+        count, why = frozen_layers(self.model)
+        if not self._fixed:
+            count, why = 0, "rotary positions follow the longest row"
+        if not count:
+            raise RecipeError(
+                f"training.cache_frozen: no layer has outputs that stay what they are, since {why}.",
+                fix="Leave training.cache_frozen out, or freeze the bottom layers: adapter.kind freeze.",
+            )
+        self.frozen = Frozen(list(decoder_layers(self.model)), count, most, full)
+        getattr(self.model, HOOKS).extend(self.frozen.handles())
+        return count
 
 
 def has_dropout(model: nn.Module) -> bool:
@@ -142,6 +177,21 @@ def has_dropout(model: nn.Module) -> bool:
         any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
         or getattr(config.get_text_config(), "attention_dropout", 0.0)
     )
+
+
+@contextmanager
+def _stored(last: Any, plan: Layout) -> Iterator[None]:
+    """Do not run the last layer again in the backward pass where it is run on some tokens alone: the backward pass
+    begins with it, so what it keeps is not held for longer than what it would compute anew."""
+    before = getattr(last, "gradient_checkpointing", False)
+    if not before or len(plan.kept) > WORTH * plan.ids.shape[1]:
+        yield
+        return
+    last.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        last.gradient_checkpointing = before
 
 
 def _checkpoints(layer: nn.Module) -> bool:
@@ -252,11 +302,9 @@ def _put_back(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Tenso
     return empty.index_copy(1, rows.kept, output)
 
 
-def attach(trainer: Any, run: Run, *, choice: str = "fast") -> None:
+def attach(trainer: Any, run: Run, training: Training) -> None:
     """Put the fast forward in the place of the stock one in a trainer's models, and keep in the run which one is used
-    and why.
-
-    `choice` is the recipe's `training.forward`.
+    and why. Raises RecipeError where outputs of frozen layers are to be kept and cannot be.
     """
 
     def say(why: str) -> None:
@@ -267,31 +315,103 @@ def attach(trainer: Any, run: Run, *, choice: str = "fast") -> None:
         )
 
     plain = _plain(trainer.model)
-    why = "as the recipe says" if choice == "stock" else uncovered(trainer, plain)
+    why = "as the recipe says" if training.forward == "stock" else uncovered(trainer, plain)
     if why:
+        if training.cache_frozen:
+            raise RecipeError(
+                f"training.cache_frozen needs the fast forward, and the stock one is taken: {why}.",
+                fix="Leave training.cache_frozen out.",
+            )
         run.event("decision", name="forward", value="stock", reason=why)
+        if training.compile:
+            run.event("decision", name="compile", value="off", reason="it is of the fast forward")
         return
     if is_seq2seq(plain):
+        if training.cache_frozen:
+            raise RecipeError(
+                "training.cache_frozen is not for encoder-decoders: nothing of theirs is kept.",
+                fix="Leave training.cache_frozen out.",
+            )
         pairs.attach(trainer, plain, say=say)
         reason = "no padding of inputs or answers on a CPU, and the head only where it is asked"
         run.event("decision", name="forward", value="fast", reason=reason)
+        if training.compile:
+            why = "encoder-decoders are not compiled"
+            run.event("decision", name="compile", value="off", reason=why)
         return
     from trl import SFTTrainer
 
+    if hasattr(trainer, "likelihoods_only"):
+        trainer.likelihoods_only = True
+    trunks = []
     references = (getattr(trainer, name, None) for name in ("ref_model", "reference"))
     for model in (plain, *(_plain(m) for m in references if m is not None)):
         if is_reward(model):
-            score_quickly(model, say=say)
+            trunks.append(score_quickly(model, say=say))
         elif hasattr(trainer.model, "policy"):
-            setattr(model, TRUNK, Trunk(model, say))
+            trunks.append(Trunk(model, say))
+            setattr(model, TRUNK, trunks[-1])
         else:
-            quicken(model, alike=isinstance(trainer, SFTTrainer), say=say)
+            trunks.append(quicken(model, alike=isinstance(trainer, SFTTrainer), say=say))
+    if training.compile:
+        _compile(trunks, trainer, run)
+    if training.cache_frozen:
+        _cache(trunks[0], trainer, run)
     reason = "no padding, shared beginnings once, the last layer and the head only where they are asked"
     if has_dropout(plain):
         reason += "; beginnings are not shared while training, as dropout draws differ"
     run.event("decision", name="forward", value="fast", reason=reason)
     if told := cuda.told(plain, trainer.args):
         run.event("decision", name="attention kernel", value=told[0], reason=told[1])
+
+
+@contextmanager
+def lent(trainer: Any, model: Any) -> Iterator[None]:
+    """The fast forward for a while, where it covers the model: for likelihoods that are worked out before training."""
+    plain = _plain(model)
+    if uncovered(trainer, plain):
+        yield
+        return
+    theirs = plain.forward
+    quicken(plain, alike=False, say=lambda why: None)
+    try:
+        yield
+    finally:
+        plain.forward = theirs
+        for handle in plain.__dict__.pop(HOOKS):
+            handle.remove()
+
+
+def _compile(trunks: list[Trunk], trainer: Any, run: Run) -> None:
+    from tunesmith.forward import compiling
+
+    if trainer.args.gradient_checkpointing:
+        why: str | None = "it does not go with layers that are run again in the backward pass"
+    elif why := compiling.missing(trunks[0].model.device):
+        why = f"nothing can be compiled here: {why}"
+    if why:
+        run.event("decision", name="compile", value="off", reason=why)
+        return
+    for trunk in trunks:
+        getattr(trunk.model, HOOKS).extend(compiling.compile_layers(trunk.model))
+    why = "as the recipe says: what the layers compute around the attention, for lengths that change"
+    run.event("decision", name="compile", value="on", reason=why)
+
+
+def _cache(trunk: Trunk, trainer: Any, run: Run) -> None:
+    most = int(SHARE * (devices.available() - devices.resident()))
+
+    def full(rows: int) -> None:
+        why = f"they take {most / 1e9:.2f} GB; the frozen layers are run anew for all other rows"
+        run.event("decision", step=trainer.state.global_step, name="cached rows", value=rows, reason=why)
+
+    count = trunk.keep_frozen(most=most, full=full)
+    width, size = trunk.config.hidden_size, trunk.model.dtype.itemsize
+    why = (
+        f"as the recipe says; their outputs are kept in memory, {width * size:,} bytes a token, "
+        f"{most / 1e9:.2f} GB at most"
+    )
+    run.event("decision", name="cache_frozen", value=f"{count} layers", reason=why)
 
 
 def uncovered(trainer: Any, model: Any) -> str | None:
@@ -334,7 +454,7 @@ def _settings(model: Any) -> dict[str, Any]:
     return dict(inspect.getclosurevars(function).nonlocals) if function else {}
 
 
-def quicken(model: Any, *, alike: bool, say: Callable[[str], None]) -> None:
+def quicken(model: Any, *, alike: bool, say: Callable[[str], None]) -> Trunk:
     """Have a model that TRL has given its head answer the same in our way, with TRL's own settings.
 
     `alike` says that every label of a batch weighs the same in the loss. `say` is told, once each, why single batches
@@ -374,6 +494,7 @@ def quicken(model: Any, *, alike: bool, say: Callable[[str], None]) -> None:
 
     forward.__signature__ = inspect.signature(theirs.__func__)  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
+    return trunk
 
 
 def _answer(model: Any, hidden: Hidden, labels: Tensor, reading: Reading, num_items: Any) -> Any:
@@ -407,7 +528,7 @@ def _answer(model: Any, hidden: Hidden, labels: Tensor, reading: Reading, num_it
     )
 
 
-def score_quickly(model: Any, *, say: Callable[[str], None]) -> None:
+def score_quickly(model: Any, *, say: Callable[[str], None]) -> Trunk:
     """Have a reward model finish its last layer only for the tokens that its scores are read at."""
     from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
@@ -432,3 +553,4 @@ def score_quickly(model: Any, *, say: Callable[[str], None]) -> None:
 
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
+    return trunk

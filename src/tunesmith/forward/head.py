@@ -18,6 +18,9 @@ HALVED = 1024.0
 """Sum of the probabilities of a position in float16: far from its end, and from where its small numbers vanish."""
 POSITIONS = 256
 """Most positions at a time; with more of them the logits leave the processor's cache before they are used."""
+KEPT = 2**27
+"""Bytes of probabilities that may wait for the backward pass where labels weigh differently: as much as one chunk of
+the larger vocabularies takes anyhow. Beyond, they are computed again, which costs a product more."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,12 @@ class _Head(torch.autograd.Function):
         ahead = any(needed) and (reading.alike or not any(needed[1:]))
         wanted: dict[str, list[Tensor]] = {name: [] for name in ("log_probs", *ASKED)}
         gradients = _Gradients(hidden, weight, bias, needed, reading, ctx.dtype) if ahead else None
+        whole = 4 * len(hidden) * len(weight)
+        plain = reading.softcap is None and "entropy" not in reading.outputs
+        keeps = any(needed) and not ahead and plain and whole <= KEPT
+        kept: list[tuple[Tensor, Tensor]] = []
         spare = None
-        for part, logits, factor in _chunks(hidden, weight, bias, reading, ctx.dtype):
+        for part, logits, factor in _chunks(hidden, weight, bias, reading, ctx.dtype, fresh=keeps):
             labels = targets[part][:, None]
             own = logits.gather(1, labels)
             if "mean_logits" in reading.outputs:
@@ -99,11 +106,13 @@ class _Head(torch.autograd.Function):
                 wanted["log_sum_sq_probs"].append((masses * masses).sum(1).log() - 2 * log_total.squeeze(1))
             if gradients:
                 gradients.add(part, masses, -1 / total, labels, torch.ones_like(own), factor)
+            elif keeps:
+                kept.append((masses, total))
         found = tuple(
             torch.cat(wanted[name]) if name == "log_probs" or name in reading.outputs else None
             for name in ("log_probs", *ASKED)
         )
-        ctx.ahead = gradients is not None
+        ctx.ahead, ctx.kept = gradients is not None, kept
         if gradients:
             ctx.save_for_backward(
                 hidden, weight, bias, targets, gradients.hidden, gradients.weight, gradients.bias
@@ -135,6 +144,16 @@ class _Head(torch.autograd.Function):
                     None,
                 )
         gradients = _Gradients(hidden, weight, bias, needed, ctx.reading, ctx.dtype)
+        if kept := ctx.kept:
+            assert by_log is not None
+            ctx.kept = []  # used up; a second backward pass computes them again
+            begin = 0
+            for masses, total in kept:
+                part = slice(begin, begin + len(masses))
+                begin = part.stop
+                own = by_log[part][:, None]
+                gradients.add(part, masses, -own / total, targets[part][:, None], own, None)
+            return gradients.found(hidden, weight, bias)
         for part, logits, factor in _chunks(hidden, weight, bias, ctx.reading, ctx.dtype):
             labels = targets[part][:, None]
             top = logits.amax(1, keepdim=True)
@@ -149,14 +168,7 @@ class _Head(torch.autograd.Function):
             entropy = -(masses * logs).sum(1, keepdim=True)
             pull = -masses * (given_log + given_entropy * (logs + entropy))
             gradients.add(part, pull, torch.ones_like(total), labels, given_log, factor)
-        return (
-            None if gradients.hidden is None else gradients.hidden.to(hidden.dtype),
-            None if gradients.weight is None else gradients.weight.to(weight.dtype),
-            None if gradients.bias is None or bias is None else gradients.bias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
+        return gradients.found(hidden, weight, bias)
 
 
 ASKED = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -167,14 +179,24 @@ def _type(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, reading: Reading, dtype: torch.dtype) -> Any:
-    """Positions, their logits in float32 in one buffer that is used again, and the derivative of capping."""
+def _chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reading: Reading,
+    dtype: torch.dtype,
+    *,
+    fresh: bool = False,
+) -> Any:
+    """Positions, their logits in float32 in one buffer that is used again unless `fresh` is set, and the derivative of
+    capping."""
     size = max(min(POSITIONS, BYTES // (4 * len(weight))), 1)
     table = weight.to(dtype)
     buffer = hidden.new_empty(min(size, max(len(hidden), 1)), len(weight), dtype=dtype)
     for start in range(0, len(hidden), size):
         part = slice(start, min(start + size, len(hidden)))
-        logits = buffer[: part.stop - part.start]
+        logits = torch.empty_like(buffer) if fresh and start else buffer
+        logits = logits[: part.stop - part.start]
         torch.mm(hidden[part].to(dtype), table.t(), out=logits)
         if bias is not None:
             logits.add_(bias.to(dtype))
@@ -208,6 +230,17 @@ class _Gradients:
         self.hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None
         self.weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
         self.bias = torch.zeros_like(bias, dtype=torch.float32) if needed[2] and bias is not None else None
+
+    def found(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What autograd is given for the six arguments."""
+        return (
+            None if self.hidden is None else self.hidden.to(hidden.dtype),
+            None if self.weight is None else self.weight.to(weight.dtype),
+            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
 
     def add(
         self, part: slice, pull: Tensor, each: Tensor, labels: Tensor, own: Tensor, factor: Tensor | None

@@ -104,6 +104,12 @@ class Layout:
     """For each result where it goes."""
     padded: int
     """Tokens of the rows as they came, without padding and with repetitions."""
+    sources: tuple[tuple[int, int, int], ...] = ()
+    """For each piece the number of a row that it is of, and where in the row it begins and ends."""
+    below: Tensor | None = None
+    """Outputs of the frozen bottom layers, `(1, tokens, width)`, where they are known."""
+    stops: bool = False
+    """Whether only these are asked for."""
     _blocks: dict[tuple[int | None, bool], tuple[Block, ...]] = field(default_factory=dict)
     worked_out: dict[Any, Any] = field(default_factory=dict)
     """What an attention kernel has made of the layout, for all layers."""
@@ -179,11 +185,14 @@ def layout(rows: Sequence[Row], *, share: bool, device: Any) -> Layout:
     pieces: list[Piece] = []
     ids, positions, wanted, slots = [], [], [], []
     starts: list[int] = []
+    sources: list[tuple[int, int, int]] = []
     done = 0
     stack: list[tuple[int, int]] = []  # pieces on the way to the current row, each with the depth of its end
 
-    def add(row: Row, low: int, high: int) -> None:
+    def add(number: int, low: int, high: int) -> None:
         nonlocal done
+        row = rows[number]
+        sources.append((number, low, high))
         pieces.append(Piece(high - low, low, tuple(number for number, _ in stack)))
         starts.append(done)
         stack.append((len(pieces) - 1, high))
@@ -205,7 +214,7 @@ def layout(rows: Sequence[Row], *, share: bool, device: Any) -> Layout:
                 break
             cuts.append(least)
         for low, high in _steps(stack[-1][1] if stack else 0, [*reversed(cuts), len(row.ids)]):
-            add(row, low, high)
+            add(number, low, high)
         ends = np.array([end for _, end in stack])
         begins = np.array([starts[n] - pieces[n].offset for n, _ in stack])
         wanted.append(row.wanted + begins[np.searchsorted(ends, row.wanted, side="right")])
@@ -226,6 +235,7 @@ def layout(rows: Sequence[Row], *, share: bool, device: Any) -> Layout:
         outputs=None if np.array_equal(outputs, np.arange(len(kept))) else tensor(outputs),
         slots=tensor(np.concatenate(slots)),
         padded=sum(len(row.ids) for row in rows),
+        sources=tuple(sources),
     )
 
 

@@ -51,7 +51,8 @@ def build(
     with preferred.one_adapter(model):
         # The likelihood of the better answers is a mean over the tokens of a batch, and parts of it have another.
         splits: Splits = None if section.sft_weight else "pairs"
-        trainer = keeping_run_folder(preferred.settled(DPOTrainer, columns), run, keep=keep, splits=splits)(
+        own = preferred.settled(DPOTrainer, columns, fast=preferred.is_fast(run))
+        trainer = keeping_run_folder(own, run, keep=keep, splits=splits)(
             model=model,
             ref_model=reference,
             args=config,

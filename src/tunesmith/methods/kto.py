@@ -66,7 +66,8 @@ def build(
     columns = {"ref_logps": 0, "ref_KL_logps": 1}
     sides = preferred.Sides(train, validation)
     with preferred.one_adapter(model):
-        trainer = keeping_run_folder(preferred.settled(KTOTrainer, columns), run, keep=keep)(
+        own = preferred.settled(KTOTrainer, columns, fast=preferred.is_fast(run))
+        trainer = keeping_run_folder(own, run, keep=keep)(
             model=model,
             ref_model=reference,
             args=config,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -246,11 +246,12 @@ def _other(name: str, model: Any) -> Any:
     return found.requires_grad_(False)
 
 
-def settled(trainer_class: type, columns: Mapping[str, int]) -> type:
+def settled(trainer_class: type, columns: Mapping[str, int], *, fast: bool = False) -> type:
     """One of TRL's trainers that prepares nothing: rows are numbers of examples whose tokens are settled.
 
     `columns` are those of the reference's log-likelihoods, with their place in what `compute_ref_log_probs`
-    gives. They stay in memory, where TRL would write them to a cache that knows the numbers only.
+    gives; with `fast` the fast forward works them out. They stay in memory, where TRL would write them to a cache that
+    knows the numbers only.
     """
 
     class SettledTrainer(trainer_class):  # type: ignore[misc]
@@ -260,15 +261,18 @@ def settled(trainer_class: type, columns: Mapping[str, int]) -> type:
         def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
             from torch.utils.data import DataLoader
 
+            from tunesmith import forward
+
             found: dict[str, list[float]] = {column: [] for column in columns}
             model = self.ref_model or self.model
             is_training = model.training
             model.eval()
-            for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator):
-                values = self.compute_ref_log_probs(model, self._prepare_inputs(batch))
-                for column, place in columns.items():
-                    if values[place] is not None:
-                        found[column] += values[place].float().cpu().tolist()
+            with forward.lent(self, model) if fast else nullcontext():
+                for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator):
+                    values = self.compute_ref_log_probs(model, self._prepare_inputs(batch))
+                    for column, place in columns.items():
+                        if values[place] is not None:
+                            found[column] += values[place].float().cpu().tolist()
             model.train(is_training)
             for column, numbers in found.items():
                 if numbers:
@@ -276,6 +280,63 @@ def settled(trainer_class: type, columns: Mapping[str, int]) -> type:
             return dataset
 
     return SettledTrainer
+
+
+def is_fast(run: Run) -> bool:
+    """Whether a run's recipe has the fast forward."""
+    return not (run.path / "recipe.yaml").exists() or run.recipe().training.forward == "fast"
+
+
+def likely(trainer_class: type) -> type:
+    """TRL's CPO or ORPO trainer, asking its model for likelihoods of labels in the place of all logits where the fast
+    forward is there to answer. Its measure of logits is then their mean at the labels, without prompts and padding."""
+
+    class LikelyTrainer(trainer_class):  # type: ignore[misc]
+        likelihoods_only = False
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            from trl.trainer.utils import add_fused_lm_head
+
+            super().__init__(*args, **kwargs)
+            if not self.is_encoder_decoder:
+                model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+                add_fused_lm_head(model, outputs=("log_probs", "mean_logits"))
+
+        def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> Any:
+            import torch
+
+            if not self.likelihoods_only:
+                return super().concatenated_forward(model, batch)
+            is_odds = not hasattr(
+                self, "loss_type"
+            )  # ORPO, which imitates the better rows with their prompts
+            both = self.concatenated_inputs(
+                batch,
+                is_encoder_decoder=False,
+                padding_value=self.padding_value if is_odds else self.pad_token_id,
+                device=self.accelerator.device,
+            )
+            count = len(batch["chosen_labels"])
+            ids, mask = both["concatenated_input_ids"], both["concatenated_attention_mask"]
+            answers = both["concatenated_labels"]
+            labels = answers
+            if is_odds:
+                labels = answers.clone()
+                labels[:count] = torch.where(mask[:count] == 1, ids[:count], IGNORED)
+            found = model(
+                input_ids=ids, attention_mask=mask, use_cache=False, labels=labels, fused_lm_head=True
+            )
+            judged, imitated = answers[:, 1:] != IGNORED, labels[:count, 1:] != IGNORED
+            logs = (found.log_probs * judged).sum(1)
+            if is_odds or self.loss_type in ("ipo", "simpo"):
+                logs = logs / judged.sum(1)
+            imitation = -(found.log_probs[:count] * imitated).sum() / imitated.sum()
+            if not is_odds and self.cpo_alpha == 0:
+                imitation = torch.zeros_like(imitation)
+            sides = (found.mean_logits[:count][judged[:count]], found.mean_logits[count:][judged[count:]])
+            return logs[:count], logs[count:], *sides, imitation
+
+    return LikelyTrainer
 
 
 @contextmanager

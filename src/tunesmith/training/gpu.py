@@ -69,7 +69,7 @@ def checked(
         found.append(("device", "cuda:0", why))
     name = training.optimizer
     if need := OPTIMIZERS.get(name):
-        fix = "--set training.optimizer=adamw_torch"
+        fix = "--set training.optimizer=adamw_torch_fused"
         need.check(f"training.optimizer={name}", where, here=here, fix=fix)
         if name.startswith("paged") and where == "cpu":
             why = "there is no memory of a GPU to page out of: the states are held as they are"

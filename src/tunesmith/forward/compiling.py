@@ -1,0 +1,53 @@
+"""torch.compile of the layers, for lengths that change from batch to batch.
+
+What a layer does around the attention is compiled; the attention goes through rows of ever new lengths in torch's own
+kernels, and the last layer, which is run twice on parts of the sequence, stays as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from tunesmith.forward import attention
+from tunesmith.models import decoder_layers
+
+
+def missing(device: torch.device) -> str | None:
+    """Why nothing can be compiled for a device here, in one sentence; None where it can."""
+
+    def probe(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(x) * x
+
+    try:
+        torch.compile(probe, dynamic=True)(torch.ones(3, 5, device=device))
+    except (
+        Exception
+    ) as error:  # of the compiler, its libraries, the system: whatever it is, nothing is compiled
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return said.strip()[:200]
+    return None
+
+
+def compile_layers(model: Any) -> list[Any]:
+    """Compile what a model's layers compute around the attention; what undoes it."""
+    disable: Any = torch.compiler.disable
+    AttentionInterface.register(attention.NAME, disable(attention.rows_attention))
+    found = []
+    for layer in list(decoder_layers(model))[:-1]:
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+        found.append(Restore(layer))
+    return found
+
+
+class Restore:
+    """Gives a layer its own forward back."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def remove(self) -> None:
+        """Do it."""
+        self.layer.__dict__.pop("forward", None)

@@ -1,7 +1,8 @@
 """Batched generation from token ids, shared by evaluation, previews and chat.
 
 Causal prompts are left-padded with an explicit attention mask (inferring the mask fails where the padding token
-is the end-of-text token), sorted by length so that little is padded, and cut into batches by tokens. Of an
+is the end-of-text token), sorted by length so that little is padded, and cut into batches by tokens, which ended rows
+leave. Of an
 encoder-decoder model the prompts are what the encoder reads, padded on the right.
 """
 
@@ -94,12 +95,13 @@ def generate(
             mask[line, start : start + len(tokens)] = 1
         ids, mask = ids.to(model.device), mask.to(model.device)
         lines: list[list[int]] = [[] for _ in batch]
-        going, past = list(range(len(batch))), None
+        going = list(range(len(batch)))
+        past: Any = None
         while True:
             config = _generation_config(
                 room=steps, stop_ids=stop_ids, pad_id=pad_id, temperature=temperature, first=first
             )
-            ending = {}
+            ending: dict[str, Any] = {}
             if resumes:
                 leaving = _some_ended if compacts else _mostly_ended
                 ending = {
@@ -153,7 +155,7 @@ def _keeps_rows_apart(model: Any) -> bool:
     from transformers.cache_utils import DynamicLayer
 
     layers = DynamicCache(config=model.config.get_text_config()).layers
-    return model._supports_default_dynamic_cache() and all(isinstance(n, DynamicLayer) for n in layers)
+    return bool(model._supports_default_dynamic_cache()) and all(isinstance(n, DynamicLayer) for n in layers)
 
 
 LEAST_STEPS = 8

@@ -1,7 +1,8 @@
 """Batched generation from token ids, shared by evaluation, previews and chat.
 
 Causal prompts are left-padded with an explicit attention mask (inferring the mask fails where the padding token
-is the end-of-text token), sorted by length so that little is padded, and cut into batches by tokens. Of an
+is the end-of-text token), sorted by length so that little is padded, and cut into batches by tokens, which ended rows
+leave. Of an
 encoder-decoder model the prompts are what the encoder reads, padded on the right.
 """
 
@@ -94,12 +95,13 @@ def generate(
             mask[line, start : start + len(tokens)] = 1
         ids, mask = ids.to(model.device), mask.to(model.device)
         lines: list[list[int]] = [[] for _ in batch]
-        going, past = list(range(len(batch))), None
+        going = list(range(len(batch)))
+        past: Any = None
         while True:
             config = _generation_config(
                 room=steps, stop_ids=stop_ids, pad_id=pad_id, temperature=temperature, first=first
             )
-            ending = {}
+            ending: dict[str, Any] = {}
             if resumes:
                 leaving = _some_ended if compacts else _mostly_ended
                 ending = {
@@ -119,7 +121,7 @@ def generate(
                 lines[line] += tokens
             steps -= len(new[0])
             rest = [n for n, tokens in enumerate(new) if not any(token in stop_ids for token in tokens)]
-            past: Any = getattr(output, "past_key_values", None)
+            past = getattr(output, "past_key_values", None)
             if not (compacts and steps and rest) or type(past) is not DynamicCache:
                 return lines
             kept = torch.tensor(rest, device=ids.device)
@@ -153,7 +155,7 @@ def _keeps_rows_apart(model: Any) -> bool:
     from transformers.cache_utils import DynamicLayer
 
     layers = DynamicCache(config=model.config.get_text_config()).layers
-    return model._supports_default_dynamic_cache() and all(isinstance(n, DynamicLayer) for n in layers)
+    return bool(model._supports_default_dynamic_cache()) and all(isinstance(n, DynamicLayer) for n in layers)
 
 
 LEAST_STEPS = 8
@@ -232,7 +234,7 @@ def stream(
                 output = model(
                     **feeds(model, prompt, ids, past, read, first), past_key_values=past, use_cache=True
                 )
-                past: Any = getattr(output, "past_key_values", None)
+                past = getattr(output, "past_key_values", None)
                 token = _pick(output.logits[0, -1].float(), temperature, top_p, generator)
                 if not ids and "forced_bos_token_id" in first:
                     token = first["forced_bos_token_id"]

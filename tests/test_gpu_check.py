@@ -30,7 +30,7 @@ def test_without_cuda_it_says_so_in_one_sentence(check, capsys, tmp_path):
     assert told.out == ""
     assert told.err.startswith("There is no CUDA device here; --dry-run")
     assert told.err.count("\n") == 1
-    assert check.main(["--dry-run", "--shapes", "lama", "--out", str(tmp_path / "x.jsonl")]) == 1
+    assert check.main(["--dry-run", "--shapes", "huge", "--out", str(tmp_path / "x.jsonl")]) == 1
     assert "Known: llama-3.2-1b" in capsys.readouterr().err
 
 

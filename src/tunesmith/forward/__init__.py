@@ -252,9 +252,9 @@ def _put_back(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Tenso
     return empty.index_copy(1, rows.kept, output)
 
 
-def attach(trainer: Any, run: Run, *, choice: str = "fast") -> None:
+def attach(trainer: Any, run: Run, *, choice: str = "fast") -> bool:
     """Put the fast forward in the place of the stock one in a trainer's models, and keep in the run which one is used
-    and why.
+    and why. Whether it is the fast one.
 
     `choice` is the recipe's `training.forward`.
     """
@@ -271,7 +271,7 @@ def attach(trainer: Any, run: Run, *, choice: str = "fast") -> None:
     why = "as the recipe says" if choice == "stock" else uncovered(trainer, plain)
     if why:
         run.event("decision", name="forward", value="stock", reason=why)
-        return
+        return False
     references = (getattr(trainer, name, None) for name in ("ref_model", "reference"))
     for model in (plain, *(_plain(m) for m in references if m is not None)):
         if is_reward(model):
@@ -284,6 +284,7 @@ def attach(trainer: Any, run: Run, *, choice: str = "fast") -> None:
     if has_dropout(plain):
         reason += "; beginnings are not shared while training, as dropout draws differ"
     run.event("decision", name="forward", value="fast", reason=reason)
+    return True
 
 
 def uncovered(trainer: Any, model: Any) -> str | None:

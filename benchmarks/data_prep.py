@@ -138,7 +138,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--llamafactory", help="Python of an environment with LLaMA-Factory")
+    parser.add_argument(
+        "--llamafactory",
+        default=os.environ.get("LLAMAFACTORY_PYTHON"),
+        help="Python of an environment with LLaMA-Factory; by default LLAMAFACTORY_PYTHON",
+    )
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--file", help=argparse.SUPPRESS)
     parser.add_argument("--tokenizer", help=argparse.SUPPRESS)
@@ -160,6 +164,10 @@ def main() -> None:
             other = run("llamafactory", file, tokenizer, Path(folder), options.llamafactory)
             others["llamafactory"] = other["rows"] / other["seconds"]
     speeds = [found["rows"] / found["seconds"] for found in (mine, theirs)]
+    for name, speed in others.items():
+        print(f"{name}: {speed:,.0f} rows/s", file=sys.stderr)
+    if not options.llamafactory:
+        print("LLaMA-Factory is left out: give --llamafactory.", file=sys.stderr)
     print(f"second run, from the cache: {cached['seconds']:.2f} s", file=sys.stderr)
     print(
         json.dumps(
@@ -170,8 +178,6 @@ def main() -> None:
                 "ratio": round(speeds[0] / speeds[1], 2),
                 "unit": "rows/s",
                 "n": options.rows,
-                "cached_seconds": round(cached["seconds"], 2),
-                "others": {name: round(speed) for name, speed in others.items()},
             }
         )
     )

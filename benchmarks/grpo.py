@@ -5,7 +5,7 @@
 Both train the shipped model on the prompts of `example:preferences` with one verifiable reward, the same settings and
 the same seed, one after the other in one process, in turns. Printed for each: tokens per second (prompts and answers),
 and the shares of time in generation, in forward passes (policy and reference) and in the backward pass. The last line
-is one JSON object: tokens per second of ours and of the peer, their ratio, and the shares of time of ours.
+is one JSON object: tokens per second of ours and of the peer, and their ratio.
 """
 
 from __future__ import annotations
@@ -162,6 +162,11 @@ def main(steps: int = 12, rounds: int = 3) -> None:
                 found[name].append(one)
                 print(name, {key: round(value, 3) for key, value in one.items()}, flush=True)
     speed = {name: median(one["tokens_per_second"] for one in all_of) for name, all_of in found.items()}
+    shares = {
+        part: round(median(one[part] for one in found["ours"]), 3)
+        for part in ("generation", "forward", "backward", "rewards", "other")
+    }
+    print(f"shares of time: {shares}", file=sys.stderr)
     print(
         json.dumps(
             {
@@ -171,10 +176,6 @@ def main(steps: int = 12, rounds: int = 3) -> None:
                 "ratio": round(speed["ours"] / speed["peer"], 3),
                 "unit": "tokens/s",
                 "n": rounds,
-                "shares": {
-                    part: round(median(one[part] for one in found["ours"]), 3)
-                    for part in ("generation", "forward", "backward", "rewards", "other")
-                },
             }
         )
     )

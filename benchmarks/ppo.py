@@ -3,7 +3,7 @@
 The peer answers all prompts in one left-padded batch, keeps the logits of every position of every row for
 log-probabilities and entropy, pads every minibatch to the rollout's longest row, and holds a second copy of the model
 as the reference. Both take turns in one process. The last line is one JSON object: tokens of prompts and answers per
-second of a step (medians), their ratio, seconds, and the shares of time of ours.
+second of a step (medians), and their ratio; seconds and shares of time are said above it.
 
     python benchmarks/ppo.py --steps 5 --batch 32
 """
@@ -213,6 +213,11 @@ def main() -> None:
         "backward": ours.times["backward"] / total,
     }
     medians = {name: statistics.median(found) for name, found in rates.items()}
+    took = {name.lower(): round(statistics.median(found), 3) for name, found in seconds.items()}
+    print(
+        f"seconds {took}; shares { ({name: round(share, 3) for name, share in shares.items()}) }",
+        file=sys.stderr,
+    )
     print(
         json.dumps(
             {
@@ -222,10 +227,6 @@ def main() -> None:
                 "ratio": round(medians["Ours"] / medians["Peer"], 3),
                 "unit": "tokens/s",
                 "n": args.steps - 1,
-                "seconds": {
-                    name.lower(): round(statistics.median(found), 3) for name, found in seconds.items()
-                },
-                "shares": {name: round(share, 3) for name, share in shares.items()},
             }
         )
     )

@@ -1,7 +1,9 @@
 """Runs the benchmarks and rewrites the measured table of docs/benchmarks.md from the JSON lines that they end with.
 
-A benchmark is a file of this folder whose last line is one JSON object; one that ends otherwise, or fails, is said and
-keeps its row. `--only` names some; `--kept` takes the lines of an earlier run (benchmarks/results.jsonl) as they are.
+A benchmark is a file of this folder whose last line is one JSON object of the form `FORM`; `peer` and `ratio` are null
+where there is no peer. An exit status of 1 beside such a line says that a bar was missed, and so does the table. One
+that ends otherwise, or fails, is said and keeps its row. `--only` names some; `--kept` takes the lines of an earlier
+run (benchmarks/results.jsonl) as they are. LLAMAFACTORY_PYTHON names the Python of an environment with LLaMA-Factory.
 
     python benchmarks/run_all.py --only startup,memory
 """
@@ -14,7 +16,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +26,28 @@ KEPT = HERE / "results.jsonl"
 BEGIN, END = "<!-- measured: begin (make bench) -->", "<!-- measured: end -->"
 NO_BENCHMARKS = {"run_all", "chat_rows", "training"}
 """Files of this folder that measure nothing themselves."""
+FORM = ("name", "ours", "peer", "ratio", "unit", "n")
+"""What the last line of a benchmark has: of the same unit ours and the best peer's, how many times better ours is (or,
+where nothing is to be better, how many times as large), and on how many measurements or items that rests."""
 
 
-def figures(found: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    """Names and values of a result, one level within another."""
-    for name, value in found.items():
-        label = f"{above}{name}".replace("_", " ")
-        if isinstance(value, Mapping):
-            yield from figures(value, f"{label}: ")
-        elif isinstance(value, int | float | str) and name not in (
-            "benchmark",
-            "command",
-            "seconds_taken",
-            "at",
-        ):
-            yield f"{label} {value:,.4g}" if isinstance(value, float) else f"{label} {value}"
+def figure(value: object) -> str:
+    """A cell of the table."""
+    text = "none" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|")
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The table of the page."""
-    lines = ["| benchmark | measured | took | result |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| benchmark | ours | peer | ratio | unit | n | bar | measured | took |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for name, found in sorted(results.items()):
-        text = "; ".join(figures(found["result"])).replace("|", "\\|")
-        lines.append(f"| `benchmarks/{name}.py` | {found['at']} | {found['took']:.0f} s | {text} |")
+        cells = [figure(found["result"][key]) for key in FORM[1:]]
+        bar = "missed" if found["missed"] else "held"
+        cells += [bar, found["at"], f"{found['took']:.0f} s"]
+        lines.append(f"| `benchmarks/{name}.py` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -59,29 +60,29 @@ def rewritten(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     return before + block + rest.partition(END)[2]
 
 
+def result_of(output: str) -> dict[str, Any] | None:
+    """The last line of what a benchmark printed, where that has the form; what it has more is left out."""
+    lines = output.strip().splitlines()
+    try:
+        found = json.loads(lines[-1]) if lines else None
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(found, dict) or not found.keys() >= set(FORM):
+        return None
+    return {key: found[key] for key in FORM}
+
+
 def measured(file: Path) -> dict[str, Any] | None:
     """The result of one benchmark; None, with what was wrong said, where there is none."""
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines()
-    try:
-        # One that misses a bar leaves with 1 behind its line, which is as true.
-        found = json.loads(lines[-1]) if lines and done.returncode in (0, 1) else None
-    except json.JSONDecodeError:
-        found = None
-    if not isinstance(found, dict):
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        print(
-            f"{file.name}: no result (exit code {done.returncode}; {' '.join(said)[:200]})", file=sys.stderr
-        )
+    done = subprocess.run([sys.executable, str(file)], stdout=subprocess.PIPE, text=True, check=False)
+    found = result_of(done.stdout)
+    if found is None or done.returncode not in (0, 1):
+        said = " ".join(done.stdout.strip().splitlines()[-1:])[:200]
+        print(f"{file.name}: no result (exit code {done.returncode}; {said})", file=sys.stderr)
         return None
-    if done.returncode:
-        print(
-            f"{file.name}: {'; '.join(line for line in done.stderr.splitlines() if 'MISSED' in line)}",
-            file=sys.stderr,
-        )
-    at = f"{time.strftime('%Y-%m-%d')}, {platform.machine()}"
-    return {"name": file.stem, "at": at, "took": time.perf_counter() - started, "result": found}
+    at, took = f"{time.strftime('%Y-%m-%d')}, {platform.machine()}", time.perf_counter() - started
+    return {"name": file.stem, "at": at, "took": took, "missed": bool(done.returncode), "result": found}
 
 
 def main() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 
 import pytest
+
+from tunesmith import launch
 
 HEAVY = ("torch", "trl", "peft", "datasets", "scipy", "gradio", "pandas")
 
@@ -41,3 +44,50 @@ def test_a_bad_command_is_answered_without_torch(arguments, said):
     found = loaded_after("import sys; sys.stderr = sys.stdout\n" + code)
     assert said in found["said"]
     assert found["loaded"] == []
+
+
+def test_while_libraries_load_the_collector_rests_and_nothing_quantizes():
+    def state():
+        return gc.isenabled(), sys.modules.get("bitsandbytes", "as it was")
+
+    def broken():
+        with launch.loading():
+            seen.append(gc.isenabled())
+            with launch.loading():
+                pass
+            hidden = sys.modules["bitsandbytes"] is None
+            seen.extend((gc.isenabled(), hidden or before[1] != "as it was"))
+            raise OSError("broken")
+
+    seen, before = [], state()
+    with pytest.raises(OSError, match="broken"):
+        broken()
+    assert seen == [False, False, True]
+    assert state() == before
+
+
+ADAPTERS = """
+import sys
+from tunesmith.training.fit import quiet_libraries
+quiet_libraries()
+from tunesmith import launch, models
+from tunesmith.recipe import LoRA, QLoRA
+launch.load_libraries()
+plain = models.load_model("tiny", dtype="float32", device="cpu")
+models.attach(plain, LoRA(kind="lora"))
+print("bitsandbytes" in sys.modules, "torch._inductor.compile_fx" in sys.modules)
+section = QLoRA(kind="qlora")
+packed = models.load_model("tiny", dtype="float32", device="cpu", quantize=section)
+packed = models.attach(packed, section)
+print(sum(type(m).__name__ == "Linear4bit" and type(m).__module__.startswith("peft") for m in packed.modules()))
+"""
+
+
+@pytest.mark.slow
+def test_an_adapter_on_plain_weights_loads_no_quantizer_and_one_on_four_bits_still_finds_it():
+    pytest.importorskip("bitsandbytes")
+    done = subprocess.run([sys.executable, "-c", ADAPTERS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    plain, packed = done.stdout.strip().splitlines()[-2:]
+    assert plain == "False False"
+    assert int(packed) > 0

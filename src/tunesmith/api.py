@@ -1751,6 +1751,7 @@ def _check_before_training(recipe: Recipe) -> None:
 
     for source in (recipe.data, *recipe.data.mix):  # before what loads torch
         sources.local(source.dataset)
+    launch.load_libraries()
     from tunesmith import evaluation, models
     from tunesmith.methods import METHODS
 

@@ -154,11 +154,17 @@ def converted(text: str | bool, kind: str) -> Any:
 def recipe_options(
     *, only: Sequence[str] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a verb the recipe's options; it receives them as one sparse `flags` layer."""
+    """Give a verb the recipe's options; it receives them as one sparse `flags` layer.
+
+    A verb that asks for a `composition` gets that instead, and the options that name file, preset and adapter.
+    """
 
     def decorate(verb: Callable[..., Any]) -> Callable[..., Any]:
         facts = {option: FACTS[path] for option, path in FLAGS.items() if only is None or option in only}
         names = {option: option.removeprefix("--").replace("-", "_") for option in facts}
+        asked = inspect.signature(verb, eval_str=True).parameters
+        sources = inspect.signature(_composed, eval_str=True).parameters if "composition" in asked else {}
+        shared = [p for name, p in sources.items() if name != "flags"]
 
         @functools.wraps(verb)
         def wrapped(**given: Any) -> Any:
@@ -169,10 +175,14 @@ def recipe_options(
                 if value is not None
             ]
             layers += [assignment(text) for text in given.pop("set_") or []]
+            flags = overlaid(*layers)
             with catalog.using(given.pop("catalog_file")):
-                return verb(**given, flags=overlaid(*layers))
+                if not shared:
+                    return verb(**given, flags=flags)
+                composition = _composed(**{p.name: given.pop(p.name) for p in shared}, flags=flags)
+                return verb(**given, composition=composition)
 
-        own = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "flags"]
+        own = [*shared, *(p for name, p in asked.items() if name not in ("flags", "composition"))]
         options = [_option(option, names[option], fact) for option, fact in facts.items()]
         options.append(
             inspect.Parameter(
@@ -440,29 +450,62 @@ FreezeOption = Annotated[
 ]
 
 
-@app.command("train", help=TRAIN_HELP)
-@verb
-@recipe_options()
-def train_verb(
+def _composed(
     recipe_file: RecipeFile = None,
     *,
     config: ConfigOption = None,
     lora: LoraOption = False,
     qlora: QloraOption = False,
     freeze_ratio: FreezeOption = None,
+    flags: dict[str, Any],
+) -> Composition:
+    """One recipe from the file, the preset and the flags of a command; `recipe_options` gives a verb these options."""
+    chosen = [
+        option
+        for option, given in (("--lora", lora), ("--qlora", qlora), ("--freeze-ratio", bool(freeze_ratio)))
+        if given
+    ]
+    if len(chosen) > 1:
+        raise TunesmithError(f"{' and '.join(chosen)} exclude each other.", fix="Give one of them.")
+    adapter: dict[str, Any] = {}
+    if lora or qlora:
+        adapter = {"kind": "qlora" if qlora else "lora"}
+    elif freeze_ratio:
+        adapter = {"kind": "freeze", "ratio": freeze_ratio}
+    preset = config if config in preset_names() else None
+    if (
+        config
+        and not preset
+        and (Path(config).suffix in {".yaml", ".yml", ".json"} or Path(config).is_file())
+    ):
+        if recipe_file:
+            raise TunesmithError(
+                "Two recipe files were given.", found=f"{recipe_file} and {config}", fix="Give one."
+            )
+        recipe_file = Path(config)
+    elif config:
+        preset = config
+    layer = overlaid({"adapter": adapter} if adapter else {}, flags)
+    return compose(layer, file=recipe_file, preset=preset if preset != "default" else None)
+
+
+@app.command("train", help=TRAIN_HELP)
+@verb
+@recipe_options()
+def train_verb(
+    *,
     resume: Annotated[
         str | None,
         typer.Option(
             help="Continue this run's folder from a checkpoint, such as `checkpoint-step-1000` or `latest`."
         ),
     ] = None,
-    flags: dict[str, Any],
+    composition: Composition,
     quiet: bool,
 ) -> Any:
     """Train."""
     from tunesmith import api
 
-    composition = _composed(recipe_file, config, flags, lora=lora, qlora=qlora, freeze_ratio=freeze_ratio)
     with Display(quiet=quiet) as display:
         _show_notes(composition, display)
         result = api.train(composition.recipe, resume=resume, watch=display)
@@ -496,20 +539,14 @@ VERIFY_HELP = """Prove that a run of a recipe continues to the bit: train a few 
 @verb
 @recipe_options()
 def verify_resume_verb(
-    recipe_file: RecipeFile = None,
     *,
-    config: ConfigOption = None,
-    lora: LoraOption = False,
-    qlora: QloraOption = False,
-    freeze_ratio: FreezeOption = None,
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of the whole run.")] = 4,
-    flags: dict[str, Any],
+    composition: Composition,
     quiet: bool,
 ) -> Any:
     """Verify that a recipe's runs can be continued."""
     from tunesmith import api
 
-    composition = _composed(recipe_file, config, flags, lora=lora, qlora=qlora, freeze_ratio=freeze_ratio)
     with Display(quiet=quiet) as display:
         _show_notes(composition, display)
         found = api.verify_resume(composition.recipe, steps=steps, watch=display)
@@ -526,12 +563,7 @@ def verify_resume_verb(
 @verb
 @recipe_options()
 def plan_verb(
-    recipe_file: RecipeFile = None,
     *,
-    config: ConfigOption = None,
-    lora: LoraOption = False,
-    qlora: QloraOption = False,
-    freeze_ratio: FreezeOption = None,
     self_check: Annotated[
         bool,
         typer.Option(
@@ -543,13 +575,12 @@ def plan_verb(
         str | None,
         typer.Option("--device", help="Plan for a device by name, such as h100-80gb, without having it."),
     ] = None,
-    flags: dict[str, Any],
+    composition: Composition,
     quiet: bool,
 ) -> Any:
     """Plan."""
     from tunesmith import api
 
-    composition = _composed(recipe_file, config, flags, lora=lora, qlora=qlora, freeze_ratio=freeze_ratio)
     plan, rows = api.plan(composition.recipe, device=device, measured=True)
     payload = {"plan": plan.as_dict(), **rows, "notes": composition.notes}
     text = _plan_text(plan, rows, composition)
@@ -572,12 +603,7 @@ FIND_LR_HELP = """Find a learning rate by a short range test on throw-away copie
 @verb
 @recipe_options()
 def find_lr_verb(
-    recipe_file: RecipeFile = None,
     *,
-    config: ConfigOption = None,
-    lora: LoraOption = False,
-    qlora: QloraOption = False,
-    freeze_ratio: FreezeOption = None,
     low: Annotated[
         float | None, typer.Option(help="Lowest rate; by default 1e-7, of adapters 1e-6.", show_default=False)
     ] = None,
@@ -587,13 +613,12 @@ def find_lr_verb(
     steps: Annotated[int, typer.Option(min=10, help="Optimizer steps of a sweep.")] = 100,
     seeds: Annotated[int, typer.Option(min=1, help="Sweeps, each with a seed of its own.")] = 3,
     html: Annotated[Path | None, typer.Option(help="Write the curve to this HTML page as well.")] = None,
-    flags: dict[str, Any],
+    composition: Composition,
     quiet: bool,
 ) -> Any:
     """Find a learning rate."""
     from tunesmith import api
 
-    composition = _composed(recipe_file, config, flags, lora=lora, qlora=qlora, freeze_ratio=freeze_ratio)
     with Display(quiet=quiet) as display:
         _show_notes(composition, display)
         search = api.find_lr(
@@ -1123,45 +1148,6 @@ def wizard_verb(*, quiet: bool) -> Any:
             fix="Give the answers as options: `tunesmith train --help`.",
         )
     return wizard.run(), None
-
-
-def _composed(
-    recipe_file: Path | None,
-    config: str | None,
-    flags: dict[str, Any],
-    *,
-    lora: bool,
-    qlora: bool,
-    freeze_ratio: float | None,
-) -> Composition:
-    """One recipe from the file, the preset and the flags of a command."""
-    chosen = [
-        option
-        for option, given in (("--lora", lora), ("--qlora", qlora), ("--freeze-ratio", bool(freeze_ratio)))
-        if given
-    ]
-    if len(chosen) > 1:
-        raise TunesmithError(f"{' and '.join(chosen)} exclude each other.", fix="Give one of them.")
-    adapter: dict[str, Any] = {}
-    if lora or qlora:
-        adapter = {"kind": "qlora" if qlora else "lora"}
-    elif freeze_ratio:
-        adapter = {"kind": "freeze", "ratio": freeze_ratio}
-    preset = config if config in preset_names() else None
-    if (
-        config
-        and not preset
-        and (Path(config).suffix in {".yaml", ".yml", ".json"} or Path(config).is_file())
-    ):
-        if recipe_file:
-            raise TunesmithError(
-                "Two recipe files were given.", found=f"{recipe_file} and {config}", fix="Give one."
-            )
-        recipe_file = Path(config)
-    elif config:
-        preset = config
-    layer = overlaid({"adapter": adapter} if adapter else {}, flags)
-    return compose(layer, file=recipe_file, preset=preset if preset != "default" else None)
 
 
 def _show_notes(composition: Composition, display: Display) -> None:

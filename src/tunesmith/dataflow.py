@@ -50,6 +50,9 @@ from tunesmith.training.fit import Fit, arguments, fit
 from tunesmith.training.order import by_length, order_by_length
 from tunesmith.training.run import Run
 
+PADDING_WORTH = 0.05
+"""Share of a batch that has to be saved in padding for `training.batches: auto` to put rows of like length together."""
+
 
 def splits(recipe: Recipe) -> data.Splits:
     """The examples in their three roles, in the shape that the method trains on."""
@@ -628,16 +631,26 @@ def _trainer(
         )
     from tunesmith import forward
 
-    if recipe.training.batches == "by_length":
-        lengths = _row_lengths(method, encodings.train, packing)
-        order_by_length(trainer, lengths)
-        batch = recipe.training.per_device_train_batch_size
-        order = by_length(lengths, batch, seed=recipe.training.seed, epoch=0)
-        padding = padded_share([lengths[n] for n in order], batch)
-        why = f"padding is {padding:.1%} of a padded batch, {padded_share(lengths, batch):.1%} in the data's own order"
-        run.event("decision", name="batches", value="by length", reason=why)
-    forward.attach(trainer, run, recipe.training)
+    pads = forward.attach(trainer, run, recipe.training)
+    wanted = recipe.training.batches
+    if wanted == "by_length" or (wanted == "auto" and pads and not packing and method.any_order):
+        _order(trainer, run, _row_lengths(method, encodings.train, packing), is_asked=wanted == "by_length")
     return trainer
+
+
+def _order(trainer: Any, run: Run, lengths: Sequence[int], *, is_asked: bool) -> None:
+    """Have rows of like length come together, where that was asked or leaves much less padding; keep why."""
+    batch, seed = trainer.args.per_device_train_batch_size, trainer.args.seed
+    order = by_length(lengths, batch, seed=seed, epoch=0)
+    alike = padded_share([lengths[n] for n in order], batch)
+    mixed = padded_share(np.random.default_rng(seed).permutation(lengths), batch)
+    orders = is_asked or mixed - alike >= PADDING_WORTH
+    if orders:
+        order_by_length(trainer, lengths)
+    why = (
+        f"padding is {alike:.1%} of a padded batch of like lengths, {mixed:.1%} where any rows come together"
+    )
+    run.event("decision", name="batches", value="by length" if orders else "shuffled", reason=why)
 
 
 def _row_lengths(method: Method, encodings: Encodings, packing: Packing | None) -> list[int]:

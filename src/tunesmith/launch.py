@@ -1,9 +1,12 @@
-"""Where a run runs: in this process, started by hand or by `accelerate launch -m tunesmith`."""
+"""Where a run runs: in this process, started by hand or by `accelerate launch -m tunesmith`, and what it loads."""
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -97,3 +100,44 @@ def ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+QUANTIZES = "bitsandbytes"
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Libraries load faster in here: the garbage collector rests, and bitsandbytes counts as not installed.
+
+    The collector would go through all that is loaded again and again, and find nothing. PEFT imports bitsandbytes for
+    any adapter, and that torch's compiler, while only QLoRA uses it: what loads a quantized model stays outside. What
+    was asked meanwhile about what is installed is forgotten afterwards.
+    """
+    collects, hides = gc.isenabled(), QUANTIZES not in sys.modules
+    gc.disable()
+    if hides:
+        sys.modules[QUANTIZES] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hides:
+            del sys.modules[QUANTIZES]
+            for module, questions in ASKED.items():
+                for name in questions if module in sys.modules else ():
+                    getattr(sys.modules[module], name).cache_clear()
+        if collects:
+            gc.enable()
+
+
+ASKED = {
+    "peft.import_utils": ("is_bnb_available", "is_bnb_4bit_available"),
+    "transformers.utils.import_utils": ("is_bitsandbytes_available",),
+}
+"""Functions that keep whether bitsandbytes is installed."""
+
+
+def load_libraries() -> None:
+    """Import at once what every training uses; call `training.fit.quiet_libraries` before."""
+    with loading():
+        for name in ("datasets", "peft", "transformers.trainer", "trl.trainer.sft_trainer"):
+            importlib.import_module(name)

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from tunesmith import launch
 from tunesmith.errors import MissingExtra, ModelError, closest, nearest
 from tunesmith.recipe import Adapter, Freeze, LoRA, QLoRA
 
@@ -683,7 +684,8 @@ def attach(
     one then needs these on disk, and `merged_base` is where they are written. `revision` is the base's; it is
     written into the adapter, which else would be loaded on another one.
     """
-    import peft
+    with launch.loading():
+        import peft
 
     if isinstance(model, peft.PeftModel):
         model = merged(model).requires_grad_(True)
@@ -726,7 +728,8 @@ def attach(
     _check_names(model, adapter.modules_to_save, "modules_to_save")
     if adapter.dora:
         _check_directions(model, config.target_modules)
-    adapted = peft.get_peft_model(model, config)
+    with contextlib.nullcontext() if isinstance(adapter, QLoRA) else launch.loading():
+        adapted = peft.get_peft_model(model, config)
     # With each save PEFT would write its empty form of a model card; the card comes from us.
     adapted.create_or_update_model_card = lambda output_dir: None
     return adapted

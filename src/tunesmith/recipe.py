@@ -773,9 +773,10 @@ class Training(Section):
     gradient_accumulation_steps: PositiveInt = 1
     """Forward passes per optimizer step."""
 
-    batches: Literal["shuffled", "by_length"] = "shuffled"
+    batches: Literal["auto", "shuffled", "by_length"] = "auto"
     """Which rows come together: any, or rows of like length, drawn anew for each epoch, which leaves little padding.
-    Not with packing, nor with kto and the methods that write their own answers."""
+    Not with packing, nor with kto and the methods that write their own answers. `auto`: of like length where the stock
+    forward pads and that saves a twentieth of a batch; the fast one pads nothing."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""

@@ -8,11 +8,14 @@ from itertools import pairwise
 
 import pytest
 
-from tunesmith import api
+from tunesmith import api, dataflow
 from tunesmith.compose import compose
 from tunesmith.data.packing import padded_share
 from tunesmith.errors import RecipeError
+from tunesmith.methods import METHODS
+from tunesmith.training.fit import arguments
 from tunesmith.training.order import ByLength, by_length
+from tunesmith.training.run import create
 
 
 @pytest.fixture
@@ -37,6 +40,21 @@ def test_batches_hold_like_lengths_in_no_order_of_length(lengths):
     means = [sum(sizes[place : place + 8]) for place in range(0, 1000, 8)]
     rising = sum(a < b for a, b in pairwise(means))
     assert 40 < rising < 85
+
+
+def test_no_row_is_likelier_than_another_to_come_in_the_part_of_an_epoch_that_is_trained(lengths):
+    """Over many seeds each row, long or short, comes in the first third as often as chance has it."""
+    import numpy as np
+
+    rows = 200
+    found = np.zeros(rows)
+    for seed in range(1500):
+        found[by_length(lengths[:rows], 4, seed=seed, epoch=3)[: rows // 3]] += 1
+    share = found / 1500
+    # The standard error of a row's share is 1.2 points; the largest of 200 is below 4.5 of them.
+    assert abs(share - 66 / rows).max() < 0.055
+    longest = np.argsort(lengths[:rows])[-rows // 4 :]
+    assert abs(share[longest].mean() - share.mean()) < 0.01
 
 
 @pytest.fixture
@@ -117,3 +135,41 @@ def test_where_an_order_has_no_effect_it_is_refused(settings, changes):
     asked |= {name: {**asked.get(name, {}), **section} for name, section in changes.items()}
     with pytest.raises(RecipeError, match="by_length has no effect"):
         api.plan(compose(asked).recipe)
+
+
+def built(asked):
+    """The order in which a run would take its rows, and what it says of that."""
+    recipe = compose(asked).recipe
+    given = api._driver().execute(["plan", "encodings", "packing"], inputs=api._inputs(recipe))
+    run = create(recipe)
+    trainer = dataflow._trainer(
+        recipe, run, dataflow._tokenizer(recipe)[0], given["plan"], given["encodings"], given["packing"],
+        arguments(given["plan"], recipe.training, recipe.tracking, name="x", staging=run.staging),
+    )  # fmt: skip
+    said = [e["value"] for e in run.events() if e.get("name") == "batches"]
+    return (
+        trainer._get_train_sampler(),
+        said,
+        dataflow._row_lengths(METHODS["sft"], given["encodings"].train, None),
+    )
+
+
+@pytest.mark.parametrize(
+    ("forward", "changes", "said"),
+    [
+        ("stock", {}, ["by length"]),
+        ("fast", {}, []),
+        ("stock", {"packing": True}, []),
+        ("stock", {"max_length": 14}, ["shuffled"]),
+    ],
+)
+def test_by_default_rows_of_like_length_come_together_where_that_saves_padding(
+    settings, forward, changes, said
+):
+    asked = settings("auto", batches="auto", forward=forward, per_device_train_batch_size=2)
+    asked["data"] |= {"over_long": "truncate", "on_breach": "drop"} | changes
+    sampler, told, lengths = built(asked)
+    assert told == said
+    assert isinstance(sampler, ByLength) == (said == ["by length"])
+    if said == ["by length"]:
+        assert list(sampler) == by_length(lengths, 2, seed=42, epoch=0)

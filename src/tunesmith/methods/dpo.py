@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.cache import Encodings
 from tunesmith.methods import preferred
 from tunesmith.recipe import DPO
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run
-from tunesmith.training.steps import Splits
+
+if TYPE_CHECKING:
+    from tunesmith.training.steps import Splits
 
 SMOOTHING = {"robust": 0.1, "exo_pair": 1e-3}
 """Label smoothing by default, as the papers of these losses recommend it."""

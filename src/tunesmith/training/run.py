@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from tunesmith.compose import as_yaml, read_layer, validated
 from tunesmith.errors import RunError, nearest
+from tunesmith.launch import loading
 from tunesmith.recipe import Data, Recipe
 
 State = Literal["done", "failed", "interrupted"]
@@ -364,7 +365,8 @@ def environment() -> dict[str, Any]:
     for package in RECORDED_PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    import torch
+    with loading():
+        import torch
 
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

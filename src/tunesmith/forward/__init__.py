@@ -302,17 +302,10 @@ def _put_back(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Tenso
     return empty.index_copy(1, rows.kept, output)
 
 
-<<<<<<< HEAD
-def attach(trainer: Any, run: Run, training: Training) -> None:
+def attach(trainer: Any, run: Run, training: Training) -> bool:
     """Put the fast forward in the place of the stock one in a trainer's models, and keep in the run which one is used
-    and why. Raises RecipeError where outputs of frozen layers are to be kept and cannot be.
-=======
-def attach(trainer: Any, run: Run, *, choice: str = "fast") -> bool:
-    """Put the fast forward in the place of the stock one in a trainer's models, and keep in the run which one is used
-    and why. Whether it is the fast one.
-
-    `choice` is the recipe's `training.forward`.
->>>>>>> w-start
+    and why. Gives whether padding is computed. Raises RecipeError where outputs of frozen layers are to be kept and
+    cannot be.
     """
 
     def say(why: str) -> None:
@@ -331,7 +324,6 @@ def attach(trainer: Any, run: Run, *, choice: str = "fast") -> bool:
                 fix="Leave training.cache_frozen out.",
             )
         run.event("decision", name="forward", value="stock", reason=why)
-<<<<<<< HEAD
         if training.compile:
             run.event("decision", name="compile", value="off", reason="it is of the fast forward")
         return True
@@ -353,9 +345,6 @@ def attach(trainer: Any, run: Run, *, choice: str = "fast") -> bool:
     if hasattr(trainer, "likelihoods_only"):
         trainer.likelihoods_only = True
     trunks = []
-=======
-        return False
->>>>>>> w-start
     references = (getattr(trainer, name, None) for name in ("ref_model", "reference"))
     for model in (plain, *(_plain(m) for m in references if m is not None)):
         if is_reward(model):
@@ -373,7 +362,6 @@ def attach(trainer: Any, run: Run, *, choice: str = "fast") -> bool:
     if has_dropout(plain):
         reason += "; beginnings are not shared while training, as dropout draws differ"
     run.event("decision", name="forward", value="fast", reason=reason)
-<<<<<<< HEAD
     if told := cuda.told(plain, trainer.args):
         run.event("decision", name="attention kernel", value=told[0], reason=told[1])
     return False
@@ -426,9 +414,6 @@ def _cache(trunk: Trunk, trainer: Any, run: Run) -> None:
         f"{most / 1e9:.2f} GB at most"
     )
     run.event("decision", name="cache_frozen", value=f"{count} layers", reason=why)
-=======
-    return True
->>>>>>> w-start
 
 
 def uncovered(trainer: Any, model: Any) -> str | None:

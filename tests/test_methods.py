@@ -227,6 +227,33 @@ def test_the_fast_forward_is_taken_where_it_fits_and_changes_no_number(quick, ki
                 assert measures[name] == pytest.approx(others[name], rel=1e-3, abs=1e-5), name
 
 
+def test_frozen_layers_are_run_once_and_a_missing_compiler_is_said(quick, monkeypatch):
+    from tunesmith.forward import compiling
+
+    monkeypatch.setattr(compiling, "missing", lambda device: "no compiler")
+    losses = []
+    for cached in (True, False):
+        recipe = quick(
+            "sft", name=f"cached-{cached}", adapter={"kind": "freeze", "ratio": 0.5}, evaluation={"skip": True},
+            training={"max_steps": 3, "cache_frozen": cached, "compile": True},
+        )  # fmt: skip
+        events = Run(api.train(recipe).run).events()
+        told = {e["name"]: e for e in events if e["kind"] == "decision"}
+        assert ("cache_frozen" in told) is cached
+        assert told["compile"]["value"] == "off"
+        assert told["compile"]["reason"] == "nothing can be compiled here: no compiler"
+        losses.append([e["loss"] for e in events if e["kind"] == "step"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_layers_that_are_trained_have_no_outputs_to_keep(quick):
+    recipe = quick(
+        "sft", adapter=ADAPTERS["lora"], evaluation={"skip": True}, training={"cache_frozen": True}
+    )
+    with pytest.raises(RecipeError, match="an adapter sits in layer 1"):
+        api.train(recipe)
+
+
 @pytest.mark.parametrize("kind", ["grpo", "rloo", "ppo"])
 @pytest.mark.parametrize("value", [0.3, pytest.param(1.0, marks=pytest.mark.thorough)])
 def test_a_reward_that_is_always_the_same_is_said(quick, kind, value, tmp_path, monkeypatch):

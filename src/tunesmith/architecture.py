@@ -17,6 +17,7 @@ from typing import Any, Literal
 from tunesmith import models
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.recipe import LoRA
+from tunesmith.untrusted import header
 
 Kind = Literal["causal", "seq2seq", "reward", "encoder", "image-text", "other"]
 
@@ -350,7 +351,7 @@ def _with_adapter(base: str, file: Path) -> Architecture:
         + f", on {', '.join(named)} of {below.name}" + f", with {', '.join(extra)} trained in full" * bool(extra)
     )  # fmt: skip
     weights = file.with_name("adapter_model.safetensors")
-    tensors = _tensors(weights) if weights.is_file() else {}
+    tensors = header(weights) if weights.is_file() else {}
     sizes: dict[str, int] = {name: math.prod(tensor["shape"]) for name, tensor in tensors.items()}
     # PEFT runs the updates in float32, whatever the base is in; modules trained in full stand beside the base's
     # own in the base's type, and biases in their place.
@@ -394,21 +395,10 @@ def _stored(folder: Path) -> dict[str, int]:
     """Bytes by type in the safetensors files of a folder, read from their headers only."""
     found: Counter[str] = Counter()
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
-        for tensor in _tensors(file).values():
+        for tensor in header(file).values():
             begin, end = tensor["data_offsets"]
             found[STORED.get(tensor["dtype"], tensor["dtype"])] += end - begin
     return dict(found.most_common())
-
-
-def _tensors(file: Path) -> dict[str, Any]:
-    """Type, shape and place of each tensor in a safetensors file, from its header.
-
-    The format: 8 bytes that give the header's length, then JSON.
-    """
-    with file.open("rb") as opened:
-        header: dict[str, Any] = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-    header.pop("__metadata__", None)
-    return header
 
 
 def _dtype(config: Any, stored: Mapping[str, int], quantized: Mapping[str, Any]) -> tuple[str, str]:

@@ -7,6 +7,7 @@ Our task files keep settings for an adapter that is not chosen yet under its kin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -158,8 +159,27 @@ def union_members(name: str) -> dict[str, type[BaseModel]]:
     return {member.model_fields["kind"].default: member for member in get_args(annotation) or (annotation,)}
 
 
+_PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]+@")
+
+
+def check_passwords(value: Any, path: str) -> None:
+    """Raises RecipeError, without the value, where an address has a password in it: a recipe is kept and shown."""
+    if isinstance(value, str) and _PASSWORD.search(value):
+        raise RecipeError(
+            f"{path} has a password in its address, and a recipe is no place for one.",
+            fix="Remove it; log in with the service's own command, or name an environment variable (api_key_env).",
+        )
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            check_passwords(inner, f"{path}.{name}".removeprefix("."))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            check_passwords(inner, path)
+
+
 def validated(layer: Mapping[str, Any]) -> Recipe:
     """A recipe from a merged layer; all its problems in one RecipeError."""
+    check_passwords(layer, "")
     # A union whose kind is left open is of the default kind.
     layer = {
         name: {"kind": Recipe.model_fields[name].get_default().kind, **part}
@@ -348,7 +368,48 @@ class _QuickLoader(_KeysOnce, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  #
     """In C where PyYAML was built with it, fifteen times as fast."""
 
 
+LARGEST_FILE = 2**20
+"""Bytes of a recipe at most; a long one has three thousand."""
+MOST_VALUES = 10_000
+"""Values in a recipe at most, each counted where it stands and wherever an alias repeats it."""
+
+
+DEEPEST = 64
+"""Levels in a recipe at most: with some ten thousand the C loader ends Python."""
+
+
+class _Grown(yaml.MarkedYAMLError):
+    """Levels without end, or aliases of aliases, which come to more than anybody wrote."""
+
+
+def _check_grown(text: str) -> None:
+    """Raises _Grown before anything is made of levels without end or of lists that repeat lists that repeat lists."""
+    sizes: dict[str, int] = {}
+    open_ones: list[tuple[str | None, int]] = []  # anchor, and values counted before it
+    count = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent):
+            known = sizes.get(event.anchor)
+            if known is None and event.anchor in [anchor for anchor, _ in open_ones]:
+                raise _Grown(problem=f"'*{event.anchor}' stands in itself", problem_mark=event.start_mark)
+            count += known or 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_ones.append((event.anchor, count))
+            count += 1
+            if len(open_ones) > DEEPEST:
+                raise _Grown(problem=f"more than {DEEPEST} levels", problem_mark=event.start_mark)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_ones.pop()
+            if anchor:
+                sizes[anchor] = count - before
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+        if count > MOST_VALUES:
+            raise _Grown(problem=f"more than {MOST_VALUES:,} values", problem_mark=event.start_mark)
+
+
 def _loaded(text: str) -> Any:
+    _check_grown(text)
     try:
         return yaml.load(text, Loader=_QuickLoader)  # a SafeLoader
     except yaml.YAMLError:
@@ -358,6 +419,11 @@ def _loaded(text: str) -> Any:
 def read_layer(path: Path, *, what: str = "recipe", example: str = "section: {field: value}") -> Layer:
     """The sparse recipe in a YAML or JSON file, or what else is kept so. Raises RecipeError with line and column."""
     try:
+        if path.is_file() and path.stat().st_size > LARGEST_FILE:
+            raise RecipeError(
+                f"{path} is too large to be a {what}.",
+                found=f"{path.stat().st_size:,} bytes; at most {LARGEST_FILE:,} are read",
+            )
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise RecipeError(
@@ -378,6 +444,10 @@ def read_layer(path: Path, *, what: str = "recipe", example: str = "section: {fi
         place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
         if isinstance(error, _Twice):
             raise RecipeError(f"{place}: {error.problem}.", fix="Keep one of the two.") from None
+        if isinstance(error, _Grown):
+            raise RecipeError(
+                f"{place}: {error.problem}.", fix="Write the values out, without aliases."
+            ) from None
         raise RecipeError(
             f"{place} is not YAML or JSON.", found=str(getattr(error, "problem", error))
         ) from None
@@ -434,6 +504,8 @@ def scalar(text: str) -> Any:
     """A value from the command line, as YAML reads it. Raises RecipeError."""
     try:
         return yaml.safe_load(text)
+    except RecursionError:
+        raise RecipeError(f"{text[:40]}... is no value.", found="levels without end") from None
     except yaml.YAMLError as error:
         raise RecipeError(
             f"{text} is not a value.", found=str(getattr(error, "problem", error)), fix="Quote it."

@@ -99,7 +99,17 @@ def locate(base: str, *, revision: str | None = None) -> str:
                 found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
                 fix="Give a folder with config.json or adapter_config.json, a run, a Hub id, or `tiny`.",
             )
-        return str(path.resolve())
+        path = path.resolve()
+        _check(
+            path,
+            tuple(
+                [
+                    (p.name, p.lstat().st_ino, p.lstat().st_size, p.lstat().st_mtime_ns)
+                    for p in sorted(path.iterdir())
+                ]
+            ),
+        )
+        return str(path)
     near = {p.name: str(p) for p in path.parent.iterdir() if _holds_model(p)} if path.parent.is_dir() else {}
     if path.exists():
         raise ModelError(f"{base} is a file, not a model's folder or a run.", fix=_proposed(path.name, near))
@@ -115,6 +125,14 @@ def locate(base: str, *, revision: str | None = None) -> str:
             fix=_proposed(path.name, {**near, "tiny": "tiny"}),
         )
     return location
+
+
+@lru_cache(maxsize=64)
+def _check(folder: Path, state: tuple[tuple[str | int, ...], ...]) -> None:
+    """`untrusted.check_folder`, once for each state of a folder."""
+    from tunesmith.untrusted import check_folder
+
+    check_folder(folder)
 
 
 def files_of(folder: Path) -> list[tuple[str, int, int]]:
@@ -204,6 +222,10 @@ def _on_hub(base: str, revision: str | None) -> tuple[str, str | None]:
 def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
     """The tokenizer of a model, with a padding token. Raises ModelError where there is none."""
     from transformers import AutoTokenizer
+
+    from tunesmith.data import rendering
+
+    rendering.install()
 
     location = locate(base, revision=revision)
     folder = Path(location)

@@ -6,7 +6,6 @@ source are read here and sent to them. What is small is done in this process.
 
 from __future__ import annotations
 
-import io
 import itertools
 import multiprocessing
 import signal
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from tunesmith.data.sources import Broken, Record, Source, parsed
+from tunesmith.data.sources import Broken, Record, Source, lines_of, parsed, skip_line
 from tunesmith.errors import DataError, OutOfResources
 
 BYTES = 1 << 20
@@ -52,8 +51,7 @@ def rows(piece: Piece) -> Iterator[Record | Broken]:
         return
     with piece.path.open("rb") as file:
         file.seek(piece.begin)
-        content = file.read(piece.end - piece.begin)
-    yield from parsed(piece.path.name, io.BytesIO(content), piece.first)
+        yield from parsed(piece.path.name, itertools.islice(lines_of(file), piece.count), piece.first)
 
 
 def pieces(source: Source) -> Iterator[Piece]:
@@ -78,12 +76,11 @@ def _cut(path: Path) -> Iterator[Lines]:
     begin, first = 0, 1
     with path.open("rb") as file:
         while content := file.read(BYTES):
+            count, end = content.count(b"\n"), begin + len(content)
             if not content.endswith(b"\n"):
-                content += file.readline()
-            count = content.count(b"\n") + (not content.endswith(b"\n"))
-            yield Lines(path, begin, begin + len(content), first, count)
-            begin += len(content)
-            first += count
+                count, end = count + 1, end + skip_line(file)
+            yield Lines(path, begin, end, first, count)
+            begin, first = end, first + count
 
 
 def worked(

@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from tunesmith import models
 from tunesmith.data.examples import Row
@@ -52,6 +52,17 @@ OTHER_FILES = {
 """Suffixes of files that are no data to us, and none of a Hub id either."""
 
 SHOWN_PROBLEMS = 10
+
+LONGEST = 16 * 2**20
+"""Bytes of a line, and characters of a cell, at most; a row of a million tokens has some four million."""
+LARGEST_JSON = 512 * 2**20
+"""Bytes of a .json file at most: it is parsed whole, which takes seven times as much memory."""
+DEEPEST = 64
+"""Levels of lists and objects in a row at most."""
+LARGEST_BATCH, LARGEST_COLUMN = 2**27, 2**31
+"""Bytes that the rows of a Parquet file read at once, and a column of one of its row groups, may come to at most."""
+PACKED = 100
+"""How many times as large as in its file a column may be: text is packed to a fifth, a bomb to a thousandth."""
 
 
 class Record(NamedTuple):
@@ -443,6 +454,10 @@ def _from_file(path: Path, role: Role | None = None) -> Source:
             found=f"suffix '{path.suffix}'",
             fix=f"Use one of {' '.join(READERS)}.",
         )
+    if not path.is_file():  # a pipe would be waited for, and a device has no end
+        raise DataError(
+            f"{path} is no file with an end.", fix="Give a file, or write what it gives into one."
+        )
     try:
         path.open("rb").close()
     except OSError as error:
@@ -471,6 +486,13 @@ def _from_folder(path: Path, pattern: str | None) -> Source:
         if pattern
         else [p for p in sorted(path.iterdir()) if p.suffix.lower() in READERS]
     )
+    outside = [p for p in files if not p.resolve().is_relative_to(path.resolve())] if pattern else []
+    if outside:
+        raise DataError(
+            f"data.data_files leads out of {path}.",
+            found=pattern,
+            fix="Give that file or folder as data.dataset.",
+        )
     # What became of each row of a cleaned copy lies beside it, and is no data.
     files = [p for p in files if p.is_file() and not p.name.endswith(".ledger.jsonl")]
     named = [(p, ROLES[p.stem.lower()]) for p in files if p.stem.lower() in ROLES]
@@ -667,11 +689,72 @@ A_ROW = "Quote cells that hold the separator, quotes (doubled) or line breaks."
 BOM = b"\xef\xbb\xbf"
 
 
+def lines_of(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file; of one that is longer than LONGEST the beginning, one byte too long."""
+    while line := file.readline(LONGEST + 1):
+        yield line
+        if len(line) > LONGEST and not line.endswith(b"\n"):
+            skip_line(file)
+
+
+def skip_line(file: IO[bytes]) -> int:
+    """Go to the end of the line, however long it is, in little memory, and say how many bytes that were."""
+    skipped = 0
+    while part := file.readline(2**20):
+        skipped += len(part)
+        if part.endswith(b"\n"):
+            break
+    return skipped
+
+
+def too_deep(value: Any, left: int = DEEPEST) -> bool:
+    """Whether lists and objects are nested in more levels than that."""
+    if isinstance(value, dict):
+        return not left or any(too_deep(v, left - 1) for v in value.values() if isinstance(v, dict | list))
+    if isinstance(value, list):
+        return not left or any(too_deep(v, left - 1) for v in value if isinstance(v, dict | list))
+    return False
+
+
+def _keys(value: Any) -> int:
+    """Number of keys in a parsed value, at every level."""
+    if isinstance(value, dict):
+        return len(value) + sum([_keys(v) for v in value.values() if isinstance(v, dict | list)])
+    return sum([_keys(v) for v in value if isinstance(v, dict | list)]) if isinstance(value, list) else 0
+
+
+class _Doubled(Exception):
+    """A key that stands twice in an object."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Doubled(next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n])))
+    return found
+
+
+def _twice(text: str) -> str | None:
+    """The first key that stands twice in one object of a JSON text."""
+    try:
+        json.loads(text, object_pairs_hook=_once)
+    except _Doubled as error:
+        return str(error)[:80]
+    return None
+
+
+TOO_DEEP = f"nested too deeply: in more than {DEEPEST} levels"
+
+
 def _lines(name: str, raw_lines: Iterable[bytes], first: int = 1) -> Iterator[tuple[int, str] | Broken]:
     """Lines that are not blank, with their numbers, and those that are not UTF-8 as broken."""
     for number, raw in enumerate(raw_lines, first):
         if number == 1:
             raw = raw.removeprefix(BOM)
+        if len(raw) > LONGEST:
+            problem = f"the line has more than {LONGEST:,} bytes, which is the most that is read of one row"
+            yield Broken(Row(name, number), f"{name}, line {number}", problem, "Divide it into several rows.")
+            continue
         try:
             line = raw.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -684,7 +767,7 @@ def _lines(name: str, raw_lines: Iterable[bytes], first: int = 1) -> Iterator[tu
 
 def _jsonl(path: Path) -> Iterator[Record | Broken]:
     with path.open("rb") as file:
-        yield from parsed(path.name, file)
+        yield from parsed(path.name, lines_of(file))
 
 
 def parsed(name: str, raw_lines: Iterable[bytes], first: int = 1) -> Iterator[Record | Broken]:
@@ -702,12 +785,17 @@ def parsed(name: str, raw_lines: Iterable[bytes], first: int = 1) -> Iterator[Re
             if is_end and not line[1].endswith("\n"):  # only a file's last line has no end
                 problem += " (the file ends here: the line looks cut off)"
         except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
-            column, problem = 1, "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            column, problem = 1, TOO_DEEP if isinstance(error, RecursionError) else str(error)
         else:
-            if isinstance(values, dict):
+            # Counting is quick, and most rows have few of these signs.
+            deep = text.count("[") + text.count("{") > DEEPEST and too_deep(values)
+            twice = None if deep or text.count('":') == _keys(values) else _twice(text)
+            if isinstance(values, dict) and not deep and twice is None:
                 yield Record(Row(name, number), values)
                 continue
             column, problem = 1, f"expected an object, found {_json_type(values)}"
+            if deep or twice is not None:
+                problem = TOO_DEEP if deep else f"an object has {twice!r} twice, and only one could count"
         place = f"{name}, line {number}, column {column}"
         yield Broken(Row(name, number), place, problem + _excerpt(text, column), A_LINE, column=column)
 
@@ -720,6 +808,12 @@ def _json_type(value: Any) -> str:
 
 
 def _json(path: Path) -> Iterator[Record | Broken]:
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise DataError(
+            f"{path.name} is too large to be read as one JSON value.",
+            found=f"{size:,} bytes; at most {LARGEST_JSON:,} are",
+            fix=f"Write one object per line, which is read row by row: `jq -c '.[]' {path.name} > {path.stem}.jsonl`.",
+        )
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -774,8 +868,10 @@ def _json(path: Path) -> Iterator[Record | Broken]:
 def _records(name: str, rows: Sequence[Any]) -> Iterator[Record | Broken]:
     for number, values in enumerate(rows, 1):
         row = Row(name, number)
-        if isinstance(values, dict):
+        if isinstance(values, dict) and not too_deep(values):
             yield Record(row, values)
+        elif isinstance(values, dict):
+            yield Broken(row, f"{name}, record {number}", TOO_DEEP, "Write plain columns.", unit="record")
         else:
             problem = f"record {number} is not an object: {hidden(repr(values))[:80]}"
             yield Broken(row, name, problem, 'Write {"column": value, ...}.', unit="record")
@@ -784,9 +880,9 @@ def _records(name: str, rows: Sequence[Any]) -> Iterator[Record | Broken]:
 def _csv(path: Path) -> Iterator[Record | Broken]:
     # Bytes that are no UTF-8 come through as lone surrogates, so that the rows around them are still read.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        first = file.readline()
+        first = file.readline(LONGEST)
         while first and first.isspace():
-            first = file.readline()
+            first = file.readline(LONGEST)
         if not first:
             return
         file.seek(0)
@@ -795,8 +891,8 @@ def _csv(path: Path) -> Iterator[Record | Broken]:
             dialect.doublequote = True
         except csv.Error:
             dialect = csv.excel  # one column has no delimiter to find
-        csv.field_size_limit(2**31 - 1)
-        lines = _csv_rows(file, dialect)
+        csv.field_size_limit(LONGEST)
+        lines = _csv_rows(_text_lines(path.name, file), dialect)
         number, header = 0, None
         for begin, end, cells in lines:
             if isinstance(cells, csv.Error):
@@ -821,6 +917,19 @@ def _csv(path: Path) -> Iterator[Record | Broken]:
             else:
                 # An empty cell is an absent value: CSV has no other way to say so.
                 yield Record(row, {k: v if v != "" else None for k, v in zip(header, cells, strict=True)})
+
+
+def _text_lines(name: str, file: IO[str]) -> Iterator[str]:
+    """The lines of a table. Raises DataError at one that has no end."""
+    number = 0
+    while line := file.readline(LONGEST + 1):
+        number += 1
+        if len(line) > LONGEST and not line.endswith(("\n", "\r")):
+            raise DataError(
+                f"{name}, line {number} has more than {LONGEST:,} characters, the most that is read of one row.",
+                fix="Divide it into several rows, or check that the file is a table.",
+            )
+        yield line
 
 
 def _check_header(name: str, header: Sequence[str]) -> None:
@@ -909,7 +1018,7 @@ def _parquet(path: Path) -> Iterator[Record | Broken]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=512):
+            for batch in file.iter_batches(batch_size=_batch(path.name, file.metadata)):
                 for values in batch.to_pylist():
                     number += 1
                     yield Record(Row(path.name, number), values)
@@ -917,9 +1026,30 @@ def _parquet(path: Path) -> Iterator[Record | Broken]:
         raise DataError(f"{path.name} is not a Parquet file.", found=str(error)) from None
 
 
+def _batch(name: str, metadata: Any) -> int:
+    """How many rows are read at once: each may be as long as a whole column, where a dictionary holds one long text.
+
+    Raises DataError for a column that is packed as no text is.
+    """
+    largest = 1
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        for number in range(row_group.num_columns):
+            column = row_group.column(number)
+            large, small = column.total_uncompressed_size, column.total_compressed_size
+            if large > LARGEST_COLUMN or large > PACKED * small + LONGEST:
+                raise DataError(
+                    f"{name} holds a column that unpacks to far more than it is.",
+                    found=f"'{column.path_in_schema}', {small:,} bytes that stand for {large:,}",
+                    fix="Do not use it, or write it anew in smaller row groups.",
+                )
+            largest = max(largest, large)
+    return int(max(1, min(512, LARGEST_BATCH // largest)))
+
+
 def _txt(path: Path) -> Iterator[Record | Broken]:
     with path.open("rb") as file:
-        for line in _lines(path.name, file):
+        for line in _lines(path.name, lines_of(file)):
             if isinstance(line, Broken):
                 yield line
             else:

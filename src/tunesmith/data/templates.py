@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from tunesmith.data import rendering
 from tunesmith.data.examples import (
     Conversation,
     Example,
@@ -182,6 +183,7 @@ def encoder(tokenizer: Any, *, quick: bool = False) -> Encoder:
 
     With `quick`, which is for many rows, whatever encodes may raise Differs (tokens.py).
     """
+    rendering.install()
     template = tokenizer.chat_template
     source = template if isinstance(template, str) else "".join((template or {}).values())
     if tokenizer.is_fast:
@@ -234,6 +236,7 @@ def set_template(tokenizer: Any, choice: str | None) -> str:
         tokenizer.chat_template = (
             "{% set starts_with_bos = " + str(starts_with_bos).lower() + " %}" + (NAMED_TEMPLATES[name])
         )
+        rendering.trust(tokenizer.chat_template)
         why = "as the recipe says" if choice else "since the model has none"
         return f"The chat template is '{name}', {why}; it is saved with the final model."
     if path.suffix in {".jinja", ".j2"} and path.is_file():
@@ -403,7 +406,7 @@ def _triggers(source: str) -> tuple[str, ...]:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
             re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", source)
         )
-    except jinja2.TemplateSyntaxError:
+    except (jinja2.TemplateSyntaxError, RecursionError):
         return ("",)  # unknown to this parser: in every content, so everything is rendered
     innocent: set[int] = set()
     for node in tree.find_all((nodes.Output, nodes.Assign, nodes.Getitem, nodes.Compare, nodes.Call)):
@@ -1030,6 +1033,12 @@ def _remarks(tokenizer: Any) -> str:
                 )
             return remarks
         except Unusable as refusal:
+            if rendering.is_exhausting(context.tokenizer.chat_template):
+                raise ModelError(
+                    "The chat template goes beyond its limits for a conversation of two words.",
+                    found=str(refusal),
+                    fix="Choose another with --chat-template, and do not use this model's.",
+                ) from None
             if isinstance(refusal.__context__, jinja2.TemplateSyntaxError):
                 raise ModelError(
                     "The chat template is no valid Jinja.",
@@ -1069,13 +1078,14 @@ def _render_all(conversations: Sequence[Sequence[Message]], context: Encoder) ->
         "documents": None,
         "add_generation_prompt": False,
     }
+    rows = [
+        {"messages": [{"role": turn.role, "content": turn.content} for turn in turns], **facts}
+        for turns in conversations
+    ]
     try:
-        return [
-            template.render(
-                messages=[{"role": turn.role, "content": turn.content} for turn in turns], **facts
-            )
-            for turns in conversations
-        ]
+        if isinstance(template, rendering.Template):
+            return list(template.render_all(rows))
+        return [template.render(**row) for row in rows]
     except (jinja2.TemplateError, ValueError, TypeError, AttributeError):
         return [None] * len(conversations)  # one is refused: each is then rendered on its own
 

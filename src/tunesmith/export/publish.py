@@ -17,7 +17,7 @@ def publish(
     `create` false the repository has to be there. Raises TunesmithError with the Hub's answer where that
     fails; the local model stays as it is.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     api = HfApi(token=token or None)
@@ -31,14 +31,15 @@ def publish(
             ignore_patterns=[CARRIED],
         )
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
-        said = next(iter(str(error).splitlines()), "")[:300]
+        said = next(iter(str(error).splitlines()), "")
+        for known in (token, get_token()):  # some clients quote the header that they could not send
+            said = said.replace(known, "***") if known else said
         mend = "Log in with `hf auth login`, check the name, and upload again with `tunesmith push`."
         if not create:
             mend = "Create the repository first (create_new=True), log in with `hf auth login`, or check the name."
         raise TunesmithError(
             f"The model was not uploaded to {repository}; it is whole in {folder}.",
-            # Some clients quote the header that they could not send.
-            found=f"{type(error).__name__}: {said.replace(token, '***') if token else said}",
+            found=f"{type(error).__name__}: {said[:300]}",
             fix=mend,
-        ) from (None if token else error)
+        ) from None
     return str(commit.repo_url)

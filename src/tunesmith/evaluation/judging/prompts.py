@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tunesmith.errors import RecipeError, nearest
 
@@ -58,21 +58,16 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
     """
     import yaml
 
+    from tunesmith.compose import read_layer
+
     shipped = (
         resources.files("tunesmith.evaluation.judging").joinpath("prompts.yaml").read_text(encoding="utf-8")
     )
     texts: dict[str, str] = yaml.safe_load(shipped)
     if path is None:
         return Prompts(texts, "shipped")
-    try:
-        own: Any = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(
-            f"The judge's prompts {path} cannot be read.",
-            found=str(error),
-            fix="Give a YAML file of texts by name (docs/judge.md).",
-        ) from None
-    if not isinstance(own, dict) or not all(isinstance(text, str) for text in own.values()):
+    own = read_layer(Path(path).expanduser(), what="judge's prompts", example="pairwise: TEXT")
+    if not all(isinstance(text, str) for text in own.values()):
         raise RecipeError(
             f"The judge's prompts {path} are not texts by name.", fix=f"Names: {', '.join(texts)}."
         )

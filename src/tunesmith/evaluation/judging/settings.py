@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
+from tunesmith.compose import check_passwords, read_layer
 from tunesmith.errors import RecipeError, nearest
 from tunesmith.recipe import Fraction, Section
 
@@ -80,19 +81,10 @@ class Judge(Section):
 
 def load_judge(given: str | Path) -> Judge:
     """The settings of a YAML or JSON file, or of `local:MODEL`. Raises RecipeError naming every problem."""
-    import yaml
-
     text = str(given)
     if text.startswith("local:"):
         return validated({"api": "local", "model": text.removeprefix("local:")}, text)
-    try:
-        layer: Any = yaml.safe_load(Path(text).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(
-            f"The judge's settings {text} cannot be read.",
-            found=str(error),
-            fix="Give a YAML file (docs/judge.md), or local:MODEL.",
-        ) from None
+    layer = read_layer(Path(text).expanduser(), what="judge's settings", example="model: NAME")
     return validated(layer, text)
 
 
@@ -104,6 +96,7 @@ def validated(layer: Any, source: str) -> Judge:
             found=repr(layer)[:80],
             fix="Write one `name: value` to a line, `model: NAME` at least (docs/judge.md).",
         )
+    check_passwords(layer, f"{source}: ")
     if "api_key" in layer:
         raise RecipeError(
             "A key does not belong into a file.",

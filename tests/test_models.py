@@ -222,7 +222,7 @@ def test_qlora_packs_the_base_into_nf4(tiny_model_folder, double):
     assert (layer.weight.quant_type, layer.compute_dtype) == ("nf4", torch.float32)
     assert layer.weight.compress_statistics is double
     assert type(model.lm_head).__name__ == "Linear"
-    assert models._four_bit(QLoRA(), device="cuda").bnb_4bit_compute_dtype == torch.bfloat16
+    assert models.four_bit(QLoRA(), device="cuda").bnb_4bit_compute_dtype == torch.bfloat16
 
 
 def test_trained_weights_keep_their_type_while_a_trainer_is_made():

@@ -67,8 +67,10 @@ if TYPE_CHECKING:
     from tunesmith.evaluation.compare import Comparison
     from tunesmith.evaluation.leakage import Leakage
     from tunesmith.evaluation.unseen import MeasuredOn
-    from tunesmith.export.artefact import Exported, Held
+    from tunesmith.export.artefact import Exported
     from tunesmith.export.merge import Merged
+    from tunesmith.export.parity import Held
+    from tunesmith.export.publish import Plan as PushPlan
     from tunesmith.generation import Generated
     from tunesmith.models import Kind
     from tunesmith.plan import Plan
@@ -1337,51 +1339,94 @@ def runs(output_dir: str | Path = OUTPUT_DIR) -> list[RunSummary]:
 
 
 def merge(
-    model: str | Path, *, output: str | Path | None = None, dtype: str = "auto", watch: Watch = _unwatched
+    model: str | Path | None = None,
+    *,
+    adapters: Sequence[str] = (),
+    output: str | Path | None = None,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    check: str = "auto",
+    rows: int = 50,
+    watch: Watch = _unwatched,
 ) -> Merged:
     """Merge a run's adapter, or an adapter's folder, into its base: whole weights that need no adapter.
 
-    Written to `output`, by default `<run>/merged_model` or `<adapter>_merged`, only where the merged model, read
-    back, answers as base and adapter do. `dtype` is how weights are stored (`auto`, `float32`, `float16`,
-    `bfloat16`). Raises TunesmithError where there is nothing to merge, where the folder is taken, and where the
-    check fails.
+    `adapters` are more of them, each `PATH` or `PATH=WEIGHT`: their changes are added up. Written to `output`,
+    by default `<run>/merged_model` or `<adapter>_merged`, tensor by tensor in files of at most `max_shard_size`, only
+    where every layer, and the whole model where it fits into memory (`check`: `auto`, `logits`, `layers`), read back
+    and asked up to `rows` held-out questions, answers as base and adapter do. `dtype` is how weights are stored
+    (`auto`, `float32`, `float16`, `bfloat16`). Raises TunesmithError where there is nothing to merge, where the
+    folder is taken, and where the check fails.
     """
     launch.require_one_process()
     quiet_libraries()
     from tunesmith.export import merge as merging
+    from tunesmith.export.weights import size_in_bytes
 
-    given = Path(model).expanduser()
-    from tunesmith.export.merge import run_behind
-
-    run = run_behind(given) if given.is_dir() else None
-    adapter = merging.adapter_of(model, run)
-    own = run is not None and adapter == run.final_model.resolve()
+    max_shard = size_in_bytes(max_shard_size)
+    given = [*([(str(model), 1.0)] if model is not None else []), *map(_weighted, adapters)]
+    if not given:
+        raise TunesmithError("There is nothing to merge.", fix="Name a run or an adapter's folder.")
+    parts = []
+    for name, weight in given:
+        path = Path(name).expanduser()
+        of_run = merging.run_behind(path) if path.is_dir() else None
+        parts.append(merging.Part(merging.adapter_of(name, of_run), weight, of_run))
+    adapter, run = parts[0].folder, parts[0].run
+    own = run is not None and adapter == run.final_model.resolve() and len(parts) == 1
     beside = run.path / "merged_model" if run and own else adapter.with_name(f"{adapter.name}_merged")
     folder = merging.free_place(Path(output).expanduser() if output else beside)
 
     def told(name: str, value: str, reason: str) -> None:
         watch({"kind": "decision", "name": name, "value": value, "reason": reason})
 
+    def counted(stage: str, done: int, total: int) -> None:
+        watch({"kind": "progress", "stage": stage, "done": done, "total": total})
+
     try:
-        return merging.merge(adapter, folder, run=run, dtype=dtype, progress=told)
+        return merging.merge(
+            parts,
+            folder,
+            dtype=dtype,
+            max_shard=max_shard,
+            check=check,
+            held=lambda model, tokenizer: _held_for(run, model, tokenizer, rows, watch),
+            progress=told,
+            counted=counted,
+        )
     except Exception as error:
         if mended := _as_ours(error):
             raise mended from error
         raise
 
 
+def _weighted(adapter: str) -> tuple[str, float]:
+    """`PATH=0.6` in its parts; a path alone, even one with such a name, has the weight 1."""
+    path, equals, weight = adapter.rpartition("=")
+    if not equals or Path(adapter).expanduser().is_dir():
+        return adapter, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise TunesmithError(
+            f"The weight of the adapter {path} is not a number.", found=weight, fix="Write it like PATH=0.6."
+        ) from None
+
+
 def export(
     model: str | Path,
     *,
     to: str = "gguf",
-    quant: str = "f16",
+    quant: str | None = None,
     output: str | Path | None = None,
+    max_shard_size: str = "5GB",
     rows: int = 50,
     watch: Watch = _unwatched,
 ) -> Exported:
-    """Write a run's model, an adapter or a model's folder as one file for another program, and prove it.
+    """Write a run's model, an adapter or a model's folder for another program, and prove it.
 
-    `to` is one of `export.artefact.TARGETS`, `quant` how weights are stored. Written to `output`, by default
+    `to` is one of `export.artefact.TARGETS`, `quant` how weights are stored, by default as its `DEFAULTS` say;
+    `max_shard_size` is for safetensors. Written to `output`, by default
     `<run>/exports/gguf-<quant>` or `<model>_gguf-<quant>`. The file is read back and asked up to `rows` held-out
     questions of the run (or some that ship): same prompt tokens, same greedy answers, logits within the stated
     tolerance, a score that is not worse. Where the verdict is bad the folder ends in `.failed`, and `passed` is false.
@@ -1391,8 +1436,11 @@ def export(
     quiet_libraries()
     from tunesmith import models as loading
     from tunesmith.export import artefact, merge
+    from tunesmith.export.weights import size_in_bytes
 
+    quant = quant or artefact.DEFAULTS.get(to, "")
     artefact.check_target(to, quant)
+    max_shard = size_in_bytes(max_shard_size)
     if rows < 1:
         raise TunesmithError(
             "Nothing is proven without questions.", found=f"rows = {rows}", fix="Give 1 or more."
@@ -1413,14 +1461,24 @@ def export(
         watch({"kind": "progress", "stage": stage, "done": done, "total": total})
 
     try:
+        folder = Path(output).expanduser() if output else beside
+
+        def held(model: Any, tokenizer: Any) -> Held:
+            return _held_for(run, model, tokenizer, rows, watch)
+
+        if to == "safetensors":
+            return artefact.export_weights(
+                source,
+                folder,
+                quant=quant,
+                run=run,
+                max_shard=max_shard,
+                held=held,
+                progress=told,
+                counted=counted,
+            )
         return artefact.export(
-            source,
-            Path(output).expanduser() if output else beside,
-            quant=quant,
-            run=run,
-            held=lambda model, tokenizer: _held_for(run, model, tokenizer, rows, watch),
-            progress=told,
-            counted=counted,
+            source, folder, to=to, quant=quant, run=run, held=held, progress=told, counted=counted
         )
     except Exception as error:
         if mended := _as_ours(error):
@@ -1431,21 +1489,26 @@ def export(
 def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Watch) -> Held:
     """Questions to prove an artefact with: held-out ones of the run behind it, or those that ship."""
     from tunesmith import dataflow, evaluation
+    from tunesmith import models as loading
     from tunesmith.evaluation import compare as comparing
     from tunesmith.evaluation.metrics import METRICS
     from tunesmith.export import merge
-    from tunesmith.export.artefact import Held
-    from tunesmith.export.parity import NEW_TOKENS, Question
+    from tunesmith.export.parity import NEW_TOKENS, Held, Question
 
     is_pair = bool(model.config.is_encoder_decoder)
-    if run is None:
+
+    def shipped(why: str) -> Held:
         asked = merge.shipped_questions(tokenizer, model, is_pair=is_pair)
-        return Held(
-            asked,
-            NEW_TOKENS,
-            lambda numbers, own, others: (None, "no run is behind this model, so there are no held-out rows"),
-        )
-    _, questions = _questions([run.path], None, None, {"evaluation": {"max_items": rows}}, watch)
+        return Held(asked, NEW_TOKENS, lambda numbers, own, others: (None, why))
+
+    if run is None:
+        return shipped("no run is behind this model, so there are no held-out rows")
+    if loading.is_reward(model):
+        return shipped("a reward model answers nothing")
+    try:
+        _, questions = _questions([run.path], None, None, {"evaluation": {"max_items": rows}}, watch)
+    except TunesmithError as error:
+        return shipped(f"the run's held-out rows cannot be asked: {error.problem}")
     recipe = questions.recipe
     found = evaluation.items(
         questions.examples,
@@ -1462,12 +1525,7 @@ def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Wat
         if METRICS[name].kind == "answer" and not METRICS[name].runs_code and METRICS[name].score
     ]
     if not usable:
-        asked = merge.shipped_questions(tokenizer, model, is_pair=is_pair)
-        return Held(
-            asked,
-            NEW_TOKENS,
-            lambda numbers, own, others: (None, "the run held out no questions that are answered"),
-        )
+        return shipped("the run held out no questions that are answered")
 
     def score(
         numbers: Sequence[int], own: Sequence[Generated], others: Sequence[Generated]
@@ -1492,7 +1550,7 @@ def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Wat
         return compared[0], None
 
     asked = [
-        Question(item.prompt_ids, merge.question_text(item.prompt, tokenizer))
+        Question(item.prompt_ids, merge.question_text(item.prompt, tokenizer), item.prompt)
         for item in usable
         if item.prompt
     ]
@@ -1506,20 +1564,107 @@ def push(
     private: bool = True,
     token: str | None = None,
     create: bool = True,
+    despite: bool = False,
+    watch: Watch = _unwatched,
 ) -> str:
-    """Upload a run's final model to the Hub and give its address.
+    """Upload a run's final model, or a merged model's folder, to the Hub and give its address.
 
-    Without a token the Hub client's own login is used; `create` makes the repository where it is missing.
+    Without a token the Hub client's own login is used; `create` makes the repository where it is missing. Raises
+    TunesmithError where a secret or what the model was trained on is found in the files, unless `despite`.
     """
     from tunesmith.export.publish import publish
 
-    opened = open_run(run)
-    repository = repository or opened.recipe().export.hub_model_id
+    folder, repository, behind = _pushed(run, repository)
+
+    def told(name: str, value: str, reason: str) -> None:
+        watch({"kind": "decision", "name": name, "value": value, "reason": reason})
+
+    address = publish(
+        folder,
+        repository,
+        private=private,
+        token=token,
+        create=create,
+        trained=_trained_texts(behind),
+        despite=despite,
+        told=told,
+    )
+    if behind:
+        behind.event("decision", name="published", value=address, reason="tunesmith push")
+    return address
+
+
+def push_plan(run: str | Path, *, repository: str | None = None, private: bool = True) -> PushPlan:
+    """What `push` would send, looked through for secrets and for what was trained on; nothing is asked of the Hub."""
+    from tunesmith.export.publish import planned
+
+    folder, repository, behind = _pushed(run, repository)
+    return planned(folder, repository, private=private, trained=_trained_texts(behind))
+
+
+def _pushed(run: str | Path, repository: str | None) -> tuple[Path, str, Run | None]:
+    """The folder that is uploaded, where to, and the run behind it."""
+    from tunesmith.export.merge import run_behind
+
+    path = Path(run).expanduser()
+    if not is_run(path) and (path / "config.json").is_file():
+        behind = run_behind(path)
+        folder = path
+    else:
+        behind = open_run(run)
+        folder = behind.final_model
+        if not folder.is_dir():
+            raise RunError(f"The run {behind.path} has no final model.", found=f"state '{behind.state()}'")
+    if folder.name.endswith(".failed"):
+        raise TunesmithError(
+            f"{folder} did not pass its check.", found="its parity.json says why", fix="Push the adapter."
+        )
+    repository = repository or (behind.recipe().export.hub_model_id if behind else None)
     if not repository:
         raise TunesmithError("Where to upload is missing.", fix="Give --hub-model-id owner/name.")
-    if not opened.final_model.is_dir():
-        raise RunError(f"The run {opened.path} has no final model.", found=f"state '{opened.state()}'")
-    return publish(opened.final_model, repository, private=private, token=token, create=create)
+    return folder, repository, behind
+
+
+def _trained_texts(run: Run | None) -> list[str] | None:
+    """All texts of the rows that a run was trained or validated on; None where they are not here."""
+    from tunesmith import dataflow
+    from tunesmith.data.examples import texts
+    from tunesmith.data.splitting import TRAIN, VALIDATION
+
+    if run is None:
+        return None
+    try:
+        splits = dataflow.splits(run.recipe())
+    except TunesmithError:
+        return None
+    return [text for example in splits.examples(TRAIN, VALIDATION) for text in texts(example)]
+
+
+def pull(
+    repository: str,
+    *,
+    output: str | Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Path:
+    """Fetch a model from the Hub, never code or pickles, to `output`, by default a folder of the repository's name.
+
+    `repository` may be a run that was pushed from here: then what it was pushed to.
+    """
+    from tunesmith.export.publish import fetch
+
+    if is_run(Path(repository).expanduser()):
+        run = open_run(repository)
+        told = [e["value"] for e in run.events() if e["kind"] == "decision" and e["name"] == "published"]
+        if not told:
+            raise RunError(f"The run {run.path} was not pushed.", fix="Name the repository, owner/name.")
+        repository = "/".join(str(told[-1]).rstrip("/").split("/")[-2:])
+    return fetch(
+        repository,
+        Path(output).expanduser() if output else Path(repository.rpartition("/")[2]),
+        revision=revision,
+        token=token,
+    )
 
 
 def show(what: str, name: str | None = None) -> list[dict[str, Any]]:
@@ -1810,7 +1955,12 @@ def _published(recipe: Recipe, run: Run) -> str | None:
         return None
     from tunesmith.export.publish import publish
 
-    address = publish(run.final_model, recipe.export.hub_model_id, private=recipe.export.hub_private)
+    address = publish(
+        run.final_model,
+        recipe.export.hub_model_id,
+        private=recipe.export.hub_private,
+        trained=_trained_texts(run),
+    )
     run.event("decision", name="published", value=address, reason="push_to_hub")
     return address
 

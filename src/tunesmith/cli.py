@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from tunesmith.data.validation import Report
     from tunesmith.export.artefact import Exported
     from tunesmith.export.merge import Merged
+    from tunesmith.export.publish import Plan as PushPlan
     from tunesmith.plan import Plan
     from tunesmith.training.find_lr import RateSearch
 
@@ -942,8 +943,14 @@ MERGE_HELP = """Merge an adapter into its base: whole weights in one folder, che
 @app.command("merge", help=MERGE_HELP)
 @verb
 def merge_verb(
-    model: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's or an adapter's folder.")],
+    model: Annotated[
+        str | None, typer.Argument(metavar="[RUN_OR_ADAPTER]", help="A run's or an adapter's folder.")
+    ] = None,
     *,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH=WEIGHT", help="A run or adapter of the same base, whose change is added."),
+    ] = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -956,17 +963,35 @@ def merge_verb(
             metavar="auto|float32|float16|bfloat16", help="How weights are stored; `auto` as the base's are."
         ),
     ] = "auto",
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights.")] = "5GB",
+    check: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|logits|layers",
+            help="Whether the whole model is asked beside each layer: if it fits.",
+        ),
+    ] = "auto",
+    rows: Annotated[int, typer.Option(help="Held-out questions that the whole model is asked.")] = 50,
     quiet: bool,
 ) -> Any:
     """Merge."""
     from tunesmith import api
 
     with Display(quiet=quiet) as display:
-        merged = api.merge(model, output=output, dtype=dtype, watch=display)
+        merged = api.merge(
+            model,
+            adapters=adapter or (),
+            output=output,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            check=check,
+            rows=rows,
+            watch=display,
+        )
     return merged.as_dict(), _merged_text(merged)
 
 
-EXPORT_HELP = """Write a model as one GGUF file for llama.cpp and Ollama, and prove that it answers as the model does.
+EXPORT_HELP = """Write a model for another program (GGUF, ONNX, safetensors), and prove that it answers as it did.
 
 `tunesmith export fine_tuned_models/support-lora --quant q8_0`"""
 
@@ -978,19 +1003,24 @@ def export_verb(
         str, typer.Argument(metavar="RUN_OR_MODEL", help="A run's, an adapter's or a model's folder.")
     ],
     *,
-    to: Annotated[str, typer.Option(metavar="gguf", help="What is written.")] = "gguf",
+    to: Annotated[str, typer.Option(metavar="gguf|onnx|safetensors", help="What is written.")] = "gguf",
     quant: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="f32|f16|bf16|q8_0|q5_1|q5_0|q4_1|q4_0", help="How weights are stored in the file."
+            metavar="f32|f16|bf16|q8_0|q5_1|q5_0|q4_1|q4_0",
+            help="How weights are stored: of GGUF all of these, f16 if not said; of safetensors the first three, as "
+            "they were if not said; of ONNX f32.",
         ),
-    ] = "f16",
+    ] = None,
     output: Annotated[
         str | None,
         typer.Option(
-            help="Folder of the file; by default `<run>/exports/gguf-<quant>` or `<model>_gguf-<quant>`."
+            help="Folder of the file; by default `<run>/exports/<to>-<quant>` or `<model>_<to>-<quant>`."
         ),
     ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest file, of safetensors.")
+    ] = "5GB",
     rows: Annotated[int, typer.Option(help="Held-out questions that the file is proven with.")] = 50,
     quiet: bool,
 ) -> Any:
@@ -998,7 +1028,9 @@ def export_verb(
     from tunesmith import api
 
     with Display(quiet=quiet) as display:
-        exported = api.export(model, to=to, quant=quant, output=output, rows=rows, watch=display)
+        exported = api.export(
+            model, to=to, quant=quant, output=output, max_shard_size=max_shard_size, rows=rows, watch=display
+        )
     return exported.as_dict(), _exported_text(exported)
 
 
@@ -1084,20 +1116,69 @@ def judge_verb(
     return {**found, **failed}, _judged_text(found, Path(found["output"]))
 
 
-@app.command("push", help="Upload a run's final model to the Hugging Face Hub.")
+PUSH_HELP = """Upload a run's final model, or a merged model, to the Hugging Face Hub, looked through for secrets first.
+
+`tunesmith push fine_tuned_models/support-lora me/support --dry-run`"""
+
+
+@app.command("push", help=PUSH_HELP)
 @verb
 def push_verb(
-    run: Annotated[str, typer.Argument(help="The run's folder.")],
+    run: Annotated[str, typer.Argument(help="The run's folder, or a merged model's.")],
+    repository: Annotated[
+        str | None, typer.Argument(metavar="[REPO]", help="Repository, `owner/name`.")
+    ] = None,
     *,
-    hub_model_id: Annotated[str | None, typer.Option(help="Repository, `owner/name`.")] = None,
+    hub_model_id: Annotated[str | None, typer.Option(help="The same, as an option.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Create the repository as public.")] = False,
+    create: Annotated[bool, typer.Option(help="Create the repository where it is missing.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")
+    ] = False,
+    despite_findings: Annotated[
+        bool, typer.Option("--despite-findings", help="Send it in spite of what was found in it.")
+    ] = False,
     quiet: bool,
 ) -> Any:
     """Push."""
     from tunesmith import api
 
-    address = api.push(run, repository=hub_model_id, private=not public)
+    if repository and hub_model_id and repository != hub_model_id:
+        raise TunesmithError(
+            "Two repositories are named.", found=f"{repository}, {hub_model_id}", fix="Name one."
+        )
+    wanted = repository or hub_model_id
+    if dry_run:
+        plan = api.push_plan(run, repository=wanted, private=not public)
+        return plan.as_dict(), _push_text(plan)
+    with Display(quiet=quiet) as display:
+        address = api.push(
+            run, repository=wanted, private=not public, create=create, despite=despite_findings, watch=display
+        )
     return {"run": run, "url": address}, address
+
+
+PULL_HELP = """Fetch a model from the Hugging Face Hub into a folder: weights, settings, tokenizer and card, never code.
+
+`tunesmith pull me/support`"""
+
+
+@app.command("pull", help=PULL_HELP)
+@verb
+def pull_verb(
+    repository: Annotated[
+        str, typer.Argument(metavar="REPO", help="Repository, `owner/name`, or a run that was pushed.")
+    ],
+    *,
+    output: Annotated[str | None, typer.Option(help="Folder; by default the repository's name.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    quiet: bool,
+) -> Any:
+    """Pull."""
+    from tunesmith import api
+
+    folder = api.pull(repository, output=output, revision=revision)
+    return {"repository": repository, "folder": str(folder)}, str(folder)
 
 
 @app.command(
@@ -1379,9 +1460,30 @@ def _merged_text(merged: Merged) -> Any:
 
     facts = [
         ("merged", str(merged.folder)),
-        ("weights", f"{merged.parameters:,} parameters in {merged.dtype}, base {merged.base}"),
-        ("check", f"passed: {merged.check.sentence()}"),
+        (
+            "weights",
+            f"{merged.parameters:,} parameters in {merged.dtype}, "
+            f"{counted(len(merged.shards), 'file')}, base {merged.base}",
+        ),
+        ("check", "passed"),
+        *(("", line) for line in merged.parity.sentences()),
         *(("note", note) for note in merged.notes),
+    ]
+    return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
+
+
+def _push_text(plan: PushPlan) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    facts = [
+        ("to", f"{plan.repository}, created {'private' if plan.private else 'public'} where it is missing"),
+        *(("file", f"{size / 1e6:>10,.2f} MB  {name}") for name, size in plan.files),
+        ("sent", f"{counted(len(plan.files), 'file')}, {plan.size / 1e6:,.1f} MB"),
+        *(("not sent", name) for name in plan.left),
+        *(("FOUND", line) for line in plan.findings),
+        *(("note", note) for note in plan.notes),
+        *([] if plan.findings else [("found", "no secret and no trained text in what would be sent")]),
     ]
     return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
 

@@ -135,6 +135,33 @@ def _check(folder: Path, state: tuple[tuple[str | int, ...], ...]) -> None:
     check_folder(folder)
 
 
+WANTED = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "README.md",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+)
+"""Files of a Hub model that are read: weights in safetensors, what describes them, and under what terms."""
+
+
+def folder_of(base: str, *, revision: str | None = None) -> Path:
+    """The folder with a model's files, downloaded where it is the Hub's. Raises ModelError where there is none."""
+    location = locate(base, revision=revision)
+    if Path(location).is_dir():
+        return Path(location)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(location, revision=revision, allow_patterns=list(WANTED)))
+    except Exception as error:  # the network's many ways to fail come as many types
+        raise _not_loaded("model", base, error) from error
+
+
 def files_of(folder: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of change of each file of a folder: what tells one state of a model from another."""
     return sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file())
@@ -419,7 +446,7 @@ def load_model(
     if quantize:
         place = 0 if device == "cuda" else device
         options |= {
-            "quantization_config": _four_bit(quantize, head, device=device),
+            "quantization_config": four_bit(quantize, head, device=device),
             "device_map": {"": place},
         }
     is_adapter = (Path(location) / "adapter_config.json").is_file()
@@ -677,7 +704,8 @@ def require_four_bits() -> None:
         raise MissingExtra("bitsandbytes", "QLoRA", install="'tunesmith[qlora]'")
 
 
-def _four_bit(adapter: QLoRA, head: Head | None = None, *, device: str) -> Any:
+def four_bit(adapter: QLoRA, head: Head | None = None, *, device: str) -> Any:
+    """How weights are packed into 4 bits, as transformers is told. Raises MissingExtra without bitsandbytes."""
     import torch
     from transformers import BitsAndBytesConfig
 

@@ -129,6 +129,14 @@ def test_weights_are_stored_as_asked_for(quant, tmp_path, tokenizer):
     assert made.tensors["F32"] >= 1
 
 
+def test_the_modelfile_has_the_context_that_the_file_holds(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
+    saved("mistral, a window", tmp_path / "model", tokenizer)
+    made = api.export(tmp_path / "model", output=tmp_path / "out")
+    assert gguf.GGUFReader(made.file).get_field("llama.context_length").contents() == 64
+    assert "PARAMETER num_ctx 64\n" in (made.folder / "Modelfile").read_text()
+
+
 def test_a_sliding_window_shortens_the_context_and_says_so(tmp_path, tokenizer):
     _, made = written("mistral, a window", tmp_path, tokenizer)
     field = gguf.GGUFReader(made.file).get_field("llama.context_length")

@@ -17,7 +17,7 @@ from tunesmith.cli import app
 from tunesmith.compose import compose, overlaid
 from tunesmith.errors import ModelError, RunError, TunesmithError
 from tunesmith.export import merge as merging
-from tunesmith.export import parity
+from tunesmith.export import parity, weights
 from tunesmith.export.parity import Answered
 from tunesmith.training.run import Run
 
@@ -87,6 +87,8 @@ ADAPTERS = {
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "bias": {"bias": "lora_only"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
 }
 
 
@@ -97,7 +99,9 @@ ADAPTERS = {
         for family in FAMILIES
         for kind in ADAPTERS
         # Each kind on the first family, and each family with what its layers do to weights.
-        for is_first in [family == "llama" or kind == "lora" or (family, kind) == ("t5", "dora")]
+        for is_first in [
+            (family == "llama" and kind != "olora") or kind == "lora" or (family, kind) == ("t5", "dora")
+        ]
     ],
 )
 def test_merged_weights_are_plain_and_answer_as_base_and_adapter(adapter, bases, family, kind, tmp_path):
@@ -240,19 +244,202 @@ def test_weights_are_stored_as_the_base_s_are(bases, tmp_path):
     assert whole.check.tolerance < merged.check.tolerance
 
 
-def test_an_adapter_of_a_quantized_base_is_merged_into_whole_weights_and_that_is_said(trained):
-    """What can be shown without CUDA: the recipe says QLoRA, nothing is quantized, type and note are right."""
-    run = trained()
-    text = (run.path / "recipe.yaml").read_text()
-    (run.path / "recipe.yaml").write_text(text.replace("kind: lora", "kind: qlora"))
-    weights = run.final_model / "adapter_model.safetensors"
-    save_file({n: t.to(torch.float16) for n, t in load_file(weights).items()}, weights, {"format": "pt"})
+def test_qlora_is_merged_into_the_weights_it_was_trained_on(trained, bases, question_file):
+    """Against transformers and PEFT with the base packed into 4 bits by themselves; the whole base is further off."""
+    import peft
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    pytest.importorskip("bitsandbytes")
+    run = trained(adapter={"kind": "qlora"})
     merged = api.merge(run.path)
-    assert merged.dtype == "float16"
-    assert {t.dtype for t in load_file(merged.folder / "model.safetensors").values()} == {torch.float16}
-    [note] = merged.notes
-    assert "4-bit base" in note
-    assert note in (merged.folder / "README.md").read_text()
+    packed = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_use_double_quant=run.recipe().adapter.double_quantization,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(bases["llama"], quantization_config=packed)
+    models._keep_packing(base)
+    tuned = peft.PeftModel.from_pretrained(base, run.final_model).eval()
+    ids = torch.arange(4, 40)[None]
+    with torch.inference_mode():
+        expected = tuned(input_ids=ids).logits.float()
+    (_, found), (_, whole) = plain(merged.folder, "llama"), plain(run.final_model, "llama")
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (whole - expected).abs().max() > 1e-3 * expected.abs().max(), "rounding to 4 bits shows"
+    assert merged.parity.layers.passed
+    assert merged.parity.prompts == merged.parity.same_prompts == 14
+    assert "rounded to 4 bits" in merged.notes[0]
+    assert merged.notes[0] in (merged.folder / "README.md").read_text()
+    assert merged.dtype == "float32"
+    kept = run.final_model / "adapter_model.safetensors"
+    save_file({n: t.to(torch.float16) for n, t in load_file(kept).items()}, kept, {"format": "pt"})
+    config = models.configuration(str(bases["llama"]))
+    assert merging._stored("auto", config, run.final_model, is_quantized=True)[0] == "float16"
+    assert json.loads((merged.folder / "parity.json").read_text())["score"]["n"] == 14
+
+
+def test_shards_are_indexed_and_hold_every_tensor_once(adapter, bases):
+    source = adapter(target_modules=["q_proj", "down_proj", "embed_tokens"])
+    whole = api.merge(source, output=source.with_name("whole"))
+    merged = api.merge(source, output=source.with_name("sharded"), max_shard_size="8KB")
+    assert len(merged.shards) > 2
+    files = {shard: load_file(merged.folder / shard) for shard in merged.shards}
+    index = json.loads((merged.folder / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: shard for shard, held in files.items() for name in held}
+    sizes = [sum(t.nbytes for t in held.values()) for held in files.values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert all(size <= 8000 or len(held) == 1 for size, held in zip(sizes, files.values(), strict=True))
+    one = load_file(whole.folder / "model.safetensors")
+    assert one.keys() == index["weight_map"].keys()
+    assert all(torch.equal(one[name], held[name]) for held in files.values() for name in held)
+    assert torch.equal(plain(merged.folder, "llama")[1], plain(whole.folder, "llama")[1])
+    with pytest.raises(TunesmithError, match="500MB"):
+        api.merge(source, output=source.with_name("x"), max_shard_size="much")
+
+
+def test_adapters_are_added_up_with_their_weights_as_peft_does(adapter, bases, tmp_path):
+    """`cat` of add_weighted_adapter is the exact sum; `linear` is not."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    one = adapter(name="one")
+    two = made_adapter(bases["llama"], tmp_path / "two", "llama", r=2, lora_alpha=4, use_rslora=True)
+    merged = api.merge(adapters=[f"{one}=0.6", f"{two}=-0.25"], output=tmp_path / "sum")
+    tuned = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases["llama"]), one, "one")
+    tuned.load_adapter(two, "two")
+    tuned.base_model.add_weighted_adapter(["one", "two"], [0.6, -0.25], "sum", combination_type="cat")
+    tuned.set_adapter("sum")
+    with torch.inference_mode():
+        expected = tuned.eval()(input_ids=torch.arange(4, 40)[None]).logits
+    _, found = plain(merged.folder, "llama")
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert merged.check.passed
+    assert merged.adapter == "0.6 x one + -0.25 x two"
+    assert "sum of adapters `0.6 x one" in (merged.folder / "README.md").read_text()
+    same = api.merge(one, adapters=[f"{two}=0"], output=tmp_path / "same")
+    assert torch.allclose(plain(same.folder, "llama")[1], plain(one, "llama")[1], atol=1e-5)
+
+    dora = adapter(name="dora", use_dora=True)
+    with_dora = api.merge(one, adapters=[f"{dora}=0.5"], output=tmp_path / "with_dora")
+    assert with_dora.check is None
+    assert with_dora.parity.layers.passed
+    assert "PEFT adds up no adapters but" in with_dora.parity.unproven
+    with pytest.raises(TunesmithError, match="not a number"):
+        api.merge(adapters=[f"{one}=much"])
+    with pytest.raises(TunesmithError, match="nothing to merge"):
+        api.merge()
+
+
+def test_adapters_of_two_bases_are_not_added_up(adapter, bases, tmp_path):
+    one = adapter(name="one")
+    other = tmp_path / "other"
+    shutil.copytree(bases["llama"], other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({n: t + 0.1 for n, t in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    two = made_adapter(other, tmp_path / "two", "llama")
+    with pytest.raises(ModelError, match=r"(?s)different bases.*other"):
+        api.merge(one, adapters=[str(two)])
+
+
+def test_a_model_too_large_to_be_asked_is_checked_layer_by_layer(adapter, monkeypatch):
+    from tunesmith import devices
+
+    monkeypatch.setattr(devices, "available", lambda: 1000)
+    monkeypatch.setattr(models, "load_model", lambda *a, **k: pytest.fail("the whole model was loaded"))
+    merged = api.merge(adapter())
+    assert merged.check is None
+    assert "0.0 GB are free" in merged.parity.unproven
+    layers = merged.parity.layers
+    assert (layers.changed, layers.copied, layers.wrong) == (8, 30, ())
+    assert 0 <= layers.largest_difference <= 1e-5
+    assert merged.parity.same_prompts == 4
+    assert "not asked as a whole" in (merged.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("harmed", "said"),
+    [("q_proj", "largest difference"), ("norm", "layernorm.weight read back as something else")],
+)
+def test_a_harmed_layer_is_found_without_the_whole_model(adapter, monkeypatch, harmed, said):
+    right = weights._Shards.add
+
+    def wrong(shards, name, tensor):
+        right(shards, name, tensor * (1.001 if harmed in name else 1))
+
+    monkeypatch.setattr(weights._Shards, "add", wrong)
+    with pytest.raises(ModelError, match=said):
+        api.merge(adapter(), check="layers")
+
+
+def test_whole_weights_are_written_in_another_type_and_in_smaller_files(bases, tmp_path):
+    made = api.export(
+        bases["llama"], to="safetensors", quant="bf16", max_shard_size="6KB", output=tmp_path / "out"
+    )
+    assert (made.passed, made.quant, made.target) == (True, "bfloat16", "safetensors")
+    before = load_file(bases["llama"] / "model.safetensors")
+    after = {n: t for p in made.folder.glob("*.safetensors") for n, t in load_file(p).items()}
+    assert len(list(made.folder.glob("*.safetensors"))) > 1
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[n].to(torch.bfloat16), t) for n, t in after.items())
+    assert (made.parity.layers.changed, made.parity.layers.copied) == (0, len(before))
+    assert made.parity.check.largest_difference > 0, "rounding shows"
+    assert "These are the weights of" in (made.folder / "README.md").read_text()
+    assert json.loads((made.folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_an_adapter_is_written_as_safetensors(adapter, tmp_path):
+    source = adapter()
+    made = api.export(source, to="safetensors", output=tmp_path / "out")
+    assert torch.allclose(plain(made.folder, "llama")[1], plain(source, "llama")[1], atol=1e-5)
+    with pytest.raises(TunesmithError, match="not stored as 'q8_0' in safetensors"):
+        api.export(source, to="safetensors", quant="q8_0")
+
+
+def test_a_reader_without_logits_is_compared_by_answers(bases):
+    """As a server is: the same prompts and answers, and one that answers otherwise."""
+    from tunesmith.generation import Generated
+
+    model, tokenizer = (
+        models.load_model(str(bases["llama"])).eval(),
+        models.load_tokenizer(str(bases["llama"])),
+    )
+    asked = merging.shipped_questions(tokenizer, model, is_pair=False)
+    right = parity.folder_reader(bases["llama"])
+    server = parity.Reader("a server", right.tokens, right.greedy, None)
+    held = parity.Held(asked, 6, lambda numbers, own, others: (None, "not scored"))
+    found = parity.verdict(model, tokenizer, server, held, artefact="served", quant="float32")
+    assert found.passed
+    assert (found.same_prompts, found.check.same_answers, found.check.positions) == (4, 4, 0)
+    assert "gives no logits to compare" in found.check.sentence()
+    other = parity.Reader(
+        "a server", lambda q: q.ids[1:], lambda ids, room: Generated((5,), "x", "stop"), None
+    )
+    found = parity.verdict(model, tokenizer, other, held, artefact="served", quant="float32")
+    assert not found.passed
+    assert found.problems()[0] == "4 of 4 prompts are read as other tokens"
+
+
+def test_what_changes_more_than_a_matrix_is_merged_in_memory_and_that_is_said(adapter):
+    source = adapter(trainable_token_indices={"embed_tokens": [5, 6]})
+    merged = api.merge(source)
+    assert "in memory and not tensor by tensor: the adapter has trainable_token_indices" in merged.notes[0]
+    assert merged.parity.layers is None
+    (_, expected), (_, found) = plain(source, "llama"), plain(merged.folder, "llama")
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_the_base_s_licence_goes_with_what_is_made_from_it(bases, tmp_path):
+    base = tmp_path / "licensed"
+    shutil.copytree(bases["llama"], base)
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: own-terms\n---\n# Base\n")
+    (base / "LICENSE.txt").write_text("Only on Sundays.")
+    merged = api.merge(made_adapter(base, tmp_path / "adapter", "llama"))
+    card = (merged.folder / "README.md").read_text()
+    assert card.startswith("---\ntags:\n- tunesmith\nlibrary_name: transformers\nlicense: other\n")
+    assert "The base `licensed` is under `own-terms`" in card
+    assert (merged.folder / "LICENSE.txt").read_text() == "Only on Sundays."
+    # and on, from what is made from that
+    again = api.merge(made_adapter(merged.folder, tmp_path / "again", "llama"))
+    assert "license_name: own-terms" in (again.folder / "README.md").read_text()
 
 
 def test_the_base_s_revision_is_written_into_the_adapter(bases):
@@ -381,19 +568,18 @@ def test_a_taken_place_is_refused_and_kept(adapter, tmp_path):
 
 
 def test_a_wrong_merge_fails_the_check_and_gets_no_folder(adapter, tmp_path, monkeypatch):
-    source, right = adapter("t5"), models.merged
+    source, right = adapter("t5"), weights._Shards.add
 
-    def wrong(model):
-        found = right(model)
-        found.get_output_embeddings().weight.data[:, 0] += 0.5
-        return found
+    def wrong(shards, name, tensor):
+        right(shards, name, tensor + (0.5 if name.endswith("SelfAttention.q.weight") else 0))
 
-    monkeypatch.setattr(models, "merged", wrong)
+    monkeypatch.setattr(weights._Shards, "add", wrong)
     result = CliRunner().invoke(app, ["merge", str(source), "--json"])
     shown = json.loads(result.stdout.strip().splitlines()[-1])
     assert result.exit_code == shown["exit_code"] == 1
     assert "does not answer as base and adapter do" in shown["problem"]
     assert "largest difference of a logit" in shown["found"]
+    assert "changed layers answer as in parts, largest difference" in shown["found"]
     assert not (tmp_path / "adapter_merged").exists()
     facts = json.loads((tmp_path / "adapter_merged.failed" / "merge.json").read_text())
     assert facts["check"]["passed"] is False
@@ -402,7 +588,9 @@ def test_a_wrong_merge_fails_the_check_and_gets_no_folder(adapter, tmp_path, mon
 def test_the_verb_prints_the_check(adapter, tmp_path):
     result = CliRunner().invoke(app, ["merge", str(adapter("bart")), "--output", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
-    assert "passed: largest difference of a logit" in result.stdout
+    assert "check     passed" in result.stdout
+    assert "largest difference of a logit" in result.stdout
+    assert "4 of 4 prompts are the same tokens" in result.stdout
     assert "4 of 4 greedy answers have the same tokens" in result.stdout
     facts = json.loads(
         CliRunner()
@@ -415,14 +603,10 @@ def test_the_verb_prints_the_check(adapter, tmp_path):
 
 
 def test_a_stop_leaves_nothing_behind(adapter, tmp_path, monkeypatch):
-    asked = merging.answered
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
 
-    def stopped(model, *arguments, **options):
-        if "along" in options:
-            raise KeyboardInterrupt
-        return asked(model, *arguments, **options)
-
-    monkeypatch.setattr(merging, "answered", stopped)
+    monkeypatch.setattr(parity, "compared", stopped)
     source = adapter()
     with pytest.raises(KeyboardInterrupt):
         api.merge(source)

@@ -88,11 +88,14 @@ def opened(file: Path, *, length: int, threads: int | None = None) -> Iterator[L
 
 
 def tokenized(loaded: Loaded, text: str) -> list[int]:
-    """Ids of a text that holds its special tokens already; of an encoder-decoder model, whose text holds none, with
-    what the file says is added."""
+    """Ids of a text that a template has written with its special tokens. To that of an encoder-decoder model the file
+    has its end added; llama.cpp's server then takes the template's own away, and so does this."""
     import llama_cpp as cpp
 
     raw = text.encode()
+    if loaded.is_pair and cpp.llama_vocab_get_add_eos(loaded.vocabulary):
+        end = cpp.llama_vocab_get_text(loaded.vocabulary, cpp.llama_vocab_eos(loaded.vocabulary))
+        raw = raw.removesuffix(end)
     room = len(raw) + 8
     ids = (cpp.llama_token * room)()
     count = cpp.llama_tokenize(loaded.vocabulary, raw, len(raw), ids, room, loaded.is_pair, True)

@@ -98,8 +98,25 @@ def write_report(run_dir: Path) -> Path:
         files=[(file, about) for file, about in FILES.items() if (run.path / file).exists()],
         problems=problems,
         judged=_judged(run, problems),
+        shipped=_shipped(run, problems),
     )
     return write_whole(run.path / "report.html", text)
+
+
+def _shipped(run: Run, problems: list[str]) -> list[dict[str, Any]]:
+    """What was made of the run's model to ship it, each with its verdict: the merged model, GGUF files."""
+    found = []
+    for file in sorted([*run.path.glob("*/parity.json"), *run.path.glob("exports/*/parity.json")]):
+        name = str(file.relative_to(run.path))
+        content = _json(run, name, problems)
+        try:
+            if content:
+                lines = [*content["problems"], *content["sentences"]]
+                found.append({"name": str(file.parent.relative_to(run.path)), "artefact": content["artefact"],
+                              "passed": content["passed"] is True, "lines": lines})  # fmt: skip
+        except (KeyError, TypeError) as error:
+            problems.append(f"{name} holds no verdict: {error!r}")
+    return found
 
 
 def _judged(run: Run, problems: list[str]) -> list[dict[str, Any]]:

@@ -182,6 +182,29 @@ def carry(folder: Path, run: Run, splits: Splits, base: str) -> None:
     write_whole(folder / CARRIED, json.dumps(facts, indent=1))
 
 
+def carry_together(sources: Sequence[Path], folder: Path) -> list[str]:
+    """Have a model that is made from others carry what they carry; the names of those that carry nothing."""
+    from tunesmith.training.run import write_whole
+
+    left = [source.name for source in sources if not (source / CARRIED).is_file()]
+    if len(sources) == 1:
+        if not left:
+            write_whole(folder / CARRIED, (sources[0] / CARRIED).read_text(encoding="utf-8"))
+        return []
+    told = [one for source in sources if (one := carried(source))]
+    groups = {mark for one in told for mark in one.marks if mark.startswith("group ")}
+    plain = {mark for one in told for mark in one.marks} - groups
+    if told:
+        facts = {
+            "run": " + ".join(one.run for one in told),
+            "rows": "64-bit hashes of the questions that were trained or validated on, and of their groups",
+            "questions": _packed(int(mark) for mark in plain),
+            "groups": _packed(int(mark.removeprefix("group ")) for mark in groups),
+        }
+        write_whole(folder / CARRIED, json.dumps(facts, indent=1))
+    return left
+
+
 def carried(folder: Path) -> Carried | None:
     """What a model's folder tells; None where it tells nothing. Raises ModelError for a damaged file."""
     file = folder / CARRIED

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
@@ -104,6 +106,10 @@ How an input is written is stored with the tokenizer as its chat template: `toke
 The chat template is stored with the tokenizer; prompts rendered with another one are not what was measured.
 {%- endif %}
 
+## Licence
+
+{{ licence }}
+
 ## Limits
 
 {% if lines -%}
@@ -138,6 +144,10 @@ model = AutoModelFor{{ auto }}.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
+## Licence
+
+{{ licence }}
+
 ## Limits
 
 - Nothing was measured here but that it answers as base and adapter do.
@@ -161,7 +171,7 @@ def write_card(run: Run, comparisons: Sequence[Comparison]) -> None:
     Folders of this machine are shortened to their names: a card travels with the model.
     """
     adapter = (run.final_model / "adapter_config.json").exists()
-    write_whole(run.final_model / "README.md", _card(run, comparisons, adapter=adapter))
+    write_whole(run.final_model / "README.md", _card(run, run.final_model, comparisons, adapter=adapter))
 
 
 def write_merged_card(
@@ -172,18 +182,79 @@ def write_merged_card(
     if run:
         kept = (run.read("evaluation/comparison.json") or {}).get("comparisons", [])
         compared = [Comparison(**c) for c in kept]
-        text = _card(run, compared, adapter=False, merged=merged, notes=notes)
+        text = _card(run, folder, compared, adapter=False, merged=merged, notes=notes)
     else:
         facts: dict[str, Any] = {"tags": ["tunesmith"], "library_name": "transformers"}
+        terms, files = _terms(folder, base)
+        facts |= terms
         text = _compiled(MERGED_CARD).render(
             front_matter=yaml.safe_dump({**facts, **_base_fact(base)}, sort_keys=False),
             name=folder.name.removeprefix(".").removesuffix(".tmp"),
             merged=merged,
             notes=notes,
             auto=AUTO[kind],
+            licence=_licence(base, terms, files),
             version=metadata.version("tunesmith"),
         )
     write_whole(folder / "README.md", text)
+
+
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""Files of a model's folder that say under what terms it may be used."""
+
+
+def copy_licences(source: Path, folder: Path) -> None:
+    """Copy a base's licence files, which many licences ask for, and keep what its model card says of its licence."""
+    for pattern in LICENCES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copy2(file, folder / file.name)
+    if terms := terms_of(source):
+        write_whole(folder / TERMS, json.dumps(terms, indent=1))
+
+
+TERMS = "base_terms.json"
+"""The licence in a base's model card, which travels with what is made from it."""
+
+
+def terms_of(folder: Path) -> dict[str, str]:
+    """`license` and its kin, as a folder's model card has them; empty where it says nothing."""
+    try:
+        if (folder / TERMS).is_file():
+            said = json.loads((folder / TERMS).read_text(encoding="utf-8"))
+        else:
+            _, front, _ = (folder / "README.md").read_text(encoding="utf-8").split("---", 2)
+            said = yaml.safe_load(front)
+        names = ("license", "license_name", "license_link")
+        return {name: str(said[name]) for name in names if said.get(name)}
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return {}
+
+
+def _licence(base: str, terms: dict[str, str], files: Sequence[str]) -> str:
+    """What is known of the terms under which a base may be passed on."""
+    copied = f" Its {' and '.join(f'`{name}`' for name in files)} lie beside this card." if files else ""
+    if not terms:
+        return (
+            f"The model card of the base `{base}` names no licence here.{copied} These weights are made from it: look "
+            "up its terms, and those of the data, before you pass them on."
+        )
+    named = terms.get("license_name") or terms.get("license", "")
+    link = f" ({terms['license_link']})" if terms.get("license_link") else ""
+    return (
+        f"The base `{base}` is under `{named}`{link}, and these weights are made from it.{copied} The terms of the "
+        "data are not known here."
+    )
+
+
+def _terms(folder: Path, base: str) -> tuple[dict[str, str], list[str]]:
+    """The base's terms and the licence files in a folder; those of the base itself where it is on this machine."""
+    files = sorted(file.name for pattern in LICENCES for file in folder.glob(pattern))
+    terms = terms_of(folder) if (folder / TERMS).is_file() else {}
+    if not terms and Path(base).expanduser().is_dir():
+        place = Path(base).expanduser()
+        terms = terms_of(place / "final_model" if (place / "final_model").is_dir() else place)
+    return terms, files
 
 
 def _base_fact(base: str) -> dict[str, str]:
@@ -194,6 +265,7 @@ def _base_fact(base: str) -> dict[str, str]:
 
 def _card(
     run: Run,
+    folder: Path,
     comparisons: Sequence[Comparison],
     *,
     adapter: bool,
@@ -213,6 +285,8 @@ def _card(
     if on_hub := _base_fact(recipe.model.base):
         base = recipe.model.base
         facts |= on_hub
+    terms, files = _terms(folder, recipe.model.base)
+    facts |= terms
     text: str = _compiled(CARD).render(
         front_matter=yaml.safe_dump(facts, sort_keys=False),
         name=run.path.name,
@@ -235,6 +309,7 @@ def _card(
         notes=[*notes, *warnings],
         forgotten=(run.read("evaluation/forgetting.json") or {}).get("sentence"),
         merged=merged,
+        licence=_licence(base, terms, files),
         version=(run.read("environment.json") or {"packages": {}})["packages"].get("tunesmith", ""),
     )
     return text

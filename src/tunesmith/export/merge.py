@@ -1,6 +1,7 @@
-"""An adapter merged into its base: plain weights in one folder, proven to answer as base and adapter do.
+"""Adapters merged into their base: plain weights in one folder, proven to answer as base and adapters do.
 
-    adapter -> base + adapter answer some prompts -> merged, saved aside -> the same prompts, read back -> renamed
+    adapters -> the base's tensors, one after the other -> shards, set aside -> every layer asked, as read back
+             -> the whole model asked held-out questions, where it fits -> parity.json -> renamed
 
 A folder under the name that was asked for has passed the check.
 """
@@ -10,16 +11,18 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import models
 from tunesmith.errors import ModelError, RunError, TunesmithError, nearest
-from tunesmith.evaluation.unseen import CARRIED
-from tunesmith.export.card import write_merged_card
-from tunesmith.export.parity import NEW_TOKENS, TOLERANCES, Check, Question, answered, checked, difference
+from tunesmith.evaluation.unseen import CARRIED, carry_together
+from tunesmith.export import parity, weights
+from tunesmith.export.card import copy_licences, write_merged_card
+from tunesmith.export.parity import NEW_TOKENS, VERDICT, Check, Held, Parity, Question
 from tunesmith.recipe import QLoRA
 from tunesmith.training.run import Run, dataset_name, is_run, open_run, write_whole
 
@@ -42,8 +45,25 @@ PROMPTS = (
 DTYPES = ("float32", "float16", "bfloat16")
 """How merged weights can be stored."""
 
-NUM_PROMPTS = 4
+CHECKS = ("auto", "logits", "layers")
+"""How a merged model is tried: layer by layer always; as a whole where it fits, always, or never."""
+
+MAX_SHARD = 5 * 10**9
+"""Largest file of weights, in bytes."""
+
+ROOM = 2.4
+"""Whole models in float32 that the check needs memory for: the parts, the merged one, and what they compute."""
+
 MAX_PROMPT_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Part:
+    """An adapter that is merged, with the factor of its change and the run that trained it."""
+
+    folder: Path
+    weight: float = 1.0
+    run: Run | None = None
 
 
 @dataclass(frozen=True)
@@ -53,20 +73,43 @@ class Merged:
     folder: Path
     base: str
     adapter: str
+    """Name of the adapter, or the sum of several."""
     run: str | None
     """The run that the adapter is of."""
     dtype: str
     parameters: int
-    check: Check
+    shards: tuple[str, ...]
+    parity: Parity
     notes: tuple[str, ...] = ()
+
+    @property
+    def check(self) -> Check | None:
+        """The whole model against base and adapter; None where it was too large to be asked."""
+        return self.parity.check
 
     def as_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it."""
-        return {
-            **asdict(self),
-            "folder": str(self.folder),
-            "check": {**asdict(self.check), "passed": self.check.passed},
-        }
+        proof = self.parity.as_dict()
+        return {**asdict(self), "folder": str(self.folder), "parity": proof, "check": proof["check"]}
+
+
+@dataclass(frozen=True)
+class Made:
+    """Whole weights with all that belongs to them in a folder, layer by layer tried but not yet as a model."""
+
+    base: str
+    dtype: str
+    parameters: int
+    shards: tuple[str, ...]
+    layers: weights.Layers | None
+    """None where they were merged in memory."""
+    kind: models.Kind
+    tokenizer: Any
+    skeleton: Any
+    """The model without its weights."""
+    reference: Callable[[], Any] | str
+    """Gives base and adapters, loaded in float32; or why there is no such thing."""
+    notes: tuple[str, ...]
 
 
 def adapter_of(model: str | Path, run: Run | None) -> Path:
@@ -118,23 +161,106 @@ def free_place(folder: Path) -> Path:
 
 
 def merge(
-    adapter: Path,
+    parts: Sequence[Part],
     folder: Path,
     *,
-    run: Run | None = None,
     dtype: str = "auto",
+    max_shard: int = MAX_SHARD,
+    check: str = "auto",
+    whole: Path | None = None,
+    held: Callable[[Any, Any], Held],
     progress: Callable[[str, str, str], None],
+    counted: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Merged:
-    """Merge an adapter's folder into its base and write the whole model to `folder`, checked.
+    """Merge adapters into their base and write the whole model to `folder`, checked.
 
-    `run` is the one that trained it, if any. `dtype` is how weights are stored: `auto` as the base's are, of a
-    base that was trained on in 4 bits as the adapter's are. `progress` is told a name, a value and the reason.
-    Works on the CPU, in float32. Raises ModelError where the base is missing, needs code of its own or is
-    stored quantized, and where the check fails: the folder then gets the ending `.failed`.
+    The change of several adapters is the sum of each one's, times its weight: what PEFT's `add_weighted_adapter`
+    computes with `cat`, exactly, and with `linear` only roughly. `dtype` is how weights are stored: `auto` as the
+    base's are, of a base that was trained on in 4 bits as the adapter's are. `whole` is a folder of whole weights that
+    is written anew, without adapters. `held` gives the questions that the whole
+    model is asked, `check` is one of `CHECKS`. `progress` is told a name, a value and the reason. Works on the CPU; the
+    sums are done in float32. Raises ModelError where the base is missing, needs code of its own or is stored
+    quantized, and where a check fails: the folder then gets the ending `.failed`.
     """
+    if check not in CHECKS:
+        raise TunesmithError(f"A merged model is not tried by '{check}'.", fix=nearest(check, CHECKS))
+    run = parts[0].run if len(parts) == 1 else run_behind(whole) if whole else None
+    staging = folder.with_name(f".{folder.name}.tmp")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        made = make(
+            parts, staging, dtype=dtype, max_shard=max_shard, whole=whole, progress=progress, counted=counted
+        )
+        notes = list(made.notes)
+        verdict = replace(_proven(made, staging, check, held, progress, counted), artefact=folder.name)
+        write_whole(staging / VERDICT, json.dumps(verdict.as_dict(), indent=1))
+        merged = Merged(
+            folder=folder,
+            base=_shareable(made.base),
+            adapter=sum_of(parts) if parts else "",
+            run=run.path.name if run else None,
+            dtype=made.dtype,
+            parameters=made.parameters,
+            shards=made.shards,
+            parity=verdict,
+            notes=tuple(notes),
+        )
+        origin = {"run_folder": _way(folder, run.path)} if run else {}
+        facts = {**merged.as_dict(), "folder": folder.name, **origin}
+        write_whole(staging / FACTS, json.dumps(facts, indent=1))
+        if whole:
+            said = f"These are the weights of `{merged.base}`, stored in {made.dtype}."
+        else:
+            what = "the adapter" if len(parts) == 1 else "the sum of adapters"
+            said = f"This is {what} `{merged.adapter}` merged into `{merged.base}`, stored in {made.dtype}."
+        checks = [
+            f"Checked against {'them' if whole else 'base and adapter'}: {s}." for s in verdict.sentences()
+        ]
+        write_merged_card(staging, run, merged.base, [said, *checks], notes, kind=made.kind)
+        if not verdict.passed:
+            failed = folder.with_name(f"{folder.name}.failed")
+            shutil.rmtree(failed, ignore_errors=True)
+            staging.rename(failed)
+            raise ModelError(
+                "The merged model does not answer as base and adapter do.",
+                found="; ".join(verdict.problems()),
+                fix=f"It is kept in {failed} to look at; use the adapter as it is"
+                + (", or store it as it is computed: --dtype float32." if made.dtype != "float32" else "."),
+            )
+        if folder.is_dir():
+            folder.rmdir()
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        told_in_report(run)
+    return merged
+
+
+def told_in_report(run: Run | None) -> None:
+    """Have a finished run's report tell of what was made of its model."""
+    from tunesmith.evaluation.report import write_report
+
+    if run and (run.path / "report.html").is_file():
+        write_report(run.path)
+
+
+def make(
+    parts: Sequence[Part],
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    max_shard: int = MAX_SHARD,
+    whole: Path | None = None,
+    progress: Callable[[str, str, str], None],
+    counted: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Made:
+    """Write a base with adapters put in, its tokenizer, settings and licence files to a new folder, and check it layer
+    by layer. The caller puts the folder in its place."""
     import torch
 
-    base, revision = base_of(adapter)
+    base, revision = (str(whole), None) if whole else _common_base(parts)
+    adapter = whole or parts[0].folder
     config = models.configuration(base, revision=revision)
     if getattr(config, "quantization_config", None):
         raise ModelError(
@@ -142,86 +268,207 @@ def merge(
             found=f"quantization_config in {base}",
             fix="Set base_model_name_or_path in adapter_config.json to the model that it was quantized from.",
         )
-    is_quantized = run is not None and isinstance(run.recipe().adapter, QLoRA)
-    stored, why = _stored(dtype, config, adapter, is_quantized=is_quantized)
-    progress("base", base, "as the adapter names it" + (f", revision {revision}" if revision else ""))
+    quantized, trained_as = _quantized(parts)
+    stored, why = _stored(dtype, config, adapter, is_quantized=quantized is not None)
+    named = "as it was given" if whole else "as the adapter names it"
+    progress("base", base, named + (f", revision {revision}" if revision else ""))
     progress("dtype", stored, why)
-    notes = []
-    if is_quantized:
-        notes.append(
-            "the adapter was trained and measured on a 4-bit base and is merged into the whole weights: its scores "
-            "are not quite the run's; `tunesmith compare` measures how far they are apart"
+    opened = [weights.opened(part.folder, part.weight) for part in parts]
+    if len(parts) > 1:
+        progress(
+            "adapters", sum_of(parts), "changes are added up, as PEFT's add_weighted_adapter does with `cat`"
         )
-
     tokenizer = models.load_tokenizer(str(adapter if has_tokenizer(adapter) else base))
     kind = models.kind(str(adapter))
-    is_pair = kind == "seq2seq"
-    progress("template", *settled(tokenizer, is_pair))
-    model = models.load_model(str(adapter)).eval()
-    if not hasattr(model.base_model, "merge_and_unload"):
-        of_type = next(iter(model.peft_config.values())).peft_type
-        raise ModelError(
-            f"An adapter of the type {getattr(of_type, 'value', of_type)} is no change of weights, so it cannot be "
-            "merged.",
-            found=str(adapter / "adapter_config.json"),
-            fix="Use it as it is: `tunesmith chat` and transformers load it on its base.",
+    progress("template", *settled(tokenizer, kind == "seq2seq"))
+    is_new_head = bool(parts) and kind == "reward" and models.kind(base, revision=revision) != "reward"
+    head: models.Head | None = "score" if is_new_head else None
+    files = models.folder_of(base, revision=revision)
+    skeleton = models.outline(base, revision=revision, head=head).eval()
+    source = weights.source_of(files, skeleton, quantized=quantized, dtype=trained_as)
+    notes = []
+    if quantized:
+        notes.append(
+            "the adapter was trained on a 4-bit base and is merged into these weights, rounded to 4 bits and back: "
+            "what was measured is what is stored"
         )
-    asked = _asked(run, tokenizer, model, is_pair=is_pair)
-    before = answered(model, tokenizer, asked)
-    model = models.merged(model)
-    if _without_code(model.config, tokenizer):
-        notes.append("the configuration named code of its own; that is left out, transformers has the model")
-    models.set_stop_tokens(model, tokenizer)
-    model = model.to(getattr(torch, stored))
-    parameters = sum(p.numel() for p in model.parameters())
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+    reference: Callable[[], Any] | str = partial(models.load_model, base)
+    if parts:
+        reference = _reference(parts, opened, base, revision, quantized, trained_as, head)
+    folder.mkdir()
+    in_the_way = weights.obstacle(source, opened)
+    layers = None
+    if in_the_way is None:
+        progress("merged", "tensor by tensor", "memory holds one shard and one matrix")
+        written = weights.write(
+            source, opened, folder, dtype=stored, max_shard=max_shard,
+            progress=lambda done, total: counted("merge", done, total),
+        )  # fmt: skip
+        layers = weights.checked(source, opened, written, folder, dtype=stored)
+        parameters, shards = written.parameters, written.shards
+        _settle_configuration(skeleton, tokenizer, stored, unties=written.unties)
+        skeleton.config.save_pretrained(folder)
+        if skeleton.can_generate():
+            skeleton.generation_config.save_pretrained(folder)
+        model_config = skeleton.config
+    else:
+        if quantized or isinstance(reference, str):
+            raise ModelError("These adapters cannot be merged.", found=in_the_way, fix="Merge one at a time.")
+        progress("merged", "in memory", in_the_way)
+        notes.append(f"merged in memory and not tensor by tensor: {in_the_way}")
+        model = models.merged(reference()) if parts else reference()
+        model_config = model.config
+        models.set_stop_tokens(model, tokenizer)
+        model = model.to(getattr(torch, stored))
+        parameters = sum(p.numel() for p in model.parameters())
+        model.save_pretrained(folder, max_shard_size=max_shard)
+        shards = tuple(sorted(p.name for p in folder.glob("*.safetensors")))
         del model
         gc.collect()
-        after = answered(
-            models.load_model(str(staging)).eval(), tokenizer, asked, along=[answer.ids for answer in before]
-        )
-        differences = [difference(one, other) for one, other in zip(before, after, strict=True)]
-        check = checked(differences, tolerance=TOLERANCES[stored])
-        merged = Merged(
-            folder=folder,
-            base=_shareable(base),
-            adapter=adapter.name,
-            run=run.path.name if run else None,
-            dtype=stored,
-            parameters=parameters,
-            check=check,
-            notes=tuple(notes),
-        )
-        origin = {"run_folder": _way(folder, run.path)} if run else {}
-        facts = {**merged.as_dict(), "folder": folder.name, **origin}
-        write_whole(staging / FACTS, json.dumps(facts, indent=1))
-        if (adapter / CARRIED).is_file():
-            shutil.copy2(adapter / CARRIED, staging / CARRIED)
-        said = [f"This is the adapter `{adapter.name}` merged into `{merged.base}`, stored in {stored}.",
-                f"Checked against base and adapter, both in float32: {check.sentence()}."]  # fmt: skip
-        write_merged_card(staging, run, merged.base, said, notes, kind=kind)
-        if not check.passed:
-            failed = folder.with_name(f"{folder.name}.failed")
-            shutil.rmtree(failed, ignore_errors=True)
-            staging.rename(failed)
+    if _without_code(model_config, tokenizer):
+        notes.append("the configuration named code of its own; that is left out, transformers has the model")
+        model_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    copy_licences(files, folder)
+    if left := carry_together([part.folder for part in parts] or [adapter], folder):
+        notes.append(f"what {', '.join(left)} learned from is not known here: `evaluate` cannot leave it out")
+    return Made(base, stored, parameters, shards, layers, kind, tokenizer, skeleton, reference, tuple(notes))
+
+
+def sum_of(parts: Sequence[Part]) -> str:
+    """The name of one adapter, or of the sum of several with their weights."""
+    if len(parts) == 1 and parts[0].weight == 1:
+        return parts[0].folder.name
+    names = [part.run.path.name if part.run else part.folder.name for part in parts]
+    return " + ".join(f"{part.weight:g} x {name}" for part, name in zip(parts, names, strict=True))
+
+
+def _common_base(parts: Sequence[Part]) -> tuple[str, str | None]:
+    base, revision = base_of(parts[0].folder)
+    marks = {models.fingerprint(base, revision=revision)}
+    for part in parts[1:]:
+        other, of_revision = base_of(part.folder)
+        marks.add(models.fingerprint(other, revision=of_revision))
+        if (other, of_revision) != (base, revision) and len(marks) > 1:
             raise ModelError(
-                "The merged model does not answer as base and adapter do.",
-                found=check.sentence(),
-                fix=f"It is kept in {failed} to look at; use the adapter as it is"
-                + (", or store it as it is computed: --dtype float32." if stored != "float32" else "."),
+                "Adapters of different bases are not added up.",
+                found=f"{parts[0].folder.name} is of {base}, {part.folder.name} of {other}",
+                fix="Merge each into its own base.",
             )
-        if folder.is_dir():
-            folder.rmdir()
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return merged
+    return base, revision
+
+
+def _quantized(parts: Sequence[Part]) -> tuple[QLoRA | None, str]:
+    """How the base was packed into 4 bits in training, and what type it had before."""
+    found = [
+        (recipe.adapter if isinstance(recipe.adapter, QLoRA) else None, str(plan.get("dtype", "float32")))
+        for recipe, plan in (
+            (part.run.recipe(), part.run.read("plan.json") or {}) for part in parts if part.run
+        )
+    ]
+    ways = {
+        (own.double_quantization, dtype) if own else None
+        for own, dtype in [*found, *([(None, "")] if len(found) < len(parts) else [])]
+    }
+    if len(ways) > 1:
+        raise ModelError(
+            "Adapters of a 4-bit base and of a whole one are not added up: their bases differ.",
+            found=", ".join(part.folder.name for part in parts),
+            fix="Merge those of one kind, or train the other ones on the same base.",
+        )
+    return found[0] if found else (None, "float32")
+
+
+def _reference(
+    parts: Sequence[Part],
+    opened: Sequence[weights.Adapter],
+    base: str,
+    revision: str | None,
+    quantized: QLoRA | None,
+    trained_as: str,
+    head: models.Head | None,
+) -> Callable[[], Any] | str:
+    """Base and adapters as PEFT puts them together."""
+    is_one = len(parts) == 1 and parts[0].weight == 1
+    if is_one and not quantized:
+        return partial(models.load_model, str(parts[0].folder))
+    if not is_one and not all(adapter.is_plain for adapter in opened):
+        return "PEFT adds up no adapters but those that are two matrices for each layer"
+
+    def together() -> Any:
+        import peft
+
+        own = models.load_model(
+            base,
+            revision=revision,
+            dtype=trained_as if quantized else "float32",
+            quantize=quantized,
+            head=head,
+        )
+        if quantized:
+            own = peft.prepare_model_for_kbit_training(own, use_gradient_checkpointing=False)
+        names = [f"part{n}" for n in range(len(parts))]
+        tuned = peft.PeftModel.from_pretrained(own, str(parts[0].folder), adapter_name=names[0])
+        for name, part in zip(names[1:], parts[1:], strict=True):
+            tuned.load_adapter(str(part.folder), adapter_name=name)
+        if not is_one:
+            given = [part.weight for part in parts]
+            tuned.base_model.add_weighted_adapter(names, given, "sum", combination_type="cat")
+            tuned.set_adapter("sum")
+        return tuned.eval()
+
+    return together
+
+
+def _settle_configuration(skeleton: Any, tokenizer: Any, stored: str, *, unties: bool) -> None:
+    """What the merged model's configuration says that its base's does not."""
+    import torch
+
+    config = skeleton.config
+    config.dtype = getattr(torch, stored)
+    config.architectures = [type(skeleton).__name__]
+    if unties:
+        config.tie_word_embeddings = False
+    if hasattr(skeleton, "_shift_right") and config.decoder_start_token_id is None:
+        config.decoder_start_token_id = config.pad_token_id
+    models.set_stop_tokens(skeleton, tokenizer)
+
+
+def _proven(
+    made: Made,
+    folder: Path,
+    check: str,
+    held: Callable[[Any, Any], Held],
+    progress: Callable[[str, str, str], None],
+    counted: Callable[[str, int, int], None],
+) -> Parity:
+    """The verdict on a merged folder: prompts by its own tokenizer, layers, and the whole model where it fits."""
+    from tunesmith import devices
+
+    wanted, there = int(ROOM * 4 * made.parameters), devices.available()
+    why = made.reference if isinstance(made.reference, str) else None
+    if why is None and check == "layers":
+        why = "as asked for, layers were checked and not the whole model"
+    if why is None and check == "auto" and wanted > there:
+        why = f"the whole model was not asked: that takes {wanted / 1e9:.1f} GB, and {there / 1e9:.1f} GB are free"
+    if why is not None and made.layers is None:
+        why = None  # nothing else has looked at it
+    if why is not None:
+        progress("check", "layer by layer", why)
+        asked = held(made.skeleton, made.tokenizer)
+        return parity.of_prompts(folder, asked.questions, quant=made.dtype, layers=made.layers, unproven=why)
+    assert not isinstance(made.reference, str), "without layers there is a model to compare with"
+    model = made.reference().eval()
+    asked = held(model, made.tokenizer)
+    return parity.of_folder(
+        model,
+        made.tokenizer,
+        folder,
+        asked,
+        quant=made.dtype,
+        layers=made.layers,
+        progress=lambda done: counted("parity", done, len(asked.questions)),
+    )
 
 
 def base_of(adapter: Path) -> tuple[str, str | None]:
@@ -277,11 +524,8 @@ def settled(tokenizer: Any, is_pair: bool) -> tuple[str, str]:
     return "saved with it", (pairs.settle_template if is_pair else set_template)(tokenizer, None)
 
 
-def _asked(run: Run | None, tokenizer: Any, model: Any, *, is_pair: bool) -> list[list[int]]:
-    """Token ids of the prompts that both models are asked: held-out questions of the run, or else `PROMPTS`.
-
-    Their ends are cut off so that an answer has room.
-    """
+def _asked(tokenizer: Any, model: Any, *, is_pair: bool) -> list[list[int]]:
+    """Token ids of `PROMPTS`, whose ends are cut off so that an answer has room."""
     from tunesmith.data import pairs, templates
     from tunesmith.data.examples import Message, Unusable
     from tunesmith.generation import context_length
@@ -290,7 +534,7 @@ def _asked(run: Run | None, tokenizer: Any, model: Any, *, is_pair: bool) -> lis
     most = MAX_PROMPT_TOKENS if limit is None else max(1, min(MAX_PROMPT_TOKENS, limit - NEW_TOKENS))
     form = pairs if is_pair else templates
     found = []
-    for text in (_held_out(run) or PROMPTS)[:NUM_PROMPTS]:
+    for text in PROMPTS:
         try:
             ids = form.prompt_ids((Message("user", text),), tokenizer)
         except Unusable:  # a template that wants more than a question; any tokens will do here
@@ -314,22 +558,14 @@ def shipped_questions(tokenizer: Any, model: Any, *, is_pair: bool) -> list[Ques
 
     found = []
     for number, (text, ids) in enumerate(
-        zip(PROMPTS, _asked(None, tokenizer, model, is_pair=is_pair), strict=True)
+        zip(PROMPTS, _asked(tokenizer, model, is_pair=is_pair), strict=True)
     ):
         prompt = Prompt((Message("user", text),), "", Row("shipped", number))
-        found.append(Question(tuple(ids), question_text(prompt, tokenizer)))
+        try:
+            found.append(Question(tuple(ids), question_text(prompt, tokenizer), prompt))
+        except Exception:  # a template that refuses a lone question, with whatever error it raises
+            found.append(Question(tuple(ids), text))
     return found
-
-
-def _held_out(run: Run | None) -> list[str]:
-    """Questions that the run has been measured on, for as far as they can be read."""
-    from tunesmith.evaluation.rows import read_rows
-
-    try:
-        rows = read_rows(run.evaluation / "rows.jsonl") if run else []
-    except RunError:
-        rows = []
-    return list(dict.fromkeys(row.prompt_text for row in rows if row.prompt_text.strip()))
 
 
 def _without_code(config: Any, tokenizer: Any) -> bool:

@@ -3,22 +3,33 @@
     training's prompt ids = transformers' = the artefact's own tokenizer's
     logits along one path, largest difference     greedy answers, ties aside     score on held-out rows, paired
 
-What is tested is what is shipped: each artefact is read back from its file by who will read it.
+What is tested is what is shipped: each artefact is read back by who will read it, a `Reader`: transformers for a
+folder, llama.cpp for a GGUF file, a server for what it serves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith import models
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.engines import llamacpp
+from tunesmith.errors import ModelError
 from tunesmith.evaluation.compare import Comparison, difference_shown, shown
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.generation import Generated, cut, decoded, for_inference, generate
+
+if TYPE_CHECKING:
+    from tunesmith.data.examples import Prompt
+    from tunesmith.export.weights import Layers
+
+VERDICT = "parity.json"
+"""The verdict, beside the artefact that it is of."""
 
 TOLERANCES = {
     "float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2,
@@ -71,11 +82,13 @@ class Check:
                 f"{self.largest_logit:.3g}), over {self.prompts} texts"
             )
         ties = f" ({self.ties} part at a tie)" if self.ties else ""
+        answers = f"{self.same_answers} of {self.prompts} greedy answers have the same tokens{ties}"
+        if not self.positions:
+            return f"{answers}; it gives no logits to compare"
         return (
             f"largest difference of a logit {self.largest_difference:.2g}, allowed "
             f"{self.tolerance * self.largest_logit:.2g} ({self.tolerance:g} of the largest logit "
-            f"{self.largest_logit:.3g}), over {self.positions} tokens; {self.same_answers} of {self.prompts} greedy "
-            f"answers have the same tokens{ties}"
+            f"{self.largest_logit:.3g}), over {self.positions} tokens; {answers}"
         )
 
 
@@ -85,6 +98,7 @@ class Answered:
 
     ids: tuple[int, ...]
     logits: Any
+    """None of who gives none."""
 
 
 def answered(
@@ -155,10 +169,11 @@ def difference(one: Answered, other: Answered) -> Difference:
         )
         first, second = one.logits[len(one.logits) - len(one.ids) - 1 + parting].topk(2).values.tolist()
         gap = first - second
+    is_compared = other.logits is not None
     return Difference(
-        largest=float((one.logits - other.logits).abs().max()),
+        largest=float((one.logits - other.logits).abs().max()) if is_compared else 0.0,
         largest_logit=float(one.logits.abs().max()),
-        positions=len(one.logits),
+        positions=len(one.logits) if is_compared else 0,
         new_tokens=len(one.ids),
         same=one.ids == other.ids,
         gap=gap,
@@ -190,26 +205,32 @@ class Parity:
     """The verdict on an artefact."""
 
     artefact: str
-    """Its file's name."""
+    """Its file's or folder's name."""
     quant: str
     read_by: str
     """What read it back, with its version."""
     prompts: int
     same_prompts: int
     """Prompts whose ids from the artefact's tokenizer are those that the model was trained to read."""
-    check: Check
+    check: Check | None
+    """None where the whole model was not asked, which `unproven` says."""
     score: Comparison | None = None
     """The run's metric on the same questions, the artefact (`tuned`) against the model (`base`)."""
     unscored: str | None = None
     """Why there is no score."""
     too_long: int = 0
     """Questions that were left out, since the file's context has no room for an answer."""
+    layers: Layers | None = None
+    """Of merged weights: each layer against base and adapter."""
+    unproven: str | None = None
+    """Why the whole model was not asked."""
 
     @property
     def passed(self) -> bool:
         """Whether prompts are read alike, logits and answers are within the tolerance, and the score is not worse."""
         is_worse = self.score is not None and self.score.verdict == "worse"
-        return self.same_prompts == self.prompts and self.check.passed and not is_worse
+        close = all(part is None or part.passed for part in (self.check, self.layers))
+        return self.same_prompts == self.prompts and close and not is_worse
 
     def problems(self) -> list[str]:
         """What keeps it from passing."""
@@ -218,8 +239,7 @@ class Parity:
             found.append(
                 f"{self.prompts - self.same_prompts} of {self.prompts} prompts are read as other tokens"
             )
-        if not self.check.passed:
-            found.append(self.check.sentence())
+        found += [part.sentence() for part in (self.layers, self.check) if part and not part.passed]
         if self.score is not None and self.score.verdict == "worse":
             found.append(f"its score is worse: {difference_shown(self.score)}")
         return found
@@ -229,7 +249,8 @@ class Parity:
         longer = f" ({self.too_long} more are longer than its context)" if self.too_long else ""
         lines = [
             f"read back by {self.read_by}: {self.same_prompts} of {self.prompts} prompts are the same tokens{longer}",
-            self.check.sentence(),
+            *([self.layers.sentence()] if self.layers else []),
+            self.check.sentence() if self.check else f"not asked as a whole: {self.unproven}",
         ]
         if self.score and self.score.base is not None and self.score.tuned is not None:
             metric = METRICS[self.score.metric]
@@ -246,9 +267,13 @@ class Parity:
         """What `parity.json` holds."""
         return {
             **asdict(self),
-            "check": {**asdict(self.check), "passed": self.check.passed},
+            **{
+                name: {**asdict(part), "passed": part.passed} if part else None
+                for name, part in (("check", self.check), ("layers", self.layers))
+            },
             "passed": self.passed,
             "problems": self.problems(),
+            "sentences": self.sentences(),
         }
 
 
@@ -258,38 +283,194 @@ class Question:
 
     ids: tuple[int, ...]
     text: str
+    prompt: Prompt | None = None
+    """The conversation that the text is of, for whoever writes it by a template of its own."""
 
 
-def of_gguf(
+@dataclass(frozen=True)
+class Held:
+    """Held-out questions to prove an artefact with."""
+
+    questions: Sequence[Question]
+    new_tokens: int
+    score: Callable[[Sequence[int], Sequence[Any], Sequence[Any]], tuple[Any, str | None]]
+    """(numbers of questions, the model's answers to them, the artefact's) -> their comparison, or why there is none."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Who reads an artefact back. A server is one without logits: its `tokens` and `greedy` are requests to it."""
+
+    name: str
+    """With its version."""
+    tokens: Callable[[Question], Sequence[int]]
+    """As which ids it reads a question."""
+    greedy: Callable[[Sequence[int], int], Generated]
+    """(prompt ids, most tokens) -> its answer."""
+    logits: Callable[[Sequence[int], Sequence[int]], Any] | None
+    """(prompt ids, answer ids) -> logits of the whole path, a float32 tensor."""
+    length: int | None = None
+    """Most tokens of a prompt with its answer, where that is limited."""
+
+
+def compared(
     model: Any,
     tokenizer: Any,
-    file: Path,
+    reader: Reader,
     questions: Sequence[Question],
     *,
     new_tokens: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[Difference], int, list[Generated], list[Generated]]:
-    """A GGUF file, read by llama.cpp, against the model in this process.
+    """An artefact, asked by a reader, against the model in this process.
 
-    Gives the differences, the number of questions whose text llama.cpp reads as the same ids, and the answers of the
-    model and of the file. One prompt at a time, so that logits of a large vocabulary need not be kept.
+    Gives the differences, the number of questions that the reader reads as the same ids, and the answers of the model
+    and of the artefact. One prompt at a time, so that logits of a large vocabulary need not be kept.
     """
+    differences, own, others = [], [], []
+    same = sum(list(reader.tokens(asked)) == list(asked.ids) for asked in questions)
+    for done, asked in enumerate(questions, start=1):
+        room = new_tokens if reader.length is None else min(new_tokens, reader.length - len(asked.ids))
+        [one] = answered(model, tokenizer, [asked.ids], new_tokens=room)
+        other = Generated((), "", "stop") if models.is_reward(model) else reader.greedy(asked.ids, room)
+        along = reader.logits(asked.ids, one.ids) if reader.logits else None
+        differences.append(difference(one, Answered(other.ids, along)))
+        text = decoded(one.ids, tokenizer)
+        own.append(Generated(one.ids, text, "stop" if len(one.ids) < room else "length"))
+        others.append(other)
+        progress(done)
+    return differences, same, own, others
+
+
+def verdict(
+    model: Any,
+    tokenizer: Any,
+    reader: Reader,
+    held: Held,
+    *,
+    artefact: str,
+    quant: str,
+    context: int | None = None,
+    layers: Layers | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Parity:
+    """The verdict on an artefact that a reader holds. `context` is the most tokens that it can read and write.
+
+    Raises ModelError where no question fits into it.
+    """
+    numbers = [n for n, asked in enumerate(held.questions) if context is None or len(asked.ids) < context]
+    if not numbers:
+        raise ModelError(
+            "No question is short enough for the file's context.",
+            found=f"{context} tokens, {len(held.questions)} questions",
+            fix="Train on shorter rows, or serve the merged model with transformers or vLLM.",
+        )
+    differences, same, own, others = compared(
+        model,
+        tokenizer,
+        reader,
+        [held.questions[n] for n in numbers],
+        new_tokens=held.new_tokens,
+        progress=progress,
+    )
+    score, unscored = held.score(numbers, own, others)
+    return Parity(
+        artefact=artefact,
+        quant=quant,
+        read_by=reader.name,
+        prompts=len(numbers),
+        same_prompts=same,
+        check=checked(differences, tolerance=TOLERANCES[quant]),
+        score=score,
+        unscored=unscored,
+        too_long=len(held.questions) - len(numbers),
+        layers=layers,
+    )
+
+
+@contextmanager
+def gguf_reader(file: Path, tokenizer: Any, *, length: int) -> Iterator[Reader]:
+    """llama.cpp, on a GGUF file."""
     import torch
 
     stop_ids = end_of_turn_ids(tokenizer)
-    differences, own, others = [], [], []
-    longest = max(len(asked.ids) for asked in questions)
-    with llamacpp.opened(file, length=longest + new_tokens) as loaded:
-        same = sum(llamacpp.tokenized(loaded, asked.text) == list(asked.ids) for asked in questions)
-        for done, asked in enumerate(questions, start=1):
-            room = new_tokens if loaded.is_pair else min(new_tokens, loaded.length - len(asked.ids))
-            [one] = answered(model, tokenizer, [asked.ids], new_tokens=room)
-            found = llamacpp.greedy(loaded, asked.ids, room=room, stop_ids=stop_ids)
-            other = cut(found, stop_ids, tokenizer)
-            along = torch.from_numpy(llamacpp.logits(loaded, asked.ids, one.ids))
-            differences.append(difference(one, Answered(other.ids, along)))
-            text = decoded(one.ids, tokenizer)
-            own.append(Generated(one.ids, text, "stop" if len(one.ids) < room else "length"))
-            others.append(other)
-            progress(done)
-    return differences, same, own, others
+    with llamacpp.opened(file, length=length) as loaded:
+        yield Reader(
+            name=llamacpp.version(),
+            tokens=lambda asked: llamacpp.tokenized(loaded, asked.text),
+            greedy=lambda ids, room: cut(
+                llamacpp.greedy(loaded, ids, room=room, stop_ids=stop_ids), stop_ids, tokenizer
+            ),
+            logits=lambda ids, answer: torch.from_numpy(llamacpp.logits(loaded, ids, answer)),
+            length=None if loaded.is_pair else loaded.length,
+        )
+
+
+def folder_reader(folder: Path) -> Reader:
+    """transformers, on a folder of whole weights, loaded in float32."""
+    model, tokenizer = models.load_model(str(folder)).eval(), models.load_tokenizer(str(folder))
+    stop_ids = end_of_turn_ids(tokenizer)
+
+    def greedy(ids: Sequence[int], room: int) -> Generated:
+        [found] = generate(model, tokenizer, [ids], max_new_tokens=room, stop_ids=stop_ids, batch_tokens=1)
+        return found
+
+    def logits(ids: Sequence[int], answer: Sequence[int]) -> Any:
+        with for_inference(model):
+            return _logits(model, ids, answer)
+
+    return Reader(_transformers(), lambda asked: read_as(asked, tokenizer), greedy, logits)
+
+
+def read_as(asked: Question, tokenizer: Any) -> Sequence[int]:
+    """The ids that plain transformers makes of a question with the template that is saved with a tokenizer."""
+    if asked.prompt is None:
+        return asked.ids
+    messages = [{"role": m.role, "content": m.content} for m in asked.prompt.messages]
+    found: Sequence[int] = tokenizer.apply_chat_template(
+        messages,
+        tools=list(asked.prompt.tools) or None,
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    return found
+
+
+def _transformers() -> str:
+    return f"transformers {metadata.version('transformers')}"
+
+
+def of_folder(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    held: Held,
+    *,
+    quant: str,
+    layers: Layers | None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Parity:
+    """The verdict on a folder of whole weights, against the model that it was made from."""
+    return verdict(
+        model, tokenizer, folder_reader(folder), held,
+        artefact=folder.name, quant=quant, layers=layers, progress=progress,
+    )  # fmt: skip
+
+
+def of_prompts(
+    folder: Path, questions: Sequence[Question], *, quant: str, layers: Layers | None, unproven: str
+) -> Parity:
+    """The verdict on a folder whose model is not loaded: how its tokenizer reads prompts, and its layers."""
+    tokenizer = models.load_tokenizer(str(folder))
+    return Parity(
+        artefact=folder.name,
+        quant=quant,
+        read_by=_transformers(),
+        prompts=len(questions),
+        same_prompts=sum(list(read_as(asked, tokenizer)) == list(asked.ids) for asked in questions),
+        check=None,
+        unscored="the whole model was not asked",
+        layers=layers,
+        unproven=unproven,
+    )

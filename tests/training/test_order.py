@@ -155,19 +155,20 @@ def built(asked):
 
 
 @pytest.mark.parametrize(
-    ("forward", "changes", "said"),
+    ("forward", "packing", "worth", "said"),
     [
-        ("stock", {}, ["by length"]),
-        ("fast", {}, []),
-        ("stock", {"packing": True}, []),
-        ("stock", {"max_length": 14}, ["shuffled"]),
+        ("stock", False, 0.05, ["by length"]),
+        ("stock", False, 0.9, ["shuffled"]),
+        ("stock", True, 0.05, []),
+        ("fast", False, 0.05, []),
     ],
 )
 def test_by_default_rows_of_like_length_come_together_where_that_saves_padding(
-    settings, forward, changes, said
+    settings, monkeypatch, forward, packing, worth, said
 ):
+    monkeypatch.setattr(dataflow, "PADDING_WORTH", worth)
     asked = settings("auto", batches="auto", forward=forward, per_device_train_batch_size=2)
-    asked["data"] |= {"over_long": "truncate", "on_breach": "drop"} | changes
+    asked["data"]["packing"] = packing
     sampler, told, lengths = built(asked)
     assert told == said
     assert isinstance(sampler, ByLength) == (said == ["by length"])

@@ -96,6 +96,7 @@ def test_more_rows_and_longer_ones_take_more(recipe):
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_to_change(recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "resident", lambda: 10**8)  # the tests' own grows meanwhile
     asked = recipe(training={"per_device_train_batch_size": 32})
     whole = planned(asked)
     least = planned(recipe(training={"per_device_train_batch_size": 1}))
@@ -103,7 +104,6 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(recipe, monkeypat
     here = devices.here
     shrunk = lambda kind: replace(here(kind), memory=room)  # noqa: E731
     monkeypatch.setattr(devices, "here", shrunk)
-    monkeypatch.setattr(devices, "resident", lambda: whole.stages["training"]["process"])
     found = planned(asked)
     assert found.missing == found.peak - room > 0
     assert 1 <= len(found.remedies) <= 3
@@ -116,12 +116,45 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(recipe, monkeypat
 
     flags = {word for remedy in found.remedies for word in remedy.flags.split() if word.startswith("--")}
     assert flags <= {*cli.FLAGS, "--set", "--lora", "--qlora"}
+    told = found.warning()
+    assert estimating.size(found.missing) in told
+    assert first.sentence() in told
     monkeypatch.setattr(estimating, "MARGIN", 0.0)
     with pytest.raises(OutOfResources) as error:
         api.train(asked)
     assert estimating.size(found.missing) in str(error.value) or "does not fit" in str(error.value)
     assert "--per-device-train-batch-size 1" in str(error.value)
     assert not (tmp_path / "runs/planned/checkpoints").exists()
+
+
+@pytest.mark.parametrize(("over", "stops"), [(0.08, False), (0.24, False), (0.26, True)])
+def test_a_run_is_tried_where_it_misses_by_up_to_a_quarter(over, stops):
+    held = {"training": {"weights": int((1 + over) * 10**9)}}
+    remedies = tuple(estimating.Remedy(f"change {n}", f"--flag {n}", n * 10**8, fits=True) for n in (1, 2, 3))
+    found = replace(
+        estimating.unknown(devices.DEVICES["t4"], ValueError("x")),
+        stages=held,
+        capacity=10**9,
+        remedies=remedies,
+    )
+    if not stops:
+        found.check()
+        assert f"{estimating.size(found.missing)} too much" in found.warning()
+        return
+    with pytest.raises(OutOfResources) as error:
+        found.check()
+    for said in ("260.0 MB", "26%", "change 1 (--flag 1): 100 MB", "change 2", "change 3"):
+        assert said in str(error.value)
+
+
+def test_what_was_traced_is_not_traced_again(recipe, monkeypatch):
+    first = planned(recipe())
+    monkeypatch.setattr(estimating, "_traced", None)
+    again = planned(recipe(training={"max_steps": 7, "learning_rate": 1e-4}))
+    assert again.stages["updating"]["gradients"] == first.stages["updating"]["gradients"]
+    monkeypatch.undo()
+    changed = planned(recipe(training={"per_device_train_batch_size": 2}))
+    assert changed.stages["training"]["activations"] != first.stages["training"]["activations"]
 
 
 def test_a_run_says_at_its_end_how_far_the_plan_was_off(recipe):

@@ -142,6 +142,7 @@ def estimate(
         validation=_row_lengths(method, encodings.validation, None) if len(encodings.validation) else [],
         questions=len(asked.examples),
         answers=getattr(recipe.method, "max_new_tokens", 0) if method.draws else 0,
+        identity=encodings.fingerprint,
     )
     here = measured and not device and not method.draws
     try:
@@ -337,11 +338,7 @@ def prepared(
         for name, value, reason in estimate.summary():
             run.event("decision", name=name, value=value, reason=reason)
         if estimate.missing:
-            short = f"by {estimating.size(estimate.missing)}"
-            run.event(
-                "warning",
-                message=f"The run may not fit into memory, {short}: it is tried, as the figure is near.",
-            )
+            run.event("warning", message=estimate.warning())
         found = leaks.decision(leakage, run.path / "evaluation/leakage.json")
         run.event("decision", name=found.name, value=found.value, reason=found.reason)
     run.write("evaluation/leakage.json", leakage.as_dict())

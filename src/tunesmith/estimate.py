@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.devices import DeviceFacts
 from tunesmith.errors import OutOfResources
+from tunesmith.heap import Block, most_held
 from tunesmith.plan import Plan
 from tunesmith.recipe import LoRA, QLoRA, Recipe
 
@@ -79,8 +80,9 @@ ABOUT = {
 """What a part of the memory is."""
 
 
-MARGIN = 0.08
-"""How exact the memory figures are; a run that misses by less is tried."""
+MARGIN = 0.25
+"""Share of the memory by which a run may miss and is tried all the same, with a warning: what is free changes, and a
+step that runs out of memory is taken again in smaller passes."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,6 @@ class Estimate:
     notes: tuple[str, ...] = ()
     longest: int = 0
     """Tokens in the widest row of the batch that was traced."""
-    blocks: tuple[int, int] = (0, 0)
-    """The most bytes at once in small blocks and in large ones, in the traced step."""
 
     @property
     def stage(self) -> str:
@@ -195,12 +195,22 @@ class Estimate:
         wanted = ("peak memory", "time in all", "disk", "note")
         return [line for line in self.lines() if line[0] in wanted]
 
+    def warning(self) -> str:
+        """What to say of a run that may not fit and is tried."""
+        better = "; or ".join(remedy.sentence() for remedy in self.remedies)
+        return (
+            f"The run may not fit into the memory of {self.device}: {size(self.peak)} while {self.stage}, "
+            f"{size(self.capacity)} to be had, {size(self.missing)} too much. It is tried all the same."
+            + (f" What takes less: {better}." if better else "")
+        )
+
     def check(self) -> None:
-        """Raises OutOfResources, with what to change, where the run is further from fitting than figures are exact."""
+        """Raises OutOfResources, with what to change, where the run misses by more than MARGIN."""
         if self.peak <= (1 + MARGIN) * self.capacity:
             return
         raise OutOfResources(
-            f"The run does not fit into the memory of {self.device}, by {size(self.missing)}.",
+            f"The run does not fit into the memory of {self.device}, by {size(self.missing)} "
+            f"({self.missing / self.capacity:.0%} of it).",
             found=f"{size(self.peak)} while {self.stage}, {size(self.capacity)} to be had",
             fix="; or ".join(remedy.sentence() for remedy in self.remedies) or "Use a smaller model.",
         )
@@ -265,6 +275,8 @@ class Rows:
     """Held-out questions, which are about as long as the rows."""
     answers: int = 0
     """Tokens of an answer, where a method trains on what the model writes."""
+    identity: str = ""
+    """A hash of what the rows are; none where it is not known."""
 
 
 @dataclass
@@ -287,10 +299,10 @@ class Traced:
     width: int
     held: int
     """Bytes held at the step's peak."""
-    small: int = 0
-    """The most bytes at once in blocks that come from the C library's heap."""
-    large: int = 0
-    """The most bytes at once in blocks of their own."""
+    blocks: list[Block] = field(default_factory=list)
+    """What came and went in the step."""
+    replayed: dict[tuple[int, int], tuple[int, int] | None] = field(default_factory=dict)
+    """What a process holds for them, by passes and states of the optimizer."""
     unpadded: bool = False
     """Whether the trainer leaves padding out."""
     validation: int = 0
@@ -343,14 +355,54 @@ def _stays(model: Any, *given: Any, **named: Any) -> Any:
     return model
 
 
+_TRACES: dict[str, Traced] = {}
+"""The last traces by what they depend on: a plan and its run, or a run and its continuation, often share a process."""
+KEPT_TRACES = 16
+
+
+def _depends_on(recipe: Recipe, rows: Rows, *others: Any) -> str:
+    """What a trace depends on, as a text; none where the rows are not known."""
+    if not rows.identity:
+        return ""
+    config = Path(recipe.model.base) / "config.json"
+    changed = config.stat().st_mtime_ns if config.is_file() else 0
+    of_training = recipe.training.model_dump(exclude={"max_steps", "num_epochs", "learning_rate", "seed"})
+    parts = (recipe.model, recipe.adapter, recipe.method, recipe.data)
+    known = rows.identity, rows.answers, len(rows.lengths)
+    return repr((of_training, *(part.model_dump() for part in parts), known, changed, *others))
+
+
 def trace(
     recipe: Recipe, build: Build, rows: Rows, *, facts: DeviceFacts, dtype: str, precision: str, batch: Sequence[int],
     cut: float = 1.0, validates: bool = True,
 ) -> Traced:  # fmt: skip
-    """One micro-step and one validation batch of the recipe's trainer, on rows of these numbers.
+    """One micro-step and one validation batch of the recipe's trainer, on rows of these numbers; that of before, where
+    nothing has changed that it depends on. `cut` shortens the rows to this share of the widest."""
+    key = _depends_on(recipe, rows, facts.kind, dtype, precision, tuple(batch), cut, validates)
+    if not key or key not in _TRACES:
+        found = _traced(
+            recipe,
+            build,
+            rows,
+            facts=facts,
+            dtype=dtype,
+            precision=precision,
+            batch=batch,
+            cut=cut,
+            validates=validates,
+        )
+        if not key:
+            return found
+        while len(_TRACES) >= KEPT_TRACES:
+            _TRACES.pop(next(iter(_TRACES)))
+        _TRACES[key] = found
+    return _TRACES[key]
 
-    `cut` shortens the rows to this share of the widest.
-    """
+
+def _traced(
+    recipe: Recipe, build: Build, rows: Rows, *, facts: DeviceFacts, dtype: str, precision: str, batch: Sequence[int],
+    cut: float = 1.0, validates: bool = True,
+) -> Traced:  # fmt: skip
     import torch
 
     from tunesmith.tracing import counting
@@ -387,7 +439,7 @@ def trace(
             trained = [p for p in model.parameters() if p.requires_grad]
             count.tag([p.grad for p in trained if p.grad is not None], "gradients")
             most, parts = count.live(start)
-            small, large = count.most_of_kinds()
+            blocks = count.blocks()
             costs, flops = count.costs, sum(cost[0] for cost in count.costs)
             model.zero_grad(set_to_none=True)
             validation = 0
@@ -427,8 +479,7 @@ def trace(
             flops=flops,
             width=width,
             held=most,
-            small=small,
-            large=large,
+            blocks=blocks,
             unpadded=0 < positions < width * len(batch),
             validation=validation,
             validation_costs=validation_costs,
@@ -514,28 +565,23 @@ def stages(
         }  # fmt: skip
     if evaluation:
         found["answering"] = {**fixed, "weights": traced.weights, **evaluation}
+    replayed = None
+    if on_cpu:
+        kinds = {8.0: 2, 0.0: 0}.get(kept, 1)
+        replayed = most_held(traced.blocks, passes=recipe.training.gradient_accumulation_steps, states=kinds)
     for name, parts in found.items():
         loose = sum(
             parts.get(part, 0) for part in ("gradients", "activations", "head", "evaluation", "cache")
         )
-        if on_cpu and name == "training":
-            apart = max(traced.small + traced.large - traced.held, 0)
-            spare = HEAP * traced.small + APART * apart
-            filled = FILLED * (parts.get("gradients", 0) + optimizer)  # whose room is made of what is spare
-            spread = max(spare - filled, 0) + KERNELS * traced.large
-        else:
-            spread = SPREAD[facts.kind] * loose
+        spread = SPREAD[facts.kind] * loose
+        if replayed and name in ("training", "updating"):
+            spread = max(replayed[name == "updating"] - loose - parts["optimizer"], 0)
         parts["spread"] = int(spread)
     return {name: {part: held for part, held in parts.items() if held} for name, parts in found.items()}
 
 
-HEAP, APART, FILLED, KERNELS = 0.9, 0.5, 0.7, 0.03
-"""Shares, fitted to runs of `benchmarks/plan_accuracy.py` on glibc: what a heap of small blocks holds beyond the most
-of them that are alive; what small and large blocks cannot lend each other; how much of gradients and states finds room
-in the heap; and of large blocks, what kernels hold within themselves."""
-
 SPREAD = {"cpu": 0.03, "cuda": 0.03, "mps": 0.05}
-"""What an allocator keeps beyond what is alive, as a share of what comes and goes. docs/plan.md has the measurement."""
+"""What an allocator keeps beyond what is alive, as a share of what comes and goes, where it is not asked (`heap`)."""
 
 
 def answering(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> tuple[Parts, list[str]]:
@@ -637,7 +683,6 @@ def estimate(
         micro_batch=recipe.training.per_device_train_batch_size,
         notes=(*notes, *traced.notes, *rows_notes(rows, recipe)),
         longest=traced.width,
-        blocks=(traced.small, traced.large),
     )
     if thorough:
         result = replace(result, largest_batch=_largest(result, traced, traced_as, recipe, rows, batch))

@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
+from tunesmith.heap import Block
+
 META = torch.device("meta")
 aten = torch.ops.aten
 
@@ -30,8 +32,8 @@ MOVES_NOTHING = {
 """Operations that give another view of what is there."""
 
 
-LARGE = 32 * 2**20
-"""Bytes from which on glibc's malloc asks the system for a block of its own, once it has adapted."""
+IN_PLACE = {aten.add, aten.scatter_add, aten.index_add, aten.index_put}
+"""Operations of a backward pass that torch has write into their first block, but while a mode like ours is on."""
 
 
 @dataclass
@@ -42,6 +44,8 @@ class _Piece:
     born: int
     head: bool
     died: float = math.inf
+    heir: int = -1
+    """The operation whose result takes the place of this block, if that is the last that asks for it."""
 
 
 class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -97,17 +101,12 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 parts[name] = parts.get(name, 0) + piece.size
         return most, parts
 
-    def most_of_kinds(self) -> tuple[int, int]:
-        """The most bytes that were held at once in blocks below LARGE, and in larger ones."""
-        tops = []
-        for chosen in (
-            [piece for piece in self.pieces if piece.size < LARGE],
-            [piece for piece in self.pieces if piece.size >= LARGE],
-        ):
-            mine = Counting(vocabulary=0)
-            mine.pieces, mine.clock = chosen, self.clock
-            tops.append(mine.live()[0])
-        return tops[0], tops[1]
+    def blocks(self) -> list[Block]:
+        """What came and went, in the order of coming."""
+        return [
+            Block(piece.size, piece.born, piece.died, self.tags.get(id(piece)) == "gradients")
+            for piece in self.pieces
+        ]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -155,6 +154,11 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, packet: Any, func: Any, tensors: Any, args: Any, given: Any, out: Any) -> None:
         self.clock += 1
         made = list(_tensors((out,)))
+        if packet in IN_PLACE and torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
+            entry = self._known.get(args[0].untyped_storage()._cdata)
+            if entry and made and entry[1].size == made[0].untyped_storage().nbytes():
+                entry[1].heir = self.clock
+        hollow = any(tensor.device == META for tensor in made)
         for tensor in made:
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -167,6 +171,9 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
             self.pieces.append(piece)
             self._known[key] = (weakref.ref(storage, partial(self._gone, key, piece)), piece)
+        if packet is aten.bernoulli_ and hollow:
+            # On a CPU the draw is made as whole numbers first; the block is gone when the operation ends.
+            self.pieces.append(_Piece(4 * args[0].numel(), self.clock, head=False, died=self.clock + 0.25))
         if packet.__name__ in MOVES_NOTHING:
             return
         flops = 0.0
@@ -181,7 +188,8 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.costs.append((flops, float(moved)))
 
     def _gone(self, key: int, piece: _Piece, _: Any) -> None:
-        piece.died = self.clock + 0.5  # after the operation that it was last part of
+        # After the operation that it was last part of, or before, where that one writes into it.
+        piece.died = self.clock + (-0.25 if piece.heir == self.clock else 0.5)
         if self._known.get(key, (None, None))[1] is piece:
             del self._known[key]
 
@@ -238,6 +246,12 @@ def _kernels(kernel: str, autocast: torch.dtype | None) -> Iterator[None]:
         query, key, value, attn_mask = map(cast, (query, key, value, attn_mask))
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype, device=META)
+        if (
+            attn_mask is not None and attn_mask.requires_grad
+        ):  # a trained bias, which only the plain kernel has
+            return plain[2](
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         if kernel == "cpu":
             return aten._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale

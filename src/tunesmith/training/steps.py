@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from tunesmith.data.templates import IGNORED
 from tunesmith.errors import OutOfMemory, TrainingDiverged, counted, is_out_of_memory
-from tunesmith.training import state
 from tunesmith.training.checkpoints import free_memory, not_finite
 from tunesmith.training.run import Run
 
@@ -152,6 +151,7 @@ def parts(batch: Mapping[str, Any], splits: Splits, rows: int) -> Iterator[tuple
 
 def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
     """The trainer class with steps that make do with less memory, and that know the rows they take."""
+    from tunesmith.training import state  # loads torch, which the methods' names do without
 
     class GuardedTrainer(trainer_class):  # type: ignore[misc]
         current_gradient_accumulation_steps: float

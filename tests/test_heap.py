@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +38,11 @@ def test_free_pieces_are_held_as_well(size):
     assert alive < stepping < 1.1 * sum(block.size for block in blocks)
 
 
+def test_little_is_held_for_little():
+    stepping, _ = heap.most_held(layers(3, 10_000), passes=1, states=0)
+    assert stepping < MB
+
+
 def test_large_blocks_go_back_at_once():
     blocks = layers(4, 80 * MB)  # the temporary ones have 40
     alive = max(sum(b.size for b in blocks if b.born <= moment.born < b.died) for moment in blocks)
@@ -53,3 +62,22 @@ def test_states_are_there_from_the_second_step_on():
 def test_another_allocator_is_not_asked(monkeypatch):
     monkeypatch.setattr(heap, "_c_library", lambda: "")
     assert heap.most_held(layers(2, MB), passes=1, states=0) is None
+
+
+FAULTS = """
+import resource, torch
+torch.empty(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(16 * 2**20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_large_tensors_take_huge_pages():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.is_file() or "[never]" in setting.read_text():
+        pytest.skip("the system gives no huge pages")
+    done = subprocess.run(
+        [sys.executable, "-c", "import tunesmith" + FAULTS], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 64 * 2**20 // resource.getpagesize() // 4

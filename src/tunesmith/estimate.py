@@ -549,7 +549,8 @@ def stages(
         step["gradients"] = traced.trained
     # One matrix after the other on a CPU; on others all of them at once, unless it is one kernel.
     together = not on_cpu and recipe.training.optimizer == "adamw_torch"
-    moving = traced.trained if together else 2 * traced.largest
+    is_fused = recipe.training.optimizer == "adamw_torch_fused"
+    moving = 0 if is_fused else traced.trained if together else 2 * traced.largest
     found: dict[str, dict[str, int]] = {
         "training": {**fixed, "weights": traced.weights, "optimizer": optimizer, **step},
         "updating": {
@@ -567,8 +568,12 @@ def stages(
         found["answering"] = {**fixed, "weights": traced.weights, **evaluation}
     replayed = None
     if on_cpu:
-        kinds = {8.0: 2, 0.0: 0}.get(kept, 1)
-        replayed = most_held(traced.blocks, passes=recipe.training.gradient_accumulation_steps, states=kinds)
+        replayed = most_held(
+            traced.blocks,
+            passes=recipe.training.gradient_accumulation_steps,
+            states={8.0: 2, 0.0: 0}.get(STATES[recipe.training.optimizer], 1),
+            moving=0 if is_fused else 2,
+        )
     for name, parts in found.items():
         loose = sum(
             parts.get(part, 0) for part in ("gradients", "activations", "head", "evaluation", "cache")
@@ -702,24 +707,19 @@ def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
     are slow."""
     import torch
 
-    from tunesmith.training import heap
-
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     found = []
-    with heap.kept():
-        for batch in (batches[-1], *batches):
-            inputs = trainer.data_collator(_rows(trainer.train_dataset, batch))
-            items = (
-                torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
-            )
-            started = time.perf_counter()
-            trainer.training_step(trainer.model, inputs, num_items_in_batch=items)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            found.append(time.perf_counter() - started)
-            trainer.model.zero_grad(set_to_none=True)
+    for batch in (batches[-1], *batches):
+        inputs = trainer.data_collator(_rows(trainer.train_dataset, batch))
+        items = torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
+        started = time.perf_counter()
+        trainer.training_step(trainer.model, inputs, num_items_in_batch=items)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - started)
+        trainer.model.zero_grad(set_to_none=True)
     return found[1:]
 
 

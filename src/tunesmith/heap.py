@@ -23,8 +23,9 @@ OBJECTS = (24, 56, 88, 104, 208)
 """Bytes of small objects that come and go with a tensor: the last two are its storage and itself, the others what
 autograd keeps of it. They take the splinters that are cut off aligned blocks, so that free neighbours do not join and a
 free piece seldom serves another block of its size."""
-ALIGNMENT = 64
-"""Of a tensor's numbers, as torch asks for it."""
+ALIGNMENT, HUGE, PAGE = 64, 2 * 2**20, 4096
+"""Of a tensor's numbers, as torch asks for it; the bytes from which on it asks for huge pages (`tunesmith.__init__`),
+and the alignment then."""
 
 
 class Block(NamedTuple):
@@ -61,7 +62,10 @@ class _Held:
             self.mapped += size
         else:
             found = ctypes.c_void_p()
-            if self.library.posix_memalign(ctypes.byref(found), ALIGNMENT, size) or not found.value:
+            if (
+                self.library.posix_memalign(ctypes.byref(found), PAGE if size >= HUGE else ALIGNMENT, size)
+                or not found.value
+            ):
                 raise MemoryError
             word = ctypes.c_size_t.from_address(found.value - ctypes.sizeof(ctypes.c_size_t)).value
             own = (word & ~7) if word & MAPPED else 0
@@ -84,16 +88,18 @@ def _c_library() -> str:
         return ""
 
 
-def most_held(blocks: Sequence[Block], *, passes: int, states: int) -> tuple[int, int] | None:
+def most_held(
+    blocks: Sequence[Block], *, passes: int, states: int, moving: int = 2
+) -> tuple[int, int] | None:
     """The most bytes that a process holds for a step's blocks: during its passes, and during its updates.
 
     `passes` are the passes whose gradients are added up, `states` the blocks that the optimizer keeps for each
-    gradient, of its size; an update takes two more for its length. None where the allocator is another than glibc's,
+    gradient, of its size; an update takes `moving` more for its length. None where the allocator is another than glibc's,
     or has not so many addresses.
     """
     if "glibc" not in _c_library() or not blocks:
         return None
-    asked = json.dumps({"blocks": blocks, "passes": passes, "states": states})
+    asked = json.dumps({"blocks": blocks, "passes": passes, "states": states, "moving": moving})
     done = subprocess.run(
         [sys.executable, "-I", "-S", __file__], input=asked, capture_output=True, text=True, check=False
     )
@@ -103,7 +109,7 @@ def most_held(blocks: Sequence[Block], *, passes: int, states: int) -> tuple[int
     return stepping, updating
 
 
-def _replayed(blocks: Sequence[Block], passes: int, states: int) -> tuple[int, int]:
+def _replayed(blocks: Sequence[Block], passes: int, states: int, moving: int) -> tuple[int, int]:
     end = max((b.died for b in blocks if b.died < math.inf), default=0.0) + 1
     gradients = [n for n, block in enumerate(blocks) if block.is_gradient]
     first, later = [], []
@@ -122,6 +128,7 @@ def _replayed(blocks: Sequence[Block], passes: int, states: int) -> tuple[int, i
     # malloc asks the system for blocks that are larger than the largest that it gave back.
     held.take("before", WARMED)
     held.give("before")
+    held.most = 0
     stepping = updating = 0
     for step in range(3):  # states are there from the second on
         for one in range(min(passes, 2)):
@@ -136,9 +143,9 @@ def _replayed(blocks: Sequence[Block], passes: int, states: int) -> tuple[int, i
             if not step:
                 for state in range(states):
                     held.take(("state", state, n), blocks[n].size)
-            for place in range(2):
+            for place in range(moving):
                 held.take(("moving", place), blocks[n].size)
-            for place in range(2):
+            for place in range(moving):
                 held.give(("moving", place))
         updating, held.most = max(updating, held.most), 0
         for n in gradients:
@@ -148,6 +155,5 @@ def _replayed(blocks: Sequence[Block], passes: int, states: int) -> tuple[int, i
 
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
-    print(
-        json.dumps(_replayed([Block(*block) for block in asked["blocks"]], asked["passes"], asked["states"]))
-    )
+    blocks = [Block(*block) for block in asked.pop("blocks")]
+    print(json.dumps(_replayed(blocks, **asked)))

@@ -116,7 +116,7 @@ def fit(
     """
     from transformers.trainer_callback import PrinterCallback
 
-    from tunesmith.training import callbacks, heap, steps
+    from tunesmith.training import callbacks, steps
     from tunesmith.training.validating import measuring
     from tunesmith.training.watching import Watching
 
@@ -181,7 +181,7 @@ def fit(
         )
     started = time.perf_counter()
     trainer.stop_requested = lambda: stop.requested
-    with stop, heap.kept():
+    with stop:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
     is_open = trainer.state.global_step < trainer.state.max_steps or trainer._owes_evaluation

@@ -34,6 +34,11 @@ def test_free_pieces_are_held_as_well(size):
     assert alive < stepping < 1.1 * sum(block.size for block in blocks)
 
 
+def test_little_is_held_for_little():
+    stepping, _ = heap.most_held(layers(3, 10_000), passes=1, states=0)
+    assert stepping < MB
+
+
 def test_large_blocks_go_back_at_once():
     blocks = layers(4, 80 * MB)  # the temporary ones have 40
     alive = max(sum(b.size for b in blocks if b.born <= moment.born < b.died) for moment in blocks)

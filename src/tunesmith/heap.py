@@ -122,6 +122,7 @@ def _replayed(blocks: Sequence[Block], passes: int, states: int) -> tuple[int, i
     # malloc asks the system for blocks that are larger than the largest that it gave back.
     held.take("before", WARMED)
     held.give("before")
+    held.most = 0
     stepping = updating = 0
     for step in range(3):  # states are there from the second on
         for one in range(min(passes, 2)):

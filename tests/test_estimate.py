@@ -143,7 +143,7 @@ def test_a_run_is_tried_where_it_misses_by_up_to_a_quarter(over, stops):
         return
     with pytest.raises(OutOfResources) as error:
         found.check()
-    for said in ("260.0 MB", "26%", "change 1 (--flag 1): 100 MB", "change 2", "change 3"):
+    for said in ("260 MB", "26%", "change 1 (--flag 1): 100 MB", "change 2", "change 3"):
         assert said in str(error.value)
 
 

@@ -78,16 +78,6 @@ def test_a_steps_peak_is_what_torchs_profiler_sees_of_a_real_one(llama):
     assert count.positions == ids.numel()
 
 
-def test_blocks_of_two_kinds_have_no_room_in_common():
-    with counting(vocabulary=0) as count:
-        one = torch.empty(16 * 2**20, dtype=torch.float32, device="meta")  # 64 MiB, from the system
-        del one
-        other = torch.empty(2**20, dtype=torch.float32, device="meta")  # 4 MiB, from the heap
-        del other
-    assert count.live()[0] == 64 * 2**20
-    assert count.most_of_kinds() == (4 * 2**20, 64 * 2**20)
-
-
 def test_layers_that_are_computed_again_hold_less_and_compute_more(llama):
     ids = torch.randint(0, 500, (4, 200))
     found = {}

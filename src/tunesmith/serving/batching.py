@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from tunesmith.errors import is_out_of_memory
@@ -251,7 +252,7 @@ class Batcher:
         for adapter in sorted({*self._joining, *self._running}, key=str):
             self._round(adapter)
         for row in list(self._single):
-            self._guarded([row], lambda row=row: self._step_single(row))
+            self._guarded([row], partial(self._step_single, row))
         self._single = [row for row in self._single if not row.ended]
         return True
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Read by torch when it takes its first memory: a fresh block of some megabytes then costs a page fault for each 2 MB and
-# not for each 4 kB, where Linux gives huge pages to those who ask. A training step takes such blocks all the time.
+# Read by torch when it takes its first memory: a fresh block of some megabytes then costs a page fault for each 2 MB
+# and not for each 4 kB, where Linux gives huge pages to those who ask. A training step takes such blocks all the time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _HOME = {

@@ -1557,6 +1557,61 @@ def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Wat
     return Held(asked, recipe.evaluation.max_new_tokens, score)
 
 
+def serve(
+    model: str | Path,
+    *,
+    name: str | None = None,
+    adapters: Mapping[str, str] | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token_env: str | None = None,
+    no_token: bool = False,
+    allowed_hosts: Sequence[str] = (),
+    engine: str = "auto",
+    dtype: str = "float32",
+    temperature: float = 0.0,
+    limits: Mapping[str, int] | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
+    ready: Callable[[str, str | None], None] = lambda url, token: None,
+) -> None:
+    """Serve a run's model, or any model's folder, with OpenAI's HTTP interface until it is stopped.
+
+    `adapters` are further runs or adapters on the same base, by the name that requests ask for. `ready` is told the
+    address, and the token where one was made. Raises RecipeError for an address, token or limit that cannot be used.
+    """
+    quiet_libraries()
+    from tunesmith import plan as planning
+    from tunesmith.serving import server
+
+    server.check_engine(engine)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise RecipeError(
+            f"Models are not served in '{dtype}'.", fix=nearest(dtype, ("float32", "bfloat16", "float16"))
+        )
+    token, is_new = server.token_from(token_env, without=no_token, host=host)
+    from tunesmith.serving.models import sources
+
+    base, folders = sources(str(model), name, dict(adapters or {}))
+    where = server.Where(
+        host=host,
+        port=port,
+        token=token,
+        hosts=frozenset(name.lower() for name in (host, *allowed_hosts)),
+        engine=engine,
+        dtype=dtype,
+        device=planning.device(),
+        temperature=temperature,
+    )
+    server.serve(
+        base,
+        folders,
+        where,
+        server.limited(limits or {}),
+        say=say,
+        ready=lambda url: ready(url, token if is_new else None),
+    )
+
+
 def push(
     run: str | Path,
     *,

@@ -1116,6 +1116,105 @@ def judge_verb(
     return {**found, **failed}, _judged_text(found, Path(found["output"]))
 
 
+SERVE_HELP = """Serve a run's model, or any model, with OpenAI's HTTP interface: chat, completions, models, streaming.
+
+`tunesmith serve fine_tuned_models/support-lora --adapter shop=fine_tuned_models/shop-lora`"""
+
+
+@app.command("serve", help=SERVE_HELP)
+@verb
+def serve_verb(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_RUN", help="A run's, an adapter's or a model's folder.")
+    ],
+    *,
+    name: Annotated[
+        str | None, typer.Option(help="Name that requests ask for; the folder's by default.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=RUN_OR_ADAPTER", help="Another adapter on the same base; several times."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; other machines reach 0.0.0.0.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    token_env: Annotated[
+        str | None,
+        typer.Option(help="Environment variable with the token; by default one is made and shown once."),
+    ] = None,
+    no_token: Annotated[bool, typer.Option("--no-token", help="Answer everybody on this machine.")] = False,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="A name under which the server is reached; several times.")
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|transformers|vllm", help="auto is vLLM where it is installed, fits and has a GPU."
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(metavar="float32|bfloat16|float16", help="Precision of the weights.")
+    ] = "float32",
+    temperature: Annotated[
+        float, typer.Option(min=0.0, max=2.0, help="Of requests that name none; 0 takes the likeliest token.")
+    ] = 0.0,
+    concurrency: Annotated[int, typer.Option(help="Requests that are answered at once.")] = 64,
+    queue: Annotated[int, typer.Option(help="Requests that wait; one more gets status 429.")] = 256,
+    prompt_tokens: Annotated[int, typer.Option(help="Longest prompt.")] = 8192,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, and the default.")] = 1024,
+    body_bytes: Annotated[int, typer.Option(help="Largest body of a request.")] = 1_000_000,
+    quiet: bool,
+) -> Any:
+    """Serve."""
+    from tunesmith import api
+
+    named: dict[str, str] = {}
+    for text in adapter or ():
+        key, _, folder = text.partition("=")
+        if not key or not folder:
+            raise TunesmithError(
+                f"--adapter '{text}' is not NAME=RUN_OR_ADAPTER.", fix="Write --adapter shop=RUN."
+            )
+        if key in named:
+            raise TunesmithError(f"Two adapters are named '{key}'.", fix="Give another name.")
+        named[key] = folder
+    console = _console()
+
+    def say(sentence: str) -> None:
+        if not quiet:
+            console.print(sentence, style="dim", markup=False, highlight=False)
+
+    def ready(url: str, token: str | None) -> None:
+        console.print(f"Serving at {url} (Ctrl-C ends)", markup=False, highlight=False, soft_wrap=True)
+        if token:
+            console.print(f"token: {token}", markup=False, highlight=False, soft_wrap=True)
+
+    api.serve(
+        model,
+        name=name,
+        adapters=named,
+        host=host,
+        port=port,
+        token_env=token_env,
+        no_token=no_token,
+        allowed_hosts=allowed_host or (),
+        engine=engine,
+        dtype=dtype,
+        temperature=temperature,
+        limits={
+            "concurrency": concurrency,
+            "queue": queue,
+            "prompt_tokens": prompt_tokens,
+            "max_tokens": max_tokens,
+            "body_bytes": body_bytes,
+        },
+        say=say,
+        ready=ready,
+    )
+    return {"model": model}, None
+
+
 PUSH_HELP = """Upload a run's final model, or a merged model, to the Hugging Face Hub, looked through for secrets first.
 
 `tunesmith push fine_tuned_models/support-lora me/support --dry-run`"""

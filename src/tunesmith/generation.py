@@ -221,7 +221,7 @@ def stream(
 
     check_can_write(model)
     most = room(model, len(prompt), max_new_tokens)
-    feeds = _decoder_feeds if is_seq2seq(model) else _feeds
+    feeds = feeder(model)
     first = first_tokens(model)
     read: dict[str, Any] = {}
     generator = torch.Generator(device=model.device).manual_seed(seed)
@@ -235,7 +235,7 @@ def stream(
                     **feeds(model, prompt, ids, past, read, first), past_key_values=past, use_cache=True
                 )
                 past = getattr(output, "past_key_values", None)
-                token = _pick(output.logits[0, -1].float(), temperature, top_p, generator)
+                token = pick(output.logits[0, -1].float(), temperature, top_p, generator)
                 if not ids and "forced_bos_token_id" in first:
                     token = first["forced_bos_token_id"]
             if token in stop_ids:
@@ -247,6 +247,11 @@ def stream(
                 sent = text
     if rest := decoded(ids, tokenizer)[len(sent) :]:
         yield rest
+
+
+def feeder(model: Any) -> Callable[..., dict[str, Any]]:
+    """What gives a model's inputs for the next token of one answer, step by step."""
+    return _decoder_feeds if is_seq2seq(model) else _feeds
 
 
 def _feeds(
@@ -455,7 +460,8 @@ def decoded(ids: Sequence[int], tokenizer: Any) -> str:
     return text
 
 
-def _pick(logits: Any, temperature: float, top_p: float, generator: Any) -> int:
+def pick(logits: Any, temperature: float, top_p: float, generator: Any) -> int:
+    """The next token: the likeliest at temperature 0, else drawn from the smallest set with `top_p` probability."""
     import torch
 
     if temperature <= 0:

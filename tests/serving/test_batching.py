@@ -1,0 +1,212 @@
+"""Rows that join and leave a batch are answered as each one is alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+import transformers
+
+from tunesmith.data.templates import end_of_turn_ids
+from tunesmith.generation import decoded, generate, stream
+from tunesmith.serving import batching
+from tunesmith.serving.batching import Ask, Batcher, Row, Text
+
+SIZES = {
+    "vocab_size": 320, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 256, "pad_token_id": 2, "eos_token_id": 1,
+}  # fmt: skip
+MODELS = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
+    "window": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**SIZES, sliding_window=6, head_dim=8)
+    ),
+    "window and whole": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**SIZES, sliding_window=6, head_dim=8)
+    ),
+    "learned positions": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=320, n_embd=16, n_layer=2, n_head=2, n_positions=256)
+    ),
+}
+PROMPTS = [[5 + (7 * n + 3 * i) % 300 for i in range(1 + (n * 5) % 23)] for n in range(12)]
+
+
+def made(name: str):
+    torch.manual_seed(3)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+class Kept:
+    """A row's pieces, and when they are whole."""
+
+    def __init__(self, tokenizer, **ask) -> None:
+        self.pieces, self.whole = [], threading.Event()
+        self.row = Row(Ask(**{"max_new_tokens": 20, "stop_ids": (1,)} | ask), self.told, tokenizer)
+
+    def told(self, piece) -> None:
+        self.pieces.append(piece)
+        if piece.ending:
+            self.whole.set()
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+
+def answered(model, rows: list[Kept], *, apart: float = 0.0, max_rows: int = 5, adapters=()) -> Batcher:
+    batcher = Batcher(model, max_rows=max_rows, adapters=adapters)
+    batcher.start()
+    try:
+        for kept in rows:
+            batcher.submit(kept.row)
+            time.sleep(apart)
+        assert all(kept.whole.wait(30) for kept in rows)
+    finally:
+        batcher.stop()
+    return batcher
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_that_come_and_go_are_answered_as_alone(name, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(batching, "PART", 5)  # longer prompts are read while others are answered
+    model = made(name)
+    rows = [Kept(tiny_tokenizer, prompt=tuple(p), max_new_tokens=8 + n) for n, p in enumerate(PROMPTS)]
+    batcher = answered(model, rows, apart=0.003)
+    alone = [
+        generate(model, tiny_tokenizer, [p], max_new_tokens=8 + n, stop_ids=[1])[0]
+        for n, p in enumerate(PROMPTS)
+    ]
+    assert [tuple(kept.row.ids) for kept in rows] == [answer.ids for answer in alone]
+    assert [kept.text for kept in rows] == [answer.text for answer in alone]
+    assert [kept.pieces[-1].ending for kept in rows] == [answer.finish_reason for answer in alone]
+    assert batcher.alone is None
+    assert batcher.steps < 0.8 * sum(len(kept.row.ids) for kept in rows)
+
+
+def test_an_encoder_decoder_model_is_stepped_row_by_row(tiny_t5_folder):
+    from tunesmith.models import load_model, load_tokenizer
+
+    model, tokenizer = load_model(str(tiny_t5_folder)), load_tokenizer(str(tiny_t5_folder))
+    prompts = [tokenizer(text).input_ids for text in ("one two", "what is the count of rows", "red")]
+    ends = end_of_turn_ids(tokenizer)
+    rows = [Kept(tokenizer, prompt=tuple(p), stop_ids=ends, max_new_tokens=8) for p in prompts]
+    assert answered(model, rows).alone == "it is an encoder-decoder model"
+    alone = [generate(model, tokenizer, [p], max_new_tokens=8, stop_ids=ends)[0] for p in prompts]
+    assert [tuple(kept.row.ids) for kept in rows] == [answer.ids for answer in alone]
+
+
+def test_what_is_drawn_hangs_on_the_seed_and_not_on_who_is_beside(tiny_tokenizer):
+    model = made("llama")
+    rows = [
+        Kept(tiny_tokenizer, prompt=tuple(p), temperature=0.9, top_p=0.8, seed=n)
+        for n, p in enumerate(PROMPTS[:4])
+    ]
+    rows.append(Kept(tiny_tokenizer, prompt=tuple(PROMPTS[0]), temperature=0.9, top_p=0.8, seed=99))
+    answered(model, rows)
+    for n, kept in enumerate(rows[:4]):
+        pieces = stream(
+            model,
+            tiny_tokenizer,
+            PROMPTS[n],
+            max_new_tokens=20,
+            stop_ids=[1],
+            temperature=0.9,
+            top_p=0.8,
+            seed=n,
+        )
+        assert kept.text == "".join(pieces)
+    assert rows[4].row.ids != rows[0].row.ids
+
+
+def test_a_row_that_is_left_gets_no_further_step_and_the_others_go_on(tiny_tokenizer):
+    model = made("llama")
+    long, left = (Kept(tiny_tokenizer, prompt=tuple(p), stop_ids=(), max_new_tokens=120) for p in PROMPTS[:2])
+    waits = Kept(tiny_tokenizer, prompt=(7, 8), stop_ids=())
+    batcher = Batcher(model, max_rows=2)
+    batcher.start()
+    for kept in (long, left, waits):
+        batcher.submit(kept.row)
+    while not left.row.ids:
+        time.sleep(0.001)
+    batcher.leave(left.row)
+    batcher.leave(waits.row)
+    assert left.whole.wait(0.5)
+    assert waits.whole.wait(5)
+    written = len(left.row.ids)
+    assert long.whole.wait(20)
+    batcher.stop()
+    assert left.pieces[-1].ending == waits.pieces[-1].ending == "left"
+    assert len(left.row.ids) == written < 120
+    [alone] = generate(model, tiny_tokenizer, [PROMPTS[0]], max_new_tokens=120, stop_ids=[])
+    assert tuple(long.row.ids) == alone.ids
+
+
+def test_a_step_that_fails_is_told_and_later_ones_are_answered(tiny_tokenizer):
+    model = made("llama")
+    broken, forward = threading.Event(), model.model.forward
+
+    def sometimes(*given, **named):
+        if broken.is_set():
+            broken.clear()
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return forward(*given, **named)
+
+    model.model.forward = sometimes
+    broken.set()
+    first, second = Kept(tiny_tokenizer, prompt=(7, 8)), Kept(tiny_tokenizer, prompt=(7, 8))
+    batcher = Batcher(model, max_rows=2)
+    batcher.start()
+    batcher.submit(first.row)
+    assert first.whole.wait(10)
+    batcher.submit(second.row)
+    assert second.whole.wait(10)
+    batcher.stop()
+    assert first.pieces[-1].ending == "failed"
+    assert "out of memory" in first.pieces[-1].problem
+    assert second.row.ids
+
+
+def test_stopping_tells_those_who_wait(tiny_tokenizer):
+    batcher = Batcher(made("llama"), max_rows=1)
+    rows = [Kept(tiny_tokenizer, prompt=(7, 8), stop_ids=(), max_new_tokens=10_000) for _ in range(2)]
+    batcher.start()
+    for kept in rows:
+        batcher.submit(kept.row)
+    batcher.stop()
+    assert [kept.pieces[-1].ending for kept in rows] == ["failed", "failed"]
+    with pytest.raises(RuntimeError):
+        batcher.submit(Kept(tiny_tokenizer, prompt=(7,)).row)
+
+
+@pytest.mark.parametrize(
+    "text", ["one two three", "a ü €  𝄞𝄞 b", "\n\n  x\ufffdy", "the end<|im_start|> and on", "e\u0301🏳️‍🌈"]
+)
+def test_pieces_of_a_text_join_to_the_whole(text, tiny_tokenizer):
+    ids = tiny_tokenizer(text).input_ids
+    for cut in (0, 1):  # the last character may be half
+        given = ids[: len(ids) - cut]
+        growing = Text(tiny_tokenizer, ())
+        pieces = [growing.add(given[: n + 1])[0] for n in range(len(given))]
+        assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+        assert "".join(pieces) + growing.end(given)[0] == decoded(given, tiny_tokenizer)
+
+
+def test_a_text_ends_before_its_stop_however_it_is_cut_into_tokens(tiny_tokenizer):
+    ids = tiny_tokenizer("count; one two;; three").input_ids
+    growing, told, met = Text(tiny_tokenizer, (";;", "zebra")), [], None
+    for n in range(len(ids)):
+        piece, met = growing.add(ids[: n + 1])
+        told.append(piece)
+        if met:
+            break
+    assert ("".join(told), met) == ("count; one two", ";;")
+    held = Text(tiny_tokenizer, ("two!",))
+    short = tiny_tokenizer("one two").input_ids
+    assert "".join(held.add(short[: n + 1])[0] for n in range(len(short))) != "one two"
+    assert held.end(short)[0].endswith("two")

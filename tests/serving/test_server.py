@@ -1,0 +1,491 @@
+"""The server as its clients see it, asked with OpenAI's own client and over bare sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import shutil
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("fastapi")
+openai = pytest.importorskip("openai")
+
+from serving_of_tests import TOKEN, served  # noqa: E402
+
+from tunesmith import api  # noqa: E402
+from tunesmith.serving.limits import Limits  # noqa: E402
+
+
+def question(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def post(url: str, body: bytes, **headers: str) -> tuple[int, dict, dict]:
+    given = {"Authorization": f"Bearer {TOKEN}", **headers}
+    request = urllib.request.Request(url, body, {key: value for key, value in given.items() if value})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return reply.status, json.loads(reply.read()), dict(reply.headers)
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read()), dict(error.headers)
+
+
+@pytest.fixture(scope="module")
+def talk(talking_folder):
+    chat = api.Chat(talking_folder)
+
+    def answer(text: str, tokens: int) -> str:
+        return "".join(chat.answer(question(text), max_new_tokens=tokens))
+
+    return answer
+
+
+def test_an_answer_is_that_of_chat_whole_and_as_a_stream(running, talk):
+    client = running.client()
+    for text in ("what is the capital of france", "red ü <|im_end|> blue", "one"):
+        whole = client.chat.completions.create(model="model", messages=question(text), max_tokens=25)
+        assert whole.choices[0].message.content == talk(text, 25)
+        pieces = list(
+            client.chat.completions.create(
+                model="model",
+                messages=question(text),
+                max_tokens=25,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+        assert "".join(p.choices[0].delta.content or "" for p in pieces[:-1]) == talk(text, 25)
+        assert pieces[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+        assert pieces[-1].usage.model_dump() == whole.usage.model_dump()
+        assert whole.usage.completion_tokens <= 25
+
+
+def test_logprobs_are_the_models_own(running):
+    import torch
+
+    reply = running.client().completions.create(
+        model="model", prompt=[5, 6, 7], max_tokens=5, logprobs=2, extra_body={"return_token_ids": True}
+    )
+    choice = reply.choices[0]
+    ids = choice.model_extra["token_ids"]
+    with torch.inference_mode():
+        logits = running.loaded.model(input_ids=torch.tensor([[5, 6, 7, *ids]])).logits[0, 2:-1]
+    expected = logits.log_softmax(-1)[range(len(ids)), ids].tolist()
+    assert choice.logprobs.token_logprobs == pytest.approx(expected, abs=1e-4)
+    assert all(len(likeliest) <= 2 for likeliest in choice.logprobs.top_logprobs)
+    chat = running.client().chat.completions.create(
+        model="model", messages=question("red"), max_tokens=3, logprobs=True, top_logprobs=3
+    )
+    told = chat.choices[0].logprobs.content
+    assert len(told) == chat.usage.completion_tokens
+    assert all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in told)
+
+
+def test_stop_and_seed(running, talk):
+    client, text = running.client(), "what is the count of rows"
+    whole = talk(text, 40)
+    stop = whole[6:9]
+    cut = client.chat.completions.create(
+        model="model", messages=question(text), max_tokens=40, stop=[stop, "zzz"]
+    )
+    assert cut.choices[0].message.content == whole[: whole.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+
+    def drawn(seed: int) -> str:
+        reply = client.completions.create(
+            model="model", prompt="red", temperature=1.5, seed=seed, max_tokens=12
+        )
+        return reply.choices[0].text
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_64_clients_at_once_get_each_its_own_answer(running, talk):
+    texts = [f"what is {'red ' * (n % 7)}{n} of {n * n}" for n in range(64)]
+    client = running.client()
+
+    def ask(n: int) -> str:
+        if n % 2:
+            return client.chat.completions.create(
+                model="model", messages=question(texts[n]), max_tokens=10 + n % 9
+            ).choices[0].message.content  # fmt: skip
+        stream = client.chat.completions.create(
+            model="model", messages=question(texts[n]), max_tokens=10 + n % 9, stream=True
+        )
+        pieces = []
+        for piece in stream:
+            pieces.append(piece.choices[0].delta.content or "")
+            time.sleep(0.01 if n % 8 == 0 else 0)  # some take their time
+        return "".join(pieces)
+
+    with ThreadPoolExecutor(64) as threads:
+        found = list(threads.map(ask, range(64)))
+    expected = [talk(text, 10 + n % 9) for n, text in enumerate(texts)]
+    assert len(set(expected)) > 32  # mixed answers would show
+    assert found == expected
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_decoding_stops_when_the_client_leaves(running, stream):
+    body = json.dumps(
+        {"model": "model", "prompt": [5, 6], "max_tokens": 300, "ignore_eos": True, "stream": stream}
+    ).encode()
+    where = running.url.removeprefix("http://").split(":")
+    rows = []
+    submit = running.batcher.submit
+    running.batcher.submit = lambda row: (rows.append(row), submit(row))
+    try:
+        with socket.create_connection((where[0], int(where[1]))) as bare:
+            bare.sendall(
+                f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n".encode()
+                + body
+            )
+            until = time.monotonic() + 10
+            while (not rows or len(rows[0].ids) < 3) and time.monotonic() < until:
+                time.sleep(0.001)
+    finally:
+        running.batcher.submit = submit
+    left = time.monotonic()
+    [row] = rows
+    while not row.ended and time.monotonic() < left + 5:
+        time.sleep(0.002)
+    assert time.monotonic() - left < 0.5
+    assert len(row.ids) < 300
+    until = time.monotonic() + 5
+    while running.batcher.running and time.monotonic() < until:
+        time.sleep(0.01)
+    assert running.batcher.running == 0
+
+
+GOOD = {"model": "model", "messages": question("red"), "max_tokens": 2}
+HOSTILE = [
+    ({"temperature": -1}, "temperature"), ({"temperature": 1e308}, "temperature"), ({"temperature": ""}, "temperature"),
+    ({"temperature": math.nan}, None), ({"temperature": math.inf}, None), ({"top_p": 0}, "top_p"),
+    ({"top_p": True}, "top_p"), ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": -5}, "max_tokens"),
+    ({"max_tokens": 10**12}, "max_tokens"), ({"max_tokens": 2.5}, "max_tokens"), ({"max_tokens": "9"}, "max_tokens"),
+    ({"seed": 2**70}, "seed"), ({"n": 2}, "n"), ({"n": 0}, "n"), ({"stop": ["a"] * 5}, "stop"), ({"stop": ""}, "stop"),
+    ({"stop": {"a": 1}}, "stop"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"presence_penalty": 0.5}, "presence_penalty"), ({"frequency_penalty": -2}, "frequency_penalty"),
+    ({"logit_bias": {"5": 100}}, "logit_bias"), ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"tools": []}, "tools"), ({"temprature": 1}, "temprature"), ({"messages": []}, "messages"),
+    ({"messages": "red"}, "messages"), ({"messages": [{"role": "root", "content": "x"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
+    ({"messages": question("\ud800")}, "messages"), ({"messages": question("red " * 400)}, "messages"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"), ({"stop_token_ids": [-1]}, "stop_token_ids"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "param"), HOSTILE, ids=[str(change)[:40] for change, _ in HOSTILE])
+def test_what_is_not_meant_or_not_supported_is_refused_by_its_name(running, change, param):
+    status, body, _ = post(f"{running.url}/v1/chat/completions", json.dumps(GOOD | change).encode())
+    assert status == 400
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["param"] == param
+    assert body["error"]["type"] == "invalid_request_error"
+    assert len(body["error"]["message"]) < 400
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400), (b"{", 400), (b"\xff\xfe", 400), (b"[]", 400), (b"null", 400), (b"[" * 9_000, 400),
+        (b'{"model":"model","messages":' + b'[{"a":' * 1_500 + b"1" + b"}]" * 1_500 + b"}", 400),
+        (b'{"model":"model","seed":' + b"9" * 5_000 + b"}", 400), (b"x" * 20_001, 413),
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_a_body_that_is_none_is_refused(running, body, status):
+    found, reply, _ = post(f"{running.url}/v1/chat/completions", body)
+    assert found == status
+    assert reply["error"]["message"]
+    assert post(f"{running.url}/v1/chat/completions", json.dumps(GOOD).encode())[0] == 200
+
+
+@pytest.mark.parametrize(
+    "change", [{"prompt": [10**6]}, {"prompt": [-1]}, {"prompt": []}, {"prompt": ""}, {"prompt": ["a", "b"]},
+               {"echo": True}, {"suffix": "x"}, {"best_of": 3}, {"prompt": [5] * 201}]
+)  # fmt: skip
+def test_hostile_completions(running, change):
+    status, body, _ = post(
+        f"{running.url}/v1/completions", json.dumps({"model": "model", "prompt": "red", **change}).encode()
+    )
+    assert status == 400
+    assert body["error"]["param"] == next(iter(change))
+
+
+def test_who_has_no_token_or_comes_by_another_name_is_refused(running):
+    body = json.dumps(GOOD).encode()
+    for header in ("", "Bearer", "Bearer wrong", f"bearer {TOKEN}x", f"Basic {TOKEN}"):
+        status, reply, headers = post(f"{running.url}/v1/chat/completions", body, Authorization=header)
+        assert (status, reply["error"]["code"]) == (401, "invalid_api_key")
+        assert headers["www-authenticate"] == "Bearer"
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{running.url}/v1", api_key="wrong").models.list()
+    for path in ("/metrics", "/v1/models"):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(running.url + path)
+    for path in ("/health", "/ready"):
+        assert urllib.request.urlopen(running.url + path).status == 200
+    status, reply, _ = post(f"{running.url}/v1/chat/completions", body, Host="evil.example:80")
+    assert (status, reply["error"]["code"]) == (403, "wrong_host")
+
+
+def test_unknown_models_and_paths(running):
+    with pytest.raises(openai.NotFoundError, match="Did you mean 'model'") as error:
+        running.client().chat.completions.create(model="modle", messages=question("red"))
+    assert error.value.code == "model_not_found"
+    assert [model.id for model in running.client().models.list()] == ["model"]
+    assert post(f"{running.url}/v1/nothing", b"{}")[0] == 404
+
+
+def test_metrics_tell_what_was_done(running):
+    def figures() -> dict[str, float]:
+        request = urllib.request.Request(
+            f"{running.url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}
+        )
+        lines = urllib.request.urlopen(request).read().decode().splitlines()
+        return {
+            key: float(value) for key, value in (line.rsplit(" ", 1) for line in lines if line[:1] != "#")
+        }
+
+    before = figures()
+    reply = running.client().chat.completions.create(model="model", messages=question("red"), max_tokens=5)
+    after = figures()
+    for key, more in {
+        'tunesmith_requests_total{path="/v1/chat/completions",status="200"}': 1,
+        'tunesmith_prompt_tokens_total{model="model"}': reply.usage.prompt_tokens,
+        'tunesmith_answer_tokens_total{model="model"}': reply.usage.completion_tokens,
+        "tunesmith_first_token_seconds_count": 1,
+    }.items():
+        assert after[key] - before.get(key, 0) == more
+    assert TOKEN not in str(after)
+
+
+def test_a_full_queue_is_refused_with_a_time_to_wait(talking_folder):
+    with served(talking_folder, limits=Limits(concurrency=1, queue=1, max_tokens=200)) as small:
+        client, began = small.client(), threading.Event()
+
+        def long(_: int) -> int:
+            stream = client.completions.create(
+                model="model", prompt="red", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+            )
+            pieces = []
+            for piece in stream:
+                pieces.append(piece)
+                began.set()
+            return len(pieces)
+
+        with ThreadPoolExecutor(2) as threads:
+            asking = [threads.submit(long, n) for n in range(2)]
+            assert began.wait(10)
+            until = time.monotonic() + 5
+            while small.batcher.running + small.batcher.waiting < 2 and time.monotonic() < until:
+                time.sleep(0.001)
+            status, body, headers = post(
+                f"{small.url}/v1/completions", json.dumps({"model": "model", "prompt": "red"}).encode()
+            )
+            with pytest.raises(urllib.error.HTTPError, match="503"):
+                urllib.request.urlopen(f"{small.url}/ready")
+            assert all(one.result() for one in asking)
+        assert (status, body["error"]["code"]) == (429, "queue_full")
+        assert int(headers["retry-after"]) >= 1
+        assert (
+            post(f"{small.url}/v1/completions", json.dumps({"model": "model", "prompt": "red"}).encode())[0]
+            == 200
+        )
+
+
+def test_adapters_answer_by_name_as_each_does_alone(talking_folder, tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kinds = {"plain": {}, "dora": {"use_dora": True}, "stabilized": {"use_rslora": True}}
+    for number, (name, options) in enumerate(kinds.items()):
+        torch.manual_seed(number)
+        base = AutoModelForCausalLM.from_pretrained(talking_folder)
+        tuned = get_peft_model(
+            base, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], **options)
+        )
+        with torch.no_grad():
+            for key, parameter in tuned.named_parameters():
+                if "lora_B" in key:
+                    parameter.normal_(std=0.5)
+        tuned.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(talking_folder).save_pretrained(tmp_path / name)
+    texts = ("red", "what is the count of rows", "one two three")
+    with served(talking_folder, {name: tmp_path / name for name in kinds}) as several:
+        client = several.client()
+        asked = [(name, text) for text in texts for name in ("model", *kinds)]
+
+        def ask(one: tuple[str, str]) -> str:
+            reply = client.chat.completions.create(model=one[0], messages=question(one[1]), max_tokens=15)
+            assert reply.model == one[0]
+            return reply.choices[0].message.content
+
+        with ThreadPoolExecutor(12) as threads:
+            found = dict(zip(asked, threads.map(ask, asked), strict=True))
+    for name in ("model", *kinds):
+        alone = api.Chat(talking_folder if name == "model" else tmp_path / name)
+        for text in texts:
+            assert found[name, text] == "".join(alone.answer(question(text), max_new_tokens=15))
+    assert len({found[name, texts[0]] for name in ("model", *kinds)}) == 4
+
+
+def test_an_evaluation_gets_the_same_tokens_from_the_server(running, talking_folder, monkeypatch):
+    from tunesmith.data.templates import end_of_turn_ids
+    from tunesmith.engines import Asked, Source, answers
+    from tunesmith.generation import generate
+    from tunesmith.models import load_model, load_tokenizer
+    from tunesmith.recipe import Server
+
+    monkeypatch.setenv("SERVE_KEY", TOKEN)
+    tokenizer, model = load_tokenizer(str(talking_folder)), load_model(str(talking_folder))
+    source = Source(
+        "model",
+        tokenizer,
+        lambda: model,
+        server=Server(base_url=f"{running.url}/v1", api_key_env="SERVE_KEY"),
+    )
+    prompts = [[5 + (7 * n + i) % 300 for i in range(3 + n)] for n in range(10)]
+    ends = end_of_turn_ids(tokenizer)
+    found, settings = answers(source, Asked(prompts, 20, ends), engine="openai")
+    assert "ids" not in settings  # the server tells its tokens
+    assert found == generate(model, tokenizer, prompts, max_new_tokens=20, stop_ids=ends)
+
+
+def test_a_client_that_takes_nothing_is_cut_off():
+    from tunesmith.serving.app import Access, Guard
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise AssertionError("nothing was taken")
+
+    async def never(message):
+        await asyncio.sleep(60)
+
+    async def receive():
+        return {"type": "http.request", "body": b""}
+
+    guard = Guard(app, access=Access(), limits=Limits(stalled_seconds=0.05), counted=lambda status: None)
+    scope = {"type": "http", "path": "/v1/models", "headers": [(b"host", b"localhost")]}
+    asyncio.run(asyncio.wait_for(guard(scope, receive, never), 5))
+
+
+def test_a_body_that_does_not_arrive_is_refused():
+    from tunesmith.serving.app import Access, Guard
+
+    told = []
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        told.append(message)
+
+    guard = Guard(None, access=Access(), limits=Limits(body_seconds=0.05), counted=told.append)
+    scope = {"type": "http", "path": "/v1/models", "headers": [(b"host", b"[::1]:8000")]}
+    asyncio.run(guard(scope, receive, send))
+    assert told[0] == 408
+    assert told[1]["status"] == 408
+
+
+def test_tokens_and_addresses_that_protect_nothing_are_refused(monkeypatch):
+    from tunesmith.errors import RecipeError
+    from tunesmith.serving.server import token_from
+
+    first, second = (token_from(None, without=False, host="127.0.0.1") for _ in range(2))
+    assert first[1] is True
+    assert first != second
+    assert len(first[0]) >= 32
+    monkeypatch.setenv("WEAK", "short")
+    for given in ({"env": "WEAK"}, {"env": "ABSENT_VARIABLE"}):
+        with pytest.raises(RecipeError, match="holds no token"):
+            token_from(given["env"], without=False, host="127.0.0.1")
+    with pytest.raises(RecipeError, match="everybody"):
+        token_from(None, without=True, host="0.0.0.0")
+    assert token_from(None, without=True, host="::1") == (None, False)
+
+
+def test_vllm_gets_what_maps_and_refuses_the_rest(talking_folder, tmp_path):
+    from tunesmith.serving.server import Where, vllm_command, vllm_refuses
+
+    folders = {"model": talking_folder}
+    assert vllm_refuses(str(talking_folder), folders, Where()) is None
+    other = shutil.copytree(talking_folder, tmp_path / "other")
+    for settings, said in (
+        ({"eos_token_id": 0}, "does not end"),
+        ({"eos_token_id": 1, "top_k": 50}, "top_k"),
+    ):
+        (other / "generation_config.json").write_text(json.dumps(settings))
+        assert said in vllm_refuses(str(other), {"model": other}, Where())
+    where = Where(token="secret-of-the-server", port=9001)
+    command = vllm_command(str(talking_folder), folders, where, Limits(concurrency=7), tmp_path / "t.jinja")
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert command[command.index("--max-num-seqs") + 1] == "7"
+    assert command[command.index("--served-model-name") + 1] == "model"
+    assert where.token not in " ".join(command)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"use_dora": True, "r": 8}))
+    assert "DoRA" in vllm_refuses(str(talking_folder), {**folders, "a": adapter}, Where())
+
+
+def test_adapters_of_another_base_are_refused(talking_folder, tiny_model_folder, tmp_path):
+    from tunesmith.errors import ModelError
+    from tunesmith.serving.models import sources
+
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tiny_model_folder)})
+    )
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(ModelError, match="another base"):
+        sources(str(talking_folder), None, {"a": str(tmp_path)})
+    with pytest.raises(ModelError, match="one base is served"):
+        sources(str(talking_folder), None, {"a": str(tiny_model_folder)})
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_told_to_end(talking_folder, tmp_path):
+    import os
+    import signal
+    import subprocess
+    import sys
+
+    errors = (tmp_path / "said").open("w")
+    started = subprocess.Popen(
+        [sys.executable, "-m", "tunesmith", "serve", str(talking_folder), "--port", "0", "--name", "shop"],
+        stderr=errors,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    try:
+        said, until = "", time.monotonic() + 90
+        while "token: " not in said and time.monotonic() < until and started.poll() is None:
+            time.sleep(0.1)
+            said = (tmp_path / "said").read_text()
+        lines = SimpleNamespace(
+            url=said.split("Serving at ")[1].split()[0], token=said.split("token: ")[1].split()[0]
+        )
+        assert lines.url.startswith("http://127.0.0.1:")
+        client = openai.OpenAI(base_url=lines.url, api_key=lines.token)
+        assert (
+            client.completions.create(model="shop", prompt="red", max_tokens=3).usage.completion_tokens <= 3
+        )
+        started.send_signal(signal.SIGTERM)
+        started.wait(30)
+        assert (tmp_path / "said").read_text().count(lines.token) == 1
+    finally:
+        if started.poll() is None:
+            started.kill()
+        errors.close()

@@ -388,16 +388,17 @@ def _check_grown(text: str) -> None:
     open_ones: list[tuple[str | None, int]] = []  # anchor, and values counted before it
     count = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        mark: Any = event.start_mark
         if isinstance(event, yaml.AliasEvent):
-            known = sizes.get(event.anchor)
+            known = sizes.get(str(event.anchor))
             if known is None and event.anchor in [anchor for anchor, _ in open_ones]:
-                raise _Grown(problem=f"'*{event.anchor}' stands in itself", problem_mark=event.start_mark)
+                raise _Grown(problem=f"'*{event.anchor}' stands in itself", problem_mark=mark)
             count += known or 1
         elif isinstance(event, yaml.CollectionStartEvent):
             open_ones.append((event.anchor, count))
             count += 1
             if len(open_ones) > DEEPEST:
-                raise _Grown(problem=f"more than {DEEPEST} levels", problem_mark=event.start_mark)
+                raise _Grown(problem=f"more than {DEEPEST} levels", problem_mark=mark)
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, before = open_ones.pop()
             if anchor:
@@ -405,7 +406,7 @@ def _check_grown(text: str) -> None:
         elif isinstance(event, yaml.ScalarEvent):
             count += 1
         if count > MOST_VALUES:
-            raise _Grown(problem=f"more than {MOST_VALUES:,} values", problem_mark=event.start_mark)
+            raise _Grown(problem=f"more than {MOST_VALUES:,} values", problem_mark=mark)
 
 
 def _loaded(text: str) -> Any:

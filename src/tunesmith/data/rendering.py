@@ -152,7 +152,9 @@ class _Worker:
         import markupsafe
 
         # No environment variable, so no key in one; nothing is imported but these two packages.
-        folders = [os.path.dirname(os.path.dirname(package.__file__)) for package in (jinja2, markupsafe)]
+        folders = [
+            os.path.dirname(os.path.dirname(str(package.__file__))) for package in (jinja2, markupsafe)
+        ]
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", __file__, *dict.fromkeys(folders)],
             stdin=subprocess.PIPE,
@@ -173,7 +175,7 @@ class _Worker:
             while left:
                 left = left[os.write(process.stdin.fileno(), left) :]
             end = time.monotonic() + PATIENCE
-            parts = []
+            parts: list[bytes] = []
             while not parts or not parts[-1].endswith(b"\n"):
                 if os.name == "posix":  # elsewhere pipes cannot be waited for
                     waiting = select.poll()

@@ -366,7 +366,7 @@ def test_what_is_no_text_is_still_yaml():
     [
         (b"task: chat\nmodel: {base: t\xe9st}\n", r"line 2, column 16 is not UTF-8"),
         (b"task: 2026-99-99\n", "cannot be read as YAML"),
-        (b"[" * 5000, "cannot be read as YAML|is not YAML"),
+        (b"[" * 5000, "more than 64 levels|cannot be read as YAML|is not YAML"),
         (b"seed: " + b"9" * 5000, "cannot be read as YAML"),
     ],
 )

@@ -248,10 +248,10 @@ def test_trl_marks_the_same_tokens(family, monkeypatch):
 
     from tunesmith.data import rendering
 
-    rendering.install()  # the process that renders marks nothing
-    monkeypatch.setattr(chat_template_utils, "_compile_jinja_template", rendering._stock[0])
     tok = tokenizer(family.name)
     encoding = encoded(family, TWO)
+    # The process that renders marks nothing; encoding has put it into the place of transformers' own function.
+    monkeypatch.setattr(chat_template_utils, "_compile_jinja_template", rendering._stock[0])
     theirs = rendered(
         tok,
         TWO,

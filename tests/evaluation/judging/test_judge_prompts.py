@@ -103,7 +103,7 @@ def test_a_file_replaces_texts_and_changes_the_version(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("rubrik: x", "rubrik"), ("single: 'Grade this.'", "{material}"), ("- a", "texts by name"), ("a: [", "read")],
+    [("rubrik: x", "rubrik"), ("single: 'Grade this.'", "{material}"), ("- a", "holds no"), ("a: [", "not YAML")],
 )  # fmt: skip
 def test_a_file_that_would_weaken_the_judge_is_refused(tmp_path, text, said):
     path = tmp_path / "mine.yaml"

@@ -144,6 +144,8 @@ class Clock:
         inner, clock = Trainer.training_step, self
 
         def step(trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if not trainer.is_in_train:  # a check before training
+                return inner(trainer, model, inputs, *args, **kwargs)
             clock.begun.append(time.perf_counter())
             clock.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             mask, labels = inputs.get("attention_mask"), inputs.get("labels")

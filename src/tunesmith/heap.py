@@ -94,8 +94,8 @@ def most_held(
     """The most bytes that a process holds for a step's blocks: during its passes, and during its updates.
 
     `passes` are the passes whose gradients are added up, `states` the blocks that the optimizer keeps for each
-    gradient, of its size; an update takes `moving` more for its length. None where the allocator is another than glibc's,
-    or has not so many addresses.
+    gradient, of its size; an update takes `moving` more for its length. None where the allocator is another than
+    glibc's, or has not so many addresses.
     """
     if "glibc" not in _c_library() or not blocks:
         return None

@@ -490,8 +490,8 @@ def result(
     bars: Sequence[Bar] = (),
     quick: bool = False,
 ) -> None:
-    """The last line: one JSON object, with what else was measured. Leaves with 1 where a bar is missed, unless the turn
-    was a quick one, which says nothing of speed."""
+    """What was held against bars, and as the last line one JSON object. Leaves with 1 where a bar is missed, unless the
+    turn was a quick one, which says nothing of speed."""
     ours = next(iter(medians.values()))["tokens_per_second"]
     theirs = medians[peer]["tokens_per_second"]
     print(
@@ -503,7 +503,6 @@ def result(
                 "ratio": round(ours / theirs, 2),
                 "unit": "tokens/s",
                 "n": rounds,
-                **{name: round(value, 3) for name, value, _ in bars},
             }
         )
     )

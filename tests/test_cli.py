@@ -233,7 +233,7 @@ def test_another_model_or_setting_is_another_measurement(
         return measured(api.compare, [tiny_model_folder, model], **section).saved
 
     first, compared = alone(), against()
-    server = {"base_url": "http://me:hush@127.0.0.1:8001/v1?key=hush", "api_key_env": "MY_KEY"}
+    server = {"base_url": "http://127.0.0.1:8001/v1?key=hush", "api_key_env": "MY_KEY"}
     others = [alone(max_items=5), alone(engine="padded"), alone(server=server)]
     assert [folder.name for folder in others] == [f"{first.name}-{n}" for n in (2, 3, 4)]
     assert "hush" not in (others[-1] / "scores.json").read_text()

@@ -857,6 +857,7 @@ class Hub:
     """Stands for huggingface_hub.HfApi and keeps what it is asked."""
 
     asked: list = []
+    endpoint = "https://huggingface.co"
 
     def __init__(self, token=None):
         Hub.asked = [("token", token)]
@@ -868,7 +869,9 @@ class Hub:
         Hub.asked.append(("upload", repo_id, sorted(p.name for p in Path(folder_path).iterdir())))
         if repo_id.endswith("broken"):
             raise ValueError(f"Illegal header value b'Bearer {dict(Hub.asked[:1])['token']}'")
-        return type("Commit", (), {"repo_url": f"https://huggingface.co/{repo_id}"})()
+
+    def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id, **options):
+        assert path_in_repo == "README.md"
 
 
 def test_upload_creates_only_when_asked_and_never_shows_the_token(trained, monkeypatch, capsys):

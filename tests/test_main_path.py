@@ -662,6 +662,8 @@ def test_a_finished_model_is_uploaded_where_that_is_asked_for(quick, monkeypatch
     asked = []
 
     class Hub:
+        endpoint = "https://huggingface.co"
+
         def __init__(self, token=None):
             asked.append(token)
 
@@ -670,7 +672,9 @@ def test_a_finished_model_is_uploaded_where_that_is_asked_for(quick, monkeypatch
 
         def upload_folder(self, *, folder_path, repo_id, **options):
             asked.append((repo_id, {path.name for path in Path(folder_path).iterdir()}))
-            return type("Commit", (), {"repo_url": f"https://huggingface.co/{repo_id}"})()
+
+        def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id, **options):
+            assert path_in_repo == "README.md"
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     changes = {"training": {"max_steps": 1}, "evaluation": {"skip": True}}

@@ -505,7 +505,7 @@ def as_pickle(folder: Path) -> None:
             r"base of the adapter .* is missing: /nowhere/base.*base_model_name_or_path",
         ),
         (with_base(None), r"names no base"),
-        (as_pickle, r"no adapter_model.safetensors.*Only safetensors"),
+        (as_pickle, r"no weights as safetensors.*adapter_model.bin"),
         (
             rebased(model_type="own", auto_map={"AutoConfig": "a.A", "AutoModelForCausalLM": "b.B"}),
             r"needs code of its own, and no code of a model is ever run",

@@ -443,13 +443,16 @@ def test_vllm_gets_what_maps_and_refuses_the_rest(talking_folder, tmp_path):
 
 
 def test_adapters_of_another_base_are_refused(talking_folder, tiny_model_folder, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
     from tunesmith.errors import ModelError
     from tunesmith.serving.models import sources
 
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(tiny_model_folder)})
     )
-    (tmp_path / "adapter_model.safetensors").touch()
+    save_file({"weight": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="another base"):
         sources(str(talking_folder), None, {"a": str(tmp_path)})
     with pytest.raises(ModelError, match="one base is served"):

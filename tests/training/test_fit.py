@@ -57,7 +57,7 @@ def test_mixed_precision_reaches_the_trainer_where_there_is_a_gpu(
 ):
     """What is asked of it; computing so needs CUDA."""
     monkeypatch.setattr(planning, "device", lambda: "cuda")
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *a, **k: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *a, **k: (8, 0))
     training = Training(mixed_precision=precision)
     plan = planning.resolve(training, Model(), adapter_kind="full", lengths=[10] * 2000, num_validation=9)
     told = arguments(plan, training, Tracking(), name="run", staging=tmp_path)

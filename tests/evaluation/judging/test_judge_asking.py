@@ -415,7 +415,8 @@ def test_replies_of_a_local_judge_are_those_of_its_weights(tmp_path, tiny_model_
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("model: m\nmodle: x", "Did you mean 'model'?"), ("api: other\nmodel: m", "api"), ("- a", "names with values"),
+        ("model: m\nmodle: x", "Did you mean 'model'?"), ("api: other\nmodel: m", "api"),
+        ("- a", "holds no judge's settings"),
         ("model: m\napi_key: sk", "environment variable"), ("model: m\nmax_cost: 1", "prices"), ("{}", "model"),
     ],
 )  # fmt: skip

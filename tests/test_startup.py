@@ -6,6 +6,7 @@ import gc
 import json
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -64,6 +65,49 @@ def test_while_libraries_load_the_collector_rests_and_nothing_quantizes():
         broken()
     assert seen == [False, False, True]
     assert state() == before
+
+
+def test_versions_of_packages_are_looked_up_for_those_that_are_asked_about():
+    before = metadata.packages_distributions
+    true, asked = before(), []
+    with launch.loading():
+        assert metadata.packages_distributions is not before
+    assert metadata.packages_distributions is before
+    found = launch.Installed(lambda: asked.append(1) or true)
+    for name in ("transformers", "huggingface_hub", "torch"):
+        assert metadata.version(found[name][0]) == metadata.version(name)
+    assert not asked
+    assert found.get("PIL") == true["PIL"]
+    assert found.get("no_such_package") is None
+    with pytest.raises(KeyError):
+        found["no_such_package"]
+    assert asked == [1]
+
+
+LOADED = """
+import gc, sys
+from tunesmith.training.fit import quiet_libraries
+quiet_libraries()
+from tunesmith import launch
+launch.load_libraries()
+print("scipy" in sys.modules, gc.get_freeze_count())
+launch.own_process()
+launch.load_libraries()
+print(gc.get_freeze_count() > 100_000, gc.isenabled())
+from transformers.loss import loss_for_object_detection, loss_rt_detr
+from transformers.utils import is_scipy_available
+print(is_scipy_available())
+for module in (loss_for_object_detection, loss_rt_detr):
+    print([list(map(int, found)) for found in module.linear_sum_assignment([[5.0, 1.0], [2.0, 9.0]])])
+"""
+
+
+@pytest.mark.slow
+def test_scipy_waits_until_it_is_used_and_what_the_command_loaded_is_not_searched_for_cycles():
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.strip().splitlines()
+    assert said == ["False 0", "True True", "True", *["[[0, 1], [1, 0]]"] * 2]
 
 
 ADAPTERS = """

@@ -1854,8 +1854,9 @@ def _leaves(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any,
 
 def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool) -> Result:
     """Drive the dataflow to the report, and leave a status whatever happens."""
-    from tunesmith.export.card import write_card
-    from tunesmith.training import checkpoints
+    with launch.loading():
+        from tunesmith.export.card import write_card
+        from tunesmith.training import checkpoints
 
     started = time.perf_counter()
     before = run.read("status.json")

@@ -567,7 +567,8 @@ def fitted(
         else None,
         higher_is_better=recipe.training.best_by != "loss"
         and METRICS[recipe.training.best_by].higher_is_better,
-        input_rows=encodings.train.rows.tolist(),
+        input_rows=encodings.train.rows,
+        release=encodings.release,
     )
     carry(result.final_model, prepared, splits, recipe.model.base)
     prepared.write("training.json", asdict(result))

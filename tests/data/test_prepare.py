@@ -7,9 +7,11 @@ import gc
 import importlib.metadata
 import json
 import os
+import pickle
 import random
 import re
 import shutil
+import sys
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
@@ -252,6 +254,34 @@ def test_a_streamed_hub_set_is_read_once_and_no_further_than_asked(monkeypatch, 
 
 
 # the cache
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells how much of a mapped file is in memory")
+def test_what_was_read_of_the_tokens_is_handed_back(tmp_path, tiny_tokenizer):
+    rows = jsonl(tmp_path / "rows.jsonl", questions(3000))
+    encoded = data.encoded(
+        data.prepare(Data(dataset=rows, cache=False)), tiny_tokenizer, data=Data(dataset=rows, cache=False),
+        loss_on="answers",
+    )  # fmt: skip
+    train = encoded.train
+
+    def held():
+        is_ours, total = False, 0
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if "-" in line.split()[0]:
+                is_ours = line.endswith(str(train.file))
+            elif is_ours and line.startswith("Rss:"):
+                total += int(line.split()[1])
+        return total
+
+    dataset = train.dataset()
+    before = dataset[:]
+    assert held() * 1024 > 0.9 * train.file.stat().st_size
+    encoded.release()
+    assert held() == 0
+    assert dataset[:] == before
+    assert list(pickle.loads(pickle.dumps(train))) == list(train)
+    assert pickle.loads(pickle.dumps(dataset))[:] == before
 
 
 def test_the_cache_is_used_and_never_stale(tmp_path, tiny_tokenizer, monkeypatch):

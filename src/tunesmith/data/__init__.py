@@ -12,6 +12,7 @@ import gc
 import hashlib
 import itertools
 import json
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -237,6 +238,11 @@ class EncodedSplits:
     notes: tuple[str, ...] = ()
     lengths: tuple[int, int] | None = None
     """Of pairs: most tokens of an input and of an answer that training keeps."""
+
+    def release(self) -> None:
+        """Hand back the memory that holds what was read of the tokens."""
+        self.train.release()
+        self.validation.release()
 
 
 def as_it_is(example: Example) -> Example:
@@ -647,9 +653,22 @@ def stored(
     with cache.making(name) as folder:
         facts = write(folder)
         (folder / cache.FACTS).write_text(json.dumps(facts))
+    _hand_back()
     place = cache.find(name) if name else folder
     assert place is not None
     return _from_folder(place, splits, ())
+
+
+def _hand_back() -> None:
+    """Give the memory in which batches of rows were made back to the system, where its library can: it is in pieces
+    that nothing larger fits into, and would count beside all that training takes."""
+    import ctypes
+
+    import pyarrow
+
+    pyarrow.default_memory_pool().release_unused()
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def _from_folder(folder: Path, splits: Splits, notes: tuple[str, ...]) -> EncodedSplits:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -42,11 +43,27 @@ class Encodings(Sequence[Encoding]):
     file: Path
 
     @cached_property
+    def _content(self) -> mmap.mmap:
+        with self.file.open("rb") as content:
+            return mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @cached_property
     def _table(self) -> Any:
         import pyarrow as arrow
 
-        with arrow.memory_map(str(self.file)) as content:
-            return arrow.ipc.open_stream(content).read_all()
+        return arrow.ipc.open_stream(arrow.py_buffer(self._content)).read_all()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"file": self.file}  # another process maps the file itself
+
+    def release(self) -> None:
+        """Hand back the memory that holds what was read of the file; it stays readable. Where a system cannot, nothing.
+
+        What is read of a mapped file counts as memory of this process for as long as nobody else needs room, so a run
+        would seem to take as much more as its file is long.
+        """
+        if "_content" in self.__dict__ and hasattr(mmap, "MADV_DONTNEED"):
+            self._content.madvise(mmap.MADV_DONTNEED)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -96,8 +113,11 @@ class Encodings(Sequence[Encoding]):
     def dataset(self, *columns: str) -> Any:
         """The examples as the data set that trainers read: by default `input_ids` and `labels`."""
         from datasets import Dataset
+        from datasets.table import MemoryMappedTable
 
-        return Dataset.from_file(str(self.file)).select_columns(list(columns or ("input_ids", "labels")))
+        # The same mapping, so that `release` reaches what trainers read.
+        table = MemoryMappedTable(self._table, str(self.file))
+        return Dataset(table).select_columns(list(columns or ("input_ids", "labels")))
 
 
 @dataclass(frozen=True)

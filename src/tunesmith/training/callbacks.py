@@ -103,6 +103,21 @@ class Samples(TrainerCallback):  # type: ignore[misc]
             )
 
 
+class Releasing(TrainerCallback):  # type: ignore[misc]
+    """Has what was read of the rows for a step handed back after it."""
+
+    def __init__(self, release: Callable[[], None]) -> None:
+        self.release = release
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Of the training rows."""
+        self.release()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Of the validation rows."""
+        self.release()
+
+
 COMMON = {
     "loss",
     "learning_rate",

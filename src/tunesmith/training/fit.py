@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import Interrupted, MissingExtra
 from tunesmith.models import PRINCIPAL
@@ -21,6 +21,10 @@ from tunesmith.recipe import Tracking, Training
 from tunesmith.training import checkpoints
 from tunesmith.training.checkpoints import BEST
 from tunesmith.training.run import Run, flush_folder, write_whole
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -104,14 +108,16 @@ def fit(
     max_new_tokens: int = 256,
     measure: Callable[[Any], Mapping[str, float]] | None = None,
     higher_is_better: bool = False,
-    input_rows: Sequence[int] | None = None,
+    input_rows: Sequence[int] | NDArray[np.int64] | None = None,
+    release: Callable[[], None] | None = None,
 ) -> Fit:
     """Train, keep the best model, and write `final_model/`.
 
     `adapter_init` names a LoRA start that changes the base weights. `checkpoint` is where to continue. `samples`
     are prompts (token ids) that are answered at each validation, with at most `max_new_tokens` tokens. `measure` gives
     the metrics of a model that each validation logs; `higher_is_better` is of the one that `training.best_by` names.
-    `input_rows` are the running numbers of the rows that the encodings were made of; errors name them.
+    `input_rows` are the running numbers of the rows that the encodings were made of; errors name them. `release` is
+    called after each step and batch of a validation, to hand back what was read for it.
     Raises Interrupted after a stop on request, its state saved, and TrainingDiverged before a bad update.
     """
     from transformers.trainer_callback import PrinterCallback
@@ -163,6 +169,8 @@ def fit(
     numbers = callbacks.FiniteLoss(trainer.require_numbers)
     for callback in (events, best, callbacks.LastStep(), stop, numbers, Watching(run)):
         trainer.add_callback(callback)
+    if release:
+        trainer.add_callback(callbacks.Releasing(release))
     if samples:
         trainer.add_callback(callbacks.Samples(run, trainer.processing_class, samples, max_new_tokens))
     if tensorboard:

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 POOL = 50
 """Batches whose rows are sorted among one another: enough for little padding, few enough to stay a shuffle."""
 
 
-def by_length(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[int]:
+def by_length(lengths: Sequence[int] | NDArray[Any], batch_size: int, *, seed: int, epoch: int) -> list[int]:
     """Numbers of all rows, so that consecutive batches hold rows of like length and come in no order of length.
 
     A function of its arguments alone: a run that is continued in any epoch meets that epoch's order. A batch that is
@@ -37,7 +38,9 @@ class ByLength:
     """The sampler of `by_length`, which transformers tells the epoch."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        # Four bytes a row, for the whole of the training.
+        self.lengths = np.asarray(lengths, dtype=np.int32)
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Whose order comes next."""

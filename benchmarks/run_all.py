@@ -5,7 +5,7 @@ where there is no peer. It is run once for each list of arguments in its constan
 on stderr of the form `EXTRA` are kept beside its result. An exit status of 1 beside such a result says that a bar was
 missed, and so does the table. One that ends otherwise, or fails, is said and keeps its row.
 
-`--only` names files or single variants; `--resume` leaves out what was measured today with the same source; `--kept`
+`--only` names files or single variants (a variant's arguments follow its name); `--resume` leaves out what was measured today with the same source; `--kept`
 runs nothing. Results are kept in benchmarks/results.jsonl, which is part of the repository, as the table comes from it.
 LLAMAFACTORY_PYTHON names the Python of an environment with LLaMA-Factory.
 
@@ -40,7 +40,7 @@ FORM = ("name", "ours", "peer", "ratio", "unit", "n")
 """What the last line of a benchmark has: of the same unit ours and the best peer's, how many times better ours is (or,
 where nothing is to be better, how many times as large), and on how many measurements or items that rests."""
 EXTRA = re.compile(
-    r"(?P<name>.+): (?P<value>[\d.,]+( to [\d.,]+)?), "
+    r"(?P<name>.+): (?P<value>-?[\d.,]+( to -?[\d.,]+)?), "
     r"((?P<word>at least|at most) (?P<bar>[\d.,]+) wanted(?P<missed>: MISSED)?|no bar)"
 )
 """What else a benchmark measured: on stderr `NAME: VALUE, at least BAR wanted`, or `NAME: VALUE, no bar`."""

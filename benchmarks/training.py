@@ -530,6 +530,10 @@ def compare(
     write(work / "rows.jsonl", rows)
     trained = write_tokens(work, task["method"], task)
     task = {"steps": math.ceil(trained / task["batch"]), **task}  # one epoch
+    if task["steps"] < 3:
+        raise SystemExit(
+            f"{rows} rows make {task['steps']} steps, and the first and the last are not measured: give more --rows"
+        )
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in list(names):

@@ -45,7 +45,7 @@ def test_the_table_is_rewritten_and_the_rest_of_the_page_stays(bench):
 def test_each_variant_has_a_row_with_what_else_it_measured(bench):
     extras = [
         "times trl: 9.20, at least 8 wanted", "memory to the least of the peers: 0.61, at most 0.5 wanted: MISSED",
-        "range of ours: 1,990 to 2,100, no bar", "no figure at all",
+        "range of ours: 1,990 to 2,100, no bar", "error, %: -2.1 to 7.0, no bar", "no figure at all",
     ]  # fmt: skip
     found = {"startup": result(1.0), "startup --lora": result(2.0, arguments=["--lora"], extras=extras)}
     rows = bench.table(found).splitlines()[2:]
@@ -54,7 +54,7 @@ def test_each_variant_has_a_row_with_what_else_it_measured(bench):
         "| `benchmarks/startup.py --lora`",
     ]
     said = "times trl 9.20 (at least 8); memory to the least of the peers 0.61 (at most 0.5, missed); range of ours "
-    assert rows[1].endswith(f" | {said}1,990 to 2,100 |")
+    assert rows[1].endswith(f" | {said}1,990 to 2,100; error, % -2.1 to 7.0 |")
 
 
 def test_variants_are_read_from_the_file_and_chosen_by_name(bench, tmp_path):

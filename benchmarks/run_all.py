@@ -5,8 +5,9 @@ where there is no peer. It is run once for each list of arguments in its constan
 on stderr of the form `EXTRA` are kept beside its result. An exit status of 1 beside such a result says that a bar was
 missed, and so does the table. One that ends otherwise, or fails, is said and keeps its row.
 
-`--only` names files or single variants (a variant's arguments follow its name); `--resume` leaves out what was measured today with the same source; `--kept`
-runs nothing. Results are kept in benchmarks/results.jsonl, which is part of the repository, as the table comes from it.
+`--only` names files or single variants (a variant's arguments follow its name); `--resume` leaves out what was measured
+today with the same source; `--kept` runs nothing. Results are kept in benchmarks/results.jsonl, which is part of the
+repository, as the table comes from it.
 LLAMAFACTORY_PYTHON names the Python of an environment with LLaMA-Factory.
 
     python benchmarks/run_all.py --only startup,memory

@@ -22,8 +22,8 @@ thorough: .venv/.ready  # further cases of what other tests prove, which would m
 check: .venv/.ready
 	scripts/check
 
-bench: .venv/.ready  # hours on a quiet machine; ONLY=startup,memory runs some
-	$(BIN)/python benchmarks/run_all.py $(if $(ONLY),--only $(ONLY))
+bench: .venv/.ready  # hours on a quiet machine; ONLY="startup,freeze" runs some, RESUME=1 what today's lack
+	$(BIN)/python benchmarks/run_all.py $(if $(ONLY),--only "$(ONLY)") $(if $(RESUME),--resume)
 
 setup: .venv/.ready
 

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import training
 
+VARIANTS = [[], ["--lora"]]
+
 
 def main() -> None:
     """Compare and print the ratio."""

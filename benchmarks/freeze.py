@@ -29,8 +29,7 @@ def main() -> None:
         rows=40 if args.quick else args.rows, rounds=rounds,
     )  # fmt: skip
     title = f"freeze 0.7, {args.shape}"
-    ratio = medians["ours"]["tokens_per_second"] / medians["ours, full"]["tokens_per_second"]
-    bars = [("speed against ours, full", ratio, BAR)]
+    bars = training.times(medians, {"ours, full": BAR})
     training.result(title, medians, "ours, full", rounds, bars=bars, quick=args.quick)
 
 

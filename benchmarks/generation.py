@@ -1,18 +1,20 @@
 """Seconds to answer rows: tunesmith's evaluation and the same model asked one question after the other.
 
 The rows are the shipped text-to-SQL examples, the model is the shipped tiny one, in float32, greedy. The peer is a
-plain loop over `model.generate`, as one writes it down. Both give the same tokens, which is checked. Before they are
-measured the model is trained for a few steps, so that answers end and differ. The last line is one JSON object: rows a
-second of both and their ratio. The exit status is 1 below the bar, which holds for at
-most 64 new tokens: with longer answers the few that run to the limit end alone.
+plain loop over `model.generate`, as one writes it down. Both give the same tokens, which is checked each time. Before
+they are measured the model is trained for a few steps, so that answers end and differ. They take turns, the first of a
+turn changes, and medians count. The last line is one JSON object: rows a second of both and their ratio. The exit
+status is 1 below the bar, which holds up to `BAR_TOKENS` new tokens: of longer answers the few that run to the limit
+end with few others.
 
-    python benchmarks/generation.py --rows 500
+    python benchmarks/generation.py --rows 500 --times 5
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -27,6 +29,7 @@ from tunesmith.data.splitting import HELD_OUT, TRAIN, VALIDATION
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.evaluation import items
 
+VARIANTS = [[], ["--max-new-tokens", "256"]]
 BAR_TOKENS = 64
 """Up to so many new tokens the bar holds."""
 
@@ -73,15 +76,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--times", type=int, default=5, help="turns")
     parser.add_argument("--steps", type=int, default=60, help="training before the measurement")
     parser.add_argument("--model", help="a model's folder, instead of training one")
     parser.add_argument("--engine", default="padded", choices=["padded", "paged"])
     parser.add_argument(
-        "--bar", type=float, default=5.0, help="exit 1 below it, at up to 64 new tokens; 0: none"
+        "--bar", type=float, default=5.0, help=f"exit 1 below it, at up to {BAR_TOKENS} new tokens; 0: none"
     )
     args = parser.parse_args()
     if args.rows < 1:
         parser.error(f"--rows {args.rows}: at least one row has to be answered")
+    if args.times < 1:
+        parser.error(f"--times {args.times}: there has to be at least one turn")
     work = Path(tempfile.mkdtemp(prefix="generation-"))
     settings = {
         "output_dir": str(work), "name": "tuned", "evaluation": {"skip": True},
@@ -95,38 +101,49 @@ def main() -> None:
     stops = end_of_turn_ids(tokenizer)
     source = engines.Source("tuned", tokenizer, lambda: model, folder)
     asked = engines.Asked(prompts, args.max_new_tokens, stops)
-    kept = work / "answers"
-    started, cpu = time.perf_counter(), time.process_time()
-    ours, _ = engines.answers(source, asked, engine=args.engine, folder=kept)
-    fast, fast_cpu = time.perf_counter() - started, time.process_time() - cpu
-    print(f"{args.engine}: {len(prompts)} rows in {fast:.1f} s, {fast_cpu:.1f} s of CPU", file=sys.stderr)
-    started, cpu = time.perf_counter(), time.process_time()
-    peer = one_by_one(model, prompts, args.max_new_tokens, list(stops))
-    slow, slow_cpu = time.perf_counter() - started, time.process_time() - cpu
-    print(f"one by one: {slow:.1f} s, {slow_cpu:.1f} s of CPU", file=sys.stderr)
+
+    def ours(turn: int) -> list[tuple[int, ...]]:
+        # A folder for each turn: answers that are there already are not made again.
+        made, _ = engines.answers(source, asked, engine=args.engine, folder=work / f"answers-{turn}")
+        return [answer.ids for answer in made]
+
+    def peer(turn: int) -> list[tuple[int, ...]]:
+        return one_by_one(model, prompts, args.max_new_tokens, list(stops))
+
+    ways: dict[str, Any] = {args.engine: ours, "one by one": peer}
+    taken_by: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    first: list[tuple[int, ...]] | None = None
+    for turn in range(args.times):
+        for name, way in list(ways.items())[:: -1 if turn % 2 else 1]:
+            started, cpu = time.perf_counter(), time.process_time()
+            ids = way(turn)
+            spent = time.perf_counter() - started, time.process_time() - cpu
+            taken_by[name].append(spent)
+            print(f"turn {turn + 1}, {name}: {spent[0]:.1f} s, {spent[1]:.1f} s of CPU", file=sys.stderr)
+            first = first or ids
+            if same := sum(mine != other for mine, other in zip(ids, first, strict=True)):
+                raise SystemExit(f"{same} of {len(prompts)} answers differ")
     print(
-        f"ratio by CPU time, which other work on the machine changes less: {slow_cpu / fast_cpu:.2f}",
-        file=sys.stderr,
+        f"the same {len(prompts)} answers each time, {len(set(first or ()))} different ones", file=sys.stderr
     )
-    same = sum(answer.ids == other for answer, other in zip(ours, peer, strict=True))
-    print(f"the same tokens: {same} of {len(prompts)}; different answers: {len(set(peer))}", file=sys.stderr)
-    if same != len(prompts):
-        raise SystemExit("the answers differ")
+    (fast, fast_cpu), (slow, slow_cpu) = (
+        tuple(map(statistics.median, zip(*spent, strict=True))) for spent in taken_by.values()
+    )
     ratio = slow / fast
-    print(
-        f"rows from {taken}; at most {args.max_new_tokens} new tokens, and the bar of {args.bar:g} holds for at most "
-        f"{BAR_TOKENS}",
-        file=sys.stderr,
-    )
+    pairs = [theirs[0] / mine[0] for mine, theirs in zip(*taken_by.values(), strict=True)]
+    print(f"rows from {taken}; at most {args.max_new_tokens} new tokens", file=sys.stderr)
+    # Other work on the machine changes it less.
+    print(f"times one by one in CPU time: {slow_cpu / fast_cpu:.2f}, no bar", file=sys.stderr)
+    print(f"times one by one, turn by turn: {min(pairs):.2f} to {max(pairs):.2f}, no bar", file=sys.stderr)
     print(
         json.dumps(
             {
-                "name": f"generation, {args.engine} engine",
+                "name": f"generation, {args.engine} engine, {args.max_new_tokens} tokens",
                 "ours": round(len(prompts) / fast, 2),
                 "peer": round(len(prompts) / slow, 2),
                 "ratio": round(ratio, 2),
                 "unit": "rows/s",
-                "n": len(prompts),
+                "n": args.times,
             }
         )
     )

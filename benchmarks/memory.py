@@ -92,7 +92,9 @@ def main() -> int:
                 )  # fmt: skip
     speed, peak = ({t: statistics.median(v) for t, v in found.items()} for found in (speeds, peaks))
     memory = peak[10] / peak[1]
-    print(f"peak memory {peak[1]:,.0f} and {peak[10]:,.0f} MB, {memory:.3f} times", file=sys.stderr)
+    print(f"peak memory {peak[1]:,.0f} and {peak[10]:,.0f} MB", file=sys.stderr)
+    word = ": MISSED" if memory - 1 > MEMORY else ""
+    print(f"peak memory, times: {memory:.3f}, at most {1 + MEMORY:g} wanted{word}", file=sys.stderr)
     result = {
         "name": "memory", "ours": round(speed[10]), "peer": round(speed[1]), "ratio": round(speed[10] / speed[1], 3),
         "unit": "tokens/s", "n": args.times,

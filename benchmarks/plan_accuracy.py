@@ -291,6 +291,12 @@ def main() -> None:
             "worst_time_under": round(min(seconds), 4), "worst_time_over": round(max(seconds), 4),
         }  # fmt: skip
     found["took_seconds"] = round(time.perf_counter() - started)
+    for name, errors in (("memory", memory), ("time", seconds)):
+        if errors:
+            print(
+                f"error of {name}, %: {100 * min(errors):.1f} to {100 * max(errors):.1f}, no bar",
+                file=sys.stderr,
+            )
     print(json.dumps(found))
     sys.exit(0 if all(fits) and not failed else 1)
 

@@ -1,22 +1,33 @@
 """Runs the benchmarks and rewrites the measured table of docs/benchmarks.md from the JSON lines that they end with.
 
 A benchmark is a file of this folder whose last line is one JSON object of the form `FORM`; `peer` and `ratio` are null
-where there is no peer. An exit status of 1 beside such a line says that a bar was missed, and so does the table. One
-that ends otherwise, or fails, is said and keeps its row. `--only` names some; `--kept` takes the lines of an earlier
-run (benchmarks/results.jsonl) as they are. LLAMAFACTORY_PYTHON names the Python of an environment with LLaMA-Factory.
+where there is no peer. It is run once for each list of arguments in its constant `VARIANTS`, or once without any. Lines
+on stderr of the form `EXTRA` are kept beside its result. An exit status of 1 beside such a result says that a bar was
+missed, and so does the table. One that ends otherwise, or fails, is said and keeps its row.
+
+`--only` names files or single variants (a variant's arguments follow its name); `--resume` leaves out what was measured
+today with the same source; `--kept` runs nothing. Results are kept in benchmarks/results.jsonl, which is part of the
+repository, as the table comes from it.
+LLAMAFACTORY_PYTHON names the Python of an environment with LLaMA-Factory.
 
     python benchmarks/run_all.py --only startup,memory
+    python benchmarks/run_all.py --only "sft_short_chat --lora" --resume
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import json
 import platform
+import re
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +40,13 @@ NO_BENCHMARKS = {"run_all", "chat_rows", "training"}
 FORM = ("name", "ours", "peer", "ratio", "unit", "n")
 """What the last line of a benchmark has: of the same unit ours and the best peer's, how many times better ours is (or,
 where nothing is to be better, how many times as large), and on how many measurements or items that rests."""
+EXTRA = re.compile(
+    r"(?P<name>.+): (?P<value>-?[\d.,]+( to -?[\d.,]+)?), "
+    r"((?P<word>at least|at most) (?P<bar>[\d.,]+) wanted(?P<missed>: MISSED)?|no bar)"
+)
+"""What else a benchmark measured: on stderr `NAME: VALUE, at least BAR wanted`, or `NAME: VALUE, no bar`."""
+SHARED = ("chat_rows", "training", "sft_short_chat")
+"""Files of this folder that others are made of."""
 
 
 def figure(value: object) -> str:
@@ -37,17 +55,33 @@ def figure(value: object) -> str:
     return text.replace("|", "\\|")
 
 
+def title(name: str, arguments: Sequence[str]) -> str:
+    """What one row of the table is called."""
+    return " ".join([name, *arguments])
+
+
+def also(line: str) -> str | None:
+    """An extra in the words of the table; None where a line is none."""
+    found = EXTRA.fullmatch(line.strip())
+    if not found:
+        return None
+    bar = f" ({found['word']} {found['bar']}{', missed' if found['missed'] else ''})" if found["bar"] else ""
+    return f"{found['name']} {found['value']}{bar}"
+
+
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The table of the page."""
     lines = [
-        "| benchmark | ours | peer | ratio | unit | n | bar | measured | took |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| benchmark | ours | peer | ratio | unit | n | bar | measured | took | also |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, found in sorted(results.items()):
+    for _, found in sorted(results.items()):
         cells = [figure(found["result"][key]) for key in FORM[1:]]
         bar = "missed" if found["missed"] else "held"
-        cells += [bar, found["at"], f"{found['took']:.0f} s"]
-        lines.append(f"| `benchmarks/{name}.py` | {' | '.join(cells)} |")
+        extras = [told for line in found["extras"] if (told := also(line))]
+        cells += [bar, found["at"], f"{found['took']:.0f} s", figure("; ".join(extras))]
+        named = title(f"benchmarks/{found['name']}.py", found["arguments"])
+        lines.append(f"| `{named}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -72,17 +106,80 @@ def result_of(output: str) -> dict[str, Any] | None:
     return {key: found[key] for key in FORM}
 
 
-def measured(file: Path) -> dict[str, Any] | None:
+def variants(file: Path) -> list[list[str]]:
+    """The lists of arguments that a benchmark is run with: its constant `VARIANTS`, else none."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["VARIANTS"]:
+            found: list[list[str]] = ast.literal_eval(node.value)
+            return found
+    return [[]]
+
+
+def source(file: Path) -> str:
+    """The version of tunesmith, and a digest of its source, the benchmark's and that of what several share."""
+    digest = hashlib.sha256()
+    own = sorted((HERE.parent / "src").rglob("*.py"))
+    for each in [*own, *(HERE / f"{name}.py" for name in SHARED), file]:
+        digest.update(each.name.encode() + b"\0" + each.read_bytes())
+    return f"{version('tunesmith')} {digest.hexdigest()[:12]}"
+
+
+def measured(file: Path, arguments: Sequence[str] = ()) -> dict[str, Any] | None:
     """The result of one benchmark; None, with what was wrong said, where there is none."""
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, str(file)], stdout=subprocess.PIPE, text=True, check=False)
-    found = result_of(done.stdout)
-    if found is None or done.returncode not in (0, 1):
-        said = " ".join(done.stdout.strip().splitlines()[-1:])[:200]
-        print(f"{file.name}: no result (exit code {done.returncode}; {said})", file=sys.stderr)
+    started, version_then, day = time.perf_counter(), source(file), today()
+    extras: list[str] = []
+    with subprocess.Popen(
+        [sys.executable, str(file), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        said, told = process.stdout, process.stderr
+        assert said
+        assert told
+
+        def listen() -> None:
+            for line in told:
+                sys.stderr.write(line)
+                sys.stderr.flush()
+                if EXTRA.fullmatch(line.strip()):
+                    extras.append(line.strip())
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        output = said.read()
+        listener.join()
+    found = result_of(output)
+    if found is None or process.returncode not in (0, 1):
+        last = " ".join(output.strip().splitlines()[-1:])[:200]
+        called = title(file.name, arguments)
+        print(f"{called}: no result (exit code {process.returncode}; {last})", file=sys.stderr)
         return None
-    at, took = f"{time.strftime('%Y-%m-%d')}, {platform.machine()}", time.perf_counter() - started
-    return {"name": file.stem, "at": at, "took": took, "missed": bool(done.returncode), "result": found}
+    return {
+        "name": file.stem, "arguments": list(arguments), "at": f"{day}, {platform.machine()}",
+        "source": version_then, "took": time.perf_counter() - started, "missed": bool(process.returncode),
+        "result": found, "extras": extras,
+    }  # fmt: skip
+
+
+def today() -> str:
+    """The day of a measurement."""
+    return time.strftime("%Y-%m-%d")
+
+
+def is_current(found: Mapping[str, Any] | None, file: Path) -> bool:
+    """Whether a kept result is of today, of this machine's kind and of the same source."""
+    at = f"{today()}, {platform.machine()}"
+    return found is not None and (found["at"], found["source"]) == (at, source(file))
+
+
+def chosen(only: str | None, known: Mapping[str, tuple[Path, list[str]]]) -> list[str]:
+    """The titles that are wanted: those of a file, or one alone. Leaves with the known ones where a name is none."""
+    if not only:
+        return list(known)
+    wanted = only.split(",")
+    files = {name: [t for t, (file, _) in known.items() if file.stem == name] for name in wanted}
+    titles = {name: [name] if " " in name and name in known else files[name] for name in wanted}
+    if unknown := [name for name in wanted if not titles[name]]:
+        sys.exit(f"no benchmark {', '.join(unknown)}; known: {', '.join(known)}")
+    return [each for name in wanted for each in titles[name]]
 
 
 def main() -> None:
@@ -90,24 +187,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", help="names with commas between them")
+    parser.add_argument("--only", help="names, or names with their arguments, with commas between them")
+    parser.add_argument("--resume", action="store_true", help="without what was measured today already")
     parser.add_argument(
         "--kept", action="store_true", help="run nothing, write the table from the kept lines"
     )
     args = parser.parse_args()
-    known = {file.stem: file for file in sorted(HERE.glob("*.py")) if file.stem not in NO_BENCHMARKS}
-    wanted = args.only.split(",") if args.only else list(known)
-    if unknown := [name for name in wanted if name not in known]:
-        sys.exit(f"no benchmark {', '.join(unknown)}; known: {', '.join(known)}")
+    known = {
+        title(file.stem, arguments): (file, arguments)
+        for file in sorted(HERE.glob("*.py"))
+        if file.stem not in NO_BENCHMARKS
+        for arguments in variants(file)
+    }
+    wanted = chosen(args.only, known)
     lines = KEPT.read_text(encoding="utf-8").splitlines() if KEPT.exists() else []
-    results = {found["name"]: found for found in map(json.loads, lines)}
+    results = {title(found["name"], found["arguments"]): found for found in map(json.loads, lines)}
     for name in () if args.kept else wanted:
+        file, arguments = known[name]
+        if args.resume and is_current(results.get(name), file):
+            print(f"{name}: measured today", file=sys.stderr, flush=True)
+            continue
         print(name, file=sys.stderr, flush=True)
-        if found := measured(known[name]):
+        if found := measured(file, arguments):
             results[name] = found
             kept = "".join(json.dumps(results[key]) + "\n" for key in sorted(results))
             KEPT.write_text(kept, encoding="utf-8")
-    if results:
+            PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+    if args.kept and results:
         PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 

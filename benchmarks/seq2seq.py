@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import training
 
+VARIANTS = [[], ["--lora"]]
 BAR = 1.3
 
 
@@ -29,8 +30,7 @@ def main() -> None:
         rows=32 if args.quick else args.rows, rounds=rounds, write=training.write_summaries, model=training.write_t5,
     )  # fmt: skip
     title = f"seq2seq, {args.shape}, {task['adapter']['kind']}"
-    ratio = medians["ours"]["tokens_per_second"] / medians["padded"]["tokens_per_second"]
-    bars = [("speed against padded", ratio, BAR)]
+    bars = training.times(medians, {"padded": BAR})
     training.result(title, medians, "padded", rounds, bars=bars, quick=args.quick)
 
 

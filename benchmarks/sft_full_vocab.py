@@ -7,5 +7,11 @@ from __future__ import annotations
 
 import sft_short_chat
 
+VARIANTS = [["--all-peers"], ["--lora"]]
+WANTED = {"trl packing": 4.0, "trainer by length": 2.5}
+"""Least ratios of speed."""
+
 if __name__ == "__main__":
-    sft_short_chat.main("sft_full_vocab", 151_936, 40, {"trl packing": 4.0, "trainer by length": 2.5})
+    sft_short_chat.main(
+        "sft_full_vocab", about=__doc__, vocabulary=151_936, rows=40, slow=(9, 2), wanted=WANTED
+    )

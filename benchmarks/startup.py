@@ -168,10 +168,11 @@ def main() -> int:
         told = {name: help_seconds(command, environment(work, "help")) for name, command in helps.items()}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, values in seconds.items():
+        bar = f", at most {args.bar:g} wanted{': MISSED' if medians[name] > args.bar else ''}"
         print(
-            f"{name}: {medians[name]:.2f} s ({min(values):.2f} to {max(values):.2f}) to the first step",
-            file=sys.stderr,
+            f"seconds of {name}: {medians[name]:.2f}{bar if name == 'ours' else ', no bar'}", file=sys.stderr
         )
+        print(f"range of {name}: {min(values):.2f} to {max(values):.2f}, no bar", file=sys.stderr)
     print(
         "--help, CPU seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in told.items()),
         file=sys.stderr,

@@ -5,7 +5,9 @@ prepared, in float32, with AdamW, at a learning rate so small that every step me
 mean loss over all labels (of preferences, the mean log-likelihood of the answers) is one number, on which the
 contestants have to agree before a ratio is printed, whatever their batches are. Tokens are counted without padding, and
 a prompt in each of its rows; the first step and the last one are left out. Peak memory is the process's own, read
-before anything is saved.
+before anything is saved. TRL at its defaults computes in bfloat16, so that its loss is held to `LOOSE`. LLaMA-Factory
+runs in the Python of its own environment on the same token ids; where it fails or its loss is another, that is said
+and its speed left out.
 """
 
 from __future__ import annotations
@@ -57,6 +59,11 @@ T5_SHAPES = {
 }
 """Encoder-decoders: width, and layers of each half."""
 MAX_LENGTH = 1024
+"""Tokens of a row at most, where a task has no `length` of its own."""
+POSITIONS = 8192
+"""What the model could read at most."""
+LOOSE = {"trl defaults": 2e-3}
+"""How far the losses of those that do not compute in float32 may be from ours, of its size."""
 RATE = 1e-9
 """Learning rate: the work of a step without its effect."""
 LABELLED = 0.4
@@ -82,6 +89,17 @@ def write_chats(path: Path, count: int) -> None:
         for number in range(count):
             tokens = min(max(rng.lognormvariate(math.log(140), 0.8), 16), MAX_LENGTH - 80)
             row = {"prompt": f"{number} {text(tokens * (1 - LABELLED))}", "response": text(tokens * LABELLED)}
+            file.write(json.dumps(row) + "\n")
+
+
+def write_long_chats(path: Path, count: int) -> None:
+    """Long texts with answers, 2,048 to 4,096 tokens, as many below their geometric mean as above."""
+    rng, text = random.Random(0), words_of(0)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            # A word of this text is a token, of which the template adds about 90.
+            words = (2048 * 2 ** rng.uniform(0.05, 0.95) - 90) / chat_rows.TOKENS_TO_WORDS
+            row = {"prompt": f"{number} {text(words * (1 - LABELLED))}", "response": text(words * LABELLED)}
             file.write(json.dumps(row) + "\n")
 
 
@@ -118,7 +136,7 @@ def write_model(folder: Path, shape: str, vocabulary: int) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
-        max_position_embeddings=2 * MAX_LENGTH,
+        max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
         pad_token_id=0,
         **SHAPES[shape],
@@ -153,7 +171,10 @@ def settings(work: Path, task: dict[str, Any]) -> dict[str, Any]:
     return {
         "output_dir": str(Path(tempfile.mkdtemp(dir=work))),
         "model": {"base": str(work / "model")},
-        "data": {"dataset": str(work / "rows.jsonl"), "max_length": MAX_LENGTH, "near_duplicates": "ignore"},
+        "data": {
+            "dataset": str(work / "rows.jsonl"), "max_length": task.get("length", MAX_LENGTH),
+            "near_duplicates": "ignore", **task.get("data", {}),
+        },
         "method": {"kind": task["method"], **task.get("section", {})},
         "adapter": task["adapter"],
         "training": {
@@ -166,12 +187,13 @@ def settings(work: Path, task: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_tokens(work: Path, method: str, section: dict[str, Any] | None = None) -> int:
+def write_tokens(work: Path, method: str, task: dict[str, Any] | None = None) -> int:
     """Token ids and labels of our training split, for all others; how many rows they are."""
     from tunesmith import dataflow
     from tunesmith.compose import compose
 
-    task = {"method": method, "adapter": {"kind": "full"}, "steps": 1, "batch": 1, "section": section or {}}
+    kept = {key: value for key, value in (task or {}).items() if key in ("section", "length", "data")}
+    task = {"method": method, "adapter": {"kind": "full"}, "steps": 1, "batch": 1, **kept}
     recipe = compose(settings(work, task)).recipe
     made = dataflow.encodings(recipe, dataflow.splits(recipe)).train.dataset()
     with (work / "tokens.jsonl").open("w", encoding="utf-8") as file:
@@ -212,6 +234,10 @@ class Clock:
             in_pairs = "decoder_input_ids" in inputs
             counted = labels if labels is None or in_pairs else labels[..., 1:]
             clock.labels.append(len(inputs["input_ids"]) if counted is None else int((counted != -100).sum()))
+            if (
+                mask is not None and mask.dim() == 4
+            ):  # zero where a row of a pack may look; each looks at itself
+                mask = mask.diagonal(dim1=-2, dim2=-1) == 0
             tokens = int(mask.sum() if mask is not None else inputs["input_ids"].numel())
             clock.tokens.append(tokens + (clock.labels[-1] if in_pairs else 0))
             loss = inner(trainer, model, inputs, *args, **kwargs)
@@ -259,6 +285,7 @@ def contestant(name: str, work: Path, task: dict[str, Any]) -> dict[str, float]:
     else:
         clock, planned = Clock(), {}
         peer = _pairs_peer if task["method"] == "seq2seq" else _peer
+        peer = _factory if name.startswith(FACTORY) else peer
         peer(name, work, {**task, **task.get("alone", {}).get(name, {})})
     return {
         **clock.facts(),
@@ -324,6 +351,70 @@ def _pairs_peer(name: str, work: Path, task: dict[str, Any]) -> None:
     ).train()
 
 
+FACTORY = "llamafactory"
+
+
+def _factory(name: str, work: Path, task: dict[str, Any]) -> None:
+    """LLaMA-Factory's `train` in its own environment, with our token ids as what it has encoded already."""
+    from datasets import Dataset, DatasetDict
+    from llamafactory.data.processor import (  # type: ignore[import-not-found, unused-ignore]
+        PackedSupervisedDatasetProcessor,
+    )
+    from llamafactory.hparams import DataArguments  # type: ignore[import-not-found, unused-ignore]
+    from llamafactory.train.tuner import run_exp  # type: ignore[import-not-found, unused-ignore]
+    from transformers import AutoTokenizer
+
+    rows = _rows(work)
+    common, length = _common(work, task), task.get("length", MAX_LENGTH)
+    packs = "packing" in name
+    if packs:
+
+        class Settled(PackedSupervisedDatasetProcessor):  # type: ignore[misc, unused-ignore]
+            """Packs token ids as they are."""
+
+            def _encode_data_example(self, *, response: list[int], **_: Any) -> tuple[list[int], list[int]]:
+                return rows[response[0]]["input_ids"], rows[response[0]]["labels"]
+
+        told = DataArguments(template="qwen", cutoff_len=length, neat_packing=True)
+        tokenizer = AutoTokenizer.from_pretrained(work / "model")
+        numbers = [[n] for n in range(len(rows))]
+        asked: dict[str, list[Any]] = {"_prompt": numbers, "_response": numbers}
+        asked |= {
+            f"_{kind}": [None] * len(rows) for kind in ("system", "tools", "images", "videos", "audios")
+        }
+        made = Settled(template=None, tokenizer=tokenizer, processor=None, data_args=told).preprocess_dataset(
+            asked
+        )
+        dataset = Dataset.from_dict(dict(made))
+        common |= _packed(rows, task)
+    else:
+        dataset = Dataset.from_list([{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows])
+    folder = Path(tempfile.mkdtemp(dir=work)) / "tokens"
+    DatasetDict({"train": dataset}).save_to_disk(str(folder))
+    adapter = task["adapter"]
+    tuned: dict[str, Any] = {"finetuning_type": "full"}
+    if adapter["kind"] == "lora":
+        tuned = {
+            "finetuning_type": "lora", "lora_target": "all", "lora_rank": adapter["rank"],
+            "lora_alpha": adapter["alpha"], "lora_dropout": 0.0,
+        }  # fmt: skip
+    del common["gradient_checkpointing"]
+    run_exp(
+        {
+            **common, **tuned, "stage": "sft", "do_train": True, "template": "qwen", "cutoff_len": length,
+            "model_name_or_path": str(work / "model"), "dataset": "rows", "tokenized_path": str(folder),
+            "neat_packing": packs, "disable_gradient_checkpointing": True, "plot_loss": False,
+        }
+    )  # fmt: skip
+
+
+def _packed(rows: list[dict[str, Any]], task: dict[str, Any]) -> dict[str, Any]:
+    """Settings with which steps of packed rows have about as many tokens as others have."""
+    mean = sum(len(row["input_ids"]) for row in rows) / len(rows)
+    size = max(round(task["batch"] * mean / task.get("length", MAX_LENGTH)), 1)
+    return {"per_device_train_batch_size": size, "max_steps": -1, "num_train_epochs": 1}
+
+
 def _peer(name: str, work: Path, task: dict[str, Any]) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -374,11 +465,10 @@ def _peer(name: str, work: Path, task: dict[str, Any]) -> None:
             processing_class=tokenizer,
         )  # fmt: skip
     elif name.startswith("trl"):
-        packed = {"packing": True, "max_length": MAX_LENGTH} if "packing" in name else {"max_length": None}
-        if packed.get("packing"):
-            mean = sum(len(row["input_ids"]) for row in rows) / len(rows)
-            size = max(round(task["batch"] * mean / MAX_LENGTH), 1)
-            common |= {"per_device_train_batch_size": size, "max_steps": -1, "num_train_epochs": 1}
+        packed: dict[str, Any] = {"max_length": None}
+        if "packing" in name:
+            packed = {"packing": True, "max_length": task.get("length", MAX_LENGTH)}
+            common |= _packed(rows, task)
         trainer = SFTTrainer(
             model=model, args=SFTConfig(**common, **packed), train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
@@ -386,11 +476,16 @@ def _peer(name: str, work: Path, task: dict[str, Any]) -> None:
     else:
         from transformers import DataCollatorForSeq2Seq
 
+        collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+        if name == "trainer padded":  # as is usual: every row to the limit
+            collator.padding, collator.max_length = "max_length", task.get("length", MAX_LENGTH)
+        else:
+            common["train_sampling_strategy"] = "group_by_length"
         trainer = Trainer(
             model=model,
-            args=TrainingArguments(**common, train_sampling_strategy="group_by_length"),
+            args=TrainingArguments(**common),
             train_dataset=Dataset.from_list(rows),
-            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+            data_collator=collator,
         )
     trainer.train()
 
@@ -423,23 +518,37 @@ def compare(
     rows: int,
     rounds: int,
     agree: float = 1e-5,
+    factory: str | None = None,
     write: Any = write_chats,
     model: Any = write_model,
 ) -> dict[str, dict[str, float]]:
     """Have the contestants take turns, the first of them ours, and print their ratios; medians by name.
 
-    Leaves with an error where their losses differ by more than `agree` of their size.
+    Leaves with an error where their losses differ by more than `agree` of their size. `factory` is the Python of an
+    environment with LLaMA-Factory, which then takes part.
     """
+    names = [*names, FACTORY, f"{FACTORY} packing"] if factory else list(names)
     work = Path(tempfile.mkdtemp(prefix="training-"))
     model(work / "model", shape, vocabulary)
     write(work / "rows.jsonl", rows)
-    trained = write_tokens(work, task["method"], task.get("section"))
+    trained = write_tokens(work, task["method"], task)
     task = {"steps": math.ceil(trained / task["batch"]), **task}  # one epoch
+    if task["steps"] < 3:
+        raise SystemExit(
+            f"{rows} rows make {task['steps']} steps, and the first and the last are not measured: give more --rows"
+        )
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for turn in range(rounds):
-        for name in names:
-            command = [sys.executable, __file__, name, str(work), json.dumps(task)]
-            made = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+        for name in list(names):
+            python = factory if factory and name.startswith(FACTORY) else sys.executable
+            command = [python, __file__, name, str(work), json.dumps(task)]
+            plain = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
+            made = subprocess.run(command, capture_output=True, text=True, check=False, env=plain)
+            if made.returncode and name.startswith(FACTORY):
+                print(f"{name} failed and is left out: {made.stderr[-2000:]}", file=sys.stderr)
+                names.remove(name)
+                found.pop(name)
+                continue
             if made.returncode:
                 raise SystemExit(f"{name}: {made.stderr[-3000:]}")
             facts = json.loads(made.stdout.splitlines()[-1])
@@ -450,11 +559,17 @@ def compare(
         name: {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
         for name, turns in found.items()
     }
-    losses = [medians[name]["loss"] for name in names]
-    if max(losses) - min(losses) > agree * abs(losses[0]):
-        raise SystemExit(f"the losses differ: {dict(zip(names, losses, strict=True))}")
+    ours = medians[names[0]]["loss"]
+    apart = {name: facts["loss"] for name, facts in medians.items()
+             if abs(facts["loss"] - ours) > LOOSE.get(name, agree) * abs(ours)}  # fmt: skip
+    for name in [name for name in apart if name.startswith(FACTORY)]:
+        print(f"{name} is left out: its loss is {apart.pop(name):.7g}, ours {ours:.7g}", file=sys.stderr)
+        del found[name], medians[name]
+    if apart:
+        raise SystemExit(f"the losses differ: ours {ours}, {apart}")
     for name, turns in found.items():
         speeds = [turn["tokens_per_second"] for turn in turns]
+        medians[name] |= {"slowest": min(speeds), "fastest": max(speeds)}
         print(
             f"{title}, {name}: {medians[name]['tokens_per_second']:.0f} tokens/s ({min(speeds):.0f} to "
             f"{max(speeds):.0f}), {medians[name]['peak']:.0f} MB; ours is "
@@ -478,7 +593,17 @@ def of_matrix_peak(facts: dict[str, float], *, shape: str, vocabulary: int, lora
 
 
 Bar = tuple[str, float, float]
-"""What is held against a bar, its value, and the bar: at least so much, or, where it is negative, at most."""
+"""What is held against a bar, its value, and the bar: at least so much, or, where it is negative, at most; 0: none."""
+
+
+def times(medians: dict[str, dict[str, float]], wanted: dict[str, float]) -> list[Bar]:
+    """How many times as fast as each other one the first one is, with the least that is wanted."""
+    ours, *others = medians
+    speed = medians[ours]["tokens_per_second"]
+    return [
+        (f"times {name}", speed / medians[name]["tokens_per_second"], wanted.get(name, 0.0))
+        for name in others
+    ]
 
 
 def result(
@@ -506,8 +631,13 @@ def result(
             }
         )
     )
+    for name, facts in medians.items():
+        print(f"range of {name}: {facts['slowest']:,.0f} to {facts['fastest']:,.0f}, no bar", file=sys.stderr)
     missed = []
     for name, value, bar in bars:
+        if not bar:
+            print(f"{name}: {value:.2f}, no bar", file=sys.stderr)
+            continue
         good = value >= bar if bar >= 0 else value <= -bar
         word = "at least" if bar >= 0 else "at most"
         print(f"{name}: {value:.2f}, {word} {abs(bar):g} wanted{'' if good else ': MISSED'}", file=sys.stderr)
@@ -517,12 +647,12 @@ def result(
 
 
 def parser(
-    description: str | None, rows: int, shapes: Any = SHAPES, *, shape: str = "256x4"
+    description: str | None, rows: int, shapes: Any = SHAPES, *, shape: str = "256x4", rounds: int = 5
 ) -> argparse.ArgumentParser:
     """Options that these benchmarks share."""
     made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     made.add_argument("--rows", type=int, default=rows)
-    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--rounds", type=int, default=rounds)
     made.add_argument("--shape", choices=shapes, default=shape)
     made.add_argument("--lora", action="store_true")
     made.add_argument(

@@ -297,24 +297,57 @@ def test_a_long_row():
     assert_same(made("mistral", sliding_window=100, num_hidden_layers=2), batch([1100, 700, 1]))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_adapters(family):
+def test_a_row_of_4096_tokens():
+    """The other kinds have theirs in `make thorough`."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    assert_same(made("llama", **sizes, intermediate_size=16), batch([4096]))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("gpt2", {}), ("llama", {}), ("llama", {"use_dora": True})],
+    ids=["gpt2", "llama", "DoRA"],
+)
+def test_adapters(family, changes):
     from peft import LoraConfig, get_peft_model
 
     model = made(family)
     names = ["c_attn", "c_proj", "c_fc"] if family == "gpt2" else "all-linear"
-    config = LoraConfig(r=4, target_modules=names, init_lora_weights=False, task_type="CAUSAL_LM")
+    config = LoraConfig(r=4, target_modules=names, init_lora_weights=False, task_type="CAUSAL_LM", **changes)
     wrapped = get_peft_model(model, config)
     fast = copy.deepcopy(wrapped)
     quick(fast.get_base_model())
     assert_same(wrapped, batch([30, 7, 2, 18]), fast=fast)
 
 
+def test_quantized_weights(tmp_path):
+    """An adapter on weights of four bits, which the stock path and ours unpack alike."""
+    from tunesmith.models import attach, load_model
+    from tunesmith.recipe import QLoRA
+
+    made("llama").save_pretrained(tmp_path)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        packed = attach(load_model(str(tmp_path), quantize=QLoRA()), QLoRA(rank=4, dropout=0)).train()
+        assert (
+            type(packed.get_base_model().model.layers[0].self_attn.q_proj.base_layer).__name__ == "Linear4bit"
+        )
+        with torch.no_grad():
+            for parameter in packed.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(0, 0.1)
+        models.append(packed)
+    quick(models[1].get_base_model())
+    assert_same(models[0], batch([30, 7, 2, 18]), fast=models[1])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 @pytest.mark.parametrize("head", [True, False])
-def test_frozen_layers_have_no_graph(head):
+def test_frozen_layers_have_no_graph(head, family):
     from tunesmith.models import freeze
 
-    model = made("qwen2")
+    model = made(family, tie_word_embeddings=False)
     freeze(model, 0.7)
     model.get_output_embeddings().requires_grad_(head)
     fast = quick(copy.deepcopy(model))
@@ -332,8 +365,6 @@ def test_outputs_of_frozen_layers_are_kept_to_the_bit(family):
 
     model = made(family)
     freeze(model, 0.7)
-    if family == "gpt2":
-        model.transformer.wpe.requires_grad_(False)
     fast = copy.deepcopy(model)
     trunk, full = quicken(fast), []
     assert trunk.keep_frozen(most=2**20, full=full.append) == 2
@@ -457,6 +488,36 @@ def test_compiled_layers_are_the_same_for_all_lengths(monkeypatch):
     assert "forward" not in vars(forward.decoder_layers(fast)[0])
 
 
+def test_only_rows_go_through_compiled_layers(monkeypatch):
+    """Answers are written with a cache, whose lengths grow token by token, and by other models in the same process."""
+    from transformers import AttentionInterface
+
+    from tunesmith.forward import attention, compiling
+
+    compiled = []
+
+    def compile(function, **options):
+        def run(*args, **kwargs):
+            compiled.append(kwargs["rows"])
+            return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = quick(made("llama"))
+    undo = compiling.compile_layers(model)
+    inputs = batch([9, 5])
+    model.eval().generate(inputs["input_ids"], max_new_tokens=3, do_sample=False)
+    assert not compiled
+    model(**inputs, fused_lm_head=True)
+    assert len(compiled) == 2  # the last layer is run in two parts, and stays as it is
+    assert AttentionInterface()[attention.NAME] is attention.rows_attention
+    for handle in undo:
+        handle.remove()
+    model(**inputs, fused_lm_head=True)
+    assert len(compiled) == 2
+
+
 def test_a_missing_compiler_costs_one_sentence(monkeypatch):
     from tunesmith.forward import compiling
 
@@ -517,6 +578,54 @@ def test_a_head_whose_labels_weigh_differently(alike, kept, monkeypatch):
     (wanted * weights).sum().backward()
     for tensor, gradient in zip((hidden, weight, bias), found, strict=True):
         torch.testing.assert_close(gradient, tensor.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_the_head_is_cast_once_in_mixed_precision(alike):
+    """Not once for each chunk: it is the largest matrix of a model."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from tunesmith.forward.head import Reading, read
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].shape == (50, 8):
+                seen.append((args[0].dtype, kwargs["dtype"]))
+            return function(*args, **(kwargs or {}))
+
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    narrowed = (torch.float32, torch.bfloat16)
+    hidden, weight = (torch.randn(*shape, requires_grad=True) for shape in ((600, 8), (50, 8)))
+    with torch.autocast("cpu", torch.bfloat16), Casts():
+        logs = read(hidden, weight, None, torch.randint(50, (600,)), Reading(alike=alike)).log_probs
+    assert seen.count(narrowed) == 1
+    with Casts():
+        logs.sum().backward()
+    assert seen.count(narrowed) <= (1 if alike else 2)
+
+
+def test_the_head_takes_more_positions_at_a_time_on_a_gpu():
+    """A hollow model, which is on no device, is read as on the one that it is planned for."""
+    from tunesmith.forward.head import Reading, read
+    from tunesmith.tracing import counting
+
+    sizes = []
+    for device in (None, "cpu", "cuda"):
+        hidden, weight = torch.empty(3000, 8, device="meta"), torch.empty(50_000, 8, device="meta")
+        targets = torch.empty(3000, dtype=torch.long, device="meta")
+        products: list[int] = []
+
+        class Products(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None, found=products):
+                if function.overloadpacket is torch.ops.aten.mm:
+                    found.append(len(args[0]))
+                return function(*args, **(kwargs or {}))
+
+        with counting(vocabulary=50_000), Products():
+            read(hidden, weight, None, targets, Reading(device=device))
+        sizes.append(max(products))
+    assert sizes[0] == sizes[1] == 256
+    assert 1024 < sizes[2] < 3000
 
 
 def test_mixed_precision():

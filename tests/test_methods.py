@@ -246,6 +246,43 @@ def test_frozen_layers_are_run_once_and_a_missing_compiler_is_said(quick, monkey
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "ppo"])
+def test_rows_that_never_return_have_no_outputs_to_keep(quick, kind):
+    """Refused before anything is read: what the model writes is new in each step."""
+    recipe = quick(kind, adapter={"kind": "freeze", "ratio": 0.5}, training={"cache_frozen": True})
+    with pytest.raises(RecipeError, match=r"cache_frozen.*rows never come back"):
+        api.plan(recipe)
+
+
+@pytest.mark.thorough
+def test_a_run_with_compiled_layers(quick):
+    """With the compiler itself: steps, validations and answers written meanwhile are those of layers as they are."""
+    from tunesmith.forward import compiling
+
+    if why := compiling.missing(torch.device("cpu")):
+        pytest.skip(why)
+    told = []
+    for compiled in (True, False):
+        recipe = quick(
+            "sft", name=f"compiled-{compiled}", evaluation={"skip": True, "samples": 2},
+            training={"max_steps": 3, "compile": compiled},
+        )  # fmt: skip
+        events = Run(api.train(recipe).run).events()
+        decisions = {e["name"]: e["value"] for e in events if e["kind"] == "decision"}
+        assert decisions.get("compile") == ("on" if compiled else None)
+        told.append(
+            (
+                [e["loss"] for e in events if e["kind"] in {"step", "evaluation"}],
+                [e["completion"] for e in events if e["kind"] == "sample"],
+            )
+        )
+    (losses, answers), (plain, of_plain) = told
+    assert len(losses) > 3
+    assert answers
+    assert losses == pytest.approx(plain, rel=1e-4)
+    assert answers == of_plain
+
+
 def test_layers_that_are_trained_have_no_outputs_to_keep(quick):
     recipe = quick(
         "sft", adapter=ADAPTERS["lora"], evaluation={"skip": True}, training={"cache_frozen": True}

@@ -1978,6 +1978,12 @@ def _check_before_training(recipe: Recipe) -> None:
         raise RecipeError(
             f"training.batches by_length has no effect here: {fixed}.", fix="Leave training.batches out."
         )
+    if recipe.training.cache_frozen and method.draws:
+        raise RecipeError(
+            f"training.cache_frozen has no effect with the method '{method.kind}': it learns from answers that are "
+            "drawn anew in each step, whose rows never come back.",
+            fix="Leave training.cache_frozen out.",
+        )
     method.check(recipe)
     evaluation.check_scoring(recipe.evaluation.metrics or [], gives_scores=method.head is not None)
     models.check_fit(

@@ -148,7 +148,7 @@ def estimate(
     try:
         return estimating.estimate(
             recipe,
-            partial(_hollow_trainer, plan=plan, encodings=encodings, packing=packing),
+            partial(_hollow_trainer, plan=plan, encodings=encodings, packing=packing, device=facts.kind),
             given,
             facts=facts,
             plan=plan,
@@ -171,9 +171,10 @@ def _hollow_trainer(
     plan: Plan,
     encodings: data.EncodedSplits,
     packing: Packing | None,
+    device: str,
 ) -> Any:
     """The method's trainer on a model that is there already; of methods that train on what the model writes, one that
-    imitates."""
+    imitates. `device` is the kind of device that is planned for."""
     method = METHODS[recipe.method.kind]
     section = recipe.method
     if method.draws:
@@ -195,10 +196,11 @@ def _hollow_trainer(
             run=Run(folder),
             keep=1,
             packing=packing,
+            fast=recipe.training.forward == "fast",
         )
     from tunesmith import forward
 
-    forward.attach(trainer, Run(folder), _at_once(recipe).training)
+    forward.attach(trainer, Run(folder), _at_once(recipe).training, device=device)
     return trainer
 
 
@@ -626,6 +628,7 @@ def _trainer(
             run=run,
             keep=recipe.training.save_total_limit,
             packing=packing,
+            fast=recipe.training.forward == "fast",
         )
     from tunesmith import forward
 

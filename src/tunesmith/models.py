@@ -879,10 +879,10 @@ def _check_names(model: Any, names: Sequence[str], field: str) -> None:
 
 
 def freeze(model: Any, ratio: float) -> None:
-    """Freeze the input embeddings and the bottom share of the layers, in place.
+    """Freeze the bottom share of the layers and what they are fed from, in place: all tables of words and positions.
 
-    Of an encoder-decoder model that share of each half is frozen, and the tables of positions with the
-    embeddings. Raises ModelError where the share comes to no layer at all.
+    A table that is trained would have the backward pass go through every frozen layer. Of an encoder-decoder model that
+    share of each half is frozen. Raises ModelError where the share comes to no layer at all.
     """
     stacks = layer_stacks(model)
     counts = [int(len(stack) * ratio) for stack in stacks]
@@ -893,20 +893,24 @@ def freeze(model: Any, ratio: float) -> None:
             found=" and ".join(f"{len(stack)} layers" for stack in stacks),
             fix=f"Use at least {1 / longest:.2f}, or full fine-tuning.",
         )
-    frozen = [model.get_input_embeddings()]
-    if is_seq2seq(model):
-        frozen += [table for half in _halves(model) for table in _embedding_tables(half)]
+    frozen = _feeds(model, stacks)
     for stack, count in zip(stacks, counts, strict=True):
         frozen += stack[:count]
     for module in frozen:
         module.requires_grad_(False)
 
 
-def _embedding_tables(half: Any) -> list[Any]:
-    """An encoder's or decoder's tables outside its layers: words, positions."""
+def _feeds(model: Any, stacks: Sequence[Any]) -> list[Any]:
+    """A model's modules before its layers: tables of words and positions, and the norm that BART puts on their sum."""
     import torch
 
-    return [module for module in half.children() if isinstance(module, torch.nn.Embedding)]
+    inside = {module for stack in stacks for module in stack.modules()}
+    return [
+        module
+        for name, module in model.named_modules()
+        if module not in inside
+        and (isinstance(module, torch.nn.Embedding) or name.endswith("layernorm_embedding"))
+    ]
 
 
 def is_seq2seq(model: Any) -> bool:

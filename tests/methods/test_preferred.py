@@ -621,8 +621,8 @@ def test_likelihoods_of_the_reference_are_worked_out_by_the_same_forward(recipe,
         return plain_read(*given)
 
     @contextmanager
-    def lent(trainer, model):
-        with plain_lent(trainer, model):
+    def lent(*given):
+        with plain_lent(*given):
             yield
         told.append(len(answered))
 
@@ -637,3 +637,69 @@ def test_likelihoods_of_the_reference_are_worked_out_by_the_same_forward(recipe,
     api.train(made)
     assert bool(told) == (choice == "fast")
     assert all(told)
+
+
+@pytest.fixture(scope="module")
+def other_kind(tiny_model_folder, tiny_tokenizer, tmp_path_factory) -> Path:
+    """A model of a kind that the fast forward does not cover, with the same tokenizer."""
+    from transformers import OlmoConfig, OlmoForCausalLM
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("other-kind")
+    config = OlmoConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=512, pad_token_id=tiny_tokenizer.pad_token_id,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+    )  # fmt: skip
+    OlmoForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("where", ["auto", "precomputed"])
+def test_a_reference_that_is_not_covered_takes_the_stock_path_and_is_said(recipe, other_kind, where):
+    losses, method = [], {"kind": "dpo", "reference_model": str(other_kind), "reference": where}
+    for choice in ("fast", "stock") if where == "auto" else ("fast",):
+        made = recipe(
+            "dpo", name=f"{where}-{choice}", method=method,
+            training={"max_steps": 1, "forward": choice, "batches": "shuffled"},
+        )  # fmt: skip
+        events = Run(api.train(made).run).events()
+        told = {e["name"]: e for e in events if e["kind"] == "decision"}
+        assert told["forward"]["value"] == choice
+        if choice == "fast":
+            said = told["forward of the reference"]
+            assert (said["value"], said["reason"]) == ("stock", "models of the kind olmo are not covered")
+        losses.append([e["loss"] for e in events if e["kind"] == "step"])
+    assert losses[0] == pytest.approx(losses[-1], rel=1e-5)
+
+
+def test_a_plan_works_likelihoods_out_by_the_forward_of_the_recipe(recipe, monkeypatch):
+    """It has no run folder to read the recipe back from."""
+    from tunesmith import forward
+
+    lent, plain = [], forward.lent
+    monkeypatch.setattr(forward, "lent", lambda *given: lent.append(given) or plain(*given))
+    for choice in ("stock", "fast"):
+        plan, _ = api.plan(
+            recipe("dpo", method={"kind": "dpo", "reference": "precomputed"}, training={"forward": choice}),
+            measured=True,
+        )
+        assert plan.estimate.seconds_per_step > 0, plan.estimate.notes
+        assert bool(lent) == (choice == "fast")
+
+
+def test_batches_whose_likelihoods_the_stock_path_works_out_are_said(recipe, monkeypatch):
+    from tunesmith import forward
+
+    plain = forward.rows_of
+
+    def holes(*given, **options):
+        return plain(*given, **options) if torch.is_grad_enabled() else None
+
+    monkeypatch.setattr(forward, "rows_of", holes)
+    made = recipe("dpo", method={"kind": "dpo", "reference": "precomputed"}, training={"max_steps": 1})
+    told = [e for e in Run(api.train(made).run).events() if e["kind"] == "warning" and e.get("step") == 0]
+    assert [
+        e for e in told if "stock forward was taken for a batch" in e["message"] and "holes" in e["message"]
+    ]

@@ -12,8 +12,8 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ WORTH = 0.9
 """Share of tokens with labels from which on the last layer is finished for all."""
 TRUNK = "_tunesmith_trunk"
 """Attribute of a policy with its trunk, for a method that asks for hidden states itself."""
+REFERENCE = "forward of the reference"
+"""Name of the decision that a reference takes the stock path where the model itself may not."""
 HOOKS = "_tunesmith_rows"
 """Attribute of a model with the hooks that are set on it."""
 WHOLE = {"gpt2"}
@@ -78,11 +80,11 @@ class Trunk:
     share: bool = True
     has_dropout: bool = False
     frozen: Frozen | None = None
-    _said: set[str] = field(default_factory=set)
     _fixed: bool = True
     _last: Any = None
 
     def __post_init__(self) -> None:
+        self.say = cache(self.say)
         config = self.config
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
         kinds = [rope, *rope.values()] if isinstance(rope, dict) else []
@@ -103,12 +105,6 @@ class Trunk:
         """The configuration that its layers read."""
         return self.model.config.get_text_config()
 
-    def stock(self, why: str) -> None:
-        """Say once why a batch takes the stock path."""
-        if why not in self._said:
-            self._said.add(why)
-            self.say(why)
-
     def hidden(self, inputs: dict[str, Any], wanted: Tensor) -> Hidden | None:
         """The last hidden states of the tokens that `wanted` marks; None, said why, where the batch is not of the kind
         that is understood."""
@@ -118,17 +114,17 @@ class Trunk:
             if n not in UNDERSTOOD and value is not None and value is not False
         ]
         if unknown or "input_ids" not in inputs:
-            self.stock(f"a batch brings {', '.join(unknown) or 'no token ids'}")
+            self.say(f"a batch brings {', '.join(unknown) or 'no token ids'}")
             return None
         ids = inputs["input_ids"]
         rows = rows_of(
             ids, inputs.get("attention_mask"), inputs.get("position_ids"), wanted, trim=self._fixed
         )
         if rows is None:
-            self.stock("the mask of a batch has holes, or a label follows padding")
+            self.say("the mask of a batch has holes, or a label follows padding")
             return None
         if not rows:
-            self.stock("a batch has no label")
+            self.say("a batch has no label")
             return None
         share = self.share and not (self.has_dropout and self.model.training)
         plan = layout(rows, share=share, device=ids.device)
@@ -302,19 +298,12 @@ def _put_back(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Tenso
     return empty.index_copy(1, rows.kept, output)
 
 
-def attach(trainer: Any, run: Run, training: Training) -> bool:
+def attach(trainer: Any, run: Run, training: Training, *, device: str | None = None) -> bool:
     """Put the fast forward in the place of the stock one in a trainer's models, and keep in the run which one is used
-    and why. Gives whether padding is computed. Raises RecipeError where outputs of frozen layers are to be kept and
-    cannot be.
+    and why. `device` is the kind that a hollow model is planned for. Gives whether padding is computed. Raises
+    RecipeError where outputs of frozen layers are to be kept and cannot be.
     """
-
-    def say(why: str) -> None:
-        run.event(
-            "warning",
-            step=trainer.state.global_step,
-            message=f"The stock forward was taken for a batch, which is slower: {why}.",
-        )
-
+    say = _teller(trainer, run)
     plain = _plain(trainer.model)
     why = "as the recipe says" if training.forward == "stock" else uncovered(trainer, plain)
     if why:
@@ -333,7 +322,7 @@ def attach(trainer: Any, run: Run, training: Training) -> bool:
                 "training.cache_frozen is not for encoder-decoders: nothing of theirs is kept.",
                 fix="Leave training.cache_frozen out.",
             )
-        pairs.attach(trainer, plain, say=say)
+        pairs.attach(trainer, plain, say=say, device=device)
         reason = "no padding of inputs or answers on a CPU, and the head only where it is asked"
         run.event("decision", name="forward", value="fast", reason=reason)
         if training.compile:
@@ -347,13 +336,16 @@ def attach(trainer: Any, run: Run, training: Training) -> bool:
     trunks = []
     references = (getattr(trainer, name, None) for name in ("ref_model", "reference"))
     for model in (plain, *(_plain(m) for m in references if m is not None)):
-        if is_reward(model):
+        if model is not plain and (why := uncovered(trainer, model)):
+            run.event("decision", name=REFERENCE, value="stock", reason=why)
+        elif is_reward(model):
             trunks.append(score_quickly(model, say=say))
         elif hasattr(trainer.model, "policy"):
             trunks.append(Trunk(model, say))
             setattr(model, TRUNK, trunks[-1])
         else:
-            trunks.append(quicken(model, alike=isinstance(trainer, SFTTrainer), say=say))
+            alike = isinstance(trainer, SFTTrainer)
+            trunks.append(quicken(model, alike=alike, say=say, device=device))
     if training.compile:
         _compile(trunks, trainer, run)
     if training.cache_frozen:
@@ -367,15 +359,30 @@ def attach(trainer: Any, run: Run, training: Training) -> bool:
     return False
 
 
+def _teller(trainer: Any, run: Run) -> Callable[[str], None]:
+    """What keeps in the run why a batch took the stock path."""
+
+    def say(why: str) -> None:
+        run.event(
+            "warning",
+            step=trainer.state.global_step,
+            message=f"The stock forward was taken for a batch, which is slower: {why}.",
+        )
+
+    return say
+
+
 @contextmanager
-def lent(trainer: Any, model: Any) -> Iterator[None]:
-    """The fast forward for a while, where it covers the model: for likelihoods that are worked out before training."""
+def lent(trainer: Any, model: Any, run: Run) -> Iterator[None]:
+    """The fast forward for a while, where it covers the model: for likelihoods that are worked out before training. The
+    run is told where it is not taken."""
     plain = _plain(model)
-    if uncovered(trainer, plain):
+    if why := uncovered(trainer, plain):
+        run.event("decision", name=REFERENCE, value="stock", reason=why)
         yield
         return
     theirs = plain.forward
-    quicken(plain, alike=False, say=lambda why: None)
+    quicken(plain, alike=False, say=_teller(trainer, run))
     try:
         yield
     finally:
@@ -456,11 +463,11 @@ def _settings(model: Any) -> dict[str, Any]:
     return dict(inspect.getclosurevars(function).nonlocals) if function else {}
 
 
-def quicken(model: Any, *, alike: bool, say: Callable[[str], None]) -> Trunk:
+def quicken(model: Any, *, alike: bool, say: Callable[[str], None], device: str | None = None) -> Trunk:
     """Have a model that TRL has given its head answer the same in our way, with TRL's own settings.
 
     `alike` says that every label of a batch weighs the same in the loss. `say` is told, once each, why single batches
-    took the stock path.
+    took the stock path. `device` is the kind that a hollow model is planned for.
     """
     theirs, facts = model.forward, _settings(model)
     reading = Reading(
@@ -469,6 +476,7 @@ def quicken(model: Any, *, alike: bool, say: Callable[[str], None]) -> Trunk:
         softcap=facts["final_logit_softcapping"],
         outputs=tuple(facts["outputs"]),
         alike=alike,
+        device=device,
     )
     trunk = Trunk(model, say)
 
@@ -486,7 +494,7 @@ def quicken(model: Any, *, alike: bool, say: Callable[[str], None]) -> Trunk:
             return theirs(*args, **given, **kwargs)
         found = None
         if labels is None or args:
-            trunk.stock("a batch brings no labels of its own")
+            trunk.say("a batch brings no labels of its own")
         else:
             found = trunk.hidden(kwargs, labelled(labels))
         if found is None:
@@ -543,7 +551,7 @@ def score_quickly(model: Any, *, say: Callable[[str], None]) -> Trunk:
         ids, pad = inputs.get("input_ids"), trunk.config.pad_token_id
         found = None
         if args or ids is None or pad is None or kwargs.get("return_dict") is False:
-            trunk.stock("a batch brings no token ids by name, nothing pads, or a tuple is asked for")
+            trunk.say("a batch brings no token ids by name, nothing pads, or a tuple is asked for")
         else:
             places = torch.arange(ids.shape[1], device=ids.device)
             last = (places * (ids != pad)).argmax(1, keepdim=True)

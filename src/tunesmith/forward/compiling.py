@@ -6,6 +6,8 @@ kernels, and the last layer, which is run twice on parts of the sequence, stays 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from transformers import AttentionInterface
 
 from tunesmith.forward import attention
 from tunesmith.models import decoder_layers
+
+NAME = "tunesmith_rows_apart"
+"""The name under which compiled layers find the attention, which is kept out of their graph."""
 
 
 def missing(device: torch.device) -> str | None:
@@ -32,14 +37,32 @@ def missing(device: torch.device) -> str | None:
 
 
 def compile_layers(model: Any) -> list[Any]:
-    """Compile what a model's layers compute around the attention; what undoes it."""
+    """Compile what a model's layers compute around the attention; what undoes it.
+
+    Only rows in one sequence go through it. Answers are written on the layers as they are: their caches grow token by
+    token.
+    """
     disable: Any = torch.compiler.disable
-    AttentionInterface.register(attention.NAME, disable(attention.rows_attention))
+    AttentionInterface.register(NAME, disable(attention.rows_attention))
+    config = model.config.get_text_config()
     found = []
     for layer in list(decoder_layers(model))[:-1]:
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+        layer.forward = _rows_compiled(layer.forward, config)
         found.append(Restore(layer))
     return found
+
+
+def _rows_compiled(theirs: Callable[..., Any], config: Any) -> Callable[..., Any]:
+    compiled = torch.compile(theirs, dynamic=True)
+
+    @wraps(theirs)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if "rows" not in kwargs:
+            return theirs(*args, **kwargs)
+        with attention.used_by(config, NAME):
+            return compiled(*args, **kwargs)
+
+    return forward
 
 
 class Restore:

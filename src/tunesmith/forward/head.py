@@ -14,6 +14,10 @@ from torch import Tensor
 
 BYTES = 2**27
 """Logits that are held at a time: 256 positions of the larger vocabularies, which was the fastest on CPUs."""
+CUDA_BYTES = 2**29
+"""The same on GPUs, where it is the only limit: some 900 positions of the larger vocabularies. Every chunk reads the
+head and, where it is trained, reads and writes the sum of its gradients in float32, which by bandwidth and FLOPs takes
+longer than the products of 256 positions. Worked out, not measured."""
 HALVED = 1024.0
 """Sum of the probabilities of a position in float16: far from its end, and from where its small numbers vanish."""
 POSITIONS = 256
@@ -34,6 +38,8 @@ class Reading:
     """Of log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1."""
     alike: bool = False
     """Whether every label is expected to have the same weight in the loss; if not, the gradient is computed again."""
+    device: str | None = None
+    """Kind of device that a hollow model is planned for; None for the one that the numbers are on."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +77,14 @@ class _Head(torch.autograd.Function):
         # over all labels, and can be only where these weigh the same.
         ahead = any(needed) and (reading.alike or not any(needed[1:]))
         wanted: dict[str, list[Tensor]] = {name: [] for name in ("log_probs", *ASKED)}
-        gradients = _Gradients(hidden, weight, bias, needed, reading, ctx.dtype) if ahead else None
+        table = weight.to(ctx.dtype)
+        gradients = _Gradients(hidden, weight, table, bias, needed, reading) if ahead else None
         whole = 4 * len(hidden) * len(weight)
         plain = reading.softcap is None and "entropy" not in reading.outputs
         keeps = any(needed) and not ahead and plain and whole <= KEPT
         kept: list[tuple[Tensor, Tensor]] = []
         spare = None
-        for part, logits, factor in _chunks(hidden, weight, bias, reading, ctx.dtype, fresh=keeps):
+        for part, logits, factor in _chunks(hidden, table, bias, reading, fresh=keeps):
             labels = targets[part][:, None]
             own = logits.gather(1, labels)
             if "mean_logits" in reading.outputs:
@@ -143,7 +150,8 @@ class _Head(torch.autograd.Function):
                     None,
                     None,
                 )
-        gradients = _Gradients(hidden, weight, bias, needed, ctx.reading, ctx.dtype)
+        table = weight.to(ctx.dtype)
+        gradients = _Gradients(hidden, weight, table, bias, needed, ctx.reading)
         if kept := ctx.kept:
             assert by_log is not None
             ctx.kept = []  # used up; a second backward pass computes them again
@@ -154,7 +162,7 @@ class _Head(torch.autograd.Function):
                 own = by_log[part][:, None]
                 gradients.add(part, masses, -own / total, targets[part][:, None], own, None)
             return gradients.found(hidden, weight, bias)
-        for part, logits, factor in _chunks(hidden, weight, bias, ctx.reading, ctx.dtype):
+        for part, logits, factor in _chunks(hidden, table, bias, ctx.reading):
             labels = targets[part][:, None]
             top = logits.amax(1, keepdim=True)
             masses = logits.sub_(top).exp()
@@ -181,18 +189,20 @@ def _type(hidden: Tensor) -> torch.dtype:
 
 def _chunks(
     hidden: Tensor,
-    weight: Tensor,
+    table: Tensor,
     bias: Tensor | None,
     reading: Reading,
-    dtype: torch.dtype,
     *,
     fresh: bool = False,
 ) -> Any:
     """Positions, their logits in float32 in one buffer that is used again unless `fresh` is set, and the derivative of
-    capping."""
-    size = max(min(POSITIONS, BYTES // (4 * len(weight))), 1)
-    table = weight.to(dtype)
-    buffer = hidden.new_empty(min(size, max(len(hidden), 1)), len(weight), dtype=dtype)
+    capping. `table` is the head in the type of the products."""
+    dtype = table.dtype
+    if (reading.device or hidden.device.type) == "cuda":
+        size = max(CUDA_BYTES // (4 * len(table)), 1)
+    else:
+        size = max(min(POSITIONS, BYTES // (4 * len(table))), 1)
+    buffer = hidden.new_empty(min(size, max(len(hidden), 1)), len(table), dtype=dtype)
     for start in range(0, len(hidden), size):
         part = slice(start, min(start + size, len(hidden)))
         logits = torch.empty_like(buffer) if fresh and start else buffer
@@ -220,12 +230,12 @@ class _Gradients:
         self,
         hidden: Tensor,
         weight: Tensor,
+        table: Tensor,
         bias: Tensor | None,
         needed: list[bool],
         reading: Reading,
-        dtype: torch.dtype,
     ) -> None:
-        self.states, self.table, self.dtype = hidden, weight, dtype
+        self.states, self.exact, self.table, self.dtype = hidden, weight, table, table.dtype
         self.slope = reading.scale / reading.temperature
         self.hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None
         self.weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
@@ -261,10 +271,10 @@ class _Gradients:
             # Scaled where it is narrow, which spares a pass over the vocabulary.
             found = self.hidden[part]
             if self.dtype == torch.float32:
-                torch.mm(pull, self.table.float(), out=found).mul_(each)
+                torch.mm(pull, self.table, out=found).mul_(each)
             else:
-                found.copy_((pull @ self.table.to(self.dtype)).float() * each)
-            found.addcmul_(self.table[names].float(), own)
+                found.copy_((pull @ self.table).float() * each)
+            found.addcmul_(self.exact[names].float(), own)
         if self.weight is not None:
             scaled = states.float() * each
             if self.dtype == torch.float32:

@@ -12,7 +12,8 @@ import contextlib
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -126,11 +127,12 @@ class Trunk:
     """Told, once each, why a batch took the stock path."""
     unpadded: bool | None = None
     """Whether rows stand behind one another; None where the device says it."""
-    _said: set[str] = field(default_factory=set)
+    reading: Reading = READING
 
     def __post_init__(self) -> None:
         from tunesmith.forward import _uses_rows
 
+        self.say = cache(self.say)
         for handle in getattr(self.model, HOOKS, ()):  # of an earlier training
             handle.remove()
         handles: list[Any] = []
@@ -141,19 +143,13 @@ class Trunk:
                     handles.append(layer.register_forward_pre_hook(_with_positions, with_kwargs=True))
         setattr(self.model, HOOKS, handles)
 
-    def stock(self, why: str) -> None:
-        """Say once why a batch takes the stock path."""
-        if why not in self._said:
-            self._said.add(why)
-            self.say(why)
-
     def states(self, inputs: dict[str, Any], labels: Tensor) -> Tensor | None:
         """The decoder's last states at the labels, in their order; None, said why, where the batch is not of the kind
         that is understood."""
         given = {name: value for name, value in inputs.items() if value is not None and value is not False}
         if given.keys() - UNDERSTOOD or "input_ids" not in given:
             unknown = ", ".join(sorted(given.keys() - UNDERSTOOD))
-            self.stock(f"a batch brings {unknown or 'no token ids'}")
+            self.say(f"a batch brings {unknown or 'no token ids'}")
             return None
         ids = given["input_ids"]
         if "decoder_input_ids" not in given:
@@ -163,12 +159,12 @@ class Trunk:
         marks = labels != IGNORED
         rows = marks.any(1)
         if not bool(rows.any()):
-            self.stock("a batch has no label")
+            self.say("a batch has no label")
             return None
         lengths = mask.sum(1)
         whole = torch.arange(mask.shape[1], device=ids.device) < lengths[:, None]
         if mask.shape != ids.shape or bool((mask != whole).any()) or not bool(lengths[rows].all()):
-            self.stock("the mask of a batch has holes, or padding comes first")
+            self.say("the mask of a batch has holes, or padding comes first")
             return None
         places = torch.arange(marks.shape[1], device=ids.device)
         ends = (places * marks).amax(1) + 1
@@ -218,7 +214,9 @@ class Trunk:
             states = states * config.d_model**-0.5
         bias = getattr(self.model, "final_logits_bias", None)
         targets = labels[labels != IGNORED]
-        logs = read(states, head.weight, head.bias if bias is None else bias[0], targets, READING).log_probs
+        logs = read(
+            states, head.weight, head.bias if bias is None else bias[0], targets, self.reading
+        ).log_probs
         return -logs.sum() / (len(targets) if items is None else items)
 
 
@@ -252,13 +250,14 @@ def uncovered(model: Any) -> str | None:
     return None
 
 
-def attach(trainer: Any, model: Any, *, say: Callable[[str], None]) -> None:
+def attach(trainer: Any, model: Any, *, say: Callable[[str], None], device: str | None = None) -> None:
     """Have a trainer of pairs take its losses from the fast forward of its model.
 
-    Its `compute_loss_func` keeps the loss of batches that take the stock path.
+    Its `compute_loss_func` keeps the loss of batches that take the stock path. `device` is the kind that a hollow model
+    is planned for.
     """
     mean, ask = trainer.compute_loss_func, trainer.compute_loss
-    quicken(model, mean, say=say)
+    quicken(model, mean, say=say, device=device)
     trainer.compute_loss_func, trainer.model_accepts_loss_kwargs = None, True
 
     def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -268,7 +267,12 @@ def attach(trainer: Any, model: Any, *, say: Callable[[str], None]) -> None:
 
 
 def quicken(
-    model: Any, mean: Callable[..., Any], *, say: Callable[[str], None], unpadded: bool | None = None
+    model: Any,
+    mean: Callable[..., Any],
+    *,
+    say: Callable[[str], None],
+    unpadded: bool | None = None,
+    device: str | None = None,
 ) -> None:
     """Have a model answer `fused_lm_head=True` with its loss alone, in our way.
 
@@ -277,7 +281,7 @@ def quicken(
     """
     from transformers.modeling_outputs import Seq2SeqLMOutput
 
-    theirs, trunk = model.forward, Trunk(model, say, unpadded)
+    theirs, trunk = model.forward, Trunk(model, say, unpadded, replace(READING, device=device))
 
     def forward(
         self: Any,
@@ -292,7 +296,7 @@ def quicken(
         assert labels is not None
         states = None
         if args:
-            trunk.stock("a batch brings inputs without names")
+            trunk.say("a batch brings inputs without names")
         else:
             states = trunk.states(kwargs, labels)
         if states is None:

@@ -33,6 +33,8 @@ class Method:
     remarks: Mapping[type[Example], str]
     """What to say of data sets with examples of a shape that the method changes."""
     build: Callable[..., Any]
+    """The trainer. `fast` says whether likelihoods that it works out before training are the fast forward's; those of
+    training are settled by `forward.attach`."""
     template: Callable[..., str]
     """Settles how a tokenizer writes what the model is asked: `(tokenizer, chat_template, section)`."""
     encoded: Callable[..., EncodedSplits]

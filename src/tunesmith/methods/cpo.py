@@ -23,6 +23,7 @@ def build(
     run: Run,
     keep: int,
     packing: Any = None,
+    fast: bool = True,
 ) -> Any:
     """A trainer that has not started. Each of its rows is a pair; TRL prepares nothing."""
     from trl.experimental.cpo import CPOConfig, CPOTrainer

@@ -29,6 +29,7 @@ def build(
     run: Run,
     keep: int,
     packing: Any = None,
+    fast: bool = True,
 ) -> Any:
     """A trainer that has not started. Each of its rows is a pair; TRL prepares nothing."""
     from trl import DPOConfig, DPOTrainer
@@ -53,7 +54,7 @@ def build(
     with preferred.one_adapter(model):
         # The likelihood of the better answers is a mean over the tokens of a batch, and parts of it have another.
         splits: Splits = None if section.sft_weight else "pairs"
-        own = preferred.settled(DPOTrainer, columns, fast=preferred.is_fast(run))
+        own = preferred.settled(DPOTrainer, columns, fast=run if fast else None)
         trainer = keeping_run_folder(own, run, keep=keep, splits=splits)(
             model=model,
             ref_model=reference,

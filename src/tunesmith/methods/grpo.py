@@ -22,6 +22,7 @@ def build(
     run: Run,
     keep: int,
     packing: Any = None,
+    fast: bool = True,
 ) -> Any:
     """A trainer that has not started."""
     from trl import GRPOConfig, GRPOTrainer

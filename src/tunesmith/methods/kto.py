@@ -43,6 +43,7 @@ def build(
     run: Run,
     keep: int,
     packing: Any = None,
+    fast: bool = True,
 ) -> Any:
     """A trainer that has not started. Each of its rows is one answer; TRL prepares nothing.
 
@@ -66,7 +67,7 @@ def build(
     columns = {"ref_logps": 0, "ref_KL_logps": 1}
     sides = preferred.Sides(train, validation)
     with preferred.one_adapter(model):
-        own = preferred.settled(KTOTrainer, columns, fast=preferred.is_fast(run))
+        own = preferred.settled(KTOTrainer, columns, fast=run if fast else None)
         trainer = keeping_run_folder(own, run, keep=keep)(
             model=model,
             ref_model=reference,

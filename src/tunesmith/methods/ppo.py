@@ -44,6 +44,7 @@ def build(
     run: Run,
     keep: int,
     packing: Any = None,
+    fast: bool = True,
 ) -> Any:
     """A trainer that has not started. Raises RecipeError and ModelError for what cannot be a reward or a critic."""
     from tunesmith.methods.ppo_trainer import trainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -246,15 +247,25 @@ def _other(name: str, model: Any) -> Any:
     return found.requires_grad_(False)
 
 
-def settled(trainer_class: type, columns: Mapping[str, int], *, fast: bool = False) -> type:
+def settled(trainer_class: type, columns: Mapping[str, int], *, fast: Run | None = None) -> type:
     """One of TRL's trainers that prepares nothing: rows are numbers of examples whose tokens are settled.
 
     `columns` are those of the reference's log-likelihoods, with their place in what `compute_ref_log_probs`
-    gives; with `fast` the fast forward works them out. They stay in memory, where TRL would write them to a cache that
-    knows the numbers only.
+    gives. The fast forward works them out where `fast` is a run, which is told where it could not. They stay in memory,
+    where TRL would write them to a cache that knows the numbers only.
     """
 
     class SettledTrainer(trainer_class):  # type: ignore[misc]
+        def __init__(self, *given: Any, **named: Any) -> None:
+            # TRL names its cache by all weights of the reference, of which a hollow model has none.
+            module: Any = sys.modules[trainer_class.__module__]
+            kept = {name: value for name, value in vars(module).items() if name == "hash_module"}
+            vars(module).update(dict.fromkeys(kept, lambda model: ""))
+            try:
+                super().__init__(*given, **named)
+            finally:
+                vars(module).update(kept)
+
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
@@ -263,11 +274,17 @@ def settled(trainer_class: type, columns: Mapping[str, int], *, fast: bool = Fal
 
             from tunesmith import forward
 
-            found: dict[str, list[float]] = {column: [] for column in columns}
             model = self.ref_model or self.model
+            if next(
+                model.parameters()
+            ).is_meta:  # of a plan: what they come to changes nothing that is planned
+                for column in columns:
+                    dataset = dataset.add_column(column, [0.0] * len(dataset))
+                return dataset
+            found: dict[str, list[float]] = {column: [] for column in columns}
             is_training = model.training
             model.eval()
-            with forward.lent(self, model) if fast else nullcontext():
+            with forward.lent(self, model, fast) if fast else nullcontext():
                 for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator):
                     values = self.compute_ref_log_probs(model, self._prepare_inputs(batch))
                     for column, place in columns.items():
@@ -280,11 +297,6 @@ def settled(trainer_class: type, columns: Mapping[str, int], *, fast: bool = Fal
             return dataset
 
     return SettledTrainer
-
-
-def is_fast(run: Run) -> bool:
-    """Whether a run's recipe has the fast forward."""
-    return not (run.path / "recipe.yaml").exists() or run.recipe().training.forward == "fast"
 
 
 def likely(trainer_class: type) -> type:

@@ -35,6 +35,7 @@ def build(
     run: Run,
     keep: int,
     packing: Any = None,
+    fast: bool = True,
 ) -> Any:
     """A trainer that has not started."""
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments

@@ -64,6 +64,7 @@ def build(
     run: Run,
     keep: int,
     packing: Packing | None = None,
+    fast: bool = True,
 ) -> Any:
     """A trainer that has not started. The labels are used as they are; TRL prepares nothing.
 

@@ -568,14 +568,27 @@ def fitted(
         higher_is_better=recipe.training.best_by != "loss"
         and METRICS[recipe.training.best_by].higher_is_better,
         input_rows=encodings.train.rows.tolist(),
+        pace=partial(_paced, prepared) if checkpoint is None else None,
+        tokens_per_step=0.0 if method.draws else plan.tokens_per_epoch / plan.steps_per_epoch,
     )
     carry(result.final_model, prepared, splits, recipe.model.base)
     prepared.write("training.json", asdict(result))
     planned = prepared.read("plan.json") or {}
-    if truth := estimating.truth(planned.get("estimate"), result, is_whole=checkpoint is None):
+    if truth := estimating.truth(
+        planned.get("estimate"), result, is_whole=checkpoint is None, measured=planned.get("measured")
+    ):
         prepared.write("plan.json", {**planned, "truth": truth})
         prepared.event("decision", name="plan and truth", value=truth["value"], reason=truth["sentence"])
     return result
+
+
+def _paced(run: Run, step: int, per_step: float, seconds: float) -> None:
+    """Say what a run comes to by its own first steps, and keep it beside what was planned before them."""
+    planned = run.read("plan.json") or {}
+    if found := estimating.paced(planned.get("estimate"), per_step, seconds):
+        run.write("plan.json", {**planned, "measured": found})
+        told = estimating.duration(found["seconds"])
+        run.event("decision", step=step, name="time in all", value=told, reason=found["basis"])
 
 
 def _trainer(

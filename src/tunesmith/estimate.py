@@ -111,6 +111,8 @@ class Estimate:
     seconds_per_step: float
     seconds: float
     """Of the training: steps and validations."""
+    validation_seconds: float
+    """The share of the validations in them."""
     basis: str
     """What the seconds rest on."""
     tokens_per_epoch: int
@@ -220,15 +222,35 @@ def unknown(facts: DeviceFacts, error: Exception) -> Estimate:
     """What is left to say of a model that could not be traced."""
     why = next(iter(str(error).splitlines()), "") or type(error).__name__
     return Estimate(
-        device=facts.name, capacity=facts.memory, stages={}, seconds_per_step=0.0, seconds=0.0, basis="",
+        device=facts.name, capacity=facts.memory, stages={}, seconds_per_step=0.0, seconds=0.0, validation_seconds=0.0,
+        basis="",
         tokens_per_epoch=0, epochs=0.0, flops_per_step=0.0, disk={}, disk_free=0, micro_batch=0,
         notes=(f"memory and time were not worked out: the model's step could not be traced ({why[:160]})",),
     )  # fmt: skip
 
 
-def truth(planned: Mapping[str, Any] | None, fitted: Fit, *, is_whole: bool) -> dict[str, Any]:
-    """What training came to beside what was planned; nothing where nothing was. A continued training's seconds are only
-    those since it was continued, so that they are left out."""
+def paced(planned: Mapping[str, Any] | None, per_step: float, seconds: float) -> dict[str, Any]:
+    """What the first steps of a run say of all of it, as plan.json keeps it: `per_step` seconds a step, `seconds` for
+    all of them. Validations, of which none was yet, are as much longer than planned as the steps are."""
+    if not planned or not planned["stages"]:
+        return {}
+    slower = per_step / max(planned["seconds_per_step"], 1e-12)
+    seconds += planned["validation_seconds"] * slower
+    before = duration(planned["seconds"])
+    why = f"two measured steps, {duration(per_step)} for a mean one; {before} were estimated before"
+    return {"seconds_per_step": per_step, "seconds": seconds, "basis": why}
+
+
+def truth(
+    planned: Mapping[str, Any] | None,
+    fitted: Fit,
+    *,
+    is_whole: bool,
+    measured: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What training came to beside what was planned; nothing where nothing was. Seconds are held against those that the
+    run's first steps told (`paced`), where they did. A continued training's are only those since it was continued, so
+    that they are left out."""
     if not planned or not planned["stages"]:
         return {}
     reserved = planned["stages"][planned["stage"]].get(
@@ -240,9 +262,12 @@ def truth(planned: Mapping[str, Any] | None, fitted: Fit, *, is_whole: bool) -> 
     said = f"memory {size(expected)} planned, {size(fitted.peak_memory)} held at most"
     value = f"memory {memory:+.1%}"
     if is_whole:
-        seconds = planned["seconds"] / max(fitted.seconds, 1e-9) - 1
+        before = planned["seconds"]
+        told = measured["seconds"] if measured else before
+        seconds = told / max(fitted.seconds, 1e-9) - 1
         found |= {"seconds": fitted.seconds, "time_error": round(seconds, 4)}
-        said += f"; training {duration(planned['seconds'])} planned, {duration(fitted.seconds)} taken"
+        found["time_error_before_the_run"] = round(before / max(fitted.seconds, 1e-9) - 1, 4)
+        said += f"; training {duration(told)} planned, {duration(fitted.seconds)} taken"
         value += f", time {seconds:+.0%}"
     return {**found, "value": value, "sentence": said}
 
@@ -679,6 +704,7 @@ def estimate(
         stages=found,
         seconds_per_step=per_step,
         seconds=total_steps * per_step + validations * per_pass * scale,
+        validation_seconds=validations * per_pass * scale,
         basis=basis,
         tokens_per_epoch=int(sum(rows.lengths)),
         epochs=round(total_steps * accumulation * len(batch) / max(len(rows.lengths), 1), 2),

@@ -105,6 +105,8 @@ def fit(
     measure: Callable[[Any], Mapping[str, float]] | None = None,
     higher_is_better: bool = False,
     input_rows: Sequence[int] | None = None,
+    pace: Callable[[int, float, float], None] | None = None,
+    tokens_per_step: float = 0.0,
 ) -> Fit:
     """Train, keep the best model, and write `final_model/`.
 
@@ -112,6 +114,7 @@ def fit(
     are prompts (token ids) that are answered at each validation, with at most `max_new_tokens` tokens. `measure` gives
     the metrics of a model that each validation logs; `higher_is_better` is of the one that `training.best_by` names.
     `input_rows` are the running numbers of the rows that the encodings were made of; errors name them.
+    `pace` is told what the first steps took (`callbacks.Pace`), `tokens_per_step` being those of a mean one.
     Raises Interrupted after a stop on request, its state saved, and TrainingDiverged before a bad update.
     """
     from transformers.trainer_callback import PrinterCallback
@@ -163,6 +166,8 @@ def fit(
     numbers = callbacks.FiniteLoss(trainer.require_numbers)
     for callback in (events, best, callbacks.LastStep(), stop, numbers, Watching(run)):
         trainer.add_callback(callback)
+    if pace:
+        trainer.add_callback(callbacks.Pace(pace, tokens_per_step=tokens_per_step))
     if samples:
         trainer.add_callback(callbacks.Samples(run, trainer.processing_class, samples, max_new_tokens))
     if tensorboard:

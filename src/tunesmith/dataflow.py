@@ -43,8 +43,10 @@ from tunesmith.evaluation.stages import Stage
 from tunesmith.evaluation.unseen import Asked, asked_of, carry
 from tunesmith.export.card import write_card
 from tunesmith.methods import METHODS, Method
+from tunesmith.methods.kto import shuffled
+from tunesmith.methods.preferred import without_reference_pass
 from tunesmith.plan import Plan
-from tunesmith.recipe import SFT, QLoRA, Recipe, Tracking
+from tunesmith.recipe import SFT, LoRA, QLoRA, Recipe, Tracking
 from tunesmith.training import gpu
 from tunesmith.training.fit import Fit, arguments, fit
 from tunesmith.training.order import by_length, order_by_length
@@ -137,18 +139,22 @@ def estimate(
     two micro-steps taken here, and the largest micro-batch looked for."""
     method = METHODS[recipe.method.kind]
     facts = devices.named(device) if device else devices.here(plan.device)
+    training, _, _ = method.settled(recipe.method, recipe.training, _examples(method, encodings.train))
+    recipe = recipe.model_copy(update={"training": training})
     given = estimating.Rows(
         _row_lengths(method, encodings.train, packing),
         validation=_row_lengths(method, encodings.validation, None) if len(encodings.validation) else [],
         questions=len(asked.examples),
         answers=getattr(recipe.method, "max_new_tokens", 0) if method.draws else 0,
+        group=getattr(recipe.method, "num_generations", 1),
+        order=shuffled(len(encodings.train), training.seed) if recipe.method.kind == "kto" else None,
         identity=encodings.fingerprint,
     )
     here = measured and not device and not method.draws
     try:
         return estimating.estimate(
             recipe,
-            partial(_hollow_trainer, plan=plan, encodings=encodings, packing=packing),
+            partial(_hollow_trainer, plan=plan, encodings=encodings, packing=packing, kind=facts.kind),
             given,
             facts=facts,
             plan=plan,
@@ -156,11 +162,26 @@ def estimate(
             folder=Path(recipe.output_dir),
             thorough=measured or device is not None,
             measure=partial(_micro_steps, recipe, plan, encodings, packing) if here else None,
+            check=partial(_check_change, device=plan.device, elsewhere=facts if device else None),
         )
     except TunesmithError:
         raise
     except Exception as error:  # a model of parts that cannot be traced can be trained all the same
         return estimating.unknown(facts, error)
+
+
+def _examples(method: Method, encodings: Encodings) -> int:
+    return len(encodings) // 2 if method.in_pairs else len(encodings)
+
+
+def _check_change(recipe: Recipe, *, device: planning.Device, elsewhere: devices.DeviceFacts | None) -> None:
+    """Raises the TunesmithError with which a changed recipe would be refused."""
+    METHODS[recipe.method.kind].check(recipe)
+    planning.check_device(
+        recipe.training, recipe.model, device, adapter_kind=recipe.adapter.kind, elsewhere=elsewhere
+    )
+    if recipe.training.cache_frozen and isinstance(recipe.adapter, LoRA):
+        raise RecipeError("training.cache_frozen has nothing to keep under an adapter.", fix="Leave it out.")
 
 
 def _hollow_trainer(
@@ -171,12 +192,13 @@ def _hollow_trainer(
     plan: Plan,
     encodings: data.EncodedSplits,
     packing: Packing | None,
+    kind: str,
 ) -> Any:
-    """The method's trainer on a model that is there already; of methods that train on what the model writes, one that
-    imitates."""
+    """The method's trainer on a model that is there already, for a device of this kind; of methods that train on what
+    the model writes, one that imitates. Its `pads` says whether padding is computed."""
     method = METHODS[recipe.method.kind]
-    section = recipe.method
-    if method.draws:
+    section, draws = recipe.method, method.draws
+    if draws:
         method, section = METHODS["sft"], SFT()
     if getattr(section, "reference_model", None):
         section = section.model_copy(update={"reference_model": None, "reference": "auto"})
@@ -184,7 +206,7 @@ def _hollow_trainer(
     plain = replace(plan, mixed_precision="no", device="cpu")
     given = arguments(plain, recipe.training, Tracking(), name="plan", staging=folder / ".staging")
     given |= {"report_to": ["none"]}
-    with models.keeping_types(model):
+    with models.keeping_types(model), without_reference_pass(method.kind):
         trainer = method.build(
             section,
             model=model,
@@ -198,7 +220,8 @@ def _hollow_trainer(
         )
     from tunesmith import forward
 
-    forward.attach(trainer, Run(folder), _at_once(recipe).training)
+    alike = False if draws else None
+    trainer.pads = forward.attach(trainer, Run(folder), _at_once(recipe).training, alike=alike, kind=kind)
     return trainer
 
 
@@ -217,7 +240,11 @@ def _micro_steps(
 ) -> list[float]:
     """Seconds of a micro-step on each of these batches, of the real model, which is thrown away."""
     tokenizer, _ = _tokenizer(recipe)
-    with estimating.undisturbed(), TemporaryDirectory(prefix="tunesmith-plan-") as folder:
+    with (
+        estimating.undisturbed(),
+        TemporaryDirectory(prefix="tunesmith-plan-") as folder,
+        without_reference_pass(recipe.method.kind),
+    ):
         given = arguments(plan, recipe.training, Tracking(), name="plan", staging=Path(folder) / ".staging")
         given |= {"report_to": ["none"]}
         once = _at_once(recipe)
@@ -339,6 +366,8 @@ def prepared(
             run.event("decision", name=name, value=value, reason=reason)
         if estimate.missing:
             run.event("warning", message=estimate.warning())
+        if short := estimate.disk_warning():
+            run.event("warning", message=short)
         found = leaks.decision(leakage, run.path / "evaluation/leakage.json")
         run.event("decision", name=found.name, value=found.value, reason=found.reason)
     run.write("evaluation/leakage.json", leakage.as_dict())

@@ -302,10 +302,14 @@ def _put_back(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Tenso
     return empty.index_copy(1, rows.kept, output)
 
 
-def attach(trainer: Any, run: Run, training: Training) -> bool:
+def attach(
+    trainer: Any, run: Run, training: Training, *, alike: bool | None = None, kind: str | None = None
+) -> bool:
     """Put the fast forward in the place of the stock one in a trainer's models, and keep in the run which one is used
-    and why. Gives whether padding is computed. Raises RecipeError where outputs of frozen layers are to be kept and
-    cannot be.
+    and why. Gives whether padding is computed. A plan says by `alike` and `kind` whether labels weigh the same and
+    what the device is, where trainer or model are not those that will be trained.
+
+    Raises RecipeError where outputs of frozen layers are to be kept and cannot be.
     """
 
     def say(why: str) -> None:
@@ -333,13 +337,14 @@ def attach(trainer: Any, run: Run, training: Training) -> bool:
                 "training.cache_frozen is not for encoder-decoders: nothing of theirs is kept.",
                 fix="Leave training.cache_frozen out.",
             )
-        pairs.attach(trainer, plain, say=say)
+        kind = kind or plain.device.type
+        pairs.attach(trainer, plain, say=say, unpadded=kind == "cpu")
         reason = "no padding of inputs or answers on a CPU, and the head only where it is asked"
         run.event("decision", name="forward", value="fast", reason=reason)
         if training.compile:
             why = "encoder-decoders are not compiled"
             run.event("decision", name="compile", value="off", reason=why)
-        return bool(plain.device.type != "cpu")
+        return kind != "cpu"
     from trl import SFTTrainer
 
     if hasattr(trainer, "likelihoods_only"):
@@ -353,7 +358,8 @@ def attach(trainer: Any, run: Run, training: Training) -> bool:
             trunks.append(Trunk(model, say))
             setattr(model, TRUNK, trunks[-1])
         else:
-            trunks.append(quicken(model, alike=isinstance(trainer, SFTTrainer), say=say))
+            same = isinstance(trainer, SFTTrainer) if alike is None else alike
+            trunks.append(quicken(model, alike=same, say=say))
     if training.compile:
         _compile(trunks, trainer, run)
     if training.cache_frozen:

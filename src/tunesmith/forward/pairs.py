@@ -252,13 +252,13 @@ def uncovered(model: Any) -> str | None:
     return None
 
 
-def attach(trainer: Any, model: Any, *, say: Callable[[str], None]) -> None:
+def attach(trainer: Any, model: Any, *, say: Callable[[str], None], unpadded: bool | None = None) -> None:
     """Have a trainer of pairs take its losses from the fast forward of its model.
 
     Its `compute_loss_func` keeps the loss of batches that take the stock path.
     """
     mean, ask = trainer.compute_loss_func, trainer.compute_loss
-    quicken(model, mean, say=say)
+    quicken(model, mean, say=say, unpadded=unpadded)
     trainer.compute_loss_func, trainer.model_accepts_loss_kwargs = None, True
 
     def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

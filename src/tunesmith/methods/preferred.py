@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -246,6 +248,27 @@ def _other(name: str, model: Any) -> Any:
     return found.requires_grad_(False)
 
 
+_PLANNED: ContextVar[bool] = ContextVar("planned", default=False)
+
+
+@contextmanager
+def without_reference_pass(kind: str) -> Iterator[None]:
+    """Build a method's trainer that works out no likelihoods of a reference: a plan puts numbers in their places."""
+    if kind not in ("dpo", "kto"):
+        yield
+        return
+    token = _PLANNED.set(True)
+    theirs = importlib.import_module(f"trl.trainer.{kind}_trainer")
+    before = theirs.hash_module
+    # By their hash TRL would name a cache of its own, which is not used; what has no weights has none.
+    theirs.hash_module = lambda module: ""  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        theirs.hash_module = before  # type: ignore[attr-defined]
+        _PLANNED.reset(token)
+
+
 def settled(trainer_class: type, columns: Mapping[str, int], *, fast: bool = False) -> type:
     """One of TRL's trainers that prepares nothing: rows are numbers of examples whose tokens are settled.
 
@@ -263,6 +286,8 @@ def settled(trainer_class: type, columns: Mapping[str, int], *, fast: bool = Fal
 
             from tunesmith import forward
 
+            if _PLANNED.get():
+                return dataset
             found: dict[str, list[float]] = {column: [] for column in columns}
             model = self.ref_model or self.model
             is_training = model.training

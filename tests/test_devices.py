@@ -34,3 +34,34 @@ def test_this_machine_is_measured():
 def test_a_device_without_16_bit_units_computes_in_float32():
     assert devices.named("t4").peak("bfloat16") == devices.named("t4").peak("float32")
     assert devices.named("h100").peak("bfloat16") > 10 * devices.named("h100").peak("float32")
+
+
+@pytest.mark.parametrize(
+    ("title", "mib", "meant"),
+    [
+        ("NVIDIA H100 80GB HBM3", 81_559, "h100-80gb"),
+        ("NVIDIA H100 PCIe", 81_559, "h100-pcie-80gb"),
+        ("NVIDIA A10G", 22_731, "a10g"),
+        ("NVIDIA A10", 22_731, "a10"),
+        ("Tesla V100-SXM2-32GB", 32_510, "v100-32gb"),
+        ("Tesla V100-SXM2-16GB", 16_160, "v100-16gb"),
+        ("NVIDIA A100-SXM4-40GB", 40_536, "a100-40gb"),
+        ("NVIDIA L40S", 45_589, "l40s"),
+        ("NVIDIA L4", 22_731, "l4"),
+        ("NVIDIA GeForce RTX 4090", 24_217, "rtx-4090"),
+        ("NVIDIA GeForce GTX 1080", 8_192, None),
+    ],
+)
+def test_a_device_is_known_by_its_drivers_title(title, mib, meant):
+    found = devices.titled(title, mib * 2**20)
+    assert (found.name if found else None) == meant
+
+
+def test_what_others_hold_of_a_gpu_is_not_to_be_had(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
+    found = devices.here("cuda")
+    assert (found.name, found.memory) == ("h100-pcie-80gb", 21 * 2**30)

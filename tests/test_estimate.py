@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tunesmith import api, devices
@@ -53,12 +54,33 @@ def test_parts_are_the_models_own(recipe, tiny_model_folder):
     assert lora.stages["training"]["weights"] == training["weights"] + lora.disk["final_model"]
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto", "orpo", "cpo", "reward"])
-def test_every_method_is_traced(recipe, method, tmp_path):
+@pytest.fixture
+def pairs(tmp_path):
     file = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": f"what is {n}", "chosen": f"yes {n}", "rejected": f"no no {n}"} for n in range(30)]
+    rows = [
+        {"prompt": f"what is {n}", "chosen": f"yes {n}" + n % 7 * " so", "rejected": f"no no {n}"}
+        for n in range(40)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    found = planned(recipe(method={"kind": method}, data={"dataset": str(file)}))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("method", "reference"),
+    [("dpo", ""), ("dpo", "precomputed"), ("kto", ""), ("orpo", ""), ("cpo", ""), ("reward", "")],
+)
+def test_every_method_is_traced(recipe, method, reference, pairs):
+    file = pairs
+    where = {"reference": "precomputed"} if reference else {}
+    plan, _ = api.plan(recipe(method={"kind": method, **where}, data={"dataset": str(file)}))
+    found = plan.estimate
+    assert found.tokens_per_epoch == plan.tokens_per_epoch
+    if reference:
+        assert found.notes == (
+            "the reference's pass over all rows before the first step is not in the seconds",
+        )
+        assert found.stages["training"]["weights"] < 1.1 * found.stages["updating"]["gradients"]
+        return
     assert not found.notes
     weights, trained = found.stages["training"]["weights"], found.stages["updating"]["gradients"]
     # a reference that is a copy is there twice
@@ -182,3 +204,184 @@ def test_planning_draws_no_random_numbers(recipe):
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert np.random.get_state()[1].tolist() == before[2]
+
+
+@pytest.mark.parametrize("method", ["sft", "kto"])
+def test_batches_are_those_that_a_run_meets(recipe, method, pairs, monkeypatch):
+    from transformers import Trainer
+
+    met = []
+    inner = Trainer.training_step
+
+    def step(trainer, model, inputs, *args, **kwargs):
+        met.append(int(inputs["attention_mask"].sum()))
+        return inner(trainer, model, inputs, *args, **kwargs)
+
+    chosen = []
+    fullest = estimating.Batches.fullest
+
+    def spy(self, lengths, *, pads):
+        chosen.append((self, lengths))
+        return fullest(self, lengths, pads=pads)
+
+    monkeypatch.setattr(Trainer, "training_step", step)
+    monkeypatch.setattr(estimating.Batches, "fullest", spy)
+    steps = {"max_steps": 12, "per_device_train_batch_size": 4, "num_epochs": 2}  # more than an epoch
+    asked = recipe(method={"kind": method}, training=steps, data={"dataset": pairs})
+    planning, _ = api.plan(asked)
+    made, lengths = chosen[0]
+    assert planning.estimate.notes == ()
+    met.clear()
+    chosen.clear()
+    api.train(asked)
+    mine = made.sizes(lengths, pads=False)
+    assert len(set(met)) > 2
+    if method == "sft":
+        assert met == mine.tolist()
+    else:  # single answers come without their last token
+        assert len(met) == len(mine)
+        assert np.corrcoef(met, mine)[0, 1] > 0.9
+
+
+def drawing(recipe, questions, adapter, **training):
+    """A recipe of GRPO, four answers to a prompt."""
+    section = {"kind": "grpo", "rewards": ["length_match"], "num_generations": 4, "max_new_tokens": 32}
+    settings = {"max_steps": 3, "per_device_train_batch_size": 4, **training}
+    return recipe(method=section, adapter=adapter, training=settings)
+
+
+def test_answers_to_one_prompt_share_it_and_nothing_else():
+    found = estimating._answered(6, 5, 8, 4, 1000)
+    rows = [tuple(row) for row in found["input_ids"].tolist()]
+    assert len({row[:6] for row in rows}) == 2
+    assert len(set(rows)) == len({row[6:] for row in rows}) == 8
+    assert [row[:6] for row in rows[:4]] == [rows[0][:6]] * 4
+    assert ((found["labels"] == -100).sum(1) == 6).all()
+
+
+def test_what_draws_counts_its_copy_and_drops_nothing(recipe, question_file):
+    weights = {}
+    for name, adapter in (
+        ("full", {"kind": "full"}), ("lora", {"kind": "lora", "dropout": 0.1}), ("still", {"kind": "lora"}),
+        ("pissa", {"kind": "lora", "init": "pissa", "rank": 4}), ("small", {"kind": "lora", "rank": 4}),
+    ):  # fmt: skip
+        found = planned(drawing(recipe, question_file, adapter))
+        assert len(found.notes) == 1, found.notes
+        assert "trains on what the model writes" in found.notes[0]
+        weights[name] = found.stages["training"]["weights"], found.flops_per_step
+    once = planned(recipe()).stages["training"]["weights"]
+    assert weights["full"][0] == pytest.approx(2 * once, rel=1e-3)
+    assert weights["pissa"][0] == pytest.approx(2 * weights["small"][0], rel=1e-3)
+    assert weights["lora"] == weights["still"]
+    # 16 answers in batches of 3 hold no whole groups; the method's own passes count
+    twelve = planned(drawing(recipe, question_file, {"kind": "lora"}, per_device_train_batch_size=3))
+    assert twelve.flops_per_step > 1.4 * weights["lora"][1]
+    assert twelve.epochs < 2
+
+
+def test_remedies_that_would_be_refused_are_left_out(recipe, pairs, monkeypatch):
+    from tunesmith import models
+    from tunesmith.errors import MissingExtra
+
+    def missing():
+        raise MissingExtra("bitsandbytes", "QLoRA", install="x")
+
+    monkeypatch.setattr(models, "require_four_bits", missing)
+    here = devices.here
+    monkeypatch.setattr(devices, "here", lambda kind: replace(here(kind), memory=10**6))
+    asked = recipe(
+        method={"kind": "kto"},
+        data={"dataset": pairs},
+        training={"per_device_train_batch_size": 8, "max_steps": 2},
+    )
+    flags = [remedy.flags for remedy in planned(asked).remedies]
+    assert len(flags) == 3
+    assert any("--per-device-train-batch-size 2" in flag for flag in flags)
+    assert not [flag for flag in flags if "--qlora" in flag or "size 1" in flag]
+    frozen = recipe(adapter={"kind": "freeze", "ratio": 0.5}, training={"cache_frozen": True, "max_steps": 2})
+    found = planned(frozen)
+    assert not [remedy for remedy in found.remedies if "lora" in remedy.flags]
+    assert [note for note in found.notes if "cache_frozen" in note]
+
+
+def test_an_adapters_remedy_is_in_its_own_type(recipe, monkeypatch):
+    named = devices.named
+    monkeypatch.setattr(devices, "named", lambda name: replace(named(name), memory=10**6))
+    settings = {"max_steps": 2, "per_device_train_batch_size": 1, "mixed_precision": "bf16"}
+    asked = recipe(training={**settings, "gradient_checkpointing": True})
+    made = []
+    inner = estimating.hollow
+    monkeypatch.setattr(
+        estimating,
+        "hollow",
+        lambda given, dtype: made.append((given.adapter.kind, dtype)) or inner(given, dtype),
+    )
+    api.plan(asked, device="h100")
+    assert {("full", "float32"), ("lora", "bfloat16"), ("qlora", "bfloat16")} <= set(made)
+
+
+def test_what_is_not_counted_is_said(recipe, pairs, tiny_model_folder):
+    found = planned(recipe(adapter={"kind": "lora", "dora": True}))
+    assert "DoRA is figured as LoRA" in found.notes[0]
+    lora = recipe(method={"kind": "dpo"}, adapter={"kind": "lora"}, data={"dataset": pairs})
+    other = recipe(
+        method={"kind": "dpo", "reference_model": str(tiny_model_folder)}, adapter={"kind": "lora"},
+        data={"dataset": pairs},
+    )  # fmt: skip
+    before, after = (planned(one).stages["training"]["weights"] for one in (lora, other))
+    assert after - before == 4 * parameters(tiny_model_folder)
+
+
+def test_a_small_disk_is_said(recipe, monkeypatch):
+    monkeypatch.setattr(estimating, "_free", lambda folder: 1000)
+    run = api.train(recipe()).run
+    told = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [e for e in told if e["kind"] == "warning" and "The disk may be too small" in e["message"]]
+
+
+def test_micro_steps_are_timed_in_the_types_of_the_run():
+    from contextlib import contextmanager
+    from types import SimpleNamespace
+
+    import torch
+
+    inside = []
+
+    @contextmanager
+    def autocast():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    seen = []
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(gradient_accumulation_steps=1, gradient_checkpointing=False),
+        accelerator=SimpleNamespace(autocast=autocast), model=torch.nn.Linear(1, 1), train_dataset=[{}],
+        data_collator=lambda rows: {}, training_step=lambda *given, **named: seen.append(bool(inside)),
+    )  # fmt: skip
+    estimating.timed(trainer, [[0], [0]])
+    assert seen == [True] * 3
+
+
+def test_encoder_decoders_are_padded_on_a_gpu(tiny_t5_folder, question_file, tmp_path):
+    asked = compose(
+        {
+            "output_dir": str(tmp_path), "model": {"base": str(tiny_t5_folder)}, "method": {"kind": "seq2seq"},
+            "data": {"dataset": str(question_file), "max_length": 256}, "training": {"max_steps": 2},
+            "evaluation": {"skip": True},
+        }
+    ).recipe  # fmt: skip
+    seen = {}
+    inner = estimating.Batches.share
+
+    def spy(self, rows, batch, *, pads):
+        seen[len(seen)] = pads
+        return inner(self, rows, batch, pads=pads)
+
+    estimating.Batches.share = spy
+    try:
+        for device in (None, "h100"):
+            api.plan(asked, device=device)
+    finally:
+        estimating.Batches.share = inner
+    assert list(seen.values()) == [False, True]

@@ -43,8 +43,10 @@ from tunesmith.evaluation.stages import Stage
 from tunesmith.evaluation.unseen import Asked, asked_of, carry
 from tunesmith.export.card import write_card
 from tunesmith.methods import METHODS, Method
+from tunesmith.methods.kto import shuffled
+from tunesmith.methods.preferred import without_reference_pass
 from tunesmith.plan import Plan
-from tunesmith.recipe import SFT, QLoRA, Recipe, Tracking
+from tunesmith.recipe import SFT, LoRA, QLoRA, Recipe, Tracking
 from tunesmith.training import gpu
 from tunesmith.training.fit import Fit, arguments, fit
 from tunesmith.training.order import by_length, order_by_length
@@ -137,11 +139,15 @@ def estimate(
     two micro-steps taken here, and the largest micro-batch looked for."""
     method = METHODS[recipe.method.kind]
     facts = devices.named(device) if device else devices.here(plan.device)
+    training, _, _ = method.settled(recipe.method, recipe.training, _examples(method, encodings.train))
+    recipe = recipe.model_copy(update={"training": training})
     given = estimating.Rows(
         _row_lengths(method, encodings.train, packing),
         validation=_row_lengths(method, encodings.validation, None) if len(encodings.validation) else [],
         questions=len(asked.examples),
         answers=getattr(recipe.method, "max_new_tokens", 0) if method.draws else 0,
+        group=getattr(recipe.method, "num_generations", 1),
+        order=shuffled(len(encodings.train), training.seed) if recipe.method.kind == "kto" else None,
         identity=encodings.fingerprint,
     )
     here = measured and not device and not method.draws
@@ -156,11 +162,26 @@ def estimate(
             folder=Path(recipe.output_dir),
             thorough=measured or device is not None,
             measure=partial(_micro_steps, recipe, plan, encodings, packing) if here else None,
+            check=partial(_check_change, device=plan.device, elsewhere=facts if device else None),
         )
     except TunesmithError:
         raise
     except Exception as error:  # a model of parts that cannot be traced can be trained all the same
         return estimating.unknown(facts, error)
+
+
+def _examples(method: Method, encodings: Encodings) -> int:
+    return len(encodings) // 2 if method.in_pairs else len(encodings)
+
+
+def _check_change(recipe: Recipe, *, device: planning.Device, elsewhere: devices.DeviceFacts | None) -> None:
+    """Raises the TunesmithError with which a changed recipe would be refused."""
+    METHODS[recipe.method.kind].check(recipe)
+    planning.check_device(
+        recipe.training, recipe.model, device, adapter_kind=recipe.adapter.kind, elsewhere=elsewhere
+    )
+    if recipe.training.cache_frozen and isinstance(recipe.adapter, LoRA):
+        raise RecipeError("training.cache_frozen has nothing to keep under an adapter.", fix="Leave it out.")
 
 
 def _hollow_trainer(
@@ -173,11 +194,11 @@ def _hollow_trainer(
     packing: Packing | None,
     device: str,
 ) -> Any:
-    """The method's trainer on a model that is there already; of methods that train on what the model writes, one that
-    imitates. `device` is the kind of device that is planned for."""
+    """The method's trainer on a model that is there already, for a device of this kind; of methods that train on what
+    the model writes, one that imitates. Its `pads` says whether padding is computed."""
     method = METHODS[recipe.method.kind]
-    section = recipe.method
-    if method.draws:
+    section, draws = recipe.method, method.draws
+    if draws:
         method, section = METHODS["sft"], SFT()
     if getattr(section, "reference_model", None):
         section = section.model_copy(update={"reference_model": None, "reference": "auto"})
@@ -185,7 +206,7 @@ def _hollow_trainer(
     plain = replace(plan, mixed_precision="no", device="cpu")
     given = arguments(plain, recipe.training, Tracking(), name="plan", staging=folder / ".staging")
     given |= {"report_to": ["none"]}
-    with models.keeping_types(model):
+    with models.keeping_types(model), without_reference_pass():
         trainer = method.build(
             section,
             model=model,
@@ -200,7 +221,8 @@ def _hollow_trainer(
         )
     from tunesmith import forward
 
-    forward.attach(trainer, Run(folder), _at_once(recipe).training, device=device)
+    alike = False if draws else None
+    trainer.pads = forward.attach(trainer, Run(folder), _at_once(recipe).training, alike=alike, device=device)
     return trainer
 
 
@@ -219,7 +241,11 @@ def _micro_steps(
 ) -> list[float]:
     """Seconds of a micro-step on each of these batches, of the real model, which is thrown away."""
     tokenizer, _ = _tokenizer(recipe)
-    with estimating.undisturbed(), TemporaryDirectory(prefix="tunesmith-plan-") as folder:
+    with (
+        estimating.undisturbed(),
+        TemporaryDirectory(prefix="tunesmith-plan-") as folder,
+        without_reference_pass(),
+    ):
         given = arguments(plan, recipe.training, Tracking(), name="plan", staging=Path(folder) / ".staging")
         given |= {"report_to": ["none"]}
         once = _at_once(recipe)
@@ -341,6 +367,8 @@ def prepared(
             run.event("decision", name=name, value=value, reason=reason)
         if estimate.missing:
             run.event("warning", message=estimate.warning())
+        if short := estimate.disk_warning():
+            run.event("warning", message=short)
         found = leaks.decision(leakage, run.path / "evaluation/leakage.json")
         run.event("decision", name=found.name, value=found.value, reason=found.reason)
     run.write("evaluation/leakage.json", leakage.as_dict())
@@ -571,14 +599,27 @@ def fitted(
         and METRICS[recipe.training.best_by].higher_is_better,
         input_rows=encodings.train.rows,
         release=encodings.release,
+        pace=partial(_paced, prepared) if checkpoint is None else None,
+        tokens_per_step=0.0 if method.draws else plan.tokens_per_epoch / plan.steps_per_epoch,
     )
     carry(result.final_model, prepared, splits, recipe.model.base)
     prepared.write("training.json", asdict(result))
     planned = prepared.read("plan.json") or {}
-    if truth := estimating.truth(planned.get("estimate"), result, is_whole=checkpoint is None):
+    if truth := estimating.truth(
+        planned.get("estimate"), result, is_whole=checkpoint is None, measured=planned.get("measured")
+    ):
         prepared.write("plan.json", {**planned, "truth": truth})
         prepared.event("decision", name="plan and truth", value=truth["value"], reason=truth["sentence"])
     return result
+
+
+def _paced(run: Run, step: int, per_step: float, seconds: float) -> None:
+    """Say what a run comes to by its own first steps, and keep it beside what was planned before them."""
+    planned = run.read("plan.json") or {}
+    if found := estimating.paced(planned.get("estimate"), per_step, seconds):
+        run.write("plan.json", {**planned, "measured": found})
+        told = estimating.duration(found["seconds"])
+        run.event("decision", step=step, name="time in all", value=told, reason=found["basis"])
 
 
 def _trainer(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -119,21 +120,31 @@ def here(kind: str) -> DeviceFacts:
     if kind == "cuda":
         import torch
 
-        _, total = torch.cuda.mem_get_info()
-        title = torch.cuda.get_device_name().lower()
-        likely = [
-            facts for facts in DEVICES.values()
-            if facts.kind == "cuda" and facts.name.split("-80")[0].split("-40")[0].replace("-", " ") in title
-        ]  # fmt: skip
-        found = min(likely, key=lambda facts: abs(facts.memory - total), default=None)
+        free, total = torch.cuda.mem_get_info()
+        # What others hold is not to be had; what this process holds is.
+        room = free + torch.cuda.memory_reserved()
+        title = torch.cuda.get_device_name()
+        found = titled(title, total)
         if found:
-            return DeviceFacts(
-                found.name, "cuda", total, found.bandwidth, found.peaks, reserved=found.reserved
-            )
+            return replace(found, memory=room)
         return DeviceFacts(
-            title, "cuda", total, 300e9, {"float32": 8e12, "float16": 30e12, "bfloat16": 30e12}
+            title.lower(), "cuda", room, 300e9, {"float32": 8e12, "float16": 30e12, "bfloat16": 30e12}
         )
     return DeviceFacts("mps", "mps", int(0.75 * _physical()), 68e9, DEVICES["m1-16gb"].peaks, launch=2e-5)
+
+
+def titled(title: str, memory: int) -> DeviceFacts | None:
+    """The device that a driver names so, with so many bytes: of names that are part of the title the longest, of
+    several sizes of one device the nearest. None where none is."""
+    words = [word for word in re.split(r"[^a-z0-9]+", title.lower()) if word]
+
+    def named_words(facts: DeviceFacts) -> list[str]:
+        return [word for word in facts.name.split("-") if not re.fullmatch(r"\d+gb", word)]
+
+    likely = [
+        facts for facts in DEVICES.values() if facts.kind == "cuda" and set(named_words(facts)) <= set(words)
+    ]
+    return min(likely, key=lambda facts: (-len(named_words(facts)), abs(facts.memory - memory)), default=None)
 
 
 def _physical() -> int:
@@ -193,13 +204,25 @@ def _rates() -> tuple[float, float]:
 
     size = 768
     one, other = torch.ones(size, size), torch.ones(size, size)
-    best = min(_seconds(lambda: torch.mm(one, other)) for _ in range(4))
+    product = torch.empty(size, size)
+    best = _least(lambda: torch.mm(one, other, out=product))
     block = torch.ones(4 * MIB)
-    copied = min(_seconds(lambda: block.clone()) for _ in range(3))
+    # Into memory that is there: a fresh block would cost its page faults, which a training step seldom meets.
+    target = torch.zeros(4 * MIB)
+    copied = _least(lambda: target.copy_(block))
     return 2 * size**3 / best, 2 * block.nbytes / copied
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+TRIED = 0.05
+"""Seconds for which a piece of work is repeated: longer than the turn that another process may have."""
+
+
+def _least(work: Callable[[], object]) -> float:
+    """Seconds of the quickest of several tries."""
+    found: list[float] = []
+    begun = time.perf_counter()
+    while len(found) < 4 or time.perf_counter() - begun < TRIED:
+        started = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - started)
+    return min(found)

@@ -20,10 +20,10 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.devices import DeviceFacts
-from tunesmith.errors import OutOfResources
+from tunesmith.errors import OutOfResources, TunesmithError
 from tunesmith.heap import Block, most_held
-from tunesmith.plan import Plan
-from tunesmith.recipe import LoRA, QLoRA, Recipe
+from tunesmith.plan import Plan, weights_dtype
+from tunesmith.recipe import LoRA, QLoRA, Recipe, Training
 
 if TYPE_CHECKING:
     from tunesmith.training.fit import Fit
@@ -111,6 +111,8 @@ class Estimate:
     seconds_per_step: float
     seconds: float
     """Of the training: steps and validations."""
+    validation_seconds: float
+    """The share of the validations in them."""
     basis: str
     """What the seconds rest on."""
     tokens_per_epoch: int
@@ -204,6 +206,16 @@ class Estimate:
             + (f" What takes less: {better}." if better else "")
         )
 
+    def disk_warning(self) -> str:
+        """What to say of a disk that is too small; nothing of one that is not."""
+        wanted = sum(self.disk.values())
+        if wanted <= self.disk_free or not self.stages:
+            return ""
+        return (
+            f"The disk may be too small: {size(wanted)} are written, {size(self.disk_free)} are free. Lower "
+            "training.save_total_limit, or give another output_dir."
+        )
+
     def check(self) -> None:
         """Raises OutOfResources, with what to change, where the run misses by more than MARGIN."""
         if self.peak <= (1 + MARGIN) * self.capacity:
@@ -220,15 +232,35 @@ def unknown(facts: DeviceFacts, error: Exception) -> Estimate:
     """What is left to say of a model that could not be traced."""
     why = next(iter(str(error).splitlines()), "") or type(error).__name__
     return Estimate(
-        device=facts.name, capacity=facts.memory, stages={}, seconds_per_step=0.0, seconds=0.0, basis="",
+        device=facts.name, capacity=facts.memory, stages={}, seconds_per_step=0.0, seconds=0.0, validation_seconds=0.0,
+        basis="",
         tokens_per_epoch=0, epochs=0.0, flops_per_step=0.0, disk={}, disk_free=0, micro_batch=0,
         notes=(f"memory and time were not worked out: the model's step could not be traced ({why[:160]})",),
     )  # fmt: skip
 
 
-def truth(planned: Mapping[str, Any] | None, fitted: Fit, *, is_whole: bool) -> dict[str, Any]:
-    """What training came to beside what was planned; nothing where nothing was. A continued training's seconds are only
-    those since it was continued, so that they are left out."""
+def paced(planned: Mapping[str, Any] | None, per_step: float, seconds: float) -> dict[str, Any]:
+    """What the first steps of a run say of all of it, as plan.json keeps it: `per_step` seconds a step, `seconds` for
+    all of them. Validations, of which none was yet, are as much longer than planned as the steps are."""
+    if not planned or not planned["stages"]:
+        return {}
+    slower = per_step / max(planned["seconds_per_step"], 1e-12)
+    seconds += planned["validation_seconds"] * slower
+    before = duration(planned["seconds"])
+    why = f"two measured steps, {duration(per_step)} for a mean one; {before} were estimated before"
+    return {"seconds_per_step": per_step, "seconds": seconds, "basis": why}
+
+
+def truth(
+    planned: Mapping[str, Any] | None,
+    fitted: Fit,
+    *,
+    is_whole: bool,
+    measured: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What training came to beside what was planned; nothing where nothing was. Seconds are held against those that the
+    run's first steps told (`paced`), where they did. A continued training's are only those since it was continued, so
+    that they are left out."""
     if not planned or not planned["stages"]:
         return {}
     reserved = planned["stages"][planned["stage"]].get(
@@ -240,9 +272,12 @@ def truth(planned: Mapping[str, Any] | None, fitted: Fit, *, is_whole: bool) -> 
     said = f"memory {size(expected)} planned, {size(fitted.peak_memory)} held at most"
     value = f"memory {memory:+.1%}"
     if is_whole:
-        seconds = planned["seconds"] / max(fitted.seconds, 1e-9) - 1
+        before = planned["seconds"]
+        told = measured["seconds"] if measured else before
+        seconds = told / max(fitted.seconds, 1e-9) - 1
         found |= {"seconds": fitted.seconds, "time_error": round(seconds, 4)}
-        said += f"; training {duration(planned['seconds'])} planned, {duration(fitted.seconds)} taken"
+        found["time_error_before_the_run"] = round(before / max(fitted.seconds, 1e-9) - 1, 4)
+        said += f"; training {duration(told)} planned, {duration(fitted.seconds)} taken"
         value += f", time {seconds:+.0%}"
     return {**found, "value": value, "sentence": said}
 
@@ -275,6 +310,10 @@ class Rows:
     """Held-out questions, which are about as long as the rows."""
     answers: int = 0
     """Tokens of an answer, where a method trains on what the model writes."""
+    group: int = 1
+    """Answers to one prompt that are learned from together."""
+    order: Sequence[int] | None = None
+    """The one order in which every epoch has the rows; None where each has one of its own."""
     identity: str = ""
     """A hash of what the rows are; none where it is not known."""
 
@@ -286,7 +325,6 @@ class Traced:
     weights: int
     trained: int
     """Bytes of the trained weights."""
-    trained_count: int
     states: int
     """Bytes of the optimizer's states."""
     largest: int
@@ -297,12 +335,10 @@ class Traced:
     costs: tuple[tuple[float, float], ...]
     flops: float
     width: int
-    held: int
-    """Bytes held at the step's peak."""
     blocks: list[Block] = field(default_factory=list)
     """What came and went in the step."""
-    replayed: dict[tuple[int, int], tuple[int, int] | None] = field(default_factory=dict)
-    """What a process holds for them, by passes and states of the optimizer."""
+    replayed: dict[tuple[int, int, int], tuple[int, int] | None] = field(default_factory=dict)
+    """What a process holds for them, by passes, states of the optimizer and what an update moves."""
     unpadded: bool = False
     """Whether the trainer leaves padding out."""
     validation: int = 0
@@ -326,7 +362,7 @@ def undisturbed() -> Iterator[None]:
 
 
 def hollow(recipe: Recipe, dtype: str) -> Any:
-    """The recipe's model with its adapter, without weights."""
+    """The recipe's model with its adapter, without weights; without dropout where the method trains without."""
     from tunesmith import models
     from tunesmith.methods import METHODS
     from tunesmith.tracing import packed_in_four_bits
@@ -346,6 +382,10 @@ def hollow(recipe: Recipe, dtype: str) -> Any:
         # How an adapter starts changes no shape, and DoRA's check looks at the weights.
         adapter = adapter.model_copy(update={"init": "default", "dora": False})
     model = models.attach(model, adapter)
+    if METHODS[recipe.method.kind].draws:
+        from trl.trainer.utils import disable_dropout_in_model
+
+        disable_dropout_in_model(model)
     model.to = MethodType(_stays, model)  # bound, so that a copy gives the copy
     return model
 
@@ -425,9 +465,11 @@ def _traced(
             others = [m for m in vars(trainer).values() if isinstance(m, torch.nn.Module)]
             held = {id(p): p for m in (model, *others) for p in (*m.parameters(), *m.buffers())}
             weights = count.known(held.values())
+            weights += _references(recipe, model, dtype)
             drawn = rows.answers
             if drawn:
-                inputs = _answered(max(rows.lengths), drawn, len(batch))
+                size = recipe.training.per_device_train_batch_size
+                inputs = _answered(max(rows.lengths), drawn, size, rows.group, vocabulary)
             else:
                 inputs = trainer.data_collator(_rows(trainer.train_dataset, batch))
             inputs = _shortened(inputs, cut)
@@ -438,13 +480,12 @@ def _traced(
             trainer.training_step(model, dict(inputs), num_items_in_batch=items)
             trained = [p for p in model.parameters() if p.requires_grad]
             count.tag([p.grad for p in trained if p.grad is not None], "gradients")
-            most, parts = count.live(start)
+            _, parts = count.live(start)
             blocks = count.blocks()
             costs, flops = count.costs, sum(cost[0] for cost in count.costs)
             model.zero_grad(set_to_none=True)
             validation = 0
             validation_costs: tuple[tuple[float, float], ...] = ()
-            positions = count.positions
             if validates and rows.validation and trainer.eval_dataset is not None and not drawn:
                 most_rows = sorted(range(len(rows.validation)), key=lambda n: -rows.validation[n])
                 asked = sorted(most_rows[: recipe.training.per_device_eval_batch_size])
@@ -470,7 +511,6 @@ def _traced(
         return Traced(
             weights=weights,
             trained=own,
-            trained_count=sum(p.numel() for p in trained),
             states=state_bytes(recipe.training.optimizer, model),
             largest=max((p.nbytes for p in trained), default=0),
             saved=saved,
@@ -478,23 +518,49 @@ def _traced(
             costs=tuple(costs),
             flops=flops,
             width=width,
-            held=most,
             blocks=blocks,
-            unpadded=0 < positions < width * len(batch),
+            unpadded=not trainer.pads,
             validation=validation,
             validation_costs=validation_costs,
             notes=notes,
         )
 
 
-def _answered(prompt: int, answer: int, rows: int) -> dict[str, Any]:
-    """Rows of a prompt and an answer of these lengths, as a model that writes them is trained on them."""
+def _answered(prompt: int, answer: int, rows: int, group: int, vocabulary: int) -> dict[str, Any]:
+    """Rows of a prompt and an answer of these lengths, as a model that writes them is trained on them: each group of
+    rows has one prompt, and every answer is another."""
     import torch
 
-    ids = torch.ones(rows, prompt + answer, dtype=torch.long)
+    draw = torch.Generator().manual_seed(0)
+    asked = torch.randint(vocabulary, (-(-rows // group), prompt), generator=draw).repeat_interleave(group, 0)
+    written = torch.randint(vocabulary, (rows, answer), generator=draw)
+    ids = torch.cat([asked[:rows], written], dim=1)
     labels = ids.clone()
     labels[:, :prompt] = -100
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _references(recipe: Recipe, model: Any, dtype: str) -> int:
+    """Bytes of a reference that the hollow trainer lacks: the copy beside a policy that draws, and a model of its own
+    in the place of that which the trainer has."""
+    from tunesmith import models
+    from tunesmith.methods import METHODS
+
+    section = recipe.method
+    own = _bytes({id(p): p for p in model.parameters()}.values())
+    if METHODS[section.kind].draws:
+        diverges = getattr(section, "beta", 0.0) or getattr(section, "kl_coefficient", 0.0)
+        is_off = (
+            isinstance(recipe.adapter, LoRA)
+            and recipe.adapter.bias == "none"
+            and recipe.adapter.init not in models.PRINCIPAL
+        )
+        return own if diverges and not is_off else 0
+    name = getattr(section, "reference_model", None)
+    if not name:
+        return 0
+    other = _bytes(models.outline(name, dtype=dtype).parameters())
+    return other - (0 if isinstance(recipe.adapter, LoRA) else own)
 
 
 def _bytes(tensors: Iterable[Any]) -> int:
@@ -568,12 +634,15 @@ def stages(
         found["answering"] = {**fixed, "weights": traced.weights, **evaluation}
     replayed = None
     if on_cpu:
-        replayed = most_held(
-            traced.blocks,
-            passes=recipe.training.gradient_accumulation_steps,
-            states={8.0: 2, 0.0: 0}.get(STATES[recipe.training.optimizer], 1),
-            moving=0 if is_fused else 2,
+        asked = (
+            recipe.training.gradient_accumulation_steps,
+            {8.0: 2, 0.0: 0}.get(STATES[recipe.training.optimizer], 1),
+            0 if is_fused else 2,
         )
+        if asked not in traced.replayed:
+            passes, states, places = asked
+            traced.replayed[asked] = most_held(traced.blocks, passes=passes, states=states, moving=places)
+        replayed = traced.replayed[asked]
     for name, parts in found.items():
         loose = sum(
             parts.get(part, 0) for part in ("gradients", "activations", "head", "evaluation", "cache")
@@ -642,46 +711,60 @@ def estimate(
     folder: Path,
     thorough: bool = False,
     measure: Callable[[Sequence[Sequence[int]]], list[float]] | None = None,
+    check: Callable[[Recipe], None] = lambda recipe: None,
 ) -> Estimate:
     """What the run takes on this device. `thorough` also looks for the largest micro-batch; `measure` gives the seconds
-    of micro-steps on rows of these numbers, here. Remedies are worked out where the run does not fit."""
+    of micro-steps on rows of these numbers, here. Remedies are worked out where the run does not fit, of those that
+    `check` does not refuse with a TunesmithError."""
     dtype, precision, total_steps = plan.dtype, plan.mixed_precision, plan.total_steps
-    batch = _longest(rows.lengths, recipe.training.per_device_train_batch_size)
 
     def traced_as(
         changed: Recipe, rows_in_batch: Sequence[int], cut: float = 1.0, validates: bool = True
     ) -> Traced:
+        kept, _ = weights_dtype(changed.model.dtype, changed.adapter.kind, facts.kind, precision)
         return trace(
-            changed, build, rows, facts=facts, dtype=dtype, precision=precision, batch=rows_in_batch, cut=cut,
+            changed, build, rows, facts=facts, dtype=kept, precision=precision, batch=rows_in_batch, cut=cut,
             validates=validates,
         )  # fmt: skip
 
+    found_batches = batches(rows, recipe.training, total_steps)
+    batch = found_batches.fullest(rows.lengths, pads=False)
     traced = traced_as(recipe, batch)
+    if not traced.unpadded:
+        found_batches = batches(rows, recipe.training, total_steps, pads=True)
+        batch = found_batches.fullest(rows.lengths, pads=True)
+        traced = traced_as(recipe, batch)
+    share = found_batches.share(rows, batch, pads=not traced.unpadded)
     answers, notes = answering(recipe, rows, facts=facts, dtype=dtype)
     held = process()  # now that every library is loaded
     found = stages(traced, recipe, facts, process=held, evaluation=answers)
+    if facts.kind == "cpu" and None in traced.replayed.values():
+        notes.append(
+            f"the allocator could not be asked what it holds beyond what is alive: {SPREAD['cpu']:.0%} are taken"
+        )
     if sum(max(found.values(), key=lambda parts: sum(parts.values())).values()) > facts.memory:
         measure = None
     elif measure and roofline(traced.costs, facts, dtype) > MEASURED_SECONDS:
         measure = None
         notes.append(f"no micro-step was measured: one would take longer than {MEASURED_SECONDS:.0f} s")
-    seconds, basis = _seconds_per_batch(recipe, traced, rows, batch, facts, dtype, precision, measure)
-    accumulation = recipe.training.gradient_accumulation_steps
+    seconds, basis = _seconds_per_batch(traced, rows, batch, share, facts, dtype, precision, measure)
+    accumulation = len(found_batches.starts) / found_batches.steps  # an epoch's last step may have fewer
     update = 14 * traced.trained / (facts.bandwidth * facts.bandwidth_share)
     per_step = accumulation * seconds + update
     validations = math.ceil(total_steps / plan.eval_steps) if plan.eval_steps and rows.validation else 0
     per_pass = _pass_over(traced, rows, recipe, facts, dtype)
-    scale = seconds / max(_share(traced, rows, batch, recipe) * roofline(traced.costs, facts, dtype), 1e-12)
-    step_flops = accumulation * traced.flops * _share(traced, rows, batch, recipe)
+    scale = seconds / max(share * roofline(traced.costs, facts, dtype), 1e-12)
+    step_flops = accumulation * traced.flops * share
     result = Estimate(
         device=facts.name,
         capacity=facts.memory,
         stages=found,
         seconds_per_step=per_step,
         seconds=total_steps * per_step + validations * per_pass * scale,
+        validation_seconds=validations * per_pass * scale,
         basis=basis,
-        tokens_per_epoch=int(sum(rows.lengths)),
-        epochs=round(total_steps * accumulation * len(batch) / max(len(rows.lengths), 1), 2),
+        tokens_per_epoch=plan.tokens_per_epoch,
+        epochs=round(total_steps / max(plan.steps_per_epoch, 1), 2),
         flops_per_step=step_flops,
         disk=_disk(recipe, traced, total_steps, plan.save_steps),
         disk_free=_free(folder),
@@ -690,10 +773,10 @@ def estimate(
         longest=traced.width,
     )
     if thorough:
-        result = replace(result, largest_batch=_largest(result, traced, traced_as, recipe, rows, batch))
+        result = replace(result, largest_batch=_largest(result, traced_as, recipe, rows, facts.kind))
     if result.missing:
         result = replace(
-            result, remedies=tuple(_remedies(result, traced_as, recipe, rows, facts, held, answers))
+            result, remedies=tuple(_remedies(result, traced_as, recipe, rows, facts, held, answers, check))
         )
     return result
 
@@ -715,7 +798,8 @@ def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
         inputs = trainer.data_collator(_rows(trainer.train_dataset, batch))
         items = torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
         started = time.perf_counter()
-        trainer.training_step(trainer.model, inputs, num_items_in_batch=items)
+        with trainer.accelerator.autocast():  # which a prepared model would bring along
+            trainer.training_step(trainer.model, inputs, num_items_in_batch=items)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         found.append(time.perf_counter() - started)
@@ -725,12 +809,19 @@ def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
 
 def rows_notes(rows: Rows, recipe: Recipe) -> list[str]:
     """What the figures leave out."""
-    if not rows.answers:
-        return []
-    return [
-        f"{recipe.method.kind} trains on what the model writes: figures are of its own pass over {rows.answers} new "
-        "tokens a row, without the writing, the rewards' models and a critic"
-    ]
+    found = []
+    if rows.answers:
+        found.append(
+            f"{recipe.method.kind} trains on what the model writes: figures are of its own pass over {rows.answers} "
+            "new tokens a row, without the writing, the rewards' models and a critic"
+        )
+    if isinstance(recipe.adapter, LoRA) and recipe.adapter.dora:
+        found.append("DoRA is figured as LoRA: the norms of its weights take more memory and time")
+    if recipe.training.cache_frozen:
+        found.append("training.cache_frozen: the outputs that are kept are not in the memory figures")
+    if getattr(recipe.method, "reference", "") == "precomputed":
+        found.append("the reference's pass over all rows before the first step is not in the seconds")
+    return found
 
 
 def _longest(lengths: Sequence[int], count: int) -> list[int]:
@@ -738,28 +829,86 @@ def _longest(lengths: Sequence[int], count: int) -> list[int]:
     return sorted(sorted(range(len(lengths)), key=lambda n: (-lengths[n], n))[:count])
 
 
-def _share(traced: Traced, rows: Rows, batch: Sequence[int], recipe: Recipe) -> float:
-    """How much the mean batch computes of what the longest does."""
-    import numpy as np
+MOST_ROWS = 2_000_000
+"""Rows whose batches are gone through; a run of more is planned by its first ones, and the longest rows of all."""
 
-    lengths = np.asarray(rows.lengths, dtype=np.float64)
-    if rows.answers:
-        lengths = lengths + rows.answers
-    longest = lengths[list(batch)]
-    if traced.unpadded:
-        return float(lengths.mean() * len(batch) / longest.sum())
-    order = np.random.default_rng(recipe.training.seed).permutation(len(lengths))
-    widths = np.maximum.reduceat(lengths[order], np.arange(0, len(lengths), len(batch)))
-    return float(widths.mean() / longest.max())
+
+@dataclass(frozen=True)
+class Batches:
+    """The micro-batches of a run in their order: the rows of all, and where each begins."""
+
+    rows: Any
+    starts: Any
+    steps: int
+    """Steps that these are."""
+
+    def sizes(self, lengths: Sequence[int], *, pads: bool) -> Any:
+        """Tokens that each computes, padding too where it `pads`."""
+        import numpy as np
+
+        given = np.asarray(lengths, dtype=np.int64)[self.rows]
+        counts = np.diff(np.append(self.starts, len(self.rows)))
+        return (
+            np.maximum.reduceat(given, self.starts) * counts if pads else np.add.reduceat(given, self.starts)
+        )
+
+    def fullest(self, lengths: Sequence[int], *, pads: bool) -> list[int]:
+        """The rows of the one that computes the most."""
+        place = int(self.sizes(lengths, pads=pads).argmax())
+        end = self.starts[place + 1] if place + 1 < len(self.starts) else len(self.rows)
+        return sorted(int(number) for number in self.rows[self.starts[place] : end])
+
+    def share(self, rows: Rows, batch: Sequence[int], *, pads: bool) -> float:
+        """How much the mean batch computes of what this one does."""
+        lengths = [length + rows.answers for length in rows.lengths]
+        mine = [lengths[number] for number in batch]
+        whole = max(mine) * len(mine) if pads else sum(mine)
+        if rows.answers:  # the longest prompt stands for all
+            whole = (max(rows.lengths) + rows.answers) * len(mine)
+        return float(self.sizes(lengths, pads=pads).mean() / whole)
+
+
+def batches(rows: Rows, training: Training, steps: int, *, pads: bool = False) -> Batches:
+    """The micro-batches of the first so many steps, in the order in which a run of this seed meets them.
+
+    Each epoch has an order of its own, of the seed and its number (accelerate's SeedableRandomSampler), or one of rows
+    of like length (`training.order`).
+    """
+    import numpy as np
+    import torch
+
+    from tunesmith.training.order import by_length
+
+    size, total = training.per_device_train_batch_size, len(rows.lengths)
+    alike = rows.order is None and (training.batches == "by_length" or (training.batches == "auto" and pads))
+    if rows.answers:  # several answers to one prompt
+        size = max(size // rows.group, 1)
+    parts: list[Any] = []
+    starts: list[int] = []
+    begun = epoch = 0
+    times, done = training.gradient_accumulation_steps, 0
+    while done < steps and begun < MOST_ROWS:
+        if rows.order is not None:
+            order = np.asarray(rows.order)
+        elif alike:
+            order = np.asarray(by_length(rows.lengths, size, seed=training.seed, epoch=epoch))
+        else:
+            draw = torch.Generator().manual_seed(training.seed + epoch)
+            order = torch.randperm(total, generator=draw).numpy()
+        parts.append(order[: (steps - done) * times * size])
+        starts += range(begun, begun + len(parts[-1]), size)
+        done += -(-len(parts[-1]) // (times * size))  # a step ends with its epoch
+        begun, epoch = begun + len(parts[-1]), epoch + 1
+    return Batches(np.concatenate(parts), np.asarray(starts), max(done, 1))
 
 
 def _seconds_per_batch(
-    recipe: Recipe, traced: Traced, rows: Rows, batch: Sequence[int], facts: DeviceFacts, dtype: str, precision: str,
+    traced: Traced, rows: Rows, batch: Sequence[int], part: float, facts: DeviceFacts, dtype: str, precision: str,
     measure: Callable[[Sequence[Sequence[int]]], list[float]] | None,
 ) -> tuple[float, str]:  # fmt: skip
-    """Seconds of the mean micro-step, and what they rest on."""
+    """Seconds of the mean micro-step, which is `part` of that which was traced, and what they rest on."""
     compute = {"fp16": "float16", "bf16": "bfloat16"}.get(precision, dtype)
-    counted_seconds = roofline(traced.costs, facts, compute) * _share(traced, rows, batch, recipe)
+    counted_seconds = roofline(traced.costs, facts, compute) * part
     share = f"{traced.flops / 1e9:,.1f} GFLOP in the longest micro-step"
     if measure is None:
         rates = f"{facts.peak(compute) * facts.product_share / 1e12:.3g} TFLOP/s in {compute}"
@@ -771,7 +920,7 @@ def _seconds_per_batch(
     lengths = rows.lengths
     together = sum if traced.unpadded else max
     high, low = together(lengths[n] for n in batch), together(lengths[n] for n in typical)
-    mean = _share(traced, rows, batch, recipe) * high
+    mean = part * high
     if high > 1.1 * low:
         slope = (long_seconds - typical_seconds) / (high - low)
         seconds = max(typical_seconds + slope * (mean - low), 0.3 * typical_seconds)
@@ -812,34 +961,36 @@ def _free(folder: Path) -> int:
 
 def _largest(
     found: Estimate,
-    traced: Traced,
     traced_as: Callable[..., Traced],
     recipe: Recipe,
     rows: Rows,
-    batch: Sequence[int],
+    kind: str,
 ) -> int:
     """Rows in the largest micro-batch that fits, of rows as long as the longest; 0 where none does."""
-    held = len(batch)
-    other = 1 if held > 1 else 2
     if len(rows.lengths) < 2:
-        return held if not found.missing else 0
-    second = traced_as(recipe, _longest(rows.lengths, other), validates=False)
+        return len(rows.lengths) if not found.missing else 0
+    held = max(min(recipe.training.per_device_train_batch_size, len(rows.lengths)), 2)
+    other = held // 2
+    traced, second = (
+        traced_as(recipe, _longest(rows.lengths, few), validates=False) for few in (held, other)
+    )
     mine, its = (sum(b for name, b in t.step.items() if name != "gradients") for t in (traced, second))
-    per_row = max((mine - its) / (held - other), 1.0) * (1 + SPREAD["cuda"])
+    per_row = max((mine - its) / (held - other), 1.0) * (1 + SPREAD[kind])
     rest = max(sum(parts.values()) for name, parts in found.stages.items() if name != "training")
     if rest > found.capacity:
         return 0
-    room = found.capacity - sum(found.stages["training"].values())
+    apart = sum(b for n, b in found.stages["training"].items() if n not in (*traced.step, "spread"))
+    room = found.capacity - apart - traced.trained - mine * (1 + SPREAD[kind])
     return min(max(int(held + room // per_row), 0), len(rows.lengths))
 
 
 def _remedies(
     found: Estimate, traced_as: Callable[..., Traced], recipe: Recipe, rows: Rows, facts: DeviceFacts, process: int,
-    answers: Parts,
+    answers: Parts, check: Callable[[Recipe], None],
 ) -> Iterator[Remedy]:  # fmt: skip
     """The three least harmful changes with which the run fits; where none does, those that come closest."""
     tried: list[Remedy] = []
-    for change, flags, harmed, cut in _changes(recipe):
+    for change, flags, harmed, cut in _changes(recipe, found.longest, check):
         batch = _longest(rows.lengths, harmed.training.per_device_train_batch_size)
         traced = traced_as(harmed, batch, cut, validates=found.stage == "validating")
         fewer = dict(answers) if not harmed.evaluation.skip else {}
@@ -856,67 +1007,62 @@ def _remedies(
     return iter([*fit, *rest[: 3 - len(fit)]])
 
 
-def _changes(recipe: Recipe) -> Iterator[tuple[str, str, Recipe, float]]:
-    """Changes to a recipe in order of harm, each with its flags, the recipe and the share of the rows' length: the same
-    maths in smaller pieces, more time, fewer trained weights, coarser weights, shorter rows."""
+def _changes(
+    recipe: Recipe, longest: int, check: Callable[[Recipe], None]
+) -> Iterator[tuple[str, str, Recipe, float]]:
+    """Changes to a recipe in order of harm, each with those before it, its flags, the recipe and the share of the rows'
+    length: the same maths in smaller pieces, more time, fewer trained weights, coarser weights, shorter rows. What
+    `check` refuses is left out."""
+    small = recipe
+    said: list[str] = []
+    flags: list[str] = []
+    done: set[str] = set()
+    for kind, change, flag, fields in _single(recipe, longest):
+        if kind in done:
+            continue
+        changed = small.model_copy(
+            update={
+                name: value if not isinstance(value, dict) else getattr(small, name).model_copy(update=value)
+                for name, value in fields.items()
+            }
+        )
+        try:
+            check(changed)
+        except TunesmithError:
+            continue
+        if flag == "--qlora" and "--lora" in flags:
+            place = flags.index("--lora")
+            del said[place], flags[place]
+        small, said, flags = changed, [*said, change], [*flags, flag]
+        done.add(kind)
+        cut = min(small.data.max_length / longest, 1.0)
+        yield ", ".join(said), " ".join(flags), small, cut
+
+
+def _single(recipe: Recipe, longest: int) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """Single changes in order of harm: what they are a try at, in words, as flags, and the fields they set."""
     rows, times = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
-
-    def changed(base: Recipe, **fields: Any) -> Recipe:
-        parts = {
-            name: value if not isinstance(value, dict) else getattr(base, name).model_copy(update=value)
-            for name, value in fields.items()
-        }
-        return base.model_copy(update=parts)
-
-    small, said, flags = recipe, "", ""
-    if rows > 1:
-        small = changed(
-            recipe,
-            training={
-                "per_device_train_batch_size": 1, "gradient_accumulation_steps": times * rows,
-                "per_device_eval_batch_size": 1,
-            },
-        )  # fmt: skip
-        said = f"one row per pass, {times * rows} passes per step"
-        flags = f"--per-device-train-batch-size 1 --gradient-accumulation-steps {times * rows}"
-        flags += " --per-device-eval-batch-size 1"
-        yield said, flags, small, 1.0
+    for few in (1, 2):
+        if rows > few:
+            passes = -(-times * rows // few)
+            fields = {
+                "per_device_train_batch_size": few, "gradient_accumulation_steps": passes,
+                "per_device_eval_batch_size": few,
+            }  # fmt: skip
+            flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in fields.items())
+            said = f"{'one row' if few == 1 else f'{few} rows'} per pass, {passes} passes per step"
+            yield "rows", said, flags, {"training": fields}
     if recipe.evaluation.batch_tokens > 2048:
         wanted = recipe.evaluation.batch_tokens // 4
-        small = changed(small, evaluation={"batch_tokens": wanted})
-        said, flags = _joined(
-            said, flags, f"{wanted} tokens per batch of answers", f"--set evaluation.batch_tokens={wanted}"
-        )
-        yield said, flags, small, 1.0
+        said, flags = f"{wanted} tokens per batch of answers", f"--set evaluation.batch_tokens={wanted}"
+        yield "answers", said, flags, {"evaluation": {"batch_tokens": wanted}}
     if not recipe.training.gradient_checkpointing:
-        small = changed(small, training={"gradient_checkpointing": True})
-        said, flags = _joined(
-            said, flags, "activations computed again in the backward pass, about a third more time",
-            "--gradient-checkpointing",
-        )  # fmt: skip
-        yield said, flags, small, 1.0
+        said = "activations computed again in the backward pass, about a third more time"
+        yield "again", said, "--gradient-checkpointing", {"training": {"gradient_checkpointing": True}}
     if not isinstance(recipe.adapter, LoRA):
-        small = changed(small, adapter=LoRA())
-        said, flags = _joined(said, flags, "an adapter instead of all weights", "--lora")
-        yield said, flags, small, 1.0
+        yield "adapter", "an adapter instead of all weights", "--lora", {"adapter": LoRA()}
     if not isinstance(recipe.adapter, QLoRA):
-        small = changed(
-            small,
-            adapter=QLoRA(**small.adapter.model_dump(exclude={"kind"}))
-            if isinstance(small.adapter, LoRA)
-            else QLoRA(),
-        )
-        said, flags = _joined(
-            said,
-            flags.replace(" --lora", "").replace("--lora", ""),
-            "4-bit weights under the adapter",
-            "--qlora",
-        )
-        yield said, flags, small, 1.0
-    half = max(recipe.data.max_length // 2, 16)
-    said, flags = _joined(said, flags, f"rows cut at {half} tokens", f"--max-length {half}")
-    yield said, flags, changed(small, data={"max_length": half}), 0.5
-
-
-def _joined(said: str, flags: str, change: str, flag: str) -> tuple[str, str]:
-    return (f"{said}, {change}" if said else change), f"{flags} {flag}".strip()
+        kept = recipe.adapter.model_dump(exclude={"kind"}) if isinstance(recipe.adapter, LoRA) else {}
+        yield "bits", "4-bit weights under the adapter", "--qlora", {"adapter": QLoRA(**kept)}
+    half = max(min(recipe.data.max_length, longest) // 2, 16)
+    yield "length", f"rows cut at {half} tokens", f"--max-length {half}", {"data": {"max_length": half}}

@@ -128,9 +128,7 @@ def resolve(
     where = elsewhere.kind if elsewhere else device()
     why = f"that of {elsewhere.name}" if elsewhere else "the best device found"
     decisions = [Decision("device", where, why)]
-    decisions += [Decision(*told) for told in gpu.checked(training, model, where, elsewhere=elsewhere)]
-    if adapter_kind == "qlora":
-        decisions += _four_bits(where, here=not elsewhere)
+    decisions += check_device(training, model, where, adapter_kind=adapter_kind, elsewhere=elsewhere)
     decisions += [Decision("data", note, "reading the data") for note in notes]
     precision = training.mixed_precision
     if precision != "no" and where == "cpu":
@@ -142,7 +140,7 @@ def resolve(
                 f"{training.mixed_precision} was asked for, but gains nothing on a CPU: float32",
             )
         )
-    dtype, why = _dtype(model.dtype, adapter_kind, where, training.mixed_precision)
+    dtype, why = weights_dtype(model.dtype, adapter_kind, where, training.mixed_precision)
     decisions.append(Decision("dtype", dtype, why))
     decisions += settled
 
@@ -207,6 +205,14 @@ def resolve(
     )
 
 
+def check_device(
+    training: Training, model: Model, where: Device, *, adapter_kind: str, elsewhere: DeviceFacts | None
+) -> list[Decision]:
+    """What a recipe comes to on a device. Raises OutOfResources and MissingExtra for what is not to be had there."""
+    found = [Decision(*told) for told in gpu.checked(training, model, where, elsewhere=elsewhere)]
+    return found + (_four_bits(where, here=not elsewhere) if adapter_kind == "qlora" else [])
+
+
 def _four_bits(where: Device, *, here: bool) -> list[Decision]:
     """What to know of 4-bit weights on a device. Raises OutOfResources where there are none, and MissingExtra."""
     from tunesmith.models import require_four_bits
@@ -225,7 +231,8 @@ def _four_bits(where: Device, *, here: bool) -> list[Decision]:
     return [Decision("quantization", "4 bits", why)]
 
 
-def _dtype(asked: str, adapter_kind: str, where: Device, precision: str) -> tuple[str, str]:
+def weights_dtype(asked: str, adapter_kind: str, where: Device, precision: str) -> tuple[str, str]:
+    """Type of the weights that are trained or frozen under an adapter, and why."""
     if asked != "auto":
         return asked, "as the recipe says"
     if where == "cpu":

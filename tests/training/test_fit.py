@@ -73,3 +73,25 @@ def test_no_compiled_code_of_the_hub_is_run(tmp_path, monkeypatch):
     assert importlib.util.find_spec("kernels") is None
     with pytest.raises(ImportError):
         importlib.import_module("kernels")
+
+
+def test_the_whole_is_told_by_the_second_and_third_step(monkeypatch):
+    from types import SimpleNamespace
+
+    from tunesmith.training import callbacks
+
+    now, told = [0.0], []
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
+    pace = callbacks.Pace(lambda *found: told.append(found), tokens_per_step=100.0)
+    state = SimpleNamespace(global_step=0, max_steps=10, num_input_tokens_seen=0)
+    pace.on_train_begin(None, state, None)
+    for seconds, tokens in ((9.0, 50), (1.0, 50), (3.0, 150), (7.0, 50)):
+        pace.on_step_begin(None, state, None)
+        now[0] += seconds
+        state.global_step, state.num_input_tokens_seen = (
+            state.global_step + 1,
+            state.num_input_tokens_seen + tokens,
+        )
+        pace.on_step_end(None, state, None)
+    # 4 s for 200 tokens, so 2 s for 100; 13 s are over after the third step, and seven steps are left
+    assert told == [(3, 2.0, 13.0 + 7 * 2.0)]

@@ -298,10 +298,14 @@ def _put_back(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Tenso
     return empty.index_copy(1, rows.kept, output)
 
 
-def attach(trainer: Any, run: Run, training: Training, *, device: str | None = None) -> bool:
+def attach(
+    trainer: Any, run: Run, training: Training, *, alike: bool | None = None, device: str | None = None
+) -> bool:
     """Put the fast forward in the place of the stock one in a trainer's models, and keep in the run which one is used
-    and why. `device` is the kind that a hollow model is planned for. Gives whether padding is computed. Raises
-    RecipeError where outputs of frozen layers are to be kept and cannot be.
+    and why. Gives whether padding is computed. A plan says by `alike` and `device` whether labels weigh the same and
+    what kind of device it is for, where trainer or model are not those that will be trained.
+
+    Raises RecipeError where outputs of frozen layers are to be kept and cannot be.
     """
     say = _teller(trainer, run)
     plain = _plain(trainer.model)
@@ -328,7 +332,7 @@ def attach(trainer: Any, run: Run, training: Training, *, device: str | None = N
         if training.compile:
             why = "encoder-decoders are not compiled"
             run.event("decision", name="compile", value="off", reason=why)
-        return bool(plain.device.type != "cpu")
+        return (device or plain.device.type) != "cpu"
     from trl import SFTTrainer
 
     if hasattr(trainer, "likelihoods_only"):
@@ -344,8 +348,8 @@ def attach(trainer: Any, run: Run, training: Training, *, device: str | None = N
             trunks.append(Trunk(model, say))
             setattr(model, TRUNK, trunks[-1])
         else:
-            alike = isinstance(trainer, SFTTrainer)
-            trunks.append(quicken(model, alike=alike, say=say, device=device))
+            same = isinstance(trainer, SFTTrainer) if alike is None else alike
+            trunks.append(quicken(model, alike=same, say=say, device=device))
     if training.compile:
         _compile(trunks, trainer, run)
     if training.cache_frozen:

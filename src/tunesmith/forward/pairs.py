@@ -257,7 +257,8 @@ def attach(trainer: Any, model: Any, *, say: Callable[[str], None], device: str 
     is planned for.
     """
     mean, ask = trainer.compute_loss_func, trainer.compute_loss
-    quicken(model, mean, say=say, device=device)
+    unpadded = None if device is None else device == "cpu"
+    quicken(model, mean, say=say, unpadded=unpadded, device=device)
     trainer.compute_loss_func, trainer.model_accepts_loss_kwargs = None, True
 
     def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

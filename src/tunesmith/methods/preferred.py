@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -247,6 +248,19 @@ def _other(name: str, model: Any) -> Any:
     return found.requires_grad_(False)
 
 
+_PLANNED: ContextVar[bool] = ContextVar("planned", default=False)
+
+
+@contextmanager
+def without_reference_pass() -> Iterator[None]:
+    """Build trainers that work out no likelihoods of a reference: a plan puts numbers in their places."""
+    token = _PLANNED.set(True)
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
+
+
 def settled(trainer_class: type, columns: Mapping[str, int], *, fast: Run | None = None) -> type:
     """One of TRL's trainers that prepares nothing: rows are numbers of examples whose tokens are settled.
 
@@ -274,13 +288,9 @@ def settled(trainer_class: type, columns: Mapping[str, int], *, fast: Run | None
 
             from tunesmith import forward
 
-            model = self.ref_model or self.model
-            if next(
-                model.parameters()
-            ).is_meta:  # of a plan: what they come to changes nothing that is planned
-                for column in columns:
-                    dataset = dataset.add_column(column, [0.0] * len(dataset))
+            if _PLANNED.get():
                 return dataset
+            model = self.ref_model or self.model
             found: dict[str, list[float]] = {column: [] for column in columns}
             is_training = model.training
             model.eval()

@@ -110,6 +110,8 @@ def fit(
     higher_is_better: bool = False,
     input_rows: Sequence[int] | NDArray[np.int64] | None = None,
     release: Callable[[], None] | None = None,
+    pace: Callable[[int, float, float], None] | None = None,
+    tokens_per_step: float = 0.0,
 ) -> Fit:
     """Train, keep the best model, and write `final_model/`.
 
@@ -118,6 +120,7 @@ def fit(
     the metrics of a model that each validation logs; `higher_is_better` is of the one that `training.best_by` names.
     `input_rows` are the running numbers of the rows that the encodings were made of; errors name them. `release` is
     called after each step and batch of a validation, to hand back what was read for it.
+    `pace` is told what the first steps took (`callbacks.Pace`), `tokens_per_step` being those of a mean one.
     Raises Interrupted after a stop on request, its state saved, and TrainingDiverged before a bad update.
     """
     from transformers.trainer_callback import PrinterCallback
@@ -171,6 +174,8 @@ def fit(
         trainer.add_callback(callback)
     if release:
         trainer.add_callback(callbacks.Releasing(release))
+    if pace:
+        trainer.add_callback(callbacks.Pace(pace, tokens_per_step=tokens_per_step))
     if samples:
         trainer.add_callback(callbacks.Samples(run, trainer.processing_class, samples, max_new_tokens))
     if tensorboard:

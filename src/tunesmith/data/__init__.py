@@ -666,6 +666,7 @@ def _hand_back() -> None:
 
     import pyarrow
 
+    gc.collect(1)  # of what came since libraries were loaded
     pyarrow.default_memory_pool().release_unused()
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)

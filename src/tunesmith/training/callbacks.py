@@ -150,6 +150,10 @@ class Releasing(TrainerCallback):  # type: ignore[misc]
     def __init__(self, release: Callable[[], None]) -> None:
         self.release = release
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Of what was looked at beforehand."""
+        self.release()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Of the training rows."""
         self.release()

@@ -122,6 +122,26 @@ def test_adapters_frozen_layers_and_checkpointing(kind):
     assert_same(model, batch(model), fast)
 
 
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_frozen_layers_that_read_have_no_graph(kind):
+    """Nor what comes before them: BART's words, positions and the norm of their sum."""
+    from tunesmith.models import freeze, layer_stacks
+
+    model = made(kind)
+    freeze(model, 0.5)
+    reading, _ = layer_stacks(model)
+    graphs = []
+    for layer in reading:
+        layer.register_forward_hook(
+            lambda *given: graphs.append(
+                (given[-1][0] if isinstance(given[-1], tuple) else given[-1]).requires_grad
+            )
+        )
+    quick(model)(**batch(model), fused_lm_head=True)
+    half = len(reading) // 2
+    assert graphs == [False] * half + [True] * (len(reading) - half)
+
+
 @pytest.mark.parametrize("unpadded", [True, False])
 def test_padding_and_labels_behind_the_last_are_not_computed(unpadded):
     model = quick(made("t5"), unpadded=unpadded)

@@ -2,7 +2,8 @@
 its own.
 
 The model is a Llama of random weights (256 wide, 4 layers, 32,768 words; a T5 for seq2seq), rows are the same random
-words in another order. A line per recipe on stderr: planned and held memory, planned and taken seconds, the parts of
+words in another order, or of log-normal lengths. A line per recipe on
+stderr: planned and held memory, planned and taken seconds, the parts of
 the peak. Memory planned is that of the run's own plan.json; seconds are those of `tunesmith plan`, which measures two
 micro-steps, in a process that plans all of them. The last line is one JSON object: the share of recipes with memory
 within 8 % and time within 15 % (ours), the same share of memory by the rule of thumb of `accelerate estimate-memory`,
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import subprocess
 import sys
@@ -76,8 +78,13 @@ RECIPES: tuple[tuple[str, str, int, int, dict[str, Any]], ...] = (
     ("grpo", "full", 128, 8, {}),
     ("rloo", "lora", 256, 8, {}),
     ("ppo", "lora", 256, 8, {}),
+    ("sft", "full", -140, 8, {}),
+    ("sft", "lora", -140, 8, {}),
+    ("dpo", "lora", -140, 4, {}),
+    ("seq2seq", "full", -140, 8, {}),
 )
-"""Method, adapter, tokens of a row, rows of a micro-batch, and what else is set in `training`."""
+"""Method, adapter, tokens of a row, rows of a micro-batch, and what else is set in `training`. Where the tokens are
+negative, lengths are log-normal around so many, up to 1,024."""
 DRAWING = ("grpo", "rloo", "ppo")
 PAIRED = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")
 
@@ -112,13 +119,12 @@ def models_in(folder: Path) -> None:
 
 
 def rows_in(folder: Path, method: str, length: int, count: int = 64) -> str:
-    """A file of rows of about so many tokens each, half of them the question's; all of one length, as a few steps meet
-    the longest rows of a file only by chance."""
+    """A file of rows of about so many tokens each, half of them the question's: all of one length, or, where it is
+    negative, of lengths that are log-normal around it, as those of real files."""
     kind = "pairs" if method in PAIRED else "rows"
     file = folder / f"{kind}-{length}.jsonl"
     draw = random.Random(length)
-    half = int(length / 2 / TOKENS_A_WORD) - 4
-    words = draw.choices(WORDS, k=half)
+    words: list[str] = []
 
     def text() -> str:
         draw.shuffle(words)  # the same words, hence the same number of tokens
@@ -126,6 +132,9 @@ def rows_in(folder: Path, method: str, length: int, count: int = 64) -> str:
 
     lines = []
     for number in range(count):
+        if not words or length < 0:
+            tokens = length if length > 0 else min(max(draw.lognormvariate(math.log(-length), 0.8), 24), 1000)
+            words = draw.choices(WORDS, k=max(int(tokens / 2 / TOKENS_A_WORD) - 4, 1))
         row = {"prompt": f"{100 + number} {text()}"}
         row |= {"chosen": text(), "rejected": text()} if kind == "pairs" else {"response": text()}
         lines.append(json.dumps(row))
@@ -137,7 +146,15 @@ def named(recipe: tuple[str, str, int, int, dict[str, Any]]) -> str:
     """A recipe for people."""
     method, adapter, length, batch, extra = recipe
     return " ".join(
-        map(str, (method, adapter, f"{batch} x {length}", *(f"{k}={v}" for k, v in extra.items())))
+        map(
+            str,
+            (
+                method,
+                adapter,
+                f"{batch} x {length if length > 0 else f'about {-length}'}",
+                *(f"{k}={v}" for k, v in extra.items()),
+            ),
+        )
     )
 
 
@@ -148,14 +165,15 @@ def settings(
     method, adapter, length, batch, extra = recipe
     section: dict[str, Any] = {"kind": method}
     if method in DRAWING:
-        section |= {"rewards": ["length_match"], "max_new_tokens": length // 4}
+        section |= {"rewards": ["length_match"], "max_new_tokens": abs(length) // 4}
     if method in ("grpo", "rloo"):
         section["num_generations"] = 4
     return {
-        "name": f"{number:02d}-{method}-{adapter}-{length}", "output_dir": str(work / "runs"),
+        "name": f"{number:02d}-{method}-{adapter}-{abs(length)}", "output_dir": str(work / "runs"),
         "model": {"base": str(work / ("t5" if method == "seq2seq" else "llama"))},
         "data": {
-            "dataset": rows_in(work, method, length), "max_length": 2 * length, "near_duplicates": "ignore",
+            "dataset": rows_in(work, method, length), "near_duplicates": "ignore",
+            "max_length": 2 * length if length > 0 else 1024,
         },
         "method": section,
         "adapter": {"kind": adapter, **({"ratio": 0.5} if adapter == "freeze" else {})},

@@ -158,7 +158,7 @@ def estimate(
             given,
             facts=facts,
             plan=plan,
-            process=devices.resident,
+            process=devices.held,
             folder=Path(recipe.output_dir),
             thorough=measured or device is not None,
             measure=partial(_micro_steps, recipe, plan, encodings, packing) if here else None,

@@ -1578,7 +1578,7 @@ def _push_text(plan: PushPlan) -> Any:
     facts = [
         ("to", f"{plan.repository}, created {'private' if plan.private else 'public'} where it is missing"),
         *(("file", f"{size / 1e6:>10,.2f} MB  {name}") for name, size in plan.files),
-        ("sent", f"{counted(len(plan.files), 'file')}, {plan.size / 1e6:,.1f} MB"),
+        ("to send", f"{counted(len(plan.files), 'file')}, {plan.size / 1e6:,.1f} MB"),
         *(("not sent", name) for name in plan.left),
         *(("FOUND", line) for line in plan.findings),
         *(("note", note) for note in plan.notes),

@@ -819,6 +819,10 @@ def rows_notes(rows: Rows, recipe: Recipe) -> list[str]:
         found.append("DoRA is figured as LoRA: the norms of its weights take more memory and time")
     if recipe.training.cache_frozen:
         found.append("training.cache_frozen: the outputs that are kept are not in the memory figures")
+    if recipe.training.compile:
+        found.append(
+            "training.compile: compiling takes half a minute to a minute, which is not in the seconds"
+        )
     if getattr(recipe.method, "reference", "") == "precomputed":
         found.append("the reference's pass over all rows before the first step is not in the seconds")
     return found
@@ -830,7 +834,7 @@ def _longest(lengths: Sequence[int], count: int) -> list[int]:
 
 
 MOST_ROWS = 2_000_000
-"""Rows whose batches are gone through; a run of more is planned by its first ones, and the longest rows of all."""
+"""Rows whose batches are gone through; a run of more is planned by its first ones."""
 
 
 @dataclass(frozen=True)
@@ -945,9 +949,10 @@ def _pass_over(traced: Traced, rows: Rows, recipe: Recipe, facts: DeviceFacts, d
 
 def _disk(recipe: Recipe, traced: Traced, total_steps: int, save_steps: int) -> dict[str, int]:
     """Bytes that the run's folder comes to hold."""
-    kept = min(recipe.training.save_total_limit, math.ceil(total_steps / max(save_steps, 1)))
+    saves = math.ceil(total_steps / max(save_steps, 1))
     # One more is there while the oldest is still to be deleted.
-    found = {"checkpoints": (kept + 1) * (traced.saved + traced.states), "final_model": traced.saved}
+    kept = min(recipe.training.save_total_limit + 1, saves)
+    found = {"checkpoints": kept * (traced.saved + traced.states), "final_model": traced.saved}
     if recipe.training.load_best_model_at_end:
         found["best_model"] = traced.saved
     return found

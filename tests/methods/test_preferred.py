@@ -674,19 +674,18 @@ def test_a_reference_that_is_not_covered_takes_the_stock_path_and_is_said(recipe
     assert losses[0] == pytest.approx(losses[-1], rel=1e-5)
 
 
-def test_a_plan_works_likelihoods_out_by_the_forward_of_the_recipe(recipe, monkeypatch):
-    """It has no run folder to read the recipe back from."""
-    from tunesmith import forward
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+@pytest.mark.parametrize("choice", ["stock", "fast"])
+def test_a_plan_works_no_likelihoods_of_a_reference_out(recipe, monkeypatch, kind, choice):
+    """They would take a pass over all rows."""
+    from trl.trainer import dpo_trainer
 
-    lent, plain = [], forward.lent
-    monkeypatch.setattr(forward, "lent", lambda *given: lent.append(given) or plain(*given))
-    for choice in ("stock", "fast"):
-        plan, _ = api.plan(
-            recipe("dpo", method={"kind": "dpo", "reference": "precomputed"}, training={"forward": choice}),
-            measured=True,
-        )
-        assert plan.estimate.seconds_per_step > 0, plan.estimate.notes
-        assert bool(lent) == (choice == "fast")
+    monkeypatch.setattr(
+        dpo_trainer.DPOTrainer, "compute_ref_log_probs", lambda *given: pytest.fail("worked out")
+    )
+    made = recipe(kind, method={"kind": kind, "reference": "precomputed"}, training={"forward": choice})
+    plan, _ = api.plan(made, measured=True)
+    assert plan.estimate.seconds_per_step > 0, plan.estimate.notes
 
 
 def test_batches_whose_likelihoods_the_stock_path_works_out_are_said(recipe, monkeypatch):

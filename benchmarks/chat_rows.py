@@ -12,6 +12,11 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+WORDS = (
+    "red", "blue", "green", "one", "two", "three", "count", "rows", "question", "answer", "yes", "no", "paris",
+)  # fmt: skip
+"""What short rows for the tiny model are made of."""
+
 SYLLABLES = [
     "ka",
     "lo",

@@ -20,22 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-WORDS = (
-    "red",
-    "blue",
-    "green",
-    "one",
-    "two",
-    "three",
-    "count",
-    "rows",
-    "question",
-    "answer",
-    "yes",
-    "no",
-    "paris",
-)
-
+from chat_rows import WORDS
 
 SPEED, MEMORY = 0.03, 0.02
 """Shares by which the speed may change, and the peak grow."""

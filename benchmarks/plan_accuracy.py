@@ -28,21 +28,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-WORDS = (
-    "red",
-    "blue",
-    "green",
-    "one",
-    "two",
-    "three",
-    "count",
-    "rows",
-    "question",
-    "answer",
-    "yes",
-    "no",
-    "paris",
-)
+from chat_rows import WORDS
+
 TOKENS_A_WORD = 1.77
 """With the shipped tokenizer, about."""
 UNDER, OVER, TIME = 0.03, 0.08, 0.15

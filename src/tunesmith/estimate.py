@@ -487,8 +487,7 @@ def _traced(
             validation = 0
             validation_costs: tuple[tuple[float, float], ...] = ()
             if validates and rows.validation and trainer.eval_dataset is not None and not drawn:
-                most_rows = sorted(range(len(rows.validation)), key=lambda n: -rows.validation[n])
-                asked = sorted(most_rows[: recipe.training.per_device_eval_batch_size])
+                asked = _longest(rows.validation, recipe.training.per_device_eval_batch_size)
                 given = trainer.data_collator(_rows(trainer.eval_dataset, asked))
                 count.restart()
                 model.eval()

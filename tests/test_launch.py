@@ -1,4 +1,4 @@
-"""`python -m tunesmith` and `accelerate launch -m tunesmith`: the same program, in one process."""
+"""`python -m tunesmith` and `accelerate launch -m tunesmith`: the same program."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith import api, launch
+from tunesmith import api, launch, ranks
 from tunesmith.compose import compose
 from tunesmith.errors import TunesmithError
 from tunesmith.recipe import Training
@@ -22,7 +22,7 @@ SEED_COMMAND = """train --task chat --config low_resource --lora --lora-rank 2 -
 """.split()  # noqa: SIM905
 
 
-LAUNCHERS = (*launch.WORLD_SIZES, *launch.WORLD_SIZES.values(), launch.PRECISION, launch.RENDEZVOUS)
+LAUNCHERS = (*ranks.WORLD_SIZES, *ranks.WORLD_SIZES.values(), launch.PRECISION, ranks.RENDEZVOUS)
 """Variables that launchers set."""
 
 
@@ -45,13 +45,14 @@ def recipe(tiny_model_folder, question_file, tmp_path):
     ).recipe  # fmt: skip
 
 
-@pytest.mark.parametrize("name", launch.WORLD_SIZES)
+@pytest.mark.parametrize("name", ranks.WORLD_SIZES)
 def test_several_processes_are_refused_before_anything_is_written(alone, recipe, tmp_path, name):
+    """Of what one process does; training is shared."""
     alone.setenv(name, "2")
-    for verb in (lambda: api.train(recipe), lambda: api.resume(tmp_path), lambda: api.evaluate("tiny")):
+    for verb in (lambda: api.evaluate("tiny"), lambda: api.find_lr(recipe), lambda: api.self_check(recipe)):
         with pytest.raises(TunesmithError, match="one process") as error:
             verb()
-        assert "same run folder" in "\n".join(error.value.lines())
+        assert "Only `train` and `resume`" in "\n".join(error.value.lines())
     assert not (tmp_path / "runs").exists()
 
 
@@ -80,7 +81,7 @@ def test_one_process_where_several_were_asked_for_is_said(alone):
     """What `accelerate launch --cpu --num_processes 2` sets, which starts one process."""
     alone.setenv(launch.PRECISION, "no")
     assert launch.settle(Training()) == []
-    alone.setenv(launch.RENDEZVOUS, "127.0.0.1")
+    alone.setenv(ranks.RENDEZVOUS, "127.0.0.1")
     [note] = launch.settle(Training())
     assert "asked for several processes and started one" in note
     alone.setenv(launch.PRECISION, "bf16")
@@ -94,13 +95,13 @@ def test_only_the_first_process_speaks_at_once(alone, monkeypatch, size, rank, w
     waited = []
     monkeypatch.setattr(launch.time, "sleep", waited.append)
     launch.let_the_first_speak()
-    for name, number in launch.WORLD_SIZES.items():
+    for name, number in ranks.WORLD_SIZES.items():
         alone.setenv(name, size)
         alone.setenv(number, rank)
         launch.let_the_first_speak()
         alone.delenv(name)
         alone.delenv(number)
-    assert waited == [launch.PATIENCE] * (len(launch.WORLD_SIZES) if waits else 0)
+    assert waited == [launch.PATIENCE] * (len(ranks.WORLD_SIZES) if waits else 0)
 
 
 def _launched(program, arguments, *, folder, model, data):
@@ -168,11 +169,11 @@ def test_two_processes_end_with_the_reason(tiny_model_folder, question_file, tmp
     where = {"folder": tmp_path / "runs", "model": tiny_model_folder, "data": question_file}
     # What accelerate starts on two GPUs.
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tunesmith"]
-    done = _launched(program, SEED_COMMAND, **where)
+    done = _launched(program, [*SEED_COMMAND, "--method", "kto"], **where)
     assert done.returncode != 0
-    assert done.stderr.count("A run is written by one process, and 2 were launched together.") == 1
+    assert done.stderr.count("The method 'kto' is trained in one process here, and 2 are asked for.") == 1
     assert len(done.stdout.strip().splitlines()) == 1, "and one JSON object"
-    assert not (tmp_path / "runs").exists()
+    assert not list((tmp_path / "runs").iterdir())
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from importlib import metadata
 
 import pytest
 
-from tunesmith import launch
+from tunesmith import libraries
 
 HEAVY = ("torch", "trl", "peft", "datasets", "scipy", "gradio", "pandas")
 
@@ -52,9 +52,9 @@ def test_while_libraries_load_the_collector_rests_and_nothing_quantizes():
         return gc.isenabled(), sys.modules.get("bitsandbytes", "as it was")
 
     def broken():
-        with launch.loading():
+        with libraries.loading():
             seen.append(gc.isenabled())
-            with launch.loading():
+            with libraries.loading():
                 pass
             hidden = sys.modules["bitsandbytes"] is None
             seen.extend((gc.isenabled(), hidden or before[1] != "as it was"))
@@ -70,10 +70,10 @@ def test_while_libraries_load_the_collector_rests_and_nothing_quantizes():
 def test_versions_of_packages_are_looked_up_for_those_that_are_asked_about():
     before = metadata.packages_distributions
     true, asked = before(), []
-    with launch.loading():
+    with libraries.loading():
         assert metadata.packages_distributions is not before
     assert metadata.packages_distributions is before
-    found = launch.Installed(lambda: asked.append(1) or true)
+    found = libraries.Installed(lambda: asked.append(1) or true)
     for name in ("transformers", "huggingface_hub", "torch"):
         assert metadata.version(found[name][0]) == metadata.version(name)
     assert not asked
@@ -88,11 +88,11 @@ LOADED = """
 import gc, sys
 from tunesmith.training.fit import quiet_libraries
 quiet_libraries()
-from tunesmith import launch
-launch.load_libraries()
+from tunesmith import libraries
+libraries.load_libraries()
 print("scipy" in sys.modules, gc.get_freeze_count())
-launch.own_process()
-launch.load_libraries()
+libraries.own_process()
+libraries.load_libraries()
 print(gc.get_freeze_count() > 100_000, gc.isenabled())
 from transformers.loss import loss_for_object_detection, loss_rt_detr
 from transformers.utils import is_scipy_available
@@ -114,9 +114,9 @@ ADAPTERS = """
 import sys
 from tunesmith.training.fit import quiet_libraries
 quiet_libraries()
-from tunesmith import launch, models
+from tunesmith import libraries, models
 from tunesmith.recipe import LoRA, QLoRA
-launch.load_libraries()
+libraries.load_libraries()
 plain = models.load_model("tiny", dtype="float32", device="cpu")
 models.attach(plain, LoRA(kind="lora"))
 print("bitsandbytes" in sys.modules, "torch._inductor.compile_fx" in sys.modules)

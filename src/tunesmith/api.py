@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith import launch
+from tunesmith import launch, libraries, ranks
 from tunesmith.errors import (
     INTERRUPTED,
     TERMINATED,
@@ -34,12 +34,13 @@ from tunesmith.errors import (
     Terminated,
     TunesmithError,
     closest,
+    is_lost_peer,
     is_out_of_disk,
     is_out_of_memory,
     is_refused_writing,
     nearest,
 )
-from tunesmith.recipe import DataSource, Recipe, RewardModel, Seq2Seq, Task
+from tunesmith.recipe import Accelerate, DataSource, Local, Recipe, RewardModel, Seq2Seq, Task
 from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
     Run,
@@ -58,6 +59,7 @@ from tunesmith.training.run import (
 )
 
 if TYPE_CHECKING:
+    from tunesmith import jobs
     from tunesmith.data.examples import Example
     from tunesmith.data.inspection import Inspected
     from tunesmith.data.templates import Encoder
@@ -78,7 +80,7 @@ if TYPE_CHECKING:
     from tunesmith.training.self_check import SelfCheck
     from tunesmith.training.verifying import Verified
 
-MAY_CHANGE = ("output_dir", "name", "preset", "evaluation", "export", "tracking")
+MAY_CHANGE = ("output_dir", "name", "preset", "evaluation", "export", "tracking", "launch")
 """Parts of the recipe that a continued run may change: none of them touches the weights."""
 
 
@@ -282,11 +284,22 @@ def train(
 
     `resume` continues the run of the same folder from a checkpoint's name, or from `latest`. `base_rows` are
     the base's answers of `baseline`, used where they answer this recipe's questions, and `base_check` its result's
-    engine check. Raises a
+    engine check. Where the recipe's launch section says so, several processes are started for it; in processes that
+    were launched together each trains its share, and the first one's result is that of the run. Raises a
     TunesmithError for everything the user can mend; a run that trained nothing leaves no folder behind.
     """
-    launch.require_one_process()
     recipe = anchored(recipe)
+    if launch.is_job(recipe.launch):
+        raise RecipeError(
+            f"launch.kind {recipe.launch.kind} is run by a cluster, and this is not one of its nodes.",
+            fix=f"`tunesmith train RECIPE --launch {recipe.launch.kind}` writes what is to be submitted; --launch local "
+            "trains here.",
+        )
+    if launch.starts(recipe.launch):
+        rows = [asdict(row) for row in base_rows]
+        return _launched(recipe, {"resume": resume, "base_rows": rows, "base_check": base_check}, watch)
+    if not ranks.is_first():
+        return _assisted()
     if resume is None:
         run = create(recipe, watch=watch)
         if base_rows:
@@ -308,12 +321,101 @@ def train(
     return _carry_out(recipe, run, resume, fresh=False)
 
 
-def resume(run: str | Path, *, checkpoint: str = "latest", watch: Watch = _unwatched) -> Result:
-    """Continue an interrupted run from its newest whole checkpoint, with the recipe it was started with."""
-    launch.require_one_process()
+def job(recipe: Recipe, folder: str | Path) -> jobs.Job:
+    """The files with which a cluster runs a recipe (`launch.kind` slurm or kubernetes), as they lie in `folder`, and how
+    they are submitted. Nothing is written. Refuses what `train` refuses for its settings."""
+    from tunesmith import jobs
+
+    return jobs.job(recipe, Path(folder))
+
+
+def resume(
+    run: str | Path, *, checkpoint: str = "latest", processes: int | None = None, watch: Watch = _unwatched
+) -> Result:
+    """Continue an interrupted run from its newest whole checkpoint, with the recipe it was started with.
+
+    In as many processes as were launched together now, else in `processes`, else in those of the recipe; the run goes on
+    at the same row whatever their number is.
+    """
     opened = open_run(run, watch=watch)
     _check_unfinished(opened)
-    return _carry_out(opened.recipe(), opened, checkpoint, fresh=False)
+    recipe = opened.recipe()
+    if processes:
+        section = Accelerate(processes=processes) if processes > 1 else Local()
+        recipe = recipe.model_copy(update={"launch": section})
+    if launch.starts(recipe.launch):
+        return _launched(recipe, {"run": str(opened.path.absolute()), "checkpoint": checkpoint}, watch)
+    if not ranks.is_first():
+        return _assisted()
+    return _carry_out(recipe, opened, checkpoint, fresh=False)
+
+
+def _launched(recipe: Recipe, job: Mapping[str, Any], watch: Watch) -> Result:
+    """A run in several processes that are started here."""
+    from tunesmith.evaluation.compare import Comparison
+
+    number = launch.processes(recipe.launch)
+    launch.check(recipe.training, number)
+    path = Path(str(job.get("run") or Path(recipe.output_dir).expanduser() / folder_name(recipe)))
+    try:
+        found = launch.start({"recipe": recipe.model_dump(mode="json"), **job}, number, watch)
+    except TunesmithError as error:
+        if is_run(path) and Run(path).state() == "died":
+            _finish(Run(path), "failed", error=str(error))
+        raise
+    comparisons = tuple(Comparison(**given) for given in found["comparisons"])
+    return Result(
+        run=Path(found["run"]),
+        comparisons=comparisons,
+        seconds=found["seconds"],
+        samples=tuple(found["samples"]),
+        report=Path(found["report"]) if found["report"] else None,
+        published=found["published"],
+        engine_check=found["checks"],
+    )
+
+
+def carry_out_job(job: Mapping[str, Any], *, watch: Watch, at: Callable[[Path], None]) -> dict[str, Any]:
+    """What `train` or `resume` has started this process for; `at` is told the run's folder. The first process's
+    result, as JSON holds it."""
+    from tunesmith.evaluation import EvalRow
+
+    recipe = Recipe.model_validate(job["recipe"])
+    at(Path(job.get("run") or Path(recipe.output_dir).expanduser() / folder_name(recipe)).absolute())
+    if "run" in job:
+        result = resume(job["run"], checkpoint=job["checkpoint"], watch=watch)
+    else:
+        rows = [EvalRow(**row) for row in job["base_rows"]]
+        result = train(
+            recipe, resume=job["resume"], base_rows=rows, base_check=job["base_check"], watch=watch
+        )
+    return {**result.as_dict(), "seconds": result.seconds, "checks": dict(result.engine_check)}
+
+
+def _assisted() -> Result:
+    """Train along in a further process, until the first one has no more steps. It writes nothing and gives nothing."""
+    started = time.perf_counter()
+    quiet_libraries()
+    with ranks.alone(), launch.ended_by_sigterm():
+        libraries.load_libraries()
+        job = ranks.job()
+        try:
+            if job:
+                from tunesmith import dataflow
+
+                dataflow._assist(job)
+        except Interrupted:
+            pass  # the first process says so, and ends as well
+        except Exception as error:
+            if is_lost_peer(error):
+                raise SystemExit(1) from None  # which is the first process's, or the launcher's, to say
+            mended = error if isinstance(error, TunesmithError) else _as_ours(error)
+            ranks.complain(mended.problem if mended else f"{type(error).__name__}: {error}")
+            ranks.leave()
+            if mended and mended is not error:
+                raise mended from error
+            raise
+    return Result(run=None, comparisons=(), seconds=time.perf_counter() - started)
 
 
 def self_check(recipe: Recipe) -> SelfCheck:
@@ -1854,7 +1956,7 @@ def _leaves(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any,
 
 def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool) -> Result:
     """Drive the dataflow to the report, and leave a status whatever happens."""
-    with launch.loading():
+    with libraries.loading():
         from tunesmith.export.card import write_card
         from tunesmith.training import checkpoints
 
@@ -1862,7 +1964,7 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
     before = run.read("status.json")
     wanted = ["fitted"] if recipe.evaluation.skip else ["comparisons", "samples", "report"]
     refused: TunesmithError | None = None
-    with run.lock(), launch.ended_by_sigterm():
+    with run.lock(), launch.ended_by_sigterm(), _leading():
         (run.path / "status.json").unlink(missing_ok=True)
         num_starts = _num_starts(run)
         for note in launch.settle(recipe.training):
@@ -1883,6 +1985,9 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
             except Exception as error:  # a hub that is down takes nothing of a run that is done
                 published, refused = None, _not_published(error, run)
         except (KeyboardInterrupt, Interrupted) as error:
+            if lost := _lost(error):  # the launcher's signal, after another process has ended
+                _finish(run, "failed", error=str(lost))
+                raise lost from error
             _finish(run, "interrupted")
             if isinstance(error, Interrupted):
                 raise
@@ -1892,8 +1997,10 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
                 exit_code=TERMINATED if isinstance(error, Terminated) else INTERRUPTED,
             ) from None
         except Exception as error:
+            if ranks.count() > 1:
+                launch.ignore_sigterm()
             mended = _as_ours(error)
-            if fresh and not run.checkpoints.exists():
+            if fresh and not run.checkpoints.exists() and not getattr(mended, "is_lost", False):
                 discard(run)
             elif not fresh and _num_starts(run) == num_starts:
                 # Nothing of the run was touched, so it is what it was before.
@@ -1921,6 +2028,16 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
     if refused:
         raise refused
     return result
+
+
+@contextlib.contextmanager
+def _leading() -> Iterator[None]:
+    """As if there were no other process, but for the steps; in the end the others are told that it is one."""
+    with ranks.alone():
+        try:
+            yield
+        finally:
+            ranks.dismiss()
 
 
 def _finish(run: Run, state: State, **fields: Any) -> None:
@@ -1952,7 +2069,7 @@ def _check_before_training(recipe: Recipe) -> None:
 
     for source in (recipe.data, *recipe.data.mix):  # before what loads torch
         sources.local(source.dataset)
-    launch.load_libraries()
+    libraries.load_libraries()
     from tunesmith import evaluation, models
     from tunesmith.methods import METHODS
 
@@ -1985,6 +2102,14 @@ def _check_before_training(recipe: Recipe) -> None:
             fix="Leave training.cache_frozen out.",
         )
     method.check(recipe)
+    if (number := launch.processes(recipe.launch)) > 1:
+        launch.check(recipe.training, number)
+        if why := method.alone(recipe.method):
+            raise RecipeError(
+                f"The method '{method.kind}' is trained in one process here, and {number} are asked for.",
+                found=why,
+                fix="Leave --launch out, or start it without a launcher.",
+            )
     evaluation.check_scoring(recipe.evaluation.metrics or [], gives_scores=method.head is not None)
     models.check_fit(
         recipe.model.base,
@@ -2027,8 +2152,28 @@ def _published(recipe: Recipe, run: Run) -> str | None:
     return address
 
 
-def _as_ours(error: Exception) -> TunesmithError | None:
+def _lost(error: BaseException) -> TunesmithError | None:
+    """That another process of the run is gone, where this one's end came of it."""
+    cause: BaseException | None = error
+    while ranks.count() > 1 and cause:
+        if is_lost_peer(cause):
+            launch.ignore_sigterm()
+            return _as_ours(cause)
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _as_ours(error: BaseException) -> TunesmithError | None:
     """A library's error that the user can act on, as one of ours."""
+    if ranks.count() > 1 and is_lost_peer(error):
+        lost = RunError(
+            f"Another of the {ranks.count()} processes is gone, so this run has ended.",
+            found=ranks.complaint()
+            or "it was ended from outside and could not say why, as where memory runs out",
+            fix="`tunesmith resume` goes on from the last checkpoint.",
+        )
+        lost.exit_code, lost.is_lost = OutOfResources.exit_code, True  # type: ignore[attr-defined]
+        return lost
     if is_out_of_memory(error):
         return OutOfResources(
             "The memory is not enough.",

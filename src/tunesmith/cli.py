@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith import catalog, launch
+from tunesmith import catalog, launch, libraries, ranks
 from tunesmith.compose import (
     Composition,
     assignment,
@@ -34,7 +34,7 @@ from tunesmith.compose import (
     union_members,
 )
 from tunesmith.errors import Interrupted, RunError, TunesmithError, counted
-from tunesmith.recipe import FieldFact, fields
+from tunesmith.recipe import FieldFact, Recipe, fields
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -90,6 +90,8 @@ FLAGS: dict[str, str] = {
     "--max-new-tokens": "evaluation.max_new_tokens",
     "--run-code": "evaluation.run_code",
     "--attempts": "evaluation.attempts",
+    "--launch": "launch.kind",
+    "--processes": "launch.processes",
     "--trackers": "tracking.trackers",
     "--push-to-hub": "export.push_to_hub",
     "--hub-model-id": "export.hub_model_id",
@@ -144,6 +146,15 @@ FACTS["method.kind"] = FieldFact(
     " | ".join(union_members("method")),
     "sft",
     "How the model learns (`tunesmith show methods`): from answers (sft), from preferences (dpo) and so on.",
+)
+
+
+FACTS["launch.kind"] = FieldFact(
+    "launch.kind",
+    None,
+    " | ".join(union_members("launch")),
+    "local",
+    "Where the run runs: in this process, or in several of this machine that share every step (`docs/accelerate.md`).",
 )
 
 
@@ -260,6 +271,8 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
                 as_json,
             )
         else:
+            if not ranks.is_first():
+                return
             if text and not as_json:
                 _console(stderr=False).print(text)
             if as_json:
@@ -486,6 +499,8 @@ def _composed(
         recipe_file = Path(config)
     elif config:
         preset = config
+    if "processes" in flags.get("launch", {}):
+        flags = overlaid({"launch": {"kind": "accelerate"}}, flags)
     layer = overlaid({"adapter": adapter} if adapter else {}, flags)
     return compose(layer, file=recipe_file, preset=preset if preset != "default" else None)
 
@@ -501,16 +516,43 @@ def train_verb(
             help="Continue this run's folder from a checkpoint, such as `checkpoint-step-1000` or `latest`."
         ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --launch slurm or kubernetes: show the files, write none.")
+    ] = False,
     composition: Composition,
     quiet: bool,
 ) -> Any:
     """Train."""
     from tunesmith import api
 
+    if launch.is_job(composition.recipe.launch):
+        return _job(composition.recipe, is_written=not dry_run)
+    if dry_run:
+        raise TunesmithError(
+            "--dry-run shows the files of a job, and this recipe is trained here.",
+            fix="`tunesmith plan` shows what a run would do; --launch slurm or kubernetes makes it a job.",
+        )
     with Display(quiet=quiet) as display:
         _show_notes(composition, display)
         result = api.train(composition.recipe, resume=resume, watch=display)
     return result.as_dict(), _result_text(result)
+
+
+def _job(recipe: Recipe, *, is_written: bool) -> Any:
+    """Write what a cluster is to be given, or only show it."""
+    from tunesmith import api
+    from tunesmith.training.run import folder_name, write_whole
+
+    folder = Path(recipe.output_dir).expanduser() / f"{folder_name(recipe)}.job"
+    made = api.job(recipe, folder)
+    if is_written:
+        for name, text in made.files.items():
+            write_whole(folder / name, text)
+    shown = "\n".join(f"# {folder / name}\n{text}" for name, text in made.files.items())
+    payload = {"folder": str(folder), "files": made.files, "submit": made.submit, "written": is_written}
+    return payload, _escaped(
+        f"Submit it: cd {folder} && {made.submit}" if is_written else f"{shown}\n# {made.submit}"
+    )
 
 
 @app.command("resume", help="Continue an interrupted run from its newest whole checkpoint.")
@@ -521,13 +563,17 @@ def resume_verb(
     checkpoint: Annotated[
         str, typer.Option(help="A checkpoint's name, `latest`, or `start` for none.")
     ] = "latest",
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that go on with it; by default as many as the recipe says."),
+    ] = None,
     quiet: bool,
 ) -> Any:
     """Resume."""
     from tunesmith import api
 
     with Display(quiet=quiet) as display:
-        result = api.resume(run, checkpoint=checkpoint, watch=display)
+        result = api.resume(run, checkpoint=checkpoint, processes=processes, watch=display)
     return result.as_dict(), _result_text(result)
 
 
@@ -1697,7 +1743,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a message may quote half a character
-    launch.own_process()
+    libraries.own_process()
     if len(sys.argv) == 1 and sys.stdin.isatty() and sys.stdout.isatty():
         sys.argv.append("wizard")
     app()

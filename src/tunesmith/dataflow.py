@@ -9,7 +9,7 @@ and paths; weights live and die inside a node. `api` drives this module, and so 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,17 +19,18 @@ from typing import Any
 import numpy as np
 
 import tunesmith.evaluation as evaluation
-from tunesmith import data, devices, engines, models
+from tunesmith import data, devices, engines, launch, models, ranks
 from tunesmith import estimate as estimating
 from tunesmith import plan as planning
-from tunesmith.data.cache import Encodings
+from tunesmith.data.cache import Encodings, StoredExamples
+from tunesmith.data.examples import Tally
 from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.data.preferences import prompt_length
 from tunesmith.data.splitting import TRAIN, VALIDATION
 from tunesmith.data.templates import Encoding
 from tunesmith.engines.check import FILE as CHECKS
 from tunesmith.engines.check import keep_check, remarked
-from tunesmith.errors import RecipeError, RunError, TunesmithError
+from tunesmith.errors import DataError, RecipeError, RunError, TunesmithError
 from tunesmith.estimate import Estimate
 from tunesmith.evaluation import EvalRow, forgetting, stages
 from tunesmith.evaluation import leakage as leaks
@@ -123,6 +124,7 @@ def plan(
         notes=notes,
         settled=settled,
         elsewhere=devices.named(device) if device else None,
+        processes=launch.processes(recipe.launch),
     )
 
 
@@ -569,39 +571,18 @@ def fitted(
     done = prepared.read("training.json")
     if done:
         return Fit(**{**done, "final_model": prepared.final_model})  # the run may have been moved
-    from transformers import set_seed
-
-    set_seed(recipe.training.seed)
-    tokenizer, _ = _tokenizer(recipe)
-    method = METHODS[recipe.method.kind]
-    training, _, _ = method.settled(recipe.method, recipe.training, len(encodings.train))
-    given = arguments(
-        plan,
-        training,
-        recipe.tracking,
-        name=prepared.path.name,
-        staging=prepared.path / ".staging",
+    ranks.told(
+        {
+            "recipe": recipe.model_dump(mode="json"),
+            "run": str(prepared.path),
+            "plan": {**plan.as_dict(), "estimate": None, "decisions": ()},
+            "train": str(encodings.train.file),
+            "validation": str(encodings.validation.file),
+            "checkpoint": str(checkpoint) if checkpoint else None,
+            "measures": bool(validation_items),
+        }
     )
-    trainer = _trainer(recipe, prepared, tokenizer, plan, encodings, packing, given)
-    result = fit(
-        trainer,
-        prepared,
-        recipe.training,
-        adapter_init=getattr(recipe.adapter, "init", None),
-        checkpoint=checkpoint,
-        tensorboard="tensorboard" in recipe.tracking.trackers,
-        samples=_asked(recipe, encodings.validation),
-        max_new_tokens=recipe.evaluation.max_new_tokens,
-        measure=partial(_measures, recipe, tokenizer, plan.device, validation_items)
-        if validation_items
-        else None,
-        higher_is_better=recipe.training.best_by != "loss"
-        and METRICS[recipe.training.best_by].higher_is_better,
-        input_rows=encodings.train.rows,
-        release=encodings.release,
-        pace=partial(_paced, prepared) if checkpoint is None else None,
-        tokens_per_step=0.0 if method.draws else plan.tokens_per_epoch / plan.steps_per_epoch,
-    )
+    result = _fitted(recipe, prepared, plan, encodings, packing, checkpoint, validation_items)
     carry(result.final_model, prepared, splits, recipe.model.base)
     prepared.write("training.json", asdict(result))
     planned = prepared.read("plan.json") or {}
@@ -611,6 +592,75 @@ def fitted(
         prepared.write("plan.json", {**planned, "truth": truth})
         prepared.event("decision", name="plan and truth", value=truth["value"], reason=truth["sentence"])
     return result
+
+
+def _fitted(
+    recipe: Recipe,
+    prepared: Run,
+    plan: Plan,
+    encodings: data.EncodedSplits,
+    packing: Packing | None,
+    checkpoint: Path | None,
+    validation_items: Sequence[evaluation.Item],
+) -> Fit:
+    from transformers import set_seed
+
+    method = METHODS[recipe.method.kind]
+    training, _, _ = method.settled(recipe.method, recipe.training, len(encodings.train))
+    with ranks.together(plan.device):
+        set_seed(recipe.training.seed)
+        tokenizer, _ = _tokenizer(recipe)
+        given = arguments(
+            plan,
+            planning.dealt(training, ranks.count()),
+            recipe.tracking,
+            name=prepared.path.name,
+            staging=prepared.path / ".staging",
+        )
+        trainer = _trainer(recipe, prepared, tokenizer, plan, encodings, packing, given)
+        return fit(
+            trainer,
+            prepared,
+            recipe.training,
+            adapter_init=getattr(recipe.adapter, "init", None),
+            checkpoint=checkpoint,
+            tensorboard="tensorboard" in recipe.tracking.trackers,
+            samples=_asked(recipe, encodings.validation),
+            max_new_tokens=recipe.evaluation.max_new_tokens,
+            measure=partial(_measures, recipe, tokenizer, plan.device, list(validation_items))
+            if validation_items
+            else None,
+            higher_is_better=recipe.training.best_by != "loss"
+            and METRICS[recipe.training.best_by].higher_is_better,
+            input_rows=encodings.train.rows,
+            release=encodings.release,
+            pace=partial(_paced, prepared) if checkpoint is None else None,
+            tokens_per_step=0.0 if method.draws else plan.tokens_per_epoch / plan.steps_per_epoch,
+        )
+
+
+def _assist(job: Mapping[str, Any]) -> None:
+    """Take a further process's share of the steps of a run that the first one has prepared.
+
+    Raises DataError where this machine does not see what the first one has prepared.
+    """
+    recipe = Recipe.model_validate(job["recipe"])
+    train, validation = (Encodings(Path(job[name])) for name in ("train", "validation"))
+    for place in (train.file, Path(job["run"])):
+        if not place.exists():
+            raise DataError(
+                f"Process {ranks.number()} does not see {place}, which the first process has written.",
+                fix="Put --output-dir and $TUNESMITH_CACHE into folders that all nodes share; data.cache has to be on.",
+            )
+    packing = pack(train.lengths, recipe.data.max_length) if recipe.data.packing else None
+    nothing = StoredExamples(train.file), Tally().ledger(lambda: iter(()))
+    encodings = data.EncodedSplits(train, validation, *nothing, fingerprint="", proof={})
+    plan = Plan(**{**job["plan"], "decisions": ()})
+    checkpoint = Path(job["checkpoint"]) if job["checkpoint"] else None
+    run = Run(Path(job["run"]), is_read_only=True)
+    # The first process measures; the others need to know that it does.
+    measured = [None] if job["measures"] else []
+    _fitted(recipe, run, plan, encodings, packing, checkpoint, measured)  # type: ignore[arg-type]
 
 
 def _paced(run: Run, step: int, per_step: float, seconds: float) -> None:
@@ -676,19 +726,21 @@ def _trainer(
     pads = forward.attach(trainer, run, recipe.training)
     wanted = recipe.training.batches
     if wanted == "by_length" or (wanted == "auto" and pads and not packing and method.any_order):
-        _order(trainer, run, _row_lengths(method, encodings.train, packing), is_asked=wanted == "by_length")
+        rows = _row_lengths(method, encodings.train, packing)
+        batch = recipe.training.per_device_train_batch_size
+        _order(trainer, run, rows, batch, is_asked=wanted == "by_length")
     return trainer
 
 
-def _order(trainer: Any, run: Run, lengths: Sequence[int], *, is_asked: bool) -> None:
+def _order(trainer: Any, run: Run, lengths: Sequence[int], batch: int, *, is_asked: bool) -> None:
     """Have rows of like length come together, where that was asked or leaves much less padding; keep why."""
-    batch, seed = trainer.args.per_device_train_batch_size, trainer.args.seed
+    seed = trainer.args.seed
     order = by_length(lengths, batch, seed=seed, epoch=0)
     alike = padded_share([lengths[n] for n in order], batch)
     mixed = padded_share(np.random.default_rng(seed).permutation(lengths), batch)
     orders = is_asked or mixed - alike >= PADDING_WORTH
     if orders:
-        order_by_length(trainer, lengths)
+        order_by_length(trainer, lengths, batch)
     why = (
         f"padding is {alike:.1%} of a padded batch of like lengths, {mixed:.1%} where any rows come together"
     )

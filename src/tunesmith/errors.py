@@ -142,6 +142,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether another process of the run is gone, as gloo and NCCL say it."""
+    said = (
+        "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "gloo/transport",
+        "remote process exited", "NCCL communicator was aborted", "NCCL error",
+    )  # fmt: skip
+    return type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+    )
+
+
 def is_out_of_disk(error: BaseException) -> bool:
     """Whether a disk, a quota or a limit has no room for what was written, as Python, torch or Rust say it."""
     return _is_errno(error, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,57 +1,45 @@
-"""Where a run runs: in this process, started by hand or by `accelerate launch -m tunesmith`, and what it loads."""
+"""Where a run runs: in this process, or in several that are started here, by torchrun or by `accelerate launch`."""
 
 from __future__ import annotations
 
-import functools
-import gc
-import importlib
-import importlib.util
+import contextlib
+import json
+import logging
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tunesmith.errors import Terminated, TunesmithError
-from tunesmith.recipe import Training
-
-WORLD_SIZES = {
-    "WORLD_SIZE": "RANK",
-    "PMI_SIZE": "PMI_RANK",
-    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
-    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
-}
-"""Variables by which torchrun, accelerate and the MPI launchers tell how many processes they started, and beside
-each the one that numbers them."""
+from tunesmith import ranks
+from tunesmith.errors import Interrupted, RecipeError, RunError, Terminated, TunesmithError, counted
+from tunesmith.recipe import Accelerate, Launch, Local, Training
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 
-RENDEZVOUS = "MASTER_ADDR"
-"""Where several processes would meet; accelerate sets it when it was asked for more than one."""
-
 PATIENCE = 10.0
 """Seconds that a further process waits for its launcher to end it, before it speaks for itself."""
+GRACE = 20
+"""Seconds that the other processes have to end after one has failed."""
+JOB = "TUNESMITH_JOB"
+"""Variable with the file that says what started processes are to do."""
 
 
 def require_one_process() -> None:
-    """Raises TunesmithError in one of several processes that were launched together.
-
-    Each of them would write the same run folder, and every one would train on all examples.
-    """
-    for name in WORLD_SIZES:
-        size = os.environ.get(name, "1")
-        if size.isdigit() and int(size) > 1:
-            raise TunesmithError(
-                f"A run is written by one process, and {size} were launched together.",
-                found=f"{name}={size}: every process would write the same run folder and train on all examples",
-                fix="accelerate launch --num_processes 1 -m tunesmith ..., or python -m tunesmith ... For the "
-                "same batch as on several devices raise --gradient-accumulation-steps.",
-            )
+    """Raises TunesmithError in one of several processes that were launched together, for what one process does."""
+    if (size := ranks.count()) > 1:
+        raise TunesmithError(
+            f"This is the work of one process, and {size} were launched together.",
+            found=f"each of {size} processes would do all of it",
+            fix="Start it without the launcher: python -m tunesmith ... Only `train` and `resume` use several.",
+        )
 
 
 def let_the_first_speak() -> None:
@@ -60,10 +48,8 @@ def let_the_first_speak() -> None:
     The others wait to be ended by their launcher, which does so when the first one fails. Returns at once in
     the first process, and after `PATIENCE` where nobody ends it.
     """
-    for size, rank in WORLD_SIZES.items():
-        if os.environ.get(size, "1") not in ("0", "1") and os.environ.get(rank, "0") != "0":
-            time.sleep(PATIENCE)
-            return
+    if not ranks.is_first():
+        time.sleep(PATIENCE)
 
 
 def settle(training: Training) -> list[str]:
@@ -74,10 +60,11 @@ def settle(training: Training) -> list[str]:
     """
     notes = []
     asked = os.environ.get(PRECISION, "no")
-    if PRECISION in os.environ and RENDEZVOUS in os.environ and "WORLD_SIZE" not in os.environ:
+    if PRECISION in os.environ and ranks.RENDEZVOUS in os.environ and not _is_numbered():
         notes = [
             "accelerate was asked for several processes and started one, as it does without several GPUs: this "
-            "run is trained in that one, as with --num_processes 1."
+            "run is trained in that one, as with --num_processes 1. `tunesmith train ... --launch accelerate "
+            "--processes N` starts several on a CPU as well."
         ]
     if asked == training.mixed_precision or asked == "no":
         return notes
@@ -87,6 +74,10 @@ def settle(training: Training) -> list[str]:
         f"accelerate is set to mixed precision '{asked}', the recipe to '{training.mixed_precision}': the recipe "
         f"counts. Give --mixed-precision {asked} for the other.",
     ]
+
+
+def _is_numbered() -> bool:
+    return ranks.count() > 1 or "WORLD_SIZE" in os.environ
 
 
 @contextmanager
@@ -106,114 +97,231 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-HIDDEN = ("bitsandbytes", "scipy")
-"""Packages that no training needs while its libraries are loaded."""
+def ignore_sigterm() -> None:
+    """Let what is left to say be said: a launcher that ends the processes of a job ends this one for good later on."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def processes(section: Launch) -> int:
+    """How many processes train a recipe: as many as were launched together, else as many as it would start."""
+    if ranks.count() > 1 or isinstance(section, Local):
+        return ranks.count()
+    if isinstance(section, Accelerate):
+        return section.processes or _devices()
+    return section.nodes * section.processes_per_node
+
+
+def _devices() -> int:
+    """GPUs of this machine, told without loading torch; 1 where there are none."""
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return max(len([name for name in chosen.split(",") if name.strip()]), 1)
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+        if told.returncode == 0:
+            return max(len(told.stdout.strip().splitlines()), 1)
+    return 1
+
+
+def is_job(section: Launch) -> bool:
+    """Whether a recipe is run by a cluster, to which its files are submitted, and this is not yet there."""
+    return not isinstance(section, Local | Accelerate) and ranks.count() == 1
+
+
+def starts(section: Launch) -> bool:
+    """Whether processes are to be started for a recipe, and this is none of them."""
+    return isinstance(section, Accelerate) and ranks.count() == 1 and JOB not in os.environ
+
+
+def start(job: Mapping[str, Any], number: int, watch: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+    """Have so many processes of this machine do a job, and give what the first of them came to.
+
+    `watch` is told what happens in the first one. A signal to stop goes to it, and it stops with the others. Raises
+    the error with which the first has ended, or RunError with the reason why another one did.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)  # what it says is said here
+    with tempfile.TemporaryDirectory(prefix="tunesmith-job-") as place:
+        folder = Path(place)
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        told = folder / "told.jsonl"
+        told.touch()
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=number,
+            run_id=folder.name,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            local_addr="localhost",
+            shutdown_timeout=GRACE,
+            signals_to_handle="SIGHUP" if hasattr(signal, "SIGHUP") else "SIGTERM",
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects=Std.OUT),
+        )
+        share = max((os.cpu_count() or 1) // number, 1)
+        before = {name: os.environ.get(name) for name in (JOB, "OMP_NUM_THREADS")}
+        os.environ |= {
+            JOB: str(folder / "job.json"),
+            "OMP_NUM_THREADS": before["OMP_NUM_THREADS"] or str(share),
+        }
+        failed: Any = None
+        with _followed(told, watch) as ended, _forwarded(ended):
+            try:
+                elastic_launch(config, sys.executable)("-m", "tunesmith.launch")
+            except ChildFailedError as error:
+                failed = error
+            finally:
+                for name, value in before.items():
+                    if value is None:
+                        os.environ.pop(name, None)
+                    else:
+                        os.environ[name] = value
+    if failed:
+        raise _why(failed, ended, number)
+    return dict(ended["result"])
 
 
 @contextmanager
-def loading() -> Iterator[None]:
-    """Libraries load faster in here: the garbage collector rests, some packages count as not installed, and which are
-    is only looked up for those that are asked about.
+def _followed(file: Path, watch: Callable[[Mapping[str, Any]], None]) -> Iterator[dict[str, Any]]:
+    """Tell `watch` what a started process writes into a file; gives what it says of itself: `pid`, `result`, `error`."""
+    ended: dict[str, Any] = {}
+    is_over = threading.Event()
 
-    The collector would go through all that is loaded again and again, and find nothing. PEFT imports bitsandbytes for
-    any adapter, and that torch's compiler, while only QLoRA uses it: what loads a quantized model stays outside.
-    transformers imports scipy for the losses of models that find objects in pictures. What was asked meanwhile about
-    what is installed is forgotten afterwards.
-    """
-    collects, hidden = gc.isenabled(), [name for name in HIDDEN if name not in sys.modules]
-    gc.disable()
-    installed = metadata.packages_distributions
-    metadata.packages_distributions = functools.partial(Installed, installed)
-    for name in hidden:
-        sys.modules[name] = None  # type: ignore[assignment]
+    def follow() -> None:
+        with file.open(encoding="utf-8") as lines:
+            rest = ""
+            while True:
+                last = is_over.is_set()
+                rest += lines.read()
+                *whole, rest = rest.split("\n")
+                for line in whole:
+                    word = json.loads(line)
+                    if word["kind"] == "job":
+                        ended.update(word)
+                    else:
+                        watch(word)
+                if last:
+                    return
+                is_over.wait(0.1)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield ended
+    finally:
+        is_over.set()
+        thread.join(10)
+
+
+@contextmanager
+def _forwarded(ended: Mapping[str, Any]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM go to the first of the started processes, which stops the others as well."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if "pid" not in ended:
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(ended["pid"], number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        metadata.packages_distributions = installed
-        for name in hidden:
-            del sys.modules[name]
-        for module, questions in ASKED.items() if hidden else ():
-            for name in questions if module in sys.modules else ():
-                getattr(sys.modules[module], name).cache_clear()
-        if "scipy" in hidden:
-            _give_assignment()
-        if collects:
-            gc.enable()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-class Installed(dict[str, list[str]]):
-    """By importable name the distributions it comes from, for the names that are asked for.
-
-    TRL and transformers want the versions of a few packages, for which Python would read the list of files of every
-    package there is. Both take the distribution of the package's own name first.
-    """
-
-    def __init__(self, look: Callable[[], Mapping[str, list[str]]]) -> None:
-        super().__init__()
-        self._look: Callable[[], Mapping[str, list[str]]] | None = look
-
-    def __missing__(self, name: str) -> list[str]:
-        own = name.replace("_", "-")
-        try:
-            self[name] = [metadata.distribution(own).metadata["Name"]]
-        except metadata.PackageNotFoundError:
-            self._complete()
-            if name not in self.keys():
-                raise KeyError(name) from None
-        return self[name]
-
-    def _complete(self) -> None:
-        look, self._look = self._look, None
-        if look:
-            self.update(look())
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """As of any mapping."""
-        try:
-            return self[name]
-        except KeyError:
-            return default
+def _why(failed: Any, ended: Mapping[str, Any], number: int) -> TunesmithError:
+    """Why a job has ended, from its launcher's report and the first process's own words."""
+    place, failure = failed.get_first_failure()
+    own = ended.get("error")
+    if own and (place == 0 or not own.get("is_lost")):
+        if own["exit_code"] in (130, 143):
+            return Interrupted(own["problem"], found=own["found"], fix=own["fix"], exit_code=own["exit_code"])
+        error = TunesmithError(own["problem"], found=own["found"], fix=own["fix"])
+        error.exit_code = own["exit_code"]
+        return error
+    name = failure.signal_name()
+    how = f"was ended by {name}" if name and name != "<N/A>" else f"ended with exit code {failure.exitcode}"
+    why = " (which is how a system ends one when memory runs out)" if name == "SIGKILL" else ""
+    run = ended.get("run")
+    error = RunError(
+        f"Process {place} of {number} {how}{why}, and the others were ended with it.",
+        found=own["found"] if own else None,
+        fix=f"tunesmith resume {run} goes on from the last checkpoint." if run else None,
+    )
+    error.exit_code = 3
+    return error
 
 
-ASKED = {
-    "peft.import_utils": ("is_bnb_available", "is_bnb_4bit_available"),
-    "transformers.utils.import_utils": ("is_bitsandbytes_available", "is_scipy_available"),
-}
-"""Functions that keep whether a hidden package is installed."""
+class Started:
+    """What a started process tells the one that has started it; the first process only."""
 
-ASSIGNS = "linear_sum_assignment"
+    def __init__(self, file: Path) -> None:
+        self.file = file.open("a", encoding="utf-8", buffering=1) if ranks.is_first() else None
+        self.is_quiet = self.file is None
 
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Pass an event of the run on."""
+        if self.file:
+            self.file.write(json.dumps(event, ensure_ascii=True, default=str) + "\n")
 
-def _give_assignment() -> None:
-    """Give transformers' losses of found objects the function of scipy that they would have imported."""
-    if importlib.util.find_spec("scipy") is None:
-        return
-
-    def assigned(*args: Any, **kwargs: Any) -> Any:
-        from scipy.optimize import linear_sum_assignment
-
-        return linear_sum_assignment(*args, **kwargs)
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("transformers.loss.") and hasattr(module, "is_scipy_available"):
-            vars(module).setdefault(ASSIGNS, assigned)
+    def job(self, **facts: Any) -> None:
+        """Say something of the process itself."""
+        self({"kind": "job", **facts})
 
 
-_owned: list[bool] = []
+def main() -> None:
+    """What a started process does: the job of its file."""
+    from tunesmith import api, libraries
+
+    libraries.own_process()
+    file = Path(os.environ[JOB])
+    job = json.loads(file.read_text(encoding="utf-8"))
+    tell = Started(file.with_name("told.jsonl"))
+    tell.job(pid=os.getpid())
+    try:
+        result = api.carry_out_job(job, watch=tell, at=lambda run: tell.job(run=str(run)))
+    except TunesmithError as error:
+        _report(error)
+        facts = {"problem": error.problem, "found": error.found, "fix": error.fix}
+        is_lost = getattr(error, "is_lost", False)
+        tell.job(error={**facts, "exit_code": error.exit_code, "is_lost": is_lost})
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt as error:
+        sys.exit((Terminated is type(error) and 143) or 130)
+    tell.job(result=result)
 
 
-def own_process() -> None:
-    """Say that this process is the command's, and runs nothing of anybody else."""
-    _owned[:] = [True]
+def _report(error: TunesmithError) -> None:
+    """Leave a process's reason where its launcher looks for it."""
+    if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        content = {"message": {"message": error.problem, "extraInfo": {"timestamp": int(time.time())}}}
+        with contextlib.suppress(OSError):
+            Path(place).write_text(json.dumps(content), encoding="utf-8")
 
 
-def load_libraries() -> None:
-    """Import at once what every training uses; call `training.fit.quiet_libraries` before."""
-    with loading():
-        names = ("datasets", "peft", "transformers.trainer", "trl.trainer.sft_trainer", "hamilton.driver")
-        for name in names:
-            importlib.import_module(name)
-        if _owned:
-            # Half a million objects that stay to the end: each search for cycles, of which accelerate and checkpoints
-            # ask for some, would go through all of them. In another's process they may be more than libraries.
-            gc.freeze()
+def check(training: Training, number: int) -> None:
+    """Raises RecipeError where the rows of a step cannot be dealt to so many processes."""
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    if rows % number:
+        fits = [n for n in range(1, number + 1) if rows % n == 0]
+        raise RecipeError(
+            f"A step's {counted(rows, 'row')} cannot be dealt evenly to {number} processes.",
+            found=f"per_device_train_batch_size {training.per_device_train_batch_size} × "
+            f"gradient_accumulation_steps {training.gradient_accumulation_steps}; the batch of a step stays what it is "
+            "whatever the number of processes",
+            fix=f"Raise --gradient-accumulation-steps to a multiple of {number}, or start "
+            f"{' or '.join(str(n) for n in fits[-3:])}.",
+        )
+
+
+if __name__ == "__main__":
+    main()

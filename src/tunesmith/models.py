@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith import launch
+from tunesmith import libraries, ranks
 from tunesmith.errors import MissingExtra, ModelError, closest, nearest
 from tunesmith.recipe import Adapter, Freeze, LoRA, QLoRA
 
@@ -734,14 +734,16 @@ def attach(
     one then needs these on disk, and `merged_base` is where they are written. `revision` is the base's; it is
     written into the adapter, which else would be loaded on another one.
     """
-    with launch.loading():
+    with libraries.loading():
         import peft
 
     if isinstance(model, peft.PeftModel):
         model = merged(model).requires_grad_(True)
         if isinstance(adapter, LoRA):
             assert merged_base, "an adapter on an adapter needs a folder for the weights between them"
-            model.save_pretrained(merged_base)
+            with ranks.first() as mine:
+                if mine:
+                    model.save_pretrained(merged_base)
             model.name_or_path = model.config.name_or_path = str(merged_base.resolve())
             revision = None
     if isinstance(adapter, Freeze):
@@ -778,7 +780,7 @@ def attach(
     _check_names(model, adapter.modules_to_save, "modules_to_save")
     if adapter.dora:
         _check_directions(model, config.target_modules)
-    with contextlib.nullcontext() if isinstance(adapter, QLoRA) else launch.loading():
+    with contextlib.nullcontext() if isinstance(adapter, QLoRA) else libraries.loading():
         adapted = peft.get_peft_model(model, config)
     # With each save PEFT would write its empty form of a model card; the card comes from us.
     adapted.create_or_update_model_card = lambda output_dir: None

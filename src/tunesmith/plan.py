@@ -52,6 +52,8 @@ class Plan:
     decisions: tuple[Decision, ...]
     estimate: Estimate | None = None
     """What the run takes, where that was worked out."""
+    processes: int = 1
+    """Processes that share the rows of every step."""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plan.json keeps it."""
@@ -114,6 +116,7 @@ def resolve(
     notes: Sequence[str] = (),
     settled: Sequence[Decision] = (),
     elsewhere: DeviceFacts | None = None,
+    processes: int = 1,
 ) -> Plan:
     """The plan for training on rows of these token lengths: examples, or what `num_examples` are packed or unrolled
     into, which `unit` names. `settled` is what the method decided. `elsewhere` is a device that
@@ -156,6 +159,15 @@ def resolve(
     elif training.max_steps and training.max_steps > total:
         total, why = training.max_steps, f"max_steps, repeating the data beyond {why}"
     decisions.append(Decision("total_steps", total, why))
+    if processes > 1:
+        own = dealt(training, processes)
+        rows, times = own.per_device_train_batch_size, own.gradient_accumulation_steps
+        tokens = sum(lengths) / len(lengths) * batch_size
+        why = (
+            f"each takes {times} × {counted(rows, unit.removesuffix('s'))} of a step's {batch_size}, which are "
+            f"those of one process; {tokens:,.0f} tokens a step, {tokens / processes:,.0f} in each"
+        )
+        decisions.append(Decision("processes", processes, why))
 
     warmup = training.warmup_steps
     if training.scheduler == "constant" and warmup:
@@ -202,7 +214,20 @@ def resolve(
         save_steps=min(save_steps, total),
         logging_steps=min(training.logging_steps, total),
         decisions=tuple(decisions),
+        processes=processes,
     )
+
+
+def dealt(training: Training, processes: int) -> Training:
+    """What each of several processes takes of a step, so that the step stays that of one process: as many rows at once
+    as the recipe allows, and as often as it takes. The rows have to be dealt evenly (`launch.check`)."""
+    if processes == 1:
+        return training
+    most = training.per_device_train_batch_size
+    rows = most * training.gradient_accumulation_steps // processes
+    batch = next(size for size in range(min(most, rows), 0, -1) if rows % size == 0)
+    changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": rows // batch}
+    return training.model_copy(update=changes)
 
 
 def check_device(

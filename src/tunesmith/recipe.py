@@ -952,6 +952,76 @@ class Tracking(Section):
     """Project name used by the trackers that have projects."""
 
 
+class Local(Section):
+    """Train in this process, or in those that a launcher has started."""
+
+    kind: Literal["local"] = "local"
+
+
+class Accelerate(Section):
+    """Train in several processes of this machine, one for each device, started by torch's own launcher."""
+
+    kind: Literal["accelerate"] = "accelerate"
+
+    processes: PositiveInt | None = None
+    """Processes that train together, by default one for each GPU. They share the rows of every step, so the batch
+    and the result are those of one process."""
+
+
+class _Cluster(Section):
+    """What the launchers of several nodes share."""
+
+    nodes: PositiveInt = 1
+    """Machines of the cluster."""
+
+    processes_per_node: PositiveInt = 8
+    """Processes on each, one for each of its GPUs."""
+
+
+class Slurm(_Cluster):
+    """Write a batch script with which SLURM trains the recipe on nodes that share their folders."""
+
+    kind: Literal["slurm"] = "slurm"
+
+    time: str = "24:00:00"
+    """Longest time of the job, as SLURM writes it; a run that it ends goes on when the job is submitted again."""
+
+    partition: str | None = None
+    """Partition of the cluster."""
+
+    account: str | None = None
+    """Account that is charged."""
+
+    setup: list[str] = []
+    """Lines of shell that make torchrun and tunesmith known on a node, such as `module load` and `source`."""
+
+
+class Kubernetes(_Cluster):
+    """Write a TrainJob with which Kubeflow Trainer trains the recipe on Kubernetes."""
+
+    kind: Literal["kubernetes"] = "kubernetes"
+
+    image: str = "tunesmith:latest"
+    """Container image with tunesmith and torch."""
+
+    namespace: str = "default"
+    """Namespace of the job."""
+
+    runtime: str = "torch-distributed"
+    """Training runtime of the cluster that starts torch on the nodes."""
+
+    claim: str = "tunesmith-runs"
+    """Persistent volume claim (ReadWriteMany) that holds runs and prepared data."""
+
+    folder: str = "/runs"
+    """Where the claim is mounted; the run's folder is made in it."""
+
+    device: str = "nvidia.com/gpu"
+    """What a process is given, by the cluster's name of it."""
+
+
+Launch = Annotated[Local | Accelerate | Slurm | Kubernetes, Field(discriminator="kind")]
+
 Method = Annotated[
     SFT | Seq2Seq | DPO | KTO | ORPO | CPO | SimPO | RewardModel | GRPO | RLOO | PPO,
     Field(discriminator="kind"),
@@ -982,6 +1052,7 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     export: Export = Export()
     tracking: Tracking = Tracking()
+    launch: Launch = Local()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,21 @@ def nothing(recipe: Recipe) -> None:
     """Check nothing."""
 
 
+def apart(section: Any) -> str | None:
+    """Why a method's loss cannot be worked out in parts by several processes: nothing speaks against it."""
+    return None
+
+
+def together(section: Any) -> str | None:
+    """The same of a method whose rows need one another."""
+    return "the loss of a row depends on the others of its batch, which several processes would part"
+
+
+def drawn(section: Any) -> str | None:
+    """The same of a method that learns from answers of the model."""
+    return "its answers are drawn one after the other from one stream of random numbers"
+
+
 def unchanged(section: Any, training: Training, num_examples: int) -> tuple[Training, int, list[Decision]]:
     """The training section as it is."""
     return training, 1, []
@@ -51,6 +66,8 @@ class Method:
     """Whether it learns from answers of the model, of which it keeps samples itself."""
     any_order: bool = True
     """Whether its rows may come in any order."""
+    alone: Callable[[Any], str | None] = apart
+    """Why it is trained by one process alone, from its section; None where several give what one gives."""
     check: Callable[[Recipe], None] = nothing
     """Refuses, before anything is read, a recipe that cannot be carried out."""
     settled: Callable[..., tuple[Training, int, list[Decision]]] = unchanged
@@ -86,6 +103,7 @@ METHODS = {
         encoded=preferred.encoded_pairs,
         in_pairs=True,
         check=preferred.check_reference,
+        alone=lambda section: together(section) if section.sft_weight else None,
     ),
     "kto": Method(
         "kto",
@@ -96,6 +114,7 @@ METHODS = {
         encoded=preferred.encoded,
         any_order=False,
         check=kto.check,
+        alone=together,
     ),
     "orpo": Method(
         "orpo",
@@ -105,6 +124,7 @@ METHODS = {
         template=sft.template,
         encoded=preferred.encoded_pairs,
         in_pairs=True,
+        alone=together,
     ),
     "cpo": Method(
         "cpo",
@@ -114,6 +134,7 @@ METHODS = {
         template=sft.template,
         encoded=preferred.encoded_pairs,
         in_pairs=True,
+        alone=together,
     ),
     "simpo": Method(
         "simpo",
@@ -123,6 +144,7 @@ METHODS = {
         template=sft.template,
         encoded=preferred.encoded_pairs,
         in_pairs=True,
+        alone=together,
     ),
     "reward": Method(
         "reward",
@@ -144,6 +166,7 @@ METHODS = {
         settled=sampled.settled,
         draws=True,
         any_order=False,
+        alone=drawn,
         check=sampled.check,
     ),
     "rloo": Method(
@@ -156,6 +179,7 @@ METHODS = {
         settled=sampled.settled,
         draws=True,
         any_order=False,
+        alone=drawn,
         check=sampled.check,
     ),
     "ppo": Method(
@@ -168,6 +192,7 @@ METHODS = {
         settled=ppo.settled,
         draws=True,
         any_order=False,
+        alone=drawn,
         check=ppo.check,
     ),
 }

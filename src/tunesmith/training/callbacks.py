@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from tunesmith import ranks
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.errors import INTERRUPTED, TERMINATED, Terminated, TrainingDiverged
 from tunesmith.evaluation.metrics import METRICS
@@ -253,11 +254,12 @@ class LastStep(TrainerCallback):  # type: ignore[misc]
 class StopOnRequest(TrainerCallback):  # type: ignore[misc]
     """Turns the first Ctrl-C or SIGTERM into: finish this step, save, stop. The second one stops at once.
 
-    Use as a context manager around the training; outside the main thread it only listens to `stop()`.
+    Use as a context manager around the training; outside the main thread it only listens to `stop()`. Of several
+    processes each stops where any one was asked to.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.is_agreed = False
         self.exit_code = INTERRUPTED
         self._before: dict[int, Any] = {}
 
@@ -278,9 +280,14 @@ class StopOnRequest(TrainerCallback):  # type: ignore[misc]
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def agreed(self) -> bool:
+        """Whether to stop now; all processes of a run ask at the same places."""
+        self.is_agreed = self.is_agreed or ranks.any_of(self.requested)
+        return self.is_agreed
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop at a step's end, where the state is whole."""
-        if self.requested:
+        if self.agreed():
             control.should_save = True
             control.should_training_stop = True
 

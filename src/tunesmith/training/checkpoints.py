@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from tunesmith import ranks
 from tunesmith.errors import (
     OutOfResources,
     RunError,
@@ -267,8 +268,11 @@ def _environment() -> dict[str, Any]:
 
 def environment_differences(folder: Path) -> list[str]:
     """What of machine and packages is not as it was when a checkpoint was written, with both values."""
-    before, now = manifest(folder).get("environment", {}), _environment()
+    content = manifest(folder)
+    before, now = content.get("environment", {}), _environment()
     flat = [{**e, **e.get("packages", {})} for e in (before, now)]
+    for facts, count in zip(flat, (content.get("processes", 1), ranks.count()), strict=True):
+        facts["the number of processes"] = count
     names = sorted((flat[0].keys() | flat[1].keys()) - {"packages"})
     return [
         f"{name} was {flat[0].get(name)}, is {flat[1].get(name)}"
@@ -361,7 +365,7 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
             try:
                 self._save_staged(model, trial)
             except BaseException as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or ranks.count() > 1:
                     raise
                 free_memory()
                 run.event(
@@ -376,24 +380,30 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
         def _save_staged(self, model: Any, trial: Any) -> None:
             step = self.state.global_step
             staging = Path(self.args.output_dir) / f"checkpoint-{step}"
-            shutil.rmtree(staging, ignore_errors=True)
+            with ranks.first() as mine:
+                if mine:
+                    shutil.rmtree(staging, ignore_errors=True)
             try:
                 with state.undisturbed():
                     super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    losses = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
-                    facts = {"step": step, "validation_loss": losses[-1] if losses else None}
-                    commit(staging, folder_of(run, step), {**facts, "environment": _environment()})
+                with ranks.first() as mine:
+                    if mine:
+                        losses = [
+                            entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry
+                        ]
+                        facts = {"step": step, "validation_loss": losses[-1] if losses else None}
+                        facts |= {"processes": ranks.count(), "environment": _environment()}
+                        commit(staging, folder_of(run, step), facts)
             except Exception as error:
-                shutil.rmtree(staging, ignore_errors=True)
+                if ranks.is_first():
+                    shutil.rmtree(staging, ignore_errors=True)
                 if mended := unwritten(error, run.path, f"The checkpoint of step {step}"):
                     raise mended from error
                 raise
-            if self.args.should_save:
-                rotate(run, keep=keep, written=step)
-                run.event("checkpoint", step=step, folder=folder_of(run, step).name)
-            self.accelerator.wait_for_everyone()
+            with ranks.first() as mine:
+                if mine:
+                    rotate(run, keep=keep, written=step)
+                    run.event("checkpoint", step=step, folder=folder_of(run, step).name)
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """None of TRL's with each checkpoint: the run's card comes from us."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith import ranks
 from tunesmith.errors import Interrupted, MissingExtra
 from tunesmith.models import PRINCIPAL
 from tunesmith.plan import Plan
@@ -48,7 +49,11 @@ def arguments(
 
     Everything that differs between TRL and transformers by default is set, so that neither decides.
     """
+    several = (
+        {} if ranks.count() == 1 else {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
+    )
     return {
+        **several,
         "output_dir": str(staging),
         "run_name": name,
         "project": tracking.project,
@@ -122,23 +127,32 @@ def fit(
     called after each step and batch of a validation, to hand back what was read for it.
     `pace` is told what the first steps took (`callbacks.Pace`), `tokens_per_step` being those of a mean one.
     Raises Interrupted after a stop on request, its state saved, and TrainingDiverged before a bad update.
+
+    Of several processes each takes its share of the steps; the first one writes, and the others are done when the steps
+    are: what they give is of no use.
     """
     from transformers.trainer_callback import PrinterCallback
 
     from tunesmith.training import callbacks, steps
+    from tunesmith.training.order import deal
+    from tunesmith.training.state import seed_apart
     from tunesmith.training.validating import measuring
     from tunesmith.training.watching import Watching
 
-    checkpoints.clean(run)
+    is_first = ranks.is_first()
     # These starts change the base weights; their adapters are saved as plain LoRA of twice the rank.
     initial = run.path / "initial_adapter" if adapter_init in PRINCIPAL else None
-    if initial:
-        _save_initial_adapter(trainer.model, initial)
-    info = run.read(f"best_model/{BEST}") if checkpoint else None
-    if info and checkpoint and info["step"] > checkpoints.step_of(checkpoint):
-        info = None  # the best model of steps that are about to be repeated
-    if not info:
-        shutil.rmtree(run.best_model, ignore_errors=True)
+    info = None
+    if is_first:
+        checkpoints.clean(run)
+        if initial:
+            _save_initial_adapter(trainer.model, initial)
+        info = run.read(f"best_model/{BEST}") if checkpoint else None
+        if info and checkpoint and info["step"] > checkpoints.step_of(checkpoint):
+            info = None  # the best model of steps that are about to be repeated
+        if not info:
+            shutil.rmtree(run.best_model, ignore_errors=True)
+    info = ranks.shared(info)
 
     by = training.best_by
 
@@ -170,15 +184,22 @@ def fit(
         data = trainer.train_dataset
         trainer.rows_of = lambda number: [int(input_rows[n]) for n in steps.encoded_numbers(data, number)]
     numbers = callbacks.FiniteLoss(trainer.require_numbers)
-    for callback in (events, best, callbacks.LastStep(), stop, numbers, Watching(run)):
+    for callback in (
+        *([events] if is_first else []),
+        best,
+        callbacks.LastStep(),
+        stop,
+        numbers,
+        Watching(run),
+    ):
         trainer.add_callback(callback)
     if release:
         trainer.add_callback(callbacks.Releasing(release))
-    if pace:
+    if pace and is_first:
         trainer.add_callback(callbacks.Pace(pace, tokens_per_step=tokens_per_step))
-    if samples:
+    if samples and is_first:
         trainer.add_callback(callbacks.Samples(run, trainer.processing_class, samples, max_new_tokens))
-    if tensorboard:
+    if tensorboard and is_first:
         from torch.utils.tensorboard import SummaryWriter
         from transformers.integrations import TensorBoardCallback
 
@@ -193,17 +214,24 @@ def fit(
             reason="the newest whole checkpoint, or the one named",
         )
     started = time.perf_counter()
-    trainer.stop_requested = lambda: stop.requested
+    trainer.stop_requested = stop.agreed
+    if ranks.count() > 1:
+        assert trainer.splits, "a loss that can be worked out in parts"
+        deal(trainer, ranks.count())
+        seed_apart(training.seed)
     with stop:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    if is_first:
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
     is_open = trainer.state.global_step < trainer.state.max_steps or trainer._owes_evaluation
-    if stop.requested and is_open:
+    if (stop.requested if ranks.count() == 1 else stop.is_agreed) and is_open:
         raise Interrupted(
             f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the state is saved.",
             fix=f"tunesmith resume {run.path}",
             exit_code=stop.exit_code,
         )
+    if not is_first:
+        return Fit(run.final_model, trainer.state.global_step, 0, None, None, 0.0, 0, 0)
     info = run.read(f"best_model/{BEST}")
     if not (training.load_best_model_at_end and info):
         info = {"step": trainer.state.global_step, "eval_loss": None}

@@ -1,4 +1,5 @@
-"""The order of the training rows: batches of like length, the same ones whenever the same epoch is trained."""
+"""The order of the training rows: batches of like length, the same ones whenever the same epoch is trained, and the
+same rows in a step however many processes share them."""
 
 from __future__ import annotations
 
@@ -53,8 +54,73 @@ class ByLength:
         return iter(by_length(self.lengths, self.batch_size, seed=self.seed, epoch=self.epoch))
 
 
-def order_by_length(trainer: Any, lengths: Sequence[int]) -> None:
+def order_by_length(trainer: Any, lengths: Sequence[int], batch_size: int) -> None:
     """Have a trainer that has not started take its rows, of these lengths, in batches of like length."""
-    sampler = ByLength(lengths, trainer.args.per_device_train_batch_size, seed=trainer.args.seed)
+    sampler = ByLength(lengths, batch_size, seed=trainer.args.seed)
     assert len(trainer.train_dataset) == len(lengths), "a length for every row"
     trainer._get_train_sampler = lambda dataset=None: sampler
+
+
+class Dealt:
+    """An order of rows for several processes: batches that they take in turn, so that a step has the rows that it has
+    in one process.
+
+    `inner` is the order, `step` the rows of an optimizer step, `batch` those of one process's batch. What the last step
+    of a pass has too few of is spread over the processes. A negative number, `-1 - row`, stands for a row that
+    fills a place and counts for nothing: every process takes as many batches as the others.
+    """
+
+    def __init__(self, inner: Any, *, step: int, batch: int, processes: int) -> None:
+        assert step % (batch * processes) == 0, "a step is dealt evenly"
+        self.inner, self.step, self.batch, self.processes = inner, step, batch, processes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Whose order comes next."""
+        if hasattr(self.inner, "set_epoch"):
+            self.inner.set_epoch(epoch)
+
+    def _last(self) -> tuple[int, int]:
+        """Rows of the last step that is not full, and the batches that they become."""
+        rest = len(self.inner) % self.step
+        return rest, -(-rest // (self.batch * self.processes)) * self.processes
+
+    def __len__(self) -> int:
+        rest, batches = self._last()
+        return len(self.inner) - rest + batches * self.batch
+
+    def __iter__(self) -> Iterator[int]:
+        rest, batches = self._last()
+        rows = iter(self.inner)
+        for _ in range(len(self.inner) - rest):
+            yield next(rows)
+        left = list(rows)
+        for place in range(batches):
+            part = left[-(-place * rest // batches) : -(-(place + 1) * rest // batches)]
+            yield from part
+            yield from [-1 - left[0]] * (self.batch - len(part))
+
+
+def deal(trainer: Any, processes: int) -> None:
+    """Have a trainer that has not started take its share of the rows of every step and of every validation.
+
+    Its order stays that of one process, drawn from the same seed.
+    """
+    import torch
+    from accelerate.data_loader import SeedableRandomSampler
+    from torch.utils.data import RandomSampler
+
+    args, seed, theirs = trainer.args, torch.random.initial_seed(), trainer._get_train_sampler
+
+    def ordered(dataset: Any = None) -> Dealt:
+        inner = theirs(dataset)
+        if isinstance(inner, RandomSampler):
+            inner = SeedableRandomSampler(inner.data_source, data_seed=seed)
+        batch = args.per_device_train_batch_size
+        step = batch * args.gradient_accumulation_steps * processes
+        return Dealt(inner, step=step, batch=batch, processes=processes)
+
+    def in_turn(dataset: Any) -> Dealt:
+        batch = args.per_device_eval_batch_size
+        return Dealt(range(len(dataset)), step=batch * processes, batch=batch, processes=processes)
+
+    trainer._get_train_sampler, trainer._get_eval_sampler = ordered, in_turn

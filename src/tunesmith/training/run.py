@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from tunesmith.compose import as_yaml, read_layer, validated
 from tunesmith.errors import RunError, nearest
-from tunesmith.launch import loading
+from tunesmith.libraries import loading
 from tunesmith.recipe import Data, Recipe
 
 State = Literal["done", "failed", "interrupted"]
@@ -59,6 +59,8 @@ class Run:
 
     path: Path
     watch: Watch = field(default=_silent, compare=False)
+    is_read_only: bool = False
+    """Whether nothing is written: another process writes this run."""
 
     @property
     def checkpoints(self) -> Path:
@@ -87,6 +89,8 @@ class Run:
 
     def event(self, kind: str, *, step: int | None = None, **fields: Any) -> None:
         """Append one event to events.jsonl and tell the watcher."""
+        if self.is_read_only:
+            return
         event = {"time": round(time.time(), 3), "kind": kind, "step": step, **fields}
         line = json.dumps(event, ensure_ascii=False, default=str) + "\n"
         with (self.path / "events.jsonl").open("ab+") as file:
@@ -99,6 +103,8 @@ class Run:
 
     def progress(self, stage: str, done: float, total: float, **fields: Any) -> None:
         """Tell the watcher how far a stage is; nothing is kept."""
+        if self.is_read_only:
+            return
         self.watch({"kind": "progress", "stage": stage, "done": done, "total": total, **fields})
 
     def events(self) -> list[dict[str, Any]]:
@@ -114,6 +120,8 @@ class Run:
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> Path:
         """Write a file of the run in one piece: temporary name, flush, rename."""
+        if self.is_read_only:
+            return self.path / name
         text = (
             content
             if isinstance(content, str)

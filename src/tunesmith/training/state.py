@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from tunesmith import ranks
 from tunesmith.errors import MissingExtra, RunError
 
 NUMBERS, TENSORS = "training_state.json", "training_state.safetensors"
@@ -30,6 +31,9 @@ LOOP = (
 """Sums that the trainers keep from step to step: the loss since the last log, measures not logged yet, tokens; the
 rows of a forward pass that memory was enough for; and whether a validation was broken off by a stop."""
 
+
+APART = 1_000_003
+"""What the seeds of two processes differ by: more than anybody counts seeds up."""
 
 QUANTIZED = {"OptimState8bit": "subclass_8bit", "OptimState4bit": "subclass_4bit"}
 """Tensors of torchao's optimizers that are several in one, and where in its `optim` they are."""
@@ -109,14 +113,25 @@ def _quantized(kind: str, parts: Mapping[str, torch.Tensor], attributes: Sequenc
 
 
 def write(trainer: Any, folder: Path) -> None:
-    """Write all of a trainer's state but the weights and its log into a checkpoint's folder."""
+    """Write all of a trainer's state but the weights and its log into a checkpoint's folder.
+
+    All processes of a run call it; the first one writes, with the random numbers of each.
+    """
     scaler = getattr(trainer.accelerator, "scaler", None)
+    random_numbers = ranks.gathered(randomness())
+    loop = {name: getattr(trainer, name) for name in LOOP if hasattr(trainer, name)}
+    if ranks.count() > 1 and isinstance(loop.get("_tr_loss"), torch.Tensor):
+        # Each has a part of it, and the log takes their mean.
+        [total] = ranks.summed([float(loop["_tr_loss"])])
+        loop["_tr_loss"] = torch.full_like(loop["_tr_loss"], total / ranks.count())
+    if not ranks.is_first():
+        return
     state = {
         "optimizer": trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
-        "random": randomness(),
-        "loop": {name: getattr(trainer, name) for name in LOOP if hasattr(trainer, name)},
+        "random": random_numbers if ranks.count() > 1 else random_numbers[0],
+        "loop": loop,
     }
     found: dict[str, torch.Tensor] = {}
     tree = packed(state, found, "state")
@@ -181,7 +196,17 @@ def restore_loop(trainer: Any, state: Mapping[str, Any]) -> None:
             _refill(own, value)
         else:
             setattr(trainer, name, value)
-    set_randomness(state["random"])
+    found = state["random"] if isinstance(state["random"], list) else [state["random"]]
+    if ranks.number() < len(found):
+        set_randomness(found[ranks.number()])
+    else:  # there were fewer processes
+        seed_apart(trainer.args.seed + trainer.state.global_step)
+
+
+def seed_apart(seed: int) -> None:
+    """Have each process but the first draw random numbers of its own: dropout is not to fall on the same places."""
+    if ranks.number():
+        torch.manual_seed(seed + APART * ranks.number())
 
 
 def _refill(own: dict[Any, Any], saved: Mapping[Any, Any]) -> None:

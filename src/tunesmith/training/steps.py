@@ -2,6 +2,8 @@
 
 Memory: what the step has done is taken back (gradients, random numbers, sums), its forward passes are made smaller,
 and the same global batch is gone through again. Numbers: losses and gradients are looked at before each update.
+
+A row, or pair, weighs the same wherever it is: in a batch that is not full, and in the process that has fewer of them.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from tunesmith import ranks
 from tunesmith.data.templates import IGNORED
 from tunesmith.errors import OutOfMemory, TrainingDiverged, counted, is_out_of_memory
 from tunesmith.training.checkpoints import free_memory, not_finite
@@ -35,7 +38,11 @@ class Abandoned(Exception):
 
 
 class Numbered:
-    """A data set whose rows know their numbers."""
+    """A data set whose rows know their numbers. Of a number below zero it is the row `-1 - number`, which fills a
+    place (`order.Dealt`)."""
+
+    total_dataset_length = 0
+    """For accelerate, which would take rows of the last batch for repeated ones; those are known by their numbers."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -44,11 +51,11 @@ class Numbered:
         return len(self.dataset)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return {**self.dataset[number], ROW: number}
+        return {**self.dataset[_place(number)], ROW: number}
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        fetch = getattr(self.dataset, "__getitems__", None)
-        rows = fetch(list(numbers)) if fetch else [self.dataset[number] for number in numbers]
+        fetch, places = getattr(self.dataset, "__getitems__", None), [_place(number) for number in numbers]
+        rows = fetch(places) if fetch else [self.dataset[place] for place in places]
         return [{**row, ROW: number} for row, number in zip(rows, numbers, strict=True)]
 
     def __getattr__(self, name: str) -> Any:
@@ -57,8 +64,13 @@ class Numbered:
         return getattr(self.dataset, name)
 
 
+def _place(number: int) -> int:
+    return -1 - number if number < 0 else number
+
+
 class Numbering:
-    """A collator that carries the numbers of the rows into the batch."""
+    """A collator that carries the numbers of the rows into the batch. Rows that fill places stay out where there is
+    another one."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
@@ -69,6 +81,7 @@ class Numbering:
 
         if not rows or not isinstance(rows[0], dict) or ROW not in rows[0]:
             return self.collate(rows)
+        rows = [row for row in rows if row[ROW] >= 0] or rows[:1]
         numbers = [row[ROW] for row in rows]
         batch = self.collate([{name: value for name, value in row.items() if name != ROW} for row in rows])
         if isinstance(batch, Mapping):
@@ -82,6 +95,23 @@ def number_rows(trainer: Any) -> None:
     if len(data) and isinstance(data[0], dict) and not isinstance(data, Numbered):
         trainer.train_dataset = Numbered(data)
         trainer.data_collator = Numbering(trainer.data_collator)
+        if trainer.eval_dataset is not None and ranks.count() > 1:
+            trainer.eval_dataset = Numbered(trainer.eval_dataset)
+
+
+def _fills(batch: Any) -> bool:
+    """Whether a batch with numbers has but a row that fills a place."""
+    numbers = batch.get(ROW) if isinstance(batch, Mapping) else None
+    return numbers is not None and len(numbers) == 1 and int(numbers[0]) < 0
+
+
+def _without_labels(batch: Any) -> Any:
+    """A batch that fills a place, with no label that would count."""
+    import torch
+
+    if not _fills(batch) or "labels" not in batch:
+        return batch
+    return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
 
 def _taken_out(batch: Any) -> list[int]:
@@ -127,6 +157,12 @@ def size_of(batch: Mapping[str, Any], splits: Splits) -> int:
     return len(ids) // (2 if splits == "pairs" else 1)
 
 
+def weight(batch: Mapping[str, Any], splits: Splits) -> float:
+    """What a batch's mean loss weighs in a step: its labels, or its rows or pairs where it has none."""
+    labels = batch.get("labels") if splits == "rows" else None
+    return float((labels != IGNORED).sum()) if labels is not None else float(size_of(batch, splits))
+
+
 def parts(batch: Mapping[str, Any], splits: Splits, rows: int) -> Iterator[tuple[dict[str, Any], float]]:
     """A batch in parts of at most so many rows, each with its share in a loss that is a mean over the batch."""
     import torch
@@ -156,6 +192,10 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
     class GuardedTrainer(trainer_class):  # type: ignore[misc]
         current_gradient_accumulation_steps: float
         splits: Splits
+        _judged: Sequence[float] = (0.0, 0.0)
+        """Of a validation on pairs in several processes: the sum of losses and the number of pairs."""
+        _parted: Sequence[float] = ()
+        """By what the mean loss of each batch of a step is divided, so that a row weighs the same in all of them."""
         _micro_rows: int | None = None
         """Most rows of a forward pass, once memory was not enough for all of a batch's."""
         _owes_evaluation = False
@@ -164,9 +204,21 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
         rows_of: Callable[[int], list[int]] | None = None
         """Gives the running numbers of the input rows behind a row of the training data; for errors."""
 
+        def _get_num_items_in_batch(self, batches: list[Any], device: Any) -> Any:
+            if ranks.count() > 1:
+                batches[:] = [_without_labels(batch) for batch in batches]
+            return super()._get_num_items_in_batch(batches, device)
+
         def get_batch_samples(self, *given: Any, **named: Any) -> Any:
             batches, items = super().get_batch_samples(*given, **named)
+            fills = [_fills(batch) for batch in batches]
             self._numbers = [_taken_out(batch) for batch in batches]
+            self._parted = []
+            if items is None and splits is not None:
+                own = [0.0 if fill else weight(b, splits) for b, fill in zip(batches, fills, strict=True)]
+                [total] = ranks.summed([sum(own)])
+                # DDP takes the mean over the processes.
+                self._parted = [total / (part * ranks.count()) if part else math.inf for part in own]
             self._before: dict[str, Any] | None = None
             self._seen: list[Any] = []
             self._losses: list[Any] = []
@@ -181,9 +233,8 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             again = False
             while True:
                 try:
-                    for former in self._seen[:-1] if again else ():
-                        self._in_parts(model, former, num_items_in_batch)
-                    loss = self._in_parts(model, inputs, num_items_in_batch)
+                    for place in range(0 if again else len(self._seen) - 1, len(self._seen)):
+                        loss = self._in_parts(model, place, num_items_in_batch)
                     break
                 except Exception as error:
                     if not is_out_of_memory(error):
@@ -197,13 +248,15 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             self._losses.append(loss)
             return loss
 
-        def _in_parts(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Any:
-            rows = self._micro_rows
-            if splits is None or rows is None or size_of(inputs, splits) <= rows:
-                return super().training_step(model, inputs, num_items_in_batch)
-            steps: float = self.current_gradient_accumulation_steps
+        def _in_parts(self, model: Any, place: int, num_items_in_batch: Any) -> Any:
+            rows, inputs = self._micro_rows, self._seen[place]
+            before = self.current_gradient_accumulation_steps
+            steps: float = self._parted[place] if place < len(self._parted) else before
             total: Any = 0.0
             try:
+                if splits is None or rows is None or size_of(inputs, splits) <= rows:
+                    self.current_gradient_accumulation_steps = steps
+                    return super().training_step(model, inputs, num_items_in_batch)
                 for part, share in parts(inputs, splits, rows):
                     if not share:
                         continue
@@ -211,8 +264,15 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
                     self.current_gradient_accumulation_steps = steps / share
                     total = total + super().training_step(model, part, num_items_in_batch)
             finally:
-                self.current_gradient_accumulation_steps = steps
+                self.current_gradient_accumulation_steps = before
             return total
+
+        def _track_num_input_tokens(self, inputs: Any) -> None:
+            if ranks.count() > 1 and "attention_mask" in inputs:
+                numbers = self._numbers[len(self._seen) - 1]
+                if numbers and numbers[0] < 0:
+                    inputs = {**inputs, "attention_mask": inputs["attention_mask"] * 0}
+            super()._track_num_input_tokens(inputs)
 
         def _rewind(self) -> None:
             """Random numbers and counts as they were before the step."""
@@ -226,6 +286,13 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             step = self.state.global_step + 1
             rows = max((size_of(batch, splits) for batch in self._seen), default=1) if splits else 1
             rows = min(rows, self._micro_rows or rows)
+            if ranks.count() > 1:
+                raise OutOfMemory(
+                    f"The memory is not enough for step {step} in process {ranks.number()} of {ranks.count()}.",
+                    found=f"the others are in the midst of the same step, which one alone cannot take back; {said[:200]}",
+                    fix="Lower per_device_train_batch_size and raise gradient_accumulation_steps, add "
+                    "--gradient-checkpointing, lower --max-length, or use --lora; then resume.",
+                )
             if rows < 2:
                 longest = max((batch["input_ids"].shape[-1] for batch in self._seen if splits), default=None)
                 why = (
@@ -257,16 +324,30 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
                 _count_back(self, told)
                 raise
 
+        def evaluation_loop(self, *given: Any, **named: Any) -> Any:
+            self._judged = [0.0, 0.0]
+            found = super().evaluation_loop(*given, **named)
+            if ranks.count() > 1 and splits == "pairs":
+                loss, pairs = ranks.summed(self._judged)
+                prefix = named.get("metric_key_prefix", given[4] if len(given) > 4 else "eval")
+                found.metrics[f"{prefix}_loss"] = loss / pairs
+            return found
+
         def prediction_step(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
             if self.stop_requested and self.stop_requested():
                 raise Abandoned
-            inputs = {name: value for name, value in inputs.items() if name != ROW}
+            fills = _fills(inputs)
+            inputs = {name: value for name, value in _without_labels(inputs).items() if name != ROW}
             told = _counted(self)
             try:
-                return super().prediction_step(model, inputs, *given, **named)
+                answer = super().prediction_step(model, inputs, *given, **named)
+                if ranks.count() > 1 and splits == "pairs" and not fills:
+                    pairs = size_of(inputs, splits)
+                    self._judged = [self._judged[0] + float(answer[0]) * pairs, self._judged[1] + pairs]
+                return answer
             except Exception as error:
                 size = size_of(inputs, splits) if splits and is_out_of_memory(error) else 0
-                if size < 2:
+                if size < 2 or ranks.count() > 1:
                     raise
             _count_back(self, told)
             free_memory()
@@ -298,6 +379,12 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             if good and not bad:
                 return
             weight = not_finite(self.model)
+            if ranks.count() > 1:
+                # The gradient is that of all processes, so all of them are here, if it is the gradient.
+                blamed = ranks.gathered((bad, self._numbers)) if not good else [(bad, self._numbers)]
+                found = [n for places, numbers in blamed for place in places for n in numbers[place]]
+                every = [n for _, numbers in blamed for part in numbers for n in part]
+                self._numbers, bad = [[n for n in found or every if n >= 0]], [0] if found else []
             what = "The weights are" if weight else "The loss is" if bad else "The gradient is"
             raise TrainingDiverged(
                 f"{what} {'no longer numbers' if weight else 'not a number'} at step {self.state.global_step + 1}; "
@@ -310,7 +397,9 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
         def _blamed(self, places: Sequence[int], *, is_weight: bool) -> str | None:
             """The rows of some forward passes of the step by file and number, those that are bad alone where any is."""
             numbers = [n for place in places if place < len(self._numbers) for n in self._numbers[place]]
-            alone = [] if is_weight or splits is None else self._bad_alone(places)
+            # One process cannot try rows by itself: what is counted of a loss is counted by all of them.
+            is_alone = ranks.count() == 1 and not is_weight and splits is not None
+            alone = self._bad_alone(places) if is_alone else []
             if self.rows_of is None or not numbers:
                 return None
             rows = [row for number in alone or numbers for row in self.rows_of(number)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
+from tunesmith import ranks
 from tunesmith.data.cache import Encodings
 from tunesmith.data.templates import IGNORED
 from tunesmith.generation import generate
@@ -33,10 +34,12 @@ def token_weighted(trainer_class: type) -> type:
             ignore_keys: list[str] | None = None,
             metric_key_prefix: str = "eval",
         ) -> Any:
-            self._loss_sum, self._num_labels = 0.0, 0
+            self._loss_sum, self._num_labels = 0.0, 0.0
             found = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
+            # DDP's processes have some of the rows each.
+            self._loss_sum, self._num_labels = ranks.summed([self._loss_sum, self._num_labels])
             if self._num_labels:
                 found.metrics[f"{metric_key_prefix}_loss"] = self._loss_sum / self._num_labels
             return found
@@ -58,13 +61,15 @@ def token_weighted(trainer_class: type) -> type:
 def measuring(trainer: Any, measure: Callable[[Any], Mapping[str, float]]) -> None:
     """Have a trainer's validations measure the model as well: what `measure` gives of it is logged beside the loss.
 
-    It must draw no random numbers of training's stream, so that training goes on as if nothing had been measured.
+    It must draw no random numbers of training's stream, so that training goes on as if nothing had been measured. Of
+    several processes the first one measures, and tells the others.
     """
     log = trainer.log
 
     def with_measures(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "eval_loss" in logs:  # one dictionary serves the log and the callbacks behind it
-            found = measure(trainer.accelerator.unwrap_model(trainer.model))
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            found = ranks.shared(dict(measure(model)) if ranks.is_first() else None)
             logs.update({f"eval_{name}": value for name, value in found.items()})
         log(logs, *args, **kwargs)
 

@@ -1,0 +1,125 @@
+"""What a command loads before it works, and how it loads that quickly."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+HIDDEN = ("bitsandbytes", "scipy")
+"""Packages that no training needs while its libraries are loaded."""
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Libraries load faster in here: the garbage collector rests, some packages count as not installed, and which are
+    is only looked up for those that are asked about.
+
+    The collector would go through all that is loaded again and again, and find nothing. PEFT imports bitsandbytes for
+    any adapter, and that torch's compiler, while only QLoRA uses it: what loads a quantized model stays outside.
+    transformers imports scipy for the losses of models that find objects in pictures. What was asked meanwhile about
+    what is installed is forgotten afterwards.
+    """
+    collects, hidden = gc.isenabled(), [name for name in HIDDEN if name not in sys.modules]
+    gc.disable()
+    installed = metadata.packages_distributions
+    metadata.packages_distributions = functools.partial(Installed, installed)
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        metadata.packages_distributions = installed
+        for name in hidden:
+            del sys.modules[name]
+        for module, questions in ASKED.items() if hidden else ():
+            for name in questions if module in sys.modules else ():
+                getattr(sys.modules[module], name).cache_clear()
+        if "scipy" in hidden:
+            _give_assignment()
+        if collects:
+            gc.enable()
+
+
+class Installed(dict[str, list[str]]):
+    """By importable name the distributions it comes from, for the names that are asked for.
+
+    TRL and transformers want the versions of a few packages, for which Python would read the list of files of every
+    package there is. Both take the distribution of the package's own name first.
+    """
+
+    def __init__(self, look: Callable[[], Mapping[str, list[str]]]) -> None:
+        super().__init__()
+        self._look: Callable[[], Mapping[str, list[str]]] | None = look
+
+    def __missing__(self, name: str) -> list[str]:
+        own = name.replace("_", "-")
+        try:
+            self[name] = [metadata.distribution(own).metadata["Name"]]
+        except metadata.PackageNotFoundError:
+            self._complete()
+            if name not in self.keys():
+                raise KeyError(name) from None
+        return self[name]
+
+    def _complete(self) -> None:
+        look, self._look = self._look, None
+        if look:
+            self.update(look())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of any mapping."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+
+ASKED = {
+    "peft.import_utils": ("is_bnb_available", "is_bnb_4bit_available"),
+    "transformers.utils.import_utils": ("is_bitsandbytes_available", "is_scipy_available"),
+}
+"""Functions that keep whether a hidden package is installed."""
+
+ASSIGNS = "linear_sum_assignment"
+
+
+def _give_assignment() -> None:
+    """Give transformers' losses of found objects the function of scipy that they would have imported."""
+    if importlib.util.find_spec("scipy") is None:
+        return
+
+    def assigned(*args: Any, **kwargs: Any) -> Any:
+        from scipy.optimize import linear_sum_assignment
+
+        return linear_sum_assignment(*args, **kwargs)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers.loss.") and hasattr(module, "is_scipy_available"):
+            vars(module).setdefault(ASSIGNS, assigned)
+
+
+_owned: list[bool] = []
+
+
+def own_process() -> None:
+    """Say that this process is the command's, and runs nothing of anybody else."""
+    _owned[:] = [True]
+
+
+def load_libraries() -> None:
+    """Import at once what every training uses; call `training.fit.quiet_libraries` before."""
+    with loading():
+        names = ("datasets", "peft", "transformers.trainer", "trl.trainer.sft_trainer", "hamilton.driver")
+        for name in names:
+            importlib.import_module(name)
+        if _owned:
+            # Half a million objects that stay to the end: each search for cycles, of which accelerate and checkpoints
+            # ask for some, would go through all of them. In another's process they may be more than libraries.
+            gc.freeze()

@@ -1,0 +1,162 @@
+"""Files with which a cluster runs a recipe, checked by what reads them: bash, YAML, and the fields of a TrainJob."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tunesmith import api
+from tunesmith.cli import app
+from tunesmith.compose import compose
+from tunesmith.errors import RecipeError
+from tunesmith.recipe import Recipe
+
+SLURM = {
+    "kind": "slurm", "nodes": 2, "processes_per_node": 4, "time": "01:00:00", "partition": "gpu",
+    "setup": ["source env/bin/activate"],
+}  # fmt: skip
+KUBERNETES = {"kind": "kubernetes", "nodes": 2, "processes_per_node": 4, "image": "registry/tunesmith:1"}
+
+TRAIN_JOB = {
+    "runtimeRef": {"name": str},
+    "trainer": {
+        "image": str, "command": [str], "args": [str], "numNodes": int, "numProcPerNode": int,
+        "resourcesPerNode": {"limits": dict}, "env": [{"name": str, "value": str}],
+    },
+    "runtimePatches": [{"manager": str, "trainingRuntimeSpec": {"template": dict}}],
+}  # fmt: skip
+"""The fields of a TrainJob (trainer.kubeflow.org/v1alpha1, Kubeflow Trainer 2.2) that a job of ours may have."""
+
+
+def fits(value, shape) -> bool:
+    if isinstance(shape, type):
+        return isinstance(value, shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(part, shape[0]) for part in value)
+    return isinstance(value, dict) and all(
+        name in shape and fits(v, shape[name]) for name, v in value.items()
+    )
+
+
+@pytest.fixture
+def asked(tmp_path):
+    def made(section, **more):
+        training = {"gradient_accumulation_steps": 8, "per_device_train_batch_size": 2}
+        return compose(
+            {"name": "A run_1", "output_dir": str(tmp_path / "my runs"), "launch": section, "training": training, **more}
+        ).recipe  # fmt: skip
+
+    return made
+
+
+def in_bash(text: str) -> None:
+    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_batch_script_is_bash_and_asks_for_what_the_recipe_says(asked, tmp_path):
+    made = api.job(asked(SLURM), tmp_path / "job")
+    script = made.files["job.sbatch"]
+    in_bash(script)
+    assert script.startswith("#!/bin/bash\n#SBATCH ")
+    for line in (
+        "--nodes=2",
+        "--gpus-per-node=4",
+        "--ntasks-per-node=1",
+        "--time=01:00:00",
+        "--partition=gpu",
+    ):
+        assert f"#SBATCH {line}\n" in script
+    assert "account" not in script
+    assert "source env/bin/activate\n" in script
+    assert '--nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 4' in script
+    assert made.submit == "sbatch job.sbatch"
+    inner = Recipe.model_validate(yaml.safe_load(made.files["recipe.yaml"]))
+    assert inner.launch.kind == "local", "the nodes train"
+
+
+def test_a_batch_script_starts_a_run_and_goes_on_with_one_that_is_there(asked, tmp_path):
+    """With programs that say what they were called with in the place of SLURM's and torch's."""
+    recipe = asked({**SLURM, "setup": []})
+    (tmp_path / "bin").mkdir()
+    for name, text in {"scontrol": "echo node7; echo node8", "srun": 'printf "%s\\n" "$@"'}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    given = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "5"}
+    environment = {**os.environ, **given, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+    def called() -> list[str]:
+        text = api.job(recipe, tmp_path / "a job").files["job.sbatch"]
+        done = subprocess.run(
+            ["bash"], input=text, capture_output=True, text=True, env=environment, check=True
+        )
+        return done.stdout.splitlines()
+
+    words = called()
+    assert words[0] == "torchrun"
+    assert words[words.index("--rdzv-endpoint") + 1] == "node7:29500"
+    assert words[-4:] == ["train", str(tmp_path / "a job" / "recipe.yaml"), "--launch", "local"]
+    run = tmp_path / "my runs" / "A run_1"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").touch()
+    assert called()[-2:] == ["resume", str(run)]
+
+
+def test_a_train_job_has_the_fields_of_its_kind_and_a_recipe_that_trains_in_the_pods(asked, tmp_path):
+    made = api.job(asked(KUBERNETES), tmp_path)
+    config, job = yaml.safe_load_all(made.files["trainjob.yaml"])
+    assert (config["apiVersion"], config["kind"]) == ("v1", "ConfigMap")
+    assert (job["apiVersion"], job["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
+    assert job["metadata"] == config["metadata"] == {"name": "a-run-1", "namespace": "default"}
+    assert fits(job["spec"], TRAIN_JOB)
+    trainer = job["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 4)
+    assert trainer["resourcesPerNode"] == {"limits": {"nvidia.com/gpu": 4}}
+    in_bash(trainer["args"][0])
+    assert "exec torchrun -m tunesmith" in trainer["args"][0]
+    [patch] = job["spec"]["runtimePatches"]
+    [node] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = node["template"]["spec"]["template"]["spec"]
+    mounted = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounted.keys() == {volume["name"] for volume in pod["volumes"]}
+    inner = Recipe.model_validate(yaml.safe_load(config["data"]["recipe.yaml"]))
+    assert (inner.launch.kind, inner.output_dir) == ("local", mounted["runs"])
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("Chat_Data", "chat-data"), ("7b", "run-7b"), ("x" * 90, "x" * 55), ("é", "run")]
+)
+def test_names_of_runs_become_names_of_the_cluster(name, label):
+    from tunesmith.jobs import _label
+
+    assert _label(name) == label
+
+
+def test_a_step_has_to_fit_the_processes_of_the_cluster(asked, tmp_path):
+    with pytest.raises(RecipeError, match="16 rows cannot be dealt evenly to 24 processes"):
+        api.job(asked({**SLURM, "nodes": 6}), tmp_path)
+    with pytest.raises(RecipeError, match="nothing to submit"):
+        api.job(asked({"kind": "local"}), tmp_path)
+    with pytest.raises(RecipeError, match="is run by a cluster"):
+        api.train(asked(SLURM))
+
+
+def test_the_command_shows_or_writes_the_files(asked, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        yaml.safe_dump({"name": "a", "output_dir": str(tmp_path), "launch": {**SLURM, "nodes": 1}})
+    )
+    shown = CliRunner().invoke(app, ["train", str(recipe), "--dry-run", "--json"])
+    assert shown.exit_code == 0, shown.output
+    payload = json.loads(shown.stdout.strip().splitlines()[-1])
+    assert payload["written"] is False
+    assert not (tmp_path / "a.job").exists()
+    assert CliRunner().invoke(app, ["train", str(recipe)]).exit_code == 0
+    assert (tmp_path / "a.job" / "job.sbatch").read_text() == payload["files"]["job.sbatch"]
+    refused = CliRunner().invoke(app, ["train", str(recipe), "--dry-run", "--launch", "local"])
+    assert refused.exit_code == 1

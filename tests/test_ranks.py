@@ -267,7 +267,9 @@ def trained(recipes, tmp_path, processes) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*program, str(tmp_path / "trained.py"), str(tmp_path / "recipes.json")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
-    assert done.returncode == 0, "".join(line for line in done.stderr.splitlines(keepends=True) if "[rank" not in line)
+    assert done.returncode == 0, "".join(
+        line for line in done.stderr.splitlines(keepends=True) if "[rank" not in line
+    )
 
 
 def same_as_one(asked, tmp_path, kinds, processes) -> None:

@@ -218,6 +218,7 @@ def fit(
     if ranks.count() > 1:
         assert trainer.splits, "a loss that can be worked out in parts"
         deal(trainer, ranks.count())
+        steps.gather_unevenly(trainer)
         seed_apart(training.seed)
     with stop:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -369,6 +370,7 @@ def quiet_libraries() -> None:
         ".*gradient_checkpointing.*deprecated.*",
         "PiSSA changes the base weights.*",
         "OLoRA changes.*",
+        ".*`broadcast_buffers` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=message)  # known, and answered by what we do
     # With this package libraries run compiled code from the Hub: bitsandbytes when it is imported, transformers on

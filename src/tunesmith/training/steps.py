@@ -114,6 +114,31 @@ def _without_labels(batch: Any) -> Any:
     return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
 
+def gather_unevenly(trainer: Any) -> None:
+    """Have a trainer's measures be gathered from processes with different numbers of rows; a row that fills a place is
+    left out."""
+    accelerator = trainer.accelerator
+    plain, objects = accelerator.gather, accelerator.gather_for_metrics
+
+    def gather(value: Any, *given: Any, **named: Any) -> Any:
+        import torch
+
+        if not isinstance(value, torch.Tensor):
+            return objects(value, *given, **named)
+        if not value.dim():
+            return plain(value * 0 if trainer._is_filling else value)
+        if not trainer._is_uneven:
+            return plain(value)
+        own = value[:0] if trainer._is_filling else value
+        sizes = plain(torch.tensor([len(own)], device=value.device)).tolist()
+        even = value.new_zeros(max(sizes), *value.shape[1:])
+        even[: len(own)] = own
+        parts = plain(even).split(max(sizes)) if max(sizes) else ()
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]) if parts else own
+
+    accelerator.gather = accelerator.gather_for_metrics = gather
+
+
 def _taken_out(batch: Any) -> list[int]:
     """The numbers of a batch's rows, which it no longer carries afterwards."""
     if isinstance(batch, dict):
@@ -192,6 +217,10 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
     class GuardedTrainer(trainer_class):  # type: ignore[misc]
         current_gradient_accumulation_steps: float
         splits: Splits
+        _is_filling = False
+        """Whether the batch under way fills a place."""
+        _is_uneven = False
+        """Whether the processes may have different numbers of rows in it."""
         _judged: Sequence[float] = (0.0, 0.0)
         """Of a validation on pairs in several processes: the sum of losses and the number of pairs."""
         _parted: Sequence[float] = ()
@@ -217,6 +246,8 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             if items is None and splits is not None:
                 own = [0.0 if fill else weight(b, splits) for b, fill in zip(batches, fills, strict=True)]
                 [total] = ranks.summed([sum(own)])
+                rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+                self._is_uneven = ranks.count() > 1 and total != rows * ranks.count()
                 # DDP takes the mean over the processes.
                 self._parted = [total / (part * ranks.count()) if part else math.inf for part in own]
             self._before: dict[str, Any] | None = None
@@ -230,6 +261,7 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             if self._before is None:
                 self._before = {"random": state.randomness(), "told": _counted(self)}
             self._seen.append(inputs)
+            self._is_filling = any(n < 0 for place in self._numbers[len(self._seen) - 1 :][:1] for n in place)
             again = False
             while True:
                 try:
@@ -268,10 +300,8 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             return total
 
         def _track_num_input_tokens(self, inputs: Any) -> None:
-            if ranks.count() > 1 and "attention_mask" in inputs:
-                numbers = self._numbers[len(self._seen) - 1]
-                if numbers and numbers[0] < 0:
-                    inputs = {**inputs, "attention_mask": inputs["attention_mask"] * 0}
+            if self._is_filling and "attention_mask" in inputs:
+                inputs = {**inputs, "attention_mask": inputs["attention_mask"] * 0}
             super()._track_num_input_tokens(inputs)
 
         def _rewind(self) -> None:
@@ -327,6 +357,7 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
         def evaluation_loop(self, *given: Any, **named: Any) -> Any:
             self._judged = [0.0, 0.0]
             found = super().evaluation_loop(*given, **named)
+            self._is_filling = self._is_uneven = False
             if ranks.count() > 1 and splits == "pairs":
                 loss, pairs = ranks.summed(self._judged)
                 prefix = named.get("metric_key_prefix", given[4] if len(given) > 4 else "eval")
@@ -336,7 +367,8 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
         def prediction_step(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
             if self.stop_requested and self.stop_requested():
                 raise Abandoned
-            fills = _fills(inputs)
+            self._is_filling, self._is_uneven = _fills(inputs), ranks.count() > 1
+            fills = self._is_filling
             inputs = {name: value for name, value in _without_labels(inputs).items() if name != ROW}
             told = _counted(self)
             try:

@@ -140,7 +140,7 @@ def test_chat_shows_its_prompts_on_a_terminal_only(monkeypatch, is_terminal):
 
 def test_every_short_flag_names_a_field():
     paths = {fact.path for fact in fields()}
-    assert set(FLAGS.values()) - {"method.kind"} <= paths
+    assert set(FLAGS.values()) - {"method.kind", "launch.kind"} <= paths
 
 
 def test_all_seed_flags_work_together(invoke, quick_flags, tmp_path):

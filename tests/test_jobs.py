@@ -47,9 +47,8 @@ def fits(value, shape) -> bool:
 def asked(tmp_path):
     def made(section, **more):
         training = {"gradient_accumulation_steps": 8, "per_device_train_batch_size": 2}
-        return compose(
-            {"name": "A run_1", "output_dir": str(tmp_path / "my runs"), "launch": section, "training": training, **more}
-        ).recipe  # fmt: skip
+        where = {"name": "A run_1", "output_dir": str(tmp_path / "my runs")}
+        return compose({**where, "launch": section, "training": training, **more}).recipe
 
     return made
 

@@ -25,6 +25,7 @@ ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4
 LORA = {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.0}, "training": ONE_BY_ONE}
 DPO_RECIPE = {"method": {"kind": "dpo"}}
 KINDS = {"full sft": {}, "lora sft": LORA, "full dpo": DPO_RECIPE, "lora dpo": {**LORA, **DPO_RECIPE}}
+CONTINUED = ("full sft", "lora dpo")
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,7 @@ def asked(tiny_model_folder, question_file, pair_file, tmp_path):
             },
             "evaluation": {"skip": True, "samples": 0},
             "training": {
-                "num_epochs": 3, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 4,
+                "num_epochs": 2, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 4,
                 "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1, "eval_steps": 2, "save_steps": 2,
                 "save_total_limit": 20, **training,
             },
@@ -279,15 +280,17 @@ def same_as_one(asked, tmp_path, kinds, processes) -> None:
         for what in ("step", "evaluation"):
             assert losses(several, what).keys() == losses(one, what).keys()
             assert losses(several, what) == pytest.approx(losses(one, what), abs=1e-5), (kind, what)
-        assert len(losses(one)) >= 7
+        assert len(losses(one)) >= 6
         assert_written_once(several, processes)
         events = {run: [e for e in Run(run).events() if e["kind"] == "step"] for run in (several, one)}
         assert [e["tokens"] for e in events[several]] == [e["tokens"] for e in events[one]]
+        if kind not in CONTINUED:
+            continue
         # Continued in one process: at the same row, with the same numbers.
         unfinished(several)
-        api.resume(several, checkpoint="checkpoint-step-6")
+        api.resume(several, checkpoint="checkpoint-step-4")
         assert losses(several) == pytest.approx(losses(one), abs=1e-5)
-        assert [e["step"] for e in Run(several).events() if e.get("state") == "training"] == [0, 6]
+        assert [e["step"] for e in Run(several).events() if e.get("state") == "training"] == [0, 4]
         said = [e["message"] for e in Run(several).events() if e["kind"] == "warning"]
         assert any(f"the number of processes was {processes}, is 1" in message for message in said)
 

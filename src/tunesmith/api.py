@@ -292,8 +292,8 @@ def train(
     if launch.is_job(recipe.launch):
         raise RecipeError(
             f"launch.kind {recipe.launch.kind} is run by a cluster, and this is not one of its nodes.",
-            fix=f"`tunesmith train RECIPE --launch {recipe.launch.kind}` writes what is to be submitted; --launch local "
-            "trains here.",
+            fix=f"`tunesmith train RECIPE --launch {recipe.launch.kind}` writes what is to be submitted; --launch "
+            "local trains here.",
         )
     if launch.starts(recipe.launch):
         rows = [asdict(row) for row in base_rows]
@@ -322,8 +322,8 @@ def train(
 
 
 def job(recipe: Recipe, folder: str | Path) -> jobs.Job:
-    """The files with which a cluster runs a recipe (`launch.kind` slurm or kubernetes), as they lie in `folder`, and how
-    they are submitted. Nothing is written. Refuses what `train` refuses for its settings."""
+    """The files with which a cluster runs a recipe (`launch.kind` slurm or kubernetes), as they lie in `folder`, and
+    how they are submitted. Nothing is written. Raises RecipeError for a step that cannot be dealt evenly."""
     from tunesmith import jobs
 
     return jobs.job(recipe, Path(folder))
@@ -334,8 +334,8 @@ def resume(
 ) -> Result:
     """Continue an interrupted run from its newest whole checkpoint, with the recipe it was started with.
 
-    In as many processes as were launched together now, else in `processes`, else in those of the recipe; the run goes on
-    at the same row whatever their number is.
+    In as many processes as were launched together now, else in `processes`, else in those of the recipe; the run goes
+    on at the same row whatever their number is.
     """
     opened = open_run(run, watch=watch)
     _check_unfinished(opened)

@@ -86,7 +86,7 @@ def _script(section: Slurm, recipe: Recipe, place: Path) -> str:
     lines += [
         f"export TUNESMITH_CACHE={shlex.quote(str(Path(recipe.output_dir) / '.cache'))}",
         _steps(run, str(place)),
-        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)',
         "exec srun torchrun \\",
         f'    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node {section.processes_per_node} --max-restarts 0 \\',
         f'    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:{PORT}" \\',

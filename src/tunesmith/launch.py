@@ -187,7 +187,8 @@ def start(job: Mapping[str, Any], number: int, watch: Callable[[Mapping[str, Any
 
 @contextmanager
 def _followed(file: Path, watch: Callable[[Mapping[str, Any]], None]) -> Iterator[dict[str, Any]]:
-    """Tell `watch` what a started process writes into a file; gives what it says of itself: `pid`, `result`, `error`."""
+    """Tell `watch` what a started process writes into a file; gives what it says of itself: `pid`, `result`,
+    `error`."""
     ended: dict[str, Any] = {}
     is_over = threading.Event()
 

@@ -151,7 +151,7 @@ def _store() -> Any:
         raise TunesmithError(
             f"{count()} processes were launched together and have no place to meet.",
             found="MASTER_ADDR and MASTER_PORT are not set",
-            fix="tunesmith train ... --launch accelerate --processes N, or torchrun --nproc-per-node N -m tunesmith ...",
+            fix="tunesmith train ... --launch accelerate --processes N, or torchrun --nproc-per-node N -m tunesmith",
         )
     is_kept = _given("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:

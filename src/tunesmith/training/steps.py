@@ -319,7 +319,7 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             if ranks.count() > 1:
                 raise OutOfMemory(
                     f"The memory is not enough for step {step} in process {ranks.number()} of {ranks.count()}.",
-                    found=f"the others are in the midst of the same step, which one alone cannot take back; {said[:200]}",
+                    found=f"the others are in the midst of this step, which one alone cannot take back; {said[:200]}",
                     fix="Lower per_device_train_batch_size and raise gradient_accumulation_steps, add "
                     "--gradient-checkpointing, lower --max-length, or use --lora; then resume.",
                 )

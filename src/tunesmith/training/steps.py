@@ -239,6 +239,7 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             return super()._get_num_items_in_batch(batches, device)
 
         def get_batch_samples(self, *given: Any, **named: Any) -> Any:
+            self._is_filling = self._is_uneven = False  # of the step before
             batches, items = super().get_batch_samples(*given, **named)
             fills = [_fills(batch) for batch in batches]
             self._numbers = [_taken_out(batch) for batch in batches]

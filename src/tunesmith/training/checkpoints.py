@@ -475,6 +475,10 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
         def _run_epoch(self, **given: Any) -> None:
             """One pass, or nothing where the checkpoint is that of the last step: the loop would take one more."""
             self._pay_evaluation(given["trial"])
+            if dealt := getattr(self, "dealt", None):
+                dealt.set_epoch(
+                    given["epoch"]
+                )  # accelerate does not reach it behind batches that are skipped
             if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 super()._run_epoch(**given)
                 return

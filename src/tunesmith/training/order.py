@@ -117,7 +117,9 @@ def deal(trainer: Any, processes: int) -> None:
             inner = SeedableRandomSampler(inner.data_source, data_seed=seed)
         batch = args.per_device_train_batch_size
         step = batch * args.gradient_accumulation_steps * processes
-        return Dealt(inner, step=step, batch=batch, processes=processes)
+        trainer.dealt = Dealt(inner, step=step, batch=batch, processes=processes)
+        found: Dealt = trainer.dealt
+        return found
 
     def in_turn(dataset: Any) -> Dealt:
         batch = args.per_device_eval_batch_size

@@ -150,7 +150,7 @@ def estimate(
         order=shuffled(len(encodings.train), training.seed) if recipe.method.kind == "kto" else None,
         identity=encodings.fingerprint,
     )
-    here = measured and not device and not method.draws
+    here = measured and not device
     try:
         return estimating.estimate(
             recipe,
@@ -239,8 +239,10 @@ def _micro_steps(
     packing: Packing | None,
     batches: Sequence[Sequence[int]],
 ) -> list[float]:
-    """Seconds of a micro-step on each of these batches, of the real model, which is thrown away."""
+    """Seconds of a micro-step on each of these batches, of the real model, which is thrown away; where a step begins
+    with answers that the model writes, seconds of the second and third whole step."""
     tokenizer, _ = _tokenizer(recipe)
+    draws = METHODS[recipe.method.kind].draws
     with (
         estimating.undisturbed(),
         TemporaryDirectory(prefix="tunesmith-plan-") as folder,
@@ -248,9 +250,11 @@ def _micro_steps(
     ):
         given = arguments(plan, recipe.training, Tracking(), name="plan", staging=Path(folder) / ".staging")
         given |= {"report_to": ["none"]}
+        if draws:
+            given |= {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no"}
         once = _at_once(recipe)
         trainer = _trainer(once, Run(Path(folder)), tokenizer, plan, encodings, packing, given)
-        return estimating.timed(trainer, batches)
+        return estimating.timed_steps(trainer) if draws else estimating.timed(trainer, batches)
 
 
 def _held_out(recipe: Recipe, asked: Asked) -> planning.HeldOut:

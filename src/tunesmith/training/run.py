@@ -41,6 +41,9 @@ LOOKING = 1.0
 SAMPLE_TEXT = 2000
 """Characters of a question or an answer that an event keeps."""
 
+SAMPLE_TOKENS = 64
+"""Longest answer of a sample, in tokens: enough to read along, without making a validation long."""
+
 OF_STEPS = ("step", "evaluation", "sample", "checkpoint")
 """Kinds of events that a step causes each time it is taken."""
 

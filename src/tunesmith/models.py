@@ -120,6 +120,8 @@ def locate(base: str, *, revision: str | None = None) -> str:
         raise ModelError(
             f"There is no model folder or run {base}."
             if "/" in base and near
+            else f"The model '{base}' is not on this machine, and the Hub could not be asked for it."
+            if "/" in base and problem.startswith(UNASKED)
             else f"There is no model '{base}'.",
             found=f"no such folder or run here; {problem}",
             fix=_proposed(path.name, {**near, "tiny": "tiny"}),
@@ -217,6 +219,10 @@ def _proposed(name: str, near: Mapping[str, str]) -> str:
 
 
 @lru_cache
+UNASKED = ("the Hub is switched off (HF_HUB_OFFLINE)", "the Hub cannot be reached")
+"""Why it is not known whether the Hub has a model."""
+
+
 def _on_hub(base: str, revision: str | None) -> tuple[str, str | None]:
     """Where a Hub model is to be loaded from, by one short request, and what is wrong with it.
 
@@ -226,7 +232,7 @@ def _on_hub(base: str, revision: str | None) -> tuple[str, str | None]:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    problem = "the Hub is switched off (HF_HUB_OFFLINE)"
+    problem = UNASKED[0]
     if not constants.HF_HUB_OFFLINE:
         try:
             HfApi().model_info(base, revision=revision, timeout=HUB_SECONDS)
@@ -239,7 +245,7 @@ def _on_hub(base: str, revision: str | None) -> tuple[str, str | None]:
             return base, f"the Hub's model has no revision '{revision}'"
         except Exception as error:  # the network's many ways to fail come as many types
             first_line = next(iter(str(error).strip().splitlines()), "")[:200]
-            problem = f"the Hub cannot be reached ({type(error).__name__}: {first_line})"
+            problem = f"{UNASKED[1]} ({type(error).__name__}: {first_line})"
     try:
         return snapshot_download(base, revision=revision, local_files_only=True), None
     except Exception:  # whatever is wrong with the cache, the model is not there

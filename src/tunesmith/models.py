@@ -218,11 +218,11 @@ def _proposed(name: str, near: Mapping[str, str]) -> str:
     return f"Check the path, or give a Hub id such as owner/name.{known}"
 
 
-@lru_cache
 UNASKED = ("the Hub is switched off (HF_HUB_OFFLINE)", "the Hub cannot be reached")
 """Why it is not known whether the Hub has a model."""
 
 
+@lru_cache
 def _on_hub(base: str, revision: str | None) -> tuple[str, str | None]:
     """Where a Hub model is to be loaded from, by one short request, and what is wrong with it.
 

@@ -6,7 +6,7 @@ import sys
 TRAINS = frozenset({"train", "resume", "plan", "demo", "find-lr", "verify-resume", "wizard"})
 """Verbs that train, or foretell what training takes."""
 MALLOC = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
-"""A tensor's block is cut to its alignment, and glibc keeps the splinters apart for small objects, so that a freed block
+"""A tensor's block is cut to its alignment, and glibc keeps the splinters for small objects, so that a freed block
 does not serve the next of its size. Without these two caches splinters join again: a run holds 3 to 6 % less memory at
 the same speed, and close to what its plan says (decision 0012). They are read when a process starts, and only then."""
 

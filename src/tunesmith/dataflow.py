@@ -9,7 +9,9 @@ and paths; weights live and die inside a node. `api` drives this module, and so 
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -158,7 +160,7 @@ def estimate(
             given,
             facts=facts,
             plan=plan,
-            process=devices.held,
+            process=partial(_held, recipe),
             folder=Path(recipe.output_dir),
             thorough=measured or device is not None,
             measure=partial(_micro_steps, recipe, plan, encodings, packing) if here else None,
@@ -168,6 +170,20 @@ def estimate(
         raise
     except Exception as error:  # a model of parts that cannot be traced can be trained all the same
         return estimating.unknown(facts, error)
+
+
+LATE = {
+    "qlora": ("bitsandbytes",), "grpo": ("trl.trainer.grpo_trainer",), "rloo": ("trl.trainer.rloo_trainer",),
+}  # fmt: skip
+"""Packages of some size that only a run with this adapter or method loads, and a plan does not."""
+
+
+def _held(recipe: Recipe) -> int:
+    """Bytes that this process holds, once all is loaded that the training loads."""
+    for name in (*LATE.get(recipe.adapter.kind, ()), *LATE.get(recipe.method.kind, ())):
+        with suppress(ImportError):  # a run would say so
+            importlib.import_module(name)
+    return devices.held()
 
 
 def _examples(method: Method, encodings: Encodings) -> int:

@@ -778,7 +778,9 @@ def estimate(
     if rows.answers and measure:
         seconds, basis = _seconds_of_drawing(traced, measure)
     else:
-        seconds, first, basis = _seconds_per_batch(traced, rows, batch, share, facts, dtype, precision, measure)
+        seconds, first, basis = _seconds_per_batch(
+            traced, rows, batch, share, facts, dtype, precision, measure
+        )
     accumulation = len(found_batches.starts) / found_batches.steps  # an epoch's last step may have fewer
     update = 14 * traced.trained / (facts.bandwidth * facts.bandwidth_share)
     per_token = _roofline_of_writing(traced.writing_costs, facts, dtype)

@@ -178,12 +178,17 @@ LATE = {
 """Packages of some size that only a run with this adapter or method loads, and a plan does not."""
 
 
+LATER = 15_000_000
+"""Bytes that a process comes to hold in its first steps and keeps: the matrix library's buffers, stacks of threads, the
+last modules. About 10 to 30 MB were measured on two cores."""
+
+
 def _held(recipe: Recipe) -> int:
     """Bytes that this process holds, once all is loaded that the training loads."""
     for name in (*LATE.get(recipe.adapter.kind, ()), *LATE.get(recipe.method.kind, ())):
         with suppress(ImportError):  # a run would say so
             importlib.import_module(name)
-    return devices.held()
+    return devices.held() + LATER
 
 
 def _examples(method: Method, encodings: Encodings) -> int:

@@ -1657,6 +1657,33 @@ def serve(
     )
 
 
+def web(
+    workspace: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    token_env: str | None = None,
+    users: str | Path | None = None,
+    allowed_hosts: Sequence[str] = (),
+    recipe: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve the web workbench until it is stopped; what it started goes on.
+
+    `users` is a file of accounts, each with a workspace of its own; `recipe` is what the Recipe page starts from, sparse.
+    `ready` is told the address, with the token where one was made. Raises RecipeError for an address that cannot be
+    used, and for one that others reach without accounts.
+    """
+    quiet_libraries()
+    from tunesmith.ui import server
+
+    place = server.Place(
+        Path(workspace), host, port, token_env, Path(users) if users else None, tuple(allowed_hosts)
+    )
+    server.serve(place, say=say, ready=ready, recipe=recipe)
+
+
 def push(
     run: str | Path,
     *,

@@ -95,6 +95,30 @@ class Window:
         self.page.locator(f"#page-{name.lower()}-button, .overflow-dropdown button:has-text('{name}')").locator("visible=true").first.click()
         self.page.locator(f"#page-{name.lower()}").wait_for(state="visible", timeout=30_000)
 
+    def fill(self, id: str, text: str) -> None:
+        """Type into a field and leave it."""
+        field = self.page.locator(f"#{id} :is(input, textarea):not([type=range])").first
+        field.fill(text)
+        field.press("Tab")
+
+    def pick(self, id: str, text: str) -> None:
+        """Choose a word of a list."""
+        field = self.page.locator(f"#{id} input").first
+        field.click()
+        self.page.get_by_role("option", name=text, exact=True).or_(
+            self.page.locator("ul[role=listbox] li").filter(has_text=text)
+        ).first.click()
+        field.press("Tab")
+
+    def click(self, id: str) -> None:
+        """Press a button once it can be."""
+        self.page.locator(f"button#{id}, #{id} button").first.click()
+
+    def says(self, id: str, words: str, *, within: int = WHILE_TRAINING) -> str:
+        """What a part of the page says, once the words are in it."""
+        self.page.locator(f"#{id}").filter(has_text=re.compile(words)).first.wait_for(timeout=within)
+        return str(self.page.locator(f"#{id}").first.inner_text())
+
     def check(self) -> None:
         """Nothing happened that should not."""
         assert not self.dialogs

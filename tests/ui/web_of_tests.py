@@ -1,0 +1,74 @@
+"""The workbench in this process, as `tunesmith web` starts it, but for its signals."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+TOKEN = "a-token-of-tests-1234"
+
+
+@dataclass
+class Running:
+    """A workbench that answers."""
+
+    url: str
+    walls: Any
+
+    @property
+    def root(self) -> Path:
+        return self.walls.root
+
+    @property
+    def temporary(self) -> Path:
+        return self.walls.temporary
+
+    def nobody(self, **headers: str) -> httpx.Client:
+        """A browser that has not come in."""
+        return httpx.Client(base_url=self.url, headers=headers, timeout=30)
+
+    def owner(self, **headers: str) -> httpx.Client:
+        """A browser that opened the address with the token, on a page of the workbench."""
+        client = self.nobody(**{"origin": self.url, **headers})
+        assert client.get("/", params={"token": TOKEN}, headers={"origin": self.url}).status_code == 303
+        return client
+
+    def user(self, name: str, password: str) -> httpx.Client:
+        """A browser that has signed in."""
+        client = self.nobody(origin=self.url)
+        found = client.post("/login", data={"name": name, "password": password})
+        assert found.status_code == 303, found.text
+        return client
+
+
+@contextlib.contextmanager
+def listening(walls: Any):
+    """The address at which an application answers."""
+    import uvicorn
+
+    at = socket.socket()
+    at.bind(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{at.getsockname()[1]}"
+    config = uvicorn.Config(
+        walls, log_level="critical", access_log=False, ws="none", timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [at]}, daemon=True)
+    thread.start()
+    until = time.monotonic() + 60
+    while not server.started and time.monotonic() < until:
+        time.sleep(0.01)
+    assert server.started
+    try:
+        yield Running(url, walls)
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(20)
+        at.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import logging
-import re
+
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ import gradio as gr
 
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.training.run import find_runs, is_run, open_run
+from tunesmith.ui import form
 from tunesmith.ui.jobs import Job, Queue
 from tunesmith.ui.shared import Shared, box, problem
 from tunesmith.ui.workspace import Workspace, workspace_of
@@ -35,8 +36,10 @@ def queue_of(workspace: Workspace) -> Queue:
 
 
 def run_names(workspace: Workspace) -> list[str]:
-    """The workspace's runs, newest first."""
-    return [run.path.name for run in reversed(find_runs(workspace.runs))]
+    """The workspace's runs, newest first, those that are still to be made before them."""
+    made = [run.path.name for run in reversed(find_runs(workspace.runs))]
+    awaited = [job.run for job in queue_of(workspace).jobs() if job.is_open and job.run]
+    return list(dict.fromkeys([*reversed(awaited), *made]))
 
 
 def run_path(workspace: Workspace, name: str | None) -> Path:
@@ -99,7 +102,7 @@ def size(number: float) -> str:
     raise AssertionError("unreachable")
 
 
-def job_box(queue: Queue, job: Job | None, *, waiting_for: Callable[[], str] = lambda: "") -> str:
+def job_box(queue: Queue, job: Job | None) -> str:
     """What became of a job, for `gr.HTML`; a failed one with its last lines."""
     if job is None:
         return ""
@@ -173,12 +176,6 @@ def model_named(workspace: Workspace, name: str) -> str:
     name = name.strip()
     if name in run_names(workspace):
         return str(require_finished(run_path(workspace, name)))
-    if name == "tiny":
-        return name
-    parts = name.split("/")
-    is_id = len(parts) <= 2 and all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in parts)
-    if not is_id or ".." in name or (workspace.root / name).exists():
-        raise InputError(
-            "This is no run, and no name of a model on the Hub.", found=repr(name[:60]), fix="Choose a run, tiny, or owner/name."
-        )
+    for said in form.outside({"model": {"base": name}}, workspace).values():
+        raise InputError(said, found=repr(name[:60]), fix="Choose a run, tiny, or owner/name.")
     return name

@@ -8,7 +8,7 @@ device. Worker and job have sessions of their own, so that what ends the server 
 replaced, and the new one goes on with the job that runs. All there is to know stands in the files: whether a job lives
 is whether a process with its number *and its start time* does.
 
-`python -m tunesmith.ui.jobs FOLDER` is the worker.
+`python -m tunesmith.ui.jobs FOLDER PROGRAM...` is the worker.
 """
 
 from __future__ import annotations
@@ -119,6 +119,8 @@ class Queue:
     """A workspace's jobs, in the folder that holds them."""
 
     folder: Path
+    program: tuple[str, ...] = (sys.executable, "-m", "tunesmith")
+    """What is given the jobs' arguments."""
 
     def jobs(self) -> list[Job]:
         """All jobs, oldest first. Only reads; `wake` sees to jobs whose worker is gone."""
@@ -210,7 +212,7 @@ class Queue:
         with log.open("ab") as errors:
             os.utime(log)
             worker = subprocess.Popen(
-                [sys.executable, "-m", "tunesmith.ui.jobs", str(self.folder)],
+                [sys.executable, "-m", "tunesmith.ui.jobs", str(self.folder), *self.program],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
@@ -247,7 +249,7 @@ class Queue:
             log.write(f"$ {job.command}\n".encode())
             log.flush()
             process = subprocess.Popen(
-                [sys.executable, "-m", "tunesmith", *job.arguments],
+                [*self.program, *job.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -364,4 +366,4 @@ def tail(path: Path, lines: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    Queue(Path(sys.argv[1])).work()
+    Queue(Path(sys.argv[1]), tuple(sys.argv[2:])).work()

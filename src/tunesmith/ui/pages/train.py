@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import yaml
 from gradio.components.plot import PlotData
 
-from tunesmith.compose import compose
+
 from tunesmith.errors import InputError
-from tunesmith.training.run import folder_name, open_run, write_whole
-from tunesmith.ui import curves
+from tunesmith.training.run import folder_name, open_run
+from tunesmith.ui import curves, form
 from tunesmith.ui.choosing import (
     LONGEST_TEXT,
     WATCHING,
     duration,
     guarded,
+    job_box,
     job_facts,
     queue_of,
     run_choice,
@@ -38,35 +38,29 @@ PLOTS_KEPT = 128
 def start(workspace: Workspace, layer: Mapping[str, Any], name: str = "") -> Job:
     """Queue a training of this recipe under a run's name, by default its task's and data set's with a free number.
 
-    Raises RecipeError for a recipe that cannot be, InputError for a name that is taken or none.
+    Raises TunesmithError for a recipe that cannot be, or names what is not the user's, and for a name that is taken.
     """
-    arguments, name = planned(workspace, layer, name)
-    file = workspace.jobs / f"{name}.recipe.yaml"
-    write_whole(file, yaml.safe_dump(_own(layer), sort_keys=False, allow_unicode=True))
-    return queue_of(workspace).add(arguments, title=f"Train {name}", run=name)
+    argv, name = planned(workspace, layer, name)
+    return queue_of(workspace).add(argv[1:], title=f"Train {name}", run=name)
 
 
 def planned(workspace: Workspace, layer: Mapping[str, Any], name: str = "") -> tuple[list[str], str]:
-    """What follows `tunesmith` to train this recipe, and the run's name."""
+    """The command that trains this recipe, and the run's name."""
     if not layer:
-        raise InputError("There is no recipe yet.", fix="Choose data on the Data page and a model on the Recipe page.")
-    recipe = compose({**_own(layer), "output_dir": str(workspace.runs)}).recipe
+        raise InputError("There is no recipe yet.", fix="Choose data on the Data page, a model on the Recipe page.")
+    recipe = form.checked(layer, workspace).recipe
     jobs = queue_of(workspace).jobs()
     taken = {path.name for path in workspace.runs.iterdir()} | {job.run for job in jobs if job.is_open}
-    wanted = name.strip() or str(layer.get("name") or folder_name(recipe))
+    wanted = name.strip() or folder_name(recipe)
     if name.strip() and wanted in taken:
-        raise InputError("This name is taken.", found=repr(wanted[:60]), fix="Choose another, or delete that run first.")
+        raise InputError("This name is taken.", found=repr(wanted[:60]), fix="Choose another one.")
     number, free = 2, wanted
     while free in taken:
         free, number = f"{wanted}-{number}", number + 1
     workspace.inside(workspace.runs, free)
-    file = workspace.jobs / f"{free}.recipe.yaml"
-    return ["train", f"--output-dir={workspace.runs}", f"--name={free}", "--", str(file)], free
+    return form.argv({**form.settled(layer, workspace), "name": free}), free
 
 
-def _own(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe without what the workbench decides: where the run lies, and what it is called."""
-    return {key: value for key, value in layer.items() if key not in ("output_dir", "name")}
 
 
 def status(seen: curves.Seen, job: Job | None, state: str) -> str:
@@ -174,7 +168,9 @@ def build(shared: Shared) -> None:
     seen_before = gr.State(("", -1, "", ""))
     timer = gr.Timer(WATCHING)
 
-    def look(run: str | None, curve: str | None, before: tuple[str, int, str, str], request: gr.Request) -> list[Any]:
+    def look(
+        run: str | None, curve: str | None, picked: str | None, before: tuple[str, int, str, str], request: gr.Request
+    ) -> list[Any]:
         workspace = workspace_of(request)
         queue = queue_of(workspace)
         queue.wake()
@@ -188,22 +184,26 @@ def build(shared: Shared) -> None:
             except InputError:
                 path = None  # waits for its turn, or was deleted
         seen = curves.events_of(path).look() if path else None
-        real = open_run(path).state() if path else job.state if job else ""
+        is_running = bool(job and job.state == "running" and job.is_alive())
+        real = "running" if is_running else open_run(path).state() if path else job.state if job else ""
         said = queue.said(job) if job else "\n".join(seen.told) if seen else ""
         mark = f"{rows}{real}{hash(said)}{job}"
         now = (run or "", seen.version if seen else -1, curve or "", mark)
         if now == before:
             return [gr.skip()] * len(watched)
-        is_running = bool(job and job.state == "running" and job.is_alive())
         open_jobs = [(f"{int(j.id)}: {j.title}", j.id) for j in jobs if j.state == "waiting"]
+        ids = [id for _, id in open_jobs]
         common = [
             now,
             gr.Button(interactive=is_running and not (job and job.stop_asked)),
             gr.Button(interactive=is_running and bool(job and job.stop_asked)),
             gr.Button(interactive=bool(path) and real in ("interrupted", "died", "failed") and not (job and job.is_open)),
-            "" if job is None or job.is_open or job.state == "done" else _ended(workspace, job),
+            "" if job is None or job.is_open or job.state == "done" else job_box(queue, job),
             rows,
-            gr.Dropdown(choices=open_jobs, value=open_jobs[0][1] if open_jobs else None),
+            gr.Dropdown(
+                choices=open_jobs,
+                value=picked if picked in ids else ids[0] if ids else None,
+            ),
             said,
         ]
         if seen is None or path is None:
@@ -225,10 +225,10 @@ def build(shared: Shared) -> None:
 
     watched = [seen_before, stop, stop_now, resume, ended, table, waiting, log, state, *plots, other, other_plot, answers]
     for event in (timer.tick, chosen.change, other.input):
-        event(look, inputs=[chosen, other, seen_before], outputs=watched, **quiet)
+        event(look, inputs=[chosen, other, waiting, seen_before], outputs=watched, **quiet)
 
     def preview(layer: Mapping[str, Any], name: str, request: gr.Request) -> str:
-        return str(guarded(lambda: command(["tunesmith", *planned(workspace_of(request), layer, name)[0]]), lambda _: ""))
+        return str(guarded(lambda: command(planned(workspace_of(request), layer, name)[0]), lambda _: ""))
 
     gr.on(None, preview, inputs=[shared.recipe, name], outputs=[line], **quiet)
 
@@ -276,7 +276,3 @@ def build(shared: Shared) -> None:
     cancel.click(acted(call_off), inputs=[waiting], outputs=[told], **own)
 
 
-def _ended(workspace: Workspace, job: Job) -> str:
-    from tunesmith.ui.choosing import job_box
-
-    return job_box(queue_of(workspace), job)

@@ -131,6 +131,22 @@ CSS = """
 .ts-quiet { color: var(--body-text-color-subdued); }
 .ts-number { font-variant-numeric: tabular-nums; }
 
+.ts-status { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 12px 16px;
+  background: var(--background-fill-primary); }
+.ts-status strong { font-weight: 600; }
+.ts-status progress { display: block; width: 100%; height: 8px; margin: 8px 0; accent-color: var(--primary-600); }
+.ts-status dl { display: flex; flex-wrap: wrap; gap: 8px 28px; margin: 6px 0 0; }
+.ts-status dt { font-size: 0.8rem; color: var(--body-text-color-subdued); }
+.ts-status dd { margin: 0; font-variant-numeric: tabular-nums; }
+.ts-box pre { margin: 8px 0 0; white-space: pre-wrap; font-size: 0.85rem; max-height: 320px; overflow-y: auto; }
+.ts-talk { display: flex; flex-direction: column; gap: 10px; }
+.ts-turn, .ts-answer { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 8px 14px;
+  background: var(--background-fill-primary); overflow-wrap: anywhere; }
+.ts-turn.ts-user { background: var(--color-accent-soft); align-self: flex-end; max-width: 85%; }
+.ts-turn span, .ts-answer span { font-size: 0.8rem; color: var(--body-text-color-subdued); }
+.ts-turn p, .ts-answer p { margin: 2px 0 0; white-space: pre-wrap; color: var(--body-text-color); }
+.ts-both { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); gap: 10px; }
+
 .gradio-container :is(button, a, input, select, textarea, summary, [role=tab], [tabindex]):focus-visible {
   outline: 2px solid var(--primary-500) !important; outline-offset: 2px; }
 .gradio-container button[role=tab] { font-size: 0.98rem; color: var(--body-text-color-subdued); }

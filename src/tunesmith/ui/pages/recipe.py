@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ Drawn = str
 """What a section shows besides the user's own values, as text: where it changes, the section is drawn anew."""
 
 
-def drawn(found: Filled, section: str, *, expert: bool, version: int = 0) -> Drawn:
+def drawn(found: Filled, section: str, shown: Sequence[Control], version: int = 0) -> Drawn:
     """What decides how a section is drawn: its fields, what they are without the user's values, and faults between them.
 
     What the user types into a field is not in it, so that nobody loses the place in which he writes.
     """
-    fields = [c for c in form.visible(found, expert=expert) if c.section == section]
+    fields = [c for c in shown if c.section == section]
     rows = [(c.path, c.kind, repr(form.value_at(found.base, c.path, None))) for c in fields]
     between = sorted(said for path, said in found.faults.items() if "effect" in said and path.startswith(section or "-"))
     return json.dumps([version, rows, between])
@@ -45,11 +46,12 @@ def outcome(layer: dict[str, Any], workspace: Workspace | None, *, expert: bool,
     """YAML, command, the box below them, and what decides how each section is drawn."""
     found = form.filled(layer, workspace)
     own = form.settled(layer, workspace) if workspace else layer
+    shown = form.visible(found, expert=expert)
     return (
         form.as_yaml(layer),
         command(form.argv(own)),
         verdict(found),
-        *(drawn(found, section, expert=expert, version=version) for section in SECTIONS),
+        *(drawn(found, section, shown, version) for section in SECTIONS),
     )
 
 
@@ -113,7 +115,8 @@ def architecture(layer: dict[str, Any], workspace: Workspace | None) -> tuple[st
 def build(shared: Shared) -> None:
     """Fill the tab."""
     root = get_blocks_context().root_block  # type: ignore[union-attr]
-    start = form.filled({})
+    start = form.filled(shared.recipe.value or {})
+    basic = form.visible(start, expert=False)
     version = gr.State(0)
     with gr.Row():
         with gr.Column(scale=3, min_width=340):
@@ -121,17 +124,15 @@ def build(shared: Shared) -> None:
                 ["Basic", "Expert"], value="Basic", label="View", elem_id="recipe-view",
                 info="Expert has every field that takes effect with the chosen method and adapter.",
             )  # fmt: skip
-            looks = {
-                section: gr.State(drawn(start, section, expert=False)) for section in SECTIONS
-            }
+            looks = {section: gr.State(drawn(start, section, basic)) for section in SECTIONS}
             for section in SECTIONS:
                 with gr.Accordion(TITLES[section], open=section in OPEN, elem_id=f"recipe-section-{section or 'run'}"):
                     _section(shared, section, looks[section], view, root)
         with gr.Column(scale=2, min_width=340):
             state = gr.HTML(verdict(start), elem_id="recipe-state")
-            text = gr.Code(form.as_yaml({}), language="yaml", label="Recipe (YAML)", elem_id="recipe-yaml",
+            text = gr.Code(form.as_yaml(start.layer), language="yaml", label="Recipe (YAML)", elem_id="recipe-yaml",
                            interactive=False, wrap_lines=True)  # fmt: skip
-            line = gr.Code(command(form.argv({})), language="shell", label="The same as one command",
+            line = gr.Code(command(form.argv(start.layer)), language="shell", label="The same as one command",
                            elem_id="recipe-command", interactive=False, wrap_lines=True)  # fmt: skip
             with gr.Row():
                 upload = gr.UploadButton("Import a recipe", file_types=[".yaml", ".yml", ".json"], elem_id="recipe-import")

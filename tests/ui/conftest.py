@@ -49,3 +49,28 @@ def around(walls, web):
             return stack.enter_context(listening(replace(walls, **fresh)))
 
         yield made
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """The system's Chromium; the tests in it are skipped where there is none."""
+    from browser_of_tests import FLAGS, chromium
+
+    path = chromium()
+    if path is None:
+        pytest.skip("There is no Chromium here (apt-get install chromium).")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=path, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory):
+    """A workbench whose workspace several tests look at."""
+    from browser_of_tests import Workbench
+
+    started = Workbench(tmp_path_factory.mktemp("bench") / "w")
+    yield started
+    started.end()

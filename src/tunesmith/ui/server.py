@@ -55,6 +55,9 @@ def serve(place: Place, *, say: Say, ready: Say, recipe: Mapping[str, Any] | Non
         )
     token, is_new = token_from(place.token_env, without=False, host=place.host)
     assert token is not None
+    if place.token_env:
+        # Jobs inherit the environment; the token is none of theirs.
+        os.environ.pop(place.token_env, None)
     import uvicorn
 
     from tunesmith.ui.app import create

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.context import get_blocks_context
+from gradio.context import LocalContext, get_blocks_context
 
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.recipe import Recipe, sections_of
@@ -186,8 +186,10 @@ def _section(shared: Shared, section: str, look: gr.State, view: gr.Radio, root:
     @gr.render(
         inputs=[shared.recipe, view, look], triggers=[root.load, look.change], show_progress="hidden",
     )  # fmt: skip
-    def draw(layer: dict[str, Any], view: str, look: Drawn, request: gr.Request) -> None:
-        found = form.filled(layer, workspace_of(request))
+    def draw(layer: dict[str, Any], view: str, look: Drawn) -> None:
+        # Gradio hands no request to what it renders.
+        request = LocalContext.request.get(None)
+        found = form.filled(layer, workspace_of(request) if request else None)
         gr.HTML(f"<p>{about(section, found)}</p>")
         shown = [c for c in form.visible(found, expert=view == "Expert") if c.section == section]
         if not shown:

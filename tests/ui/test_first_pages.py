@@ -172,6 +172,38 @@ def test_one_row_is_a_histogram_too():
     assert data.histogram(data.Rows({}, {}, (), (), 100)).data[0].y == (0,)
 
 
+def test_the_commands_are_those_of_the_command_line(layer, workspace, monkeypatch):
+    """Each of them reads the same data with the same base."""
+    import shlex
+
+    import typer
+    from click.testing import CliRunner
+
+    from tunesmith.cli import app
+
+    caught = {}
+
+    def catch(name):
+        def verb(*given, **named):
+            caught[name] = (given, named)
+            raise TunesmithError("caught")
+
+        return verb
+
+    for name in ("validate", "inspect", "plan"):
+        monkeypatch.setattr(api, name, catch(name))
+    layer = {**layer, "task": "chat", "data": {**layer["data"], "max_length": 77}}
+    command = typer.main.get_command(app)
+    for line in data.commands(layer, workspace).splitlines():
+        CliRunner().invoke(command, shlex.split(line)[1:])
+    dataset, base = layer["data"]["dataset"], layer["model"]["base"]
+    (given, named) = caught["validate"]
+    assert (given, named["task"], named["model"]) == ((dataset,), "chat", base)
+    assert named["settings"] == {"data": {"max_length": 77}}
+    assert caught["inspect"][0][0].data.max_length == 77
+    assert caught["plan"][0][0] == form.checked(layer, workspace).recipe
+
+
 # Recipe
 
 
@@ -218,8 +250,10 @@ def test_a_control_that_is_used_changes_the_layer_and_its_own_label(workspace):
 
 def test_recipes_come_in_and_go_out_as_files(workspace, tmp_path):
     layer = {"name": "mine", "method": {"kind": "kto"}, "adapter": {"kind": "lora", "rank": 4}}
-    file = recipe.exported(layer, workspace)
+    file = recipe.saved(layer, workspace)
     assert file.parent == workspace.recipes
+    assert recipe.saved(layer, workspace) == file
+    assert recipe.saved({"name": "mine"}, workspace).name == "mine-2.yaml"
     assert compose(file=file).recipe == compose(layer).recipe
     assert recipe.taken(str(file), workspace) == (layer, [])
     other = tmp_path / "recipe.txt"

@@ -351,7 +351,8 @@ def put(layer: Mapping[str, Any], path: str, value: Any) -> Layer:
 def chosen(layer: Mapping[str, Any], union: str, kind: str) -> tuple[Layer, list[str]]:
     """The layer with a union of another kind, and the fields that the new kind has no use for, which are left out."""
     has = set(union_members(union)[kind].model_fields)
-    part = dict(layer.get(union) or {})
+    given = layer.get(union)
+    part = dict(given) if isinstance(given, Mapping) else {}
     lost = [name for name in part if name not in has]
     kept = {name: value for name, value in part.items() if name in has} | {"kind": kind}
     said = [f"{union}.{name} was left out: {union} '{kind}' has no such field." for name in lost]

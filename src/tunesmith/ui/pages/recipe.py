@@ -88,11 +88,15 @@ def taken(file: str, workspace: Workspace) -> tuple[dict[str, Any], list[str]]:
     return form.imported(path)
 
 
-def exported(layer: dict[str, Any], workspace: Workspace) -> Path:
-    """The layer as a file in the workspace, for the browser to take home."""
+def saved(layer: dict[str, Any], workspace: Workspace) -> Path:
+    """Keep the layer as a file in the workspace, beside those of the same name that say something else."""
     name = layer.get("name") if isinstance(layer.get("name"), str) and layer["name"] else "recipe"
+    text, number = form.as_yaml(layer), 1
     place = workspace.inside(workspace.recipes, f"{name}.yaml")
-    place.write_text(form.as_yaml(layer), encoding="utf-8")
+    while place.exists() and place.read_text(encoding="utf-8") != text:
+        number += 1
+        place = workspace.inside(workspace.recipes, f"{name}-{number}.yaml")
+    place.write_text(text, encoding="utf-8")
     return place
 
 
@@ -131,12 +135,12 @@ def build(shared: Shared) -> None:
         with gr.Column(scale=2, min_width=340):
             state = gr.HTML(verdict(start), elem_id="recipe-state")
             text = gr.Code(form.as_yaml(start.layer), language="yaml", label="Recipe (YAML)", elem_id="recipe-yaml",
-                           interactive=False, wrap_lines=True)  # fmt: skip
+                           interactive=False, wrap_lines=True, buttons=["copy", "download"])  # fmt: skip
             line = gr.Code(command(form.argv(start.layer)), language="shell", label="The same as one command",
                            elem_id="recipe-command", interactive=False, wrap_lines=True)  # fmt: skip
             with gr.Row():
                 upload = gr.UploadButton("Import a recipe", file_types=[".yaml", ".yml", ".json"], elem_id="recipe-import")
-                download = gr.DownloadButton("Export", elem_id="recipe-export")
+                keep = gr.Button("Keep in workspace", elem_id="recipe-keep")
                 clear = gr.Button("Start over", elem_id="recipe-clear")
             said = gr.HTML("", elem_id="recipe-said")
             onward = gr.Button("Plan this run", variant="primary", elem_id="recipe-plan")
@@ -163,15 +167,14 @@ def build(shared: Shared) -> None:
     upload.upload(load, [upload, version, shared.recipe], [shared.recipe, version, said])
     clear.click(lambda version: ({}, version + 1, ""), version, [shared.recipe, version, said])
 
-    def save(layer: dict[str, Any], request: gr.Request) -> tuple[Any, str]:
+    def save(layer: dict[str, Any], request: gr.Request) -> str:
         try:
-            return str(exported(layer, workspace_of(request))), ""
+            place = saved(layer, workspace_of(request))
         except TunesmithError as error:
-            return None, problem(error)
+            return problem(error)
+        return box("The recipe is kept.", [f"recipes/{place.name}"], kind="good")
 
-    # The button hands out what its value is when it is clicked, so it is kept up with the recipe.
-    shared.recipe.change(save, shared.recipe, [download, said], show_progress="hidden", trigger_mode="always_last")
-    root.load(save, shared.recipe, [download, said], show_progress="hidden")
+    keep.click(save, shared.recipe, said)
 
     def look(layer: dict[str, Any], request: gr.Request) -> tuple[str, str]:
         return architecture(layer, workspace_of(request))

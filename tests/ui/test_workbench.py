@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from browser_of_tests import Workbench, window  # noqa: E402
+from browser_of_tests import Workbench, window
 
 pytestmark = pytest.mark.web
 
@@ -60,7 +60,14 @@ def pairs(place: Path, number: int = 40) -> Path:
     file = place / "pairs.jsonl"
     file.write_text(
         "".join(
-            json.dumps({"prompt": f"Is lamp {n} bright?", "chosen": f"Yes, lamp {n} is bright.", "rejected": "No idea."}) + "\n"
+            json.dumps(
+                {
+                    "prompt": f"Is lamp {n} bright?",
+                    "chosen": f"Yes, lamp {n} is bright.",
+                    "rejected": "No idea.",
+                }
+            )
+            + "\n"
             for n in range(number)
         )
     )
@@ -73,7 +80,9 @@ def set_up(opened, tmp_path, data: Path, method: str = "sft", steps: int = 6) ->
     recipe = tmp_path / f"{method}.yaml"
     recipe.write_text(SHORT % (method, steps))
     opened.go("Recipe")
-    opened.page.locator("#recipe-import input[type=file], input#recipe-import").first.set_input_files(str(recipe))
+    opened.page.locator("#recipe-import input[type=file], input#recipe-import").first.set_input_files(
+        str(recipe)
+    )
     opened.says("recipe-said", "imported")
     opened.go("Data")
     opened.page.locator("#data-upload input[type=file]").set_input_files(str(data))
@@ -131,7 +140,9 @@ def test_from_a_table_to_a_merged_model(browser, work, tmp_path):
         deadline = time.monotonic() + 200
         while not list(work.workspace.glob("exports/**/*.safetensors")) and time.monotonic() < deadline:
             opened.page.wait_for_timeout(500)
-        assert list(work.workspace.glob("exports/**/*.safetensors")), opened.page.locator("#ship-job").inner_text()
+        assert list(work.workspace.glob("exports/**/*.safetensors")), opened.page.locator(
+            "#ship-job"
+        ).inner_text()
         opened.says("ship-made", "lamps")
 
         opened.go("Runs")
@@ -221,9 +232,16 @@ PAYLOADS = [
 def test_nothing_in_data_is_carried_out(browser, bench, tmp_path):
     file = tmp_path / "<img src=x onerror=alert(0)>.jsonl"
     lines = [{"question": f"{bad} question", "answer": f"answer {bad}", bad: bad} for bad in PAYLOADS]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{broken <script>alert(99)</script>\n")
+    file.write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + "{broken <script>alert(99)</script>\n"
+    )
     whole = tmp_path / "whole.jsonl"
-    whole.write_text("".join(json.dumps({"question": f"{b} q {n}", "answer": f"a {n} {b}"}) + "\n" for n, b in enumerate(PAYLOADS * 3)))
+    whole.write_text(
+        "".join(
+            json.dumps({"question": f"{b} q {n}", "answer": f"a {n} {b}"}) + "\n"
+            for n, b in enumerate(PAYLOADS * 3)
+        )
+    )
     with window(browser, bench) as opened:
         opened.open()
         for data in (file, whole):
@@ -231,7 +249,9 @@ def test_nothing_in_data_is_carried_out(browser, bench, tmp_path):
             opened.page.wait_for_timeout(3000)
             opened.click("data-check")
             opened.page.wait_for_timeout(6000)
-            remove = opened.page.locator("#data-upload button[aria-label='Clear'], #data-upload button[aria-label='Remove']")
+            remove = opened.page.locator(
+                "#data-upload button[aria-label='Clear'], #data-upload button[aria-label='Remove']"
+            )
             if remove.count():
                 remove.first.click()
         opened.says("data-report", "rows")
@@ -249,12 +269,16 @@ def test_nothing_in_data_is_carried_out(browser, bench, tmp_path):
         opened.page.wait_for_timeout(2000)
         assert not opened.dialogs
         assert not opened.elsewhere
-        assert opened.page.evaluate("document.querySelectorAll('img[onerror], svg[onload], iframe').length") == 0
+        assert (
+            opened.page.evaluate("document.querySelectorAll('img[onerror], svg[onload], iframe').length") == 0
+        )
     assert not (tmp_path / "touched").exists()
 
 
 def test_a_phone_is_enough(browser, work, tmp_path):
-    with window(browser, work, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True) as opened:
+    with window(
+        browser, work, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True
+    ) as opened:
         set_up(opened, tmp_path, pairs(tmp_path), "dpo", 2)
         opened.says("data-state", "Read as")
         train(opened, "phone")

@@ -20,7 +20,6 @@ from tunesmith.ui.pages import PAGES
 from tunesmith.ui.security import Access, Limits, Walls
 from tunesmith.ui.shared import Shared
 
-
 KEPT = (600, 6 * 3600)
 """Seconds between two looks at files that pages were sent, and after which they go; uploads are in the workspace by then."""
 

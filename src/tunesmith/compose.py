@@ -7,6 +7,8 @@ Our task files keep settings for an adapter that is not chosen yet under its kin
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -541,9 +543,14 @@ def preset_about(name: str) -> str:
 
 
 def _preset(name: str) -> Layer:
+    return copy.deepcopy(_read_preset(name))
+
+
+@functools.cache
+def _read_preset(name: str) -> Layer:
     text = resources.files("tunesmith").joinpath(f"presets/{name}.yaml").read_text(encoding="utf-8")
-    loaded: Layer = yaml.safe_load(text)
-    return loaded
+    found: Layer = yaml.safe_load(text)
+    return found
 
 
 def assignment(text: str) -> Layer:

@@ -61,6 +61,9 @@ UNSET = _Unset()
 KINDS = tuple(name for name, field in Recipe.model_fields.items() if field.discriminator)
 """The recipe's unions, each chosen by its `kind`."""
 
+CHOICES = ("task", "preset", "data.dataset", *(f"{union}.kind" for union in KINDS))
+"""Fields that decide what others are where nobody sets them."""
+
 SETTLED = {"output_dir": "Runs are kept in your workspace."}
 """Fields that the workbench sets itself, and why."""
 
@@ -348,7 +351,8 @@ def put(layer: Mapping[str, Any], path: str, value: Any) -> Layer:
 def chosen(layer: Mapping[str, Any], union: str, kind: str) -> tuple[Layer, list[str]]:
     """The layer with a union of another kind, and the fields that the new kind has no use for, which are left out."""
     has = set(union_members(union)[kind].model_fields)
-    part = dict(layer.get(union) or {})
+    given = layer.get(union)
+    part = dict(given) if isinstance(given, Mapping) else {}
     lost = [name for name in part if name not in has]
     kept = {name: value for name, value in part.items() if name in has} | {"kind": kind}
     said = [f"{union}.{name} was left out: {union} '{kind}' has no such field." for name in lost]
@@ -431,8 +435,13 @@ def _is_wrong(layer: Mapping[str, Any]) -> bool:
 
 def _kinds_of(layer: Mapping[str, Any]) -> Layer:
     """What a layer chooses, without what it sets: task, preset, data set and kinds, where they exist."""
+    everything: Layer = {}
+    for path in CHOICES:
+        everything = put(everything, path, value_at(layer, path))
+    if not _is_wrong(everything):
+        return everything
     kept: Layer = {}
-    for path in ("task", "preset", "data.dataset", *(f"{union}.kind" for union in KINDS)):
+    for path in CHOICES:
         value = value_at(layer, path)
         if value is not UNSET and not _is_wrong(tried := put(kept, path, value)):
             kept = tried
@@ -703,9 +712,13 @@ def imported(file: Path) -> tuple[Layer, list[str]]:
     if _is_wrong(layer):
         return layer, notes
     whole, base = _composed(layer), _composed(_kinds_of(layer))
-    sparse: Layer = _kinds_of(layer)
+    sparse: Layer = {}
+    for path in CHOICES:
+        value = value_at(layer, path)
+        if value not in (UNSET, None, value_at(Recipe(), path)):
+            sparse = put(sparse, path, value)
     for path, value in leaves(layer):
-        if not path.endswith(".kind") and value_at(whole, path, None) != value_at(base, path, None):
+        if path not in CHOICES and value_at(whole, path, None) != value_at(base, path, None):
             sparse = put(sparse, path, value)
     return (sparse if _composed(sparse) == whole else layer), notes
 

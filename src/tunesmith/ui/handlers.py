@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunesmith import catalog
+from tunesmith.cli import FLAGS
 from tunesmith.compose import OTHER_NAMES, Layer, compose, nested, overlaid
 from tunesmith.errors import RecipeError, TunesmithError, nearest
 from tunesmith.recipe import Training, fields
@@ -157,6 +158,9 @@ def _setting(name: str, value: Any) -> Layer:
     if "." in name:
         return nested(name, value)
     own = OTHER_NAMES.get(name, name)
+    option = FLAGS.get("--" + own.replace("_", "-"))
+    if option:
+        return nested(option, value)
     places = [fact.path for fact in fields() if fact.path.rpartition(".")[2] == own]
     if own in Training.model_fields or not places:
         return {"training": {own: value}}  # of an unknown one the recipe says what was probably meant

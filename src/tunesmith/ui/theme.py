@@ -101,7 +101,9 @@ def theme() -> Any:
 
 HEADER = """<div class="ts-header"><span class="ts-mark" aria-hidden="true"></span>
 <h1>tunesmith</h1><p>Fine-tune on your own examples, and prove that it got better.</p>OUT</div>"""
-SIGN_OUT = '<form method="post" action="/logout"><button type="submit" class="ts-out">Sign out</button></form>'
+SIGN_OUT = (
+    '<form method="post" action="/logout"><button type="submit" class="ts-out">Sign out</button></form>'
+)
 
 CSS = """
 .gradio-container { --ts-good: #126a57; --ts-warn: #8a5a00; --ts-bad: #a32a1f; --ts-note: #31577e; }

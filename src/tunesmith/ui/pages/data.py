@@ -19,6 +19,7 @@ from gradio.context import get_blocks_context
 from tunesmith import api
 from tunesmith.data.examples import LedgerEntry
 from tunesmith.errors import InputError, TunesmithError, counted
+from tunesmith.recipe import DataSource
 from tunesmith.ui import form
 from tunesmith.ui.form import UNSET
 from tunesmith.ui.shared import Shared, box, command, empty, problem
@@ -104,7 +105,7 @@ def with_data(layer: Mapping[str, Any], chosen: Chosen) -> dict[str, Any]:
     if form.value_at(layer, "data.dataset") != chosen.dataset:
         data = layer.get("data")
         for name in data if isinstance(data, Mapping) else ():
-            if name in api.DataSource.model_fields:
+            if name in DataSource.model_fields:
                 kept = form.without(kept, f"data.{name}")
     for path, value in (
         ("data.dataset", chosen.dataset),
@@ -146,11 +147,10 @@ def sentence(found: api.Looked) -> str:
 def validated(layer: Mapping[str, Any], workspace: Workspace) -> Report:
     """What is wrong with the layer's data set for its method and its base model. Raises TunesmithError."""
     recipe = form.checked(layer, workspace).recipe
-    task = layer.get("task")
     return api.validate(
         recipe.data.dataset,
-        task=task,
-        settings={name: part for name, part in layer.items() if name in ("data", "method", "model")},
+        task=layer.get("task"),
+        settings=dict(layer),
         model=recipe.model.base,
         limit=SHOWN_FINDINGS,
     )

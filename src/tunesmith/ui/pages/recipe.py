@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.context import get_blocks_context
+from gradio.context import LocalContext, get_blocks_context
 
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.recipe import Recipe, sections_of
@@ -30,12 +31,12 @@ Drawn = str
 """What a section shows besides the user's own values, as text: where it changes, the section is drawn anew."""
 
 
-def drawn(found: Filled, section: str, *, expert: bool, version: int = 0) -> Drawn:
+def drawn(found: Filled, section: str, shown: Sequence[Control], version: int = 0) -> Drawn:
     """What decides how a section is drawn: its fields, what they are without the user's values, and faults between them.
 
     What the user types into a field is not in it, so that nobody loses the place in which he writes.
     """
-    fields = [c for c in form.visible(found, expert=expert) if c.section == section]
+    fields = [c for c in shown if c.section == section]
     rows = [(c.path, c.kind, repr(form.value_at(found.base, c.path, None))) for c in fields]
     between = sorted(said for path, said in found.faults.items() if "effect" in said and path.startswith(section or "-"))
     return json.dumps([version, rows, between])
@@ -45,11 +46,12 @@ def outcome(layer: dict[str, Any], workspace: Workspace | None, *, expert: bool,
     """YAML, command, the box below them, and what decides how each section is drawn."""
     found = form.filled(layer, workspace)
     own = form.settled(layer, workspace) if workspace else layer
+    shown = form.visible(found, expert=expert)
     return (
         form.as_yaml(layer),
         command(form.argv(own)),
         verdict(found),
-        *(drawn(found, section, expert=expert, version=version) for section in SECTIONS),
+        *(drawn(found, section, shown, version) for section in SECTIONS),
     )
 
 
@@ -86,11 +88,15 @@ def taken(file: str, workspace: Workspace) -> tuple[dict[str, Any], list[str]]:
     return form.imported(path)
 
 
-def exported(layer: dict[str, Any], workspace: Workspace) -> Path:
-    """The layer as a file in the workspace, for the browser to take home."""
+def saved(layer: dict[str, Any], workspace: Workspace) -> Path:
+    """Keep the layer as a file in the workspace, beside those of the same name that say something else."""
     name = layer.get("name") if isinstance(layer.get("name"), str) and layer["name"] else "recipe"
+    text, number = form.as_yaml(layer), 1
     place = workspace.inside(workspace.recipes, f"{name}.yaml")
-    place.write_text(form.as_yaml(layer), encoding="utf-8")
+    while place.exists() and place.read_text(encoding="utf-8") != text:
+        number += 1
+        place = workspace.inside(workspace.recipes, f"{name}-{number}.yaml")
+    place.write_text(text, encoding="utf-8")
     return place
 
 
@@ -113,7 +119,8 @@ def architecture(layer: dict[str, Any], workspace: Workspace | None) -> tuple[st
 def build(shared: Shared) -> None:
     """Fill the tab."""
     root = get_blocks_context().root_block  # type: ignore[union-attr]
-    start = form.filled({})
+    start = form.filled(shared.recipe.value or {})
+    basic = form.visible(start, expert=False)
     version = gr.State(0)
     with gr.Row():
         with gr.Column(scale=3, min_width=340):
@@ -121,21 +128,19 @@ def build(shared: Shared) -> None:
                 ["Basic", "Expert"], value="Basic", label="View", elem_id="recipe-view",
                 info="Expert has every field that takes effect with the chosen method and adapter.",
             )  # fmt: skip
-            looks = {
-                section: gr.State(drawn(start, section, expert=False)) for section in SECTIONS
-            }
+            looks = {section: gr.State(drawn(start, section, basic)) for section in SECTIONS}
             for section in SECTIONS:
                 with gr.Accordion(TITLES[section], open=section in OPEN, elem_id=f"recipe-section-{section or 'run'}"):
                     _section(shared, section, looks[section], view, root)
         with gr.Column(scale=2, min_width=340):
             state = gr.HTML(verdict(start), elem_id="recipe-state")
-            text = gr.Code(form.as_yaml({}), language="yaml", label="Recipe (YAML)", elem_id="recipe-yaml",
-                           interactive=False, wrap_lines=True)  # fmt: skip
-            line = gr.Code(command(form.argv({})), language="shell", label="The same as one command",
+            text = gr.Code(form.as_yaml(start.layer), language="yaml", label="Recipe (YAML)", elem_id="recipe-yaml",
+                           interactive=False, wrap_lines=True, buttons=["copy", "download"])  # fmt: skip
+            line = gr.Code(command(form.argv(start.layer)), language="shell", label="The same as one command",
                            elem_id="recipe-command", interactive=False, wrap_lines=True)  # fmt: skip
             with gr.Row():
                 upload = gr.UploadButton("Import a recipe", file_types=[".yaml", ".yml", ".json"], elem_id="recipe-import")
-                download = gr.DownloadButton("Export", elem_id="recipe-export")
+                keep = gr.Button("Keep in workspace", elem_id="recipe-keep")
                 clear = gr.Button("Start over", elem_id="recipe-clear")
             said = gr.HTML("", elem_id="recipe-said")
             onward = gr.Button("Plan this run", variant="primary", elem_id="recipe-plan")
@@ -162,15 +167,14 @@ def build(shared: Shared) -> None:
     upload.upload(load, [upload, version, shared.recipe], [shared.recipe, version, said])
     clear.click(lambda version: ({}, version + 1, ""), version, [shared.recipe, version, said])
 
-    def save(layer: dict[str, Any], request: gr.Request) -> tuple[Any, str]:
+    def save(layer: dict[str, Any], request: gr.Request) -> str:
         try:
-            return str(exported(layer, workspace_of(request))), ""
+            place = saved(layer, workspace_of(request))
         except TunesmithError as error:
-            return None, problem(error)
+            return problem(error)
+        return box("The recipe is kept.", [f"recipes/{place.name}"], kind="good")
 
-    # The button hands out what its value is when it is clicked, so it is kept up with the recipe.
-    shared.recipe.change(save, shared.recipe, [download, said], show_progress="hidden", trigger_mode="always_last")
-    root.load(save, shared.recipe, [download, said], show_progress="hidden")
+    keep.click(save, shared.recipe, said)
 
     def look(layer: dict[str, Any], request: gr.Request) -> tuple[str, str]:
         return architecture(layer, workspace_of(request))
@@ -185,8 +189,10 @@ def _section(shared: Shared, section: str, look: gr.State, view: gr.Radio, root:
     @gr.render(
         inputs=[shared.recipe, view, look], triggers=[root.load, look.change], show_progress="hidden",
     )  # fmt: skip
-    def draw(layer: dict[str, Any], view: str, look: Drawn, request: gr.Request) -> None:
-        found = form.filled(layer, workspace_of(request))
+    def draw(layer: dict[str, Any], view: str, look: Drawn) -> None:
+        # Gradio hands no request to what it renders.
+        request = LocalContext.request.get(None)
+        found = form.filled(layer, workspace_of(request) if request else None)
         gr.HTML(f"<p>{about(section, found)}</p>")
         shown = [c for c in form.visible(found, expert=view == "Expert") if c.section == section]
         if not shown:

@@ -35,7 +35,7 @@ MAIN = ("Loss", "Learning rate", "Gradient norm", "Speed", "Memory")
 PLOTS_KEPT = 128
 
 
-def start(workspace: Workspace, layer: Mapping[str, Any], name: str = "") -> Job:
+def start(workspace: Workspace, layer: Mapping[str, Any], name: str | None = None) -> Job:
     """Queue a training of this recipe under a run's name, by default its task's and data set's with a free number.
 
     Raises TunesmithError for a recipe that cannot be, or names what is not the user's, and for a name that is taken.
@@ -44,7 +44,7 @@ def start(workspace: Workspace, layer: Mapping[str, Any], name: str = "") -> Job
     return queue_of(workspace).add(argv[1:], title=f"Train {name}", run=name)
 
 
-def planned(workspace: Workspace, layer: Mapping[str, Any], name: str = "") -> tuple[list[str], str]:
+def planned(workspace: Workspace, layer: Mapping[str, Any], name: str | None = None) -> tuple[list[str], str]:
     """The command that trains this recipe, and the run's name."""
     if not layer:
         raise InputError(
@@ -53,8 +53,9 @@ def planned(workspace: Workspace, layer: Mapping[str, Any], name: str = "") -> t
     recipe = form.checked(layer, workspace).recipe
     jobs = queue_of(workspace).jobs()
     taken = {path.name for path in workspace.runs.iterdir()} | {job.run for job in jobs if job.is_open}
-    wanted = name.strip() or folder_name(recipe)
-    if name.strip() and wanted in taken:
+    name = (name or "").strip()
+    wanted = name or folder_name(recipe)
+    if name and wanted in taken:
         raise InputError("This name is taken.", found=repr(wanted[:60]), fix="Choose another one.")
     number, free = 2, wanted
     while free in taken:

@@ -34,7 +34,16 @@ class Workbench:
 
     def start(self, port: str = "0") -> None:
         """Start it; `address` has the token, `url` has not."""
-        command = [sys.executable, "-m", "tunesmith", "web", "--port", port, "--workspace", str(self.workspace)]
+        command = [
+            sys.executable,
+            "-m",
+            "tunesmith",
+            "web",
+            "--port",
+            port,
+            "--workspace",
+            str(self.workspace),
+        ]
         # Standard error goes to a file, as nobody reads a pipe while a test runs.
         self.log = self.workspace.with_name(self.workspace.name + ".log")
         with self.log.open("w") as log:
@@ -78,8 +87,16 @@ class Window:
         """Notice dialogs, requests to others, refusals of the policy, and scripts that fail."""
         page, own = self.page, self.bench.url
         page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda asked: None if asked.url.startswith((own, "data:", "blob:")) else self.elsewhere.append(asked.url))
-        page.on("console", lambda said: self.refused.append(said.text) if "Content Security Policy" in said.text else None)
+        page.on(
+            "request",
+            lambda asked: (
+                None if asked.url.startswith((own, "data:", "blob:")) else self.elsewhere.append(asked.url)
+            ),
+        )
+        page.on(
+            "console",
+            lambda said: self.refused.append(said.text) if "Content Security Policy" in said.text else None,
+        )
         page.on("pageerror", lambda error: self.broken.append(str(error)))
 
     def open(self, address: str | None = None) -> None:
@@ -91,8 +108,12 @@ class Window:
         """Choose a page."""
         tab = self.page.get_by_role("tab", name=name, exact=True).first
         if not tab.is_visible():
-            self.page.get_by_role("button", name="More tabs").or_(self.page.locator(".overflow-menu > button")).first.click()
-        self.page.locator(f"#page-{name.lower()}-button, .overflow-dropdown button:has-text('{name}')").locator("visible=true").first.click()
+            self.page.get_by_role("button", name="More tabs").or_(
+                self.page.locator(".overflow-menu > button")
+            ).first.click()
+        self.page.locator(
+            f"#page-{name.lower()}-button, .overflow-dropdown button:has-text('{name}')"
+        ).locator("visible=true").first.click()
         self.page.locator(f"#page-{name.lower()}").wait_for(state="visible", timeout=30_000)
 
     def fill(self, id: str, text: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from web_of_tests import TOKEN, listening  # noqa: E402
+from web_of_tests import TOKEN, listening
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,9 @@ def test_a_short_password_is_refused(tmp_path):
         accounts.add(tmp_path / "users.json", "ann", "short")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1, "users": {}}', '{"format": 1, "users": {"../x": {}}}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": 1, "users": {}}', '{"format": 1, "users": {"../x": {}}}']
+)
 def test_a_file_that_is_none_is_refused(tmp_path, content):
     file = tmp_path / "users.json"
     file.write_text(content)

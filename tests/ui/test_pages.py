@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from browser_of_tests import Workbench, window  # noqa: E402
+from browser_of_tests import Workbench, window
 
 pytestmark = pytest.mark.web
 

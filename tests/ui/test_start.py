@@ -81,7 +81,9 @@ def test_the_command_listens_here_only_and_ends_at_ctrl_c(tmp_path):
         url, port, token = found.groups()
         listening = subprocess.run(["ss", "-ltnH"], capture_output=True, text=True, check=False)
         if listening.returncode == 0:
-            at = [row.split()[3] for row in listening.stdout.splitlines() if row.split()[3].endswith(f":{port}")]
+            at = [
+                row.split()[3] for row in listening.stdout.splitlines() if row.split()[3].endswith(f":{port}")
+            ]
             assert at == [f"127.0.0.1:{port}"]
         with httpx.Client(base_url=url, timeout=30) as client:
             assert client.get("/").status_code == 401

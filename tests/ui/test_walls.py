@@ -96,7 +96,13 @@ def test_only_the_routes_that_pages_use_are_open(web):
         for path in ("/monitoring", "/monitoring/summary", "/docs", "/openapi.json", "/gradio_api/info", "/gradio_api/openapi.json",
                      "/gradio_api/proxy=http://127.0.0.1:1/", "/gradio_api/vibe-code", "/gradio_api/runs", "/gradio_api/deep_link"):  # fmt: skip
             assert client.get(path).status_code == 404, path
-        for path in ("/gradio_api/vibe-edit", "/gradio_api/process_recording", "/gradio_api/component_server", "/gradio_api/call/x", "/login"):
+        for path in (
+            "/gradio_api/vibe-edit",
+            "/gradio_api/process_recording",
+            "/gradio_api/component_server",
+            "/gradio_api/call/x",
+            "/login",
+        ):
             assert client.post(path, json={}).status_code == 404, path
         for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"):
             assert client.request(method, "/").status_code in (403, 404, 405), method
@@ -134,7 +140,9 @@ def test_guessing_the_token_is_slowed_down_and_the_right_one_still_works(around)
         assert set(answers[:8]) == {401}
         assert set(answers[8:]) == {429}
         assert client.get("/", params={"token": TOKEN}).status_code == 303
-        assert client.get("/", params={"token": "\udcff".encode("utf-8", "surrogateescape")}).status_code == 429
+        assert (
+            client.get("/", params={"token": "\udcff".encode("utf-8", "surrogateescape")}).status_code == 429
+        )
         told = client.get("/", params={"token": "x"}, headers={"accept": "text/html"})
         assert int(told.headers["retry-after"]) > 0
         assert "Too many" in told.text
@@ -152,7 +160,9 @@ def test_a_page_of_another_name_cannot_be_made_to_point_here(web, host):
     with web.owner() as client:
         cookie = "; ".join(f"{k}={v}" for k, v in client.cookies.items())
     port = web.url.rsplit(":", 1)[1]
-    said = raw(web, f"GET /config HTTP/1.1\nHost: {host.format(port=port)}\nCookie: {cookie}\nConnection: close\n")
+    said = raw(
+        web, f"GET /config HTTP/1.1\nHost: {host.format(port=port)}\nCookie: {cookie}\nConnection: close\n"
+    )
     assert said.split(" ")[1] == "400", said[:200]
     assert "components" not in said
     mine = raw(web, f"GET /config HTTP/1.1\nHost: 127.0.0.1:{port}\nCookie: {cookie}\nConnection: close\n")
@@ -184,7 +194,9 @@ def test_another_page_changes_nothing(web, headers):
         body = {"data": [], "fn_index": 0, "session_hash": "foreign1", "event_data": None, "trigger_id": None}
         answers = [
             client.post("/gradio_api/queue/join", json=body),
-            client.post("/gradio_api/queue/join", content=json.dumps(body), headers={"content-type": "text/plain"}),
+            client.post(
+                "/gradio_api/queue/join", content=json.dumps(body), headers={"content-type": "text/plain"}
+            ),
             client.post("/gradio_api/run/predict", json=body),
             client.post("/gradio_api/reset", data={"x": "1"}),
             upload(client, b"x"),
@@ -209,7 +221,9 @@ def test_another_page_may_link_here_and_read_nothing(web):
             found = client.get("/config", headers={"sec-fetch-site": "cross-site", "sec-fetch-mode": mode})
             assert found.status_code == 403
         assert client.get("/config", headers={"origin": "http://evil.com"}).status_code == 403
-        asked = client.options("/config", headers={"origin": "http://evil.com", "access-control-request-method": "GET"})
+        asked = client.options(
+            "/config", headers={"origin": "http://evil.com", "access-control-request-method": "GET"}
+        )
         assert asked.status_code == 403
         assert not [name for name in asked.headers if name.startswith("access-control")]
 
@@ -250,7 +264,10 @@ def test_every_answer_tells_the_browser_what_it_may_not(web):
 def test_scripts_of_the_page_carry_this_answers_nonce(web):
     with web.owner() as client:
         first, second = client.get("/"), client.get("/")
-        nonces = [re.search(r"'nonce-([\w-]+)'", page.headers["content-security-policy"])[1] for page in (first, second)]
+        nonces = [
+            re.search(r"'nonce-([\w-]+)'", page.headers["content-security-policy"])[1]
+            for page in (first, second)
+        ]
         assert nonces[0] != nonces[1]
         tags = re.findall(r"<script\b[^>]*>", first.text)
         assert len(tags) >= 4
@@ -265,7 +282,16 @@ def test_scripts_of_the_page_carry_this_answers_nonce(web):
 
 def climbs(canary) -> list[str]:
     """Ways to write a path that should not be read."""
-    up = ["../" * n for n in (1, 3, 8)] + ["..%2f" * 6, "..%252f" * 6, "%2e%2e/" * 6, "....//" * 6, "..\\" * 6, "..%5c" * 6, "%c0%ae%c0%ae/" * 6, "..;/" * 6]
+    up = ["../" * n for n in (1, 3, 8)] + [
+        "..%2f" * 6,
+        "..%252f" * 6,
+        "%2e%2e/" * 6,
+        "....//" * 6,
+        "..\\" * 6,
+        "..%5c" * 6,
+        "%c0%ae%c0%ae/" * 6,
+        "..;/" * 6,
+    ]
     targets = ["etc/passwd", "proc/self/environ", str(canary).lstrip("/"), "root/.ssh/id_rsa"]
     whole = [
         "/etc/passwd", "//etc/passwd", "/./etc/passwd", "/etc/./passwd", "/proc/self/environ", "/proc/self/cwd/pyproject.toml",
@@ -280,11 +306,18 @@ def test_no_path_outside_the_workspace_is_read(web, canary):
     inside = upload_of = None
     with web.owner() as client:
         upload_of = upload(client, CANARY.encode(), "mine.txt").json()[0]
-        assert client.get(f"/gradio_api/file={upload_of}").text == CANARY, "else the cases below prove nothing"
+        assert client.get(f"/gradio_api/file={upload_of}").text == CANARY, (
+            "else the cases below prove nothing"
+        )
         inside = web.temporary / "link.txt"
         inside.symlink_to(canary)
         tried = 0
-        for path in [*climbs(canary), str(inside), quote(str(inside)), str(web.temporary / ".." / ".." / canary.name)]:
+        for path in [
+            *climbs(canary),
+            str(inside),
+            quote(str(inside)),
+            str(web.temporary / ".." / ".." / canary.name),
+        ]:
             for before in ("/gradio_api/file=", "/static/", "/assets/", "/svelte/", "/gradio_api/file/", "/"):
                 try:
                     answer = client.get(before + path)
@@ -318,9 +351,14 @@ def test_a_form_that_names_a_file_of_the_machine_is_not_read(web, canary):
             for path in (str(canary), "/etc/passwd", str(web.temporary / ".." / ".." / canary.name)):
                 given = {"path": path, "orig_name": "x.txt", "meta": {"_type": "gradio.FileData"}}
                 multiple = next(
-                    c["props"].get("file_count") for c in config["components"] if c["id"] in files & set(event["inputs"])
+                    c["props"].get("file_count")
+                    for c in config["components"]
+                    if c["id"] in files & set(event["inputs"])
                 )
-                data = [([given] if multiple == "multiple" else given) if i in files else None for i in event["inputs"]]
+                data = [
+                    ([given] if multiple == "multiple" else given) if i in files else None
+                    for i in event["inputs"]
+                ]
                 said = run_event(client, event["id"], data)
                 assert CANARY not in said
                 assert "root:x" not in said
@@ -359,7 +397,11 @@ def test_an_upload_at_the_limit_is_taken_and_one_above_it_leaves_nothing(around)
                 yield b"z" * 10_000
             yield b"\r\n--b--\r\n"
 
-        silent = client.post("/gradio_api/upload", content=pieces(), headers={"content-type": "multipart/form-data; boundary=b"})
+        silent = client.post(
+            "/gradio_api/upload",
+            content=pieces(),
+            headers={"content-type": "multipart/form-data; boundary=b"},
+        )
         assert silent.status_code == 413
         assert kept(web) == before
 
@@ -409,7 +451,9 @@ def test_an_upload_that_ends_early_or_stalls_leaves_nothing(around):
     assert kept(web) == before
 
 
-@pytest.mark.parametrize("name", ["page.html", "picture.svg", "code.js", "x.xhtml", "x.xml", "style.css", "x.pdf"])
+@pytest.mark.parametrize(
+    "name", ["page.html", "picture.svg", "code.js", "x.xhtml", "x.xml", "style.css", "x.pdf"]
+)
 def test_what_was_uploaded_comes_back_as_bytes_and_never_as_a_page(web, name):
     with web.owner() as client:
         path = upload(client, b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", name).json()[0]
@@ -445,7 +489,9 @@ def test_other_bodies_are_small_and_well_formed(around):
         assert client.post("/gradio_api/queue/join", json={"data": ["x" * 20_000]}).status_code == 413
         deep = b'{"data": ' + b"[" * 4000 + b"]" * 4000 + b"}"
         for body in (b"", b"{", b"\xff", deep, b"[]", b'"x"', b'{"session_hash": 1}'):
-            answer = client.post("/gradio_api/queue/join", content=body, headers={"content-type": "application/json"})
+            answer = client.post(
+                "/gradio_api/queue/join", content=body, headers={"content-type": "application/json"}
+            )
             assert 400 <= answer.status_code < 500, body[:20]
         cookie = "; ".join(f"{k}={v}" for k, v in client.cookies.items())
     slow = raw(web, f"POST /gradio_api/reset HTTP/1.1\nHost: localhost\nOrigin: http://localhost\nCookie: {cookie}\nContent-Length: 10\nConnection: close\n", b"{")  # fmt: skip
@@ -521,7 +567,13 @@ def test_users_see_their_own_files_and_pages_only(shared):
         assert ann.get(f"/gradio_api/file={own}").status_code == 403
         assert "File not allowed" in ann.get(f"/gradio_api/file={own}").text
         assert bob.get(f"/gradio_api/file={own}").json()["detail"] == "This file is not handed out."
-        body = {"data": [], "fn_index": 10**6, "session_hash": "pageofann", "event_data": None, "trigger_id": None}
+        body = {
+            "data": [],
+            "fn_index": 10**6,
+            "session_hash": "pageofann",
+            "event_data": None,
+            "trigger_id": None,
+        }
         assert ann.post("/gradio_api/queue/join", json=body).status_code != 403
         assert bob.post("/gradio_api/queue/join", json=body).status_code == 403
         for path in ("/gradio_api/queue/data?session_hash=pageofann", "/gradio_api/heartbeat/pageofann"):

@@ -23,7 +23,9 @@ def test_a_name_that_is_none_is_refused(tmp_path, name):
         workspace.inside(workspace.runs, name)
 
 
-@pytest.mark.parametrize("name", ["a", "support-lora 2", "grüße.jsonl", "a..b", ".hidden", "~", "$(touch x)", "'; touch x"])
+@pytest.mark.parametrize(
+    "name", ["a", "support-lora 2", "grüße.jsonl", "a..b", ".hidden", "~", "$(touch x)", "'; touch x"]
+)
 def test_an_ordinary_or_odd_name_stays_inside(tmp_path, name):
     workspace = Workspace(tmp_path / "w")
     assert workspace.inside(workspace.runs, name) == workspace.root / "runs" / name

@@ -58,9 +58,7 @@ def read(file: Path) -> Accounts:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(f"{file} is no file of accounts.", found=type(error).__name__, fix=add) from None
     if not whole or not users:
-        raise RecipeError(
-            f"{file} is no file of accounts.", found="no account in its form", fix=add
-        )
+        raise RecipeError(f"{file} is no file of accounts.", found="no account in its form", fix=add)
     if mode & 0o077:
         raise RecipeError(
             f"Others on this machine can read the accounts in {file}.",

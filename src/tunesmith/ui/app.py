@@ -20,10 +20,13 @@ from tunesmith.ui.pages import PAGES
 from tunesmith.ui.security import Access, Limits, Walls
 from tunesmith.ui.shared import Shared
 
+KEPT = (600, 6 * 3600)
+"""Seconds between two looks at files that pages were sent, and after which they go; uploads are in the workspace by then."""
+
 
 def blocks(recipe: Mapping[str, Any] | None = None, *, signs_out: bool = False) -> Any:
     """All pages, one tab each. `recipe` is what a page that is opened starts from."""
-    with gr.Blocks(title="tunesmith", analytics_enabled=False, fill_width=True) as made:
+    with gr.Blocks(title="tunesmith", analytics_enabled=False, fill_width=True, delete_cache=KEPT) as made:
         gr.HTML(theme.HEADER.replace("OUT", theme.SIGN_OUT if signs_out else ""), elem_id="header")
         chosen, run = gr.State(dict(recipe or {})), gr.State(None)
         with gr.Tabs(elem_id="pages") as tabs:
@@ -59,6 +62,8 @@ def create(
     temporary.mkdir(mode=0o700)
     os.environ["GRADIO_TEMP_DIR"] = str(temporary)
     made = blocks(recipe, signs_out=accounts is not None)
+    # Events of one kind wait for one another by default, also those of two users.
+    made.queue(default_concurrency_limit=4, max_size=100, api_open=False)
     # Gradio's generated pages of routes would load scripts from elsewhere.
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app = gr.mount_gradio_app(

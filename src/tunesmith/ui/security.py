@@ -9,8 +9,8 @@ uses are let through, so that a new one in a later version is closed until someb
 from __future__ import annotations
 
 import asyncio
-import html
 import hmac
+import html
 import json
 import os
 import re
@@ -150,7 +150,9 @@ class Walls:
         if path == "/logout" and method == "POST":
             self.sessions.end(value or "")
             where = "/login" if self.access.accounts is not None else "/"
-            await _send(send, 303, b"", "text/plain", CLOSED, location=where, **self._set_cookie("", 0, headers))
+            await _send(
+                send, 303, b"", "text/plain", CLOSED, location=where, **self._set_cookie("", 0, headers)
+            )
             return
         await self._passed(scope, headers, receive, send, user)
 
@@ -164,7 +166,10 @@ class Walls:
         """A page of another site may link here, and nothing else."""
         site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
         host = headers[b"host"].decode("latin-1").lower()
-        same = origin is not None and origin.decode("latin-1").lower() in (f"http://{host}", f"https://{host}")
+        same = origin is not None and origin.decode("latin-1").lower() in (
+            f"http://{host}",
+            f"https://{host}",
+        )
         foreign = (origin is not None and not same) or site in (b"cross-site", b"same-site")
         if method in ("GET", "HEAD"):
             if foreign and (headers.get(b"sec-fetch-mode") != b"navigate" or origin is not None):
@@ -193,7 +198,9 @@ class Walls:
             raise Refused(401, "This token is another start's: open the address printed last.")
         value = self.sessions.begin("")
         headers = {name.lower(): value for name, value in scope["headers"]}
-        await _send(send, 303, b"", "text/plain", CLOSED, location="/", **self._set_cookie(value, None, headers))
+        await _send(
+            send, 303, b"", "text/plain", CLOSED, location="/", **self._set_cookie(value, None, headers)
+        )
 
     async def _login(self, scope: Any, headers: Mapping[bytes, bytes], receive: Any, send: Any) -> None:
         accounts = self.access.accounts
@@ -216,7 +223,9 @@ class Walls:
             await self._login_page(send, 401, "Name or password is wrong.")
             return
         value = self.sessions.begin(name)
-        await _send(send, 303, b"", "text/plain", CLOSED, location="/", **self._set_cookie(value, None, headers))
+        await _send(
+            send, 303, b"", "text/plain", CLOSED, location="/", **self._set_cookie(value, None, headers)
+        )
 
     async def _login_page(self, send: Any, status: int, said: str) -> None:
         from tunesmith.ui.theme import LOGIN
@@ -323,7 +332,9 @@ class Walls:
     ) -> None:
         """Pass an upload on while it is small enough; nothing of one that is too large, or ends early, stays."""
         most, kept = self.limits.upload_bytes, self.limits.kept_bytes
-        too_large = Refused(413, f"An upload may have {most // 2**20} MiB; place larger files in the workspace's folder.")
+        too_large = Refused(
+            413, f"An upload may have {most // 2**20} MiB; place larger files in the workspace's folder."
+        )
         full = Refused(413, f"Uploads may take {kept // 2**20} MiB all together; delete some first.")
         announced = _length(headers)
         if announced > most:

@@ -73,12 +73,12 @@ def serve(place: Place, *, say: Say, ready: Say, recipe: Mapping[str, Any] | Non
     elif users is None:
         say(f"The address needs ?token= with the value of {place.token_env}.")
     if not is_loopback(place.host):
-        say("Passwords travel readable over http: put a proxy with TLS before it, and name it with --allowed-host.")
+        say(
+            "Passwords travel readable over http: put a proxy with TLS before it, and name it with --allowed-host."
+        )
     names = frozenset(name.lower() for name in (place.host, *place.hosts))
     try:
-        app = create(
-            place.workspace, token, users, host=place.host, port=port, hosts=names, recipe=recipe
-        )
+        app = create(place.workspace, token, users, host=place.host, port=port, hosts=names, recipe=recipe)
         config = uvicorn.Config(
             app,
             log_level="warning",

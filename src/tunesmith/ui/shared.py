@@ -37,7 +37,9 @@ def problem(error: Exception) -> str:
     An exception that is not ours is a bug: its type is named, its text stays in the server's log.
     """
     if not isinstance(error, TunesmithError):
-        return box("This failed.", [f"A bug of tunesmith's: {type(error).__name__}. The log has the details."])
+        return box(
+            "This failed.", [f"A bug of tunesmith's: {type(error).__name__}. The log has the details."]
+        )
     said = [error.found and f"Found: {error.found}", error.fix and f"What to do: {error.fix}"]
     return box(error.problem, [line for line in said if line])
 

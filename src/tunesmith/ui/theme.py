@@ -101,7 +101,9 @@ def theme() -> Any:
 
 HEADER = """<div class="ts-header"><span class="ts-mark" aria-hidden="true"></span>
 <h1>tunesmith</h1><p>Fine-tune on your own examples, and prove that it got better.</p>OUT</div>"""
-SIGN_OUT = '<form method="post" action="/logout"><button type="submit" class="ts-out">Sign out</button></form>'
+SIGN_OUT = (
+    '<form method="post" action="/logout"><button type="submit" class="ts-out">Sign out</button></form>'
+)
 
 CSS = """
 .gradio-container { --ts-good: #126a57; --ts-warn: #8a5a00; --ts-bad: #a32a1f; --ts-note: #31577e; }
@@ -130,6 +132,22 @@ CSS = """
 .ts-box.ts-empty p { color: var(--body-text-color-subdued); }
 .ts-quiet { color: var(--body-text-color-subdued); }
 .ts-number { font-variant-numeric: tabular-nums; }
+
+.ts-status { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 12px 16px;
+  background: var(--background-fill-primary); }
+.ts-status strong { font-weight: 600; }
+.ts-status progress { display: block; width: 100%; height: 8px; margin: 8px 0; accent-color: var(--primary-600); }
+.ts-status dl { display: flex; flex-wrap: wrap; gap: 8px 28px; margin: 6px 0 0; }
+.ts-status dt { font-size: 0.8rem; color: var(--body-text-color-subdued); }
+.ts-status dd { margin: 0; font-variant-numeric: tabular-nums; }
+.ts-box pre { margin: 8px 0 0; white-space: pre-wrap; font-size: 0.85rem; max-height: 320px; overflow-y: auto; }
+.ts-talk { display: flex; flex-direction: column; gap: 10px; }
+.ts-turn, .ts-answer { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 8px 14px;
+  background: var(--background-fill-primary); overflow-wrap: anywhere; }
+.ts-turn.ts-user { background: var(--color-accent-soft); align-self: flex-end; max-width: 85%; }
+.ts-turn span, .ts-answer span { font-size: 0.8rem; color: var(--body-text-color-subdued); }
+.ts-turn p, .ts-answer p { margin: 2px 0 0; white-space: pre-wrap; color: var(--body-text-color); }
+.ts-both { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); gap: 10px; }
 
 .gradio-container :is(button, a, input, select, textarea, summary, [role=tab], [tabindex]):focus-visible {
   outline: 2px solid var(--primary-500) !important; outline-offset: 2px; }

@@ -257,7 +257,8 @@ def test_every_answer_tells_the_browser_what_it_may_not(web):
         assert "default-src 'none'" in policy, where
         assert "frame-ancestors 'none'" in policy, where
         scripts = re.search(r"script-src ([^;]*)", policy)
-        assert scripts is None or "unsafe" not in scripts[1], where
+        assert scripts is None or "unsafe-inline" not in scripts[1], where
+        assert scripts is None or "http" not in scripts[1], where
         assert not [name for name in answer.headers if name.startswith("access-control")], where
         assert "server" not in answer.headers, where
 

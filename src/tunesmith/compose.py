@@ -471,7 +471,10 @@ def _check_grown(text: str) -> None:
 
 
 def loaded(text: str) -> Any:
-    """A text as YAML reads it, safely: no classes, no endless levels or aliases. Raises yaml.YAMLError and ValueError."""
+    """A text as YAML reads it, safely: no classes, no levels or aliases without end.
+
+    Raises yaml.YAMLError and ValueError.
+    """
     _check_grown(text)
     try:
         return yaml.load(text, Loader=_QuickLoader)  # a SafeLoader

@@ -12,8 +12,8 @@ pytest.importorskip("gradio")
 
 from tunesmith import api
 from tunesmith.compose import compose
-from tunesmith.data.inspection import Inspected
 from tunesmith.data.examples import Row
+from tunesmith.data.inspection import Inspected
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.ui import form
 from tunesmith.ui.pages import data, plan, recipe
@@ -39,7 +39,10 @@ def layer(workspace, model, tmp_path) -> dict:
     """A layer with forty questions, uploaded."""
     sent = tmp_path / "questions.jsonl"
     sent.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return {"model": {"base": model}, "data": {"dataset": data.receive(str(sent), workspace)}}
+    return {
+        "model": {"base": model},
+        "data": {"dataset": data.receive(str(sent), workspace), "max_length": 256},
+    }
 
 
 def written(kind: str, place) -> str:
@@ -105,12 +108,17 @@ def test_columns_that_no_format_knows_are_mapped_by_hand(workspace, tmp_path):
     found = data.looked(layer, workspace)
     assert len(found.formats) == 1
     assert "the recipe names the two columns" in found.reason
-    assert data.table(found) == {"headers": ["frage", "antwort"], "data": [["was?", f"{n} das"] for n in range(5)]}
+    assert data.table(found) == {
+        "headers": ["frage", "antwort"],
+        "data": [["was?", f"{n} das"] for n in range(5)],
+    }
 
 
 def test_another_data_set_takes_nothing_of_the_mapping_of_the_one_before():
     layer = {"data": {"dataset": "a.csv", "input_text_key": "q", "output_text_key": "a", "max_length": 64}}
-    assert data.with_data(layer, data.Chosen("example:chat")) == {"data": {"max_length": 64, "dataset": "example:chat"}}
+    assert data.with_data(layer, data.Chosen("example:chat")) == {
+        "data": {"max_length": 64, "dataset": "example:chat"}
+    }
 
 
 def test_a_data_set_outside_the_workspace_is_refused(workspace):
@@ -289,7 +297,9 @@ def test_the_plan_says_what_fits_with_reasons_before_anything_starts(layer, work
     assert sum(bar.x[stage] for bar in bars) == pytest.approx(estimate.peak / 1e9)
     assert {bar.name for bar in bars} >= {name for name, held in parts.items() if held}
     listed = plan.lines(found)
-    assert {"rows", "device", "total_steps", "peak memory", "time in all", "disk"} <= {row[0] for row in listed}
+    assert {"rows", "device", "total_steps", "peak memory", "time in all", "disk"} <= {
+        row[0] for row in listed
+    }
     assert plan.argv(layer, workspace)[:2] == ["tunesmith", "plan"]
     assert not list(workspace.runs.iterdir())
 
@@ -339,7 +349,20 @@ def test_the_pages_are_built():
     ids = [b.elem_id for b in made.blocks.values() if b.elem_id]
     assert len(ids) == len(set(ids))
     assert {"data-upload", "data-hub", "recipe-view", "recipe-yaml", "plan-start", "plan-memory"} <= set(ids)
-    asked = ("textbox", "dropdown", "number", "checkbox", "radio", "slider", "file", "dataframe", "plot", "code")
+    asked = (
+        "textbox",
+        "dropdown",
+        "number",
+        "checkbox",
+        "radio",
+        "slider",
+        "file",
+        "dataframe",
+        "plot",
+        "code",
+    )
     for block in made.blocks.values():
-        if block.get_block_name() in asked and (block.elem_id or "").startswith(("data-", "recipe-", "plan-")):
+        if block.get_block_name() in asked and (block.elem_id or "").startswith(
+            ("data-", "recipe-", "plan-")
+        ):
             assert block.label, block.elem_id

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from browser_of_tests import window  # noqa: E402
+from browser_of_tests import window
 
 pytestmark = pytest.mark.web
 HOSTILE = "<img src=x onerror=alert(1)>{{constructor}}"

@@ -103,7 +103,10 @@ def test_tokenization_of_the_catalogue(recipes, name):
         ({"dataset_hub": "example:chat", "method": "SFTT"}, "Did you mean 'sft'?"),
         ({"dataset_hub": "example:chat", "tokenization": "fancy"}, "no tokenization strategy 'fancy'"),
         ({"dataset_hub": "example:chat", "collation": "fancy"}, "no collation strategy 'fancy'"),
-        ({"dataset_hub": "example:chat", "method": "DPO", "tokenization": "seq2seq"}, "is for the method seq2seq"),
+        (
+            {"dataset_hub": "example:chat", "method": "DPO", "tokenization": "seq2seq"},
+            "is for the method seq2seq",
+        ),
         ({"dataset_hub": "example:chat", "lora_alpha": 8}, "no effect without lora_r"),
         ({"dataset_hub": "example:chat", "reward_model_name": "x"}, "no effect with the method 'sft'"),
         ({"dataset_hub": "example:chat", "learnin_rate": 1}, "Did you mean 'learning_rate'?"),
@@ -122,7 +125,7 @@ def test_tuning_gives_the_model_and_its_scores_and_evaluating_measures_the_tuned
     text, metrics = handlers.handle_fine_tune(
         str(tiny_model_folder), str(question_file), None, "SFT", lora_r=2, num_train_epochs=1,
         per_device_train_batch_size=8, max_steps=2, output_dir=str(tmp_path), name="seed", held_out=0.2,
-        max_new_tokens=4, metrics=["exact_match"], engine_check=0,
+        max_length=256, max_new_tokens=4, metrics=["exact_match"], engine_check=0,
     )  # fmt: skip
     assert text.startswith("LlamaForCausalLM: "), metrics
     assert "exact_match base: 0.0000" in metrics

@@ -211,7 +211,10 @@ def _limits(metadata: Sequence[Any]) -> tuple[float | None, float | None]:
 
 
 def _models() -> list[str]:
-    return ["tiny", *dict.fromkeys(name for names in catalog.catalog().model_examples.values() for name in names)]
+    return [
+        "tiny",
+        *dict.fromkeys(name for names in catalog.catalog().model_examples.values() for name in names),
+    ]
 
 
 def _datasets() -> list[str]:
@@ -416,7 +419,9 @@ def _blamed(layer: Mapping[str, Any], error: RecipeError) -> str:
         return "task"
     for union in KINDS:
         part = layer.get(union)
-        if isinstance(part, Mapping) and part.get("kind", next(iter(union_members(union)))) not in union_members(union):
+        if isinstance(part, Mapping) and part.get(
+            "kind", next(iter(union_members(union)))
+        ) not in union_members(union):
             return f"{union}.kind"
     return "preset" if layer.get("preset") and layer["preset"] not in _presets() else ""
 
@@ -457,7 +462,7 @@ def takes_effect(control: Control, recipe: Recipe) -> bool:
     section, _, name = control.path.rpartition(".")
     part = value_at(recipe, section) if section else recipe
     current = getattr(part, name, None)
-    if not section or not isinstance(part, BaseModel):
+    if not section or name == "kind" or not isinstance(part, BaseModel):
         return True
     standing = [check for check in _between_sections() if not _refused(check, recipe)]
     for probe in _probes(control, current):
@@ -743,14 +748,21 @@ def component(control: Control, found: Filled) -> Component:
         case "names":
             offered = [word for word, _ in choices(control) if word]
             return gr.Dropdown(
-                list(dict.fromkeys([*offered, *value])), value=value, multiselect=True, allow_custom_value=True, **common
-            )  # fmt: skip
+                list(dict.fromkeys([*offered, *value])),
+                value=value,
+                multiselect=True,
+                allow_custom_value=True,
+                **common,
+            )
         case "share":
-            assert control.low is not None and control.high is not None
+            assert control.low is not None
+            assert control.high is not None
             step = 1 if control.whole else 0.001
             return gr.Slider(control.low, control.high, value=value, step=step, **common)
         case "number":
-            return gr.Number(value, placeholder="none" if control.optional else str(control.default), **common)
+            return gr.Number(
+                value, placeholder="none" if control.optional else str(control.default), **common
+            )
         case "choice" | "own":
             offered_too = choices(control)
             if value not in [word for _, word in offered_too]:

@@ -11,6 +11,7 @@ pages queue runs as processes of their own instead of calling `handle_fine_tune`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any
 
 from tunesmith import catalog
@@ -93,13 +94,15 @@ def handle_evaluate(model_name: str, metric: str) -> str:
     found = result.scores.get(_metric(metric))
     if found is None or found["value"] is None:
         return f"{metric} does not fit what {model_name} held out: no answer could be scored."
-    return format_metrics_output({_metric(metric): found["value"], **{n: found[n] for n in ("low", "high", "n")}})
+    return format_metrics_output(
+        {_metric(metric): found["value"], **{n: found[n] for n in ("low", "high", "n")}}
+    )
 
 
 def _dataset(file: Any, hub: str | None) -> str:
     """The data set: an uploaded file, as a path or as Gradio hands it over, else what was selected."""
     if file:
-        return str(getattr(file, "name", file))
+        return str(file if isinstance(file, str | PathLike) else file.name)
     if hub and hub != "None":
         return hub
     raise RecipeError(NO_DATA)
@@ -131,7 +134,9 @@ def _adapter(rank: float | None, alpha: float | None, dropout: float | None) -> 
     if not rank:
         lost = [name for name, value in (("lora_alpha", alpha), ("lora_dropout", dropout)) if value]
         if lost:
-            raise RecipeError(f"{' and '.join(lost)} have no effect without lora_r.", fix="Give lora_r, such as 8.")
+            raise RecipeError(
+                f"{' and '.join(lost)} have no effect without lora_r.", fix="Give lora_r, such as 8."
+            )
         return {}
     section: Layer = {"kind": "lora", "rank": _whole(rank)}
     if alpha is not None:
@@ -165,7 +170,9 @@ def _setting(name: str, value: Any) -> Layer:
     if own in Training.model_fields or not places:
         return {"training": {own: value}}  # of an unknown one the recipe says what was probably meant
     if len(set(places)) > 1:
-        raise RecipeError(f"'{name}' is a field of several sections.", fix=f"Give one of {', '.join(sorted(set(places)))}.")
+        raise RecipeError(
+            f"'{name}' is a field of several sections.", fix=f"Give one of {', '.join(sorted(set(places)))}."
+        )
     return nested(places[0], value)
 
 

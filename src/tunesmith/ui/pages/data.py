@@ -68,7 +68,9 @@ def receive(sent: str, workspace: Workspace) -> str:
     path = Path(sent)
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(
-            "This kind of file is not read.", found=repr(path.name)[:80], fix=f"Upload one of {', '.join(SUFFIXES)}."
+            "This kind of file is not read.",
+            found=repr(path.name)[:80],
+            fix=f"Upload one of {', '.join(SUFFIXES)}.",
         )
     size = path.stat().st_size
     if size > LARGEST_UPLOAD:
@@ -132,7 +134,13 @@ def table(found: api.Looked) -> dict[str, Any]:
 
 def cell(value: Any) -> str:
     """A value of a row as one cell."""
-    text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    text = (
+        value
+        if isinstance(value, str)
+        else ""
+        if value is None
+        else json.dumps(value, ensure_ascii=False, default=str)
+    )
     return text if len(text) <= LONGEST_CELL else text[:LONGEST_CELL] + " ..."
 
 
@@ -141,7 +149,9 @@ def sentence(found: api.Looked) -> str:
     head = f"{counted(found.rows, 'row')} with {counted(len(found.columns), 'column')}: {', '.join(found.columns)}"
     if not found.formats:
         return box("The columns fit no known format.", [head, found.reason], kind="warn")
-    return box(f"Read as {' and '.join(found.formats)}", [head, f"Why: {found.reason}.", *found.notes], kind="good")
+    return box(
+        f"Read as {' and '.join(found.formats)}", [head, f"Why: {found.reason}.", *found.notes], kind="good"
+    )
 
 
 def validated(layer: Mapping[str, Any], workspace: Workspace) -> Report:
@@ -176,9 +186,9 @@ def report_box(report: Report) -> str:
             f"Length in {named['unit']}: median {named['median']:,}, 95 % up to {named['p95']:,}, "
             f"longest {named['longest']:,}; {named['above_max_length']:,} above {named['max_length']:,}"
         )
-    lines += [note for note in report.notes]
+    lines += report.notes
     kind = "problem" if by["error"] else "warn" if by["warning"] else "good"
-    title = f"{counted(by['error'], 'error')}, {counted(by['warning'], 'warning')}, {counted(by.get('note', 0), 'note')}"
+    title = ", ".join(counted(by[severity], severity) for severity in ("error", "warning", "note"))
     return box(title, lines, kind=kind)
 
 
@@ -191,19 +201,27 @@ def seen(layer: Mapping[str, Any], workspace: Workspace, rows: str = "") -> str:
 def tokens(found: Sequence[Inspected]) -> str:
     """Rows with their tokens coloured by what becomes of them; every text escaped, every role in words as well."""
     legend = "".join(
-        f'<li><span class="ts-token ts-{role}">{role}</span> {html.escape(said)}</li>' for role, said in ROLES.items()
+        f'<li><span class="ts-token ts-{role}">{role}</span> {html.escape(said)}</li>'
+        for role, said in ROLES.items()
     )
     parts = [f'<ul class="ts-legend">{legend}</ul>']
     for row in found:
-        head = " ".join(filter(None, [str(row.row), row.part and f"({row.part})", row.why and f"- {row.why}"]))
+        head = " ".join(
+            filter(None, [str(row.row), row.part and f"({row.part})", row.why and f"- {row.why}"])
+        )
         facts = f"{row.fate}, {row.tokens:,} tokens, {row.trained:,} trained ({row.trained_share:.0%}), {row.cut:,} cut"
         parts.append(f"<h4>{html.escape(head)}</h4><p>{html.escape(facts)}</p>")
         if row.reason:
             parts.append(f"<p>{html.escape(row.reason)}</p>")
         spans = "".join(
-            f'<span class="ts-token ts-{role}" title="{role}">{html.escape(text)}</span>' for text, role in _joined(row.pieces)
+            f'<span class="ts-token ts-{role}" title="{role}">{html.escape(text)}</span>'
+            for text, role in _joined(row.pieces)
         )
-        more = f"<p>... and {len(row.pieces) - LONGEST_ROW:,} more tokens</p>" if len(row.pieces) > LONGEST_ROW else ""
+        more = (
+            f"<p>... and {len(row.pieces) - LONGEST_ROW:,} more tokens</p>"
+            if len(row.pieces) > LONGEST_ROW
+            else ""
+        )
         parts.append(f'<div class="ts-tokens" dir="auto">{spans}</div>{more}')
     return STYLE + f'<div class="ts-seen">{"".join(parts)}</div>'
 
@@ -246,7 +264,8 @@ def rows_of(layer: Mapping[str, Any], workspace: Workspace) -> Rows:
     """The ledger of the layer's recipe, whole in numbers, its first entries row by row. Raises TunesmithError."""
     recipe = form.checked(layer, workspace).recipe
     ledger = api.ledger(recipe)
-    lengths, first = [], []
+    lengths: list[int] = []
+    first: list[LedgerEntry] = []
     for entry in ledger.entries:
         if entry.tokens is not None:
             lengths.append(entry.tokens)
@@ -268,19 +287,32 @@ def histogram(found: Rows) -> Any:
             x=[(n + 0.5) * width for n in bins],
             y=[counts[n] for n in bins],
             width=width * 0.95,
-            hovertext=[f"{n * width + 1} to {(n + 1) * width} tokens: {counted(counts[n], 'row')}" for n in bins],
+            hovertext=[
+                f"{n * width + 1} to {(n + 1) * width} tokens: {counted(counts[n], 'row')}" for n in bins
+            ],
             hoverinfo="text",
             marker_color="#3b6ea5",
         )
     )
     figure.update_layout(
-        title="Length of the rows in tokens", xaxis_title="tokens", yaxis_title="rows", bargap=0, height=300,
-        margin={"l": 50, "r": 20, "t": 40, "b": 40}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": "#7a7f87"}, showlegend=False,
-    )  # fmt: skip
+        title="Length of the rows in tokens",
+        xaxis_title="tokens",
+        yaxis_title="rows",
+        bargap=0,
+        height=300,
+        margin={"l": 50, "r": 20, "t": 40, "b": 40},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": "#7a7f87"},
+        showlegend=False,
+    )
     if longest > found.max_length / 4:
-        figure.add_vline(x=found.max_length, line_dash="dash", line_color="#b3541e",
-                         annotation_text=f"max_length {found.max_length:,}")  # fmt: skip
+        figure.add_vline(
+            x=found.max_length,
+            line_dash="dash",
+            line_color="#b3541e",
+            annotation_text=f"max_length {found.max_length:,}",
+        )
     return figure
 
 
@@ -317,6 +349,11 @@ def commands(layer: Mapping[str, Any], workspace: Workspace) -> str:
     )
 
 
+def data_part(layer: Mapping[str, Any]) -> str | None:
+    """The data section as text: what a new look depends on."""
+    return json.dumps(layer["data"], sort_keys=True, default=str) if layer.get("data") else None
+
+
 def build(shared: Shared) -> None:
     """Fill the tab."""
     root = get_blocks_context().root_block  # type: ignore[union-attr]
@@ -326,45 +363,101 @@ def build(shared: Shared) -> None:
     examples = [(f"{e.name}: {e.about}", f"example:{e.name}") for e in EXAMPLES.values()]
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
-            upload = gr.File(label=f"Upload a file ({', '.join(SUFFIXES)}; at most {LARGEST_UPLOAD // 2**20} MB)",
-                             file_types=list(SUFFIXES), elem_id="data-upload", height=140)  # fmt: skip
+            upload = gr.File(
+                label=f"Upload a file ({', '.join(SUFFIXES)}; at most {LARGEST_UPLOAD // 2**20} MB)",
+                file_types=list(SUFFIXES),
+                elem_id="data-upload",
+                height=140,
+            )
             files = gr.Dropdown([], label="Files in your workspace", elem_id="data-files", value=None)
-            hub = gr.Textbox(label="Hub data set or name of the catalogue", placeholder="owner/name", elem_id="data-hub",
-                             info="Enter loads it.")  # fmt: skip
+            hub = gr.Textbox(
+                label="Hub data set or name of the catalogue",
+                placeholder="owner/name",
+                elem_id="data-hub",
+                info="Enter loads it.",
+            )
             shipped = gr.Dropdown(examples, label="Examples that ship", elem_id="data-example", value=None)
         with gr.Column(scale=2, min_width=340):
-            state = gr.HTML(empty("No data is chosen yet.", "Upload a file, name a Hub data set, or take an example."),
-                            elem_id="data-state")  # fmt: skip
+            state = gr.HTML(
+                empty("No data is chosen yet.", "Upload a file, name a Hub data set, or take an example."),
+                elem_id="data-state",
+            )
             with gr.Row():
-                kind = gr.Dropdown(["auto", *FORMATS], value="auto", label="Read rows as", elem_id="data-format",
-                                   info="`auto` decides by the columns.")  # fmt: skip
-                question = gr.Dropdown([("(by the format)", "")], value="", label="Column of the question",
-                                       elem_id="data-question", allow_custom_value=True)  # fmt: skip
-                answer = gr.Dropdown([("(by the format)", "")], value="", label="Column of the answer",
-                                     elem_id="data-answer", allow_custom_value=True)  # fmt: skip
-            first = gr.Dataframe(label="First rows", elem_id="data-rows", interactive=False, wrap=True,
-                                 datatype="str", type="array", max_chars=LONGEST_CELL)  # fmt: skip
+                kind = gr.Dropdown(
+                    ["auto", *FORMATS],
+                    value="auto",
+                    label="Read rows as",
+                    elem_id="data-format",
+                    info="`auto` decides by the columns.",
+                )
+                question = gr.Dropdown(
+                    [("(by the format)", "")],
+                    value="",
+                    label="Column of the question",
+                    elem_id="data-question",
+                    allow_custom_value=True,
+                )
+                answer = gr.Dropdown(
+                    [("(by the format)", "")],
+                    value="",
+                    label="Column of the answer",
+                    elem_id="data-answer",
+                    allow_custom_value=True,
+                )
+            first = gr.Dataframe(
+                label="First rows",
+                elem_id="data-rows",
+                interactive=False,
+                wrap=True,
+                datatype="str",
+                type="array",
+                max_chars=LONGEST_CELL,
+            )
     with gr.Row():
         check = gr.Button("Check the data", variant="primary", elem_id="data-check")
         onward = gr.Button("On to the recipe", elem_id="data-onward")
     with gr.Accordion("Findings", open=True, elem_id="data-findings-part"):
         found = gr.HTML(empty("Not checked yet.", "Choose data, then check it."), elem_id="data-report")
-        listed = gr.Dataframe(headers=["severity", "where", "what", "what to do"], label="Findings", wrap=True,
-                              elem_id="data-findings", interactive=False, datatype="str", type="array")  # fmt: skip
+        listed = gr.Dataframe(
+            headers=["severity", "where", "what", "what to do"],
+            label="Findings",
+            wrap=True,
+            elem_id="data-findings",
+            interactive=False,
+            datatype="str",
+            type="array",
+        )
     with gr.Accordion("What the model sees", open=True, elem_id="data-seen-part"):
         with gr.Row():
-            named = gr.Textbox(label="Rows", placeholder="12, 40", elem_id="data-seen-rows", scale=3,
-                               info="Numbers of rows; by default the longest, the most cut, the least trained.")  # fmt: skip
+            named = gr.Textbox(
+                label="Rows",
+                placeholder="12, 40",
+                elem_id="data-seen-rows",
+                scale=3,
+                info="Numbers of rows; by default the longest, the most cut, the least trained.",
+            )
             show = gr.Button("Show tokens", elem_id="data-seen-show", scale=1)
         view = gr.HTML(empty("No rows are shown yet.", "Show tokens, or name rows."), elem_id="data-seen")
     with gr.Accordion("Lengths and ledger", open=True, elem_id="data-ledger-part"):
         plot = gr.Plot(label="Length of the rows in tokens", elem_id="data-lengths")
         total = gr.HTML("", elem_id="data-ledger-box")
-        ledger = gr.Dataframe(headers=["row", "fate", "tokens", "cut", "why"], label="Ledger, row by row",
-                              elem_id="data-ledger", interactive=False, datatype="str", type="array",
-                              show_search="filter")  # fmt: skip
-    line = gr.Code(value="", language="shell", label="The same as commands", elem_id="data-command",
-                   interactive=False, wrap_lines=True)  # fmt: skip
+        ledger = gr.Dataframe(
+            headers=["row", "fate", "tokens", "cut", "why"],
+            label="Ledger, row by row",
+            elem_id="data-ledger",
+            interactive=False,
+            datatype="str",
+            type="array",
+            show_search="filter",
+        )
+    line = gr.Code(
+        value="",
+        language="shell",
+        label="The same as commands",
+        elem_id="data-command",
+        interactive=False,
+        wrap_lines=True,
+    )
 
     def look(layer: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """Box, rows, format and columns of the layer's data; for every change of it."""
@@ -372,23 +465,40 @@ def build(shared: Shared) -> None:
         kept = gr.update(choices=uploaded(workspace), value=None)
         if form.value_at(layer, "data.dataset") is UNSET:
             return kept, gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip(), ""
-        said = [form.value_at(layer, f"data.{name}", "") or "" for name in ("input_text_key", "output_text_key")]
+        said = [
+            form.value_at(layer, f"data.{name}", "") or "" for name in ("input_text_key", "output_text_key")
+        ]
         try:
             rows = looked(layer, workspace)
         except TunesmithError as error:
-            return kept, problem(error), gr.update(value=None), gr.skip(), gr.skip(), gr.skip(), commands(layer, workspace)
+            return (
+                kept,
+                problem(error),
+                gr.update(value=None),
+                gr.skip(),
+                gr.skip(),
+                gr.skip(),
+                commands(layer, workspace),
+            )
         offered = [("(by the format)", ""), *((name, name) for name in rows.columns)]
         return (
-            kept, sentence(rows), gr.update(value=table(rows)), gr.update(value=form.value_at(layer, "data.format", "auto")),
-            gr.update(choices=offered, value=said[0]), gr.update(choices=offered, value=said[1]),
+            kept,
+            sentence(rows),
+            gr.update(value=table(rows)),
+            gr.update(value=form.value_at(layer, "data.format", "auto")),
+            gr.update(choices=offered, value=said[0]),
+            gr.update(choices=offered, value=said[1]),
             commands(layer, workspace),
-        )  # fmt: skip
+        )
 
     looks = [files, state, first, kind, question, answer, line]
     data_of = gr.State(None)  # only a change of the data has the file read again
-    shared.recipe.change(lambda layer: json.dumps(layer.get("data"), sort_keys=True, default=str) if layer.get("data") else None,
-                         shared.recipe, data_of, show_progress="hidden", trigger_mode="always_last")  # fmt: skip
-    gr.on([root.load, data_of.change], look, shared.recipe, looks, concurrency_id="models", concurrency_limit=1)
+    shared.recipe.change(
+        data_part, shared.recipe, data_of, show_progress="hidden", trigger_mode="always_last"
+    )
+    gr.on(
+        [root.load, data_of.change], look, shared.recipe, looks, concurrency_id="models", concurrency_limit=1
+    )
 
     def send(file: str | None, layer: dict[str, Any], request: gr.Request) -> tuple[Any, Any]:
         if not file:
@@ -409,10 +519,16 @@ def build(shared: Shared) -> None:
 
     def map_columns(layer: dict[str, Any], kind: str, question: str, answer: str) -> Any:
         dataset = form.value_at(layer, "data.dataset")
-        return gr.skip() if dataset is UNSET else with_data(layer, Chosen(dataset, kind, question or None, answer or None))
+        return (
+            gr.skip()
+            if dataset is UNSET
+            else with_data(layer, Chosen(dataset, kind, question or None, answer or None))
+        )
 
     for control in (kind, question, answer):
-        control.input(map_columns, [shared.recipe, kind, question, answer], shared.recipe, show_progress="hidden")
+        control.input(
+            map_columns, [shared.recipe, kind, question, answer], shared.recipe, show_progress="hidden"
+        )
 
     def inspect_all(layer: dict[str, Any], rows: str, request: gr.Request) -> tuple[Any, ...]:
         workspace = workspace_of(request)
@@ -422,14 +538,26 @@ def build(shared: Shared) -> None:
             *either(lambda: _ledger(layer, workspace), 3),
         )
 
-    check.click(inspect_all, [shared.recipe, named], [found, listed, view, total, plot, ledger],
-                concurrency_id="models", concurrency_limit=1)  # fmt: skip
+    check.click(
+        inspect_all,
+        [shared.recipe, named],
+        [found, listed, view, total, plot, ledger],
+        concurrency_id="models",
+        concurrency_limit=1,
+    )
 
     def show_rows(layer: dict[str, Any], rows: str, request: gr.Request) -> Any:
         workspace = workspace_of(request)
         return either(lambda: [seen(layer, workspace, rows)], 1)[0]
 
-    gr.on([show.click, named.submit], show_rows, [shared.recipe, named], view, concurrency_id="models", concurrency_limit=1)
+    gr.on(
+        [show.click, named.submit],
+        show_rows,
+        [shared.recipe, named],
+        view,
+        concurrency_id="models",
+        concurrency_limit=1,
+    )
     onward.click(lambda: gr.Tabs(selected="recipe"), None, shared.tabs)
 
 

@@ -21,10 +21,18 @@ if TYPE_CHECKING:
 
 HERE = "this machine"
 COLOURS = {
-    "process": "#8d99ae", "weights": "#3b6ea5", "gradients": "#6b3fb5", "optimizer": "#b3541e", "activations": "#1d7a3c",
-    "head": "#c08a00", "cache": "#2a8c8c", "evaluation": "#7a5c3e", "save": "#a23b72", "reserved": "#5c6370",
+    "process": "#8d99ae",
+    "weights": "#3b6ea5",
+    "gradients": "#6b3fb5",
+    "optimizer": "#b3541e",
+    "activations": "#1d7a3c",
+    "head": "#c08a00",
+    "cache": "#2a8c8c",
+    "evaluation": "#7a5c3e",
+    "save": "#a23b72",
+    "reserved": "#5c6370",
     "spread": "#b8bec8",
-}  # fmt: skip
+}
 """A colour for each part of the memory, as `estimate.ABOUT` names them."""
 
 
@@ -59,11 +67,16 @@ def verdict(found: Planned) -> str:
         *found.notes,
     ]
     if estimate is None or not estimate.stages:
-        return box("Memory and time are not known.", [*(estimate.notes if estimate else ()), *lines], kind="warn")
+        return box(
+            "Memory and time are not known.", [*(estimate.notes if estimate else ()), *lines], kind="warn"
+        )
     from tunesmith.estimate import duration, size
 
     used = f"{size(estimate.peak)} of {size(estimate.capacity)} on {estimate.device}"
-    lines.insert(0, f"About {duration(estimate.seconds)}, {duration(estimate.seconds_per_step)} a step ({estimate.basis})")
+    lines.insert(
+        0,
+        f"About {duration(estimate.seconds)}, {duration(estimate.seconds_per_step)} a step ({estimate.basis})",
+    )
     if short := estimate.disk_warning():
         lines.append(short)
     if not estimate.missing:
@@ -77,7 +90,7 @@ def micro_batch(estimate: Estimate | None) -> str:
     if estimate is None or not estimate.stages:
         return ""
     if estimate.largest_batch is None:
-        said = "The recipe says so; the largest that fits is looked for where steps are measured, or for a named device."
+        said = "The recipe says so. The largest that fits is looked for where steps are measured."
         return box(f"Micro-batch: {estimate.micro_batch}", [said], kind="note")
     lines = [f"Rows of up to {estimate.longest:,} tokens; the recipe has {estimate.micro_batch}."]
     return box(f"Largest micro-batch that fits: {estimate.largest_batch:,}", lines, kind="note")
@@ -100,26 +113,40 @@ def memory(estimate: Estimate | None) -> Any:
                 orientation="h",
                 y=stages,
                 x=[estimate.stages[stage].get(part, 0) / 1e9 for stage in stages],
-                hovertext=[f"{part} {size(estimate.stages[stage].get(part, 0))}: {ABOUT[part]}" for stage in stages],
+                hovertext=[
+                    f"{part} {size(estimate.stages[stage].get(part, 0))}: {ABOUT[part]}" for stage in stages
+                ],
                 hoverinfo="text",
                 marker_color=COLOURS[part],
             )
             for part in parts
         ]
     )
-    figure.add_vline(x=estimate.capacity / 1e9, line_dash="dash", line_color="#b3541e",
-                     annotation_text=f"there is {size(estimate.capacity)}")  # fmt: skip
+    figure.add_vline(
+        x=estimate.capacity / 1e9,
+        line_dash="dash",
+        line_color="#b3541e",
+        annotation_text=f"there is {size(estimate.capacity)}",
+    )
     figure.update_layout(
-        barmode="stack", title="Memory by stage, in GB", height=170 + 44 * len(stages), xaxis_title="GB",
-        margin={"l": 110, "r": 20, "t": 40, "b": 40}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": "#7a7f87"}, legend={"orientation": "h", "y": -0.35},
-    )  # fmt: skip
+        barmode="stack",
+        title="Memory by stage, in GB",
+        height=170 + 44 * len(stages),
+        xaxis_title="GB",
+        margin={"l": 110, "r": 20, "t": 40, "b": 40},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": "#7a7f87"},
+        legend={"orientation": "h", "y": -0.35},
+    )
     return figure
 
 
 def lines(found: Planned) -> list[list[str]]:
     """Everything that was worked out, with its reason, for `gr.Dataframe`."""
-    rows = [["rows", ", ".join(f"{name} {count}" for name, count in found.rows["rows"].items()), "the ledger"]]
+    rows = [
+        ["rows", ", ".join(f"{name} {count}" for name, count in found.rows["rows"].items()), "the ledger"]
+    ]
     rows += [["dropped", str(count), reason] for reason, count in found.rows["dropped"].items()]
     rows += [[d.name, str(d.value), d.reason] for d in found.plan.decisions]
     if found.plan.estimate:
@@ -138,40 +165,82 @@ def all_of(
 
 def argv(layer: Mapping[str, Any], workspace: Workspace, device: str = HERE) -> list[str]:
     """The command that plans the same."""
-    return [*form.argv(form.settled(layer, workspace), "plan"), *([] if device == HERE else ["--device", device])]
+    return [
+        *form.argv(form.settled(layer, workspace), "plan"),
+        *([] if device == HERE else ["--device", device]),
+    ]
 
 
 def build(shared: Shared) -> None:
     """Fill the tab."""
     with gr.Row():
-        device = gr.Dropdown([HERE, *devices.DEVICES], value=HERE, label="Plan for", elem_id="plan-device",
-                             info="A device that is elsewhere can be planned for by its name.", scale=2)  # fmt: skip
-        measure = gr.Checkbox(True, label="Measure two steps here", elem_id="plan-measure", scale=1,
-                              info="Loads the model, as the command does; else time is worked out from the device.")  # fmt: skip
+        device = gr.Dropdown(
+            [HERE, *devices.DEVICES],
+            value=HERE,
+            label="Plan for",
+            elem_id="plan-device",
+            info="A device that is elsewhere can be planned for by its name.",
+            scale=2,
+        )
+        measure = gr.Checkbox(
+            True,
+            label="Measure two steps here",
+            elem_id="plan-measure",
+            scale=1,
+            info="Loads the model, as the command does; else time is worked out from the device.",
+        )
         start = gr.Button("Work out the plan", variant="primary", elem_id="plan-start", scale=1)
         onward = gr.Button("On to training", elem_id="plan-onward", scale=1)
-    state = gr.HTML(empty("No plan yet.", "It reads the data and takes a step on a hollow model: some seconds."),
-                    elem_id="plan-state")  # fmt: skip
+    state = gr.HTML(
+        empty("No plan yet.", "It reads the data and takes a step on a hollow model: some seconds."),
+        elem_id="plan-state",
+    )
     plot = gr.Plot(label="Memory", elem_id="plan-memory")
     batch = gr.HTML("", elem_id="plan-batch")
-    table = gr.Dataframe(headers=["what", "value", "why"], label="Everything, with reasons", elem_id="plan-table",
-                         interactive=False, wrap=True, datatype="str", type="array")  # fmt: skip
-    line = gr.Code("", language="shell", label="The same as one command", elem_id="plan-command", interactive=False,
-                   wrap_lines=True)  # fmt: skip
+    table = gr.Dataframe(
+        headers=["what", "value", "why"],
+        label="Everything, with reasons",
+        elem_id="plan-table",
+        interactive=False,
+        wrap=True,
+        datatype="str",
+        type="array",
+    )
+    line = gr.Code(
+        "",
+        language="shell",
+        label="The same as one command",
+        elem_id="plan-command",
+        interactive=False,
+        wrap_lines=True,
+    )
 
     def work(layer: dict[str, Any], device: str, measured: bool, request: gr.Request) -> tuple[Any, ...]:
         workspace = workspace_of(request)
         known = device if device in devices.DEVICES else HERE
-        return (*either(lambda: all_of(layer, workspace, known, measured=measured), 4), command(argv(layer, workspace, known)))
+        return (
+            *either(lambda: all_of(layer, workspace, known, measured=measured), 4),
+            command(argv(layer, workspace, known)),
+        )
 
-    start.click(work, [shared.recipe, device, measure], [state, plot, batch, table, line], concurrency_id="models",
-                concurrency_limit=1)  # fmt: skip
+    start.click(
+        work,
+        [shared.recipe, device, measure],
+        [state, plot, batch, table, line],
+        concurrency_id="models",
+        concurrency_limit=1,
+    )
 
     def outdated(layer: dict[str, Any], device: str, request: gr.Request) -> tuple[str, str]:
         said = empty("The recipe has changed.", "Work out the plan again.")
         return said, command(argv(layer, workspace_of(request), device))
 
-    gr.on([shared.recipe.change, device.input], outdated, [shared.recipe, device], [state, line], show_progress="hidden",
-          trigger_mode="always_last")  # fmt: skip
+    gr.on(
+        [shared.recipe.change, device.input],
+        outdated,
+        [shared.recipe, device],
+        [state, line],
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )
     onward.click(lambda: gr.Tabs(selected="train"), None, shared.tabs)
-

@@ -20,8 +20,17 @@ from tunesmith.ui.workspace import Workspace, workspace_of
 
 SECTIONS = ("", *(name for name, field in Recipe.model_fields.items() if sections_of(field.annotation)))
 """The parts of the form, in the order of the recipe."""
-TITLES = {"": "Run", "model": "Base model", "data": "Data", "method": "Method", "adapter": "Adapter",
-          "training": "Training", "evaluation": "Evaluation", "export": "After training", "tracking": "Tracking"}  # fmt: skip
+TITLES = {
+    "": "Run",
+    "model": "Base model",
+    "data": "Data",
+    "method": "Method",
+    "adapter": "Adapter",
+    "training": "Training",
+    "evaluation": "Evaluation",
+    "export": "After training",
+    "tracking": "Tracking",
+}
 OPEN = frozenset({"", "model", "method", "adapter", "training"})
 """Sections that are open at first."""
 LONGEST_RECIPE = 2**20
@@ -32,17 +41,21 @@ Drawn = str
 
 
 def drawn(found: Filled, section: str, shown: Sequence[Control], version: int = 0) -> Drawn:
-    """What decides how a section is drawn: its fields, what they are without the user's values, and faults between them.
+    """What decides how a section is drawn: its fields, what they are without the user's values, what is between them.
 
     What the user types into a field is not in it, so that nobody loses the place in which he writes.
     """
     fields = [c for c in shown if c.section == section]
     rows = [(c.path, c.kind, repr(form.value_at(found.base, c.path, None))) for c in fields]
-    between = sorted(said for path, said in found.faults.items() if "effect" in said and path.startswith(section or "-"))
+    between = sorted(
+        said for path, said in found.faults.items() if "effect" in said and path.startswith(section or "-")
+    )
     return json.dumps([version, rows, between])
 
 
-def outcome(layer: dict[str, Any], workspace: Workspace | None, *, expert: bool, version: int = 0) -> tuple[Any, ...]:
+def outcome(
+    layer: dict[str, Any], workspace: Workspace | None, *, expert: bool, version: int = 0
+) -> tuple[Any, ...]:
     """YAML, command, the box below them, and what decides how each section is drawn."""
     found = form.filled(layer, workspace)
     own = form.settled(layer, workspace) if workspace else layer
@@ -58,7 +71,10 @@ def outcome(layer: dict[str, Any], workspace: Workspace | None, *, expert: bool,
 def verdict(found: Filled) -> str:
     """Whether the recipe holds together, as HTML with everything escaped."""
     if found.faults:
-        lines = [said if said.startswith(path) or not path else f"{path}: {said}" for path, said in found.faults.items()]
+        lines = [
+            said if said.startswith(path) or not path else f"{path}: {said}"
+            for path, said in found.faults.items()
+        ]
         return box("The recipe does not fit yet.", lines)
     recipe = found.sound
     what = f"{recipe.method.kind} on {recipe.model.base}, adapter {recipe.adapter.kind}, data {recipe.data.dataset}"
@@ -125,37 +141,68 @@ def build(shared: Shared) -> None:
     with gr.Row():
         with gr.Column(scale=3, min_width=340):
             view = gr.Radio(
-                ["Basic", "Expert"], value="Basic", label="View", elem_id="recipe-view",
+                ["Basic", "Expert"],
+                value="Basic",
+                label="View",
+                elem_id="recipe-view",
                 info="Expert has every field that takes effect with the chosen method and adapter.",
-            )  # fmt: skip
+            )
             looks = {section: gr.State(drawn(start, section, basic)) for section in SECTIONS}
             for section in SECTIONS:
-                with gr.Accordion(TITLES[section], open=section in OPEN, elem_id=f"recipe-section-{section or 'run'}"):
+                with gr.Accordion(
+                    TITLES[section], open=section in OPEN, elem_id=f"recipe-section-{section or 'run'}"
+                ):
                     _section(shared, section, looks[section], view, root)
         with gr.Column(scale=2, min_width=340):
             state = gr.HTML(verdict(start), elem_id="recipe-state")
-            text = gr.Code(form.as_yaml(start.layer), language="yaml", label="Recipe (YAML)", elem_id="recipe-yaml",
-                           interactive=False, wrap_lines=True, buttons=["copy", "download"])  # fmt: skip
-            line = gr.Code(command(form.argv(start.layer)), language="shell", label="The same as one command",
-                           elem_id="recipe-command", interactive=False, wrap_lines=True)  # fmt: skip
+            text = gr.Code(
+                form.as_yaml(start.layer),
+                language="yaml",
+                label="Recipe (YAML)",
+                elem_id="recipe-yaml",
+                interactive=False,
+                wrap_lines=True,
+                buttons=["copy", "download"],
+            )
+            line = gr.Code(
+                command(form.argv(start.layer)),
+                language="shell",
+                label="The same as one command",
+                elem_id="recipe-command",
+                interactive=False,
+                wrap_lines=True,
+            )
             with gr.Row():
-                upload = gr.UploadButton("Import a recipe", file_types=[".yaml", ".yml", ".json"], elem_id="recipe-import")
+                upload = gr.UploadButton(
+                    "Import a recipe", file_types=[".yaml", ".yml", ".json"], elem_id="recipe-import"
+                )
                 keep = gr.Button("Keep in workspace", elem_id="recipe-keep")
                 clear = gr.Button("Start over", elem_id="recipe-clear")
             said = gr.HTML("", elem_id="recipe-said")
             onward = gr.Button("Plan this run", variant="primary", elem_id="recipe-plan")
             show = gr.Button("Model architecture", elem_id="recipe-architecture-show")
             missing = gr.HTML("", elem_id="recipe-architecture-problem")
-            summary = gr.Textbox("", label="Model Architecture", lines=4, max_lines=20, buttons=["copy"],
-                                 interactive=False, elem_id="recipe-architecture")  # fmt: skip
+            summary = gr.Textbox(
+                "",
+                label="Model Architecture",
+                lines=4,
+                max_lines=20,
+                buttons=["copy"],
+                interactive=False,
+                elem_id="recipe-architecture",
+            )
 
     def refresh(layer: dict[str, Any], view: str, version: int, request: gr.Request) -> tuple[Any, ...]:
         return outcome(layer, workspace_of(request), expert=view == "Expert", version=version)
 
     gr.on(
-        [root.load, shared.recipe.change, view.change, version.change], refresh, [shared.recipe, view, version],
-        [text, line, state, *looks.values()], show_progress="hidden", trigger_mode="always_last",
-    )  # fmt: skip
+        [root.load, shared.recipe.change, view.change, version.change],
+        refresh,
+        [shared.recipe, view, version],
+        [text, line, state, *looks.values()],
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )
 
     def load(file: str, version: int, layer: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         try:
@@ -186,9 +233,11 @@ def build(shared: Shared) -> None:
 def _section(shared: Shared, section: str, look: gr.State, view: gr.Radio, root: Any) -> None:
     """The controls of a section, drawn anew when others take effect."""
 
-    @gr.render(
-        inputs=[shared.recipe, view, look], triggers=[root.load, look.change], show_progress="hidden",
-    )  # fmt: skip
+    @gr.render(  # type: ignore[untyped-decorator]
+        inputs=[shared.recipe, view, look],
+        triggers=[root.load, look.change],
+        show_progress="hidden",
+    )
     def draw(layer: dict[str, Any], view: str, look: Drawn) -> None:
         # Gradio hands no request to what it renders.
         request = LocalContext.request.get(None)
@@ -212,6 +261,11 @@ def _listen(shared: Shared, control: Control, made: Any) -> None:
         return new, gr.update(**label)
 
     made.input(
-        use, [shared.recipe, made], [shared.recipe, made], show_progress="hidden", trigger_mode="always_last",
-        concurrency_id="recipe", concurrency_limit=1,
-    )  # fmt: skip
+        use,
+        [shared.recipe, made],
+        [shared.recipe, made],
+        show_progress="hidden",
+        trigger_mode="always_last",
+        concurrency_id="recipe",
+        concurrency_limit=1,
+    )

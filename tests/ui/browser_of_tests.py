@@ -16,6 +16,8 @@ from typing import Any
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
+OURS = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")}
+"""The environment of a process that runs this checkout, wherever it works."""
 WHILE_TRAINING = 120_000
 """Milliseconds for what a process does on a busy machine."""
 
@@ -48,7 +50,7 @@ class Workbench:
         self.log = self.workspace.with_name(self.workspace.name + ".log")
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*command, *self.arguments], stderr=log, stdout=log, cwd=self.workspace.parent
+                [*command, *self.arguments], stderr=log, stdout=log, cwd=self.workspace.parent, env=OURS
             )
         while not (found := re.search(r"(http://[\w.:]+/)(\S*)", self.log.read_text())):
             assert self.process.poll() is None, self.log.read_text()

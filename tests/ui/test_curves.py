@@ -41,21 +41,29 @@ def test_it_shows_what_the_run_itself_says_of_its_events(tmp_path):
     write(file, [{"kind": "evaluation", "step": 8, "loss": 2.5}])
     write(file, [{"kind": "sample", "step": 8, "prompt": "p", "completion": "gone"}])
     with file.open("a") as cut:
-        cut.write('{"kind": "step", "step": 9, "lo\n[1, 2]\nnull\n')
+        cut.write('{"kind": "step", "step": 9, "lo\n')
     write(file, [{"kind": "state", "step": 5, "state": "training", "total_steps": 20}])
     write(file, [step(n, loss=7.0 + n, seconds=0.25 * (n - 5)) for n in (6, 7)])
     write(file, [step(8, loss=math.nan, seconds=0.75)])
+    with file.open("a") as odd:
+        odd.write("\n")
     write(file, [{"kind": "warning", "step": None, "message": "look"}])
-    seen = Events(file).look()
+    events = Events(file)
+    seen = events.look()
     kept = [e for e in Run(tmp_path).events() if isinstance(e, dict) and e.get("kind") == "step"]
     assert points(seen, "Loss") == [(e["step"], e["loss"]) for e in kept if math.isfinite(e["loss"])]
     assert [x for x, _ in points(seen, "rewards")] == [1, 2, 3, 4, 5], "the later ones were taken again"
     assert seen.samples == ()
-    assert len(next(f for f in seen.figures if f["title"] == "Loss")["data"]["traces"]) == 1, "no validation is left"
+    assert len(next(f for f in seen.figures if f["title"] == "Loss")["data"]["traces"]) == 1, (
+        "no validation is left"
+    )
     assert (seen.step, seen.total_steps, seen.state, seen.no_numbers) == (8, 20, "training", 1)
     assert seen.told[-1] == "warning: look"
     assert points(seen, "Speed")[-1] == (8, pytest.approx(400.0))
     assert seen.seconds_left == pytest.approx((20 - 8) * 0.75 / 3), "at the pace since it went on"
+    with file.open("a") as odd:
+        odd.write("[1, 2]\nnull\n{}\n")
+    assert events.look().step == 8, "lines that are no events change nothing"
 
 
 @pytest.fixture(scope="module")

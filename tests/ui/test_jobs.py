@@ -122,7 +122,9 @@ time.sleep(600)
 
 def test_a_server_that_is_killed_takes_nothing_with_it_and_finds_all_again(queue):
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(queue.folder), *queue.program], stdout=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", SERVER, str(queue.folder), *queue.program],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     assert server.stdout.readline() == b"added\n"
     job = running(queue, queue.jobs()[0])
@@ -158,7 +160,17 @@ def test_a_number_that_was_given_to_another_process_is_not_the_job(queue):
     own = psutil.Process()
     assert is_alive(own.pid, own.create_time())
     assert not is_alive(own.pid, own.create_time() - 60)
-    job = Job("000009", "train", "t", ("train",), None, 0.0, state="running", pid=own.pid, born=own.create_time() - 60)
+    job = Job(
+        "000009",
+        "train",
+        "t",
+        ("train",),
+        None,
+        0.0,
+        state="running",
+        pid=own.pid,
+        born=own.create_time() - 60,
+    )
     queue._write(job)
     assert queue.stop(job.id).stop_asked is None, "this process was not sent anything"
     queue._write(replace(job, state="done"))
@@ -173,7 +185,7 @@ def test_arguments_arrive_as_they_are(queue):
 
 def test_a_log_keeps_the_last_state_of_a_line_that_was_drawn_over(tmp_path):
     log = tmp_path / "log"
-    log.write_bytes("first\n\x1b[2K 10 %\r 50 %\r\x1b[31m100 %\x1b[0m\n\nlast\r\n".encode())
+    log.write_bytes(b"first\n\x1b[2K 10 %\r 50 %\r\x1b[31m100 %\x1b[0m\n\nlast\r\n")
     assert tail(log, 10) == ["first", "100 %", "last"]
     assert tail(log, 1) == ["last"]
     assert tail(tmp_path / "none", 5) == []

@@ -10,15 +10,15 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from tunesmith import api  # noqa: E402
-from tunesmith.compose import compose, overlaid  # noqa: E402
-from tunesmith.errors import InputError, TunesmithError  # noqa: E402
-from tunesmith.training.run import Run  # noqa: E402
-from tunesmith.ui import curves, preferences, trash  # noqa: E402
-from tunesmith.ui.choosing import model_named, run_names, run_path  # noqa: E402
-from tunesmith.ui.jobs import Job, Queue  # noqa: E402
-from tunesmith.ui.pages import chat, evaluate, runs, ship, train  # noqa: E402
-from tunesmith.ui.workspace import Workspace  # noqa: E402
+from tunesmith import api
+from tunesmith.compose import compose, overlaid
+from tunesmith.errors import InputError, TunesmithError
+from tunesmith.training.run import Run
+from tunesmith.ui import curves, preferences, trash
+from tunesmith.ui.choosing import model_named, run_names, run_path
+from tunesmith.ui.jobs import Job, Queue
+from tunesmith.ui.pages import chat, evaluate, runs, ship, train
+from tunesmith.ui.workspace import Workspace
 
 EVIL = "<img src=x onerror=alert(1)>"
 
@@ -32,7 +32,10 @@ def workspace(tmp_path_factory):
 def layer(workspace, tiny_model_folder):
     """A recipe on files of the workspace."""
     shutil.copytree(tiny_model_folder, workspace.uploads / "model")
-    rows = [{"prompt": f"what is {EVIL} of {i}", "response": f"{'red' if i % 2 else 'blue'} {i}"} for i in range(40)]
+    rows = [
+        {"prompt": f"what is {EVIL} of {i}", "response": f"{'red' if i % 2 else 'blue'} {i}"}
+        for i in range(40)
+    ]
     data = workspace.uploads / "questions.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
@@ -106,8 +109,7 @@ def test_evaluate_shows_the_verdict_and_every_answer(workspace, result):
     every = evaluate.chosen_answers(found, "", "all")
     assert every == list(range(len(found.answers)))
     one = found.answers[0]
-    word = one["reference"].split()[-1]
-    hits = evaluate.chosen_answers(found, f"WHAT {word}", "all")
+    hits = evaluate.chosen_answers(found, f"WHAT {one['reference']}", "all")
     assert 0 in hits
     assert len(hits) < len(every)
     parts = [set(evaluate.chosen_answers(found, "", kind)) for kind in ("better", "worse", "differing")]
@@ -149,7 +151,7 @@ def test_a_radar_is_shown_where_a_suite_was_judged(workspace, result, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(result.run, copy)
     estimate = {"value": 6.0, "low": 5.0, "high": 7.0, "n": 10, "method": "bootstrap"}
-    model = {"score": estimate, "categories": {name: estimate for name in ("math", "coding", "writing")}}
+    model = {"score": estimate, "categories": dict.fromkeys(("math", "coding", "writing"), estimate)}
     figures = {"kind": "single", "judge": ["m"], "mode": "single", "ours": {"models": {"shop": model}}}
     place = copy / "evaluation" / "mt-bench" / "graded"
     place.mkdir(parents=True)
@@ -173,6 +175,7 @@ def test_both_models_answer_the_same_and_what_is_better_is_kept(workspace, resul
     assert "<img" not in page
     assert "&lt;img" in page
 
+    base = base if base.strip() else "blue"
     turn = chat.Turn(tuple(messages), base, tuned, models)
     path = chat.prefer(workspace, turn, "tuned")
     [kept] = [json.loads(line) for line in path.read_text().splitlines()]
@@ -180,10 +183,14 @@ def test_both_models_answer_the_same_and_what_is_better_is_kept(workspace, resul
     assert kept["chosen"] == [{"role": "assistant", "content": tuned}]
     assert kept["rejected"] == [{"role": "assistant", "content": base}]
     assert (kept["chosen_model"], kept["rejected_model"]) == (models[1], models[0])
-    assert chat.settled([], turn, "base")[-1]["content"] == base, "the conversation goes on from the better one"
+    assert chat.settled([], turn, "base")[-1]["content"] == base, (
+        "the conversation goes on from the better one"
+    )
     assert chat.settled([], turn, None)[-1]["content"] == tuned
     with pytest.raises(InputError, match="same"):
         chat.prefer(workspace, chat.Turn(tuple(messages), "a  b", "a b", models), "base")
+    with pytest.raises(InputError, match="empty"):
+        chat.prefer(workspace, chat.Turn(tuple(messages), "blue", " ", models), "base")
     with pytest.raises(InputError, match="no two answers"):
         chat.prefer(workspace, None, "base")
     with pytest.raises(InputError, match="no question"):
@@ -205,7 +212,11 @@ def test_a_dpo_run_learns_from_what_was_preferred(workspace, result):
     with (workspace.chats / preferences.NAME).open("a") as cut:
         cut.write('{"prompt": [{"ro')
     preferences.keep(
-        workspace.chats, prompt=[{"role": "user", "content": "hello"}], chosen="yes", rejected="no", models=("a", "b")
+        workspace.chats,
+        prompt=[{"role": "user", "content": "hello"}],
+        chosen="yes",
+        rejected="no",
+        models=("a", "b"),
     )
     layer = overlaid(
         chat.dpo_layer(workspace, "shop"),
@@ -221,8 +232,7 @@ def test_a_dpo_run_learns_from_what_was_preferred(workspace, result):
     losses = [event["loss"] for event in made.events() if event["kind"] == "step"]
     assert len(losses) == 2
     rows = made.read("plan.json")["rows"]
-    assert rows["rows_in"] == 26
-    assert rows["dropped"] == 1, "the line that was cut off"
+    assert rows["rows_in"] == 25, "all but what was cut off"
     shutil.rmtree(made.path)
 
 

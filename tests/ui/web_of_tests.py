@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from tunesmith.serving.server import listen
 
 TOKEN = "a-token-of-tests-1234"
 
@@ -34,18 +36,21 @@ class Running:
         """A browser that has not come in."""
         return httpx.Client(base_url=self.url, headers=headers, timeout=30)
 
-    def owner(self, **headers: str) -> httpx.Client:
+    @contextlib.contextmanager
+    def owner(self, **headers: str) -> Iterator[httpx.Client]:
         """A browser that opened the address with the token, on a page of the workbench."""
-        client = self.nobody(**{"origin": self.url, **headers})
-        assert client.get("/", params={"token": TOKEN}, headers={"origin": self.url}).status_code == 303
-        return client
+        with self.nobody(**{"origin": self.url, **headers}) as client:
+            found = client.get("/", params={"token": TOKEN}, headers={"origin": self.url})
+            assert found.status_code == 303, found.text
+            yield client
 
-    def user(self, name: str, password: str) -> httpx.Client:
+    @contextlib.contextmanager
+    def user(self, name: str, password: str) -> Iterator[httpx.Client]:
         """A browser that has signed in."""
-        client = self.nobody(origin=self.url)
-        found = client.post("/login", data={"name": name, "password": password})
-        assert found.status_code == 303, found.text
-        return client
+        with self.nobody(origin=self.url) as client:
+            found = client.post("/login", data={"name": name, "password": password})
+            assert found.status_code == 303, found.text
+            yield client
 
 
 @contextlib.contextmanager
@@ -53,11 +58,10 @@ def listening(walls: Any):
     """The address at which an application answers."""
     import uvicorn
 
-    at = socket.socket()
-    at.bind(("127.0.0.1", 0))
+    at = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{at.getsockname()[1]}"
     config = uvicorn.Config(
-        walls, log_level="critical", access_log=False, ws="none", timeout_graceful_shutdown=1
+        walls, log_level="critical", access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=1
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [at]}, daemon=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 import logging
-
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.context import get_render_context
 
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.training.run import find_runs, is_run, open_run
@@ -48,7 +48,9 @@ def run_path(workspace: Workspace, name: str | None) -> Path:
         raise InputError("No run is chosen.", fix="Choose one at the top of the page.")
     path = workspace.inside(workspace.runs, name)
     if not is_run(path):
-        raise InputError("There is no such run.", found=repr(name[:60]), fix="Choose another one; it may be in the trash.")
+        raise InputError(
+            "There is no such run.", found=repr(name[:60]), fix="Choose another one; it may be in the trash."
+        )
     return path
 
 
@@ -63,18 +65,32 @@ def run_choice(shared: Shared, page: str) -> gr.Dropdown:
         return gr.Dropdown(choices=names, value=name if name in names else names[0] if names else None)
 
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    gr.on(None, refreshed, inputs=[shared.run], outputs=[chosen], **quiet)  # when the page loads, or another run is chosen
+    gr.on(
+        None, refreshed, inputs=[shared.run], outputs=[chosen], **quiet
+    )  # when the page loads, or another run is chosen
     shared.tabs.select(refreshed, inputs=[shared.run], outputs=[chosen], **quiet)
     chosen.input(lambda name: name, inputs=[chosen], outputs=[shared.run], **quiet)
     return chosen
 
 
+def watching(shared: Shared, name: str) -> gr.Timer:
+    """A clock that ticks while the page of this name is looked at; call it while the page's tab is filled."""
+    tab = get_render_context()
+    assert isinstance(tab, gr.Tab)
+    timer = gr.Timer(WATCHING, active=False)
+
+    def left(event: gr.SelectData) -> Any:
+        return gr.skip() if event.value == name else gr.Timer(active=False)
+
+    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    tab.select(lambda: gr.Timer(active=True), outputs=[timer], **quiet)
+    shared.tabs.select(left, outputs=[timer], **quiet)
+    return timer
+
+
 def job_facts(job: Job) -> list[str]:
     """A job in the table of the queue: number, what, state, since when, how it ended."""
-    if job.state == "running" and job.stop_asked:
-        state = "stopping"
-    else:
-        state = WORDS[job.state]
+    state = "stopping" if job.state == "running" and job.stop_asked else WORDS[job.state]
     at = job.ended or job.started or job.queued
     return [str(int(job.id)), job.title, state, clock(at), job.ending()]
 
@@ -128,7 +144,9 @@ def tail_of(queue: Queue, job: Job, lines: int) -> list[str]:
 
 def last_job(workspace: Workspace, run: str | None, kinds: Sequence[str]) -> Job | None:
     """The newest job of a kind that works on a run."""
-    found = [job for job in queue_of(workspace).jobs() if job.kind in kinds and (run is None or job.run == run)]
+    found = [
+        job for job in queue_of(workspace).jobs() if job.kind in kinds and (run is None or job.run == run)
+    ]
     return found[-1] if found else None
 
 
@@ -136,11 +154,15 @@ def guarded(build: Callable[[], Any], failed: Callable[[str], Any]) -> Any:
     """What `build` gives, or what `failed` makes of the box that tells its error."""
     try:
         return build()
-    except TunesmithError as error:
-        return failed(problem(error))
     except Exception as error:
-        logging.getLogger("tunesmith.ui").exception("a page failed")
-        return failed(problem(error))
+        return failed(told_of(error))
+
+
+def told_of(error: Exception) -> str:
+    """The box that tells an error; of one that is not ours the server's log has the rest."""
+    if not isinstance(error, TunesmithError):
+        logging.getLogger("tunesmith.ui").error("a page failed", exc_info=error)
+    return problem(error)
 
 
 def require_finished(path: Path) -> Path:
@@ -156,7 +178,9 @@ def require_finished(path: Path) -> Path:
 
 def upload_names(workspace: Workspace) -> list[str]:
     """The files that were uploaded."""
-    return sorted(path.name for path in workspace.uploads.iterdir() if path.is_file() and not path.name.startswith("."))
+    return sorted(
+        path.name for path in workspace.uploads.iterdir() if path.is_file() and not path.name.startswith(".")
+    )
 
 
 def upload_named(workspace: Workspace, name: str | None, *, examples: bool = False) -> str:

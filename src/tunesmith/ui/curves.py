@@ -115,7 +115,8 @@ class Events:
         self._curves: dict[tuple[str, str], Curve] = {}
         self._samples: deque[dict[str, Any]] = deque(maxlen=SAMPLES)
         self._told: deque[str] = deque(maxlen=LINES)
-        self._state, self._total, self._step, self._began_at = "", None, 0, 0
+        self._state, self._step, self._began_at = "", 0, 0
+        self._total: int | None = None
         self._pace: tuple[float, float] | None = None
         self._no_numbers = 0
         self._seen: Seen | None = None
@@ -127,10 +128,10 @@ class Events:
                 now = self.path.stat()
             except OSError:
                 now = None
-            if now is None or now.st_ino != self._inode or now.st_size < self._offset:
-                if self._inode != -1 or self._seen is None:  # another file, or none (any more)
-                    self._forget()
-                    self._version += 1
+            other = now is None or now.st_ino != self._inode or now.st_size < self._offset
+            if other and (self._inode != -1 or self._seen is None):  # another file, or none (any more)
+                self._forget()
+                self._version += 1
             if now is not None and (now.st_size, now.st_ino) != (self._size, self._inode):
                 self._size, self._inode = now.st_size, now.st_ino
                 with contextlib.suppress(OSError):

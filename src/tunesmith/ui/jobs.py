@@ -3,10 +3,10 @@
     jobs/000001.json   what it is, its process, how it ended
     jobs/000001.log    the command, and what it said
 
-One worker process takes a workspace's jobs in the order in which they came, one at a time, since they share memory and
-device. Worker and job have sessions of their own, so that what ends the server ends neither; a worker that was killed is
-replaced, and the new one goes on with the job that runs. All there is to know stands in the files: whether a job lives
-is whether a process with its number *and its start time* does.
+One worker process takes a workspace's jobs in the order in which they came, one at a time, since they share memory
+and device. Worker and job have sessions of their own, so that what ends the server ends neither; a worker that was
+killed is replaced, and the new one goes on with the job that runs. All there is to know stands in the files: whether a
+job lives is whether a process with its number *and its start time* does.
 
 `python -m tunesmith.ui.jobs FOLDER PROGRAM...` is the worker.
 """
@@ -34,6 +34,8 @@ from tunesmith.training.run import open_run, write_whole
 
 State = Literal["waiting", "running", "done", "stopped", "failed", "canceled", "lost"]
 
+TRAINING = ("train", "resume")
+"""Verbs that write a run."""
 OPEN = ("waiting", "running")
 """States of jobs that have not ended."""
 STOPPED = (INTERRUPTED, TERMINATED, -signal.SIGINT, -signal.SIGTERM)
@@ -138,9 +140,9 @@ class Queue:
             raise RunError(f"There is no job {id[:20]!r}.", fix="Reload the page; the queue shows the jobs.")
         return found
 
-    def of_run(self, run: str) -> Job | None:
-        """The newest job of a run, of those that are open the one that runs or comes first."""
-        jobs = [job for job in self.jobs() if job.run == run]
+    def of_run(self, run: str, kinds: Sequence[str] = ()) -> Job | None:
+        """The newest job of a run and of these kinds, of those that are open the one that runs or comes first."""
+        jobs = [job for job in self.jobs() if job.run == run and (not kinds or job.kind in kinds)]
         return next((job for job in jobs if job.is_open), jobs[-1] if jobs else None)
 
     def add(self, arguments: Sequence[str], *, title: str, run: str | None = None) -> Job:
@@ -169,12 +171,16 @@ class Queue:
             if job.state == "waiting":
                 job = replace(job, state="canceled", ended=time.time())
                 self._write(job)
-            elif job.state == "running" and job.is_alive() and (job.stop_asked is None or at_once):
-                assert job.pid is not None
-                job = replace(job, stop_asked=time.time())
-                self._write(job)
+            elif (
+                job.state == "running"
+                and job.pid is not None
+                and job.is_alive()
+                and (job.stop_asked is None or at_once)
+            ):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(job.pid, signal.SIGINT)
+                job = replace(job, stop_asked=time.time())
+                self._write(job)
         return job
 
     def resume(self, run: Path) -> Job:
@@ -186,9 +192,7 @@ class Queue:
         state = "waiting" if (job := self.of_run(run.name)) and job.is_open else opened.state()
         if state in ("waiting", "running", "done"):
             fixes = {"done": "Start a new run.", "running": "Stop it first.", "waiting": "Let it begin."}
-            raise RunError(
-                f"The run {run.name} cannot be resumed.", found=f"it is {state}", fix=fixes[state]
-            )
+            raise RunError(f"The run {run.name} cannot be resumed.", found=f"it is {state}", fix=fixes[state])
         return self.add(["resume", "--", str(run)], title=f"Resume {run.name}", run=run.name)
 
     def said(self, job: Job, *, lines: int = 200) -> str:
@@ -258,9 +262,7 @@ class Queue:
                 env=_environment(),
             )
         self._write(
-            replace(
-                job, state="running", started=time.time(), pid=process.pid, born=_born(process.pid)
-            )
+            replace(job, state="running", started=time.time(), pid=process.pid, born=_born(process.pid))
         )
         return process
 
@@ -283,7 +285,7 @@ class Queue:
 
     def _left(self, job: Job) -> State:
         """How a job ended that nobody waited for, as far as the run's folder tells."""
-        if job.kind not in ("train", "resume") or job.run is None:
+        if job.kind not in TRAINING or job.run is None:
             return "lost"
         with contextlib.suppress(RunError):
             left: dict[str, State] = {"done": "done", "interrupted": "stopped", "failed": "failed"}

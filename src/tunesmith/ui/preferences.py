@@ -42,15 +42,21 @@ def keep(
         }
     )
     path = folder / NAME
-    with FileLock(folder / f".{NAME}.lock"), path.open("a+b") as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a line that a full disk cut off
-                line = "\n" + line
-        file.write(line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with FileLock(folder / f".{NAME}.lock"):
+        path.touch()
+        with path.open("r+b") as file:
+            # Half a pair that a kill or a full disk left would keep the whole file from being read.
+            file.truncate(_whole(file.read()))
+            file.seek(0, os.SEEK_END)
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
     return path
+
+
+def _whole(content: bytes) -> int:
+    """Bytes up to the end of the last whole line."""
+    return content.rfind(b"\n") + 1
 
 
 def count(folder: Path) -> int:

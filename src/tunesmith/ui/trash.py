@@ -81,5 +81,7 @@ def empty(workspace: Workspace) -> int:
 def _in_trash(workspace: Workspace, id: str) -> Thrown:
     found = next((one for one in thrown(workspace) if one.id == id), None)
     if found is None:
-        raise InputError("There is no such run in the trash.", found=repr(id[:60]), fix="Choose one of the list.")
+        raise InputError(
+            "There is no such run in the trash.", found=repr(id[:60]), fix="Choose one of the list."
+        )
     return found

@@ -16,13 +16,15 @@ from tunesmith import api
 from tunesmith.errors import InputError
 from tunesmith.training.run import open_run
 from tunesmith.ui import preferences
-from tunesmith.ui.choosing import guarded, require_finished, run_choice, run_path
+from tunesmith.ui.choosing import guarded, require_finished, run_choice, run_path, told_of
 from tunesmith.ui.shared import Shared, box, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
 
 LOADED = 2
 """Models that are kept in memory: the two of one run."""
 LONGEST_QUESTION = 20_000
+WAITING = 120.0
+"""Seconds that a question waits for another one's answers."""
 NEW_TOKENS = (16, 2048)
 TRY = empty("No question yet.", "Ask something below: base and tuned model answer the same conversation.")
 
@@ -75,7 +77,9 @@ def answers(
     seed: int,
 ) -> Iterator[tuple[str, str]]:
     """Both answers as far as they are written, piece by piece, in turns."""
-    with _answering:
+    if not _answering.acquire(timeout=WAITING):
+        raise InputError("The models answer somebody else.", fix="Ask again in a minute.")
+    try:
         streams = [
             talker(model).answer(messages, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
             for model in models
@@ -89,6 +93,8 @@ def answers(
                 else:
                     said[side] += piece
             yield said[0], said[1]
+    finally:
+        _answering.release()
 
 
 def shown(history: Sequence[dict[str, str]], question: str, both: tuple[str, str], *, is_open: bool) -> str:
@@ -116,12 +122,18 @@ def messages_of(system: str, history: Sequence[dict[str, str]], question: str) -
     if not question.strip():
         raise InputError("There is no question.", fix="Write one.")
     if len(question) > LONGEST_QUESTION:
-        raise InputError("The question is too long.", found=f"{len(question):,} characters", fix=f"At most {LONGEST_QUESTION:,}.")
+        raise InputError(
+            "The question is too long.",
+            found=f"{len(question):,} characters",
+            fix=f"At most {LONGEST_QUESTION:,}.",
+        )
     first = [{"role": "system", "content": system}] if system.strip() else []
     return [*first, *history, {"role": "user", "content": question}]
 
 
-def settled(history: Sequence[dict[str, str]], turn: Turn | None, preferred: str | None) -> list[dict[str, str]]:
+def settled(
+    history: Sequence[dict[str, str]], turn: Turn | None, preferred: str | None
+) -> list[dict[str, str]]:
     """The conversation with the last turn in it: the answer that was preferred, by default the tuned model's."""
     if turn is None:
         return list(history)
@@ -162,16 +174,29 @@ def build(shared: Shared) -> None:
         afresh = gr.Button("New conversation", elem_id="chat-new")
     told = gr.HTML("", elem_id="chat-told")
     with gr.Accordion("Parameters", open=False, elem_id="chat-parameters"):
-        system = gr.Textbox(label="System message", elem_id="chat-system", lines=2, max_length=LONGEST_QUESTION)
+        system = gr.Textbox(
+            label="System message", elem_id="chat-system", lines=2, max_length=LONGEST_QUESTION
+        )
         with gr.Row():
-            length = gr.Slider(*NEW_TOKENS, value=256, step=16, label="Longest answer, in tokens", elem_id="chat-length")
-            temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature; 0 takes the likeliest token", elem_id="chat-temperature")
+            length = gr.Slider(
+                *NEW_TOKENS, value=256, step=16, label="Longest answer, in tokens", elem_id="chat-length"
+            )
+            temperature = gr.Slider(
+                0,
+                2,
+                value=0,
+                step=0.05,
+                label="Temperature; 0 takes the likeliest token",
+                elem_id="chat-temperature",
+            )
             seed = gr.Number(value=0, minimum=0, precision=0, label="Seed", elem_id="chat-seed")
     with gr.Accordion("What you preferred", open=False, elem_id="chat-preferences"):
         kept = gr.HTML("", elem_id="chat-kept")
         use = gr.Button("Make a DPO recipe of it", elem_id="chat-use")
         unload = gr.Button("Give the models' memory back", elem_id="chat-unload")
-    line = gr.Textbox(label="The same in a shell", interactive=False, elem_id="chat-command", buttons=["copy"], max_lines=4)
+    line = gr.Textbox(
+        label="The same in a shell", interactive=False, elem_id="chat-command", buttons=["copy"], max_lines=4
+    )
 
     def ask(
         run: str | None, asked: str, before: list[dict[str, str]], last: Turn | None, better: str | None,
@@ -188,15 +213,27 @@ def build(shared: Shared) -> None:
                 "temperature": min(max(float(temperature), 0.0), 2.0),
                 "seed": max(int(seed or 0), 0),
             }
-            options = [f"--max-new-tokens={settings['max_new_tokens']}", f"--temperature={settings['temperature']:g}"]
+            options = [
+                f"--max-new-tokens={settings['max_new_tokens']}",
+                f"--temperature={settings['temperature']:g}",
+            ]
             shell = command(["tunesmith", "chat", names[1], f"--prompt={asked}", *options])
             yield [before, None, None, shown(before, asked, ("", ""), is_open=True), off, off, "", "", shell]
             both = ("", "")
             for both in answers(names, messages, **settings):
-                yield [nothing, nothing, nothing, shown(before, asked, both, is_open=True), nothing, nothing, nothing, nothing, nothing]
+                yield [
+                    nothing,
+                    nothing,
+                    nothing,
+                    shown(before, asked, both, is_open=True),
+                    nothing,
+                    nothing,
+                    nothing,
+                    nothing,
+                    nothing,
+                ]
         except Exception as error:
-            said = guarded(lambda: _raise(error), lambda said: said)
-            yield [nothing, nothing, nothing, nothing, off, off, asked, said, nothing]
+            yield [nothing, nothing, nothing, nothing, off, off, asked, told_of(error), nothing]
             return
         made = Turn(tuple(messages), both[0], both[1], names)
         on = gr.Button(interactive=both[0].split() != both[1].split())
@@ -205,7 +242,9 @@ def build(shared: Shared) -> None:
 
     inputs = [chosen, question, history, turn, preferred, system, length, temperature, seed]
     outputs = [history, turn, preferred, talk, base_up, tuned_up, question, told, line]
-    asking = gr.on([send.click, question.submit], ask, inputs=inputs, outputs=outputs, concurrency_limit=1, **own)
+    asking = gr.on(
+        [send.click, question.submit], ask, inputs=inputs, outputs=outputs, concurrency_limit=1, **own
+    )
     halt.click(None, cancels=[asking], **own)
 
     def clear() -> list[Any]:
@@ -223,7 +262,12 @@ def build(shared: Shared) -> None:
                 off = gr.Button(interactive=False)
                 number = preferences.count(workspace.chats)
                 note = f"The conversation goes on from it. {number} pairs are kept."
-                return [side, box(f"Kept: the {side} model's answer is the better one.", [note], kind="good"), off, off]
+                return [
+                    side,
+                    box(f"Kept: the {side} model's answer is the better one.", [note], kind="good"),
+                    off,
+                    off,
+                ]
 
             return list(guarded(act, lambda said: [gr.skip(), said, gr.skip(), gr.skip()]))
 
@@ -236,7 +280,10 @@ def build(shared: Shared) -> None:
         workspace = workspace_of(request)
         number = preferences.count(workspace.chats)
         if not number:
-            return empty("No pair yet.", "Say under two answers which is the better one; a DPO run learns from such pairs.")
+            return empty(
+                "No pair yet.",
+                "Say under two answers which is the better one; a DPO run learns from such pairs.",
+            )
         return box(f"{number} pairs are kept.", [str(workspace.chats / preferences.NAME)], kind="note")
 
     gr.on(None, pairs, inputs=[preferred], outputs=[kept], **quiet)
@@ -245,7 +292,9 @@ def build(shared: Shared) -> None:
         def act() -> list[Any]:
             layer = dpo_layer(workspace_of(request), run)
             data, base = layer["data"]["dataset"], layer["model"]["base"]
-            shell = command(["tunesmith", "train", "--method=dpo", f"--dataset={data}", f"--base-model={base}"])
+            shell = command(
+                ["tunesmith", "train", "--method=dpo", f"--dataset={data}", f"--base-model={base}"]
+            )
             return [layer, gr.Tabs(selected="recipe"), shell, ""]
 
         return list(guarded(act, lambda said: [gr.skip(), gr.skip(), gr.skip(), said]))
@@ -254,7 +303,9 @@ def build(shared: Shared) -> None:
 
     def free() -> str:
         let_go()
-        return box("The models are no longer in memory.", ["The next question loads them again."], kind="note")
+        return box(
+            "The models are no longer in memory.", ["The next question loads them again."], kind="note"
+        )
 
     unload.click(free, outputs=[told], **own)
 
@@ -269,7 +320,3 @@ def dpo_layer(workspace: Workspace, run: str | None) -> dict[str, Any]:
         "data": {"dataset": str(workspace.chats / preferences.NAME)},
         "method": {"kind": "dpo"},
     }
-
-
-def _raise(error: Exception) -> None:
-    raise error

@@ -16,7 +16,6 @@ from tunesmith.evaluation.report import Measurement, measurement
 from tunesmith.ui import curves
 from tunesmith.ui.choosing import (
     LONGEST_TEXT,
-    WATCHING,
     guarded,
     job_box,
     last_job,
@@ -28,6 +27,7 @@ from tunesmith.ui.choosing import (
     run_path,
     upload_named,
     upload_names,
+    watching,
 )
 from tunesmith.ui.jobs import Job
 from tunesmith.ui.shared import Shared, box, command, empty
@@ -39,7 +39,9 @@ OWN = "its base against it"
 KINDS = {"better": "good", "worse": "problem", "no evidence": "warn", "inconclusive": "warn"}
 FILTERS = ("all", "differing", "better", "worse", "with notes")
 SUITES = ("mt-bench", "alpaca", "arena")
-NOTHING = empty("Nothing was measured yet.", "A finished training measures itself; below you can compare any two models.")
+NOTHING = empty(
+    "Nothing was measured yet.", "A finished training measures itself; below you can compare any two models."
+)
 
 
 def places(workspace: Workspace, run: str | None) -> dict[str, Path]:
@@ -127,7 +129,9 @@ def judged_plots(found: Measurement) -> dict[str, PlotData]:
 def judge_named(workspace: Workspace, given: str | None) -> str:
     """`local:MODEL`, or an uploaded file of a judge's settings. Raises InputError for anything else."""
     if not given:
-        raise InputError("Who judges is missing.", fix="Choose an uploaded settings file (docs/judge.md), or local:RUN.")
+        raise InputError(
+            "Who judges is missing.", fix="Choose an uploaded settings file (docs/judge.md), or local:RUN."
+        )
     if given.startswith("local:"):
         return f"local:{model_named(workspace, given.removeprefix('local:'))}"
     return str(upload_named(workspace, given))
@@ -175,18 +179,24 @@ def build(shared: Shared) -> None:
     own: dict[str, Any] = {"api_visibility": "private"}
     with gr.Row():
         chosen = run_choice(shared, "evaluate")
-        place = gr.Dropdown(choices=[], value=None, label="What was measured", elem_id="evaluate-place", interactive=True)
+        place = gr.Dropdown(
+            choices=[], value=None, label="What was measured", elem_id="evaluate-place", interactive=True
+        )
     said = gr.HTML(NOTHING, elem_id="evaluate-verdict")
     table = gr.Dataframe(
         headers=["metric", "base", "tuned", "difference", "n", "verdict"], datatype="str", type="array",
         interactive=False, wrap=True, label="Scores with intervals", elem_id="evaluate-scores",
     )  # fmt: skip
     with gr.Accordion("Judged", open=True, visible=False, elem_id="evaluate-judged") as judged_part:
-        which = gr.Dropdown(choices=[], value=None, label="Plot", elem_id="evaluate-plot-choice", interactive=True)
+        which = gr.Dropdown(
+            choices=[], value=None, label="Plot", elem_id="evaluate-plot-choice", interactive=True
+        )
         radar = gr.Plot(label="Judged", show_label=False, elem_id="evaluate-plot")
     gr.Markdown("### Every answer")
     with gr.Row():
-        search = gr.Textbox(label="Search", placeholder="words in question, reference or answer", elem_id="evaluate-search")
+        search = gr.Textbox(
+            label="Search", placeholder="words in question, reference or answer", elem_id="evaluate-search"
+        )
         kind = gr.Radio(list(FILTERS), value="all", label="Show", elem_id="evaluate-filter")
         number = gr.Number(value=1, minimum=1, precision=0, label="Page", elem_id="evaluate-page")
     count = gr.HTML("", elem_id="evaluate-count")
@@ -196,8 +206,12 @@ def build(shared: Shared) -> None:
         elem_id="evaluate-answers", column_widths=["4%", "22%", "18%", "22%", "6%", "22%", "6%"],
     )  # fmt: skip
     with gr.Group(elem_id="evaluate-whole"):
-        question = gr.Textbox(label="Question", interactive=False, lines=2, max_lines=12, elem_id="evaluate-question")
-        reference = gr.Textbox(label="Reference", interactive=False, max_lines=12, elem_id="evaluate-reference")
+        question = gr.Textbox(
+            label="Question", interactive=False, lines=2, max_lines=12, elem_id="evaluate-question"
+        )
+        reference = gr.Textbox(
+            label="Reference", interactive=False, max_lines=12, elem_id="evaluate-reference"
+        )
         with gr.Row():
             left = gr.Textbox(label="A", interactive=False, lines=3, max_lines=20, elem_id="evaluate-left")
             right = gr.Textbox(label="B", interactive=False, lines=3, max_lines=20, elem_id="evaluate-right")
@@ -218,7 +232,9 @@ def build(shared: Shared) -> None:
             mode = gr.Radio(["pair", "single"], value="pair", label="How", elem_id="evaluate-mode")
         with gr.Row():
             cost_button = gr.Button("What would it cost?", elem_id="evaluate-cost")
-            judge_button = gr.Button("Start judging", variant="primary", interactive=False, elem_id="evaluate-judge-start")
+            judge_button = gr.Button(
+                "Start judging", variant="primary", interactive=False, elem_id="evaluate-judge-start"
+            )
         priced = gr.State(None)
         gr.Markdown("Or a suite of questions, MT-Bench for instance:")
         with gr.Row():
@@ -226,10 +242,16 @@ def build(shared: Shared) -> None:
             questions = gr.Dropdown(choices=[], value=None, label="Its questions, an uploaded file",
                                     elem_id="evaluate-questions", interactive=True)  # fmt: skip
             suite_button = gr.Button("Run the suite", elem_id="evaluate-suite-start")
-    line = gr.Textbox(label="The same in a shell", interactive=False, elem_id="evaluate-command", buttons=["copy"], max_lines=4)
+    line = gr.Textbox(
+        label="The same in a shell",
+        interactive=False,
+        elem_id="evaluate-command",
+        buttons=["copy"],
+        max_lines=4,
+    )
     told = gr.HTML("", elem_id="evaluate-told")
     state = gr.HTML("", elem_id="evaluate-job")
-    timer = gr.Timer(WATCHING)
+    timer = watching(shared, "Evaluate")
     before = gr.State("")
 
     def refreshed(run: str | None, now: str | None, request: gr.Request) -> list[Any]:
@@ -273,7 +295,9 @@ def build(shared: Shared) -> None:
 
         return list(guarded(act, lambda box: [box, *[gr.skip()] * 5]))
 
-    def listed(run: str | None, name: str | None, words: str, of: str, page: float, request: gr.Request) -> list[Any]:
+    def listed(
+        run: str | None, name: str | None, words: str, of: str, page: float, request: gr.Request
+    ) -> list[Any]:
         def act() -> list[Any]:
             found = found_at(workspace_of(request), run, name)
             if found is None:
@@ -291,20 +315,24 @@ def build(shared: Shared) -> None:
         return list(guarded(act, lambda box: [gr.skip(), box]))
 
     shown_by = [chosen, place, search, kind, number]
-    place.change(show, inputs=[chosen, place], outputs=[said, table, judged_part, which, radar, number], **quiet).then(
-        listed, inputs=shown_by, outputs=[answers, count], **quiet
-    )
+    place.change(
+        show, inputs=[chosen, place], outputs=[said, table, judged_part, which, radar, number], **quiet
+    ).then(listed, inputs=shown_by, outputs=[answers, count], **quiet)
     gr.on(
-        [search.submit, search.blur, kind.change, number.change], listed, inputs=shown_by, outputs=[answers, count], **quiet
+        [search.submit, search.blur, kind.change, number.change],
+        listed,
+        inputs=shown_by,
+        outputs=[answers, count],
+        **quiet,
     )
 
-    def whole(run: str | None, name: str | None, rows: list[list[str]], request: gr.Request, event: gr.SelectData) -> list[Any]:
+    def whole(run: str | None, name: str | None, request: gr.Request, event: gr.SelectData) -> list[Any]:
         def act() -> list[Any]:
             found = found_at(workspace_of(request), run, name)
-            at = event.index[0] if isinstance(event.index, list | tuple) else event.index
-            if found is None or not 0 <= at < len(rows):
+            line = event.row_value or []
+            if found is None or not line:
                 return [gr.skip()] * 4
-            answer = found.answers[int(rows[at][0]) - 1]
+            answer = found.answers[int(line[0]) - 1]
             one, *others = answer["models"]
             right_text = _told(others[0]) if others else ""
             return [
@@ -316,7 +344,7 @@ def build(shared: Shared) -> None:
 
         return list(guarded(act, lambda _: [gr.skip()] * 4))
 
-    answers.select(whole, inputs=[chosen, place, answers], outputs=[question, reference, left, right], **quiet)
+    answers.select(whole, inputs=[chosen, place], outputs=[question, reference, left, right], **quiet)
 
     def plotted_choice(run: str | None, name: str | None, title: str | None, request: gr.Request) -> Any:
         found = guarded(lambda: found_at(workspace_of(request), run, name), lambda _: None)
@@ -350,7 +378,12 @@ def build(shared: Shared) -> None:
             workspace = workspace_of(request)
             sentence = forecast(workspace, run, by, how)
             shown = command(["tunesmith", *judge_arguments(workspace, run, by, how)])
-            return [box("It would take", [sentence, "Nobody was asked yet."], kind="note"), shown, (run, by, how), gr.Button(interactive=True)]
+            return [
+                box("It would take", [sentence, "Nobody was asked yet."], kind="note"),
+                shown,
+                (run, by, how),
+                gr.Button(interactive=True),
+            ]
 
         return list(guarded(act, lambda said: [said, gr.skip(), None, gr.Button(interactive=False)]))
 
@@ -364,7 +397,10 @@ def build(shared: Shared) -> None:
     def on_judge(run: str | None, by: str | None, how: str, known: Any, request: gr.Request) -> list[Any]:
         def act(workspace: Workspace) -> Job:
             if known is None or tuple(known) != (run, by, how):
-                raise InputError("What it costs was not asked for these settings.", fix="Press 'What would it cost?' first.")
+                raise InputError(
+                    "What it costs was not asked for these settings.",
+                    fix="Press 'What would it cost?' first.",
+                )
             arguments = judge_arguments(workspace, run, by, how)
             return queue_of(workspace).add(arguments, title=f"Judge {run}", run=run)
 
@@ -381,8 +417,8 @@ def build(shared: Shared) -> None:
         if now == mark:
             return [gr.skip()] * 3
         queue.wake()
-        fresh = list(known)[-1] if known and job and job.state == "done" and mark and name not in known else name
-        value = fresh if fresh in known else next(iter(known), None)
+
+        value = name if name in known else next(iter(known), None)
         return [now, job_box(queue, job), gr.Dropdown(choices=list(known), value=value)]
 
     timer.tick(look, inputs=[chosen, place, before], outputs=[before, state, place], **quiet)

@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 from gradio.components.plot import PlotData
+from gradio.context import get_render_context
 
 from tunesmith import api
 from tunesmith.errors import RunError
@@ -88,7 +89,9 @@ def build(shared: Shared) -> None:
         headers=HEADERS, datatype="str", type="array", interactive=False, wrap=True, elem_id="runs-table",
         label="Runs, newest first; choose a line to look at that run on the other pages", show_search="search",
     )  # fmt: skip
-    line = gr.Textbox(label="The same in a shell", interactive=False, elem_id="runs-command", buttons=["copy"], max_lines=4)
+    line = gr.Textbox(
+        label="The same in a shell", interactive=False, elem_id="runs-command", buttons=["copy"], max_lines=4
+    )
     told = gr.HTML("", elem_id="runs-told")
     gr.Markdown("### Curves over one another")
     with gr.Row():
@@ -101,7 +104,9 @@ def build(shared: Shared) -> None:
             doomed = gr.Dropdown(choices=[], value=None, label="Run", elem_id="runs-doomed", interactive=True)
             away = gr.Button("Move to the trash", variant="stop", elem_id="runs-delete")
         with gr.Row():
-            back = gr.Dropdown(choices=[], value=None, label="In the trash", elem_id="runs-trash", interactive=True)
+            back = gr.Dropdown(
+                choices=[], value=None, label="In the trash", elem_id="runs-trash", interactive=True
+            )
             undo = gr.Button("Put it back", elem_id="runs-undo")
             sure = gr.Checkbox(label="I want it gone for good", elem_id="runs-sure")
             final = gr.Button("Empty the trash", variant="stop", elem_id="runs-empty")
@@ -126,10 +131,9 @@ def build(shared: Shared) -> None:
 
     shown_parts = [about, table, line, several, doomed, back]
 
-    def when_chosen(request: gr.Request, event: gr.SelectData) -> list[Any]:
-        return refreshed(request) if event.value == "Runs" else [gr.skip()] * len(shown_parts)
-
-    shared.tabs.select(when_chosen, outputs=shown_parts, **quiet)
+    tab = get_render_context()
+    assert isinstance(tab, gr.Tab)
+    tab.select(refreshed, outputs=shown_parts, **quiet)
 
     def of_runs(names: list[str] | None, title: str | None, request: gr.Request) -> list[Any]:
         def act() -> list[Any]:
@@ -143,11 +147,10 @@ def build(shared: Shared) -> None:
 
     gr.on([several.change, curve.input], of_runs, inputs=[several, curve], outputs=[curve, plot], **quiet)
 
-    def choose(rows: list[list[str]], event: gr.SelectData) -> Any:
-        at = event.index[0] if isinstance(event.index, list | tuple) else event.index
-        return rows[at][0] if 0 <= at < len(rows) else gr.skip()
+    def choose(event: gr.SelectData) -> Any:
+        return event.row_value[0] if event.row_value else gr.skip()
 
-    table.select(choose, inputs=[table], outputs=[shared.run], **quiet)
+    table.select(choose, outputs=[shared.run], **quiet)
 
     def moved(act: Any, word: str) -> Any:
         def on(name: str | None, request: gr.Request) -> list[Any]:
@@ -155,15 +158,18 @@ def build(shared: Shared) -> None:
                 if not name:
                     raise RunError("No run is chosen.", fix="Choose one beside the button.")
                 start, end = act(workspace_of(request), name)
-                return [box(f"{start.name.partition('@')[0]}: {word}", kind="good"), command(["mv", str(start), str(end)])]
+                return [
+                    box(f"{start.name.partition('@')[0]}: {word}", kind="good"),
+                    command(["mv", str(start), str(end)]),
+                ]
 
             return list(guarded(make, lambda said: [said, gr.skip()]))
 
         return on
 
-    away.click(moved(trash.delete, "in the trash, from which it can be put back"), [doomed], [told, line], **own).then(
-        refreshed, outputs=shown_parts, **quiet
-    )
+    away.click(
+        moved(trash.delete, "in the trash, from which it can be put back"), [doomed], [told, line], **own
+    ).then(refreshed, outputs=shown_parts, **quiet)
     undo.click(moved(trash.undo, "back among the runs"), [back], [told, line], **own).then(
         refreshed, outputs=shown_parts, **quiet
     )

@@ -15,7 +15,6 @@ from tunesmith.export.artefact import DEFAULTS, STORED, TARGETS
 from tunesmith.export.gguf import QUANTS
 from tunesmith.training.run import open_run
 from tunesmith.ui.choosing import (
-    WATCHING,
     guarded,
     job_box,
     last_job,
@@ -24,6 +23,7 @@ from tunesmith.ui.choosing import (
     run_choice,
     run_path,
     size,
+    watching,
 )
 from tunesmith.ui.jobs import Job
 from tunesmith.ui.shared import Shared, box, command, empty
@@ -74,7 +74,9 @@ def push_arguments(run: Path, repository: str, *, public: bool, dry_run: bool = 
 def queued(workspace: Workspace, run: Path, arguments: list[str]) -> Job:
     """Queue one of these commands for a run that is finished. Raises InputError for one that is not."""
     require_finished(run)
-    title = {"merge": "Merge", "export": "Export", "push": "Push", "prepare-deployment": "Bundle"}[arguments[0]]
+    title = {"merge": "Merge", "export": "Export", "push": "Push", "prepare-deployment": "Bundle"}[
+        arguments[0]
+    ]
     return queue_of(workspace).add(arguments, title=f"{title} {run.name}", run=run.name)
 
 
@@ -92,7 +94,11 @@ def made(workspace: Workspace, run: Path | None) -> str:
         for one in shipped(open_run(run), problems)
     ]
     parts += [
-        box(f"{folder.name}: written, not proven", ["Nothing here could read it back.", str(folder)], kind="warn")
+        box(
+            f"{folder.name}: written, not proven",
+            ["Nothing here could read it back.", str(folder)],
+            kind="warn",
+        )
         for folder in sorted(run.glob("exports/*"))
         if folder.is_dir() and not (folder / "parity.json").is_file() and not folder.name.startswith(".")
     ]
@@ -113,7 +119,9 @@ def build(shared: Shared) -> None:
     with gr.Row():
         with gr.Column(min_width=300):
             gr.Markdown("### Merge\nThe adapter into its base: whole weights that need nothing else.")
-            dtype = gr.Dropdown(list(DTYPES), value="auto", label="Precision; auto as the base's", elem_id="ship-dtype")
+            dtype = gr.Dropdown(
+                list(DTYPES), value="auto", label="Precision; auto as the base's", elem_id="ship-dtype"
+            )
             merge = gr.Button("Merge", variant="primary", elem_id="ship-merge")
         with gr.Column(min_width=300):
             gr.Markdown("### Export\nOne file for llama.cpp, Ollama and others, read back and asked.")
@@ -126,9 +134,13 @@ def build(shared: Shared) -> None:
         with gr.Column(min_width=300, visible=can_bundle()):
             gr.Markdown("### Bundle\nA folder with weights, server, containers and a smoke test.")
             bundle = gr.Button("Make the folder", variant="primary", elem_id="ship-bundle")
-    gr.Markdown("### Push\nTo the Hugging Face Hub, looked through for secrets and for rows that were trained on.")
+    gr.Markdown(
+        "### Push\nTo the Hugging Face Hub, looked through for secrets and for rows that were trained on."
+    )
     with gr.Row():
-        repository = gr.Textbox(label="Repository, owner/name", max_lines=1, max_length=200, elem_id="ship-repository")
+        repository = gr.Textbox(
+            label="Repository, owner/name", max_lines=1, max_length=200, elem_id="ship-repository"
+        )
         public = gr.Checkbox(label="Public", elem_id="ship-public")
         dry = gr.Button("Dry run: what would be sent?", elem_id="ship-dry")
         push = gr.Button("Push", variant="primary", interactive=False, elem_id="ship-push")
@@ -136,12 +148,14 @@ def build(shared: Shared) -> None:
         headers=["file", "size"], datatype="str", type="array", interactive=False, visible=False,
         label="What would be sent", elem_id="ship-files", max_height=300,
     )  # fmt: skip
-    line = gr.Textbox(label="The same in a shell", interactive=False, elem_id="ship-command", buttons=["copy"], max_lines=4)
+    line = gr.Textbox(
+        label="The same in a shell", interactive=False, elem_id="ship-command", buttons=["copy"], max_lines=4
+    )
     gr.Markdown("### What was made")
     proofs = gr.HTML(NOTHING, elem_id="ship-made")
     looked_through = gr.State(None)
     before = gr.State("")
-    timer = gr.Timer(WATCHING)
+    timer = watching(shared, "Ship")
 
     def kinds_of(target: str) -> Any:
         known = {"gguf": tuple(QUANTS), "safetensors": tuple(STORED)}.get(target, ("f32",))
@@ -164,7 +178,9 @@ def build(shared: Shared) -> None:
         return list(doing(lambda w, p, d: merge_arguments(p, d))(workspace_of(request), run, dtype))
 
     def on_export(run: str | None, to: str, quant: str, request: gr.Request) -> list[Any]:
-        return list(doing(lambda w, p, t, q: export_arguments(p, t, q))(workspace_of(request), run, to, quant))
+        return list(
+            doing(lambda w, p, t, q: export_arguments(p, t, q))(workspace_of(request), run, to, quant)
+        )
 
     def on_bundle(run: str | None, request: gr.Request) -> list[Any]:
         return list(doing(bundle_arguments)(workspace_of(request), run))
@@ -189,7 +205,11 @@ def build(shared: Shared) -> None:
             if plan.findings:
                 title, kind, ready = "This should not be sent.", "problem", None
             else:
-                title, kind, ready = "No secret and no trained row in what would be sent.", "good", (run, name, is_public)
+                title, kind, ready = (
+                    "No secret and no trained row in what would be sent.",
+                    "good",
+                    (run, name, is_public),
+                )
             sure = gr.Button(interactive=ready is not None)
             return [box(title, lines, kind=kind), shell, gr.Dataframe(value=files, visible=True), ready, sure]
 

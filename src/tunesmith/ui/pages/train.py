@@ -9,14 +9,13 @@ from typing import Any
 
 import gradio as gr
 from gradio.components.plot import PlotData
-
+from gradio.context import get_render_context
 
 from tunesmith.errors import InputError
 from tunesmith.training.run import folder_name, open_run
 from tunesmith.ui import curves, form
 from tunesmith.ui.choosing import (
     LONGEST_TEXT,
-    WATCHING,
     duration,
     guarded,
     job_box,
@@ -25,8 +24,9 @@ from tunesmith.ui.choosing import (
     run_choice,
     run_path,
     size,
+    watching,
 )
-from tunesmith.ui.jobs import Job
+from tunesmith.ui.jobs import TRAINING, Job
 from tunesmith.ui.shared import Shared, box, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
 
@@ -47,7 +47,9 @@ def start(workspace: Workspace, layer: Mapping[str, Any], name: str = "") -> Job
 def planned(workspace: Workspace, layer: Mapping[str, Any], name: str = "") -> tuple[list[str], str]:
     """The command that trains this recipe, and the run's name."""
     if not layer:
-        raise InputError("There is no recipe yet.", fix="Choose data on the Data page, a model on the Recipe page.")
+        raise InputError(
+            "There is no recipe yet.", fix="Choose data on the Data page, a model on the Recipe page."
+        )
     recipe = form.checked(layer, workspace).recipe
     jobs = queue_of(workspace).jobs()
     taken = {path.name for path in workspace.runs.iterdir()} | {job.run for job in jobs if job.is_open}
@@ -61,16 +63,22 @@ def planned(workspace: Workspace, layer: Mapping[str, Any], name: str = "") -> t
     return form.argv({**form.settled(layer, workspace), "name": free}), free
 
 
-
-
 def status(seen: curves.Seen, job: Job | None, state: str) -> str:
     """How far a run is, for `gr.HTML`."""
     word = "stopping" if job and job.stop_asked and job.is_open else state
     facts = []
     if seen.total_steps:
         facts.append(("step", f"{seen.step:,} of {seen.total_steps:,}"))
-    shown = {"loss": "loss {:.4f}", "learning_rate": "learning rate {:.2e}", "grad_norm": "gradient norm {:.3g}"}
-    facts += [(n, s.format(seen.latest[n]).removeprefix(n.replace("_", " ")).strip()) for n, s in shown.items() if n in seen.latest]
+    shown = {
+        "loss": "loss {:.4f}",
+        "learning_rate": "learning rate {:.2e}",
+        "grad_norm": "gradient norm {:.3g}",
+    }
+    facts += [
+        (n, s.format(seen.latest[n]).removeprefix(n.replace("_", " ")).strip())
+        for n, s in shown.items()
+        if n in seen.latest
+    ]
     if "tokens_per_second" in seen.latest:
         facts.append(("tokens/s", f"{seen.latest['tokens_per_second']:,.0f}"))
     if seen.latest.get("memory"):
@@ -113,7 +121,11 @@ def plot(run: Path, seen: curves.Seen, title: str | None) -> PlotData | None:
 def samples(seen: curves.Seen) -> list[list[str]]:
     """Answers while it is trained, newest first."""
     return [
-        [str(e.get("step") or 0), str(e.get("prompt", ""))[:LONGEST_TEXT], str(e.get("completion", ""))[:LONGEST_TEXT]]
+        [
+            str(e.get("step") or 0),
+            str(e.get("prompt", ""))[:LONGEST_TEXT],
+            str(e.get("completion", ""))[:LONGEST_TEXT],
+        ]
         for e in seen.samples
     ]
 
@@ -130,12 +142,18 @@ def build(shared: Shared) -> None:
             )  # fmt: skip
             begin = gr.Button("Start training", variant="primary", elem_id="train-start", scale=1)
         line = gr.Textbox(
-            label="The same in a shell", interactive=False, elem_id="train-command", buttons=["copy"], lines=1, max_lines=4
+            label="The same in a shell",
+            interactive=False,
+            elem_id="train-command",
+            buttons=["copy"],
+            lines=1,
+            max_lines=4,
         )
         told = gr.HTML("", elem_id="train-told")
     chosen = run_choice(shared, "train")
     state = gr.HTML(
-        empty("No run yet.", "Start one above: it trains on its own, also when you close this page."), elem_id="train-status"
+        empty("No run yet.", "Start one above: it trains on its own, also when you close this page."),
+        elem_id="train-status",
     )
     with gr.Row():
         stop = gr.Button("Stop and save", elem_id="train-stop", interactive=False)
@@ -144,7 +162,12 @@ def build(shared: Shared) -> None:
     ended = gr.HTML("", elem_id="train-ended")
     with gr.Row(elem_id="train-plots"):
         plots = [
-            gr.Plot(label=title, show_label=False, elem_id=f"train-plot-{title.lower().replace(' ', '-')}", min_width=320)
+            gr.Plot(
+                label=title,
+                show_label=False,
+                elem_id=f"train-plot-{title.lower().replace(' ', '-')}",
+                min_width=320,
+            )
             for title in MAIN
         ]
     with gr.Accordion("Other curves", open=False, elem_id="train-more"):
@@ -156,27 +179,35 @@ def build(shared: Shared) -> None:
             label="What it answers while it learns, newest first", elem_id="train-samples", max_height=320,
         )  # fmt: skip
     with gr.Accordion("Log", open=False, elem_id="train-log-part"):
-        log = gr.Textbox(label="Log", lines=14, max_lines=14, interactive=False, elem_id="train-log", autoscroll=True)
+        log = gr.Textbox(
+            label="Log", lines=14, max_lines=14, interactive=False, elem_id="train-log", autoscroll=True
+        )
     with gr.Accordion("Queue", open=True, elem_id="train-queue-part"):
         table = gr.Dataframe(
             headers=["job", "what", "state", "at", "how it ended"], datatype="str", type="array", interactive=False,
             wrap=True, label="Jobs, newest first", elem_id="train-queue", max_height=320,
         )  # fmt: skip
         with gr.Row():
-            waiting = gr.Dropdown(choices=[], value=None, label="Waiting job", elem_id="train-waiting", interactive=True)
+            waiting = gr.Dropdown(
+                choices=[], value=None, label="Waiting job", elem_id="train-waiting", interactive=True
+            )
             cancel = gr.Button("Cancel this job", elem_id="train-cancel")
     seen_before = gr.State(("", -1, "", ""))
-    timer = gr.Timer(WATCHING)
+    timer = watching(shared, "Train")
 
     def look(
-        run: str | None, curve: str | None, picked: str | None, before: tuple[str, int, str, str], request: gr.Request
+        run: str | None,
+        curve: str | None,
+        picked: str | None,
+        before: tuple[str, int, str, str],
+        request: gr.Request,
     ) -> list[Any]:
         workspace = workspace_of(request)
         queue = queue_of(workspace)
         queue.wake()
         jobs = queue.jobs()
         rows = [job_facts(job) for job in reversed(jobs)]
-        job = queue.of_run(run) if run else None
+        job = queue.of_run(run, TRAINING) if run else None
         path = None
         if run:
             try:
@@ -197,7 +228,11 @@ def build(shared: Shared) -> None:
             now,
             gr.Button(interactive=is_running and not (job and job.stop_asked)),
             gr.Button(interactive=is_running and bool(job and job.stop_asked)),
-            gr.Button(interactive=bool(path) and real in ("interrupted", "died", "failed") and not (job and job.is_open)),
+            gr.Button(
+                interactive=bool(path)
+                and real in ("interrupted", "died", "failed")
+                and not (job and job.is_open)
+            ),
             "" if job is None or job.is_open or job.state == "done" else job_box(queue, job),
             rows,
             gr.Dropdown(
@@ -208,8 +243,17 @@ def build(shared: Shared) -> None:
         ]
         if seen is None or path is None:
             waits = box(f"{run}: {real}", ["It begins when the jobs before it have ended."], kind="note")
-            nothing = empty("No run yet.", "Start one above: it trains on its own, also when you close this page.")
-            return [*common, waits if job and job.is_open else nothing, *[None] * len(MAIN), gr.Dropdown(choices=[], value=None), None, []]
+            nothing = empty(
+                "No run yet.", "Start one above: it trains on its own, also when you close this page."
+            )
+            return [
+                *common,
+                waits if job and job.is_open else nothing,
+                *[None] * len(MAIN),
+                gr.Dropdown(choices=[], value=None),
+                None,
+                [],
+            ]
         if now[:3] == before[:3]:
             return [*common, status(seen, job, real), *[gr.skip()] * (len(MAIN) + 3)]
         others = [f["title"] for f in seen.figures if f["title"] not in MAIN]
@@ -223,19 +267,45 @@ def build(shared: Shared) -> None:
             samples(seen),
         ]
 
-    watched = [seen_before, stop, stop_now, resume, ended, table, waiting, log, state, *plots, other, other_plot, answers]
+    watched = [
+        seen_before,
+        stop,
+        stop_now,
+        resume,
+        ended,
+        table,
+        waiting,
+        log,
+        state,
+        *plots,
+        other,
+        other_plot,
+        answers,
+    ]
     for event in (timer.tick, chosen.change, other.input):
         event(look, inputs=[chosen, other, waiting, seen_before], outputs=watched, **quiet)
 
     def preview(layer: Mapping[str, Any], name: str, request: gr.Request) -> str:
         return str(guarded(lambda: command(planned(workspace_of(request), layer, name)[0]), lambda _: ""))
 
-    gr.on(None, preview, inputs=[shared.recipe, name], outputs=[line], **quiet)
+    tab = get_render_context()
+    assert isinstance(tab, gr.Tab)
+    gr.on(
+        [tab.select, shared.recipe.change, name.blur],
+        preview,
+        inputs=[shared.recipe, name],
+        outputs=[line],
+        **quiet,
+    )
 
     def started(layer: Mapping[str, Any], name: str, request: gr.Request) -> list[Any]:
         def act() -> list[Any]:
             job = start(workspace_of(request), layer, name)
-            return [box(f"{job.title}: queued", ["It goes on when you close this page."], kind="good"), job.run, job.command]
+            return [
+                box(f"{job.title}: queued", ["It goes on when you close this page."], kind="good"),
+                job.run,
+                job.command,
+            ]
 
         return list(guarded(act, lambda said: [said, gr.skip(), gr.skip()]))
 
@@ -250,13 +320,24 @@ def build(shared: Shared) -> None:
 
     def ask_to_stop(workspace: Workspace, run: str | None, *, at_once: bool = False) -> str:
         queue = queue_of(workspace)
-        job = queue.of_run(run) if run else None
+        job = queue.of_run(run, TRAINING) if run else None
         if job is None or not job.is_open:
-            raise InputError("Nothing runs here that could be stopped.", fix="It has ended already, or was started elsewhere.")
+            raise InputError(
+                "Nothing runs here that could be stopped.",
+                fix="It has ended already, or was started elsewhere.",
+            )
         queue.stop(job.id, at_once=at_once)
         if at_once:
-            return box("Asked to stop at once.", ["Its newest checkpoint stays; Resume goes on from there."], kind="warn")
-        return box("Asked to stop.", ["It finishes its step, saves, and ends; Resume goes on from there."], kind="note")
+            return box(
+                "Asked to stop at once.",
+                ["Its newest checkpoint stays; Resume goes on from there."],
+                kind="warn",
+            )
+        return box(
+            "Asked to stop.",
+            ["It finishes its step, saves, and ends; Resume goes on from there."],
+            kind="note",
+        )
 
     def go_on(workspace: Workspace, run: str | None) -> str:
         job = queue_of(workspace).resume(run_path(workspace, run))
@@ -267,12 +348,14 @@ def build(shared: Shared) -> None:
             raise InputError("No waiting job is chosen.", fix="Choose one of the queue.")
         job = queue_of(workspace).job(id)
         if job.state != "waiting":
-            raise InputError(f"{job.title} is not waiting any more.", found=job.state, fix="Use Stop and save.")
+            raise InputError(
+                f"{job.title} is not waiting any more.", found=job.state, fix="Use Stop and save."
+            )
         return box(f"{queue_of(workspace).stop(id).title}: canceled", kind="note")
 
     stop.click(acted(ask_to_stop), inputs=[chosen], outputs=[told], **own)
-    stop_now.click(acted(lambda w, r: ask_to_stop(w, r, at_once=True)), inputs=[chosen], outputs=[told], **own)
+    stop_now.click(
+        acted(lambda w, r: ask_to_stop(w, r, at_once=True)), inputs=[chosen], outputs=[told], **own
+    )
     resume.click(acted(go_on), inputs=[chosen], outputs=[told], **own)
     cancel.click(acted(call_off), inputs=[waiting], outputs=[told], **own)
-
-

@@ -238,18 +238,29 @@ def test_a_dpo_run_learns_from_what_was_preferred(workspace, result):
 
 def test_shipping_is_a_command_and_a_verdict(workspace, result, tmp_path):
     assert ship.made(workspace, result.run) == ship.NOTHING
-    assert ship.merge_arguments(result.run, "auto") == ["merge", "--dtype=auto", "--", str(result.run)]
-    assert ship.export_arguments(result.run, "gguf", "q8_0")[1:3] == ["--to=gguf", "--quant=q8_0"]
+    place = workspace.exports / "shop-merged"
+    wanted = ["merge", "--dtype=auto", f"--output={place}", "--", str(result.run)]
+    assert ship.merge_arguments(workspace, result.run, "auto") == wanted
+    assert ship.export_arguments(workspace, result.run, "gguf", "q8_0")[1:3] == ["--to=gguf", "--quant=q8_0"]
     with pytest.raises(TunesmithError):
-        ship.export_arguments(result.run, "gguf", "q9")
+        ship.export_arguments(workspace, result.run, "gguf", "q9")
     with pytest.raises(InputError, match="missing"):
         ship.push_arguments(result.run, "--despite-findings", public=False)
     assert "--public" not in ship.push_arguments(result.run, "me/shop", public=False)
-    api.merge(result.run, rows=4)
+    api.merge(result.run, output=place, rows=4)
     said = ship.made(workspace, result.run)
-    assert "merged_model: passed its check" in said
+    assert "shop-merged: passed its check" in said
     assert "ts-good" in said
-    shutil.rmtree(result.run / "merged_model")
+    assert str(workspace.exports / "shop-merged-2") in str(
+        ship.merge_arguments(workspace, result.run, "auto")
+    )
+    (workspace.runs / "sho").mkdir()
+    assert ship.made(workspace, workspace.runs / "sho") == ship.NOTHING
+    (workspace.runs / "sho").rmdir()
+    verdict = json.loads((place / "parity.json").read_text())
+    (place / "parity.json").write_text(json.dumps({**verdict, "passed": False}))
+    assert "FAILED its check" in ship.made(workspace, result.run)
+    shutil.rmtree(place)
 
 
 def test_runs_are_listed_compared_deleted_and_put_back(workspace, result):

@@ -68,9 +68,9 @@ def test_a_training_outlives_server_and_browser_and_is_evaluated_asked_and_merge
                 assert json.loads(pair)["prompt"][-1]["content"] == "My parcel is late <b>now</b>"
             opened.go("Ship")
             opened.click("ship-merge")
-            opened.says("ship-made", "merged_model: passed its check")
+            opened.says("ship-made", "first-merged: passed its check")
             opened.go("Runs")
-            opened.says("runs-about", "1 runs take")
+            opened.says("runs-about", "1 run: ")
             opened.page.get_by_role("button", name="Delete and undo").click()
             opened.click("runs-delete")
             opened.says("runs-told", "in the trash")
@@ -79,7 +79,7 @@ def test_a_training_outlives_server_and_browser_and_is_evaluated_asked_and_merge
                 time.sleep(0.1)
             opened.click("runs-undo")
             opened.says("runs-told", "back among the runs")
-            assert (bench.workspace / "runs" / "first" / "merged_model").is_dir()
+            assert (bench.workspace / "runs" / "first").is_dir()
             opened.check()
     finally:
         bench.end()

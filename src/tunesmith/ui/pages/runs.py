@@ -11,7 +11,7 @@ from gradio.components.plot import PlotData
 from gradio.context import get_render_context
 
 from tunesmith import api
-from tunesmith.errors import RunError
+from tunesmith.errors import RunError, counted
 from tunesmith.evaluation.compare import shown
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.training.run import dataset_name
@@ -46,10 +46,16 @@ def _score(value: float | None, metric: str | None) -> str:
 def disk(workspace: Workspace, found: Sequence[api.RunSummary]) -> str:
     """What the runs and the trash take, and what is left."""
     taken = sum(run.bytes for run in found)
-    waste = sum(p.stat().st_size for p in workspace.trash.rglob("*") if p.is_file())
+    waste, made = (
+        sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        for folder in (workspace.trash, workspace.exports)
+    )
+    told = [f"What was exported takes {size(made)}."] if made else []
+    told += [f"The trash takes {size(waste)}; it is emptied below."] if waste else []
     left = shutil.disk_usage(workspace.root).free
-    told = [f"The trash takes {size(waste)}; it is emptied below."] if waste else []
-    return box(f"{len(found)} runs take {size(taken)}; {size(left)} of the disk are free.", told, kind="note")
+    return box(
+        f"{counted(len(found), 'run')}: {size(taken)}; {size(left)} of the disk are free.", told, kind="note"
+    )
 
 
 def titles(workspace: Workspace, names: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import gradio as gr
 from tunesmith import api
 from tunesmith.errors import InputError
 from tunesmith.evaluation.report import shipped
-from tunesmith.export.artefact import DEFAULTS, STORED, TARGETS
+from tunesmith.export.artefact import DEFAULTS, STORED, TARGETS, check_target
 from tunesmith.export.gguf import QUANTS
-from tunesmith.training.run import open_run
+from tunesmith.training.run import Run
 from tunesmith.ui.choosing import (
     guarded,
     job_box,
@@ -31,6 +32,8 @@ from tunesmith.ui.workspace import Workspace, workspace_of
 
 KINDS = ("merge", "export", "push", "prepare-deployment")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WHAT = ("merged", "deployment", *(rf"{target}-\w+" for target in TARGETS))
+"""What a run's name is followed by in the names of its exports."""
 NOTHING = empty("Nothing was shipped yet.", "What is made below appears here with the verdict of its check.")
 
 
@@ -40,27 +43,31 @@ def can_bundle() -> bool:
     return hasattr(api, "prepare_deployment")
 
 
-def merge_arguments(run: Path, dtype: str) -> list[str]:
+def place(workspace: Workspace, run: Path, what: str) -> Path:
+    """Where a thing that is made of a run's model goes: a free name among the exports."""
+    number, name = 2, f"{run.name}-{what}"
+    while any(workspace.inside(workspace.exports, taken).exists() for taken in (name, f"{name}.failed")):
+        name, number = f"{run.name}-{what}-{number}", number + 1
+    return workspace.exports / name
+
+
+def merge_arguments(workspace: Workspace, run: Path, dtype: str) -> list[str]:
     """What follows `tunesmith` to merge a run's adapter into its base."""
     if dtype not in DTYPES:
         raise InputError("There is no such precision.", found=repr(str(dtype)[:40]), fix=", ".join(DTYPES))
-    return ["merge", f"--dtype={dtype}", "--", str(run)]
+    return ["merge", f"--dtype={dtype}", f"--output={place(workspace, run, 'merged')}", "--", str(run)]
 
 
-def export_arguments(run: Path, to: str, quant: str) -> list[str]:
+def export_arguments(workspace: Workspace, run: Path, to: str, quant: str) -> list[str]:
     """What follows `tunesmith` to write a run's model for another program."""
-    from tunesmith.export.artefact import check_target
-
     check_target(to, quant)
-    return ["export", f"--to={to}", f"--quant={quant}", "--", str(run)]
+    output = place(workspace, run, f"{to}-{quant}")
+    return ["export", f"--to={to}", f"--quant={quant}", f"--output={output}", "--", str(run)]
 
 
 def bundle_arguments(workspace: Workspace, run: Path) -> list[str]:
-    """What follows `tunesmith` to make a folder that serves the model elsewhere; a free name in the exports."""
-    number, name = 2, f"{run.name}-deployment"
-    while workspace.inside(workspace.exports, name).exists():
-        name, number = f"{run.name}-deployment-{number}", number + 1
-    return ["prepare-deployment", f"--output-dir={workspace.exports / name}", "--", str(run)]
+    """What follows `tunesmith` to make a folder that serves the model elsewhere."""
+    return ["prepare-deployment", f"--output-dir={place(workspace, run, 'deployment')}", "--", str(run)]
 
 
 def push_arguments(run: Path, repository: str, *, public: bool, dry_run: bool = False) -> list[str]:
@@ -85,26 +92,30 @@ def made(workspace: Workspace, run: Path | None) -> str:
     if run is None:
         return NOTHING
     problems: list[str] = []
+    own = re.compile(re.escape(run.name) + rf"-({'|'.join(WHAT)})(-\d+)?(\.failed)?")
+    proven = [
+        (folder, one)
+        for folder in (workspace.exports, run)
+        for one in shipped(Run(folder), problems)
+        if folder == run or own.fullmatch(one["name"])
+    ]
     parts = [
         box(
             f"{one['name']}: {'passed its check' if one['passed'] else 'FAILED its check'}",
-            [*one["lines"], str(run / one["name"])],
+            [*one["lines"], str(folder / one["name"])],
             kind="good" if one["passed"] else "problem",
         )
-        for one in shipped(open_run(run), problems)
+        for folder, one in proven
     ]
+    named = {folder / one["name"] for folder, one in proven}
     parts += [
         box(
-            f"{folder.name}: written, not proven",
-            ["Nothing here could read it back.", str(folder)],
-            kind="warn",
+            f"{folder.name}: written",
+            ["What it was checked with is not told here.", str(folder)],
+            kind="note",
         )
-        for folder in sorted(run.glob("exports/*"))
-        if folder.is_dir() and not (folder / "parity.json").is_file() and not folder.name.startswith(".")
-    ]
-    parts += [
-        box(f"{folder.name}: a folder to deploy", [str(folder)], kind="good")
-        for folder in sorted(workspace.exports.glob(f"{run.name}-deployment*"))
+        for folder in sorted(workspace.exports.iterdir())
+        if own.fullmatch(folder.name) and folder not in named
     ]
     return "".join(parts) + (box("Files are damaged.", problems, kind="warn") if problems else "") or NOTHING
 
@@ -175,12 +186,10 @@ def build(shared: Shared) -> None:
         return on
 
     def on_merge(run: str | None, dtype: str, request: gr.Request) -> list[Any]:
-        return list(doing(lambda w, p, d: merge_arguments(p, d))(workspace_of(request), run, dtype))
+        return list(doing(merge_arguments)(workspace_of(request), run, dtype))
 
     def on_export(run: str | None, to: str, quant: str, request: gr.Request) -> list[Any]:
-        return list(
-            doing(lambda w, p, t, q: export_arguments(p, t, q))(workspace_of(request), run, to, quant)
-        )
+        return list(doing(export_arguments)(workspace_of(request), run, to, quant))
 
     def on_bundle(run: str | None, request: gr.Request) -> list[Any]:
         return list(doing(bundle_arguments)(workspace_of(request), run))

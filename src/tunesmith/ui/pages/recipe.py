@@ -237,6 +237,8 @@ def _section(shared: Shared, section: str, look: gr.State, view: gr.Radio, root:
         inputs=[shared.recipe, view, look],
         triggers=[root.load, look.change],
         show_progress="hidden",
+        concurrency_id="draw",  # Gradio draws two parts of one page at once into the same dictionary
+        concurrency_limit=1,
     )
     def draw(layer: dict[str, Any], view: str, look: Drawn) -> None:
         # Gradio hands no request to what it renders.

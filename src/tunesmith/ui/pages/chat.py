@@ -276,7 +276,7 @@ def build(shared: Shared) -> None:
     base_up.click(vote("base"), inputs=[turn], outputs=[preferred, told, base_up, tuned_up], **own)
     tuned_up.click(vote("tuned"), inputs=[turn], outputs=[preferred, told, base_up, tuned_up], **own)
 
-    def pairs(request: gr.Request) -> str:
+    def pairs(_: Any, request: gr.Request) -> str:
         workspace = workspace_of(request)
         number = preferences.count(workspace.chats)
         if not number:

@@ -20,10 +20,10 @@ pytestmark = pytest.mark.web
 SHORT = """
 model: {base: tiny}
 method: {kind: %s}
-adapter: {kind: lora, r: 4}
+adapter: {kind: lora, rank: 4}
 training: {num_epochs: 1, max_steps: %s, per_device_train_batch_size: 4, logging_steps: 1, save_steps: 1000, eval_steps: 1000}
 data: {max_length: 128}
-evaluation: {max_new_tokens: 8, bootstrap_samples: 100}
+evaluation: {max_items: 6, max_new_tokens: 8, resamples: 100}
 """
 
 

@@ -57,6 +57,11 @@ def theme() -> Any:
         block_title_text_weight="600",
         block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_300",
+        input_border_width="1px",
+        button_border_width="1px",
+        button_border_width_dark="1px",
+        button_large_text_weight="600",
+        button_medium_text_weight="600",
         input_background_fill="white",
         input_background_fill_dark="*neutral_950",
         input_border_color="*neutral_400",
@@ -109,7 +114,31 @@ CSS = """
 .gradio-container { --ts-good: #126a57; --ts-warn: #8a5a00; --ts-bad: #a32a1f; --ts-note: #31577e; }
 .dark .gradio-container, .gradio-container.dark, .dark { --ts-good: #7cbfac; --ts-warn: #e3b25c; --ts-bad: #f0a196;
   --ts-note: #9dc1e6; }
-.gradio-container { max-width: 1360px !important; margin: 0 auto; padding: 0 20px 48px !important; }
+.gradio-container { max-width: 1360px !important; width: 100% !important; margin: 0 auto !important;
+  padding: 0 20px 48px !important; box-sizing: border-box; }
+.gradio-container .html-container { padding: 0 !important; }
+.gradio-container .gr-group, .gradio-container .gr-group > .styler, .gradio-container .styler {
+  background: var(--block-background-fill) !important; }
+.gradio-container .label-wrap > span:first-child { font-weight: 600; }
+.gradio-container button.lg { font-size: 0.98rem; }
+#train-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 12px; }
+#train-plots > *:has(.empty), #train-plots .block:has(.empty) { display: none; }
+.ts-status progress { width: 100%; height: 8px; margin: 8px 0; accent-color: var(--primary-600); display: block; }
+.ts-status { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 12px 16px;
+  background: var(--background-fill-primary); }
+.ts-status dl { display: flex; flex-wrap: wrap; gap: 6px 28px; margin: 6px 0 0; }
+.ts-status dt { font-size: 0.82rem; color: var(--body-text-color-subdued); }
+.ts-status dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
+.ts-talk { max-height: 60vh; overflow-y: auto; }
+.ts-turn { margin: 12px 0; }
+.ts-user { background: var(--background-fill-secondary); border-radius: 4px; padding: 8px 12px; white-space: pre-wrap; }
+.ts-both { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); gap: 10px; margin-top: 8px; }
+.ts-answer { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 8px 12px; white-space: pre-wrap;
+  overflow-wrap: anywhere; background: var(--background-fill-primary); }
+.ts-fault { border-left: 3px solid var(--ts-bad) !important; }
+@media (min-width: 1000px) {
+  [id^=recipe-section-] .form { display: grid !important; grid-template-columns: 1fr 1fr; align-items: start; }
+}
 .ts-header { display: flex; align-items: baseline; gap: 10px; padding: 18px 0 4px; flex-wrap: wrap; }
 .ts-header h1 { font-size: 1.3rem; font-weight: 650; letter-spacing: -0.01em; margin: 0; }
 .ts-header p { margin: 0; color: var(--body-text-color-subdued); font-size: 0.92rem; }

@@ -22,6 +22,7 @@ from tunesmith.errors import InputError, TunesmithError, counted
 from tunesmith.recipe import DataSource
 from tunesmith.ui import form
 from tunesmith.ui.form import UNSET
+from tunesmith.ui.security import Limits
 from tunesmith.ui.shared import Shared, box, command, empty, problem
 from tunesmith.ui.workspace import Workspace, workspace_of
 
@@ -30,10 +31,8 @@ if TYPE_CHECKING:
     from tunesmith.data.validation import Report
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".txt")
-LARGEST_UPLOAD = 512 * 2**20
-"""Bytes of an uploaded file at most."""
-LARGEST_UPLOADS = 4 * 2**30
-"""Bytes of all files that a workspace keeps."""
+LARGEST_UPLOAD, LARGEST_UPLOADS = Limits.upload_bytes, Limits.kept_bytes
+"""Bytes of an uploaded file, and of all that a workspace keeps, at most."""
 SHOWN_ROWS, SHOWN_FINDINGS, SHOWN_ENTRIES = 5, 200, 500
 LONGEST_CELL = 400
 """Characters of a cell that are shown."""
@@ -364,10 +363,10 @@ def build(shared: Shared) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             upload = gr.File(
-                label=f"Upload a file ({', '.join(SUFFIXES)}; at most {LARGEST_UPLOAD // 2**20} MB)",
+                label=f"CSV, JSON, JSONL, Parquet, TXT; {LARGEST_UPLOAD // 2**20} MiB at most",
                 file_types=list(SUFFIXES),
                 elem_id="data-upload",
-                height=140,
+                height=170,
             )
             files = gr.Dropdown([], label="Files in your workspace", elem_id="data-files", value=None)
             hub = gr.Textbox(

@@ -122,7 +122,8 @@ CSS = """
 .gradio-container .label-wrap > span:first-child { font-weight: 600; }
 .gradio-container button.lg { font-size: 0.98rem; }
 #train-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 12px; }
-#train-plots > *:has(.empty), #train-plots .block:has(.empty) { display: none; }
+.gradio-container .block:has([aria-label="Empty value"]) { display: none; }
+.gradio-container .cm-line, .gradio-container .cm-line span { color: var(--body-text-color) !important; }
 .ts-status progress { width: 100%; height: 8px; margin: 8px 0; accent-color: var(--primary-600); display: block; }
 .ts-status { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 12px 16px;
   background: var(--background-fill-primary); }
@@ -196,6 +197,12 @@ footer { display: none !important; }
   .gradio-container * { animation-duration: 0.01ms !important; transition-duration: 0.01ms !important; }
 }
 """
+
+HEAD = """<script>
+new MutationObserver(() => document.querySelectorAll("input[title]:not([aria-label])").forEach(
+  (field) => field.setAttribute("aria-label", field.title))).observe(document.documentElement, {childList: true, subtree: true});
+</script>"""
+"""Fields of Gradio's that have a tooltip only get it as their name."""
 
 _PLAIN = """<style nonce="NONCE">
 :root { color-scheme: light dark; }

@@ -109,7 +109,7 @@ CSS = """
 .gradio-container { --ts-good: #126a57; --ts-warn: #8a5a00; --ts-bad: #a32a1f; --ts-note: #31577e; }
 .dark .gradio-container, .gradio-container.dark, .dark { --ts-good: #7cbfac; --ts-warn: #e3b25c; --ts-bad: #f0a196;
   --ts-note: #9dc1e6; }
-.gradio-container { max-width: 1360px !important; margin: 0 auto; padding: 0 20px 48px !important; }
+.gradio-container { width: 100%; max-width: 1360px !important; margin: 0 auto; padding: 0 20px 48px !important; }
 .ts-header { display: flex; align-items: baseline; gap: 10px; padding: 18px 0 4px; flex-wrap: wrap; }
 .ts-header h1 { font-size: 1.3rem; font-weight: 650; letter-spacing: -0.01em; margin: 0; }
 .ts-header p { margin: 0; color: var(--body-text-color-subdued); font-size: 0.92rem; }
@@ -136,7 +136,11 @@ CSS = """
 .ts-status { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 12px 16px;
   background: var(--background-fill-primary); }
 .ts-status strong { font-weight: 600; }
-.ts-status progress { display: block; width: 100%; height: 8px; margin: 8px 0; accent-color: var(--primary-600); }
+.ts-status progress { display: block; appearance: none; width: 100%; height: 8px; margin: 8px 0; border: 0;
+  border-radius: 4px; overflow: hidden; background: var(--border-color-primary); }
+.ts-status progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.ts-status progress::-webkit-progress-value { background: var(--primary-600); }
+.ts-status progress::-moz-progress-bar { background: var(--primary-600); }
 .ts-status dl { display: flex; flex-wrap: wrap; gap: 8px 28px; margin: 6px 0 0; }
 .ts-status dt { font-size: 0.8rem; color: var(--body-text-color-subdued); }
 .ts-status dd { margin: 0; font-variant-numeric: tabular-nums; }

@@ -80,9 +80,9 @@ def set_up(opened, tmp_path, data: Path, method: str = "sft", steps: int = 6) ->
     recipe = tmp_path / f"{method}.yaml"
     recipe.write_text(SHORT % (method, steps))
     opened.go("Recipe")
-    opened.page.locator("#recipe-import input[type=file], input#recipe-import").first.set_input_files(
-        str(recipe)
-    )
+    with opened.page.expect_file_chooser() as chooser:
+        opened.click("recipe-import")
+    chooser.value.set_files(str(recipe))
     opened.says("recipe-said", "imported")
     opened.go("Data")
     opened.page.locator("#data-upload input[type=file]").set_input_files(str(data))

@@ -166,7 +166,11 @@ CSS = """
 .ts-status { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 12px 16px;
   background: var(--background-fill-primary); }
 .ts-status strong { font-weight: 600; }
-.ts-status progress { display: block; width: 100%; height: 8px; margin: 8px 0; accent-color: var(--primary-600); }
+.ts-status progress { display: block; appearance: none; width: 100%; height: 8px; margin: 8px 0; border: 0;
+  border-radius: 4px; overflow: hidden; background: var(--border-color-primary); }
+.ts-status progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.ts-status progress::-webkit-progress-value { background: var(--primary-600); }
+.ts-status progress::-moz-progress-bar { background: var(--primary-600); }
 .ts-status dl { display: flex; flex-wrap: wrap; gap: 8px 28px; margin: 6px 0 0; }
 .ts-status dt { font-size: 0.8rem; color: var(--body-text-color-subdued); }
 .ts-status dd { margin: 0; font-variant-numeric: tabular-nums; }

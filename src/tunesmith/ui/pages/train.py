@@ -32,6 +32,13 @@ from tunesmith.ui.workspace import Workspace, workspace_of
 
 MAIN = ("Loss", "Learning rate", "Gradient norm", "Speed", "Memory")
 """Figures that have a place of their own; of the others one is chosen."""
+SHOWN = (
+    ("loss", "loss", "{:.4f}"),
+    ("learning_rate", "learning rate", "{:.2e}"),
+    ("grad_norm", "gradient norm", "{:.3g}"),
+    ("tokens_per_second", "tokens/s", "{:,.0f}"),
+)
+"""What the newest step says, its name and how it is written."""
 PLOTS_KEPT = 128
 
 
@@ -70,18 +77,9 @@ def status(seen: curves.Seen, job: Job | None, state: str) -> str:
     facts = []
     if seen.total_steps:
         facts.append(("step", f"{seen.step:,} of {seen.total_steps:,}"))
-    shown = {
-        "loss": "loss {:.4f}",
-        "learning_rate": "learning rate {:.2e}",
-        "grad_norm": "gradient norm {:.3g}",
-    }
     facts += [
-        (n, s.format(seen.latest[n]).removeprefix(n.replace("_", " ")).strip())
-        for n, s in shown.items()
-        if n in seen.latest
+        (label, written.format(seen.latest[key])) for key, label, written in SHOWN if key in seen.latest
     ]
-    if "tokens_per_second" in seen.latest:
-        facts.append(("tokens/s", f"{seen.latest['tokens_per_second']:,.0f}"))
     if seen.latest.get("memory"):
         facts.append(("memory", size(seen.latest["memory"])))
     if seen.seconds_left is not None and state == "running" and seen.state == "training":
@@ -90,9 +88,7 @@ def status(seen: curves.Seen, job: Job | None, state: str) -> str:
         facts.append(("now", seen.state or "preparing"))
     if seen.no_numbers:
         facts.append(("not shown", f"{seen.no_numbers} values that are no numbers"))
-    cells = "".join(
-        f"<div><dt>{html.escape(n.replace('_', ' '))}</dt><dd>{html.escape(v)}</dd></div>" for n, v in facts
-    )
+    cells = "".join(f"<div><dt>{html.escape(n)}</dt><dd>{html.escape(v)}</dd></div>" for n, v in facts)
     share = 100 * seen.step / seen.total_steps if seen.total_steps else 0
     bar = (
         f'<progress aria-label="steps done" max="100" value="{share:.1f}">{share:.0f} %</progress>'
@@ -135,7 +131,7 @@ def build(shared: Shared) -> None:
     """Fill the tab."""
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     own: dict[str, Any] = {"api_visibility": "private"}
-    with gr.Group(elem_id="train-start-group"):
+    with gr.Column(elem_id="train-start-group"):
         with gr.Row():
             name = gr.Textbox(
                 label="Name of the new run", placeholder="task and data set, if nothing is said", max_lines=1,

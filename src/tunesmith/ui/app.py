@@ -83,7 +83,6 @@ def create(
         mcp_server=False,
         theme=theme.theme(),
         css=theme.CSS,
-        head=theme.HEAD,
     )
     # Without this a mounted app takes any path of the machine in a form that is sent to it for an uploaded file.
     made.has_launched = True

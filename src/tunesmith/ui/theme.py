@@ -124,18 +124,6 @@ CSS = """
 #train-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 12px; }
 .gradio-container .block:has([aria-label="Empty value"]) { display: none; }
 .gradio-container .cm-line, .gradio-container .cm-line span { color: var(--body-text-color) !important; }
-.ts-status progress { width: 100%; height: 8px; margin: 8px 0; accent-color: var(--primary-600); display: block; }
-.ts-status { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 12px 16px;
-  background: var(--background-fill-primary); }
-.ts-status dl { display: flex; flex-wrap: wrap; gap: 6px 28px; margin: 6px 0 0; }
-.ts-status dt { font-size: 0.82rem; color: var(--body-text-color-subdued); }
-.ts-status dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
-.ts-talk { max-height: 60vh; overflow-y: auto; }
-.ts-turn { margin: 12px 0; }
-.ts-user { background: var(--background-fill-secondary); border-radius: 4px; padding: 8px 12px; white-space: pre-wrap; }
-.ts-both { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); gap: 10px; margin-top: 8px; }
-.ts-answer { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 8px 12px; white-space: pre-wrap;
-  overflow-wrap: anywhere; background: var(--background-fill-primary); }
 .ts-fault { border-left: 3px solid var(--ts-bad) !important; }
 @media (min-width: 1000px) {
   [id^=recipe-section-] .form { display: grid !important; grid-template-columns: 1fr 1fr; align-items: start; }

@@ -134,7 +134,7 @@ def build(shared: Shared) -> None:
     with gr.Column(elem_id="train-start-group"):
         with gr.Row():
             name = gr.Textbox(
-                label="Name of the new run", placeholder="task and data set, if nothing is said", max_lines=1,
+                value="", label="Name of the new run", placeholder="task and data set, if nothing is said", max_lines=1,
                 elem_id="train-name", max_length=120, scale=3,
             )  # fmt: skip
             begin = gr.Button("Start training", variant="primary", elem_id="train-start", scale=1)
@@ -239,7 +239,10 @@ def build(shared: Shared) -> None:
             said,
         ]
         if seen is None or path is None:
-            waits = box(f"{run}: {real}", ["It begins when the jobs before it have ended."], kind="note")
+            begins = (
+                "It is beginning." if real == "running" else "It begins when the jobs before it have ended."
+            )
+            waits = box(f"{run}: {real}", [begins], kind="note")
             nothing = empty(
                 "No run yet.", "Start one above: it trains on its own, also when you close this page."
             )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import html
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -98,21 +98,11 @@ def status(seen: curves.Seen, job: Job | None, state: str) -> str:
     return f'<div class="ts-status" role="status"><strong>{html.escape(word)}</strong>{bar}<dl>{cells}</dl></div>'
 
 
-_plots: dict[tuple[Path, int, str], PlotData] = {}
-"""Figures as they are sent, made once for all who watch; the oldest are forgotten."""
-
-
-def plot(run: Path, seen: curves.Seen, title: str | None) -> PlotData | None:
-    """A figure of a run as it is sent to a browser; None where it has none of that title."""
-    key = (run, seen.version, title or "")
-    if key not in _plots:
-        figure = next((f for f in seen.figures if f["title"] == title), None)
-        if figure is None:
-            return None
-        while len(_plots) >= PLOTS_KEPT:
-            _plots.pop(next(iter(_plots)), None)
-        _plots[key] = PlotData(type="plotly", plot=curves.plotted(figure))
-    return _plots.get(key)
+@functools.lru_cache(maxsize=PLOTS_KEPT)
+def plot(seen: curves.Seen, title: str | None) -> PlotData | None:
+    """A figure of a run as it is sent to a browser, made once for all who watch; None where there is none."""
+    figure = next((f for f in seen.figures if f["title"] == title), None)
+    return PlotData(type="plotly", plot=curves.plotted(figure)) if figure else None
 
 
 def samples(seen: curves.Seen) -> list[list[str]]:
@@ -134,7 +124,7 @@ def build(shared: Shared) -> None:
     with gr.Column(elem_id="train-start-group"):
         with gr.Row():
             name = gr.Textbox(
-                label="Name of the new run", placeholder="task and data set, if nothing is said", max_lines=1,
+                value="", label="Name of the new run", placeholder="task and data set, if nothing is said", max_lines=1,
                 elem_id="train-name", max_length=120, scale=3,
             )  # fmt: skip
             begin = gr.Button("Start training", variant="primary", elem_id="train-start", scale=1)
@@ -239,7 +229,10 @@ def build(shared: Shared) -> None:
             said,
         ]
         if seen is None or path is None:
-            waits = box(f"{run}: {real}", ["It begins when the jobs before it have ended."], kind="note")
+            begins = (
+                "It is beginning." if real == "running" else "It begins when the jobs before it have ended."
+            )
+            waits = box(f"{run}: {real}", [begins], kind="note")
             nothing = empty(
                 "No run yet.", "Start one above: it trains on its own, also when you close this page."
             )
@@ -258,9 +251,9 @@ def build(shared: Shared) -> None:
         return [
             *common,
             status(seen, job, real),
-            *(plot(path, seen, title) for title in MAIN),
+            *(plot(seen, title) for title in MAIN),
             gr.Dropdown(choices=others, value=curve),
-            plot(path, seen, curve),
+            plot(seen, curve),
             samples(seen),
         ]
 

@@ -248,6 +248,9 @@ def test_a_control_that_is_used_changes_the_layer_and_its_own_label(workspace):
     assert "greater than or equal to 0" in label["label"]
     layer, label, _ = recipe.changed(layer, control, 3, workspace)
     assert (layer, label["label"]) == ({"training": {"seed": 3}}, "Seed")
+    rate = next(c for c in form.controls() if c.path == "training.learning_rate")
+    assert recipe.changed({}, rate, "2e-5", workspace)[0] == {"training": {"learning_rate": 2e-5}}
+    assert "takes a number; found 'fast'" in recipe.changed({}, rate, "fast", workspace)[1]["label"]
     rows = next(c for c in form.controls() if c.path == "data.columns")
     same, label, _ = recipe.changed(layer, rows, "{a: [", workspace)
     assert same == layer

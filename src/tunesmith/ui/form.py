@@ -268,6 +268,9 @@ def choices(control: Control) -> list[tuple[str, str]]:
 # From a control to the layer and back
 
 
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
 def read(control: Control, raw: Any) -> Any:
     """What a component holds as the field's value, or UNSET. Raises RecipeError for what is no YAML."""
     nothing = None if control.optional and control.default is not None else UNSET
@@ -278,11 +281,11 @@ def read(control: Control, raw: Any) -> Any:
             return bool(raw)
         case "choice" if control.choices == ("true", "false"):
             return raw == "true"
-        case "share" | "number":
-            return int(raw) if isinstance(raw, float) and raw.is_integer() and control.whole else raw
-        case "own" if isinstance(raw, str) and re.fullmatch(r"[-+]?\d+(\.\d+)?", raw.strip()):
+        case "share":
+            return int(raw) if control.whole and float(raw).is_integer() else raw
+        case "number" | "own" if isinstance(raw, str) and _NUMBER.fullmatch(raw.strip()):
             number = float(raw)
-            return int(number) if number.is_integer() else number
+            return int(number) if number.is_integer() and abs(number) < 2**53 else number
         case "yaml":
             try:
                 return loaded(str(raw))
@@ -300,8 +303,8 @@ def shown(control: Control, value: Any) -> Any:
             return bool(value)
         case "names":
             return [] if value is None else [value] if isinstance(value, str) else [str(v) for v in value]
-        case "share" | "number":
-            return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+        case "share":
+            return value if isinstance(value, int | float) and not isinstance(value, bool) else control.low
         case "yaml":
             plain = _plain(value)
             return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).strip() if plain else ""
@@ -735,10 +738,11 @@ def component(control: Control, found: Filled) -> Component:
     """The Gradio component of a control, showing what holds; to be called where it is to stand."""
     import gradio as gr
 
-    value = shown(control, current(control, found))
+    value = "runs" if control.path in SETTLED else shown(control, current(control, found))
     common: dict[str, Any] = {
         "info": SETTLED.get(control.path, control.about),
         "elem_id": control.elem_id,
+        "min_width": 240,
         "interactive": control.path not in SETTLED,
         **labelled(control, found.faults.get(control.path)),
     }
@@ -759,16 +763,10 @@ def component(control: Control, found: Filled) -> Component:
             assert control.high is not None
             step = 1 if control.whole else 0.001
             return gr.Slider(control.low, control.high, value=value, step=step, **common)
-        case "number":
-            return gr.Number(
+        case "number":  # as text: a number field shows 0.00002 for 2e-5, and 0 for nothing
+            return gr.Textbox(
                 value, placeholder="none" if control.optional else str(control.default), **common
             )
-        case "choice" | "own":
-            offered_too = choices(control)
-            if value not in [word for _, word in offered_too]:
-                offered_too = [*offered_too, (value, value)]
-            own = control.widget == "own"
-            return gr.Dropdown(offered_too, value=value, allow_custom_value=own, filterable=own, **common)
         case "yaml":
             return gr.Textbox(value, lines=2, max_lines=12, **common)
         case _:

@@ -348,6 +348,27 @@ def commands(layer: Mapping[str, Any], workspace: Workspace) -> str:
     )
 
 
+def mapped(layer: Mapping[str, Any]) -> tuple[str, str]:
+    """The columns of question and answer that the layer names; empty where it names none."""
+    named = [form.value_at(layer, f"data.{key}", "") or "" for key in ("input_text_key", "output_text_key")]
+    return str(named[0]), str(named[1])
+
+
+def written(text: str, label: str, elem_id: str) -> gr.Code:
+    """A text to read and to copy, such as a command or a file; in one colour, which every eye can read."""
+    return gr.Code(
+        text,
+        language=None,
+        label=label,
+        elem_id=elem_id,
+        lines=1,
+        max_lines=24,
+        interactive=False,
+        wrap_lines=True,
+        show_line_numbers=False,
+    )
+
+
 def data_part(layer: Mapping[str, Any]) -> str | None:
     """The data section as text: what a new look depends on."""
     return json.dumps(layer["data"], sort_keys=True, default=str) if layer.get("data") else None
@@ -438,7 +459,7 @@ def build(shared: Shared) -> None:
             show = gr.Button("Show tokens", elem_id="data-seen-show", scale=1)
         view = gr.HTML(empty("No rows are shown yet.", "Show tokens, or name rows."), elem_id="data-seen")
     with gr.Accordion("Lengths and ledger", open=True, elem_id="data-ledger-part"):
-        plot = gr.Plot(label="Length of the rows in tokens", elem_id="data-lengths")
+        plot = gr.Plot(label="Length of the rows in tokens", elem_id="data-lengths", visible=False)
         total = gr.HTML("", elem_id="data-ledger-box")
         ledger = gr.Dataframe(
             headers=["row", "fate", "tokens", "cut", "why"],
@@ -449,54 +470,46 @@ def build(shared: Shared) -> None:
             type="array",
             show_search="filter",
         )
-    line = gr.Code(
-        value="",
-        language="shell",
-        label="The same as commands",
-        elem_id="data-command",
-        interactive=False,
-        wrap_lines=True,
-    )
+    line = written("", "The same as commands", "data-command")
 
-    def look(layer: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+    def look(
+        layer: dict[str, Any], question: str, answer: str, known: Any, request: gr.Request
+    ) -> tuple[Any, ...]:
         """Box, rows, format and columns of the layer's data; for every change of it."""
         workspace = workspace_of(request)
         kept = gr.update(choices=uploaded(workspace), value=None)
         if form.value_at(layer, "data.dataset") is UNSET:
-            return kept, gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip(), ""
-        said = [
-            form.value_at(layer, f"data.{name}", "") or "" for name in ("input_text_key", "output_text_key")
-        ]
+            return kept, *[gr.skip()] * 5, "", None
+        line, named = commands(layer, workspace), mapped(layer)
+        if bool(named[0]) != bool(named[1]):
+            said = box(
+                "One column is missing.", ["Name the question's and the answer's column."], kind="warn"
+            )
+            return gr.skip(), said, *[gr.skip()] * 4, line, known
         try:
             rows = looked(layer, workspace)
         except TunesmithError as error:
-            return (
-                kept,
-                problem(error),
-                gr.update(value=None),
-                gr.skip(),
-                gr.skip(),
-                gr.skip(),
-                commands(layer, workspace),
-            )
+            return kept, problem(error), gr.update(value=None), *[gr.skip()] * 3, line, None
+        # Lists that are as they were stay untouched: somebody may be about to choose from one.
+        same = known == rows.columns and named == (question, answer)
         offered = [("(by the format)", ""), *((name, name) for name in rows.columns)]
-        return (
-            kept,
-            sentence(rows),
-            gr.update(value=table(rows)),
-            gr.update(value=form.value_at(layer, "data.format", "auto")),
-            gr.update(choices=offered, value=said[0]),
-            gr.update(choices=offered, value=said[1]),
-            commands(layer, workspace),
-        )
+        lists = [gr.skip() if same else gr.update(choices=offered, value=name) for name in named]
+        kind = gr.update(value=form.value_at(layer, "data.format", "auto"))
+        return kept, sentence(rows), gr.update(value=table(rows)), kind, *lists, line, rows.columns
 
-    looks = [files, state, first, kind, question, answer, line]
+    columns = gr.State(None)
+    looks = [files, state, first, kind, question, answer, line, columns]
     data_of = gr.State(None)  # only a change of the data has the file read again
     shared.recipe.change(
         data_part, shared.recipe, data_of, show_progress="hidden", trigger_mode="always_last"
     )
     gr.on(
-        [root.load, data_of.change], look, shared.recipe, looks, concurrency_id="models", concurrency_limit=1
+        [root.load, data_of.change],
+        look,
+        [shared.recipe, question, answer, columns],
+        looks,
+        concurrency_id="models",
+        concurrency_limit=1,
     )
 
     def send(file: str | None, layer: dict[str, Any], request: gr.Request) -> tuple[Any, Any]:
@@ -578,4 +591,4 @@ def _report(layer: Mapping[str, Any], workspace: Workspace) -> list[Any]:
 
 def _ledger(layer: Mapping[str, Any], workspace: Workspace) -> list[Any]:
     rows = rows_of(layer, workspace)
-    return [ledger_box(rows), histogram(rows), entries(rows)]
+    return [ledger_box(rows), gr.update(value=histogram(rows), visible=True), entries(rows)]

@@ -11,7 +11,7 @@ import gradio as gr
 from tunesmith import api, devices
 from tunesmith.errors import counted
 from tunesmith.ui import form
-from tunesmith.ui.pages.data import either
+from tunesmith.ui.pages.data import either, written
 from tunesmith.ui.shared import Shared, box, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
 
@@ -195,7 +195,7 @@ def build(shared: Shared) -> None:
         empty("No plan yet.", "It reads the data and takes a step on a hollow model: some seconds."),
         elem_id="plan-state",
     )
-    plot = gr.Plot(label="Memory", elem_id="plan-memory")
+    plot = gr.Plot(label="Memory", elem_id="plan-memory", visible=False)
     batch = gr.HTML("", elem_id="plan-batch")
     table = gr.Dataframe(
         headers=["what", "value", "why"],
@@ -206,22 +206,14 @@ def build(shared: Shared) -> None:
         datatype="str",
         type="array",
     )
-    line = gr.Code(
-        "",
-        language="shell",
-        label="The same as one command",
-        elem_id="plan-command",
-        interactive=False,
-        wrap_lines=True,
-    )
+    line = written("", "The same as one command", "plan-command")
 
     def work(layer: dict[str, Any], device: str, measured: bool, request: gr.Request) -> tuple[Any, ...]:
         workspace = workspace_of(request)
         known = device if device in devices.DEVICES else HERE
-        return (
-            *either(lambda: all_of(layer, workspace, known, measured=measured), 4),
-            command(argv(layer, workspace, known)),
-        )
+        said, bar, *others = either(lambda: all_of(layer, workspace, known, measured=measured), 4)
+        shown = gr.update(value=bar, visible=bar is not None)
+        return said, shown, *others, command(argv(layer, workspace, known))
 
     start.click(
         work,

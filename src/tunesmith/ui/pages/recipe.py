@@ -15,6 +15,7 @@ from tunesmith.errors import InputError, TunesmithError
 from tunesmith.recipe import Recipe, sections_of
 from tunesmith.ui import form, handlers
 from tunesmith.ui.form import Control, Filled
+from tunesmith.ui.pages.data import written
 from tunesmith.ui.shared import Shared, box, command, problem
 from tunesmith.ui.workspace import Workspace, workspace_of
 
@@ -155,29 +156,15 @@ def build(shared: Shared) -> None:
                     _section(shared, section, looks[section], view, root)
         with gr.Column(scale=2, min_width=340):
             state = gr.HTML(verdict(start), elem_id="recipe-state")
-            text = gr.Code(
-                form.as_yaml(start.layer),
-                language="yaml",
-                label="Recipe (YAML)",
-                elem_id="recipe-yaml",
-                interactive=False,
-                wrap_lines=True,
-                buttons=["copy", "download"],
-            )
-            line = gr.Code(
-                command(form.argv(start.layer)),
-                language="shell",
-                label="The same as one command",
-                elem_id="recipe-command",
-                interactive=False,
-                wrap_lines=True,
-            )
+            text = written(form.as_yaml(start.layer), "Recipe (YAML)", "recipe-yaml")
+            line = written(command(form.argv(start.layer)), "The same as one command", "recipe-command")
             with gr.Row():
                 upload = gr.UploadButton(
                     "Import a recipe", file_types=[".yaml", ".yml", ".json"], elem_id="recipe-import"
                 )
-                keep = gr.Button("Keep in workspace", elem_id="recipe-keep")
+                keep = gr.Button("Keep and export", elem_id="recipe-keep")
                 clear = gr.Button("Start over", elem_id="recipe-clear")
+            download = gr.DownloadButton("Export", visible=False, elem_id="recipe-export")
             said = gr.HTML("", elem_id="recipe-said")
             onward = gr.Button("Plan this run", variant="primary", elem_id="recipe-plan")
             show = gr.Button("Model architecture", elem_id="recipe-architecture-show")
@@ -214,14 +201,15 @@ def build(shared: Shared) -> None:
     upload.upload(load, [upload, version, shared.recipe], [shared.recipe, version, said])
     clear.click(lambda version: ({}, version + 1, ""), version, [shared.recipe, version, said])
 
-    def save(layer: dict[str, Any], request: gr.Request) -> str:
+    def save(layer: dict[str, Any], request: gr.Request) -> tuple[str, Any]:
         try:
             place = saved(layer, workspace_of(request))
         except TunesmithError as error:
-            return problem(error)
-        return box("The recipe is kept.", [f"recipes/{place.name}"], kind="good")
+            return problem(error), gr.update(visible=False)
+        kept = box("The recipe is kept in your workspace.", [f"recipes/{place.name}"], kind="good")
+        return kept, gr.update(value=str(place), label=f"Download {place.name}", visible=True)
 
-    keep.click(save, shared.recipe, said)
+    keep.click(save, shared.recipe, [said, download])
 
     def look(layer: dict[str, Any], request: gr.Request) -> tuple[str, str]:
         return architecture(layer, workspace_of(request))
@@ -248,8 +236,9 @@ def _section(shared: Shared, section: str, look: gr.State, view: gr.Radio, root:
         shown = [c for c in form.visible(found, expert=view == "Expert") if c.section == section]
         if not shown:
             gr.HTML("<p>Nothing to set here in the basic view.</p>")
-        for control in shown:
-            _listen(shared, control, form.component(control, found))
+        with gr.Row(elem_classes="ts-fields"):
+            for control in shown:
+                _listen(shared, control, form.component(control, found))
 
 
 def _listen(shared: Shared, control: Control, made: Any) -> None:

@@ -1671,9 +1671,9 @@ def web(
 ) -> None:
     """Serve the web workbench until it is stopped; what it started goes on.
 
-    `users` is a file of accounts, each with a workspace of its own; `recipe` is what the Recipe page starts from, sparse.
-    `ready` is told the address, with the token where one was made. Raises RecipeError for an address that cannot be
-    used, and for one that others reach without accounts.
+    `users` is a file of accounts, each with a workspace of its own; `recipe` is what the Recipe page starts from,
+    sparse. `ready` is told the address, with the token where one was made. Raises RecipeError for an address that
+    cannot be used, and for one that others reach without accounts.
     """
     quiet_libraries()
     from tunesmith.ui import server

@@ -71,7 +71,8 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_the_tabs(browser, ben
         nameless = opened.page.evaluate(
             """() => [...document.querySelectorAll('button, input, select, textarea')]
             .filter(e => e.offsetParent && !e.hidden && e.type !== 'hidden' && e.tabIndex >= 0)
-            .filter(e => !(e.getAttribute('aria-label') || e.labels?.length || e.textContent.trim() || e.title || e.getAttribute('aria-labelledby')))
+            .filter(e => !(e.getAttribute('aria-label') || e.labels?.length || e.textContent.trim()
+              || e.title || e.getAttribute('aria-labelledby')))
             .map(e => e.outerHTML.slice(0, 200))"""
         )
         assert not nameless

@@ -12,7 +12,6 @@ import time
 
 import httpx
 import pytest
-
 from browser_of_tests import OURS
 
 from tunesmith.cli import app
@@ -74,8 +73,12 @@ def test_an_account_is_added_at_a_prompt(tmp_path):
 def test_the_command_listens_here_only_and_ends_at_ctrl_c(tmp_path):
     started = subprocess.Popen(
         [sys.executable, "-m", "tunesmith", "web", "--port", "0", "--workspace", str(tmp_path / "w")],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=OURS,
-    )  # fmt: skip
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=OURS,
+    )
     try:
         line = next(line for line in started.stderr if "http" in line)
         found = re.search(r"(http://127\.0\.0\.1:(\d+)/)\?token=([\w-]{43})", line)

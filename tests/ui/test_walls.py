@@ -85,17 +85,50 @@ def test_without_the_token_no_route_answers(web):
 def test_only_the_routes_that_pages_use_are_open(web):
     opened = {path for method, path in routes(web) if path.count("x") >= 0 and _is_open(web, method, path)}
     assert opened <= {
-        "/", "/config", "/config/", "/theme.css", "/favicon.ico", "/manifest.json", "/gradio_api/theme.css",
-        "/assets/x", "/static/x", "/svelte/x", "/gradio_api/file=x", "/gradio_api/heartbeat/x",
-        "/gradio_api/queue/data", "/gradio_api/queue/status", "/gradio_api/queue/join", "/gradio_api/upload",
-        "/gradio_api/upload_progress", "/gradio_api/startup-events", "/gradio_api/app_id", "/gradio_api/app_id/",
-        "/gradio_api/login_check", "/gradio_api/login_check/", "/gradio_api/user", "/gradio_api/user/",
-        "/gradio_api/cancel", "/gradio_api/reset", "/gradio_api/reset/", "/gradio_api/run/x", "/gradio_api/run/x/",
-    }  # fmt: skip
+        "/",
+        "/config",
+        "/config/",
+        "/theme.css",
+        "/favicon.ico",
+        "/manifest.json",
+        "/gradio_api/theme.css",
+        "/assets/x",
+        "/static/x",
+        "/svelte/x",
+        "/gradio_api/file=x",
+        "/gradio_api/heartbeat/x",
+        "/gradio_api/queue/data",
+        "/gradio_api/queue/status",
+        "/gradio_api/queue/join",
+        "/gradio_api/upload",
+        "/gradio_api/upload_progress",
+        "/gradio_api/startup-events",
+        "/gradio_api/app_id",
+        "/gradio_api/app_id/",
+        "/gradio_api/login_check",
+        "/gradio_api/login_check/",
+        "/gradio_api/user",
+        "/gradio_api/user/",
+        "/gradio_api/cancel",
+        "/gradio_api/reset",
+        "/gradio_api/reset/",
+        "/gradio_api/run/x",
+        "/gradio_api/run/x/",
+    }
     assert {"/", "/config", "/gradio_api/queue/join", "/gradio_api/upload"} <= opened
     with web.owner() as client:
-        for path in ("/monitoring", "/monitoring/summary", "/docs", "/openapi.json", "/gradio_api/info", "/gradio_api/openapi.json",
-                     "/gradio_api/proxy=http://127.0.0.1:1/", "/gradio_api/vibe-code", "/gradio_api/runs", "/gradio_api/deep_link"):  # fmt: skip
+        for path in (
+            "/monitoring",
+            "/monitoring/summary",
+            "/docs",
+            "/openapi.json",
+            "/gradio_api/info",
+            "/gradio_api/openapi.json",
+            "/gradio_api/proxy=http://127.0.0.1:1/",
+            "/gradio_api/vibe-code",
+            "/gradio_api/runs",
+            "/gradio_api/deep_link",
+        ):
             assert client.get(path).status_code == 404, path
         for path in (
             "/gradio_api/vibe-edit",
@@ -154,9 +187,24 @@ def test_guessing_the_token_is_slowed_down_and_the_right_one_still_works(around)
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.com", "localhost.evil.com", "127.0.0.1.evil.com", "evil.com:{port}", "", "a/?x", "127.0.0.1:{port}/?x", "127.0.0.1@evil.com",
-     "evil.com#127.0.0.1", "127.0.0.1 evil.com", "localhost:80:80", "[::1", "0x7f.1.evil", "127.0.0.1\tevil.com", "localhost\\@evil.com"],
-)  # fmt: skip
+    [
+        "evil.com",
+        "localhost.evil.com",
+        "127.0.0.1.evil.com",
+        "evil.com:{port}",
+        "",
+        "a/?x",
+        "127.0.0.1:{port}/?x",
+        "127.0.0.1@evil.com",
+        "evil.com#127.0.0.1",
+        "127.0.0.1 evil.com",
+        "localhost:80:80",
+        "[::1",
+        "0x7f.1.evil",
+        "127.0.0.1\tevil.com",
+        "localhost\\@evil.com",
+    ],
+)
 def test_a_page_of_another_name_cannot_be_made_to_point_here(web, host):
     with web.owner() as client:
         cookie = "; ".join(f"{k}={v}" for k, v in client.cookies.items())
@@ -179,10 +227,16 @@ def test_names_that_were_allowed_are_served(around, walls):
 
 
 FOREIGN = [
-    {"origin": "http://evil.com"}, {"origin": "null"}, {"origin": "http://127.0.0.1:1"}, {"origin": "http://localhost.evil.com"},
-    {"origin": "file://"}, {"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"},
-    {"origin": "http://evil.com", "sec-fetch-site": "same-origin"}, {},
-]  # fmt: skip
+    {"origin": "http://evil.com"},
+    {"origin": "null"},
+    {"origin": "http://127.0.0.1:1"},
+    {"origin": "http://localhost.evil.com"},
+    {"origin": "file://"},
+    {"sec-fetch-site": "cross-site"},
+    {"sec-fetch-site": "same-site"},
+    {"origin": "http://evil.com", "sec-fetch-site": "same-origin"},
+    {},
+]
 
 
 @pytest.mark.parametrize("headers", FOREIGN, ids=str)
@@ -231,8 +285,11 @@ def test_another_page_may_link_here_and_read_nothing(web):
 
 def test_a_websocket_is_closed(web):
     port = web.url.rsplit(":", 1)[1]
-    said = raw(web, f"GET /gradio_api/queue/join HTTP/1.1\nHost: 127.0.0.1:{port}\nOrigin: http://evil.com\nUpgrade: websocket\n"
-                    "Connection: Upgrade, close\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13\n")  # fmt: skip
+    said = raw(
+        web,
+        f"GET /gradio_api/queue/join HTTP/1.1\nHost: 127.0.0.1:{port}\nOrigin: http://evil.com\nUpgrade: websocket\n"
+        "Connection: Upgrade, close\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13\n",
+    )
     assert said.split(" ")[1] == "403"
 
 
@@ -243,11 +300,19 @@ def test_every_answer_tells_the_browser_what_it_may_not(web):
     with web.owner() as client, web.nobody() as stranger:
         name = upload(client, b"<script>alert(1)</script>", "page.html").json()[0]
         answers = [
-            client.get("/"), client.get("/config"), client.get("/theme.css"), client.get("/nothing"), client.get("/favicon.ico"),
-            client.get(f"/gradio_api/file={name}"), client.post("/gradio_api/queue/join", json={"data": 1}),
-            client.post("/gradio_api/queue/join", content=b"{"), stranger.get("/"), stranger.get("/", headers={"host": "evil.com"}),
-            stranger.get("/", headers={"accept": "text/html"}), client.get("/gradio_api/file=/etc/passwd"),
-        ]  # fmt: skip
+            client.get("/"),
+            client.get("/config"),
+            client.get("/theme.css"),
+            client.get("/nothing"),
+            client.get("/favicon.ico"),
+            client.get(f"/gradio_api/file={name}"),
+            client.post("/gradio_api/queue/join", json={"data": 1}),
+            client.post("/gradio_api/queue/join", content=b"{"),
+            stranger.get("/"),
+            stranger.get("/", headers={"host": "evil.com"}),
+            stranger.get("/", headers={"accept": "text/html"}),
+            client.get("/gradio_api/file=/etc/passwd"),
+        ]
     for answer in answers:
         where = f"{answer.request.url} {answer.status_code}"
         assert answer.headers["x-frame-options"] == "DENY", where
@@ -296,11 +361,39 @@ def climbs(canary) -> list[str]:
     ]
     targets = ["etc/passwd", "proc/self/environ", str(canary).lstrip("/"), "root/.ssh/id_rsa"]
     whole = [
-        "/etc/passwd", "//etc/passwd", "/./etc/passwd", "/etc/./passwd", "/proc/self/environ", "/proc/self/cwd/pyproject.toml",
-        "/dev/stdin", "/dev/zero", "/etc/passwd%00.png", "file:///etc/passwd", "http://127.0.0.1:1/", "https://example.com/",
-        "http%3a//127.0.0.1:1/", "ftp://x/y", "data:text/html,x", "~/.ssh/id_rsa", "~root/.bashrc", "C:\\Windows\\win.ini", "\\\\host\\share",
-        "CON", ".", "..", "/", "", "%2f", "*", str(canary), quote(str(canary)), str(canary) + "%00", f"x/../../{canary}", "/tmp", "pyproject.toml",
-    ]  # fmt: skip
+        "/etc/passwd",
+        "//etc/passwd",
+        "/./etc/passwd",
+        "/etc/./passwd",
+        "/proc/self/environ",
+        "/proc/self/cwd/pyproject.toml",
+        "/dev/stdin",
+        "/dev/zero",
+        "/etc/passwd%00.png",
+        "file:///etc/passwd",
+        "http://127.0.0.1:1/",
+        "https://example.com/",
+        "http%3a//127.0.0.1:1/",
+        "ftp://x/y",
+        "data:text/html,x",
+        "~/.ssh/id_rsa",
+        "~root/.bashrc",
+        "C:\\Windows\\win.ini",
+        "\\\\host\\share",
+        "CON",
+        ".",
+        "..",
+        "/",
+        "",
+        "%2f",
+        "*",
+        str(canary),
+        quote(str(canary)),
+        str(canary) + "%00",
+        f"x/../../{canary}",
+        "/tmp",
+        "pyproject.toml",
+    ]
     return whole + [a + b for a, b in itertools.product(up, targets)]
 
 
@@ -332,8 +425,14 @@ def test_no_path_outside_the_workspace_is_read(web, canary):
     assert tried > 200
     port = web.url.rsplit(":", 1)[1]
     cookie = "; ".join(f"{k}={v}" for k, v in client.cookies.items())
-    for path in ("/gradio_api/file=/../../../../etc/passwd", "/static/../../../../../../etc/passwd", "/assets/%2e%2e/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
-                 "//etc/passwd", "/gradio_api/file=/etc/passwd?x=/", "http://evil.com/gradio_api/file=/etc/passwd"):  # fmt: skip
+    for path in (
+        "/gradio_api/file=/../../../../etc/passwd",
+        "/static/../../../../../../etc/passwd",
+        "/assets/%2e%2e/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
+        "//etc/passwd",
+        "/gradio_api/file=/etc/passwd?x=/",
+        "http://evil.com/gradio_api/file=/etc/passwd",
+    ):
         said = raw(web, f"GET {path} HTTP/1.1\nHost: 127.0.0.1:{port}\nCookie: {cookie}\nConnection: close\n")
         assert "root:x:0:0" not in said, path
         assert said.split(" ")[1] in ("400", "403", "404"), path
@@ -470,7 +569,22 @@ def test_what_was_uploaded_comes_back_as_bytes_and_never_as_a_page(web, name):
             assert part.headers["content-type"] == "application/octet-stream"
 
 
-@pytest.mark.parametrize("name", ["../../../escaped.txt", "/etc/cron.d/escaped", "..\\..\\escaped.txt", "a/../../escaped", "~/escaped", ".", "..", "x\0y", "\n", "x" * 3000, "<img src=x>"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../../escaped.txt",
+        "/etc/cron.d/escaped",
+        "..\\..\\escaped.txt",
+        "a/../../escaped",
+        "~/escaped",
+        ".",
+        "..",
+        "x\0y",
+        "\n",
+        "x" * 3000,
+        "<img src=x>",
+    ],
+)
 def test_an_uploads_name_leads_nowhere(web, name):
     with web.owner() as client:
         answer = upload(client, b"x", name)
@@ -493,7 +607,12 @@ def test_other_bodies_are_small_and_well_formed(around):
             )
             assert 400 <= answer.status_code < 500, body[:20]
         cookie = "; ".join(f"{k}={v}" for k, v in client.cookies.items())
-    slow = raw(web, f"POST /gradio_api/reset HTTP/1.1\nHost: localhost\nOrigin: http://localhost\nCookie: {cookie}\nContent-Length: 10\nConnection: close\n", b"{")  # fmt: skip
+    slow = raw(
+        web,
+        f"POST /gradio_api/reset HTTP/1.1\nHost: localhost\nOrigin: http://localhost\n"
+        f"Cookie: {cookie}\nContent-Length: 10\nConnection: close\n",
+        b"{",
+    )
     assert slow.split(" ")[1] == "408"
 
 

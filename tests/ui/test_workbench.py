@@ -21,7 +21,8 @@ SHORT = """
 model: {base: tiny}
 method: {kind: %s}
 adapter: {kind: lora, rank: 4}
-training: {num_epochs: 1, max_steps: %s, per_device_train_batch_size: 4, logging_steps: 1, save_steps: 1000, eval_steps: 1000}
+training: {num_epochs: 1, max_steps: %s, per_device_train_batch_size: 4, logging_steps: 1, save_steps: 1000,
+  eval_steps: 1000}
 data: {max_length: 128}
 evaluation: {max_items: 6, max_new_tokens: 8, resamples: 100}
 """
@@ -131,9 +132,7 @@ def test_from_a_table_to_a_merged_model(browser, work, tmp_path):
         opened.page.wait_for_timeout(500)
         opened.click("chat-send")
         opened.says("chat-talk", "lamp number 3")
-        opened.page.wait_for_function(
-            "() => !document.querySelector('#chat-send')?.disabled && document.querySelector('#chat-talk').innerText.length > 60"
-        )
+        opened.page.wait_for_function("() => document.querySelector('#chat-talk').innerText.length > 60")
 
         opened.go("Ship")
         opened.click("ship-merge")
@@ -157,7 +156,7 @@ def test_preferences_and_rewards(browser, work, tmp_path, method):
         set_up(opened, tmp_path, pairs(tmp_path) if method == "dpo" else rows(tmp_path), method, 3)
         if method == "ppo":
             opened.pick("data-question", "frage")
-        opened.says("data-command", "frage")
+            opened.says("data-command", "frage")
             opened.pick("data-answer", "erwiderung")
         opened.says("data-state", "Read as")
         train(opened, f"lamps-{method}")
@@ -221,15 +220,38 @@ def step_of(opened) -> int:
 
 
 PAYLOADS = [
-    "<script>alert(1)</script>", "<img src=x onerror=alert(2)>", "<svg/onload=alert(3)>", "<iframe srcdoc='<script>alert(4)</script>'></iframe>",
-    "[link](javascript:alert(5))", "![x](http://canary.invalid/p.png)", "<a href='javascript:alert(6)'>x</a>", "<img src='http://canary.invalid/i.png'>",
-    "\"><script src='http://canary.invalid/x.js'></script>", "<style>@import 'http://canary.invalid/c.css'</style>", "<details open ontoggle=alert(7)>",
-    "<math><mtext></p><img src onerror=alert(8)>", "{{7*7}}<b>${alert(9)}</b>", "<body onload=alert(10)>", "<form action=http://canary.invalid><button>x",
-    "<base href='http://canary.invalid/'>", "<meta http-equiv=refresh content='0;url=http://canary.invalid/'>", "\x1b[31mred\x1b]0;title\x07", "\u202egnp.exe",
-    "=cmd|' /C calc'!A0", "<object data='http://canary.invalid/'>", "<link rel=stylesheet href='http://canary.invalid/s.css'>", "<!--><script>alert(11)</script>-->",
-    "<input autofocus onfocus=alert(12)>", "`<script>alert(13)</script>`", "$$\\href{javascript:alert(14)}{x}$$", "<video><source onerror=alert(15)>",
-    "<marquee onstart=alert(16)>", "</textarea><script>alert(17)</script>", "</style><script>alert(18)</script>", "&lt;script&gt;alert(19)&lt;/script&gt;",
-]  # fmt: skip
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(2)>",
+    "<svg/onload=alert(3)>",
+    "<iframe srcdoc='<script>alert(4)</script>'></iframe>",
+    "[link](javascript:alert(5))",
+    "![x](http://canary.invalid/p.png)",
+    "<a href='javascript:alert(6)'>x</a>",
+    "<img src='http://canary.invalid/i.png'>",
+    "\"><script src='http://canary.invalid/x.js'></script>",
+    "<style>@import 'http://canary.invalid/c.css'</style>",
+    "<details open ontoggle=alert(7)>",
+    "<math><mtext></p><img src onerror=alert(8)>",
+    "{{7*7}}<b>${alert(9)}</b>",
+    "<body onload=alert(10)>",
+    "<form action=http://canary.invalid><button>x",
+    "<base href='http://canary.invalid/'>",
+    "<meta http-equiv=refresh content='0;url=http://canary.invalid/'>",
+    "\x1b[31mred\x1b]0;title\x07",
+    "\u202egnp.exe",
+    "=cmd|' /C calc'!A0",
+    "<object data='http://canary.invalid/'>",
+    "<link rel=stylesheet href='http://canary.invalid/s.css'>",
+    "<!--><script>alert(11)</script>-->",
+    "<input autofocus onfocus=alert(12)>",
+    "`<script>alert(13)</script>`",
+    "$$\\href{javascript:alert(14)}{x}$$",
+    "<video><source onerror=alert(15)>",
+    "<marquee onstart=alert(16)>",
+    "</textarea><script>alert(17)</script>",
+    "</style><script>alert(18)</script>",
+    "&lt;script&gt;alert(19)&lt;/script&gt;",
+]
 
 
 def test_nothing_in_data_is_carried_out(browser, bench, tmp_path):

@@ -11,9 +11,28 @@ from tunesmith.errors import InputError, OutOfResources
 from tunesmith.ui.workspace import Workspace
 
 BAD = [
-    "", " ", ".", "..", "../x", "a/b", "/etc/passwd", "a\\b", "..\\x", "a\0b", "a\nb", "a\x1bb", "a\x7f", "-rf", "--output=x",
-    "x" * 201, "é" * 101, "\ud800", "x/", "./x", "~/../x",
-]  # fmt: skip
+    "",
+    " ",
+    ".",
+    "..",
+    "../x",
+    "a/b",
+    "/etc/passwd",
+    "a\\b",
+    "..\\x",
+    "a\0b",
+    "a\nb",
+    "a\x1bb",
+    "a\x7f",
+    "-rf",
+    "--output=x",
+    "x" * 201,
+    "é" * 101,
+    "\ud800",
+    "x/",
+    "./x",
+    "~/../x",
+]
 
 
 @pytest.mark.parametrize("name", BAD)

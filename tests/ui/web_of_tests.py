@@ -61,7 +61,12 @@ def listening(walls: Any):
     at = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{at.getsockname()[1]}"
     config = uvicorn.Config(
-        walls, log_level="critical", access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=1
+        walls,
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [at]}, daemon=True)

@@ -21,7 +21,7 @@ from tunesmith.ui.security import Access, Limits, Walls
 from tunesmith.ui.shared import Shared
 
 KEPT = (600, 6 * 3600)
-"""Seconds between two looks at files that pages were sent, and after which they go; uploads are in the workspace by then."""
+"""Seconds between two looks at what pages were sent, and after which it goes; uploads are in the workspace by then."""
 
 
 def blocks(recipe: Mapping[str, Any] | None = None, *, signs_out: bool = False) -> Any:

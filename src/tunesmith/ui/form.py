@@ -748,7 +748,7 @@ def component(control: Control, found: Filled) -> Component:
     }
     match control.widget:
         case "switch":
-            return gr.Checkbox(value, **common)
+            return gr.Checkbox(bool(value), **common)
         case "names":
             offered = [word for word, _ in choices(control) if word]
             return gr.Dropdown(
@@ -762,7 +762,7 @@ def component(control: Control, found: Filled) -> Component:
             assert control.low is not None
             assert control.high is not None
             step = 1 if control.whole else 0.001
-            return gr.Slider(control.low, control.high, value=value, step=step, **common)
+            return gr.Slider(control.low, control.high, value=float(value), step=step, **common)
         case "number":  # as text: a number field shows 0.00002 for 2e-5, and 0 for nothing
             return gr.Textbox(
                 value, placeholder="none" if control.optional else str(control.default), **common

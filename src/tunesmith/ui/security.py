@@ -233,7 +233,10 @@ class Walls:
         nonce = secrets.token_urlsafe(16)
         alert = f'<p role="alert">{html.escape(said)}</p>' if said else ""
         page = theme.LOGIN.replace("NONCE", nonce).replace("ALERT", alert).encode()
-        policy = f"default-src 'none'; style-src 'nonce-{nonce}'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+        policy = (
+            f"default-src 'none'; style-src 'nonce-{nonce}'; form-action 'self'; "
+            "frame-ancestors 'none'; base-uri 'none'"
+        )
         await _send(send, status, page, "text/html; charset=utf-8", policy)
 
     def _set_cookie(self, value: str, age: int | None, headers: Mapping[bytes, bytes]) -> dict[str, str]:
@@ -416,7 +419,9 @@ class Walls:
     async def _refusal(self, refused: Refused, headers: Mapping[bytes, bytes], send: Any) -> None:
         if refused.status in (401, 429) and b"text/html" in headers.get(b"accept", b""):
             nonce = secrets.token_urlsafe(16)
-            page = theme.CLOSED_PAGE.replace("NONCE", nonce).replace("SAID", html.escape(refused.said)).encode()
+            page = (
+                theme.CLOSED_PAGE.replace("NONCE", nonce).replace("SAID", html.escape(refused.said)).encode()
+            )
             policy = f"default-src 'none'; style-src 'nonce-{nonce}'; frame-ancestors 'none'; base-uri 'none'"
             await _send(send, refused.status, page, "text/html; charset=utf-8", policy, **refused.headers)
             return

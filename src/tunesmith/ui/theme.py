@@ -192,7 +192,8 @@ footer { display: none !important; }
 
 HEAD = """<script>
 new MutationObserver(() => document.querySelectorAll("input[title]:not([aria-label])").forEach(
-  (field) => field.setAttribute("aria-label", field.title))).observe(document.documentElement, {childList: true, subtree: true});
+  (field) => field.setAttribute("aria-label", field.title))).observe(
+  document.documentElement, {childList: true, subtree: true});
 </script>"""
 """Fields of Gradio's that have a tooltip only get it as their name."""
 
@@ -205,7 +206,8 @@ h1 { font-size: 1.3rem; margin: 0 0 1rem; }
 label { display: block; margin: 0.8rem 0 0.2rem; font-weight: 600; font-size: 0.92rem; }
 input { width: 100%; box-sizing: border-box; font: inherit; padding: 0.5rem 0.6rem; border: 1px solid #6b6b64;
   border-radius: 4px; background: #fff; color: inherit; }
-button { margin-top: 1.2rem; font: inherit; font-weight: 600; width: 100%; padding: 0.55rem; border: 0; border-radius: 4px;
+button { margin-top: 1.2rem; font: inherit; font-weight: 600; width: 100%; padding: 0.55rem; border: 0;
+  border-radius: 4px;
   background: #126a57; color: #fff; cursor: pointer; }
 :focus-visible { outline: 2px solid #23836d; outline-offset: 2px; }
 p[role=alert] { border-left: 4px solid #a32a1f; padding: 0.2rem 0.8rem; margin: 0 0 1rem; }

@@ -13,7 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytest.importorskip("gradio")
+
 from tunesmith.errors import RunError
+from tunesmith.ui import choosing
 from tunesmith.ui.jobs import Job, Queue, is_alive, tail
 
 PROGRAM = """
@@ -82,6 +85,10 @@ def test_a_failed_job_tells_its_exit_code_and_its_last_lines(queue):
     job = ended(queue, queue.add(["fail", "3"], title="Train it"))
     assert (job.state, job.exit_code) == ("failed", 3)
     assert "Memory, disk or device" in job.ending()
+    assert job.ending().endswith("Exit code 3.")
+    box = choosing.job_box(queue, job)
+    assert "it could not be" in box
+    assert 'role="alert"' in box
     assert queue.said(job).splitlines()[-1] == "it could not be"
     assert queue.said(job).startswith("$ tunesmith fail 3\n")
 

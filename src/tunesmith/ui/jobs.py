@@ -109,7 +109,7 @@ class Job:
             }.get(self.state, "It ended without a word: the process is gone, and nobody saw how.")
         code = self.exit_code
         if code in ENDINGS:
-            return ENDINGS[code]
+            return ENDINGS[code] + (f" Exit code {code}." if code > 0 else "")
         if code < 0:
             with contextlib.suppress(ValueError):
                 return f"It was killed by signal {-code} ({signal.Signals(-code).name})."

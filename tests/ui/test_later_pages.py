@@ -82,12 +82,12 @@ def test_the_train_page_shows_the_run_as_it_is(workspace, result):
     assert "time left" in train.status(replace(seen, state="training"), None, "running")
     titles = {figure["title"] for figure in seen.figures}
     assert set(train.MAIN) <= titles
-    plot = train.plot(result.run, seen, "Loss")
-    assert plot is train.plot(result.run, seen, "Loss"), "made once for all who watch"
+    plot = train.plot(seen, "Loss")
+    assert plot is train.plot(seen, "Loss"), "made once for all who watch"
     drawn = json.loads(plot.plot)
     assert [trace["name"] for trace in drawn["data"]] == ["training", "validation"]
     assert drawn["data"][0]["x"] == [1, 2, 3, 4]
-    assert train.plot(result.run, seen, "none") is None
+    assert train.plot(seen, "none") is None
     assert train.samples(seen)[0][0] == "4", "the newest answers first"
 
 

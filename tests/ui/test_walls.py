@@ -252,7 +252,7 @@ def test_every_answer_tells_the_browser_what_it_may_not(web):
         where = f"{answer.request.url} {answer.status_code}"
         assert answer.headers["x-frame-options"] == "DENY", where
         assert answer.headers["x-content-type-options"] == "nosniff", where
-        assert answer.headers["referrer-policy"] == "no-referrer", where
+        assert answer.headers["referrer-policy"] == "same-origin", where
         policy = answer.headers["content-security-policy"]
         assert "default-src 'none'" in policy, where
         assert "frame-ancestors 'none'" in policy, where

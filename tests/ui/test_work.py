@@ -53,12 +53,12 @@ def test_a_training_outlives_server_and_browser_and_is_evaluated_asked_and_merge
                 "#train-plot-loss .js-plotly-plot, #train-plot-loss .main-svg"
             ).first.is_visible()
             opened.go("Evaluate")
-            assert "n=10" in opened.says("evaluate-verdict", "n=")
-            opened.says("evaluate-count", "10 of 10 answers")
+            opened.says("evaluate-verdict", r"n=\d+ questions")
+            opened.says("evaluate-count", r"(\d+) of \1 answers")
             opened.go("Chat")
             opened.fill("chat-question", "My parcel is late <b>now</b>")
             opened.click("chat-send")
-            opened.page.locator("#chat-talk [role=log]:not([aria-busy])").wait_for()
+            opened.page.locator("#chat-talk [role=log]:not([aria-busy])").wait_for(timeout=120_000)
             assert "<b>now</b>" in opened.says("chat-talk", "parcel")
             better = opened.page.locator("button#chat-prefer-tuned")
             if better.is_enabled():

@@ -80,9 +80,9 @@ def set_up(opened, tmp_path, data: Path, method: str = "sft", steps: int = 6) ->
     recipe = tmp_path / f"{method}.yaml"
     recipe.write_text(SHORT % (method, steps))
     opened.go("Recipe")
-    opened.page.locator("#recipe-import input[type=file], input#recipe-import").first.set_input_files(
-        str(recipe)
-    )
+    with opened.page.expect_file_chooser() as chooser:
+        opened.click("recipe-import")
+    chooser.value.set_files(str(recipe))
     opened.says("recipe-said", "imported")
     opened.go("Data")
     opened.page.locator("#data-upload input[type=file]").set_input_files(str(data))
@@ -107,6 +107,7 @@ def test_from_a_table_to_a_merged_model(browser, work, tmp_path):
         # The columns are in no language that is known.
         opened.says("data-state", "fit no known format")
         opened.pick("data-question", "frage")
+        opened.says("data-command", "frage")
         opened.pick("data-answer", "erwiderung")
         assert "40 rows" in opened.says("data-state", "Read as")
         opened.click("data-check")
@@ -156,6 +157,7 @@ def test_preferences_and_rewards(browser, work, tmp_path, method):
         set_up(opened, tmp_path, pairs(tmp_path) if method == "dpo" else rows(tmp_path), method, 3)
         if method == "ppo":
             opened.pick("data-question", "frage")
+        opened.says("data-command", "frage")
             opened.pick("data-answer", "erwiderung")
         opened.says("data-state", "Read as")
         train(opened, f"lamps-{method}")
@@ -169,6 +171,7 @@ def test_nothing_that_happens_to_page_or_server_reaches_the_training(browser, wo
     with window(browser, work) as opened:
         set_up(opened, tmp_path, rows(tmp_path, 200), steps=400)
         opened.pick("data-question", "frage")
+        opened.says("data-command", "frage")
         opened.pick("data-answer", "erwiderung")
         opened.says("data-state", "Read as")
         train(opened, "long", wait=False)

@@ -76,9 +76,9 @@ def thinned(steps: Sequence[int], values: Sequence[float], most: int = POINTS) -
     return [(int(steps[k]), float(y[k])) for k in kept]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Seen:
-    """What there is to see of a run now."""
+    """What there is to see of a run now; the same object as long as nothing is added."""
 
     version: int
     """Grows with every event; equal where nothing has changed."""

@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from tunesmith.http import is_own_name
+from tunesmith.ui import theme
 from tunesmith.ui.accounts import Accounts, Guesses, Sessions
 from tunesmith.ui.workspace import SCOPE, Workspace
 
@@ -50,7 +51,8 @@ INLINE = ("image/png", "image/jpeg", "image/gif", "image/webp", "text/plain", "a
 HEADERS = {
     "x-frame-options": "DENY",
     "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
+    # With no-referrer a form sends no origin either, not even here.
+    "referrer-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=(), payment=(), usb=()",
@@ -228,11 +230,9 @@ class Walls:
         )
 
     async def _login_page(self, send: Any, status: int, said: str) -> None:
-        from tunesmith.ui.theme import LOGIN
-
         nonce = secrets.token_urlsafe(16)
         alert = f'<p role="alert">{html.escape(said)}</p>' if said else ""
-        page = LOGIN.replace("NONCE", nonce).replace("ALERT", alert).encode()
+        page = theme.LOGIN.replace("NONCE", nonce).replace("ALERT", alert).encode()
         policy = f"default-src 'none'; style-src 'nonce-{nonce}'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
         await _send(send, status, page, "text/html; charset=utf-8", policy)
 
@@ -398,7 +398,8 @@ class Walls:
 
         await self.app(scope, receive, collected)
         nonce = secrets.token_urlsafe(16)
-        page = re.sub(rb"<script\b", b'<script nonce="%s"' % nonce.encode(), b"".join(parts))
+        page = b"".join(parts).replace(b"</head>", theme.HEAD.encode() + b"</head>", 1)
+        page = re.sub(rb"<script\b", b'<script nonce="%s"' % nonce.encode(), page)
         # They name pictures elsewhere, for those who link here.
         page = re.sub(rb'<meta\s+(?:property|name)="(?:og|twitter):[^>]*>', b"", page)
         # Gradio's HTML component makes a function of its own fixed template; text from data is an argument of it. What
@@ -414,10 +415,8 @@ class Walls:
 
     async def _refusal(self, refused: Refused, headers: Mapping[bytes, bytes], send: Any) -> None:
         if refused.status in (401, 429) and b"text/html" in headers.get(b"accept", b""):
-            from tunesmith.ui.theme import CLOSED_PAGE
-
             nonce = secrets.token_urlsafe(16)
-            page = CLOSED_PAGE.replace("NONCE", nonce).replace("SAID", html.escape(refused.said)).encode()
+            page = theme.CLOSED_PAGE.replace("NONCE", nonce).replace("SAID", html.escape(refused.said)).encode()
             policy = f"default-src 'none'; style-src 'nonce-{nonce}'; frame-ancestors 'none'; base-uri 'none'"
             await _send(send, refused.status, page, "text/html; charset=utf-8", policy, **refused.headers)
             return

@@ -122,19 +122,8 @@ CSS = """
 .gradio-container .label-wrap > span:first-child { font-weight: 600; }
 .gradio-container button.lg { font-size: 0.98rem; }
 #train-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 12px; }
-#train-plots > *:has(.empty), #train-plots .block:has(.empty) { display: none; }
-.ts-status progress { width: 100%; height: 8px; margin: 8px 0; accent-color: var(--primary-600); display: block; }
-.ts-status { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 12px 16px;
-  background: var(--background-fill-primary); }
-.ts-status dl { display: flex; flex-wrap: wrap; gap: 6px 28px; margin: 6px 0 0; }
-.ts-status dt { font-size: 0.82rem; color: var(--body-text-color-subdued); }
-.ts-status dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
-.ts-talk { max-height: 60vh; overflow-y: auto; }
-.ts-turn { margin: 12px 0; }
-.ts-user { background: var(--background-fill-secondary); border-radius: 4px; padding: 8px 12px; white-space: pre-wrap; }
-.ts-both { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); gap: 10px; margin-top: 8px; }
-.ts-answer { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 8px 12px; white-space: pre-wrap;
-  overflow-wrap: anywhere; background: var(--background-fill-primary); }
+.gradio-container .block:has([aria-label="Empty value"]) { display: none; }
+.gradio-container .cm-line, .gradio-container .cm-line span { color: var(--body-text-color) !important; }
 .ts-fault { border-left: 3px solid var(--ts-bad) !important; }
 @media (min-width: 1000px) {
   [id^=recipe-section-] .form { display: grid !important; grid-template-columns: 1fr 1fr; align-items: start; }
@@ -165,7 +154,11 @@ CSS = """
 .ts-status { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 12px 16px;
   background: var(--background-fill-primary); }
 .ts-status strong { font-weight: 600; }
-.ts-status progress { display: block; width: 100%; height: 8px; margin: 8px 0; accent-color: var(--primary-600); }
+.ts-status progress { display: block; appearance: none; width: 100%; height: 8px; margin: 8px 0; border: 0;
+  border-radius: 4px; overflow: hidden; background: var(--border-color-primary); }
+.ts-status progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.ts-status progress::-webkit-progress-value { background: var(--primary-600); }
+.ts-status progress::-moz-progress-bar { background: var(--primary-600); }
 .ts-status dl { display: flex; flex-wrap: wrap; gap: 8px 28px; margin: 6px 0 0; }
 .ts-status dt { font-size: 0.8rem; color: var(--body-text-color-subdued); }
 .ts-status dd { margin: 0; font-variant-numeric: tabular-nums; }
@@ -196,6 +189,12 @@ footer { display: none !important; }
   .gradio-container * { animation-duration: 0.01ms !important; transition-duration: 0.01ms !important; }
 }
 """
+
+HEAD = """<script>
+new MutationObserver(() => document.querySelectorAll("input[title]:not([aria-label])").forEach(
+  (field) => field.setAttribute("aria-label", field.title))).observe(document.documentElement, {childList: true, subtree: true});
+</script>"""
+"""Fields of Gradio's that have a tooltip only get it as their name."""
 
 _PLAIN = """<style nonce="NONCE">
 :root { color-scheme: light dark; }

@@ -162,10 +162,10 @@ def build(shared: Shared) -> None:
     preferred = gr.State(None)
     talk = gr.HTML(TRY, elem_id="chat-talk", autoscroll=True)
     with gr.Row():
-        base_up = gr.Button("👍 The base is better", elem_id="chat-prefer-base", interactive=False)
-        tuned_up = gr.Button("👍 The tuned one is better", elem_id="chat-prefer-tuned", interactive=False)
+        base_up = gr.Button("The base is better", elem_id="chat-prefer-base", interactive=False)
+        tuned_up = gr.Button("The tuned one is better", elem_id="chat-prefer-tuned", interactive=False)
     question = gr.Textbox(
-        label="Your message", lines=2, max_lines=8, elem_id="chat-question", max_length=LONGEST_QUESTION,
+        value="", label="Your message", lines=2, max_lines=8, elem_id="chat-question", max_length=LONGEST_QUESTION,
         placeholder="Enter sends, Shift and Enter begins a line",
     )  # fmt: skip
     with gr.Row():
@@ -175,7 +175,7 @@ def build(shared: Shared) -> None:
     told = gr.HTML("", elem_id="chat-told")
     with gr.Accordion("Parameters", open=False, elem_id="chat-parameters"):
         system = gr.Textbox(
-            label="System message", elem_id="chat-system", lines=2, max_length=LONGEST_QUESTION
+            value="", label="System message", elem_id="chat-system", lines=2, max_length=LONGEST_QUESTION
         )
         with gr.Row():
             length = gr.Slider(

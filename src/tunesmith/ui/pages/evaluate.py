@@ -195,7 +195,10 @@ def build(shared: Shared) -> None:
     gr.Markdown("### Every answer")
     with gr.Row():
         search = gr.Textbox(
-            label="Search", placeholder="words in question, reference or answer", elem_id="evaluate-search"
+            value="",
+            label="Search",
+            placeholder="words in question, reference or answer",
+            elem_id="evaluate-search",
         )
         kind = gr.Radio(list(FILTERS), value="all", label="Show", elem_id="evaluate-filter")
         number = gr.Number(value=1, minimum=1, precision=0, label="Page", elem_id="evaluate-page")

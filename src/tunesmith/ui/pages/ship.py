@@ -150,7 +150,7 @@ def build(shared: Shared) -> None:
     )
     with gr.Row():
         repository = gr.Textbox(
-            label="Repository, owner/name", max_lines=1, max_length=200, elem_id="ship-repository"
+            value="", label="Repository, owner/name", max_lines=1, max_length=200, elem_id="ship-repository"
         )
         public = gr.Checkbox(label="Public", elem_id="ship-public")
         dry = gr.Button("Dry run: what would be sent?", elem_id="ship-dry")

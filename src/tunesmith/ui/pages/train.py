@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import html
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -32,6 +32,13 @@ from tunesmith.ui.workspace import Workspace, workspace_of
 
 MAIN = ("Loss", "Learning rate", "Gradient norm", "Speed", "Memory")
 """Figures that have a place of their own; of the others one is chosen."""
+SHOWN = (
+    ("loss", "loss", "{:.4f}"),
+    ("learning_rate", "learning rate", "{:.2e}"),
+    ("grad_norm", "gradient norm", "{:.3g}"),
+    ("tokens_per_second", "tokens/s", "{:,.0f}"),
+)
+"""What the newest step says, its name and how it is written."""
 PLOTS_KEPT = 128
 
 
@@ -70,18 +77,9 @@ def status(seen: curves.Seen, job: Job | None, state: str) -> str:
     facts = []
     if seen.total_steps:
         facts.append(("step", f"{seen.step:,} of {seen.total_steps:,}"))
-    shown = {
-        "loss": "loss {:.4f}",
-        "learning_rate": "learning rate {:.2e}",
-        "grad_norm": "gradient norm {:.3g}",
-    }
     facts += [
-        (n, s.format(seen.latest[n]).removeprefix(n.replace("_", " ")).strip())
-        for n, s in shown.items()
-        if n in seen.latest
+        (label, written.format(seen.latest[key])) for key, label, written in SHOWN if key in seen.latest
     ]
-    if "tokens_per_second" in seen.latest:
-        facts.append(("tokens/s", f"{seen.latest['tokens_per_second']:,.0f}"))
     if seen.latest.get("memory"):
         facts.append(("memory", size(seen.latest["memory"])))
     if seen.seconds_left is not None and state == "running" and seen.state == "training":
@@ -90,9 +88,7 @@ def status(seen: curves.Seen, job: Job | None, state: str) -> str:
         facts.append(("now", seen.state or "preparing"))
     if seen.no_numbers:
         facts.append(("not shown", f"{seen.no_numbers} values that are no numbers"))
-    cells = "".join(
-        f"<div><dt>{html.escape(n.replace('_', ' '))}</dt><dd>{html.escape(v)}</dd></div>" for n, v in facts
-    )
+    cells = "".join(f"<div><dt>{html.escape(n)}</dt><dd>{html.escape(v)}</dd></div>" for n, v in facts)
     share = 100 * seen.step / seen.total_steps if seen.total_steps else 0
     bar = (
         f'<progress aria-label="steps done" max="100" value="{share:.1f}">{share:.0f} %</progress>'
@@ -102,21 +98,11 @@ def status(seen: curves.Seen, job: Job | None, state: str) -> str:
     return f'<div class="ts-status" role="status"><strong>{html.escape(word)}</strong>{bar}<dl>{cells}</dl></div>'
 
 
-_plots: dict[tuple[Path, int, str], PlotData] = {}
-"""Figures as they are sent, made once for all who watch; the oldest are forgotten."""
-
-
-def plot(run: Path, seen: curves.Seen, title: str | None) -> PlotData | None:
-    """A figure of a run as it is sent to a browser; None where it has none of that title."""
-    key = (run, seen.version, title or "")
-    if key not in _plots:
-        figure = next((f for f in seen.figures if f["title"] == title), None)
-        if figure is None:
-            return None
-        while len(_plots) >= PLOTS_KEPT:
-            _plots.pop(next(iter(_plots)), None)
-        _plots[key] = PlotData(type="plotly", plot=curves.plotted(figure))
-    return _plots.get(key)
+@functools.lru_cache(maxsize=PLOTS_KEPT)
+def plot(seen: curves.Seen, title: str | None) -> PlotData | None:
+    """A figure of a run as it is sent to a browser, made once for all who watch; None where there is none."""
+    figure = next((f for f in seen.figures if f["title"] == title), None)
+    return PlotData(type="plotly", plot=curves.plotted(figure)) if figure else None
 
 
 def samples(seen: curves.Seen) -> list[list[str]]:
@@ -135,10 +121,10 @@ def build(shared: Shared) -> None:
     """Fill the tab."""
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     own: dict[str, Any] = {"api_visibility": "private"}
-    with gr.Group(elem_id="train-start-group"):
+    with gr.Column(elem_id="train-start-group"):
         with gr.Row():
             name = gr.Textbox(
-                label="Name of the new run", placeholder="task and data set, if nothing is said", max_lines=1,
+                value="", label="Name of the new run", placeholder="task and data set, if nothing is said", max_lines=1,
                 elem_id="train-name", max_length=120, scale=3,
             )  # fmt: skip
             begin = gr.Button("Start training", variant="primary", elem_id="train-start", scale=1)
@@ -243,7 +229,10 @@ def build(shared: Shared) -> None:
             said,
         ]
         if seen is None or path is None:
-            waits = box(f"{run}: {real}", ["It begins when the jobs before it have ended."], kind="note")
+            begins = (
+                "It is beginning." if real == "running" else "It begins when the jobs before it have ended."
+            )
+            waits = box(f"{run}: {real}", [begins], kind="note")
             nothing = empty(
                 "No run yet.", "Start one above: it trains on its own, also when you close this page."
             )
@@ -262,9 +251,9 @@ def build(shared: Shared) -> None:
         return [
             *common,
             status(seen, job, real),
-            *(plot(path, seen, title) for title in MAIN),
+            *(plot(seen, title) for title in MAIN),
             gr.Dropdown(choices=others, value=curve),
-            plot(path, seen, curve),
+            plot(seen, curve),
             samples(seen),
         ]
 

@@ -371,6 +371,12 @@ def test_what_the_form_writes_is_what_it_reads(tmp_path):
 # The components
 
 
+BLOCKS = {
+    "switch": "checkbox", "choice": "dropdown", "own": "dropdown", "names": "dropdown", "share": "slider",
+    "number": "textbox", "text": "textbox", "yaml": "textbox",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
 def test_every_control_becomes_a_component_with_label_id_and_help(kind):
     import gradio as gr
@@ -383,6 +389,11 @@ def test_every_control_becomes_a_component_with_label_id_and_help(kind):
             assert made.label == c.title
             assert made.interactive == (c.path not in form.SETTLED)
             assert made.info
+            assert made.get_block_name() == BLOCKS[c.widget]
+            if c.widget in ("choice", "own"):
+                offered = [value for _, value in made.choices]
+                assert set(offered) >= {*c.choices, made.value}
+                assert made.allow_custom_value == (c.widget == "own")
 
 
 def test_a_fault_stands_in_the_label_which_is_plain_text():

@@ -283,7 +283,7 @@ def read(control: Control, raw: Any) -> Any:
             return raw == "true"
         case "share":
             return int(raw) if control.whole and float(raw).is_integer() else raw
-        case "number" | "own" if isinstance(raw, str) and _NUMBER.fullmatch(raw.strip()):
+        case "number" | "own" if control.low is not None and _NUMBER.fullmatch(str(raw).strip()):
             number = float(raw)
             return int(number) if number.is_integer() and abs(number) < 2**53 else number
         case "yaml":
@@ -767,6 +767,12 @@ def component(control: Control, found: Filled) -> Component:
             return gr.Textbox(
                 value, placeholder="none" if control.optional else str(control.default), **common
             )
+        case "choice" | "own":
+            offered_too = choices(control)
+            if value not in [word for _, word in offered_too]:
+                offered_too = [*offered_too, (value, value)]
+            own = control.widget == "own"
+            return gr.Dropdown(offered_too, value=value, allow_custom_value=own, filterable=own, **common)
         case "yaml":
             return gr.Textbox(value, lines=2, max_lines=12, **common)
         case _:

@@ -236,9 +236,8 @@ def _section(shared: Shared, section: str, look: gr.State, view: gr.Radio, root:
         shown = [c for c in form.visible(found, expert=view == "Expert") if c.section == section]
         if not shown:
             gr.HTML("<p>Nothing to set here in the basic view.</p>")
-        with gr.Row(elem_classes="ts-fields"):
-            for control in shown:
-                _listen(shared, control, form.component(control, found))
+        for control in shown:
+            _listen(shared, control, form.component(control, found))
 
 
 def _listen(shared: Shared, control: Control, made: Any) -> None:

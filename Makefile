@@ -16,8 +16,8 @@ test: .venv/.ready
 web: .venv/.ready  # the workbench on the shipped example, at an address that it prints
 	$(BIN)/tunesmith web --dataset example:sql
 
-test-web: .venv/.ready  # the workbench in Chromium; skipped, and said so, where there is none
-	$(BIN)/pytest -m 'web and not thorough' -rs tests/ui
+test-web: .venv/.ready  # the workbench in Chromium; ALL=1 runs the longer cases too; skipped, and said so, without one
+	$(BIN)/pytest -m 'web$(if $(ALL),, and not thorough)' -rs tests/ui
 
 prove: .venv/.ready  # the slower proofs: the README's commands and the demo's figures
 	$(BIN)/pytest -m 'slow and not thorough and not web' --numprocesses auto --dist worksteal

@@ -150,7 +150,8 @@ def test_from_a_table_to_a_merged_model(browser, work, tmp_path):
         opened.check()
 
 
-@pytest.mark.parametrize("method", ["dpo", pytest.param("ppo", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("method", ["dpo", "ppo"])
 def test_preferences_and_rewards(browser, work, tmp_path, method):
     with window(browser, work) as opened:
         set_up(opened, tmp_path, pairs(tmp_path) if method == "dpo" else rows(tmp_path), method, 3)
@@ -166,6 +167,7 @@ def test_preferences_and_rewards(browser, work, tmp_path, method):
     assert json.loads((work.workspace / "runs" / f"lamps-{method}" / "result.json").read_text())
 
 
+@pytest.mark.thorough
 def test_nothing_that_happens_to_page_or_server_reaches_the_training(browser, work, tmp_path):
     with window(browser, work) as opened:
         set_up(opened, tmp_path, rows(tmp_path, 200), steps=400)
@@ -300,6 +302,7 @@ def test_nothing_in_data_is_carried_out(browser, bench, tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
+@pytest.mark.thorough
 def test_a_phone_is_enough(browser, work, tmp_path):
     with window(
         browser, work, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True

@@ -120,8 +120,7 @@ def test_from_a_table_to_a_merged_model(browser, work, tmp_path):
         opened.page.get_by_role("button", name="Plan", exact=False).locator("visible=true").last.click()
         train(opened, "lamps")
         run = work.workspace / "runs" / "lamps"
-        assert json.loads((run / "result.json").read_text())
-        assert (run / "recipe.yaml").exists()
+        assert open_run(run).state() == "done"
 
         opened.go("Evaluate")
         opened.says("evaluate-verdict", r"\w{4,}")
@@ -164,7 +163,7 @@ def test_preferences_and_rewards(browser, work, tmp_path, method):
         opened.go("Evaluate")
         opened.says("evaluate-verdict", r"\w{4,}")
         opened.check()
-    assert json.loads((work.workspace / "runs" / f"lamps-{method}" / "result.json").read_text())
+    assert open_run(work.workspace / "runs" / f"lamps-{method}").state() == "done"
 
 
 @pytest.mark.thorough

@@ -15,6 +15,8 @@ pytest.importorskip("gradio")
 
 from browser_of_tests import Workbench, window
 
+from tunesmith.training.run import open_run
+
 pytestmark = pytest.mark.web
 
 SHORT = """

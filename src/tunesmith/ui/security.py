@@ -252,7 +252,7 @@ class Walls:
     ) -> None:
         path, method = scope["path"], scope["method"]
         routes = READ if method in ("GET", "HEAD") else WRITE if method == "POST" else ()
-        if not any(route.fullmatch(path) for route in routes) or "/../" in path or "\0" in path:
+        if not any(route.fullmatch(path) for route in routes) or "/.." in path or "\0" in path:
             raise Refused(404, "There is no such page.")
         workspace = Workspace(self.root / "users" / user if user else self.root)
         is_file = path.startswith("/gradio_api/file=")

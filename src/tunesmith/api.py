@@ -58,7 +58,7 @@ from tunesmith.training.run import (
 )
 
 if TYPE_CHECKING:
-    from tunesmith.data.examples import Example
+    from tunesmith.data.examples import Example, Ledger
     from tunesmith.data.inspection import Inspected
     from tunesmith.data.templates import Encoder
     from tunesmith.data.validation import Report
@@ -425,6 +425,51 @@ def inspect(
         sets = " + ".join(dataset_names(recipe.data))
         name = f"{sets} as {dataset_name(recipe.model.base)} sees it"
         write_page(found, Path(page), title=name)
+    return found
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a data set's rows look like before anything is made of them."""
+
+    rows: int
+    columns: tuple[str, ...]
+    first: tuple[Mapping[str, Any], ...]
+    """The first rows, as they stand in the source but for what the recipe renames."""
+    formats: tuple[str, ...]
+    """What they are read as; empty where that is not settled."""
+    reason: str
+    """Why, or what is missing and what settles it."""
+    notes: tuple[str, ...] = ()
+
+
+def look(section: DataSource, *, count: int = 5) -> Looked:
+    """Columns and first rows of a data set, and the format that they are read as. Raises DataError for broken rows."""
+    from tunesmith.data import OPENING, formats, sources
+    from tunesmith.data.shaping import SHAPING, shaped
+
+    opened = sources.open_source(section.dataset, **section.model_dump(include=OPENING))
+    source = sources.checked(shaped(opened, **section.model_dump(include=SHAPING)), section.dataset)
+    named: tuple[str, ...] = ()
+    try:
+        found = formats.detect(
+            source,
+            format=section.format,
+            input_text_key=section.input_text_key,
+            output_text_key=section.output_text_key,
+        )
+        named, reason = tuple(format.name for format in found.formats), found.reason
+    except TunesmithError as error:
+        reason = " ".join(part for part in (error.problem, error.fix) if part)
+    first = tuple(dict(record.values) for record in itertools.islice(source.records, count))
+    return Looked(source.facts.count, source.columns, first, named, reason, source.notes)
+
+
+def ledger(recipe: Recipe) -> Ledger:
+    """What becomes of every row of a recipe, with its length in tokens. Refuses what `train` refuses of the data."""
+    quiet_libraries()
+    [encodings] = _driver().execute(["encodings"], inputs=_inputs(recipe)).values()
+    found: Ledger = encodings.ledger
     return found
 
 
@@ -1612,6 +1657,33 @@ def serve(
     )
 
 
+def web(
+    workspace: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    token_env: str | None = None,
+    users: str | Path | None = None,
+    allowed_hosts: Sequence[str] = (),
+    recipe: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve the web workbench until it is stopped; what it started goes on.
+
+    `users` is a file of accounts, each with a workspace of its own; `recipe` is what the Recipe page starts from,
+    sparse. `ready` is told the address, with the token where one was made. Raises RecipeError for an address that
+    cannot be used, and for one that others reach without accounts.
+    """
+    quiet_libraries()
+    from tunesmith.ui import server
+
+    place = server.Place(
+        Path(workspace), host, port, token_env, Path(users) if users else None, tuple(allowed_hosts)
+    )
+    server.serve(place, say=say, ready=ready, recipe=recipe)
+
+
 def push(
     run: str | Path,
     *,
@@ -1954,7 +2026,7 @@ def _check_before_training(recipe: Recipe) -> None:
         sources.local(source.dataset)
     launch.load_libraries()
     from tunesmith import evaluation, models
-    from tunesmith.methods import METHODS
+    from tunesmith.methods import METHODS, check_effect
 
     method = METHODS[recipe.method.kind]
     models.check_kind(
@@ -1964,26 +2036,7 @@ def _check_before_training(recipe: Recipe) -> None:
         head=method.head,
         revision=recipe.model.revision,
     )
-    if recipe.data.packing and not method.can_pack:
-        raise RecipeError(
-            f"data.packing has no effect with the method '{method.kind}': its rows stay rows of their own.",
-            fix="Leave data.packing out.",
-        )
-    if recipe.training.batches == "by_length" and (recipe.data.packing or not method.any_order):
-        fixed = (
-            "packed rows are all of about one length"
-            if recipe.data.packing
-            else f"'{method.kind}' has its own order"
-        )
-        raise RecipeError(
-            f"training.batches by_length has no effect here: {fixed}.", fix="Leave training.batches out."
-        )
-    if recipe.training.cache_frozen and method.draws:
-        raise RecipeError(
-            f"training.cache_frozen has no effect with the method '{method.kind}': it learns from answers that are "
-            "drawn anew in each step, whose rows never come back.",
-            fix="Leave training.cache_frozen out.",
-        )
+    check_effect(recipe)
     method.check(recipe)
     evaluation.check_scoring(recipe.evaluation.metrics or [], gives_scores=method.head is not None)
     models.check_fit(

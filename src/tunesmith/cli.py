@@ -1215,6 +1215,79 @@ def serve_verb(
     return {"model": model}, None
 
 
+WEB_HELP = """Serve the web workbench: data, recipe, plan, training, evaluation, chat and export in the browser.
+
+`tunesmith web --port 7860 --workspace workbench` prints the address with its token. Training runs in processes of its
+own: neither closing the browser nor stopping this command ends it."""
+
+
+@app.command("web", help=WEB_HELP)
+@verb
+def web_verb(
+    *,
+    workspace: Annotated[
+        str, typer.Option(metavar="FOLDER", help="Where uploads, recipes, runs and exports are.")
+    ] = "workbench",
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others reach 0.0.0.0, and then --users is needed.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    token_env: Annotated[
+        str | None,
+        typer.Option(help="Environment variable with the token; by default one is made and shown once."),
+    ] = None,
+    users: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Accounts that sign in, each with a workspace of its own."),
+    ] = None,
+    add_user: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Add an account to --users FILE, its password asked for, and end."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="A name under which the workbench is reached; several times.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Data set that the first page shows, like `example:support`.")
+    ] = None,
+    quiet: bool,
+) -> Any:
+    """Serve the workbench."""
+    if add_user is not None:
+        if users is None:
+            raise TunesmithError("--add-user needs the file of accounts.", fix="Give --users FILE.")
+        from tunesmith.ui import accounts
+
+        password = typer.prompt(f"Password for {add_user}", hide_input=True, confirmation_prompt=True)
+        known = accounts.add(Path(users), add_user, password)
+        said = f"{add_user} {'has another password' if known else 'may sign in'}; start the workbench again."
+        return {"user": add_user, "changed": known}, said
+    from tunesmith import api
+
+    console = _console()
+
+    def say(sentence: str) -> None:
+        if not quiet:
+            console.print(sentence, style="dim", markup=False, highlight=False)
+
+    def ready(url: str) -> None:
+        console.print(f"The workbench is at {url} (Ctrl-C ends it; training goes on)",
+                      markup=False, highlight=False, soft_wrap=True)  # fmt: skip
+
+    api.web(
+        workspace,
+        host=host,
+        port=port,
+        token_env=token_env,
+        users=users,
+        allowed_hosts=allowed_host or (),
+        recipe={"data": {"dataset": dataset}} if dataset else None,
+        say=say,
+        ready=ready,
+    )
+    return {"workspace": workspace}, None
+
+
 PUSH_HELP = """Upload a run's final model, or a merged model, to the Hugging Face Hub, looked through for secrets first.
 
 `tunesmith push fine_tuned_models/support-lora me/support --dry-run`"""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import json
 import logging
 import secrets
@@ -30,6 +29,7 @@ from starlette.exceptions import HTTPException
 
 from tunesmith.data.examples import Unusable
 from tunesmith.errors import nearest
+from tunesmith.http import is_own_name
 from tunesmith.serving.batching import Ask, Batcher, Piece, Row
 from tunesmith.serving.limits import Limits
 from tunesmith.serving.models import Loaded, Served
@@ -61,9 +61,8 @@ class Access:
 
     def refused(self, headers: Mapping[bytes, bytes], path: str) -> Problem | None:
         """Why a request is not answered, if so."""
-        host = headers.get(b"host", b"").decode("latin-1").lower()
-        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if name != "localhost" and name not in self.hosts and not _is_address(name):
+        host = headers.get(b"host", b"").decode("latin-1")
+        if not is_own_name(host, self.hosts):
             return Problem(
                 403,
                 "This Host is not served here; start the server with --allowed-host for it.",
@@ -77,14 +76,6 @@ class Access:
                 401, "A token is missing or wrong: Authorization: Bearer TOKEN.", code="invalid_api_key"
             )
         return None
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return False
-    return True
 
 
 class Guard:

@@ -119,7 +119,7 @@ def serve(
     from tunesmith.serving.batching import Batcher
     from tunesmith.serving.models import load
 
-    listening = _listen(where)
+    listening = listen(where.host, where.port)
     loaded = load(base, folders, dtype=where.dtype, device=where.device)
     batcher = Batcher(loaded.model, max_rows=limits.concurrency, adapters=loaded.adapters)
     for served in loaded.by_name.values():
@@ -144,7 +144,7 @@ def serve(
         timeout_graceful_shutdown=10,
         h11_max_incomplete_event_size=65_536,
     )
-    server = _Announcing(config, lambda: ready(_url(where.host, listening.getsockname()[1])))
+    server = announcing(config, lambda: ready(_url(where.host, listening.getsockname()[1])))
     try:
         server.run(sockets=[listening])
     finally:
@@ -154,7 +154,7 @@ def serve(
         raise OutOfResources("The server ended by itself.", found=batcher.fault, fix="Start it again.")
 
 
-def _Announcing(config: Any, told: Callable[[], None]) -> Any:
+def announcing(config: Any, told: Callable[[], None]) -> Any:
     """uvicorn's server, which says when it answers."""
     import uvicorn
 
@@ -167,19 +167,20 @@ def _Announcing(config: Any, told: Callable[[], None]) -> Any:
     return Announcing(config)
 
 
-def _listen(where: Where) -> Any:
-    """A socket, before the model is loaded: an address in use shows at once."""
+def listen(host: str, port: int) -> Any:
+    """A socket, before anything is loaded: an address in use shows at once. Raises RecipeError for one that is."""
     import socket
 
-    family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Named, as asyncio turns Nagle's algorithm off for sockets of this protocol only: else 40 ms for each answer.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((where.host, where.port))
+        listening.bind((host, port))
     except (OSError, OverflowError) as error:
         listening.close()
         raise RecipeError(
-            f"The server cannot listen at {where.host}:{where.port}.",
+            f"The server cannot listen at {host}:{port}.",
             found=str(error),
             fix="Give another --port.",
         ) from None

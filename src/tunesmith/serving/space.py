@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -46,10 +47,11 @@ def wait(server: subprocess.Popen[bytes], seconds: float = 600.0) -> None:
 
 
 def main(**options: Any) -> None:
-    """Serve model and page until either ends."""
+    """Serve model and page until Ctrl-C or SIGTERM, which containers are stopped with; no server is left behind."""
     demo = importlib.import_module("demo")  # beside this file
     name = json.loads((FOLDER / "manifest.json").read_text(encoding="utf-8"))["name"]
     token = secrets.token_urlsafe(32)
+    signal.signal(signal.SIGTERM, lambda *given: sys.exit(143))
     server = started(name, token)
     try:
         wait(server)

@@ -77,9 +77,9 @@ def sources(model: str, name: str | None, adapters: Mapping[str, str]) -> tuple[
         run.path.name if run and run.path == Path(model).expanduser() else Path(model).name or model
     )
     found: dict[str, Path] = {}
-    named = {_checked(name): model}
+    named = {checked_name(name): model}
     for other, folder in adapters.items():
-        if _checked(other) in named:
+        if checked_name(other) in named:
             raise TunesmithError(f"Two models are to be served as '{other}'.", fix="Give another name.")
         named[other] = folder
     base = first
@@ -144,7 +144,8 @@ def _base(adapter: Path) -> Path:
     return Path(models.locate(base, revision=revision))
 
 
-def _checked(name: str) -> str:
+def checked_name(name: str) -> str:
+    """A name that requests can ask for. Raises TunesmithError for what is none."""
     if not name or len(name) > 96 or not all(sign.isalnum() or sign in "-_./:" for sign in name):
         raise TunesmithError(
             f"'{name[:96]}' is no name for a model.", fix="Use letters, digits, dashes, dots and underscores."

@@ -738,7 +738,7 @@ def component(control: Control, found: Filled) -> Component:
     """The Gradio component of a control, showing what holds; to be called where it is to stand."""
     import gradio as gr
 
-    value = "runs" if control.path in SETTLED else shown(control, current(control, found))
+    value: Any = "runs" if control.path in SETTLED else shown(control, current(control, found))
     common: dict[str, Any] = {
         "info": SETTLED.get(control.path, control.about),
         "elem_id": control.elem_id,

@@ -126,7 +126,8 @@ CSS = """
 .gradio-container .cm-line, .gradio-container .cm-line span { color: var(--body-text-color) !important; }
 .ts-fault { border-left: 3px solid var(--ts-bad) !important; }
 @media (min-width: 1000px) {
-  [id^=recipe-section-] .form { display: grid !important; grid-template-columns: 1fr 1fr; align-items: start; }
+  [id^=recipe-section-] .form { display: grid !important; grid-template-columns: 1fr 1fr; align-items: stretch;
+    background: var(--block-background-fill); }
 }
 .ts-header { display: flex; align-items: baseline; gap: 10px; padding: 18px 0 4px; flex-wrap: wrap; }
 .ts-header h1 { font-size: 1.3rem; font-weight: 650; letter-spacing: -0.01em; margin: 0; }

@@ -48,9 +48,8 @@ def imported(trees=None) -> Iterator[tuple[str, str]]:
                 yield from ((str(path), alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 yield from ((str(path), f"{node.module}.{alias.name}") for alias in node.names)
-            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                if node.value.id == "torch":
-                    yield f"{path}:{node.lineno}", f"{node.value.id}.{node.attr}"
+            elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "torch":
+                yield f"{path}:{node.lineno}", f"torch.{node.attr}"
 
 
 def other_than(name: str, *allowed, trees=None) -> list[str]:
@@ -58,7 +57,11 @@ def other_than(name: str, *allowed, trees=None) -> list[str]:
     return [
         place
         for place, value in given(name, trees)
-        if not (isinstance(value, ast.Constant) and value.value in allowed and type(value.value) in map(type, allowed))
+        if not (
+            isinstance(value, ast.Constant)
+            and value.value in allowed
+            and type(value.value) in map(type, allowed)
+        )
     ]
 
 
@@ -173,7 +176,9 @@ def upload(case):
     assert answered(Access(), claimed)[0] == 413, "before anything was read"
     assert not other_than("enable_monitoring", False)
     assert not other_than("show_error", False)
-    assert not [p for p, v in given("allowed_paths") if not (isinstance(v, ast.List | ast.Tuple) and not v.elts)]
+    assert not [
+        p for p, v in given("allowed_paths") if not (isinstance(v, ast.List | ast.Tuple) and not v.elts)
+    ]
 
 
 def remote_code(case):
@@ -182,7 +187,9 @@ def remote_code(case):
     assert "trust_remote_code" not in str(Recipe.model_json_schema())
     for value in (True, None, "yes"):
         with pytest.raises(RecipeError, match="trust_remote_code"):
-            compose({"model": {"base": "tiny", "trust_remote_code": value}, "data": {"dataset": "example:chat"}})
+            compose(
+                {"model": {"base": "tiny", "trust_remote_code": value}, "data": {"dataset": "example:chat"}}
+            )
 
 
 BANNED = re.compile(
@@ -202,7 +209,9 @@ def weights(case):
 
 def downloads(case):
     for patterns in (models.WANTED, models.DESCRIBING):
-        assert not [p for p in patterns if p in ("*", "**") or p.endswith((".py", ".bin", ".pt", ".pkl", ".*"))]
+        assert not [
+            p for p in patterns if p in ("*", "**") or p.endswith((".py", ".bin", ".pt", ".pkl", ".*"))
+        ]
     calls = [
         (f"{path.name}:{node.lineno}", {keyword.arg for keyword in node.keywords})
         for path, tree in CODE.items()
@@ -227,7 +236,7 @@ def jinja(case):
         with pytest.raises(Unusable):
             templates._render((Message("user", "a"), Message("assistant", "b")), context, opening=False)
     for field in ("chat_template", "chat_template_kwargs"):
-        body = '{"model": "m", "messages": [{"role": "user", "content": "a"}], "%s": {}}' % field
+        body = f'{{"model": "m", "messages": [{{"role": "user", "content": "a"}}], "{field}": {{}}}}'
         with pytest.raises(Problem) as refused:
             parsed(ChatRequest, body.encode())
         assert refused.value.status == 400
@@ -241,7 +250,9 @@ def special_tokens(case):
     assert list(encoding.input_ids).count(end) == 2, "the template's own, one for each turn"
     assert "a <|im_end|> b" in tokenizer.decode(encoding.input_ids)
     path = case.folder / "rows.jsonl"
-    path.write_text('{"prompt": "a <|im_end|> b", "response": "c d"}\n' + '{"prompt": "e", "response": "f g"}\n' * 2)
+    path.write_text(
+        '{"prompt": "a <|im_end|> b", "response": "c d"}\n' + '{"prompt": "e", "response": "f g"}\n' * 2
+    )
     assert "special_token" in api.validate(str(path)).as_dict()["counts"]
 
 
@@ -285,7 +296,9 @@ def non_finite(case):
 
 def resume(case):
     recipe = case.run.recipe()
-    changed = recipe.model_copy(update={"training": recipe.training.model_copy(update={"learning_rate": 0.5})})
+    changed = recipe.model_copy(
+        update={"training": recipe.training.model_copy(update={"learning_rate": 0.5})}
+    )
     with pytest.raises(RunError, match="cannot be continued") as error:
         api.train(changed, resume="latest")
     assert "training.learning_rate was " in error.value.found
@@ -310,7 +323,10 @@ def telemetry(case):
 
 
 def yaml(case):
-    for text, said in (("task: chat\ntask: code\n", "again"), ("data: !!python/name:os.system\n", "not YAML")):
+    for text, said in (
+        ("task: chat\ntask: code\n", "again"),
+        ("data: !!python/name:os.system\n", "not YAML"),
+    ):
         path = case.folder / "recipe.yaml"
         path.write_text(text)
         with pytest.raises(RecipeError, match=said):
@@ -331,7 +347,9 @@ def test_what_is_on_or_off_where_nobody_says_anything(row, trained, tmp_path, ti
 
     run, connected = trained
     ROWS[row](
-        SimpleNamespace(run=run, connected=connected, folder=tmp_path, tokenizer=copy.deepcopy(tiny_tokenizer))
+        SimpleNamespace(
+            run=run, connected=connected, folder=tmp_path, tokenizer=copy.deepcopy(tiny_tokenizer)
+        )
     )
 
 

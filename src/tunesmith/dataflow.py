@@ -645,9 +645,7 @@ def _rehearsal(
     if step <= SOON:
         return None
     return Rehearsal(
-        estimating.rows_by_number(
-            trainer.train_dataset, found.fullest(given.lengths, pads=trainer.pads)
-        ),
+        estimating.rows_by_number(trainer.train_dataset, found.fullest(given.lengths, pads=trainer.pads)),
         step,
         estimating.state_bytes(training.optimizer, trainer.model),
     )

@@ -480,9 +480,7 @@ def load_model(
             tuned = getattr(peft, f"AutoPeftModelFor{AUTO[of_kind]}")
             model = tuned.from_pretrained(location, **options)
         elif of_kind == "reward":
-            model, info = _model_class(of_kind).from_pretrained(
-                location, output_loading_info=True, **options
-            )
+            model, info = _model_class(of_kind).from_pretrained(location, output_loading_info=True, **options)
             missing = set(info["missing_keys"])
         else:
             model = _model_class(of_kind).from_pretrained(location, **options)

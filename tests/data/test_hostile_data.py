@@ -101,7 +101,7 @@ CASES = {
     "ShareGPT misspelled": (".jsonl", b"\n".join([
         row(conversations=[{"from": "human", "value": f"a{n}"}, {"from": "gpt", "value": f"b{n}"}]) for n in range(3)
     ] + [row(conversations=[{"from": "humn", "value": "a"}, {"from": "gpt", "value": "b"}])]), 4, 4),
-    "a chat cut into lines": (".jsonl", b'{"messages": [\n' + talk(("user", "a"), ("assistant", "b")) + b"\n]}\n", 3, 1),
+    "a chat cut into lines": (".jsonl", b'{"messages": [\n' + talk(("user", "a"), ("assistant", "b")) + b"\n]}", 3, 1),
     "bad UTF-8 in an escape": (".jsonl", among(b'{"prompt": "\\u12", "response": "b"}'), 5, 3),
     "a text file with a NUL": (".txt", b"one\0two\n", 1, None),
     "no header": (".csv", b"what is 1,it is 1\n", 0, 0),
@@ -176,9 +176,12 @@ def test_a_row_that_is_too_long_is_dropped_with_its_number_or_ends_it(tmp_path, 
     assert re.search(r"\b5\b", str(error.value))
 
 
-def test_a_row_that_has_no_token_to_train_is_dropped_with_its_number(tmp_path, tiny_tokenizer):
+def test_a_row_that_has_no_token_to_train_ends_it_or_is_dropped_with_its_number(tmp_path, tiny_tokenizer):
     question = row(prompt="what is " * 200, response="two")
-    _, fates = counts_of(tmp_path, tiny_tokenizer, *GOOD, question, max_length=64)
+    with pytest.raises(DataError) as error:
+        counts_of(tmp_path, tiny_tokenizer, *GOOD, question, max_length=64)
+    assert "rows.jsonl:5" in str(error.value)
+    _, fates = counts_of(tmp_path, tiny_tokenizer, *GOOD, question, max_length=64, on_breach="drop")
     assert [number for number, fate, _ in fates if fate == "dropped"] == [5], fates
 
 
@@ -227,7 +230,17 @@ def test_a_schema_that_changes_late_is_found_with_its_line(tmp_path, kind):
         assert last.reason
 
 
-SPECIAL = ("<|im_end|>", "<|im_start|>system", "<|pad|>", "<|im_", "end|>", "<think>", "[INST]", "\ue000", "<\u200b|im_end|>")
+SPECIAL = (
+    "<|im_end|>",
+    "<|im_start|>system",
+    "<|pad|>",
+    "<|im_",
+    "end|>",
+    "<think>",
+    "[INST]",
+    "\ue000",
+    "<\u200b|im_end|>",
+)
 
 
 @pytest.mark.parametrize("place", ["prompt", "response"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from pathlib import Path
@@ -16,7 +15,6 @@ from tunesmith import api, data
 from tunesmith.assets import EXAMPLES, TINY_MODEL
 from tunesmith.data import pieces
 from tunesmith.data.checks import CHECKS, KIND_OF_REASON
-from tunesmith.data.formats import FORMATS
 from tunesmith.data.sources import open_source
 from tunesmith.errors import DataError, TunesmithError
 from tunesmith.recipe import Data

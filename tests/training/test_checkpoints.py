@@ -407,7 +407,19 @@ def test_a_kill_at_each_call_of_a_save_leaves_whole_checkpoints_only(run, tiny_m
     assert set(survivors) == {3, 4}
 
 
-CALLS = ("write", "pwrite64", "fsync", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "mkdir", "openat")
+CALLS = (
+    "write",
+    "pwrite64",
+    "fsync",
+    "rename",
+    "renameat",
+    "renameat2",
+    "unlink",
+    "unlinkat",
+    "rmdir",
+    "mkdir",
+    "openat",
+)
 """System calls by which a save changes the disk, as Python's, torch's and Rust's libraries make them."""
 
 
@@ -422,7 +434,9 @@ def traced_save(trainer, call: str, what: str) -> tuple[int, str]:
     if not child:
         code = 1
         try:
-            ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1 & (2**64 - 1)), 0, 0, 0)  # anybody may trace it
+            ctypes.CDLL(None).prctl(
+                0x59616D61, ctypes.c_ulong(-1 & (2**64 - 1)), 0, 0, 0
+            )  # anybody may trace it
             end = time.monotonic() + 20
             while "TracerPid:\t0" in Path("/proc/self/status").read_text():
                 assert time.monotonic() < end, "nobody traces"
@@ -434,7 +448,8 @@ def traced_save(trainer, call: str, what: str) -> tuple[int, str]:
                 said.write_text(f"{type(error).__name__}: {error}")
         os._exit(code)
     tracer = subprocess.Popen(
-        ["strace", "-f", "-qq", "-o", "/dev/null", "-p", str(child), "-e", f"trace={call}", "-e", f"inject={call}:{what}"],
+        ["strace", "-f", "-qq", "-o", "/dev/null", "-p", str(child), "-e", f"trace={call}", "-e",
+         f"inject={call}:{what}"],
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -482,7 +497,9 @@ def test_sigkill_at_each_system_call_of_a_save_leaves_whole_checkpoints_only(run
 @pytest.mark.thorough
 @pytest.mark.parametrize("fault", ["ENOSPC", "EIO"])
 @pytest.mark.parametrize("call", ["write", "fsync", "rename", "mkdir"])
-def test_a_disk_that_fails_at_each_call_from_one_on_is_told_and_leaves_the_former(run, before_the_last, call, fault):
+def test_a_disk_that_fails_at_each_call_from_one_on_is_told_and_leaves_the_former(
+    run, before_the_last, call, fault
+):
     trainer, backup = before_the_last
     hit = 0
     while True:
@@ -514,7 +531,9 @@ def small_disk(tmp_path):
         place = tmp_path / f"disk-{size}"
         place.mkdir()
         done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, check=False
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)],
+            capture_output=True,
+            check=False,
         )
         if done.returncode:
             pytest.skip("no disk can be mounted here")

@@ -139,7 +139,9 @@ def test_evaluation_changes_training(run, tmp_path, tiny_model_folder):
 
 def test_a_token_is_written_in_the_clear(run):
     """SEC-08, CKPT-11: into a pickle, which push_to_hub uploads."""
-    arguments = TrainingArguments(output_dir=str(run.staging), hub_token="hf_canary", report_to=[], use_cpu=True)
+    arguments = TrainingArguments(
+        output_dir=str(run.staging), hub_token="hf_canary", report_to=[], use_cpu=True
+    )
     model = torch.nn.Linear(1, 1)
     Trainer(model=model, args=arguments).save_model(str(run.staging / "saved"))
     assert b"hf_canary" in (run.staging / "saved" / "training_args.bin").read_bytes()

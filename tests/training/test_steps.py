@@ -214,7 +214,13 @@ def test_a_loss_that_cannot_be_parted_says_so(made, short_of_memory):
     assert "depends on the others of its batch" in error.value.found
 
 
-REWARDED = {"method": {"num_generations": 4, "max_new_tokens": 6, "rewards": [{"kind": "metric", "name": "length_match"}]}}
+REWARDED = {
+    "method": {
+        "num_generations": 4,
+        "max_new_tokens": 6,
+        "rewards": [{"kind": "metric", "name": "length_match"}],
+    }
+}
 WHOLE = {
     "orpo": {}, "cpo": {"method": {"sft_weight": 0.5}}, "simpo": {}, "kto": {"data": {"max_length": 64}},
     "dpo": {"method": {"sft_weight": 1.0}}, "grpo": REWARDED, "rloo": REWARDED,
@@ -457,7 +463,7 @@ def test_memory_of_this_machine_that_really_runs_out(made, tmp_path):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
-        resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, hard))
+        resource.setrlimit(resource.RLIMIT_AS, (used + 60 * 2**20, hard))
         run = Run(api.train(recipe).run)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))

@@ -407,8 +407,8 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
                 step=step,
                 name="micro-batch",
                 value=self._micro_rows,
-                reason=f"memory ran out with {counted(most, 'answer')} in a forward pass; the minibatch is taken again in "
-                "smaller passes, with the same answers for each update",
+                reason=f"memory ran out with {counted(most, 'answer')} in a forward pass; the minibatch is taken again "
+                "in smaller passes, with the same answers for each update",
             )
 
     @property

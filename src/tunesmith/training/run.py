@@ -239,6 +239,8 @@ def _as_open_as(folder: Path) -> Callable[[str, int], int]:
 
 def _close_to_others(folder: Path) -> None:
     """Nothing in a folder is more open than the folder itself, whatever library wrote it."""
+    if not folder.is_dir():  # a run that was removed because it had not begun
+        return
     most = folder.stat().st_mode & 0o777 | 0o700
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):  # gone, or another user's

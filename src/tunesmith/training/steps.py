@@ -304,7 +304,7 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             try:
                 while True:
                     try:
-                        # In the place of what is there when the batch comes: states, and gradients of the passes before.
+                        # Instead of what is there when the batch comes: states, gradients of passes before.
                         states = 0 if self.optimizer is None or self.optimizer.state else rehearsal.states
                         held.append(torch.empty(states, dtype=torch.uint8, device=self.args.device))
                         if self.args.gradient_accumulation_steps > 1:
@@ -325,7 +325,7 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
                 self.is_rehearsing = False
             model.zero_grad()
             self._rewind()
-            vars(self).update(own)
+            self.__dict__.update(own)
 
         def _in_parts(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Any:
             rows = self._micro_rows
@@ -401,7 +401,11 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
                 rows = max((size_of(batch, splits) for batch in self._seen), default=1) if splits else 1
             rows = min(rows, self._micro_rows or rows)
             if self._writing or rows < 2:
-                when = " of the run, whose batch is the fullest one and was tried before the first" if tried_for else ""
+                when = (
+                    " of the run, whose batch is the fullest one and was tried before the first"
+                    if tried_for
+                    else ""
+                )
                 raise OutOfMemory(
                     f"The memory is not enough for step {step}{when}.",
                     found=f"{self._why_not_smaller(rows)}; {said[:200]}",
@@ -431,7 +435,11 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             seen = [batch for batch in self._seen if isinstance(batch, Mapping) and "input_ids" in batch]
             longest = max((batch["input_ids"].shape[-1] for batch in seen), default=None)
             what = "pair" if splits == "pairs" else "row"
-            return f"a single {what} of {longest} tokens is too much" if longest else f"a single {what} is too much"
+            return (
+                f"a single {what} of {longest} tokens is too much"
+                if longest
+                else f"a single {what} is too much"
+            )
 
         def evaluate(self, *given: Any, **named: Any) -> Any:
             told = _counted(self)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoints import plain, trainer_of
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from tunesmith.recipe import Recipe
 from tunesmith.training.run import create
@@ -128,8 +129,8 @@ def test_evaluation_changes_training(run, tmp_path, tiny_model_folder):
     found = []
     for name, strategy in (("with", "steps"), ("without", "no")):
         own = create(Recipe(output_dir=str(tmp_path), name=name))
-        options = {"eval_strategy": strategy, **({"eval_steps": 1} if strategy == "steps" else {})}
-        trainer = trainer_of(own, tiny_model_folder, Trainer, **options)
+        trainer = trainer_of(own, tiny_model_folder, Trainer)
+        trainer.args.eval_strategy, trainer.args.eval_steps = IntervalStrategy(strategy), 1
         trainer.eval_dataset = trainer.train_dataset[:4]
         trainer.train()
         found.append(load_file(own.staging / "checkpoint-4" / "model.safetensors"))

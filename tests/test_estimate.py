@@ -239,7 +239,8 @@ def test_batches_are_those_that_a_run_meets(recipe, method, pairs, monkeypatch):
     inner = Trainer.training_step
 
     def step(trainer, model, inputs, *args, **kwargs):
-        met.append(int(inputs["attention_mask"].sum()))
+        if not trainer.is_rehearsing:  # the fullest batch, which is tried before the first step
+            met.append(int(inputs["attention_mask"].sum()))
         return inner(trainer, model, inputs, *args, **kwargs)
 
     chosen = []

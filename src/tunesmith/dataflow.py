@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -48,11 +48,14 @@ from tunesmith.methods import METHODS, Method
 from tunesmith.methods.kto import shuffled
 from tunesmith.methods.preferred import without_reference_pass
 from tunesmith.plan import Plan
-from tunesmith.recipe import SFT, LoRA, QLoRA, Recipe, Tracking
+from tunesmith.recipe import SFT, LoRA, QLoRA, Recipe, Tracking, Training
 from tunesmith.training import gpu
 from tunesmith.training.fit import Fit, arguments, fit
 from tunesmith.training.order import by_length, order_by_length
 from tunesmith.training.run import Run
+
+if TYPE_CHECKING:
+    from tunesmith.training.steps import Rehearsal
 
 PADDING_WORTH = 0.05
 """Share of a batch that has to be saved in padding for `training.batches: auto` to put rows of like length together."""
@@ -626,6 +629,7 @@ def fitted(
         release=encodings.release,
         pace=partial(_paced, prepared) if checkpoint is None else None,
         tokens_per_step=0.0 if method.draws else plan.tokens_per_epoch / plan.steps_per_epoch,
+        rehearsal=_rehearsal(recipe, training, trainer, plan, encodings, packing),
     )
     carry(result.final_model, prepared, splits, recipe.model.base)
     prepared.write("training.json", asdict(result))
@@ -636,6 +640,40 @@ def fitted(
         prepared.write("plan.json", {**planned, "truth": truth})
         prepared.event("decision", name="plan and truth", value=truth["value"], reason=truth["sentence"])
     return result
+
+
+def _rehearsal(
+    recipe: Recipe,
+    training: Training,
+    trainer: Any,
+    plan: Plan,
+    encodings: data.EncodedSplits,
+    packing: Packing | None,
+) -> Rehearsal | None:
+    """The fullest batch that the run will meet; None where it comes at once, where the model writes what it learns
+    from, and where several processes have a batch each."""
+    from tunesmith.training.steps import SOON, Rehearsal
+
+    method = METHODS[recipe.method.kind]
+    if method.draws or trainer.args.world_size > 1:
+        return None
+    is_ordered = "_get_train_sampler" in vars(trainer)  # by `order_by_length`
+    given = estimating.Rows(
+        _row_lengths(method, encodings.train, packing),
+        validation=[],
+        order=shuffled(len(encodings.train), training.seed) if recipe.method.kind == "kto" else None,
+    )
+    training = training.model_copy(update={"batches": "by_length" if is_ordered else "shuffled"})
+    found = estimating.batches(given, training, plan.total_steps)
+    place = found.place_of_fullest(given.lengths, pads=trainer.pads)
+    step = place // training.gradient_accumulation_steps + 1
+    if step <= SOON:
+        return None
+    return Rehearsal(
+        estimating.rows_by_number(trainer.train_dataset, found.fullest(given.lengths, pads=trainer.pads)),
+        step,
+        estimating.state_bytes(training.optimizer, trainer.model),
+    )
 
 
 def _paced(run: Run, step: int, per_step: float, seconds: float) -> None:
@@ -698,7 +736,7 @@ def _trainer(
         )
     from tunesmith import forward
 
-    pads = forward.attach(trainer, run, recipe.training)
+    pads = trainer.pads = forward.attach(trainer, run, recipe.training)
     wanted = recipe.training.batches
     if wanted == "by_length" or (wanted == "auto" and pads and not packing and method.any_order):
         _order(trainer, run, _row_lengths(method, encodings.train, packing), is_asked=wanted == "by_length")

@@ -476,7 +476,7 @@ def _traced(
                 size = recipe.training.per_device_train_batch_size
                 inputs = _answered(max(rows.lengths), drawn, size, rows.group, vocabulary)
             else:
-                inputs = trainer.data_collator(_rows(trainer.train_dataset, batch))
+                inputs = trainer.data_collator(rows_by_number(trainer.train_dataset, batch))
             inputs = _shortened(inputs, cut)
             items = (
                 torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
@@ -497,7 +497,7 @@ def _traced(
             validation_costs: tuple[tuple[float, float], ...] = ()
             if validates and rows.validation and trainer.eval_dataset is not None and not drawn:
                 asked = _longest(rows.validation, recipe.training.per_device_eval_batch_size)
-                given = trainer.data_collator(_rows(trainer.eval_dataset, asked))
+                given = trainer.data_collator(rows_by_number(trainer.eval_dataset, asked))
                 count.restart()
                 model.eval()
                 trainer._loss_sum, trainer._num_labels = 0.0, 0  # as an evaluation begins
@@ -595,7 +595,7 @@ def _bytes(tensors: Iterable[Any]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _rows(dataset: Any, numbers: Iterable[int]) -> list[dict[str, Any]]:
+def rows_by_number(dataset: Any, numbers: Iterable[int]) -> list[dict[str, Any]]:
     """Rows of a trainer's data by their numbers in the data, which it may hold in another order; with places for
     likelihoods of a reference that are worked out before training."""
     found, first = [], dataset[0]
@@ -838,7 +838,7 @@ def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     found = []
     for batch in batches:
-        inputs = trainer.data_collator(_rows(trainer.train_dataset, batch))
+        inputs = trainer.data_collator(rows_by_number(trainer.train_dataset, batch))
         items = torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
         started = time.perf_counter()
         with trainer.accelerator.autocast():  # which a prepared model would bring along
@@ -916,9 +916,13 @@ class Batches:
 
     def fullest(self, lengths: Sequence[int], *, pads: bool) -> list[int]:
         """The rows of the one that computes the most."""
-        place = int(self.sizes(lengths, pads=pads).argmax())
+        place = self.place_of_fullest(lengths, pads=pads)
         end = self.starts[place + 1] if place + 1 < len(self.starts) else len(self.rows)
         return sorted(int(number) for number in self.rows[self.starts[place] : end])
+
+    def place_of_fullest(self, lengths: Sequence[int], *, pads: bool) -> int:
+        """The number of the one that computes the most, the first of such."""
+        return int(self.sizes(lengths, pads=pads).argmax())
 
     def share(self, rows: Rows, batch: Sequence[int], *, pads: bool) -> float:
         """How much the mean batch computes of what this one does."""

@@ -126,6 +126,11 @@ class Source:
     lines: Path | None = None
     """The JSON Lines file whose lines are the rows, for those who read it in pieces; None for other sources."""
 
+    @property
+    def title(self) -> str:
+        """What an error calls it: the file or folder as it is on the disk."""
+        return self.place.name if self.place else self.name
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """The content, the files' names and the splits they name: equal only where every row is the same."""

@@ -46,6 +46,12 @@ from tunesmith.serving.protocol import (
 
 log = logging.getLogger(__name__)
 
+INERT = (
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"), (b"x-frame-options", b"DENY"),
+    (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"),
+)  # fmt: skip
+"""Headers of every answer: a browser that is brought here by a page shows and runs nothing of it."""
+
 OPEN = ("/health", "/ready")
 """Paths that are answered without a token: they tell nothing but whether the server works."""
 
@@ -92,13 +98,19 @@ class Guard:
         if scope["type"] != "http":
             return
         headers = dict(scope["headers"])
+
+        async def inert(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), *INERT]}
+            await send(message)
+
         try:
             if problem := self._access.refused(headers, scope["path"]):
                 raise problem
             body = await self._body(headers, receive)
         except Problem as problem:
             self._counted(problem.status)
-            await _refusal(problem)(scope, receive, send)
+            await _refusal(problem)(scope, receive, inert)
             return
         except _Gone:
             return
@@ -113,7 +125,7 @@ class Guard:
 
         async def in_time(message: Any) -> None:
             try:
-                await asyncio.wait_for(send(message), self._limits.stalled_seconds)
+                await asyncio.wait_for(inert(message), self._limits.stalled_seconds)
             except TimeoutError:
                 raise OSError("the client takes nothing any more") from None
 

@@ -71,7 +71,7 @@ def sources(model: str, name: str | None, adapters: Mapping[str, str]) -> tuple[
 
     Raises ModelError for adapters of another base, and TunesmithError for a name given twice.
     """
-    first = Path(models.locate(model))
+    first = models.folder_of(model)
     run = run_behind(model) if Path(model).expanduser().is_dir() else None
     name = name or (
         run.path.name if run and run.path == Path(model).expanduser() else Path(model).name or model
@@ -88,7 +88,7 @@ def sources(model: str, name: str | None, adapters: Mapping[str, str]) -> tuple[
         if BASE not in named:
             found[BASE] = base
     for other, folder in named.items():
-        place = Path(models.locate(folder))
+        place = models.folder_of(folder)
         if other != name and not (place / "adapter_config.json").is_file():
             raise ModelError(
                 f"{folder} is no adapter, and one base is served at a time.",
@@ -141,7 +141,7 @@ def load(base: str, folders: Mapping[str, Path], *, dtype: str, device: str) -> 
 
 def _base(adapter: Path) -> Path:
     base, revision = base_of(adapter)
-    return Path(models.locate(base, revision=revision))
+    return models.folder_of(base, revision=revision)
 
 
 def checked_name(name: str) -> str:

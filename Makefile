@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Python keeps what it compiled, pytest's checked tests among it: seconds of every process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test prove thorough check bench setup clean
+.PHONY: demo web test test-web prove thorough check bench setup clean
 
 demo: .venv/.ready
 	$(BIN)/tunesmith demo
@@ -13,11 +13,17 @@ demo: .venv/.ready
 test: .venv/.ready
 	$(BIN)/pytest --numprocesses auto --dist worksteal
 
+web: .venv/.ready  # the workbench on the shipped example, at an address that it prints
+	$(BIN)/tunesmith web --dataset example:sql
+
+test-web: .venv/.ready  # the workbench in Chromium; ALL=1 runs the longer cases too; skipped, and said so, without one
+	$(BIN)/pytest -m 'web$(if $(ALL),, and not thorough)' -rs tests/ui
+
 prove: .venv/.ready  # the slower proofs: the README's commands and the demo's figures
-	$(BIN)/pytest -m 'slow and not thorough' --numprocesses auto --dist worksteal
+	$(BIN)/pytest -m 'slow and not thorough and not web' --numprocesses auto --dist worksteal
 
 thorough: .venv/.ready  # further cases of what other tests prove, which would make CI too long
-	$(BIN)/pytest -m thorough --numprocesses auto --dist worksteal
+	$(BIN)/pytest -m 'thorough and not web' --numprocesses auto --dist worksteal
 
 check: .venv/.ready
 	scripts/check

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from chat_rows import WORDS
+
+from tunesmith.__main__ import MALLOC
 
 TOKENS_A_WORD = 1.77
 """With the shipped tokenizer, about."""
@@ -200,6 +203,7 @@ def results(args: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
     """Each recipe with what was planned and what it came to."""
     wanted = args.only.split(",") if args.only else [recipe[0] for recipe in RECIPES]
     command = [sys.executable, __file__]
+    os.environ["GLIBC_TUNABLES"] = MALLOC  # as the command starts itself
     subprocess.run([*command, "--models", str(work)], check=True, capture_output=True)
     planning = None
     if not args.memory_only:

@@ -13,11 +13,13 @@ and its speed left out.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import math
 import os
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +31,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import chat_rows
+
+from tunesmith.__main__ import MALLOC
 
 SHAPES = {
     "256x4": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -529,6 +533,7 @@ def compare(
     """
     names = [*names, FACTORY, f"{FACTORY} packing"] if factory else list(names)
     work = Path(tempfile.mkdtemp(prefix="training-"))
+    atexit.register(shutil.rmtree, work, ignore_errors=True)
     model(work / "model", shape, vocabulary)
     write(work / "rows.jsonl", rows)
     trained = write_tokens(work, task["method"], task)
@@ -543,6 +548,8 @@ def compare(
             python = factory if factory and name.startswith(FACTORY) else sys.executable
             command = [python, __file__, name, str(work), json.dumps(task)]
             plain = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
+            if name.startswith("ours"):
+                plain["GLIBC_TUNABLES"] = MALLOC  # as the command starts itself
             made = subprocess.run(command, capture_output=True, text=True, check=False, env=plain)
             if made.returncode and name.startswith(FACTORY):
                 print(f"{name} failed and is left out: {made.stderr[-2000:]}", file=sys.stderr)

@@ -108,6 +108,31 @@ def test_micro_steps_are_measured_here(recipe):
     assert found.largest_batch >= 4
 
 
+def test_where_the_model_writes_first_whole_steps_are_measured(recipe, question_file, monkeypatch):
+    found = planned(drawing(recipe, question_file, {"kind": "lora"}), measured=True)
+    assert "2 measured steps" in found.basis
+    assert 1e-3 < found.seconds_per_step < 30
+    # Without measuring, the writing is most of an estimate, and twice the tokens are twice the writing.
+    seconds = {}
+    for tokens in (0, 32, 64):
+        monkeypatch.setattr(estimating, "BY_PYTHON", 3e-5 if tokens else 0.0)
+        one = drawing(recipe, question_file, {"kind": "lora"})
+        section = one.method.model_copy(update={"max_new_tokens": tokens or 32})
+        seconds[tokens] = planned(one.model_copy(update={"method": section})).seconds_per_step
+    assert seconds[0] < seconds[32] / 2
+    assert seconds[64] / seconds[32] == pytest.approx(2, rel=0.15)
+
+
+def test_saves_validations_and_samples_take_their_time(recipe, monkeypatch):
+    alone = planned(recipe(training={"max_steps": 2, "warmup_steps": 0}, evaluation={"samples": 0}))
+    with_samples = planned(recipe(training={"max_steps": 2, "warmup_steps": 0}))
+    assert with_samples.validation_seconds > alone.validation_seconds + 0.01
+    monkeypatch.setattr(estimating, "WRITTEN", 1e3)
+    slow = planned(recipe(training={"max_steps": 2, "warmup_steps": 0}, evaluation={"samples": 0}))
+    assert slow.seconds > alone.seconds + 100
+    assert slow.seconds_per_step == pytest.approx(alone.seconds_per_step, rel=0.5)
+
+
 def test_more_rows_and_longer_ones_take_more(recipe):
     small, large = (planned(recipe(training={"per_device_train_batch_size": n})) for n in (1, 8))
 
@@ -214,7 +239,8 @@ def test_batches_are_those_that_a_run_meets(recipe, method, pairs, monkeypatch):
     inner = Trainer.training_step
 
     def step(trainer, model, inputs, *args, **kwargs):
-        met.append(int(inputs["attention_mask"].sum()))
+        if not trainer.is_rehearsing:  # the fullest batch, which is tried before the first step
+            met.append(int(inputs["attention_mask"].sum()))
         return inner(trainer, model, inputs, *args, **kwargs)
 
     chosen = []
@@ -360,7 +386,7 @@ def test_micro_steps_are_timed_in_the_types_of_the_run():
         data_collator=lambda rows: {}, training_step=lambda *given, **named: seen.append(bool(inside)),
     )  # fmt: skip
     estimating.timed(trainer, [[0], [0]])
-    assert seen == [True] * 3
+    assert seen == [True] * 2
 
 
 def test_encoder_decoders_are_padded_on_a_gpu(tiny_t5_folder, question_file, tmp_path):

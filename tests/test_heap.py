@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith import heap
+from tunesmith import __main__, heap
 from tunesmith.heap import Block
 
 MB = 10**6
@@ -81,3 +82,48 @@ def test_large_tensors_take_huge_pages():
         [sys.executable, "-c", "import tunesmith" + FAULTS], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 64 * 2**20 // resource.getpagesize() // 4
+
+
+STARTED = """
+import os, sys
+from tunesmith import __main__
+before = os.getpid()
+__main__.with_tuned_allocator()
+print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (None, __main__.MALLOC),
+        ("glibc.rtld.nns=8", f"glibc.rtld.nns=8:{__main__.MALLOC}"),
+        ("glibc.malloc.tcache_count=3", "glibc.malloc.tcache_count=3"),
+    ],
+)
+def test_a_command_that_trains_starts_again_with_a_tuned_allocator(said, expected):
+    if "glibc" not in heap._c_library():
+        expected = said
+    given = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    started = subprocess.Popen(
+        [sys.executable, "-c", STARTED, "one", "two words"], stdout=subprocess.PIPE, text=True,
+        env=given if said is None else {**given, "GLIBC_TUNABLES": said},
+    )  # fmt: skip
+    printed = started.communicate()[0].split()
+    assert printed == [str(started.pid), str(expected), "['one',", "'two", "words']"]
+
+
+def test_only_commands_that_train_start_again(monkeypatch):
+    from tunesmith import cli
+
+    seen = []
+    monkeypatch.setattr(cli, "main", lambda: seen.append("ran"))
+    monkeypatch.setattr(__main__, "with_tuned_allocator", lambda: seen.append("again"))
+    for arguments in (["show", "presets"], ["train", "r.yaml"], ["--json", "plan"]):
+        monkeypatch.setattr(sys, "argv", ["tunesmith", *arguments])
+        __main__.main()
+    assert seen == ["ran", "again", "ran", "again", "ran"]
+    assert set(__main__.TRAINS) <= {command.name or "" for command in cli.app.registered_commands} | {
+        (command.callback.__name__ if command.callback else "").replace("_", "-")
+        for command in cli.app.registered_commands
+    }

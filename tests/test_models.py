@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as tf
@@ -241,3 +244,66 @@ def test_trained_weights_keep_their_type_while_a_trainer_is_made():
 def test_the_attention_that_is_named_is_loaded(tiny_model_folder, attention):
     model = models.load_model(str(tiny_model_folder), attention=attention)
     assert model.config._attn_implementation == attention
+
+
+@pytest.fixture
+def of_the_hub(online, tiny_model_folder, tmp_path, monkeypatch):
+    """A model on a stub of the Hub, which gives the files that are asked for, and what was asked."""
+    import fnmatch
+    import shutil
+
+    import huggingface_hub
+
+    monkeypatch.chdir(tmp_path)
+    online(None)
+    repository = Path(shutil.copytree(tiny_model_folder, tmp_path / "repository"))
+    snapshot = tmp_path / "hub" / "models--me--mine" / "snapshots" / ("0" * 40)
+    asked = []
+
+    def download(name, *, revision=None, allow_patterns=None, local_files_only=False, **options):
+        assert name == "me/mine"
+        assert allow_patterns, "nothing is fetched without saying what"
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for path in repository.iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                asked.append(path.name)
+                shutil.copy(path, snapshot / path.name)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return repository, asked
+
+
+def test_a_model_of_the_hub_is_read_from_files_that_were_looked_at(of_the_hub):
+    repository, asked = of_the_hub
+    for name in ("modeling_own.py", "pytorch_model.bin", "training_args.bin"):
+        (repository / name).write_bytes(b"")
+    assert models.kind("me/mine") == "causal"
+    models.load_tokenizer("me/mine")
+    assert not [name for name in asked if name.endswith(".safetensors")], "descriptions do without weights"
+    model = models.load_model("me/mine")
+    assert model.name_or_path == "me/mine"
+    assert "model.safetensors" in asked
+    assert not [name for name in asked if name.endswith((".py", ".bin"))]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("config.json", {"attn_implementation": "me/kernel"}, "asks for a program from the Hub"),
+        ("config.json", {"num_hidden_layers": 10**6}, "describes no model that could be"),
+        ("tokenizer_config.json", {"vocab_file": "../../../secret.env"}, "names a file outside the folder"),
+        ("config.json", None, "nested too deeply"),
+    ],
+)
+def test_a_hostile_model_of_the_hub_is_refused_as_a_folder_is(of_the_hub, tmp_path, file, change, said):
+    repository, _ = of_the_hub
+    (tmp_path / "hub" / "models--me--mine").mkdir(parents=True)
+    (tmp_path / "hub" / "models--me--mine" / "secret.env").write_text("")
+    (tmp_path / "hub" / "secret.env").write_text("")
+    path = repository / file
+    content = json.loads(path.read_text()) | (change or {})
+    path.write_text(json.dumps(content) if change else "[" * 5000)
+    for load in (models.configuration, models.load_tokenizer, models.load_model, models.kind):
+        with pytest.raises(ModelError, match=said):
+            load("me/mine")

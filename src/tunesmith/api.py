@@ -60,7 +60,7 @@ from tunesmith.training.run import (
 
 if TYPE_CHECKING:
     from tunesmith import jobs
-    from tunesmith.data.examples import Example
+    from tunesmith.data.examples import Example, Ledger
     from tunesmith.data.inspection import Inspected
     from tunesmith.data.templates import Encoder
     from tunesmith.data.validation import Report
@@ -70,9 +70,12 @@ if TYPE_CHECKING:
     from tunesmith.evaluation.leakage import Leakage
     from tunesmith.evaluation.unseen import MeasuredOn
     from tunesmith.export.artefact import Exported
+    from tunesmith.export.deployment import Deployment
     from tunesmith.export.merge import Merged
-    from tunesmith.export.parity import Held
+    from tunesmith.export.parity import Held, Parity
     from tunesmith.export.publish import Plan as PushPlan
+    from tunesmith.export.tried import Questions as TriedQuestions
+    from tunesmith.export.tried import Tried
     from tunesmith.generation import Generated
     from tunesmith.models import Kind
     from tunesmith.plan import Plan
@@ -527,6 +530,51 @@ def inspect(
         sets = " + ".join(dataset_names(recipe.data))
         name = f"{sets} as {dataset_name(recipe.model.base)} sees it"
         write_page(found, Path(page), title=name)
+    return found
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a data set's rows look like before anything is made of them."""
+
+    rows: int
+    columns: tuple[str, ...]
+    first: tuple[Mapping[str, Any], ...]
+    """The first rows, as they stand in the source but for what the recipe renames."""
+    formats: tuple[str, ...]
+    """What they are read as; empty where that is not settled."""
+    reason: str
+    """Why, or what is missing and what settles it."""
+    notes: tuple[str, ...] = ()
+
+
+def look(section: DataSource, *, count: int = 5) -> Looked:
+    """Columns and first rows of a data set, and the format that they are read as. Raises DataError for broken rows."""
+    from tunesmith.data import OPENING, formats, sources
+    from tunesmith.data.shaping import SHAPING, shaped
+
+    opened = sources.open_source(section.dataset, **section.model_dump(include=OPENING))
+    source = sources.checked(shaped(opened, **section.model_dump(include=SHAPING)), section.dataset)
+    named: tuple[str, ...] = ()
+    try:
+        found = formats.detect(
+            source,
+            format=section.format,
+            input_text_key=section.input_text_key,
+            output_text_key=section.output_text_key,
+        )
+        named, reason = tuple(format.name for format in found.formats), found.reason
+    except TunesmithError as error:
+        reason = " ".join(part for part in (error.problem, error.fix) if part)
+    first = tuple(dict(record.values) for record in itertools.islice(source.records, count))
+    return Looked(source.facts.count, source.columns, first, named, reason, source.notes)
+
+
+def ledger(recipe: Recipe) -> Ledger:
+    """What becomes of every row of a recipe, with its length in tokens. Refuses what `train` refuses of the data."""
+    quiet_libraries()
+    [encodings] = _driver().execute(["encodings"], inputs=_inputs(recipe)).values()
+    found: Ledger = encodings.ledger
     return found
 
 
@@ -1714,6 +1762,285 @@ def serve(
     )
 
 
+def web(
+    workspace: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    token_env: str | None = None,
+    users: str | Path | None = None,
+    allowed_hosts: Sequence[str] = (),
+    recipe: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve the web workbench until it is stopped; what it started goes on.
+
+    `users` is a file of accounts, each with a workspace of its own; `recipe` is what the Recipe page starts from,
+    sparse. `ready` is told the address, with the token where one was made. Raises RecipeError for an address that
+    cannot be used, and for one that others reach without accounts.
+    """
+    quiet_libraries()
+    from tunesmith.ui import server
+
+    place = server.Place(
+        Path(workspace), host, port, token_env, Path(users) if users else None, tuple(allowed_hosts)
+    )
+    server.serve(place, say=say, ready=ready, recipe=recipe)
+
+
+def try_model(
+    model: str | Path,
+    *,
+    dataset: str | None = None,
+    task: str | None = None,
+    rows: int = 12,
+    max_new_tokens: int | None = None,
+    url: str | None = None,
+    served_as: str | None = None,
+    api_key_env: str | None = None,
+    watch: Watch = _unwatched,
+) -> Tried:
+    """Whether a model is fit to be used: a run's, an adapter, whole weights, or a deployment folder.
+
+    Files, weights, chat template and stop tokens are looked at; then it is asked up to `rows` held-out questions of its
+    run, or of `dataset`, or those that ship for `task`, for answers that are not empty, end by themselves and do not
+    loop, for its perplexity and its speed. With `url` the server there, which serves it as `served_as`, is asked the
+    same and compared token by token. `passed` is false where a check fails. Raises TunesmithError where there is no
+    such model.
+    """
+    launch.require_one_process()
+    quiet_libraries()
+    from tunesmith import models as loading
+    from tunesmith import plan as planning
+    from tunesmith.export import merge
+    from tunesmith.export import tried as trying
+    from tunesmith.export.deployment import MANIFEST
+    from tunesmith.serving import smoke_test
+
+    if rows < 1:
+        raise TunesmithError(
+            "A model is not tried without questions.", found=f"rows = {rows}", fix="Give 1 or more."
+        )
+    if task is not None and task not in trying.TASK_PROMPTS:
+        raise TunesmithError(
+            f"No questions ship for the task '{task}'.", fix=nearest(task, trying.TASK_PROMPTS)
+        )
+    path = Path(model).expanduser()
+    packed = path / MANIFEST if (path / "model").is_dir() and not is_run(path) else None
+    hashes: Callable[[], str] | None = None
+    if packed is not None and packed.is_file():
+        manifest = json.loads(packed.read_text(encoding="utf-8"))
+        task = task or (manifest.get("task") if manifest.get("task") in trying.TASK_PROMPTS else None)
+
+        def compared() -> str:
+            try:
+                return smoke_test.check_files(path, manifest)
+            except smoke_test.Failed as failure:
+                raise ModelError("The folder is not as it was packed.", found=str(failure)) from None
+
+        hashes = compared
+        folder = path / "model"
+    elif path.is_dir():
+        own = path / "final_model"
+        folder = own if own.is_dir() else path
+        if is_run(path) and not own.is_dir():
+            raise RunError(f"The run {path} has no final model.", found=f"state '{open_run(path).state()}'")
+    else:
+        folder = loading.folder_of(str(model))
+    run = merge.run_behind(path) if path.is_dir() else None
+
+    def counted(stage: str, done: int, total: int) -> None:
+        watch({"kind": "progress", "stage": stage, "done": done, "total": total})
+
+    def questions(loaded: Any, tokenizer: Any) -> trying.Questions:
+        return _tried_with(
+            run or folder,
+            dataset,
+            task,
+            loaded,
+            tokenizer,
+            rows=rows,
+            max_new_tokens=max_new_tokens,
+            watch=watch,
+        )
+
+    try:
+        found = trying.tried(
+            folder, hashes=hashes, device=planning.device(), questions=questions, progress=counted
+        )
+    except Exception as error:
+        if mended := _as_ours(error):
+            raise mended from error
+        raise
+    found = replace(found, folder=str(model))
+    if url is None:
+        return found
+    if not found.is_whole:
+        unasked = trying.Finding("served", False, "not asked: there is no model here to compare it with")
+        return replace(found, findings=(*found.findings, unasked))
+    verdict = _served_verdict(
+        run, folder, url, served_as or (run.path.name if run else folder.name), api_key_env, rows, watch
+    )
+    said = "; ".join(verdict.problems() or verdict.sentences())
+    return replace(
+        found,
+        findings=(*found.findings, trying.Finding("served", verdict.passed, said)),
+        served=verdict.as_dict(),
+    )
+
+
+def _tried_with(
+    model_or_run: Run | Path,
+    dataset: str | None,
+    task: str | None,
+    model: Any,
+    tokenizer: Any,
+    *,
+    rows: int,
+    max_new_tokens: int | None,
+    watch: Watch,
+) -> TriedQuestions:
+    """Held-out questions of a run or a data set, where there are any, else those that ship."""
+    from tunesmith import evaluation
+    from tunesmith import models as loading
+    from tunesmith.evaluation.forgetting import general_texts
+    from tunesmith.export import tried as trying
+
+    kind: Kind = "seq2seq" if loading.is_seq2seq(model) else "causal"
+    run = model_or_run if isinstance(model_or_run, Run) else None
+    if (run and task is None) or dataset:
+        asked_of = model_or_run.path if isinstance(model_or_run, Run) else model_or_run
+        try:
+            _, questions = _questions([asked_of], dataset, None, {"evaluation": {"max_items": rows}}, watch)
+        except TunesmithError as error:
+            if dataset:
+                raise
+            watch({"kind": "warning", "message": f"The run's held-out rows cannot be asked: {error.problem}"})
+        else:
+            recipe = questions.recipe
+            items = evaluation.items(
+                questions.examples, tokenizer, loss_on=recipe.method.loss_on, max_length=recipe.data.max_length,
+                kind=kind,
+            )  # fmt: skip
+            turns = [item.prompt.messages for item in items if item.prompt and not item.error]
+            where = f"held-out rows of {run.path.name}" if run and not dataset else f"rows of {dataset}"
+            if turns:
+                return trying.Questions(
+                    turns,
+                    where,
+                    max_new_tokens or recipe.evaluation.max_new_tokens,
+                    trying.of_items(items, "on their references"),
+                    on_references=True,
+                )
+    asked, where = trying.asked_of(task)
+    general = evaluation.items(general_texts(), tokenizer, kind=kind)
+    return trying.Questions(
+        asked[:rows], where, max_new_tokens or 256, trying.of_items(general, "on general text that ships")
+    )
+
+
+def _served_verdict(
+    run: Run | None, folder: Path, url: str, name: str, api_key_env: str | None, rows: int, watch: Watch
+) -> Parity:
+    """The verdict on a served endpoint, against the model in this process."""
+    from tunesmith import models as loading
+    from tunesmith.export import merge, parity
+    from tunesmith.generation import context_length
+
+    model, tokenizer = loading.load_model(str(folder)).eval(), loading.load_tokenizer(str(folder))
+    is_pair = loading.is_seq2seq(model)
+    merge.settled(tokenizer, is_pair)
+    asked = _held_for(run, model, tokenizer, rows, watch)
+    context = None if is_pair else context_length(model)
+    stored = str(getattr(loading.configuration(str(folder)), "dtype", None)).removeprefix("torch.")
+    found = parity.verdict(
+        model,
+        tokenizer,
+        parity.server_reader(url, name, tokenizer, api_key_env=api_key_env, length=context),
+        asked,
+        artefact=f"served endpoint '{name}'",
+        quant=stored if stored in parity.TOLERANCES else "float32",
+        context=context,
+    )
+    if run:
+        write_whole(run.path / "exports" / "served" / parity.VERDICT, json.dumps(found.as_dict(), indent=1))
+        merge.told_in_report(run)
+    return found
+
+
+def prepare_deployment(
+    model: str | Path,
+    *,
+    output_dir: str | Path,
+    name: str | None = None,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    space: bool = False,
+    demo: str = "auto",
+    check: str = "auto",
+    rows: int = 50,
+    watch: Watch = _unwatched,
+) -> Deployment:
+    """Make a folder that serves a run's model elsewhere, and prove it: it is served here and asked up to `rows`
+    held-out questions over HTTP.
+
+    It holds whole weights, a manifest with the hash of every file, the server as a wheel with the versions of all it
+    needs, Dockerfile, compose file, start script, a page to ask it on (`demo`: `chat`, `sql` with a schema as an input,
+    or `auto`), a smoke test, and with `space` what a Space of the Hub needs. Requests ask for `name`. Where the verdict
+    is bad the folder ends in `.failed`, and `passed` is false. Raises TunesmithError for a model that cannot be served.
+    """
+    launch.require_one_process()
+    quiet_libraries()
+    from tunesmith import models as loading
+    from tunesmith.export import deployment, merge
+    from tunesmith.export.weights import size_in_bytes
+    from tunesmith.serving.models import checked_name
+
+    max_shard = size_in_bytes(max_shard_size)
+    if rows < 1:
+        raise TunesmithError(
+            "Nothing is proven without questions.", found=f"rows = {rows}", fix="Give 1 or more."
+        )
+    source = Path(loading.locate(str(model)))
+    if not source.is_dir():
+        source = loading.folder_of(str(model))
+    run = merge.run_behind(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
+    asked: list[Held] = []
+
+    def held(loaded: Any, tokenizer: Any) -> Held:
+        if not asked:
+            asked.append(_held_for(run, loaded, tokenizer, rows, watch))
+        return asked[0]
+
+    def told(name: str, value: str, reason: str) -> None:
+        watch({"kind": "decision", "name": name, "value": value, "reason": reason})
+
+    def counted(stage: str, done: int, total: int) -> None:
+        watch({"kind": "progress", "stage": stage, "done": done, "total": total})
+
+    try:
+        return deployment.prepare(
+            source,
+            Path(output_dir).expanduser(),
+            name=checked_name(name or (run.path.name if run else source.name)),
+            run=run,
+            dtype=dtype,
+            max_shard=max_shard,
+            space=space,
+            demo=demo,
+            check=check,
+            held=held,
+            trained=_trained_texts(run),
+            progress=told,
+            counted_on=counted,
+        )
+    except Exception as error:
+        if mended := _as_ours(error):
+            raise mended from error
+        raise
+
+
 def push(
     run: str | Path,
     *,
@@ -2071,7 +2398,7 @@ def _check_before_training(recipe: Recipe) -> None:
         sources.local(source.dataset)
     libraries.load_libraries()
     from tunesmith import evaluation, models
-    from tunesmith.methods import METHODS
+    from tunesmith.methods import METHODS, check_effect
 
     method = METHODS[recipe.method.kind]
     models.check_kind(
@@ -2081,26 +2408,7 @@ def _check_before_training(recipe: Recipe) -> None:
         head=method.head,
         revision=recipe.model.revision,
     )
-    if recipe.data.packing and not method.can_pack:
-        raise RecipeError(
-            f"data.packing has no effect with the method '{method.kind}': its rows stay rows of their own.",
-            fix="Leave data.packing out.",
-        )
-    if recipe.training.batches == "by_length" and (recipe.data.packing or not method.any_order):
-        fixed = (
-            "packed rows are all of about one length"
-            if recipe.data.packing
-            else f"'{method.kind}' has its own order"
-        )
-        raise RecipeError(
-            f"training.batches by_length has no effect here: {fixed}.", fix="Leave training.batches out."
-        )
-    if recipe.training.cache_frozen and method.draws:
-        raise RecipeError(
-            f"training.cache_frozen has no effect with the method '{method.kind}': it learns from answers that are "
-            "drawn anew in each step, whose rows never come back.",
-            fix="Leave training.cache_frozen out.",
-        )
+    check_effect(recipe)
     method.check(recipe)
     if (number := launch.processes(recipe.launch)) > 1:
         launch.check(recipe.training, number)

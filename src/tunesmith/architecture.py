@@ -207,14 +207,14 @@ def architecture(base: str, *, revision: str | None = None) -> Architecture:
     """The summary of a run, a folder, a Hub id or `tiny`. Raises ModelError where there is no configuration."""
     from tunesmith.generation import context_length
 
-    location = models.locate(base, revision=revision)
-    adapter = Path(location) / "adapter_config.json"
+    folder = models.folder_of(base, revision=revision, weights=False)
+    adapter = folder / "adapter_config.json"
     if adapter.is_file():
         return _with_adapter(base, adapter)
-    config, quantized = _configuration(base, location, revision)
+    config, quantized = _configuration(base, folder)
     kind = kind_of(config)
     model = _modules(base, config, kind)
-    stored = _stored(Path(location))
+    stored = _stored(folder)
     dtype, dtype_from = _dtype(config, stored, quantized)
     quantization, notes = _quantization(quantized)
     packed = _packed(model, quantization) if quantization else {}
@@ -299,12 +299,12 @@ def kind_of(config: Any) -> Kind:
     return "causal" if family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "other"
 
 
-def _configuration(base: str, location: str, revision: str | None) -> tuple[Any, Mapping[str, Any]]:
+def _configuration(base: str, folder: Path) -> tuple[Any, Mapping[str, Any]]:
     """The configuration without its quantization, and that quantization."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # the loaders raise many unrelated types for one user-visible fact
         raise models._not_loaded("configuration", base, error) from error
     quantized = getattr(config, "quantization_config", None) or {}

@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     from tunesmith.data.inspection import Inspected
     from tunesmith.data.validation import Report
     from tunesmith.export.artefact import Exported
+    from tunesmith.export.deployment import Deployment
     from tunesmith.export.merge import Merged
     from tunesmith.export.publish import Plan as PushPlan
+    from tunesmith.export.tried import Tried
     from tunesmith.plan import Plan
     from tunesmith.training.find_lr import RateSearch
 
@@ -1261,6 +1263,207 @@ def serve_verb(
     return {"model": model}, None
 
 
+WEB_HELP = """Serve the web workbench: data, recipe, plan, training, evaluation, chat and export in the browser.
+
+`tunesmith web --port 7860 --workspace workbench` prints the address with its token. Training runs in processes of its
+own: neither closing the browser nor stopping this command ends it."""
+
+
+@app.command("web", help=WEB_HELP)
+@verb
+def web_verb(
+    *,
+    workspace: Annotated[
+        str, typer.Option(metavar="FOLDER", help="Where uploads, recipes, runs and exports are.")
+    ] = "workbench",
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others reach 0.0.0.0, and then --users is needed.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    token_env: Annotated[
+        str | None,
+        typer.Option(help="Environment variable with the token; by default one is made and shown once."),
+    ] = None,
+    users: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Accounts that sign in, each with a workspace of its own."),
+    ] = None,
+    add_user: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Add an account to --users FILE, its password asked for, and end."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="A name under which the workbench is reached; several times.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Data set that the first page shows, like `example:support`.")
+    ] = None,
+    quiet: bool,
+) -> Any:
+    """Serve the workbench."""
+    if add_user is not None:
+        if users is None:
+            raise TunesmithError("--add-user needs the file of accounts.", fix="Give --users FILE.")
+        from tunesmith.ui import accounts
+
+        password = typer.prompt(f"Password for {add_user}", hide_input=True, confirmation_prompt=True)
+        known = accounts.add(Path(users), add_user, password)
+        said = f"{add_user} {'has another password' if known else 'may sign in'}; start the workbench again."
+        return {"user": add_user, "changed": known}, said
+    from tunesmith import api
+
+    console = _console()
+
+    def say(sentence: str) -> None:
+        if not quiet:
+            console.print(sentence, style="dim", markup=False, highlight=False)
+
+    def ready(url: str) -> None:
+        console.print(f"The workbench is at {url} (Ctrl-C ends it; training goes on)",
+                      markup=False, highlight=False, soft_wrap=True)  # fmt: skip
+
+    api.web(
+        workspace,
+        host=host,
+        port=port,
+        token_env=token_env,
+        users=users,
+        allowed_hosts=allowed_host or (),
+        recipe={"data": {"dataset": dataset}} if dataset else None,
+        say=say,
+        ready=ready,
+    )
+    return {"workspace": workspace}, None
+
+
+def _one_model(given: str | None, model_path: str | None) -> str:
+    """The model as an argument or as the seeds' `--model-path`."""
+    if given and model_path and given != model_path:
+        raise TunesmithError("Two models are named.", found=f"{given}, {model_path}", fix="Name one.")
+    if not (given or model_path):
+        raise TunesmithError("Which model is missing.", fix="Name a run or a model's folder.")
+    return str(given or model_path)
+
+
+TRY_HELP = """Try a finished model: files, weights, template, stop tokens, answers, loops, perplexity, speed.
+
+Exit code 1 where one of them is not as it has to be.
+
+`tunesmith test-model fine_tuned_models/support-lora`
+
+`tunesmith test-model fine_tuned_models/support-lora --url http://127.0.0.1:8000/v1 --api-key-env TUNESMITH_TOKEN`"""
+
+
+@app.command("test-model", help=TRY_HELP)
+@verb
+def try_model_verb(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[DIR]", help="A run's, an adapter's, a model's or a deployment's folder."),
+    ] = None,
+    *,
+    model_path: Annotated[str | None, typer.Option(help="The same, as an option.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Rows to ask, instead of the run's held-out ones.")
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="chat|code|instruct|domain", help="Ask the questions that ship for this task."),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Questions at most.")] = 12,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; the run's own, or 256.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Ask the server there too, and compare it token by token.")
+    ] = None,
+    served_as: Annotated[
+        str | None, typer.Option(help="The model's name there; the folder's by default.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the server's token.")
+    ] = None,
+    quiet: bool,
+) -> Any:
+    """Try."""
+    from tunesmith import api
+
+    with Display(quiet=quiet) as display:
+        found = api.try_model(
+            _one_model(model, model_path),
+            dataset=dataset,
+            task=task,
+            rows=rows,
+            max_new_tokens=max_new_tokens,
+            url=url,
+            served_as=served_as,
+            api_key_env=api_key_env,
+            watch=display,
+        )
+    return found.as_dict(), _tried_text(found)
+
+
+DEPLOY_HELP = """Make a folder that serves a model elsewhere, and prove it over HTTP: weights, server, page, containers.
+
+`tunesmith prepare-deployment fine_tuned_models/support-lora --output-dir support`"""
+
+
+@app.command("prepare-deployment", help=DEPLOY_HELP)
+@verb
+def prepare_deployment_verb(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN_OR_MODEL]", help="A run's, an adapter's or a model's folder."),
+    ] = None,
+    *,
+    output_dir: Annotated[str, typer.Option(help="The folder that is made.")],
+    model_path: Annotated[
+        str | None, typer.Option(help="The model, as an option instead of the argument.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name that requests ask for; the run's by default.")
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|float32|float16|bfloat16", help="How weights are stored; `auto` as the base's are."
+        ),
+    ] = "auto",
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights.")] = "5GB",
+    space: Annotated[
+        bool, typer.Option("--space", help="With what a Space of the Hugging Face Hub needs.")
+    ] = False,
+    demo: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|chat|sql",
+            help="The page: a chat, or a schema and a question; `auto` as the data is.",
+        ),
+    ] = "auto",
+    check: Annotated[
+        str,
+        typer.Option(metavar="auto|files", help="Whether the served model is asked: if it fits, or not."),
+    ] = "auto",
+    rows: Annotated[int, typer.Option(help="Held-out questions that it is proven with.")] = 50,
+    quiet: bool,
+) -> Any:
+    """Prepare."""
+    from tunesmith import api
+
+    with Display(quiet=quiet) as display:
+        made = api.prepare_deployment(
+            _one_model(model, model_path),
+            output_dir=output_dir,
+            name=name,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            space=space,
+            demo=demo,
+            check=check,
+            rows=rows,
+            watch=display,
+        )
+    return made.as_dict(), _deployment_text(made)
+
+
 PUSH_HELP = """Upload a run's final model, or a merged model, to the Hugging Face Hub, looked through for secrets first.
 
 `tunesmith push fine_tuned_models/support-lora me/support --dry-run`"""
@@ -1614,6 +1817,40 @@ def _merged_text(merged: Merged) -> Any:
         *(("", line) for line in merged.parity.sentences()),
         *(("note", note) for note in merged.notes),
     ]
+    return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
+
+
+def _tried_text(found: Tried) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    from tunesmith.export.tried import sentences
+
+    facts = [
+        ("tried", found.folder),
+        *sentences(found),
+        ("verdict", "fit to be used" if found.passed else "NOT fit to be used"),
+    ]
+    return Group(*(Text(f"{name:<11}{' '.join(value.split())[:300]}") for name, value in facts))
+
+
+def _deployment_text(made: Deployment) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    facts = [
+        ("made", str(made.folder)),
+        ("holds", f"{counted(made.files, 'file')}, {made.size / 1e6:,.1f} MB, weights in {made.dtype}"),
+        ("name", made.name),
+        ("page", "schema and question to SQL" if made.demo == "sql" else "chat"),
+        ("vLLM", f"left out: {made.vllm}" if made.vllm else "in compose.yaml"),
+    ]
+    for name, proof in (("weights", made.merged), ("served", made.served)):
+        if proof is not None:
+            said = "passed" if proof.passed else "FAILED: " + "; ".join(proof.problems())
+            facts += [(name, said), *(("", line) for line in proof.sentences())]
+    facts += [("note", note) for note in made.notes]
+    facts.append(("next", f"{made.folder}/start.sh, then python {made.folder}/smoke_test.py"))
     return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
 
 

@@ -7,6 +7,8 @@ Our task files keep settings for an adapter that is not chosen yet under its kin
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -46,6 +48,17 @@ def compose(
     `flags` is nested like the recipe (`{"training": {"learning_rate": 2e-5}}`). Raises RecipeError with
     every problem found, not only the first.
     """
+    merged, notes = layered(flags, file=file, preset=preset)
+    return Composition(validated(merged), (*notes, *catalog_notes(merged.get("data"))))
+
+
+def layered(
+    flags: Mapping[str, Any] | None = None, *, file: Path | None = None, preset: str | None = None
+) -> tuple[Layer, list[str]]:
+    """All layers as one that nobody has checked yet, and notes on what a choice made moot.
+
+    Raises RecipeError for a task, a preset or a kind that is not there.
+    """
     flag_layer = dict(flags or {})
     file_layer = read_layer(file) if file else {}
     preset = preset or flag_layer.get("preset") or file_layer.get("preset")
@@ -62,8 +75,7 @@ def compose(
     layers += [(str(file), file_layer), ("the command line", flag_layer)]
     layers[1:1] = method_layers(layers)
     layers = _for_data_set(layers)
-    merged, notes = merge(layers)
-    return Composition(validated(merged), (*notes, *catalog_notes(merged.get("data"))))
+    return merge(layers)
 
 
 def method_layers(layers: list[tuple[str, Layer]]) -> list[tuple[str, Layer]]:
@@ -180,15 +192,7 @@ def check_passwords(value: Any, path: str) -> None:
 def validated(layer: Mapping[str, Any]) -> Recipe:
     """A recipe from a merged layer; all its problems in one RecipeError."""
     check_passwords(layer, "")
-    # A union whose kind is left open is of the default kind.
-    layer = {
-        name: {"kind": Recipe.model_fields[name].get_default().kind, **part}
-        if name in Recipe.model_fields
-        and Recipe.model_fields[name].discriminator
-        and isinstance(part, Mapping)
-        else part
-        for name, part in layer.items()
-    }
+    layer = _of_kinds(layer)
     try:
         return Recipe.model_validate(layer)
     except ValidationError as error:
@@ -201,11 +205,68 @@ def validated(layer: Mapping[str, Any]) -> Recipe:
         ) from None
 
 
-def _problem(error: Any, layer: Mapping[str, Any]) -> str:
-    path = [str(part) for part in error["loc"]]
+def _of_kinds(layer: Mapping[str, Any]) -> Layer:
+    """The layer with every union of a kind: where it is left open, of the default kind."""
+    return {
+        name: {"kind": Recipe.model_fields[name].get_default().kind, **part}
+        if name in Recipe.model_fields
+        and Recipe.model_fields[name].discriminator
+        and isinstance(part, Mapping)
+        else part
+        for name, part in layer.items()
+    }
+
+
+def faults(layer: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with a merged layer, by the path of the field that it is about, for those who show it there.
+
+    What is about no single field stands under its section's name. `validated` raises the same in one error.
+    """
+    layer = _of_kinds(layer)
+    try:
+        Recipe.model_validate(layer)
+    except ValidationError as error:
+        found: dict[str, str] = {}
+        for fault in error.errors():
+            if fault["type"] == "value_error" and str(fault["loc"][0]) in _sections():
+                where, said = _accused(fault)
+            else:
+                where, said = ".".join(_path(fault)), _problem(fault, layer)
+            found.setdefault(where, said)
+        known = {fact.path for fact in fields()} | {f"{name}.kind" for name in _sections()}
+        return {
+            next((w for w in _ends(where) if w in known), where.split(".")[0]): said
+            for where, said in reversed(found.items())
+        }
+    return {}
+
+
+def _ends(path: str) -> list[str]:
+    """A path, and those it lies in: `a.b.c`, `a.b`, `a`."""
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
+def _accused(fault: Any) -> tuple[str, str]:
+    """The field that a section's own check names first, and what it says."""
+    path, said = ".".join(_path(fault)), str(fault["msg"]).removeprefix("Value error, ")
+    names = {fact.path.removeprefix(f"{path}.") for fact in fields() if fact.path.startswith(f"{path}.")}
+    words = re.findall(r"[a-z_0-9]+", said.replace(f"{path}.", ""))
+    named = next((word for word in words if word in names), None)
+    return (f"{path}.{named}" if named else path), said
+
+
+def _path(fault: Any) -> list[str]:
+    """Where a fault is, without the union's member, which is no part of the field's name."""
+    path = [str(part) for part in fault["loc"]]
     top = Recipe.model_fields.get(path[0])
     if top and top.discriminator and len(path) > 1:
-        del path[1]  # the union's member, which is no part of the field's name
+        del path[1]
+    return path
+
+
+def _problem(error: Any, layer: Mapping[str, Any]) -> str:
+    path = _path(error)
     if error["type"] == "extra_forbidden":
         return _unknown(path, layer)
     value = error.get("input")
@@ -409,7 +470,11 @@ def _check_grown(text: str) -> None:
             raise _Grown(problem=f"more than {MOST_VALUES:,} values", problem_mark=mark)
 
 
-def _loaded(text: str) -> Any:
+def loaded(text: str) -> Any:
+    """A text as YAML reads it, safely: no classes, no levels or aliases without end.
+
+    Raises yaml.YAMLError and ValueError.
+    """
     _check_grown(text)
     try:
         return yaml.load(text, Loader=_QuickLoader)  # a SafeLoader
@@ -439,7 +504,7 @@ def read_layer(path: Path, *, what: str = "recipe", example: str = "section: {fi
             fix="Save the file as UTF-8.",
         ) from None
     try:
-        layer = _loaded(text)
+        layer = loaded(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
@@ -481,9 +546,14 @@ def preset_about(name: str) -> str:
 
 
 def _preset(name: str) -> Layer:
+    return copy.deepcopy(_read_preset(name))
+
+
+@functools.cache
+def _read_preset(name: str) -> Layer:
     text = resources.files("tunesmith").joinpath(f"presets/{name}.yaml").read_text(encoding="utf-8")
-    loaded: Layer = yaml.safe_load(text)
-    return loaded
+    found: Layer = yaml.safe_load(text)
+    return found
 
 
 def assignment(text: str) -> Layer:

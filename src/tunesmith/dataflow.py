@@ -9,12 +9,14 @@ and paths; weights live and die inside a node. `api` drives this module, and so 
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,11 +49,14 @@ from tunesmith.methods import METHODS, Method
 from tunesmith.methods.kto import shuffled
 from tunesmith.methods.preferred import without_reference_pass
 from tunesmith.plan import Plan
-from tunesmith.recipe import SFT, LoRA, QLoRA, Recipe, Tracking
+from tunesmith.recipe import SFT, LoRA, QLoRA, Recipe, Tracking, Training
 from tunesmith.training import gpu
 from tunesmith.training.fit import Fit, arguments, fit
 from tunesmith.training.order import by_length, order_by_length
 from tunesmith.training.run import Run
+
+if TYPE_CHECKING:
+    from tunesmith.training.steps import Rehearsal
 
 PADDING_WORTH = 0.05
 """Share of a batch that has to be saved in padding for `training.batches: auto` to put rows of like length together."""
@@ -152,7 +157,7 @@ def estimate(
         order=shuffled(len(encodings.train), training.seed) if recipe.method.kind == "kto" else None,
         identity=encodings.fingerprint,
     )
-    here = measured and not device and not method.draws
+    here = measured and not device
     try:
         return estimating.estimate(
             recipe,
@@ -160,7 +165,7 @@ def estimate(
             given,
             facts=facts,
             plan=plan,
-            process=devices.held,
+            process=partial(_held, recipe),
             folder=Path(recipe.output_dir),
             thorough=measured or device is not None,
             measure=partial(_micro_steps, recipe, plan, encodings, packing) if here else None,
@@ -170,6 +175,25 @@ def estimate(
         raise
     except Exception as error:  # a model of parts that cannot be traced can be trained all the same
         return estimating.unknown(facts, error)
+
+
+LATE = {
+    "qlora": ("bitsandbytes",), "grpo": ("trl.trainer.grpo_trainer",), "rloo": ("trl.trainer.rloo_trainer",),
+}  # fmt: skip
+"""Packages of some size that only a run with this adapter or method loads, and a plan does not."""
+
+
+LATER = 15_000_000
+"""Bytes that a process comes to hold in its first steps and keeps: the matrix library's buffers, stacks of threads, the
+last modules. About 10 to 30 MB were measured on two cores."""
+
+
+def _held(recipe: Recipe) -> int:
+    """Bytes that this process holds, once all is loaded that the training loads."""
+    for name in (*LATE.get(recipe.adapter.kind, ()), *LATE.get(recipe.method.kind, ())):
+        with suppress(ImportError):  # a run would say so
+            importlib.import_module(name)
+    return devices.held() + LATER
 
 
 def _examples(method: Method, encodings: Encodings) -> int:
@@ -241,8 +265,10 @@ def _micro_steps(
     packing: Packing | None,
     batches: Sequence[Sequence[int]],
 ) -> list[float]:
-    """Seconds of a micro-step on each of these batches, of the real model, which is thrown away."""
+    """Seconds of a micro-step on each of these batches, of the real model, which is thrown away; where a step begins
+    with answers that the model writes, seconds of the second and third whole step."""
     tokenizer, _ = _tokenizer(recipe)
+    draws = METHODS[recipe.method.kind].draws
     with (
         estimating.undisturbed(),
         TemporaryDirectory(prefix="tunesmith-plan-") as folder,
@@ -250,9 +276,11 @@ def _micro_steps(
     ):
         given = arguments(plan, recipe.training, Tracking(), name="plan", staging=Path(folder) / ".staging")
         given |= {"report_to": ["none"]}
+        if draws:
+            given |= {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no"}
         once = _at_once(recipe)
         trainer = _trainer(once, Run(Path(folder)), tokenizer, plan, encodings, packing, given)
-        return estimating.timed(trainer, batches)
+        return estimating.timed_steps(trainer) if draws else estimating.timed(trainer, batches)
 
 
 def _held_out(recipe: Recipe, asked: Asked) -> planning.HeldOut:
@@ -636,6 +664,7 @@ def _fitted(
             release=encodings.release,
             pace=partial(_paced, prepared) if checkpoint is None else None,
             tokens_per_step=0.0 if method.draws else plan.tokens_per_epoch / plan.steps_per_epoch,
+            rehearsal=_rehearsal(recipe, training, trainer, plan, encodings, packing),
         )
 
 
@@ -661,6 +690,40 @@ def _assist(job: Mapping[str, Any]) -> None:
     # The first process measures; the others need to know that it does.
     measured = [None] if job["measures"] else []
     _fitted(recipe, run, plan, encodings, packing, checkpoint, measured)  # type: ignore[arg-type]
+
+
+def _rehearsal(
+    recipe: Recipe,
+    training: Training,
+    trainer: Any,
+    plan: Plan,
+    encodings: data.EncodedSplits,
+    packing: Packing | None,
+) -> Rehearsal | None:
+    """The fullest batch that the run will meet; None where it comes at once, where the model writes what it learns
+    from, and where several processes have a batch each."""
+    from tunesmith.training.steps import SOON, Rehearsal
+
+    method = METHODS[recipe.method.kind]
+    if method.draws or trainer.args.world_size > 1:
+        return None
+    is_ordered = "_get_train_sampler" in vars(trainer)  # by `order_by_length`
+    given = estimating.Rows(
+        _row_lengths(method, encodings.train, packing),
+        validation=[],
+        order=shuffled(len(encodings.train), training.seed) if recipe.method.kind == "kto" else None,
+    )
+    training = training.model_copy(update={"batches": "by_length" if is_ordered else "shuffled"})
+    found = estimating.batches(given, training, plan.total_steps)
+    place = found.place_of_fullest(given.lengths, pads=trainer.pads)
+    step = place // training.gradient_accumulation_steps + 1
+    if step <= SOON:
+        return None
+    return Rehearsal(
+        estimating.rows_by_number(trainer.train_dataset, found.fullest(given.lengths, pads=trainer.pads)),
+        step,
+        estimating.state_bytes(training.optimizer, trainer.model),
+    )
 
 
 def _paced(run: Run, step: int, per_step: float, seconds: float) -> None:
@@ -723,7 +786,7 @@ def _trainer(
         )
     from tunesmith import forward
 
-    pads = forward.attach(trainer, run, recipe.training)
+    pads = trainer.pads = forward.attach(trainer, run, recipe.training)
     wanted = recipe.training.batches
     if wanted == "by_length" or (wanted == "auto" and pads and not packing and method.any_order):
         rows = _row_lengths(method, encodings.train, packing)

@@ -6,6 +6,7 @@
     ├── ModelError                1  a base model, tokenizer, template or adapter that does not fit
     ├── RunError                  1  a run folder that is missing, taken, damaged or another run's
     ├── MissingExtra              1  an optional package that this option needs
+    ├── InputError                1  a name or value from a browser that cannot be taken
     ├── OutOfResources            3  memory, disk or device is not enough
     │   └── OutOfMemory           3  not even for the smallest forward pass
     ├── TrainingDiverged          3  the loss is no longer a number
@@ -55,6 +56,10 @@ class ModelError(TunesmithError):
 
 class RunError(TunesmithError):
     """A run folder that is missing, taken, damaged or another run's."""
+
+
+class InputError(TunesmithError):
+    """A name or value from a browser that cannot be taken."""
 
 
 class MissingExtra(TunesmithError):

@@ -7,6 +7,7 @@ device can do, and on this machine from two measured micro-steps.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import shutil
@@ -24,6 +25,7 @@ from tunesmith.errors import OutOfResources, TunesmithError
 from tunesmith.heap import Block, most_held
 from tunesmith.plan import Plan, weights_dtype
 from tunesmith.recipe import LoRA, QLoRA, Recipe, Training
+from tunesmith.training.run import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
     from tunesmith.training.fit import Fit
@@ -110,7 +112,7 @@ class Estimate:
     """Bytes by part in each stage of the run that holds memory."""
     seconds_per_step: float
     seconds: float
-    """Of the training: steps and validations."""
+    """Of the training: steps, validations with their sample answers, and what is saved."""
     validation_seconds: float
     """The share of the validations in them."""
     basis: str
@@ -177,7 +179,7 @@ class Estimate:
             (
                 "time in all",
                 duration(self.seconds),
-                "steps and validations; start-up and the comparison are not in it",
+                "steps, validations and saving; start-up and the comparison are not in it",
             )
         )
         written = ", ".join(f"{name} {size(held)}" for name, held in self.disk.items())
@@ -343,6 +345,8 @@ class Traced:
     """Whether the trainer leaves padding out."""
     validation: int = 0
     validation_costs: tuple[tuple[float, float], ...] = ()
+    writing_costs: tuple[tuple[float, float], ...] = ()
+    """Of one new token in each row of a batch of answers; none where nothing is written."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -445,6 +449,7 @@ def _traced(
 ) -> Traced:  # fmt: skip
     import torch
 
+    from tunesmith.methods import METHODS
     from tunesmith.tracing import counting
 
     notes: list[str] = []
@@ -471,7 +476,7 @@ def _traced(
                 size = recipe.training.per_device_train_batch_size
                 inputs = _answered(max(rows.lengths), drawn, size, rows.group, vocabulary)
             else:
-                inputs = trainer.data_collator(_rows(trainer.train_dataset, batch))
+                inputs = trainer.data_collator(rows_by_number(trainer.train_dataset, batch))
             inputs = _shortened(inputs, cut)
             items = (
                 torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
@@ -484,11 +489,15 @@ def _traced(
             blocks = count.blocks()
             costs, flops = count.costs, sum(cost[0] for cost in count.costs)
             model.zero_grad(set_to_none=True)
+            writing: tuple[tuple[float, float], ...] = ()
+            if METHODS[recipe.method.kind].head is None:
+                size = recipe.training.per_device_train_batch_size if drawn else recipe.evaluation.samples
+                writing = _writing(model, count, max(size, 1))
             validation = 0
             validation_costs: tuple[tuple[float, float], ...] = ()
             if validates and rows.validation and trainer.eval_dataset is not None and not drawn:
                 asked = _longest(rows.validation, recipe.training.per_device_eval_batch_size)
-                given = trainer.data_collator(_rows(trainer.eval_dataset, asked))
+                given = trainer.data_collator(rows_by_number(trainer.eval_dataset, asked))
                 count.restart()
                 model.eval()
                 trainer._loss_sum, trainer._num_labels = 0.0, 0  # as an evaluation begins
@@ -521,8 +530,28 @@ def _traced(
             unpadded=not trainer.pads,
             validation=validation,
             validation_costs=validation_costs,
+            writing_costs=writing,
             notes=notes,
         )
+
+
+def _writing(model: Any, count: Any, rows: int) -> tuple[tuple[float, float], ...]:
+    """Operations of a pass over one new token in each of so many rows; none where the model cannot be asked so."""
+    import torch
+
+    count.restart()
+    was_training = model.training
+    model.eval()
+    ids = torch.ones(rows, 1, dtype=torch.long)
+    given = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), **given)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return ()
+    finally:
+        model.train(was_training)
+    return tuple(count.costs)
 
 
 def _answered(prompt: int, answer: int, rows: int, group: int, vocabulary: int) -> dict[str, Any]:
@@ -566,7 +595,7 @@ def _bytes(tensors: Iterable[Any]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _rows(dataset: Any, numbers: Iterable[int]) -> list[dict[str, Any]]:
+def rows_by_number(dataset: Any, numbers: Iterable[int]) -> list[dict[str, Any]]:
     """Rows of a trainer's data by their numbers in the data, which it may hold in another order; with places for
     likelihoods of a reference that are worked out before training."""
     found, first = [], dataset[0]
@@ -746,21 +775,37 @@ def estimate(
     elif measure and roofline(traced.costs, facts, dtype) > MEASURED_SECONDS:
         measure = None
         notes.append(f"no micro-step was measured: one would take longer than {MEASURED_SECONDS:.0f} s")
-    seconds, basis = _seconds_per_batch(traced, rows, batch, share, facts, dtype, precision, measure)
+    if rows.answers and measure:
+        seconds, basis = _seconds_of_drawing(traced, measure)
+    else:
+        seconds, first, basis = _seconds_per_batch(
+            traced, rows, batch, share, facts, dtype, precision, measure
+        )
     accumulation = len(found_batches.starts) / found_batches.steps  # an epoch's last step may have fewer
     update = 14 * traced.trained / (facts.bandwidth * facts.bandwidth_share)
-    per_step = accumulation * seconds + update
+    per_token = _roofline_of_writing(traced.writing_costs, facts, dtype)
+    if rows.answers and measure:
+        per_step, first = seconds, 0.0
+    else:
+        writing = rows.answers * per_token / getattr(recipe.method, "num_iterations", 1)
+        per_step = accumulation * (seconds + writing) + update
     validations = math.ceil(total_steps / plan.eval_steps) if plan.eval_steps and rows.validation else 0
-    per_pass = _pass_over(traced, rows, recipe, facts, dtype)
-    scale = seconds / max(share * roofline(traced.costs, facts, dtype), 1e-12)
+    scale = 1.0 if rows.answers else seconds / max(share * roofline(traced.costs, facts, dtype), 1e-12)
+    validation = _pass_over(traced, rows, recipe, facts, dtype) * scale
+    if recipe.evaluation.samples and not rows.answers:
+        validation += SAMPLE_TOKENS * per_token
+    saves = math.ceil(total_steps / plan.save_steps)
+    kept = saves * (traced.saved + traced.states)
+    if recipe.training.load_best_model_at_end:
+        kept += (validations + 1) * traced.saved
     step_flops = accumulation * traced.flops * share
     result = Estimate(
         device=facts.name,
         capacity=facts.memory,
         stages=found,
         seconds_per_step=per_step,
-        seconds=total_steps * per_step + validations * per_pass * scale,
-        validation_seconds=validations * per_pass * scale,
+        seconds=first + total_steps * per_step + validations * validation + kept / WRITTEN,
+        validation_seconds=validations * validation,
         basis=basis,
         tokens_per_epoch=plan.tokens_per_epoch,
         epochs=round(total_steps / max(plan.steps_per_epoch, 1), 2),
@@ -785,16 +830,15 @@ MEASURED_SECONDS = 20.0
 
 
 def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
-    """Seconds of the trainer's micro-step on rows of these numbers. The last batch is run once before, as first steps
-    are slow."""
+    """Seconds of the trainer's micro-step on rows of these numbers. The first steps of a process are slow."""
     import torch
 
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     found = []
-    for batch in (batches[-1], *batches):
-        inputs = trainer.data_collator(_rows(trainer.train_dataset, batch))
+    for batch in batches:
+        inputs = trainer.data_collator(rows_by_number(trainer.train_dataset, batch))
         items = torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
         started = time.perf_counter()
         with trainer.accelerator.autocast():  # which a prepared model would bring along
@@ -803,7 +847,22 @@ def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
             torch.cuda.synchronize()
         found.append(time.perf_counter() - started)
         trainer.model.zero_grad(set_to_none=True)
-    return found[1:]
+    return found
+
+
+def timed_steps(trainer: Any) -> list[float]:
+    """Seconds of the second and each further step of a trainer of a few steps: the first of a process is slow."""
+    from transformers import TrainerCallback
+
+    ends: list[float] = []
+
+    class Ends(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *given: Any, **named: Any) -> None:
+            ends.append(time.perf_counter())
+
+    trainer.add_callback(Ends())
+    trainer.train()
+    return [after - before for before, after in itertools.pairwise(ends)]
 
 
 def rows_notes(rows: Rows, recipe: Recipe) -> list[str]:
@@ -811,8 +870,8 @@ def rows_notes(rows: Rows, recipe: Recipe) -> list[str]:
     found = []
     if rows.answers:
         found.append(
-            f"{recipe.method.kind} trains on what the model writes: figures are of its own pass over {rows.answers} "
-            "new tokens a row, without the writing, the rewards' models and a critic"
+            f"{recipe.method.kind} trains on what the model writes: memory is that of its own pass over "
+            f"{rows.answers} new tokens a row, without the writing, the rewards' models and a critic"
         )
     if isinstance(recipe.adapter, LoRA) and recipe.adapter.dora:
         found.append("DoRA is figured as LoRA: the norms of its weights take more memory and time")
@@ -857,9 +916,13 @@ class Batches:
 
     def fullest(self, lengths: Sequence[int], *, pads: bool) -> list[int]:
         """The rows of the one that computes the most."""
-        place = int(self.sizes(lengths, pads=pads).argmax())
+        place = self.place_of_fullest(lengths, pads=pads)
         end = self.starts[place + 1] if place + 1 < len(self.starts) else len(self.rows)
         return sorted(int(number) for number in self.rows[self.starts[place] : end])
+
+    def place_of_fullest(self, lengths: Sequence[int], *, pads: bool) -> int:
+        """The number of the one that computes the most, the first of such."""
+        return int(self.sizes(lengths, pads=pads).argmax())
 
     def share(self, rows: Rows, batch: Sequence[int], *, pads: bool) -> float:
         """How much the mean batch computes of what this one does."""
@@ -908,18 +971,19 @@ def batches(rows: Rows, training: Training, steps: int, *, pads: bool = False) -
 def _seconds_per_batch(
     traced: Traced, rows: Rows, batch: Sequence[int], part: float, facts: DeviceFacts, dtype: str, precision: str,
     measure: Callable[[Sequence[Sequence[int]]], list[float]] | None,
-) -> tuple[float, str]:  # fmt: skip
-    """Seconds of the mean micro-step, which is `part` of that which was traced, and what they rest on."""
+) -> tuple[float, float, str]:  # fmt: skip
+    """Seconds of the mean micro-step, which is `part` of that which was traced, those by which the first one is longer,
+    and what they rest on."""
     compute = {"fp16": "float16", "bf16": "bfloat16"}.get(precision, dtype)
     counted_seconds = roofline(traced.costs, facts, compute) * part
     share = f"{traced.flops / 1e9:,.1f} GFLOP in the longest micro-step"
     if measure is None:
         rates = f"{facts.peak(compute) * facts.product_share / 1e12:.3g} TFLOP/s in {compute}"
-        return counted_seconds, f"an estimate: {share}, at {rates} and {facts.bandwidth / 1e9:,.0f} GB/s"
+        return counted_seconds, 0.0, f"an estimate: {share}, at {rates} and {facts.bandwidth / 1e9:,.0f} GB/s"
     by_length = sorted(range(len(rows.lengths)), key=lambda n: rows.lengths[n])
     middle = max(len(by_length) // 2 - len(batch) // 2, 0)
     typical = sorted(by_length[middle : middle + len(batch)])
-    long_seconds, typical_seconds = measure([batch, typical])
+    first_seconds, long_seconds, typical_seconds = measure([typical, batch, typical])
     lengths = rows.lengths
     together = sum if traced.unpadded else max
     high, low = together(lengths[n] for n in batch), together(lengths[n] for n in typical)
@@ -931,8 +995,36 @@ def _seconds_per_batch(
         seconds = (long_seconds + typical_seconds) / 2 * mean / high
     return (
         seconds,
+        max(first_seconds - typical_seconds, 0.0),
         f"two measured micro-steps ({duration(long_seconds)} and {duration(typical_seconds)}); {share}",
     )
+
+
+def _seconds_of_drawing(
+    traced: Traced, measure: Callable[[Sequence[Sequence[int]]], list[float]]
+) -> tuple[float, str]:
+    """Seconds of a whole step whose answers are written first, and what they rest on."""
+    found = measure([])
+    told = " and ".join(map(duration, found))
+    return (
+        sum(found) / len(found),
+        f"{len(found)} measured steps ({told}), the answers of which the model wrote; "
+        f"{traced.flops / 1e9:,.1f} GFLOP in a micro-step beside the writing",
+    )
+
+
+BY_PYTHON = 3e-5
+"""Seconds from one operation to the next while a model writes, which keeps no device busy: 8 to 10 ms a token were
+measured with 4 layers on a CPU, and as much a layer is known of GPUs."""
+
+
+def _roofline_of_writing(costs: Iterable[tuple[float, float]], facts: DeviceFacts, dtype: str) -> float:
+    """Seconds of a new token in each row."""
+    return roofline(costs, replace(facts, launch=max(BY_PYTHON, facts.launch)), dtype)
+
+
+WRITTEN = 400e6
+"""Bytes a second that are hashed, written and flushed; about what one thread and a laptop's disk do."""
 
 
 def _pass_over(traced: Traced, rows: Rows, recipe: Recipe, facts: DeviceFacts, dtype: str) -> float:

@@ -15,12 +15,13 @@ import ipaddress
 import json
 import os
 import random
+import re
 import socket
 import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -172,6 +173,28 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
+"""A Host header: a name or address, with a port or without."""
+
+
+def is_own_name(host: str, names: Container[str] = ()) -> bool:
+    """Whether a Host header names this server: an address, `localhost` or one of `names`, in small letters.
+
+    A page can make any other name point here (DNS rebinding); no address can be made to mean another machine.
+    """
+    found = HOST.fullmatch(host.lower())
+    if found is None:
+        return False
+    name = found[1]
+    if name == "localhost" or name in names:
+        return True
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 # A deadline for the whole request: a socket's own time-out begins anew with every byte.

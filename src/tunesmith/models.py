@@ -100,15 +100,7 @@ def locate(base: str, *, revision: str | None = None) -> str:
                 fix="Give a folder with config.json or adapter_config.json, a run, a Hub id, or `tiny`.",
             )
         path = path.resolve()
-        _check(
-            path,
-            tuple(
-                [
-                    (p.name, p.lstat().st_ino, p.lstat().st_size, p.lstat().st_mtime_ns)
-                    for p in sorted(path.iterdir())
-                ]
-            ),
-        )
+        _vet(path)
         return str(path)
     near = {p.name: str(p) for p in path.parent.iterdir() if _holds_model(p)} if path.parent.is_dir() else {}
     if path.exists():
@@ -120,19 +112,29 @@ def locate(base: str, *, revision: str | None = None) -> str:
         raise ModelError(
             f"There is no model folder or run {base}."
             if "/" in base and near
+            else f"The model '{base}' is not on this machine, and the Hub could not be asked for it."
+            if "/" in base and problem.startswith(UNASKED)
             else f"There is no model '{base}'.",
             found=f"no such folder or run here; {problem}",
             fix=_proposed(path.name, {**near, "tiny": "tiny"}),
         )
+    if Path(location).is_dir():  # the Hub's cache, which may hold a part of the model
+        _vet(Path(location), is_whole=False)
     return location
 
 
+def _vet(folder: Path, *, is_whole: bool = True) -> None:
+    entries = [(p.name, p.lstat()) for p in sorted(folder.iterdir())]
+    state = tuple((name, facts.st_ino, facts.st_size, facts.st_mtime_ns) for name, facts in entries)
+    _check(folder, state, is_whole)
+
+
 @lru_cache(maxsize=64)
-def _check(folder: Path, state: tuple[tuple[str | int, ...], ...]) -> None:
+def _check(folder: Path, state: tuple[tuple[str | int, ...], ...], is_whole: bool) -> None:
     """`untrusted.check_folder`, once for each state of a folder."""
     from tunesmith.untrusted import check_folder
 
-    check_folder(folder)
+    check_folder(folder, is_whole=is_whole)
 
 
 WANTED = (
@@ -149,17 +151,28 @@ WANTED = (
 """Files of a Hub model that are read: weights in safetensors, what describes them, and under what terms."""
 
 
-def folder_of(base: str, *, revision: str | None = None) -> Path:
-    """The folder with a model's files, downloaded where it is the Hub's. Raises ModelError where there is none."""
+DESCRIBING = ("*.json", "*.jinja", "*.model", "*.txt")
+"""Those of them that describe it, without weights."""
+
+
+def folder_of(base: str, *, revision: str | None = None, weights: bool = True) -> Path:
+    """The folder with a model's files, downloaded where it is the Hub's, and looked at (`untrusted`) before any library
+    reads them. A Hub model's are those of one commit; only its descriptions without `weights`.
+
+    Raises ModelError where there is none, or it may not be read.
+    """
     location = locate(base, revision=revision)
     if Path(location).is_dir():
         return Path(location)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(location, revision=revision, allow_patterns=list(WANTED)))
+        wanted = list(WANTED if weights else DESCRIBING)
+        folder = Path(snapshot_download(location, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the network's many ways to fail come as many types
         raise _not_loaded("model", base, error) from error
+    _vet(folder, is_whole=weights)
+    return folder
 
 
 def files_of(folder: Path) -> list[tuple[str, int, int]]:
@@ -216,6 +229,10 @@ def _proposed(name: str, near: Mapping[str, str]) -> str:
     return f"Check the path, or give a Hub id such as owner/name.{known}"
 
 
+UNASKED = ("the Hub is switched off (HF_HUB_OFFLINE)", "the Hub cannot be reached")
+"""Why it is not known whether the Hub has a model."""
+
+
 @lru_cache
 def _on_hub(base: str, revision: str | None) -> tuple[str, str | None]:
     """Where a Hub model is to be loaded from, by one short request, and what is wrong with it.
@@ -226,7 +243,7 @@ def _on_hub(base: str, revision: str | None) -> tuple[str, str | None]:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    problem = "the Hub is switched off (HF_HUB_OFFLINE)"
+    problem = UNASKED[0]
     if not constants.HF_HUB_OFFLINE:
         try:
             HfApi().model_info(base, revision=revision, timeout=HUB_SECONDS)
@@ -239,7 +256,7 @@ def _on_hub(base: str, revision: str | None) -> tuple[str, str | None]:
             return base, f"the Hub's model has no revision '{revision}'"
         except Exception as error:  # the network's many ways to fail come as many types
             first_line = next(iter(str(error).strip().splitlines()), "")[:200]
-            problem = f"the Hub cannot be reached ({type(error).__name__}: {first_line})"
+            problem = f"{UNASKED[1]} ({type(error).__name__}: {first_line})"
     try:
         return snapshot_download(base, revision=revision, local_files_only=True), None
     except Exception:  # whatever is wrong with the cache, the model is not there
@@ -254,16 +271,15 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
 
     rendering.install()
 
-    location = locate(base, revision=revision)
-    folder = Path(location)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    folder = folder_of(base, revision=revision, weights=False)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(
             f"The model folder {folder} has no tokenizer.",
             found=", ".join(sorted(p.name for p in folder.iterdir())[:8]),
             fix="Copy tokenizer.json and tokenizer_config.json of the model into it.",
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # the loaders raise many unrelated types for one user-visible fact
         raise _not_loaded("tokenizer", base, error) from error
     if tokenizer.pad_token_id is None:
@@ -275,7 +291,7 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
 def kind(base: str, *, revision: str | None = None) -> Kind:
     """Whether a model continues texts (causal), answers what its encoder has read (seq2seq) or gives scores
     (reward), from its configuration alone. Raises ModelError for a model that does nothing of it, such as BERT."""
-    if _is_scoring_adapter(locate(base, revision=revision)):
+    if _is_scoring_adapter(folder_of(base, revision=revision, weights=False)):
         return "reward"
     return _kind(configuration(base, revision), base)
 
@@ -334,8 +350,8 @@ def _writes_nothing(name: str) -> ModelError:
     )
 
 
-def _is_scoring_adapter(location: str) -> bool:
-    file = Path(location) / "adapter_config.json"
+def _is_scoring_adapter(folder: Path) -> bool:
+    file = folder / "adapter_config.json"
     return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
 
 
@@ -343,13 +359,13 @@ def configuration(base: str, revision: str | None = None) -> Any:
     """A model's configuration; of an adapter that of its base."""
     from transformers import AutoConfig
 
-    location = locate(base, revision=revision)
-    adapter = Path(location) / "adapter_config.json"
+    folder = folder_of(base, revision=revision, weights=False)
+    adapter = folder / "adapter_config.json"
     if adapter.is_file():
         said = json.loads(adapter.read_text(encoding="utf-8"))
         return configuration(str(said.get("base_model_name_or_path")), said.get("revision"))
     try:
-        return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:
         raise _not_loaded("model", base, error) from error
 
@@ -435,7 +451,7 @@ def load_model(
     """
     import torch
 
-    location = locate(base, revision=revision)
+    location = str(folder_of(base, revision=revision))
     options: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
         "trust_remote_code": False,
@@ -470,12 +486,10 @@ def load_model(
             tuned = getattr(peft, f"AutoPeftModelFor{AUTO[of_kind]}")
             model = tuned.from_pretrained(location, **options)
         elif of_kind == "reward":
-            model, info = _model_class(of_kind).from_pretrained(
-                location, revision=revision, output_loading_info=True, **options
-            )
+            model, info = _model_class(of_kind).from_pretrained(location, output_loading_info=True, **options)
             missing = set(info["missing_keys"])
         else:
-            model = _model_class(of_kind).from_pretrained(location, revision=revision, **options)
+            model = _model_class(of_kind).from_pretrained(location, **options)
     except ModelError:
         raise
     except Exception as error:

@@ -51,8 +51,9 @@ _FILES = re.compile(r"_(file|path|dir|folder)$")
 _KERNELS = re.compile(r"(attn|attention|experts?)_implementation")
 
 
-def check_folder(folder: Path) -> None:
-    """Raises ModelError for a model's folder that is more, or less, than weights and descriptions to be read."""
+def check_folder(folder: Path, *, is_whole: bool = True) -> None:
+    """Raises ModelError for a model's folder that is more, or less, than weights and descriptions to be read. Of one
+    that need not be whole weights may be missing."""
     folder = folder.resolve()
     root = _root(folder)
     _check_links(folder, root)
@@ -67,7 +68,7 @@ def check_folder(folder: Path) -> None:
         if isinstance(content, Mapping) and name not in TOKENIZERS and not name.endswith(".index.json"):
             _check_names(folder, name, content)
         if name.endswith(".index.json"):
-            _check_index(folder, name, content)
+            _check_index(folder, name, content, is_whole=is_whole)
     if "adapter_config.json" in described:
         _check_adapter(folder, described["adapter_config.json"])
     elif "config.json" in described:
@@ -165,7 +166,7 @@ def _outside(folder: Path, file: str, found: str) -> ModelError:
     )
 
 
-def _check_index(folder: Path, file: str, content: Any) -> None:
+def _check_index(folder: Path, file: str, content: Any, *, is_whole: bool) -> None:
     shards = content.get("weight_map") if isinstance(content, Mapping) else None
     if not isinstance(shards, Mapping):
         raise ModelError(f"{file} of the model {folder} has no weight_map.", fix="Load the model again.")
@@ -176,7 +177,7 @@ def _check_index(folder: Path, file: str, content: Any) -> None:
             raise _outside(folder, file, f"weight_map: {name!r}")
         if not name.endswith(".safetensors"):
             raise _pickled(folder, name)
-        if not (folder / name).is_file():
+        if is_whole and not (folder / name).is_file():
             raise ModelError(
                 f"The model {folder} is not whole.",
                 found=f"no {name}",

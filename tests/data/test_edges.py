@@ -106,7 +106,7 @@ def test_hub_splits_of_no_known_role_are_said(monkeypatch):
 def test_an_empty_column_is_called_empty_not_absent(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("ask,say\nq,\nr,\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"column say of a is empty in every row"):
+    with pytest.raises(DataError, match=r"column say of a.csv is empty in every row"):
         data.prepare(Data(dataset=str(path), input_text_key="ask", output_text_key="say"))
     with pytest.raises(DataError, match=r"without a value in any of the 2 rows: say"):
         data.prepare(Data(dataset=str(path)))

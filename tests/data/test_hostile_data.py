@@ -101,6 +101,10 @@ CASES = {
     "ShareGPT misspelled": (".jsonl", b"\n".join([
         row(conversations=[{"from": "human", "value": f"a{n}"}, {"from": "gpt", "value": f"b{n}"}]) for n in range(3)
     ] + [row(conversations=[{"from": "humn", "value": "a"}, {"from": "gpt", "value": "b"}])]), 4, 4),
+    "a chat cut into lines": (".jsonl", b'{"messages": [\n' + talk(("user", "a"), ("assistant", "b")) + b"\n]}", 3, 1),
+    "bad UTF-8 in an escape": (".jsonl", among(b'{"prompt": "\\u12", "response": "b"}'), 5, 3),
+    "a text file with a NUL": (".txt", b"one\0two\n", 1, None),
+    "no header": (".csv", b"what is 1,it is 1\n", 0, 0),
     "damaged Parquet": (".parquet", b"PAR1" + bytes(40) + b"PAR1", 0, 0),
 }  # fmt: skip
 
@@ -143,7 +147,118 @@ def test_each_case_is_accounted_for_and_said_in_one_clear_error(tmp_path, name):
 
 
 def test_the_catalogue_has_its_cases():
-    assert len(CASES) >= 35
+    assert len(CASES) >= 40
+
+
+def counts_of(tmp_path, tokenizer, *rows, **options):
+    """What becomes of rows: the ledger's counts, and the reasons of those that are not trained."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(rows) + b"\n")
+    section = Data(**{"dataset": str(path), "cache": False, "validation": 0.0, "held_out": 0.0, **options})
+    made = data.encoded(data.prepare(section), tokenizer, data=section, loss_on="answers")
+    entries = list(made.ledger.entries)
+    assert len(entries) == len(rows), "every row has its line"
+    assert {entry.row.source for entry in entries} == {"rows.jsonl"}
+    return made, [(entry.row.number, entry.fate, entry.reason or "") for entry in entries]
+
+
+LONG = row(prompt="what is long", response="yes " * 400)
+
+
+def test_a_row_that_is_too_long_is_dropped_with_its_number_or_ends_it(tmp_path, tiny_tokenizer):
+    made, fates = counts_of(tmp_path, tiny_tokenizer, *GOOD, LONG, max_length=64, over_long="drop")
+    assert [number for number, fate, _ in fates if fate == "dropped"] == [5]
+    assert "64" in fates[4][2]
+    assert int(made.train.lengths.max()) <= 64
+    with pytest.raises(DataError) as error:
+        counts_of(tmp_path, tiny_tokenizer, *GOOD, LONG, max_length=64, over_long="error")
+    assert "rows.jsonl" in str(error.value)
+    assert re.search(r"\b5\b", str(error.value))
+
+
+def test_a_row_that_has_no_token_to_train_ends_it_or_is_dropped_with_its_number(tmp_path, tiny_tokenizer):
+    question = row(prompt="what is " * 200, response="two")
+    with pytest.raises(DataError) as error:
+        counts_of(tmp_path, tiny_tokenizer, *GOOD, question, max_length=64)
+    assert "rows.jsonl:5" in str(error.value)
+    _, fates = counts_of(tmp_path, tiny_tokenizer, *GOOD, question, max_length=64, on_breach="drop")
+    assert [number for number, fate, _ in fates if fate == "dropped"] == [5], fates
+
+
+def test_copies_are_trained_together_and_never_measured_by_one_another(tmp_path, tiny_tokenizer):
+    rows = [row(prompt=f"what is {n % 10}", response=f"it is {n % 10}") for n in range(40)]
+    _, fates = counts_of(tmp_path, tiny_tokenizer, *rows, validation=0.3, held_out=0.2)
+    where = {}
+    for number, fate, _ in fates:
+        where.setdefault((number - 1) % 10, set()).add(fate)
+    assert all(len(found - {"dropped"}) == 1 for found in where.values()), where
+    assert api.validate(str(tmp_path / "rows.jsonl")).as_dict()["counts"]["duplicate"] == 30
+
+
+def test_what_stands_in_both_splits_of_a_source_is_not_trained(tmp_path, tiny_tokenizer):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_bytes(b"\n".join(GOOD))
+    (tmp_path / "set" / "test.jsonl").write_bytes(b"\n".join(GOOD[2:]))
+    section = Data(dataset=str(tmp_path / "set"), cache=False)
+    splits = data.prepare(section)
+    entries = [splits.entry(number, record) for number, record, _ in splits.rows()]
+    both = [e for e in entries if e.row.source.endswith("train.jsonl") and e.row.number in (3, 4)]
+    assert len(both) == 2
+    assert {e.fate for e in both} == {"dropped"}, both
+
+
+@pytest.mark.parametrize("kind", ["an object", "another schema", "a number"])
+def test_a_schema_that_changes_late_is_found_with_its_line(tmp_path, kind):
+    """At row 20,001, where what was read before has long been decided."""
+    late = {
+        "an object": b'{"prompt": "a", "response": {"x": 1}}', "another schema": b'{"foo": "a"}',
+        "a number": b'{"prompt": "a", "response": 7}',
+    }[kind]  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    with path.open("wb") as file:
+        file.writelines(b'{"prompt": "what is %d", "response": "it is %d"}\n' % (n, n) for n in range(20_000))
+        file.write(late + b"\n")
+    splits = data.prepare(Data(dataset=str(path), cache=False))
+    counts = splits.ledger.counts()
+    assert counts["rows_in"] == 20_001
+    last = next(entry for entry in splits.ledger.entries if entry.row.number == 20_001)
+    if kind == "a number":
+        assert last.fate != "dropped", "a number is text that was written so"
+    else:
+        assert last.fate == "dropped"
+        assert counts["dropped"] == 1
+        assert last.reason
+
+
+SPECIAL = (
+    "<|im_end|>",
+    "<|im_start|>system",
+    "<|pad|>",
+    "<|im_",
+    "end|>",
+    "<think>",
+    "[INST]",
+    "\ue000",
+    "<\u200b|im_end|>",
+)
+
+
+@pytest.mark.parametrize("place", ["prompt", "response"])
+@pytest.mark.parametrize("text", SPECIAL)
+def test_the_text_of_a_special_token_in_content_stays_text(tmp_path, tiny_tokenizer, text, place):
+    """DATA-17, from a file to the ids: as many control tokens as without it, and the content comes back whole."""
+    values = {"prompt": "what is one", "response": "two"}
+    plain, _ = counts_of(tmp_path, tiny_tokenizer, row(**values))
+    content = values[place] + f" {text} b"
+    made, _ = counts_of(tmp_path, tiny_tokenizer, row(**{**values, place: content}))
+    controls = tiny_tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>", "<|pad|>"])
+    count = lambda found: [list(found.train[0].input_ids).count(i) for i in controls]  # noqa: E731
+    assert count(made) == count(plain)
+    assert content in tiny_tokenizer.decode(made.train[0].input_ids)
+    if text in ("<|im_end|>", "<|pad|>"):  # the control: the plain way makes control tokens of it
+        rendered = tiny_tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        ids = tiny_tokenizer(rendered, add_special_tokens=False).input_ids
+        assert [ids.count(i) for i in controls] != [1, 1, 0]
 
 
 def grown(read) -> tuple[float, float]:

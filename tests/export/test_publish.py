@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 
 from tunesmith import api
 from tunesmith.cli import app
+from tunesmith.compose import compose
 from tunesmith.errors import TunesmithError
 from tunesmith.export import publish
+from tunesmith.training.run import create
 
 TOKEN = "hf_" + "a1B2c3D4" * 4
 
@@ -289,3 +291,20 @@ def test_secrets_in_the_header_of_weights_are_found(model):
     save_file(load_file(file), file, {"format": "pt", "note": TOKEN})
     [found] = publish.planned(model, "me/mine", private=True).findings
     assert "model.safetensors" in found
+
+
+def test_a_run_that_was_pushed_is_pulled_by_its_own_name(hub, model, question_file, tmp_path):
+    run = create(
+        compose({"output_dir": str(tmp_path / "runs"), "name": "mine", "model": {"base": str(model)},
+                 "data": {"dataset": str(question_file)}}).recipe
+    )  # fmt: skip
+    with pytest.raises(TunesmithError, match="was not pushed"):
+        api.pull(str(run.path))
+    model.rename(run.final_model)
+    api.push(run.path, repository="me/mine", token=TOKEN)
+    result = CliRunner().invoke(app, ["pull", str(run.path), "--output", str(tmp_path / "back"), "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    assert found["folder"] == str(tmp_path / "back")
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (run.final_model / name).read_bytes()

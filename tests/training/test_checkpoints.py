@@ -407,6 +407,167 @@ def test_a_kill_at_each_call_of_a_save_leaves_whole_checkpoints_only(run, tiny_m
     assert set(survivors) == {3, 4}
 
 
+CALLS = (
+    "write",
+    "pwrite64",
+    "fsync",
+    "rename",
+    "renameat",
+    "renameat2",
+    "unlink",
+    "unlinkat",
+    "rmdir",
+    "mkdir",
+    "openat",
+)
+"""System calls by which a save changes the disk, as Python's, torch's and Rust's libraries make them."""
+
+
+def traced_save(trainer, call: str, what: str) -> tuple[int, str]:
+    """A save in a process of its own whose system calls go wrong as strace says: its exit code and what it said."""
+    import ctypes
+    import subprocess
+    import time
+
+    said = Path(trainer.args.output_dir).parent / "said"
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            ctypes.CDLL(None).prctl(
+                0x59616D61, ctypes.c_ulong(-1 & (2**64 - 1)), 0, 0, 0
+            )  # anybody may trace it
+            end = time.monotonic() + 20
+            while "TracerPid:\t0" in Path("/proc/self/status").read_text():
+                assert time.monotonic() < end, "nobody traces"
+                time.sleep(0.005)
+            trainer._save_checkpoint(trainer.model, None)
+            code = 0
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                said.write_text(f"{type(error).__name__}: {error}")
+        os._exit(code)
+    tracer = subprocess.Popen(
+        ["strace", "-f", "-qq", "-o", "/dev/null", "-p", str(child), "-e", f"trace={call}", "-e",
+         f"inject={call}:{what}"],
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    tracer.wait(20)
+    found = said.read_text() if said.exists() else ""
+    said.unlink(missing_ok=True)
+    return code, found
+
+
+@pytest.fixture
+def before_the_last(run, tiny_model_folder):
+    """A trainer that stands before its fourth save, of whose run only one checkpoint is to be kept."""
+    if not shutil.which("strace"):
+        pytest.skip("strace is not here")
+    trainer = trainer_of(run, tiny_model_folder, keep=1)
+    shutil.rmtree(run.checkpoints / "checkpoint-step-4")
+    trainer.args.save_strategy = trainer.args.save_strategy.__class__("no")
+    trainer.train(resume_from_checkpoint=str(run.checkpoints / "checkpoint-step-3"))
+    return trainer, shutil.copytree(run.checkpoints, run.path / "backup")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("call", CALLS)
+def test_sigkill_at_each_system_call_of_a_save_leaves_whole_checkpoints_only(run, before_the_last, call):
+    """By strace, so that the calls of compiled libraries are among them; k = 1, 2, ... until a save is not hit."""
+    trainer, backup = before_the_last
+    survivors = []
+    while True:
+        code, _ = traced_save(trainer, call, f"signal=SIGKILL:when={len(survivors) + 1}")
+        checkpoints.clean(run)
+        for folder in checkpoints.found(run):
+            assert checkpoints.problem(folder) is None, (call, len(survivors) + 1, folder.name)
+        survivors.append(checkpoints.step_of(checkpoints.choose(run)))
+        shutil.rmtree(run.checkpoints)
+        shutil.copytree(backup, run.checkpoints)
+        if code != -9:
+            break
+    assert code == 0
+    assert survivors[-1] == 4, "the save that was not hit"
+    if call in ("write", "fsync", "openat"):
+        assert len(survivors) > 5, "the control: saves were hit"
+    assert survivors == sorted(survivors), "the new one from its rename on"
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("fault", ["ENOSPC", "EIO"])
+@pytest.mark.parametrize("call", ["write", "fsync", "rename", "mkdir"])
+def test_a_disk_that_fails_at_each_call_from_one_on_is_told_and_leaves_the_former(
+    run, before_the_last, call, fault
+):
+    trainer, backup = before_the_last
+    hit = 0
+    while True:
+        code, said = traced_save(trainer, call, f"error={fault}:when={hit + 1}+")
+        checkpoints.clean(run)
+        for folder in checkpoints.found(run):
+            assert checkpoints.problem(folder) is None, (call, hit + 1, folder.name)
+        assert checkpoints.choose(run) is not None
+        if code:
+            hit += 1
+            # Where nothing at all can be written, what is said of it cannot be either.
+            assert said.startswith(("OutOfResources: ", "OSError: ")) or call == "write", said
+        shutil.rmtree(run.checkpoints)
+        shutil.copytree(backup, run.checkpoints)
+        if not code:
+            break
+        assert hit < 500
+    assert hit or call == "mkdir"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a disk in memory of so many bytes, and gives its folder."""
+    import subprocess
+
+    mounted = []
+
+    def mount(size: int) -> Path:
+        place = tmp_path / f"disk-{size}"
+        place.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)],
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            pytest.skip("no disk can be mounted here")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("times", [1.5, 2.5, 3.1])
+def test_a_disk_that_really_is_full_keeps_what_it_has(written, tiny_model_folder, small_disk, times):
+    """A disk for so many checkpoints, of which each step writes one and none is deleted."""
+    one = sum(p.stat().st_size for p in (written[0].checkpoints / "checkpoint-step-1").iterdir())
+    run = create(Recipe(output_dir=str(small_disk(int(one * times) + 2**16)), name="full"))
+    trainer = trainer_of(run, tiny_model_folder)
+    with pytest.raises(OutOfResources, match="could not be written: there is no room") as error:
+        trainer.train()
+    assert "bytes are free" in error.value.found
+    whole = checkpoints.found(run)
+    assert 1 <= len(whole) <= times
+    assert [checkpoints.problem(folder) for folder in whole] == [None] * len(whole)
+    assert not [p for p in run.staging.iterdir() if p.name.startswith("checkpoint")]
+    # The control: the plain Trainer leaves a part under a final name.
+    shutil.rmtree(run.path)
+    other = create(Recipe(output_dir=str(run.path.parent), name="plain"))
+    with pytest.raises(Exception):  # noqa: B017
+        plain(other, tiny_model_folder).train()
+    names = sorted(other.staging.iterdir(), key=lambda p: int(p.name.rpartition("-")[2]))
+    assert not (names[-1] / "trainer_state.json").exists(), "the newest one is not whole"
+
+
 def test_files_are_flushed_before_their_checkpoint_has_its_name(run, monkeypatch):
     staging, said = run.staging / "checkpoint-9", []
     shutil.copytree(run.checkpoints / "checkpoint-step-4", staging)

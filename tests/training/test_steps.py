@@ -21,7 +21,7 @@ COLORS = ("red", "blue", "green", "one", "two")
 
 def row(kind: str, n: int) -> dict[str, Any]:
     question = {"prompt": f"what is the count of {n}" + " and more" * (n % 3)}
-    if kind in ("dpo", "reward", "orpo"):
+    if kind in ("dpo", "reward", "orpo", "cpo", "simpo", "kto"):
         return {**question, "chosen": f"{COLORS[n % 5]} {n}", "rejected": f"no {COLORS[(n + 1) % 5]} rows"}
     return {**question, "response": f"{COLORS[n % 5]} {n}" + " yes" * (n % 4)}
 
@@ -67,13 +67,15 @@ def short_of_memory(monkeypatch):
         "python": MemoryError,
     }
 
-    def install(*, calls=(), at="forward", kind="device", rows=None):
+    def install(*, calls=(), at="forward", kind="device", rows=None, rehearsing=False):
         fit, seen = dataflow.fit, {"forward": 0, "backward": 0, "evaluate": 0}
 
         def short(trainer, *args, **kwargs):
             model = trainer.model
 
             def before(module, given, named):
+                if trainer.is_rehearsing is not rehearsing:
+                    return
                 ids = named.get("input_ids", given[0] if given else None)
                 name = "forward" if module.training else "evaluate"
                 seen[name] += 1
@@ -83,6 +85,8 @@ def short_of_memory(monkeypatch):
             model.register_forward_pre_hook(before, with_kwargs=True)
 
             def after(gradient):
+                if trainer.is_rehearsing is not rehearsing:
+                    return
                 seen["backward"] += 1
                 if at == "backward" and seen["backward"] in calls:
                     raise said[kind]()
@@ -203,10 +207,158 @@ def test_where_one_row_is_too_much_the_numbers_are_told(made, short_of_memory):
 
 @pytest.mark.thorough
 def test_a_loss_that_cannot_be_parted_says_so(made, short_of_memory):
+    """The stock forward of ORPO gives all logits of a batch, which would be held whole however they are made."""
     short_of_memory(calls=(1,))
     with pytest.raises(OutOfResources) as error:
-        api.train(made("orpo", name="short"))
+        api.train(made("orpo", name="short", training={"forward": "stock"}))
     assert "depends on the others of its batch" in error.value.found
+
+
+REWARDED = {
+    "method": {
+        "num_generations": 4,
+        "max_new_tokens": 6,
+        "rewards": [{"kind": "metric", "name": "length_match"}],
+    }
+}
+WHOLE = {
+    "orpo": {}, "cpo": {"method": {"sft_weight": 0.5}}, "simpo": {}, "kto": {"data": {"max_length": 64}},
+    "dpo": {"method": {"sft_weight": 1.0}}, "grpo": REWARDED, "rloo": REWARDED,
+    "ppo": {"method": {"max_new_tokens": 6, "rewards": REWARDED["method"]["rewards"]}},
+}  # fmt: skip
+"""Methods in whose losses a row depends on the others of its batch, with options under which it does."""
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "orpo" else pytest.mark.thorough) for kind in WHOLE]
+)
+def test_a_batch_that_must_stay_whole_is_read_in_parts(made, straight, monkeypatch, kind):
+    """The loss is that of the undisturbed run; a mean of the losses of parts would be another one."""
+    adapter = {"adapter": {"kind": "lora", "rank": 4}} if kind in ("dpo", "kto") else {}
+    changes = overlaid(WHOLE[kind], adapter)
+    whole = straight(made, kind, **changes)
+    fit, read, failed = dataflow.fit, [], []
+
+    def short(trainer, *args, **kwargs):
+        model = trainer.model.policy if kind == "ppo" else trainer.model
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+        def before(module, given, named):
+            if trainer.is_rehearsing or not (trainer.model.training and torch.is_grad_enabled()):
+                return
+            ids = named.get("input_ids", given[0] if given else None)
+            if not failed:
+                failed.append(1)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            read.append(int(ids.numel()))
+
+        inner.base_model.register_forward_pre_hook(before, with_kwargs=True)
+        return fit(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(dataflow, "fit", short)
+    run = Run(api.train(made(kind, name="short", **changes)).run)
+    [found] = decisions(run, "micro-batch")
+    assert failed
+    assert found["value"] >= 1
+    assert "with the same" in found["reason"]
+    assert losses(run) == pytest.approx(losses(whole), abs=1e-5)
+    one, other = weights(run), weights(whole)
+    assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in other)
+    logged = lambda r: [  # noqa: E731
+        {n: v for n, v in e.get("measures", {}).items() if "time" not in n and "seconds" not in n}
+        for e in r.events()
+        if e["kind"] == "step"
+    ]
+    for mine, theirs in zip(logged(run), logged(whole), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-3, nan_ok=True)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["kto", "cpo"])
+def test_a_validation_whose_batches_must_stay_whole_is_read_in_parts(made, straight, monkeypatch, kind):
+    changes = overlaid(WHOLE[kind], {"data": {"validation": 0.3}})
+    whole = straight(made, kind, **changes)
+    fit, failed = dataflow.fit, []
+
+    def short(trainer, *args, **kwargs):
+        def before(module, given, named):
+            if not trainer.model.training and len(failed) < 2:
+                failed.append(1)
+                raise MemoryError
+
+        trainer.model.base_model.register_forward_pre_hook(before, with_kwargs=True)
+        return fit(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(dataflow, "fit", short)
+    run = Run(api.train(made(kind, name="short", **changes)).run)
+    assert len(decisions(run, "validation batch")) == 2
+    found = [[e["loss"] for e in r.events() if e["kind"] == "evaluation"] for r in (run, whole)]
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert losses(run) == losses(whole), "and training is as it was, to the bit"
+
+
+# The fullest batch first
+
+
+@pytest.fixture
+def late(tmp_path):
+    """Rows of which the longest comes at the last step."""
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(42)).tolist()
+    rows = [row("sft", n) for n in range(40)]
+    rows[order[22]]["prompt"] += " and more" * 8
+    path = tmp_path / "late.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return {"data": {"dataset": str(path), "held_out": 0.0, "validation": 0.0}, "training": {"seed": 42}}
+
+
+def test_the_fullest_batch_is_tried_first_and_undone(made, late, monkeypatch):
+    """To the bit: a run that tries it is a run that does not."""
+    fit, tried = dataflow.fit, []
+
+    def watched(trainer, *args, rehearsal=None, **kwargs):
+        assert rehearsal is not None
+
+        def before(module, given, named):
+            if trainer.is_rehearsing:
+                tried.append((trainer.state.global_step, named["input_ids"].shape[-1]))
+
+        trainer.model.register_forward_pre_hook(before, with_kwargs=True)
+        assert (len(rehearsal.rows), rehearsal.step) == (4, 3)
+        assert rehearsal.states == 8 * sum(p.numel() for p in trainer.model.parameters())
+        return fit(trainer, *args, rehearsal=rehearsal if is_tried else None, **kwargs)
+
+    monkeypatch.setattr(dataflow, "fit", watched)
+    runs = []
+    for is_tried in (True, False):
+        runs.append(Run(api.train(made(name=f"tried-{is_tried}", **late)).run))
+    assert len(tried) == 1, "in the first run, once"
+    assert tried[0][0] == 0, "before the first step"
+    widths = [e["tokens"] for e in runs[1].events() if e["kind"] == "step"]
+    assert widths[2] - widths[1] > widths[1] - widths[0], "the fullest step is the last one"
+    assert losses(runs[0]) == losses(runs[1])
+    one, other = map(weights, runs)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.slow
+def test_memory_runs_out_before_the_first_step_or_not_at_all(made, late, straight, short_of_memory):
+    whole = straight(made, "sft", **late)
+    short_of_memory(calls=(1,), rehearsing=True)
+    run = Run(api.train(made(name="short", **late)).run)
+    [found] = decisions(run, "micro-batch")
+    assert (found["step"], found["value"]) == (1, 2)
+    assert "of step 3, the fullest batch of the run, which was tried before the first step" in found["reason"]
+    assert losses(run) == pytest.approx(losses(whole), abs=1e-5)
+
+
+@pytest.mark.thorough
+def test_a_batch_that_will_never_fit_ends_the_run_before_its_first_step(made, late, short_of_memory):
+    short_of_memory(rows=0.5, rehearsing=True)
+    recipe = made(name="short", **late)
+    with pytest.raises(OutOfResources, match="step 3 of the run, whose batch is the fullest one") as error:
+        api.train(recipe)
+    assert "a single row of" in error.value.found
+    assert not (Path(recipe.output_dir) / "short").exists(), "nothing was trained, and the name is free again"
 
 
 @pytest.fixture
@@ -311,7 +463,7 @@ def test_memory_of_this_machine_that_really_runs_out(made, tmp_path):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
-        resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, hard))
+        resource.setrlimit(resource.RLIMIT_AS, (used + 60 * 2**20, hard))
         run = Run(api.train(recipe).run)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))

@@ -218,7 +218,7 @@ class Splits:
 
 def _changed(source: Source) -> DataError:
     return DataError(
-        f"{source.name} changed while it was read.",
+        f"{source.title} changed while it was read.",
         fix="Start again when nothing writes to it any more.",
     )
 
@@ -410,7 +410,7 @@ def _read(
         found.swallowed += swallowed(record) is not None
         if isinstance(example, Misnamed):
             raise DataError(
-                f"A row of {source.name} asks for a check that cannot be made.",
+                f"A row of {source.title} asks for a check that cannot be made.",
                 found=f"{record.row}: {example}",
                 fix="Correct the row's `constraints`; docs/constraints.md says what each takes.",
             )

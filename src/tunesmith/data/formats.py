@@ -526,7 +526,7 @@ def detect(
     known = _counts(source) if known is None else known
     if not known:
         raise DataError(
-            f"The rows of {source.name} fit no known format.",
+            f"The rows of {source.title} fit no known format.",
             found=_found(source),
             fix="Fill the empty column, or name others with --input-text-key and --output-text-key."
             if source.empty_columns
@@ -536,7 +536,7 @@ def detect(
     shapes = {FORMATS[name].shape for name in known}
     if len(shapes) > 1:
         raise DataError(
-            f"The rows of {source.name} are of several kinds that are not trained alike.",
+            f"The rows of {source.title} are of several kinds that are not trained alike.",
             found=", ".join(f"{counted(count, 'row')} '{name}'" for name, count in known.items()),
             fix="Split the file, or name one format with --format; rows that do not fit it are dropped.",
         )
@@ -652,7 +652,7 @@ def none_usable(source: Source, reasons: Mapping[str, int]) -> DataError:
     """The error for a source of which no row becomes an example."""
     worst = sorted(reasons.items(), key=lambda item: -item[1])[:5]
     return DataError(
-        f"None of the {source.facts.count} rows of {source.name} can be used.",
+        f"None of the {source.facts.count} rows of {source.title} can be used.",
         found="; ".join(f"{count} × {reason}" for reason, count in worst),
         fix=f"Columns there: {', '.join(source.columns)}. Mend the rows, or name other columns.",
     )
@@ -713,12 +713,12 @@ def _missing(source: Source, missing: Sequence[str], purpose: str = "") -> DataE
     empty = [name for name in missing if name in source.empty_columns]
     if empty:
         return DataError(
-            f"The column {empty[0]} of {source.name}{purpose} is empty in every row.",
+            f"The column {empty[0]} of {source.title}{purpose} is empty in every row.",
             found=_found(source),
             fix="Fill it, or name another column.",
         )
     return DataError(
-        f"{source.name} has no column {', '.join(missing)}{purpose}.",
+        f"{source.title} has no column {', '.join(missing)}{purpose}.",
         found=_found(source),
         fix=nearest(missing[0].split(" or ")[0], source.columns),
     )

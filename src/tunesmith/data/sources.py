@@ -126,6 +126,11 @@ class Source:
     lines: Path | None = None
     """The JSON Lines file whose lines are the rows, for those who read it in pieces; None for other sources."""
 
+    @property
+    def title(self) -> str:
+        """What an error calls it: the file or folder as it is on the disk."""
+        return self.place.name if self.place else self.name
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """The content, the files' names and the splits they name: equal only where every row is the same."""
@@ -280,18 +285,9 @@ def open_source(
             streaming=streaming,
         )
     else:
-        for_hub = {"config": config, "revision": revision, "streaming": streaming}
-        ignored = [name for name, value in for_hub.items() if value]
-        if ignored:
-            raise DataError(
-                f"data.{ignored[0]} is for Hub data sets, and {dataset} is local.",
-                fix="Remove it."
-                + (" Local files are always read in pieces." if ignored[0] == "streaming" else ""),
-            )
-        if data_files and not path.is_dir():
-            raise DataError(
-                f"data.data_files picks files of a folder, and {dataset} is a file.", fix="Remove it."
-            )
+        check_options(
+            dataset, path, config=config, revision=revision, streaming=streaming, data_files=data_files
+        )
         source = _from_folder(path, data_files) if path.is_dir() else _from_file(path)
         source = _one_split(source, split) if split else source
     if max_rows:
@@ -305,6 +301,30 @@ def open_source(
             lines=None,
         )
     return source
+
+
+def check_options(
+    dataset: str,
+    path: Path,
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    data_files: str | None = None,
+) -> None:
+    """Raises DataError for options that a local data set has no use for."""
+    for_hub = {"config": config, "revision": revision, "streaming": streaming}
+    ignored = [name for name, value in for_hub.items() if value]
+    if ignored:
+        raise DataError(
+            f"data.{ignored[0]} is for Hub data sets, and {dataset} is local.",
+            fix="Remove it."
+            + (" Local files are always read in pieces." if ignored[0] == "streaming" else ""),
+        )
+    if data_files and not path.is_dir():
+        raise DataError(
+            f"data.data_files picks files of a folder, and {dataset} is a file.", fix="Remove it."
+        )
 
 
 def distinct(sources: Sequence[Source], datasets: Sequence[str]) -> list[Source]:

@@ -76,9 +76,9 @@ class Source:
         """Changes with the model's files; None where answers cannot be said to be this model's later on."""
         if self.base is None:
             return None
-        from tunesmith.models import files_of, locate
+        from tunesmith.models import files_of, folder_of
 
-        folder = Path(locate(self.base, revision=self.revision))
+        folder = folder_of(self.base, revision=self.revision)
         return _sha256([str(folder), self.revision, self.dtype, self.device, files_of(folder)])
 
 

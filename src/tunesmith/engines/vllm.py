@@ -37,7 +37,7 @@ def answer(source: Source, asked: Asked, finished: Finished, say: Say) -> None:
         )
     from vllm import LLM, SamplingParams
 
-    from tunesmith.models import locate
+    from tunesmith.models import folder_of
 
     rooms = [asked.room(prompt, source.context) for prompt in asked.prompts]
     waiting = []
@@ -48,14 +48,15 @@ def answer(source: Source, asked: Asked, finished: Finished, say: Say) -> None:
             finished(number, Generated((), "", "length"))
     if not waiting:
         return
-    location, adapter, options = locate(source.base, revision=source.revision), None, {}
+    location, adapter, options = str(folder_of(source.base, revision=source.revision)), None, {}
     if (Path(location) / "adapter_config.json").is_file():
         from vllm.lora.request import LoRARequest
 
         said = json.loads((Path(location) / "adapter_config.json").read_text(encoding="utf-8"))
         _check_adapter(said, source.name)
         adapter = LoRARequest(source.name, 1, location)
-        location = locate(str(said["base_model_name_or_path"]), revision=said.get("revision"))
+        base = str(said["base_model_name_or_path"])
+        location = str(folder_of(base, revision=said.get("revision")))
         options = {"enable_lora": True, "max_lora_rank": _rank(int(said["r"]))}
     length = max(len(asked.prompts[n]) + rooms[n] for n in waiting)
     llm = _kept(source, length)

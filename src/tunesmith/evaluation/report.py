@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,16 @@ from typing import Any
 
 from tunesmith.errors import RunError
 from tunesmith.evaluation.classification import UNPARSED, Classification, classification
-from tunesmith.evaluation.compare import Comparison, amount, difference_shown, remarks, sentence, shown, table
+from tunesmith.evaluation.compare import (
+    Comparison,
+    amount,
+    difference_shown,
+    remarks,
+    sentence,
+    shown,
+    table,
+    table_of_many,
+)
 from tunesmith.evaluation.leakage import KINDS, PASSAGE, Copied
 from tunesmith.evaluation.metrics import METRICS, Metric
 from tunesmith.evaluation.rows import EvalRow, read_rows
@@ -76,7 +86,7 @@ def write_report(run_dir: Path) -> Path:
         how_answered=how_answered(rows),
         found_from=_found_from,
         engine_checks=engine_checks(run, problems),
-        answers=_answers(rows, METRICS[primary.metric] if primary else None),
+        answers=answers_side_by_side(rows, METRICS[primary.metric] if primary else None),
         labels=_labels(rows),
         answers_open=ANSWERS_OPEN,
         drawn=_drawn(events),
@@ -97,13 +107,99 @@ def write_report(run_dir: Path) -> Path:
         environment=_json(run, "environment.json", problems),
         files=[(file, about) for file, about in FILES.items() if (run.path / file).exists()],
         problems=problems,
-        judged=_judged(run, problems),
-        shipped=_shipped(run, problems),
+        judged=judged(run, problems),
+        shipped=shipped(run, problems),
     )
     return write_whole(run.path / "report.html", text)
 
 
-def _shipped(run: Run, problems: list[str]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured in a folder, for people to look through: verdict, scores, every answer."""
+
+    names: tuple[str, str]
+    """Of the two models; where one alone was measured the second is empty."""
+    verdict: str
+    """In a sentence."""
+    kind: str
+    """`better`, `worse`, `no evidence`, `inconclusive`; empty where nothing was compared."""
+    remarks: tuple[str, ...]
+    table: tuple[tuple[str, ...], ...]
+    """A header, and a line for each metric with its interval."""
+    answers: tuple[Mapping[str, Any], ...]
+    """As `answers_side_by_side` gives them."""
+    judged: tuple[Mapping[str, Any], ...]
+    """What judges said: name, judge, lines, calibration, and the plots' figures."""
+    problems: tuple[str, ...]
+    """Files that are missing or damaged."""
+
+
+def measurement(folder: Path) -> Measurement:
+    """What was measured in a run's folder (its base against it), by `compare`, or by `evaluate` of one model."""
+    run = Run(folder)
+    place = Run(run.evaluation) if run.evaluation.is_dir() else run
+    problems: list[str] = []
+    content = _json(place, "comparison.json", []) or {}
+    try:
+        compared = [Comparison(**c) for c in content.get("comparisons", []) if c["metric"] in METRICS]
+    except (TypeError, KeyError) as error:
+        compared = []
+        problems.append(f"comparison.json is not a comparison: {error}")
+    try:
+        rows = read_rows(place.path / "rows.jsonl")
+    except RunError as error:
+        rows = []
+        problems.append(error.problem.replace(f"{place.path}/", ""))
+    primary = next((c for c in compared if c.primary), None)
+    known = list(content.get("models", {})) if isinstance(content.get("models"), dict) else []
+    names = (known[0], known[1]) if len(known) == 2 else ("base", "tuned")
+    if compared:
+        many = len({c.model for c in compared}) > 1
+        lines = table_of_many(compared) if many else table(compared, names)
+        said = sentence(primary) if primary else "No metric was declared to rest a verdict on."
+        answers = answers_side_by_side(rows, METRICS[primary.metric] if primary else None)
+    else:
+        names = (rows[0].model if rows else "model", "")
+        scores = (_json(place, "scores.json", []) or {}).get("model") or {}
+        lines = [["metric", "value [95 % interval]", "n", "not scored"]]
+        lines += [
+            [METRICS[m].named, _score(score, METRICS[m]), str(score["n"]), score["cause"] or ""]
+            for m, score in scores.items()
+            if m in METRICS
+        ]
+        said = "One model was measured; nothing was compared." if scores else "Nothing was measured here yet."
+        first = next((METRICS[m] for m in scores if m in METRICS), None)
+        answers = [
+            {"question": r.prompt_text, "reference": r.reference, "source": r.source_row, "gain": 0.0, "moved": 0.0,
+             "models": [_answer(names[0], r, first)]}
+            for r in rows
+        ]  # fmt: skip
+    return Measurement(
+        names=names,
+        verdict=said,
+        kind=primary.verdict if primary else "",
+        remarks=tuple(remarks(compared)),
+        table=tuple(tuple(line) for line in lines),
+        answers=tuple(answers),
+        judged=tuple(
+            {**found, "figures": _judged_figures(run.evaluation / found["name"])}
+            for found in judged(run, problems)
+        ),
+        problems=tuple(problems),
+    )
+
+
+def _judged_figures(folder: Path) -> list[dict[str, Any]]:
+    """The plots of a judging: over all, the radar over categories, and bars by category."""
+    from tunesmith.evaluation.judging.plots import figures_of
+
+    try:
+        return figures_of(json.loads((folder / "figures.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # `judged` has told what is wrong with the file
+
+
+def shipped(run: Run, problems: list[str]) -> list[dict[str, Any]]:
     """What was made of the run's model to ship it, each with its verdict: the merged model, GGUF files."""
     found = []
     for file in sorted([*run.path.glob("*/parity.json"), *run.path.glob("exports/*/parity.json")]):
@@ -119,7 +215,7 @@ def _shipped(run: Run, problems: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def _judged(run: Run, problems: list[str]) -> list[dict[str, Any]]:
+def judged(run: Run, problems: list[str]) -> list[dict[str, Any]]:
     """What judges said of the run's answers: figures in sentences, their calibration, and the page with the plots."""
     from tunesmith.evaluation.judging import calibration
     from tunesmith.evaluation.judging.replay import sentences
@@ -295,7 +391,7 @@ def _decisions(plan: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> 
     return [(line[0], line[1], line[2]) for line in dict.fromkeys(lines)]
 
 
-def _answers(rows: Sequence[EvalRow], metric: Metric | None) -> list[dict[str, Any]]:
+def answers_side_by_side(rows: Sequence[EvalRow], metric: Metric | None) -> list[dict[str, Any]]:
     """Answers of both models to each question, those on which the models differ first."""
     tuned = {(r.item, r.turn, r.sample): r for r in rows if r.model == "tuned"}
     pairs = [
@@ -436,8 +532,6 @@ def _figures(
     """Title, caption, Plotly traces and layout of each figure that there is data for."""
     steps = [e for e in events if e.get("kind") == "step"]
     validations = [e for e in events if e.get("kind") == "evaluation"]
-    measured = _measured(steps, validations)
-    by_method = any(name not in METRICS for e in [*steps, *validations] for name in e.get("measures") or {})
     figures = [
         _forest(compared, ("share", "points"), "Differences", "points, tuned minus base", 100),
         *(
@@ -450,32 +544,7 @@ def _figures(
             )
             for c in compared
         ),
-        _curves(
-            "Loss",
-            "Training loss, and validation loss on examples that are not trained on.",
-            "loss of the method" if by_method else "nats per token",
-            {"training": (steps, "loss"), "validation": (validations, "loss")},
-        ),
-        _curves(
-            "Learning rate",
-            "As it was used, step by step.",
-            "learning rate",
-            {"learning rate": (steps, "learning_rate")},
-        ),
-        _curves(
-            "Gradient norm",
-            "Of all trained weights together, before it is clipped.",
-            "norm",
-            {"gradient norm": (steps, "grad_norm")},
-        ),
-        _curves(
-            "Token accuracy",
-            "Share of trained tokens that the model found likeliest, and the same on examples that are not trained "
-            "on.",
-            "share",
-            {"training": (steps, "token_accuracy"), "validation": (validations, "token_accuracy")},
-        ),
-        *measured,
+        *training_figures(steps, validations),
     ]
     lengths = [e["tokens"] for e in ledger if isinstance(e.get("tokens"), int | float)]
     if lengths:
@@ -485,6 +554,43 @@ def _figures(
         traces = [{"type": "histogram", "x": lengths, "nbinsx": 40, "role": "tuned"}]
         layout = {"xaxis": {"title": {"text": "tokens"}}, "yaxis": {"title": {"text": "examples"}}}
         figures.append(_figure("Token lengths", caption, traces, layout))
+    return [figure for figure in figures if figure]
+
+
+def training_figures(
+    steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Title, caption, Plotly traces and layout of each curve that these events have, the method's own measures last."""
+    measured = _measured(steps, validations)
+    by_method = any(name not in METRICS for e in [*steps, *validations] for name in e.get("measures") or {})
+    figures = [
+        curves(
+            "Loss",
+            "Training loss, and validation loss on examples that are not trained on.",
+            "loss of the method" if by_method else "nats per token",
+            {"training": (steps, "loss"), "validation": (validations, "loss")},
+        ),
+        curves(
+            "Learning rate",
+            "As it was used, step by step.",
+            "learning rate",
+            {"learning rate": (steps, "learning_rate")},
+        ),
+        curves(
+            "Gradient norm",
+            "Of all trained weights together, before it is clipped.",
+            "norm",
+            {"gradient norm": (steps, "grad_norm")},
+        ),
+        curves(
+            "Token accuracy",
+            "Share of trained tokens that the model found likeliest, and the same on examples that are not trained "
+            "on.",
+            "share",
+            {"training": (steps, "token_accuracy"), "validation": (validations, "token_accuracy")},
+        ),
+        *measured,
+    ]
     return [figure for figure in figures if figure]
 
 
@@ -539,7 +645,7 @@ def _measured(
         families.setdefault(prefix if prefix and not last.endswith(SHARES) else name, []).append(name)
     figures = []
     for family, names in families.items():
-        curves = {
+        lines = {
             f"{name.removeprefix(f'{family}/')}{part}": (events, name)
             for name in names
             for part, events in parts.items()
@@ -550,7 +656,7 @@ def _measured(
                 METRICS[family].label,
                 f"On a sample of the validation examples. {METRICS[family].about}",
             )
-        figure = _curves(title, caption, family, curves)
+        figure = curves(title, caption, family, lines)
         if not figure:
             continue
         for trace in figure["data"]["traces"]:
@@ -603,14 +709,15 @@ def _forest(
     return _figure(title, caption, [trace], layout)
 
 
-def _curves(
+def curves(
     title: str,
     caption: str,
     unit: str,
-    curves: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]],
+    lines: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]],
 ) -> dict[str, Any] | None:
+    """A figure of lines over steps, each from events and the key of its values; None where there is no point."""
     traces = []
-    for name, (events, key) in curves.items():
+    for name, (events, key) in lines.items():
         points = [(e["step"], e[key]) for e in events if e.get("step") is not None and e.get(key) is not None]
         if points:
             traces.append(

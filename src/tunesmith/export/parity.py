@@ -419,7 +419,70 @@ def folder_reader(folder: Path) -> Reader:
         with for_inference(model):
             return _logits(model, ids, answer)
 
-    return Reader(_transformers(), lambda asked: read_as(asked, tokenizer), greedy, logits)
+    return Reader(transformers_version(), lambda asked: read_as(asked, tokenizer), greedy, logits)
+
+
+def server_reader(
+    url: str,
+    name: str,
+    tokenizer: Any,
+    *,
+    api_key_env: str | None = None,
+    length: int | None = None,
+    timeout: float = 300.0,
+) -> Reader:
+    """A served endpoint, asked as clients ask it: messages, put by its own template, and answers that it ends itself.
+
+    `url` goes up to `/v1`. The server has to tell token ids (`return_token_ids`), as `tunesmith serve` and vLLM do.
+    Raises ModelError where it does not, and where a request is refused.
+    """
+    from tunesmith.http import Refused, Remote
+
+    remote = Remote(url, setting="the address", api_key_env=api_key_env, timeout=timeout)
+    stop_ids = end_of_turn_ids(tokenizer)
+
+    def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        asked = {"model": name, "temperature": 0, "return_token_ids": True, **body}
+        try:
+            reply: dict[str, Any] = remote.post(path, asked)
+            return {**reply, **reply["choices"][0]}
+        except Refused as refusal:
+            raise ModelError(
+                f"The server gives no answer as '{name}'.",
+                found=str(refusal),
+                fix="Check the address, the name and the key.",
+            ) from None
+        except (KeyError, IndexError, TypeError):
+            raise ModelError(
+                f"The server's reply to {path} holds no answer.", fix="Give its address up to /v1."
+            ) from None
+
+    def ids(reply: dict[str, Any], kind: str) -> list[int]:
+        found = reply.get(kind)
+        if not isinstance(found, list):
+            raise ModelError(
+                "The server tells no token ids, so what it reads cannot be compared.",
+                found=f"a reply without {kind}",
+                fix="Use `tunesmith serve` or vLLM.",
+            )
+        return found
+
+    def tokens(asked: Question) -> Sequence[int]:
+        if asked.prompt is None:
+            return ids(post("/completions", {"prompt": asked.text, "max_tokens": 1}), "prompt_token_ids")
+        if asked.prompt.tools:
+            return ()  # what takes no tools cannot read the question
+        messages = [{"role": m.role, "content": m.content} for m in asked.prompt.messages]
+        return ids(post("/chat/completions", {"messages": messages, "max_tokens": 1}), "prompt_token_ids")
+
+    def greedy(prompt: Sequence[int], room: int) -> Generated:
+        reply = post("/completions", {"prompt": list(prompt), "max_tokens": room})
+        written, is_ended = ids(reply, "token_ids"), reply.get("finish_reason") == "stop"
+        # Nothing behind a stop token is cut away: a server that writes on there answers otherwise.
+        kept = tuple(written[:-1] if is_ended and written and written[-1] in stop_ids else written)
+        return Generated(kept, decoded(kept, tokenizer), "stop" if is_ended else "length")
+
+    return Reader(f"the server at {remote.host}", tokens, greedy, None, length)
 
 
 def read_as(asked: Question, tokenizer: Any) -> Sequence[int]:
@@ -437,7 +500,8 @@ def read_as(asked: Question, tokenizer: Any) -> Sequence[int]:
     return found
 
 
-def _transformers() -> str:
+def transformers_version() -> str:
+    """transformers with its version, as a reader is named."""
     return f"transformers {metadata.version('transformers')}"
 
 
@@ -466,7 +530,7 @@ def of_prompts(
     return Parity(
         artefact=folder.name,
         quant=quant,
-        read_by=_transformers(),
+        read_by=transformers_version(),
         prompts=len(questions),
         same_prompts=sum(list(read_as(asked, tokenizer)) == list(asked.ids) for asked in questions),
         check=None,

@@ -500,7 +500,7 @@ def _eight_bit(name: str, device: torch.device) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtra("bitsandbytes", "load_in_8bit", install="'tunesmith[qlora]'")
     return transformers.AutoModelForSeq2SeqLM.from_pretrained(
-        models.locate(name),
+        str(models.folder_of(name)),
         quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True),
         device_map={"": 0},
         trust_remote_code=False,

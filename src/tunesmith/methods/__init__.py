@@ -8,6 +8,7 @@ from typing import Any
 
 from tunesmith.data import EncodedSplits, prompts
 from tunesmith.data.examples import Example, Preference
+from tunesmith.errors import RecipeError
 from tunesmith.methods import cpo, dpo, grpo, kto, orpo, ppo, preferred, reward, rloo, sampled, seq2seq, sft
 from tunesmith.models import Head, Kind
 from tunesmith.plan import Decision
@@ -196,3 +197,28 @@ METHODS = {
         check=ppo.check,
     ),
 }
+
+
+def check_effect(recipe: Recipe) -> None:
+    """Raises RecipeError for what a recipe sets in other sections although its method has no use for it."""
+    method = METHODS[recipe.method.kind]
+    if recipe.data.packing and not method.can_pack:
+        raise RecipeError(
+            f"data.packing has no effect with the method '{method.kind}': its rows stay rows of their own.",
+            fix="Leave data.packing out.",
+        )
+    if recipe.training.batches == "by_length" and (recipe.data.packing or not method.any_order):
+        fixed = (
+            "packed rows are all of about one length"
+            if recipe.data.packing
+            else f"'{method.kind}' has its own order"
+        )
+        raise RecipeError(
+            f"training.batches by_length has no effect here: {fixed}.", fix="Leave training.batches out."
+        )
+    if recipe.training.cache_frozen and method.draws:
+        raise RecipeError(
+            f"training.cache_frozen has no effect with the method '{method.kind}': it learns from answers that are "
+            "drawn anew in each step, whose rows never come back.",
+            fix="Leave training.cache_frozen out.",
+        )

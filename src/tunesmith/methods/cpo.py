@@ -42,7 +42,7 @@ def build(
         cpo_alpha=section.sft_weight,
         label_smoothing=section.label_smoothing,
     )
-    trainer = keeping_run_folder(preferred.likely(CPOTrainer), run, keep=keep)(
+    trainer = keeping_run_folder(preferred.likely(CPOTrainer), run, keep=keep, splits="passes")(
         model=model,
         args=config,
         processing_class=tokenizer,

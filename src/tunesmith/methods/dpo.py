@@ -53,7 +53,7 @@ def build(
     columns = {"ref_chosen_logps": 0, "ref_rejected_logps": 1}
     with preferred.one_adapter(model):
         # The likelihood of the better answers is a mean over the tokens of a batch, and parts of it have another.
-        splits: Splits = None if section.sft_weight else "pairs"
+        splits: Splits = "passes" if section.sft_weight else "pairs"
         own = preferred.settled(DPOTrainer, columns, fast=run if fast else None)
         trainer = keeping_run_folder(own, run, keep=keep, splits=splits)(
             model=model,

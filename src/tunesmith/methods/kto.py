@@ -68,7 +68,7 @@ def build(
     sides = preferred.Sides(train, validation)
     with preferred.one_adapter(model):
         own = preferred.settled(KTOTrainer, columns, fast=run if fast else None)
-        trainer = keeping_run_folder(own, run, keep=keep)(
+        trainer = keeping_run_folder(own, run, keep=keep, splits="passes")(
             model=model,
             ref_model=reference,
             args=config,

@@ -34,7 +34,7 @@ def build(
 
     assert packing is None, "pairs are not packed; api refuses it before"
     preferred.dropout_decision(run, preferred.own_dropout(model))
-    trainer = keeping_run_folder(preferred.likely(ORPOTrainer), run, keep=keep)(
+    trainer = keeping_run_folder(preferred.likely(ORPOTrainer), run, keep=keep, splits="passes")(
         model=model,
         args=ORPOConfig(**arguments, beta=section.beta),
         processing_class=tokenizer,

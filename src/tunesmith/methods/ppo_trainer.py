@@ -27,14 +27,14 @@ from transformers import Trainer, TrainingArguments
 from tunesmith import models
 from tunesmith.data.cache import Encodings
 from tunesmith.data.templates import end_of_turn_ids
-from tunesmith.errors import ModelError, RunError
+from tunesmith.errors import ModelError, OutOfMemory, RunError, counted, is_out_of_memory
 from tunesmith.forward import TRUNK, Trunk
 from tunesmith.forward.head import Reading, read
 from tunesmith.generation import Generated, generate, halving, length_batches
 from tunesmith.methods import ppo_math as ppo
 from tunesmith.methods.rewards import Scored, correlation, without_spread
 from tunesmith.recipe import PPO
-from tunesmith.training.checkpoints import keeping_run_folder, save_weights
+from tunesmith.training.checkpoints import free_memory, keeping_run_folder, save_weights
 from tunesmith.training.run import Run, write_whole
 from tunesmith.training.validating import rewarded
 
@@ -300,6 +300,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
 
     control: Any
     model: Any
+    _micro_rows: int | None = None
 
     def __init__(
         self,
@@ -381,17 +382,47 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         model.zero_grad()
 
     def _backward(self, model: Any, rollout: Rollout, rows: list[int], *, is_first: bool) -> float:
-        """Gradients of the loss on one minibatch, a mean over all its tokens; gives the loss."""
+        """Gradients of the loss on one minibatch, a mean over all its tokens; gives the loss. Where memory runs out its
+        passes are halved, which changes nothing in a sum over tokens."""
+        while True:
+            try:
+                return self._minibatch(model, rollout, rows, is_first=is_first)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                said = str(error).strip().splitlines()
+            free_memory()
+            model.zero_grad()  # of the passes before; each minibatch begins without gradients
+            most = min(self._pass_rows, len(rows))
+            step = self.state.global_step + 1
+            if most < 2:
+                raise OutOfMemory(
+                    f"The memory is not enough for step {step}.",
+                    found=f"a single answer with its prompt is too much; {said[0][:200] if said else ''}",
+                    fix="Add --gradient-checkpointing, lower method.max_new_tokens or --max-length, or use --lora.",
+                )
+            self._micro_rows = most // 2
+            self.run_folder.event(
+                "decision",
+                step=step,
+                name="micro-batch",
+                value=self._micro_rows,
+                reason=f"memory ran out with {counted(most, 'answer')} in a forward pass; the minibatch is taken again "
+                "in smaller passes, with the same answers for each update",
+            )
+
+    @property
+    def _pass_rows(self) -> int:
+        return self._micro_rows or self.micro_batch_size
+
+    def _minibatch(self, model: Any, rollout: Rollout, rows: list[int], *, is_first: bool) -> float:
         section = self.section
         rows = sorted(rows, key=lambda n: -(len(rollout.prompts[n]) + len(rollout.answers[n])))
         tokens = float(self._add(rollout.mask[rows].sum()).clamp(min=1))
         # Processes' gradients are averaged, the loss is a mean over the tokens of all of them.
         share = self.accelerator.num_processes / tokens
         sums: dict[str, float] = defaultdict(float)
-        micro = [
-            rows[start : start + self.micro_batch_size]
-            for start in range(0, len(rows), self.micro_batch_size)
-        ]
+        micro = [rows[start : start + self._pass_rows] for start in range(0, len(rows), self._pass_rows)]
         for number, part in enumerate(micro, 1):
             mask = rollout.mask[part]
             old, values_then, advantages, returns = (

@@ -162,7 +162,7 @@ def build(
     )
     rows = {"prompt": [str(n) for n in range(len(train))]}
     config.reward_weights = [reward.weight for reward in resolved]
-    trainer = keeping_run_folder(validated, run, keep=keep)(
+    trainer = keeping_run_folder(validated, run, keep=keep, splits="passes")(
         model=model,
         args=config,
         processing_class=tokenizer,
@@ -220,6 +220,7 @@ def _on_prompts(
     class OnPrompts(trainer_class):  # type: ignore[misc]
         def __init__(self, *given: Any, **named: Any) -> None:
             self._same: list[float] = []
+            self._answered_at = -1
             super().__init__(*given, **named)
 
         def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
@@ -242,6 +243,18 @@ def _on_prompts(
                 self._metrics["train"]["reward_length_correlation"].append(together)
             table = [scored.columns[reward.name] for reward in resolved]
             return torch.tensor(table, dtype=torch.float32, device=self.accelerator.device).T
+
+        def _prepare_inputs(self, generation_batch: Any) -> Any:
+            """Answers once for all steps that learn from them: one that memory was not enough for meets them again."""
+            if not self.model.training:
+                return super()._prepare_inputs(generation_batch)
+            if self._answered_at == self._step and self._buffered_inputs is not None:
+                return self._buffered_inputs[self._step % self.args.steps_per_generation]
+            found = super()._prepare_inputs(generation_batch)
+            if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+                self._answered_at = self._step
+                self.may_go_back_here()
+            return found
 
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             sampler = super()._get_train_sampler(dataset)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import json
 import logging
 import secrets
@@ -30,6 +29,7 @@ from starlette.exceptions import HTTPException
 
 from tunesmith.data.examples import Unusable
 from tunesmith.errors import nearest
+from tunesmith.http import is_own_name
 from tunesmith.serving.batching import Ask, Batcher, Piece, Row
 from tunesmith.serving.limits import Limits
 from tunesmith.serving.models import Loaded, Served
@@ -46,6 +46,12 @@ from tunesmith.serving.protocol import (
 
 log = logging.getLogger(__name__)
 
+INERT = (
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"), (b"x-frame-options", b"DENY"),
+    (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"),
+)  # fmt: skip
+"""Headers of every answer: a browser that is brought here by a page shows and runs nothing of it."""
+
 OPEN = ("/health", "/ready")
 """Paths that are answered without a token: they tell nothing but whether the server works."""
 
@@ -61,9 +67,8 @@ class Access:
 
     def refused(self, headers: Mapping[bytes, bytes], path: str) -> Problem | None:
         """Why a request is not answered, if so."""
-        host = headers.get(b"host", b"").decode("latin-1").lower()
-        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if name != "localhost" and name not in self.hosts and not _is_address(name):
+        host = headers.get(b"host", b"").decode("latin-1")
+        if not is_own_name(host, self.hosts):
             return Problem(
                 403,
                 "This Host is not served here; start the server with --allowed-host for it.",
@@ -77,14 +82,6 @@ class Access:
                 401, "A token is missing or wrong: Authorization: Bearer TOKEN.", code="invalid_api_key"
             )
         return None
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return False
-    return True
 
 
 class Guard:
@@ -101,13 +98,19 @@ class Guard:
         if scope["type"] != "http":
             return
         headers = dict(scope["headers"])
+
+        async def inert(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), *INERT]}
+            await send(message)
+
         try:
             if problem := self._access.refused(headers, scope["path"]):
                 raise problem
             body = await self._body(headers, receive)
         except Problem as problem:
             self._counted(problem.status)
-            await _refusal(problem)(scope, receive, send)
+            await _refusal(problem)(scope, receive, inert)
             return
         except _Gone:
             return
@@ -122,7 +125,7 @@ class Guard:
 
         async def in_time(message: Any) -> None:
             try:
-                await asyncio.wait_for(send(message), self._limits.stalled_seconds)
+                await asyncio.wait_for(inert(message), self._limits.stalled_seconds)
             except TimeoutError:
                 raise OSError("the client takes nothing any more") from None
 

@@ -71,15 +71,15 @@ def sources(model: str, name: str | None, adapters: Mapping[str, str]) -> tuple[
 
     Raises ModelError for adapters of another base, and TunesmithError for a name given twice.
     """
-    first = Path(models.locate(model))
+    first = models.folder_of(model)
     run = run_behind(model) if Path(model).expanduser().is_dir() else None
     name = name or (
         run.path.name if run and run.path == Path(model).expanduser() else Path(model).name or model
     )
     found: dict[str, Path] = {}
-    named = {_checked(name): model}
+    named = {checked_name(name): model}
     for other, folder in adapters.items():
-        if _checked(other) in named:
+        if checked_name(other) in named:
             raise TunesmithError(f"Two models are to be served as '{other}'.", fix="Give another name.")
         named[other] = folder
     base = first
@@ -88,7 +88,7 @@ def sources(model: str, name: str | None, adapters: Mapping[str, str]) -> tuple[
         if BASE not in named:
             found[BASE] = base
     for other, folder in named.items():
-        place = Path(models.locate(folder))
+        place = models.folder_of(folder)
         if other != name and not (place / "adapter_config.json").is_file():
             raise ModelError(
                 f"{folder} is no adapter, and one base is served at a time.",
@@ -141,10 +141,11 @@ def load(base: str, folders: Mapping[str, Path], *, dtype: str, device: str) -> 
 
 def _base(adapter: Path) -> Path:
     base, revision = base_of(adapter)
-    return Path(models.locate(base, revision=revision))
+    return models.folder_of(base, revision=revision)
 
 
-def _checked(name: str) -> str:
+def checked_name(name: str) -> str:
+    """A name that requests can ask for. Raises TunesmithError for what is none."""
     if not name or len(name) > 96 or not all(sign.isalnum() or sign in "-_./:" for sign in name):
         raise TunesmithError(
             f"'{name[:96]}' is no name for a model.", fix="Use letters, digits, dashes, dots and underscores."

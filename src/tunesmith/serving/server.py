@@ -9,7 +9,10 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +21,9 @@ from tunesmith.errors import MissingExtra, ModelError, OutOfResources, RecipeErr
 from tunesmith.http import is_loopback
 
 if TYPE_CHECKING:
+    from tunesmith.serving.batching import Batcher
     from tunesmith.serving.limits import Limits
+    from tunesmith.serving.models import Loaded
 
 ENGINES = ("auto", "transformers", "vllm")
 SHORTEST = 16
@@ -113,13 +118,51 @@ def serve(
             )
         if where.device == "cuda":
             say(f"The engine is transformers, not vLLM: {refused}.")
+    listening = listen(where.host, where.port)
+    app, batcher, _ = _application(base, folders, where, limits, say)
+    config = _configuration(app)
+    server = announcing(config, lambda: ready(_url(where.host, listening.getsockname()[1])))
+    try:
+        server.run(sockets=[listening])
+    finally:
+        listening.close()
+        batcher.stop()
+    if batcher.fault:
+        raise OutOfResources("The server ended by itself.", found=batcher.fault, fix="Start it again.")
+
+
+@contextmanager
+def running(
+    base: str, folders: Mapping[str, Path], where: Where, limits: Limits
+) -> Iterator[tuple[str, Loaded]]:
+    """The same server in a thread of this process for a while: its address, up to `/v1`, and what it has loaded."""
     import uvicorn
 
+    listening = listen(where.host, where.port)
+    app, batcher, loaded = _application(base, folders, where, limits, lambda sentence: None)
+    server = uvicorn.Server(_configuration(app))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        if not thread.is_alive():
+            raise OutOfResources("The server did not start.", found=batcher.fault, fix="Try again.")
+        yield _url(where.host, listening.getsockname()[1]), loaded
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listening.close()
+        batcher.stop()
+
+
+def _application(
+    base: str, folders: Mapping[str, Path], where: Where, limits: Limits, say: Say
+) -> tuple[Any, Batcher, Loaded]:
     from tunesmith.serving.app import Access, create
     from tunesmith.serving.batching import Batcher
     from tunesmith.serving.models import load
 
-    listening = _listen(where)
     loaded = load(base, folders, dtype=where.dtype, device=where.device)
     batcher = Batcher(loaded.model, max_rows=limits.concurrency, adapters=loaded.adapters)
     for served in loaded.by_name.values():
@@ -133,7 +176,13 @@ def serve(
         limits=limits,
         temperature=where.temperature,
     )
-    config = uvicorn.Config(
+    return app, batcher, loaded
+
+
+def _configuration(app: Any) -> Any:
+    import uvicorn
+
+    return uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
@@ -144,17 +193,9 @@ def serve(
         timeout_graceful_shutdown=10,
         h11_max_incomplete_event_size=65_536,
     )
-    server = _Announcing(config, lambda: ready(_url(where.host, listening.getsockname()[1])))
-    try:
-        server.run(sockets=[listening])
-    finally:
-        listening.close()
-        batcher.stop()
-    if batcher.fault:
-        raise OutOfResources("The server ended by itself.", found=batcher.fault, fix="Start it again.")
 
 
-def _Announcing(config: Any, told: Callable[[], None]) -> Any:
+def announcing(config: Any, told: Callable[[], None]) -> Any:
     """uvicorn's server, which says when it answers."""
     import uvicorn
 
@@ -167,19 +208,20 @@ def _Announcing(config: Any, told: Callable[[], None]) -> Any:
     return Announcing(config)
 
 
-def _listen(where: Where) -> Any:
-    """A socket, before the model is loaded: an address in use shows at once."""
+def listen(host: str, port: int) -> Any:
+    """A socket, before anything is loaded: an address in use shows at once. Raises RecipeError for one that is."""
     import socket
 
-    family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Named, as asyncio turns Nagle's algorithm off for sockets of this protocol only: else 40 ms for each answer.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((where.host, where.port))
+        listening.bind((host, port))
     except (OSError, OverflowError) as error:
         listening.close()
         raise RecipeError(
-            f"The server cannot listen at {where.host}:{where.port}.",
+            f"The server cannot listen at {host}:{port}.",
             found=str(error),
             fix="Give another --port.",
         ) from None

@@ -17,7 +17,7 @@ from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.errors import INTERRUPTED, TERMINATED, Terminated, TrainingDiverged
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.generation import generate
-from tunesmith.training.run import SAMPLE_TEXT, Run
+from tunesmith.training.run import SAMPLE_TEXT, SAMPLE_TOKENS, Run
 
 
 class Events(TrainerCallback):  # type: ignore[misc]
@@ -111,10 +111,6 @@ class Pace(TrainerCallback):  # type: ignore[misc]
         if tokens and self.tokens_per_step:
             mean = seconds / tokens * self.tokens_per_step
         self.tell(step, mean, now - self._begun + left * mean)
-
-
-SAMPLE_TOKENS = 64
-"""Longest answer of a sample: enough to read along, without making a validation long."""
 
 
 class Samples(TrainerCallback):  # type: ignore[misc]

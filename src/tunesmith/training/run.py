@@ -7,7 +7,7 @@
     merged_model/ (by `tunesmith merge`)
 
 Everything is written under a temporary name, flushed, then renamed; `events.jsonl` only grows. One
-writer per run, by lock.
+writer per run, by lock. What a run holds of somebody's data is theirs: its folder is open to its owner alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,6 +41,9 @@ LOOKING = 1.0
 
 SAMPLE_TEXT = 2000
 """Characters of a question or an answer that an event keeps."""
+
+SAMPLE_TOKENS = 64
+"""Longest answer of a sample, in tokens: enough to read along, without making a validation long."""
 
 OF_STEPS = ("step", "evaluation", "sample", "checkpoint")
 """Kinds of events that a step causes each time it is taken."""
@@ -93,7 +97,7 @@ class Run:
             return
         event = {"time": round(time.time(), 3), "kind": kind, "step": step, **fields}
         line = json.dumps(event, ensure_ascii=False, default=str) + "\n"
-        with (self.path / "events.jsonl").open("ab+") as file:
+        with open(self.path / "events.jsonl", "ab+", opener=_as_open_as(self.path)) as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a line that a kill or a full disk cut off
@@ -187,6 +191,7 @@ class Run:
             yield
         finally:
             holder.unlink(missing_ok=True)
+            _close_to_others(self.path)
             lock.release()
 
     def is_locked(self) -> bool:
@@ -225,7 +230,7 @@ def write_whole(path: Path, text: str | Iterable[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8", opener=_as_open_as(path.parent)) as file:
             file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
@@ -235,6 +240,24 @@ def write_whole(path: Path, text: str | Iterable[str]) -> Path:
         raise
     flush_folder(path.parent)
     return path
+
+
+def _as_open_as(folder: Path) -> Callable[[str, int], int]:
+    """Opens files that nobody may read who may not enter their folder."""
+    mode = 0o666 & folder.stat().st_mode | 0o600
+    return lambda path, flags: os.open(path, flags, mode)
+
+
+def _close_to_others(folder: Path) -> None:
+    """Nothing in a folder is more open than the folder itself, whatever library wrote it."""
+    if not folder.is_dir():  # a run that was removed because it had not begun
+        return
+    most = folder.stat().st_mode & 0o777 | 0o700
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # gone, or another user's
+            mode = path.lstat().st_mode
+            if not stat.S_ISLNK(mode) and mode & 0o777 & ~most:
+                path.chmod(mode & 0o777 & most)
 
 
 def flush_folder(folder: Path) -> None:
@@ -325,7 +348,8 @@ def create(recipe: Recipe, *, watch: Watch = _silent) -> Run:
         raise RunError(f"The folder {path} is not empty and not a run.", fix="Give this run another --name.")
     run = Run(path, watch)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
         with run.lock():
             if is_run(path):  # another process came first
                 return create(recipe, watch=watch)

@@ -98,7 +98,7 @@ def check(recipe: Recipe, inputs: Mapping[str, Any]) -> SelfCheck:
             "report_to": ["none"], "eval_strategy": "no", "eval_steps": None, "save_strategy": "no",
         }  # fmt: skip
         trainer = dataflow._trainer(recipe, run, dataflow._tokenizer(recipe)[0], plan, encodings, None, given)
-        if trainer.splits is None:
+        if trainer.splits not in ("rows", "pairs"):
             why = "the loss of a row depends on the others of its batch, or on what the model draws"
             return SelfCheck(
                 (), (f"{recipe.method.kind}: {why}, so batches of another size have another loss",)

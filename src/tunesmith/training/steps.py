@@ -1,16 +1,20 @@
 """One optimizer step, so that it goes on when memory runs out and stops before a bad update, naming the rows.
 
 Memory: what the step has done is taken back (gradients, random numbers, sums), its forward passes are made smaller,
-and the same global batch is gone through again. Numbers: losses and gradients are looked at before each update.
+and the same global batch is gone through again. The fullest batch of the whole run is tried before the first step, so
+that memory runs out in the first minute or never. Numbers: losses and gradients are looked at before each update.
 
 A row, or pair, weighs the same wherever it is: in a batch that is not full, and in the process that has fewer of them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from tunesmith import ranks
@@ -22,15 +26,34 @@ from tunesmith.training.run import Run
 ROW = "row_number"
 """Key under which a batch carries the numbers of its rows, until a step takes them out."""
 
-Splits = Literal["rows", "pairs"] | None
-"""How a method's batch may be parted without changing its loss: by rows, by pairs whose better answers stand before
-all the worse ones, or not at all, where the loss of a row depends on the others of its batch."""
+Splits = Literal["rows", "pairs", "passes"] | None
+"""How a method's batch may be parted without changing its loss: by rows; by pairs whose better answers stand before
+all the worse ones; `passes`, where the loss of a row depends on the others of its batch, so that the model reads the
+batch in parts, each once more in the backward pass, and the loss is that of all likelihoods together; or not at all."""
 
 NAMED = 16
 """Rows that an error names."""
 
-TOLD = ("_metrics", "_stored_metrics", "_total_train_tokens", "_loss_sum", "_num_labels")
+TOLD = (
+    "_metrics", "_stored_metrics", "_total_train_tokens", "_loss_sum", "_num_labels", "_step",
+    "_current_train_step_time",
+)  # fmt: skip
 """What a forward pass counts, and has to count anew when it is repeated."""
+
+SOON = 2
+"""Steps whose batches need not be tried beforehand: they come soon enough."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """The fullest batch of a run, to be tried before its first step."""
+
+    rows: Sequence[Any]
+    """As the trainer's data set gives them."""
+    step: int
+    """The step at which the run meets it."""
+    states: int
+    """Bytes that the optimizer's states will take beside it."""
 
 
 class Abandoned(Exception):
@@ -188,6 +211,58 @@ def weight(batch: Mapping[str, Any], splits: Splits) -> float:
     return float((labels != IGNORED).sum()) if labels is not None else float(size_of(batch, splits))
 
 
+def parted(forward: Callable[..., Any], rows: Callable[[int], int | None]) -> Callable[..., Any]:
+    """A model's forward that gives likelihoods of labels, of at most so many rows at a time: `rows` is told how many
+    there are, and says how many may be.
+
+    Of each part nothing is kept for the backward pass, which runs it once more (arXiv 1604.06174), so that any loss of
+    all likelihoods together has the gradient that it has in one pass.
+    """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    @functools.wraps(forward)
+    def call(*given: Any, **named: Any) -> Any:
+        ids = named.get("input_ids")
+        if given or ids is None or not named.get("fused_lm_head"):
+            return forward(*given, **named)
+        size = len(ids)
+        most = rows(size)
+        if most is None or size <= most:
+            return forward(**named)
+        found = []
+        for start in range(0, size, most):
+            part = {
+                name: value[start : start + most]
+                if isinstance(value, torch.Tensor) and value.dim() and len(value) == size
+                else value
+                for name, value in named.items()
+            }
+            run = functools.partial(forward, **part)
+            found.append(checkpoint(run, use_reentrant=False) if torch.is_grad_enabled() else run())
+        if getattr(found[0], "aux_loss", None) is not None:
+            raise OutOfMemory(
+                "The memory is not enough for a batch, which cannot be parted.",
+                found="the loss of its experts' router is a mean over the whole batch",
+                fix=SMALLER,
+            )
+        # A loss would be one of the parts; the trainers make theirs of the likelihoods.
+        fields = {
+            name: torch.cat([getattr(part, name) for part in found])
+            for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
+            if getattr(found[0], name, None) is not None
+        }
+        return type(found[0])(**fields)
+
+    return call
+
+
+SMALLER = (
+    "Lower per_device_train_batch_size and raise gradient_accumulation_steps, add --gradient-checkpointing, lower "
+    "--max-length, or use --lora."
+)
+
+
 def parts(batch: Mapping[str, Any], splits: Splits, rows: int) -> Iterator[tuple[dict[str, Any], float]]:
     """A batch in parts of at most so many rows, each with its share in a loss that is a mean over the batch."""
     import torch
@@ -229,6 +304,14 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
         """Most rows of a forward pass, once memory was not enough for all of a batch's."""
         _owes_evaluation = False
         """Whether the last validation was broken off."""
+        _evaluation_rows: int | None = None
+        """The same of a validation, where the model reads a batch in parts."""
+        _widest = 0
+        """Rows of the largest pass of a batch that the model may read in parts."""
+        _writing = False
+        """Whether answers were being written when memory ran out."""
+        rehearsal: Rehearsal | None = None
+        is_rehearsing = False
         stop_requested: Callable[[], bool] | None = None
         rows_of: Callable[[int], list[int]] | None = None
         """Gives the running numbers of the input rows behind a row of the training data; for errors."""
@@ -244,7 +327,7 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             fills = [_fills(batch) for batch in batches]
             self._numbers = [_taken_out(batch) for batch in batches]
             self._parted = []
-            if items is None and splits is not None:
+            if items is None and splits in ("rows", "pairs"):
                 own = [0.0 if fill else weight(b, splits) for b, fill in zip(batches, fills, strict=True)]
                 [total] = ranks.summed([sum(own)])
                 rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
@@ -259,8 +342,10 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             if not hasattr(self, "_seen"):  # called by itself, by a check
                 self.get_batch_samples(iter([inputs]), 1, self.args.device)
+            if self.rehearsal:
+                self._rehearse(model)
             if self._before is None:
-                self._before = {"random": state.randomness(), "told": _counted(self)}
+                self.may_go_back_here()
             self._seen.append(inputs)
             self._is_filling = any(n < 0 for place in self._numbers[len(self._seen) - 1 :][:1] for n in place)
             again = False
@@ -281,8 +366,58 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             self._losses.append(loss)
             return loss
 
+        def may_go_back_here(self) -> None:
+            """A step that memory was not enough for is taken again from here."""
+            self._before = {"random": state.randomness(), "told": _counted(self)}
+
+        def _rehearse(self, model: Any) -> None:
+            """Take the step of the fullest batch and undo it: what there is memory for is known from here on."""
+            import torch
+
+            rehearsal, self.rehearsal = self.rehearsal, None
+            assert rehearsal is not None
+            own = {
+                name: getattr(self, name) for name in ("_seen", "_numbers", "_losses", "_before", "_parted")
+            }
+            [batch], items = super().get_batch_samples(
+                iter([self.data_collator(list(rehearsal.rows))]), 1, self.args.device
+            )
+            _taken_out(batch)
+            self.may_go_back_here()
+            self._seen, self._losses, self._parted, self.is_rehearsing = [batch], [], [], True
+            trained = [p for p in model.parameters() if p.requires_grad]
+            held: list[Any] = []
+            try:
+                while True:
+                    try:
+                        # Instead of what is there when the batch comes: states, gradients of passes before.
+                        states = 0 if self.optimizer is None or self.optimizer.state else rehearsal.states
+                        held.append(torch.empty(states, dtype=torch.uint8, device=self.args.device))
+                        if self.args.gradient_accumulation_steps > 1:
+                            for parameter in trained:
+                                parameter.grad = torch.zeros_like(parameter)
+                        self._in_parts(model, 0, items)
+                        break
+                    except Exception as error:
+                        if not is_out_of_memory(error):
+                            raise
+                        said = str(error).strip().splitlines()
+                    held.clear()
+                    self._make_smaller(said[0] if said else "", tried_for=rehearsal.step)
+                    model.zero_grad()
+                    self._rewind()
+            finally:
+                held.clear()
+                self.is_rehearsing = False
+            model.zero_grad()
+            self._rewind()
+            self.__dict__.update(own)
+
         def _in_parts(self, model: Any, place: int, num_items_in_batch: Any) -> Any:
             rows, inputs = self._micro_rows, self._seen[place]
+            if splits == "passes":
+                with self._passes():
+                    return super().training_step(model, inputs, num_items_in_batch)
             before = self.current_gradient_accumulation_steps
             steps: float = self._parted[place] if place < len(self._parted) else before
             total: Any = 0.0
@@ -305,46 +440,104 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
                 inputs = {**inputs, "attention_mask": inputs["attention_mask"] * 0}
             super()._track_num_input_tokens(inputs)
 
+        @contextlib.contextmanager
+        def _passes(self) -> Iterator[None]:
+            """Have the models read a batch in parts where memory asks for it."""
+            others = (getattr(self, name, None) for name in ("ref_model", "reference"))
+            changed: list[tuple[Any, str, Any]] = []
+
+            def rows(size: int) -> int | None:
+                self._widest = max(self._widest, size)
+                return self._micro_rows if self.model.training else self._evaluation_rows
+
+            def put(module: Any, name: str, value: Any) -> None:
+                changed.append((module, name, vars(module).get(name)))
+                setattr(module, name, value)
+
+            def write(generate: Callable[..., Any]) -> Callable[..., Any]:
+                @functools.wraps(generate)
+                def call(*given: Any, **named: Any) -> Any:
+                    self._writing = True
+                    found = generate(*given, **named)
+                    self._writing = False
+                    return found
+
+                return call
+
+            self._widest, self._writing = 0, False
+            try:
+                for module in (self.model, *(m for m in others if hasattr(m, "forward"))):
+                    put(module, "forward", parted(module.forward, rows))
+                if hasattr(self.model, "generate"):
+                    put(self.model, "generate", write(self.model.generate))
+                yield
+            finally:
+                for module, name, before in reversed(changed):
+                    if before is None:
+                        delattr(module, name)
+                    else:
+                        setattr(module, name, before)
+
         def _rewind(self) -> None:
             """Random numbers and counts as they were before the step."""
             assert self._before is not None
             state.set_randomness(self._before["random"])
             _count_back(self, self._before["told"])
 
-        def _make_smaller(self, said: str) -> None:
+        def _make_smaller(self, said: str, *, tried_for: int | None = None) -> None:
             """Halve the rows of a forward pass, and say so. Raises OutOfMemory where that is not possible."""
             free_memory()
-            step = self.state.global_step + 1
-            rows = max((size_of(batch, splits) for batch in self._seen), default=1) if splits else 1
+            step = tried_for or self.state.global_step + 1
+            if splits == "passes":
+                rows = self._widest
+            else:
+                rows = max((size_of(batch, splits) for batch in self._seen), default=1) if splits else 1
             rows = min(rows, self._micro_rows or rows)
             if ranks.count() > 1:
                 raise OutOfMemory(
                     f"The memory is not enough for step {step} in process {ranks.number()} of {ranks.count()}.",
                     found=f"the others are in the midst of this step, which one alone cannot take back; {said[:200]}",
-                    fix="Lower per_device_train_batch_size and raise gradient_accumulation_steps, add "
-                    "--gradient-checkpointing, lower --max-length, or use --lora; then resume.",
+                    fix=f"{SMALLER[:-1]}; then resume.",
                 )
-            if rows < 2:
-                longest = max((batch["input_ids"].shape[-1] for batch in self._seen if splits), default=None)
-                why = (
-                    f"a single {'pair' if splits == 'pairs' else 'row'} of {longest} tokens is too much"
-                    if splits
-                    else "the loss of a row depends on the others of its batch, which so cannot be halved"
+            if self._writing or rows < 2:
+                when = (
+                    " of the run, whose batch is the fullest one and was tried before the first"
+                    if tried_for
+                    else ""
                 )
                 raise OutOfMemory(
-                    f"The memory is not enough for step {step}.",
-                    found=f"{why}; {said[:200]}",
-                    fix="Lower per_device_train_batch_size and raise gradient_accumulation_steps, add "
-                    "--gradient-checkpointing, lower --max-length, or use --lora.",
+                    f"The memory is not enough for step {step}{when}.",
+                    found=f"{self._why_not_smaller(rows)}; {said[:200]}",
+                    fix=SMALLER,
                 )
             self._micro_rows = rows // 2
+            how = (
+                f"with the {counted(rows, 'row')} of step {step}, the fullest batch of the run, which was tried before "
+                "the first step; steps are taken in smaller passes"
+                if tried_for
+                else f"with {counted(rows, 'row')} in a forward pass; the step was taken back and is taken again in "
+                "smaller passes"
+            )
             run.event(
                 "decision",
-                step=step,
+                step=self.state.global_step + 1,
                 name="micro-batch",
                 value=self._micro_rows,
-                reason=f"memory ran out with {counted(rows, 'row')} in a forward pass; the step was taken back and is "
-                "taken again in smaller passes, with the same rows for each update",
+                reason=f"memory ran out {how}, with the same rows for each update",
+            )
+
+        def _why_not_smaller(self, rows: int) -> str:
+            if self._writing:
+                return "answers were being written, and in smaller batches others would be drawn"
+            if splits is None or (splits == "passes" and not rows):
+                return "the loss of a row depends on the others of its batch, which so cannot be halved"
+            seen = [batch for batch in self._seen if isinstance(batch, Mapping) and "input_ids" in batch]
+            longest = max((batch["input_ids"].shape[-1] for batch in seen), default=None)
+            what = "pair" if splits == "pairs" else "row"
+            return (
+                f"a single {what} of {longest} tokens is too much"
+                if longest
+                else f"a single {what} is too much"
             )
 
         def evaluate(self, *given: Any, **named: Any) -> Any:
@@ -371,6 +564,8 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             self._is_filling, self._is_uneven = _fills(inputs), ranks.count() > 1
             fills = self._is_filling
             inputs = {name: value for name, value in _without_labels(inputs).items() if name != ROW}
+            if splits == "passes":
+                return self._predicted(model, inputs, *given, **named)
             told = _counted(self)
             try:
                 answer = super().prediction_step(model, inputs, *given, **named)
@@ -397,6 +592,28 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             ]
             loss = sum(share * answer[0] for answer, share in found) if found[0][0][0] is not None else None
             return (loss, *(_joined([answer[place] for answer, _ in found]) for place in (1, 2)))
+
+        def _predicted(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
+            """A batch of a validation whose loss is that of all its rows, read by the model in parts if need be."""
+            while True:
+                told = _counted(self)
+                try:
+                    with self._passes():
+                        return super().prediction_step(model, inputs, *given, **named)
+                except Exception as error:
+                    rows = min(self._widest, self._evaluation_rows or self._widest)
+                    if not is_out_of_memory(error) or rows < 2:
+                        raise
+                _count_back(self, told)
+                free_memory()
+                self._evaluation_rows = rows // 2
+                run.event(
+                    "decision",
+                    step=self.state.global_step,
+                    name="validation batch",
+                    value=self._evaluation_rows,
+                    reason=f"memory ran out with {counted(rows, 'row')}; they are read in parts",
+                )
 
         # What is no number
 
@@ -430,8 +647,8 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
         def _blamed(self, places: Sequence[int], *, is_weight: bool) -> str | None:
             """The rows of some forward passes of the step by file and number, those that are bad alone where any is."""
             numbers = [n for place in places if place < len(self._numbers) for n in self._numbers[place]]
-            # One process cannot try rows by itself: what is counted of a loss is counted by all of them.
-            is_alone = ranks.count() == 1 and not is_weight and splits is not None
+            # One of several processes cannot try rows by itself: what is counted of a loss is counted by all of them.
+            is_alone = ranks.count() == 1 and not is_weight and splits in ("rows", "pairs")
             alone = self._bad_alone(places) if is_alone else []
             if self.rows_of is None or not numbers:
                 return None

@@ -1,0 +1,205 @@
+"""What the later pages share: which run is looked at, the state of jobs in words, and starting one."""
+
+from __future__ import annotations
+
+import html
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.context import get_render_context
+
+from tunesmith.errors import InputError, TunesmithError
+from tunesmith.training.run import find_runs, is_run, open_run
+from tunesmith.ui import form
+from tunesmith.ui.jobs import Job, Queue
+from tunesmith.ui.shared import Shared, box, problem
+from tunesmith.ui.workspace import Workspace, workspace_of
+
+WATCHING = 2.0
+"""Seconds between two looks of a page at what it watches."""
+LONGEST_TEXT = 2000
+"""Characters of a text in a table; the whole one is shown when its row is chosen."""
+
+WORDS = {
+    "waiting": "waiting", "running": "running", "done": "done", "stopped": "stopped", "failed": "failed",
+    "canceled": "canceled", "lost": "ended without a word",
+}  # fmt: skip
+
+
+def queue_of(workspace: Workspace) -> Queue:
+    """The workspace's jobs."""
+    return Queue(workspace.jobs)
+
+
+def run_names(workspace: Workspace) -> list[str]:
+    """The workspace's runs, newest first, those that are still to be made before them."""
+    made = [run.path.name for run in reversed(find_runs(workspace.runs))]
+    awaited = [job.run for job in queue_of(workspace).jobs() if job.is_open and job.run]
+    return list(dict.fromkeys([*reversed(awaited), *made]))
+
+
+def run_path(workspace: Workspace, name: str | None) -> Path:
+    """The folder of a run that a browser has named. Raises InputError where it is none."""
+    if not name:
+        raise InputError("No run is chosen.", fix="Choose one at the top of the page.")
+    path = workspace.inside(workspace.runs, name)
+    if not is_run(path):
+        raise InputError(
+            "There is no such run.", found=repr(name[:60]), fix="Choose another one; it may be in the trash."
+        )
+    return path
+
+
+def run_choice(shared: Shared, page: str) -> gr.Dropdown:
+    """A list of the workspace's runs, in step with the lists of the other pages."""
+    chosen = gr.Dropdown(
+        choices=[], value=None, label="Run", elem_id=f"{page}-run", interactive=True, allow_custom_value=False
+    )
+
+    def refreshed(name: str | None, request: gr.Request) -> Any:
+        names = run_names(workspace_of(request))
+        return gr.Dropdown(choices=names, value=name if name in names else names[0] if names else None)
+
+    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    gr.on(
+        None, refreshed, inputs=[shared.run], outputs=[chosen], **quiet
+    )  # when the page loads, or another run is chosen
+    shared.tabs.select(refreshed, inputs=[shared.run], outputs=[chosen], **quiet)
+    chosen.input(lambda name: name, inputs=[chosen], outputs=[shared.run], **quiet)
+    return chosen
+
+
+def watching(shared: Shared, name: str) -> gr.Timer:
+    """A clock that ticks while the page of this name is looked at; call it while the page's tab is filled."""
+    tab = get_render_context()
+    assert isinstance(tab, gr.Tab)
+    timer = gr.Timer(WATCHING, active=False)
+
+    def left(event: gr.SelectData) -> Any:
+        return gr.skip() if event.value == name else gr.Timer(active=False)
+
+    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    tab.select(lambda: gr.Timer(active=True), outputs=[timer], **quiet)
+    shared.tabs.select(left, outputs=[timer], **quiet)
+    return timer
+
+
+def job_facts(job: Job) -> list[str]:
+    """A job in the table of the queue: number, what, state, since when, how it ended."""
+    state = "stopping" if job.state == "running" and job.stop_asked else WORDS[job.state]
+    at = job.ended or job.started or job.queued
+    return [str(int(job.id)), job.title, state, clock(at), job.ending()]
+
+
+def clock(at: float) -> str:
+    """A time as people read it; the date where it is not today's."""
+    then, today = time.localtime(at), time.localtime()
+    return time.strftime("%H:%M:%S" if then[:3] == today[:3] else "%Y-%m-%d %H:%M", then)
+
+
+def duration(seconds: float) -> str:
+    """`2 h 05 min`, `3 min 20 s`, `12 s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{whole} s"
+
+
+def size(number: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000 or unit == "GB":
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    raise AssertionError("unreachable")
+
+
+def job_box(queue: Queue, job: Job | None) -> str:
+    """What became of a job, for `gr.HTML`; a failed one with its last lines."""
+    if job is None:
+        return ""
+    if job.state == "waiting":
+        return box(f"{job.title}: waiting", ["It begins when the jobs before it have ended."], kind="note")
+    if job.state == "running":
+        said = tail_of(queue, job, 1)
+        return box(f"{job.title}: {'stopping' if job.stop_asked else 'running'}", said, kind="note")
+    if job.state == "done":
+        return box(f"{job.title}: done", [], kind="good")
+    kind = "warn" if job.state in ("stopped", "canceled") else "problem"
+    last = tail_of(queue, job, 12) if kind == "problem" else []
+    text = "".join(f"<p>{html.escape(line)}</p>" for line in [job.ending()])
+    log = f"<pre>{html.escape(chr(10).join(last))}</pre>" if last else ""
+    role = "alert" if kind == "problem" else "status"
+    return f'<div class="ts-box ts-{kind}" role="{role}"><strong>{html.escape(job.title)}</strong>{text}{log}</div>'
+
+
+def tail_of(queue: Queue, job: Job, lines: int) -> list[str]:
+    """The last lines of a job's log."""
+    return [line for line in queue.said(job, lines=lines).split("\n") if line]
+
+
+def last_job(workspace: Workspace, run: str | None, kinds: Sequence[str]) -> Job | None:
+    """The newest job of a kind that works on a run."""
+    found = [
+        job for job in queue_of(workspace).jobs() if job.kind in kinds and (run is None or job.run == run)
+    ]
+    return found[-1] if found else None
+
+
+def guarded(build: Callable[[], Any], failed: Callable[[str], Any]) -> Any:
+    """What `build` gives, or what `failed` makes of the box that tells its error."""
+    try:
+        return build()
+    except Exception as error:
+        return failed(told_of(error))
+
+
+def told_of(error: Exception) -> str:
+    """The box that tells an error; of one that is not ours the server's log has the rest."""
+    if not isinstance(error, TunesmithError):
+        logging.getLogger("tunesmith.ui").error("a page failed", exc_info=error)
+    return problem(error)
+
+
+def require_finished(path: Path) -> Path:
+    """A run's folder that has a final model. Raises InputError where it has none."""
+    if not open_run(path).final_model.is_dir():
+        raise InputError(
+            f"The run {path.name} has no final model yet.",
+            found=f"it is {open_run(path).state()}",
+            fix="Wait for it, or resume it on the Train page.",
+        )
+    return path
+
+
+def upload_names(workspace: Workspace) -> list[str]:
+    """The files that were uploaded."""
+    return sorted(
+        path.name for path in workspace.uploads.iterdir() if path.is_file() and not path.name.startswith(".")
+    )
+
+
+def upload_named(workspace: Workspace, name: str | None, *, examples: bool = False) -> str:
+    """An uploaded file by its name, or `example:NAME`. Raises InputError for anything else."""
+    if not name:
+        raise InputError("No file is chosen.", fix="Upload it on the Data page.")
+    if examples and name.startswith("example:"):
+        return name
+    path = workspace.inside(workspace.uploads, name)
+    if not path.is_file():
+        raise InputError("There is no such upload.", found=repr(name[:60]), fix="Upload it on the Data page.")
+    return str(path)
+
+
+def model_named(workspace: Workspace, name: str) -> str:
+    """A run of the workspace, `tiny`, or a Hub id, as the command line takes it; never a path that is elsewhere."""
+    name = name.strip()
+    if name in run_names(workspace):
+        return str(require_finished(run_path(workspace, name)))
+    for said in form.outside({"model": {"base": name}}, workspace).values():
+        raise InputError(said, found=repr(name[:60]), fix="Choose a run, tiny, or owner/name.")
+    return name

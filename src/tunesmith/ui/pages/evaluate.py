@@ -1,0 +1,433 @@
+"""The Evaluate page: the verdict first, then scores with intervals, then every answer side by side."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components.plot import PlotData
+
+from tunesmith import api
+from tunesmith.errors import InputError
+from tunesmith.evaluation.report import Measurement, measurement
+from tunesmith.ui import curves
+from tunesmith.ui.choosing import (
+    LONGEST_TEXT,
+    guarded,
+    job_box,
+    last_job,
+    model_named,
+    queue_of,
+    require_finished,
+    run_choice,
+    run_names,
+    run_path,
+    upload_named,
+    upload_names,
+    watching,
+)
+from tunesmith.ui.jobs import Job
+from tunesmith.ui.shared import Shared, box, command, empty
+from tunesmith.ui.workspace import Workspace, workspace_of
+
+PAGE = 25
+"""Answers on one page of the table."""
+OWN = "its base against it"
+KINDS = {"better": "good", "worse": "problem", "no evidence": "warn", "inconclusive": "warn"}
+FILTERS = ("all", "differing", "better", "worse", "with notes")
+SUITES = ("mt-bench", "alpaca", "arena")
+NOTHING = empty(
+    "Nothing was measured yet.", "A finished training measures itself; below you can compare any two models."
+)
+
+
+def places(workspace: Workspace, run: str | None) -> dict[str, Path]:
+    """By name what was measured of a run, and all comparisons of the workspace."""
+    found: dict[str, Path] = {}
+    if run:
+        path = run_path(workspace, run)
+        if (path / "evaluation" / "comparison.json").is_file():
+            found[OWN] = path
+        for file in sorted(path.glob("evaluation/*/scores.json")):
+            found[f"{run} on {file.parent.name}"] = file.parent
+    for file in sorted(workspace.runs.glob("comparisons/*/comparison.json")):
+        found[file.parent.name.replace("_vs_", " against ")] = file.parent
+    return found
+
+
+def measured(place: Path) -> Measurement:
+    """What was measured in a folder, read once for each time that it was written."""
+    files = (place / "evaluation", place) if (place / "evaluation").is_dir() else (place,)
+    changed = tuple(
+        at.stat().st_mtime_ns
+        for folder in files
+        for at in sorted([*folder.glob("*.json*"), *folder.glob("*/figures.json")])
+    )
+    return _measured(place, changed)
+
+
+@functools.lru_cache(maxsize=16)
+def _measured(place: Path, changed: tuple[int, ...]) -> Measurement:
+    return measurement(place)
+
+
+def chosen_answers(found: Measurement, search: str, kind: str) -> list[int]:
+    """Which answers hold the words and are of the kind; places in `found.answers`."""
+    words = search.lower().split()
+    kept = []
+    for place, answer in enumerate(found.answers):
+        text = " ".join(
+            [answer["question"], answer["reference"], *(str(m["text"] or "") for m in answer["models"])]
+        ).lower()
+        is_kind = {
+            "differing": answer["moved"] > 0,
+            "better": answer["gain"] > 0,
+            "worse": answer["gain"] < 0,
+            "with notes": any(m["notes"] for m in answer["models"]),
+        }.get(kind, True)
+        if is_kind and all(word in text for word in words):
+            kept.append(place)
+    return kept
+
+
+def answer_line(found: Measurement, place: int) -> list[str]:
+    """An answer's line in the table: number, question, reference, then each model's answer and mark."""
+    answer = found.answers[place]
+    cells = [str(place + 1), answer["question"], answer["reference"]]
+    for model in answer["models"]:
+        cells += [str(model["text"] or ""), model["mark"]]
+    cells += [""] * (7 - len(cells))
+    return [_short(cell) for cell in cells]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
+
+
+def verdict(found: Measurement) -> str:
+    """The verdict with what is to be known beside it, for `gr.HTML`."""
+    lines = [*found.remarks]
+    for judged in found.judged:
+        lines += [f"Judged by {judged['judge']}: {line}" for line in judged["lines"]]
+        lines.append(f"The judge: {judged['calibration']}")
+    return box(found.verdict, [*lines, *found.problems], kind=KINDS.get(found.kind, "note"))
+
+
+def judged_plots(found: Measurement) -> dict[str, PlotData]:
+    """By title the plots of judges, the radar first."""
+    plots = {
+        f"{plot['title']} ({judged['name']})": PlotData(type="plotly", plot=curves.plotted(plot, height=420))
+        for judged in found.judged
+        for plot in judged["figures"]
+    }
+    return dict(sorted(plots.items(), key=lambda item: not item[0].startswith("Radar")))
+
+
+def judge_named(workspace: Workspace, given: str | None) -> str:
+    """`local:MODEL`, or an uploaded file of a judge's settings. Raises InputError for anything else."""
+    if not given:
+        raise InputError(
+            "Who judges is missing.", fix="Choose an uploaded settings file (docs/judge.md), or local:RUN."
+        )
+    if given.startswith("local:"):
+        return f"local:{model_named(workspace, given.removeprefix('local:'))}"
+    return str(upload_named(workspace, given))
+
+
+def judge_arguments(workspace: Workspace, run: str | None, judge: str | None, mode: str) -> list[str]:
+    """What follows `tunesmith` to have a run's answers judged."""
+    path = run_path(workspace, run)
+    return ["judge", f"--judge={judge_named(workspace, judge)}", f"--mode={mode}", "--", str(path)]
+
+
+def forecast(workspace: Workspace, run: str | None, judge: str | None, mode: str) -> str:
+    """What a judging would take, in a sentence; nobody is asked."""
+    from tunesmith.evaluation.judging.asking import Forecast
+
+    found = api.judge(
+        [run_path(workspace, run)], judge=judge_named(workspace, judge), mode=mode, dry_run=True
+    )
+    return Forecast(**found["estimate"]).sentence()
+
+
+def compare(workspace: Workspace, a: str | None, b: str | None, dataset: str | None) -> Job:
+    """Queue a comparison of two models on the same questions."""
+    if not a or not b:
+        raise InputError("Two models are needed.", fix="Choose A and B.")
+    on = [f"--dataset={upload_named(workspace, dataset, examples=True)}"] if dataset else []
+    models = [model_named(workspace, a), model_named(workspace, b)]
+    return queue_of(workspace).add(["compare", *on, "--", *models], title=f"Compare {a} with {b}")
+
+
+def suite(workspace: Workspace, run: str | None, name: str, questions: str | None, judge: str | None) -> Job:
+    """Queue a suite's questions for a run, judged where a judge is named."""
+    if name not in SUITES:
+        raise InputError("There is no such suite.", found=repr(str(name)[:40]), fix=", ".join(SUITES))
+    asked = [f"--questions={upload_named(workspace, questions)}"] if questions else []
+    judged = [f"--judge={judge_named(workspace, judge)}"] if judge else []
+    path = require_finished(run_path(workspace, run))
+    arguments = ["evaluate", f"--suite={name}", *asked, *judged, "--", str(path)]
+    return queue_of(workspace).add(arguments, title=f"{name} for {run}", run=run)
+
+
+def build(shared: Shared) -> None:
+    """Fill the tab."""
+    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    own: dict[str, Any] = {"api_visibility": "private"}
+    with gr.Row():
+        chosen = run_choice(shared, "evaluate")
+        place = gr.Dropdown(
+            choices=[], value=None, label="What was measured", elem_id="evaluate-place", interactive=True
+        )
+    said = gr.HTML(NOTHING, elem_id="evaluate-verdict")
+    table = gr.Dataframe(
+        headers=["metric", "base", "tuned", "difference", "n", "verdict"], datatype="str", type="array",
+        interactive=False, wrap=True, label="Scores with intervals", elem_id="evaluate-scores",
+    )  # fmt: skip
+    with gr.Accordion("Judged", open=True, visible=False, elem_id="evaluate-judged") as judged_part:
+        which = gr.Dropdown(
+            choices=[], value=None, label="Plot", elem_id="evaluate-plot-choice", interactive=True
+        )
+        radar = gr.Plot(label="Judged", show_label=False, elem_id="evaluate-plot")
+    gr.Markdown("### Every answer")
+    with gr.Row():
+        search = gr.Textbox(
+            value="",
+            label="Search",
+            placeholder="words in question, reference or answer",
+            elem_id="evaluate-search",
+        )
+        kind = gr.Radio(list(FILTERS), value="all", label="Show", elem_id="evaluate-filter")
+        number = gr.Number(value=1, minimum=1, precision=0, label="Page", elem_id="evaluate-page")
+    count = gr.HTML("", elem_id="evaluate-count")
+    answers = gr.Dataframe(
+        headers=["no.", "question", "reference", "A", "A's mark", "B", "B's mark"], datatype="str", type="array",
+        interactive=False, wrap=True, label="Answers; choose a line to see it whole", max_height=480,
+        elem_id="evaluate-answers", column_widths=["4%", "22%", "18%", "22%", "6%", "22%", "6%"],
+    )  # fmt: skip
+    with gr.Group(elem_id="evaluate-whole"):
+        question = gr.Textbox(
+            label="Question", interactive=False, lines=2, max_lines=12, elem_id="evaluate-question"
+        )
+        reference = gr.Textbox(
+            label="Reference", interactive=False, max_lines=12, elem_id="evaluate-reference"
+        )
+        with gr.Row():
+            left = gr.Textbox(label="A", interactive=False, lines=3, max_lines=20, elem_id="evaluate-left")
+            right = gr.Textbox(label="B", interactive=False, lines=3, max_lines=20, elem_id="evaluate-right")
+
+    with gr.Accordion("Compare two models", open=False, elem_id="evaluate-compare-part"):
+        with gr.Row():
+            a = gr.Dropdown(choices=["tiny"], value="tiny", label="A, the base", elem_id="evaluate-a",
+                            allow_custom_value=True, interactive=True)  # fmt: skip
+            b = gr.Dropdown(choices=[], value=None, label="B, the challenger", elem_id="evaluate-b",
+                            allow_custom_value=True, interactive=True)  # fmt: skip
+            dataset = gr.Dropdown(choices=[], value=None, label="On (by default what the run held out)",
+                                  elem_id="evaluate-dataset", allow_custom_value=True, interactive=True)  # fmt: skip
+        compare_button = gr.Button("Compare", variant="primary", elem_id="evaluate-compare")
+    with gr.Accordion("Let a judge decide", open=False, elem_id="evaluate-judge-part"):
+        with gr.Row():
+            judge = gr.Dropdown(choices=[], value=None, label="Judge: an uploaded settings file, or local:RUN",
+                                elem_id="evaluate-judge", allow_custom_value=True, interactive=True)  # fmt: skip
+            mode = gr.Radio(["pair", "single"], value="pair", label="How", elem_id="evaluate-mode")
+        with gr.Row():
+            cost_button = gr.Button("What would it cost?", elem_id="evaluate-cost")
+            judge_button = gr.Button(
+                "Start judging", variant="primary", interactive=False, elem_id="evaluate-judge-start"
+            )
+        priced = gr.State(None)
+        gr.Markdown("Or a suite of questions, MT-Bench for instance:")
+        with gr.Row():
+            suite_name = gr.Dropdown(list(SUITES), value=SUITES[0], label="Suite", elem_id="evaluate-suite")
+            questions = gr.Dropdown(choices=[], value=None, label="Its questions, an uploaded file",
+                                    elem_id="evaluate-questions", interactive=True)  # fmt: skip
+            suite_button = gr.Button("Run the suite", elem_id="evaluate-suite-start")
+    line = gr.Textbox(
+        label="The same in a shell",
+        interactive=False,
+        elem_id="evaluate-command",
+        buttons=["copy"],
+        max_lines=4,
+    )
+    told = gr.HTML("", elem_id="evaluate-told")
+    state = gr.HTML("", elem_id="evaluate-job")
+    timer = watching(shared, "Evaluate")
+    before = gr.State("")
+
+    def refreshed(run: str | None, now: str | None, request: gr.Request) -> list[Any]:
+        workspace = workspace_of(request)
+        names = list(guarded(lambda: places(workspace, run), lambda _: {}))
+        files = upload_names(workspace)
+        runs = run_names(workspace)
+        return [
+            gr.Dropdown(choices=names, value=now if now in names else names[0] if names else None),
+            gr.Dropdown(choices=["tiny", *runs]),
+            gr.Dropdown(choices=["tiny", *runs], value=run),
+            gr.Dropdown(choices=files),
+            gr.Dropdown(choices=[f for f in files if f.endswith((".yaml", ".yml"))]),
+            gr.Dropdown(choices=[f for f in files if f.endswith((".jsonl", ".json"))]),
+        ]
+
+    lists = [place, a, b, dataset, judge, questions]
+    chosen.change(refreshed, inputs=[chosen, place], outputs=lists, **quiet)
+    shared.tabs.select(refreshed, inputs=[chosen, place], outputs=lists, **quiet)
+
+    def found_at(workspace: Workspace, run: str | None, name: str | None) -> Measurement | None:
+        known = places(workspace, run)
+        return measured(known[name]) if name in known else None
+
+    def show(run: str | None, name: str | None, request: gr.Request) -> list[Any]:
+        def act() -> list[Any]:
+            found = found_at(workspace_of(request), run, name)
+            if found is None:
+                return [NOTHING, gr.Dataframe(value=[]), gr.Accordion(visible=False), gr.skip(), None, 1]
+            header, *body = [list(cells) for cells in found.table]
+            plots = judged_plots(found)
+            first = next(iter(plots), None)
+            return [
+                verdict(found),
+                gr.Dataframe(value=body, headers=header),
+                gr.Accordion(visible=bool(plots)),
+                gr.Dropdown(choices=list(plots), value=first),
+                plots[first] if first else None,
+                1,
+            ]
+
+        return list(guarded(act, lambda box: [box, *[gr.skip()] * 5]))
+
+    def listed(
+        run: str | None, name: str | None, words: str, of: str, page: float, request: gr.Request
+    ) -> list[Any]:
+        def act() -> list[Any]:
+            found = found_at(workspace_of(request), run, name)
+            if found is None:
+                return [gr.Dataframe(value=[]), ""]
+            kept = chosen_answers(found, words or "", of)
+            pages = max(1, -(-len(kept) // PAGE))
+            at = min(max(int(page or 1), 1), pages) - 1
+            shown = kept[at * PAGE : (at + 1) * PAGE]
+            one, other = found.names
+            headers = ["no.", "question", "reference", one, "mark", other or "-", "mark of B"]
+            lines = [answer_line(found, n) for n in shown]
+            note = f"<p>{len(kept):,} of {len(found.answers):,} answers, page {at + 1} of {pages}</p>"
+            return [gr.Dataframe(value=lines, headers=headers), note]
+
+        return list(guarded(act, lambda box: [gr.skip(), box]))
+
+    shown_by = [chosen, place, search, kind, number]
+    place.change(
+        show, inputs=[chosen, place], outputs=[said, table, judged_part, which, radar, number], **quiet
+    ).then(listed, inputs=shown_by, outputs=[answers, count], **quiet)
+    gr.on(
+        [search.submit, search.blur, kind.change, number.change],
+        listed,
+        inputs=shown_by,
+        outputs=[answers, count],
+        **quiet,
+    )
+
+    def whole(run: str | None, name: str | None, request: gr.Request, event: gr.SelectData) -> list[Any]:
+        def act() -> list[Any]:
+            found = found_at(workspace_of(request), run, name)
+            line = event.row_value or []
+            if found is None or not line:
+                return [gr.skip()] * 4
+            answer = found.answers[int(line[0]) - 1]
+            one, *others = answer["models"]
+            right_text = _told(others[0]) if others else ""
+            return [
+                answer["question"],
+                answer["reference"],
+                gr.Textbox(value=_told(one), label=found.names[0]),
+                gr.Textbox(value=right_text, label=found.names[1] or "-"),
+            ]
+
+        return list(guarded(act, lambda _: [gr.skip()] * 4))
+
+    answers.select(whole, inputs=[chosen, place], outputs=[question, reference, left, right], **quiet)
+
+    def plotted_choice(run: str | None, name: str | None, title: str | None, request: gr.Request) -> Any:
+        found = guarded(lambda: found_at(workspace_of(request), run, name), lambda _: None)
+        return judged_plots(found).get(title or "") if found else None
+
+    which.input(plotted_choice, inputs=[chosen, place, which], outputs=[radar], **quiet)
+
+    def queued(act: Any) -> Any:
+        def on(*given: Any) -> list[Any]:
+            *values, request = given
+
+            def make() -> list[Any]:
+                job = act(workspace_of(request), *values)
+                return [box(f"{job.title}: queued", kind="good"), job.command]
+
+            return list(guarded(make, lambda said: [said, gr.skip()]))
+
+        return on
+
+    def on_compare(a: str, b: str, dataset: str, request: gr.Request) -> list[Any]:
+        return list(queued(compare)(a, b, dataset, request))
+
+    def on_suite(run: str, name: str, asked: str, judge: str, request: gr.Request) -> list[Any]:
+        return list(queued(suite)(run, name, asked, judge, request))
+
+    compare_button.click(on_compare, inputs=[a, b, dataset], outputs=[told, line], **own)
+    suite_button.click(on_suite, inputs=[chosen, suite_name, questions, judge], outputs=[told, line], **own)
+
+    def cost(run: str | None, by: str | None, how: str, request: gr.Request) -> list[Any]:
+        def act() -> list[Any]:
+            workspace = workspace_of(request)
+            sentence = forecast(workspace, run, by, how)
+            shown = command(["tunesmith", *judge_arguments(workspace, run, by, how)])
+            return [
+                box("It would take", [sentence, "Nobody was asked yet."], kind="note"),
+                shown,
+                (run, by, how),
+                gr.Button(interactive=True),
+            ]
+
+        return list(guarded(act, lambda said: [said, gr.skip(), None, gr.Button(interactive=False)]))
+
+    cost_button.click(cost, inputs=[chosen, judge, mode], outputs=[told, line, priced, judge_button], **own)
+
+    def unpriced() -> list[Any]:
+        return [None, gr.Button(interactive=False)]
+
+    gr.on([chosen.change, judge.change, mode.change], unpriced, outputs=[priced, judge_button], **quiet)
+
+    def on_judge(run: str | None, by: str | None, how: str, known: Any, request: gr.Request) -> list[Any]:
+        def act(workspace: Workspace) -> Job:
+            if known is None or tuple(known) != (run, by, how):
+                raise InputError(
+                    "What it costs was not asked for these settings.",
+                    fix="Press 'What would it cost?' first.",
+                )
+            arguments = judge_arguments(workspace, run, by, how)
+            return queue_of(workspace).add(arguments, title=f"Judge {run}", run=run)
+
+        return list(queued(act)(request))
+
+    judge_button.click(on_judge, inputs=[chosen, judge, mode, priced], outputs=[told, line], **own)
+
+    def look(run: str | None, name: str | None, mark: str, request: gr.Request) -> list[Any]:
+        workspace = workspace_of(request)
+        queue = queue_of(workspace)
+        job = last_job(workspace, None, ("compare", "evaluate", "judge"))
+        known = guarded(lambda: places(workspace, run), lambda _: {})
+        now = f"{job}{queue.said(job, lines=1) if job and job.is_open else ''}{list(known)}"
+        if now == mark:
+            return [gr.skip()] * 3
+        queue.wake()
+
+        value = name if name in known else next(iter(known), None)
+        return [now, job_box(queue, job), gr.Dropdown(choices=list(known), value=value)]
+
+    timer.tick(look, inputs=[chosen, place, before], outputs=[before, state, place], **quiet)
+
+
+def _told(model: Mapping[str, Any]) -> str:
+    notes = [str(model["mark"]), *map(str, model["notes"])]
+    below = ", ".join(note for note in notes if note)
+    return f"{model['text'] or ''}" + (f"\n\n({below})" if below else "")

@@ -1,0 +1,261 @@
+"""The Recipe page: what is tuned, how, and with which settings, as a form, as YAML and as one command."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.context import LocalContext, get_blocks_context
+
+from tunesmith.errors import InputError, TunesmithError
+from tunesmith.recipe import Recipe, sections_of
+from tunesmith.ui import form, handlers
+from tunesmith.ui.form import Control, Filled
+from tunesmith.ui.pages.data import written
+from tunesmith.ui.shared import Shared, box, command, problem
+from tunesmith.ui.workspace import Workspace, workspace_of
+
+SECTIONS = ("", *(name for name, field in Recipe.model_fields.items() if sections_of(field.annotation)))
+"""The parts of the form, in the order of the recipe."""
+TITLES = {
+    "": "Run",
+    "model": "Base model",
+    "data": "Data",
+    "method": "Method",
+    "adapter": "Adapter",
+    "training": "Training",
+    "evaluation": "Evaluation",
+    "export": "After training",
+    "tracking": "Tracking",
+}
+OPEN = frozenset({"", "model", "method", "adapter", "training"})
+"""Sections that are open at first."""
+LONGEST_RECIPE = 2**20
+"""Bytes of a recipe file that is imported, as `compose.LARGEST_FILE`."""
+
+Drawn = str
+"""What a section shows besides the user's own values, as text: where it changes, the section is drawn anew."""
+
+
+def drawn(found: Filled, section: str, shown: Sequence[Control], version: int = 0) -> Drawn:
+    """What decides how a section is drawn: its fields, what they are without the user's values, what is between them.
+
+    What the user types into a field is not in it, so that nobody loses the place in which he writes.
+    """
+    fields = [c for c in shown if c.section == section]
+    rows = [(c.path, c.kind, repr(form.value_at(found.base, c.path, None))) for c in fields]
+    between = sorted(
+        said for path, said in found.faults.items() if "effect" in said and path.startswith(section or "-")
+    )
+    return json.dumps([version, rows, between])
+
+
+def outcome(
+    layer: dict[str, Any], workspace: Workspace | None, *, expert: bool, version: int = 0
+) -> tuple[Any, ...]:
+    """YAML, command, the box below them, and what decides how each section is drawn."""
+    found = form.filled(layer, workspace)
+    own = form.settled(layer, workspace) if workspace else layer
+    shown = form.visible(found, expert=expert)
+    return (
+        form.as_yaml(layer),
+        command(form.argv(own)),
+        verdict(found),
+        *(drawn(found, section, shown, version) for section in SECTIONS),
+    )
+
+
+def verdict(found: Filled) -> str:
+    """Whether the recipe holds together, as HTML with everything escaped."""
+    if found.faults:
+        lines = [
+            said if said.startswith(path) or not path else f"{path}: {said}"
+            for path, said in found.faults.items()
+        ]
+        return box("The recipe does not fit yet.", lines)
+    recipe = found.sound
+    what = f"{recipe.method.kind} on {recipe.model.base}, adapter {recipe.adapter.kind}, data {recipe.data.dataset}"
+    return box("The recipe fits.", [what, *found.notes], kind="good")
+
+
+def changed(
+    layer: dict[str, Any], control: Control, raw: Any, workspace: Workspace | None
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The layer after a control was used, label and class for its component, and what fell away."""
+    try:
+        new, lost = form.changed(layer, control, raw)
+    except TunesmithError as error:
+        said = " ".join(part for part in (error.problem, error.found and f"Found: {error.found}.") if part)
+        return layer, form.labelled(control, said), []
+    fault = form.filled(new, workspace).faults.get(control.path)
+    return new, form.labelled(control, fault), lost
+
+
+def taken(file: str, workspace: Workspace) -> tuple[dict[str, Any], list[str]]:
+    """The layer of a recipe file that a browser has sent. Raises TunesmithError."""
+    path = Path(file)
+    if path.suffix.lower() not in (".yaml", ".yml", ".json"):
+        raise InputError("A recipe is a .yaml, .yml or .json file.", found=repr(path.name)[:80])
+    if path.stat().st_size > LONGEST_RECIPE:
+        raise InputError("The file is too large to be a recipe.", found=f"{path.stat().st_size:,} bytes")
+    return form.imported(path)
+
+
+def saved(layer: dict[str, Any], workspace: Workspace) -> Path:
+    """Keep the layer as a file in the workspace, beside those of the same name that say something else."""
+    name = layer.get("name") if isinstance(layer.get("name"), str) and layer["name"] else "recipe"
+    text, number = form.as_yaml(layer), 1
+    place = workspace.inside(workspace.recipes, f"{name}.yaml")
+    while place.exists() and place.read_text(encoding="utf-8") != text:
+        number += 1
+        place = workspace.inside(workspace.recipes, f"{name}-{number}.yaml")
+    place.write_text(text, encoding="utf-8")
+    return place
+
+
+def about(section: str, found: Filled) -> str:
+    """What a section is for, in the words of the recipe, escaped."""
+    if not section:
+        return "Task and preset set defaults for everything below; what you set yourself stays."
+    return html.escape(" ".join((type(getattr(found.sound, section)).__doc__ or "").split()))
+
+
+def architecture(layer: dict[str, Any], workspace: Workspace | None) -> tuple[str, str]:
+    """Seed 000's "Model Architecture" of the recipe's base model, and a box where there is none."""
+    base = form.value_at(layer, "model.base", "tiny")
+    if workspace and (said := form.outside({"model": {"base": base}}, workspace)):
+        return "", box("This model cannot be shown.", list(said.values()))
+    summary, error = handlers.handle_submit(str(base))
+    return summary, box("There is no summary of this model.", error.splitlines()) if error else ""
+
+
+def build(shared: Shared) -> None:
+    """Fill the tab."""
+    root = get_blocks_context().root_block  # type: ignore[union-attr]
+    start = form.filled(shared.recipe.value or {})
+    basic = form.visible(start, expert=False)
+    version = gr.State(0)
+    with gr.Row():
+        with gr.Column(scale=3, min_width=340):
+            view = gr.Radio(
+                ["Basic", "Expert"],
+                value="Basic",
+                label="View",
+                elem_id="recipe-view",
+                info="Expert has every field that takes effect with the chosen method and adapter.",
+            )
+            looks = {section: gr.State(drawn(start, section, basic)) for section in SECTIONS}
+            for section in SECTIONS:
+                with gr.Accordion(
+                    TITLES[section], open=section in OPEN, elem_id=f"recipe-section-{section or 'run'}"
+                ):
+                    _section(shared, section, looks[section], view, root)
+        with gr.Column(scale=2, min_width=340):
+            state = gr.HTML(verdict(start), elem_id="recipe-state")
+            text = written(form.as_yaml(start.layer), "Recipe (YAML)", "recipe-yaml")
+            line = written(command(form.argv(start.layer)), "The same as one command", "recipe-command")
+            with gr.Row():
+                upload = gr.UploadButton(
+                    "Import a recipe", file_types=[".yaml", ".yml", ".json"], elem_id="recipe-import"
+                )
+                keep = gr.Button("Keep and export", elem_id="recipe-keep")
+                clear = gr.Button("Start over", elem_id="recipe-clear")
+            download = gr.DownloadButton("Export", visible=False, elem_id="recipe-export")
+            said = gr.HTML("", elem_id="recipe-said")
+            onward = gr.Button("Plan this run", variant="primary", elem_id="recipe-plan")
+            show = gr.Button("Model architecture", elem_id="recipe-architecture-show")
+            missing = gr.HTML("", elem_id="recipe-architecture-problem")
+            summary = gr.Textbox(
+                "",
+                label="Model Architecture",
+                lines=4,
+                max_lines=20,
+                buttons=["copy"],
+                interactive=False,
+                elem_id="recipe-architecture",
+            )
+
+    def refresh(layer: dict[str, Any], view: str, version: int, request: gr.Request) -> tuple[Any, ...]:
+        return outcome(layer, workspace_of(request), expert=view == "Expert", version=version)
+
+    gr.on(
+        [root.load, shared.recipe.change, view.change, version.change],
+        refresh,
+        [shared.recipe, view, version],
+        [text, line, state, *looks.values()],
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )
+
+    def load(file: str, version: int, layer: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        try:
+            new, notes = taken(file, workspace_of(request))
+        except TunesmithError as error:
+            return layer, version, problem(error)
+        return new, version + 1, box("The recipe was imported.", notes, kind="good")
+
+    upload.upload(load, [upload, version, shared.recipe], [shared.recipe, version, said])
+    clear.click(lambda version: ({}, version + 1, ""), version, [shared.recipe, version, said])
+
+    def save(layer: dict[str, Any], request: gr.Request) -> tuple[str, Any]:
+        try:
+            place = saved(layer, workspace_of(request))
+        except TunesmithError as error:
+            return problem(error), gr.update(visible=False)
+        kept = box("The recipe is kept in your workspace.", [f"recipes/{place.name}"], kind="good")
+        return kept, gr.update(value=str(place), label=f"Download {place.name}", visible=True)
+
+    keep.click(save, shared.recipe, [said, download])
+
+    def look(layer: dict[str, Any], request: gr.Request) -> tuple[str, str]:
+        return architecture(layer, workspace_of(request))
+
+    show.click(look, shared.recipe, [summary, missing], concurrency_id="models", concurrency_limit=1)
+    onward.click(lambda: gr.Tabs(selected="plan"), None, shared.tabs)
+
+
+def _section(shared: Shared, section: str, look: gr.State, view: gr.Radio, root: Any) -> None:
+    """The controls of a section, drawn anew when others take effect."""
+
+    @gr.render(  # type: ignore[untyped-decorator]
+        inputs=[shared.recipe, view, look],
+        triggers=[root.load, look.change],
+        show_progress="hidden",
+        concurrency_id="draw",  # Gradio draws two parts of one page at once into the same dictionary
+        concurrency_limit=1,
+    )
+    def draw(layer: dict[str, Any], view: str, look: Drawn) -> None:
+        # Gradio hands no request to what it renders.
+        request = LocalContext.request.get(None)
+        found = form.filled(layer, workspace_of(request) if request else None)
+        gr.HTML(f"<p>{about(section, found)}</p>")
+        shown = [c for c in form.visible(found, expert=view == "Expert") if c.section == section]
+        if not shown:
+            gr.HTML("<p>Nothing to set here in the basic view.</p>")
+        for control in shown:
+            _listen(shared, control, form.component(control, found))
+
+
+def _listen(shared: Shared, control: Control, made: Any) -> None:
+    if control.path in form.SETTLED:
+        return
+
+    def use(layer: dict[str, Any], raw: Any, request: gr.Request) -> tuple[Any, Any]:
+        new, label, lost = changed(layer, control, raw, workspace_of(request))
+        for note in lost:
+            gr.Info(html.escape(note))
+        return new, gr.update(**label)
+
+    made.input(
+        use,
+        [shared.recipe, made],
+        [shared.recipe, made],
+        show_progress="hidden",
+        trigger_mode="always_last",
+        concurrency_id="recipe",
+        concurrency_limit=1,
+    )

@@ -1,0 +1,192 @@
+"""The Runs page: all runs, their curves over one another, what they take of the disk, and a trash with undo."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+from gradio.components.plot import PlotData
+from gradio.context import get_render_context
+
+from tunesmith import api
+from tunesmith.errors import RunError, counted
+from tunesmith.evaluation.compare import shown
+from tunesmith.evaluation.metrics import METRICS
+from tunesmith.training.run import dataset_name
+from tunesmith.ui import curves, trash
+from tunesmith.ui.choosing import clock, guarded, run_names, run_path, size
+from tunesmith.ui.shared import Shared, box, command, empty
+from tunesmith.ui.workspace import Workspace, workspace_of
+
+MOST = 8
+"""Runs whose curves are drawn over one another."""
+COLORS = ("#1f6fc5", "#c9651a", "#1a7f37", "#8250df", "#c2255c", "#7d8590", "#0b7285", "#936900")
+HEADERS = ["run", "state", "model", "data", "step", "metric", "base", "tuned", "verdict", "size"]
+NONE_YET = empty("No runs yet.", "Start one on the Train page; it appears here with its scores.")
+
+
+def lines(found: Sequence[api.RunSummary]) -> list[list[str]]:
+    """The table, newest first."""
+    return [
+        [
+            run.path.name, run.state, dataset_name(run.model), " + ".join(run.datasets), str(run.step or ""),
+            run.metric or "", _score(run.base, run.metric), _score(run.tuned, run.metric), run.verdict or "",
+            size(run.bytes),
+        ]
+        for run in reversed(found)
+    ]  # fmt: skip
+
+
+def _score(value: float | None, metric: str | None) -> str:
+    return "" if value is None or metric not in METRICS else shown(value, METRICS[metric])
+
+
+def disk(workspace: Workspace, found: Sequence[api.RunSummary]) -> str:
+    """What the runs and the trash take, and what is left."""
+    taken = sum(run.bytes for run in found)
+    waste, made = (
+        sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        for folder in (workspace.trash, workspace.exports)
+    )
+    told = [f"What was exported takes {size(made)}."] if made else []
+    told += [f"The trash takes {size(waste)}; it is emptied below."] if waste else []
+    left = shutil.disk_usage(workspace.root).free
+    return box(
+        f"{counted(len(found), 'run')}: {size(taken)}; {size(left)} of the disk are free.", told, kind="note"
+    )
+
+
+def titles(workspace: Workspace, names: Sequence[str]) -> list[str]:
+    """Curves that any of these runs has."""
+    figures = [f for name in names for f in curves.events_of(run_path(workspace, name)).look().figures]
+    return list(dict.fromkeys(figure["title"] for figure in figures))
+
+
+def overlaid(workspace: Workspace, names: Sequence[str], title: str) -> PlotData | None:
+    """One kind of curve of several runs, each in its colour; validation is dotted."""
+    traces: list[dict[str, Any]] = []
+    layout: dict[str, Any] = {}
+    for number, name in enumerate(names[:MOST]):
+        figures = curves.events_of(run_path(workspace, name)).look().figures
+        figure = next((f for f in figures if f["title"] == title), None)
+        if figure is None:
+            continue
+        layout = layout or dict(figure["data"]["layout"])
+        several = len(figure["data"]["traces"]) > 1
+        for trace in figure["data"]["traces"]:
+            dash = "dot" if "validation" in trace["name"] else trace.get("dash", "solid")
+            line = {"color": COLORS[number % len(COLORS)], "dash": dash}
+            label = f"{name}, {trace['name']}" if several else name
+            traces.append({**trace, "name": label, "line": line, "marker": {"color": line["color"]}})
+    if not traces:
+        return None
+    data = {"traces": traces, "layout": {**layout, "showlegend": True}}
+    return PlotData(type="plotly", plot=curves.plotted({"title": title, "data": data}, height=420))
+
+
+def build(shared: Shared) -> None:
+    """Fill the tab."""
+    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    own: dict[str, Any] = {"api_visibility": "private"}
+    about = gr.HTML(NONE_YET, elem_id="runs-about")
+    table = gr.Dataframe(
+        headers=HEADERS, datatype="str", type="array", interactive=False, wrap=True, elem_id="runs-table",
+        label="Runs, newest first; choose a line to look at that run on the other pages", show_search="search",
+    )  # fmt: skip
+    line = gr.Textbox(
+        label="The same in a shell", interactive=False, elem_id="runs-command", buttons=["copy"], max_lines=4
+    )
+    told = gr.HTML("", elem_id="runs-told")
+    gr.Markdown("### Curves over one another")
+    with gr.Row():
+        several = gr.Dropdown(choices=[], value=[], multiselect=True, max_choices=MOST, label="Runs",
+                              elem_id="runs-several", interactive=True)  # fmt: skip
+        curve = gr.Dropdown(choices=[], value=None, label="Curve", elem_id="runs-curve", interactive=True)
+    plot = gr.Plot(label="Curves", show_label=False, elem_id="runs-plot")
+    with gr.Accordion("Delete and undo", open=False, elem_id="runs-delete-part"):
+        with gr.Row():
+            doomed = gr.Dropdown(choices=[], value=None, label="Run", elem_id="runs-doomed", interactive=True)
+            away = gr.Button("Move to the trash", variant="stop", elem_id="runs-delete")
+        with gr.Row():
+            back = gr.Dropdown(
+                choices=[], value=None, label="In the trash", elem_id="runs-trash", interactive=True
+            )
+            undo = gr.Button("Put it back", elem_id="runs-undo")
+            sure = gr.Checkbox(label="I want it gone for good", elem_id="runs-sure")
+            final = gr.Button("Empty the trash", variant="stop", elem_id="runs-empty")
+
+    def refreshed(request: gr.Request) -> list[Any]:
+        workspace = workspace_of(request)
+
+        def act() -> list[Any]:
+            found = api.runs(workspace.runs)
+            names = [run.path.name for run in reversed(found)]
+            thrown = [(f"{one.name}, {clock(one.at)}", one.id) for one in trash.thrown(workspace)]
+            return [
+                disk(workspace, found) if found or thrown else NONE_YET,
+                lines(found),
+                command(["tunesmith", "runs", str(workspace.runs)]),
+                gr.Dropdown(choices=names),
+                gr.Dropdown(choices=names, value=names[0] if names else None),
+                gr.Dropdown(choices=thrown, value=thrown[0][1] if thrown else None),
+            ]
+
+        return list(guarded(act, lambda said: [said, *[gr.skip()] * 5]))
+
+    shown_parts = [about, table, line, several, doomed, back]
+
+    tab = get_render_context()
+    assert isinstance(tab, gr.Tab)
+    tab.select(refreshed, outputs=shown_parts, **quiet)
+
+    def of_runs(names: list[str] | None, title: str | None, request: gr.Request) -> list[Any]:
+        def act() -> list[Any]:
+            workspace = workspace_of(request)
+            known = [name for name in names or [] if name in run_names(workspace)]
+            there = titles(workspace, known)
+            now = title if title in there else there[0] if there else None
+            return [gr.Dropdown(choices=there, value=now), overlaid(workspace, known, now) if now else None]
+
+        return list(guarded(act, lambda _: [gr.skip(), None]))
+
+    gr.on([several.change, curve.input], of_runs, inputs=[several, curve], outputs=[curve, plot], **quiet)
+
+    def choose(event: gr.SelectData) -> Any:
+        return event.row_value[0] if event.row_value else gr.skip()
+
+    table.select(choose, outputs=[shared.run], **quiet)
+
+    def moved(act: Any, word: str) -> Any:
+        def on(name: str | None, request: gr.Request) -> list[Any]:
+            def make() -> list[Any]:
+                if not name:
+                    raise RunError("No run is chosen.", fix="Choose one beside the button.")
+                start, end = act(workspace_of(request), name)
+                return [
+                    box(f"{start.name.partition('@')[0]}: {word}", kind="good"),
+                    command(["mv", str(start), str(end)]),
+                ]
+
+            return list(guarded(make, lambda said: [said, gr.skip()]))
+
+        return on
+
+    away.click(
+        moved(trash.delete, "in the trash, from which it can be put back"), [doomed], [told, line], **own
+    ).then(refreshed, outputs=shown_parts, **quiet)
+    undo.click(moved(trash.undo, "back among the runs"), [back], [told, line], **own).then(
+        refreshed, outputs=shown_parts, **quiet
+    )
+
+    def emptied(is_sure: bool, request: gr.Request) -> list[Any]:
+        def act() -> list[Any]:
+            if not is_sure:
+                raise RunError("Nothing was removed.", fix="Tick the box first: this cannot be undone.")
+            number = trash.empty(workspace_of(request))
+            return [box(f"{number} runs are gone for good.", kind="warn"), False]
+
+        return list(guarded(act, lambda said: [said, gr.skip()]))
+
+    final.click(emptied, [sure], [told, sure], **own).then(refreshed, outputs=shown_parts, **quiet)

@@ -1,0 +1,351 @@
+"""The Train page: start, watch, stop, go on. What trains is a job of its own; the page only looks at its files."""
+
+from __future__ import annotations
+
+import functools
+import html
+from collections.abc import Mapping
+from typing import Any
+
+import gradio as gr
+from gradio.components.plot import PlotData
+from gradio.context import get_render_context
+
+from tunesmith.errors import InputError
+from tunesmith.training.run import folder_name, open_run
+from tunesmith.ui import curves, form
+from tunesmith.ui.choosing import (
+    LONGEST_TEXT,
+    duration,
+    guarded,
+    job_box,
+    job_facts,
+    queue_of,
+    run_choice,
+    run_path,
+    size,
+    watching,
+)
+from tunesmith.ui.jobs import TRAINING, Job
+from tunesmith.ui.shared import Shared, box, command, empty
+from tunesmith.ui.workspace import Workspace, workspace_of
+
+MAIN = ("Loss", "Learning rate", "Gradient norm", "Speed", "Memory")
+"""Figures that have a place of their own; of the others one is chosen."""
+SHOWN = (
+    ("loss", "loss", "{:.4f}"),
+    ("learning_rate", "learning rate", "{:.2e}"),
+    ("grad_norm", "gradient norm", "{:.3g}"),
+    ("tokens_per_second", "tokens/s", "{:,.0f}"),
+)
+"""What the newest step says, its name and how it is written."""
+PLOTS_KEPT = 128
+
+
+def start(workspace: Workspace, layer: Mapping[str, Any], name: str | None = None) -> Job:
+    """Queue a training of this recipe under a run's name, by default its task's and data set's with a free number.
+
+    Raises TunesmithError for a recipe that cannot be, or names what is not the user's, and for a name that is taken.
+    """
+    argv, name = planned(workspace, layer, name)
+    return queue_of(workspace).add(argv[1:], title=f"Train {name}", run=name)
+
+
+def planned(workspace: Workspace, layer: Mapping[str, Any], name: str | None = None) -> tuple[list[str], str]:
+    """The command that trains this recipe, and the run's name."""
+    if not layer:
+        raise InputError(
+            "There is no recipe yet.", fix="Choose data on the Data page, a model on the Recipe page."
+        )
+    recipe = form.checked(layer, workspace).recipe
+    jobs = queue_of(workspace).jobs()
+    taken = {path.name for path in workspace.runs.iterdir()} | {job.run for job in jobs if job.is_open}
+    name = (name or "").strip()
+    wanted = name or folder_name(recipe)
+    if name and wanted in taken:
+        raise InputError("This name is taken.", found=repr(wanted[:60]), fix="Choose another one.")
+    number, free = 2, wanted
+    while free in taken:
+        free, number = f"{wanted}-{number}", number + 1
+    workspace.inside(workspace.runs, free)
+    return form.argv({**form.settled(layer, workspace), "name": free}), free
+
+
+def status(seen: curves.Seen, job: Job | None, state: str) -> str:
+    """How far a run is, for `gr.HTML`."""
+    word = "stopping" if job and job.stop_asked and job.is_open else state
+    facts = []
+    if seen.total_steps:
+        facts.append(("step", f"{seen.step:,} of {seen.total_steps:,}"))
+    facts += [
+        (label, written.format(seen.latest[key])) for key, label, written in SHOWN if key in seen.latest
+    ]
+    if seen.latest.get("memory"):
+        facts.append(("memory", size(seen.latest["memory"])))
+    if seen.seconds_left is not None and state == "running" and seen.state == "training":
+        facts.append(("time left", duration(seen.seconds_left)))
+    if state == "running" and seen.state != "training":
+        facts.append(("now", seen.state or "preparing"))
+    if seen.no_numbers:
+        facts.append(("not shown", f"{seen.no_numbers} values that are no numbers"))
+    cells = "".join(f"<div><dt>{html.escape(n)}</dt><dd>{html.escape(v)}</dd></div>" for n, v in facts)
+    share = 100 * seen.step / seen.total_steps if seen.total_steps else 0
+    bar = (
+        f'<progress aria-label="steps done" max="100" value="{share:.1f}">{share:.0f} %</progress>'
+        if seen.total_steps
+        else ""
+    )
+    return f'<div class="ts-status" role="status"><strong>{html.escape(word)}</strong>{bar}<dl>{cells}</dl></div>'
+
+
+@functools.lru_cache(maxsize=PLOTS_KEPT)
+def plot(seen: curves.Seen, title: str | None) -> PlotData | None:
+    """A figure of a run as it is sent to a browser, made once for all who watch; None where there is none."""
+    figure = next((f for f in seen.figures if f["title"] == title), None)
+    return PlotData(type="plotly", plot=curves.plotted(figure)) if figure else None
+
+
+def samples(seen: curves.Seen) -> list[list[str]]:
+    """Answers while it is trained, newest first."""
+    return [
+        [
+            str(e.get("step") or 0),
+            str(e.get("prompt", ""))[:LONGEST_TEXT],
+            str(e.get("completion", ""))[:LONGEST_TEXT],
+        ]
+        for e in seen.samples
+    ]
+
+
+def build(shared: Shared) -> None:
+    """Fill the tab."""
+    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    own: dict[str, Any] = {"api_visibility": "private"}
+    with gr.Column(elem_id="train-start-group"):
+        with gr.Row():
+            name = gr.Textbox(
+                value="", label="Name of the new run", placeholder="task and data set, if nothing is said", max_lines=1,
+                elem_id="train-name", max_length=120, scale=3,
+            )  # fmt: skip
+            begin = gr.Button("Start training", variant="primary", elem_id="train-start", scale=1)
+        line = gr.Textbox(
+            label="The same in a shell",
+            interactive=False,
+            elem_id="train-command",
+            buttons=["copy"],
+            lines=1,
+            max_lines=4,
+        )
+        told = gr.HTML("", elem_id="train-told")
+    chosen = run_choice(shared, "train")
+    state = gr.HTML(
+        empty("No run yet.", "Start one above: it trains on its own, also when you close this page."),
+        elem_id="train-status",
+    )
+    with gr.Row():
+        stop = gr.Button("Stop and save", elem_id="train-stop", interactive=False)
+        stop_now = gr.Button("Stop at once", elem_id="train-stop-now", variant="stop", interactive=False)
+        resume = gr.Button("Resume", elem_id="train-resume", interactive=False)
+    ended = gr.HTML("", elem_id="train-ended")
+    with gr.Row(elem_id="train-plots"):
+        plots = [
+            gr.Plot(
+                label=title,
+                show_label=False,
+                elem_id=f"train-plot-{title.lower().replace(' ', '-')}",
+                min_width=320,
+            )
+            for title in MAIN
+        ]
+    with gr.Accordion("Other curves", open=False, elem_id="train-more"):
+        other = gr.Dropdown(choices=[], value=None, label="Curve", elem_id="train-curve", interactive=True)
+        other_plot = gr.Plot(label="Other curve", show_label=False, elem_id="train-plot-other")
+    with gr.Accordion("Sample answers", open=True, elem_id="train-samples-part"):
+        answers = gr.Dataframe(
+            headers=["step", "prompt", "answer"], datatype="str", type="array", interactive=False, wrap=True,
+            label="What it answers while it learns, newest first", elem_id="train-samples", max_height=320,
+        )  # fmt: skip
+    with gr.Accordion("Log", open=False, elem_id="train-log-part"):
+        log = gr.Textbox(
+            label="Log", lines=14, max_lines=14, interactive=False, elem_id="train-log", autoscroll=True
+        )
+    with gr.Accordion("Queue", open=True, elem_id="train-queue-part"):
+        table = gr.Dataframe(
+            headers=["job", "what", "state", "at", "how it ended"], datatype="str", type="array", interactive=False,
+            wrap=True, label="Jobs, newest first", elem_id="train-queue", max_height=320,
+        )  # fmt: skip
+        with gr.Row():
+            waiting = gr.Dropdown(
+                choices=[], value=None, label="Waiting job", elem_id="train-waiting", interactive=True
+            )
+            cancel = gr.Button("Cancel this job", elem_id="train-cancel")
+    seen_before = gr.State(("", -1, "", ""))
+    timer = watching(shared, "Train")
+
+    def look(
+        run: str | None,
+        curve: str | None,
+        picked: str | None,
+        before: tuple[str, int, str, str],
+        request: gr.Request,
+    ) -> list[Any]:
+        workspace = workspace_of(request)
+        queue = queue_of(workspace)
+        queue.wake()
+        jobs = queue.jobs()
+        rows = [job_facts(job) for job in reversed(jobs)]
+        job = queue.of_run(run, TRAINING) if run else None
+        path = None
+        if run:
+            try:
+                path = run_path(workspace, run)
+            except InputError:
+                path = None  # waits for its turn, or was deleted
+        seen = curves.events_of(path).look() if path else None
+        is_running = bool(job and job.state == "running" and job.is_alive())
+        real = "running" if is_running else open_run(path).state() if path else job.state if job else ""
+        said = queue.said(job) if job else "\n".join(seen.told) if seen else ""
+        mark = f"{rows}{real}{hash(said)}{job}"
+        now = (run or "", seen.version if seen else -1, curve or "", mark)
+        if now == before:
+            return [gr.skip()] * len(watched)
+        open_jobs = [(f"{int(j.id)}: {j.title}", j.id) for j in jobs if j.state == "waiting"]
+        ids = [id for _, id in open_jobs]
+        common = [
+            now,
+            gr.Button(interactive=is_running and not (job and job.stop_asked)),
+            gr.Button(interactive=is_running and bool(job and job.stop_asked)),
+            gr.Button(
+                interactive=bool(path)
+                and real in ("interrupted", "died", "failed")
+                and not (job and job.is_open)
+            ),
+            "" if job is None or job.is_open or job.state == "done" else job_box(queue, job),
+            rows,
+            gr.Dropdown(
+                choices=open_jobs,
+                value=picked if picked in ids else ids[0] if ids else None,
+            ),
+            said,
+        ]
+        if seen is None or path is None:
+            begins = (
+                "It is beginning." if real == "running" else "It begins when the jobs before it have ended."
+            )
+            waits = box(f"{run}: {real}", [begins], kind="note")
+            nothing = empty(
+                "No run yet.", "Start one above: it trains on its own, also when you close this page."
+            )
+            return [
+                *common,
+                waits if job and job.is_open else nothing,
+                *[None] * len(MAIN),
+                gr.Dropdown(choices=[], value=None),
+                None,
+                [],
+            ]
+        if now[:3] == before[:3]:
+            return [*common, status(seen, job, real), *[gr.skip()] * (len(MAIN) + 3)]
+        others = [f["title"] for f in seen.figures if f["title"] not in MAIN]
+        curve = curve if curve in others else others[0] if others else None
+        return [
+            *common,
+            status(seen, job, real),
+            *(plot(seen, title) for title in MAIN),
+            gr.Dropdown(choices=others, value=curve),
+            plot(seen, curve),
+            samples(seen),
+        ]
+
+    watched = [
+        seen_before,
+        stop,
+        stop_now,
+        resume,
+        ended,
+        table,
+        waiting,
+        log,
+        state,
+        *plots,
+        other,
+        other_plot,
+        answers,
+    ]
+    for event in (timer.tick, chosen.change, other.input):
+        event(look, inputs=[chosen, other, waiting, seen_before], outputs=watched, **quiet)
+
+    def preview(layer: Mapping[str, Any], name: str, request: gr.Request) -> str:
+        return str(guarded(lambda: command(planned(workspace_of(request), layer, name)[0]), lambda _: ""))
+
+    tab = get_render_context()
+    assert isinstance(tab, gr.Tab)
+    gr.on(
+        [tab.select, shared.recipe.change, name.blur],
+        preview,
+        inputs=[shared.recipe, name],
+        outputs=[line],
+        **quiet,
+    )
+
+    def started(layer: Mapping[str, Any], name: str, request: gr.Request) -> list[Any]:
+        def act() -> list[Any]:
+            job = start(workspace_of(request), layer, name)
+            return [
+                box(f"{job.title}: queued", ["It goes on when you close this page."], kind="good"),
+                job.run,
+                job.command,
+            ]
+
+        return list(guarded(act, lambda said: [said, gr.skip(), gr.skip()]))
+
+    begin.click(started, inputs=[shared.recipe, name], outputs=[told, shared.run, line], **own)
+
+    def acted(act: Any) -> Any:
+        def on(run: str | None, request: gr.Request) -> str:
+            workspace = workspace_of(request)
+            return str(guarded(lambda: act(workspace, run), lambda said: said))
+
+        return on
+
+    def ask_to_stop(workspace: Workspace, run: str | None, *, at_once: bool = False) -> str:
+        queue = queue_of(workspace)
+        job = queue.of_run(run, TRAINING) if run else None
+        if job is None or not job.is_open:
+            raise InputError(
+                "Nothing runs here that could be stopped.",
+                fix="It has ended already, or was started elsewhere.",
+            )
+        queue.stop(job.id, at_once=at_once)
+        if at_once:
+            return box(
+                "Asked to stop at once.",
+                ["Its newest checkpoint stays; Resume goes on from there."],
+                kind="warn",
+            )
+        return box(
+            "Asked to stop.",
+            ["It finishes its step, saves, and ends; Resume goes on from there."],
+            kind="note",
+        )
+
+    def go_on(workspace: Workspace, run: str | None) -> str:
+        job = queue_of(workspace).resume(run_path(workspace, run))
+        return box(f"{job.title}: queued", [job.command], kind="good")
+
+    def call_off(workspace: Workspace, id: str | None) -> str:
+        if not id:
+            raise InputError("No waiting job is chosen.", fix="Choose one of the queue.")
+        job = queue_of(workspace).job(id)
+        if job.state != "waiting":
+            raise InputError(
+                f"{job.title} is not waiting any more.", found=job.state, fix="Use Stop and save."
+            )
+        return box(f"{queue_of(workspace).stop(id).title}: canceled", kind="note")
+
+    stop.click(acted(ask_to_stop), inputs=[chosen], outputs=[told], **own)
+    stop_now.click(
+        acted(lambda w, r: ask_to_stop(w, r, at_once=True)), inputs=[chosen], outputs=[told], **own
+    )
+    resume.click(acted(go_on), inputs=[chosen], outputs=[told], **own)
+    cancel.click(acted(call_off), inputs=[waiting], outputs=[told], **own)

@@ -1,0 +1,231 @@
+"""How the workbench looks: one accent, system fonts, light and dark; every colour of text has at least 4.5:1.
+
+Nothing is fetched from elsewhere: no font, no picture, no script.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PINE = {
+    "c50": "#eef7f4", "c100": "#d5ebe4", "c200": "#aed8cb", "c300": "#7cbfac", "c400": "#4aa28b",
+    "c500": "#23836d", "c600": "#126a57", "c700": "#0e5647", "c800": "#0d453a", "c900": "#0b3930", "c950": "#05201b",
+}  # fmt: skip
+STONE = {
+    "c50": "#fafaf8", "c100": "#f3f3f0", "c200": "#e4e4df", "c300": "#cfcfc8", "c400": "#9b9b93",
+    "c500": "#6b6b64", "c600": "#53534d", "c700": "#3e3e39", "c800": "#282825", "c900": "#1c1c1a", "c950": "#131311",
+}  # fmt: skip
+SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "DejaVu Sans", "sans-serif")
+MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace")
+
+
+def theme() -> Any:
+    """Gradio's theme in our colours."""
+    from gradio.themes import Base, Color
+    from gradio.themes.utils import sizes
+
+    return Base(
+        primary_hue=Color(name="pine", **PINE),
+        secondary_hue=Color(name="pine", **PINE),
+        neutral_hue=Color(name="stone", **STONE),
+        font=SANS,
+        font_mono=MONO,
+        radius_size=sizes.radius_sm,
+        spacing_size=sizes.spacing_md,
+        text_size=sizes.text_md,
+    ).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        body_text_color="*neutral_900",
+        body_text_color_dark="*neutral_100",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        background_fill_primary="white",
+        background_fill_primary_dark="*neutral_900",
+        background_fill_secondary="*neutral_100",
+        background_fill_secondary_dark="*neutral_800",
+        border_color_primary="*neutral_300",
+        border_color_primary_dark="*neutral_700",
+        block_background_fill="white",
+        block_background_fill_dark="*neutral_900",
+        block_border_width="1px",
+        block_shadow="none",
+        block_label_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_200",
+        block_title_text_color="*neutral_800",
+        block_title_text_color_dark="*neutral_100",
+        block_title_text_weight="600",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        input_border_width="1px",
+        button_border_width="1px",
+        button_border_width_dark="1px",
+        button_large_text_weight="600",
+        button_medium_text_weight="600",
+        input_background_fill="white",
+        input_background_fill_dark="*neutral_950",
+        input_border_color="*neutral_400",
+        input_border_color_dark="*neutral_600",
+        input_border_color_focus="*primary_600",
+        input_border_color_focus_dark="*primary_300",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_500",
+        button_primary_text_color="white",
+        button_primary_text_color_dark="white",
+        button_secondary_background_fill="white",
+        button_secondary_background_fill_dark="*neutral_800",
+        button_secondary_border_color="*neutral_300",
+        button_secondary_border_color_dark="*neutral_600",
+        button_secondary_text_color="*neutral_900",
+        button_secondary_text_color_dark="*neutral_100",
+        link_text_color="*primary_700",
+        link_text_color_dark="*primary_300",
+        link_text_color_hover="*primary_800",
+        link_text_color_hover_dark="*primary_200",
+        link_text_color_visited="*primary_700",
+        link_text_color_visited_dark="*primary_300",
+        link_text_color_active="*primary_800",
+        link_text_color_active_dark="*primary_200",
+        color_accent_soft="*primary_50",
+        color_accent_soft_dark="*primary_950",
+        checkbox_background_color_selected="*primary_600",
+        checkbox_background_color_selected_dark="*primary_600",
+        slider_color="*primary_600",
+        slider_color_dark="*primary_400",
+        stat_background_fill="*primary_300",
+        table_even_background_fill="white",
+        table_even_background_fill_dark="*neutral_900",
+        table_odd_background_fill="*neutral_50",
+        table_odd_background_fill_dark="*neutral_950",
+    )
+
+
+HEADER = """<div class="ts-header"><span class="ts-mark" aria-hidden="true"></span>
+<h1>tunesmith</h1><p>Fine-tune on your own examples, and prove that it got better.</p>OUT</div>"""
+SIGN_OUT = (
+    '<form method="post" action="/logout"><button type="submit" class="ts-out">Sign out</button></form>'
+)
+
+CSS = """
+.gradio-container { --ts-good: #126a57; --ts-warn: #8a5a00; --ts-bad: #a32a1f; --ts-note: #31577e; }
+.dark .gradio-container, .gradio-container.dark, .dark { --ts-good: #7cbfac; --ts-warn: #e3b25c; --ts-bad: #f0a196;
+  --ts-note: #9dc1e6; }
+.gradio-container { max-width: 1360px !important; width: 100% !important; margin: 0 auto !important;
+  padding: 0 20px 48px !important; box-sizing: border-box; }
+.gradio-container .html-container { padding: 0 !important; }
+.gradio-container .gr-group, .gradio-container .gr-group > .styler, .gradio-container .styler {
+  background: var(--block-background-fill) !important; }
+.gradio-container .label-wrap > span:first-child { font-weight: 600; }
+.gradio-container button.lg { font-size: 0.98rem; }
+#train-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 12px; }
+.gradio-container .block:has([aria-label="Empty value"]) { display: none; }
+.gradio-container .cm-line, .gradio-container .cm-line span { color: var(--body-text-color) !important; }
+.ts-fault { border-left: 3px solid var(--ts-bad) !important; }
+@media (min-width: 1000px) {
+  [id^=recipe-section-] .form { display: grid !important; grid-template-columns: 1fr 1fr; align-items: stretch;
+    background: var(--block-background-fill); }
+}
+.ts-header { display: flex; align-items: baseline; gap: 10px; padding: 18px 0 4px; flex-wrap: wrap; }
+.ts-header h1 { font-size: 1.3rem; font-weight: 650; letter-spacing: -0.01em; margin: 0; }
+.ts-header p { margin: 0; color: var(--body-text-color-subdued); font-size: 0.92rem; }
+.ts-header form { margin-left: auto; }
+.ts-mark { width: 12px; height: 12px; border-radius: 3px; background: var(--primary-600); transform: rotate(45deg);
+  display: inline-block; }
+.ts-out { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 4px 12px; cursor: pointer; }
+
+.ts-box { border: 1px solid var(--border-color-primary); border-left: 4px solid var(--ts-note); border-radius: 4px;
+  padding: 12px 16px; background: var(--background-fill-primary); overflow-wrap: anywhere; }
+.ts-box strong { display: block; font-weight: 600; }
+.ts-box p { margin: 6px 0 0; white-space: pre-wrap; color: var(--body-text-color); }
+.ts-box.ts-problem { border-left-color: var(--ts-bad); }
+.ts-box.ts-problem strong { color: var(--ts-bad); }
+.ts-box.ts-good { border-left-color: var(--ts-good); }
+.ts-box.ts-good strong { color: var(--ts-good); }
+.ts-box.ts-warn { border-left-color: var(--ts-warn); }
+.ts-box.ts-warn strong { color: var(--ts-warn); }
+.ts-box.ts-empty { border: 1px dashed var(--border-color-primary); text-align: center; padding: 28px 16px; }
+.ts-box.ts-empty p { color: var(--body-text-color-subdued); }
+.ts-quiet { color: var(--body-text-color-subdued); }
+.ts-number { font-variant-numeric: tabular-nums; }
+
+.ts-status { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 12px 16px;
+  background: var(--background-fill-primary); }
+.ts-status strong { font-weight: 600; }
+.ts-status progress { display: block; appearance: none; width: 100%; height: 8px; margin: 8px 0; border: 0;
+  border-radius: 4px; overflow: hidden; background: var(--border-color-primary); }
+.ts-status progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.ts-status progress::-webkit-progress-value { background: var(--primary-600); }
+.ts-status progress::-moz-progress-bar { background: var(--primary-600); }
+.ts-status dl { display: flex; flex-wrap: wrap; gap: 8px 28px; margin: 6px 0 0; }
+.ts-status dt { font-size: 0.8rem; color: var(--body-text-color-subdued); }
+.ts-status dd { margin: 0; font-variant-numeric: tabular-nums; }
+.ts-box pre { margin: 8px 0 0; white-space: pre-wrap; font-size: 0.85rem; max-height: 320px; overflow-y: auto; }
+.ts-talk { display: flex; flex-direction: column; gap: 10px; }
+.ts-turn, .ts-answer { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 8px 14px;
+  background: var(--background-fill-primary); overflow-wrap: anywhere; }
+.ts-turn.ts-user { background: var(--color-accent-soft); align-self: flex-end; max-width: 85%; }
+.ts-turn span, .ts-answer span { font-size: 0.8rem; color: var(--body-text-color-subdued); }
+.ts-turn p, .ts-answer p { margin: 2px 0 0; white-space: pre-wrap; color: var(--body-text-color); }
+.ts-both { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); gap: 10px; }
+
+.gradio-container :is(button, a, input, select, textarea, summary, [role=tab], [tabindex]):focus-visible {
+  outline: 2px solid var(--primary-500) !important; outline-offset: 2px; }
+.gradio-container button[role=tab] { font-size: 0.98rem; color: var(--body-text-color-subdued); }
+.gradio-container button[role=tab][aria-selected=true] { color: var(--body-text-color); font-weight: 600; }
+.gradio-container pre, .gradio-container code { overflow-wrap: anywhere; }
+footer { display: none !important; }
+
+@media (max-width: 640px) {
+  .gradio-container { padding: 0 10px 40px !important; }
+  .ts-header p { display: none; }
+  .gradio-container .row { flex-wrap: wrap; }
+  .gradio-container .row > * { min-width: min(100%, 260px) !important; }
+  .gradio-container button { min-height: 40px; }
+}
+@media (prefers-reduced-motion: reduce) {
+  .gradio-container * { animation-duration: 0.01ms !important; transition-duration: 0.01ms !important; }
+}
+"""
+
+HEAD = """<script>
+new MutationObserver(() => document.querySelectorAll("input[title]:not([aria-label])").forEach(
+  (field) => field.setAttribute("aria-label", field.title))).observe(
+  document.documentElement, {childList: true, subtree: true});
+</script>"""
+"""Fields of Gradio's that have a tooltip only get it as their name."""
+
+_PLAIN = """<style nonce="NONCE">
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; margin: 0;
+  min-height: 100vh; display: grid; place-items: center; background: #fafaf8; color: #1c1c1a; }
+main { width: min(22rem, calc(100vw - 3rem)); }
+h1 { font-size: 1.3rem; margin: 0 0 1rem; }
+label { display: block; margin: 0.8rem 0 0.2rem; font-weight: 600; font-size: 0.92rem; }
+input { width: 100%; box-sizing: border-box; font: inherit; padding: 0.5rem 0.6rem; border: 1px solid #6b6b64;
+  border-radius: 4px; background: #fff; color: inherit; }
+button { margin-top: 1.2rem; font: inherit; font-weight: 600; width: 100%; padding: 0.55rem; border: 0;
+  border-radius: 4px;
+  background: #126a57; color: #fff; cursor: pointer; }
+:focus-visible { outline: 2px solid #23836d; outline-offset: 2px; }
+p[role=alert] { border-left: 4px solid #a32a1f; padding: 0.2rem 0.8rem; margin: 0 0 1rem; }
+@media (prefers-color-scheme: dark) { body { background: #131311; color: #f3f3f0; } input { background: #1c1c1a; }
+  p[role=alert] { border-color: #f0a196; } }
+</style>"""
+
+LOGIN = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>tunesmith: sign in</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">{_PLAIN}</head><body><main><h1>tunesmith</h1>ALERT
+<form method="post" action="/login">
+<label for="name">Name</label><input id="name" name="name" autocomplete="username" required autofocus maxlength="32">
+<label for="password">Password</label>
+<input id="password" name="password" type="password" autocomplete="current-password" required maxlength="200">
+<button type="submit">Sign in</button></form></main></body></html>"""
+"""The page that asks for name and password; NONCE and ALERT are put in."""
+
+CLOSED_PAGE = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>tunesmith</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">{_PLAIN}</head><body><main><h1>tunesmith</h1>
+<p>SAID</p></main></body></html>"""
+"""The page for somebody without a token; NONCE and SAID are put in."""

@@ -1,0 +1,174 @@
+"""`test-model`: what is whole and sensible passes, and what is broken in one place fails there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import taught
+from typer.testing import CliRunner
+
+from tunesmith import api
+from tunesmith.cli import app
+from tunesmith.errors import TunesmithError
+from tunesmith.export.tried import TASK_PROMPTS, loops
+from tunesmith.recipe import Recipe
+
+
+@pytest.fixture
+def finished(taught_model):
+    return taught_model, taught_model.with_name("rows.jsonl")
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    return result.exit_code, json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def test_a_model_that_answers_and_stops_is_fit_to_be_used(finished):
+    folder, rows = finished
+    code, found = invoke("test-model", folder, "--dataset", rows, "--rows", 5, "--max-new-tokens", 30)
+    assert code == 0, found["findings"]
+    assert [f["check"] for f in found["findings"]] == [
+        "files", "weights", "template", "ends", "answers", "stops", "loops", "perplexity", "speed",
+    ]  # fmt: skip
+    assert found["passed"]
+    assert [s["answer"] for s in found["samples"]] == [taught.ANSWER] * 5
+    assert all(s["finish_reason"] == "stop" for s in found["samples"])
+    assert 1 <= found["perplexity"] < 1.1
+    assert found["tokens_per_second"] > 0
+    assert 0 < found["first_token_seconds"] < found["answer_seconds"]
+
+
+def test_the_perplexity_is_that_of_evaluate(finished, tmp_path, monkeypatch):
+    folder, rows = finished
+    monkeypatch.chdir(tmp_path)
+    found = api.try_model(folder, dataset=str(rows), rows=50)
+    scored = api.evaluate(folder, dataset=str(rows), metrics=["perplexity"])
+    assert found.perplexity == pytest.approx(scored.scores["perplexity"]["value"], rel=1e-6)
+
+
+def broken_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def broken_file(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-500])
+
+
+def broken_tensor(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def broken_number(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def broken_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+
+
+def broken_end(folder: Path) -> None:
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 5}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "check", "said"),
+    [
+        (broken_tokenizer, "files", "no tokenizer.json"),
+        (broken_file, "files", "model.safetensors"),
+        (broken_tensor, "weights", "model.layers.2.mlp.up_proj.weight"),
+        (broken_number, "weights", "model.layers.1.mlp.up_proj.weight"),
+        (broken_template, "template", "no chat template"),
+        (broken_end, "ends", "generation_config.json ends answers at [5]"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_is_broken_is_found_where_it_is(finished, harm, check, said, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(finished[0], folder)
+    harm(folder)
+    found = api.try_model(folder, dataset=str(finished[1]), rows=2, max_new_tokens=4)
+    assert not found.passed
+    assert next(f.check for f in found.findings if not f.passed) == check
+    assert said in next(f.said for f in found.findings if f.check == check)
+    assert found.as_dict()["exit_code"] == 1
+
+
+def test_a_model_that_learned_nothing_does_not_stop(tiny_model_folder):
+    code, found = invoke("test-model", "--model-path", tiny_model_folder, "--rows", 4, "--max-new-tokens", 40)
+    assert code == 1
+    assert "stops" in found["failed"]
+    assert len(found["samples"]) == 4
+
+
+def test_an_adapter_whose_weights_have_no_place_fails(tiny_model_folder, tmp_path):
+    import peft
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    shutil.copy(tiny_model_folder / "tokenizer.json", tmp_path)
+    shutil.copy(tiny_model_folder / "tokenizer_config.json", tmp_path)
+    shutil.copy(tiny_model_folder / "chat_template.jinja", tmp_path)
+    good = api.try_model(tmp_path, rows=1, max_new_tokens=2)
+    assert next(f for f in good.findings if f.check == "weights").passed
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(
+        {name.replace("q_proj", "query"): tensor for name, tensor in tensors.items()},
+        tmp_path / "adapter_model.safetensors",
+    )
+    found = api.try_model(tmp_path, rows=1, max_new_tokens=2)
+    weights = next(f for f in found.findings if f.check == "weights")
+    assert not weights.passed
+    assert "query" in weights.said
+
+
+@pytest.mark.parametrize(
+    ("ids", "is_loop"),
+    [
+        ([1] * 12, True),
+        ([1] * 11, False),
+        ([9, 8, *[1, 2, 3] * 4], True),
+        ([9, 8, *[1, 2, 3] * 3, 1, 2], False),
+        ([*[1, 2, 3] * 9, 4], False),
+        ([7, *range(32), *range(32), *range(32), *range(32)], True),
+        (list(range(200)), False),
+        ([], False),
+    ],
+)
+def test_a_loop_is_the_same_again_and_again_at_the_end(ids, is_loop):
+    assert loops(ids) is is_loop
+
+
+def test_every_task_of_the_recipe_has_questions_but_the_one_without_a_form():
+    import typing
+
+    tasks = set(typing.get_args(Recipe.model_fields["task"].annotation))
+    assert set(TASK_PROMPTS) == tasks - {"custom"}
+
+
+def test_what_cannot_be_asked_for_is_refused(tmp_path):
+    with pytest.raises(TunesmithError, match="chat"):
+        api.try_model("tiny", task="chatt")
+    with pytest.raises(TunesmithError, match="rows = 0"):
+        api.try_model("tiny", rows=0)
+    code, found = invoke("test-model", tmp_path / "none")
+    assert code == 1
+    assert "none" in found["error"]
+    code, found = invoke("test-model", "tiny", "--model-path", "other")
+    assert code == 1
+    assert "tiny, other" in found["error"]

@@ -1,0 +1,371 @@
+"""The first pages as plain functions: uploads, mapping, findings, tokens, lengths, ledger, recipe, plan."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("gradio")
+
+from tunesmith import api
+from tunesmith.compose import compose
+from tunesmith.data.examples import Row
+from tunesmith.data.inspection import Inspected
+from tunesmith.errors import InputError, TunesmithError
+from tunesmith.ui import form
+from tunesmith.ui.pages import data, plan, recipe
+from tunesmith.ui.workspace import Workspace
+
+HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>{{constructor}}${alert(3)}"
+ROWS = [{"prompt": f"what is the count of {n}", "response": f"answer {n} one two"} for n in range(40)]
+
+
+@pytest.fixture
+def workspace(tmp_path) -> Workspace:
+    return Workspace(tmp_path / "space")
+
+
+@pytest.fixture
+def model(workspace, tiny_model_folder) -> str:
+    """A base model inside the workspace."""
+    return str(shutil.copytree(tiny_model_folder, workspace.exports / "base"))
+
+
+@pytest.fixture
+def layer(workspace, model, tmp_path) -> dict:
+    """A layer with forty questions, uploaded."""
+    sent = tmp_path / "questions.jsonl"
+    sent.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return {
+        "model": {"base": model},
+        "data": {"dataset": data.receive(str(sent), workspace), "max_length": 256},
+    }
+
+
+def written(kind: str, place) -> str:
+    """The rows as a file of a kind that is taken."""
+    file = place / f"rows{kind}"
+    if kind == ".csv":
+        with file.open("w", newline="") as out:
+            writer = csv.DictWriter(out, ["prompt", "response"])
+            writer.writeheader()
+            writer.writerows(ROWS)
+    elif kind == ".json":
+        file.write_text(json.dumps(ROWS))
+    elif kind == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif kind == ".parquet":
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+
+        parquet.write_table(arrow.Table.from_pylist(ROWS), file)
+    else:
+        file.write_text("\n".join(row["response"] for row in ROWS))
+    return str(file)
+
+
+# Data
+
+
+@pytest.mark.parametrize("kind", data.SUFFIXES)
+def test_files_of_every_kind_are_kept_and_read(kind, workspace, tmp_path):
+    kept = data.receive(written(kind, tmp_path), workspace)
+    found = data.looked(data.with_data({}, data.Chosen(kept)), workspace)
+    assert found.rows == 40
+    assert found.formats == (("text",) if kind == ".txt" else ("prompt_response",))
+    assert data.uploaded(workspace) == [(f"rows{kind}", kept)]
+
+
+def test_uploads_are_limited_and_never_overwrite(workspace, tmp_path, monkeypatch):
+    sent = written(".csv", tmp_path)
+    first, second = data.receive(sent, workspace), data.receive(sent, workspace)
+    assert first != second
+    assert second.endswith("rows-2.csv")
+    other = tmp_path / "rows.exe"
+    other.write_text("x")
+    with pytest.raises(InputError, match="kind of file"):
+        data.receive(str(other), workspace)
+    monkeypatch.setattr(data, "LARGEST_UPLOAD", 10)
+    with pytest.raises(InputError, match="too large"):
+        data.receive(sent, workspace)
+    monkeypatch.setattr(data, "LARGEST_UPLOAD", 10_000_000)
+    monkeypatch.setattr(data, "LARGEST_UPLOADS", 100)
+    with pytest.raises(InputError, match="no room"):
+        data.receive(sent, workspace)
+
+
+def test_columns_that_no_format_knows_are_mapped_by_hand(workspace, tmp_path):
+    file = tmp_path / "odd.jsonl"
+    file.write_text("".join(json.dumps({"frage": "was?", "antwort": f"{n} das"}) + "\n" for n in range(5)))
+    layer = data.with_data({}, data.Chosen(data.receive(str(file), workspace)))
+    found = data.looked(layer, workspace)
+    assert (found.formats, found.columns) == ((), ("frage", "antwort"))
+    assert "fit no known format" in data.sentence(found)
+    layer = data.with_data(layer, data.Chosen(layer["data"]["dataset"], "auto", "frage", "antwort"))
+    found = data.looked(layer, workspace)
+    assert len(found.formats) == 1
+    assert "the recipe names the two columns" in found.reason
+    assert data.table(found) == {
+        "headers": ["frage", "antwort"],
+        "data": [["was?", f"{n} das"] for n in range(5)],
+    }
+
+
+def test_another_data_set_takes_nothing_of_the_mapping_of_the_one_before():
+    layer = {"data": {"dataset": "a.csv", "input_text_key": "q", "output_text_key": "a", "max_length": 64}}
+    assert data.with_data(layer, data.Chosen("example:chat")) == {
+        "data": {"max_length": 64, "dataset": "example:chat"}
+    }
+
+
+def test_a_data_set_outside_the_workspace_is_refused(workspace):
+    with pytest.raises(InputError, match="outside your workspace"):
+        data.looked(data.with_data({}, data.Chosen("/etc/passwd")), workspace)
+
+
+def test_findings_say_where_what_and_what_to_do(layer, workspace):
+    with open(layer["data"]["dataset"], "a") as file:
+        file.write(json.dumps({"prompt": "empty?", "response": " "}) + "\n")
+    report = data.validated(layer, workspace)
+    listed = data.findings(report)
+    assert report.with_errors == 1
+    assert listed[0][0] == "error"
+    assert listed[0][1].startswith("questions.jsonl:41")
+    assert "ts-problem" in data.report_box(report)
+    assert "41 rows = " in data.report_box(report)
+
+
+def test_tokens_are_shown_by_role_and_escaped(layer, workspace):
+    page = data.seen(layer, workspace, "1")
+    assert "questions.jsonl:1" in page
+    [seen] = api.inspect(form.checked(layer, workspace).recipe, rows=["1"])
+    trained = "".join(text for text, role in seen.pieces if role == "trained")
+    assert "answer 0 one two" in trained
+    assert f'class="ts-token ts-trained" title="trained">{trained.split("<")[0]}' in page
+    for role in data.ROLES:
+        assert f"ts-{role}" in page
+
+
+def test_nothing_of_the_data_is_html(workspace):
+    row = Inspected(Row(HOSTILE, 1), "train", 3, 1, 0, reason=HOSTILE, part=HOSTILE, why=HOSTILE,
+                    pieces=((HOSTILE, "trained"), ('" onclick="x', "context"), ("</div>", "special")))  # fmt: skip
+    page = data.tokens([row]).replace(data.STYLE, "")
+    for bad in ("<img", "<script", "<style", 'onclick="x'):
+        assert bad not in page
+    assert page.count("</div>") == 2
+    looked = api.Looked(1, (HOSTILE,), ({HOSTILE: HOSTILE},), (HOSTILE,), HOSTILE, (HOSTILE,))
+    assert "<img" not in data.sentence(looked)
+    found = form.filled({"task": HOSTILE, "name": HOSTILE, "training": {"seed": HOSTILE}}, workspace)
+    assert "<img" not in recipe.verdict(found)
+
+
+def test_lengths_and_ledger_account_for_every_row(layer, workspace):
+    layer["data"]["max_length"] = 30
+    found = data.rows_of(layer, workspace)
+    counts = found.counts
+    assert counts["rows_in"] == 40 == sum(counts[n] for n in ("train", "validation", "held_out", "dropped"))
+    figure = data.histogram(found)
+    assert sum(figure.data[0].y) == len(found.lengths)
+    assert figure.layout.shapes[0].x0 == 30  # where rows are cut
+    assert "40 rows = " in data.ledger_box(found)
+    assert len(data.entries(found)) == 40
+
+
+def test_one_row_is_a_histogram_too():
+    figure = data.histogram(data.Rows({}, {}, (7,), (), 100))
+    assert sum(figure.data[0].y) == 1
+    assert data.histogram(data.Rows({}, {}, (), (), 100)).data[0].y == (0,)
+
+
+def test_the_commands_are_those_of_the_command_line(layer, workspace, monkeypatch):
+    """Each of them reads the same data with the same base."""
+    import shlex
+
+    import typer
+    from click.testing import CliRunner
+
+    from tunesmith.cli import app
+
+    caught = {}
+
+    def catch(name):
+        def verb(*given, **named):
+            caught[name] = (given, named)
+            raise TunesmithError("caught")
+
+        return verb
+
+    for name in ("validate", "inspect", "plan"):
+        monkeypatch.setattr(api, name, catch(name))
+    layer = {**layer, "task": "chat", "data": {**layer["data"], "max_length": 77}}
+    command = typer.main.get_command(app)
+    for line in data.commands(layer, workspace).splitlines():
+        CliRunner().invoke(command, shlex.split(line)[1:])
+    dataset, base = layer["data"]["dataset"], layer["model"]["base"]
+    (given, named) = caught["validate"]
+    assert (given, named["task"], named["model"]) == ((dataset,), "chat", base)
+    assert named["settings"] == {"data": {"max_length": 77}}
+    assert caught["inspect"][0][0].data.max_length == 77
+    assert caught["plan"][0][0] == form.checked(layer, workspace).recipe
+
+
+# Recipe
+
+
+def test_yaml_command_and_state_follow_the_layer(workspace):
+    text, line, state, *looks = recipe.outcome({"method": {"kind": "dpo"}}, workspace, expert=False)
+    assert text == "method:\n  kind: dpo\n"
+    assert line == f"tunesmith train --method dpo --output-dir {workspace.runs}"
+    assert "The recipe fits." in state
+    assert len(looks) == len(recipe.SECTIONS)
+    _, _, state, *_ = recipe.outcome({"training": {"seed": -1}}, workspace, expert=False)
+    assert "training.seed has to be greater than or equal to 0" in state
+
+
+def test_a_section_is_drawn_anew_only_where_others_take_effect(workspace):
+    def looks(layer):
+        found = form.filled(layer, workspace)
+        shown = form.visible(found, expert=True)
+        return {section: recipe.drawn(found, section, shown) for section in recipe.SECTIONS}
+
+    before = looks({})
+    assert looks({"training": {"learning_rate": 1e-3}}) == before  # the place in which somebody types stays
+    assert looks({"training": {"learning_rate": -1}}) == before
+    changed = looks({"method": {"kind": "dpo"}})
+    assert {name for name in before if before[name] != changed[name]} >= {"method", "data"}
+    assert changed["evaluation"] == before["evaluation"]
+    robust = looks({"method": {"kind": "dpo", "loss": "robust"}})
+    assert {name for name in changed if changed[name] != robust[name]} == {"method"}
+
+
+def test_a_control_that_is_used_changes_the_layer_and_its_own_label(workspace):
+    control = next(c for c in form.controls() if c.path == "training.seed")
+    layer, label, _ = recipe.changed({}, control, -1, workspace)
+    assert layer == {"training": {"seed": -1}}
+    assert "greater than or equal to 0" in label["label"]
+    layer, label, _ = recipe.changed(layer, control, 3, workspace)
+    assert (layer, label["label"]) == ({"training": {"seed": 3}}, "Seed")
+    rate = next(c for c in form.controls() if c.path == "training.learning_rate")
+    assert recipe.changed({}, rate, "2e-5", workspace)[0] == {"training": {"learning_rate": 2e-5}}
+    assert "takes a number; found 'fast'" in recipe.changed({}, rate, "fast", workspace)[1]["label"]
+    rows = next(c for c in form.controls() if c.path == "data.columns")
+    same, label, _ = recipe.changed(layer, rows, "{a: [", workspace)
+    assert same == layer
+    assert "is not YAML" in label["label"]
+    name = next(c for c in form.controls() if c.path == "name")
+    assert "name of a file" in recipe.changed({}, name, "../x", workspace)[1]["label"]
+
+
+def test_recipes_come_in_and_go_out_as_files(workspace, tmp_path):
+    layer = {"name": "mine", "method": {"kind": "kto"}, "adapter": {"kind": "lora", "rank": 4}}
+    file = recipe.saved(layer, workspace)
+    assert file.parent == workspace.recipes
+    assert recipe.saved(layer, workspace) == file
+    assert recipe.saved({"name": "mine"}, workspace).name == "mine-2.yaml"
+    assert compose(file=file).recipe == compose(layer).recipe
+    assert recipe.taken(str(file), workspace) == (layer, [])
+    other = tmp_path / "recipe.txt"
+    other.write_text("x")
+    with pytest.raises(InputError):
+        recipe.taken(str(other), workspace)
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [")
+    with pytest.raises(TunesmithError, match="not YAML"):
+        recipe.taken(str(broken), workspace)
+
+
+def test_the_architecture_of_the_base_or_why_there_is_none(model, workspace):
+    summary, box = recipe.architecture({"model": {"base": model}}, workspace)
+    assert summary.startswith("LlamaForCausalLM")
+    assert box == ""
+    summary, box = recipe.architecture({"model": {"base": "/etc"}}, workspace)
+    assert summary == ""
+    assert "outside your workspace" in box
+
+
+# Plan
+
+
+def test_the_plan_says_what_fits_with_reasons_before_anything_starts(layer, workspace):
+    found = plan.planned(layer, workspace)
+    estimate = found.plan.estimate
+    assert estimate is not None
+    assert "It fits: " in plan.verdict(found)
+    bars = plan.memory(estimate).data
+    parts = estimate.stages[estimate.stage]
+    stage = list(bars[0].y).index(estimate.stage)
+    assert sum(bar.x[stage] for bar in bars) == pytest.approx(estimate.peak / 1e9)
+    assert {bar.name for bar in bars} >= {name for name, held in parts.items() if held}
+    listed = plan.lines(found)
+    assert {"rows", "device", "total_steps", "peak memory", "time in all", "disk"} <= {
+        row[0] for row in listed
+    }
+    assert plan.argv(layer, workspace)[:2] == ["tunesmith", "plan"]
+    assert not list(workspace.runs.iterdir())
+
+
+def test_a_run_that_does_not_fit_says_by_how_much_and_what_takes_less(layer, workspace):
+    from dataclasses import replace
+
+    from tunesmith.estimate import Remedy
+
+    found = plan.planned(layer, workspace, "h100-80gb")
+    assert "on h100-80gb" in plan.verdict(found)
+    small = replace(found.plan.estimate, capacity=1000, remedies=(Remedy("use LoRA", "--lora", 900, True),))
+    said = plan.verdict(replace(found, plan=replace(found.plan, estimate=small)))
+    assert "It does not fit, by " in said
+    assert "What takes less: use LoRA (--lora)" in said
+    assert "Largest micro-batch that fits: " in plan.micro_batch(found.plan.estimate)
+    assert plan.argv(layer, workspace, "h100-80gb")[-2:] == ["--device", "h100-80gb"]
+
+
+def test_every_part_of_the_memory_has_a_colour():
+    from tunesmith.estimate import ABOUT
+
+    assert set(plan.COLOURS) == set(ABOUT)
+
+
+def test_errors_are_boxes():
+    def broken() -> list:
+        raise TunesmithError(HOSTILE, found=HOSTILE, fix=HOSTILE)
+
+    box, *others = data.either(broken, 3)
+    assert "<img" not in box
+    assert others == [None, None]
+
+    def bug() -> list:
+        raise ValueError("secret")
+
+    box, *_ = data.either(bug, 1)
+    assert "ValueError" in box
+    assert "secret" not in box
+
+
+def test_the_pages_are_built():
+    """All components with the ids and labels by which browsers and screen readers find them."""
+    from tunesmith.ui.app import blocks
+
+    made = blocks()
+    ids = [b.elem_id for b in made.blocks.values() if b.elem_id]
+    assert len(ids) == len(set(ids))
+    assert {"data-upload", "data-hub", "recipe-view", "recipe-yaml", "plan-start", "plan-memory"} <= set(ids)
+    asked = (
+        "textbox",
+        "dropdown",
+        "number",
+        "checkbox",
+        "radio",
+        "slider",
+        "file",
+        "dataframe",
+        "plot",
+        "code",
+    )
+    for block in made.blocks.values():
+        if block.get_block_name() in asked and (block.elem_id or "").startswith(
+            ("data-", "recipe-", "plan-")
+        ):
+            assert block.label, block.elem_id

@@ -1,0 +1,315 @@
+"""The work itself in Chromium, with real training of the tiny model, and what may happen while it goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gradio")
+
+from browser_of_tests import Workbench, window
+
+from tunesmith.training.run import open_run
+
+pytestmark = pytest.mark.web
+
+SHORT = """
+model: {base: tiny}
+method: {kind: %s}
+adapter: {kind: lora, rank: 4}
+training: {num_epochs: 1, max_steps: %s, per_device_train_batch_size: 4, logging_steps: 1, save_steps: 1000,
+  eval_steps: 1000}
+data: {max_length: 128}
+evaluation: {max_items: 6, max_new_tokens: 8, resamples: 100}
+"""
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A workbench of one's own."""
+    started = Workbench(tmp_path / "w")
+    yield started
+    started.end()
+    from tunesmith.ui.jobs import Queue
+    from tunesmith.ui.workspace import Workspace
+
+    queue = Queue(Workspace(started.workspace).jobs)
+    for job in queue.jobs():
+        if job.is_open:
+            queue.stop(job.id)
+            if job.pid:
+                os.kill(job.pid, 9)
+
+
+def rows(place: Path, number: int = 40) -> Path:
+    """A table whose columns say nothing to a machine."""
+    file = place / "lampen.csv"
+    with file.open("w", newline="", encoding="utf-8") as out:
+        write = csv.writer(out)
+        write.writerow(["nr", "frage", "erwiderung"])
+        for n in range(number):
+            write.writerow([n, f"How long does lamp number {n} burn?", f"Lamp {n} burns for {n * 10} hours."])
+    return file
+
+
+def pairs(place: Path, number: int = 40) -> Path:
+    """Preferences."""
+    file = place / "pairs.jsonl"
+    file.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "prompt": f"Is lamp {n} bright?",
+                    "chosen": f"Yes, lamp {n} is bright.",
+                    "rejected": "No idea.",
+                }
+            )
+            + "\n"
+            for n in range(number)
+        )
+    )
+    return file
+
+
+def set_up(opened, tmp_path, data: Path, method: str = "sft", steps: int = 6) -> None:
+    """Import a recipe, upload the data."""
+    opened.open()
+    recipe = tmp_path / f"{method}.yaml"
+    recipe.write_text(SHORT % (method, steps))
+    opened.go("Recipe")
+    with opened.page.expect_file_chooser() as chooser:
+        opened.click("recipe-import")
+    chooser.value.set_files(str(recipe))
+    opened.says("recipe-said", "imported")
+    opened.go("Data")
+    opened.page.locator("#data-upload input[type=file]").set_input_files(str(data))
+    opened.says("data-state", "rows with")
+
+
+def train(opened, name: str, *, wait: bool = True) -> None:
+    """Start a run, and wait for its end."""
+    opened.go("Train")
+    opened.fill("train-name", name)
+    opened.says("train-command", "")
+    opened.page.wait_for_timeout(800)
+    opened.click("train-start")
+    opened.says("train-told", "queued")
+    if wait:
+        opened.says("train-status", "done", within=240_000)
+
+
+def test_from_a_table_to_a_merged_model(browser, work, tmp_path):
+    with window(browser, work) as opened:
+        set_up(opened, tmp_path, rows(tmp_path))
+        # The columns are in no language that is known.
+        opened.says("data-state", "fit no known format")
+        opened.pick("data-question", "frage")
+        opened.says("data-command", "frage")
+        opened.pick("data-answer", "erwiderung")
+        assert "40 rows" in opened.says("data-state", "Read as")
+        opened.click("data-check")
+        opened.says("data-report", "40 rows")
+        opened.says("data-ledger-box", "40 rows")
+        assert opened.page.locator("#data-seen .ts-trained").count() > 0
+        assert "lampen.csv" in opened.page.locator("#data-command").inner_text()
+        opened.go("Plan")
+        opened.page.get_by_role("button", name="Plan", exact=False).locator("visible=true").last.click()
+        train(opened, "lamps")
+        run = work.workspace / "runs" / "lamps"
+        assert open_run(run).state() == "done"
+
+        opened.go("Evaluate")
+        opened.says("evaluate-verdict", r"\w{4,}")
+        opened.says("evaluate-answers", "Lamp|lamp")
+
+        opened.go("Chat")
+        opened.fill("chat-question", "How long does lamp number 3 burn?")
+        opened.page.wait_for_timeout(500)
+        opened.click("chat-send")
+        opened.says("chat-talk", "lamp number 3")
+        opened.page.wait_for_function("() => document.querySelector('#chat-talk').innerText.length > 60")
+
+        opened.go("Ship")
+        opened.click("ship-merge")
+        opened.says("ship-told", "queued|Merge")
+        deadline = time.monotonic() + 200
+        while not list(work.workspace.glob("exports/**/*.safetensors")) and time.monotonic() < deadline:
+            opened.page.wait_for_timeout(500)
+        assert list(work.workspace.glob("exports/**/*.safetensors")), opened.page.locator(
+            "#ship-job"
+        ).inner_text()
+        opened.says("ship-made", "lamps")
+
+        opened.go("Runs")
+        opened.says("runs-table", "lamps")
+        opened.check()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("method", ["dpo", "ppo"])
+def test_preferences_and_rewards(browser, work, tmp_path, method):
+    with window(browser, work) as opened:
+        set_up(opened, tmp_path, pairs(tmp_path) if method == "dpo" else rows(tmp_path), method, 3)
+        if method == "ppo":
+            opened.pick("data-question", "frage")
+            opened.says("data-command", "frage")
+            opened.pick("data-answer", "erwiderung")
+        opened.says("data-state", "Read as")
+        train(opened, f"lamps-{method}")
+        opened.go("Evaluate")
+        opened.says("evaluate-verdict", r"\w{4,}")
+        opened.check()
+    assert open_run(work.workspace / "runs" / f"lamps-{method}").state() == "done"
+
+
+@pytest.mark.thorough
+def test_nothing_that_happens_to_page_or_server_reaches_the_training(browser, work, tmp_path):
+    with window(browser, work) as opened:
+        set_up(opened, tmp_path, rows(tmp_path, 200), steps=400)
+        opened.pick("data-question", "frage")
+        opened.says("data-command", "frage")
+        opened.pick("data-answer", "erwiderung")
+        opened.says("data-state", "Read as")
+        train(opened, "long", wait=False)
+        opened.says("train-status", "step")
+        # Fifty clicks are one job each at most for a name.
+        for _ in range(5):
+            opened.page.locator("button#train-start").click()
+        opened.page.wait_for_timeout(1500)
+        jobs = sorted((work.workspace / "jobs").glob("0*.json"))
+        first = json.loads(jobs[0].read_text())
+        assert first["state"] == "running"
+        assert [json.loads(job.read_text())["run"] for job in jobs].count("long") == 1
+        before = step_of(opened)
+        opened.page.reload()
+        opened.page.get_by_role("tab", name="Data", exact=True).wait_for()
+    # The browser is closed; the server is killed.
+    work.kill()
+    pid = first["pid"]
+    assert os.path.exists(f"/proc/{pid}")
+    time.sleep(2)
+    assert os.path.exists(f"/proc/{pid}"), "it goes on without anybody"
+    work.start()
+    with window(browser, work) as opened:
+        opened.open()
+        opened.go("Train")
+        opened.says("train-status", "step")
+        assert step_of(opened) > before
+        opened.click("train-stop")
+        opened.says("train-told", "Asked to stop")
+        opened.says("train-status", "interrupted|stopped|stopping")
+        deadline = time.monotonic() + 60
+        while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        saved = list((work.workspace / "runs" / "long").rglob("*.safetensors"))
+        assert saved, "stopping saves"
+        opened.page.locator("button#train-resume:not([disabled])").wait_for()
+        opened.click("train-resume")
+        opened.says("train-told", "queued")
+        opened.says("train-status", "running")
+        opened.check()
+
+
+def step_of(opened) -> int:
+    """The step that the Train page shows."""
+    said = opened.says("train-status", "step")
+    return int(re.search(r"([\d,]+) of", said)[1].replace(",", ""))
+
+
+PAYLOADS = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(2)>",
+    "<svg/onload=alert(3)>",
+    "<iframe srcdoc='<script>alert(4)</script>'></iframe>",
+    "[link](javascript:alert(5))",
+    "![x](http://canary.invalid/p.png)",
+    "<a href='javascript:alert(6)'>x</a>",
+    "<img src='http://canary.invalid/i.png'>",
+    "\"><script src='http://canary.invalid/x.js'></script>",
+    "<style>@import 'http://canary.invalid/c.css'</style>",
+    "<details open ontoggle=alert(7)>",
+    "<math><mtext></p><img src onerror=alert(8)>",
+    "{{7*7}}<b>${alert(9)}</b>",
+    "<body onload=alert(10)>",
+    "<form action=http://canary.invalid><button>x",
+    "<base href='http://canary.invalid/'>",
+    "<meta http-equiv=refresh content='0;url=http://canary.invalid/'>",
+    "\x1b[31mred\x1b]0;title\x07",
+    "\u202egnp.exe",
+    "=cmd|' /C calc'!A0",
+    "<object data='http://canary.invalid/'>",
+    "<link rel=stylesheet href='http://canary.invalid/s.css'>",
+    "<!--><script>alert(11)</script>-->",
+    "<input autofocus onfocus=alert(12)>",
+    "`<script>alert(13)</script>`",
+    "$$\\href{javascript:alert(14)}{x}$$",
+    "<video><source onerror=alert(15)>",
+    "<marquee onstart=alert(16)>",
+    "</textarea><script>alert(17)</script>",
+    "</style><script>alert(18)</script>",
+    "&lt;script&gt;alert(19)&lt;/script&gt;",
+]
+
+
+def test_nothing_in_data_is_carried_out(browser, bench, tmp_path):
+    file = tmp_path / "<img src=x onerror=alert(0)>.jsonl"
+    lines = [{"question": f"{bad} question", "answer": f"answer {bad}", bad: bad} for bad in PAYLOADS]
+    file.write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + "{broken <script>alert(99)</script>\n"
+    )
+    whole = tmp_path / "whole.jsonl"
+    whole.write_text(
+        "".join(
+            json.dumps({"question": f"{b} q {n}", "answer": f"a {n} {b}"}) + "\n"
+            for n, b in enumerate(PAYLOADS * 3)
+        )
+    )
+    with window(browser, bench) as opened:
+        opened.open()
+        for data in (file, whole):
+            opened.page.locator("#data-upload input[type=file]").set_input_files(str(data))
+            opened.page.wait_for_timeout(3000)
+            opened.click("data-check")
+            opened.page.wait_for_timeout(6000)
+            remove = opened.page.locator(
+                "#data-upload button[aria-label='Clear'], #data-upload button[aria-label='Remove']"
+            )
+            if remove.count():
+                remove.first.click()
+        opened.says("data-report", "rows")
+        opened.go("Recipe")
+        opened.fill("recipe-model-base", "<img src=x onerror=alert(20)>")
+        opened.page.wait_for_timeout(2000)
+        opened.go("Train")
+        opened.fill("train-name", "<img src=x onerror=alert(21)>")
+        opened.page.wait_for_timeout(500)
+        opened.click("train-start")
+        opened.page.wait_for_timeout(2000)
+        opened.fill("train-name", "'; touch " + str(tmp_path / "touched") + "; '")
+        opened.page.wait_for_timeout(500)
+        opened.click("train-start")
+        opened.page.wait_for_timeout(2000)
+        assert not opened.dialogs
+        assert not opened.elsewhere
+        assert (
+            opened.page.evaluate("document.querySelectorAll('img[onerror], svg[onload], iframe').length") == 0
+        )
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.thorough
+def test_a_phone_is_enough(browser, work, tmp_path):
+    with window(
+        browser, work, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True
+    ) as opened:
+        set_up(opened, tmp_path, pairs(tmp_path), "dpo", 2)
+        opened.says("data-state", "Read as")
+        train(opened, "phone")
+        assert opened.width() <= 390
+        opened.check()

@@ -25,7 +25,8 @@ ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4
 LORA = {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.0}, "training": ONE_BY_ONE}
 DPO_RECIPE = {"method": {"kind": "dpo"}}
 KINDS = {"full sft": {}, "lora sft": LORA, "full dpo": DPO_RECIPE, "lora dpo": {**LORA, **DPO_RECIPE}}
-CONTINUED = ("full sft", "lora dpo")
+CONTINUED = ("full sft", "lora sft", "full dpo")
+IN_CI = ("full sft", "lora dpo")
 
 
 @pytest.fixture(autouse=True)
@@ -310,9 +311,16 @@ def assert_written_once(run: Path, processes: int) -> None:
     assert not (run / ".staging").exists()
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_losses_of_one_and_are_continued_by_one(asked, tmp_path):
-    same_as_one(asked, tmp_path, KINDS, 2)
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        pytest.param(IN_CI, marks=pytest.mark.slow),
+        pytest.param([kind for kind in KINDS if kind not in IN_CI], marks=pytest.mark.thorough),
+    ],
+    ids=", ".join,
+)
+def test_two_processes_give_the_losses_of_one_and_are_continued_by_one(asked, tmp_path, kinds):
+    same_as_one(asked, tmp_path, kinds, 2)
 
 
 @pytest.mark.thorough
@@ -333,7 +341,7 @@ def test_a_run_of_one_process_is_continued_by_two(asked, tmp_path):
 def test_a_killed_process_ends_the_job_with_the_reason_and_the_run_goes_on(asked):
     import psutil
 
-    recipe = asked("killed", {"launch": {"kind": "accelerate", "processes": 2}}, num_epochs=30, save_steps=5)
+    recipe = asked("killed", {"launch": {"kind": "accelerate", "processes": 2}}, num_epochs=12, save_steps=4)
     killed, seen = [], []
 
     def watch(event):
@@ -356,4 +364,4 @@ def test_a_killed_process_ends_the_job_with_the_reason_and_the_run_goes_on(asked
     assert Run(result.run).state() == "done"
     starts = [e["step"] for e in Run(run).events() if e.get("state") == "training"]
     assert starts[0] == 0
-    assert starts[1] >= 5
+    assert starts[1] >= 4

@@ -376,7 +376,7 @@ def test_plan_writes_nothing(invoke, quick_flags, tmp_path):
         (["train", "--set", "training.nonsense=1"], 1, "not a field"),
         (["evaluate", "tiny"], 1, "--dataset"),
         (["resume", "nowhere"], 1, "not a run"),
-        (["evaluate", "runs/nope"], 1, "no model"),
+        (["evaluate", "runs/nope"], 1, "runs/nope"),
         (["runs", "nopes"], 1, "no output folder nopes"),
         (["show", "presetz"], 1, "Did you mean 'presets'"),
         (["chat", "tiny", "--prompt", ""], 1, "--prompt is empty"),

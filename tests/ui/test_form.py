@@ -238,7 +238,7 @@ def test_the_basic_view_is_what_the_command_line_has_options_for():
         ({"method": {"kind": "sfft"}}, "method.kind", "sft"),
         ({"method": {"kind": "ppo", "critic": "x"}}, "method.critic", "value"),
         ({"evaluation": {"server": {"timeout": 0}}}, "evaluation.server.timeout", "greater than 0"),
-        ({"data": {"mix": [{"datset": "x"}]}}, "data.mix", "datset"),
+        ({"data": {"mix": [{"dataset_": "x"}]}}, "data.mix", "dataset_"),
         ({"method": {"kind": "grpo", "rewards": [{"kind": "metric"}]}}, "method.rewards", "list of rewards"),
     ],
 )  # fmt: skip

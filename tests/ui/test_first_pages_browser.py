@@ -55,6 +55,7 @@ def test_from_an_upload_to_a_plan(bench, browser, tmp_path):
         opened.says("recipe-state", "The recipe fits")
         opened.says("recipe-command", "--lora.* --max-steps 3")
 
+        page.locator("#recipe-section-data > button").click()
         opened.fill("recipe-data-max_length", "256")
         opened.says("recipe-yaml", "max_length: 256")
         opened.click("recipe-plan")

@@ -251,6 +251,12 @@ def test_shipping_is_a_command_and_a_verdict(workspace, result, tmp_path):
     said = ship.made(workspace, result.run)
     assert "shop-merged: passed its check" in said
     assert "ts-good" in said
+    assert f'href="/gradio_api/file={place}/model.safetensors" download' in said
+    (place / ".hidden").write_text("x")
+    (place / "a&b <i>.txt").write_text("x")
+    assert "a&amp;b &lt;i&gt;.txt</a>" in ship.downloads(place)
+    assert ".hidden" not in ship.downloads(place)
+    assert ship.downloads(place / "not-there") == ""
     assert str(workspace.exports / "shop-merged-2") in str(
         ship.merge_arguments(workspace, result.run, "auto")
     )

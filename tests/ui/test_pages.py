@@ -42,7 +42,7 @@ def test_axe_finds_nothing_serious_on_any_page(browser, bench, axe, scheme):
         opened.check()
 
 
-@pytest.mark.parametrize("width", [390, 1280, 1920])
+@pytest.mark.parametrize("width", [390, *(pytest.param(w, marks=pytest.mark.thorough) for w in (1280, 1920))])
 def test_no_page_is_wider_than_its_window(browser, bench, width):
     with window(browser, bench, viewport={"width": width, "height": 844}) as opened:
         opened.open()

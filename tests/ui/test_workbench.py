@@ -104,6 +104,7 @@ def train(opened, name: str, *, wait: bool = True) -> None:
         opened.says("train-status", "done", within=240_000)
 
 
+@pytest.mark.thorough
 def test_from_a_table_to_a_merged_model(browser, work, tmp_path):
     with window(browser, work) as opened:
         set_up(opened, tmp_path, rows(tmp_path))

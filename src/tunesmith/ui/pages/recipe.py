@@ -221,14 +221,16 @@ def build(shared: Shared) -> None:
 def _section(shared: Shared, section: str, look: gr.State, view: gr.Radio, root: Any) -> None:
     """The controls of a section, drawn anew when others take effect."""
 
+    late = gr.State(0)
+
     @gr.render(  # type: ignore[untyped-decorator]
         inputs=[shared.recipe, view, look],
-        triggers=[root.load, look.change],
+        triggers=[root.load, look.change, late.change],
         show_progress="hidden",
         concurrency_id="draw",  # Gradio draws two parts of one page at once into the same dictionary
         concurrency_limit=1,
     )
-    def draw(layer: dict[str, Any], view: str, look: Drawn) -> None:
+    def draw(layer: dict[str, Any], view: str, drawn_as: Drawn) -> None:
         # Gradio hands no request to what it renders.
         request = LocalContext.request.get(None)
         found = form.filled(layer, workspace_of(request) if request else None)
@@ -237,25 +239,38 @@ def _section(shared: Shared, section: str, look: gr.State, view: gr.Radio, root:
         if not shown:
             gr.HTML("<p>Nothing to set here in the basic view.</p>")
         for control in shown:
-            _listen(shared, control, form.component(control, found))
+            _listen(shared, control, form.component(control, found), look, drawn_as, late)
 
 
-def _listen(shared: Shared, control: Control, made: Any) -> None:
+def _listen(
+    shared: Shared, control: Control, made: Any, look: gr.State, drawn_as: Drawn, late: gr.State
+) -> None:
+    """Take what is typed, also into a field that is being drawn anew: its section is drawn once more then."""
     if control.path in form.SETTLED:
         return
 
-    def use(layer: dict[str, Any], raw: Any, request: gr.Request) -> tuple[Any, Any]:
-        new, label, lost = changed(layer, control, raw, workspace_of(request))
+    def use(
+        layer: dict[str, Any], raw: Any, wanted: Drawn, count: int, request: gr.Request, event: gr.EventData
+    ) -> tuple[Any, Any, Any]:
+        workspace = workspace_of(request)
+        if form.shown(control, form.current(control, form.filled(layer, workspace))) == raw:
+            return gr.skip(), gr.skip(), gr.skip()  # left as it was
+        new, label, lost = changed(layer, control, raw, workspace)
         for note in lost:
             gr.Info(html.escape(note))
-        return new, gr.update(**label)
+        is_late = wanted != drawn_as or getattr(event.target, "_id", None) != made._id
+        return new, gr.update(**label), count + is_late
 
-    made.input(
+    gr.on(
+        # Gradio's text fields tell of keys that write, not of Backspace, pasting or a phone; leaving them does.
+        [made.input, made.blur] if hasattr(made, "blur") else [made.input],
         use,
-        [shared.recipe, made],
-        [shared.recipe, made],
+        [shared.recipe, made, look, late],
+        [shared.recipe, made, late],
         show_progress="hidden",
         trigger_mode="always_last",
         concurrency_id="recipe",
         concurrency_limit=1,
+        # With a key of its own it outlives the drawing: without, what was just typed would meet no listener.
+        key=f"recipe:{control.path}:{control.kind}",
     )

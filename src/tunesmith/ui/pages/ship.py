@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import html
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import gradio as gr
 
@@ -31,6 +33,8 @@ from tunesmith.ui.shared import Shared, box, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
 
 KINDS = ("merge", "export", "push", "prepare-deployment")
+FILES_SHOWN = 40
+"""Files of one thing that was made, to be downloaded."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WHAT = ("merged", "deployment", *(rf"{target}-\w+" for target in TARGETS))
 """What a run's name is followed by in the names of its exports."""
@@ -87,8 +91,21 @@ def queued(workspace: Workspace, run: Path, arguments: list[str]) -> Job:
     return queue_of(workspace).add(arguments, title=f"{title} {run.name}", run=run.name)
 
 
+def downloads(made: Path) -> str:
+    """Links to the files of what was made, for `gr.HTML`; nothing where there are none."""
+    found = [made] if made.is_file() else sorted(path for path in made.rglob("*") if path.is_file())
+    plain = [f for f in found if not any(part.startswith(".") for part in f.relative_to(made.parent).parts)]
+    links = "".join(
+        f'<li><a href="/gradio_api/file={quote(str(file))}" download>'
+        f"{html.escape(str(file.relative_to(made.parent)))}</a> ({size(file.stat().st_size)})</li>"
+        for file in plain[:FILES_SHOWN]
+    )
+    more = f"<li>{len(plain) - FILES_SHOWN} more in the folder</li>" if len(plain) > FILES_SHOWN else ""
+    return f"<details><summary>Download</summary><ul>{links}{more}</ul></details>" if links else ""
+
+
 def made(workspace: Workspace, run: Path | None) -> str:
-    """What was made of a run's model, each with its verdict, for `gr.HTML`."""
+    """What was made of a run's model, each with its verdict and its files, for `gr.HTML`."""
     if run is None:
         return NOTHING
     problems: list[str] = []
@@ -105,6 +122,7 @@ def made(workspace: Workspace, run: Path | None) -> str:
             [*one["lines"], str(folder / one["name"])],
             kind="good" if one["passed"] else "problem",
         )
+        + downloads(folder / one["name"])
         for folder, one in proven
     ]
     named = {folder / one["name"] for folder, one in proven}
@@ -114,6 +132,7 @@ def made(workspace: Workspace, run: Path | None) -> str:
             ["What it was checked with is not told here.", str(folder)],
             kind="note",
         )
+        + downloads(folder)
         for folder in sorted(workspace.exports.iterdir())
         if own.fullmatch(folder.name) and folder not in named
     ]

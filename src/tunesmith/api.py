@@ -1846,8 +1846,8 @@ def _served_verdict(
     from tunesmith.export import merge, parity
     from tunesmith.generation import context_length
 
-    model, tokenizer = loading.load_model(str(folder)).eval(), loading.load_tokenizer(str(folder))
-    is_pair = loading.is_seq2seq(model)
+    model, tokenizer = merge.reference_of(folder, run), loading.load_tokenizer(str(folder))
+    is_pair = bool(model.config.is_encoder_decoder)
     merge.settled(tokenizer, is_pair)
     asked = _held_for(run, model, tokenizer, rows, watch)
     context = None if is_pair else context_length(model)
@@ -1878,6 +1878,7 @@ def prepare_deployment(
     demo: str = "auto",
     check: str = "auto",
     rows: int = 50,
+    despite: bool = False,
     watch: Watch = _unwatched,
 ) -> Deployment:
     """Make a folder that serves a run's model elsewhere, and prove it: it is served here and asked up to `rows`
@@ -1886,7 +1887,8 @@ def prepare_deployment(
     It holds whole weights, a manifest with the hash of every file, the server as a wheel with the versions of all it
     needs, Dockerfile, compose file, start script, a page to ask it on (`demo`: `chat`, `sql` with a schema as an input,
     or `auto`), a smoke test, and with `space` what a Space of the Hub needs. Requests ask for `name`. Where the verdict
-    is bad the folder ends in `.failed`, and `passed` is false. Raises TunesmithError for a model that cannot be served.
+    is bad, or a secret or a trained text is found in it (unless `despite`), the folder ends in `.failed`, and `passed` is
+    false. Raises TunesmithError for a model that cannot be served.
     """
     launch.require_one_process()
     quiet_libraries()
@@ -1930,6 +1932,7 @@ def prepare_deployment(
             check=check,
             held=held,
             trained=_trained_texts(run),
+            despite=despite,
             progress=told,
             counted_on=counted,
         )

@@ -269,8 +269,11 @@ def test_the_containers_serve_it_for_a_user_without_rights(made):
         users = [value for name, value in stage if name == "USER"]
         assert users[-1] == "tunesmith"
         for _, value in (step for step in stage if step[0] == "COPY"):
-            for source in value.split()[:-1]:
+            *sources, _ = (word for word in value.split() if not word.startswith("--"))
+            for source in sources:
                 assert (made.folder / source).exists(), source
+            is_read_by_user = not {"requirements.txt", "requirements-demo.txt", "wheels"} & set(sources)
+            assert value.startswith("--chown=tunesmith ") is is_read_by_user, value
     server = dict(stages[0])
     command = json.loads(server["CMD"])
     assert command[:5] == ["tunesmith", "serve", "model", "--name", "mine"]
@@ -347,7 +350,7 @@ def test_other_servers_stop_and_draw_as_it_was_measured(made):
     assert "top_k" not in settings
     assert settings["eos_token_id"]
     assert made.vllm is None, "so that vLLM answers as measured"
-    assert not made.notes
+    assert [note.partition(",")[0] for note in made.notes] == ["what was trained on is not here"]
 
 
 def test_what_draws_otherwise_is_taken_out_and_said(tmp_path):
@@ -400,6 +403,30 @@ def test_a_verdict_that_is_bad_marks_the_folder(model, tmp_path, monkeypatch):
     assert found.folder == tmp_path / "d.failed"
     assert found.as_dict()["exit_code"] == 1
     assert not (tmp_path / "d").exists()
+
+
+def test_what_is_found_in_the_folder_fails_it(model, tmp_path):
+    """A secret, and a text that was trained on, which only the manifest has."""
+    folder = shutil.copytree(model, tmp_path / "mine")
+    template = folder / "chat_template.jinja"
+    template.write_text("{# hf_" + "a1" * 15 + " #}" + template.read_text())
+    options = {"output_dir": tmp_path / "d", "check": "files"}
+    found = api.prepare_deployment(folder, **options)
+    assert not found.passed
+    assert found.folder == tmp_path / "d.failed"
+    assert "a Hugging Face token" in found.findings[0]
+    assert found.as_dict()["exit_code"] == 1
+    assert api.prepare_deployment(folder, **options, despite=True).folder == tmp_path / "d"
+
+
+def test_the_manifest_is_looked_through_for_rows(tmp_path):
+    row = "a row that was trained on, which is rather long\nwith two lines"
+    facts = {"demo": {"form": {"system": "You write SQL for a database, and nothing else.", "user": row}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(facts))
+    trained = [row, facts["demo"]["form"]["system"]]
+    findings, notes = deployment._findings(tmp_path, trained, facts["demo"])
+    assert findings == ["manifest.json: 1 text that the model was trained on"]
+    assert "system text of the rows" in notes[0]
 
 
 # The page.
@@ -662,7 +689,7 @@ def test_a_run_becomes_a_folder_with_its_own_form_and_scores(tiny_model_folder, 
     assert manifest["run"] == "sql"
     assert manifest["scores"]
     assert demo.QUESTION in manifest["probes"][0]["messages"][0]["content"]
-    assert not any("finding" in note for note in made.notes), made.notes
+    assert not made.findings
     page = (run / "report.html").read_text()
     assert "<h3>exports/served: " in page
     tried = api.try_model(made.folder, rows=4, max_new_tokens=12)

@@ -79,11 +79,16 @@ class Deployment:
     vllm: str | None
     """Why compose.yaml has no vLLM; None where it has."""
     notes: tuple[str, ...]
+    findings: tuple[str, ...] = ()
+    """Secrets and rows that were trained on, found in its files."""
+    despite: bool = False
+    """Whether it is made in spite of them."""
 
     @property
     def passed(self) -> bool:
         """Whether nothing is wrong with it, as far as it could be tried."""
-        return all(part is None or part.passed for part in (self.merged, self.served))
+        proven = all(part is None or part.passed for part in (self.merged, self.served))
+        return proven and (self.despite or not self.findings)
 
     def as_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it; it ends with exit code 1 where the verdict is bad."""
@@ -110,12 +115,14 @@ def prepare(
     check: str = "auto",
     held: Callable[[Any, Any], Held],
     trained: Iterable[str] | None,
+    despite: bool = False,
     progress: Callable[[str, str, str], None],
     counted_on: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Deployment:
     """Make a deployment folder of an adapter's folder or one of whole weights, and prove what it serves.
 
-    `trained` are the texts that the model learned from, which are looked for in the files. `check` is `auto`, which
+    `trained` are the texts that the model learned from, which are looked for in the files; where one is found, or a
+    secret, the folder has failed, unless `despite`. `check` is `auto`, which
     asks the served model where it fits into memory, or `files`, which does not. Raises ModelError for a model that
     answers nothing and for a merge that fails, and MissingExtra where a package of the server is not installed here.
     """
@@ -147,7 +154,7 @@ def prepare(
             "vLLM", "in compose.yaml" if refused is None else "left out", refused or "it answers as measured"
         )
         proof = _proven(
-            source, packed, name, stored=made.quant, check=check, demo=demo, held=held,
+            source, packed, name, run=run, stored=made.quant, check=check, demo=demo, held=held,
             progress=progress, counted_on=counted_on,
         )  # fmt: skip
         notes += proof.notes
@@ -170,7 +177,11 @@ def prepare(
             staging, facts, server_pins=server_pins, demo_pins=demo_pins, space=space,
             vllm=None if refused else _vllm_command(name, made.quant), no_vllm=refused, notes=notes,
         )  # fmt: skip
-        notes += _findings(staging, trained)
+        # The manifest has texts as well: it is looked through with the rest, and gets its hashes after that.
+        write_whole(staging / MANIFEST, json.dumps(facts, indent=1, ensure_ascii=False))
+        findings, more = _findings(staging, trained, proof.demo)
+        notes += more
+        (staging / MANIFEST).unlink()
         names = sorted(p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file())
         files: dict[str, dict[str, Any]] = {
             file: {"bytes": (staging / file).stat().st_size, "sha256": smoke_test.sha256(staging / file)}
@@ -188,6 +199,8 @@ def prepare(
             demo=proof.demo["kind"],
             vllm=refused,
             notes=tuple(notes),
+            findings=tuple(findings),
+            despite=despite,
         )
         final = folder
         if not result.passed:
@@ -285,6 +298,7 @@ def _proven(
     packed: Path,
     name: str,
     *,
+    run: Run | None,
     stored: str,
     check: str,
     demo: str,
@@ -310,7 +324,7 @@ def _proven(
         notes = [f"not proven over HTTP: {why}; run smoke_test.py where it is served", *kind.pop("notes")]
         return _Proof(None, probes, kind, notes)
     with _served(packed, name) as (url, loaded):
-        model = models.load_model(str(source)).eval()
+        model = merge.reference_of(source, run)
         own = models.load_tokenizer(str(source if merge.has_tokenizer(source) else packed))
         merge.settled(own, model.config.is_encoder_decoder)
         asked = held(model, own)
@@ -571,12 +585,15 @@ def _write_files(
             shutil.copyfile(serving / file, staging / to)
 
 
-def _findings(staging: Path, trained: Iterable[str] | None) -> list[str]:
-    """Secrets and texts that were trained on, in what is handed out."""
+def _findings(
+    staging: Path, trained: Iterable[str] | None, demo: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Secrets and texts that were trained on, in what is handed out; and what is to be known about the search."""
+    notes = []
+    system = demo.get("system") or dict(demo.get("form") or {}).get("system")
+    if trained is not None and system:
+        # Without it the page would ask otherwise than the model was trained to be asked.
+        trained = [text for text in trained if text.strip() != system.strip()]
+        notes.append("manifest.json has the system text of the rows, with which the page asks")
     plan = publish.planned(staging, "deployment/folder", private=True, trained=trained)
-    if plan.findings:
-        return [
-            f"{counted(len(plan.findings), 'finding')} to look at before the folder is handed out: "
-            + "; ".join(plan.findings)
-        ]
-    return []
+    return list(plan.findings), [*notes, *plan.notes]

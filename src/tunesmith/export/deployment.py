@@ -26,7 +26,7 @@ from tunesmith import models
 from tunesmith.data import pairs, templates
 from tunesmith.data.examples import Message, Prompt, Unusable
 from tunesmith.data.templates import end_of_turn_ids
-from tunesmith.errors import ModelError, TunesmithError, counted, nearest
+from tunesmith.errors import ModelError, TunesmithError, nearest
 from tunesmith.evaluation.unseen import CARRIED
 from tunesmith.export import artefact, merge, parity, publish, wheel
 from tunesmith.export.card import terms_of
@@ -52,6 +52,9 @@ GRADIO = "gradio>=6.31,<7"
 
 SERVED_BESIDE = 2.4
 """Whole models in float32 that the proof needs memory for: the run's own, the served one, and what they compute."""
+
+PATIENCE = 3600.0
+"""Seconds for each answer in the proof: a large model on a CPU writes slowly."""
 
 KEY = "TUNESMITH_PROOF_TOKEN"
 """Environment variable of this process with the token of the server that is asked for the proof."""
@@ -153,10 +156,17 @@ def prepare(
         progress(
             "vLLM", "in compose.yaml" if refused is None else "left out", refused or "it answers as measured"
         )
-        proof = _proven(
-            source, packed, name, run=run, stored=made.quant, check=check, demo=demo, held=held,
-            progress=progress, counted_on=counted_on,
-        )  # fmt: skip
+        try:
+            proof = _proven(
+                source, packed, name, run=run, stored=made.quant, check=check, demo=demo, held=held,
+                progress=progress, counted_on=counted_on,
+            )  # fmt: skip
+        except ModelError as error:
+            kept = folder.with_name(f"{folder.name}.failed")
+            shutil.rmtree(kept, ignore_errors=True)
+            staging.rename(kept)
+            fix = f"{error.fix or ''} The weights are kept in {kept / 'model'}.".strip()
+            raise ModelError(error.problem, found=error.found, fix=fix) from None
         notes += proof.notes
         if proof.served:
             write_whole(staging / VERDICT, json.dumps(proof.served.as_dict(), indent=1))
@@ -329,7 +339,7 @@ def _proven(
         merge.settled(own, model.config.is_encoder_decoder)
         asked = held(model, own)
         context = None if model.config.is_encoder_decoder else loaded.context
-        reader = parity.server_reader(url, name, own, api_key_env=KEY, length=context)
+        reader = parity.server_reader(url, name, own, api_key_env=KEY, length=context, timeout=PATIENCE)
         served = parity.verdict(
             model,
             own,
@@ -369,11 +379,14 @@ def _demo(asked: Held, wanted: str) -> dict[str, Any]:
     prompts = [question.prompt for question in asked.questions if question.prompt]
     form, why = form_of(prompts)
     if wanted == "chat" or (wanted == "auto" and form is None and why is None):
-        return {
-            "kind": "chat",
-            "about": "Answers as it was measured: the likeliest token each time.",
-            "notes": [],
-        }
+        about = "Answers as it was measured: the likeliest token each time."
+        begun = {p.messages[0].content if p.messages[0].role == "system" else "" for p in prompts}
+        if len(begun) == 1 and (system := begun.pop()):
+            return {"kind": "chat", "about": about, "system": system, "notes": []}
+        differing = (
+            ["rows begin with different system texts, and the page gives none"] if len(begun) > 1 else []
+        )
+        return {"kind": "chat", "about": about, "notes": differing}
     about = "Give the tables of a database and a question about them."
     if form is None:
         return {
@@ -386,7 +399,8 @@ def _demo(asked: Held, wanted: str) -> dict[str, Any]:
 def form_of(prompts: Sequence[Prompt]) -> tuple[dict[str, str] | None, str | None]:
     """How questions about a schema are put in held-out rows: by role a text with `{schema}` and `{question}` in it.
 
-    None where fewer than half of the rows hold a schema, or where they put it in different ways, with the reason.
+    None where fewer than half of the rows hold a schema, or, with the reason, where they put it in different ways or
+    do not show what of a row is its question.
     """
     found = [split for prompt in prompts if (split := _with_schema(prompt))]
     if not found or 2 * len(found) < len(prompts):
@@ -394,6 +408,8 @@ def form_of(prompts: Sequence[Prompt]) -> tuple[dict[str, str] | None, str | Non
     before, behind = {s[0] for s in found}, [s[1] for s in found]
     if len(before) > 1:
         return None, f"rows put it in {len(before)} different ways"
+    if len(set(behind)) < 2:
+        return None, "that of one row alone would hold its question"
     system, opening, is_in_system = next(iter(before))
     head, tail = _common_lines(behind)
     user = f"{head}{{question}}{tail}"

@@ -421,8 +421,8 @@ def _reference(
 
 
 def reference_of(source: Path, run: Run | None) -> Any:
-    """The model as its run measured it, in float32: whole weights, or an adapter on the base that it was trained on, which
-    for QLoRA is one packed into 4 bits. What is made of `source` has to answer like this."""
+    """The model as its run measured it, in float32: whole weights, or an adapter on the base that it was trained on,
+    which for QLoRA is one packed into 4 bits. What is made of `source` has to answer like this."""
     if not (source / "adapter_config.json").is_file():
         return models.load_model(str(source)).eval()
     parts = [Part(source, run=run)]

@@ -256,8 +256,8 @@ def _made_up(model: Any, folder: Path) -> list[str]:
 
 
 def _not_taken(model: Any, folder: Path) -> list[str]:
-    """Tensors of an adapter that its base has no place for, and those that its file lacks: PEFT leaves the first out and
-    makes the others up, with a warning."""
+    """Tensors of an adapter that its base has no place for, and those that its file lacks: PEFT leaves the first out
+    and makes the others up, with a warning."""
     import peft
 
     from tunesmith.untrusted import header

@@ -170,8 +170,8 @@ def _application(
         say(f"{served.name}: {served.template}")
         if is_of_4_bits(folders[served.name]):
             say(
-                f"{served.name}: It was trained on a base packed into 4 bits and is served on the whole one, so answers "
-                "can differ from those that were measured; what `tunesmith merge` makes of it answers as measured."
+                f"{served.name}: It was trained on a base packed into 4 bits and is served on the whole one, so "
+                "answers can differ from those that were measured; what `tunesmith merge` makes of it does not."
             )
     if batcher.alone:
         say(f"Answers are written side by side, not in one batch: {batcher.alone}.")

@@ -144,6 +144,37 @@ def test_a_server_of_another_model_fails_the_verdict(model, tiny_model_folder, m
     assert found.check.same_answers == 0
 
 
+def test_questions_that_offer_tools_are_left_out_and_counted(model, monkeypatch):
+    from dataclasses import replace
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tunesmith.export.merge import shipped_questions
+
+    own, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    first, *others = shipped_questions(tokenizer, own, is_pair=False)
+    tool = {"type": "function", "function": {"name": "count", "parameters": {}}}
+    offering = replace(first, prompt=replace(first.prompt, tools=(tool,)))
+    held = parity.Held([offering, *others], 4, lambda numbers, a, b: (None, f"not scored: {numbers}"))
+    monkeypatch.setenv("OF_TESTS", TOKEN)
+    with serving(model) as url:
+        reader = parity.server_reader(url, "mine", tokenizer, api_key_env="OF_TESTS")
+        found = parity.verdict(own, tokenizer, reader, held, artefact="served", quant="float32")
+        with pytest.raises(ModelError, match="offer tools"):
+            parity.verdict(
+                own,
+                tokenizer,
+                reader,
+                replace(held, questions=[offering]),
+                artefact="served",
+                quant="float32",
+            )
+    assert found.passed
+    assert (found.prompts, found.with_tools) == (3, 1)
+    assert found.unscored == "not scored: [1, 2, 3]"
+    assert "1 more offer tools" in found.sentences()[0]
+
+
 def test_a_template_that_the_server_writes_otherwise_shows(model, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

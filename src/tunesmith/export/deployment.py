@@ -125,9 +125,9 @@ def prepare(
     """Make a deployment folder of an adapter's folder or one of whole weights, and prove what it serves.
 
     `trained` are the texts that the model learned from, which are looked for in the files; where one is found, or a
-    secret, the folder has failed, unless `despite`. `check` is `auto`, which
-    asks the served model where it fits into memory, or `files`, which does not. Raises ModelError for a model that
-    answers nothing and for a merge that fails, and MissingExtra where a package of the server is not installed here.
+    secret, the folder has failed, unless `despite`. `check` is `auto`, which asks the served model where it fits into
+    memory, or `files`, which does not. Raises ModelError for a model that answers nothing and for a merge that fails,
+    and MissingExtra where a package of the server is not installed here.
     """
     if demo not in DEMOS:
         raise TunesmithError(f"There is no page '{demo}'.", fix=nearest(demo, DEMOS))
@@ -340,22 +340,26 @@ def _proven(
         asked = held(model, own)
         context = None if model.config.is_encoder_decoder else loaded.context
         reader = parity.server_reader(url, name, own, api_key_env=KEY, length=context, timeout=PATIENCE)
-        served = parity.verdict(
-            model,
-            own,
-            replace(reader, name=f"tunesmith serve over HTTP, {parity.transformers_version()}"),
-            asked,
-            artefact="served endpoint",
-            quant=stored,
-            context=context,
-            progress=lambda done: counted_on("served", done, len(asked.questions)),
-        )
+        served: Parity | None = None
+        unproven = ["not proven over HTTP: all held-out questions offer tools, which it is not asked"]
+        if not all(question.prompt and question.prompt.tools for question in asked.questions):
+            unproven = []
+            served = parity.verdict(
+                model,
+                own,
+                replace(reader, name=f"tunesmith serve over HTTP, {parity.transformers_version()}"),
+                asked,
+                artefact="served endpoint",
+                quant=stored,
+                context=context,
+                progress=lambda done: counted_on("served", done, len(asked.questions)),
+            )
         del model
     kind = _demo(asked, demo)
     probes = _probes(
         kind, tokenizer, loaded.model, is_pair=loaded.model.config.is_encoder_decoder, stored=stored
     )
-    return _Proof(served, probes, kind, kind.pop("notes"))
+    return _Proof(served, probes, kind, [*unproven, *kind.pop("notes")])
 
 
 @contextmanager

@@ -1816,6 +1816,7 @@ def try_model(
     from tunesmith.export import merge
     from tunesmith.export import tried as trying
     from tunesmith.export.deployment import MANIFEST
+    from tunesmith.http import Remote
     from tunesmith.serving import smoke_test
 
     if rows < 1:
@@ -1829,8 +1830,18 @@ def try_model(
     path = Path(model).expanduser()
     packed = path / MANIFEST if (path / "model").is_dir() and not is_run(path) else None
     hashes: Callable[[], str] | None = None
+    if url is not None:
+        Remote(
+            url, setting="the address", api_key_env=api_key_env
+        )  # a wrong one shows before anything is loaded
     if packed is not None and packed.is_file():
-        manifest = json.loads(packed.read_text(encoding="utf-8"))
+        try:
+            manifest = json.loads(packed.read_text(encoding="utf-8"))
+            served_as, _ = served_as or str(manifest["name"]), manifest["files"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"{packed} is damaged.", found=repr(error)[:200], fix="Copy the folder again."
+            ) from None
         task = task or (manifest.get("task") if manifest.get("task") in trying.TASK_PROMPTS else None)
 
         def compared() -> str:
@@ -1853,17 +1864,22 @@ def try_model(
     def counted(stage: str, done: int, total: int) -> None:
         watch({"kind": "progress", "stage": stage, "done": done, "total": total})
 
+    asked: list[TriedQuestions] = []
+
     def questions(loaded: Any, tokenizer: Any) -> trying.Questions:
-        return _tried_with(
-            run or folder,
-            dataset,
-            task,
-            loaded,
-            tokenizer,
-            rows=rows,
-            max_new_tokens=max_new_tokens,
-            watch=watch,
+        asked.append(
+            _tried_with(
+                run or folder,
+                dataset,
+                task,
+                loaded,
+                tokenizer,
+                rows=rows,
+                max_new_tokens=max_new_tokens,
+                watch=watch,
+            )
         )
+        return asked[0]
 
     try:
         found = trying.tried(
@@ -1876,12 +1892,26 @@ def try_model(
     found = replace(found, folder=str(model))
     if url is None:
         return found
-    if not found.is_whole:
-        unasked = trying.Finding("served", False, "not asked: there is no model here to compare it with")
-        return replace(found, findings=(*found.findings, unasked))
-    verdict = _served_verdict(
-        run, folder, url, served_as or (run.path.name if run else folder.name), api_key_env, rows, watch
-    )
+
+    def unasked(why: str) -> Tried:
+        return replace(found, findings=(*found.findings, trying.Finding("served", False, why)))
+
+    if not found.is_whole or not asked:
+        return unasked("not asked: there is no model here to compare it with, or one that answers nothing")
+    try:
+        verdict = _served_verdict(
+            run,
+            folder,
+            url,
+            served_as or (run.path.name if run else folder.name),
+            api_key_env,
+            asked[0],
+            by_its_run=dataset is None and task is None,
+            rows=rows,
+            watch=watch,
+        )
+    except ModelError as error:
+        return unasked("; ".join(filter(None, (error.problem, error.found, error.fix))))
     said = "; ".join(verdict.problems() or verdict.sentences())
     return replace(
         found,
@@ -1941,17 +1971,43 @@ def _tried_with(
 
 
 def _served_verdict(
-    run: Run | None, folder: Path, url: str, name: str, api_key_env: str | None, rows: int, watch: Watch
+    run: Run | None,
+    folder: Path,
+    url: str,
+    name: str,
+    api_key_env: str | None,
+    tried_with: TriedQuestions,
+    *,
+    by_its_run: bool,
+    rows: int,
+    watch: Watch,
 ) -> Parity:
-    """The verdict on a served endpoint, against the model in this process."""
+    """The verdict on a served endpoint, against the model in this process, which was asked the same.
+
+    Where those are questions of its run (`by_its_run`), they are scored as well, and the verdict is kept with the run.
+    """
     from tunesmith import models as loading
+    from tunesmith.data import pairs, templates
+    from tunesmith.data.examples import Prompt, Row, Unusable
     from tunesmith.export import merge, parity
     from tunesmith.generation import context_length
 
-    model, tokenizer = loading.load_model(str(folder)).eval(), loading.load_tokenizer(str(folder))
-    is_pair = loading.is_seq2seq(model)
+    model, tokenizer = merge.reference_of(folder, run), loading.load_tokenizer(str(folder))
+    is_pair = bool(model.config.is_encoder_decoder)
     merge.settled(tokenizer, is_pair)
-    asked = _held_for(run, model, tokenizer, rows, watch)
+    if run and by_its_run:
+        asked = replace(_held_for(run, model, tokenizer, rows, watch), new_tokens=tried_with.new_tokens)
+    else:
+        form, questions = pairs if is_pair else templates, list[parity.Question]()
+        for number, turns in enumerate(tried_with.turns):
+            prompt = Prompt(tuple(turns), "", Row("asked", number))
+            try:
+                ids = tuple(form.prompt_ids(prompt.messages, tokenizer))
+            except Unusable:
+                continue  # counted among the answers
+            questions.append(parity.Question(ids, merge.question_text(prompt, tokenizer), prompt))
+        unscored = f"asked were {len(questions)} questions, {tried_with.where}"
+        asked = parity.Held(questions, tried_with.new_tokens, lambda numbers, own, others: (None, unscored))
     context = None if is_pair else context_length(model)
     stored = str(getattr(loading.configuration(str(folder)), "dtype", None)).removeprefix("torch.")
     found = parity.verdict(
@@ -1963,9 +2019,14 @@ def _served_verdict(
         quant=stored if stored in parity.TOLERANCES else "float32",
         context=context,
     )
-    if run:
-        write_whole(run.path / "exports" / "served" / parity.VERDICT, json.dumps(found.as_dict(), indent=1))
-        merge.told_in_report(run)
+    if run and by_its_run:
+        file = run.path / "exports" / "served" / parity.VERDICT
+        if found.passed or not file.is_file():
+            write_whole(file, json.dumps(found.as_dict(), indent=1))
+            merge.told_in_report(run)
+        else:
+            said = "The run's report keeps its earlier verdict: this address may be that of another model."
+            watch({"kind": "warning", "message": said})
     return found
 
 
@@ -1980,6 +2041,7 @@ def prepare_deployment(
     demo: str = "auto",
     check: str = "auto",
     rows: int = 50,
+    despite: bool = False,
     watch: Watch = _unwatched,
 ) -> Deployment:
     """Make a folder that serves a run's model elsewhere, and prove it: it is served here and asked up to `rows`
@@ -1988,7 +2050,8 @@ def prepare_deployment(
     It holds whole weights, a manifest with the hash of every file, the server as a wheel with the versions of all it
     needs, Dockerfile, compose file, start script, a page to ask it on (`demo`: `chat`, `sql` with a schema as an input,
     or `auto`), a smoke test, and with `space` what a Space of the Hub needs. Requests ask for `name`. Where the verdict
-    is bad the folder ends in `.failed`, and `passed` is false. Raises TunesmithError for a model that cannot be served.
+    is bad, or a secret or a trained text is found in it (unless `despite`), the folder ends in `.failed`, and `passed`
+    is false. Raises TunesmithError for a model that cannot be served.
     """
     launch.require_one_process()
     quiet_libraries()
@@ -2007,6 +2070,14 @@ def prepare_deployment(
         source = loading.folder_of(str(model))
     run = merge.run_behind(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
     asked: list[Held] = []
+    if name is None:
+        # A folder's name can hold what no name of a model may, and that of a Hub's model is its commit.
+        own = run.path.name if run else Path(str(model)).expanduser().resolve().name
+        name = re.sub(r"[^\w.-]+", "-", own)
+        if name != own:
+            watch(
+                {"kind": "decision", "name": "name", "value": name, "reason": f"'{own}' cannot be asked for"}
+            )
 
     def held(loaded: Any, tokenizer: Any) -> Held:
         if not asked:
@@ -2022,8 +2093,8 @@ def prepare_deployment(
     try:
         return deployment.prepare(
             source,
-            Path(output_dir).expanduser(),
-            name=checked_name(name or (run.path.name if run else source.name)),
+            Path(output_dir).expanduser().resolve(),
+            name=checked_name(name),
             run=run,
             dtype=dtype,
             max_shard=max_shard,
@@ -2032,6 +2103,7 @@ def prepare_deployment(
             check=check,
             held=held,
             trained=_trained_texts(run),
+            despite=despite,
             progress=told,
             counted_on=counted,
         )

@@ -1443,6 +1443,9 @@ def prepare_deployment_verb(
         typer.Option(metavar="auto|files", help="Whether the served model is asked: if it fits, or not."),
     ] = "auto",
     rows: Annotated[int, typer.Option(help="Held-out questions that it is proven with.")] = 50,
+    despite_findings: Annotated[
+        bool, typer.Option("--despite-findings", help="Make it in spite of what was found in it.")
+    ] = False,
     quiet: bool,
 ) -> Any:
     """Prepare."""
@@ -1459,6 +1462,7 @@ def prepare_deployment_verb(
             demo=demo,
             check=check,
             rows=rows,
+            despite=despite_findings,
             watch=display,
         )
     return made.as_dict(), _deployment_text(made)
@@ -1850,7 +1854,11 @@ def _deployment_text(made: Deployment) -> Any:
             said = "passed" if proof.passed else "FAILED: " + "; ".join(proof.problems())
             facts += [(name, said), *(("", line) for line in proof.sentences())]
     facts += [("note", note) for note in made.notes]
-    facts.append(("next", f"{made.folder}/start.sh, then python {made.folder}/smoke_test.py"))
+    facts += [("FOUND", finding) for finding in made.findings]
+    if made.findings and not made.despite:
+        facts.append(("next", "take that out, or, where it is no secret, add --despite-findings"))
+    else:
+        facts.append(("next", f"{made.folder}/start.sh, then python {made.folder}/smoke_test.py"))
     return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
 
 

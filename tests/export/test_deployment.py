@@ -144,6 +144,37 @@ def test_a_server_of_another_model_fails_the_verdict(model, tiny_model_folder, m
     assert found.check.same_answers == 0
 
 
+def test_questions_that_offer_tools_are_left_out_and_counted(model, monkeypatch):
+    from dataclasses import replace
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tunesmith.export.merge import shipped_questions
+
+    own, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    first, *others = shipped_questions(tokenizer, own, is_pair=False)
+    tool = {"type": "function", "function": {"name": "count", "parameters": {}}}
+    offering = replace(first, prompt=replace(first.prompt, tools=(tool,)))
+    held = parity.Held([offering, *others], 4, lambda numbers, a, b: (None, f"not scored: {numbers}"))
+    monkeypatch.setenv("OF_TESTS", TOKEN)
+    with serving(model) as url:
+        reader = parity.server_reader(url, "mine", tokenizer, api_key_env="OF_TESTS")
+        found = parity.verdict(own, tokenizer, reader, held, artefact="served", quant="float32")
+        with pytest.raises(ModelError, match="offer tools"):
+            parity.verdict(
+                own,
+                tokenizer,
+                reader,
+                replace(held, questions=[offering]),
+                artefact="served",
+                quant="float32",
+            )
+    assert found.passed
+    assert (found.prompts, found.with_tools) == (3, 1)
+    assert found.unscored == "not scored: [1, 2, 3]"
+    assert "1 more offer tools" in found.sentences()[0]
+
+
 def test_a_template_that_the_server_writes_otherwise_shows(model, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -183,13 +214,35 @@ def test_test_model_asks_the_server_too(model, tiny_model_folder, monkeypatch):
     assert found["served"]["same_prompts"] == 4
 
 
+def test_test_model_asks_a_deployment_s_server_by_its_name_and_what_it_was_asked_itself(made, monkeypatch):
+    monkeypatch.setenv("OF_TESTS", TOKEN)
+    options = {"task": "code", "rows": 2, "max_new_tokens": 3, "api_key_env": "OF_TESTS"}
+    with serving(made.folder / "model") as url:
+        found = api.try_model(made.folder, url=url, **options)
+        assert found.findings[-1].passed, found.findings[-1]
+        assert found.served["artefact"] == "served endpoint 'mine'"
+        assert found.served["prompts"] == 2
+        assert "which ship for the task 'code'" in found.served["unscored"]
+        assert found.served["check"]["new_tokens"] <= 6
+        found = api.try_model(made.folder, url=url, served_as="yours", **options)
+    assert found.findings[0].passed
+    assert not found.findings[-1].passed
+    assert "gives no answer as 'yours'" in found.findings[-1].said
+    with pytest.raises(TunesmithError, match="is none"):
+        api.try_model("no-such-model", url="nowhere")
+
+
 def test_the_smoke_test_passes_where_the_model_is_served(made):
     with serving(made.folder / "model") as url:
         code, found = smoke(made.folder, url)
         assert code == 0, found
         said = {check["check"]: check["said"] for check in found["checks"]}
         assert list(said) == ["files", "server", "name", "token", "answers", "stream"]
-        assert said["answers"].startswith("4 of 4 answers are the very same, 4 ended")
+        characters = 4 * len(taught.ANSWER)
+        assert said["answers"] == (
+            f"4 questions are answered, 4 ended by themselves; {characters} characters are as they were, 4 answers the "
+            "very same"
+        )
         assert smoke(made.folder, url, "--alive")[0] == 0
         code, found = smoke(made.folder, url, "--no-files", token="another-token-of-tests")
         assert code == 1
@@ -211,9 +264,41 @@ def test_the_smoke_test_finds_what_is_wrong(made, tiny_model_folder, tmp_path):
         code, found = smoke(made.folder, url, "--no-files")
     assert code == 1
     assert "name" in failed(found)
+    (folder / "manifest.json").write_text('{"files": {}}')
+    with serving(made.folder / "model") as url:
+        code, found = smoke(folder, url)
+    assert code == 1
+    assert "KeyError('name')" in found["checks"][2]["said"]
+    with pytest.raises(ModelError, match="damaged"):
+        api.try_model(folder)
+    (folder / "manifest.json").unlink()
+    code, found = smoke(folder, "http://127.0.0.1:9/v1")
+    assert code == 1
+    assert failed(found) == ["manifest"]
     code, found = smoke(made.folder, "http://127.0.0.1:9/v1", "--wait", "0")
     assert code == 1
     assert failed(found) == ["server"]
+
+
+def test_without_answers_the_smoke_test_wants_one_and_says_that_it_proves_none(made, tmp_path):
+    folder = shutil.copytree(made.folder, tmp_path / "copy")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for probe in manifest["probes"]:
+        probe |= {"answer": None, "sure": None}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with serving(made.folder / "model") as url:
+        code, found = smoke(folder, url, "--no-files")
+    assert code == 0, found
+    assert "not proven" in next(one["said"] for one in found["checks"] if one["check"] == "answers")
+
+    class Silent:
+        def ask(self, path, body):
+            [read] = {p["prompt_tokens"] for p in manifest["probes"] if p["messages"] == body["messages"]}
+            choice = {"message": {"content": " "}, "finish_reason": "stop"}
+            return {"choices": [choice], "usage": {"prompt_tokens": read}}
+
+    with pytest.raises(smoke_test.Failed, match="answered with nothing"):
+        smoke_test.check_answers(Silent(), manifest)
 
 
 def test_the_wheel_is_one(made, tmp_path):
@@ -269,8 +354,11 @@ def test_the_containers_serve_it_for_a_user_without_rights(made):
         users = [value for name, value in stage if name == "USER"]
         assert users[-1] == "tunesmith"
         for _, value in (step for step in stage if step[0] == "COPY"):
-            for source in value.split()[:-1]:
+            *sources, _ = (word for word in value.split() if not word.startswith("--"))
+            for source in sources:
                 assert (made.folder / source).exists(), source
+            is_read_by_user = not {"requirements.txt", "requirements-demo.txt", "wheels"} & set(sources)
+            assert value.startswith("--chown=tunesmith ") is is_read_by_user, value
     server = dict(stages[0])
     command = json.loads(server["CMD"])
     assert command[:5] == ["tunesmith", "serve", "model", "--name", "mine"]
@@ -301,13 +389,26 @@ def test_the_container_s_command_is_one_of_ours(made):
     assert given["engine"] == "transformers"
 
 
+def ready(folder: Path) -> None:
+    """Say as start.sh does that .venv is of this folder."""
+    [file] = (folder / "wheels").iterdir()
+    sums = subprocess.run(
+        ["cksum", "requirements.txt", f"wheels/{file.name}"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (folder / ".venv/.ready").write_text(f"{folder} {sums.stdout}")
+
+
 def test_start_sh_gives_the_token_by_its_name_and_passes_options_on(made, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(made.folder, folder)
     (folder / ".venv/bin").mkdir(parents=True)
-    (folder / ".venv/.ready").touch()
-    stub = folder / ".venv/bin/tunesmith"
-    stub.write_text('#!/bin/sh\npwd\nprintf "%s\\n" "$@"\n')
+    ready(folder)
+    stub = folder / ".venv/bin/python"
+    stub.write_text('#!/bin/sh\npwd\n[ "$1 $2" = "-m tunesmith" ] || exit 3\nshift 2\nprintf "%s\\n" "$@"\n')
     stub.chmod(0o755)
 
     def words(**environment: str) -> list[str]:
@@ -324,6 +425,10 @@ def test_start_sh_gives_the_token_by_its_name_and_passes_options_on(made, tmp_pa
     assert given["token_env"] == "TUNESMITH_TOKEN"
     assert TOKEN not in words(TUNESMITH_TOKEN=TOKEN), "every user of a machine can read commands"
     assert parsed(["tunesmith", *words()])["token_env"] is None
+    requirements = folder / "requirements.txt"
+    requirements.write_text(requirements.read_text() + "\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        words(PYTHON="false")  # another version, which is installed anew
 
 
 def test_start_sh_is_a_script(made):
@@ -347,7 +452,7 @@ def test_other_servers_stop_and_draw_as_it_was_measured(made):
     assert "top_k" not in settings
     assert settings["eos_token_id"]
     assert made.vllm is None, "so that vLLM answers as measured"
-    assert not made.notes
+    assert [note.partition(",")[0] for note in made.notes] == ["what was trained on is not here"]
 
 
 def test_what_draws_otherwise_is_taken_out_and_said(tmp_path):
@@ -402,6 +507,30 @@ def test_a_verdict_that_is_bad_marks_the_folder(model, tmp_path, monkeypatch):
     assert not (tmp_path / "d").exists()
 
 
+def test_what_is_found_in_the_folder_fails_it(model, tmp_path):
+    """A secret, and a text that was trained on, which only the manifest has."""
+    folder = shutil.copytree(model, tmp_path / "mine")
+    template = folder / "chat_template.jinja"
+    template.write_text("{# hf_" + "a1" * 15 + " #}" + template.read_text())
+    options = {"output_dir": tmp_path / "d", "check": "files"}
+    found = api.prepare_deployment(folder, **options)
+    assert not found.passed
+    assert found.folder == tmp_path / "d.failed"
+    assert "a Hugging Face token" in found.findings[0]
+    assert found.as_dict()["exit_code"] == 1
+    assert api.prepare_deployment(folder, **options, despite=True).folder == tmp_path / "d"
+
+
+def test_the_manifest_is_looked_through_for_rows(tmp_path):
+    row = "a row that was trained on, which is rather long\nwith two lines"
+    facts = {"demo": {"form": {"system": "You write SQL for a database, and nothing else.", "user": row}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(facts))
+    trained = [row, facts["demo"]["form"]["system"]]
+    findings, notes = deployment._findings(tmp_path, trained, facts["demo"])
+    assert findings == ["manifest.json: 1 text that the model was trained on"]
+    assert "system text of the rows" in notes[0]
+
+
 # The page.
 
 
@@ -419,7 +548,8 @@ OTHER = "create table c (k decimal(3, 2))"
     [
         ([prompt(None, f"{TABLES}\n\nHow many a?"), prompt(None, f"{OTHER}\n\nHow much?")],
          {"user": "{schema}\n\n{question}"}),
-        ([prompt(None, f"{s}\n\nHow many?", schema=s) for s in (TABLES, OTHER)], {"user": "{schema}\n\n{question}"}),
+        ([prompt(None, f"{s}\n\nHow {q}?", schema=s) for s, q in ((TABLES, "many"), (OTHER, "much"))],
+         {"user": "{schema}\n\n{question}"}),
         ([prompt(f"Write SQL.\nSCHEMA:\n{TABLES}", "How many a?"), prompt(f"Write SQL.\nSCHEMA:\n{OTHER}", "And c?")],
          {"system": "Write SQL.\nSCHEMA:\n{schema}", "user": "{question}"}),
         ([prompt("SQL only", f"Tables:\n{s}\nQuestion:\n{q}\nSQL:") for s, q in ((TABLES, "How?"), (OTHER, "Why?"))],
@@ -427,11 +557,24 @@ OTHER = "create table c (k decimal(3, 2))"
         ([prompt(None, "Hello"), prompt(None, "How are you?")], None),
         ([prompt(None, f"A {TABLES}\nx?"), prompt(None, f"B {OTHER}\ny?")], None),
         ([], None),
+        ([prompt("SQL only", f"{TABLES}\nQuestion:\nHow many?\nSQL:")], None),
     ],
-    ids=["one after the other", "a column", "in the system turn", "labelled", "a chat", "in two ways", "nothing"],
+    ids=["one after the other", "a column", "in the system turn", "labelled", "a chat", "in two ways", "nothing",
+         "one row"],
 )  # fmt: skip
 def test_the_page_puts_a_schema_as_the_rows_do(prompts, form):
     assert deployment.form_of(prompts)[0] == form
+
+
+def test_a_chat_begins_as_all_rows_do():
+    def made_of(*prompts):
+        asked = [parity.Question((1,), "", one) for one in prompts]
+        return deployment._demo(parity.Held(asked, 8, lambda numbers, own, others: (None, "")), "auto")
+
+    assert made_of(prompt("Be kind.", "a"), prompt("Be kind.", "b"))["system"] == "Be kind."
+    differing = made_of(prompt("Be kind.", "a"), prompt(None, "b"))
+    assert "system" not in differing
+    assert "different system texts" in differing["notes"][0]
 
 
 def test_a_question_about_a_schema_is_put_in_its_places():
@@ -590,7 +733,7 @@ def test_it_installs_into_a_virtual_environment_of_its_own(made, tmp_path):
             *(folder / "wheels").iterdir(),
         ]
         subprocess.run(pip, check=True)
-        (folder / ".venv/.ready").touch()
+        ready(folder)
     server, url = start(["./start.sh", "--port", "0", "--engine", "transformers"], folder, HOME=str(tmp_path))
     try:
         code, found = smoke(folder, url)
@@ -662,7 +805,7 @@ def test_a_run_becomes_a_folder_with_its_own_form_and_scores(tiny_model_folder, 
     assert manifest["run"] == "sql"
     assert manifest["scores"]
     assert demo.QUESTION in manifest["probes"][0]["messages"][0]["content"]
-    assert not any("finding" in note for note in made.notes), made.notes
+    assert not made.findings
     page = (run / "report.html").read_text()
     assert "<h3>exports/served: " in page
     tried = api.try_model(made.folder, rows=4, max_new_tokens=12)

@@ -270,6 +270,11 @@ def test_qlora_is_merged_into_the_weights_it_was_trained_on(trained, bases, ques
     assert "rounded to 4 bits" in merged.notes[0]
     assert merged.notes[0] in (merged.folder / "README.md").read_text()
     assert merged.dtype == "float32"
+    with torch.inference_mode():
+        asked = merging.reference_of(run.final_model, run)(input_ids=ids).logits.float()
+    assert (asked - expected).abs().max() <= 1e-4 * expected.abs().max(), "an endpoint is compared with this"
+    assert merging.is_of_4_bits(run.final_model)
+    assert not merging.is_of_4_bits(merged.folder)
     kept = run.final_model / "adapter_model.safetensors"
     save_file({n: t.to(torch.float16) for n, t in load_file(kept).items()}, kept, {"format": "pt"})
     config = models.configuration(str(bases["llama"]))

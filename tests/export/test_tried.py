@@ -135,6 +135,12 @@ def test_an_adapter_whose_weights_have_no_place_fails(tiny_model_folder, tmp_pat
     weights = next(f for f in found.findings if f.check == "weights")
     assert not weights.passed
     assert "query" in weights.said
+    lacking = next(name for name in tensors if "lora_B" in name)
+    save_file({n: t for n, t in tensors.items() if n != lacking}, tmp_path / "adapter_model.safetensors")
+    found = api.try_model(tmp_path, rows=1, max_new_tokens=2)
+    weights = next(f for f in found.findings if f.check == "weights")
+    assert not weights.passed
+    assert lacking in weights.said
 
 
 @pytest.mark.parametrize(

@@ -164,11 +164,7 @@ def export(
         check(config, folder=str(whole))
         tokenizer = models.load_tokenizer(str(source if merge.has_tokenizer(source) else whole))
         merge.settled(tokenizer, config.is_encoder_decoder)
-        if made is None:
-            model = models.load_model(str(source)).eval()
-        else:
-            assert not isinstance(made.reference, str), "one adapter is always PEFT's"
-            model = made.reference().eval()
+        model = merge.reference_of(source, run)
         asked = held(model, tokenizer)
         write = _as_gguf if to == "gguf" else _as_onnx
         file, tensors, verdict, more = write(

@@ -26,7 +26,7 @@ from tunesmith import models
 from tunesmith.data import pairs, templates
 from tunesmith.data.examples import Message, Prompt, Unusable
 from tunesmith.data.templates import end_of_turn_ids
-from tunesmith.errors import ModelError, TunesmithError, counted, nearest
+from tunesmith.errors import ModelError, TunesmithError, nearest
 from tunesmith.evaluation.unseen import CARRIED
 from tunesmith.export import artefact, merge, parity, publish, wheel
 from tunesmith.export.card import terms_of
@@ -52,6 +52,9 @@ GRADIO = "gradio>=6.31,<7"
 
 SERVED_BESIDE = 2.4
 """Whole models in float32 that the proof needs memory for: the run's own, the served one, and what they compute."""
+
+PATIENCE = 3600.0
+"""Seconds for each answer in the proof: a large model on a CPU writes slowly."""
 
 KEY = "TUNESMITH_PROOF_TOKEN"
 """Environment variable of this process with the token of the server that is asked for the proof."""
@@ -79,11 +82,16 @@ class Deployment:
     vllm: str | None
     """Why compose.yaml has no vLLM; None where it has."""
     notes: tuple[str, ...]
+    findings: tuple[str, ...] = ()
+    """Secrets and rows that were trained on, found in its files."""
+    despite: bool = False
+    """Whether it is made in spite of them."""
 
     @property
     def passed(self) -> bool:
         """Whether nothing is wrong with it, as far as it could be tried."""
-        return all(part is None or part.passed for part in (self.merged, self.served))
+        proven = all(part is None or part.passed for part in (self.merged, self.served))
+        return proven and (self.despite or not self.findings)
 
     def as_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it; it ends with exit code 1 where the verdict is bad."""
@@ -110,14 +118,16 @@ def prepare(
     check: str = "auto",
     held: Callable[[Any, Any], Held],
     trained: Iterable[str] | None,
+    despite: bool = False,
     progress: Callable[[str, str, str], None],
     counted_on: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Deployment:
     """Make a deployment folder of an adapter's folder or one of whole weights, and prove what it serves.
 
-    `trained` are the texts that the model learned from, which are looked for in the files. `check` is `auto`, which
-    asks the served model where it fits into memory, or `files`, which does not. Raises ModelError for a model that
-    answers nothing and for a merge that fails, and MissingExtra where a package of the server is not installed here.
+    `trained` are the texts that the model learned from, which are looked for in the files; where one is found, or a
+    secret, the folder has failed, unless `despite`. `check` is `auto`, which asks the served model where it fits into
+    memory, or `files`, which does not. Raises ModelError for a model that answers nothing and for a merge that fails,
+    and MissingExtra where a package of the server is not installed here.
     """
     if demo not in DEMOS:
         raise TunesmithError(f"There is no page '{demo}'.", fix=nearest(demo, DEMOS))
@@ -146,10 +156,17 @@ def prepare(
         progress(
             "vLLM", "in compose.yaml" if refused is None else "left out", refused or "it answers as measured"
         )
-        proof = _proven(
-            source, packed, name, stored=made.quant, check=check, demo=demo, held=held,
-            progress=progress, counted_on=counted_on,
-        )  # fmt: skip
+        try:
+            proof = _proven(
+                source, packed, name, run=run, stored=made.quant, check=check, demo=demo, held=held,
+                progress=progress, counted_on=counted_on,
+            )  # fmt: skip
+        except ModelError as error:
+            kept = folder.with_name(f"{folder.name}.failed")
+            shutil.rmtree(kept, ignore_errors=True)
+            staging.rename(kept)
+            fix = f"{error.fix or ''} The weights are kept in {kept / 'model'}.".strip()
+            raise ModelError(error.problem, found=error.found, fix=fix) from None
         notes += proof.notes
         if proof.served:
             write_whole(staging / VERDICT, json.dumps(proof.served.as_dict(), indent=1))
@@ -170,7 +187,11 @@ def prepare(
             staging, facts, server_pins=server_pins, demo_pins=demo_pins, space=space,
             vllm=None if refused else _vllm_command(name, made.quant), no_vllm=refused, notes=notes,
         )  # fmt: skip
-        notes += _findings(staging, trained)
+        # The manifest has texts as well: it is looked through with the rest, and gets its hashes after that.
+        write_whole(staging / MANIFEST, json.dumps(facts, indent=1, ensure_ascii=False))
+        findings, more = _findings(staging, trained, proof.demo)
+        notes += more
+        (staging / MANIFEST).unlink()
         names = sorted(p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file())
         files: dict[str, dict[str, Any]] = {
             file: {"bytes": (staging / file).stat().st_size, "sha256": smoke_test.sha256(staging / file)}
@@ -188,6 +209,8 @@ def prepare(
             demo=proof.demo["kind"],
             vllm=refused,
             notes=tuple(notes),
+            findings=tuple(findings),
+            despite=despite,
         )
         final = folder
         if not result.passed:
@@ -285,6 +308,7 @@ def _proven(
     packed: Path,
     name: str,
     *,
+    run: Run | None,
     stored: str,
     check: str,
     demo: str,
@@ -310,28 +334,32 @@ def _proven(
         notes = [f"not proven over HTTP: {why}; run smoke_test.py where it is served", *kind.pop("notes")]
         return _Proof(None, probes, kind, notes)
     with _served(packed, name) as (url, loaded):
-        model = models.load_model(str(source)).eval()
+        model = merge.reference_of(source, run)
         own = models.load_tokenizer(str(source if merge.has_tokenizer(source) else packed))
         merge.settled(own, model.config.is_encoder_decoder)
         asked = held(model, own)
         context = None if model.config.is_encoder_decoder else loaded.context
-        reader = parity.server_reader(url, name, own, api_key_env=KEY, length=context)
-        served = parity.verdict(
-            model,
-            own,
-            replace(reader, name=f"tunesmith serve over HTTP, {parity.transformers_version()}"),
-            asked,
-            artefact="served endpoint",
-            quant=stored,
-            context=context,
-            progress=lambda done: counted_on("served", done, len(asked.questions)),
-        )
+        reader = parity.server_reader(url, name, own, api_key_env=KEY, length=context, timeout=PATIENCE)
+        served: Parity | None = None
+        unproven = ["not proven over HTTP: all held-out questions offer tools, which it is not asked"]
+        if not all(question.prompt and question.prompt.tools for question in asked.questions):
+            unproven = []
+            served = parity.verdict(
+                model,
+                own,
+                replace(reader, name=f"tunesmith serve over HTTP, {parity.transformers_version()}"),
+                asked,
+                artefact="served endpoint",
+                quant=stored,
+                context=context,
+                progress=lambda done: counted_on("served", done, len(asked.questions)),
+            )
         del model
     kind = _demo(asked, demo)
     probes = _probes(
         kind, tokenizer, loaded.model, is_pair=loaded.model.config.is_encoder_decoder, stored=stored
     )
-    return _Proof(served, probes, kind, kind.pop("notes"))
+    return _Proof(served, probes, kind, [*unproven, *kind.pop("notes")])
 
 
 @contextmanager
@@ -355,11 +383,14 @@ def _demo(asked: Held, wanted: str) -> dict[str, Any]:
     prompts = [question.prompt for question in asked.questions if question.prompt]
     form, why = form_of(prompts)
     if wanted == "chat" or (wanted == "auto" and form is None and why is None):
-        return {
-            "kind": "chat",
-            "about": "Answers as it was measured: the likeliest token each time.",
-            "notes": [],
-        }
+        about = "Answers as it was measured: the likeliest token each time."
+        begun = {p.messages[0].content if p.messages[0].role == "system" else "" for p in prompts}
+        if len(begun) == 1 and (system := begun.pop()):
+            return {"kind": "chat", "about": about, "system": system, "notes": []}
+        differing = (
+            ["rows begin with different system texts, and the page gives none"] if len(begun) > 1 else []
+        )
+        return {"kind": "chat", "about": about, "notes": differing}
     about = "Give the tables of a database and a question about them."
     if form is None:
         return {
@@ -372,7 +403,8 @@ def _demo(asked: Held, wanted: str) -> dict[str, Any]:
 def form_of(prompts: Sequence[Prompt]) -> tuple[dict[str, str] | None, str | None]:
     """How questions about a schema are put in held-out rows: by role a text with `{schema}` and `{question}` in it.
 
-    None where fewer than half of the rows hold a schema, or where they put it in different ways, with the reason.
+    None where fewer than half of the rows hold a schema, or, with the reason, where they put it in different ways or
+    do not show what of a row is its question.
     """
     found = [split for prompt in prompts if (split := _with_schema(prompt))]
     if not found or 2 * len(found) < len(prompts):
@@ -380,6 +412,8 @@ def form_of(prompts: Sequence[Prompt]) -> tuple[dict[str, str] | None, str | Non
     before, behind = {s[0] for s in found}, [s[1] for s in found]
     if len(before) > 1:
         return None, f"rows put it in {len(before)} different ways"
+    if len(set(behind)) < 2:
+        return None, "that of one row alone would hold its question"
     system, opening, is_in_system = next(iter(before))
     head, tail = _common_lines(behind)
     user = f"{head}{{question}}{tail}"
@@ -571,12 +605,15 @@ def _write_files(
             shutil.copyfile(serving / file, staging / to)
 
 
-def _findings(staging: Path, trained: Iterable[str] | None) -> list[str]:
-    """Secrets and texts that were trained on, in what is handed out."""
+def _findings(
+    staging: Path, trained: Iterable[str] | None, demo: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Secrets and texts that were trained on, in what is handed out; and what is to be known about the search."""
+    notes = []
+    system = demo.get("system") or dict(demo.get("form") or {}).get("system")
+    if trained is not None and system:
+        # Without it the page would ask otherwise than the model was trained to be asked.
+        trained = [text for text in trained if text.strip() != system.strip()]
+        notes.append("manifest.json has the system text of the rows, with which the page asks")
     plan = publish.planned(staging, "deployment/folder", private=True, trained=trained)
-    if plan.findings:
-        return [
-            f"{counted(len(plan.findings), 'finding')} to look at before the folder is handed out: "
-            + "; ".join(plan.findings)
-        ]
-    return []
+    return list(plan.findings), [*notes, *plan.notes]

@@ -420,6 +420,24 @@ def _reference(
     return together
 
 
+def reference_of(source: Path, run: Run | None) -> Any:
+    """The model as its run measured it, in float32: whole weights, or an adapter on the base that it was trained on,
+    which for QLoRA is one packed into 4 bits. What is made of `source` has to answer like this."""
+    if not (source / "adapter_config.json").is_file():
+        return models.load_model(str(source)).eval()
+    parts = [Part(source, run=run)]
+    found = _reference(parts, [], *base_of(source), *_quantized(parts), None)
+    assert not isinstance(found, str), "one adapter is always PEFT's"
+    return found().eval()
+
+
+def is_of_4_bits(adapter: Path) -> bool:
+    """Whether an adapter was trained on a base packed into 4 bits."""
+    return (adapter / "adapter_config.json").is_file() and bool(
+        _quantized([Part(adapter, run=run_behind(adapter))])[0]
+    )
+
+
 def _settle_configuration(skeleton: Any, tokenizer: Any, stored: str, *, unties: bool) -> None:
     """What the merged model's configuration says that its base's does not."""
     import torch

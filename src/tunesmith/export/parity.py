@@ -220,6 +220,8 @@ class Parity:
     """Why there is no score."""
     too_long: int = 0
     """Questions that were left out, since the file's context has no room for an answer."""
+    with_tools: int = 0
+    """Questions that were left out, since they offer tools and a server is asked without."""
     layers: Layers | None = None
     """Of merged weights: each layer against base and adapter."""
     unproven: str | None = None
@@ -247,8 +249,10 @@ class Parity:
     def sentences(self) -> list[str]:
         """The result for people."""
         longer = f" ({self.too_long} more are longer than its context)" if self.too_long else ""
+        tools = f" ({self.with_tools} more offer tools, and were not asked)" if self.with_tools else ""
         lines = [
-            f"read back by {self.read_by}: {self.same_prompts} of {self.prompts} prompts are the same tokens{longer}",
+            f"read back by {self.read_by}: {self.same_prompts} of {self.prompts} prompts are the same "
+            f"tokens{longer}{tools}",
             *([self.layers.sentence()] if self.layers else []),
             self.check.sentence() if self.check else f"not asked as a whole: {self.unproven}",
         ]
@@ -311,6 +315,8 @@ class Reader:
     """(prompt ids, answer ids) -> logits of the whole path, a float32 tensor."""
     length: int | None = None
     """Most tokens of a prompt with its answer, where that is limited."""
+    takes_tools: bool = True
+    """Whether it can be asked questions that offer tools."""
 
 
 def compared(
@@ -358,7 +364,18 @@ def verdict(
 
     Raises ModelError where no question fits into it.
     """
-    numbers = [n for n, asked in enumerate(held.questions) if context is None or len(asked.ids) < context]
+    taken = [
+        n
+        for n, asked in enumerate(held.questions)
+        if reader.takes_tools or not (asked.prompt and asked.prompt.tools)
+    ]
+    if not taken:
+        raise ModelError(
+            "No question can be asked: all of them offer tools, and a server is asked without.",
+            found=f"{len(held.questions)} questions",
+            fix="Ask it the rows of another --dataset, or those that ship for a --task.",
+        )
+    numbers = [n for n in taken if context is None or len(held.questions[n].ids) < context]
     if not numbers:
         raise ModelError(
             "No question is short enough for the file's context.",
@@ -383,7 +400,8 @@ def verdict(
         check=checked(differences, tolerance=TOLERANCES[quant]),
         score=score,
         unscored=unscored,
-        too_long=len(held.questions) - len(numbers),
+        too_long=len(taken) - len(numbers),
+        with_tools=len(held.questions) - len(taken),
         layers=layers,
     )
 
@@ -450,7 +468,10 @@ def server_reader(
             raise ModelError(
                 f"The server gives no answer as '{name}'.",
                 found=str(refusal),
-                fix="Check the address, the name and the key.",
+                fix="Check the address, the name and the key."
+                if refusal.hopeless
+                else "See what the server says, whether it runs, and whether it is too slow to answer in "
+                f"{timeout:.0f} s.",
             ) from None
         except (KeyError, IndexError, TypeError):
             raise ModelError(
@@ -470,8 +491,6 @@ def server_reader(
     def tokens(asked: Question) -> Sequence[int]:
         if asked.prompt is None:
             return ids(post("/completions", {"prompt": asked.text, "max_tokens": 1}), "prompt_token_ids")
-        if asked.prompt.tools:
-            return ()  # what takes no tools cannot read the question
         messages = [{"role": m.role, "content": m.content} for m in asked.prompt.messages]
         return ids(post("/chat/completions", {"messages": messages, "max_tokens": 1}), "prompt_token_ids")
 
@@ -482,7 +501,7 @@ def server_reader(
         kept = tuple(written[:-1] if is_ended and written and written[-1] in stop_ids else written)
         return Generated(kept, decoded(kept, tokenizer), "stop" if is_ended else "length")
 
-    return Reader(f"the server at {remote.host}", tokens, greedy, None, length)
+    return Reader(f"the server at {remote.host}", tokens, greedy, None, length, takes_tools=False)
 
 
 def read_as(asked: Question, tokenizer: Any) -> Sequence[int]:

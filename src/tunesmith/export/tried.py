@@ -217,12 +217,11 @@ def _weights(folder: Path, device: str) -> tuple[Any, str]:
     began = time.perf_counter()
     place = Path(models.locate(str(folder)))
     is_adapter = (place / "adapter_config.json").is_file()
-    missing: list[str] = []
     model = models.load_model(str(place), device=device)
     missing = _not_taken(model, place) if is_adapter else _made_up(model, place)
     if missing:
         raise ModelError(
-            "Weights are missing, and would be drawn at random.",
+            "Weights are missing, or have no place: they would be drawn at random or left out.",
             found=f"{counted(len(missing), 'tensor')}: {', '.join(missing[:3])}",
             fix="Copy the folder again, or save it with the transformers that made it.",
         )
@@ -257,14 +256,15 @@ def _made_up(model: Any, folder: Path) -> list[str]:
 
 
 def _not_taken(model: Any, folder: Path) -> list[str]:
-    """Tensors of an adapter that its base has no place for: PEFT leaves them out with a warning."""
+    """Tensors of an adapter that its base has no place for, and those that its file lacks: PEFT leaves the first out
+    and makes the others up, with a warning."""
     import peft
 
     from tunesmith.untrusted import header
 
     own = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
     kept = header(folder / "adapter_model.safetensors")
-    return sorted(name for name in kept if ".lora_" in name and name not in own)
+    return sorted({name for name in kept if ".lora_" in name and name not in own} | (set(own) - set(kept)))
 
 
 def _template(folder: Path) -> tuple[Any, str]:

@@ -105,6 +105,9 @@ def build(manifest: Mapping[str, Any], server: Server) -> Any:
         "cache_examples": False,
     }  # fmt: skip
 
+    system = manifest["demo"].get("system")
+    begun = [{"role": "system", "content": system}] if system else []
+
     def text_to_sql(schema: str, question: str) -> Iterator[str]:
         if not question.strip():
             raise gr.Error("Ask a question.")
@@ -115,7 +118,7 @@ def build(manifest: Mapping[str, Any], server: Server) -> Any:
 
     def chat(message: str, history: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         try:
-            yield from server.answer([*turns(history), {"role": "user", "content": message}])
+            yield from server.answer([*begun, *turns(history), {"role": "user", "content": message}])
         except RuntimeError as error:
             raise gr.Error(str(error)) from None
 

@@ -159,6 +159,7 @@ def running(
 def _application(
     base: str, folders: Mapping[str, Path], where: Where, limits: Limits, say: Say
 ) -> tuple[Any, Batcher, Loaded]:
+    from tunesmith.export.merge import is_of_4_bits
     from tunesmith.serving.app import Access, create
     from tunesmith.serving.batching import Batcher
     from tunesmith.serving.models import load
@@ -167,6 +168,11 @@ def _application(
     batcher = Batcher(loaded.model, max_rows=limits.concurrency, adapters=loaded.adapters)
     for served in loaded.by_name.values():
         say(f"{served.name}: {served.template}")
+        if is_of_4_bits(folders[served.name]):
+            say(
+                f"{served.name}: It was trained on a base packed into 4 bits and is served on the whole one, so "
+                "answers can differ from those that were measured; what `tunesmith merge` makes of it does not."
+            )
     if batcher.alone:
         say(f"Answers are written side by side, not in one batch: {batcher.alone}.")
     app = create(

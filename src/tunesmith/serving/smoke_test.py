@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import http.client
 import json
 import os
 import sys
@@ -76,8 +77,8 @@ class Asker:
         except urllib.error.HTTPError as error:
             said = error.read(2000).decode("utf-8", "replace")
             raise Failed(f"{path} was answered with {error.code}: {said}") from None
-        except (OSError, ValueError) as error:
-            raise Failed(f"{path} was not answered: {error}") from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise Failed(f"{path} was not answered: {error!r}") from None
 
     def wait(self, seconds: float) -> str:
         """Until the server answers at all."""
@@ -89,7 +90,7 @@ class Asker:
             except urllib.error.HTTPError as error:
                 if error.code not in (502, 503, 504) or time.monotonic() > until:
                     raise Failed(f"the server refuses: {error.code} {error.reason}") from None
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 if time.monotonic() > until:
                     raise Failed(f"nobody answers at {self.url}: {error}") from None
             time.sleep(0.2)
@@ -119,7 +120,7 @@ def check_token(asker: Asker) -> str:
 
 def check_answers(asker: Asker, manifest: Mapping[str, Any]) -> str:
     """Prompts are as many tokens as they were, and answers begin as they did."""
-    same = ended = 0
+    same = ended = compared = 0
     for probe in manifest["probes"]:
         asked = probe["messages"][-1]["content"]
         body = {
@@ -131,13 +132,19 @@ def check_answers(asker: Asker, manifest: Mapping[str, Any]) -> str:
         read = reply["usage"]["prompt_tokens"]
         if read != probe["prompt_tokens"]:
             raise Failed(f"{asked!r} is read as {read} tokens instead of {probe['prompt_tokens']}")
+        if not text.strip() and probe["answer"] != "":
+            raise Failed(f"{asked!r} is answered with nothing")
         if not text.startswith(probe["sure"] or ""):
             raise Failed(
                 f"{asked!r} is answered with {text[:80]!r}, which should begin {probe['sure'][:80]!r}"
             )
+        compared += len(probe["sure"] or "")
         same += text == probe["answer"]
         ended += reason == "stop"
-    return f"{same} of {len(manifest['probes'])} answers are the very same, {ended} ended by themselves"
+    asked = f"{len(manifest['probes'])} questions are answered, {ended} ended by themselves"
+    if not compared:
+        return f"{asked}; not proven: the folder was made without answers to compare with, or with none that is sure"
+    return f"{asked}; {compared} characters are as they were, {same} answers the very same"
 
 
 def check_stream(asker: Asker, manifest: Mapping[str, Any]) -> str:
@@ -160,8 +167,8 @@ def check_stream(asker: Asker, manifest: Mapping[str, Any]) -> str:
                 if "error" in event:
                     raise Failed(f"the stream broke off: {event['error']['message']}")
                 text += "".join(choice["delta"].get("content") or "" for choice in event["choices"])
-    except OSError as error:
-        raise Failed(f"the stream broke off: {error}") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise Failed(f"the stream broke off: {error!r}") from None
     whole = asker.ask("/chat/completions", body)["choices"][0]["message"]["content"] or ""
     if last != "data: [DONE]" or text != whole:
         raise Failed(f"in pieces the answer is {text[:80]!r}, and in one {whole[:80]!r}")
@@ -183,7 +190,13 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     folder = Path(__file__).resolve().parent
     asker = Asker(given.url, os.environ.get("TUNESMITH_TOKEN") or None)
-    manifest = {} if given.alive else json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    try:
+        manifest = {} if given.alive else json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        said = f"manifest.json cannot be read: {error}"
+        found_none = {"passed": False, "checks": [{"check": "manifest", "passed": False, "said": said}]}
+        print(json.dumps(found_none) if given.json else f"FAILED  {said}")
+        return 1
     checks: dict[str, Callable[[], str]] = {
         "files": lambda: check_files(folder, manifest),
         "server": lambda: asker.wait(0 if given.alive else given.wait),
@@ -202,6 +215,9 @@ def main(arguments: list[str] | None = None) -> int:
             found.append({"check": name, "passed": True, "said": check()})
         except Failed as failure:
             found.append({"check": name, "passed": False, "said": str(failure)})
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            said = f"manifest.json or the server's reply is not as it should be: {error!r}"
+            found.append({"check": name, "passed": False, "said": said})
         if not given.json:
             print(f"{'ok' if found[-1]['passed'] else 'FAILED':<8}{name:<9}{found[-1]['said']}", flush=True)
         if name == "server" and not found[-1]["passed"]:

@@ -13,6 +13,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -46,6 +47,12 @@ def wait(server: subprocess.Popen[bytes], seconds: float = 600.0) -> None:
     sys.exit("the server does not answer")
 
 
+def end_with(server: subprocess.Popen[bytes]) -> None:
+    """End this process when the server has ended: the page alone answers nothing, and a container can start anew."""
+    server.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main(**options: Any) -> None:
     """Serve model and page until Ctrl-C or SIGTERM, which containers are stopped with; no server is left behind."""
     demo = importlib.import_module("demo")  # beside this file
@@ -55,10 +62,16 @@ def main(**options: Any) -> None:
     server = started(name, token)
     try:
         wait(server)
+        threading.Thread(target=end_with, args=(server,), daemon=True).start()
         demo.main(demo.Server(f"http://127.0.0.1:{PORT}/v1", name, token), folder=FOLDER, **options)
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending
         server.terminate()
-        server.wait(30)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 
 if __name__ == "__main__":

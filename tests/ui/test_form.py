@@ -19,7 +19,7 @@ from tunesmith.ui import form
 from tunesmith.ui.form import UNSET
 from tunesmith.ui.workspace import Workspace
 
-FACTS = [(fact.path, fact.kind) for fact in fields()]
+FACTS = [(f.path, f.kind) for f in fields() if f.path.partition(".")[0] not in form.ELSEWHERE]
 COMMAND = typer.main.get_command(app)  # once: it takes a while
 BY_FIELD = {(c.path, c.kind): c for c in form.controls()}
 

@@ -58,7 +58,12 @@ class _Unset:
 UNSET = _Unset()
 """The value of a control that was cleared: the field leaves the layer."""
 
-KINDS = tuple(name for name, field in Recipe.model_fields.items() if field.discriminator)
+ELSEWHERE = ("launch",)
+"""Sections that the form has not: its runs are jobs of this machine."""
+
+KINDS = tuple(
+    name for name, field in Recipe.model_fields.items() if field.discriminator and name not in ELSEWHERE
+)
 """The recipe's unions, each chosen by its `kind`."""
 
 CHOICES = ("task", "preset", "data.dataset", *(f"{union}.kind" for union in KINDS))
@@ -129,6 +134,8 @@ def controls() -> tuple[Control, ...]:
 def _controls(section: type[BaseModel], path: str, kind: str | None) -> Iterator[Control]:
     for name, field in section.model_fields.items():
         where = f"{path}.{name}" if path else name
+        if where in ELSEWHERE:
+            continue
         members = sections_of(field.annotation)
         if field.discriminator:
             yield Control(
@@ -634,7 +641,13 @@ def checked(layer: Mapping[str, Any], workspace: Workspace) -> Composition:
     """
     for field, said in outside(layer, workspace).items():
         raise InputError(f"{field}: {said}", found=repr(value_at(layer, field, None))[:200])
-    return compose(settled(layer, workspace))
+    composition = compose(settled(layer, workspace))
+    if (kind := composition.recipe.launch.kind) not in ("local", "accelerate"):
+        raise RecipeError(
+            f"The workbench trains on this machine, and not by launch.kind {kind}.",
+            fix="Leave launch out, or use `tunesmith train --launch` in a shell.",
+        )
+    return composition
 
 
 def settled(layer: Mapping[str, Any], workspace: Workspace) -> Layer:

@@ -230,7 +230,7 @@ class Clock:
         inner, clock = Trainer.training_step, self
 
         def step(trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if not trainer.is_in_train:  # a check before training
+            if not trainer.is_in_train or getattr(trainer, "is_rehearsing", False):  # a check before training
                 return inner(trainer, model, inputs, *args, **kwargs)
             clock.begun.append(time.perf_counter())
             clock.peak = peak_memory()

@@ -164,7 +164,7 @@ def test_accelerate_launch_trains_resumes_and_leaves_the_documented_layout(
     assert "checkpoint-step-4" in missing.stderr + missing.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_end_with_the_reason(tiny_model_folder, question_file, tmp_path):
     where = {"folder": tmp_path / "runs", "model": tiny_model_folder, "data": question_file}
     # What accelerate starts on two GPUs.
@@ -176,7 +176,7 @@ def test_two_processes_end_with_the_reason(tiny_model_folder, question_file, tmp
     assert not list((tmp_path / "runs").iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_accelerate_on_a_cpu_trains_in_one_process_and_says_so(tiny_model_folder, question_file, tmp_path):
     where = {"folder": tmp_path / "runs", "model": tiny_model_folder, "data": question_file}
     program = [*ACCELERATE, "--num_processes", "2", "-m", "tunesmith"]

@@ -403,7 +403,9 @@ def stages(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, *(pytest.param(s, marks=pytest.mark.thorough) for s in (2, 3))])
-@pytest.mark.parametrize("kind", ["grpo", "ppo", pytest.param("rloo", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "kind", ["grpo", *(pytest.param(k, marks=pytest.mark.thorough) for k in ("ppo", "rloo"))]
+)
 def test_what_is_rewarded_is_learned_near_the_start(stages, kind, seed):
     """A verifiable reward rises by 30 points over the model that was fine-tuned, whatever the seed."""
     module, folder = stages
@@ -415,7 +417,7 @@ def test_what_is_rewarded_is_learned_near_the_start(stages, kind, seed):
     assert found["kl"] < 8  # nats per answer of about twelve tokens
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_fine_tuning_a_reward_model_and_ppo_go_one_after_the_other(stages):
     """PPO is told a reward model's scores alone; a constraint that no stage knows says what came of each."""
     module, folder = stages

@@ -120,8 +120,14 @@ def test_the_tree_in_the_readme_names_every_module_and_folder():
     ] == []
 
 
+LONG = ("merging.md", "reward-model.md")
+"""Pages whose commands train for half a minute and more, and are those of other tests as well."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=pytest.mark.thorough) if p in LONG else p for p in PAGES]
+)
 def test_what_a_page_shows_runs(page, tmp_path):
     """Every tunesmith command of a page, in order, in an empty folder with the page's recipes, and its Python."""
     content = PAGES[page]

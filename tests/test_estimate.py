@@ -285,6 +285,7 @@ def test_answers_to_one_prompt_share_it_and_nothing_else():
     assert ((found["labels"] == -100).sum(1) == 6).all()
 
 
+@pytest.mark.thorough
 def test_what_draws_counts_its_copy_and_drops_nothing(recipe, question_file):
     weights = {}
     for name, adapter in (
@@ -330,6 +331,7 @@ def test_remedies_that_would_be_refused_are_left_out(recipe, pairs, monkeypatch)
     assert [note for note in found.notes if "cache_frozen" in note]
 
 
+@pytest.mark.thorough
 def test_an_adapters_remedy_is_in_its_own_type(recipe, monkeypatch):
     named = devices.named
     monkeypatch.setattr(devices, "named", lambda name: replace(named(name), memory=10**6))

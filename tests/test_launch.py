@@ -130,6 +130,7 @@ def test_accelerate_reads_the_documented_command_as_a_module():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_accelerate_launch_trains_resumes_and_leaves_the_documented_layout(
     tiny_model_folder, question_file, tmp_path
 ):

@@ -120,7 +120,7 @@ def test_the_tree_in_the_readme_names_every_module_and_folder():
     ] == []
 
 
-LONG = ("merging.md", "reward-model.md")
+LONG = ("merging.md", "methods.md", "reward-model.md")
 """Pages whose commands train for half a minute and more, and are those of other tests as well."""
 
 

@@ -315,8 +315,8 @@ def secrets(case):
 
 
 def telemetry(case):
-    for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("HAMILTON_TELEMETRY_ENABLED", "false")):
-        assert os.environ[name] == value
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] in ("1", "True")  # as we say it, or Gradio
+    assert os.environ["HAMILTON_TELEMETRY_ENABLED"] == "false"
     assert case.run.recipe().tracking.trackers == []
     assert case.connected == []
 

@@ -467,6 +467,7 @@ def test_ctrl_c_after_the_training_names_the_run(here, answer, brief, capsys):
     assert "again     tunesmith train" in printed
 
 
+@pytest.mark.thorough
 def test_after_a_training_its_folder_is_no_default_any_more(here, answer, brief):
     asked, _ = answer("model", "runs/mine", *DATA, "no", *LORA, *TRAINING, "go", *["back"] * 5, "", "quit")
     assert "Enter output directory [runs/mine-2]:" in [q.strip() for q in asked]
@@ -556,6 +557,7 @@ def test_json_is_not_for_questions(monkeypatch):
     assert json.loads(result.stdout.splitlines()[-1])["exit_code"] == 1
 
 
+@pytest.mark.thorough
 def test_an_upload_that_fails_keeps_the_step_and_the_model(here, answer, brief, monkeypatch, capsys):
     monkeypatch.setattr("getpass.getpass", lambda prompt: "")
     _, result = answer(*MODEL, *DATA, "no", *LORA, *TRAINING, "", "yes", "me/mine", "", "", "back", "", "no")

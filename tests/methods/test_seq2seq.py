@@ -411,6 +411,7 @@ def test_models_of_both_kinds_are_compared_on_the_same_questions(
     assert not any(row["status"].startswith("error") for row in rows)
 
 
+@pytest.mark.thorough
 def test_questions_longer_than_training_read_are_asked_whole_and_counted(quick, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
@@ -450,6 +451,7 @@ def test_questions_longer_than_training_read_are_asked_whole_and_counted(quick, 
     assert json.loads(shown.stdout.strip().splitlines()[-1])["remarks"]
 
 
+@pytest.mark.thorough
 def test_what_two_prefixes_leave_uncompared_is_said_in_print_and_report(quick, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
@@ -581,6 +583,7 @@ def test_a_kind_that_is_left_open_is_the_default():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_tiny_t5_learns_to_translate(tmp_path):
     """Three words into German, on combinations never seen: held-out exact match from under 5 % to over 80 %."""
     from transformers import T5ForConditionalGeneration

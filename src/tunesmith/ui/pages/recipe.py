@@ -19,7 +19,14 @@ from tunesmith.ui.pages.data import written
 from tunesmith.ui.shared import Shared, box, command, problem
 from tunesmith.ui.workspace import Workspace, workspace_of
 
-SECTIONS = ("", *(name for name, field in Recipe.model_fields.items() if sections_of(field.annotation)))
+SECTIONS = (
+    "",
+    *(
+        name
+        for name, field in Recipe.model_fields.items()
+        if sections_of(field.annotation) and name not in form.ELSEWHERE
+    ),
+)
 """The parts of the form, in the order of the recipe."""
 TITLES = {
     "": "Run",

@@ -174,13 +174,7 @@ def export(
         if verdict is not None:
             write_whole(staging / VERDICT, json.dumps(verdict.as_dict(), indent=1))
         shutil.rmtree(staging / "merged", ignore_errors=True)
-        final = folder
-        if verdict is not None and not verdict.passed:
-            final = folder.with_name(f"{folder.name}.failed")
-            shutil.rmtree(final, ignore_errors=True)
-        elif folder.is_dir():
-            folder.rmdir()
-        staging.rename(final)
+        final = merge.put_in_place(staging, folder, passed=verdict is None or verdict.passed)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     merge.told_in_report(run)

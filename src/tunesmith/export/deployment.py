@@ -162,9 +162,7 @@ def prepare(
                 progress=progress, counted_on=counted_on,
             )  # fmt: skip
         except ModelError as error:
-            kept = folder.with_name(f"{folder.name}.failed")
-            shutil.rmtree(kept, ignore_errors=True)
-            staging.rename(kept)
+            kept = merge.put_in_place(staging, folder, passed=False)
             fix = f"{error.fix or ''} The weights are kept in {kept / 'model'}.".strip()
             raise ModelError(error.problem, found=error.found, fix=fix) from None
         notes += proof.notes
@@ -212,13 +210,7 @@ def prepare(
             findings=tuple(findings),
             despite=despite,
         )
-        final = folder
-        if not result.passed:
-            final = folder.with_name(f"{folder.name}.failed")
-            shutil.rmtree(final, ignore_errors=True)
-        elif folder.is_dir():
-            folder.rmdir()
-        staging.rename(final)
+        final = merge.put_in_place(staging, folder, passed=result.passed)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     if run and proof.served:
@@ -250,11 +242,10 @@ def _weights(
             progress=progress, counted=counted_on,
         )  # fmt: skip
     except ModelError as error:
-        bad, kept = packed.with_name("model.failed"), folder.with_name(f"{folder.name}.failed")
+        bad = packed.with_name("model.failed")
         if not bad.is_dir():
             raise
-        shutil.rmtree(kept, ignore_errors=True)
-        bad.rename(kept)
+        kept = merge.put_in_place(bad, folder, passed=False)
         raise ModelError(
             error.problem, found=error.found, fix=f"The weights are kept in {kept} to look at."
         ) from None

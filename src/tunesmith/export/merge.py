@@ -219,18 +219,14 @@ def merge(
         ]
         write_merged_card(staging, run, merged.base, [said, *checks], notes, kind=made.kind)
         if not verdict.passed:
-            failed = folder.with_name(f"{folder.name}.failed")
-            shutil.rmtree(failed, ignore_errors=True)
-            staging.rename(failed)
+            failed = put_in_place(staging, folder, passed=False)
             raise ModelError(
                 "The merged model does not answer as base and adapter do.",
                 found="; ".join(verdict.problems()),
                 fix=f"It is kept in {failed} to look at; use the adapter as it is"
                 + (", or store it as it is computed: --dtype float32." if made.dtype != "float32" else "."),
             )
-        if folder.is_dir():
-            folder.rmdir()
-        staging.rename(folder)
+        put_in_place(staging, folder, passed=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         told_in_report(run)
@@ -418,6 +414,18 @@ def _reference(
         return tuned.eval()
 
     return together
+
+
+def put_in_place(staging: Path, folder: Path, *, passed: bool) -> Path:
+    """Give a finished folder its name or, where it did not pass, that name with the ending `.failed`."""
+    final = folder
+    if not passed:
+        final = folder.with_name(f"{folder.name}.failed")
+        shutil.rmtree(final, ignore_errors=True)
+    elif folder.is_dir():
+        folder.rmdir()
+    staging.rename(final)
+    return final
 
 
 def reference_of(source: Path, run: Run | None) -> Any:

@@ -120,7 +120,7 @@ def serve(
             say(f"The engine is transformers, not vLLM: {refused}.")
     listening = listen(where.host, where.port)
     app, batcher, _ = _application(base, folders, where, limits, say)
-    config = _configuration(app)
+    config = configuration(app)
     server = announcing(config, lambda: ready(_url(where.host, listening.getsockname()[1])))
     try:
         server.run(sockets=[listening])
@@ -140,7 +140,7 @@ def running(
 
     listening = listen(where.host, where.port)
     app, batcher, loaded = _application(base, folders, where, limits, lambda sentence: None)
-    server = uvicorn.Server(_configuration(app))
+    server = uvicorn.Server(configuration(app))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
@@ -185,7 +185,8 @@ def _application(
     return app, batcher, loaded
 
 
-def _configuration(app: Any) -> Any:
+def configuration(app: Any, *, patience: int = 10) -> Any:
+    """How uvicorn serves an application of ours; at the end it waits `patience` seconds for open answers."""
     import uvicorn
 
     return uvicorn.Config(
@@ -196,7 +197,7 @@ def _configuration(app: Any) -> Any:
         proxy_headers=False,
         ws="none",
         timeout_keep_alive=15,
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=patience,
         h11_max_incomplete_event_size=65_536,
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tunesmith.errors import MissingExtra, RecipeError
 from tunesmith.http import is_loopback
-from tunesmith.serving.server import announcing, listen, token_from
+from tunesmith.serving.server import announcing, configuration, listen, token_from
 
 Say = Callable[[str], None]
 
@@ -58,8 +58,6 @@ def serve(place: Place, *, say: Say, ready: Say, recipe: Mapping[str, Any] | Non
     if place.token_env:
         # Jobs inherit the environment; the token is none of theirs.
         os.environ.pop(place.token_env, None)
-    import uvicorn
-
     from tunesmith.ui.app import create
 
     # What users write here is theirs alone.
@@ -79,18 +77,7 @@ def serve(place: Place, *, say: Say, ready: Say, recipe: Mapping[str, Any] | Non
     names = frozenset(name.lower() for name in (place.host, *place.hosts))
     try:
         app = create(place.workspace, token, users, host=place.host, port=port, hosts=names, recipe=recipe)
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            ws="none",
-            timeout_keep_alive=15,
-            # Pages keep a connection open for news.
-            timeout_graceful_shutdown=1,
-            h11_max_incomplete_event_size=65_536,
-        )
+        config = configuration(app, patience=1)  # pages keep a connection open for news
         announcing(config, lambda: ready(address)).run(sockets=[listening])
     finally:
         listening.close()

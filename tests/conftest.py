@@ -64,6 +64,8 @@ _collected = pytest.StashKey[list[str]]()
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items) -> None:
     config.stash[_collected] = [item.nodeid for item in items]
+    # Where proofs and tests run together, no process is left alone with a long one at the end.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")

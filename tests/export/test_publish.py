@@ -39,6 +39,7 @@ class Hub:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits for the client to say that it has the headers
     hub: Hub
 
     def log_message(self, *arguments) -> None:

@@ -11,10 +11,12 @@ A Ray of this machine's own takes commands from this command only, reports nothi
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import threading
@@ -43,6 +45,12 @@ HANDED_ON = ("TUNESMITH_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONPATH
 """Variables of this process that workers elsewhere get; keys and tokens are not among them."""
 
 
+@functools.cache
+def _token() -> str:
+    """What a Ray of this process's own asks for; Ray reads it once."""
+    return secrets.token_hex(32)
+
+
 @contextlib.contextmanager
 def cluster(section: Ray | Shards, *, needed_for: str, workers: int | None = None) -> Iterator[Any]:
     """Ray, started on this machine or joined at its address; what was started ends with the block.
@@ -58,10 +66,12 @@ def cluster(section: Ray | Shards, *, needed_for: str, workers: int | None = Non
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
     }
     if section.address is None:
         # Whoever reaches a Ray may run anything on it.
-        given |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        given |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()}
     before = {name: os.environ.get(name) for name in given}
     os.environ |= given
     try:
@@ -100,7 +110,7 @@ def _join(ray: Any, section: Ray | Shards, workers: int) -> None:
         return
     ray.init(
         address="local",  # whatever RAY_ADDRESS says
-        num_cpus=max(os.cpu_count() or 1, workers * section.cpus_per_worker),
+        num_cpus=max(os.cpu_count() or 1, workers * section.cpus_per_worker) + 1,  # Ray's own tasks are few
         include_dashboard=getattr(section, "dashboard", False),
         dashboard_host="127.0.0.1",
         object_store_memory=OBJECTS,
@@ -174,7 +184,7 @@ def start(job: Mapping[str, Any], section: Ray, watch: Watch) -> dict[str, Any]:
 
         gpus = _gpus(ray, section, watch)
         words = ray.remote(num_cpus=0)(_Words).remote()
-        recipe = dict(job["recipe"])
+        notes = _notes(Path(job["recipe"]["output_dir"]))
         trainer = TorchTrainer(
             _work,
             train_loop_config={"job": dict(job), "words": words},
@@ -185,8 +195,8 @@ def start(job: Mapping[str, Any], section: Ray, watch: Watch) -> dict[str, Any]:
                 resources_per_worker={"CPU": section.cpus_per_worker, **({"GPU": 1} if gpus else {})},
             ),
             run_config=RunConfig(
-                name="train",
-                storage_path=_own_folder(section, recipe["output_dir"]),
+                name=notes.name,
+                storage_path=str(notes.parent),
                 failure_config=FailureConfig(max_failures=section.max_failures),
             ),
         )
@@ -208,12 +218,19 @@ def start(job: Mapping[str, Any], section: Ray, watch: Watch) -> dict[str, Any]:
                 thread.join(LOOK)
             for event in ray.get(words.take.remote()):
                 watch(event)
+    _remove(notes)
     return _came_to(ended, section)
 
 
-def _own_folder(section: Ray, output_dir: str) -> str:
-    """Where Ray keeps its own few notes: beside the runs."""
-    return str(Path(output_dir) / ".ray")
+def _notes(output_dir: Path) -> Path:
+    """A new folder for the few notes that Ray keeps of its own, beside the runs while they train."""
+    return output_dir.absolute() / ".ray" / secrets.token_hex(8)
+
+
+def _remove(notes: Path) -> None:
+    shutil.rmtree(notes, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another run's are there
+        notes.parent.rmdir()
 
 
 def _came_to(ended: Mapping[str, Any], section: Ray) -> dict[str, Any]:
@@ -337,7 +354,10 @@ def _work(config: Mapping[str, Any]) -> dict[str, Any]:
     ranks.meet()
     if not ranks.is_first():
         with contextlib.suppress(TunesmithError):  # which the first worker is told, and says
-            api._assisted()
+            try:
+                api._assisted()
+            except SystemExit:
+                raise RuntimeError("another worker is gone") from None
         return {}
     recipe = Recipe.model_validate(job["recipe"])
     assert isinstance(recipe.launch, Ray)
@@ -529,10 +549,17 @@ def _trial(config: Mapping[str, Any]) -> None:
     os.environ[launch.JOB] = "ray"
     given = config["trial"]
 
-    def report(step: int, value: float) -> None:
-        tune.report({"step": step, "value": value, "ended": None})
+    last: list[int] = []
 
-    ended = trials.carried_out(given["number"], given["recipe"], report=report)
+    def watch(event: Mapping[str, Any]) -> None:
+        if event.get("total_steps"):
+            last[:] = [int(event["total_steps"])]
+
+    def report(step: int, value: float) -> None:
+        if not last or step < last[0]:  # who has come to the last step is not pruned any more
+            tune.report({"step": step, "value": value, "ended": None})
+
+    ended = trials.carried_out(given["number"], given["recipe"], report=report, watch=watch)
     tune.report({"step": ended.step or 0, "value": ended.value, "ended": json.dumps(asdict(ended))})
 
 
@@ -583,6 +610,7 @@ def tried(
             if prunes
             else FIFOScheduler()
         )
+        notes = _notes(folder)
         tuner = tune.Tuner(
             tune.with_resources(_trial, {"CPU": section.cpus_per_worker, "GPU": gpus}),
             param_space={"trial": tune.grid_search([dict(one) for one in asked])},
@@ -590,16 +618,17 @@ def tried(
                 scheduler=scheduler, max_concurrent_trials=section.workers, reuse_actors=False
             ),
             run_config=tune.RunConfig(
-                name="trials",
-                storage_path=str(folder / ".ray"),
+                name=notes.name,
+                storage_path=str(notes.parent),
                 failure_config=tune.FailureConfig(max_failures=section.max_failures),
                 callbacks=[Records()],
                 verbose=0,
             ),
         )
         results = tuner.fit()
-    for one, result in zip(asked, results, strict=True):
-        number = int(one["number"])
+    _remove(notes)
+    for result in results:
+        number = int(result.config["trial"]["number"])
         if number in finished:
             continue
         last = reported.get(number, {})

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.compose import as_yaml
@@ -213,7 +214,12 @@ def _trial(kept: Mapping[str, Any]) -> Trial:
     return Trial(**{**given, "validations": validations})
 
 
-def _record(folder: Path, about: Mapping[str, Any], records: Mapping[int, Trial], **more: Any) -> None:
+def _record(
+    folder: Path,
+    about: Mapping[str, Any],
+    records: Mapping[int, Trial],
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     lines = [{**asdict(records[number]), "name": name_of(number)} for number in sorted(records)]
     kept = {"about": about, "trials": lines, **more}
     write_whole(folder / RECORD, json.dumps(kept, indent=1, ensure_ascii=False))
@@ -563,6 +569,6 @@ def _written(done: Sweep, recipe: Recipe, about: Mapping[str, Any]) -> Sweep:
     done = replace(done, page=done.folder / PAGE)
     records = {trial.number: trial for trial in done.trials}
     more = {key: value for key, value in done.as_dict().items() if key not in ("trials", "space", "by")}
-    _record(done.folder, about, records, **more)
+    _record(done.folder, about, records, more)
     write_whole(done.folder / PAGE, page(done))
     return done

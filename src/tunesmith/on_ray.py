@@ -5,7 +5,7 @@
     answers: Ray Data -> workers with a model each -> engines' own answers, by number
 
 Ray places the workers, replaces those that are lost, and carries words; what is computed is what one process computes.
-A Ray of this machine's own takes commands from this command only, reports nothing home, and ends with it.
+A Ray of this machine's own takes commands with this process's token only, reports nothing home, and ends with it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,6 @@ def _join(ray: Any, section: Ray | Shards, workers: int) -> None:
         include_dashboard=getattr(section, "dashboard", False),
         dashboard_host="127.0.0.1",
         object_store_memory=OBJECTS,
-        _node_ip_address="127.0.0.1",
         **quiet,
     )
 

@@ -5,13 +5,13 @@ BIN := .venv/bin
 # Python keeps what it compiled, pytest's checked tests among it: seconds of every process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo web test test-web prove both thorough check bench setup clean
+.PHONY: demo web test test-web prove thorough check bench setup clean
 
 demo: .venv/.ready
 	$(BIN)/tunesmith demo
 
-test: .venv/.ready
-	$(BIN)/pytest --numprocesses auto --dist worksteal
+test: .venv/.ready  # PROOFS=1 runs the slower proofs in the same go, as CI does
+	$(BIN)/pytest $(if $(PROOFS),-m 'not thorough and not web') --numprocesses auto --dist worksteal
 
 web: .venv/.ready  # the workbench on the shipped example, at an address that it prints
 	$(BIN)/tunesmith web --dataset example:sql
@@ -21,9 +21,6 @@ test-web: .venv/.ready  # the workbench in Chromium; ALL=1 runs the longer cases
 
 prove: .venv/.ready  # the slower proofs: the README's commands and the demo's figures
 	$(BIN)/pytest -m 'slow and not thorough and not web' --numprocesses auto --dist worksteal
-
-both: .venv/.ready  # proofs and tests in one go, as CI has them: processes start and look for tests once
-	$(BIN)/pytest -m 'not thorough and not web' --numprocesses auto --dist worksteal
 
 thorough: .venv/.ready  # further cases of what other tests prove, which would make CI too long
 	$(BIN)/pytest -m 'thorough and not web' --numprocesses auto --dist worksteal

@@ -62,7 +62,7 @@ if "TMPDIR" not in os.environ and _free_memory() >= 4 * 2**30:
         if _is_over(left):
             shutil.rmtree(left, ignore_errors=True)
     _in_memory = Path(f"/dev/shm/tunesmith-pytest-{os.getpid()}")
-    _in_memory.mkdir(mode=0o700)
+    _in_memory.mkdir(mode=0o700, exist_ok=True)
     os.environ["TMPDIR"], tempfile.tempdir = str(_in_memory), None
 # Prepared data of tests is not the user's; one folder per process.
 _cache = os.environ["TUNESMITH_CACHE"] = tempfile.mkdtemp(prefix="tunesmith-tests-")

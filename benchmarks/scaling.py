@@ -1,9 +1,9 @@
 """One and two processes on this machine, the launcher against plain torchrun, and what the model of scaling says of it.
 
-The same recipe (a Llama of random weights, 256 wide, 4 layers, float32, a thread for each process) is trained in one, in
-two that `tunesmith train --launch accelerate` starts, and in two that `torchrun -m tunesmith` starts, in turns. The
-last line is one JSON object: seconds of a step under our launcher and under torchrun, medians of the rounds; the exit
-status is 1 where ours are more than 2 % longer. Above it: tokens a second of one and of two processes, gloo's
+The same recipe (a Llama of random weights, 256 wide, 4 layers, float32, one thread a process) is trained in one,
+in two that `tunesmith train --launch accelerate` starts, and in two that `torchrun -m tunesmith` starts, in turns.
+The last line is one JSON object: seconds of a step under our launcher and under torchrun, medians of the rounds; the
+exit status is 1 where ours are more than 2 % longer. Above it: tokens a second of one and of two processes, gloo's
 bandwidth, and how far `tunesmith.scaling` is from the two with what was measured of one.
 
     python benchmarks/scaling.py --rounds 3     measure, less than five minutes

@@ -643,6 +643,55 @@ def plan_verb(
     return payload, text
 
 
+PREPARE_HELP = """Read and tokenize a recipe's rows ahead of the training, on all processors, or on several nodes.
+
+`tunesmith prepare recipe.yaml` here; on the second of four nodes with one cache (TUNESMITH_CACHE):
+`tunesmith prepare recipe.yaml --share 2/4`. `train` finds what was made."""
+
+
+@app.command("prepare", help=PREPARE_HELP)
+@verb
+@recipe_options()
+def prepare_verb(
+    *,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Processes that tokenize; by default one per processor."),
+    ] = None,
+    share: Annotated[
+        str, typer.Option("--share", help="K/N: of N nodes this is the K-th, and does its share.")
+    ] = "1/1",
+    composition: Composition,
+    quiet: bool,
+) -> Any:
+    """Prepare."""
+    from rich.table import Table
+
+    from tunesmith import api
+
+    first, _, of = share.partition("/")
+    if not (first.isdigit() and of.isdigit()):
+        raise TunesmithError(f"'{share}' is no share.", fix="Give K/N, such as --share 2/4.")
+    with Display(quiet=quiet) as display:
+        found = api.prepare(
+            composition.recipe,
+            processes=workers or os.cpu_count() or 1,
+            share=(int(first), int(of)),
+            watch=display,
+        )
+    text = Table.grid(padding=(0, 2))
+    text.add_row("rows", f"{found['rows']:,} in {found['pieces']:,} pieces, {found['made']:,} made now")
+    if found["joined"]:
+        counts = found["counts"]
+        text.add_row(
+            "tokens", f"{found['tokens']:,} to train on, of {counts['train']:,} rows; {found['seconds']} s"
+        )
+    else:
+        text.add_row("missing", f"{found['missing']:,} pieces, which other nodes have to do")
+    text.add_row("cache", _escaped(found["cache"]))
+    return {**found, "notes": [*composition.notes, *found.get("notes", [])]}, text
+
+
 FIND_LR_HELP = """Find a learning rate by a short range test on throw-away copies of the model; nothing is trained.
 
 `tunesmith find-lr --base-model tiny --dataset example:support --task instruct --lora --html rates.html`"""

@@ -115,7 +115,7 @@ def test_what_cannot_be_read_is_said_with_what_to_do(store, monkeypatch):
         sources.read("memory://bucket/nothing")
     with pytest.raises(DataError, match="'file://' is no place"):
         sources.read("file:///etc/passwd")
-    with pytest.raises(DataError, match="data.revision is for Hub data sets by their id"):
+    with pytest.raises(DataError, match=r"data\.revision is for Hub data sets by their id"):
         sources.read("memory://bucket/chats", revision="main")
     store.pipe("/bucket/odd/rows.xlsx", b"x")
     with pytest.raises(DataError, match=r"rows.xlsx is not of a known format"):

@@ -1,8 +1,8 @@
 """Files in object stores and on the Hub, read in pieces where they lie: what a URL names, and bytes that survive the
 network's failures.
 
-A row is named by its file and number there, as in a local folder. A file is opened again at the byte where its connection
-broke, and one that has changed since it was listed is an error.
+A row is named by its file and number there, as in a local folder. A file is opened again at the byte where its
+connection broke, and one that has changed since it was listed is an error.
 """
 
 from __future__ import annotations

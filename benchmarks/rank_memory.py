@@ -78,7 +78,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=50_000, help="of the smaller set")
     parser.add_argument(
-        "--bar", type=float, default=64.0, help="bytes that a further row may take of a process"
+        "--bar", type=float, default=128.0, help="bytes that a further row may take of a process"
     )
     parser.add_argument("--file", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -376,9 +376,7 @@ def rewritten(page: str) -> str:
 LAUNCHED = {
     "one process": ("-m", "tunesmith", "train"),
     "our launcher": ("-m", "tunesmith", "train"),
-    "torchrun": (
-        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "tunesmith", "train"
-    ),
+    "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tunesmith", "train"),
 }  # fmt: skip
 FURTHER = {"our launcher": ("--launch", "accelerate", "--processes", "2")}
 WARM = 2

@@ -108,6 +108,23 @@ def test_training_takes_what_was_prepared_and_makes_what_is_missing(asked, tmp_p
     assert found.fingerprint == other["fingerprint"]
 
 
+def test_two_nodes_that_end_together_may_both_join(asked, tmp_path, monkeypatch):
+    """One has joined and removed the pieces while the other reads them."""
+    recipe = asked("sft", "f")
+    api.prepare(recipe, share=(1, 2))
+    replayed = shares.replayed
+    told = []
+
+    def overtaken(place, written):
+        if not told:
+            told.append(True)
+            told.append(api.prepare(recipe)["fingerprint"])
+        replayed(place, written)
+
+    monkeypatch.setattr(shares, "replayed", overtaken)
+    assert api.prepare(recipe)["fingerprint"] == told[1]
+
+
 def test_a_breach_in_a_piece_is_told_when_the_pieces_are_joined(asked, tmp_path):
     recipe = asked("sft", "d")
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"over_long": "error"})})

@@ -645,7 +645,13 @@ def encoded(splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn) -> E
             facts["notes"].append("tiktoken gave other ids than the model's tokenizer, and is not used")
             return facts
 
-    found = stored(splits, tokenizer, data, {"loss_on": loss_on}, write)
+    options = {"loss_on": loss_on}
+    try:
+        found = stored(splits, tokenizer, data, options, write)
+    except FileNotFoundError:  # another node was joining the same pieces, and has removed them
+        if not (pieces and is_joined(pieces)):
+            raise
+        found = stored(splits, tokenizer, data, options, write)
     if pieces:
         pieces.remove()
     return found

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -434,9 +434,13 @@ def making(name: str | None) -> Iterator[Path]:
 def _make_room(place: Path, *, keep: str) -> None:
     """Delete what was not used for longest, until the cache is within its limit."""
     found = []
-    for staging in place.glob(".making-*"):  # of a process that was killed
-        if time.time() - staging.stat().st_mtime > ABANDONED:
-            shutil.rmtree(staging, ignore_errors=True)
+    for staging in (
+        *place.glob(".making-*"),
+        *place.glob("*.pieces"),
+    ):  # of what was killed and never gone on with
+        with suppress(OSError):  # another process may have joined these
+            if time.time() - staging.stat().st_mtime > ABANDONED:
+                shutil.rmtree(staging, ignore_errors=True)
     for entry in place.iterdir():
         facts = entry / FACTS
         if facts.is_file():

@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -79,9 +79,7 @@ class Pieces:
     def make(self, begin: int, end: int, write: Callable[[SplitsWriter], dict[str, Any]]) -> dict[str, Any]:
         """Have a piece written, and seal it; its manifest."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        staging = self.folder / f".{begin // PIECE:06}.{os.getpid()}"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
+        staging = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder))
         try:
             with SplitsWriter(staging) as written:
                 told = write(written)

@@ -8,8 +8,9 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from tunesmith.compose import compose
 from tunesmith.data import prepare, remote, sources
-from tunesmith.errors import DataError, MissingExtra
+from tunesmith.errors import DataError, MissingExtra, RecipeError
 from tunesmith.recipe import Data
 
 ROWS = [{"prompt": f"question {n} é", "response": f"answer {n} " + "long " * (n % 7)} for n in range(3000)]
@@ -123,6 +124,22 @@ def test_what_cannot_be_read_is_said_with_what_to_do(store, monkeypatch):
     monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (_ for _ in ()).throw(ImportError("s3fs")))
     with pytest.raises(MissingExtra, match="pip install s3fs"):
         sources.read("s3://bucket/chats")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://x.blob.core/r.jsonl?sv=1&sig=abc",
+        "https://b.s3.aws/r.jsonl?X-Amz-Signature=abc",
+        "s3://a:b@c/d",
+    ],
+)
+def test_an_address_with_a_key_in_it_is_refused_without_being_shown(url):
+    with pytest.raises(RecipeError) as refused:
+        compose({"data": {"dataset": url}})
+    assert "data.dataset has a password in its address" in str(refused.value)
+    assert "abc" not in str(refused.value)
+    assert compose({"data": {"dataset": "https://x.org/r.jsonl?version=3"}}).recipe.data.dataset
 
 
 def test_no_more_is_held_than_a_piece(store):

@@ -1,10 +1,13 @@
-"""Files with which a cluster runs a recipe, checked by what reads them: bash, YAML, and the fields of a TrainJob."""
+"""Files with which a cluster runs a recipe, checked by what reads them: bash, SLURM's options, Kubeflow's models of its
+kinds, Ray's schema; and the guides that show them."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -31,6 +34,17 @@ TRAIN_JOB = {
     "runtimePatches": [{"manager": str, "trainingRuntimeSpec": {"template": dict}}],
 }  # fmt: skip
 """The fields of a TrainJob (trainer.kubeflow.org/v1alpha1, Kubeflow Trainer 2.2) that a job of ours may have."""
+
+
+GUIDES = (Path(__file__).parents[1] / "docs/clusters.md").read_text(encoding="utf-8")
+SBATCH = {
+    "account", "array", "begin", "chdir", "comment", "constraint", "cpus-per-task", "deadline", "dependency", "error",
+    "exclude", "exclusive", "export", "gpus", "gpus-per-node", "gpus-per-task", "gres", "hold", "input", "job-name",
+    "licenses", "mail-type", "mail-user", "mem", "mem-per-cpu", "mem-per-gpu", "nice", "no-requeue", "nodelist",
+    "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "partition", "priority", "qos", "requeue",
+    "reservation", "signal", "switches", "time", "time-min", "wait", "wckey",
+}  # fmt: skip
+"""Options of sbatch that its manual has, of those that a batch script may need (SLURM 22.05)."""
 
 
 def fits(value, shape) -> bool:
@@ -72,6 +86,7 @@ def test_a_batch_script_is_bash_and_asks_for_what_the_recipe_says(asked, tmp_pat
     ):
         assert f"#SBATCH {line}\n" in script
     assert "account" not in script
+    assert set(re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE)) <= SBATCH
     assert "source env/bin/activate\n" in script
     assert '--nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 4' in script
     assert made.submit == "sbatch job.sbatch"
@@ -125,6 +140,38 @@ def test_a_train_job_has_the_fields_of_its_kind_and_a_recipe_that_trains_in_the_
     assert mounted.keys() == {volume["name"] for volume in pod["volumes"]}
     inner = Recipe.model_validate(yaml.safe_load(config["data"]["recipe.yaml"]))
     assert (inner.launch.kind, inner.output_dir) == ("local", mounted["runs"])
+
+
+def test_a_train_job_is_one_to_kubeflow_itself(asked, tmp_path):
+    """Its models leave out what they do not know, so that what comes back has to be what was given."""
+    kinds = pytest.importorskip("kubeflow_trainer_api.models")
+    config, job = yaml.safe_load_all(api.job(asked(KUBERNETES), tmp_path).files["trainjob.yaml"])
+    for given, kind in ((config, kinds.IoK8sApiCoreV1ConfigMap), (job, kinds.TrainerV1alpha1TrainJob)):
+        assert kind.from_dict(given).to_dict() == given
+    job["spec"]["trainer"]["numProcPerNodes"] = 8
+    assert kinds.TrainerV1alpha1TrainJob.from_dict(job).to_dict() != job, "a field that there is not is found"
+    job["spec"]["trainer"]["numNodes"] = "two"
+    with pytest.raises(ValueError, match="numNodes"):
+        kinds.TrainerV1alpha1TrainJob.from_dict(job)
+
+
+def test_the_guides_show_what_is_written():
+    def blocks(language):
+        return re.findall(rf"```{language}\n(.*?)```", GUIDES, re.DOTALL)
+
+    recipe, slurm, kubernetes, manifest, cluster = blocks("yaml")
+    [script] = blocks("bash")
+    folder = Path("/shared/runs/chat.job")
+    asked = [
+        compose({**yaml.safe_load(recipe), **yaml.safe_load(more)}).recipe for more in (slurm, kubernetes)
+    ]
+    assert api.job(asked[0], folder).files["job.sbatch"] == script
+    assert api.job(asked[1], folder).files["trainjob.yaml"].split("---\n")[1] == manifest
+    ray = pytest.importorskip("ray.autoscaler._private.util")
+    filled = ray.prepare_config(yaml.safe_load(cluster))
+    ray.validate_config(filled)
+    with pytest.raises(Exception, match="cluster_names"):
+        ray.validate_config({**filled, "cluster_names": "x"})
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,42 @@ def plan(
     return planned, {"rows": ledger.counts(), "dropped": ledger.reasons(), "leakage": leaked}
 
 
+def prepare(
+    recipe: Recipe, *, processes: int = 1, share: tuple[int, int] = (1, 1), watch: Watch = _unwatched
+) -> dict[str, Any]:
+    """Have a recipe's rows read and tokenized into the cache, by several processes; `train` finds them there.
+
+    With `share` (1, 4) this one does every fourth piece from the first on, and other nodes that see the same cache
+    (`TUNESMITH_CACHE`) the others; whoever finishes last joins them. What is there already is not made again. Gives
+    what was made, what is missing, and of joined rows the counts and the fingerprint. With several `processes` the
+    program that calls this has to guard its own start (`if __name__ == "__main__":`).
+    """
+    recipe = anchored(recipe)
+    first, of = share
+    if not 1 <= first <= of:
+        raise TunesmithError(
+            f"There is no share {first} of {of}.",
+            fix="Give --share K/N with K from 1 to N, such as --share 2/4.",
+        )
+    _check_before_training(recipe)
+    from tunesmith import preparing
+    from tunesmith.data import cache
+
+    why = cache.unwritable()
+    if not recipe.data.cache or why:
+        raise TunesmithError(
+            "Prepared rows can only be kept in the cache.",
+            found=why if recipe.data.cache else "data.cache is false",
+            fix="Set data.cache to true, and TUNESMITH_CACHE to a folder that can be written.",
+        )
+
+    def told(done: int, total: int) -> None:
+        watch({"kind": "progress", "stage": "tokenizing", "done": done, "total": total})
+
+    found = preparing.prepare(recipe, processes=processes, share=share, watch=told)
+    return {**found, "cache": str(cache.folder())}
+
+
 def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list[EvalRow]]:
     """Scores of a recipe's base model on what the recipe holds out, before anything is trained, and its rows.
 

@@ -647,6 +647,55 @@ def plan_verb(
     return payload, text
 
 
+PREPARE_HELP = """Read and tokenize a recipe's rows ahead of the training, on all processors, or on several nodes.
+
+`tunesmith prepare recipe.yaml` here; on the second of four nodes with one cache (TUNESMITH_CACHE):
+`tunesmith prepare recipe.yaml --share 2/4`. `train` finds what was made."""
+
+
+@app.command("prepare", help=PREPARE_HELP)
+@verb
+@recipe_options()
+def prepare_verb(
+    *,
+    cores: Annotated[
+        int | None,
+        typer.Option("--cores", min=1, help="Processes that tokenize; by default one per processor."),
+    ] = None,
+    share: Annotated[
+        str, typer.Option("--share", help="K/N: of N nodes this is the K-th, and does its share.")
+    ] = "1/1",
+    composition: Composition,
+    quiet: bool,
+) -> Any:
+    """Prepare."""
+    from rich.table import Table
+
+    from tunesmith import api
+
+    first, _, of = share.partition("/")
+    if not (first.isdigit() and of.isdigit()):
+        raise TunesmithError(f"'{share}' is no share.", fix="Give K/N, such as --share 2/4.")
+    with Display(quiet=quiet) as display:
+        found = api.prepare(
+            composition.recipe,
+            processes=cores or os.cpu_count() or 1,
+            share=(int(first), int(of)),
+            watch=display,
+        )
+    text = Table.grid(padding=(0, 2))
+    text.add_row("rows", f"{found['rows']:,} in {found['pieces']:,} pieces, {found['made']:,} made now")
+    if found["joined"]:
+        counts = found["counts"]
+        text.add_row(
+            "tokens", f"{found['tokens']:,} to train on, of {counts['train']:,} rows; {found['seconds']} s"
+        )
+    else:
+        text.add_row("missing", f"{found['missing']:,} pieces, which other nodes have to do")
+    text.add_row("cache", _escaped(found["cache"]))
+    return {**found, "notes": [*composition.notes, *found.get("notes", [])]}, text
+
+
 SWEEP_HELP = """Try values of a recipe's fields, choose by validation, and compare the best on held-out questions.
 
 `tunesmith sweep recipe.yaml --space 'training.learning_rate=loguniform(1e-5,1e-3)'`

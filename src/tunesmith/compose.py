@@ -171,7 +171,10 @@ def union_members(name: str) -> dict[str, type[BaseModel]]:
     return {member.model_fields["kind"].default: member for member in get_args(annotation) or (annotation,)}
 
 
-_PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]+@")
+_PASSWORD = re.compile(
+    r"://[^/\s@]*:[^/\s@]+@|://\S*[?&][^=&\s]*(signature|sig|token|secret|password|key)=[^&\s]", re.IGNORECASE
+)
+"""A password before the host, or a signed address, which is as good as one."""
 
 
 def check_passwords(value: Any, path: str) -> None:

@@ -77,7 +77,8 @@ class DataSource(Section):
 
     dataset: str = "example:sql"
     """A file (.json .jsonl .csv .parquet .txt), a folder with train/eval files, a name of the catalogue
-    (`tunesmith show catalog`), a Hub id, or `example:NAME`."""
+    (`tunesmith show catalog`), a Hub id, a URL of files in an object store (`s3://`, `gs://`, `hf://`), or
+    `example:NAME`."""
 
     config: str | None = None
     """Configuration (subset) name of a Hub data set."""
@@ -86,7 +87,7 @@ class DataSource(Section):
     """Take only this split of the source; by default all of its splits, each in its role."""
 
     data_files: str | None = None
-    """File pattern inside a Hub data set or folder."""
+    """File pattern inside a Hub data set, a folder or a URL."""
 
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""

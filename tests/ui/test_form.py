@@ -300,6 +300,8 @@ def test_yaml_that_is_none_is_an_error_and_bombs_are_refused():
         ({"data": {"dataset": "/etc/passwd"}}, "data.dataset"),
         ({"data": {"dataset": "~/secret.csv"}}, "data.dataset"),
         ({"data": {"dataset": "pyproject.toml"}}, "data.dataset"),
+        ({"data": {"dataset": "s3://bucket/of/the/server"}}, "data.dataset"),
+        ({"data": {"mix": [{"dataset": "http://169.254.169.254/rows.jsonl"}]}}, "data.mix"),
         ({"data": {"data_files": "../*"}}, "data.data_files"),
         ({"data": {"mix": [{"dataset": "/etc/passwd"}]}}, "data.mix"),
         ({"method": {"kind": "ppo", "value": "critic", "critic": "/srv/model"}}, "method.critic"),

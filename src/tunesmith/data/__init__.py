@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data import cache, supervision
+from tunesmith.data import cache, shares, supervision
 from tunesmith.data.cache import Encodings, StoredExamples
 from tunesmith.data.duplicates import NearDuplicates
 from tunesmith.data.examples import (
@@ -59,6 +60,8 @@ from tunesmith.data.formats import (
 )
 from tunesmith.data.preferences import margin_of, sides
 from tunesmith.data.shaping import SHAPING, shaped
+from tunesmith.data.shares import BATCH as BATCH
+from tunesmith.data.shares import Pieces
 from tunesmith.data.sources import Source, checked, distinct, open_source, swallowed
 from tunesmith.data.splitting import (
     CLUSTER,
@@ -92,9 +95,6 @@ from tunesmith.errors import DataError, counted, does
 from tunesmith.recipe import Data, DataSource
 
 __all__ = ["EncodedSplits", "Splits", "encoded", "ledger_lines", "prepare"]
-
-BATCH = 1000
-"""Rows that are rendered and tokenized together."""
 
 OPENING = {"config", "split", "data_files", "revision", "max_rows", "streaming"}
 """Fields of a data source that say which rows it has."""
@@ -155,13 +155,22 @@ class Splits:
     system_prompt: str | None = None
     group_by: str | None = None
 
-    def rows(self) -> Iterator[tuple[int, Row, Example | None]]:
-        """Every row's running number and place, with its example where it has not been dropped."""
+    def rows(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, Row, Example | None]]:
+        """Every row's running number and place, with its example where it has not been dropped; from one row to
+        another, where only these are wanted."""
         number = 0
         for part in self.parts:
+            if end is not None and number >= end:
+                return
+            passed, source = _Passed(first - number, None if end is None else end - number), part.source
+            if first or end is not None:
+                source = replace(source, scan=partial(passed.within, source.scan))
+            before = number
             for record, example in convert(
-                part.source, part.detection, system_prompt=self.system_prompt, group_by=self.group_by
+                source, part.detection, system_prompt=self.system_prompt, group_by=self.group_by
             ):
+                if number < before + passed.left_out:
+                    number = before + passed.left_out
                 if number >= len(self.fates):
                     raise _changed(part.source)
                 if self.fates[number] == DROPPED or isinstance(example, Unusable):
@@ -169,7 +178,8 @@ class Splits:
                 else:
                     yield number, record.row, self.adapt(example)
                 number += 1
-        if number != len(self.fates):
+            number = max(number, before + passed.left_out)
+        if number != (len(self.fates) if end is None else end):
             raise _changed(self.parts[-1].source)
 
     def examples(self, *fates: int) -> Iterator[Example]:
@@ -214,6 +224,25 @@ class Splits:
         """One row of the ledger."""
         fate = FATES[self.fates[number]]
         return LedgerEntry(row, fate, self.reasons[number], copies=int(self.copies[number]))
+
+
+@dataclass
+class _Passed:
+    """Rows of a source from one to another; those before are read and given to nobody."""
+
+    first: int
+    end: int | None
+    left_out: int = 0
+
+    def within(self, scan: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """The rows of the range."""
+        for number, record in enumerate(scan()):
+            if self.end is not None and number >= self.end:
+                return
+            if number < self.first:
+                self.left_out += 1
+            else:
+                yield record
 
 
 def _changed(source: Source) -> DataError:
@@ -605,15 +634,57 @@ def encoded(splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn) -> E
     over-long examples, where a row fails the proof and may not be dropped, or where none remains.
     """
 
+    pieces = in_pieces(splits, tokenizer, data=data, loss_on=loss_on)
+
     def write(folder: Path) -> dict[str, Any]:
         try:
-            return _encode_into(folder, splits, encoder(tokenizer, quick=True), data=data, loss_on=loss_on)
+            context = encoder(tokenizer, quick=True)
+            return _encode_into(folder, splits, context, data=data, loss_on=loss_on, pieces=pieces)
         except Differs:
             facts = _encode_into(folder, splits, encoder(tokenizer), data=data, loss_on=loss_on)
             facts["notes"].append("tiktoken gave other ids than the model's tokenizer, and is not used")
             return facts
 
-    return stored(splits, tokenizer, data, {"loss_on": loss_on}, write)
+    options = {"loss_on": loss_on}
+    try:
+        found = stored(splits, tokenizer, data, options, write)
+    except FileNotFoundError:  # another node was joining the same pieces, and has removed them
+        if not (pieces and is_joined(pieces)):
+            raise
+        found = stored(splits, tokenizer, data, options, write)
+    if pieces:
+        pieces.remove()
+    return found
+
+
+def in_pieces(splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn) -> Pieces | None:
+    """Where pieces of these splits are kept until they are joined; None without a cache."""
+    if not data.cache or cache.unwritable():
+        return None
+    return Pieces(_name(splits, tokenizer, data, {"loss_on": loss_on}), len(splits.fates))
+
+
+def is_joined(pieces: Pieces) -> bool:
+    """Whether all rows are tokenized already."""
+    return cache.find(pieces.name) is not None
+
+
+@rarely_collected()
+def encode_piece(
+    pieces: Pieces, begin: int, end: int, splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn
+) -> bool:
+    """Tokenize the rows of one piece, and keep it; not where tiktoken is no help: then they are left to the joining."""
+
+    def write(written: cache.SplitsWriter) -> dict[str, Any]:
+        told = _Told(_proof(splits, encoder(tokenizer, quick=True), data=data, loss_on=loss_on))
+        _encode_rows(begin, end, splits, written, told, data=data, loss_on=loss_on)
+        return told.as_dict()
+
+    try:
+        pieces.make(begin, end, write)
+    except Differs:
+        return False
+    return True
 
 
 @rarely_collected()
@@ -637,16 +708,7 @@ def stored(
         )
     name = None
     if data.cache and not cache.unwritable():
-        name = cache.key(
-            {
-                "rows": [(part.source.name, part.source.fingerprint) for part in splits.parts],
-                "fates": hashlib.sha256(splits.fates.tobytes() + splits.copies.tobytes()).hexdigest(),
-                "data": data.model_dump(mode="json", exclude={"dataset", "packing", "cache"}),
-                "options": dict(options),
-                "adapt": getattr(splits.adapt, "__name__", ""),
-                "tokenizer": cache.tokenizer_fingerprint(tokenizer),
-            }
-        )
+        name = _name(splits, tokenizer, data, options)
         found = cache.find(name)
         if found:
             return _from_folder(found, splits, ("the tokenized examples of an earlier run are used again",))
@@ -657,6 +719,20 @@ def stored(
     place = cache.find(name) if name else folder
     assert place is not None
     return _from_folder(place, splits, ())
+
+
+def _name(splits: Splits, tokenizer: Any, data: Data, options: Mapping[str, Any]) -> str:
+    """What the tokens of these splits are called in the cache."""
+    return cache.key(
+        {
+            "rows": [(part.source.name, part.source.fingerprint) for part in splits.parts],
+            "fates": hashlib.sha256(splits.fates.tobytes() + splits.copies.tobytes()).hexdigest(),
+            "data": data.model_dump(mode="json", exclude={"dataset", "packing", "cache"}),
+            "options": dict(options),
+            "adapt": getattr(splits.adapt, "__name__", ""),
+            "tokenizer": cache.tokenizer_fingerprint(tokenizer),
+        }
+    )
 
 
 def _hand_back() -> None:
@@ -686,86 +762,60 @@ def _from_folder(folder: Path, splits: Splits, notes: tuple[str, ...]) -> Encode
     )
 
 
-def _encode_into(
-    folder: Path, splits: Splits, context: Encoder, *, data: Data, loss_on: LossOn
-) -> dict[str, Any]:
-    """Write the splits; the facts about them."""
-    counts = Counter[str]()
-    proof = supervision.Proof(
+class _Told:
+    """What there is to say of rows that were tokenized."""
+
+    def __init__(self, proof: supervision.Proof) -> None:
+        self.proof, self.counts, self.too_long, self.replayed = proof, Counter[str](), list[str](), 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON holds it, for `include`."""
+        return {"proof": self.proof.found(), "counts": dict(self.counts), "too_long": self.too_long}
+
+    def include(self, told: Mapping[str, Any]) -> None:
+        """What was said of the next rows."""
+        self.proof.include(told["proof"])
+        self.counts.update(told["counts"])
+        self.too_long += told["too_long"]
+        self.replayed += 1
+
+
+def _proof(splits: Splits, context: Encoder, *, data: Data, loss_on: LossOn) -> supervision.Proof:
+    return supervision.Proof(
         context,
         loss_on=loss_on,
         max_length=data.max_length,
         may_cut_answers=data.over_long == "truncate_answers",
         rows=len(splits.fates),
     )
-    too_long: list[str] = []
+
+
+def _encode_into(
+    folder: Path,
+    splits: Splits,
+    context: Encoder,
+    *,
+    data: Data,
+    loss_on: LossOn,
+    pieces: Pieces | None = None,
+) -> dict[str, Any]:
+    """Write the splits, from the pieces that are there and from the rows of all others; the facts about them."""
+    told = _Told(_proof(splits, context, data=data, loss_on=loss_on))
     with cache.SplitsWriter(folder) as written:
-        for rows, encodings in _stream(splits, context, loss_on):
-            entries = [splits.entry(number, row) for number, row, _, _ in rows]
-            trained: list[tuple[int, Example, Encoding]] = []
-            for place, (_, _, example, views) in enumerate(rows):
-                if example is None:
-                    continue
-                entry = entries[place]
-                counts["special"] += has_special_text(example, context)
-                counts["left_out"] += left_out(example, context)
-                counts.update(unwritten(example, context))
-                found = [(place, view, next(encodings)) for view in views]
-                if isinstance(example, Preference | Rating):
-                    found = [
-                        (place, view, part if isinstance(part, Unusable) else _judged(part, good, example))
-                        for (_, view, part), (_, good) in zip(found, sides(example), strict=True)
-                    ]
-                reason = next((str(part) for _, _, part in found if isinstance(part, Unusable)), None)
-                if reason:
-                    entries[place] = entry._replace(fate="dropped", reason=reason)
-                    continue
-                lengths = [len(part.input_ids) for _, _, part in found]
-                entries[place] = entry._replace(tokens=sum(lengths))
-                if entry.fate == "held_out":
-                    written.hold_out(example)
-                elif max(lengths) > data.max_length and data.over_long in ("drop", "error"):
-                    reason = f"longer than max_length {data.max_length} (over_long: {data.over_long})"
-                    entries[place] = entries[place]._replace(fate="dropped", reason=reason)
-                    too_long.append(f"{entry.row} ({max(lengths)} tokens)")
-                else:
-                    trained += found
-                    if len(views) > 1 and not isinstance(example, Preference):
-                        counts["unrolled"] += 1
-                        counts["views"] += len(views)
-            breaches = proof.check(
-                [rows[place][0] for place, _, _ in trained],
-                [example for _, example, _ in trained],
-                [encoding for _, _, encoding in trained],
-            )
-            for (place, _, _), breach in zip(trained, breaches, strict=True):
-                if breach:
-                    entries[place] = entries[place]._replace(fate="dropped", reason=breach)
-            for place, pair in _pairs(rows, trained):
-                breach = None if entries[place].fate == "dropped" else proof.check_pair(rows[place][1], *pair)
-                if breach:
-                    entries[place] = entries[place]._replace(fate="dropped", reason=breach)
-            kept: dict[int, list[Encoding]] = {}
-            for place, example, encoding in trained:
-                entry = entries[place]
-                if entry.fate == "dropped":
-                    continue
-                pieces = _pieces(example, encoding, data.max_length)
-                if not pieces:
-                    reason = f"no token could be trained in pieces of {data.max_length}"
-                    entries[place] = entry._replace(fate="dropped", reason=reason)
-                    continue
-                if len(pieces) > 1:
-                    reason = f"cut into {len(pieces)} pieces of at most {data.max_length} tokens"
-                    entries[place] = entry._replace(reason=reason)
-                    counts["chunked"] += 1
-                elif len(encoding.input_ids) > data.max_length:
-                    cut = len(encoding.input_ids) - data.max_length
-                    entries[place] = entry._replace(tokens_cut=entry.tokens_cut + cut)
-                kept.setdefault(place, []).extend(pieces)
-            written.write(
-                entries, [(rows[place][0], entries[place], pieces) for place, pieces in kept.items()]
-            )
+        begin = 0
+        for start, end in pieces.ranges() if pieces else ():
+            assert pieces is not None
+            facts_of_piece = pieces.facts(start) if pieces.has(start) else None
+            if facts_of_piece is None:
+                continue
+            if begin < start:
+                _encode_rows(begin, start, splits, written, told, data=data, loss_on=loss_on)
+            shares.replayed(pieces.place(start), written)
+            told.include(facts_of_piece["told"])
+            begin = end
+        if begin < len(splits.fates):
+            _encode_rows(begin, None, splits, written, told, data=data, loss_on=loss_on)
+    counts, proof, too_long = told.counts, told.proof, told.too_long
     if too_long and data.over_long == "error":
         raise DataError(
             f"{len(too_long)} examples are longer than max_length {data.max_length}.",
@@ -776,15 +826,101 @@ def _encode_into(
     facts = written.facts(
         rows=len(splits.fates), fix="Raise --max-length, or mend the rows that the reasons name."
     )
-    return {**facts, "proof": proof.as_dict(), "notes": _notes(facts["counts"], counts)}
+    notes = _notes(facts["counts"], counts)
+    if told.replayed:
+        notes.append(
+            f"{counted(told.replayed, 'piece')} of {shares.PIECE:,} rows had been tokenized before (prepare)"
+        )
+    return {**facts, "proof": proof.as_dict(), "notes": notes}
 
 
-def _stream(splits: Splits, context: Encoder, loss_on: LossOn) -> Iterator[tuple[list[Any], Iterator[Any]]]:
+def _encode_rows(
+    begin: int,
+    end: int | None,
+    splits: Splits,
+    written: cache.SplitsWriter,
+    told: _Told,
+    *,
+    data: Data,
+    loss_on: LossOn,
+) -> None:
+    """Tokenize rows from one number to another, write them, and keep what there is to say of them."""
+    counts, proof, too_long, context = told.counts, told.proof, told.too_long, told.proof.context
+    for rows, encodings in _stream(splits, context, loss_on, begin, end):
+        entries = [splits.entry(number, row) for number, row, _, _ in rows]
+        trained: list[tuple[int, Example, Encoding]] = []
+        for place, (_, _, example, asked) in enumerate(rows):
+            if example is None:
+                continue
+            entry = entries[place]
+            counts["special"] += has_special_text(example, context)
+            counts["left_out"] += left_out(example, context)
+            counts.update(unwritten(example, context))
+            found = [(place, view, next(encodings)) for view in asked]
+            if isinstance(example, Preference | Rating):
+                found = [
+                    (place, view, part if isinstance(part, Unusable) else _judged(part, good, example))
+                    for (_, view, part), (_, good) in zip(found, sides(example), strict=True)
+                ]
+            reason = next((str(part) for _, _, part in found if isinstance(part, Unusable)), None)
+            if reason:
+                entries[place] = entry._replace(fate="dropped", reason=reason)
+                continue
+            lengths = [len(part.input_ids) for _, _, part in found]
+            entries[place] = entry._replace(tokens=sum(lengths))
+            if entry.fate == "held_out":
+                written.hold_out(example)
+            elif max(lengths) > data.max_length and data.over_long in ("drop", "error"):
+                reason = f"longer than max_length {data.max_length} (over_long: {data.over_long})"
+                entries[place] = entries[place]._replace(fate="dropped", reason=reason)
+                too_long.append(f"{entry.row} ({max(lengths)} tokens)")
+            else:
+                trained += found
+                if len(asked) > 1 and not isinstance(example, Preference):
+                    counts["unrolled"] += 1
+                    counts["views"] += len(asked)
+        breaches = proof.check(
+            [rows[place][0] for place, _, _ in trained],
+            [example for _, example, _ in trained],
+            [encoding for _, _, encoding in trained],
+        )
+        for (place, _, _), breach in zip(trained, breaches, strict=True):
+            if breach:
+                entries[place] = entries[place]._replace(fate="dropped", reason=breach)
+        for place, pair in _pairs(rows, trained):
+            breach = None if entries[place].fate == "dropped" else proof.check_pair(rows[place][1], *pair)
+            if breach:
+                entries[place] = entries[place]._replace(fate="dropped", reason=breach)
+        kept: dict[int, list[Encoding]] = {}
+        for place, example, encoding in trained:
+            entry = entries[place]
+            if entry.fate == "dropped":
+                continue
+            pieces = _pieces(example, encoding, data.max_length)
+            if not pieces:
+                reason = f"no token could be trained in pieces of {data.max_length}"
+                entries[place] = entry._replace(fate="dropped", reason=reason)
+                continue
+            if len(pieces) > 1:
+                reason = f"cut into {len(pieces)} pieces of at most {data.max_length} tokens"
+                entries[place] = entry._replace(reason=reason)
+                counts["chunked"] += 1
+            elif len(encoding.input_ids) > data.max_length:
+                cut = len(encoding.input_ids) - data.max_length
+                entries[place] = entry._replace(tokens_cut=entry.tokens_cut + cut)
+            kept.setdefault(place, []).extend(pieces)
+        written.write(entries, [(rows[place][0], entries[place], pieces) for place, pieces in kept.items()])
+
+
+def _stream(
+    splits: Splits, context: Encoder, loss_on: LossOn, begin: int, end: int | None
+) -> Iterator[tuple[list[Any], Iterator[Any]]]:
     """Rows in batches, each with its views (templates.py), and the encodings of all of these."""
     batches: list[list[tuple[int, Row, Example | None, list[Example]]]] = []
 
     def examples() -> Iterator[list[Example]]:
-        rows = shown_progress(splits.rows(), "tokenizing", total=len(splits.fates))
+        total = (len(splits.fates) if end is None else end) - begin
+        rows = shown_progress(splits.rows(begin, end), "tokenizing", total=total)
         for batch in batched(rows, BATCH):
             batches.append(
                 [

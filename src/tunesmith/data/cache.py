@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -259,6 +259,13 @@ class SplitsWriter:
         self._ledger = LedgerWriter(folder / "ledger.arrow")
         self._held_out = (folder / "held_out.jsonl").open("w", encoding="utf-8")
         self._folder, self._prompts = folder, dict[str, TextIO]()
+        self.tokens = 0
+        """Of what was written to train and validate on."""
+
+    @property
+    def fates(self) -> tuple[str, ...]:
+        """Of which encodings are written, in this order within a batch of rows."""
+        return tuple(self._encodings)
 
     def __enter__(self) -> SplitsWriter:
         return self
@@ -272,7 +279,11 @@ class SplitsWriter:
 
     def hold_out(self, example: Example) -> None:
         """Keep an example that is measured on."""
-        self._held_out.write(as_json(example) + "\n")
+        self.hold_out_line(as_json(example) + "\n")
+
+    def hold_out_line(self, line: str) -> None:
+        """Keep an example that was written so before."""
+        self._held_out.write(line)
 
     def ask(self, prompt: Prompt, entry: LedgerEntry) -> None:
         """Keep the prompt of the next encoding of its split, as often as that is written."""
@@ -294,8 +305,17 @@ class SplitsWriter:
             numbers, written = made[entry.fate]
             written += [*encodings] * entry.copies
             numbers += [number] * len(encodings) * entry.copies
-        for fate, file in self._encodings.items():
-            file.write(*made[fate])
+        for fate in self._encodings:
+            self.append(fate, *made[fate])
+        self.account(entries)
+
+    def append(self, fate: str, rows: Sequence[int], encodings: Sequence[Encoding]) -> None:
+        """Encodings of a fate, with the running number of the row of each."""
+        self._encodings[fate].write(rows, encodings)
+        self.tokens += sum(len(encoding.input_ids) for encoding in encodings)
+
+    def account(self, entries: Sequence[LedgerEntry]) -> None:
+        """What became of a batch of rows."""
         for entry in entries:
             self._tally.add(entry)
         self._ledger.write(entries)
@@ -414,9 +434,13 @@ def making(name: str | None) -> Iterator[Path]:
 def _make_room(place: Path, *, keep: str) -> None:
     """Delete what was not used for longest, until the cache is within its limit."""
     found = []
-    for staging in place.glob(".making-*"):  # of a process that was killed
-        if time.time() - staging.stat().st_mtime > ABANDONED:
-            shutil.rmtree(staging, ignore_errors=True)
+    for staging in (
+        *place.glob(".making-*"),
+        *place.glob("*.pieces"),
+    ):  # of what was killed and never gone on with
+        with suppress(OSError):  # another process may have joined these
+            if time.time() - staging.stat().st_mtime > ABANDONED:
+                shutil.rmtree(staging, ignore_errors=True)
     for entry in place.iterdir():
         facts = entry / FACTS
         if facts.is_file():

@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders, the Hub, the examples that ship; every row with its place.
+"""Where rows come from: files, folders, URLs, the Hub, the examples that ship; every row with its place.
 
 A source is read row by row, as often as somebody asks, and never held in memory (a .json file excepted:
 its one value has to be parsed whole). `read` is strict: a broken line is an error that names file, line
@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from tunesmith import models
+from tunesmith.data import remote
 from tunesmith.data.examples import Row
+from tunesmith.data.remote import Shard
 from tunesmith.errors import DataError, closest, counted, nearest
 
 Role = Literal["train", "validation", "held_out"]
@@ -109,6 +111,8 @@ class BrokenRows(DataError):
 
 
 Scan = Callable[[], Iterator[Record | Broken]]
+DataFile = Path | Shard
+"""A file here, or one behind a URL."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +237,7 @@ def read(
     max_rows: int | None = None,
     streaming: bool = False,
 ) -> Source:
-    """The rows of `example:NAME`, a file, a folder or a Hub id, all of them seen once to be whole.
+    """The rows of `example:NAME`, a file, a folder, a URL or a Hub id, all of them seen once to be whole.
 
     `split` takes one named split, which is then divided like a single file. `streaming` reads a Hub set
     over the network, no more of it than `max_rows`. Raises DataError.
@@ -274,7 +278,11 @@ def open_source(
 ) -> Source:
     """The same without having read a row. Raises DataError where there is nothing to open."""
     path = local(dataset)
-    if path is None:
+    if remote.is_url(dataset):
+        _check_url_options(dataset, config=config, revision=revision)
+        source = _from_url(dataset, data_files)
+        source = _one_split(source, split) if split else source
+    elif path is None:
         source = _from_hub(
             dataset,
             config=config,
@@ -325,6 +333,16 @@ def check_options(
         raise DataError(
             f"data.data_files picks files of a folder, and {dataset} is a file.", fix="Remove it."
         )
+
+
+def _check_url_options(dataset: str, *, config: str | None, revision: str | None) -> None:
+    """Raises DataError for options that files behind a URL have no use for."""
+    for name, value in {"config": config, "revision": revision}.items():
+        if value:
+            raise DataError(
+                f"data.{name} is for Hub data sets by their id, and {dataset} is a URL.",
+                fix="Remove it; a URL names folder and version itself (hf://datasets/owner/name@revision/folder).",
+            )
 
 
 def distinct(sources: Sequence[Source], datasets: Sequence[str]) -> list[Source]:
@@ -383,7 +401,9 @@ def in_memory(name: str, rows: Sequence[Mapping[str, Any]]) -> Source:
 
 
 def local(dataset: str) -> Path | None:
-    """The path that a data set's name stands for, or None for a Hub id."""
+    """The path that a data set's name stands for, or None for a Hub id or a URL."""
+    if remote.is_url(dataset):
+        return None
     if dataset.startswith("example:"):
         from tunesmith.assets import EXAMPLES
 
@@ -418,6 +438,9 @@ def locate(dataset: str) -> None:
     """Raises DataError where nothing stands behind a name: no file, no folder, no example, and neither the Hub
     nor its cache has such a data set. No rows are read."""
     if local(dataset) is not None:
+        return
+    if remote.is_url(dataset):
+        remote.shards(dataset, tuple(READERS))
         return
     problem = _problem_on_hub(dataset, None)
     if problem is None:
@@ -570,6 +593,56 @@ def _one_split(source: Source, split: str) -> Source:
         (f"only the split '{split}' is used",),
         place=source.place,
     )
+
+
+_PART = re.compile(r"(.+?)[-_.]\d+([-_.]of[-_.]\d+)?")
+"""The name of one of several files of a split: train-00000-of-00008."""
+
+
+def _role_of(shard: Shard) -> Role | None:
+    """The role that a shard's name or its folders give it."""
+    part = _PART.fullmatch(shard.stem)
+    folders = shard.path.split("/")[:-1] if "/" in shard.place else []
+    for name in (shard.stem, part[1] if part else "", *reversed(folders)):
+        if role := ROLES.get(name.lower()):
+            return role
+    return None
+
+
+def _from_url(url: str, pattern: str | None) -> Source:
+    """The files behind a URL, one after the other, each read in pieces where it lies."""
+    whole = f"{url.rstrip('/')}/{pattern}" if pattern else url
+    shards = remote.shards(whole, tuple(READERS))
+    for shard in shards:
+        if shard.suffix.lower() not in READERS:
+            raise DataError(
+                f"{shard.place} is not of a known format.",
+                found=f"suffix '{shard.suffix}'",
+                fix=f"Use {' '.join(READERS)}.",
+            )
+    roles = {shard.place: _role_of(shard) for shard in shards}
+    named = [shard for shard in shards if roles[shard.place]]
+    chosen = named or shards
+
+    def scan() -> Iterator[Record | Broken]:
+        for shard in chosen:
+            role = roles[shard.place]
+            for record in READERS[shard.suffix.lower()](shard):
+                yield (
+                    Record(record.row, record.values, role) if role and isinstance(record, Record) else record
+                )
+
+    def digest() -> str:
+        content = "\n".join(f"{shard.path}:{shard.mark}:{roles[shard.place]}" for shard in chosen)
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+    size = sum(shard.size or 0 for shard in chosen)
+    notes = [f"{counted(len(chosen), 'file')} of {size / 1e6:,.1f} MB in all, read in pieces from {url}"]
+    if unused := sorted({shard.place for shard in shards} - {shard.place for shard in chosen}):
+        more = f" and {len(unused) - SHOWN_PROBLEMS} more" if len(unused) > SHOWN_PROBLEMS else ""
+        notes.append(f"files without a split's name are not used: {', '.join(unused[:SHOWN_PROBLEMS])}{more}")
+    name = Path(url.rstrip("/").rpartition("://")[2].split("*")[0].rstrip("/")).stem
+    return Source(name or "data", scan, digest, tuple(notes))
 
 
 def _from_hub(
@@ -785,7 +858,7 @@ def _lines(name: str, raw_lines: Iterable[bytes], first: int = 1) -> Iterator[tu
             yield number, line
 
 
-def _jsonl(path: Path) -> Iterator[Record | Broken]:
+def _jsonl(path: DataFile) -> Iterator[Record | Broken]:
     with path.open("rb") as file:
         yield from parsed(path.name, lines_of(file))
 
@@ -827,8 +900,9 @@ def _json_type(value: Any) -> str:
     return "a list" if isinstance(value, list) else "text" if isinstance(value, str) else "a number"
 
 
-def _json(path: Path) -> Iterator[Record | Broken]:
-    if (size := path.stat().st_size) > LARGEST_JSON:
+def _json(path: DataFile) -> Iterator[Record | Broken]:
+    size = (path.size or 0) if isinstance(path, Shard) else path.stat().st_size
+    if size > LARGEST_JSON:
         raise DataError(
             f"{path.name} is too large to be read as one JSON value.",
             found=f"{size:,} bytes; at most {LARGEST_JSON:,} are",
@@ -897,7 +971,7 @@ def _records(name: str, rows: Sequence[Any]) -> Iterator[Record | Broken]:
             yield Broken(row, name, problem, 'Write {"column": value, ...}.', unit="record")
 
 
-def _csv(path: Path) -> Iterator[Record | Broken]:
+def _csv(path: DataFile) -> Iterator[Record | Broken]:
     # Bytes that are no UTF-8 come through as lone surrogates, so that the rows around them are still read.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         first = file.readline(LONGEST)
@@ -1031,13 +1105,13 @@ def swallowed(record: Record) -> str | None:
     return None
 
 
-def _parquet(path: Path) -> Iterator[Record | Broken]:
+def _parquet(path: DataFile) -> Iterator[Record | Broken]:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path.open("rb") if isinstance(path, Shard) else path) as file:
             for batch in file.iter_batches(batch_size=_batch(path.name, file.metadata)):
                 for values in batch.to_pylist():
                     number += 1
@@ -1067,7 +1141,7 @@ def _batch(name: str, metadata: Any) -> int:
     return int(max(1, min(512, LARGEST_BATCH // largest)))
 
 
-def _txt(path: Path) -> Iterator[Record | Broken]:
+def _txt(path: DataFile) -> Iterator[Record | Broken]:
     with path.open("rb") as file:
         for line in _lines(path.name, lines_of(file)):
             if isinstance(line, Broken):
@@ -1076,7 +1150,7 @@ def _txt(path: Path) -> Iterator[Record | Broken]:
                 yield Record(Row(path.name, line[0]), {"text": line[1].rstrip("\r\n")})
 
 
-READERS: dict[str, Callable[[Path], Iterator[Record | Broken]]] = {
+READERS: dict[str, Callable[[DataFile], Iterator[Record | Broken]]] = {
     ".json": _json,
     ".jsonl": _jsonl,
     ".csv": _csv,

@@ -203,6 +203,27 @@ class Proof:
         begins = encoding.labels[length] != IGNORED
         return bool(begins and (length == 0 or encoding.labels[length - 1] == IGNORED))
 
+    def found(self) -> dict[str, Any]:
+        """What was checked and what failed, as JSON holds it, for `include`."""
+        return {
+            "checked": self.checked,
+            "counts": self.counts,
+            "breaches": {reason: [list(row) for row in rows] for reason, rows in self.breaches.items()},
+            "served_otherwise": self.served_otherwise,
+            "pairs": self.pairs,
+        }
+
+    def include(self, found: Mapping[str, Any]) -> None:
+        """Count what was found of later rows elsewhere."""
+        for name, number in found["checked"].items():
+            self.checked[name] += number
+        for reason, number in found["counts"].items():
+            self.counts[reason] = self.counts.get(reason, 0) + number
+            kept = self.breaches.setdefault(reason, [])
+            kept += [Row(*row) for row in found["breaches"][reason]][: SHOWN - len(kept)]
+        self.served_otherwise += found["served_otherwise"]
+        self.pairs += found["pairs"]
+
     def finish(self, *, on_breach: str) -> None:
         """Raises DataError that names the rows, unless they may be dropped."""
         if not self.counts or on_breach == "drop":

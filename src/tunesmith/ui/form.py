@@ -622,6 +622,10 @@ def _leads_out(field: str, value: str, workspace: Workspace) -> str | None:
         return None
     from tunesmith import models
 
+    if (
+        "://" in value and field != "model.chat_template"
+    ):  # read with what this machine may read, not the user
+        return "A URL is for the command line. Upload the file, or give a Hub id or a name that ships."
     try:
         path = Path(value).expanduser()
         is_local = path.is_absolute() or ".." in path.parts or path.exists() or models.is_path(value)

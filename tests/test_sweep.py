@@ -79,7 +79,7 @@ def test_a_space_is_read_from_texts_and_files_with_the_types_of_the_recipe(recip
         ("training.learning_rate=uniform(2,1)", "below the higher one"),
         ("training.learning_rate=uniform(-1,1)", "has to be greater than 0"),
         ("training.weight_decay=choice(0.1,much)", "takes a number"),
-        ("training.scheduler=choice(cosine,linaer)", "Did you mean 'linear'"),
+        ("training.scheduler=choice(cosine,lineer)", "Did you mean 'linear'"),
         ("adapter.rank=uniform(2,8)", "write int(2, 8)"),
         ("adapter.rank=choice(2,2)", "twice"),
         ("training.warmup_steps=int(0,1.5)", "whole numbers"),

@@ -100,7 +100,9 @@ def test_all_faults_are_told_at_once_and_values_that_do_not_fit_together_too(rec
         searched(recipe(), "training.learning_rat=uniform(1,2)", "adapter.rank=choice(0,4)")
     assert "learning_rate" in str(error.value)
     assert "adapter.rank" in str(error.value)
-    several = recipe({"launch": {"kind": "accelerate", "processes": 2}})
+    several = recipe(
+        {"launch": {"kind": "accelerate", "processes": 2}, "training": {"gradient_accumulation_steps": 1}}
+    )
     with pytest.raises(RecipeError, match=r"do not fit together: training\.per_device_train_batch_size=3"):
         searched(several, "training.per_device_train_batch_size=choice(4,3)")
     dpo = recipe({"method": {"kind": "dpo"}})

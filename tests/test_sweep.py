@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+import statistics
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 from tunesmith import api, sweeps
 from tunesmith.compose import compose, overlaid
 from tunesmith.errors import Interrupted, RecipeError, RunError
+from tunesmith.recipe import Recipe
 from tunesmith.sweeps import space as spaces
 from tunesmith.sweeps.trials import Pruned, Trial, name_of
 from tunesmith.training.run import Run
@@ -78,7 +79,7 @@ def test_a_space_is_read_from_texts_and_files_with_the_types_of_the_recipe(recip
         ("training.learning_rate=uniform(2,1)", "below the higher one"),
         ("training.learning_rate=uniform(-1,1)", "has to be greater than 0"),
         ("training.weight_decay=choice(0.1,much)", "takes a number"),
-        ("training.scheduler=choice(cosine,linaer)", "Did you mean 'linear'"),
+        ("training.scheduler=choice(cosine,lineer)", "Did you mean 'linear'"),
         ("adapter.rank=uniform(2,8)", "write int(2, 8)"),
         ("adapter.rank=choice(2,2)", "twice"),
         ("training.warmup_steps=int(0,1.5)", "whole numbers"),
@@ -99,7 +100,9 @@ def test_all_faults_are_told_at_once_and_values_that_do_not_fit_together_too(rec
         searched(recipe(), "training.learning_rat=uniform(1,2)", "adapter.rank=choice(0,4)")
     assert "learning_rate" in str(error.value)
     assert "adapter.rank" in str(error.value)
-    several = recipe({"launch": {"kind": "accelerate", "processes": 2}})
+    several = recipe(
+        {"launch": {"kind": "accelerate", "processes": 2}, "training": {"gradient_accumulation_steps": 1}}
+    )
     with pytest.raises(RecipeError, match=r"do not fit together: training\.per_device_train_batch_size=3"):
         searched(several, "training.per_device_train_batch_size=choice(4,3)")
     dpo = recipe({"method": {"kind": "dpo"}})
@@ -186,7 +189,8 @@ def test_a_sweep_that_was_killed_goes_on_with_what_it_would_have_tried(recipe, p
 def test_all_trials_share_all_but_their_values(recipe, pretended):
     swept(recipe(), trials=3)
     for number, given in pretended:
-        changed = [line.split(" ")[0] for line in api.differences(recipe(), recipe.__call__(given))]
+        own = Recipe.model_validate(given)
+        changed = [line.split(" ")[0] for line in api.differences(recipe(), own)]
         assert set(changed) <= {"training.learning_rate", "adapter.rank"}
         assert given["evaluation"]["skip"], "no trial is measured on held-out questions before one is chosen"
         assert given["name"] == name_of(number)
@@ -202,10 +206,13 @@ def test_trials_that_lag_behind_are_pruned_and_failures_are_counted(recipe, pret
     done = swept(recipe(), trials=20, pruner="median")
     assert done.count("pruned") >= 2
     assert {trial.state for trial in done.trials} <= {"done", "pruned", "failed"}
-    worst = max(trial.validations[0][1] for trial in done.trials if trial.state == "done")
-    medians = [trial for trial in done.trials if trial.state == "pruned"]
-    assert all("lags behind" in trial.reason for trial in medians)
-    assert min(trial.validations[0][1] for trial in medians) < worst or done.count("done") == 4
+    for trial in done.trials:
+        if trial.state != "pruned":
+            continue
+        assert "lags behind" in trial.reason
+        step, value = trial.validations[-1]
+        before = [dict(one.validations)[step] for one in done.trials[: trial.number] if one.state == "done"]
+        assert value > statistics.median(before), "worse than half of those that were done by then"
     record = json.loads((done.folder / "sweep.json").read_text())
     assert record["counts"] == {state: done.count(state) for state in ("done", "pruned", "failed", "open")}
     assert sum(record["counts"].values()) == 20
@@ -243,12 +250,14 @@ def test_real_trials_are_runs_and_the_best_is_compared_on_held_out_questions(rec
         starts += sum(event.get("state") == "training" for event in run.events())
     assert starts == 3
     assert found.best.value == min(trial.value for trial in found.trials)
+    events = Run(found.folder / found.best.name).events()
+    [held_out] = [event["rows"]["held_out"] for event in events if event.get("state") == "prepared"]
     second = sorted(found.trials, key=lambda trial: trial.value)[1]
     assert [one.comparison.model.split(" ")[0] for one in found.against] == ["base", second.name]
     for one in found.against:
         c = one.comparison
         assert c.against == found.best.name
-        assert c.n == 12, "of the 40 rows three tenths"
+        assert c.n == held_out > 0
         if c.low is not None:
             assert one.low <= c.low <= c.high <= one.high, "wider, since they hold together"
     from tunesmith.compose import read_layer, validated
@@ -284,5 +293,5 @@ def test_a_metric_that_rises_is_chosen_by_its_highest_value(recipe, pretended, m
     by = recipe({"training": {"best_by": "exact_match"}})
     study = sweeps._study(searched(by, *SPACE), {}, by, "none", 0, 0)
     assert study.direction.name == "MAXIMIZE"
-    told = replace(swept(by, trials=3))
+    told = swept(by, trials=3)
     assert told.best.value == max(trial.value for trial in told.trials if trial.state == "done")

@@ -51,6 +51,14 @@ def _token() -> str:
     return secrets.token_hex(32)
 
 
+def _read_token_anew() -> None:
+    """Have Ray, which looks once and keeps what it found, look at the environment again."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
 @contextlib.contextmanager
 def cluster(section: Ray | Shards, *, needed_for: str, workers: int | None = None) -> Iterator[Any]:
     """Ray, started on this machine or joined at its address; what was started ends with the block.
@@ -80,6 +88,7 @@ def cluster(section: Ray | Shards, *, needed_for: str, workers: int | None = Non
         if ray.is_initialized():  # in a program that has its own
             yield ray
             return
+        _read_token_anew()
         try:
             _join(ray, section, workers or section.workers)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:

@@ -25,6 +25,8 @@ ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4
 LORA = {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.0}, "training": ONE_BY_ONE}
 DPO_RECIPE = {"method": {"kind": "dpo"}}
 KINDS = {"full sft": {}, "lora sft": LORA, "full dpo": DPO_RECIPE, "lora dpo": {**LORA, **DPO_RECIPE}}
+SHARDED = {"parallel": {"kind": "fsdp"}}
+KINDS |= {f"{kind} in shares": {**changes, **SHARDED} for kind, changes in KINDS.items()}
 CONTINUED = ("full sft", "lora sft", "full dpo")
 IN_CI = ("full sft", "lora dpo")
 

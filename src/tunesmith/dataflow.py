@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import tunesmith.evaluation as evaluation
-from tunesmith import data, devices, engines, launch, models, ranks
+from tunesmith import data, devices, engines, launch, models, parallel, ranks
 from tunesmith import estimate as estimating
 from tunesmith import plan as planning
 from tunesmith.data.cache import Encodings, StoredExamples
@@ -49,7 +49,7 @@ from tunesmith.methods import METHODS, Method
 from tunesmith.methods.kto import shuffled
 from tunesmith.methods.preferred import without_reference_pass
 from tunesmith.plan import Plan
-from tunesmith.recipe import SFT, LoRA, QLoRA, Recipe, Tracking, Training
+from tunesmith.recipe import FSDP, SFT, LoRA, QLoRA, Recipe, Tracking, Training
 from tunesmith.training import gpu
 from tunesmith.training.fit import Fit, arguments, fit
 from tunesmith.training.order import by_length, order_by_length
@@ -117,7 +117,7 @@ def plan(
             f"padding {padded_share(lengths, batch):.1%} before, {padded_share(rows, batch):.1%} after, each batch "
             "of them in the order of the data filled up to its longest"
         )
-    return planning.resolve(
+    found = planning.resolve(
         training,
         recipe.model,
         adapter_kind=recipe.adapter.kind,
@@ -131,6 +131,9 @@ def plan(
         elsewhere=devices.named(device) if device else None,
         processes=launch.processes(recipe.launch),
     )
+    parallel.check_device(recipe.parallel, found.processes, found.device, is_here=device is None)
+    told = parallel.decided(recipe.parallel, found.processes, found.device, training)
+    return replace(found, decisions=(*found.decisions, *told))
 
 
 def estimate(
@@ -147,6 +150,10 @@ def estimate(
     method = METHODS[recipe.method.kind]
     facts = devices.named(device) if device else devices.here(plan.device)
     training, _, _ = method.settled(recipe.method, recipe.training, _examples(method, encodings.train))
+    own = planning.dealt(training, plan.processes)
+    # The batches of all processes: each takes its share of them.
+    passes = own.gradient_accumulation_steps * plan.processes
+    training = own.model_copy(update={"gradient_accumulation_steps": passes})
     recipe = recipe.model_copy(update={"training": training})
     given = estimating.Rows(
         _row_lengths(method, encodings.train, packing),
@@ -746,11 +753,13 @@ def _trainer(
 ) -> Any:
     """The method's trainer on a model that is loaded for it."""
     method = METHODS[recipe.method.kind]
+    section = recipe.parallel if isinstance(recipe.parallel, FSDP) and ranks.count() > 1 else None
+    is_packed = isinstance(recipe.adapter, QLoRA)
     model = models.load_model(
         recipe.model.base,
         revision=recipe.model.revision,
         dtype=plan.dtype,
-        device=plan.device,
+        device="cpu" if section and not is_packed else plan.device,  # a device gets its shares only
         attention=recipe.model.attention,
         quantize=recipe.adapter if isinstance(recipe.adapter, QLoRA) else None,
         head=method.head,
@@ -769,6 +778,10 @@ def _trainer(
         why = "gradients of fp16 are scaled up, which half a number cannot hold"
         run.event("decision", name="trained weights", value=f"{count:,} in float32", reason=why)
     models.set_stop_tokens(model, tokenizer)
+    if section:
+        from tunesmith.training import sharding
+
+        sharding.mark(model, section)
     described = models.describe(model).sentence()
     run.event("decision", name="model", value=described, reason=f"adapter.kind is {recipe.adapter.kind}")
     with models.keeping_types(model):

@@ -48,8 +48,8 @@ from tunesmith.export.card import write_card
 from tunesmith.methods import METHODS, Method
 from tunesmith.methods.kto import shuffled
 from tunesmith.methods.preferred import without_reference_pass
-from tunesmith.plan import Plan
-from tunesmith.recipe import FSDP, SFT, LoRA, QLoRA, Recipe, Tracking, Training
+from tunesmith.plan import Decision, Plan
+from tunesmith.recipe import FSDP, SFT, DeepSpeed, LoRA, QLoRA, Recipe, Tracking, Training
 from tunesmith.training import gpu
 from tunesmith.training.fit import Fit, arguments, fit
 from tunesmith.training.order import by_length, order_by_length
@@ -133,7 +133,16 @@ def plan(
     )
     parallel.check_device(recipe.parallel, found.processes, found.device, is_here=device is None)
     told = parallel.decided(recipe.parallel, found.processes, found.device, training)
-    return replace(found, decisions=(*found.decisions, *told))
+    number = None
+    if isinstance(recipe.parallel, DeepSpeed) and found.processes > 1:
+        facts = devices.named(device) if device else devices.here(found.device)
+        model = estimating.hollow(recipe, found.dtype)
+        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        states = estimating.state_bytes(training.optimizer, model)
+        alone = parallel.Model(sum(p.nbytes for p in model.parameters()), trained, states, layer=0, rest=0)
+        number = parallel.stage(recipe.parallel, alone, found.processes, facts.memory)
+        told.append(Decision("ZeRO stage", number, parallel.STAGES[number]))
+    return replace(found, decisions=(*found.decisions, *told), zero_stage=number)
 
 
 def estimate(
@@ -155,6 +164,9 @@ def estimate(
     passes = own.gradient_accumulation_steps * plan.processes
     training = own.model_copy(update={"gradient_accumulation_steps": passes})
     recipe = recipe.model_copy(update={"training": training})
+    if isinstance(recipe.parallel, DeepSpeed):
+        section = recipe.parallel.model_copy(update={"stage": plan.zero_stage})
+        recipe = recipe.model_copy(update={"parallel": section})
     given = estimating.Rows(
         _row_lengths(method, encodings.train, packing),
         validation=_row_lengths(method, encodings.validation, None) if len(encodings.validation) else [],
@@ -645,13 +657,12 @@ def _fitted(
     with ranks.together(plan.device):
         set_seed(recipe.training.seed)
         tokenizer, _ = _tokenizer(recipe)
+        own = planning.dealt(training, ranks.count())
         given = arguments(
-            plan,
-            planning.dealt(training, ranks.count()),
-            recipe.tracking,
-            name=prepared.path.name,
-            staging=prepared.path / ".staging",
+            plan, own, recipe.tracking, name=prepared.path.name, staging=prepared.path / ".staging"
         )
+        if isinstance(recipe.parallel, DeepSpeed) and plan.zero_stage:
+            given["deepspeed"] = parallel.configuration(recipe.parallel, plan.zero_stage, plan, own)
         trainer = _trainer(recipe, prepared, tokenizer, plan, encodings, packing, given)
         return fit(
             trainer,

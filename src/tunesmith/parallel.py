@@ -109,6 +109,13 @@ def decided(section: Parallel, processes: int, device: str, training: Training) 
     return found
 
 
+STAGES = {
+    1: "optimizer states are spread over the processes",
+    2: "optimizer states and gradients are spread over the processes",
+    3: "optimizer states, gradients and weights are spread over the processes",
+}
+"""What each stage of ZeRO spreads."""
+
 # What each process holds
 
 

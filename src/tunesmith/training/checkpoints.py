@@ -375,10 +375,19 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
             if not self.sharding:
                 super()._move_model_to_device(model, device)
 
-        def _prepare_for_training(self, *given: Any, **named: Any) -> Any:
+        def _prepare_for_training(self, steps: int, loader: Any, checkpoint: str | None) -> Any:
+            if self.is_deepspeed_enabled and checkpoint:
+                before = manifest(Path(checkpoint)).get("processes", 1)
+                if before != ranks.count():
+                    raise RunError(
+                        f"A checkpoint of DeepSpeed is continued by as many processes as have written it, {before}.",
+                        found=f"{ranks.count()} processes",
+                        fix=f"tunesmith resume RUN --processes {before}. Checkpoints of parallel.kind fsdp go with any "
+                        "number.",
+                    )
             if self.sharding:
                 sharding.spread(self, self.sharding, run)
-            return super()._prepare_for_training(*given, **named)
+            return super()._prepare_for_training(steps, loader, checkpoint)
 
         def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
             if sharding.is_sharded(Path(checkpoint)):
@@ -445,12 +454,15 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
         # The state, without pickle, all of it or none
 
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            is_theirs = self.is_deepspeed_enabled and not self.args.deepspeed
+            if is_theirs or self.is_fsdp_enabled:
                 raise RunError(
-                    "Checkpoints are written by one process that holds the whole model.",
+                    "How processes hold the model is the recipe's to say.",
                     found="DeepSpeed or FSDP in the accelerate configuration",
-                    fix="Switch it off: accelerate launch --num_processes 1 -m tunesmith ...",
+                    fix="Switch it off there, and give --parallel fsdp or --parallel deepspeed.",
                 )
+            if self.is_deepspeed_enabled:  # each process's own part, in DeepSpeed's format
+                super()._save_optimizer_and_scheduler(output_dir)
             state.write(self, Path(output_dir))
 
         def _save_scaler(self, output_dir: str) -> None:

@@ -202,7 +202,7 @@ def fit(
         trainer.add_callback(callbacks.Releasing(release))
     if pace and is_first:
         trainer.add_callback(callbacks.Pace(pace, tokens_per_step=tokens_per_step))
-    if samples and trainer.sharding:
+    if samples and (trainer.sharding or trainer.is_deepspeed_enabled):
         run.event(
             "decision", name="samples", value="none while training", reason="no process has the whole model"
         )
@@ -315,6 +315,8 @@ def save_model(trainer: Any, folder: Path, initial_adapter: Path | None, info: M
 
     checkpoints.require_finite(trainer)
     state = sharding.whole(trainer.model) if trainer.sharding else None
+    if trainer.is_deepspeed_enabled:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.args.should_save:
         return
     staging = folder.with_name(f".{folder.name}.tmp")

@@ -3,9 +3,8 @@
     mark (the model is loaded) -> Trainer.__init__ (nothing is moved or wrapped) -> weights of a checkpoint
         -> spread (layer by layer) -> optimizer on the shares -> steps -> whole (one tensor at a time) -> final_model
 
-Outside of the steps nothing is sharded: a model is loaded, adapted and saved as in one process. What training changes
-is kept in shares in a checkpoint's folder, by torch.distributed.checkpoint in safetensors, which any number of processes
-reads.
+Outside of the steps nothing is sharded: a model is loaded, adapted and saved as in one process. A checkpoint keeps what
+training changes in shares, by torch.distributed.checkpoint in safetensors, which any number of processes reads.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def write(trainer: Any, folder: Path) -> None:
     if not ranks.is_first() and not trainer.sharding:
         return
     state = {
-        "optimizer": trainer.optimizer.state_dict(),
+        "optimizer": None if trainer.is_deepspeed_enabled else trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "random": random_numbers if ranks.count() > 1 else random_numbers[0],
@@ -173,6 +173,9 @@ def read(folder: Path, optimizer: Any = None) -> dict[str, Any]:
 def restore_optimizer(trainer: Any, state: Mapping[str, Any]) -> None:
     """Give optimizer, schedule and loss scale back what they had, every tensor in its own type."""
     optimizer, saved = trainer.optimizer, state["optimizer"]
+    if saved is None:  # of DeepSpeed, which has its own
+        trainer.lr_scheduler.load_state_dict(state["scheduler"])
+        return
     inner = getattr(optimizer, "optimizer", optimizer)
     parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
     for number, parameter in enumerate(parameters) if trainer.sharding else ():

@@ -375,6 +375,10 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
             if not self.sharding:
                 super()._move_model_to_device(model, device)
 
+        def _defer_fsdp_gradient_reduction(self) -> Any:
+            """Gradients are summed after each backward pass, and only shares of them are held."""
+            return contextlib.nullcontext()
+
         def _prepare_for_training(self, steps: int, loader: Any, checkpoint: str | None) -> Any:
             if self.is_deepspeed_enabled and checkpoint:
                 before = manifest(Path(checkpoint)).get("processes", 1)

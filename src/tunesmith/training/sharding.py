@@ -183,11 +183,12 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def write(trainer: Any, folder: Path, states: Mapping[str, torch.Tensor]) -> None:
     """Write trained weights and the optimizer's tensors by name, each process its shares; all of them call it."""
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     tensors = {**_trained(trainer.model), **states}
-    writer = checkpoint.HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
-    checkpoint.save(tensors, storage_writer=writer)
+    writer = HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
+    save(tensors, storage_writer=writer)
 
 
 def is_sharded(folder: Path) -> bool:
@@ -234,16 +235,16 @@ def shared_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _metadata(folder: Path) -> Mapping[str, Any]:
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    found: Mapping[str, Any] = (
-        checkpoint.HuggingFaceStorageReader(str(folder / FOLDER)).read_metadata().state_dict_metadata
-    )
+    reader = HuggingFaceStorageReader(str(folder / FOLDER))
+    found: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
     return found
 
 
 def _read(folder: Path, into: Mapping[str, torch.Tensor], *, together: bool) -> None:
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     there = _metadata(folder)
     for name, tensor in into.items():
@@ -255,5 +256,5 @@ def _read(folder: Path, into: Mapping[str, torch.Tensor], *, together: bool) -> 
                 f"{tuple(tensor.shape)}",
                 fix="Continue with the recipe and the base model that the run was started with.",
             )
-    reader = checkpoint.HuggingFaceStorageReader(str(folder / FOLDER))
-    checkpoint.load(dict(into), storage_reader=reader, no_dist=not together)
+    reader = HuggingFaceStorageReader(str(folder / FOLDER))
+    load(dict(into), storage_reader=reader, no_dist=not together)

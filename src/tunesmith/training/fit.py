@@ -389,6 +389,7 @@ def quiet_libraries() -> None:
         "PiSSA changes the base weights.*",
         "OLoRA changes.*",
         ".*`broadcast_buffers` is deprecated.*",
+        "torch.distributed is disabled, unavailable or uninitialized.*",
     ):
         warnings.filterwarnings("ignore", message=message)  # known, and answered by what we do
     # With this package libraries run compiled code from the Hub: bitsandbytes when it is imported, transformers on

@@ -25,8 +25,17 @@ ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4
 LORA = {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.0}, "training": ONE_BY_ONE}
 DPO_RECIPE = {"method": {"kind": "dpo"}}
 KINDS = {"full sft": {}, "lora sft": LORA, "full dpo": DPO_RECIPE, "lora dpo": {**LORA, **DPO_RECIPE}}
-CONTINUED = ("full sft", "lora sft", "full dpo")
-IN_CI = ("full sft", "lora dpo")
+SHARES = " in shares"
+KINDS |= {kind + SHARES: {**changes, "parallel": {"kind": "fsdp"}} for kind, changes in KINDS.items()}
+CONTINUED = ("full sft", "lora sft", "full dpo", "full dpo in shares", "lora sft in shares")
+IN_CI = (
+    "full sft",
+    "lora dpo",
+    "full sft in shares",
+    "full dpo in shares",
+    "lora sft in shares",
+    "lora dpo in shares",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -276,8 +285,12 @@ def trained(recipes, tmp_path, processes) -> None:
 
 def same_as_one(asked, tmp_path, kinds, processes) -> None:
     trained([asked(f"{kind} in {processes}", KINDS[kind]) for kind in kinds], tmp_path, processes)
+    alone: dict[str, Path] = {}
     for kind in kinds:
-        several, one = tmp_path / "runs" / f"{kind} in {processes}", api.train(asked(kind, KINDS[kind])).run
+        several, plain = tmp_path / "runs" / f"{kind} in {processes}", kind.removesuffix(SHARES)
+        if plain not in alone:
+            alone[plain] = api.train(asked(plain, KINDS[plain])).run
+        one = alone[plain]
         for what in ("step", "evaluation"):
             assert losses(several, what).keys() == losses(one, what).keys()
             assert losses(several, what) == pytest.approx(losses(one, what), abs=1e-5), (kind, what)
@@ -285,6 +298,10 @@ def same_as_one(asked, tmp_path, kinds, processes) -> None:
         assert_written_once(several, processes)
         events = {run: [e for e in Run(run).events() if e["kind"] == "step"] for run in (several, one)}
         assert [e["tokens"] for e in events[several]] == [e["tokens"] for e in events[one]]
+        norms = [[e["grad_norm"] for e in events[run]] for run in (several, one)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4), "clipped by the norm of the whole gradient"
+        if kind.endswith(SHARES):
+            assert_in_shares(several, one)
         if kind not in CONTINUED:
             continue
         # Continued in one process: at the same row, with the same numbers.
@@ -294,6 +311,29 @@ def same_as_one(asked, tmp_path, kinds, processes) -> None:
         assert [e["step"] for e in Run(several).events() if e.get("state") == "training"] == [0, 4]
         said = [e["message"] for e in Run(several).events() if e["kind"] == "warning"]
         assert any(f"the number of processes was {processes}, is 1" in message for message in said)
+
+
+def assert_in_shares(run: Path, one: Path) -> None:
+    """A checkpoint is in shares and no pickle; the model at the end is whole, and that of one process."""
+    from safetensors.torch import load_file
+
+    for folder in (run / "checkpoints").iterdir():
+        listed = set(json.loads((folder / "manifest.json").read_text())["files"])
+        assert len([name for name in listed if name.startswith("sharded/")]) == 2
+        assert {Path(name).suffix for name in listed} <= {".safetensors", ".json"}
+    [told] = [e for e in Run(run).events() if e.get("name") == "sharding"]
+    assert told["value"] == "1/2 in each process"
+    [mine], [its] = ([*(folder / "final_model").glob("*.safetensors")] for folder in (run, one))
+    mine, its = load_file(mine), load_file(its)
+    assert {name: t.shape for name, t in mine.items()} == {name: t.shape for name, t in its.items()}
+    assert all(t.numel() for t in mine.values())
+    assert max(float((t - its[name]).abs().max()) for name, t in mine.items()) < 1e-4
+    for name in ("config.json", "adapter_config.json"):
+        if (one / "final_model" / name).exists():
+            written = [json.loads((folder / "final_model" / name).read_text()) for folder in (run, one)]
+            for facts in written:
+                facts["target_modules"] = sorted(facts.get("target_modules", ()))
+            assert written[0] == written[1]
 
 
 def assert_written_once(run: Path, processes: int) -> None:
@@ -337,11 +377,24 @@ def test_a_run_of_one_process_is_continued_by_two(asked, tmp_path):
     assert losses(run) == pytest.approx(one, abs=1e-5)
 
 
+@pytest.mark.thorough
+def test_weights_go_into_shares_and_come_out_of_them_where_a_run_goes_on(asked):
+    """One process, then two with shares of the same weights and states, then one."""
+    one = losses(api.train(asked("one")).run)
+    run = api.train(asked("more", {"parallel": {"kind": "fsdp"}})).run
+    for step, processes in ((2, 2), (4, 1)):
+        unfinished(run)
+        api.resume(run, checkpoint=f"checkpoint-step-{step}", processes=processes)
+        assert losses(run) == pytest.approx(one, abs=1e-5)
+
+
 @pytest.mark.slow
-def test_a_killed_process_ends_the_job_with_the_reason_and_the_run_goes_on(asked):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_killed_process_ends_the_job_with_the_reason_and_the_run_goes_on(asked, parallel):
     import psutil
 
-    recipe = asked("killed", {"launch": {"kind": "accelerate", "processes": 2}}, num_epochs=12, save_steps=4)
+    sections = {"launch": {"kind": "accelerate", "processes": 2}, "parallel": {"kind": parallel}}
+    recipe = asked("killed", sections, num_epochs=12, save_steps=4)
     killed, seen = [], []
 
     def watch(event):

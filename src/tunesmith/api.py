@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith import launch, libraries, ranks
+from tunesmith import launch, libraries, parallel, ranks
 from tunesmith.errors import (
     INTERRUPTED,
     TERMINATED,
@@ -86,7 +86,7 @@ if TYPE_CHECKING:
     from tunesmith.training.self_check import SelfCheck
     from tunesmith.training.verifying import Verified
 
-MAY_CHANGE = ("output_dir", "name", "preset", "evaluation", "export", "tracking", "launch")
+MAY_CHANGE = ("output_dir", "name", "preset", "evaluation", "export", "tracking", "launch", "parallel")
 """Parts of the recipe that a continued run may change: none of them touches the weights."""
 
 
@@ -2621,6 +2621,7 @@ def _check_before_training(recipe: Recipe) -> None:
                 found=why,
                 fix="Leave --launch out, or start it without a launcher.",
             )
+    parallel.check(recipe, number)
     evaluation.check_scoring(recipe.evaluation.metrics or [], gives_scores=method.head is not None)
     models.check_fit(
         recipe.model.base,

@@ -95,6 +95,7 @@ FLAGS: dict[str, str] = {
     "--attempts": "evaluation.attempts",
     "--launch": "launch.kind",
     "--processes": "launch.processes",
+    "--parallel": "parallel.kind",
     "--workers": "launch.workers",
     "--trackers": "tracking.trackers",
     "--push-to-hub": "export.push_to_hub",
@@ -159,6 +160,15 @@ FACTS["launch.kind"] = FieldFact(
     " | ".join(union_members("launch")),
     "local",
     "Where the run runs: in this process, or in several of this machine that share every step (`docs/accelerate.md`).",
+)
+
+
+FACTS["parallel.kind"] = FieldFact(
+    "parallel.kind",
+    None,
+    " | ".join(union_members("parallel")),
+    "ddp",
+    "How several processes hold the model: whole in each (ddp), or in shares (fsdp, deepspeed; `docs/accelerate.md`).",
 )
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import tunesmith.evaluation as evaluation
-from tunesmith import data, devices, engines, launch, models, ranks
+from tunesmith import data, devices, engines, launch, models, parallel, ranks
 from tunesmith import estimate as estimating
 from tunesmith import plan as planning
 from tunesmith.data.cache import Encodings, StoredExamples
@@ -48,8 +48,8 @@ from tunesmith.export.card import write_card
 from tunesmith.methods import METHODS, Method
 from tunesmith.methods.kto import shuffled
 from tunesmith.methods.preferred import without_reference_pass
-from tunesmith.plan import Plan
-from tunesmith.recipe import SFT, LoRA, QLoRA, Recipe, Tracking, Training
+from tunesmith.plan import Decision, Plan
+from tunesmith.recipe import FSDP, SFT, DeepSpeed, LoRA, QLoRA, Recipe, Tracking, Training
 from tunesmith.training import gpu
 from tunesmith.training.fit import Fit, arguments, fit
 from tunesmith.training.order import by_length, order_by_length
@@ -117,7 +117,7 @@ def plan(
             f"padding {padded_share(lengths, batch):.1%} before, {padded_share(rows, batch):.1%} after, each batch "
             "of them in the order of the data filled up to its longest"
         )
-    return planning.resolve(
+    found = planning.resolve(
         training,
         recipe.model,
         adapter_kind=recipe.adapter.kind,
@@ -131,6 +131,18 @@ def plan(
         elsewhere=devices.named(device) if device else None,
         processes=launch.processes(recipe.launch),
     )
+    parallel.check_device(recipe.parallel, found.processes, found.device, is_here=device is None)
+    told = parallel.decided(recipe.parallel, found.processes, found.device, training)
+    number = None
+    if isinstance(recipe.parallel, DeepSpeed) and found.processes > 1:
+        facts = devices.named(device) if device else devices.here(found.device)
+        model = estimating.hollow(recipe, found.dtype)
+        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        states = estimating.state_bytes(training.optimizer, model)
+        alone = parallel.Model(sum(p.nbytes for p in model.parameters()), trained, states, layer=0, rest=0)
+        number = parallel.stage(recipe.parallel, alone, found.processes, facts.memory)
+        told.append(Decision("ZeRO stage", number, parallel.STAGES[number]))
+    return replace(found, decisions=(*found.decisions, *told), zero_stage=number)
 
 
 def estimate(
@@ -147,7 +159,14 @@ def estimate(
     method = METHODS[recipe.method.kind]
     facts = devices.named(device) if device else devices.here(plan.device)
     training, _, _ = method.settled(recipe.method, recipe.training, _examples(method, encodings.train))
+    own = planning.dealt(training, plan.processes)
+    # The batches of all processes: each takes its share of them.
+    passes = own.gradient_accumulation_steps * plan.processes
+    training = own.model_copy(update={"gradient_accumulation_steps": passes})
     recipe = recipe.model_copy(update={"training": training})
+    if isinstance(recipe.parallel, DeepSpeed):
+        section = recipe.parallel.model_copy(update={"stage": plan.zero_stage})
+        recipe = recipe.model_copy(update={"parallel": section})
     given = estimating.Rows(
         _row_lengths(method, encodings.train, packing),
         validation=_row_lengths(method, encodings.validation, None) if len(encodings.validation) else [],
@@ -638,13 +657,12 @@ def _fitted(
     with ranks.together(plan.device):
         set_seed(recipe.training.seed)
         tokenizer, _ = _tokenizer(recipe)
+        own = planning.dealt(training, ranks.count())
         given = arguments(
-            plan,
-            planning.dealt(training, ranks.count()),
-            recipe.tracking,
-            name=prepared.path.name,
-            staging=prepared.path / ".staging",
+            plan, own, recipe.tracking, name=prepared.path.name, staging=prepared.path / ".staging"
         )
+        if isinstance(recipe.parallel, DeepSpeed) and plan.zero_stage:
+            given["deepspeed"] = parallel.configuration(recipe.parallel, plan.zero_stage, plan, own)
         trainer = _trainer(recipe, prepared, tokenizer, plan, encodings, packing, given)
         return fit(
             trainer,
@@ -746,11 +764,13 @@ def _trainer(
 ) -> Any:
     """The method's trainer on a model that is loaded for it."""
     method = METHODS[recipe.method.kind]
+    section = recipe.parallel if isinstance(recipe.parallel, FSDP) and ranks.count() > 1 else None
+    is_packed = isinstance(recipe.adapter, QLoRA)
     model = models.load_model(
         recipe.model.base,
         revision=recipe.model.revision,
         dtype=plan.dtype,
-        device=plan.device,
+        device="cpu" if section and not is_packed else plan.device,  # a device gets its shares only
         attention=recipe.model.attention,
         quantize=recipe.adapter if isinstance(recipe.adapter, QLoRA) else None,
         head=method.head,
@@ -769,6 +789,10 @@ def _trainer(
         why = "gradients of fp16 are scaled up, which half a number cannot hold"
         run.event("decision", name="trained weights", value=f"{count:,} in float32", reason=why)
     models.set_stop_tokens(model, tokenizer)
+    if section:
+        from tunesmith.training import sharding
+
+        sharding.mark(model, section)
     described = models.describe(model).sentence()
     run.event("decision", name="model", value=described, reason=f"adapter.kind is {recipe.adapter.kind}")
     with models.keeping_types(model):

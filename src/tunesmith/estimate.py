@@ -21,6 +21,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from tunesmith import parallel
 from tunesmith.devices import DeviceFacts
 from tunesmith.errors import OutOfResources, TunesmithError
 from tunesmith.heap import Block, most_held
@@ -71,6 +72,8 @@ ABOUT = {
     "process": "Python with its libraries and the data, measured",
     "weights": "of all models that are loaded, frozen ones too",
     "gradients": "of what is trained",
+    "gathered": "weights of other processes, for the layers that are run",
+    "buckets": "gradients on their way to the other processes",
     "optimizer": "its running means",
     "activations": "kept from the forward for the backward pass",
     "head": "what has the vocabulary's width: logits and their gradients",
@@ -334,6 +337,10 @@ class Traced:
     """Bytes of the largest trained matrix."""
     saved: int
     """Bytes of what is saved as the model."""
+    layer: int
+    """Bytes of the weights of the largest layer."""
+    rest: int
+    """Bytes of the weights outside of the layers."""
     step: dict[str, int]
     costs: tuple[tuple[float, float], ...]
     flops: float
@@ -457,6 +464,7 @@ def _traced(
     import torch
 
     from tunesmith.methods import METHODS
+    from tunesmith.models import layer_stacks
     from tunesmith.tracing import counting
 
     notes: list[str] = []
@@ -520,6 +528,7 @@ def _traced(
             if isinstance(recipe.adapter, LoRA)
             else _bytes({id(p): p for p in model.parameters()}.values())
         )
+        layers = [_bytes(layer.parameters()) for stack in layer_stacks(model) for layer in stack]
         width = max(
             (v.shape[-1] for v in inputs.values() if isinstance(v, torch.Tensor) and v.dim() == 2), default=0
         )
@@ -529,6 +538,8 @@ def _traced(
             states=state_bytes(recipe.training.optimizer, model),
             largest=max((p.nbytes for p in trained), default=0),
             saved=saved,
+            layer=max(layers, default=0),
+            rest=max(_bytes({id(p): p for p in model.parameters()}.values()) - sum(layers), 0),
             step=dict(parts),
             costs=tuple(costs),
             flops=flops,
@@ -639,9 +650,15 @@ def roofline(costs: Iterable[tuple[float, float]], facts: DeviceFacts, dtype: st
 
 
 def stages(
-    traced: Traced, recipe: Recipe, facts: DeviceFacts, *, process: int, evaluation: Parts | None = None
+    traced: Traced,
+    recipe: Recipe,
+    facts: DeviceFacts,
+    *,
+    process: int,
+    evaluation: Parts | None = None,
+    processes: int = 1,
 ) -> dict[str, Parts]:
-    """Bytes by part in each stage of a run that holds memory."""
+    """Bytes by part in each stage of a run that holds memory; in one of its processes where these are several."""
     on_cpu = facts.kind == "cpu"
     fixed = {"process": process} if on_cpu else {"reserved": facts.reserved}
     optimizer = traced.states
@@ -686,7 +703,16 @@ def stages(
         if replayed and name in ("training", "updating"):
             spread = max(replayed[name == "updating"] - loose - parts["optimizer"], 0)
         parts["spread"] = int(spread)
-    return {name: {part: held for part, held in parts.items() if held} for name, parts in found.items()}
+    alone = parallel.Model(traced.weights, traced.trained, traced.states, traced.layer, traced.rest)
+    lower = recipe.training.mixed_precision == "bf16" and not on_cpu
+    return {
+        name: {part: size for part, size in parts.items() if size}
+        if processes == 1
+        else parallel.held(
+            recipe.parallel, alone, parts, processes=processes, capacity=facts.memory, lower=lower
+        )
+        for name, parts in found.items()
+    }
 
 
 SPREAD = {"cpu": 0.03, "cuda": 0.03, "mps": 0.05}
@@ -781,7 +807,8 @@ def estimate(
     share = found_batches.share(rows, batch, pads=not traced.unpadded)
     answers, notes = answering(recipe, rows, facts=facts, dtype=dtype)
     held = process()  # now that every library is loaded
-    found = stages(traced, recipe, facts, process=held, evaluation=answers)
+    several = plan.processes
+    found = stages(traced, recipe, facts, process=held, evaluation=answers, processes=several)
     if facts.kind == "cpu" and None in traced.replayed.values():
         notes.append(
             f"the allocator could not be asked what it holds beyond what is alive: {SPREAD['cpu']:.0%} are taken"
@@ -798,6 +825,8 @@ def estimate(
             traced, rows, batch, share, facts, dtype, precision, measure
         )
     accumulation = len(found_batches.starts) / found_batches.steps  # an epoch's last step may have fewer
+    if several > 1 and facts.kind != "cpu":  # where processes share the cores nothing is gained
+        accumulation /= several
     update = 14 * traced.trained / (facts.bandwidth * facts.bandwidth_share)
     per_token = _roofline_of_writing(traced.writing_costs, facts, dtype)
     if rows.answers and measure:
@@ -814,6 +843,12 @@ def estimate(
     kept = saves * (traced.saved + traced.states)
     if recipe.training.load_best_model_at_end:
         kept += (validations + 1) * traced.saved
+    if several > 1:
+        notes.append(
+            f"memory is that of one of {several} processes, without the buffers of their connections; what they send "
+            "one another is not in the seconds"
+            + (", and on a CPU they share its cores" * (facts.kind == "cpu"))
+        )
     step_flops = accumulation * traced.flops * share
     result = Estimate(
         device=facts.name,
@@ -836,7 +871,8 @@ def estimate(
         result = replace(result, largest_batch=_largest(result, traced_as, recipe, rows, facts.kind))
     if result.missing:
         result = replace(
-            result, remedies=tuple(_remedies(result, traced_as, recipe, rows, facts, held, answers, check))
+            result,
+            remedies=tuple(_remedies(result, traced_as, recipe, rows, facts, held, answers, check, several)),
         )
     return result
 
@@ -1098,7 +1134,7 @@ def _largest(
 
 def _remedies(
     found: Estimate, traced_as: Callable[..., Traced], recipe: Recipe, rows: Rows, facts: DeviceFacts, process: int,
-    answers: Parts, check: Callable[[Recipe], None],
+    answers: Parts, check: Callable[[Recipe], None], processes: int,
 ) -> Iterator[Remedy]:  # fmt: skip
     """The three least harmful changes with which the run fits; where none does, those that come closest."""
     tried: list[Remedy] = []
@@ -1109,7 +1145,10 @@ def _remedies(
         if harmed.evaluation.batch_tokens < recipe.evaluation.batch_tokens:
             fewer = {name: b // 4 for name, b in fewer.items()}
         peak = max(
-            sum(p.values()) for p in stages(traced, harmed, facts, process=process, evaluation=fewer).values()
+            sum(p.values())
+            for p in stages(
+                traced, harmed, facts, process=process, evaluation=fewer, processes=processes
+            ).values()
         )
         fixed = process if facts.kind == "cpu" else facts.reserved
         if peak <= found.capacity or peak - fixed < 0.98 * (found.peak - fixed):

@@ -460,7 +460,7 @@ def load_model(
     if attention != "auto":
         options["attn_implementation"] = attention
     if quantize:
-        place = 0 if device == "cuda" else device
+        place = torch.cuda.current_device() if device == "cuda" else device  # each process has its own
         options |= {
             "quantization_config": four_bit(quantize, head, device=device),
             "device_map": {"": place},

@@ -54,6 +54,8 @@ class Plan:
     """What the run takes, where that was worked out."""
     processes: int = 1
     """Processes that share the rows of every step."""
+    zero_stage: int | None = None
+    """What DeepSpeed spreads over them, where it does."""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plan.json keeps it."""

@@ -1066,6 +1066,50 @@ class Kubernetes(_Cluster):
 
 Launch = Annotated[Local | Accelerate | Ray | Slurm | Kubernetes, Field(discriminator="kind")]
 
+
+class DDP(Section):
+    """Every process holds the whole model, and gradients are averaged after the backward pass."""
+
+    kind: Literal["ddp"] = "ddp"
+
+
+class FSDP(Section):
+    """Each process holds a share of every weight, gradient and optimizer state, and gathers a layer when it is run
+    (PyTorch's FSDP2). `training.gradient_checkpointing` and `training.mixed_precision` count as everywhere."""
+
+    kind: Literal["fsdp"] = "fsdp"
+
+    reshard_after_forward: bool = True
+    """Give a layer's weights back after its forward pass and gather them again for the backward pass: less memory, half
+    as much again to send. Without it only gradients and optimizer states are spread between passes."""
+
+    cpu_offload: bool = False
+    """Keep shares and optimizer states in the machine's memory, and take the optimizer's steps there: least memory of
+    the GPU, much slower steps. On a CPU it changes nothing."""
+
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which gradients are summed over the processes under bf16: bfloat16 sends half as much and rounds more."""
+
+
+class DeepSpeed(Section):
+    """DeepSpeed's ZeRO: optimizer states (1), gradients too (2), weights too (3) are spread over the processes. Needs
+    CUDA and the package."""
+
+    kind: Literal["deepspeed"] = "deepspeed"
+
+    stage: Literal[1, 2, 3] | None = None
+    """What is spread; by default the lowest stage with which weights, gradients and states of one process take no more
+    than half of its GPU."""
+
+    offload_optimizer: bool = False
+    """Keep the optimizer's states in the machine's memory and update the weights there."""
+
+    offload_parameters: bool = False
+    """Keep the weights in the machine's memory between their uses; stage 3 only."""
+
+
+Parallel = Annotated[DDP | FSDP | DeepSpeed, Field(discriminator="kind")]
+
 Method = Annotated[
     SFT | Seq2Seq | DPO | KTO | ORPO | CPO | SimPO | RewardModel | GRPO | RLOO | PPO,
     Field(discriminator="kind"),
@@ -1097,6 +1141,7 @@ class Recipe(Section):
     export: Export = Export()
     tracking: Tracking = Tracking()
     launch: Launch = Local()
+    parallel: Parallel = DDP()
 
 
 @dataclass(frozen=True)

@@ -282,18 +282,21 @@ def environment_differences(folder: Path) -> list[str]:
 
 
 def not_finite(model: Any) -> str | None:
-    """The name of the first trained weight with a value that is no number; None where all are."""
-    import torch
+    """The name of the first trained weight with a value that is no number; None where all are. Of a sharded model in
+    this process's share."""
+    from tunesmith.training import sharding
 
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not bool(torch.isfinite(parameter.detach()).all()):
+        if parameter.requires_grad and not sharding.is_finite(parameter):
             return str(name)
     return None
 
 
 def require_finite(trainer: Any) -> None:
-    """Raises TrainingDiverged rather than let weights be saved that are no numbers."""
-    if name := not_finite(trainer.model):
+    """Raises TrainingDiverged rather than let weights be saved that are no numbers. All processes of a run ask."""
+    name = not_finite(trainer.model)
+    if ranks.any_of(name is not None):
+        name = name or "a weight in another process's share"
         raise TrainingDiverged(
             f"The weights are no longer numbers at step {trainer.state.global_step}; nothing was saved.",
             found=f"a value of {name} is infinite or no number",
@@ -346,7 +349,7 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
     """
     from transformers import Trainer
 
-    from tunesmith.training import state
+    from tunesmith.training import sharding, state
     from tunesmith.training.steps import Abandoned, guarded_steps
 
     guarded = guarded_steps(trainer_class, run, splits)
@@ -358,7 +361,43 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
                 # The Trainer would spread each batch over all GPUs that it sees (DataParallel), which multiplies the
                 # batch of recipe and plan and calls copies of the model that have not our forward.
                 arguments._n_gpu = 1
+            self.sharding = sharding.of(named.get("model"))
             super().__init__(*given, **named)
+
+        # Weights in shares: nothing is placed on a device before each process has its own (`sharding`)
+
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            if self.sharding:
+                self.accelerator.device_placement = False
+
+        def _move_model_to_device(self, model: Any, device: Any) -> None:
+            if not self.sharding:
+                super()._move_model_to_device(model, device)
+
+        def _defer_fsdp_gradient_reduction(self) -> Any:
+            """Gradients are summed after each backward pass, and only shares of them are held."""
+            return contextlib.nullcontext()
+
+        def _prepare_for_training(self, steps: int, loader: Any, checkpoint: str | None) -> Any:
+            if self.is_deepspeed_enabled and checkpoint:
+                before = manifest(Path(checkpoint)).get("processes", 1)
+                if before != ranks.count():
+                    raise RunError(
+                        f"A checkpoint of DeepSpeed is continued by as many processes as have written it, {before}.",
+                        found=f"{ranks.count()} processes",
+                        fix=f"tunesmith resume RUN --processes {before}. Checkpoints of parallel.kind fsdp go with any "
+                        "number.",
+                    )
+            if self.sharding:
+                sharding.spread(self, self.sharding, run)
+            return super()._prepare_for_training(steps, loader, checkpoint)
+
+        def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+            if sharding.is_sharded(Path(checkpoint)):
+                sharding.read_weights(self.model, Path(checkpoint))
+            else:
+                super()._load_from_checkpoint(checkpoint, model)
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             require_finite(self)
@@ -409,7 +448,9 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
             """None of TRL's with each checkpoint: the run's card comes from us."""
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-            if trainer_class._save is not Trainer._save:  # one that has more than a model to save
+            if self.sharding:  # the weights are with the optimizer's state, each share by its process
+                Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            elif trainer_class._save is not Trainer._save:  # one that has more than a model to save
                 super()._save(output_dir, state_dict)
             elif self.args.should_save:
                 save_weights(self, Path(output_dir or self.args.output_dir), state_dict)
@@ -417,12 +458,15 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
         # The state, without pickle, all of it or none
 
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            is_theirs = self.is_deepspeed_enabled and not self.args.deepspeed
+            if is_theirs or self.is_fsdp_enabled:
                 raise RunError(
-                    "Checkpoints are written by one process that holds the whole model.",
+                    "How processes hold the model is the recipe's to say.",
                     found="DeepSpeed or FSDP in the accelerate configuration",
-                    fix="Switch it off: accelerate launch --num_processes 1 -m tunesmith ...",
+                    fix="Switch it off there, and give --parallel fsdp or --parallel deepspeed.",
                 )
+            if self.is_deepspeed_enabled:  # each process's own part, in DeepSpeed's format
+                super()._save_optimizer_and_scheduler(output_dir)
             state.write(self, Path(output_dir))
 
         def _save_scaler(self, output_dir: str) -> None:
@@ -433,7 +477,7 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
 
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
             if checkpoint is not None:
-                self._read_state = state.read(Path(checkpoint))
+                self._read_state = state.read(Path(checkpoint), self.optimizer)
                 state.restore_optimizer(self, self._read_state)
 
         def _load_scaler(self, checkpoint: str | None) -> None:

@@ -202,7 +202,11 @@ def fit(
         trainer.add_callback(callbacks.Releasing(release))
     if pace and is_first:
         trainer.add_callback(callbacks.Pace(pace, tokens_per_step=tokens_per_step))
-    if samples and is_first:
+    if samples and (trainer.sharding or trainer.is_deepspeed_enabled):
+        run.event(
+            "decision", name="samples", value="none while training", reason="no process has the whole model"
+        )
+    elif samples and is_first:
         trainer.add_callback(callbacks.Samples(run, trainer.processing_class, samples, max_new_tokens))
     if tensorboard and is_first:
         from torch.utils.tensorboard import SummaryWriter
@@ -236,13 +240,14 @@ def fit(
             fix=f"tunesmith resume {run.path}",
             exit_code=stop.exit_code,
         )
-    if not is_first:
-        return Fit(run.final_model, trainer.state.global_step, 0, None, None, 0.0, 0, 0)
-    info = run.read(f"best_model/{BEST}")
-    if not (training.load_best_model_at_end and info):
+    info = ranks.shared(run.read(f"best_model/{BEST}") if is_first else None)
+    takes_last = not (training.load_best_model_at_end and info)
+    if takes_last:
         info = {"step": trainer.state.global_step, "eval_loss": None}
         save_model(trainer, run.final_model, initial, info)
-    else:
+    if not is_first:
+        return Fit(run.final_model, trainer.state.global_step, 0, None, None, 0.0, 0, 0)
+    if not takes_last:
         copy_whole(run.best_model, run.final_model)
     if best_one := run.read(f"best_model/{BEST}"):
         told = _why(training, trainer.state.log_history, best_one, higher_is_better)
@@ -304,10 +309,16 @@ def _value(value: float, by: str) -> str:
 
 
 def save_model(trainer: Any, folder: Path, initial_adapter: Path | None, info: Mapping[str, Any]) -> None:
-    """Weights or adapter, tokenizer with template, and generation defaults, put in place as a whole."""
+    """Weights or adapter, tokenizer with template, and generation defaults, put in place as a whole. All processes of a
+    run call it; the first one writes, and of a sharded model the others give it their shares."""
+    from tunesmith.training import sharding
+
+    checkpoints.require_finite(trainer)
+    state = sharding.whole(trainer.model) if trainer.sharding else None
+    if trainer.is_deepspeed_enabled:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.args.should_save:
         return
-    checkpoints.require_finite(trainer)
     staging = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -316,7 +327,9 @@ def save_model(trainer: Any, folder: Path, initial_adapter: Path | None, info: M
             staging, path_initial_model_for_weight_conversion=str(initial_adapter / "initial")
         )
     else:
-        model.save_pretrained(staging)
+        model.save_pretrained(staging, **({} if state is None else {"state_dict": state}))
+    if state is not None:
+        sharding.check_whole(staging, state)
     trainer.processing_class.save_pretrained(staging)
     write_whole(staging / BEST, json.dumps(info, indent=1))
     _swap(staging, folder)
@@ -376,6 +389,7 @@ def quiet_libraries() -> None:
         "PiSSA changes the base weights.*",
         "OLoRA changes.*",
         ".*`broadcast_buffers` is deprecated.*",
+        "torch.distributed is disabled, unavailable or uninitialized.*",
     ):
         warnings.filterwarnings("ignore", message=message)  # known, and answered by what we do
     # With this package libraries run compiled code from the Hub: bitsandbytes when it is imported, transformers on

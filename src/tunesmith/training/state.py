@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from tunesmith import ranks
 from tunesmith.errors import MissingExtra, RunError
+from tunesmith.training import sharding
 
 NUMBERS, TENSORS = "training_state.json", "training_state.safetensors"
 
@@ -124,10 +125,10 @@ def write(trainer: Any, folder: Path) -> None:
         # Each has a part of it, and the log takes their mean.
         [total] = ranks.summed([float(loop["_tr_loss"])])
         loop["_tr_loss"] = torch.full_like(loop["_tr_loss"], total / ranks.count())
-    if not ranks.is_first():
+    if not ranks.is_first() and not trainer.sharding:
         return
     state = {
-        "optimizer": trainer.optimizer.state_dict(),
+        "optimizer": None if trainer.is_deepspeed_enabled else trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "random": random_numbers if ranks.count() > 1 else random_numbers[0],
@@ -135,6 +136,11 @@ def write(trainer: Any, folder: Path) -> None:
     }
     found: dict[str, torch.Tensor] = {}
     tree = packed(state, found, "state")
+    if trainer.sharding:
+        sharding.write(trainer, folder, found)
+        if ranks.is_first():
+            (folder / NUMBERS).write_text(json.dumps({"format": 1, **tree}), encoding="utf-8")
+        return
     # Safetensors refuses tensors that share memory: the 8-bit optimizers have one table for all parameters.
     places: set[int] = set()
     for name, tensor in found.items():
@@ -147,11 +153,13 @@ def write(trainer: Any, folder: Path) -> None:
     (folder / NUMBERS).write_text(json.dumps({"format": 1, **tree}), encoding="utf-8")
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The state in a checkpoint's folder. Raises RunError where there is none of this format."""
+def read(folder: Path, optimizer: Any = None) -> dict[str, Any]:
+    """The state in a checkpoint's folder; of one in shares, `optimizer`'s parameters say which are this process's.
+    Raises RunError where there is none of this format."""
     try:
         tree = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
-        tensors = load_file(folder / TENSORS)
+        is_sharded = sharding.is_sharded(folder)
+        tensors = sharding.read_states(optimizer, folder) if is_sharded else load_file(folder / TENSORS)
     except OSError as error:
         raise RunError(
             f"{folder} has no state of optimizer and random numbers, so nothing can be continued from it exactly.",
@@ -165,14 +173,26 @@ def read(folder: Path) -> dict[str, Any]:
 def restore_optimizer(trainer: Any, state: Mapping[str, Any]) -> None:
     """Give optimizer, schedule and loss scale back what they had, every tensor in its own type."""
     optimizer, saved = trainer.optimizer, state["optimizer"]
+    if saved is None:  # of DeepSpeed, which has its own
+        trainer.lr_scheduler.load_state_dict(state["scheduler"])
+        return
+    inner = getattr(optimizer, "optimizer", optimizer)
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    for number, parameter in enumerate(parameters) if trainer.sharding else ():
+        own = saved["state"].get(number, {})
+        own.update(
+            {
+                name: sharding.shared_like(v, parameter)
+                for name, v in own.items()
+                if isinstance(v, torch.Tensor)
+            }
+        )
     try:
         optimizer.load_state_dict(saved)
     except (ValueError, KeyError) as error:
         raise RunError(
             "The checkpoint's optimizer is not of the parameters that the recipe trains.", found=str(error)
         ) from None
-    inner = getattr(optimizer, "optimizer", optimizer)
-    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
         # torch brings the state into the parameter's type, in which what was kept in float32 loses digits.

@@ -287,7 +287,7 @@ def parts(batch: Mapping[str, Any], splits: Splits, rows: int) -> Iterator[tuple
 
 def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
     """The trainer class with steps that make do with less memory, and that know the rows they take."""
-    from tunesmith.training import state  # loads torch, which the methods' names do without
+    from tunesmith.training import sharding, state  # load torch, which the methods' names do without
 
     class GuardedTrainer(trainer_class):  # type: ignore[misc]
         current_gradient_accumulation_steps: float
@@ -625,7 +625,11 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
             bad = [place for place, loss in enumerate(losses) if not math.isfinite(float(loss))]
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             # Under fp16 the loss scaler itself skips a step whose gradient is too large.
-            good = self.args.fp16 or not gradients or torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+            good = (
+                self.args.fp16
+                or not gradients
+                or torch.isfinite(sharding.plain(torch.nn.utils.get_total_norm(gradients)))
+            )
             if good and not bad:
                 return
             weight = not_finite(self.model)

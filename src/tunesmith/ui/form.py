@@ -58,8 +58,8 @@ class _Unset:
 UNSET = _Unset()
 """The value of a control that was cleared: the field leaves the layer."""
 
-ELSEWHERE = ("launch",)
-"""Sections that the form has not: its runs are jobs of this machine."""
+ELSEWHERE = ("launch", "parallel")
+"""Sections that the form has not: its runs are jobs of one process of this machine."""
 
 KINDS = tuple(
     name for name, field in Recipe.model_fields.items() if field.discriminator and name not in ELSEWHERE

@@ -1,0 +1,101 @@
+"""How several processes hold a model: what is refused, what each holds, and DeepSpeed's configuration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tunesmith import parallel
+from tunesmith.compose import compose
+from tunesmith.errors import OutOfResources, RecipeError, RunError
+from tunesmith.recipe import DDP, FSDP, DeepSpeed, Training
+
+ALONE = parallel.Model(weights=8_000, trained=8_000, states=16_000, layer=1_000, rest=2_000)
+STEP = {"weights": 8_000, "gradients": 8_000, "optimizer": 16_000, "activations": 500, "head": 70}
+
+
+def held(section, processes=4, **more):
+    return parallel.held(section, ALONE, STEP, processes=processes, capacity=40_000, **more)
+
+
+def test_one_process_holds_what_it_holds_alone():
+    assert held(FSDP(), processes=1) == STEP
+
+
+def test_each_of_several_holds_its_share_and_what_it_gathers():
+    assert held(DDP()) == {**STEP, "buckets": 8_000}
+    shares = {"weights": 2_000, "gradients": 2_000, "optimizer": 4_000, "activations": 500, "head": 70}
+    assert held(FSDP()) == {**shares, "gathered": 4_000, "buckets": 3_000}
+    assert held(FSDP(), lower=True) == {**shares, "gathered": 2_000, "buckets": 1_500}
+    assert held(FSDP(reshard_after_forward=False))["gathered"] == 8_000
+    assert "weights" not in held(FSDP(cpu_offload=True))
+    assert held(DeepSpeed(stage=1)) == {**STEP, "optimizer": 4_000}
+    assert held(DeepSpeed(stage=2))["gradients"] == 2_000
+    assert held(DeepSpeed(stage=3))["weights"] == 2_000
+    more = [sum(held(FSDP(), processes=n).values()) for n in (2, 4, 8)]
+    assert more == sorted(more, reverse=True)
+
+
+@pytest.mark.parametrize(("capacity", "stage"), [(100_000, 1), (30_000, 2), (20_000, 3)])
+def test_the_stage_is_the_lowest_with_room_for_activations(capacity, stage):
+    assert parallel.stage(DeepSpeed(), ALONE, 4, capacity) == stage
+    assert parallel.stage(DeepSpeed(stage=2), ALONE, 4, capacity) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"training": {"best_by": "exact_match"}}, "no process has the whole model"),
+        ({"training": {"optimizer": "adafactor"}}, "training.optimizer adafactor"),
+        ({"training": {"cache_frozen": True}, "adapter": {"kind": "freeze"}}, "cache_frozen"),
+        ({"training": {"compile": True}}, "training.compile"),
+        ({"training": {"mixed_precision": "fp16"}}, "loss scaler"),
+        ({"adapter": {"kind": "lora", "init": "pissa"}}, "adapter.init pissa"),
+        ({"method": {"kind": "dpo", "reference": "precomputed"}}, "method.reference precomputed"),
+    ],
+)
+def test_what_does_not_go_with_shares_is_refused_with_the_reason(changes, said):
+    recipe = compose({**changes, "parallel": {"kind": "fsdp"}, "data": {"dataset": "example:chat"}}).recipe
+    with pytest.raises(RecipeError, match=said):
+        parallel.check(recipe, 2)
+    parallel.check(recipe, 1)
+    parallel.check(recipe.model_copy(update={"parallel": DDP()}), 2)
+
+
+def test_zero_is_refused_without_cuda():
+    with pytest.raises(OutOfResources, match="DeepSpeed trains on CUDA"):
+        parallel.check_device(DeepSpeed(), 2, "cpu", is_here=True)
+    parallel.check_device(DeepSpeed(), 1, "cpu", is_here=True)
+
+
+def test_the_configuration_of_zero_has_the_batch_of_the_recipe():
+    from types import SimpleNamespace
+
+    training = Training(per_device_train_batch_size=2, gradient_accumulation_steps=4, max_grad_norm=0.5)
+    plan = SimpleNamespace(mixed_precision="bf16", batch_size=32)
+    section = DeepSpeed(offload_optimizer=True, offload_parameters=True)
+    found = parallel.configuration(section, 3, plan, training)
+    assert found["train_batch_size"] == 4 * (
+        found["train_micro_batch_size_per_gpu"] * found["gradient_accumulation_steps"]
+    )
+    assert found["zero_optimization"]["offload_param"]["device"] == "cpu"
+    assert (found["bf16"]["enabled"], found["gradient_clipping"]) == (True, 0.5)
+    with pytest.raises(RecipeError, match="stage 3"):
+        parallel.configuration(section, 2, plan, training)
+
+
+def test_a_model_that_was_not_gathered_whole_is_not_put_in_place(tmp_path):
+    from tunesmith.training import sharding
+
+    whole = {"a": torch.ones(3, 2), "b": torch.ones(4)}
+    save_file(whole, tmp_path / "model.safetensors")
+    sharding.check_whole(tmp_path, whole)
+    for wrong in (
+        {"a": torch.ones(3, 2)},
+        {"a": torch.ones(3, 2), "b": torch.ones(0)},
+        {**whole, "b": torch.ones(5)},
+    ):
+        save_file(wrong, tmp_path / "model.safetensors")
+        with pytest.raises(RunError, match="not whole"):
+            sharding.check_whole(tmp_path, whole)

@@ -366,6 +366,7 @@ def test_the_containers_serve_it_for_a_user_without_rights(made):
     parsed = yaml.safe_load((made.folder / "compose.yaml").read_text())["services"]
     assert set(parsed) == {"cpu", "vllm", "demo"}
     assert all(port.startswith("127.0.0.1:") for one in parsed.values() for port in one["ports"])
+    assert parsed["cpu"]["environment"]["TUNESMITH_ALLOWED_HOSTS"] == "${TUNESMITH_ALLOWED_HOSTS:-}"
     vllm = parsed["vllm"]
     assert vllm["command"][:4] == ["--model", "/model", "--served-model-name", "mine"]
     assert vllm["volumes"] == ["./model:/model:ro"]
@@ -714,7 +715,7 @@ def test_the_server_needs_only_what_is_pinned(made, tmp_path):
 
 
 @pytest.mark.thorough
-def test_it_installs_into_a_virtual_environment_of_its_own(made, tmp_path):
+def test_it_installs_into_a_virtual_environment_of_its_own(made, tmp_path, monkeypatch):
     """start.sh as it stands. Without a package index the pinned packages are lent from this environment; with
     TUNESMITH_PROVE_DEPLOYMENT=1 they are installed from the index, which takes minutes."""
     folder = tmp_path / "elsewhere"
@@ -734,6 +735,7 @@ def test_it_installs_into_a_virtual_environment_of_its_own(made, tmp_path):
         ]
         subprocess.run(pip, check=True)
         ready(folder)
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # or the sources would be what is proven
     server, url = start(["./start.sh", "--port", "0", "--engine", "transformers"], folder, HOME=str(tmp_path))
     try:
         code, found = smoke(folder, url)

@@ -414,21 +414,27 @@ def test_an_answer_without_end_is_cut_on_the_screen_only():
     assert result.as_dict()["samples"][0]["base"] == sample["base"]
 
 
+@pytest.fixture
+def begun(tmp_path) -> Path:
+    """A run that has not trained."""
+    return open_folder(tmp_path)
+
+
 @pytest.mark.parametrize("verb", ["export", "merge", "test-model", "push", "serve", "evaluate"])
-def test_an_unfinished_run_says_how_to_finish_it(invoke, open_folder, verb):
-    open_run(open_folder).finish("interrupted")
-    code, error, _ = invoke(verb, open_folder, *(["me/x"] if verb == "push" else []))
+def test_an_unfinished_run_says_how_to_finish_it(invoke, begun, verb):
+    open_run(begun).finish("interrupted")
+    code, error, _ = invoke(verb, begun, *(["me/x"] if verb == "push" else []))
     assert code == 1
     assert "has no final model" in error["error"]
     assert "it was interrupted" in error["error"]
-    assert f"tunesmith resume {open_folder}" in error["error"]
+    assert f"tunesmith resume {begun}" in error["error"]
 
 
-def test_a_path_is_only_proposed_where_its_name_is_alike(invoke, open_folder):
-    (open_folder.parent.parent / "wheels").mkdir()
-    assert f"Did you mean '{open_folder}'" in invoke("resume", open_folder.parent / "onee")[1]["error"]
-    assert "Did you mean" not in invoke("resume", open_folder.parent / "quite-another")[1]["error"]
-    assert "Did you mean" not in invoke("runs", open_folder.parent.parent / "wheel")[1]["error"]
+def test_a_path_is_only_proposed_where_its_name_is_alike(invoke, begun):
+    (begun.parent.parent / "wheels").mkdir()
+    assert f"Did you mean '{begun}'" in invoke("resume", begun.parent / "onee")[1]["error"]
+    assert "Did you mean" not in invoke("resume", begun.parent / "quite-another")[1]["error"]
+    assert "Did you mean" not in invoke("runs", begun.parent.parent / "wheel")[1]["error"]
 
 
 def test_a_bad_dtype_is_refused_before_a_taken_folder(invoke, tmp_path):

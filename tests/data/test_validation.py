@@ -48,7 +48,7 @@ LONG_WORDS = " ".join(f"word{n}" for n in range(90))
 # kind -> content of the file, its suffix, row and column of the one finding, and further options
 BAD = {
     "unreadable": (b"{", ".json", None, None, {}),
-    "undetected": (lines({"foo": "x"}), ".jsonl", None, None, {"also": {"no_format"}}),
+    "undetected": (lines({"foo": "x"}), ".jsonl", None, None, {}),
     "unparsable": (lines(GOOD[0]) + b"{broken\n", ".jsonl", 2, None, {}),
     "not_utf8": (lines(GOOD[0]) + b'{"prompt": "caf\xe9", "response": "x"}\n', ".jsonl", 2, None, {}),
     "no_format": (lines(GOOD[0], {"prompt": "What now?"}), ".jsonl", 2, "response", {}),

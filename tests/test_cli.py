@@ -392,7 +392,9 @@ def test_brackets_in_what_is_said_are_shown(capsys):
 
     with Display(quiet=False) as display:
         display({"kind": "warning", "message": "+5.0 points [no interval], n=3 [/x]"})
-        display({"kind": "decision", "name": "data", "value": "a[b]", "reason": "pip install 'tunesmith[serve]'"})
+        display(
+            {"kind": "decision", "name": "data", "value": "a[b]", "reason": "pip install 'tunesmith[serve]'"}
+        )
         display({"kind": "state", "state": "prepared", "dropped": {"[x] is empty": 1}, "rows": dict.fromkeys(
             ("rows_in", "train", "validation", "held_out", "dropped", "truncated"), 1)})  # fmt: skip
     shown = capsys.readouterr().err
@@ -457,7 +459,11 @@ def test_a_bad_dtype_is_refused_before_a_taken_folder(invoke, tmp_path):
         (["train", "--lora", "--lora-rank", "0"], 1, "adapter.rank (--lora-rank) has to be greater than 0"),
         (["plan", "--learning-rate", "fast"], 1, "training.learning_rate (--learning-rate) takes a number"),
         (["train", "--set", "training.learning_rate=fast"], 1, "training.learning_rate takes a number"),
-        (["train", "--method", "dpo", "--dataset", "example:support"], 1, "(columns `chosen` and `rejected`)"),
+        (
+            ["train", "--method", "dpo", "--dataset", "example:support"],
+            1,
+            "(columns `chosen` and `rejected`)",
+        ),
         (["train", "--set", "training.nonsense=1"], 1, "not a field"),
         (["evaluate", "tiny"], 1, "--dataset"),
         (["resume", "nowhere"], 1, "not a run"),

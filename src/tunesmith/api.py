@@ -1727,8 +1727,8 @@ def serve(
 ) -> None:
     """Serve a run's model, or any model's folder, with OpenAI's HTTP interface until it is stopped.
 
-    `adapters` are further runs or adapters on the same base, by the name that requests ask for. `allowed_hosts` are names
-    under which it is reached, beside those in the environment variable TUNESMITH_ALLOWED_HOSTS. `ready` is told the
+    `adapters` are further runs or adapters on the same base, by the name that requests ask for. `allowed_hosts` are
+    names under which it is reached, beside those in the variable TUNESMITH_ALLOWED_HOSTS. `ready` is told the
     address, and the token where one was made. Raises RecipeError for an address, token or limit that cannot be used.
     """
     quiet_libraries()

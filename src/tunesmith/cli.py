@@ -235,7 +235,9 @@ def _as_typed(error: RecipeError, typed: Mapping[str, str]) -> RecipeError:
 
     def told(text: str | None) -> str | None:
         for path, option in typed.items():
-            text = re.sub(rf"(?<![\w.]){re.escape(path)}(?![\w.]*\w)(?! \()", f"{path} ({option})", text or "", count=1)
+            text = re.sub(
+                rf"(?<![\w.]){re.escape(path)}(?![\w.]*\w)(?! \()", f"{path} ({option})", text or "", count=1
+            )
         return text or None
 
     error.problem, error.found = told(error.problem) or "", told(error.found)
@@ -1684,7 +1686,9 @@ def _plan_text(plan: Plan, rows: Mapping[str, Any], composition: Composition) ->
         "method", recipe.method.kind, _escaped(f"on {recipe.model.base}, adapter {recipe.adapter.kind}")
     )
     rest = "".join(f" + {part.dataset}" for part in recipe.data.mix)
-    table.add_row("dataset", _escaped(f"{recipe.data.dataset}{rest}"), _escaped(f"format {recipe.data.format}"))
+    table.add_row(
+        "dataset", _escaped(f"{recipe.data.dataset}{rest}"), _escaped(f"format {recipe.data.format}")
+    )
     table.add_row(
         "learning_rate", f"{recipe.training.learning_rate:g}", f"{recipe.training.scheduler}, at its peak"
     )

@@ -1060,7 +1060,9 @@ class Recipe(Section):
     def _is_one_folder(cls, name: str | None) -> str | None:
         """Runs lie side by side in the output folder, where `tunesmith runs` finds them."""
         if name is not None and (name in (".", "..") or any(sign in name for sign in "/\\\0")):
-            raise ValueError("a run's name is that of one folder, without / and \\; output_dir says where it is made")
+            raise ValueError(
+                "a run's name is that of one folder, without / and \\; output_dir says where it is made"
+            )
         return name
 
 

@@ -52,13 +52,16 @@ def called(arguments) -> bytes:
 
 TABLE = b"prompt,response\n" + b"".join(b"what is %d,it is %d\n" % (n, n) for n in range(4))
 
+
 # name -> suffix, content, number of rows, number of the first row with an error (None: none has one; 0: the file has).
 def parquet_of_latin_1() -> bytes:
     """Five rows, the third of which has a text that nobody decoded before it was written."""
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
-    rows = [{"prompt": f"what is {n}", "response": "caf\u00e9!" if n == 2 else f"it is {n}"} for n in range(5)]
+    rows = [
+        {"prompt": f"what is {n}", "response": "caf\u00e9!" if n == 2 else f"it is {n}"} for n in range(5)
+    ]
     out = io.BytesIO()
     parquet.write_table(arrow.Table.from_pylist(rows), out, compression="none", use_dictionary=False)
     return out.getvalue().replace("caf\u00e9!".encode(), b"caf\xe9!!")

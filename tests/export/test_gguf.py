@@ -316,7 +316,9 @@ def test_questions_are_put_by_the_template_in_the_file(tmp_path, tokenizer):
     assert read["own"] == tokenizer(asked.text, add_special_tokens=False).input_ids
     assert read["other"] != read["own"]
     stored = gguf.GGUFReader(tmp_path / "own.gguf").get_field("tokenizer.chat_template").contents()
-    formatter = Jinja2ChatFormatter(stored, eos_token=tokenizer.eos_token, bos_token=tokenizer.bos_token or "")
+    formatter = Jinja2ChatFormatter(
+        stored, eos_token=tokenizer.eos_token, bos_token=tokenizer.bos_token or ""
+    )
     messages = [{"role": m.role, "content": m.content} for m in turns]
     assert formatter(messages=messages).prompt == asked.text
 
@@ -337,11 +339,15 @@ def test_llama_cpp_s_converter_writes_the_families_that_only_it_knows(tmp_path, 
     vocabulary = vocabulary_of(tokenizer, rows=config.vocab_size, stop_ids=[2])
     place = tmp_path / "llama.cpp"
     place.mkdir()
-    writing.write(TINY_MODEL, place / "ready.gguf", quant="f16", vocabulary=vocabulary, config=config, name="x")
+    writing.write(
+        TINY_MODEL, place / "ready.gguf", quant="f16", vocabulary=vocabulary, config=config, name="x"
+    )
     (place / "convert_hf_to_gguf.py").write_text(CONVERTER)
     monkeypatch.delitem(writing.FAMILIES, "llama")
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ModelError, match="Models of the kind 'llama' are not written(.|\n)*TUNESMITH_LLAMA_CPP"):
+    with pytest.raises(
+        ModelError, match=r"Models of the kind 'llama' are not written(.|\n)*TUNESMITH_LLAMA_CPP"
+    ):
         api.export(TINY_MODEL, quant="f16", output=tmp_path / "a")
     monkeypatch.setenv("TUNESMITH_LLAMA_CPP", str(place))
     with pytest.raises(ModelError, match="does not store weights as 'q4_0'"):

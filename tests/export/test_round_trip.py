@@ -65,7 +65,9 @@ def test_from_training_to_transformers_and_llama_cpp(family, tmp_path):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("family", "adapter"), [("causal", "lora"), ("causal", "qlora"), ("seq2seq", "lora")])
+@pytest.mark.parametrize(
+    ("family", "adapter"), [("causal", "lora"), ("causal", "qlora"), ("seq2seq", "lora")]
+)
 def test_a_deployment_answers_50_held_out_rows_over_http_as_the_model(family, adapter, tmp_path):
     """Prompt ids and greedy answers; once more beside the verdict, with OpenAI's client and transformers' generate."""
     openai = pytest.importorskip("openai")
@@ -100,7 +102,9 @@ def test_a_deployment_answers_50_held_out_rows_over_http_as_the_model(family, ad
             reply = client.chat.completions.create(
                 model="mine", messages=messages, max_tokens=8, extra_body={"return_token_ids": True}
             )
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").input_ids
+            ids = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt"
+            ).input_ids
             written = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0]
             answer = written[1:] if family == "seq2seq" else written[ids.shape[1] :]
             assert reply.model_extra["prompt_token_ids"] == ids[0].tolist()

@@ -74,13 +74,17 @@ def _trained(place: Path, number: int, base: Path, dataset: str, said) -> None:
         said.put((number, repr(error)))
 
 
-def test_eight_runs_at_once_with_one_cold_cache_are_the_same(tiny_model_folder, question_file, tmp_path, monkeypatch):
+def test_eight_runs_at_once_with_one_cold_cache_are_the_same(
+    tiny_model_folder, question_file, tmp_path, monkeypatch
+):
     cache = tmp_path / "cache"
     monkeypatch.setenv("TUNESMITH_CACHE", str(cache))
     context = multiprocessing.get_context("spawn")
     said = context.Queue()
     eight = [
-        context.Process(target=_trained, args=(tmp_path / "runs", n, tiny_model_folder, str(question_file), said))
+        context.Process(
+            target=_trained, args=(tmp_path / "runs", n, tiny_model_folder, str(question_file), said)
+        )
         for n in range(8)
     ]
     for process in eight:
@@ -118,9 +122,7 @@ def test_2000_steps_leave_no_memory_behind(tiny_model_folder, question_file, tmp
 
     steps = {"logging_steps": 100, "save_steps": 2000, "eval_steps": 2000}
     api.train(
-        recipe_of(
-            tmp_path, "long", tiny_model_folder, str(question_file), {"training": steps}, steps=2000
-        ),
+        recipe_of(tmp_path, "long", tiny_model_folder, str(question_file), {"training": steps}, steps=2000),
         watch=watch,
     )
     assert sizes[2000] - sizes[500] < 1.5 * LEAK + NOISE, sizes
@@ -135,12 +137,17 @@ def test_2000_requests_leave_no_memory_behind(tiny_model_folder):
     from tunesmith.serving.server import Where, running
 
     token, sizes = "a-token-of-tests-1234", {}
-    with running(str(tiny_model_folder), {"m": tiny_model_folder}, Where(port=0, token=token), Limits()) as (url, _):
+    with running(str(tiny_model_folder), {"m": tiny_model_folder}, Where(port=0, token=token), Limits()) as (
+        url,
+        _,
+    ):
         for number in range(1, 2001):
             messages = [{"role": "user", "content": f"count of {number}"}]
             body = json.dumps({"model": "m", "messages": messages, "max_tokens": 4}).encode()
             headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-            with urllib.request.urlopen(urllib.request.Request(f"{url}/chat/completions", body, headers)) as reply:
+            with urllib.request.urlopen(
+                urllib.request.Request(f"{url}/chat/completions", body, headers)
+            ) as reply:
                 assert json.load(reply)["usage"]["completion_tokens"] > 0
             if not number % 500:
                 sizes[number] = resident()

@@ -65,7 +65,7 @@ def family_of(config: Any, *, folder: str) -> Family:
         raise ModelError(
             f"Models of the kind '{config.model_type}' are not written as GGUF.",
             found=f"{folder}; no {CONVERTER} of llama.cpp, by {CONVERTER_AT} or on the PATH",
-            fix=f"Written are: {', '.join(sorted(FAMILIES))}. For others set {CONVERTER_AT} to the folder of llama.cpp, "
+            fix=f"Written are: {', '.join(sorted(FAMILIES))}. For others set {CONVERTER_AT} to llama.cpp's folder, "
             f"whose {CONVERTER} is then used.",
         )
     if problem := found.problem(config):
@@ -95,7 +95,9 @@ def converter() -> Path | None:
         found = place / CONVERTER if place.is_dir() else place
         if not found.is_file():
             raise ModelError(
-                f"{CONVERTER_AT} names no converter.", found=str(place), fix=f"Give the folder that has {CONVERTER}."
+                f"{CONVERTER_AT} names no converter.",
+                found=str(place),
+                fix=f"Give the folder that has {CONVERTER}.",
             )
         return found
     there = shutil.which(CONVERTER) or shutil.which(CONVERTER.replace("_", "-"))
@@ -118,7 +120,7 @@ def writer_of(config: Any, *, folder: str, quant: str) -> Path | None:
 
 
 def convert(program: Path, folder: Path, file: Path, *, quant: str) -> Written:
-    """Have llama.cpp's converter write a folder of whole weights. Raises ModelError with its last words where it fails."""
+    """Have llama.cpp's converter write whole weights. Raises ModelError with its last words where it fails."""
     import gguf
 
     begin = [sys.executable, str(program)] if program.suffix == ".py" else [str(program)]

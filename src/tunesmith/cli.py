@@ -190,7 +190,8 @@ def recipe_options(
             ]
             layers += [assignment(text) for text in given.pop("set_") or []]
             flags = overlaid(*layers)
-            typed = {FLAGS[option]: option for option, value in values.items() if value is not None}
+            # A field that is in no section has the name of its option, or a word that any sentence may have.
+            typed = {FLAGS[o]: o for o, value in values.items() if value is not None and "." in FLAGS[o]}
             try:
                 with catalog.using(given.pop("catalog_file")):
                     if not shared:

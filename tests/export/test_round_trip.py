@@ -107,7 +107,7 @@ def test_a_deployment_answers_50_held_out_rows_over_http_as_the_model(family, ad
             ).input_ids
             written = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0]
             answer = written[1:] if family == "seq2seq" else written[ids.shape[1] :]
-            assert reply.model_extra["prompt_token_ids"] == ids[0].tolist()
+            assert reply.choices[0].model_extra["prompt_token_ids"] == ids[0].tolist()
             assert reply.choices[0].message.content == tokenizer.decode(answer, skip_special_tokens=True)
 
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import urllib.error
 import urllib.request
 import venv
 import zipfile
@@ -736,10 +737,20 @@ def test_it_installs_into_a_virtual_environment_of_its_own(made, tmp_path, monke
         subprocess.run(pip, check=True)
         ready(folder)
     monkeypatch.delenv("PYTHONPATH", raising=False)  # or the sources would be what is proven
-    server, url = start(["./start.sh", "--port", "0", "--engine", "transformers"], folder, HOME=str(tmp_path))
+    server, url = start(
+        ["./start.sh", "--port", "0", "--engine", "transformers"],
+        folder,
+        HOME=str(tmp_path),
+        TUNESMITH_ALLOWED_HOSTS="models.example.org",
+    )
     try:
         code, found = smoke(folder, url)
         assert code == 0, found
+        place = url.removesuffix("/v1") + "/health"
+        named = urllib.request.Request(place, headers={"Host": "models.example.org"})
+        assert urllib.request.urlopen(named).status == 200
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(urllib.request.Request(place, headers={"Host": "other.example.org"}))
         where = subprocess.run(
             [folder / ".venv/bin/python", "-c", "import tunesmith; print(tunesmith.__file__)"],
             capture_output=True, text=True, cwd="/", check=True,

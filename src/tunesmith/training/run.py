@@ -197,7 +197,10 @@ class Run:
     def unfinished(self) -> RunError:
         """That there is no final model yet, and how to get one, for whoever wants to use it."""
         state = self.state()
-        fix = "Wait for it" if state == "running" else f"`tunesmith resume {self.path}`"
+        fix = {
+            "running": "Wait for it",
+            "done": "Its folder final_model is gone: put it back, or train again",
+        }.get(state, f"`tunesmith resume {self.path}`")
         if self.best_model.is_dir():
             fix += f", or use its best model so far: {self.best_model}"
         said = {

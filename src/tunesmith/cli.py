@@ -860,7 +860,9 @@ def inspect_verb(
     return payload, _inspected_text(found, html)
 
 
-VALIDATE_HELP = """Find what is wrong with a data set before training on it; exit code 1 where there are errors.
+VALIDATE_HELP = """Find what is wrong with a data set before training on it.
+
+Exit code 1 where there are errors, and with --fix where they are not mended in the copy.
 
 `tunesmith validate my.jsonl --task chat`
 

@@ -334,9 +334,11 @@ shutil.copy(place / "ready.gguf", sys.argv[sys.argv.index("--outfile") + 1])
 
 
 @needs_llama_cpp
-def test_llama_cpp_s_converter_writes_the_families_that_only_it_knows(tmp_path, tokenizer, monkeypatch):
+def test_llama_cpp_s_converter_writes_the_families_that_only_it_knows(tmp_path, monkeypatch):
     config = AutoConfig.from_pretrained(TINY_MODEL)
-    vocabulary = vocabulary_of(tokenizer, rows=config.vocab_size, stop_ids=[2])
+    vocabulary = vocabulary_of(
+        AutoTokenizer.from_pretrained(TINY_MODEL), rows=config.vocab_size, stop_ids=[2]
+    )
     place = tmp_path / "llama.cpp"
     place.mkdir()
     writing.write(

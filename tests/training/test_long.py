@@ -79,7 +79,7 @@ def test_eight_runs_at_once_with_one_cold_cache_are_the_same(
 ):
     cache = tmp_path / "cache"
     monkeypatch.setenv("TUNESMITH_CACHE", str(cache))
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # what they need is imported once
     said = context.Queue()
     eight = [
         context.Process(

@@ -357,8 +357,11 @@ def test_show_model_says_which_one_it_shows(invoke, tiny_model_folder):
 
 
 def test_plan_writes_nothing(invoke, quick_flags, tmp_path):
-    code, planned, _ = invoke("plan", *quick_flags)
+    code, planned, _ = invoke("plan", *quick_flags, "--learning-rate", "5")
     assert code == 0
+    assert "times the usual" in next(
+        d["reason"] for d in planned["plan"]["decisions"] if d["name"] == "learning_rate"
+    )
     assert planned["plan"]["total_steps"] == 2
     assert planned["rows"]["rows_in"] == 40
     assert not (tmp_path / "runs").exists()

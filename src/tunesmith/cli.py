@@ -879,7 +879,7 @@ def generate_verb(
             settings=overlaid(flags, {"evaluation": {**chosen, **workers}}),
             watch=display,
         )
-    return asdict(found), _escaped(f"{found.sentence()}\n{'file':<10}{found.file}")
+    return asdict(found), f"{found.sentence()}\n{'file':<10}{found.file}"
 
 
 COMPARE_HELP = """Whether each model is better than the first on the same held-out examples, with an interval.

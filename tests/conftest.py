@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import importlib.metadata
@@ -43,15 +44,35 @@ def _free_memory() -> int:
     return min(facts.f_bavail * facts.f_frsize, 1024 * int(known[1]) if known else 0)
 
 
+def _is_over(folder: Path) -> bool:
+    """Whether the tests that made a folder have ended."""
+    try:
+        os.kill(int(folder.name.rpartition("-")[2]), 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, PermissionError):
+        pass
+    return False
+
+
+_in_memory = None
 if "TMPDIR" not in os.environ and _free_memory() >= 4 * 2**30:
     # A run flushes eighty files to the disk; tests would wait for it, and none of them cuts the power.
-    os.environ["TMPDIR"], tempfile.tempdir = "/dev/shm", None
+    for left in Path("/dev/shm").glob("tunesmith-pytest-*"):  # by tests that failed, or were killed
+        if _is_over(left):
+            shutil.rmtree(left, ignore_errors=True)
+    _in_memory = Path(f"/dev/shm/tunesmith-pytest-{os.getpid()}")
+    _in_memory.mkdir(mode=0o700, exist_ok=True)
+    os.environ["TMPDIR"], tempfile.tempdir = str(_in_memory), None
 # Prepared data of tests is not the user's; one folder per process.
 _cache = os.environ["TUNESMITH_CACHE"] = tempfile.mkdtemp(prefix="tunesmith-tests-")
 
 
-def pytest_unconfigure() -> None:
+def pytest_sessionfinish(exitstatus) -> None:
     shutil.rmtree(_cache, ignore_errors=True)
+    if _in_memory and exitstatus == 0:
+        # What tests and their processes left there takes memory.
+        atexit.register(shutil.rmtree, _in_memory, ignore_errors=True)
 
 
 # Each training asks for the versions of a dozen packages two dozen times, which opens and parses their files.

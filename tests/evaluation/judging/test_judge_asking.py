@@ -68,7 +68,7 @@ def test_a_network_that_fails_in_every_way_loses_and_repeats_nothing(tmp_path, m
         (429, "", {"Retry-After": "0"}), (500, "oh", {}), (503, "", {}), (200, "{not json", {}), (200, "", {}),
         (200, '{"choices": []}', {}), (200, "[]", {}), (200, '{"choices": [{"message": {"content": 7}}]}', {}),
         (200, "short", {"Content-Length": "500"}), 0.0, (200, "x" * 60_000, {}), dripping, (504, "", {}),
-        (429, "", {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), 4.0,
+        (429, "", {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), 2.5,
     ]  # fmt: skip
     monkeypatch.setattr(http, "LARGEST", 50_000)
 
@@ -83,7 +83,7 @@ def test_a_network_that_fails_in_every_way_loses_and_repeats_nothing(tmp_path, m
 
     todo = jobs(QUESTIONS, [BAD, GOOD], "pair", baseline="bad")
     with serving(reply) as (url, seen):
-        found = judged(url, tmp_path / "replies.jsonl", todo, timeout=3.0, concurrency=16)
+        found = judged(url, tmp_path / "replies.jsonl", todo, timeout=1.5, concurrency=16)
         assert len(seen) == 2 * 48
         # Everything is in the book: nobody is asked again, and the judgments are the same to the letter.
         again = judged(url, tmp_path / "replies.jsonl", todo)

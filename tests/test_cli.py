@@ -357,11 +357,96 @@ def test_show_model_says_which_one_it_shows(invoke, tiny_model_folder):
 
 
 def test_plan_writes_nothing(invoke, quick_flags, tmp_path):
-    code, planned, _ = invoke("plan", *quick_flags)
+    code, planned, _ = invoke("plan", *quick_flags, "--learning-rate", "5")
     assert code == 0
+    assert "times the usual" in next(
+        d["reason"] for d in planned["plan"]["decisions"] if d["name"] == "learning_rate"
+    )
     assert planned["plan"]["total_steps"] == 2
     assert planned["rows"]["rows_in"] == 40
     assert not (tmp_path / "runs").exists()
+    assert re.search(r"(?m)^dataset +\S*questions.jsonl", said("plan", *quick_flags).stdout)
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter", "rate", "expected"),
+    [
+        ("sft", "full", 2e-5, None),
+        ("sft", "full", 1e-3, None),
+        ("sft", "full", 0.5, "25,000 times the usual 2e-05 of sft with whole weights"),
+        ("sft", "lora", 1e-3, None),
+        ("sft", "qlora", 1e-9, "200,000 times below the usual 0.0002 of sft with adapters"),
+        ("dpo", "full", 1e-3, "1,000 times the usual 1e-06 of dpo with whole weights"),
+        ("dpo", "lora", 1e-4, None),
+    ],
+)
+def test_a_learning_rate_that_is_far_off_is_said(method, adapter, rate, expected):
+    from tunesmith.compose import union_members
+    from tunesmith.plan import rate_remark
+
+    own = getattr(union_members("method")[method], "learning_rates", None)
+    said = rate_remark(rate, method=method, own=own, adapter_kind=adapter)
+    assert (said is None) if expected is None else (expected in said.reason and "find-lr" in said.reason)
+
+
+def test_brackets_in_what_is_said_are_shown(capsys):
+    """Text from data and messages is no markup: `[no interval]` would be swallowed, `[/x]` raise."""
+    from tunesmith.cli import Display
+
+    with Display(quiet=False) as display:
+        display({"kind": "warning", "message": "+5.0 points [no interval], n=3 [/x]"})
+        display(
+            {"kind": "decision", "name": "data", "value": "a[b]", "reason": "pip install 'tunesmith[serve]'"}
+        )
+        display({"kind": "state", "state": "prepared", "dropped": {"[x] is empty": 1}, "rows": dict.fromkeys(
+            ("rows_in", "train", "validation", "held_out", "dropped", "truncated"), 1)})  # fmt: skip
+    shown = capsys.readouterr().err
+    for text in ("+5.0 points [no interval], n=3 [/x]", "a[b]", "'tunesmith[serve]'", "[x] is empty"):
+        assert text in shown
+
+
+def test_an_answer_without_end_is_cut_on_the_screen_only():
+    from tunesmith.api import Result
+    from tunesmith.cli import _console, _result_text
+
+    sample = {"question": "q", "reference": "r", "base": "round " * 2000, "tuned": "short"}
+    result = Result(run=None, comparisons=(), seconds=1.0, samples=(sample,))
+    console = _console()
+    console.file = io.StringIO()
+    console.print(_result_text(result))
+    assert len(console.file.getvalue()) < 1000
+    assert "12,000 characters" in console.file.getvalue()
+    assert result.as_dict()["samples"][0]["base"] == sample["base"]
+
+
+@pytest.fixture
+def begun(tmp_path) -> Path:
+    """A run that has not trained."""
+    return open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("verb", ["export", "merge", "test-model", "push", "serve", "evaluate"])
+def test_an_unfinished_run_says_how_to_finish_it(invoke, begun, verb):
+    open_run(begun).finish("interrupted")
+    code, error, _ = invoke(verb, begun, *(["me/x"] if verb == "push" else []))
+    assert code == 1
+    assert "has no final model" in error["error"]
+    assert "it was interrupted" in error["error"]
+    assert f"tunesmith resume {begun}" in error["error"]
+
+
+def test_a_path_is_only_proposed_where_its_name_is_alike(invoke, begun):
+    (begun.parent.parent / "wheels").mkdir()
+    assert f"Did you mean '{begun}'" in invoke("resume", begun.parent / "onee")[1]["error"]
+    assert "Did you mean" not in invoke("resume", begun.parent / "quite-another")[1]["error"]
+    assert "Did you mean" not in invoke("runs", begun.parent.parent / "wheel")[1]["error"]
+
+
+def test_a_bad_dtype_is_refused_before_a_taken_folder(invoke, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/x").touch()
+    error = invoke("merge", "tiny", "--dtype", "flaot32", "--output", tmp_path / "taken")[1]
+    assert "Weights are not stored as 'flaot32'" in error["error"]
 
 
 @pytest.mark.parametrize(
@@ -373,6 +458,15 @@ def test_plan_writes_nothing(invoke, quick_flags, tmp_path):
         (["train", "--task", "chatt"], 1, "Did you mean 'chat'"),
         (["train", "--config", "quick_tst"], 1, "Did you mean 'quick_test'"),
         (["train", "missing.yaml"], 1, "cannot be read"),
+        (["train", "--name", "a/b"], 1, "a run's name is that of one folder"),
+        (["train", "--lora", "--lora-rank", "0"], 1, "adapter.rank (--lora-rank) has to be greater than 0"),
+        (["plan", "--learning-rate", "fast"], 1, "training.learning_rate (--learning-rate) takes a number"),
+        (["train", "--set", "training.learning_rate=fast"], 1, "training.learning_rate takes a number"),
+        (
+            ["train", "--method", "dpo", "--dataset", "example:support"],
+            1,
+            "(columns `chosen` and `rejected`)",
+        ),
         (["train", "--set", "training.nonsense=1"], 1, "not a field"),
         (["evaluate", "tiny"], 1, "--dataset"),
         (["resume", "nowhere"], 1, "not a run"),
@@ -475,7 +569,9 @@ def test_broken_lines_are_facts_for_programs(invoke, tiny_model_folder, tmp_path
 def test_a_second_cleaned_copy_is_refused_before_anything_is_read(invoke, long_rows, monkeypatch):
     from tunesmith.data import validation
 
-    assert invoke("validate", long_rows, "--fix")[0] == 0
+    long_rows.write_text('{"prompt": "a", "response": ""}\n' + long_rows.read_text())
+    assert invoke("validate", long_rows)[0] == 1
+    assert invoke("validate", long_rows, "--fix")[0] == 0, "the copy is free of errors"
     monkeypatch.setattr(validation, "validate", lambda *a, **k: pytest.fail("it was read"))
     monkeypatch.setattr("tunesmith.models.load_tokenizer", lambda *a, **k: pytest.fail("it was loaded"))
     code, error, _ = invoke("validate", long_rows, "--fix", "--model", "tiny")

@@ -1610,7 +1610,7 @@ def runs(output_dir: str | Path = OUTPUT_DIR) -> list[RunSummary]:
         return [_summary(open_run(folder))]
     if not folder.is_dir() and folder != Path(OUTPUT_DIR):
         beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
-        near = closest(folder.name, [p.name for p in beside if p.is_dir()])
+        near = closest(folder.name, [p.name for p in beside if p.is_dir() and (is_run(p) or find_runs(p))])
         raise RunError(
             f"There is no output folder {output_dir}.",
             found="a file" if folder.exists() else None,
@@ -1648,6 +1648,7 @@ def merge(
     given = [*([(str(model), 1.0)] if model is not None else []), *map(_weighted, adapters)]
     if not given:
         raise TunesmithError("There is nothing to merge.", fix="Name a run or an adapter's folder.")
+    merging.check_dtype(dtype)
     parts = []
     for name, weight in given:
         path = Path(name).expanduser()
@@ -1857,7 +1858,8 @@ def serve(
 ) -> None:
     """Serve a run's model, or any model's folder, with OpenAI's HTTP interface until it is stopped.
 
-    `adapters` are further runs or adapters on the same base, by the name that requests ask for. `ready` is told the
+    `adapters` are further runs or adapters on the same base, by the name that requests ask for. `allowed_hosts` are
+    names under which it is reached, beside those in the variable TUNESMITH_ALLOWED_HOSTS. `ready` is told the
     address, and the token where one was made. Raises RecipeError for an address, token or limit that cannot be used.
     """
     quiet_libraries()
@@ -1877,7 +1879,7 @@ def serve(
         host=host,
         port=port,
         token=token,
-        hosts=frozenset(name.lower() for name in (host, *allowed_hosts)),
+        hosts=server.hosts_from(host, allowed_hosts),
         engine=engine,
         dtype=dtype,
         device=planning.device(),
@@ -1932,7 +1934,7 @@ def try_model(
     api_key_env: str | None = None,
     watch: Watch = _unwatched,
 ) -> Tried:
-    """Whether a model is fit to be used: a run's, an adapter, whole weights, or a deployment folder.
+    """Whether a model works: a run's, an adapter, whole weights, or a deployment folder.
 
     Files, weights, chat template and stop tokens are looked at; then it is asked up to `rows` held-out questions of its
     run, or of `dataset`, or those that ship for `task`, for answers that are not empty, end by themselves and do not
@@ -1987,7 +1989,7 @@ def try_model(
         own = path / "final_model"
         folder = own if own.is_dir() else path
         if is_run(path) and not own.is_dir():
-            raise RunError(f"The run {path} has no final model.", found=f"state '{open_run(path).state()}'")
+            raise open_run(path).unfinished()
     else:
         folder = loading.folder_of(str(model))
     run = merge.run_behind(path) if path.is_dir() else None
@@ -2301,7 +2303,7 @@ def _pushed(run: str | Path, repository: str | None) -> tuple[Path, str, Run | N
         behind = open_run(run)
         folder = behind.final_model
         if not folder.is_dir():
-            raise RunError(f"The run {behind.path} has no final model.", found=f"state '{behind.state()}'")
+            raise behind.unfinished()
     if folder.name.endswith(".failed"):
         raise TunesmithError(
             f"{folder} did not pass its check.", found="its parity.json says why", fix="Push the adapter."
@@ -2509,7 +2511,10 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
                 run.event("warning", message=f"The run goes on, though not to the bit: {'; '.join(changed)}.")
             results = _driver().execute(wanted, inputs={**_inputs(recipe), "run": run, "checkpoint": point})
             if recipe.evaluation.skip:
+                from tunesmith.evaluation.report import write_report
+
                 write_card(run, [])
+                results["report"] = write_report(run.path)
             try:
                 published = _published(recipe, run)
             except Exception as error:  # a hub that is down takes nothing of a run that is done

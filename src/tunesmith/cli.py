@@ -33,7 +33,7 @@ from tunesmith.compose import (
     scalar,
     union_members,
 )
-from tunesmith.errors import Interrupted, RunError, TunesmithError, counted, nearest
+from tunesmith.errors import Interrupted, RecipeError, RunError, TunesmithError, counted, nearest
 from tunesmith.recipe import FieldFact, Recipe, fields
 
 if TYPE_CHECKING:
@@ -202,11 +202,16 @@ def recipe_options(
             ]
             layers += [assignment(text) for text in given.pop("set_") or []]
             flags = overlaid(*layers)
-            with catalog.using(given.pop("catalog_file")):
-                if not shared:
-                    return verb(**given, flags=flags)
-                composition = _composed(**{p.name: given.pop(p.name) for p in shared}, flags=flags)
-                return verb(**given, composition=composition)
+            # A field that is in no section has the name of its option, or a word that any sentence may have.
+            typed = {FLAGS[o]: o for o, value in values.items() if value is not None and "." in FLAGS[o]}
+            try:
+                with catalog.using(given.pop("catalog_file")):
+                    if not shared:
+                        return verb(**given, flags=flags)
+                    composition = _composed(**{p.name: given.pop(p.name) for p in shared}, flags=flags)
+                    return verb(**given, composition=composition)
+            except RecipeError as error:
+                raise _as_typed(error, typed) from error.__cause__
 
         own = [*shared, *(p for name, p in asked.items() if name not in ("flags", "composition"))]
         options = [_option(option, names[option], fact) for option, fact in facts.items()]
@@ -236,6 +241,20 @@ def recipe_options(
         return wrapped
 
     return decorate
+
+
+def _as_typed(error: RecipeError, typed: Mapping[str, str]) -> RecipeError:
+    """The error with the options that were typed beside the fields that they set."""
+
+    def told(text: str | None) -> str | None:
+        for path, option in typed.items():
+            text = re.sub(
+                rf"(?<![\w.]){re.escape(path)}(?![\w.]*\w)(?! \()", f"{path} ({option})", text or "", count=1
+            )
+        return text or None
+
+    error.problem, error.found = told(error.problem) or "", told(error.found)
+    return error
 
 
 def _option(option: str, name: str, fact: FieldFact) -> inspect.Parameter:
@@ -288,7 +307,8 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
             if not ranks.is_first():
                 return
             if text and not as_json:
-                _console(stderr=False).print(text)
+                # Plain text may hold brackets; only tables and the like have markup.
+                _console(stderr=False).print(text, markup=not isinstance(text, str))
             if as_json:
                 _print_json(payload)
             if payload.get("exit_code"):
@@ -384,11 +404,10 @@ class Display:
         show = {
             "progress": self._progress,
             "decision": lambda e: self._line(
-                f"[dim]{e['name']}:[/] {e['value']} [dim]({e['reason']})[/]"
-                if "reason" in e
-                else f"[dim]{e['name']}:[/] {e['value']}"
+                f"[dim]{_escaped(e['name'])}:[/] {_escaped(e['value'])}"
+                + (f" [dim]({_escaped(e['reason'])})[/]" if "reason" in e else "")
             ),
-            "warning": lambda e: self._line(f"[yellow]warning:[/] {e['message']}"),
+            "warning": lambda e: self._line(f"[yellow]warning:[/] {_escaped(e['message'])}"),
             "evaluation": lambda e: self._line(f"[dim]step {e['step']}:[/] validation {_gauge(e)}"),
             "sample": lambda e: self._line(
                 f"[dim]step {e['step']}, sample:[/] {_in_a_line(e['prompt'])} [dim]->[/] {_in_a_line(e['completion'])}"
@@ -434,7 +453,7 @@ class Display:
                 + (f"; {rows['truncated']} truncated" if rows["truncated"] else "")
             )
             for reason, count in event["dropped"].items():
-                self._line(f"[yellow]dropped {count}:[/] {reason}")
+                self._line(f"[yellow]dropped {count}:[/] {_escaped(reason)}")
 
 
 @app.command("demo", help="Fine-tune the shipped tiny model on text-to-SQL and prove that it got better.")
@@ -566,7 +585,7 @@ def _job(recipe: Recipe, *, is_written: bool) -> Any:
             write_whole(folder / name, text)
     shown = "\n".join(f"# {folder / name}\n{text}" for name, text in made.files.items())
     payload = {"folder": str(folder), "files": made.files, "submit": made.submit, "written": is_written}
-    return payload, _escaped(
+    return payload, (
         f"Submit it: cd {folder} && {made.submit}" if is_written else f"{shown}\n# {made.submit}"
     )
 
@@ -919,7 +938,7 @@ def generate_verb(
             settings=overlaid(flags, {"evaluation": {**chosen, **workers}}),
             watch=display,
         )
-    return asdict(found), _escaped(f"{found.sentence()}\n{'file':<10}{found.file}")
+    return asdict(found), f"{found.sentence()}\n{'file':<10}{found.file}"
 
 
 COMPARE_HELP = """Whether each model is better than the first on the same held-out examples, with an interval.
@@ -1021,7 +1040,9 @@ def inspect_verb(
     return payload, _inspected_text(found, html)
 
 
-VALIDATE_HELP = """Find what is wrong with a data set before training on it; exit code 1 where there are errors.
+VALIDATE_HELP = """Find what is wrong with a data set before training on it.
+
+Exit code 1 where there are errors, and with --fix where they are not mended in the copy.
 
 `tunesmith validate my.jsonl --task chat`
 
@@ -1072,7 +1093,11 @@ def validate_verb(
             processes=processes or os.cpu_count() or 1,
             watch=display,
         )
-    return {**report.as_dict(), "exit_code": int(report.has_errors)}, _report_text(report)
+    # What is wrong with rows is not in the copy; what is wrong with the whole file is.
+    mended = bool(report.fixed and report.fixed["file"]) and not any(
+        found.row is None and found.severity == "error" for found in report.findings
+    )
+    return {**report.as_dict(), "exit_code": int(report.has_errors and not mended)}, _report_text(report)
 
 
 @app.command("chat", help="Talk to a model or a run's model under its own chat template.")
@@ -1098,7 +1123,8 @@ def chat_verb(
     messages = [{"role": "system", "content": system}] if system else []
     remarks: list[str] = []
     if not quiet and prompt is None:
-        console.print(f"[dim]{talk.template} /exit or Ctrl-D ends, /new starts afresh.[/]", highlight=False)
+        said = f"{talk.template} /exit or Ctrl-D ends, /new starts afresh."
+        console.print(said, style="dim", markup=False, highlight=False)
     while True:
         if prompt is not None:
             question = prompt
@@ -1118,7 +1144,7 @@ def chat_verb(
         if remark := talk.remark(messages):
             remarks.append(remark)
             if not quiet:
-                console.print(f"[yellow]warning:[/] {remark}", highlight=False)
+                console.print(f"[yellow]warning:[/] {_escaped(remark)}", highlight=False)
         pieces = []
         for piece in talk.answer(messages, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
             pieces.append(piece)
@@ -1149,10 +1175,10 @@ def runs_verb(
     table = _table("run", "state", "model", "dataset", "step", "metric", "base", "tuned", "verdict", "size")
     for run in found:
         table.add_row(
-            run.path.name,
+            _escaped(run.path.name),
             run.state,
-            dataset_name(run.model),
-            " + ".join(run.datasets),
+            _escaped(dataset_name(run.model)),
+            _escaped(" + ".join(run.datasets)),
             str(run.step or ""),
             run.metric or "",
             _score(run.base, run.metric),
@@ -1324,7 +1350,7 @@ def judge_verb(
                 fix=f"leave {' and '.join(ignored)} out, or leave --replay out to ask a judge.",
             )
         found = replayed(replay, questions=questions, baseline=baseline)
-        return found, "\n".join(map(_escaped, [*sentences(found), *fastchat_sentences(found)]))
+        return found, "\n".join([*sentences(found), *fastchat_sentences(found)])
     with Display(quiet=quiet) as display:
         found = api.judge(
             answers or [],
@@ -1373,7 +1399,11 @@ def serve_verb(
     ] = None,
     no_token: Annotated[bool, typer.Option("--no-token", help="Answer everybody on this machine.")] = False,
     allowed_host: Annotated[
-        list[str] | None, typer.Option(help="A name under which the server is reached; several times.")
+        list[str] | None,
+        typer.Option(
+            help="A name under which the server is reached; several times. Also: TUNESMITH_ALLOWED_HOSTS, with spaces "
+            "between."
+        ),
     ] = None,
     engine: Annotated[
         str,
@@ -1744,8 +1774,8 @@ def show_verb(
     table = _table("name", "what it is")
     for entry in entries:
         sample = entry.get("sample")
-        about = str(entry["about"]) + (f"\n[dim]{_escaped(sample)}[/]" if sample else "")
-        table.add_row(entry["name"], about)
+        about = _escaped(entry["about"]) + (f"\n[dim]{_escaped(sample)}[/]" if sample else "")
+        table.add_row(_escaped(entry["name"]), about)
     return {what: entries}, table
 
 
@@ -1804,6 +1834,17 @@ def _in_a_line(text: str, *, most: int = 80) -> str:
     return _escaped(line if len(line) <= most else line[: most - 1] + "…")
 
 
+LONGEST_SHOWN = 600
+"""Characters of an answer in the terminal; the run's folder has all of it."""
+
+
+def _shortened(text: str) -> str:
+    """An answer for the terminal, where one that goes round in circles would push everything else away."""
+    if len(text) <= LONGEST_SHOWN:
+        return text
+    return f"{text[:LONGEST_SHOWN]}… ({len(text):,} characters; evaluation/rows.jsonl has them all)"
+
+
 def _escaped(text: Any) -> str:
     from rich.markup import escape
 
@@ -1822,10 +1863,14 @@ def _table(*columns: str) -> Any:
 def _plan_text(plan: Plan, rows: Mapping[str, Any], composition: Composition) -> Any:
     table = _table("what", "value", "why")
     for note in composition.notes:
-        table.add_row("recipe", note, "")
+        table.add_row("recipe", _escaped(note), "")
     recipe = composition.recipe
     table.add_row(
         "method", recipe.method.kind, _escaped(f"on {recipe.model.base}, adapter {recipe.adapter.kind}")
+    )
+    rest = "".join(f" + {part.dataset}" for part in recipe.data.mix)
+    table.add_row(
+        "dataset", _escaped(f"{recipe.data.dataset}{rest}"), _escaped(f"format {recipe.data.format}")
     )
     table.add_row(
         "learning_rate", f"{recipe.training.learning_rate:g}", f"{recipe.training.scheduler}, at its peak"
@@ -1914,7 +1959,8 @@ def _result_text(result: Result) -> Any:
     for sample in result.samples:
         parts.append(Text(sample["question"], style="bold"))
         for label in ("reference", "base", "tuned"):
-            parts.append(Text(f"  {label:<10}{sample[label]}", style="dim" if label == "reference" else ""))
+            said = _shortened(sample[label])
+            parts.append(Text(f"  {label:<10}{said}", style="dim" if label == "reference" else ""))
         parts.append("")
     for label, value in (
         ("run", result.run),
@@ -2034,12 +2080,12 @@ def _tried_text(found: Tried) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from tunesmith.export.tried import sentences
+    from tunesmith.export.tried import sentences, verdict
 
     facts = [
         ("tried", found.folder),
         *sentences(found),
-        ("verdict", "fit to be used" if found.passed else "NOT fit to be used"),
+        ("verdict", verdict(found)),
     ]
     return Group(*(Text(f"{name:<11}{' '.join(value.split())[:300]}") for name, value in facts))
 
@@ -2125,7 +2171,7 @@ def _scores_text(result: Result) -> Any:
 def _forecast_text(found: Mapping[str, Any]) -> str:
     from tunesmith.evaluation.judging.asking import Forecast
 
-    return f"Would take {_escaped(Forecast(**found['estimate']).sentence())}. Nothing was asked."
+    return f"Would take {Forecast(**found['estimate']).sentence()}. Nothing was asked."
 
 
 def _judged_text(found: Mapping[str, Any], folder: Path) -> str:
@@ -2137,7 +2183,7 @@ def _judged_text(found: Mapping[str, Any], folder: Path) -> str:
     lines[told:told] = found["doubts"]
     if found.get("calibration"):
         lines.append(f"The judge: {calibration.sentence(found['calibration'])}.")
-    return "\n".join(map(_escaped, [*lines, f"plots      {folder / 'judged.html'}"]))
+    return "\n".join([*lines, f"plots      {folder / 'judged.html'}"])
 
 
 def _suite_text(found: Mapping[str, Any]) -> Any:

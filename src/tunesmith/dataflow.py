@@ -93,6 +93,13 @@ def plan(
     method = METHODS[recipe.method.kind]
     examples = lengths[::2] + lengths[1::2] if method.in_pairs else lengths
     training, passes, settled = method.settled(recipe.method, recipe.training, len(examples))
+    remark = planning.rate_remark(
+        recipe.training.learning_rate,
+        method=method.kind,
+        own=getattr(recipe.method, "learning_rates", None),
+        adapter_kind=recipe.adapter.kind,
+    )
+    settled = [*settled, *([remark] if remark else [])]
     rows, unit = examples.tolist() * passes, "examples" if passes == 1 else "answers"
     notes = [*encodings.notes, template, data.proven(encodings.proof)]
     notes += [

@@ -94,6 +94,10 @@ def locate(base: str, *, revision: str | None = None) -> str:
         if (path / "final_model").is_dir():
             path = path / "final_model"
         if not _holds_model(path):
+            from tunesmith.training.run import is_run, open_run
+
+            if is_run(path):
+                raise open_run(path).unfinished()
             raise ModelError(
                 f"The folder {base} holds no model.",
                 found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
@@ -109,14 +113,16 @@ def locate(base: str, *, revision: str | None = None) -> str:
         raise ModelError(f"There is no model folder or run {base}.", fix=_proposed(path.name, near))
     location, problem = _on_hub(base, revision)
     if problem:
+        unreached = problem.startswith(UNASKED[1])
         raise ModelError(
-            f"There is no model folder or run {base}."
+            f"The model '{base}' is not on this machine, and the Hub could not be asked for it."
+            if unreached or ("/" in base and problem.startswith(UNASKED[0]))
+            else f"There is no model folder or run {base}."
             if "/" in base and near
-            else f"The model '{base}' is not on this machine, and the Hub could not be asked for it."
-            if "/" in base and problem.startswith(UNASKED)
             else f"There is no model '{base}'.",
             found=f"no such folder or run here; {problem}",
-            fix=_proposed(path.name, {**near, "tiny": "tiny"}),
+            fix=_proposed(path.name, {**near, "tiny": "tiny"})
+            + (" Or mend the way to the Hub (HF_ENDPOINT, HTTPS_PROXY) and try again." if unreached else ""),
         )
     if Path(location).is_dir():  # the Hub's cache, which may hold a part of the model
         _vet(Path(location), is_whole=False)

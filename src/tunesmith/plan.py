@@ -220,6 +220,29 @@ def resolve(
     )
 
 
+USUAL_RATES = (2e-5, 2e-4)
+"""Peak learning rates of whole weights and of adapters, for methods that name none of their own."""
+FAR_OFF = 100
+"""How many times the usual rate, or what part of it, is far enough off to be said."""
+
+
+def rate_remark(
+    rate: float, *, method: str, own: tuple[float, float] | None, adapter_kind: str
+) -> Decision | None:
+    """What to say of a learning rate that is far from what a method is usually given; None of one that is not."""
+    is_adapter = adapter_kind in ("lora", "qlora")
+    usual = (own or USUAL_RATES)[is_adapter]
+    if usual / FAR_OFF <= rate <= usual * FAR_OFF:
+        return None
+    of = f"the usual {usual:g} of {method} with {'adapters' if is_adapter else 'whole weights'}"
+    said = (
+        f"{rate / usual:,.0f} times {of}: the loss may well grow without end"
+        if rate > usual
+        else f"{usual / rate:,.0f} times below {of}: the model may well learn nothing"
+    )
+    return Decision("learning_rate", f"{rate:g}", f"{said}; `tunesmith find-lr` measures which one fits")
+
+
 def dealt(training: Training, processes: int) -> Training:
     """What each of several processes takes of a step, so that the step stays that of one process: as many rows at once
     as the recipe allows, and as often as it takes. The rows have to be dealt evenly (`launch.check`)."""

@@ -21,6 +21,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -1142,6 +1143,16 @@ class Recipe(Section):
     tracking: Tracking = Tracking()
     launch: Launch = Local()
     parallel: Parallel = DDP()
+
+    @field_validator("name")
+    @classmethod
+    def _is_one_folder(cls, name: str | None) -> str | None:
+        """Runs lie side by side in the output folder, where `tunesmith runs` finds them."""
+        if name is not None and (name in (".", "..") or any(sign in name for sign in "/\\\0")):
+            raise ValueError(
+                "a run's name is that of one folder, without / and \\; output_dir says where it is made"
+            )
+        return name
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ def rows_of(path):
     content = path.read_bytes()
     if path.suffix == ".parquet":
         try:
-            return parquet.read_table(path).num_rows
+            table = parquet.read_table(path)
+            return table.num_rows if table.schema.names else 0  # a name that is not UTF-8 raises
         except (arrow.ArrowException, OSError, ValueError):
             return None
     if path.suffix in (".jsonl", ".txt"):
@@ -91,6 +92,8 @@ def rows_of(path):
     text = content.decode("utf-8-sig", "surrogateescape")
     if not set(text) <= set(PLAIN_CSV):
         return None  # which separator a file has is a guess where there are several
+    if text.lstrip().startswith(("{", "[")):
+        return None  # JSON under a wrong name, whose first line is no header for us
     try:
         return max(
             sum(bool(cells) for cells in csv.reader(io.StringIO(text, newline=""), strict=True)) - 1, 0

@@ -52,7 +52,21 @@ def called(arguments) -> bytes:
 
 TABLE = b"prompt,response\n" + b"".join(b"what is %d,it is %d\n" % (n, n) for n in range(4))
 
+
 # name -> suffix, content, number of rows, number of the first row with an error (None: none has one; 0: the file has).
+def parquet_of_latin_1() -> bytes:
+    """Five rows, the third of which has a text that nobody decoded before it was written."""
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    rows = [
+        {"prompt": f"what is {n}", "response": "caf\u00e9!" if n == 2 else f"it is {n}"} for n in range(5)
+    ]
+    out = io.BytesIO()
+    parquet.write_table(arrow.Table.from_pylist(rows), out, compression="none", use_dictionary=False)
+    return out.getvalue().replace("caf\u00e9!".encode(), b"caf\xe9!!")
+
+
 CASES = {
     "first line broken": (".jsonl", among(b'{"prompt": ', 0), 5, 1),
     "middle line broken": (".jsonl", among(b'{"prompt": x}'), 5, 3),
@@ -105,6 +119,7 @@ CASES = {
     "bad UTF-8 in an escape": (".jsonl", among(b'{"prompt": "\\u12", "response": "b"}'), 5, 3),
     "a text file with a NUL": (".txt", b"one\0two\n", 1, None),
     "no header": (".csv", b"what is 1,it is 1\n", 0, 0),
+    "Parquet with a text that is not UTF-8": (".parquet", parquet_of_latin_1(), 5, 3),
     "damaged Parquet": (".parquet", b"PAR1" + bytes(40) + b"PAR1", 0, 0),
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import urllib.error
 import urllib.request
 import venv
 import zipfile
@@ -366,6 +367,7 @@ def test_the_containers_serve_it_for_a_user_without_rights(made):
     parsed = yaml.safe_load((made.folder / "compose.yaml").read_text())["services"]
     assert set(parsed) == {"cpu", "vllm", "demo"}
     assert all(port.startswith("127.0.0.1:") for one in parsed.values() for port in one["ports"])
+    assert parsed["cpu"]["environment"]["TUNESMITH_ALLOWED_HOSTS"] == "${TUNESMITH_ALLOWED_HOSTS:-}"
     vllm = parsed["vllm"]
     assert vllm["command"][:4] == ["--model", "/model", "--served-model-name", "mine"]
     assert vllm["volumes"] == ["./model:/model:ro"]
@@ -714,7 +716,7 @@ def test_the_server_needs_only_what_is_pinned(made, tmp_path):
 
 
 @pytest.mark.thorough
-def test_it_installs_into_a_virtual_environment_of_its_own(made, tmp_path):
+def test_it_installs_into_a_virtual_environment_of_its_own(made, tmp_path, monkeypatch):
     """start.sh as it stands. Without a package index the pinned packages are lent from this environment; with
     TUNESMITH_PROVE_DEPLOYMENT=1 they are installed from the index, which takes minutes."""
     folder = tmp_path / "elsewhere"
@@ -734,10 +736,21 @@ def test_it_installs_into_a_virtual_environment_of_its_own(made, tmp_path):
         ]
         subprocess.run(pip, check=True)
         ready(folder)
-    server, url = start(["./start.sh", "--port", "0", "--engine", "transformers"], folder, HOME=str(tmp_path))
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # or the sources would be what is proven
+    server, url = start(
+        ["./start.sh", "--port", "0", "--engine", "transformers"],
+        folder,
+        HOME=str(tmp_path),
+        TUNESMITH_ALLOWED_HOSTS="models.example.org",
+    )
     try:
         code, found = smoke(folder, url)
         assert code == 0, found
+        place = url.removesuffix("/v1") + "/health"
+        named = urllib.request.Request(place, headers={"Host": "models.example.org"})
+        assert urllib.request.urlopen(named).status == 200
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(urllib.request.Request(place, headers={"Host": "other.example.org"}))
         where = subprocess.run(
             [folder / ".venv/bin/python", "-c", "import tunesmith; print(tunesmith.__file__)"],
             capture_output=True, text=True, cwd="/", check=True,

@@ -293,6 +293,79 @@ def test_the_verb_proves_the_file_and_keeps_a_bad_one_aside(tmp_path, monkeypatc
     assert json.loads((tmp_path / "bad.failed" / "parity.json").read_text())["passed"] is False
 
 
+@needs_llama_cpp
+def test_questions_are_put_by_the_template_in_the_file(tmp_path, tokenizer):
+    """As llama-cpp-python's own formatter puts them; a template that differs in the file shows as other tokens."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    from tunesmith.data.examples import Message, Prompt, Row
+
+    model = saved("qwen2", tmp_path, tokenizer)
+    turns = (Message("system", "Be brief."), Message("user", "What is <b>1 + 1</b>?"), Message("assistant", "2"),
+             Message("user", " and 2 + 2 "))  # fmt: skip
+    prompt = Prompt(turns, "", Row("x", 1))
+    asked = parity.Question((), parity.text_of(prompt, tokenizer), prompt)
+    vocabulary = vocabulary_of(tokenizer, rows=model.config.vocab_size, stop_ids=[2])
+    read = {}
+    for name, template in (("own", tokenizer.chat_template), ("other", f"!{tokenizer.chat_template}")):
+        vocabulary.keys["chat_template"] = template
+        file = tmp_path / f"{name}.gguf"
+        writing.write(tmp_path, file, quant="f32", vocabulary=vocabulary, config=model.config, name="x")
+        with parity.gguf_reader(file, tokenizer, length=64) as reader:
+            read[name] = list(reader.tokens(asked))
+    assert read["own"] == tokenizer(asked.text, add_special_tokens=False).input_ids
+    assert read["other"] != read["own"]
+    stored = gguf.GGUFReader(tmp_path / "own.gguf").get_field("tokenizer.chat_template").contents()
+    formatter = Jinja2ChatFormatter(
+        stored, eos_token=tokenizer.eos_token, bos_token=tokenizer.bos_token or ""
+    )
+    messages = [{"role": m.role, "content": m.content} for m in turns]
+    assert formatter(messages=messages).prompt == asked.text
+
+
+CONVERTER = """
+import pathlib, shutil, sys
+place = pathlib.Path(__file__).parent
+(place / "asked").write_text(" ".join(sys.argv[1:]))
+if (place / "fails").exists():
+    sys.exit("Model FooForCausalLM is not supported")
+shutil.copy(place / "ready.gguf", sys.argv[sys.argv.index("--outfile") + 1])
+"""
+
+
+@needs_llama_cpp
+def test_llama_cpp_s_converter_writes_the_families_that_only_it_knows(tmp_path, monkeypatch):
+    config = AutoConfig.from_pretrained(TINY_MODEL)
+    vocabulary = vocabulary_of(
+        AutoTokenizer.from_pretrained(TINY_MODEL), rows=config.vocab_size, stop_ids=[2]
+    )
+    place = tmp_path / "llama.cpp"
+    place.mkdir()
+    writing.write(
+        TINY_MODEL, place / "ready.gguf", quant="f16", vocabulary=vocabulary, config=config, name="x"
+    )
+    (place / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    monkeypatch.delitem(writing.FAMILIES, "llama")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(
+        ModelError, match=r"Models of the kind 'llama' are not written(.|\n)*TUNESMITH_LLAMA_CPP"
+    ):
+        api.export(TINY_MODEL, quant="f16", output=tmp_path / "a")
+    monkeypatch.setenv("TUNESMITH_LLAMA_CPP", str(place))
+    with pytest.raises(ModelError, match="does not store weights as 'q4_0'"):
+        api.export(TINY_MODEL, quant="q4_0", output=tmp_path / "a")
+    made = api.export(TINY_MODEL, quant="f16", output=tmp_path / "a")
+    assert made.passed, made.parity.problems()
+    assert made.parity.check.positions > 0
+    assert (place / "asked").read_text().split()[0] == str(TINY_MODEL)
+    assert (place / "asked").read_text().endswith("--outtype f16")
+    assert any("llama.cpp's converter" in note for note in made.notes)
+    (place / "fails").touch()
+    with pytest.raises(ModelError, match="exit code 1: Model FooForCausalLM is not supported"):
+        api.export(TINY_MODEL, quant="f16", output=tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 def test_without_llama_cpp_the_file_is_said_to_be_unproven(tmp_path, monkeypatch):
     monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
     made = api.export(TINY_MODEL, quant="q8_0", output=tmp_path / "out")

@@ -214,11 +214,21 @@ def test_what_fails_on_the_way_is_sent_again(hub, model, status):
 
 
 def test_an_upload_that_was_cut_off_goes_on_where_it_was(hub, model):
+    other = (model / "model.safetensors").read_bytes()[:-8] + bytes(8)
+    (model / "model-2.safetensors").write_bytes(other)
+    hub.faults = [(f"PUT /store/{hashlib.sha256(other).hexdigest()}", 403)] * publish.ATTEMPTS
+    with pytest.raises(TunesmithError, match="not uploaded"):
+        api.push(model, repository="me/mine", token=TOKEN)
+    [arrived] = hub.blobs
     hub.faults = [("POST .*/commit/main", 403)]
     with pytest.raises(TunesmithError, match=r"(?s)not uploaded to me/mine; it is whole in.*not sent again"):
         api.push(model, repository="me/mine", token=TOKEN)
     assert hub.repositories == {"me/mine": {}}
     stored = [path for command, path in hub.asked if command == "PUT"]
+    assert len(hub.blobs) == 2
+    assert stored.count(f"/store/{arrived}") == 1, (
+        "the one that had arrived was not sent again with the other"
+    )
     api.push(model, repository="me/mine", token=TOKEN)
     assert [path for command, path in hub.asked if command == "PUT"] == stored, "weights are sent once"
     assert "model.safetensors" in hub.repositories["me/mine"]

@@ -17,7 +17,7 @@ from tunesmith.training.run import Run
 COLORS = ("red", "blue", "green", "yes", "no", "hello")
 
 
-def trained(place, family: str, count: int) -> Run:
+def trained(place, family: str, count: int, adapter: str = "lora") -> Run:
     """A LoRA run on rows of which 45 of 100 are held out."""
     file = place / "rows.jsonl"
     rows = [
@@ -30,7 +30,7 @@ def trained(place, family: str, count: int) -> Run:
         "output_dir": str(place / "runs"), "name": family, "model": {"base": str(base)},
         "method": {"kind": "sft" if family == "causal" else "seq2seq"},
         "data": {"dataset": str(file), "max_length": 128, "held_out": 0.45},
-        "adapter": {"kind": "lora", "targets": "all-linear"},
+        "adapter": {"kind": adapter, "targets": "all-linear"},
         "training": {"max_steps": 12, "per_device_train_batch_size": 8, "warmup_steps": 0, "learning_rate": 1e-2},
         "evaluation": {"max_new_tokens": 8, "resamples": 100},
     }  # fmt: skip
@@ -62,6 +62,53 @@ def test_from_training_to_transformers_and_llama_cpp(family, tmp_path):
     assert page.count("50 of 50 prompts are the same tokens") == 3
     for name in ("merged_model", "exports/gguf-f16", "exports/gguf-q8_0"):
         assert f"<h3>{name}: " in page
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("family", "adapter"), [("causal", "lora"), ("causal", "qlora"), ("seq2seq", "lora")]
+)
+def test_a_deployment_answers_50_held_out_rows_over_http_as_the_model(family, adapter, tmp_path):
+    """Prompt ids and greedy answers; once more beside the verdict, with OpenAI's client and transformers' generate."""
+    openai = pytest.importorskip("openai")
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    from tunesmith.serving.limits import Limits
+    from tunesmith.serving.server import Where, running
+
+    if adapter == "qlora":
+        pytest.importorskip("bitsandbytes")
+    run = trained(tmp_path, family, 140, adapter)
+    made = api.prepare_deployment(run.path, output_dir=tmp_path / "out", name="mine")
+    assert made.passed, made.served.problems()
+    assert made.served.prompts == made.served.same_prompts == 50
+    assert made.served.check.same_answers + made.served.check.ties == 50
+    if adapter == "lora":
+        assert made.served.check.same_answers == 50
+    assert made.served.score.n == 50
+    assert made.served.score.verdict != "worse"
+
+    folder = made.folder / "model"
+    auto = AutoModelForCausalLM if family == "causal" else AutoModelForSeq2SeqLM
+    model, tokenizer = auto.from_pretrained(folder).float(), AutoTokenizer.from_pretrained(folder)
+    entries = map(json.loads, (run.path / "ledger.jsonl").read_text().splitlines())
+    held = [entry["row"] for entry in entries if entry["fate"] == "held_out"][:50]
+    assert len(held) == 50
+    token = "a-token-of-tests-1234"
+    with running(str(folder), {"mine": folder}, Where(port=0, token=token), Limits()) as (url, _):
+        client = openai.OpenAI(base_url=url, api_key=token)
+        for row in held:
+            messages = [{"role": "user", "content": f"what is the color of {row - 1}"}]
+            reply = client.chat.completions.create(
+                model="mine", messages=messages, max_tokens=8, extra_body={"return_token_ids": True}
+            )
+            ids = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt"
+            ).input_ids
+            written = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0]
+            answer = written[1:] if family == "seq2seq" else written[ids.shape[1] :]
+            assert reply.choices[0].model_extra["prompt_token_ids"] == ids[0].tolist()
+            assert reply.choices[0].message.content == tokenizer.decode(answer, skip_special_tokens=True)
 
 
 def api_context(file) -> int:

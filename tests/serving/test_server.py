@@ -418,6 +418,20 @@ def test_tokens_and_addresses_that_protect_nothing_are_refused(monkeypatch):
     assert token_from(None, without=True, host="::1") == (None, False)
 
 
+def test_further_names_come_from_options_and_the_environment(monkeypatch):
+    from tunesmith.errors import RecipeError
+    from tunesmith.serving.server import hosts_from
+
+    monkeypatch.setenv("TUNESMITH_ALLOWED_HOSTS", "models.Example.org, chat")
+    assert hosts_from("127.0.0.1", ["server"]) == {"127.0.0.1", "server", "models.example.org", "chat"}
+    for bad in ("*", "https://models.example.org", "a:443", "a/b"):
+        monkeypatch.setenv("TUNESMITH_ALLOWED_HOSTS", bad)
+        with pytest.raises(RecipeError, match="is no name under which"):
+            hosts_from("127.0.0.1", [])
+    monkeypatch.delenv("TUNESMITH_ALLOWED_HOSTS")
+    assert hosts_from("0.0.0.0", []) == {"0.0.0.0"}
+
+
 def test_vllm_gets_what_maps_and_refuses_the_rest(talking_folder, tmp_path):
     from tunesmith.serving.server import Where, vllm_command, vllm_refuses
 

@@ -193,6 +193,8 @@ def test_a_run_that_was_moved_goes_on(stopped, copied):
     steps = [event["step"] for event in copied.events() if event["kind"] == "step"]
     assert steps == [1, 2, 3, 4], "none twice, none missing"
     assert json.loads((copied.path / "training.json").read_text())["final_model"] == str(copied.final_model)
+    page = (copied.path / "report.html").read_text(encoding="utf-8")
+    assert "No base and tuned model were compared" in page, "a run that is not measured has a report too"
 
 
 @pytest.mark.parametrize(

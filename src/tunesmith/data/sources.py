@@ -1105,6 +1105,19 @@ def swallowed(record: Record) -> str | None:
     return None
 
 
+def _rows_in(batch: Any) -> Iterator[Mapping[str, Any] | UnicodeDecodeError]:
+    """The rows of a batch of Parquet, whose text nothing has looked at; of one that is not UTF-8 the error."""
+    batch.schema.names  # noqa: B018  raises where the name of a column is not UTF-8, which no single row is to blame for
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for number in range(batch.num_rows):
+            try:
+                yield batch.slice(number, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield error
+
+
 def _parquet(path: DataFile) -> Iterator[Record | Broken]:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
@@ -1113,9 +1126,16 @@ def _parquet(path: DataFile) -> Iterator[Record | Broken]:
     try:
         with parquet.ParquetFile(path.open("rb") if isinstance(path, Shard) else path) as file:
             for batch in file.iter_batches(batch_size=_batch(path.name, file.metadata)):
-                for values in batch.to_pylist():
+                for values in _rows_in(batch):
                     number += 1
-                    yield Record(Row(path.name, number), values)
+                    row = Row(path.name, number)
+                    if isinstance(values, UnicodeDecodeError):
+                        place = f"{path.name}, record {number}"
+                        yield Broken(row, place, "not UTF-8", "Write its text as UTF-8.", unit="record")
+                    else:
+                        yield Record(row, values)
+    except UnicodeDecodeError as error:
+        raise DataError(f"A column's name in {path.name} is not UTF-8.", found=str(error)) from None
     except (arrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path.name} is not a Parquet file.", found=str(error)) from None
 

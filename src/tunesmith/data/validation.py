@@ -525,6 +525,9 @@ def _detected(source: Source, whole: _Whole, data: DataSource, limit: int) -> De
         )
     except DataError as error:
         whole.add(-1, "undetected", told(error), limit, fix=error.fix)
+        if whole.counts["no_format"] == len(whole.numbers):  # said once for all rows, not of each again
+            del whole.counts["no_format"]
+            whole.kept = [(number, found) for number, found in whole.kept if found.kind != "no_format"]
         return None
 
 

@@ -87,6 +87,14 @@ def opened(file: Path, *, length: int, threads: int | None = None) -> Iterator[L
         cpp.llama_model_free(model)
 
 
+def chat_template(loaded: Loaded) -> str | None:
+    """The chat template in the file, with which llama.cpp's own programs put a conversation."""
+    import llama_cpp as cpp
+
+    found = cpp.llama_model_chat_template(loaded.model, None)
+    return found.decode("utf-8") if found else None
+
+
 def tokenized(loaded: Loaded, text: str) -> list[int]:
     """Ids of a text that a template has written with its special tokens. To that of an encoder-decoder model the file
     has its end added; llama.cpp's server then takes the template's own away, and so does this."""

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def export(
     merge.free_place(folder)
     is_adapter = (source / "adapter_config.json").is_file()
     base = str(source) if not is_adapter else merge.base_of(source)[0]
-    check = gguf.family_of if to == "gguf" else graph.check_family
+    check = partial(gguf.writer_of, quant=quant) if to == "gguf" else graph.check_family
     check(models.configuration(base), folder=str(source))
     name = (run.path.name if run else source.name).replace(" ", "-")
     staging = folder.with_name(f".{folder.name}.tmp")
@@ -206,28 +207,30 @@ def _as_gguf(
     progress: Callable[[str, str, str], None],
     counted: Callable[[str, int, int], None],
 ) -> Written:
-    family = gguf.family_of(config, folder=str(whole))
     file = f"{name}.gguf"
-    vocabulary = _vocabulary(tokenizer, config, asked)
-    progress(
-        "format", f"GGUF, architecture {family.architecture}, {quant}", f"the model is a {config.model_type}"
-    )
-    if vocabulary.tried:
-        progress(
-            "tokenizer",
-            str(vocabulary.keys["ggml.pre"]),
-            f"the same tokens as the model's own for {vocabulary.tried} of {vocabulary.tried} texts",
+    if program := gguf.writer_of(config, folder=str(whole), quant=quant):
+        written = gguf.convert(program, whole, folder / file, quant=quant)
+        notes = list(written.notes)
+    else:
+        vocabulary = _vocabulary(tokenizer, config, asked)
+        if vocabulary.tried:
+            progress(
+                "tokenizer",
+                str(vocabulary.keys["ggml.pre"]),
+                f"the same tokens as the model's own for {vocabulary.tried} of {vocabulary.tried} texts",
+            )
+        written = gguf.write(
+            whole,
+            folder / file,
+            quant=quant,
+            vocabulary=vocabulary,
+            config=config,
+            name=name.removesuffix(f"-{quant}"),
         )
-    written = gguf.write(
-        whole,
-        folder / file,
-        quant=quant,
-        vocabulary=vocabulary,
-        config=config,
-        name=name.removesuffix(f"-{quant}"),
-    )
-    notes = [*vocabulary.notes, *written.notes]
-    context = gguf.context_of(config)
+        notes = [*vocabulary.notes, *written.notes]
+    why = f"the model is a {config.model_type}" + (f", which {program} writes" if program else "")
+    progress("format", f"GGUF, architecture {written.architecture}, {quant}", why)
+    context = gguf.context_in(folder / file)
     text, problem = ollama.modelfile(file, tokenizer, stop_ids=end_of_turn_ids(tokenizer), context=context)
     write_whole(folder / ollama.NAME, text)
     if problem:

@@ -9,7 +9,12 @@ described in ggml's `docs/gguf.md`; names come from the `gguf` package, which ll
 
 from __future__ import annotations
 
+import collections
 import math
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -59,9 +64,9 @@ def family_of(config: Any, *, folder: str) -> Family:
     if found is None:
         raise ModelError(
             f"Models of the kind '{config.model_type}' are not written as GGUF.",
-            found=folder,
-            fix=f"Written are: {', '.join(sorted(FAMILIES))}. For others use llama.cpp's convert_hf_to_gguf.py on the "
-            "merged model.",
+            found=f"{folder}; no {CONVERTER} of llama.cpp, by {CONVERTER_AT} or on the PATH",
+            fix=f"Written are: {', '.join(sorted(FAMILIES))}. For others set {CONVERTER_AT} to llama.cpp's folder, "
+            f"whose {CONVERTER} is then used.",
         )
     if problem := found.problem(config):
         raise ModelError(
@@ -72,15 +77,83 @@ def family_of(config: Any, *, folder: str) -> Family:
     return found
 
 
+CONVERTER = "convert_hf_to_gguf.py"
+"""llama.cpp's own program that writes GGUF files."""
+CONVERTER_AT = "TUNESMITH_LLAMA_CPP"
+"""Environment variable with the folder of llama.cpp, or with the converter itself."""
+CONVERTED = ("f32", "f16", "bf16", "q8_0")
+"""How the converter can store weights."""
+
+
+def converter() -> Path | None:
+    """llama.cpp's converter, where it is installed: by the environment variable, or on the PATH.
+
+    Raises ModelError where the variable names a place without it.
+    """
+    if given := os.environ.get(CONVERTER_AT):
+        place = Path(given).expanduser()
+        found = place / CONVERTER if place.is_dir() else place
+        if not found.is_file():
+            raise ModelError(
+                f"{CONVERTER_AT} names no converter.",
+                found=str(place),
+                fix=f"Give the folder that has {CONVERTER}.",
+            )
+        return found
+    there = shutil.which(CONVERTER) or shutil.which(CONVERTER.replace("_", "-"))
+    return Path(there) if there else None
+
+
+def writer_of(config: Any, *, folder: str, quant: str) -> Path | None:
+    """Who writes a model: None where it is this module, else llama.cpp's converter, which knows more families.
+
+    Raises ModelError where neither can, before any work.
+    """
+    if config.model_type in FAMILIES or not (found := converter()):
+        family_of(config, folder=folder)
+        return None
+    if quant not in CONVERTED:
+        raise ModelError(
+            f"llama.cpp's converter does not store weights as '{quant}'.", fix=nearest(quant, CONVERTED)
+        )
+    return found
+
+
+def convert(program: Path, folder: Path, file: Path, *, quant: str) -> Written:
+    """Have llama.cpp's converter write whole weights. Raises ModelError with its last words where it fails."""
+    import gguf
+
+    begin = [sys.executable, str(program)] if program.suffix == ".py" else [str(program)]
+    done = subprocess.run(
+        [*begin, str(folder), "--outfile", str(file), "--outtype", quant],
+        capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    if done.returncode or not file.is_file():
+        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()][-3:]
+        raise ModelError(
+            "llama.cpp's converter wrote no file.",
+            found=f"exit code {done.returncode}: {' | '.join(said) or 'it said nothing'}",
+            fix=f"Run it by hand: python {program} MERGED_MODEL --outtype {quant}",
+        )
+    reader = gguf.GGUFReader(file)
+    counts = collections.Counter(tensor.tensor_type.name for tensor in reader.tensors)
+    architecture = str(reader.get_field("general.architecture").contents())  # type: ignore[union-attr]
+    return Written(file, architecture, quant, counts, (f"written by llama.cpp's converter, {program.name}",))
+
+
+def context_in(file: Path) -> int:
+    """Most tokens of a prompt with its answer, as a file says."""
+    import gguf
+
+    reader = gguf.GGUFReader(file)
+    [name] = [name for name in reader.fields if name.endswith(".context_length")]
+    return int(reader.get_field(name).contents())  # type: ignore[union-attr]
+
+
 def check_quant(quant: str) -> None:
     """Raises TunesmithError for a way to store weights that there is not."""
     if quant not in QUANTS:
         raise TunesmithError(f"Weights are not stored as '{quant}' in GGUF.", fix=nearest(quant, QUANTS))
-
-
-def context_of(config: Any) -> int:
-    """Most tokens of a prompt with its answer in the file of a model, which may be fewer than the model's."""
-    return int(FAMILIES[config.model_type].keys(config)["context_length"])  # type: ignore[arg-type]
 
 
 def write(folder: Path, file: Path, *, quant: str, vocabulary: Vocabulary, config: Any, name: str) -> Written:

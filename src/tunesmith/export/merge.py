@@ -119,13 +119,7 @@ def adapter_of(model: str | Path, run: Run | None) -> Path:
     RunError for a run without a final model.
     """
     if run and run.path == Path(model).expanduser() and not run.final_model.is_dir():
-        best = run.best_model if run.best_model.is_dir() else None
-        raise RunError(
-            f"The run {run.path} has no final model.",
-            found=f"state '{run.state()}'",
-            fix=f"`tunesmith resume {run.path}`"
-            + (f", or merge its best model so far: {best}." if best else "."),
-        )
+        raise run.unfinished()
     folder = Path(models.locate(str(model)))
     if not folder.is_dir():
         raise ModelError(
@@ -148,6 +142,12 @@ def adapter_of(model: str | Path, run: Run | None) -> Path:
             fix="Only safetensors are read; save the adapter as such.",
         )
     return folder
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises TunesmithError for a type that merged weights are not stored in."""
+    if dtype not in ("auto", *DTYPES):
+        raise TunesmithError(f"Weights are not stored as '{dtype}'.", fix=nearest(dtype, ("auto", *DTYPES)))
 
 
 def free_place(folder: Path) -> Path:
@@ -521,8 +521,7 @@ def base_of(adapter: Path) -> tuple[str, str | None]:
 
 def _stored(asked: str, config: Any, adapter: Path, *, is_quantized: bool) -> tuple[str, str]:
     """Type of the stored weights, and why."""
-    if asked not in ("auto", *DTYPES):
-        raise TunesmithError(f"Weights are not stored as '{asked}'.", fix=nearest(asked, ("auto", *DTYPES)))
+    check_dtype(asked)
     if asked != "auto":
         return asked, "as asked for"
     if is_quantized:
@@ -571,11 +570,7 @@ def _asked(tokenizer: Any, model: Any, *, is_pair: bool) -> list[list[int]]:
 
 def question_text(prompt: Prompt, tokenizer: Any) -> str:
     """What a server is sent for a question: the conversation as the chat template writes it."""
-    messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
-    text: str = tokenizer.apply_chat_template(
-        messages, tools=list(prompt.tools) or None, tokenize=False, add_generation_prompt=True
-    )
-    return text
+    return parity.text_of(prompt, tokenizer)
 
 
 def shipped_questions(tokenizer: Any, model: Any, *, is_pair: bool) -> list[Question]:

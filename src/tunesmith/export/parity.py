@@ -9,6 +9,7 @@ folder, llama.cpp for a GGUF file, a server for what it serves.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -408,14 +409,22 @@ def verdict(
 
 @contextmanager
 def gguf_reader(file: Path, tokenizer: Any, *, length: int) -> Iterator[Reader]:
-    """llama.cpp, on a GGUF file."""
+    """llama.cpp, on a GGUF file: questions are put by the template that the file holds, not by the tokenizer's."""
     import torch
 
     stop_ids = end_of_turn_ids(tokenizer)
     with llamacpp.opened(file, length=length) as loaded:
+        own = copy.copy(tokenizer)
+        own.chat_template = llamacpp.chat_template(loaded)
+
+        def tokens(asked: Question) -> Sequence[int]:
+            if asked.prompt is None or not own.chat_template:
+                return llamacpp.tokenized(loaded, asked.text)
+            return llamacpp.tokenized(loaded, text_of(asked.prompt, own))
+
         yield Reader(
             name=llamacpp.version(),
-            tokens=lambda asked: llamacpp.tokenized(loaded, asked.text),
+            tokens=tokens,
             greedy=lambda ids, room: cut(
                 llamacpp.greedy(loaded, ids, room=room, stop_ids=stop_ids), stop_ids, tokenizer
             ),
@@ -502,6 +511,15 @@ def server_reader(
         return Generated(kept, decoded(kept, tokenizer), "stop" if is_ended else "length")
 
     return Reader(f"the server at {remote.host}", tokens, greedy, None, length, takes_tools=False)
+
+
+def text_of(prompt: Prompt, tokenizer: Any) -> str:
+    """A conversation as a tokenizer's chat template writes it."""
+    messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+    text: str = tokenizer.apply_chat_template(
+        messages, tools=list(prompt.tools) or None, tokenize=False, add_generation_prompt=True
+    )
+    return text
 
 
 def read_as(asked: Question, tokenizer: Any) -> Sequence[int]:

@@ -261,6 +261,7 @@ def fetch(repository: str, folder: Path, *, revision: str | None = None, token: 
     Cut off, it goes on where it was. Raises TunesmithError with the Hub's answer.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     from tunesmith.models import WANTED
     from tunesmith.untrusted import check_folder
@@ -273,10 +274,18 @@ def fetch(repository: str, folder: Path, *, revision: str | None = None, token: 
             repository, revision=revision, local_dir=staging, token=token or None, allow_patterns=list(WANTED)
         )
     except Exception as error:  # the network's many ways to fail come as many types
+        unreached = isinstance(error, LocalEntryNotFoundError | OSError) and not isinstance(
+            error, HfHubHTTPError
+        )
+        mend = (
+            "Mend the way to it (HF_ENDPOINT, HTTPS_PROXY)"
+            if unreached
+            else "Check the name and `hf auth login`"
+        )
         raise TunesmithError(
-            f"{repository} was not fetched.",
+            f"{repository} was not fetched" + (": the Hub could not be reached." if unreached else "."),
             found=_said(error, token),
-            fix="Check the name and `hf auth login`, and fetch again: what has arrived is kept.",
+            fix=f"{mend}, and fetch again: what has arrived is kept.",
         ) from None
     check_folder(staging)
     if not any((staging / name).is_file() for name in ("config.json", "adapter_config.json")):

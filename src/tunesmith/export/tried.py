@@ -1,4 +1,4 @@
-"""Whether a model's folder is fit to be used: whole, loadable, asked under its own template, and answering sensibly.
+"""Whether a model's folder works: whole, loadable, asked under its own template, and answering sensibly.
 
     files -> weights -> template -> ends -> answers (ended, not empty, no loops) -> perplexity -> speed
 
@@ -399,6 +399,17 @@ def _perplexity(value: float, on: str, vocabulary: int, *, on_references: bool) 
         "perplexity",
         math.isfinite(value) and (value < vocabulary or not on_references),
         f"{value:,.2f} {on}; {vocabulary:,} is that of a guess among all tokens",
+    )
+
+
+def verdict(found: Tried) -> str:
+    """What the checks come to, and no more than that."""
+    names = [finding.check for finding in found.findings]
+    if failed := [finding.check for finding in found.findings if not finding.passed]:
+        return f"FAILED: {', '.join(failed)}, of {counted(len(names), 'check')} made"
+    return (
+        f"passed: {', '.join(names)}. That it works is shown by this, and not that its answers are right: "
+        "`tunesmith evaluate` and `tunesmith compare` measure that"
     )
 
 

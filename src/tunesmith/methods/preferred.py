@@ -30,7 +30,10 @@ def paired(example: Example) -> Example:
         return example
     if isinstance(example, Rating):
         raise Unusable("a rating is no pair of answers: the method kto learns from ratings")
-    raise Unusable("no pair of a better and a worse answer: the method sft learns from single ones")
+    raise Unusable(
+        "no pair of a better and a worse answer, which this method needs (columns `chosen` and `rejected`); "
+        "`--method sft` learns from single answers"
+    )
 
 
 def rated(example: Example) -> Example:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,30 @@ def token_from(env: str | None, *, without: bool, host: str) -> tuple[str | None
             fix=f"Put at least {SHORTEST} letters and digits there, without spaces.",
         )
     return given, False
+
+
+HOSTS = "TUNESMITH_ALLOWED_HOSTS"
+"""Environment variable with further names under which a server is reached, for containers and behind proxies."""
+
+
+def hosts_from(host: str, allowed: Sequence[str]) -> frozenset[str]:
+    """Names that a Host header may have: the address, those that were given, and those of the environment.
+
+    Raises RecipeError for one that is no name, such as an address with `https://`, or a `*`, which would let every page
+    in.
+    """
+    given = [*allowed, *os.environ.get(HOSTS, "").replace(",", " ").split()]
+    for name in given:
+        if not HOST_NAME.fullmatch(name):
+            raise RecipeError(
+                f"'{name}' is no name under which a server is reached.",
+                found=f"--allowed-host, or the environment variable {HOSTS}",
+                fix="Give the name alone, such as models.example.org: no https://, no port, no path and no *.",
+            )
+    return frozenset(name.lower() for name in (host, *given))
+
+
+HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 
 
 def limited(given: Mapping[str, int]) -> Limits:

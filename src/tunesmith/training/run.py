@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.compose import as_yaml, read_layer, validated
-from tunesmith.errors import RunError, nearest
+from tunesmith.errors import RunError, closest
 from tunesmith.libraries import loading
 from tunesmith.recipe import Data, Recipe
 
@@ -193,6 +193,23 @@ class Run:
             holder.unlink(missing_ok=True)
             _close_to_others(self.path)
             lock.release()
+
+    def unfinished(self) -> RunError:
+        """That there is no final model yet, and how to get one, for whoever wants to use it."""
+        state = self.state()
+        fix = {
+            "running": "Wait for it",
+            "done": "Its folder final_model is gone: put it back, or train again",
+        }.get(state, f"`tunesmith resume {self.path}`")
+        if self.best_model.is_dir():
+            fix += f", or use its best model so far: {self.best_model}"
+        said = {
+            "interrupted": "it was interrupted",
+            "died": "it ended without a word, as where it was killed",
+            "failed": "it failed",
+            "running": "it is running",
+        }.get(state, f"state '{state}'")
+        return RunError(f"The run {self.path} has no final model.", found=said, fix=f"{fix}.")
 
     def is_locked(self) -> bool:
         """Whether a process writes this run now."""
@@ -377,11 +394,16 @@ def open_run(path: str | Path, *, watch: Watch = _silent) -> Run:
     path = Path(path).expanduser()
     if is_run(path):
         return Run(path, watch)
-    near = [str(run.path) for run in find_runs(path.parent)] if path.parent.is_dir() else []
+    near = {run.path.name: str(run.path) for run in find_runs(path.parent)} if path.parent.is_dir() else {}
+    meant = closest(path.name, near)
     raise RunError(
         f"{path} is not a run.",
         found="a folder without recipe.yaml" if path.is_dir() else "no such folder",
-        fix=nearest(str(path), near) if near else "`tunesmith runs` lists the runs of an output folder.",
+        fix=f"Did you mean '{near[meant]}'?"
+        if meant
+        else "Runs there: " + ", ".join(sorted(near.values())[:8]) + "."
+        if near
+        else "`tunesmith runs` lists the runs of an output folder.",
     )
 
 

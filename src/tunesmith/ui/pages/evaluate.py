@@ -208,9 +208,14 @@ def build(shared: Shared) -> None:
         interactive=False, wrap=True, label="Answers; choose a line to see it whole", max_height=480,
         elem_id="evaluate-answers", column_widths=["4%", "22%", "18%", "22%", "6%", "22%", "6%"],
     )  # fmt: skip
-    with gr.Group(elem_id="evaluate-whole"):
+    with gr.Group(elem_id="evaluate-whole", elem_classes="ts-late"):
         question = gr.Textbox(
-            label="Question", interactive=False, lines=2, max_lines=12, elem_id="evaluate-question"
+            label="Question",
+            interactive=False,
+            lines=2,
+            max_lines=12,
+            elem_id="evaluate-question",
+            placeholder="none chosen",
         )
         reference = gr.Textbox(
             label="Reference", interactive=False, max_lines=12, elem_id="evaluate-reference"
@@ -249,6 +254,8 @@ def build(shared: Shared) -> None:
         label="The same in a shell",
         interactive=False,
         elem_id="evaluate-command",
+        elem_classes="ts-late",
+        placeholder="none yet",
         buttons=["copy"],
         max_lines=4,
     )

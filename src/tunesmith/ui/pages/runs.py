@@ -15,14 +15,13 @@ from tunesmith.errors import RunError, counted
 from tunesmith.evaluation.compare import shown
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.training.run import dataset_name
-from tunesmith.ui import curves, trash
+from tunesmith.ui import curves, theme, trash
 from tunesmith.ui.choosing import clock, guarded, run_names, run_path, size
 from tunesmith.ui.shared import Shared, box, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
 
 MOST = 8
 """Runs whose curves are drawn over one another."""
-COLORS = ("#1f6fc5", "#c9651a", "#1a7f37", "#8250df", "#c2255c", "#7d8590", "#0b7285", "#936900")
 HEADERS = ["run", "state", "model", "data", "step", "metric", "base", "tuned", "verdict", "size"]
 NONE_YET = empty("No runs yet.", "Start one on the Train page; it appears here with its scores.")
 
@@ -77,7 +76,7 @@ def overlaid(workspace: Workspace, names: Sequence[str], title: str) -> PlotData
         several = len(figure["data"]["traces"]) > 1
         for trace in figure["data"]["traces"]:
             dash = "dot" if "validation" in trace["name"] else trace.get("dash", "solid")
-            line = {"color": COLORS[number % len(COLORS)], "dash": dash}
+            line = {"color": theme.SERIES[number % len(theme.SERIES)], "dash": dash}
             label = f"{name}, {trace['name']}" if several else name
             traces.append({**trace, "name": label, "line": line, "marker": {"color": line["color"]}})
     if not traces:
@@ -96,7 +95,13 @@ def build(shared: Shared) -> None:
         label="Runs, newest first; choose a line to look at that run on the other pages", show_search="search",
     )  # fmt: skip
     line = gr.Textbox(
-        label="The same in a shell", interactive=False, elem_id="runs-command", buttons=["copy"], max_lines=4
+        label="The same in a shell",
+        interactive=False,
+        elem_id="runs-command",
+        buttons=["copy"],
+        max_lines=4,
+        elem_classes="ts-late",
+        placeholder="none yet",
     )
     told = gr.HTML("", elem_id="runs-told")
     gr.Markdown("### Curves over one another")

@@ -239,6 +239,11 @@ footer { display: none !important; }
   .gradio-container .row { flex-wrap: wrap; }
   .gradio-container .row > * { min-width: min(100%, 260px) !important; }
   .gradio-container button { min-height: 40px; }
+  .gradio-container .row > button.lg { flex: 1 1 auto !important; margin-bottom: 0 !important; }
+  .gradio-container .form { flex-direction: column !important; }
+  .gradio-container .form > .block { min-width: 100% !important; }
+  .gradio-container button[role=tab] { padding: 0 8px; font-size: 0.92rem; }
+  .gradio-container .table-wrap :is(th, td) { min-width: 6.5rem !important; }
 }
 @media (prefers-reduced-motion: reduce) {
   .gradio-container * { animation-duration: 0.01ms !important; transition-duration: 0.01ms !important; }

@@ -468,7 +468,7 @@ def build(shared: Shared) -> None:
             type="array",
             show_search="filter",
         )
-    line = written("", "The same as commands", "data-command")
+    line = written("", "The same in a shell", "data-command")
 
     def look(
         layer: dict[str, Any], question: str, answer: str, known: Any, request: gr.Request

@@ -192,37 +192,42 @@ def build(shared: Shared) -> None:
             choices=[], value=None, label="Plot", elem_id="evaluate-plot-choice", interactive=True
         )
         radar = gr.Plot(label="Judged", show_label=False, elem_id="evaluate-plot")
-    gr.Markdown("### Every answer")
-    with gr.Row():
-        search = gr.Textbox(
-            value="",
-            label="Search",
-            placeholder="words in question, reference or answer",
-            elem_id="evaluate-search",
-        )
-        kind = gr.Radio(list(FILTERS), value="all", label="Show", elem_id="evaluate-filter")
-        number = gr.Number(value=1, minimum=1, precision=0, label="Page", elem_id="evaluate-page")
-    count = gr.HTML("", elem_id="evaluate-count")
-    answers = gr.Dataframe(
-        headers=["no.", "question", "reference", "A", "A's mark", "B", "B's mark"], datatype="str", type="array",
-        interactive=False, wrap=True, label="Answers; choose a line to see it whole", max_height=480,
-        elem_id="evaluate-answers", column_widths=["4%", "22%", "18%", "22%", "6%", "22%", "6%"],
-    )  # fmt: skip
-    with gr.Group(elem_id="evaluate-whole", elem_classes="ts-late"):
-        question = gr.Textbox(
-            label="Question",
-            interactive=False,
-            lines=2,
-            max_lines=12,
-            elem_id="evaluate-question",
-            placeholder="none chosen",
-        )
-        reference = gr.Textbox(
-            label="Reference", interactive=False, max_lines=12, elem_id="evaluate-reference"
-        )
+    with gr.Column(visible=False, elem_id="evaluate-every") as every:
+        gr.Markdown("### Every answer")
         with gr.Row():
-            left = gr.Textbox(label="A", interactive=False, lines=3, max_lines=20, elem_id="evaluate-left")
-            right = gr.Textbox(label="B", interactive=False, lines=3, max_lines=20, elem_id="evaluate-right")
+            search = gr.Textbox(
+                value="",
+                label="Search",
+                placeholder="words in question, reference or answer",
+                elem_id="evaluate-search",
+            )
+            kind = gr.Radio(list(FILTERS), value="all", label="Show", elem_id="evaluate-filter")
+            number = gr.Number(value=1, minimum=1, precision=0, label="Page", elem_id="evaluate-page")
+        count = gr.HTML("", elem_id="evaluate-count")
+        answers = gr.Dataframe(
+            headers=["no.", "question", "reference", "A", "A's mark", "B", "B's mark"], datatype="str", type="array",
+            interactive=False, wrap=True, label="Answers; choose a line to see it whole", max_height=480,
+            elem_id="evaluate-answers", column_widths=["4%", "22%", "18%", "22%", "6%", "22%", "6%"],
+        )  # fmt: skip
+        with gr.Group(elem_id="evaluate-whole", elem_classes="ts-late"):
+            question = gr.Textbox(
+                label="Question",
+                interactive=False,
+                lines=2,
+                max_lines=12,
+                elem_id="evaluate-question",
+                placeholder="none chosen",
+            )
+            reference = gr.Textbox(
+                label="Reference", interactive=False, max_lines=12, elem_id="evaluate-reference"
+            )
+            with gr.Row():
+                left = gr.Textbox(
+                    label="A", interactive=False, lines=3, max_lines=20, elem_id="evaluate-left"
+                )
+                right = gr.Textbox(
+                    label="B", interactive=False, lines=3, max_lines=20, elem_id="evaluate-right"
+                )
 
     with gr.Accordion("Compare two models", open=False, elem_id="evaluate-compare-part"):
         with gr.Row():
@@ -290,7 +295,8 @@ def build(shared: Shared) -> None:
         def act() -> list[Any]:
             found = found_at(workspace_of(request), run, name)
             if found is None:
-                return [NOTHING, gr.Dataframe(value=[]), gr.Accordion(visible=False), gr.skip(), None, 1]
+                off = gr.Column(visible=False)
+                return [NOTHING, gr.Dataframe(value=[]), gr.Accordion(visible=False), gr.skip(), None, 1, off]
             header, *body = [list(cells) for cells in found.table]
             plots = judged_plots(found)
             first = next(iter(plots), None)
@@ -301,9 +307,10 @@ def build(shared: Shared) -> None:
                 gr.Dropdown(choices=list(plots), value=first),
                 plots[first] if first else None,
                 1,
+                gr.Column(visible=True),
             ]
 
-        return list(guarded(act, lambda box: [box, *[gr.skip()] * 5]))
+        return list(guarded(act, lambda box: [box, *[gr.skip()] * 6]))
 
     def listed(
         run: str | None, name: str | None, words: str, of: str, page: float, request: gr.Request
@@ -326,7 +333,7 @@ def build(shared: Shared) -> None:
 
     shown_by = [chosen, place, search, kind, number]
     place.change(
-        show, inputs=[chosen, place], outputs=[said, table, judged_part, which, radar, number], **quiet
+        show, inputs=[chosen, place], outputs=[said, table, judged_part, which, radar, number, every], **quiet
     ).then(listed, inputs=shown_by, outputs=[answers, count], **quiet)
     gr.on(
         [search.submit, search.blur, kind.change, number.change],

@@ -175,13 +175,15 @@ def build(shared: Shared) -> None:
             label="Plan for",
             elem_id="plan-device",
             info="A device that is elsewhere can be planned for by its name.",
-            scale=2,
+            scale=1,
+            min_width=280,
         )
         measure = gr.Checkbox(
             False,
             label="Measure two steps here",
             elem_id="plan-measure",
             scale=1,
+            min_width=280,
             info="As the command does: loads the model and times two steps, after the plan is shown.",
         )
         start = gr.Button("Work out the plan", variant="primary", elem_id="plan-start", scale=1)
@@ -201,7 +203,7 @@ def build(shared: Shared) -> None:
         datatype="str",
         type="array",
     )
-    line = written("", "The same as one command", "plan-command")
+    line = written("", "The same in a shell", "plan-command")
 
     def work(
         layer: dict[str, Any], device: str, measured: bool, request: gr.Request

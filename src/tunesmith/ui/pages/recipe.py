@@ -164,7 +164,7 @@ def build(shared: Shared) -> None:
         with gr.Column(scale=2, min_width=340, elem_id="recipe-aside"):
             state = gr.HTML(verdict(start), elem_id="recipe-state")
             text = written(form.as_yaml(start.layer), "Recipe (YAML)", "recipe-yaml")
-            line = written(command(form.argv(start.layer)), "The same as one command", "recipe-command")
+            line = written(command(form.argv(start.layer)), "The same in a shell", "recipe-command")
             with gr.Row():
                 upload = gr.UploadButton(
                     "Import a recipe", file_types=[".yaml", ".yml", ".json"], elem_id="recipe-import"

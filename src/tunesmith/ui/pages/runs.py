@@ -104,25 +104,28 @@ def build(shared: Shared) -> None:
         placeholder="none yet",
     )
     told = gr.HTML("", elem_id="runs-told")
-    gr.Markdown("### Curves over one another")
-    with gr.Row():
-        several = gr.Dropdown(choices=[], value=[], multiselect=True, max_choices=MOST, label="Runs",
-                              elem_id="runs-several", interactive=True)  # fmt: skip
-        curve = gr.Dropdown(choices=[], value=None, label="Curve", elem_id="runs-curve", interactive=True)
-    plot = gr.Plot(label="Curves", show_label=False, elem_id="runs-plot")
-    with gr.Accordion("Delete and undo", open=False, elem_id="runs-delete-part"):
+    with gr.Column(visible=False) as work:
+        gr.Markdown("### Curves over one another")
         with gr.Row():
-            doomed = gr.Dropdown(choices=[], value=None, label="Run", elem_id="runs-doomed", interactive=True)
-            away = gr.Button("Move to the trash", variant="stop", elem_id="runs-delete")
-        with gr.Row():
-            back = gr.Dropdown(
-                choices=[], value=None, label="In the trash", elem_id="runs-trash", interactive=True
-            )
-            undo = gr.Button("Put it back", elem_id="runs-undo")
-            sure = gr.Checkbox(label="I want it gone for good", elem_id="runs-sure")
-            final = gr.Button("Empty the trash", variant="stop", elem_id="runs-empty")
+            several = gr.Dropdown(choices=[], value=[], multiselect=True, max_choices=MOST, label="Runs",
+                                  elem_id="runs-several", interactive=True)  # fmt: skip
+            curve = gr.Dropdown(choices=[], value=None, label="Curve", elem_id="runs-curve", interactive=True)
+        plot = gr.Plot(label="Curves", show_label=False, elem_id="runs-plot")
+        with gr.Accordion("Delete and undo", open=False, elem_id="runs-delete-part"):
+            with gr.Row():
+                doomed = gr.Dropdown(
+                    choices=[], value=None, label="Run", elem_id="runs-doomed", interactive=True
+                )
+                away = gr.Button("Move to the trash", variant="stop", elem_id="runs-delete")
+            with gr.Row():
+                back = gr.Dropdown(
+                    choices=[], value=None, label="In the trash", elem_id="runs-trash", interactive=True
+                )
+                undo = gr.Button("Put it back", elem_id="runs-undo")
+                sure = gr.Checkbox(label="I want it gone for good", elem_id="runs-sure")
+                final = gr.Button("Empty the trash", variant="stop", elem_id="runs-empty")
 
-    def refreshed(request: gr.Request) -> list[Any]:
+    def refreshed(compared: list[str] | None, request: gr.Request) -> list[Any]:
         workspace = workspace_of(request)
 
         def act() -> list[Any]:
@@ -133,18 +136,21 @@ def build(shared: Shared) -> None:
                 disk(workspace, found) if found or thrown else NONE_YET,
                 lines(found),
                 command(["tunesmith", "runs", str(workspace.runs)]),
-                gr.Dropdown(choices=names),
+                gr.Dropdown(
+                    choices=names, value=[n for n in compared or names[:3] if n in names] or names[:3]
+                ),
                 gr.Dropdown(choices=names, value=names[0] if names else None),
                 gr.Dropdown(choices=thrown, value=thrown[0][1] if thrown else None),
+                gr.Column(visible=bool(found or thrown)),
             ]
 
-        return list(guarded(act, lambda said: [said, *[gr.skip()] * 5]))
+        return list(guarded(act, lambda said: [said, *[gr.skip()] * 6]))
 
-    shown_parts = [about, table, line, several, doomed, back]
+    shown_parts = [about, table, line, several, doomed, back, work]
 
     tab = get_render_context()
     assert isinstance(tab, gr.Tab)
-    tab.select(refreshed, outputs=shown_parts, **quiet)
+    tab.select(refreshed, inputs=[several], outputs=shown_parts, **quiet)
 
     def of_runs(names: list[str] | None, title: str | None, request: gr.Request) -> list[Any]:
         def act() -> list[Any]:
@@ -180,9 +186,9 @@ def build(shared: Shared) -> None:
 
     away.click(
         moved(trash.delete, "in the trash, from which it can be put back"), [doomed], [told, line], **own
-    ).then(refreshed, outputs=shown_parts, **quiet)
+    ).then(refreshed, inputs=[several], outputs=shown_parts, **quiet)
     undo.click(moved(trash.undo, "back among the runs"), [back], [told, line], **own).then(
-        refreshed, outputs=shown_parts, **quiet
+        refreshed, inputs=[several], outputs=shown_parts, **quiet
     )
 
     def emptied(is_sure: bool, request: gr.Request) -> list[Any]:
@@ -194,4 +200,6 @@ def build(shared: Shared) -> None:
 
         return list(guarded(act, lambda said: [said, gr.skip()]))
 
-    final.click(emptied, [sure], [told, sure], **own).then(refreshed, outputs=shown_parts, **quiet)
+    final.click(emptied, [sure], [told, sure], **own).then(
+        refreshed, inputs=[several], outputs=shown_parts, **quiet
+    )

@@ -115,7 +115,7 @@ def plain_layout(height: int) -> dict[str, Any]:
     """What the layouts of all plots have in common."""
     axis = {"gridcolor": LINES, "zerolinecolor": LINES, "automargin": True}
     return {
-        "height": height, "margin": {"t": 44, "r": 16, "b": 8, "l": 8}, "font": {"color": INK, "size": 12},
+        "height": height, "margin": {"t": 44, "r": 16, "b": 12, "l": 16}, "font": {"color": INK, "size": 12},
         "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "xaxis": dict(axis), "yaxis": dict(axis),
         "hovermode": "closest",
     }  # fmt: skip
@@ -153,7 +153,7 @@ CSS = """
 .gradio-container .block:has(> .table-container.no-rows),
 .gradio-container .ts-with-table:has(.table-container.no-rows) { display: none !important; }
 .gradio-container .table-wrap { --df-max-col-width: 360px !important; }
-.gradio-container .table-wrap :is(th, td), .gradio-container .table-wrap :is(th, td) * {
+.gradio-container .table-wrap, .gradio-container .table-wrap * {
   font-family: var(--font) !important; font-size: 0.88rem; overflow-wrap: anywhere; }
 .gradio-container .table-wrap th span { font-weight: 600; color: var(--body-text-color-subdued); }
 .gradio-container .table-wrap .cell-menu-button { display: none; }
@@ -162,7 +162,8 @@ CSS = """
 /* Commands to copy look like commands, and stay away until there is one; so do parts that wait for a choice. */
 .gradio-container [id$=-command] textarea { font-family: var(--font-mono) !important; font-size: 0.85rem;
   background: var(--background-fill-secondary); border-color: var(--border-color-primary); }
-.gradio-container .ts-late:has(textarea:placeholder-shown) { display: none !important; }
+.gradio-container .ts-late:has(textarea:placeholder-shown), #page-evaluate:not(:has(#evaluate-count p)) #evaluate-every,
+#page-runs:has(#runs-about .ts-empty) #runs-work { display: none !important; }
 #train-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 12px; }
 .gradio-container .js-plotly-plot text { fill: var(--body-text-color) !important;
   font-family: var(--font) !important; }

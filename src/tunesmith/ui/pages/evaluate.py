@@ -192,7 +192,7 @@ def build(shared: Shared) -> None:
             choices=[], value=None, label="Plot", elem_id="evaluate-plot-choice", interactive=True
         )
         radar = gr.Plot(label="Judged", show_label=False, elem_id="evaluate-plot")
-    with gr.Column(visible=False, elem_id="evaluate-every") as every:
+    with gr.Column(elem_id="evaluate-every"):
         gr.Markdown("### Every answer")
         with gr.Row():
             search = gr.Textbox(
@@ -295,8 +295,7 @@ def build(shared: Shared) -> None:
         def act() -> list[Any]:
             found = found_at(workspace_of(request), run, name)
             if found is None:
-                off = gr.Column(visible=False)
-                return [NOTHING, gr.Dataframe(value=[]), gr.Accordion(visible=False), gr.skip(), None, 1, off]
+                return [NOTHING, gr.Dataframe(value=[]), gr.Accordion(visible=False), gr.skip(), None, 1]
             header, *body = [list(cells) for cells in found.table]
             plots = judged_plots(found)
             first = next(iter(plots), None)
@@ -307,10 +306,9 @@ def build(shared: Shared) -> None:
                 gr.Dropdown(choices=list(plots), value=first),
                 plots[first] if first else None,
                 1,
-                gr.Column(visible=True),
             ]
 
-        return list(guarded(act, lambda box: [box, *[gr.skip()] * 6]))
+        return list(guarded(act, lambda box: [box, *[gr.skip()] * 5]))
 
     def listed(
         run: str | None, name: str | None, words: str, of: str, page: float, request: gr.Request
@@ -333,7 +331,7 @@ def build(shared: Shared) -> None:
 
     shown_by = [chosen, place, search, kind, number]
     place.change(
-        show, inputs=[chosen, place], outputs=[said, table, judged_part, which, radar, number, every], **quiet
+        show, inputs=[chosen, place], outputs=[said, table, judged_part, which, radar, number], **quiet
     ).then(listed, inputs=shown_by, outputs=[answers, count], **quiet)
     gr.on(
         [search.submit, search.blur, kind.change, number.change],

@@ -225,6 +225,7 @@ def build(shared: Shared) -> None:
         work,
         [shared.recipe, device, measure],
         [state, plot, batch, table, line],
+        show_progress="hidden",
         concurrency_id="models",
         concurrency_limit=1,
     )

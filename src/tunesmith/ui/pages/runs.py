@@ -104,7 +104,7 @@ def build(shared: Shared) -> None:
         placeholder="none yet",
     )
     told = gr.HTML("", elem_id="runs-told")
-    with gr.Column(visible=False) as work:
+    with gr.Column(elem_id="runs-work"):
         gr.Markdown("### Curves over one another")
         with gr.Row():
             several = gr.Dropdown(choices=[], value=[], multiselect=True, max_choices=MOST, label="Runs",
@@ -141,12 +141,11 @@ def build(shared: Shared) -> None:
                 ),
                 gr.Dropdown(choices=names, value=names[0] if names else None),
                 gr.Dropdown(choices=thrown, value=thrown[0][1] if thrown else None),
-                gr.Column(visible=bool(found or thrown)),
             ]
 
-        return list(guarded(act, lambda said: [said, *[gr.skip()] * 6]))
+        return list(guarded(act, lambda said: [said, *[gr.skip()] * 5]))
 
-    shown_parts = [about, table, line, several, doomed, back, work]
+    shown_parts = [about, table, line, several, doomed, back]
 
     tab = get_render_context()
     assert isinstance(tab, gr.Tab)

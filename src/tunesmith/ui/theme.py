@@ -115,7 +115,7 @@ def plain_layout(height: int) -> dict[str, Any]:
     """What the layouts of all plots have in common."""
     axis = {"gridcolor": LINES, "zerolinecolor": LINES, "automargin": True}
     return {
-        "height": height, "margin": {"t": 44, "r": 16, "b": 12, "l": 16}, "font": {"color": INK, "size": 12},
+        "height": height, "margin": {"t": 44, "r": 16, "b": 12, "l": 16}, "font": {"color": INK, "size": 12, "family": ", ".join(SANS)},
         "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "xaxis": dict(axis), "yaxis": dict(axis),
         "hovermode": "closest",
     }  # fmt: skip
@@ -146,7 +146,8 @@ CSS = """
 .gradio-container .row > button.lg { flex: 0 1 auto !important; min-width: min(100%, 170px) !important;
   align-self: end; }
 .gradio-container .row:has(> .block, > .form) > button.lg { margin-bottom: 10px; }
-#ship-ways > .column > button { margin-top: auto; flex-grow: 0; align-self: start; min-width: 170px; }
+#ship-ways > div { display: flex; flex-direction: column; }
+#ship-ways > div > button { margin-top: auto; flex-grow: 0; align-self: flex-start; width: auto; min-width: 170px; }
 @media (min-width: 1000px) { #recipe-aside { position: sticky; top: 12px; align-self: flex-start; } }
 
 /* Tables: the page's own letters, columns that wrap, nothing of a table without rows. */
@@ -162,11 +163,11 @@ CSS = """
 /* Commands to copy look like commands, and stay away until there is one; so do parts that wait for a choice. */
 .gradio-container [id$=-command] textarea { font-family: var(--font-mono) !important; font-size: 0.85rem;
   background: var(--background-fill-secondary); border-color: var(--border-color-primary); }
-.gradio-container .ts-late:has(textarea:placeholder-shown), #page-evaluate:not(:has(#evaluate-count p)) #evaluate-every,
+.gradio-container .ts-late:has(textarea:placeholder-shown),
+.gradio-container .form:has(> .ts-late:only-child textarea:placeholder-shown), #page-evaluate:not(:has(#evaluate-count p)) #evaluate-every,
 #page-runs:has(#runs-about .ts-empty) #runs-work { display: none !important; }
 #train-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 12px; }
-.gradio-container .js-plotly-plot text { fill: var(--body-text-color) !important;
-  font-family: var(--font) !important; }
+.gradio-container .js-plotly-plot text { fill: var(--body-text-color) !important; }
 .gradio-container .js-plotly-plot .hoverlayer text { fill: #fff !important; }
 .gradio-container .js-plotly-plot .hoverlayer path { fill: #282825 !important; stroke: #9b9b93 !important; }
 .gradio-container .js-plotly-plot .modebar { display: none; }
@@ -244,7 +245,8 @@ footer { display: none !important; }
   .gradio-container .form { flex-direction: column !important; }
   .gradio-container .form > .block { min-width: 100% !important; }
   .gradio-container button[role=tab] { padding: 0 8px; font-size: 0.92rem; }
-  .gradio-container .table-wrap :is(th, td) { min-width: 6.5rem !important; }
+  .gradio-container .table-wrap { min-width: 620px; }
+  .gradio-container .table-container { overflow-x: auto; }
 }
 @media (prefers-reduced-motion: reduce) {
   .gradio-container * { animation-duration: 0.01ms !important; transition-duration: 0.01ms !important; }

@@ -232,7 +232,9 @@ STYLE = """<style>
 .ts-context { color: inherit; }
 .ts-special { background: #e6dcf7; color: #3b1d6e; border-bottom: 2px dotted #6b3fb5; }
 .ts-cut { color: #9a1c1c; background: #fbe3e3; text-decoration: line-through; }
-.ts-legend { display: flex; flex-wrap: wrap; gap: 0.3rem 1.2rem; list-style: none; padding: 0; }
+.ts-legend { display: flex; flex-wrap: wrap; gap: 0.3rem 1.2rem; list-style: none !important; padding: 0; }
+.ts-legend li { list-style: none !important; margin: 0; }
+.ts-seen h4 { margin: 0.9rem 0 0.1rem; font-weight: 600; }
 </style>"""
 """Colours that hold on light and dark pages alike, each with a line or a stroke beside it."""
 
@@ -457,7 +459,9 @@ def build(shared: Shared) -> None:
     with gr.Accordion(
         "Lengths and ledger", open=True, elem_id="data-ledger-part", elem_classes="ts-with-table"
     ):
-        plot = gr.Plot(label="Length of the rows in tokens", elem_id="data-lengths", visible=False)
+        plot = gr.Plot(
+            label="Length of the rows in tokens", show_label=False, elem_id="data-lengths", visible=False
+        )
         total = gr.HTML("", elem_id="data-ledger-box")
         ledger = gr.Dataframe(
             headers=["row", "fate", "tokens", "cut", "why"],

@@ -122,16 +122,16 @@ def memory(estimate: Estimate | None) -> Any:
             for part in parts
         ]
     )
-    figure.add_vline(
-        x=estimate.capacity / 1e9,
-        line_dash="dash",
-        line_color=theme.SERIES[1],
-        annotation_text=f"there is {size(estimate.capacity)}",
-    )
+    # Far to the right it would leave the parts too narrow to be told apart.
+    near = estimate.capacity < 3 * estimate.peak
+    if near:
+        figure.add_vline(x=estimate.capacity / 1e9, line_dash="dash", line_color=theme.SERIES[1])
     figure.update_layout(
         **theme.plain_layout(150 + 44 * len(stages)),
         barmode="stack",
-        title=theme.plot_title("Memory by stage, in GB"),
+        title=theme.plot_title(
+            f"Memory by stage, in GB; {'the line: ' if near else ''}there are {size(estimate.capacity)}"
+        ),
         legend={"orientation": "h", "y": -0.25, "traceorder": "normal"},
     )
     return figure
@@ -140,7 +140,11 @@ def memory(estimate: Estimate | None) -> Any:
 def lines(found: Planned) -> list[list[str]]:
     """Everything that was worked out, with its reason, for `gr.Dataframe`."""
     rows = [
-        ["rows", ", ".join(f"{name} {count}" for name, count in found.rows["rows"].items()), "the ledger"]
+        [
+            "rows",
+            ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in found.rows["rows"].items()),
+            "the ledger",
+        ]
     ]
     rows += [["dropped", str(count), reason] for reason, count in found.rows["dropped"].items()]
     rows += [[d.name, str(d.value), d.reason] for d in found.plan.decisions]
@@ -192,7 +196,7 @@ def build(shared: Shared) -> None:
         empty("No plan yet.", "It reads the data and takes a step on a hollow model: some seconds."),
         elem_id="plan-state",
     )
-    plot = gr.Plot(label="Memory", elem_id="plan-memory", visible=False)
+    plot = gr.Plot(label="Memory", show_label=False, elem_id="plan-memory", visible=False)
     batch = gr.HTML("", elem_id="plan-batch")
     table = gr.Dataframe(
         headers=["what", "value", "why"],

@@ -115,7 +115,8 @@ def plain_layout(height: int) -> dict[str, Any]:
     """What the layouts of all plots have in common."""
     axis = {"gridcolor": LINES, "zerolinecolor": LINES, "automargin": True}
     return {
-        "height": height, "margin": {"t": 44, "r": 16, "b": 12, "l": 16}, "font": {"color": INK, "size": 12, "family": ", ".join(SANS)},
+        "height": height,
+        "margin": {"t": 44, "r": 16, "b": 12, "l": 16}, "font": {"color": INK, "size": 12, "family": ", ".join(SANS)},
         "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "xaxis": dict(axis), "yaxis": dict(axis),
         "hovermode": "closest",
     }  # fmt: skip
@@ -163,8 +164,11 @@ CSS = """
 /* Commands to copy look like commands, and stay away until there is one; so do parts that wait for a choice. */
 .gradio-container [id$=-command] textarea { font-family: var(--font-mono) !important; font-size: 0.85rem;
   background: var(--background-fill-secondary); border-color: var(--border-color-primary); }
+.gradio-container :is([id$=-command], .ts-late) textarea { field-sizing: content; height: auto !important;
+  max-height: 20rem; }
 .gradio-container .ts-late:has(textarea:placeholder-shown),
-.gradio-container .form:has(> .ts-late:only-child textarea:placeholder-shown), #page-evaluate:not(:has(#evaluate-count p)) #evaluate-every,
+.gradio-container .form:has(> .ts-late:only-child textarea:placeholder-shown),
+#page-evaluate:not(:has(#evaluate-count p)) #evaluate-every,
 #page-runs:has(#runs-about .ts-empty) #runs-work { display: none !important; }
 #train-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 12px; }
 .gradio-container .js-plotly-plot text { fill: var(--body-text-color) !important; }
@@ -247,6 +251,8 @@ footer { display: none !important; }
   .gradio-container button[role=tab] { padding: 0 8px; font-size: 0.92rem; }
   .gradio-container .table-wrap { min-width: 620px; }
   .gradio-container .table-container { overflow-x: auto; }
+  .gradio-container .table-container .header-row { flex-wrap: wrap; height: auto; }
+  .gradio-container .table-container .header-row .label { min-width: 12rem; }
 }
 @media (prefers-reduced-motion: reduce) {
   .gradio-container * { animation-duration: 0.01ms !important; transition-duration: 0.01ms !important; }

@@ -153,7 +153,7 @@ def build(shared: Shared) -> None:
                 label=title,
                 show_label=False,
                 elem_id=f"train-plot-{title.lower().replace(' ', '-')}",
-                min_width=320,
+                min_width=240,
             )
             for title in MAIN
         ]

@@ -146,6 +146,8 @@ def test_from_a_table_to_a_merged_model(browser, work, tmp_path):
             "#ship-job"
         ).inner_text()
         opened.says("ship-made", "lamps")
+        opened.click("ship-bundle")
+        opened.says("ship-made", "lamps-deployment")
 
         opened.go("Runs")
         opened.says("runs-table", "lamps")

@@ -230,6 +230,7 @@ def build(shared: Shared) -> None:
         [shared.recipe, device, measure],
         [state, plot, batch, table, line],
         show_progress="hidden",
+        trigger_mode="always_last",  # a click just after the plan is shown counts as well
         concurrency_id="models",
         concurrency_limit=1,
     )

@@ -10,8 +10,8 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/.ready
 	$(BIN)/tunesmith demo
 
-test: .venv/.ready
-	$(BIN)/pytest --numprocesses auto --dist worksteal
+test: .venv/.ready  # PROOFS=1 runs the slower proofs in the same go, as CI does
+	$(BIN)/pytest $(if $(PROOFS),-m 'not thorough and not web') --numprocesses auto --dist worksteal
 
 web: .venv/.ready  # the workbench on the shipped example, at an address that it prints
 	$(BIN)/tunesmith web --dataset example:sql

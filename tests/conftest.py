@@ -7,6 +7,8 @@ import gc
 import importlib.metadata
 import json
 import os
+import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -19,8 +21,6 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes of several threads each wait for one another, and take ten times as long.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Prepared data of tests is not the user's; one folder per process tree, gone with the system's temporary files.
-os.environ["TUNESMITH_CACHE"] = tempfile.mkdtemp(prefix="tunesmith-tests-")
 
 # A shell that starts us with `&` has us ignore Ctrl-C, and what tests start would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -29,6 +29,30 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 from tunesmith.training.fit import quiet_libraries
 
 quiet_libraries()
+
+
+def _free_memory() -> int:
+    """Bytes that files in memory may take; 0 where there are none, or where nothing can be started from there."""
+    try:
+        facts = os.statvfs("/dev/shm")
+        known = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    except (AttributeError, OSError):
+        return 0
+    if facts.f_flag & (os.ST_NOEXEC | os.ST_RDONLY) or not os.access("/dev/shm", os.W_OK):
+        return 0
+    return min(facts.f_bavail * facts.f_frsize, 1024 * int(known[1]) if known else 0)
+
+
+if "TMPDIR" not in os.environ and _free_memory() >= 4 * 2**30:
+    # A run flushes eighty files to the disk; tests would wait for it, and none of them cuts the power.
+    os.environ["TMPDIR"], tempfile.tempdir = "/dev/shm", None
+# Prepared data of tests is not the user's; one folder per process.
+_cache = os.environ["TUNESMITH_CACHE"] = tempfile.mkdtemp(prefix="tunesmith-tests-")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_cache, ignore_errors=True)
+
 
 # Each training asks for the versions of a dozen packages two dozen times, which opens and parses their files.
 importlib.metadata.version = functools.cache(importlib.metadata.version)
@@ -40,6 +64,8 @@ _collected = pytest.StashKey[list[str]]()
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items) -> None:
     config.stash[_collected] = [item.nodeid for item in items]
+    # Where proofs and tests run together, no process is left alone with a long one at the end.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")

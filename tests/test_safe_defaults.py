@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import functools
 import os
 import re
 import socket
@@ -25,13 +26,25 @@ from tunesmith.training import checkpoints
 from tunesmith.training.run import Run
 
 ROOT = Path(__file__).parents[1]
-CODE = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "src").rglob("*.py")}
+
+
+@functools.cache
+def code() -> dict[Path, ast.Module]:
+    """Every file of the package, parsed."""
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "src").rglob("*.py")}
+
+
+@functools.cache
+def nodes(tree: ast.Module) -> tuple[ast.AST, ...]:
+    """What of a file is asked for: arguments, dictionaries, imports, attributes, calls."""
+    kinds = ast.keyword | ast.Dict | ast.Import | ast.ImportFrom | ast.Attribute | ast.Call
+    return tuple(node for node in ast.walk(tree) if isinstance(node, kinds))
 
 
 def given(name: str, trees=None) -> Iterator[tuple[str, ast.expr]]:
     """Every value that the code gives under a name: as an argument, or as a key of a dictionary."""
-    for path, tree in (CODE if trees is None else trees).items():
-        for node in ast.walk(tree):
+    for path, tree in (code() if trees is None else trees).items():
+        for node in nodes(tree):
             if isinstance(node, ast.keyword) and node.arg == name:
                 yield f"{path}:{node.lineno}", node.value
             if isinstance(node, ast.Dict):
@@ -42,8 +55,8 @@ def given(name: str, trees=None) -> Iterator[tuple[str, ast.expr]]:
 
 def imported(trees=None) -> Iterator[tuple[str, str]]:
     """Every module that the code imports, and every attribute that it takes of `torch`."""
-    for path, tree in (CODE if trees is None else trees).items():
-        for node in ast.walk(tree):
+    for path, tree in (code() if trees is None else trees).items():
+        for node in nodes(tree):
             if isinstance(node, ast.Import):
                 yield from ((str(path), alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -213,8 +226,8 @@ def downloads(case):
         ]
     calls = [
         (f"{path.name}:{node.lineno}", {keyword.arg for keyword in node.keywords})
-        for path, tree in CODE.items()
-        for node in ast.walk(tree)
+        for path, tree in code().items()
+        for node in nodes(tree)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "snapshot_download"
     ]
     assert len(calls) >= 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tunesmith import tracing
 from tunesmith.tracing import counting
 
 
@@ -91,3 +92,25 @@ def test_layers_that_are_computed_again_hold_less_and_compute_more(llama):
         found[again] = count.live()[0], sum(flops for flops, _ in count.costs)
     assert found[True][0] < 0.75 * found[False][0]
     assert 1.1 < found[True][1] / found[False][1] < 4 / 3
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_remembered_of_operations_changes_no_figure(llama, again, monkeypatch):
+    """Asked anew for each operation, torch gives the same blocks, at the same times, and the same costs."""
+    ids = torch.randint(0, 500, (2, 60))
+
+    def traced(model):
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with counting(vocabulary=500) as count:
+            count.known([*model.parameters(), *model.buffers()])
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        strides = [p.grad.stride() for p in model.parameters()]
+        return count.blocks(), count.costs, count.live(), strides
+
+    monkeypatch.setattr(tracing, "_FORMS", {})
+    first, second = (traced(llama("meta").train()) for _ in range(2))
+    remembered = sum(forms is not None for forms in tracing._FORMS.values())
+    monkeypatch.setattr(tracing, "_makes_anew", lambda func: False)
+    assert first == second == traced(llama("meta").train())
+    assert remembered > 20

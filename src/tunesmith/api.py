@@ -40,7 +40,7 @@ from tunesmith.errors import (
     is_refused_writing,
     nearest,
 )
-from tunesmith.recipe import Accelerate, DataSource, Local, Recipe, RewardModel, Seq2Seq, Task
+from tunesmith.recipe import Accelerate, DataSource, Local, Ray, Recipe, RewardModel, Seq2Seq, Task
 from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
     Run,
@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from tunesmith.data.inspection import Inspected
     from tunesmith.data.templates import Encoder
     from tunesmith.data.validation import Report
+    from tunesmith.engines.batch import Answered
     from tunesmith.engines.check import EngineCheck
     from tunesmith.evaluation import EvalRow
     from tunesmith.evaluation.compare import Comparison
@@ -79,6 +80,8 @@ if TYPE_CHECKING:
     from tunesmith.generation import Generated
     from tunesmith.models import Kind
     from tunesmith.plan import Plan
+    from tunesmith.sweeps import Engine as SweepEngine
+    from tunesmith.sweeps import Pruner, Sweep
     from tunesmith.training.find_lr import RateSearch
     from tunesmith.training.self_check import SelfCheck
     from tunesmith.training.verifying import Verified
@@ -344,7 +347,13 @@ def resume(
     _check_unfinished(opened)
     recipe = opened.recipe()
     if processes:
-        section = Accelerate(processes=processes) if processes > 1 else Local()
+        section = (
+            recipe.launch.model_copy(update={"workers": processes})
+            if isinstance(recipe.launch, Ray)
+            else Accelerate(processes=processes)
+            if processes > 1
+            else Local()
+        )
         recipe = recipe.model_copy(update={"launch": section})
     if launch.starts(recipe.launch):
         return _launched(recipe, {"run": str(opened.path.absolute()), "checkpoint": checkpoint}, watch)
@@ -359,9 +368,19 @@ def _launched(recipe: Recipe, job: Mapping[str, Any], watch: Watch) -> Result:
 
     number = launch.processes(recipe.launch)
     launch.check(recipe.training, number)
-    path = Path(str(job.get("run") or Path(recipe.output_dir).expanduser() / folder_name(recipe)))
+    if isinstance(recipe.launch, Ray):  # whose workers are in folders of their own
+        recipe = recipe.model_copy(
+            update={"output_dir": str(Path(recipe.output_dir).expanduser().absolute())}
+        )
+    job = {"recipe": recipe.model_dump(mode="json"), **job}
+    path = run_folder(job)
     try:
-        found = launch.start({"recipe": recipe.model_dump(mode="json"), **job}, number, watch)
+        if isinstance(recipe.launch, Ray):
+            from tunesmith import on_ray
+
+            found = on_ray.start(job, recipe.launch, watch)
+        else:
+            found = launch.start(job, number, watch)
     except TunesmithError as error:
         if is_run(path) and Run(path).state() == "died":
             _finish(Run(path), "failed", error=str(error))
@@ -378,13 +397,19 @@ def _launched(recipe: Recipe, job: Mapping[str, Any], watch: Watch) -> Result:
     )
 
 
+def run_folder(job: Mapping[str, Any]) -> Path:
+    """The folder of the run that a job trains."""
+    recipe = Recipe.model_validate(job["recipe"])
+    return Path(job.get("run") or Path(recipe.output_dir).expanduser() / folder_name(recipe)).absolute()
+
+
 def carry_out_job(job: Mapping[str, Any], *, watch: Watch, at: Callable[[Path], None]) -> dict[str, Any]:
     """What `train` or `resume` has started this process for; `at` is told the run's folder. The first process's
     result, as JSON holds it."""
     from tunesmith.evaluation import EvalRow
 
     recipe = Recipe.model_validate(job["recipe"])
-    at(Path(job.get("run") or Path(recipe.output_dir).expanduser() / folder_name(recipe)).absolute())
+    at(run_folder(job))
     if "run" in job:
         result = resume(job["run"], checkpoint=job["checkpoint"], watch=watch)
     else:
@@ -419,6 +444,37 @@ def _assisted() -> Result:
                 raise mended from error
             raise
     return Result(run=None, comparisons=(), seconds=time.perf_counter() - started)
+
+
+def sweep(
+    recipe: Recipe,
+    space: Sequence[str],
+    *,
+    trials: int = 20,
+    engine: SweepEngine = "optuna",
+    pruner: Pruner = "median",
+    seed: int = 0,
+    compared: int = 3,
+    watch: Watch = _unwatched,
+) -> Sweep:
+    """Which values of a space train a recipe best: trials, chosen by validation and told apart on held-out questions.
+
+    `space` are texts such as `training.learning_rate=loguniform(1e-5,1e-3)`, and files of such lines. `engine` carries
+    out one trial after the other (`optuna`, which learns from those before), or several at once on the workers of Ray
+    that `launch` names (`ray`, with ASHA). The best one is compared with the base and the `compared` next best. A sweep
+    that is started again goes on. Raises RecipeError for a space that does not fit the recipe, before any trial.
+    """
+    from tunesmith import sweeps
+
+    launch.require_one_process()
+    recipe = anchored(recipe)
+    found = sweeps.spaces.checked(sweeps.spaces.read(space), recipe)
+    if engine == "optuna":
+        sweeps._optuna()
+    _check_before_training(recipe)
+    return sweeps.sweep(
+        recipe, found, trials=trials, engine=engine, pruner=pruner, seed=seed, compared=compared, watch=watch
+    )
 
 
 def self_check(recipe: Recipe) -> SelfCheck:
@@ -635,6 +691,45 @@ def evaluate(
         measured_on=questions.measured_on,
         leakage=_short_leakage(leaked),
         engine_check=questions.engine_check(),
+    )
+
+
+def generate(
+    model: str | Path,
+    dataset: str,
+    output: str | Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    watch: Watch = _unwatched,
+) -> Answered:
+    """A causal model's greedy answers to every row of a set of prompts, as JSON lines in `output`.
+
+    `settings` is a sparse recipe layer: how the set is read (`data`), and by which engine it is answered
+    (`evaluation.engine`, `ray` for several workers). After a kill the same call goes on. Raises RunError where the file
+    is there already.
+    """
+    launch.require_one_process()
+    quiet_libraries()
+    from tunesmith.compose import compose, overlaid
+    from tunesmith.engines import batch
+    from tunesmith.evaluation.judging.bench import source_of
+
+    recipe = compose(overlaid(dict(settings or {}), {"data": {"dataset": dataset}})).recipe
+    section = recipe.evaluation
+    if section.attempts > 1:
+        raise RecipeError("Answers to a set of prompts are greedy, one each.", fix="Leave --attempts out.")
+    source = source_of(str(model), server=section.server, shards=section.shards)
+
+    def progress(done: int, total: int) -> None:
+        watch({"kind": "progress", "stage": "answers", "done": done, "total": total})
+
+    return batch.generate(
+        source,
+        recipe.data,
+        section,
+        Path(output).expanduser(),
+        progress=progress,
+        say=lambda message: watch({"kind": "warning", "message": message}),
     )
 
 

@@ -33,7 +33,7 @@ from tunesmith.compose import (
     scalar,
     union_members,
 )
-from tunesmith.errors import Interrupted, RunError, TunesmithError, counted
+from tunesmith.errors import Interrupted, RunError, TunesmithError, counted, nearest
 from tunesmith.recipe import FieldFact, Recipe, fields
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from tunesmith.export.publish import Plan as PushPlan
     from tunesmith.export.tried import Tried
     from tunesmith.plan import Plan
+    from tunesmith.sweeps import Sweep
     from tunesmith.training.find_lr import RateSearch
 
 app = typer.Typer(
@@ -94,6 +95,7 @@ FLAGS: dict[str, str] = {
     "--attempts": "evaluation.attempts",
     "--launch": "launch.kind",
     "--processes": "launch.processes",
+    "--workers": "launch.workers",
     "--trackers": "tracking.trackers",
     "--push-to-hub": "export.push_to_hub",
     "--hub-model-id": "export.hub_model_id",
@@ -503,6 +505,8 @@ def _composed(
         preset = config
     if "processes" in flags.get("launch", {}):
         flags = overlaid({"launch": {"kind": "accelerate"}}, flags)
+    if "workers" in flags.get("launch", {}):
+        flags = overlaid({"launch": {"kind": "ray"}}, flags)
     layer = overlaid({"adapter": adapter} if adapter else {}, flags)
     return compose(layer, file=recipe_file, preset=preset if preset != "default" else None)
 
@@ -643,6 +647,70 @@ def plan_verb(
     return payload, text
 
 
+SWEEP_HELP = """Try values of a recipe's fields, choose by validation, and compare the best on held-out questions.
+
+`tunesmith sweep recipe.yaml --space 'training.learning_rate=loguniform(1e-5,1e-3)'`
+
+`tunesmith sweep recipe.yaml --space space.yaml --trials 50 --engine ray --workers 8`"""
+
+
+@app.command("sweep", help=SWEEP_HELP)
+@verb
+@recipe_options()
+def sweep_verb(
+    *,
+    space: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--space",
+            metavar="FIELD=DISTRIBUTION|FILE",
+            help="What to search: choice(A,B), uniform, loguniform, int or logint(LOW,HIGH), or a YAML file of such "
+            "lines (repeatable).",
+        ),
+    ] = None,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Trials in all, those of an earlier start included.")
+    ] = 20,
+    engine: Annotated[
+        str, typer.Option(metavar="optuna|ray", help="One trial after the other, or several at once on Ray.")
+    ] = "optuna",
+    pruner: Annotated[
+        str,
+        typer.Option(metavar="median|asha|none", help="What ends trials that lag behind at a validation."),
+    ] = "median",
+    sweep_seed: Annotated[int, typer.Option(min=0, help="Seed of what is proposed.")] = 0,
+    compared: Annotated[
+        int, typer.Option(min=0, help="Next best trials that the best one is compared with, beside the base.")
+    ] = 3,
+    composition: Composition,
+    quiet: bool,
+) -> Any:
+    """Sweep."""
+    from typing import get_args
+
+    from tunesmith import api, sweeps
+
+    for option, value, known in (
+        ("--engine", engine, get_args(sweeps.Engine)),
+        ("--pruner", pruner, get_args(sweeps.Pruner)),
+    ):
+        if value not in known:
+            raise TunesmithError(f"There is no {option} '{value}'.", fix=nearest(value, known))
+    with Display(quiet=quiet) as display:
+        _show_notes(composition, display)
+        found = api.sweep(
+            composition.recipe,
+            space or (),
+            trials=trials,
+            engine=engine,  # type: ignore[arg-type]
+            pruner=pruner,  # type: ignore[arg-type]
+            seed=sweep_seed,
+            compared=compared,
+            watch=display,
+        )
+    return found.as_dict(), _sweep_text(found)
+
+
 FIND_LR_HELP = """Find a learning rate by a short range test on throw-away copies of the model; nothing is trained.
 
 `tunesmith find-lr --base-model tiny --dataset example:support --task instruct --lora --html rates.html`"""
@@ -740,6 +808,59 @@ def evaluate_verb(
             model, dataset=dataset, metrics=_names(metrics), settings=flags, output=output, watch=display
         )
     return {**result.as_dict(), "rows": str(result.run)}, _scores_text(result)
+
+
+GENERATE_HELP = """A model's answers to every row of a set of prompts, into a file of JSON lines.
+
+`tunesmith generate fine_tuned_models/support prompts.jsonl --output answers.jsonl`
+
+`tunesmith generate fine_tuned_models/support prompts.jsonl --output answers.jsonl --engine ray --shards 8`"""
+
+GENERATION_FLAGS = ("--format", "--input-text-key", "--output-text-key", "--max-rows", "--max-new-tokens")
+"""Those that say how `generate` reads a set and answers it."""
+
+
+@app.command("generate", help=GENERATE_HELP)
+@verb
+@recipe_options(only=GENERATION_FLAGS)
+def generate_verb(
+    model: Annotated[str, typer.Argument(help="A run's folder, a model folder, a Hub id, or `tiny`.")],
+    prompts: Annotated[
+        str,
+        typer.Argument(help="A file, a folder or a Hub id; rows with a column `prompt`, unless --format."),
+    ],
+    *,
+    output: Annotated[Path, typer.Option(help="File of the answers; it must not be there.")],
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|padded|paged|vllm|openai|ray", help="What writes them (docs/generation.md)."
+        ),
+    ] = None,
+    shards: Annotated[
+        int | None, typer.Option(min=1, help="With --engine ray: workers that share the prompts.")
+    ] = None,
+    flags: dict[str, Any],
+    quiet: bool,
+) -> Any:
+    """Generate."""
+    from dataclasses import asdict
+
+    from tunesmith import api
+
+    if shards and engine != "ray":
+        raise TunesmithError("--shards is for the engine ray.", fix="Add --engine ray, or leave it out.")
+    chosen = {"engine": engine} if engine else {}
+    workers = {"shards": {"workers": shards}} if shards else {}
+    with Display(quiet=quiet) as display:
+        found = api.generate(
+            model,
+            prompts,
+            output,
+            settings=overlaid(flags, {"evaluation": {**chosen, **workers}}),
+            watch=display,
+        )
+    return asdict(found), _escaped(f"{found.sentence()}\n{'file':<10}{found.file}")
 
 
 COMPARE_HELP = """Whether each model is better than the first on the same held-out examples, with an interval.
@@ -1804,6 +1925,32 @@ def _rates_text(search: RateSearch, page: Path | None) -> Any:
     if search.suggestion:
         parts += [Text(""), Text(f"use       --learning-rate {search.suggestion:.1e}")]
     return Group(*parts, *([Text(f"page      {page}")] if page else []))
+
+
+def _sweep_text(found: Sweep) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    from tunesmith.sweeps.page import against_table, trials_table
+
+    first, *more = found.sentences()
+    parts: list[Any] = [Text(first, style="bold green"), *(Text(line) for line in more), ""]
+    for header, *lines in filter(None, (against_table(found), trials_table(found))):
+        table = _table(*header)
+        for line in lines:
+            table.add_row(*map(_escaped, line))
+        parts += [table, ""]
+    if found.best:
+        run = found.folder / found.best.name
+        parts += [
+            Text(f"{'recipe':<10}{found.recipe}"),
+            Text(f"{'run':<10}{run}"),
+            Text(f"{'page':<10}{found.page}"),
+            Text(
+                f"{'next':<10}tunesmith train {found.recipe}, or ship the trial: tunesmith prepare-deployment {run}"
+            ),
+        ]
+    return Group(*parts)
 
 
 def _merged_text(merged: Merged) -> Any:

@@ -7,6 +7,7 @@ device can do, and on this machine from two measured micro-steps.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -24,7 +25,7 @@ from tunesmith.devices import DeviceFacts
 from tunesmith.errors import OutOfResources, TunesmithError
 from tunesmith.heap import Block, most_held
 from tunesmith.plan import Plan, weights_dtype
-from tunesmith.recipe import LoRA, QLoRA, Recipe, Training
+from tunesmith.recipe import LoRA, Model, QLoRA, Recipe, Training
 from tunesmith.training.run import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
@@ -408,12 +409,18 @@ def _depends_on(recipe: Recipe, rows: Rows, *others: Any) -> str:
     """What a trace depends on, as a text; none where the rows are not known."""
     if not rows.identity:
         return ""
-    config = Path(recipe.model.base) / "config.json"
-    changed = config.stat().st_mtime_ns if config.is_file() else 0
     of_training = recipe.training.model_dump(exclude={"max_steps", "num_epochs", "learning_rate", "seed"})
-    parts = (recipe.model, recipe.adapter, recipe.method, recipe.data)
-    known = rows.identity, rows.answers, len(rows.lengths)
-    return repr((of_training, *(part.model_dump() for part in parts), known, changed, *others))
+    # What the rows are their hash says, wherever they lie.
+    of_data = recipe.data.model_dump(exclude={"dataset", "revision", "data_files"})
+    parts = (part.model_dump() for part in (recipe.adapter, recipe.method))
+    known = rows.identity, rows.answers, len(rows.lengths), recipe.evaluation.samples
+    return repr((of_training, of_data, *parts, known, recipe.model, _changed(recipe.model), *others))
+
+
+def _changed(model: Model) -> int:
+    """When the model's configuration was written, where it lies in a folder."""
+    config = Path(model.base) / "config.json"
+    return config.stat().st_mtime_ns if config.is_file() else 0
 
 
 def trace(
@@ -688,11 +695,7 @@ SPREAD = {"cpu": 0.03, "cuda": 0.03, "mps": 0.05}
 
 def answering(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> tuple[Parts, list[str]]:
     """Bytes that writing answers to the held-out questions takes beside the weights, and what is not known."""
-    import torch
-
-    from tunesmith import models
     from tunesmith.methods import METHODS
-    from tunesmith.tracing import counting
 
     if recipe.evaluation.skip or not rows.questions or recipe.evaluation.engine in ("vllm", "openai"):
         return {}, []
@@ -704,13 +707,26 @@ def answering(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> 
     width, new = max(rows.lengths), recipe.evaluation.max_new_tokens
     questions = min(rows.questions, recipe.evaluation.max_items or rows.questions)
     count_rows = max(min(recipe.evaluation.batch_tokens // (width + new), questions), 1)
+    sizes = count_rows, width, new
+    return dict(_answering(recipe.model, _changed(recipe.model), facts.kind, dtype, sizes)), []
+
+
+@functools.lru_cache(KEPT_TRACES)
+def _answering(section: Model, changed: int, kind: str, dtype: str, sizes: tuple[int, int, int]) -> Parts:
+    """Bytes that a batch of rows, a question's width and new tokens takes beside the weights, by part."""
+    import torch
+
+    from tunesmith import models
+    from tunesmith.tracing import counting
+
+    rows, width, new = sizes
     with undisturbed():
         model = models.outline(
-            recipe.model.base, revision=recipe.model.revision, dtype=dtype, attention=recipe.model.attention
+            section.base, revision=section.revision, dtype=dtype, attention=section.attention
         ).eval()
         vocabulary = model.config.get_text_config().vocab_size
-        ids = torch.ones(count_rows, width, dtype=torch.long)
-        with torch.no_grad(), counting(vocabulary=vocabulary, kernel=facts.kind) as count:
+        ids = torch.ones(rows, width, dtype=torch.long)
+        with torch.no_grad(), counting(vocabulary=vocabulary, kernel=kind) as count:
             count.known([*model.parameters(), *model.buffers()])
             try:
                 out = model(
@@ -725,7 +741,7 @@ def answering(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> 
     layers = max(int(getattr(model.config.get_text_config(), "num_hidden_layers", 1)), 1)
     # A layer's keys and values are there twice while a token is joined to them.
     cached = int(grown * (1 + 1 / layers))
-    return {"cache": cached, "evaluation": max(most - cached, 0)}, []
+    return {"cache": cached, "evaluation": max(most - cached, 0)}
 
 
 def estimate(

@@ -20,7 +20,7 @@ from typing import Any
 
 from tunesmith import ranks
 from tunesmith.errors import Interrupted, RecipeError, RunError, Terminated, TunesmithError, counted
-from tunesmith.recipe import Accelerate, Launch, Local, Training
+from tunesmith.recipe import Accelerate, Launch, Local, Ray, Training
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 
@@ -109,6 +109,8 @@ def processes(section: Launch) -> int:
         return ranks.count()
     if isinstance(section, Accelerate):
         return section.processes or _devices()
+    if isinstance(section, Ray):
+        return section.workers
     return section.nodes * section.processes_per_node
 
 
@@ -125,12 +127,12 @@ def _devices() -> int:
 
 def is_job(section: Launch) -> bool:
     """Whether a recipe is run by a cluster, to which its files are submitted, and this is not yet there."""
-    return not isinstance(section, Local | Accelerate) and ranks.count() == 1
+    return not isinstance(section, Local | Accelerate | Ray) and ranks.count() == 1
 
 
 def starts(section: Launch) -> bool:
     """Whether processes are to be started for a recipe, and this is none of them."""
-    return isinstance(section, Accelerate) and ranks.count() == 1 and JOB not in os.environ
+    return isinstance(section, Accelerate | Ray) and ranks.count() == 1 and JOB not in os.environ
 
 
 def start(job: Mapping[str, Any], number: int, watch: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:

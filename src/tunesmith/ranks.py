@@ -171,6 +171,12 @@ def _store() -> Any:
     return PrefixStore(f"tunesmith/{_given('TORCHELASTIC_RESTART_COUNT') or 0}", store)
 
 
+def meet() -> None:
+    """Have the first process keep the store from now on, where no launcher does, so that the others find it at once."""
+    if count() > 1:
+        _store()
+
+
 def _turn(name: str) -> int:
     """How often this was asked before; all processes ask for the same things in the same order."""
     _heard[name] = _heard.get(name, -1) + 1

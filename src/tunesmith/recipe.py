@@ -869,6 +869,30 @@ class Server(Section):
         return self.models.get(name, name)
 
 
+class _OnRay(Section):
+    """What is asked of Ray, for training and for answers alike."""
+
+    workers: PositiveInt = 2
+    """Workers, each a process with a GPU of its own where there are any."""
+
+    address: str | None = None
+    """Address of a cluster that runs, such as `auto` on one of its nodes; by default Ray is started on this machine
+    and ended with the command."""
+
+    cpus_per_worker: PositiveInt = 1
+    """Processors that each worker takes."""
+
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """What a worker computes on; `auto`: on a GPU where the cluster has any."""
+
+
+class Shards(_OnRay):
+    """Workers of Ray that share prompts, for `evaluation.engine: ray` (docs/ray.md)."""
+
+    batch: PositiveInt = 64
+    """Prompts that a worker is given at once."""
+
+
 class Evaluation(Section):
     """How base and tuned model are compared on the held-out examples."""
 
@@ -916,15 +940,17 @@ class Evaluation(Section):
     seed: NonNegativeInt = 0
     """What several attempts are drawn with; greedy answers need none."""
 
-    engine: Literal["auto", "padded", "paged", "vllm", "openai"] = "auto"
+    engine: Literal["auto", "padded", "paged", "vllm", "openai", "ray"] = "auto"
     """What writes the answers, of base and tuned model alike (`docs/generation.md`). `padded`: batches of like length;
-    `paged`: continuous batching; `vllm`: vLLM in this process; `openai`: a server. `auto` is paged on CUDA, padded
-    elsewhere."""
+    `paged`: continuous batching; `vllm`: vLLM in this process; `openai`: a server; `ray`: padded, on several workers.
+    `auto` is paged on CUDA, padded elsewhere."""
 
     engine_check: NonNegativeInt = 8
     """Answers of each model that are read again alone, to prove that the engine changes none; 0 leaves it out."""
 
     server: Server = Server()
+
+    shards: Shards = Shards()
 
 
 class Export(Section):
@@ -966,6 +992,23 @@ class Accelerate(Section):
     processes: PositiveInt | None = None
     """Processes that train together, by default one for each GPU. They share the rows of every step, so the batch
     and the result are those of one process."""
+
+
+class Ray(_OnRay):
+    """Train on the workers of Ray, on one machine or many; a worker that is lost is replaced, and the run goes on from
+    its last checkpoint."""
+
+    kind: Literal["ray"] = "ray"
+
+    max_failures: NonNegativeInt = 3
+    """How often lost workers are replaced before the run ends."""
+
+    storage: str | None = None
+    """Folder or URL (`s3://`, `gs://`, anything of fsspec) to which the run's folder is copied after each checkpoint,
+    and from which it comes back on another node. By default the output folder has to be one that all nodes see."""
+
+    dashboard: bool = False
+    """Start Ray's dashboard with a Ray of this machine's own, for this machine only."""
 
 
 class _Cluster(Section):
@@ -1020,7 +1063,7 @@ class Kubernetes(_Cluster):
     """What a process is given, by the cluster's name of it."""
 
 
-Launch = Annotated[Local | Accelerate | Slurm | Kubernetes, Field(discriminator="kind")]
+Launch = Annotated[Local | Accelerate | Ray | Slurm | Kubernetes, Field(discriminator="kind")]
 
 Method = Annotated[
     SFT | Seq2Seq | DPO | KTO | ORPO | CPO | SimPO | RewardModel | GRPO | RLOO | PPO,

@@ -88,7 +88,7 @@ def served(llama):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     state.section = Server(
         base_url=f"http://127.0.0.1:{server.server_port}/v1",
         models={"tuned": "my-lora"},
@@ -345,7 +345,7 @@ def test_a_server_that_repeats_the_key_is_not_quoted(llama, monkeypatch):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         monkeypatch.setenv("OWN_KEY", "sk-secret-123\n")
         section = Server(
             base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key_env="OWN_KEY", retries=0

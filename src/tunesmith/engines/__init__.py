@@ -1,6 +1,7 @@
 """Generation engines: one question, answered by whatever is fastest here, with one shape of answer.
 
     ENGINES: padded (the reference)  paged (transformers' continuous batching)  vllm  openai (a server)
+             ray (padded, on several workers)
 
 `answers` is the one function behind which they stand. Prompts are token ids, answers keep the prompts' order, and each
 one is kept in a file as soon as it is there, so that a measurement that was killed goes on where it stopped.
@@ -21,10 +22,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from tunesmith import on_ray
 from tunesmith.engines import openai, paged, vllm
 from tunesmith.errors import ModelError, RecipeError, nearest
 from tunesmith.generation import Generated, context_length, generate
-from tunesmith.recipe import Server
+from tunesmith.recipe import Server, Shards
 
 Say = Callable[[str], None]
 """Told in a sentence what an engine does otherwise than it was asked."""
@@ -46,6 +48,7 @@ class Source:
     dtype: str = "float32"
     device: str = "cpu"
     server: Server = field(default_factory=Server)
+    shards: Shards = field(default_factory=Shards)
 
     @cached_property
     def model(self) -> Any:
@@ -275,6 +278,7 @@ ENGINES: dict[str, Engine] = {
     "paged": paged.answer,
     "vllm": vllm.answer,
     "openai": openai.answer,
+    "ray": on_ray.answer,
 }
 IN_PROCESS = ("padded", "paged")
 """Engines that use the model in this process."""

@@ -276,8 +276,9 @@ def answers(
 
     revision = model.revision if base == model.base else None
     source = engines.Source(
-        name, tokenizer, load, base, revision, dtype=dtype, device=device, server=evaluation.server
-    )
+        name, tokenizer, load, base, revision, dtype=dtype, device=device, server=evaluation.server,
+        shards=evaluation.shards,
+    )  # fmt: skip
     return evaluate(
         source,
         tokenizer,

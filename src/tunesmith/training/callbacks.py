@@ -247,6 +247,16 @@ class LastStep(TrainerCallback):  # type: ignore[misc]
             control.should_log = True
 
 
+_listening: list[StopOnRequest] = []
+
+
+def ask_to_stop() -> bool:
+    """Ask the training of this process, if there is one, to stop after its step; whether there is one."""
+    for listener in _listening:
+        listener.requested = True
+    return bool(_listening)
+
+
 class StopOnRequest(TrainerCallback):  # type: ignore[misc]
     """Turns the first Ctrl-C or SIGTERM into: finish this step, save, stop. The second one stops at once.
 
@@ -267,12 +277,14 @@ class StopOnRequest(TrainerCallback):  # type: ignore[misc]
         self.exit_code = TERMINATED if number == signal.SIGTERM else INTERRUPTED
 
     def __enter__(self) -> StopOnRequest:
+        _listening.append(self)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self.stop)
         return self
 
     def __exit__(self, *error: object) -> None:
+        _listening.remove(self)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

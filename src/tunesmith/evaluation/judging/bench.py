@@ -38,7 +38,7 @@ from tunesmith.evaluation.judging.questions import row_of
 from tunesmith.evaluation.judging.settings import Judge
 from tunesmith.evaluation.judging.suites import Suite
 from tunesmith.evaluation.rows import EvalRow, read_rows, write_rows
-from tunesmith.recipe import Evaluation, Server
+from tunesmith.recipe import Evaluation, Server, Shards
 from tunesmith.training.run import Watch, write_whole
 
 ASKED = "asked.json"
@@ -79,12 +79,16 @@ def run_suite(
             fix="Leave --attempts out, or give questions a required_temperature.",
         )
     name, other = _names(model, baseline)
-    sources: dict[str, engines.Source] = {name: source_of(str(model), name=name, server=evaluation.server)}
+    sources: dict[str, engines.Source] = {
+        name: source_of(str(model), name=name, server=evaluation.server, shards=evaluation.shards)
+    }
     from_file: Answers | None = None
     if other is not None and is_file_of_answers(str(baseline)):
         from_file = replace(read_answers(str(baseline)), model=other)
     elif other is not None:
-        sources[other] = source_of(str(baseline), name=other, server=evaluation.server)
+        sources[other] = source_of(
+            str(baseline), name=other, server=evaluation.server, shards=evaluation.shards
+        )
     if judge and suite.name == "arena" and judge.prompts is None:
         judge = judge.model_copy(update={"prompts": str(Path(__file__).with_name("arena_prompts.yaml"))})
     facts = _facts(suite, name, other, sources, from_file, asked, evaluation, judge)
@@ -365,7 +369,9 @@ def load_for_suite(model: str) -> tuple[Any, Any]:
     return source.model, source.tokenizer
 
 
-def source_of(model: str, *, name: str = "model", server: Server | None = None) -> engines.Source:
+def source_of(
+    model: str, *, name: str = "model", server: Server | None = None, shards: Shards | None = None
+) -> engines.Source:
     """A causal model as engines take it, its chat template settled; loaded when one needs it.
 
     Raises ModelError for a model of another kind.
@@ -390,6 +396,7 @@ def source_of(model: str, *, name: str = "model", server: Server | None = None) 
         dtype=dtype,
         device=device,
         server=server or Server(),
+        shards=shards or Shards(),
     )
 
 

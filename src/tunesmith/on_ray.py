@@ -1,0 +1,638 @@
+"""A run, the trials of a sweep and the answers to prompts on the workers of Ray.
+
+    start:   TorchTrainer -> workers -> api.carry_out_job, as in every other launcher
+    trials:  Tuner with ASHA -> workers -> api.train, one trial each
+    answers: Ray Data -> workers with a model each -> engines' own answers, by number
+
+Ray places the workers, replaces those that are lost, and carries words; what is computed is what one process computes.
+A Ray of this machine's own takes commands with this process's token only, reports nothing home, and ends with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from tunesmith import launch, ranks
+from tunesmith.errors import Interrupted, MissingExtra, RunError, Terminated, TunesmithError
+from tunesmith.recipe import Ray, Shards
+
+if TYPE_CHECKING:
+    from tunesmith.engines import Asked, Finished, Say, Source
+    from tunesmith.training.storage import Storage
+
+Watch = Callable[[Mapping[str, Any]], None]
+
+OBJECTS = 256 * 2**20
+"""Bytes of shared memory of a Ray of this machine's own, which carries words and prompts only."""
+LOOK = 0.2
+"""Seconds between two looks at what the workers say."""
+HANDED_ON = ("TUNESMITH_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONPATH")
+"""Variables of this process that workers elsewhere get; keys and tokens are not among them."""
+
+
+@functools.cache
+def _token() -> str:
+    """What a Ray of this process's own asks for; Ray reads it once."""
+    return secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def cluster(section: Ray | Shards, *, needed_for: str, workers: int | None = None) -> Iterator[Any]:
+    """Ray, started on this machine or joined at its address; what was started ends with the block.
+
+    Raises MissingExtra without Ray, and TunesmithError where a cluster does not answer.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise MissingExtra("ray", needed_for, install="'tunesmith[ray]'")
+    given = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    }
+    if section.address is None:
+        # Whoever reaches a Ray may run anything on it.
+        given |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()}
+    before = {name: os.environ.get(name) for name in given}
+    os.environ |= given
+    try:
+        import ray
+
+        if ray.is_initialized():  # in a program that has its own
+            yield ray
+            return
+        try:
+            _join(ray, section, workers or section.workers)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise TunesmithError(
+                f"Ray at {section.address} does not answer." if section.address else "Ray did not start.",
+                found=str(error).strip().splitlines()[0][:300],
+                fix="`ray status` on a node says whether it runs; without an address Ray is started here."
+                if section.address
+                else "`ray start --head` on this machine says more.",
+            ) from None
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _join(ray: Any, section: Ray | Shards, workers: int) -> None:
+    quiet = {"configure_logging": False, "log_to_driver": False}
+    if section.address:
+        handed = {name: os.environ[name] for name in HANDED_ON if name in os.environ and name != "PYTHONPATH"}
+        ray.init(address=section.address, runtime_env={"env_vars": handed}, **quiet)
+        return
+    ray.init(
+        address="local",  # whatever RAY_ADDRESS says
+        num_cpus=max(os.cpu_count() or 1, workers * section.cpus_per_worker) + 1,  # Ray's own tasks are few
+        include_dashboard=getattr(section, "dashboard", False),
+        dashboard_host="127.0.0.1",
+        object_store_memory=OBJECTS,
+        **quiet,
+    )
+
+
+def _gpus(ray: Any, section: Ray | Shards, watch: Watch) -> int:
+    """GPUs that each worker takes. Says where a cluster has less than is asked for, so that it is waited for."""
+    has = ray.cluster_resources()
+    gpus = int(section.device == "gpu" or (section.device == "auto" and has.get("GPU", 0) >= 1))
+    wanted = {"CPU": section.workers * section.cpus_per_worker, "GPU": section.workers * gpus}
+    short = {name: number for name, number in wanted.items() if has.get(name, 0) < number}
+    if short and section.address is None:
+        raise TunesmithError(
+            f"This machine is too small for {section.workers} workers.",
+            found=", ".join(f"{n} {name} asked for, {has.get(name, 0):g} there" for name, n in short.items()),
+            fix="Lower the number of workers, or name a cluster's address.",
+        )
+    if short:
+        told = ", ".join(f"{n} {name}, of which it has {has.get(name, 0):g} now" for name, n in short.items())
+        watch({"kind": "warning", "message": f"The workers wait for the cluster to have {told}."})
+    return gpus
+
+
+# A run
+
+
+class _Words:
+    """What passes between the command and its workers, kept by Ray: events one way, a wish to stop the other."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.starts = 0
+        self.stops = False
+
+    def begin(self) -> int:
+        """How often the first worker has begun."""
+        self.starts += 1
+        return self.starts
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """An event of the run."""
+        self.events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        """The events since the last time."""
+        taken, self.events = self.events, []
+        return taken
+
+    def ask_to_stop(self) -> None:
+        """Have the workers stop after their step."""
+        self.stops = True
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether they are to."""
+        return self.stops
+
+
+def start(job: Mapping[str, Any], section: Ray, watch: Watch) -> dict[str, Any]:
+    """Have the workers of Ray do a job, as `launch.start` has processes of this machine do it, and give what the first
+    of them came to. A lost worker is replaced as often as `max_failures` says, and the run goes on from its last
+    checkpoint.
+
+    Raises the error with which the first worker has ended, or RunError where workers were lost too often.
+    """
+    with cluster(section, needed_for="launch.kind=ray") as ray:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        gpus = _gpus(ray, section, watch)
+        words = ray.remote(num_cpus=0)(_Words).remote()
+        notes = _notes(Path(job["recipe"]["output_dir"]))
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"job": dict(job), "words": words},
+            torch_config=_meeting(),
+            scaling_config=ScalingConfig(
+                num_workers=section.workers,
+                use_gpu=bool(gpus),
+                resources_per_worker={"CPU": section.cpus_per_worker, **({"GPU": 1} if gpus else {})},
+            ),
+            run_config=RunConfig(
+                name=notes.name,
+                storage_path=str(notes.parent),
+                failure_config=FailureConfig(max_failures=section.max_failures),
+            ),
+        )
+        ended: dict[str, Any] = {}
+
+        def fit() -> None:
+            try:
+                ended["value"] = trainer.fit().return_value
+            except BaseException as error:
+                ended["error"] = error
+
+        thread = threading.Thread(target=fit, daemon=True)
+        with _asking(words) as look:
+            thread.start()
+            while thread.is_alive():
+                look()
+                for event in ray.get(words.take.remote()):
+                    watch(event)
+                thread.join(LOOK)
+            for event in ray.get(words.take.remote()):
+                watch(event)
+    _remove(notes)
+    return _came_to(ended, section)
+
+
+def _notes(output_dir: Path) -> Path:
+    """A new folder for the few notes that Ray keeps of its own, beside the runs while they train."""
+    return output_dir.absolute() / ".ray" / secrets.token_hex(8)
+
+
+def _remove(notes: Path) -> None:
+    shutil.rmtree(notes, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another run's are there
+        notes.parent.rmdir()
+
+
+def _came_to(ended: Mapping[str, Any], section: Ray) -> dict[str, Any]:
+    if "error" in ended:
+        error = ended["error"]
+        failures = getattr(error, "worker_failures", {})
+        said = [f"worker {n}: {_last_line(why)}" for n, why in failures.items()] or [_last_line(error)]
+        lost = RunError(
+            f"Workers of Ray were lost, and {section.max_failures} replacements were not enough."
+            if section.max_failures
+            else "A worker of Ray was lost, and none is replaced (launch.max_failures 0).",
+            found="; ".join(said),
+            fix="`tunesmith resume` goes on from the last checkpoint; launch.max_failures allows more.",
+        )
+        lost.exit_code = 3
+        raise lost
+    value = dict(ended["value"] or {})
+    if error := value.get("error"):
+        if error["exit_code"] in (130, 143):
+            raise Interrupted(
+                error["problem"], found=error["found"], fix=error["fix"], exit_code=error["exit_code"]
+            )
+        told = TunesmithError(error["problem"], found=error["found"], fix=error["fix"])
+        told.exit_code = error["exit_code"]
+        raise told
+    return dict(value["result"])
+
+
+def _last_line(error: Any) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _asking(words: Any) -> Iterator[Callable[[], None]]:
+    """The first Ctrl-C or SIGTERM asks the workers to stop after their step, the second ends them; gives what is to be
+    called between looks."""
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        asked.append(number)
+
+    told: list[bool] = []
+
+    def look() -> None:
+        if asked and not told:
+            told.append(True)
+            words.ask_to_stop.remote()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield look
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield look
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _meeting() -> Any:
+    """How the workers find each other: Ray's settings for torch, with the meeting itself left to `ranks`, since only
+    the steps are taken together."""
+    from ray.train.backend import Backend
+    from ray.train.torch import TorchConfig
+
+    class Meeting(Backend):  # type: ignore[misc]
+        share_cuda_visible_devices = True
+
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            host, port = worker_group.execute_single(0, _free_port)
+            worker_group.execute(_settle, host, port)
+
+    class Settings(TorchConfig):  # type: ignore[misc]
+        @property
+        def backend_cls(self) -> type:
+            return Meeting
+
+    return Settings()
+
+
+def _free_port() -> tuple[str, int]:
+    """The address of this worker's node, and a port that nobody listens on."""
+    from ray.util import get_node_ip_address
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return get_node_ip_address(), probe.getsockname()[1]
+
+
+def _settle(host: str, port: int) -> None:
+    """What torchrun would set in a worker."""
+    import ray.train
+
+    context = ray.train.get_context()
+    os.environ |= {
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(port),
+        "RANK": str(context.get_world_rank()),
+        "WORLD_SIZE": str(context.get_world_size()),
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+        launch.JOB: "ray",
+    }
+
+
+def _work(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a worker does: its share of the job. Gives the first worker's result or error; raises where another worker
+    is lost, so that Ray replaces it."""
+    import ray
+
+    from tunesmith import api, libraries
+    from tunesmith.recipe import Recipe
+    from tunesmith.training.fit import quiet_libraries
+
+    libraries.own_process()
+    quiet_libraries()
+    job, words = dict(config["job"]), config["words"]
+    ranks.meet()
+    if not ranks.is_first():
+        with contextlib.suppress(TunesmithError):  # which the first worker is told, and says
+            try:
+                api._assisted()
+            except SystemExit:
+                raise RuntimeError("another worker is gone") from None
+        return {}
+    recipe = Recipe.model_validate(job["recipe"])
+    assert isinstance(recipe.launch, Ray)
+    begun = ray.get(words.begin.remote())
+    path = api.run_folder(job)
+    kept = _kept(recipe.launch.storage, path)
+    is_over = threading.Event()
+
+    def told(event: Mapping[str, Any]) -> None:
+        words.tell.remote(json.loads(json.dumps(event, default=str)))
+        if kept and event["kind"] == "checkpoint":
+            _keep(kept, path, event.get("step"), told)
+
+    listening = threading.Thread(target=_listen, args=(words, is_over), daemon=True)
+    listening.start()
+    try:
+        job = _going_on(job, path, kept, begun, told)
+        result = api.carry_out_job(job, watch=told, at=lambda run: None)
+        if kept:
+            kept.push(path)
+        return {"result": result}
+    except TunesmithError as error:
+        if kept and path.is_dir():
+            with contextlib.suppress(Exception):
+                kept.push(path)
+        if getattr(error, "is_lost", False) and not ranks.complaint(0.5):
+            raise
+        return {
+            "error": {
+                "problem": error.problem,
+                "found": error.found,
+                "fix": error.fix,
+                "exit_code": error.exit_code,
+            }
+        }
+    finally:
+        is_over.set()
+
+
+def _kept(url: str | None, path: Path) -> Storage | None:
+    from tunesmith.training.storage import storage
+
+    return storage(url, path.name) if url else None
+
+
+def _keep(kept: Storage, path: Path, step: int | None, watch: Watch) -> None:
+    """Copy the run's folder to its second place after a checkpoint. A place that does not answer is said, and the run
+    goes on with what it has here."""
+    from tunesmith.training.run import Run
+
+    run, started = Run(path, watch), time.perf_counter()
+    try:
+        files, size = kept.push(path)
+    except Exception as error:
+        said = next(iter(str(error).strip().splitlines()), "")[:200]
+        run.event(
+            "warning",
+            step=step,
+            message=f"The checkpoint of step {step} is not in {kept.url}: {type(error).__name__}: {said}",
+        )
+        return
+    seconds = round(time.perf_counter() - started, 3)
+    run.event("stored", step=step, place=kept.url, files=files, bytes=size, seconds=seconds)
+
+
+def _going_on(
+    job: dict[str, Any], path: Path, kept: Storage | None, begun: int, watch: Watch
+) -> dict[str, Any]:
+    """The job as it is done now: that of the recipe, or the run that workers before these have begun."""
+    from tunesmith.training.run import Run, is_run
+
+    step = kept.fetch(path) if kept and (begun > 1 or job.get("resume") or "run" in job) else None
+    if step is not None and kept:
+        message = f"The run was fetched from {kept.url}, with its checkpoint of step {step}."
+        Run(path, watch).event("decision", name="fetched", value=step, reason=message)
+    if begun == 1 or not is_run(path):
+        return job
+    Run(path, watch).event(
+        "warning",
+        message=f"A worker was lost, and Ray started the workers again (start {begun}); the run goes on from its last "
+        "checkpoint.",
+    )
+    return {"recipe": job["recipe"], "run": str(path), "checkpoint": "latest"}
+
+
+def _listen(words: Any, is_over: threading.Event) -> None:
+    """Pass the command's wish to stop on to the training."""
+    import ray
+
+    while not is_over.wait(2 * LOOK):
+        with contextlib.suppress(Exception):
+            if ray.get(words.is_asked_to_stop.remote()):
+                from tunesmith.training import callbacks
+
+                if callbacks.ask_to_stop():
+                    return
+
+
+# Answers
+
+
+class _Answering:
+    """A worker of Ray Data with the model in its memory."""
+
+    def __init__(self, load: Callable[[], Any], tokenizer: Any, given: Mapping[str, Any]) -> None:
+        from tunesmith.training.fit import quiet_libraries
+
+        quiet_libraries()
+        self.model, self.tokenizer, self.given = load(), tokenizer, dict(given)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Answers to a few prompts, each with its number."""
+        from tunesmith.generation import generate
+
+        prompts = [json.loads(ids) for ids in batch["prompt"]]
+        found = generate(self.model, self.tokenizer, prompts, **self.given)
+        return {
+            "number": [int(number) for number in batch["number"]],
+            "answer": [json.dumps(asdict(answer)) for answer in found],
+        }
+
+
+def answer(source: Source, asked: Asked, finished: Finished, say: Say) -> None:
+    """Answer the prompts on the workers of Ray Data; `finished` gets each answer with its prompt's number, as shards
+    are done. Each worker loads the model once, and answers as the padded engine does."""
+    from tunesmith.errors import RecipeError
+    from tunesmith.generation import Generated
+
+    if source.base is None:
+        raise RecipeError(
+            "Workers of Ray load a model from its folder, and this one exists in this process only.",
+            fix="Use --set evaluation.engine=padded, or save the model first.",
+        )
+    if asked.temperature:
+        raise RecipeError(
+            "The engine 'ray' answers greedily: drawn answers would hang on how prompts are dealt to the workers.",
+            found=f"temperature {asked.temperature}",
+            fix="Use --attempts 1, or --set evaluation.engine=padded.",
+        )
+    section = source.shards
+    source.let_go()
+    with cluster(section, needed_for="evaluation.engine=ray") as ray:
+        import ray.data as data
+
+        gpus = _gpus(ray, section, lambda event: say(str(event["message"])))
+        context = data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = False  # every answer has its number
+        rows = [{"number": n, "prompt": json.dumps(list(ids))} for n, ids in enumerate(asked.prompts)]
+        batch = max(1, min(section.batch, -(-len(rows) // section.workers)))
+        given = {
+            "max_new_tokens": asked.max_new_tokens,
+            "stop_ids": list(asked.stop_ids),
+            "batch_tokens": asked.batch_tokens,
+            "seed": asked.seed,
+        }
+        shards = data.from_items(rows, override_num_blocks=max(section.workers, -(-len(rows) // batch)))
+        answered = shards.map_batches(
+            _Answering,
+            fn_constructor_args=(source.load, source.tokenizer, given),
+            batch_size=batch,
+            compute=data.ActorPoolStrategy(size=section.workers),
+            num_cpus=section.cpus_per_worker,
+            num_gpus=gpus or None,
+        )
+        seen: set[int] = set()
+        for row in answered.iter_rows():
+            number, one = int(row["number"]), json.loads(row["answer"])
+            if number in seen:  # of a shard that was begun again
+                continue
+            seen.add(number)
+            one["ids"] = tuple(one["ids"])
+            finished(number, Generated(**one))
+
+
+# Trials
+
+
+def _trial(config: Mapping[str, Any]) -> None:
+    """One trial of a sweep on a worker: an ordinary run that tells Tune of each validation."""
+    from ray import tune
+
+    from tunesmith import libraries
+    from tunesmith.sweeps import trials
+    from tunesmith.training.fit import quiet_libraries
+
+    libraries.own_process()
+    quiet_libraries()
+    os.environ[launch.JOB] = "ray"
+    given = config["trial"]
+
+    last: list[int] = []
+
+    def watch(event: Mapping[str, Any]) -> None:
+        if event.get("total_steps"):
+            last[:] = [int(event["total_steps"])]
+
+    def report(step: int, value: float) -> None:
+        if not last or step < last[0]:  # who has come to the last step is not pruned any more
+            tune.report({"step": step, "value": value, "ended": None})
+
+    ended = trials.carried_out(given["number"], given["recipe"], report=report, watch=watch)
+    tune.report({"step": ended.step or 0, "value": ended.value, "ended": json.dumps(asdict(ended))})
+
+
+def tried(
+    asked: Sequence[Mapping[str, Any]],
+    section: Ray,
+    *,
+    folder: Path,
+    mode: str,
+    patience: int,
+    horizon: int,
+    prunes: bool,
+    record: Callable[[Mapping[str, Any]], None],
+    told: Callable[[int, int, float], None],
+    watch: Watch,
+) -> None:
+    """Train trials in parallel, `section.workers` at a time, and stop by ASHA those that lag behind at a validation.
+
+    Each of `asked` has a number and a whole recipe. `record` is given what each came to as it ends, `told` number,
+    step and value of each validation. `horizon` is the steps of a whole trial, `patience` those that each one gets in
+    any case; `mode` says whether the least value is the best one, `min`, or the greatest, `max`.
+    """
+    with cluster(section, needed_for="tunesmith sweep --engine ray") as ray:
+        from ray import tune
+        from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+        gpus = _gpus(ray, section, watch)
+
+        reported: dict[int, dict[str, Any]] = {}
+        finished: set[int] = set()
+
+        class Records(tune.Callback):  # type: ignore[misc]
+            def on_trial_result(
+                self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
+            ) -> None:
+                number = int(trial.config["trial"]["number"])
+                if result.get("ended"):
+                    finished.add(number)
+                    record(json.loads(result["ended"]))
+                else:
+                    reported[number] = result
+                    told(number, int(result["step"]), float(result["value"]))
+
+        scheduler = (
+            ASHAScheduler(
+                time_attr="step", metric="value", mode=mode, max_t=horizon + 1, grace_period=patience
+            )
+            if prunes
+            else FIFOScheduler()
+        )
+        notes = _notes(folder)
+        tuner = tune.Tuner(
+            tune.with_resources(_trial, {"CPU": section.cpus_per_worker, "GPU": gpus}),
+            param_space={"trial": tune.grid_search([dict(one) for one in asked])},
+            tune_config=tune.TuneConfig(
+                scheduler=scheduler, max_concurrent_trials=section.workers, reuse_actors=False
+            ),
+            run_config=tune.RunConfig(
+                name=notes.name,
+                storage_path=str(notes.parent),
+                failure_config=tune.FailureConfig(max_failures=section.max_failures),
+                callbacks=[Records()],
+                verbose=0,
+            ),
+        )
+        results = tuner.fit()
+    _remove(notes)
+    for result in results:
+        number = int(result.config["trial"]["number"])
+        if number in finished:
+            continue
+        last = reported.get(number, {})
+        known = {"number": number, "step": last.get("step"), "value": last.get("value")}
+        if result.error is not None:
+            record({**known, "state": "failed", "reason": _last_line(result.error)})
+        else:
+            record({**known, "state": "pruned", "reason": f"by ASHA, at step {last.get('step')}"})

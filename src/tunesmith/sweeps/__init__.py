@@ -1,0 +1,574 @@
+"""Sweeps: trials of one recipe with other values, chosen by validation, told apart on held-out questions.
+
+    space -> trials (ordinary runs) -> the best by validation -> comparison on held-out questions -> recipe, page
+
+`sweep.json` is the record, rewritten whole after every trial; a sweep that is started again goes on from it, and
+proposes what it would have proposed. No trial is measured on held-out questions before one of them is chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from tunesmith.compose import as_yaml
+from tunesmith.errors import Interrupted, MissingExtra, RecipeError, RunError, TunesmithError, counted
+from tunesmith.recipe import Local, Ray, Recipe
+from tunesmith.sweeps import space as spaces
+from tunesmith.sweeps.space import Distribution
+from tunesmith.sweeps.trials import Pruned, State, Trial, carried_out, higher_is_better, name_of
+from tunesmith.training.run import Run, Watch, folder_name, is_run, write_whole
+
+if TYPE_CHECKING:
+    from tunesmith.evaluation.compare import Comparison
+
+Engine = Literal["optuna", "ray"]
+Pruner = Literal["median", "asha", "none"]
+
+RECORD, BEST, PAGE = "sweep.json", "best.yaml", "report.html"
+DOUBLES = 100
+"""Proposals of values that were tried before, after which a space counts as used up."""
+IN_VAIN = 3
+"""Trials that fail one after the other before any is done, after which a sweep ends."""
+STARTUP = 4
+"""Trials that the median pruner lets end before it prunes any."""
+
+
+@dataclass(frozen=True)
+class Against:
+    """A model against the chosen trial on held-out questions, on the primary metric."""
+
+    comparison: Comparison
+    low: float | None
+    """Ends of an interval that holds together with those of all others here: each at 1 - (1 - confidence) / number."""
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep came to."""
+
+    folder: Path
+    by: str
+    """What trials are chosen by: `loss`, or a metric at validation."""
+    space: Mapping[str, Distribution]
+    trials: tuple[Trial, ...]
+    best: Trial | None
+    against: tuple[Against, ...]
+    """The base and the next best trials against the best one; empty where nothing could be compared."""
+    notes: tuple[str, ...]
+    seconds: float
+    recipe: Path | None = None
+    """The file of the best recipe."""
+    page: Path | None = None
+
+    def count(self, state: State) -> int:
+        """How many trials ended so."""
+        return sum(trial.state == state for trial in self.trials)
+
+    def sentences(self) -> list[str]:
+        """What was found, and how far to trust it."""
+        from tunesmith.sweeps.page import sentences
+
+        return sentences(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return {
+            "folder": str(self.folder),
+            "by": self.by,
+            "space": {path: str(given) for path, given in self.space.items()},
+            "trials": [{**asdict(trial), "name": trial.name} for trial in self.trials],
+            "counts": {state: self.count(state) for state in ("done", "pruned", "failed", "open")},
+            "best": self.best.name if self.best else None,
+            "values": dict(self.best.values) if self.best else None,
+            "value": self.best.value if self.best else None,
+            "against_best": [
+                {**asdict(one.comparison), "simultaneous": [one.low, one.high]} for one in self.against
+            ],
+            "notes": list(self.notes),
+            "recipe": str(self.recipe) if self.recipe else None,
+            "run": str(self.folder / self.best.name) if self.best else None,
+            "report": str(self.page) if self.page else None,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def sweep(
+    recipe: Recipe,
+    space: Mapping[str, Distribution],
+    *,
+    trials: int,
+    engine: Engine,
+    pruner: Pruner,
+    seed: int,
+    compared: int,
+    watch: Watch,
+) -> Sweep:
+    """Try values of a space, one trial after the other (`optuna`) or several at once (`ray`), until there are `trials`.
+
+    Trials share everything but their values; the best one is that with the best validation. It is then compared, on the
+    held-out questions, with the base and the `compared` next best ones. A sweep of the same name that ended early, or
+    that is to have more trials, goes on. Raises RecipeError for a space that yields no recipes, and RunError where the
+    folder is that of another sweep, or no trial is finished.
+    """
+    started = time.perf_counter()
+    space = spaces.checked(space, recipe)
+    if not recipe.data.validation:
+        raise RecipeError(
+            "A sweep chooses by validation, and the recipe keeps no rows for it.",
+            found="data.validation 0",
+            fix="Set data.validation, such as 0.1.",
+        )
+    folder = Path(recipe.output_dir).expanduser().absolute() / f"{folder_name(recipe)}.sweep"
+    about = {
+        "recipe": recipe.model_dump(mode="json", exclude={"launch", "output_dir", "preset"}),
+        "space": {path: str(given) for path, given in space.items()},
+        "seed": seed,
+        "by": recipe.training.best_by,
+    }
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=1):
+            records = _before(folder, about)
+            notes = _tried(recipe, space, records, folder, about, trials, engine, pruner, seed, watch)
+            order = sorted(
+                (one for one in records.values() if one.state == "done" and one.value is not None),
+                key=lambda one: one.value or 0.0,
+                reverse=higher_is_better(recipe.training),
+            )
+            best = order[0] if order else None
+            if not best:
+                reasons = [one.reason for one in records.values() if one.state == "failed"]
+                raise RunError(
+                    f"None of {counted(len(records), 'trial')} was finished.",
+                    found=reasons[-1] if reasons else None,
+                    fix="Narrow the space to values that train, or mend the recipe; the record is in "
+                    f"{folder / RECORD}.",
+                )
+            against: tuple[Against, ...] = ()
+            if best:
+                against, told = _compared(recipe, folder, best, order[1 : compared + 1], watch)
+                notes += told
+            done = Sweep(
+                folder,
+                recipe.training.best_by,
+                space,
+                tuple(records[number] for number in sorted(records)),
+                best,
+                against,
+                tuple(notes),
+                time.perf_counter() - started,
+            )
+            return _written(done, recipe, about)
+    except Timeout:
+        raise RunError(
+            f"Another process sweeps in {folder}.", fix="Wait for it, or give this sweep another --name."
+        ) from None
+
+
+def _before(folder: Path, about: Mapping[str, Any]) -> dict[int, Trial]:
+    """The trials that an earlier start of this sweep has made. Raises RunError where the folder is another sweep's."""
+    file = folder / RECORD
+    if not file.is_file():
+        if others := [path.name for path in folder.iterdir() if path.name != ".lock"]:
+            raise RunError(
+                f"The folder {folder} is not empty and not a sweep.",
+                found=", ".join(sorted(others)[:5]),
+                fix="Give this sweep another --name.",
+            )
+        return {}
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        found = {int(one["number"]): _trial(one) for one in kept["trials"]}
+        before = kept["about"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{file} is damaged.", found=str(error), fix="Restore it, or delete the folder."
+        ) from None
+    from tunesmith.api import _leaves
+
+    if changed := [
+        f"{path} was {old!r}, is {new!r}" for path, old, new in _leaves(before, json.loads(json.dumps(about)))
+    ]:
+        raise RunError(
+            f"The sweep in {folder} is another one, so it cannot go on.",
+            found="; ".join(changed[:8]),
+            fix="Undo these changes, or give this sweep another --name.",
+        )
+    return found
+
+
+def _trial(kept: Mapping[str, Any]) -> Trial:
+    known = {one.name for one in dataclasses.fields(Trial)}
+    given = {key: value for key, value in kept.items() if key in known}
+    validations = tuple((int(step), float(value)) for step, value in given.get("validations", ()))
+    return Trial(**{**given, "validations": validations})
+
+
+def _record(
+    folder: Path,
+    about: Mapping[str, Any],
+    records: Mapping[int, Trial],
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    lines = [{**asdict(records[number]), "name": name_of(number)} for number in sorted(records)]
+    kept = {"about": about, "trials": lines, **more}
+    write_whole(folder / RECORD, json.dumps(kept, indent=1, ensure_ascii=False))
+
+
+def _recipe_of(
+    recipe: Recipe, folder: Path, number: int, values: Mapping[str, Any], engine: Engine
+) -> Recipe:
+    """A trial's recipe: its values, its place, and no measurement on held-out questions."""
+    own = spaces.settled(recipe, values)
+    return own.model_copy(
+        update={
+            "name": name_of(number),
+            "output_dir": str(folder),
+            "evaluation": own.evaluation.model_copy(update={"skip": True}),
+            "export": type(own.export)(),
+            **({"launch": Local()} if engine == "ray" else {}),
+        }
+    )
+
+
+def _tried(
+    recipe: Recipe,
+    space: Mapping[str, Distribution],
+    records: dict[int, Trial],
+    folder: Path,
+    about: Mapping[str, Any],
+    trials: int,
+    engine: Engine,
+    pruner: Pruner,
+    seed: int,
+    watch: Watch,
+) -> list[str]:
+    """Carry out what is missing of the trials; what is to be said of it."""
+    notes: list[str] = []
+
+    def keep(trial: Trial) -> None:
+        records[trial.number] = trial
+        _record(folder, about, records)
+        if trial.state == "open":
+            told = ", ".join(f"{path} {_short(value)}" for path, value in trial.values.items())
+            watch({"kind": "decision", "name": trial.name, "value": told})
+        else:
+            value = "-" if trial.value is None else f"{trial.value:.4g}"
+            reason = trial.reason or f"{about['by']} at step {trial.step}"
+            watch(
+                {"kind": "decision", "name": f"{trial.name} {trial.state}", "value": value, "reason": reason}
+            )
+
+    if before := sum(trial.state != "open" for trial in records.values()):
+        told = f"{counted(before, 'trial')} of an earlier start are not repeated"
+        watch({"kind": "decision", "name": "sweep", "value": "goes on", "reason": told})
+    if engine == "ray":
+        _at_once(recipe, space, records, folder, trials, pruner, seed, keep, watch)
+    else:
+        notes += _one_by_one(recipe, space, records, folder, trials, pruner, seed, keep, watch)
+    if pruner != "none" and all(len(one.validations) < 2 for one in records.values() if one.state == "done"):
+        notes.append("No trial was validated twice, so that none could be pruned (training.eval_steps).")
+    return notes
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _one_by_one(
+    recipe: Recipe,
+    space: Mapping[str, Distribution],
+    records: dict[int, Trial],
+    folder: Path,
+    trials: int,
+    pruner: Pruner,
+    seed: int,
+    keep: Callable[[Trial], None],
+    watch: Watch,
+) -> list[str]:
+    failed = 0
+    for number in range(trials):
+        known = records.get(number)
+        if known and known.state != "open":
+            continue
+        values = dict(known.values) if known else _proposed(space, records, recipe, pruner, seed, number)
+        if values is None:
+            return [
+                f"The space is used up after {counted(len(records), 'trial')}: all its values were tried."
+            ]
+        keep(Trial(number, values))
+        study = _study(space, records, recipe, pruner, seed, number)
+        asked = _asked(study, space, values)
+
+        def report(step: int, value: float, asked: Any = asked, own: Recipe = recipe) -> None:
+            asked.report(value, step)
+            if asked.should_prune():
+                raise Pruned(f"Its validation of {value:.4g} at step {step} lags behind ({pruner}).")
+
+        own = _recipe_of(recipe, folder, number, values, "optuna")
+        try:
+            ended = carried_out(
+                number, own.model_dump(mode="json"), report=report, watch=_inner(watch, number)
+            )
+        except Interrupted as error:
+            raise Interrupted(
+                f"The sweep was stopped in trial {number} of {trials}; what was finished is saved.",
+                fix="Start the same sweep again: it goes on.",
+                exit_code=error.exit_code,
+            ) from None
+        keep(replace(ended, values=values))
+        failed = failed + 1 if ended.state == "failed" else 0
+        if failed >= IN_VAIN and not any(one.state == "done" for one in records.values()):
+            raise RunError(
+                f"The first {failed} trials have failed.",
+                found=ended.reason,
+                fix="Narrow the space to values that train, or mend the recipe.",
+            )
+    return []
+
+
+def _inner(watch: Watch, number: int) -> Watch:
+    """What is shown of a trial's own events: its progress and warnings, under its name."""
+
+    def told(event: Mapping[str, Any]) -> None:
+        if event["kind"] == "progress":
+            watch({**event, "stage": f"{name_of(number)}: {event['stage']}"})
+        elif event["kind"] == "warning":
+            watch({**event, "message": f"{name_of(number)}: {event['message']}"})
+
+    return told
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise MissingExtra("optuna", "tunesmith sweep", install="'tunesmith[sweep]'") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+def _distributions(space: Mapping[str, Distribution]) -> dict[str, Any]:
+    """The space in Optuna's words; choices by their JSON, which holds lists as well."""
+    known = _optuna().distributions
+    made = {}
+    for path, given in space.items():
+        match given.kind:
+            case "choice":
+                made[path] = known.CategoricalDistribution([json.dumps(value) for value in given.values])
+            case "uniform" | "loguniform":
+                made[path] = known.FloatDistribution(given.low, given.high, log=given.kind == "loguniform")
+            case "int" | "logint":
+                made[path] = known.IntDistribution(
+                    int(given.low), int(given.high), log=given.kind == "logint", step=given.step
+                )
+    return made
+
+
+def _study(
+    space: Mapping[str, Distribution],
+    records: Mapping[int, Trial],
+    recipe: Recipe,
+    pruner: Pruner,
+    seed: int,
+    number: int,
+    again: int = 0,
+) -> Any:
+    """A study that knows the trials before this one, made anew for each: what it proposes depends on these, the seed
+    and the number alone, whenever and how often the sweep was started."""
+    optuna = _optuna()
+    states = optuna.trial.TrialState
+    pruners = {
+        "median": optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
+        "asha": optuna.pruners.SuccessiveHalvingPruner(),
+        "none": optuna.pruners.NopPruner(),
+    }
+    study = optuna.create_study(
+        direction="maximize" if higher_is_better(recipe.training) else "minimize",
+        sampler=optuna.samplers.TPESampler(seed=(seed * 1_000_003 + number * 1009 + again) % 2**32),
+        pruner=pruners[pruner],
+    )
+    states_of = {"done": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}
+    for _, one in sorted(records.items()):
+        if one.number == number or one.state == "open":
+            continue
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=states_of[one.state],
+                params=_params(space, one.values),
+                distributions=_distributions(space),
+                value=one.value if one.state == "done" else None,
+                intermediate_values=dict(one.validations),
+            )
+        )
+    return study
+
+
+def _params(space: Mapping[str, Distribution], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        path: json.dumps(value) if space[path].kind == "choice" else value for path, value in values.items()
+    }
+
+
+def _asked(study: Any, space: Mapping[str, Distribution], values: Mapping[str, Any]) -> Any:
+    """A trial of the study with just these values."""
+    study.enqueue_trial(_params(space, values))
+    return study.ask(_distributions(space))
+
+
+def _proposed(
+    space: Mapping[str, Distribution],
+    records: Mapping[int, Trial],
+    recipe: Recipe,
+    pruner: Pruner,
+    seed: int,
+    number: int,
+) -> dict[str, Any] | None:
+    """What to try next, which was not tried before; None where the space is used up."""
+    tried = [dict(one.values) for one in records.values()]
+    for again in range(DOUBLES):
+        study = _study(space, records, recipe, pruner, seed, number, again)
+        asked = study.ask(_distributions(space)).params
+        found = {
+            path: json.loads(asked[path]) if given.kind == "choice" else asked[path]
+            for path, given in space.items()
+        }
+        if found not in tried:
+            return found
+    return None
+
+
+def _at_once(
+    recipe: Recipe,
+    space: Mapping[str, Distribution],
+    records: dict[int, Trial],
+    folder: Path,
+    trials: int,
+    pruner: Pruner,
+    seed: int,
+    keep: Callable[[Trial], None],
+    watch: Watch,
+) -> None:
+    """Trials whose values are drawn beforehand, several at a time, on the workers of Ray."""
+    from tunesmith import on_ray
+
+    if pruner == "median":
+        watch(
+            {
+                "kind": "decision",
+                "name": "pruner",
+                "value": "asha",
+                "reason": "trials at once have no median to be held against",
+            }
+        )
+    asked = []
+    tried = [dict(one.values) for one in records.values()]
+    for number in range(trials):
+        known = records.get(number)
+        if known and known.state != "open":
+            continue
+        values = known.values if known else None
+        for again in range(DOUBLES if values is None else 0):
+            values = spaces.drawn(space, seed + again * 7919, number)
+            if values not in tried:
+                break
+        assert values is not None
+        tried.append(dict(values))
+        keep(Trial(number, values))
+        own = _recipe_of(recipe, folder, number, values, "ray")
+        asked.append({"number": number, "recipe": own.model_dump(mode="json")})
+    if not asked:
+        return
+
+    def record(given: Mapping[str, Any]) -> None:
+        before = records[int(given["number"])]
+        found = _trial({**asdict(before), **{key: value for key, value in given.items() if key != "values"}})
+        path = folder / before.name
+        if found.state == "pruned" and is_run(path) and Run(path).state() == "died":
+            Run(path).finish("interrupted", error=f"pruned {found.reason}")
+        keep(found)
+
+    def told(number: int, step: int, value: float) -> None:
+        before = records[number]
+        records[number] = replace(before, validations=(*before.validations, (step, value)))
+
+    section = recipe.launch if isinstance(recipe.launch, Ray) else Ray()
+    every = recipe.training.eval_steps
+    on_ray.tried(
+        asked,
+        section,
+        folder=folder,
+        mode="max" if higher_is_better(recipe.training) else "min",
+        patience=every if isinstance(every, int) else 1,
+        horizon=recipe.training.max_steps or 10**9,
+        prunes=pruner != "none",
+        record=record,
+        told=told,
+        watch=watch,
+    )
+
+
+def _compared(
+    recipe: Recipe, folder: Path, best: Trial, others: Sequence[Trial], watch: Watch
+) -> tuple[tuple[Against, ...], list[str]]:
+    """The base and other trials against the best one on held-out questions, which chose none of them."""
+    if recipe.evaluation.skip:
+        return (), ["Nothing was measured on held-out questions: evaluation.skip is on."]
+    if not recipe.data.held_out:
+        return (), ["Nothing was measured on held-out questions: data.held_out is 0."]
+    from tunesmith import api
+    from tunesmith.evaluation import read_rows
+    from tunesmith.evaluation.compare import compare_all
+
+    runs = [folder / trial.name for trial in (best, *others)]
+    try:
+        result = api.compare(runs[0], recipe.model.base, *runs[1:], watch=watch)
+    except TunesmithError as error:
+        return (), [f"Nothing was compared on held-out questions: {error.problem}"]
+    found = [
+        replace(c, model=_named(c.model, recipe), against=best.name) for c in result.comparisons if c.primary
+    ]
+    if not found or result.saved is None:
+        return (), ["No metric of the recipe scores answers, so that nothing was compared."]
+    section = recipe.evaluation
+    by_model: dict[str, list[Any]] = {}
+    for row in read_rows(result.saved / "rows.jsonl"):
+        by_model.setdefault(row.model, []).append(row)
+    together = compare_all(
+        list(by_model.items()),
+        metrics=[found[0].metric],
+        primary=found[0].metric,
+        resamples=section.resamples,
+        confidence=1 - (1 - section.confidence) / len(found),
+    )
+    return tuple(Against(one, wide.low, wide.high) for one, wide in zip(found, together, strict=True)), []
+
+
+def _named(model: str, recipe: Recipe) -> str:
+    """What a model of the comparison is called: of two the base stands as `tuned`."""
+    return model if model.startswith("trial-") else f"base ({Path(recipe.model.base).name})"
+
+
+def _written(done: Sweep, recipe: Recipe, about: Mapping[str, Any]) -> Sweep:
+    """The sweep with its files: the record, the best recipe, the page."""
+    from tunesmith.sweeps.page import page
+
+    if done.best:
+        own = spaces.settled(recipe, done.best.values)
+        done = replace(done, recipe=write_whole(done.folder / BEST, as_yaml(own)))
+    done = replace(done, page=done.folder / PAGE)
+    records = {trial.number: trial for trial in done.trials}
+    more = {key: value for key, value in done.as_dict().items() if key not in ("trials", "space", "by")}
+    _record(done.folder, about, records, more)
+    write_whole(done.folder / PAGE, page(done))
+    return done

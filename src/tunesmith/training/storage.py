@@ -1,0 +1,122 @@
+"""A run's folder in a second place that outlives the node: any folder or URL that fsspec knows.
+
+    push: files that changed since the last time, each folder's mark last  ->  fetch: the whole folder, on another node
+
+What is cut off by a kill is never taken for whole: a checkpoint counts only with its manifest and a best model only
+with its facts, and these are removed before, and written after, the files that they speak of.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import MissingExtra, RecipeError
+from tunesmith.training.checkpoints import BEST, MANIFEST
+from tunesmith.training.run import OWN
+
+MARKS = (MANIFEST, BEST)
+"""Files without which their folder does not count."""
+PASSING = (".staging", "wandb")
+"""Folders of a run that are of no use on another node."""
+_CHECKPOINT = re.compile(r"checkpoints/checkpoint-step-(\d+)/" + re.escape(MANIFEST))
+
+
+@dataclass
+class Storage:
+    """The place of one run, and what was sent there by this process."""
+
+    filesystem: Any
+    root: str
+    url: str
+    sent: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Size and time of change of each file as it was sent, by its path in the run's folder."""
+
+    def push(self, folder: Path) -> tuple[int, int]:
+        """Copy what is new or changed, and remove what is gone; how many files that were, and their bytes."""
+        here = _files(folder)
+        there = set(self.sent) or set(self._found())
+        changed = {name for name, facts in here.items() if self.sent.get(name) != facts}
+        gone = there - here.keys()
+        doubtful = {str(Path(name).parent) for name in changed | gone}
+        marks = {name for name in there if Path(name).name in MARKS and str(Path(name).parent) in doubtful}
+        for name in sorted(marks) + sorted(gone - marks):
+            self.filesystem.rm_file(f"{self.root}/{name}")
+            self.sent.pop(name, None)
+        again = changed | (marks & here.keys())
+        size = 0
+        for name in sorted(again, key=lambda name: (Path(name).name in MARKS, "/" not in name, name)):
+            self.filesystem.makedirs(f"{self.root}/{name}".rpartition("/")[0], exist_ok=True)
+            self.filesystem.put_file(str(folder / name), f"{self.root}/{name}")
+            self.sent[name] = here[name]
+            size += here[name][0]
+        return len(again), size
+
+    def fetch(self, folder: Path) -> int | None:
+        """Bring the run back where its place is further than the folder here; the step of its newest checkpoint.
+
+        None, and nothing is touched, where there is no run in the place or the one here is as far.
+        """
+        names = self._found()
+        step = _newest(names)
+        if "recipe.yaml" not in names or (folder.is_dir() and _newest(_files(folder)) >= step):
+            return None
+        staging = folder.with_name(f".{folder.name}.fetched")
+        shutil.rmtree(staging, ignore_errors=True)
+        for name in names:
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            self.filesystem.get_file(f"{self.root}/{name}", str(staging / name))
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+        return max(step, 0)
+
+    def _found(self) -> list[str]:
+        self.filesystem.invalidate_cache()
+        if not self.filesystem.exists(self.root):
+            return []
+        start = self.root.rstrip("/") + "/"
+        return [path[len(start) :] for path in self.filesystem.find(self.root) if path.startswith(start)]
+
+
+def storage(url: str, name: str) -> Storage:
+    """The place of a run of this name below a folder or URL.
+
+    Raises RecipeError for a kind of URL that nobody knows, MissingExtra for one whose package is not installed.
+    """
+    import fsspec
+
+    try:
+        filesystem, root = fsspec.core.url_to_fs(f"{url.rstrip('/')}/{name}")
+    except ImportError as error:
+        package = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+        needed = package.get(url.partition(":")[0], str(error))
+        raise MissingExtra(needed, f"launch.storage={url}") from None
+    except ValueError as error:
+        raise RecipeError(
+            f"launch.storage names a place that fsspec does not know: {url}.",
+            found=str(error),
+            fix="Give a folder, or a URL such as s3://bucket/runs or gs://bucket/runs.",
+        ) from None
+    return Storage(filesystem, root.rstrip("/"), f"{url.rstrip('/')}/{name}")
+
+
+def _files(folder: Path) -> dict[str, tuple[int, int]]:
+    found = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if path.is_file() and name.parts[0] not in PASSING and not (OWN_HERE.fullmatch(path.name)):
+            facts = path.stat()
+            found[name.as_posix()] = (facts.st_size, facts.st_mtime_ns)
+    return found
+
+
+OWN_HERE = re.compile(OWN.pattern.replace(r"environment\.json|", ""))
+"""Locks and half-written files, which are the node's."""
+
+
+def _newest(names: Any) -> int:
+    """The step of the newest checkpoint with a manifest among a run's files; -1 where there is none."""
+    return max((int(found[1]) for name in names if (found := _CHECKPOINT.fullmatch(name))), default=-1)

@@ -1,0 +1,294 @@
+"""Runs, answers and trials on the workers of Ray: what one process gives, whatever becomes of a worker."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tunesmith import api, engines, launch, on_ray, ranks
+from tunesmith.compose import compose, overlaid
+from tunesmith.errors import Interrupted, MissingExtra, RecipeError, RunError, TunesmithError
+from tunesmith.recipe import Ray
+from tunesmith.training import callbacks
+from tunesmith.training.run import Run
+from tunesmith.training.storage import storage
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    for name in (*ranks.HIDDEN, "MASTER_ADDR", "MASTER_PORT", launch.JOB):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def recipe(tiny_model_folder, question_file, tmp_path):
+    def made(name: str, *changes, **training):
+        base = {
+            "name": name, "output_dir": str(tmp_path / "runs"), "model": {"base": str(tiny_model_folder)},
+            "data": {"dataset": str(question_file), "max_length": 64, "num_samples": 27},
+            "evaluation": {"skip": True, "samples": 0},
+            "training": {
+                "num_epochs": 2, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 4,
+                "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1, "eval_steps": 2, "save_steps": 2,
+                "save_total_limit": 20, **training,
+            },
+        }  # fmt: skip
+        return compose(overlaid(base, *changes)).recipe
+
+    return made
+
+
+ON_RAY = {"launch": {"kind": "ray", "workers": 2}}
+
+
+def losses(run: Path, kind: str = "step") -> dict[int, float]:
+    return {e["step"]: e["loss"] for e in Run(run).events() if e["kind"] == kind}
+
+
+# What needs no Ray
+
+
+def test_a_recipe_for_ray_starts_workers_and_a_worker_starts_none(recipe, monkeypatch):
+    section = recipe("a", ON_RAY).launch
+    assert launch.starts(section)
+    assert not launch.is_job(section)
+    assert launch.processes(section) == 2
+    monkeypatch.setenv(launch.JOB, "ray")
+    assert not launch.starts(section.model_copy(update={"workers": 1})), "of one worker as well"
+
+
+def test_the_plan_knows_the_workers_and_refuses_rows_that_cannot_be_dealt(recipe):
+    plan, _ = api.plan(recipe("plan", ON_RAY))
+    assert plan.processes == 2
+    with pytest.raises(RecipeError, match="dealt evenly to 5 processes"):
+        api.plan(recipe("plan", {"launch": {"kind": "ray", "workers": 5}}))
+
+
+def test_without_ray_its_extra_is_named(recipe, monkeypatch):
+    monkeypatch.setattr(on_ray.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"launch\.kind=ray") as error:
+        api.train(recipe("none", ON_RAY))
+    assert "tunesmith[ray]" in error.value.fix
+
+
+def test_how_workers_ended_is_told_as_of_any_launcher():
+    section = Ray(max_failures=2)
+    given = {"problem": "The disk is full.", "found": None, "fix": "Free space.", "exit_code": 3}
+    with pytest.raises(TunesmithError, match="disk is full") as error:
+        on_ray._came_to({"value": {"error": given}}, section)
+    assert error.value.exit_code == 3
+    with pytest.raises(Interrupted) as stopped:
+        on_ray._came_to({"value": {"error": {**given, "exit_code": 143}}}, section)
+    assert stopped.value.exit_code == 143
+    lost = SimpleNamespace(worker_failures={1: "Traceback\nActorDiedError: killed"})
+    with pytest.raises(RunError, match="2 replacements were not enough") as error:
+        on_ray._came_to({"error": lost}, section)
+    assert "worker 1: ActorDiedError: killed" in error.value.found
+    assert on_ray._came_to({"value": {"result": {"run": "x"}}}, section) == {"run": "x"}
+
+
+def test_a_wish_to_stop_reaches_the_training_of_a_thread():
+    assert not callbacks.ask_to_stop(), "where nothing trains"
+    with callbacks.StopOnRequest() as stop:
+        assert callbacks.ask_to_stop()
+        assert stop.agreed()
+    assert not callbacks.ask_to_stop()
+
+
+@pytest.mark.parametrize(
+    ("base", "temperature", "says"), [(None, 0.0, "from its folder"), ("x", 0.8, "greedily")]
+)
+def test_answers_that_workers_could_not_give_alike_are_refused(base, temperature, says):
+    source = engines.Source("model", None, lambda: None, base)
+    with pytest.raises(RecipeError, match=says):
+        engines.answers(source, engines.Asked([[1]], 2, [0], temperature=temperature), engine="ray")
+
+
+# The second place of a run's folder
+
+
+def a_run(folder: Path, *steps: int) -> Path:
+    (folder / "recipe.yaml").parent.mkdir(parents=True, exist_ok=True)
+    for name in ("recipe.yaml", "environment.json", "events.jsonl", ".lock"):
+        (folder / name).write_text(f"{name} {steps}")
+    for step in steps:
+        own = folder / "checkpoints" / f"checkpoint-step-{step}"
+        own.mkdir(parents=True, exist_ok=True)
+        (own / "weights.safetensors").write_bytes(b"w" * step)
+        (own / "manifest.json").write_text("{}")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
+
+
+@pytest.mark.parametrize("kind", ["memory", "file", "folder"])
+def test_a_run_comes_back_from_any_place_as_it_was(tmp_path, kind):
+    url = {
+        "memory": f"memory://{tmp_path.name}",
+        "file": f"file://{tmp_path}/far",
+        "folder": f"{tmp_path}/far",
+    }
+    kept = storage(url[kind], "run")
+    assert kept.fetch(tmp_path / "other") is None, "nothing there"
+    run = a_run(tmp_path / "run", 2)
+    files, size = kept.push(run)
+    assert files == 5
+    assert size == sum(map(len, contents(run).values()))
+    assert kept.push(run) == (0, 0), "nothing has changed"
+    a_run(run, 4)
+    for file in (run / "checkpoints" / "checkpoint-step-2").iterdir():
+        file.unlink()
+    kept.push(run)
+    elsewhere = storage(url[kind], "run")
+    assert elsewhere.fetch(tmp_path / "other") == 4
+    assert contents(tmp_path / "other") == contents(run)
+    assert elsewhere.fetch(tmp_path / "other") is None, "as far as the place"
+    assert elsewhere.fetch(a_run(tmp_path / "behind", 2)) == 4
+    assert contents(tmp_path / "behind") == contents(run)
+    assert elsewhere.fetch(a_run(tmp_path / "ahead", 4, 6)) is None
+
+
+def test_a_checkpoint_whose_copy_was_cut_off_does_not_count(tmp_path, monkeypatch):
+    url = f"file://{tmp_path}/far"
+    kept = storage(url, "run")
+    run = a_run(tmp_path / "run", 2)
+    kept.push(run)
+    a_run(run, 4)
+    put = kept.filesystem.put_file
+
+    def cut(here, there, **how):
+        if "checkpoint-step-4" in there and there.endswith(".safetensors"):
+            raise OSError("the network is gone")
+        put(here, there, **how)
+
+    monkeypatch.setattr(kept.filesystem, "put_file", cut)
+    with pytest.raises(OSError, match="network"):
+        kept.push(run)
+    monkeypatch.undo()
+    assert storage(url, "run").fetch(tmp_path / "other") == 2
+    kept.push(run)
+    assert storage(url, "run").fetch(tmp_path / "third") == 4
+
+
+def test_a_changed_best_model_is_unmarked_while_it_is_written(tmp_path, monkeypatch):
+    kept = storage(f"file://{tmp_path}/far", "run")
+    run = a_run(tmp_path / "run", 2)
+    (run / "best_model").mkdir()
+    for name, text in (("weights.safetensors", "old"), ("best_model_info.json", "{}")):
+        (run / "best_model" / name).write_text(text)
+    kept.push(run)
+    (run / "best_model" / "weights.safetensors").write_text("better")
+    put, seen = kept.filesystem.put_file, []
+
+    def watched(here, there, **how):
+        if there.endswith("best_model/weights.safetensors"):
+            seen.append((tmp_path / "far/run/best_model/best_model_info.json").exists())
+        put(here, there, **how)
+
+    monkeypatch.setattr(kept.filesystem, "put_file", watched)
+    kept.push(run)
+    assert seen == [False]
+    assert contents(tmp_path / "far" / "run") == contents(run)
+
+
+def test_a_place_that_nobody_knows_is_refused():
+    with pytest.raises(RecipeError, match="does not know"):
+        storage("nowhere://bucket", "run")
+
+
+# On Ray itself
+
+
+def weights(run: Path) -> dict[str, object]:
+    from safetensors.torch import load_file
+
+    return load_file(run / "final_model" / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_none_had_been(recipe, tmp_path):
+    """With the second place as the only one that survives."""
+    pytest.importorskip("ray")
+    import psutil
+    import torch
+
+    one = api.train(recipe("one", num_epochs=8)).run
+    place = {"launch": {"storage": f"file://{tmp_path}/far"}}
+    undisturbed = api.train(recipe("undisturbed", ON_RAY, num_epochs=8)).run
+    for kind in ("step", "evaluation"):
+        assert losses(undisturbed, kind) == pytest.approx(losses(one, kind), abs=1e-5)
+        assert losses(one, kind)
+    killed: list[float] = []
+
+    def watch(event):
+        if event["kind"] == "stored" and event["step"] >= 4 and not killed:
+            for child in psutil.Process().children(recursive=True):
+                if "RayTrainWorker" in " ".join(child.cmdline()):
+                    killed.append(time.monotonic())
+                    child.kill()
+                    return
+
+    run = Path(api.train(recipe("killed", ON_RAY, place, num_epochs=8), watch=watch).run)
+    assert killed
+    starts = [e["step"] for e in Run(run).events() if e.get("state") == "training"]
+    assert starts[0] == 0
+    assert starts[1] >= 2
+    said = [e["message"] for e in Run(run).events() if e["kind"] == "warning"]
+    assert sum("Ray started the workers again (start 2)" in message for message in said) == 1
+    assert losses(run) == losses(undisturbed)
+    for name, tensor in weights(undisturbed).items():
+        assert torch.equal(tensor, weights(run)[name]), name
+    assert (tmp_path / "far" / "killed" / "final_model" / "model.safetensors").is_file()
+    assert Run(run).state() == "done"
+
+
+@pytest.mark.thorough
+def test_a_refusal_in_a_worker_is_told_once_and_not_tried_again(recipe):
+    pytest.importorskip("ray")
+    with pytest.raises(TunesmithError, match="'kto' is trained in one process"):
+        api.train(recipe("refused", ON_RAY, {"method": {"kind": "kto"}}))
+
+
+@pytest.mark.thorough
+def test_workers_give_the_answers_of_one_process_in_their_order(tiny_model_folder, tiny_tokenizer):
+    pytest.importorskip("ray")
+    from tunesmith import models
+
+    def load():
+        return models.load_model(str(tiny_model_folder), dtype="float32", device="cpu")
+
+    prompts = [tiny_tokenizer(f"what is {'count ' * (n % 5)}{n}")["input_ids"] for n in range(45)]
+    asked = engines.Asked([*prompts, prompts[0]], 6, [tiny_tokenizer.eos_token_id])
+    source = engines.Source("model", tiny_tokenizer, load, str(tiny_model_folder))
+    one, _ = engines.answers(source, asked)
+    told: list[int] = []
+    several, settings = engines.answers(source, asked, engine="ray", progress=told.append)
+    assert settings["engine"] == "ray"
+    assert several == one
+    assert told[-1] == len(prompts) + 1
+
+
+@pytest.mark.thorough
+def test_a_sweep_on_ray_tries_each_trial_once_and_goes_on(recipe):
+    pytest.importorskip("ray")
+    space = ["training.learning_rate=loguniform(1e-4,1e-2)"]
+    asked = recipe("sweep", ON_RAY, {"data": {"held_out": 0.3, "num_samples": None}}, max_steps=4)
+    found = api.sweep(asked, space, trials=3, engine="ray")
+    ended = {trial.number: trial.state for trial in found.trials}
+    assert set(ended) == {0, 1, 2}
+    assert set(ended.values()) <= {"done", "pruned"}
+    assert found.best.value == min(trial.value for trial in found.trials if trial.state == "done")
+    again = api.sweep(asked, space, trials=4, engine="ray")
+    assert [trial.seconds for trial in again.trials[:3]] == [trial.seconds for trial in found.trials]
+    assert json.loads((again.folder / "sweep.json").read_text())["best"] == again.best.name

@@ -46,6 +46,7 @@ def write_run(folder: Path, steps: int) -> Path:
     """A run that has taken so many steps of twice as many; gives its log."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text("model: {base: tiny}\n", encoding="utf-8")
+    (folder / "environment.json").write_text("{}", encoding="utf-8")
     log = folder / "events.jsonl"
     begun = {"kind": "state", "state": "training", "time": 1.7e9, "step": 0, "total_steps": 2 * steps}
     with log.open("w", encoding="utf-8") as file:

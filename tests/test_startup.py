@@ -89,13 +89,14 @@ import gc, sys
 from tunesmith.training.fit import quiet_libraries
 quiet_libraries()
 from tunesmith import libraries
+from transformers.utils import is_scipy_available
+is_scipy_available()  # as the workbench has asked before, which reads data first
 libraries.load_libraries()
 print("scipy" in sys.modules, gc.get_freeze_count())
 libraries.own_process()
 libraries.load_libraries()
 print(gc.get_freeze_count() > 100_000, gc.isenabled())
 from transformers.loss import loss_for_object_detection, loss_rt_detr
-from transformers.utils import is_scipy_available
 print(is_scipy_available())
 for module in (loss_for_object_detection, loss_rt_detr):
     print([list(map(int, found)) for found in module.linear_sum_assignment([[5.0, 1.0], [2.0, 9.0]])])

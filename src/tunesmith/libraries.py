@@ -23,8 +23,8 @@ def loading() -> Iterator[None]:
 
     The collector would go through all that is loaded again and again, and find nothing. PEFT imports bitsandbytes for
     any adapter, and that torch's compiler, while only QLoRA uses it: what loads a quantized model stays outside.
-    transformers imports scipy for the losses of models that find objects in pictures. What was asked meanwhile about
-    what is installed is forgotten afterwards.
+    transformers imports scipy for the losses of models that find objects in pictures. What was asked about what is
+    installed is forgotten before, as a process that has worked already knows of scipy, and afterwards.
     """
     collects, hidden = gc.isenabled(), [name for name in HIDDEN if name not in sys.modules]
     gc.disable()
@@ -32,15 +32,16 @@ def loading() -> Iterator[None]:
     metadata.packages_distributions = functools.partial(Installed, installed)
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]
+    if hidden:
+        _forget_asked()
     try:
         yield
     finally:
         metadata.packages_distributions = installed
         for name in hidden:
             del sys.modules[name]
-        for module, questions in ASKED.items() if hidden else ():
-            for name in questions if module in sys.modules else ():
-                getattr(sys.modules[module], name).cache_clear()
+        if hidden:
+            _forget_asked()
         if "scipy" in hidden:
             _give_assignment()
         if collects:
@@ -86,6 +87,15 @@ ASKED = {
     "transformers.utils.import_utils": ("is_bitsandbytes_available", "is_scipy_available"),
 }
 """Functions that keep whether a hidden package is installed."""
+
+
+def _forget_asked() -> None:
+    for module, questions in ASKED.items():
+        for name in questions:
+            # A package whose loading failed, or goes on elsewhere, is there without its functions.
+            if clear := getattr(getattr(sys.modules.get(module), name, None), "cache_clear", None):
+                clear()
+
 
 ASSIGNS = "linear_sum_assignment"
 

@@ -61,9 +61,9 @@ def test_from_an_upload_to_a_plan(bench, browser, tmp_path):
         opened.click("recipe-plan")
         opened.click("plan-start")
         opened.says("plan-state", "It fits")
-        opened.says("plan-batch", "Largest micro-batch that fits")
+        opened.says("plan-batch", r"Micro-batch: \d")
         page.locator("#plan-memory .js-plotly-plot").wait_for()
-        opened.says("plan-command", "^tunesmith plan ")
+        opened.says("plan-command", "tunesmith plan ")
         opened.check()
 
 

@@ -18,7 +18,8 @@ task: instruct
 model: {base: tiny}
 data: {dataset: "example:support", max_rows: 60, max_length: 256}
 adapter: {kind: lora, rank: 4}
-training: {max_steps: 40, per_device_train_batch_size: 4, logging_steps: 1, eval_steps: 20, save_steps: 20}
+training: {max_steps: 40, learning_rate: 3e-3, per_device_train_batch_size: 4, logging_steps: 1, eval_steps: 20,
+  save_steps: 20}
 evaluation: {max_items: 10, max_new_tokens: 16, resamples: 200}
 """
 
@@ -60,12 +61,14 @@ def test_a_training_outlives_server_and_browser_and_is_evaluated_asked_and_merge
             opened.click("chat-send")
             opened.page.locator("#chat-talk [role=log]:not([aria-busy])").wait_for(timeout=120_000)
             assert "<b>now</b>" in opened.says("chat-talk", "parcel")
-            better = opened.page.locator("button#chat-prefer-tuned")
-            if better.is_enabled():
-                better.click()
-                opened.says("chat-told", "Kept")
-                [pair] = (bench.workspace / "chats" / "preferences.jsonl").read_text().splitlines()
-                assert json.loads(pair)["prompt"][-1]["content"] == "My parcel is late <b>now</b>"
+            opened.click("chat-prefer-tuned")
+            opened.says("chat-told", "Kept")
+            [pair] = (bench.workspace / "chats" / "preferences.jsonl").read_text().splitlines()
+            assert json.loads(pair)["prompt"][-1]["content"] == "My parcel is late <b>now</b>"
+            opened.page.get_by_role("button", name="What you preferred").click()
+            opened.click("chat-use")
+            opened.says("recipe-yaml", r"preferences\.jsonl[\s\S]*kind: dpo")
+            opened.says("recipe-state", "The recipe fits")
             opened.go("Ship")
             opened.click("ship-merge")
             opened.says("ship-made", "first-merged: passed its check")

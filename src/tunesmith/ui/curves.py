@@ -24,6 +24,7 @@ import numpy as np
 from tunesmith.evaluation.report import curves as figure_of
 from tunesmith.evaluation.report import training_figures
 from tunesmith.training.run import OF_STEPS
+from tunesmith.ui import theme
 
 POINTS = 1000
 """Most points of a curve that are plotted, but for its first and its last."""
@@ -35,7 +36,8 @@ DIGITS = 6
 
 FACTS = ("loss", "learning_rate", "grad_norm", "token_accuracy", "memory")
 COLORS = {
-    "tuned": "#1f6fc5", "base": "#7d8590", "good": "#1a7f37", "bad": "#c2255c", "wait": "#c9651a", "soft": "#8250df",
+    "tuned": theme.SERIES[0], "base": "#7d8590",
+    "good": "#1a7f37", "bad": "#c2255c", "wait": "#c9651a", "soft": "#8250df",
 }  # fmt: skip
 """Of the roles that the report's figures name; readable on light and on dark ground."""
 
@@ -284,18 +286,13 @@ def plotted(figure: Mapping[str, Any], *, height: int = 260) -> str:
                 **({"y": [_short(y) for y in trace["y"]]} if trace.get("y") and trace["type"] == "scatter" else {}),
             }
         )  # fmt: skip
-    grid = {"gridcolor": "rgba(125,133,144,.25)", "zerolinecolor": "rgba(125,133,144,.5)", "automargin": True}
+    plain = theme.plain_layout(height)
     shown = {
-        "height": height,
-        "margin": {"t": 36, "r": 12, "b": 8, "l": 8},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"color": "#7d8590", "size": 12},
-        "hovermode": "closest",
+        **plain,
         "legend": {"orientation": "h", "y": 1.15, "x": 1, "xanchor": "right"},
         **layout,
-        "title": {"text": figure["title"], "x": 0.01, "font": {"size": 14}},
-        **{axis: {**grid, **layout.get(axis, {})} for axis in ("xaxis", "yaxis")},
+        "title": theme.plot_title(figure["title"]),
+        **{axis: {**plain[axis], **layout.get(axis, {})} for axis in ("xaxis", "yaxis")},
     }
     return json.dumps({"data": traces, "layout": shown})
 

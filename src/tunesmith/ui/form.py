@@ -109,6 +109,8 @@ class Control:
     def title(self) -> str:
         """The label."""
         name = " ".join(self.path.split(".")[1:] or [self.path]).replace("_", " ")
+        if self.path.removesuffix(".kind") in KINDS:
+            name = self.section
         return name[0].upper() + name[1:]
 
     @property
@@ -120,6 +122,8 @@ class Control:
     def is_basic(self) -> bool:
         """Whether the basic view has it."""
         name = self.path.rpartition(".")[2]
+        if self.path in SETTLED:
+            return False
         if self.section == "method":
             return name == "kind" or name in OF_A_METHOD
         return name in ("kind", "preset", "ratio") or self.path in FLAGS.values()

@@ -55,3 +55,9 @@ def box(title: str, lines: Sequence[str] = (), *, kind: str = "problem") -> str:
 def empty(title: str, what_to_do: str) -> str:
     """The box of a place where nothing is yet, for `gr.HTML`."""
     return box(title, [what_to_do], kind="empty")
+
+
+def busy(what: str) -> str:
+    """The box of what takes a while, for `gr.HTML`; a line moves in it while it is shown."""
+    said = html.escape(what)
+    return f'<div class="ts-box ts-busy" role="status" aria-busy="true"><strong>{said}</strong><i></i></div>'

@@ -104,6 +104,29 @@ def theme() -> Any:
     )
 
 
+INK = "#7a7a73"
+"""Of a plot's text where the page's own colour does not reach it."""
+LINES = "rgba(125,125,118,.25)"
+SERIES = ("#1f7fb8", "#c9651a", "#23836d", "#8250df", "#c2255c", "#7d8590", "#0b7285", "#936900")
+"""Colours of curves and bars, to be told apart on light and dark ground."""
+
+
+def plain_layout(height: int) -> dict[str, Any]:
+    """What the layouts of all plots have in common."""
+    axis = {"gridcolor": LINES, "zerolinecolor": LINES, "automargin": True}
+    return {
+        "height": height,
+        "margin": {"t": 44, "r": 16, "b": 12, "l": 16}, "font": {"color": INK, "size": 12, "family": ", ".join(SANS)},
+        "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "xaxis": dict(axis), "yaxis": dict(axis),
+        "hovermode": "closest",
+    }  # fmt: skip
+
+
+def plot_title(text: str) -> dict[str, Any]:
+    """A plot's title, where all have it."""
+    return {"text": text, "x": 0.01, "font": {"size": 14}}
+
+
 HEADER = """<div class="ts-header"><span class="ts-mark" aria-hidden="true"></span>
 <h1>tunesmith</h1><p>Fine-tune on your own examples, and prove that it got better.</p>OUT</div>"""
 SIGN_OUT = (
@@ -120,8 +143,38 @@ CSS = """
 .gradio-container .gr-group, .gradio-container .gr-group > .styler, .gradio-container .styler {
   background: var(--block-background-fill) !important; }
 .gradio-container .label-wrap > span:first-child { font-weight: 600; }
-.gradio-container button.lg { font-size: 0.98rem; }
+.gradio-container button.lg { font-size: 0.95rem; padding: 7px 18px; }
+.gradio-container .row > button.lg { flex: 0 1 auto !important; min-width: min(100%, 170px) !important;
+  align-self: end; }
+.gradio-container .row:has(> .block, > .form) > button.lg { margin-bottom: 10px; }
+#ship-ways > div { display: flex; flex-direction: column; }
+#ship-ways > div > button { margin-top: auto; flex-grow: 0; align-self: flex-start; width: auto; min-width: 170px; }
+@media (min-width: 1000px) { #recipe-aside { position: sticky; top: 12px; align-self: flex-start; } }
+
+/* Tables: the page's own letters, columns that wrap, nothing of a table without rows. */
+.gradio-container .block:has(> .table-container.no-rows),
+.gradio-container .ts-with-table:has(.table-container.no-rows) { display: none !important; }
+.gradio-container .table-wrap { --df-max-col-width: 360px !important; }
+.gradio-container .table-wrap, .gradio-container .table-wrap * {
+  font-family: var(--font) !important; font-size: 0.88rem; overflow-wrap: anywhere; }
+.gradio-container .table-wrap th span { font-weight: 600; color: var(--body-text-color-subdued); }
+.gradio-container .table-wrap .cell-menu-button { display: none; }
+.gradio-container .table-container .label p { font-size: 0.85rem; color: var(--body-text-color-subdued); }
+
+/* Commands to copy look like commands, and stay away until there is one; so do parts that wait for a choice. */
+.gradio-container [id$=-command] textarea { font-family: var(--font-mono) !important; font-size: 0.85rem;
+  background: var(--background-fill-secondary); border-color: var(--border-color-primary); }
+.gradio-container :is([id$=-command], .ts-late) textarea { field-sizing: content; height: auto !important;
+  max-height: 20rem; }
+.gradio-container .ts-late:has(textarea:placeholder-shown),
+.gradio-container .form:has(> .ts-late:only-child textarea:placeholder-shown),
+#page-evaluate:not(:has(#evaluate-count p)) #evaluate-every,
+#page-runs:has(#runs-about .ts-empty) #runs-work { display: none !important; }
 #train-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 12px; }
+.gradio-container .js-plotly-plot text { fill: var(--body-text-color) !important; }
+.gradio-container .js-plotly-plot .hoverlayer text { fill: #fff !important; }
+.gradio-container .js-plotly-plot .hoverlayer path { fill: #282825 !important; stroke: #9b9b93 !important; }
+.gradio-container .js-plotly-plot .modebar { display: none; }
 .gradio-container .block:has([aria-label="Empty value"]) { display: none; }
 .gradio-container .cm-line, .gradio-container .cm-line span { color: var(--body-text-color) !important; }
 .ts-fault { border-left: 3px solid var(--ts-bad) !important; }
@@ -149,6 +202,13 @@ CSS = """
 .ts-box.ts-warn strong { color: var(--ts-warn); }
 .ts-box.ts-empty { border: 1px dashed var(--border-color-primary); text-align: center; padding: 28px 16px; }
 .ts-box.ts-empty p { color: var(--body-text-color-subdued); }
+.ts-box.ts-busy { border-left-color: var(--primary-600); }
+.ts-box.ts-busy strong { font-weight: 500; }
+.ts-box.ts-busy i { display: block; height: 3px; margin-top: 10px; border-radius: 2px; overflow: hidden;
+  background: linear-gradient(90deg, transparent, var(--primary-600), transparent) 0 0 / 40% 100% no-repeat,
+  var(--border-color-primary); animation: ts-moves 1.6s linear infinite; }
+@keyframes ts-moves { from { background-position: -60% 0, 0 0; } to { background-position: 160% 0, 0 0; } }
+.ts-box + .ts-box { margin-top: 8px; }
 .ts-quiet { color: var(--body-text-color-subdued); }
 .ts-number { font-variant-numeric: tabular-nums; }
 
@@ -185,6 +245,14 @@ footer { display: none !important; }
   .gradio-container .row { flex-wrap: wrap; }
   .gradio-container .row > * { min-width: min(100%, 260px) !important; }
   .gradio-container button { min-height: 40px; }
+  .gradio-container .row > button.lg { flex: 1 1 auto !important; margin-bottom: 0 !important; }
+  .gradio-container .form { flex-direction: column !important; }
+  .gradio-container .form > .block { min-width: 100% !important; }
+  .gradio-container button[role=tab] { padding: 0 8px; font-size: 0.92rem; }
+  .gradio-container .table-wrap { min-width: 620px; }
+  .gradio-container .table-container { overflow-x: auto; }
+  .gradio-container .table-container .header-row { flex-wrap: wrap; height: auto; }
+  .gradio-container .table-container .header-row .label { min-width: 12rem; }
 }
 @media (prefers-reduced-motion: reduce) {
   .gradio-container * { animation-duration: 0.01ms !important; transition-duration: 0.01ms !important; }

@@ -195,7 +195,13 @@ def build(shared: Shared) -> None:
         use = gr.Button("Make a DPO recipe of it", elem_id="chat-use")
         unload = gr.Button("Give the models' memory back", elem_id="chat-unload")
     line = gr.Textbox(
-        label="The same in a shell", interactive=False, elem_id="chat-command", buttons=["copy"], max_lines=4
+        label="The same in a shell",
+        interactive=False,
+        elem_id="chat-command",
+        buttons=["copy"],
+        max_lines=4,
+        elem_classes="ts-late",
+        placeholder="none yet",
     )
 
     def ask(

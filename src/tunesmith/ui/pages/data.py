@@ -20,7 +20,7 @@ from tunesmith import api
 from tunesmith.data.examples import LedgerEntry
 from tunesmith.errors import InputError, TunesmithError, counted
 from tunesmith.recipe import DataSource
-from tunesmith.ui import form
+from tunesmith.ui import form, theme
 from tunesmith.ui.form import UNSET
 from tunesmith.ui.security import Limits
 from tunesmith.ui.shared import Shared, box, command, empty, problem
@@ -34,8 +34,8 @@ SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".txt")
 LARGEST_UPLOAD, LARGEST_UPLOADS = Limits.upload_bytes, Limits.kept_bytes
 """Bytes of an uploaded file, and of all that a workspace keeps, at most."""
 SHOWN_ROWS, SHOWN_FINDINGS, SHOWN_ENTRIES = 5, 200, 500
-LONGEST_CELL = 400
-"""Characters of a cell that are shown."""
+LONGEST_CELL, ONE_CELL = 400, 160
+"""Characters of a cell that are sent, and that are shown before a click on it."""
 LONGEST_ROW = 4000
 """Tokens of a row that are shown."""
 BINS = 40
@@ -232,7 +232,9 @@ STYLE = """<style>
 .ts-context { color: inherit; }
 .ts-special { background: #e6dcf7; color: #3b1d6e; border-bottom: 2px dotted #6b3fb5; }
 .ts-cut { color: #9a1c1c; background: #fbe3e3; text-decoration: line-through; }
-.ts-legend { display: flex; flex-wrap: wrap; gap: 0.3rem 1.2rem; list-style: none; padding: 0; }
+.ts-legend { display: flex; flex-wrap: wrap; gap: 0.3rem 1.2rem; list-style: none !important; padding: 0; }
+.ts-legend li { list-style: none !important; margin: 0; }
+.ts-seen h4 { margin: 0.9rem 0 0.1rem; font-weight: 600; }
 </style>"""
 """Colours that hold on light and dark pages alike, each with a line or a stroke beside it."""
 
@@ -290,26 +292,22 @@ def histogram(found: Rows) -> Any:
                 f"{n * width + 1} to {(n + 1) * width} tokens: {counted(counts[n], 'row')}" for n in bins
             ],
             hoverinfo="text",
-            marker_color="#3b6ea5",
+            marker_color=theme.SERIES[0],
         )
     )
     figure.update_layout(
-        title="Length of the rows in tokens",
+        **theme.plain_layout(300),
+        title=theme.plot_title("Length of the rows in tokens"),
         xaxis_title="tokens",
         yaxis_title="rows",
         bargap=0,
-        height=300,
-        margin={"l": 50, "r": 20, "t": 40, "b": 40},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": "#7a7f87"},
         showlegend=False,
     )
     if longest > found.max_length / 4:
         figure.add_vline(
             x=found.max_length,
             line_dash="dash",
-            line_color="#b3541e",
+            line_color=theme.SERIES[1],
             annotation_text=f"max_length {found.max_length:,}",
         )
     return figure
@@ -404,11 +402,10 @@ def build(shared: Shared) -> None:
             )
             with gr.Row():
                 kind = gr.Dropdown(
-                    ["auto", *FORMATS],
+                    [("auto: by the columns", "auto"), *((name, name) for name in FORMATS)],
                     value="auto",
                     label="Read rows as",
                     elem_id="data-format",
-                    info="`auto` decides by the columns.",
                 )
                 question = gr.Dropdown(
                     [("(by the format)", "")],
@@ -431,7 +428,8 @@ def build(shared: Shared) -> None:
                 wrap=True,
                 datatype="str",
                 type="array",
-                max_chars=LONGEST_CELL,
+                max_chars=ONE_CELL,
+                max_height=420,
             )
     with gr.Row():
         check = gr.Button("Check the data", variant="primary", elem_id="data-check")
@@ -458,8 +456,12 @@ def build(shared: Shared) -> None:
             )
             show = gr.Button("Show tokens", elem_id="data-seen-show", scale=1)
         view = gr.HTML(empty("No rows are shown yet.", "Show tokens, or name rows."), elem_id="data-seen")
-    with gr.Accordion("Lengths and ledger", open=True, elem_id="data-ledger-part"):
-        plot = gr.Plot(label="Length of the rows in tokens", elem_id="data-lengths", visible=False)
+    with gr.Accordion(
+        "Lengths and ledger", open=True, elem_id="data-ledger-part", elem_classes="ts-with-table"
+    ):
+        plot = gr.Plot(
+            label="Length of the rows in tokens", show_label=False, elem_id="data-lengths", visible=False
+        )
         total = gr.HTML("", elem_id="data-ledger-box")
         ledger = gr.Dataframe(
             headers=["row", "fate", "tokens", "cut", "why"],
@@ -470,7 +472,7 @@ def build(shared: Shared) -> None:
             type="array",
             show_search="filter",
         )
-    line = written("", "The same as commands", "data-command")
+    line = written("", "The same in a shell", "data-command")
 
     def look(
         layer: dict[str, Any], question: str, answer: str, known: Any, request: gr.Request

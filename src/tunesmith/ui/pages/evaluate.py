@@ -192,32 +192,42 @@ def build(shared: Shared) -> None:
             choices=[], value=None, label="Plot", elem_id="evaluate-plot-choice", interactive=True
         )
         radar = gr.Plot(label="Judged", show_label=False, elem_id="evaluate-plot")
-    gr.Markdown("### Every answer")
-    with gr.Row():
-        search = gr.Textbox(
-            value="",
-            label="Search",
-            placeholder="words in question, reference or answer",
-            elem_id="evaluate-search",
-        )
-        kind = gr.Radio(list(FILTERS), value="all", label="Show", elem_id="evaluate-filter")
-        number = gr.Number(value=1, minimum=1, precision=0, label="Page", elem_id="evaluate-page")
-    count = gr.HTML("", elem_id="evaluate-count")
-    answers = gr.Dataframe(
-        headers=["no.", "question", "reference", "A", "A's mark", "B", "B's mark"], datatype="str", type="array",
-        interactive=False, wrap=True, label="Answers; choose a line to see it whole", max_height=480,
-        elem_id="evaluate-answers", column_widths=["4%", "22%", "18%", "22%", "6%", "22%", "6%"],
-    )  # fmt: skip
-    with gr.Group(elem_id="evaluate-whole"):
-        question = gr.Textbox(
-            label="Question", interactive=False, lines=2, max_lines=12, elem_id="evaluate-question"
-        )
-        reference = gr.Textbox(
-            label="Reference", interactive=False, max_lines=12, elem_id="evaluate-reference"
-        )
+    with gr.Column(elem_id="evaluate-every"):
+        gr.Markdown("### Every answer")
         with gr.Row():
-            left = gr.Textbox(label="A", interactive=False, lines=3, max_lines=20, elem_id="evaluate-left")
-            right = gr.Textbox(label="B", interactive=False, lines=3, max_lines=20, elem_id="evaluate-right")
+            search = gr.Textbox(
+                value="",
+                label="Search",
+                placeholder="words in question, reference or answer",
+                elem_id="evaluate-search",
+            )
+            kind = gr.Radio(list(FILTERS), value="all", label="Show", elem_id="evaluate-filter")
+            number = gr.Number(value=1, minimum=1, precision=0, label="Page", elem_id="evaluate-page")
+        count = gr.HTML("", elem_id="evaluate-count")
+        answers = gr.Dataframe(
+            headers=["no.", "question", "reference", "A", "A's mark", "B", "B's mark"], datatype="str", type="array",
+            interactive=False, wrap=True, label="Answers; choose a line to see it whole", max_height=480,
+            elem_id="evaluate-answers", column_widths=["4%", "22%", "18%", "22%", "6%", "22%", "6%"],
+        )  # fmt: skip
+        with gr.Group(elem_id="evaluate-whole", elem_classes="ts-late"):
+            question = gr.Textbox(
+                label="Question",
+                interactive=False,
+                lines=2,
+                max_lines=12,
+                elem_id="evaluate-question",
+                placeholder="none chosen",
+            )
+            reference = gr.Textbox(
+                label="Reference", interactive=False, max_lines=12, elem_id="evaluate-reference"
+            )
+            with gr.Row():
+                left = gr.Textbox(
+                    label="A", interactive=False, lines=3, max_lines=20, elem_id="evaluate-left"
+                )
+                right = gr.Textbox(
+                    label="B", interactive=False, lines=3, max_lines=20, elem_id="evaluate-right"
+                )
 
     with gr.Accordion("Compare two models", open=False, elem_id="evaluate-compare-part"):
         with gr.Row():
@@ -249,6 +259,8 @@ def build(shared: Shared) -> None:
         label="The same in a shell",
         interactive=False,
         elem_id="evaluate-command",
+        elem_classes="ts-late",
+        placeholder="none yet",
         buttons=["copy"],
         max_lines=4,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,9 @@ import gradio as gr
 
 from tunesmith import api, devices
 from tunesmith.errors import counted
-from tunesmith.ui import form
+from tunesmith.ui import form, theme
 from tunesmith.ui.pages.data import either, written
-from tunesmith.ui.shared import Shared, box, command, empty
+from tunesmith.ui.shared import Shared, box, busy, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
 
 if TYPE_CHECKING:
@@ -122,22 +122,17 @@ def memory(estimate: Estimate | None) -> Any:
             for part in parts
         ]
     )
-    figure.add_vline(
-        x=estimate.capacity / 1e9,
-        line_dash="dash",
-        line_color="#b3541e",
-        annotation_text=f"there is {size(estimate.capacity)}",
-    )
+    # Far to the right it would leave the parts too narrow to be told apart.
+    near = estimate.capacity < 3 * estimate.peak
+    if near:
+        figure.add_vline(x=estimate.capacity / 1e9, line_dash="dash", line_color=theme.SERIES[1])
     figure.update_layout(
+        **theme.plain_layout(150 + 44 * len(stages)),
         barmode="stack",
-        title="Memory by stage, in GB",
-        height=170 + 44 * len(stages),
-        xaxis_title="GB",
-        margin={"l": 110, "r": 20, "t": 40, "b": 40},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": "#7a7f87"},
-        legend={"orientation": "h", "y": -0.35},
+        title=theme.plot_title(
+            f"Memory by stage, in GB; {'the line: ' if near else ''}there are {size(estimate.capacity)}"
+        ),
+        legend={"orientation": "h", "y": -0.25, "traceorder": "normal"},
     )
     return figure
 
@@ -145,7 +140,11 @@ def memory(estimate: Estimate | None) -> Any:
 def lines(found: Planned) -> list[list[str]]:
     """Everything that was worked out, with its reason, for `gr.Dataframe`."""
     rows = [
-        ["rows", ", ".join(f"{name} {count}" for name, count in found.rows["rows"].items()), "the ledger"]
+        [
+            "rows",
+            ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in found.rows["rows"].items()),
+            "the ledger",
+        ]
     ]
     rows += [["dropped", str(count), reason] for reason, count in found.rows["dropped"].items()]
     rows += [[d.name, str(d.value), d.reason] for d in found.plan.decisions]
@@ -180,14 +179,16 @@ def build(shared: Shared) -> None:
             label="Plan for",
             elem_id="plan-device",
             info="A device that is elsewhere can be planned for by its name.",
-            scale=2,
+            scale=1,
+            min_width=280,
         )
         measure = gr.Checkbox(
-            True,
+            False,
             label="Measure two steps here",
             elem_id="plan-measure",
             scale=1,
-            info="Loads the model, as the command does; else time is worked out from the device.",
+            min_width=280,
+            info="As the command does: loads the model and times two steps, after the plan is shown.",
         )
         start = gr.Button("Work out the plan", variant="primary", elem_id="plan-start", scale=1)
         onward = gr.Button("On to training", elem_id="plan-onward", scale=1)
@@ -195,7 +196,7 @@ def build(shared: Shared) -> None:
         empty("No plan yet.", "It reads the data and takes a step on a hollow model: some seconds."),
         elem_id="plan-state",
     )
-    plot = gr.Plot(label="Memory", elem_id="plan-memory", visible=False)
+    plot = gr.Plot(label="Memory", show_label=False, elem_id="plan-memory", visible=False)
     batch = gr.HTML("", elem_id="plan-batch")
     table = gr.Dataframe(
         headers=["what", "value", "why"],
@@ -206,19 +207,30 @@ def build(shared: Shared) -> None:
         datatype="str",
         type="array",
     )
-    line = written("", "The same as one command", "plan-command")
+    line = written("", "The same in a shell", "plan-command")
 
-    def work(layer: dict[str, Any], device: str, measured: bool, request: gr.Request) -> tuple[Any, ...]:
+    def work(
+        layer: dict[str, Any], device: str, measured: bool, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        """The plan without measuring, which is soon there; then, where it is wanted, with measured seconds."""
         workspace = workspace_of(request)
         known = device if device in devices.DEVICES else HERE
-        said, bar, *others = either(lambda: all_of(layer, workspace, known, measured=measured), 4)
-        shown = gr.update(value=bar, visible=bar is not None)
-        return said, shown, *others, command(argv(layer, workspace, known))
+        line = command(argv(layer, workspace, known))
+        yield busy("Reading and preparing the rows ..."), *[gr.skip()] * 3, line
+        said, bar, *others = either(lambda: all_of(layer, workspace, known), 4)
+        again = measured and known == HERE and bar is not None
+        waits = busy("Measuring two steps here; the plan below is without them ...") if again else ""
+        yield waits + said, gr.update(value=bar, visible=bar is not None), *others, line
+        if again:
+            said, bar, *others = either(lambda: all_of(layer, workspace, measured=True), 4)
+            yield said, gr.update(value=bar, visible=bar is not None), *others, line
 
     start.click(
         work,
         [shared.recipe, device, measure],
         [state, plot, batch, table, line],
+        show_progress="hidden",
+        trigger_mode="always_last",  # a click just after the plan is shown counts as well
         concurrency_id="models",
         concurrency_limit=1,
     )

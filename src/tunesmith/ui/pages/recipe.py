@@ -161,10 +161,10 @@ def build(shared: Shared) -> None:
                     TITLES[section], open=section in OPEN, elem_id=f"recipe-section-{section or 'run'}"
                 ):
                     _section(shared, section, looks[section], view, root)
-        with gr.Column(scale=2, min_width=340):
+        with gr.Column(scale=2, min_width=340, elem_id="recipe-aside"):
             state = gr.HTML(verdict(start), elem_id="recipe-state")
             text = written(form.as_yaml(start.layer), "Recipe (YAML)", "recipe-yaml")
-            line = written(command(form.argv(start.layer)), "The same as one command", "recipe-command")
+            line = written(command(form.argv(start.layer)), "The same in a shell", "recipe-command")
             with gr.Row():
                 upload = gr.UploadButton(
                     "Import a recipe", file_types=[".yaml", ".yml", ".json"], elem_id="recipe-import"
@@ -183,6 +183,8 @@ def build(shared: Shared) -> None:
                 max_lines=20,
                 buttons=["copy"],
                 interactive=False,
+                placeholder="none yet",
+                elem_classes="ts-late",
                 elem_id="recipe-architecture",
             )
 

@@ -15,14 +15,13 @@ from tunesmith.errors import RunError, counted
 from tunesmith.evaluation.compare import shown
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.training.run import dataset_name
-from tunesmith.ui import curves, trash
+from tunesmith.ui import curves, theme, trash
 from tunesmith.ui.choosing import clock, guarded, run_names, run_path, size
 from tunesmith.ui.shared import Shared, box, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
 
 MOST = 8
 """Runs whose curves are drawn over one another."""
-COLORS = ("#1f6fc5", "#c9651a", "#1a7f37", "#8250df", "#c2255c", "#7d8590", "#0b7285", "#936900")
 HEADERS = ["run", "state", "model", "data", "step", "metric", "base", "tuned", "verdict", "size"]
 NONE_YET = empty("No runs yet.", "Start one on the Train page; it appears here with its scores.")
 
@@ -77,7 +76,7 @@ def overlaid(workspace: Workspace, names: Sequence[str], title: str) -> PlotData
         several = len(figure["data"]["traces"]) > 1
         for trace in figure["data"]["traces"]:
             dash = "dot" if "validation" in trace["name"] else trace.get("dash", "solid")
-            line = {"color": COLORS[number % len(COLORS)], "dash": dash}
+            line = {"color": theme.SERIES[number % len(theme.SERIES)], "dash": dash}
             label = f"{name}, {trace['name']}" if several else name
             traces.append({**trace, "name": label, "line": line, "marker": {"color": line["color"]}})
     if not traces:
@@ -96,28 +95,37 @@ def build(shared: Shared) -> None:
         label="Runs, newest first; choose a line to look at that run on the other pages", show_search="search",
     )  # fmt: skip
     line = gr.Textbox(
-        label="The same in a shell", interactive=False, elem_id="runs-command", buttons=["copy"], max_lines=4
+        label="The same in a shell",
+        interactive=False,
+        elem_id="runs-command",
+        buttons=["copy"],
+        max_lines=4,
+        elem_classes="ts-late",
+        placeholder="none yet",
     )
     told = gr.HTML("", elem_id="runs-told")
-    gr.Markdown("### Curves over one another")
-    with gr.Row():
-        several = gr.Dropdown(choices=[], value=[], multiselect=True, max_choices=MOST, label="Runs",
-                              elem_id="runs-several", interactive=True)  # fmt: skip
-        curve = gr.Dropdown(choices=[], value=None, label="Curve", elem_id="runs-curve", interactive=True)
-    plot = gr.Plot(label="Curves", show_label=False, elem_id="runs-plot")
-    with gr.Accordion("Delete and undo", open=False, elem_id="runs-delete-part"):
+    with gr.Column(elem_id="runs-work"):
+        gr.Markdown("### Curves over one another")
         with gr.Row():
-            doomed = gr.Dropdown(choices=[], value=None, label="Run", elem_id="runs-doomed", interactive=True)
-            away = gr.Button("Move to the trash", variant="stop", elem_id="runs-delete")
-        with gr.Row():
-            back = gr.Dropdown(
-                choices=[], value=None, label="In the trash", elem_id="runs-trash", interactive=True
-            )
-            undo = gr.Button("Put it back", elem_id="runs-undo")
-            sure = gr.Checkbox(label="I want it gone for good", elem_id="runs-sure")
-            final = gr.Button("Empty the trash", variant="stop", elem_id="runs-empty")
+            several = gr.Dropdown(choices=[], value=[], multiselect=True, max_choices=MOST, label="Runs",
+                                  elem_id="runs-several", interactive=True)  # fmt: skip
+            curve = gr.Dropdown(choices=[], value=None, label="Curve", elem_id="runs-curve", interactive=True)
+        plot = gr.Plot(label="Curves", show_label=False, elem_id="runs-plot")
+        with gr.Accordion("Delete and undo", open=False, elem_id="runs-delete-part"):
+            with gr.Row():
+                doomed = gr.Dropdown(
+                    choices=[], value=None, label="Run", elem_id="runs-doomed", interactive=True
+                )
+                away = gr.Button("Move to the trash", variant="stop", elem_id="runs-delete")
+            with gr.Row():
+                back = gr.Dropdown(
+                    choices=[], value=None, label="In the trash", elem_id="runs-trash", interactive=True
+                )
+                undo = gr.Button("Put it back", elem_id="runs-undo")
+                sure = gr.Checkbox(label="I want it gone for good", elem_id="runs-sure")
+                final = gr.Button("Empty the trash", variant="stop", elem_id="runs-empty")
 
-    def refreshed(request: gr.Request) -> list[Any]:
+    def refreshed(compared: list[str] | None, request: gr.Request) -> list[Any]:
         workspace = workspace_of(request)
 
         def act() -> list[Any]:
@@ -128,7 +136,9 @@ def build(shared: Shared) -> None:
                 disk(workspace, found) if found or thrown else NONE_YET,
                 lines(found),
                 command(["tunesmith", "runs", str(workspace.runs)]),
-                gr.Dropdown(choices=names),
+                gr.Dropdown(
+                    choices=names, value=[n for n in compared or names[:3] if n in names] or names[:3]
+                ),
                 gr.Dropdown(choices=names, value=names[0] if names else None),
                 gr.Dropdown(choices=thrown, value=thrown[0][1] if thrown else None),
             ]
@@ -139,7 +149,7 @@ def build(shared: Shared) -> None:
 
     tab = get_render_context()
     assert isinstance(tab, gr.Tab)
-    tab.select(refreshed, outputs=shown_parts, **quiet)
+    tab.select(refreshed, inputs=[several], outputs=shown_parts, **quiet)
 
     def of_runs(names: list[str] | None, title: str | None, request: gr.Request) -> list[Any]:
         def act() -> list[Any]:
@@ -175,9 +185,9 @@ def build(shared: Shared) -> None:
 
     away.click(
         moved(trash.delete, "in the trash, from which it can be put back"), [doomed], [told, line], **own
-    ).then(refreshed, outputs=shown_parts, **quiet)
+    ).then(refreshed, inputs=[several], outputs=shown_parts, **quiet)
     undo.click(moved(trash.undo, "back among the runs"), [back], [told, line], **own).then(
-        refreshed, outputs=shown_parts, **quiet
+        refreshed, inputs=[several], outputs=shown_parts, **quiet
     )
 
     def emptied(is_sure: bool, request: gr.Request) -> list[Any]:
@@ -189,4 +199,6 @@ def build(shared: Shared) -> None:
 
         return list(guarded(act, lambda said: [said, gr.skip()]))
 
-    final.click(emptied, [sure], [told, sure], **own).then(refreshed, outputs=shown_parts, **quiet)
+    final.click(emptied, [sure], [told, sure], **own).then(
+        refreshed, inputs=[several], outputs=shown_parts, **quiet
+    )

@@ -146,7 +146,7 @@ def build(shared: Shared) -> None:
     chosen = run_choice(shared, "ship")
     state = gr.HTML("", elem_id="ship-job")
     told = gr.HTML("", elem_id="ship-told")
-    with gr.Row():
+    with gr.Row(elem_id="ship-ways"):
         with gr.Column(min_width=300):
             gr.Markdown("### Merge\nThe adapter into its base: whole weights that need nothing else.")
             dtype = gr.Dropdown(
@@ -179,7 +179,13 @@ def build(shared: Shared) -> None:
         label="What would be sent", elem_id="ship-files", max_height=300,
     )  # fmt: skip
     line = gr.Textbox(
-        label="The same in a shell", interactive=False, elem_id="ship-command", buttons=["copy"], max_lines=4
+        label="The same in a shell",
+        interactive=False,
+        elem_id="ship-command",
+        buttons=["copy"],
+        max_lines=4,
+        elem_classes="ts-late",
+        placeholder="none yet",
     )
     gr.Markdown("### What was made")
     proofs = gr.HTML(NOTHING, elem_id="ship-made")

@@ -153,14 +153,16 @@ def build(shared: Shared) -> None:
                 label=title,
                 show_label=False,
                 elem_id=f"train-plot-{title.lower().replace(' ', '-')}",
-                min_width=320,
+                min_width=240,
             )
             for title in MAIN
         ]
     with gr.Accordion("Other curves", open=False, elem_id="train-more"):
         other = gr.Dropdown(choices=[], value=None, label="Curve", elem_id="train-curve", interactive=True)
         other_plot = gr.Plot(label="Other curve", show_label=False, elem_id="train-plot-other")
-    with gr.Accordion("Sample answers", open=True, elem_id="train-samples-part"):
+    with gr.Accordion(
+        "Sample answers", open=True, elem_id="train-samples-part", elem_classes="ts-with-table"
+    ):
         answers = gr.Dataframe(
             headers=["step", "prompt", "answer"], datatype="str", type="array", interactive=False, wrap=True,
             label="What it answers while it learns, newest first", elem_id="train-samples", max_height=320,
@@ -169,16 +171,21 @@ def build(shared: Shared) -> None:
         log = gr.Textbox(
             label="Log", lines=14, max_lines=14, interactive=False, elem_id="train-log", autoscroll=True
         )
-    with gr.Accordion("Queue", open=True, elem_id="train-queue-part"):
+    with gr.Accordion("Queue", open=True, elem_id="train-queue-part", elem_classes="ts-with-table"):
         table = gr.Dataframe(
             headers=["job", "what", "state", "at", "how it ended"], datatype="str", type="array", interactive=False,
             wrap=True, label="Jobs, newest first", elem_id="train-queue", max_height=320,
         )  # fmt: skip
         with gr.Row():
             waiting = gr.Dropdown(
-                choices=[], value=None, label="Waiting job", elem_id="train-waiting", interactive=True
+                choices=[],
+                value=None,
+                label="Waiting job",
+                elem_id="train-waiting",
+                interactive=True,
+                visible=False,
             )
-            cancel = gr.Button("Cancel this job", elem_id="train-cancel")
+            cancel = gr.Button("Cancel this job", elem_id="train-cancel", visible=False)
     seen_before = gr.State(("", -1, "", ""))
     timer = watching(shared, "Train")
 
@@ -225,7 +232,9 @@ def build(shared: Shared) -> None:
             gr.Dropdown(
                 choices=open_jobs,
                 value=picked if picked in ids else ids[0] if ids else None,
+                visible=bool(ids),
             ),
+            gr.Button(visible=bool(ids)),
             said,
         ]
         if seen is None or path is None:
@@ -265,6 +274,7 @@ def build(shared: Shared) -> None:
         ended,
         table,
         waiting,
+        cancel,
         log,
         state,
         *plots,

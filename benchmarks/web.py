@@ -1,0 +1,163 @@
+"""CPU of `tunesmith web` while twenty browser windows watch one run that trains; how soon its pages are there.
+
+The run's log is written by this program: first 100,000 steps, then one every half second. Chromium opens it on the
+Train page, alone for the seconds that take: from the click on the tab to the loss curve that is drawn. First paint is
+Chromium's own `first-contentful-paint` of a window without a cache. Then twenty windows look at the run, each every two
+seconds; what the server takes is its process's CPU time. The last line is one JSON object; exit status 1 above half a
+core, or above 2 seconds for one of the others. Needs Chromium (apt-get install chromium).
+
+    python benchmarks/web.py --windows 20 --seconds 30
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "ui"))
+
+from browser_of_tests import FLAGS, Window, Workbench, chromium, window
+
+CORES, SECONDS = 0.5, 2.0
+LOOKING = "gradio_api/run"
+"""In the address of what a page asks each time that it looks."""
+
+
+def step(number: int) -> str:
+    """A step's event as a run writes it."""
+    event = {
+        "kind": "step", "time": 1.7e9 + number, "step": number, "loss": 3.0 / (1 + number / 500) + number % 7 / 50,
+        "learning_rate": 1e-4 * (1 - number / 200_000), "grad_norm": 1.0 + number % 5 / 10,
+        "token_accuracy": min(0.9, number / 100_000), "tokens": number * 4096, "seconds": number * 0.4,
+        "memory": 1_200_000_000, "epoch": number / 1000,
+    }  # fmt: skip
+    return json.dumps(event) + "\n"
+
+
+def write_run(folder: Path, steps: int) -> Path:
+    """A run that has taken so many steps of twice as many; gives its log."""
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("model: {base: tiny}\n", encoding="utf-8")
+    (folder / "environment.json").write_text("{}", encoding="utf-8")
+    log = folder / "events.jsonl"
+    begun = {"kind": "state", "state": "training", "time": 1.7e9, "step": 0, "total_steps": 2 * steps}
+    with log.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(begun) + "\n")
+        file.writelines(step(number) for number in range(1, steps + 1))
+    return log
+
+
+def seconds_to_open(opened: Window) -> float:
+    """From the click on Train to its loss curve."""
+    began = time.perf_counter()
+    opened.go("Train")
+    opened.page.locator("#train-plot-loss .js-plotly-plot .scatterlayer .trace").first.wait_for()
+    return time.perf_counter() - began
+
+
+def main() -> int:
+    """Measure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=30.0, help="how long they watch")
+    parser.add_argument("--steps", type=int, default=100_000, help="of the log that is opened")
+    parser.add_argument("--times", type=int, default=3, help="starts of the server for the seconds")
+    args = parser.parse_args()
+    if chromium() is None:
+        sys.exit("There is no Chromium here (apt-get install chromium).")
+    from playwright.sync_api import sync_playwright
+
+    with tempfile.TemporaryDirectory(prefix="web-") as made, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        log = write_run(Path(made) / "w" / "runs" / "long", args.steps)
+        opening, painted = [], []
+        for turn in range(args.times):
+            bench = Workbench(Path(made) / "w")  # afresh, so that the log is read anew
+            try:
+                with window(browser, bench) as opened:
+                    opened.open()
+                    painted.append(
+                        opened.page.evaluate(
+                            "performance.getEntriesByName('first-contentful-paint')[0].startTime / 1000"
+                        )
+                    )
+                    opening.append(seconds_to_open(opened))
+                    opened.check()
+                if turn == args.times - 1:
+                    cores, looks = watched(browser, bench, log, args.windows, args.seconds, args.steps)
+            finally:
+                bench.end()
+        browser.close()
+    shown = (
+        (f"seconds until a log of {args.steps} steps is drawn", statistics.median(opening)),
+        ("seconds until the first paint", statistics.median(painted)),
+    )
+    for name, value in shown:
+        missed = ": MISSED" if value > SECONDS else ""
+        print(f"{name}: {value:.2f}, at most {SECONDS:g} wanted{missed}", file=sys.stderr)
+    print(f"looks of all windows in a second: {looks:.1f}, no bar", file=sys.stderr)
+    result = {
+        "name": "web",
+        "ours": round(cores, 3),
+        "peer": None,
+        "ratio": None,
+        "unit": "cores",
+        "n": args.windows,
+    }
+    print(json.dumps(result))
+    return int(cores > CORES or any(value > SECONDS for _, value in shown))
+
+
+def watched(
+    browser: object, bench: Workbench, log: Path, windows: int, seconds: float, steps: int
+) -> tuple[float, float]:
+    """The server's CPU seconds in a second, and how often in a second it was asked, while all windows watch."""
+    from contextlib import ExitStack
+
+    over = threading.Event()
+
+    def train() -> None:
+        number = steps
+        while not over.wait(0.5):
+            number += 1
+            with log.open("a", encoding="utf-8") as file:
+                file.write(step(number))
+
+    writer = threading.Thread(target=train)
+    writer.start()
+    try:
+        with ExitStack() as stack:
+            asked = []
+            for _ in range(windows):
+                opened = stack.enter_context(window(browser, bench, viewport={"width": 800, "height": 600}))
+                opened.open()
+                opened.go("Train")
+                opened.page.locator("#train-plot-loss .js-plotly-plot").first.wait_for()
+                opened.page.on(
+                    "request", lambda sent: asked.append(sent.url) if LOOKING in sent.url else None
+                )
+                first = opened
+            server = psutil.Process(bench.process.pid)
+            before, began = server.cpu_times(), time.perf_counter()
+            asked.clear()
+            first.page.wait_for_timeout(1000 * seconds)
+            after, took = server.cpu_times(), time.perf_counter() - began
+            used = after.user + after.system - before.user - before.system
+            return used / took, len(asked) / took
+    finally:
+        over.set()
+        writer.join()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -53,7 +53,7 @@ def _token() -> str:
 
 def _read_token_anew() -> None:
     """Have Ray, which looks once and keeps what it found, look at the environment again."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

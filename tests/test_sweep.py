@@ -179,7 +179,7 @@ def pretended(monkeypatch):
         return Trial(number, {}, "done", loss + 0.5, 2, tuple(found))
 
     monkeypatch.setattr(sweeps, "carried_out", carried_out)
-    monkeypatch.setattr(sweeps, "_compared", lambda *given: ((), []))
+    monkeypatch.setattr(sweeps, "_compared", lambda *given: sweeps.Compared(()))
     return carried
 
 
@@ -300,7 +300,7 @@ def on_pretended_ray(monkeypatch):
                 record({"number": one["number"], "state": "done", "value": 1.0, "step": 2})
 
     monkeypatch.setattr(on_ray, "tried", tried)
-    monkeypatch.setattr(sweeps, "_compared", lambda *given: ((), []))
+    monkeypatch.setattr(sweeps, "_compared", lambda *given: sweeps.Compared(()))
     return given
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith import launch
 from tunesmith.compose import as_yaml, differing
-from tunesmith.errors import Interrupted, MissingExtra, RecipeError, RunError, TunesmithError, counted
+from tunesmith.errors import Interrupted, MissingExtra, RecipeError, RunError, TunesmithError, counted, does
 from tunesmith.recipe import Local, Ray, Recipe
 from tunesmith.sweeps import space as spaces
 from tunesmith.sweeps.space import Distribution, short
@@ -54,6 +54,17 @@ class Against:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """What the held-out questions have said."""
+
+    trials: tuple[str, ...]
+    """The names of the trials that were compared, the best one first."""
+    against: tuple[Against, ...] = ()
+    """The base and the next best trials against the best one; empty where nothing could be compared."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sweep:
     """What a sweep came to."""
 
@@ -63,13 +74,17 @@ class Sweep:
     space: Mapping[str, Distribution]
     trials: tuple[Trial, ...]
     best: Trial
-    against: tuple[Against, ...]
-    """The base and the next best trials against the best one; empty where nothing could be compared."""
+    compared: Compared
     notes: tuple[str, ...]
     seconds: float
     recipe: Path | None = None
     """The file of the best recipe."""
     page: Path | None = None
+
+    @property
+    def against(self) -> tuple[Against, ...]:
+        """The base and the next best trials against the best one."""
+        return self.compared.against
 
     def count(self, state: State) -> int:
         """How many trials ended so."""
@@ -95,6 +110,7 @@ class Sweep:
             "against_best": [
                 {**asdict(one.comparison), "simultaneous": [one.low, one.high]} for one in self.against
             ],
+            "compared": {"trials": list(self.compared.trials), "notes": list(self.compared.notes)},
             "notes": list(self.notes),
             "recipe": str(self.recipe) if self.recipe else None,
             "run": str(self.folder / self.best.name),
@@ -141,7 +157,7 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=1):
-            records, compared_before = _before(folder, about)
+            records, before = _before(folder, about)
             notes = _tried(recipe, space, records, folder, about, trials, engine, pruner, seed, watch)
             by = recipe.training.best_by
             ranked = [
@@ -157,25 +173,21 @@ def sweep(
                 )
             ranked.sort(key=lambda one: one[0], reverse=higher_is_better(by))
             best, *others = [one for _, one in ranked[: compared + 1]]
-            if compared_before and [best.name, *(one.name for one in others)] == compared_before[0]:
-                against = compared_before[1]
+            names = (best.name, *(one.name for one in others))
+            if before and before.trials == names:
+                found = before
                 told = "kept: the same trials were compared by an earlier start"
                 watch({"kind": "decision", "name": "held-out questions", "value": told})
             else:
-                against, more = _compared(recipe, folder, best, others, watch)
-                notes += more
+                found = _compared(recipe, folder, best, others, watch)
             every = tuple(records[number] for number in sorted(records))
             seconds = time.perf_counter() - started
-            done = Sweep(folder, by, space, every, best, against, tuple(notes), seconds)
+            done = Sweep(folder, by, space, every, best, found, (*notes, *found.notes), seconds)
             return _written(done, recipe, about)
     except Timeout:
         raise RunError(
             f"Another process sweeps in {folder}.", fix="Wait for it, or give this sweep another --name."
         ) from None
-
-
-Compared = tuple[list[str], tuple[Against, ...]]
-"""The names of the trials that were compared on held-out questions, the best one first, and what was found."""
 
 
 def _before(folder: Path, about: Mapping[str, Any]) -> tuple[dict[int, Trial], Compared | None]:
@@ -218,10 +230,10 @@ def _compared_before(kept: Mapping[str, Any]) -> Compared | None:
     for one in kept.get("against_best", ()):
         own = {key: tuple(v) if isinstance(v, list) else v for key, v in one.items() if key in known}
         against.append(Against(Comparison(**own), *one["simultaneous"]))
-    if not against:
-        return None
-    trials = [one.comparison.model for one in against if one.comparison.model.startswith("trial-")]
-    return [kept["best"], *trials], tuple(against)
+    about = kept.get("compared")
+    return (
+        Compared(tuple(about["trials"]), tuple(against), tuple(about["notes"])) if about and against else None
+    )
 
 
 def _trial(kept: Mapping[str, Any]) -> Trial:
@@ -559,28 +571,31 @@ def _at_once(
     return notes
 
 
-def _compared(
-    recipe: Recipe, folder: Path, best: Trial, others: Sequence[Trial], watch: Watch
-) -> tuple[tuple[Against, ...], list[str]]:
+def _compared(recipe: Recipe, folder: Path, best: Trial, others: Sequence[Trial], watch: Watch) -> Compared:
     """The base and other trials against the best one on held-out questions, which chose none of them."""
+    names = tuple(trial.name for trial in (best, *others))
+
+    def none(note: str) -> Compared:
+        return Compared(names, notes=(note,))
+
     if recipe.evaluation.skip:
-        return (), ["Nothing was measured on held-out questions: evaluation.skip is on."]
+        return none("Nothing was measured on held-out questions: evaluation.skip is on.")
     if not recipe.data.held_out:
-        return (), ["Nothing was measured on held-out questions: data.held_out is 0."]
+        return none("Nothing was measured on held-out questions: data.held_out is 0.")
     from tunesmith import api
     from tunesmith.evaluation import read_rows
     from tunesmith.evaluation.compare import compare_all
 
-    runs = [folder / trial.name for trial in (best, *others)]
+    runs = [folder / name for name in names]
     try:
         result = api.compare(runs[0], recipe.model.base, *runs[1:], watch=watch)
     except TunesmithError as error:
-        return (), [f"Nothing was compared on held-out questions: {error.problem}"]
+        return none(f"Nothing was compared on held-out questions: {error.problem}")
     found = [
         replace(c, model=_named(c.model, recipe), against=best.name) for c in result.comparisons if c.primary
     ]
     if not found or result.saved is None:
-        return (), ["No metric of the recipe scores answers, so that nothing was compared."]
+        return none("No metric of the recipe scores answers, so that nothing was compared.")
     section = recipe.evaluation
     by_model: dict[str, list[Any]] = {}
     for row in read_rows(result.saved / "rows.jsonl"):
@@ -592,7 +607,14 @@ def _compared(
         resamples=section.resamples,
         confidence=1 - (1 - section.confidence) / len(found),
     )
-    return tuple(Against(one, wide.low, wide.high) for one, wide in zip(found, together, strict=True)), []
+    against = tuple(Against(one, wide.low, wide.high) for one, wide in zip(found, together, strict=True))
+    leaked = int((result.leakage or {}).get("leaked", 0))
+    notes = (
+        f"{counted(leaked, 'held-out question')} of {found[0].n} "
+        f"{does('stand', leaked)} in the training rows, or nearly so, and may be remembered: "
+        f"{result.saved / 'leakage.json'}."
+    )
+    return Compared(names, against, (notes,) if leaked else ())
 
 
 def _named(model: str, recipe: Recipe) -> str:

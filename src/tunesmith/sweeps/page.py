@@ -44,7 +44,9 @@ def sentences(sweep: Sweep) -> list[str]:
             "better": "is better than it",
             "inconclusive": "cannot be told from it (inconclusive)",
         }.get(c.verdict, "is not shown to differ from it")
-        found.append(f"{c.model} {said} on held-out questions: {difference_shown(c)}, n={c.n}.")
+        found.append(
+            f"{c.model} {said} on held-out questions: {difference_shown(c)}{_p(c.p_value)}, n={c.n}."
+        )
     equal = [
         one.comparison.model
         for one in sweep.against
@@ -70,20 +72,20 @@ def trials_table(sweep: Sweep) -> list[list[str]]:
             one.number,
         ),
     )
-    header = ["trial", *(name.rpartition(".")[2] for name in names), sweep.by, "step", "state", "why"]
+    header = [
+        "trial",
+        *(name.rpartition(".")[2] for name in names),
+        sweep.by,
+        "step",
+        "seconds",
+        "state",
+        "why",
+    ]
     lines = []
     for one in order:
         cells = [short(one.values.get(name)) for name in names]
-        lines.append(
-            [
-                one.name,
-                *cells,
-                _value(one),
-                "-" if one.step is None else str(one.step),
-                one.state,
-                one.reason[:160],
-            ]
-        )
+        step = "-" if one.step is None else str(one.step)
+        lines.append([one.name, *cells, _value(one), step, f"{one.seconds:.0f}", one.state, one.reason[:160]])
     return [header, *lines]
 
 
@@ -118,6 +120,10 @@ def against_table(sweep: Sweep) -> list[list[str]]:
         together = interval_shown(one.low, one.high, metric)
         lines.append([c.model, *shown_ones, together, p, str(c.n), c.verdict])
     return lines
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f", Holm's p {value:.2g}"
 
 
 def _value(trial: Trial) -> str:

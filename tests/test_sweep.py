@@ -6,10 +6,11 @@ import json
 import math
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tunesmith import api, on_ray, sweeps
+from tunesmith import api, launch, on_ray, sweeps
 from tunesmith.compose import as_yaml, compose, overlaid
 from tunesmith.errors import (
     Interrupted,
@@ -330,6 +331,16 @@ def test_what_its_values_bring_about_fails_a_trial_and_all_else_ends_the_sweep(r
         found = trial(error)
         assert (found.state, found.value, found.reason) == ("failed", 2.0, error.problem)
     assert isinstance(api._as_ours(MemoryError("of the device")), OutOfMemory)
+    told = {
+        "problem": "The loss is nan.",
+        "found": None,
+        "fix": None,
+        "exit_code": 3,
+        "class": "TrainingDiverged",
+    }
+    first = (0, SimpleNamespace(signal_name=lambda: "<N/A>", exitcode=3))
+    started = launch._why(SimpleNamespace(get_first_failure=lambda: first), {"error": told}, 2)
+    assert trial(started).state == "failed", "in started processes as well"
     with pytest.raises(OutOfResources, match="disk"):
         trial(OutOfResources("The disk is full."))
 

@@ -228,7 +228,9 @@ def _compared_before(kept: Mapping[str, Any]) -> Compared | None:
     known = {one.name for one in dataclasses.fields(Comparison)}
     against = []
     for one in kept.get("against_best", ()):
-        own = {key: tuple(v) if isinstance(v, list) else v for key, v in one.items() if key in known}
+        own: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in one.items() if key in known
+        }
         against.append(Against(Comparison(**own), *one["simultaneous"]))
     about = kept.get("compared")
     return (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,6 +292,8 @@ def test_trials_are_recorded_as_they_end_and_a_short_recipe_has_a_scheduler():
             config={"trial": {"number": number}}, last_result=last, get_error=lambda: RuntimeError("no node")
         )
 
+    assert copy.deepcopy(tell) is tell
+    assert pickle.loads(pickle.dumps(tell)) is not None, "whatever it calls, such as a terminal with a lock"
     ended = json.dumps({"number": 0, "state": "failed"})
     tell.on_trial_result(0, [], trial(0), {"ended": ended})  # before any validation
     tell.on_trial_complete(0, [], trial(0))

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -614,8 +615,12 @@ def tried(
                 verbose=0,
             ),
         )
-        tuner.fit()
-    _remove(notes)
+        # It misses tables of its own, which are not written: `record` is told all.
+        logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+        try:
+            tuner.fit()
+        finally:
+            _remove(notes)
     if wrong:
         raise wrong[0]
 
@@ -634,7 +639,8 @@ def _records(
     told: Callable[[int, int, float], None],
     wrong: list[TunesmithError],
 ) -> Any:
-    """What Tune calls as trials go on: each is recorded at once when it ends."""
+    """What Tune calls as trials go on: each is recorded at once when it ends. Of this process alone: in the notes that
+    Tune pickles it stands without what it calls, which may be a terminal."""
     from ray import tune
 
     finished: set[int] = set()
@@ -664,7 +670,14 @@ def _records(
             number = int(trial.config["trial"]["number"])
             if number not in finished and not wrong:
                 finished.add(number)
-                record({"number": number, "state": state, "reason": reason})
+                seconds = round((trial.last_result or {}).get("time_total_s", 0.0), 1)
+                record({"number": number, "state": state, "reason": reason, "seconds": seconds})
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
+        def __reduce__(self) -> Any:
+            return tune.Callback, ()
 
     return Records()
 

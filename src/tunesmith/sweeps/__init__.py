@@ -614,7 +614,7 @@ def _compared(recipe: Recipe, folder: Path, best: Trial, others: Sequence[Trial]
     notes = (
         f"{counted(leaked, 'held-out question')} of {found[0].n} "
         f"{does('stand', leaked)} in the training rows, or nearly so, and may be remembered: "
-        f"{result.saved / 'leakage.json'}."
+        f"comparisons/{result.saved.name}/leakage.json."
     )
     return Compared(names, against, (notes,) if leaked else ())
 

@@ -28,10 +28,11 @@ def sentences(sweep: Sweep) -> list[str]:
         for state in ("done", "pruned", "failed", "open")
         if sweep.count(state)
     )
+    values = ", ".join(f"{path} {short(value)}" for path, value in sweep.best.values.items())
     by = "validation loss" if sweep.by == "loss" else f"{sweep.by} at validation"
     found = [
         f"{sweep.best.name} is the best of {counted(done, 'trial')} by {by}, {_value(sweep.best)} at step "
-        f"{sweep.best.step} ({ended})."
+        f"{sweep.best.step} ({ended}): {values}."
     ]
     if done > 1:
         found.append(
@@ -102,7 +103,7 @@ def against_table(sweep: Sweep) -> list[list[str]]:
         [
             "model",
             metric.named,
-            f"difference to the best [{level} interval]",
+            f"difference to the chosen one [{level} interval]",
             "all together",
             "p (Holm)",
             "n",
@@ -111,7 +112,15 @@ def against_table(sweep: Sweep) -> list[list[str]]:
     ]
     first = sweep.against[0].comparison
     lines.append(
-        [sweep.best.name, shown(first.base, metric) if first.n else "-", "", "", "", str(first.n), "the best"]
+        [
+            sweep.best.name,
+            shown(first.base, metric) if first.n else "-",
+            "",
+            "",
+            "",
+            str(first.n),
+            "chosen by validation",
+        ]
     )
     for one in sweep.against:
         c = one.comparison

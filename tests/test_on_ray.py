@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -318,7 +320,10 @@ def test_a_sweep_on_ray_tries_each_trial_once_and_goes_on(recipe):
     pytest.importorskip("ray")
     space = ["training.learning_rate=loguniform(1e-4,1e-2)"]
     asked = recipe("sweep", ON_RAY, {"data": {"held_out": 0.3, "num_samples": None}}, max_steps=4)
-    found = api.sweep(asked, space, trials=3, engine="ray")
+    display = functools.partial(
+        lambda lock, event: None, threading.RLock()
+    )  # which no pickle takes, as a terminal
+    found = api.sweep(asked, space, trials=3, engine="ray", watch=display)
     ended = {trial.number: trial.state for trial in found.trials}
     assert set(ended) == {0, 1, 2}
     assert set(ended.values()) <= {"done", "pruned"}

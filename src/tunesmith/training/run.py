@@ -191,7 +191,7 @@ class Run:
             yield
         finally:
             holder.unlink(missing_ok=True)
-            _close_to_others(self.path)
+            close_to_others(self.path)
             lock.release()
 
     def unfinished(self) -> RunError:
@@ -265,7 +265,7 @@ def _as_open_as(folder: Path) -> Callable[[str, int], int]:
     return lambda path, flags: os.open(path, flags, mode)
 
 
-def _close_to_others(folder: Path) -> None:
+def close_to_others(folder: Path) -> None:
     """Nothing in a folder is more open than the folder itself, whatever library wrote it."""
     if not folder.is_dir():  # a run that was removed because it had not begun
         return

@@ -574,8 +574,8 @@ def _going_on(
     place = "its last checkpoint" if chosen == "latest" else f"{chosen}, as was asked"
     Run(path, watch).event(
         "warning",
-        message=f"A worker was lost, and Ray started the workers again (start {before['starts']}); the run goes on from "
-        f"{place}.",
+        message=f"A worker was lost, and Ray started the workers again (start {before['starts']}); the run goes on "
+        f"from {place}.",
     )
     return {"recipe": job["recipe"], "run": str(path), "checkpoint": chosen}
 

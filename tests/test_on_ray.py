@@ -16,6 +16,7 @@ from tunesmith.compose import compose, overlaid
 from tunesmith.errors import Interrupted, MissingExtra, RecipeError, RunError, TunesmithError
 from tunesmith.recipe import Ray
 from tunesmith.training import callbacks
+from tunesmith.training import run as run_folders
 from tunesmith.training.run import Run
 from tunesmith.training.storage import storage
 
@@ -169,6 +170,7 @@ def test_of_two_runs_of_one_name_neither_takes_the_others_place(tmp_path, recipe
 def test_a_run_that_comes_back_is_open_to_its_owner_alone(tmp_path):
     kept = storage(f"{tmp_path}/far", "run")
     kept.push(a_run(tmp_path / "run", 2))
+    assert (tmp_path / "far" / "run").stat().st_mode & 0o077 == 0
     for path in (tmp_path / "far").rglob("*"):
         path.chmod(0o777)
     kept.fetch(tmp_path / "other")
@@ -328,13 +330,32 @@ def test_lost_workers_are_replaced_and_the_run_ends_as_if_none_had_been(recipe, 
 
 
 @pytest.mark.thorough
-def test_refusals_in_a_worker_are_told_once_and_not_tried_again(recipe, workers):
+def test_refusals_in_a_worker_are_told_once_and_not_tried_again(recipe, workers, monkeypatch):
     with pytest.raises(TunesmithError, match="'kto' is trained in one process"):
         api.train(recipe("refused", ON_RAY, {"method": {"kind": "kto"}}))
     taken = recipe("taken", ON_RAY)
     a_run(Path(taken.output_dir) / "taken", 2)
+    with pytest.raises(RunError, match="another run's"):  # at once
+        api.train(taken)
+    monkeypatch.setattr(
+        run_folders, "check_free", lambda path: None
+    )  # here, as if only the workers saw the folder
     with pytest.raises(TunesmithError, match="another run's"):
         api.train(taken)
+
+
+@pytest.mark.thorough
+def test_an_error_amid_the_steps_is_told_as_it_is_and_not_tried_again(recipe, workers):
+    told: list[str] = []
+
+    def watch(event):
+        told.append(event.get("state") or event.get("message") or "")
+
+    with pytest.raises(TunesmithError, match="not a number") as error:
+        api.train(recipe("diverged", ON_RAY, num_epochs=8, learning_rate=1e30), watch=watch)
+    assert error.value.exit_code == 3
+    assert told.count("training") == 1
+    assert not any("Ray started the workers again" in message for message in told)
 
 
 @pytest.mark.thorough

@@ -212,7 +212,7 @@ def start(job: Mapping[str, Any], section: Ray, watch: Watch) -> dict[str, Any]:
     Raises the error with which a worker has ended, RunError where workers were lost too often or `launch.storage` holds
     another run, and RuntimeError with the worker's own words for a bug.
     """
-    _check_storage(job, section)
+    _check_places(job, section)
     with cluster(section, needed_for="launch.kind=ray") as ray:
         from ray.exceptions import RayError
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -278,16 +278,19 @@ def start(job: Mapping[str, Any], section: Ray, watch: Watch) -> dict[str, Any]:
         raise
 
 
-def _check_storage(job: Mapping[str, Any], section: Ray) -> None:
-    """Raises RunError where the second place of the run's folder holds another run, before anything is started."""
+def _check_places(job: Mapping[str, Any], section: Ray) -> None:
+    """Raises RunError where the run's folder, as far as it is seen from here, or its second place is another run's,
+    before anything is started."""
     from tunesmith import api
+    from tunesmith.training.run import check_free
 
     path = api.run_folder(job)
-    if not (kept := _kept(section.storage, path)):
-        return
-    if job.get("resume") or "run" in job:
+    kept, is_new = _kept(section.storage, path), not job.get("resume") and "run" not in job
+    if is_new:
+        check_free(path)
+    if kept and not is_new:
         kept.check(path)
-    elif kept.holds():
+    elif kept and kept.holds():
         raise RunError(
             f"{kept.url} holds a run's folder, and this is a new run.",
             fix="Give this run another --name or launch.storage, continue that one with --resume latest, or delete it.",

@@ -54,6 +54,8 @@ class Storage:
             self.filesystem.rm_file(f"{self.root}/{name}")
             self.sent.pop(name, None)
         again = changed | (marks & here.keys())
+        if "file" in self.filesystem.protocol:  # what a run holds is its owner's, here as there
+            Path(self.root).mkdir(mode=0o700, parents=True, exist_ok=True)
         size = 0
         for name in sorted(again, key=lambda name: (Path(name).name in MARKS, "/" not in name, name)):
             self.filesystem.makedirs(f"{self.root}/{name}".rpartition("/")[0], exist_ok=True)

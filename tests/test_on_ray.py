@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 import pickle
+import shutil
+import signal
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +20,7 @@ from tunesmith.compose import compose, overlaid
 from tunesmith.errors import Interrupted, MissingExtra, RecipeError, RunError, TunesmithError
 from tunesmith.recipe import Ray
 from tunesmith.training import callbacks
+from tunesmith.training import run as run_folders
 from tunesmith.training.run import Run
 from tunesmith.training.storage import storage
 
@@ -88,10 +91,24 @@ def test_how_workers_ended_is_told_as_of_any_launcher():
     with pytest.raises(Interrupted) as stopped:
         on_ray._came_to({"value": {"error": {**given, "exit_code": 143}}}, section)
     assert stopped.value.exit_code == 143
-    lost = SimpleNamespace(worker_failures={1: "Traceback\nActorDiedError: killed"})
+
+    class Group(Exception):
+        worker_failures = {1: on_ray.WorkerLost("Traceback\nActorDiedError: killed")}
+
     with pytest.raises(RunError, match="2 replacements were not enough") as error:
-        on_ray._came_to({"error": lost}, section)
+        on_ray._came_to({"error": Group()}, section)
     assert "worker 1: ActorDiedError: killed" in error.value.found
+    with pytest.raises(TunesmithError, match="disk is full"):
+        on_ray._came_to({"error": Group(), "fault": given}, section)
+    with pytest.raises(KeyError, match="a slip"):
+        on_ray._came_to({"error": KeyError("a slip")}, section)
+    try:
+        raise ValueError("a slip in a worker")
+    except ValueError as slip:
+        bug = on_ray._facts(slip)
+    with pytest.raises(RuntimeError, match="ValueError: a slip in a worker") as error:
+        on_ray._came_to({"value": {"error": bug}}, section)
+    assert not isinstance(error.value, TunesmithError), "so that the command ends with 4"
     assert on_ray._came_to({"value": {"result": {"run": "x"}}}, section) == {"run": "x"}
 
 
@@ -115,10 +132,12 @@ def test_answers_that_workers_could_not_give_alike_are_refused(base, temperature
 # The second place of a run's folder
 
 
-def a_run(folder: Path, *steps: int) -> Path:
+def a_run(folder: Path, *steps: int, began: int = 1) -> Path:
     (folder / "recipe.yaml").parent.mkdir(parents=True, exist_ok=True)
-    for name in ("recipe.yaml", "environment.json", "events.jsonl", ".lock"):
+    for name in ("environment.json", ".lock"):
         (folder / name).write_text(f"{name} {steps}")
+    (folder / "recipe.yaml").write_text("name: run")
+    (folder / "events.jsonl").write_text(f'{{"time": {began}}}\n{{"steps": "{steps}"}}\n')
     for step in steps:
         own = folder / "checkpoints" / f"checkpoint-step-{step}"
         own.mkdir(parents=True, exist_ok=True)
@@ -133,6 +152,42 @@ def contents(folder: Path) -> dict[str, bytes]:
         for p in folder.rglob("*")
         if p.is_file() and p.name != ".lock"
     }
+
+
+def test_of_two_runs_of_one_name_neither_takes_the_others_place(tmp_path, recipe):
+    kept = storage(f"{tmp_path}/far", "run")
+    kept.push(a_run(tmp_path / "first" / "run", 8))
+    before = contents(tmp_path / "far" / "run")
+    second = a_run(tmp_path / "second" / "run", 2, began=2)
+    again = storage(f"{tmp_path}/far", "run")
+    for done in (again.push, again.fetch):
+        with pytest.raises(RunError, match="holds another run"):
+            done(second)
+    assert contents(tmp_path / "far" / "run") == before
+    assert contents(second) == contents(a_run(tmp_path / "third", 2, began=2))
+    fresh = recipe("run", ON_RAY, {"launch": {"storage": f"{tmp_path}/far"}})
+    with pytest.raises(RunError, match="this is a new run"):  # before any worker is there
+        api.train(fresh)
+    assert not Path(fresh.output_dir).exists()
+
+
+def test_a_run_that_comes_back_is_open_to_its_owner_alone(tmp_path):
+    kept = storage(f"{tmp_path}/far", "run")
+    kept.push(a_run(tmp_path / "run", 2))
+    assert (tmp_path / "far" / "run").stat().st_mode & 0o077 == 0
+    for path in (tmp_path / "far").rglob("*"):
+        path.chmod(0o777)
+    kept.fetch(tmp_path / "other")
+    modes = {path.stat().st_mode & 0o077 for path in [tmp_path / "other", *(tmp_path / "other").rglob("*")]}
+    assert modes == {0}
+
+
+@pytest.mark.parametrize(("has_saved", "goes_on_from"), [(False, "checkpoint-step-2"), (True, "latest")])
+def test_a_chosen_checkpoint_counts_until_another_is_written(tmp_path, recipe, has_saved, goes_on_from):
+    run = a_run(tmp_path / "run", 2, 4)
+    asked = {"recipe": {}, "run": str(run), "checkpoint": "checkpoint-step-2"}
+    before = {"starts": 2, "has_saved": has_saved, "fault": None}
+    assert on_ray._going_on(asked, run, None, before, lambda event: None)["checkpoint"] == goes_on_from
 
 
 @pytest.mark.parametrize("kind", ["memory", "file", "folder"])
@@ -219,58 +274,117 @@ def weights(run: Path) -> dict[str, object]:
     return load_file(run / "final_model" / "model.safetensors")
 
 
-@pytest.mark.slow
-@pytest.mark.thorough
-def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_none_had_been(recipe, tmp_path):
-    """With the second place as the only one that survives."""
+@pytest.fixture(scope="module")
+def workers():
+    """A Ray of this machine's own, for all tests that need one."""
     pytest.importorskip("ray")
+    with on_ray.cluster(Ray(workers=2), needed_for="tests") as ray:
+        yield ray
+
+
+def kill(*, every: bool) -> int:
+    """Kill one worker, or all of them, as a node's end does."""
     import psutil
+
+    found = [
+        p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
+    ]
+    for process in found if every else found[-1:]:
+        process.kill()
+    return len(found)
+
+
+@pytest.mark.thorough
+def test_lost_workers_are_replaced_and_the_run_ends_as_if_none_had_been(recipe, tmp_path, workers):
+    """One is killed while the folder stays; then all, with their folder, whose second place is all there is."""
     import torch
 
     one = api.train(recipe("one", num_epochs=8)).run
-    place = {"launch": {"storage": f"file://{tmp_path}/far"}}
     undisturbed = api.train(recipe("undisturbed", ON_RAY, num_epochs=8)).run
     for kind in ("step", "evaluation"):
         assert losses(undisturbed, kind) == pytest.approx(losses(one, kind), abs=1e-5)
         assert losses(one, kind)
-    killed: list[float] = []
+    for name, loses_folder in (("killed", False), ("lost", True)):
+        place = {"launch": {"storage": f"file://{tmp_path}/far"}}
+        wanted = recipe(name, ON_RAY, place if loses_folder else {}, num_epochs=8)
+        run, killed = Path(wanted.output_dir) / name, []
+        kind = "stored" if loses_folder else "checkpoint"
 
-    def watch(event):
-        if event["kind"] == "stored" and event["step"] >= 4 and not killed:
-            for child in psutil.Process().children(recursive=True):
-                if "RayTrainWorker" in " ".join(child.cmdline()):
-                    killed.append(time.monotonic())
-                    child.kill()
-                    return
+        def watch(event, run=run, killed=killed, kind=kind, loses_folder=loses_folder):
+            if event["kind"] == kind and event["step"] >= 4 and not killed:
+                killed.append(kill(every=loses_folder))
+                if loses_folder:
+                    time.sleep(0.5)
+                    shutil.rmtree(run)
 
-    run = Path(api.train(recipe("killed", ON_RAY, place, num_epochs=8), watch=watch).run)
-    assert killed
-    starts = [e["step"] for e in Run(run).events() if e.get("state") == "training"]
-    assert starts[0] == 0
-    assert starts[1] >= 2
-    said = [e["message"] for e in Run(run).events() if e["kind"] == "warning"]
-    assert sum("Ray started the workers again (start 2)" in message for message in said) == 1
-    assert losses(run) == losses(undisturbed)
-    for name, tensor in weights(undisturbed).items():
-        assert torch.equal(tensor, weights(run)[name]), name
-    assert (tmp_path / "far" / "killed" / "final_model" / "model.safetensors").is_file()
-    assert Run(run).state() == "done"
+        api.train(wanted, watch=watch)
+        assert killed == [2]
+        starts = [e["step"] for e in Run(run).events() if e.get("state") == "training"]
+        assert starts[0] == 0
+        assert starts[1] >= 2
+        said = [e["message"] for e in Run(run).events() if e["kind"] == "warning"]
+        assert sum("Ray started the workers again (start 2)" in message for message in said) == 1
+        fetched = [e for e in Run(run).events() if e.get("name") == "fetched"]
+        assert len(fetched) == loses_folder
+        assert losses(run) == losses(undisturbed)
+        for part, tensor in weights(undisturbed).items():
+            assert torch.equal(tensor, weights(run)[part]), part
+        assert Run(run).state() == "done"
+    assert contents(tmp_path / "far" / "lost") == contents(run)
 
 
 @pytest.mark.thorough
-def test_a_refusal_in_a_worker_is_told_once_and_not_tried_again(recipe):
-    pytest.importorskip("ray")
+def test_refusals_in_a_worker_are_told_once_and_not_tried_again(recipe, workers, monkeypatch):
     with pytest.raises(TunesmithError, match="'kto' is trained in one process"):
         api.train(recipe("refused", ON_RAY, {"method": {"kind": "kto"}}))
+    taken = recipe("taken", ON_RAY)
+    a_run(Path(taken.output_dir) / "taken", 2)
+    with pytest.raises(RunError, match="another run's"):  # at once
+        api.train(taken)
+    monkeypatch.setattr(
+        run_folders, "check_free", lambda path: None
+    )  # here, as if only the workers saw the folder
+    with pytest.raises(TunesmithError, match="another run's"):
+        api.train(taken)
 
 
 @pytest.mark.thorough
-def test_workers_give_the_answers_of_one_process_in_their_order(tiny_model_folder, tiny_tokenizer):
-    pytest.importorskip("ray")
+def test_an_error_amid_the_steps_is_told_as_it_is_and_not_tried_again(recipe, workers):
+    told: list[str] = []
+
+    def watch(event):
+        told.append(event.get("state") or event.get("message") or "")
+
+    with pytest.raises(TunesmithError, match="not a number") as error:
+        api.train(recipe("diverged", ON_RAY, num_epochs=8, learning_rate=1e30), watch=watch)
+    assert error.value.exit_code == 3
+    assert told.count("training") == 1
+    assert not any("Ray started the workers again" in message for message in told)
+
+
+@pytest.mark.thorough
+def test_sigterm_stops_the_workers_after_their_step(recipe, workers):
+    sent = []
+
+    def watch(event):
+        if event["kind"] == "step" and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    stopped = recipe("stopped", ON_RAY, num_epochs=200)
+    with pytest.raises(Interrupted) as error:
+        api.train(stopped, watch=watch)
+    assert error.value.exit_code == 143
+    run = Run(Path(stopped.output_dir) / "stopped")
+    assert run.state() == "interrupted"
+    assert not (run.path.parent / ".ray").exists()
+
+
+@pytest.mark.thorough
+def test_workers_give_the_answers_of_one_process_in_their_order(tiny_model_folder, tiny_tokenizer, workers):
     from tunesmith import models
 
-    def load():
-        return models.load_model(str(tiny_model_folder), dtype="float32", device="cpu")
+    def load(device="cpu"):
+        return models.load_model(str(tiny_model_folder), dtype="float32", device=device)
 
     prompts = [tiny_tokenizer(f"what is {'count ' * (n % 5)}{n}")["input_ids"] for n in range(45)]
     asked = engines.Asked([*prompts, prompts[0]], 6, [tiny_tokenizer.eos_token_id])
@@ -316,8 +430,7 @@ def test_trials_are_recorded_as_they_end_and_a_short_recipe_has_a_scheduler():
 
 
 @pytest.mark.thorough
-def test_a_sweep_on_ray_tries_each_trial_once_and_goes_on(recipe):
-    pytest.importorskip("ray")
+def test_a_sweep_on_ray_tries_each_trial_once_and_goes_on(recipe, workers):
     space = ["training.learning_rate=loguniform(1e-4,1e-2)"]
     asked = recipe("sweep", ON_RAY, {"data": {"held_out": 0.3, "num_samples": None}}, max_steps=4)
     display = functools.partial(

@@ -418,6 +418,10 @@ def _launched(recipe: Recipe, job: Mapping[str, Any], watch: Watch) -> Result:
     number = launch.processes(recipe.launch)
     launch.check(recipe.training, number)
     if isinstance(recipe.launch, Ray):  # whose workers are in folders of their own
+        place = recipe.launch.storage
+        if place and "://" not in place:
+            section = recipe.launch.model_copy(update={"storage": str(Path(place).expanduser().absolute())})
+            recipe = recipe.model_copy(update={"launch": section})
         recipe = recipe.model_copy(
             update={"output_dir": str(Path(recipe.output_dir).expanduser().absolute())}
         )

@@ -22,6 +22,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,15 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import launch, ranks
-from tunesmith.errors import Interrupted, MissingExtra, RunError, Terminated, TunesmithError
+from tunesmith.errors import (
+    TERMINATED,
+    Interrupted,
+    MissingExtra,
+    RunError,
+    Terminated,
+    TunesmithError,
+    is_lost_peer,
+)
 from tunesmith.recipe import Ray, Shards
 
 if TYPE_CHECKING:
@@ -42,6 +51,12 @@ OBJECTS = 256 * 2**20
 """Bytes of shared memory of a Ray of this machine's own, which carries words and prompts only."""
 LOOK = 0.2
 """Seconds between two looks at what the workers say."""
+LOSSES = (
+    "RayActorError", "NodeDiedError", "WorkerCrashedError", "OutOfMemoryError", "WorkerHealthCheckFailedError",
+    "WorkerHealthCheckTimeoutError", "PreemptionError", "WorkerLost",
+)  # fmt: skip
+"""Errors, by their names, with which Ray says that a worker or its node is gone. What goes wrong inside of one is told
+in other ways."""
 HANDED_ON = ("TUNESMITH_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONPATH")
 """Variables of this process that workers elsewhere get; keys and tokens are not among them."""
 
@@ -156,16 +171,26 @@ class _Words:
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
         self.starts = 0
-        self.stops = False
+        self.stops = self.has_saved = False
+        self.fault: dict[str, Any] | None = None
 
-    def begin(self) -> int:
-        """How often the first worker has begun."""
+    def begin(self) -> dict[str, Any]:
+        """How often the first worker has begun, whether those before have saved a checkpoint, and what ended them."""
         self.starts += 1
-        return self.starts
+        return {"starts": self.starts, "has_saved": self.has_saved, "fault": self.fault}
 
     def tell(self, event: dict[str, Any]) -> None:
         """An event of the run."""
         self.events.append(event)
+        self.has_saved = self.has_saved or event["kind"] == "checkpoint"
+
+    def blame(self, fault: dict[str, Any]) -> None:
+        """A worker's own error, which would come again; the first one counts."""
+        self.fault = self.fault or fault
+
+    def blamed(self) -> dict[str, Any] | None:
+        """What was said so."""
+        return self.fault
 
     def take(self) -> list[dict[str, Any]]:
         """The events since the last time."""
@@ -186,19 +211,24 @@ def start(job: Mapping[str, Any], section: Ray, watch: Watch) -> dict[str, Any]:
     of them came to. A lost worker is replaced as often as `max_failures` says, and the run goes on from its last
     checkpoint.
 
-    Raises the error with which the first worker has ended, or RunError where workers were lost too often.
+    Raises the error with which a worker has ended, RunError where workers were lost too often or `launch.storage` holds
+    another run, and RuntimeError with the worker's own words for a bug.
     """
+    _check_places(job, section)
     with cluster(section, needed_for="launch.kind=ray") as ray:
+        from ray.exceptions import RayError
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         gpus = _gpus(ray, section, watch)
-        words = ray.remote(num_cpus=0)(_Words).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        words = ray.remote(num_cpus=0, scheduling_strategy=here)(_Words).remote()
         notes = _notes(Path(job["recipe"]["output_dir"]))
         trainer = TorchTrainer(
             _work,
             train_loop_config={"job": dict(job), "words": words},
-            torch_config=_meeting(),
+            torch_config=_meeting(gpus),
             scaling_config=ScalingConfig(
                 num_workers=section.workers,
                 use_gpu=bool(gpus),
@@ -211,6 +241,7 @@ def start(job: Mapping[str, Any], section: Ray, watch: Watch) -> dict[str, Any]:
             ),
         )
         ended: dict[str, Any] = {}
+        is_heard = True
 
         def fit() -> None:
             try:
@@ -218,18 +249,54 @@ def start(job: Mapping[str, Any], section: Ray, watch: Watch) -> dict[str, Any]:
             except BaseException as error:
                 ended["error"] = error
 
-        thread = threading.Thread(target=fit, daemon=True)
-        with _asking(words) as look:
-            thread.start()
-            while thread.is_alive():
-                look()
-                for event in ray.get(words.take.remote()):
+        def hear() -> None:
+            nonlocal is_heard
+            try:
+                for event in ray.get(words.take.remote()) if is_heard else ():
                     watch(event)
-                thread.join(LOOK)
-            for event in ray.get(words.take.remote()):
-                watch(event)
-    _remove(notes)
-    return _came_to(ended, section)
+            except RayError as error:
+                is_heard = False
+                message = f"What the workers say is not heard any more; the run goes on: {_last_line(error)}"
+                watch({"kind": "warning", "message": message})
+
+        thread = threading.Thread(target=fit, daemon=True)
+        try:
+            with _asking(words) as (look, asked):
+                thread.start()
+                while thread.is_alive():
+                    look()
+                    hear()
+                    thread.join(LOOK)
+                hear()
+            with contextlib.suppress(RayError):
+                ended["fault"] = ray.get(words.blamed.remote())
+        finally:
+            _remove(notes)
+    try:
+        return _came_to(ended, section)
+    except Interrupted as error:
+        if asked and asked[0] == signal.SIGTERM:
+            error.exit_code = TERMINATED
+        raise
+
+
+def _check_places(job: Mapping[str, Any], section: Ray) -> None:
+    """Raises RunError where the run's folder, as far as it is seen from here, or its second place is another run's,
+    before anything is started."""
+    from tunesmith import api
+    from tunesmith.training.run import check_free
+
+    path = api.run_folder(job)
+    kept, is_new = _kept(section.storage, path), not job.get("resume") and "run" not in job
+    if is_new:
+        check_free(path)
+    if kept and not is_new:
+        kept.check(path)
+    elif kept and kept.holds():
+        raise RunError(
+            f"{kept.url} holds a run's folder, and this is a new run.",
+            fix="Give this run another --name or launch.storage, continue that one with --resume latest, or delete it.",
+        )
 
 
 def _notes(output_dir: Path) -> Path:
@@ -244,29 +311,35 @@ def _remove(notes: Path) -> None:
 
 
 def _came_to(ended: Mapping[str, Any], section: Ray) -> dict[str, Any]:
-    if "error" in ended:
-        error = ended["error"]
-        failures = getattr(error, "worker_failures", {})
-        said = [f"worker {n}: {_last_line(why)}" for n, why in failures.items()] or [_last_line(error)]
-        lost = RunError(
-            f"Workers of Ray were lost, and {section.max_failures} replacements were not enough."
-            if section.max_failures
-            else "A worker of Ray was lost, and none is replaced (launch.max_failures 0).",
-            found="; ".join(said),
-            fix="`tunesmith resume` goes on from the last checkpoint; launch.max_failures allows more.",
-        )
-        lost.exit_code = 3
-        raise lost
-    value = dict(ended["value"] or {})
-    if error := value.get("error"):
-        if error["exit_code"] in (130, 143):
-            raise Interrupted(
-                error["problem"], found=error["found"], fix=error["fix"], exit_code=error["exit_code"]
-            )
-        told = TunesmithError(error["problem"], found=error["found"], fix=error["fix"])
-        told.exit_code = error["exit_code"]
+    value = dict(ended.get("value") or {})
+    if own := ended.get("fault") or value.get("error"):
+        if "bug" in own:
+            raise RuntimeError(f"{own['bug']}\n\nIn a worker of Ray:\n{own['trace']}")
+        if own["exit_code"] in (130, 143):
+            raise Interrupted(own["problem"], found=own["found"], fix=own["fix"], exit_code=own["exit_code"])
+        told = TunesmithError(own["problem"], found=own["found"], fix=own["fix"])
+        told.exit_code = own["exit_code"]
         raise told
-    return dict(value["result"])
+    if "error" not in ended:
+        return dict(value["result"])
+    error = ended["error"]
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    if not any(_is_loss(why) for why in (error, *failures.values())):
+        raise error
+    said = [f"worker {n}: {_last_line(why)}" for n, why in failures.items()] or [_last_line(error)]
+    lost = RunError(
+        f"Workers of Ray were lost, and {section.max_failures} replacements were not enough."
+        if section.max_failures
+        else "A worker of Ray was lost, and none is replaced (launch.max_failures 0).",
+        found="; ".join(said),
+        fix="`tunesmith resume` goes on from the last checkpoint; launch.max_failures allows more.",
+    )
+    lost.exit_code = 3
+    raise lost
+
+
+def _is_loss(error: BaseException) -> bool:
+    return any(kind.__name__ in LOSSES for kind in type(error).__mro__)
 
 
 def _last_line(error: Any) -> str:
@@ -275,9 +348,9 @@ def _last_line(error: Any) -> str:
 
 
 @contextlib.contextmanager
-def _asking(words: Any) -> Iterator[Callable[[], None]]:
+def _asking(words: Any) -> Iterator[tuple[Callable[[], None], list[int]]]:
     """The first Ctrl-C or SIGTERM asks the workers to stop after their step, the second ends them; gives what is to be
-    called between looks."""
+    called between looks, and the signals that came."""
     asked: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -293,19 +366,19 @@ def _asking(words: Any) -> Iterator[Callable[[], None]]:
             words.ask_to_stop.remote()
 
     if threading.current_thread() is not threading.main_thread():
-        yield look
+        yield look, asked
         return
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield look
+        yield look, asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _meeting() -> Any:
-    """How the workers find each other: Ray's settings for torch, with the meeting itself left to `ranks`, since only
-    the steps are taken together."""
+def _meeting(gpus: int) -> Any:
+    """How the workers, with so many GPUs each, find each other: Ray's settings for torch, with the meeting itself left
+    to `ranks`, since only the steps are taken together."""
     from ray.train.backend import Backend
     from ray.train.torch import TorchConfig
 
@@ -314,7 +387,7 @@ def _meeting() -> Any:
 
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
             host, port = worker_group.execute_single(0, _free_port)
-            worker_group.execute(_settle, host, port)
+            worker_group.execute(_settle, host, port, gpus)
 
     class Settings(TorchConfig):  # type: ignore[misc]
         @property
@@ -333,10 +406,11 @@ def _free_port() -> tuple[str, int]:
         return get_node_ip_address(), probe.getsockname()[1]
 
 
-def _settle(host: str, port: int) -> None:
+def _settle(host: str, port: int, gpus: int) -> None:
     """What torchrun would set in a worker."""
     import ray.train
 
+    _hide_gpus(gpus)
     context = ray.train.get_context()
     os.environ |= {
         "MASTER_ADDR": host,
@@ -349,13 +423,25 @@ def _settle(host: str, port: int) -> None:
     }
 
 
+def _hide_gpus(gpus: int) -> None:
+    """Have a worker that was given no GPU see none, whatever its node has."""
+    if not gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+class WorkerLost(Exception):
+    """Ends a worker whose share cannot be finished, so that Ray ends the others as well and starts all of them anew."""
+
+
 def _work(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a worker does: its share of the job. Gives the first worker's result or error; raises where another worker
-    is lost, so that Ray replaces it."""
+    """What a worker does: its share of the job. Gives the first worker's result or error.
+
+    Raises WorkerLost where another worker is gone. Where this one has an error of its own while others may wait for it,
+    it is noted with the command before: workers that are started after it give it back, and train nothing.
+    """
     import ray
 
     from tunesmith import api, libraries
-    from tunesmith.recipe import Recipe
     from tunesmith.training.fit import quiet_libraries
 
     libraries.own_process()
@@ -363,47 +449,72 @@ def _work(config: Mapping[str, Any]) -> dict[str, Any]:
     job, words = dict(config["job"]), config["words"]
     ranks.meet()
     if not ranks.is_first():
-        with contextlib.suppress(TunesmithError):  # which the first worker is told, and says
-            try:
-                api.assisted()
-            except SystemExit:
-                raise RuntimeError("another worker is gone") from None
+        try:
+            api.assisted()
+        except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) or is_lost_peer(error):
+                raise WorkerLost("another worker is gone") from None
+            ray.get(words.blame.remote(_facts(error)))
+            raise WorkerLost(f"it has ended: {error}") from None
         return {}
+    try:
+        before = ray.get(words.begin.remote())
+        return {"error": before["fault"]} if before["fault"] else {"result": _lead(job, words, before)}
+    except Exception as error:
+        if is_lost_peer(error) or (getattr(error, "is_lost", False) and not ranks.complaint(0.5)):
+            raise WorkerLost("another worker is gone") from None
+        if _is_awaited() and not isinstance(error, Interrupted) and not getattr(error, "is_lost", False):
+            ray.get(words.blame.remote(_facts(error)))
+            raise WorkerLost(f"it has ended: {error}") from None
+        return {"error": _facts(error)}
+    finally:
+        ranks.dismiss()  # those who had nothing to do yet, and would wait for it
+
+
+def _is_awaited() -> bool:
+    """Whether the steps have ended in the middle, so that other workers may wait for this one."""
+    from torch import distributed
+
+    return bool(distributed.is_available() and distributed.is_initialized())
+
+
+def _facts(error: BaseException) -> dict[str, Any]:
+    """An error as it goes to the command."""
+    if isinstance(error, TunesmithError):
+        return {
+            "problem": error.problem,
+            "found": error.found,
+            "fix": error.fix,
+            "exit_code": error.exit_code,
+        }
+    return {"bug": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+
+
+def _lead(job: dict[str, Any], words: Any, before: Mapping[str, Any]) -> dict[str, Any]:
+    """The first worker's share: the whole run, but for what the others do of its steps."""
+    from tunesmith import api
+    from tunesmith.recipe import Recipe
+
     recipe = Recipe.model_validate(job["recipe"])
     assert isinstance(recipe.launch, Ray)
-    begun = ray.get(words.begin.remote())
     path = api.run_folder(job)
     kept = _kept(recipe.launch.storage, path)
-    is_over = threading.Event()
+    is_over, is_own = threading.Event(), threading.Event()
 
     def told(event: Mapping[str, Any]) -> None:
+        is_own.set()
         words.tell.remote(json.loads(json.dumps(event, default=str)))
         if kept and event["kind"] == "checkpoint":
-            _keep(kept, path, event.get("step"), told)
+            _keep(kept, path, told, step=event.get("step"))
 
     listening = threading.Thread(target=_listen, args=(words, is_over), daemon=True)
     listening.start()
     try:
-        job = _going_on(job, path, kept, begun, told)
-        result = api.carry_out_job(job, watch=told, at=lambda run: None)
-        if kept:
-            kept.push(path)
-        return {"result": result}
-    except TunesmithError as error:
-        if kept and path.is_dir():
-            with contextlib.suppress(Exception):
-                kept.push(path)
-        if getattr(error, "is_lost", False) and not ranks.complaint(0.5):
-            raise
-        return {
-            "error": {
-                "problem": error.problem,
-                "found": error.found,
-                "fix": error.fix,
-                "exit_code": error.exit_code,
-            }
-        }
+        job = _going_on(job, path, kept, before, told)
+        return api.carry_out_job(job, watch=told, at=lambda run: None)
     finally:
+        if kept and is_own.is_set() and path.is_dir():  # and not the folder of another run, which was refused
+            _keep(kept, path, told)
         is_over.set()
 
 
@@ -413,9 +524,9 @@ def _kept(url: str | None, path: Path) -> Storage | None:
     return storage(url, path.name) if url else None
 
 
-def _keep(kept: Storage, path: Path, step: int | None, watch: Watch) -> None:
-    """Copy the run's folder to its second place after a checkpoint. A place that does not answer is said, and the run
-    goes on with what it has here."""
+def _keep(kept: Storage, path: Path, watch: Watch, *, step: int | None = None) -> None:
+    """Copy the run's folder to its second place, after the checkpoint of a step or at the end. A place that does not
+    answer is said, and the run goes on with what it has here."""
     from tunesmith.training.run import Run
 
     run, started = Run(path, watch), time.perf_counter()
@@ -423,34 +534,55 @@ def _keep(kept: Storage, path: Path, step: int | None, watch: Watch) -> None:
         files, size = kept.push(path)
     except Exception as error:
         said = next(iter(str(error).strip().splitlines()), "")[:200]
+        what = f"The checkpoint of step {step}" if step is not None else "The run's last state"
         run.event(
-            "warning",
-            step=step,
-            message=f"The checkpoint of step {step} is not in {kept.url}: {type(error).__name__}: {said}",
+            "warning", step=step, message=f"{what} is not in {kept.url}: {type(error).__name__}: {said}"
         )
         return
+    if step is None:
+        return  # an event now would not be in the place
     seconds = round(time.perf_counter() - started, 3)
     run.event("stored", step=step, place=kept.url, files=files, bytes=size, seconds=seconds)
 
 
 def _going_on(
-    job: dict[str, Any], path: Path, kept: Storage | None, begun: int, watch: Watch
+    job: dict[str, Any], path: Path, kept: Storage | None, before: Mapping[str, Any], watch: Watch
 ) -> dict[str, Any]:
-    """The job as it is done now: that of the recipe, or the run that workers before these have begun."""
+    """The job as it is done now: that of the recipe, or the run that workers before these have begun.
+
+    Raises RunError where the run's second place is needed and does not answer, or holds another run.
+    """
     from tunesmith.training.run import Run, is_run
 
-    step = kept.fetch(path) if kept and (begun > 1 or job.get("resume") or "run" in job) else None
-    if step is not None and kept:
-        message = f"The run was fetched from {kept.url}, with its checkpoint of step {step}."
-        Run(path, watch).event("decision", name="fetched", value=step, reason=message)
-    if begun == 1 or not is_run(path):
+    asked = job.get("checkpoint") or job.get("resume")
+    if kept and (before["starts"] > 1 or asked):
+        try:
+            step = kept.fetch(path)
+        except TunesmithError:
+            raise
+        except Exception as error:
+            said = f"{type(error).__name__}: {_last_line(error)}"
+            if not is_run(path):
+                raise RunError(
+                    f"The run cannot be fetched from {kept.url}.",
+                    found=said,
+                    fix="Resume it when the place answers again.",
+                ) from None
+            Run(path, watch).event("warning", message=f"{kept.url} does not answer: {said}")
+        else:
+            if step is not None:
+                message = f"The run was fetched from {kept.url}, with its checkpoint of step {step}."
+                Run(path, watch).event("decision", name="fetched", value=step, reason=message)
+    if before["starts"] == 1 or not is_run(path):
         return job
+    chosen = asked if asked and not before["has_saved"] else "latest"
+    place = "its last checkpoint" if chosen == "latest" else f"{chosen}, as was asked"
     Run(path, watch).event(
         "warning",
-        message=f"A worker was lost, and Ray started the workers again (start {begun}); the run goes on from its last "
-        "checkpoint.",
+        message=f"A worker was lost, and Ray started the workers again (start {before['starts']}); the run goes on "
+        f"from {place}.",
     )
-    return {"recipe": job["recipe"], "run": str(path), "checkpoint": "latest"}
+    return {"recipe": job["recipe"], "run": str(path), "checkpoint": chosen}
 
 
 def _listen(words: Any, is_over: threading.Event) -> None:
@@ -472,11 +604,15 @@ def _listen(words: Any, is_over: threading.Event) -> None:
 class _Answering:
     """A worker of Ray Data with the model in its memory."""
 
-    def __init__(self, load: Callable[[], Any], tokenizer: Any, given: Mapping[str, Any]) -> None:
+    def __init__(
+        self, load: Callable[[str], Any], tokenizer: Any, given: Mapping[str, Any], gpus: int
+    ) -> None:
+        from tunesmith import plan
         from tunesmith.training.fit import quiet_libraries
 
         quiet_libraries()
-        self.model, self.tokenizer, self.given = load(), tokenizer, dict(given)
+        _hide_gpus(gpus)
+        self.model, self.tokenizer, self.given = load(plan.device()), tokenizer, dict(given)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Answers to a few prompts, each with its number."""
@@ -527,7 +663,7 @@ def answer(source: Source, asked: Asked, finished: Finished, say: Say) -> None:
         shards = data.from_items(rows, override_num_blocks=max(section.workers, -(-len(rows) // batch)))
         answered = shards.map_batches(
             _Answering,
-            fn_constructor_args=(source.load, source.tokenizer, given),
+            fn_constructor_args=(source.load, source.tokenizer, given, gpus),
             batch_size=batch,
             compute=data.ActorPoolStrategy(size=section.workers),
             num_cpus=section.cpus_per_worker,
@@ -558,6 +694,7 @@ def _trial(config: Mapping[str, Any]) -> None:
     libraries.own_process()
     quiet_libraries()
     os.environ[launch.JOB] = "ray"
+    _hide_gpus(config["gpus"])
     given = config["trial"]
 
     def report(step: int, value: float) -> None:
@@ -600,7 +737,7 @@ def tried(
         notes = _notes(folder)
         tuner = tune.Tuner(
             tune.with_resources(_trial, {"CPU": section.cpus_per_worker, "GPU": gpus}),
-            param_space={"trial": tune.grid_search([dict(one) for one in asked])},
+            param_space={"trial": tune.grid_search([dict(one) for one in asked]), "gpus": gpus},
             tune_config=tune.TuneConfig(
                 scheduler=_scheduler(mode, patience, horizon) if prunes else None,
                 max_concurrent_trials=section.workers,

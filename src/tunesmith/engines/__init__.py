@@ -41,7 +41,8 @@ class Source:
     name: str
     """As rows and servers call it: base, tuned, model, or a stage's name."""
     tokenizer: Any
-    load: Callable[[], Any]
+    load: Callable[..., Any]
+    """Loads it, on a device that is given where there is a `base`, else on its own."""
     base: str | None = None
     """Folder or id; None for a model that exists in this process only."""
     revision: str | None = None

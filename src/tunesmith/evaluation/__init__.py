@@ -269,9 +269,9 @@ def answers(
     def progress(stage: str, done: int, total: int) -> None:
         watch({"kind": "progress", "stage": stage, "done": done, "total": total})
 
-    def load() -> Any:
+    def load(place: str = device) -> Any:
         return models.load_model(
-            base, revision=revision, dtype=dtype, device=device, attention=model.attention, head=head
+            base, revision=revision, dtype=dtype, device=place, attention=model.attention, head=head
         )
 
     revision = model.revision if base == model.base else None

@@ -191,7 +191,7 @@ class Run:
             yield
         finally:
             holder.unlink(missing_ok=True)
-            _close_to_others(self.path)
+            close_to_others(self.path)
             lock.release()
 
     def unfinished(self) -> RunError:
@@ -265,7 +265,7 @@ def _as_open_as(folder: Path) -> Callable[[str, int], int]:
     return lambda path, flags: os.open(path, flags, mode)
 
 
-def _close_to_others(folder: Path) -> None:
+def close_to_others(folder: Path) -> None:
     """Nothing in a folder is more open than the folder itself, whatever library wrote it."""
     if not folder.is_dir():  # a run that was removed because it had not begun
         return
@@ -350,19 +350,7 @@ def create(recipe: Recipe, *, watch: Watch = _silent) -> Run:
     Raises RunError where the folder is another run's, or holds files that are not a run's.
     """
     path = Path(recipe.output_dir).expanduser() / folder_name(recipe)
-    if is_run(path):
-        state = Run(path).state()
-        to_continue = {
-            "done": "",
-            "running": " wait for it,",
-        }.get(state, f" continue that one with `tunesmith resume {path}`,")
-        raise RunError(
-            f"The folder {path} is another run's.",
-            found=f"a run in state '{state}'",
-            fix=f"Give this run another --name,{to_continue} or delete that one.",
-        )
-    if path.exists() and (not path.is_dir() or any(not OWN.fullmatch(p.name) for p in path.iterdir())):
-        raise RunError(f"The folder {path} is not empty and not a run.", fix="Give this run another --name.")
+    check_free(path)
     run = Run(path, watch)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -377,6 +365,23 @@ def create(recipe: Recipe, *, watch: Watch = _silent) -> Run:
             f"The run folder {path} cannot be made.", found=error.strerror, fix="Choose another --output-dir."
         ) from None
     return run
+
+
+def check_free(path: Path) -> None:
+    """Raises RunError where a new run's folder is another run's, or holds files that are not a run's."""
+    if is_run(path):
+        state = Run(path).state()
+        to_continue = {
+            "done": "",
+            "running": " wait for it,",
+        }.get(state, f" continue that one with `tunesmith resume {path}`,")
+        raise RunError(
+            f"The folder {path} is another run's.",
+            found=f"a run in state '{state}'",
+            fix=f"Give this run another --name,{to_continue} or delete that one.",
+        )
+    if path.exists() and (not path.is_dir() or any(not OWN.fullmatch(p.name) for p in path.iterdir())):
+        raise RunError(f"The folder {path} is not empty and not a run.", fix="Give this run another --name.")
 
 
 def discard(run: Run) -> None:

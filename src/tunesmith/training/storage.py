@@ -8,15 +8,17 @@ with its facts, and these are removed before, and written after, the files that 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import MissingExtra, RecipeError
+from tunesmith.errors import MissingExtra, RecipeError, RunError
 from tunesmith.training.checkpoints import BEST, MANIFEST
-from tunesmith.training.run import OWN
+from tunesmith.training.run import OWN, close_to_others
 
 MARKS = (MANIFEST, BEST)
 """Files without which their folder does not count."""
@@ -36,7 +38,12 @@ class Storage:
     """Size and time of change of each file as it was sent, by its path in the run's folder."""
 
     def push(self, folder: Path) -> tuple[int, int]:
-        """Copy what is new or changed, and remove what is gone; how many files that were, and their bytes."""
+        """Copy what is new or changed, and remove what is gone; how many files that were, and their bytes.
+
+        Raises RunError, and changes nothing, where the place holds another run.
+        """
+        if not self.sent:
+            self.check(folder)
         here = _files(folder)
         there = set(self.sent) or set(self._found())
         changed = {name for name, facts in here.items() if self.sent.get(name) != facts}
@@ -47,6 +54,8 @@ class Storage:
             self.filesystem.rm_file(f"{self.root}/{name}")
             self.sent.pop(name, None)
         again = changed | (marks & here.keys())
+        if "file" in self.filesystem.protocol:  # what a run holds is its owner's, here as there
+            Path(self.root).mkdir(mode=0o700, parents=True, exist_ok=True)
         size = 0
         for name in sorted(again, key=lambda name: (Path(name).name in MARKS, "/" not in name, name)):
             self.filesystem.makedirs(f"{self.root}/{name}".rpartition("/")[0], exist_ok=True)
@@ -58,20 +67,47 @@ class Storage:
     def fetch(self, folder: Path) -> int | None:
         """Bring the run back where its place is further than the folder here; the step of its newest checkpoint.
 
-        None, and nothing is touched, where there is no run in the place or the one here is as far.
+        None, and nothing is touched, where there is no run in the place or the one here is as far. Raises RunError
+        where the two are not the same run.
         """
+        self.check(folder)
         names = self._found()
         step = _newest(names)
         if "recipe.yaml" not in names or (folder.is_dir() and _newest(_files(folder)) >= step):
             return None
         staging = folder.with_name(f".{folder.name}.fetched")
         shutil.rmtree(staging, ignore_errors=True)
+        staging.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir(mode=0o700)
         for name in names:
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             self.filesystem.get_file(f"{self.root}/{name}", str(staging / name))
+        close_to_others(staging)
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
         return max(step, 0)
+
+    def holds(self) -> bool:
+        """Whether anything is in the place."""
+        return bool(self._found())
+
+    def check(self, folder: Path) -> None:
+        """Raises RunError where the place and a folder hold two runs."""
+        here, there = _identity(folder), self._identity()
+        if here and there and here != there:
+            raise RunError(
+                f"{self.url} holds another run than {folder}.",
+                found=f"runs of the same name: {there} there, {here} here",
+                fix="Give the run another --name or launch.storage, or move away the one of them that is not wanted.",
+            )
+
+    def _identity(self) -> str | None:
+        self.filesystem.invalidate_cache()
+        with contextlib.suppress(FileNotFoundError):
+            recipe = self.filesystem.cat_file(f"{self.root}/recipe.yaml")
+            with self.filesystem.open(f"{self.root}/events.jsonl", "rb") as events:
+                return _hashed(recipe, events.readline())
+        return None
 
     def _found(self) -> list[str]:
         self.filesystem.invalidate_cache()
@@ -101,6 +137,17 @@ def storage(url: str, name: str) -> Storage:
             fix="Give a folder, or a URL such as s3://bucket/runs or gs://bucket/runs.",
         ) from None
     return Storage(filesystem, root.rstrip("/"), f"{url.rstrip('/')}/{name}")
+
+
+def _identity(folder: Path) -> str | None:
+    """What tells a run from others of its name: its recipe and its first event with the time. Neither changes ever."""
+    with contextlib.suppress(FileNotFoundError), (folder / "events.jsonl").open("rb") as events:
+        return _hashed((folder / "recipe.yaml").read_bytes(), events.readline())
+    return None
+
+
+def _hashed(recipe: bytes, first: bytes) -> str:
+    return hashlib.sha256(recipe + first).hexdigest()[:12]
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:

@@ -254,7 +254,7 @@ def local(judge: Judge) -> Asker:
     source = Source(
         "judge",
         tokenizer,
-        lambda: models.load_model(judge.model, dtype=dtype, device=device),
+        lambda place=device: models.load_model(judge.model, dtype=dtype, device=place),
         judge.model,
         dtype=dtype,
         device=device,

@@ -391,7 +391,7 @@ def source_of(
     return engines.Source(
         name,
         tokenizer,
-        lambda: models.load_model(model, dtype=dtype, device=device),
+        lambda place=device: models.load_model(model, dtype=dtype, device=place),
         model,
         dtype=dtype,
         device=device,

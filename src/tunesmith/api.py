@@ -403,7 +403,7 @@ def _launched(recipe: Recipe, job: Mapping[str, Any], watch: Watch) -> Result:
     from tunesmith.evaluation.compare import Comparison
 
     number = launch.processes(recipe.launch)
-    launch.check(recipe.training, number)
+    _check_processes(recipe)
     if isinstance(recipe.launch, Ray):  # whose workers are in folders of their own
         recipe = recipe.model_copy(
             update={"output_dir": str(Path(recipe.output_dir).expanduser().absolute())}
@@ -2506,6 +2506,7 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
                 _check_before_training(recipe)
             else:
                 _check_settings(recipe)
+                _check_processes(recipe)
             point = checkpoints.choose(run, checkpoint) if checkpoint else None
             if point and (changed := checkpoints.environment_differences(point)):
                 run.event("warning", message=f"The run goes on, though not to the bit: {'; '.join(changed)}.")
@@ -2618,6 +2619,23 @@ def _check_before_training(recipe: Recipe) -> None:
     )
     check_effect(recipe)
     method.check(recipe)
+    _check_processes(recipe)
+    evaluation.check_scoring(recipe.evaluation.metrics or [], gives_scores=method.head is not None)
+    models.check_fit(
+        recipe.model.base,
+        recipe.adapter,
+        revision=recipe.model.revision,
+        max_length=recipe.data.max_length,
+        head=method.head,
+    )
+
+
+def _check_processes(recipe: Recipe) -> None:
+    """Raises RecipeError for what the number of processes does not go with, which may be another one in each life of a
+    run."""
+    from tunesmith.methods import METHODS
+
+    method = METHODS[recipe.method.kind]
     if (number := launch.processes(recipe.launch)) > 1:
         launch.check(recipe.training, number)
         if why := method.alone(recipe.method):
@@ -2627,14 +2645,6 @@ def _check_before_training(recipe: Recipe) -> None:
                 fix="Leave --launch out, or start it without a launcher.",
             )
     parallel.check(recipe, number)
-    evaluation.check_scoring(recipe.evaluation.metrics or [], gives_scores=method.head is not None)
-    models.check_fit(
-        recipe.model.base,
-        recipe.adapter,
-        revision=recipe.model.revision,
-        max_length=recipe.data.max_length,
-        head=method.head,
-    )
 
 
 def _check_settings(recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -33,11 +34,21 @@ def test_each_of_several_holds_its_share_and_what_it_gathers():
     assert held(FSDP(), lower=True) == {**shares, "gathered": 2_000, "buckets": 1_500}
     assert held(FSDP(reshard_after_forward=False))["gathered"] == 8_000
     assert "weights" not in held(FSDP(cpu_offload=True))
+    assert held(FSDP(cpu_offload=True), device="cpu") == held(FSDP()), "in the machine's memory anyway"
     assert held(DeepSpeed(stage=1)) == {**STEP, "optimizer": 4_000}
     assert held(DeepSpeed(stage=2))["gradients"] == 2_000
     assert held(DeepSpeed(stage=3))["weights"] == 2_000
     more = [sum(held(FSDP(), processes=n).values()) for n in (2, 4, 8)]
     assert more == sorted(more, reverse=True)
+
+
+def test_packed_weights_stay_whole_and_are_not_gathered():
+    packed = replace(ALONE, packed=6_000, layer=300, rest=500)
+    for section, weights in ((FSDP(), 6_500), (FSDP(cpu_offload=True), 6_000)):
+        found = parallel.held(section, packed, STEP, processes=4, capacity=40_000)
+        assert (found["weights"], found["gathered"]) == (weights, 1_100)
+    whole = FSDP(reshard_after_forward=False)
+    assert parallel.held(whole, packed, STEP, processes=4, capacity=40_000)["gathered"] == 2_000
 
 
 @pytest.mark.parametrize(("capacity", "stage"), [(100_000, 1), (30_000, 2), (20_000, 3)])

@@ -712,10 +712,7 @@ def stages(
         traced.weights, traced.trained, traced.states, traced.layer, traced.rest, traced.packed
     )
     lower = recipe.training.mixed_precision == "bf16" and not on_cpu
-    # DeepSpeed moves the whole model to each device before it takes its share of it.
-    section = recipe.parallel
-    first = processes > 1 and isinstance(section, DeepSpeed) and section.stage == 3
-    return ({"loading": {**fixed, "weights": traced.weights}} if first else {}) | {
+    held: dict[str, Parts] = {
         name: {part: size for part, size in parts.items() if size}
         if processes == 1
         else parallel.held(
@@ -729,6 +726,10 @@ def stages(
         )
         for name, parts in found.items()
     }
+    if processes > 1 and isinstance(recipe.parallel, DeepSpeed) and recipe.parallel.stage == 3:
+        # It moves the whole model to each device before it cuts it.
+        held["loading"] = {**fixed, "weights": traced.weights}
+    return held
 
 
 SPREAD = {"cpu": 0.03, "cuda": 0.03, "mps": 0.05}

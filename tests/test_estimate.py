@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from tunesmith import api, devices
 from tunesmith import estimate as estimating
@@ -86,6 +87,30 @@ def test_every_method_is_traced(recipe, method, reference, pairs):
     # a reference that is a copy is there twice
     assert weights >= (2 if method in ("dpo", "kto") else 1) * trained
     assert found.flops_per_step > 6 * trained / 4
+
+
+def test_of_several_processes_each_holds_its_share_of_what_can_be_cut(recipe, tiny_model_folder):
+    """Packed weights stay whole under FSDP; DeepSpeed has the whole model on each GPU before it is cut."""
+    from transformers import AutoModelForCausalLM
+
+    def found(number, **changes):
+        launch = {"kind": "accelerate", "processes": number}
+        training = {"mixed_precision": "bf16", "max_steps": 2, "gradient_accumulation_steps": 4}
+        return planned(recipe(launch=launch, training=training, **changes), device="h100").stages
+
+    packed = {"adapter": {"kind": "qlora"}, "parallel": {"kind": "fsdp"}}
+    one, four = (found(number, **packed)["training"]["weights"] for number in (1, 4))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    linear = sum(
+        m.weight.numel()
+        for name, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and name != "lm_head"
+    )
+    # Half a byte and its scales.
+    assert 0.5 * linear < (4 * four - one) / 3 < 0.65 * linear
+    zero = found(2, parallel={"kind": "deepspeed", "stage": 3})
+    full = found(1)["training"]["weights"]
+    assert zero["loading"]["weights"] == full == pytest.approx(2 * zero["training"]["weights"], abs=1)
 
 
 def test_a_device_that_is_not_here(recipe):

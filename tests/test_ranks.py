@@ -19,7 +19,7 @@ from tunesmith.errors import RecipeError, RunError, TunesmithError
 from tunesmith.plan import dealt
 from tunesmith.recipe import DPO, Training
 from tunesmith.training.order import Dealt
-from tunesmith.training.run import Run
+from tunesmith.training.run import Run, create
 
 ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_epochs": 1}
 LORA = {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.0}, "training": ONE_BY_ONE}
@@ -141,6 +141,33 @@ def test_what_cannot_be_parted_is_refused_with_its_reason(asked):
 
     assert METHODS["dpo"].alone(DPO()) is None
     assert "others of its batch" in METHODS["dpo"].alone(DPO(sft_weight=1.0))
+
+
+@pytest.mark.parametrize("launcher", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"parallel": {"kind": "fsdp"}, "training": {"eval_metrics": ["token_f1"]}},
+            "has the whole model to ask",
+        ),
+        ({"method": {"kind": "dpo", "sft_weight": 1.0}}, "is trained in one process"),
+    ],
+)
+def test_what_does_not_go_with_several_processes_is_refused_where_a_run_goes_on(
+    asked, monkeypatch, changes, said, launcher
+):
+    """A run that one process began: with others than it has it would wait for answers that nobody gives."""
+    recipe = asked("more", changes)
+    run = create(recipe).path
+    started = [monkeypatch.setattr(launch, "start", lambda *given: pytest.fail("processes were started"))]
+    if launcher:  # launched together, and this is the first of them
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setattr(ranks, "dismiss", lambda: started.append("dismissed"))
+    with pytest.raises(RecipeError, match=said):
+        api.resume(run, processes=None if launcher else 2)
+    assert launcher == ("dismissed" in started)
 
 
 def test_the_plan_says_what_each_process_takes(asked):
@@ -301,7 +328,7 @@ def same_as_one(asked, tmp_path, kinds, processes) -> None:
         norms = [[e["grad_norm"] for e in events[run]] for run in (several, one)]
         assert norms[0] == pytest.approx(norms[1], rel=1e-4), "clipped by the norm of the whole gradient"
         if kind.endswith(SHARES):
-            assert_in_shares(several, one)
+            assert_in_shares(several, one, processes)
         if kind not in CONTINUED:
             continue
         # Continued in one process: at the same row, with the same numbers.
@@ -313,16 +340,16 @@ def same_as_one(asked, tmp_path, kinds, processes) -> None:
         assert any(f"the number of processes was {processes}, is 1" in message for message in said)
 
 
-def assert_in_shares(run: Path, one: Path) -> None:
+def assert_in_shares(run: Path, one: Path, processes: int) -> None:
     """A checkpoint is in shares and no pickle; the model at the end is whole, and that of one process."""
     from safetensors.torch import load_file
 
     for folder in (run / "checkpoints").iterdir():
         listed = set(json.loads((folder / "manifest.json").read_text())["files"])
-        assert len([name for name in listed if name.startswith("sharded/")]) == 2
+        assert len([name for name in listed if name.startswith("sharded/")]) == processes
         assert {Path(name).suffix for name in listed} <= {".safetensors", ".json"}
     [told] = [e for e in Run(run).events() if e.get("name") == "sharding"]
-    assert told["value"] == "1/2 in each process"
+    assert told["value"] == f"1/{processes} in each process"
     [mine], [its] = ([*(folder / "final_model").glob("*.safetensors")] for folder in (run, one))
     mine, its = load_file(mine), load_file(its)
     assert {name: t.shape for name, t in mine.items()} == {name: t.shape for name, t in its.items()}

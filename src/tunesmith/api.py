@@ -416,7 +416,7 @@ def _launched(recipe: Recipe, job: Mapping[str, Any], watch: Watch) -> Result:
     from tunesmith.evaluation.compare import Comparison
 
     number = launch.processes(recipe.launch)
-    launch.check(recipe.training, number)
+    _check_processes(recipe)
     if isinstance(recipe.launch, Ray):  # whose workers are in folders of their own
         place = recipe.launch.storage
         if place and "://" not in place:
@@ -2518,6 +2518,7 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
                 _check_before_training(recipe)
             else:
                 _check_settings(recipe)
+                _check_processes(recipe)
             point = checkpoints.choose(run, checkpoint) if checkpoint else None
             if point and (changed := checkpoints.environment_differences(point)):
                 run.event("warning", message=f"The run goes on, though not to the bit: {'; '.join(changed)}.")
@@ -2631,6 +2632,23 @@ def _check_before_training(recipe: Recipe) -> None:
     )
     check_effect(recipe)
     method.check(recipe)
+    _check_processes(recipe)
+    evaluation.check_scoring(recipe.evaluation.metrics or [], gives_scores=method.head is not None)
+    models.check_fit(
+        recipe.model.base,
+        recipe.adapter,
+        revision=recipe.model.revision,
+        max_length=recipe.data.max_length,
+        head=method.head,
+    )
+
+
+def _check_processes(recipe: Recipe) -> None:
+    """Raises RecipeError for what the number of processes does not go with, which may be another one in each life of a
+    run."""
+    from tunesmith.methods import METHODS
+
+    method = METHODS[recipe.method.kind]
     if (number := launch.processes(recipe.launch)) > 1:
         launch.check(recipe.training, number)
         if why := method.alone(recipe.method):
@@ -2640,14 +2658,6 @@ def _check_before_training(recipe: Recipe) -> None:
                 fix="Leave --launch out, or start it without a launcher.",
             )
     parallel.check(recipe, number)
-    evaluation.check_scoring(recipe.evaluation.metrics or [], gives_scores=method.head is not None)
-    models.check_fit(
-        recipe.model.base,
-        recipe.adapter,
-        revision=recipe.model.revision,
-        max_length=recipe.data.max_length,
-        head=method.head,
-    )
 
 
 def _check_settings(recipe: Recipe) -> None:

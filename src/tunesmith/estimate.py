@@ -26,7 +26,7 @@ from tunesmith.devices import DeviceFacts
 from tunesmith.errors import OutOfResources, TunesmithError
 from tunesmith.heap import Block, most_held
 from tunesmith.plan import Plan, weights_dtype
-from tunesmith.recipe import LoRA, Model, QLoRA, Recipe, Training
+from tunesmith.recipe import DeepSpeed, LoRA, Model, QLoRA, Recipe, Training
 from tunesmith.training.run import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
@@ -338,9 +338,11 @@ class Traced:
     saved: int
     """Bytes of what is saved as the model."""
     layer: int
-    """Bytes of the weights of the largest layer."""
+    """Bytes of the weights of the largest layer that can be cut into shares."""
     rest: int
-    """Bytes of the weights outside of the layers."""
+    """Bytes of those outside of the layers."""
+    packed: int
+    """Bytes of the weights that are packed in 4 bits, which cannot."""
     step: dict[str, int]
     costs: tuple[tuple[float, float], ...]
     flops: float
@@ -523,12 +525,14 @@ def _traced(
                 except (RuntimeError, NotImplementedError, TypeError) as error:
                     notes.append(f"a validation was not traced: {str(error).splitlines()[0][:120]}")
         own = _bytes(trained)
-        saved = (
-            own
-            if isinstance(recipe.adapter, LoRA)
-            else _bytes({id(p): p for p in model.parameters()}.values())
-        )
-        layers = [_bytes(layer.parameters()) for stack in layer_stacks(model) for layer in stack]
+        every = {id(p): p for p in model.parameters()}.values()
+        saved = own if isinstance(recipe.adapter, LoRA) else _bytes(every)
+        packed = [p for p in every if not p.is_floating_point()]
+        layers = [
+            _bytes(p for p in layer.parameters() if p.is_floating_point())
+            for stack in layer_stacks(model)
+            for layer in stack
+        ]
         width = max(
             (v.shape[-1] for v in inputs.values() if isinstance(v, torch.Tensor) and v.dim() == 2), default=0
         )
@@ -539,7 +543,8 @@ def _traced(
             largest=max((p.nbytes for p in trained), default=0),
             saved=saved,
             layer=max(layers, default=0),
-            rest=max(_bytes({id(p): p for p in model.parameters()}.values()) - sum(layers), 0),
+            rest=max(_bytes(every) - _bytes(packed) - sum(layers), 0),
+            packed=_bytes(packed),
             step=dict(parts),
             costs=tuple(costs),
             flops=flops,
@@ -703,16 +708,28 @@ def stages(
         if replayed and name in ("training", "updating"):
             spread = max(replayed[name == "updating"] - loose - parts["optimizer"], 0)
         parts["spread"] = int(spread)
-    alone = parallel.Model(traced.weights, traced.trained, traced.states, traced.layer, traced.rest)
+    alone = parallel.Model(
+        traced.weights, traced.trained, traced.states, traced.layer, traced.rest, traced.packed
+    )
     lower = recipe.training.mixed_precision == "bf16" and not on_cpu
-    return {
+    held: dict[str, Parts] = {
         name: {part: size for part, size in parts.items() if size}
         if processes == 1
         else parallel.held(
-            recipe.parallel, alone, parts, processes=processes, capacity=facts.memory, lower=lower
+            recipe.parallel,
+            alone,
+            parts,
+            processes=processes,
+            capacity=facts.memory,
+            lower=lower,
+            device=facts.kind,
         )
         for name, parts in found.items()
     }
+    if processes > 1 and isinstance(recipe.parallel, DeepSpeed) and recipe.parallel.stage == 3:
+        # It moves the whole model to each device before it cuts it.
+        held["loading"] = {**fixed, "weights": traced.weights}
+    return held
 
 
 SPREAD = {"cpu": 0.03, "cuda": 0.03, "mps": 0.05}
@@ -1128,7 +1145,8 @@ def _largest(
     if rest > found.capacity:
         return 0
     apart = sum(b for n, b in found.stages["training"].items() if n not in (*traced.step, "spread"))
-    room = found.capacity - apart - traced.trained - mine * (1 + SPREAD[kind])
+    gradients = found.stages["updating"].get("gradients", 0)  # all of them, or this process's share
+    room = found.capacity - apart - gradients - mine * (1 + SPREAD[kind])
     return min(max(int(held + room // per_row), 0), len(rows.lengths))
 
 

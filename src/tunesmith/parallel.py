@@ -99,7 +99,13 @@ def decided(section: Parallel, processes: int, device: str, training: Training) 
         return [
             Decision(
                 "parallel", "deepspeed", "the recipe's; checkpoints are continued by as many processes only"
-            )
+            ),
+            Decision(
+                "not a number",
+                "less guarded",
+                "DeepSpeed updates by itself: a loss that is no number is noticed after its update, gradients are not "
+                "looked at, and of stage 3 no weights",
+            ),
         ]
     found = [Decision("parallel", "fsdp", f"each process holds 1/{processes} of what it would hold alone")]
     if section.cpu_offload and device == "cpu":
@@ -112,7 +118,7 @@ def decided(section: Parallel, processes: int, device: str, training: Training) 
 STAGES = {
     1: "optimizer states are spread over the processes",
     2: "optimizer states and gradients are spread over the processes",
-    3: "optimizer states, gradients and weights are spread over the processes",
+    3: "optimizer states, gradients and weights are spread over the processes; each GPU holds the whole model at first",
 }
 """What each stage of ZeRO spreads."""
 
@@ -131,6 +137,8 @@ class Model:
     """Of the weights of the largest layer."""
     rest: int
     """Of the weights outside of the layers: embeddings, head, norms."""
+    packed: int = 0
+    """Of the weights that are packed in 4 bits, which cannot be cut; neither `layer` nor `rest` has them."""
 
 
 def stage(section: DeepSpeed, model: Model, processes: int, capacity: int) -> int:
@@ -155,9 +163,11 @@ def held(
     processes: int,
     capacity: int,
     lower: bool = False,
+    device: str = "cuda",
 ) -> dict[str, int]:
     """Bytes by part in one of several processes, from those that it would hold alone. `lower` says that float32 weights
-    are sent in bfloat16. What is answered and written outside of the steps is the first process's alone."""
+    are sent in bfloat16. On a CPU nothing is held elsewhere between its uses. What is answered and written outside of
+    the steps is the first process's alone."""
     found = dict(parts)
     if processes == 1 or "cache" in parts:
         return found
@@ -173,18 +183,19 @@ def held(
         found["gradients"] = parts["gradients"] // processes
         found["buckets"] = int(min(model.trained, model.layer + model.rest) * sends)
     if number == 3:
-        found["weights"] = parts["weights"] // processes
+        found["weights"] = model.packed + (parts["weights"] - model.packed) // processes
         # The layer that is run, and the next one, which is fetched meanwhile; the rest stays for the whole pass.
         whole = isinstance(section, FSDP) and not section.reshard_after_forward
-        once = model.weights if whole else min(2 * model.layer + model.rest, model.weights)
+        cut = model.weights - model.packed
+        once = cut if whole else min(2 * model.layer + model.rest, cut)
         found["gathered"] = int(once * sends)
-    offloads = (isinstance(section, FSDP) and section.cpu_offload) or (
+    offloads = (isinstance(section, FSDP) and section.cpu_offload and device != "cpu") or (
         isinstance(section, DeepSpeed) and section.offload_parameters
     )
     if offloads or (isinstance(section, DeepSpeed) and section.offload_optimizer):
         found["optimizer"] = 0
     if offloads:
-        found["weights"] = found["gradients"] = 0
+        found["weights"], found["gradients"] = model.packed, 0
     return {name: size for name, size in found.items() if size}
 
 

@@ -316,7 +316,10 @@ def save_model(trainer: Any, folder: Path, initial_adapter: Path | None, info: M
     checkpoints.require_finite(trainer)
     state = sharding.whole(trainer.model) if trainer.sharding else None
     if trainer.is_deepspeed_enabled:
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # base and adapter
+        wanted = sharding.saved_names(trainer.accelerator.unwrap_model(trainer.model))
+        if state is not None and wanted is not None:
+            state = {name: tensor for name, tensor in state.items() if name in wanted}
     if not trainer.args.should_save:
         return
     staging = folder.with_name(f".{folder.name}.tmp")

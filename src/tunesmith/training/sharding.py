@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tunesmith import ranks
-from tunesmith.errors import RunError, counted
+from tunesmith.errors import RunError, TunesmithError, counted, is_lost_peer, is_out_of_memory
 from tunesmith.models import layer_stacks
 from tunesmith.recipe import FSDP
 from tunesmith.training.run import Run
@@ -125,16 +126,22 @@ def is_finite(parameter: torch.Tensor) -> bool:
     return bool(torch.isfinite(_local(parameter.detach())).all())
 
 
+def saved_names(model: nn.Module) -> set[str] | None:
+    """Which tensors of a model are saved: with an adapter those that are trained; None where all are."""
+    if not hasattr(model, "peft_config"):
+        return None
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def whole(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """The tensors of a sharded model by name, whole, one gathered after the other, in the first process; None in the
     others, which take part. Of a model with an adapter those that are trained."""
     parted(model)
-    adapted = hasattr(model, "peft_config")
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    wanted = saved_names(model)
     found: dict[str, torch.Tensor] = {}
     once: dict[int, torch.Tensor] = {}  # tied ones stay tied
     for name, value in model.state_dict(keep_vars=True).items():
-        if adapted and name not in trained:
+        if wanted is not None and name not in wanted:
             continue
         if id(value) not in once:
             full = plain(value.detach())
@@ -181,14 +188,65 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     return {WEIGHTS + name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@contextmanager
+def _plainly(what: str) -> Iterator[None]:
+    """Raise what a process has met while shares were written or read. torch hands it to all processes in a
+    CheckpointException, which is no Exception, so nothing that mends or cleans up would see it."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as wrapped:
+        process, (error, _) = next(iter(sorted(wrapped.failures.items())))
+        if (
+            isinstance(error, TunesmithError | OSError)
+            or not isinstance(error, Exception)  # a stop on request
+            or is_out_of_memory(error)
+            or is_lost_peer(error)
+        ):
+            raise error from wrapped
+        raise RunError(
+            f"{what} failed.",
+            found=f"process {process}: {type(error).__name__}: {error}",
+            fix="What was saved before is whole: `tunesmith resume` goes on from it.",
+        ) from wrapped
+
+
 def write(trainer: Any, folder: Path, states: Mapping[str, torch.Tensor]) -> None:
-    """Write trained weights and the optimizer's tensors by name, each process its shares; all of them call it."""
+    """Write trained weights and the optimizer's tensors by name, each process its shares; all of them call it.
+
+    Raises what any process has met, in all of them, and RunError where the first one does not find what the others
+    say they have written.
+    """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    class Compared(HuggingFaceStorageWriter):
+        def finish(self, metadata: Any, results: list[list[Any]]) -> None:
+            """In the first process, when all have written."""
+            check_there(folder / FOLDER, [part.storage_data.relative_path for own in results for part in own])
+            super().finish(metadata, results)
+
     tensors = {**_trained(trainer.model), **states}
-    writer = HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
-    save(tensors, storage_writer=writer)
+    with _plainly(f"Writing the shares to {folder}"):
+        save(tensors, storage_writer=Compared(str(folder / FOLDER), save_distributed=True))
+
+
+def check_there(folder: Path, written: Sequence[str]) -> None:
+    """Raises RunError where the files of a folder are not those that the processes say they wrote, as where each node
+    has a disk of its own under the run's path."""
+    there, told = {path.name for path in folder.glob("*.safetensors")}, set(written)
+    if there != told:
+        missing, more = sorted(told - there), sorted(there - told)
+        raise RunError(
+            f"The files in {folder} are not those that the processes wrote, so this is no checkpoint.",
+            found="; ".join(
+                f"{counted(len(names), 'file')} {what}: {', '.join(names[:3])}"
+                for what, names in (("missing", missing), ("too many", more))
+                if names
+            ),
+            fix="Have all nodes write to one folder that each of them sees (--output-dir).",
+        )
 
 
 def is_sharded(folder: Path) -> bool:
@@ -257,4 +315,5 @@ def _read(folder: Path, into: Mapping[str, torch.Tensor], *, together: bool) -> 
                 fix="Continue with the recipe and the base model that the run was started with.",
             )
     reader = HuggingFaceStorageReader(str(folder / FOLDER))
-    load(dict(into), storage_reader=reader, no_dist=not together)
+    with _plainly(f"Reading the shares of {folder}"):
+        load(dict(into), storage_reader=reader, no_dist=not together)

@@ -639,10 +639,12 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
                 found = [n for places, numbers in blamed for place in places for n in numbers[place]]
                 every = [n for _, numbers in blamed for part in numbers for n in part]
                 self._numbers, bad = [[n for n in found or every if n >= 0]], [0] if found else []
+            # DeepSpeed's backward pass ends with its update.
+            updated = "had been updated by it" if self.is_deepspeed_enabled else "were not updated"
             what = "The weights are" if weight else "The loss is" if bad else "The gradient is"
             raise TrainingDiverged(
                 f"{what} {'no longer numbers' if weight else 'not a number'} at step {self.state.global_step + 1}; "
-                "the weights were not updated.",
+                f"the weights {updated}.",
                 found=self._blamed(bad or range(len(losses)), is_weight=bool(weight)),
                 fix="The last good checkpoint is kept. Look at these rows with `tunesmith inspect`, lower "
                 "training.learning_rate, raise warmup_steps, or use bf16 instead of fp16.",

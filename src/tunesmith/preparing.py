@@ -31,6 +31,8 @@ def prepare(
     if pieces and not data.is_joined(pieces):
         made = shares.shared_out(pieces, make, recipe, processes=processes, share=share, watch=watch)
         missing = sum(not pieces.has(begin) for begin, _ in pieces.ranges())
+        if missing and data.is_joined(pieces):  # by another node, meanwhile
+            missing = 0
     told: dict[str, Any] = {
         "rows": len(splits.fates),
         "pieces": len(pieces.ranges()) if pieces else 1,

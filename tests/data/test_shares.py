@@ -125,6 +125,30 @@ def test_two_nodes_that_end_together_may_both_join(asked, tmp_path, monkeypatch)
     assert api.prepare(recipe)["fingerprint"] == told[1]
 
 
+@pytest.mark.parametrize("folder_goes", [False, True])
+def test_joining_leaves_a_node_at_work_its_folder(asked, tmp_path, monkeypatch, folder_goes):
+    """One node tokenizes a piece while another, without a share, makes and joins all of them."""
+    recipe, told = asked("sft", "g"), []
+    api.prepare(recipe, share=(3, 4))
+    rows = data_room._encode_rows
+
+    def overtaken(*given, **more):
+        if not told:
+            told.append(True)
+            told.append(api.prepare(recipe)["fingerprint"])
+            [folder] = (tmp_path / "g/prepared").glob("*.pieces")
+            assert {path.name[:8] for path in folder.iterdir()} == {".making-"}, "of the node at work"
+            if folder_goes:
+                shutil.rmtree(folder)
+        rows(*given, **more)
+
+    monkeypatch.setattr(data_room, "_encode_rows", overtaken)
+    last = api.prepare(recipe, share=(1, 4))
+    assert (last["joined"], last["missing"], last["made"]) == (True, 0, 0 if folder_goes else 1)
+    assert last["fingerprint"] == told[1]
+    assert not list((tmp_path / "g/prepared").glob("*.pieces"))
+
+
 def test_a_breach_in_a_piece_is_told_when_the_pieces_are_joined(asked, tmp_path):
     recipe = asked("sft", "d")
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"over_long": "error"})})

@@ -673,7 +673,12 @@ def is_joined(pieces: Pieces) -> bool:
 def encode_piece(
     pieces: Pieces, begin: int, end: int, splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn
 ) -> bool:
-    """Tokenize the rows of one piece, and keep it; not where tiktoken is no help: then they are left to the joining."""
+    """Tokenize the rows of one piece, and keep it; whether it did.
+
+    Not where tiktoken is no help (then they are left to the joining), nor where another node has joined all meanwhile.
+    """
+    if is_joined(pieces):
+        return False
 
     def write(written: cache.SplitsWriter) -> dict[str, Any]:
         told = _Told(_proof(splits, encoder(tokenizer, quick=True), data=data, loss_on=loss_on))
@@ -683,6 +688,10 @@ def encode_piece(
     try:
         pieces.make(begin, end, write)
     except Differs:
+        return False
+    except FileNotFoundError:  # the folder is gone
+        if not is_joined(pieces):
+            raise
         return False
     return True
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith import api, preparing
+from tunesmith import api, dataflow, preparing
 from tunesmith import data as data_room
 from tunesmith.compose import compose
-from tunesmith.data import cache, shares
+from tunesmith.data import cache, shares, sources
 from tunesmith.errors import DataError, TunesmithError
 
 RECIPES = {
@@ -97,11 +97,40 @@ def test_what_was_interrupted_goes_on_and_a_spoiled_piece_is_made_anew(asked, tm
     assert told["joined"]
 
 
+def test_a_process_reads_the_source_once_for_all_of_its_pieces(asked, tmp_path, monkeypatch):
+    """Not from its first row for each piece; nor does joining where every other piece is missing."""
+    one = api.prepare(asked("sft", "h"))
+    recipe = asked("sft", "i")
+    api.prepare(recipe, share=(4, 4))
+    parsed, read = sources.parsed, []
+
+    def counted(*given, **more):
+        for record in parsed(*given, **more):
+            read.append(record.row)
+            yield record
+
+    monkeypatch.setattr(sources, "parsed", counted)
+    assert api.prepare(recipe, share=(2, 4))["made"] == 1
+    assert len(read) == 200, "no further than its only piece"
+    read.clear()
+    assert api.prepare(recipe, share=(1, 4))["made"] == 2
+    assert len(read) == 500, "pieces 1 and 5, of 2 files"
+    read.clear()
+    told = api.prepare(recipe, share=(3, 4))
+    assert (told["made"], told["joined"], told["fingerprint"]) == (1, True, one["fingerprint"])
+    assert len(read) == 300
+    again = asked("sft", "j")
+    for node in (1, 3):
+        api.prepare(again, share=(node, 5))
+    read.clear()
+    found = dataflow.encodings(again, dataflow.splits(again))
+    assert found.fingerprint == one["fingerprint"]
+    assert len(read) == 500, "pieces 2, 4 and 5"
+
+
 def test_training_takes_what_was_prepared_and_makes_what_is_missing(asked, tmp_path):
     recipe = asked("sft", "b")
     api.prepare(recipe, share=(2, 2))
-    from tunesmith import dataflow
-
     found = dataflow.encodings(recipe, dataflow.splits(recipe))
     assert any("2 pieces of 100 rows had been tokenized before" in note for note in found.notes)
     other = api.prepare(asked("sft", "c"))

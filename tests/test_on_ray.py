@@ -405,7 +405,9 @@ def test_trials_are_recorded_as_they_end_and_a_short_recipe_has_a_scheduler():
 
     def trial(number, **last):
         return SimpleNamespace(
-            config={"trial": {"number": number}}, last_result=last, get_error=lambda: RuntimeError("no node")
+            config={"trial": {"number": number}},
+            last_result=last,
+            get_error=lambda: RuntimeError("no node"),  # noqa: B023
         )
 
     assert copy.deepcopy(tell) is tell

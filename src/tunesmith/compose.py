@@ -172,9 +172,11 @@ def union_members(name: str) -> dict[str, type[BaseModel]]:
 
 
 _PASSWORD = re.compile(
-    r"://[^/\s@]*:[^/\s@]+@|://\S*[?&][^=&\s]*(signature|sig|token|secret|password|key)=[^&\s]", re.IGNORECASE
+    r"://[^/\s@]*:[^/\s@]+@|https?://[^/?#\s@]+@"
+    r"|://\S*[?&][^=&\s]*(signature|sig|sas|token|jwt|secret|password|credentials?|auth|key)=[^&\s]",
+    re.IGNORECASE,
 )
-"""A password before the host, or a signed address, which is as good as one."""
+"""A password before the host, or what may be one: a user's name there, a signed address."""
 
 
 def check_passwords(value: Any, path: str) -> None:

@@ -29,8 +29,13 @@ def prepare(
     pieces = _pieces(recipe, splits)
     made = missing = 0
     if pieces and not data.is_joined(pieces):
-        made = shares.shared_out(pieces, make, recipe, processes=processes, share=share, watch=watch)
+        try:
+            made = shares.shared_out(pieces, make, recipe, processes=processes, share=share, watch=watch)
+        finally:
+            _read.cache_clear()  # which closes the files
         missing = sum(not pieces.has(begin) for begin, _ in pieces.ranges())
+        if missing and data.is_joined(pieces):  # by another node, meanwhile
+            missing = 0
     told: dict[str, Any] = {
         "rows": len(splits.fates),
         "pieces": len(pieces.ranges()) if pieces else 1,
@@ -54,19 +59,26 @@ def prepare(
 
 def make(recipe: Recipe, begin: int, end: int) -> bool:
     """Tokenize one piece, in whatever process; what it needs of the recipe is read once in each."""
-    splits, tokenizer, pieces = _read(recipe.model_dump_json())
+    splits, tokenizer, pieces, readings = _read(recipe.model_dump_json())
     return data.encode_piece(
-        pieces, begin, end, splits, tokenizer, data=recipe.data, loss_on=_loss_on(recipe)
+        pieces,
+        begin,
+        end,
+        splits,
+        tokenizer,
+        data=recipe.data,
+        loss_on=_loss_on(recipe),
+        readings=readings,
     )
 
 
 @cache
-def _read(content: str) -> tuple[data.Splits, Any, Pieces]:
+def _read(content: str) -> tuple[data.Splits, Any, Pieces, data.Readings]:
     recipe = Recipe.model_validate_json(content)
     splits = _splits(recipe)  # which the cache has
     pieces = _pieces(recipe, splits)
     assert pieces, "only methods that tokenize in pieces are asked"
-    return splits, _tokenizer(recipe), pieces
+    return splits, _tokenizer(recipe), pieces, {}
 
 
 def _splits(recipe: Recipe) -> data.Splits:

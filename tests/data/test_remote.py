@@ -99,6 +99,94 @@ def test_a_connection_that_breaks_is_taken_up_at_the_same_byte(store, monkeypatc
         rows_of(sources.read("memory://bucket/chats"))
 
 
+class Lost(Exception):
+    """What a library of a store raises where a connection breaks: as of httpx, aiohttp and botocore, no OSError."""
+
+
+class Reads:
+    """A file of the store whose readings go through a function of the test: the file, the size, the place."""
+
+    def __init__(self, file, read):
+        self.file, self.read = file, lambda size=-1: read(file, size)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def reading(monkeypatch, read):
+    opened = MemoryFileSystem._open
+    monkeypatch.setattr(MemoryFileSystem, "_open", lambda self, *a, **k: Reads(opened(self, *a, **k), read))
+
+
+def test_an_answer_that_ends_too_early_is_no_end_of_the_file(store, monkeypatch):
+    whole, ended, times = rows_of(sources.read("memory://bucket/chats")), [], [3]
+
+    def early(file, size):
+        if file.tell() > 8000 and len(ended) < times[0]:
+            ended.append(file.tell())
+            return b""
+        return file.read(size)
+
+    reading(monkeypatch, early)
+    assert rows_of(sources.read("memory://bucket/chats")) == whole
+    assert len(ended) == 3
+    times[0] = 10**9
+    with pytest.raises(
+        DataError, match=r"cannot be read further than byte [\d,]+.*\n.*ends at byte .*, 6 times"
+    ):
+        rows_of(sources.read("memory://bucket/chats"))
+
+
+def test_whatever_a_connection_fails_with_is_tried_again_and_a_no_is_not(store, monkeypatch):
+    whole = rows_of(sources.read("memory://bucket/chats"))
+    asked = {"info": 0, "read": 0}
+
+    def failing(what, answer):
+        asked[what] += 1
+        if asked[what] % 3 == 1:
+            raise Lost("connection reset")
+        return answer()
+
+    info = MemoryFileSystem.info
+    monkeypatch.setattr(MemoryFileSystem, "info", lambda self, *a, **k: failing("info", lambda: info(self, *a, **k)))  # fmt: skip  # noqa: E501
+    reading(monkeypatch, lambda file, size: failing("read", lambda: file.read(size)))
+    assert rows_of(sources.read("memory://bucket/chats")) == whole
+    assert min(asked.values()) > 10
+
+    class Denied(Lost):
+        status = 403
+
+    for error, times in ((Denied("not you"), 1), (TypeError("ours"), 1), (Lost("gone"), remote.TRIES)):
+        told = []
+
+        def refusing(self, *given, error=error, told=told, **more):
+            told.append(given)
+            raise error
+
+        monkeypatch.setattr(MemoryFileSystem, "info", info)
+        source = sources.open_source("memory://bucket/chats/test")
+        monkeypatch.setattr(MemoryFileSystem, "info", refusing)
+        with pytest.raises(TypeError if isinstance(error, TypeError) else DataError):
+            list(source.scan())
+        assert len(told) == times
+    monkeypatch.setattr(MemoryFileSystem, "info", info)  # the store is emptied with it
+
+
+def test_a_file_that_changes_while_a_connection_is_broken_is_an_error(store, monkeypatch):
+    name = "/bucket/chats/test/rest.jsonl"
+    content = store.cat(name)
+
+    def breaking(file, size):
+        if file.tell() > 8000 and store.cat(name) == content:
+            store.pipe(name, content.replace(b"answer", b"reward"))
+            raise Lost("connection reset")
+        return file.read(size)
+
+    reading(monkeypatch, breaking)
+    with pytest.raises(DataError, match=r"rest.jsonl changed while it was read"):
+        rows_of(sources.read("memory://bucket/chats/test"))
+
+
 def test_a_file_that_changes_between_two_readings_is_an_error(store):
     data = Data(dataset="memory://bucket/chats", cache=False, near_duplicates="ignore")
     splits = prepare(data)
@@ -132,6 +220,9 @@ def test_what_cannot_be_read_is_said_with_what_to_do(store, monkeypatch):
         "https://x.blob.core/r.jsonl?sv=1&sig=abc",
         "https://b.s3.aws/r.jsonl?X-Amz-Signature=abc",
         "s3://a:b@c/d",
+        "https://abc@raw.x/y.jsonl",
+        "https://x.org/r.jsonl?auth=abc",
+        "https://x.org/r.jsonl?v=1&X-Amz-Credential=abc",
     ],
 )
 def test_an_address_with_a_key_in_it_is_refused_without_being_shown(url):
@@ -139,7 +230,12 @@ def test_an_address_with_a_key_in_it_is_refused_without_being_shown(url):
         compose({"data": {"dataset": url}})
     assert "data.dataset has a password in its address" in str(refused.value)
     assert "abc" not in str(refused.value)
-    assert compose({"data": {"dataset": "https://x.org/r.jsonl?version=3"}}).recipe.data.dataset
+    for fine in (
+        "https://x.org/r.jsonl?version=3&author=me",
+        "hf://datasets/a/b@main/c",
+        "https://x.org/a@2/b",
+    ):
+        assert compose({"data": {"dataset": fine}}).recipe.data.dataset == fine
 
 
 def test_no_more_is_held_than_a_piece(store):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith import api, preparing
+from tunesmith import api, dataflow, preparing
 from tunesmith import data as data_room
 from tunesmith.compose import compose
-from tunesmith.data import cache, shares
+from tunesmith.data import cache, shares, sources
 from tunesmith.errors import DataError, TunesmithError
 
 RECIPES = {
@@ -97,11 +97,40 @@ def test_what_was_interrupted_goes_on_and_a_spoiled_piece_is_made_anew(asked, tm
     assert told["joined"]
 
 
+def test_a_process_reads_the_source_once_for_all_of_its_pieces(asked, tmp_path, monkeypatch):
+    """Not from its first row for each piece; nor does joining where every other piece is missing."""
+    one = api.prepare(asked("sft", "h"))
+    recipe = asked("sft", "i")
+    api.prepare(recipe, share=(4, 4))
+    parsed, read = sources.parsed, []
+
+    def counted(*given, **more):
+        for record in parsed(*given, **more):
+            read.append(record.row)
+            yield record
+
+    monkeypatch.setattr(sources, "parsed", counted)
+    assert api.prepare(recipe, share=(2, 4))["made"] == 1
+    assert len(read) == 200, "no further than its only piece"
+    read.clear()
+    assert api.prepare(recipe, share=(1, 4))["made"] == 2
+    assert len(read) == 500, "pieces 1 and 5, of 2 files"
+    read.clear()
+    told = api.prepare(recipe, share=(3, 4))
+    assert (told["made"], told["joined"], told["fingerprint"]) == (1, True, one["fingerprint"])
+    assert len(read) == 300
+    again = asked("sft", "j")
+    for node in (1, 3):
+        api.prepare(again, share=(node, 5))
+    read.clear()
+    found = dataflow.encodings(again, dataflow.splits(again))
+    assert found.fingerprint == one["fingerprint"]
+    assert len(read) == 500, "pieces 2, 4 and 5"
+
+
 def test_training_takes_what_was_prepared_and_makes_what_is_missing(asked, tmp_path):
     recipe = asked("sft", "b")
     api.prepare(recipe, share=(2, 2))
-    from tunesmith import dataflow
-
     found = dataflow.encodings(recipe, dataflow.splits(recipe))
     assert any("2 pieces of 100 rows had been tokenized before" in note for note in found.notes)
     other = api.prepare(asked("sft", "c"))
@@ -123,6 +152,30 @@ def test_two_nodes_that_end_together_may_both_join(asked, tmp_path, monkeypatch)
 
     monkeypatch.setattr(shares, "replayed", overtaken)
     assert api.prepare(recipe)["fingerprint"] == told[1]
+
+
+@pytest.mark.parametrize("folder_goes", [False, True])
+def test_joining_leaves_a_node_at_work_its_folder(asked, tmp_path, monkeypatch, folder_goes):
+    """One node tokenizes a piece while another, without a share, makes and joins all of them."""
+    recipe, told = asked("sft", "g"), []
+    api.prepare(recipe, share=(3, 4))
+    rows = data_room._encode_rows
+
+    def overtaken(*given, **more):
+        if not told:
+            told.append(True)
+            told.append(api.prepare(recipe)["fingerprint"])
+            [folder] = (tmp_path / "g/prepared").glob("*.pieces")
+            assert {path.name[:8] for path in folder.iterdir()} == {".making-"}, "of the node at work"
+            if folder_goes:
+                shutil.rmtree(folder)
+        rows(*given, **more)
+
+    monkeypatch.setattr(data_room, "_encode_rows", overtaken)
+    last = api.prepare(recipe, share=(1, 4))
+    assert (last["joined"], last["missing"], last["made"]) == (True, 0, 0 if folder_goes else 1)
+    assert last["fingerprint"] == told[1]
+    assert not list((tmp_path / "g/prepared").glob("*.pieces"))
 
 
 def test_a_breach_in_a_piece_is_told_when_the_pieces_are_joined(asked, tmp_path):

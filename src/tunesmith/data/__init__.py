@@ -94,7 +94,7 @@ from tunesmith.data.tokens import Differs
 from tunesmith.errors import DataError, counted, does
 from tunesmith.recipe import Data, DataSource
 
-__all__ = ["EncodedSplits", "Splits", "encoded", "ledger_lines", "prepare"]
+__all__ = ["EncodedSplits", "Readings", "Splits", "encoded", "ledger_lines", "prepare"]
 
 OPENING = {"config", "split", "data_files", "revision", "max_rows", "streaming"}
 """Fields of a data source that say which rows it has."""
@@ -155,14 +155,18 @@ class Splits:
     system_prompt: str | None = None
     group_by: str | None = None
 
-    def rows(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, Row, Example | None]]:
+    def rows(
+        self, first: int = 0, end: int | None = None, readings: Readings | None = None
+    ) -> Iterator[tuple[int, Row, Example | None]]:
         """Every row's running number and place, with its example where it has not been dropped; from one row to
-        another, where only these are wanted."""
-        number = 0
-        for part in self.parts:
+        another, where only these are wanted. With `readings` it goes on where the last rows with them ended."""
+        number, readings = 0, {} if readings is None else readings
+        for place, part in enumerate(self.parts):
             if end is not None and number >= end:
                 return
-            passed, source = _Passed(first - number, None if end is None else end - number), part.source
+            reading = readings.setdefault(place, _Reading())
+            passed = _Passed(first - number, None if end is None else end - number, reading)
+            source = part.source
             if first or end is not None:
                 source = replace(source, scan=partial(passed.within, source.scan))
             before = number
@@ -226,20 +230,53 @@ class Splits:
         return LedgerEntry(row, fate, self.reasons[number], copies=int(self.copies[number]))
 
 
+class _Reading:
+    """How far one reading of a source is: pieces in their order, one after another, cost one reading in all."""
+
+    def __init__(self) -> None:
+        self.records: Iterator[Any] | None = None
+        self.at = 0
+
+    def begin(self, scan: Callable[[], Iterator[Any]], first: int) -> None:
+        """Go on where it is, unless that is beyond a row."""
+        if self.records is None or self.at > first:
+            self.records, self.at = scan(), 0
+
+    def next(self) -> Any:
+        """The next record; None at the end."""
+        assert self.records is not None
+        try:
+            record = next(self.records, None)
+        except BaseException:
+            self.records = None  # what has failed would seem to be at its end
+            raise
+        self.at += record is not None
+        return record
+
+
+Readings = dict[int, _Reading]
+"""Of each part of a mix how far it has been read."""
+
+
 @dataclass
 class _Passed:
     """Rows of a source from one to another; those before are read and given to nobody."""
 
     first: int
     end: int | None
+    reading: _Reading
     left_out: int = 0
 
     def within(self, scan: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """The rows of the range."""
-        for number, record in enumerate(scan()):
-            if self.end is not None and number >= self.end:
+        first, reading = max(self.first, 0), self.reading
+        reading.begin(scan, first)
+        self.left_out = reading.at
+        while self.end is None or reading.at < self.end:
+            record = reading.next()
+            if record is None:
                 return
-            if number < self.first:
+            if reading.at <= first:
                 self.left_out += 1
             else:
                 yield record
@@ -671,18 +708,35 @@ def is_joined(pieces: Pieces) -> bool:
 
 @rarely_collected()
 def encode_piece(
-    pieces: Pieces, begin: int, end: int, splits: Splits, tokenizer: Any, *, data: Data, loss_on: LossOn
+    pieces: Pieces,
+    begin: int,
+    end: int,
+    splits: Splits,
+    tokenizer: Any,
+    *,
+    data: Data,
+    loss_on: LossOn,
+    readings: Readings | None = None,
 ) -> bool:
-    """Tokenize the rows of one piece, and keep it; not where tiktoken is no help: then they are left to the joining."""
+    """Tokenize the rows of one piece, and keep it; whether it did. Give each the same `readings`, in order.
+
+    Not where tiktoken is no help (then they are left to the joining), nor where another node has joined all meanwhile.
+    """
+    if is_joined(pieces):
+        return False
 
     def write(written: cache.SplitsWriter) -> dict[str, Any]:
         told = _Told(_proof(splits, encoder(tokenizer, quick=True), data=data, loss_on=loss_on))
-        _encode_rows(begin, end, splits, written, told, data=data, loss_on=loss_on)
+        _encode_rows(begin, end, splits, written, told, data=data, loss_on=loss_on, readings=readings)
         return told.as_dict()
 
     try:
         pieces.make(begin, end, write)
     except Differs:
+        return False
+    except FileNotFoundError:  # the folder is gone
+        if not is_joined(pieces):
+            raise
         return False
     return True
 
@@ -801,6 +855,7 @@ def _encode_into(
 ) -> dict[str, Any]:
     """Write the splits, from the pieces that are there and from the rows of all others; the facts about them."""
     told = _Told(_proof(splits, context, data=data, loss_on=loss_on))
+    encode = partial(_encode_rows, data=data, loss_on=loss_on, readings={})
     with cache.SplitsWriter(folder) as written:
         begin = 0
         for start, end in pieces.ranges() if pieces else ():
@@ -809,12 +864,12 @@ def _encode_into(
             if facts_of_piece is None:
                 continue
             if begin < start:
-                _encode_rows(begin, start, splits, written, told, data=data, loss_on=loss_on)
+                encode(begin, start, splits, written, told)
             shares.replayed(pieces.place(start), written)
             told.include(facts_of_piece["told"])
             begin = end
         if begin < len(splits.fates):
-            _encode_rows(begin, None, splits, written, told, data=data, loss_on=loss_on)
+            encode(begin, None, splits, written, told)
     counts, proof, too_long = told.counts, told.proof, told.too_long
     if too_long and data.over_long == "error":
         raise DataError(
@@ -843,10 +898,11 @@ def _encode_rows(
     *,
     data: Data,
     loss_on: LossOn,
+    readings: Readings | None = None,
 ) -> None:
     """Tokenize rows from one number to another, write them, and keep what there is to say of them."""
     counts, proof, too_long, context = told.counts, told.proof, told.too_long, told.proof.context
-    for rows, encodings in _stream(splits, context, loss_on, begin, end):
+    for rows, encodings in _stream(splits, context, loss_on, begin, end, readings):
         entries = [splits.entry(number, row) for number, row, _, _ in rows]
         trained: list[tuple[int, Example, Encoding]] = []
         for place, (_, _, example, asked) in enumerate(rows):
@@ -913,14 +969,14 @@ def _encode_rows(
 
 
 def _stream(
-    splits: Splits, context: Encoder, loss_on: LossOn, begin: int, end: int | None
+    splits: Splits, context: Encoder, loss_on: LossOn, begin: int, end: int | None, readings: Readings | None
 ) -> Iterator[tuple[list[Any], Iterator[Any]]]:
     """Rows in batches, each with its views (templates.py), and the encodings of all of these."""
     batches: list[list[tuple[int, Row, Example | None, list[Example]]]] = []
 
     def examples() -> Iterator[list[Example]]:
         total = (len(splits.fates) if end is None else end) - begin
-        rows = shown_progress(splits.rows(begin, end), "tokenizing", total=total)
+        rows = shown_progress(splits.rows(begin, end, readings), "tokenizing", total=total)
         for batch in batched(rows, BATCH):
             batches.append(
                 [

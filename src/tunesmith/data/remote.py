@@ -2,7 +2,7 @@
 network's failures.
 
 A row is named by its file and number there, as in a local folder. A file is opened again at the byte where its
-connection broke, and one that has changed since it was listed is an error.
+connection broke or ended too early, and one that has changed since it was listed is an error.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import io
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
-from typing import IO, Any, Literal, overload
+from typing import IO, Any, Literal, TypeVar, overload
 
-from tunesmith.errors import DataError, MissingExtra
+from tunesmith.errors import DataError, MissingExtra, TunesmithError
 
 PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "hf", "http", "https", "memory")
 """Kinds of places that are read; what they are called in a URL."""
@@ -25,7 +27,22 @@ PAUSE = 1.0
 AT_ONCE = 2**20
 """Bytes that are asked for at a time when a file is read from its beginning to its end."""
 
+OURS = (
+    TunesmithError,
+    ImportError,
+    TypeError,
+    AttributeError,
+    NameError,
+    AssertionError,
+    NotImplementedError,
+)
+"""What no store and no connection raises: these go on as they are."""
+LATER = (408, 425, 429)
+"""Answers of HTTP between 400 and 499 after which another try may succeed."""
+
 logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 
 def is_url(dataset: str) -> bool:
@@ -88,11 +105,7 @@ class Shard:
 
     def check(self) -> None:
         """Raises DataError where the file is another one than when it was listed."""
-        try:
-            self.filesystem.invalidate_cache()
-            mark = _mark(self.filesystem, self.path)
-        except FileNotFoundError:
-            mark = "gone"
+        mark = _asked(self._mark_now, self.place, f"{self.place} cannot be looked up.")
         if mark != self.mark:
             raise DataError(
                 f"{self.place} changed while it was read.",
@@ -102,6 +115,13 @@ class Shard:
                 fix="Start again when nothing writes to it any more.",
             )
 
+    def _mark_now(self) -> str:
+        try:
+            self.filesystem.invalidate_cache()
+            return _mark(self.filesystem.info(self.path))
+        except FileNotFoundError:
+            return "gone"
+
 
 class Steady(io.RawIOBase):
     """The bytes of a remote file, whatever happens to a connection: what breaks is opened again at the next byte."""
@@ -109,6 +129,7 @@ class Steady(io.RawIOBase):
     def __init__(self, shard: Shard) -> None:
         self.shard, self._place = shard, 0
         self._file: Any = None
+        self._was_open = False
 
     def readable(self) -> bool:
         """It is."""
@@ -135,29 +156,31 @@ class Steady(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill as much of the buffer as comes at once. Raises DataError when the store does not answer any more."""
-        for tried in range(TRIES):
-            try:
-                if self._file is None:
-                    self._file = self.shard.filesystem.open(self.shard.path, "rb", block_size=AT_ONCE)
-                if self._file.tell() != self._place:
-                    self._file.seek(self._place)
-                piece: bytes = self._file.read(len(buffer))
-                break
-            except (OSError, EOFError, TimeoutError) as error:
-                self._drop()
-                if isinstance(error, FileNotFoundError | PermissionError) or tried == TRIES - 1:
-                    raise DataError(
-                        f"{self.shard.place} cannot be read further than byte {self._place:,}.",
-                        found=f"{type(error).__name__}: {str(error)[:200]}, {tried + 1} times",
-                        fix="Start again; rows that were prepared are kept.",
-                    ) from error
-                logger.warning(
-                    "%s: %s at byte %d; asked again", self.shard.place, type(error).__name__, self._place
-                )
-                time.sleep(PAUSE * 2**tried)
+        piece = _asked(
+            lambda: self._next(len(buffer)),
+            f"{self.shard.place}, byte {self._place:,}",
+            f"{self.shard.place} cannot be read further than byte {self._place:,}.",
+        )
         buffer[: len(piece)] = piece
         self._place += len(piece)
         return len(piece)
+
+    def _next(self, length: int) -> bytes:
+        try:
+            if self._file is None:
+                self._file = self.shard.filesystem.open(self.shard.path, "rb", block_size=AT_ONCE)
+                if self._was_open:  # the first time, Shard.open has looked
+                    self.shard.check()
+                self._was_open = True
+            if self._file.tell() != self._place:
+                self._file.seek(self._place)
+            piece: bytes = self._file.read(length)
+            if not piece and length and self._place < (self.shard.size or 0):
+                raise EOFError(f"the store's answer ends at byte {self._place:,} of {self.shard.size:,}")
+        except Exception:
+            self._drop()
+            raise
+        return piece
 
     def _drop(self) -> None:
         if self._file is not None:
@@ -173,9 +196,44 @@ class Steady(io.RawIOBase):
         super().close()
 
 
-def _mark(filesystem: Any, path: str) -> str:
+def _asked(ask: Callable[[], Answer], place: str, problem: str, fix: str = "") -> Answer:
+    """What a store answers, asked again where it fails: each store and each connection fails in its own types.
+
+    Raises DataError in the end, and at once for what is missing or not allowed.
+    """
+    for tried in range(1, TRIES + 1):
+        try:
+            return ask()
+        except OURS:
+            raise
+        except Exception as error:
+            if tried == TRIES or _is_final(error):
+                said = str(error).splitlines()
+                times = f", {tried} times" if tried > 1 else ""
+                raise DataError(
+                    problem,
+                    found=f"{type(error).__name__}: {said[0][:300] if said else ''}{times}",
+                    fix=fix or "Start again; rows that were prepared are kept.",
+                ) from error
+            logger.warning("%s: %s; asked again", place, type(error).__name__)
+            time.sleep(PAUSE * 2 ** (tried - 1))
+    raise AssertionError("the last try returns or raises")
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether a store has said no: there is nothing, it may not be read, or nobody is logged in."""
+    if isinstance(error, FileNotFoundError | PermissionError) or "Credential" in type(error).__name__:
+        return True
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore's
+        codes = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]
+    else:
+        codes = [getattr(one, name, None) for one in (error, response) for name in ("status_code", "status", "code")]  # fmt: skip  # noqa: E501
+    return any(isinstance(code, int) and 400 <= code < 500 and code not in LATER for code in codes)
+
+
+def _mark(info: dict[str, Any]) -> str:
     """What tells a file from another one in its place: the store's own hash or version, else size and time."""
-    info = filesystem.info(path)
     for name in ("ETag", "etag", "md5Hash", "crc32c", "content_md5", "blob_id", "sha256", "generation"):
         if info.get(name):
             return f"{name}:{info[name]}"
@@ -199,19 +257,21 @@ def shards(url: str, suffixes: tuple[str, ...]) -> list[Shard]:
             + " ".join(f"{name}://" for name in PROTOCOLS[:-1])
             + ".",
         )
+    problem = f"{url} cannot be listed."
+    fix = "Check the address, and that this machine's own credentials may read it."
     try:
         filesystem, root = fsspec.core.url_to_fs(url)
-        filesystem.invalidate_cache()
-        found = _listed(filesystem, root, suffixes)
+        found = _asked(lambda: _listed(filesystem, root, suffixes), url, problem, fix)
     except ImportError as error:
         raise MissingExtra(
             _library(protocol), f"Reading {protocol}://", install=_library(protocol)
         ) from error
+    except TunesmithError:
+        raise
     except Exception as error:  # each store fails in its own types
+        said = str(error).splitlines()
         raise DataError(
-            f"{url} cannot be listed.",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}",
-            fix="Check the address, and that this machine's own credentials may read it.",
+            problem, found=f"{type(error).__name__}: {said[0][:300] if said else ''}", fix=fix
         ) from error
     if not found:
         raise DataError(
@@ -220,12 +280,14 @@ def shards(url: str, suffixes: tuple[str, ...]) -> list[Shard]:
     start = _common(found)
     made = []
     for path in found:
-        size = filesystem.info(path).get("size")
-        made.append(Shard(filesystem, path, path[start:], size, _mark(filesystem, path)))
+        place = path[start:]
+        info = _asked(partial(filesystem.info, path), place, f"{place} cannot be looked up.", fix)
+        made.append(Shard(filesystem, path, place, info.get("size"), _mark(info)))
     return made
 
 
 def _listed(filesystem: Any, root: str, suffixes: tuple[str, ...]) -> list[str]:
+    filesystem.invalidate_cache()
     if any(sign in root for sign in "*?["):
         return sorted(path for path in filesystem.glob(root) if filesystem.isfile(path))
     if filesystem.isfile(root):

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -98,8 +99,14 @@ class Pieces:
         return facts
 
     def remove(self) -> None:
-        """When they are joined."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """When they are joined. What another node is still writing stays, and that node removes it."""
+        for begin, _ in self.ranges():
+            if self.has(begin):
+                with suppress(OSError):  # another node was faster
+                    (self.place(begin) / MANIFEST).unlink()
+                shutil.rmtree(self.place(begin), ignore_errors=True)
+        with suppress(OSError):  # it is gone, or has such a piece
+            self.folder.rmdir()
 
 
 def _sealed(path: Path) -> list[Any]:
@@ -155,21 +162,22 @@ def shared_out(
     share: tuple[int, int] = (1, 1),
     watch: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Have the pieces of a share that are not there made, by several processes started anew; how many there were.
+    """Have the pieces of a share that are not there made, by several processes started anew; how many were made.
 
-    `make(given, begin, end)` makes one, in a process that may have made others; of `share` (1, 4) it is every
-    fourth piece from the first on. `watch` is told how many of how many are done.
+    `make(given, begin, end)` makes one, in a process that may have made others, and says whether it did; of `share`
+    (1, 4) it is every fourth piece from the first on. `watch` is told how many of how many are done.
     """
     mine = [
         bounds
         for number, bounds in enumerate(pieces.ranges())
         if number % share[1] == share[0] - 1 and pieces.facts(bounds[0]) is None
     ]
+    made = 0
     if processes == 1 or len(mine) < 2:
         for done, (begin, end) in enumerate(mine, 1):
-            make(given, begin, end)
+            made += make(given, begin, end)
             watch(done, len(mine))
-        return len(mine)
+        return made
     pool = ProcessPoolExecutor(
         min(processes, len(mine)),
         multiprocessing.get_context("spawn"),
@@ -179,7 +187,7 @@ def shared_out(
     try:
         waiting = [pool.submit(make, given, begin, end) for begin, end in mine]
         for done, future in enumerate(as_completed(waiting), 1):
-            future.result()
+            made += future.result()
             watch(done, len(mine))
     except BrokenProcessPool:
         raise OutOfResources(
@@ -188,4 +196,4 @@ def shared_out(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-    return len(mine)
+    return made

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from tunesmith.errors import MissingExtra, OutOfResources, RunError, TrainingDiverged
@@ -31,11 +32,14 @@ def trainer_of(
     steps: int = 4,
     dtype=torch.float32,
     keep: int = 99,
+    lora: bool = False,
     **options,
 ):
     """The plain Trainer on 16 rows with dropout, under the rules of checkpoints unless another class is given."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base, attention_dropout=DROPOUT, dtype=dtype)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     draw = random.Random(1)
     rows = [[draw.randrange(3, 300) for _ in range(12)] for _ in range(16)]
     arguments = TrainingArguments(
@@ -101,6 +105,34 @@ def test_every_step_continues_to_the_bit_without_any_pickle(written, run, tiny_m
         )
     names = [p.name for p in run.path.rglob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl"}]
     assert names == []
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_weights_that_the_manifest_does_not_list_are_not_read(tmp_path, tiny_model_folder, lora, monkeypatch):
+    """The Trainer takes weights by their names alone, and a whole model or a pickle before an adapter."""
+    run = create(Recipe(output_dir=str(tmp_path), name="strangers"))
+    straight = trainer_of(run, tiny_model_folder, steps=2, lora=lora)
+    straight.train()
+    point = run.checkpoints / "checkpoint-step-1"
+    zeros = {name: torch.zeros_like(value) for name, value in straight.model.state_dict().items()}
+    for name in ("pytorch_model.bin", "adapter_model.bin", "pytorch_model_fsdp.bin"):
+        torch.save(zeros, point / name)
+    (point / "sharded").mkdir()
+    (point / "stray").mkdir()
+    for name in ("model.safetensors", "stray/adapter_model.safetensors"):
+        if not (point / name).exists():
+            save_file({k: v.clone() for k, v in zeros.items()}, point / name)
+    if lora:
+        shutil.copy(point / "adapter_config.json", point / "stray")
+    assert checkpoints.choose(run, "checkpoint-step-1") == point
+    assert {e["message"].split()[0] for e in run.events() if e["kind"] == "warning"} >= {
+        "checkpoint-step-1/pytorch_model.bin",
+        "checkpoint-step-1/stray/adapter_model.safetensors",
+    }
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("a pickle was read"))
+    again = trainer_of(run, tiny_model_folder, steps=2, lora=lora)
+    again.train(resume_from_checkpoint=str(point))
+    assert same(again.model.state_dict(), straight.model.state_dict())
 
 
 @pytest.mark.parametrize("lost", ["optimizer", pytest.param("random", marks=pytest.mark.thorough)])

@@ -18,9 +18,10 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import ranks
@@ -46,6 +47,8 @@ TRASH = ".trash-"
 """How folders are called that are about to be deleted; nothing else is."""
 LARGE = 2**24
 """Bytes from which on files are hashed by several threads."""
+PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
+"""Endings of files that hold weights as a pickle; no checkpoint of ours has one but DeepSpeed's."""
 BEST = "best_model_info.json"
 START = "start"
 """In the place of a checkpoint's name: continue from none, train from the first step."""
@@ -195,15 +198,13 @@ def choose(run: Run, name: str = "latest") -> Path | None:
             raise RunError(
                 f"The checkpoint {wanted} is damaged.", found=wrong, fix="Use another, or `latest`."
             )
+        _say_unlisted(run, wanted)
         return wanted
     skipped = []
     for folder in folders:
         wrong = problem(folder)
         if wrong is None:
-            for name in sorted(_unlisted(folder)):
-                run.event(
-                    "warning", message=f"{folder.name}/{name} is no part of the checkpoint and is not read."
-                )
+            _say_unlisted(run, folder)
             return folder
         skipped.append(f"{folder.name}: {wrong}")
         run.event("warning", message=f"{folder.name} is damaged and was skipped: {wrong}")
@@ -216,9 +217,32 @@ def choose(run: Run, name: str = "latest") -> Path | None:
     return None
 
 
-def _unlisted(folder: Path) -> set[str]:
+def _say_unlisted(run: Run, folder: Path) -> None:
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
-    return names - {*manifest(folder)["files"], MANIFEST, PINNED}
+    for name in sorted(names - {*manifest(folder)["files"], MANIFEST, PINNED}):
+        run.event("warning", message=f"{folder.name}/{name} is no part of the checkpoint and is not read.")
+
+
+@contextlib.contextmanager
+def listed(folder: Path) -> Iterator[Path]:
+    """A folder of a checkpoint's own files alone, by links: those that its manifest lists, and no pickle.
+
+    The libraries take weights by what a file is called, and a `pytorch_model.bin` that somebody has put there before
+    the adapter. What is read in here is not deleted with the folder.
+    """
+    with TemporaryDirectory(prefix="tunesmith-") as temporary:
+        view = Path(temporary) / folder.name
+        view.mkdir()
+        for name in manifest(folder)["files"]:
+            if PurePosixPath(name).suffix in PICKLES:
+                continue
+            link, file = view / name, (folder / name).absolute()
+            link.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                link.symlink_to(file)
+            except OSError:  # Windows lets only some make links
+                shutil.copyfile(file, link)
+        yield view
 
 
 def rotate(run: Run, *, keep: int, written: int | None = None) -> None:
@@ -394,10 +418,11 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
             return super()._prepare_for_training(steps, loader, checkpoint)
 
         def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
-            if sharding.is_sharded(Path(checkpoint)):
-                sharding.read_weights(self.model, Path(checkpoint))
-            else:
-                super()._load_from_checkpoint(checkpoint, model)
+            with listed(Path(checkpoint)) as folder:
+                if sharding.is_sharded(folder):
+                    sharding.read_weights(self.model, folder)
+                else:
+                    super()._load_from_checkpoint(str(folder), model)
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             require_finite(self)
@@ -477,7 +502,8 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
 
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
             if checkpoint is not None:
-                self._read_state = state.read(Path(checkpoint), self.optimizer)
+                with listed(Path(checkpoint)) as folder:
+                    self._read_state = state.read(folder, self.optimizer)
                 state.restore_optimizer(self, self._read_state)
 
         def _load_scaler(self, checkpoint: str | None) -> None:

@@ -309,11 +309,11 @@ def _read(folder: Path, into: Mapping[str, torch.Tensor], *, together: bool) -> 
         facts = there.get(name)
         if facts is None or facts.size != tensor.shape:
             raise RunError(
-                f"The checkpoint {folder} is not of the weights that the recipe trains.",
+                f"The checkpoint {folder.name} is not of the weights that the recipe trains.",
                 found=f"{name.removeprefix(WEIGHTS)} is {'missing' if facts is None else tuple(facts.size)}, expected "
                 f"{tuple(tensor.shape)}",
                 fix="Continue with the recipe and the base model that the run was started with.",
             )
     reader = HuggingFaceStorageReader(str(folder / FOLDER))
-    with _plainly(f"Reading the shares of {folder}"):
+    with _plainly(f"Reading the shares of {folder.name}"):
         load(dict(into), storage_reader=reader, no_dist=not together)

@@ -162,7 +162,7 @@ def read(folder: Path, optimizer: Any = None) -> dict[str, Any]:
         tensors = sharding.read_states(optimizer, folder) if is_sharded else load_file(folder / TENSORS)
     except OSError as error:
         raise RunError(
-            f"{folder} has no state of optimizer and random numbers, so nothing can be continued from it exactly.",
+            f"{folder.name} has no state of optimizer and random numbers, so nothing can be continued from it exactly.",
             found=f"{Path(str(error.filename)).name if error.filename else error} is missing",
             fix="Continue from another checkpoint, or start a new run from its weights with --base-model.",
         ) from None

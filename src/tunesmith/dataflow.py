@@ -383,6 +383,7 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def prepared(
+    recipe: Recipe,
     run: Run,
     encodings: data.EncodedSplits,
     plan: Plan,
@@ -411,6 +412,7 @@ def prepared(
         "data_sha256": fingerprint,
         "rows": encodings.ledger.counts(),
         "identity": identity,
+        "recipe": recipe.model_dump(mode="json"),
     }
     run.write("plan.json", {**facts, "lengths": encodings.lengths})
     if not before:

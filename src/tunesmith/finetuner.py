@@ -402,8 +402,11 @@ class LLMFineTuner:
             if is_run(path):
                 run = open_run(path, watch=display)
                 changed = differences(run.recipe(), recipe)
-                if run.read("plan.json") and (run.read("plan.json") or {}).get("data_sha256") != digest:
+                before = run.read("plan.json")
+                if before and before.get("data_sha256") != digest:
                     changed.append("the data set's tokens differ")
+                if not before and checkpoints.found(run):
+                    changed.append("plan.json is missing, which says what its data were")
                 if run.state() in {"done", "running"} or changed:
                     raise RunError(
                         f"The folder {self.output_dir} holds a run already.",
@@ -419,7 +422,8 @@ class LLMFineTuner:
                     fix = "Give LLMFineTuner another output_dir."
                     raise RunError(error.problem, found=error.found, fix=fix) from None
             dropped = {NOTHING_TO_LEARN: counts["dropped"]} if counts["dropped"] else {}
-            run.write("plan.json", {**plan.as_dict(), "data_sha256": digest, "rows": counts})
+            facts = {"data_sha256": digest, "rows": counts, "recipe": recipe.model_dump(mode="json")}
+            run.write("plan.json", {**plan.as_dict(), **facts})
             with run.lock():
                 (run.path / "status.json").unlink(missing_ok=True)
                 try:

@@ -229,6 +229,16 @@ def test_what_a_run_rests_on_is_named_where_it_changed_and_refused(copied, what,
     assert {p.name for p in copied.checkpoints.iterdir()} == before
 
 
+def test_without_its_plan_a_run_is_not_continued(copied):
+    """The plan holds what the data were: without it a changed row would not be seen."""
+    (copied.path / "plan.json").unlink()
+    with pytest.raises(RunError, match="cannot be continued") as error:
+        api.resume(copied.path)
+    assert "plan.json is missing" in error.value.found
+    assert "--name" in error.value.fix
+    assert not (copied.path / "plan.json").exists(), "nor is one made of what is there now"
+
+
 FIELDS = {
     "training.learning_rate": 0.5, "training.seed": 7, "training.per_device_train_batch_size": 2,
     "training.gradient_accumulation_steps": 3, "training.scheduler": "linear", "training.max_steps": 9,
@@ -251,6 +261,19 @@ def test_a_recipe_that_changed_is_refused_field_by_field(stopped, field):
     with pytest.raises(RunError, match="cannot be continued") as error:
         api.train(after, resume="latest")
     assert f"{field} was " in error.value.found
+
+
+def test_a_recipe_that_was_edited_in_the_run_is_refused_field_by_field(copied):
+    """`resume` takes no recipe but that of the run's folder, which somebody may have opened in an editor."""
+    file = copied.path / "recipe.yaml"
+    text = file.read_text()
+    for old, new in (("max_steps: 4", "max_steps: 6"), ("weight_decay: 0.01", "weight_decay: 0.5")):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    file.write_text(text)
+    with pytest.raises(RunError, match="cannot be continued") as error:
+        api.resume(copied.path)
+    assert error.value.found == "training.max_steps was 4, is 6; training.weight_decay was 0.01, is 0.5"
 
 
 @pytest.mark.slow

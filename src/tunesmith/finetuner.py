@@ -407,10 +407,12 @@ class LLMFineTuner:
                     changed.append("the data set's tokens differ")
                 if not before and checkpoints.found(run):
                     changed.append("plan.json is missing, which says what its data were")
-                if run.state() in {"done", "running"} or changed:
+                state = run.state()
+                if state in {"done", "running"} or changed:
                     raise RunError(
                         f"The folder {self.output_dir} holds a run already.",
-                        found=f"a run in state '{run.state()}'"
+                        found=f"a run in state '{state}'"
+                        + (f": {run.holder()}" if state == "running" else "")
                         + (f"; {'; '.join(changed)}" if changed else ""),
                         fix="Give LLMFineTuner another output_dir, or delete the folder.",
                     )

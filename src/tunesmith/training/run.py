@@ -171,12 +171,9 @@ class Run:
         try:
             lock.acquire(timeout=LOOKING, poll_interval=0.05)
         except Timeout:
-            who = "another process"
-            with contextlib.suppress(OSError):
-                who = holder.read_text(encoding="utf-8")
             raise RunError(
                 f"The run {self.path} is being written.",
-                found=who,
+                found=self.holder(),
                 fix="Wait for it, or give this run another --name.",
             ) from None
         except OSError as error:
@@ -193,6 +190,13 @@ class Run:
             holder.unlink(missing_ok=True)
             close_to_others(self.path)
             lock.release()
+
+    def holder(self) -> str:
+        """Which process on which machine writes this run, and since when, for a run that one writes."""
+        with contextlib.suppress(OSError):
+            if who := (self.path / ".holder").read_text(encoding="utf-8"):
+                return who
+        return "another process"
 
     def unfinished(self) -> RunError:
         """That there is no final model yet, and how to get one, for whoever wants to use it."""
@@ -370,14 +374,15 @@ def create(recipe: Recipe, *, watch: Watch = _silent) -> Run:
 def check_free(path: Path) -> None:
     """Raises RunError where a new run's folder is another run's, or holds files that are not a run's."""
     if is_run(path):
-        state = Run(path).state()
+        run = Run(path)
+        state = run.state()
         to_continue = {
             "done": "",
             "running": " wait for it,",
         }.get(state, f" continue that one with `tunesmith resume {path}`,")
         raise RunError(
             f"The folder {path} is another run's.",
-            found=f"a run in state '{state}'",
+            found=f"a run in state '{state}'" + (f": {run.holder()}" if state == "running" else ""),
             fix=f"Give this run another --name,{to_continue} or delete that one.",
         )
     if path.exists() and (not path.is_dir() or any(not OWN.fullmatch(p.name) for p in path.iterdir())):

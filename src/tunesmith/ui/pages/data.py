@@ -67,17 +67,17 @@ class Chosen:
     answer: str | None = None
 
 
-def receive(sent: str, workspace: Workspace) -> str:
+def receive(sent: str, workspace: Workspace, suffixes: Sequence[str] = SUFFIXES) -> str:
     """Keep a file that a browser has sent; gives its path in the workspace. Raises InputError.
 
     An equal name gets a number, so that no earlier recipe's data changes under it.
     """
     path = Path(sent)
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in suffixes:
         raise InputError(
             "This kind of file is not read.",
             found=repr(path.name)[:80],
-            fix=f"Upload one of {', '.join(SUFFIXES)}.",
+            fix=f"Upload one of {', '.join(suffixes)}.",
         )
     size = path.stat().st_size
     if size > LARGEST_UPLOAD:

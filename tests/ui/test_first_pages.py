@@ -124,7 +124,7 @@ def test_another_data_set_takes_nothing_of_the_mapping_of_the_one_before():
 def test_a_data_set_that_only_a_preset_names_is_read_and_is_in_the_commands(workspace):
     layer = {"preset": "demo"}
     assert json.loads(data.data_part(layer)) == {"dataset": "example:sql", "max_length": 256}
-    assert "sql" in data.looked(layer, workspace).reason
+    assert data.looked(layer, workspace).formats == ("sql",)
     validate, inspect, plan = data.commands(layer, workspace).splitlines()
     assert "example:sql" in validate
     assert "--max-length 256" in inspect

@@ -140,7 +140,7 @@ def test_chat_shows_its_prompts_on_a_terminal_only(monkeypatch, is_terminal):
 
 def test_every_short_flag_names_a_field():
     paths = {fact.path for fact in fields()}
-    assert set(FLAGS.values()) - {"method.kind", "launch.kind"} <= paths
+    assert set(FLAGS.values()) - {"method.kind", "launch.kind", "parallel.kind"} <= paths
 
 
 def test_all_seed_flags_work_together(invoke, quick_flags, tmp_path):
@@ -233,7 +233,7 @@ def test_another_model_or_setting_is_another_measurement(
         return measured(api.compare, [tiny_model_folder, model], **section).saved
 
     first, compared = alone(), against()
-    server = {"base_url": "http://127.0.0.1:8001/v1?key=hush", "api_key_env": "MY_KEY"}
+    server = {"base_url": "http://127.0.0.1:8001/v1?team=hush", "api_key_env": "MY_KEY"}
     others = [alone(max_items=5), alone(engine="padded"), alone(server=server)]
     assert [folder.name for folder in others] == [f"{first.name}-{n}" for n in (2, 3, 4)]
     assert "hush" not in (others[-1] / "scores.json").read_text()
@@ -356,7 +356,8 @@ def test_show_model_says_which_one_it_shows(invoke, tiny_model_folder):
     assert invoke("show", "model", tiny_model_folder)[1]["model"][0]["name"] == "architecture"
 
 
-def test_plan_writes_nothing(invoke, quick_flags, tmp_path):
+def test_plan_writes_nothing(invoke, quick_flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # a long path is not broken
     code, planned, _ = invoke("plan", *quick_flags, "--learning-rate", "5")
     assert code == 0
     assert "times the usual" in next(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
+import pickle
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,12 +283,47 @@ def test_workers_give_the_answers_of_one_process_in_their_order(tiny_model_folde
     assert told[-1] == len(prompts) + 1
 
 
+def test_trials_are_recorded_as_they_end_and_a_short_recipe_has_a_scheduler():
+    pytest.importorskip("ray")
+    assert on_ray._scheduler("min", 100, 4)._max_t == 5, "validated every 100 steps, trained for 4"
+    recorded, validated, wrong = [], [], []
+    tell = on_ray._records(recorded.append, lambda *one: validated.append(one), wrong)
+
+    def trial(number, **last):
+        return SimpleNamespace(
+            config={"trial": {"number": number}}, last_result=last, get_error=lambda: RuntimeError("no node")
+        )
+
+    assert copy.deepcopy(tell) is tell
+    assert pickle.loads(pickle.dumps(tell)) is not None, "whatever it calls, such as a terminal with a lock"
+    ended = json.dumps({"number": 0, "state": "failed"})
+    tell.on_trial_result(0, [], trial(0), {"ended": ended})  # before any validation
+    tell.on_trial_complete(0, [], trial(0))
+    tell.on_trial_result(0, [], trial(1), {"step": 2, "value": 0.5})
+    tell.on_trial_complete(0, [], trial(1, step=2))
+    tell.on_trial_error(0, [], trial(2))
+    assert [one["state"] for one in recorded] == ["failed", "pruned", "failed"]
+    assert validated == [(1, 2, 0.5)]
+    assert recorded[2]["reason"] == "no node"
+    facts = {"problem": "The disk is full.", "found": None, "fix": None, "exit_code": 3}
+    until = on_ray._until(wrong)
+    assert not until.stop_all()
+    tell.on_trial_result(0, [], trial(3), {"wrong": json.dumps(facts)})
+    tell.on_trial_complete(0, [], trial(3))
+    assert until.stop_all(), "an error that the next trial would meet as well ends all"
+    assert wrong[0].problem == "The disk is full."
+    assert len(recorded) == 3
+
+
 @pytest.mark.thorough
 def test_a_sweep_on_ray_tries_each_trial_once_and_goes_on(recipe):
     pytest.importorskip("ray")
     space = ["training.learning_rate=loguniform(1e-4,1e-2)"]
     asked = recipe("sweep", ON_RAY, {"data": {"held_out": 0.3, "num_samples": None}}, max_steps=4)
-    found = api.sweep(asked, space, trials=3, engine="ray")
+    display = functools.partial(
+        lambda lock, event: None, threading.RLock()
+    )  # which no pickle takes, as a terminal
+    found = api.sweep(asked, space, trials=3, engine="ray", watch=display)
     ended = {trial.number: trial.state for trial in found.trials}
     assert set(ended) == {0, 1, 2}
     assert set(ended.values()) <= {"done", "pruned"}

@@ -6,16 +6,25 @@ import json
 import math
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tunesmith import api, sweeps
-from tunesmith.compose import compose, overlaid
-from tunesmith.errors import Interrupted, RecipeError, RunError
+from tunesmith import api, launch, on_ray, sweeps
+from tunesmith.compose import as_yaml, compose, overlaid
+from tunesmith.errors import (
+    Interrupted,
+    OutOfMemory,
+    OutOfResources,
+    RecipeError,
+    RunError,
+    TrainingDiverged,
+)
 from tunesmith.recipe import Recipe
+from tunesmith.sweeps import page
 from tunesmith.sweeps import space as spaces
-from tunesmith.sweeps.trials import Pruned, Trial, name_of
-from tunesmith.training.run import Run
+from tunesmith.sweeps.trials import Pruned, Trial, carried_out, name_of
+from tunesmith.training.run import Run, create
 
 pytest.importorskip("optuna")
 
@@ -105,6 +114,8 @@ def test_all_faults_are_told_at_once_and_values_that_do_not_fit_together_too(rec
     )
     with pytest.raises(RecipeError, match=r"do not fit together: training\.per_device_train_batch_size=3"):
         searched(several, "training.per_device_train_batch_size=choice(4,3)")
+    with pytest.raises(RecipeError, match=r"per_device_train_batch_size=3"):
+        searched(several, "training.per_device_train_batch_size=int(2,4)")
     dpo = recipe({"method": {"kind": "dpo"}})
     with pytest.raises(RecipeError, match="what its loss means"):
         searched(dpo, "method.beta=choice(0.1,0.3)")
@@ -124,6 +135,28 @@ def test_values_drawn_by_chance_lie_in_the_space_and_depend_on_seed_and_number(r
     assert {values["adapter.rank"] for values in drawn} == {2, 4}
 
 
+def test_a_kind_is_searched_with_the_fields_that_it_has(recipe):
+    given = recipe({"adapter": {"dropout": 0.1}})
+    space = searched(given, "adapter.kind=choice(lora,qlora,freeze,full)")
+    found = [spaces.settled(given, {"adapter.kind": kind}).adapter for kind in space["adapter.kind"].values]
+    assert [one.kind for one in found] == ["lora", "qlora", "freeze", "full"]
+    assert [(one.rank, one.dropout) for one in found[:2]] == [(4, 0.1)] * 2, "what was set, where it is known"
+    with pytest.raises(RecipeError, match=r"do not fit together: adapter\.kind=freeze, adapter\.rank=2"):
+        searched(given, "adapter.kind=choice(lora,freeze)", "adapter.rank=choice(2,4)")
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        ("int(1000000, 2000000)", "int(1000001, 2000000)"),
+        ("uniform(0.12345678, 1)", "uniform(0.12345679, 1)"),
+    ],
+)
+def test_spaces_that_differ_are_written_differently(ends):
+    written = [str(spaces.distribution(text)) for text in ends]
+    assert written == list(ends)
+
+
 # Trials
 
 
@@ -133,7 +166,7 @@ def pretended(monkeypatch):
     carried = []
 
     def carried_out(number, given, *, report, watch=None):
-        loss = abs(math.log10(given["training"]["learning_rate"]) + 3)
+        loss = pretended_loss(given["training"]["learning_rate"])
         carried.append((number, given))
         found = []
         for step in (1, 2):
@@ -147,12 +180,16 @@ def pretended(monkeypatch):
         return Trial(number, {}, "done", loss + 0.5, 2, tuple(found))
 
     monkeypatch.setattr(sweeps, "carried_out", carried_out)
-    monkeypatch.setattr(sweeps, "_compared", lambda *given: ((), []))
+    monkeypatch.setattr(sweeps, "_compared", lambda *given: sweeps.Compared(()))
     return carried
 
 
+def pretended_loss(rate):
+    return abs(math.log10(rate) + 3)
+
+
 def swept(recipe, texts=SPACE, trials=6, pruner="none", seed=0, watch=lambda event: None):
-    space = spaces.read(texts)
+    space = searched(recipe, *texts)
     return sweeps.sweep(
         recipe, space, trials=trials, engine="optuna", pruner=pruner, seed=seed, compared=1, watch=watch
     )
@@ -197,25 +234,146 @@ def test_all_trials_share_all_but_their_values(recipe, pretended):
 
 
 def test_a_space_that_is_used_up_ends_the_sweep_and_says_so(recipe, pretended):
-    done = swept(recipe(), ["adapter.rank=choice(2,4,8)"], trials=9)
-    assert sorted(trial.values["adapter.rank"] for trial in done.trials) == [2, 4, 8]
-    assert "used up after 3 trials" in " ".join(done.sentences())
+    space = ["adapter.rank=choice(1,2,3,4,5)", "training.warmup_steps=int(0,3)"]
+    done = swept(recipe(), space, trials=25)
+    assert len({tuple(trial.values.values()) for trial in done.trials}) == 20, (
+        "each combination, and none twice"
+    )
+    assert "used up after 20 trials" in " ".join(done.sentences())
 
 
 def test_trials_that_lag_behind_are_pruned_and_failures_are_counted(recipe, pretended):
     done = swept(recipe(), trials=20, pruner="median")
     assert done.count("pruned") >= 2
-    assert {trial.state for trial in done.trials} <= {"done", "pruned", "failed"}
+    ended = []  # the validations of trials that were done by then
     for trial in done.trials:
-        if trial.state != "pruned":
-            continue
-        assert "lags behind" in trial.reason
-        step, value = trial.validations[-1]
-        before = [dict(one.validations)[step] for one in done.trials[: trial.number] if one.state == "done"]
-        assert value > statistics.median(before), "worse than half of those that were done by then"
+        loss = pretended_loss(trial.values["training.learning_rate"])
+        state, best = "failed" if loss > 0.95 else "done", math.inf
+        for step in (1, 2):
+            best = min(best, loss + 1 / step)
+            if len(ended) >= sweeps.STARTUP and best > statistics.median(one[step] for one in ended):
+                state = "pruned"
+                break
+        assert trial.state == state, trial
+        if state == "done":
+            ended.append({1: loss + 1, 2: loss + 0.5})
+        if state == "pruned":
+            assert "lags behind" in trial.reason
     record = json.loads((done.folder / "sweep.json").read_text())
     assert record["counts"] == {state: done.count(state) for state in ("done", "pruned", "failed", "open")}
     assert sum(record["counts"].values()) == 20
+
+
+def test_asha_lets_the_best_quarter_go_on(recipe, pretended):
+    done = swept(recipe(), trials=16, pruner="asha")
+    seen = []
+    for trial in done.trials:
+        first = pretended_loss(trial.values["training.learning_rate"]) + 1
+        among = sorted([*seen, first])
+        assert (trial.state == "pruned") == (first > among[max(len(among) // 4, 1) - 1]), trial
+        if trial.state != "failed":
+            seen.append(first)
+    assert done.count("pruned") >= 4
+
+
+def test_trials_in_processes_of_their_own_are_not_pruned_and_that_is_said(recipe, pretended):
+    several = recipe({"launch": {"kind": "accelerate", "processes": 2}})
+    done = swept(several, trials=12, pruner="median")
+    assert done.count("pruned") == 0
+    assert "No trial was pruned: trials train in processes of their own" in " ".join(done.sentences())
+
+
+@pytest.fixture
+def on_pretended_ray(monkeypatch):
+    """What Ray is asked for, and trials that end there: of three validations the middle one is the best."""
+    given = {}
+
+    def tried(asked, section, *, record, told, **how):
+        given.update(how, asked=[one["number"] for one in asked], workers=section.workers)
+        for one in asked:
+            for step, value in ((1, 3.0), (2, 1.0), (2, 1.0), (3, 2.0)):  # the second told again
+                told(one["number"], step, value)
+            kept = json.loads((Path(one["recipe"]["output_dir"]) / "sweep.json").read_text())
+            assert [trial["state"] for trial in kept["trials"]].count("open") >= 1
+            if one["number"] % 2:
+                record({"number": one["number"], "state": "pruned", "reason": "by ASHA"})
+            else:
+                record({"number": one["number"], "state": "done", "value": 1.0, "step": 2})
+
+    monkeypatch.setattr(on_ray, "tried", tried)
+    monkeypatch.setattr(sweeps, "_compared", lambda *given: sweeps.Compared(()))
+    return given
+
+
+def test_trials_at_once_are_drawn_without_repeats_and_know_their_best_validation(recipe, on_pretended_ray):
+    """Each trains in one worker: eight rows to a step, and three workers, are no contradiction."""
+    asked = recipe({"launch": {"kind": "ray", "workers": 3}, "training": {"gradient_accumulation_steps": 1}})
+    done = api.sweep(asked, ["training.max_steps=choice(2,4,6)"], trials=9, engine="ray")
+    assert on_pretended_ray["asked"] == [0, 1, 2]
+    assert on_pretended_ray["horizon"] == 6, "the longest trial's steps"
+    assert sorted(trial.values["training.max_steps"] for trial in done.trials) == [2, 4, 6]
+    assert "used up after 3 trials" in " ".join(done.sentences())
+    pruned = done.trials[1]
+    assert (pruned.state, pruned.step, pruned.value) == ("pruned", 2, 1.0)
+    assert pruned.validations == ((1, 3.0), (2, 1.0), (3, 2.0))
+
+
+def test_what_its_values_bring_about_fails_a_trial_and_all_else_ends_the_sweep(recipe, monkeypatch):
+    def trial(error):
+        def train(recipe, *, watch):
+            watch({"kind": "evaluation", "step": 1, "loss": 2.0})
+            raise error
+
+        monkeypatch.setattr(api, "train", train)
+        return carried_out(7, recipe().model_dump(mode="json"), report=lambda step, value: None)
+
+    for error in (TrainingDiverged("The loss is nan."), OutOfMemory("The memory is not enough.")):
+        found = trial(error)
+        assert (found.state, found.value, found.reason) == ("failed", 2.0, error.problem)
+    assert isinstance(api._as_ours(MemoryError("of the device")), OutOfMemory)
+    told = {
+        "problem": "The loss is nan.",
+        "found": None,
+        "fix": None,
+        "exit_code": 3,
+        "class": "TrainingDiverged",
+    }
+    first = (0, SimpleNamespace(signal_name=lambda: "<N/A>", exitcode=3))
+    started = launch._why(SimpleNamespace(get_first_failure=lambda: first), {"error": told}, 2)
+    assert trial(started).state == "failed", "in started processes as well"
+    with pytest.raises(OutOfResources, match="disk"):
+        trial(OutOfResources("The disk is full."))
+
+
+def test_a_trial_that_goes_on_reports_its_earlier_validations_but_never_its_last_step(recipe, monkeypatch):
+    given = recipe({"name": "trial-000"})
+    folder = Path(given.output_dir) / "trial-000"
+    run = create(given)
+    run.event("state", state="training", step=0, total_steps=3)
+    run.event("evaluation", step=1, loss=2.0)
+
+    def resume(path, *, watch):
+        assert path == folder
+        watch({"kind": "evaluation", "step": 2, "loss": 1.5})
+        watch({"kind": "evaluation", "step": 3, "loss": 1.0})
+
+    monkeypatch.setattr(api, "resume", resume)
+    reported = []
+    found = carried_out(0, given.model_dump(mode="json"), report=lambda *one: reported.append(one))
+    assert reported == [(1, 2.0), (2, 1.5)]
+    assert found.validations == ((1, 2.0), (2, 1.5), (3, 1.0))
+
+
+def test_plots_hide_no_trial_of_a_rising_metric(recipe, pretended):
+    done = swept(recipe({"training": {"best_by": "exact_match"}}), trials=1)
+    values = (0.1, 0.1, 0.2, 0.9)
+    trials = tuple(Trial(n, dict(done.best.values), "done", value, 1) for n, value in enumerate(values))
+    rising = sweeps.replace(done, trials=trials, best=trials[3])
+    assert page._heights(rising) == (0.1, 0.9)
+    assert "upper edge" not in page.page(rising)
+    falling = sweeps.replace(rising, by="loss", best=trials[0])
+    assert page._heights(falling)[1] == pytest.approx(0.6)
+    assert "1 trial above 0.6 at the upper edge" in page.page(falling)
 
 
 def test_a_sweep_whose_first_trials_all_fail_ends_with_their_reason(recipe, pretended):
@@ -260,6 +418,9 @@ def test_real_trials_are_runs_and_the_best_is_compared_on_held_out_questions(rec
         assert c.n == held_out > 0
         if c.low is not None:
             assert one.low <= c.low <= c.high <= one.high, "wider, since they hold together"
+    monkeypatch.setattr(api, "compare", lambda *given, **how: pytest.fail("compared again"))
+    again = api.sweep(recipe(), SPACE, trials=3, compared=1)
+    assert again.against == found.against, "kept, since nothing has changed"
     from tunesmith.compose import read_layer, validated
 
     best = validated(read_layer(found.recipe))
@@ -274,7 +435,6 @@ def test_the_verb_prints_the_table_and_refuses_unknown_engines(recipe, pretended
     from typer.testing import CliRunner
 
     from tunesmith.cli import app
-    from tunesmith.compose import as_yaml
 
     file = tmp_path / "recipe.yaml"
     file.write_text(as_yaml(recipe()))
@@ -287,6 +447,19 @@ def test_the_verb_prints_the_table_and_refuses_unknown_engines(recipe, pretended
     refused = CliRunner().invoke(app, [*given, "--engine", "optune"])
     assert refused.exit_code == 1
     assert "Did you mean 'optuna'" in refused.output
+
+
+def test_workers_that_share_prompts_are_refused_without_their_engine(recipe, question_file, tmp_path):
+    from typer.testing import CliRunner
+
+    from tunesmith.cli import app
+
+    asked = ["generate", "tiny", str(question_file), "--output", str(tmp_path / "answers.jsonl")]
+    refused = CliRunner().invoke(app, [*asked, "--shards", "2"])
+    assert refused.exit_code == 1
+    assert "--shards is for the engine ray" in refused.output
+    with pytest.raises(RecipeError, match=r"evaluation\.shards is for the engine 'ray'"):
+        api.train(recipe({"evaluation": {"shards": {"workers": 8}}}))
 
 
 def test_a_metric_that_rises_is_chosen_by_its_highest_value(recipe, pretended, monkeypatch):

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import launch, libraries, parallel, ranks
+from tunesmith.compose import differing
 from tunesmith.errors import (
     INTERRUPTED,
     TERMINATED,
     Interrupted,
     ModelError,
+    OutOfMemory,
     OutOfResources,
     RecipeError,
     RunError,
@@ -40,7 +42,18 @@ from tunesmith.errors import (
     is_refused_writing,
     nearest,
 )
-from tunesmith.recipe import Accelerate, DataSource, Local, Ray, Recipe, RewardModel, Seq2Seq, Task
+from tunesmith.recipe import (
+    Accelerate,
+    DataSource,
+    Evaluation,
+    Local,
+    Ray,
+    Recipe,
+    RewardModel,
+    Seq2Seq,
+    Shards,
+    Task,
+)
 from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
     Run,
@@ -341,7 +354,7 @@ def train(
         rows = [asdict(row) for row in base_rows]
         return _launched(recipe, {"resume": resume, "base_rows": rows, "base_check": base_check}, watch)
     if not ranks.is_first():
-        return _assisted()
+        return assisted()
     if resume is None:
         run = create(recipe, watch=watch)
         if base_rows:
@@ -394,7 +407,7 @@ def resume(
     if launch.starts(recipe.launch):
         return _launched(recipe, {"run": str(opened.path.absolute()), "checkpoint": checkpoint}, watch)
     if not ranks.is_first():
-        return _assisted()
+        return assisted()
     return _carry_out(recipe, opened, checkpoint, fresh=False)
 
 
@@ -456,7 +469,7 @@ def carry_out_job(job: Mapping[str, Any], *, watch: Watch, at: Callable[[Path], 
     return {**result.as_dict(), "seconds": result.seconds, "checks": dict(result.engine_check)}
 
 
-def _assisted() -> Result:
+def assisted() -> Result:
     """Train along in a further process, until the first one has no more steps. It writes nothing and gives nothing."""
     started = time.perf_counter()
     quiet_libraries()
@@ -504,10 +517,12 @@ def sweep(
 
     launch.require_one_process()
     recipe = anchored(recipe)
-    found = sweeps.spaces.checked(sweeps.spaces.read(space), recipe)
+    # On Ray each trial is trained by one worker.
+    one = recipe.model_copy(update={"launch": Local()}) if engine == "ray" else recipe
+    found = sweeps.spaces.checked(sweeps.spaces.read(space), one)
     if engine == "optuna":
-        sweeps._optuna()
-    _check_before_training(recipe)
+        sweeps.require_optuna()
+    _check_before_training(one)
     return sweeps.sweep(
         recipe, found, trials=trials, engine=engine, pruner=pruner, seed=seed, compared=compared, watch=watch
     )
@@ -752,6 +767,7 @@ def generate(
 
     recipe = compose(overlaid(dict(settings or {}), {"data": {"dataset": dataset}})).recipe
     section = recipe.evaluation
+    _check_shards(section)
     if section.attempts > 1:
         raise RecipeError("Answers to a set of prompts are greedy, one each.", fix="Leave --attempts out.")
     source = source_of(str(model), server=section.server, shards=section.shards)
@@ -2473,17 +2489,9 @@ def differences(before: Recipe, after: Recipe) -> list[str]:
     """Fields of two recipes that differ and that a continued run may not change, with both values."""
     return [
         f"{path} was {old!r}, is {new!r}"
-        for path, old, new in _leaves(before.model_dump(mode="json"), after.model_dump(mode="json"))
+        for path, old, new in differing(before.model_dump(mode="json"), after.model_dump(mode="json"))
         if path.split(".")[0] not in MAY_CHANGE
     ]
-
-
-def _leaves(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in sorted(before.keys() | after.keys()):
-            yield from _leaves(before.get(key), after.get(key), f"{path}.{key}" if path else key)
-    elif before != after:
-        yield path, before, after
 
 
 def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool) -> Result:
@@ -2599,6 +2607,7 @@ def _num_starts(run: Run) -> int:
 def _check_before_training(recipe: Recipe) -> None:
     """Cheap failures first: nothing is read or computed before these are settled."""
     _check_settings(recipe)
+    _check_shards(recipe.evaluation)
     quiet_libraries()
     from tunesmith.data import sources
 
@@ -2654,6 +2663,14 @@ def _check_settings(recipe: Recipe) -> None:
         )
 
 
+def _check_shards(section: Evaluation) -> None:
+    if section.shards != Shards() and section.engine != "ray":
+        raise RecipeError(
+            f"evaluation.shards is for the engine 'ray', and evaluation.engine is '{section.engine}'.",
+            fix="Add --set evaluation.engine=ray, or leave evaluation.shards out.",
+        )
+
+
 def _published(recipe: Recipe, run: Run) -> str | None:
     if not recipe.export.push_to_hub or not recipe.export.hub_model_id:
         return None
@@ -2692,7 +2709,7 @@ def _as_ours(error: BaseException) -> TunesmithError | None:
         lost.exit_code, lost.is_lost = OutOfResources.exit_code, True  # type: ignore[attr-defined]
         return lost
     if is_out_of_memory(error):
-        return OutOfResources(
+        return OutOfMemory(
             "The memory is not enough.",
             found=str(error).splitlines()[0][:200] if str(error) else None,
             fix="Lower per_device_train_batch_size and raise gradient_accumulation_steps, add "

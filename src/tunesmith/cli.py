@@ -2045,16 +2045,15 @@ def _sweep_text(found: Sweep) -> Any:
         for line in lines:
             table.add_row(*map(_escaped, line))
         parts += [table, ""]
-    if found.best:
-        run = found.folder / found.best.name
-        parts += [
-            Text(f"{'recipe':<10}{found.recipe}"),
-            Text(f"{'run':<10}{run}"),
-            Text(f"{'page':<10}{found.page}"),
-            Text(
-                f"{'next':<10}tunesmith train {found.recipe}, or ship the trial: tunesmith prepare-deployment {run}"
-            ),
-        ]
+    run = found.folder / found.best.name
+    parts += [
+        Text(f"{'recipe':<10}{found.recipe}"),
+        Text(f"{'run':<10}{run}"),
+        Text(f"{'page':<10}{found.page}"),
+        Text(
+            f"{'next':<10}tunesmith train {found.recipe}, or ship the trial: tunesmith prepare-deployment {run}"
+        ),
+    ]
     return Group(*parts)
 
 

@@ -8,7 +8,7 @@
     ├── MissingExtra              1  an optional package that this option needs
     ├── InputError                1  a name or value from a browser that cannot be taken
     ├── OutOfResources            3  memory, disk or device is not enough
-    │   └── OutOfMemory           3  not even for the smallest forward pass
+    │   └── OutOfMemory           3  memory is not, be it for the smallest forward pass
     ├── TrainingDiverged          3  the loss is no longer a number
     └── Interrupted             130  stopped on request, state saved (143 after SIGTERM)
 
@@ -79,7 +79,7 @@ class OutOfResources(TunesmithError):
 
 
 class OutOfMemory(OutOfResources):
-    """Memory is not enough for the smallest forward pass that there is."""
+    """Memory is not enough, be it for the smallest forward pass that there is."""
 
 
 class TrainingDiverged(TunesmithError):

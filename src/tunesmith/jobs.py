@@ -19,6 +19,8 @@ from tunesmith.errors import RecipeError
 from tunesmith.recipe import Kubernetes, Local, Recipe, Slurm
 from tunesmith.training.run import anchored, folder_name
 
+NOTICE = 120
+"""Seconds before the end of its time at which SLURM tells a job; it may use all but ten of them."""
 PORT = 29500
 """Where the nodes of a SLURM job meet, on the first of them."""
 RECIPE = "recipe.yaml"
@@ -78,7 +80,7 @@ def _script(section: Slurm, recipe: Recipe, place: Path) -> str:
         "partition": section.partition,
         "account": section.account,
         "output": "%x-%j.log",
-        "signal": "TERM@120",
+        "signal": f"TERM@{NOTICE}",
     }
     lines = ["#!/bin/bash"]
     lines += [f"#SBATCH --{name}={value}" for name, value in asked.items() if value is not None]
@@ -89,6 +91,8 @@ def _script(section: Slurm, recipe: Recipe, place: Path) -> str:
         'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)',
         "exec srun torchrun \\",
         f'    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node {section.processes_per_node} --max-restarts 0 \\',
+        # torchrun kills what has not ended so many seconds after SIGTERM, by default 30.
+        f"    --shutdown-timeout {NOTICE - 10} \\",
         f'    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:{PORT}" \\',
         '    -m tunesmith "${steps[@]}"',
     ]

@@ -19,7 +19,16 @@ from types import FrameType
 from typing import Any
 
 from tunesmith import ranks
-from tunesmith.errors import Interrupted, RecipeError, RunError, Terminated, TunesmithError, counted
+from tunesmith.errors import (
+    Interrupted,
+    OutOfMemory,
+    RecipeError,
+    RunError,
+    Terminated,
+    TrainingDiverged,
+    TunesmithError,
+    counted,
+)
 from tunesmith.recipe import Accelerate, Launch, Local, Ray, Training
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
@@ -248,7 +257,9 @@ def _why(failed: Any, ended: Mapping[str, Any], number: int) -> TunesmithError:
     if own and (place == 0 or not own.get("is_lost")):
         if own["exit_code"] in (130, 143):
             return Interrupted(own["problem"], found=own["found"], fix=own["fix"], exit_code=own["exit_code"])
-        error = TunesmithError(own["problem"], found=own["found"], fix=own["fix"])
+        kinds = {kind.__name__: kind for kind in (OutOfMemory, TrainingDiverged)}
+        kind = kinds.get(own["class"], TunesmithError)
+        error = kind(own["problem"], found=own["found"], fix=own["fix"])
         error.exit_code = own["exit_code"]
         return error
     name = failure.signal_name()
@@ -294,7 +305,12 @@ def main() -> None:
         result = api.carry_out_job(job, watch=tell, at=lambda run: tell.job(run=str(run)))
     except TunesmithError as error:
         _report(error)
-        facts = {"problem": error.problem, "found": error.found, "fix": error.fix}
+        facts = {
+            "problem": error.problem,
+            "found": error.found,
+            "fix": error.fix,
+            "class": type(error).__name__,
+        }
         is_lost = getattr(error, "is_lost", False)
         tell.job(error={**facts, "exit_code": error.exit_code, "is_lost": is_lost})
         sys.exit(error.exit_code)

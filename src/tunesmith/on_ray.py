@@ -14,6 +14,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -76,6 +77,7 @@ def cluster(section: Ray | Shards, *, needed_for: str, workers: int | None = Non
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # how a trial ended has no metric
     }
     if section.address is None:
         # Whoever reaches a Ray may run anything on it.
@@ -363,7 +365,7 @@ def _work(config: Mapping[str, Any]) -> dict[str, Any]:
     if not ranks.is_first():
         with contextlib.suppress(TunesmithError):  # which the first worker is told, and says
             try:
-                api._assisted()
+                api.assisted()
             except SystemExit:
                 raise RuntimeError("another worker is gone") from None
         return {}
@@ -545,7 +547,8 @@ def answer(source: Source, asked: Asked, finished: Finished, say: Say) -> None:
 
 
 def _trial(config: Mapping[str, Any]) -> None:
-    """One trial of a sweep on a worker: an ordinary run that tells Tune of each validation."""
+    """One trial of a sweep on a worker: an ordinary run that tells Tune of each validation, and last how it ended, or
+    what has gone wrong that is not its own."""
     from ray import tune
 
     from tunesmith import libraries
@@ -557,18 +560,16 @@ def _trial(config: Mapping[str, Any]) -> None:
     os.environ[launch.JOB] = "ray"
     given = config["trial"]
 
-    last: list[int] = []
-
-    def watch(event: Mapping[str, Any]) -> None:
-        if event.get("total_steps"):
-            last[:] = [int(event["total_steps"])]
-
     def report(step: int, value: float) -> None:
-        if not last or step < last[0]:  # who has come to the last step is not pruned any more
-            tune.report({"step": step, "value": value, "ended": None})
+        tune.report({"step": step, "value": value})
 
-    ended = trials.carried_out(given["number"], given["recipe"], report=report, watch=watch)
-    tune.report({"step": ended.step or 0, "value": ended.value, "ended": json.dumps(asdict(ended))})
+    try:
+        ended = trials.carried_out(given["number"], given["recipe"], report=report)
+    except TunesmithError as error:
+        facts = {"problem": error.problem, "found": error.found, "fix": error.fix}
+        tune.report({"wrong": json.dumps({**facts, "exit_code": error.exit_code})})
+    else:
+        tune.report({"ended": json.dumps(asdict(ended))})
 
 
 def tried(
@@ -578,7 +579,7 @@ def tried(
     folder: Path,
     mode: str,
     patience: int,
-    horizon: int,
+    horizon: int | None,
     prunes: bool,
     record: Callable[[Mapping[str, Any]], None],
     told: Callable[[int, int, float], None],
@@ -587,61 +588,120 @@ def tried(
     """Train trials in parallel, `section.workers` at a time, and stop by ASHA those that lag behind at a validation.
 
     Each of `asked` has a number and a whole recipe. `record` is given what each came to as it ends, `told` number,
-    step and value of each validation. `horizon` is the steps of a whole trial, `patience` those that each one gets in
-    any case; `mode` says whether the least value is the best one, `min`, or the greatest, `max`.
+    step and value of each validation. `horizon` is the steps of the longest trial, None where it is not known,
+    `patience` those that each one gets in any case; `mode` says whether the least value is the best one, `min`, or the
+    greatest, `max`. An error that is not of a trial's values ends all trials, and is raised.
     """
     with cluster(section, needed_for="tunesmith sweep --engine ray") as ray:
         from ray import tune
-        from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
         gpus = _gpus(ray, section, watch)
-
-        reported: dict[int, dict[str, Any]] = {}
-        finished: set[int] = set()
-
-        class Records(tune.Callback):  # type: ignore[misc]
-            def on_trial_result(
-                self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
-            ) -> None:
-                number = int(trial.config["trial"]["number"])
-                if result.get("ended"):
-                    finished.add(number)
-                    record(json.loads(result["ended"]))
-                else:
-                    reported[number] = result
-                    told(number, int(result["step"]), float(result["value"]))
-
-        scheduler = (
-            ASHAScheduler(
-                time_attr="step", metric="value", mode=mode, max_t=horizon + 1, grace_period=patience
-            )
-            if prunes
-            else FIFOScheduler()
-        )
+        wrong: list[TunesmithError] = []
         notes = _notes(folder)
         tuner = tune.Tuner(
             tune.with_resources(_trial, {"CPU": section.cpus_per_worker, "GPU": gpus}),
             param_space={"trial": tune.grid_search([dict(one) for one in asked])},
             tune_config=tune.TuneConfig(
-                scheduler=scheduler, max_concurrent_trials=section.workers, reuse_actors=False
+                scheduler=_scheduler(mode, patience, horizon) if prunes else None,
+                max_concurrent_trials=section.workers,
+                reuse_actors=False,
             ),
             run_config=tune.RunConfig(
                 name=notes.name,
                 storage_path=str(notes.parent),
                 failure_config=tune.FailureConfig(max_failures=section.max_failures),
-                callbacks=[Records()],
+                callbacks=[_records(record, told, wrong)],
+                stop=_until(wrong),
                 verbose=0,
             ),
         )
-        results = tuner.fit()
-    _remove(notes)
-    for result in results:
-        number = int(result.config["trial"]["number"])
-        if number in finished:
-            continue
-        last = reported.get(number, {})
-        known = {"number": number, "step": last.get("step"), "value": last.get("value")}
-        if result.error is not None:
-            record({**known, "state": "failed", "reason": _last_line(result.error)})
-        else:
-            record({**known, "state": "pruned", "reason": f"by ASHA, at step {last.get('step')}"})
+        # It misses tables of its own, which are not written: `record` is told all.
+        logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+        try:
+            tuner.fit()
+        finally:
+            _remove(notes)
+    if wrong:
+        raise wrong[0]
+
+
+def _scheduler(mode: str, patience: int, horizon: int | None) -> Any:
+    """ASHA, which lets no trial of fewer steps than its first rung be an error, nor ends one for its length."""
+    from ray.tune.schedulers import ASHAScheduler
+
+    longest = (horizon or 10**9) + 1
+    grace = min(patience, longest)
+    return ASHAScheduler(time_attr="step", metric="value", mode=mode, max_t=longest, grace_period=grace)
+
+
+def _records(
+    record: Callable[[Mapping[str, Any]], None],
+    told: Callable[[int, int, float], None],
+    wrong: list[TunesmithError],
+) -> Any:
+    """What Tune calls as trials go on: each is recorded at once when it ends. Of this process alone: in the notes that
+    Tune pickles it stands without what it calls, which may be a terminal."""
+    from ray import tune
+
+    finished: set[int] = set()
+
+    class Records(tune.Callback):  # type: ignore[misc]
+        def on_trial_result(
+            self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
+        ) -> None:
+            number = int(trial.config["trial"]["number"])
+            if said := result.get("wrong"):
+                wrong.append(_error(json.loads(said)))
+            elif said := result.get("ended"):
+                finished.add(number)
+                record(json.loads(said))
+            elif result.get("value") is not None:
+                told(number, int(result["step"]), float(result["value"]))
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            self._end(trial, "pruned", f"by ASHA, at step {trial.last_result.get('step')}")
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            self._end(
+                trial, "failed", _last_line(trial.get_error() or trial.error_file or "it ended unheard")
+            )
+
+        def _end(self, trial: Any, state: str, reason: str) -> None:
+            number = int(trial.config["trial"]["number"])
+            if number not in finished and not wrong:
+                finished.add(number)
+                seconds = round((trial.last_result or {}).get("time_total_s", 0.0), 1)
+                record({"number": number, "state": state, "reason": reason, "seconds": seconds})
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
+        def __reduce__(self) -> Any:
+            return tune.Callback, ()
+
+    return Records()
+
+
+def _until(wrong: list[TunesmithError]) -> Any:
+    """Ends all trials once something is wrong."""
+    from ray import tune
+
+    class Until(tune.Stopper):  # type: ignore[misc]
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            return bool(wrong)
+
+    return Until()
+
+
+def _error(facts: Mapping[str, Any]) -> TunesmithError:
+    """An error that a worker has told, as one of ours."""
+    if facts["exit_code"] in (130, 143):
+        return Interrupted(
+            facts["problem"], found=facts["found"], fix=facts["fix"], exit_code=facts["exit_code"]
+        )
+    error = TunesmithError(facts["problem"], found=facts["found"], fix=facts["fix"])
+    error.exit_code = facts["exit_code"]
+    return error

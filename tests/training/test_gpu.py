@@ -147,7 +147,10 @@ def test_a_loss_scale_is_restored_where_there_is_one():
     on_gpu, on_cpu = types.SimpleNamespace(scaler=Scaler()), types.SimpleNamespace(scaler=None)
     for accelerator in (on_gpu, on_cpu):  # a checkpoint of a GPU is continued on a CPU as well
         state.restore_optimizer(
-            types.SimpleNamespace(accelerator=accelerator, optimizer=optimizer, lr_scheduler=scheduler), saved
+            types.SimpleNamespace(
+                accelerator=accelerator, optimizer=optimizer, lr_scheduler=scheduler, sharding=None
+            ),
+            saved,
         )
     assert on_gpu.scaler.loaded == saved["scaler"]
 

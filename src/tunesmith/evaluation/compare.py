@@ -349,16 +349,22 @@ def shown(value: float, metric: Metric) -> str:
 def difference_shown(comparison: Comparison) -> str:
     """A difference as people read it: `+82.1 points [78.2, 86.0]`."""
     c, metric = comparison, METRICS[comparison.metric]
-    is_ratio = metric.unit == "ratio"
-    ends = [
-        _ratio(end) if is_ratio else f"{100 * end:.1f}" for end in (c.low, c.high) if end is not None
-    ] or ["no interval"]
     change = (
         f"{'+' if c.difference > 0 else ''}{_ratio(c.difference)}"
-        if is_ratio
+        if metric.unit == "ratio"
         else f"{100 * c.difference:+.1f} points"
     )
-    return f"{change} [{', '.join(ends)}]"
+    return f"{change} {interval_shown(c.low, c.high, metric)}"
+
+
+def interval_shown(low: float | None, high: float | None, metric: Metric) -> str:
+    """An interval of differences as people read it: `[78.2, 86.0]`."""
+    ends = [
+        _ratio(end) if metric.unit == "ratio" else f"{100 * end:.1f}"
+        for end in (low, high)
+        if end is not None
+    ]
+    return f"[{', '.join(ends) or 'no interval'}]"
 
 
 def score_interval(

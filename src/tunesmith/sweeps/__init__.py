@@ -17,12 +17,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from tunesmith.compose import as_yaml
-from tunesmith.errors import Interrupted, MissingExtra, RecipeError, RunError, TunesmithError, counted
+from tunesmith import launch
+from tunesmith.compose import as_yaml, differing
+from tunesmith.errors import Interrupted, MissingExtra, RecipeError, RunError, TunesmithError, counted, does
 from tunesmith.recipe import Local, Ray, Recipe
 from tunesmith.sweeps import space as spaces
-from tunesmith.sweeps.space import Distribution
-from tunesmith.sweeps.trials import Pruned, State, Trial, carried_out, higher_is_better, name_of
+from tunesmith.sweeps.space import Distribution, short
+from tunesmith.sweeps.trials import Pruned, State, Trial, best_of, carried_out, higher_is_better, name_of
 from tunesmith.training.run import Run, Watch, folder_name, is_run, write_whole
 
 if TYPE_CHECKING:
@@ -32,12 +33,14 @@ Engine = Literal["optuna", "ray"]
 Pruner = Literal["median", "asha", "none"]
 
 RECORD, BEST, PAGE = "sweep.json", "best.yaml", "report.html"
-DOUBLES = 100
-"""Proposals of values that were tried before, after which a space counts as used up."""
+REPEATS = 5
+"""Proposals of values that were tried before, after which untried ones are drawn by chance."""
 IN_VAIN = 3
 """Trials that fail one after the other before any is done, after which a sweep ends."""
 STARTUP = 4
 """Trials that the median pruner lets end before it prunes any."""
+HALVING = 4
+"""ASHA lets the best one of so many go on, at the first validation and then each time at so many times the steps."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,17 @@ class Against:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """What the held-out questions have said."""
+
+    trials: tuple[str, ...]
+    """The names of the trials that were compared, the best one first."""
+    against: tuple[Against, ...] = ()
+    """The base and the next best trials against the best one; empty where nothing could be compared."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sweep:
     """What a sweep came to."""
 
@@ -59,14 +73,18 @@ class Sweep:
     """What trials are chosen by: `loss`, or a metric at validation."""
     space: Mapping[str, Distribution]
     trials: tuple[Trial, ...]
-    best: Trial | None
-    against: tuple[Against, ...]
-    """The base and the next best trials against the best one; empty where nothing could be compared."""
+    best: Trial
+    compared: Compared
     notes: tuple[str, ...]
     seconds: float
     recipe: Path | None = None
     """The file of the best recipe."""
     page: Path | None = None
+
+    @property
+    def against(self) -> tuple[Against, ...]:
+        """The base and the next best trials against the best one."""
+        return self.compared.against
 
     def count(self, state: State) -> int:
         """How many trials ended so."""
@@ -86,15 +104,16 @@ class Sweep:
             "space": {path: str(given) for path, given in self.space.items()},
             "trials": [{**asdict(trial), "name": trial.name} for trial in self.trials],
             "counts": {state: self.count(state) for state in ("done", "pruned", "failed", "open")},
-            "best": self.best.name if self.best else None,
-            "values": dict(self.best.values) if self.best else None,
-            "value": self.best.value if self.best else None,
+            "best": self.best.name,
+            "values": dict(self.best.values),
+            "value": self.best.value,
             "against_best": [
                 {**asdict(one.comparison), "simultaneous": [one.low, one.high]} for one in self.against
             ],
+            "compared": {"trials": list(self.compared.trials), "notes": list(self.compared.notes)},
             "notes": list(self.notes),
             "recipe": str(self.recipe) if self.recipe else None,
-            "run": str(self.folder / self.best.name) if self.best else None,
+            "run": str(self.folder / self.best.name),
             "report": str(self.page) if self.page else None,
             "seconds": round(self.seconds, 1),
         }
@@ -113,13 +132,13 @@ def sweep(
 ) -> Sweep:
     """Try values of a space, one trial after the other (`optuna`) or several at once (`ray`), until there are `trials`.
 
-    Trials share everything but their values; the best one is that with the best validation. It is then compared, on the
-    held-out questions, with the base and the `compared` next best ones. A sweep of the same name that ended early, or
-    that is to have more trials, goes on. Raises RecipeError for a space that yields no recipes, and RunError where the
-    folder is that of another sweep, or no trial is finished.
+    The space is one that `space.checked` gave for this recipe. Trials share everything but their values; the best one
+    is that with the best validation. It is then compared, on the held-out questions, with the base and the `compared`
+    next best ones. A sweep of the same name that ended early, or that is to have more trials, goes on. Raises
+    RecipeError for a recipe without validation, and RunError where the folder is that of another sweep, or no trial is
+    finished.
     """
     started = time.perf_counter()
-    space = spaces.checked(space, recipe)
     if not recipe.data.validation:
         raise RecipeError(
             "A sweep chooses by validation, and the recipe keeps no rows for it.",
@@ -138,15 +157,13 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=1):
-            records = _before(folder, about)
+            records, before = _before(folder, about)
             notes = _tried(recipe, space, records, folder, about, trials, engine, pruner, seed, watch)
-            order = sorted(
-                (one for one in records.values() if one.state == "done" and one.value is not None),
-                key=lambda one: one.value or 0.0,
-                reverse=higher_is_better(recipe.training),
-            )
-            best = order[0] if order else None
-            if not best:
+            by = recipe.training.best_by
+            ranked = [
+                (one.value, one) for one in records.values() if one.state == "done" and one.value is not None
+            ]
+            if not ranked:
                 reasons = [one.reason for one in records.values() if one.state == "failed"]
                 raise RunError(
                     f"None of {counted(len(records), 'trial')} was finished.",
@@ -154,20 +171,18 @@ def sweep(
                     fix="Narrow the space to values that train, or mend the recipe; the record is in "
                     f"{folder / RECORD}.",
                 )
-            against: tuple[Against, ...] = ()
-            if best:
-                against, told = _compared(recipe, folder, best, order[1 : compared + 1], watch)
-                notes += told
-            done = Sweep(
-                folder,
-                recipe.training.best_by,
-                space,
-                tuple(records[number] for number in sorted(records)),
-                best,
-                against,
-                tuple(notes),
-                time.perf_counter() - started,
-            )
+            ranked.sort(key=lambda one: one[0], reverse=higher_is_better(by))
+            best, *others = [one for _, one in ranked[: compared + 1]]
+            names = (best.name, *(one.name for one in others))
+            if before and before.trials == names:
+                found = before
+                told = "kept: the same trials were compared by an earlier start"
+                watch({"kind": "decision", "name": "held-out questions", "value": told})
+            else:
+                found = _compared(recipe, folder, best, others, watch)
+            every = tuple(records[number] for number in sorted(records))
+            seconds = time.perf_counter() - started
+            done = Sweep(folder, by, space, every, best, found, (*notes, *found.notes), seconds)
             return _written(done, recipe, about)
     except Timeout:
         raise RunError(
@@ -175,8 +190,9 @@ def sweep(
         ) from None
 
 
-def _before(folder: Path, about: Mapping[str, Any]) -> dict[int, Trial]:
-    """The trials that an earlier start of this sweep has made. Raises RunError where the folder is another sweep's."""
+def _before(folder: Path, about: Mapping[str, Any]) -> tuple[dict[int, Trial], Compared | None]:
+    """The trials that an earlier start of this sweep has made, and what it has compared. Raises RunError where the
+    folder is another sweep's."""
     file = folder / RECORD
     if not file.is_file():
         if others := [path.name for path in folder.iterdir() if path.name != ".lock"]:
@@ -185,26 +201,41 @@ def _before(folder: Path, about: Mapping[str, Any]) -> dict[int, Trial]:
                 found=", ".join(sorted(others)[:5]),
                 fix="Give this sweep another --name.",
             )
-        return {}
+        return {}, None
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         found = {int(one["number"]): _trial(one) for one in kept["trials"]}
-        before = kept["about"]
+        before, compared = kept["about"], _compared_before(kept)
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{file} is damaged.", found=str(error), fix="Restore it, or delete the folder."
         ) from None
-    from tunesmith.api import _leaves
-
     if changed := [
-        f"{path} was {old!r}, is {new!r}" for path, old, new in _leaves(before, json.loads(json.dumps(about)))
+        f"{path} was {old!r}, is {new!r}"
+        for path, old, new in differing(before, json.loads(json.dumps(about)))
     ]:
         raise RunError(
             f"The sweep in {folder} is another one, so it cannot go on.",
             found="; ".join(changed[:8]),
             fix="Undo these changes, or give this sweep another --name.",
         )
-    return found
+    return found, compared
+
+
+def _compared_before(kept: Mapping[str, Any]) -> Compared | None:
+    from tunesmith.evaluation.compare import Comparison
+
+    known = {one.name for one in dataclasses.fields(Comparison)}
+    against = []
+    for one in kept.get("against_best", ()):
+        own: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in one.items() if key in known
+        }
+        against.append(Against(Comparison(**own), *one["simultaneous"]))
+    about = kept.get("compared")
+    return (
+        Compared(tuple(about["trials"]), tuple(against), tuple(about["notes"])) if about and against else None
+    )
 
 
 def _trial(kept: Mapping[str, Any]) -> Trial:
@@ -260,7 +291,7 @@ def _tried(
         records[trial.number] = trial
         _record(folder, about, records)
         if trial.state == "open":
-            told = ", ".join(f"{path} {_short(value)}" for path, value in trial.values.items())
+            told = ", ".join(f"{path} {short(value)}" for path, value in trial.values.items())
             watch({"kind": "decision", "name": trial.name, "value": told})
         else:
             value = "-" if trial.value is None else f"{trial.value:.4g}"
@@ -272,8 +303,18 @@ def _tried(
     if before := sum(trial.state != "open" for trial in records.values()):
         told = f"{counted(before, 'trial')} of an earlier start are not repeated"
         watch({"kind": "decision", "name": "sweep", "value": "goes on", "reason": told})
+    if engine == "optuna" and pruner != "none" and launch.starts(recipe.launch):
+        pruner = "none"
+        why = f"trials train in processes of their own (launch.kind {recipe.launch.kind}), which go on to their end"
+        notes.append(f"No trial was pruned: {why}.")
+        watch({"kind": "decision", "name": "pruner", "value": "none", "reason": why})
+    if engine == "ray" and pruner == "median":
+        pruner = "asha"
+        why = "trials at once have no median to be held against"
+        notes.append(f"Trials were pruned by ASHA: {why}.")
+        watch({"kind": "decision", "name": "pruner", "value": "asha", "reason": why})
     if engine == "ray":
-        _at_once(recipe, space, records, folder, trials, pruner, seed, keep, watch)
+        notes += _at_once(recipe, space, records, folder, trials, pruner, seed, keep, watch)
     else:
         notes += _one_by_one(recipe, space, records, folder, trials, pruner, seed, keep, watch)
     if pruner != "none" and all(len(one.validations) < 2 for one in records.values() if one.state == "done"):
@@ -281,8 +322,8 @@ def _tried(
     return notes
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _used_up(tried: int) -> str:
+    return f"The space is used up after {counted(tried, 'trial')}: all its values were tried."
 
 
 def _one_by_one(
@@ -303,14 +344,12 @@ def _one_by_one(
             continue
         values = dict(known.values) if known else _proposed(space, records, recipe, pruner, seed, number)
         if values is None:
-            return [
-                f"The space is used up after {counted(len(records), 'trial')}: all its values were tried."
-            ]
+            return [_used_up(len(records))]
         keep(Trial(number, values))
         study = _study(space, records, recipe, pruner, seed, number)
         asked = _asked(study, space, values)
 
-        def report(step: int, value: float, asked: Any = asked, own: Recipe = recipe) -> None:
+        def report(step: int, value: float, asked: Any = asked) -> None:
             asked.report(value, step)
             if asked.should_prune():
                 raise Pruned(f"Its validation of {value:.4g} at step {step} lags behind ({pruner}).")
@@ -349,7 +388,8 @@ def _inner(watch: Watch, number: int) -> Watch:
     return told
 
 
-def _optuna() -> Any:
+def require_optuna() -> Any:
+    """Optuna. Raises MissingExtra without it."""
     try:
         import optuna
     except ImportError:
@@ -360,7 +400,7 @@ def _optuna() -> Any:
 
 def _distributions(space: Mapping[str, Distribution]) -> dict[str, Any]:
     """The space in Optuna's words; choices by their JSON, which holds lists as well."""
-    known = _optuna().distributions
+    known = require_optuna().distributions
     made = {}
     for path, given in space.items():
         match given.kind:
@@ -386,15 +426,16 @@ def _study(
 ) -> Any:
     """A study that knows the trials before this one, made anew for each: what it proposes depends on these, the seed
     and the number alone, whenever and how often the sweep was started."""
-    optuna = _optuna()
+    optuna = require_optuna()
     states = optuna.trial.TrialState
+    first = min((one.validations[0][0] for one in records.values() if one.validations), default=1)
     pruners = {
         "median": optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
-        "asha": optuna.pruners.SuccessiveHalvingPruner(),
+        "asha": optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=HALVING),
         "none": optuna.pruners.NopPruner(),
     }
     study = optuna.create_study(
-        direction="maximize" if higher_is_better(recipe.training) else "minimize",
+        direction="maximize" if higher_is_better(recipe.training.best_by) else "minimize",
         sampler=optuna.samplers.TPESampler(seed=(seed * 1_000_003 + number * 1009 + again) % 2**32),
         pruner=pruners[pruner],
     )
@@ -409,9 +450,22 @@ def _study(
                 distributions=_distributions(space),
                 value=one.value if one.state == "done" else None,
                 intermediate_values=dict(one.validations),
+                system_attrs=_rungs(one, first),
             )
         )
     return study
+
+
+def _rungs(trial: Trial, first: int) -> dict[str, float]:
+    """What a trial came to at each rung of ASHA, as Optuna's pruner notes it: at the first validation, and each time at
+    `HALVING` times the steps. A pruned one ended at a rung and has seen none beyond."""
+    rungs: dict[str, float] = {}
+    for step, value in trial.validations:
+        while step >= first * HALVING ** len(rungs):
+            rungs[f"completed_rung_{len(rungs)}"] = value
+            if trial.state == "pruned" and step == trial.validations[-1][0]:
+                break
+    return rungs
 
 
 def _params(space: Mapping[str, Distribution], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -434,9 +488,14 @@ def _proposed(
     seed: int,
     number: int,
 ) -> dict[str, Any] | None:
-    """What to try next, which was not tried before; None where the space is used up."""
+    """What to try next, which was not tried before; None where the space is used up.
+
+    Where TPE comes back to the same values, as it does in a small space, untried ones are drawn by chance.
+    """
     tried = [dict(one.values) for one in records.values()]
-    for again in range(DOUBLES):
+    if spaces.is_used_up(space, tried):
+        return None
+    for again in range(REPEATS):
         study = _study(space, records, recipe, pruner, seed, number, again)
         asked = study.ask(_distributions(space)).params
         found = {
@@ -445,7 +504,7 @@ def _proposed(
         }
         if found not in tried:
             return found
-    return None
+    return spaces.untried(space, tried, seed, number)
 
 
 def _at_once(
@@ -458,41 +517,32 @@ def _at_once(
     seed: int,
     keep: Callable[[Trial], None],
     watch: Watch,
-) -> None:
-    """Trials whose values are drawn beforehand, several at a time, on the workers of Ray."""
+) -> list[str]:
+    """Trials whose values are drawn beforehand, several at a time, on the workers of Ray; what is to be said of it."""
     from tunesmith import on_ray
 
-    if pruner == "median":
-        watch(
-            {
-                "kind": "decision",
-                "name": "pruner",
-                "value": "asha",
-                "reason": "trials at once have no median to be held against",
-            }
-        )
-    asked = []
-    tried = [dict(one.values) for one in records.values()]
+    asked, notes = [], []
     for number in range(trials):
         known = records.get(number)
         if known and known.state != "open":
             continue
-        values = known.values if known else None
-        for again in range(DOUBLES if values is None else 0):
-            values = spaces.drawn(space, seed + again * 7919, number)
-            if values not in tried:
-                break
-        assert values is not None
-        tried.append(dict(values))
+        tried = [dict(one.values) for one in records.values()]
+        values = dict(known.values) if known else spaces.untried(space, tried, seed, number)
+        if values is None:
+            notes.append(_used_up(len(records)))
+            break
         keep(Trial(number, values))
         own = _recipe_of(recipe, folder, number, values, "ray")
         asked.append({"number": number, "recipe": own.model_dump(mode="json")})
     if not asked:
-        return
+        return notes
+    by = recipe.training.best_by
 
     def record(given: Mapping[str, Any]) -> None:
         before = records[int(given["number"])]
-        found = _trial({**asdict(before), **{key: value for key, value in given.items() if key != "values"}})
+        step, value = best_of(before.validations, by)
+        kept = {**asdict(before), "step": step, "value": value}
+        found = _trial({**kept, **{key: value for key, value in given.items() if key != "values"}})
         path = folder / before.name
         if found.state == "pruned" and is_run(path) and Run(path).state() == "died":
             Run(path).finish("interrupted", error=f"pruned {found.reason}")
@@ -500,46 +550,54 @@ def _at_once(
 
     def told(number: int, step: int, value: float) -> None:
         before = records[number]
-        records[number] = replace(before, validations=(*before.validations, (step, value)))
+        known = {**dict(before.validations), step: value}  # those of a trial that goes on come again
+        records[number] = replace(before, validations=tuple(sorted(known.items())))
 
     section = recipe.launch if isinstance(recipe.launch, Ray) else Ray()
     every = recipe.training.eval_steps
+    longest = [recipe.training.max_steps]
+    if "training.max_steps" in space:
+        longest = list(space["training.max_steps"].every)
     on_ray.tried(
         asked,
         section,
         folder=folder,
-        mode="max" if higher_is_better(recipe.training) else "min",
+        mode="max" if higher_is_better(by) else "min",
         patience=every if isinstance(every, int) else 1,
-        horizon=recipe.training.max_steps or 10**9,
+        horizon=None if None in longest else max(n for n in longest if n),
         prunes=pruner != "none",
         record=record,
         told=told,
         watch=watch,
     )
+    return notes
 
 
-def _compared(
-    recipe: Recipe, folder: Path, best: Trial, others: Sequence[Trial], watch: Watch
-) -> tuple[tuple[Against, ...], list[str]]:
+def _compared(recipe: Recipe, folder: Path, best: Trial, others: Sequence[Trial], watch: Watch) -> Compared:
     """The base and other trials against the best one on held-out questions, which chose none of them."""
+    names = tuple(trial.name for trial in (best, *others))
+
+    def none(note: str) -> Compared:
+        return Compared(names, notes=(note,))
+
     if recipe.evaluation.skip:
-        return (), ["Nothing was measured on held-out questions: evaluation.skip is on."]
+        return none("Nothing was measured on held-out questions: evaluation.skip is on.")
     if not recipe.data.held_out:
-        return (), ["Nothing was measured on held-out questions: data.held_out is 0."]
+        return none("Nothing was measured on held-out questions: data.held_out is 0.")
     from tunesmith import api
     from tunesmith.evaluation import read_rows
     from tunesmith.evaluation.compare import compare_all
 
-    runs = [folder / trial.name for trial in (best, *others)]
+    runs = [folder / name for name in names]
     try:
         result = api.compare(runs[0], recipe.model.base, *runs[1:], watch=watch)
     except TunesmithError as error:
-        return (), [f"Nothing was compared on held-out questions: {error.problem}"]
+        return none(f"Nothing was compared on held-out questions: {error.problem}")
     found = [
         replace(c, model=_named(c.model, recipe), against=best.name) for c in result.comparisons if c.primary
     ]
     if not found or result.saved is None:
-        return (), ["No metric of the recipe scores answers, so that nothing was compared."]
+        return none("No metric of the recipe scores answers, so that nothing was compared.")
     section = recipe.evaluation
     by_model: dict[str, list[Any]] = {}
     for row in read_rows(result.saved / "rows.jsonl"):
@@ -551,7 +609,14 @@ def _compared(
         resamples=section.resamples,
         confidence=1 - (1 - section.confidence) / len(found),
     )
-    return tuple(Against(one, wide.low, wide.high) for one, wide in zip(found, together, strict=True)), []
+    against = tuple(Against(one, wide.low, wide.high) for one, wide in zip(found, together, strict=True))
+    leaked = int((result.leakage or {}).get("leaked", 0))
+    notes = (
+        f"{counted(leaked, 'held-out question')} of {found[0].n} "
+        f"{does('stand', leaked)} in the training rows, or nearly so, and may be remembered: "
+        f"comparisons/{result.saved.name}/leakage.json."
+    )
+    return Compared(names, against, (notes,) if leaked else ())
 
 
 def _named(model: str, recipe: Recipe) -> str:
@@ -563,10 +628,9 @@ def _written(done: Sweep, recipe: Recipe, about: Mapping[str, Any]) -> Sweep:
     """The sweep with its files: the record, the best recipe, the page."""
     from tunesmith.sweeps.page import page
 
-    if done.best:
-        own = spaces.settled(recipe, done.best.values)
-        done = replace(done, recipe=write_whole(done.folder / BEST, as_yaml(own)))
-    done = replace(done, page=done.folder / PAGE)
+    own = spaces.settled(recipe, done.best.values)
+    best = write_whole(done.folder / BEST, as_yaml(own))
+    done = replace(done, recipe=best, page=done.folder / PAGE)
     records = {trial.number: trial for trial in done.trials}
     more = {key: value for key, value in done.as_dict().items() if key not in ("trials", "space", "by")}
     _record(done.folder, about, records, more)

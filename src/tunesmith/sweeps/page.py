@@ -8,9 +8,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tunesmith.errors import counted
+from tunesmith.sweeps.space import short
+from tunesmith.sweeps.trials import Trial, higher_is_better
 
 if TYPE_CHECKING:
-    from tunesmith.sweeps import Against, Sweep
+    from tunesmith.sweeps import Sweep
+
+FARTHEST = 3
+"""Times the middle trial's value up to which the plots reach where less is better."""
 
 
 def sentences(sweep: Sweep) -> list[str]:
@@ -23,12 +28,11 @@ def sentences(sweep: Sweep) -> list[str]:
         for state in ("done", "pruned", "failed", "open")
         if sweep.count(state)
     )
+    values = ", ".join(f"{path} {short(value)}" for path, value in sweep.best.values.items())
     by = "validation loss" if sweep.by == "loss" else f"{sweep.by} at validation"
-    if not sweep.best or sweep.best.value is None:
-        return [f"No trial was finished ({ended}).", *sweep.notes]
     found = [
-        f"{sweep.best.name} is the best of {counted(done, 'trial')} by {by}, {sweep.best.value:.4g} at step "
-        f"{sweep.best.step} ({ended})."
+        f"{sweep.best.name} is the best of {counted(done, 'trial')} by {by}, {_value(sweep.best)} at step "
+        f"{sweep.best.step} ({ended}): {values}."
     ]
     if done > 1:
         found.append(
@@ -41,7 +45,9 @@ def sentences(sweep: Sweep) -> list[str]:
             "better": "is better than it",
             "inconclusive": "cannot be told from it (inconclusive)",
         }.get(c.verdict, "is not shown to differ from it")
-        found.append(f"{c.model} {said} on held-out questions: {difference_shown(c)}, n={c.n}.")
+        found.append(
+            f"{c.model} {said} on held-out questions: {difference_shown(c)}{_p(c.p_value)}, n={c.n}."
+        )
     equal = [
         one.comparison.model
         for one in sweep.against
@@ -58,7 +64,7 @@ def sentences(sweep: Sweep) -> list[str]:
 def trials_table(sweep: Sweep) -> list[list[str]]:
     """A header, and a line for each trial, the best first and those without a value last."""
     names = list(sweep.space)
-    sign = -1.0 if sweep.best and _higher(sweep) else 1.0
+    sign = -1.0 if higher_is_better(sweep.by) else 1.0
     order = sorted(
         sweep.trials,
         key=lambda one: (
@@ -67,23 +73,29 @@ def trials_table(sweep: Sweep) -> list[list[str]]:
             one.number,
         ),
     )
-    header = ["trial", *(name.rpartition(".")[2] for name in names), sweep.by, "step", "state", "why"]
+    header = [
+        "trial",
+        *(name.rpartition(".")[2] for name in names),
+        sweep.by,
+        "step",
+        "seconds",
+        "state",
+        "why",
+    ]
     lines = []
     for one in order:
-        cells = [_short(one.values.get(name)) for name in names]
-        value = "-" if one.value is None else f"{one.value:.4g}"
-        lines.append(
-            [one.name, *cells, value, "-" if one.step is None else str(one.step), one.state, one.reason[:160]]
-        )
+        cells = [short(one.values.get(name)) for name in names]
+        step = "-" if one.step is None else str(one.step)
+        lines.append([one.name, *cells, _value(one), step, f"{one.seconds:.0f}", one.state, one.reason[:160]])
     return [header, *lines]
 
 
 def against_table(sweep: Sweep) -> list[list[str]]:
     """A header, and a line for each model that was measured against the best trial; empty where none was."""
-    from tunesmith.evaluation.compare import difference_shown, shown
+    from tunesmith.evaluation.compare import difference_shown, interval_shown, shown
     from tunesmith.evaluation.metrics import METRICS
 
-    if not sweep.against or sweep.best is None:
+    if not sweep.against:
         return []
     metric = METRICS[sweep.against[0].comparison.metric]
     level = f"{sweep.against[0].comparison.confidence:.0%}".replace("%", " %")
@@ -91,7 +103,7 @@ def against_table(sweep: Sweep) -> list[list[str]]:
         [
             "model",
             metric.named,
-            f"difference to the best [{level} interval]",
+            f"difference to the chosen one [{level} interval]",
             "all together",
             "p (Holm)",
             "n",
@@ -100,33 +112,31 @@ def against_table(sweep: Sweep) -> list[list[str]]:
     ]
     first = sweep.against[0].comparison
     lines.append(
-        [sweep.best.name, shown(first.base, metric) if first.n else "-", "", "", "", str(first.n), "the best"]
+        [
+            sweep.best.name,
+            shown(first.base, metric) if first.n else "-",
+            "",
+            "",
+            "",
+            str(first.n),
+            "chosen by validation",
+        ]
     )
     for one in sweep.against:
         c = one.comparison
         p = "-" if c.p_value is None else f"{c.p_value:.3g}"
         shown_ones = [shown(c.tuned, metric), difference_shown(c)] if c.n else ["-", "-"]
-        lines.append([c.model, *shown_ones, _together(one), p, str(c.n), c.verdict])
+        together = interval_shown(one.low, one.high, metric)
+        lines.append([c.model, *shown_ones, together, p, str(c.n), c.verdict])
     return lines
 
 
-def _together(one: Against) -> str:
-    from tunesmith.evaluation.metrics import METRICS
-
-    if one.low is None or one.high is None:
-        return "no interval"
-    scale = 1 if METRICS[one.comparison.metric].unit == "ratio" else 100
-    return f"[{scale * one.low:.3g}, {scale * one.high:.3g}]"
+def _p(value: float | None) -> str:
+    return "" if value is None else f", Holm's p {value:.2g}"
 
 
-def _higher(sweep: Sweep) -> bool:
-    from tunesmith.evaluation.metrics import METRICS
-
-    return sweep.by != "loss" and METRICS[sweep.by].higher_is_better
-
-
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _value(trial: Trial) -> str:
+    return "-" if trial.value is None else f"{trial.value:.4g}"
 
 
 def _rows(table: Sequence[Sequence[str]]) -> str:
@@ -138,14 +148,21 @@ def _rows(table: Sequence[Sequence[str]]) -> str:
     return f"<div class=wide><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
+def _heights(sweep: Sweep) -> tuple[float, float]:
+    """The lowest and the highest value that the plots show. Where less is better, what diverged would flatten all
+    others, and is drawn at the upper edge."""
+    values = sorted(one.value for one in sweep.trials if one.value is not None)
+    bottom, top = values[0], values[-1]
+    if not higher_is_better(sweep.by) and bottom > 0:
+        top = min(top, FARTHEST * values[len(values) // 2])
+    return bottom, top
+
+
 def _picture(sweep: Sweep) -> str:
     """Value against each searched field, one small plot each: grey pruned, blue done, green the best."""
-    told = [one for one in sweep.trials if one.value is not None]
-    if not told:
-        return ""
-    values = sorted(one.value or 0.0 for one in told)
-    # What diverged would flatten all others.
-    bottom, top = values[0], min(values[-1], values[len(values) // 2] * 3) if values[0] > 0 else values[-1]
+    told = [(one, one.value) for one in sweep.trials if one.value is not None]
+    bottom, top = _heights(sweep)
+    beyond = sum(value > top for _, value in told)
     plots = []
     for path, given in sweep.space.items():
         places = {str(value): n for n, value in enumerate(given.values)}
@@ -162,13 +179,13 @@ def _picture(sweep: Sweep) -> str:
             return 60 + 300 * (at - low) / ((high - low) or 1.0)
 
         dots = []
-        for one in told:
-            y = 180 - 160 * (min(one.value or 0.0, top) - bottom) / ((top - bottom) or 1.0)
-            color = "#1a7f37" if one is sweep.best else "#1f6fc5" if one.state == "done" else "#9aa4af"
-            title = html.escape(f"{one.name}: {_short(one.values[path])}, {one.value:.4g}, {one.state}")
+        for one, value in told:
+            y = 180 - 160 * (min(value, top) - bottom) / ((top - bottom) or 1.0)
+            color = "#1a7f37" if one == sweep.best else "#1f6fc5" if one.state == "done" else "#9aa4af"
+            title = html.escape(f"{one.name}: {short(one.values[path])}, {value:.4g}, {one.state}")
             place = f'cx="{x(one.values[path]):.1f}" cy="{y:.1f}" r="5" fill="{color}"'
             dots.append(f"<circle {place}><title>{title}</title></circle>")
-        marks = [str(value) for value in given.values] or [f"{given.low:g}", f"{given.high:g}"]
+        marks = [str(value) for value in given.values] or [short(given.low), short(given.high)]
         spots = [x(value) for value in given.values] or [60.0, 360.0]
         axis = "".join(
             f'<text x="{spot:.0f}" y="200" text-anchor="middle" font-size="12">{html.escape(mark)}</text>'
@@ -186,7 +203,9 @@ def _picture(sweep: Sweep) -> str:
         )
     return (
         f'<div class="plots">{"".join(plots)}</div><p>{html.escape(sweep.by)} at the best validation of each trial. '
-        "Green: the best. Blue: done. Grey: pruned.</p>"
+        "Green: the best. Blue: done. Grey: pruned or failed."
+        + (f" {counted(beyond, 'trial')} above {top:.3g} at the upper edge." if beyond else "")
+        + "</p>"
     )
 
 

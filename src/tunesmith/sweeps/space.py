@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith import launch
-from tunesmith.compose import Layer, nested, overlaid, read_layer, scalar, validated
+from tunesmith.compose import nested, overlaid, read_layer, scalar, union_members, validated
 from tunesmith.errors import RecipeError, TunesmithError, counted, nearest
 from tunesmith.recipe import Recipe, fields
 
@@ -32,7 +32,11 @@ KINDS = {
 }
 EXAMPLE = "training.learning_rate: loguniform(1e-5, 1e-3)"
 COMBINED = 256
-"""Corners of a space that are composed to see that each is a recipe; of more, so many are drawn."""
+"""Combinations of a space that are composed to see that each is a recipe; of more, so many are drawn."""
+PROBED = 16
+"""Whole numbers of a range of which each is given to the recipe; of more, the ends."""
+DOUBLES = 100
+"""Draws of values that were tried before, after which the untried ones are gone through in their order."""
 
 SAME_ROWS = "all trials are trained and validated on the same rows"
 SAME_MEASURE = "all trials are validated alike"
@@ -81,23 +85,28 @@ class Distribution:
         if self.kind == "choice":
             return f"choice({', '.join(map(str, self.values))})"
         step = f", {self.step}" if self.step > 1 else ""
-        return f"{self.kind}({self.low:g}, {self.high:g}{step})"
-
-    @property
-    def ends(self) -> tuple[Any, ...]:
-        """Every value of a choice, the ends of a range: where these are allowed, all between them are."""
-        if self.kind == "choice":
-            return self.values
-        return (self.low, self.high)
+        return f"{self.kind}({_number(self.low)}, {_number(self.high)}{step})"
 
     @property
     def size(self) -> float:
-        """How many different values there are."""
-        if self.kind == "choice":
-            return len(self.values)
-        if self.kind in ("int", "logint"):
-            return int(self.high - self.low) // self.step + 1
-        return math.inf if self.high > self.low else 1
+        """How many different values there are; of fractions without end."""
+        return math.inf if self.kind in ("uniform", "loguniform") else len(self.every)
+
+    @property
+    def every(self) -> Sequence[Any]:
+        """All values of a choice or of whole numbers, the ends of a range of fractions."""
+        match self.kind:
+            case "choice":
+                return self.values
+            case "uniform" | "loguniform":
+                return (self.low, self.high)
+            case "int" | "logint":
+                return range(int(self.low), int(self.high) + 1, self.step)
+
+    @property
+    def probed(self) -> Sequence[Any]:
+        """The values that are given to the recipe: every one of a few, else the ends of the range."""
+        return self.every if self.kind == "choice" or self.size <= PROBED else (self.low, self.high)
 
     def drawn(self, random: random.Random) -> Any:
         """A value by chance."""
@@ -119,6 +128,16 @@ class Distribution:
 
 
 Space = Mapping[str, Distribution]
+
+
+def _number(value: float) -> str:
+    """A number so that it is told from every other one."""
+    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(float(value))
+
+
+def short(value: Any) -> str:
+    """A value as tables show it."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def read(given: Sequence[str]) -> dict[str, Distribution]:
@@ -201,7 +220,6 @@ def checked(space: Space, recipe: Recipe) -> dict[str, Distribution]:
     Raises RecipeError with every field that is not the recipe's, that has to be the same in all trials, or that would
     be given a value that does not fit; and for values that do not fit together.
     """
-    layer = recipe.model_dump(mode="json")
     problems: list[str] = []
     typed: dict[str, Distribution] = {}
     known = {fact.path for fact in fields()} | {f"{name}.kind" for name in ("method", "adapter")}
@@ -210,25 +228,22 @@ def checked(space: Space, recipe: Recipe) -> dict[str, Distribution]:
             problems.append(f"{path} is not searched: {why}.")
             continue
         found = []
-        for value in given.ends:
+        for value in given.probed:
             try:
-                found.append(_at(validated(overlaid(layer, nested(path, value))), path))
+                found.append(_at(settled(recipe, {**_kinds(space, path), path: value}), path))
             except TunesmithError as error:
                 problems += [part.strip() for part in (error.found or error.problem).splitlines()]
-        if len(found) == len(given.ends):
+        if len(found) == len(given.probed):
             if given.kind == "choice":
                 typed[path] = Distribution("choice", tuple(found))
-            elif (
-                isinstance(given.low, int | float)
-                and given.kind in ("uniform", "loguniform")
-                and _is_whole(path)
-            ):
-                problems.append(f"{path} takes whole numbers: write int({given.low:g}, {given.high:g}).")
+            elif given.kind in ("uniform", "loguniform") and _is_whole(path):
+                ends = f"{_number(given.low)}, {_number(given.high)}"
+                problems.append(f"{path} takes whole numbers: write int({ends}).")
             else:
                 typed[path] = given
     _raise(list(dict.fromkeys(problems)), fix="`tunesmith show recipe` lists every field with its meaning.")
     number = launch.processes(recipe.launch)
-    for values in corners(typed):
+    for values in combinations(typed):
         try:
             launch.check(settled(recipe, values).training, number)
         except TunesmithError as error:
@@ -261,6 +276,17 @@ def _kept(path: str, recipe: Recipe) -> str | None:
     return KEPT.get(path) or KEPT.get(section)
 
 
+def _kinds(space: Space, path: str) -> dict[str, Any]:
+    """Where the kind of a field's section is searched as well: one that has the field."""
+    section, _, field = path.partition(".")
+    kind = space.get(f"{section}.kind")
+    if kind is None or field == "kind":
+        return {}
+    members = union_members(section)
+    having = [value for value in kind.every if value in members and field in members[value].model_fields]
+    return {f"{section}.kind": having[0]} if having else {}
+
+
 def _is_whole(path: str) -> bool:
     return any(fact.type.startswith("whole number") for fact in fields() if fact.path == path)
 
@@ -273,23 +299,52 @@ def _at(recipe: Recipe, path: str) -> Any:
 
 
 def settled(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """The recipe with a trial's values. Raises RecipeError where they do not fit."""
-    layers: list[Layer] = [nested(path, value) for path, value in values.items()]
-    return validated(overlaid(recipe.model_dump(mode="json"), *layers))
+    """The recipe with a trial's values. Where one is another kind of adapter or method, the fields that the kind before
+    had alone, or by its own default, fall away. Raises RecipeError where the values do not fit."""
+    layer = recipe.model_dump(mode="json")
+    for path, value in values.items():
+        section, _, field = path.partition(".")
+        if field == "kind" and value != layer[section]["kind"]:
+            allowed = union_members(section)[value].model_fields if value in union_members(section) else {}
+            before = getattr(recipe, section)
+            layer[section] = {
+                name: layer[section][name]
+                for name, own in type(before).model_fields.items()
+                if name in allowed and getattr(before, name) != own.get_default(call_default_factory=True)
+            }
+    return validated(overlaid(layer, *(nested(path, value) for path, value in values.items())))
 
 
-def corners(space: Space) -> Iterator[dict[str, Any]]:
-    """Every combination of choices and ends of ranges, or as many drawn ones where there are very many."""
-    names, ends = list(space), [distribution.ends for distribution in space.values()]
-    if math.prod(map(len, ends)) <= COMBINED:
-        yield from (dict(zip(names, values, strict=True)) for values in itertools.product(*ends))
+def combinations(space: Space) -> Iterator[dict[str, Any]]:
+    """Every combination of the values that are probed, or as many drawn ones where there are very many."""
+    names, probed = list(space), [distribution.probed for distribution in space.values()]
+    if math.prod(map(len, probed)) <= COMBINED:
+        yield from (dict(zip(names, values, strict=True)) for values in itertools.product(*probed))
         return
     chance = random.Random(0)
     for _ in range(COMBINED):
-        yield {name: chance.choice(values) for name, values in zip(names, ends, strict=True)}
+        yield {name: chance.choice(values) for name, values in zip(names, probed, strict=True)}
 
 
 def drawn(space: Space, seed: int, number: int) -> dict[str, Any]:
     """The values of a trial by chance, which depend on the seed and its number alone."""
     chance = random.Random(f"{seed}/{number}")
     return {path: distribution.drawn(chance) for path, distribution in space.items()}
+
+
+def is_used_up(space: Space, tried: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every combination of values was tried; no two of `tried` are alike."""
+    return len(tried) >= math.prod(given.size for given in space.values())
+
+
+def untried(
+    space: Space, tried: Sequence[Mapping[str, Any]], seed: int, number: int
+) -> dict[str, Any] | None:
+    """The values of a trial by chance, other than those that were tried; None where the space is used up."""
+    if is_used_up(space, tried):
+        return None
+    for again in range(DOUBLES):
+        if (values := drawn(space, seed + again * 7919, number)) not in tried:
+            return values
+    every = itertools.product(*(given.every for given in space.values()))
+    return next(v for v in (dict(zip(space, values, strict=True)) for values in every) if v not in tried)

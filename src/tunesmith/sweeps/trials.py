@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.errors import Interrupted, TunesmithError
-from tunesmith.recipe import Recipe, Training
+from tunesmith.errors import Interrupted, OutOfMemory, TrainingDiverged, TunesmithError
+from tunesmith.recipe import Recipe
 from tunesmith.training.run import Run, folder_name, is_run
 
 State = Literal["open", "done", "pruned", "failed"]
@@ -50,11 +50,18 @@ class Pruned(Interrupted):
     """A trial that lags behind the others and is ended at a validation."""
 
 
-def higher_is_better(training: Training) -> bool:
-    """Whether more is better of what a trial is chosen by."""
+def higher_is_better(by: str) -> bool:
+    """Whether more is better of what trials are chosen by: `loss`, or a metric."""
     from tunesmith.evaluation.metrics import METRICS
 
-    return training.best_by != "loss" and METRICS[training.best_by].higher_is_better
+    return by != "loss" and METRICS[by].higher_is_better
+
+
+def best_of(validations: Iterable[tuple[int, float]], by: str) -> tuple[int | None, float | None]:
+    """Step and value of the best validation, of equal ones the first; None where there was none."""
+    best = max if higher_is_better(by) else min
+    none: tuple[int | None, float | None] = (None, None)
+    return best(sorted(validations), key=lambda one: one[1], default=none)
 
 
 def measured(event: Mapping[str, Any], by: str) -> float | None:
@@ -72,8 +79,9 @@ def carried_out(
 ) -> Trial:
     """Train a trial's recipe, or go on with the run that was begun, and give what it came to, without its values.
 
-    `report` is told step and value of each validation, those of a continued run again; where it raises Pruned, the run
-    ends there. An error of the trial is its result; a request to stop is raised.
+    `report` is told step and value of each validation but that of the last step, those of a continued run again; where
+    it raises Pruned, the run ends there. What its own values have brought about (`is_of_its_values`) is its result; any
+    other error, and a request to stop, is raised.
     """
     from tunesmith import api
 
@@ -81,35 +89,32 @@ def carried_out(
     path = Path(recipe.output_dir).expanduser() / folder_name(recipe)
     by, started = recipe.training.best_by, time.perf_counter()
     found: dict[int, float] = {}
+    last = math.inf
+
+    def note(event: Mapping[str, Any], *, reports: bool = True) -> None:
+        nonlocal last
+        last = event.get("total_steps") or last
+        if event["kind"] == "evaluation" and (value := measured(event, by)) is not None:
+            step = int(event["step"])
+            found[step] = value
+            if reports and step < last:  # who has come to the last step has nothing left to save
+                report(step, value)
 
     def told(event: Mapping[str, Any]) -> None:
         watch(event)
-        if event["kind"] == "evaluation" and (value := measured(event, by)) is not None:
-            found[int(event["step"])] = value
-            report(int(event["step"]), value)
+        note(event)
 
     def ended(state: State, reason: str = "") -> Trial:
-        order = sorted(found.items())
-        best = (max if higher_is_better(recipe.training) else min)(
-            order, key=lambda one: one[1], default=(None, None)
-        )
-        return Trial(
-            number,
-            {},
-            state,
-            best[1],
-            best[0],
-            tuple(order),
-            round(time.perf_counter() - started, 1),
-            reason,
-        )
+        step, value = best_of(found.items(), by)
+        seconds = round(time.perf_counter() - started, 1)
+        return Trial(number, {}, state, value, step, tuple(sorted(found.items())), seconds, reason)
 
     try:
         if is_run(path):
+            is_over = Run(path).state() == "done"
             for event in Run(path).events():
-                if event["kind"] == "evaluation" and (value := measured(event, by)) is not None:
-                    found[int(event["step"])] = value
-            if Run(path).state() != "done":
+                note(event, reports=not is_over)
+            if not is_over:
                 api.resume(path, watch=told)
         else:
             api.train(recipe, watch=told)
@@ -117,18 +122,16 @@ def carried_out(
         if is_run(path):
             Run(path).event("decision", name="pruned", value=f"trial {number}", reason=error.problem)
         return ended("pruned", error.problem)
-    except Interrupted:
-        raise
     except TunesmithError as error:
-        failed = ended("failed", " ".join(filter(None, (error.problem, error.found))))
-        if not error_of_a_trial(error):
+        if not is_of_its_values(error):
             raise
-        return failed
+        return ended("failed", " ".join(filter(None, (error.problem, error.found))))
     if not found:
         return ended("failed", f"No validation has measured training.best_by={by}.")
     return ended("done")
 
 
-def error_of_a_trial(error: TunesmithError) -> bool:
-    """Whether an error is that of a trial's own values: it diverged, or took more than there is."""
-    return error.exit_code == 3
+def is_of_its_values(error: TunesmithError) -> bool:
+    """Whether an error is that of a trial's own values: it diverged, or took more memory than there is. A full disk is
+    not, nor a request to stop: the next trial would meet them as well."""
+    return isinstance(error, TrainingDiverged | OutOfMemory)

@@ -31,6 +31,8 @@ COLOURS = {
     "evaluation": "#7a5c3e",
     "save": "#a23b72",
     "reserved": "#5c6370",
+    "gathered": "#7fa3d1",
+    "buckets": "#a888d6",
     "spread": "#b8bec8",
 }
 """A colour for each part of the memory, as `estimate.ABOUT` names them."""

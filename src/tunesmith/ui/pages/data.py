@@ -349,7 +349,7 @@ def commands(layer: Mapping[str, Any], workspace: Workspace) -> str:
     """What does the same on the command line, one verb a line."""
     preset = layer.get("preset")
     below = preset_layer(preset) if preset in preset_names() else {}  # these verbs take no preset
-    own = overlaid(below, layer)
+    own = overlaid(dict(below), dict(layer))
     own = {name: part for name, part in own.items() if name in ("task", "method", "data", "model")}
     base = str(form.value_at(own, "model.base", "tiny"))
     own = form.without(own, "model.base")

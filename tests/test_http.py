@@ -27,6 +27,11 @@ def answering(reply):
             request = b""
             while b"\r\n\r\n" not in request:
                 request += connection.recv(65536)
+            # What is left unread when a connection is closed resets it, and may take the reply with it.
+            head, _, body = request.partition(b"\r\n\r\n")
+            length = int(head.lower().partition(b"content-length:")[2].split()[0])
+            while len(body) < length:
+                body += connection.recv(65536)
             reply(connection.sendall, request)
 
     def serve():

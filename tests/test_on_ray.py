@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -405,9 +406,7 @@ def test_trials_are_recorded_as_they_end_and_a_short_recipe_has_a_scheduler():
 
     def trial(number, **last):
         return SimpleNamespace(
-            config={"trial": {"number": number}},
-            last_result=last,
-            get_error=lambda: RuntimeError("no node"),  # noqa: B023
+            config={"trial": {"number": number}}, last_result=last, get_error=lambda: RuntimeError("no node")
         )
 
     assert copy.deepcopy(tell) is tell

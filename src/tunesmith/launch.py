@@ -258,7 +258,7 @@ def _why(failed: Any, ended: Mapping[str, Any], number: int) -> TunesmithError:
         if own["exit_code"] in (130, 143):
             return Interrupted(own["problem"], found=own["found"], fix=own["fix"], exit_code=own["exit_code"])
         kinds = {kind.__name__: kind for kind in (OutOfMemory, TrainingDiverged)}
-        kind = kinds.get(own["class"], TunesmithError)
+        kind = kinds.get(own.get("class", ""), TunesmithError)
         error = kind(own["problem"], found=own["found"], fix=own["fix"])
         error.exit_code = own["exit_code"]
         return error

@@ -121,6 +121,19 @@ def test_another_data_set_takes_nothing_of_the_mapping_of_the_one_before():
     }
 
 
+def test_a_data_set_that_only_a_preset_names_is_read_and_is_in_the_commands(workspace):
+    layer = {"preset": "demo"}
+    assert json.loads(data.data_part(layer)) == {"dataset": "example:sql", "max_length": 256}
+    assert data.looked(layer, workspace).formats == ("sql",)
+    validate, inspect, plan = data.commands(layer, workspace).splitlines()
+    assert "example:sql" in validate
+    assert "--max-length 256" in inspect
+    assert "--config demo" in plan
+    named = data.with_data(layer, data.Chosen("example:sql", "auto", "question", "sql"))
+    assert data.mapped(named) == ("question", "sql")
+    assert data.data_part({"preset": "no such"}) is None
+
+
 def test_a_data_set_outside_the_workspace_is_refused(workspace):
     with pytest.raises(InputError, match="outside your workspace"):
         data.looked(data.with_data({}, data.Chosen("/etc/passwd")), workspace)

@@ -351,7 +351,7 @@ def test_a_run_s_full_recipe_is_imported_as_what_it_sets(tmp_path):
     file.write_text(as_yaml(whole))
     found, notes = form.imported(file)
     assert compose(found).recipe == whole
-    assert found == layer
+    assert found == {**layer, "data": {"dataset": "example:sql"}}
     assert notes == ["output_dir was left out: Runs are kept in your workspace."]
 
 

@@ -744,7 +744,8 @@ def imported(file: Path) -> tuple[Layer, list[str]]:
     sparse: Layer = {}
     for path in CHOICES:
         value = value_at(layer, path)
-        if value not in (UNSET, None, value_at(Recipe(), path)):
+        # Which data is said also where it is what a run takes anyway: the Data page shows what was chosen.
+        if value not in (UNSET, None, *([] if path == "data.dataset" else [value_at(Recipe(), path)])):
             sparse = put(sparse, path, value)
     for path, value in leaves(layer):
         if path not in CHOICES and value_at(whole, path, None) != value_at(base, path, None):

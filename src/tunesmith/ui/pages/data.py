@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,9 +18,10 @@ import gradio as gr
 from gradio.context import get_blocks_context
 
 from tunesmith import api
+from tunesmith.compose import layered, overlaid, preset_layer, preset_names
 from tunesmith.data.examples import LedgerEntry
-from tunesmith.errors import InputError, TunesmithError, counted
-from tunesmith.recipe import DataSource
+from tunesmith.errors import InputError, RecipeError, TunesmithError, counted
+from tunesmith.recipe import DataSource, Recipe
 from tunesmith.ui import form, theme
 from tunesmith.ui.form import UNSET
 from tunesmith.ui.security import Limits
@@ -40,6 +42,12 @@ LONGEST_ROW = 4000
 """Tokens of a row that are shown."""
 BINS = 40
 
+NOTHING = empty(
+    "No data is chosen yet.",
+    "Upload a file, name a Hub data set, or take an example. "
+    f"Until then a run takes {Recipe.model_fields['data'].get_default(call_default_factory=True).dataset}.",
+)
+
 ROLES = {
     "trained": "the model learns to write it",
     "context": "it is read, and not learned",
@@ -59,17 +67,17 @@ class Chosen:
     answer: str | None = None
 
 
-def receive(sent: str, workspace: Workspace) -> str:
+def receive(sent: str, workspace: Workspace, suffixes: Sequence[str] = SUFFIXES) -> str:
     """Keep a file that a browser has sent; gives its path in the workspace. Raises InputError.
 
     An equal name gets a number, so that no earlier recipe's data changes under it.
     """
     path = Path(sent)
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in suffixes:
         raise InputError(
             "This kind of file is not read.",
             found=repr(path.name)[:80],
-            fix=f"Upload one of {', '.join(SUFFIXES)}.",
+            fix=f"Upload one of {', '.join(suffixes)}.",
         )
     size = path.stat().st_size
     if size > LARGEST_UPLOAD:
@@ -100,10 +108,18 @@ def uploaded(workspace: Workspace) -> list[tuple[str, str]]:
     return [(f.name, str(f)) for f in sorted(files, key=lambda f: -f.stat().st_mtime_ns)]
 
 
+def data_of(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is said of the data: by the layer, and below it by its preset and its task."""
+    with suppress(RecipeError):  # of a task or preset that is not there; the Recipe page says so
+        layer = layered(layer)[0]
+    data = layer.get("data")
+    return data if isinstance(data, Mapping) else {}
+
+
 def with_data(layer: Mapping[str, Any], chosen: Chosen) -> dict[str, Any]:
     """The layer with a data set and how it is read; what was said of another set's columns is left out."""
     kept = dict(layer)
-    if form.value_at(layer, "data.dataset") != chosen.dataset:
+    if data_of(layer).get("dataset") != chosen.dataset:
         data = layer.get("data")
         for name in data if isinstance(data, Mapping) else ():
             if name in DataSource.model_fields:
@@ -331,7 +347,10 @@ def entries(found: Rows) -> list[list[Any]]:
 
 def commands(layer: Mapping[str, Any], workspace: Workspace) -> str:
     """What does the same on the command line, one verb a line."""
-    own = {name: part for name, part in layer.items() if name in ("task", "method", "data", "model")}
+    preset = layer.get("preset")
+    below = preset_layer(preset) if preset in preset_names() else {}  # these verbs take no preset
+    own = overlaid(dict(below), dict(layer))
+    own = {name: part for name, part in own.items() if name in ("task", "method", "data", "model")}
     base = str(form.value_at(own, "model.base", "tiny"))
     own = form.without(own, "model.base")
     dataset = str(form.value_at(own, "data.dataset", "example:sql"))
@@ -347,9 +366,14 @@ def commands(layer: Mapping[str, Any], workspace: Workspace) -> str:
 
 
 def mapped(layer: Mapping[str, Any]) -> tuple[str, str]:
-    """The columns of question and answer that the layer names; empty where it names none."""
-    named = [form.value_at(layer, f"data.{key}", "") or "" for key in ("input_text_key", "output_text_key")]
+    """The columns of question and answer that the recipe names; empty where it names none."""
+    named = [data_of(layer).get(key) or "" for key in ("input_text_key", "output_text_key")]
     return str(named[0]), str(named[1])
+
+
+def offered_columns(columns: Sequence[str]) -> list[tuple[str, str]]:
+    """What a list of columns offers."""
+    return [("(by the format)", ""), *((name, name) for name in columns)]
 
 
 def written(text: str, label: str, elem_id: str) -> gr.Code:
@@ -368,8 +392,8 @@ def written(text: str, label: str, elem_id: str) -> gr.Code:
 
 
 def data_part(layer: Mapping[str, Any]) -> str | None:
-    """The data section as text: what a new look depends on."""
-    return json.dumps(layer["data"], sort_keys=True, default=str) if layer.get("data") else None
+    """What is said of the data as text: what a new look depends on."""
+    return json.dumps(data, sort_keys=True, default=str) if (data := data_of(layer)) else None
 
 
 def build(shared: Shared) -> None:
@@ -397,7 +421,7 @@ def build(shared: Shared) -> None:
             shipped = gr.Dropdown(examples, label="Examples that ship", elem_id="data-example", value=None)
         with gr.Column(scale=2, min_width=340):
             state = gr.HTML(
-                empty("No data is chosen yet.", "Upload a file, name a Hub data set, or take an example."),
+                NOTHING,
                 elem_id="data-state",
             )
             with gr.Row():
@@ -408,14 +432,14 @@ def build(shared: Shared) -> None:
                     elem_id="data-format",
                 )
                 question = gr.Dropdown(
-                    [("(by the format)", "")],
+                    offered_columns(()),
                     value="",
                     label="Column of the question",
                     elem_id="data-question",
                     allow_custom_value=True,
                 )
                 answer = gr.Dropdown(
-                    [("(by the format)", "")],
+                    offered_columns(()),
                     value="",
                     label="Column of the answer",
                     elem_id="data-answer",
@@ -480,8 +504,11 @@ def build(shared: Shared) -> None:
         """Box, rows, format and columns of the layer's data; for every change of it."""
         workspace = workspace_of(request)
         kept = gr.update(choices=uploaded(workspace), value=None)
-        if form.value_at(layer, "data.dataset") is UNSET:
-            return kept, *[gr.skip()] * 5, "", None
+        if "dataset" not in data_of(layer):
+            if known is None:
+                return kept, *[gr.skip()] * 5, "", None
+            bare = [gr.update(choices=offered_columns(()), value="") for _ in range(2)]
+            return kept, NOTHING, gr.update(value=None), gr.update(value="auto"), *bare, "", None
         line, named = commands(layer, workspace), mapped(layer)
         if bool(named[0]) != bool(named[1]):
             said = box(
@@ -494,19 +521,19 @@ def build(shared: Shared) -> None:
             return kept, problem(error), gr.update(value=None), *[gr.skip()] * 3, line, None
         # Lists that are as they were stay untouched: somebody may be about to choose from one.
         same = known == rows.columns and named == (question, answer)
-        offered = [("(by the format)", ""), *((name, name) for name in rows.columns)]
+        offered = offered_columns(rows.columns)
         lists = [gr.skip() if same else gr.update(choices=offered, value=name) for name in named]
-        kind = gr.update(value=form.value_at(layer, "data.format", "auto"))
+        kind = gr.update(value=data_of(layer).get("format", "auto"))
         return kept, sentence(rows), gr.update(value=table(rows)), kind, *lists, line, rows.columns
 
     columns = gr.State(None)
     looks = [files, state, first, kind, question, answer, line, columns]
-    data_of = gr.State(None)  # only a change of the data has the file read again
+    said_of_data = gr.State(None)  # only a change of the data has the file read again
     shared.recipe.change(
-        data_part, shared.recipe, data_of, show_progress="hidden", trigger_mode="always_last"
+        data_part, shared.recipe, said_of_data, show_progress="hidden", trigger_mode="always_last"
     )
     gr.on(
-        [root.load, data_of.change],
+        [root.load, said_of_data.change],
         look,
         [shared.recipe, question, answer, columns],
         looks,
@@ -532,10 +559,10 @@ def build(shared: Shared) -> None:
     hub.submit(take, [hub, shared.recipe], shared.recipe)
 
     def map_columns(layer: dict[str, Any], kind: str, question: str, answer: str) -> Any:
-        dataset = form.value_at(layer, "data.dataset")
+        dataset = data_of(layer).get("dataset")
         return (
             gr.skip()
-            if dataset is UNSET
+            if dataset is None
             else with_data(layer, Chosen(dataset, kind, question or None, answer or None))
         )
 

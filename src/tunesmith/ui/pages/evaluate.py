@@ -30,6 +30,7 @@ from tunesmith.ui.choosing import (
     watching,
 )
 from tunesmith.ui.jobs import Job
+from tunesmith.ui.pages.data import receive
 from tunesmith.ui.shared import Shared, box, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
 
@@ -38,6 +39,8 @@ PAGE = 25
 OWN = "its base against it"
 KINDS = {"better": "good", "worse": "problem", "no evidence": "warn", "inconclusive": "warn"}
 FILTERS = ("all", "differing", "better", "worse", "with notes")
+SETTINGS, QUESTIONS = (".yaml", ".yml"), (".jsonl", ".json")
+"""Endings of a judge's settings and of a suite's questions."""
 SUITES = ("mt-bench", "alpaca", "arena")
 NOTHING = empty(
     "Nothing was measured yet.", "A finished training measures itself; below you can compare any two models."
@@ -248,6 +251,12 @@ def build(shared: Shared) -> None:
             judge_button = gr.Button(
                 "Start judging", variant="primary", interactive=False, elem_id="evaluate-judge-start"
             )
+        send = gr.UploadButton(
+            "Upload a judge's settings, or questions",
+            file_types=[*SETTINGS, *QUESTIONS],
+            elem_id="evaluate-upload",
+            size="md",
+        )
         priced = gr.State(None)
         gr.Markdown("Or a suite of questions, MT-Bench for instance:")
         with gr.Row():
@@ -279,13 +288,30 @@ def build(shared: Shared) -> None:
             gr.Dropdown(choices=["tiny", *runs]),
             gr.Dropdown(choices=["tiny", *runs], value=run),
             gr.Dropdown(choices=files),
-            gr.Dropdown(choices=[f for f in files if f.endswith((".yaml", ".yml"))]),
-            gr.Dropdown(choices=[f for f in files if f.endswith((".jsonl", ".json"))]),
+            gr.Dropdown(choices=[f for f in files if f.endswith(SETTINGS)]),
+            gr.Dropdown(choices=[f for f in files if f.endswith(QUESTIONS)]),
         ]
 
     lists = [place, a, b, dataset, judge, questions]
     chosen.change(refreshed, inputs=[chosen, place], outputs=lists, **quiet)
     shared.tabs.select(refreshed, inputs=[chosen, place], outputs=lists, **quiet)
+
+    def received(file: str, request: gr.Request) -> list[Any]:
+        def act() -> list[Any]:
+            workspace = workspace_of(request)
+            name = Path(receive(file, workspace, (*SETTINGS, *QUESTIONS))).name
+            files = upload_names(workspace)
+            lists = [
+                gr.Dropdown(choices=[f for f in files if f.endswith(kind)], value=name)
+                if name.endswith(kind)
+                else gr.skip()
+                for kind in (SETTINGS, QUESTIONS)
+            ]
+            return [box(f"{name} is in your workspace.", kind="good"), *lists]
+
+        return list(guarded(act, lambda said: [said, gr.skip(), gr.skip()]))
+
+    send.upload(received, inputs=[send], outputs=[told, judge, questions], **own)
 
     def found_at(workspace: Workspace, run: str | None, name: str | None) -> Measurement | None:
         known = places(workspace, run)

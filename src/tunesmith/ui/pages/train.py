@@ -51,8 +51,10 @@ def start(workspace: Workspace, layer: Mapping[str, Any], name: str | None = Non
     return queue_of(workspace).add(argv[1:], title=f"Train {name}", run=name)
 
 
-def planned(workspace: Workspace, layer: Mapping[str, Any], name: str | None = None) -> tuple[list[str], str]:
-    """The command that trains this recipe, and the run's name."""
+def planned(
+    workspace: Workspace, layer: Mapping[str, Any], name: str | None = None, *, shown: bool = False
+) -> tuple[list[str], str]:
+    """The command that trains this recipe, and the run's name; one that is only shown may have a taken name."""
     if not layer:
         raise InputError(
             "There is no recipe yet.", fix="Choose data on the Data page, a model on the Recipe page."
@@ -62,10 +64,10 @@ def planned(workspace: Workspace, layer: Mapping[str, Any], name: str | None = N
     taken = {path.name for path in workspace.runs.iterdir()} | {job.run for job in jobs if job.is_open}
     name = (name or "").strip()
     wanted = name or folder_name(recipe)
-    if name and wanted in taken:
+    if name and wanted in taken and not shown:
         raise InputError("This name is taken.", found=repr(wanted[:60]), fix="Choose another one.")
     number, free = 2, wanted
-    while free in taken:
+    while free in taken and not (name and shown):
         free, number = f"{wanted}-{number}", number + 1
     workspace.inside(workspace.runs, free)
     return form.argv({**form.settled(layer, workspace), "name": free}), free
@@ -286,7 +288,9 @@ def build(shared: Shared) -> None:
         event(look, inputs=[chosen, other, waiting, seen_before], outputs=watched, **quiet)
 
     def preview(layer: Mapping[str, Any], name: str, request: gr.Request) -> str:
-        return str(guarded(lambda: command(planned(workspace_of(request), layer, name)[0]), lambda _: ""))
+        return str(
+            guarded(lambda: command(planned(workspace_of(request), layer, name, shown=True)[0]), lambda _: "")
+        )
 
     tab = get_render_context()
     assert isinstance(tab, gr.Tab)

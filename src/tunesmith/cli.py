@@ -145,31 +145,27 @@ ReferencesOption = Annotated[
 
 FACTS = {fact.path: fact for fact in reversed(list(fields()))}
 """The recipe's fields by path; of a field that several kinds share, the first kind's."""
-FACTS["method.kind"] = FieldFact(
-    "method.kind",
-    None,
-    " | ".join(union_members("method")),
-    "sft",
-    "How the model learns (`tunesmith show methods`): from answers (sft), from preferences (dpo) and so on.",
-)
-
-
-FACTS["launch.kind"] = FieldFact(
-    "launch.kind",
-    None,
-    " | ".join(union_members("launch")),
-    "local",
-    "Where the run runs: in this process, or in several of this machine that share every step (`docs/accelerate.md`).",
-)
-
-
-FACTS["parallel.kind"] = FieldFact(
-    "parallel.kind",
-    None,
-    " | ".join(union_members("parallel")),
-    "ddp",
-    "How several processes hold the model: whole in each (ddp), or in shares (fsdp, deepspeed; `docs/accelerate.md`).",
-)
+KINDS = {
+    "method": (
+        "sft",
+        "How the model learns (`tunesmith show methods`): from answers (sft), from preferences (dpo) and so on.",
+    ),
+    "launch": (
+        "local",
+        "Where the run runs: in this process, or in several of this machine that share every step "
+        "(`docs/accelerate.md`).",
+    ),
+    "parallel": (
+        "ddp",
+        "How several processes hold the model: whole in each (ddp), or in shares "
+        "(fsdp, deepspeed; `docs/accelerate.md`).",
+    ),
+}
+"""Sections whose kind has a flag of its own: the kind where none is given, and what it decides."""
+FACTS |= {
+    f"{name}.kind": FieldFact(f"{name}.kind", None, " | ".join(union_members(name)), default, about)
+    for name, (default, about) in KINDS.items()
+}
 
 
 def converted(text: str | bool, kind: str) -> Any:

@@ -186,14 +186,19 @@ def start(job: Mapping[str, Any], number: int, watch: Callable[[Mapping[str, Any
             except ChildFailedError as error:
                 failed = error
             finally:
-                for name, value in before.items():
-                    if value is None:
-                        os.environ.pop(name, None)
-                    else:
-                        os.environ[name] = value
+                put_back(before)
     if failed:
         raise _why(failed, ended, number)
     return dict(ended["result"])
+
+
+def put_back(before: Mapping[str, str | None]) -> None:
+    """Set variables of the environment to what they were; None: they were not set."""
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextmanager

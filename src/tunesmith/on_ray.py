@@ -121,11 +121,7 @@ def cluster(section: Ray | Shards, *, needed_for: str, workers: int | None = Non
         finally:
             ray.shutdown()
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        launch.put_back(before)
 
 
 def _join(ray: Any, section: Ray | Shards, workers: int) -> None:

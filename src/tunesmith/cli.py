@@ -2119,10 +2119,17 @@ def _push_text(plan: PushPlan) -> Any:
         ("to send", f"{counted(len(plan.files), 'file')}, {plan.size / 1e6:,.1f} MB"),
         *(("not sent", name) for name in plan.left),
         *(("FOUND", line) for line in plan.findings),
+        *(("unread", line) for line in plan.unread),
         *(("note", note) for note in plan.notes),
-        *([] if plan.findings else [("found", "no secret and no trained text in what would be sent")]),
+        *([] if plan.findings else [("found", _nothing_found(plan))]),
     ]
     return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
+
+
+def _nothing_found(plan: PushPlan) -> str:
+    looked = len(plan.files) - len({line.partition(":")[0] for line in plan.unread})
+    sought = "no secret and no trained text" if plan.knows_rows else "no secret"
+    return f"{sought} in the {counted(looked, 'file')} that could be looked through"
 
 
 def _exported_text(exported: Exported) -> Any:

@@ -10,8 +10,10 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 import tomllib
 import urllib.error
 import urllib.request
@@ -756,37 +758,67 @@ def test_it_installs_into_a_virtual_environment_of_its_own(made, tmp_path, monke
             capture_output=True, text=True, cwd="/", check=True,
         )  # fmt: skip
         assert where.stdout.startswith(str(folder / ".venv"))
+        if "TUNESMITH_PROVE_DEPLOYMENT" in os.environ:
+            the_page_installs_and_asks(folder, url)
     finally:
         server.terminate()
         server.wait(20)
+
+
+def free_ports(count: int) -> list[int]:
+    held = [socket.socket() for _ in range(count)]
+    for one in held:
+        one.bind(("127.0.0.1", 0))
+    found = [one.getsockname()[1] for one in held]
+    for one in held:
+        one.close()
+    return found
+
+
+def asked_until_it_answers(page: subprocess.Popen, port: int) -> str:
+    """What the page at a port says to a question, as soon as it is there."""
+    until = time.monotonic() + 120
+    while True:
+        try:
+            return call(f"http://127.0.0.1:{port}", "chat", "what is the count of 3")
+        except OSError:
+            assert page.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.5)
+
+
+def the_page_installs_and_asks(folder: Path, url: str) -> None:
+    """The page beside the server in its environment, as README.md says, and what pip says of all that is there."""
+    pip = folder / ".venv/bin/pip"
+    words = [pip, "install", "--quiet", "-r", "requirements-demo.txt", "-c", "requirements.txt"]
+    subprocess.run(words, cwd=folder, check=True)
+    said = subprocess.run([pip, "check"], capture_output=True, text=True).stdout.splitlines()
+    # tunesmith itself is installed without what training needs.
+    assert [line for line in said if not line.startswith(("tunesmith ", "No broken"))] == []
+    [port] = free_ports(1)
+    page = subprocess.Popen(
+        [folder / ".venv/bin/python", "demo.py"], cwd=folder,
+        env={**os.environ, "TUNESMITH_URL": url, "TUNESMITH_TOKEN": TOKEN, "GRADIO_SERVER_PORT": str(port)},
+    )  # fmt: skip
+    try:
+        assert asked_until_it_answers(page, port) == taught.ANSWER
+    finally:
+        page.terminate()
+        page.wait(20)
 
 
 @pytest.mark.thorough
 def test_the_space_starts_server_and_page(made, tmp_path):
     """app.py of the folder: the server for itself, the page for everybody, one answer through both."""
     pytest.importorskip("gradio")
-    import socket
-    import time
-
-    with socket.socket() as free, socket.socket() as other:
-        free.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        inner, outer = free.getsockname()[1], other.getsockname()[1]
+    inner, outer = free_ports(2)
     code = f"import app; app.main(server_name='127.0.0.1', server_port={outer})"
     started = subprocess.Popen(
         [sys.executable, "-c", code], cwd=made.folder,
         env={**os.environ, "TUNESMITH_PORT": str(inner), "PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
-        until = time.monotonic() + 120
-        while True:
-            try:
-                assert call(f"http://127.0.0.1:{outer}", "chat", "what is the count of 3") == taught.ANSWER
-                break
-            except OSError:
-                assert started.poll() is None
-                assert time.monotonic() < until
-                time.sleep(0.5)
+        assert asked_until_it_answers(started, outer) == taught.ANSWER
     finally:
         started.terminate()
         started.wait(40)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from tunesmith import api
 from tunesmith.cli import app
 from tunesmith.compose import compose
 from tunesmith.errors import TunesmithError
-from tunesmith.export import publish
+from tunesmith.export import publish, scan
 from tunesmith.training.run import create
 
 TOKEN = "hf_" + "a1B2c3D4" * 4
@@ -293,6 +294,93 @@ def test_what_was_trained_on_is_found(model):
         model, "me/mine", private=True, trained=["what is the capital of france and its rows"]
     )
     assert clean.findings == ()
+
+
+UNQUOTED = "export WANDB_API_KEY=0a1b2c3d4e5f60718293"
+NAMED = '{"OPENAI_API_KEY": "abcdefgh12345678"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("notes.log", f"fine\n{TOKEN}\n".encode(), "notes.log, line 2: a Hugging Face token"),
+        ("env.json", NAMED.encode(), "env.json, line 1: a named secret"),
+        ("inner.json", json.dumps({"said": NAMED}).encode(), "inner.json, line 1: a named secret"),
+        ("setup.sh", UNQUOTED.encode(), "setup.sh, line 1: a named secret"),
+        ("far.txt", b"word \n" * 40 + TOKEN.encode(), "far.txt, line 41: a Hugging Face token"),
+        ("blob.npy", bytes(200) + TOKEN.encode() + bytes(9), "blob.npy, byte 200: a Hugging Face token"),
+        ("wide.txt", f"é\n{TOKEN}".encode("utf-16"), "wide.txt, line 2: a Hugging Face token"),
+        ("prose.txt", b"password: what a member types in. api_key = os.environ[...] task-" + b"a" * 30, None),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.count(".") == 1 else "",
+)  # fmt: skip
+def test_every_file_is_looked_through_in_pieces(model, monkeypatch, name, content, said):
+    monkeypatch.setattr(scan, "PIECE", 64)
+    monkeypatch.setattr(scan, "LONGEST_SECRET", 60)
+    (model / name).write_bytes(content)
+    assert list(publish.planned(model, "me/mine", private=True).findings) == ([said] if said else [])
+
+
+@pytest.mark.parametrize("piece", [50, 61, 2**20])
+def test_rows_are_found_in_any_file_however_it_is_written(model, monkeypatch, piece):
+    """In pieces that break escapes, JSON's letters and LaTeX; tokenizer.json is a file as others are."""
+    monkeypatch.setattr(scan, "PIECE", piece)
+    rows = [
+        "Sie 😀 sagte: \u201eÄ\u201c and \\frac{1}{2} is not\na half of anything here.",
+        "A second text, which is long enough to mean something, and it is in no file.",
+        '你好"世界' * 12,
+    ]
+    folder = model / "more"
+    folder.mkdir()
+    (folder / "page.html").write_text(f"<p>x {rows[0]}</p>")
+    (folder / "rows.ndjson").write_text(f"{json.dumps(rows[0])}\n{json.dumps(rows[2])}\n")
+    found = publish.planned(model, "me/mine", private=True, trained=rows)
+    assert found.findings == (
+        "more/page.html: 1 text that the model was trained on",
+        "more/rows.ndjson: 2 texts that the model was trained on",
+    )
+    held = json.loads((model / "tokenizer.json").read_text())
+    held["note"] = rows[1]
+    (model / "tokenizer.json").write_text(json.dumps(held))
+    assert len(publish.planned(model, "me/mine", private=True, trained=rows).findings) == 3
+
+
+def test_what_cannot_be_looked_through_is_named(hub, model):
+    import gzip
+
+    (model / "rows.txt.gz").write_bytes(gzip.compress(TOKEN.encode()))
+    result = CliRunner().invoke(app, ["push", str(model), "me/mine", "--dry-run"])
+    assert "unread    rows.txt.gz: compressed by gzip" in result.stdout
+    heard = []
+    api.push(model, repository="me/mine", token=TOKEN, watch=heard.append)
+    assert [e["value"] for e in heard if e["name"] == "not looked through"] == [
+        "rows.txt.gz: compressed by gzip"
+    ]
+
+
+def test_what_a_dry_run_leaves_is_not_sent_from_a_folder_in_the_folder_either(hub, model):
+    (model / "sub").mkdir()
+    for name in ("learned.json", ".env", "README.md", "a[1].json"):
+        (model / "sub" / name).write_text("{}")
+    api.push(model, repository="me/mine", token=TOKEN)
+    plan = api.push_plan(model, repository="me/mine")
+    assert set(hub.repositories["me/mine"]) == {name for name, _ in plan.files}
+    assert {"sub/learned.json", "sub/.env"} <= set(plan.left)
+    assert {"sub/README.md", "sub/a[1].json"} <= set(hub.repositories["me/mine"])
+
+
+def test_secrets_in_weights_are_found_and_rows_in_what_gguf_says_of_itself(model):
+    gguf = pytest.importorskip("gguf")
+    row = "A text of forty letters or more, which was trained on."
+    writer = gguf.GGUFWriter(model / "m.gguf", "llama")
+    writer.add_description(row)
+    writer.add_tensor("x", np.frombuffer((TOKEN + " " * 20).encode()[:48], dtype=np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    [secret, known] = publish.planned(model, "me/mine", private=True, trained=[row]).findings
+    assert re.fullmatch(r"m.gguf, byte [\d,]+: a Hugging Face token", secret)
+    assert known == "m.gguf: 1 text that the model was trained on"
 
 
 def test_secrets_in_the_header_of_weights_are_found(model):

@@ -7,47 +7,23 @@ A repository with a card is whole. An upload that was cut off goes on where it w
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import TunesmithError, counted
+from tunesmith.errors import TunesmithError
 from tunesmith.evaluation.unseen import CARRIED
+from tunesmith.export import scan
 
 CARD = "README.md"
 
 LEFT = (CARRIED, "*.bin", "*.pt", "*.pth", "*.pkl", "*.py", ".*", "*.tmp", "merge.json")
 """What is not uploaded: marks by which anybody could ask whether a row was trained on, pickles, code, and facts with
 the way to the run's folder."""
-
-TEXT = {".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".jinja", ".csv", ".tsv", ""}
-"""Suffixes of files that are read; weights hold no text but their header."""
-
-VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
-"""Not looked through for rows: they hold every word. Secrets are looked for."""
-
-LARGEST_TEXT = 50_000_000
-
-SECRETS = {
-    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
-    "an OpenAI or Anthropic key": r"\bsk-[A-Za-z0-9_-]{20,}",
-    "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,})",
-    "an AWS key": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
-    "a Google key": r"\bAIza[A-Za-z0-9_-]{35}",
-    "a Slack token": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a password in an address": r"\b[a-z][a-z0-9+.-]*://[^/\s:@]+:[^/\s:@]+@[\w.-]+",
-    "a named secret": r"(?i)\b(?:api[_-]?key|secret[_-]?key|access[_-]?token|auth[_-]?token|password)\b[\"']?"
-    r"\s*[:=]\s*[\"'][^\"'\s]{12,}[\"']",
-}
-"""What is taken for a secret, and how it looks."""
-
-SHORTEST_ROW = 40
-"""Letters of a trained text from which on finding it in a file means something."""
 
 ATTEMPTS = 3
 """Of the whole upload, each of whose requests huggingface_hub repeats by itself."""
@@ -67,6 +43,10 @@ class Plan:
     findings: tuple[str, ...]
     """Secrets and rows that were trained on, found in what would be sent."""
     notes: tuple[str, ...]
+    unread: tuple[str, ...] = ()
+    """Files that are sent and could not be looked through, with the reason."""
+    knows_rows: bool = True
+    """Whether what was trained on is known, and was looked for."""
 
     @property
     def size(self) -> int:
@@ -96,19 +76,13 @@ def planned(folder: Path, repository: str, *, private: bool, trained: Iterable[s
     names = [p.relative_to(folder).as_posix() for p in every]
     sent = [(p, n) for p, n in zip(every, names, strict=True) if not _is_left(n)]
     notes = []
-    texts = {name: text for path, name in sent if (text := _text(path)) is not None}
-    findings = [found for name, text in texts.items() for found in _secrets(name, text)]
+    found = scan.searched([(name, path) for path, name in sent], trained, str(Path.home()))
     if trained is None:
         notes.append("what was trained on is not here, so it was not looked for in the files")
-    else:
-        findings += _rows(texts, trained)
-    home = str(Path.home())
-    if told := [
-        name for name, text in texts.items() if home in text or '"base_model_name_or_path": "/' in text
-    ]:
+    if found.homes:
         notes.append(
-            f"{', '.join(told)} name{'s' if len(told) == 1 else ''} a folder of this machine, which nobody else has: "
-            "push the merged model, or train on a model of the Hub"
+            f"{', '.join(found.homes)} name{'s' if len(found.homes) == 1 else ''} a folder of this machine, which "
+            "nobody else has: push the merged model, or train on a model of the Hub"
         )
     if CARD not in names:
         notes.append("there is no model card in the folder")
@@ -118,52 +92,15 @@ def planned(folder: Path, repository: str, *, private: bool, trained: Iterable[s
         folder=folder,
         files=tuple((name, path.stat().st_size) for path, name in sent),
         left=tuple(name for name in names if _is_left(name)),
-        findings=tuple(findings),
+        findings=found.findings,
         notes=tuple(notes),
+        unread=found.unread,
+        knows_rows=trained is not None,
     )
 
 
 def _is_left(name: str) -> bool:
     return any(fnmatch(part, pattern) for pattern in LEFT for part in name.split("/"))
-
-
-def _text(path: Path) -> str | None:
-    """The text of a file, or the header of a file of weights, whose metadata can hold anything."""
-    if path.suffix == ".safetensors":
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            return file.read(min(size, LARGEST_TEXT)).decode("utf-8", "replace")
-    if path.suffix.lower() not in TEXT or path.stat().st_size > LARGEST_TEXT:
-        return None
-    return path.read_text(encoding="utf-8", errors="replace")
-
-
-def _secrets(name: str, text: str) -> list[str]:
-    """What looks like a secret, with its line and never its text."""
-    found = []
-    for what, pattern in SECRETS.items():
-        if hit := re.search(pattern, text):
-            found.append(f"{name}, line {text.count(chr(10), 0, hit.start()) + 1}: {what}")
-    return found
-
-
-def _rows(texts: dict[str, str], trained: Iterable[str]) -> list[str]:
-    """Files that hold texts that were trained on."""
-    searched = {n: _unescaped(t) for n, t in texts.items() if Path(n).name not in VOCABULARIES}
-    counts = dict.fromkeys(searched, 0)
-    for row in {_unescaped(text) for text in trained}:
-        if len(row) >= SHORTEST_ROW:
-            for name, text in searched.items():
-                counts[name] += row in text
-    return [f"{name}: {counted(n, 'text')} that the model was trained on" for name, n in counts.items() if n]
-
-
-def _unescaped(text: str) -> str:
-    """A text as JSON and YAML would have it read, white space aside."""
-    plain = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), text)
-    for escape, meant in (("\\n", " "), ("\\r", " "), ("\\t", " "), ('\\"', '"'), ("\\\\", "\\")):
-        plain = plain.replace(escape, meant)
-    return " ".join(plain.split())
 
 
 def publish(
@@ -192,6 +129,8 @@ def publish(
             found="; ".join(plan.findings),
             fix="Take it out, or, where this is no secret and no private text, upload it with --despite-findings.",
         )
+    for name in plan.unread:
+        told("not looked through", name, "what is compressed is sent unsearched")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
@@ -204,7 +143,8 @@ def publish(
                 folder_path=folder,
                 repo_id=repository,
                 commit_message="Upload by tunesmith",
-                ignore_patterns=[*LEFT, CARD],
+                # Each by its name: patterns do not hold for folders in the folder as they do here.
+                allow_patterns=[escape(name) for name, _ in plan.files if name != CARD],
             )
             if (folder / CARD).is_file():
                 text = (folder / CARD).read_text(encoding="utf-8").replace('"PATH"', f'"{repository}"')

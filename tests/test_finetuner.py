@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -868,6 +869,9 @@ class Hub:
 
     def create_repo(self, name, **options):
         Hub.asked.append(("create", name, options))
+
+    def repo_info(self, name):
+        return SimpleNamespace(private=True)
 
     def upload_folder(self, *, folder_path, repo_id, **options):
         Hub.asked.append(("upload", repo_id, sorted(p.name for p in Path(folder_path).iterdir())))

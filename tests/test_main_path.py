@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -669,6 +670,9 @@ def test_a_finished_model_is_uploaded_where_that_is_asked_for(quick, monkeypatch
 
         def create_repo(self, name, **options):
             asked.append((name, options))
+
+        def repo_info(self, name):
+            return SimpleNamespace(private=True)
 
         def upload_folder(self, *, folder_path, repo_id, **options):
             asked.append((repo_id, {path.name for path in Path(folder_path).iterdir()}))

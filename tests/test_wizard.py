@@ -408,6 +408,9 @@ class Hub:
     def create_repo(self, name, **options):
         Hub.asked.append((name, options))
 
+    def repo_info(self, name):
+        return types.SimpleNamespace(private=True)
+
     def upload_folder(self, *, folder_path, repo_id, **options):
         pass
 

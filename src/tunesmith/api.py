@@ -2355,15 +2355,17 @@ def pull(
     output: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
+    output_dir: str | Path = OUTPUT_DIR,
 ) -> Path:
     """Fetch a model from the Hub, never code or pickles, to `output`, by default a folder of the repository's name.
 
-    `repository` may be a run that was pushed from here: then what it was pushed to.
+    `repository` may be a run that was pushed from here, its folder or its name in `output_dir`: then what it was
+    pushed to. Raises RunError for a run that was not pushed.
     """
     from tunesmith.export.publish import fetch
 
-    if is_run(Path(repository).expanduser()):
-        run = open_run(repository)
+    run = _run_named(repository, Path(output_dir).expanduser())
+    if run:
         told = [e["value"] for e in run.events() if e["kind"] == "decision" and e["name"] == "published"]
         if not told:
             raise RunError(f"The run {run.path} was not pushed.", fix="Name the repository, owner/name.")
@@ -2374,6 +2376,20 @@ def pull(
         revision=revision,
         token=token,
     )
+
+
+def _run_named(name: str, output_dir: Path) -> Run | None:
+    """A run by its folder or by its name in an output folder; None for what is none, as a repository.
+
+    Raises RunError for a lone name, as no repository has it, that is nearly a run's.
+    """
+    for place in (Path(name).expanduser(), output_dir / name):
+        if is_run(place):
+            return open_run(place)
+    near = closest(name, [run.path.name for run in find_runs(output_dir)])
+    if "/" not in name and near:
+        raise RunError(f"There is no run {name} in {output_dir}.", fix=f"Did you mean '{near}'?")
+    return None
 
 
 def show(what: str, name: str | None = None) -> list[dict[str, Any]]:

@@ -1688,7 +1688,13 @@ def push_verb(
     ] = None,
     *,
     hub_model_id: Annotated[str | None, typer.Option(help="The same, as an option.")] = None,
-    public: Annotated[bool, typer.Option("--public", help="Create the repository as public.")] = False,
+    private: Annotated[
+        bool,
+        typer.Option(
+            "--private/--public",
+            help="Who may read it: those who may read yours, or all. A public repository takes nothing private.",
+        ),
+    ] = True,
     create: Annotated[bool, typer.Option(help="Create the repository where it is missing.")] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")
@@ -1707,27 +1713,36 @@ def push_verb(
         )
     wanted = repository or hub_model_id
     if dry_run:
-        plan = api.push_plan(run, repository=wanted, private=not public)
+        plan = api.push_plan(run, repository=wanted, private=private)
         return plan.as_dict(), _push_text(plan)
     with Display(quiet=quiet) as display:
         address = api.push(
-            run, repository=wanted, private=not public, create=create, despite=despite_findings, watch=display
+            run, repository=wanted, private=private, create=create, despite=despite_findings, watch=display
         )
     return {"run": run, "url": address}, address
 
 
 PULL_HELP = """Fetch a model from the Hugging Face Hub into a folder: weights, settings, tokenizer and card, never code.
 
-`tunesmith pull me/support`"""
+`tunesmith pull me/support`
+
+`tunesmith pull support-lora --output support` fetches what the run of that name was pushed to."""
 
 
 @app.command("pull", help=PULL_HELP)
 @verb
 def pull_verb(
     repository: Annotated[
-        str, typer.Argument(metavar="REPO", help="Repository, `owner/name`, or a run that was pushed.")
+        str,
+        typer.Argument(
+            metavar="REPO",
+            help="Repository, `owner/name`, or a run that was pushed from here: its folder or its name.",
+        ),
     ],
     *,
+    output_dir: Annotated[
+        str, typer.Option(metavar="FOLDER", help="Where the run is, when it is given by its name.")
+    ] = "./fine_tuned_models",
     output: Annotated[str | None, typer.Option(help="Folder; by default the repository's name.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
     quiet: bool,
@@ -1735,7 +1750,7 @@ def pull_verb(
     """Pull."""
     from tunesmith import api
 
-    folder = api.pull(repository, output=output, revision=revision)
+    folder = api.pull(repository, output=output, revision=revision, output_dir=output_dir)
     return {"repository": repository, "folder": str(folder)}, str(folder)
 
 

@@ -246,7 +246,8 @@ def test_the_smoke_test_passes_where_the_model_is_served(made):
             f"4 questions are answered, 4 ended by themselves; {characters} characters are as they were, 4 answers the "
             "very same"
         )
-        assert smoke(made.folder, url, "--alive")[0] == 0
+        assert smoke(made.folder, url, "--alive", token="")[0] == 0, "health needs no token"
+        assert smoke(made.folder, "http://127.0.0.1:9/v1", "--alive")[0] == 1
         code, found = smoke(made.folder, url, "--no-files", token="another-token-of-tests")
         assert code == 1
         assert failed(found) == ["server"]
@@ -370,6 +371,10 @@ def test_the_containers_serve_it_for_a_user_without_rights(made):
     assert set(parsed) == {"cpu", "vllm", "demo"}
     assert all(port.startswith("127.0.0.1:") for one in parsed.values() for port in one["ports"])
     assert parsed["cpu"]["environment"]["TUNESMITH_ALLOWED_HOSTS"] == "${TUNESMITH_ALLOWED_HOSTS:-}"
+    assert server["HEALTHCHECK"].endswith(json.dumps(parsed["cpu"]["healthcheck"]["test"][1:]))
+    for one in parsed.values():
+        [kind, python, *_] = one["healthcheck"]["test"]
+        assert (kind, python.rstrip("3")) == ("CMD", "python"), "what all of the images have"
     vllm = parsed["vllm"]
     assert vllm["command"][:4] == ["--model", "/model", "--served-model-name", "mine"]
     assert vllm["volumes"] == ["./model:/model:ro"]

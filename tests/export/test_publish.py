@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +37,9 @@ class Hub:
         self.faults: list[tuple[str, int]] = []
         self.tokens: set[str] = set()
         self.commits = 0
+        self.part_size: int | None = None
+        """Files of weights are taken in parts of so many bytes, and otherwise whole."""
+        self.parts: dict[tuple[str, int], bytes] = {}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -72,6 +76,20 @@ class Handler(BaseHTTPRequestHandler):
             assert hashlib.sha256(body).hexdigest() == path.removeprefix("/store/")
             hub.blobs[path.removeprefix("/store/")] = body
             return self.answer(200)
+        if match := re.fullmatch(r"/part/(\w+)/(\d+)", path):
+            hub.parts[match[1], int(match[2])] = body
+            return self.answer(200, ETag=hashlib.md5(body).hexdigest())
+        if match := re.fullmatch(r"/complete/(\w+)", path):
+            named = json.loads(body)["parts"]
+            parts = [hub.parts[match[1], part["partNumber"]] for part in named]
+            assert [hashlib.md5(part).hexdigest() for part in parts] == [part["etag"] for part in named]
+            assert hashlib.sha256(b"".join(parts)).hexdigest() == match[1]
+            hub.blobs[match[1]] = b"".join(parts)
+            return self.answer(200)
+        if path == "/verify":
+            said = json.loads(body)
+            is_whole = len(hub.blobs.get(said["oid"], b"")) == said["size"]
+            return self.answer(200 if is_whole else 422)
         if path.startswith("/api/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.answer(401, {"error": "who is it?"})
         if path == "/api/repos/create":
@@ -95,8 +113,18 @@ class Handler(BaseHTTPRequestHandler):
             for one in json.loads(body)["objects"]:
                 there = one["oid"] in hub.blobs
                 to = {"upload": {"href": f"{self.server.url}/store/{one['oid']}"}}
+                if hub.part_size:
+                    count = -(-one["size"] // hub.part_size)
+                    header = {
+                        f"{n:05}": f"{self.server.url}/part/{one['oid']}/{n}" for n in range(1, count + 1)
+                    }
+                    header["chunk_size"] = str(hub.part_size)
+                    to = {"upload": {"href": f"{self.server.url}/complete/{one['oid']}", "header": header}}
+                to["verify"] = {"href": f"{self.server.url}/verify"}
                 objects.append({**one, "authenticated": True, **({} if there else {"actions": to})})
-            return self.answer(200, {"transfer": "basic", "objects": objects})
+            return self.answer(
+                200, {"transfer": "multipart" if hub.part_size else "basic", "objects": objects}
+            )
         if match := re.fullmatch(r"/api/models/(.+)/commit/main", path):
             for line in body.decode().splitlines():
                 kind, value = (entry := json.loads(line))["key"], entry["value"]
@@ -115,7 +143,13 @@ class Handler(BaseHTTPRequestHandler):
             held = hub.repositories[match[1]]
             siblings = [{"rfilename": name, "size": len(content)} for name, content in held.items()]
             return self.answer(
-                200, {"id": match[1], "sha": f"{hub.commits:040x}", "siblings": siblings, "private": True}
+                200,
+                {
+                    "id": match[1],
+                    "sha": f"{hub.commits:040x}",
+                    "siblings": siblings,
+                    "private": hub.private[match[1]],
+                },
             )
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+.*", path):
             held = hub.repositories[match[1]]
@@ -232,6 +266,61 @@ def test_an_upload_that_was_cut_off_goes_on_where_it_was(hub, model):
     )
     api.push(model, repository="me/mine", token=TOKEN)
     assert [path for command, path in hub.asked if command == "PUT"] == stored, "weights are sent once"
+    assert "model.safetensors" in hub.repositories["me/mine"]
+
+
+@pytest.mark.parametrize("status", [500, 0], ids=["error", "dead line"])
+def test_a_part_that_fails_is_sent_again_alone(hub, model, status):
+    content = (model / "model.safetensors").read_bytes()
+    hub.part_size = len(content) // 4 + 1
+    hub.faults = [("PUT /part/.*/2$", status), ("POST /complete/", 503)]
+    api.push(model, repository="me/mine", token=TOKEN)
+    assert hub.repositories["me/mine"]["model.safetensors"] == content
+    sent = [path.rpartition("/")[2] for command, path in hub.asked if path.startswith("/part/")]
+    assert sent == ["1", "2", "2", "3", "4"]
+
+
+def test_a_file_whose_parts_were_cut_off_is_sent_again_and_the_others_are_not(hub, model):
+    content = (model / "model.safetensors").read_bytes()
+    (model / "model-2.safetensors").write_bytes(other := content[:-8] + bytes(8))
+    hub.part_size = len(content) // 4 + 1
+    hub.faults = [(f"PUT /part/{hashlib.sha256(other).hexdigest()}/3$", 403)] * publish.ATTEMPTS
+    with pytest.raises(TunesmithError, match="not sent again"):
+        api.push(model, repository="me/mine", token=TOKEN)
+    assert hub.repositories == {"me/mine": {}}
+    assert list(hub.blobs) == [hashlib.sha256(content).hexdigest()]
+    before = len(hub.asked)
+    api.push(model, repository="me/mine", token=TOKEN)
+    assert hub.repositories["me/mine"]["model-2.safetensors"] == other
+    assert {path.split("/")[2] for _, path in hub.asked[before:] if path.startswith("/part/")} == {
+        hashlib.sha256(other).hexdigest()
+    }
+
+
+def test_a_hub_out_of_reach_is_one_clear_error(hub, model, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+    heard = []
+    with pytest.raises(TunesmithError, match=r"Hub could not be reached(?s:.*)HTTPS_PROXY.*not sent again"):
+        api.push(model, repository="me/mine", token=TOKEN, watch=heard.append)
+    assert len([e for e in heard if e["name"] == "upload"]) == publish.ATTEMPTS - 1, "and it was tried again"
+    result = CliRunner().invoke(app, ["push", str(model), "me/mine"])
+    assert result.exit_code == 1, result.output
+    with pytest.raises(TunesmithError, match="Hub could not be reached"):
+        api.pull("me/mine", output=tmp_path / "x", token=TOKEN)
+
+
+def test_a_public_repository_gets_nothing_that_is_to_be_private(hub, model):
+    hub.repositories["me/mine"], hub.private["me/mine"] = {}, False
+    result = CliRunner().invoke(app, ["push", str(model), "me/mine", "--private"])
+    assert result.exit_code == 1
+    assert "everybody can read it" in result.output
+    assert hub.repositories == {"me/mine": {}}
+    assert not [path for command, path in hub.asked if command == "PUT"]
+    api.push(model, repository="me/mine", token=TOKEN, private=False)
     assert "model.safetensors" in hub.repositories["me/mine"]
 
 
@@ -407,3 +496,10 @@ def test_a_run_that_was_pushed_is_pulled_by_its_own_name(hub, model, question_fi
     assert found["folder"] == str(tmp_path / "back")
     for name in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / "back" / name).read_bytes() == (run.final_model / name).read_bytes()
+    words = ["pull", "mine", "--output-dir", str(tmp_path / "runs"), "--output", str(tmp_path / "by-name")]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert (tmp_path / "by-name/model.safetensors").is_file()
+    words[1] = "mime"
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 1
+    assert "Did you mean 'mine'?" in result.output

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from tunesmith import api
 from tunesmith.cli import app
+from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.errors import TunesmithError
 from tunesmith.export.tried import TASK_PROMPTS, loops
 from tunesmith.recipe import Recipe
@@ -84,11 +85,75 @@ def broken_end(folder: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 5}))
 
 
+def broken_shards(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    next(folder.glob("model-00002-of-*.safetensors")).unlink()
+
+
+def changed(folder: Path, change) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        change(model, AutoTokenizer.from_pretrained(folder))
+    model.save_pretrained(folder)
+
+
+def untrained_end(folder: Path) -> None:
+    """The token that ends an answer has no weights that were ever trained, as after adding one without training it."""
+
+    def change(model, tokenizer) -> None:
+        ids = end_of_turn_ids(tokenizer)
+        head = model.get_output_embeddings().weight
+        head[list(ids)] = head.mean(dim=0)
+
+    changed(folder, change)
+
+
+def one_word(folder: Path) -> None:
+    """Whatever it is asked, one word is the likeliest."""
+
+    def change(model, tokenizer) -> None:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+        model.model.norm.weight.fill_(0)
+        # All are alike now, so the first of them is taken: let that one be a word.
+        [word] = tokenizer("yes", add_special_tokens=False).input_ids[:1]
+        model.lm_head.bias = None
+        table = model.get_input_embeddings().weight
+        model.model.layers[-1].mlp.down_proj.weight.fill_(0)
+        model.lm_head.weight[word] = 1.0
+        model.model.norm.weight.fill_(1.0)
+        table.copy_(table.abs() + 0.1)
+
+    import torch
+
+    changed(folder, change)
+
+
+@pytest.mark.parametrize(("harm", "check"), [(untrained_end, "stops"), (one_word, "loops")])
+def test_what_is_broken_in_what_it_says_is_found(finished, harm, check, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(finished[0], folder)
+    harm(folder)
+    code, found = invoke("test-model", folder, "--dataset", finished[1], "--rows", 3, "--max-new-tokens", 40)
+    assert code == 1
+    assert check in found["failed"], found["findings"]
+    assert found["samples"][0]["answer"]
+    assert {"files", "weights", "template", "ends"} & set(found["failed"]) == set()
+
+
 @pytest.mark.parametrize(
     ("harm", "check", "said"),
     [
         (broken_tokenizer, "files", "no tokenizer.json"),
         (broken_file, "files", "model.safetensors"),
+        (broken_shards, "files", "no model-00002-of-"),
         (broken_tensor, "weights", "model.layers.2.mlp.up_proj.weight"),
         (broken_number, "weights", "model.layers.1.mlp.up_proj.weight"),
         (broken_template, "template", "no chat template"),
@@ -150,13 +215,18 @@ def test_an_adapter_whose_weights_have_no_place_fails(tiny_model_folder, tmp_pat
         ([1] * 11, False),
         ([9, 8, *[1, 2, 3] * 4], True),
         ([9, 8, *[1, 2, 3] * 3, 1, 2], False),
-        ([*[1, 2, 3] * 9, 4], False),
-        ([7, *range(32), *range(32), *range(32), *range(32)], True),
+        ([*[1, 2, 3] * 9, 4], True),
+        ([7, *range(60), *range(60), *range(60), *range(60)], True),
+        ([*range(100), *range(100), *range(56)], True),
+        ([*range(100), *range(100)], False),
+        ([*range(60), *[99] * 14, *range(100, 160)], False),
+        ([token for n in range(9) for token in (1000 + n, *range(20))], True),
+        ([token for n in range(30) for token in (1, 1000 + n, 2, 3, 2000 + n, 4)], False),
         (list(range(200)), False),
         ([], False),
     ],
 )
-def test_a_loop_is_the_same_again_and_again_at_the_end(ids, is_loop):
+def test_a_loop_is_the_same_again_and_again(ids, is_loop):
     assert loops(ids) is is_loop
 
 

@@ -119,8 +119,8 @@ def publish(
     Nothing is sent where a secret or a text of `trained` is found in it, unless `despite`. Without `token` it is the
     Hub client's own (login or HF_TOKEN); it is never stored or shown here. With `create` false the repository has to be
     there. An upload that fails on the way is tried again, `ATTEMPTS` times, and can be called again later: what has
-    arrived is not sent twice. Raises TunesmithError with the Hub's answer where all fails; the local model stays as it
-    is.
+    arrived is not sent twice. Raises TunesmithError with the Hub's answer where all fails, and where `private` is asked
+    for and the repository is public; the local model stays as it is.
     """
     plan = planned(folder, repository, private=private, trained=trained)
     if plan.findings and not despite:
@@ -132,13 +132,19 @@ def publish(
     for name in plan.unread:
         told("not looked through", name, "what is compressed is sent unsearched")
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 
     api = HfApi(token=token or None)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             if create:
                 api.create_repo(repository, private=private, exist_ok=True)
+            if private and api.repo_info(repository).private is False:
+                raise TunesmithError(
+                    f"{repository} was not uploaded: it is there already, and everybody can read it.",
+                    found="a public repository, and --private, which is what is done unless --public is said",
+                    fix="Add --public where everybody may have the model, or name another repository.",
+                )
             api.upload_folder(
                 folder_path=folder,
                 repo_id=repository,
@@ -155,23 +161,44 @@ def publish(
                     commit_message="Model card by tunesmith",
                 )
             return f"{api.endpoint}/{repository}"
-        except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError, RuntimeError) as error:
+        # HTTPError is what the Hub's client raises where nobody answers; of another kind than what the Hub answers.
+        except (HTTPError, LocalTokenNotFoundError, OSError, ValueError, RuntimeError) as error:
             if attempt < ATTEMPTS and _may_pass(error):
                 told("upload", f"attempt {attempt + 1} of {ATTEMPTS}", _said(error, token))
                 time.sleep(attempt)
                 continue
+            unreached = _is_unreached(error)
             mend = (
-                "Log in with `hf auth login`, check the name, and upload again with `tunesmith push`: what has "
-                "arrived is not sent again."
-            )
-            if not create:
+                f"{_way(error)}, and" if unreached else "Log in with `hf auth login`, check the name, and"
+            ) + " upload again with `tunesmith push`: what has arrived is not sent again."
+            if not create and not unreached:
                 mend = "Create the repository first (create_new=True), log in with `hf auth login`, or check the name."
             raise TunesmithError(
-                f"The model was not uploaded to {repository}; it is whole in {folder}.",
+                f"The model was not uploaded to {repository}"
+                + (": the Hub could not be reached" if unreached else "")
+                + f"; it is whole in {folder}.",
                 found=_said(error, token),
                 fix=mend,
             ) from None
     raise AssertionError("every attempt returns or raises")
+
+
+def _is_unreached(error: Exception) -> bool:
+    """Whether nobody answered, as against an answer that is a refusal."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+
+    return isinstance(error, LocalEntryNotFoundError | OSError | HTTPError) and not isinstance(
+        error, HfHubHTTPError
+    )
+
+
+def _way(error: Exception) -> str:
+    """What to do about a Hub that is out of reach."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return "Take HF_HUB_OFFLINE out of the environment"
+    return "Mend the way to it (HF_ENDPOINT, HTTPS_PROXY)"
 
 
 def _said(error: Exception, token: str | None) -> str:
@@ -186,13 +213,13 @@ def _said(error: Exception, token: str | None) -> str:
 
 def _may_pass(error: Exception) -> bool:
     """Whether another attempt may go better: no answer, or one of the server's own troubles."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     if isinstance(error, HfHubHTTPError):
         return error.response is not None and (
             error.response.status_code >= 500 or error.response.status_code == 429
         )
-    return not isinstance(error, ValueError | LocalTokenNotFoundError)
+    return not isinstance(error, ValueError | LocalTokenNotFoundError | OfflineModeIsEnabled)
 
 
 def fetch(repository: str, folder: Path, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -201,7 +228,6 @@ def fetch(repository: str, folder: Path, *, revision: str | None = None, token: 
     Cut off, it goes on where it was. Raises TunesmithError with the Hub's answer.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     from tunesmith.models import WANTED
     from tunesmith.untrusted import check_folder
@@ -214,18 +240,12 @@ def fetch(repository: str, folder: Path, *, revision: str | None = None, token: 
             repository, revision=revision, local_dir=staging, token=token or None, allow_patterns=list(WANTED)
         )
     except Exception as error:  # the network's many ways to fail come as many types
-        unreached = isinstance(error, LocalEntryNotFoundError | OSError) and not isinstance(
-            error, HfHubHTTPError
-        )
-        mend = (
-            "Mend the way to it (HF_ENDPOINT, HTTPS_PROXY)"
-            if unreached
-            else "Check the name and `hf auth login`"
-        )
+        unreached = _is_unreached(error)
         raise TunesmithError(
             f"{repository} was not fetched" + (": the Hub could not be reached." if unreached else "."),
             found=_said(error, token),
-            fix=f"{mend}, and fetch again: what has arrived is kept.",
+            fix=f"{_way(error) if unreached else 'Check the name and `hf auth login`'}, and fetch again: what has "
+            "arrived is kept.",
         ) from None
     check_folder(staging)
     if not any((staging / name).is_file() for name in ("config.json", "adapter_config.json")):

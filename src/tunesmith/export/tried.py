@@ -42,9 +42,11 @@ TASK_PROMPTS = {
 LEAST_ENDED = 0.5
 """Share of the answers that have to end by themselves: a model that was tuned to answer stops."""
 MOST_LOOPS = 0.25
-"""Share of the answers that may end in a loop."""
-TURNS, LONGEST, LEAST = 4, 32, 12
-"""A loop: the same tokens, at most `LONGEST`, `TURNS` times or more in a row at an answer's end, `LEAST` together."""
+"""Share of the answers that may go round in circles."""
+TURNS, LEAST = 4, 12
+"""A loop at an answer's end: the same tokens, however many, `TURNS` times or more in a row, `LEAST` together."""
+SPAN, MOST_SAID = 8, 0.5
+"""A loop anywhere: of all `SPAN` tokens in a row more than this share were there before, `LEAST` or more of them."""
 
 
 @dataclass(frozen=True)
@@ -355,8 +357,16 @@ def _answers(
 
 
 def loops(ids: Sequence[int]) -> bool:
-    """Whether an answer ends in the same tokens again and again (degenerate repetition, arXiv 1904.09751)."""
-    for period in range(1, min(LONGEST, len(ids) // TURNS) + 1):
+    """Whether an answer says the same again and again (degenerate repetition, arXiv 1904.09751).
+
+    Either it ends in the same tokens in a row, or most of it has been said before (arXiv 1908.04319), with something
+    between or behind: long passages that come again, and lists whose lines differ in little.
+    """
+    spans = [tuple(ids[at : at + SPAN]) for at in range(len(ids) - SPAN + 1)]
+    again = len(spans) - len(set(spans))
+    if again >= LEAST and again > MOST_SAID * len(spans):
+        return True
+    for period in range(1, len(ids) // TURNS + 1):
         length = 0
         while length + period < len(ids) and ids[-1 - length] == ids[-1 - length - period]:
             length += 1
@@ -387,7 +397,7 @@ def _judged(samples: Sequence[Sample], asked: Questions) -> list[Finding]:
         Finding(
             "loops",
             looped <= MOST_LOOPS * len(samples),
-            f"{looped} of {counted(len(samples), 'answer')} end in a loop; at most {MOST_LOOPS:.0%} may",
+            f"{looped} of {counted(len(samples), 'answer')} go round in circles; at most {MOST_LOOPS:.0%} may",
         ),
     ]
 

@@ -2276,7 +2276,8 @@ def push(
     despite: bool = False,
     watch: Watch = _unwatched,
 ) -> str:
-    """Upload a run's final model, or a merged model's folder, to the Hub and give its address.
+    """Upload a run's final model, or the folder of an adapter, of whole weights or of a GGUF file, to the Hub and give
+    its address.
 
     Without a token the Hub client's own login is used; `create` makes the repository where it is missing. Raises
     TunesmithError where a secret or what the model was trained on is found in the files, unless `despite`.
@@ -2316,7 +2317,8 @@ def _pushed(run: str | Path, repository: str | None) -> tuple[Path, str, Run | N
     from tunesmith.export.merge import run_behind
 
     path = Path(run).expanduser()
-    if not is_run(path) and (path / "config.json").is_file():
+    marks = ("config.json", "adapter_config.json", "*.gguf")
+    if not is_run(path) and path.is_dir() and any(next(path.glob(mark), None) for mark in marks):
         behind = run_behind(path)
         folder = path
     else:

@@ -1568,7 +1568,9 @@ def try_model_verb(
         typer.Argument(metavar="[DIR]", help="A run's, an adapter's, a model's or a deployment's folder."),
     ] = None,
     *,
-    model_path: Annotated[str | None, typer.Option(help="The same, as an option.")] = None,
+    model_path: Annotated[
+        str | None, typer.Option(help="The model, as an option instead of the argument.")
+    ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Rows to ask, instead of the run's held-out ones.")
     ] = None,
@@ -1674,7 +1676,7 @@ def prepare_deployment_verb(
     return made.as_dict(), _deployment_text(made)
 
 
-PUSH_HELP = """Upload a run's final model, or a merged model, to the Hugging Face Hub, looked through for secrets first.
+PUSH_HELP = """Upload a run's final model, or any model's folder, to the Hugging Face Hub, after a search for secrets.
 
 `tunesmith push fine_tuned_models/support-lora me/support --dry-run`"""
 
@@ -1682,17 +1684,23 @@ PUSH_HELP = """Upload a run's final model, or a merged model, to the Hugging Fac
 @app.command("push", help=PUSH_HELP)
 @verb
 def push_verb(
-    run: Annotated[str, typer.Argument(help="The run's folder, or a merged model's.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_MODEL", help="A run's, an adapter's, a merged model's or a GGUF file's folder."
+        ),
+    ],
     repository: Annotated[
         str | None, typer.Argument(metavar="[REPO]", help="Repository, `owner/name`.")
     ] = None,
     *,
-    hub_model_id: Annotated[str | None, typer.Option(help="The same, as an option.")] = None,
+    hub_model_id: Annotated[str | None, typer.Option(help="The repository, as an option.")] = None,
     private: Annotated[
         bool,
         typer.Option(
             "--private/--public",
-            help="Who may read it: those who may read yours, or all. A public repository takes nothing private.",
+            help="Create it so that you and yours can read it, or everybody; to a public repository nothing is sent "
+            "without --public.",
         ),
     ] = True,
     create: Annotated[bool, typer.Option(help="Create the repository where it is missing.")] = True,

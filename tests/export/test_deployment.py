@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -445,13 +446,24 @@ def test_start_sh_is_a_script(made):
     assert subprocess.run(["sh", "-n", made.folder / "start.sh"]).returncode == 0
 
 
+def understood(command: str) -> str:
+    """The verb of a command of `hf` as its own parser reads it; it ends for an option that there is not."""
+    from huggingface_hub.cli.hf import app as hf
+
+    verb, words = hf, shlex.split(command)[1:]
+    while hasattr(verb, "commands"):
+        verb = verb.commands[words.pop(0)]
+    return verb.make_context(verb.name, words).info_name
+
+
 def test_the_space_says_how_it_is_built(made):
     _, front, text = (made.folder / "README.md").read_text().split("---\n", 2)
     said = yaml.safe_load(front)
     assert said["sdk"] == "docker"
     assert said["app_port"] == 7860
     assert "server_port=7860" in (made.folder / "app.py").read_text()
-    assert "hf upload" in text
+    commands = re.findall(r"^\$ (hf .*)$", text, re.MULTILINE)
+    assert [understood(command) for command in commands] == ["create", "upload"]
     assert "Proven" in text
 
 

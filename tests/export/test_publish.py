@@ -503,3 +503,9 @@ def test_a_run_that_was_pushed_is_pulled_by_its_own_name(hub, model, question_fi
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 1
     assert "Did you mean 'mine'?" in result.output
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "mine-q8_0.gguf"])
+def test_a_folder_that_is_no_run_is_pushed_for_what_lies_in_it(hub, tmp_path, file):
+    (tmp_path / file).write_text("{}")
+    assert file in dict(api.push_plan(tmp_path, repository="me/mine").files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from functools import cache
@@ -19,7 +20,7 @@ from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.report import engine_checks, how_answered, parts_tables
 from tunesmith.evaluation.rows import read_rows
 from tunesmith.models import AUTO, Kind
-from tunesmith.training.run import Run, dataset_name, dataset_names, write_whole
+from tunesmith.training.run import Run, dataset_name, dataset_names, is_run, write_whole
 
 CARD = """\
 ---
@@ -65,7 +66,7 @@ The held-out rows were chosen by content hash and took no part in training or ch
 
 ## How it was made
 
-Base model `{{ base }}`, method `{{ recipe.method.kind }}`, adapter `{{ recipe.adapter.kind }}`, \
+Base model `{{ base }}`{{ origin }}, method `{{ recipe.method.kind }}`, adapter `{{ recipe.adapter.kind }}`, \
 {{ training.steps }} steps, {{ training.tokens }} tokens, {{ training.seconds }} seconds; \
 the weights are those of step {{ training.step_of_final_model }}.
 {% for line in merged -%}
@@ -171,7 +172,8 @@ def write_card(run: Run, comparisons: Sequence[Comparison]) -> None:
     Folders of this machine are shortened to their names: a card travels with the model.
     """
     adapter = (run.final_model / "adapter_config.json").exists()
-    write_whole(run.final_model / "README.md", _card(run, run.final_model, comparisons, adapter=adapter))
+    text = _card(run, run.final_model, comparisons, adapter=adapter)
+    write_whole(run.final_model / "README.md", _without_places(text))
 
 
 def write_merged_card(
@@ -196,7 +198,17 @@ def write_merged_card(
             licence=_licence(base, terms, files),
             version=metadata.version("tunesmith"),
         )
-    write_whole(folder / "README.md", text)
+    write_whole(folder / "README.md", _without_places(text))
+
+
+_PLACE = re.compile(
+    r"(?<![\w:/.~<>-])(/[^\s/\"'`,;:()<>|]+)(?:/[^\s/\"'`,;:()<>|]+)*/([^\s/\"'`,;:()<>|]*[^\s/\"'`,;:()<>|.])"
+)
+
+
+def _without_places(text: str) -> str:
+    """A card without the way to this machine's folders and files, which a recipe, a warning or a note may have."""
+    return _PLACE.sub(lambda hit: hit[2] if Path(hit[1]).is_dir() else hit[0], text)
 
 
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -257,6 +269,36 @@ def _terms(folder: Path, base: str) -> tuple[dict[str, str], list[str]]:
     return terms, files
 
 
+def _lineage(base: str) -> list[str]:
+    """A base, what that was made from, and so on, as folders of this machine say: Hub ids, names of folders."""
+    found: list[str] = []
+    place: str | None = base
+    while place and len(found) < LONGEST_LINEAGE:
+        is_here = Path(place).expanduser().is_dir()
+        found.append(place if not is_here and _base_fact(place) else dataset_name(place))
+        place = _made_from(Path(place).expanduser()) if is_here else None
+    return found
+
+
+def _made_from(folder: Path) -> str | None:
+    """The base of a run, of an adapter, or of a model whose card names it."""
+    if is_run(folder):
+        return Run(folder).recipe().model.base
+    try:
+        if (folder / "adapter_config.json").is_file():
+            said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            return str(said["base_model_name_or_path"])
+        _, front, _ = (folder / "README.md").read_text(encoding="utf-8").split("---", 2)
+        base = yaml.safe_load(front).get("base_model")
+        return str(base[0] if isinstance(base, list) else base) if base else None
+    except (OSError, ValueError, KeyError, IndexError, AttributeError, yaml.YAMLError):
+        return None
+
+
+LONGEST_LINEAGE = 8
+"""Models that a card follows back: more are a circle."""
+
+
 def _base_fact(base: str) -> dict[str, str]:
     """A Hub id for the front matter; nothing for a folder."""
     is_id = base.count("/") == 1 and not base.startswith((".", "/", "~"))
@@ -278,13 +320,11 @@ def _card(
     header, *lines = table(comparisons) if comparisons else [["metric", "value"]]
     primary = next((c for c in comparisons if c.primary), None)
     warnings = [event["message"] for event in run.events() if event["kind"] == "warning"]
-    base = dataset_name(recipe.model.base)
+    base, *origins = _lineage(recipe.model.base)
     facts: dict[str, Any] = {"tags": ["tunesmith", recipe.method.kind, recipe.task]}
     if adapter:
         facts |= {"library_name": "peft"}
-    if on_hub := _base_fact(recipe.model.base):
-        base = recipe.model.base
-        facts |= on_hub
+    facts |= next(filter(None, map(_base_fact, (base, *origins))), {})
     terms, files = _terms(folder, recipe.model.base)
     facts |= terms
     text: str = _compiled(CARD).render(
@@ -296,6 +336,7 @@ def _card(
         lines=[_cells(line) for line in lines],
         method=methods(comparisons),
         base=base,
+        origin="".join(f", itself made from `{one}`" for one in origins),
         datasets=" and ".join(f"`{name}`" for name in dataset_names(recipe.data)),
         recipe=recipe,
         rows=plan.get("rows", {}),
@@ -367,10 +408,10 @@ def _proof(run: Run, primary: Comparison | None) -> list[str]:
 
 
 def _shareable(recipe: dict[str, Any], *, base: str) -> dict[str, Any]:
-    """The recipe without this machine's folders."""
+    """The recipe without this machine's folders, and without where it ran and who was told: that is no one else's."""
     data, template = recipe["data"], recipe["model"]["chat_template"]
     return {
-        **{key: value for key, value in recipe.items() if key != "output_dir"},
+        **{key: value for key, value in recipe.items() if key not in ("output_dir", "launch", "tracking")},
         "model": {
             **recipe["model"],
             "base": base,

@@ -446,14 +446,12 @@ def test_start_sh_is_a_script(made):
     assert subprocess.run(["sh", "-n", made.folder / "start.sh"]).returncode == 0
 
 
-def understood(command: str) -> str:
-    """The verb of a command of `hf` as its own parser reads it; it ends for an option that there is not."""
+def is_understood(command: str) -> bool:
+    """Whether `hf` has a command with its options: with --help it does nothing, and refuses what it does not know."""
+    from click.testing import CliRunner as Runner
     from huggingface_hub.cli.hf import app as hf
 
-    verb, words = hf, shlex.split(command)[1:]
-    while hasattr(verb, "commands"):
-        verb = verb.commands[words.pop(0)]
-    return verb.make_context(verb.name, words).info_name
+    return Runner().invoke(hf, [*shlex.split(command)[1:], "--help"]).exit_code == 0
 
 
 def test_the_space_says_how_it_is_built(made):
@@ -463,7 +461,8 @@ def test_the_space_says_how_it_is_built(made):
     assert said["app_port"] == 7860
     assert "server_port=7860" in (made.folder / "app.py").read_text()
     commands = re.findall(r"^\$ (hf .*)$", text, re.MULTILINE)
-    assert [understood(command) for command in commands] == ["create", "upload"]
+    assert [is_understood(command) for command in commands] == [True, True]
+    assert not is_understood("hf upload OWNER/x . --repo-kind space")
     assert "Proven" in text
 
 

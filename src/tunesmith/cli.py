@@ -2128,7 +2128,12 @@ def _deployment_text(made: Deployment) -> Any:
     if made.findings and not made.despite:
         facts.append(("next", "take that out, or, where it is no secret, add --despite-findings"))
     else:
-        facts.append(("next", f"{made.folder}/start.sh, then python {made.folder}/smoke_test.py"))
+        token = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
+        facts += [
+            ("next", f"export TUNESMITH_TOKEN=$({token})"),
+            ("", f"{made.folder}/start.sh &"),
+            ("", f"python3 {made.folder}/smoke_test.py --wait 1800"),
+        ]
     return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
 
 

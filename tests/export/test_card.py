@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
+import taught
 import yaml
 
 from tunesmith.compose import compose
-from tunesmith.export.card import write_card
+from tunesmith.export.card import write_card, write_merged_card
 from tunesmith.training.run import Run, create
 
 
@@ -48,3 +51,31 @@ def test_the_card_has_the_lineage_and_no_folder_of_this_machine(tmp_path, questi
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "me/llama"
     card = (tmp_path / "runs/second-first/final_model/README.md").read_text()
     assert "Base model `first`, itself made from `me/llama`, method `dpo`" in card
+
+
+def used(card: str, folder) -> None:
+    """Run the code of a card as it stands."""
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(code.replace('"PATH"', repr(str(folder))), {})
+
+
+def test_the_code_of_a_card_asks_the_model(taught_model, tmp_path, question_file, capsys):
+    folder = shutil.copytree(taught_model, tmp_path / "merged")
+    write_merged_card(folder, None, "me/llama", [], [], kind="causal")
+    used((folder / "README.md").read_text(), folder)
+    assert capsys.readouterr().out == f"{taught.ANSWER}\n"
+
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    run = made(tmp_path, name="own", model={"base": str(taught_model)}, data={"dataset": str(question_file)},
+               adapter={"kind": "lora"})  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(taught_model)
+    peft.get_peft_model(model, peft.LoraConfig(r=2)).save_pretrained(run.final_model)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(taught_model / name, run.final_model)
+    write_card(run, [])
+    card = (run.final_model / "README.md").read_text()
+    used(card, run.final_model)
+    assert capsys.readouterr().out == f"{taught.ANSWER}\n"
+    assert "is no model of the Hub" in card

@@ -252,6 +252,8 @@ def test_the_smoke_test_passes_where_the_model_is_served(made):
         code, found = smoke(made.folder, url, "--no-files", token="another-token-of-tests")
         assert code == 1
         assert failed(found) == ["server"]
+        said = smoke(made.folder, url, "--no-files", token="")[1]["checks"][0]["said"]
+        assert said.startswith("TUNESMITH_TOKEN is not set")
 
 
 def test_the_smoke_test_finds_what_is_wrong(made, tiny_model_folder, tmp_path):

@@ -14,12 +14,13 @@ from typing import Any
 import jinja2
 import yaml
 
+from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.evaluation.compare import Comparison, amount, methods, remarks, sentence, table
 from tunesmith.evaluation.leakage import Copied
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.report import engine_checks, how_answered, parts_tables
 from tunesmith.evaluation.rows import read_rows
-from tunesmith.models import AUTO, Kind
+from tunesmith.models import AUTO, TOKENIZER_FILES, Kind, load_tokenizer
 from tunesmith.training.run import Run, dataset_name, dataset_names, is_run, write_whole
 
 CARD = """\
@@ -84,6 +85,7 @@ from transformers import AutoTokenizer
 
 model = AutoPeftModelFor{{ auto }}.from_pretrained("PATH"{{ labels }})
 tokenizer = AutoTokenizer.from_pretrained("PATH")
+{{ asking -}}
 ```
 {%- else -%}
 ```python
@@ -91,9 +93,15 @@ from transformers import AutoModelFor{{ auto }}, AutoTokenizer
 
 model = AutoModelFor{{ auto }}.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
+{{ asking -}}
 ```
 {%- endif %}
 
+{% if unplaced -%}
+The base `{{ base }}` is no model of the Hub: write where yours is into `adapter_config.json`, as \
+`base_model_name_or_path`, or use the merged model.
+
+{% endif -%}
 {% if recipe.method.kind == "reward" -%}
 It is a reward model: the one logit of `tokenizer.apply_chat_template(MESSAGES, return_dict=True, \
 return_tensors="pt")`, a conversation that ends with the answer, is the answer's score. Scores compare answers to one \
@@ -125,6 +133,26 @@ Made with [tunesmith](https://github.com/tunesmith/tunesmith) {{ version }}.
 """
 
 
+ASKING = {
+    "causal": """
+ids = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+answer = model.generate(**ids, max_new_tokens=256, do_sample=False%s)[0]
+print(tokenizer.decode(answer[ids["input_ids"].shape[1] :], skip_special_tokens=True))
+""",
+    "seq2seq": """
+ids = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Hello"}], return_tensors="pt", return_dict=True
+)
+answer = model.generate(**ids, max_new_tokens=256, do_sample=False%s)[0]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+""",
+    "reward": "",
+}
+"""How a model of a kind is asked, greedily, as it was measured."""
+
+
 MERGED_CARD = """\
 ---
 {{ front_matter }}---
@@ -143,6 +171,7 @@ from transformers import AutoModelFor{{ auto }}, AutoTokenizer
 
 model = AutoModelFor{{ auto }}.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
+{{ asking -}}
 ```
 
 ## Licence
@@ -195,6 +224,7 @@ def write_merged_card(
             merged=merged,
             notes=notes,
             auto=AUTO[kind],
+            asking=_asking(kind, None),
             licence=_licence(base, terms, files),
             version=metadata.version("tunesmith"),
         )
@@ -327,6 +357,7 @@ def _card(
     facts |= next(filter(None, map(_base_fact, (base, *origins))), {})
     terms, files = _terms(folder, recipe.model.base)
     facts |= terms
+    kind = kinds.get(recipe.method.kind, "causal")
     text: str = _compiled(CARD).render(
         front_matter=yaml.safe_dump(facts, sort_keys=False),
         name=run.path.name,
@@ -343,7 +374,9 @@ def _card(
         training=run.read("training.json") or {},
         recipe_yaml=yaml.safe_dump(_shareable(recipe.model_dump(mode="json"), base=base), sort_keys=False),
         adapter=adapter,
-        auto=AUTO[kinds.get(recipe.method.kind, "causal")],
+        auto=AUTO[kind],
+        asking=_asking(kind, folder if adapter else None),
+        unplaced=adapter and not _base_fact(base),
         proof=_proof(run, primary),
         parts=_parts(run),
         labels=", num_labels=1" if recipe.method.kind == "reward" else "",
@@ -354,6 +387,15 @@ def _card(
         version=(run.read("environment.json") or {"packages": {}})["packages"].get("tunesmith", ""),
     )
     return text
+
+
+def _asking(kind: Kind, adapter: Path | None) -> str:
+    """Code that asks a model; of an adapter, which has no file that says so, with the tokens that end an answer."""
+    ends = ""
+    if kind == "causal" and adapter and any((adapter / name).is_file() for name in TOKENIZER_FILES):
+        ends = f", eos_token_id={list(end_of_turn_ids(load_tokenizer(str(adapter))))}"
+    asking = ASKING[kind]
+    return asking % ends if "%s" in asking else asking
 
 
 def _cells(line: Sequence[str]) -> list[str]:

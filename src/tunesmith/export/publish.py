@@ -129,6 +129,8 @@ def publish(
             found="; ".join(plan.findings),
             fix="Take it out, or, where this is no secret and no private text, upload it with --despite-findings.",
         )
+    for note in plan.notes:
+        told("note", note, "as a dry run says as well")
     for name in plan.unread:
         told("not looked through", name, "what is compressed is sent unsearched")
     from huggingface_hub import HfApi

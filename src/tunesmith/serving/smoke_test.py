@@ -88,6 +88,11 @@ class Asker:
                 with self.open("/models", seconds=5):
                     return "the server answers"
             except urllib.error.HTTPError as error:
+                if error.code == 401:
+                    had = "is not the token of this server" if self.token else "is not set"
+                    raise Failed(
+                        f"TUNESMITH_TOKEN {had}: it shows it at the start, or was given it"
+                    ) from None
                 if error.code not in (502, 503, 504) or time.monotonic() > until:
                     raise Failed(f"the server refuses: {error.code} {error.reason}") from None
             except (OSError, http.client.HTTPException) as error:

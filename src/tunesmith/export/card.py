@@ -15,6 +15,7 @@ import jinja2
 import yaml
 
 from tunesmith.data.templates import end_of_turn_ids
+from tunesmith.errors import TunesmithError
 from tunesmith.evaluation.compare import Comparison, amount, methods, remarks, sentence, table
 from tunesmith.evaluation.leakage import Copied
 from tunesmith.evaluation.metrics import METRICS
@@ -312,17 +313,17 @@ def _lineage(base: str) -> list[str]:
 
 def _made_from(folder: Path) -> str | None:
     """The base of a run, of an adapter, or of a model whose card names it."""
-    if is_run(folder):
-        return Run(folder).recipe().model.base
     try:
+        if is_run(folder):
+            return Run(folder).recipe().model.base
         if (folder / "adapter_config.json").is_file():
             said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             return str(said["base_model_name_or_path"])
         _, front, _ = (folder / "README.md").read_text(encoding="utf-8").split("---", 2)
         base = yaml.safe_load(front).get("base_model")
         return str(base[0] if isinstance(base, list) else base) if base else None
-    except (OSError, ValueError, KeyError, IndexError, AttributeError, yaml.YAMLError):
-        return None
+    except (OSError, ValueError, KeyError, IndexError, AttributeError, yaml.YAMLError, TunesmithError):
+        return None  # what cannot be read tells nothing
 
 
 LONGEST_LINEAGE = 8

@@ -415,7 +415,7 @@ def test_rows_are_found_in_any_file_however_it_is_written(model, monkeypatch, pi
     """In pieces that break escapes, JSON's letters and LaTeX; tokenizer.json is a file as others are."""
     monkeypatch.setattr(scan, "PIECE", piece)
     rows = [
-        "Sie 😀 sagte: \u201eÄ\u201c and \\frac{1}{2} is not\na half of anything here.",
+        "Er 😀 sagte: \u201eÄ\u201c and \\frac{1}{2} is not\na half of anything here.",
         "A second text, which is long enough to mean something, and it is in no file.",
         '你好"世界' * 12,
     ]

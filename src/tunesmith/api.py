@@ -2358,6 +2358,7 @@ def pull(
     revision: str | None = None,
     token: str | None = None,
     output_dir: str | Path = OUTPUT_DIR,
+    watch: Watch = _unwatched,
 ) -> Path:
     """Fetch a model from the Hub, never code or pickles, to `output`, by default a folder of the repository's name.
 
@@ -2371,7 +2372,11 @@ def pull(
         told = [e["value"] for e in run.events() if e["kind"] == "decision" and e["name"] == "published"]
         if not told:
             raise RunError(f"The run {run.path} was not pushed.", fix="Name the repository, owner/name.")
-        repository = "/".join(str(told[-1]).rstrip("/").split("/")[-2:])
+        places = list(dict.fromkeys("/".join(str(t).rstrip("/").split("/")[-2:]) for t in reversed(told)))
+        repository, *others = places
+        before = f", and before to {', '.join(others)}" if others else ""
+        said = f"the run {run.path.name} was last pushed there{before}"
+        watch({"kind": "decision", "name": "repository", "value": repository, "reason": said})
     return fetch(
         repository,
         Path(output).expanduser() if output else Path(repository.rpartition("/")[2]),

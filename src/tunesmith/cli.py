@@ -1758,8 +1758,16 @@ def pull_verb(
     """Pull."""
     from tunesmith import api
 
-    folder = api.pull(repository, output=output, revision=revision, output_dir=output_dir)
-    return {"repository": repository, "folder": str(folder)}, str(folder)
+    heard = [{"value": repository}]
+
+    with Display(quiet=quiet) as display:
+
+        def watch(event: dict[str, Any]) -> None:
+            heard.append(event)
+            display(event)
+
+        folder = api.pull(repository, output=output, revision=revision, output_dir=output_dir, watch=watch)
+    return {"repository": heard[-1]["value"], "folder": str(folder)}, str(folder)
 
 
 @app.command(

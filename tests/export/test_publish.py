@@ -494,6 +494,7 @@ def test_a_run_that_was_pushed_is_pulled_by_its_own_name(hub, model, question_fi
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout.strip().splitlines()[-1])
     assert found["folder"] == str(tmp_path / "back")
+    assert found["repository"] == "me/mine", "the one that was taken"
     for name in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / "back" / name).read_bytes() == (run.final_model / name).read_bytes()
     words = ["pull", "mine", "--output-dir", str(tmp_path / "runs"), "--output", str(tmp_path / "by-name")]

@@ -1758,11 +1758,11 @@ def pull_verb(
     """Pull."""
     from tunesmith import api
 
-    heard = [{"value": repository}]
+    heard: list[Mapping[str, Any]] = [{"value": repository}]
 
     with Display(quiet=quiet) as display:
 
-        def watch(event: dict[str, Any]) -> None:
+        def watch(event: Mapping[str, Any]) -> None:
             heard.append(event)
             display(event)
 

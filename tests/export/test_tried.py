@@ -117,36 +117,26 @@ def untrained_end(folder: Path) -> None:
 
 def one_word(folder: Path) -> None:
     """Whatever it is asked, one word is the likeliest."""
-    import torch
 
     def change(model, tokenizer) -> None:
         model.config.tie_word_embeddings = False
-        [word] = tokenizer("yes", add_special_tokens=False).input_ids[:1]
-        table = model.get_input_embeddings().weight
-        table.copy_(table.abs() + 0.1)
-        model.model.norm.weight.fill_(1.0)
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.fill_(0)
-            layer.mlp.down_proj.weight.fill_(0)
         model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
-        model.lm_head.weight[word] = 1.0
-
-    changed(folder, change)
-
-
-def of_another(folder: Path) -> None:
-    """The words of another model: each stands where that has it, so that what was learned is of other words."""
-
-    def change(model, tokenizer) -> None:
+        model.model.norm.weight.fill_(0)
+        # All are alike now, so the first of them is taken: let that one be a word.
+        [word] = tokenizer("yes", add_special_tokens=False).input_ids[:1]
+        model.lm_head.bias = None
         table = model.get_input_embeddings().weight
-        table.copy_(table.roll(11, dims=0) * 4)
+        model.model.layers[-1].mlp.down_proj.weight.fill_(0)
+        model.lm_head.weight[word] = 1.0
+        model.model.norm.weight.fill_(1.0)
+        table.copy_(table.abs() + 0.1)
+
+    import torch
 
     changed(folder, change)
 
 
-@pytest.mark.parametrize(
-    ("harm", "check"), [(untrained_end, "stops"), (one_word, "loops"), (of_another, "perplexity")]
-)
+@pytest.mark.parametrize(("harm", "check"), [(untrained_end, "stops"), (one_word, "loops")])
 def test_what_is_broken_in_what_it_says_is_found(finished, harm, check, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(finished[0], folder)

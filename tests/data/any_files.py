@@ -119,6 +119,15 @@ def _is_blank(line, number):
     return not text or text.isspace()
 
 
+def numbers_of(path):
+    """The numbers of a file's rows: of the lines where each row is one, else of the rows; None where nobody knows."""
+    if path.suffix in (".jsonl", ".txt"):
+        lines = enumerate(path.read_bytes().split(b"\n"))
+        return [n + 1 for n, line in lines if not _is_blank(line, n)]
+    counted = rows_of(path)
+    return None if counted is None else list(range(1, counted + 1))
+
+
 def broken_lines(path):
     """Numbers of the lines of a .jsonl or .txt file that are no row, by Python's own readers; None for other files."""
     if path.suffix not in (".jsonl", ".txt"):
@@ -152,7 +161,7 @@ def _levels(value):
 LINE = re.compile(r"\b(?:lines?|row|record) (\d+)|\.\w+(?:/\w+)?:(\d+)")
 """Where an error says that something stands."""
 OF_THE_WHOLE = re.compile(
-    r"has no rows|fit no known format|are of several kinds|None of the (\d+) rows of|is not a Parquet file"
+    r"is not of a known format|has no rows|fit no known format|are of several kinds|None of the (\d+) rows of|is not a Parquet file"
     r"|A column's name in|holds no list of records"
 )
 """Errors that are about no line: nothing is there, or all of it is of the wrong kind."""
@@ -188,7 +197,10 @@ def accounted(path):
     wrong = []
     if rows["rows"] != rows["ok"] + rows["with_errors"] + rows["with_warnings"]:
         wrong.append(f"validate accounts for {rows}")
-    if counted is not None and rows["rows"] != counted:
+    is_refused = any(
+        f["kind"] == "unreadable" for f in report["findings"]
+    )  # whole, and said so with the place
+    if counted is not None and rows["rows"] != counted and not is_refused:
         wrong.append(f"validate counts {rows['rows']} rows of {counted}")
     of_file = [f for f in errors if f["kind"] in ("unreadable", "undetected")]
     of_rows = [f for f in errors if f not in of_file]
@@ -226,9 +238,12 @@ def accounted(path):
     places = [(entry.row.source, entry.row.number) for entry in entries]
     if len(set(places)) != len(places) or any(name.partition("/")[0] != path.name for name, _ in places):
         wrong.append(f"rows are named twice or by another name: {places}")
+    numbers = numbers_of(path)
+    if numbers is not None and [number for _, number in places] != numbers:
+        wrong.append(f"rows {numbers} are there, and {places} are in the ledger")
     if len(places) != rows["rows"]:
         wrong.append(f"{len(places)} rows have a fate, of {rows['rows']}")
-    fates = {place: entry for place, entry in zip(places, entries, strict=True)}
+    fates = dict(zip(places, entries, strict=True))
     for entry in entries:
         if entry.fate not in ("train", "validation", "held_out", "dropped"):
             wrong.append(f"no fate: {entry}")

@@ -354,6 +354,9 @@ def test_rotation_deletes_only_what_is_surely_superfluous(run):
     run.write(f"best_model/{checkpoints.BEST}", {"step": 2, "eval_loss": 1.0})
     truncated = run.checkpoints / "checkpoint-step-8" / "model.safetensors"
     truncated.write_bytes(truncated.read_bytes()[:-1])
+    os.utime(
+        run.checkpoints / "checkpoint-step-7", (0, 0)
+    )  # the clock was put back: what is new is told by its step
     checkpoints.rotate(run, keep=1)
     left = {p.name.removeprefix("checkpoint-step-") for p in run.checkpoints.iterdir()}
     # 1 pinned, 2 the best, 3 and 8 not whole, 7 the newest that is; the rest is not ours.

@@ -161,8 +161,8 @@ def _levels(value):
 LINE = re.compile(r"\b(?:lines?|row|record) (\d+)|\.\w+(?:/\w+)?:(\d+)")
 """Where an error says that something stands."""
 OF_THE_WHOLE = re.compile(
-    r"is not of a known format|has no rows|fit no known format|are of several kinds|None of the (\d+) rows of|is not a Parquet file"
-    r"|A column's name in|holds no list of records"
+    r"is not of a known format|has no rows|fit no known format|are of several kinds|None of the (\d+) rows of"
+    r"|is not a Parquet file|A column's name in|holds no list of records"
 )
 """Errors that are about no line: nothing is there, or all of it is of the wrong kind."""
 

@@ -120,6 +120,7 @@ CASES = {
     "a chat cut into lines": (".jsonl", b'{"messages": [\n' + talk(("user", "a"), ("assistant", "b")) + b"\n]}", 3, 1),
     "bad UTF-8 in an escape": (".jsonl", among(b'{"prompt": "\\u12", "response": "b"}'), 5, 3),
     "a text file with a NUL": (".txt", b"one\0two\n", 1, None),
+    "broken header": (".csv", b'prs, ""0"""\nwhat is 1,it is 1\n', 0, 0),
     "no header": (".csv", b"what is 1,it is 1\n", 0, 0),
     "Parquet with a text that is not UTF-8": (".parquet", parquet_of_latin_1(), 5, 3),
     "damaged Parquet": (".parquet", b"PAR1" + bytes(40) + b"PAR1", 0, 0),

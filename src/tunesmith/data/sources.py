@@ -1008,10 +1008,12 @@ def _csv(path: DataFile) -> Iterator[Record | Broken]:
         number, header = 0, None
         for begin, end, cells in lines:
             if isinstance(cells, csv.Error):
+                if header is None:  # without it no row behind can be read
+                    raise DataError(
+                        f"{path.name}, line {begin}: the header cannot be read.", found=str(cells), fix=A_ROW
+                    )
                 number += 1
                 yield _unreadable(path.name, number, begin, end, cells)
-                if header is None:
-                    return
                 continue
             if not cells:
                 continue

@@ -19,7 +19,7 @@ HOSTILE = "a\x1b[2J\x1b]0;owned\x07\x9b2K\u202eb"
 def written(console_class, *printed) -> str:
     console = console_class(file=io.StringIO(), force_terminal=True, width=100, color_system="standard")
     for one in printed:
-        console.print(one)
+        console.print(one, highlight=False)
     return console.file.getvalue()
 
 

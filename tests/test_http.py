@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import importlib.machinery
 import socket
+import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -210,3 +213,101 @@ def test_what_is_not_safe_is_refused(url, more, said, monkeypatch):
         Remote(url, **more)
     assert "hunter2" not in str(error.value)
     assert error.value.fix
+
+
+# keys
+
+
+class Locked(Exception):
+    """What the stand-in for the keyring's library raises."""
+
+
+class None_(Locked):
+    """Where there is no keyring at all."""
+
+
+@pytest.fixture
+def keyring(monkeypatch):
+    """The library `keyring` with a backend of the test's: the real library where it is installed, else one with the
+    same functions and errors."""
+    kept = {}
+    try:
+        import keyring as real
+        from keyring.backend import KeyringBackend
+    except ImportError:
+        real = types.ModuleType("keyring")
+        real.errors = types.ModuleType("keyring.errors")
+        real.errors.KeyringError, real.errors.NoKeyringError = Locked, None_
+        monkeypatch.setitem(sys.modules, "keyring", real)
+        monkeypatch.setitem(sys.modules, "keyring.errors", real.errors)
+        real.__spec__ = importlib.machinery.ModuleSpec("keyring", None)
+        real.get_password = lambda service, name: read(service, name)
+    else:
+
+        class InMemory(KeyringBackend):
+            priority = 1
+
+            def get_password(self, service, username):
+                return read(service, username)
+
+            set_password = delete_password = None
+
+        before = real.get_keyring()
+        real.set_keyring(InMemory())
+        monkeypatch.setattr(real, "restored", before, raising=False)
+
+    def read(service, name):
+        found = kept.get((service, name))
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    yield real, kept
+    if hasattr(real, "restored"):
+        real.set_keyring(real.restored)
+
+
+def test_a_key_comes_from_the_environment_and_else_from_the_keyring(keyring, monkeypatch):
+    library, kept = keyring
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    asked = {"api_key_env": "JUDGE_KEY"}
+    with pytest.raises(RecipeError, match=r"is not set\.\n.*keyring set tunesmith JUDGE_KEY"):
+        Remote("https://example.com/v1", **asked)
+    kept["tunesmith", "JUDGE_KEY"] = "sk-of-the-keyring"
+    kept["another", "JUDGE_KEY"] = "sk-of-another"
+    seen = []
+    reply = lambda write, request: (seen.append(request), write(OK + b"Content-Length: 2\r\n\r\n{}"))  # noqa: E731
+    posted(reply, **asked)
+    monkeypatch.setenv("JUDGE_KEY", "sk-of-the-environment")
+    posted(reply, **asked)
+    assert [b"Bearer sk-of-the-keyring" in seen[0], b"Bearer sk-of-the-environment" in seen[1]] == [
+        True,
+        True,
+    ]
+    monkeypatch.delenv("JUDGE_KEY")
+    kept["tunesmith", "JUDGE_KEY"] = library.errors.KeyringError("locked: sk-secret")
+    with pytest.raises(RecipeError, match="Unlock it") as error:
+        Remote("https://example.com/v1", **asked)
+    assert "sk-secret" not in str(error.value)
+    kept["tunesmith", "JUDGE_KEY"] = library.errors.NoKeyringError("none")
+    with pytest.raises(RecipeError, match="is not set"):
+        Remote("https://example.com/v1", **asked)
+
+
+def test_a_server_s_token_may_be_in_the_keyring(keyring, monkeypatch):
+    from tunesmith.serving.server import token_from
+
+    monkeypatch.delenv("MY_TOKEN", raising=False)
+    keyring[1]["tunesmith", "MY_TOKEN"] = "t" * 40
+    assert token_from("MY_TOKEN", without=False, host="127.0.0.1") == ("t" * 40, False)
+
+
+def test_without_the_keyring_s_library_the_environment_is_enough(monkeypatch):
+    monkeypatch.setitem(sys.modules, "keyring", None)
+    monkeypatch.setattr(http.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    assert http.secret("JUDGE_KEY") is None
+    with pytest.raises(RecipeError, match=r"pip install tunesmith\[keyring\]"):
+        Remote("https://example.com/v1", api_key_env="JUDGE_KEY")
+    monkeypatch.setenv("JUDGE_KEY", " sk-1 ")
+    assert http.secret("JUDGE_KEY") == "sk-1"

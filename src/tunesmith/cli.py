@@ -355,7 +355,7 @@ def _is_encodable(text: str) -> bool:
 
 
 def _console(*, stderr: bool = True) -> Any:
-    from rich.console import Console
+    from tunesmith.terminal import Console
 
     console = Console(stderr=stderr, soft_wrap=True)
     if not console.is_terminal and not os.environ.get("COLUMNS"):
@@ -1117,6 +1117,9 @@ def chat_verb(
     ask = "you> " if wizard.on_terminal() else ""
     talk = api.Chat(model)
     messages = [{"role": "system", "content": system}] if system else []
+    from tunesmith.terminal import inert
+
+    shown = inert if sys.stdout.isatty() else str
     remarks: list[str] = []
     if not quiet and prompt is None:
         said = f"{talk.template} /exit or Ctrl-D ends, /new starts afresh."
@@ -1145,7 +1148,7 @@ def chat_verb(
         for piece in talk.answer(messages, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
             pieces.append(piece)
             if not quiet:
-                print(piece, end="", flush=True)
+                print(shown(piece), end="", flush=True)
         if not quiet:
             print()
         messages.append({"role": "assistant", "content": "".join(pieces)})

@@ -409,7 +409,14 @@ class _Twice(yaml.MarkedYAMLError):
 
 
 class _KeysOnce:
-    """YAML without doubled keys, of which only the last would count."""
+    """YAML without doubled keys, of which only the last would count, and whose errors all have a place."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """A value. Raises yaml.MarkedYAMLError for one that looks like a date or a number and is none."""
+        try:
+            return super().construct_object(node, deep)  # type: ignore[misc]
+        except ValueError as error:
+            raise yaml.MarkedYAMLError(problem=str(error)[:200], problem_mark=node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping. Raises _Twice at the second of two equal keys."""
@@ -512,16 +519,16 @@ def read_layer(path: Path, *, what: str = "recipe", example: str = "section: {fi
         layer = loaded(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+        line, column = (mark.line, mark.column) if mark else _line_at(text, getattr(error, "position", 0))
+        place = f"{path}, line {line + 1}, column {column + 1}"
         if isinstance(error, _Twice):
             raise RecipeError(f"{place}: {error.problem}.", fix="Keep one of the two.") from None
         if isinstance(error, _Grown):
             raise RecipeError(
                 f"{place}: {error.problem}.", fix="Write the values out, without aliases."
             ) from None
-        raise RecipeError(
-            f"{place} is not YAML or JSON.", found=str(getattr(error, "problem", error))
-        ) from None
+        found = str(getattr(error, "problem", None) or getattr(error, "reason", error))
+        raise RecipeError(f"{place} is not YAML or JSON.", found=found) from None
     except (RecursionError, ValueError) as error:  # nested without end; a date or a number that is none
         found = "too many levels" if isinstance(error, RecursionError) else str(error)[:200]
         raise RecipeError(f"{path} cannot be read as YAML or JSON.", found=found) from None
@@ -530,6 +537,12 @@ def read_layer(path: Path, *, what: str = "recipe", example: str = "section: {fi
     if not isinstance(layer, dict):
         raise RecipeError(f"{path} holds no {what}.", found=type(layer).__name__, fix=f"Write `{example}`.")
     return layer
+
+
+def _line_at(text: str, position: int) -> tuple[int, int]:
+    """Line and column of a character, both counted from 0, as the marks of YAML are."""
+    before = text[:position]
+    return before.count("\n"), len(before) - before.rfind("\n") - 1
 
 
 def preset_names() -> tuple[str, ...]:

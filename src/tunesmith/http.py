@@ -1,8 +1,8 @@
 """Requests to a server, for all that is asked over a network: judges, judge rewards, engines.
 
-A key comes from an environment variable and goes into one header: into no message, no file, no error. Other machines
-are asked over https only, and no redirect is followed, as it would carry the key to another address. A reply has a
-largest size and one deadline for all of it, however it drips.
+A key comes from an environment variable or the system's keyring, and goes into one header: into no message, no file,
+no error. Other machines are asked over https only, and no redirect is followed, as it would carry the key to another
+address. A reply has a largest size and one deadline for all of it, however it drips.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import email.utils
 import functools
 import http.client
+import importlib.util
 import io
 import ipaddress
 import json
@@ -276,20 +277,55 @@ def _read(response: Any) -> bytes:
     return b"".join(parts)
 
 
+KEYRING = "tunesmith"
+"""The service under whose name the system's keyring keeps our secrets."""
+
+
+def secret(name: str) -> str | None:
+    """A secret by the name of its environment variable: from there, else from the system's keyring, where the package
+    `keyring` is installed. Raises RecipeError for a keyring that cannot be asked, such as a locked one."""
+    given = (os.environ.get(name) or "").strip()
+    if given:
+        return given
+    try:
+        import keyring
+        from keyring.errors import KeyringError, NoKeyringError
+    except ImportError:
+        return None
+    try:
+        return (keyring.get_password(KEYRING, name) or "").strip() or None
+    except NoKeyringError:  # a machine without any, as servers and containers are
+        return None
+    except KeyringError as error:
+        raise RecipeError(
+            f"The system's keyring was asked for {name} and did not answer.",
+            found=type(error).__name__,  # its words may hold anything
+            fix=f"Unlock it, or set the environment variable: export {name}=...",
+        ) from None
+
+
 def _key(name: str, who: str) -> str:
-    key = (os.environ.get(name) or "").strip()
+    key = secret(name)
     if not key:
         raise RecipeError(
             f"The environment variable {name}, which should hold {who}'s key, is not set.",
+            found=no_secret(name),
             fix=f"Set it: export {name}=...",
         )
     if not (key.isascii() and key.isprintable()):
         raise RecipeError(
-            f"What the environment variable {name} holds is no key.",
+            f"What the environment variable {name}, or the keyring under that name, holds is no key.",
             found="characters that no header may have",
             fix="Set it to the key alone.",
         )
     return key
+
+
+def no_secret(name: str) -> str:
+    """What was found in the keyring where the environment has nothing, and how a secret gets in."""
+    if importlib.util.find_spec("keyring"):
+        return f"nothing in the system's keyring either (`keyring set {KEYRING} {name}` puts it there)"
+    return "no keyring either: the package `keyring` (pip install tunesmith[keyring]) is not installed"
 
 
 def _without_user(url: str) -> str:

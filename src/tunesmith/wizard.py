@@ -518,7 +518,7 @@ def _turn(text: str) -> None:
 
 def say(text: Any, *, style: str | None = None, markup: bool = False) -> None:
     """Print for the user."""
-    from rich.console import Console
+    from tunesmith.terminal import Console
 
     Console(soft_wrap=True).print(text, style=style, markup=markup, highlight=False)
 

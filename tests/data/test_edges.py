@@ -49,14 +49,16 @@ def labelled(encoding, tokenizer):
     [
         ("a.csv", 'a,b\n1,2\n3,"x\n5,6\n', ["begins on line 3", "never closed"]),
         ("a.csv", "a,b\n1\n2\n3,4\n", ["2 broken rows", "line 2", "line 3"]),
-        ("a.csv", "a,b,a\n1,2,3\n", ["names a column twice: a"]),
+        ("a.csv", "a,b,a\n1,2,3\n", ["a.csv, line 1", "names a column twice: a"]),
         ("a.json", '[1, {"a": 2}, 3]', ["2 broken records", "record 1 is", "record 3 is"]),
         ("a.jsonl", "[" * 100_000, ["line 1", "nested too deeply"]),
-        ("a.json", "[" * 100_000, ["nested too deeply"]),
+        ("a.csv", "\n\n\udcff,b\n1,2\n", ["a.csv, line 3", "the header is not UTF-8"]),
+        ("a.json", '["]",\n{"a":\n' + "[" * 100_000, ["a.json, line 3", "nested too deeply"]),
+        ("a.json", '[{"a":\n' + "9" * 5000 + "}]", ["line 2", "digits"]),
     ],
 )
 def test_every_broken_row_is_named(tmp_path, name, content, expected):
-    (tmp_path / name).write_text(content, encoding="utf-8")
+    (tmp_path / name).write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(DataError) as error:
         read(str(tmp_path / name))
     assert all(fragment in str(error.value) for fragment in expected), error.value

@@ -12,12 +12,14 @@ import re
 import resource
 import time
 import zipfile
+from dataclasses import replace
 
 import pytest
+from any_files import LINE, accounted, unplaced
 
 from tunesmith import api, data
 from tunesmith.compose import read_layer
-from tunesmith.data import sources
+from tunesmith.data import pieces, sources
 from tunesmith.errors import DataError, RecipeError, TunesmithError
 from tunesmith.recipe import Data
 
@@ -118,6 +120,7 @@ CASES = {
     "a chat cut into lines": (".jsonl", b'{"messages": [\n' + talk(("user", "a"), ("assistant", "b")) + b"\n]}", 3, 1),
     "bad UTF-8 in an escape": (".jsonl", among(b'{"prompt": "\\u12", "response": "b"}'), 5, 3),
     "a text file with a NUL": (".txt", b"one\0two\n", 1, None),
+    "broken header": (".csv", b'prs, ""0"""\nwhat is 1,it is 1\n', 0, 0),
     "no header": (".csv", b"what is 1,it is 1\n", 0, 0),
     "Parquet with a text that is not UTF-8": (".parquet", parquet_of_latin_1(), 5, 3),
     "damaged Parquet": (".parquet", b"PAR1" + bytes(40) + b"PAR1", 0, 0),
@@ -129,6 +132,7 @@ def test_each_case_is_accounted_for_and_said_in_one_clear_error(tmp_path, name):
     suffix, content, count, bad = CASES[name]
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(content)
+    assert not accounted(path)
     section = Data(dataset=str(path), cache=False, validation=0.0, held_out=0.0)
     report = refused = None
     try:
@@ -152,13 +156,68 @@ def test_each_case_is_accounted_for_and_said_in_one_clear_error(tmp_path, name):
     if counts is None:
         assert bad is not None
         assert path.name in refused
-        assert not bad or re.search(r"(line|row|record) \d|rows", refused), refused
+        assert not unplaced(refused, path)
+        if bad:  # rows of a table stand one line below their number
+            named = {int(one or other) for one, other in LINE.findall(refused)}
+            assert {bad, bad + (suffix == ".csv")} & named or "None of the" in refused, refused
         return
     # What reads well and cannot be trained is dropped, and the ledger has its reason.
     assert counts["rows_in"] == count
     assert counts["rows_in"] == sum(counts[fate] for fate in ("train", "validation", "held_out", "dropped"))
     # Half a character is found where it is tokenized, by `test_half_a_character_drops_the_row_only`.
     assert bool(counts["dropped"]) == bool(bad) or name == "lone surrogate"
+
+
+def skipping(records):
+    """A reader that leaves broken rows out without a word."""
+    return (record for record in records if isinstance(record, sources.Record))
+
+
+def renumbering(records):
+    """A reader whose broken rows all stand in line 1."""
+    for record in records:
+        is_broken = isinstance(record, sources.Broken)
+        row = record.row._replace(number=1)
+        yield replace(record, row=row, place="rows.jsonl, line 1") if is_broken else record
+
+
+def nameless(records):
+    """A reader that ends at a broken row without its place."""
+    for record in records:
+        if isinstance(record, sources.Broken):
+            raise DataError("rows.jsonl has a line that is no object.", fix="Mend the line.")
+        yield record
+
+
+def lenient(records):
+    """A reader that makes a row of what it cannot read."""
+    for record in records:
+        values = {"prompt": "a", "response": "b"}
+        yield record if isinstance(record, sources.Record) else sources.Record(record.row, values)
+
+
+def miscounting(records):
+    """A reader that numbers its rows and not the lines of the file."""
+    for number, record in enumerate(records, 1):
+        yield (
+            replace(record, row=record.row._replace(number=number))
+            if isinstance(record, sources.Broken)
+            else record._replace(row=record.row._replace(number=number))
+        )
+
+
+@pytest.mark.parametrize(
+    ("defect", "line"),
+    [(skipping, b"{x}"), (renumbering, b"{x}"), (nameless, b"{x}"), (lenient, b"{x}"), (miscounting, b"")],
+)
+def test_the_judge_of_the_fuzz_finds_a_defect(tmp_path, monkeypatch, defect, line):
+    """Each reader does one thing wrong, with an error of ours or none at all."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(among(line))
+    assert not accounted(path)
+    for module in (sources, pieces):
+        monkeypatch.setattr(module, "parsed", lambda *given, read=sources.parsed: defect(read(*given)))
+    assert accounted(path)
 
 
 def test_the_catalogue_has_its_cases():
@@ -324,8 +383,6 @@ def test_a_line_without_end_takes_little_memory(tmp_path, suffix):
 
 
 def test_pieces_of_a_file_with_such_a_line_are_those_of_the_file(tmp_path, monkeypatch):
-    from tunesmith.data import pieces
-
     path = tmp_path / "rows.jsonl"
     long_line(path, 40 * 2**20)
     with path.open("ab") as file:
@@ -419,7 +476,9 @@ YAML = {
     "deep": ("[" * 100_000, "more than 64 levels"),
     "deep in a list": ("- " * 100_000 + "x", "more than 64 levels"),
     "long": ("# " + "x" * 2**21, "too large"),
-    "binary": ("data: \0\n", "not YAML|cannot be read"),
+    "binary": ("data: \0\n", "line 1, column 7 is not YAML"),
+    "no date": ("task: chat\nname: 2024-99-99\n", "line 2, column 7 is not YAML"),
+    "digits without end": ("task: chat\nname: " + "9" * 5000, "line 2, column 7 is not YAML"),
     "two documents": ("task: chat\n---\ntask: code\n", "not YAML"),
 }
 

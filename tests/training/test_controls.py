@@ -6,18 +6,22 @@ Thorough, for they say nothing of tunesmith: that a fault which our tests put in
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_checkpoints import plain, trainer_of
+from test_checkpoints import plain, same, traced_save, trainer_of, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from tunesmith.recipe import Recipe
-from tunesmith.training.run import create
+from tunesmith.training.run import Run, create
 
 pytestmark = pytest.mark.thorough
 
@@ -159,3 +163,136 @@ def test_a_template_without_limits_does_not_end():
     )
     with pytest.raises(subprocess.TimeoutExpired):
         subprocess.run([sys.executable, "-c", code], timeout=20, check=False, capture_output=True)
+
+
+class Dead(TrainerCallback):
+    """A tracker whose server does not answer."""
+
+    def on_log(self, args, state, control, **kwargs):
+        raise ConnectionError("api.example.com does not answer")
+
+
+def test_a_tracker_that_dies_ends_the_run(run, tiny_model_folder):
+    """The first word to it is the last of the run, here at step 3."""
+    trainer = plain(run, tiny_model_folder)
+    trainer.add_callback(Dead())
+    with pytest.raises(ConnectionError):
+        trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_with_a_hub_that_is_down_it_does_not_begin(run, tiny_model_folder, monkeypatch):
+    class Down:
+        def create_repo(self, *args, **options):
+            raise ConnectionError("hub does not answer")
+
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda *args: Down())
+    with pytest.raises(ConnectionError):
+        trainer_of(run, tiny_model_folder, Trainer, push_to_hub=True, hub_model_id="me/mine")
+
+
+def test_a_clock_that_was_put_back_costs_the_newest_checkpoint(run, tiny_model_folder, monkeypatch):
+    """Which checkpoints are old is read from the times of their folders: what was just written is deleted."""
+    from transformers import trainer_utils
+
+    def rotate(output_dir, **options):
+        newest = Path(output_dir) / "checkpoint-4"
+        if newest.is_dir():  # as the system writes it where the clock stands a year earlier
+            os.utime(newest, (0, newest.stat().st_mtime - 365 * 86400))
+        trainer_utils.rotate_checkpoints(output_dir, **options)
+
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", rotate)
+    trainer = trainer_of(run, tiny_model_folder, Trainer, save_total_limit=2)
+    assert trainer.train().global_step == 4
+    assert sorted(p.name for p in run.staging.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_that_was_moved_still_finds_its_best_model(run, tmp_path, tiny_model_folder, moved):
+    """A fault that does it no harm: the best checkpoint's place is an absolute one, and is looked for again."""
+
+    def measured(place, steps):
+        trainer = trainer_of(Run(place), tiny_model_folder, Trainer, steps=steps)
+        trainer.args.eval_strategy, trainer.args.eval_steps = IntervalStrategy("steps"), 1
+        # The first is made the best one: of losses that fall, the highest.
+        trainer.args.load_best_model_at_end, trainer.args.metric_for_best_model = True, "eval_loss"
+        trainer.args.greater_is_better = True
+        trainer.eval_dataset = trainer.train_dataset
+        return trainer
+
+    measured(run.path, 4).train()
+    place = run.path
+    if moved:
+        place = Path(shutil.move(run.path, tmp_path / "elsewhere"))
+    trainer = measured(place, 5)
+    trainer.train(resume_from_checkpoint=True)
+    best = weights(Run(place).staging / "checkpoint-1")
+    tuned = {name: value for name, value in trainer.model.state_dict().items() if name in best}
+    assert same(tuned, best)
+
+
+def test_a_folder_that_became_read_only_ends_it_by_a_bare_error(run, tiny_model_folder, monkeypatch):
+    """It ends as ours does; the error names no checkpoint to go on from and no remedy."""
+    real = os.makedirs
+
+    def makedirs(name, *args, **options):
+        if str(name).endswith("checkpoint-3"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(name))
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(os, "makedirs", makedirs)
+    with pytest.raises(OSError, match="Read-only") as error:
+        plain(run, tiny_model_folder).train()
+    assert "checkpoint-2" not in str(error.value)
+
+
+def test_a_full_disk_leaves_a_part_that_it_cannot_start_from(run, tiny_model_folder):
+    """CKPT-01: after room was made the run is stuck, though the checkpoint before is whole."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer = plain(run, tiny_model_folder)
+    trainer.add_callback(At(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))))
+    try:
+        with pytest.raises(Exception):  # noqa: B017  torch's, Rust's or Python's
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert (run.staging / "checkpoint-4").is_dir()
+    with pytest.raises(Exception) as error:
+        trainer_of(run, tiny_model_folder, Trainer, steps=6).train(resume_from_checkpoint=True)
+    assert "checkpoint-3" not in str(error.value)
+
+
+def test_sigkill_at_some_write_of_a_save_gets_it_stuck(run, tiny_model_folder):
+    """RES-04, by strace as for ours: k = 1, 2, ... until one leaves a run that does not start."""
+    if not shutil.which("strace"):
+        pytest.skip("strace is not here")
+    trainer = plain(run, tiny_model_folder)
+    trainer.train()
+    for number in range(1, 200):
+        shutil.rmtree(run.staging / "checkpoint-4", ignore_errors=True)
+        code, _ = traced_save(trainer, "write", f"signal=SIGKILL:when={number}")
+        if code != -signal.SIGKILL:
+            pytest.fail(f"no write of {number} got it stuck")
+        try:
+            trainer_of(run, tiny_model_folder, Trainer, steps=4).train(resume_from_checkpoint=True)
+        except Exception:
+            assert (run.staging / "checkpoint-3" / "trainer_state.json").is_file(), "the one before is whole"
+            return
+
+
+def test_memory_of_this_machine_that_runs_out_ends_the_run(run, tiny_model_folder):
+    """MEM-02, by RLIMIT_AS as for ours: no smaller pass is tried."""
+    trainer = plain(run, tiny_model_folder)
+    trainer.train()
+    again = trainer_of(run, tiny_model_folder, Trainer, steps=5)
+    row = [5 + n for n in range(96)]
+    again.train_dataset = [{"input_ids": row, "labels": row}] * 2048
+    again._train_batch_size = 2048
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (used + 60 * 2**20, hard))
+        with pytest.raises((RuntimeError, MemoryError), match=r"(?i)memory|alloc"):
+            again.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))

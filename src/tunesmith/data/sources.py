@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -933,9 +934,12 @@ def _json(path: DataFile) -> Iterator[Record | Broken]:
             else None,
         ) from None
     except RecursionError:
-        raise DataError(f"{path.name} is nested too deeply.", fix="Write a list of records.") from None
-    except ValueError as error:
-        raise DataError(f"{path.name} is not JSON.", found=str(error)) from None
+        place = f"{path.name}, line {_deep_line(text)}"
+        raise DataError(f"{place}: {TOO_DEEP}.", fix="Write a list of records.") from None
+    except ValueError as error:  # a number of thousands of digits
+        long = re.search(rf"\d{{{sys.get_int_max_str_digits() + 1},}}", text)
+        line = text.count("\n", 0, long.start() if long else 0) + 1
+        raise DataError(f"{path.name} is not JSON: line {line}.", found=str(error)) from None
     del text
     if isinstance(loaded, dict) and loaded and all(isinstance(v, list) for v in loaded.values()):
         if all(name in ROLES for name in loaded):
@@ -957,6 +961,20 @@ def _json(path: DataFile) -> Iterator[Record | Broken]:
             fix='Write [{"prompt": ..., "response": ...}, ...] or {"train": [...], "test": [...]}.',
         )
     yield from _records(path.name, loaded)
+
+
+_MARK = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{\]}]', re.DOTALL)
+"""A text of JSON, in which brackets mean nothing, or a bracket."""
+
+
+def _deep_line(text: str) -> int:
+    """The line of a JSON text on which more levels are open than a row may have."""
+    levels = 0
+    for mark in _MARK.finditer(text):
+        levels += {"[": 1, "{": 1, "]": -1, "}": -1}.get(mark[0], 0)
+        if levels > DEEPEST:
+            return text.count("\n", 0, mark.start()) + 1
+    return 1
 
 
 def _records(name: str, rows: Sequence[Any]) -> Iterator[Record | Broken]:
@@ -990,16 +1008,18 @@ def _csv(path: DataFile) -> Iterator[Record | Broken]:
         number, header = 0, None
         for begin, end, cells in lines:
             if isinstance(cells, csv.Error):
+                if header is None:  # without it no row behind can be read
+                    raise DataError(
+                        f"{path.name}, line {begin}: the header cannot be read.", found=str(cells), fix=A_ROW
+                    )
                 number += 1
                 yield _unreadable(path.name, number, begin, end, cells)
-                if header is None:
-                    return
                 continue
             if not cells:
                 continue
             if header is None:
                 header = cells
-                _check_header(path.name, header)
+                _check_header(f"{path.name}, line {begin}", header)
                 continue
             number += 1
             row = Row(path.name, number)
@@ -1026,12 +1046,14 @@ def _text_lines(name: str, file: IO[str]) -> Iterator[str]:
         yield line
 
 
-def _check_header(name: str, header: Sequence[str]) -> None:
+def _check_header(place: str, header: Sequence[str]) -> None:
     if any("\udc80" <= c <= "\udcff" for column in header for c in column):
-        raise DataError(f"The header of {name} is not UTF-8.", fix=UTF8)
+        raise DataError(f"{place}: the header is not UTF-8.", fix=UTF8)
     twice = sorted({column for column in header if header.count(column) > 1})
     if twice:
-        raise DataError(f"{name} names a column twice: {', '.join(twice)}.", fix="Rename one of them.")
+        raise DataError(
+            f"{place}: the header names a column twice: {', '.join(twice)}.", fix="Rename one of them."
+        )
 
 
 def _unreadable(name: str, number: int, begin: int, end: int, error: csv.Error) -> Broken:

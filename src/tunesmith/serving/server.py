@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import MissingExtra, ModelError, OutOfResources, RecipeError, nearest
-from tunesmith.http import is_loopback
+from tunesmith.http import is_loopback, no_secret, secret
 
 if TYPE_CHECKING:
     from tunesmith.serving.batching import Batcher
@@ -62,11 +62,11 @@ def token_from(env: str | None, *, without: bool, host: str) -> tuple[str | None
         return None, False
     if env is None:
         return secrets.token_urlsafe(32), True
-    given = os.environ.get(env, "")
+    given = secret(env) or ""
     if len(given) < SHORTEST or not given.isascii() or not given.isprintable() or " " in given:
         raise RecipeError(
             f"The environment variable {env} holds no token.",
-            found=f"{len(given)} characters" if given else "nothing",
+            found=f"{len(given)} characters" if given else no_secret(env),
             fix=f"Put at least {SHORTEST} letters and digits there, without spaces.",
         )
     return given, False

@@ -1923,6 +1923,7 @@ def web(
     token_env: str | None = None,
     users: str | Path | None = None,
     allowed_hosts: Sequence[str] = (),
+    key_envs: Sequence[str] = (),
     recipe: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda sentence: None,
     ready: Callable[[str], None] = lambda url: None,
@@ -1930,14 +1931,21 @@ def web(
     """Serve the web workbench until it is stopped; what it started goes on.
 
     `users` is a file of accounts, each with a workspace of its own; `recipe` is what the Recipe page starts from,
-    sparse. `ready` is told the address, with the token where one was made. Raises RecipeError for an address that
+    sparse. `key_envs` are `NAME=HOST`: variables that users' settings may name as keys beside those of known
+    providers. `ready` is told the address, with the token where one was made. Raises RecipeError for an address that
     cannot be used, and for one that others reach without accounts.
     """
     quiet_libraries()
     from tunesmith.ui import server
 
     place = server.Place(
-        Path(workspace), host, port, token_env, Path(users) if users else None, tuple(allowed_hosts)
+        Path(workspace),
+        host,
+        port,
+        token_env,
+        Path(users) if users else None,
+        tuple(allowed_hosts),
+        tuple(key_envs),
     )
     server.serve(place, say=say, ready=ready, recipe=recipe)
 

@@ -1501,6 +1501,13 @@ def web_verb(
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="A name under which the workbench is reached; several times.")
     ] = None,
+    key_env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=HOST",
+            help="Variable that users' settings may name as a key, and the host that may be sent it; several times.",
+        ),
+    ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Data set that the first page shows, like `example:support`.")
     ] = None,
@@ -1535,6 +1542,7 @@ def web_verb(
         token_env=token_env,
         users=users,
         allowed_hosts=allowed_host or (),
+        key_envs=key_env or (),
         recipe={"data": {"dataset": dataset}} if dataset else None,
         say=say,
         ready=ready,

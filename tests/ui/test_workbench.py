@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from browser_of_tests import Workbench, window
+from browser_of_tests import WHILE_TRAINING, Workbench, window
 
 from tunesmith.training.run import open_run
 
@@ -105,6 +105,23 @@ def train(opened, name: str, *, wait: bool = True) -> None:
         assert "done" in opened.says("train-status", "done|failed|died", within=240_000)
 
 
+def proved_asked_and_merged(opened, run: str, question: str) -> None:
+    """What follows a training: its scores and answers, a question to both models, whole weights."""
+    opened.go("Evaluate")
+    opened.says("evaluate-verdict", r"n=\d+")
+    opened.says("evaluate-answers", "Lamp|lamp")
+    opened.go("Chat")
+    opened.fill("chat-question", question)
+    opened.click("chat-send")
+    opened.says("chat-talk", re.escape(question))
+    opened.page.locator("#chat-talk [role=log]:not([aria-busy])").wait_for(timeout=WHILE_TRAINING)
+    said = opened.page.locator("#chat-talk .ts-answer p")
+    assert any(said.nth(side).inner_text().strip() for side in (0, 1))
+    opened.go("Ship")
+    opened.click("ship-merge")
+    opened.says("ship-made", f"{run}-merged: passed its check")
+
+
 @pytest.mark.thorough
 def test_from_a_table_to_a_merged_model(browser, work, tmp_path):
     with window(browser, work) as opened:
@@ -126,27 +143,7 @@ def test_from_a_table_to_a_merged_model(browser, work, tmp_path):
         run = work.workspace / "runs" / "lamps"
         assert open_run(run).state() == "done"
 
-        opened.go("Evaluate")
-        opened.says("evaluate-verdict", r"\w{4,}")
-        opened.says("evaluate-answers", "Lamp|lamp")
-
-        opened.go("Chat")
-        opened.fill("chat-question", "How long does lamp number 3 burn?")
-        opened.page.wait_for_timeout(500)
-        opened.click("chat-send")
-        opened.says("chat-talk", "lamp number 3")
-        opened.page.wait_for_function("() => document.querySelector('#chat-talk').innerText.length > 60")
-
-        opened.go("Ship")
-        opened.click("ship-merge")
-        opened.says("ship-told", "queued|Merge")
-        deadline = time.monotonic() + 200
-        while not list(work.workspace.glob("exports/**/*.safetensors")) and time.monotonic() < deadline:
-            opened.page.wait_for_timeout(500)
-        assert list(work.workspace.glob("exports/**/*.safetensors")), opened.page.locator(
-            "#ship-job"
-        ).inner_text()
-        opened.says("ship-made", "lamps")
+        proved_asked_and_merged(opened, "lamps", "How long does lamp number 3 burn?")
         opened.click("ship-bundle")
         opened.says("ship-made", "lamps-deployment")
 
@@ -166,8 +163,7 @@ def test_preferences_and_rewards(browser, work, tmp_path, method):
             opened.pick("data-answer", "erwiderung")
         opened.says("data-state", "Read as")
         train(opened, f"lamps-{method}")
-        opened.go("Evaluate")
-        opened.says("evaluate-verdict", r"\w{4,}")
+        proved_asked_and_merged(opened, f"lamps-{method}", "Is lamp 3 bright?")
         opened.check()
     assert open_run(work.workspace / "runs" / f"lamps-{method}").state() == "done"
 

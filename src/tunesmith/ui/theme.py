@@ -209,6 +209,10 @@ CSS = """
   var(--border-color-primary); animation: ts-moves 1.6s linear infinite; }
 @keyframes ts-moves { from { background-position: -60% 0, 0 0; } to { background-position: 160% 0, 0 0; } }
 .ts-box + .ts-box { margin-top: 8px; }
+.ts-parts { display: flex; flex-wrap: wrap; gap: 4px 20px; list-style: none !important; margin: 4px 0 0;
+  padding: 0 !important; font-size: 0.9rem; }
+.ts-parts li { list-style: none !important; margin: 0; white-space: nowrap; }
+.ts-parts i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 6px; }
 .ts-quiet { color: var(--body-text-color-subdued); }
 .ts-number { font-variant-numeric: tabular-nums; }
 

@@ -12,6 +12,7 @@ from gradio.components.plot import PlotData
 
 from tunesmith import api
 from tunesmith.errors import InputError
+from tunesmith.evaluation.judging.settings import ADDRESSES, Judge, load_judge
 from tunesmith.evaluation.report import Measurement, measurement
 from tunesmith.ui import curves
 from tunesmith.ui.choosing import (
@@ -30,6 +31,7 @@ from tunesmith.ui.choosing import (
     watching,
 )
 from tunesmith.ui.jobs import Job
+from tunesmith.ui.keys import refusal
 from tunesmith.ui.pages.data import receive
 from tunesmith.ui.shared import Shared, box, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
@@ -137,7 +139,29 @@ def judge_named(workspace: Workspace, given: str | None) -> str:
         )
     if given.startswith("local:"):
         return f"local:{model_named(workspace, given.removeprefix('local:'))}"
-    return str(upload_named(workspace, given))
+    file = upload_named(workspace, given)
+    check_judge(workspace, load_judge(file))
+    return file
+
+
+def check_judge(workspace: Workspace, judge: Judge) -> None:
+    """Raise InputError for a judge's settings that name what is the server's and not the user's."""
+    said = []
+    if judge.api == "local":
+        model_named(workspace, judge.model)
+    if judge.api_key_env:
+        address = judge.base_url or ADDRESSES.get(judge.api)
+        said.append(refusal(judge.api_key_env, address, workspace.keys))
+    root = workspace.root.resolve()
+    for name, value in (("prompts", judge.prompts), ("cache", judge.cache)):
+        if value and not (Path(value).is_absolute() and Path(value).resolve().is_relative_to(root)):
+            said.append(f"{name}: {value[:80]} is no whole path of a file below {root}.")
+    if found := " ".join(filter(None, said)):
+        raise InputError(
+            "These settings of a judge are not for the workbench.",
+            found=found,
+            fix="Change the file and upload it again.",
+        )
 
 
 def judge_arguments(workspace: Workspace, run: str | None, judge: str | None, mode: str) -> list[str]:

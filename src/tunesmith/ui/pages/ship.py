@@ -16,7 +16,7 @@ from tunesmith.errors import InputError
 from tunesmith.evaluation.report import shipped
 from tunesmith.export.artefact import DEFAULTS, STORED, TARGETS, check_target
 from tunesmith.export.gguf import QUANTS
-from tunesmith.training.run import Run, open_run
+from tunesmith.training.run import Run
 from tunesmith.ui.choosing import (
     guarded,
     job_box,
@@ -38,7 +38,7 @@ FILES_SHOWN = 40
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WHAT = ("merged", "deployment", *(rf"{target}-\w+" for target in TARGETS))
 """What a run's name is followed by in the names of its exports."""
-NOTHING = empty("Nothing was shipped yet.", "What is made below appears here with the verdict of its check.")
+NOTHING = empty("Nothing was shipped yet.", "What is made above appears here with the verdict of its check.")
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def place(workspace: Workspace, run: Path, what: str) -> Path:
 
 def has_nothing_to_merge(run: Path) -> bool:
     """Whether a finished run's model is whole already, with no adapter beside its base."""
-    model = open_run(run).final_model
+    model = Run(run).final_model
     return model.is_dir() and not (model / "adapter_config.json").is_file()
 
 

@@ -159,6 +159,7 @@ CSS = """
 .gradio-container .table-wrap { --df-max-col-width: 360px !important; }
 .gradio-container .table-wrap, .gradio-container .table-wrap * {
   font-family: var(--font) !important; font-size: 0.88rem; overflow-wrap: anywhere; }
+.gradio-container .table-wrap th * { overflow-wrap: normal; }
 .gradio-container .table-wrap th span { font-weight: 600; color: var(--body-text-color-subdued); }
 .gradio-container .table-wrap .cell-menu-button, .gradio-container .table-wrap .selection-button { display: none; }
 .gradio-container .table-container .label p { font-size: 0.85rem; color: var(--body-text-color-subdued); }
@@ -257,8 +258,10 @@ footer { display: none !important; }
   .form > .block { min-width: 100% !important; }
   button[role=tab] { padding: 0 8px; font-size: 0.92rem; }
   .table-container { overflow-x: auto; }
-  #evaluate-answers .table-wrap { min-width: 560px; }
-  #evaluate-answers tr > :nth-child(1), #evaluate-answers tr > :nth-child(3) { display: none; }
+  /* Of an answer's line its question and both answers, 22 % of the columns each; a touch shows all of it. */
+  #evaluate-answers .table-container { overflow-x: hidden; }
+  #evaluate-answers .table-wrap { min-width: 151%; }
+  #evaluate-answers tr > :nth-child(odd), #evaluate-answers .virtual-row > :nth-child(odd) { display: none; }
   .table-container .header-row { flex-wrap: wrap; height: auto; }
   .table-container .header-row .label { min-width: 12rem; }
 }

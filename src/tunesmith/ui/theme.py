@@ -164,6 +164,9 @@ CSS = """
 .gradio-container .table-wrap .cell-menu-button, .gradio-container .table-wrap .selection-button { display: none; }
 .gradio-container .table-container .label p { font-size: 0.85rem; color: var(--body-text-color-subdued); }
 
+/* Gradio leaves a list open that the Tab key has left. */
+.gradio-container .block:not(:focus-within) ul[role=listbox] { display: none !important; }
+
 /* Commands to copy look like commands, and stay away until there is one; so do parts that wait for a choice. */
 .gradio-container [id$=-command] textarea { font-family: var(--font-mono) !important; font-size: 0.85rem;
   background: var(--background-fill-secondary); border-color: var(--border-color-primary); }
@@ -258,10 +261,12 @@ footer { display: none !important; }
   .form > .block { min-width: 100% !important; }
   button[role=tab] { padding: 0 8px; font-size: 0.92rem; }
   .table-container { overflow-x: auto; }
-  /* Of an answer's line its question and both answers, 22 % of the columns each; a touch shows all of it. */
+  /* Of an answer's line its number, its question and both answers, 71 % of the columns; a touch shows all of it. */
   #evaluate-answers .table-container { overflow-x: hidden; }
-  #evaluate-answers .table-wrap { min-width: 151%; }
-  #evaluate-answers tr > :nth-child(odd), #evaluate-answers .virtual-row > :nth-child(odd) { display: none; }
+  #evaluate-answers .table-wrap { min-width: 141%; }
+  #evaluate-answers .header-table { width: auto !important; min-width: 0 !important; }
+  #evaluate-answers tr > :nth-child(2n+3), #evaluate-answers .virtual-row > :nth-child(2n+3) { display: none; }
+  #evaluate-answers .first-column { padding-inline: 3px !important; }
   .table-container .header-row { flex-wrap: wrap; height: auto; }
   .table-container .header-row .label { min-width: 12rem; }
 }

@@ -261,7 +261,7 @@ def build(shared: Shared) -> None:
         answers = gr.Dataframe(
             headers=["no.", "question", "reference", "A", "A's mark", "B", "B's mark"], datatype="str", type="array",
             interactive=False, wrap=True, label="Answers; choose a line to see it whole", max_height=480,
-            elem_id="evaluate-answers", column_widths=["4%", "22%", "18%", "22%", "6%", "22%", "6%"],
+            elem_id="evaluate-answers", column_widths=["6%", "21%", "17%", "22%", "6%", "22%", "6%"],
         )  # fmt: skip
         with gr.Group(elem_id="evaluate-whole", elem_classes="ts-late"):
             question = gr.Textbox(

@@ -136,7 +136,7 @@ def watched(
     browser: object, bench: Workbench, log: Path, windows: int, seconds: float, steps: int
 ) -> tuple[float, float]:
     """The server's CPU seconds in a second, and how often in a second it was asked, while all look at the run."""
-    over, asked = threading.Event(), []
+    over, asked, ready = threading.Event(), [], threading.Barrier(windows + 1, timeout=120)
 
     def train() -> None:
         number = steps
@@ -146,14 +146,14 @@ def watched(
                 file.write(step(number))
 
     with window(browser, bench, viewport={"width": 800, "height": 600}) as opened:
-        opened.open()
-        opened.go("Train")
-        opened.page.locator("#train-plot-loss .js-plotly-plot").first.wait_for()
         sent: list[tuple[str, str]] = []
         opened.page.on(
             "request",
             lambda one: sent.append((one.url, one.post_data)) if LOOKING in one.url else None,
         )
+        opened.open()
+        opened.go("Train")
+        opened.page.locator("#train-plot-loss .js-plotly-plot").first.wait_for()
         opened.page.wait_for_timeout(1000 * 4 * EVERY)
         # What is asked again and again, and not what the page asks once when it is opened.
         [(function, _)] = Counter(json.loads(body)["fn_index"] for _, body in sent).most_common(1)
@@ -163,6 +163,9 @@ def watched(
     def watch(number: int) -> None:
         look = {**json.loads(body), "session_hash": f"watcher{number}"}
         with httpx.Client(cookies=kept, headers={"origin": bench.url.rstrip("/")}, timeout=60) as client:
+            for place, told in sent:  # a session knows the choices that it was sent, and takes no others
+                client.post(place, json={**json.loads(told), "session_hash": look["session_hash"]})
+            ready.wait()
             while not over.wait(EVERY - (time.monotonic() - EVERY * number / windows) % EVERY):
                 found = client.post(url, json=look)
                 assert found.status_code == 200, found.text
@@ -173,6 +176,7 @@ def watched(
     for thread in threads:
         thread.start()
     try:
+        ready.wait()
         time.sleep(2 * EVERY)  # the first look of each has everything to fetch
         asked.clear()
         before, began = cpu_seconds(bench), time.perf_counter()
@@ -183,7 +187,8 @@ def watched(
         over.set()
         for thread in threads:
             thread.join()
-    print(f"a look is {size / max(number, 1) / 1000:.0f} kB, no bar", file=sys.stderr)
+    assert number, "nobody looked"
+    print(f"a look is {size / number / 1000:.0f} kB, no bar", file=sys.stderr)
     return used / took, number / took
 
 

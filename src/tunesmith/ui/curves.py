@@ -193,7 +193,7 @@ class Events:
     def _take_pace(self, event: Mapping[str, Any], step: int) -> None:
         """Tokens per second since the step before; tokens are counted through, seconds anew in each continuation."""
         tokens, seconds = event.get("tokens"), event.get("seconds")
-        if type(tokens) not in _NUMBERS or type(seconds) not in _NUMBERS:
+        if not isinstance(tokens, int | float) or not isinstance(seconds, int | float):
             return
         if self._pace and seconds > self._pace[1] and tokens > self._pace[0]:
             self._add("step", "tokens_per_second", step, (tokens - self._pace[0]) / (seconds - self._pace[1]))
@@ -257,9 +257,6 @@ class Events:
 
 
 assert set(OF_STEPS) == {"step", "evaluation", "sample", "checkpoint"}, "what a continued run takes once more"
-
-
-_NUMBERS = (int, float)
 
 
 def _event(line: bytes) -> dict[str, Any] | None:

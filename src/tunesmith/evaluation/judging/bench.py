@@ -200,7 +200,7 @@ def forecast(
     Gives the judge's settings and the `estimate` as `judge_several` does. `compared` counts a baseline in.
     """
     asked = suite.questions(questions)
-    names = ("model", "baseline") if compared else ("model",)
+    names: tuple[str, ...] = ("model", "baseline") if compared else ("model",)
     # Equal answers are not judged, so each model has a letter of its own.
     given = [
         Answers(name, {q.id: (name[0] * (max_new_tokens * BYTES_PER_TOKEN),) * len(q.turns) for q in asked})

@@ -1399,6 +1399,7 @@ def evaluate_suite(
     judge: str | Path | None = None,
     baseline: str | Path | None = None,
     calibrate: bool = True,
+    dry_run: bool = False,
     settings: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
     watch: Watch = _unwatched,
@@ -1408,7 +1409,8 @@ def evaluate_suite(
     `lm-eval:TASKS` runs tasks of lm-evaluation-harness. `settings` may set how the answers are made: `max_new_tokens`
     of `evaluation`, by default 1024, its `attempts`, `engine`, `engine_check`, `batch_tokens` and `server`. All is
     written to `output`, by default `<run>/evaluation/<suite>` or `evaluations/<model>_<suite>`; answers that lie there
-    under other settings are never written over (then `<suite>-2`, or with `output` an error).
+    under other settings are never written over (then `<suite>-2`, or with `output` an error). With `dry_run` nothing
+    is answered and nobody asked: it gives what the judge would take if every answer were as long as it may be.
     """
     from tunesmith.compose import overlaid, validated
     from tunesmith.evaluation.judging import bench, harness, suites
@@ -1429,6 +1431,10 @@ def evaluate_suite(
             f"{', '.join(unused)} would have no effect with {'lm-eval' if not known else 'a suite'}.",
             fix="Leave it out.",
         )
+    if dry_run and not judge:
+        raise TunesmithError(
+            "A dry run says what a judge would take, and none is named.", fix="Give --judge, or leave it out."
+        )
     evaluation = validated(
         overlaid({"evaluation": {"max_new_tokens": suites.MAX_NEW_TOKENS}}, changes)
     ).evaluation
@@ -1443,6 +1449,16 @@ def evaluate_suite(
                 f"{', '.join(unused)} would have no effect with lm-eval.", fix="Leave it out."
             )
         return harness.run(model, suite.removeprefix("lm-eval:"), place, apart=output is None, watch=watch)
+    if dry_run and judge:
+        return bench.forecast(
+            suites.suite_of(suite),
+            load_judge(judge),
+            questions=questions,
+            compared=baseline is not None,
+            max_new_tokens=evaluation.max_new_tokens,
+            calibrated=calibrate,
+            watch=watch,
+        )
     found = bench.run_suite(
         model,
         suites.suite_of(suite),
@@ -1923,6 +1939,7 @@ def web(
     token_env: str | None = None,
     users: str | Path | None = None,
     allowed_hosts: Sequence[str] = (),
+    key_envs: Sequence[str] = (),
     recipe: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda sentence: None,
     ready: Callable[[str], None] = lambda url: None,
@@ -1930,14 +1947,21 @@ def web(
     """Serve the web workbench until it is stopped; what it started goes on.
 
     `users` is a file of accounts, each with a workspace of its own; `recipe` is what the Recipe page starts from,
-    sparse. `ready` is told the address, with the token where one was made. Raises RecipeError for an address that
+    sparse. `key_envs` are `NAME=HOST`: variables that users' settings may name as keys beside those of known
+    providers. `ready` is told the address, with the token where one was made. Raises RecipeError for an address that
     cannot be used, and for one that others reach without accounts.
     """
     quiet_libraries()
     from tunesmith.ui import server
 
     place = server.Place(
-        Path(workspace), host, port, token_env, Path(users) if users else None, tuple(allowed_hosts)
+        Path(workspace),
+        host,
+        port,
+        token_env,
+        Path(users) if users else None,
+        tuple(allowed_hosts),
+        tuple(key_envs),
     )
     server.serve(place, say=say, ready=ready, recipe=recipe)
 

@@ -851,6 +851,9 @@ def evaluate_verb(
     calibrate: Annotated[
         bool, typer.Option(help="With --judge: first ask it about answers of known worth (160 calls).")
     ] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --suite and --judge: say what judging would take at most.")
+    ] = False,
     flags: dict[str, Any],
     quiet: bool,
 ) -> Any:
@@ -860,6 +863,7 @@ def evaluate_verb(
 
     of_suites = {
         "--questions": questions, "--references": references, "--judge": judge, "--baseline": baseline,
+        "--dry-run": dry_run,
     }  # fmt: skip
     ignored = [name for name, given in of_suites.items() if given and not suite]
     ignored += [name for name, given in (("--dataset", dataset), ("--metrics", metrics)) if given and suite]
@@ -872,8 +876,10 @@ def evaluate_verb(
         with Display(quiet=quiet) as display:
             found = api.evaluate_suite(
                 model, suite, questions=questions, references=references, judge=judge, baseline=baseline,
-                calibrate=calibrate, settings=flags, output=output, watch=display,
+                calibrate=calibrate, dry_run=dry_run, settings=flags, output=output, watch=display,
             )  # fmt: skip
+        if dry_run:
+            return found, _forecast_text(found)
         judged = [found[part] for part in ("graded", "compared") if part in found]
         failed = {"exit_code": 1} if judged and all(map(is_empty, judged)) else {}
         return {**found, **failed}, _suite_text(found)
@@ -1504,6 +1510,13 @@ def web_verb(
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="A name under which the workbench is reached; several times.")
     ] = None,
+    key_env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=HOST",
+            help="Variable that users' settings may name as a key, and the host that may be sent it; several times.",
+        ),
+    ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Data set that the first page shows, like `example:support`.")
     ] = None,
@@ -1538,6 +1551,7 @@ def web_verb(
         token_env=token_env,
         users=users,
         allowed_hosts=allowed_host or (),
+        key_envs=key_env or (),
         recipe={"data": {"dataset": dataset}} if dataset else None,
         say=say,
         ready=ready,

@@ -26,6 +26,7 @@ FLAGS = [
 ]
 OURS = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")}
 """The environment of a process that runs this checkout, wherever it works."""
+PAGES = ("Data", "Recipe", "Plan", "Train", "Evaluate", "Chat", "Ship", "Runs")
 WHILE_TRAINING = 120_000
 """Milliseconds for what a process does on a busy machine."""
 
@@ -156,6 +157,22 @@ class Window:
         assert not self.elsewhere
         assert not self.refused
         assert not self.broken
+
+    def faults(self, *names: str) -> dict[str, list[str]]:
+        """By page what axe finds that is serious for people who cannot see, hear or point."""
+        from axe_playwright_python.sync_playwright import Axe
+
+        found = {}
+        for name in names:
+            self.go(name)
+            self.page.wait_for_timeout(1500)
+            found[name] = [
+                f"{v['impact']} {v['id']}: {node['html'][:140]} | {node['failureSummary'][:200]}"
+                for v in Axe().run(self.page).response["violations"]
+                if v["impact"] in ("serious", "critical")
+                for node in v["nodes"][:3]
+            ]
+        return {name: said for name, said in found.items() if said}
 
     def width(self) -> int:
         """Pixels that the page is wide, which are more than the window's where something sticks out."""

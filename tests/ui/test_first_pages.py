@@ -309,6 +309,7 @@ def test_the_plan_says_what_fits_with_reasons_before_anything_starts(layer, work
     assert "It fits: " in plan.verdict(found)
     bars = plan.memory(estimate).data
     parts = estimate.stages[estimate.stage]
+    assert all(name in plan.legend(estimate) for name, held in parts.items() if held)
     stage = list(bars[0].y).index(estimate.stage)
     assert sum(bar.x[stage] for bar in bars) == pytest.approx(estimate.peak / 1e9)
     assert {bar.name for bar in bars} >= {name for name, held in parts.items() if held}

@@ -309,6 +309,13 @@ def test_yaml_that_is_none_is_an_error_and_bombs_are_refused():
         ({"method": {"kind": "ppo", "rewards": [{"kind": "model", "model": "/srv/model"}]}}, "method.rewards"),
         ({"method": {"kind": "ppo", "rewards": "os:system"}}, "method.rewards"),
         ({"method": {"kind": "ppo", "rewards": [{"kind": "python", "function": "os:system"}]}}, "method.rewards"),
+        ({"evaluation": {"engine": "openai", "server": {"api_key_env": "HOME"}}}, "evaluation.server.api_key_env"),
+        ({"evaluation": {"engine": "openai", "server": {"api_key_env": "OPENAI_API_KEY"}}},
+         "evaluation.server.api_key_env"),
+        ({"method": {"kind": "grpo", "rewards": [{"kind": "judge", "base_url": "https://evil.example/v1", "model": "m",
+                                                  "api_key_env": "OPENAI_API_KEY"}]}}, "method.rewards"),
+        ({"evaluation": {"engine": "ray", "shards": {"address": "ray://evil.example:10001"}}},
+         "evaluation.shards.address"),
         ({"name": "../run"}, "name"),
         ({"model": {"base": "a\0b"}}, "model.base"),
     ],
@@ -333,6 +340,10 @@ def test_what_ships_what_is_on_the_hub_and_what_is_inside_may_be_named(workspace
     layer = {
         "model": {"base": "tiny", "chat_template": "chatml"},
         "data": {"dataset": inside, "mix": [{"dataset": "a/b"}]},
+        "evaluation": {
+            "engine": "openai",
+            "server": {"base_url": "https://api.openai.com/v1", "api_key_env": "OPENAI_API_KEY"},
+        },
     }
     assert form.outside(layer, workspace) == {}
     made = form.checked({**layer, "output_dir": "/elsewhere"}, workspace)

@@ -17,6 +17,7 @@ from tunesmith.training.run import Run
 from tunesmith.ui import curves, preferences, trash
 from tunesmith.ui.choosing import model_named, run_names, run_path
 from tunesmith.ui.jobs import Job, Queue
+from tunesmith.ui.keys import allowed
 from tunesmith.ui.pages import chat, evaluate, runs, ship, train
 from tunesmith.ui.workspace import Workspace
 
@@ -147,6 +148,39 @@ def test_what_a_judge_costs_is_said_before_anybody_is_asked(workspace, result):
         evaluate.judge_named(workspace, "local:/etc")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("model: m\napi_key_env: SECRET_OF_THE_SERVER\n", "may not be named here"),
+        (
+            "model: m\nbase_url: https://evil.example/v1\napi_key_env: OPENAI_API_KEY\n",
+            "sent to api.openai.com only",
+        ),
+        (
+            "model: m\nbase_url: https://elsewhere.example\napi_key_env: JUDGE_KEY\n",
+            "sent to judge.example only",
+        ),
+        ("model: m\nprompts: /etc/passwd\n", "no whole path"),
+        ("model: m\nprompts: ../../../etc/passwd\n", "no whole path"),
+        ("model: m\ncache: /tmp/replies.jsonl\n", "no whole path"),
+        ("api: local\nmodel: /etc\n", "outside your workspace"),
+        ("model: m\napi_key_env: OPENAI_API_KEY\n", None),
+        ("api: anthropic\nmodel: m\napi_key_env: ANTHROPIC_API_KEY\n", None),
+        ("model: m\nbase_url: https://judge.example/v1\napi_key_env: JUDGE_KEY\n", None),
+        ("model: m\nprompts: UPLOADS/prompts.yaml\ncache: UPLOADS/replies.jsonl\n", None),
+    ],
+)
+def test_a_judge_s_settings_have_no_key_and_no_file_that_is_not_the_user_s(tmp_path, settings, said):
+    workspace = Workspace(tmp_path / "w", allowed(["JUDGE_KEY=judge.example"]))
+    (workspace.uploads / "judge.yaml").write_text(settings.replace("UPLOADS", str(workspace.uploads)))
+    if said is None:
+        assert evaluate.judge_named(workspace, "judge.yaml").endswith("judge.yaml")
+        return
+    with pytest.raises(InputError) as refused:
+        evaluate.judge_named(workspace, "judge.yaml")
+    assert said in " ".join(refused.value.lines())
+
+
 def test_a_radar_is_shown_where_a_suite_was_judged(workspace, result, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(result.run, copy)
@@ -237,6 +271,10 @@ def test_a_dpo_run_learns_from_what_was_preferred(workspace, result):
 
 
 def test_shipping_is_a_command_and_a_verdict(workspace, result, tmp_path):
+    assert not ship.has_nothing_to_merge(result.run)
+    whole = tmp_path / "whole"
+    (whole / "final_model").mkdir(parents=True)
+    assert ship.has_nothing_to_merge(whole)
     assert ship.made(workspace, result.run) == ship.NOTHING
     place = workspace.exports / "shop-merged"
     wanted = ["merge", "--dtype=auto", f"--output={place}", "--", str(result.run)]

@@ -9,36 +9,17 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from browser_of_tests import Workbench, window
+from browser_of_tests import PAGES, Workbench, window
 
 pytestmark = pytest.mark.web
 
-PAGES = ("Data", "Recipe", "Plan", "Train", "Evaluate", "Chat", "Ship", "Runs")
 
-
-@pytest.fixture(scope="module")
-def axe():
-    from axe_playwright_python.sync_playwright import Axe
-
-    return Axe()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious_on_any_page(browser, bench, axe, scheme):
-    with window(browser, bench, color_scheme=scheme) as opened:
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1920)])
+def test_axe_finds_nothing_serious_on_any_page(browser, bench, scheme, width):
+    with window(browser, bench, color_scheme=scheme, viewport={"width": width, "height": 900}) as opened:
         opened.open()
-        found = {}
-        for name in PAGES:
-            opened.go(name)
-            opened.page.wait_for_timeout(1500)
-            said = axe.run(opened.page).response["violations"]
-            found[name] = [
-                f"{v['impact']} {v['id']}: {node['html'][:140]} | {node['failureSummary'][:200]}"
-                for v in said
-                if v["impact"] in ("serious", "critical")
-                for node in v["nodes"][:3]
-            ]
-        assert not any(found.values()), json.dumps(found, indent=1)
+        found = opened.faults(*PAGES)
+        assert not found, json.dumps(found, indent=1)
         opened.check()
 
 

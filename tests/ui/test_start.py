@@ -35,6 +35,7 @@ def test_others_are_let_in_with_accounts_only(tmp_path, capsys):
         (["--add-user", "ann"], "--users FILE"),
         (["--token-env", "NO_SUCH_VARIABLE"], "holds no token"),
         (["--share"], "share"),
+        (["--key-env", "JUDGE_KEY"], "JUDGE_KEY=judge.example"),
     ],
 )
 def test_a_wrong_start_is_one_clear_error(tmp_path, monkeypatch, capsys, arguments, said):

@@ -13,8 +13,10 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from browser_of_tests import Workbench, window
+from browser_of_tests import PAGES, WHILE_TRAINING, Workbench, window
 
+from tunesmith import api
+from tunesmith.compose import compose
 from tunesmith.training.run import open_run
 
 pytestmark = pytest.mark.web
@@ -105,6 +107,23 @@ def train(opened, name: str, *, wait: bool = True) -> None:
         assert "done" in opened.says("train-status", "done|failed|died", within=240_000)
 
 
+def proved_asked_and_merged(opened, run: str, question: str) -> None:
+    """What follows a training: its scores and answers, a question to both models, whole weights."""
+    opened.go("Evaluate")
+    opened.says("evaluate-verdict", r"n=\d+")
+    opened.says("evaluate-answers", "Lamp|lamp")
+    opened.go("Chat")
+    opened.fill("chat-question", question)
+    opened.click("chat-send")
+    opened.says("chat-talk", re.escape(question))
+    opened.page.locator("#chat-talk [role=log]:not([aria-busy])").wait_for(timeout=WHILE_TRAINING)
+    said = opened.page.locator("#chat-talk .ts-answer p")
+    assert any(said.nth(side).inner_text().strip() for side in (0, 1))
+    opened.go("Ship")
+    opened.click("ship-merge")
+    opened.says("ship-made", f"{run}-merged: passed its check")
+
+
 @pytest.mark.thorough
 def test_from_a_table_to_a_merged_model(browser, work, tmp_path):
     with window(browser, work) as opened:
@@ -126,33 +145,17 @@ def test_from_a_table_to_a_merged_model(browser, work, tmp_path):
         run = work.workspace / "runs" / "lamps"
         assert open_run(run).state() == "done"
 
-        opened.go("Evaluate")
-        opened.says("evaluate-verdict", r"\w{4,}")
-        opened.says("evaluate-answers", "Lamp|lamp")
-
-        opened.go("Chat")
-        opened.fill("chat-question", "How long does lamp number 3 burn?")
-        opened.page.wait_for_timeout(500)
-        opened.click("chat-send")
-        opened.says("chat-talk", "lamp number 3")
-        opened.page.wait_for_function("() => document.querySelector('#chat-talk').innerText.length > 60")
-
-        opened.go("Ship")
-        opened.click("ship-merge")
-        opened.says("ship-told", "queued|Merge")
-        deadline = time.monotonic() + 200
-        while not list(work.workspace.glob("exports/**/*.safetensors")) and time.monotonic() < deadline:
-            opened.page.wait_for_timeout(500)
-        assert list(work.workspace.glob("exports/**/*.safetensors")), opened.page.locator(
-            "#ship-job"
-        ).inner_text()
-        opened.says("ship-made", "lamps")
+        proved_asked_and_merged(opened, "lamps", "How long does lamp number 3 burn?")
         opened.click("ship-bundle")
         opened.says("ship-made", "lamps-deployment")
 
         opened.go("Runs")
         opened.says("runs-table", "lamps")
         opened.check()
+    # With something on every page.
+    with window(browser, work, color_scheme="dark", viewport={"width": 1920, "height": 1000}) as opened:
+        opened.open()
+        assert not (found := opened.faults(*PAGES)), json.dumps(found, indent=1)
 
 
 @pytest.mark.thorough
@@ -166,8 +169,7 @@ def test_preferences_and_rewards(browser, work, tmp_path, method):
             opened.pick("data-answer", "erwiderung")
         opened.says("data-state", "Read as")
         train(opened, f"lamps-{method}")
-        opened.go("Evaluate")
-        opened.says("evaluate-verdict", r"\w{4,}")
+        proved_asked_and_merged(opened, f"lamps-{method}", "Is lamp 3 bright?")
         opened.check()
     assert open_run(work.workspace / "runs" / f"lamps-{method}").state() == "done"
 
@@ -182,9 +184,10 @@ def test_nothing_that_happens_to_page_or_server_reaches_the_training(browser, wo
         opened.says("data-state", "Read as")
         train(opened, "long", wait=False)
         opened.says("train-status", "step")
-        # Fifty clicks are one job each at most for a name.
-        for _ in range(5):
-            opened.page.locator("button#train-start").click()
+        # Fifty clicks are one job at most for a name.
+        opened.page.locator("button#train-start").evaluate(
+            "button => { for (let n = 0; n < 50; n++) button.click() }"
+        )
         opened.page.wait_for_timeout(1500)
         jobs = sorted((work.workspace / "jobs").glob("0*.json"))
         first = json.loads(jobs[0].read_text())
@@ -200,10 +203,11 @@ def test_nothing_that_happens_to_page_or_server_reaches_the_training(browser, wo
     time.sleep(2)
     assert os.path.exists(f"/proc/{pid}"), "it goes on without anybody"
     work.start()
-    with window(browser, work) as opened:
-        opened.open()
-        opened.go("Train")
-        opened.says("train-status", "step")
+    with window(browser, work) as opened, window(browser, work) as second:
+        for each in (opened, second):
+            each.open()
+            each.go("Train")
+            each.says("train-status", "step")
         assert step_of(opened) > before
         opened.click("train-stop")
         opened.says("train-told", "Asked to stop")
@@ -258,6 +262,38 @@ PAYLOADS = [
     "</textarea><script>alert(17)</script>",
     "</style><script>alert(18)</script>",
     "&lt;script&gt;alert(19)&lt;/script&gt;",
+    "<a href='&#106;avascript:alert(22)'>x</a>",
+    "<iframe src='javascript:alert(23)'></iframe>",
+    "<embed src='http://canary.invalid/e'>",
+    "<audio src=x onerror=alert(24)>",
+    "<img srcset='http://canary.invalid/s.png 1x'>",
+    "<svg><animate onbegin=alert(25) attributeName=x dur=1s>",
+    "<svg><script>alert(26)</script></svg>",
+    "<svg><use href='http://canary.invalid/u.svg#x'></use></svg>",
+    "<template><script>alert(27)</script></template>",
+    "<noscript><p title='</noscript><img src=x onerror=alert(28)>'></noscript>",
+    "<img src=x:alert(alt) onerror=eval(src) alt=29>",
+    "<div style='background:url(http://canary.invalid/b.png)'>",
+    "<div style='width:expression(alert(30))'>",
+    "<select autofocus onfocus=alert(31)>",
+    "<isindex type=image src=1 onerror=alert(32)>",
+    "<keygen autofocus onfocus=alert(33)>",
+    "<script src='//canary.invalid/p.js'></script>",
+    "<scr<script>ipt>alert(34)</scr</script>ipt>",
+    "<SCRIPT>alert(35)</SCRIPT>",
+    "<img\tsrc=x\nonerror=alert(36)>",
+    "<img src='x' onerror='alert(37)'/>",
+    "[x]: javascript:alert(38)\n[click][x]",
+    "![a](x 'b\" onerror=\"alert(39)')",
+    "<javascript:alert(40)>",
+    "```html\n<script>alert(41)</script>\n```",
+    "\\(\\href{javascript:alert(42)}{x}\\)",
+    "<b onmouseover=alert(43)>hover</b>",
+    "<dialog open onclose=alert(44)>",
+    "<portal src='http://canary.invalid/'>",
+    "<object type=text/html data='javascript:alert(45)'></object>",
+    "<a href='http://canary.invalid/' ping='http://canary.invalid/ping'>x</a>",
+    "<input type=image src='http://canary.invalid/i'>",
 ]
 
 
@@ -305,6 +341,54 @@ def test_nothing_in_data_is_carried_out(browser, bench, tmp_path):
             opened.page.evaluate("document.querySelectorAll('img[onerror], svg[onload], iframe').length") == 0
         )
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.thorough
+def test_nothing_that_a_run_says_is_carried_out(browser, work, tmp_path):
+    """In samples, log, answers, names and the chat."""
+    data = work.workspace / "uploads" / "bad.jsonl"
+    data.parent.mkdir(exist_ok=True)
+    data.write_text(
+        "".join(json.dumps({"question": f"{b} {n}", "answer": b}) + "\n" for n, b in enumerate(PAYLOADS * 2))
+    )
+    layer = {
+        "model": {"base": "tiny"}, "adapter": {"kind": "lora"}, "name": "<img src=x onerror=alert(50)>",
+        "data": {"dataset": str(data), "input_text_key": "question", "output_text_key": "answer"},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 4}, "output_dir": str(work.workspace / "runs"),
+        "evaluation": {"max_items": 20, "max_new_tokens": 4, "resamples": 100},
+    }  # fmt: skip
+    run = open_run(api.train(compose(layer).recipe).run)
+    with (run.path / "events.jsonl").open("a") as log:
+        for bad in PAYLOADS:
+            log.write(json.dumps({"kind": "sample", "step": 2, "prompt": bad, "completion": bad}) + "\n")
+            log.write(json.dumps({"kind": "warning", "step": None, "message": bad}) + "\n")
+    rows = run.path / "evaluation" / "rows.jsonl"
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    rows.write_text(
+        "".join(json.dumps({**line, "output": PAYLOADS[n % 60]}) + "\n" for n, line in enumerate(lines))
+    )
+    with window(browser, work) as opened:
+        opened.open()
+        opened.go("Train")
+        opened.says("train-samples", re.escape(PAYLOADS[-1]))
+        opened.page.get_by_role("button", name="Log").click()
+        opened.go("Evaluate")
+        opened.says("evaluate-answers", "canary|alert")
+        opened.page.locator("#evaluate-answers .table-wrap").click(position={"x": 200, "y": 90})
+        opened.page.locator("#evaluate-left textarea:visible").wait_for()
+        opened.go("Chat")
+        opened.fill("chat-question", " ".join(PAYLOADS[:20]))
+        opened.click("chat-send")
+        opened.page.locator("#chat-talk [role=log]:not([aria-busy])").wait_for(timeout=WHILE_TRAINING)
+        opened.go("Ship")
+        opened.click("ship-merge")
+        opened.says("ship-made", "merged")
+        opened.go("Runs")
+        opened.says("runs-table", "onerror")
+        opened.page.wait_for_timeout(1000)
+        opened.check()
+        bad = "img[onerror], svg[onload], iframe:not([title]), embed, object, portal, dialog, [ping]"
+        assert opened.page.evaluate("bad => document.querySelectorAll(bad).length", bad) == 0
 
 
 @pytest.mark.thorough

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from tunesmith.ui import theme
 from tunesmith.ui.accounts import Accounts
+from tunesmith.ui.keys import PROVIDERS
 from tunesmith.ui.pages import PAGES
 from tunesmith.ui.security import Access, Limits, Walls
 from tunesmith.ui.shared import Shared
@@ -47,6 +48,7 @@ def create(
     port: int = 0,
     hosts: frozenset[str] = frozenset(),
     limits: Limits | None = None,
+    keys: Mapping[str, str] = PROVIDERS,
     recipe: Mapping[str, Any] | None = None,
 ) -> Walls:
     """The application for an ASGI server; one in a process, as Gradio has one folder for files in a process.
@@ -92,5 +94,6 @@ def create(
         temporary=temporary,
         access=Access(token, accounts, hosts),
         limits=limits,
+        keys=keys,
         cookie=f"tunesmith-{port}",
     )

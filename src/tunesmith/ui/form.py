@@ -39,7 +39,8 @@ from tunesmith.compose import (
     union_members,
 )
 from tunesmith.errors import InputError, RecipeError, TunesmithError
-from tunesmith.recipe import Recipe, sections_of
+from tunesmith.recipe import Recipe, Server, sections_of
+from tunesmith.ui.keys import refusal
 from tunesmith.ui.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -590,7 +591,31 @@ def outside(layer: Mapping[str, Any], workspace: Workspace) -> dict[str, str]:
             found[f"{union}.rewards"] = (
                 "A Python function as a reward runs code on the server; the command line takes it, this page does not."
             )
+    found.update(
+        {
+            path: said
+            for path, name, address in _keys(layer)
+            if (said := refusal(name, address, workspace.keys))
+        }
+    )
+    if value_at(layer, "evaluation.shards.address", None):
+        found["evaluation.shards.address"] = (
+            "Another machine's Ray is for the command line; leave the address out."
+        )
     return found
+
+
+def _keys(layer: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:
+    """Variables that a layer names as keys: the field, the variable, and the address that is sent its value."""
+    method, server = layer.get("method"), value_at(layer, "evaluation.server", None)
+    own = Server.model_fields["base_url"].default
+    for path, parts, usual in (
+        ("method.rewards", _as_list(method.get("rewards") if isinstance(method, Mapping) else None), None),
+        ("evaluation.server.api_key_env", _as_list(server), own),
+    ):
+        for part in parts:
+            if isinstance(part, Mapping) and part.get("api_key_env"):
+                yield path, str(part["api_key_env"]), str(part.get("base_url") or usual)
 
 
 def _named_places(layer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

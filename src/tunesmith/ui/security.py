@@ -25,6 +25,7 @@ from urllib.parse import parse_qs
 from tunesmith.http import is_own_name
 from tunesmith.ui import theme
 from tunesmith.ui.accounts import Accounts, Guesses, Sessions
+from tunesmith.ui.keys import PROVIDERS
 from tunesmith.ui.workspace import SCOPE, Workspace
 
 READ = tuple(
@@ -108,6 +109,8 @@ class Walls:
     """Where Gradio keeps uploads and what it hands out."""
     access: Access
     limits: Limits = Limits()
+    keys: Mapping[str, str] = field(default_factory=lambda: PROVIDERS)
+    """As in `keys.allowed`."""
     cookie: str = "tunesmith"
     sessions: Sessions = field(default_factory=Sessions)
     guesses: Guesses = field(default_factory=Guesses)
@@ -254,7 +257,7 @@ class Walls:
         routes = READ if method in ("GET", "HEAD") else WRITE if method == "POST" else ()
         if not any(route.fullmatch(path) for route in routes) or "/.." in path or "\0" in path:
             raise Refused(404, "There is no such page.")
-        workspace = Workspace(self.root / "users" / user if user else self.root)
+        workspace = Workspace(self.root / "users" / user if user else self.root, self.keys)
         is_file = path.startswith("/gradio_api/file=")
         if is_file:
             self._check_file(path.removeprefix("/gradio_api/file="), workspace)

@@ -29,6 +29,8 @@ class Place:
     """File of accounts."""
     hosts: tuple[str, ...] = ()
     """Names in the Host header beside `localhost`, addresses and `host`."""
+    keys: tuple[str, ...] = ()
+    """`NAME=HOST`: further variables that users' settings may name as keys, and who may be sent them."""
 
 
 def serve(place: Place, *, say: Say, ready: Say, recipe: Mapping[str, Any] | None = None) -> None:
@@ -36,8 +38,9 @@ def serve(place: Place, *, say: Say, ready: Say, recipe: Mapping[str, Any] | Non
     for package in ("gradio", "fastapi", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtra(package, "tunesmith web", install="'tunesmith[web]'")
-    from tunesmith.ui import accounts
+    from tunesmith.ui import accounts, keys
 
+    hosts_of_keys = keys.allowed(place.keys)
     users = None
     if place.users is not None:
         users = accounts.read(place.users)
@@ -76,7 +79,16 @@ def serve(place: Place, *, say: Say, ready: Say, recipe: Mapping[str, Any] | Non
         )
     names = frozenset(name.lower() for name in (place.host, *place.hosts))
     try:
-        app = create(place.workspace, token, users, host=place.host, port=port, hosts=names, recipe=recipe)
+        app = create(
+            place.workspace,
+            token,
+            users,
+            host=place.host,
+            port=port,
+            hosts=names,
+            keys=hosts_of_keys,
+            recipe=recipe,
+        )
         config = configuration(app, patience=1)  # pages keep a connection open for news
         announcing(config, lambda: ready(address)).run(sockets=[listening])
     finally:

@@ -116,7 +116,7 @@ def plain_layout(height: int) -> dict[str, Any]:
     axis = {"gridcolor": LINES, "zerolinecolor": LINES, "automargin": True}
     return {
         "height": height,
-        "margin": {"t": 44, "r": 16, "b": 12, "l": 16}, "font": {"color": INK, "size": 12, "family": ", ".join(SANS)},
+        "margin": {"t": 44, "r": 16, "b": 20, "l": 16}, "font": {"color": INK, "size": 12, "family": ", ".join(SANS)},
         "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "xaxis": dict(axis), "yaxis": dict(axis),
         "hovermode": "closest",
     }  # fmt: skip
@@ -124,7 +124,7 @@ def plain_layout(height: int) -> dict[str, Any]:
 
 def plot_title(text: str) -> dict[str, Any]:
     """A plot's title, where all have it."""
-    return {"text": text, "x": 0.01, "font": {"size": 14}}
+    return {"text": text, "x": 0, "pad": {"l": 12}, "font": {"size": 14}}
 
 
 HEADER = """<div class="ts-header"><span class="ts-mark" aria-hidden="true"></span>
@@ -138,7 +138,8 @@ CSS = """
 .dark .gradio-container, .gradio-container.dark, .dark { --ts-good: #7cbfac; --ts-warn: #e3b25c; --ts-bad: #f0a196;
   --ts-note: #9dc1e6; }
 .gradio-container { max-width: 1360px !important; width: 100% !important; margin: 0 auto !important;
-  padding: 0 20px 48px !important; box-sizing: border-box; }
+  padding: 0 clamp(8px, 2vw, 20px) 48px !important; box-sizing: border-box; }
+.gradio-container > .main { padding-inline: clamp(0px, (100vw - 640px) / 10, 32px) !important; }
 .gradio-container .html-container { padding: 0 !important; }
 .gradio-container .gr-group, .gradio-container .gr-group > .styler, .gradio-container .styler {
   background: var(--block-background-fill) !important; }
@@ -149,6 +150,7 @@ CSS = """
 .gradio-container .row:has(> .block, > .form) > button.lg { margin-bottom: 10px; }
 #ship-ways > div { display: flex; flex-direction: column; }
 #ship-ways > div > button { margin-top: auto; flex-grow: 0; align-self: flex-start; width: auto; min-width: 170px; }
+#recipe-aside .row > button.lg { min-width: 120px !important; }
 @media (min-width: 1000px) { #recipe-aside { position: sticky; top: 12px; align-self: flex-start; } }
 
 /* Tables: the page's own letters, columns that wrap, nothing of a table without rows. */
@@ -157,9 +159,13 @@ CSS = """
 .gradio-container .table-wrap { --df-max-col-width: 360px !important; }
 .gradio-container .table-wrap, .gradio-container .table-wrap * {
   font-family: var(--font) !important; font-size: 0.88rem; overflow-wrap: anywhere; }
+.gradio-container .table-wrap th * { overflow-wrap: normal; }
 .gradio-container .table-wrap th span { font-weight: 600; color: var(--body-text-color-subdued); }
-.gradio-container .table-wrap .cell-menu-button { display: none; }
+.gradio-container .table-wrap .cell-menu-button, .gradio-container .table-wrap .selection-button { display: none; }
 .gradio-container .table-container .label p { font-size: 0.85rem; color: var(--body-text-color-subdued); }
+
+/* Gradio leaves a list open that the Tab key has left. */
+.gradio-container .block:not(:focus-within) ul[role=listbox] { display: none !important; }
 
 /* Commands to copy look like commands, and stay away until there is one; so do parts that wait for a choice. */
 .gradio-container [id$=-command] textarea { font-family: var(--font-mono) !important; font-size: 0.85rem;
@@ -171,6 +177,7 @@ CSS = """
 #page-evaluate:not(:has(#evaluate-count p)) #evaluate-every,
 #page-runs:has(#runs-about .ts-empty) #runs-work { display: none !important; }
 #train-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 12px; }
+.gradio-container .block:has(.js-plotly-plot) { padding: 4px 8px 10px !important; }
 .gradio-container .js-plotly-plot text { fill: var(--body-text-color) !important; }
 .gradio-container .js-plotly-plot .hoverlayer text { fill: #fff !important; }
 .gradio-container .js-plotly-plot .hoverlayer path { fill: #282825 !important; stroke: #9b9b93 !important; }
@@ -209,6 +216,10 @@ CSS = """
   var(--border-color-primary); animation: ts-moves 1.6s linear infinite; }
 @keyframes ts-moves { from { background-position: -60% 0, 0 0; } to { background-position: 160% 0, 0 0; } }
 .ts-box + .ts-box { margin-top: 8px; }
+.ts-parts { display: flex; flex-wrap: wrap; gap: 4px 20px; list-style: none !important; margin: 4px 0 0;
+  padding: 0 !important; font-size: 0.9rem; }
+.ts-parts li { list-style: none !important; margin: 0; white-space: nowrap; }
+.ts-parts i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 6px; }
 .ts-quiet { color: var(--body-text-color-subdued); }
 .ts-number { font-variant-numeric: tabular-nums; }
 
@@ -239,23 +250,28 @@ CSS = """
 .gradio-container pre, .gradio-container code { overflow-wrap: anywhere; }
 footer { display: none !important; }
 
+/* In a media query Gradio puts its own container before every selector, so none here begins with it. */
 @media (max-width: 640px) {
-  .gradio-container { padding: 0 10px 40px !important; }
   .ts-header p { display: none; }
-  .gradio-container .row { flex-wrap: wrap; }
-  .gradio-container .row > * { min-width: min(100%, 260px) !important; }
-  .gradio-container button { min-height: 40px; }
-  .gradio-container .row > button.lg { flex: 1 1 auto !important; margin-bottom: 0 !important; }
-  .gradio-container .form { flex-direction: column !important; }
-  .gradio-container .form > .block { min-width: 100% !important; }
-  .gradio-container button[role=tab] { padding: 0 8px; font-size: 0.92rem; }
-  .gradio-container .table-wrap { min-width: 620px; }
-  .gradio-container .table-container { overflow-x: auto; }
-  .gradio-container .table-container .header-row { flex-wrap: wrap; height: auto; }
-  .gradio-container .table-container .header-row .label { min-width: 12rem; }
+  .row { flex-wrap: wrap; }
+  .row > * { min-width: min(100%, 260px) !important; }
+  button.lg { min-height: 40px; }
+  .row > button.lg { flex: 1 1 auto !important; margin-bottom: 0 !important; }
+  .form { flex-direction: column !important; }
+  .form > .block { min-width: 100% !important; }
+  button[role=tab] { padding: 0 8px; font-size: 0.92rem; }
+  .table-container { overflow-x: auto; }
+  /* Of an answer's line its number, its question and both answers, 71 % of the columns; a touch shows all of it. */
+  #evaluate-answers .table-container { overflow-x: hidden; }
+  #evaluate-answers .table-wrap { min-width: 141%; }
+  #evaluate-answers .header-table { width: auto !important; min-width: 0 !important; }
+  #evaluate-answers tr > :nth-child(2n+3), #evaluate-answers .virtual-row > :nth-child(2n+3) { display: none; }
+  #evaluate-answers .first-column { padding-inline: 3px !important; }
+  .table-container .header-row { flex-wrap: wrap; height: auto; }
+  .table-container .header-row .label { min-width: 12rem; }
 }
 @media (prefers-reduced-motion: reduce) {
-  .gradio-container * { animation-duration: 0.01ms !important; transition-duration: 0.01ms !important; }
+  * { animation-duration: 0.01ms !important; transition-duration: 0.01ms !important; }
 }
 """
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.errors import InputError, OutOfResources
+from tunesmith.ui.keys import PROVIDERS
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -25,6 +27,8 @@ class Workspace:
     """Everything of one user: folders that only the server's own account can read."""
 
     root: Path
+    keys: Mapping[str, str] = field(default_factory=lambda: PROVIDERS, compare=False)
+    """Variables of the server that its settings may name as keys, each with the one host that may be sent it."""
 
     @property
     def uploads(self) -> Path:

@@ -151,6 +151,27 @@ def test_a_dry_run_asks_nobody(answer_files):
         assert run(*files, *options, "--dry-run")[1]["estimate"]["calls"] == 0
 
 
+def test_a_dry_run_of_a_suite_answers_nothing_and_supposes_the_longest_answers(answer_files, monkeypatch):
+    monkeypatch.chdir(answer_files)
+    with serving(oracle) as (url, seen):
+        judge = settings(answer_files, url, price_input=1, price_output=2)
+
+        def estimate(*options):
+            asked = ["--suite", "mt-bench", "--questions", "q.jsonl", "--judge", str(judge), "--no-calibrate"]
+            command = ["evaluate", "tiny", *asked, "--dry-run", *options, "--json"]
+            made = CliRunner().invoke(app, command)
+            assert made.exit_code == 0, made.output
+            return json.loads(made.stdout.strip().splitlines()[-1])["estimate"]
+
+        short, long = (estimate("--max-new-tokens", n, "--baseline", "tiny") for n in ("10", "1000"))
+        # Six questions of two turns: grades of two models, and comparisons in two orders.
+        assert short["parts"]["to judge"] == long["parts"]["to judge"] == 12 * 2 + 12 * 2
+        assert long["prompt_tokens"] - short["prompt_tokens"] > 48 * 990
+        assert estimate()["parts"]["to judge"] == 12
+        assert not seen
+    assert not (answer_files / "evaluations").exists()
+
+
 def test_several_judgings_of_a_command_have_one_forecast_and_one_calibration(answer_files, tmp_path):
     from tunesmith.evaluation.judging.folder import Assignment, judge_several
     from tunesmith.evaluation.judging.judgments import Question, read_answers

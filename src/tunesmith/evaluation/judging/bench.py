@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from tunesmith.engines.check import EngineCheck
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.evaluation import leakage
 from tunesmith.evaluation.judging import headline, met, suites
+from tunesmith.evaluation.judging.asking import BYTES_PER_TOKEN
 from tunesmith.evaluation.judging.folder import Assignment, judge_several
 from tunesmith.evaluation.judging.judgments import (
     Answers,
@@ -89,8 +91,8 @@ def run_suite(
         sources[other] = source_of(
             str(baseline), name=other, server=evaluation.server, shards=evaluation.shards
         )
-    if judge and suite.name == "arena" and judge.prompts is None:
-        judge = judge.model_copy(update={"prompts": str(Path(__file__).with_name("arena_prompts.yaml"))})
+    if judge:
+        judge = _with_prompts(suite, judge)
     facts = _facts(suite, name, other, sources, from_file, asked, evaluation, judge)
     home, passed = folder_for(output, facts, apart=apart, watch=watch)
     known = met.met(
@@ -181,6 +183,46 @@ def run_suite(
     found |= {"verdict": word, "sentence": sentence, "doubts": doubts(found)}
     _write(home, found, rows, asked)
     return {**found, "output": str(home)}
+
+
+def forecast(
+    suite: Suite,
+    judge: Judge,
+    *,
+    questions: str | Path | None,
+    compared: bool,
+    max_new_tokens: int,
+    calibrated: bool = True,
+    watch: Watch,
+) -> dict[str, Any]:
+    """What the judging of a suite would take as if every answer were as long as it may be; nobody is asked.
+
+    Gives the judge's settings and the `estimate` as `judge_several` does. `compared` counts a baseline in.
+    """
+    asked = suite.questions(questions)
+    names: tuple[str, ...] = ("model", "baseline") if compared else ("model",)
+    # Equal answers are not judged, so each model has a letter of its own.
+    given = [
+        Answers(name, {q.id: (name[0] * (max_new_tokens * BYTES_PER_TOKEN),) * len(q.turns) for q in asked})
+        for name in names
+    ]
+    other = names[1] if compared else None
+    modes: dict[Mode, bool] = {"single": suite.grades, "pair": compared}
+    wanted = [mode for mode, is_wanted in modes.items() if is_wanted]
+    with tempfile.TemporaryDirectory() as place:
+        home = Path(place)
+        ways = [Assignment(home / mode, asked, given, mode, other) for mode in wanted]
+        found = judge_several(
+            ways, _with_prompts(suite, judge), home=home, calibrated=calibrated, dry_run=True, watch=watch
+        )
+    return {name: found[0][name] for name in ("judge_settings", "prompts", "estimate")}
+
+
+def _with_prompts(suite: Suite, judge: Judge) -> Judge:
+    """The judge with the suite's own prompts, where it has none."""
+    if suite.name != "arena" or judge.prompts is not None:
+        return judge
+    return judge.model_copy(update={"prompts": str(Path(__file__).with_name("arena_prompts.yaml"))})
 
 
 def verdict(found: Mapping[str, Any]) -> tuple[str, str]:

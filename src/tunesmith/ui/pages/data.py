@@ -244,15 +244,17 @@ def tokens(found: Sequence[Inspected]) -> str:
 STYLE = """<style>
 .ts-tokens { white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace; line-height: 1.7; }
 .ts-token { border-radius: 3px; box-decoration-break: clone; }
-.ts-trained { background: #c9ecd3; color: #0b3d1c; border-bottom: 2px solid #1d7a3c; }
-.ts-context { color: inherit; }
-.ts-special { background: #e6dcf7; color: #3b1d6e; border-bottom: 2px dotted #6b3fb5; }
-.ts-cut { color: #9a1c1c; background: #fbe3e3; text-decoration: line-through; }
+.ts-trained { background: #c9ecd3; color: #0b3d1c !important; border-bottom: 2px solid #1d7a3c; }
+.ts-special { background: #e6dcf7; color: #3b1d6e !important; border-bottom: 2px dotted #6b3fb5; }
+.ts-cut { background: #fbe3e3; color: #9a1c1c !important; text-decoration: line-through; }
+.dark .ts-trained { background: #16402a; color: #d3f3dd !important; border-color: #4fae73; }
+.dark .ts-special { background: #33264f; color: #e3d8f8 !important; border-color: #a888d6; }
+.dark .ts-cut { background: #4a1f1f; color: #f7cccc !important; }
 .ts-legend { display: flex; flex-wrap: wrap; gap: 0.3rem 1.2rem; list-style: none !important; padding: 0; }
 .ts-legend li { list-style: none !important; margin: 0; }
 .ts-seen h4 { margin: 0.9rem 0 0.1rem; font-weight: 600; }
 </style>"""
-"""Colours that hold on light and dark pages alike, each with a line or a stroke beside it."""
+"""Colours, each with a line or a stroke beside it. Gradio gives text in a page's HTML its own colour otherwise."""
 
 
 def _joined(pieces: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

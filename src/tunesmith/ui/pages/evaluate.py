@@ -12,7 +12,10 @@ from gradio.components.plot import PlotData
 
 from tunesmith import api
 from tunesmith.errors import InputError
+from tunesmith.evaluation.judging.settings import ADDRESSES, Judge, load_judge
+from tunesmith.evaluation.judging.suites import suite_of
 from tunesmith.evaluation.report import Measurement, measurement
+from tunesmith.training.run import open_run
 from tunesmith.ui import curves
 from tunesmith.ui.choosing import (
     LONGEST_TEXT,
@@ -30,6 +33,7 @@ from tunesmith.ui.choosing import (
     watching,
 )
 from tunesmith.ui.jobs import Job
+from tunesmith.ui.keys import refusal
 from tunesmith.ui.pages.data import receive
 from tunesmith.ui.shared import Shared, box, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
@@ -137,7 +141,29 @@ def judge_named(workspace: Workspace, given: str | None) -> str:
         )
     if given.startswith("local:"):
         return f"local:{model_named(workspace, given.removeprefix('local:'))}"
-    return str(upload_named(workspace, given))
+    file = upload_named(workspace, given)
+    check_judge(workspace, load_judge(file))
+    return file
+
+
+def check_judge(workspace: Workspace, judge: Judge) -> None:
+    """Raise InputError for a judge's settings that name what is the server's and not the user's."""
+    said = []
+    if judge.api == "local":
+        model_named(workspace, judge.model)
+    if judge.api_key_env:
+        address = judge.base_url or ADDRESSES.get(judge.api)
+        said.append(refusal(judge.api_key_env, address, workspace.keys))
+    root = workspace.root.resolve()
+    for name, value in (("prompts", judge.prompts), ("cache", judge.cache)):
+        if value and not (Path(value).is_absolute() and Path(value).resolve().is_relative_to(root)):
+            said.append(f"{name}: {value[:80]} is no whole path of a file below {root}.")
+    if found := " ".join(filter(None, said)):
+        raise InputError(
+            "These settings of a judge are not for the workbench.",
+            found=found,
+            fix="Change the file and upload it again.",
+        )
 
 
 def judge_arguments(workspace: Workspace, run: str | None, judge: str | None, mode: str) -> list[str]:
@@ -165,15 +191,40 @@ def compare(workspace: Workspace, a: str | None, b: str | None, dataset: str | N
     return queue_of(workspace).add(["compare", *on, "--", *models], title=f"Compare {a} with {b}")
 
 
-def suite(workspace: Workspace, run: str | None, name: str, questions: str | None, judge: str | None) -> Job:
-    """Queue a suite's questions for a run, judged where a judge is named."""
+def suite_arguments(
+    workspace: Workspace, run: str | None, name: str, questions: str | None, judge: str | None
+) -> list[str]:
+    """What follows `tunesmith` to ask a run a suite's questions, judged where a judge is named.
+
+    A suite that compares has the run's base to compare with.
+    """
     if name not in SUITES:
         raise InputError("There is no such suite.", found=repr(str(name)[:40]), fix=", ".join(SUITES))
     asked = [f"--questions={upload_named(workspace, questions)}"] if questions else []
     judged = [f"--judge={judge_named(workspace, judge)}"] if judge else []
     path = require_finished(run_path(workspace, run))
-    arguments = ["evaluate", f"--suite={name}", *asked, *judged, "--", str(path)]
-    return queue_of(workspace).add(arguments, title=f"{name} for {run}", run=run)
+    base = [f"--baseline={open_run(path).recipe().model.base}"] if suite_of(name).needs_baseline else []
+    return ["evaluate", f"--suite={name}", *asked, *judged, *base, "--", str(path)]
+
+
+def suite_forecast(
+    workspace: Workspace, run: str | None, name: str, questions: str | None, judge: str
+) -> str:
+    """What judging a suite would take at most, in a sentence; nobody is asked."""
+    from tunesmith.evaluation.judging.asking import Forecast
+
+    suite_arguments(workspace, run, name, questions, judge)
+    found = api.evaluate_suite(
+        run_path(workspace, run),
+        name,
+        questions=upload_named(workspace, questions) if questions else None,
+        judge=judge_named(workspace, judge),
+        baseline=open_run(run_path(workspace, run)).recipe().model.base
+        if suite_of(name).needs_baseline
+        else None,
+        dry_run=True,
+    )
+    return Forecast(**found["estimate"]).sentence()
 
 
 def build(shared: Shared) -> None:
@@ -210,7 +261,7 @@ def build(shared: Shared) -> None:
         answers = gr.Dataframe(
             headers=["no.", "question", "reference", "A", "A's mark", "B", "B's mark"], datatype="str", type="array",
             interactive=False, wrap=True, label="Answers; choose a line to see it whole", max_height=480,
-            elem_id="evaluate-answers", column_widths=["4%", "22%", "18%", "22%", "6%", "22%", "6%"],
+            elem_id="evaluate-answers", column_widths=["6%", "21%", "17%", "22%", "6%", "22%", "6%"],
         )  # fmt: skip
         with gr.Group(elem_id="evaluate-whole", elem_classes="ts-late"):
             question = gr.Textbox(
@@ -257,8 +308,8 @@ def build(shared: Shared) -> None:
             elem_id="evaluate-upload",
             size="md",
         )
-        priced = gr.State(None)
-        gr.Markdown("Or a suite of questions, MT-Bench for instance:")
+        priced, suite_priced = gr.State(None), gr.State(None)
+        gr.Markdown("Or a suite of questions, MT-Bench for instance; with a judge its cost is said first:")
         with gr.Row():
             suite_name = gr.Dropdown(list(SUITES), value=SUITES[0], label="Suite", elem_id="evaluate-suite")
             questions = gr.Dropdown(choices=[], value=None, label="Its questions, an uploaded file",
@@ -408,11 +459,34 @@ def build(shared: Shared) -> None:
     def on_compare(a: str, b: str, dataset: str, request: gr.Request) -> list[Any]:
         return list(queued(compare)(a, b, dataset, request))
 
-    def on_suite(run: str, name: str, asked: str, judge: str, request: gr.Request) -> list[Any]:
-        return list(queued(suite)(run, name, asked, judge, request))
+    def on_suite(
+        run: str | None, name: str, asked: str | None, by: str | None, known: Any, request: gr.Request
+    ) -> list[Any]:
+        now = (run, name, asked, by)
+
+        def act() -> list[Any]:
+            workspace = workspace_of(request)
+            arguments = suite_arguments(workspace, *now)
+            if by and (known is None or tuple(known) != now):
+                said = suite_forecast(workspace, run, name, asked, by)
+                lines = [said, "Nobody was asked yet. Press 'Run the suite' once more to start."]
+                return [
+                    box("Judging it would take at most", lines, kind="note"),
+                    command(["tunesmith", *arguments]),
+                    now,
+                ]
+            job = queue_of(workspace).add(arguments, title=f"{name} for {run}", run=run)
+            return [box(f"{job.title}: queued", kind="good"), job.command, None]
+
+        return list(guarded(act, lambda said: [said, gr.skip(), None]))
 
     compare_button.click(on_compare, inputs=[a, b, dataset], outputs=[told, line], **own)
-    suite_button.click(on_suite, inputs=[chosen, suite_name, questions, judge], outputs=[told, line], **own)
+    suite_button.click(
+        on_suite,
+        inputs=[chosen, suite_name, questions, judge, suite_priced],
+        outputs=[told, line, suite_priced],
+        **own,
+    )
 
     def cost(run: str | None, by: str | None, how: str, request: gr.Request) -> list[Any]:
         def act() -> list[Any]:

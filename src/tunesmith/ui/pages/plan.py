@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -134,9 +135,29 @@ def memory(estimate: Estimate | None) -> Any:
         title=theme.plot_title(
             f"Memory by stage, in GB; {'the line: ' if near else ''}there are {size(estimate.capacity)}"
         ),
-        legend={"orientation": "h", "y": -0.25, "traceorder": "normal"},
+        showlegend=False,
     )
     return figure
+
+
+def legend(estimate: Estimate | None) -> str:
+    """What the colours of the memory stand for, and how much each part is where the memory is fullest, as HTML.
+
+    Below the plot and not in it: there it would wrap over the bars of a narrow window.
+    """
+    if estimate is None or not estimate.stages:
+        return ""
+    from tunesmith.estimate import ABOUT, size
+
+    fullest = estimate.stages[estimate.stage]
+    parts = [part for part in ABOUT if any(held.get(part) for held in estimate.stages.values())]
+    items = "".join(
+        f'<li title="{html.escape(ABOUT[part])}"><i style="background:{COLOURS[part]}"></i>{html.escape(part)} '
+        f'<span class="ts-quiet">{size(fullest[part]) if fullest.get(part) else "-"}</span></li>'
+        for part in parts
+    )
+    said = f"In {html.escape(estimate.stage)}, which takes most:"
+    return f'<p class="ts-quiet">{said}</p><ul class="ts-parts">{items}</ul>'
 
 
 def lines(found: Planned) -> list[list[str]]:
@@ -158,10 +179,10 @@ def lines(found: Planned) -> list[list[str]]:
 def all_of(
     layer: Mapping[str, Any], workspace: Workspace, device: str = HERE, *, measured: bool = False
 ) -> list[Any]:
-    """What the page shows of a plan: verdict, memory, micro-batch, and everything in a table."""
+    """What the page shows of a plan: verdict, memory and its legend, micro-batch, and everything in a table."""
     found = planned(layer, workspace, device, measured=measured)
     estimate = found.plan.estimate
-    return [verdict(found), memory(estimate), micro_batch(estimate), lines(found)]
+    return [verdict(found), memory(estimate), legend(estimate), micro_batch(estimate), lines(found)]
 
 
 def argv(layer: Mapping[str, Any], workspace: Workspace, device: str = HERE) -> list[str]:
@@ -199,6 +220,7 @@ def build(shared: Shared) -> None:
         elem_id="plan-state",
     )
     plot = gr.Plot(label="Memory", show_label=False, elem_id="plan-memory", visible=False)
+    colours = gr.HTML("", elem_id="plan-legend")
     batch = gr.HTML("", elem_id="plan-batch")
     table = gr.Dataframe(
         headers=["what", "value", "why"],
@@ -218,19 +240,19 @@ def build(shared: Shared) -> None:
         workspace = workspace_of(request)
         known = device if device in devices.DEVICES else HERE
         line = command(argv(layer, workspace, known))
-        yield busy("Reading and preparing the rows ..."), *[gr.skip()] * 3, line
-        said, bar, *others = either(lambda: all_of(layer, workspace, known), 4)
+        yield busy("Reading and preparing the rows ..."), *[gr.skip()] * 4, line
+        said, bar, *others = either(lambda: all_of(layer, workspace, known), 5)
         again = measured and known == HERE and bar is not None
         waits = busy("Measuring two steps here; the plan below is without them ...") if again else ""
         yield waits + said, gr.update(value=bar, visible=bar is not None), *others, line
         if again:
-            said, bar, *others = either(lambda: all_of(layer, workspace, measured=True), 4)
+            said, bar, *others = either(lambda: all_of(layer, workspace, measured=True), 5)
             yield said, gr.update(value=bar, visible=bar is not None), *others, line
 
     start.click(
         work,
         [shared.recipe, device, measure],
-        [state, plot, batch, table, line],
+        [state, plot, colours, batch, table, line],
         show_progress="hidden",
         trigger_mode="always_last",  # a click just after the plan is shown counts as well
         concurrency_id="models",

@@ -194,11 +194,14 @@ def build(shared: Shared) -> None:
         def act() -> list[Any]:
             if not is_sure:
                 raise RunError("Nothing was removed.", fix="Tick the box first: this cannot be undone.")
-            number = trash.empty(workspace_of(request))
-            return [box(f"{number} runs are gone for good.", kind="warn"), False]
+            workspace = workspace_of(request)
+            doomed = [str(workspace.trash / one.id) for one in trash.thrown(workspace)]
+            number = trash.empty(workspace)
+            said = box(f"{number} runs are gone for good.", kind="warn")
+            return [said, False, command(["rm", "-r", *doomed]) if doomed else gr.skip()]
 
-        return list(guarded(act, lambda said: [said, gr.skip()]))
+        return list(guarded(act, lambda said: [said, gr.skip(), gr.skip()]))
 
-    final.click(emptied, [sure], [told, sure], **own).then(
+    final.click(emptied, [sure], [told, sure, line], **own).then(
         refreshed, inputs=[several], outputs=shown_parts, **quiet
     )

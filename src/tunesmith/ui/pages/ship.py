@@ -38,7 +38,7 @@ FILES_SHOWN = 40
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WHAT = ("merged", "deployment", *(rf"{target}-\w+" for target in TARGETS))
 """What a run's name is followed by in the names of its exports."""
-NOTHING = empty("Nothing was shipped yet.", "What is made below appears here with the verdict of its check.")
+NOTHING = empty("Nothing was shipped yet.", "What is made above appears here with the verdict of its check.")
 
 
 @functools.cache
@@ -53,6 +53,12 @@ def place(workspace: Workspace, run: Path, what: str) -> Path:
     while any(workspace.inside(workspace.exports, taken).exists() for taken in (name, f"{name}.failed")):
         name, number = f"{run.name}-{what}-{number}", number + 1
     return workspace.exports / name
+
+
+def has_nothing_to_merge(run: Path) -> bool:
+    """Whether a finished run's model is whole already, with no adapter beside its base."""
+    model = Run(run).final_model
+    return model.is_dir() and not (model / "adapter_config.json").is_file()
 
 
 def merge_arguments(workspace: Workspace, run: Path, dtype: str) -> list[str]:
@@ -152,6 +158,7 @@ def build(shared: Shared) -> None:
             dtype = gr.Dropdown(
                 list(DTYPES), value="auto", label="Precision; auto as the base's", elem_id="ship-dtype"
             )
+            whole = gr.HTML("", elem_id="ship-whole")
             merge = gr.Button("Merge", variant="primary", elem_id="ship-merge")
         with gr.Column(min_width=300):
             gr.Markdown("### Export\nOne file for llama.cpp, Ollama and others, read back and asked.")
@@ -197,6 +204,13 @@ def build(shared: Shared) -> None:
         known = {"gguf": tuple(QUANTS), "safetensors": tuple(STORED)}.get(target, ("f32",))
         return gr.Dropdown(choices=list(known), value=DEFAULTS.get(target, known[0]))
 
+    def mergeable(run: str | None, request: gr.Request) -> list[Any]:
+        path = guarded(lambda: run_path(workspace_of(request), run), lambda _: None)
+        is_whole = path is not None and has_nothing_to_merge(path)
+        said = box("This run has no adapter: its model is whole already.", kind="note") if is_whole else ""
+        return [said, gr.Dropdown(visible=not is_whole), gr.Button(visible=not is_whole)]
+
+    chosen.change(mergeable, inputs=[chosen], outputs=[whole, dtype, merge], **quiet)
     to.change(kinds_of, inputs=[to], outputs=[quant], **quiet)
 
     def doing(arguments: Any) -> Any:

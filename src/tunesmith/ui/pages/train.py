@@ -316,13 +316,13 @@ def build(shared: Shared) -> None:
     begin.click(started, inputs=[shared.recipe, name], outputs=[told, shared.run, line], **own)
 
     def acted(act: Any) -> Any:
-        def on(run: str | None, request: gr.Request) -> str:
+        def on(run: str | None, request: gr.Request) -> list[Any]:
             workspace = workspace_of(request)
-            return str(guarded(lambda: act(workspace, run), lambda said: said))
+            return list(guarded(lambda: act(workspace, run), lambda said: [said, gr.skip()]))
 
         return on
 
-    def ask_to_stop(workspace: Workspace, run: str | None, *, at_once: bool = False) -> str:
+    def ask_to_stop(workspace: Workspace, run: str | None, *, at_once: bool = False) -> list[Any]:
         queue = queue_of(workspace)
         job = queue.of_run(run, TRAINING) if run else None
         if job is None or not job.is_open:
@@ -331,23 +331,26 @@ def build(shared: Shared) -> None:
                 fix="It has ended already, or was started elsewhere.",
             )
         queue.stop(job.id, at_once=at_once)
+        same = command(["kill", "-INT", str(job.pid)]) if job.pid else gr.skip()
         if at_once:
-            return box(
+            said = box(
                 "Asked to stop at once.",
                 ["Its newest checkpoint stays; Resume goes on from there."],
                 kind="warn",
             )
-        return box(
+            return [said, same]
+        said = box(
             "Asked to stop.",
             ["It finishes its step, saves, and ends; Resume goes on from there."],
             kind="note",
         )
+        return [said, same]
 
-    def go_on(workspace: Workspace, run: str | None) -> str:
+    def go_on(workspace: Workspace, run: str | None) -> list[Any]:
         job = queue_of(workspace).resume(run_path(workspace, run))
-        return box(f"{job.title}: queued", [job.command], kind="good")
+        return [box(f"{job.title}: queued", kind="good"), job.command]
 
-    def call_off(workspace: Workspace, id: str | None) -> str:
+    def call_off(workspace: Workspace, id: str | None) -> list[Any]:
         if not id:
             raise InputError("No waiting job is chosen.", fix="Choose one of the queue.")
         job = queue_of(workspace).job(id)
@@ -355,11 +358,10 @@ def build(shared: Shared) -> None:
             raise InputError(
                 f"{job.title} is not waiting any more.", found=job.state, fix="Use Stop and save."
             )
-        return box(f"{queue_of(workspace).stop(id).title}: canceled", kind="note")
+        return [box(f"{queue_of(workspace).stop(id).title}: canceled", kind="note"), gr.skip()]
 
-    stop.click(acted(ask_to_stop), inputs=[chosen], outputs=[told], **own)
-    stop_now.click(
-        acted(lambda w, r: ask_to_stop(w, r, at_once=True)), inputs=[chosen], outputs=[told], **own
-    )
-    resume.click(acted(go_on), inputs=[chosen], outputs=[told], **own)
-    cancel.click(acted(call_off), inputs=[waiting], outputs=[told], **own)
+    at_once = acted(lambda workspace, run: ask_to_stop(workspace, run, at_once=True))
+    stop.click(acted(ask_to_stop), inputs=[chosen], outputs=[told, line], **own)
+    stop_now.click(at_once, inputs=[chosen], outputs=[told, line], **own)
+    resume.click(acted(go_on), inputs=[chosen], outputs=[told, line], **own)
+    cancel.click(acted(call_off), inputs=[waiting], outputs=[told, line], **own)

@@ -187,8 +187,45 @@ def test_a_run_that_comes_back_is_open_to_its_owner_alone(tmp_path):
 def test_a_chosen_checkpoint_counts_until_another_is_written(tmp_path, recipe, has_saved, goes_on_from):
     run = a_run(tmp_path / "run", 2, 4)
     asked = {"recipe": {}, "run": str(run), "checkpoint": "checkpoint-step-2"}
-    before = {"starts": 2, "has_saved": has_saved, "fault": None}
+    before = {"starts": 2, "has_saved": has_saved, "has_stored": False, "fault": None}
     assert on_ray._going_on(asked, run, None, before, lambda event: None)["checkpoint"] == goes_on_from
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_course_that_was_left_does_not_come_back_from_the_second_place(tmp_path, is_there):
+    """The run went back to step 2, and its later checkpoint could not be copied: the place has steps 4 and 6 still."""
+    kept = storage(f"file://{tmp_path}/far", "run")
+    run = a_run(tmp_path / "run", 2, 4, 6)
+    kept.push(run)
+    shutil.rmtree(run / "checkpoints/checkpoint-step-6")
+    begun = {"kind": "state", "state": "training", "step": 2}
+    with (run / "events.jsonl").open("a") as events:
+        events.write(json.dumps(begun) + "\n")
+    if not is_there:  # its node is gone
+        shutil.rmtree(run)
+    asked = {"recipe": {}, "run": str(run), "checkpoint": "checkpoint-step-2"}
+    before = {"starts": 2, "has_saved": True, "has_stored": False, "fault": None}
+    again = storage(f"file://{tmp_path}/far", "run")
+    found = on_ray._going_on(asked, run, again, before, lambda event: None)["checkpoint"]
+    assert found == ("latest" if is_there else "checkpoint-step-2")
+    assert (run / "checkpoints/checkpoint-step-6").exists() is not is_there
+
+
+def test_shards_without_ray_are_refused_and_not_ignored(tiny_model_folder, question_file):
+    settings = {"evaluation": {"shards": {"workers": 2}}}
+    with pytest.raises(RecipeError, match=r"evaluation\.shards is for the engine 'ray'"):
+        api.evaluate(str(tiny_model_folder), dataset=str(question_file), settings=settings)
+
+
+def test_a_trial_that_diverged_in_a_worker_is_a_failed_one():
+    from tunesmith.errors import TrainingDiverged
+    from tunesmith.sweeps.trials import is_of_its_values
+
+    told = json.loads(json.dumps(on_ray._facts(TrainingDiverged("The loss is nan.", fix="Lower it."))))
+    with pytest.raises(TunesmithError, match="loss is nan") as error:
+        on_ray._came_to({"value": {"error": told}}, Ray())
+    assert is_of_its_values(error.value)
+    assert error.value.exit_code == 3
 
 
 @pytest.mark.parametrize("kind", ["memory", "file", "folder"])

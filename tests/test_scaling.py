@@ -101,7 +101,9 @@ def test_what_is_divided_fits_and_is_saved_by_all():
     cluster = Cluster(64, 8, LINKS["nvlink-4"], LINKS["infiniband-400"])
     assert not scaling.fits("ddp", NETWORK, cluster, FACTS)
     assert scaling.fits("fsdp", NETWORK, cluster, FACTS)
-    assert scaling.held("ddp", NETWORK, cluster) == pytest.approx(16 * 8e9)
+    assert scaling.held("ddp", NETWORK, cluster) == pytest.approx((16 + 4) * 8e9), "gradients twice"
+    inside = scaling.held("hybrid", NETWORK, cluster) - scaling.held("fsdp", NETWORK, cluster)
+    assert inside == pytest.approx(16 * 8e9 * (1 / 8 - 1 / 64)), "divided in a node, and among all"
     assert scaling.saving("ddp", NETWORK, cluster) == pytest.approx(
         8 * scaling.saving("fsdp", NETWORK, cluster)
     )

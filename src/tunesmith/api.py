@@ -1072,6 +1072,10 @@ def _questions(
         if not metrics:
             changes["evaluation"] = {"metrics": None}
     recipe = validated(overlaid(layer, changes, dict(settings or {})))
+    if "shards" in (settings or {}).get(
+        "evaluation", {}
+    ):  # those of the run's recipe were for its own engine
+        _check_shards(recipe.evaluation, is_asked=True)
     # A method that imitates answers would leave one answer of each pair.
     is_judged = dataset is not None and any(
         METRICS[name].kind == "preference" for name in recipe.evaluation.metrics or () if name in METRICS
@@ -2718,8 +2722,8 @@ def _check_settings(recipe: Recipe) -> None:
         )
 
 
-def _check_shards(section: Evaluation) -> None:
-    if section.shards != Shards() and section.engine != "ray":
+def _check_shards(section: Evaluation, *, is_asked: bool = False) -> None:
+    if (is_asked or section.shards != Shards()) and section.engine != "ray":
         raise RecipeError(
             f"evaluation.shards is for the engine 'ray', and evaluation.engine is '{section.engine}'.",
             fix="Add --set evaluation.engine=ray, or leave evaluation.shards out.",

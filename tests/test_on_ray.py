@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import pytest
 
 from tunesmith import api, engines, launch, on_ray, ranks
-from tunesmith.compose import compose, overlaid
 from tunesmith.errors import Interrupted, MissingExtra, RecipeError, RunError, TunesmithError
 from tunesmith.recipe import Ray
 from tunesmith.training import callbacks
@@ -33,21 +32,8 @@ def _alone(monkeypatch):
 
 
 @pytest.fixture
-def recipe(tiny_model_folder, question_file, tmp_path):
-    def made(name: str, *changes, **training):
-        base = {
-            "name": name, "output_dir": str(tmp_path / "runs"), "model": {"base": str(tiny_model_folder)},
-            "data": {"dataset": str(question_file), "max_length": 64, "num_samples": 27},
-            "evaluation": {"skip": True, "samples": 0},
-            "training": {
-                "num_epochs": 2, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 4,
-                "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1, "eval_steps": 2, "save_steps": 2,
-                "save_total_limit": 20, **training,
-            },
-        }  # fmt: skip
-        return compose(overlaid(base, *changes)).recipe
-
-    return made
+def recipe(few_steps):
+    return few_steps
 
 
 ON_RAY = {"launch": {"kind": "ray", "workers": 2}}

@@ -77,10 +77,11 @@ def test_what_does_not_go_with_shares_is_refused_with_the_reason(changes, said):
     parallel.check(recipe.model_copy(update={"parallel": DDP()}), 2)
 
 
-def test_zero_is_refused_without_cuda():
-    with pytest.raises(OutOfResources, match="DeepSpeed trains on CUDA"):
-        parallel.check_device(DeepSpeed(), 2, "cpu", is_here=True)
-    parallel.check_device(DeepSpeed(), 1, "cpu", is_here=True)
+def test_zero_is_refused_where_deepspeed_has_no_device():
+    with pytest.raises(OutOfResources, match="DeepSpeed trains on CUDA devices and CPUs"):
+        parallel.check_device(DeepSpeed(), 2, "mps", is_here=True)
+    parallel.check_device(DeepSpeed(), 1, "mps", is_here=True)
+    parallel.check_device(DeepSpeed(), 2, "cpu", is_here=False)
 
 
 def test_the_configuration_of_zero_has_the_batch_of_the_recipe():

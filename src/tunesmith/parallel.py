@@ -69,12 +69,12 @@ def check(recipe: Recipe, processes: int) -> None:
 
 
 def check_device(section: Parallel, processes: int, device: str, *, is_here: bool) -> None:
-    """Raises OutOfResources where ZeRO is to train without CUDA, and MissingExtra without its package."""
+    """Raises OutOfResources where ZeRO cannot train on a device, and MissingExtra without its package."""
     if not isinstance(section, DeepSpeed) or processes == 1:
         return
-    if device != "cuda":
+    if device not in ("cuda", "cpu"):
         raise OutOfResources(
-            "DeepSpeed trains on CUDA devices here.",
+            "DeepSpeed trains on CUDA devices and CPUs here.",
             found=f"device '{device}'",
             fix="Use parallel.kind fsdp, which spreads the same on every device.",
         )

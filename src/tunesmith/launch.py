@@ -52,12 +52,32 @@ def let_the_first_speak() -> None:
         time.sleep(PATIENCE)
 
 
+AXES = {
+    "PARALLELISM_CONFIG_CP_SIZE": "context",
+    "PARALLELISM_CONFIG_SP_SIZE": "sequence",
+    "PARALLELISM_CONFIG_TP_SIZE": "tensor",
+}
+"""Variables by which accelerate has rows or weights cut over processes in ways that are not offered here."""
+
+
 def settle(training: Training) -> list[str]:
     """Let the recipe decide where the launcher's own settings say something else; what is to be said of it.
 
     Accelerate's configuration would otherwise change the precision of a run whose recipe and plan name
-    another. On a CPU it starts one process whatever number it is given, and says nothing.
+    another. On a CPU it starts one process whatever number it is given, and says nothing. Raises RecipeError where it
+    asks for a row to be cut over several processes.
     """
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true" and (
+        asked_for := [
+            f"{name} parallelism" for axis, name in AXES.items() if os.environ.get(axis, "1") != "1"
+        ]
+    ):
+        raise RecipeError(
+            "A row is not cut over several processes here: each process computes whole rows.",
+            found=f"{' and '.join(asked_for)} in the accelerate configuration",
+            fix="Leave it out there. For models that do not fit: --parallel fsdp; for long rows: "
+            "--gradient-checkpointing and one row per pass.",
+        )
     notes = []
     asked = os.environ.get(PRECISION, "no")
     if PRECISION in os.environ and ranks.RENDEZVOUS in os.environ and not _is_numbered():

@@ -40,6 +40,12 @@ class Link:
     """Bytes a second of one device, by the data sheet."""
     latency: float
     """Seconds from one device to the next."""
+    is_shared: bool = False
+    """Whether the bandwidth is that of a node's one card, which its devices share."""
+
+    def of_one(self, sharing: int) -> Link:
+        """What one device has of it when so many of its node send at once."""
+        return replace(self, bandwidth=self.bandwidth / sharing, is_shared=False) if self.is_shared else self
 
 
 LINKS: dict[str, Link] = {
@@ -52,8 +58,8 @@ LINKS: dict[str, Link] = {
         Link("pcie-4", 32e9, 5.7e-6),
         Link("infiniband-400", 50e9, 14e-6),  # a card of 400 Gbit/s for each device
         Link("infiniband-200", 25e9, 14e-6),
-        Link("ethernet-100", 12.5e9 / 8, 30e-6),  # one of 100 Gbit/s for eight devices
-        Link("ethernet-25", 3.125e9 / 8, 30e-6),
+        Link("ethernet-100", 12.5e9, 30e-6, is_shared=True),  # one of 100 Gbit/s for a node
+        Link("ethernet-25", 3.125e9, 30e-6, is_shared=True),
         Link("this machine's memory", 1e9, 1e-4),  # gloo between two processes on two cores: 0.6 to 0.9 GB/s
     )
 }
@@ -74,7 +80,7 @@ class Cluster:
 
     devices: int
     per_node: int
-    """Devices of a node, each with a card of its own between the nodes."""
+    """Devices of a node."""
     inside: Link
     between: Link | None = None
     """None where all are in one node."""
@@ -98,7 +104,8 @@ class Cluster:
         inside = self.inside.bandwidth
         if self.nodes == 1 or self.between is None:
             return REACHED * inside
-        return REACHED * min(inside, self.between.bandwidth * min(self.per_node, self.devices))
+        cards = 1 if self.between.is_shared else min(self.per_node, self.devices)
+        return REACHED * min(inside, self.between.bandwidth * cards)
 
     def gather(self, size: float) -> float:
         """Seconds in which every device gets a whole of `size` bytes, of which each has a part; or, the other way
@@ -125,9 +132,9 @@ class Cluster:
         return replace(self, devices=min(self.devices, self.per_node), between=None)
 
     def twins(self) -> Cluster:
-        """The devices of one place in every node, which share nothing but their cards."""
+        """The devices of one place in every node, which speak while those of the other places do."""
         assert self.between is not None
-        return replace(self, devices=self.nodes, per_node=1)
+        return replace(self, devices=self.nodes, per_node=1, between=self.between.of_one(self.per_node))
 
 
 @dataclass(frozen=True)

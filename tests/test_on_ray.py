@@ -318,9 +318,17 @@ def kill(*, every: bool) -> int:
     return len(found)
 
 
-@pytest.mark.thorough
-def test_lost_workers_are_replaced_and_the_run_ends_as_if_none_had_been(recipe, tmp_path, workers):
-    """One is killed while the folder stays; then all, with their folder, whose second place is all there is."""
+@pytest.mark.parametrize(
+    "loses_folder",
+    [
+        pytest.param(False, marks=pytest.mark.slow, id="a worker"),
+        pytest.param(True, marks=pytest.mark.thorough, id="all, with their folder"),
+    ],
+)
+def test_lost_workers_are_replaced_and_the_run_ends_as_if_none_had_been(
+    recipe, tmp_path, workers, loses_folder
+):
+    """One is killed while the folder stays; or all, with their folder, whose second place is all there is."""
     import torch
 
     one = api.train(recipe("one", num_epochs=8)).run
@@ -328,33 +336,33 @@ def test_lost_workers_are_replaced_and_the_run_ends_as_if_none_had_been(recipe, 
     for kind in ("step", "evaluation"):
         assert losses(undisturbed, kind) == pytest.approx(losses(one, kind), abs=1e-5)
         assert losses(one, kind)
-    for name, loses_folder in (("killed", False), ("lost", True)):
-        place = {"launch": {"storage": f"file://{tmp_path}/far"}}
-        wanted = recipe(name, ON_RAY, place if loses_folder else {}, num_epochs=8)
-        run, killed = Path(wanted.output_dir) / name, []
-        kind = "stored" if loses_folder else "checkpoint"
+    place = {"launch": {"storage": f"file://{tmp_path}/far"}}
+    wanted = recipe("lost", ON_RAY, place if loses_folder else {}, num_epochs=8)
+    run, killed = Path(wanted.output_dir) / "lost", []
+    kind = "stored" if loses_folder else "checkpoint"
 
-        def watch(event, run=run, killed=killed, kind=kind, loses_folder=loses_folder):
-            if event["kind"] == kind and event["step"] >= 4 and not killed:
-                killed.append(kill(every=loses_folder))
-                if loses_folder:
-                    time.sleep(0.5)
-                    shutil.rmtree(run)
+    def watch(event):
+        if event["kind"] == kind and event["step"] >= 4 and not killed:
+            killed.append(kill(every=loses_folder))
+            if loses_folder:
+                time.sleep(0.5)
+                shutil.rmtree(run)
 
-        api.train(wanted, watch=watch)
-        assert killed == [2]
-        starts = [e["step"] for e in Run(run).events() if e.get("state") == "training"]
-        assert starts[0] == 0
-        assert starts[1] >= 2
-        said = [e["message"] for e in Run(run).events() if e["kind"] == "warning"]
-        assert sum("Ray started the workers again (start 2)" in message for message in said) == 1
-        fetched = [e for e in Run(run).events() if e.get("name") == "fetched"]
-        assert len(fetched) == loses_folder
-        assert losses(run) == losses(undisturbed)
-        for part, tensor in weights(undisturbed).items():
-            assert torch.equal(tensor, weights(run)[part]), part
-        assert Run(run).state() == "done"
-    assert contents(tmp_path / "far" / "lost") == contents(run)
+    api.train(wanted, watch=watch)
+    assert killed == [2]
+    starts = [e["step"] for e in Run(run).events() if e.get("state") == "training"]
+    assert starts[0] == 0
+    assert starts[1] >= 2
+    said = [e["message"] for e in Run(run).events() if e["kind"] == "warning"]
+    assert sum("Ray started the workers again (start 2)" in message for message in said) == 1
+    fetched = [e for e in Run(run).events() if e.get("name") == "fetched"]
+    assert len(fetched) == loses_folder
+    assert losses(run) == losses(undisturbed)
+    for part, tensor in weights(undisturbed).items():
+        assert torch.equal(tensor, weights(run)[part]), part
+    assert Run(run).state() == "done"
+    if loses_folder:
+        assert contents(tmp_path / "far" / "lost") == contents(run)
 
 
 @pytest.mark.thorough

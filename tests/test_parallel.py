@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tunesmith import parallel
+from tunesmith import api, parallel
 from tunesmith.compose import compose
 from tunesmith.errors import OutOfResources, RecipeError, RunError, is_out_of_disk
 from tunesmith.recipe import DDP, FSDP, DeepSpeed, Training
@@ -82,6 +82,16 @@ def test_zero_is_refused_where_deepspeed_has_no_device():
         parallel.check_device(DeepSpeed(), 2, "mps", is_here=True)
     parallel.check_device(DeepSpeed(), 1, "mps", is_here=True)
     parallel.check_device(DeepSpeed(), 2, "cpu", is_here=False)
+
+
+def test_a_checkpoint_of_zero_is_not_continued_without_its_optimizer(few_steps):
+    """One process has no part in DeepSpeed, whose optimizer no other reads: it would begin anew unheard."""
+    run = api.train(few_steps("zero", num_epochs=1)).run
+    (run / "checkpoints/checkpoint-step-2/latest").write_text("global_step2")
+    for name in ("training.json", "status.json"):
+        (run / name).unlink()
+    with pytest.raises(RunError, match="A checkpoint of DeepSpeed is continued as it was written"):
+        api.resume(run, checkpoint="checkpoint-step-2")
 
 
 def test_the_configuration_of_zero_has_the_batch_of_the_recipe():

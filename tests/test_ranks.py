@@ -410,7 +410,7 @@ def test_zero_gives_the_losses_of_one_process_and_goes_on_in_as_many(asked, tmp_
     assert {name: t.shape for name, t in mine.items()} == {name: t.shape for name, t in its.items()}
     assert max(float((t - its[name]).abs().max()) for name, t in mine.items()) < 1e-4
     unfinished(run)
-    with pytest.raises(RunError, match="as many processes as have written it, 2"):
+    with pytest.raises(RunError, match="continued as it was written: by 2 processes"):
         api.resume(run, checkpoint="checkpoint-step-4", processes=1)
     unfinished(run)
     api.resume(run, checkpoint="checkpoint-step-4", processes=2)

@@ -1002,15 +1002,18 @@ def _shared(
         scaling.LINKS[between] if several else None,
     )
     own = recipe.training.per_device_train_batch_size
-    lengths = [length + rows.answers for length in rows.lengths]
-    each = scaling.fullest(lengths, own, plan.processes)
-    times = max(round(passes), 1)
+    lengths, times = [length + rows.answers for length in rows.lengths], max(round(passes), 1)
+
+    def fullest(count: int) -> float:
+        """Of so many rows, in coarser steps of length the more they are."""
+        return scaling.fullest(lengths, count, plan.processes, bins=max(min(2048, 2**19 // count), 32))
+
     load = scaling.Load(
         tokens * passes / times,
         tokens / own,
         times,
-        fullest=each,
-        fullest_step=scaling.fullest(lengths, own * times, plan.processes),
+        fullest=fullest(own),
+        fullest_step=fullest(own * times),
     )
     mode = parallel.mode(recipe.parallel, plan.zero_stage)
     alone = times * load.tokens / (passes * seconds + update)

@@ -170,8 +170,11 @@ def estimate(
     two micro-steps taken here, and the largest micro-batch looked for."""
     method = METHODS[recipe.method.kind]
     facts = devices.named(device) if device else devices.here(plan.device)
-    if facts.kind == "cpu":  # of which each process of a machine has its part
-        facts = replace(facts, memory=facts.memory // plan.per_node)
+    if (
+        facts.kind == "cpu"
+    ):  # of which each process of a machine has its part, what the others hold by now among it
+        others = plan.per_node - 1 if ranks.count() > 1 else 0
+        facts = replace(facts, memory=(facts.memory + others * devices.resident()) // plan.per_node)
     training, _, _ = method.settled(recipe.method, recipe.training, _examples(method, encodings.train))
     own = planning.dealt(training, plan.processes)
     # The batches of all processes: each takes its share of them.

@@ -171,6 +171,30 @@ def test_shares_that_are_not_where_the_run_is_are_no_checkpoint(tmp_path, monkey
     assert file.name in str(error.value)
 
 
+def test_tied_weights_that_zero_gives_twice_are_saved_once(tiny_model_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from tunesmith.training import fit
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    copies = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = SimpleNamespace(
+        model=model,
+        model_wrapped=model,
+        sharding=None,
+        is_deepspeed_enabled=True,
+        accelerator=SimpleNamespace(get_state_dict=lambda _: dict(copies), unwrap_model=lambda model: model),
+        args=SimpleNamespace(should_save=True),
+        processing_class=SimpleNamespace(save_pretrained=lambda folder: None),
+    )
+    fit.save_model(trainer, tmp_path / "final_model", None, {"step": 1})
+    model.save_pretrained(tmp_path / "plain")
+    saved, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("final_model", "plain"))
+    assert saved.keys() == plain.keys() < copies.keys()
+
+
 def test_of_a_model_with_an_adapter_zero_saves_the_adapter(tmp_path):
     """DeepSpeed gives base and adapter; what is saved is what is trained, and is then found whole."""
     from peft import LoraConfig, get_peft_model

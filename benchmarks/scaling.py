@@ -1,18 +1,24 @@
 """One and two processes on this machine, the launcher against plain torchrun, and what the model of scaling says of it.
 
-The same recipe (a Llama of random weights, 256 wide, 4 layers, float32, one thread a process) is trained in one,
-in two that `tunesmith train --launch accelerate` starts, and in two that `torchrun -m tunesmith` starts, in turns.
-The last line is one JSON object: seconds of a step under our launcher and under torchrun, medians of the rounds; the
-exit status is 1 where ours are more than 2 % longer. Above it: tokens a second of one and of two processes, gloo's
-bandwidth, and how far `tunesmith.scaling` is from the two with what was measured of one.
+The same recipe (a Llama of random weights, 256 wide, 4 layers, float32, one thread a process) is trained in two
+processes that `tunesmith train --launch accelerate` starts and in two that `torchrun -m tunesmith` starts, in pairs
+whose order alternates, and every other time in one. Both of a pair compute the same rows in the same steps. Of each
+step after the warm-up the median over the runs counts, so that neither the length of the rows nor a neighbour's burst
+is taken for the launcher's; a step is the mean of these.
 
-    python benchmarks/scaling.py --rounds 3     measure, less than five minutes
+The last line is one JSON object: seconds of a step under our launcher and under torchrun, by how much ours is longer,
+the same of each pair, the bar, and `noise_percent`, by how much torchrun's even runs differ from its odd ones. The exit
+status is 1 where ours is more than 2 % longer. Above it: tokens a second of one and of two processes, gloo's bandwidth,
+and how far `tunesmith.scaling` is from the two with what was measured of one.
+
+    python benchmarks/scaling.py --rounds 4     measure, some seven minutes
     python benchmarks/scaling.py --tables       only write the tables of docs/scaling.md anew
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -24,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tunesmith import devices, scaling
 from tunesmith.scaling import LINKS, Cluster, Link, Load, Network
@@ -379,17 +385,17 @@ LAUNCHED = {
     "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tunesmith", "train"),
 }  # fmt: skip
 FURTHER = {"our launcher": ("--launch", "accelerate", "--processes", "2")}
-WARM = 2
+WARM = 5
 """Steps at the beginning that do not count."""
 
 
 class Measured(NamedTuple):
-    """What a run's events say."""
+    """What a run's events say, without the first steps."""
 
-    seconds: float
-    """Of a step: the median, so that one that others disturbed does not count."""
+    steps: tuple[float, ...]
+    """Seconds of each step, in their order."""
     rate: float
-    """Tokens a second, without the first steps."""
+    """Tokens a second."""
 
 
 def trained(name: str, recipe: Path, work: Path, number: int) -> Measured:
@@ -402,11 +408,20 @@ def trained(name: str, recipe: Path, work: Path, number: int) -> Measured:
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     lines = (work / "runs" / run / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [event for event in map(json.loads, lines) if event["kind"] == "step"]
-    first, *_, last = steps[WARM:]
-    spans = [after["seconds"] - before["seconds"] for before, after in zip(steps[WARM:], steps[WARM + 1 :])]
-    seconds = last["seconds"] - first["seconds"]
-    return Measured(statistics.median(spans), (last["tokens"] - first["tokens"]) / seconds)
+    steps = [event for event in map(json.loads, lines) if event["kind"] == "step"][WARM - 1 :]
+    spans = tuple(after["seconds"] - before["seconds"] for before, after in itertools.pairwise(steps))
+    return Measured(spans, (steps[-1]["tokens"] - steps[0]["tokens"]) / sum(spans))
+
+
+def typical(runs: Sequence[Measured]) -> float:
+    """Seconds of a mean step, each step being the median of the runs."""
+    columns = zip(*(run.steps for run in runs), strict=True)
+    return statistics.fmean(statistics.median(column) for column in columns)
+
+
+def longer(ours: Sequence[Measured], theirs: Sequence[Measured]) -> float:
+    """By how many percent the steps of some runs are longer than those of others."""
+    return 100 * (typical(ours) / typical(theirs) - 1)
 
 
 def speak() -> None:
@@ -480,8 +495,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=4, help="pairs of our launcher and torchrun")
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rows", type=int, default=16, help="of a step, of which each process takes half")
     parser.add_argument("--tables", action="store_true", help="write the tables of docs/scaling.md, and end")
     parser.add_argument("--speak", action="store_true", help=argparse.SUPPRESS)
@@ -498,14 +513,16 @@ def main() -> None:
         link = gloo()
         found: dict[str, list[Measured]] = {name: [] for name in LAUNCHED}
         for number in range(args.rounds):
-            order: list[Any] = list(LAUNCHED) if number % 2 == 0 else [*reversed(LAUNCHED)]
-            for name in order:
+            pair = ["our launcher", "torchrun"] if number % 2 == 0 else ["torchrun", "our launcher"]
+            for name in ["one process"] * (number % 2 == 0) + pair:
                 found[name].append(trained(name, recipe, work, number))
-                print(f"{name} {number}: {found[name][-1]}", file=sys.stderr)
-    seconds = {name: statistics.median(each.seconds for each in all_of) for name, all_of in found.items()}
+                told = f"{typical(found[name][-1:]):.4f} s a step, {found[name][-1].rate:,.0f} tokens/s"
+                print(f"{name} {number}: {told}", file=sys.stderr)
+    ours, theirs = found["our launcher"], found["torchrun"]
+    overhead = longer(ours, theirs)
+    pairs = [round(longer([mine], [its]), 2) for mine, its in zip(ours, theirs, strict=True)]
+    noise = longer(theirs[::2], theirs[1::2]) if len(theirs) > 1 else None
     rates = {name: statistics.median(each.rate for each in all_of) for name, all_of in found.items()}
-    ours, theirs = seconds["our launcher"], seconds["torchrun"]
-    overhead = 100 * (ours / theirs - 1)
     two = statistics.median(each.rate for name in list(LAUNCHED)[1:] for each in found[name])
     said = foretold_here(network, link, load, rates["one process"])
     missed = overhead > BAR
@@ -519,8 +536,10 @@ def main() -> None:
     ):
         print(line, file=sys.stderr)
     result = {
-        "name": "scaling", "ours": round(ours, 4), "peer": round(theirs, 4), "ratio": round(theirs / ours, 4),
-        "unit": "s a step", "n": args.rounds,
+        "name": "scaling", "ours": round(typical(ours), 5), "peer": round(typical(theirs), 5),
+        "ratio": round(typical(theirs) / typical(ours), 4), "unit": "s a step", "n": args.rounds,
+        "overhead_percent": round(overhead, 2), "bar_percent": BAR, "missed": missed, "pairs_percent": pairs,
+        "noise_percent": None if noise is None else round(noise, 2),
     }  # fmt: skip
     print(json.dumps(result))
     sys.exit(int(missed))

@@ -180,3 +180,24 @@ def tiny_t5_folder(tmp_path_factory) -> Path:
     import encoder_decoders
 
     return encoder_decoders.save("t5", tmp_path_factory.mktemp("tiny-t5"))
+
+
+@pytest.fixture
+def few_steps(tiny_model_folder, question_file, tmp_path):
+    """A recipe of a few steps, the last of each pass not full, in 1 process, with changes over it."""
+    from tunesmith.compose import compose, overlaid
+
+    def made(name: str, *changes, **training):
+        base = {
+            "name": name, "output_dir": str(tmp_path / "runs"), "model": {"base": str(tiny_model_folder)},
+            "data": {"dataset": str(question_file), "max_length": 64, "num_samples": 27},
+            "evaluation": {"skip": True, "samples": 0},
+            "training": {
+                "num_epochs": 2, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 4,
+                "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1, "eval_steps": 2, "save_steps": 2,
+                "save_total_limit": 20, **training,
+            },
+        }  # fmt: skip
+        return compose(overlaid(base, *changes)).recipe
+
+    return made

@@ -113,6 +113,39 @@ def test_of_several_processes_each_holds_its_share_of_what_can_be_cut(recipe, ti
     assert zero["loading"]["weights"] == full == pytest.approx(2 * zero["training"]["weights"], abs=1)
 
 
+def test_seconds_of_several_processes_have_what_they_send_and_wait(recipe):
+    """Counted by hand: gradients of four bytes round a ring, one pass of four, over the link that is named."""
+    many = {"training": {"max_steps": 2, "gradient_accumulation_steps": 4}}
+
+    def found(number, kind="ddp"):
+        launch = {"kind": "accelerate", "processes": number}
+        return planned(recipe(launch=launch, parallel={"kind": kind}, **many), device="h100")
+
+    one, four = found(1), found(4)
+    assert one.shared is None
+    told, trained = four.shared, four.stages["updating"]["gradients"]
+    assert told.sent == pytest.approx(2 * 3 / 4 * trained, rel=1e-6)
+    assert told.over.startswith("nvlink-4")
+    assert told.waiting > 0, "rows differ in length"
+    assert four.seconds_per_step == pytest.approx(
+        one.seconds_per_step / 4 + told.speaking + told.waiting, rel=0.5
+    )
+    assert told.speaking > trained * 1.5 / 450e9, "the link's data sheet at best"
+    assert found(4, "fsdp").shared.sent > told.sent, "a layer is fetched in every pass"
+    names = [name for name, *_ in four.lines()]
+    assert names.index("  of it speaking") == names.index("time per step") + 1
+
+
+def test_processes_of_one_machine_share_its_memory(recipe):
+    """What one of them can have is a part of it, and each reads the whole model at first."""
+    launch, one = {"kind": "accelerate", "processes": 4}, planned(recipe())
+    four = planned(recipe(launch=launch, parallel={"kind": "fsdp"}))
+    assert four.capacity == pytest.approx(one.capacity / 4, rel=0.2)
+    whole = one.stages["training"]["weights"]
+    assert four.stages["loading"]["weights"] == whole
+    assert four.stages["training"]["weights"] == pytest.approx(whole / 4, abs=1)
+
+
 def test_a_device_that_is_not_here(recipe):
     asked = recipe(training={"max_steps": 2, "mixed_precision": "bf16"})
     plan, _ = api.plan(asked, device="h100")

@@ -12,7 +12,7 @@ import pytest
 
 from tunesmith import api, launch, ranks
 from tunesmith.compose import compose
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import RecipeError, TunesmithError
 from tunesmith.recipe import Training
 from tunesmith.training.run import Run
 
@@ -188,3 +188,13 @@ def test_accelerate_on_a_cpu_trains_in_one_process_and_says_so(tiny_model_folder
     events = Run(tmp_path / "runs" / "chat_questions").events()
     assert any("started one" in e["message"] for e in events if e["kind"] == "warning")
     assert [e["step"] for e in events if e["kind"] == "evaluation"] == [2, 4], "trained once"
+
+
+def test_rows_that_accelerate_would_cut_over_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "1")
+    launch.settle(Training())
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    with pytest.raises(RecipeError, match="each process computes whole rows") as error:
+        launch.settle(Training())
+    assert "context parallelism" in error.value.found

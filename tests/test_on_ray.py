@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import pytest
 
 from tunesmith import api, engines, launch, on_ray, ranks
-from tunesmith.compose import compose, overlaid
 from tunesmith.errors import Interrupted, MissingExtra, RecipeError, RunError, TunesmithError
 from tunesmith.recipe import Ray
 from tunesmith.training import callbacks
@@ -33,21 +32,8 @@ def _alone(monkeypatch):
 
 
 @pytest.fixture
-def recipe(tiny_model_folder, question_file, tmp_path):
-    def made(name: str, *changes, **training):
-        base = {
-            "name": name, "output_dir": str(tmp_path / "runs"), "model": {"base": str(tiny_model_folder)},
-            "data": {"dataset": str(question_file), "max_length": 64, "num_samples": 27},
-            "evaluation": {"skip": True, "samples": 0},
-            "training": {
-                "num_epochs": 2, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 4,
-                "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1, "eval_steps": 2, "save_steps": 2,
-                "save_total_limit": 20, **training,
-            },
-        }  # fmt: skip
-        return compose(overlaid(base, *changes)).recipe
-
-    return made
+def recipe(few_steps):
+    return few_steps
 
 
 ON_RAY = {"launch": {"kind": "ray", "workers": 2}}
@@ -187,8 +173,45 @@ def test_a_run_that_comes_back_is_open_to_its_owner_alone(tmp_path):
 def test_a_chosen_checkpoint_counts_until_another_is_written(tmp_path, recipe, has_saved, goes_on_from):
     run = a_run(tmp_path / "run", 2, 4)
     asked = {"recipe": {}, "run": str(run), "checkpoint": "checkpoint-step-2"}
-    before = {"starts": 2, "has_saved": has_saved, "fault": None}
+    before = {"starts": 2, "has_saved": has_saved, "has_stored": False, "fault": None}
     assert on_ray._going_on(asked, run, None, before, lambda event: None)["checkpoint"] == goes_on_from
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_course_that_was_left_does_not_come_back_from_the_second_place(tmp_path, is_there):
+    """The run went back to step 2, and its later checkpoint could not be copied: the place has steps 4 and 6 still."""
+    kept = storage(f"file://{tmp_path}/far", "run")
+    run = a_run(tmp_path / "run", 2, 4, 6)
+    kept.push(run)
+    shutil.rmtree(run / "checkpoints/checkpoint-step-6")
+    begun = {"kind": "state", "state": "training", "step": 2}
+    with (run / "events.jsonl").open("a") as events:
+        events.write(json.dumps(begun) + "\n")
+    if not is_there:  # its node is gone
+        shutil.rmtree(run)
+    asked = {"recipe": {}, "run": str(run), "checkpoint": "checkpoint-step-2"}
+    before = {"starts": 2, "has_saved": True, "has_stored": False, "fault": None}
+    again = storage(f"file://{tmp_path}/far", "run")
+    found = on_ray._going_on(asked, run, again, before, lambda event: None)["checkpoint"]
+    assert found == ("latest" if is_there else "checkpoint-step-2")
+    assert (run / "checkpoints/checkpoint-step-6").exists() is not is_there
+
+
+def test_shards_without_ray_are_refused_and_not_ignored(tiny_model_folder, question_file):
+    settings = {"evaluation": {"shards": {"workers": 2}}}
+    with pytest.raises(RecipeError, match=r"evaluation\.shards is for the engine 'ray'"):
+        api.evaluate(str(tiny_model_folder), dataset=str(question_file), settings=settings)
+
+
+def test_a_trial_that_diverged_in_a_worker_is_a_failed_one():
+    from tunesmith.errors import TrainingDiverged
+    from tunesmith.sweeps.trials import is_of_its_values
+
+    told = json.loads(json.dumps(on_ray._facts(TrainingDiverged("The loss is nan.", fix="Lower it."))))
+    with pytest.raises(TunesmithError, match="loss is nan") as error:
+        on_ray._came_to({"value": {"error": told}}, Ray())
+    assert is_of_its_values(error.value)
+    assert error.value.exit_code == 3
 
 
 @pytest.mark.parametrize("kind", ["memory", "file", "folder"])
@@ -295,9 +318,17 @@ def kill(*, every: bool) -> int:
     return len(found)
 
 
-@pytest.mark.thorough
-def test_lost_workers_are_replaced_and_the_run_ends_as_if_none_had_been(recipe, tmp_path, workers):
-    """One is killed while the folder stays; then all, with their folder, whose second place is all there is."""
+@pytest.mark.parametrize(
+    "loses_folder",
+    [
+        pytest.param(False, marks=pytest.mark.slow, id="a worker"),
+        pytest.param(True, marks=pytest.mark.thorough, id="all, with their folder"),
+    ],
+)
+def test_lost_workers_are_replaced_and_the_run_ends_as_if_none_had_been(
+    recipe, tmp_path, workers, loses_folder
+):
+    """One is killed while the folder stays; or all, with their folder, whose second place is all there is."""
     import torch
 
     one = api.train(recipe("one", num_epochs=8)).run
@@ -305,33 +336,33 @@ def test_lost_workers_are_replaced_and_the_run_ends_as_if_none_had_been(recipe, 
     for kind in ("step", "evaluation"):
         assert losses(undisturbed, kind) == pytest.approx(losses(one, kind), abs=1e-5)
         assert losses(one, kind)
-    for name, loses_folder in (("killed", False), ("lost", True)):
-        place = {"launch": {"storage": f"file://{tmp_path}/far"}}
-        wanted = recipe(name, ON_RAY, place if loses_folder else {}, num_epochs=8)
-        run, killed = Path(wanted.output_dir) / name, []
-        kind = "stored" if loses_folder else "checkpoint"
+    place = {"launch": {"storage": f"file://{tmp_path}/far"}}
+    wanted = recipe("lost", ON_RAY, place if loses_folder else {}, num_epochs=8)
+    run, killed = Path(wanted.output_dir) / "lost", []
+    kind = "stored" if loses_folder else "checkpoint"
 
-        def watch(event, run=run, killed=killed, kind=kind, loses_folder=loses_folder):
-            if event["kind"] == kind and event["step"] >= 4 and not killed:
-                killed.append(kill(every=loses_folder))
-                if loses_folder:
-                    time.sleep(0.5)
-                    shutil.rmtree(run)
+    def watch(event):
+        if event["kind"] == kind and event["step"] >= 4 and not killed:
+            killed.append(kill(every=loses_folder))
+            if loses_folder:
+                time.sleep(0.5)
+                shutil.rmtree(run)
 
-        api.train(wanted, watch=watch)
-        assert killed == [2]
-        starts = [e["step"] for e in Run(run).events() if e.get("state") == "training"]
-        assert starts[0] == 0
-        assert starts[1] >= 2
-        said = [e["message"] for e in Run(run).events() if e["kind"] == "warning"]
-        assert sum("Ray started the workers again (start 2)" in message for message in said) == 1
-        fetched = [e for e in Run(run).events() if e.get("name") == "fetched"]
-        assert len(fetched) == loses_folder
-        assert losses(run) == losses(undisturbed)
-        for part, tensor in weights(undisturbed).items():
-            assert torch.equal(tensor, weights(run)[part]), part
-        assert Run(run).state() == "done"
-    assert contents(tmp_path / "far" / "lost") == contents(run)
+    api.train(wanted, watch=watch)
+    assert killed == [2]
+    starts = [e["step"] for e in Run(run).events() if e.get("state") == "training"]
+    assert starts[0] == 0
+    assert starts[1] >= 2
+    said = [e["message"] for e in Run(run).events() if e["kind"] == "warning"]
+    assert sum("Ray started the workers again (start 2)" in message for message in said) == 1
+    fetched = [e for e in Run(run).events() if e.get("name") == "fetched"]
+    assert len(fetched) == loses_folder
+    assert losses(run) == losses(undisturbed)
+    for part, tensor in weights(undisturbed).items():
+        assert torch.equal(tensor, weights(run)[part]), part
+    assert Run(run).state() == "done"
+    if loses_folder:
+        assert contents(tmp_path / "far" / "lost") == contents(run)
 
 
 @pytest.mark.thorough

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tunesmith import parallel
+from tunesmith import api, parallel
 from tunesmith.compose import compose
 from tunesmith.errors import OutOfResources, RecipeError, RunError, is_out_of_disk
 from tunesmith.recipe import DDP, FSDP, DeepSpeed, Training
@@ -77,10 +77,21 @@ def test_what_does_not_go_with_shares_is_refused_with_the_reason(changes, said):
     parallel.check(recipe.model_copy(update={"parallel": DDP()}), 2)
 
 
-def test_zero_is_refused_without_cuda():
-    with pytest.raises(OutOfResources, match="DeepSpeed trains on CUDA"):
-        parallel.check_device(DeepSpeed(), 2, "cpu", is_here=True)
-    parallel.check_device(DeepSpeed(), 1, "cpu", is_here=True)
+def test_zero_is_refused_where_deepspeed_has_no_device():
+    with pytest.raises(OutOfResources, match="DeepSpeed trains on CUDA devices and CPUs"):
+        parallel.check_device(DeepSpeed(), 2, "mps", is_here=True)
+    parallel.check_device(DeepSpeed(), 1, "mps", is_here=True)
+    parallel.check_device(DeepSpeed(), 2, "cpu", is_here=False)
+
+
+def test_a_checkpoint_of_zero_is_not_continued_without_its_optimizer(few_steps):
+    """One process has no part in DeepSpeed, whose optimizer no other reads: it would begin anew unheard."""
+    run = api.train(few_steps("zero", num_epochs=1)).run
+    (run / "checkpoints/checkpoint-step-2/latest").write_text("global_step2")
+    for name in ("training.json", "status.json"):
+        (run / name).unlink()
+    with pytest.raises(RunError, match="A checkpoint of DeepSpeed is continued as it was written"):
+        api.resume(run, checkpoint="checkpoint-step-2")
 
 
 def test_the_configuration_of_zero_has_the_batch_of_the_recipe():
@@ -158,6 +169,30 @@ def test_shares_that_are_not_where_the_run_is_are_no_checkpoint(tmp_path, monkey
     with pytest.raises(RunError, match="not those that the processes wrote") as error:
         sharding.write(trainer, tmp_path, {"a": torch.ones(2)})
     assert file.name in str(error.value)
+
+
+def test_tied_weights_that_zero_gives_twice_are_saved_once(tiny_model_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from tunesmith.training import fit
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    copies = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = SimpleNamespace(
+        model=model,
+        model_wrapped=model,
+        sharding=None,
+        is_deepspeed_enabled=True,
+        accelerator=SimpleNamespace(get_state_dict=lambda _: dict(copies), unwrap_model=lambda model: model),
+        args=SimpleNamespace(should_save=True),
+        processing_class=SimpleNamespace(save_pretrained=lambda folder: None),
+    )
+    fit.save_model(trainer, tmp_path / "final_model", None, {"step": 1})
+    model.save_pretrained(tmp_path / "plain")
+    saved, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("final_model", "plain"))
+    assert saved.keys() == plain.keys() < copies.keys()
 
 
 def test_of_a_model_with_an_adapter_zero_saves_the_adapter(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from tunesmith import api, launch, ranks
-from tunesmith.compose import compose, overlaid
+from tunesmith.compose import overlaid
 from tunesmith.errors import RecipeError, RunError, TunesmithError
 from tunesmith.plan import dealt
 from tunesmith.recipe import DPO, Training
@@ -24,7 +25,11 @@ from tunesmith.training.run import Run, create
 ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_epochs": 1}
 LORA = {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.0}, "training": ONE_BY_ONE}
 DPO_RECIPE = {"method": {"kind": "dpo"}}
-KINDS = {"full sft": {}, "lora sft": LORA, "full dpo": DPO_RECIPE, "lora dpo": {**LORA, **DPO_RECIPE}}
+REWARD = {"method": {"kind": "reward"}}
+KINDS = {
+    "full sft": {}, "lora sft": LORA, "full dpo": DPO_RECIPE, "lora dpo": {**LORA, **DPO_RECIPE},
+    "full reward": REWARD, "lora reward": {**LORA, **REWARD}, "full seq2seq": {"method": {"kind": "seq2seq"}},
+}  # fmt: skip
 SHARES = " in shares"
 KINDS |= {kind + SHARES: {**changes, "parallel": {"kind": "fsdp"}} for kind, changes in KINDS.items()}
 CONTINUED = ("full sft", "lora sft", "full dpo", "full dpo in shares", "lora sft in shares")
@@ -61,24 +66,19 @@ def pair_file(tmp_path) -> Path:
 
 
 @pytest.fixture
-def asked(tiny_model_folder, question_file, pair_file, tmp_path):
-    """A recipe of a few steps, the last of each pass not full, in 1 process."""
+def asked(few_steps, tiny_t5_folder, pair_file, tmp_path):
+    """A recipe of a few steps in 1 process, with the model and the rows of its method."""
 
     def made(name: str, *changes, **training):
-        method = overlaid(*changes).get("method", {}).get("kind", "sft")
-        base = {
-            "name": name, "output_dir": str(tmp_path / "runs"), "model": {"base": str(tiny_model_folder)},
-            "data": {
-                "dataset": str(pair_file if method == "dpo" else question_file), "max_length": 64, "num_samples": 27,
-            },
-            "evaluation": {"skip": True, "samples": 0},
-            "training": {
-                "num_epochs": 2, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 4,
-                "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1, "eval_steps": 2, "save_steps": 2,
-                "save_total_limit": 20, **training,
-            },
-        }  # fmt: skip
-        return compose(overlaid(base, *changes)).recipe
+        method, own = overlaid(*changes).get("method", {}).get("kind", "sft"), {}
+        if method in ("dpo", "reward"):
+            own = {"data": {"dataset": str(pair_file)}}
+        if method == "seq2seq":  # without dropout, which each process draws for its own rows
+            base = Path(shutil.copytree(tiny_t5_folder, tmp_path / "t5", dirs_exist_ok=True))
+            config = json.loads((base / "config.json").read_text())
+            (base / "config.json").write_text(json.dumps({**config, "dropout_rate": 0.0}))
+            own = {"model": {"base": str(base)}}
+        return few_steps(name, own, *changes, **training)
 
     return made
 
@@ -391,6 +391,33 @@ def test_two_processes_give_the_losses_of_one_and_are_continued_by_one(asked, tm
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("kind", "stage"), [("full sft", 1), ("full sft", 2), ("full sft", 3), ("lora dpo", 3)]
+)
+def test_zero_gives_the_losses_of_one_process_and_goes_on_in_as_many(asked, tmp_path, kind, stage):
+    pytest.importorskip("deepspeed")
+    from safetensors.torch import load_file
+
+    one = api.train(asked("one", KINDS[kind])).run
+    zero = {"parallel": {"kind": "deepspeed", "stage": stage}}
+    trained([asked("zero", KINDS[kind], zero)], tmp_path, 2)
+    run = tmp_path / "runs" / "zero"
+    for what in ("step", "evaluation"):
+        assert losses(run, what).keys() == losses(one, what).keys()
+        assert losses(run, what) == pytest.approx(losses(one, what), abs=1e-5)
+    [mine], [its] = ([*(folder / "final_model").glob("*.safetensors")] for folder in (run, one))
+    mine, its = load_file(mine), load_file(its)
+    assert {name: t.shape for name, t in mine.items()} == {name: t.shape for name, t in its.items()}
+    assert max(float((t - its[name]).abs().max()) for name, t in mine.items()) < 1e-4
+    unfinished(run)
+    with pytest.raises(RunError, match="continued as it was written: by 2 processes"):
+        api.resume(run, checkpoint="checkpoint-step-4", processes=1)
+    unfinished(run)
+    api.resume(run, checkpoint="checkpoint-step-4", processes=2)
+    assert losses(run) == pytest.approx(losses(one), abs=1e-5)
+
+
+@pytest.mark.thorough
 def test_four_processes_give_the_losses_of_one_and_are_continued_by_one(asked, tmp_path):
     same_as_one(asked, tmp_path, KINDS, 4)
 
@@ -413,6 +440,24 @@ def test_weights_go_into_shares_and_come_out_of_them_where_a_run_goes_on(asked):
         unfinished(run)
         api.resume(run, checkpoint=f"checkpoint-step-{step}", processes=processes)
         assert losses(run) == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["full sft", "lora reward", "full seq2seq"])
+@pytest.mark.parametrize(("first", "then"), [(4, 2), (2, 4)])
+def test_shares_of_some_processes_are_continued_by_more_and_by_fewer(asked, kind, first, then):
+    """From checkpoints of the one number with the other, and back."""
+    one = api.train(asked("one", KINDS[kind])).run
+    sections = {"launch": {"kind": "accelerate", "processes": first}, "parallel": {"kind": "fsdp"}}
+    run = api.train(asked("more", KINDS[kind], sections)).run
+    for step, processes in ((2, then), (4, first)):
+        assert len([*(run / f"checkpoints/checkpoint-step-{step}/sharded").iterdir()]) == (
+            first if step == 2 else then
+        )
+        unfinished(run)
+        api.resume(run, checkpoint=f"checkpoint-step-{step}", processes=processes)
+        for what in ("step", "evaluation"):
+            assert losses(run, what) == pytest.approx(losses(one, what), abs=1e-5)
 
 
 @pytest.mark.slow

@@ -59,6 +59,15 @@ def test_bytes_that_a_device_sends_are_those_of_a_ring():
     assert wide == pytest.approx(sent["hybrid"] + 2 * 1 / 2 * 4 * 8e9 / 4)
 
 
+def test_a_card_that_a_node_shares_is_as_fast_whatever_the_devices_of_the_node():
+    shared, own = LINKS["ethernet-100"], LINKS["infiniband-400"]
+    rates = [Cluster(2 * n, n, LINKS["nvlink-4"], shared).rate for n in (1, 4, 8)]
+    assert rates == [pytest.approx(scaling.REACHED * 12.5e9)] * 3
+    assert Cluster(8, 4, LINKS["nvlink-4"], own).rate == pytest.approx(scaling.REACHED * 4 * 50e9)
+    twins = [Cluster(2 * n, n, LINKS["nvlink-4"], shared).twins().rate for n in (4, 8)]
+    assert twins == pytest.approx([scaling.REACHED * 12.5e9 / n for n in (4, 8)]), "all places speak at once"
+
+
 def test_one_device_has_nobody_to_speak_with_and_many_never_gain_more_than_their_number():
     load = Load(8192, 2048, 2)
     for mode in scaling.MODES:
@@ -101,7 +110,9 @@ def test_what_is_divided_fits_and_is_saved_by_all():
     cluster = Cluster(64, 8, LINKS["nvlink-4"], LINKS["infiniband-400"])
     assert not scaling.fits("ddp", NETWORK, cluster, FACTS)
     assert scaling.fits("fsdp", NETWORK, cluster, FACTS)
-    assert scaling.held("ddp", NETWORK, cluster) == pytest.approx(16 * 8e9)
+    assert scaling.held("ddp", NETWORK, cluster) == pytest.approx((16 + 4) * 8e9), "gradients twice"
+    inside = scaling.held("hybrid", NETWORK, cluster) - scaling.held("fsdp", NETWORK, cluster)
+    assert inside == pytest.approx(16 * 8e9 * (1 / 8 - 1 / 64)), "divided in a node, and among all"
     assert scaling.saving("ddp", NETWORK, cluster) == pytest.approx(
         8 * scaling.saving("fsdp", NETWORK, cluster)
     )

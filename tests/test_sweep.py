@@ -464,7 +464,10 @@ def test_workers_that_share_prompts_are_refused_without_their_engine(recipe, que
 
 def test_a_metric_that_rises_is_chosen_by_its_highest_value(recipe, pretended, monkeypatch):
     by = recipe({"training": {"best_by": "exact_match"}})
-    study = sweeps._study(searched(by, *SPACE), {}, by, "none", 0, 0)
+    search = sweeps._Search(
+        by, searched(by, *SPACE), {}, Path(), 1, "optuna", "none", 0, lambda trial: None, lambda event: None
+    )
+    study = sweeps._study(search, 0)
     assert study.direction.name == "MAXIMIZE"
     told = swept(by, trials=3)
     assert told.best.value == max(trial.value for trial in told.trials if trial.state == "done")

@@ -16,7 +16,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -864,7 +864,9 @@ def compare(
         "comparisons": [asdict(c) for c in compared],
         "engine_check": questions.engine_check(),
     }
-    leaked = _leak_facts(questions, dict(zip(names, found, strict=True)), chosen, primary)
+    own_base = open_run(models[0]).recipe().model.base if is_run(Path(models[0]).expanduser()) else None
+    origins = [name for name, model in zip(names, models) if own_base and _same_place(str(model), own_base)]
+    leaked = _leak_facts(questions, dict(zip(names, found, strict=True)), chosen, primary, origins)
     _keep_leaks(leaked, place / "leakage.json", watch)
     write_whole(place / "comparison.json", json.dumps(kept, indent=1, ensure_ascii=False))
     _settle_answers(place, questions)
@@ -1072,6 +1074,10 @@ def _questions(
         if not metrics:
             changes["evaluation"] = {"metrics": None}
     recipe = validated(overlaid(layer, changes, dict(settings or {})))
+    if "shards" in (settings or {}).get(
+        "evaluation", {}
+    ):  # those of the run's recipe were for its own engine
+        _check_shards(recipe.evaluation, is_asked=True)
     # A method that imitates answers would leave one answer of each pair.
     is_judged = dataset is not None and any(
         METRICS[name].kind == "preference" for name in recipe.evaluation.metrics or () if name in METRICS
@@ -1136,22 +1142,29 @@ def _leaked(
 
 
 def _leak_facts(
-    questions: _Questions, rows: Mapping[str, Sequence[EvalRow]], metrics: Sequence[str], primary: str | None
+    questions: _Questions,
+    rows: Mapping[str, Sequence[EvalRow]],
+    metrics: Sequence[str],
+    primary: str | None,
+    origins: Collection[str] = (),
 ) -> dict[str, Any] | None:
-    """The leakage with what it does to the verdict on each challenger, as it is saved and printed."""
+    """The leakage with what it does to the verdict on each challenger, as it is saved and printed. Of those whose names
+    are `origins` the first model was made: there the first is the challenger, whose gain may be memory."""
     from tunesmith.evaluation import leakage
     from tunesmith.evaluation.metrics import primary_metric
 
     found, section = questions.leakage, questions.recipe.evaluation
     if found is None:
         return None
-    (_, base), *others = rows.items()
+    (first, base), *others = rows.items()
     metric = primary or primary_metric(metrics)
     parts = {}
     if metric and found.leaked:
         for name, own in others:
-            parts[name] = leakage.subsets(
-                found, base, own, metric, resamples=section.resamples, confidence=section.confidence
+            pair = (own, base) if name in origins else (base, own)
+            told = f"{first} over {name}" if name in origins else name
+            parts[told] = leakage.subsets(
+                found, *pair, metric, resamples=section.resamples, confidence=section.confidence
             )
     remarks = [leakage.remark(found, part) for part in parts.values()] or [leakage.remark(found, {})]
     return {
@@ -2765,8 +2778,8 @@ def _check_settings(recipe: Recipe) -> None:
         )
 
 
-def _check_shards(section: Evaluation) -> None:
-    if section.shards != Shards() and section.engine != "ray":
+def _check_shards(section: Evaluation, *, is_asked: bool = False) -> None:
+    if (is_asked or section.shards != Shards()) and section.engine != "ray":
         raise RecipeError(
             f"evaluation.shards is for the engine 'ray', and evaluation.engine is '{section.engine}'.",
             fix="Add --set evaluation.engine=ray, or leave evaluation.shards out.",

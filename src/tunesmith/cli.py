@@ -385,6 +385,7 @@ class Display:
             TimeRemainingColumn(compact=True),
             console=self.console,
             transient=True,
+            auto_refresh=self.console.is_terminal,  # elsewhere nobody sees what would be drawn ten times a second
         )
         self.bars: dict[str, Any] = {}
 

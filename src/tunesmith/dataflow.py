@@ -149,7 +149,12 @@ def plan(
         alone = parallel.Model(sum(p.nbytes for p in model.parameters()), trained, states, layer=0, rest=0)
         number = parallel.stage(recipe.parallel, alone, found.processes, facts.memory)
         told.append(Decision("ZeRO stage", number, parallel.STAGES[number]))
-    return replace(found, decisions=(*found.decisions, *told), zero_stage=number)
+    return replace(
+        found,
+        decisions=(*found.decisions, *told),
+        zero_stage=number,
+        per_node=launch.per_node(recipe.launch),
+    )
 
 
 def estimate(
@@ -165,6 +170,11 @@ def estimate(
     two micro-steps taken here, and the largest micro-batch looked for."""
     method = METHODS[recipe.method.kind]
     facts = devices.named(device) if device else devices.here(plan.device)
+    if (
+        facts.kind == "cpu"
+    ):  # of which each process of a machine has its part, what the others hold by now among it
+        others = plan.per_node - 1 if ranks.count() > 1 else 0
+        facts = replace(facts, memory=(facts.memory + others * devices.resident()) // plan.per_node)
     training, _, _ = method.settled(recipe.method, recipe.training, _examples(method, encodings.train))
     own = planning.dealt(training, plan.processes)
     # The batches of all processes: each takes its share of them.

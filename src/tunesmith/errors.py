@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class TunesmithError(Exception):
@@ -171,3 +172,25 @@ def is_refused_writing(error: BaseException) -> bool:
 def _is_errno(error: BaseException, *numbers: int) -> bool:
     # Errors of safetensors and tokenizers have no number but in their text.
     return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)
+
+
+def as_facts(error: TunesmithError) -> dict[str, Any]:
+    """What JSON can hold of an error, for another process."""
+    return {
+        "class": type(error).__name__,
+        "problem": error.problem,
+        "found": error.found,
+        "fix": error.fix,
+        "exit_code": error.exit_code,
+    }
+
+
+def of_facts(facts: Mapping[str, Any]) -> TunesmithError:
+    """The error that another process has met, as far as what is done about it hangs on its kind."""
+    told = {name: facts[name] for name in ("found", "fix")}
+    if facts["exit_code"] in (INTERRUPTED, TERMINATED):
+        return Interrupted(facts["problem"], **told, exit_code=facts["exit_code"])
+    kinds = {kind.__name__: kind for kind in (OutOfMemory, TrainingDiverged)}
+    error = kinds.get(facts.get("class", ""), TunesmithError)(facts["problem"], **told)
+    error.exit_code = facts["exit_code"]
+    return error

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from tunesmith import parallel
+from tunesmith import parallel, scaling
 from tunesmith.devices import DeviceFacts
 from tunesmith.errors import OutOfResources, TunesmithError
 from tunesmith.heap import Block, most_held
@@ -106,6 +106,31 @@ class Remedy:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """What a step of several processes takes beside its computing (`tunesmith.scaling`)."""
+
+    processes: int
+    mode: str
+    over: str
+    """The links that they speak over, as taken."""
+    sent: int
+    """Bytes that each sends in a step."""
+    speaking: float
+    """Seconds of a step that this adds."""
+    waiting: float
+    """Seconds of a step for the process with the most tokens."""
+
+    def lines(self) -> list[tuple[str, str, str]]:
+        """Name, value and reason of each figure."""
+        why = f"{self.mode} in {self.processes} processes over {self.over}; {size(self.sent)} sent by each"
+        fullest = "for the process with the most tokens, in the mean step"
+        return [
+            ("  of it speaking", duration(self.speaking), why),
+            ("  of it waiting", duration(self.waiting), fullest),
+        ]
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a run takes, as it is saved in plan.json."""
 
@@ -133,6 +158,8 @@ class Estimate:
     notes: tuple[str, ...] = ()
     longest: int = 0
     """Tokens in the widest row of the batch that was traced."""
+    shared: Shared | None = None
+    """What several processes cost one another."""
 
     @property
     def stage(self) -> str:
@@ -179,6 +206,7 @@ class Estimate:
             (f"remedy {n}", remedy.change, remedy.sentence()) for n, remedy in enumerate(self.remedies, 1)
         ]
         rows.append(("time per step", duration(self.seconds_per_step), self.basis))
+        rows += self.shared.lines() if self.shared else []
         rows.append(
             (
                 "time in all",
@@ -324,6 +352,16 @@ class Rows:
     """A hash of what the rows are; none where it is not known."""
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Of the model that is trained."""
+
+    layers: int
+    width: int
+    parameters: int
+    trained: int
+
+
 @dataclass
 class Traced:
     """What a trace gave, in bytes and operations."""
@@ -343,6 +381,7 @@ class Traced:
     """Bytes of those outside of the layers."""
     packed: int
     """Bytes of the weights that are packed in 4 bits, which cannot."""
+    shape: Shape
     step: dict[str, int]
     costs: tuple[tuple[float, float], ...]
     flops: float
@@ -545,6 +584,12 @@ def _traced(
             layer=max(layers, default=0),
             rest=max(_bytes(every) - _bytes(packed) - sum(layers), 0),
             packed=_bytes(packed),
+            shape=Shape(
+                layers=max(len(layers), 1),
+                width=int(getattr(model.config.get_text_config(), "hidden_size", 0) or 0),
+                parameters=sum(p.numel() * (1 if p.is_floating_point() else 2) for p in every),
+                trained=sum(p.numel() for p in trained),
+            ),
             step=dict(parts),
             costs=tuple(costs),
             flops=flops,
@@ -662,8 +707,10 @@ def stages(
     process: int,
     evaluation: Parts | None = None,
     processes: int = 1,
+    per_node: int = 1,
 ) -> dict[str, Parts]:
-    """Bytes by part in each stage of a run that holds memory; in one of its processes where these are several."""
+    """Bytes by part in each stage of a run that holds memory; in one of its processes where these are several, of which
+    `per_node` share a machine."""
     on_cpu = facts.kind == "cpu"
     fixed = {"process": process} if on_cpu else {"reserved": facts.reserved}
     optimizer = traced.states
@@ -726,9 +773,13 @@ def stages(
         )
         for name, parts in found.items()
     }
-    if processes > 1 and isinstance(recipe.parallel, DeepSpeed) and recipe.parallel.stage == 3:
-        # It moves the whole model to each device before it cuts it.
+    if processes > 1 and (on_cpu or (isinstance(recipe.parallel, DeepSpeed) and recipe.parallel.stage == 3)):
+        # Every process reads the whole model; on a GPU ZeRO's third stage does so before it cuts it.
         held["loading"] = {**fixed, "weights": traced.weights}
+    if processes > 1 and on_cpu and evaluation:
+        # The first process alone answers, in the memory that all of them share: its part of each process's room.
+        first, among = held["answering"], max(per_node, 1)
+        held["answering"] = {**fixed, **{name: b // among for name, b in first.items() if name not in fixed}}
     return held
 
 
@@ -825,7 +876,15 @@ def estimate(
     answers, notes = answering(recipe, rows, facts=facts, dtype=dtype)
     held = process()  # now that every library is loaded
     several = plan.processes
-    found = stages(traced, recipe, facts, process=held, evaluation=answers, processes=several)
+    found = stages(
+        traced,
+        recipe,
+        facts,
+        process=held,
+        evaluation=answers,
+        processes=several,
+        per_node=plan.per_node,
+    )
     if facts.kind == "cpu" and None in traced.replayed.values():
         notes.append(
             f"the allocator could not be asked what it holds beyond what is alive: {SPREAD['cpu']:.0%} are taken"
@@ -842,9 +901,17 @@ def estimate(
             traced, rows, batch, share, facts, dtype, precision, measure
         )
     accumulation = len(found_batches.starts) / found_batches.steps  # an epoch's last step may have fewer
-    if several > 1 and facts.kind != "cpu":  # where processes share the cores nothing is gained
-        accumulation /= several
     update = 14 * traced.trained / (facts.bandwidth * facts.bandwidth_share)
+    shared = None
+    slower = plan.per_node if facts.kind == "cpu" else 1  # where processes share the cores nothing is gained
+    if several > 1:
+        accumulation /= several
+        seconds *= slower
+        whole, shared = _shared(
+            traced, recipe, rows, facts, plan, lower=precision == "bf16", passes=accumulation, seconds=seconds,
+            tokens=share * sum(rows.lengths[n] for n in batch), update=update,
+        )  # fmt: skip
+        update = whole - accumulation * seconds
     per_token = _roofline_of_writing(traced.writing_costs, facts, dtype)
     if rows.answers and measure:
         per_step, first = seconds, 0.0
@@ -853,7 +920,7 @@ def estimate(
         per_step = accumulation * (seconds + writing) + update
     validations = math.ceil(total_steps / plan.eval_steps) if plan.eval_steps and rows.validation else 0
     scale = 1.0 if rows.answers else seconds / max(share * roofline(traced.costs, facts, dtype), 1e-12)
-    validation = _pass_over(traced, rows, recipe, facts, dtype) * scale
+    validation = _pass_over(traced, rows, recipe, facts, dtype) * scale / several
     if recipe.evaluation.samples and not rows.answers:
         validation += SAMPLE_TOKENS * per_token
     saves = math.ceil(total_steps / plan.save_steps)
@@ -862,10 +929,19 @@ def estimate(
         kept += (validations + 1) * traced.saved
     if several > 1:
         notes.append(
-            f"memory is that of one of {several} processes, without the buffers of their connections; what they send "
-            "one another is not in the seconds"
-            + (", and on a CPU they share its cores" * (facts.kind == "cpu"))
+            f"memory is that of one of {several} processes, without the buffers of their connections"
+            + (f"; {plan.per_node} of them share a machine's cores and memory" * (facts.kind == "cpu"))
         )
+        if not recipe.evaluation.skip and recipe.evaluation.engine not in ("ray", "vllm", "openai"):
+            notes.append(
+                "base and tuned model answer the held-out questions in the first process alone, whole, while the "
+                "others wait; evaluation.engine ray deals the questions to workers"
+            )
+        if recipe.parallel.kind != "ddp" and facts.kind != "cpu":
+            notes.append(
+                f"each process reads the whole model into its machine's memory at first: "
+                f"{size(plan.per_node * traced.weights)} a machine"
+            )
     step_flops = accumulation * traced.flops * share
     result = Estimate(
         device=facts.name,
@@ -883,15 +959,67 @@ def estimate(
         micro_batch=recipe.training.per_device_train_batch_size,
         notes=(*notes, *traced.notes, *rows_notes(rows, recipe)),
         longest=traced.width,
+        shared=shared,
     )
     if thorough:
         result = replace(result, largest_batch=_largest(result, traced_as, recipe, rows, facts.kind))
     if result.missing:
         result = replace(
             result,
-            remedies=tuple(_remedies(result, traced_as, recipe, rows, facts, held, answers, check, several)),
+            remedies=tuple(_remedies(result, traced_as, recipe, rows, facts, held, answers, check, plan)),
         )
     return result
+
+
+def _shared(
+    traced: Traced, recipe: Recipe, rows: Rows, facts: DeviceFacts, plan: Plan, *, lower: bool, passes: float,
+    seconds: float, tokens: float, update: float,
+) -> tuple[float, Shared]:  # fmt: skip
+    """Seconds of a step in several processes, from those of a pass of so many tokens and of an update in one, and what
+    of it they cost one another."""
+    shape, trained = traced.shape, traced.shape.trained
+    frozen = max(shape.parameters - trained, 0)
+    whole = traced.layer * shape.layers + traced.rest  # weights that can be cut, or are sent at all
+    gradient = traced.trained / max(trained, 1)
+    if lower:  # in which type FSDP sends and sums
+        gradient = 2 if getattr(recipe.parallel, "reduce_dtype", "") == "bfloat16" else gradient
+    network = scaling.Network(
+        shape.parameters,
+        shape.layers,
+        shape.width,
+        trained=None if not frozen else trained,
+        again=recipe.training.gradient_checkpointing,
+        frozen_bytes=max(whole - traced.trained, 0) / max(frozen, 1) * (parallel.HALF if lower else 1.0),
+        gathered_bytes=2 if lower else 4,
+        gradient_bytes=gradient,
+    )
+    inside, between = scaling.CONNECTED.get(facts.name, scaling.PLAIN)
+    several = plan.processes > plan.per_node
+    cluster = scaling.Cluster(
+        plan.processes,
+        plan.per_node,
+        scaling.LINKS[inside],
+        scaling.LINKS[between] if several else None,
+    )
+    own = recipe.training.per_device_train_batch_size
+    lengths, times = [length + rows.answers for length in rows.lengths], max(round(passes), 1)
+
+    def fullest(count: int) -> float:
+        """Of so many rows, in coarser steps of length the more they are."""
+        return scaling.fullest(lengths, count, plan.processes, bins=max(min(2048, 2**19 // count), 32))
+
+    load = scaling.Load(
+        tokens * passes / times,
+        tokens / own,
+        times,
+        fullest=fullest(own),
+        fullest_step=fullest(own * times),
+    )
+    mode = parallel.mode(recipe.parallel, plan.zero_stage)
+    alone = times * load.tokens / (passes * seconds + update)
+    found = scaling.step(mode, network, cluster, load, facts, alone=alone, update=update)
+    over = inside + (f" in a node and {between} between nodes" * several) + " (assumed)"
+    return found.seconds, Shared(plan.processes, mode, over, int(found.sent), found.speaking, found.waiting)
 
 
 MEASURED_SECONDS = 20.0
@@ -1152,7 +1280,7 @@ def _largest(
 
 def _remedies(
     found: Estimate, traced_as: Callable[..., Traced], recipe: Recipe, rows: Rows, facts: DeviceFacts, process: int,
-    answers: Parts, check: Callable[[Recipe], None], processes: int,
+    answers: Parts, check: Callable[[Recipe], None], plan: Plan,
 ) -> Iterator[Remedy]:  # fmt: skip
     """The three least harmful changes with which the run fits; where none does, those that come closest."""
     tried: list[Remedy] = []
@@ -1165,7 +1293,13 @@ def _remedies(
         peak = max(
             sum(p.values())
             for p in stages(
-                traced, harmed, facts, process=process, evaluation=fewer, processes=processes
+                traced,
+                harmed,
+                facts,
+                process=process,
+                evaluation=fewer,
+                processes=plan.processes,
+                per_node=plan.per_node,
             ).values()
         )
         fixed = process if facts.kind == "cpu" else facts.reserved

@@ -19,16 +19,7 @@ from types import FrameType
 from typing import Any
 
 from tunesmith import ranks
-from tunesmith.errors import (
-    Interrupted,
-    OutOfMemory,
-    RecipeError,
-    RunError,
-    Terminated,
-    TrainingDiverged,
-    TunesmithError,
-    counted,
-)
+from tunesmith.errors import RecipeError, RunError, Terminated, TunesmithError, as_facts, counted, of_facts
 from tunesmith.recipe import Accelerate, Launch, Local, Ray, Training
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
@@ -61,12 +52,32 @@ def let_the_first_speak() -> None:
         time.sleep(PATIENCE)
 
 
+AXES = {
+    "PARALLELISM_CONFIG_CP_SIZE": "context",
+    "PARALLELISM_CONFIG_SP_SIZE": "sequence",
+    "PARALLELISM_CONFIG_TP_SIZE": "tensor",
+}
+"""Variables by which accelerate has rows or weights cut over processes in ways that are not offered here."""
+
+
 def settle(training: Training) -> list[str]:
     """Let the recipe decide where the launcher's own settings say something else; what is to be said of it.
 
     Accelerate's configuration would otherwise change the precision of a run whose recipe and plan name
-    another. On a CPU it starts one process whatever number it is given, and says nothing.
+    another. On a CPU it starts one process whatever number it is given, and says nothing. Raises RecipeError where it
+    asks for a row to be cut over several processes.
     """
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true" and (
+        asked_for := [
+            f"{name} parallelism" for axis, name in AXES.items() if os.environ.get(axis, "1") != "1"
+        ]
+    ):
+        raise RecipeError(
+            "A row is not cut over several processes here: each process computes whole rows.",
+            found=f"{' and '.join(asked_for)} in the accelerate configuration",
+            fix="Leave it out there. For models that do not fit: --parallel fsdp; for long rows: "
+            "--gradient-checkpointing and one row per pass.",
+        )
     notes = []
     asked = os.environ.get(PRECISION, "no")
     if PRECISION in os.environ and ranks.RENDEZVOUS in os.environ and not _is_numbered():
@@ -121,6 +132,20 @@ def processes(section: Launch) -> int:
     if isinstance(section, Ray):
         return section.workers
     return section.nodes * section.processes_per_node
+
+
+A_NODE = 8
+"""Workers of a Ray cluster that are taken to be on one of its nodes, where nobody knows."""
+
+
+def per_node(section: Launch) -> int:
+    """How many of these processes are on one machine."""
+    number = processes(section)
+    if ranks.count() > 1 or isinstance(section, Local):
+        return min(ranks.on_this_machine(), number)
+    if isinstance(section, Ray):
+        return min(number, A_NODE) if section.address else number
+    return number if isinstance(section, Accelerate) else section.processes_per_node
 
 
 def _devices() -> int:
@@ -260,13 +285,7 @@ def _why(failed: Any, ended: Mapping[str, Any], number: int) -> TunesmithError:
     place, failure = failed.get_first_failure()
     own = ended.get("error")
     if own and (place == 0 or not own.get("is_lost")):
-        if own["exit_code"] in (130, 143):
-            return Interrupted(own["problem"], found=own["found"], fix=own["fix"], exit_code=own["exit_code"])
-        kinds = {kind.__name__: kind for kind in (OutOfMemory, TrainingDiverged)}
-        kind = kinds.get(own.get("class", ""), TunesmithError)
-        error = kind(own["problem"], found=own["found"], fix=own["fix"])
-        error.exit_code = own["exit_code"]
-        return error
+        return of_facts(own)
     name = failure.signal_name()
     how = f"was ended by {name}" if name and name != "<N/A>" else f"ended with exit code {failure.exitcode}"
     why = " (which is how a system ends one when memory runs out)" if name == "SIGKILL" else ""
@@ -310,14 +329,7 @@ def main() -> None:
         result = api.carry_out_job(job, watch=tell, at=lambda run: tell.job(run=str(run)))
     except TunesmithError as error:
         _report(error)
-        facts = {
-            "problem": error.problem,
-            "found": error.found,
-            "fix": error.fix,
-            "class": type(error).__name__,
-        }
-        is_lost = getattr(error, "is_lost", False)
-        tell.job(error={**facts, "exit_code": error.exit_code, "is_lost": is_lost})
+        tell.job(error={**as_facts(error), "is_lost": getattr(error, "is_lost", False)})
         sys.exit(error.exit_code)
     except KeyboardInterrupt as error:
         sys.exit((Terminated is type(error) and 143) or 130)

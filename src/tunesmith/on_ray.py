@@ -37,7 +37,9 @@ from tunesmith.errors import (
     RunError,
     Terminated,
     TunesmithError,
+    as_facts,
     is_lost_peer,
+    of_facts,
 )
 from tunesmith.recipe import Ray, Shards
 
@@ -57,7 +59,7 @@ LOSSES = (
 )  # fmt: skip
 """Errors, by their names, with which Ray says that a worker or its node is gone. What goes wrong inside of one is told
 in other ways."""
-HANDED_ON = ("TUNESMITH_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONPATH")
+HANDED_ON = ("TUNESMITH_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
 """Variables of this process that workers elsewhere get; keys and tokens are not among them."""
 
 
@@ -127,7 +129,7 @@ def cluster(section: Ray | Shards, *, needed_for: str, workers: int | None = Non
 def _join(ray: Any, section: Ray | Shards, workers: int) -> None:
     quiet = {"configure_logging": False, "log_to_driver": False}
     if section.address:
-        handed = {name: os.environ[name] for name in HANDED_ON if name in os.environ and name != "PYTHONPATH"}
+        handed = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
         ray.init(address=section.address, runtime_env={"env_vars": handed}, **quiet)
         return
     ray.init(
@@ -167,18 +169,21 @@ class _Words:
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
         self.starts = 0
-        self.stops = self.has_saved = False
+        self.stops = self.has_saved = self.has_stored = False
         self.fault: dict[str, Any] | None = None
 
     def begin(self) -> dict[str, Any]:
-        """How often the first worker has begun, whether those before have saved a checkpoint, and what ended them."""
+        """How often the first worker has begun, whether those before have saved a checkpoint, and copied one to the
+        second place, and what ended them."""
         self.starts += 1
-        return {"starts": self.starts, "has_saved": self.has_saved, "fault": self.fault}
+        saved = {"has_saved": self.has_saved, "has_stored": self.has_stored}
+        return {"starts": self.starts, **saved, "fault": self.fault}
 
     def tell(self, event: dict[str, Any]) -> None:
         """An event of the run."""
         self.events.append(event)
         self.has_saved = self.has_saved or event["kind"] == "checkpoint"
+        self.has_stored = self.has_stored or event["kind"] == "stored"
 
     def blame(self, fault: dict[str, Any]) -> None:
         """A worker's own error, which would come again; the first one counts."""
@@ -311,11 +316,7 @@ def _came_to(ended: Mapping[str, Any], section: Ray) -> dict[str, Any]:
     if own := ended.get("fault") or value.get("error"):
         if "bug" in own:
             raise RuntimeError(f"{own['bug']}\n\nIn a worker of Ray:\n{own['trace']}")
-        if own["exit_code"] in (130, 143):
-            raise Interrupted(own["problem"], found=own["found"], fix=own["fix"], exit_code=own["exit_code"])
-        told = TunesmithError(own["problem"], found=own["found"], fix=own["fix"])
-        told.exit_code = own["exit_code"]
-        raise told
+        raise of_facts(own)
     if "error" not in ended:
         return dict(value["result"])
     error = ended["error"]
@@ -477,12 +478,7 @@ def _is_awaited() -> bool:
 def _facts(error: BaseException) -> dict[str, Any]:
     """An error as it goes to the command."""
     if isinstance(error, TunesmithError):
-        return {
-            "problem": error.problem,
-            "found": error.found,
-            "fix": error.fix,
-            "exit_code": error.exit_code,
-        }
+        return as_facts(error)
     return {"bug": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
 
 
@@ -551,6 +547,7 @@ def _going_on(
     from tunesmith.training.run import Run, is_run
 
     asked = job.get("checkpoint") or job.get("resume")
+    has_saved = before["has_saved"]
     if kept and (before["starts"] > 1 or asked):
         try:
             step = kept.fetch(path)
@@ -567,11 +564,12 @@ def _going_on(
             Run(path, watch).event("warning", message=f"{kept.url} does not answer: {said}")
         else:
             if step is not None:
+                has_saved = before["has_stored"]
                 message = f"The run was fetched from {kept.url}, with its checkpoint of step {step}."
                 Run(path, watch).event("decision", name="fetched", value=step, reason=message)
     if before["starts"] == 1 or not is_run(path):
         return job
-    chosen = asked if asked and not before["has_saved"] else "latest"
+    chosen = asked if asked and not has_saved else "latest"
     place = "its last checkpoint" if chosen == "latest" else f"{chosen}, as was asked"
     Run(path, watch).event(
         "warning",
@@ -699,8 +697,7 @@ def _trial(config: Mapping[str, Any]) -> None:
     try:
         ended = trials.carried_out(given["number"], given["recipe"], report=report)
     except TunesmithError as error:
-        facts = {"problem": error.problem, "found": error.found, "fix": error.fix}
-        tune.report({"wrong": json.dumps({**facts, "exit_code": error.exit_code})})
+        tune.report({"wrong": json.dumps(as_facts(error))})
     else:
         tune.report({"ended": json.dumps(asdict(ended))})
 
@@ -784,7 +781,7 @@ def _records(
         ) -> None:
             number = int(trial.config["trial"]["number"])
             if said := result.get("wrong"):
-                wrong.append(_error(json.loads(said)))
+                wrong.append(of_facts(json.loads(said)))
             elif said := result.get("ended"):
                 finished.add(number)
                 record(json.loads(said))
@@ -827,14 +824,3 @@ def _until(wrong: list[TunesmithError]) -> Any:
             return bool(wrong)
 
     return Until()
-
-
-def _error(facts: Mapping[str, Any]) -> TunesmithError:
-    """An error that a worker has told, as one of ours."""
-    if facts["exit_code"] in (130, 143):
-        return Interrupted(
-            facts["problem"], found=facts["found"], fix=facts["fix"], exit_code=facts["exit_code"]
-        )
-    error = TunesmithError(facts["problem"], found=facts["found"], fix=facts["fix"])
-    error.exit_code = facts["exit_code"]
-    return error

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith import scaling
 from tunesmith.errors import MissingExtra, OutOfResources, RecipeError
 from tunesmith.models import PRINCIPAL
 from tunesmith.plan import Decision, Plan
@@ -68,12 +69,12 @@ def check(recipe: Recipe, processes: int) -> None:
 
 
 def check_device(section: Parallel, processes: int, device: str, *, is_here: bool) -> None:
-    """Raises OutOfResources where ZeRO is to train without CUDA, and MissingExtra without its package."""
+    """Raises OutOfResources where ZeRO cannot train on a device, and MissingExtra without its package."""
     if not isinstance(section, DeepSpeed) or processes == 1:
         return
-    if device != "cuda":
+    if device not in ("cuda", "cpu"):
         raise OutOfResources(
-            "DeepSpeed trains on CUDA devices here.",
+            "DeepSpeed trains on CUDA devices and CPUs here.",
             found=f"device '{device}'",
             fix="Use parallel.kind fsdp, which spreads the same on every device.",
         )
@@ -171,24 +172,23 @@ def held(
     found = dict(parts)
     if processes == 1 or "cache" in parts:
         return found
-    steps = "gradients" in parts
-    if isinstance(section, DDP):
-        if steps:
-            found["buckets"] = model.trained
-        return found
-    number = 3 if isinstance(section, FSDP) else stage(section, model, processes, capacity)
-    sends = HALF if lower else 1.0
-    found["optimizer"] = parts.get("optimizer", 0) // processes
-    if number >= 2 and steps:
-        found["gradients"] = parts["gradients"] // processes
-        found["buckets"] = int(min(model.trained, model.layer + model.rest) * sends)
-    if number == 3:
-        found["weights"] = model.packed + (parts["weights"] - model.packed) // processes
-        # The layer that is run, and the next one, which is fetched meanwhile; the rest stays for the whole pass.
-        whole = isinstance(section, FSDP) and not section.reshard_after_forward
-        cut = model.weights - model.packed
-        once = cut if whole else min(2 * model.layer + model.rest, cut)
-        found["gathered"] = int(once * sends)
+    number = stage(section, model, processes, capacity) if isinstance(section, DeepSpeed) else None
+    whole = isinstance(section, FSDP) and not section.reshard_after_forward
+    own = scaling.parts(
+        mode(section, number),
+        processes,
+        weights=parts["weights"],
+        gradients=parts.get("gradients", 0),
+        moments=parts.get("optimizer", 0),
+        layer=model.layer,
+        rest=model.rest,
+        packed=model.packed,
+        sends=HALF if lower and not isinstance(section, DDP) else 1.0,
+    )
+    gathered = (model.weights - model.packed) * (HALF if lower else 1.0) if whole else own.gathered
+    found |= {"weights": int(own.weights), "optimizer": int(own.moments), "gathered": int(gathered)}
+    if "gradients" in parts:
+        found |= {"gradients": int(own.gradients), "buckets": int(own.buckets)}
     offloads = (isinstance(section, FSDP) and section.cpu_offload and device != "cpu") or (
         isinstance(section, DeepSpeed) and section.offload_parameters
     )
@@ -197,6 +197,13 @@ def held(
     if offloads:
         found["weights"], found["gradients"] = model.packed, 0
     return {name: size for name, size in found.items() if size}
+
+
+def mode(section: Parallel, number: int | None = None) -> str:
+    """How a section divides the work, as `scaling.MODES` names it; `number` is the stage of ZeRO."""
+    if isinstance(section, DeepSpeed):
+        return {1: "zero-1", 2: "zero-2"}.get(number or 3, "fsdp")
+    return section.kind
 
 
 # DeepSpeed

@@ -54,6 +54,8 @@ class Plan:
     """What the run takes, where that was worked out."""
     processes: int = 1
     """Processes that share the rows of every step."""
+    per_node: int = 1
+    """How many of them are on one machine."""
     zero_stage: int | None = None
     """What DeepSpeed spreads over them, where it does."""
 

@@ -70,6 +70,12 @@ def number() -> int:
     return _launched()[1]
 
 
+def on_this_machine() -> int:
+    """How many of them are on this machine; all, where the launcher does not say."""
+    said = _given("LOCAL_WORLD_SIZE") or ""
+    return int(said) if said.isdigit() and int(said) else count()
+
+
 def is_first() -> bool:
     """Whether this process writes and speaks."""
     return number() == 0

@@ -1094,7 +1094,7 @@ class FSDP(Section):
 
 class DeepSpeed(Section):
     """DeepSpeed's ZeRO: optimizer states (1), gradients too (2), weights too (3) are spread over the processes. Needs
-    CUDA and the package."""
+    CUDA or a CPU, and the package."""
 
     kind: Literal["deepspeed"] = "deepspeed"
 

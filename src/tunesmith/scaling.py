@@ -4,7 +4,8 @@
     traffic           = bytes × (N - 1) / N / the slowest link of the ring + steps round the ring × latency
 
 A device alone is measured or published; the model says what is left of that on N. It knows data parallelism with and
-without shards. `docs/scaling.md` (benchmarks/scaling.py) holds it against published tables.
+without shards. `tunesmith plan` says with it what a run of several processes takes, and `docs/scaling.md`
+(benchmarks/scaling.py) holds it against published tables.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ class Link:
     """Bytes a second of one device, by the data sheet."""
     latency: float
     """Seconds from one device to the next."""
+    is_shared: bool = False
+    """Whether the bandwidth is that of a node's one card, which its devices share."""
+
+    def of_one(self, sharing: int) -> Link:
+        """What one device has of it when so many of its node send at once."""
+        return replace(self, bandwidth=self.bandwidth / sharing, is_shared=False) if self.is_shared else self
 
 
 LINKS: dict[str, Link] = {
@@ -51,10 +58,20 @@ LINKS: dict[str, Link] = {
         Link("pcie-4", 32e9, 5.7e-6),
         Link("infiniband-400", 50e9, 14e-6),  # a card of 400 Gbit/s for each device
         Link("infiniband-200", 25e9, 14e-6),
-        Link("ethernet-100", 12.5e9 / 8, 30e-6),  # one of 100 Gbit/s for eight devices
-        Link("ethernet-25", 3.125e9 / 8, 30e-6),
+        Link("ethernet-100", 12.5e9, 30e-6, is_shared=True),  # one of 100 Gbit/s for a node
+        Link("ethernet-25", 3.125e9, 30e-6, is_shared=True),
+        Link("this machine's memory", 1e9, 1e-4),  # gloo between two processes on two cores: 0.6 to 0.9 GB/s
     )
 }
+
+CONNECTED = {
+    "b200": ("nvlink-5", "infiniband-400"), "h200": ("nvlink-4", "infiniband-400"),
+    "h100-80gb": ("nvlink-4", "infiniband-400"), "a100-80gb": ("nvlink-3", "infiniband-200"),
+    "a100-40gb": ("nvlink-3", "infiniband-200"), "cpu": ("this machine's memory", "ethernet-25"),
+}  # fmt: skip
+"""How devices are connected in a node and between nodes, where nothing else is known."""
+PLAIN = ("pcie-4", "ethernet-100")
+"""How those are that stand in no such table."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +80,7 @@ class Cluster:
 
     devices: int
     per_node: int
+    """Devices of a node."""
     inside: Link
     between: Link | None = None
     """None where all are in one node."""
@@ -86,7 +104,8 @@ class Cluster:
         inside = self.inside.bandwidth
         if self.nodes == 1 or self.between is None:
             return REACHED * inside
-        return REACHED * min(inside, self.between.bandwidth * min(self.per_node, self.devices))
+        cards = 1 if self.between.is_shared else min(self.per_node, self.devices)
+        return REACHED * min(inside, self.between.bandwidth * cards)
 
     def gather(self, size: float) -> float:
         """Seconds in which every device gets a whole of `size` bytes, of which each has a part; or, the other way
@@ -113,9 +132,9 @@ class Cluster:
         return replace(self, devices=min(self.devices, self.per_node), between=None)
 
     def twins(self) -> Cluster:
-        """The devices of one place in every node, which share nothing but their cards."""
+        """The devices of one place in every node, which speak while those of the other places do."""
         assert self.between is not None
-        return replace(self, devices=self.nodes, per_node=1)
+        return replace(self, devices=self.nodes, per_node=1, between=self.between.of_one(self.per_node))
 
 
 @dataclass(frozen=True)
@@ -261,27 +280,30 @@ class Mode:
 
     about: str
     traffic: Callable[[Network, Cluster, Load], Traffic]
-    divided: Callable[[Cluster], tuple[int, int, int]]
-    """Among how many devices weights, gradients and moments are divided."""
+    divides: tuple[bool, bool, bool]
+    """Whether weights, gradients and moments are divided."""
+    is_by_node: bool = False
+    """Whether they are so among the devices of a node, and not among all."""
+
+    def among(self, cluster: Cluster) -> int:
+        """Among how many devices what is divided is."""
+        return min(cluster.devices, cluster.per_node) if self.is_by_node else cluster.devices
 
 
 MODES: dict[str, Mode] = {
-    "ddp": Mode("every device has all; gradients are summed once a step", _ddp, lambda c: (1, 1, 1)),
-    "zero-1": Mode(
-        "the optimizer's moments are divided", _optimizer_in_shards, lambda c: (1, 1, c.devices)
-    ),
-    "zero-2": Mode(
-        "gradients as well", _gradients_in_shards, lambda c: (1, c.devices, c.devices)
-    ),
+    "ddp": Mode("every device has all; gradients are summed once a step", _ddp, (False, False, False)),
+    "zero-1": Mode("the optimizer's moments are divided", _optimizer_in_shards, (False, False, True)),
+    "zero-2": Mode("gradients as well", _gradients_in_shards, (False, True, True)),
     "fsdp": Mode(
         "weights as well (ZeRO-3): each layer is fetched when it is used, forward and backward",
         _all_in_shards,
-        lambda c: (c.devices, c.devices, c.devices),
+        (True, True, True),
     ),
     "hybrid": Mode(
         "FSDP inside each node, the nodes sum their gradients once a step",
         _in_shards_by_node,
-        lambda c: (min(c.devices, c.per_node),) * 3,
+        (True, True, True),
+        is_by_node=True,
     ),
 }  # fmt: skip
 
@@ -321,17 +343,20 @@ class Step:
 
 
 def step(
-    mode: str, network: Network, cluster: Cluster, load: Load, facts: DeviceFacts, *, alone: float | None = None
+    mode: str, network: Network, cluster: Cluster, load: Load, facts: DeviceFacts, *, alone: float | None = None,
+    update: float | None = None,
 ) -> Step:  # fmt: skip
     """The step of a mode on these devices.
 
     `alone` is the tokens a second that one device was measured at; without it they follow from the device's peak and
-    the share of it that large products reach.
+    the share of it that large products reach. `update` is the seconds of the optimizer on one device, where they are
+    known.
     """
     traffic = MODES[mode].traffic(network, cluster, load)
     forward, backward = network.flops(load.length)
     speed = facts.peak("bfloat16") * facts.product_share
-    update = MOMENTS * network.learns / (facts.bandwidth * facts.bandwidth_share)
+    if update is None:
+        update = MOMENTS * network.learns / (facts.bandwidth * facts.bandwidth_share)
     if alone is not None:  # which includes what the optimizer took
         worked = load.passes * load.tokens / alone - update
         speed = (forward + backward) * load.tokens * load.passes / max(worked, 1e-9)
@@ -364,11 +389,49 @@ def _beside(computing: float, speaking: float, layers: int) -> float:
     return max(computing + BUSY * min(computing, speaking), speaking) + speaking / layers
 
 
+@dataclass(frozen=True)
+class Held:
+    """Bytes that one of several devices holds of a model between and in its passes."""
+
+    weights: float
+    gradients: float
+    moments: float
+    gathered: float
+    """Of other devices' weights, for the layers that are run."""
+    buckets: float
+    """Of gradients on their way to the other devices."""
+
+
+def parts(
+    mode: str, among: int, *, weights: float, gradients: float, moments: float, layer: float, rest: float = 0.0,
+    packed: float = 0.0, sends: float = 1.0,
+) -> Held:  # fmt: skip
+    """What a device holds in a mode that divides `among` so many, from the bytes that it would hold alone.
+
+    `layer` is the largest layer's weights and `rest` those outside of the layers, which travel as `sends` of their
+    bytes; `packed` are weights that cannot be cut and belong to neither. While a layer is run the next one is fetched,
+    and the rest stays for the whole pass.
+    """
+    of_weights, of_gradients, of_moments = (among if is_cut else 1 for is_cut in MODES[mode].divides)
+    cut = weights - packed
+    gathered = buckets = 0.0
+    if of_weights > 1:
+        gathered = sends * min(2 * layer + rest, cut)
+    if of_gradients > 1:
+        buckets = sends * min(gradients, layer + rest)
+    elif mode == "ddp" and among > 1:  # a second place for all of them, from which they are summed
+        buckets = gradients
+    return Held(packed + cut / of_weights, gradients / of_gradients, moments / of_moments, gathered, buckets)
+
+
 def held(mode: str, network: Network, cluster: Cluster) -> float:
-    """Bytes of weights, gradients and moments on a device; of divided weights two layers are whole at a time."""
-    parts = MODES[mode].divided(cluster)
-    size = sum(all_of / among for all_of, among in zip(network.held(), parts, strict=True))
-    return size + (2 * network.sent / network.layers if parts[0] > 1 else 0.0)
+    """Bytes of weights, gradients and moments on a device, and of what passes between devices."""
+    weights, gradients, moments = network.held()
+    layer = network.sent / network.layers
+    found = parts(
+        mode, MODES[mode].among(cluster), weights=weights, gradients=gradients, moments=moments, layer=layer
+    )
+    return found.weights + found.gradients + found.moments + found.gathered + found.buckets
 
 
 def fits(mode: str, network: Network, cluster: Cluster, facts: DeviceFacts) -> bool:
@@ -380,7 +443,7 @@ def saving(mode: str, network: Network, cluster: Cluster) -> float:
     """Seconds of a checkpoint: trained weights and moments, written by the first device, or by all where they are
     divided."""
     size = 12 * network.learns
-    if max(MODES[mode].divided(cluster)) == 1:
+    if not any(MODES[mode].divides) or MODES[mode].among(cluster) == 1:
         return size / cluster.storage
     return size / min(cluster.storage * cluster.nodes, cluster.storage_limit)
 

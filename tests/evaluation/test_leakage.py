@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -343,6 +344,24 @@ def test_leaks_are_told_before_training_and_kept_with_the_run(trained, tmp_path)
     compared = api.compare(recipe.model.base, run.path, dataset=str(other))
     assert compared.leakage["parts"]["leaky"]["clean"]["n"] == 12
     assert compared.leakage["parts"]["leaky"]["dirty"]["n"] == 10
+
+
+def test_of_a_run_held_against_its_base_the_run_is_the_one_that_may_remember():
+    """As a sweep compares: the best trial stands first, its base behind it."""
+    from tunesmith.recipe import Recipe
+
+    asked = [chat(said(30, 300 + n)) for n in range(60)]
+    questions = SimpleNamespace(leakage=find(asked, asked[:30]), recipe=Recipe(), learned=lambda: iter(()))
+    base = [row(n, float(n % 3 == 0)) for n in range(60)]
+    best = [row(n, 1.0 if n < 30 else float(n % 3 == 0), model="trial-001") for n in range(60)]
+    sides = {"trial-001": best, "tiny": base}
+    metrics = ["exact_match"]
+    found = api._leak_facts(questions, sides, metrics, "exact_match", ["tiny"])
+    assert found["parts"]["trial-001 over tiny"]["dirty"]["verdict"] == "better"
+    assert "it may be memory, not skill" in found["remark"]
+    unknown = api._leak_facts(questions, sides, metrics, "exact_match")
+    assert unknown["parts"]["tiny"]["dirty"]["verdict"] == "worse"
+    assert "memory" not in unknown["remark"]
 
 
 def test_clean_questions_are_not_denied_where_nothing_is_compared():

@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -313,67 +314,80 @@ def _tried(
         why = "trials at once have no median to be held against"
         notes.append(f"Trials were pruned by ASHA: {why}.")
         watch({"kind": "decision", "name": "pruner", "value": "asha", "reason": why})
-    if engine == "ray":
-        notes += _at_once(recipe, space, records, folder, trials, pruner, seed, keep, watch)
-    else:
-        notes += _one_by_one(recipe, space, records, folder, trials, pruner, seed, keep, watch)
+    search = _Search(recipe, space, records, folder, trials, engine, pruner, seed, keep, watch)
+    notes += _at_once(search) if engine == "ray" else _one_by_one(search)
     if pruner != "none" and all(len(one.validations) < 2 for one in records.values() if one.state == "done"):
         notes.append("No trial was validated twice, so that none could be pruned (training.eval_steps).")
     return notes
 
 
-def _used_up(tried: int) -> str:
-    return f"The space is used up after {counted(tried, 'trial')}: all its values were tried."
+@dataclass(frozen=True)
+class _Search:
+    """What is tried, and what became of it so far."""
+
+    recipe: Recipe
+    space: Mapping[str, Distribution]
+    records: dict[int, Trial]
+    folder: Path
+    trials: int
+    engine: Engine
+    pruner: Pruner
+    seed: int
+    keep: Callable[[Trial], None]
+    watch: Watch
+
+    def tried(self) -> list[dict[str, Any]]:
+        """The values of all trials so far."""
+        return [dict(one.values) for one in self.records.values()]
+
+    def missing(
+        self, propose: Callable[[int], dict[str, Any] | None], notes: list[str]
+    ) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
+        """Number, values and recipe of each trial that has not ended, recorded as open; `notes` is told where there is
+        nothing left to propose."""
+        for number in range(self.trials):
+            known = self.records.get(number)
+            if known and known.state != "open":
+                continue
+            values = dict(known.values) if known else propose(number)
+            if values is None:
+                notes.append(
+                    f"The space is used up after {counted(len(self.records), 'trial')}: all its values were tried."
+                )
+                return
+            self.keep(Trial(number, values))
+            own = _recipe_of(self.recipe, self.folder, number, values, self.engine)
+            yield number, values, own.model_dump(mode="json")
 
 
-def _one_by_one(
-    recipe: Recipe,
-    space: Mapping[str, Distribution],
-    records: dict[int, Trial],
-    folder: Path,
-    trials: int,
-    pruner: Pruner,
-    seed: int,
-    keep: Callable[[Trial], None],
-    watch: Watch,
-) -> list[str]:
-    failed = 0
-    for number in range(trials):
-        known = records.get(number)
-        if known and known.state != "open":
-            continue
-        values = dict(known.values) if known else _proposed(space, records, recipe, pruner, seed, number)
-        if values is None:
-            return [_used_up(len(records))]
-        keep(Trial(number, values))
-        study = _study(space, records, recipe, pruner, seed, number)
-        asked = _asked(study, space, values)
+def _one_by_one(search: _Search) -> list[str]:
+    """Trials of which each is proposed by those before it; what is to be said of it."""
+    failed, notes = 0, list[str]()
+    for number, values, own in search.missing(partial(_proposed, search), notes):
+        asked = _asked(_study(search, number), search.space, values)
 
         def report(step: int, value: float, asked: Any = asked) -> None:
             asked.report(value, step)
             if asked.should_prune():
-                raise Pruned(f"Its validation of {value:.4g} at step {step} lags behind ({pruner}).")
+                raise Pruned(f"Its validation of {value:.4g} at step {step} lags behind ({search.pruner}).")
 
-        own = _recipe_of(recipe, folder, number, values, "optuna")
         try:
-            ended = carried_out(
-                number, own.model_dump(mode="json"), report=report, watch=_inner(watch, number)
-            )
+            ended = carried_out(number, own, report=report, watch=_inner(search.watch, number))
         except Interrupted as error:
             raise Interrupted(
-                f"The sweep was stopped in trial {number} of {trials}; what was finished is saved.",
+                f"The sweep was stopped in trial {number} of {search.trials}; what was finished is saved.",
                 fix="Start the same sweep again: it goes on.",
                 exit_code=error.exit_code,
             ) from None
-        keep(replace(ended, values=values))
+        search.keep(replace(ended, values=values))
         failed = failed + 1 if ended.state == "failed" else 0
-        if failed >= IN_VAIN and not any(one.state == "done" for one in records.values()):
+        if failed >= IN_VAIN and not any(one.state == "done" for one in search.records.values()):
             raise RunError(
                 f"The first {failed} trials have failed.",
                 found=ended.reason,
                 fix="Narrow the space to values that train, or mend the recipe.",
             )
-    return []
+    return notes
 
 
 def _inner(watch: Watch, number: int) -> Watch:
@@ -415,19 +429,12 @@ def _distributions(space: Mapping[str, Distribution]) -> dict[str, Any]:
     return made
 
 
-def _study(
-    space: Mapping[str, Distribution],
-    records: Mapping[int, Trial],
-    recipe: Recipe,
-    pruner: Pruner,
-    seed: int,
-    number: int,
-    again: int = 0,
-) -> Any:
+def _study(search: _Search, number: int, again: int = 0) -> Any:
     """A study that knows the trials before this one, made anew for each: what it proposes depends on these, the seed
     and the number alone, whenever and how often the sweep was started."""
     optuna = require_optuna()
     states = optuna.trial.TrialState
+    records = search.records
     first = min((one.validations[0][0] for one in records.values() if one.validations), default=1)
     pruners = {
         "median": optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
@@ -435,9 +442,9 @@ def _study(
         "none": optuna.pruners.NopPruner(),
     }
     study = optuna.create_study(
-        direction="maximize" if higher_is_better(recipe.training.best_by) else "minimize",
-        sampler=optuna.samplers.TPESampler(seed=(seed * 1_000_003 + number * 1009 + again) % 2**32),
-        pruner=pruners[pruner],
+        direction="maximize" if higher_is_better(search.recipe.training.best_by) else "minimize",
+        sampler=optuna.samplers.TPESampler(seed=(search.seed * 1_000_003 + number * 1009 + again) % 2**32),
+        pruner=pruners[search.pruner],
     )
     states_of = {"done": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}
     for _, one in sorted(records.items()):
@@ -446,8 +453,8 @@ def _study(
         study.add_trial(
             optuna.trial.create_trial(
                 state=states_of[one.state],
-                params=_params(space, one.values),
-                distributions=_distributions(space),
+                params=_params(search.space, one.values),
+                distributions=_distributions(search.space),
                 value=one.value if one.state == "done" else None,
                 intermediate_values=dict(one.validations),
                 system_attrs=_rungs(one, first),
@@ -480,23 +487,16 @@ def _asked(study: Any, space: Mapping[str, Distribution], values: Mapping[str, A
     return study.ask(_distributions(space))
 
 
-def _proposed(
-    space: Mapping[str, Distribution],
-    records: Mapping[int, Trial],
-    recipe: Recipe,
-    pruner: Pruner,
-    seed: int,
-    number: int,
-) -> dict[str, Any] | None:
+def _proposed(search: _Search, number: int) -> dict[str, Any] | None:
     """What to try next, which was not tried before; None where the space is used up.
 
     Where TPE comes back to the same values, as it does in a small space, untried ones are drawn by chance.
     """
-    tried = [dict(one.values) for one in records.values()]
+    space, tried = search.space, search.tried()
     if spaces.is_used_up(space, tried):
         return None
     for again in range(REPEATS):
-        study = _study(space, records, recipe, pruner, seed, number, again)
+        study = _study(search, number, again)
         asked = study.ask(_distributions(space)).params
         found = {
             path: json.loads(asked[path]) if given.kind == "choice" else asked[path]
@@ -504,36 +504,19 @@ def _proposed(
         }
         if found not in tried:
             return found
-    return spaces.untried(space, tried, seed, number)
+    return spaces.untried(space, tried, search.seed, number)
 
 
-def _at_once(
-    recipe: Recipe,
-    space: Mapping[str, Distribution],
-    records: dict[int, Trial],
-    folder: Path,
-    trials: int,
-    pruner: Pruner,
-    seed: int,
-    keep: Callable[[Trial], None],
-    watch: Watch,
-) -> list[str]:
+def _at_once(search: _Search) -> list[str]:
     """Trials whose values are drawn beforehand, several at a time, on the workers of Ray; what is to be said of it."""
     from tunesmith import on_ray
 
-    asked, notes = [], []
-    for number in range(trials):
-        known = records.get(number)
-        if known and known.state != "open":
-            continue
-        tried = [dict(one.values) for one in records.values()]
-        values = dict(known.values) if known else spaces.untried(space, tried, seed, number)
-        if values is None:
-            notes.append(_used_up(len(records)))
-            break
-        keep(Trial(number, values))
-        own = _recipe_of(recipe, folder, number, values, "ray")
-        asked.append({"number": number, "recipe": own.model_dump(mode="json")})
+    recipe, records, folder, notes = search.recipe, search.records, search.folder, list[str]()
+
+    def drawn(number: int) -> dict[str, Any] | None:
+        return spaces.untried(search.space, search.tried(), search.seed, number)
+
+    asked = [{"number": number, "recipe": own} for number, _, own in search.missing(drawn, notes)]
     if not asked:
         return notes
     by = recipe.training.best_by
@@ -546,7 +529,7 @@ def _at_once(
         path = folder / before.name
         if found.state == "pruned" and is_run(path) and Run(path).state() == "died":
             Run(path).finish("interrupted", error=f"pruned {found.reason}")
-        keep(found)
+        search.keep(found)
 
     def told(number: int, step: int, value: float) -> None:
         before = records[number]
@@ -556,8 +539,8 @@ def _at_once(
     section = recipe.launch if isinstance(recipe.launch, Ray) else Ray()
     every = recipe.training.eval_steps
     longest = [recipe.training.max_steps]
-    if "training.max_steps" in space:
-        longest = list(space["training.max_steps"].every)
+    if "training.max_steps" in search.space:
+        longest = list(search.space["training.max_steps"].every)
     on_ray.tried(
         asked,
         section,
@@ -565,10 +548,10 @@ def _at_once(
         mode="max" if higher_is_better(by) else "min",
         patience=every if isinstance(every, int) else 1,
         horizon=None if None in longest else max(n for n in longest if n),
-        prunes=pruner != "none",
+        prunes=search.pruner != "none",
         record=record,
         told=told,
-        watch=watch,
+        watch=search.watch,
     )
     return notes
 

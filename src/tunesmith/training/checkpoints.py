@@ -49,6 +49,8 @@ LARGE = 2**24
 """Bytes from which on files are hashed by several threads."""
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 """Endings of files that hold weights as a pickle; no checkpoint of ours has one but DeepSpeed's."""
+ZERO = "latest"
+"""File of a checkpoint by which DeepSpeed finds its own part of it."""
 BEST = "best_model_info.json"
 START = "start"
 """In the place of a checkpoint's name: continue from none, train from the first step."""
@@ -404,15 +406,8 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
             return contextlib.nullcontext()
 
         def _prepare_for_training(self, steps: int, loader: Any, checkpoint: str | None) -> Any:
-            if self.is_deepspeed_enabled and checkpoint:
-                before = manifest(Path(checkpoint)).get("processes", 1)
-                if before != ranks.count():
-                    raise RunError(
-                        f"A checkpoint of DeepSpeed is continued by as many processes as have written it, {before}.",
-                        found=f"{ranks.count()} processes",
-                        fix=f"tunesmith resume RUN --processes {before}. Checkpoints of parallel.kind fsdp go with any "
-                        "number.",
-                    )
+            if checkpoint:
+                check_zero(Path(checkpoint), is_zero=self.is_deepspeed_enabled)
             if self.sharding:
                 sharding.spread(self, self.sharding, run)
             return super()._prepare_for_training(steps, loader, checkpoint)
@@ -561,3 +556,18 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
             return super()._finalize_training(trial, *given, **named)
 
     return RunFolderTrainer
+
+
+def check_zero(folder: Path, *, is_zero: bool) -> None:
+    """Raises RunError where the optimizer's state in a checkpoint is DeepSpeed's and cannot be read by what trains now,
+    or the other way round: the run would go on with an optimizer that knows nothing."""
+    before, has_zero = manifest(folder).get("processes", 1), (folder / ZERO).is_file()
+    if not (is_zero or has_zero) or (is_zero and has_zero and before == ranks.count()):
+        return
+    kind = "DeepSpeed" if has_zero else "one process, or of other shares,"
+    by = "one process" if before == 1 else f"{before} processes"
+    raise RunError(
+        f"A checkpoint of {kind} is continued as it was written: by {by}.",
+        found=f"{ranks.count()} with{'' if is_zero else 'out'} DeepSpeed",
+        fix=f"tunesmith resume RUN --processes {before}. Checkpoints of parallel.kind fsdp go with any number.",
+    )

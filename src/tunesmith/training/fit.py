@@ -317,7 +317,11 @@ def save_model(trainer: Any, folder: Path, initial_adapter: Path | None, info: M
     state = sharding.whole(trainer.model) if trainer.sharding else None
     if trainer.is_deepspeed_enabled:
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # base and adapter
-        wanted = sharding.saved_names(trainer.accelerator.unwrap_model(trainer.model))
+        unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+        wanted, first = sharding.saved_names(unwrapped), dict[int, str]()
+        for name, parameter in unwrapped.state_dict(keep_vars=True).items() if state else ():
+            if name in state:  # it gives a copy of each: tied ones stay tied
+                state[name] = state[first.setdefault(id(parameter), name)]
         if state is not None and wanted is not None:
             state = {name: tensor for name, tensor in state.items() if name in wanted}
     if not trainer.args.should_save:

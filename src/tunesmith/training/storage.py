@@ -24,6 +24,8 @@ MARKS = (MANIFEST, BEST)
 """Files without which their folder does not count."""
 PASSING = (".staging", "wandb")
 """Folders of a run that are of no use on another node."""
+EVENTS, BEGUN = "events.jsonl", b'"state": "training"'
+"""A run's events, which are only ever added to, and what that of a training's beginning has."""
 _CHECKPOINT = re.compile(r"checkpoints/checkpoint-step-(\d+)/" + re.escape(MANIFEST))
 
 
@@ -67,13 +69,15 @@ class Storage:
     def fetch(self, folder: Path) -> int | None:
         """Bring the run back where its place is further than the folder here; the step of its newest checkpoint.
 
-        None, and nothing is touched, where there is no run in the place or the one here is as far. Raises RunError
-        where the two are not the same run.
+        None, and nothing is touched, where there is no run in the place, the one here is as far, or it went back to an
+        earlier checkpoint since the last copy. Raises RunError where the two are not the same run.
         """
         self.check(folder)
         names = self._found()
         step = _newest(names)
         if "recipe.yaml" not in names or (folder.is_dir() and _newest(_files(folder)) >= step):
+            return None
+        if self._is_begun_again(folder):
             return None
         staging = folder.with_name(f".{folder.name}.fetched")
         shutil.rmtree(staging, ignore_errors=True)
@@ -108,6 +112,19 @@ class Storage:
             with self.filesystem.open(f"{self.root}/events.jsonl", "rb") as events:
                 return _hashed(recipe, events.readline())
         return None
+
+    def _is_begun_again(self, folder: Path) -> bool:
+        """Whether the training of the folder here began once more after all that its place knows: the place's later
+        checkpoints are then of a course that was left."""
+        try:
+            known, here = (
+                self.filesystem.cat_file(f"{self.root}/events.jsonl"),
+                (folder / EVENTS).read_bytes(),
+            )
+        except FileNotFoundError:
+            return False
+        since = here[len(known) :] if here.startswith(known) else b""
+        return any(BEGUN in line for line in since.splitlines())
 
     def _found(self) -> list[str]:
         self.filesystem.invalidate_cache()

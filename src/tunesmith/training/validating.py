@@ -26,6 +26,15 @@ def token_weighted(trainer_class: type) -> type:
     """
 
     class TokenWeightedTrainer(trainer_class):  # type: ignore[misc]
+        _is_predicting = False
+
+        def _get_num_items_in_batch(self, batches: list[Any], device: Any) -> Any:
+            """In a validation nothing, where our own loss is asked: it is the mean over the labels of this process's
+            batch, which are summed later on, and not its part of a batch of all processes."""
+            if self._is_predicting and self.compute_loss_func is not None:
+                return None
+            return super()._get_num_items_in_batch(batches, device)
+
         def evaluation_loop(
             self,
             dataloader: Any,
@@ -49,7 +58,11 @@ def token_weighted(trainer_class: type) -> type:
             # The first label of a causal model has no token before it that would predict it.
             counted = labels if is_seq2seq(self.model) else labels[..., 1:]
             number = int((counted != IGNORED).sum())
-            loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+            self._is_predicting = True
+            try:
+                loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+            finally:
+                self._is_predicting = False
             if number and loss is not None:
                 self._loss_sum += float(loss) * number
                 self._num_labels += number

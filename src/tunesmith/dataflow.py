@@ -32,7 +32,7 @@ from tunesmith.data.splitting import TRAIN, VALIDATION
 from tunesmith.data.templates import Encoding
 from tunesmith.engines.check import FILE as CHECKS
 from tunesmith.engines.check import keep_check, remarked
-from tunesmith.errors import DataError, RecipeError, RunError, TunesmithError
+from tunesmith.errors import DataError, RecipeError, TunesmithError
 from tunesmith.estimate import Estimate
 from tunesmith.evaluation import EvalRow, forgetting, stages
 from tunesmith.evaluation import leakage as leaks
@@ -50,7 +50,7 @@ from tunesmith.methods.kto import shuffled
 from tunesmith.methods.preferred import without_reference_pass
 from tunesmith.plan import Decision, Plan
 from tunesmith.recipe import FSDP, SFT, DeepSpeed, LoRA, QLoRA, Recipe, Tracking, Training
-from tunesmith.training import gpu
+from tunesmith.training import continuing, gpu
 from tunesmith.training.fit import Fit, arguments, fit
 from tunesmith.training.order import by_length, order_by_length
 from tunesmith.training.run import Run
@@ -367,21 +367,6 @@ def identity(recipe: Recipe, splits: data.Splits, encodings: data.EncodedSplits)
     }
 
 
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What of a run's identity differs, name by name; what one of both did not know is no difference."""
-    differ = [
-        name
-        for name in before.keys() & now.keys()
-        if before[name] != now[name] and before[name] and now[name]
-    ]
-    if set(differ) & {"chat template"}:
-        differ.remove("tokenizer")  # it has the template in it
-    gone = [f"{name} is no longer part of it" for name in sorted(before.keys() - now.keys())]
-    new = [f"{name} is new" for name in sorted(now.keys() - before.keys())]
-    said = [f"{name} was {str(before[name])[:12]}, is {str(now[name])[:12]}" for name in sorted(differ)]
-    return [*said, *gone, *new]
-
-
 def prepared(
     recipe: Recipe,
     run: Run,
@@ -390,20 +375,15 @@ def prepared(
     leakage: Leakage,
     identity: dict[str, Any],
     estimate: Estimate,
+    checkpoint: Path | None,
 ) -> Run:
     """The run's folder with ledger and plan, checked to be the same run when it is continued.
 
     Raises OutOfResources where the run is far from fitting.
     """
     fingerprint = encodings.fingerprint
-    before = run.read("plan.json")
-    then = before and before.get("identity", {**identity, "tokens": before["data_sha256"]})
-    if then and (changed := _changed(then, identity)):
-        raise RunError(
-            f"What {run.path} rests on is not what it was started with, so it cannot be continued.",
-            found="; ".join(changed),
-            fix="Restore it, or start a new run with another --name.",
-        )
+    before = continuing.planned(run)
+    continuing.check_identity(run, checkpoint, identity)
     estimate.check()
     run.write_lines("ledger.jsonl", data.ledger_lines(encodings.ledger))
     run.write("supervision.json", encodings.proof)
@@ -622,6 +602,7 @@ def fitted(
     packing: Packing | None,
     checkpoint: Path | None,
     validation_items: list[evaluation.Item],
+    identity: dict[str, Any],
 ) -> Fit:
     """The finished model's folder and what training came to."""
     done = prepared.read("training.json")
@@ -638,7 +619,8 @@ def fitted(
             "measures": bool(validation_items),
         }
     )
-    result = _fitted(recipe, prepared, plan, encodings, packing, checkpoint, validation_items)
+    rests_on = continuing.rests_on(recipe, identity)
+    result = _fitted(recipe, prepared, plan, encodings, packing, checkpoint, validation_items, rests_on)
     carry(result.final_model, prepared, splits, recipe.model.base)
     prepared.write("training.json", asdict(result))
     planned = prepared.read("plan.json") or {}
@@ -658,6 +640,7 @@ def _fitted(
     packing: Packing | None,
     checkpoint: Path | None,
     validation_items: Sequence[evaluation.Item],
+    rests_on: Mapping[str, Any] | None = None,
 ) -> Fit:
     from transformers import set_seed
 
@@ -692,6 +675,7 @@ def _fitted(
             pace=partial(_paced, prepared) if checkpoint is None else None,
             tokens_per_step=0.0 if method.draws else plan.tokens_per_epoch / plan.steps_per_epoch,
             rehearsal=_rehearsal(recipe, training, trainer, plan, encodings, packing),
+            rests_on=rests_on,
         )
 
 

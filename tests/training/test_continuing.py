@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import itertools
 import json
 import shutil
@@ -12,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tunesmith import api
+from tunesmith import api, dataflow
 from tunesmith.compose import compose, overlaid
 from tunesmith.errors import RunError
-from tunesmith.training import checkpoints, state, verifying
+from tunesmith.training import checkpoints, continuing, state, verifying
 from tunesmith.training.run import Run
 
 LORA = {"kind": "lora", "rank": 4, "dropout": 0.1}
@@ -229,14 +231,60 @@ def test_what_a_run_rests_on_is_named_where_it_changed_and_refused(copied, what,
     assert {p.name for p in copied.checkpoints.iterdir()} == before
 
 
-def test_without_its_plan_a_run_is_not_continued(copied):
-    """The plan holds what the data were: without it a changed row would not be seen."""
-    (copied.path / "plan.json").unlink()
-    with pytest.raises(RunError, match="cannot be continued") as error:
+def resealed(folder, change):
+    """Rewrite a manifest, so that its own hash fits."""
+    content = checkpoints.manifest(folder)
+    content.pop("manifest_sha256")
+    change(content)
+    (folder / checkpoints.MANIFEST).write_text(checkpoints._sealed(content))
+
+
+@pytest.mark.parametrize(
+    "damage", ["gone", pytest.param("cut", marks=pytest.mark.thorough), "another", "another row"]
+)
+def test_a_plan_that_is_lost_or_edited_changes_nothing(stopped, copied, damage):
+    """The checkpoint says what the run rests on, and is sealed."""
+    file = copied.path / "plan.json"
+    plan = json.loads(file.read_text())
+    match damage:
+        case "gone":
+            file.unlink()
+        case "cut":
+            file.write_text(file.read_text()[:700])
+        case "another":
+            plan |= {"total_steps": 9, "identity": {}, "recipe": {"training": {"max_steps": 9}}, "estimate": "x"}
+            file.write_text(json.dumps(plan))
+        case "another row":  # and what the plan says of it fits
+            data = copied.path.parent / "questions.jsonl"
+            data.write_text(data.read_text().replace("one 7", "two 7"))
+            file.write_text(json.dumps({**plan, "identity": {}}))
+    if damage == "another row":
+        with pytest.raises(RunError, match="not what it was started with") as error:
+            api.resume(copied.path)
+        assert "data set questions was " in error.value.found
+        return
+    api.resume(copied.path)
+    assert verifying.differences(stopped[1], copied, since=2) == []
+    assert json.loads(file.read_text())["identity"] == plan["identity"] or damage == "another"
+    told = [e["message"] for e in copied.events() if e["kind"] == "warning" and "plan.json" in e["message"]]
+    assert len(told) == 1
+    assert told[0].endswith("the checkpoint does, and it is written anew.")
+
+
+@pytest.mark.parametrize("is_planned", [True, False])
+def test_checkpoints_that_do_not_say_what_they_rest_on_need_the_plan(copied, is_planned):
+    """Those of an older tunesmith: without the plan a changed row would not be seen."""
+    resealed(checkpoints.found(copied)[0], lambda content: content.pop("rests_on"))
+    if is_planned:
+        data = copied.path.parent / "questions.jsonl"
+        data.write_text(data.read_text().replace("one 7", "two 7"))
+    else:
+        (copied.path / "plan.json").unlink()
+    with pytest.raises(RunError, match="continued") as error:
         api.resume(copied.path)
-    assert "plan.json is missing" in error.value.found
+    assert ("data set questions was " if is_planned else "no checkpoint says it") in error.value.found
     assert "--name" in error.value.fix
-    assert not (copied.path / "plan.json").exists(), "nor is one made of what is there now"
+    assert (copied.path / "plan.json").exists() is is_planned, "nor is one made of what is there now"
 
 
 FIELDS = {
@@ -274,6 +322,51 @@ def test_a_recipe_that_was_edited_in_the_run_is_refused_field_by_field(copied):
     with pytest.raises(RunError, match="cannot be continued") as error:
         api.resume(copied.path)
     assert error.value.found == "training.max_steps was 4, is 6; training.weight_decay was 0.01, is 0.5"
+
+
+@pytest.mark.parametrize("field", continuing.OF_VALIDATIONS)
+def test_what_decides_which_model_is_the_best_may_not_change(stopped, field):
+    """`evaluation` may change, but for what `training.best_by` is measured by."""
+    recipe = stopped[1].recipe()
+    value = getattr(recipe.evaluation, field)
+    other = (not value) if isinstance(value, bool) else value + 1
+    after = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={field: other})})
+    assert api.differences(recipe, after) == []
+    by = {"training": recipe.training.model_copy(update={"best_by": "exact_match"})}
+    [said] = api.differences(recipe.model_copy(update=by), after.model_copy(update=by))
+    assert said == f"evaluation.{field} was {value!r}, is {other!r} (it decides training.best_by)"
+
+
+def test_validations_use_no_other_field_of_the_evaluation():
+    """What `_measures` asks of the recipe's evaluation is what may not change."""
+    tree = ast.parse(inspect.getsource(dataflow._measures))
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "section"}
+    assert used | {"attempts_temperature"} == set(continuing.OF_VALIDATIONS)
+
+
+def test_a_metric_that_is_measured_otherwise_from_here_on_is_said_or_refused(copied):
+    file = copied.path / "recipe.yaml"
+    file.write_text(file.read_text().replace("max_new_tokens: 256", "max_new_tokens: 3"))
+    recipe = copied.recipe()
+    assert recipe.evaluation.max_new_tokens == 3
+
+    def measured(**training):
+        then = {**recipe.training.model_dump(mode="json"), **training}
+        resealed(
+            checkpoints.found(copied)[0],
+            lambda content: content["rests_on"]["recipe"].update(training=then),
+        )
+        return recipe.model_copy(update={"training": type(recipe.training)(**then)})
+
+    point = checkpoints.found(copied)[0]
+    continuing.check_recipe(measured(eval_metrics=["exact_match"]), copied, point)
+    told = copied.events()[-1]["message"]
+    assert told == (
+        "Validations measure exact_match otherwise from here on: evaluation.max_new_tokens was 256, is 3."
+    )
+    with pytest.raises(RunError, match="cannot be continued") as error:
+        continuing.check_recipe(measured(best_by="exact_match"), copied, point)
+    assert error.value.found == "evaluation.max_new_tokens was 256, is 3 (it decides training.best_by)"
 
 
 @pytest.mark.slow

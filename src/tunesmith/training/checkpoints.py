@@ -379,6 +379,9 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
     guarded = guarded_steps(trainer_class, run, splits)
 
     class RunFolderTrainer(guarded):  # type: ignore[misc,valid-type]
+        rests_on: Mapping[str, Any] | None = None
+        """What the run rests on, by which it may be continued (`continuing`)."""
+
         def __init__(self, *given: Any, **named: Any) -> None:
             arguments = named.get("args")
             if arguments is not None and arguments.n_gpu > 1:
@@ -457,6 +460,7 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
                         ]
                         facts = {"step": step, "validation_loss": losses[-1] if losses else None}
                         facts |= {"processes": ranks.count(), "environment": _environment()}
+                        facts |= {"rests_on": self.rests_on} if self.rests_on else {}
                         commit(staging, folder_of(run, step), facts)
             except Exception as error:
                 if ranks.is_first():

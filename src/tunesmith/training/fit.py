@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import ranks
-from tunesmith.errors import Interrupted, MissingExtra
+from tunesmith.errors import Interrupted, MissingExtra, is_out_of_memory
 from tunesmith.models import PRINCIPAL
 from tunesmith.plan import Plan
 from tunesmith.recipe import Tracking, Training
@@ -231,8 +231,18 @@ def fit(
         deal(trainer, ranks.count())
         steps.gather_unevenly(trainer)
         seed_apart(training.seed)
-    with stop:
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        with stop:
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        if stop.requested and is_out_of_memory(error):  # whoever would begin again was not asked to stop
+            raise Interrupted(
+                f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, where memory ran out; the "
+                "last checkpoint is kept.",
+                fix=f"tunesmith resume {run.path}",
+                exit_code=stop.exit_code,
+            ) from error
+        raise
     if is_first:
         shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
     is_open = trainer.state.global_step < trainer.state.max_steps or trainer._owes_evaluation

@@ -99,6 +99,7 @@ if TYPE_CHECKING:
     from tunesmith.training.self_check import SelfCheck
     from tunesmith.training.verifying import Verified
 
+
 @dataclass(frozen=True)
 class Result:
     """What `train`, `resume`, `demo`, `evaluate` and `compare` give."""

@@ -7,7 +7,9 @@ import contextlib
 import inspect
 import itertools
 import json
+import random
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,27 +18,42 @@ from safetensors.torch import load_file
 
 from tunesmith import api, dataflow
 from tunesmith.compose import compose, overlaid
-from tunesmith.errors import RunError
+from tunesmith.errors import RecipeError, RunError
+from tunesmith.methods import METHODS
 from tunesmith.training import checkpoints, continuing, state, verifying
-from tunesmith.training.run import Run
+from tunesmith.training.run import Run, folder_name
 
 LORA = {"kind": "lora", "rank": 4, "dropout": 0.1}
 GRID = {
     "adapter": {
         "lora": {"adapter": LORA},
-        "dora": {"adapter": {**LORA, "kind": "lora", "dora": True}},
+        "dora": {"adapter": {**LORA, "dora": True}},
         "full": {},
+        "freeze": {"adapter": {"kind": "freeze", "ratio": 0.5}},
     },
     "batches": {
         "ragged accumulation": {"training": {"gradient_accumulation_steps": 3}},
         "packing": {"data": {"packing": True, "max_length": 64}},
-        "workers": {"training": {"num_workers": 1}},
+        "workers": {"training": {"num_workers": 2}},
+        "by length": {"training": {"batches": "by_length"}},
         "plain": {},
     },
+    "forward": {
+        "fast": {},
+        "stock": {"training": {"forward": "stock"}},
+        "checkpointing": {"training": {"gradient_checkpointing": True}},
+        "frozen kept": {"training": {"cache_frozen": True}},
+        "compiled": {"training": {"compile": True}},
+    },
+    "data": {"one": {}, "mix": {"data": {"mix": [{"dataset": "example:support", "num_samples": 12}]}}},
     "watched": {
         "best model": {"training": {"eval_steps": 1, "load_best_model_at_end": True}},
+        "by a metric": {
+            "training": {"eval_steps": 1, "best_by": "token_f1"}, "evaluation": {"max_new_tokens": 4},
+        },
         "early stopping": {"training": {"eval_steps": 1, "early_stopping_patience": 2}},
         "rarely": {"training": {"eval_steps": 100}},
+        "never": {"data": {"validation": 0.0}},
     },
     "schedule": {
         "cosine_with_restarts": {"training": {"scheduler": "cosine_with_restarts", "warmup_steps": 2}},
@@ -52,28 +69,55 @@ GRID = {
 }  # fmt: skip
 
 
+def is_refused(combination: tuple[str, ...]) -> bool:
+    """Whether the options of a combination exclude one another."""
+    return "frozen kept" in combination and ("freeze" not in combination or "neftune" in combination)
+
+
 def pairwise() -> list[tuple[str, ...]]:
     """Few combinations in which every two values of two options come together once."""
     names = [list(values) for values in GRID.values()]
-    open_pairs = {
-        (a, x, b, y)
-        for (a, xs), (b, ys) in itertools.combinations(enumerate(names), 2)
-        for x in xs
-        for y in ys
-    }
-    chosen = []
+    draw = random.Random(0)
+
+    def pairs(combination: tuple[str, ...]) -> set[tuple[int, str, int, str]]:
+        return {(a, x, b, y) for (a, x), (b, y) in itertools.combinations(enumerate(combination), 2)}
+
+    drawn = [tuple(draw.choice(values) for values in names) for _ in range(4000)]
+    each = {combination: pairs(combination) for combination in drawn if not is_refused(combination)}
+    open_pairs, chosen = set().union(*each.values()), []
     while open_pairs:
-        covered = {
-            combination: {p for p in open_pairs if combination[p[0]] == p[1] and combination[p[2]] == p[3]}
-            for combination in itertools.product(*names)
-        }
-        best = max(covered, key=lambda combination, covered=covered: len(covered[combination]))
-        open_pairs -= covered[best]
+        best = max(each, key=lambda combination: len(each[combination] & open_pairs))
+        open_pairs -= each[best]
         chosen.append(best)
     return chosen
 
 
 COMBINATIONS = pairwise()
+SAMPLE = [
+    (
+        "lora",
+        "ragged accumulation",
+        "fast",
+        "mix",
+        "early stopping",
+        "inverse_sqrt",
+        "adamw_torch",
+        "neftune",
+    ),
+    ("full", "packing", "stock", "one", "never", "polynomial", "adafactor", "none"),
+    (
+        "freeze",
+        "by length",
+        "frozen kept",
+        "one",
+        "by a metric",
+        "cosine_with_restarts",
+        "adamw_torch",
+        "none",
+    ),
+    ("dora", "workers", "checkpointing", "mix", "best model", "polynomial", "sgd", "none"),
+]
+"""Those of every commit."""
 
 
 @pytest.fixture
@@ -94,20 +138,55 @@ def quick(tiny_model_folder, question_file, tmp_path):
     return recipe
 
 
-@pytest.mark.parametrize(
-    "combination",
-    [
-        pytest.param(c, marks=pytest.mark.thorough if n else pytest.mark.slow)
-        for n, c in enumerate(COMBINATIONS)
-    ],
-    ids=lambda c: ", ".join(c),
-)
+def combined(quick, combination: tuple[str, ...]):
+    return quick(*(values[name] for values, name in zip(GRID.values(), combination, strict=True)))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=lambda c: ", ".join(c))
 def test_every_step_of_every_pair_of_options_continues_to_the_bit(quick, combination):
-    layers = [values[name] for values, name in zip(GRID.values(), combination, strict=True)]
-    found = api.verify_resume(quick(*layers), steps=4)
+    found = api.verify_resume(combined(quick, combination), steps=4)
     assert found.equal, found.sentence()
     assert found.continued_from == (1, 2, 3) or "early stopping" in combination
     assert found.continued_from
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("combination", SAMPLE, ids=lambda c: ", ".join(c))
+def test_a_sample_of_the_options_continues_to_the_bit(quick, combination):
+    found = api.verify_resume(combined(quick, combination), steps=2)
+    assert found.equal, found.sentence()
+    assert found.continued_from == (1,)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "full"])
+def test_options_that_exclude_one_another_are_refused_with_the_reason(quick, adapter):
+    recipe = quick(GRID["adapter"][adapter], GRID["forward"]["frozen kept"])
+    with pytest.raises(RecipeError) as error:
+        api.train(recipe)
+    assert "training.cache_frozen" in str(error.value)
+    assert error.value.fix
+    assert not (Path(recipe.output_dir) / folder_name(recipe)).exists()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_every_step_of_every_method_continues_to_the_bit(
+    quick, tiny_model_folder, tiny_t5_folder, tmp_path, kind, adapter
+):
+    from test_steps import WHOLE, row
+
+    path = tmp_path / f"{kind}.jsonl"
+    path.write_text("".join(json.dumps(row(kind, n)) + "\n" for n in range(40)))
+    base = tiny_t5_folder if METHODS[kind].model == "seq2seq" else tiny_model_folder
+    changes = {
+        "model": {"base": str(base)}, "data": {"dataset": str(path)}, "method": {"kind": kind},
+        "training": {"gradient_accumulation_steps": 2}, "evaluation": {"max_new_tokens": 4},
+    }  # fmt: skip
+    found = api.verify_resume(quick(WHOLE.get(kind, {}), GRID["adapter"][adapter], changes), steps=3)
+    assert found.equal, found.sentence()
+    assert found.continued_from == (1, 2)
 
 
 @pytest.mark.slow
@@ -252,7 +331,12 @@ def test_a_plan_that_is_lost_or_edited_changes_nothing(stopped, copied, damage):
         case "cut":
             file.write_text(file.read_text()[:700])
         case "another":
-            plan |= {"total_steps": 9, "identity": {}, "recipe": {"training": {"max_steps": 9}}, "estimate": "x"}
+            plan |= {
+                "total_steps": 9,
+                "identity": {},
+                "recipe": {"training": {"max_steps": 9}},
+                "estimate": "x",
+            }
             file.write_text(json.dumps(plan))
         case "another row":  # and what the plan says of it fits
             data = copied.path.parent / "questions.jsonl"
@@ -340,7 +424,11 @@ def test_what_decides_which_model_is_the_best_may_not_change(stopped, field):
 def test_validations_use_no_other_field_of_the_evaluation():
     """What `_measures` asks of the recipe's evaluation is what may not change."""
     tree = ast.parse(inspect.getsource(dataflow._measures))
-    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "section"}
+    used = {
+        n.attr
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "section"
+    }
     assert used | {"attempts_temperature"} == set(continuing.OF_VALIDATIONS)
 
 

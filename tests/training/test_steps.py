@@ -560,7 +560,9 @@ def test_memory_may_run_out_at_any_call(short_at, wanted):
         run, again = short_at(at)
         where = f"{made_for[at - 1]} ({at} of {len(made_for)})"
         assert again[:at] == made_for[:at], where
-        said = [e["name"] for e in run.events() if e["kind"] == "decision" and "memory ran out" in e["reason"]]
+        said = [
+            e["name"] for e in run.events() if e["kind"] == "decision" and "memory ran out" in e["reason"]
+        ]
         assert len(said) == 1, where
         told += said
         assert losses(run) == pytest.approx(losses(whole), abs=1e-5), where

@@ -125,7 +125,9 @@ def check_recipe(recipe: Recipe, run: Run, checkpoint: Path | None) -> None:
     ]
     if recipe.training.measured and others:
         names = ", ".join(recipe.training.measured)
-        run.event("warning", message=f"Validations measure {names} otherwise from here on: {'; '.join(others)}.")
+        run.event(
+            "warning", message=f"Validations measure {names} otherwise from here on: {'; '.join(others)}."
+        )
 
 
 def check_identity(run: Run, checkpoint: Path | None, identity: Mapping[str, Any]) -> None:

@@ -32,7 +32,6 @@ from tunesmith.recipe import Recipe
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import create
 
-
 MOST = 5.0
 """Per cent that the protocol may add to a run that saves every 50 steps."""
 

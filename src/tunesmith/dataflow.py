@@ -645,10 +645,13 @@ def _fitted(
     """The training, taken back to its last checkpoint where memory runs out in what no step can take back by itself:
     an update may be half made, a model half saved."""
     given = recipe, prepared, plan, encodings, packing, validation_items, rests_on
+    failed = 0
     for left in reversed(range(TAKEN_BACK + 1)):
-        found = _fitted_from(*given, checkpoint=checkpoint, may_fail=left > 0 and ranks.count() == 1)
+        alone = ranks.count() == 1
+        found = _fitted_from(*given, checkpoint=checkpoint, may_fail_after=failed if left and alone else None)
         if isinstance(found, Fit):
             return found
+        failed = found.step
         # Out of the handler, so that nothing holds what was computed.
         checkpoints.free_memory()
         checkpoint = found.checkpoint
@@ -662,7 +665,7 @@ def _fitted(
 
 
 TAKEN_BACK = 3
-"""How often a run is taken back to its last checkpoint for want of memory before it ends."""
+"""How often a run is taken back to its last checkpoint for want of memory before it ends; for the same step only once."""
 
 
 @dataclass(frozen=True)
@@ -685,8 +688,9 @@ def _fitted_from(
     rests_on: Mapping[str, Any] | None,
     *,
     checkpoint: Path | None,
-    may_fail: bool,
+    may_fail_after: int | None,
 ) -> Fit | _OutOfMemory:
+    """One training; instead of memory that runs out in a step after `may_fail_after` it gives what is to be said."""
     from transformers import set_seed
 
     method = METHODS[recipe.method.kind]
@@ -724,12 +728,13 @@ def _fitted_from(
                 rests_on=rests_on,
             )
         except Exception as error:
-            if not may_fail or not is_out_of_memory(error):
+            step = trainer.state.global_step + 1
+            if may_fail_after is None or step <= may_fail_after or not is_out_of_memory(error):
                 raise
             said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         written = trainer.written
         last = written if written and checkpoints.problem(written) is None else checkpoint
-        return _OutOfMemory(trainer.state.global_step + 1, said, last)
+        return _OutOfMemory(step, said, last)
 
 
 def _assist(job: Mapping[str, Any]) -> None:

@@ -362,7 +362,8 @@ def nightly(*options: str) -> dict[str, int]:
 @pytest.mark.slow
 def test_a_short_dose_of_the_nightly_suites():
     assert nightly("--kills", "20", "--flips", "100", "--fuzz", "200") == {
-        "kills": 20, "equal": 20, "stuck": 0, "different": 0, "flips": 100, "found": 100, "inputs": 200, "tracebacks": 0,
+        "kills": 20, "equal": 20, "stuck": 0, "different": 0, "flips": 100, "found": 100, "inputs": 200,
+        "tracebacks": 0,
     }  # fmt: skip
 
 

@@ -571,3 +571,24 @@ def test_memory_may_run_out_at_any_call(short_at, wanted):
         if said == ["memory"]:  # taken back to a checkpoint, nothing is another
             assert all(torch.equal(one[name], other[name]) for name in other), where
     assert "memory" in told
+
+
+@pytest.mark.slow
+def test_an_update_that_never_fits_ends_the_run_after_one_more_try(made, monkeypatch):
+    from torch.optim import AdamW
+
+    tried, group = [], AdamW._init_group
+
+    def short(self, *args, **kwargs):
+        tried.append(len(self.state))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(AdamW, "_init_group", short)
+    recipe = made(name="short")
+    with pytest.raises(OutOfResources, match="The memory is not enough") as error:
+        api.train(recipe)
+    assert tried == [0, 0]
+    assert "CUDA out of memory" in error.value.found
+    assert not (Path(recipe.output_dir) / "short").exists(), "nothing was trained, and the name is free again"
+    monkeypatch.setattr(AdamW, "_init_group", group)
+    assert len(losses(Run(api.train(recipe).run))) == 3

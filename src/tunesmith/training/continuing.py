@@ -92,8 +92,8 @@ def check_recipe(recipe: Recipe, run: Run, checkpoint: Path | None) -> None:
         if checkpoints.found(run):
             raise RunError(
                 f"What {run.path} was started with is not known any more, so it cannot be continued.",
-                found=f"no checkpoint says it, and plan.json cannot be read in {run.path}: the recipe, and hashes of the "
-                "data and the base model",
+                found=f"no checkpoint says it, and plan.json cannot be read in {run.path}: the recipe, and hashes of "
+                "the data and the base model",
                 fix="Put plan.json back, or start a new run with another --name.",
             )
         return

@@ -130,8 +130,8 @@ def fit(
     `input_rows` are the running numbers of the rows that the encodings were made of; errors name them. `release` is
     called after each step and batch of a validation, to hand back what was read for it.
     `pace` is told what the first steps took (`callbacks.Pace`), `tokens_per_step` being those of a mean one.
-    `rehearsal` is the run's fullest batch, which is tried before the first step. `rests_on` is what each checkpoint says
-    of the run that may be continued from it (`continuing`).
+    `rehearsal` is the run's fullest batch, which is tried before the first step. `rests_on` is what each checkpoint
+    says of the run that may be continued from it (`continuing`).
     Raises Interrupted after a stop on request, its state saved, and TrainingDiverged before a bad update.
 
     Of several processes each takes its share of the steps; the first one writes, and the others are done when the steps

@@ -32,7 +32,7 @@ from tunesmith.data.splitting import TRAIN, VALIDATION
 from tunesmith.data.templates import Encoding
 from tunesmith.engines.check import FILE as CHECKS
 from tunesmith.engines.check import keep_check, remarked
-from tunesmith.errors import DataError, RecipeError, TunesmithError, is_out_of_memory
+from tunesmith.errors import DataError, RecipeError, TunesmithError, lacked_memory
 from tunesmith.estimate import Estimate
 from tunesmith.evaluation import EvalRow, forgetting, stages
 from tunesmith.evaluation import leakage as leaks
@@ -620,12 +620,14 @@ def fitted(
         }
     )
     rests_on = continuing.rests_on(recipe, identity)
-    result = _fitted(recipe, prepared, plan, encodings, packing, checkpoint, validation_items, rests_on)
+    result, is_whole = _fitted(
+        recipe, prepared, plan, encodings, packing, checkpoint, validation_items, rests_on
+    )
     carry(result.final_model, prepared, splits, recipe.model.base)
     prepared.write("training.json", asdict(result))
     planned = prepared.read("plan.json") or {}
     if truth := estimating.truth(
-        planned.get("estimate"), result, is_whole=checkpoint is None, measured=planned.get("measured")
+        planned.get("estimate"), result, is_whole=is_whole, measured=planned.get("measured")
     ):
         prepared.write("plan.json", {**planned, "truth": truth})
         prepared.event("decision", name="plan and truth", value=truth["value"], reason=truth["sentence"])
@@ -641,16 +643,16 @@ def _fitted(
     checkpoint: Path | None,
     validation_items: Sequence[evaluation.Item],
     rests_on: Mapping[str, Any] | None = None,
-) -> Fit:
+) -> tuple[Fit, bool]:
     """The training, taken back to its last checkpoint where memory runs out in what no step can take back by itself:
-    an update may be half made, a model half saved."""
+    an update may be half made, a model half saved. Whether it was made in one go is the second."""
     given = recipe, prepared, plan, encodings, packing, validation_items, rests_on
     failed = 0
     for left in reversed(range(TAKEN_BACK + 1)):
         alone = ranks.count() == 1
         found = _fitted_from(*given, checkpoint=checkpoint, may_fail_after=failed if left and alone else None)
         if isinstance(found, Fit):
-            return found
+            return found, checkpoint is None
         failed = found.step
         # Out of the handler, so that nothing holds what was computed.
         checkpoints.free_memory()
@@ -665,7 +667,7 @@ def _fitted(
 
 
 TAKEN_BACK = 3
-"""How often a run is taken back to its last checkpoint for want of memory before it ends; for the same step only once."""
+"""How often a run is taken back to its last checkpoint for want of memory; for the same step only once."""
 
 
 @dataclass(frozen=True)
@@ -729,7 +731,7 @@ def _fitted_from(
             )
         except Exception as error:
             step = trainer.state.global_step + 1
-            if may_fail_after is None or step <= may_fail_after or not is_out_of_memory(error):
+            if may_fail_after is None or step <= may_fail_after or not lacked_memory(error):
                 raise
             said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         written = trainer.written

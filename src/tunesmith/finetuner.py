@@ -404,7 +404,9 @@ class LLMFineTuner:
                 before = continuing.known(run, None)
                 then = validated(before["recipe"]) if before and "recipe" in before else run.recipe()
                 changed = continuing.differences(then, recipe)
-                if before and before.get("identity", {}).get("tokens", before.get("data_sha256")) != digest:
+                named = (before or {}).get("identity")
+                known = named.get("tokens") if isinstance(named, dict) else (before or {}).get("data_sha256")
+                if before and known != digest:
                     changed.append("the data set's tokens differ")
                 if not before and checkpoints.found(run):
                     changed.append("nothing says what its data were: plan.json cannot be read")

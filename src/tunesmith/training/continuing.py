@@ -135,6 +135,10 @@ def check_identity(run: Run, checkpoint: Path | None, identity: Mapping[str, Any
     checkpoint is told, since it is written anew."""
     said = known(run, checkpoint)
     if said is None:
+        if (run.path / "plan.json").exists():
+            run.event(
+                "warning", message="plan.json cannot be read and is written anew; no checkpoint rests on it."
+            )
         return
     then = said.get("identity")
     if not isinstance(then, dict):  # of an older tunesmith

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import ranks
-from tunesmith.errors import Interrupted, MissingExtra, is_out_of_memory
+from tunesmith.errors import Interrupted, MissingExtra, lacked_memory
 from tunesmith.models import PRINCIPAL
 from tunesmith.plan import Plan
 from tunesmith.recipe import Tracking, Training
@@ -235,7 +235,7 @@ def fit(
         with stop:
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
-        if stop.requested and is_out_of_memory(error):  # whoever would begin again was not asked to stop
+        if stop.requested and lacked_memory(error):  # whoever would begin again was not asked to stop
             raise Interrupted(
                 f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, where memory ran out; the "
                 "last checkpoint is kept.",

@@ -45,7 +45,7 @@ GRID = {
         "frozen kept": {"training": {"cache_frozen": True}},
         "compiled": {"training": {"compile": True}},
     },
-    "data": {"one": {}, "mix": {"data": {"mix": [{"dataset": "example:support", "num_samples": 12}]}}},
+    "data": {"one": {}, "mix": {"data": {"mix": [{"dataset": "example:support"}], "max_rows": 40}}},
     "watched": {
         "best model": {"training": {"eval_steps": 1, "load_best_model_at_end": True}},
         "by a metric": {

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import launch, libraries, parallel, ranks
-from tunesmith.compose import differing
 from tunesmith.errors import (
     INTERRUPTED,
     TERMINATED,
@@ -54,6 +53,7 @@ from tunesmith.recipe import (
     Shards,
     Task,
 )
+from tunesmith.training.continuing import differences
 from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
     Run,
@@ -98,9 +98,6 @@ if TYPE_CHECKING:
     from tunesmith.training.find_lr import RateSearch
     from tunesmith.training.self_check import SelfCheck
     from tunesmith.training.verifying import Verified
-
-MAY_CHANGE = ("output_dir", "name", "preset", "evaluation", "export", "tracking", "launch", "parallel")
-"""Parts of the recipe that a continued run may change: none of them touches the weights."""
 
 
 @dataclass(frozen=True)
@@ -2549,60 +2546,11 @@ SHOWN: dict[str, Callable[[str | None], list[dict[str, Any]]]] = {
 }
 
 
-def differences(before: Recipe, after: Recipe) -> list[str]:
-    """Fields of two recipes that differ and that a continued run may not change, with both values."""
-    return [
-        f"{path} was {old!r}, is {new!r}"
-        for path, old, new in differing(before.model_dump(mode="json"), after.model_dump(mode="json"))
-        if path.split(".")[0] not in MAY_CHANGE
-    ]
-
-
-def _check_unchanged(recipe: Recipe, run: Run) -> None:
-    """Raises RunError where a run's recipe is not what it was started with, or nothing says any more what that was.
-
-    `recipe.yaml` is open to editors; the plan holds the recipe beside the hashes of what it names. Where base, data
-    and template lie is not compared: they may be moved, and those hashes say whether they are still the same.
-    """
-    from tunesmith.compose import validated
-    from tunesmith.training import checkpoints
-
-    plan = run.read("plan.json")
-    if plan is None:
-        if checkpoints.found(run):
-            raise RunError(
-                f"What {run.path} was started with is not known any more, so it cannot be continued.",
-                found=f"plan.json is missing in {run.path}: the recipe, and hashes of the data and the base model",
-                fix="Put plan.json back, or start a new run with another --name.",
-            )
-        return
-    if "recipe" not in plan:  # of an older tunesmith
-        run.event(
-            "warning", message="plan.json has no recipe, so whether recipe.yaml was edited is not known."
-        )
-        return
-    then = validated(plan["recipe"])
-    sections: dict[str, Any] = {
-        "model": {"base": recipe.model.base, "chat_template": recipe.model.chat_template},
-        "data": {"dataset": recipe.data.dataset},
-    }
-    if then.data.mix and len(then.data.mix) == len(recipe.data.mix):
-        pairs = zip(then.data.mix, recipe.data.mix, strict=True)
-        sections["data"]["mix"] = [old.model_copy(update={"dataset": new.dataset}) for old, new in pairs]
-    moved = {name: getattr(then, name).model_copy(update=changes) for name, changes in sections.items()}
-    if changed := differences(then.model_copy(update=moved), recipe):
-        raise RunError(
-            f"The recipe of {run.path} is not the one it was started with, so it cannot be continued.",
-            found="; ".join(changed),
-            fix=f"Undo these changes in {run.path / 'recipe.yaml'}, or start a new run with another --name.",
-        )
-
-
 def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool) -> Result:
     """Drive the dataflow to the report, and leave a status whatever happens."""
     with libraries.loading():
         from tunesmith.export.card import write_card
-        from tunesmith.training import checkpoints
+        from tunesmith.training import checkpoints, continuing
 
     started = time.perf_counter()
     before = run.read("status.json")
@@ -2617,10 +2565,11 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
             if fresh:
                 _check_before_training(recipe)
             else:
-                _check_unchanged(recipe, run)
                 _check_settings(recipe)
                 _check_processes(recipe)
             point = checkpoints.choose(run, checkpoint) if checkpoint else None
+            if not fresh:
+                continuing.check_recipe(recipe, run, point)
             if point and (changed := checkpoints.environment_differences(point)):
                 run.event("warning", message=f"The run goes on, though not to the bit: {'; '.join(changed)}.")
             results = _driver().execute(wanted, inputs={**_inputs(recipe), "run": run, "checkpoint": point})

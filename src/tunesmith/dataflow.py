@@ -12,7 +12,7 @@ import hashlib
 import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +32,7 @@ from tunesmith.data.splitting import TRAIN, VALIDATION
 from tunesmith.data.templates import Encoding
 from tunesmith.engines.check import FILE as CHECKS
 from tunesmith.engines.check import keep_check, remarked
-from tunesmith.errors import DataError, RecipeError, RunError, TunesmithError
+from tunesmith.errors import DataError, RecipeError, TunesmithError, lacked_memory
 from tunesmith.estimate import Estimate
 from tunesmith.evaluation import EvalRow, forgetting, stages
 from tunesmith.evaluation import leakage as leaks
@@ -50,7 +50,7 @@ from tunesmith.methods.kto import shuffled
 from tunesmith.methods.preferred import without_reference_pass
 from tunesmith.plan import Decision, Plan
 from tunesmith.recipe import FSDP, SFT, DeepSpeed, LoRA, QLoRA, Recipe, Tracking, Training
-from tunesmith.training import gpu
+from tunesmith.training import checkpoints, continuing, gpu
 from tunesmith.training.fit import Fit, arguments, fit
 from tunesmith.training.order import by_length, order_by_length
 from tunesmith.training.run import Run
@@ -377,21 +377,6 @@ def identity(recipe: Recipe, splits: data.Splits, encodings: data.EncodedSplits)
     }
 
 
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What of a run's identity differs, name by name; what one of both did not know is no difference."""
-    differ = [
-        name
-        for name in before.keys() & now.keys()
-        if before[name] != now[name] and before[name] and now[name]
-    ]
-    if set(differ) & {"chat template"}:
-        differ.remove("tokenizer")  # it has the template in it
-    gone = [f"{name} is no longer part of it" for name in sorted(before.keys() - now.keys())]
-    new = [f"{name} is new" for name in sorted(now.keys() - before.keys())]
-    said = [f"{name} was {str(before[name])[:12]}, is {str(now[name])[:12]}" for name in sorted(differ)]
-    return [*said, *gone, *new]
-
-
 def prepared(
     recipe: Recipe,
     run: Run,
@@ -400,20 +385,15 @@ def prepared(
     leakage: Leakage,
     identity: dict[str, Any],
     estimate: Estimate,
+    checkpoint: Path | None,
 ) -> Run:
     """The run's folder with ledger and plan, checked to be the same run when it is continued.
 
     Raises OutOfResources where the run is far from fitting.
     """
     fingerprint = encodings.fingerprint
-    before = run.read("plan.json")
-    then = before and before.get("identity", {**identity, "tokens": before["data_sha256"]})
-    if then and (changed := _changed(then, identity)):
-        raise RunError(
-            f"What {run.path} rests on is not what it was started with, so it cannot be continued.",
-            found="; ".join(changed),
-            fix="Restore it, or start a new run with another --name.",
-        )
+    before = continuing.planned(run)
+    continuing.check_identity(run, checkpoint, identity)
     estimate.check()
     run.write_lines("ledger.jsonl", data.ledger_lines(encodings.ledger))
     run.write("supervision.json", encodings.proof)
@@ -632,6 +612,7 @@ def fitted(
     packing: Packing | None,
     checkpoint: Path | None,
     validation_items: list[evaluation.Item],
+    identity: dict[str, Any],
 ) -> Fit:
     """The finished model's folder and what training came to."""
     done = prepared.read("training.json")
@@ -648,12 +629,15 @@ def fitted(
             "measures": bool(validation_items),
         }
     )
-    result = _fitted(recipe, prepared, plan, encodings, packing, checkpoint, validation_items)
+    rests_on = continuing.rests_on(recipe, identity)
+    result, is_whole = _fitted(
+        recipe, prepared, plan, encodings, packing, checkpoint, validation_items, rests_on
+    )
     carry(result.final_model, prepared, splits, recipe.model.base)
     prepared.write("training.json", asdict(result))
     planned = prepared.read("plan.json") or {}
     if truth := estimating.truth(
-        planned.get("estimate"), result, is_whole=checkpoint is None, measured=planned.get("measured")
+        planned.get("estimate"), result, is_whole=is_whole, measured=planned.get("measured")
     ):
         prepared.write("plan.json", {**planned, "truth": truth})
         prepared.event("decision", name="plan and truth", value=truth["value"], reason=truth["sentence"])
@@ -668,7 +652,57 @@ def _fitted(
     packing: Packing | None,
     checkpoint: Path | None,
     validation_items: Sequence[evaluation.Item],
-) -> Fit:
+    rests_on: Mapping[str, Any] | None = None,
+) -> tuple[Fit, bool]:
+    """The training, taken back to its last checkpoint where memory runs out in what no step can take back by itself:
+    an update may be half made, a model half saved. Whether it was made in one go is the second."""
+    given = recipe, prepared, plan, encodings, packing, validation_items, rests_on
+    failed = 0
+    for left in reversed(range(TAKEN_BACK + 1)):
+        alone = ranks.count() == 1
+        found = _fitted_from(*given, checkpoint=checkpoint, may_fail_after=failed if left and alone else None)
+        if isinstance(found, Fit):
+            return found, checkpoint is None
+        failed = found.step
+        # Out of the handler, so that nothing holds what was computed.
+        checkpoints.free_memory()
+        checkpoint = found.checkpoint
+        value = f"taken back to {checkpoint.name if checkpoint else 'the start'}"
+        reason = (
+            f"memory ran out at step {found.step}, in what no step can take back by itself; everything was given back, "
+            f"and the run goes on from there: {found.said}"
+        )
+        prepared.event("decision", step=found.step, name="memory", value=value, reason=reason)
+    raise AssertionError("the last one may not fail")
+
+
+TAKEN_BACK = 3
+"""How often a run is taken back to its last checkpoint for want of memory; for the same step only once."""
+
+
+@dataclass(frozen=True)
+class _OutOfMemory:
+    """A training that ended for want of memory."""
+
+    step: int
+    said: str
+    checkpoint: Path | None
+    """Where it can be taken up again."""
+
+
+def _fitted_from(
+    recipe: Recipe,
+    prepared: Run,
+    plan: Plan,
+    encodings: data.EncodedSplits,
+    packing: Packing | None,
+    validation_items: Sequence[evaluation.Item],
+    rests_on: Mapping[str, Any] | None,
+    *,
+    checkpoint: Path | None,
+    may_fail_after: int | None,
+) -> Fit | _OutOfMemory:
+    """One training; instead of memory that runs out in a step after `may_fail_after` it gives what is to be said."""
     from transformers import set_seed
 
     method = METHODS[recipe.method.kind]
@@ -683,26 +717,36 @@ def _fitted(
         if isinstance(recipe.parallel, DeepSpeed) and plan.zero_stage:
             given["deepspeed"] = parallel.configuration(recipe.parallel, plan.zero_stage, plan, own)
         trainer = _trainer(recipe, prepared, tokenizer, plan, encodings, packing, given)
-        return fit(
-            trainer,
-            prepared,
-            recipe.training,
-            adapter_init=getattr(recipe.adapter, "init", None),
-            checkpoint=checkpoint,
-            tensorboard="tensorboard" in recipe.tracking.trackers,
-            samples=_asked(recipe, encodings.validation),
-            max_new_tokens=recipe.evaluation.max_new_tokens,
-            measure=partial(_measures, recipe, tokenizer, plan.device, list(validation_items))
-            if validation_items
-            else None,
-            higher_is_better=recipe.training.best_by != "loss"
-            and METRICS[recipe.training.best_by].higher_is_better,
-            input_rows=encodings.train.rows,
-            release=encodings.release,
-            pace=partial(_paced, prepared) if checkpoint is None else None,
-            tokens_per_step=0.0 if method.draws else plan.tokens_per_epoch / plan.steps_per_epoch,
-            rehearsal=_rehearsal(recipe, training, trainer, plan, encodings, packing),
-        )
+        try:
+            return fit(
+                trainer,
+                prepared,
+                recipe.training,
+                adapter_init=getattr(recipe.adapter, "init", None),
+                checkpoint=checkpoint,
+                tensorboard="tensorboard" in recipe.tracking.trackers,
+                samples=_asked(recipe, encodings.validation),
+                max_new_tokens=recipe.evaluation.max_new_tokens,
+                measure=partial(_measures, recipe, tokenizer, plan.device, list(validation_items))
+                if validation_items
+                else None,
+                higher_is_better=recipe.training.best_by != "loss"
+                and METRICS[recipe.training.best_by].higher_is_better,
+                input_rows=encodings.train.rows,
+                release=encodings.release,
+                pace=partial(_paced, prepared) if checkpoint is None else None,
+                tokens_per_step=0.0 if method.draws else plan.tokens_per_epoch / plan.steps_per_epoch,
+                rehearsal=_rehearsal(recipe, training, trainer, plan, encodings, packing),
+                rests_on=rests_on,
+            )
+        except Exception as error:
+            step = trainer.state.global_step + 1
+            if may_fail_after is None or step <= may_fail_after or not lacked_memory(error):
+                raise
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        written = trainer.written
+        last = written if written and checkpoints.problem(written) is None else checkpoint
+        return _OutOfMemory(step, said, last)
 
 
 def _assist(job: Mapping[str, Any]) -> None:

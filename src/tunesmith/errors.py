@@ -148,6 +148,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def lacked_memory(error: BaseException) -> bool:
+    """Whether memory ran out, be it that one of ours says so while the other is handled."""
+    inner = error.__context__ if isinstance(error, OutOfResources) else error
+    return inner is not None and is_out_of_memory(inner)
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether another process of the run is gone, as gloo and NCCL say it."""
     said = (

@@ -370,11 +370,11 @@ class LLMFineTuner:
         import torch
 
         from tunesmith import forward, models
-        from tunesmith.api import differences
         from tunesmith.cli import Display
+        from tunesmith.compose import validated
         from tunesmith.export.card import write_card
         from tunesmith.methods import METHODS
-        from tunesmith.training import checkpoints
+        from tunesmith.training import checkpoints, continuing
         from tunesmith.training.fit import arguments, fit
         from tunesmith.training.run import anchored, create, discard, is_run, open_run
 
@@ -401,12 +401,15 @@ class LLMFineTuner:
             path = self._folder()
             if is_run(path):
                 run = open_run(path, watch=display)
-                changed = differences(run.recipe(), recipe)
-                before = run.read("plan.json")
-                if before and before.get("data_sha256") != digest:
+                before = continuing.known(run, None)
+                then = validated(before["recipe"]) if before and "recipe" in before else run.recipe()
+                changed = continuing.differences(then, recipe)
+                named = (before or {}).get("identity")
+                known = named.get("tokens") if isinstance(named, dict) else (before or {}).get("data_sha256")
+                if before and known != digest:
                     changed.append("the data set's tokens differ")
                 if not before and checkpoints.found(run):
-                    changed.append("plan.json is missing, which says what its data were")
+                    changed.append("nothing says what its data were: plan.json cannot be read")
                 state = run.state()
                 if state in {"done", "running"} or changed:
                     raise RunError(
@@ -453,7 +456,8 @@ class LLMFineTuner:
                             keep=recipe.training.save_total_limit,
                         )
                     forward.attach(trainer, run, recipe.training)
-                    result = fit(trainer, run, recipe.training, checkpoint=checkpoint)
+                    rests_on = continuing.rests_on(recipe, {"tokens": digest})
+                    result = fit(trainer, run, recipe.training, checkpoint=checkpoint, rests_on=rests_on)
                     run.write("training.json", asdict(result))
                     write_card(run, [])
                     _lay_open(run)

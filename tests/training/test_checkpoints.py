@@ -459,13 +459,12 @@ CALLS = (
 """System calls by which a save changes the disk, as Python's, torch's and Rust's libraries make them."""
 
 
-def traced_save(trainer, call: str, what: str) -> tuple[int, str]:
-    """A save in a process of its own whose system calls go wrong as strace says: its exit code and what it said."""
+def traced(work, said: Path, call: str, what: str) -> tuple[int, str]:
+    """Some work in a process of its own whose system calls go wrong as strace says: its exit code and what it said."""
     import ctypes
     import subprocess
     import time
 
-    said = Path(trainer.args.output_dir).parent / "said"
     child = os.fork()
     if not child:
         code = 1
@@ -477,7 +476,7 @@ def traced_save(trainer, call: str, what: str) -> tuple[int, str]:
             while "TracerPid:\t0" in Path("/proc/self/status").read_text():
                 assert time.monotonic() < end, "nobody traces"
                 time.sleep(0.005)
-            trainer._save_checkpoint(trainer.model, None)
+            work()
             code = 0
         except BaseException as error:
             with contextlib.suppress(OSError):
@@ -493,6 +492,12 @@ def traced_save(trainer, call: str, what: str) -> tuple[int, str]:
     found = said.read_text() if said.exists() else ""
     said.unlink(missing_ok=True)
     return code, found
+
+
+def traced_save(trainer, call: str, what: str) -> tuple[int, str]:
+    """A save whose system calls go wrong."""
+    said = Path(trainer.args.output_dir).parent / "said"
+    return traced(lambda: trainer._save_checkpoint(trainer.model, None), said, call, what)
 
 
 @pytest.fixture

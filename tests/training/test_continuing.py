@@ -2,39 +2,58 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import itertools
 import json
+import random
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tunesmith import api
+from tunesmith import api, dataflow
 from tunesmith.compose import compose, overlaid
-from tunesmith.errors import RunError
-from tunesmith.training import checkpoints, state, verifying
-from tunesmith.training.run import Run
+from tunesmith.errors import RecipeError, RunError
+from tunesmith.methods import METHODS
+from tunesmith.training import checkpoints, continuing, state, verifying
+from tunesmith.training.run import Run, folder_name
 
 LORA = {"kind": "lora", "rank": 4, "dropout": 0.1}
 GRID = {
     "adapter": {
         "lora": {"adapter": LORA},
-        "dora": {"adapter": {**LORA, "kind": "lora", "dora": True}},
+        "dora": {"adapter": {**LORA, "dora": True}},
         "full": {},
+        "freeze": {"adapter": {"kind": "freeze", "ratio": 0.5}},
     },
     "batches": {
         "ragged accumulation": {"training": {"gradient_accumulation_steps": 3}},
         "packing": {"data": {"packing": True, "max_length": 64}},
-        "workers": {"training": {"num_workers": 1}},
+        "workers": {"training": {"num_workers": 2}},
+        "by length": {"training": {"batches": "by_length"}},
         "plain": {},
     },
+    "forward": {
+        "fast": {},
+        "stock": {"training": {"forward": "stock"}},
+        "checkpointing": {"training": {"gradient_checkpointing": True}},
+        "frozen kept": {"training": {"cache_frozen": True}},
+        "compiled": {"training": {"compile": True}},
+    },
+    "data": {"one": {}, "mix": {"data": {"mix": [{"dataset": "example:support"}], "max_rows": 40}}},
     "watched": {
         "best model": {"training": {"eval_steps": 1, "load_best_model_at_end": True}},
+        "by a metric": {
+            "training": {"eval_steps": 1, "best_by": "token_f1"}, "evaluation": {"max_new_tokens": 4},
+        },
         "early stopping": {"training": {"eval_steps": 1, "early_stopping_patience": 2}},
         "rarely": {"training": {"eval_steps": 100}},
+        "never": {"data": {"validation": 0.0}},
     },
     "schedule": {
         "cosine_with_restarts": {"training": {"scheduler": "cosine_with_restarts", "warmup_steps": 2}},
@@ -50,28 +69,55 @@ GRID = {
 }  # fmt: skip
 
 
+def is_refused(combination: tuple[str, ...]) -> bool:
+    """Whether the options of a combination exclude one another."""
+    return "frozen kept" in combination and ("freeze" not in combination or "neftune" in combination)
+
+
 def pairwise() -> list[tuple[str, ...]]:
     """Few combinations in which every two values of two options come together once."""
     names = [list(values) for values in GRID.values()]
-    open_pairs = {
-        (a, x, b, y)
-        for (a, xs), (b, ys) in itertools.combinations(enumerate(names), 2)
-        for x in xs
-        for y in ys
-    }
-    chosen = []
+    draw = random.Random(0)
+
+    def pairs(combination: tuple[str, ...]) -> set[tuple[int, str, int, str]]:
+        return {(a, x, b, y) for (a, x), (b, y) in itertools.combinations(enumerate(combination), 2)}
+
+    drawn = [tuple(draw.choice(values) for values in names) for _ in range(4000)]
+    each = {combination: pairs(combination) for combination in drawn if not is_refused(combination)}
+    open_pairs, chosen = set().union(*each.values()), []
     while open_pairs:
-        covered = {
-            combination: {p for p in open_pairs if combination[p[0]] == p[1] and combination[p[2]] == p[3]}
-            for combination in itertools.product(*names)
-        }
-        best = max(covered, key=lambda combination, covered=covered: len(covered[combination]))
-        open_pairs -= covered[best]
+        best = max(each, key=lambda combination: len(each[combination] & open_pairs))
+        open_pairs -= each[best]
         chosen.append(best)
     return chosen
 
 
 COMBINATIONS = pairwise()
+SAMPLE = [
+    (
+        "lora",
+        "ragged accumulation",
+        "fast",
+        "mix",
+        "early stopping",
+        "inverse_sqrt",
+        "adamw_torch",
+        "neftune",
+    ),
+    ("full", "packing", "stock", "one", "never", "polynomial", "adafactor", "none"),
+    (
+        "freeze",
+        "by length",
+        "frozen kept",
+        "one",
+        "by a metric",
+        "cosine_with_restarts",
+        "adamw_torch",
+        "none",
+    ),
+    ("dora", "workers", "checkpointing", "mix", "best model", "polynomial", "sgd", "none"),
+]
+"""Those of every commit."""
 
 
 @pytest.fixture
@@ -92,20 +138,55 @@ def quick(tiny_model_folder, question_file, tmp_path):
     return recipe
 
 
-@pytest.mark.parametrize(
-    "combination",
-    [
-        pytest.param(c, marks=pytest.mark.thorough if n else pytest.mark.slow)
-        for n, c in enumerate(COMBINATIONS)
-    ],
-    ids=lambda c: ", ".join(c),
-)
+def combined(quick, combination: tuple[str, ...]):
+    return quick(*(values[name] for values, name in zip(GRID.values(), combination, strict=True)))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=lambda c: ", ".join(c))
 def test_every_step_of_every_pair_of_options_continues_to_the_bit(quick, combination):
-    layers = [values[name] for values, name in zip(GRID.values(), combination, strict=True)]
-    found = api.verify_resume(quick(*layers), steps=4)
+    found = api.verify_resume(combined(quick, combination), steps=4)
     assert found.equal, found.sentence()
     assert found.continued_from == (1, 2, 3) or "early stopping" in combination
     assert found.continued_from
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("combination", SAMPLE, ids=lambda c: ", ".join(c))
+def test_a_sample_of_the_options_continues_to_the_bit(quick, combination):
+    found = api.verify_resume(combined(quick, combination), steps=2)
+    assert found.equal, found.sentence()
+    assert found.continued_from == (1,)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "full"])
+def test_options_that_exclude_one_another_are_refused_with_the_reason(quick, adapter):
+    recipe = quick(GRID["adapter"][adapter], GRID["forward"]["frozen kept"])
+    with pytest.raises(RecipeError) as error:
+        api.train(recipe)
+    assert "training.cache_frozen" in str(error.value)
+    assert error.value.fix
+    assert not (Path(recipe.output_dir) / folder_name(recipe)).exists()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_every_step_of_every_method_continues_to_the_bit(
+    quick, tiny_model_folder, tiny_t5_folder, tmp_path, kind, adapter
+):
+    from test_steps import WHOLE, row
+
+    path = tmp_path / f"{kind}.jsonl"
+    path.write_text("".join(json.dumps(row(kind, n)) + "\n" for n in range(40)))
+    base = tiny_t5_folder if METHODS[kind].model == "seq2seq" else tiny_model_folder
+    changes = {
+        "model": {"base": str(base)}, "data": {"dataset": str(path)}, "method": {"kind": kind},
+        "training": {"gradient_accumulation_steps": 2}, "evaluation": {"max_new_tokens": 4},
+    }  # fmt: skip
+    found = api.verify_resume(quick(WHOLE.get(kind, {}), GRID["adapter"][adapter], changes), steps=3)
+    assert found.equal, found.sentence()
+    assert found.continued_from == (1, 2)
 
 
 @pytest.mark.slow
@@ -229,14 +310,65 @@ def test_what_a_run_rests_on_is_named_where_it_changed_and_refused(copied, what,
     assert {p.name for p in copied.checkpoints.iterdir()} == before
 
 
-def test_without_its_plan_a_run_is_not_continued(copied):
-    """The plan holds what the data were: without it a changed row would not be seen."""
-    (copied.path / "plan.json").unlink()
-    with pytest.raises(RunError, match="cannot be continued") as error:
+def resealed(folder, change):
+    """Rewrite a manifest, so that its own hash fits."""
+    content = checkpoints.manifest(folder)
+    content.pop("manifest_sha256")
+    change(content)
+    (folder / checkpoints.MANIFEST).write_text(checkpoints._sealed(content))
+
+
+@pytest.mark.parametrize(
+    "damage", ["gone", pytest.param("cut", marks=pytest.mark.thorough), "another", "another row"]
+)
+def test_a_plan_that_is_lost_or_edited_changes_nothing(stopped, copied, damage):
+    """The checkpoint says what the run rests on, and is sealed."""
+    file = copied.path / "plan.json"
+    plan = json.loads(file.read_text())
+    match damage:
+        case "gone":
+            file.unlink()
+        case "cut":
+            file.write_text(file.read_text()[:700])
+        case "another":
+            plan |= {
+                "total_steps": 9,
+                "identity": {},
+                "recipe": {"training": {"max_steps": 9}},
+                "estimate": "x",
+            }
+            file.write_text(json.dumps(plan))
+        case "another row":  # and what the plan says of it fits
+            data = copied.path.parent / "questions.jsonl"
+            data.write_text(data.read_text().replace("one 7", "two 7"))
+            file.write_text(json.dumps({**plan, "identity": {}}))
+    if damage == "another row":
+        with pytest.raises(RunError, match="not what it was started with") as error:
+            api.resume(copied.path)
+        assert "data set questions was " in error.value.found
+        return
+    api.resume(copied.path)
+    assert verifying.differences(stopped[1], copied, since=2) == []
+    assert json.loads(file.read_text())["identity"] == plan["identity"] or damage == "another"
+    told = [e["message"] for e in copied.events() if e["kind"] == "warning" and "plan.json" in e["message"]]
+    assert len(told) == 1
+    assert told[0].endswith("the checkpoint does, and it is written anew.")
+
+
+@pytest.mark.parametrize("is_planned", [True, False])
+def test_checkpoints_that_do_not_say_what_they_rest_on_need_the_plan(copied, is_planned):
+    """Those of an older tunesmith: without the plan a changed row would not be seen."""
+    resealed(checkpoints.found(copied)[0], lambda content: content.pop("rests_on"))
+    if is_planned:
+        data = copied.path.parent / "questions.jsonl"
+        data.write_text(data.read_text().replace("one 7", "two 7"))
+    else:
+        (copied.path / "plan.json").unlink()
+    with pytest.raises(RunError, match="continued") as error:
         api.resume(copied.path)
-    assert "plan.json is missing" in error.value.found
+    assert ("data set questions was " if is_planned else "no checkpoint says it") in error.value.found
     assert "--name" in error.value.fix
-    assert not (copied.path / "plan.json").exists(), "nor is one made of what is there now"
+    assert (copied.path / "plan.json").exists() is is_planned, "nor is one made of what is there now"
 
 
 FIELDS = {
@@ -274,6 +406,55 @@ def test_a_recipe_that_was_edited_in_the_run_is_refused_field_by_field(copied):
     with pytest.raises(RunError, match="cannot be continued") as error:
         api.resume(copied.path)
     assert error.value.found == "training.max_steps was 4, is 6; training.weight_decay was 0.01, is 0.5"
+
+
+@pytest.mark.parametrize("field", continuing.OF_VALIDATIONS)
+def test_what_decides_which_model_is_the_best_may_not_change(stopped, field):
+    """`evaluation` may change, but for what `training.best_by` is measured by."""
+    recipe = stopped[1].recipe()
+    value = getattr(recipe.evaluation, field)
+    other = (not value) if isinstance(value, bool) else value + 1
+    after = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={field: other})})
+    assert api.differences(recipe, after) == []
+    by = {"training": recipe.training.model_copy(update={"best_by": "exact_match"})}
+    [said] = api.differences(recipe.model_copy(update=by), after.model_copy(update=by))
+    assert said == f"evaluation.{field} was {value!r}, is {other!r} (it decides training.best_by)"
+
+
+def test_validations_use_no_other_field_of_the_evaluation():
+    """What `_measures` asks of the recipe's evaluation is what may not change."""
+    tree = ast.parse(inspect.getsource(dataflow._measures))
+    used = {
+        n.attr
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "section"
+    }
+    assert used | {"attempts_temperature"} == set(continuing.OF_VALIDATIONS)
+
+
+def test_a_metric_that_is_measured_otherwise_from_here_on_is_said_or_refused(copied):
+    file = copied.path / "recipe.yaml"
+    file.write_text(file.read_text().replace("max_new_tokens: 256", "max_new_tokens: 3"))
+    recipe = copied.recipe()
+    assert recipe.evaluation.max_new_tokens == 3
+
+    def measured(**training):
+        then = {**recipe.training.model_dump(mode="json"), **training}
+        resealed(
+            checkpoints.found(copied)[0],
+            lambda content: content["rests_on"]["recipe"].update(training=then),
+        )
+        return recipe.model_copy(update={"training": type(recipe.training)(**then)})
+
+    point = checkpoints.found(copied)[0]
+    continuing.check_recipe(measured(eval_metrics=["exact_match"]), copied, point)
+    told = copied.events()[-1]["message"]
+    assert told == (
+        "Validations measure exact_match otherwise from here on: evaluation.max_new_tokens was 256, is 3."
+    )
+    with pytest.raises(RunError, match="cannot be continued") as error:
+        continuing.check_recipe(measured(best_by="exact_match"), copied, point)
+    assert error.value.found == "evaluation.max_new_tokens was 256, is 3 (it decides training.best_by)"
 
 
 @pytest.mark.slow

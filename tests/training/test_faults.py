@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from tunesmith.compose import compose, overlaid
 from tunesmith.errors import Interrupted, OutOfResources, RunError
 from tunesmith.recipe import Recipe
 from tunesmith.training import checkpoints, verifying
-from tunesmith.training.run import Run, create, open_run
+from tunesmith.training.run import Run, create, is_run, open_run
 
 
 @pytest.fixture
@@ -360,9 +361,43 @@ def nightly(*options: str) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_a_short_dose_of_the_nightly_suites():
-    assert nightly("--kills", "3", "--flips", "100", "--fuzz", "200") == {
-        "kills": 3, "equal": 3, "stuck": 0, "different": 0, "flips": 100, "found": 100, "inputs": 200, "tracebacks": 0,
+    assert nightly("--kills", "20", "--flips", "100", "--fuzz", "200") == {
+        "kills": 20, "equal": 20, "stuck": 0, "different": 0, "flips": 100, "found": 100, "inputs": 200,
+        "tracebacks": 0,
     }  # fmt: skip
+
+
+WRITES = ("write", "pwrite64", "fsync", "rename", "unlink", "unlinkat", "rmdir", "mkdir")
+"""System calls by which a run changes the disk, as Python's, torch's and Rust's libraries make them here."""
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("call", WRITES)
+def test_sigkill_at_each_write_of_a_run_is_made_good(quick, undisturbed, tmp_path, call):
+    """By strace, from the folder's first file to the report; k = 1, 2, ... until a run is not hit. Then it goes on."""
+    from test_checkpoints import traced
+
+    if not shutil.which("strace"):
+        pytest.skip("strace is not here")
+    recipe = quick(name="killed", training={"save_steps": 1})
+    place, hit = Path(recipe.output_dir) / "killed", 0
+
+    def begun() -> None:
+        api.resume(place) if is_run(place) else api.train(recipe)
+
+    while True:
+        code, said = traced(begun, tmp_path / "said", call, f"signal=SIGKILL:when={hit + 1}")
+        assert code in (0, -signal.SIGKILL), (call, hit + 1, said)
+        if code == 0:
+            break
+        hit += 1
+        if not is_run(place) or open_run(place).state() != "done":
+            begun()
+        run = open_run(place)
+        assert verifying.differences(undisturbed, run) == [], (call, hit)
+        assert run.state() == "done"
+        shutil.rmtree(place)
+    assert hit or call in ("pwrite64", "rmdir"), "the control: a run was hit"
 
 
 @pytest.mark.thorough

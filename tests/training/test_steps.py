@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunesmith import api, dataflow
 from tunesmith.compose import compose, overlaid
 from tunesmith.errors import OutOfResources, TrainingDiverged
 from tunesmith.methods import METHODS
+from tunesmith.training import state
 from tunesmith.training.run import Run, open_run
 
 COLORS = ("red", "blue", "green", "one", "two")
@@ -469,3 +472,123 @@ def test_memory_of_this_machine_that_really_runs_out(made, tmp_path):
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
     assert decisions(run, "micro-batch")
     assert len(losses(run)) == 1
+
+
+# Memory runs out anywhere
+
+
+MADE_FOR = {
+    "_save_checkpoint": "a save", "save_model": "the model", "evaluate": "a validation",
+    "_init_group": "an update", "adam": "an update", "backward": "a backward pass", "compute_loss": "a forward pass",
+    "get_batch_samples": "a batch",
+}  # fmt: skip
+"""What tensors are made for, by the function that makes them, those that call others first."""
+
+
+class Short(TorchDispatchMode):
+    """Counts the operations that make tensors, by what they are made for, and has the memory run out at one."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.made = at, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(returned.alias_info is None for returned in func._schema.returns):
+            self.count()
+        return func(*args, **(kwargs or {}))
+
+    def count(self) -> None:
+        frame, names = sys._getframe(), set()
+        while frame:
+            names.add(frame.f_code.co_name)
+            frame = frame.f_back
+        self.made.append(next((what for name, what in MADE_FOR.items() if name in names), "what is between"))
+        if len(self.made) == self.at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.fixture
+def short_at(made, monkeypatch):
+    """Trains with the memory running out once, at the operation of a number, and tells what all of them were for."""
+    changes = {
+        "data": {"validation": 0.2}, "training": {"save_steps": 1}, "evaluation": {"samples": 1, "max_new_tokens": 2},
+    }  # fmt: skip
+
+    def run(at: int) -> tuple[Run, list[str]]:
+        fit, save_file, short = dataflow.fit, state.save_file, Short(at)
+
+        def fitted(trainer, *args, **kwargs):
+            with short:
+                return fit(trainer, *args, **kwargs)
+
+        def saved(*args, **kwargs):
+            short.count()
+            return save_file(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dataflow, "fit", fitted)
+            patch.setattr(state, "save_file", saved)
+            return Run(api.train(made(name=f"at-{at}", **changes)).run), short.made
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        pytest.param("each thing once", marks=pytest.mark.slow),
+        pytest.param("every update", marks=pytest.mark.thorough),
+        *(pytest.param(f"part {n} of everywhere", marks=pytest.mark.thorough) for n in range(4)),
+    ],
+)
+def test_memory_may_run_out_at_any_call(short_at, wanted):
+    """Every operation that makes a tensor, from the first to the last of a run, is the one in turn."""
+    whole, made_for = short_at(0)
+    numbers = {what: [k for k, each in enumerate(made_for, 1) if each == what] for what in made_for}
+    assert numbers.keys() == {*MADE_FOR.values(), "what is between"}
+    match wanted:
+        case "each thing once":  # passes, validations and saves have tests of their own
+            chosen = [numbers[what][len(numbers[what]) // 2] for what in ("the model",)]
+            first = len(numbers["an update"]) // 4  # its states are made
+            chosen += [numbers["an update"][place] for place in (first, -first)]
+        case "every update":
+            chosen = numbers["an update"]
+        case _:
+            chosen = list(range(1, len(made_for) + 1, len(made_for) // 60))[int(wanted.split()[1]) :: 4]
+    told = []
+    for at in chosen:
+        run, again = short_at(at)
+        where = f"{made_for[at - 1]} ({at} of {len(made_for)})"
+        assert again[:at] == made_for[:at], where
+        said = [
+            e["name"] for e in run.events() if e["kind"] == "decision" and "memory ran out" in e["reason"]
+        ]
+        assert len(said) == 1, where
+        told += said
+        assert losses(run) == pytest.approx(losses(whole), abs=1e-5), where
+        one, other = weights(run), weights(whole)
+        assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in other), where
+        if said == ["memory"]:  # taken back to a checkpoint, nothing is another
+            assert all(torch.equal(one[name], other[name]) for name in other), where
+    assert "memory" in told
+
+
+@pytest.mark.slow
+def test_an_update_that_never_fits_ends_the_run_after_one_more_try(made, monkeypatch):
+    from torch.optim import AdamW
+
+    tried, group = [], AdamW._init_group
+
+    def short(self, *args, **kwargs):
+        tried.append(len(self.state))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(AdamW, "_init_group", short)
+    recipe = made(name="short")
+    with pytest.raises(OutOfResources, match="The memory is not enough") as error:
+        api.train(recipe)
+    assert tried == [0, 0]
+    assert "CUDA out of memory" in error.value.found
+    assert not (Path(recipe.output_dir) / "short").exists(), "nothing was trained, and the name is free again"
+    monkeypatch.setattr(AdamW, "_init_group", group)
+    assert len(losses(Run(api.train(recipe).run))) == 3

@@ -381,6 +381,11 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
     guarded = guarded_steps(trainer_class, run, splits)
 
     class RunFolderTrainer(guarded):  # type: ignore[misc,valid-type]
+        rests_on: Mapping[str, Any] | None = None
+        """What the run rests on, by which it may be continued (`continuing`)."""
+        written: Path | None = None
+        """The last checkpoint that was written."""
+
         def __init__(self, *given: Any, **named: Any) -> None:
             arguments = named.get("args")
             if arguments is not None and arguments.n_gpu > 1:
@@ -452,7 +457,9 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
                         ]
                         facts = {"step": step, "validation_loss": losses[-1] if losses else None}
                         facts |= {"processes": ranks.count(), "environment": _environment()}
+                        facts |= {"rests_on": self.rests_on} if self.rests_on else {}
                         commit(staging, folder_of(run, step), facts)
+                        self.written = folder_of(run, step)
             except Exception as error:
                 if ranks.is_first():
                     shutil.rmtree(staging, ignore_errors=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import ranks
-from tunesmith.errors import Interrupted, MissingExtra
+from tunesmith.errors import Interrupted, MissingExtra, lacked_memory
 from tunesmith.models import PRINCIPAL
 from tunesmith.plan import Plan
 from tunesmith.recipe import Tracking, Training
@@ -120,6 +120,7 @@ def fit(
     pace: Callable[[int, float, float], None] | None = None,
     tokens_per_step: float = 0.0,
     rehearsal: Rehearsal | None = None,
+    rests_on: Mapping[str, Any] | None = None,
 ) -> Fit:
     """Train, keep the best model, and write `final_model/`.
 
@@ -129,7 +130,8 @@ def fit(
     `input_rows` are the running numbers of the rows that the encodings were made of; errors name them. `release` is
     called after each step and batch of a validation, to hand back what was read for it.
     `pace` is told what the first steps took (`callbacks.Pace`), `tokens_per_step` being those of a mean one.
-    `rehearsal` is the run's fullest batch, which is tried before the first step.
+    `rehearsal` is the run's fullest batch, which is tried before the first step. `rests_on` is what each checkpoint
+    says of the run that may be continued from it (`continuing`).
     Raises Interrupted after a stop on request, its state saved, and TrainingDiverged before a bad update.
 
     Of several processes each takes its share of the steps; the first one writes, and the others are done when the steps
@@ -184,7 +186,7 @@ def fit(
             callbacks.surviving(callback, warn)
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to the verb's result
     steps.number_rows(trainer)
-    trainer.rehearsal = rehearsal
+    trainer.rehearsal, trainer.rests_on = rehearsal, rests_on
     if input_rows is not None:
         data = trainer.train_dataset
         trainer.rows_of = lambda number: [int(input_rows[n]) for n in steps.encoded_numbers(data, number)]
@@ -229,8 +231,18 @@ def fit(
         deal(trainer, ranks.count())
         steps.gather_unevenly(trainer)
         seed_apart(training.seed)
-    with stop:
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        with stop:
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        if stop.requested and lacked_memory(error):  # whoever would begin again was not asked to stop
+            raise Interrupted(
+                f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, where memory ran out; the "
+                "last checkpoint is kept.",
+                fix=f"tunesmith resume {run.path}",
+                exit_code=stop.exit_code,
+            ) from error
+        raise
     if is_first:
         shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
     is_open = trainer.state.global_step < trainer.state.max_steps or trainer._owes_evaluation

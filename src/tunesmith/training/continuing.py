@@ -1,0 +1,155 @@
+"""What a run rests on, and whether it may be continued: its recipe, and hashes of what the recipe names.
+
+Every checkpoint says it in its manifest, which is sealed, so that a checkpoint is continued by what it was made with.
+`plan.json` says the same for people; it counts only where no checkpoint says it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tunesmith.compose import differing, validated
+from tunesmith.errors import RunError
+from tunesmith.recipe import Recipe
+from tunesmith.training import checkpoints
+from tunesmith.training.run import Run
+
+MAY_CHANGE = ("output_dir", "name", "preset", "evaluation", "export", "tracking", "launch", "parallel")
+"""Parts of the recipe that a continued run may change: none of them touches the weights. Of `evaluation` only what
+validations do not use as well (`OF_VALIDATIONS`)."""
+
+OF_VALIDATIONS = ("max_new_tokens", "batch_tokens", "seed", "run_code", "attempts", "attempts_temperature")
+"""Fields of `evaluation` by which metrics are measured while training: where `training.best_by` is one of them, they
+decide which model is the best one and when a run stops early."""
+
+
+def rests_on(recipe: Recipe, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run: the parts of its recipe that may not change, and `identity`, hashes
+    by name of what these parts name."""
+    content = recipe.model_dump(mode="json")
+    kept = {name: value for name, value in content.items() if name not in MAY_CHANGE}
+    kept["evaluation"] = {name: content["evaluation"][name] for name in OF_VALIDATIONS}
+    return {"recipe": kept, "identity": dict(identity)}
+
+
+def planned(run: Run) -> dict[str, Any] | None:
+    """A run's plan.json; None where it is not there, or cannot be read any more."""
+    try:
+        content: Any = run.read("plan.json")
+    except (RunError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def known(run: Run, checkpoint: Path | None) -> Mapping[str, Any] | None:
+    """What a run rested on when a checkpoint of it was written; without one, or of one that does not say it, what the
+    newest that does says, else plan.json. None where nothing is known."""
+    for folder in ([checkpoint] if checkpoint else []) + checkpoints.found(run):
+        try:
+            said = checkpoints.manifest(folder).get("rests_on")
+        except RunError:
+            continue
+        if isinstance(said, dict) and isinstance(said.get("recipe"), dict):
+            return said
+    return planned(run)
+
+
+def differences(before: Recipe, after: Recipe) -> list[str]:
+    """Fields of two recipes that differ and that a continued run may not change, with both values."""
+    fixed = [f"evaluation.{name}" for name in OF_VALIDATIONS] if before.training.best_by != "loss" else []
+    return [
+        f"{path} was {old!r}, is {new!r}{' (it decides training.best_by)' if path in fixed else ''}"
+        for path, old, new in differing(before.model_dump(mode="json"), after.model_dump(mode="json"))
+        if path.split(".")[0] not in MAY_CHANGE or path in fixed
+    ]
+
+
+def changed_identity(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of a run's identity differs, name by name; what one of both did not know is no difference."""
+    differ = [
+        name
+        for name in before.keys() & now.keys()
+        if before[name] != now[name] and before[name] and now[name]
+    ]
+    if set(differ) & {"chat template"}:
+        differ.remove("tokenizer")  # it has the template in it
+    gone = [f"{name} is no longer part of it" for name in sorted(before.keys() - now.keys())]
+    new = [f"{name} is new" for name in sorted(now.keys() - before.keys())]
+    said = [f"{name} was {str(before[name])[:12]}, is {str(now[name])[:12]}" for name in sorted(differ)]
+    return [*said, *gone, *new]
+
+
+def check_recipe(recipe: Recipe, run: Run, checkpoint: Path | None) -> None:
+    """Raises RunError where a run's recipe is not what it was started with, or nothing says any more what that was.
+
+    `recipe.yaml` is open to editors. Where base, data and template lie is not compared: they may be moved, and
+    `check_identity` says whether they are still the same.
+    """
+    said = known(run, checkpoint)
+    if said is None:
+        if checkpoints.found(run):
+            raise RunError(
+                f"What {run.path} was started with is not known any more, so it cannot be continued.",
+                found=f"no checkpoint says it, and plan.json cannot be read in {run.path}: the recipe, and hashes of "
+                "the data and the base model",
+                fix="Put plan.json back, or start a new run with another --name.",
+            )
+        return
+    if "recipe" not in said:  # of an older tunesmith
+        run.event(
+            "warning", message="plan.json has no recipe, so whether recipe.yaml was edited is not known."
+        )
+        return
+    then = validated(said["recipe"])
+    sections: dict[str, Any] = {
+        "model": {"base": recipe.model.base, "chat_template": recipe.model.chat_template},
+        "data": {"dataset": recipe.data.dataset},
+    }
+    if then.data.mix and len(then.data.mix) == len(recipe.data.mix):
+        pairs = zip(then.data.mix, recipe.data.mix, strict=True)
+        sections["data"]["mix"] = [old.model_copy(update={"dataset": new.dataset}) for old, new in pairs]
+    moved = {name: getattr(then, name).model_copy(update=changes) for name, changes in sections.items()}
+    then = then.model_copy(update=moved)
+    if changed := differences(then, recipe):
+        raise RunError(
+            f"The recipe of {run.path} is not the one it was started with, so it cannot be continued.",
+            found="; ".join(changed),
+            fix=f"Undo these changes in {run.path / 'recipe.yaml'}, or start a new run with another --name.",
+        )
+    others = [
+        f"evaluation.{name} was {old!r}, is {new!r}"
+        for name in OF_VALIDATIONS
+        if (old := getattr(then.evaluation, name)) != (new := getattr(recipe.evaluation, name))
+    ]
+    if recipe.training.measured and others:
+        names = ", ".join(recipe.training.measured)
+        run.event(
+            "warning", message=f"Validations measure {names} otherwise from here on: {'; '.join(others)}."
+        )
+
+
+def check_identity(run: Run, checkpoint: Path | None, identity: Mapping[str, Any]) -> None:
+    """Raises RunError where what a run's recipe names is not what it was. A plan.json that says something else than the
+    checkpoint is told, since it is written anew."""
+    said = known(run, checkpoint)
+    if said is None:
+        if (run.path / "plan.json").exists():
+            run.event(
+                "warning", message="plan.json cannot be read and is written anew; no checkpoint rests on it."
+            )
+        return
+    then = said.get("identity")
+    if not isinstance(then, dict):  # of an older tunesmith
+        then = {**identity, "tokens": said.get("data_sha256")}
+    if changed := changed_identity(then, identity):
+        raise RunError(
+            f"What {run.path} rests on is not what it was started with, so it cannot be continued.",
+            found="; ".join(changed),
+            fix="Restore it, or start a new run with another --name.",
+        )
+    plan = planned(run)
+    if plan is None or plan.get("identity", then) != then:
+        why = "is missing or cannot be read" if plan is None else "does not say what the run was started with"
+        run.event("warning", message=f"plan.json {why}; the checkpoint does, and it is written anew.")

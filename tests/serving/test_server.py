@@ -473,6 +473,36 @@ def test_adapters_of_another_base_are_refused(talking_folder, tiny_model_folder,
         sources(str(talking_folder), None, {"a": str(tiny_model_folder)})
 
 
+def test_a_server_whose_model_answers_no_more_ends_and_says_why(talking_folder, monkeypatch):
+    """Its client is told, `serve` raises what becomes exit code 3, and a supervisor can start it again."""
+    from tunesmith.errors import OutOfResources
+    from tunesmith.serving import server
+    from tunesmith.serving.batching import Batcher
+
+    def broken(self) -> None:
+        raise KeyError("a mistake of ours")
+
+    ends, at, is_ready = [], [], threading.Event()
+
+    def run() -> None:
+        where = server.Where(port=0, token=TOKEN)
+        with pytest.raises(OutOfResources, match="ended by itself(.|\n)*a mistake of ours") as caught:
+            server.serve(
+                str(talking_folder), {"model": talking_folder}, where, Limits(), say=lambda said: None,
+                ready=lambda url: (at.append(url), is_ready.set()),
+            )  # fmt: skip
+        ends.append(caught.value.exit_code)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert is_ready.wait(30)
+    monkeypatch.setattr(Batcher, "_drop_left", broken)
+    status, body, _ = post(f"{at[0]}/completions", json.dumps({"model": "model", "prompt": "red"}).encode())
+    assert (status, body["error"]["message"]) == (503, "The server is stopping.")
+    thread.join(10)
+    assert ends == [3]
+
+
 @pytest.mark.slow
 def test_the_command_serves_until_it_is_told_to_end(talking_folder, tmp_path):
     import os

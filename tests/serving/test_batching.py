@@ -185,7 +185,9 @@ def out_of_memory_at(monkeypatch, where, name: str, call: int) -> None:
     monkeypatch.setattr(where, name, counted)
 
 
-@pytest.mark.parametrize("call", [1, 3, 7, 9])  # of the mask, of the first layer, of the second layer's keys and values
+@pytest.mark.parametrize(
+    "call", [1, 3, 7, 9]
+)  # of the mask, of the first layer, of the second layer's keys and values
 def test_memory_that_ends_as_batches_join_fails_those_who_join_and_nobody_else(
     call, tiny_tokenizer, monkeypatch
 ):
@@ -216,7 +218,8 @@ def test_memory_that_ends_between_two_steps_is_told_to_its_rows(name, tiny_token
     """As a prompt is laid out, as its dice are made, and as a row that a client has left is taken out of its batch."""
     batcher = Batcher(made("llama"), max_rows=3)
     fails, leaves, later = (
-        Kept(tiny_tokenizer, prompt=(7, 8 + n), stop_ids=(), max_new_tokens=90 + 100 * (n < 2)) for n in range(3)
+        Kept(tiny_tokenizer, prompt=(7, 8 + n), stop_ids=(), max_new_tokens=90 + 100 * (n < 2))
+        for n in range(3)
     )
     if name == "_keep":
         own = batcher._keep

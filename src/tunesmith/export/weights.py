@@ -191,13 +191,35 @@ def source_of(
     known = set(skeleton.state_dict())
     prefix = f"{skeleton.base_model_prefix}."
     names = {}
+    renamed = _renaming(skeleton.config.model_type)
     for key in sorted(files, key=lambda key: (files[key].name, key)):
-        for name in (key, f"{prefix}{key}", key.removeprefix(prefix)):
+        for name in (key, f"{prefix}{key}", key.removeprefix(prefix), renamed(key)):
             if name in known:
                 names[key] = name
                 break
     four = frozenset(_in_four_bits(skeleton, quantized)) if quantized else frozenset()
     return Source(skeleton, files, names, four, quantized, dtype)
+
+
+def _renaming(model_type: str) -> Callable[[str], str]:
+    """How transformers renames the weights of a file as it loads models of a kind (Gemma 3 with its tower for
+    pictures). Weights that it puts together otherwise stay as they are named."""
+    from transformers.conversion_mapping import WeightRenaming, get_checkpoint_conversion_mapping
+
+    rules = [
+        (re.compile(pattern), target)
+        for rule in get_checkpoint_conversion_mapping(model_type) or ()
+        if isinstance(rule, WeightRenaming)
+        for pattern, target in zip(rule.source_patterns, rule.target_patterns, strict=False)
+    ]
+
+    def renamed(key: str) -> str:
+        for pattern, target in rules:
+            if pattern.search(key):
+                return pattern.sub(target, key)
+        return key
+
+    return renamed
 
 
 def obstacle(source: Source, adapters: Sequence[Adapter]) -> str | None:

@@ -2107,7 +2107,7 @@ def try_model(
     said = "; ".join(verdict.problems() or verdict.sentences())
     return replace(
         found,
-        findings=(*found.findings, trying.Finding("served", verdict.passed, said)),
+        findings=(*found.findings, trying.Finding("served", bool(verdict.passed), said)),
         served=verdict.as_dict(),
     )
 

@@ -758,7 +758,7 @@ def write_packing(model: Any, folder: Path) -> None:
     """Say beside an adapter that its base was packed, if it was."""
     owner = getattr(model, "policy", model)
     owner = owner.get_base_model() if hasattr(owner, "get_base_model") else owner
-    packed = getattr(getattr(owner, "config", None), "quantization_config", None)
+    packed: Any = getattr(getattr(owner, "config", None), "quantization_config", None)
     if not getattr(packed, "load_in_4bit", False) or not (folder / "adapter_config.json").is_file():
         return
     facts = {

@@ -200,7 +200,7 @@ def export(
         check_family(config, folder=str(whole))
         tokenizer = models.load_tokenizer(str(source if merge.has_tokenizer(source) else whole))
         merge.settled(tokenizer, config.is_encoder_decoder)
-        compared = _compared_with(parameters, check, quant if to == "gguf" else "f32")
+        compared = _compared_with(parameters, check, to, quant)
         if compared.reference != "float32":
             progress("parity", compared.reference or "prompts alone", compared.why)
         model = merge.reference_of(source, run, dtype=compared.reference) if compared.reference else None
@@ -248,14 +248,14 @@ class _Compared:
     why: str
 
 
-def _compared_with(parameters: int, check: str, quant: str) -> _Compared:
+def _compared_with(parameters: int, check: str, to: str, quant: str) -> _Compared:
     """The model in float32 where it and its file fit into memory, else in bfloat16, else not at all."""
+    if to == "gguf" and not llamacpp.is_installed():
+        return _Compared(None, "llama.cpp is not here to read the file back")
     if check == "prompts":
         return _Compared(None, "as asked for, prompts were compared and not the whole model")
-    there, file = (
-        devices.available(),
-        parameters * gguf.bits_of(quant) / 8 if quant != "f32" else 4 * parameters,
-    )
+    there = devices.available()
+    file = parameters * (gguf.bits_of(quant) / 8 if to == "gguf" else 4)
     wanted = {name: int(ROOM * (width * parameters + file)) for name, width in REFERENCES.items()}
     said = " and ".join(f"{size / 1e9:.1f} GB in {name}" for name, size in wanted.items())
     why = f"to compare it as a whole takes {said}, and {there / 1e9:.1f} GB are free"

@@ -364,7 +364,7 @@ def _common_base(parts: Sequence[Part]) -> tuple[str, str | None]:
 def _quantized(parts: Sequence[Part]) -> tuple[QLoRA | None, str]:
     """How the base was packed into 4 bits in training, and what type it had before: as the file beside an adapter
     says, or the run behind one that has none. (None, "float32") for a whole one, and where nobody says."""
-    found = []
+    found: list[tuple[QLoRA | None, str]] = []
     for part in parts:
         if packing := models.read_packing(part.folder):
             found.append((QLoRA(double_quantization=packing.double_quantization), packing.dtype))

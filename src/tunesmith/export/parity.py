@@ -502,6 +502,7 @@ def readings_of(
     }
     found, alike = [], [True] * len(questions)
     for place, (by, tokens) in read.items():
+        same: list[bool | None]
         if own and own[0].place == place:
             by, same = own[0].name, list(own[1])
         else:
@@ -513,7 +514,7 @@ def readings_of(
         alike = [a and b is not False for a, b in zip(alike, same, strict=True)]
     if own and own[0].place in ("gguf", "onnx"):
         found.append(_reading(own[0].place, own[0].name, own[1]))
-        alike = [a and b for a, b in zip(alike, own[1], strict=True)]
+        alike = [a and bool(b) for a, b in zip(alike, own[1], strict=True)]
     else:
         found.append(Reading("gguf", "nobody", 0, 0, absent))
     return tuple(found), sum(alike)
@@ -536,9 +537,12 @@ def _served_reading(tokenizer: Any, *, is_pair: bool) -> Callable[[Question], Se
     """As which ids `tunesmith serve` reads a question, by the function that answers its requests; None for one that it
     is not sent."""
     from tunesmith.data.examples import Unusable
+    from tunesmith.export.merge import settled
     from tunesmith.serving.models import served_as
 
-    endpoint = served_as("artefact", tokenizer, adapter=None, is_pair=is_pair)
+    own = copy.copy(tokenizer)
+    settled(own, is_pair)  # as the server does where it loads one
+    endpoint = served_as("artefact", own, adapter=None, is_pair=is_pair)
 
     def tokens(asked: Question) -> Sequence[int] | None:
         if asked.prompt is None or asked.prompt.tools:

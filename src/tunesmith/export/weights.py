@@ -191,7 +191,7 @@ def source_of(
     known = set(skeleton.state_dict())
     prefix = f"{skeleton.base_model_prefix}."
     names = {}
-    renamed = _renaming(skeleton.config.model_type)
+    renamed = _renaming(skeleton)
     for key in sorted(files, key=lambda key: (files[key].name, key)):
         for name in (key, f"{prefix}{key}", key.removeprefix(prefix), renamed(key)):
             if name in known:
@@ -201,25 +201,14 @@ def source_of(
     return Source(skeleton, files, names, four, quantized, dtype)
 
 
-def _renaming(model_type: str) -> Callable[[str], str]:
-    """How transformers renames the weights of a file as it loads models of a kind (Gemma 3 with its tower for
-    pictures). Weights that it puts together otherwise stay as they are named."""
-    from transformers.conversion_mapping import WeightRenaming, get_checkpoint_conversion_mapping
+def _renaming(skeleton: Any) -> Callable[[str], str]:
+    """How transformers renames the weights of a file as it loads such a model (Gemma 3 with its tower for pictures).
+    Weights that it puts together from several stay as they are named."""
+    from transformers.conversion_mapping import WeightConverter, get_model_conversion_mapping
+    from transformers.core_model_loading import apply_renamings
 
-    rules = [
-        (re.compile(pattern), target)
-        for rule in get_checkpoint_conversion_mapping(model_type) or ()
-        if isinstance(rule, WeightRenaming)
-        for pattern, target in zip(rule.source_patterns, rule.target_patterns, strict=False)
-    ]
-
-    def renamed(key: str) -> str:
-        for pattern, target in rules:
-            if pattern.search(key):
-                return pattern.sub(target, key)
-        return key
-
-    return renamed
+    rules = [rule for rule in get_model_conversion_mapping(skeleton) if not isinstance(rule, WeightConverter)]
+    return lambda key: str(apply_renamings(key, rules))
 
 
 def obstacle(source: Source, adapters: Sequence[Adapter]) -> str | None:

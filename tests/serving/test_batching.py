@@ -270,6 +270,22 @@ def test_a_fault_that_is_of_no_row_is_told_to_all_and_to_the_server(tiny_tokeniz
     assert "a mistake of ours" in batcher.fault
 
 
+def test_a_device_that_is_lost_ends_the_thread(tiny_tokenizer):
+    model, told = made("llama"), threading.Event()
+
+    def lost(*given, **named):
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    model.model.forward = lost
+    batcher, kept = Batcher(model, max_rows=1), Kept(tiny_tokenizer, prompt=(7, 8))
+    batcher.on_fault = told.set
+    batcher.start()
+    batcher.submit(kept.row)
+    assert told.wait(10)
+    assert kept.pieces[-1].ending == "failed"
+    assert "device-side assert" in batcher.fault
+
+
 def test_stopping_tells_those_who_wait(tiny_tokenizer):
     batcher = Batcher(made("llama"), max_rows=1)
     rows = [Kept(tiny_tokenizer, prompt=(7, 8), stop_ids=(), max_new_tokens=10_000) for _ in range(2)]

@@ -328,7 +328,8 @@ class Batcher:
                 del self._running[adapter]
 
     def _guarded(self, rows: Sequence[Row], work: Callable[[], Done]) -> Done | None:
-        """What work gives; None where it failed, which its rows are told."""
+        """What work gives; None where it failed, which its rows are told. An error of the device is raised: behind one,
+        a process gets nothing from its GPU any more."""
         try:
             return work()
         except Exception as error:
@@ -338,6 +339,8 @@ class Batcher:
                 problem = "The server failed to answer this request."
             log.error("a step failed: %s: %s", type(error).__name__, error)
             self._fail(rows, problem)
+            if type(error).__name__ == "AcceleratorError" and not is_out_of_memory(error):
+                raise
             return None
 
     def _read_part(self, adapter: str | None, batch: _Batch) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from tunesmith import tracing
+from tunesmith.forward import head
 from tunesmith.tracing import counting
 
 
@@ -114,3 +117,31 @@ def test_what_is_remembered_of_operations_changes_no_figure(llama, again, monkey
     monkeypatch.setattr(tracing, "_makes_anew", lambda func: False)
     assert first == second == traced(llama("meta").train())
     assert remembered > 20
+
+
+def head_of_a_step(device):
+    hidden = torch.ones(40, 16, device=device, requires_grad=True)
+    weight = torch.ones(300, 16, device=device, requires_grad=True)
+    found = head.read(hidden, weight, None, torch.arange(40), head.Reading(alike=True))
+    (-found.log_probs.sum() / 40).backward()
+
+
+def attention_of_a_step(device, dropout):
+    torch.manual_seed(0)
+    states = torch.ones(1, 4, 50, 16, device=device, requires_grad=True)
+    one = states * 1.0
+    torch.nn.functional.scaled_dot_product_attention(one, one, one, dropout_p=dropout).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "work",
+    [head_of_a_step, partial(attention_of_a_step, dropout=0.1), partial(attention_of_a_step, dropout=0.0)],
+    ids=["head", "attention with dropout", "attention"],
+)
+def test_hollow_numbers_take_the_ways_that_real_ones_take(work):
+    found = {}
+    for device in ("cpu", "meta"):
+        with counting(vocabulary=300) as count:
+            work(device)
+        found[device] = count.live()[0]
+    assert found["meta"] == pytest.approx(found["cpu"], rel=0.03)

@@ -209,9 +209,9 @@ LATE = {
 """Packages of some size that only a run with this adapter or method loads, and a plan does not."""
 
 
-LATER = 15_000_000
+LATER = 25_000_000
 """Bytes that a process comes to hold in its first steps and keeps: the matrix library's buffers, stacks of threads, the
-last modules. About 10 to 30 MB were measured on two cores."""
+last modules, the code of kernels. About 10 to 40 MB were measured on two cores."""
 
 
 def _held(recipe: Recipe) -> int:

@@ -324,9 +324,8 @@ def _kernels(kernel: str, autocast: torch.dtype | None) -> Iterator[None]:
         query, key, value, attn_mask = map(cast, (query, key, value, attn_mask))
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype, device=META)
-        if (
-            attn_mask is not None and attn_mask.requires_grad
-        ):  # a trained bias, which only the plain kernel has
+        # Only the plain kernel has a trained bias and, on a CPU, dropout.
+        if (attn_mask is not None and attn_mask.requires_grad) or (dropout_p and kernel == "cpu"):
             return plain[2](
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )

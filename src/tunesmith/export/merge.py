@@ -283,13 +283,6 @@ def make(
     skeleton = models.outline(base, revision=revision, head=head).eval()
     source = weights.source_of(files, skeleton, quantized=quantized, dtype=trained_as)
     notes = []
-    if unknown := [
-        part.folder.name for part in parts if not part.run and not models.read_packing(part.folder)
-    ]:
-        notes.append(
-            f"no run is behind {', '.join(unknown)} and no {models.PACKING} beside it, so the base is taken as a whole "
-            "one; if it was packed into 4 bits in training, these weights answer otherwise than what was trained"
-        )
     if quantized:
         notes.append(
             "the adapter was trained on a 4-bit base and is merged into these weights, rounded to 4 bits and back: "
@@ -335,6 +328,13 @@ def make(
     copy_licences(files, folder)
     if left := carry_together([part.folder for part in parts] or [adapter], folder):
         notes.append(f"what {', '.join(left)} learned from is not known here: `evaluate` cannot leave it out")
+    if unknown := [
+        part.folder.name for part in parts if not part.run and not models.read_packing(part.folder)
+    ]:
+        notes.append(
+            f"no run is behind {', '.join(unknown)} and no {models.PACKING} beside it, so the base is taken as a whole "
+            "one; if it was packed into 4 bits in training, these weights answer otherwise than what was trained"
+        )
     return Made(base, stored, parameters, shards, layers, kind, tokenizer, skeleton, reference, tuple(notes))
 
 

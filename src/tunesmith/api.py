@@ -1748,6 +1748,7 @@ def export(
     quant: str | None = None,
     output: str | Path | None = None,
     max_shard_size: str = "5GB",
+    check: str = "auto",
     rows: int = 50,
     watch: Watch = _unwatched,
 ) -> Exported:
@@ -1757,8 +1758,10 @@ def export(
     `max_shard_size` is for safetensors. Written to `output`, by default
     `<run>/exports/gguf-<quant>` or `<model>_gguf-<quant>`. The file is read back and asked up to `rows` held-out
     questions of the run (or some that ship): same prompt tokens, same greedy answers, logits within the stated
-    tolerance, a score that is not worse. Where the verdict is bad the folder ends in `.failed`, and `passed` is false.
-    Raises TunesmithError for a family that cannot be written, before any work.
+    tolerance, a score that is not worse. Where the verdict is bad the folder ends in `.failed`, and `passed` is false;
+    where nothing could ask the file, it is None, and `parity.unproven` says why. `check`: `auto` compares with the
+    model in float32, in bfloat16 where that does not fit into memory, or else prompts alone; `logits` insists on the
+    first, `prompts` asks for the last. Raises TunesmithError for a family that cannot be written, before any work.
     """
     launch.require_one_process()
     quiet_libraries()
@@ -1767,7 +1770,7 @@ def export(
     from tunesmith.export.weights import size_in_bytes
 
     quant = quant or artefact.DEFAULTS.get(to, "")
-    artefact.check_target(to, quant)
+    artefact.check_target(to, quant, check)
     max_shard = size_in_bytes(max_shard_size)
     if rows < 1:
         raise TunesmithError(
@@ -1801,12 +1804,21 @@ def export(
                 quant=quant,
                 run=run,
                 max_shard=max_shard,
+                check=check,
                 held=held,
                 progress=told,
                 counted=counted,
             )
         return artefact.export(
-            source, folder, to=to, quant=quant, run=run, held=held, progress=told, counted=counted
+            source,
+            folder,
+            to=to,
+            quant=quant,
+            run=run,
+            check=check,
+            held=held,
+            progress=told,
+            counted=counted,
         )
     except Exception as error:
         if mended := _as_ours(error):
@@ -1819,7 +1831,7 @@ def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Wat
     from tunesmith import dataflow, evaluation
     from tunesmith import models as loading
     from tunesmith.evaluation import compare as comparing
-    from tunesmith.evaluation.metrics import METRICS
+    from tunesmith.evaluation.code import running_allowed
     from tunesmith.export import merge
     from tunesmith.export.parity import NEW_TOKENS, Held, Question
 
@@ -1847,35 +1859,32 @@ def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Wat
         kind="seq2seq" if is_pair else "causal",
     )
     usable = [item for item in found if item.prompt and not item.error]
-    fitting = [
-        name
-        for name in dataflow.metrics(recipe, usable)
-        if METRICS[name].kind == "answer" and not METRICS[name].runs_code and METRICS[name].score
-    ]
+    metric, unlike = _judging_metric(dataflow.metrics(recipe, usable), run_code=recipe.evaluation.run_code)
     if not usable:
         return shipped("the run held out no questions that are answered")
 
     def score(
         numbers: Sequence[int], own: Sequence[Generated], others: Sequence[Generated]
     ) -> tuple[Comparison | None, str | None]:
-        if not fitting:
-            return None, "no metric of the run scores answers"
+        if metric is None:
+            return None, unlike
         settings = {"max_new_tokens": recipe.evaluation.max_new_tokens, "temperature": 0.0}
-        one, other = (
-            evaluation.rows_of(
-                [usable[n] for n in numbers], given, name=name, metrics=fitting[:1], settings=settings
+        with running_allowed(recipe.evaluation.run_code):
+            one, other = (
+                evaluation.rows_of(
+                    [usable[n] for n in numbers], given, name=name, metrics=[metric], settings=settings
+                )
+                for name, given in (("base", own), ("tuned", others))
             )
-            for name, given in (("base", own), ("tuned", others))
-        )
         compared = comparing.compare(
             one,
             other,
-            metrics=fitting[:1],
+            metrics=[metric],
             resamples=recipe.evaluation.resamples,
             confidence=recipe.evaluation.confidence,
             names=("the model", "the file"),
         )
-        return compared[0], None
+        return compared[0], unlike
 
     asked = [
         Question(item.prompt_ids, merge.question_text(item.prompt, tokenizer), item.prompt)
@@ -1883,6 +1892,36 @@ def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Wat
         if item.prompt
     ]
     return Held(asked, recipe.evaluation.max_new_tokens, score)
+
+
+def _judging_metric(names: Sequence[str], *, run_code: bool) -> tuple[str | None, str | None]:
+    """By which of a run's metrics an artefact's answers are judged: the primary one, where single greedy answers can
+    be; else another, or none, and why."""
+    from tunesmith.evaluation.metrics import METRICS, primary_metric
+
+    primary = primary_metric(names)
+    if primary is None:
+        return None, "the run has no metric"
+
+    def obstacle(name: str) -> str | None:
+        metric = METRICS[name]
+        if metric.kind != "answer":
+            return "it scores no answers"
+        if metric.attempts > 1:
+            return "it needs several answers to a question, and an artefact is asked once, greedily"
+        if metric.score is None:
+            return "it is a figure of all answers together"
+        if metric.runs_code and not run_code:
+            return "it runs the code that the model writes, which is off (evaluation.run_code)"
+        return None
+
+    why = obstacle(primary)
+    found = next((n for n in (primary, *METRICS[primary].needs, *names) if obstacle(n) is None), None)
+    if why is None:
+        return primary, None
+    if found is None:
+        return None, f"the run's own metric, {METRICS[primary].label}, cannot judge it: {why}"
+    return found, f"not judged by the run's own metric, {METRICS[primary].label}: {why}"
 
 
 def serve(
@@ -2102,7 +2141,7 @@ def try_model(
     said = "; ".join(verdict.problems() or verdict.sentences())
     return replace(
         found,
-        findings=(*found.findings, trying.Finding("served", verdict.passed, said)),
+        findings=(*found.findings, trying.Finding("served", bool(verdict.passed), said)),
         served=verdict.as_dict(),
     )
 

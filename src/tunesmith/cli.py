@@ -1267,9 +1267,9 @@ def export_verb(
     quant: Annotated[
         str | None,
         typer.Option(
-            metavar="f32|f16|bf16|q8_0|q5_1|q5_0|q4_1|q4_0",
-            help="How weights are stored: of GGUF all of these, f16 if not said; of safetensors the first three, as "
-            "they were if not said; of ONNX f32.",
+            metavar="f32|f16|bf16|q8_0|...",
+            help="How weights are stored: of GGUF as the `gguf` package can (docs/exporting.md), f16 if not said; of "
+            "safetensors the first three, as they were if not said; of ONNX f32.",
         ),
     ] = None,
     output: Annotated[
@@ -1281,6 +1281,14 @@ def export_verb(
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest file, of safetensors.")
     ] = "5GB",
+    check: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|logits|prompts",
+            help="What the file is compared with: the model in float32, in bfloat16 if that does not fit into memory, "
+            "else prompts alone; `logits` insists on the first.",
+        ),
+    ] = "auto",
     rows: Annotated[int, typer.Option(help="Held-out questions that the file is proven with.")] = 50,
     quiet: bool,
 ) -> Any:
@@ -1289,7 +1297,14 @@ def export_verb(
 
     with Display(quiet=quiet) as display:
         exported = api.export(
-            model, to=to, quant=quant, output=output, max_shard_size=max_shard_size, rows=rows, watch=display
+            model,
+            to=to,
+            quant=quant,
+            output=output,
+            max_shard_size=max_shard_size,
+            check=check,
+            rows=rows,
+            watch=display,
         )
     return exported.as_dict(), _exported_text(exported)
 
@@ -2195,10 +2210,10 @@ def _exported_text(exported: Exported) -> Any:
         ("exported", str(exported.file)),
         ("size", f"{exported.size / 1e6:,.1f} MB, tensors: {stored}"),
     ]
-    if exported.parity:
-        proof = exported.parity
-        facts.append(("parity", "passed" if proof.passed else "FAILED: " + "; ".join(proof.problems())))
-        facts += [("", line) for line in proof.sentences()]
+    proof = exported.parity
+    said = {True: "passed", None: f"UNPROVEN: {proof.unproven}"}.get(proof.passed)
+    facts.append(("parity", said or "FAILED: " + "; ".join(proof.problems())))
+    facts += [("", line) for line in proof.sentences()]
     facts += [("note", note) for note in exported.notes]
     return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
 

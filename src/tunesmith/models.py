@@ -740,6 +740,56 @@ def four_bit(adapter: QLoRA, head: Head | None = None, *, device: str) -> Any:
     )
 
 
+PACKING = "packing.json"
+"""Beside an adapter: how its base was packed into 4 bits in training, which PEFT's own file does not say. It goes
+wherever the adapter goes."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A base as an adapter was trained on it."""
+
+    double_quantization: bool
+    dtype: str
+    """Type of its weights before they were packed."""
+
+
+def write_packing(model: Any, folder: Path) -> None:
+    """Say beside an adapter that its base was packed, if it was."""
+    owner = getattr(model, "policy", model)
+    owner = owner.get_base_model() if hasattr(owner, "get_base_model") else owner
+    packed: Any = getattr(getattr(owner, "config", None), "quantization_config", None)
+    if not getattr(packed, "load_in_4bit", False) or not (folder / "adapter_config.json").is_file():
+        return
+    facts = {
+        "base": "packed into 4 bits in training; merge with the weights as they were after that",
+        "bits": 4,
+        "type": packed.bnb_4bit_quant_type,
+        "double_quantization": packed.bnb_4bit_use_double_quant,
+        "dtype": str(owner.config.dtype).removeprefix("torch."),
+    }
+    (folder / PACKING).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def read_packing(folder: Path) -> Packing | None:
+    """How the base of an adapter was packed, as the file beside it says; None without one. Raises ModelError for one
+    that is damaged."""
+    file = folder / PACKING
+    if not file.is_file():
+        return None
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if (facts["bits"], facts["type"]) != (4, "nf4"):
+            raise ValueError(f"{facts['bits']} bits of type {facts['type']}")
+        return Packing(bool(facts["double_quantization"]), str(facts["dtype"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{file} does not say how the adapter's base was packed.",
+            found=repr(error)[:200],
+            fix="Copy it again from the run's final_model.",
+        ) from None
+
+
 def attach(
     model: Any,
     adapter: Adapter,

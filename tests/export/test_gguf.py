@@ -113,17 +113,25 @@ def test_every_weight_is_in_the_file(name, tmp_path, tokenizer):
     assert torch.equal(embedding, model.get_input_embeddings().weight.data)
 
 
-@pytest.mark.parametrize("quant", writing.QUANTS)
+@pytest.mark.parametrize("quant", writing.quants())
 def test_weights_are_stored_as_asked_for(quant, tmp_path, tokenizer):
     """Each matrix, taken apart again by gguf's own reader, is the model's to within what its kind of block rounds."""
-    model, made = written("qwen2", tmp_path, tokenizer, quant)
+    wide = quant.startswith("tq")  # blocks of 256
+    if wide:
+        CONFIGS["wide"] = ("qwen2", {"hidden_size": 256})
+    model, made = written("wide" if wide else "qwen2", tmp_path, tokenizer, quant)
+    CONFIGS.pop("wide", None)
     tensors = {t.name: t for t in gguf.GGUFReader(made.file).tensors}
     stored = tensors["blk.0.ffn_up.weight"]
     assert stored.tensor_type.name == quant.upper()
-    back = gguf.dequantize(stored.data, stored.tensor_type).reshape(96, 64)
+    back = gguf.dequantize(stored.data, stored.tensor_type).reshape(96, -1)
     own = model.model.layers[0].mlp.up_proj.weight.detach().numpy()
     step = {"f32": 0, "f16": 1e-3, "bf16": 8e-3, "q8_0": 1 / 127, "q5_1": 1 / 31, "q5_0": 1 / 15, "q4_1": 1 / 15,
-            "q4_0": 1 / 7}[quant]  # fmt: skip
+            "q4_0": 1 / 7, "mxfp4": 1 / 4, "tq2_0": 1 / 2, "tq1_0": 1 / 2}[quant]  # fmt: skip
+    assert quant in parity.TOLERANCES
+    assert tensors["token_embd.weight"].tensor_type.name == (
+        stored.tensor_type.name if step < 1e-1 and "q5" not in quant and "q4" not in quant else "Q8_0"
+    )
     assert numpy.abs(back - own).max() <= step * numpy.abs(own).max() + 1e-7
     assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
     assert made.tensors["F32"] >= 1
@@ -135,6 +143,25 @@ def test_the_modelfile_has_the_context_that_the_file_holds(tmp_path, tokenizer, 
     made = api.export(tmp_path / "model", output=tmp_path / "out")
     assert gguf.GGUFReader(made.file).get_field("llama.context_length").contents() == 64
     assert "PARAMETER num_ctx 64\n" in (made.folder / "Modelfile").read_text()
+
+
+def test_ollama_keeps_room_for_what_was_trained_and_not_for_all_that_could_be_read():
+    """A model of 131,072 tokens: its cache alone would be 17 GB."""
+    sizes = {
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "hidden_size": 4096,
+    }
+    config = AutoConfig.for_model("llama", **sizes)
+    given = {"allowed": 131_072, "answered": 256}
+    count, why = ollama.context_for(config, trained=1024, asked=300, **given)
+    assert count == 1280
+    assert "rows of up to 1024 tokens were trained on, answers of up to 256 measured" in why[0]
+    assert "168 MB" in why[1]  # 2 bytes for each of 2 x 32 layers x 8 heads x 128 x 1280
+    assert ollama.context_for(config, trained=1024, asked=2000, **given)[0] == 2256
+    assert ollama.context_for(config, trained=None, asked=30, **given)[0] == 4096
+    assert ollama.context_for(config, trained=1024, asked=30, allowed=512, answered=256)[0] == 512
 
 
 def test_a_sliding_window_shortens_the_context_and_says_so(tmp_path, tokenizer):
@@ -273,6 +300,9 @@ def test_the_verb_proves_the_file_and_keeps_a_bad_one_aside(tmp_path, monkeypatc
     assert sorted(p.name for p in folder.iterdir()) == ["Modelfile", "parity.json", "tiny-f32.gguf"]
     kept = json.loads((folder / "parity.json").read_text())
     assert kept["prompts"] == kept["same_prompts"] == kept["check"]["same_answers"] == 4
+    assert {(one["place"], one["asked"], one["same"]) for one in kept["readings"]} == {
+        (place, 4, 4) for place in ("training", "transformers", "server", "gguf")
+    }
     assert kept["check"]["largest_difference"] <= 1e-4 * kept["check"]["largest_logit"]
     with pytest.raises(RunError, match="is not empty"):
         api.export(model, quant="f32")
@@ -367,11 +397,90 @@ def test_llama_cpp_s_converter_writes_the_families_that_only_it_knows(tmp_path, 
 
 
 def test_without_llama_cpp_the_file_is_said_to_be_unproven(tmp_path, monkeypatch):
+    """To people, to programs, in the file and in the report; and `--check logits` does not take it."""
+    from tunesmith.errors import MissingExtra
+    from tunesmith.evaluation.report import shipped
+    from tunesmith.training.run import Run
+
     monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
-    made = api.export(TINY_MODEL, quant="q8_0", output=tmp_path / "out")
-    assert made.parity is None
-    assert any("not proven" in note for note in made.notes)
-    assert not (tmp_path / "out" / "parity.json").exists()
+    with pytest.raises(MissingExtra, match="llama-cpp-python"):
+        api.export(TINY_MODEL, output=tmp_path / "out", check="logits")
+    command = ["export", str(TINY_MODEL), "--quant", "q8_0", "--output", str(tmp_path / "out"), "--json"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout.strip().splitlines()[-1])
+    kept = json.loads((tmp_path / "out" / "parity.json").read_text())
+    for facts in (shown, shown["parity"], kept):
+        assert facts["passed"] is None
+        assert "llama.cpp was not here to read the file back" in facts["unproven"]
+    readings = {one["place"]: (one["asked"], one["same"]) for one in kept["readings"]}
+    assert readings == {"training": (4, 4), "transformers": (4, 4), "server": (4, 4), "gguf": (0, 0)}
+    assert [one["passed"] for one in shipped(Run(tmp_path), [])] == ["unproven"]
+    again = CliRunner().invoke(app, [*command[:-2], str(tmp_path / "again")])
+    assert "UNPROVEN: llama.cpp was not" in again.output
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(("share", "reference"), [(1.3, "bfloat16"), (0.1, None)])
+def test_a_model_too_large_for_its_proof_is_compared_with_what_fits(share, reference, tmp_path, monkeypatch):
+    from tunesmith import devices, models
+
+    parameters = sum(p.numel() for p in models.outline(str(TINY_MODEL)).parameters())
+    monkeypatch.setattr(devices, "available", lambda: int(share * 4 * parameters))
+    loaded, own = [], models.load_model
+    monkeypatch.setattr(models, "load_model", lambda *a, **k: loaded.append(k.get("dtype")) or own(*a, **k))
+    told = []
+    made = api.export(TINY_MODEL, quant="q8_0", output=tmp_path / "out", watch=told.append)
+    assert loaded == ([reference] if reference else [])
+    assert {one["place"]: one["same"] for one in made.parity.as_dict()["readings"]}["gguf"] == 4
+    if reference:
+        assert (made.passed, made.parity.reference) == (True, "bfloat16")
+        assert made.parity.check.positions > 0
+        assert (
+            "in bfloat16, as float32 did not fit" in made.parity.sentences()[-2] + made.parity.sentences()[-1]
+        )
+    else:
+        assert (made.passed, made.parity.check) == (None, None)
+        assert "0.0 GB are free" in made.parity.unproven
+    assert any(one.get("name") == "parity" and "GB in bfloat16" in one["reason"] for one in told)
+
+
+@needs_llama_cpp
+def test_the_part_for_text_of_a_model_that_sees_is_written(tmp_path, tokenizer):
+    """Gemma 3 as it is on the Hub: pictures have a tower of their own, text is read and written by a model within."""
+    text = {**SIZES, **CONFIGS["gemma3"][1]}
+    sight = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=sight, mm_tokens_per_image=4, image_token_index=4095
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    assert type(model).__name__ == "Gemma3ForConditionalGeneration"
+    for weight in model.parameters():
+        weight.data += torch.randn_like(weight) * (0.3 if weight.ndim == 1 else 0.05)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    made = api.export(tmp_path / "model", quant="f32", output=tmp_path / "out")
+    assert made.passed, made.parity.problems()
+    assert any("for text: what the model sees pictures with is left out" in note for note in made.notes)
+    with pytest.raises(ModelError, match="'gemma3' are not written as ONNX"):
+        api.export(tmp_path / "model", to="onnx", output=tmp_path / "graph")
+
+
+def test_a_reward_model_is_refused_before_any_work(tmp_path, tokenizer, monkeypatch):
+    from transformers import AutoModelForSequenceClassification
+
+    from tunesmith.export import merge
+
+    config = AutoConfig.for_model("llama", **SIZES, num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "scores")
+    tokenizer.save_pretrained(tmp_path / "scores")
+    monkeypatch.setattr(merge, "reference_of", lambda *a, **k: pytest.fail("the model was loaded"))
+    for target in ("gguf", "onnx"):
+        with pytest.raises(ModelError, match="reward model is not written"):
+            api.export(tmp_path / "scores", to=target, output=tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["scores"]
 
 
 @pytest.mark.parametrize(

@@ -41,26 +41,30 @@ def trained(place, family: str, count: int, adapter: str = "lora") -> Run:
 @pytest.mark.skipif(not llamacpp.is_installed(), reason="llama-cpp-python is not here")
 @pytest.mark.parametrize("family", ["causal", "seq2seq"])
 def test_from_training_to_transformers_and_llama_cpp(family, tmp_path):
-    """Prompts are the same tokens for all 50 held-out rows, f16's and transformers' answers too, scores no worse."""
+    """Prompts are the same tokens for all 50 held-out rows, by each of four readers; transformers', f32's and f16's
+    answers too; scores are no worse."""
     pytest.importorskip("gguf")
     run = trained(tmp_path, family, 140)
     merged = api.merge(run.path)
     verdicts = [merged.parity]
-    for quant in ("f16", "q8_0"):
+    for quant in ("f32", "f16", "q8_0"):
         made = api.export(run.path, quant=quant)
         verdicts.append(made.parity)
         text = (made.folder / "Modelfile").read_text()
-        assert f"PARAMETER num_ctx {api_context(made.file)}\n" in text
+        assert f"PARAMETER num_ctx {min(api_context(made.file), 128 + 8)}\n" in text
+        assert {(r.place, r.asked, r.same) for r in made.parity.readings} == {
+            (place, 50, 50) for place in ("training", "transformers", "server", "gguf")
+        }
     for verdict in verdicts:
         assert verdict.passed, verdict.problems()
         assert verdict.prompts == verdict.same_prompts == 50
         assert verdict.score.n == 50
         assert verdict.score.verdict != "worse"
-    assert [v.check.same_answers for v in verdicts[:2]] == [50, 50]
-    assert verdicts[2].check.same_answers + verdicts[2].check.ties == 50
+    assert [v.check.same_answers for v in verdicts[:3]] == [50, 50, 50]
+    assert verdicts[3].check.same_answers + verdicts[3].check.ties == 50
     page = (run.path / "report.html").read_text()
-    assert page.count("50 of 50 prompts are the same tokens") == 3
-    for name in ("merged_model", "exports/gguf-f16", "exports/gguf-q8_0"):
+    assert page.count("50 of 50 prompts are the same tokens") == 4
+    for name in ("merged_model", "exports/gguf-f32", "exports/gguf-f16", "exports/gguf-q8_0"):
         assert f"<h3>{name}: " in page
 
 
@@ -86,6 +90,8 @@ def test_a_deployment_answers_50_held_out_rows_over_http_as_the_model(family, ad
     if adapter == "lora":
         assert made.served.check.same_answers == 50
     assert made.served.score.n == 50
+    assert made.served.check.of_logprobs
+    assert made.served.check.positions > 50
     assert made.served.score.verdict != "worse"
 
     folder = made.folder / "model"

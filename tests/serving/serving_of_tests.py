@@ -26,7 +26,15 @@ class Running:
 
 
 @contextlib.contextmanager
-def served(base: Path, adapters: dict[str, Path] | None = None, *, limits: Limits | None = None, **options):
+def served(
+    base: Path,
+    adapters: dict[str, Path] | None = None,
+    *,
+    limits: Limits | None = None,
+    buffer: int | None = None,
+    **options,
+):
+    """`buffer` is how much the system keeps of what a client has not read, in bytes."""
     import uvicorn
 
     from tunesmith.serving.app import Access, create
@@ -38,6 +46,8 @@ def served(base: Path, adapters: dict[str, Path] | None = None, *, limits: Limit
     batcher = Batcher(loaded.model, max_rows=limits.concurrency, adapters=loaded.adapters)
     app = create(loaded, batcher, access=Access(TOKEN), limits=limits, **options)
     listening = socket.socket()
+    if buffer:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     listening.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False, ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

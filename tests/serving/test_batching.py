@@ -172,6 +172,120 @@ def test_a_step_that_fails_is_told_and_later_ones_are_answered(tiny_tokenizer):
     assert second.row.ids
 
 
+def out_of_memory_at(monkeypatch, where, name: str, call: int) -> None:
+    """Have the given call of a function find no memory, and no other."""
+    calls, own = [], getattr(where, name)
+
+    def counted(*given, **named):
+        calls.append(1)
+        if len(calls) == call:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return own(*given, **named)
+
+    monkeypatch.setattr(where, name, counted)
+
+
+@pytest.mark.parametrize(
+    "call", [1, 3, 7, 9]
+)  # of the mask, of the first layer, of the second layer's keys and values
+def test_memory_that_ends_as_batches_join_fails_those_who_join_and_nobody_else(
+    call, tiny_tokenizer, monkeypatch
+):
+    model = made("llama")
+    runs, joins, later = (
+        Kept(tiny_tokenizer, prompt=tuple(PROMPTS[n]), stop_ids=(), max_new_tokens=200) for n in (0, 3, 0)
+    )
+    batcher = Batcher(model, max_rows=3)
+    batcher.start()
+    batcher.submit(runs.row)
+    while not runs.row.ids:
+        time.sleep(0.001)
+    out_of_memory_at(monkeypatch, torch.nn.functional, "pad", call)
+    batcher.submit(joins.row)
+    assert joins.whole.wait(10)
+    assert joins.pieces[-1].ending == "failed"
+    assert "out of memory" in joins.pieces[-1].problem
+    assert runs.whole.wait(10)
+    batcher.submit(later.row)
+    assert later.whole.wait(10)
+    batcher.stop()
+    [alone] = generate(model, tiny_tokenizer, [PROMPTS[0]], max_new_tokens=200, stop_ids=[])
+    assert tuple(runs.row.ids) == tuple(later.row.ids) == alone.ids
+
+
+@pytest.mark.parametrize("name", ["_padded", "_seeded", "_keep"])
+def test_memory_that_ends_between_two_steps_is_told_to_its_rows(name, tiny_tokenizer, monkeypatch):
+    """As a prompt is laid out, as its dice are made, and as a row that a client has left is taken out of its batch."""
+    batcher = Batcher(made("llama"), max_rows=3)
+    fails, leaves, later = (
+        Kept(tiny_tokenizer, prompt=(7, 8 + n), stop_ids=(), max_new_tokens=90 + 100 * (n < 2))
+        for n in range(3)
+    )
+    if name == "_keep":
+        own = batcher._keep
+
+        def keep(batch, lines):
+            if leaves.row.left and not fails.row.ended:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return own(batch, lines)
+
+        monkeypatch.setattr(batcher, "_keep", keep)
+        batcher._waiting.append(leaves.row)  # before the start, so that both are in one batch
+    else:
+        out_of_memory_at(monkeypatch, batcher, name, 1)
+    batcher._waiting.append(fails.row)
+    batcher.start()
+    if name == "_keep":
+        while not leaves.row.ids:
+            time.sleep(0.001)
+        batcher.leave(leaves.row)
+    assert fails.whole.wait(10)
+    assert fails.pieces[-1].ending == "failed"
+    assert "out of memory" in fails.pieces[-1].problem
+    batcher.submit(later.row)
+    assert later.whole.wait(10)
+    assert later.pieces[-1].ending == "length"
+    batcher.stop()
+
+
+def test_a_fault_that_is_of_no_row_is_told_to_all_and_to_the_server(tiny_tokenizer, monkeypatch):
+    batcher, told = Batcher(made("llama"), max_rows=2), threading.Event()
+    batcher.on_fault = told.set
+    rows = [Kept(tiny_tokenizer, prompt=(7, n), stop_ids=(), max_new_tokens=9_000) for n in range(5)]
+    batcher.start()
+    batcher.submit(rows[0].row)
+    while not rows[0].row.ids:
+        time.sleep(0.001)
+
+    def broken() -> None:
+        raise KeyError("a mistake of ours")
+
+    with batcher._news:  # so that all of them are there in the round that fails: running, coming and waiting
+        for kept in rows[1:]:
+            batcher._waiting.append(kept.row)
+        monkeypatch.setattr(batcher, "_drop_left", broken)
+    assert told.wait(5)
+    assert [kept.pieces[-1].ending for kept in rows] == ["failed"] * 5
+    assert not batcher.is_alive
+    assert "a mistake of ours" in batcher.fault
+
+
+def test_a_device_that_is_lost_ends_the_thread(tiny_tokenizer):
+    model, told = made("llama"), threading.Event()
+
+    def lost(*given, **named):
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    model.model.forward = lost
+    batcher, kept = Batcher(model, max_rows=1), Kept(tiny_tokenizer, prompt=(7, 8))
+    batcher.on_fault = told.set
+    batcher.start()
+    batcher.submit(kept.row)
+    assert told.wait(10)
+    assert kept.pieces[-1].ending == "failed"
+    assert "device-side assert" in batcher.fault
+
+
 def test_stopping_tells_those_who_wait(tiny_tokenizer):
     batcher = Batcher(made("llama"), max_rows=1)
     rows = [Kept(tiny_tokenizer, prompt=(7, 8), stop_ids=(), max_new_tokens=10_000) for _ in range(2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import shutil
@@ -365,6 +366,40 @@ def test_an_evaluation_gets_the_same_tokens_from_the_server(running, talking_fol
     assert found == generate(model, tokenizer, prompts, max_new_tokens=20, stop_ids=ends)
 
 
+def test_the_verdict_on_a_server_compares_the_log_probabilities_that_it_tells(
+    running, talking_folder, monkeypatch
+):
+    """They are those of the model in this process; of another model they are not, whatever it answers."""
+    import torch
+
+    from tunesmith.export import merge, parity
+    from tunesmith.models import load_model, load_tokenizer
+
+    monkeypatch.setenv("SERVE_KEY", TOKEN)
+    tokenizer, model = load_tokenizer(str(talking_folder)), load_model(str(talking_folder)).eval()
+    asked = merge.shipped_questions(tokenizer, model, is_pair=False)
+    held = parity.Held(asked, 12, lambda numbers, own, others: (None, "not scored"))
+
+    def verdict() -> parity.Parity:
+        reader = parity.server_reader(f"{running.url}/v1", "model", tokenizer, api_key_env="SERVE_KEY")
+        return parity.verdict(model, tokenizer, reader, held, artefact="served", quant="float32")
+
+    found = verdict()
+    assert found.passed, found.problems()
+    assert found.check.of_logprobs
+    assert found.check.positions == found.check.new_tokens > 4
+    assert 0 < found.check.largest_difference < 1e-3
+    assert {(one.place, one.same) for one in found.readings} == {
+        ("training", 4), ("transformers", 4), ("server", 4), ("gguf", 0),
+    }  # fmt: skip
+    with torch.no_grad():  # the same order of tokens, so the same answers, but other probabilities
+        model.model.norm.weight.mul_(1.05)
+    found = verdict()
+    assert found.check.same_answers == 4
+    assert not found.passed
+    assert "log-probability of a token that it wrote" in found.problems()[0]
+
+
 def test_a_client_that_takes_nothing_is_cut_off():
     from tunesmith.serving.app import Access, Guard
 
@@ -381,6 +416,52 @@ def test_a_client_that_takes_nothing_is_cut_off():
     guard = Guard(app, access=Access(), limits=Limits(stalled_seconds=0.05), counted=lambda status: None)
     scope = {"type": "http", "path": "/v1/models", "headers": [(b"host", b"localhost")]}
     asyncio.run(asyncio.wait_for(guard(scope, receive, never), 5))
+
+
+def test_a_client_that_reads_a_byte_a_second_holds_up_nobody_and_is_cut_off(talking_folder):
+    """Over bare sockets, as many as there are places: others get theirs, and what is kept for them is bounded."""
+    import gc
+
+    tokens, body = (
+        300,
+        {"model": "model", "prompt": "red", "stream": True, "logprobs": 20, "ignore_eos": True},
+    )
+    limits = Limits(concurrency=2, max_tokens=tokens, stalled_seconds=2)
+    asked = json.dumps({**body, "max_tokens": tokens}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
+    with served(talking_folder, limits=limits, buffer=4096) as small, contextlib.ExitStack() as stack:
+        port, slow = int(small.url.rpartition(":")[2]), []
+        for _ in range(limits.concurrency):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", port))
+            client.sendall(f"{head}Content-Length: {len(asked)}\r\n\r\n".encode() + asked)
+            assert client.recv(1)
+            slow.append(client)
+        until = time.monotonic() + 20
+        while small.batcher.running and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not small.batcher.running, "an answer that nobody takes is written on, and leaves its place"
+        kept = [found for found in gc.get_objects() if isinstance(found, asyncio.Queue | asyncio.Transport)]
+        waiting = [queue.qsize() for queue in kept if isinstance(queue, asyncio.Queue)]
+        unsent = [one.get_write_buffer_size() for one in kept if isinstance(one, asyncio.Transport)]
+        assert 0 < max(waiting) <= tokens
+        assert max(unsent) < 100_000 < tokens * 1000, "an answer is larger than what is kept for the socket"
+        began = time.monotonic()
+        assert (
+            post(f"{small.url}/v1/completions", json.dumps({"model": "model", "prompt": "red"}).encode())[0]
+            == 200
+        )
+        assert time.monotonic() - began < 5
+        told, until = "", time.monotonic() + 10
+        while 'status="499"} 2.0' not in told and time.monotonic() < until:
+            assert all(client.recv(1) for client in slow)
+            time.sleep(1)
+            request = urllib.request.Request(
+                f"{small.url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}
+            )
+            told = urllib.request.urlopen(request).read().decode()
+        assert 'status="499"} 2.0' in told
 
 
 def test_a_body_that_does_not_arrive_is_refused():
@@ -471,6 +552,36 @@ def test_adapters_of_another_base_are_refused(talking_folder, tiny_model_folder,
         sources(str(talking_folder), None, {"a": str(tmp_path)})
     with pytest.raises(ModelError, match="one base is served"):
         sources(str(talking_folder), None, {"a": str(tiny_model_folder)})
+
+
+def test_a_server_whose_model_answers_no_more_ends_and_says_why(talking_folder, monkeypatch):
+    """Its client is told, `serve` raises what becomes exit code 3, and a supervisor can start it again."""
+    from tunesmith.errors import OutOfResources
+    from tunesmith.serving import server
+    from tunesmith.serving.batching import Batcher
+
+    def broken(self) -> None:
+        raise KeyError("a mistake of ours")
+
+    ends, at, is_ready = [], [], threading.Event()
+
+    def run() -> None:
+        where = server.Where(port=0, token=TOKEN)
+        with pytest.raises(OutOfResources, match=r"(?s)ended by itself.*a mistake of ours") as caught:
+            server.serve(
+                str(talking_folder), {"model": talking_folder}, where, Limits(), say=lambda said: None,
+                ready=lambda url: (at.append(url), is_ready.set()),
+            )  # fmt: skip
+        ends.append(caught.value.exit_code)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert is_ready.wait(30)
+    monkeypatch.setattr(Batcher, "_drop_left", broken)
+    status, body, _ = post(f"{at[0]}/completions", json.dumps({"model": "model", "prompt": "red"}).encode())
+    assert (status, body["error"]["message"]) == (503, "The server is stopping.")
+    thread.join(10)
+    assert ends == [3]
 
 
 @pytest.mark.slow

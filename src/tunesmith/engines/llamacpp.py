@@ -43,8 +43,11 @@ def version() -> str:
 
 
 @contextmanager
-def opened(file: Path, *, length: int, threads: int | None = None) -> Iterator[Loaded]:
-    """The file, loaded on the CPU with room for `length` tokens, or its context, and freed afterwards.
+def opened(
+    file: Path, *, length: int, threads: int | None = None, words_only: bool = False
+) -> Iterator[Loaded]:
+    """The file, loaded on the CPU with room for `length` tokens, or its context, and freed afterwards. With
+    `words_only` its weights are not loaded, and all it can do is to put texts into tokens.
 
     Raises ModelError where llama.cpp does not take it.
     """
@@ -56,6 +59,7 @@ def opened(file: Path, *, length: int, threads: int | None = None) -> Iterator[L
     _silence(cpp)
     settings = cpp.llama_model_default_params()
     settings.n_gpu_layers = 0
+    settings.vocab_only = words_only
     model = cpp.llama_model_load_from_file(str(file).encode(), settings)
     if not model:
         raise ModelError(
@@ -70,7 +74,7 @@ def opened(file: Path, *, length: int, threads: int | None = None) -> Iterator[L
     options.type_k = options.type_v = cpp.GGML_TYPE_F32
     options.flash_attn_type = cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     options.swa_full = True
-    context = cpp.llama_init_from_model(model, options)
+    context = None if words_only else cpp.llama_init_from_model(model, options)
     try:
         vocabulary = cpp.llama_model_get_vocab(model)
         yield Loaded(

@@ -199,6 +199,10 @@ def _judged_figures(folder: Path) -> list[dict[str, Any]]:
         return []  # `judged` has told what is wrong with the file
 
 
+VERDICTS = {True: "passed", False: "FAILED", None: "unproven"}
+"""What `passed` in a verdict is called; None where nobody could ask the artefact."""
+
+
 def shipped(run: Run, problems: list[str]) -> list[dict[str, Any]]:
     """What was made of the run's model to ship it, each with its verdict: the merged model, GGUF files."""
     found = []
@@ -209,7 +213,7 @@ def shipped(run: Run, problems: list[str]) -> list[dict[str, Any]]:
             if content:
                 lines = [*content["problems"], *content["sentences"]]
                 found.append({"name": str(file.parent.relative_to(run.path)), "artefact": content["artefact"],
-                              "passed": content["passed"] is True, "lines": lines})  # fmt: skip
+                              "passed": VERDICTS[content["passed"]], "lines": lines})  # fmt: skip
         except (KeyError, TypeError) as error:
             problems.append(f"{name} holds no verdict: {error!r}")
     return found

@@ -10,15 +10,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tunesmith import models
+from tunesmith import devices, models
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.engines import llamacpp
-from tunesmith.errors import MissingExtra, ModelError, TunesmithError, nearest
+from tunesmith.errors import MissingExtra, ModelError, OutOfResources, TunesmithError, nearest
 from tunesmith.export import gguf, graph, merge, ollama, parity, weights
 from tunesmith.export.parity import VERDICT, Held
 from tunesmith.export.vocabulary import Vocabulary, vocabulary_of
@@ -53,40 +53,67 @@ class Exported:
     size: int
     """In bytes."""
     tensors: dict[str, int]
-    parity: parity.Parity | None
-    """None where nothing could read the file back, which the notes say."""
+    parity: parity.Parity
     notes: tuple[str, ...]
 
     @property
-    def passed(self) -> bool:
-        """Whether nothing is wrong with it, as far as it could be tried."""
-        return self.parity is None or self.parity.passed
+    def passed(self) -> bool | None:
+        """Whether it answers as the model does; None where it could not be asked, as the verdict's `unproven` says."""
+        return self.parity.passed
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as `--json` prints it; it ends with exit code 1 where the verdict is bad."""
+        """The result as `--json` prints it; it ends with exit code 1 where the verdict is bad. An artefact that could
+        not be asked was still written as asked for, and nothing was found wrong: exit code 0 and `passed: null`."""
         return {
             **asdict(self),
             "folder": str(self.folder),
             "file": str(self.file),
-            "parity": self.parity.as_dict() if self.parity else None,
+            "parity": self.parity.as_dict(),
             "passed": self.passed,
-            **({} if self.passed else {"exit_code": 1}),
+            "unproven": self.parity.unproven if self.passed is None else None,
+            **({"exit_code": 1} if self.passed is False else {}),
         }
 
 
-def check_target(target: str, quant: str) -> None:
-    """Raises before any work for a target or a way to store weights that there is not, or a missing package."""
+CHECKS = ("auto", "logits", "prompts")
+"""How an artefact is tried: as a whole in float32 or, where that does not fit, in bfloat16, or else by its prompts
+alone; always as a whole in float32; by its prompts alone."""
+
+ROOM = merge.ROOM / 2
+"""Memory that a model takes as it is asked, as a multiple of its weights: what `merge` reckons for one of its two."""
+
+REFERENCES = {"float32": 4, "bfloat16": 2}
+"""Types in which the model can be computed that an artefact is compared with, and their bytes for each weight."""
+
+
+def check_target(target: str, quant: str, check: str = "auto") -> None:
+    """Raises before any work for a target, a way to store weights or a check that there is not, or a missing package.
+    The check `logits` insists on a proof, and so on who reads the file."""
     import importlib.util
 
     if target not in TARGETS:
         raise TunesmithError(f"Models are not exported to '{target}'.", fix=nearest(target, TARGETS))
+    if check not in CHECKS:
+        raise TunesmithError(f"An artefact is not tried by '{check}'.", fix=nearest(check, CHECKS))
+    needed = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}.get(target, ())
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise MissingExtra(missing[0], f"Writing {target.upper()}", install=f"'tunesmith[{target}]'")
+    if target == "gguf" and check == "logits" and not llamacpp.is_installed():
+        raise MissingExtra("llama-cpp-python", "Proving a GGUF file", install="'tunesmith[llama-cpp]'")
     if target == "gguf":
         gguf.check_quant(quant)
     elif quant not in (allowed := STORED if target == "safetensors" else ("f32",)):
         raise TunesmithError(f"Weights are not stored as '{quant}' in {target}.", fix=nearest(quant, allowed))
-    needed = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}.get(target, ())
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise MissingExtra(missing[0], f"Writing {target.upper()}", install=f"'tunesmith[{target}]'")
+
+
+def check_writes(source: Path, target: str) -> None:
+    """Raises ModelError before any work for a model that answers nothing: nobody would give its score."""
+    if models.kind(str(source)) == "reward":
+        raise ModelError(
+            f"A reward model is not written as {target.upper()}: it gives a text one score and answers nothing.",
+            found=str(source),
+            fix="Use `tunesmith export --to safetensors`, or `tunesmith merge`; transformers reads that.",
+        )
 
 
 def export_weights(
@@ -96,6 +123,7 @@ def export_weights(
     quant: str,
     run: Run | None,
     max_shard: int,
+    check: str = "auto",
     held: Callable[[Any, Any], Held],
     progress: Callable[[str, str, str], None],
     counted: Callable[[str, int, int], None],
@@ -108,6 +136,7 @@ def export_weights(
         folder,
         dtype=STORED[quant],
         max_shard=max_shard,
+        check="layers" if check == "prompts" else check,
         whole=None if is_adapter else source,
         held=held,
         progress=progress,
@@ -133,20 +162,26 @@ def export(
     to: str = "gguf",
     quant: str,
     run: Run | None,
+    check: str = "auto",
     held: Callable[[Any, Any], Held],
     progress: Callable[[str, str, str], None],
     counted: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Exported:
     """Write `source`, a folder of whole weights or an adapter, as GGUF or ONNX to `folder`, and prove it.
 
-    `held` gives, for a model and its tokenizer, the questions to prove it with. `progress` is told decisions, `counted`
-    how far a stage is. Raises ModelError for a family that cannot be written, before any work.
+    `held` gives, for a model and its tokenizer, the questions to prove it with, `check` is one of `CHECKS`. `progress`
+    is told decisions, `counted` how far a stage is. Raises ModelError for a family that cannot be written and a reward
+    model, before any work, and OutOfResources where a graph would not fit into memory.
     """
     merge.free_place(folder)
+    check_writes(source, to)
     is_adapter = (source / "adapter_config.json").is_file()
     base = str(source) if not is_adapter else merge.base_of(source)[0]
-    check = partial(gguf.writer_of, quant=quant) if to == "gguf" else graph.check_family
-    check(models.configuration(base), folder=str(source))
+    check_family = partial(gguf.writer_of, quant=quant) if to == "gguf" else graph.check_family
+    check_family(models.configuration(base), folder=str(source))
+    parameters = sum(p.numel() for p in models.outline(base).parameters())
+    if to == "onnx":
+        _check_room_for_graph(parameters, check)
     name = (run.path.name if run else source.name).replace(" ", "-")
     staging = folder.with_name(f".{folder.name}.tmp")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -160,22 +195,35 @@ def export(
             )
             whole, notes = staging / "merged", list(made.notes)
             if made.layers and not made.layers.passed:
-                raise ModelError("The adapter could not be merged.", found=made.layers.sentence())
+                return _ill_merged(made, staging, folder, f"{name}-{quant}", to, run, held)
         config = models.configuration(str(whole))
-        check(config, folder=str(whole))
+        check_family(config, folder=str(whole))
         tokenizer = models.load_tokenizer(str(source if merge.has_tokenizer(source) else whole))
         merge.settled(tokenizer, config.is_encoder_decoder)
-        model = merge.reference_of(source, run)
-        asked = held(model, tokenizer)
+        compared = _compared_with(parameters, check, to, quant)
+        if compared.reference != "float32":
+            progress("parity", compared.reference or "prompts alone", compared.why)
+        model = merge.reference_of(source, run, dtype=compared.reference) if compared.reference else None
+        asked = held(models.outline(str(whole)) if model is None else model, tokenizer)
         write = _as_gguf if to == "gguf" else _as_onnx
         file, tensors, verdict, more = write(
-            whole, staging, f"{name}-{quant}", quant, config, model, tokenizer, asked, progress, counted
+            whole,
+            staging,
+            f"{name}-{quant}",
+            quant,
+            config,
+            run,
+            model,
+            compared,
+            tokenizer,
+            asked,
+            progress,
+            counted,
         )
         notes += more
-        if verdict is not None:
-            write_whole(staging / VERDICT, json.dumps(verdict.as_dict(), indent=1))
+        write_whole(staging / VERDICT, json.dumps(verdict.as_dict(), indent=1))
         shutil.rmtree(staging / "merged", ignore_errors=True)
-        final = merge.put_in_place(staging, folder, passed=verdict is None or verdict.passed)
+        final = merge.put_in_place(staging, folder, passed=verdict.passed is not False)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     merge.told_in_report(run)
@@ -191,8 +239,76 @@ def export(
     )
 
 
-Written = tuple[str, dict[str, int], parity.Parity | None, list[str]]
-"""A file's name, its tensors by how they are stored, the verdict where it could be read back, and notes."""
+@dataclass(frozen=True)
+class _Compared:
+    """With what an artefact is compared."""
+
+    reference: str | None
+    """Type in which the whole model is computed; None where it is not."""
+    why: str
+
+
+def _compared_with(parameters: int, check: str, to: str, quant: str) -> _Compared:
+    """The model in float32 where it and its file fit into memory, else in bfloat16, else not at all."""
+    if to == "gguf" and not llamacpp.is_installed():
+        return _Compared(None, "llama.cpp is not here to read the file back")
+    if check == "prompts":
+        return _Compared(None, "as asked for, prompts were compared and not the whole model")
+    there = devices.available()
+    file = parameters * (gguf.bits_of(quant) / 8 if to == "gguf" else 4)
+    wanted = {name: int(ROOM * (width * parameters + file)) for name, width in REFERENCES.items()}
+    said = " and ".join(f"{size / 1e9:.1f} GB in {name}" for name, size in wanted.items())
+    why = f"to compare it as a whole takes {said}, and {there / 1e9:.1f} GB are free"
+    if check == "logits":
+        return _Compared("float32", "as asked for")
+    return _Compared(next((name for name, size in wanted.items() if size <= there), None), why)
+
+
+def _check_room_for_graph(parameters: int, check: str) -> None:
+    """torch's exporter holds the whole model in float32 and writes a second one; nothing less gives a graph."""
+    wanted, there = int(merge.ROOM * 4 * parameters), devices.available()
+    if wanted > there and check != "logits":
+        raise OutOfResources(
+            "The model does not fit into memory as ONNX is written.",
+            found=f"{wanted / 1e9:.1f} GB are wanted, and {there / 1e9:.1f} GB are free",
+            fix="Take --to gguf or --to safetensors, which are written tensor by tensor, or a machine with more; "
+            "--check logits tries it all the same.",
+        )
+
+
+def _ill_merged(
+    made: merge.Made,
+    staging: Path,
+    folder: Path,
+    name: str,
+    to: str,
+    run: Run | None,
+    held: Callable[[Any, Any], Held],
+) -> Exported:
+    """An adapter whose merged weights do not answer as its parts: kept, marked, and no file is made of them."""
+    whole = staging / "merged"
+    verdict = parity.of_prompts(
+        whole, held(made.skeleton, made.tokenizer).questions, quant=made.dtype, layers=made.layers,
+        unproven="the merged weights are wrong already, so no file was made of them",
+    )  # fmt: skip
+    verdict = replace(verdict, artefact=f"merged, for {name}")
+    write_whole(staging / VERDICT, json.dumps(verdict.as_dict(), indent=1))
+    final = merge.put_in_place(staging, folder, passed=False)
+    merge.told_in_report(run)
+    return Exported(
+        folder=final,
+        file=final / "merged" / made.shards[0],
+        target=to,
+        quant=made.dtype,
+        size=sum((final / "merged" / shard).stat().st_size for shard in made.shards),
+        tensors={made.dtype: len(weights.places(final / "merged"))},
+        parity=verdict,
+        notes=(*made.notes, f"the adapter could not be merged: what came out is kept in {final} to look at"),
+    )
+
+
+Written = tuple[str, dict[str, int], parity.Parity, list[str]]
+"""A file's name, its tensors by how they are stored, the verdict, and notes."""
 
 
 def _as_gguf(
@@ -201,7 +317,9 @@ def _as_gguf(
     name: str,
     quant: str,
     config: Any,
+    run: Run | None,
     model: Any,
+    compared: _Compared,
     tokenizer: Any,
     asked: Held,
     progress: Callable[[str, str, str], None],
@@ -231,16 +349,36 @@ def _as_gguf(
     why = f"the model is a {config.model_type}" + (f", which {program} writes" if program else "")
     progress("format", f"GGUF, architecture {written.architecture}, {quant}", why)
     context = gguf.context_in(folder / file)
-    text, problem = ollama.modelfile(file, tokenizer, stop_ids=end_of_turn_ids(tokenizer), context=context)
+    longest = max(len(question.ids) for question in asked.questions)
+    recipe = run.recipe() if run else None
+    room, why_room = ollama.context_for(
+        gguf.text_part(config),
+        allowed=context,
+        trained=recipe.data.max_length if recipe else None,
+        answered=recipe.evaluation.max_new_tokens if recipe else asked.new_tokens,
+        asked=longest,
+    )
+    text, problem = ollama.modelfile(
+        file, tokenizer, stop_ids=end_of_turn_ids(tokenizer), context=room, why=why_room
+    )
     write_whole(folder / ollama.NAME, text)
     if problem:
         notes.append(problem)
+    is_pair = bool(config.is_encoder_decoder)
+    unasked = partial(
+        parity.unasked, file, asked.questions, tokenizer, is_pair=is_pair, quant=quant
+    )  # fmt: skip
     if not llamacpp.is_installed():
-        notes.append(
-            "not proven: llama.cpp was not here to read the file back (pip install 'tunesmith[llama-cpp]')"
-        )
-        return file, dict(written.tensors), None, notes
-    longest = max(len(question.ids) for question in asked.questions)
+        unproven = "llama.cpp was not here to read the file back (pip install 'tunesmith[llama-cpp]')"
+        return (
+            file, dict(written.tensors),
+            unasked(read_by="", unproven=unproven, absent="llama.cpp is not installed"), notes,
+        )  # fmt: skip
+    if compared.reference is None:
+        with parity.gguf_reader(folder / file, tokenizer, length=context, words_only=True) as reader:
+            same = [list(reader.tokens(question)) == list(question.ids) for question in asked.questions]
+            verdict = unasked(read_by=reader.name, unproven=compared.why, own=(reader, same))
+        return file, dict(written.tensors), verdict, notes
     length = min(context, longest + asked.new_tokens)
     with parity.gguf_reader(folder / file, tokenizer, length=length) as reader:
         verdict = parity.verdict(
@@ -251,6 +389,7 @@ def _as_gguf(
             artefact=file,
             quant=quant,
             context=context,
+            reference=compared.reference,
             progress=lambda done: counted("parity", done, len(asked.questions)),
         )
     return file, dict(written.tensors), verdict, notes
@@ -262,7 +401,9 @@ def _as_onnx(
     name: str,
     quant: str,
     config: Any,
+    run: Run | None,
     model: Any,
+    compared: _Compared,
     tokenizer: Any,
     asked: Held,
     progress: Callable[[str, str, str], None],
@@ -272,6 +413,15 @@ def _as_onnx(
     graph.write(whole, folder / graph.NAME)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    notes = ["the graph keeps no cache: for each token that is written, the whole text is read again"]
+    tensors = {"F32": len(list(models.outline(str(whole)).parameters()))}
+    if compared.reference is None:
+        own = models.load_tokenizer(str(folder))
+        verdict = parity.unasked(
+            graph.NAME, asked.questions, own, is_pair=config.is_encoder_decoder,
+            read_by=parity.transformers_version(), quant=STORED[quant], unproven=compared.why,
+        )  # fmt: skip
+        return graph.NAME, tensors, verdict, notes
     verdict = parity.verdict(
         model,
         tokenizer,
@@ -280,16 +430,16 @@ def _as_onnx(
         artefact=graph.NAME,
         quant=STORED[quant],
         context=context_length(model),
+        reference=compared.reference,
         progress=lambda done: counted("parity", done, len(asked.questions)),
     )
-    notes = ["the graph keeps no cache: for each token that is written, the whole text is read again"]
-    return graph.NAME, {"F32": len(list(model.parameters()))}, verdict, notes
+    return graph.NAME, tensors, verdict, notes
 
 
 def _vocabulary(tokenizer: Any, config: Any, held: Held) -> Vocabulary:
     return vocabulary_of(
         tokenizer,
-        rows=config.vocab_size,
+        rows=gguf.text_part(config).vocab_size,
         stop_ids=end_of_turn_ids(tokenizer),
         texts=[asked.text for asked in held.questions[:MAX_TRIED]],
     )

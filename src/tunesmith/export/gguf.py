@@ -10,6 +10,7 @@ described in ggml's `docs/gguf.md`; names come from the `gguf` package, which ll
 from __future__ import annotations
 
 import collections
+import importlib.util
 import math
 import os
 import shutil
@@ -18,15 +19,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError, TunesmithError, nearest
 from tunesmith.export.vocabulary import Vocabulary
 
-QUANTS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-"""How weights can be stored: what the `gguf` package can compute. The k-quants need llama.cpp's own tool."""
+FEW_BITS = 8.0
+"""Bits for each weight below which the embedding and the head are stored in more."""
 
 Keys = dict[str, int | float | str | bool | list[bool]]
 
@@ -60,6 +61,7 @@ class Written:
 def family_of(config: Any, *, folder: str) -> Family:
     """The family of a model's configuration. Raises ModelError naming those that can be written, and where a model
     of such a family asks for what llama.cpp does not compute."""
+    config = text_part(config)
     found = FAMILIES.get(config.model_type)
     if found is None:
         raise ModelError(
@@ -75,6 +77,24 @@ def family_of(config: Any, *, folder: str) -> Family:
             fix="Use the merged model with transformers or vLLM: `tunesmith export --to safetensors`.",
         )
     return found
+
+
+NESTED = {"gemma3": "gemma3_text"}
+"""Kinds of models that see pictures too -> the kind of their part for text, which is a whole model of its own."""
+
+WRAPPED = (
+    ("language_model.model.", "model."),
+    ("model.language_model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+"""How files name the weights of that part, and how they are called where it stands alone."""
+SEEING = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+"""Weights beside that part."""
+
+
+def text_part(config: Any) -> Any:
+    """The configuration of the part that reads and writes text; of most models it is all of it."""
+    return config.text_config if config.model_type in NESTED else config
 
 
 CONVERTER = "convert_hf_to_gguf.py"
@@ -109,7 +129,7 @@ def writer_of(config: Any, *, folder: str, quant: str) -> Path | None:
 
     Raises ModelError where neither can, before any work.
     """
-    if config.model_type in FAMILIES or not (found := converter()):
+    if text_part(config).model_type in FAMILIES or not (found := converter()):
         family_of(config, folder=folder)
         return None
     if quant not in CONVERTED:
@@ -150,10 +170,40 @@ def context_in(file: Path) -> int:
     return int(reader.get_field(name).contents())  # type: ignore[union-attr]
 
 
+@cache
+def quants() -> tuple[str, ...]:
+    """How weights can be stored, most bits first: what the installed `gguf` package can compute, found by asking it.
+
+    The k-quants need llama.cpp's own tool. None where the package is not installed.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        return ()
+    import gguf
+    import numpy
+
+    found = []
+    for kind in gguf.GGMLQuantizationType:
+        try:
+            gguf.quantize(numpy.zeros((1, gguf.GGML_QUANT_SIZES[kind][0]), dtype=numpy.float32), kind)
+        except (NotImplementedError, KeyError):
+            continue
+        if _file_type(gguf, kind.name.lower()) is not None:
+            found.append(kind)
+    return tuple(k.name.lower() for k in sorted(found, key=lambda kind: (-bits_of(kind.name), int(kind))))
+
+
+def bits_of(quant: str) -> float:
+    """Bits for each weight, the scales of blocks included."""
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[quant.upper()]]
+    return 8 * size / block
+
+
 def check_quant(quant: str) -> None:
     """Raises TunesmithError for a way to store weights that there is not."""
-    if quant not in QUANTS:
-        raise TunesmithError(f"Weights are not stored as '{quant}' in GGUF.", fix=nearest(quant, QUANTS))
+    if quant not in (known := quants()):
+        raise TunesmithError(f"Weights are not stored as '{quant}' in GGUF.", fix=nearest(quant, known))
 
 
 def write(folder: Path, file: Path, *, quant: str, vocabulary: Vocabulary, config: Any, name: str) -> Written:
@@ -166,13 +216,14 @@ def write(folder: Path, file: Path, *, quant: str, vocabulary: Vocabulary, confi
 
     check_quant(quant)
     family = family_of(config, folder=str(folder))
+    is_part, config = text_part(config) is not config, text_part(config)
     is_pair = bool(config.is_encoder_decoder)
     layers = max(config.num_layers, config.num_decoder_layers) if is_pair else config.num_hidden_layers
     names = gguf.get_tensor_name_map(_architecture(gguf, family.architecture), layers)
     writer = gguf.GGUFWriter(path=None, arch=family.architecture)
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(_file_type(gguf, quant))
+    writer.add_file_type(_file_type(gguf, quant) or 0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in family.keys(config).items():
         _add(writer, f"{family.architecture}.{key}", value)
@@ -181,6 +232,8 @@ def write(folder: Path, file: Path, *, quant: str, vocabulary: Vocabulary, confi
 
     counts: dict[str, int] = {}
     notes = list(_notes(config))
+    if is_part:
+        notes.append("the file is for text: what the model sees pictures with is left out")
     with ExitStack() as stack:
         tensors = list(_tensors(folder, config, stack))
         plans = []
@@ -231,8 +284,11 @@ def _tensors(
     for shard in shards:
         weights = stack.enter_context(safe_open(shard, framework="pt"))
         for name in weights.keys():  # noqa: SIM118, a file and no mapping
+            if name.startswith(SEEING):
+                continue
             shape = tuple(weights.get_slice(name).get_shape())
-            found[name] = shape, partial(weights.get_tensor, name)
+            own = next((to + name.removeprefix(wrap) for wrap, to in WRAPPED if name.startswith(wrap)), name)
+            found[own] = shape, partial(weights.get_tensor, name)
     if config.is_encoder_decoder:
         # One table for both sides. llama.cpp takes what goes into the head as it is, so the scale is the head's.
         for copy in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
@@ -273,10 +329,10 @@ def _stored(gguf: Any, name: str, shape: tuple[int, ...], quant: str) -> Any:
         return types.F32
     asked = types[quant.upper()]
     # The embedding and the head decide most about the loss of few bits, and are looked up, not multiplied.
-    if quant[:2] in ("q4", "q5") and name in ("token_embd.weight", "output.weight"):
+    if bits_of(quant) < FEW_BITS and name in ("token_embd.weight", "output.weight"):
         asked = types.Q8_0
-    block, _ = gguf.GGML_QUANT_SIZES[asked]
-    return asked if shape[-1] % block == 0 else types.F16
+    ways = [asked, *([types.Q8_0] if bits_of(quant) < FEW_BITS else []), types.F16]
+    return next(kind for kind in ways if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0)
 
 
 def _numpy(kind: str) -> tuple[Any, int]:
@@ -289,9 +345,13 @@ def _architecture(gguf: Any, name: str) -> Any:
     return next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
 
 
-def _file_type(gguf: Any, quant: str) -> int:
-    kinds = gguf.LlamaFileType
-    return int(kinds.ALL_F32 if quant == "f32" else kinds[f"MOSTLY_{quant.upper()}"])
+def _file_type(gguf: Any, quant: str) -> int | None:
+    """llama.cpp's number of a way to store weights; None where it has none."""
+    known = {kind.name: int(kind) for kind in gguf.LlamaFileType}
+    if quant == "f32":
+        return known["ALL_F32"]
+    name = f"MOSTLY_{quant.upper()}"
+    return next((known[one] for one in (name, f"{name}_MOE") if one in known), None)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

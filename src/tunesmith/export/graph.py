@@ -133,5 +133,10 @@ def reader(file: Path, model: Any, tokenizer: Any) -> Reader:
         return read_as(asked, tokenizer)
 
     return Reader(
-        f"onnxruntime {metadata.version('onnxruntime')}", tokens, greedy, logits, context_length(model)
+        f"onnxruntime {metadata.version('onnxruntime')}",
+        tokens,
+        greedy,
+        logits,
+        context_length(model),
+        place="onnx",
     )

@@ -328,6 +328,13 @@ def make(
     copy_licences(files, folder)
     if left := carry_together([part.folder for part in parts] or [adapter], folder):
         notes.append(f"what {', '.join(left)} learned from is not known here: `evaluate` cannot leave it out")
+    if unknown := [
+        part.folder.name for part in parts if not part.run and not models.read_packing(part.folder)
+    ]:
+        notes.append(
+            f"no run is behind {', '.join(unknown)} and no {models.PACKING} beside it, so the base is taken as a whole "
+            "one; if it was packed into 4 bits in training, these weights answer otherwise than what was trained"
+        )
     return Made(base, stored, parameters, shards, layers, kind, tokenizer, skeleton, reference, tuple(notes))
 
 
@@ -355,17 +362,17 @@ def _common_base(parts: Sequence[Part]) -> tuple[str, str | None]:
 
 
 def _quantized(parts: Sequence[Part]) -> tuple[QLoRA | None, str]:
-    """How the base was packed into 4 bits in training, and what type it had before."""
-    found = [
-        (recipe.adapter if isinstance(recipe.adapter, QLoRA) else None, str(plan.get("dtype", "float32")))
-        for recipe, plan in (
-            (part.run.recipe(), part.run.read("plan.json") or {}) for part in parts if part.run
-        )
-    ]
-    ways = {
-        (own.double_quantization, dtype) if own else None
-        for own, dtype in [*found, *([(None, "")] if len(found) < len(parts) else [])]
-    }
+    """How the base was packed into 4 bits in training, and what type it had before: as the file beside an adapter
+    says, or the run behind one that has none. (None, "float32") for a whole one, and where nobody says."""
+    found: list[tuple[QLoRA | None, str]] = []
+    for part in parts:
+        if packing := models.read_packing(part.folder):
+            found.append((QLoRA(double_quantization=packing.double_quantization), packing.dtype))
+        elif part.run and isinstance(own := part.run.recipe().adapter, QLoRA):
+            found.append((own, str((part.run.read("plan.json") or {}).get("dtype", "float32"))))
+        else:
+            found.append((None, "float32"))
+    ways = {(own.double_quantization, dtype) if own else None for own, dtype in found}
     if len(ways) > 1:
         raise ModelError(
             "Adapters of a 4-bit base and of a whole one are not added up: their bases differ.",
@@ -428,13 +435,16 @@ def put_in_place(staging: Path, folder: Path, *, passed: bool) -> Path:
     return final
 
 
-def reference_of(source: Path, run: Run | None) -> Any:
-    """The model as its run measured it, in float32: whole weights, or an adapter on the base that it was trained on,
-    which for QLoRA is one packed into 4 bits. What is made of `source` has to answer like this."""
+def reference_of(source: Path, run: Run | None, *, dtype: str = "float32") -> Any:
+    """The model as its run measured it, computed in `dtype`: whole weights, or an adapter on the base that it was
+    trained on, which for QLoRA is one packed into 4 bits. What is made of `source` has to answer like this."""
     if not (source / "adapter_config.json").is_file():
-        return models.load_model(str(source)).eval()
+        return models.load_model(str(source), dtype=dtype).eval()
     parts = [Part(source, run=run)]
-    found = _reference(parts, [], *base_of(source), *_quantized(parts), None)
+    quantized, trained_as = _quantized(parts)
+    if not quantized:
+        return models.load_model(str(source), dtype=dtype).eval()
+    found = _reference(parts, [], *base_of(source), quantized, trained_as, None)
     assert not isinstance(found, str), "one adapter is always PEFT's"
     return found().eval()
 

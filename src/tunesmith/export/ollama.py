@@ -94,10 +94,40 @@ def pieces_of(tokenizer: Any) -> Pieces | None:
     return found
 
 
+UNTRAINED = 4096
+"""Tokens of context for a model without a run, where its file allows more: what Ollama itself takes."""
+
+
+def context_for(
+    config: Any, *, allowed: int, trained: int | None, answered: int, asked: int
+) -> tuple[int, tuple[str, ...]]:
+    """How many tokens Ollama keeps room for, and why, in lines for the Modelfile.
+
+    `allowed` is what the file holds, which a sliding window may have shortened, `trained` the longest row of the run,
+    `answered` the longest answer that was measured, `asked` the longest question that it is proven with. Not all that
+    the model could read: its cache would fill the memory of a laptop for texts that it has not been tried on.
+    """
+    if trained is None:
+        count, why = min(allowed, UNTRAINED), "no run says how long its texts are"
+    else:
+        count = min(allowed, max(trained, asked) + answered)
+        why = f"rows of up to {trained} tokens were trained on, answers of up to {answered} measured"
+    lines = [f"{count} tokens of context: {why}; the file allows {allowed}."]
+    if not config.is_encoder_decoder:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        each = 2 * 2 * config.num_hidden_layers * heads * size  # keys and values, of 2 bytes
+        lines.append(
+            f"Their cache takes up to {each * count / 1e6:,.0f} MB of memory beside the weights, "
+            f"{each * 1024 / 1e6:,.1f} MB for each 1024 tokens more."
+        )
+    return count, tuple(lines)
+
+
 def modelfile(
-    file: str, tokenizer: Any, *, stop_ids: Sequence[int], context: int | None
+    file: str, tokenizer: Any, *, stop_ids: Sequence[int], context: int | None, why: Sequence[str] = ()
 ) -> tuple[str, str | None]:
-    """The Modelfile's text, and why it has no template, if so."""
+    """The Modelfile's text, and why it has no template, if so. `why` is said of the context, as comments."""
     lines = [f"FROM ./{file}"]
     pieces = pieces_of(tokenizer)
     problem = None
@@ -129,6 +159,7 @@ def modelfile(
     for token in tokenizer.convert_ids_to_tokens(list(stop_ids)):
         lines.append(f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}")
     if context:
+        lines += [f"# {line}" for line in why]
         lines.append(f"PARAMETER num_ctx {context}")
     lines.append("PARAMETER temperature 0")
     return "\n".join(lines) + "\n", problem

@@ -1,7 +1,7 @@
 """Whether an artefact is the model that it was made from: the same prompt tokens, the same answers, the same score.
 
-    training's prompt ids = transformers' = the artefact's own tokenizer's
-    logits along one path, largest difference     greedy answers, ties aside     score on held-out rows, paired
+    prompt ids of training = transformers = server = GGUF file    logits along one path, largest difference
+    greedy answers, near ties aside but in float32                score on held-out rows, paired
 
 What is tested is what is shipped: each artefact is read back by who will read it, a `Reader`: transformers for a
 folder, llama.cpp for a GGUF file, a server for what it serves.
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith import models
 from tunesmith.data.templates import end_of_turn_ids
@@ -36,10 +36,17 @@ TOLERANCES = {
     "float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2,
     # llama.cpp looks its activations up in tables of float16, and multiplies quantised weights by quantised inputs.
     "f32": 1e-3, "f16": 1e-2, "bf16": 4e-2, "q8_0": 6e-2, "q5_1": 0.3, "q5_0": 0.3, "q4_1": 0.5, "q4_0": 0.5,
+    "mxfp4": 0.6, "nvfp4": 0.6, "tq2_0": 1.0, "tq1_0": 1.0,
 }  # fmt: skip
 """How far a logit of an artefact may be from the model's, as a share of the largest logit, by how weights are stored.
 In float32 only the order of sums differs; the others are what rounding every weight to them may come to. The few-bit
 ones leave little more than the score to judge by."""
+
+EXACT = ("float32", "f32")
+"""Ways to store weights that round nothing: greedy answers have to be the same tokens, near ties or not."""
+
+COARSE = 1.0
+"""Tolerance for a way to store weights that has none of its own: the score alone judges."""
 
 NEW_TOKENS = 24
 """Length of an answer where no held-out question sets another."""
@@ -66,13 +73,19 @@ class Check:
     """Prompts whose answers part at a token that the model prefers by less than the tolerance."""
     of_scores: bool = False
     """Whether the logits are scores of a reward model, one for each prompt, which has no answers."""
+    of_logprobs: bool = False
+    """Whether the difference is one of log-probabilities, of the tokens that a server wrote, which is what it tells."""
+    exact: bool = False
+    """Whether near ties excuse nothing, since nothing is rounded."""
 
     @property
     def passed(self) -> bool:
-        """Whether every logit is within the tolerance and every answer has the same tokens, ties aside."""
+        """Whether every logit is within the tolerance and every answer has the same tokens: in reduced precision near
+        ties aside."""
         # False for a difference that is not a number.
         close = self.largest_difference <= self.tolerance * self.largest_logit
-        return close and self.same_answers + self.ties == self.prompts
+        excused = 0 if self.exact else self.ties
+        return close and self.same_answers + excused == self.prompts
 
     def sentence(self) -> str:
         """The result for people."""
@@ -82,12 +95,14 @@ class Check:
                 f"{self.tolerance * self.largest_logit:.2g} ({self.tolerance:g} of the largest score "
                 f"{self.largest_logit:.3g}), over {self.prompts} texts"
             )
-        ties = f" ({self.ties} part at a tie)" if self.ties else ""
+        strict = ", which excuses nothing in float32" if self.exact else ""
+        ties = f" ({self.ties} part at a near tie{strict})" if self.ties else ""
         answers = f"{self.same_answers} of {self.prompts} greedy answers have the same tokens{ties}"
         if not self.positions:
             return f"{answers}; it gives no logits to compare"
+        what = "the log-probability of a token that it wrote" if self.of_logprobs else "a logit"
         return (
-            f"largest difference of a logit {self.largest_difference:.2g}, allowed "
+            f"largest difference of {what} {self.largest_difference:.2g}, allowed "
             f"{self.tolerance * self.largest_logit:.2g} ({self.tolerance:g} of the largest logit "
             f"{self.largest_logit:.3g}), over {self.positions} tokens; {answers}"
         )
@@ -100,6 +115,8 @@ class Answered:
     ids: tuple[int, ...]
     logits: Any
     """None of who gives none."""
+    logprobs: Sequence[float] | None = None
+    """Of each of its own tokens, in nats, where it gives those and no logits."""
 
 
 def answered(
@@ -150,7 +167,7 @@ class Difference:
     """One prompt's answer by an artefact against the model's."""
 
     largest: float
-    """Between two logits for the same token."""
+    """Between two logits for the same token, or between two log-probabilities."""
     largest_logit: float
     positions: int
     new_tokens: int
@@ -158,31 +175,43 @@ class Difference:
     gap: float | None
     """By how much the model preferred its own token to the next best where the answers part; None where they do not."""
     is_score: bool
+    of_logprobs: bool = False
 
 
 def difference(one: Answered, other: Answered) -> Difference:
     """`one` is the model's answer, whose path both logits are along."""
-    gap = None
+    gap, start = None, len(one.logits) - len(one.ids) - 1
+    shared = next(
+        (n for n, (a, b) in enumerate(zip(one.ids, other.ids, strict=False)) if a != b),
+        min(len(one.ids), len(other.ids)),
+    )
     if one.ids != other.ids:
-        parting = next(
-            (n for n, (a, b) in enumerate(zip(one.ids, other.ids, strict=False)) if a != b),
-            min(len(one.ids), len(other.ids)),
-        )
-        first, second = one.logits[len(one.logits) - len(one.ids) - 1 + parting].topk(2).values.tolist()
+        first, second = one.logits[start + shared].topk(2).values.tolist()
         gap = first - second
-    is_compared = other.logits is not None
+    largest, positions = 0.0, 0
+    if other.logits is not None:
+        largest, positions = float((one.logits - other.logits).abs().max()), len(one.logits)
+    elif other.logprobs:
+        import torch
+
+        # Behind the token at which the answers part, the two stand on different texts.
+        count = min(shared + 1, len(other.ids), len(other.logprobs))
+        own = one.logits[start : start + count].log_softmax(-1)
+        own = own[torch.arange(count), torch.tensor(other.ids[:count])]
+        largest, positions = float((own - torch.tensor(other.logprobs[:count])).abs().max()), count
     return Difference(
-        largest=float((one.logits - other.logits).abs().max()) if is_compared else 0.0,
+        largest=largest,
         largest_logit=float(one.logits.abs().max()),
-        positions=len(one.logits) if is_compared else 0,
+        positions=positions,
         new_tokens=len(one.ids),
         same=one.ids == other.ids,
         gap=gap,
         is_score=len(one.logits) == 1 and not one.ids,
+        of_logprobs=other.logits is None,
     )
 
 
-def checked(differences: Sequence[Difference], *, tolerance: float) -> Check:
+def checked(differences: Sequence[Difference], *, tolerance: float, exact: bool = False) -> Check:
     """All prompts together."""
     import numpy
 
@@ -198,7 +227,26 @@ def checked(differences: Sequence[Difference], *, tolerance: float) -> Check:
         same_answers=sum(d.same for d in differences),
         ties=sum(d.gap is not None and d.gap <= 2 * tolerance * largest for d in differences),
         of_scores=all(d.is_score for d in differences),
+        of_logprobs=any(d.of_logprobs for d in differences),
+        exact=exact,
     )
+
+
+Place = Literal["training", "transformers", "server", "gguf", "onnx"]
+"""Where a prompt is read."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """As which ids held-out prompts are read in one place, against those that the model was trained to read."""
+
+    place: Place
+    by: str
+    """Who reads there, with its version."""
+    asked: int
+    same: int
+    why: str | None = None
+    """Why fewer than all are read there, or none."""
 
 
 @dataclass(frozen=True)
@@ -212,13 +260,14 @@ class Parity:
     """What read it back, with its version."""
     prompts: int
     same_prompts: int
-    """Prompts whose ids from the artefact's tokenizer are those that the model was trained to read."""
+    """Prompts whose ids, by the artefact's own tokenizer and in all the other places, are those that the model was
+    trained to read."""
     check: Check | None
     """None where the whole model was not asked, which `unproven` says."""
     score: Comparison | None = None
     """The run's metric on the same questions, the artefact (`tuned`) against the model (`base`)."""
     unscored: str | None = None
-    """Why there is no score."""
+    """Why there is no score, or why it is not by the run's own metric."""
     too_long: int = 0
     """Questions that were left out, since the file's context has no room for an answer."""
     with_tools: int = 0
@@ -227,13 +276,18 @@ class Parity:
     """Of merged weights: each layer against base and adapter."""
     unproven: str | None = None
     """Why the whole model was not asked."""
+    readings: tuple[Reading, ...] = ()
+    """The same prompts read in training, by transformers, by a server and from a GGUF file."""
+    reference: str = "float32"
+    """Type in which the model was computed that the artefact was compared with."""
 
     @property
-    def passed(self) -> bool:
-        """Whether prompts are read alike, logits and answers are within the tolerance, and the score is not worse."""
-        is_worse = self.score is not None and self.score.verdict == "worse"
-        close = all(part is None or part.passed for part in (self.check, self.layers))
-        return self.same_prompts == self.prompts and close and not is_worse
+    def passed(self) -> bool | None:
+        """Whether prompts are read alike, logits and answers are within the tolerance, and the score is not worse.
+        None where nothing is wrong but no weight was looked at, as `unproven` says."""
+        if self.problems():
+            return False
+        return None if self.check is None and self.layers is None else True
 
     def problems(self) -> list[str]:
         """What keeps it from passing."""
@@ -241,6 +295,9 @@ class Parity:
         if self.same_prompts < self.prompts:
             found.append(
                 f"{self.prompts - self.same_prompts} of {self.prompts} prompts are read as other tokens"
+                + "".join(
+                    f", {r.asked - r.same} of {r.asked} by {r.by}" for r in self.readings if r.same < r.asked
+                )
             )
         found += [part.sentence() for part in (self.layers, self.check) if part and not part.passed]
         if self.score is not None and self.score.verdict == "worse":
@@ -251,12 +308,16 @@ class Parity:
         """The result for people."""
         longer = f" ({self.too_long} more are longer than its context)" if self.too_long else ""
         tools = f" ({self.with_tools} more offer tools, and were not asked)" if self.with_tools else ""
+        by = f"read back by {self.read_by}" if self.read_by else "read back by nobody"
+        readers = [r for r in self.readings if r.place != "training"]
         lines = [
-            f"read back by {self.read_by}: {self.same_prompts} of {self.prompts} prompts are the same "
-            f"tokens{longer}{tools}",
+            f"{by}: {self.same_prompts} of {self.prompts} prompts are the same tokens{longer}{tools}",
+            *([f"prompts as in training: {', '.join(map(_read_shown, readers))}"] if readers else []),
             *([self.layers.sentence()] if self.layers else []),
             self.check.sentence() if self.check else f"not asked as a whole: {self.unproven}",
         ]
+        if self.reference != "float32":
+            lines.append(f"compared with the model in {self.reference}, as float32 did not fit into memory")
         if self.score and self.score.base is not None and self.score.tuned is not None:
             metric = METRICS[self.score.metric]
             base, own = shown(self.score.base, metric), shown(self.score.tuned, metric)
@@ -264,8 +325,8 @@ class Parity:
                 f"{metric.name}: the model {base}, this file {own}, difference {difference_shown(self.score)}, "
                 f"n = {self.score.n}"
             )
-        elif self.unscored:
-            lines.append(f"no score: {self.unscored}")
+        if self.unscored:
+            lines.append(self.unscored if self.score else f"no score: {self.unscored}")
         return lines
 
     def as_dict(self) -> dict[str, Any]:
@@ -299,7 +360,8 @@ class Held:
     questions: Sequence[Question]
     new_tokens: int
     score: Callable[[Sequence[int], Sequence[Any], Sequence[Any]], tuple[Any, str | None]]
-    """(numbers of questions, the model's answers to them, the artefact's) -> their comparison, or why there is none."""
+    """(numbers of questions, the model's answers to them, the artefact's) -> their comparison, and why there is none or
+    it is not by the run's own metric."""
 
 
 @dataclass(frozen=True)
@@ -318,6 +380,9 @@ class Reader:
     """Most tokens of a prompt with its answer, where that is limited."""
     takes_tools: bool = True
     """Whether it can be asked questions that offer tools."""
+    logprobs: Callable[[Sequence[int]], Sequence[float] | None] | None = None
+    """Prompt ids -> log-probability of each token of the answer that it gave to them last, of who gives no logits."""
+    place: Place = "transformers"
 
 
 def compared(
@@ -328,20 +393,21 @@ def compared(
     *,
     new_tokens: int,
     progress: Callable[[int], None] = lambda done: None,
-) -> tuple[list[Difference], int, list[Generated], list[Generated]]:
+) -> tuple[list[Difference], list[bool], list[Generated], list[Generated]]:
     """An artefact, asked by a reader, against the model in this process.
 
-    Gives the differences, the number of questions that the reader reads as the same ids, and the answers of the model
-    and of the artefact. One prompt at a time, so that logits of a large vocabulary need not be kept.
+    Gives the differences, whether the reader reads each question as the same ids, and the answers of the model and of
+    the artefact. One prompt at a time, so that logits of a large vocabulary need not be kept.
     """
     differences, own, others = [], [], []
-    same = sum(list(reader.tokens(asked)) == list(asked.ids) for asked in questions)
+    same = [list(reader.tokens(asked)) == list(asked.ids) for asked in questions]
     for done, asked in enumerate(questions, start=1):
         room = new_tokens if reader.length is None else min(new_tokens, reader.length - len(asked.ids))
         [one] = answered(model, tokenizer, [asked.ids], new_tokens=room)
         other = Generated((), "", "stop") if models.is_reward(model) else reader.greedy(asked.ids, room)
         along = reader.logits(asked.ids, one.ids) if reader.logits else None
-        differences.append(difference(one, Answered(other.ids, along)))
+        told = reader.logprobs(asked.ids) if reader.logprobs else None
+        differences.append(difference(one, Answered(other.ids, along, told)))
         text = decoded(one.ids, tokenizer)
         own.append(Generated(one.ids, text, "stop" if len(one.ids) < room else "length"))
         others.append(other)
@@ -359,9 +425,11 @@ def verdict(
     quant: str,
     context: int | None = None,
     layers: Layers | None = None,
+    reference: str = "float32",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Parity:
-    """The verdict on an artefact that a reader holds. `context` is the most tokens that it can read and write.
+    """The verdict on an artefact that a reader holds. `context` is the most tokens that it can read and write,
+    `reference` the type in which `model` computes.
 
     Raises ModelError where no question fits into it.
     """
@@ -392,28 +460,110 @@ def verdict(
         progress=progress,
     )
     score, unscored = held.score(numbers, own, others)
+    asked_of = [held.questions[n] for n in numbers]
+    readings, alike = readings_of(asked_of, tokenizer, is_pair=models.is_seq2seq(model), own=(reader, same))
     return Parity(
         artefact=artefact,
         quant=quant,
         read_by=reader.name,
         prompts=len(numbers),
-        same_prompts=same,
-        check=checked(differences, tolerance=TOLERANCES[quant]),
+        same_prompts=alike,
+        check=checked(
+            differences,
+            tolerance=max(TOLERANCES.get(quant, COARSE), TOLERANCES[reference]),
+            exact=quant in EXACT and reference in EXACT,
+        ),
         score=score,
         unscored=unscored,
         too_long=len(taken) - len(numbers),
         with_tools=len(held.questions) - len(taken),
         layers=layers,
+        readings=readings,
+        reference=reference,
     )
 
 
+def readings_of(
+    questions: Sequence[Question],
+    tokenizer: Any,
+    *,
+    is_pair: bool,
+    own: tuple[Reader, Sequence[bool]] | None = None,
+    absent: str = "none is part of this check",
+) -> tuple[tuple[Reading, ...], int]:
+    """The questions as they are read in each place, and the number of those that are read alike in all of them.
+
+    `own` is the artefact's reader with what it found already. `absent` says why no GGUF file is read.
+    """
+    read: dict[Place, tuple[str, Callable[[Question], Sequence[int] | None]]] = {
+        "training": ("tunesmith", lambda asked: asked.ids),
+        "transformers": (transformers_version(), lambda asked: read_as(asked, tokenizer)),
+        "server": ("tunesmith serve", _served_reading(tokenizer, is_pair=is_pair)),
+    }
+    found, alike = [], [True] * len(questions)
+    for place, (by, tokens) in read.items():
+        same: list[bool | None]
+        if own and own[0].place == place:
+            by, same = own[0].name, list(own[1])
+        else:
+            ids = [tokens(asked) for asked in questions]
+            same = [
+                None if one is None else list(one) == list(asked.ids) for one, asked in zip(ids, questions)
+            ]
+        found.append(_reading(place, by, same))
+        alike = [a and b is not False for a, b in zip(alike, same, strict=True)]
+    if own and own[0].place in ("gguf", "onnx"):
+        found.append(_reading(own[0].place, own[0].name, own[1]))
+        alike = [a and bool(b) for a, b in zip(alike, own[1], strict=True)]
+    else:
+        found.append(Reading("gguf", "nobody", 0, 0, absent))
+    return tuple(found), sum(alike)
+
+
+def _reading(place: Place, by: str, same: Sequence[bool | None]) -> Reading:
+    left = sum(one is None for one in same)
+    why = f"{left} offer tools or hold what a server is not sent" if left else None
+    return Reading(place, by, len(same) - left, sum(one is True for one in same), why)
+
+
+def _read_shown(reading: Reading) -> str:
+    name = {"server": "served", "gguf": "GGUF file", "onnx": "ONNX"}.get(reading.place, reading.place)
+    if not reading.asked:
+        return f"{name} not read ({reading.why})"
+    return f"{name} {reading.same} of {reading.asked}" + (f" ({reading.why})" if reading.why else "")
+
+
+def _served_reading(tokenizer: Any, *, is_pair: bool) -> Callable[[Question], Sequence[int] | None]:
+    """As which ids `tunesmith serve` reads a question, by the function that answers its requests; None for one that it
+    is not sent."""
+    from tunesmith.data.examples import Unusable
+    from tunesmith.export.merge import settled
+    from tunesmith.serving.models import served_as
+
+    own = copy.copy(tokenizer)
+    settled(own, is_pair)  # as the server does where it loads one
+    endpoint = served_as("artefact", own, adapter=None, is_pair=is_pair)
+
+    def tokens(asked: Question) -> Sequence[int] | None:
+        if asked.prompt is None or asked.prompt.tools:
+            return None
+        turns = [(message.role, message.content) for message in asked.prompt.messages]
+        try:
+            return endpoint.prompt(turns)
+        except Unusable:
+            return None
+
+    return tokens
+
+
 @contextmanager
-def gguf_reader(file: Path, tokenizer: Any, *, length: int) -> Iterator[Reader]:
-    """llama.cpp, on a GGUF file: questions are put by the template that the file holds, not by the tokenizer's."""
+def gguf_reader(file: Path, tokenizer: Any, *, length: int, words_only: bool = False) -> Iterator[Reader]:
+    """llama.cpp, on a GGUF file: questions are put by the template that the file holds, not by the tokenizer's. With
+    `words_only` it can only say as which tokens it reads them, for which no weights are loaded."""
     import torch
 
     stop_ids = end_of_turn_ids(tokenizer)
-    with llamacpp.opened(file, length=length) as loaded:
+    with llamacpp.opened(file, length=length, words_only=words_only) as loaded:
         own = copy.copy(tokenizer)
         own.chat_template = llamacpp.chat_template(loaded)
 
@@ -430,6 +580,7 @@ def gguf_reader(file: Path, tokenizer: Any, *, length: int) -> Iterator[Reader]:
             ),
             logits=lambda ids, answer: torch.from_numpy(llamacpp.logits(loaded, ids, answer)),
             length=None if loaded.is_pair else loaded.length,
+            place="gguf",
         )
 
 
@@ -503,14 +654,23 @@ def server_reader(
         messages = [{"role": m.role, "content": m.content} for m in asked.prompt.messages]
         return ids(post("/chat/completions", {"messages": messages, "max_tokens": 1}), "prompt_token_ids")
 
+    heard: dict[tuple[int, ...], list[float]] = {}
+
     def greedy(prompt: Sequence[int], room: int) -> Generated:
-        reply = post("/completions", {"prompt": list(prompt), "max_tokens": room})
+        reply = post("/completions", {"prompt": list(prompt), "max_tokens": room, "logprobs": 0})
+        told = (reply.get("logprobs") or {}).get("token_logprobs")
+        heard.clear()
+        if isinstance(told, list) and all(isinstance(one, float | int) for one in told):
+            heard[tuple(prompt)] = told
         written, is_ended = ids(reply, "token_ids"), reply.get("finish_reason") == "stop"
         # Nothing behind a stop token is cut away: a server that writes on there answers otherwise.
         kept = tuple(written[:-1] if is_ended and written and written[-1] in stop_ids else written)
         return Generated(kept, decoded(kept, tokenizer), "stop" if is_ended else "length")
 
-    return Reader(f"the server at {remote.host}", tokens, greedy, None, length, takes_tools=False)
+    return Reader(
+        f"the server at {remote.host}", tokens, greedy, None, length,
+        takes_tools=False, logprobs=lambda prompt: heard.get(tuple(prompt)), place="server",
+    )  # fmt: skip
 
 
 def text_of(prompt: Prompt, tokenizer: Any) -> str:
@@ -563,15 +723,37 @@ def of_prompts(
     folder: Path, questions: Sequence[Question], *, quant: str, layers: Layers | None, unproven: str
 ) -> Parity:
     """The verdict on a folder whose model is not loaded: how its tokenizer reads prompts, and its layers."""
-    tokenizer = models.load_tokenizer(str(folder))
+    return unasked(
+        folder.name, questions, models.load_tokenizer(str(folder)),
+        is_pair=models.configuration(str(folder)).is_encoder_decoder, read_by=transformers_version(), quant=quant,
+        layers=layers, unproven=unproven,
+    )  # fmt: skip
+
+
+def unasked(
+    artefact: str,
+    questions: Sequence[Question],
+    tokenizer: Any,
+    *,
+    is_pair: bool,
+    read_by: str,
+    quant: str,
+    unproven: str,
+    layers: Layers | None = None,
+    own: tuple[Reader, Sequence[bool]] | None = None,
+    absent: str = "none is part of this check",
+) -> Parity:
+    """The verdict on what was not asked as a whole, which `unproven` says why: how prompts are read, and its layers."""
+    readings, alike = readings_of(questions, tokenizer, is_pair=is_pair, own=own, absent=absent)
     return Parity(
-        artefact=folder.name,
+        artefact=artefact,
         quant=quant,
-        read_by=transformers_version(),
+        read_by=read_by,
         prompts=len(questions),
-        same_prompts=sum(list(read_as(asked, tokenizer)) == list(asked.ids) for asked in questions),
+        same_prompts=alike,
         check=None,
         unscored="the whole model was not asked",
         layers=layers,
         unproven=unproven,
+        readings=readings,
     )

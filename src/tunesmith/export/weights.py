@@ -191,13 +191,24 @@ def source_of(
     known = set(skeleton.state_dict())
     prefix = f"{skeleton.base_model_prefix}."
     names = {}
+    renamed = _renaming(skeleton)
     for key in sorted(files, key=lambda key: (files[key].name, key)):
-        for name in (key, f"{prefix}{key}", key.removeprefix(prefix)):
+        for name in (key, f"{prefix}{key}", key.removeprefix(prefix), renamed(key)):
             if name in known:
                 names[key] = name
                 break
     four = frozenset(_in_four_bits(skeleton, quantized)) if quantized else frozenset()
     return Source(skeleton, files, names, four, quantized, dtype)
+
+
+def _renaming(skeleton: Any) -> Callable[[str], str]:
+    """How transformers renames the weights of a file as it loads such a model (Gemma 3 with its tower for pictures).
+    Weights that it puts together from several stay as they are named."""
+    from transformers.conversion_mapping import WeightConverter, get_model_conversion_mapping
+    from transformers.core_model_loading import apply_renamings
+
+    rules = [rule for rule in get_model_conversion_mapping(skeleton) if not isinstance(rule, WeightConverter)]
+    return lambda key: str(apply_renamings(key, rules))
 
 
 def obstacle(source: Source, adapters: Sequence[Adapter]) -> str | None:

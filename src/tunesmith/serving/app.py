@@ -305,7 +305,10 @@ class _Service:
             pieces: asyncio.Queue[Piece] = asyncio.Queue()
             loop = asyncio.get_running_loop()
             row = Row(ask, lambda piece: _deliver(loop, pieces, piece), served.tokenizer)
-            self.batcher.submit(row)
+            try:
+                self.batcher.submit(row)
+            except RuntimeError:  # it ended while the prompt was put into tokens
+                raise Problem(503, "The server is stopping.", wait=10) from None
         except BaseException:
             ended()
             raise

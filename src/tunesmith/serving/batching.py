@@ -5,6 +5,9 @@
 Rows lie left-padded in one cache, as `generation.generate` pads them, so a greedy answer is what the model writes
 alone. Each adapter has a batch of its own. Models without such a cache (encoder-decoder models, states) are stepped
 row by row. One thread does all of it, and no other thread touches the model.
+
+A round that fails is told to the rows that it was of, and the others go on. What is not of any row ends the thread: all
+are told, and so is whoever runs the server.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tunesmith.errors import is_out_of_memory
 from tunesmith.generation import decoded, feeder, for_inference, length_batches, pick
@@ -30,6 +33,7 @@ TOGETHER = 8192
 """Padded tokens of prompts that are read in together."""
 
 Ending = Literal["stop", "length", "left", "failed"]
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,8 @@ class Batcher:
         """Number of forward passes so far."""
         self.fault: str | None = None
         """Why the thread has ended, if it has by itself."""
+        self.on_fault: Callable[[], None] = lambda: None
+        """Called once everybody knows that it has."""
         owner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.alone = why_alone(model)
         """Why rows are stepped one by one; None where they share a batch."""
@@ -165,6 +171,8 @@ class Batcher:
         self._takes = set(inspect.signature(owner.forward).parameters)
         self._first = first_tokens(owner)
         self._waiting: deque[Row] = deque()
+        self._coming: list[Row] = []
+        """Rows that have a place, but no batch yet."""
         self._joining: dict[str | None, list[_Batch]] = {}
         self._running: dict[str | None, _Batch] = {}
         self._single: list[Row] = []
@@ -228,12 +236,20 @@ class Batcher:
                 self._stopping = True
                 rest = [*self._all(), *self._waiting]
                 self._waiting.clear()
-            for row in rest:
-                self._end(row, "failed", problem="The server is stopping.")
+            self._fail(rest, "The server is stopping.")
+            if self.fault is not None:
+                self.on_fault()
+
+    def _fail(self, rows: Sequence[Row], problem: str) -> None:
+        for row in list(rows):
+            try:
+                self._end(row, "failed", problem=problem)
+            except Exception:  # whoever cannot be told must not keep the others from it
+                log.exception("a client could not be told that its answer failed")
 
     def _all(self) -> list[Row]:
         batches = [*self._running.values(), *(b for some in self._joining.values() for b in some)]
-        return [*(row for batch in batches for row in batch.rows), *self._single]
+        return [*(row for batch in batches for row in batch.rows), *self._single, *self._coming]
 
     def _next(self) -> bool:
         """One round: who has left goes, who waits comes, and everybody gets a token. False at the end."""
@@ -244,11 +260,12 @@ class Batcher:
             gone = [row for row in self._waiting if row.left]
             kept = [row for row in self._waiting if not row.left]
             places = max(0, self.max_rows - self.running)
-            come, self._waiting = kept[:places], deque(kept[places:])
+            self._coming, self._waiting = kept[:places], deque(kept[places:])
         for row in gone:
             self._end(row, "left")
         self._drop_left()
-        self._take(come)
+        self._take(self._coming)
+        self._coming = []
         for adapter in sorted({*self._joining, *self._running}, key=str):
             self._round(adapter)
         for row in list(self._single):
@@ -257,11 +274,7 @@ class Batcher:
         return True
 
     def _take(self, come: Sequence[Row]) -> None:
-        import torch
-
-        for row in come:
-            if row.ask.temperature > 0:
-                row.generator = torch.Generator(device=self._owner.device).manual_seed(row.ask.seed)
+        come = [row for row in come if self._guarded([row], partial(self._seeded, row))]
         if self.alone:
             self._single += come
             return
@@ -269,7 +282,16 @@ class Batcher:
             rows = {n: row for n, row in enumerate(come) if row.ask.adapter == adapter}
             lengths = {n: len(row.ask.prompt) for n, row in rows.items()}
             for numbers in length_batches(lengths, tokens=TOGETHER):
-                self._joining.setdefault(adapter, []).append(self._padded([rows[n] for n in numbers]))
+                together = [rows[n] for n in numbers]
+                if batch := self._guarded(together, partial(self._padded, together)):
+                    self._joining.setdefault(adapter, []).append(batch)
+
+    def _seeded(self, row: Row) -> bool:
+        import torch
+
+        if row.ask.temperature > 0:
+            row.generator = torch.Generator(device=self._owner.device).manual_seed(row.ask.seed)
+        return True
 
     def _padded(self, rows: list[Row]) -> _Batch:
         import torch
@@ -295,16 +317,19 @@ class Batcher:
                 joining.pop(0)
             if ready and batch.rows:
                 before = self._running.get(adapter)
-                self._running[adapter] = _joined(before, batch) if before else batch
-                return  # they have their first token from the reading; the others go on with them
+                together = self._guarded(batch.rows, partial(_joined, before, batch)) if before else batch
+                if together:
+                    self._running[adapter] = together
+                    return  # they have their first token from the reading; the others go on with them
         if running := self._running.get(adapter):
             if self._guarded(running.rows, lambda: self._step(adapter, running)) is None:
                 running.rows = []
             if not running.rows:
                 del self._running[adapter]
 
-    def _guarded(self, rows: Sequence[Row], work: Callable[[], bool]) -> bool | None:
-        """What work gives; None where it failed, which its rows are told."""
+    def _guarded(self, rows: Sequence[Row], work: Callable[[], Done]) -> Done | None:
+        """What work gives; None where it failed, which its rows are told. An error of the device is raised: behind one,
+        a process gets nothing from its GPU any more."""
         try:
             return work()
         except Exception as error:
@@ -313,8 +338,9 @@ class Batcher:
             else:
                 problem = "The server failed to answer this request."
             log.error("a step failed: %s: %s", type(error).__name__, error)
-            for row in list(rows):
-                self._end(row, "failed", problem=problem)
+            self._fail(rows, problem)
+            if type(error).__name__ == "AcceleratorError" and not is_out_of_memory(error):
+                raise
             return None
 
     def _read_part(self, adapter: str | None, batch: _Batch) -> bool:
@@ -418,23 +444,25 @@ class Batcher:
             if row.left:
                 self._end(row, "left")
         for batch in [*self._running.values(), *(b for some in self._joining.values() for b in some)]:
-            self._keep(batch, [line for line, row in enumerate(batch.rows) if not row.ended])
+            stay = [line for line, row in enumerate(batch.rows) if not row.ended]
+            if self._guarded(batch.rows, partial(self._keep, batch, stay)) is None:
+                batch.rows = []  # what it holds may be cut for some layers only
         self._running = {adapter: batch for adapter, batch in self._running.items() if batch.rows}
         self._joining = {
             adapter: kept for adapter, some in self._joining.items() if (kept := [b for b in some if b.rows])
         }
         self._single = [row for row in self._single if not row.ended]
 
-    def _keep(self, batch: _Batch, lines: list[int]) -> None:
+    def _keep(self, batch: _Batch, lines: list[int]) -> bool:
         """Leave the rows that are at their end, and the columns that are padding for all others."""
         import torch
 
         if len(lines) == len(batch.rows):
-            return
+            return True
         batch.rows = [batch.rows[line] for line in lines]
         if not lines:
             batch.cache = batch.unread = None
-            return
+            return True
         chosen = torch.tensor(lines, device=batch.mask.device)
         mask = batch.mask.index_select(0, chosen)
         seen = batch.cache.get_seq_length()
@@ -445,10 +473,12 @@ class Batcher:
         for layer in batch.cache.layers if seen else ():
             layer.keys = layer.keys.index_select(0, chosen)[:, :, empty:]
             layer.values = layer.values.index_select(0, chosen)[:, :, empty:]
+        return True
 
     def _activate(self, adapter: str | None) -> None:
         if not self._adapters or adapter == self._active:
             return
+        self._active = ""  # not known, where this fails half-way
         if adapter is None:
             self.model.base_model.disable_adapter_layers()
         else:
@@ -477,18 +507,30 @@ def why_alone(model: Any) -> str | None:
 
 
 def _joined(one: _Batch, other: _Batch) -> _Batch:
-    """Two batches as one, padded on the left to the width of the wider one."""
+    """Two batches as one, padded on the left to the width of the wider one; where that fails, `one` is as it was.
+
+    Layer by layer, so that of one layer only there are two copies.
+    """
     import torch
     from torch.nn.functional import pad
 
     width = max(one.mask.shape[1], other.mask.shape[1])
     short = [width - batch.mask.shape[1] for batch in (one, other)]
     mask = torch.cat([pad(batch.mask, (by, 0)) for batch, by in zip((one, other), short)])
-    for mine, theirs in zip(one.cache.layers, other.cache.layers, strict=True):
-        mine.keys = torch.cat([pad(layer.keys, (0, 0, by, 0)) for layer, by in zip((mine, theirs), short)])
-        mine.values = torch.cat(
-            [pad(layer.values, (0, 0, by, 0)) for layer, by in zip((mine, theirs), short)]
-        )
+
+    def both(mine: Any, theirs: Any) -> Any:
+        return torch.cat([pad(part, (0, 0, by, 0)) for part, by in zip((mine, theirs), short)])
+
+    done = []
+    try:
+        for mine, theirs in zip(one.cache.layers, other.cache.layers, strict=True):
+            mine.keys, mine.values = both(mine.keys, theirs.keys), both(mine.values, theirs.values)
+            done.append(mine)
+    except BaseException:
+        for layer in done:  # no copies: there is no memory for them
+            layer.keys = layer.keys[: len(one.rows), :, short[0] :]
+            layer.values = layer.values[: len(one.rows), :, short[0] :]
+        raise
     return _Batch([*one.rows, *other.rows], one.cache, mask)
 
 

@@ -126,17 +126,24 @@ def load(base: str, folders: Mapping[str, Path], *, dtype: str, device: str) -> 
         place = str(folder if has_tokenizer(folder) else base)
         tokenizer = models.load_tokenizer(place)
         template = settled(tokenizer, is_pair)[1]
-        by_name[name] = Served(
-            name=name,
-            adapter=called.get(name),
-            encoder=(pairs if is_pair else templates).encoder(tokenizer),
-            tokenizer=copy.deepcopy(tokenizer),
-            stop_ids=templates.end_of_turn_ids(tokenizer),
-            template=template,
-            is_seq2seq=is_pair,
+        by_name[name] = served_as(
+            name, tokenizer, adapter=called.get(name), is_pair=is_pair, template=template
         )
     rows = model.get_input_embeddings().weight.shape[0]
     return Loaded(model, by_name, context_length(model), rows, dtype)
+
+
+def served_as(name: str, tokenizer: Any, *, adapter: str | None, is_pair: bool, template: str = "") -> Served:
+    """How one name is answered, with a tokenizer whose template is settled; `template` says where that is from."""
+    return Served(
+        name=name,
+        adapter=adapter,
+        encoder=(pairs if is_pair else templates).encoder(tokenizer),
+        tokenizer=copy.deepcopy(tokenizer),
+        stop_ids=templates.end_of_turn_ids(tokenizer),
+        template=template,
+        is_seq2seq=is_pair,
+    )
 
 
 def _base(adapter: Path) -> Path:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +148,7 @@ def serve(
     app, batcher, _ = _application(base, folders, where, limits, say)
     config = configuration(app)
     server = announcing(config, lambda: ready(_url(where.host, listening.getsockname()[1])))
+    batcher.on_fault = partial(_ended, server)
     try:
         server.run(sockets=[listening])
     finally:
@@ -154,6 +156,11 @@ def serve(
         batcher.stop()
     if batcher.fault:
         raise OutOfResources("The server ended by itself.", found=batcher.fault, fix="Start it again.")
+
+
+def _ended(server: Any) -> None:
+    """Have a server end whose model answers no more, rather than live on and refuse: a supervisor starts it again."""
+    server.should_exit = True
 
 
 @contextmanager
@@ -166,6 +173,7 @@ def running(
     listening = listen(where.host, where.port)
     app, batcher, loaded = _application(base, folders, where, limits, lambda sentence: None)
     server = uvicorn.Server(configuration(app))
+    batcher.on_fault = partial(_ended, server)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:

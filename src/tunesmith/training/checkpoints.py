@@ -351,8 +351,12 @@ def unwritten(error: BaseException, folder: Path, what: str) -> OutOfResources |
 def save_weights(trainer: Any, folder: Path, state_dict: Any = None) -> None:
     """Write model and tokenizer as the Trainer does, but not its arguments, which are a pickle that holds tokens in
     the clear."""
+    from tunesmith.models import write_packing
+
     folder.mkdir(parents=True, exist_ok=True)
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, state_dict=state_dict)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.save_pretrained(folder, state_dict=state_dict)
+    write_packing(model, folder)
     if trainer.processing_class is not None:
         trainer.processing_class.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith import ranks
 from tunesmith.errors import Interrupted, MissingExtra, lacked_memory
-from tunesmith.models import PRINCIPAL
+from tunesmith.models import PRINCIPAL, write_packing
 from tunesmith.plan import Plan
 from tunesmith.recipe import Tracking, Training
 from tunesmith.training import checkpoints
@@ -350,6 +350,7 @@ def save_model(trainer: Any, folder: Path, initial_adapter: Path | None, info: M
     if state is not None:
         sharding.check_whole(staging, state)
     trainer.processing_class.save_pretrained(staging)
+    write_packing(model, staging)
     write_whole(staging / BEST, json.dumps(info, indent=1))
     _swap(staging, folder)
 

@@ -15,7 +15,7 @@ from tunesmith import api
 from tunesmith.errors import InputError
 from tunesmith.evaluation.report import shipped
 from tunesmith.export.artefact import DEFAULTS, STORED, TARGETS, check_target
-from tunesmith.export.gguf import QUANTS
+from tunesmith.export.gguf import quants
 from tunesmith.training.run import Run
 from tunesmith.ui.choosing import (
     guarded,
@@ -124,9 +124,9 @@ def made(workspace: Workspace, run: Path | None) -> str:
     ]
     parts = [
         box(
-            f"{one['name']}: {'passed its check' if one['passed'] else 'FAILED its check'}",
+            f"{one['name']}: {'not proven' if one['passed'] == 'unproven' else one['passed'] + ' its check'}",
             [*one["lines"], str(folder / one["name"])],
-            kind="good" if one["passed"] else "problem",
+            kind={"passed": "good", "FAILED": "problem"}.get(one["passed"], "warn"),
         )
         + downloads(folder / one["name"])
         for folder, one in proven
@@ -165,7 +165,10 @@ def build(shared: Shared) -> None:
             with gr.Row():
                 to = gr.Dropdown(list(TARGETS), value="gguf", label="For", elem_id="ship-to")
                 quant = gr.Dropdown(
-                    list(QUANTS), value=DEFAULTS["gguf"], label="Weights stored as", elem_id="ship-quant"
+                    list(quants() or (DEFAULTS["gguf"],)),
+                    value=DEFAULTS["gguf"],
+                    label="Weights stored as",
+                    elem_id="ship-quant",
                 )
             export = gr.Button("Export", variant="primary", elem_id="ship-export")
         with gr.Column(min_width=300, visible=can_bundle()):
@@ -201,7 +204,7 @@ def build(shared: Shared) -> None:
     timer = watching(shared, "Ship")
 
     def kinds_of(target: str) -> Any:
-        known = {"gguf": tuple(QUANTS), "safetensors": tuple(STORED)}.get(target, ("f32",))
+        known = {"gguf": quants() or (DEFAULTS["gguf"],), "safetensors": tuple(STORED)}.get(target, ("f32",))
         return gr.Dropdown(choices=list(known), value=DEFAULTS.get(target, known[0]))
 
     def mergeable(run: str | None, request: gr.Request) -> list[Any]:

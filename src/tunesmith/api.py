@@ -1989,6 +1989,7 @@ def web(
     users: str | Path | None = None,
     allowed_hosts: Sequence[str] = (),
     key_envs: Sequence[str] = (),
+    run_code: bool = False,
     recipe: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda sentence: None,
     ready: Callable[[str], None] = lambda url: None,
@@ -1996,8 +1997,8 @@ def web(
     """Serve the web workbench until it is stopped; what it started goes on.
 
     `users` is a file of accounts, each with a workspace of its own; `recipe` is what the Recipe page starts from,
-    sparse. `key_envs` are `NAME=HOST`: variables that users' settings may name as keys beside those of known
-    providers. `ready` is told the address, with the token where one was made. Raises RecipeError for an address that
+    sparse. `key_envs` are `NAME=HOST[:PORT]`: variables that users' settings may name as keys beside those of known
+    providers. With `run_code` their recipes may have the code run that models write. `ready` is told the address, with the token where one was made. Raises RecipeError for an address that
     cannot be used, and for one that others reach without accounts.
     """
     quiet_libraries()
@@ -2011,6 +2012,7 @@ def web(
         Path(users) if users else None,
         tuple(allowed_hosts),
         tuple(key_envs),
+        run_code,
     )
     server.serve(place, say=say, ready=ready, recipe=recipe)
 

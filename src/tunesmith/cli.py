@@ -1529,10 +1529,17 @@ def web_verb(
     key_env: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=HOST",
+            metavar="NAME=HOST[:PORT]",
             help="Variable that users' settings may name as a key, and the host that may be sent it; several times.",
         ),
     ] = None,
+    run_code: Annotated[
+        bool,
+        typer.Option(
+            "--run-code",
+            help="Let users' recipes have the code run that models write, in its sandbox (docs/running-code.md).",
+        ),
+    ] = False,
     dataset: Annotated[
         str | None, typer.Option(help="Data set that the first page shows, like `example:support`.")
     ] = None,
@@ -1568,6 +1575,7 @@ def web_verb(
         users=users,
         allowed_hosts=allowed_host or (),
         key_envs=key_env or (),
+        run_code=run_code,
         recipe={"data": {"dataset": dataset}} if dataset else None,
         say=say,
         ready=ready,

@@ -111,6 +111,8 @@ class Walls:
     limits: Limits = Limits()
     keys: Mapping[str, str] = field(default_factory=lambda: PROVIDERS)
     """As in `keys.allowed`."""
+    runs_code: bool = False
+    """As in `Workspace`."""
     cookie: str = "tunesmith"
     sessions: Sessions = field(default_factory=Sessions)
     guesses: Guesses = field(default_factory=Guesses)
@@ -257,7 +259,7 @@ class Walls:
         routes = READ if method in ("GET", "HEAD") else WRITE if method == "POST" else ()
         if not any(route.fullmatch(path) for route in routes) or "/.." in path or "\0" in path:
             raise Refused(404, "There is no such page.")
-        workspace = Workspace(self.root / "users" / user if user else self.root, self.keys)
+        workspace = Workspace(self.root / "users" / user if user else self.root, self.keys, self.runs_code)
         is_file = path.startswith("/gradio_api/file=")
         if is_file:
             self._check_file(path.removeprefix("/gradio_api/file="), workspace)

@@ -1998,8 +1998,9 @@ def web(
 
     `users` is a file of accounts, each with a workspace of its own; `recipe` is what the Recipe page starts from,
     sparse. `key_envs` are `NAME=HOST[:PORT]`: variables that users' settings may name as keys beside those of known
-    providers. With `run_code` their recipes may have the code run that models write. `ready` is told the address, with the token where one was made. Raises RecipeError for an address that
-    cannot be used, and for one that others reach without accounts.
+    providers. With `run_code` their recipes may have the code run that models write. `ready` is told the address, with
+    the token where one was made. Raises RecipeError for an address that cannot be used, and for one that others reach
+    without accounts.
     """
     quiet_libraries()
     from tunesmith.ui import server

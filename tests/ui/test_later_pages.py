@@ -200,11 +200,18 @@ def test_what_a_judge_costs_is_said_before_anybody_is_asked(workspace, result):
         ("model: m\napi_key_env: OPENAI_API_KEY\n", None),
         ("api: anthropic\nmodel: m\napi_key_env: ANTHROPIC_API_KEY\n", None),
         ("model: m\nbase_url: https://judge.example/v1\napi_key_env: JUDGE_KEY\n", None),
+        ("model: m\nbase_url: https://judge.example:8443/v1\napi_key_env: PORT_KEY\n", None),
+        ("model: m\nbase_url: http://127.0.0.1:8000/v1\napi_key_env: OWN_KEY\n", None),
+        (
+            "model: m\nbase_url: http://127.0.0.1:8001/v1\napi_key_env: OWN_KEY\n",
+            "sent to 127.0.0.1:8000 only",
+        ),
         ("model: m\nprompts: UPLOADS/prompts.yaml\ncache: UPLOADS/replies.jsonl\n", None),
     ],
 )
 def test_a_judge_s_settings_have_no_key_and_no_file_that_is_not_the_user_s(tmp_path, settings, said):
-    workspace = Workspace(tmp_path / "w", allowed(["JUDGE_KEY=judge.example"]))
+    keys = allowed(["JUDGE_KEY=judge.example", "PORT_KEY=Judge.example:8443", "OWN_KEY=127.0.0.1:8000"])
+    workspace = Workspace(tmp_path / "w", keys)
     (workspace.runs / "shop").mkdir()
     (workspace.runs / "shop" / "recipe.yaml").write_text("{}")
     (workspace.runs / "shop" / "environment.json").write_text("{}")

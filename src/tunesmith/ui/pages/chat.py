@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import html
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,16 @@ LOADED = 2
 LONGEST_QUESTION = 20_000
 WAITING = 120.0
 """Seconds that a question waits for another one's answers."""
+STOPPING = 60.0
+"""Seconds that stopping waits for a model that is being loaded."""
 NEW_TOKENS = (16, 2048)
 TRY = empty("No question yet.", "Ask something below: base and tuned model answer the same conversation.")
 
 _loading = threading.Lock()
 _answering = threading.Lock()
 """One conversation at a time: the models share memory and cores."""
+_asking: set[str] = set()
+"""Pages, by Gradio's name for them, whose question is being answered."""
 
 
 @dataclass(frozen=True)
@@ -259,10 +264,23 @@ def build(shared: Shared) -> None:
         run: str | None, asked: str, before: list[dict[str, str]], last: Turn | None, better: str | None,
         system: str, length: float, temperature: float, seed: float, request: gr.Request,
     ) -> Iterator[list[Any]]:  # fmt: skip
+        page = str(request.session_hash)
+        _asking.add(page)
+        try:
+            yield from answered(
+                workspace_of(request), run, asked, before, last, better, system, length, temperature, seed
+            )
+        finally:  # also where the answers are stopped
+            _asking.discard(page)
+
+    def answered(
+        workspace: Workspace, run: str | None, asked: str, before: list[dict[str, str]], last: Turn | None,
+        better: str | None, system: str, length: float, temperature: float, seed: float,
+    ) -> Iterator[list[Any]]:  # fmt: skip
         off, nothing = gr.Button(interactive=False), gr.skip()
         page = nothing
         try:
-            names = sides(workspace_of(request), run)
+            names = sides(workspace, run)
             before = settled(before, last, better)
             messages = messages_of(system, before, asked)
             low, high = NEW_TOKENS
@@ -299,7 +317,15 @@ def build(shared: Shared) -> None:
     def on_stop(before: list[dict[str, str]], last: Turn | None) -> list[Any]:
         return list(stopped(before, last) or [gr.skip()] * 4)
 
-    halt.click(on_stop, inputs=[history, turn], outputs=[turn, talk, question, told], cancels=[asking], **own)
+    def ended(request: gr.Request) -> None:
+        """Wait until nothing more is said: what comes after it would open the page's turn again."""
+        until = time.monotonic() + STOPPING
+        while str(request.session_hash) in _asking and time.monotonic() < until:
+            time.sleep(0.05)
+
+    halt.click(ended, cancels=[asking], **own).then(
+        on_stop, inputs=[history, turn], outputs=[turn, talk, question, told], **own
+    )
 
     def clear() -> list[Any]:
         off = gr.Button(interactive=False)

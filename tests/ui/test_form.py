@@ -304,6 +304,8 @@ def test_yaml_that_is_none_is_an_error_and_bombs_are_refused():
         ({"data": {"dataset": "s3://bucket/of/the/server"}}, "data.dataset"),
         ({"data": {"mix": [{"dataset": "http://169.254.169.254/rows.jsonl"}]}}, "data.mix"),
         ({"data": {"data_files": "../*"}}, "data.data_files"),
+        ({"data": {"dataset": "text", "data_files": "file:///etc/passwd"}}, "data.data_files"),
+        ({"data": {"mix": [{"dataset": "a/b", "data_files": "file:///etc/passwd"}]}}, "data.mix"),
         ({"data": {"mix": [{"dataset": "/etc/passwd"}]}}, "data.mix"),
         ({"method": {"kind": "ppo", "value": "critic", "critic": "/srv/model"}}, "method.critic"),
         ({"method": {"kind": "dpo", "reference_model": "/srv/model"}}, "method.reference_model"),

@@ -661,8 +661,8 @@ def _is_function(reward: Any) -> bool:
 
 def _leads_out(field: str, value: str, workspace: Workspace) -> str | None:
     if field.endswith("data_files"):
-        bad = value.startswith(("/", "~")) or ".." in Path(value).parts
-        return "A pattern of files stays in its folder: no `..`, no leading slash." if bad else None
+        bad = value.startswith(("/", "~")) or ".." in Path(value).parts or ":" in value
+        return "A pattern of files stays in its folder: no `..`, no leading slash, no URL." if bad else None
     if value == "tiny" or value.startswith("example:"):
         return None
     from tunesmith import models

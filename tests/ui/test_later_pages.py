@@ -76,7 +76,8 @@ def test_a_start_is_one_command_under_a_free_name(workspace, layer, result):
         train.planned(workspace, overlaid(layer, {"data": {"dataset": "/etc/passwd"}}))
 
 
-def test_fifty_clicks_without_a_name_are_one_job(workspace, layer, result, monkeypatch):
+def test_fifty_clicks_without_a_name_are_one_job(tmp_path, monkeypatch):
+    workspace, layer = Workspace(tmp_path / "w"), {"data": {"dataset": "example:support"}}
     monkeypatch.setattr(Queue, "_start_worker", lambda self, patience: None)
 
     def click(_):
@@ -91,12 +92,20 @@ def test_fifty_clicks_without_a_name_are_one_job(workspace, layer, result, monke
     again = train.start(workspace, layer, "again")
     assert again.run == "again", "a name says that it is meant"
     other = train.start(workspace, overlaid(layer, {"training": {"seed": 9}}))
-    for job in (started[0], again, other):
+    assert len({started[0].run, again.run, other.run}) == 3
+    for job in (started[0], again):
         queue.stop(job.id)
-    assert "--name shop" in train.preview(workspace, layer, "shop")
+    assert train.start(workspace, layer).is_open, "what was canceled may begin anew"
+
+
+def test_train_shows_the_command_or_why_there_is_none(tmp_path):
+    workspace = Workspace(tmp_path / "w")
+    assert "--name shop" in train.preview(workspace, {"data": {"dataset": "example:support"}}, "shop")
     assert train.preview(workspace, {}, None).startswith("# There is no recipe yet.")
-    for file in workspace.jobs.glob("0*"):
-        file.unlink()
+    said = train.preview(workspace, {"data": {"dataset": "/etc/passwd"}}, None)
+    assert said.startswith("# ")
+    assert "\n" not in said
+    assert "outside" in said
 
 
 def test_the_train_page_shows_the_run_as_it_is(workspace, result):

@@ -278,7 +278,7 @@ def build(shared: Shared) -> None:
         better: str | None, system: str, length: float, temperature: float, seed: float,
     ) -> Iterator[list[Any]]:  # fmt: skip
         off, nothing = gr.Button(interactive=False), gr.skip()
-        page = nothing
+        page: Any = nothing
         try:
             names = sides(workspace, run)
             before = settled(before, last, better)

@@ -198,7 +198,7 @@ def compare(workspace: Workspace, a: str | None, b: str | None, dataset: str | N
 
 def suite_asked(
     workspace: Workspace, run: str | None, name: str, questions: str | None, judge: str | None
-) -> tuple[Path, dict[str, str]]:
+) -> tuple[Path, dict[str, Any]]:
     """The run that a suite's questions are put to, and with what: options of the command by name.
 
     A suite that compares has the run's base to compare with. Raises InputError for what is not the user's.

@@ -333,8 +333,9 @@ def test_the_command_of_a_chat_asks_what_the_page_asked(workspace, result, capsy
     *_, answered = chat.answers(models, messages, **settings)
     lines = chat.commands(models, messages, **settings).splitlines()
     for line, wanted in zip(lines, answered, strict=True):
+        _, verb, *options = shlex.split(line)
         with contextlib.suppress(SystemExit):
-            app([*shlex.split(line)[1:], "--json"])
+            app([verb, "--json", *options])
         found = json.loads(capsys.readouterr().out.splitlines()[-1])["messages"]
         assert found == [*messages, {"role": "assistant", "content": wanted}]
     later = chat.messages_of("", [*messages[1:], {"role": "assistant", "content": "x"}], "more")

@@ -150,7 +150,7 @@ def judge_named(workspace: Workspace, given: str | None) -> str:
 
 def check_judge(workspace: Workspace, judge: Judge) -> None:
     """Raise InputError for a judge's settings that name what is the server's and not the user's."""
-    said = []
+    said: list[str | None] = []
     if judge.api == "local" and judge.model in run_names(workspace):
         said.append(f"model: a file knows no runs by name; choose local:{judge.model} instead of the file.")
     elif judge.api == "local":

@@ -641,6 +641,24 @@ PRINCIPAL = ("pissa", "pissa_niter_16", "olora")
 """Starts of an adapter that are parts of the weight itself: a matrix has no more of them than its smaller side."""
 
 
+CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How the names of starts begin with which PEFT takes a part out of the base as it loads an adapter."""
+
+
+def takes_from_base(adapter: Path) -> str | None:
+    """The start by which an adapter, as its configuration says, changes its base on being loaded; None for the others.
+
+    A run's final model says none, as it is delivered as plain LoRA; its checkpoints and adapters from elsewhere can.
+    """
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return start if is_from_base(start := config.get("init_lora_weights")) else None
+
+
+def is_from_base(start: Any) -> bool:
+    """Whether a start, as PEFT's configurations say it, is a part of the base."""
+    return isinstance(start, str) and start.lower().startswith(CHANGING)
+
+
 def _check_rank(model: Any, adapter: LoRA, targets: Sequence[str]) -> None:
     if adapter.init not in PRINCIPAL:
         return

@@ -533,8 +533,34 @@ def test_vllm_gets_what_maps_and_refuses_the_rest(talking_folder, tmp_path):
     assert where.token not in " ".join(command)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"use_dora": True, "r": 8}))
-    assert "DoRA" in vllm_refuses(str(talking_folder), {**folders, "a": adapter}, Where())
+    for settings, said in (
+        ({"use_dora": True}, "DoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "part of its base"),
+    ):
+        (adapter / "adapter_config.json").write_text(json.dumps({**settings, "r": 8}))
+        assert said in vllm_refuses(str(talking_folder), {**folders, "a": adapter}, Where())
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "OLoRA"])
+def test_an_adapter_that_changes_the_base_of_the_others_is_refused(talking_folder, start, tmp_path):
+    """As a checkpoint of such a run is, and what others publish: PEFT takes its start out of the base it is put on."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from tunesmith.errors import ModelError
+    from tunesmith.serving.models import load, sources
+
+    base = AutoModelForCausalLM.from_pretrained(talking_folder)
+    whole = base.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start))
+    layer = tuned.base_model.model.model.layers[0].self_attn.q_proj
+    assert not torch.equal(layer.base_layer.weight, whole), "this is what the base would answer with"
+    tuned.save_pretrained(tmp_path / "a")
+    with pytest.raises(ModelError, match="takes a part of its base") as caught:
+        load(*sources(str(talking_folder), None, {"a": str(tmp_path / "a")}), dtype="float32", device="cpu")
+    assert start in caught.value.found
+    assert "merge" in caught.value.fix
 
 
 def test_adapters_of_another_base_are_refused(talking_folder, tiny_model_folder, tmp_path):

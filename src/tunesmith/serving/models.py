@@ -109,6 +109,15 @@ def load(base: str, folders: Mapping[str, Path], *, dtype: str, device: str) -> 
     """The base once, with each adapter on it. Raises ModelError for what cannot be asked."""
     with_adapter = {name: folder for name, folder in folders.items() if str(folder) != base}
     models.check_writes(str(next(iter(with_adapter.values()), base)))
+    for name, folder in with_adapter.items():
+        if start := models.takes_from_base(folder):
+            raise ModelError(
+                f"The adapter '{name}' takes a part of its base out as it is loaded, so the base and every other "
+                "adapter on it would answer otherwise.",
+                found=f"init_lora_weights {start} in {folder / 'adapter_config.json'}",
+                fix="Merge it first (`tunesmith merge`) and serve that; a run's final_model is plain LoRA, and served "
+                "as it is.",
+            )
     called: dict[str, str] = {}
     model = None
     for number, (name, folder) in enumerate(with_adapter.items()):

@@ -279,7 +279,7 @@ def vllm_refuses(base: str, folders: Mapping[str, Path], where: Where) -> str | 
     """Why vLLM's server would answer otherwise than this model was trained and tested, in words; None if not."""
     from tunesmith import models
     from tunesmith.data.templates import end_of_turn_ids
-    from tunesmith.engines.vllm import _check_adapter
+    from tunesmith.engines.vllm import check_adapter
     from tunesmith.export.merge import has_tokenizer
 
     if models.kind(base) != "causal":
@@ -288,7 +288,7 @@ def vllm_refuses(base: str, folders: Mapping[str, Path], where: Where) -> str | 
     for name, folder in folders.items():
         if (folder / "adapter_config.json").is_file():
             try:
-                _check_adapter(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")), name)
+                check_adapter(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")), name)
             except RecipeError as error:
                 return f"the adapter '{name}' has {error.found}"
         tokenizer = models.load_tokenizer(str(folder if has_tokenizer(folder) else base))
@@ -336,12 +336,12 @@ def vllm_command(
             json.loads((f / "adapter_config.json").read_text(encoding="utf-8"))["r"]
             for f in adapters.values()
         ]
-        from tunesmith.engines.vllm import _rank
+        from tunesmith.engines.vllm import holding_rank
 
         command += [
             "--enable-lora",
             "--max-lora-rank",
-            str(_rank(max(ranks))),
+            str(holding_rank(max(ranks))),
             "--max-loras",
             str(len(adapters)),
         ]

@@ -2161,9 +2161,10 @@ def _deployment_text(made: Deployment) -> Any:
         ("vLLM", f"left out: {made.vllm}" if made.vllm else "in compose.yaml"),
     ]
     for name, proof in (("weights", made.merged), ("served", made.served)):
-        if proof is not None:
-            said = "passed" if proof.passed else "FAILED: " + "; ".join(proof.problems())
-            facts += [(name, said), *(("", line) for line in proof.sentences())]
+        said = "passed" if proof.passed else "FAILED: " + "; ".join(proof.problems())
+        if proof.passed is None:
+            said = f"UNPROVEN: {proof.unproven}"
+        facts += [(name, said), *(("", line) for line in proof.sentences())]
     facts += [("note", note) for note in made.notes]
     facts += [("FOUND", finding) for finding in made.findings]
     if made.findings and not made.despite:

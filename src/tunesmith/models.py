@@ -758,6 +758,40 @@ def four_bit(adapter: QLoRA, head: Head | None = None, *, device: str) -> Any:
     )
 
 
+def base_of(adapter: Path) -> tuple[str, str | None]:
+    """The base that an adapter names, and its revision. Raises ModelError where it is not there."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            f"The adapter {adapter} names no base.",
+            found="adapter_config.json without base_model_name_or_path",
+            fix="Write the folder or Hub id of its base there.",
+        )
+    revision = config.get("revision")
+    try:
+        locate(base, revision=revision)
+    except ModelError as error:
+        raise ModelError(
+            f"The base of the adapter {adapter} is missing: {base}.",
+            found=error.found or error.problem,
+            fix="Put it back, or write where it is now as base_model_name_or_path into adapter_config.json.",
+        ) from None
+    return base, revision
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder brings a tokenizer of its own."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def settle_template(tokenizer: Any, *, is_pair: bool) -> tuple[str, str]:
+    """Settle the chat template that goes with a model, an encoder-decoder one with `is_pair`; where it is and why."""
+    from tunesmith.data import pairs, templates
+
+    return "saved with it", (pairs.settle_template if is_pair else templates.set_template)(tokenizer, None)
+
+
 PACKING = "packing.json"
 """Beside an adapter: how its base was packed into 4 bits in training, which PEFT's own file does not say. It goes
 wherever the adapter goes."""

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import TunesmithError
-from tunesmith.evaluation.unseen import CARRIED
 from tunesmith.export import scan
+from tunesmith.training.lineage import CARRIED, FACTS
 
 CARD = "README.md"
 
-LEFT = (CARRIED, "*.bin", "*.pt", "*.pth", "*.pkl", "*.py", ".*", "*.tmp", "merge.json")
+LEFT = (CARRIED, "*.bin", "*.pt", "*.pth", "*.pkl", "*.py", ".*", "*.tmp", FACTS)
 """What is not uploaded: marks by which anybody could ask whether a row was trained on, pickles, code, and facts with
 the way to the run's folder."""
 

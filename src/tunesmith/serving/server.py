@@ -133,7 +133,7 @@ def serve(
     ready: Say = lambda url: None,
 ) -> None:
     """Load and answer until Ctrl-C or SIGTERM. `say` is told decisions, `ready` the address once it answers."""
-    from tunesmith.export.merge import is_of_4_bits
+    from tunesmith.training.lineage import is_of_4_bits
 
     for name, folder in folders.items():
         if is_of_4_bits(folder):
@@ -283,7 +283,6 @@ def vllm_refuses(base: str, folders: Mapping[str, Path], where: Where) -> str | 
     from tunesmith import models
     from tunesmith.data.templates import end_of_turn_ids
     from tunesmith.engines.vllm import check_adapter
-    from tunesmith.export.merge import has_tokenizer
 
     if models.kind(base) != "causal":
         return "it serves causal models only"
@@ -294,7 +293,7 @@ def vllm_refuses(base: str, folders: Mapping[str, Path], where: Where) -> str | 
                 check_adapter(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")), name)
             except RecipeError as error:
                 return f"the adapter '{name}' has {error.found}"
-        tokenizer = models.load_tokenizer(str(folder if has_tokenizer(folder) else base))
+        tokenizer = models.load_tokenizer(str(folder if models.has_tokenizer(folder) else base))
         if not tokenizer.chat_template:
             return f"'{name}' has no chat template of its own"
         template.add(str(tokenizer.chat_template))
@@ -354,14 +353,13 @@ def vllm_command(
 
 def _vllm(base: str, folders: Mapping[str, Path], where: Where, limits: Limits, *, say: Say) -> None:
     from tunesmith import models
-    from tunesmith.export.merge import has_tokenizer
 
     say(
         "The engine is vLLM's own server: it has no limits of queue, body, prompt and answer and does not check the "
         "Host header; --engine transformers does."
     )
     first = next(iter(folders.values()))
-    tokenizer = models.load_tokenizer(str(first if has_tokenizer(first) else base))
+    tokenizer = models.load_tokenizer(str(first if models.has_tokenizer(first) else base))
     with launch.ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="tunesmith-vllm-") as folder:
         template = Path(folder) / "chat_template.jinja"
         template.write_text(tokenizer.chat_template, encoding="utf-8")

@@ -2362,7 +2362,7 @@ def push(
     """
     from tunesmith.export.publish import publish
 
-    folder, repository, behind = _pushed(run, repository)
+    folder, repository, behind, known = _pushed(run, repository)
 
     def told(name: str, value: str, reason: str) -> None:
         watch({"kind": "decision", "name": name, "value": value, "reason": reason})
@@ -2375,6 +2375,7 @@ def push(
         create=create,
         trained=_trained_texts(behind),
         despite=despite,
+        known=known,
         told=told,
     )
     if behind:
@@ -2386,12 +2387,14 @@ def push_plan(run: str | Path, *, repository: str | None = None, private: bool =
     """What `push` would send, looked through for secrets and for what was trained on; nothing is asked of the Hub."""
     from tunesmith.export.publish import planned
 
-    folder, repository, behind = _pushed(run, repository)
-    return planned(folder, repository, private=private, trained=_trained_texts(behind))
+    folder, repository, behind, known = _pushed(run, repository)
+    return planned(folder, repository, private=private, trained=_trained_texts(behind), known=known)
 
 
-def _pushed(run: str | Path, repository: str | None) -> tuple[Path, str, Run | None]:
-    """The folder that is uploaded, where to, and the run behind it."""
+def _pushed(run: str | Path, repository: str | None) -> tuple[Path, str, Run | None, list[str]]:
+    """The folder that is uploaded, where to, the run behind it, and what is to be known of it. Raises TunesmithError
+    for one that did not pass its check."""
+    from tunesmith.export import parity
     from tunesmith.training.lineage import run_behind
 
     path = Path(run).expanduser()
@@ -2404,14 +2407,28 @@ def _pushed(run: str | Path, repository: str | None) -> tuple[Path, str, Run | N
         folder = behind.final_model
         if not folder.is_dir():
             raise behind.unfinished()
-    if folder.name.endswith(".failed"):
+    known = []
+    if any(part.endswith(".failed") for part in folder.resolve().parts):
         raise TunesmithError(
             f"{folder} did not pass its check.", found="its parity.json says why", fix="Push the adapter."
         )
+    # Of a deployment the verdict lies beside `model`.
+    for place in (folder, folder.resolve().parent):
+        match parity.passed_in(place):
+            case False:
+                raise TunesmithError(
+                    f"{folder} did not pass its check.",
+                    found=f"passed: false in {place / parity.VERDICT}",
+                    fix="Push the adapter, or make it anew.",
+                )
+            case None:
+                known.append(
+                    f"{place / parity.VERDICT} is no proof: the model was not asked, or it is damaged"
+                )
     repository = repository or (behind.recipe().export.hub_model_id if behind else None)
     if not repository:
         raise TunesmithError("Where to upload is missing.", fix="Give --hub-model-id owner/name.")
-    return folder, repository, behind
+    return folder, repository, behind, known
 
 
 def _trained_texts(run: Run | None) -> list[str] | None:

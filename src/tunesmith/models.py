@@ -808,6 +808,8 @@ class Packing:
 
 def write_packing(model: Any, folder: Path) -> None:
     """Say beside an adapter that its base was packed, if it was."""
+    from tunesmith.training.run import write_whole
+
     owner = getattr(model, "policy", model)
     owner = owner.get_base_model() if hasattr(owner, "get_base_model") else owner
     packed: Any = getattr(getattr(owner, "config", None), "quantization_config", None)
@@ -820,7 +822,7 @@ def write_packing(model: Any, folder: Path) -> None:
         "double_quantization": packed.bnb_4bit_use_double_quant,
         "dtype": str(owner.config.dtype).removeprefix("torch."),
     }
-    (folder / PACKING).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    write_whole(folder / PACKING, json.dumps(facts, indent=1))
 
 
 def read_packing(folder: Path) -> Packing | None:

@@ -10,6 +10,7 @@ folder, llama.cpp for a GGUF file, a server for what it serves.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -368,6 +369,17 @@ class Parity:
             "problems": self.problems(),
             "sentences": self.sentences(),
         }
+
+
+def passed_in(folder: Path) -> bool | None:
+    """What the verdict in a folder says; true where there is none, and None for one that is no proof."""
+    try:
+        said = json.loads((folder / VERDICT).read_text(encoding="utf-8"))["passed"]
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return said if isinstance(said, bool) else None
 
 
 @dataclass(frozen=True)

@@ -181,8 +181,9 @@ def test_what_one_request_asks_for_fails_no_other(tiny_tokenizer):
     ]
     cold = Kept(tiny_tokenizer, prompt=tuple(PROMPTS[0]), temperature=1e-50, seed=3, stop_ids=())
     narrow = Kept(tiny_tokenizer, prompt=tuple(PROMPTS[0]), temperature=2.0, top_p=1e-50, seed=3, stop_ids=())
-    unwritten = Kept(None, prompt=(7, 8))
-    answered(model, [*beside, cold, narrow, unwritten], max_rows=6)
+    unwritten, unended = Kept(None, prompt=(7, 8)), Kept(tiny_tokenizer, prompt=(7, 8), stop_ids=())
+    unended.row.text.end = None  # an error as it ends
+    answered(model, [*beside, cold, narrow, unwritten, unended], max_rows=7)
     assert cold.row.ids == narrow.row.ids == beside[0].row.ids
     for n, kept in enumerate(beside):
         alone = stream(
@@ -190,7 +191,7 @@ def test_what_one_request_asks_for_fails_no_other(tiny_tokenizer):
             seed=3,
         )  # fmt: skip
         assert (kept.text, kept.pieces[-1].ending) == ("".join(alone), "length")
-    assert unwritten.pieces[-1].ending == "failed"
+    assert unwritten.pieces[-1].ending == unended.pieces[-1].ending == "failed"
 
 
 def test_what_is_no_number_is_not_drawn_from():

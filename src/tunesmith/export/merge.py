@@ -100,7 +100,9 @@ class Made:
     skeleton: Any
     """The model without its weights."""
     reference: Callable[[], Any] | str
-    """Gives base and adapters, loaded in float32; or why there is no such thing."""
+    """Gives base and adapters, loaded; or why there is no such thing."""
+    computed: str
+    """Type in which that computes."""
     notes: tuple[str, ...]
 
 
@@ -327,7 +329,19 @@ def make(
             f"no run is behind {', '.join(unknown)} and no {models.PACKING} beside it, so the base is taken as a whole "
             "one; if it was packed into 4 bits in training, these weights answer otherwise than what was trained"
         )
-    return Made(base, stored, parameters, shards, layers, kind, tokenizer, skeleton, reference, tuple(notes))
+    return Made(
+        base,
+        stored,
+        parameters,
+        shards,
+        layers,
+        kind,
+        tokenizer,
+        skeleton,
+        reference,
+        trained_as,
+        tuple(notes),
+    )
 
 
 def sum_of(parts: Sequence[Part]) -> str:
@@ -484,6 +498,7 @@ def _proven(
         asked,
         quant=made.dtype,
         layers=made.layers,
+        reference=made.computed,
         progress=lambda done: counted("parity", done, len(asked.questions)),
     )
 

@@ -751,12 +751,13 @@ def of_folder(
     *,
     quant: str,
     layers: Layers | None,
+    reference: str = "float32",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Parity:
     """The verdict on a folder of whole weights, against the model that it was made from."""
     return verdict(
         model, tokenizer, folder_reader(folder), held,
-        artefact=folder.name, quant=quant, layers=layers, progress=progress,
+        artefact=folder.name, quant=quant, layers=layers, reference=reference, progress=progress,
     )  # fmt: skip
 
 

@@ -435,12 +435,12 @@ class Batcher:
     ) -> None:
         if row.ended:
             return
-        row.ended, row.past, row.read = True, None, {}
         if ending in ("stop", "length") and not isinstance(stopped_by, str):
             rest, stop = row.text.end(row.ids)
             text += rest
             if stop is not None:
                 ending, stopped_by = "stop", stop
+        row.ended, row.past, row.read = True, None, {}
         row.told(Piece(text, ids, tokens, ending, stopped_by, problem))
 
     def _drop_left(self) -> None:

@@ -33,7 +33,16 @@ from tunesmith.compose import (
     scalar,
     union_members,
 )
-from tunesmith.errors import Interrupted, RecipeError, RunError, TunesmithError, counted, nearest
+from tunesmith.errors import (
+    TERMINATED,
+    Interrupted,
+    RecipeError,
+    RunError,
+    Terminated,
+    TunesmithError,
+    counted,
+    nearest,
+)
 from tunesmith.recipe import FieldFact, Recipe, fields
 
 if TYPE_CHECKING:
@@ -284,8 +293,9 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
         except TunesmithError as error:
             launch.let_the_first_speak()
             _fail(error.lines(), error.exit_code, as_json, error)
-        except KeyboardInterrupt:
-            _fail(["Stopped."], Interrupted.exit_code, as_json)
+        except KeyboardInterrupt as error:
+            code = TERMINATED if isinstance(error, Terminated) else Interrupted.exit_code
+            _fail(["Stopped."], code, as_json)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None

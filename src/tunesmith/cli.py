@@ -33,7 +33,16 @@ from tunesmith.compose import (
     scalar,
     union_members,
 )
-from tunesmith.errors import Interrupted, RecipeError, RunError, TunesmithError, counted, nearest
+from tunesmith.errors import (
+    TERMINATED,
+    Interrupted,
+    RecipeError,
+    RunError,
+    Terminated,
+    TunesmithError,
+    counted,
+    nearest,
+)
 from tunesmith.recipe import FieldFact, Recipe, fields
 
 if TYPE_CHECKING:
@@ -284,8 +293,9 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
         except TunesmithError as error:
             launch.let_the_first_speak()
             _fail(error.lines(), error.exit_code, as_json, error)
-        except KeyboardInterrupt:
-            _fail(["Stopped."], Interrupted.exit_code, as_json)
+        except KeyboardInterrupt as error:
+            code = TERMINATED if isinstance(error, Terminated) else Interrupted.exit_code
+            _fail(["Stopped."], code, as_json)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
@@ -2169,9 +2179,10 @@ def _deployment_text(made: Deployment) -> Any:
         ("vLLM", f"left out: {made.vllm}" if made.vllm else "in compose.yaml"),
     ]
     for name, proof in (("weights", made.merged), ("served", made.served)):
-        if proof is not None:
-            said = "passed" if proof.passed else "FAILED: " + "; ".join(proof.problems())
-            facts += [(name, said), *(("", line) for line in proof.sentences())]
+        said = "passed" if proof.passed else "FAILED: " + "; ".join(proof.problems())
+        if proof.passed is None:
+            said = f"UNPROVEN: {proof.unproven}"
+        facts += [(name, said), *(("", line) for line in proof.sentences())]
     facts += [("note", note) for note in made.notes]
     facts += [("FOUND", finding) for finding in made.findings]
     if made.findings and not made.despite:

@@ -245,6 +245,9 @@ def test_a_file_may_be_json(tmp_path):
             "data.mix.0.dataset_name is not a field. Did you mean 'dataset'",
         ),
         ({"data": {"mix": "a.json"}}, "data.mix takes a list of data sources"),
+        ({"method": {"kind": ["dpo"]}}, r"There is no method '\['dpo'\]'"),
+        ({"method": ["dpo"]}, "method is a section with fields of its own"),
+        ({"preset": 5}, "There is no preset '5'"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_nearest_name(flags, expected):

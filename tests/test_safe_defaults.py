@@ -337,7 +337,7 @@ def telemetry(case):
 def yaml(case):
     for text, said in (
         ("task: chat\ntask: code\n", "again"),
-        ("data: !!python/name:os.system\n", "not YAML"),
+        ("data: !!python/name:os.system\n", "the tag"),
     ):
         path = case.folder / "recipe.yaml"
         path.write_text(text)

@@ -69,7 +69,7 @@ def layered(
     if preset:
         known = [name for name in preset_names() if name not in TASKS]
         if preset not in known:
-            raise RecipeError(f"There is no preset '{preset}'.", fix=nearest(preset, known))
+            raise RecipeError(f"There is no preset '{preset}'.", fix=nearest(str(preset), known))
         layers.append(("preset " + preset, preset_layer(preset)))
         flag_layer["preset"] = preset
     layers += [(str(file), file_layer), ("the command line", flag_layer)]
@@ -147,7 +147,7 @@ def _union(name: str, parts: list[tuple[str, Layer]]) -> tuple[Layer, list[str]]
     for level, (_, part) in enumerate(parts):
         if "kind" in part:
             kind, chosen_at = part["kind"], level
-    if kind not in members:
+    if not isinstance(kind, str) or kind not in members:
         raise RecipeError(f"There is no {name} '{kind}'.", fix=nearest(str(kind), members))
     allowed = set(members[kind].model_fields)
     by_kind: Layer = {}
@@ -308,7 +308,7 @@ def _sections() -> set[str]:
 def _no_section(name: str, value: Any) -> str:
     """A section that was given a plain value."""
     field = Recipe.model_fields[name]
-    if field.discriminator and value in union_members(name):
+    if field.discriminator and isinstance(value, str) and value in union_members(name):
         return f"{name} is a section: --set {name}.kind={value}, or `{name}: {{kind: {value}}}` in a file."
     example = next(iter(sections_of(field.annotation)[0].model_fields))
     found = "found nothing" if value is None else f"found {value!r}"
@@ -415,20 +415,23 @@ class _KeysOnce:
         """A value. Raises yaml.MarkedYAMLError for one that looks like a date or a number and is none."""
         try:
             return super().construct_object(node, deep)  # type: ignore[misc]
-        except ValueError as error:
+        except (ValueError, ArithmeticError) as error:
             raise yaml.MarkedYAMLError(problem=str(error)[:200], problem_mark=node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping. Raises _Twice at the second of two equal keys."""
+        """A mapping. Raises _Twice at the second of two equal keys, yaml.MarkedYAMLError at one that is no name."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem="a list or a mapping stands where a name should", problem_mark=key.start_mark
+                )
             if key.value in lines and key.tag != "tag:yaml.org,2002:merge":
                 raise _Twice(
                     problem=f"'{key.value}' stands here again, after line {lines[key.value]}",
                     problem_mark=key.start_mark,
                 )
-            if isinstance(key.value, str):
-                lines[key.value] = key.start_mark.line + 1
+            lines[key.value] = key.start_mark.line + 1
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)  # type: ignore[misc]
         return mapping
 
@@ -455,13 +458,36 @@ class _Grown(yaml.MarkedYAMLError):
     """Levels without end, or aliases of aliases, which come to more than anybody wrote."""
 
 
-def _check_grown(text: str) -> None:
-    """Raises _Grown before anything is made of levels without end or of lists that repeat lists that repeat lists."""
+class _Tagged(yaml.MarkedYAMLError):
+    """A value that says itself of what kind it is."""
+
+
+def _events(text: str) -> Iterator[Any]:
+    """The parts of a YAML text. Raises yaml.YAMLError, also for what only Python's own reader trips over."""
+    mark = None
+    events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    while True:
+        try:
+            event = next(events, None)
+        except (ValueError, ArithmeticError) as error:  # "\UFFFFFFFF" is no character
+            raise yaml.MarkedYAMLError(problem=str(error)[:200], problem_mark=mark) from None
+        if event is None:
+            return
+        mark = event.end_mark
+        yield event
+
+
+def _check_plain(text: str) -> None:
+    """Raises _Tagged for tags, and _Grown for levels without end or lists that repeat lists that repeat lists: all
+    before anything is made of it."""
     sizes: dict[str, int] = {}
     open_ones: list[tuple[str | None, int]] = []  # anchor, and values counted before it
     count = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for event in _events(text):
         mark: Any = event.start_mark
+        if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag is not None:
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")[:80]
+            raise _Tagged(problem=f"the tag '{tag}' stands before a value", problem_mark=mark)
         if isinstance(event, yaml.AliasEvent):
             known = sizes.get(str(event.anchor))
             if known is None and event.anchor in [anchor for anchor, _ in open_ones]:
@@ -478,16 +504,17 @@ def _check_grown(text: str) -> None:
                 sizes[anchor] = count - before
         elif isinstance(event, yaml.ScalarEvent):
             count += 1
+            if "\0" in event.value:
+                raise yaml.MarkedYAMLError(
+                    problem="a text has the character \\0, which no path and no name may have", problem_mark=mark
+                )
         if count > MOST_VALUES:
             raise _Grown(problem=f"more than {MOST_VALUES:,} values", problem_mark=mark)
 
 
 def loaded(text: str) -> Any:
-    """A text as YAML reads it, safely: no classes, no levels or aliases without end.
-
-    Raises yaml.YAMLError and ValueError.
-    """
-    _check_grown(text)
+    """A text as YAML reads it, safely: no tags, no levels or aliases without end. Raises yaml.YAMLError."""
+    _check_plain(text)
     try:
         return yaml.load(text, Loader=_QuickLoader)  # a SafeLoader
     except yaml.YAMLError:
@@ -527,11 +554,10 @@ def read_layer(path: Path, *, what: str = "recipe", example: str = "section: {fi
             raise RecipeError(
                 f"{place}: {error.problem}.", fix="Write the values out, without aliases."
             ) from None
+        if isinstance(error, _Tagged):
+            raise RecipeError(f"{place}: {error.problem}.", fix="Write the value alone.") from None
         found = str(getattr(error, "problem", None) or getattr(error, "reason", error))
         raise RecipeError(f"{place} is not YAML or JSON.", found=found) from None
-    except (RecursionError, ValueError) as error:  # nested without end; a date or a number that is none
-        found = "too many levels" if isinstance(error, RecursionError) else str(error)[:200]
-        raise RecipeError(f"{path} cannot be read as YAML or JSON.", found=found) from None
     if layer is None:
         raise RecipeError(f"{path} is empty.", fix=f"Write `{example}`, or leave the file out.")
     if not isinstance(layer, dict):
@@ -592,12 +618,10 @@ def assignment(text: str) -> Layer:
 def scalar(text: str) -> Any:
     """A value from the command line, as YAML reads it. Raises RecipeError."""
     try:
-        return yaml.safe_load(text)
-    except RecursionError:
-        raise RecipeError(f"{text[:40]}... is no value.", found="levels without end") from None
+        return loaded(text)
     except yaml.YAMLError as error:
         raise RecipeError(
-            f"{text} is not a value.", found=str(getattr(error, "problem", error)), fix="Quote it."
+            f"{text[:200]} is not a value.", found=str(getattr(error, "problem", error)), fix="Quote it."
         ) from None
 
 

@@ -289,14 +289,14 @@ def secret(name: str) -> str | None:
         return given
     try:
         import keyring
-        from keyring.errors import KeyringError, NoKeyringError
+        from keyring.errors import NoKeyringError
     except ImportError:
         return None
     try:
         return (keyring.get_password(KEYRING, name) or "").strip() or None
     except NoKeyringError:  # a machine without any, as servers and containers are
         return None
-    except KeyringError as error:
+    except Exception as error:  # a backend may raise what it likes
         raise RecipeError(
             f"The system's keyring was asked for {name} and did not answer.",
             found=type(error).__name__,  # its words may hold anything

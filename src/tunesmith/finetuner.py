@@ -148,7 +148,7 @@ class LLMFineTuner:
         self.model = _spread(model) if spread else model
         self.peft_model, self._lora, self._is_tuned = None, None, False
         facts, limit = models.describe(self.model), context_length(self.model)
-        print(
+        _say(
             f"{self.model_name}: {facts.architecture}, {facts.parameters:,} parameters in "
             f"{counted(facts.layers, 'layer')}, {str(self.model.dtype).removeprefix('torch.')} on {self.device}"
             + (f", context of {limit:,} tokens" if limit else "")
@@ -214,7 +214,7 @@ class LLMFineTuner:
         }
         # Of a source with several splits, `max_rows` would count other rows than num_samples did.
         self._origins[dataset._fingerprint] = {} if num_samples and has_splits else origin
-        print(f"{counted(len(dataset), 'row')} of {dataset_source}: {_columns_shown(dataset)}")
+        _say(f"{counted(len(dataset), 'row')} of {dataset_source}: {_columns_shown(dataset)}")
         return dataset
 
     def detect_text_columns(self, dataset: Dataset) -> list[str]:
@@ -271,7 +271,7 @@ class LLMFineTuner:
                 f"No row has text in {columns[-1]}.", fix="Name other columns: text_columns=[...]."
             )
         truncated = sum(encoded["truncated"])
-        print(
+        _say(
             f"{len(encoded)} of {counted(len(dataset), 'row')} prepared from {', '.join(columns)}: "
             f"{empty} without {columns[-1]} and left out, {truncated} cut at {counted(max_length, 'token')}"
         )
@@ -335,7 +335,7 @@ class LLMFineTuner:
             }
         ).adapter
         if self.peft_model is not None:
-            print(
+            _say(
                 "The adapter in memory is given up for a new one."
                 + (" Its weights are saved." * self._is_tuned)
             )
@@ -475,7 +475,7 @@ class LLMFineTuner:
                     raise
                 run.finish("done", seconds=result.seconds)
         self._is_tuned = True
-        print(f"Model saved in {self.output_dir}")
+        _say(f"Model saved in {self.output_dir}")
 
     def benchmark(
         self,
@@ -526,13 +526,13 @@ class LLMFineTuner:
                     "model.",
                 ) from error
         if test_references is None:
-            print(SELF_REFERENCE)
+            _say(SELF_REFERENCE)
         elif len(self._columns) > 1 and not all(p.startswith(f"{self._columns[0]}: ") for p in prompts):
             form = " ".join(f"{name}: …" for name in self._columns[:-1]) + f" {self._columns[-1]}:"
-            print(f"The prompts are asked as they are; the training texts begin with `{form}`.")
+            _say(f"The prompts are asked as they are; the training texts begin with `{form}`.")
         cut = sum(a.finish_reason == "length" and len(a.ids) < max_new_tokens for a in answers)
         if cut:
-            print(
+            _say(
                 f"{counted(cut, 'answer')} of {len(answers)} {does('end', cut)} where the model's context "
                 f"of {context_length(self.model)} tokens does, before {max_new_tokens} new tokens."
             )
@@ -548,7 +548,7 @@ class LLMFineTuner:
                 )
             ]
             scores[name] = sum(values) / len(values)
-        print(
+        _say(
             f"{'Fine-tuned model' if use_finetuned else 'Base model'}, {counted(len(prompts), 'prompt')}: "
             + ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         )
@@ -572,7 +572,7 @@ class LLMFineTuner:
                 fix="Call train() before upload_to_huggingface().",
             )
         address = publish(folder, repo_name, private=private, token=token, create=create_new)
-        print(f"✅ Model uploaded successfully to: {address}")
+        _say(f"✅ Model uploaded successfully to: {address}")
 
     def _need(self, there: Any, step: str, wanted: str) -> None:
         if there is None:
@@ -831,6 +831,13 @@ def get_user_input(prompt: str, default: str | None = None) -> str:
     """What the user types after `prompt [default]: `, stripped; the default where that is nothing."""
     answer = input(f"{prompt} [{default}]: " if default is not None else f"{prompt}: ").strip()
     return answer or (default or "")
+
+
+def _say(text: str) -> None:
+    """Print for whoever sits at the notebook or the terminal; names of columns are strangers' text."""
+    from tunesmith.terminal import inert
+
+    print(inert(text))
 
 
 def _spread(model: Any) -> Any:

@@ -10,7 +10,6 @@ import functools
 import inspect
 import io
 import itertools
-import json
 import operator
 import os
 import re

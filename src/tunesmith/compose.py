@@ -506,7 +506,8 @@ def _check_plain(text: str) -> None:
             count += 1
             if "\0" in event.value:
                 raise yaml.MarkedYAMLError(
-                    problem="a text has the character \\0, which no path and no name may have", problem_mark=mark
+                    problem="a text has the character \\0, which no path and no name may have",
+                    problem_mark=mark,
                 )
         if count > MOST_VALUES:
             raise _Grown(problem=f"more than {MOST_VALUES:,} values", problem_mark=mark)

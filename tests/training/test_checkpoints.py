@@ -454,6 +454,8 @@ CALLS = (
     "unlinkat",
     "rmdir",
     "mkdir",
+    "sendfile",
+    "copy_file_range",
     "openat",
 )
 """System calls by which a save changes the disk, as Python's, torch's and Rust's libraries make them."""

@@ -371,6 +371,72 @@ def test_checkpoints_that_do_not_say_what_they_rest_on_need_the_plan(copied, is_
     assert (copied.path / "plan.json").exists() is is_planned, "nor is one made of what is there now"
 
 
+STRANGE = {
+    "files": (lambda content: content.update(files=["a"]), "No checkpoint"),
+    "a file": (lambda content: content["files"].update({"trainer_state.json": 5}), "No checkpoint"),
+    "a size": (lambda content: content["files"].update({"x": {"sha256": "y"}}), "No checkpoint"),
+    "no path": (
+        lambda content: content["files"].update({"\0\ud800": {"bytes": 1, "sha256": "y"}}),
+        "No checkpoint",
+    ),
+    "machine": (lambda content: content.update(environment=["torch"]), "No checkpoint"),
+    "processes": (lambda content: content.update(processes="two"), "No checkpoint"),
+    "recipe": (lambda content: content["rests_on"].update(recipe={"method": [1]}), "cannot be read"),
+    "plan": (lambda content: content.pop("rests_on"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_a_run_of_strangers_is_refused_in_words(copied, what):
+    """Anybody can seal a manifest: what stands in it is nothing that they say it is."""
+    change, said = STRANGE[what]
+    resealed(checkpoints.found(copied)[0], change)
+    (copied.path / "plan.json").write_text('{"recipe": 5, "identity": 5}')
+    with pytest.raises(RunError, match=said):
+        continuing.check_recipe(copied.recipe(), copied, checkpoints.choose(copied))
+
+
+@pytest.mark.parametrize("name", ["status.json", "plan.json"])
+def test_a_file_of_a_run_that_is_no_object_is_damaged(copied, name):
+    for text in ("[]", "5", "[" * 100_000, '"\xff"'):
+        (copied.path / name).write_text(text, encoding="latin-1")
+        with pytest.raises(RunError, match="is damaged"):
+            copied.read(name)
+    (copied.path / "events.jsonl").write_text(
+        '5\n[]\n{"kind": "step", "step": "x"}\n{"kind": "step", "step": 1}\n'
+    )
+    assert copied.events() == [{"kind": "step", "step": 1}]
+
+
+def test_how_processes_hold_the_model_may_change_and_is_said(copied):
+    from tunesmith.recipe import FSDP, Accelerate
+
+    point = checkpoints.choose(copied)
+    recipe = copied.recipe()
+    continuing.check_recipe(recipe, copied, point)
+    assert not [e for e in copied.events() if "but for rounding" in e.get("message", "")]
+    changed = {"parallel": FSDP(), "launch": Accelerate(processes=2)}
+    continuing.check_recipe(recipe.model_copy(update=changed), copied, point)
+    said = copied.events()[-1]["message"]
+    assert said.startswith("The run goes on, equal but for rounding: ")
+    for part in (
+        "parallel.kind was 'ddp', is 'fsdp'",
+        "launch.kind was 'local', is 'accelerate'",
+        "launch.processes",
+    ):
+        assert part in said
+
+
+def test_a_file_that_no_manifest_lists_makes_no_checkpoint_deepspeed_s(copied):
+    point = checkpoints.choose(copied)
+    (point / checkpoints.ZERO).write_text("global_step2")
+    checkpoints.check_zero(point, is_zero=False)
+    resealed(point, lambda content: content["files"].update({checkpoints.ZERO: {"bytes": 12, "sha256": ""}}))
+    with pytest.raises(RunError, match="of DeepSpeed") as error:
+        checkpoints.check_zero(point, is_zero=False)
+    assert f"tunesmith resume {copied.path} --processes 1" in error.value.fix
+
+
 FIELDS = {
     "training.learning_rate": 0.5, "training.seed": 7, "training.per_device_train_batch_size": 2,
     "training.gradient_accumulation_steps": 3, "training.scheduler": "linear", "training.max_steps": 9,

@@ -611,5 +611,6 @@ def check_zero(folder: Path, *, is_zero: bool) -> None:
     raise RunError(
         f"A checkpoint of {kind} is continued as it was written: by {by}.",
         found=f"{ranks.count()} with{'' if is_zero else 'out'} DeepSpeed",
-        fix=f"tunesmith resume {folder.parent.parent} --processes {before}. Checkpoints of parallel.kind fsdp go with any number.",
+        fix=f"tunesmith resume {folder.parent.parent} --processes {before}. Checkpoints of parallel.kind fsdp go with "
+        "any number.",
     )

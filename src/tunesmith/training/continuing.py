@@ -18,8 +18,8 @@ from tunesmith.training.run import Run
 
 MAY_CHANGE = ("output_dir", "name", "preset", "evaluation", "export", "tracking", "launch", "parallel")
 """Parts of the recipe that a continued run may change. Of `evaluation` only what validations do not use as well
-(`OF_VALIDATIONS`). `launch` and `parallel` say how many processes hold which part of the model: weights change with them
-by rounding, which is said."""
+(`OF_VALIDATIONS`). `launch` and `parallel` say how many processes hold which part of the model: weights change with
+them by rounding, which is said."""
 
 OF_ROUNDING = {
     "launch": ("kind", "processes", "workers", "nodes", "processes_per_node"),

@@ -112,8 +112,8 @@ class Run:
         self.watch({"kind": "progress", "stage": stage, "done": done, "total": total, **fields})
 
     def events(self) -> list[dict[str, Any]]:
-        """All events so far. Lines cut off by a crash, or that are no event, are left out, and so is what was written of
-        steps that a continued run has taken once more."""
+        """All events so far. Lines cut off by a crash, or that are no event, are left out, and so is what was written
+        of steps that a continued run has taken once more."""
         file = self.path / "events.jsonl"
         events: list[dict[str, Any]] = []
         content = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from tunesmith.catalog import above
 from tunesmith.catalog import notes as catalog_notes
 from tunesmith.errors import RecipeError, closest, nearest
-from tunesmith.recipe import DataSource, Recipe, Task, fields, sections_of
+from tunesmith.recipe import DataSource, Freeze, LoRA, Recipe, Task, fields, sections_of
 
 Layer = dict[str, Any]
 
@@ -199,7 +199,7 @@ def validated(layer: Mapping[str, Any]) -> Recipe:
     check_passwords(layer, "")
     layer = _of_kinds(layer)
     try:
-        return Recipe.model_validate(layer)
+        recipe = Recipe.model_validate(layer)
     except ValidationError as error:
         # A value that fits no member of a union is told once per member: one problem for us.
         problems = list(dict.fromkeys(_problem(e, layer) for e in error.errors()))
@@ -208,6 +208,26 @@ def validated(layer: Mapping[str, Any]) -> Recipe:
             found="\n         ".join(problems) if len(problems) > 1 else None,
             fix="`tunesmith show recipe` lists every field with its meaning.",
         ) from None
+    if said := _nothing_to_keep(recipe):
+        raise RecipeError(
+            said, fix="Leave training.cache_frozen out, or freeze the bottom layers: --freeze-ratio."
+        )
+    return recipe
+
+
+def _nothing_to_keep(recipe: Recipe) -> str | None:
+    """Why `training.cache_frozen` has nothing to keep, as far as that is seen without the model. An adapter on modules
+    that are named may leave bottom layers free of it."""
+    match recipe.adapter:
+        case Freeze():
+            return None
+        case LoRA(targets=list()):
+            return None
+        case LoRA():
+            why = f"with adapter.kind {recipe.adapter.kind} an adapter sits in every layer"
+        case _:
+            why = f"with adapter.kind {recipe.adapter.kind} every layer is trained"
+    return f"training.cache_frozen has nothing to keep: {why}." if recipe.training.cache_frozen else None
 
 
 def _of_kinds(layer: Mapping[str, Any]) -> Layer:
@@ -229,7 +249,8 @@ def faults(layer: Mapping[str, Any]) -> dict[str, str]:
     """
     layer = _of_kinds(layer)
     try:
-        Recipe.model_validate(layer)
+        said = _nothing_to_keep(Recipe.model_validate(layer))
+        return {"training.cache_frozen": said} if said else {}
     except ValidationError as error:
         found: dict[str, str] = {}
         for fault in error.errors():
@@ -243,7 +264,6 @@ def faults(layer: Mapping[str, Any]) -> dict[str, str]:
             next((w for w in _ends(where) if w in known), where.split(".")[0]): said
             for where, said in reversed(found.items())
         }
-    return {}
 
 
 def _ends(path: str) -> list[str]:
@@ -464,7 +484,7 @@ class _Tagged(yaml.MarkedYAMLError):
 
 def _events(text: str) -> Iterator[Any]:
     """The parts of a YAML text. Raises yaml.YAMLError, also for what only Python's own reader trips over."""
-    mark = None
+    mark: Any = None
     events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     while True:
         try:

@@ -796,8 +796,8 @@ class Training(Section):
 
     cache_frozen: bool = False
     """Keep the outputs of frozen bottom layers (adapter.kind freeze) from epoch to epoch, in a quarter of the free
-    memory at most. Refused where an adapter or dropout sits below, and with grpo, rloo and ppo, whose rows never come
-    back."""
+    memory at most. Refused where nothing below is frozen, or an adapter or dropout sits there, and with grpo, rloo and
+    ppo, whose rows never come back."""
 
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_yaml_no)] = "no"
     """Precision of the forward and backward pass; weights stay in their own type."""

@@ -158,6 +158,7 @@ def test_a_signal_during_a_validation_breaks_it_off_and_it_is_made_up_for(
     [
         (errno.ENOSPC, "no room for it"),
         pytest.param(errno.EROFS, "does not let us", marks=pytest.mark.thorough),
+        pytest.param(errno.EMFILE, "too many files are open", marks=pytest.mark.thorough),
         pytest.param(errno.EIO, "does not let us", marks=pytest.mark.thorough),
     ],
 )

@@ -30,6 +30,7 @@ from tunesmith.errors import (
     RunError,
     TrainingDiverged,
     is_out_of_disk,
+    is_out_of_files,
     is_out_of_memory,
     is_refused_writing,
 )
@@ -368,6 +369,13 @@ def unwritten(error: BaseException, folder: Path, what: str) -> OutOfResources |
             f"{what} could not be written: there is no room for it.",
             found=f"{str(error).splitlines()[0][:200]}; {free:,} bytes are free",
             fix="Free space; what was saved before is whole, and `tunesmith resume` goes on from it.",
+        )
+    if is_out_of_files(error):
+        return OutOfResources(
+            f"{what} could not be written: too many files are open.",
+            found=str(error).splitlines()[0][:200],
+            fix="Raise the limit (`ulimit -n`); what was saved before is whole, and `tunesmith resume` goes on from "
+            "it.",
         )
     if is_refused_writing(error):
         return OutOfResources(

@@ -36,6 +36,9 @@ State = Literal["done", "failed", "interrupted"]
 Watch = Callable[[Mapping[str, Any]], None]
 """Called with every event while the run goes on, and with `progress` events, which are not kept."""
 
+EVENTS = "events.jsonl"
+"""File of a run's events, which are only ever added to."""
+
 LOOKING = 1.0
 """Seconds that a writer waits for a lock that may be held by one who only looks whether it is."""
 
@@ -97,7 +100,7 @@ class Run:
             return
         event = {"time": round(time.time(), 3), "kind": kind, "step": step, **fields}
         line = json.dumps(event, ensure_ascii=False, default=str) + "\n"
-        with open(self.path / "events.jsonl", "ab+", opener=_as_open_as(self.path)) as file:
+        with open(self.path / EVENTS, "ab+", opener=_as_open_as(self.path)) as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a line that a kill or a full disk cut off
@@ -114,7 +117,7 @@ class Run:
     def events(self) -> list[dict[str, Any]]:
         """All events so far. Lines cut off by a crash, or that are no event, are left out, and so is what was written
         of steps that a continued run has taken once more."""
-        file = self.path / "events.jsonl"
+        file = self.path / EVENTS
         events: list[dict[str, Any]] = []
         content = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
         for line in content.split("\n"):
@@ -352,7 +355,9 @@ def anchored(recipe: Recipe) -> Recipe:
     )
 
 
-OWN = re.compile(r"\.lock|\.holder|environment\.json|\..+\.\d+\.tmp")
+OF_NODE = re.compile(r"\.lock|\.holder|\..+\.\d+\.tmp")
+"""Locks and half-written files, which are those of the machine that writes."""
+OWN = re.compile(rf"{OF_NODE.pattern}|environment\.json")
 """Files of a run that was killed while its folder was made."""
 
 

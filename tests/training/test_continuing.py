@@ -27,6 +27,8 @@ GRID = {
     "adapter": {
         "lora": {"adapter": LORA},
         "dora": {"adapter": {**LORA, "dora": True}},
+        "pissa": {"adapter": {**LORA, "init": "pissa"}},
+        "qlora": {"adapter": {**LORA, "kind": "qlora"}},
         "full": {},
         "freeze": {"adapter": {"kind": "freeze", "ratio": 0.5}},
     },
@@ -55,16 +57,19 @@ GRID = {
         "never": {"data": {"validation": 0.0}},
     },
     "schedule": {
+        "linear": {"training": {"scheduler": "linear", "warmup_steps": 1}},
         "cosine_with_restarts": {"training": {"scheduler": "cosine_with_restarts", "warmup_steps": 2}},
         "inverse_sqrt": {"training": {"scheduler": "inverse_sqrt", "warmup_steps": 1}},
         "polynomial": {"training": {"scheduler": "polynomial"}},
     },
     "optimizer": {
-        "adamw_torch": {},
+        "adamw_torch_fused": {"training": {"optimizer": "adamw_torch_fused"}},
+        "adamw_torch": {"training": {"optimizer": "adamw_torch"}},
         "adafactor": {"training": {"optimizer": "adafactor"}},
         "sgd": {"training": {"optimizer": "sgd"}},
     },
     "noise": {"neftune": {"method": {"neftune_noise_alpha": 5.0}}, "none": {}},
+    "weights": {"float32": {}, "bfloat16": {"model": {"dtype": "bfloat16"}}},
 }  # fmt: skip
 
 
@@ -102,8 +107,9 @@ SAMPLE = [
         "inverse_sqrt",
         "adamw_torch",
         "neftune",
+        "float32",
     ),
-    ("full", "packing", "stock", "one", "never", "polynomial", "adafactor", "none"),
+    ("full", "packing", "stock", "one", "never", "linear", "adafactor", "none", "bfloat16"),
     (
         "freeze",
         "by length",
@@ -111,10 +117,11 @@ SAMPLE = [
         "one",
         "by a metric",
         "cosine_with_restarts",
-        "adamw_torch",
+        "adamw_torch_fused",
         "none",
+        "float32",
     ),
-    ("dora", "workers", "checkpointing", "mix", "best model", "polynomial", "sgd", "none"),
+    ("dora", "workers", "checkpointing", "mix", "best model", "polynomial", "sgd", "none", "float32"),
 ]
 """Those of every commit."""
 

@@ -186,6 +186,24 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_last(
     assert verifying.differences(undisturbed, run) == []
 
 
+def test_too_many_open_files_are_a_lack_of_resources(tmp_path):
+    import resource
+
+    limits, opened = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, limits[1]))
+    try:
+        with pytest.raises(OSError, match="open files") as error:
+            opened.extend(open(os.devnull) for _ in range(10_000))
+    finally:
+        for file in opened:
+            file.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for said in (api._as_ours(error.value), checkpoints.unwritten(error.value, tmp_path, "The checkpoint")):
+        assert isinstance(said, OutOfResources)
+        assert "many files are open" in said.problem
+        assert "ulimit -n" in said.fix
+
+
 @pytest.mark.thorough
 def test_a_disk_that_is_full_for_the_log_as_well_is_still_told(quick, monkeypatch):
     real = Run.event

@@ -77,7 +77,7 @@ class Remote:
     setting: str = "base_url"
     """Where the address is set, as errors call it."""
     api_key_env: str | None = None
-    timeout: float = 60.0
+    timeout: float = 30.0
     """Seconds for a whole request, to the last byte of its reply."""
     key_header: str = "Authorization"
     """Header of the key; in this one it follows the word `Bearer`."""

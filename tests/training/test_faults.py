@@ -193,10 +193,10 @@ def test_too_many_open_files_are_a_lack_of_resources(tmp_path):
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, limits[1]))
     try:
         with pytest.raises(OSError, match="open files") as error:
-            opened.extend(open(os.devnull) for _ in range(10_000))
+            opened.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(10_000))
     finally:
         for file in opened:
-            file.close()
+            os.close(file)
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     for said in (api._as_ours(error.value), checkpoints.unwritten(error.value, tmp_path, "The checkpoint")):
         assert isinstance(said, OutOfResources)

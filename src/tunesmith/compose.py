@@ -432,11 +432,17 @@ class _KeysOnce:
     """YAML without doubled keys, of which only the last would count, and whose errors all have a place."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """A value. Raises yaml.MarkedYAMLError for one that looks like a date or a number and is none."""
+        """A value. Raises yaml.MarkedYAMLError for one that looks like a date or a number and is none, and for a number
+        that is too long to be shown."""
         try:
-            return super().construct_object(node, deep)  # type: ignore[misc]
+            value = super().construct_object(node, deep)  # type: ignore[misc]
         except (ValueError, ArithmeticError) as error:
             raise yaml.MarkedYAMLError(problem=str(error)[:200], problem_mark=node.start_mark) from None
+        if isinstance(value, int) and value.bit_length() > 64:
+            raise yaml.MarkedYAMLError(
+                problem="a whole number of more than 64 bits", problem_mark=node.start_mark
+            )
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping. Raises _Twice at the second of two equal keys, yaml.MarkedYAMLError at one that is no name."""

@@ -48,7 +48,11 @@ class Section(BaseModel):
     """What every section shares: frozen, no unknown keys, docstrings as descriptions."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 

@@ -248,6 +248,8 @@ def test_a_file_may_be_json(tmp_path):
         ({"method": {"kind": ["dpo"]}}, r"There is no method '\['dpo'\]'"),
         ({"method": ["dpo"]}, "method is a section with fields of its own"),
         ({"preset": 5}, "There is no preset '5'"),
+        ({"training": {"seed": 2**32}}, r"training.seed: a seed has to be below 2\*\*32"),
+        ({"training": {"num_epochs": float("inf")}}, "training.num_epochs takes a number; found inf"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_nearest_name(flags, expected):

@@ -308,7 +308,7 @@ def _problem(error: Any, layer: Mapping[str, Any]) -> str:
     if limit != words and limit.startswith(("greater", "less")):
         return f"{field} has to be {limit}; found {value!r}."
     if error["type"] == "value_error":
-        return f"{field}: {words}; found {value!r}."
+        return f"{field}: {words.removeprefix('Value error, ')}; found {value!r}."
     given: Any = layer
     for part in field.split("."):
         given = given.get(part) if isinstance(given, Mapping) else None

@@ -573,7 +573,8 @@ def read_layer(path: Path, *, what: str = "recipe", example: str = "section: {fi
         layer = loaded(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line, column = (mark.line, mark.column) if mark else _line_at(text, getattr(error, "position", 0))
+        # Of a mark only the index: to YAML a line ends at U+2028 as well, and to no editor.
+        line, column = _line_at(text, mark.index if mark else getattr(error, "position", 0))
         place = f"{path}, line {line + 1}, column {column + 1}"
         if isinstance(error, _Twice):
             raise RecipeError(f"{place}: {error.problem}.", fix="Keep one of the two.") from None
@@ -593,8 +594,8 @@ def read_layer(path: Path, *, what: str = "recipe", example: str = "section: {fi
 
 
 def _line_at(text: str, position: int) -> tuple[int, int]:
-    """Line and column of a character, both counted from 0, as the marks of YAML are."""
-    before = text[:position]
+    """Line and column of a character, both counted from 0."""
+    before = text[:position].replace("\r\n", "\n").replace("\r", "\n")
     return before.count("\n"), len(before) - before.rfind("\n") - 1
 
 

@@ -482,6 +482,7 @@ YAML = {
     "a set": ("data: !!set {x, y}\n", "line 1, column 7: the tag"),
     "a place left open": ("task: chat\nname: {{ x }}\n", "line 2, column 8 is not YAML"),
     "a list for a name": ("task: chat\n? [1]\n: x\n", "line 2, column 3 is not YAML"),
+    "another end of a line": ("task: chat # \u2028\nname: 2024-99-99\n", "line 2, column 7 is not YAML"),
     "bits without end": ("task: chat\nname: 0x" + "f" * 5000, "line 2, column 7 is not YAML"),
     "minutes without end": ("task: chat\nname: 1" + ":10" * 400 + ".5\n", "line 2, column 7 is not YAML"),
     "a name that ends early": ('output_dir: "a\\0b"\n', "line 1, column 13 is not YAML"),

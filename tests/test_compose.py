@@ -245,6 +245,11 @@ def test_a_file_may_be_json(tmp_path):
             "data.mix.0.dataset_name is not a field. Did you mean 'dataset'",
         ),
         ({"data": {"mix": "a.json"}}, "data.mix takes a list of data sources"),
+        ({"method": {"kind": ["dpo"]}}, r"There is no method '\['dpo'\]'"),
+        ({"method": ["dpo"]}, "method is a section with fields of its own"),
+        ({"preset": 5}, "There is no preset '5'"),
+        ({"training": {"seed": 2**32}}, r"training.seed: a seed has to be below 2\*\*32"),
+        ({"training": {"num_epochs": float("inf")}}, "training.num_epochs takes a number; found inf"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_nearest_name(flags, expected):
@@ -366,7 +371,7 @@ def test_what_is_no_text_is_still_yaml():
     [
         (b"task: chat\nmodel: {base: t\xe9st}\n", r"line 2, column 16 is not UTF-8"),
         (b"task: 2026-99-99\n", "line 1, column 7 is not YAML"),
-        (b"[" * 5000, "more than 64 levels|is not YAML"),
+        (b"[" * 5000, "line 1, column 65: more than 64 levels"),
         (b"seed: " + b"9" * 5000, "line 1, column 7 is not YAML"),
     ],
 )

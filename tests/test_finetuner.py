@@ -546,16 +546,21 @@ def test_an_interrupted_training_goes_on_when_called_again(loaded, here, monkeyp
     run = open_run(here / "stopped")
     assert run.state() == "interrupted"
     (run.path / "plan.json").unlink()  # the checkpoint says what its data were
-    with pytest.raises(RunError, match=r"tokens differ"):
+    with pytest.raises(
+        RunError, match=r"rests on is not what it was(.|\n)*tokens was (.|\n)*another output_dir"
+    ):
+        stopped.train(tokenized.select(range(8)), num_epochs=3, batch_size=2)
+    with pytest.raises(RunError, match=r"data\.max_rows was None, is 8"):
         stopped.train(prepared(stopped, num_samples=8), num_epochs=3, batch_size=2)
+    other = loaded(output_dir="./stopped")
+    other.setup_lora(r=4)
+    with pytest.raises(RunError, match=r"adapter.rank was 8, is 4"):
+        other.train(tokenized, num_epochs=3, batch_size=2)
+    assert run.state() == "interrupted", "what is refused changes nothing"
     stopped.train(tokenized, num_epochs=3, batch_size=2)
     assert run.state() == "done"
     expected = weights(here / "straight")
     assert all(torch.equal(expected[name], w) for name, w in weights(here / "stopped").items())
-    other = loaded(output_dir="./straight")
-    other.setup_lora(r=4)
-    with pytest.raises(RunError, match=r"adapter.rank was 8, is 4"):
-        other.train(tokenized, num_epochs=3, batch_size=2)
 
 
 def test_rouge_is_that_of_rouge_score(loaded, capsys):
@@ -639,6 +644,35 @@ def test_a_wrong_order_names_the_missing_step(here, call, missing):
     with pytest.raises(TunesmithError, match=missing):
         call(finetuner, dataset)
     assert not (here / "my_model").exists()
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_memory_that_runs_out_in_an_update_costs_the_steps_since_the_last_checkpoint(
+    loaded, here, monkeypatch, at
+):
+    """Three steps are an epoch, after which a checkpoint is written: once none is there, and once that of step 3."""
+    from torch.optim import AdamW
+
+    updated, tried = AdamW.step, []
+
+    def short(self, *args, **kwargs):
+        tried.append(len(tried) + 1)
+        result = updated(self, *args, **kwargs)
+        if len(tried) == at:  # behind it: weights and states are others by now
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return result
+
+    for name in ("straight", "short"):
+        finetuner = loaded(output_dir=f"./{name}")
+        tokenized = prepared(finetuner)
+        finetuner.setup_lora(lora_dropout=0.1)
+        if name == "short":
+            monkeypatch.setattr(AdamW, "step", short)
+        finetuner.train(tokenized, num_epochs=2, batch_size=2)
+    [said] = [e for e in open_run(here / "short").events() if e.get("name") == "memory"]
+    assert said["value"] == f"taken back to {'the start' if at == 2 else 'checkpoint-step-3'}"
+    expected = weights(here / "straight")
+    assert all(torch.equal(expected[name], w) for name, w in weights(here / "short").items())
 
 
 def test_out_of_memory_says_what_to_lower_in_numbers(loaded, here, monkeypatch):

@@ -6,12 +6,14 @@ import io
 import json
 
 import pytest
+import typer
 from rich.console import Console as Plain
 from rich.table import Table
 from typer.testing import CliRunner
 
 from tunesmith.cli import app
-from tunesmith.terminal import Console, inert
+from tunesmith.errors import RecipeError
+from tunesmith.terminal import Console, inert, json_line
 
 HOSTILE = "a\x1b[2J\x1b]0;owned\x07\x9b2K\u202eb"
 
@@ -58,3 +60,42 @@ def test_no_verb_lets_data_command_the_terminal(tmp_path, verb):
     refused = CliRunner().invoke(app, [verb, str(tmp_path / f"{HOSTILE}.nothing")])
     assert refused.exit_code
     assert "\x1b" not in refused.output
+
+
+class Screen(io.StringIO):
+    """What a verb believes to be a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_json_on_a_terminal_is_ascii_and_elsewhere_is_text(monkeypatch):
+    named = {HOSTILE + "é\x7f": 1}
+    for stream, is_ascii in ((Screen(), True), (io.StringIO(), False)):
+        monkeypatch.setattr("sys.stdout", stream)
+        line = json_line(named)
+        assert json.loads(line) == named
+        assert (line.isascii() and line.isprintable()) == is_ascii
+
+
+def test_no_traceback_no_flow_and_no_notebook_lets_data_command_the_terminal(monkeypatch, capsys, tmp_path):
+    from tunesmith import cli
+    from tunesmith.finetuner import LLMFineTuner
+    from tunesmith.flows import question_answer
+
+    def broken(*, quiet: bool = False):
+        raise RuntimeError(HOSTILE)
+
+    with pytest.raises(typer.Exit):
+        cli.verb(broken)(as_json=False)
+    monkeypatch.setattr(question_answer, "_run", lambda *given: (_ for _ in ()).throw(RecipeError(HOSTILE)))
+    assert question_answer._main(["--data-path", "x"]) == 1
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({f"x{HOSTILE}": "y"}) + "\n")
+    LLMFineTuner("tiny", str(tmp_path / "out")).load_dataset_from_source(str(rows))
+    said = capsys.readouterr()
+    assert "Traceback" in said.err
+    assert said.err.count("\u241b[2J") >= 3
+    assert "\u241b[2J" in said.out
+    for command in ("\x1b[2J", "\x1b]0", "\x9b", "\x07", "\u202e"):
+        assert command not in said.out + said.err

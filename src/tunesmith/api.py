@@ -37,6 +37,7 @@ from tunesmith.errors import (
     closest,
     is_lost_peer,
     is_out_of_disk,
+    is_out_of_files,
     is_out_of_memory,
     is_refused_writing,
     nearest,
@@ -2845,6 +2846,12 @@ def _as_ours(error: BaseException) -> TunesmithError | None:
         )
     if is_out_of_disk(error):
         return OutOfResources("The disk is full.", found=str(error), fix="Free space and resume the run.")
+    if is_out_of_files(error):
+        return OutOfResources(
+            "Too many files are open.",
+            found=str(error),
+            fix="Raise the limit (`ulimit -n`) and resume the run.",
+        )
     if isinstance(error, OSError) and is_refused_writing(error):
         return OutOfResources(
             f"{error.filename or 'A file'} cannot be read or written.",

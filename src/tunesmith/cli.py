@@ -10,7 +10,6 @@ import functools
 import inspect
 import io
 import itertools
-import json
 import operator
 import os
 import re
@@ -287,6 +286,8 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(**given: Any) -> None:
+        from tunesmith.terminal import inert, json_line
+
         as_json = given.pop("as_json")
         try:
             payload, text = function(**given, quiet=as_json)
@@ -300,7 +301,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except Exception as error:
-            traceback.print_exc()
+            print(inert(traceback.format_exc()), end="", file=sys.stderr)
             _fail(
                 [
                     f"This is a bug in tunesmith: {type(error).__name__}: {error}",
@@ -316,7 +317,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
                 # Plain text may hold brackets; only tables and the like have markup.
                 _console(stderr=False).print(text, markup=not isinstance(text, str))
             if as_json:
-                _print_json(payload)
+                print(json_line(payload))
             if payload.get("exit_code"):
                 raise typer.Exit(payload["exit_code"])
 
@@ -336,6 +337,8 @@ EXCERPT = re.compile(r"\n {9}[^\n]*\n {9} *\^")
 
 
 def _fail(lines: Sequence[str], code: int, as_json: bool, error: TunesmithError | None = None) -> None:
+    from tunesmith.terminal import json_line
+
     console = _console()
     console.print(lines[0], style="bold red", markup=False, highlight=False)
     for line in lines[1:]:
@@ -346,22 +349,8 @@ def _fail(lines: Sequence[str], code: int, as_json: bool, error: TunesmithError 
             found = EXCERPT.sub("", error.found) if error.found else None
             facts |= {"problem": error.problem, "found": found, "fix": error.fix}
             facts |= getattr(error, "details", {})
-        _print_json({**facts, "exit_code": code})
+        print(json_line({**facts, "exit_code": code}))
     raise typer.Exit(code)
-
-
-def _print_json(payload: Any) -> None:
-    """One line of JSON; in ASCII where it holds half a character, as names of columns may."""
-    line = json.dumps(payload, ensure_ascii=False, default=str)
-    print(line if _is_encodable(line) else json.dumps(payload, default=str))
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _console(*, stderr: bool = True) -> Any:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from tunesmith.catalog import above
 from tunesmith.catalog import notes as catalog_notes
 from tunesmith.errors import RecipeError, closest, nearest
-from tunesmith.recipe import DataSource, Recipe, Task, fields, sections_of
+from tunesmith.recipe import DataSource, Freeze, LoRA, Recipe, Task, fields, sections_of
 
 Layer = dict[str, Any]
 
@@ -69,7 +69,7 @@ def layered(
     if preset:
         known = [name for name in preset_names() if name not in TASKS]
         if preset not in known:
-            raise RecipeError(f"There is no preset '{preset}'.", fix=nearest(preset, known))
+            raise RecipeError(f"There is no preset '{preset}'.", fix=nearest(str(preset), known))
         layers.append(("preset " + preset, preset_layer(preset)))
         flag_layer["preset"] = preset
     layers += [(str(file), file_layer), ("the command line", flag_layer)]
@@ -147,7 +147,7 @@ def _union(name: str, parts: list[tuple[str, Layer]]) -> tuple[Layer, list[str]]
     for level, (_, part) in enumerate(parts):
         if "kind" in part:
             kind, chosen_at = part["kind"], level
-    if kind not in members:
+    if not isinstance(kind, str) or kind not in members:
         raise RecipeError(f"There is no {name} '{kind}'.", fix=nearest(str(kind), members))
     allowed = set(members[kind].model_fields)
     by_kind: Layer = {}
@@ -199,7 +199,7 @@ def validated(layer: Mapping[str, Any]) -> Recipe:
     check_passwords(layer, "")
     layer = _of_kinds(layer)
     try:
-        return Recipe.model_validate(layer)
+        recipe = Recipe.model_validate(layer)
     except ValidationError as error:
         # A value that fits no member of a union is told once per member: one problem for us.
         problems = list(dict.fromkeys(_problem(e, layer) for e in error.errors()))
@@ -208,6 +208,26 @@ def validated(layer: Mapping[str, Any]) -> Recipe:
             found="\n         ".join(problems) if len(problems) > 1 else None,
             fix="`tunesmith show recipe` lists every field with its meaning.",
         ) from None
+    if said := _nothing_to_keep(recipe):
+        raise RecipeError(
+            said, fix="Leave training.cache_frozen out, or freeze the bottom layers: --freeze-ratio."
+        )
+    return recipe
+
+
+def _nothing_to_keep(recipe: Recipe) -> str | None:
+    """Why `training.cache_frozen` has nothing to keep, as far as that is seen without the model. An adapter on modules
+    that are named may leave bottom layers free of it."""
+    match recipe.adapter:
+        case Freeze():
+            return None
+        case LoRA(targets=list()):
+            return None
+        case LoRA():
+            why = f"with adapter.kind {recipe.adapter.kind} an adapter sits in every layer"
+        case _:
+            why = f"with adapter.kind {recipe.adapter.kind} every layer is trained"
+    return f"training.cache_frozen has nothing to keep: {why}." if recipe.training.cache_frozen else None
 
 
 def _of_kinds(layer: Mapping[str, Any]) -> Layer:
@@ -229,7 +249,8 @@ def faults(layer: Mapping[str, Any]) -> dict[str, str]:
     """
     layer = _of_kinds(layer)
     try:
-        Recipe.model_validate(layer)
+        said = _nothing_to_keep(Recipe.model_validate(layer))
+        return {"training.cache_frozen": said} if said else {}
     except ValidationError as error:
         found: dict[str, str] = {}
         for fault in error.errors():
@@ -243,7 +264,6 @@ def faults(layer: Mapping[str, Any]) -> dict[str, str]:
             next((w for w in _ends(where) if w in known), where.split(".")[0]): said
             for where, said in reversed(found.items())
         }
-    return {}
 
 
 def _ends(path: str) -> list[str]:
@@ -288,7 +308,7 @@ def _problem(error: Any, layer: Mapping[str, Any]) -> str:
     if limit != words and limit.startswith(("greater", "less")):
         return f"{field} has to be {limit}; found {value!r}."
     if error["type"] == "value_error":
-        return f"{field}: {words}; found {value!r}."
+        return f"{field}: {words.removeprefix('Value error, ')}; found {value!r}."
     given: Any = layer
     for part in field.split("."):
         given = given.get(part) if isinstance(given, Mapping) else None
@@ -308,7 +328,7 @@ def _sections() -> set[str]:
 def _no_section(name: str, value: Any) -> str:
     """A section that was given a plain value."""
     field = Recipe.model_fields[name]
-    if field.discriminator and value in union_members(name):
+    if field.discriminator and isinstance(value, str) and value in union_members(name):
         return f"{name} is a section: --set {name}.kind={value}, or `{name}: {{kind: {value}}}` in a file."
     example = next(iter(sections_of(field.annotation)[0].model_fields))
     found = "found nothing" if value is None else f"found {value!r}"
@@ -412,23 +432,32 @@ class _KeysOnce:
     """YAML without doubled keys, of which only the last would count, and whose errors all have a place."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """A value. Raises yaml.MarkedYAMLError for one that looks like a date or a number and is none."""
+        """A value. Raises yaml.MarkedYAMLError for one that looks like a date or a number and is none, and for a number
+        that is too long to be shown."""
         try:
-            return super().construct_object(node, deep)  # type: ignore[misc]
-        except ValueError as error:
+            value = super().construct_object(node, deep)  # type: ignore[misc]
+        except (ValueError, ArithmeticError) as error:
             raise yaml.MarkedYAMLError(problem=str(error)[:200], problem_mark=node.start_mark) from None
+        if isinstance(value, int) and value.bit_length() > 64:
+            raise yaml.MarkedYAMLError(
+                problem="a whole number of more than 64 bits", problem_mark=node.start_mark
+            )
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping. Raises _Twice at the second of two equal keys."""
+        """A mapping. Raises _Twice at the second of two equal keys, yaml.MarkedYAMLError at one that is no name."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem="a list or a mapping stands where a name should", problem_mark=key.start_mark
+                )
             if key.value in lines and key.tag != "tag:yaml.org,2002:merge":
                 raise _Twice(
                     problem=f"'{key.value}' stands here again, after line {lines[key.value]}",
                     problem_mark=key.start_mark,
                 )
-            if isinstance(key.value, str):
-                lines[key.value] = key.start_mark.line + 1
+            lines[key.value] = key.start_mark.line + 1
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)  # type: ignore[misc]
         return mapping
 
@@ -455,13 +484,36 @@ class _Grown(yaml.MarkedYAMLError):
     """Levels without end, or aliases of aliases, which come to more than anybody wrote."""
 
 
-def _check_grown(text: str) -> None:
-    """Raises _Grown before anything is made of levels without end or of lists that repeat lists that repeat lists."""
+class _Tagged(yaml.MarkedYAMLError):
+    """A value that says itself of what kind it is."""
+
+
+def _events(text: str) -> Iterator[Any]:
+    """The parts of a YAML text. Raises yaml.YAMLError, also for what only Python's own reader trips over."""
+    mark: Any = None
+    events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    while True:
+        try:
+            event = next(events, None)
+        except (ValueError, ArithmeticError) as error:  # "\UFFFFFFFF" is no character
+            raise yaml.MarkedYAMLError(problem=str(error)[:200], problem_mark=mark) from None
+        if event is None:
+            return
+        mark = event.end_mark
+        yield event
+
+
+def _check_plain(text: str) -> None:
+    """Raises _Tagged for tags, and _Grown for levels without end or lists that repeat lists that repeat lists: all
+    before anything is made of it."""
     sizes: dict[str, int] = {}
     open_ones: list[tuple[str | None, int]] = []  # anchor, and values counted before it
     count = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for event in _events(text):
         mark: Any = event.start_mark
+        if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag is not None:
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")[:80]
+            raise _Tagged(problem=f"the tag '{tag}' stands before a value", problem_mark=mark)
         if isinstance(event, yaml.AliasEvent):
             known = sizes.get(str(event.anchor))
             if known is None and event.anchor in [anchor for anchor, _ in open_ones]:
@@ -478,16 +530,18 @@ def _check_grown(text: str) -> None:
                 sizes[anchor] = count - before
         elif isinstance(event, yaml.ScalarEvent):
             count += 1
+            if "\0" in event.value:
+                raise yaml.MarkedYAMLError(
+                    problem="a text has the character \\0, which no path and no name may have",
+                    problem_mark=mark,
+                )
         if count > MOST_VALUES:
             raise _Grown(problem=f"more than {MOST_VALUES:,} values", problem_mark=mark)
 
 
 def loaded(text: str) -> Any:
-    """A text as YAML reads it, safely: no classes, no levels or aliases without end.
-
-    Raises yaml.YAMLError and ValueError.
-    """
-    _check_grown(text)
+    """A text as YAML reads it, safely: no tags, no levels or aliases without end. Raises yaml.YAMLError."""
+    _check_plain(text)
     try:
         return yaml.load(text, Loader=_QuickLoader)  # a SafeLoader
     except yaml.YAMLError:
@@ -519,7 +573,8 @@ def read_layer(path: Path, *, what: str = "recipe", example: str = "section: {fi
         layer = loaded(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line, column = (mark.line, mark.column) if mark else _line_at(text, getattr(error, "position", 0))
+        # Of a mark only the index: to YAML a line ends at U+2028 as well, and to no editor.
+        line, column = _line_at(text, mark.index if mark else getattr(error, "position", 0))
         place = f"{path}, line {line + 1}, column {column + 1}"
         if isinstance(error, _Twice):
             raise RecipeError(f"{place}: {error.problem}.", fix="Keep one of the two.") from None
@@ -527,11 +582,10 @@ def read_layer(path: Path, *, what: str = "recipe", example: str = "section: {fi
             raise RecipeError(
                 f"{place}: {error.problem}.", fix="Write the values out, without aliases."
             ) from None
+        if isinstance(error, _Tagged):
+            raise RecipeError(f"{place}: {error.problem}.", fix="Write the value alone.") from None
         found = str(getattr(error, "problem", None) or getattr(error, "reason", error))
         raise RecipeError(f"{place} is not YAML or JSON.", found=found) from None
-    except (RecursionError, ValueError) as error:  # nested without end; a date or a number that is none
-        found = "too many levels" if isinstance(error, RecursionError) else str(error)[:200]
-        raise RecipeError(f"{path} cannot be read as YAML or JSON.", found=found) from None
     if layer is None:
         raise RecipeError(f"{path} is empty.", fix=f"Write `{example}`, or leave the file out.")
     if not isinstance(layer, dict):
@@ -540,8 +594,8 @@ def read_layer(path: Path, *, what: str = "recipe", example: str = "section: {fi
 
 
 def _line_at(text: str, position: int) -> tuple[int, int]:
-    """Line and column of a character, both counted from 0, as the marks of YAML are."""
-    before = text[:position]
+    """Line and column of a character, both counted from 0."""
+    before = text[:position].replace("\r\n", "\n").replace("\r", "\n")
     return before.count("\n"), len(before) - before.rfind("\n") - 1
 
 
@@ -592,12 +646,10 @@ def assignment(text: str) -> Layer:
 def scalar(text: str) -> Any:
     """A value from the command line, as YAML reads it. Raises RecipeError."""
     try:
-        return yaml.safe_load(text)
-    except RecursionError:
-        raise RecipeError(f"{text[:40]}... is no value.", found="levels without end") from None
+        return loaded(text)
     except yaml.YAMLError as error:
         raise RecipeError(
-            f"{text} is not a value.", found=str(getattr(error, "problem", error)), fix="Quote it."
+            f"{text[:200]} is not a value.", found=str(getattr(error, "problem", error)), fix="Quote it."
         ) from None
 
 

@@ -12,7 +12,7 @@ import hashlib
 import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +32,7 @@ from tunesmith.data.splitting import TRAIN, VALIDATION
 from tunesmith.data.templates import Encoding
 from tunesmith.engines.check import FILE as CHECKS
 from tunesmith.engines.check import keep_check, remarked
-from tunesmith.errors import DataError, RecipeError, TunesmithError, lacked_memory
+from tunesmith.errors import DataError, RecipeError, TunesmithError
 from tunesmith.estimate import Estimate
 from tunesmith.evaluation import EvalRow, forgetting, stages
 from tunesmith.evaluation import leakage as leaks
@@ -50,9 +50,10 @@ from tunesmith.methods.kto import shuffled
 from tunesmith.methods.preferred import without_reference_pass
 from tunesmith.plan import Decision, Plan
 from tunesmith.recipe import FSDP, SFT, DeepSpeed, LoRA, QLoRA, Recipe, Tracking, Training
-from tunesmith.training import checkpoints, continuing, gpu
+from tunesmith.training import continuing, gpu
 from tunesmith.training.fit import Fit, arguments, fit
 from tunesmith.training.order import by_length, order_by_length
+from tunesmith.training.retaking import Lacking, attempted, retaken
 from tunesmith.training.run import Run
 
 if TYPE_CHECKING:
@@ -630,9 +631,8 @@ def fitted(
         }
     )
     rests_on = continuing.rests_on(recipe, identity)
-    result, is_whole = _fitted(
-        recipe, prepared, plan, encodings, packing, checkpoint, validation_items, rests_on
-    )
+    attempt = partial(_fitted_from, recipe, prepared, plan, encodings, packing, validation_items, rests_on)
+    result, is_whole = retaken(prepared, checkpoint, attempt)
     carry(result.final_model, prepared, splits, recipe.model.base)
     prepared.write("training.json", asdict(result))
     planned = prepared.read("plan.json") or {}
@@ -644,52 +644,6 @@ def fitted(
     return result
 
 
-def _fitted(
-    recipe: Recipe,
-    prepared: Run,
-    plan: Plan,
-    encodings: data.EncodedSplits,
-    packing: Packing | None,
-    checkpoint: Path | None,
-    validation_items: Sequence[evaluation.Item],
-    rests_on: Mapping[str, Any] | None = None,
-) -> tuple[Fit, bool]:
-    """The training, taken back to its last checkpoint where memory runs out in what no step can take back by itself:
-    an update may be half made, a model half saved. Whether it was made in one go is the second."""
-    given = recipe, prepared, plan, encodings, packing, validation_items, rests_on
-    failed = 0
-    for left in reversed(range(TAKEN_BACK + 1)):
-        alone = ranks.count() == 1
-        found = _fitted_from(*given, checkpoint=checkpoint, may_fail_after=failed if left and alone else None)
-        if isinstance(found, Fit):
-            return found, checkpoint is None
-        failed = found.step
-        # Out of the handler, so that nothing holds what was computed.
-        checkpoints.free_memory()
-        checkpoint = found.checkpoint
-        value = f"taken back to {checkpoint.name if checkpoint else 'the start'}"
-        reason = (
-            f"memory ran out at step {found.step}, in what no step can take back by itself; everything was given back, "
-            f"and the run goes on from there: {found.said}"
-        )
-        prepared.event("decision", step=found.step, name="memory", value=value, reason=reason)
-    raise AssertionError("the last one may not fail")
-
-
-TAKEN_BACK = 3
-"""How often a run is taken back to its last checkpoint for want of memory; for the same step only once."""
-
-
-@dataclass(frozen=True)
-class _OutOfMemory:
-    """A training that ended for want of memory."""
-
-    step: int
-    said: str
-    checkpoint: Path | None
-    """Where it can be taken up again."""
-
-
 def _fitted_from(
     recipe: Recipe,
     prepared: Run,
@@ -698,11 +652,10 @@ def _fitted_from(
     packing: Packing | None,
     validation_items: Sequence[evaluation.Item],
     rests_on: Mapping[str, Any] | None,
-    *,
     checkpoint: Path | None,
     may_fail_after: int | None,
-) -> Fit | _OutOfMemory:
-    """One training; instead of memory that runs out in a step after `may_fail_after` it gives what is to be said."""
+) -> Fit | Lacking:
+    """One training (`retaking.Attempt`)."""
     from transformers import set_seed
 
     method = METHODS[recipe.method.kind]
@@ -717,36 +670,29 @@ def _fitted_from(
         if isinstance(recipe.parallel, DeepSpeed) and plan.zero_stage:
             given["deepspeed"] = parallel.configuration(recipe.parallel, plan.zero_stage, plan, own)
         trainer = _trainer(recipe, prepared, tokenizer, plan, encodings, packing, given)
-        try:
-            return fit(
-                trainer,
-                prepared,
-                recipe.training,
-                adapter_init=getattr(recipe.adapter, "init", None),
-                checkpoint=checkpoint,
-                tensorboard="tensorboard" in recipe.tracking.trackers,
-                samples=_asked(recipe, encodings.validation),
-                max_new_tokens=recipe.evaluation.max_new_tokens,
-                measure=partial(_measures, recipe, tokenizer, plan.device, list(validation_items))
-                if validation_items
-                else None,
-                higher_is_better=recipe.training.best_by != "loss"
-                and METRICS[recipe.training.best_by].higher_is_better,
-                input_rows=encodings.train.rows,
-                release=encodings.release,
-                pace=partial(_paced, prepared) if checkpoint is None else None,
-                tokens_per_step=0.0 if method.draws else plan.tokens_per_epoch / plan.steps_per_epoch,
-                rehearsal=_rehearsal(recipe, training, trainer, plan, encodings, packing),
-                rests_on=rests_on,
-            )
-        except Exception as error:
-            step = trainer.state.global_step + 1
-            if may_fail_after is None or step <= may_fail_after or not lacked_memory(error):
-                raise
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        written = trainer.written
-        last = written if written and checkpoints.problem(written) is None else checkpoint
-        return _OutOfMemory(step, said, last)
+        work = partial(
+            fit,
+            trainer,
+            prepared,
+            recipe.training,
+            adapter_init=getattr(recipe.adapter, "init", None),
+            checkpoint=checkpoint,
+            tensorboard="tensorboard" in recipe.tracking.trackers,
+            samples=_asked(recipe, encodings.validation),
+            max_new_tokens=recipe.evaluation.max_new_tokens,
+            measure=partial(_measures, recipe, tokenizer, plan.device, list(validation_items))
+            if validation_items
+            else None,
+            higher_is_better=recipe.training.best_by != "loss"
+            and METRICS[recipe.training.best_by].higher_is_better,
+            input_rows=encodings.train.rows,
+            release=encodings.release,
+            pace=partial(_paced, prepared) if checkpoint is None else None,
+            tokens_per_step=0.0 if method.draws else plan.tokens_per_epoch / plan.steps_per_epoch,
+            rehearsal=_rehearsal(recipe, training, trainer, plan, encodings, packing),
+            rests_on=rests_on,
+        )
+        return attempted(trainer, work, checkpoint, may_fail_after)
 
 
 def _assist(job: Mapping[str, Any]) -> None:
@@ -770,7 +716,8 @@ def _assist(job: Mapping[str, Any]) -> None:
     run = Run(Path(job["run"]), is_read_only=True)
     # The first process measures; the others need to know that it does.
     measured = [None] if job["measures"] else []
-    _fitted(recipe, run, plan, encodings, packing, checkpoint, measured)  # type: ignore[arg-type]
+    attempt = partial(_fitted_from, recipe, run, plan, encodings, packing, measured, None)  # type: ignore[arg-type]
+    retaken(run, checkpoint, attempt)
 
 
 def _rehearsal(

@@ -175,6 +175,11 @@ def is_refused_writing(error: BaseException) -> bool:
     return _is_errno(error, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
+def is_out_of_files(error: BaseException) -> bool:
+    """Whether no further file could be opened, as many as a process or the machine may have being open."""
+    return _is_errno(error, errno.EMFILE, errno.ENFILE)
+
+
 def _is_errno(error: BaseException, *numbers: int) -> bool:
     # Errors of safetensors and tokenizers have no number but in their text.
     return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)

@@ -22,6 +22,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
     from tunesmith.data.cache import Encodings
     from tunesmith.recipe import LoRA, Recipe
+    from tunesmith.training.fit import Fit
+    from tunesmith.training.retaking import Lacking
     from tunesmith.training.run import Run
 
 TEXT_COLUMNS = (
@@ -148,7 +151,7 @@ class LLMFineTuner:
         self.model = _spread(model) if spread else model
         self.peft_model, self._lora, self._is_tuned = None, None, False
         facts, limit = models.describe(self.model), context_length(self.model)
-        print(
+        _say(
             f"{self.model_name}: {facts.architecture}, {facts.parameters:,} parameters in "
             f"{counted(facts.layers, 'layer')}, {str(self.model.dtype).removeprefix('torch.')} on {self.device}"
             + (f", context of {limit:,} tokens" if limit else "")
@@ -214,7 +217,7 @@ class LLMFineTuner:
         }
         # Of a source with several splits, `max_rows` would count other rows than num_samples did.
         self._origins[dataset._fingerprint] = {} if num_samples and has_splits else origin
-        print(f"{counted(len(dataset), 'row')} of {dataset_source}: {_columns_shown(dataset)}")
+        _say(f"{counted(len(dataset), 'row')} of {dataset_source}: {_columns_shown(dataset)}")
         return dataset
 
     def detect_text_columns(self, dataset: Dataset) -> list[str]:
@@ -271,7 +274,7 @@ class LLMFineTuner:
                 f"No row has text in {columns[-1]}.", fix="Name other columns: text_columns=[...]."
             )
         truncated = sum(encoded["truncated"])
-        print(
+        _say(
             f"{len(encoded)} of {counted(len(dataset), 'row')} prepared from {', '.join(columns)}: "
             f"{empty} without {columns[-1]} and left out, {truncated} cut at {counted(max_length, 'token')}"
         )
@@ -335,7 +338,7 @@ class LLMFineTuner:
             }
         ).adapter
         if self.peft_model is not None:
-            print(
+            _say(
                 "The adapter in memory is given up for a new one."
                 + (" Its weights are saved." * self._is_tuned)
             )
@@ -371,11 +374,11 @@ class LLMFineTuner:
 
         from tunesmith import forward, models
         from tunesmith.cli import Display
-        from tunesmith.compose import validated
         from tunesmith.export.card import write_card
         from tunesmith.methods import METHODS
-        from tunesmith.training import checkpoints, continuing
+        from tunesmith.training import continuing
         from tunesmith.training.fit import arguments, fit
+        from tunesmith.training.retaking import attempted, retaken
         from tunesmith.training.run import anchored, create, discard, is_run, open_run
 
         self._need(self.model, "load_model()", "train()")
@@ -396,43 +399,33 @@ class LLMFineTuner:
             lengths=rows.lengths.tolist(),
             num_validation=0,
         )
-        checkpoint = None
+        identity = {"tokens": digest}
         with Display(quiet=False) as display:
             path = self._folder()
-            if is_run(path):
+            is_begun = is_run(path)
+            if is_begun:
                 run = open_run(path, watch=display)
-                before = continuing.known(run, None)
-                then = validated(before["recipe"]) if before and "recipe" in before else run.recipe()
-                changed = continuing.differences(then, recipe)
-                named = (before or {}).get("identity")
-                known = named.get("tokens") if isinstance(named, dict) else (before or {}).get("data_sha256")
-                if before and known != digest:
-                    changed.append("the data set's tokens differ")
-                if not before and checkpoints.found(run):
-                    changed.append("nothing says what its data were: plan.json cannot be read")
-                state = run.state()
-                if state in {"done", "running"} or changed:
+                if (state := run.state()) in {"done", "running"}:
                     raise RunError(
                         f"The folder {self.output_dir} holds a run already.",
                         found=f"a run in state '{state}'"
-                        + (f": {run.holder()}" if state == "running" else "")
-                        + (f"; {'; '.join(changed)}" if changed else ""),
-                        fix="Give LLMFineTuner another output_dir, or delete the folder.",
+                        + (f": {run.holder()}" if state == "running" else ""),
+                        fix=OTHER_FOLDER,
                     )
-                checkpoint = checkpoints.choose(run)
             else:
                 try:
                     run = create(recipe, watch=display)
                 except RunError as error:
-                    fix = "Give LLMFineTuner another output_dir."
-                    raise RunError(error.problem, found=error.found, fix=fix) from None
+                    raise RunError(error.problem, found=error.found, fix=OTHER_FOLDER) from None
             dropped = {NOTHING_TO_LEARN: counts["dropped"]} if counts["dropped"] else {}
-            facts = {"data_sha256": digest, "rows": counts, "recipe": recipe.model_dump(mode="json")}
-            run.write("plan.json", {**plan.as_dict(), **facts})
+            facts = {
+                "data_sha256": digest, "rows": counts, "identity": identity, "recipe": recipe.model_dump(mode="json"),
+            }  # fmt: skip
             with run.lock():
+                checkpoint = _continued(run, recipe, identity) if is_begun else None
+                run.write("plan.json", {**plan.as_dict(), **facts})
                 (run.path / "status.json").unlink(missing_ok=True)
                 try:
-                    torch.manual_seed(recipe.training.seed)
                     run.event("state", state="prepared", rows=counts, dropped=dropped)
                     for decision in plan.decisions:
                         run.event(
@@ -444,20 +437,33 @@ class LLMFineTuner:
                     options = arguments(
                         plan, recipe.training, recipe.tracking, name=path.name, staging=path / ".staging"
                     )
-                    with models.keeping_types(self.peft_model):
-                        trainer = METHODS["sft"].build(
-                            recipe.method,
-                            model=self.peft_model,
-                            tokenizer=self.tokenizer,
-                            train=rows,
-                            validation=(),
-                            arguments=options,
-                            run=run,
-                            keep=recipe.training.save_total_limit,
+                    begun = {n: p.detach().clone() for n, p in _trained(self.peft_model)}
+
+                    def attempt(checkpoint: Path | None, may_fail_after: int | None) -> Fit | Lacking:
+                        self.peft_model.zero_grad(set_to_none=True)
+                        with torch.no_grad():
+                            for name, parameter in _trained(self.peft_model):
+                                parameter.copy_(begun[name])
+                        torch.manual_seed(recipe.training.seed)
+                        with models.keeping_types(self.peft_model):
+                            trainer = METHODS["sft"].build(
+                                recipe.method,
+                                model=self.peft_model,
+                                tokenizer=self.tokenizer,
+                                train=rows,
+                                validation=(),
+                                arguments=options,
+                                run=run,
+                                keep=recipe.training.save_total_limit,
+                            )
+                        forward.attach(trainer, run, recipe.training)
+                        rests_on = continuing.rests_on(recipe, identity)
+                        work = partial(
+                            fit, trainer, run, recipe.training, checkpoint=checkpoint, rests_on=rests_on
                         )
-                    forward.attach(trainer, run, recipe.training)
-                    rests_on = continuing.rests_on(recipe, {"tokens": digest})
-                    result = fit(trainer, run, recipe.training, checkpoint=checkpoint, rests_on=rests_on)
+                        return attempted(trainer, work, checkpoint, may_fail_after)
+
+                    result, _ = retaken(run, checkpoint, attempt)
                     run.write("training.json", asdict(result))
                     write_card(run, [])
                     _lay_open(run)
@@ -475,7 +481,7 @@ class LLMFineTuner:
                     raise
                 run.finish("done", seconds=result.seconds)
         self._is_tuned = True
-        print(f"Model saved in {self.output_dir}")
+        _say(f"Model saved in {self.output_dir}")
 
     def benchmark(
         self,
@@ -526,13 +532,13 @@ class LLMFineTuner:
                     "model.",
                 ) from error
         if test_references is None:
-            print(SELF_REFERENCE)
+            _say(SELF_REFERENCE)
         elif len(self._columns) > 1 and not all(p.startswith(f"{self._columns[0]}: ") for p in prompts):
             form = " ".join(f"{name}: …" for name in self._columns[:-1]) + f" {self._columns[-1]}:"
-            print(f"The prompts are asked as they are; the training texts begin with `{form}`.")
+            _say(f"The prompts are asked as they are; the training texts begin with `{form}`.")
         cut = sum(a.finish_reason == "length" and len(a.ids) < max_new_tokens for a in answers)
         if cut:
-            print(
+            _say(
                 f"{counted(cut, 'answer')} of {len(answers)} {does('end', cut)} where the model's context "
                 f"of {context_length(self.model)} tokens does, before {max_new_tokens} new tokens."
             )
@@ -548,7 +554,7 @@ class LLMFineTuner:
                 )
             ]
             scores[name] = sum(values) / len(values)
-        print(
+        _say(
             f"{'Fine-tuned model' if use_finetuned else 'Base model'}, {counted(len(prompts), 'prompt')}: "
             + ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         )
@@ -572,7 +578,7 @@ class LLMFineTuner:
                 fix="Call train() before upload_to_huggingface().",
             )
         address = publish(folder, repo_name, private=private, token=token, create=create_new)
-        print(f"✅ Model uploaded successfully to: {address}")
+        _say(f"✅ Model uploaded successfully to: {address}")
 
     def _need(self, there: Any, step: str, wanted: str) -> None:
         if there is None:
@@ -831,6 +837,37 @@ def get_user_input(prompt: str, default: str | None = None) -> str:
     """What the user types after `prompt [default]: `, stripped; the default where that is nothing."""
     answer = input(f"{prompt} [{default}]: " if default is not None else f"{prompt}: ").strip()
     return answer or (default or "")
+
+
+OTHER_FOLDER = "Give LLMFineTuner another output_dir, or delete the folder."
+
+
+def _continued(run: Run, recipe: Recipe, identity: Mapping[str, Any]) -> Path | None:
+    """The checkpoint from which a run of a former call goes on; None for its start. Raises RunError where it was begun
+    with another recipe or other data."""
+    from tunesmith.training import checkpoints, continuing
+
+    checkpoint = checkpoints.choose(run)
+    try:
+        continuing.check_recipe(recipe, run, checkpoint)
+        continuing.check_identity(run, checkpoint, identity)
+    except RunError as error:
+        raise RunError(error.problem, found=error.found, fix=OTHER_FOLDER) from None
+    if checkpoint and (changed := checkpoints.environment_differences(checkpoint)):
+        run.event("warning", message=f"The run goes on, though not to the bit: {'; '.join(changed)}.")
+    return checkpoint
+
+
+def _trained(model: Any) -> list[tuple[str, Any]]:
+    """The parameters that are trained, by name."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _say(text: str) -> None:
+    """Print for whoever sits at the notebook or the terminal; names of columns are strangers' text."""
+    from tunesmith.terminal import inert
+
+    print(inert(text))
 
 
 def _spread(model: Any) -> Any:

@@ -77,7 +77,7 @@ class Remote:
     setting: str = "base_url"
     """Where the address is set, as errors call it."""
     api_key_env: str | None = None
-    timeout: float = 60.0
+    timeout: float = 30.0
     """Seconds for a whole request, to the last byte of its reply."""
     key_header: str = "Authorization"
     """Header of the key; in this one it follows the word `Bearer`."""
@@ -289,14 +289,14 @@ def secret(name: str) -> str | None:
         return given
     try:
         import keyring
-        from keyring.errors import KeyringError, NoKeyringError
+        from keyring.errors import NoKeyringError
     except ImportError:
         return None
     try:
         return (keyring.get_password(KEYRING, name) or "").strip() or None
     except NoKeyringError:  # a machine without any, as servers and containers are
         return None
-    except KeyringError as error:
+    except Exception as error:  # a backend may raise what it likes
         raise RecipeError(
             f"The system's keyring was asked for {name} and did not answer.",
             found=type(error).__name__,  # its words may hold anything

@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -40,6 +41,14 @@ def _names(value: Any) -> Any:
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
+def _seed(value: int) -> int:
+    if value >= 2**32:
+        raise ValueError("a seed has to be below 2**32, as numpy's generator takes no other")
+    return value
+
+
+Seed = Annotated[NonNegativeInt, AfterValidator(_seed)]
+
 Names = Annotated[list[str], BeforeValidator(_names)]
 """A list of names; `a,b` and a single name count as one."""
 
@@ -48,7 +57,11 @@ class Section(BaseModel):
     """What every section shares: frozen, no unknown keys, docstrings as descriptions."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
@@ -145,7 +158,7 @@ class Data(DataSource):
     """Training examples per epoch. Fewer than there are: that many are drawn, by content and `mix_seed`.
     More, in a mix with weights: rows are repeated."""
 
-    mix_seed: NonNegativeInt = 0
+    mix_seed: Seed = 0
     """Seed of which rows are drawn where `num_samples` or weights leave some out."""
 
     system_prompt: str | None = None
@@ -796,8 +809,8 @@ class Training(Section):
 
     cache_frozen: bool = False
     """Keep the outputs of frozen bottom layers (adapter.kind freeze) from epoch to epoch, in a quarter of the free
-    memory at most. Refused where an adapter or dropout sits below, and with grpo, rloo and ppo, whose rows never come
-    back."""
+    memory at most. Refused where nothing below is frozen, or an adapter or dropout sits there, and with grpo, rloo and
+    ppo, whose rows never come back."""
 
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_yaml_no)] = "no"
     """Precision of the forward and backward pass; weights stay in their own type."""
@@ -824,7 +837,7 @@ class Training(Section):
     num_workers: NonNegativeInt = 0
     """Processes that prepare batches."""
 
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     """Seed of everything random in the run; the data split does not depend on it."""
 
     eval_metrics: Names = []
@@ -939,7 +952,7 @@ class Evaluation(Section):
     attempts_temperature: Annotated[float, Field(gt=0, le=2)] = 0.8
     """Temperature of several attempts: low (0.2) for pass@1, high (0.8) for pass@10 and beyond."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """What several attempts are drawn with; greedy answers need none."""
 
     engine: Literal["auto", "padded", "paged", "vllm", "openai", "ray"] = "auto"

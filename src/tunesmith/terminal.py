@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +23,20 @@ def inert(text: str) -> str:
 def _pictured(sign: str) -> str:
     number = ord(sign)
     return chr(0x2400 + number) if number < 0x20 else "\u2421" if number == 0x7F else "\ufffd"
+
+
+def json_line(content: Any) -> str:
+    """One line of JSON for stdout; in ASCII where that is a terminal, which obeys characters that JSON leaves as they
+    are, and where the content holds half a character, as names of columns may."""
+    line = json.dumps(content, ensure_ascii=False, default=str)
+    if not sys.stdout.isatty():
+        try:
+            line.encode()
+        except UnicodeEncodeError:
+            pass
+        else:
+            return line
+    return json.dumps(content, default=str)
 
 
 class Console(_Console):

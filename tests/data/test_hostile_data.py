@@ -431,6 +431,12 @@ def test_one_long_text_in_a_dictionary_is_not_multiplied(tmp_path):
     assert grown(read)[1] < 700
 
 
+def test_a_long_text_before_levels_without_end_takes_little_memory(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('["' + r"a\"" * 700_000 + '",\n' + "[" * 5000)
+    assert grown(lambda: sources.read(str(path)))[1] < 60
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path), os.mkdir])
 def test_what_is_no_file_is_refused_at_once(tmp_path, make):
     path = str(tmp_path / "rows.jsonl")
@@ -486,9 +492,20 @@ YAML = {
     "laughs": (LAUGHS, "more than"),
     "merged laughs": (MERGED, "more than"),
     "itself": ("data: &a [*a]\n", "itself"),
-    "python object": ("data: !!python/object/apply:os.system ['true']\n", "not YAML"),
-    "python name": ("data: !!python/name:os.system\n", "not YAML"),
-    "own tag": ("data: !run 1\n", "not YAML"),
+    "python object": ("data: !!python/object/apply:os.system ['true']\n", "line 1, column 7: the tag"),
+    "python name": ("data: !!python/name:os.system\n", "line 1, column 7: the tag"),
+    "own tag": ("data: !run 1\n", "line 1, column 7: the tag '!run'"),
+    "a tag that YAML knows": ("data: 1\nseed: !!int '5'\n", "line 2, column 7: the tag"),
+    "an empty number": ("data: 1\nseed: !!int ''\n", "line 2, column 7: the tag"),
+    "no truth": ("data: 1\nseed: !!bool x\n", "line 2, column 7: the tag"),
+    "a set": ("data: !!set {x, y}\n", "line 1, column 7: the tag"),
+    "a place left open": ("task: chat\nname: {{ x }}\n", "line 2, column 8 is not YAML"),
+    "a list for a name": ("task: chat\n? [1]\n: x\n", "line 2, column 3 is not YAML"),
+    "another end of a line": ("task: chat # \u2028\nname: 2024-99-99\n", "line 2, column 7 is not YAML"),
+    "bits without end": ("task: chat\nname: 0x" + "f" * 5000, "line 2, column 7 is not YAML"),
+    "minutes without end": ("task: chat\nname: 1" + ":10" * 400 + ".5\n", "line 2, column 7 is not YAML"),
+    "a name that ends early": ('output_dir: "a\\0b"\n', "line 1, column 13 is not YAML"),
+    "no character": ('task: chat\nname: "\\UFFFFFFFF"\n', "line 2, column .* is not YAML"),
     "key twice": ("task: chat\ntask: code\n", "again, after line 1"),
     "key twice inside": ("data: {dataset: a, dataset: b}\n", "again, after line 1"),
     "key twice in JSON": ('{"data": {"dataset": "a", "dataset": "b"}}', "again, after line 1"),

@@ -179,6 +179,18 @@ def test_any_state_comes_back_as_it_was(tmp_path):
         state.packed({"hook": lambda: None}, {}, "s")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "5", "{", '{"items": [["loop", 5]]}', '{"items": [[{"list": []}, 5]]}', '{"tensor": "x"}',
+     '{"type": "load"}', '{"array": [[1], 2], "dtype": "int8"}', '{"quantized": "x", "parts": 5, "attributes": 5}'],
+)  # fmt: skip
+def test_a_state_of_strangers_is_refused_in_words(tmp_path, text):
+    save_file({}, tmp_path / state.TENSORS)
+    (tmp_path / state.NUMBERS).write_text(text)
+    with pytest.raises(RunError, match="did not write"):
+        state.read(tmp_path)
+
+
 def test_states_of_several_tensors_in_one_come_back_as_they_were(monkeypatch):
     """torchao's, by a stand-in where it is not installed."""
     import sys
@@ -454,6 +466,8 @@ CALLS = (
     "unlinkat",
     "rmdir",
     "mkdir",
+    "sendfile",
+    "copy_file_range",
     "openat",
 )
 """System calls by which a save changes the disk, as Python's, torch's and Rust's libraries make them."""

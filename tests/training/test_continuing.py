@@ -9,7 +9,6 @@ import itertools
 import json
 import random
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,17 +16,19 @@ import torch
 from safetensors.torch import load_file
 
 from tunesmith import api, dataflow
-from tunesmith.compose import compose, overlaid
+from tunesmith.compose import compose, faults, overlaid
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.methods import METHODS
 from tunesmith.training import checkpoints, continuing, state, verifying
-from tunesmith.training.run import Run, folder_name
+from tunesmith.training.run import Run
 
 LORA = {"kind": "lora", "rank": 4, "dropout": 0.1}
 GRID = {
     "adapter": {
         "lora": {"adapter": LORA},
         "dora": {"adapter": {**LORA, "dora": True}},
+        "pissa": {"adapter": {**LORA, "init": "pissa"}},
+        "qlora": {"adapter": {**LORA, "kind": "qlora"}},
         "full": {},
         "freeze": {"adapter": {"kind": "freeze", "ratio": 0.5}},
     },
@@ -56,16 +57,19 @@ GRID = {
         "never": {"data": {"validation": 0.0}},
     },
     "schedule": {
+        "linear": {"training": {"scheduler": "linear", "warmup_steps": 1}},
         "cosine_with_restarts": {"training": {"scheduler": "cosine_with_restarts", "warmup_steps": 2}},
         "inverse_sqrt": {"training": {"scheduler": "inverse_sqrt", "warmup_steps": 1}},
         "polynomial": {"training": {"scheduler": "polynomial"}},
     },
     "optimizer": {
-        "adamw_torch": {},
+        "adamw_torch_fused": {"training": {"optimizer": "adamw_torch_fused"}},
+        "adamw_torch": {"training": {"optimizer": "adamw_torch"}},
         "adafactor": {"training": {"optimizer": "adafactor"}},
         "sgd": {"training": {"optimizer": "sgd"}},
     },
     "noise": {"neftune": {"method": {"neftune_noise_alpha": 5.0}}, "none": {}},
+    "weights": {"float32": {}, "bfloat16": {"model": {"dtype": "bfloat16"}}},
 }  # fmt: skip
 
 
@@ -103,8 +107,9 @@ SAMPLE = [
         "inverse_sqrt",
         "adamw_torch",
         "neftune",
+        "float32",
     ),
-    ("full", "packing", "stock", "one", "never", "polynomial", "adafactor", "none"),
+    ("full", "packing", "stock", "one", "never", "linear", "adafactor", "none", "bfloat16"),
     (
         "freeze",
         "by length",
@@ -112,10 +117,11 @@ SAMPLE = [
         "one",
         "by a metric",
         "cosine_with_restarts",
-        "adamw_torch",
+        "adamw_torch_fused",
         "none",
+        "float32",
     ),
-    ("dora", "workers", "checkpointing", "mix", "best model", "polynomial", "sgd", "none"),
+    ("dora", "workers", "checkpointing", "mix", "best model", "polynomial", "sgd", "none", "float32"),
 ]
 """Those of every commit."""
 
@@ -161,12 +167,13 @@ def test_a_sample_of_the_options_continues_to_the_bit(quick, combination):
 
 @pytest.mark.parametrize("adapter", ["lora", "dora", "full"])
 def test_options_that_exclude_one_another_are_refused_with_the_reason(quick, adapter):
-    recipe = quick(GRID["adapter"][adapter], GRID["forward"]["frozen kept"])
-    with pytest.raises(RecipeError) as error:
-        api.train(recipe)
-    assert "training.cache_frozen" in str(error.value)
-    assert error.value.fix
-    assert not (Path(recipe.output_dir) / folder_name(recipe)).exists()
+    """When the recipe is composed, and so where a form is filled in."""
+    with pytest.raises(RecipeError, match=r"training\.cache_frozen has nothing to keep") as error:
+        quick(GRID["adapter"][adapter], GRID["forward"]["frozen kept"])
+    assert "--freeze-ratio" in error.value.fix
+    assert faults({**GRID["adapter"][adapter], **GRID["forward"]["frozen kept"]}).keys() == {
+        "training.cache_frozen"
+    }
 
 
 @pytest.mark.thorough
@@ -369,6 +376,72 @@ def test_checkpoints_that_do_not_say_what_they_rest_on_need_the_plan(copied, is_
     assert ("data set questions was " if is_planned else "no checkpoint says it") in error.value.found
     assert "--name" in error.value.fix
     assert (copied.path / "plan.json").exists() is is_planned, "nor is one made of what is there now"
+
+
+STRANGE = {
+    "files": (lambda content: content.update(files=["a"]), "No checkpoint"),
+    "a file": (lambda content: content["files"].update({"trainer_state.json": 5}), "No checkpoint"),
+    "a size": (lambda content: content["files"].update({"x": {"sha256": "y"}}), "No checkpoint"),
+    "no path": (
+        lambda content: content["files"].update({"\0\ud800": {"bytes": 1, "sha256": "y"}}),
+        "No checkpoint",
+    ),
+    "machine": (lambda content: content.update(environment=["torch"]), "No checkpoint"),
+    "processes": (lambda content: content.update(processes="two"), "No checkpoint"),
+    "recipe": (lambda content: content["rests_on"].update(recipe={"method": [1]}), "cannot be read"),
+    "plan": (lambda content: content.pop("rests_on"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_a_run_of_strangers_is_refused_in_words(copied, what):
+    """Anybody can seal a manifest: what stands in it is nothing that they say it is."""
+    change, said = STRANGE[what]
+    resealed(checkpoints.found(copied)[0], change)
+    (copied.path / "plan.json").write_text('{"recipe": 5, "identity": 5}')
+    with pytest.raises(RunError, match=said):
+        continuing.check_recipe(copied.recipe(), copied, checkpoints.choose(copied))
+
+
+@pytest.mark.parametrize("name", ["status.json", "plan.json"])
+def test_a_file_of_a_run_that_is_no_object_is_damaged(copied, name):
+    for text in ("[]", "5", "[" * 100_000, '"\xff"'):
+        (copied.path / name).write_text(text, encoding="latin-1")
+        with pytest.raises(RunError, match="is damaged"):
+            copied.read(name)
+    (copied.path / "events.jsonl").write_text(
+        '5\n[]\n{"kind": "step", "step": "x"}\n{"kind": "step", "step": 1}\n'
+    )
+    assert copied.events() == [{"kind": "step", "step": 1}]
+
+
+def test_how_processes_hold_the_model_may_change_and_is_said(copied):
+    from tunesmith.recipe import FSDP, Accelerate
+
+    point = checkpoints.choose(copied)
+    recipe = copied.recipe()
+    continuing.check_recipe(recipe, copied, point)
+    assert not [e for e in copied.events() if "but for rounding" in e.get("message", "")]
+    changed = {"parallel": FSDP(), "launch": Accelerate(processes=2)}
+    continuing.check_recipe(recipe.model_copy(update=changed), copied, point)
+    said = copied.events()[-1]["message"]
+    assert said.startswith("The run goes on, equal but for rounding: ")
+    for part in (
+        "parallel.kind was 'ddp', is 'fsdp'",
+        "launch.kind was 'local', is 'accelerate'",
+        "launch.processes",
+    ):
+        assert part in said
+
+
+def test_a_file_that_no_manifest_lists_makes_no_checkpoint_deepspeed_s(copied):
+    point = checkpoints.choose(copied)
+    (point / checkpoints.ZERO).write_text("global_step2")
+    checkpoints.check_zero(point, is_zero=False)
+    resealed(point, lambda content: content["files"].update({checkpoints.ZERO: {"bytes": 12, "sha256": ""}}))
+    with pytest.raises(RunError, match="of DeepSpeed") as error:
+        checkpoints.check_zero(point, is_zero=False)
+    assert f"tunesmith resume {copied.path} --processes 1" in error.value.fix
 
 
 FIELDS = {

@@ -542,7 +542,8 @@ def short_at(made, monkeypatch):
     ],
 )
 def test_memory_may_run_out_at_any_call(short_at, wanted):
-    """Every operation that makes a tensor, from the first to the last of a run, is the one in turn."""
+    """Operations that make a tensor, one in turn: sixty evenly spread from the first to the last of a run, in four
+    parts, and each one of every update."""
     whole, made_for = short_at(0)
     numbers = {what: [k for k, each in enumerate(made_for, 1) if each == what] for what in made_for}
     assert numbers.keys() == {*MADE_FOR.values(), "what is between"}

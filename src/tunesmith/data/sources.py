@@ -983,7 +983,7 @@ def _json(path: DataFile) -> Iterator[Record | Broken]:
     yield from _records(path.name, loaded)
 
 
-_MARK = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{\]}]', re.DOTALL)
+_MARK = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[{\]}]', re.DOTALL)
 """A text of JSON, in which brackets mean nothing, or a bracket."""
 
 

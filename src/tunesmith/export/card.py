@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from tunesmith.compose import loaded
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.errors import TunesmithError
 from tunesmith.evaluation.compare import Comparison, amount, methods, remarks, sentence, table
@@ -267,7 +268,7 @@ def terms_of(folder: Path) -> dict[str, str]:
             said = json.loads((folder / TERMS).read_text(encoding="utf-8"))
         else:
             _, front, _ = (folder / "README.md").read_text(encoding="utf-8").split("---", 2)
-            said = yaml.safe_load(front)
+            said = loaded(front)
         names = ("license", "license_name", "license_link")
         return {name: str(said[name]) for name in names if said.get(name)}
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
@@ -320,7 +321,7 @@ def _made_from(folder: Path) -> str | None:
             said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             return str(said["base_model_name_or_path"])
         _, front, _ = (folder / "README.md").read_text(encoding="utf-8").split("---", 2)
-        base = yaml.safe_load(front).get("base_model")
+        base = loaded(front).get("base_model")
         return str(base[0] if isinstance(base, list) else base) if base else None
     except (OSError, ValueError, KeyError, IndexError, AttributeError, yaml.YAMLError, TunesmithError):
         return None  # what cannot be read tells nothing

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import inspect
-import json
 import logging
 import os
 import sys
@@ -66,6 +65,7 @@ from tunesmith.errors import (
 )
 from tunesmith.evaluation.metrics import METRICS, Metric
 from tunesmith.methods.seq2seq import token_mean
+from tunesmith.terminal import inert, json_line
 from tunesmith.training.validating import token_weighted
 
 log = logging.getLogger(__name__)
@@ -1184,12 +1184,12 @@ def _main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = _run(given, {name: value for name, value in given.items() if name in inputs})
     except TunesmithError as error:
-        print("\n".join(error.lines()), file=sys.stderr)
+        print(inert("\n".join(error.lines())), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("Stopped; checkpoints of whole epochs are in the adapter's folder.", file=sys.stderr)
         return Interrupted.exit_code
-    print(json.dumps(found, ensure_ascii=False, default=str))
+    print(json_line(found))
     return 0
 
 

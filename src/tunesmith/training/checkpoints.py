@@ -30,6 +30,7 @@ from tunesmith.errors import (
     RunError,
     TrainingDiverged,
     is_out_of_disk,
+    is_out_of_files,
     is_out_of_memory,
     is_refused_writing,
 )
@@ -138,12 +139,42 @@ def manifest(folder: Path) -> dict[str, Any]:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         content: dict[str, Any] = json.loads(text)
         rest = {name: value for name, value in content.items() if name != "manifest_sha256"}
-        wrong = None if _sealed(rest) == text else f"{MANIFEST} does not have the content that was written"
+        if _sealed(rest) != text:
+            wrong: str | None = f"{MANIFEST} does not have the content that was written"
+        else:
+            wrong = _misshapen(rest)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         wrong = f"no readable manifest ({error})"
     if wrong:
         raise RunError(f"{folder} is not a whole checkpoint.", found=wrong) from None
     return content
+
+
+def _misshapen(content: Mapping[str, Any]) -> str | None:
+    """What of a manifest is not of the form in which we write it: a stranger can seal one as well."""
+    kinds: dict[str, Any] = {
+        "files": dict, "environment": dict | None, "rests_on": dict | None, "processes": int | None,
+        "validation_loss": int | float | None,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name), kind):
+            return f"{MANIFEST} has not the form of one: {name}"
+    if not isinstance((content.get("environment") or {}).get("packages"), dict | None):
+        return f"{MANIFEST} has not the form of one: environment.packages"
+    for name, facts in content["files"].items():
+        match facts:
+            case {"bytes": int(), "sha256": str()}:
+                continue
+        return f"{MANIFEST} has not the form of one: {name[:80]}"
+    return None
+
+
+def _is_own(folder: Path, name: str) -> bool:
+    """Whether a name is that of a place in a folder, and neither it nor a folder above it is a link."""
+    try:
+        return Path(os.path.realpath(folder / name)) == Path(os.path.realpath(folder)) / name
+    except ValueError:  # characters that no path has
+        return False
 
 
 def problem(folder: Path) -> str | None:
@@ -154,7 +185,7 @@ def problem(folder: Path) -> str | None:
         return str(error.found)
     for name, facts in files.items():
         path = folder / name
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or path.is_symlink():
+        if not _is_own(folder, name):
             return f"{name} is not a file of this folder"
         if not path.is_file():
             return f"{name} is missing"
@@ -295,9 +326,9 @@ def _environment() -> dict[str, Any]:
 def environment_differences(folder: Path) -> list[str]:
     """What of machine and packages is not as it was when a checkpoint was written, with both values."""
     content = manifest(folder)
-    before, now = content.get("environment", {}), _environment()
-    flat = [{**e, **e.get("packages", {})} for e in (before, now)]
-    for facts, count in zip(flat, (content.get("processes", 1), ranks.count()), strict=True):
+    before, now = content.get("environment") or {}, _environment()
+    flat = [{**e, **(e.get("packages") or {})} for e in (before, now)]
+    for facts, count in zip(flat, (content.get("processes") or 1, ranks.count()), strict=True):
         facts["the number of processes"] = count
     names = sorted((flat[0].keys() | flat[1].keys()) - {"packages"})
     return [
@@ -338,6 +369,13 @@ def unwritten(error: BaseException, folder: Path, what: str) -> OutOfResources |
             f"{what} could not be written: there is no room for it.",
             found=f"{str(error).splitlines()[0][:200]}; {free:,} bytes are free",
             fix="Free space; what was saved before is whole, and `tunesmith resume` goes on from it.",
+        )
+    if is_out_of_files(error):
+        return OutOfResources(
+            f"{what} could not be written: too many files are open.",
+            found=str(error).splitlines()[0][:200],
+            fix="Raise the limit (`ulimit -n`); what was saved before is whole, and `tunesmith resume` goes on from "
+            "it.",
         )
     if is_refused_writing(error):
         return OutOfResources(
@@ -572,7 +610,8 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
 def check_zero(folder: Path, *, is_zero: bool) -> None:
     """Raises RunError where the optimizer's state in a checkpoint is DeepSpeed's and cannot be read by what trains now,
     or the other way round: the run would go on with an optimizer that knows nothing."""
-    before, has_zero = manifest(folder).get("processes", 1), (folder / ZERO).is_file()
+    content = manifest(folder)
+    before, has_zero = content.get("processes") or 1, ZERO in content["files"]
     if not (is_zero or has_zero) or (is_zero and has_zero and before == ranks.count()):
         return
     kind = "DeepSpeed" if has_zero else "one process, or of other shares,"
@@ -580,5 +619,6 @@ def check_zero(folder: Path, *, is_zero: bool) -> None:
     raise RunError(
         f"A checkpoint of {kind} is continued as it was written: by {by}.",
         found=f"{ranks.count()} with{'' if is_zero else 'out'} DeepSpeed",
-        fix=f"tunesmith resume RUN --processes {before}. Checkpoints of parallel.kind fsdp go with any number.",
+        fix=f"tunesmith resume {folder.parent.parent} --processes {before}. Checkpoints of parallel.kind fsdp go with "
+        "any number.",
     )

@@ -11,14 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.compose import differing, validated
-from tunesmith.errors import RunError
+from tunesmith.errors import RecipeError, RunError
 from tunesmith.recipe import Recipe
 from tunesmith.training import checkpoints
 from tunesmith.training.run import Run
 
 MAY_CHANGE = ("output_dir", "name", "preset", "evaluation", "export", "tracking", "launch", "parallel")
-"""Parts of the recipe that a continued run may change: none of them touches the weights. Of `evaluation` only what
-validations do not use as well (`OF_VALIDATIONS`)."""
+"""Parts of the recipe that a continued run may change. Of `evaluation` only what validations do not use as well
+(`OF_VALIDATIONS`). `launch` and `parallel` say how many processes hold which part of the model: weights change with
+them by rounding, which is said."""
+
+OF_ROUNDING = {
+    "launch": ("kind", "processes", "workers", "nodes", "processes_per_node"),
+    "parallel": ("kind", "reduce_dtype", "cpu_offload", "stage", "offload_optimizer", "offload_parameters"),
+}
+"""Fields of parts that may change by which sums are made in another order, or elsewhere."""
 
 OF_VALIDATIONS = ("max_new_tokens", "batch_tokens", "seed", "run_code", "attempts", "attempts_temperature")
 """Fields of `evaluation` by which metrics are measured while training: where `training.best_by` is one of them, they
@@ -26,11 +33,12 @@ decide which model is the best one and when a run stops early."""
 
 
 def rests_on(recipe: Recipe, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's manifest says of the run: the parts of its recipe that may not change, and `identity`, hashes
-    by name of what these parts name."""
+    """What a checkpoint's manifest says of the run: the parts of its recipe on which its weights rest, and `identity`,
+    hashes by name of what these parts name."""
     content = recipe.model_dump(mode="json")
     kept = {name: value for name, value in content.items() if name not in MAY_CHANGE}
     kept["evaluation"] = {name: content["evaluation"][name] for name in OF_VALIDATIONS}
+    kept |= {part: content[part] for part in OF_ROUNDING}
     return {"recipe": kept, "identity": dict(identity)}
 
 
@@ -102,7 +110,7 @@ def check_recipe(recipe: Recipe, run: Run, checkpoint: Path | None) -> None:
             "warning", message="plan.json has no recipe, so whether recipe.yaml was edited is not known."
         )
         return
-    then = validated(said["recipe"])
+    then = _told(run, said["recipe"])
     sections: dict[str, Any] = {
         "model": {"base": recipe.model.base, "chat_template": recipe.model.chat_template},
         "data": {"dataset": recipe.data.dataset},
@@ -118,6 +126,8 @@ def check_recipe(recipe: Recipe, run: Run, checkpoint: Path | None) -> None:
             found="; ".join(changed),
             fix=f"Undo these changes in {run.path / 'recipe.yaml'}, or start a new run with another --name.",
         )
+    if elsewhere := rounded(then, recipe) if OF_ROUNDING.keys() <= said["recipe"].keys() else []:
+        run.event("warning", message=f"The run goes on, equal but for rounding: {'; '.join(elsewhere)}.")
     others = [
         f"evaluation.{name} was {old!r}, is {new!r}"
         for name in OF_VALIDATIONS
@@ -128,6 +138,29 @@ def check_recipe(recipe: Recipe, run: Run, checkpoint: Path | None) -> None:
         run.event(
             "warning", message=f"Validations measure {names} otherwise from here on: {'; '.join(others)}."
         )
+
+
+def _told(run: Run, content: Any) -> Recipe:
+    """The recipe that a manifest or plan.json tells of a run. Raises RunError for what is none."""
+    try:
+        if not isinstance(content, dict):
+            raise RecipeError("It is no recipe.", found=type(content).__name__)
+        return validated(content)
+    except RecipeError as error:
+        raise RunError(
+            f"What {run.path} was started with cannot be read, so it cannot be continued.",
+            found=error.found or error.problem,
+            fix="Start a new run with another --name.",
+        ) from None
+
+
+def rounded(before: Recipe, after: Recipe) -> list[str]:
+    """Fields of two recipes that differ and change a continued run by rounding alone, with both values."""
+    return [
+        f"{path} was {old!r}, is {new!r}"
+        for path, old, new in differing(before.model_dump(mode="json"), after.model_dump(mode="json"))
+        if path.partition(".")[2] in OF_ROUNDING.get(path.partition(".")[0], ())
+    ]
 
 
 def check_identity(run: Run, checkpoint: Path | None, identity: Mapping[str, Any]) -> None:

@@ -36,6 +36,9 @@ State = Literal["done", "failed", "interrupted"]
 Watch = Callable[[Mapping[str, Any]], None]
 """Called with every event while the run goes on, and with `progress` events, which are not kept."""
 
+EVENTS = "events.jsonl"
+"""File of a run's events, which are only ever added to."""
+
 LOOKING = 1.0
 """Seconds that a writer waits for a lock that may be held by one who only looks whether it is."""
 
@@ -102,7 +105,7 @@ class Run:
             return
         event = {"time": round(time.time(), 3), "kind": kind, "step": step, **fields}
         line = json.dumps(event, ensure_ascii=False, default=str) + "\n"
-        with open(self.path / "events.jsonl", "ab+", opener=_as_open_as(self.path)) as file:
+        with open(self.path / EVENTS, "ab+", opener=_as_open_as(self.path)) as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a line that a kill or a full disk cut off
@@ -117,14 +120,16 @@ class Run:
         self.watch({"kind": "progress", "stage": stage, "done": done, "total": total, **fields})
 
     def events(self) -> list[dict[str, Any]]:
-        """All events so far. Lines cut off by a crash are left out, and so is what was written of steps that a
-        continued run has taken once more."""
-        file = self.path / "events.jsonl"
+        """All events so far. Lines cut off by a crash, or that are no event, are left out, and so is what was written
+        of steps that a continued run has taken once more."""
+        file = self.path / EVENTS
         events: list[dict[str, Any]] = []
         content = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
         for line in content.split("\n"):
-            with contextlib.suppress(json.JSONDecodeError):
-                events.append(json.loads(line))
+            with contextlib.suppress(ValueError, RecursionError):
+                event = json.loads(line)
+                if isinstance(event, dict) and isinstance(event.get("step"), int | float | None):
+                    events.append(event)
         return without_retaken(events)
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> Path:
@@ -143,14 +148,18 @@ class Run:
         return write_whole(self.path / name, (line + "\n" for line in lines))
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the run, or None where it is not there (yet)."""
+        """A JSON file of the run, or None where it is not there (yet). Raises RunError where it holds no object."""
         file = self.path / name
         if not file.exists():
             return None
         try:
-            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            content: Any = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{file} is damaged.", found=str(error), fix="Restore it or delete it.") from None
+        if not isinstance(content, dict):
+            raise RunError(
+                f"{file} is damaged.", found="JSON that is no object", fix="Restore it or delete it."
+            )
         return content
 
     def recipe(self) -> Recipe:
@@ -159,8 +168,10 @@ class Run:
 
     def input_length(self) -> int | None:
         """Most tokens of an input that an encoder-decoder model was trained to read; None where it is not known."""
-        lengths = (self.read("plan.json") or {}).get("lengths")
-        return int(lengths[0]) if lengths else None
+        match (self.read("plan.json") or {}).get("lengths"):
+            case [int(longest), *_]:
+                return longest
+        return None
 
     def finish(self, state: State, **fields: Any) -> None:
         """Write status.json, the file that is written last, and the closing event."""
@@ -237,7 +248,7 @@ class Run:
         if self.is_locked():
             return "running"
         status = self.read("status.json")
-        return str(status["state"]) if status else "died"
+        return str(status.get("state", "died")) if status else "died"
 
 
 def without_retaken(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -349,7 +360,9 @@ def anchored(recipe: Recipe) -> Recipe:
     )
 
 
-OWN = re.compile(r"\.lock|\.holder|environment\.json|\..+\.\d+\.tmp")
+OF_NODE = re.compile(r"\.lock|\.holder|\..+\.\d+\.tmp")
+"""Locks and half-written files, which are those of the machine that writes."""
+OWN = re.compile(rf"{OF_NODE.pattern}|environment\.json")
 """Files of a run that was killed while its folder was made."""
 
 

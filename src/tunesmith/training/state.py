@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tunesmith import ranks
@@ -87,7 +88,10 @@ def unpacked(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
                 unpacked(attributes, tensors),
             )
         case {"type": name}:
-            return getattr(torch, name)
+            kind = getattr(torch, name)
+            if not isinstance(kind, torch.dtype):
+                raise TypeError(f"torch.{name} is no type of a tensor")
+            return kind
         case {"array": values, "dtype": dtype}:
             return np.array(values, dtype=dtype)
         case {"items": pairs}:
@@ -155,9 +159,9 @@ def write(trainer: Any, folder: Path) -> None:
 
 def read(folder: Path, optimizer: Any = None) -> dict[str, Any]:
     """The state in a checkpoint's folder; of one in shares, `optimizer`'s parameters say which are this process's.
-    Raises RunError where there is none of this format."""
+    Raises RunError where there is none of this format, or none that `write` has made."""
     try:
-        tree = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
+        text = (folder / NUMBERS).read_text(encoding="utf-8")
         is_sharded = sharding.is_sharded(folder)
         tensors = sharding.read_states(optimizer, folder) if is_sharded else load_file(folder / TENSORS)
     except OSError as error:
@@ -166,8 +170,29 @@ def read(folder: Path, optimizer: Any = None) -> dict[str, Any]:
             found=f"{Path(str(error.filename)).name if error.filename else error} is missing",
             fix="Continue from another checkpoint, or start a new run from its weights with --base-model.",
         ) from None
-    state: dict[str, Any] = unpacked(tree, tensors)
+    except (SafetensorError, ValueError) as error:
+        raise _not_ours(folder, str(error)) from None
+    try:
+        tree = json.loads(text)
+        state: dict[str, Any] = unpacked(tree, tensors)
+        missing = PARTS - state.keys()
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise _not_ours(folder, f"{type(error).__name__}: {error}") from None
+    if missing or not isinstance(state["loop"], Mapping):
+        raise _not_ours(folder, f"no {', '.join(sorted(missing) or ['loop'])}")
     return state
+
+
+PARTS = {"optimizer", "scheduler", "scaler", "random", "loop"}
+"""What a state has."""
+
+
+def _not_ours(folder: Path, found: str) -> RunError:
+    return RunError(
+        f"{folder.name} has a state of optimizer and random numbers that tunesmith did not write.",
+        found=found[:200],
+        fix="Continue from another checkpoint, or start a new run from its weights with --base-model.",
+    )
 
 
 def restore_optimizer(trainer: Any, state: Mapping[str, Any]) -> None:
@@ -209,6 +234,8 @@ def restore_optimizer(trainer: Any, state: Mapping[str, Any]) -> None:
 def restore_loop(trainer: Any, state: Mapping[str, Any]) -> None:
     """Give the loop its sums back, and the random numbers their places."""
     for name, value in state["loop"].items():
+        if name not in LOOP:  # a stranger's would set anything
+            continue
         own = getattr(trainer, name, None)
         if isinstance(value, torch.Tensor):
             value = value.to(trainer.args.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -18,14 +19,12 @@ from typing import Any
 
 from tunesmith.errors import MissingExtra, RecipeError, RunError
 from tunesmith.training.checkpoints import BEST, MANIFEST
-from tunesmith.training.run import OWN, close_to_others
+from tunesmith.training.run import EVENTS, OF_NODE, close_to_others
 
 MARKS = (MANIFEST, BEST)
 """Files without which their folder does not count."""
 PASSING = (".staging", "wandb")
 """Folders of a run that are of no use on another node."""
-EVENTS, BEGUN = "events.jsonl", b'"state": "training"'
-"""A run's events, which are only ever added to, and what that of a training's beginning has."""
 _CHECKPOINT = re.compile(r"checkpoints/checkpoint-step-(\d+)/" + re.escape(MANIFEST))
 
 
@@ -109,7 +108,7 @@ class Storage:
         self.filesystem.invalidate_cache()
         with contextlib.suppress(FileNotFoundError):
             recipe = self.filesystem.cat_file(f"{self.root}/recipe.yaml")
-            with self.filesystem.open(f"{self.root}/events.jsonl", "rb") as events:
+            with self.filesystem.open(f"{self.root}/{EVENTS}", "rb") as events:
                 return _hashed(recipe, events.readline())
         return None
 
@@ -118,13 +117,13 @@ class Storage:
         checkpoints are then of a course that was left."""
         try:
             known, here = (
-                self.filesystem.cat_file(f"{self.root}/events.jsonl"),
+                self.filesystem.cat_file(f"{self.root}/{EVENTS}"),
                 (folder / EVENTS).read_bytes(),
             )
         except FileNotFoundError:
             return False
         since = here[len(known) :] if here.startswith(known) else b""
-        return any(BEGUN in line for line in since.splitlines())
+        return any(_is_beginning(line) for line in since.splitlines())
 
     def _found(self) -> list[str]:
         self.filesystem.invalidate_cache()
@@ -158,7 +157,7 @@ def storage(url: str, name: str) -> Storage:
 
 def _identity(folder: Path) -> str | None:
     """What tells a run from others of its name: its recipe and its first event with the time. Neither changes ever."""
-    with contextlib.suppress(FileNotFoundError), (folder / "events.jsonl").open("rb") as events:
+    with contextlib.suppress(FileNotFoundError), (folder / EVENTS).open("rb") as events:
         return _hashed((folder / "recipe.yaml").read_bytes(), events.readline())
     return None
 
@@ -167,18 +166,23 @@ def _hashed(recipe: bytes, first: bytes) -> str:
     return hashlib.sha256(recipe + first).hexdigest()[:12]
 
 
+def _is_beginning(line: bytes) -> bool:
+    """Whether a line of a run's events is that of a training's beginning."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):  # cut off
+        return False
+    return isinstance(event, dict) and (event.get("kind"), event.get("state")) == ("state", "training")
+
+
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
     found = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
-        if path.is_file() and name.parts[0] not in PASSING and not (OWN_HERE.fullmatch(path.name)):
+        if path.is_file() and name.parts[0] not in PASSING and not OF_NODE.fullmatch(path.name):
             facts = path.stat()
             found[name.as_posix()] = (facts.st_size, facts.st_mtime_ns)
     return found
-
-
-OWN_HERE = re.compile(OWN.pattern.replace(r"environment\.json|", ""))
-"""Locks and half-written files, which are the node's."""
 
 
 def _newest(names: Any) -> int:

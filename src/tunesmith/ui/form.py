@@ -302,7 +302,7 @@ def read(control: Control, raw: Any) -> Any:
         case "yaml":
             try:
                 return loaded(str(raw))
-            except (yaml.YAMLError, ValueError, RecursionError) as error:
+            except yaml.YAMLError as error:
                 said = str(getattr(error, "problem", None) or error)
                 raise RecipeError(f"{control.path} is not YAML.", found=said[:200]) from None
         case _:

@@ -33,7 +33,7 @@ class Endpoint:
     api_key_env: str | None = None
     max_tokens: int = 1024
     temperature: float | None = 0.0
-    timeout: float = 60.0
+    timeout: float = 30.0
     """Seconds for a whole call."""
     max_tokens_name: str = "max_tokens"
     """What an OpenAI-compatible endpoint calls the longest reply."""

@@ -316,14 +316,15 @@ def build(shared: Shared) -> None:
         other_plot,
         answers,
     ]
-    for event in (timer.tick, chosen.change, other.input):
+    tab = get_render_context()
+    assert isinstance(tab, gr.Tab)
+    # With the click on the tab as well: the clock's first tick comes only after its pause.
+    for event in (tab.select, timer.tick, chosen.change, other.input):
         event(look, inputs=[chosen, other, waiting, seen_before], outputs=watched, **quiet)
 
     def previewed(layer: Mapping[str, Any], name: str, request: gr.Request) -> str:
         return preview(workspace_of(request), layer, name)
 
-    tab = get_render_context()
-    assert isinstance(tab, gr.Tab)
     gr.on(
         [tab.select, shared.recipe.change, name.blur],
         previewed,

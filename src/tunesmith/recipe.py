@@ -1007,7 +1007,8 @@ class Ray(_OnRay):
 
     storage: str | None = None
     """Folder or URL (`s3://`, `gs://`, anything of fsspec) to which the run's folder is copied after each checkpoint,
-    and from which it comes back on another node. By default the output folder has to be one that all nodes see."""
+    and from which it comes back when its node is lost. Workers on several nodes need an output folder that all of them
+    see, with it as well."""
 
     dashboard: bool = False
     """Start Ray's dashboard with a Ray of this machine's own, for this machine only."""

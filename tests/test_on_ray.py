@@ -65,7 +65,7 @@ def test_the_plan_knows_the_workers_and_refuses_rows_that_cannot_be_dealt(recipe
 
 def test_workers_that_train_and_workers_that_answer_do_not_wait_for_one_another(recipe):
     both = ON_RAY, {"evaluation": {"skip": False, "engine": "ray"}}
-    with pytest.raises(RecipeError, match="does not go with launch.kind ray") as error:
+    with pytest.raises(RecipeError, match=r"does not go with launch\.kind ray") as error:
         api.plan(recipe("both", *both))
     assert "tunesmith evaluate RUN" in error.value.fix
     api.plan(recipe("later", *both, {"evaluation": {"skip": True}}))

@@ -374,8 +374,9 @@ def train(
 
 
 def job(recipe: Recipe, folder: str | Path) -> jobs.Job:
-    """The files with which a cluster runs a recipe (`launch.kind` slurm or kubernetes), as they lie in `folder`, and
-    how they are submitted. Nothing is written. Raises RecipeError for a step that cannot be dealt evenly."""
+    """The files with which a cluster runs a recipe (`launch.kind` slurm, kubernetes, or ray with `launch.nodes`),
+    as they lie in `folder`, and how they are submitted. Nothing is written. Raises RecipeError for a step that cannot
+    be dealt evenly."""
     from tunesmith import jobs
 
     return jobs.job(recipe, Path(folder))

@@ -151,6 +151,8 @@ def per_node(section: Launch) -> tuple[int, str | None]:
         if here is None and number > 1:
             return number, "the launcher does not say: all are taken to be on one machine"
         return min(here or 1, number), None
+    if isinstance(section, Ray) and section.nodes:
+        return -(-number // len(section.nodes)), None
     if isinstance(section, Ray) and section.address:
         taken = f"Ray places them when they start: up to {A_NODE} are taken to be on one machine"
         return min(number, A_NODE), taken if number > 1 else None
@@ -170,7 +172,8 @@ def _devices() -> int:
 
 def is_job(section: Launch) -> bool:
     """Whether a recipe is run by a cluster, to which its files are submitted, and this is not yet there."""
-    return not isinstance(section, Local | Accelerate | Ray) and ranks.count() == 1
+    submitted = section.nodes if isinstance(section, Ray) else not isinstance(section, Local | Accelerate)
+    return bool(submitted) and ranks.count() == 1 and JOB not in os.environ
 
 
 def starts(section: Launch) -> bool:

@@ -34,6 +34,7 @@ from tunesmith.errors import (
     TERMINATED,
     Interrupted,
     MissingExtra,
+    RecipeError,
     RunError,
     Terminated,
     TunesmithError,
@@ -85,6 +86,11 @@ def cluster(section: Ray | Shards, *, needed_for: str, workers: int | None = Non
 
     Raises MissingExtra without Ray, and TunesmithError where a cluster does not answer.
     """
+    if getattr(section, "nodes", None):
+        raise RecipeError(
+            "launch.nodes are for `tunesmith train`, which writes the files of their cluster.",
+            fix="On one of its nodes give launch.address auto instead of them.",
+        )
     if importlib.util.find_spec("ray") is None:
         raise MissingExtra("ray", needed_for, install="'tunesmith[ray]'")
     given = {
@@ -664,7 +670,6 @@ class _Answering:
 def answer(source: Source, asked: Asked, finished: Finished, say: Say) -> None:
     """Answer the prompts on the workers of Ray Data; `finished` gets each answer with its prompt's number, as shards
     are done. Each worker loads the model once, and answers as the padded engine does."""
-    from tunesmith.errors import RecipeError
     from tunesmith.generation import Generated
 
     if source.base is None:

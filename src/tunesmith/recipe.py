@@ -1013,6 +1013,16 @@ class Ray(_OnRay):
     dashboard: bool = False
     """Start Ray's dashboard with a Ray of this machine's own, for this machine only."""
 
+    nodes: list[str] = []
+    """Machines that are reached by SSH, the head first: with them the files of a cluster are written, as for SLURM, and
+    the workers train there."""
+
+    user: str | None = None
+    """User of these machines; by default the one who writes the files."""
+
+    setup: list[str] = []
+    """Lines of shell that make ray and tunesmith known on these machines."""
+
 
 class _Cluster(Section):
     """What the launchers of several nodes share."""

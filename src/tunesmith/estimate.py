@@ -914,9 +914,8 @@ def estimate(
     moved = scaling.MOMENTS / 4 * traced.trained * (1 if "fused" in recipe.training.optimizer else 2)
     update = moved / (facts.bandwidth * facts.bandwidth_share)
     shared = None
-    slower = (
-        plan.per_node if facts.kind == "cpu" else 1
-    )  # where processes share cores and memory nothing is gained
+    # Where processes share cores and memory nothing is gained.
+    slower = plan.per_node if facts.kind == "cpu" else 1
     if several > 1:
         accumulation /= several
         seconds *= slower

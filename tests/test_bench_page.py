@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-FREE = {"plan_accuracy"}
+FREE = {"plan_accuracy", "checkpoint", "scaling"}
 """Benchmarks whose line has more than the form."""
 
 

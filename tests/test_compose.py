@@ -365,9 +365,9 @@ def test_what_is_no_text_is_still_yaml():
     ("content", "said"),
     [
         (b"task: chat\nmodel: {base: t\xe9st}\n", r"line 2, column 16 is not UTF-8"),
-        (b"task: 2026-99-99\n", "cannot be read as YAML"),
-        (b"[" * 5000, "more than 64 levels|cannot be read as YAML|is not YAML"),
-        (b"seed: " + b"9" * 5000, "cannot be read as YAML"),
+        (b"task: 2026-99-99\n", "line 1, column 7 is not YAML"),
+        (b"[" * 5000, "more than 64 levels|is not YAML"),
+        (b"seed: " + b"9" * 5000, "line 1, column 7 is not YAML"),
     ],
 )
 def test_a_recipe_file_that_is_spoiled_is_refused_in_words(tmp_path, content, said):

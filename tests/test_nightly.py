@@ -18,6 +18,7 @@ def nightly(tmp_path, monkeypatch):
     loader = importlib.machinery.SourceFileLoader("nightly", place)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("nightly", loader))
     loader.exec_module(module)
+    monkeypatch.setattr(module, "warm", lambda *args: None)
     for number in range(9):
         (tmp_path / f"killed-{number}").mkdir()
     return module

@@ -22,8 +22,9 @@ test-web: .venv/.ready  # the workbench in Chromium; ALL=1 runs the longer cases
 prove: .venv/.ready  # the slower proofs: the README's commands and the demo's figures
 	$(BIN)/pytest -m 'slow and not thorough and not web' --numprocesses auto --dist worksteal
 
-thorough: .venv/.ready  # further cases of what other tests prove, which would make CI too long
+thorough: .venv/.ready  # further cases of what other tests prove, which would make CI too long, also in the browser
 	$(BIN)/pytest -m 'thorough and not web' --numprocesses auto --dist worksteal
+	$(MAKE) test-web ALL=1
 
 check: .venv/.ready
 	scripts/check

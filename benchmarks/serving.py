@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -22,7 +23,7 @@ import uvicorn
 
 from tunesmith.plan import device
 from tunesmith.serving.app import Access, create
-from tunesmith.serving.batching import Batcher
+from tunesmith.serving.batching import Batcher, Row
 from tunesmith.serving.limits import Limits
 from tunesmith.serving.models import load, sources
 from tunesmith.training.fit import quiet_libraries
@@ -30,6 +31,23 @@ from tunesmith.training.fit import quiet_libraries
 LEAST = 4.0
 SOONEST = 0.5
 TOKEN = "token-of-the-benchmark"
+
+
+LEAVERS = 8
+"""Of the streams at once, how many leave before their end."""
+LONG = 400
+"""Tokens of an answer that somebody leaves."""
+PATIENCE = 120.0
+"""Seconds for whatever is waited for."""
+
+
+def waited(what: str, is_so: Callable[[], bool], *, every: float = 0.0005) -> None:
+    """Wait until it is so. Exits with code 1 where it does not come."""
+    until = time.monotonic() + PATIENCE
+    while not is_so():
+        if time.monotonic() > until:
+            sys.exit(f"{what} did not come within {PATIENCE:.0f} s")
+        time.sleep(every)
 
 
 def main() -> int:
@@ -48,8 +66,7 @@ def main() -> int:
     port = listening.getsockname()[1]
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, ws="none"))
     threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True).start()
-    while not server.started:
-        time.sleep(0.01)
+    waited("the server's start", lambda: server.started, every=0.01)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=TOKEN, max_retries=0)
 
     def ask(number: int) -> str:
@@ -76,21 +93,39 @@ def main() -> int:
         f"at once    {tokens / at_once:8.0f} tokens/s, {sum(a == b for a, b in zip(alone, together))} texts the same"
     )
 
-    leaving = []
-    rows = []
+    rows: dict[int, Row] = {}
     submit = batcher.submit
-    batcher.submit = lambda row: (rows.append(row), submit(row))  # type: ignore[method-assign]
-    for _ in range(20):
-        stream = client.completions.create(
-            model="model", prompt="How many", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
-        )
+
+    def kept(row: Row) -> None:
+        rows[row.ask.seed] = row
+        submit(row)
+
+    batcher.submit = kept  # type: ignore[method-assign]
+    streams = {}
+    for number in range(given.clients):
+        streams[number] = client.completions.create(
+            model="model", prompt="How many", max_tokens=LONG, stream=True, seed=number,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+    for stream in streams.values():
         next(iter(stream))
-        stream.close()
+    step = max(given.clients // LEAVERS, 1)
+    leaving = []
+    for number in list(streams)[::step][:LEAVERS]:
+        streams[number].close()
         left = time.perf_counter()
-        while not rows[-1].ended:
-            time.sleep(0.0005)
-        leaving.append(time.perf_counter() - left)
-    print(f"decoding stops {1000 * max(leaving):.0f} ms after a client has left, at most, of {len(leaving)}")
+        waited("a row's end", lambda: rows[number].ended)  # noqa: B023, called before the next one
+        if len(rows[number].ids) < LONG:
+            leaving.append(time.perf_counter() - left)
+    beside = sum(not row.ended for row in rows.values())
+    for stream in streams.values():
+        stream.close()
+    if not leaving:
+        sys.exit("every answer was at its end before its client left: take a larger model")
+    print(
+        f"decoding stops {1000 * max(leaving):.0f} ms after a client has left, at most, of {len(leaving)} that left "
+        f"one after the other, {beside} others being answered to the end of it"
+    )
     server.should_exit = True
     ratio = one_by_one / at_once
     good = ratio >= LEAST and alone == together and max(leaving) < SOONEST

@@ -1224,7 +1224,7 @@ def _answers(
         max_length=settings.data.max_length,
         kind=kind,
     )
-    from tunesmith.export.merge import run_behind
+    from tunesmith.training.lineage import run_behind
 
     run = run_behind(model) if kind == "seq2seq" else None
     longer = evaluation.longer_than_read(items, run.input_length()) if run else None
@@ -1593,7 +1593,7 @@ class Chat:
         settle = pairs.settle_template if self.is_seq2seq else set_template
         self.template = settle(self.tokenizer, None)
         self.model = models.load_model(str(model), device=planning.device())
-        from tunesmith.export.merge import run_behind
+        from tunesmith.training.lineage import run_behind
 
         run = run_behind(model) if self.is_seq2seq else None
         self.reads = run.input_length() if run else None
@@ -1690,6 +1690,7 @@ def merge(
     quiet_libraries()
     from tunesmith.export import merge as merging
     from tunesmith.export.weights import size_in_bytes
+    from tunesmith.training.lineage import run_behind
 
     max_shard = size_in_bytes(max_shard_size)
     given = [*([(str(model), 1.0)] if model is not None else []), *map(_weighted, adapters)]
@@ -1699,7 +1700,7 @@ def merge(
     parts = []
     for name, weight in given:
         path = Path(name).expanduser()
-        of_run = merging.run_behind(path) if path.is_dir() else None
+        of_run = run_behind(path) if path.is_dir() else None
         parts.append(merging.Part(merging.adapter_of(name, of_run), weight, of_run))
     adapter, run = parts[0].folder, parts[0].run
     own = run is not None and adapter == run.final_model.resolve() and len(parts) == 1
@@ -1767,8 +1768,9 @@ def export(
     launch.require_one_process()
     quiet_libraries()
     from tunesmith import models as loading
-    from tunesmith.export import artefact, merge
+    from tunesmith.export import artefact
     from tunesmith.export.weights import size_in_bytes
+    from tunesmith.training.lineage import run_behind
 
     quant = quant or artefact.DEFAULTS.get(to, "")
     artefact.check_target(to, quant, check)
@@ -1778,7 +1780,7 @@ def export(
             "Nothing is proven without questions.", found=f"rows = {rows}", fix="Give 1 or more."
         )
     source = Path(loading.locate(str(model)))
-    run = merge.run_behind(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
+    run = run_behind(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
     own = run is not None and source == run.final_model.resolve()
     beside = (
         run.path / "exports" / f"{to}-{quant}"
@@ -1834,7 +1836,7 @@ def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Wat
     from tunesmith.evaluation import compare as comparing
     from tunesmith.evaluation.code import running_allowed
     from tunesmith.export import merge
-    from tunesmith.export.parity import NEW_TOKENS, Held, Question
+    from tunesmith.export.parity import NEW_TOKENS, Held, Question, text_of
 
     is_pair = bool(model.config.is_encoder_decoder)
 
@@ -1888,7 +1890,7 @@ def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Wat
         return compared[0], unlike
 
     asked = [
-        Question(item.prompt_ids, merge.question_text(item.prompt, tokenizer), item.prompt)
+        Question(item.prompt_ids, text_of(item.prompt, tokenizer), item.prompt)
         for item in usable
         if item.prompt
     ]
@@ -1990,6 +1992,7 @@ def web(
     users: str | Path | None = None,
     allowed_hosts: Sequence[str] = (),
     key_envs: Sequence[str] = (),
+    run_code: bool = False,
     recipe: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda sentence: None,
     ready: Callable[[str], None] = lambda url: None,
@@ -1997,9 +2000,10 @@ def web(
     """Serve the web workbench until it is stopped; what it started goes on.
 
     `users` is a file of accounts, each with a workspace of its own; `recipe` is what the Recipe page starts from,
-    sparse. `key_envs` are `NAME=HOST`: variables that users' settings may name as keys beside those of known
-    providers. `ready` is told the address, with the token where one was made. Raises RecipeError for an address that
-    cannot be used, and for one that others reach without accounts.
+    sparse. `key_envs` are `NAME=HOST[:PORT]`: variables that users' settings may name as keys beside those of known
+    providers. With `run_code` their recipes may have the code run that models write. `ready` is told the address, with
+    the token where one was made. Raises RecipeError for an address that cannot be used, and for one that others reach
+    without accounts.
     """
     quiet_libraries()
     from tunesmith.ui import server
@@ -2012,6 +2016,7 @@ def web(
         Path(users) if users else None,
         tuple(allowed_hosts),
         tuple(key_envs),
+        run_code,
     )
     server.serve(place, say=say, ready=ready, recipe=recipe)
 
@@ -2040,11 +2045,11 @@ def try_model(
     quiet_libraries()
     from tunesmith import models as loading
     from tunesmith import plan as planning
-    from tunesmith.export import merge
     from tunesmith.export import tried as trying
     from tunesmith.export.deployment import MANIFEST
     from tunesmith.http import Remote
     from tunesmith.serving import smoke_test
+    from tunesmith.training.lineage import run_behind
 
     if rows < 1:
         raise TunesmithError(
@@ -2086,7 +2091,7 @@ def try_model(
             raise open_run(path).unfinished()
     else:
         folder = loading.folder_of(str(model))
-    run = merge.run_behind(path) if path.is_dir() else None
+    run = run_behind(path) if path.is_dir() else None
 
     def counted(stage: str, done: int, total: int) -> None:
         watch({"kind": "progress", "stage": stage, "done": done, "total": total})
@@ -2219,9 +2224,9 @@ def _served_verdict(
     from tunesmith.export import merge, parity
     from tunesmith.generation import context_length
 
-    model, tokenizer = merge.reference_of(folder, run), loading.load_tokenizer(str(folder))
+    (model, computed), tokenizer = merge.reference_of(folder, run), loading.load_tokenizer(str(folder))
     is_pair = bool(model.config.is_encoder_decoder)
-    merge.settled(tokenizer, is_pair)
+    loading.settle_template(tokenizer, is_pair=is_pair)
     if run and by_its_run:
         asked = replace(_held_for(run, model, tokenizer, rows, watch), new_tokens=tried_with.new_tokens)
     else:
@@ -2232,7 +2237,7 @@ def _served_verdict(
                 ids = tuple(form.prompt_ids(prompt.messages, tokenizer))
             except Unusable:
                 continue  # counted among the answers
-            questions.append(parity.Question(ids, merge.question_text(prompt, tokenizer), prompt))
+            questions.append(parity.Question(ids, parity.text_of(prompt, tokenizer), prompt))
         unscored = f"asked were {len(questions)} questions, {tried_with.where}"
         asked = parity.Held(questions, tried_with.new_tokens, lambda numbers, own, others: (None, unscored))
     context = None if is_pair else context_length(model)
@@ -2245,6 +2250,7 @@ def _served_verdict(
         artefact=f"served endpoint '{name}'",
         quant=stored if stored in parity.TOLERANCES else "float32",
         context=context,
+        reference=computed,
     )
     if run and by_its_run:
         file = run.path / "exports" / "served" / parity.VERDICT
@@ -2278,14 +2284,16 @@ def prepare_deployment(
     needs, Dockerfile, compose file, start script, a page to ask it on (`demo`: `chat`, `sql` with a schema as an input,
     or `auto`), a smoke test, and with `space` what a Space of the Hub needs. Requests ask for `name`. Where the verdict
     is bad, or a secret or a trained text is found in it (unless `despite`), the folder ends in `.failed`, and `passed`
-    is false. Raises TunesmithError for a model that cannot be served.
+    is false; where it is not asked, `passed` is None and `served.unproven` says why. Raises TunesmithError for a model
+    that cannot be served.
     """
     launch.require_one_process()
     quiet_libraries()
     from tunesmith import models as loading
-    from tunesmith.export import deployment, merge
+    from tunesmith.export import deployment
     from tunesmith.export.weights import size_in_bytes
     from tunesmith.serving.models import checked_name
+    from tunesmith.training.lineage import run_behind
 
     max_shard = size_in_bytes(max_shard_size)
     if rows < 1:
@@ -2295,7 +2303,7 @@ def prepare_deployment(
     source = Path(loading.locate(str(model)))
     if not source.is_dir():
         source = loading.folder_of(str(model))
-    run = merge.run_behind(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
+    run = run_behind(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
     asked: list[Held] = []
     if name is None:
         # A folder's name can hold what no name of a model may, and that of a Hub's model is its commit.
@@ -2358,7 +2366,7 @@ def push(
     """
     from tunesmith.export.publish import publish
 
-    folder, repository, behind = _pushed(run, repository)
+    folder, repository, behind, known = _pushed(run, repository)
 
     def told(name: str, value: str, reason: str) -> None:
         watch({"kind": "decision", "name": name, "value": value, "reason": reason})
@@ -2371,6 +2379,7 @@ def push(
         create=create,
         trained=_trained_texts(behind),
         despite=despite,
+        known=known,
         told=told,
     )
     if behind:
@@ -2382,13 +2391,15 @@ def push_plan(run: str | Path, *, repository: str | None = None, private: bool =
     """What `push` would send, looked through for secrets and for what was trained on; nothing is asked of the Hub."""
     from tunesmith.export.publish import planned
 
-    folder, repository, behind = _pushed(run, repository)
-    return planned(folder, repository, private=private, trained=_trained_texts(behind))
+    folder, repository, behind, known = _pushed(run, repository)
+    return planned(folder, repository, private=private, trained=_trained_texts(behind), known=known)
 
 
-def _pushed(run: str | Path, repository: str | None) -> tuple[Path, str, Run | None]:
-    """The folder that is uploaded, where to, and the run behind it."""
-    from tunesmith.export.merge import run_behind
+def _pushed(run: str | Path, repository: str | None) -> tuple[Path, str, Run | None, list[str]]:
+    """The folder that is uploaded, where to, the run behind it, and what is to be known of it. Raises TunesmithError
+    for one that did not pass its check."""
+    from tunesmith.export import parity
+    from tunesmith.training.lineage import run_behind
 
     path = Path(run).expanduser()
     marks = ("config.json", "adapter_config.json", "*.gguf")
@@ -2400,14 +2411,28 @@ def _pushed(run: str | Path, repository: str | None) -> tuple[Path, str, Run | N
         folder = behind.final_model
         if not folder.is_dir():
             raise behind.unfinished()
-    if folder.name.endswith(".failed"):
+    known = []
+    if any(part.endswith(".failed") for part in folder.resolve().parts):
         raise TunesmithError(
             f"{folder} did not pass its check.", found="its parity.json says why", fix="Push the adapter."
         )
+    # Of a deployment the verdict lies beside `model`.
+    for place in (folder, folder.resolve().parent):
+        match parity.passed_in(place):
+            case False:
+                raise TunesmithError(
+                    f"{folder} did not pass its check.",
+                    found=f"passed: false in {place / parity.VERDICT}",
+                    fix="Push the adapter, or make it anew.",
+                )
+            case None:
+                known.append(
+                    f"{place / parity.VERDICT} is no proof: the model was not asked, or it is damaged"
+                )
     repository = repository or (behind.recipe().export.hub_model_id if behind else None)
     if not repository:
         raise TunesmithError("Where to upload is missing.", fix="Give --hub-model-id owner/name.")
-    return folder, repository, behind
+    return folder, repository, behind, known
 
 
 def _trained_texts(run: Run | None) -> list[str] | None:

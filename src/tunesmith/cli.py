@@ -33,7 +33,16 @@ from tunesmith.compose import (
     scalar,
     union_members,
 )
-from tunesmith.errors import Interrupted, RecipeError, RunError, TunesmithError, counted, nearest
+from tunesmith.errors import (
+    TERMINATED,
+    Interrupted,
+    RecipeError,
+    RunError,
+    Terminated,
+    TunesmithError,
+    counted,
+    nearest,
+)
 from tunesmith.recipe import FieldFact, Recipe, fields
 
 if TYPE_CHECKING:
@@ -284,8 +293,9 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
         except TunesmithError as error:
             launch.let_the_first_speak()
             _fail(error.lines(), error.exit_code, as_json, error)
-        except KeyboardInterrupt:
-            _fail(["Stopped."], Interrupted.exit_code, as_json)
+        except KeyboardInterrupt as error:
+            code = TERMINATED if isinstance(error, Terminated) else Interrupted.exit_code
+            _fail(["Stopped."], code, as_json)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
@@ -1533,10 +1543,17 @@ def web_verb(
     key_env: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=HOST",
+            metavar="NAME=HOST[:PORT]",
             help="Variable that users' settings may name as a key, and the host that may be sent it; several times.",
         ),
     ] = None,
+    run_code: Annotated[
+        bool,
+        typer.Option(
+            "--run-code",
+            help="Let users' recipes have the code run that models write, in its sandbox (docs/running-code.md).",
+        ),
+    ] = False,
     dataset: Annotated[
         str | None, typer.Option(help="Data set that the first page shows, like `example:support`.")
     ] = None,
@@ -1572,6 +1589,7 @@ def web_verb(
         users=users,
         allowed_hosts=allowed_host or (),
         key_envs=key_env or (),
+        run_code=run_code,
         recipe={"data": {"dataset": dataset}} if dataset else None,
         say=say,
         ready=ready,
@@ -2165,9 +2183,10 @@ def _deployment_text(made: Deployment) -> Any:
         ("vLLM", f"left out: {made.vllm}" if made.vllm else "in compose.yaml"),
     ]
     for name, proof in (("weights", made.merged), ("served", made.served)):
-        if proof is not None:
-            said = "passed" if proof.passed else "FAILED: " + "; ".join(proof.problems())
-            facts += [(name, said), *(("", line) for line in proof.sentences())]
+        said = "passed" if proof.passed else "FAILED: " + "; ".join(proof.problems())
+        if proof.passed is None:
+            said = f"UNPROVEN: {proof.unproven}"
+        facts += [(name, said), *(("", line) for line in proof.sentences())]
     facts += [("note", note) for note in made.notes]
     facts += [("FOUND", finding) for finding in made.findings]
     if made.findings and not made.despite:

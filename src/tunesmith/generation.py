@@ -426,10 +426,11 @@ def _generation_config(
 ) -> Any:
     from transformers import GenerationConfig
 
-    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    draws = temperature >= COLDEST
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if draws else {}
     return GenerationConfig(
         max_new_tokens=room,
-        do_sample=temperature > 0,
+        do_sample=draws,
         num_beams=1,
         eos_token_id=list(stop_ids) or None,
         pad_token_id=pad_id,
@@ -460,12 +461,25 @@ def decoded(ids: Sequence[int], tokenizer: Any) -> str:
     return text
 
 
+COLDEST = 1e-5
+"""Temperature below which the likeliest token is taken: a logit divided by less may leave float32, and of two logits
+that differ at all the likelier one is drawn anyway."""
+
+
 def pick(logits: Any, temperature: float, top_p: float, generator: Any) -> int:
-    """The next token: the likeliest at temperature 0, else drawn from the smallest set with `top_p` probability."""
+    """The next token: the likeliest below `COLDEST`, else drawn from the smallest set with `top_p` probability.
+
+    Raises ValueError for logits that are no numbers: a GPU would be lost to its process by drawing from them.
+    """
     import torch
 
-    if temperature <= 0:
+    if temperature < COLDEST:
         return int(logits.argmax())
-    probabilities, order = torch.softmax(logits / temperature, -1).sort(descending=True)
-    probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
+    scaled = (logits - logits.max()) / temperature
+    probabilities, order = torch.softmax(scaled, -1).sort(descending=True)
+    if not probabilities[0] > 0:
+        raise ValueError("the model's logits are not numbers")
+    left = probabilities.cumsum(-1) - probabilities >= top_p
+    left[0] = False  # also where top_p is 0 in float32
+    probabilities[left] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

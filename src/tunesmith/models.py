@@ -641,6 +641,24 @@ PRINCIPAL = ("pissa", "pissa_niter_16", "olora")
 """Starts of an adapter that are parts of the weight itself: a matrix has no more of them than its smaller side."""
 
 
+CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How the names of starts begin with which PEFT takes a part out of the base as it loads an adapter."""
+
+
+def takes_from_base(adapter: Path) -> str | None:
+    """The start by which an adapter, as its configuration says, changes its base on being loaded; None for the others.
+
+    A run's final model says none, as it is delivered as plain LoRA; its checkpoints and adapters from elsewhere can.
+    """
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return start if is_from_base(start := config.get("init_lora_weights")) else None
+
+
+def is_from_base(start: Any) -> bool:
+    """Whether a start, as PEFT's configurations say it, is a part of the base."""
+    return isinstance(start, str) and start.lower().startswith(CHANGING)
+
+
 def _check_rank(model: Any, adapter: LoRA, targets: Sequence[str]) -> None:
     if adapter.init not in PRINCIPAL:
         return
@@ -740,6 +758,40 @@ def four_bit(adapter: QLoRA, head: Head | None = None, *, device: str) -> Any:
     )
 
 
+def base_of(adapter: Path) -> tuple[str, str | None]:
+    """The base that an adapter names, and its revision. Raises ModelError where it is not there."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            f"The adapter {adapter} names no base.",
+            found="adapter_config.json without base_model_name_or_path",
+            fix="Write the folder or Hub id of its base there.",
+        )
+    revision = config.get("revision")
+    try:
+        locate(base, revision=revision)
+    except ModelError as error:
+        raise ModelError(
+            f"The base of the adapter {adapter} is missing: {base}.",
+            found=error.found or error.problem,
+            fix="Put it back, or write where it is now as base_model_name_or_path into adapter_config.json.",
+        ) from None
+    return base, revision
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder brings a tokenizer of its own."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def settle_template(tokenizer: Any, *, is_pair: bool) -> tuple[str, str]:
+    """Settle the chat template that goes with a model, an encoder-decoder one with `is_pair`; where it is and why."""
+    from tunesmith.data import pairs, templates
+
+    return "saved with it", (pairs.settle_template if is_pair else templates.set_template)(tokenizer, None)
+
+
 PACKING = "packing.json"
 """Beside an adapter: how its base was packed into 4 bits in training, which PEFT's own file does not say. It goes
 wherever the adapter goes."""
@@ -756,6 +808,8 @@ class Packing:
 
 def write_packing(model: Any, folder: Path) -> None:
     """Say beside an adapter that its base was packed, if it was."""
+    from tunesmith.training.run import write_whole
+
     owner = getattr(model, "policy", model)
     owner = owner.get_base_model() if hasattr(owner, "get_base_model") else owner
     packed: Any = getattr(getattr(owner, "config", None), "quantization_config", None)
@@ -768,7 +822,7 @@ def write_packing(model: Any, folder: Path) -> None:
         "double_quantization": packed.bnb_4bit_use_double_quant,
         "dtype": str(owner.config.dtype).removeprefix("torch."),
     }
-    (folder / PACKING).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    write_whole(folder / PACKING, json.dumps(facts, indent=1))
 
 
 def read_packing(folder: Path) -> Packing | None:

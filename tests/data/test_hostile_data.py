@@ -457,6 +457,25 @@ def test_a_pattern_stays_in_its_folder(tmp_path, pattern):
         sources.read(str(tmp_path / "set"), data_files=pattern)
 
 
+@pytest.mark.parametrize("dataset", ["text", "json", "pandas", "webdataset"])
+def test_a_loader_of_the_hub_s_library_is_no_data_set(tmp_path, monkeypatch, dataset):
+    """It would read any file of this machine, in whatever way the library has."""
+    (tmp_path / "secret.txt").write_text("secret")
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("secret.txt", f"file://{tmp_path}/secret.txt", str(tmp_path / "secret.txt"), None):
+        with pytest.raises(DataError, match="is no data set"):
+            sources.open_source(dataset, data_files=pattern)
+
+
+@pytest.mark.parametrize("pattern", ["../*.jsonl", "/etc/*", "file:///etc/passwd", "zip://x::/etc/x.zip"])
+def test_a_pattern_stays_in_its_set_on_the_hub(monkeypatch, pattern):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("it was asked for"))
+    with pytest.raises(DataError, match="pattern inside owner/set"):
+        sources.open_source("owner/set", data_files=pattern)
+
+
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
 )

@@ -38,11 +38,14 @@ def test_the_card_has_the_lineage_and_no_folder_of_this_machine(tmp_path, questi
             tracking={"project": "a-project-of-ours"},
         )
         own.event(
-            "warning", message=f"read {tmp_path}/rows/some.jsonl, which is old; 3 rows/s and tokens/step stay"
+            "warning",
+            message=f"read {tmp_path}/rows/some.jsonl, which is old; 3 rows/s and tokens/step stay; and "
+            f"file://{tmp_path}/rows/other.jsonl, https://example.org{tmp_path.parent}/x",
         )
         write_card(own, [])
         card = (own.final_model / "README.md").read_text()
         assert str(tmp_path) not in card
+        assert f"and other.jsonl, https://example.org{tmp_path.parent}/x" in card
         assert "read some.jsonl, which is old; 3 rows/s and tokens/step stay" in card
         assert "reference_model: reference" in card
         assert "a-project-of-ours" not in card

@@ -40,11 +40,11 @@ from tunesmith.cli import app
 from tunesmith.compose import compose
 from tunesmith.data.examples import Message, Prompt, Row
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.evaluation.unseen import CARRIED
 from tunesmith.export import deployment, parity, wheel
 from tunesmith.serving import demo, smoke_test
 from tunesmith.serving.limits import Limits
 from tunesmith.serving.server import Where, running
+from tunesmith.training.lineage import CARRIED
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "a-token-of-tests-1234"
@@ -486,7 +486,10 @@ def test_what_draws_otherwise_is_taken_out_and_said(tmp_path):
     assert json.loads(file.read_text()) == {"pad_token_id": 1, "eos_token_id": [2, 3]}
 
 
-def test_without_a_space_there_is_none_and_the_folder_is_not_asked(model, tmp_path):
+def test_without_a_space_there_is_none_and_a_folder_that_is_not_asked_is_unproven(model, tmp_path):
+    from tunesmith.evaluation.report import shipped
+    from tunesmith.training.run import Run
+
     result = CliRunner().invoke(
         app,
         ["prepare-deployment", "--model-path", str(model), "--output-dir", str(tmp_path / "d"), "--check", "files",
@@ -494,8 +497,14 @@ def test_without_a_space_there_is_none_and_the_folder_is_not_asked(model, tmp_pa
     )  # fmt: skip
     found = json.loads(result.stdout.strip().splitlines()[-1])
     assert result.exit_code == 0, found
-    assert found["served"] is None
-    assert any("not proven over HTTP" in note for note in found["notes"])
+    kept = json.loads((tmp_path / "d/parity.json").read_text())
+    for facts in (found, found["served"], kept):
+        assert facts["passed"] is None
+        assert "not asked over HTTP: as asked for" in facts["unproven"]
+    assert found["merged"]["passed"] is True
+    assert [one["passed"] for one in shipped(Run(tmp_path), [])] == ["unproven"]
+    assert any("unproven: it was not asked over HTTP" in note for note in found["notes"])
+    assert "not asked as a whole" in (tmp_path / "d/README.md").read_text()
     assert not (tmp_path / "d/app.py").exists()
     assert not (tmp_path / "d/README.md").read_text().startswith("---")
     assert "AS space" not in (tmp_path / "d/Dockerfile").read_text()

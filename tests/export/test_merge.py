@@ -20,6 +20,7 @@ from tunesmith.errors import ModelError, RunError, TunesmithError
 from tunesmith.export import merge as merging
 from tunesmith.export import parity, weights
 from tunesmith.export.parity import Answered
+from tunesmith.training import lineage
 from tunesmith.training.run import Run
 
 FAMILIES = ("llama", "t5", "bart")
@@ -272,19 +273,21 @@ def test_qlora_is_merged_into_the_weights_it_was_trained_on(trained, bases, ques
     assert merged.notes[0] in (merged.folder / "README.md").read_text()
     assert merged.dtype == "float32"
     with torch.inference_mode():
-        asked = merging.reference_of(run.final_model, run)(input_ids=ids).logits.float()
+        asked, computed = merging.reference_of(run.final_model, run, dtype="bfloat16")
+        asked = asked(input_ids=ids).logits.float()
+    assert computed == "float32", "as trained, whatever was wanted"
     assert (asked - expected).abs().max() <= 1e-4 * expected.abs().max(), "an endpoint is compared with this"
-    assert merging.is_of_4_bits(run.final_model)
-    assert not merging.is_of_4_bits(merged.folder)
+    assert lineage.is_of_4_bits(run.final_model)
+    assert not lineage.is_of_4_bits(merged.folder)
     # Far from its run the adapter still knows on what it was trained, and so does a checkpoint of it.
     away = tmp_path_factory.mktemp("elsewhere") / "a" / "b" / "c" / "adapter"
     shutil.copytree(run.final_model, away)
-    assert merging.run_behind(away) is None
+    assert lineage.run_behind(away) is None
     again = api.merge(away)
     assert again.parity.layers.passed
     assert "rounded to 4 bits" in again.notes[0]
     assert torch.equal(plain(again.folder, "llama")[1], found)
-    assert merging.is_of_4_bits(away)
+    assert lineage.is_of_4_bits(away)
     checkpoint = next((run.path / "checkpoints").glob("checkpoint-step-*"))
     assert models.read_packing(checkpoint) == models.read_packing(away) == models.Packing(True, "float32")
     kept = run.final_model / "adapter_model.safetensors"
@@ -521,7 +524,7 @@ def test_a_code_run_s_artefact_is_judged_by_its_tests(bases, tmp_path, monkeypat
 
     model = models.outline(str(bases["llama"]))
     tokenizer = models.load_tokenizer(str(bases["llama"]))
-    merging.settled(tokenizer, False)
+    models.settle_template(tokenizer, is_pair=False)
     told = (Message("user", "write one"),)
     asked = [
         Prompt(told, "def one():\n    return 1", Row("x", n), checks={"tests": "assert one() == 1"})

@@ -398,6 +398,8 @@ NAMED = '{"OPENAI_API_KEY": "abcdefgh12345678"}'
         ("setup.sh", UNQUOTED.encode(), "setup.sh, line 1: a named secret"),
         ("far.txt", b"word \n" * 40 + TOKEN.encode(), "far.txt, line 41: a Hugging Face token"),
         ("blob.npy", bytes(200) + TOKEN.encode() + bytes(9), "blob.npy, byte 200: a Hugging Face token"),
+        ("named.npy", bytes(203) + b'"apikey": "$#!%+(*)&$#!"' + bytes(9), "named.npy, byte 204: a named secret"),
+        ("near.npy", bytes(203) + b"db://a:b@h" + bytes(9), "near.npy, byte 205: a password in an address"),
         ("wide.txt", f"é\n{TOKEN}".encode("utf-16"), "wide.txt, line 2: a Hugging Face token"),
         ("prose.txt", b"password: what a member types in. api_key = os.environ[...] task-" + b"a" * 30, None),
     ],
@@ -438,13 +440,41 @@ def test_what_cannot_be_looked_through_is_named(hub, model):
     import gzip
 
     (model / "rows.txt.gz").write_bytes(gzip.compress(TOKEN.encode()))
+    (model / "rows.arrow").write_bytes(b"\xff\xff\xff\xff a stream")
+    (model / "plot.png").write_bytes(b"\x89PNG ...")
     result = CliRunner().invoke(app, ["push", str(model), "me/mine", "--dry-run"])
-    assert "unread    rows.txt.gz: compressed by gzip" in result.stdout
+    assert result.exit_code == 1
+    assert "FOUND     rows.txt.gz: compressed by gzip, and cannot be looked through" in result.stdout
+    assert "FOUND     rows.arrow: a table" in result.stdout
+    assert "unread    plot.png: a picture" in result.stdout
+    assert "FOUND     plot.png" not in result.stdout
+    with pytest.raises(TunesmithError, match=r"rows\.arrow: a table"):
+        api.push(model, repository="me/mine", token=TOKEN)
+    assert hub.asked == []
     heard = []
-    api.push(model, repository="me/mine", token=TOKEN, watch=heard.append)
-    assert [e["value"] for e in heard if e["name"] == "not looked through"] == [
-        "rows.txt.gz: compressed by gzip"
-    ]
+    api.push(model, repository="me/mine", token=TOKEN, despite=True, watch=heard.append)
+    assert [e["value"].partition(":")[0] for e in heard if e["name"] == "not looked through"] == [
+        "plot.png", "rows.arrow", "rows.txt.gz",
+    ]  # fmt: skip
+
+
+def test_what_did_not_pass_its_check_is_not_pushed(model, tmp_path):
+    """Nor a folder in one that did not, however it is called by now."""
+    inner = tmp_path / "out.failed" / "merged"
+    inner.mkdir(parents=True)
+    (inner / "config.json").write_text("{}")
+    renamed = tmp_path / "renamed"
+    renamed.mkdir()
+    (renamed / "config.json").write_text("{}")
+    (renamed / "parity.json").write_text('{"passed": false}')
+    for folder in (inner, renamed):
+        with pytest.raises(TunesmithError, match="did not pass its check"):
+            api.push_plan(folder, repository="me/mine")
+    for said in ('{"passed": null}', "{"):
+        (renamed / "parity.json").write_text(said)
+        assert "is no proof" in api.push_plan(renamed, repository="me/mine").notes[0]
+    (renamed / "parity.json").write_text('{"passed": true}')
+    assert not any("proof" in note for note in api.push_plan(renamed, repository="me/mine").notes)
 
 
 def test_what_a_dry_run_leaves_is_not_sent_from_a_folder_in_the_folder_either(hub, model):

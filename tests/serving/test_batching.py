@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from tunesmith.data.templates import end_of_turn_ids
-from tunesmith.generation import decoded, generate, stream
+from tunesmith.generation import decoded, generate, pick, stream
 from tunesmith.serving import batching
 from tunesmith.serving.batching import Ask, Batcher, Row, Text
 
@@ -170,6 +170,48 @@ def test_a_step_that_fails_is_told_and_later_ones_are_answered(tiny_tokenizer):
     assert first.pieces[-1].ending == "failed"
     assert "out of memory" in first.pieces[-1].problem
     assert second.row.ids
+
+
+def test_what_one_request_asks_for_fails_no_other(tiny_tokenizer):
+    """Values that are 0 in float32 are answered; an answer that cannot be written fails alone."""
+    model = made("llama")
+    beside = [
+        Kept(tiny_tokenizer, prompt=tuple(p), temperature=t, seed=3, stop_ids=())
+        for p, t in zip(PROMPTS, (0.0, 0.7, 0.9))
+    ]
+    cold = Kept(tiny_tokenizer, prompt=tuple(PROMPTS[0]), temperature=1e-50, seed=3, stop_ids=())
+    narrow = Kept(tiny_tokenizer, prompt=tuple(PROMPTS[0]), temperature=2.0, top_p=1e-50, seed=3, stop_ids=())
+    unwritten, unended = Kept(None, prompt=(7, 8)), Kept(tiny_tokenizer, prompt=(7, 8), stop_ids=())
+    unended.row.text.end = None  # an error as it ends
+    answered(model, [*beside, cold, narrow, unwritten, unended], max_rows=7)
+    assert cold.row.ids == narrow.row.ids == beside[0].row.ids
+    for n, kept in enumerate(beside):
+        alone = stream(
+            model, tiny_tokenizer, PROMPTS[n], max_new_tokens=20, stop_ids=[], temperature=kept.row.ask.temperature,
+            seed=3,
+        )  # fmt: skip
+        assert (kept.text, kept.pieces[-1].ending) == ("".join(alone), "length")
+    assert unwritten.pieces[-1].ending == unended.pieces[-1].ending == "failed"
+
+
+def test_what_is_no_number_is_not_drawn_from():
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match="not numbers"):
+        pick(torch.tensor([0.0, float("nan")]), 1.0, 1.0, generator)
+    assert pick(torch.tensor([-3e38, 3e38]), 1e-5, 1e-50, generator) == 1
+
+
+def test_who_leaves_between_getting_a_place_and_a_batch_is_not_stepped(tiny_tokenizer, monkeypatch):
+    batcher = Batcher(made("llama"), max_rows=2)
+    kept = Kept(tiny_tokenizer, prompt=(7, 8))
+    monkeypatch.setattr(Batcher, "is_alive", True)
+    batcher.submit(kept.row)
+    drop = batcher._drop_left
+    monkeypatch.setattr(batcher, "_drop_left", lambda: (batcher.leave(kept.row), drop()))
+    with torch.inference_mode():
+        assert batcher._next()
+    assert [piece.ending for piece in kept.pieces] == ["left"]
+    assert (batcher.steps, batcher.running) == (0, 0)
 
 
 def out_of_memory_at(monkeypatch, where, name: str, call: int) -> None:

@@ -6,8 +6,11 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import shutil
+import signal
 import socket
+import sys
 import threading
 import time
 import urllib.error
@@ -533,8 +536,86 @@ def test_vllm_gets_what_maps_and_refuses_the_rest(talking_folder, tmp_path):
     assert where.token not in " ".join(command)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"use_dora": True, "r": 8}))
-    assert "DoRA" in vllm_refuses(str(talking_folder), {**folders, "a": adapter}, Where())
+    for settings, said in (
+        ({"use_dora": True}, "DoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "part of its base"),
+    ):
+        (adapter / "adapter_config.json").write_text(json.dumps({**settings, "r": 8}))
+        assert said in vllm_refuses(str(talking_folder), {**folders, "a": adapter}, Where())
+
+
+def test_sigterm_leaves_no_server_of_vllm_behind(talking_folder, tmp_path, monkeypatch):
+    """Not even one that does not heed it."""
+    from tunesmith.errors import Terminated
+    from tunesmith.serving import server
+
+    stubborn = (
+        "import os, pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        f"pathlib.Path({str(tmp_path / 'new')!r}).write_text(str(os.getpid()));"
+        f"os.rename({str(tmp_path / 'new')!r}, {str(tmp_path / 'pid')!r}); time.sleep(60)"
+    )
+    monkeypatch.setattr(server, "vllm_command", lambda *given: [sys.executable, "-S", "-c", stubborn])
+    monkeypatch.setattr(server, "ENDING", 0.2)
+
+    def terminate() -> None:
+        until = time.monotonic() + 20
+        while not (tmp_path / "pid").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    with pytest.raises(Terminated):
+        server._vllm(
+            str(talking_folder),
+            {"model": talking_folder},
+            server.Where(),
+            Limits(),
+            say=lambda sentence: None,
+        )
+    thread.join()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_base_packed_in_training_is_told_whichever_engine_answers(talking_folder, tmp_path, monkeypatch):
+    from tunesmith.serving import server
+
+    (tmp_path / "adapter_config.json").write_text("{}")
+    packing = {"bits": 4, "type": "nf4", "double_quantization": True, "dtype": "float32"}
+    (tmp_path / "packing.json").write_text(json.dumps(packing))
+    monkeypatch.setattr(server.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(server, "vllm_refuses", lambda *given: None)
+    monkeypatch.setattr(server, "_vllm", lambda *given, say: say("vLLM answers"))
+    said: list[str] = []
+    folders = {"model": talking_folder, "mine": tmp_path}
+    server.serve(str(talking_folder), folders, server.Where(engine="vllm"), Limits(), say=said.append)
+    assert said[0].startswith("mine: It was trained on a base packed into 4 bits")
+    assert said[1:] == ["vLLM answers"]
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "OLoRA"])
+def test_an_adapter_that_changes_the_base_of_the_others_is_refused(talking_folder, start, tmp_path):
+    """As a checkpoint of such a run is, and what others publish: PEFT takes its start out of the base it is put on."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from tunesmith.errors import ModelError
+    from tunesmith.serving.models import load, sources
+
+    base = AutoModelForCausalLM.from_pretrained(talking_folder)
+    whole = base.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start))
+    layer = tuned.base_model.model.model.layers[0].self_attn.q_proj
+    assert not torch.equal(layer.base_layer.weight, whole), "this is what the base would answer with"
+    tuned.save_pretrained(tmp_path / "a")
+    with pytest.raises(ModelError, match="takes a part of its base") as caught:
+        load(*sources(str(talking_folder), None, {"a": str(tmp_path / "a")}), dtype="float32", device="cpu")
+    assert start in caught.value.found
+    assert "merge" in caught.value.fix
 
 
 def test_adapters_of_another_base_are_refused(talking_folder, tiny_model_folder, tmp_path):
@@ -586,10 +667,7 @@ def test_a_server_whose_model_answers_no_more_ends_and_says_why(talking_folder, 
 
 @pytest.mark.slow
 def test_the_command_serves_until_it_is_told_to_end(talking_folder, tmp_path):
-    import os
-    import signal
     import subprocess
-    import sys
 
     errors = (tmp_path / "said").open("w")
     started = subprocess.Popen(

@@ -71,9 +71,10 @@ def test_two_models_are_compared_and_a_judge_says_first_what_it_takes(browser, t
             page.locator("#evaluate-judge-start:not([disabled])").click()
             opened.says("evaluate-job", "Judge first: done")
 
-            opened.click("evaluate-suite-start")
+            assert page.locator("#evaluate-suite-start").is_disabled()
+            opened.click("evaluate-suite-cost")
             opened.says("evaluate-told", r"at most[\s\S]*calls[\s\S]*Nobody was asked yet")
-            opened.click("evaluate-suite-start")
+            page.locator("#evaluate-suite-start:not([disabled])").click()
             opened.says("evaluate-job", "mt-bench for first: done")
             opened.pick("evaluate-place", "its base against it")
             opened.says("evaluate-verdict", "Judged by stub")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 
 import pytest
@@ -303,6 +304,8 @@ def test_yaml_that_is_none_is_an_error_and_bombs_are_refused():
         ({"data": {"dataset": "s3://bucket/of/the/server"}}, "data.dataset"),
         ({"data": {"mix": [{"dataset": "http://169.254.169.254/rows.jsonl"}]}}, "data.mix"),
         ({"data": {"data_files": "../*"}}, "data.data_files"),
+        ({"data": {"dataset": "text", "data_files": "file:///etc/passwd"}}, "data.data_files"),
+        ({"data": {"mix": [{"dataset": "a/b", "data_files": "file:///etc/passwd"}]}}, "data.mix"),
         ({"data": {"mix": [{"dataset": "/etc/passwd"}]}}, "data.mix"),
         ({"method": {"kind": "ppo", "value": "critic", "critic": "/srv/model"}}, "method.critic"),
         ({"method": {"kind": "dpo", "reference_model": "/srv/model"}}, "method.reference_model"),
@@ -316,8 +319,19 @@ def test_yaml_that_is_none_is_an_error_and_bombs_are_refused():
                                                   "api_key_env": "OPENAI_API_KEY"}]}}, "method.rewards"),
         ({"evaluation": {"engine": "ray", "shards": {"address": "ray://evil.example:10001"}}},
          "evaluation.shards.address"),
+        ({"evaluation": {"run_code": True}}, "evaluation.run_code"),
+        ({"evaluation": {"run_code": "yes"}}, "evaluation.run_code"),
         ({"name": "../run"}, "name"),
         ({"model": {"base": "a\0b"}}, "model.base"),
+        # The same below the kind that is chosen, where `compose` finds it.
+        ({"method": {"kind": "ppo", "ppo": {"value": "critic", "critic": "/srv/model"}}}, "method.critic"),
+        ({"method": {"kind": "dpo", "dpo": {"reference_model": "/srv/model"}}}, "method.reference_model"),
+        ({"method": {"kind": "grpo", "grpo": {"rewards": "os:system"}}}, "method.rewards"),
+        ({"method": {"kind": "grpo", "grpo": {"rewards": [{"kind": "model", "model": "/srv/model"}]}}},
+         "method.rewards"),
+        ({"method": {"kind": "grpo", "grpo": {"rewards": [
+            {"kind": "judge", "base_url": "https://evil.example/v1", "model": "m", "api_key_env": "HOME"}]}}},
+         "method.rewards"),
     ],
 )  # fmt: skip
 def test_nothing_outside_the_workspace_is_named(layer, path, workspace):
@@ -325,6 +339,25 @@ def test_nothing_outside_the_workspace_is_named(layer, path, workspace):
     assert path in form.filled(layer, workspace).faults
     with pytest.raises(InputError):
         form.checked(layer, workspace)
+
+
+@pytest.mark.parametrize("deep", [1, 2, 3])
+def test_no_depth_of_kinds_takes_a_reward_that_is_code_past_an_import(workspace, tmp_path, deep):
+    inner = {"rewards": [{"kind": "python", "function": "os:system"}]}
+    for _ in range(deep):
+        inner = {"grpo": inner}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps({"model": {"base": "tiny"}, "method": {"kind": "grpo", **inner}}))
+    with pytest.raises((InputError, RecipeError)) as refused:
+        form.checked(form.imported(file)[0], workspace)
+    assert ("runs code" if deep == 1 else "holds a kind once more") in str(refused.value)
+    with pytest.raises((InputError, RecipeError)):
+        form.checked({"method": {"kind": "grpo", **inner}}, workspace)
+
+
+def test_code_of_models_is_run_where_the_start_allows_it(tmp_path):
+    layer = {"evaluation": {"run_code": True}}
+    assert form.outside(layer, Workspace(tmp_path / "w", runs_code=True)) == {}
 
 
 def test_a_link_out_of_the_workspace_is_outside(workspace, tmp_path):
@@ -372,6 +405,9 @@ def test_settings_of_a_kind_are_imported_where_it_is_chosen(tmp_path):
     found, notes = form.imported(file)
     assert found == {"adapter": {"kind": "lora", "rank": 4}}
     assert notes == ["adapter.freeze was left out: the adapter is 'lora'."]
+    # QLoRA is a LoRA, and takes its settings, as in `compose`.
+    file.write_text("adapter: {kind: qlora, lora: {rank: 4}}\n")
+    assert form.imported(file) == ({"adapter": {"kind": "qlora", "rank": 4}}, [])
 
 
 def test_what_the_form_writes_is_what_it_reads(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -72,6 +74,38 @@ def test_a_start_is_one_command_under_a_free_name(workspace, layer, result):
         train.planned(workspace, {})
     with pytest.raises(InputError, match="outside"):
         train.planned(workspace, overlaid(layer, {"data": {"dataset": "/etc/passwd"}}))
+
+
+def test_fifty_clicks_without_a_name_are_one_job(tmp_path, monkeypatch):
+    workspace, layer = Workspace(tmp_path / "w"), {"data": {"dataset": "example:support"}}
+    monkeypatch.setattr(Queue, "_start_worker", lambda self, patience: None)
+
+    def click(_):
+        with contextlib.suppress(InputError):
+            return train.start(workspace, layer)
+
+    with ThreadPoolExecutor(8) as clicks:
+        started = [job for job in clicks.map(click, range(50)) if job]
+    assert len(started) == 1
+    queue = Queue(workspace.jobs)
+    assert [job.id for job in queue.jobs() if job.is_open] == [started[0].id]
+    again = train.start(workspace, layer, "again")
+    assert again.run == "again", "a name says that it is meant"
+    other = train.start(workspace, overlaid(layer, {"training": {"seed": 9}}))
+    assert len({started[0].run, again.run, other.run}) == 3
+    for job in (started[0], again):
+        queue.stop(job.id)
+    assert train.start(workspace, layer).is_open, "what was canceled may begin anew"
+
+
+def test_train_shows_the_command_or_why_there_is_none(tmp_path):
+    workspace = Workspace(tmp_path / "w")
+    assert "--name shop" in train.preview(workspace, {"data": {"dataset": "example:support"}}, "shop")
+    assert train.preview(workspace, {}, None).startswith("# There is no recipe yet.")
+    said = train.preview(workspace, {"data": {"dataset": "/etc/passwd"}}, None)
+    assert said.startswith("# ")
+    assert "\n" not in said
+    assert "outside" in said
 
 
 def test_the_train_page_shows_the_run_as_it_is(workspace, result):
@@ -163,15 +197,33 @@ def test_what_a_judge_costs_is_said_before_anybody_is_asked(workspace, result):
         ("model: m\nprompts: /etc/passwd\n", "no whole path"),
         ("model: m\nprompts: ../../../etc/passwd\n", "no whole path"),
         ("model: m\ncache: /tmp/replies.jsonl\n", "no whole path"),
+        ("model: m\ncache: UPLOADS/../jobs/000001.json\n", "no whole path"),
+        ("model: m\ncache: UPLOADS/judge.yaml\n", "does not end in .jsonl"),
+        ("model: m\nprompts: UPLOADS/../users.yaml\n", "no whole path"),
+        (
+            "model: m\nbase_url: https://judge.example:8443/v1\napi_key_env: JUDGE_KEY\n",
+            "sent to judge.example only",
+        ),
+        ("api: local\nmodel: shop\n", "choose local:shop"),
         ("api: local\nmodel: /etc\n", "outside your workspace"),
         ("model: m\napi_key_env: OPENAI_API_KEY\n", None),
         ("api: anthropic\nmodel: m\napi_key_env: ANTHROPIC_API_KEY\n", None),
         ("model: m\nbase_url: https://judge.example/v1\napi_key_env: JUDGE_KEY\n", None),
+        ("model: m\nbase_url: https://judge.example:8443/v1\napi_key_env: PORT_KEY\n", None),
+        ("model: m\nbase_url: http://127.0.0.1:8000/v1\napi_key_env: OWN_KEY\n", None),
+        (
+            "model: m\nbase_url: http://127.0.0.1:8001/v1\napi_key_env: OWN_KEY\n",
+            "sent to 127.0.0.1:8000 only",
+        ),
         ("model: m\nprompts: UPLOADS/prompts.yaml\ncache: UPLOADS/replies.jsonl\n", None),
     ],
 )
 def test_a_judge_s_settings_have_no_key_and_no_file_that_is_not_the_user_s(tmp_path, settings, said):
-    workspace = Workspace(tmp_path / "w", allowed(["JUDGE_KEY=judge.example"]))
+    keys = allowed(["JUDGE_KEY=judge.example", "PORT_KEY=Judge.example:8443", "OWN_KEY=127.0.0.1:8000"])
+    workspace = Workspace(tmp_path / "w", keys)
+    (workspace.runs / "shop").mkdir()
+    (workspace.runs / "shop" / "recipe.yaml").write_text("{}")
+    (workspace.runs / "shop" / "environment.json").write_text("{}")
     (workspace.uploads / "judge.yaml").write_text(settings.replace("UPLOADS", str(workspace.uploads)))
     if said is None:
         assert evaluate.judge_named(workspace, "judge.yaml").endswith("judge.yaml")
@@ -179,6 +231,28 @@ def test_a_judge_s_settings_have_no_key_and_no_file_that_is_not_the_user_s(tmp_p
     with pytest.raises(InputError) as refused:
         evaluate.judge_named(workspace, "judge.yaml")
     assert said in " ".join(refused.value.lines())
+
+
+def test_a_suite_is_priced_by_the_options_that_it_starts_with(workspace, result, layer):
+    (workspace.uploads / "judge.yaml").write_text("model: m\nbase_url: http://127.0.0.1:9/v1\n")
+    asked = workspace.uploads / "asked.jsonl"
+    asked.write_text(json.dumps({"question_id": 1, "category": "math", "turns": ["What is it?"]}) + "\n")
+    path, options = evaluate.suite_asked(workspace, "shop", "alpaca", "asked.jsonl", "judge.yaml")
+    assert path == result.run
+    assert options["baseline"] == layer["model"]["base"]
+    arguments = evaluate.suite_arguments(workspace, "shop", "alpaca", "asked.jsonl", "judge.yaml")
+    assert arguments == [
+        "evaluate", "--suite=alpaca", f"--questions={asked}", f"--judge={workspace.uploads / 'judge.yaml'}",
+        f"--baseline={layer['model']['base']}", "--", str(result.run),
+    ]  # fmt: skip
+    assert "call" in evaluate.suite_forecast(workspace, "shop", "alpaca", "asked.jsonl", "judge.yaml")
+    with pytest.raises(InputError, match="costs nothing"):
+        evaluate.suite_forecast(workspace, "shop", "mt-bench", None, None)
+    evaluate.require_priced(("shop", "judge.yaml"), "shop", "judge.yaml")
+    for known in (None, ("shop", "other.yaml")):
+        with pytest.raises(InputError, match="was not asked"):
+            evaluate.require_priced(known, "shop", "judge.yaml")
+    asked.unlink()
 
 
 def test_a_radar_is_shown_where_a_suite_was_judged(workspace, result, tmp_path):
@@ -230,6 +304,42 @@ def test_both_models_answer_the_same_and_what_is_better_is_kept(workspace, resul
     with pytest.raises(InputError, match="no question"):
         chat.messages_of("", [], " ")
     path.unlink()
+
+    part = replace(turn, base="blu", tuned="", is_whole=False)
+    assert 'aria-busy="true"' in chat.shown([], messages[-1]["content"], ("blu", ""), is_open=True)
+    left, page, question, note = chat.stopped([], part)
+    assert (left, question) == (part, "")
+    assert "blu" in page
+    assert "aria-busy" not in page
+    assert "not whole" in note
+    assert chat.settled([], part, None)[-1]["content"] == "blu", "a stopped turn stays in the conversation"
+    with pytest.raises(InputError, match="stopped"):
+        chat.prefer(workspace, part, "base")
+    left, page, question, note = chat.stopped([], replace(part, base=""))
+    assert (left, page, question) == (None, chat.TRY, messages[-1]["content"])
+    assert chat.stopped([], turn) is None, "nothing was under way"
+    chat.let_go()
+
+
+def test_the_command_of_a_chat_asks_what_the_page_asked(workspace, result, capsys):
+    """Both models, with system message, seed and temperature: the same answers."""
+    import shlex
+
+    from tunesmith.cli import app
+
+    models = chat.sides(workspace, "shop")
+    messages = chat.messages_of("be kind", [], "-what is it")
+    settings = {"max_new_tokens": 8, "temperature": 1.5, "seed": 7}
+    *_, answered = chat.answers(models, messages, **settings)
+    lines = chat.commands(models, messages, **settings).splitlines()
+    for line, wanted in zip(lines, answered, strict=True):
+        _, verb, *options = shlex.split(line)
+        with contextlib.suppress(SystemExit):
+            app([verb, "--json", *options])
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])["messages"]
+        assert found == [*messages, {"role": "assistant", "content": wanted}]
+    later = chat.messages_of("", [*messages[1:], {"role": "assistant", "content": "x"}], "more")
+    assert "2 messages before it" in chat.commands(models, later, **settings).splitlines()[0]
     chat.let_go()
 
 
@@ -271,10 +381,12 @@ def test_a_dpo_run_learns_from_what_was_preferred(workspace, result):
 
 
 def test_shipping_is_a_command_and_a_verdict(workspace, result, tmp_path):
-    assert not ship.has_nothing_to_merge(result.run)
+    assert not Run(result.run).is_whole
     whole = tmp_path / "whole"
-    (whole / "final_model").mkdir(parents=True)
-    assert ship.has_nothing_to_merge(whole)
+    whole.mkdir()
+    assert not Run(whole).is_whole, "its training is not finished"
+    (whole / "final_model").mkdir()
+    assert Run(whole).is_whole
     assert ship.made(workspace, result.run) == ship.NOTHING
     place = workspace.exports / "shop-merged"
     wanted = ["merge", "--dtype=auto", f"--output={place}", "--", str(result.run)]

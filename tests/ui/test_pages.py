@@ -91,9 +91,13 @@ def test_two_users_see_their_own_work(browser, tmp_path):
             folder = bench.workspace / "users"
             run = folder / "ann" / "runs" / "of-ann-only"
             run.mkdir(parents=True)
+            for name in ("recipe.yaml", "environment.json"):
+                (run / name).write_text("{}")
             assert "Sign out" in ann.page.locator("#header").inner_text()
+            ann.go("Runs")
+            ann.says("runs-table", "of-ann-only")
             bob.go("Runs")
-            time.sleep(1)
+            time.sleep(3)  # longer than a page takes to look again
             assert "of-ann-only" not in bob.page.content()
             ann.page.get_by_role("button", name="Sign out").click()
             ann.page.get_by_label("Password").wait_for()

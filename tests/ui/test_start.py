@@ -36,6 +36,10 @@ def test_others_are_let_in_with_accounts_only(tmp_path, capsys):
         (["--token-env", "NO_SUCH_VARIABLE"], "holds no token"),
         (["--share"], "share"),
         (["--key-env", "JUDGE_KEY"], "JUDGE_KEY=judge.example"),
+        (["--key-env", "L=..."], "JUDGE_KEY=judge.example"),
+        (["--key-env", "K=judge.example:99999"], "JUDGE_KEY=judge.example"),
+        (["--key-env", "K=127.0.0.1"], "K=127.0.0.1:8000"),
+        (["--key-env", "K=[::1]"], "K=[::1]:8000"),
     ],
 )
 def test_a_wrong_start_is_one_clear_error(tmp_path, monkeypatch, capsys, arguments, said):

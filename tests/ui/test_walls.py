@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -528,7 +529,7 @@ def test_ten_thousand_files_at_once_are_refused(web):
 
 
 def test_an_upload_that_ends_early_or_stalls_leaves_nothing(around):
-    web = around(limits=Limits(stalled_seconds=0.4))
+    web = around(limits=Limits(stalled_seconds=0.4, upload_seconds=1.0))
     with web.owner() as client:
         cookie = "; ".join(f"{k}={v}" for k, v in client.cookies.items())
     before = kept(web)
@@ -545,6 +546,18 @@ def test_an_upload_that_ends_early_or_stalls_leaves_nothing(around):
         link.sendall(head)
         said = link.recv(65536)
     assert b" 408 " in said.split(b"\r\n")[0]
+    # One that never stalls and never ends.
+    with socket.create_connection((host, int(port)), timeout=0.1) as link:
+        link.sendall(head)
+        began, said = time.monotonic(), b""
+        while b"takes too long" not in said and time.monotonic() - began < 10:
+            with contextlib.suppress(OSError):  # nothing to read yet, or the server has hung up
+                said += link.recv(65536)
+                continue
+            with contextlib.suppress(OSError):
+                link.sendall(b"z")
+    assert b" 408 " in said.split(b"\r\n")[0]
+    assert b"takes too long" in said
     until = time.monotonic() + 20
     while kept(web) != before and time.monotonic() < until:
         time.sleep(0.05)

@@ -11,6 +11,9 @@ pytest.importorskip("gradio")
 
 from browser_of_tests import Workbench, window
 
+from tunesmith.ui.jobs import Queue
+from tunesmith.ui.workspace import Workspace
+
 pytestmark = pytest.mark.web
 
 RECIPE = """
@@ -42,7 +45,11 @@ def test_a_training_outlives_server_and_browser_and_is_evaluated_asked_and_merge
             opened.says("train-told", "queued")
             opened.says("train-status", "of 40")
             opened.check()
+        [job] = Queue(Workspace(bench.workspace).jobs).jobs()
+        assert job.is_alive()
         bench.kill()
+        time.sleep(0.5)
+        assert job.is_alive(), "the job does not die with the server"
         port = bench.url.rstrip("/").rpartition(":")[2]
         bench.start(port)
         with window(browser, bench) as opened:

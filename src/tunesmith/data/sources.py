@@ -448,6 +448,7 @@ def locate(dataset: str) -> None:
         return
     import datasets
 
+    _check_hub(dataset)
     try:
         with _cache_only():
             datasets.load.dataset_module_factory(dataset)
@@ -646,6 +647,24 @@ def _from_url(url: str, pattern: str | None) -> Source:
     return Source(name or "data", scan, digest, tuple(notes))
 
 
+def _check_hub(dataset: str, pattern: str | None = None) -> None:
+    """Raises DataError for what would have the Hub's library read this machine: one of its loaders of files as a data
+    set (`text`), and a pattern that is no part of the set (`file:///etc/passwd`)."""
+    from datasets import packaged_modules
+
+    if dataset in packaged_modules._PACKAGED_DATASETS_MODULES:
+        raise DataError(
+            f"'{dataset}' reads files and is no data set.",
+            fix="Give the file or folder itself as data.dataset.",
+        )
+    if pattern and (Path(pattern).is_absolute() or ".." in Path(pattern).parts or ":" in pattern):
+        raise DataError(
+            f"data.data_files is a pattern inside {dataset}.",
+            found=hidden(pattern),
+            fix="Make it relative, or give that file or folder as data.dataset.",
+        )
+
+
 def _from_hub(
     dataset: str,
     *,
@@ -658,6 +677,7 @@ def _from_hub(
 ) -> Source:
     import datasets
 
+    _check_hub(dataset, data_files)
     options: dict[str, Any] = {"split": split, "data_files": data_files, "revision": revision}
     if streaming:
         options["streaming"] = True

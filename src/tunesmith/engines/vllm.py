@@ -53,11 +53,11 @@ def answer(source: Source, asked: Asked, finished: Finished, say: Say) -> None:
         from vllm.lora.request import LoRARequest
 
         said = json.loads((Path(location) / "adapter_config.json").read_text(encoding="utf-8"))
-        _check_adapter(said, source.name)
+        check_adapter(said, source.name)
         adapter = LoRARequest(source.name, 1, location)
         base = str(said["base_model_name_or_path"])
         location = str(folder_of(base, revision=said.get("revision")))
-        options = {"enable_lora": True, "max_lora_rank": _rank(int(said["r"]))}
+        options = {"enable_lora": True, "max_lora_rank": holding_rank(int(said["r"]))}
     length = max(len(asked.prompts[n]) + rooms[n] for n in waiting)
     llm = _kept(source, length)
     if llm is None:
@@ -159,10 +159,16 @@ def _answer(result: Any, number: int, asked: Asked, tokenizer: Any) -> Generated
     return cut(list(one.token_ids), asked.stop_ids, tokenizer)
 
 
-def _check_adapter(said: dict[str, Any], name: str) -> None:
+def check_adapter(said: dict[str, Any], name: str) -> None:
     """Raises RecipeError for an adapter that vLLM would load as something else than it is."""
-    for field, what in (("use_dora", "DoRA"), ("modules_to_save", "fully trained modules")):
-        if said.get(field):
+    from tunesmith.models import is_from_base
+
+    for field, what, is_there in (
+        ("use_dora", "DoRA", bool),
+        ("modules_to_save", "fully trained modules", bool),
+        ("init_lora_weights", "a start that is a part of its base", is_from_base),
+    ):
+        if is_there(said.get(field)):
             raise RecipeError(
                 f"vLLM cannot serve the adapter of '{name}'.",
                 found=f"{what} ({field} in adapter_config.json)",
@@ -170,6 +176,6 @@ def _check_adapter(said: dict[str, Any], name: str) -> None:
             )
 
 
-def _rank(rank: int) -> int:
+def holding_rank(rank: int) -> int:
     """The smallest rank that vLLM knows and that holds this one."""
     return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)

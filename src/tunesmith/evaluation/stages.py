@@ -32,7 +32,7 @@ class Stage:
 
 def stage(model: str, revision: str | None = None) -> Stage:
     """The stage that a model is: a run by its name and method, anything else by its id or its folder's name."""
-    from tunesmith.export.merge import run_behind
+    from tunesmith.training.lineage import run_behind
 
     if run := run_behind(model):
         return Stage(run.path.name, model, revision, run.recipe().method.kind)
@@ -42,7 +42,7 @@ def stage(model: str, revision: str | None = None) -> Stage:
 
 def earlier(base: str) -> tuple[list[Stage], list[str]]:
     """The stages before a run's base, the first one first, and what is to be said of those that are not there."""
-    from tunesmith.export.merge import run_behind
+    from tunesmith.training.lineage import run_behind
 
     found: list[Stage] = []
     missing: list[str] = []
@@ -61,7 +61,7 @@ def earlier(base: str) -> tuple[list[Stage], list[str]]:
 
 def reward_models(recipe: Recipe) -> list[dict[str, Any]]:
     """The reward models of a recipe that are runs: by name, what their own held-out pairs showed."""
-    from tunesmith.export.merge import run_behind
+    from tunesmith.training.lineage import run_behind
 
     found = []
     for reward in getattr(recipe.method, "rewards", ()):

@@ -20,14 +20,11 @@ from typing import TYPE_CHECKING
 from tunesmith.data.examples import Conversation, Example, Preference, Prompt, Rating, questions
 from tunesmith.data.splitting import key
 from tunesmith.errors import ModelError, RunError, TunesmithError
+from tunesmith.training.lineage import CARRIED, run_behind, run_of
 
 if TYPE_CHECKING:
     from tunesmith.data import Splits
     from tunesmith.training.run import Run
-
-CARRIED = "learned.json"
-"""What a finished model's folder tells of the rows that it has learned from: hashes alone, of no use for reading them.
-It is not uploaded: with it anybody could ask whether a row was among them."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +266,6 @@ def runs_behind(models: Sequence[str | Path]) -> Iterator[tuple[str, Splits | Ca
     has left a trace on: a base.
     """
     from tunesmith import dataflow
-    from tunesmith.export.merge import run_behind
 
     waiting: list[str | Path] = list(models)
     done: set[str] = set()
@@ -307,7 +303,6 @@ def _of_finished(run: Run) -> Carried | None:
 def _told(model: str | Path) -> Carried | TunesmithError | None:
     """What a model that lies in no run tells of its rows; None for a base, an error where training is seen but not on
     what."""
-    from tunesmith.export.merge import run_of
     from tunesmith.models import locate
 
     try:

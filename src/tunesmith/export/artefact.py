@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tunesmith import devices, models
+from tunesmith import models
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.engines import llamacpp
 from tunesmith.errors import MissingExtra, ModelError, OutOfResources, TunesmithError, nearest
@@ -78,9 +78,6 @@ class Exported:
 CHECKS = ("auto", "logits", "prompts")
 """How an artefact is tried: as a whole in float32 or, where that does not fit, in bfloat16, or else by its prompts
 alone; always as a whole in float32; by its prompts alone."""
-
-ROOM = merge.ROOM / 2
-"""Memory that a model takes as it is asked, as a multiple of its weights: what `merge` reckons for one of its two."""
 
 REFERENCES = {"float32": 4, "bfloat16": 2}
 """Types in which the model can be computed that an artefact is compared with, and their bytes for each weight."""
@@ -176,7 +173,7 @@ def export(
     merge.free_place(folder)
     check_writes(source, to)
     is_adapter = (source / "adapter_config.json").is_file()
-    base = str(source) if not is_adapter else merge.base_of(source)[0]
+    base = str(source) if not is_adapter else models.base_of(source)[0]
     check_family = partial(gguf.writer_of, quant=quant) if to == "gguf" else graph.check_family
     check_family(models.configuration(base), folder=str(source))
     parameters = sum(p.numel() for p in models.outline(base).parameters())
@@ -198,28 +195,23 @@ def export(
                 return _ill_merged(made, staging, folder, f"{name}-{quant}", to, run, held)
         config = models.configuration(str(whole))
         check_family(config, folder=str(whole))
-        tokenizer = models.load_tokenizer(str(source if merge.has_tokenizer(source) else whole))
-        merge.settled(tokenizer, config.is_encoder_decoder)
+        tokenizer = models.load_tokenizer(str(source if models.has_tokenizer(source) else whole))
+        models.settle_template(tokenizer, is_pair=config.is_encoder_decoder)
         compared = _compared_with(parameters, check, to, quant)
         if compared.reference != "float32":
             progress("parity", compared.reference or "prompts alone", compared.why)
-        model = merge.reference_of(source, run, dtype=compared.reference) if compared.reference else None
+        model = None
+        if compared.reference:
+            model, used = merge.reference_of(source, run, dtype=compared.reference)
+            compared = replace(compared, reference=used)
         asked = held(models.outline(str(whole)) if model is None else model, tokenizer)
         write = _as_gguf if to == "gguf" else _as_onnx
         file, tensors, verdict, more = write(
-            whole,
-            staging,
-            f"{name}-{quant}",
-            quant,
-            config,
-            run,
-            model,
-            compared,
-            tokenizer,
-            asked,
-            progress,
-            counted,
-        )
+            _Job(
+                whole=whole, folder=staging, name=f"{name}-{quant}", quant=quant, config=config, run=run, model=model,
+                compared=compared, tokenizer=tokenizer, asked=asked, progress=progress, counted=counted,
+            )
+        )  # fmt: skip
         notes += more
         write_whole(staging / VERDICT, json.dumps(verdict.as_dict(), indent=1))
         shutil.rmtree(staging / "merged", ignore_errors=True)
@@ -254,23 +246,22 @@ def _compared_with(parameters: int, check: str, to: str, quant: str) -> _Compare
         return _Compared(None, "llama.cpp is not here to read the file back")
     if check == "prompts":
         return _Compared(None, "as asked for, prompts were compared and not the whole model")
-    there = devices.available()
     file = parameters * (gguf.bits_of(quant) / 8 if to == "gguf" else 4)
-    wanted = {name: int(ROOM * (width * parameters + file)) for name, width in REFERENCES.items()}
-    said = " and ".join(f"{size / 1e9:.1f} GB in {name}" for name, size in wanted.items())
-    why = f"to compare it as a whole takes {said}, and {there / 1e9:.1f} GB are free"
+    rooms = {name: parity.room_for(width * parameters, file) for name, width in REFERENCES.items()}
+    said = " and ".join(f"{room.wanted / 1e9:.1f} GB in {name}" for name, room in rooms.items())
+    why = f"to compare it as a whole takes {said}, and {rooms['float32'].there / 1e9:.1f} GB are free"
     if check == "logits":
         return _Compared("float32", "as asked for")
-    return _Compared(next((name for name, size in wanted.items() if size <= there), None), why)
+    return _Compared(next((name for name, room in rooms.items() if room.suffices), None), why)
 
 
 def _check_room_for_graph(parameters: int, check: str) -> None:
     """torch's exporter holds the whole model in float32 and writes a second one; nothing less gives a graph."""
-    wanted, there = int(merge.ROOM * 4 * parameters), devices.available()
-    if wanted > there and check != "logits":
+    room = parity.room_for(4 * parameters, 4 * parameters)
+    if not room.suffices and check != "logits":
         raise OutOfResources(
             "The model does not fit into memory as ONNX is written.",
-            found=f"{wanted / 1e9:.1f} GB are wanted, and {there / 1e9:.1f} GB are free",
+            found=f"it takes {room}",
             fix="Take --to gguf or --to safetensors, which are written tensor by tensor, or a machine with more; "
             "--check logits tries it all the same.",
         )
@@ -307,66 +298,74 @@ def _ill_merged(
     )
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What one file is made of, and proven with."""
+
+    whole: Path
+    """Folder of whole weights."""
+    folder: Path
+    """Where the file goes."""
+    name: str
+    quant: str
+    config: Any
+    run: Run | None
+    model: Any
+    """What it is compared with; None where nothing is."""
+    compared: _Compared
+    tokenizer: Any
+    asked: Held
+    progress: Callable[[str, str, str], None]
+    counted: Callable[[str, int, int], None]
+
+
 Written = tuple[str, dict[str, int], parity.Parity, list[str]]
 """A file's name, its tensors by how they are stored, the verdict, and notes."""
 
 
-def _as_gguf(
-    whole: Path,
-    folder: Path,
-    name: str,
-    quant: str,
-    config: Any,
-    run: Run | None,
-    model: Any,
-    compared: _Compared,
-    tokenizer: Any,
-    asked: Held,
-    progress: Callable[[str, str, str], None],
-    counted: Callable[[str, int, int], None],
-) -> Written:
-    file = f"{name}.gguf"
-    if program := gguf.writer_of(config, folder=str(whole), quant=quant):
-        written = gguf.convert(program, whole, folder / file, quant=quant)
+def _as_gguf(job: _Job) -> Written:
+    file = f"{job.name}.gguf"
+    if program := gguf.writer_of(job.config, folder=str(job.whole), quant=job.quant):
+        written = gguf.convert(program, job.whole, job.folder / file, quant=job.quant)
         notes = list(written.notes)
     else:
-        vocabulary = _vocabulary(tokenizer, config, asked)
+        vocabulary = _vocabulary(job.tokenizer, job.config, job.asked)
         if vocabulary.tried:
-            progress(
+            job.progress(
                 "tokenizer",
                 str(vocabulary.keys["ggml.pre"]),
                 f"the same tokens as the model's own for {vocabulary.tried} of {vocabulary.tried} texts",
             )
         written = gguf.write(
-            whole,
-            folder / file,
-            quant=quant,
+            job.whole,
+            job.folder / file,
+            quant=job.quant,
             vocabulary=vocabulary,
-            config=config,
-            name=name.removesuffix(f"-{quant}"),
+            config=job.config,
+            name=job.name.removesuffix(f"-{job.quant}"),
         )
         notes = [*vocabulary.notes, *written.notes]
-    why = f"the model is a {config.model_type}" + (f", which {program} writes" if program else "")
-    progress("format", f"GGUF, architecture {written.architecture}, {quant}", why)
-    context = gguf.context_in(folder / file)
-    longest = max(len(question.ids) for question in asked.questions)
-    recipe = run.recipe() if run else None
+    why = f"the model is a {job.config.model_type}" + (f", which {program} writes" if program else "")
+    job.progress("format", f"GGUF, architecture {written.architecture}, {job.quant}", why)
+    context = gguf.context_in(job.folder / file)
+    longest = max(len(question.ids) for question in job.asked.questions)
+    recipe = job.run.recipe() if job.run else None
     room, why_room = ollama.context_for(
-        gguf.text_part(config),
+        gguf.text_part(job.config),
         allowed=context,
         trained=recipe.data.max_length if recipe else None,
-        answered=recipe.evaluation.max_new_tokens if recipe else asked.new_tokens,
+        answered=recipe.evaluation.max_new_tokens if recipe else job.asked.new_tokens,
         asked=longest,
     )
     text, problem = ollama.modelfile(
-        file, tokenizer, stop_ids=end_of_turn_ids(tokenizer), context=room, why=why_room
+        file, job.tokenizer, stop_ids=end_of_turn_ids(job.tokenizer), context=room, why=why_room
     )
-    write_whole(folder / ollama.NAME, text)
+    write_whole(job.folder / ollama.NAME, text)
     if problem:
         notes.append(problem)
-    is_pair = bool(config.is_encoder_decoder)
+    is_pair = bool(job.config.is_encoder_decoder)
     unasked = partial(
-        parity.unasked, file, asked.questions, tokenizer, is_pair=is_pair, quant=quant
+        parity.unasked, file, job.asked.questions, job.tokenizer, is_pair=is_pair, quant=job.quant
     )  # fmt: skip
     if not llamacpp.is_installed():
         unproven = "llama.cpp was not here to read the file back (pip install 'tunesmith[llama-cpp]')"
@@ -374,64 +373,51 @@ def _as_gguf(
             file, dict(written.tensors),
             unasked(read_by="", unproven=unproven, absent="llama.cpp is not installed"), notes,
         )  # fmt: skip
-    if compared.reference is None:
-        with parity.gguf_reader(folder / file, tokenizer, length=context, words_only=True) as reader:
-            same = [list(reader.tokens(question)) == list(question.ids) for question in asked.questions]
-            verdict = unasked(read_by=reader.name, unproven=compared.why, own=(reader, same))
+    if job.compared.reference is None:
+        with parity.gguf_reader(job.folder / file, job.tokenizer, length=context, words_only=True) as reader:
+            same = [list(reader.tokens(question)) == list(question.ids) for question in job.asked.questions]
+            verdict = unasked(read_by=reader.name, unproven=job.compared.why, own=(reader, same))
         return file, dict(written.tensors), verdict, notes
-    length = min(context, longest + asked.new_tokens)
-    with parity.gguf_reader(folder / file, tokenizer, length=length) as reader:
+    length = min(context, longest + job.asked.new_tokens)
+    with parity.gguf_reader(job.folder / file, job.tokenizer, length=length) as reader:
         verdict = parity.verdict(
-            model,
-            tokenizer,
+            job.model,
+            job.tokenizer,
             reader,
-            asked,
+            job.asked,
             artefact=file,
-            quant=quant,
+            quant=job.quant,
             context=context,
-            reference=compared.reference,
-            progress=lambda done: counted("parity", done, len(asked.questions)),
+            reference=job.compared.reference,
+            progress=lambda done: job.counted("parity", done, len(job.asked.questions)),
         )
     return file, dict(written.tensors), verdict, notes
 
 
-def _as_onnx(
-    whole: Path,
-    folder: Path,
-    name: str,
-    quant: str,
-    config: Any,
-    run: Run | None,
-    model: Any,
-    compared: _Compared,
-    tokenizer: Any,
-    asked: Held,
-    progress: Callable[[str, str, str], None],
-    counted: Callable[[str, int, int], None],
-) -> Written:
-    progress("format", f"ONNX, {quant}, no cache", f"the model is a {config.model_type}")
-    graph.write(whole, folder / graph.NAME)
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def _as_onnx(job: _Job) -> Written:
+    job.progress("format", f"ONNX, {job.quant}, no cache", f"the model is a {job.config.model_type}")
+    graph.write(job.whole, job.folder / graph.NAME)
+    job.config.save_pretrained(job.folder)
+    job.tokenizer.save_pretrained(job.folder)
     notes = ["the graph keeps no cache: for each token that is written, the whole text is read again"]
-    tensors = {"F32": len(list(models.outline(str(whole)).parameters()))}
-    if compared.reference is None:
-        own = models.load_tokenizer(str(folder))
+    tensors = {"F32": len(list(models.outline(str(job.whole)).parameters()))}
+    if job.compared.reference is None:
+        own = models.load_tokenizer(str(job.folder))
         verdict = parity.unasked(
-            graph.NAME, asked.questions, own, is_pair=config.is_encoder_decoder,
-            read_by=parity.transformers_version(), quant=STORED[quant], unproven=compared.why,
+            graph.NAME, job.asked.questions, own, is_pair=job.config.is_encoder_decoder,
+            read_by=parity.transformers_version(), quant=STORED[job.quant], unproven=job.compared.why,
         )  # fmt: skip
         return graph.NAME, tensors, verdict, notes
     verdict = parity.verdict(
-        model,
-        tokenizer,
-        graph.reader(folder / graph.NAME, model, models.load_tokenizer(str(folder))),
-        asked,
+        job.model,
+        job.tokenizer,
+        graph.reader(job.folder / graph.NAME, job.model, models.load_tokenizer(str(job.folder))),
+        job.asked,
         artefact=graph.NAME,
-        quant=STORED[quant],
-        context=context_length(model),
-        reference=compared.reference,
-        progress=lambda done: counted("parity", done, len(asked.questions)),
+        quant=STORED[job.quant],
+        context=context_length(job.model),
+        reference=job.compared.reference,
+        progress=lambda done: job.counted("parity", done, len(job.asked.questions)),
     )
     return graph.NAME, tensors, verdict, notes
 

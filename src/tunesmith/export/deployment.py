@@ -27,13 +27,13 @@ from tunesmith.data import pairs, templates
 from tunesmith.data.examples import Message, Prompt, Unusable
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.errors import ModelError, TunesmithError, nearest
-from tunesmith.evaluation.unseen import CARRIED
 from tunesmith.export import artefact, merge, parity, publish, wheel
 from tunesmith.export.card import terms_of
 from tunesmith.export.parity import NEW_TOKENS, TOLERANCES, VERDICT, Answered, Held, Parity
 from tunesmith.generation import context_length, decoded
 from tunesmith.serving import demo as page
 from tunesmith.serving import smoke_test
+from tunesmith.training.lineage import CARRIED, FACTS
 from tunesmith.training.run import Run, dataset_name, write_whole
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ VLLM = "v0.33.0"
 GRADIO = "gradio>=6.31,<7"
 """What the page needs, where gradio is not installed here and its own needs cannot be pinned."""
 
-SERVED_BESIDE = 2.4
-"""Whole models in float32 that the proof needs memory for: the run's own, the served one, and what they compute."""
+ENDPOINT = "served endpoint"
+"""What is served, as its verdict names it."""
 
 PATIENCE = 3600.0
 """Seconds for each answer in the proof: a large model on a CPU writes slowly."""
@@ -74,10 +74,10 @@ class Deployment:
     size: int
     """In bytes."""
     dtype: str
-    merged: Parity | None
+    merged: Parity
     """Of the weights, against base and adapter."""
-    served: Parity | None
-    """Of the endpoint, against the run's own model; None where it was not asked, which the notes say."""
+    served: Parity
+    """Of the endpoint, against the run's own model; where it was not asked, `unproven` in it says why."""
     demo: str
     vllm: str | None
     """Why compose.yaml has no vLLM; None where it has."""
@@ -88,20 +88,25 @@ class Deployment:
     """Whether it is made in spite of them."""
 
     @property
-    def passed(self) -> bool:
-        """Whether nothing is wrong with it, as far as it could be tried."""
-        proven = all(part is None or part.passed for part in (self.merged, self.served))
-        return proven and (self.despite or not self.findings)
+    def passed(self) -> bool | None:
+        """Whether it answers as the model does and holds nothing that it should not; None where nothing is wrong but
+        it was not asked, as `served.unproven` says."""
+        proven = (self.merged.passed, self.served.passed)
+        if False in proven or (self.findings and not self.despite):
+            return False
+        return None if None in proven else True
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as `--json` prints it; it ends with exit code 1 where the verdict is bad."""
+        """The result as `--json` prints it; it ends with exit code 1 where the verdict is bad. A folder that was not
+        asked was still made as asked for, and nothing was found wrong: exit code 0 and `passed: null`."""
         return {
             **asdict(self),
             "folder": str(self.folder),
-            "merged": self.merged.as_dict() if self.merged else None,
-            "served": self.served.as_dict() if self.served else None,
+            "merged": self.merged.as_dict(),
+            "served": self.served.as_dict(),
             "passed": self.passed,
-            **({} if self.passed else {"exit_code": 1}),
+            "unproven": self.served.unproven if self.passed is None else None,
+            **({"exit_code": 1} if self.passed is False else {}),
         }
 
 
@@ -166,8 +171,7 @@ def prepare(
             fix = f"{error.fix or ''} The weights are kept in {kept / 'model'}.".strip()
             raise ModelError(error.problem, found=error.found, fix=fix) from None
         notes += proof.notes
-        if proof.served:
-            write_whole(staging / VERDICT, json.dumps(proof.served.as_dict(), indent=1))
+        write_whole(staging / VERDICT, json.dumps(proof.served.as_dict(), indent=1))
         facts = {
             "name": name,
             "made_by": f"tunesmith {wheel.version()}",
@@ -177,8 +181,8 @@ def prepare(
             "demo": proof.demo,
             "probes": proof.probes,
             "proof": {
-                "merged": made.parity.sentences() if made.parity else [],
-                "served": proof.served.sentences() if proof.served else [],
+                "merged": made.parity.sentences(),
+                "served": proof.served.sentences(),
             },
         }
         _write_files(
@@ -210,10 +214,10 @@ def prepare(
             findings=tuple(findings),
             despite=despite,
         )
-        final = merge.put_in_place(staging, folder, passed=result.passed)
+        final = merge.put_in_place(staging, folder, passed=result.passed is not False)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    if run and proof.served:
+    if run:
         write_whole(run.path / "exports" / "served" / VERDICT, json.dumps(proof.served.as_dict(), indent=1))
         merge.told_in_report(run)
     return replace(result, folder=final)
@@ -250,7 +254,7 @@ def _weights(
             error.problem, found=error.found, fix=f"The weights are kept in {kept} to look at."
         ) from None
     # By the first anybody could ask whether a row was trained on; the second has the way to the run.
-    for name in (CARRIED, merge.FACTS):
+    for name in (CARRIED, FACTS):
         (packed / name).unlink(missing_ok=True)
     return made
 
@@ -288,7 +292,7 @@ def _vllm_command(name: str, dtype: str) -> list[str]:
 
 @dataclass(frozen=True)
 class _Proof:
-    served: Parity | None
+    served: Parity
     probes: list[dict[str, Any]]
     demo: dict[str, Any]
     notes: list[str]
@@ -308,41 +312,45 @@ def _proven(
     counted_on: Callable[[str, int, int], None],
 ) -> _Proof:
     """Serve the packed model, ask it what is held out, and write down what it answers to some questions that ship."""
-    from tunesmith import devices
-
     skeleton, tokenizer = models.outline(str(packed)), models.load_tokenizer(str(packed))
-    merge.settled(tokenizer, skeleton.config.is_encoder_decoder)
-    wanted = int(SERVED_BESIDE * 4 * sum(p.numel() for p in skeleton.parameters()))
-    there = devices.available()
-    if check == "files" or wanted > there:
-        why = "as asked for" if check == "files" else (
-            f"it takes {wanted / 1e9:.1f} GB, and {there / 1e9:.1f} GB are free"
+    models.settle_template(tokenizer, is_pair=skeleton.config.is_encoder_decoder)
+    is_pair = bool(skeleton.config.is_encoder_decoder)
+
+    def unasked(asked: Held, why: str) -> Parity:
+        return parity.unasked(
+            ENDPOINT, asked.questions, tokenizer, is_pair=is_pair, read_by="", quant=stored,
+            unproven=f"it was not asked over HTTP: {why}; run smoke_test.py where it is served",
         )  # fmt: skip
+
+    size = 4 * sum(p.numel() for p in skeleton.parameters())
+    room = parity.room_for(size, size)
+    if check == "files" or not room.suffices:
+        why = "as asked for" if check == "files" else f"it takes {room}"
         progress("served", "not asked", why)
         asked = held(skeleton, tokenizer)
         kind = _demo(asked, demo)
-        probes = _probes(kind, tokenizer, None, is_pair=skeleton.config.is_encoder_decoder, stored=stored)
-        notes = [f"not proven over HTTP: {why}; run smoke_test.py where it is served", *kind.pop("notes")]
-        return _Proof(None, probes, kind, notes)
+        probes = _probes(kind, tokenizer, None, is_pair=is_pair, stored=stored)
+        served = unasked(asked, why)
+        return _Proof(served, probes, kind, [f"unproven: {served.unproven}", *kind.pop("notes")])
     with _served(packed, name) as (url, loaded):
-        model = merge.reference_of(source, run)
-        own = models.load_tokenizer(str(source if merge.has_tokenizer(source) else packed))
-        merge.settled(own, model.config.is_encoder_decoder)
+        model, computed = merge.reference_of(source, run)
+        own = models.load_tokenizer(str(source if models.has_tokenizer(source) else packed))
+        models.settle_template(own, is_pair=model.config.is_encoder_decoder)
         asked = held(model, own)
         context = None if model.config.is_encoder_decoder else loaded.context
         reader = parity.server_reader(url, name, own, api_key_env=KEY, length=context, timeout=PATIENCE)
-        served: Parity | None = None
-        unproven = ["not proven over HTTP: all held-out questions offer tools, which it is not asked"]
-        if not all(question.prompt and question.prompt.tools for question in asked.questions):
-            unproven = []
+        if all(question.prompt and question.prompt.tools for question in asked.questions):
+            served = unasked(asked, "all held-out questions offer tools, which a server is not asked")
+        else:
             served = parity.verdict(
                 model,
                 own,
                 replace(reader, name=f"tunesmith serve over HTTP, {parity.transformers_version()}"),
                 asked,
-                artefact="served endpoint",
+                artefact=ENDPOINT,
                 quant=stored,
                 context=context,
+                reference=computed,
                 progress=lambda done: counted_on("served", done, len(asked.questions)),
             )
         del model
@@ -350,6 +358,7 @@ def _proven(
     probes = _probes(
         kind, tokenizer, loaded.model, is_pair=loaded.model.config.is_encoder_decoder, stored=stored
     )
+    unproven = [f"unproven: {served.unproven}"] if served.unproven else []
     return _Proof(served, probes, kind, [*unproven, *kind.pop("notes")])
 
 
@@ -508,7 +517,7 @@ def _origin(source: Path, packed: Path, run: Run | None) -> dict[str, Any]:
     """What the model is, for people: base, task, method and scores of the run, and the base's licence."""
     facts: dict[str, Any] = {"licence": terms_of(packed)}
     if (source / "adapter_config.json").is_file():
-        facts["base"] = dataset_name(merge.base_of(source)[0])
+        facts["base"] = dataset_name(models.base_of(source)[0])
     if run:
         recipe = run.recipe()
         scores = (run.read("evaluation/comparison.json") or {}).get("comparisons", [])
@@ -606,7 +615,8 @@ def _findings(
         # Without it the page would ask otherwise than the model was trained to be asked.
         trained = [text for text in trained if text.strip() != system.strip()]
         notes.append("manifest.json has the system text of the rows, with which the page asks")
-    plan = publish.planned(staging, "deployment/folder", private=True, trained=trained)
     # The wheel is tunesmith itself, as it is installed here.
-    unread = [f"not looked through: {line}" for line in plan.unread if not line.startswith("wheels/")]
+    wheels = [file.relative_to(staging).as_posix() for file in staging.glob("wheels/*.whl")]
+    plan = publish.planned(staging, "deployment/folder", private=True, trained=trained, vouched=wheels)
+    unread = [f"not looked through: {line}" for line in plan.unread]
     return list(plan.findings), [*notes, *plan.notes, *unread]

@@ -74,7 +74,8 @@ def family_of(config: Any, *, folder: str) -> Family:
         raise ModelError(
             f"llama.cpp's '{found.architecture}' does not compute what this model does.",
             found=problem,
-            fix="Use the merged model with transformers or vLLM: `tunesmith export --to safetensors`.",
+            fix="Use the merged model with transformers or vLLM: `tunesmith export --to safetensors`. Where "
+            f"llama.cpp's own {CONVERTER} can write it, set {CONVERTER_AT} to its folder.",
         )
     return found
 
@@ -125,12 +126,17 @@ def converter() -> Path | None:
 
 
 def writer_of(config: Any, *, folder: str, quant: str) -> Path | None:
-    """Who writes a model: None where it is this module, else llama.cpp's converter, which knows more families.
+    """Who writes a model: None where it is this module, else llama.cpp's converter, which knows more families and more
+    of what those known here ask for.
 
     Raises ModelError where neither can, before any work.
     """
-    if text_part(config).model_type in FAMILIES or not (found := converter()):
-        family_of(config, folder=folder)
+    text = text_part(config)
+    own = FAMILIES.get(text.model_type)
+    if own and not own.problem(text):
+        return None
+    if not (found := converter()):
+        family_of(config, folder=folder)  # says what is in the way
         return None
     if quant not in CONVERTED:
         raise ModelError(
@@ -223,7 +229,9 @@ def write(folder: Path, file: Path, *, quant: str, vocabulary: Vocabulary, confi
     writer = gguf.GGUFWriter(path=None, arch=family.architecture)
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(_file_type(gguf, quant) or 0)
+    file_type = _file_type(gguf, quant)
+    assert file_type is not None, "quants() has none without"
+    writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in family.keys(config).items():
         _add(writer, f"{family.architecture}.{key}", value)

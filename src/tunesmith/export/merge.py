@@ -11,26 +11,21 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tunesmith import models
 from tunesmith.errors import ModelError, RunError, TunesmithError, nearest
-from tunesmith.evaluation.unseen import CARRIED, carry_together
+from tunesmith.evaluation.unseen import carry_together
 from tunesmith.export import parity, weights
 from tunesmith.export.card import copy_licences, write_merged_card
 from tunesmith.export.parity import NEW_TOKENS, VERDICT, Check, Held, Parity, Question
 from tunesmith.recipe import QLoRA
-from tunesmith.training.run import Run, dataset_name, is_run, open_run, write_whole
-
-if TYPE_CHECKING:
-    from tunesmith.data.examples import Prompt
-
-FACTS = "merge.json"
-"""What a merged folder was made from and what the check found, in that folder."""
+from tunesmith.training.lineage import FACTS, packing_behind, run_behind
+from tunesmith.training.run import Run, dataset_name, write_whole
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -50,9 +45,6 @@ CHECKS = ("auto", "logits", "layers")
 
 MAX_SHARD = 5 * 10**9
 """Largest file of weights, in bytes."""
-
-ROOM = 2.4
-"""Whole models in float32 that the check needs memory for: the parts, the merged one, and what they compute."""
 
 MAX_PROMPT_TOKENS = 128
 
@@ -108,7 +100,9 @@ class Made:
     skeleton: Any
     """The model without its weights."""
     reference: Callable[[], Any] | str
-    """Gives base and adapters, loaded in float32; or why there is no such thing."""
+    """Gives base and adapters, loaded; or why there is no such thing."""
+    computed: str
+    """Type in which that computes."""
     notes: tuple[str, ...]
 
 
@@ -274,9 +268,9 @@ def make(
         progress(
             "adapters", sum_of(parts), "changes are added up, as PEFT's add_weighted_adapter does with `cat`"
         )
-    tokenizer = models.load_tokenizer(str(adapter if has_tokenizer(adapter) else base))
+    tokenizer = models.load_tokenizer(str(adapter if models.has_tokenizer(adapter) else base))
     kind = models.kind(str(adapter))
-    progress("template", *settled(tokenizer, kind == "seq2seq"))
+    progress("template", *models.settle_template(tokenizer, is_pair=kind == "seq2seq"))
     is_new_head = bool(parts) and kind == "reward" and models.kind(base, revision=revision) != "reward"
     head: models.Head | None = "score" if is_new_head else None
     files = models.folder_of(base, revision=revision)
@@ -335,7 +329,19 @@ def make(
             f"no run is behind {', '.join(unknown)} and no {models.PACKING} beside it, so the base is taken as a whole "
             "one; if it was packed into 4 bits in training, these weights answer otherwise than what was trained"
         )
-    return Made(base, stored, parameters, shards, layers, kind, tokenizer, skeleton, reference, tuple(notes))
+    return Made(
+        base,
+        stored,
+        parameters,
+        shards,
+        layers,
+        kind,
+        tokenizer,
+        skeleton,
+        reference,
+        trained_as,
+        tuple(notes),
+    )
 
 
 def sum_of(parts: Sequence[Part]) -> str:
@@ -347,10 +353,10 @@ def sum_of(parts: Sequence[Part]) -> str:
 
 
 def _common_base(parts: Sequence[Part]) -> tuple[str, str | None]:
-    base, revision = base_of(parts[0].folder)
+    base, revision = models.base_of(parts[0].folder)
     marks = {models.fingerprint(base, revision=revision)}
     for part in parts[1:]:
-        other, of_revision = base_of(part.folder)
+        other, of_revision = models.base_of(part.folder)
         marks.add(models.fingerprint(other, revision=of_revision))
         if (other, of_revision) != (base, revision) and len(marks) > 1:
             raise ModelError(
@@ -364,22 +370,17 @@ def _common_base(parts: Sequence[Part]) -> tuple[str, str | None]:
 def _quantized(parts: Sequence[Part]) -> tuple[QLoRA | None, str]:
     """How the base was packed into 4 bits in training, and what type it had before: as the file beside an adapter
     says, or the run behind one that has none. (None, "float32") for a whole one, and where nobody says."""
-    found: list[tuple[QLoRA | None, str]] = []
-    for part in parts:
-        if packing := models.read_packing(part.folder):
-            found.append((QLoRA(double_quantization=packing.double_quantization), packing.dtype))
-        elif part.run and isinstance(own := part.run.recipe().adapter, QLoRA):
-            found.append((own, str((part.run.read("plan.json") or {}).get("dtype", "float32"))))
-        else:
-            found.append((None, "float32"))
-    ways = {(own.double_quantization, dtype) if own else None for own, dtype in found}
-    if len(ways) > 1:
+    found = [packing_behind(part.folder, part.run) for part in parts]
+    if len(set(found)) > 1:
         raise ModelError(
             "Adapters of a 4-bit base and of a whole one are not added up: their bases differ.",
             found=", ".join(part.folder.name for part in parts),
             fix="Merge those of one kind, or train the other ones on the same base.",
         )
-    return found[0] if found else (None, "float32")
+    packing = next(iter(found), None)
+    if packing is None:
+        return None, "float32"
+    return QLoRA(double_quantization=packing.double_quantization), packing.dtype
 
 
 def _reference(
@@ -435,25 +436,21 @@ def put_in_place(staging: Path, folder: Path, *, passed: bool) -> Path:
     return final
 
 
-def reference_of(source: Path, run: Run | None, *, dtype: str = "float32") -> Any:
-    """The model as its run measured it, computed in `dtype`: whole weights, or an adapter on the base that it was
-    trained on, which for QLoRA is one packed into 4 bits. What is made of `source` has to answer like this."""
+def reference_of(source: Path, run: Run | None, *, dtype: str = "float32") -> tuple[Any, str]:
+    """The model as its run measured it, and the type in which it is computed: whole weights, or an adapter on the base
+    that it was trained on. What is made of `source` has to answer like this.
+
+    The type is `dtype`, but for QLoRA, whose base is packed into 4 bits and computed as it was in training.
+    """
     if not (source / "adapter_config.json").is_file():
-        return models.load_model(str(source), dtype=dtype).eval()
+        return models.load_model(str(source), dtype=dtype).eval(), dtype
     parts = [Part(source, run=run)]
     quantized, trained_as = _quantized(parts)
     if not quantized:
-        return models.load_model(str(source), dtype=dtype).eval()
-    found = _reference(parts, [], *base_of(source), quantized, trained_as, None)
+        return models.load_model(str(source), dtype=dtype).eval(), dtype
+    found = _reference(parts, [], *models.base_of(source), quantized, trained_as, None)
     assert not isinstance(found, str), "one adapter is always PEFT's"
-    return found().eval()
-
-
-def is_of_4_bits(adapter: Path) -> bool:
-    """Whether an adapter was trained on a base packed into 4 bits."""
-    return (adapter / "adapter_config.json").is_file() and bool(
-        _quantized([Part(adapter, run=run_behind(adapter))])[0]
-    )
+    return found().eval(), trained_as
 
 
 def _settle_configuration(skeleton: Any, tokenizer: Any, stored: str, *, unties: bool) -> None:
@@ -479,14 +476,12 @@ def _proven(
     counted: Callable[[str, int, int], None],
 ) -> Parity:
     """The verdict on a merged folder: prompts by its own tokenizer, layers, and the whole model where it fits."""
-    from tunesmith import devices
-
-    wanted, there = int(ROOM * 4 * made.parameters), devices.available()
+    room = parity.room_for(4 * made.parameters, 4 * made.parameters)
     why = made.reference if isinstance(made.reference, str) else None
     if why is None and check == "layers":
         why = "as asked for, layers were checked and not the whole model"
-    if why is None and check == "auto" and wanted > there:
-        why = f"the whole model was not asked: that takes {wanted / 1e9:.1f} GB, and {there / 1e9:.1f} GB are free"
+    if why is None and check == "auto" and not room.suffices:
+        why = f"the whole model was not asked: that takes {room}"
     if why is not None and made.layers is None:
         why = None  # nothing else has looked at it
     if why is not None:
@@ -503,30 +498,9 @@ def _proven(
         asked,
         quant=made.dtype,
         layers=made.layers,
+        reference=made.computed,
         progress=lambda done: counted("parity", done, len(asked.questions)),
     )
-
-
-def base_of(adapter: Path) -> tuple[str, str | None]:
-    """The base that an adapter names, and its revision. Raises ModelError where it is not there."""
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise ModelError(
-            f"The adapter {adapter} names no base.",
-            found="adapter_config.json without base_model_name_or_path",
-            fix="Write the folder or Hub id of its base there.",
-        )
-    revision = config.get("revision")
-    try:
-        models.locate(base, revision=revision)
-    except ModelError as error:
-        raise ModelError(
-            f"The base of the adapter {adapter} is missing: {base}.",
-            found=error.found or error.problem,
-            fix="Put it back, or write where it is now as base_model_name_or_path into adapter_config.json.",
-        ) from None
-    return base, revision
 
 
 def _stored(asked: str, config: Any, adapter: Path, *, is_quantized: bool) -> tuple[str, str]:
@@ -544,19 +518,6 @@ def _stored(asked: str, config: Any, adapter: Path, *, is_quantized: bool) -> tu
     if own in DTYPES:
         return own, "that of the base's weights"
     return "float32", "the base's configuration names none of " + ", ".join(DTYPES)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a model's folder brings a tokenizer of its own."""
-    return any((folder / name).is_file() for name in models.TOKENIZER_FILES)
-
-
-def settled(tokenizer: Any, is_pair: bool) -> tuple[str, str]:
-    """Settle the chat template that goes with a model; where it is and why."""
-    from tunesmith.data import pairs
-    from tunesmith.data.templates import set_template
-
-    return "saved with it", (pairs.settle_template if is_pair else set_template)(tokenizer, None)
 
 
 def _asked(tokenizer: Any, model: Any, *, is_pair: bool) -> list[list[int]]:
@@ -578,11 +539,6 @@ def _asked(tokenizer: Any, model: Any, *, is_pair: bool) -> list[list[int]]:
     return found
 
 
-def question_text(prompt: Prompt, tokenizer: Any) -> str:
-    """What a server is sent for a question: the conversation as the chat template writes it."""
-    return parity.text_of(prompt, tokenizer)
-
-
 def shipped_questions(tokenizer: Any, model: Any, *, is_pair: bool) -> list[Question]:
     """The questions that are asked where no run is behind a model, with the text that stands for them."""
     from tunesmith.data.examples import Message, Prompt, Row
@@ -593,7 +549,7 @@ def shipped_questions(tokenizer: Any, model: Any, *, is_pair: bool) -> list[Ques
     ):
         prompt = Prompt((Message("user", text),), "", Row("shipped", number))
         try:
-            found.append(Question(tuple(ids), question_text(prompt, tokenizer), prompt))
+            found.append(Question(tuple(ids), parity.text_of(prompt, tokenizer), prompt))
         except Exception:  # a template that refuses a lone question, with whatever error it raises
             found.append(Question(tuple(ids), text))
     return found
@@ -618,39 +574,3 @@ def _way(folder: Path, run: Path) -> str:
     import os
 
     return Path(os.path.relpath(run.resolve(), folder.resolve())).as_posix()
-
-
-def run_of(folder: Path) -> tuple[str, Path] | None:
-    """Name and folder of the run that a merged model is from; None where it is no such model."""
-    try:
-        facts: Mapping[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        return str(facts["run"]), (folder / facts["run_folder"]).resolve()
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def run_behind(model: str | Path) -> Run | None:
-    """The run that a model is, was merged from, or lies in: `final_model`, `best_model` or a checkpoint of it.
-
-    A plain copy of a final model is known by the file that it carries, where its run lies beside it or in `runs`.
-    """
-    path = Path(model).expanduser()
-    origin = run_of(path)
-    places = (*([origin[1]] if origin else []), path, *path.parents[:2], *_originals(path))
-    return next((open_run(folder) for folder in places if is_run(folder)), None)
-
-
-def _originals(copy: Path) -> list[Path]:
-    """Runs near a copied model whose own final model carries just the same."""
-    try:
-        own = (copy / CARRIED).read_bytes()
-        name = Path(str(json.loads(own)["run"])).name
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    near = [Path("runs"), *copy.absolute().parents[:3], *(p / "runs" for p in copy.absolute().parents[:3])]
-    found = []
-    for run in (place / name for place in near):
-        file = run / "final_model" / CARRIED
-        if file.is_file() and file.read_bytes() == own:
-            found.append(run)
-    return found

@@ -113,15 +113,29 @@ def context_for(
         count = min(allowed, max(trained, asked) + answered)
         why = f"rows of up to {trained} tokens were trained on, answers of up to {answered} measured"
     lines = [f"{count} tokens of context: {why}; the file allows {allowed}."]
-    if not config.is_encoder_decoder:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        each = 2 * 2 * config.num_hidden_layers * heads * size  # keys and values, of 2 bytes
+    if each := _cache_of_a_token(config):
         lines.append(
             f"Their cache takes up to {each * count / 1e6:,.0f} MB of memory beside the weights, "
             f"{each * 1024 / 1e6:,.1f} MB for each 1024 tokens more."
         )
     return count, tuple(lines)
+
+
+def _cache_of_a_token(config: Any) -> int | None:
+    """Bytes of keys and values for each token; None where a configuration does not say it in whole numbers, as those of
+    families that llama.cpp's own converter writes need not."""
+    if config.is_encoder_decoder:
+        return None
+    text = config.get_text_config()
+
+    def said(name: str) -> int | None:
+        value = getattr(text, name, None)
+        return value if isinstance(value, int) and value > 0 else None
+
+    layers, width, heads = said("num_hidden_layers"), said("hidden_size"), said("num_attention_heads")
+    size = said("head_dim") or (width // heads if width and heads else None)
+    kept = said("num_key_value_heads") or heads
+    return 2 * 2 * layers * kept * size if layers and kept and size else None  # of 2 bytes each
 
 
 def modelfile(

@@ -10,6 +10,7 @@ folder, llama.cpp for a GGUF file, a server for what it serves.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -50,6 +51,33 @@ COARSE = 1.0
 
 NEW_TOKENS = 24
 """Length of an answer where no held-out question sets another."""
+
+
+ASKED = 1.2
+"""Memory that a model takes as it is asked, as a multiple of its weights."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory that a proof takes, and how much is free on this machine, in bytes."""
+
+    wanted: int
+    there: int
+
+    @property
+    def suffices(self) -> bool:
+        """Whether it fits."""
+        return self.wanted <= self.there
+
+    def __str__(self) -> str:
+        return f"{self.wanted / 1e9:.1f} GB, and {self.there / 1e9:.1f} GB are free"
+
+
+def room_for(*weights: float) -> Room:
+    """The room in which models are asked beside each other, each given by the bytes of its weights."""
+    from tunesmith import devices
+
+    return Room(int(ASKED * sum(weights)), devices.available())
 
 
 @dataclass(frozen=True)
@@ -317,7 +345,7 @@ class Parity:
             self.check.sentence() if self.check else f"not asked as a whole: {self.unproven}",
         ]
         if self.reference != "float32":
-            lines.append(f"compared with the model in {self.reference}, as float32 did not fit into memory")
+            lines.append(f"compared with the model as computed in {self.reference}, not in float32")
         if self.score and self.score.base is not None and self.score.tuned is not None:
             metric = METRICS[self.score.metric]
             base, own = shown(self.score.base, metric), shown(self.score.tuned, metric)
@@ -341,6 +369,17 @@ class Parity:
             "problems": self.problems(),
             "sentences": self.sentences(),
         }
+
+
+def passed_in(folder: Path) -> bool | None:
+    """What the verdict in a folder says; true where there is none, and None for one that is no proof."""
+    try:
+        said = json.loads((folder / VERDICT).read_text(encoding="utf-8"))["passed"]
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return said if isinstance(said, bool) else None
 
 
 @dataclass(frozen=True)
@@ -498,7 +537,10 @@ def readings_of(
     read: dict[Place, tuple[str, Callable[[Question], Sequence[int] | None]]] = {
         "training": ("tunesmith", lambda asked: asked.ids),
         "transformers": (transformers_version(), lambda asked: read_as(asked, tokenizer)),
-        "server": ("tunesmith serve", _served_reading(tokenizer, is_pair=is_pair)),
+        "server": (
+            "tunesmith serve's own prompt function, not over HTTP",
+            _served_reading(tokenizer, is_pair=is_pair),
+        ),
     }
     found, alike = [], [True] * len(questions)
     for place, (by, tokens) in read.items():
@@ -537,11 +579,10 @@ def _served_reading(tokenizer: Any, *, is_pair: bool) -> Callable[[Question], Se
     """As which ids `tunesmith serve` reads a question, by the function that answers its requests; None for one that it
     is not sent."""
     from tunesmith.data.examples import Unusable
-    from tunesmith.export.merge import settled
     from tunesmith.serving.models import served_as
 
     own = copy.copy(tokenizer)
-    settled(own, is_pair)  # as the server does where it loads one
+    models.settle_template(own, is_pair=is_pair)  # as the server does where it loads one
     endpoint = served_as("artefact", own, adapter=None, is_pair=is_pair)
 
     def tokens(asked: Question) -> Sequence[int] | None:
@@ -710,12 +751,13 @@ def of_folder(
     *,
     quant: str,
     layers: Layers | None,
+    reference: str = "float32",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Parity:
     """The verdict on a folder of whole weights, against the model that it was made from."""
     return verdict(
         model, tokenizer, folder_reader(folder), held,
-        artefact=folder.name, quant=quant, layers=layers, progress=progress,
+        artefact=folder.name, quant=quant, layers=layers, reference=reference, progress=progress,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ A repository with a card is whole. An upload that was cut off goes on where it w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from glob import escape
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import TunesmithError
-from tunesmith.evaluation.unseen import CARRIED
 from tunesmith.export import scan
+from tunesmith.training.lineage import CARRIED, FACTS
 
 CARD = "README.md"
 
-LEFT = (CARRIED, "*.bin", "*.pt", "*.pth", "*.pkl", "*.py", ".*", "*.tmp", "merge.json")
+LEFT = (CARRIED, "*.bin", "*.pt", "*.pth", "*.pkl", "*.py", ".*", "*.tmp", FACTS)
 """What is not uploaded: marks by which anybody could ask whether a row was trained on, pickles, code, and facts with
 the way to the run's folder."""
 
@@ -41,7 +41,8 @@ class Plan:
     left: tuple[str, ...]
     """Files of the folder that are not sent."""
     findings: tuple[str, ...]
-    """Secrets and rows that were trained on, found in what would be sent."""
+    """Secrets and rows that were trained on, found in what would be sent; archives and tables, which no search sees
+    into."""
     notes: tuple[str, ...]
     unread: tuple[str, ...] = ()
     """Files that are sent and could not be looked through, with the reason."""
@@ -59,8 +60,17 @@ class Plan:
         return {**found, **({"exit_code": 1} if self.findings else {})}
 
 
-def planned(folder: Path, repository: str, *, private: bool, trained: Iterable[str] | None = None) -> Plan:
-    """What would be uploaded. `trained` are the texts that were trained on, None where they are not known.
+def planned(
+    folder: Path,
+    repository: str,
+    *,
+    private: bool,
+    trained: Iterable[str] | None = None,
+    known: Sequence[str] = (),
+    vouched: Collection[str] = (),
+) -> Plan:
+    """What would be uploaded. `trained` are the texts that were trained on, None where they are not known. `known` are
+    notes on the model, `vouched` names of archives whose content is known.
 
     Raises TunesmithError for a name that no repository can have.
     """
@@ -75,8 +85,8 @@ def planned(folder: Path, repository: str, *, private: bool, trained: Iterable[s
     every = sorted(p for p in folder.rglob("*") if p.is_file())
     names = [p.relative_to(folder).as_posix() for p in every]
     sent = [(p, n) for p, n in zip(every, names, strict=True) if not _is_left(n)]
-    notes = []
-    found = scan.searched([(name, path) for path, name in sent], trained, str(Path.home()))
+    notes = list(known)
+    found = scan.searched([(name, path) for path, name in sent], trained, str(Path.home()), vouched=vouched)
     if trained is None:
         notes.append("what was trained on is not here, so it was not looked for in the files")
     if found.homes:
@@ -112,22 +122,25 @@ def publish(
     create: bool = True,
     trained: Iterable[str] | None = None,
     despite: bool = False,
+    known: Sequence[str] = (),
     told: Callable[[str, str, str], None] = lambda name, value, reason: None,
 ) -> str:
     """Create the repository where it is missing, upload the model's folder, and give its address.
 
-    Nothing is sent where a secret or a text of `trained` is found in it, unless `despite`. Without `token` it is the
-    Hub client's own (login or HF_TOKEN); it is never stored or shown here. With `create` false the repository has to be
-    there. An upload that fails on the way is tried again, `ATTEMPTS` times, and can be called again later: what has
-    arrived is not sent twice. Raises TunesmithError with the Hub's answer where all fails, and where `private` is asked
-    for and the repository is public; the local model stays as it is.
+    Nothing is sent where a secret or a text of `trained` is found in it, or an archive, unless `despite`. `known` are
+    notes on the model. Without `token` it is the Hub client's own (login or HF_TOKEN); it is never stored or shown
+    here. With `create` false the repository has to be there. An upload that fails on the way is tried again, `ATTEMPTS`
+    times, and can be called again later: what has arrived is not sent twice. Raises TunesmithError with the Hub's
+    answer where all fails, and where `private` is asked for and the repository is public; the local model stays as it
+    is.
     """
-    plan = planned(folder, repository, private=private, trained=trained)
+    plan = planned(folder, repository, private=private, trained=trained, known=known)
     if plan.findings and not despite:
         raise TunesmithError(
             f"{repository} was not uploaded: what would be sent holds what should not be sent.",
             found="; ".join(plan.findings),
-            fix="Take it out, or, where this is no secret and no private text, upload it with --despite-findings.",
+            fix="Take it out (unpack what is packed), or, where this is no secret and no private text, upload it with "
+            "--despite-findings.",
         )
     for note in plan.notes:
         told("note", note, "as a dry run says as well")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -79,12 +79,20 @@ SECRETS = (
 
 PACKED = {
     b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "compressed by gzip", b"BZh": "compressed by bzip2",
-    b"\xfd7zXZ\x00": "compressed by xz", b"\x28\xb5\x2f\xfd": "compressed by zstandard", b"7z\xbc\xaf": "a 7z archive",
-    b"Rar!": "a rar archive", b"PAR1": "a Parquet table, which is compressed", b"\x89PNG": "a picture",
-    b"\xff\xd8\xff": "a picture", b"GIF8": "a picture", b"RIFF": "a picture or sound", b"%PDF": "a PDF document",
-    b"ARROW1": "an Arrow table, which may be compressed",
+    b"\xfd7zXZ\x00": "compressed by xz", b"\x28\xb5\x2f\xfd": "compressed by zstandard",
+    b"\x04\x22\x4d\x18": "compressed by lz4", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a rar archive",
+    b"PAR1": "a Parquet table, which is compressed", b"ARROW1": "an Arrow table, which may be compressed",
 }  # fmt: skip
-"""How files begin whose content no search of bytes finds."""
+"""How archives and tables begin: whatever is in them, no search of bytes finds it, and rows are what they are for."""
+
+TABLES = (".parquet", ".arrow", ".feather", ".orc", ".avro")
+"""How names of tables end that need not begin so."""
+
+PICTURED = {
+    b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture", b"GIF8": "a picture", b"RIFF": "a picture or sound",
+    b"%PDF": "a PDF document",
+}  # fmt: skip
+"""How other files begin whose content no search of bytes finds."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +100,22 @@ class Found:
     """What a search came to."""
 
     findings: tuple[str, ...]
+    """Also the archives and tables, which no search of bytes sees into."""
     unread: tuple[str, ...]
     """Files, or parts of them, that could not be looked through, with the reason."""
     homes: tuple[str, ...]
     """Files that name a folder of this machine."""
 
 
-def searched(files: Sequence[tuple[str, Path]], trained: Iterable[str] | None, home: str) -> Found:
+def searched(
+    files: Sequence[tuple[str, Path]],
+    trained: Iterable[str] | None,
+    home: str,
+    *,
+    vouched: Collection[str] = (),
+) -> Found:
     """Look through files, given as name and path. `trained` are the texts that a model learned, if they are known;
-    `home` is the user's folder, whose name is looked for."""
+    `home` is the user's folder, whose name is looked for. `vouched` are names of archives whose content is known."""
     rows = Rows(trained) if trained is not None else None
     findings, unread, homes = list[str](), list[str](), list[str]()
     marks = [
@@ -109,12 +124,17 @@ def searched(files: Sequence[tuple[str, Path]], trained: Iterable[str] | None, h
     for name, path in files:
         with path.open("rb") as file:
             start = file.read(16)
-            reason = next((why for magic, why in PACKED.items() if start.startswith(magic)), None)
+            packed = next((why for magic, why in PACKED.items() if start.startswith(magic)), None)
+            if packed is None and path.suffix in TABLES:
+                packed = "a table, which may be compressed"
+            reason = packed or next((why for magic, why in PICTURED.items() if start.startswith(magic)), None)
             # Also what is compressed has a name and comments outside of it.
             file.seek(0)
             found, names_home = _secrets(file, marks)
-        if reason:
+        if reason and name not in vouched:
             unread.append(f"{name}: {reason}")
+            if packed:
+                findings.append(f"{name}: {packed}, and cannot be looked through")
         findings += [f"{name}, {where}: {what}" for what, where in found.items()]
         if names_home:
             homes.append(name)
@@ -151,6 +171,8 @@ def _secrets(file: BinaryIO, marks: Sequence[bytes]) -> tuple[dict[str, str], bo
     return found, is_marked
 
 
+WORDS = (b"://", b"key", b"secret", b"token", b"password")
+"""One of them is in each named secret, in an address with a password and at the head of a private key."""
 _BLOCK = 8
 _AROUND = 1024
 
@@ -158,19 +180,28 @@ _AROUND = 1024
 def _wordy(piece: bytes) -> list[tuple[int, bytes]]:
     """The parts of numbers and text mixed that can hold a secret, with where they begin.
 
-    Each secret has 16 letters in a row or more, and so one aligned block of 8: numbers hardly ever look so, and a
-    search of them for a dozen patterns would be 50 times slower.
+    A key or token has 16 letters in a row or more, and so one aligned block of 8: numbers hardly ever look so, and a
+    search of them for a dozen patterns would be 50 times slower. What is shorter has one of `WORDS` in it.
     """
     import numpy as np
 
     letters = np.frombuffer(piece, np.uint8, len(piece) // _BLOCK * _BLOCK)
     is_letter = ((letters >= ord("-")) & (letters <= ord("z"))).view(np.uint64)
-    hits = np.flatnonzero(is_letter == int.from_bytes(b"\1" * _BLOCK, "little")) * _BLOCK
+    blocks = np.flatnonzero(is_letter == int.from_bytes(b"\1" * _BLOCK, "little")) * _BLOCK
+    small = piece.lower()
+    hits = np.union1d(blocks, [at for word in WORDS for at in _places(word, small)]).astype(np.int64)
     if not hits.size:
         return []
     groups = np.split(hits, np.flatnonzero(np.diff(hits) > _AROUND) + 1)
     spans = [(max(int(group[0]) - _AROUND, 0), int(group[-1]) + _AROUND) for group in groups]
     return [(begin, piece[begin:end]) for begin, end in spans]
+
+
+def _places(word: bytes, text: bytes) -> Iterator[int]:
+    at = text.find(word)
+    while at >= 0:
+        yield at
+        at = text.find(word, at + len(word))
 
 
 def _pieces(file: BinaryIO) -> Iterator[bytes]:

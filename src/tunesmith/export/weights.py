@@ -351,7 +351,7 @@ def _combined(
 
 def has_own_start(adapter: Adapter) -> bool:
     """Whether an adapter starts as a part of the weight, which the base then lacks."""
-    return adapter.config.init_lora_weights in models.PRINCIPAL
+    return models.is_from_base(adapter.config.init_lora_weights)
 
 
 def _finite(tensor: Any, name: str, adapter: Adapter) -> Any:

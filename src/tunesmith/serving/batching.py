@@ -248,7 +248,10 @@ class Batcher:
                 log.exception("a client could not be told that its answer failed")
 
     def _all(self) -> list[Row]:
-        batches = [*self._running.values(), *(b for some in self._joining.values() for b in some)]
+        # Copied first: other threads count the rows, and a dictionary that changes ends their loop with an error.
+        batches = [*self._running.values()]
+        for some in list(self._joining.values()):
+            batches += some
         return [*(row for batch in batches for row in batch.rows), *self._single, *self._coming]
 
     def _next(self) -> bool:
@@ -274,7 +277,8 @@ class Batcher:
         return True
 
     def _take(self, come: Sequence[Row]) -> None:
-        come = [row for row in come if self._guarded([row], partial(self._seeded, row))]
+        # Who left since it got its place is at its end already.
+        come = [row for row in come if not row.ended and self._guarded([row], partial(self._seeded, row))]
         if self.alone:
             self._single += come
             return
@@ -381,10 +385,10 @@ class Batcher:
         return output.logits[:, -1].float()
 
     def _told(self, batch: _Batch, logits: Any) -> None:
-        """Give each row its token, and let those go that are at their end."""
+        """Give each row its token, and let those go that are at their end. What fails for one is told to that one."""
         likeliest = logits.argmax(-1).tolist()
         for line, row in enumerate(batch.rows):
-            self._given(row, logits[line], likeliest[line])
+            self._guarded([row], partial(self._given, row, logits[line], likeliest[line]))
         self._keep(batch, [line for line, row in enumerate(batch.rows) if not row.ended])
 
     def _step_single(self, row: Row) -> bool:
@@ -431,12 +435,12 @@ class Batcher:
     ) -> None:
         if row.ended:
             return
-        row.ended, row.past, row.read = True, None, {}
         if ending in ("stop", "length") and not isinstance(stopped_by, str):
             rest, stop = row.text.end(row.ids)
             text += rest
             if stop is not None:
                 ending, stopped_by = "stop", stop
+        row.ended, row.past, row.read = True, None, {}
         row.told(Piece(text, ids, tokens, ending, stopped_by, problem))
 
     def _drop_left(self) -> None:

@@ -12,8 +12,8 @@ from tunesmith import models
 from tunesmith.data import pairs, templates
 from tunesmith.data.examples import Message, Unusable
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.export.merge import base_of, has_tokenizer, run_behind, settled
 from tunesmith.generation import context_length
+from tunesmith.training.lineage import run_behind
 
 BASE = "base"
 """Name of the model below the adapters."""
@@ -109,6 +109,15 @@ def load(base: str, folders: Mapping[str, Path], *, dtype: str, device: str) -> 
     """The base once, with each adapter on it. Raises ModelError for what cannot be asked."""
     with_adapter = {name: folder for name, folder in folders.items() if str(folder) != base}
     models.check_writes(str(next(iter(with_adapter.values()), base)))
+    for name, folder in with_adapter.items():
+        if start := models.takes_from_base(folder):
+            raise ModelError(
+                f"The adapter '{name}' takes a part of its base out as it is loaded, so the base and every other "
+                "adapter on it would answer otherwise.",
+                found=f"init_lora_weights {start} in {folder / 'adapter_config.json'}",
+                fix="Merge it first (`tunesmith merge`) and serve that; a run's final_model is plain LoRA, and served "
+                "as it is.",
+            )
     called: dict[str, str] = {}
     model = None
     for number, (name, folder) in enumerate(with_adapter.items()):
@@ -123,9 +132,9 @@ def load(base: str, folders: Mapping[str, Path], *, dtype: str, device: str) -> 
     is_pair = models.is_seq2seq(model)
     by_name = {}
     for name, folder in folders.items():
-        place = str(folder if has_tokenizer(folder) else base)
+        place = str(folder if models.has_tokenizer(folder) else base)
         tokenizer = models.load_tokenizer(place)
-        template = settled(tokenizer, is_pair)[1]
+        template = models.settle_template(tokenizer, is_pair=is_pair)[1]
         by_name[name] = served_as(
             name, tokenizer, adapter=called.get(name), is_pair=is_pair, template=template
         )
@@ -147,7 +156,7 @@ def served_as(name: str, tokenizer: Any, *, adapter: str | None, is_pair: bool, 
 
 
 def _base(adapter: Path) -> Path:
-    base, revision = base_of(adapter)
+    base, revision = models.base_of(adapter)
     return models.folder_of(base, revision=revision)
 
 

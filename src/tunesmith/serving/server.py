@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith import launch
 from tunesmith.errors import MissingExtra, ModelError, OutOfResources, RecipeError, nearest
 from tunesmith.http import is_loopback, no_secret, secret
 
@@ -132,6 +133,14 @@ def serve(
     ready: Say = lambda url: None,
 ) -> None:
     """Load and answer until Ctrl-C or SIGTERM. `say` is told decisions, `ready` the address once it answers."""
+    from tunesmith.training.lineage import is_of_4_bits
+
+    for name, folder in folders.items():
+        if is_of_4_bits(folder):
+            say(
+                f"{name}: It was trained on a base packed into 4 bits and is served on the whole one, so answers can "
+                "differ from those that were measured; what `tunesmith merge` makes of it does not."
+            )
     if where.engine != "transformers" and importlib.util.find_spec("vllm") is not None:
         refused = vllm_refuses(base, folders, where)
         if refused is None and (where.engine == "vllm" or where.device == "cuda"):
@@ -192,7 +201,6 @@ def running(
 def _application(
     base: str, folders: Mapping[str, Path], where: Where, limits: Limits, say: Say
 ) -> tuple[Any, Batcher, Loaded]:
-    from tunesmith.export.merge import is_of_4_bits
     from tunesmith.serving.app import Access, create
     from tunesmith.serving.batching import Batcher
     from tunesmith.serving.models import load
@@ -201,11 +209,6 @@ def _application(
     batcher = Batcher(loaded.model, max_rows=limits.concurrency, adapters=loaded.adapters)
     for served in loaded.by_name.values():
         say(f"{served.name}: {served.template}")
-        if is_of_4_bits(folders[served.name]):
-            say(
-                f"{served.name}: It was trained on a base packed into 4 bits and is served on the whole one, so "
-                "answers can differ from those that were measured; what `tunesmith merge` makes of it does not."
-            )
     if batcher.alone:
         say(f"Answers are written side by side, not in one batch: {batcher.alone}.")
     app = create(
@@ -279,8 +282,7 @@ def vllm_refuses(base: str, folders: Mapping[str, Path], where: Where) -> str | 
     """Why vLLM's server would answer otherwise than this model was trained and tested, in words; None if not."""
     from tunesmith import models
     from tunesmith.data.templates import end_of_turn_ids
-    from tunesmith.engines.vllm import _check_adapter
-    from tunesmith.export.merge import has_tokenizer
+    from tunesmith.engines.vllm import check_adapter
 
     if models.kind(base) != "causal":
         return "it serves causal models only"
@@ -288,10 +290,10 @@ def vllm_refuses(base: str, folders: Mapping[str, Path], where: Where) -> str | 
     for name, folder in folders.items():
         if (folder / "adapter_config.json").is_file():
             try:
-                _check_adapter(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")), name)
+                check_adapter(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")), name)
             except RecipeError as error:
                 return f"the adapter '{name}' has {error.found}"
-        tokenizer = models.load_tokenizer(str(folder if has_tokenizer(folder) else base))
+        tokenizer = models.load_tokenizer(str(folder if models.has_tokenizer(folder) else base))
         if not tokenizer.chat_template:
             return f"'{name}' has no chat template of its own"
         template.add(str(tokenizer.chat_template))
@@ -336,12 +338,12 @@ def vllm_command(
             json.loads((f / "adapter_config.json").read_text(encoding="utf-8"))["r"]
             for f in adapters.values()
         ]
-        from tunesmith.engines.vllm import _rank
+        from tunesmith.engines.vllm import holding_rank
 
         command += [
             "--enable-lora",
             "--max-lora-rank",
-            str(_rank(max(ranks))),
+            str(holding_rank(max(ranks))),
             "--max-loras",
             str(len(adapters)),
         ]
@@ -351,15 +353,14 @@ def vllm_command(
 
 def _vllm(base: str, folders: Mapping[str, Path], where: Where, limits: Limits, *, say: Say) -> None:
     from tunesmith import models
-    from tunesmith.export.merge import has_tokenizer
 
     say(
         "The engine is vLLM's own server: it has no limits of queue, body, prompt and answer and does not check the "
         "Host header; --engine transformers does."
     )
     first = next(iter(folders.values()))
-    tokenizer = models.load_tokenizer(str(first if has_tokenizer(first) else base))
-    with tempfile.TemporaryDirectory(prefix="tunesmith-vllm-") as folder:
+    tokenizer = models.load_tokenizer(str(first if models.has_tokenizer(first) else base))
+    with launch.ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="tunesmith-vllm-") as folder:
         template = Path(folder) / "chat_template.jinja"
         template.write_text(tokenizer.chat_template, encoding="utf-8")
         key = {"VLLM_API_KEY": where.token} if where.token else {}
@@ -370,8 +371,23 @@ def _vllm(base: str, folders: Mapping[str, Path], where: Where, limits: Limits, 
         try:
             code = started.wait()
         finally:
-            if started.poll() is None:
-                started.terminate()
-                started.wait(30)
+            _end(started)
     if code:
         raise OutOfResources("vLLM's server ended.", found=f"exit code {code}", fix="Its messages are above.")
+
+
+ENDING = 30.0
+"""Seconds that vLLM's server has to end by itself once it is told to."""
+
+
+def _end(started: subprocess.Popen[bytes]) -> None:
+    """Leave no server behind, whatever else this process is told meanwhile."""
+    if started.poll() is not None:
+        return
+    launch.ignore_sigterm()
+    started.terminate()
+    try:
+        started.wait(ENDING)
+    except subprocess.TimeoutExpired:
+        started.kill()
+        started.wait()

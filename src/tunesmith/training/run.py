@@ -87,6 +87,11 @@ class Run:
         return self.path / "final_model"
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the finished model is there and needs no base: there is no adapter to be merged."""
+        return self.final_model.is_dir() and not (self.final_model / "adapter_config.json").is_file()
+
+    @property
     def evaluation(self) -> Path:
         """Folder of rows, scores and comparison."""
         return self.path / "evaluation"

@@ -49,6 +49,7 @@ def create(
     hosts: frozenset[str] = frozenset(),
     limits: Limits | None = None,
     keys: Mapping[str, str] = PROVIDERS,
+    runs_code: bool = False,
     recipe: Mapping[str, Any] | None = None,
 ) -> Walls:
     """The application for an ASGI server; one in a process, as Gradio has one folder for files in a process.
@@ -95,5 +96,6 @@ def create(
         access=Access(token, accounts, hosts),
         limits=limits,
         keys=keys,
+        runs_code=runs_code,
         cookie=f"tunesmith-{port}",
     )

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -571,7 +572,18 @@ def outside(layer: Mapping[str, Any], workspace: Workspace) -> dict[str, str]:
     """Fields that name files and folders which are not the user's own, by path, with what is wrong.
 
     A browser's user reads what is in the workspace, what ships, and what a Hub id names; nothing else of the machine.
+    The layer is looked at as it stands and as the recipe that it composes to, which is what a job is given: a layer can
+    say a thing in several ways (`method: {grpo: {rewards: ...}}`), a recipe in one. The first may be no recipe yet.
     """
+    found = _led_out(layer, workspace)
+    with suppress(RecipeError):  # what composes to no recipe, nobody plans and no job is given
+        composed = compose(settled(layer, workspace)).recipe.model_dump()
+        found = _led_out(composed, workspace) | found
+    return found
+
+
+def _led_out(layer: Mapping[str, Any], workspace: Workspace) -> dict[str, str]:
+    """What of a layer, or of a whole recipe, leads outside, by path."""
     found = {}
     for path, value in _named_places(layer):
         if not isinstance(value, str):
@@ -601,6 +613,10 @@ def outside(layer: Mapping[str, Any], workspace: Workspace) -> dict[str, str]:
     if value_at(layer, "evaluation.shards.address", None):
         found["evaluation.shards.address"] = (
             "Another machine's Ray is for the command line; leave the address out."
+        )
+    if value_at(layer, "evaluation.run_code", None) is True and not workspace.runs_code:
+        found["evaluation.run_code"] = (
+            "What models write is run on this server only where it was started with `tunesmith web --run-code`."
         )
     return found
 
@@ -645,8 +661,8 @@ def _is_function(reward: Any) -> bool:
 
 def _leads_out(field: str, value: str, workspace: Workspace) -> str | None:
     if field.endswith("data_files"):
-        bad = value.startswith(("/", "~")) or ".." in Path(value).parts
-        return "A pattern of files stays in its folder: no `..`, no leading slash." if bad else None
+        bad = value.startswith(("/", "~")) or ".." in Path(value).parts or ":" in value
+        return "A pattern of files stays in its folder: no `..`, no leading slash, no URL." if bad else None
     if value == "tiny" or value.startswith("example:"):
         return None
     from tunesmith import models
@@ -672,8 +688,12 @@ def checked(layer: Mapping[str, Any], workspace: Workspace) -> Composition:
 
     Raises RecipeError for what does not fit, and InputError for what lies outside the workspace.
     """
-    for field, said in outside(layer, workspace).items():
-        raise InputError(f"{field}: {said}", found=repr(value_at(layer, field, None))[:200])
+    refused = outside(layer, workspace)
+    for field, said in refused.items():
+        value = value_at(layer, field)
+        if value is UNSET:  # said in another way, which only composing shows
+            value = value_at(compose(settled(layer, workspace)).recipe, field, None)
+        raise InputError(f"{field}: {said}", found=repr(value)[:200])
     composition = compose(settled(layer, workspace))
     if (kind := composition.recipe.launch.kind) not in ("local", "accelerate"):
         raise RecipeError(
@@ -744,25 +764,35 @@ def imported(file: Path) -> tuple[Layer, list[str]]:
     """The layer in a recipe file, sparse, and what was left out of it.
 
     A recipe that a run has written holds every field; those at what task, preset and kinds set anyway are left out.
-    Raises RecipeError for a file that is no recipe.
+    Settings that are kept under their kind (`adapter: {lora: {rank: 4}}`) are taken where it is chosen, as `compose`
+    takes them. Raises RecipeError for a file that is no recipe, and where a kind stands in a kind.
     """
     layer = read_layer(file)
     notes = [f"{path} was left out: {why}" for path, why in SETTLED.items() if path in layer]
     for path in SETTLED:
         layer.pop(path, None)
+    chosen_kinds = _composed(_kinds_of(layer))
     for union in KINDS:
-        part = layer.get(union)
+        part, members = layer.get(union), union_members(union)
         if not isinstance(part, Mapping):
             continue
-        kind = part.get("kind", Recipe.model_fields[union].get_default().kind)
-        for other in set(part) & set(union_members(union)):
+        kind = getattr(chosen_kinds, union).kind
+        own = {name: value for name, value in part.items() if name not in members}
+        below: Layer = {}
+        for other in (name for name in part if name in members):
             inner = part[other]
-            part = {name: value for name, value in part.items() if name != other}
-            if other == kind and isinstance(inner, Mapping):
-                part = {**inner, **part}
-            else:
+            if not isinstance(inner, Mapping) or not issubclass(members[kind], members[other]):
                 notes.append(f"{union}.{other} was left out: the {union} is '{kind}'.")
-        layer[union] = part
+                continue
+            for name in inner:
+                if name in members:
+                    raise RecipeError(
+                        f"{union}.{other} holds a kind once more.",
+                        found=f"{union}.{other}.{name}"[:120],
+                        fix=f"Write its settings below {union}.{other}, or beside {union}.kind.",
+                    )
+            below |= {name: value for name, value in inner.items() if name != "kind"}
+        layer[union] = {**below, **own}
     if _is_wrong(layer):
         return layer, notes
     whole, base = _composed(layer), _composed(_kinds_of(layer))

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import secrets
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -73,6 +74,8 @@ class Limits:
     """Of every other request."""
     stalled_seconds: float = 60.0
     """For the next piece of a body to arrive."""
+    upload_seconds: float = 1800.0
+    """For a whole upload: the largest one at 1 Mbit/s."""
     body_seconds: float = 60.0
     """For a whole body that is no upload."""
 
@@ -111,6 +114,8 @@ class Walls:
     limits: Limits = Limits()
     keys: Mapping[str, str] = field(default_factory=lambda: PROVIDERS)
     """As in `keys.allowed`."""
+    runs_code: bool = False
+    """As in `Workspace`."""
     cookie: str = "tunesmith"
     sessions: Sessions = field(default_factory=Sessions)
     guesses: Guesses = field(default_factory=Guesses)
@@ -257,7 +262,7 @@ class Walls:
         routes = READ if method in ("GET", "HEAD") else WRITE if method == "POST" else ()
         if not any(route.fullmatch(path) for route in routes) or "/.." in path or "\0" in path:
             raise Refused(404, "There is no such page.")
-        workspace = Workspace(self.root / "users" / user if user else self.root, self.keys)
+        workspace = Workspace(self.root / "users" / user if user else self.root, self.keys, self.runs_code)
         is_file = path.startswith("/gradio_api/file=")
         if is_file:
             self._check_file(path.removeprefix("/gradio_api/file="), workspace)
@@ -348,14 +353,16 @@ class Walls:
         held = _size(self.temporary) + _size(workspace.uploads)
         if held + self._arriving + announced > kept:
             raise full
-        size, over, answered = 0, None, False
+        size, over, answered, began = 0, None, False, time.monotonic()
 
         async def counted() -> Any:
             nonlocal size, over
+            left = self.limits.upload_seconds - (time.monotonic() - began)
             try:
-                message = await asyncio.wait_for(receive(), self.limits.stalled_seconds)
+                message = await asyncio.wait_for(receive(), min(self.limits.stalled_seconds, left))
             except TimeoutError:
-                over = Refused(408, "The upload has stalled.")
+                said = "has stalled" if left > self.limits.stalled_seconds else "takes too long"
+                over = Refused(408, f"The upload {said}.")
                 return {"type": "http.disconnect"}
             part = len(message.get("body", b""))
             size += part

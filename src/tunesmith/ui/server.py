@@ -30,7 +30,10 @@ class Place:
     hosts: tuple[str, ...] = ()
     """Names in the Host header beside `localhost`, addresses and `host`."""
     keys: tuple[str, ...] = ()
-    """`NAME=HOST`: further variables that users' settings may name as keys, and who may be sent them."""
+    """`NAME=HOST` or `NAME=HOST:PORT`: further variables that users' settings may name as keys, and who may be sent
+    them."""
+    runs_code: bool = False
+    """Whether users' recipes may have the code run that models write."""
 
 
 def serve(place: Place, *, say: Say, ready: Say, recipe: Mapping[str, Any] | None = None) -> None:
@@ -87,6 +90,7 @@ def serve(place: Place, *, say: Say, ready: Say, recipe: Mapping[str, Any] | Non
             port=port,
             hosts=names,
             keys=hosts_of_keys,
+            runs_code=place.runs_code,
             recipe=recipe,
         )
         config = configuration(app, patience=1)  # pages keep a connection open for news

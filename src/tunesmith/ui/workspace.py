@@ -29,6 +29,8 @@ class Workspace:
     root: Path
     keys: Mapping[str, str] = field(default_factory=lambda: PROVIDERS, compare=False)
     """Variables of the server that its settings may name as keys, each with the one host that may be sent it."""
+    runs_code: bool = field(default=False, compare=False)
+    """Whether its recipes may have the code run that models write, which whoever starts the server decides."""
 
     @property
     def uploads(self) -> Path:

@@ -13,7 +13,7 @@ from tunesmith.errors import RunError, TunesmithError, counted
 from tunesmith.evaluation.judging.book import Book, Entry, key
 from tunesmith.evaluation.judging.client import Endpoint, Reply
 from tunesmith.evaluation.judging.prompts import Message, Prompts, repair
-from tunesmith.evaluation.judging.settings import ADDRESSES, Judge
+from tunesmith.evaluation.judging.settings import Judge
 from tunesmith.http import Refused, pause
 
 BYTES_PER_TOKEN = 3
@@ -217,10 +217,10 @@ def _bytes(messages: Sequence[Message]) -> int:
 
 def asker(judge: Judge) -> Asker:
     """The judge of these settings, loaded here where it is local. Raises RecipeError and ModelError."""
-    if judge.api == "local":
+    if judge.api == "local" or judge.address is None:
         return local(judge)
     endpoint = Endpoint(
-        judge.base_url or ADDRESSES[judge.api],
+        judge.address,
         judge.model,
         api=judge.api,
         api_key_env=judge.api_key_env,

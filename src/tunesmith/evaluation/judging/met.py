@@ -15,7 +15,7 @@ from tunesmith.evaluation import leakage, unseen
 from tunesmith.evaluation.judging.judgments import Id, Pair, Question, Single
 from tunesmith.evaluation.judging.replay import computed
 from tunesmith.evaluation.leakage import Kind, Leakage
-from tunesmith.export.merge import run_behind
+from tunesmith.training.lineage import run_behind
 
 
 @dataclass(frozen=True)

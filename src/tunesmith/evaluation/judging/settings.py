@@ -78,6 +78,11 @@ class Judge(Section):
     batch_size: PositiveInt = Field(default=16)
     """Requests that a local judge answers at once."""
 
+    @property
+    def address(self) -> str | None:
+        """Where it is asked, and where its key is sent; None for a model that is loaded here."""
+        return None if self.api == "local" else self.base_url or ADDRESSES[self.api]
+
 
 def load_judge(given: str | Path) -> Judge:
     """The settings of a YAML or JSON file, or of `local:MODEL`. Raises RecipeError naming every problem."""

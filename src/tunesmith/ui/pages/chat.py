@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import html
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,16 @@ LOADED = 2
 LONGEST_QUESTION = 20_000
 WAITING = 120.0
 """Seconds that a question waits for another one's answers."""
+STOPPING = 60.0
+"""Seconds that stopping waits for a model that is being loaded."""
 NEW_TOKENS = (16, 2048)
 TRY = empty("No question yet.", "Ask something below: base and tuned model answer the same conversation.")
 
 _loading = threading.Lock()
 _answering = threading.Lock()
 """One conversation at a time: the models share memory and cores."""
+_asking: set[str] = set()
+"""Pages, by Gradio's name for them, whose question is being answered."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Turn:
     base: str
     tuned: str
     names: tuple[str, str]
+    is_whole: bool = True
+    """Whether both answers are written to their end."""
 
 
 @functools.lru_cache(maxsize=LOADED)
@@ -134,10 +141,14 @@ def messages_of(system: str, history: Sequence[dict[str, str]], question: str) -
 def settled(
     history: Sequence[dict[str, str]], turn: Turn | None, preferred: str | None
 ) -> list[dict[str, str]]:
-    """The conversation with the last turn in it: the answer that was preferred, by default the tuned model's."""
-    if turn is None:
+    """The conversation with the last turn in it: the answer that was preferred, by default the tuned model's.
+
+    Of a turn that was stopped it is the base's where the tuned model had said nothing yet.
+    """
+    if turn is None or not (turn.is_whole or (turn.base + turn.tuned).strip()):
         return list(history)
-    answer = turn.base if preferred == "base" else turn.tuned
+    is_base = preferred == "base" or not (turn.is_whole or turn.tuned.strip())
+    answer = turn.base if is_base else turn.tuned
     return [*history, turn.prompt[-1], {"role": "assistant", "content": answer}]
 
 
@@ -145,11 +156,56 @@ def prefer(workspace: Workspace, turn: Turn | None, side: str) -> Path:
     """Keep that an answer of the last turn was the better one; gives the file."""
     if turn is None:
         raise InputError("There are no two answers to choose from.", fix="Ask something first.")
+    if not turn.is_whole:
+        raise InputError("The answers were stopped, and half ones teach nothing.", fix="Ask once more.")
     both = {"base": (turn.base, turn.names[0]), "tuned": (turn.tuned, turn.names[1])}
     better, worse = both[side], both["base" if side == "tuned" else "tuned"]
     return preferences.keep(
         workspace.chats, prompt=turn.prompt, chosen=better[0], rejected=worse[0], models=(better[1], worse[1])
     )
+
+
+def stopped(history: Sequence[dict[str, str]], turn: Turn | None) -> tuple[Turn | None, str, str, str] | None:
+    """What is left of a turn that was stopped: the turn, the conversation, the question to be asked again, and a box.
+
+    What was written stays, and the conversation goes on from it; where nothing was, the question comes back. None
+    where no answer was under way.
+    """
+    if turn is None or turn.is_whole:
+        return None
+    question, both = turn.prompt[-1]["content"], (turn.base, turn.tuned)
+    if not (turn.base + turn.tuned).strip():
+        note = box("Stopped before a word was said.", ["Your message is back in its field."], kind="note")
+        return None, shown(history, "", ("", ""), is_open=False) if history else TRY, question, note
+    whose = "tuned model" if turn.tuned.strip() else "base"
+    said = [f"What was written stays; the conversation goes on from what the {whose} had said."]
+    page = shown(history, question, both, is_open=False)
+    return turn, page, "", box("Stopped: these answers are not whole.", said, kind="note")
+
+
+def commands(
+    names: tuple[str, str],
+    messages: Sequence[dict[str, str]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> str:
+    """The same question to both models in a shell, a line each.
+
+    A shell's question stands alone: where a conversation goes before it, a comment says that it is left out.
+    """
+    first = messages[0]["role"] == "system"
+    system = [f"--system={messages[0]['content']}"] if first else []
+    options = [f"--max-new-tokens={max_new_tokens}", f"--temperature={temperature:g}", f"--seed={seed}"]
+    lines = [
+        command(["tunesmith", "chat", *system, f"--prompt={messages[-1]['content']}", *options, "--", name])
+        for name in names
+    ]
+    before = len(messages) - 1 - first
+    if before:
+        lines.insert(0, f"# Without the {before} messages before it, which these models were given here.")
+    return "\n".join(lines)
 
 
 def build(shared: Shared) -> None:
@@ -208,9 +264,23 @@ def build(shared: Shared) -> None:
         run: str | None, asked: str, before: list[dict[str, str]], last: Turn | None, better: str | None,
         system: str, length: float, temperature: float, seed: float, request: gr.Request,
     ) -> Iterator[list[Any]]:  # fmt: skip
-        off, nothing = gr.Button(interactive=False), gr.skip()
+        page = str(request.session_hash)
+        _asking.add(page)
         try:
-            names = sides(workspace_of(request), run)
+            yield from answered(
+                workspace_of(request), run, asked, before, last, better, system, length, temperature, seed
+            )
+        finally:  # also where the answers are stopped
+            _asking.discard(page)
+
+    def answered(
+        workspace: Workspace, run: str | None, asked: str, before: list[dict[str, str]], last: Turn | None,
+        better: str | None, system: str, length: float, temperature: float, seed: float,
+    ) -> Iterator[list[Any]]:  # fmt: skip
+        off, nothing = gr.Button(interactive=False), gr.skip()
+        page: Any = nothing
+        try:
+            names = sides(workspace, run)
             before = settled(before, last, better)
             messages = messages_of(system, before, asked)
             low, high = NEW_TOKENS
@@ -219,27 +289,19 @@ def build(shared: Shared) -> None:
                 "temperature": min(max(float(temperature), 0.0), 2.0),
                 "seed": max(int(seed or 0), 0),
             }
-            options = [
-                f"--max-new-tokens={settings['max_new_tokens']}",
-                f"--temperature={settings['temperature']:g}",
-            ]
-            shell = command(["tunesmith", "chat", names[1], f"--prompt={asked}", *options])
-            yield [before, None, None, shown(before, asked, ("", ""), is_open=True), off, off, "", "", shell]
+            shell = commands(names, messages, **settings)
+            page = shown(before, "", ("", ""), is_open=False) if before else TRY
             both = ("", "")
+            # The turn so far is kept with every piece: whoever stops the answers finds it.
+            part = Turn(tuple(messages), *both, names, is_whole=False)
+            yield [before, part, None, shown(before, asked, both, is_open=True), off, off, "", "", shell]
             for both in answers(names, messages, **settings):
-                yield [
-                    nothing,
-                    nothing,
-                    nothing,
-                    shown(before, asked, both, is_open=True),
-                    nothing,
-                    nothing,
-                    nothing,
-                    nothing,
-                    nothing,
-                ]
+                part = Turn(tuple(messages), *both, names, is_whole=False)
+                talk = shown(before, asked, both, is_open=True)
+                yield [nothing, part, nothing, talk, *[nothing] * 5]
         except Exception as error:
-            yield [nothing, nothing, nothing, nothing, off, off, asked, told_of(error), nothing]
+            gone = nothing if page is nothing else None
+            yield [nothing, gone, nothing, page, off, off, asked, told_of(error), nothing]
             return
         made = Turn(tuple(messages), both[0], both[1], names)
         on = gr.Button(interactive=both[0].split() != both[1].split())
@@ -251,7 +313,19 @@ def build(shared: Shared) -> None:
     asking = gr.on(
         [send.click, question.submit], ask, inputs=inputs, outputs=outputs, concurrency_limit=1, **own
     )
-    halt.click(None, cancels=[asking], **own)
+
+    def on_stop(before: list[dict[str, str]], last: Turn | None) -> list[Any]:
+        return list(stopped(before, last) or [gr.skip()] * 4)
+
+    def ended(request: gr.Request) -> None:
+        """Wait until nothing more is said: what comes after it would open the page's turn again."""
+        until = time.monotonic() + STOPPING
+        while str(request.session_hash) in _asking and time.monotonic() < until:
+            time.sleep(0.05)
+
+    halt.click(ended, cancels=[asking], **own).then(
+        on_stop, inputs=[history, turn], outputs=[turn, talk, question, told], **own
+    )
 
     def clear() -> list[Any]:
         off = gr.Button(interactive=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from gradio.components.plot import PlotData
 
 from tunesmith import api
 from tunesmith.errors import InputError
-from tunesmith.evaluation.judging.settings import ADDRESSES, Judge, load_judge
+from tunesmith.evaluation.judging.settings import Judge, load_judge
 from tunesmith.evaluation.judging.suites import suite_of
 from tunesmith.evaluation.report import Measurement, measurement
 from tunesmith.training.run import open_run
@@ -45,6 +45,8 @@ KINDS = {"better": "good", "worse": "problem", "no evidence": "warn", "inconclus
 FILTERS = ("all", "differing", "better", "worse", "with notes")
 SETTINGS, QUESTIONS = (".yaml", ".yml"), (".jsonl", ".json")
 """Endings of a judge's settings and of a suite's questions."""
+REPLIES = ".jsonl"
+"""Ending of the file in which a judge's replies are kept."""
 SUITES = ("mt-bench", "alpaca", "arena")
 NOTHING = empty(
     "Nothing was measured yet.", "A finished training measures itself; below you can compare any two models."
@@ -148,16 +150,19 @@ def judge_named(workspace: Workspace, given: str | None) -> str:
 
 def check_judge(workspace: Workspace, judge: Judge) -> None:
     """Raise InputError for a judge's settings that name what is the server's and not the user's."""
-    said = []
-    if judge.api == "local":
+    said: list[str | None] = []
+    if judge.api == "local" and judge.model in run_names(workspace):
+        said.append(f"model: a file knows no runs by name; choose local:{judge.model} instead of the file.")
+    elif judge.api == "local":
         model_named(workspace, judge.model)
     if judge.api_key_env:
-        address = judge.base_url or ADDRESSES.get(judge.api)
-        said.append(refusal(judge.api_key_env, address, workspace.keys))
-    root = workspace.root.resolve()
+        said.append(refusal(judge.api_key_env, judge.address, workspace.keys))
+    uploads = workspace.uploads.resolve()
     for name, value in (("prompts", judge.prompts), ("cache", judge.cache)):
-        if value and not (Path(value).is_absolute() and Path(value).resolve().is_relative_to(root)):
-            said.append(f"{name}: {value[:80]} is no whole path of a file below {root}.")
+        if value and not (Path(value).is_absolute() and Path(value).resolve().parent == uploads):
+            said.append(f"{name}: {value[:80]} is no whole path of a file in {uploads}.")
+    if judge.cache and Path(judge.cache).suffix != REPLIES:  # written to, and so no settings of another judge
+        said.append(f"cache: {judge.cache[:80]} does not end in {REPLIES}.")
     if found := " ".join(filter(None, said)):
         raise InputError(
             "These settings of a judge are not for the workbench.",
@@ -191,40 +196,52 @@ def compare(workspace: Workspace, a: str | None, b: str | None, dataset: str | N
     return queue_of(workspace).add(["compare", *on, "--", *models], title=f"Compare {a} with {b}")
 
 
-def suite_arguments(
+def suite_asked(
     workspace: Workspace, run: str | None, name: str, questions: str | None, judge: str | None
-) -> list[str]:
-    """What follows `tunesmith` to ask a run a suite's questions, judged where a judge is named.
+) -> tuple[Path, dict[str, Any]]:
+    """The run that a suite's questions are put to, and with what: options of the command by name.
 
-    A suite that compares has the run's base to compare with.
+    A suite that compares has the run's base to compare with. Raises InputError for what is not the user's.
     """
     if name not in SUITES:
         raise InputError("There is no such suite.", found=repr(str(name)[:40]), fix=", ".join(SUITES))
-    asked = [f"--questions={upload_named(workspace, questions)}"] if questions else []
-    judged = [f"--judge={judge_named(workspace, judge)}"] if judge else []
     path = require_finished(run_path(workspace, run))
-    base = [f"--baseline={open_run(path).recipe().model.base}"] if suite_of(name).needs_baseline else []
-    return ["evaluate", f"--suite={name}", *asked, *judged, *base, "--", str(path)]
+    options = {
+        "questions": upload_named(workspace, questions) if questions else None,
+        "judge": judge_named(workspace, judge) if judge else None,
+        "baseline": open_run(path).recipe().model.base if suite_of(name).needs_baseline else None,
+    }
+    return path, {option: value for option, value in options.items() if value}
+
+
+def suite_arguments(
+    workspace: Workspace, run: str | None, name: str, questions: str | None, judge: str | None
+) -> list[str]:
+    """What follows `tunesmith` to ask a run a suite's questions, judged where a judge is named."""
+    path, options = suite_asked(workspace, run, name, questions, judge)
+    given = [f"--{option}={value}" for option, value in options.items()]
+    return ["evaluate", f"--suite={name}", *given, "--", str(path)]
 
 
 def suite_forecast(
-    workspace: Workspace, run: str | None, name: str, questions: str | None, judge: str
+    workspace: Workspace, run: str | None, name: str, questions: str | None, judge: str | None
 ) -> str:
     """What judging a suite would take at most, in a sentence; nobody is asked."""
     from tunesmith.evaluation.judging.asking import Forecast
 
-    suite_arguments(workspace, run, name, questions, judge)
-    found = api.evaluate_suite(
-        run_path(workspace, run),
-        name,
-        questions=upload_named(workspace, questions) if questions else None,
-        judge=judge_named(workspace, judge),
-        baseline=open_run(run_path(workspace, run)).recipe().model.base
-        if suite_of(name).needs_baseline
-        else None,
-        dry_run=True,
-    )
+    path, options = suite_asked(workspace, run, name, questions, judge)
+    if "judge" not in options:
+        raise InputError("Without a judge a suite costs nothing.", fix="Start it, or choose a judge above.")
+    found = api.evaluate_suite(path, name, dry_run=True, **options)
     return Forecast(**found["estimate"]).sentence()
+
+
+def require_priced(known: Sequence[Any] | None, *now: Any) -> None:
+    """Raise InputError where the cost of exactly these settings was not asked for before they are paid."""
+    if known is None or tuple(known) != now:
+        raise InputError(
+            "What it costs was not asked for these settings.", fix="Press 'What would it cost?' first."
+        )
 
 
 def build(shared: Shared) -> None:
@@ -309,12 +326,16 @@ def build(shared: Shared) -> None:
             size="md",
         )
         priced, suite_priced = gr.State(None), gr.State(None)
-        gr.Markdown("Or a suite of questions, MT-Bench for instance; with a judge its cost is said first:")
+        gr.Markdown(
+            "Or a suite of questions, MT-Bench for instance. With a judge it starts once its cost was asked for."
+        )
         with gr.Row():
             suite_name = gr.Dropdown(list(SUITES), value=SUITES[0], label="Suite", elem_id="evaluate-suite")
             questions = gr.Dropdown(choices=[], value=None, label="Its questions, an uploaded file",
                                     elem_id="evaluate-questions", interactive=True)  # fmt: skip
-            suite_button = gr.Button("Run the suite", elem_id="evaluate-suite-start")
+        with gr.Row():
+            suite_cost_button = gr.Button("What would the suite cost?", elem_id="evaluate-suite-cost")
+            suite_button = gr.Button("Run the suite", variant="primary", elem_id="evaluate-suite-start")
     line = gr.Textbox(
         label="The same in a shell",
         interactive=False,
@@ -459,33 +480,55 @@ def build(shared: Shared) -> None:
     def on_compare(a: str, b: str, dataset: str, request: gr.Request) -> list[Any]:
         return list(queued(compare)(a, b, dataset, request))
 
-    def on_suite(
-        run: str | None, name: str, asked: str | None, by: str | None, known: Any, request: gr.Request
+    compare_button.click(on_compare, inputs=[a, b, dataset], outputs=[told, line], **own)
+
+    def suite_cost(
+        run: str | None, name: str, asked: str | None, by: str | None, request: gr.Request
     ) -> list[Any]:
         now = (run, name, asked, by)
 
         def act() -> list[Any]:
             workspace = workspace_of(request)
-            arguments = suite_arguments(workspace, *now)
-            if by and (known is None or tuple(known) != now):
-                said = suite_forecast(workspace, run, name, asked, by)
-                lines = [said, "Nobody was asked yet. Press 'Run the suite' once more to start."]
-                return [
-                    box("Judging it would take at most", lines, kind="note"),
-                    command(["tunesmith", *arguments]),
-                    now,
-                ]
-            job = queue_of(workspace).add(arguments, title=f"{name} for {run}", run=run)
-            return [box(f"{job.title}: queued", kind="good"), job.command, None]
+            said = suite_forecast(workspace, *now)
+            return [
+                box("Judging it would take at most", [said, "Nobody was asked yet."], kind="note"),
+                command(["tunesmith", *suite_arguments(workspace, *now)]),
+                now,
+                gr.Button(interactive=True),
+            ]
 
-        return list(guarded(act, lambda said: [said, gr.skip(), None]))
+        return list(guarded(act, lambda said: [said, gr.skip(), None, gr.Button(interactive=not by)]))
 
-    compare_button.click(on_compare, inputs=[a, b, dataset], outputs=[told, line], **own)
+    def on_suite(
+        run: str | None, name: str, asked: str | None, by: str | None, known: Any, request: gr.Request
+    ) -> list[Any]:
+        def act(workspace: Workspace) -> Job:
+            if by:
+                require_priced(known, run, name, asked, by)
+            arguments = suite_arguments(workspace, run, name, asked, by)
+            return queue_of(workspace).add(arguments, title=f"{name} for {run}", run=run)
+
+        return [*queued(act)(request), *suite_unpriced(by)]
+
+    def suite_unpriced(by: str | None) -> list[Any]:
+        return [None, gr.Button(interactive=not by)]
+
+    suite_of_page = [chosen, suite_name, questions, judge]
+    suite_cost_button.click(
+        suite_cost, inputs=suite_of_page, outputs=[told, line, suite_priced, suite_button], **own
+    )
     suite_button.click(
         on_suite,
-        inputs=[chosen, suite_name, questions, judge, suite_priced],
-        outputs=[told, line, suite_priced],
+        inputs=[*suite_of_page, suite_priced],
+        outputs=[told, line, suite_priced, suite_button],
         **own,
+    )
+    gr.on(
+        [field.change for field in suite_of_page],
+        suite_unpriced,
+        inputs=[judge],
+        outputs=[suite_priced, suite_button],
+        **quiet,
     )
 
     def cost(run: str | None, by: str | None, how: str, request: gr.Request) -> list[Any]:
@@ -511,17 +554,15 @@ def build(shared: Shared) -> None:
 
     def on_judge(run: str | None, by: str | None, how: str, known: Any, request: gr.Request) -> list[Any]:
         def act(workspace: Workspace) -> Job:
-            if known is None or tuple(known) != (run, by, how):
-                raise InputError(
-                    "What it costs was not asked for these settings.",
-                    fix="Press 'What would it cost?' first.",
-                )
+            require_priced(known, run, by, how)
             arguments = judge_arguments(workspace, run, by, how)
             return queue_of(workspace).add(arguments, title=f"Judge {run}", run=run)
 
-        return list(queued(act)(request))
+        return [*queued(act)(request), *unpriced()]
 
-    judge_button.click(on_judge, inputs=[chosen, judge, mode, priced], outputs=[told, line], **own)
+    judge_button.click(
+        on_judge, inputs=[chosen, judge, mode, priced], outputs=[told, line, priced, judge_button], **own
+    )
 
     def look(run: str | None, name: str | None, mark: str, request: gr.Request) -> list[Any]:
         workspace = workspace_of(request)

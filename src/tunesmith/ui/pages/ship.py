@@ -55,10 +55,10 @@ def place(workspace: Workspace, run: Path, what: str) -> Path:
     return workspace.exports / name
 
 
-def has_nothing_to_merge(run: Path) -> bool:
-    """Whether a finished run's model is whole already, with no adapter beside its base."""
-    model = Run(run).final_model
-    return model.is_dir() and not (model / "adapter_config.json").is_file()
+def kinds_of(target: str) -> tuple[str, ...]:
+    """How a target's weights can be stored."""
+    known = {"gguf": quants() or (DEFAULTS["gguf"],), "safetensors": tuple(STORED)}
+    return known.get(target, ("f32",))
 
 
 def merge_arguments(workspace: Workspace, run: Path, dtype: str) -> list[str]:
@@ -165,7 +165,7 @@ def build(shared: Shared) -> None:
             with gr.Row():
                 to = gr.Dropdown(list(TARGETS), value="gguf", label="For", elem_id="ship-to")
                 quant = gr.Dropdown(
-                    list(quants() or (DEFAULTS["gguf"],)),
+                    list(kinds_of("gguf")),
                     value=DEFAULTS["gguf"],
                     label="Weights stored as",
                     elem_id="ship-quant",
@@ -203,18 +203,11 @@ def build(shared: Shared) -> None:
     before = gr.State("")
     timer = watching(shared, "Ship")
 
-    def kinds_of(target: str) -> Any:
-        known = {"gguf": quants() or (DEFAULTS["gguf"],), "safetensors": tuple(STORED)}.get(target, ("f32",))
+    def offered(target: str) -> Any:
+        known = kinds_of(target)
         return gr.Dropdown(choices=list(known), value=DEFAULTS.get(target, known[0]))
 
-    def mergeable(run: str | None, request: gr.Request) -> list[Any]:
-        path = guarded(lambda: run_path(workspace_of(request), run), lambda _: None)
-        is_whole = path is not None and has_nothing_to_merge(path)
-        said = box("This run has no adapter: its model is whole already.", kind="note") if is_whole else ""
-        return [said, gr.Dropdown(visible=not is_whole), gr.Button(visible=not is_whole)]
-
-    chosen.change(mergeable, inputs=[chosen], outputs=[whole, dtype, merge], **quiet)
-    to.change(kinds_of, inputs=[to], outputs=[quant], **quiet)
+    to.change(offered, inputs=[to], outputs=[quant], **quiet)
 
     def doing(arguments: Any) -> Any:
         def on(workspace: Workspace, run: str | None, *given: Any) -> list[Any]:
@@ -291,12 +284,22 @@ def build(shared: Shared) -> None:
         workspace = workspace_of(request)
         queue = queue_of(workspace)
         job = last_job(workspace, run, KINDS) if run else None
-        now = f"{run}{job}{queue.said(job, lines=1) if job and job.is_open else ''}"
+        path = guarded(lambda: run_path(workspace, run), lambda _: None) if run else None
+        # A run that is being trained becomes so while it is looked at.
+        is_whole = path is not None and Run(path).is_whole
+        now = f"{run}{is_whole}{job}{queue.said(job, lines=1) if job and job.is_open else ''}"
         if now == mark:
-            return [gr.skip()] * 3
+            return [gr.skip()] * 6
         queue.wake()
-        path = guarded(lambda: run_path(workspace, run), lambda _: None)
-        return [now, job_box(queue, job), made(workspace, path)]
+        said = box("This run has no adapter: its model is whole already.", kind="note") if is_whole else ""
+        return [
+            now,
+            job_box(queue, job),
+            made(workspace, path),
+            said,
+            gr.Dropdown(visible=not is_whole),
+            gr.Button(visible=not is_whole),
+        ]
 
     for event in (timer.tick, chosen.change):
-        event(look, inputs=[chosen, before], outputs=[before, state, proofs], **quiet)
+        event(look, inputs=[chosen, before], outputs=[before, state, proofs, whole, dtype, merge], **quiet)

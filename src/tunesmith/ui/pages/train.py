@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import gradio as gr
 from gradio.components.plot import PlotData
 from gradio.context import get_render_context
 
-from tunesmith.errors import InputError
+from tunesmith.errors import InputError, TunesmithError
 from tunesmith.training.run import folder_name, open_run
 from tunesmith.ui import curves, form
 from tunesmith.ui.choosing import (
@@ -24,6 +25,7 @@ from tunesmith.ui.choosing import (
     run_choice,
     run_path,
     size,
+    told_of,
     watching,
 )
 from tunesmith.ui.jobs import TRAINING, Job
@@ -45,10 +47,26 @@ PLOTS_KEPT = 128
 def start(workspace: Workspace, layer: Mapping[str, Any], name: str | None = None) -> Job:
     """Queue a training of this recipe under a run's name, by default its task's and data set's with a free number.
 
-    Raises TunesmithError for a recipe that cannot be, or names what is not the user's, and for a name that is taken.
+    Raises TunesmithError for a recipe that cannot be, or names what is not the user's, for a name that is taken, and
+    without a name for a recipe that waits or is trained already: that is the same button once more.
     """
-    argv, name = planned(workspace, layer, name)
-    return queue_of(workspace).add(argv[1:], title=f"Train {name}", run=name)
+    with _starting:
+        argv, free = planned(workspace, layer, name)
+        queue = queue_of(workspace)
+        for job in queue.jobs():
+            if (name or "").strip() or not job.is_open or job.kind != "train":
+                continue
+            if list(job.arguments) == _argv(workspace, layer, str(job.run))[1:]:
+                raise InputError(
+                    "This recipe is in the queue already.",
+                    found=job.title,
+                    fix="Give the new run a name to train it once more.",
+                )
+        return queue.add(argv[1:], title=f"Train {free}", run=free)
+
+
+_starting = threading.Lock()
+"""One start at a time: it looks at names and jobs before it adds one."""
 
 
 def planned(
@@ -70,7 +88,21 @@ def planned(
     while free in taken and not (name and shown):
         free, number = f"{wanted}-{number}", number + 1
     workspace.inside(workspace.runs, free)
-    return form.argv({**form.settled(layer, workspace), "name": free}), free
+    return _argv(workspace, layer, free), free
+
+
+def _argv(workspace: Workspace, layer: Mapping[str, Any], name: str) -> list[str]:
+    return form.argv({**form.settled(layer, workspace), "name": name})
+
+
+def preview(workspace: Workspace, layer: Mapping[str, Any], name: str | None) -> str:
+    """The command that a start would run, or as a comment in a shell why there is none yet."""
+    try:
+        return command(planned(workspace, layer, name, shown=True)[0])
+    except Exception as error:
+        told_of(error)  # one that is not ours goes to the log
+        said = str(error) if isinstance(error, TunesmithError) else "This failed; the log has the details."
+        return "# " + " ".join(said.split())
 
 
 def status(seen: curves.Seen, job: Job | None, state: str) -> str:
@@ -287,16 +319,14 @@ def build(shared: Shared) -> None:
     for event in (timer.tick, chosen.change, other.input):
         event(look, inputs=[chosen, other, waiting, seen_before], outputs=watched, **quiet)
 
-    def preview(layer: Mapping[str, Any], name: str, request: gr.Request) -> str:
-        return str(
-            guarded(lambda: command(planned(workspace_of(request), layer, name, shown=True)[0]), lambda _: "")
-        )
+    def previewed(layer: Mapping[str, Any], name: str, request: gr.Request) -> str:
+        return preview(workspace_of(request), layer, name)
 
     tab = get_render_context()
     assert isinstance(tab, gr.Tab)
     gr.on(
         [tab.select, shared.recipe.change, name.blur],
-        preview,
+        previewed,
         inputs=[shared.recipe, name],
         outputs=[line],
         **quiet,

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -263,9 +263,60 @@ def _cluster(count: int, fabric: str) -> Cluster:
     return Cluster(count, 8, LINKS["nvlink-4"], LINKS[fabric] if count > 8 else None)
 
 
+ROOM = 0.8
+"""Share of a device's memory that weights, gradients and the optimizer may take; the rest is for the pass."""
+STORAGE, STORAGE_LIMIT = 2e9, 50e9
+"""Bytes a second that a node writes to what all nodes share, and those that this takes of all nodes together."""
+
+
+def _among(mode: str, cluster: Cluster) -> int:
+    """Among how many devices what a mode divides is."""
+    return (cluster.part() if scaling.MODES[mode].is_by_node else cluster).devices
+
+
+def held(mode: str, network: Network, cluster: Cluster) -> float:
+    """Bytes of weights, gradients and AdamW's moments on a device, float32 for what is trained, and of what passes
+    between devices."""
+    frozen = 0.0 if network.trained is None else network.frozen_bytes * network.parameters
+    weights = frozen + 4 * network.learns
+    found = scaling.parts(
+        mode,
+        _among(mode, cluster),
+        weights=weights,
+        gradients=4 * network.learns,
+        moments=8 * network.learns,
+        layer=weights / network.layers,
+        sends=network.sent / weights,
+    )
+    return found.weights + found.gradients + found.moments + found.gathered + found.buckets
+
+
+def fits(mode: str, network: Network, cluster: Cluster, facts: devices.DeviceFacts) -> bool:
+    """Whether that leaves the device enough room for the passes."""
+    return held(mode, network, cluster) <= ROOM * facts.memory
+
+
+def saving(mode: str, network: Network, cluster: Cluster) -> float:
+    """Seconds of a checkpoint: trained weights and moments, written by the first device, or by all where they are
+    divided."""
+    size = 12 * network.learns
+    if not any(scaling.MODES[mode].divides) or _among(mode, cluster) == 1:
+        return size / STORAGE
+    return size / min(STORAGE * cluster.nodes, STORAGE_LIMIT)
+
+
+def doubled(rates: Mapping[int, float], *, worth: float = 1.5) -> int | None:
+    """From which number of devices on twice as many bring less than `worth` times the tokens a second; None where they
+    always do."""
+    for number, rate in sorted(rates.items()):
+        if 2 * number in rates and rates[2 * number] < worth * rate:
+            return number
+    return None
+
+
 def _foretold(case: Case, mode: str, count: int, fabric: str) -> scaling.Step | None:
     cluster = _cluster(count, fabric)
-    if not scaling.fits(mode, case.network, cluster, H100):
+    if not fits(mode, case.network, cluster, H100):
         return None
     load = Load(case.tokens, LENGTH)
     return scaling.step(mode, case.network, cluster, load, H100, alone=case.alone)
@@ -305,7 +356,7 @@ def table_of_limits() -> str:
                 rates = {}
                 for count in (2**n for n in range(3, 13)):
                     cluster = _cluster(count, fabric)
-                    if not scaling.fits(mode, case.network, cluster, H100):
+                    if not fits(mode, case.network, cluster, H100):
                         continue
                     each = STEP / count
                     passes = max(round(each / case.tokens), 1)
@@ -316,7 +367,7 @@ def table_of_limits() -> str:
                 if not rates:
                     cells.append("too large")
                     continue
-                end = scaling.doubled(rates)
+                end = doubled(rates)
                 cells.append(f"{end:,}" if end else f"more than {max(rates) // 2:,}")
             if set(cells) != {"too large"}:
                 lines.append(f"| {case.title} | `{mode}` | {' | '.join(cells)} |")
@@ -349,8 +400,8 @@ def table_of_saving() -> str:
         for mode in ("ddp", "fsdp"):
             clusters = [_cluster(count, FABRICS[0]) for count in COUNTS]
             cells = [
-                f"{scaling.saving(mode, case.network, cluster):,.1f} s"
-                if scaling.fits(mode, case.network, cluster, H100)
+                f"{saving(mode, case.network, cluster):,.1f} s"
+                if fits(mode, case.network, cluster, H100)
                 else "too large"
                 for cluster in clusters
             ]

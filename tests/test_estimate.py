@@ -117,9 +117,9 @@ def test_seconds_of_several_processes_have_what_they_send_and_wait(recipe):
     """Counted by hand: gradients of four bytes round a ring, one pass of four, over the link that is named."""
     many = {"training": {"max_steps": 2, "gradient_accumulation_steps": 4}}
 
-    def found(number, kind="ddp"):
+    def found(number, kind="ddp", **more):
         launch = {"kind": "accelerate", "processes": number}
-        return planned(recipe(launch=launch, parallel={"kind": kind}, **many), device="h100")
+        return planned(recipe(launch=launch, parallel={"kind": kind, **more}, **many), device="h100")
 
     one, four = found(1), found(4)
     assert one.shared is None
@@ -132,6 +132,10 @@ def test_seconds_of_several_processes_have_what_they_send_and_wait(recipe):
     )
     assert told.speaking > trained * 1.5 / 450e9, "the link's data sheet at best"
     assert found(4, "fsdp").shared.sent > told.sent, "a layer is fetched in every pass"
+    shares = found(4, "fsdp").shared.sent
+    assert found(4, "fsdp", reshard_after_forward=False).shared.sent == pytest.approx(2 / 3 * shares)
+    elsewhere = found(4, "fsdp", cpu_offload=True).notes
+    assert any("parallel.cpu_offload" in note and "not in the seconds" in note for note in elsewhere)
     names = [name for name, *_ in four.lines()]
     assert names.index("  of it speaking") == names.index("time per step") + 1
 
@@ -144,6 +148,60 @@ def test_processes_of_one_machine_share_its_memory(recipe):
     whole = one.stages["training"]["weights"]
     assert four.stages["loading"]["weights"] == whole
     assert four.stages["training"]["weights"] == pytest.approx(whole / 4, abs=1)
+
+
+def test_the_stage_of_zero_rests_on_the_memory_that_a_process_has(recipe, tiny_model_folder, monkeypatch):
+    weights = 4 * parameters(tiny_model_folder)
+    own = replace(devices.named("cpu"), memory=8 * weights)
+    monkeypatch.setattr(devices, "named", lambda name: own)
+    launch = {"kind": "accelerate", "processes": 4}
+    plan, _ = api.plan(recipe(launch=launch, parallel={"kind": "deepspeed"}), device="cpu")
+    assert plan.zero_stage == 3, "of two times the weights; of eight times it would be 1"
+    assert plan.estimate.capacity == 2 * weights
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adafactor"])
+def test_what_does_not_fit_in_several_processes_is_offered_in_shares(recipe, monkeypatch, optimizer):
+    one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2}
+    many = {"launch": {"kind": "accelerate", "processes": 4}, "evaluation": {"batch_tokens": 2048}}
+    asked = {"training": {**one, "optimizer": optimizer}, **many}
+    facts = replace(devices.named("h100"), reserved=0)
+    monkeypatch.setattr(devices, "named", lambda name: facts)
+    shares = planned(recipe(**{**asked, "training": one}, parallel={"kind": "fsdp"}), device="h100").peak
+    facts = replace(facts, memory=shares)
+    flags = [remedy.flags for remedy in planned(recipe(**asked), device="h100").remedies]
+    assert ("--parallel fsdp" in flags) == (optimizer != "adafactor"), "which goes with no shares"
+
+
+def test_batches_of_like_length_wait_as_they_are_dealt():
+    """A batch of the recipe is cut into those of its processes, which are then about as long as one another."""
+    import random
+
+    from tunesmith import scaling
+    from tunesmith.recipe import Training
+    from tunesmith.training.order import Dealt, by_length
+
+    rng = random.Random(0)
+    lengths = [max(int(rng.lognormvariate(5, 0.8)), 4) for _ in range(403)]
+    training = Training(batches="by_length", per_device_train_batch_size=2, gradient_accumulation_steps=8)
+    found = estimating.batches(estimating.Rows(lengths, [], alike=8), training, 50)
+    order = by_length(lengths, 8, seed=training.seed, epoch=0)
+    dealt = list(Dealt(order, step=16, batch=2, processes=4))[:400]
+    for count in (1, 2):
+        # Of each round: batches of two rows that four processes take in turn, as often as they wait for one another.
+        rounds = [dealt[n : n + 8 * count] for n in range(0, 400, 8 * count)]
+        sums = [
+            [
+                sum(lengths[n] for k in range(count) for n in one[8 * k + 2 * p : 8 * k + 2 * p + 2])
+                for p in range(4)
+            ]
+            for one in rounds
+        ]
+        expected = sum(map(max, sums)) / sum(sum(one) / 4 for one in sums)
+        own = replace(found, rows=found.rows[:403], starts=found.starts[found.starts < 403])
+        assert own.unevenness(lengths, count, 4, pads=False) == pytest.approx(expected)
+        assert expected < 1.2 < scaling.fullest(lengths, 2 * count, 4)
+    assert found.unevenness(lengths, 1, 300, pads=False) is None
 
 
 def test_a_device_that_is_not_here(recipe):

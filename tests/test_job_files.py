@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tunesmith import api
 from tunesmith.cli import app
 from tunesmith.compose import compose
 from tunesmith.errors import RecipeError
+from tunesmith.on_ray import cluster as cluster_of
 from tunesmith.recipe import Recipe
 
 SLURM = {
@@ -77,6 +79,10 @@ def test_a_batch_script_is_bash_and_asks_for_what_the_recipe_says(asked, tmp_pat
     script = made.files["job.sbatch"]
     in_bash(script)
     assert script.startswith("#!/bin/bash\n#SBATCH ")
+    # sbatch parts words at blanks, and knows quotes.
+    words = [shlex.split(line.removeprefix("#SBATCH ")) for line in script.splitlines() if "#SBATCH" in line]
+    assert [len(line) for line in words] == [1] * len(words)
+    assert ["--job-name=A run_1"] in words
     for line in (
         "--nodes=2",
         "--gpus-per-node=4",
@@ -155,23 +161,77 @@ def test_a_train_job_is_one_to_kubeflow_itself(asked, tmp_path):
         kinds.TrainerV1alpha1TrainJob.from_dict(job)
 
 
-def test_the_guides_show_what_is_written():
-    def blocks(language):
-        return re.findall(rf"```{language}\n(.*?)```", GUIDES, re.DOTALL)
+def blocks(language: str) -> list[str]:
+    """What the guides show in a language, in their order."""
+    return re.findall(rf"```{language}\n(.*?)```", GUIDES, re.DOTALL)
 
-    recipe, slurm, kubernetes, manifest, cluster = blocks("yaml")
-    [script] = blocks("bash")
+
+def test_the_guides_show_what_is_written():
+    recipe, slurm, kubernetes, manifest, ray, cluster = blocks("yaml")
+    script, on_head = blocks("bash")
     folder = Path("/shared/runs/chat.job")
-    asked = [
-        compose({**yaml.safe_load(recipe), **yaml.safe_load(more)}).recipe for more in (slurm, kubernetes)
-    ]
-    assert api.job(asked[0], folder).files["job.sbatch"] == script
-    assert api.job(asked[1], folder).files["trainjob.yaml"].split("---\n")[1] == manifest
+    of_slurm, of_kubernetes, of_ray = (
+        api.job(compose({**yaml.safe_load(recipe), **yaml.safe_load(more)}).recipe, folder)
+        for more in (slurm, kubernetes, ray)
+    )
+    assert of_slurm.files["job.sbatch"] == script
+    assert of_kubernetes.files["trainjob.yaml"].split("---\n")[1] == manifest
+    assert (of_ray.files["cluster.yaml"], of_ray.files["job.sh"]) == (cluster, on_head)
+    for made in (of_slurm, of_kubernetes, of_ray):
+        assert f"cd {folder} && {made.submit}\n" in GUIDES
+
+
+def test_the_cluster_of_the_guide_is_one_to_ray_itself():
     ray = pytest.importorskip("ray.autoscaler._private.util")
-    filled = ray.prepare_config(yaml.safe_load(cluster))
+    filled = ray.prepare_config(yaml.safe_load(blocks("yaml")[-1]))
     ray.validate_config(filled)
     with pytest.raises(Exception, match="cluster_names"):
         ray.validate_config({**filled, "cluster_names": "x"})
+
+
+def test_a_cluster_of_ray_asks_for_a_token_and_its_head_starts_a_run_or_goes_on_with_it(asked, tmp_path):
+    section = {
+        "kind": "ray",
+        "workers": 4,
+        "nodes": ["n0", "n1"],
+        "user": "me",
+        "setup": ["true || . 'my env'"],
+    }
+    recipe = asked(section)
+    made = api.job(recipe, tmp_path / "a job")
+    cluster = yaml.safe_load(made.files["cluster.yaml"])
+    assert cluster["provider"] == {"type": "local", "head_ip": "n0", "worker_ips": ["n1"]}
+    assert cluster["auth"] == {"ssh_user": "me"}
+    for role in ("head", "worker"):
+        stop, start = cluster[f"{role}_start_ray_commands"]
+        assert stop == f"{section['setup'][0]} && ray stop"
+        assert "RAY_AUTH_MODE=token" in start
+    inner = Recipe.model_validate(yaml.safe_load(made.files["recipe.yaml"])).launch
+    assert (inner.workers, inner.address, inner.nodes, inner.setup) == (4, "auto", [], [])
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/tunesmith").write_text('#!/bin/bash\necho "$RAY_AUTH_MODE"; printf "%s\\n" "$@"\n')
+    (tmp_path / "bin/tunesmith").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+    def called() -> list[str]:
+        text = made.files["job.sh"]
+        done = subprocess.run(
+            ["bash"], input=text, capture_output=True, text=True, env=environment, check=True
+        )
+        return done.stdout.splitlines()
+
+    assert called() == ["token", "train", str(tmp_path / "a job/recipe.yaml")]
+    run = tmp_path / "my runs" / "A run_1"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").touch()
+    assert called() == ["token", "resume", str(run)]
+    with pytest.raises(RecipeError, match="is run by a cluster"):
+        api.train(recipe)
+    with (
+        pytest.raises(RecipeError, match=r"launch\.nodes are for"),
+        cluster_of(recipe.launch, needed_for="a sweep"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from tunesmith import api, launch, ranks
 from tunesmith.compose import compose
 from tunesmith.errors import RecipeError, TunesmithError
-from tunesmith.recipe import Training
+from tunesmith.recipe import Local, Ray, Training
 from tunesmith.training.run import Run
 
 SEED_COMMAND = """train --task chat --config low_resource --lora --lora-rank 2 --mixed-precision no
@@ -198,3 +198,33 @@ def test_rows_that_accelerate_would_cut_over_processes_are_refused(monkeypatch):
     with pytest.raises(RecipeError, match="each process computes whole rows") as error:
         launch.settle(Training())
     assert "context parallelism" in error.value.found
+
+
+def test_a_run_that_its_launcher_s_settings_refuse_is_as_before(alone, recipe, tmp_path):
+    """A fresh one leaves no folder, and one that would go on keeps how it ended."""
+    run = Run(api.train(recipe).run)
+    (run.path / "training.json").unlink()
+    run.write("status.json", {"state": "interrupted"})
+    alone.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    alone.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    with pytest.raises(RecipeError, match="each process computes whole rows"):
+        api.resume(run.path)
+    assert run.state() == "interrupted"
+    with pytest.raises(RecipeError, match="each process computes whole rows"):
+        api.train(recipe.model_copy(update={"name": "fresh"}))
+    assert not (tmp_path / "runs/fresh").exists()
+
+
+def test_how_many_processes_share_a_machine_is_the_launcher_s_word_or_said_to_be_assumed(alone):
+    alone.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone.setenv("OMPI_COMM_WORLD_SIZE", "16")
+    alone.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "4")
+    assert launch.per_node(Local()) == (4, None)
+    alone.delenv("OMPI_COMM_WORLD_LOCAL_SIZE")
+    number, why = launch.per_node(Local())
+    assert (number, "all are taken to be on one machine" in why) == (16, True)
+    alone.delenv("OMPI_COMM_WORLD_SIZE")
+    assert launch.per_node(Local()) == (1, None)
+    number, why = launch.per_node(Ray(workers=16, address="auto"))
+    assert (number, "up to 8 are taken" in why) == (8, True)
+    assert launch.per_node(Ray(workers=16)) == (16, None)

@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -60,6 +61,50 @@ def test_the_plan_knows_the_workers_and_refuses_rows_that_cannot_be_dealt(recipe
     assert plan.processes == 2
     with pytest.raises(RecipeError, match="dealt evenly to 5 processes"):
         api.plan(recipe("plan", {"launch": {"kind": "ray", "workers": 5}}))
+
+
+def test_workers_that_train_and_workers_that_answer_do_not_wait_for_one_another(recipe):
+    both = ON_RAY, {"evaluation": {"skip": False, "engine": "ray"}}
+    with pytest.raises(RecipeError, match=r"does not go with launch\.kind ray") as error:
+        api.plan(recipe("both", *both))
+    assert "tunesmith evaluate RUN" in error.value.fix
+    api.plan(recipe("later", *both, {"evaluation": {"skip": True}}))
+    plan, _ = api.plan(recipe("first", ON_RAY, {"evaluation": {"skip": False}}))
+    [told] = [note for note in plan.estimate.notes if "in the first process alone" in note]
+    assert "with evaluation.skip" in told
+
+
+def test_a_worker_of_a_run_that_goes_on_counts_the_workers_that_are_there(recipe, monkeypatch):
+    """`resume --processes 1` of a run of two workers: the run's recipe says two."""
+    section = recipe("a", ON_RAY).launch
+    monkeypatch.setenv(launch.JOB, "ray")
+    assert launch.processes(section) == 1
+    assert launch.per_node(section) == (1, None)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert (launch.processes(section), launch.per_node(section)) == (4, (3, None))
+
+
+def test_workers_of_several_nodes_have_to_see_the_output_folder(tmp_path, monkeypatch):
+    import torch.distributed as distributed
+
+    store, notes = distributed.HashStore(), tmp_path / "runs/.ray/notes"
+    monkeypatch.setattr(ranks, "_store", lambda: store)
+    monkeypatch.setattr(on_ray, "SEEN", 0.0)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "_heard", {})
+    on_ray._show_folder(notes)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(ranks, "_heard", {})
+    on_ray._look_for_folder()
+    shutil.rmtree(tmp_path / "runs")  # as on a node with a disk of its own
+    monkeypatch.setattr(ranks, "_heard", {})
+    with pytest.raises(RunError, match="output folder that all of them see") as error:
+        on_ray._look_for_folder()
+    assert f"worker 1 on {socket.gethostname()} does not see {tmp_path / 'runs'}," in error.value.found
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    on_ray._look_for_folder()  # of one node nothing is asked
 
 
 def test_without_ray_its_extra_is_named(recipe, monkeypatch):
@@ -459,6 +504,32 @@ def test_trials_are_recorded_as_they_end_and_a_short_recipe_has_a_scheduler():
     assert until.stop_all(), "an error that the next trial would meet as well ends all"
     assert wrong[0].problem == "The disk is full."
     assert len(recorded) == 3
+    try:
+        raise ValueError("a slip in a trial")
+    except ValueError as slip:
+        tell.on_trial_result(0, [], trial(4), {"wrong": json.dumps(on_ray._facts(slip))})
+    assert "ValueError: a slip in a trial" in str(wrong[1])
+    assert not isinstance(wrong[1], TunesmithError), "so that the command ends with 4"
+
+
+def test_whatever_else_goes_wrong_in_a_trial_is_told_to_the_sweep(monkeypatch):
+    pytest.importorskip("ray")
+    from ray import tune
+
+    from tunesmith import libraries
+    from tunesmith.sweeps import trials
+
+    def slips(*given, **named):
+        raise ValueError("a slip in a trial")
+
+    said = []
+    monkeypatch.setenv(launch.JOB, "")  # which a trial sets
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(libraries, "own_process", lambda: None)
+    monkeypatch.setattr(trials, "carried_out", slips)
+    monkeypatch.setattr(tune, "report", said.append)
+    on_ray._trial({"gpus": 0, "trial": {"number": 0, "recipe": {}}})
+    assert "ValueError: a slip in a trial" in json.loads(said[0]["wrong"])["bug"]
 
 
 @pytest.mark.thorough

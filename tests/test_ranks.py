@@ -29,18 +29,23 @@ REWARD = {"method": {"kind": "reward"}}
 KINDS = {
     "full sft": {}, "lora sft": LORA, "full dpo": DPO_RECIPE, "lora dpo": {**LORA, **DPO_RECIPE},
     "full reward": REWARD, "lora reward": {**LORA, **REWARD}, "full seq2seq": {"method": {"kind": "seq2seq"}},
+    "qlora sft": {**LORA, "adapter": {**LORA["adapter"], "kind": "qlora"}},
+    "full sft checkpointed": {"training": {"gradient_checkpointing": True}},
+    "lora dpo checkpointed": {**LORA, **DPO_RECIPE, "training": {**ONE_BY_ONE, "gradient_checkpointing": True}},
 }  # fmt: skip
 SHARES = " in shares"
 KINDS |= {kind + SHARES: {**changes, "parallel": {"kind": "fsdp"}} for kind, changes in KINDS.items()}
-CONTINUED = ("full sft", "lora sft", "full dpo", "full dpo in shares", "lora sft in shares")
-IN_CI = (
+CONTINUED = (
     "full sft",
-    "lora dpo",
-    "full sft in shares",
+    "lora reward",
+    "qlora sft",
     "full dpo in shares",
     "lora sft in shares",
-    "lora dpo in shares",
+    "qlora sft in shares",
 )
+IN_CI = [
+    f"{size} {method}{how}" for how in ("", SHARES) for size in ("full", "lora") for method in ("sft", "dpo")
+]
 
 
 @pytest.fixture(autouse=True)

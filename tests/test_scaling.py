@@ -50,6 +50,7 @@ def test_bytes_that_a_device_sends_are_those_of_a_ring():
     assert sent["zero-1"] == pytest.approx(sent["ddp"])
     assert sent["zero-2"] == pytest.approx((3 + 1) * 3 / 4 * 4 * 8e9), "gradients in each pass, weights once"
     assert sent["fsdp"] == sent["hybrid"] == pytest.approx(3 * 3 / 4 * (2 * 2 + 4) * 8e9)
+    assert sent["fsdp-kept"] == pytest.approx(3 * 3 / 4 * (2 + 4) * 8e9), "weights once a pass"
     lora = Network(8e9, 32, 4096, trained=1e6)
     of_lora = {mode: scaling.step(mode, lora, cluster, load, FACTS).sent for mode in ("ddp", "fsdp")}
     assert of_lora["ddp"] == pytest.approx(2 * 3 / 4 * 4e6)
@@ -106,13 +107,11 @@ def test_sharded_modes_wait_in_each_pass():
     assert waits["fsdp"].waiting == pytest.approx(0.5 * waits["fsdp"].computing)
 
 
-def test_what_is_divided_fits_and_is_saved_by_all():
+def test_what_is_divided_fits_and_is_saved_by_all(bench):
     cluster = Cluster(64, 8, LINKS["nvlink-4"], LINKS["infiniband-400"])
-    assert not scaling.fits("ddp", NETWORK, cluster, FACTS)
-    assert scaling.fits("fsdp", NETWORK, cluster, FACTS)
-    assert scaling.held("ddp", NETWORK, cluster) == pytest.approx((16 + 4) * 8e9), "gradients twice"
-    inside = scaling.held("hybrid", NETWORK, cluster) - scaling.held("fsdp", NETWORK, cluster)
+    assert not bench.fits("ddp", NETWORK, cluster, FACTS)
+    assert bench.fits("fsdp", NETWORK, cluster, FACTS)
+    assert bench.held("ddp", NETWORK, cluster) == pytest.approx((16 + 4) * 8e9), "gradients twice"
+    inside = bench.held("hybrid", NETWORK, cluster) - bench.held("fsdp", NETWORK, cluster)
     assert inside == pytest.approx(16 * 8e9 * (1 / 8 - 1 / 64)), "divided in a node, and among all"
-    assert scaling.saving("ddp", NETWORK, cluster) == pytest.approx(
-        8 * scaling.saving("fsdp", NETWORK, cluster)
-    )
+    assert bench.saving("ddp", NETWORK, cluster) == pytest.approx(8 * bench.saving("fsdp", NETWORK, cluster))

@@ -375,8 +375,9 @@ def train(
 
 
 def job(recipe: Recipe, folder: str | Path) -> jobs.Job:
-    """The files with which a cluster runs a recipe (`launch.kind` slurm or kubernetes), as they lie in `folder`, and
-    how they are submitted. Nothing is written. Raises RecipeError for a step that cannot be dealt evenly."""
+    """The files with which a cluster runs a recipe (`launch.kind` slurm, kubernetes, or ray with `launch.nodes`),
+    as they lie in `folder`, and how they are submitted. Nothing is written. Raises RecipeError for a step that cannot
+    be dealt evenly."""
     from tunesmith import jobs
 
     return jobs.job(recipe, Path(folder))
@@ -2622,11 +2623,11 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
     wanted = ["fitted"] if recipe.evaluation.skip else ["comparisons", "samples", "report"]
     refused: TunesmithError | None = None
     with run.lock(), launch.ended_by_sigterm(), _leading():
-        (run.path / "status.json").unlink(missing_ok=True)
         num_starts = _num_starts(run)
-        for note in launch.settle(recipe.training):
-            run.event("warning", message=note)
+        (run.path / "status.json").unlink(missing_ok=True)
         try:
+            for note in launch.settle(recipe.training):
+                run.event("warning", message=note)
             if fresh:
                 _check_before_training(recipe)
             else:
@@ -2773,6 +2774,13 @@ def _check_processes(recipe: Recipe) -> None:
                 fix="Leave --launch out, or start it without a launcher.",
             )
     parallel.check(recipe, number)
+    if isinstance(recipe.launch, Ray) and recipe.evaluation.engine == "ray" and not recipe.evaluation.skip:
+        raise RecipeError(
+            "evaluation.engine ray does not go with launch.kind ray.",
+            found="workers that train keep what they have until the run ends, and those that answer would wait for it",
+            fix="Leave evaluation.engine out; or set evaluation.skip, and measure the run when it is done: tunesmith "
+            "evaluate RUN --set evaluation.engine=ray.",
+        )
 
 
 def _check_settings(recipe: Recipe) -> None:

@@ -548,7 +548,11 @@ def train_verb(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --launch slurm or kubernetes: show the files, write none.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="With a launch on a cluster (slurm, kubernetes, ray with nodes): show the files, write none.",
+        ),
     ] = False,
     composition: Composition,
     quiet: bool,

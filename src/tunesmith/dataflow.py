@@ -141,9 +141,12 @@ def plan(
     )
     parallel.check_device(recipe.parallel, found.processes, found.device, is_here=device is None)
     told = parallel.decided(recipe.parallel, found.processes, found.device, training)
+    per_node, assumed = launch.per_node(recipe.launch)
+    if assumed:
+        told.append(Decision("processes of a machine", per_node, assumed))
     number = None
     if isinstance(recipe.parallel, DeepSpeed) and found.processes > 1:
-        facts = devices.named(device) if device else devices.here(found.device)
+        facts = _facts(found.device, device, per_node)
         model = estimating.hollow(recipe, found.dtype)
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         states = estimating.state_bytes(training.optimizer, model)
@@ -154,8 +157,18 @@ def plan(
         found,
         decisions=(*found.decisions, *told),
         zero_stage=number,
-        per_node=launch.per_node(recipe.launch),
+        per_node=per_node,
     )
+
+
+def _facts(kind: str, device: str | None, per_node: int) -> devices.DeviceFacts:
+    """The facts of the device of this name, or of this machine's of a kind, as one process has it: of a CPU each
+    process of a machine has its part, what the others hold by now among it."""
+    facts = devices.named(device) if device else devices.here(kind)
+    if facts.kind != "cpu":
+        return facts
+    others = per_node - 1 if ranks.count() > 1 else 0
+    return replace(facts, memory=(facts.memory + others * devices.resident()) // per_node)
 
 
 def estimate(
@@ -170,14 +183,9 @@ def estimate(
     """What the run takes: memory by part, seconds, disk; on this machine, or on the device of this name. `measured` has
     two micro-steps taken here, and the largest micro-batch looked for."""
     method = METHODS[recipe.method.kind]
-    facts = devices.named(device) if device else devices.here(plan.device)
-    if (
-        facts.kind == "cpu"
-    ):  # of which each process of a machine has its part, what the others hold by now among it
-        others = plan.per_node - 1 if ranks.count() > 1 else 0
-        facts = replace(facts, memory=(facts.memory + others * devices.resident()) // plan.per_node)
+    facts = _facts(plan.device, device, plan.per_node)
     training, _, _ = method.settled(recipe.method, recipe.training, _examples(method, encodings.train))
-    own = planning.dealt(training, plan.processes)
+    alike, own = training.per_device_train_batch_size, planning.dealt(training, plan.processes)
     # The batches of all processes: each takes its share of them.
     passes = own.gradient_accumulation_steps * plan.processes
     training = own.model_copy(update={"gradient_accumulation_steps": passes})
@@ -193,6 +201,7 @@ def estimate(
         group=getattr(recipe.method, "num_generations", 1),
         order=shuffled(len(encodings.train), training.seed) if recipe.method.kind == "kto" else None,
         identity=encodings.fingerprint,
+        alike=alike,
     )
     here = measured and not device
     try:
@@ -206,7 +215,12 @@ def estimate(
             folder=Path(recipe.output_dir),
             thorough=measured or device is not None,
             measure=partial(_micro_steps, recipe, plan, encodings, packing) if here else None,
-            check=partial(_check_change, device=plan.device, elsewhere=facts if device else None),
+            check=partial(
+                _check_change,
+                device=plan.device,
+                elsewhere=facts if device else None,
+                processes=plan.processes,
+            ),
         )
     except TunesmithError:
         raise
@@ -237,9 +251,12 @@ def _examples(method: Method, encodings: Encodings) -> int:
     return len(encodings) // 2 if method.in_pairs else len(encodings)
 
 
-def _check_change(recipe: Recipe, *, device: planning.Device, elsewhere: devices.DeviceFacts | None) -> None:
+def _check_change(
+    recipe: Recipe, *, device: planning.Device, elsewhere: devices.DeviceFacts | None, processes: int
+) -> None:
     """Raises the TunesmithError with which a changed recipe would be refused."""
     METHODS[recipe.method.kind].check(recipe)
+    parallel.check(recipe, processes)
     planning.check_device(
         recipe.training, recipe.model, device, adapter_kind=recipe.adapter.kind, elsewhere=elsewhere
     )

@@ -26,7 +26,7 @@ from tunesmith.devices import DeviceFacts
 from tunesmith.errors import OutOfResources, TunesmithError
 from tunesmith.heap import Block, most_held
 from tunesmith.plan import Plan, weights_dtype
-from tunesmith.recipe import DeepSpeed, LoRA, Model, QLoRA, Recipe, Training
+from tunesmith.recipe import DDP, FSDP, DeepSpeed, LoRA, Model, QLoRA, Ray, Recipe, Training
 from tunesmith.training.run import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
@@ -350,6 +350,8 @@ class Rows:
     """The one order in which every epoch has the rows; None where each has one of its own."""
     identity: str = ""
     """A hash of what the rows are; none where it is not known."""
+    alike: int = 0
+    """How many rows of like length come together, where they do; 0 for as many as a pass has."""
 
 
 @dataclass(frozen=True)
@@ -708,9 +710,10 @@ def stages(
     evaluation: Parts | None = None,
     processes: int = 1,
     per_node: int = 1,
+    lower: bool = False,
 ) -> dict[str, Parts]:
     """Bytes by part in each stage of a run that holds memory; in one of its processes where these are several, of which
-    `per_node` share a machine."""
+    `per_node` share a machine. `lower` as in `parallel.held`."""
     on_cpu = facts.kind == "cpu"
     fixed = {"process": process} if on_cpu else {"reserved": facts.reserved}
     optimizer = traced.states
@@ -758,7 +761,6 @@ def stages(
     alone = parallel.Model(
         traced.weights, traced.trained, traced.states, traced.layer, traced.rest, traced.packed
     )
-    lower = recipe.training.mixed_precision == "bf16" and not on_cpu
     held: dict[str, Parts] = {
         name: {part: size for part, size in parts.items() if size}
         if processes == 1
@@ -856,14 +858,20 @@ def estimate(
     `check` does not refuse with a TunesmithError."""
     dtype, precision, total_steps = plan.dtype, plan.mixed_precision, plan.total_steps
 
+    def held_in(changed: Recipe) -> str:
+        return weights_dtype(changed.model.dtype, changed.adapter.kind, facts.kind, precision)[0]
+
     def traced_as(
         changed: Recipe, rows_in_batch: Sequence[int], cut: float = 1.0, validates: bool = True
     ) -> Traced:
-        kept, _ = weights_dtype(changed.model.dtype, changed.adapter.kind, facts.kind, precision)
         return trace(
-            changed, build, rows, facts=facts, dtype=kept, precision=precision, batch=rows_in_batch, cut=cut,
-            validates=validates,
+            changed, build, rows, facts=facts, dtype=held_in(changed), precision=precision, batch=rows_in_batch,
+            cut=cut, validates=validates,
         )  # fmt: skip
+
+    def lowers(changed: Recipe) -> bool:
+        """Whether weights of float32 are sent in bfloat16."""
+        return precision == "bf16" and held_in(changed) == "float32"
 
     found_batches = batches(rows, recipe.training, total_steps)
     batch = found_batches.fullest(rows.lengths, pads=False)
@@ -884,6 +892,7 @@ def estimate(
         evaluation=answers,
         processes=several,
         per_node=plan.per_node,
+        lower=lowers(recipe),
     )
     if facts.kind == "cpu" and None in traced.replayed.values():
         notes.append(
@@ -901,15 +910,19 @@ def estimate(
             traced, rows, batch, share, facts, dtype, precision, measure
         )
     accumulation = len(found_batches.starts) / found_batches.steps  # an epoch's last step may have fewer
-    update = 14 * traced.trained / (facts.bandwidth * facts.bandwidth_share)
+    # Several operations in the place of one kernel read and write about twice as much.
+    moved = scaling.MOMENTS / 4 * traced.trained * (1 if "fused" in recipe.training.optimizer else 2)
+    update = moved / (facts.bandwidth * facts.bandwidth_share)
     shared = None
-    slower = plan.per_node if facts.kind == "cpu" else 1  # where processes share the cores nothing is gained
+    # Where processes share cores and memory nothing is gained.
+    slower = plan.per_node if facts.kind == "cpu" else 1
     if several > 1:
         accumulation /= several
         seconds *= slower
+        update *= slower
         whole, shared = _shared(
-            traced, recipe, rows, facts, plan, lower=precision == "bf16", passes=accumulation, seconds=seconds,
-            tokens=share * sum(rows.lengths[n] for n in batch), update=update,
+            traced, recipe, rows, found_batches, facts, plan, lower=lowers(recipe), passes=accumulation,
+            seconds=seconds, tokens=share * sum(rows.lengths[n] for n in batch), update=update,
         )  # fmt: skip
         update = whole - accumulation * seconds
     per_token = _roofline_of_writing(traced.writing_costs, facts, dtype)
@@ -933,9 +946,20 @@ def estimate(
             + (f"; {plan.per_node} of them share a machine's cores and memory" * (facts.kind == "cpu"))
         )
         if not recipe.evaluation.skip and recipe.evaluation.engine not in ("ray", "vllm", "openai"):
+            dealt = (
+                "with evaluation.skip, `tunesmith evaluate RUN --set evaluation.engine=ray` deals the questions to "
+                "workers when the run is done"
+                if isinstance(recipe.launch, Ray)
+                else "evaluation.engine ray deals the questions to workers"
+            )
             notes.append(
                 "base and tuned model answer the held-out questions in the first process alone, whole, while the "
-                "others wait; evaluation.engine ray deals the questions to workers"
+                f"others wait; {dealt}"
+            )
+        if moved_by := parallel.offloads(recipe.parallel, facts.kind):
+            notes.append(
+                f"{' and '.join(moved_by)}: what goes between a device and the machine's memory, and the update there, "
+                "are not in the seconds"
             )
         if recipe.parallel.kind != "ddp" and facts.kind != "cpu":
             notes.append(
@@ -966,23 +990,25 @@ def estimate(
     if result.missing:
         result = replace(
             result,
-            remedies=tuple(_remedies(result, traced_as, recipe, rows, facts, held, answers, check, plan)),
+            remedies=tuple(
+                _remedies(result, traced_as, lowers, recipe, rows, facts, held, answers, check, plan)
+            ),
         )
     return result
 
 
 def _shared(
-    traced: Traced, recipe: Recipe, rows: Rows, facts: DeviceFacts, plan: Plan, *, lower: bool, passes: float,
-    seconds: float, tokens: float, update: float,
+    traced: Traced, recipe: Recipe, rows: Rows, batches: Batches, facts: DeviceFacts, plan: Plan, *, lower: bool,
+    passes: float, seconds: float, tokens: float, update: float,
 ) -> tuple[float, Shared]:  # fmt: skip
     """Seconds of a step in several processes, from those of a pass of so many tokens and of an update in one, and what
     of it they cost one another."""
     shape, trained = traced.shape, traced.shape.trained
     frozen = max(shape.parameters - trained, 0)
     whole = traced.layer * shape.layers + traced.rest  # weights that can be cut, or are sent at all
-    gradient = traced.trained / max(trained, 1)
-    if lower:  # in which type FSDP sends and sums
-        gradient = 2 if getattr(recipe.parallel, "reduce_dtype", "") == "bfloat16" else gradient
+    each = gradient = traced.trained / max(trained, 1)
+    if isinstance(recipe.parallel, FSDP) and plan.mixed_precision == "bf16":
+        gradient = 2 if recipe.parallel.reduce_dtype == "bfloat16" else 4
     network = scaling.Network(
         shape.parameters,
         shape.layers,
@@ -990,7 +1016,7 @@ def _shared(
         trained=None if not frozen else trained,
         again=recipe.training.gradient_checkpointing,
         frozen_bytes=max(whole - traced.trained, 0) / max(frozen, 1) * (parallel.HALF if lower else 1.0),
-        gathered_bytes=2 if lower else 4,
+        gathered_bytes=2 if lower else each,
         gradient_bytes=gradient,
     )
     inside, between = scaling.CONNECTED.get(facts.name, scaling.PLAIN)
@@ -1005,15 +1031,21 @@ def _shared(
     lengths, times = [length + rows.answers for length in rows.lengths], max(round(passes), 1)
 
     def fullest(count: int) -> float:
-        """Of so many rows, in coarser steps of length the more they are."""
-        return scaling.fullest(lengths, count, plan.processes, bins=max(min(2048, 2**19 // count), 32))
+        """Of a process that takes so many batches, over the mean; of rows in any order in coarser steps of length the
+        more they are."""
+        if batches.are_alike and (
+            found := batches.unevenness(rows.lengths, count, plan.processes, pads=not traced.unpadded)
+        ):
+            return found
+        drawn = own * count
+        return scaling.fullest(lengths, drawn, plan.processes, bins=max(min(2048, 2**19 // drawn), 32))
 
     load = scaling.Load(
         tokens * passes / times,
         tokens / own,
         times,
-        fullest=fullest(own),
-        fullest_step=fullest(own * times),
+        fullest=fullest(1),
+        fullest_step=fullest(times),
     )
     mode = parallel.mode(recipe.parallel, plan.zero_stage)
     alone = times * load.tokens / (passes * seconds + update)
@@ -1100,6 +1132,21 @@ class Batches:
     starts: Any
     steps: int
     """Steps that these are."""
+    of_an_epoch: int
+    """Micro-batches of a whole epoch."""
+    are_alike: bool = False
+    """Whether rows of like length come together."""
+
+    def unevenness(self, lengths: Sequence[int], count: int, processes: int, *, pads: bool) -> float | None:
+        """Tokens of the fullest of so many processes over their mean, where each takes so many batches in turn before
+        they wait for one another; None where no epoch has as many."""
+        import numpy as np
+
+        sizes, whole = self.sizes(lengths, pads=pads), count * processes
+        places = [slice(n, n + self.of_an_epoch) for n in range(0, len(sizes), self.of_an_epoch)]
+        parts = [sizes[place][: len(sizes[place]) // whole * whole] for place in places]
+        taken = np.concatenate(parts).reshape(-1, count, processes).sum(axis=1)
+        return float(taken.max(axis=1).sum() / taken.mean(axis=1).sum()) if len(taken) else None
 
     def sizes(self, lengths: Sequence[int], *, pads: bool) -> Any:
         """Tokens that each computes, padding too where it `pads`."""
@@ -1154,7 +1201,7 @@ def batches(rows: Rows, training: Training, steps: int, *, pads: bool = False) -
         if rows.order is not None:
             order = np.asarray(rows.order)
         elif alike:
-            order = np.asarray(by_length(rows.lengths, size, seed=training.seed, epoch=epoch))
+            order = np.asarray(by_length(rows.lengths, rows.alike or size, seed=training.seed, epoch=epoch))
         else:
             draw = torch.Generator().manual_seed(training.seed + epoch)
             order = torch.randperm(total, generator=draw).numpy()
@@ -1162,7 +1209,7 @@ def batches(rows: Rows, training: Training, steps: int, *, pads: bool = False) -
         starts += range(begun, begun + len(parts[-1]), size)
         done += -(-len(parts[-1]) // (times * size))  # a step ends with its epoch
         begun, epoch = begun + len(parts[-1]), epoch + 1
-    return Batches(np.concatenate(parts), np.asarray(starts), max(done, 1))
+    return Batches(np.concatenate(parts), np.asarray(starts), max(done, 1), -(-total // size), bool(alike))
 
 
 def _seconds_per_batch(
@@ -1279,12 +1326,12 @@ def _largest(
 
 
 def _remedies(
-    found: Estimate, traced_as: Callable[..., Traced], recipe: Recipe, rows: Rows, facts: DeviceFacts, process: int,
-    answers: Parts, check: Callable[[Recipe], None], plan: Plan,
+    found: Estimate, traced_as: Callable[..., Traced], lowers: Callable[[Recipe], bool], recipe: Recipe, rows: Rows,
+    facts: DeviceFacts, process: int, answers: Parts, check: Callable[[Recipe], None], plan: Plan,
 ) -> Iterator[Remedy]:  # fmt: skip
     """The three least harmful changes with which the run fits; where none does, those that come closest."""
     tried: list[Remedy] = []
-    for change, flags, harmed, cut in _changes(recipe, found.longest, check):
+    for change, flags, harmed, cut in _changes(recipe, found.longest, check, plan.processes):
         batch = _longest(rows.lengths, harmed.training.per_device_train_batch_size)
         traced = traced_as(harmed, batch, cut, validates=found.stage == "validating")
         fewer = dict(answers) if not harmed.evaluation.skip else {}
@@ -1300,6 +1347,7 @@ def _remedies(
                 evaluation=fewer,
                 processes=plan.processes,
                 per_node=plan.per_node,
+                lower=lowers(harmed),
             ).values()
         )
         fixed = process if facts.kind == "cpu" else facts.reserved
@@ -1311,16 +1359,16 @@ def _remedies(
 
 
 def _changes(
-    recipe: Recipe, longest: int, check: Callable[[Recipe], None]
+    recipe: Recipe, longest: int, check: Callable[[Recipe], None], processes: int
 ) -> Iterator[tuple[str, str, Recipe, float]]:
     """Changes to a recipe in order of harm, each with those before it, its flags, the recipe and the share of the rows'
-    length: the same maths in smaller pieces, more time, fewer trained weights, coarser weights, shorter rows. What
-    `check` refuses is left out."""
+    length: the same maths in smaller pieces, in shares of several processes, more time, fewer trained weights, coarser
+    weights, shorter rows. What `check` refuses is left out."""
     small = recipe
     said: list[str] = []
     flags: list[str] = []
     done: set[str] = set()
-    for kind, change, flag, fields in _single(recipe, longest):
+    for kind, change, flag, fields in _single(recipe, longest, processes):
         if kind in done:
             continue
         changed = small.model_copy(
@@ -1342,7 +1390,7 @@ def _changes(
         yield ", ".join(said), " ".join(flags), small, cut
 
 
-def _single(recipe: Recipe, longest: int) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+def _single(recipe: Recipe, longest: int, processes: int) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """Single changes in order of harm: what they are a try at, in words, as flags, and the fields they set."""
     rows, times = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
     for few in (1, 2):
@@ -1359,6 +1407,9 @@ def _single(recipe: Recipe, longest: int) -> Iterator[tuple[str, str, str, dict[
         wanted = recipe.evaluation.batch_tokens // 4
         said, flags = f"{wanted} tokens per batch of answers", f"--set evaluation.batch_tokens={wanted}"
         yield "answers", said, flags, {"evaluation": {"batch_tokens": wanted}}
+    if processes > 1 and isinstance(recipe.parallel, DDP):
+        said = f"weights, gradients and optimizer states in shares of the {processes} processes, more to send"
+        yield "shares", said, "--parallel fsdp", {"parallel": FSDP()}
     if not recipe.training.gradient_checkpointing:
         said = "activations computed again in the backward pass, about a third more time"
         yield "again", said, "--gradient-checkpointing", {"training": {"gradient_checkpointing": True}}

@@ -1,10 +1,13 @@
-"""Files with which a cluster runs a recipe: a batch script for SLURM, a TrainJob of Kubeflow Trainer for Kubernetes.
+"""Files with which a cluster runs a recipe: a batch script for SLURM, a TrainJob of Kubeflow Trainer for Kubernetes, a
+cluster of Ray and what its head is to do.
 
-They start the same program by torchrun on every node. What is submitted again goes on with the run that is there.
+They start the same program, by torchrun on every node or on the workers of Ray. What is submitted again goes on with
+the run that is there.
 """
 
 from __future__ import annotations
 
+import getpass
 import re
 import shlex
 from dataclasses import dataclass
@@ -16,13 +19,15 @@ import yaml
 from tunesmith import launch
 from tunesmith.compose import as_yaml
 from tunesmith.errors import RecipeError
-from tunesmith.recipe import Kubernetes, Local, Recipe, Slurm
+from tunesmith.recipe import Kubernetes, Local, Ray, Recipe, Slurm
 from tunesmith.training.run import anchored, folder_name
 
 NOTICE = 120
 """Seconds before the end of its time at which SLURM tells a job; it may use all but ten of them."""
 PORT = 29500
 """Where the nodes of a SLURM job meet, on the first of them."""
+HEAD = 6379
+"""Where the head of a cluster of Ray is reached."""
 RECIPE = "recipe.yaml"
 MOUNT = "/etc/tunesmith"
 """Folder of the recipe in a pod."""
@@ -43,13 +48,22 @@ def job(recipe: Recipe, folder: Path) -> Job:
     """
     section = recipe.launch
     launch.check(recipe.training, launch.processes(section))
-    inner = anchored(recipe).model_copy(update={"launch": Local()})
+    inner, shared = anchored(recipe), str(Path(recipe.output_dir).expanduser().absolute())
+    place = folder.absolute() / RECIPE
+    if isinstance(section, Ray) and section.nodes:
+        there = section.model_copy(update={"address": "auto", "nodes": [], "user": None, "setup": []})
+        inner = inner.model_copy(update={"output_dir": shared, "launch": there})
+        files = {
+            RECIPE: as_yaml(inner),
+            "cluster.yaml": _cluster(section),
+            "job.sh": _on_head(section, inner, place),
+        }
+        command = f"bash {shlex.quote(str(place.with_name('job.sh')))}"
+        return Job(files, f"ray up --yes cluster.yaml && ray exec cluster.yaml {shlex.quote(command)}")
+    inner = inner.model_copy(update={"launch": Local()})
     match section:
         case Slurm():
-            inner = inner.model_copy(
-                update={"output_dir": str(Path(recipe.output_dir).expanduser().absolute())}
-            )
-            place = folder.absolute() / RECIPE
+            inner = inner.model_copy(update={"output_dir": shared})
             return Job(
                 {RECIPE: as_yaml(inner), "job.sbatch": _script(section, inner, place)}, "sbatch job.sbatch"
             )
@@ -59,14 +73,46 @@ def job(recipe: Recipe, folder: Path) -> Job:
         case _:
             raise RecipeError(
                 f"launch.kind {section.kind} runs here; there is nothing to submit.",
-                fix="Choose --launch slurm or --launch kubernetes.",
+                fix="Choose --launch slurm, --launch kubernetes, or --launch ray with launch.nodes.",
             )
 
 
-def _steps(run: str, recipe: str) -> str:
+def _steps(run: str, recipe: str, more: str = " --launch local") -> str:
     """The arguments of tunesmith in shell: those of a new run, or of one that is there already."""
     run, recipe = shlex.quote(run), shlex.quote(recipe)
-    return f"if [ -f {run}/recipe.yaml ]; then steps=(resume {run}); else steps=(train {recipe} --launch local); fi"
+    return f"if [ -f {run}/recipe.yaml ]; then steps=(resume {run}); else steps=(train {recipe}{more}); fi"
+
+
+def _cluster(section: Ray) -> str:
+    """Ray's own description of a cluster of machines that are there; whoever has no token may run nothing on it."""
+
+    def started(how: str) -> list[str]:
+        ray = f"RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 ray start {how}"
+        return [" && ".join([*section.setup, command]) for command in ("ray stop", ray)]
+
+    head, *others = section.nodes
+    found = {
+        "cluster_name": "tunesmith",
+        "provider": {"type": "local", "head_ip": head, "worker_ips": others},
+        "auth": {"ssh_user": section.user or getpass.getuser()},
+        "max_workers": len(others),
+        "head_start_ray_commands": started(
+            f"--head --port={HEAD} --include-dashboard=false --autoscaling-config=~/ray_bootstrap_config.yaml"
+        ),
+        "worker_start_ray_commands": started(f"--address=$RAY_HEAD_IP:{HEAD}"),
+    }
+    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=200)
+
+
+def _on_head(section: Ray, recipe: Recipe, place: Path) -> str:
+    """What the head does: the command, with the token that its Ray asks for."""
+    lines = ["#!/bin/bash", "set -euo pipefail", *section.setup, "export RAY_AUTH_MODE=token"]
+    lines += [
+        f"export TUNESMITH_CACHE={shlex.quote(str(Path(recipe.output_dir) / '.cache'))}",
+        _steps(str(Path(recipe.output_dir) / folder_name(recipe)), str(place), ""),
+        'exec tunesmith "${steps[@]}"',
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _script(section: Slurm, recipe: Recipe, place: Path) -> str:
@@ -83,7 +129,9 @@ def _script(section: Slurm, recipe: Recipe, place: Path) -> str:
         "signal": f"TERM@{NOTICE}",
     }
     lines = ["#!/bin/bash"]
-    lines += [f"#SBATCH --{name}={value}" for name, value in asked.items() if value is not None]
+    lines += [
+        f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in asked.items() if value is not None
+    ]
     lines += ["#SBATCH --requeue", "", "set -euo pipefail", *section.setup]
     lines += [
         f"export TUNESMITH_CACHE={shlex.quote(str(Path(recipe.output_dir) / '.cache'))}",

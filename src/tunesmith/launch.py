@@ -125,7 +125,7 @@ def ignore_sigterm() -> None:
 
 def processes(section: Launch) -> int:
     """How many processes train a recipe: as many as were launched together, else as many as it would start."""
-    if ranks.count() > 1 or isinstance(section, Local):
+    if _are_there(section):
         return ranks.count()
     if isinstance(section, Accelerate):
         return section.processes or _devices()
@@ -134,18 +134,29 @@ def processes(section: Launch) -> int:
     return section.nodes * section.processes_per_node
 
 
+def _are_there(section: Launch) -> bool:
+    """Whether the processes were launched: there may be another number of them than a recipe says, one as well."""
+    return ranks.count() > 1 or JOB in os.environ or isinstance(section, Local)
+
+
 A_NODE = 8
 """Workers of a Ray cluster that are taken to be on one of its nodes, where nobody knows."""
 
 
-def per_node(section: Launch) -> int:
-    """How many of these processes are on one machine."""
+def per_node(section: Launch) -> tuple[int, str | None]:
+    """How many of these processes are on one machine, and why that was taken to be so where nobody says it."""
     number = processes(section)
-    if ranks.count() > 1 or isinstance(section, Local):
-        return min(ranks.on_this_machine(), number)
-    if isinstance(section, Ray):
-        return min(number, A_NODE) if section.address else number
-    return number if isinstance(section, Accelerate) else section.processes_per_node
+    if _are_there(section):
+        here = ranks.on_this_machine()
+        if here is None and number > 1:
+            return number, "the launcher does not say: all are taken to be on one machine"
+        return min(here or 1, number), None
+    if isinstance(section, Ray) and section.nodes:
+        return -(-number // len(section.nodes)), None
+    if isinstance(section, Ray) and section.address:
+        taken = f"Ray places them when they start: up to {A_NODE} are taken to be on one machine"
+        return min(number, A_NODE), taken if number > 1 else None
+    return number if isinstance(section, Accelerate | Ray) else section.processes_per_node, None
 
 
 def _devices() -> int:
@@ -161,7 +172,8 @@ def _devices() -> int:
 
 def is_job(section: Launch) -> bool:
     """Whether a recipe is run by a cluster, to which its files are submitted, and this is not yet there."""
-    return not isinstance(section, Local | Accelerate | Ray) and ranks.count() == 1
+    submitted = section.nodes if isinstance(section, Ray) else not isinstance(section, Local | Accelerate)
+    return bool(submitted) and ranks.count() == 1 and JOB not in os.environ
 
 
 def starts(section: Launch) -> bool:
@@ -304,7 +316,6 @@ class Started:
 
     def __init__(self, file: Path) -> None:
         self.file = file.open("a", encoding="utf-8", buffering=1) if ranks.is_first() else None
-        self.is_quiet = self.file is None
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Pass an event of the run on."""

@@ -34,6 +34,7 @@ from tunesmith.errors import (
     TERMINATED,
     Interrupted,
     MissingExtra,
+    RecipeError,
     RunError,
     Terminated,
     TunesmithError,
@@ -53,6 +54,8 @@ OBJECTS = 256 * 2**20
 """Bytes of shared memory of a Ray of this machine's own, which carries words and prompts only."""
 LOOK = 0.2
 """Seconds between two looks at what the workers say."""
+SEEN = 30.0
+"""Seconds in which a file of the first worker is to be seen on other nodes: shared folders may lag."""
 LOSSES = (
     "RayActorError", "NodeDiedError", "WorkerCrashedError", "OutOfMemoryError", "WorkerHealthCheckFailedError",
     "WorkerHealthCheckTimeoutError", "PreemptionError", "WorkerLost",
@@ -83,6 +86,11 @@ def cluster(section: Ray | Shards, *, needed_for: str, workers: int | None = Non
 
     Raises MissingExtra without Ray, and TunesmithError where a cluster does not answer.
     """
+    if getattr(section, "nodes", None):
+        raise RecipeError(
+            "launch.nodes are for `tunesmith train`, which writes the files of their cluster.",
+            fix="On one of its nodes give launch.address auto instead of them.",
+        )
     if importlib.util.find_spec("ray") is None:
         raise MissingExtra("ray", needed_for, install="'tunesmith[ray]'")
     given = {
@@ -228,7 +236,7 @@ def start(job: Mapping[str, Any], section: Ray, watch: Watch) -> dict[str, Any]:
         notes = _notes(Path(job["recipe"]["output_dir"]))
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"job": dict(job), "words": words},
+            train_loop_config={"job": dict(job), "words": words, "notes": str(notes)},
             torch_config=_meeting(gpus),
             scaling_config=ScalingConfig(
                 num_workers=section.workers,
@@ -314,9 +322,7 @@ def _remove(notes: Path) -> None:
 def _came_to(ended: Mapping[str, Any], section: Ray) -> dict[str, Any]:
     value = dict(ended.get("value") or {})
     if own := ended.get("fault") or value.get("error"):
-        if "bug" in own:
-            raise RuntimeError(f"{own['bug']}\n\nIn a worker of Ray:\n{own['trace']}")
-        raise of_facts(own)
+        raise _error(own)
     if "error" not in ended:
         return dict(value["result"])
     error = ended["error"]
@@ -447,6 +453,7 @@ def _work(config: Mapping[str, Any]) -> dict[str, Any]:
     ranks.meet()
     if not ranks.is_first():
         try:
+            _look_for_folder()
             api.assisted()
         except (Exception, SystemExit) as error:
             if isinstance(error, SystemExit) or is_lost_peer(error):
@@ -455,6 +462,7 @@ def _work(config: Mapping[str, Any]) -> dict[str, Any]:
             raise WorkerLost(f"it has ended: {error}") from None
         return {}
     try:
+        _show_folder(Path(config["notes"]))
         before = ray.get(words.begin.remote())
         return {"error": before["fault"]} if before["fault"] else {"result": _lead(job, words, before)}
     except Exception as error:
@@ -466,6 +474,38 @@ def _work(config: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": _facts(error)}
     finally:
         ranks.dismiss()  # those who had nothing to do yet, and would wait for it
+
+
+def _show_folder(notes: Path) -> None:
+    """Have the workers of other nodes look, before anything is computed, whether they see the output folder. Where it
+    cannot be written here, the run says so."""
+    if ranks.on_this_machine() == ranks.count():
+        return
+    mark = notes / f"seen-{secrets.token_hex(4)}"
+    try:
+        notes.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError:
+        ranks.tell("folder", None)
+    else:
+        ranks.tell("folder", str(mark))
+
+
+def _look_for_folder() -> None:
+    """Raises RunError in a worker on a node that does not see what the first worker has put into the output folder."""
+    if ranks.on_this_machine() == ranks.count():
+        return
+    mark, end = ranks.hear("folder"), time.monotonic() + SEEN
+    while mark and not Path(mark).exists():
+        if time.monotonic() > end:
+            raise RunError(
+                "Workers of Ray on several nodes need an output folder that all of them see.",
+                found=f"worker {ranks.number()} on {socket.gethostname()} does not see {Path(mark).parents[2]}, in "
+                "which the first worker has written",
+                fix="Put --output-dir and $TUNESMITH_CACHE into folders that all nodes share, which launch.storage "
+                "does not replace; or take workers of one node only.",
+            )
+        time.sleep(LOOK)
 
 
 def _is_awaited() -> bool:
@@ -480,6 +520,13 @@ def _facts(error: BaseException) -> dict[str, Any]:
     if isinstance(error, TunesmithError):
         return as_facts(error)
     return {"bug": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+
+
+def _error(facts: Mapping[str, Any]) -> Exception:
+    """The error of a worker that came as facts: one of ours, or a bug with the worker's own words."""
+    if "bug" in facts:
+        return RuntimeError(f"{facts['bug']}\n\nIn a worker of Ray:\n{facts['trace']}")
+    return of_facts(dict(facts))
 
 
 def _lead(job: dict[str, Any], words: Any, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -623,7 +670,6 @@ class _Answering:
 def answer(source: Source, asked: Asked, finished: Finished, say: Say) -> None:
     """Answer the prompts on the workers of Ray Data; `finished` gets each answer with its prompt's number, as shards
     are done. Each worker loads the model once, and answers as the padded engine does."""
-    from tunesmith.errors import RecipeError
     from tunesmith.generation import Generated
 
     if source.base is None:
@@ -696,8 +742,8 @@ def _trial(config: Mapping[str, Any]) -> None:
 
     try:
         ended = trials.carried_out(given["number"], given["recipe"], report=report)
-    except TunesmithError as error:
-        tune.report({"wrong": json.dumps(as_facts(error))})
+    except Exception as error:
+        tune.report({"wrong": json.dumps(_facts(error))})
     else:
         tune.report({"ended": json.dumps(asdict(ended))})
 
@@ -720,13 +766,13 @@ def tried(
     Each of `asked` has a number and a whole recipe. `record` is given what each came to as it ends, `told` number,
     step and value of each validation. `horizon` is the steps of the longest trial, None where it is not known,
     `patience` those that each one gets in any case; `mode` says whether the least value is the best one, `min`, or the
-    greatest, `max`. An error that is not of a trial's values ends all trials, and is raised.
+    greatest, `max`. An error that is not of a trial's values ends all trials, and is raised, a bug as RuntimeError.
     """
     with cluster(section, needed_for="tunesmith sweep --engine ray") as ray:
         from ray import tune
 
         gpus = _gpus(ray, section, watch)
-        wrong: list[TunesmithError] = []
+        wrong: list[Exception] = []
         notes = _notes(folder)
         tuner = tune.Tuner(
             tune.with_resources(_trial, {"CPU": section.cpus_per_worker, "GPU": gpus}),
@@ -767,7 +813,7 @@ def _scheduler(mode: str, patience: int, horizon: int | None) -> Any:
 def _records(
     record: Callable[[Mapping[str, Any]], None],
     told: Callable[[int, int, float], None],
-    wrong: list[TunesmithError],
+    wrong: list[Exception],
 ) -> Any:
     """What Tune calls as trials go on: each is recorded at once when it ends. Of this process alone: in the notes that
     Tune pickles it stands without what it calls, which may be a terminal."""
@@ -781,7 +827,7 @@ def _records(
         ) -> None:
             number = int(trial.config["trial"]["number"])
             if said := result.get("wrong"):
-                wrong.append(of_facts(json.loads(said)))
+                wrong.append(_error(json.loads(said)))
             elif said := result.get("ended"):
                 finished.add(number)
                 record(json.loads(said))
@@ -812,7 +858,7 @@ def _records(
     return Records()
 
 
-def _until(wrong: list[TunesmithError]) -> Any:
+def _until(wrong: list[Exception]) -> Any:
     """Ends all trials once something is wrong."""
     from ray import tune
 

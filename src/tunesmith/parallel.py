@@ -173,7 +173,6 @@ def held(
     if processes == 1 or "cache" in parts:
         return found
     number = stage(section, model, processes, capacity) if isinstance(section, DeepSpeed) else None
-    whole = isinstance(section, FSDP) and not section.reshard_after_forward
     own = scaling.parts(
         mode(section, number),
         processes,
@@ -185,16 +184,13 @@ def held(
         packed=model.packed,
         sends=HALF if lower and not isinstance(section, DDP) else 1.0,
     )
-    gathered = (model.weights - model.packed) * (HALF if lower else 1.0) if whole else own.gathered
-    found |= {"weights": int(own.weights), "optimizer": int(own.moments), "gathered": int(gathered)}
+    found |= {"weights": int(own.weights), "optimizer": int(own.moments), "gathered": int(own.gathered)}
     if "gradients" in parts:
         found |= {"gradients": int(own.gradients), "buckets": int(own.buckets)}
-    offloads = (isinstance(section, FSDP) and section.cpu_offload and device != "cpu") or (
-        isinstance(section, DeepSpeed) and section.offload_parameters
-    )
-    if offloads or (isinstance(section, DeepSpeed) and section.offload_optimizer):
+    elsewhere = offloads(section, device)
+    if elsewhere:
         found["optimizer"] = 0
-    if offloads:
+    if elsewhere and elsewhere != ["parallel.offload_optimizer"]:
         found["weights"], found["gradients"] = model.packed, 0
     return {name: size for name, size in found.items() if size}
 
@@ -203,7 +199,19 @@ def mode(section: Parallel, number: int | None = None) -> str:
     """How a section divides the work, as `scaling.MODES` names it; `number` is the stage of ZeRO."""
     if isinstance(section, DeepSpeed):
         return {1: "zero-1", 2: "zero-2"}.get(number or 3, "fsdp")
+    if isinstance(section, FSDP) and not section.reshard_after_forward:
+        return "fsdp-kept"
     return section.kind
+
+
+def offloads(section: Parallel, device: str) -> list[str]:
+    """Fields of a section by which something is kept in the machine's memory between its uses on such a device."""
+    if isinstance(section, FSDP):
+        return ["parallel.cpu_offload"] if section.cpu_offload and device != "cpu" else []
+    if isinstance(section, DeepSpeed):
+        named = ("offload_optimizer", "offload_parameters")
+        return [f"parallel.{name}" for name in named if getattr(section, name)]
+    return []
 
 
 # DeepSpeed

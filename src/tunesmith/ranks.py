@@ -30,6 +30,14 @@ WORLD_SIZES = {
 """Variables by which torchrun, accelerate and the MPI launchers tell how many processes they started, and beside
 each the one that numbers them."""
 
+LOCAL_SIZES = (
+    "LOCAL_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+    "MPI_LOCALNRANKS",
+)
+"""Variables by which they tell how many of them are on this machine."""
+
 HIDDEN = (*WORLD_SIZES, *WORLD_SIZES.values(), "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_FSDP")
 """Variables that make libraries look for other processes."""
 
@@ -70,10 +78,10 @@ def number() -> int:
     return _launched()[1]
 
 
-def on_this_machine() -> int:
-    """How many of them are on this machine; all, where the launcher does not say."""
-    said = _given("LOCAL_WORLD_SIZE") or ""
-    return int(said) if said.isdigit() and int(said) else count()
+def on_this_machine() -> int | None:
+    """How many of them are on this machine; None where the launcher does not say."""
+    said = (_given(name) or "" for name in LOCAL_SIZES)
+    return next((int(size) for size in said if size.isdigit() and int(size)), None)
 
 
 def is_first() -> bool:

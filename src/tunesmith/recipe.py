@@ -1020,10 +1020,21 @@ class Ray(_OnRay):
 
     storage: str | None = None
     """Folder or URL (`s3://`, `gs://`, anything of fsspec) to which the run's folder is copied after each checkpoint,
-    and from which it comes back on another node. By default the output folder has to be one that all nodes see."""
+    and from which it comes back when its node is lost. Workers on several nodes need an output folder that all of them
+    see, with it as well."""
 
     dashboard: bool = False
     """Start Ray's dashboard with a Ray of this machine's own, for this machine only."""
+
+    nodes: list[str] = []
+    """Machines that are reached by SSH, the head first: with them the files of a cluster are written, as for SLURM, and
+    the workers train there."""
+
+    user: str | None = None
+    """User of these machines; by default the one who writes the files."""
+
+    setup: list[str] = []
+    """Lines of shell that make ray and tunesmith known on these machines."""
 
 
 class _Cluster(Section):

@@ -11,7 +11,7 @@ without shards. `tunesmith plan` says with it what a run of several processes ta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from tunesmith.devices import DeviceFacts
@@ -27,8 +27,6 @@ BEGINNING = 8.4e-6
 """Seconds that a collective takes at least (NCCL's tuning table, ring and tree, protocol Simple)."""
 MOMENTS = 28
 """Bytes a parameter that AdamW reads and writes in float32: weight, gradient, two moments, and three of them back."""
-ROOM = 0.8
-"""Share of a device's memory that weights, gradients and the optimizer may take; the rest is for the pass."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +82,6 @@ class Cluster:
     inside: Link
     between: Link | None = None
     """None where all are in one node."""
-    storage: float = 2e9
-    """Bytes a second that a node writes to what all nodes share."""
-    storage_limit: float = 50e9
-    """Bytes a second that this takes of all nodes together."""
 
     def __post_init__(self) -> None:
         assert self.nodes == 1 or self.between, "nodes have a link between them"
@@ -177,11 +171,6 @@ class Network:
             return self.gathered_bytes * self.parameters
         return self.frozen_bytes * self.parameters + self.gathered_bytes * self.trained
 
-    def held(self) -> tuple[float, float, float]:
-        """Bytes of weights, gradients and AdamW's moments: float32 for what is trained."""
-        frozen = 0.0 if self.trained is None else self.frozen_bytes * self.parameters
-        return frozen + 4 * self.learns, 4 * self.learns, 8 * self.learns
-
 
 @dataclass(frozen=True)
 class Load:
@@ -261,6 +250,12 @@ def _all_in_shards(network: Network, cluster: Cluster, load: Load) -> Traffic:
     )
 
 
+def _all_in_shards_kept(network: Network, cluster: Cluster, load: Load) -> Traffic:
+    given = _all_in_shards(network, cluster, load)
+    again = network.sent * (cluster.devices - 1) / cluster.devices
+    return replace(given, backward=given.backward - given.forward, sent=given.sent - load.passes * again)
+
+
 def _in_shards_by_node(network: Network, cluster: Cluster, load: Load) -> Traffic:
     inside = _all_in_shards(network, cluster.part(), load)
     if cluster.nodes == 1:
@@ -284,10 +279,8 @@ class Mode:
     """Whether weights, gradients and moments are divided."""
     is_by_node: bool = False
     """Whether they are so among the devices of a node, and not among all."""
-
-    def among(self, cluster: Cluster) -> int:
-        """Among how many devices what is divided is."""
-        return min(cluster.devices, cluster.per_node) if self.is_by_node else cluster.devices
+    keeps: bool = False
+    """Whether gathered weights stay until the end of the backward."""
 
 
 MODES: dict[str, Mode] = {
@@ -299,8 +292,14 @@ MODES: dict[str, Mode] = {
         _all_in_shards,
         (True, True, True),
     ),
+    "fsdp-kept": Mode(
+        "as fsdp, and weights are kept from the forward to the backward (parallel.reshard_after_forward false)",
+        _all_in_shards_kept,
+        (True, True, True),
+        keeps=True,
+    ),
     "hybrid": Mode(
-        "FSDP inside each node, the nodes sum their gradients once a step",
+        "FSDP inside each node, the nodes sum their gradients once a step; foretold, and not offered",
         _in_shards_by_node,
         (True, True, True),
         is_by_node=True,
@@ -410,42 +409,18 @@ def parts(
 
     `layer` is the largest layer's weights and `rest` those outside of the layers, which travel as `sends` of their
     bytes; `packed` are weights that cannot be cut and belong to neither. While a layer is run the next one is fetched,
-    and the rest stays for the whole pass.
+    and the rest stays for the whole pass; all does in a mode that `keeps` it.
     """
     of_weights, of_gradients, of_moments = (among if is_cut else 1 for is_cut in MODES[mode].divides)
     cut = weights - packed
     gathered = buckets = 0.0
     if of_weights > 1:
-        gathered = sends * min(2 * layer + rest, cut)
+        gathered = sends * (cut if MODES[mode].keeps else min(2 * layer + rest, cut))
     if of_gradients > 1:
         buckets = sends * min(gradients, layer + rest)
     elif mode == "ddp" and among > 1:  # a second place for all of them, from which they are summed
         buckets = gradients
     return Held(packed + cut / of_weights, gradients / of_gradients, moments / of_moments, gathered, buckets)
-
-
-def held(mode: str, network: Network, cluster: Cluster) -> float:
-    """Bytes of weights, gradients and moments on a device, and of what passes between devices."""
-    weights, gradients, moments = network.held()
-    layer = network.sent / network.layers
-    found = parts(
-        mode, MODES[mode].among(cluster), weights=weights, gradients=gradients, moments=moments, layer=layer
-    )
-    return found.weights + found.gradients + found.moments + found.gathered + found.buckets
-
-
-def fits(mode: str, network: Network, cluster: Cluster, facts: DeviceFacts) -> bool:
-    """Whether that leaves the device enough room for the passes."""
-    return held(mode, network, cluster) <= ROOM * facts.memory
-
-
-def saving(mode: str, network: Network, cluster: Cluster) -> float:
-    """Seconds of a checkpoint: trained weights and moments, written by the first device, or by all where they are
-    divided."""
-    size = 12 * network.learns
-    if not any(MODES[mode].divides) or MODES[mode].among(cluster) == 1:
-        return size / cluster.storage
-    return size / min(cluster.storage * cluster.nodes, cluster.storage_limit)
 
 
 def fullest(lengths: Sequence[int], rows: int, devices: int, *, bins: int = 2048) -> float:
@@ -465,12 +440,3 @@ def fullest(lengths: Sequence[int], rows: int, devices: int, *, bins: int = 2048
     below = np.minimum(np.cumsum(density) / density.sum(), 1.0)
     mean = float((1 - below[:-1]).sum())
     return float((1 - below[:-1] ** devices).sum()) / mean
-
-
-def doubled(rates: Mapping[int, float], *, worth: float = 1.5) -> int | None:
-    """From which number of devices on twice as many bring less than `worth` times the tokens a second; None where they
-    always do."""
-    for number, rate in sorted(rates.items()):
-        if 2 * number in rates and rates[2 * number] < worth * rate:
-            return number
-    return None

@@ -125,7 +125,7 @@ def ignore_sigterm() -> None:
 
 def processes(section: Launch) -> int:
     """How many processes train a recipe: as many as were launched together, else as many as it would start."""
-    if _are_there(section):
+    if _are_there() or isinstance(section, Local):
         return ranks.count()
     if isinstance(section, Accelerate):
         return section.processes or _devices()
@@ -134,9 +134,9 @@ def processes(section: Launch) -> int:
     return section.nodes * section.processes_per_node
 
 
-def _are_there(section: Launch) -> bool:
+def _are_there() -> bool:
     """Whether the processes were launched: there may be another number of them than a recipe says, one as well."""
-    return ranks.count() > 1 or JOB in os.environ or isinstance(section, Local)
+    return ranks.count() > 1 or JOB in os.environ
 
 
 A_NODE = 8
@@ -146,7 +146,7 @@ A_NODE = 8
 def per_node(section: Launch) -> tuple[int, str | None]:
     """How many of these processes are on one machine, and why that was taken to be so where nobody says it."""
     number = processes(section)
-    if _are_there(section):
+    if _are_there() or isinstance(section, Local):
         here = ranks.on_this_machine()
         if here is None and number > 1:
             return number, "the launcher does not say: all are taken to be on one machine"

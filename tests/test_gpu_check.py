@@ -99,7 +99,7 @@ def test_the_table(check, tmp_path, capsys):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_short_parts_run_on_a_cpu_at_toy_size(check, tmp_path):
     file = tmp_path / "lines.jsonl"
     parts = [word for part in ("equal", "head", "generation", "sft") for word in ("--part", part)]

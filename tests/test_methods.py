@@ -411,11 +411,9 @@ def stages(tmp_path_factory):
     return learn(), tmp_path_factory.mktemp("learned")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, *(pytest.param(s, marks=pytest.mark.thorough) for s in (2, 3))])
-@pytest.mark.parametrize(
-    "kind", ["grpo", *(pytest.param(k, marks=pytest.mark.thorough) for k in ("ppo", "rloo"))]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["grpo", "ppo", "rloo"])
 def test_what_is_rewarded_is_learned_near_the_start(stages, kind, seed):
     """A verifiable reward rises by 30 points over the model that was fine-tuned, whatever the seed."""
     module, folder = stages

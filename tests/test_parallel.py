@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from tunesmith import api, parallel
 from tunesmith.compose import compose
 from tunesmith.errors import OutOfResources, RecipeError, RunError, is_out_of_disk
 from tunesmith.recipe import DDP, FSDP, DeepSpeed, Training
+from tunesmith.training import checkpoints
 
 ALONE = parallel.Model(weights=8_000, trained=8_000, states=16_000, layer=1_000, rest=2_000)
 STEP = {"weights": 8_000, "gradients": 8_000, "optimizer": 16_000, "activations": 500, "head": 70}
@@ -87,7 +89,13 @@ def test_zero_is_refused_where_deepspeed_has_no_device():
 def test_a_checkpoint_of_zero_is_not_continued_without_its_optimizer(few_steps):
     """One process has no part in DeepSpeed, whose optimizer no other reads: it would begin anew unheard."""
     run = api.train(few_steps("zero", num_epochs=1)).run
-    (run / "checkpoints/checkpoint-step-2/latest").write_text("global_step2")
+    folder = run / "checkpoints/checkpoint-step-2"
+    (folder / "latest").write_text("global_step2")
+    content = checkpoints.manifest(folder)
+    content.pop("manifest_sha256")
+    digest = hashlib.sha256(b"global_step2").hexdigest()
+    content["files"]["latest"] = {"bytes": 12, "sha256": digest}
+    (folder / checkpoints.MANIFEST).write_text(checkpoints._sealed(content))
     for name in ("training.json", "status.json"):
         (run / name).unlink()
     with pytest.raises(RunError, match="A checkpoint of DeepSpeed is continued as it was written"):

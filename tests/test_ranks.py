@@ -466,7 +466,7 @@ def test_shares_of_some_processes_are_continued_by_more_and_by_fewer(asked, kind
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.thorough), "fsdp"])
 def test_a_killed_process_ends_the_job_with_the_reason_and_the_run_goes_on(asked, parallel):
     import psutil
 

@@ -618,6 +618,7 @@ def test_ctrl_c_at_the_first_question_exits_0_and_says_that_nothing_was_kept(ter
     assert not (here / "finetuned_model").exists()
 
 
+@pytest.mark.slow
 def test_tab_completes_and_back_and_quit_work_on_a_terminal(terminal):
     child = terminal("wizard")
     child.expect(r"Enter model name \[gpt2\]: ")
@@ -728,7 +729,7 @@ def test_a_whole_session_on_a_terminal_and_the_command_that_repeats_it(terminal,
     assert second.read("evaluation/scores.json") == first.read("evaluation/scores.json")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_ctrl_c_while_training_on_a_terminal_exits_0_and_names_the_checkpoint(terminal, here):
     child = terminal()
     walk(

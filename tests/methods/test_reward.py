@@ -506,7 +506,7 @@ def test_scores_that_follow_length_are_said(recipe, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["reward", "reward, lora"])
+@pytest.mark.parametrize("name", ["reward", pytest.param("reward, lora", marks=pytest.mark.thorough)])
 def test_it_learns_to_rank_pairs_that_it_has_not_seen(tmp_path, name):
     """From knowing nothing to at least 90 % of the held-out pairs, on the shipped model and data."""
     path = Path(__file__).parents[2] / "benchmarks" / "methods_learn.py"

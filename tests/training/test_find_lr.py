@@ -159,8 +159,8 @@ def recipe(tiny_model_folder, question_file, tmp_path):
     return made
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("adapter", ["none", pytest.param("lora", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_on_the_tiny_model_it_trains_better_than_ten_times_more_or_less(recipe, adapter):
     chosen = {} if adapter == "none" else {"adapter": {"kind": "lora", "rank": 8}}
     search = api.find_lr(recipe(**chosen), steps=60, seeds=2)

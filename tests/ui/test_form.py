@@ -136,6 +136,7 @@ BESIDE = (
     {"method": {"loss": "robust"}},
     {"method": {"f_divergence": "alpha_divergence"}},
     {"method": {"value": "critic"}},
+    {"adapter": {"kind": "freeze", "ratio": 0.5}},
 )
 """What some fields need beside them."""
 

@@ -19,10 +19,10 @@ web: .venv/.ready  # the workbench on the shipped example, at an address that it
 test-web: .venv/.ready  # the workbench in Chromium; ALL=1 runs the longer cases too; skipped, and said so, without one
 	$(BIN)/pytest -m 'web$(if $(ALL),, and not thorough)' -rs tests/ui
 
-prove: .venv/.ready  # the slower proofs: the README's commands and the demo's figures
+prove: .venv/.ready  # the slower proofs that every change has to pass: the commands of README and docs among them
 	$(BIN)/pytest -m 'slow and not thorough and not web' --numprocesses auto --dist worksteal
 
-thorough: .venv/.ready  # further cases of what other tests prove, which would make CI too long, also in the browser
+thorough: .venv/.ready  # the demo's figures, what methods learn, further cases of what CI proves; also in the browser
 	$(BIN)/pytest -m 'thorough and not web' --numprocesses auto --dist worksteal
 	$(MAKE) test-web ALL=1
 

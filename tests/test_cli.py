@@ -176,6 +176,7 @@ def test_help_and_import_stay_light():
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.thorough
 def test_nothing_but_ours_is_printed_by_evaluate(tiny_model_folder, question_file, tmp_path):
     """No progress bars and warnings of the libraries, which only a fresh process shows."""
     command = [

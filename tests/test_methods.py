@@ -387,12 +387,15 @@ def learn():
     return module
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "kind",
     [
-        k if k == "dpo" else pytest.param(k, marks=pytest.mark.thorough)
-        for k in ("dpo", "kto", "orpo", "cpo", "simpo")
+        "dpo",
+        "kto",
+        "orpo",
+        "cpo",
+        "simpo",
     ],
 )
 def test_preferences_are_learned(kind, tmp_path):

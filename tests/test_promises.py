@@ -289,7 +289,7 @@ def test_the_readme_has_commands():
     assert len(blocks("python")) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_demo_proves_its_model_better(tmp_path):
     """The promise of the demo: under 15 % before, at least 75 % after, on at least 200 held-out questions."""
     import json

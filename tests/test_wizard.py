@@ -696,7 +696,7 @@ FIRST = (
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_whole_session_on_a_terminal_and_the_command_that_repeats_it(terminal, here):
     child = terminal()
     walk(

@@ -334,7 +334,7 @@ engines.answers(source, Asked(prompts, 4, [1], batch_tokens=1), folder=Path(kept
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_after_kill_9_nothing_is_answered_again(tiny_model_folder, tiny_tokenizer, tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tiny_model_folder), str(tmp_path)])
     assert done.returncode == -signal.SIGKILL

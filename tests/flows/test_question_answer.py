@@ -757,7 +757,7 @@ def test_references_are_whole_and_answers_in_other_scripts_are_remarked(t5_folde
     assert any("letters a to z" in remark for remark in found["remarks"])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_tuned_model_answers_questions_it_has_not_seen(tmp_path):
     """A T5 that writes words down in order (seldom backwards) learns to write them backwards when it is asked."""
     from transformers import DataCollatorForSeq2Seq, T5ForConditionalGeneration

@@ -665,7 +665,7 @@ def test_a_server_whose_model_answers_no_more_ends_and_says_why(talking_folder, 
     assert ends == [3]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_command_serves_until_it_is_told_to_end(talking_folder, tmp_path):
     import subprocess
 

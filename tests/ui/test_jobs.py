@@ -203,7 +203,7 @@ def test_what_cannot_be_resumed_is_refused(queue, tmp_path):
         queue.resume(tmp_path / "nothing")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_real_training_is_stopped_saves_and_goes_on(tmp_path, tiny_model_folder, question_file):
     from tunesmith.training.run import Run
     from tunesmith.ui import curves

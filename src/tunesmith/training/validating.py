@@ -31,9 +31,8 @@ def token_weighted(trainer_class: type) -> type:
         def _get_num_items_in_batch(self, batches: list[Any], device: Any) -> Any:
             """In a validation nothing, where our own loss is asked: it is the mean over the labels of this process's
             batch, which are summed later on, and not its part of a batch of all processes."""
-            own = self.compute_loss_func is not None or is_seq2seq(
-                self.model
-            )  # the fast one of pairs is the model's
+            # The fast forward of pairs has its loss in the model.
+            own = self.compute_loss_func is not None or is_seq2seq(self.model)
             if self._is_predicting and own:
                 return None
             return super()._get_num_items_in_batch(batches, device)

@@ -859,6 +859,8 @@ def estimate(
     """What the run takes on this device. `thorough` also looks for the largest micro-batch; `measure` times micro-steps
     on rows of these numbers, here. Remedies are worked out where the run does not fit, of those that `check` does not
     refuse with a TunesmithError."""
+    from tunesmith.training.steps import SOON
+
     dtype, precision, total_steps = plan.dtype, plan.mixed_precision, plan.total_steps
 
     def held_in(changed: Recipe) -> str:
@@ -911,6 +913,9 @@ def estimate(
     else:
         pace = _pace_of_batches(traced, rows, batch, share, facts, dtype, precision, measure)
     seconds = pace.seconds
+    fullest = found_batches.place_of_fullest(rows.lengths, pads=not traced.unpadded)
+    is_tried = fullest // recipe.training.gradient_accumulation_steps >= SOON  # before the first step, by a run alone
+    tried = seconds / share if is_tried and several == 1 and not rows.answers else 0.0
     accumulation = len(found_batches.starts) / found_batches.steps  # an epoch's last step may have fewer
     # Several operations in the place of one kernel read and write about twice as much.
     moved = scaling.MOMENTS / 4 * traced.trained * (1 if "fused" in recipe.training.optimizer else 2)
@@ -974,7 +979,7 @@ def estimate(
         capacity=facts.memory,
         stages=found,
         seconds_per_step=per_step,
-        seconds=pace.first + total_steps * per_step + validations * validation + kept / WRITTEN,
+        seconds=pace.first + tried + total_steps * per_step + validations * validation + kept / WRITTEN,
         validation_seconds=validations * validation,
         saving_seconds=kept / WRITTEN,
         basis=pace.basis,

@@ -2636,8 +2636,7 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
             point = checkpoints.choose(run, checkpoint) if checkpoint else None
             if not fresh:
                 continuing.check_recipe(recipe, run, point)
-            if point and (changed := checkpoints.environment_differences(point)):
-                run.event("warning", message=f"The run goes on, though not to the bit: {'; '.join(changed)}.")
+            continuing.say_environment(run, point)
             results = _driver().execute(wanted, inputs={**_inputs(recipe), "run": run, "checkpoint": point})
             if recipe.evaluation.skip:
                 from tunesmith.evaluation.report import write_report

@@ -853,8 +853,7 @@ def _continued(run: Run, recipe: Recipe, identity: Mapping[str, Any]) -> Path | 
         continuing.check_identity(run, checkpoint, identity)
     except RunError as error:
         raise RunError(error.problem, found=error.found, fix=OTHER_FOLDER) from None
-    if checkpoint and (changed := checkpoints.environment_differences(checkpoint)):
-        run.event("warning", message=f"The run goes on, though not to the bit: {'; '.join(changed)}.")
+    continuing.say_environment(run, checkpoint)
     return checkpoint
 
 

@@ -883,8 +883,10 @@ def _spread(model: Any) -> Any:
 
 def _lay_open(run: Run) -> None:
     """Copy the final model's files to the run's top, where `PeftModel.from_pretrained` is pointed at."""
+    from tunesmith.training.checkpoints import BEST
+
     for file in run.final_model.iterdir():
-        if file.is_file() and file.name != "best_model_info.json":
+        if file.is_file() and file.name != BEST:
             shutil.copy2(file, run.path / file.name)
 
 

@@ -19,7 +19,7 @@ from tunesmith import api, dataflow
 from tunesmith.compose import compose, faults, overlaid
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.methods import METHODS
-from tunesmith.training import checkpoints, continuing, state, verifying
+from tunesmith.training import checkpoints, continuing, fit, state, verifying
 from tunesmith.training.run import Run
 
 LORA = {"kind": "lora", "rank": 4, "dropout": 0.1}
@@ -401,6 +401,59 @@ def test_a_run_of_strangers_is_refused_in_words(copied, what):
     (copied.path / "plan.json").write_text('{"recipe": 5, "identity": 5}')
     with pytest.raises(RunError, match=said):
         continuing.check_recipe(copied.recipe(), copied, checkpoints.choose(copied))
+
+
+HELD = {
+    "no schedule": (state.NUMBERS, lambda tree: tree["items"].__setitem__(1, ["scheduler", None])),
+    "no random numbers": (
+        state.NUMBERS,
+        lambda tree: tree["items"].__setitem__(3, ["random", {"items": []}]),
+    ),
+    "no weights": ("model.safetensors", None),
+}
+
+
+@pytest.mark.parametrize(
+    "what", ["no schedule", *(pytest.param(name, marks=pytest.mark.thorough) for name in [*HELD][1:])]
+)
+def test_what_a_sealed_checkpoint_does_not_hold_is_said_in_words(copied, what):
+    point, (name, change) = checkpoints.found(copied)[0], HELD[what]
+    if change:
+        tree = json.loads((point / name).read_text())
+        change(tree)
+        (point / name).write_text(json.dumps(tree))
+        [digest] = checkpoints._digests([point / name])
+        facts = {"bytes": (point / name).stat().st_size, "sha256": digest}
+        resealed(point, lambda content: content["files"].update({name: facts}))
+    else:
+        resealed(point, lambda content: content["files"].pop(name))
+    with pytest.raises(
+        RunError, match="checkpoint-step-2 does not hold what this recipe's training"
+    ) as error:
+        api.resume(copied.path)
+    assert "--checkpoint" in error.value.fix
+
+
+def test_a_best_model_that_is_damaged_or_gone_is_said(copied):
+    def best():
+        return fit._best_so_far(copied, checkpoints.found(copied)[0], "loss")
+
+    file = copied.best_model / checkpoints.BEST
+    whole = file.read_text()
+    assert json.loads(whole)["step"] == 4, "the test's own ground"
+    assert best() is None, "of a step that is about to be repeated"
+    file.write_text(json.dumps({**json.loads(whole), "step": 2}))
+    assert best()["step"] == 2
+    for text in ("{}", "[]", "{", '{"step": "2", "eval_loss": 1.0}', '{"step": 2, "eval_loss": null}'):
+        file.write_text(text)
+        with pytest.raises(RunError, match="is damaged"):
+            best()
+    file.write_text(json.dumps({**json.loads(whole), "step": 2}))
+    copied.best_model.rename(copied.path / ".best_model.old")  # where a kill between two renames leaves it
+    assert best()["step"] == 2
+    shutil.rmtree(copied.best_model)
+    assert best() is None
+    assert "The best model so far is gone" in copied.events()[-1]["message"]
 
 
 @pytest.mark.parametrize("name", ["status.json", "plan.json"])

@@ -153,9 +153,7 @@ def fit(
         checkpoints.clean(run)
         if initial:
             _save_initial_adapter(trainer.model, initial)
-        info = run.read(f"best_model/{BEST}") if checkpoint else None
-        if info and checkpoint and info["step"] > checkpoints.step_of(checkpoint):
-            info = None  # the best model of steps that are about to be repeated
+        info = _best_so_far(run, checkpoint, training.best_by) if checkpoint else None
         if not info:
             shutil.rmtree(run.best_model, ignore_errors=True)
     info = ranks.shared(info)
@@ -252,7 +250,7 @@ def fit(
             fix=f"tunesmith resume {run.path}",
             exit_code=stop.exit_code,
         )
-    info = ranks.shared(run.read(f"best_model/{BEST}") if is_first else None)
+    info = ranks.shared(checkpoints.best_info(run, by) if is_first else None)
     takes_last = not (training.load_best_model_at_end and info)
     if takes_last:
         info = {"step": trainer.state.global_step, "eval_loss": None}
@@ -261,7 +259,7 @@ def fit(
         return Fit(run.final_model, trainer.state.global_step, 0, None, None, 0.0, 0, 0)
     if not takes_last:
         copy_whole(run.best_model, run.final_model)
-    if best_one := run.read(f"best_model/{BEST}"):
+    if best_one := checkpoints.best_info(run, by):
         told = _why(training, trainer.state.log_history, best_one, higher_is_better)
         if best_one["step"] != info["step"]:
             told["reason"] += (
@@ -285,6 +283,25 @@ def fit(
         tokens=int(trainer.state.num_input_tokens_seen),
         peak_memory=peak_memory(),
     )
+
+
+def _best_so_far(run: Run, checkpoint: Path, by: str) -> dict[str, Any] | None:
+    """The best model of the steps up to a checkpoint, as its folder tells; None where that is of steps which are about
+    to be repeated, or gone, which is said. Raises RunError where what it tells is damaged."""
+    former = _aside(run.best_model)
+    if former.exists() and not run.best_model.exists():  # a kill between the two renames of `_swap`
+        former.rename(run.best_model)
+    step = checkpoints.step_of(checkpoint)
+    if info := checkpoints.best_info(run, by):
+        return info if info["step"] <= step else None
+    log = json.loads((checkpoint / checkpoints.LOG).read_text(encoding="utf-8"))["log_history"]
+    if any(f"eval_{by}" in entry for entry in log):
+        run.event(
+            "warning",
+            step=step,
+            message="The best model so far is gone (best_model): the best one of the validations that follow is taken.",
+        )
+    return None
 
 
 BEST_SHOWN = 12
@@ -369,13 +386,18 @@ def _swap(staging: Path, folder: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     flush_folder(staging)
-    old = folder.with_name(f".{folder.name}.old")
+    old = _aside(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     staging.rename(folder)
     flush_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    """Where a folder lies while another takes its name."""
+    return folder.with_name(f".{folder.name}.old")
 
 
 def _save_initial_adapter(model: Any, folder: Path) -> None:

@@ -2726,6 +2726,9 @@ def _num_starts(run: Run) -> int:
 
 def _check_before_training(recipe: Recipe) -> None:
     """Cheap failures first: nothing is read or computed before these are settled."""
+    from tunesmith.compose import check_together
+
+    check_together(recipe)  # composed ones were; this one may be somebody's own
     _check_settings(recipe)
     _check_shards(recipe.evaluation)
     quiet_libraries()
@@ -2735,7 +2738,7 @@ def _check_before_training(recipe: Recipe) -> None:
         sources.local(source.dataset)
     libraries.load_libraries()
     from tunesmith import evaluation, models
-    from tunesmith.methods import METHODS, check_effect
+    from tunesmith.methods import METHODS
 
     method = METHODS[recipe.method.kind]
     models.check_kind(
@@ -2745,7 +2748,6 @@ def _check_before_training(recipe: Recipe) -> None:
         head=method.head,
         revision=recipe.model.revision,
     )
-    check_effect(recipe)
     method.check(recipe)
     _check_processes(recipe)
     evaluation.check_scoring(recipe.evaluation.metrics or [], gives_scores=method.head is not None)

@@ -165,15 +165,64 @@ def test_a_sample_of_the_options_continues_to_the_bit(quick, combination):
     assert found.continued_from == (1,)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dora", "full"])
-def test_options_that_exclude_one_another_are_refused_with_the_reason(quick, adapter):
-    """When the recipe is composed, and so where a form is filled in."""
-    with pytest.raises(RecipeError, match=r"training\.cache_frozen has nothing to keep") as error:
-        quick(GRID["adapter"][adapter], GRID["forward"]["frozen kept"])
-    assert "--freeze-ratio" in error.value.fix
-    assert faults({**GRID["adapter"][adapter], **GRID["forward"]["frozen kept"]}).keys() == {
-        "training.cache_frozen"
-    }
+FROZEN = {"adapter": {"kind": "freeze"}, "training": {"cache_frozen": True}}
+EXCLUDED = {
+    "lora": ({"adapter": {"kind": "lora"}, "training": {"cache_frozen": True}}, "training.cache_frozen"),
+    "full": ({"training": {"cache_frozen": True}}, "training.cache_frozen"),
+    "noise": (overlaid(FROZEN, {"method": {"neftune_noise_alpha": 5}}), "training.cache_frozen"),
+    "stock": (overlaid(FROZEN, {"training": {"forward": "stock"}}), "training.cache_frozen"),
+    "pairs": (overlaid(FROZEN, {"method": {"kind": "seq2seq"}}), "training.cache_frozen"),
+    "answers": (overlaid(FROZEN, {"method": {"kind": "grpo"}}), "training.cache_frozen"),
+    "packing": ({"method": {"kind": "dpo"}, "data": {"packing": True}}, "data.packing"),
+    "order": ({"method": {"kind": "kto"}, "training": {"batches": "by_length"}}, "training.batches"),
+    "one row": (
+        {"method": {"kind": "kto"}, "training": {"per_device_train_batch_size": 1}},
+        "training.per_device_train_batch_size",
+    ),
+    "copy": (
+        {"method": {"kind": "dpo", "reference": "copy"}, "adapter": {"kind": "lora"}},
+        "method.reference",
+    ),
+    "no adapter": ({"method": {"kind": "dpo", "reference": "adapter_off"}}, "method.reference"),
+    "pissa": (
+        {"method": {"kind": "dpo", "reference": "adapter_off"}, "adapter": {"kind": "lora", "init": "pissa"}},
+        "method.reference",
+    ),
+    "bias": ({"method": {"kind": "dpo"}, "adapter": {"kind": "lora", "bias": "all"}}, "adapter.bias"),
+    "rewards": (
+        {"method": {"kind": "grpo", "rewards": [{"kind": "metric", "name": "bleu", "weight": 0}]}},
+        "method.rewards",
+    ),
+    "ZeRO": (
+        {"parallel": {"kind": "deepspeed", "stage": 2, "offload_parameters": True}},
+        "parallel.offload_parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", EXCLUDED)
+def test_options_that_exclude_one_another_are_refused_with_the_reason(quick, what):
+    """When the recipe is composed, and so where a form is filled in; each at the field that is to be left out."""
+    layer, field = EXCLUDED[what]
+    with pytest.raises(RecipeError) as error:
+        quick(layer)
+    assert field.rpartition(".")[2] in str(error.value)
+    assert faults(layer).keys() == {field}
+
+
+def test_several_that_exclude_one_another_are_told_at_once(quick):
+    with pytest.raises(RecipeError) as error:
+        quick(EXCLUDED["packing"][0], EXCLUDED["copy"][0])
+    assert "data.packing" in error.value.found
+    assert "method.reference" in error.value.found
+    assert "data.packing" in error.value.fix
+
+
+def test_a_recipe_that_nobody_composed_is_refused_before_anything_is_read(quick):
+    whole = quick()
+    training = whole.training.model_copy(update={"cache_frozen": True})
+    with pytest.raises(RecipeError, match="has nothing to keep"):
+        api.train(whole.model_copy(update={"training": training}))
 
 
 @pytest.mark.thorough

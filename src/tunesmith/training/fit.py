@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith import ranks
 from tunesmith.errors import Interrupted, MissingExtra, lacked_memory
-from tunesmith.models import PRINCIPAL, write_packing
+from tunesmith.models import write_packing
 from tunesmith.plan import Plan
-from tunesmith.recipe import Tracking, Training
+from tunesmith.recipe import PRINCIPAL, Tracking, Training
 from tunesmith.training import checkpoints
 from tunesmith.training.checkpoints import BEST
 from tunesmith.training.run import Run, flush_folder, write_whole

@@ -52,7 +52,7 @@ from tunesmith.methods.preferred import without_reference_pass
 from tunesmith.plan import Decision, Plan
 from tunesmith.recipe import FSDP, SFT, DeepSpeed, QLoRA, Recipe, Tracking, Training
 from tunesmith.training import continuing, gpu
-from tunesmith.training.fit import Fit, arguments, fit
+from tunesmith.training.fit import Fit, arguments, finished, fit
 from tunesmith.training.order import by_length, order_by_length
 from tunesmith.training.retaking import Lacking, attempted, retaken
 from tunesmith.training.run import Run
@@ -633,9 +633,8 @@ def fitted(
     identity: dict[str, Any],
 ) -> Fit:
     """The finished model's folder and what training came to."""
-    done = prepared.read("training.json")
-    if done:
-        return Fit(**{**done, "final_model": prepared.final_model})  # the run may have been moved
+    if done := finished(prepared):
+        return done
     ranks.told(
         {
             "recipe": recipe.model_dump(mode="json"),

@@ -505,6 +505,17 @@ def test_a_best_model_that_is_damaged_or_gone_is_said(copied):
     assert "The best model so far is gone" in copied.events()[-1]["message"]
 
 
+def test_a_training_that_is_said_to_be_finished_in_no_form_of_ours_is_damaged(stopped, copied):
+    assert fit.finished(copied) is None
+    whole = json.loads((stopped[1].path / "training.json").read_text())
+    for content in ({}, {**whole, "x": 1}, {"steps": 4}):
+        copied.write("training.json", content)
+        with pytest.raises(RunError, match="is damaged"):
+            fit.finished(copied)
+    copied.write("training.json", whole)
+    assert fit.finished(copied).final_model == copied.final_model
+
+
 @pytest.mark.parametrize("name", ["status.json", "plan.json"])
 def test_a_file_of_a_run_that_is_no_object_is_damaged(copied, name):
     for text in ("[]", "5", "[" * 100_000, '"\xff"'):

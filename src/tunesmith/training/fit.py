@@ -10,12 +10,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import ranks
-from tunesmith.errors import Interrupted, MissingExtra, lacked_memory
+from tunesmith.errors import Interrupted, MissingExtra, RunError, lacked_memory
 from tunesmith.models import write_packing
 from tunesmith.plan import Plan
 from tunesmith.recipe import PRINCIPAL, Tracking, Training
@@ -42,6 +42,21 @@ class Fit:
     seconds: float
     tokens: int
     peak_memory: int
+
+
+def finished(run: Run) -> Fit | None:
+    """What a training came to that was finished before; None where it was not. Raises RunError for a damaged file."""
+    done = run.read("training.json")
+    if done is None:
+        return None
+    names = {field.name for field in fields(Fit)}
+    if strange := sorted(done.keys() ^ names):
+        raise RunError(
+            f"{run.path / 'training.json'} is damaged.",
+            found=f"{', '.join(strange[:4])} {'too many' if strange[0] in done else 'missing'}",
+            fix="Restore it, or delete it: `tunesmith resume` then makes it anew from the last checkpoint.",
+        )
+    return Fit(**{**done, "final_model": run.final_model})  # the run may have been moved
 
 
 def arguments(
@@ -80,7 +95,7 @@ def arguments(
         "save_strategy": "steps",
         "save_steps": plan.save_steps,
         "save_total_limit": None,  # checkpoints.rotate decides
-        "load_best_model_at_end": False,  # finished() decides
+        "load_best_model_at_end": False,  # fit decides
         "logging_steps": plan.logging_steps,
         "logging_nan_inf_filter": False,
         "dataloader_num_workers": training.num_workers,

@@ -46,7 +46,13 @@ GRID = {
         "frozen kept": {"training": {"cache_frozen": True}},
         "compiled": {"training": {"compile": True}},
     },
-    "data": {"one": {}, "mix": {"data": {"mix": [{"dataset": "example:support"}], "max_rows": 40}}},
+    "data": {
+        "one": {},
+        "mix": {"data": {"mix": [{"dataset": "example:support"}], "max_rows": 40}},
+        "weighted": {
+            "data": {"mix": [{"dataset": "example:support", "weight": 2}], "max_rows": 40, "num_samples": 30},
+        },
+    },
     "watched": {
         "best model": {"training": {"eval_steps": 1, "load_best_model_at_end": True}},
         "by a metric": {
@@ -69,7 +75,11 @@ GRID = {
         "sgd": {"training": {"optimizer": "sgd"}},
     },
     "noise": {"neftune": {"method": {"neftune_noise_alpha": 5.0}}, "none": {}},
-    "weights": {"float32": {}, "bfloat16": {"model": {"dtype": "bfloat16"}}},
+    "numbers": {
+        "float32": {},
+        "bfloat16": {"model": {"dtype": "bfloat16"}},
+        "bf16 passes": {"training": {"mixed_precision": "bf16"}},
+    },
 }  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def differences(one: Run, other: Run, *, since: int = 0) -> list[str]:
                 break
     folders = [(one.final_model, other.final_model)]
     last = [checkpoints.found(run)[:1] for run in (one, other)]
-    names = [next((folder.name for folder in folders), "none") for folders in last]
+    names = [newest[0].name if newest else "none" for newest in last]
     if names[0] != names[1]:
         told.append(f"the last checkpoint is {names[1]}, not {names[0]}")
     folders += [(a, b) for a, b in zip(*last, strict=False)]

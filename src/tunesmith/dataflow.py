@@ -24,6 +24,7 @@ import tunesmith.evaluation as evaluation
 from tunesmith import data, devices, engines, launch, models, parallel, ranks
 from tunesmith import estimate as estimating
 from tunesmith import plan as planning
+from tunesmith.compose import check_together
 from tunesmith.data.cache import Encodings, StoredExamples
 from tunesmith.data.examples import Tally
 from tunesmith.data.packing import Packing, pack, padded_share
@@ -49,9 +50,9 @@ from tunesmith.methods import METHODS, Method
 from tunesmith.methods.kto import shuffled
 from tunesmith.methods.preferred import without_reference_pass
 from tunesmith.plan import Decision, Plan
-from tunesmith.recipe import FSDP, SFT, DeepSpeed, LoRA, QLoRA, Recipe, Tracking, Training
+from tunesmith.recipe import FSDP, SFT, DeepSpeed, QLoRA, Recipe, Tracking, Training
 from tunesmith.training import continuing, gpu
-from tunesmith.training.fit import Fit, arguments, fit
+from tunesmith.training.fit import Fit, arguments, finished, fit
 from tunesmith.training.order import by_length, order_by_length
 from tunesmith.training.retaking import Lacking, attempted, retaken
 from tunesmith.training.run import Run
@@ -197,7 +198,7 @@ def estimate(
         _row_lengths(method, encodings.train, packing),
         validation=_row_lengths(method, encodings.validation, None) if len(encodings.validation) else [],
         questions=len(asked.examples),
-        answers=getattr(recipe.method, "max_new_tokens", 0) if method.draws else 0,
+        answers=getattr(recipe.method, "max_new_tokens", 0) if recipe.method.draws else 0,
         group=getattr(recipe.method, "num_generations", 1),
         order=shuffled(len(encodings.train), training.seed) if recipe.method.kind == "kto" else None,
         identity=encodings.fingerprint,
@@ -255,13 +256,12 @@ def _check_change(
     recipe: Recipe, *, device: planning.Device, elsewhere: devices.DeviceFacts | None, processes: int
 ) -> None:
     """Raises the TunesmithError with which a changed recipe would be refused."""
+    check_together(recipe)
     METHODS[recipe.method.kind].check(recipe)
     parallel.check(recipe, processes)
     planning.check_device(
         recipe.training, recipe.model, device, adapter_kind=recipe.adapter.kind, elsewhere=elsewhere
     )
-    if recipe.training.cache_frozen and isinstance(recipe.adapter, LoRA):
-        raise RecipeError("training.cache_frozen has nothing to keep under an adapter.", fix="Leave it out.")
 
 
 def _hollow_trainer(
@@ -277,7 +277,7 @@ def _hollow_trainer(
     """The method's trainer on a model that is there already, for a device of this kind; of methods that train on what
     the model writes, one that imitates. Its `pads` says whether padding is computed."""
     method = METHODS[recipe.method.kind]
-    section, draws = recipe.method, method.draws
+    section, draws = recipe.method, recipe.method.draws
     if draws:
         method, section = METHODS["sft"], SFT()
     if getattr(section, "reference_model", None):
@@ -322,7 +322,7 @@ def _micro_steps(
     """A micro-step on each of these batches and some tokens of the sample answers, by the real model, which is thrown
     away; where a step begins with answers that the model writes, the second and third whole step."""
     tokenizer, _ = _tokenizer(recipe)
-    draws = METHODS[recipe.method.kind].draws
+    draws = recipe.method.draws
     with (
         estimating.undisturbed(),
         TemporaryDirectory(prefix="tunesmith-plan-") as folder,
@@ -638,9 +638,8 @@ def fitted(
     identity: dict[str, Any],
 ) -> Fit:
     """The finished model's folder and what training came to."""
-    done = prepared.read("training.json")
-    if done:
-        return Fit(**{**done, "final_model": prepared.final_model})  # the run may have been moved
+    if done := finished(prepared):
+        return done
     ranks.told(
         {
             "recipe": recipe.model_dump(mode="json"),
@@ -710,7 +709,7 @@ def _fitted_from(
             input_rows=encodings.train.rows,
             release=encodings.release,
             pace=partial(_paced, prepared) if checkpoint is None else None,
-            tokens_per_step=0.0 if method.draws else plan.tokens_per_epoch / plan.steps_per_epoch,
+            tokens_per_step=0.0 if recipe.method.draws else plan.tokens_per_epoch / plan.steps_per_epoch,
             rehearsal=_rehearsal(recipe, training, trainer, plan, encodings, packing),
             rests_on=rests_on,
         )
@@ -755,7 +754,7 @@ def _rehearsal(
     from tunesmith.training.steps import SOON, Rehearsal
 
     method = METHODS[recipe.method.kind]
-    if method.draws or trainer.args.world_size > 1:
+    if recipe.method.draws or trainer.args.world_size > 1:
         return None
     is_ordered = "_get_train_sampler" in vars(trainer)  # by `order_by_length`
     given = estimating.Rows(
@@ -844,7 +843,7 @@ def _trainer(
 
     pads = trainer.pads = forward.attach(trainer, run, recipe.training)
     wanted = recipe.training.batches
-    if wanted == "by_length" or (wanted == "auto" and pads and not packing and method.any_order):
+    if wanted == "by_length" or (wanted == "auto" and pads and not packing and recipe.method.any_order):
         rows = _row_lengths(method, encodings.train, packing)
         batch = recipe.training.per_device_train_batch_size
         _order(trainer, run, rows, batch, is_asked=wanted == "by_length")
@@ -903,7 +902,7 @@ def _asked(recipe: Recipe, validation: Sequence[Encoding]) -> list[tuple[int, ..
     """Prompts of the first validation examples; none where the model writes nothing, and where the method's own
     answers are kept anyway."""
     method = METHODS[recipe.method.kind]
-    if method.head or method.draws:
+    if method.head or recipe.method.draws:
         return []
     found: dict[tuple[int, ...], None] = {}
     for encoding in validation:

@@ -26,7 +26,7 @@ from tunesmith.devices import DeviceFacts
 from tunesmith.errors import OutOfResources, TunesmithError
 from tunesmith.heap import Block, most_held
 from tunesmith.plan import Plan, weights_dtype
-from tunesmith.recipe import DDP, FSDP, DeepSpeed, LoRA, Model, QLoRA, Ray, Recipe, Training
+from tunesmith.recipe import DDP, FSDP, PRINCIPAL, DeepSpeed, LoRA, Model, QLoRA, Ray, Recipe, Training
 from tunesmith.training.run import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
@@ -440,7 +440,7 @@ def hollow(recipe: Recipe, dtype: str) -> Any:
         # How an adapter starts changes no shape, and DoRA's check looks at the weights.
         adapter = adapter.model_copy(update={"init": "default", "dora": False})
     model = models.attach(model, adapter)
-    if METHODS[recipe.method.kind].draws:
+    if recipe.method.draws:
         from trl.trainer.utils import disable_dropout_in_model
 
         disable_dropout_in_model(model)
@@ -645,16 +645,15 @@ def _references(recipe: Recipe, model: Any, dtype: str) -> int:
     """Bytes of a reference that the hollow trainer lacks: the copy beside a policy that draws, and a model of its own
     in the place of that which the trainer has."""
     from tunesmith import models
-    from tunesmith.methods import METHODS
 
     section = recipe.method
     own = _bytes({id(p): p for p in model.parameters()}.values())
-    if METHODS[section.kind].draws:
+    if section.draws:
         diverges = getattr(section, "beta", 0.0) or getattr(section, "kl_coefficient", 0.0)
         is_off = (
             isinstance(recipe.adapter, LoRA)
             and recipe.adapter.bias == "none"
-            and recipe.adapter.init not in models.PRINCIPAL
+            and recipe.adapter.init not in PRINCIPAL
         )
         return own if diverges and not is_off else 0
     name = getattr(section, "reference_model", None)

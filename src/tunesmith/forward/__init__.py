@@ -321,11 +321,6 @@ def attach(
             run.event("decision", name="compile", value="off", reason="it is of the fast forward")
         return True
     if is_seq2seq(plain):
-        if training.cache_frozen:
-            raise RecipeError(
-                "training.cache_frozen is not for encoder-decoders: nothing of theirs is kept.",
-                fix="Leave training.cache_frozen out.",
-            )
         pairs.attach(trainer, plain, say=say, device=device)
         reason = "no padding of inputs or answers on a CPU, and the head only where it is asked"
         run.event("decision", name="forward", value="fast", reason=reason)

@@ -8,10 +8,12 @@ device can do, and on this machine from two measured micro-steps.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import math
 import random
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -100,9 +102,14 @@ class Remedy:
     peak: int
     fits: bool
 
+    @property
+    def value(self) -> str:
+        """What the run would take then, for people."""
+        return size(self.peak) + ("" if self.fits else ", still too much")
+
     def sentence(self) -> str:
         """For people."""
-        return f"{self.change} ({self.flags}): {size(self.peak)}" + ("" if self.fits else ", still too much")
+        return f"{self.change} ({self.flags}): {self.value}"
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,8 @@ class Estimate:
             why = f"rows of up to {self.longest} tokens; the recipe has {self.micro_batch}"
             rows.append(("largest micro-batch", f"{self.largest_batch:,}", why))
         rows += [
-            (f"remedy {n}", remedy.change, remedy.sentence()) for n, remedy in enumerate(self.remedies, 1)
+            (f"remedy {n}", remedy.value, f"{remedy.change} ({remedy.flags})")
+            for n, remedy in enumerate(self.remedies, 1)
         ]
         rows.append(("time per step", duration(self.seconds_per_step), self.basis))
         rows += self.shared.lines() if self.shared else []
@@ -376,7 +384,9 @@ class Traced:
     largest: int
     """Bytes of the largest trained matrix."""
     saved: int
-    """Bytes of what is saved as the model."""
+    """Bytes of the weights that are saved as the model."""
+    beside: int
+    """Bytes of the tokenizer that is saved with them."""
     layer: int
     """Bytes of the weights of the largest layer that can be cut into shares."""
     rest: int
@@ -565,6 +575,7 @@ def _traced(
                     validation_costs = tuple(count.costs)
                 except (RuntimeError, NotImplementedError, TypeError) as error:
                     notes.append(f"a validation was not traced: {str(error).splitlines()[0][:120]}")
+        trainer.processing_class.save_pretrained(Path(folder) / "tokenizer")
         own = _bytes(trained)
         every = {id(p): p for p in model.parameters()}.values()
         saved = own if isinstance(recipe.adapter, LoRA) else _bytes(every)
@@ -583,6 +594,7 @@ def _traced(
             states=state_bytes(recipe.training.optimizer, model),
             largest=max((p.nbytes for p in trained), default=0),
             saved=saved,
+            beside=sum(file.stat().st_size for file in Path(folder, "tokenizer").iterdir()),
             layer=max(layers, default=0),
             rest=max(_bytes(every) - _bytes(packed) - sum(layers), 0),
             packed=_bytes(packed),
@@ -793,7 +805,8 @@ def answering(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> 
     """Bytes that writing answers to the held-out questions takes beside the weights, and what is not known."""
     from tunesmith.methods import METHODS
 
-    if recipe.evaluation.skip or not rows.questions or recipe.evaluation.engine in ("vllm", "openai"):
+    questions = _questions(recipe, rows)
+    if not questions or recipe.evaluation.engine in ("vllm", "openai"):
         return {}, []
     method = METHODS[recipe.method.kind]
     if method.head or method.model != "causal":
@@ -801,10 +814,16 @@ def answering(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> 
             "measuring the models is not part of the memory figures: it is not traced for this method"
         ]
     width, new = max(rows.lengths), recipe.evaluation.max_new_tokens
-    questions = min(rows.questions, recipe.evaluation.max_items or rows.questions)
     count_rows = max(min(recipe.evaluation.batch_tokens // (width + new), questions), 1)
     sizes = count_rows, width, new
     return dict(_answering(recipe.model, _changed(recipe.model), facts.kind, dtype, sizes)), []
+
+
+def _questions(recipe: Recipe, rows: Rows) -> int:
+    """How many questions each model is measured by."""
+    if recipe.evaluation.skip:
+        return 0
+    return min(rows.questions, recipe.evaluation.max_items or rows.questions)
 
 
 @functools.lru_cache(KEPT_TRACES)
@@ -884,16 +903,14 @@ def estimate(
     answers, notes = answering(recipe, rows, facts=facts, dtype=dtype)
     held = process()  # now that every library is loaded
     several = plan.processes
-    found = stages(
-        traced,
-        recipe,
-        facts,
-        process=held,
-        evaluation=answers,
-        processes=several,
-        per_node=plan.per_node,
-        lower=lowers(recipe),
-    )
+
+    def stages_of(changed: Recipe, traced: Traced, answers: Parts) -> dict[str, Parts]:
+        return stages(
+            traced, changed, facts, process=held, evaluation=answers, processes=several, per_node=plan.per_node,
+            lower=lowers(changed),
+        )  # fmt: skip
+
+    found = stages_of(recipe, traced, answers)
     if facts.kind == "cpu" and None in traced.replayed.values():
         notes.append(
             f"the allocator could not be asked what it holds beyond what is alive: {SPREAD['cpu']:.0%} are taken"
@@ -936,10 +953,10 @@ def estimate(
     validation = _pass_over(traced, rows, recipe, facts, dtype) * scale / several
     if recipe.evaluation.samples and not rows.answers:
         validation += SAMPLE_TOKENS * per_token
-    saves = math.ceil(total_steps / plan.save_steps)
-    kept = saves * (traced.saved + traced.states)
+    model = traced.saved + traced.beside
+    written = math.ceil(total_steps / plan.save_steps) * (model + traced.states)
     if recipe.training.load_best_model_at_end:
-        kept += (validations + 1) * traced.saved
+        written += (validations + 1) * model
     if several > 1:
         notes.append(
             f"memory is that of one of {several} processes, without the buffers of their connections"
@@ -972,13 +989,13 @@ def estimate(
         capacity=facts.memory,
         stages=found,
         seconds_per_step=per_step,
-        seconds=first + total_steps * per_step + validations * validation + kept / WRITTEN,
+        seconds=first + total_steps * per_step + validations * validation + written / WRITTEN,
         validation_seconds=validations * validation,
         basis=basis,
         tokens_per_epoch=plan.tokens_per_epoch,
         epochs=round(total_steps / max(plan.steps_per_epoch, 1), 2),
         flops_per_step=step_flops,
-        disk=_disk(recipe, traced, total_steps, plan.save_steps),
+        disk=_disk(recipe, traced, rows, plan),
         disk_free=_free(folder),
         micro_batch=recipe.training.per_device_train_batch_size,
         notes=(*notes, *traced.notes, *rows_notes(rows, recipe)),
@@ -988,12 +1005,24 @@ def estimate(
     if thorough:
         result = replace(result, largest_batch=_largest(result, traced_as, recipe, rows, facts.kind))
     if result.missing:
-        result = replace(
-            result,
-            remedies=tuple(
-                _remedies(result, traced_as, lowers, recipe, rows, facts, held, answers, check, plan)
-            ),
-        )
+
+        @functools.cache
+        def peak_of(*changes: Change) -> int:
+            changed = _with(recipe, changes)
+            try:
+                check(changed)
+            except TunesmithError:
+                return REFUSED
+            batch = _longest(rows.lengths, changed.training.per_device_train_batch_size)
+            cut = min(changed.data.max_length / result.longest, 1.0)
+            again = traced_as(changed, batch, cut, validates=result.stage == "validating")
+            fewer = changed.evaluation.batch_tokens < recipe.evaluation.batch_tokens
+            own = {name: b // FEWER for name, b in answers.items()} if fewer else answers
+            return max(sum(parts.values()) for parts in stages_of(changed, again, own).values())
+
+        fixed = held if facts.kind == "cpu" else facts.reserved
+        changes = list(_changes(recipe, result.longest, several))
+        result = replace(result, remedies=tuple(_remedies(result, changes, peak_of, fixed)))
     return result
 
 
@@ -1282,15 +1311,32 @@ def _pass_over(traced: Traced, rows: Rows, recipe: Recipe, facts: DeviceFacts, d
     return batches * roofline(traced.validation_costs, facts, dtype) * (0.5 + 0.5 * mean / longest)
 
 
-def _disk(recipe: Recipe, traced: Traced, total_steps: int, save_steps: int) -> dict[str, int]:
+LEDGER, EVENT, ANSWER = 130, 250, 900
+"""Bytes of a line in a run's ledger, of one in its events, and of one that holds an answer, about and without the
+answer itself."""
+
+
+def _disk(recipe: Recipe, traced: Traced, rows: Rows, plan: Plan) -> dict[str, int]:
     """Bytes that the run's folder comes to hold."""
-    saves = math.ceil(total_steps / max(save_steps, 1))
+    saves = math.ceil(plan.total_steps / max(plan.save_steps, 1))
     # One more is there while the oldest is still to be deleted.
     kept = min(recipe.training.save_total_limit + 1, saves)
-    found = {"checkpoints": kept * (traced.saved + traced.states), "final_model": traced.saved}
+    model = traced.saved + traced.beside
+    found = {"checkpoints": kept * (model + traced.states), "final_model": model}
     if recipe.training.load_best_model_at_end:
-        found["best_model"] = traced.saved
+        found["best_model"] = model
+    answers = 2 * _questions(recipe, rows) * (ANSWER + 4 * recipe.evaluation.max_new_tokens)
+    ledger = LEDGER * (len(rows.lengths) + len(rows.validation) + rows.questions)
+    found["report and records"] = _page() + ledger + answers + EVENT * plan.total_steps // plan.logging_steps
     return found
+
+
+def _page() -> int:
+    """Bytes of the library of plots, which every report holds, so that it opens offline."""
+    spec = importlib.util.find_spec("plotly")
+    places = (spec and spec.submodule_search_locations) or ()
+    files = (Path(place, "package_data/plotly.min.js") for place in places)
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _free(folder: Path) -> int:
@@ -1325,73 +1371,85 @@ def _largest(
     return min(max(int(held + room // per_row), 0), len(rows.lengths))
 
 
+REFUSED = sys.maxsize
+"""The peak of a recipe that would be refused."""
+FEWER = 4
+"""The part of the tokens that a batch of answers has as a remedy."""
+MOST_REMEDIES = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """A change to a recipe with which it takes less memory."""
+
+    kind: str
+    """What it is a try at; of one kind the first that is not refused counts."""
+    said: str
+    flags: str
+    fields: Mapping[str, Any]
+    """By section of the recipe: the fields that are set, or the section that takes its place."""
+
+
+def _with(recipe: Recipe, changes: Iterable[Change]) -> Recipe:
+    """The recipe with these changes, the later on top."""
+    for change in changes:
+        update = {
+            name: value if not isinstance(value, dict) else getattr(recipe, name).model_copy(update=value)
+            for name, value in change.fields.items()
+        }
+        recipe = recipe.model_copy(update=update)
+    return recipe
+
+
 def _remedies(
-    found: Estimate, traced_as: Callable[..., Traced], lowers: Callable[[Recipe], bool], recipe: Recipe, rows: Rows,
-    facts: DeviceFacts, process: int, answers: Parts, check: Callable[[Recipe], None], plan: Plan,
-) -> Iterator[Remedy]:  # fmt: skip
-    """The three least harmful changes with which the run fits; where none does, those that come closest."""
-    tried: list[Remedy] = []
-    for change, flags, harmed, cut in _changes(recipe, found.longest, check, plan.processes):
-        batch = _longest(rows.lengths, harmed.training.per_device_train_batch_size)
-        traced = traced_as(harmed, batch, cut, validates=found.stage == "validating")
-        fewer = dict(answers) if not harmed.evaluation.skip else {}
-        if harmed.evaluation.batch_tokens < recipe.evaluation.batch_tokens:
-            fewer = {name: b // 4 for name, b in fewer.items()}
-        peak = max(
-            sum(p.values())
-            for p in stages(
-                traced,
-                harmed,
-                facts,
-                process=process,
-                evaluation=fewer,
-                processes=plan.processes,
-                per_node=plan.per_node,
-                lower=lowers(harmed),
-            ).values()
-        )
-        fixed = process if facts.kind == "cpu" else facts.reserved
-        if peak <= found.capacity or peak - fixed < 0.98 * (found.peak - fixed):
-            tried.append(Remedy(change, flags, peak, peak <= found.capacity))
-    fit = [remedy for remedy in tried if remedy.fits][:3]
-    rest = sorted((remedy for remedy in tried if not remedy.fits), key=lambda remedy: remedy.peak)
-    return iter([*fit, *rest[: 3 - len(fit)]])
+    found: Estimate, changes: Iterable[Change], peak_of: Callable[..., int], fixed: int
+) -> list[Remedy]:
+    """Three remedies from changes in order of harm: ways in which the run fits, the least harmful first, each without
+    what it can do without; where there are fewer, what comes closest. `peak_of` gives the bytes at the peak of the
+    recipe with some of the changes, `fixed` are those that no change makes less.
+    """
 
+    def remedy(taken: Sequence[Change], most: int) -> Remedy:
+        """Of these changes those without which the peak would be more than that."""
+        for change in taken[-2::-1]:
+            fewer = [other for other in taken if other is not change]
+            taken = fewer if peak_of(*fewer) <= most else taken
+        said, flags = ", and ".join(c.said for c in taken), " ".join(c.flags for c in taken)
+        peak = peak_of(*taken)
+        return Remedy(said, flags, peak, peak <= found.capacity)
 
-def _changes(
-    recipe: Recipe, longest: int, check: Callable[[Recipe], None], processes: int
-) -> Iterator[tuple[str, str, Recipe, float]]:
-    """Changes to a recipe in order of harm, each with those before it, its flags, the recipe and the share of the rows'
-    length: the same maths in smaller pieces, in shares of several processes, more time, fewer trained weights, coarser
-    weights, shorter rows. What `check` refuses is left out."""
-    small = recipe
-    said: list[str] = []
-    flags: list[str] = []
-    done: set[str] = set()
-    for kind, change, flag, fields in _single(recipe, longest, processes):
-        if kind in done:
+    def beyond(share: float, peak: int) -> int:
+        return fixed + int(share * (peak - fixed))
+
+    fits: list[Remedy] = []
+    short: dict[str, Remedy] = {}
+    waiting: list[Change] = []
+    offered = set()
+    for change in changes:
+        peak = peak_of(change)
+        if peak == REFUSED or change.kind in offered:
             continue
-        changed = small.model_copy(
-            update={
-                name: value if not isinstance(value, dict) else getattr(small, name).model_copy(update=value)
-                for name, value in fields.items()
-            }
-        )
-        try:
-            check(changed)
-        except TunesmithError:
-            continue
-        if flag == "--qlora" and "--lora" in flags:
-            place = flags.index("--lora")
-            del said[place], flags[place]
-        small, said, flags = changed, [*said, change], [*flags, flag]
-        done.add(kind)
-        cut = min(small.data.max_length / longest, 1.0)
-        yield ", ".join(said), " ".join(flags), small, cut
+        offered.add(change.kind)
+        if peak <= found.capacity:
+            fits.append(remedy([change], found.capacity))
+        else:
+            waiting.append(change)
+            short[change.flags] = remedy([change], peak)
+            if peak_of(*waiting) <= found.capacity:
+                fits.append(remedy(waiting, found.capacity))
+                waiting = []
+        if len(fits) == MOST_REMEDIES:
+            return fits
+    if not fits and len(waiting) > 1:
+        closest = remedy(waiting, beyond(1.02, peak_of(*waiting)))
+        short[closest.flags] = closest
+    less = [one for one in short.values() if one.peak < beyond(0.98, found.peak)]
+    return [*fits, *sorted(less, key=lambda one: one.peak)[: MOST_REMEDIES - len(fits)]]
 
 
-def _single(recipe: Recipe, longest: int, processes: int) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """Single changes in order of harm: what they are a try at, in words, as flags, and the fields they set."""
+def _changes(recipe: Recipe, longest: int, processes: int) -> Iterator[Change]:
+    """Changes in order of harm: the same maths in smaller pieces, in shares of several processes, more time, fewer
+    trained weights, coarser weights, shorter rows."""
     rows, times = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
     for few in (1, 2):
         if rows > few:
@@ -1402,21 +1460,23 @@ def _single(recipe: Recipe, longest: int, processes: int) -> Iterator[tuple[str,
             }  # fmt: skip
             flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in fields.items())
             said = f"{'one row' if few == 1 else f'{few} rows'} per pass, {passes} passes per step"
-            yield "rows", said, flags, {"training": fields}
+            yield Change("rows", said, flags, {"training": fields})
     if recipe.evaluation.batch_tokens > 2048:
-        wanted = recipe.evaluation.batch_tokens // 4
+        wanted = recipe.evaluation.batch_tokens // FEWER
         said, flags = f"{wanted} tokens per batch of answers", f"--set evaluation.batch_tokens={wanted}"
-        yield "answers", said, flags, {"evaluation": {"batch_tokens": wanted}}
+        yield Change("answers", said, flags, {"evaluation": {"batch_tokens": wanted}})
     if processes > 1 and isinstance(recipe.parallel, DDP):
         said = f"weights, gradients and optimizer states in shares of the {processes} processes, more to send"
-        yield "shares", said, "--parallel fsdp", {"parallel": FSDP()}
+        yield Change("shares", said, "--parallel fsdp", {"parallel": FSDP()})
     if not recipe.training.gradient_checkpointing:
         said = "activations computed again in the backward pass, about a third more time"
-        yield "again", said, "--gradient-checkpointing", {"training": {"gradient_checkpointing": True}}
+        yield Change("again", said, "--gradient-checkpointing", {"training": {"gradient_checkpointing": True}})
     if not isinstance(recipe.adapter, LoRA):
-        yield "adapter", "an adapter instead of all weights", "--lora", {"adapter": LoRA()}
+        yield Change("adapter", "an adapter instead of all weights", "--lora", {"adapter": LoRA()})
     if not isinstance(recipe.adapter, QLoRA):
-        kept = recipe.adapter.model_dump(exclude={"kind"}) if isinstance(recipe.adapter, LoRA) else {}
-        yield "bits", "4-bit weights under the adapter", "--qlora", {"adapter": QLoRA(**kept)}
+        is_adapted = isinstance(recipe.adapter, LoRA)
+        kept = recipe.adapter.model_dump(exclude={"kind"}) if is_adapted else {}
+        said = "4-bit weights under the adapter" if is_adapted else "an adapter on 4-bit weights"
+        yield Change("bits", said, "--qlora", {"adapter": QLoRA(**kept)})
     half = max(min(recipe.data.max_length, longest) // 2, 16)
-    yield "length", f"rows cut at {half} tokens", f"--max-length {half}", {"data": {"max_length": half}}
+    yield Change("length", f"rows cut at {half} tokens", f"--max-length {half}", {"data": {"max_length": half}})

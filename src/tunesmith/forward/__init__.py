@@ -77,7 +77,6 @@ class Trunk:
     """The causal language model itself, without PEFT's wrapping."""
     say: Callable[[str], None]
     """Told, once each, why a batch took the stock path."""
-    share: bool = True
     has_dropout: bool = False
     frozen: Frozen | None = None
     _fixed: bool = True
@@ -126,8 +125,7 @@ class Trunk:
         if not rows:
             self.say("a batch has no label")
             return None
-        share = self.share and not (self.has_dropout and self.model.training)
-        plan = layout(rows, share=share, device=ids.device)
+        plan = layout(rows, share=not (self.has_dropout and self.model.training), device=ids.device)
         if self.frozen:
             plan = replace(plan, below=self.frozen.below(rows, plan, self._bottom))
         with attention.used_by(self.config), _stored(self._last, plan):
@@ -437,10 +435,7 @@ def uncovered(trainer: Any, model: Any) -> str | None:
             return why
     elif kind not in COVERED:
         return f"models of the kind {kind} are not covered"
-    elif hasattr(trainer.model, "policy"):
-        if getattr(model.config, "final_logit_softcapping", None):
-            return "the method needs logits that are the head's alone, and these are capped"
-    elif not is_reward(model) and not _settings(model).keys() >= SETTINGS:
+    elif not hasattr(trainer.model, "policy") and not is_reward(model) and not _settings(model).keys() >= SETTINGS:
         return "this method asks its model for more than log-probabilities"
     if getattr(model.config, "use_bidirectional_attention", None):
         return "tokens see what follows them"

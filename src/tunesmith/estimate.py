@@ -1411,9 +1411,9 @@ def _remedies(
 
     def remedy(taken: Sequence[Change], most: int) -> Remedy:
         """Of these changes those without which the peak would be more than that."""
-        for change in taken[-2::-1]:
+        for change in reversed(taken):
             fewer = [other for other in taken if other is not change]
-            taken = fewer if peak_of(*fewer) <= most else taken
+            taken = fewer if fewer and peak_of(*fewer) <= most else taken
         said, flags = ", and ".join(c.said for c in taken), " ".join(c.flags for c in taken)
         peak = peak_of(*taken)
         return Remedy(said, flags, peak, peak <= found.capacity)
@@ -1470,7 +1470,9 @@ def _changes(recipe: Recipe, longest: int, processes: int) -> Iterator[Change]:
         yield Change("shares", said, "--parallel fsdp", {"parallel": FSDP()})
     if not recipe.training.gradient_checkpointing:
         said = "activations computed again in the backward pass, about a third more time"
-        yield Change("again", said, "--gradient-checkpointing", {"training": {"gradient_checkpointing": True}})
+        yield Change(
+            "again", said, "--gradient-checkpointing", {"training": {"gradient_checkpointing": True}}
+        )
     if not isinstance(recipe.adapter, LoRA):
         yield Change("adapter", "an adapter instead of all weights", "--lora", {"adapter": LoRA()})
     if not isinstance(recipe.adapter, QLoRA):
@@ -1479,4 +1481,6 @@ def _changes(recipe: Recipe, longest: int, processes: int) -> Iterator[Change]:
         said = "4-bit weights under the adapter" if is_adapted else "an adapter on 4-bit weights"
         yield Change("bits", said, "--qlora", {"adapter": QLoRA(**kept)})
     half = max(min(recipe.data.max_length, longest) // 2, 16)
-    yield Change("length", f"rows cut at {half} tokens", f"--max-length {half}", {"data": {"max_length": half}})
+    yield Change(
+        "length", f"rows cut at {half} tokens", f"--max-length {half}", {"data": {"max_length": half}}
+    )

@@ -435,7 +435,11 @@ def uncovered(trainer: Any, model: Any) -> str | None:
             return why
     elif kind not in COVERED:
         return f"models of the kind {kind} are not covered"
-    elif not hasattr(trainer.model, "policy") and not is_reward(model) and not _settings(model).keys() >= SETTINGS:
+    elif (
+        not hasattr(trainer.model, "policy")
+        and not is_reward(model)
+        and not _settings(model).keys() >= SETTINGS
+    ):
         return "this method asks its model for more than log-probabilities"
     if getattr(model.config, "use_bidirectional_attention", None):
         return "tokens see what follows them"

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 Parts = Mapping[str, int]
 Build = Callable[[Recipe, Any, Path], Any]
 """The method's trainer on a model, with a folder for what it writes."""
+Costs = tuple[tuple[float, float], ...]
+"""Of each operation its FLOPs, and the bytes that it moves."""
 
 STATES = {
     "adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adafactor": 0.0, "sgd": 0.0, "paged_adamw_32bit": 8.0,
@@ -395,7 +397,7 @@ class Traced:
     """Bytes of the weights that are packed in 4 bits, which cannot."""
     shape: Shape
     step: dict[str, int]
-    costs: tuple[tuple[float, float], ...]
+    costs: Costs
     flops: float
     width: int
     blocks: list[Block] = field(default_factory=list)
@@ -405,8 +407,8 @@ class Traced:
     unpadded: bool = False
     """Whether the trainer leaves padding out."""
     validation: int = 0
-    validation_costs: tuple[tuple[float, float], ...] = ()
-    writing_costs: tuple[tuple[float, float], ...] = ()
+    validation_costs: Costs = ()
+    writing_costs: Costs = ()
     """Of one new token in each row of a batch of answers; none where nothing is written."""
     notes: list[str] = field(default_factory=list)
 
@@ -539,40 +541,30 @@ def _traced(
             held = {id(p): p for m in (model, *others) for p in (*m.parameters(), *m.buffers())}
             weights = count.known(held.values())
             weights += _references(recipe, model, dtype)
-            drawn = rows.answers
-            if drawn:
-                size = recipe.training.per_device_train_batch_size
-                inputs = _answered(max(rows.lengths), drawn, size, rows.group, vocabulary)
+            size = recipe.training.per_device_train_batch_size
+            if rows.answers:
+                inputs = _answered(max(rows.lengths), rows.answers, size, rows.group, vocabulary)
             else:
                 inputs = trainer.data_collator(rows_by_number(trainer.train_dataset, batch))
             inputs = _shortened(inputs, cut)
-            items = (
-                torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
-            )
+            items = _labels(inputs)
             start = count.clock
             trainer.training_step(model, dict(inputs), num_items_in_batch=items)
             trained = [p for p in model.parameters() if p.requires_grad]
             count.tag([p.grad for p in trained if p.grad is not None], "gradients")
             _, parts = count.live(start)
-            blocks = count.blocks()
-            costs, flops = count.costs, sum(cost[0] for cost in count.costs)
+            blocks, costs = count.blocks(), tuple(count.costs)
             model.zero_grad(set_to_none=True)
-            writing: tuple[tuple[float, float], ...] = ()
+            writing: Costs = ()
             if METHODS[recipe.method.kind].head is None:
-                size = recipe.training.per_device_train_batch_size if drawn else recipe.evaluation.samples
-                writing = _writing(model, count, max(size, 1))
+                writing = _writing(model, count, max(size if rows.answers else recipe.evaluation.samples, 1))
             validation = 0
-            validation_costs: tuple[tuple[float, float], ...] = ()
-            if validates and rows.validation and trainer.eval_dataset is not None and not drawn:
+            validation_costs: Costs = ()
+            if validates and rows.validation and trainer.eval_dataset is not None and not rows.answers:
                 asked = _longest(rows.validation, recipe.training.per_device_eval_batch_size)
                 given = trainer.data_collator(rows_by_number(trainer.eval_dataset, asked))
-                count.restart()
-                model.eval()
-                trainer._loss_sum, trainer._num_labels = 0.0, 0  # as an evaluation begins
                 try:
-                    trainer.prediction_step(model, _shortened(given, cut), prediction_loss_only=True)
-                    validation, _ = count.live()
-                    validation_costs = tuple(count.costs)
+                    validation, validation_costs = _validating(trainer, _shortened(given, cut), count)
                 except (RuntimeError, NotImplementedError, TypeError) as error:
                     notes.append(f"a validation was not traced: {str(error).splitlines()[0][:120]}")
         trainer.processing_class.save_pretrained(Path(folder) / "tokenizer")
@@ -605,8 +597,8 @@ def _traced(
                 trained=sum(p.numel() for p in trained),
             ),
             step=dict(parts),
-            costs=tuple(costs),
-            flops=flops,
+            costs=costs,
+            flops=sum(flops for flops, _ in costs),
             width=width,
             blocks=blocks,
             unpadded=not trainer.pads,
@@ -617,7 +609,24 @@ def _traced(
         )
 
 
-def _writing(model: Any, count: Any, rows: int) -> tuple[tuple[float, float], ...]:
+def _labels(inputs: Mapping[str, Any]) -> Any:
+    """How many labels a batch has, as the Trainer tells its loss; None where it has no labels of its own."""
+    import torch
+
+    return torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
+
+
+def _validating(trainer: Any, given: dict[str, Any], count: Any) -> tuple[int, Costs]:
+    """The most bytes that a batch of a validation holds, and its operations."""
+    count.restart()
+    trainer.model.eval()
+    trainer._loss_sum, trainer._num_labels = 0.0, 0  # as an evaluation begins
+    trainer.prediction_step(trainer.model, given, prediction_loss_only=True)
+    most, _ = count.live()
+    return most, tuple(count.costs)
+
+
+def _writing(model: Any, count: Any, rows: int) -> Costs:
     """Operations of a pass over one new token in each of so many rows; none where the model cannot be asked so."""
     import torch
 
@@ -706,7 +715,7 @@ def _shortened(inputs: Any, share: float) -> dict[str, Any]:
     }
 
 
-def roofline(costs: Iterable[tuple[float, float]], facts: DeviceFacts, dtype: str) -> float:
+def roofline(costs: Costs, facts: DeviceFacts, dtype: str) -> float:
     """Seconds of operations, each bound by arithmetic, by memory or by its start."""
     peak = facts.peak(dtype) * facts.product_share
     bandwidth = facts.bandwidth * facts.bandwidth_share
@@ -1097,7 +1106,7 @@ def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
     found = []
     for batch in batches:
         inputs = trainer.data_collator(rows_by_number(trainer.train_dataset, batch))
-        items = torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
+        items = _labels(inputs)
         started = time.perf_counter()
         with trainer.accelerator.autocast():  # which a prepared model would bring along
             trainer.training_step(trainer.model, inputs, num_items_in_batch=items)
@@ -1291,7 +1300,7 @@ BY_PYTHON = 3e-5
 measured with 4 layers on a CPU, and as much a layer is known of GPUs."""
 
 
-def _roofline_of_writing(costs: Iterable[tuple[float, float]], facts: DeviceFacts, dtype: str) -> float:
+def _roofline_of_writing(costs: Costs, facts: DeviceFacts, dtype: str) -> float:
     """Seconds of a new token in each row."""
     return roofline(costs, replace(facts, launch=max(BY_PYTHON, facts.launch)), dtype)
 

@@ -178,7 +178,7 @@ class Estimate:
     @property
     def peak(self) -> int:
         """Bytes at the peak."""
-        return sum(self.stages[self.stage].values()) if self.stages else 0
+        return most_of(self.stages)
 
     @property
     def missing(self) -> int:
@@ -324,6 +324,11 @@ def truth(
         said += f"; training {duration(told)} planned, {duration(fitted.seconds)} taken"
         value += f", time {seconds:+.0%}"
     return {**found, "value": value, "sentence": said}
+
+
+def most_of(stages: Mapping[str, Parts]) -> int:
+    """Bytes of the stage that takes the most."""
+    return max((sum(parts.values()) for parts in stages.values()), default=0)
 
 
 def size(count: float) -> str:
@@ -924,7 +929,7 @@ def estimate(
         notes.append(
             f"the allocator could not be asked what it holds beyond what is alive: {SPREAD['cpu']:.0%} are taken"
         )
-    if sum(max(found.values(), key=lambda parts: sum(parts.values())).values()) > facts.memory:
+    if most_of(found) > facts.memory:
         measure = None
     elif measure and roofline(traced.costs, facts, dtype) > MEASURED_SECONDS:
         measure = None
@@ -966,33 +971,7 @@ def estimate(
     written = math.ceil(total_steps / plan.save_steps) * (model + traced.states)
     if recipe.training.load_best_model_at_end:
         written += (validations + 1) * model
-    if several > 1:
-        notes.append(
-            f"memory is that of one of {several} processes, without the buffers of their connections"
-            + (f"; {plan.per_node} of them share a machine's cores and memory" * (facts.kind == "cpu"))
-        )
-        if not recipe.evaluation.skip and recipe.evaluation.engine not in ("ray", "vllm", "openai"):
-            dealt = (
-                "with evaluation.skip, `tunesmith evaluate RUN --set evaluation.engine=ray` deals the questions to "
-                "workers when the run is done"
-                if isinstance(recipe.launch, Ray)
-                else "evaluation.engine ray deals the questions to workers"
-            )
-            notes.append(
-                "base and tuned model answer the held-out questions in the first process alone, whole, while the "
-                f"others wait; {dealt}"
-            )
-        if moved_by := parallel.offloads(recipe.parallel, facts.kind):
-            notes.append(
-                f"{' and '.join(moved_by)}: what goes between a device and the machine's memory, and the update there, "
-                "are not in the seconds"
-            )
-        if recipe.parallel.kind != "ddp" and facts.kind != "cpu":
-            notes.append(
-                f"each process reads the whole model into its machine's memory at first: "
-                f"{size(plan.per_node * traced.weights)} a machine"
-            )
-    step_flops = accumulation * traced.flops * share
+    notes += [*several_notes(recipe, plan, facts, traced.weights), *traced.notes, *rows_notes(rows, recipe)]
     result = Estimate(
         device=facts.name,
         capacity=facts.memory,
@@ -1003,11 +982,11 @@ def estimate(
         basis=basis,
         tokens_per_epoch=plan.tokens_per_epoch,
         epochs=round(total_steps / max(plan.steps_per_epoch, 1), 2),
-        flops_per_step=step_flops,
+        flops_per_step=accumulation * traced.flops * share,
         disk=_disk(recipe, traced, rows, plan),
         disk_free=_free(folder),
         micro_batch=recipe.training.per_device_train_batch_size,
-        notes=(*notes, *traced.notes, *rows_notes(rows, recipe)),
+        notes=tuple(notes),
         longest=traced.width,
         shared=shared,
     )
@@ -1027,7 +1006,7 @@ def estimate(
             again = traced_as(changed, batch, cut, validates=result.stage == "validating")
             fewer = changed.evaluation.batch_tokens < recipe.evaluation.batch_tokens
             own = {name: b // FEWER for name, b in answers.items()} if fewer else answers
-            return max(sum(parts.values()) for parts in stages_of(changed, again, own).values())
+            return most_of(stages_of(changed, again, own))
 
         fixed = held if facts.kind == "cpu" else facts.reserved
         changes = list(_changes(recipe, result.longest, several))
@@ -1130,6 +1109,38 @@ def timed_steps(trainer: Any) -> list[float]:
     trainer.add_callback(Ends())
     trainer.train()
     return [after - before for before, after in itertools.pairwise(ends)]
+
+
+def several_notes(recipe: Recipe, plan: Plan, facts: DeviceFacts, weights: int) -> list[str]:
+    """What the figures of one of several processes leave out; `weights` are the bytes of the whole model's."""
+    if plan.processes == 1:
+        return []
+    found = [
+        f"memory is that of one of {plan.processes} processes, without the buffers of their connections"
+        + (f"; {plan.per_node} of them share a machine's cores and memory" * (facts.kind == "cpu"))
+    ]
+    if not recipe.evaluation.skip and recipe.evaluation.engine not in ("ray", "vllm", "openai"):
+        dealt = (
+            "with evaluation.skip, `tunesmith evaluate RUN --set evaluation.engine=ray` deals the questions to "
+            "workers when the run is done"
+            if isinstance(recipe.launch, Ray)
+            else "evaluation.engine ray deals the questions to workers"
+        )
+        found.append(
+            "base and tuned model answer the held-out questions in the first process alone, whole, while the "
+            f"others wait; {dealt}"
+        )
+    if moved_by := parallel.offloads(recipe.parallel, facts.kind):
+        found.append(
+            f"{' and '.join(moved_by)}: what goes between a device and the machine's memory, and the update there, "
+            "are not in the seconds"
+        )
+    if recipe.parallel.kind != "ddp" and facts.kind != "cpu":
+        found.append(
+            f"each process reads the whole model into its machine's memory at first: "
+            f"{size(plan.per_node * weights)} a machine"
+        )
+    return found
 
 
 def rows_notes(rows: Rows, recipe: Recipe) -> list[str]:
@@ -1371,7 +1382,7 @@ def _largest(
     )
     mine, its = (sum(b for name, b in t.step.items() if name != "gradients") for t in (traced, second))
     per_row = max((mine - its) / (held - other), 1.0) * (1 + SPREAD[kind])
-    rest = max(sum(parts.values()) for name, parts in found.stages.items() if name != "training")
+    rest = most_of({name: parts for name, parts in found.stages.items() if name != "training"})
     if rest > found.capacity:
         return 0
     apart = sum(b for n, b in found.stages["training"].items() if n not in (*traced.step, "spread"))

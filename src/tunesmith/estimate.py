@@ -1347,7 +1347,7 @@ def _disk(recipe: Recipe, traced: Traced, rows: Rows, plan: Plan) -> dict[str, i
         found["best_model"] = model
     answers = 2 * _questions(recipe, rows) * (ANSWER + 4 * recipe.evaluation.max_new_tokens)
     ledger = LEDGER * (len(rows.lengths) + len(rows.validation) + rows.questions)
-    found["report and records"] = _page() + ledger + answers + EVENT * plan.total_steps // plan.logging_steps
+    found["records"] = _page() + ledger + answers + EVENT * plan.total_steps // plan.logging_steps
     return found
 
 
@@ -1446,8 +1446,7 @@ def _remedies(
     waiting: list[Change] = []
     offered = set()
     for change in changes:
-        peak = peak_of(change)
-        if peak == REFUSED or change.kind in offered:
+        if change.kind in offered or (peak := peak_of(change)) == REFUSED:
             continue
         offered.add(change.kind)
         if peak <= found.capacity:

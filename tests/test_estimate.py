@@ -248,6 +248,10 @@ def test_saves_validations_and_samples_take_their_time(recipe, monkeypatch):
     slow = planned(recipe(training={"max_steps": 2, "warmup_steps": 0}, evaluation={"samples": 0}))
     assert slow.seconds > alone.seconds + 100
     assert slow.seconds_per_step == pytest.approx(alone.seconds_per_step, rel=0.5)
+    # Told anew by a run's first steps, of which none has saved yet.
+    told = estimating.paced(slow.as_dict(), slow.seconds_per_step, 5.0)["seconds"]
+    assert told == pytest.approx(5 + slow.validation_seconds + slow.saving_seconds)
+    assert slow.saving_seconds > 100
 
 
 def test_more_rows_and_longer_ones_take_more(recipe):

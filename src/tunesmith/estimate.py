@@ -153,6 +153,8 @@ class Estimate:
     """Of the training: steps, validations with their sample answers, and what is saved."""
     validation_seconds: float
     """The share of the validations in them."""
+    saving_seconds: float
+    """That of what is saved."""
     basis: str
     """What the seconds rest on."""
     tokens_per_epoch: int
@@ -277,7 +279,7 @@ def unknown(facts: DeviceFacts, error: Exception) -> Estimate:
     why = next(iter(str(error).splitlines()), "") or type(error).__name__
     return Estimate(
         device=facts.name, capacity=facts.memory, stages={}, seconds_per_step=0.0, seconds=0.0, validation_seconds=0.0,
-        basis="",
+        saving_seconds=0.0, basis="",
         tokens_per_epoch=0, epochs=0.0, flops_per_step=0.0, disk={}, disk_free=0, micro_batch=0,
         notes=(f"memory and time were not worked out: the model's step could not be traced ({why[:160]})",),
     )  # fmt: skip
@@ -285,11 +287,12 @@ def unknown(facts: DeviceFacts, error: Exception) -> Estimate:
 
 def paced(planned: Mapping[str, Any] | None, per_step: float, seconds: float) -> dict[str, Any]:
     """What the first steps of a run say of all of it, as plan.json keeps it: `per_step` seconds a step, `seconds` for
-    all of them. Validations, of which none was yet, are as much longer than planned as the steps are."""
+    all of them. Validations, of which none was yet, are as much longer than planned as the steps are; what is saved is
+    written as quickly as was planned."""
     if not planned or not planned["stages"]:
         return {}
     slower = per_step / max(planned["seconds_per_step"], 1e-12)
-    seconds += planned["validation_seconds"] * slower
+    seconds += planned["validation_seconds"] * slower + planned["saving_seconds"]
     before = duration(planned["seconds"])
     why = f"two measured steps, {duration(per_step)} for a mean one; {before} were estimated before"
     return {"seconds_per_step": per_step, "seconds": seconds, "basis": why}
@@ -979,6 +982,7 @@ def estimate(
         seconds_per_step=per_step,
         seconds=first + total_steps * per_step + validations * validation + written / WRITTEN,
         validation_seconds=validations * validation,
+        saving_seconds=written / WRITTEN,
         basis=basis,
         tokens_per_epoch=plan.tokens_per_epoch,
         epochs=round(total_steps / max(plan.steps_per_epoch, 1), 2),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -225,6 +225,14 @@ def test_micro_steps_are_measured_here(recipe):
     assert found.largest_batch >= 4
 
 
+def test_tokens_of_the_sample_answers_are_measured_here(recipe, monkeypatch):
+    given = recipe(training={"max_steps": 2, "warmup_steps": 0}, evaluation={"samples": 2, "max_new_tokens": 5})
+    monkeypatch.setattr(estimating, "timed_token", lambda model, tokenizer, prompts: 100.0 * len(prompts))
+    found = planned(given, measured=True)
+    assert found.validation_seconds == pytest.approx(1000, rel=0.01)  # one validation, two answers of five tokens
+    assert found.seconds == pytest.approx(found.validation_seconds + found.saving_seconds, abs=20)
+
+
 def test_where_the_model_writes_first_whole_steps_are_measured(recipe, question_file, monkeypatch):
     found = planned(drawing(recipe, question_file, {"kind": "lora"}), measured=True)
     assert "2 measured steps" in found.basis
@@ -246,12 +254,10 @@ def test_saves_validations_and_samples_take_their_time(recipe, monkeypatch):
     assert with_samples.validation_seconds > alone.validation_seconds + 0.01
     monkeypatch.setattr(estimating, "WRITTEN", 1e3)
     slow = planned(recipe(training={"max_steps": 2, "warmup_steps": 0}, evaluation={"samples": 0}))
+    assert slow.saving_seconds == pytest.approx(slow.seconds, rel=0.05)
+    assert estimating.paced(asdict(slow), 1.0, 2.0)["seconds"] > slow.saving_seconds
     assert slow.seconds > alone.seconds + 100
     assert slow.seconds_per_step == pytest.approx(alone.seconds_per_step, rel=0.5)
-    # Told anew by a run's first steps, of which none has saved yet.
-    told = estimating.paced(slow.as_dict(), slow.seconds_per_step, 5.0)["seconds"]
-    assert told == pytest.approx(5 + slow.validation_seconds + slow.saving_seconds)
-    assert slow.saving_seconds > 100
 
 
 def test_more_rows_and_longer_ones_take_more(recipe):

@@ -234,9 +234,9 @@ LATE = {
 """Packages of some size that only a run with this adapter or method loads, and a plan does not."""
 
 
-LATER = 25_000_000
+LATER = 35_000_000
 """Bytes that a process comes to hold in its first steps and keeps: the matrix library's buffers, stacks of threads, the
-last modules, the code of kernels. About 10 to 40 MB were measured on two cores."""
+last modules, the code of kernels. About 10 to 40 MB were measured on two cores; a plan had better be over than under."""
 
 
 def _held(recipe: Recipe) -> int:
@@ -318,9 +318,9 @@ def _micro_steps(
     encodings: data.EncodedSplits,
     packing: Packing | None,
     batches: Sequence[Sequence[int]],
-) -> list[float]:
-    """Seconds of a micro-step on each of these batches, of the real model, which is thrown away; where a step begins
-    with answers that the model writes, seconds of the second and third whole step."""
+) -> estimating.Measured:
+    """A micro-step on each of these batches and some tokens of the sample answers, by the real model, which is thrown
+    away; where a step begins with answers that the model writes, the second and third whole step."""
     tokenizer, _ = _tokenizer(recipe)
     draws = METHODS[recipe.method.kind].draws
     with (
@@ -334,7 +334,12 @@ def _micro_steps(
             given |= {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no"}
         once = _at_once(recipe)
         trainer = _trainer(once, Run(Path(folder)), tokenizer, plan, encodings, packing, given)
-        return estimating.timed_steps(trainer) if draws else estimating.timed(trainer, batches)
+        if draws:
+            return estimating.Measured(estimating.timed_steps(trainer))
+        steps = estimating.timed(trainer, batches)
+        prompts = _asked(recipe, encodings.validation)
+        token = estimating.timed_token(trainer.model, tokenizer, prompts) if prompts else 0.0
+        return estimating.Measured(steps, token)
 
 
 def _held_out(recipe: Recipe, asked: Asked) -> planning.HeldOut:

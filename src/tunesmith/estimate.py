@@ -154,7 +154,7 @@ class Estimate:
     validation_seconds: float
     """The share of the validations in them."""
     saving_seconds: float
-    """That of what is saved."""
+    """The share of what is saved."""
     basis: str
     """What the seconds rest on."""
     tokens_per_epoch: int
@@ -287,8 +287,8 @@ def unknown(facts: DeviceFacts, error: Exception) -> Estimate:
 
 def paced(planned: Mapping[str, Any] | None, per_step: float, seconds: float) -> dict[str, Any]:
     """What the first steps of a run say of all of it, as plan.json keeps it: `per_step` seconds a step, `seconds` for
-    all of them. Validations, of which none was yet, are as much longer than planned as the steps are; what is saved is
-    written as quickly as was planned."""
+    all of them. Validations, of which none was yet, are as much longer than planned as the steps are; what is saved
+    takes what was planned."""
     if not planned or not planned["stages"]:
         return {}
     slower = per_step / max(planned["seconds_per_step"], 1e-12)
@@ -886,12 +886,14 @@ def estimate(
     process: Callable[[], int],
     folder: Path,
     thorough: bool = False,
-    measure: Callable[[Sequence[Sequence[int]]], list[float]] | None = None,
+    measure: Measure | None = None,
     check: Callable[[Recipe], None] = lambda recipe: None,
 ) -> Estimate:
-    """What the run takes on this device. `thorough` also looks for the largest micro-batch; `measure` gives the seconds
-    of micro-steps on rows of these numbers, here. Remedies are worked out where the run does not fit, of those that
-    `check` does not refuse with a TunesmithError."""
+    """What the run takes on this device. `thorough` also looks for the largest micro-batch; `measure` times micro-steps
+    on rows of these numbers, here. Remedies are worked out where the run does not fit, of those that `check` does not
+    refuse with a TunesmithError."""
+    from tunesmith.training.steps import SOON
+
     dtype, precision, total_steps = plan.dtype, plan.mixed_precision, plan.total_steps
 
     def held_in(changed: Recipe) -> str:
@@ -938,11 +940,15 @@ def estimate(
         measure = None
         notes.append(f"no micro-step was measured: one would take longer than {MEASURED_SECONDS:.0f} s")
     if rows.answers and measure:
-        seconds, basis = _seconds_of_drawing(traced, measure)
+        pace = _pace_of_drawing(traced, measure)
     else:
-        seconds, first, basis = _seconds_per_batch(
-            traced, rows, batch, share, facts, dtype, precision, measure
-        )
+        pace = _pace_of_batches(traced, rows, batch, share, facts, dtype, precision, measure)
+    seconds = pace.seconds
+    fullest = found_batches.place_of_fullest(rows.lengths, pads=not traced.unpadded)
+    is_tried = (
+        fullest // recipe.training.gradient_accumulation_steps >= SOON
+    )  # before the first step, by a run alone
+    tried = seconds / share if is_tried and several == 1 and not rows.answers else 0.0
     accumulation = len(found_batches.starts) / found_batches.steps  # an epoch's last step may have fewer
     # Several operations in the place of one kernel read and write about twice as much.
     moved = scaling.MOMENTS / 4 * traced.trained * (1 if "fused" in recipe.training.optimizer else 2)
@@ -959,9 +965,9 @@ def estimate(
             seconds=seconds, tokens=share * sum(rows.lengths[n] for n in batch), update=update,
         )  # fmt: skip
         update = whole - accumulation * seconds
-    per_token = _roofline_of_writing(traced.writing_costs, facts, dtype)
+    per_token = pace.token or _roofline_of_writing(traced.writing_costs, facts, dtype)
     if rows.answers and measure:
-        per_step, first = seconds, 0.0
+        per_step = seconds
     else:
         writing = rows.answers * per_token / getattr(recipe.method, "num_iterations", 1)
         per_step = accumulation * (seconds + writing) + update
@@ -969,7 +975,7 @@ def estimate(
     scale = 1.0 if rows.answers else seconds / max(share * roofline(traced.costs, facts, dtype), 1e-12)
     validation = _pass_over(traced, rows, recipe, facts, dtype) * scale / several
     if recipe.evaluation.samples and not rows.answers:
-        validation += SAMPLE_TOKENS * per_token
+        validation += min(SAMPLE_TOKENS, recipe.evaluation.max_new_tokens) * per_token
     model = traced.saved + traced.beside
     written = math.ceil(total_steps / plan.save_steps) * (model + traced.states)
     if recipe.training.load_best_model_at_end:
@@ -980,10 +986,10 @@ def estimate(
         capacity=facts.memory,
         stages=found,
         seconds_per_step=per_step,
-        seconds=first + total_steps * per_step + validations * validation + written / WRITTEN,
+        seconds=pace.first + tried + total_steps * per_step + validations * validation + written / WRITTEN,
         validation_seconds=validations * validation,
         saving_seconds=written / WRITTEN,
-        basis=basis,
+        basis=pace.basis,
         tokens_per_epoch=plan.tokens_per_epoch,
         epochs=round(total_steps / max(plan.steps_per_epoch, 1), 2),
         flops_per_step=accumulation * traced.flops * share,
@@ -1079,6 +1085,19 @@ MEASURED_SECONDS = 20.0
 """Longest micro-step that a plan takes to measure."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What was measured here before a run."""
+
+    steps: Sequence[float]
+    """Seconds of micro-steps, or of whole steps that begin with answers which the model writes."""
+    token: float = 0.0
+    """Seconds of one more token in each sample answer; 0 where there is none."""
+
+
+Measure = Callable[[Sequence[Sequence[int]]], Measured]
+
+
 def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
     """Seconds of the trainer's micro-step on rows of these numbers. The first steps of a process are slow."""
     import torch
@@ -1113,6 +1132,19 @@ def timed_steps(trainer: Any) -> list[float]:
     trainer.add_callback(Ends())
     trainer.train()
     return [after - before for before, after in itertools.pairwise(ends)]
+
+
+def timed_token(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, few: int = 8) -> float:
+    """Seconds of one more token in the answers to these prompts, which are written together."""
+    from tunesmith.generation import generate
+
+    def taken(count: int) -> float:
+        started = time.perf_counter()
+        generate(model, tokenizer, prompts, max_new_tokens=count, stop_ids=())
+        return time.perf_counter() - started
+
+    taken(1)  # the first pass of a process is slow
+    return max(taken(1 + few) - taken(1), 0.0) / few
 
 
 def several_notes(recipe: Recipe, plan: Plan, facts: DeviceFacts, weights: int) -> list[str]:
@@ -1265,22 +1297,37 @@ def batches(rows: Rows, training: Training, steps: int, *, pads: bool = False) -
     return Batches(np.concatenate(parts), np.asarray(starts), max(done, 1), -(-total // size), bool(alike))
 
 
-def _seconds_per_batch(
+@dataclass(frozen=True)
+class _Pace:
+    """What the seconds of a run are made of."""
+
+    seconds: float
+    """Of the mean micro-step, or of a whole step that begins with answers which the model writes."""
+    basis: str
+    """What they rest on."""
+    first: float = 0.0
+    """By which the first one is longer."""
+    token: float = 0.0
+    """Of one more token in each sample answer; 0 where that was not measured."""
+
+
+def _pace_of_batches(
     traced: Traced, rows: Rows, batch: Sequence[int], part: float, facts: DeviceFacts, dtype: str, precision: str,
-    measure: Callable[[Sequence[Sequence[int]]], list[float]] | None,
-) -> tuple[float, float, str]:  # fmt: skip
-    """Seconds of the mean micro-step, which is `part` of that which was traced, those by which the first one is longer,
-    and what they rest on."""
+    measure: Measure | None,
+) -> _Pace:  # fmt: skip
+    """That of micro-steps of which the mean one is `part` of that which was traced."""
     compute = {"fp16": "float16", "bf16": "bfloat16"}.get(precision, dtype)
     counted_seconds = roofline(traced.costs, facts, compute) * part
     share = f"{traced.flops / 1e9:,.1f} GFLOP in the longest micro-step"
     if measure is None:
         rates = f"{facts.peak(compute) * facts.product_share / 1e12:.3g} TFLOP/s in {compute}"
-        return counted_seconds, 0.0, f"an estimate: {share}, at {rates} and {facts.bandwidth / 1e9:,.0f} GB/s"
+        basis = f"an estimate: {share}, at {rates} and {facts.bandwidth / 1e9:,.0f} GB/s"
+        return _Pace(counted_seconds, basis)
     by_length = sorted(range(len(rows.lengths)), key=lambda n: rows.lengths[n])
     middle = max(len(by_length) // 2 - len(batch) // 2, 0)
     typical = sorted(by_length[middle : middle + len(batch)])
-    first_seconds, long_seconds, typical_seconds = measure([typical, batch, typical])
+    found = measure([typical, batch, typical])
+    first_seconds, long_seconds, typical_seconds = found.steps
     lengths = rows.lengths
     together = sum if traced.unpadded else max
     high, low = together(lengths[n] for n in batch), together(lengths[n] for n in typical)
@@ -1290,20 +1337,15 @@ def _seconds_per_batch(
         seconds = max(typical_seconds + slope * (mean - low), 0.3 * typical_seconds)
     else:
         seconds = (long_seconds + typical_seconds) / 2 * mean / high
-    return (
-        seconds,
-        max(first_seconds - typical_seconds, 0.0),
-        f"two measured micro-steps ({duration(long_seconds)} and {duration(typical_seconds)}); {share}",
-    )
+    basis = f"two measured micro-steps ({duration(long_seconds)} and {duration(typical_seconds)}); {share}"
+    return _Pace(seconds, basis, first=max(first_seconds - typical_seconds, 0.0), token=found.token)
 
 
-def _seconds_of_drawing(
-    traced: Traced, measure: Callable[[Sequence[Sequence[int]]], list[float]]
-) -> tuple[float, str]:
-    """Seconds of a whole step whose answers are written first, and what they rest on."""
-    found = measure([])
+def _pace_of_drawing(traced: Traced, measure: Measure) -> _Pace:
+    """That of whole steps whose answers are written first."""
+    found = measure([]).steps
     told = " and ".join(map(duration, found))
-    return (
+    return _Pace(
         sum(found) / len(found),
         f"{len(found)} measured steps ({told}), the answers of which the model wrote; "
         f"{traced.flops / 1e9:,.1f} GFLOP in a micro-step beside the writing",

@@ -945,9 +945,8 @@ def estimate(
         pace = _pace_of_batches(traced, rows, batch, share, facts, dtype, precision, measure)
     seconds = pace.seconds
     fullest = found_batches.place_of_fullest(rows.lengths, pads=not traced.unpadded)
-    is_tried = (
-        fullest // recipe.training.gradient_accumulation_steps >= SOON
-    )  # before the first step, by a run alone
+    # Before the first step, by a run alone.
+    is_tried = fullest // recipe.training.gradient_accumulation_steps >= SOON
     tried = seconds / share if is_tried and several == 1 and not rows.answers else 0.0
     accumulation = len(found_batches.starts) / found_batches.steps  # an epoch's last step may have fewer
     # Several operations in the place of one kernel read and write about twice as much.

@@ -226,10 +226,14 @@ def test_micro_steps_are_measured_here(recipe):
 
 
 def test_tokens_of_the_sample_answers_are_measured_here(recipe, monkeypatch):
-    given = recipe(training={"max_steps": 2, "warmup_steps": 0}, evaluation={"samples": 2, "max_new_tokens": 5})
+    given = recipe(
+        training={"max_steps": 2, "warmup_steps": 0}, evaluation={"samples": 2, "max_new_tokens": 5}
+    )
     monkeypatch.setattr(estimating, "timed_token", lambda model, tokenizer, prompts: 100.0 * len(prompts))
     found = planned(given, measured=True)
-    assert found.validation_seconds == pytest.approx(1000, rel=0.01)  # one validation, two answers of five tokens
+    assert found.validation_seconds == pytest.approx(
+        1000, rel=0.01
+    )  # one validation, two answers of five tokens
     assert found.seconds == pytest.approx(found.validation_seconds + found.saving_seconds, abs=20)
 
 
@@ -391,6 +395,26 @@ def test_a_run_says_at_its_end_how_far_the_plan_was_off(recipe):
     disk = kept["estimate"]["disk"]
     assert 0 <= written(run / "best_model") - disk["best_model"] < 5_000  # its configuration
     assert sum(disk.values()) == pytest.approx(written(run), rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["sft", "seq2seq"])
+def test_steps_weigh_by_the_tokens_that_a_run_counts(recipe, method, tiny_t5_folder, monkeypatch):
+    from tunesmith.training.callbacks import Pace
+
+    weights, inner = [], Pace.__init__
+
+    def spy(self, tell, *, tokens_per_step):
+        weights.append(tokens_per_step)
+        inner(self, tell, tokens_per_step=tokens_per_step)
+
+    monkeypatch.setattr(Pace, "__init__", spy)
+    model = {} if method == "sft" else {"base": str(tiny_t5_folder)}
+    run = api.train(
+        recipe(model=model, method={"kind": method}, training={"max_steps": None, "num_epochs": 1})
+    ).run
+    plan, fitted = (json.loads((run / name).read_text()) for name in ("plan.json", "training.json"))
+    [weight] = weights
+    assert weight * plan["total_steps"] in (0, pytest.approx(fitted["tokens"]))
 
 
 def test_planning_draws_no_random_numbers(recipe):

@@ -710,7 +710,10 @@ def _fitted_from(
             input_rows=encodings.train.rows,
             release=encodings.release,
             pace=partial(_paced, prepared) if checkpoint is None else None,
-            tokens_per_step=0.0 if method.draws else plan.tokens_per_epoch / plan.steps_per_epoch,
+            # Of encoder-decoders the Trainer counts the inputs alone.
+            tokens_per_step=0.0
+            if method.draws or method.model != "causal"
+            else plan.tokens_per_epoch / plan.steps_per_epoch,
             rehearsal=_rehearsal(recipe, training, trainer, plan, encodings, packing),
             rests_on=rests_on,
         )

@@ -236,7 +236,7 @@ LATE = {
 
 LATER = 40_000_000
 """Bytes that a process comes to hold in its first steps and keeps: the matrix library's buffers, stacks of threads, the
-last modules, the code of kernels. 10 to 40 MB were measured on two cores: the most, as a plan that is under does harm."""
+last modules, the code of kernels. 10 to 40 MB were measured on two cores: the most, as a plan had better be over."""
 
 
 def _held(recipe: Recipe) -> int:

@@ -73,6 +73,8 @@ def test_what_a_hidden_package_would_have_given_is_there_when_it_is_called(tmp_p
     """torchao stands for itself: of 94 modules transformers wants one function, for models that it has packed."""
     source = tmp_path / "torchao/prototype/safetensors/safetensors_support.py"
     source.parent.mkdir(parents=True)
+    for folder in source.relative_to(tmp_path).parents[:-1]:
+        (tmp_path / folder / "__init__.py").touch()
     source.write_text("def flatten_tensor_state_dict(given):\n    return {**given, 'flat': True}\n")
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
         monkeypatch.delitem(sys.modules, name)

@@ -163,7 +163,7 @@ class _Gone(Exception):
 
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-"""Bounds by which durations are counted: a first token comes after milliseconds, a long answer of a CPU after minutes."""
+"""Bounds by which durations are counted: from a GPU's first token to a CPU's long answer."""
 
 
 class Metrics:

@@ -65,7 +65,9 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _given(cls, found: Any) -> Any:
-        return {name: value for name, value in found.items() if value is not None} if isinstance(found, dict) else found
+        if not isinstance(found, dict):
+            return found
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class StreamOptions(_Body):

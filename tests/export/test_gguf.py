@@ -435,7 +435,7 @@ def test_without_llama_cpp_the_file_is_said_to_be_unproven(tmp_path, monkeypatch
     assert readings == {"training": (4, 4), "transformers": (4, 4), "server": (4, 4), "gguf": (0, 0)}
     assert [one["passed"] for one in shipped(Run(tmp_path), [])] == ["unproven"]
     again = CliRunner().invoke(app, [*command[:-2], str(tmp_path / "again")])
-    assert "UNPROVEN: llama.cpp was not" in again.output
+    assert "parity    unproven: llama.cpp was not" in again.output
 
 
 @needs_llama_cpp

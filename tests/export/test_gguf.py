@@ -8,6 +8,7 @@ import shutil
 import numpy
 import pytest
 import torch
+from test_card import used
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -294,21 +295,31 @@ def test_a_template_that_ollama_cannot_say_is_left_out_and_said(tokenizer):
 
 
 @needs_llama_cpp
-def test_the_verb_proves_the_file_and_keeps_a_bad_one_aside(tmp_path, monkeypatch):
+def test_the_verb_proves_the_file_and_keeps_a_bad_one_aside(tmp_path, monkeypatch, capsys):
     model = tmp_path / "tiny"
     shutil.copytree(TINY_MODEL, model)
+    (model / "LICENSE").write_text("Only on Sundays.")
     result = CliRunner().invoke(app, ["export", str(model), "--quant", "f32", "--json"])
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout.strip().splitlines()[-1])
     folder = tmp_path / "tiny_gguf-f32"
     assert (shown["folder"], shown["passed"]) == (str(folder), True)
-    assert sorted(p.name for p in folder.iterdir()) == ["Modelfile", "parity.json", "tiny-f32.gguf"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "LICENSE", "Modelfile", "README.md", "parity.json", "tiny-f32.gguf",
+    ]  # fmt: skip
     kept = json.loads((folder / "parity.json").read_text())
     assert kept["prompts"] == kept["same_prompts"] == kept["check"]["same_answers"] == 4
     assert {(one["place"], one["asked"], one["same"]) for one in kept["readings"]} == {
         (place, 4, 4) for place in ("training", "transformers", "server", "gguf")
     }
     assert kept["check"]["largest_difference"] <= 1e-4 * kept["check"]["largest_logit"]
+    card = (folder / "README.md").read_text()
+    assert "Checked against the model: passed.\nRead back by llama-cpp-python" in card
+    assert "Its `LICENSE` lies beside" in card
+    used(card, folder)
+    asked = [{"role": "user", "content": "Hello"}]
+    expected = "".join(api.Chat(model).answer(asked, max_new_tokens=256))
+    assert capsys.readouterr().out.split()[:3] == expected.split()[:3] != []
     with pytest.raises(RunError, match="is not empty"):
         api.export(model, quant="f32")
 

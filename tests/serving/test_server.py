@@ -653,6 +653,18 @@ def test_an_adapter_that_changes_the_base_of_the_others_is_refused(talking_folde
     assert "merge" in caught.value.fix
 
 
+def test_a_model_is_served_under_its_folder_s_name_without_what_no_name_may_hold(
+    talking_folder, tmp_path, monkeypatch
+):
+    from tunesmith.serving.models import checked_name, sources
+
+    folder = shutil.copytree(talking_folder, tmp_path / "my model, 2")
+    monkeypatch.chdir(folder)
+    for model in (".", str(folder), f"{folder}/"):
+        [name] = sources(model, None, {})[1]
+        assert checked_name(name) == "my-model-2"
+
+
 def test_adapters_of_another_base_are_refused(talking_folder, tiny_model_folder, tmp_path):
     import torch
     from safetensors.torch import save_file

@@ -19,7 +19,17 @@ from types import FrameType
 from typing import Any
 
 from tunesmith import ranks
-from tunesmith.errors import RecipeError, RunError, Terminated, TunesmithError, as_facts, counted, of_facts
+from tunesmith.errors import (
+    INTERRUPTED,
+    TERMINATED,
+    RecipeError,
+    RunError,
+    Terminated,
+    TunesmithError,
+    as_facts,
+    counted,
+    of_facts,
+)
 from tunesmith.recipe import Accelerate, Launch, Local, Ray, Training
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
@@ -343,7 +353,7 @@ def main() -> None:
         tell.job(error={**as_facts(error), "is_lost": getattr(error, "is_lost", False)})
         sys.exit(error.exit_code)
     except KeyboardInterrupt as error:
-        sys.exit((Terminated is type(error) and 143) or 130)
+        sys.exit(TERMINATED if isinstance(error, Terminated) else INTERRUPTED)
     tell.job(result=result)
 
 

@@ -171,7 +171,8 @@ answer = model.create_chat_completion([{"role": "user", "content": "Hello"}], te
 print(answer["choices"][0]["message"]["content"])
 ```
 
-Tokenizer and chat template are in the file; prompts that are written otherwise are not what was measured.
+`FOLDER` is where the file lies. Tokenizer and chat template are in it; prompts that are written otherwise are not what \
+was measured.
 {%- endif %}"""
 
 USE_OF_ONNX = """\
@@ -197,8 +198,9 @@ while len(answer) < 256 and (not answer or answer[-1] not in {{ stop_ids }}):
 print(tokenizer.decode(answer, skip_special_tokens=True))
 ```
 
-The chat template is stored with the tokenizer; prompts rendered with another one are not what was measured."""
-"""How files for other programs are used. `FOLDER` is where this folder lies."""
+`FOLDER` is where these files lie. The chat template is stored with the tokenizer; prompts rendered with another one \
+are not what was measured."""
+"""How files for other programs are used."""
 
 
 PLAIN_CARD = """\

@@ -171,8 +171,8 @@ answer = model.create_chat_completion([{"role": "user", "content": "Hello"}], te
 print(answer["choices"][0]["message"]["content"])
 ```
 
-`FOLDER` is where the file lies. Tokenizer and chat template are in it; prompts that are written otherwise are not what \
-was measured.
+`FOLDER` is where the file lies. Tokenizer and chat template are in it; prompts that are written otherwise are not \
+what was measured.
 {%- endif %}"""
 
 USE_OF_ONNX = """\

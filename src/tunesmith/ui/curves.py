@@ -198,7 +198,7 @@ class Events:
             self._pace = None
 
     def _take_points(self, kind: str, events: Sequence[Mapping[str, Any]]) -> None:
-        """The values of neighbouring events, name by name: one by one a long log would take half as long again."""
+        """The values of neighbouring events, name by name: one by one a long log takes a third longer."""
         steps = [event["step"] for event in events]
         for name in FACTS:
             self._add(kind, name, steps, [event.get(name) for event in events])
@@ -283,9 +283,7 @@ def _is_step(event: Mapping[str, Any]) -> bool:
     return event.get("kind") == "step" and isinstance(event.get("step"), int)
 
 
-def _only(
-    is_kept: Callable[[Any], bool], steps: list[int], values: list[Any]
-) -> tuple[list[int], list[Any]]:
+def _only(is_kept: Callable[[Any], bool], steps: list[int], values: list[Any]) -> tuple[list[int], list[Any]]:
     """The points whose values are such."""
     kept = [place for place, value in enumerate(values) if is_kept(value)]
     return [steps[place] for place in kept], [values[place] for place in kept]

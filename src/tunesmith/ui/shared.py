@@ -6,12 +6,17 @@ import html
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import TunesmithError
 
 if TYPE_CHECKING:
     import gradio as gr
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+"""Of a listener: no route of the page's API."""
+QUIET: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
+"""Of one that answers at once: it waits for no other, and shows no progress."""
 
 
 @dataclass(frozen=True)

@@ -298,7 +298,8 @@ def head() -> str:
     import gradio
 
     assets = Path(gradio.__file__).parent / "templates" / "frontend" / "assets"
-    plotly = [f"/assets/{found.name}" for found in assets.glob("PlotlyPlot-*.js")]  # none where Gradio renames it
+    # None where another version of Gradio names it otherwise: plots are there then all the same, later.
+    plotly = [f"/assets/{found.name}" for found in assets.glob("PlotlyPlot-*.js")]
     return f"<script>{_NAMES}{''.join(_EARLY.replace('PLOTLY', at) for at in plotly)}\n</script>"
 
 

@@ -14,8 +14,8 @@ from gradio.context import LocalContext, get_blocks_context
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.recipe import Recipe, sections_of
 from tunesmith.ui import form, handlers
+from tunesmith.ui.choosing import written
 from tunesmith.ui.form import Control, Filled
-from tunesmith.ui.pages.data import written
 from tunesmith.ui.shared import Shared, box, command, problem
 from tunesmith.ui.workspace import Workspace, workspace_of
 
@@ -41,8 +41,6 @@ TITLES = {
 }
 OPEN = frozenset({"", "model", "method", "adapter", "training"})
 """Sections that are open at first."""
-LONGEST_RECIPE = 2**20
-"""Bytes of a recipe file that is imported, as `compose.LARGEST_FILE`."""
 
 Drawn = str
 """What a section shows besides the user's own values, as text: where it changes, the section is drawn anew."""
@@ -102,13 +100,11 @@ def changed(
     return new, form.labelled(control, fault), lost
 
 
-def taken(file: str, workspace: Workspace) -> tuple[dict[str, Any], list[str]]:
+def taken(file: str) -> tuple[dict[str, Any], list[str]]:
     """The layer of a recipe file that a browser has sent. Raises TunesmithError."""
     path = Path(file)
     if path.suffix.lower() not in (".yaml", ".yml", ".json"):
         raise InputError("A recipe is a .yaml, .yml or .json file.", found=repr(path.name)[:80])
-    if path.stat().st_size > LONGEST_RECIPE:
-        raise InputError("The file is too large to be a recipe.", found=f"{path.stat().st_size:,} bytes")
     return form.imported(path)
 
 
@@ -202,7 +198,7 @@ def build(shared: Shared) -> None:
 
     def load(file: str, version: int, layer: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         try:
-            new, notes = taken(file, workspace_of(request))
+            new, notes = taken(file)
         except TunesmithError as error:
             return layer, version, problem(error)
         return new, version + 1, box("The recipe was imported.", notes, kind="good")

@@ -29,7 +29,7 @@ from tunesmith.ui.choosing import (
     watching,
 )
 from tunesmith.ui.jobs import TRAINING, Job
-from tunesmith.ui.shared import Shared, box, command, empty
+from tunesmith.ui.shared import PRIVATE, QUIET, Shared, box, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
 
 MAIN = ("Loss", "Learning rate", "Gradient norm", "Speed", "Memory")
@@ -153,8 +153,6 @@ def samples(seen: curves.Seen) -> list[list[str]]:
 
 def build(shared: Shared) -> None:
     """Fill the tab."""
-    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    own: dict[str, Any] = {"api_visibility": "private"}
     with gr.Column(elem_id="train-start-group"):
         with gr.Row():
             name = gr.Textbox(
@@ -320,7 +318,7 @@ def build(shared: Shared) -> None:
     assert isinstance(tab, gr.Tab)
     # With the click on the tab as well: the clock's first tick comes only after its pause.
     for event in (tab.select, timer.tick, chosen.change, other.input):
-        event(look, inputs=[chosen, other, waiting, seen_before], outputs=watched, **quiet)
+        event(look, inputs=[chosen, other, waiting, seen_before], outputs=watched, **QUIET)
 
     def previewed(layer: Mapping[str, Any], name: str, request: gr.Request) -> str:
         return preview(workspace_of(request), layer, name)
@@ -330,7 +328,7 @@ def build(shared: Shared) -> None:
         previewed,
         inputs=[shared.recipe, name],
         outputs=[line],
-        **quiet,
+        **QUIET,
     )
 
     def started(layer: Mapping[str, Any], name: str, request: gr.Request) -> list[Any]:
@@ -344,7 +342,7 @@ def build(shared: Shared) -> None:
 
         return list(guarded(act, lambda said: [said, gr.skip(), gr.skip()]))
 
-    begin.click(started, inputs=[shared.recipe, name], outputs=[told, shared.run, line], **own)
+    begin.click(started, inputs=[shared.recipe, name], outputs=[told, shared.run, line], **PRIVATE)
 
     def acted(act: Any) -> Any:
         def on(run: str | None, request: gr.Request) -> list[Any]:
@@ -392,7 +390,7 @@ def build(shared: Shared) -> None:
         return [box(f"{queue_of(workspace).stop(id).title}: canceled", kind="note"), gr.skip()]
 
     at_once = acted(lambda workspace, run: ask_to_stop(workspace, run, at_once=True))
-    stop.click(acted(ask_to_stop), inputs=[chosen], outputs=[told, line], **own)
-    stop_now.click(at_once, inputs=[chosen], outputs=[told, line], **own)
-    resume.click(acted(go_on), inputs=[chosen], outputs=[told, line], **own)
-    cancel.click(acted(call_off), inputs=[waiting], outputs=[told, line], **own)
+    stop.click(acted(ask_to_stop), inputs=[chosen], outputs=[told, line], **PRIVATE)
+    stop_now.click(at_once, inputs=[chosen], outputs=[told, line], **PRIVATE)
+    resume.click(acted(go_on), inputs=[chosen], outputs=[told, line], **PRIVATE)
+    cancel.click(acted(call_off), inputs=[waiting], outputs=[told, line], **PRIVATE)

@@ -358,6 +358,45 @@ def test_errors_are_boxes():
     assert "secret" not in box
 
 
+BESIDE_API = {
+    "tunesmith": {"api", "devices"},
+    "tunesmith.assets": {"EXAMPLES"},
+    "tunesmith.compose": {"layered", "overlaid", "preset_layer", "preset_names"},
+    "tunesmith.data.examples": {"LedgerEntry"},
+    "tunesmith.data.formats": {"FORMATS"},
+    "tunesmith.data.inspection": {"Inspected"},
+    "tunesmith.data.validation": {"Report"},
+    "tunesmith.errors": {"InputError", "RecipeError", "RunError", "TunesmithError", "counted"},
+    "tunesmith.estimate": {"ABOUT", "Estimate", "duration", "size"},
+    "tunesmith.evaluation.compare": {"shown"},
+    "tunesmith.evaluation.judging.asking": {"Forecast"},
+    "tunesmith.evaluation.judging.settings": {"Judge", "load_judge"},
+    "tunesmith.evaluation.judging.suites": {"suite_of"},
+    "tunesmith.evaluation.metrics": {"METRICS"},
+    "tunesmith.evaluation.report": {"Measurement", "measurement", "shipped"},
+    "tunesmith.export.artefact": {"DEFAULTS", "STORED", "TARGETS", "check_target"},
+    "tunesmith.export.gguf": {"quants"},
+    "tunesmith.plan": {"Plan"},
+    "tunesmith.recipe": {"DataSource", "Recipe", "sections_of"},
+    "tunesmith.training.run": {"Run", "dataset_name", "folder_name", "open_run"},
+}
+"""What pages import that is neither theirs nor a verb: types, tables of names, words, readers of run folders."""
+
+
+def test_pages_reach_what_works_through_api_alone():
+    import ast
+    from pathlib import Path
+
+    found: dict[str, set[str]] = {}
+    for page in Path(data.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(page.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.Import) and "tunesmith" in ast.unparse(node)), page.name
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            if module.startswith("tunesmith.") and not module.startswith("tunesmith.ui."):
+                found.setdefault(module[:-1], set()).update(name.name for name in node.names)
+    assert found == BESIDE_API
+
+
 def test_the_pages_are_built():
     """All components with the ids and labels by which browsers and screen readers find them."""
     from tunesmith.ui.app import blocks

@@ -125,7 +125,7 @@ def proved_asked_and_merged(opened, run: str, question: str) -> None:
 
 
 def stopped_in_the_middle(opened) -> None:
-    """Of long answers that are stopped what was written stays, nothing follows it, and the next question is answered."""
+    """What was written of long answers stays, nothing follows it, and the next question is answered."""
     opened.go("Chat")
     opened.page.get_by_role("button", name="Parameters").click()
     opened.fill("chat-length", "2048")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.context import get_render_context
 
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.training.run import find_runs, is_run, open_run
@@ -55,21 +54,40 @@ def run_path(workspace: Workspace, name: str | None) -> Path:
 
 
 def run_choice(shared: Shared, page: str) -> gr.Dropdown:
-    """A list of the workspace's runs, in step with the lists of the other pages."""
+    """A list of the workspace's runs; `keep_in_step` keeps those of all pages in step."""
     chosen = gr.Dropdown(
         choices=[], value=None, label="Run", elem_id=f"{page}-run", interactive=True, allow_custom_value=False
     )
-
-    def refreshed(name: str | None, request: gr.Request) -> Any:
-        names = run_names(workspace_of(request))
-        return gr.Dropdown(choices=names, value=name if name in names else names[0] if names else None)
-
-    gr.on(
-        None, refreshed, inputs=[shared.run], outputs=[chosen], **QUIET
-    )  # when the page loads, or another run is chosen
-    shared.tabs.select(refreshed, inputs=[shared.run], outputs=[chosen], **QUIET)
+    shared.run_choices.append(chosen)
     chosen.input(lambda name: name, inputs=[chosen], outputs=[shared.run], **QUIET)
     return chosen
+
+
+def watching(shared: Shared, name: str) -> gr.Timer:
+    """A clock that ticks while the page of this name is looked at, which `keep_in_step` sees to."""
+    timer = gr.Timer(WATCHING, active=False)
+    shared.clocks[name] = timer
+    return timer
+
+
+def keep_in_step(shared: Shared, tabs: Sequence[gr.Tab]) -> None:
+    """Have all pages show the same run, and the clock of that page tick which is looked at; once they are built."""
+
+    def refreshed(name: str | None, request: gr.Request) -> list[Any]:
+        names = run_names(workspace_of(request))
+        value = name if name in names else names[0] if names else None
+        return [gr.Dropdown(choices=names, value=value) for _ in shared.run_choices]
+
+    def turned(event: gr.SelectData) -> list[Any]:
+        return [gr.Timer(active=name == event.value) for name in shared.clocks]
+
+    # A tab tells of buttons that lead to it as well; all tabs together (`shared.tabs`) tell of clicks on them only.
+    selected = [tab.select for tab in tabs]
+    gr.on(selected, refreshed, inputs=[shared.run], outputs=shared.run_choices, **QUIET)
+    gr.on(
+        None, refreshed, inputs=[shared.run], outputs=shared.run_choices, **QUIET
+    )  # on load, or another run
+    gr.on(selected, turned, outputs=list(shared.clocks.values()), **QUIET)
 
 
 def written(text: str, label: str, elem_id: str) -> gr.Code:
@@ -98,20 +116,6 @@ def shell_line(page: str) -> gr.Textbox:
         elem_classes="ts-late",
         placeholder="none yet",
     )
-
-
-def watching(shared: Shared, name: str) -> gr.Timer:
-    """A clock that ticks while the page of this name is looked at; call it while the page's tab is filled."""
-    tab = get_render_context()
-    assert isinstance(tab, gr.Tab)
-    timer = gr.Timer(WATCHING, active=False)
-
-    def left(event: gr.SelectData) -> Any:
-        return gr.skip() if event.value == name else gr.Timer(active=False)
-
-    tab.select(lambda: gr.Timer(active=True), outputs=[timer], **QUIET)
-    shared.tabs.select(left, outputs=[timer], **QUIET)
-    return timer
 
 
 def job_facts(job: Job) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 from gradio.components.plot import PlotData
+from gradio.context import get_render_context
 
 from tunesmith import api
 from tunesmith.errors import InputError
@@ -354,7 +355,9 @@ def build(shared: Shared) -> None:
 
     lists = [place, a, b, dataset, judge, questions]
     chosen.change(refreshed, inputs=[chosen, place], outputs=lists, **QUIET)
-    shared.tabs.select(refreshed, inputs=[chosen, place], outputs=lists, **QUIET)
+    tab = get_render_context()
+    assert isinstance(tab, gr.Tab)
+    tab.select(refreshed, inputs=[chosen, place], outputs=lists, **QUIET)
 
     def received(file: str, request: gr.Request) -> list[Any]:
         def act() -> list[Any]:

@@ -23,11 +23,6 @@ WATCHING = 2.0
 LONGEST_TEXT = 2000
 """Characters of a text in a table; the whole one is shown when its row is chosen."""
 
-WORDS = {
-    "waiting": "waiting", "running": "running", "done": "done", "stopped": "stopped", "failed": "failed",
-    "canceled": "canceled", "lost": "ended without a word",
-}  # fmt: skip
-
 
 def queue_of(workspace: Workspace) -> Queue:
     """The workspace's jobs."""
@@ -120,7 +115,8 @@ def shell_line(page: str) -> gr.Textbox:
 
 def job_facts(job: Job) -> list[str]:
     """A job in the table of the queue: number, what, state, since when, how it ended."""
-    state = "stopping" if job.state == "running" and job.stop_asked else WORDS[job.state]
+    stopping = job.state == "running" and job.stop_asked
+    state = "stopping" if stopping else "ended without a word" if job.state == "lost" else job.state
     at = job.ended or job.started or job.queued
     return [str(int(job.id)), job.title, state, clock(at), job.ending()]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import html
 import re
 from pathlib import Path
@@ -40,12 +39,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 WHAT = ("merged", "deployment", *(rf"{target}-\w+" for target in TARGETS))
 """What a run's name is followed by in the names of its exports."""
 NOTHING = empty("Nothing was shipped yet.", "What is made above appears here with the verdict of its check.")
-
-
-@functools.cache
-def can_bundle() -> bool:
-    """Whether this tunesmith prepares deployments."""
-    return hasattr(api, "prepare_deployment")
 
 
 def place(workspace: Workspace, run: Path, what: str) -> Path:
@@ -170,7 +163,7 @@ def build(shared: Shared) -> None:
                     elem_id="ship-quant",
                 )
             export = gr.Button("Export", variant="primary", elem_id="ship-export")
-        with gr.Column(min_width=300, visible=can_bundle()):
+        with gr.Column(min_width=300):
             gr.Markdown("### Bundle\nA folder with weights, server, containers and a smoke test.")
             bundle = gr.Button("Make the folder", variant="primary", elem_id="ship-bundle")
     gr.Markdown(

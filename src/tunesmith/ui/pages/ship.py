@@ -288,5 +288,11 @@ def build(shared: Shared) -> None:
             gr.Button(visible=not is_whole),
         ]
 
-    for event in (timer.tick, chosen.change):
-        event(look, inputs=[chosen, before], outputs=[before, state, proofs, whole, dtype, merge], **QUIET)
+    gr.on(
+        [timer.tick, chosen.change],
+        look,
+        inputs=[chosen, before],
+        outputs=[before, state, proofs, whole, dtype, merge],
+        trigger_mode="always_last",
+        **QUIET,
+    )

@@ -316,9 +316,16 @@ def build(shared: Shared) -> None:
     ]
     tab = get_render_context()
     assert isinstance(tab, gr.Tab)
-    # With the click on the tab as well: the clock's first tick comes only after its pause.
-    for event in (tab.select, timer.tick, chosen.change, other.input):
-        event(look, inputs=[chosen, other, waiting, seen_before], outputs=watched, **QUIET)
+    # With the click on the tab as well: the clock's first tick comes only after its pause. One look at a time: two at
+    # once would both find everything new, and draw it twice.
+    gr.on(
+        [tab.select, timer.tick, chosen.change, other.input],
+        look,
+        inputs=[chosen, other, waiting, seen_before],
+        outputs=watched,
+        trigger_mode="always_last",
+        **QUIET,
+    )
 
     def previewed(layer: Mapping[str, Any], name: str, request: gr.Request) -> str:
         return preview(workspace_of(request), layer, name)

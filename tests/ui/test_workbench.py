@@ -125,15 +125,21 @@ def proved_asked_and_merged(opened, run: str, question: str) -> None:
 
 
 def stopped_in_the_middle(opened) -> None:
-    """What was written of long answers stays, nothing follows it, and the next question is answered."""
-    opened.go("Chat")
-    opened.page.get_by_role("button", name="Parameters").click()
-    opened.fill("chat-length", "2048")
-    opened.fill("chat-temperature", "2")  # what is drawn so seldom ends by itself
-    opened.fill("chat-question", "And all the other lamps?")
-    opened.click("chat-send")
+    """What was written stays and nothing follows it; the next question is answered; a new talk is empty."""
     said = opened.page.locator("#chat-talk .ts-answer p")
-    said.filter(has_text=re.compile(r"\w+\s+\w+")).first.wait_for()
+
+    def ask_for_long_answers() -> None:
+        opened.fill("chat-length", "2048")
+        opened.fill("chat-temperature", "2")  # what is drawn so seldom ends by itself
+        opened.fill("chat-question", "And all the other lamps?")
+        opened.click("chat-send")
+        said.filter(has_text=re.compile(r"\w+\s+\w+")).first.wait_for()
+
+    opened.go("Chat")
+    opened.click("chat-new")
+    opened.says("chat-talk", "No question yet")
+    opened.page.get_by_role("button", name="Parameters").click()
+    ask_for_long_answers()
     opened.click("chat-stop")
     opened.says("chat-told", "Stopped: these answers are not whole")
     assert not opened.page.locator("#chat-talk [aria-busy]").count()
@@ -148,6 +154,11 @@ def stopped_in_the_middle(opened) -> None:
     opened.says("chat-talk", r"other lamps\?[\s\S]*number 5\?")
     opened.page.locator("#chat-talk [role=log]:not([aria-busy])").wait_for(timeout=WHILE_TRAINING)
     assert "Stopped" not in opened.page.locator("#chat-told").inner_text()
+    ask_for_long_answers()
+    opened.click("chat-new")
+    opened.says("chat-talk", "No question yet")
+    opened.page.wait_for_timeout(1500)
+    assert "lamp" not in opened.says("chat-talk", "No question yet")
 
 
 @pytest.mark.thorough

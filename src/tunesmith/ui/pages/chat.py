@@ -321,8 +321,8 @@ def build(shared: Shared) -> None:
         off = gr.Button(interactive=False)
         return [[], None, None, TRY, off, off, "", "", ""]
 
-    afresh.click(clear, outputs=outputs, cancels=[asking], **PRIVATE)
-    chosen.change(clear, outputs=outputs, **QUIET)
+    for event in (afresh.click, chosen.change):
+        event(ended, cancels=[asking], **PRIVATE).then(clear, outputs=outputs, **QUIET)
 
     def vote(side: str) -> Any:
         def on(last: Turn | None, request: gr.Request) -> list[Any]:

@@ -240,6 +240,8 @@ def build(shared: Shared) -> None:
         is_stopping = bool(job and job.stop_asked)
         real = "running" if is_running else open_run(path).state() if path else job.state if job else ""
         said = queue.said(job) if job else "\n".join(seen.told) if seen else ""
+        others = [f["title"] for f in seen.figures if f["title"] not in MAIN] if seen else []
+        curve = curve if curve in others else others[0] if others else None
         now = (run or "", seen.version if seen else -1, curve or "", f"{rows}{real}{hash(said)}{job}")
         if now == before:
             return gr.skip()  # of everything
@@ -267,17 +269,13 @@ def build(shared: Shared) -> None:
             awaited = box(f"{run}: {real}", [begins], kind="note") if job and job.is_open else NONE_YET
             return {**changed, state: awaited, **dict.fromkeys(plots), **nothing}
         changed[state] = status(seen, job, real)
-        if now[:3] == before[:3]:
-            return changed
-        others = [f["title"] for f in seen.figures if f["title"] not in MAIN]
-        curve = curve if curve in others else others[0] if others else None
-        return {
-            **changed,
-            **{place: plot(seen, title) for place, title in zip(plots, MAIN, strict=True)},
-            other: gr.Dropdown(choices=others, value=curve),
-            other_plot: plot(seen, curve),
-            answers: samples(seen),
-        }
+        if now[:3] != before[:3]:
+            changed[other] = gr.Dropdown(choices=others, value=curve)
+            changed[other_plot] = plot(seen, curve)
+        if now[:2] != before[:2]:
+            changed |= {place: plot(seen, title) for place, title in zip(plots, MAIN, strict=True)}
+            changed[answers] = samples(seen)
+        return changed
 
     watched = [
         seen_before, stop, stop_now, resume, ended, table, waiting, cancel, log, state, *plots, other, other_plot,

@@ -287,9 +287,12 @@ addEventListener("load", () => {
   const ahead = document.head.appendChild(document.createElement("link"));
   ahead.rel = "modulepreload";
   ahead.href = "PLOTLY";
-  (window.requestIdleCallback ?? setTimeout)(() => import("PLOTLY"));
+  const idle = window.requestIdleCallback ?? setTimeout;
+  const later = () => document.querySelector("[role=tab]") ? idle(() => import("PLOTLY")) : setTimeout(later, 100);
+  later();
 });"""
-"""Gradio fetches Plotly's 4.6 MB when the first plot is shown; so they are there before, once the page has settled."""
+"""Gradio fetches Plotly's 4.6 MB when the first plot is shown. So they are fetched with the page, and run once its tabs
+are there and nothing else is to do."""
 
 
 @functools.cache

@@ -78,11 +78,10 @@ def test_a_worker_of_a_run_that_goes_on_counts_the_workers_that_are_there(recipe
     """`resume --processes 1` of a run of two workers: the run's recipe says two."""
     section = recipe("a", ON_RAY).launch
     monkeypatch.setenv(launch.JOB, "ray")
-    assert launch.processes(section) == 1
-    assert launch.per_node(section) == (1, None)
+    assert launch.placed(section) == (1, 1, None)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert (launch.processes(section), launch.per_node(section)) == (4, (3, None))
+    assert launch.placed(section) == (4, 3, None)
 
 
 def test_workers_of_several_nodes_have_to_see_the_output_folder(tmp_path, monkeypatch):
@@ -306,6 +305,36 @@ def test_a_checkpoint_whose_copy_was_cut_off_does_not_count(tmp_path, monkeypatc
     assert storage(url, "run").fetch(tmp_path / "other") == 2
     kept.push(run)
     assert storage(url, "run").fetch(tmp_path / "third") == 4
+
+
+def test_workers_that_start_again_copy_what_is_new_and_leave_whole_what_was_there(tmp_path, monkeypatch):
+    """Those before had copied step 2; the copy of those after them is cut off in step 4."""
+    url = f"file://{tmp_path}/far"
+    run = a_run(tmp_path / "run", 2)
+    (run / "best_model").mkdir()
+    for name, text in (("weights.safetensors", "best"), ("best_model_info.json", "{}")):
+        (run / "best_model" / name).write_text(text)
+    storage(url, "run").push(run)
+    a_run(run, 4)
+    again = storage(url, "run")
+    put, copied = again.filesystem.put_file, []
+
+    def cut(here, there, **how):
+        copied.append(there)
+        if "checkpoint-step-4" in there:
+            raise OSError("the node is gone")
+        put(here, there, **how)
+
+    monkeypatch.setattr(again.filesystem, "put_file", cut)
+    with pytest.raises(OSError, match="gone"):
+        again.push(run)
+    monkeypatch.undo()
+    assert not any("checkpoint-step-2" in name or "best_model" in name for name in copied)
+    assert storage(url, "run").fetch(tmp_path / "other") == 2
+    assert (tmp_path / "other/best_model/best_model_info.json").exists()
+    (tmp_path / "far/run/surplus").touch()
+    storage(url, "run").push(run)
+    assert contents(tmp_path / "far" / "run") == contents(run), "what is not in the run is not in its place"
 
 
 def test_a_changed_best_model_is_unmarked_while_it_is_written(tmp_path, monkeypatch):

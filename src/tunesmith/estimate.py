@@ -316,6 +316,18 @@ def truth(
     return {**found, "value": value, "sentence": said}
 
 
+FLOATS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+"""What `tunesmith export --quant` calls types."""
+
+
+def _is_converted(recipe: Recipe, dtype: str) -> bool:
+    """Whether weights are held in another type than that of the base's files, from which they are mapped otherwise."""
+    from tunesmith import models
+
+    said = models.configuration(recipe.model.base, recipe.model.revision).dtype
+    return not isinstance(recipe.adapter, QLoRA) and str(said).removeprefix("torch.") != dtype
+
+
 def size(count: float) -> str:
     """Bytes for people: MB and GB of 1,000."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -961,10 +973,11 @@ def estimate(
                 f"{' and '.join(moved_by)}: what goes between a device and the machine's memory, and the update there, "
                 "are not in the seconds"
             )
-        if recipe.parallel.kind != "ddp" and facts.kind != "cpu":
+        if recipe.parallel.kind != "ddp" and facts.kind != "cpu" and _is_converted(recipe, dtype):
             notes.append(
-                f"each process reads the whole model into its machine's memory at first: "
-                f"{size(plan.per_node * traced.weights)} a machine"
+                f"each process makes {dtype} of all weights in its machine's memory at first: "
+                f"{size(plan.per_node * traced.weights)} a machine; of a base with files in {dtype} (`tunesmith export "
+                f"BASE --to safetensors --quant {FLOATS[dtype]}`) they are mapped, which takes none of it"
             )
     step_flops = accumulation * traced.flops * share
     result = Estimate(

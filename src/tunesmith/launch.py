@@ -163,6 +163,21 @@ def processes(section: Launch) -> int:
     return placed(section).number
 
 
+def check(training: Training, number: int) -> None:
+    """Raises RecipeError where the rows of a step cannot be dealt to so many processes."""
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    if rows % number:
+        fits = [n for n in range(1, number + 1) if rows % n == 0]
+        raise RecipeError(
+            f"A step's {counted(rows, 'row')} cannot be dealt evenly to {number} processes.",
+            found=f"per_device_train_batch_size {training.per_device_train_batch_size} × "
+            f"gradient_accumulation_steps {training.gradient_accumulation_steps}; the batch of a step stays what it is "
+            "whatever the number of processes",
+            fix=f"Raise --gradient-accumulation-steps to a multiple of {number}, or start "
+            f"{' or '.join(str(n) for n in fits[-3:])}.",
+        )
+
+
 def _were_launched() -> bool:
     """Whether processes were launched: there may be another number of them than a recipe says, one as well."""
     return ranks.count() > 1 or JOB in os.environ
@@ -220,31 +235,34 @@ def start(job: Mapping[str, Any], number: int, watch: Callable[[Mapping[str, Any
             logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects=Std.OUT),
         )
         share = max((os.cpu_count() or 1) // number, 1)
-        before = {name: os.environ.get(name) for name in (JOB, "OMP_NUM_THREADS")}
-        os.environ |= {
+        given = {
             JOB: str(folder / "job.json"),
-            "OMP_NUM_THREADS": before["OMP_NUM_THREADS"] or str(share),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(share),
         }
         failed: Any = None
-        with _followed(told, watch) as ended, _forwarded(ended):
+        with _followed(told, watch) as ended, _forwarded(ended), environment(given):
             try:
                 elastic_launch(config, sys.executable)("-m", "tunesmith.launch")
             except ChildFailedError as error:
                 failed = error
-            finally:
-                put_back(before)
     if failed:
         raise _why(failed, ended, number)
     return dict(ended["result"])
 
 
-def put_back(before: Mapping[str, str | None]) -> None:
-    """Set variables of the environment to what they were; None: they were not set."""
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+@contextmanager
+def environment(given: Mapping[str, str]) -> Iterator[None]:
+    """Variables of the environment have these values in here."""
+    before = {name: os.environ.get(name) for name in given}
+    os.environ |= given
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -362,21 +380,6 @@ def _report(error: TunesmithError) -> None:
         content = {"message": {"message": error.problem, "extraInfo": {"timestamp": int(time.time())}}}
         with contextlib.suppress(OSError):
             Path(place).write_text(json.dumps(content), encoding="utf-8")
-
-
-def check(training: Training, number: int) -> None:
-    """Raises RecipeError where the rows of a step cannot be dealt to so many processes."""
-    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    if rows % number:
-        fits = [n for n in range(1, number + 1) if rows % n == 0]
-        raise RecipeError(
-            f"A step's {counted(rows, 'row')} cannot be dealt evenly to {number} processes.",
-            found=f"per_device_train_batch_size {training.per_device_train_batch_size} × "
-            f"gradient_accumulation_steps {training.gradient_accumulation_steps}; the batch of a step stays what it is "
-            "whatever the number of processes",
-            fix=f"Raise --gradient-accumulation-steps to a multiple of {number}, or start "
-            f"{' or '.join(str(n) for n in fits[-3:])}.",
-        )
 
 
 if __name__ == "__main__":

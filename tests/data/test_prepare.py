@@ -342,7 +342,9 @@ def unused(folder: Path) -> None:
         os.utime(facts, (0, facts.stat().st_mtime - 2 * 24 * 3600))
 
 
-def test_what_a_training_uses_stays_in_the_cache_whatever_others_prepare(tmp_path, tiny_tokenizer, monkeypatch):
+def test_what_a_training_uses_stays_in_the_cache_whatever_others_prepare(
+    tmp_path, tiny_tokenizer, monkeypatch
+):
     """It reads the held-out questions when it is done, after days."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "LIMIT", 1)

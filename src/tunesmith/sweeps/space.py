@@ -230,7 +230,9 @@ def checked(space: Space, recipe: Recipe) -> dict[str, Distribution]:
     """
     problems: list[str] = []
     typed: dict[str, Distribution] = {}
-    known = {fact.path for fact in fields()} | {f"{name}.kind" for name in ("method", "adapter", "launch", "parallel")}
+    known = {fact.path for fact in fields()} | {
+        f"{name}.kind" for name in ("method", "adapter", "launch", "parallel")
+    }
     for path, given in space.items():
         if path in known and (why := _kept(path, recipe)):
             problems.append(f"{path} is not searched: {why}.")

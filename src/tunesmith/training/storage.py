@@ -71,10 +71,8 @@ class Storage:
     ) -> dict[str, tuple[int, int]]:
         """What another process has sent: the files beside a mark that is there as it is here, with which they were
         whole. To copy them again would take the mark away meanwhile, and with it all that a lost node leaves."""
-        found = {}
-        for mark in here.keys() & there:
-            if Path(mark).name not in MARKS:
-                continue
+        found: dict[str, tuple[int, int]] = {}
+        for mark in (name for name in here.keys() & there if Path(name).name in MARKS):
             if self.filesystem.cat_file(f"{self.root}/{mark}") == (folder / mark).read_bytes():
                 beside = mark.removesuffix(Path(mark).name)
                 found |= {name: here[name] for name in here.keys() & there if name.startswith(beside)}

@@ -145,7 +145,7 @@ def test_only_weights_of_another_type_than_their_files_take_memory_of_a_machine_
     mapped, made = (
         planned(recipe(**shares, model={"dtype": dtype}), device="h100") for dtype in ("float32", "bfloat16")
     )
-    whole = planned(recipe(), device="h100").stages["training"]["weights"] / 2
+    whole = 4 * made.stages["training"]["weights"]
     assert not any("a machine" in note for note in mapped.notes)
     [told] = [note for note in made.notes if "a machine" in note]
     assert f"{estimating.size(4 * whole)} a machine" in told

@@ -348,6 +348,7 @@ def test_what_a_training_uses_stays_in_the_cache_whatever_others_prepare(
     """It reads the held-out questions when it is done, after days."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "LIMIT", 1)
+    monkeypatch.setattr(cache, "OFTEN", -1)
     used = made(jsonl(tmp_path / "a.jsonl", questions(60)), tiny_tokenizer)
     questioned = list(used.held_out)
     unused(tmp_path / "cache")

@@ -5,7 +5,7 @@ The model is a Llama of random weights (256 wide, 4 layers, 32,768 words; a T5 f
 words in another order, or of log-normal lengths. A line per recipe on
 stderr: planned and held memory, planned and taken seconds, the parts of
 the peak. Memory planned is that of the run's own plan.json; seconds are those of `tunesmith plan`, which measures two
-micro-steps, in a process that plans all of them. The last line is one JSON object: the share of recipes with memory
+micro-steps, each in a process of its own. The last line is one JSON object: the share of recipes with memory
 within 8 % and time within 15 % (ours), the same share of memory by the rule of thumb of `accelerate estimate-memory`,
 four times the weights, beside what the process holds anyway (peer). It exits with 1 where a recipe misses the bar: 8 %
 of memory, 3 % where it is too little, 15 % of time. Memory may be read on a busy machine, seconds only on a quiet one.
@@ -188,15 +188,14 @@ def trained(given: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def planner() -> None:
-    """Plan the recipes that are read, a line each."""
+def planned(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Plan a recipe as `tunesmith plan` does."""
     from tunesmith import api
     from tunesmith.compose import compose
 
-    for line in sys.stdin:
-        found = api.plan(compose(json.loads(line)).recipe, measured=True)[0].estimate
-        assert found is not None
-        print(json.dumps({"seconds": found.seconds, "basis": found.basis}), flush=True)
+    found = api.plan(compose(dict(given)).recipe, measured=True)[0].estimate
+    assert found is not None
+    return {"planned_seconds": found.seconds, "basis": found.basis}
 
 
 def results(args: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
@@ -205,33 +204,19 @@ def results(args: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
     command = [sys.executable, __file__]
     os.environ["GLIBC_TUNABLES"] = MALLOC  # as the command starts itself
     subprocess.run([*command, "--models", str(work)], check=True, capture_output=True)
-    planning = None
-    if not args.memory_only:
-        planning = subprocess.Popen(
-            [*command, "--planner"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
     for number, recipe in enumerate(RECIPES):
         if recipe[0] not in wanted and str(number) not in wanted:
             continue
         given = json.dumps(settings(recipe, number, work, args.steps))
         found: dict[str, Any] = {"recipe": named(recipe)}
-        if planning:
-            assert planning.stdin
-            assert planning.stdout
-            print(given, file=planning.stdin, flush=True)
-            found["planned_seconds"] = json.loads(planning.stdout.readline())["seconds"]
-        done = subprocess.run([*command, "--one", given], capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"{named(recipe)}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-            yield {**found, "failed": True}
-            continue
-        yield {**found, **json.loads(done.stdout.strip().splitlines()[-1])}
-    if planning:
-        planning.communicate()
+        for part in ("--one",) if args.memory_only else ("--plan", "--one"):
+            done = subprocess.run([*command, part, given], capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(f"{named(recipe)}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+                found["failed"] = True
+                break
+            found |= json.loads(done.stdout.strip().splitlines()[-1])
+        yield found
 
 
 def main() -> None:
@@ -240,21 +225,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", help="methods, or numbers of recipes, joined by commas")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--memory-only", action="store_true", help="leave seconds out")
     parser.add_argument("--keep", help="file for all figures, a JSON line per recipe")
-    for hidden in ("--one", "--models"):
+    for hidden in ("--one", "--plan", "--models"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
-    parser.add_argument("--planner", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(trained(json.loads(args.one))))
-        return
+    for given, work in ((args.one, trained), (args.plan, planned)):
+        if given:
+            print(json.dumps(work(json.loads(given))))
+            return
     if args.models:
         models_in(Path(args.models))
-        return
-    if args.planner:
-        planner()
         return
     started = time.perf_counter()
     memory, seconds, thumb, failed = [], [], [], 0

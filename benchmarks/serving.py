@@ -65,7 +65,8 @@ def main() -> int:
     listening.bind(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, ws="none"))
-    threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True).start()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
     waited("the server's start", lambda: server.started, every=0.01)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=TOKEN, max_retries=0)
 
@@ -127,6 +128,7 @@ def main() -> int:
         f"one after the other, {beside} others being answered to the end of it"
     )
     server.should_exit = True
+    thread.join(30)  # the app's end stops the batching; an interpreter that ends before it would abort
     ratio = one_by_one / at_once
     good = ratio >= LEAST and alone == together and max(leaving) < SOONEST
     print(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from tunesmith import devices
@@ -13,6 +16,12 @@ def test_an_unknown_device_lists_the_known_ones_and_the_nearest():
         devices.named("h100-80g")
     assert all(name in str(error.value) for name in devices.DEVICES)
     assert "Did you mean 'h100-80gb'?" in str(error.value)
+
+
+def test_the_page_on_plans_names_every_device():
+    page = (Path(__file__).parent.parent / "docs/plan.md").read_text(encoding="utf-8")
+    listed = page.split("Known are ")[1].split("`cpu`")[0]
+    assert re.findall(r"[\w-]+", listed.removesuffix("and ")) == [*devices.DEVICES]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -49,10 +49,11 @@ def test_parts_are_the_models_own(recipe, tiny_model_folder):
     assert training["optimizer"] == 8 * count
     assert full.stages["updating"]["gradients"] == 4 * count
     assert training["process"] == pytest.approx(devices.resident(), rel=0.3)
-    assert full.disk["final_model"] == 4 * count
+    assert full.stages["saving"]["save"] == 4 * count
     lora = planned(recipe(adapter={"kind": "lora"}))
-    assert lora.stages["training"]["optimizer"] == 2 * lora.disk["final_model"] < 8 * count
-    assert lora.stages["training"]["weights"] == training["weights"] + lora.disk["final_model"]
+    adapter = lora.stages["saving"]["save"]
+    assert lora.stages["training"]["optimizer"] == 2 * adapter < 8 * count
+    assert lora.stages["training"]["weights"] == training["weights"] + adapter
 
 
 @pytest.fixture
@@ -236,6 +237,18 @@ def test_micro_steps_are_measured_here(recipe):
     assert found.largest_batch >= 4
 
 
+def test_tokens_of_the_sample_answers_are_measured_here(recipe, monkeypatch):
+    given = recipe(
+        training={"max_steps": 2, "warmup_steps": 0}, evaluation={"samples": 2, "max_new_tokens": 5}
+    )
+    monkeypatch.setattr(estimating, "timed_token", lambda model, tokenizer, prompts: 100.0 * len(prompts))
+    found = planned(given, measured=True)
+    assert found.validation_seconds == pytest.approx(
+        1000, rel=0.01
+    )  # one validation, two answers of five tokens
+    assert found.seconds == pytest.approx(found.validation_seconds + found.saving_seconds, abs=20)
+
+
 def test_where_the_model_writes_first_whole_steps_are_measured(recipe, question_file, monkeypatch):
     found = planned(drawing(recipe, question_file, {"kind": "lora"}), measured=True)
     assert "2 measured steps" in found.basis
@@ -257,6 +270,8 @@ def test_saves_validations_and_samples_take_their_time(recipe, monkeypatch):
     assert with_samples.validation_seconds > alone.validation_seconds + 0.01
     monkeypatch.setattr(estimating, "WRITTEN", 1e3)
     slow = planned(recipe(training={"max_steps": 2, "warmup_steps": 0}, evaluation={"samples": 0}))
+    assert slow.saving_seconds == pytest.approx(slow.seconds, rel=0.05)
+    assert estimating.paced(asdict(slow), 1.0, 2.0)["seconds"] > slow.saving_seconds
     assert slow.seconds > alone.seconds + 100
     assert slow.seconds_per_step == pytest.approx(alone.seconds_per_step, rel=0.5)
 
@@ -300,6 +315,36 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(recipe, monkeypat
     assert estimating.size(found.missing) in str(error.value) or "does not fit" in str(error.value)
     assert "--per-device-train-batch-size 1" in str(error.value)
     assert not (tmp_path / "runs/planned/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("capacity", "wanted"),
+    [
+        (350, ["--rows 2 --again", "--adapter", "--bits"]),
+        (310, ["--rows 2 --adapter", "--bits", "--adapter"]),
+        (50, ["--rows 2 --again --adapter --bits --length", "--bits", "--adapter"]),
+    ],
+    ids=["alone and together", "one way", "none"],
+)
+def test_remedies_are_ways_of_their_own_that_hold_nothing_in_vain(capacity, wanted):
+    """Each change takes so much off 400; what is refused is not offered, nor what takes nothing off."""
+    less = {"rows 1": None, "rows 2": 30, "answers": 0, "again": 25, "adapter": 60, "bits": 80, "length": 5}
+    changes = [estimating.Change(name.split()[0], name, f"--{name}", {}) for name in less]
+
+    def peak(*taken):
+        given = [less[change.said] for change in taken]
+        return estimating.REFUSED if None in given else 400 - sum(given)
+
+    facts = replace(devices.DEVICES["t4"], memory=capacity)
+    found = replace(estimating.unknown(facts, ValueError()), stages={"training": {"weights": 400}})
+    remedies = estimating._remedies(found, changes, peak, fixed=100)
+    assert [remedy.flags for remedy in remedies] == wanted
+    for remedy in remedies:
+        assert remedy.peak == 400 - sum(
+            takes or 0 for name, takes in less.items() if f"--{name}" in remedy.flags
+        )
+        assert remedy.fits == (remedy.peak <= capacity)
+        assert ("still too much" in remedy.sentence()) != remedy.fits
 
 
 @pytest.mark.parametrize(("over", "stops"), [(0.08, False), (0.24, False), (0.26, True)])
@@ -355,6 +400,33 @@ def test_a_run_says_at_its_end_how_far_the_plan_was_off(recipe):
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [e for e in events if e.get("name") == "plan and truth" and "planned" in e["reason"]]
     assert "plan and truth" in write_report(run).read_text()
+
+    def written(folder):
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+    disk = kept["estimate"]["disk"]
+    assert 0 <= written(run / "best_model") - disk["best_model"] < 5_000  # its configuration
+    assert sum(disk.values()) == pytest.approx(written(run), rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["sft", "seq2seq"])
+def test_steps_weigh_by_the_tokens_that_a_run_counts(recipe, method, tiny_t5_folder, monkeypatch):
+    from tunesmith.training.callbacks import Pace
+
+    weights, inner = [], Pace.__init__
+
+    def spy(self, tell, *, tokens_per_step):
+        weights.append(tokens_per_step)
+        inner(self, tell, tokens_per_step=tokens_per_step)
+
+    monkeypatch.setattr(Pace, "__init__", spy)
+    model = {} if method == "sft" else {"base": str(tiny_t5_folder)}
+    run = api.train(
+        recipe(model=model, method={"kind": method}, training={"max_steps": None, "num_epochs": 1})
+    ).run
+    plan, fitted = (json.loads((run / name).read_text()) for name in ("plan.json", "training.json"))
+    [weight] = weights
+    assert weight * plan["total_steps"] in (0, pytest.approx(fitted["tokens"]))
 
 
 def test_planning_draws_no_random_numbers(recipe):

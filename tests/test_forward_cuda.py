@@ -172,10 +172,11 @@ def seen_by_walking(rows: tree.Layout, window: int | None, trimmed: bool) -> tor
 def test_the_mask_of_the_tree_and_its_blocks(window, trimmed):
     rows = layout()
     wanted = seen_by_walking(rows, window, trimmed)
-    found = cuda.sight(rows, trimmed)
-    assert (torch.from_numpy(found.sees(window)) == wanted).all()
+    sees = cuda.block_mask(rows, window, trimmed).mask_mod
+    queries, keys = (torch.arange(size) for size in wanted.shape)
+    assert (sees(None, None, queries[:, None], keys[None]) == wanted).all()
     tile = 8
-    some, every = found.blocks(window, tile)
+    some, every = cuda.sight(rows, trimmed).blocks(window, tile)
     fulls = 0
     for q in range(some.shape[0]):
         for k in range(some.shape[1]):

@@ -257,10 +257,9 @@ def test_frozen_layers_are_run_once_and_a_missing_compiler_is_said(quick, monkey
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo", "ppo"])
 def test_rows_that_never_return_have_no_outputs_to_keep(quick, kind):
-    """Refused before anything is read: what the model writes is new in each step."""
-    recipe = quick(kind, adapter={"kind": "freeze", "ratio": 0.5}, training={"cache_frozen": True})
+    """Refused when the recipe is composed: what the model writes is new in each step."""
     with pytest.raises(RecipeError, match=r"cache_frozen.*rows never come back"):
-        api.plan(recipe)
+        quick(kind, adapter={"kind": "freeze", "ratio": 0.5}, training={"cache_frozen": True})
 
 
 @pytest.mark.thorough

@@ -31,10 +31,22 @@ def test_steps_are_optimizer_steps():
     assert plan.tokens_per_epoch == 1000
 
 
-@pytest.mark.parametrize(("max_steps", "total"), [(5, 5), (500, 500), (None, 75)])
-def test_max_steps_wins_over_epochs_both_ways(max_steps, total):
-    plan = resolve(Training(num_epochs=3, per_device_train_batch_size=4, max_steps=max_steps))
+@pytest.mark.parametrize(
+    ("max_steps", "total", "said"),
+    [
+        (5, 5, "max_steps, below {}"),
+        (77, 77, "max_steps, 3 epochs and 2 steps in the place of {}"),
+        (500, 500, "max_steps, 20 epochs in the place of {}"),
+        (None, 75, "{}"),
+    ],
+)
+def test_max_steps_wins_over_epochs_both_ways(max_steps, total, said):
+    training = Training(
+        num_epochs=3, per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=max_steps
+    )
+    plan = resolve(training)
     assert plan.total_steps == total
+    assert reasons(plan, "total_steps") == [said.format("3 epochs of 25 steps of 4 examples")]
 
 
 def test_a_warm_up_too_long_for_the_run_is_lowered_and_said():

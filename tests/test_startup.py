@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import subprocess
 import sys
+import types
 from importlib import metadata
 
 import pytest
@@ -67,6 +69,25 @@ def test_while_libraries_load_the_collector_rests_and_nothing_quantizes():
     assert state() == before
 
 
+def test_what_a_hidden_package_would_have_given_is_there_when_it_is_called(tmp_path, monkeypatch):
+    """torchao stands for itself: of 94 modules transformers wants one function, for models that it has packed."""
+    source = tmp_path / "torchao/prototype/safetensors/safetensors_support.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("def flatten_tensor_state_dict(given):\n    return {**given, 'flat': True}\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    asks = types.ModuleType("transformers.quantizers.quantizer_torchao")
+    asks.is_torchao_available = bool
+    monkeypatch.setitem(sys.modules, asks.__name__, asks)
+    with libraries.loading():
+        assert importlib.util.find_spec("torchao") is None
+    assert "torchao" not in sys.modules
+    assert asks.flatten_tensor_state_dict({"a": 1}) == {"a": 1, "flat": True}
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 def test_versions_of_packages_are_looked_up_for_those_that_are_asked_about():
     before = metadata.packages_distributions
     true, asked = before(), []
@@ -120,7 +141,7 @@ from tunesmith.recipe import LoRA, QLoRA
 libraries.load_libraries()
 plain = models.load_model("tiny", dtype="float32", device="cpu")
 models.attach(plain, LoRA(kind="lora"))
-print("bitsandbytes" in sys.modules, "torch._inductor.compile_fx" in sys.modules)
+print([name for name in ("bitsandbytes", "torchao", "torch._inductor.compile_fx") if name in sys.modules])
 section = QLoRA(kind="qlora")
 packed = models.load_model("tiny", dtype="float32", device="cpu", quantize=section)
 packed = models.attach(packed, section)
@@ -134,5 +155,5 @@ def test_an_adapter_on_plain_weights_loads_no_quantizer_and_one_on_four_bits_sti
     done = subprocess.run([sys.executable, "-c", ADAPTERS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     plain, packed = done.stdout.strip().splitlines()[-2:]
-    assert plain == "False False"
+    assert plain == "[]"
     assert int(packed) > 0

@@ -79,7 +79,6 @@ def test_a_steps_peak_is_what_torchs_profiler_sees_of_a_real_one(llama):
         model(**given).loss.backward()
     # what a kernel holds within itself is not seen
     assert 0.94 * most < count.live()[0] < 1.01 * most
-    assert count.positions == ids.numel()
 
 
 def test_layers_that_are_computed_again_hold_less_and_compute_more(llama):

@@ -2636,8 +2636,7 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
             point = checkpoints.choose(run, checkpoint) if checkpoint else None
             if not fresh:
                 continuing.check_recipe(recipe, run, point)
-            if point and (changed := checkpoints.environment_differences(point)):
-                run.event("warning", message=f"The run goes on, though not to the bit: {'; '.join(changed)}.")
+            continuing.say_environment(run, point)
             results = _driver().execute(wanted, inputs={**_inputs(recipe), "run": run, "checkpoint": point})
             if recipe.evaluation.skip:
                 from tunesmith.evaluation.report import write_report
@@ -2727,6 +2726,9 @@ def _num_starts(run: Run) -> int:
 
 def _check_before_training(recipe: Recipe) -> None:
     """Cheap failures first: nothing is read or computed before these are settled."""
+    from tunesmith.compose import check_together
+
+    check_together(recipe)  # composed ones were; this one may be somebody's own
     _check_settings(recipe)
     _check_shards(recipe.evaluation)
     quiet_libraries()
@@ -2736,7 +2738,7 @@ def _check_before_training(recipe: Recipe) -> None:
         sources.local(source.dataset)
     libraries.load_libraries()
     from tunesmith import evaluation, models
-    from tunesmith.methods import METHODS, check_effect
+    from tunesmith.methods import METHODS
 
     method = METHODS[recipe.method.kind]
     models.check_kind(
@@ -2746,7 +2748,6 @@ def _check_before_training(recipe: Recipe) -> None:
         head=method.head,
         revision=recipe.model.revision,
     )
-    check_effect(recipe)
     method.check(recipe)
     _check_processes(recipe)
     evaluation.check_scoring(recipe.evaluation.metrics or [], gives_scores=method.head is not None)

@@ -22,7 +22,18 @@ from pydantic import BaseModel, ValidationError
 from tunesmith.catalog import above
 from tunesmith.catalog import notes as catalog_notes
 from tunesmith.errors import RecipeError, closest, nearest
-from tunesmith.recipe import DataSource, Freeze, LoRA, Recipe, Task, fields, sections_of
+from tunesmith.recipe import (
+    DPO,
+    KTO,
+    PRINCIPAL,
+    DataSource,
+    Freeze,
+    LoRA,
+    Recipe,
+    Task,
+    fields,
+    sections_of,
+)
 
 Layer = dict[str, Any]
 
@@ -208,26 +219,134 @@ def validated(layer: Mapping[str, Any]) -> Recipe:
             found="\n         ".join(problems) if len(problems) > 1 else None,
             fix="`tunesmith show recipe` lists every field with its meaning.",
         ) from None
-    if said := _nothing_to_keep(recipe):
-        raise RecipeError(
-            said, fix="Leave training.cache_frozen out, or freeze the bottom layers: --freeze-ratio."
-        )
+    check_together(recipe)
     return recipe
 
 
-def _nothing_to_keep(recipe: Recipe) -> str | None:
+# What does not go together
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Options of a recipe that exclude one another, or one that has no effect beside the others."""
+
+    field: str
+    """The one to leave out, by its path."""
+    problem: str
+    fix: str
+
+
+def check_together(recipe: Recipe) -> None:
+    """Raises RecipeError for options that do not go together, all of them at once."""
+    found = conflicts(recipe)
+    if len(found) == 1:
+        raise RecipeError(found[0].problem, fix=found[0].fix)
+    if found:
+        raise RecipeError(
+            "The recipe does not fit.",
+            found="\n         ".join(conflict.problem for conflict in found),
+            fix=" ".join(dict.fromkeys(conflict.fix for conflict in found)),
+        )
+
+
+def conflicts(recipe: Recipe) -> list[Conflict]:
+    """What of a recipe does not go together, as far as that is seen without model, data and machine.
+
+    What needs those is refused when they are known, before the first step (`api`).
+    """
+    return [found for look in (_rows, _kept_outputs, _reference) for found in look(recipe)]
+
+
+def _rows(recipe: Recipe) -> Iterator[Conflict]:
+    """How rows come together."""
+    method, training = recipe.method, recipe.training
+    if recipe.data.packing and not method.can_pack:
+        yield Conflict(
+            "data.packing",
+            f"data.packing has no effect with the method '{method.kind}': its rows stay rows of their own.",
+            "Leave data.packing out.",
+        )
+    if training.batches == "by_length" and (recipe.data.packing or not method.any_order):
+        fixed = (
+            "packed rows are all of about one length"
+            if recipe.data.packing
+            else f"'{method.kind}' has its own order"
+        )
+        yield Conflict(
+            "training.batches",
+            f"training.batches by_length has no effect here: {fixed}.",
+            "Leave training.batches out.",
+        )
+    if isinstance(method, KTO) and method.loss == "kto" and training.per_device_train_batch_size < 2:
+        yield Conflict(
+            "training.per_device_train_batch_size",
+            "KTO needs training.per_device_train_batch_size of at least 2, and it is 1: it estimates how far the model "
+            "has moved from each prompt with another answer of the batch.",
+            "Raise it and lower gradient_accumulation_steps, or use --set method.loss=apo_zero_unpaired.",
+        )
+
+
+def _kept_outputs(recipe: Recipe) -> Iterator[Conflict]:
     """Why `training.cache_frozen` has nothing to keep, as far as that is seen without the model. An adapter on modules
     that are named may leave bottom layers free of it."""
+    if not recipe.training.cache_frozen:
+        return
+    fix = "Leave training.cache_frozen out."
     match recipe.adapter:
-        case Freeze():
-            return None
-        case LoRA(targets=list()):
-            return None
+        case Freeze() | LoRA(targets=list()):
+            why = None
         case LoRA():
             why = f"with adapter.kind {recipe.adapter.kind} an adapter sits in every layer"
         case _:
             why = f"with adapter.kind {recipe.adapter.kind} every layer is trained"
-    return f"training.cache_frozen has nothing to keep: {why}." if recipe.training.cache_frozen else None
+    if recipe.method.draws:
+        said = (
+            f"has no effect with the method '{recipe.method.kind}': it learns from answers that are drawn anew in each "
+            "step, whose rows never come back"
+        )
+    elif recipe.method.kind == "seq2seq":
+        said = "is not for encoder-decoders: nothing of theirs is kept"
+    elif recipe.training.forward == "stock":
+        said = "needs the fast forward, and training.forward is stock"
+    elif getattr(recipe.method, "neftune_noise_alpha", None):
+        said = "needs the fast forward, which method.neftune_noise_alpha does without"
+    elif why:
+        said = f"has nothing to keep: {why}"
+        fix = "Leave training.cache_frozen out, or freeze the bottom layers: --freeze-ratio."
+    else:
+        return
+    yield Conflict("training.cache_frozen", f"training.cache_frozen {said}.", fix)
+
+
+def _reference(recipe: Recipe) -> Iterator[Conflict]:
+    """Where the likelihoods of a reference come from."""
+    section, adapter = recipe.method, recipe.adapter
+    if not isinstance(section, DPO | KTO):
+        return
+    wanted, is_adapter = section.reference, isinstance(adapter, LoRA)
+    said = None
+    if wanted == "copy" and is_adapter:
+        said = "copy is a second copy of the weights, which an adapter makes needless"
+        fix = (
+            "Leave it out: the model with its adapter off is the same reference. `precomputed` works as well."
+        )
+    elif wanted == "adapter_off" and not is_adapter:
+        said = f"adapter_off needs an adapter, and the adapter is '{adapter.kind}'"
+        fix = "Add --lora, or choose copy or precomputed."
+    elif wanted == "adapter_off" and isinstance(adapter, LoRA) and adapter.init in PRINCIPAL:
+        said = (
+            f"adapter_off does not go with adapter.init {adapter.init}, which changes the weights beneath it"
+        )
+        fix = "Leave method.reference out; it is precomputed then."
+    if said:
+        yield Conflict("method.reference", f"method.reference {said}.", fix)
+    if isinstance(adapter, LoRA) and adapter.bias != "none":
+        yield Conflict(
+            "adapter.bias",
+            f"adapter.bias {adapter.bias} does not go with the method '{section.kind}': trained biases are no part of "
+            "the adapter, so the reference would change with them.",
+            "Leave adapter.bias out, or train without an adapter.",
+        )
 
 
 def _of_kinds(layer: Mapping[str, Any]) -> Layer:
@@ -249,8 +368,7 @@ def faults(layer: Mapping[str, Any]) -> dict[str, str]:
     """
     layer = _of_kinds(layer)
     try:
-        said = _nothing_to_keep(Recipe.model_validate(layer))
-        return {"training.cache_frozen": said} if said else {}
+        return {found.field: found.problem for found in conflicts(Recipe.model_validate(layer))}
     except ValidationError as error:
         found: dict[str, str] = {}
         for fault in error.errors():

@@ -24,6 +24,7 @@ import tunesmith.evaluation as evaluation
 from tunesmith import data, devices, engines, launch, models, parallel, ranks
 from tunesmith import estimate as estimating
 from tunesmith import plan as planning
+from tunesmith.compose import check_together
 from tunesmith.data.cache import Encodings, StoredExamples
 from tunesmith.data.examples import Tally
 from tunesmith.data.packing import Packing, pack, padded_share
@@ -49,9 +50,9 @@ from tunesmith.methods import METHODS, Method
 from tunesmith.methods.kto import shuffled
 from tunesmith.methods.preferred import without_reference_pass
 from tunesmith.plan import Decision, Plan
-from tunesmith.recipe import FSDP, SFT, DeepSpeed, LoRA, QLoRA, Recipe, Tracking, Training
+from tunesmith.recipe import FSDP, SFT, DeepSpeed, QLoRA, Recipe, Tracking, Training
 from tunesmith.training import continuing, gpu
-from tunesmith.training.fit import Fit, arguments, fit
+from tunesmith.training.fit import Fit, arguments, finished, fit
 from tunesmith.training.order import by_length, order_by_length
 from tunesmith.training.retaking import Lacking, attempted, retaken
 from tunesmith.training.run import Run
@@ -197,7 +198,7 @@ def estimate(
         _row_lengths(method, encodings.train, packing),
         validation=_row_lengths(method, encodings.validation, None) if len(encodings.validation) else [],
         questions=len(asked.examples),
-        answers=getattr(recipe.method, "max_new_tokens", 0) if method.draws else 0,
+        answers=getattr(recipe.method, "max_new_tokens", 0) if recipe.method.draws else 0,
         group=getattr(recipe.method, "num_generations", 1),
         order=shuffled(len(encodings.train), training.seed) if recipe.method.kind == "kto" else None,
         identity=encodings.fingerprint,
@@ -234,9 +235,9 @@ LATE = {
 """Packages of some size that only a run with this adapter or method loads, and a plan does not."""
 
 
-LATER = 25_000_000
+LATER = 40_000_000
 """Bytes that a process comes to hold in its first steps and keeps: the matrix library's buffers, stacks of threads, the
-last modules, the code of kernels. About 10 to 40 MB were measured on two cores."""
+last modules, the code of kernels. 10 to 40 MB were measured on two cores: the most, as a plan had better be over."""
 
 
 def _held(recipe: Recipe) -> int:
@@ -255,13 +256,12 @@ def _check_change(
     recipe: Recipe, *, device: planning.Device, elsewhere: devices.DeviceFacts | None, processes: int
 ) -> None:
     """Raises the TunesmithError with which a changed recipe would be refused."""
+    check_together(recipe)
     METHODS[recipe.method.kind].check(recipe)
     parallel.check(recipe, processes)
     planning.check_device(
         recipe.training, recipe.model, device, adapter_kind=recipe.adapter.kind, elsewhere=elsewhere
     )
-    if recipe.training.cache_frozen and isinstance(recipe.adapter, LoRA):
-        raise RecipeError("training.cache_frozen has nothing to keep under an adapter.", fix="Leave it out.")
 
 
 def _hollow_trainer(
@@ -277,7 +277,7 @@ def _hollow_trainer(
     """The method's trainer on a model that is there already, for a device of this kind; of methods that train on what
     the model writes, one that imitates. Its `pads` says whether padding is computed."""
     method = METHODS[recipe.method.kind]
-    section, draws = recipe.method, method.draws
+    section, draws = recipe.method, recipe.method.draws
     if draws:
         method, section = METHODS["sft"], SFT()
     if getattr(section, "reference_model", None):
@@ -318,11 +318,11 @@ def _micro_steps(
     encodings: data.EncodedSplits,
     packing: Packing | None,
     batches: Sequence[Sequence[int]],
-) -> list[float]:
-    """Seconds of a micro-step on each of these batches, of the real model, which is thrown away; where a step begins
-    with answers that the model writes, seconds of the second and third whole step."""
+) -> estimating.Measured:
+    """A micro-step on each of these batches and some tokens of the sample answers, by the real model, which is thrown
+    away; where a step begins with answers that the model writes, the second and third whole step."""
     tokenizer, _ = _tokenizer(recipe)
-    draws = METHODS[recipe.method.kind].draws
+    draws = recipe.method.draws
     with (
         estimating.undisturbed(),
         TemporaryDirectory(prefix="tunesmith-plan-") as folder,
@@ -334,7 +334,12 @@ def _micro_steps(
             given |= {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no"}
         once = _at_once(recipe)
         trainer = _trainer(once, Run(Path(folder)), tokenizer, plan, encodings, packing, given)
-        return estimating.timed_steps(trainer) if draws else estimating.timed(trainer, batches)
+        if draws:
+            return estimating.Measured(estimating.timed_steps(trainer))
+        steps = estimating.timed(trainer, batches)
+        prompts = _asked(recipe, encodings.validation)
+        token = estimating.timed_token(trainer.model, tokenizer, prompts) if prompts else 0.0
+        return estimating.Measured(steps, token)
 
 
 def _held_out(recipe: Recipe, asked: Asked) -> planning.HeldOut:
@@ -633,9 +638,8 @@ def fitted(
     identity: dict[str, Any],
 ) -> Fit:
     """The finished model's folder and what training came to."""
-    done = prepared.read("training.json")
-    if done:
-        return Fit(**{**done, "final_model": prepared.final_model})  # the run may have been moved
+    if done := finished(prepared):
+        return done
     ranks.told(
         {
             "recipe": recipe.model_dump(mode="json"),
@@ -705,7 +709,10 @@ def _fitted_from(
             input_rows=encodings.train.rows,
             release=encodings.release,
             pace=partial(_paced, prepared) if checkpoint is None else None,
-            tokens_per_step=0.0 if method.draws else plan.tokens_per_epoch / plan.steps_per_epoch,
+            # Of encoder-decoders the Trainer counts the inputs alone.
+            tokens_per_step=0.0
+            if recipe.method.draws or method.model != "causal"
+            else plan.tokens_per_epoch / plan.steps_per_epoch,
             rehearsal=_rehearsal(recipe, training, trainer, plan, encodings, packing),
             rests_on=rests_on,
         )
@@ -750,7 +757,7 @@ def _rehearsal(
     from tunesmith.training.steps import SOON, Rehearsal
 
     method = METHODS[recipe.method.kind]
-    if method.draws or trainer.args.world_size > 1:
+    if recipe.method.draws or trainer.args.world_size > 1:
         return None
     is_ordered = "_get_train_sampler" in vars(trainer)  # by `order_by_length`
     given = estimating.Rows(
@@ -839,7 +846,7 @@ def _trainer(
 
     pads = trainer.pads = forward.attach(trainer, run, recipe.training)
     wanted = recipe.training.batches
-    if wanted == "by_length" or (wanted == "auto" and pads and not packing and method.any_order):
+    if wanted == "by_length" or (wanted == "auto" and pads and not packing and recipe.method.any_order):
         rows = _row_lengths(method, encodings.train, packing)
         batch = recipe.training.per_device_train_batch_size
         _order(trainer, run, rows, batch, is_asked=wanted == "by_length")
@@ -898,7 +905,7 @@ def _asked(recipe: Recipe, validation: Sequence[Encoding]) -> list[tuple[int, ..
     """Prompts of the first validation examples; none where the model writes nothing, and where the method's own
     answers are kept anyway."""
     method = METHODS[recipe.method.kind]
-    if method.head or method.draws:
+    if method.head or recipe.method.draws:
         return []
     found: dict[tuple[int, ...], None] = {}
     for encoding in validation:

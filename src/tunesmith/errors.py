@@ -23,6 +23,9 @@ import errno
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of what Ctrl-C and SIGTERM end, by the shells' custom: 128 and the signal's number."""
+
 
 class TunesmithError(Exception):
     """A problem that the user can mend: says what was expected, what was found and what to do."""
@@ -92,10 +95,15 @@ class TrainingDiverged(TunesmithError):
 class Interrupted(TunesmithError):
     """The run was stopped on request; its state is saved. 130 after Ctrl-C, 143 after SIGTERM."""
 
-    exit_code = 130
+    exit_code = INTERRUPTED
 
     def __init__(
-        self, problem: str, *, found: str | None = None, fix: str | None = None, exit_code: int = 130
+        self,
+        problem: str,
+        *,
+        found: str | None = None,
+        fix: str | None = None,
+        exit_code: int = INTERRUPTED,
     ) -> None:
         self.exit_code = exit_code
         super().__init__(problem, found=found, fix=fix)
@@ -103,10 +111,6 @@ class Interrupted(TunesmithError):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as `KeyboardInterrupt` is Ctrl-C: what is under way ends at once, and everything is put away."""
-
-
-INTERRUPTED, TERMINATED = 130, 143
-"""Exit codes of what Ctrl-C and SIGTERM end, by the shells' custom: 128 and the signal's number."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -8,10 +8,12 @@ device can do, and on this machine from two measured micro-steps.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import math
 import random
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +28,7 @@ from tunesmith.devices import DeviceFacts
 from tunesmith.errors import OutOfResources, TunesmithError
 from tunesmith.heap import Block, most_held
 from tunesmith.plan import Plan, weights_dtype
-from tunesmith.recipe import DDP, FSDP, DeepSpeed, LoRA, Model, QLoRA, Ray, Recipe, Training
+from tunesmith.recipe import DDP, FSDP, PRINCIPAL, DeepSpeed, LoRA, Model, QLoRA, Ray, Recipe, Training
 from tunesmith.training.run import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 Parts = Mapping[str, int]
 Build = Callable[[Recipe, Any, Path], Any]
 """The method's trainer on a model, with a folder for what it writes."""
+Costs = tuple[tuple[float, float], ...]
+"""Of each operation its FLOPs, and the bytes that it moves."""
 
 STATES = {
     "adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adafactor": 0.0, "sgd": 0.0, "paged_adamw_32bit": 8.0,
@@ -100,9 +104,14 @@ class Remedy:
     peak: int
     fits: bool
 
+    @property
+    def value(self) -> str:
+        """What the run would take then, for people."""
+        return size(self.peak) + ("" if self.fits else ", still too much")
+
     def sentence(self) -> str:
         """For people."""
-        return f"{self.change} ({self.flags}): {size(self.peak)}" + ("" if self.fits else ", still too much")
+        return f"{self.change} ({self.flags}): {self.value}"
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,8 @@ class Estimate:
     """Of the training: steps, validations with their sample answers, and what is saved."""
     validation_seconds: float
     """The share of the validations in them."""
+    saving_seconds: float
+    """The share of what is saved."""
     basis: str
     """What the seconds rest on."""
     tokens_per_epoch: int
@@ -169,7 +180,7 @@ class Estimate:
     @property
     def peak(self) -> int:
         """Bytes at the peak."""
-        return sum(self.stages[self.stage].values()) if self.stages else 0
+        return most_of(self.stages)
 
     @property
     def missing(self) -> int:
@@ -203,7 +214,8 @@ class Estimate:
             why = f"rows of up to {self.longest} tokens; the recipe has {self.micro_batch}"
             rows.append(("largest micro-batch", f"{self.largest_batch:,}", why))
         rows += [
-            (f"remedy {n}", remedy.change, remedy.sentence()) for n, remedy in enumerate(self.remedies, 1)
+            (f"remedy {n}", remedy.value, f"{remedy.change} ({remedy.flags})")
+            for n, remedy in enumerate(self.remedies, 1)
         ]
         rows.append(("time per step", duration(self.seconds_per_step), self.basis))
         rows += self.shared.lines() if self.shared else []
@@ -267,7 +279,7 @@ def unknown(facts: DeviceFacts, error: Exception) -> Estimate:
     why = next(iter(str(error).splitlines()), "") or type(error).__name__
     return Estimate(
         device=facts.name, capacity=facts.memory, stages={}, seconds_per_step=0.0, seconds=0.0, validation_seconds=0.0,
-        basis="",
+        saving_seconds=0.0, basis="",
         tokens_per_epoch=0, epochs=0.0, flops_per_step=0.0, disk={}, disk_free=0, micro_batch=0,
         notes=(f"memory and time were not worked out: the model's step could not be traced ({why[:160]})",),
     )  # fmt: skip
@@ -275,11 +287,12 @@ def unknown(facts: DeviceFacts, error: Exception) -> Estimate:
 
 def paced(planned: Mapping[str, Any] | None, per_step: float, seconds: float) -> dict[str, Any]:
     """What the first steps of a run say of all of it, as plan.json keeps it: `per_step` seconds a step, `seconds` for
-    all of them. Validations, of which none was yet, are as much longer than planned as the steps are."""
+    all of them. Validations, of which none was yet, are as much longer than planned as the steps are; what is saved
+    takes what was planned."""
     if not planned or not planned["stages"]:
         return {}
     slower = per_step / max(planned["seconds_per_step"], 1e-12)
-    seconds += planned["validation_seconds"] * slower
+    seconds += planned["validation_seconds"] * slower + planned["saving_seconds"]
     before = duration(planned["seconds"])
     why = f"two measured steps, {duration(per_step)} for a mean one; {before} were estimated before"
     return {"seconds_per_step": per_step, "seconds": seconds, "basis": why}
@@ -316,16 +329,9 @@ def truth(
     return {**found, "value": value, "sentence": said}
 
 
-FLOATS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-"""What `tunesmith export --quant` calls types."""
-
-
-def _is_converted(recipe: Recipe, dtype: str) -> bool:
-    """Whether weights are held in another type than that of the base's files, from which they are mapped otherwise."""
-    from tunesmith import models
-
-    said = models.configuration(recipe.model.base, recipe.model.revision).dtype
-    return not isinstance(recipe.adapter, QLoRA) and str(said).removeprefix("torch.") != dtype
+def most_of(stages: Mapping[str, Parts]) -> int:
+    """Bytes of the stage that takes the most."""
+    return max((sum(parts.values()) for parts in stages.values()), default=0)
 
 
 def size(count: float) -> str:
@@ -388,7 +394,9 @@ class Traced:
     largest: int
     """Bytes of the largest trained matrix."""
     saved: int
-    """Bytes of what is saved as the model."""
+    """Bytes of the weights that are saved as the model."""
+    beside: int
+    """Bytes of the tokenizer that is saved with them."""
     layer: int
     """Bytes of the weights of the largest layer that can be cut into shares."""
     rest: int
@@ -397,7 +405,7 @@ class Traced:
     """Bytes of the weights that are packed in 4 bits, which cannot."""
     shape: Shape
     step: dict[str, int]
-    costs: tuple[tuple[float, float], ...]
+    costs: Costs
     flops: float
     width: int
     blocks: list[Block] = field(default_factory=list)
@@ -407,8 +415,8 @@ class Traced:
     unpadded: bool = False
     """Whether the trainer leaves padding out."""
     validation: int = 0
-    validation_costs: tuple[tuple[float, float], ...] = ()
-    writing_costs: tuple[tuple[float, float], ...] = ()
+    validation_costs: Costs = ()
+    writing_costs: Costs = ()
     """Of one new token in each row of a batch of answers; none where nothing is written."""
     notes: list[str] = field(default_factory=list)
 
@@ -449,7 +457,7 @@ def hollow(recipe: Recipe, dtype: str) -> Any:
         # How an adapter starts changes no shape, and DoRA's check looks at the weights.
         adapter = adapter.model_copy(update={"init": "default", "dora": False})
     model = models.attach(model, adapter)
-    if METHODS[recipe.method.kind].draws:
+    if recipe.method.draws:
         from trl.trainer.utils import disable_dropout_in_model
 
         disable_dropout_in_model(model)
@@ -541,42 +549,33 @@ def _traced(
             held = {id(p): p for m in (model, *others) for p in (*m.parameters(), *m.buffers())}
             weights = count.known(held.values())
             weights += _references(recipe, model, dtype)
-            drawn = rows.answers
-            if drawn:
-                size = recipe.training.per_device_train_batch_size
-                inputs = _answered(max(rows.lengths), drawn, size, rows.group, vocabulary)
+            size = recipe.training.per_device_train_batch_size
+            if rows.answers:
+                inputs = _answered(max(rows.lengths), rows.answers, size, rows.group, vocabulary)
             else:
                 inputs = trainer.data_collator(rows_by_number(trainer.train_dataset, batch))
             inputs = _shortened(inputs, cut)
-            items = (
-                torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
-            )
+            items = _labels(inputs)
             start = count.clock
             trainer.training_step(model, dict(inputs), num_items_in_batch=items)
             trained = [p for p in model.parameters() if p.requires_grad]
             count.tag([p.grad for p in trained if p.grad is not None], "gradients")
             _, parts = count.live(start)
-            blocks = count.blocks()
-            costs, flops = count.costs, sum(cost[0] for cost in count.costs)
+            blocks, costs = count.blocks(), tuple(count.costs)
             model.zero_grad(set_to_none=True)
-            writing: tuple[tuple[float, float], ...] = ()
+            writing: Costs = ()
             if METHODS[recipe.method.kind].head is None:
-                size = recipe.training.per_device_train_batch_size if drawn else recipe.evaluation.samples
-                writing = _writing(model, count, max(size, 1))
+                writing = _writing(model, count, max(size if rows.answers else recipe.evaluation.samples, 1))
             validation = 0
-            validation_costs: tuple[tuple[float, float], ...] = ()
-            if validates and rows.validation and trainer.eval_dataset is not None and not drawn:
+            validation_costs: Costs = ()
+            if validates and rows.validation and trainer.eval_dataset is not None and not rows.answers:
                 asked = _longest(rows.validation, recipe.training.per_device_eval_batch_size)
                 given = trainer.data_collator(rows_by_number(trainer.eval_dataset, asked))
-                count.restart()
-                model.eval()
-                trainer._loss_sum, trainer._num_labels = 0.0, 0  # as an evaluation begins
                 try:
-                    trainer.prediction_step(model, _shortened(given, cut), prediction_loss_only=True)
-                    validation, _ = count.live()
-                    validation_costs = tuple(count.costs)
+                    validation, validation_costs = _validating(trainer, _shortened(given, cut), count)
                 except (RuntimeError, NotImplementedError, TypeError) as error:
                     notes.append(f"a validation was not traced: {str(error).splitlines()[0][:120]}")
+        trainer.processing_class.save_pretrained(Path(folder) / "tokenizer")
         own = _bytes(trained)
         every = {id(p): p for p in model.parameters()}.values()
         saved = own if isinstance(recipe.adapter, LoRA) else _bytes(every)
@@ -595,6 +594,7 @@ def _traced(
             states=state_bytes(recipe.training.optimizer, model),
             largest=max((p.nbytes for p in trained), default=0),
             saved=saved,
+            beside=sum(file.stat().st_size for file in Path(folder, "tokenizer").iterdir()),
             layer=max(layers, default=0),
             rest=max(_bytes(every) - _bytes(packed) - sum(layers), 0),
             packed=_bytes(packed),
@@ -605,8 +605,8 @@ def _traced(
                 trained=sum(p.numel() for p in trained),
             ),
             step=dict(parts),
-            costs=tuple(costs),
-            flops=flops,
+            costs=costs,
+            flops=sum(flops for flops, _ in costs),
             width=width,
             blocks=blocks,
             unpadded=not trainer.pads,
@@ -617,7 +617,24 @@ def _traced(
         )
 
 
-def _writing(model: Any, count: Any, rows: int) -> tuple[tuple[float, float], ...]:
+def _labels(inputs: Mapping[str, Any]) -> Any:
+    """How many labels a batch has, as the Trainer tells its loss; None where it has no labels of its own."""
+    import torch
+
+    return torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
+
+
+def _validating(trainer: Any, given: dict[str, Any], count: Any) -> tuple[int, Costs]:
+    """The most bytes that a batch of a validation holds, and its operations."""
+    count.restart()
+    trainer.model.eval()
+    trainer._loss_sum, trainer._num_labels = 0.0, 0  # as an evaluation begins
+    trainer.prediction_step(trainer.model, given, prediction_loss_only=True)
+    most, _ = count.live()
+    return most, tuple(count.costs)
+
+
+def _writing(model: Any, count: Any, rows: int) -> Costs:
     """Operations of a pass over one new token in each of so many rows; none where the model cannot be asked so."""
     import torch
 
@@ -654,16 +671,15 @@ def _references(recipe: Recipe, model: Any, dtype: str) -> int:
     """Bytes of a reference that the hollow trainer lacks: the copy beside a policy that draws, and a model of its own
     in the place of that which the trainer has."""
     from tunesmith import models
-    from tunesmith.methods import METHODS
 
     section = recipe.method
     own = _bytes({id(p): p for p in model.parameters()}.values())
-    if METHODS[section.kind].draws:
+    if section.draws:
         diverges = getattr(section, "beta", 0.0) or getattr(section, "kl_coefficient", 0.0)
         is_off = (
             isinstance(recipe.adapter, LoRA)
             and recipe.adapter.bias == "none"
-            and recipe.adapter.init not in models.PRINCIPAL
+            and recipe.adapter.init not in PRINCIPAL
         )
         return own if diverges and not is_off else 0
     name = getattr(section, "reference_model", None)
@@ -706,7 +722,7 @@ def _shortened(inputs: Any, share: float) -> dict[str, Any]:
     }
 
 
-def roofline(costs: Iterable[tuple[float, float]], facts: DeviceFacts, dtype: str) -> float:
+def roofline(costs: Costs, facts: DeviceFacts, dtype: str) -> float:
     """Seconds of operations, each bound by arithmetic, by memory or by its start."""
     peak = facts.peak(dtype) * facts.product_share
     bandwidth = facts.bandwidth * facts.bandwidth_share
@@ -805,7 +821,8 @@ def answering(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> 
     """Bytes that writing answers to the held-out questions takes beside the weights, and what is not known."""
     from tunesmith.methods import METHODS
 
-    if recipe.evaluation.skip or not rows.questions or recipe.evaluation.engine in ("vllm", "openai"):
+    questions = _questions(recipe, rows)
+    if not questions or recipe.evaluation.engine in ("vllm", "openai"):
         return {}, []
     method = METHODS[recipe.method.kind]
     if method.head or method.model != "causal":
@@ -813,10 +830,16 @@ def answering(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> 
             "measuring the models is not part of the memory figures: it is not traced for this method"
         ]
     width, new = max(rows.lengths), recipe.evaluation.max_new_tokens
-    questions = min(rows.questions, recipe.evaluation.max_items or rows.questions)
     count_rows = max(min(recipe.evaluation.batch_tokens // (width + new), questions), 1)
     sizes = count_rows, width, new
     return dict(_answering(recipe.model, _changed(recipe.model), facts.kind, dtype, sizes)), []
+
+
+def _questions(recipe: Recipe, rows: Rows) -> int:
+    """How many questions each model is measured by."""
+    if recipe.evaluation.skip:
+        return 0
+    return min(rows.questions, recipe.evaluation.max_items or rows.questions)
 
 
 @functools.lru_cache(KEPT_TRACES)
@@ -862,12 +885,14 @@ def estimate(
     process: Callable[[], int],
     folder: Path,
     thorough: bool = False,
-    measure: Callable[[Sequence[Sequence[int]]], list[float]] | None = None,
+    measure: Measure | None = None,
     check: Callable[[Recipe], None] = lambda recipe: None,
 ) -> Estimate:
-    """What the run takes on this device. `thorough` also looks for the largest micro-batch; `measure` gives the seconds
-    of micro-steps on rows of these numbers, here. Remedies are worked out where the run does not fit, of those that
-    `check` does not refuse with a TunesmithError."""
+    """What the run takes on this device. `thorough` also looks for the largest micro-batch; `measure` times micro-steps
+    on rows of these numbers, here. Remedies are worked out where the run does not fit, of those that `check` does not
+    refuse with a TunesmithError."""
+    from tunesmith.training.steps import SOON
+
     dtype, precision, total_steps = plan.dtype, plan.mixed_precision, plan.total_steps
 
     def held_in(changed: Recipe) -> str:
@@ -896,31 +921,32 @@ def estimate(
     answers, notes = answering(recipe, rows, facts=facts, dtype=dtype)
     held = process()  # now that every library is loaded
     several = plan.processes
-    found = stages(
-        traced,
-        recipe,
-        facts,
-        process=held,
-        evaluation=answers,
-        processes=several,
-        per_node=plan.per_node,
-        lower=lowers(recipe),
-    )
+
+    def stages_of(changed: Recipe, traced: Traced, answers: Parts) -> dict[str, Parts]:
+        return stages(
+            traced, changed, facts, process=held, evaluation=answers, processes=several, per_node=plan.per_node,
+            lower=lowers(changed),
+        )  # fmt: skip
+
+    found = stages_of(recipe, traced, answers)
     if facts.kind == "cpu" and None in traced.replayed.values():
         notes.append(
             f"the allocator could not be asked what it holds beyond what is alive: {SPREAD['cpu']:.0%} are taken"
         )
-    if sum(max(found.values(), key=lambda parts: sum(parts.values())).values()) > facts.memory:
+    if most_of(found) > facts.memory:
         measure = None
     elif measure and roofline(traced.costs, facts, dtype) > MEASURED_SECONDS:
         measure = None
         notes.append(f"no micro-step was measured: one would take longer than {MEASURED_SECONDS:.0f} s")
     if rows.answers and measure:
-        seconds, basis = _seconds_of_drawing(traced, measure)
+        pace = _pace_of_drawing(traced, measure)
     else:
-        seconds, first, basis = _seconds_per_batch(
-            traced, rows, batch, share, facts, dtype, precision, measure
-        )
+        pace = _pace_of_batches(traced, rows, batch, share, facts, dtype, precision, measure)
+    seconds = pace.seconds
+    fullest = found_batches.place_of_fullest(rows.lengths, pads=not traced.unpadded)
+    # Before the first step, by a run alone.
+    is_tried = fullest // recipe.training.gradient_accumulation_steps >= SOON
+    tried = seconds / share if is_tried and several == 1 and not rows.answers else 0.0
     accumulation = len(found_batches.starts) / found_batches.steps  # an epoch's last step may have fewer
     # Several operations in the place of one kernel read and write about twice as much.
     moved = scaling.MOMENTS / 4 * traced.trained * (1 if "fused" in recipe.training.optimizer else 2)
@@ -937,9 +963,9 @@ def estimate(
             seconds=seconds, tokens=share * sum(rows.lengths[n] for n in batch), update=update,
         )  # fmt: skip
         update = whole - accumulation * seconds
-    per_token = _roofline_of_writing(traced.writing_costs, facts, dtype)
+    per_token = pace.token or _roofline_of_writing(traced.writing_costs, facts, dtype)
     if rows.answers and measure:
-        per_step, first = seconds, 0.0
+        per_step = seconds
     else:
         writing = rows.answers * per_token / getattr(recipe.method, "num_iterations", 1)
         per_step = accumulation * (seconds + writing) + update
@@ -947,66 +973,52 @@ def estimate(
     scale = 1.0 if rows.answers else seconds / max(share * roofline(traced.costs, facts, dtype), 1e-12)
     validation = _pass_over(traced, rows, recipe, facts, dtype) * scale / several
     if recipe.evaluation.samples and not rows.answers:
-        validation += SAMPLE_TOKENS * per_token
-    saves = math.ceil(total_steps / plan.save_steps)
-    kept = saves * (traced.saved + traced.states)
+        validation += min(SAMPLE_TOKENS, recipe.evaluation.max_new_tokens) * per_token
+    model = traced.saved + traced.beside
+    written = math.ceil(total_steps / plan.save_steps) * (model + traced.states)
     if recipe.training.load_best_model_at_end:
-        kept += (validations + 1) * traced.saved
-    if several > 1:
-        notes.append(
-            f"memory is that of one of {several} processes, without the buffers of their connections"
-            + (f"; {plan.per_node} of them share a machine's cores and memory" * (facts.kind == "cpu"))
-        )
-        if not recipe.evaluation.skip and recipe.evaluation.engine not in ("ray", "vllm", "openai"):
-            dealt = (
-                "with evaluation.skip, `tunesmith evaluate RUN --set evaluation.engine=ray` deals the questions to "
-                "workers when the run is done"
-                if isinstance(recipe.launch, Ray)
-                else "evaluation.engine ray deals the questions to workers"
-            )
-            notes.append(
-                "base and tuned model answer the held-out questions in the first process alone, whole, while the "
-                f"others wait; {dealt}"
-            )
-        if moved_by := parallel.offloads(recipe.parallel, facts.kind):
-            notes.append(
-                f"{' and '.join(moved_by)}: what goes between a device and the machine's memory, and the update there, "
-                "are not in the seconds"
-            )
-        if recipe.parallel.kind != "ddp" and facts.kind != "cpu" and _is_converted(recipe, dtype):
-            notes.append(
-                f"each process makes {dtype} of all weights in its machine's memory at first: "
-                f"{size(plan.per_node * traced.weights)} a machine; of a base with files in {dtype} (`tunesmith export "
-                f"BASE --to safetensors --quant {FLOATS[dtype]}`) they are mapped, which takes none of it"
-            )
-    step_flops = accumulation * traced.flops * share
+        written += (validations + 1) * model
+    notes += [*several_notes(recipe, plan, facts, traced.weights), *traced.notes, *rows_notes(rows, recipe)]
     result = Estimate(
         device=facts.name,
         capacity=facts.memory,
         stages=found,
         seconds_per_step=per_step,
-        seconds=first + total_steps * per_step + validations * validation + kept / WRITTEN,
+        seconds=pace.first + tried + total_steps * per_step + validations * validation + written / WRITTEN,
         validation_seconds=validations * validation,
-        basis=basis,
+        saving_seconds=written / WRITTEN,
+        basis=pace.basis,
         tokens_per_epoch=plan.tokens_per_epoch,
         epochs=round(total_steps / max(plan.steps_per_epoch, 1), 2),
-        flops_per_step=step_flops,
-        disk=_disk(recipe, traced, total_steps, plan.save_steps),
+        flops_per_step=accumulation * traced.flops * share,
+        disk=_disk(recipe, traced, rows, plan),
         disk_free=_free(folder),
         micro_batch=recipe.training.per_device_train_batch_size,
-        notes=(*notes, *traced.notes, *rows_notes(rows, recipe)),
+        notes=tuple(notes),
         longest=traced.width,
         shared=shared,
     )
     if thorough:
         result = replace(result, largest_batch=_largest(result, traced_as, recipe, rows, facts.kind))
     if result.missing:
-        result = replace(
-            result,
-            remedies=tuple(
-                _remedies(result, traced_as, lowers, recipe, rows, facts, held, answers, check, plan)
-            ),
-        )
+
+        @functools.cache
+        def peak_of(*changes: Change) -> int:
+            changed = _with(recipe, changes)
+            try:
+                check(changed)
+            except TunesmithError:
+                return REFUSED
+            batch = _longest(rows.lengths, changed.training.per_device_train_batch_size)
+            cut = min(changed.data.max_length / result.longest, 1.0)
+            again = traced_as(changed, batch, cut, validates=result.stage == "validating")
+            fewer = changed.evaluation.batch_tokens < recipe.evaluation.batch_tokens
+            own = {name: b // FEWER for name, b in answers.items()} if fewer else answers
+            return most_of(stages_of(changed, again, own))
+
+        fixed = held if facts.kind == "cpu" else facts.reserved
+        changes = list(_changes(recipe, result.longest, several))
+        result = replace(result, remedies=tuple(_remedies(result, changes, peak_of, fixed)))
     return result
 
 
@@ -1071,6 +1083,19 @@ MEASURED_SECONDS = 20.0
 """Longest micro-step that a plan takes to measure."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What was measured here before a run."""
+
+    steps: Sequence[float]
+    """Seconds of micro-steps, or of whole steps that begin with answers which the model writes."""
+    token: float = 0.0
+    """Seconds of one more token in each sample answer; 0 where there is none."""
+
+
+Measure = Callable[[Sequence[Sequence[int]]], Measured]
+
+
 def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
     """Seconds of the trainer's micro-step on rows of these numbers. The first steps of a process are slow."""
     import torch
@@ -1081,7 +1106,7 @@ def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
     found = []
     for batch in batches:
         inputs = trainer.data_collator(rows_by_number(trainer.train_dataset, batch))
-        items = torch.tensor(max(int((inputs["labels"] != -100).sum()), 1)) if "labels" in inputs else None
+        items = _labels(inputs)
         started = time.perf_counter()
         with trainer.accelerator.autocast():  # which a prepared model would bring along
             trainer.training_step(trainer.model, inputs, num_items_in_batch=items)
@@ -1105,6 +1130,64 @@ def timed_steps(trainer: Any) -> list[float]:
     trainer.add_callback(Ends())
     trainer.train()
     return [after - before for before, after in itertools.pairwise(ends)]
+
+
+def timed_token(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, few: int = 8) -> float:
+    """Seconds of one more token in the answers to these prompts, which are written together."""
+    from tunesmith.generation import generate
+
+    def taken(count: int) -> float:
+        started = time.perf_counter()
+        generate(model, tokenizer, prompts, max_new_tokens=count, stop_ids=())
+        return time.perf_counter() - started
+
+    taken(1)  # the first pass of a process is slow
+    return max(taken(1 + few) - taken(1), 0.0) / few
+
+
+FLOATS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+"""What `tunesmith export --quant` calls types."""
+
+
+def _is_converted(recipe: Recipe, dtype: str) -> bool:
+    """Whether weights are held in another type than that of the base's files, from which they are mapped otherwise."""
+    from tunesmith import models
+
+    said = models.configuration(recipe.model.base, recipe.model.revision).dtype
+    return not isinstance(recipe.adapter, QLoRA) and str(said).removeprefix("torch.") != dtype
+
+
+def several_notes(recipe: Recipe, plan: Plan, facts: DeviceFacts, weights: int) -> list[str]:
+    """What the figures of one of several processes leave out; `weights` are the bytes of the whole model's."""
+    if plan.processes == 1:
+        return []
+    found = [
+        f"memory is that of one of {plan.processes} processes, without the buffers of their connections"
+        + (f"; {plan.per_node} of them share a machine's cores and memory" * (facts.kind == "cpu"))
+    ]
+    if not recipe.evaluation.skip and recipe.evaluation.engine not in ("ray", "vllm", "openai"):
+        dealt = (
+            "with evaluation.skip, `tunesmith evaluate RUN --set evaluation.engine=ray` deals the questions to "
+            "workers when the run is done"
+            if isinstance(recipe.launch, Ray)
+            else "evaluation.engine ray deals the questions to workers"
+        )
+        found.append(
+            "base and tuned model answer the held-out questions in the first process alone, whole, while the "
+            f"others wait; {dealt}"
+        )
+    if moved_by := parallel.offloads(recipe.parallel, facts.kind):
+        found.append(
+            f"{' and '.join(moved_by)}: what goes between a device and the machine's memory, and the update there, "
+            "are not in the seconds"
+        )
+    if recipe.parallel.kind != "ddp" and facts.kind != "cpu" and _is_converted(recipe, plan.dtype):
+        found.append(
+            f"each process makes {plan.dtype} of all weights in its machine's memory at first: "
+            f"{size(plan.per_node * weights)} a machine; of a base with files in {plan.dtype} (`tunesmith export "
+            f"BASE --to safetensors --quant {FLOATS[plan.dtype]}`) they are mapped, which takes none of it"
+        )
+    return found
 
 
 def rows_notes(rows: Rows, recipe: Recipe) -> list[str]:
@@ -1225,22 +1308,37 @@ def batches(rows: Rows, training: Training, steps: int, *, pads: bool = False) -
     return Batches(np.concatenate(parts), np.asarray(starts), max(done, 1), -(-total // size), bool(alike))
 
 
-def _seconds_per_batch(
+@dataclass(frozen=True)
+class _Pace:
+    """What the seconds of a run are made of."""
+
+    seconds: float
+    """Of the mean micro-step, or of a whole step that begins with answers which the model writes."""
+    basis: str
+    """What they rest on."""
+    first: float = 0.0
+    """By which the first one is longer."""
+    token: float = 0.0
+    """Of one more token in each sample answer; 0 where that was not measured."""
+
+
+def _pace_of_batches(
     traced: Traced, rows: Rows, batch: Sequence[int], part: float, facts: DeviceFacts, dtype: str, precision: str,
-    measure: Callable[[Sequence[Sequence[int]]], list[float]] | None,
-) -> tuple[float, float, str]:  # fmt: skip
-    """Seconds of the mean micro-step, which is `part` of that which was traced, those by which the first one is longer,
-    and what they rest on."""
+    measure: Measure | None,
+) -> _Pace:  # fmt: skip
+    """That of micro-steps of which the mean one is `part` of that which was traced."""
     compute = {"fp16": "float16", "bf16": "bfloat16"}.get(precision, dtype)
     counted_seconds = roofline(traced.costs, facts, compute) * part
     share = f"{traced.flops / 1e9:,.1f} GFLOP in the longest micro-step"
     if measure is None:
         rates = f"{facts.peak(compute) * facts.product_share / 1e12:.3g} TFLOP/s in {compute}"
-        return counted_seconds, 0.0, f"an estimate: {share}, at {rates} and {facts.bandwidth / 1e9:,.0f} GB/s"
+        basis = f"an estimate: {share}, at {rates} and {facts.bandwidth / 1e9:,.0f} GB/s"
+        return _Pace(counted_seconds, basis)
     by_length = sorted(range(len(rows.lengths)), key=lambda n: rows.lengths[n])
     middle = max(len(by_length) // 2 - len(batch) // 2, 0)
     typical = sorted(by_length[middle : middle + len(batch)])
-    first_seconds, long_seconds, typical_seconds = measure([typical, batch, typical])
+    found = measure([typical, batch, typical])
+    first_seconds, long_seconds, typical_seconds = found.steps
     lengths = rows.lengths
     together = sum if traced.unpadded else max
     high, low = together(lengths[n] for n in batch), together(lengths[n] for n in typical)
@@ -1250,20 +1348,15 @@ def _seconds_per_batch(
         seconds = max(typical_seconds + slope * (mean - low), 0.3 * typical_seconds)
     else:
         seconds = (long_seconds + typical_seconds) / 2 * mean / high
-    return (
-        seconds,
-        max(first_seconds - typical_seconds, 0.0),
-        f"two measured micro-steps ({duration(long_seconds)} and {duration(typical_seconds)}); {share}",
-    )
+    basis = f"two measured micro-steps ({duration(long_seconds)} and {duration(typical_seconds)}); {share}"
+    return _Pace(seconds, basis, first=max(first_seconds - typical_seconds, 0.0), token=found.token)
 
 
-def _seconds_of_drawing(
-    traced: Traced, measure: Callable[[Sequence[Sequence[int]]], list[float]]
-) -> tuple[float, str]:
-    """Seconds of a whole step whose answers are written first, and what they rest on."""
-    found = measure([])
+def _pace_of_drawing(traced: Traced, measure: Measure) -> _Pace:
+    """That of whole steps whose answers are written first."""
+    found = measure([]).steps
     told = " and ".join(map(duration, found))
-    return (
+    return _Pace(
         sum(found) / len(found),
         f"{len(found)} measured steps ({told}), the answers of which the model wrote; "
         f"{traced.flops / 1e9:,.1f} GFLOP in a micro-step beside the writing",
@@ -1275,7 +1368,7 @@ BY_PYTHON = 3e-5
 measured with 4 layers on a CPU, and as much a layer is known of GPUs."""
 
 
-def _roofline_of_writing(costs: Iterable[tuple[float, float]], facts: DeviceFacts, dtype: str) -> float:
+def _roofline_of_writing(costs: Costs, facts: DeviceFacts, dtype: str) -> float:
     """Seconds of a new token in each row."""
     return roofline(costs, replace(facts, launch=max(BY_PYTHON, facts.launch)), dtype)
 
@@ -1295,15 +1388,32 @@ def _pass_over(traced: Traced, rows: Rows, recipe: Recipe, facts: DeviceFacts, d
     return batches * roofline(traced.validation_costs, facts, dtype) * (0.5 + 0.5 * mean / longest)
 
 
-def _disk(recipe: Recipe, traced: Traced, total_steps: int, save_steps: int) -> dict[str, int]:
+LEDGER, EVENT, ANSWER = 130, 250, 900
+"""Bytes of a line in a run's ledger, of one in its events, and of one that holds an answer, about and without the
+answer itself."""
+
+
+def _disk(recipe: Recipe, traced: Traced, rows: Rows, plan: Plan) -> dict[str, int]:
     """Bytes that the run's folder comes to hold."""
-    saves = math.ceil(total_steps / max(save_steps, 1))
+    saves = math.ceil(plan.total_steps / max(plan.save_steps, 1))
     # One more is there while the oldest is still to be deleted.
     kept = min(recipe.training.save_total_limit + 1, saves)
-    found = {"checkpoints": kept * (traced.saved + traced.states), "final_model": traced.saved}
+    model = traced.saved + traced.beside
+    found = {"checkpoints": kept * (model + traced.states), "final_model": model}
     if recipe.training.load_best_model_at_end:
-        found["best_model"] = traced.saved
+        found["best_model"] = model
+    answers = 2 * _questions(recipe, rows) * (ANSWER + 4 * recipe.evaluation.max_new_tokens)
+    ledger = LEDGER * (len(rows.lengths) + len(rows.validation) + rows.questions)
+    found["records"] = _page() + ledger + answers + EVENT * plan.total_steps // plan.logging_steps
     return found
+
+
+def _page() -> int:
+    """Bytes of the library of plots, which every report holds, so that it opens offline."""
+    spec = importlib.util.find_spec("plotly")
+    places = (spec and spec.submodule_search_locations) or ()
+    files = (Path(place, "package_data/plotly.min.js") for place in places)
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _free(folder: Path) -> int:
@@ -1329,7 +1439,7 @@ def _largest(
     )
     mine, its = (sum(b for name, b in t.step.items() if name != "gradients") for t in (traced, second))
     per_row = max((mine - its) / (held - other), 1.0) * (1 + SPREAD[kind])
-    rest = max(sum(parts.values()) for name, parts in found.stages.items() if name != "training")
+    rest = most_of({name: parts for name, parts in found.stages.items() if name != "training"})
     if rest > found.capacity:
         return 0
     apart = sum(b for n, b in found.stages["training"].items() if n not in (*traced.step, "spread"))
@@ -1338,73 +1448,84 @@ def _largest(
     return min(max(int(held + room // per_row), 0), len(rows.lengths))
 
 
+REFUSED = sys.maxsize
+"""The peak of a recipe that would be refused."""
+FEWER = 4
+"""The part of the tokens that a batch of answers has as a remedy."""
+MOST_REMEDIES = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """A change to a recipe with which it takes less memory."""
+
+    kind: str
+    """What it is a try at; of one kind the first that is not refused counts."""
+    said: str
+    flags: str
+    fields: Mapping[str, Any]
+    """By section of the recipe: the fields that are set, or the section that takes its place."""
+
+
+def _with(recipe: Recipe, changes: Iterable[Change]) -> Recipe:
+    """The recipe with these changes, the later on top."""
+    for change in changes:
+        update = {
+            name: value if not isinstance(value, dict) else getattr(recipe, name).model_copy(update=value)
+            for name, value in change.fields.items()
+        }
+        recipe = recipe.model_copy(update=update)
+    return recipe
+
+
 def _remedies(
-    found: Estimate, traced_as: Callable[..., Traced], lowers: Callable[[Recipe], bool], recipe: Recipe, rows: Rows,
-    facts: DeviceFacts, process: int, answers: Parts, check: Callable[[Recipe], None], plan: Plan,
-) -> Iterator[Remedy]:  # fmt: skip
-    """The three least harmful changes with which the run fits; where none does, those that come closest."""
-    tried: list[Remedy] = []
-    for change, flags, harmed, cut in _changes(recipe, found.longest, check, plan.processes):
-        batch = _longest(rows.lengths, harmed.training.per_device_train_batch_size)
-        traced = traced_as(harmed, batch, cut, validates=found.stage == "validating")
-        fewer = dict(answers) if not harmed.evaluation.skip else {}
-        if harmed.evaluation.batch_tokens < recipe.evaluation.batch_tokens:
-            fewer = {name: b // 4 for name, b in fewer.items()}
-        peak = max(
-            sum(p.values())
-            for p in stages(
-                traced,
-                harmed,
-                facts,
-                process=process,
-                evaluation=fewer,
-                processes=plan.processes,
-                per_node=plan.per_node,
-                lower=lowers(harmed),
-            ).values()
-        )
-        fixed = process if facts.kind == "cpu" else facts.reserved
-        if peak <= found.capacity or peak - fixed < 0.98 * (found.peak - fixed):
-            tried.append(Remedy(change, flags, peak, peak <= found.capacity))
-    fit = [remedy for remedy in tried if remedy.fits][:3]
-    rest = sorted((remedy for remedy in tried if not remedy.fits), key=lambda remedy: remedy.peak)
-    return iter([*fit, *rest[: 3 - len(fit)]])
+    found: Estimate, changes: Iterable[Change], peak_of: Callable[..., int], fixed: int
+) -> list[Remedy]:
+    """Three remedies from changes in order of harm: ways in which the run fits, the least harmful first, each without
+    what it can do without; where there are fewer, what comes closest. `peak_of` gives the bytes at the peak of the
+    recipe with some of the changes, `fixed` are those that no change makes less.
+    """
 
+    def remedy(taken: Sequence[Change], most: int) -> Remedy:
+        """Of these changes those without which the peak would be more than that."""
+        for change in reversed(taken):
+            fewer = [other for other in taken if other is not change]
+            taken = fewer if fewer and peak_of(*fewer) <= most else taken
+        said, flags = ", and ".join(c.said for c in taken), " ".join(c.flags for c in taken)
+        peak = peak_of(*taken)
+        return Remedy(said, flags, peak, peak <= found.capacity)
 
-def _changes(
-    recipe: Recipe, longest: int, check: Callable[[Recipe], None], processes: int
-) -> Iterator[tuple[str, str, Recipe, float]]:
-    """Changes to a recipe in order of harm, each with those before it, its flags, the recipe and the share of the rows'
-    length: the same maths in smaller pieces, in shares of several processes, more time, fewer trained weights, coarser
-    weights, shorter rows. What `check` refuses is left out."""
-    small = recipe
-    said: list[str] = []
-    flags: list[str] = []
-    done: set[str] = set()
-    for kind, change, flag, fields in _single(recipe, longest, processes):
-        if kind in done:
+    def beyond(share: float, peak: int) -> int:
+        return fixed + int(share * (peak - fixed))
+
+    fits: list[Remedy] = []
+    short: dict[str, Remedy] = {}
+    waiting: list[Change] = []
+    offered = set()
+    for change in changes:
+        if change.kind in offered or (peak := peak_of(change)) == REFUSED:
             continue
-        changed = small.model_copy(
-            update={
-                name: value if not isinstance(value, dict) else getattr(small, name).model_copy(update=value)
-                for name, value in fields.items()
-            }
-        )
-        try:
-            check(changed)
-        except TunesmithError:
-            continue
-        if flag == "--qlora" and "--lora" in flags:
-            place = flags.index("--lora")
-            del said[place], flags[place]
-        small, said, flags = changed, [*said, change], [*flags, flag]
-        done.add(kind)
-        cut = min(small.data.max_length / longest, 1.0)
-        yield ", ".join(said), " ".join(flags), small, cut
+        offered.add(change.kind)
+        if peak <= found.capacity:
+            fits.append(remedy([change], found.capacity))
+        else:
+            waiting.append(change)
+            short[change.flags] = remedy([change], peak)
+            if peak_of(*waiting) <= found.capacity:
+                fits.append(remedy(waiting, found.capacity))
+                waiting = []
+        if len(fits) == MOST_REMEDIES:
+            return fits
+    if not fits and len(waiting) > 1:
+        closest = remedy(waiting, beyond(1.02, peak_of(*waiting)))
+        short[closest.flags] = closest
+    less = [one for one in short.values() if one.peak < beyond(0.98, found.peak)]
+    return [*fits, *sorted(less, key=lambda one: one.peak)[: MOST_REMEDIES - len(fits)]]
 
 
-def _single(recipe: Recipe, longest: int, processes: int) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """Single changes in order of harm: what they are a try at, in words, as flags, and the fields they set."""
+def _changes(recipe: Recipe, longest: int, processes: int) -> Iterator[Change]:
+    """Changes in order of harm: the same maths in smaller pieces, in shares of several processes, more time, fewer
+    trained weights, coarser weights, shorter rows."""
     rows, times = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
     for few in (1, 2):
         if rows > few:
@@ -1415,21 +1536,27 @@ def _single(recipe: Recipe, longest: int, processes: int) -> Iterator[tuple[str,
             }  # fmt: skip
             flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in fields.items())
             said = f"{'one row' if few == 1 else f'{few} rows'} per pass, {passes} passes per step"
-            yield "rows", said, flags, {"training": fields}
+            yield Change("rows", said, flags, {"training": fields})
     if recipe.evaluation.batch_tokens > 2048:
-        wanted = recipe.evaluation.batch_tokens // 4
+        wanted = recipe.evaluation.batch_tokens // FEWER
         said, flags = f"{wanted} tokens per batch of answers", f"--set evaluation.batch_tokens={wanted}"
-        yield "answers", said, flags, {"evaluation": {"batch_tokens": wanted}}
+        yield Change("answers", said, flags, {"evaluation": {"batch_tokens": wanted}})
     if processes > 1 and isinstance(recipe.parallel, DDP):
         said = f"weights, gradients and optimizer states in shares of the {processes} processes, more to send"
-        yield "shares", said, "--parallel fsdp", {"parallel": FSDP()}
+        yield Change("shares", said, "--parallel fsdp", {"parallel": FSDP()})
     if not recipe.training.gradient_checkpointing:
         said = "activations computed again in the backward pass, about a third more time"
-        yield "again", said, "--gradient-checkpointing", {"training": {"gradient_checkpointing": True}}
+        yield Change(
+            "again", said, "--gradient-checkpointing", {"training": {"gradient_checkpointing": True}}
+        )
     if not isinstance(recipe.adapter, LoRA):
-        yield "adapter", "an adapter instead of all weights", "--lora", {"adapter": LoRA()}
+        yield Change("adapter", "an adapter instead of all weights", "--lora", {"adapter": LoRA()})
     if not isinstance(recipe.adapter, QLoRA):
-        kept = recipe.adapter.model_dump(exclude={"kind"}) if isinstance(recipe.adapter, LoRA) else {}
-        yield "bits", "4-bit weights under the adapter", "--qlora", {"adapter": QLoRA(**kept)}
+        is_adapted = isinstance(recipe.adapter, LoRA)
+        kept = recipe.adapter.model_dump(exclude={"kind"}) if is_adapted else {}
+        said = "4-bit weights under the adapter" if is_adapted else "an adapter on 4-bit weights"
+        yield Change("bits", said, "--qlora", {"adapter": QLoRA(**kept)})
     half = max(min(recipe.data.max_length, longest) // 2, 16)
-    yield "length", f"rows cut at {half} tokens", f"--max-length {half}", {"data": {"max_length": half}}
+    yield Change(
+        "length", f"rows cut at {half} tokens", f"--max-length {half}", {"data": {"max_length": half}}
+    )

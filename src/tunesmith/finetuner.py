@@ -853,8 +853,7 @@ def _continued(run: Run, recipe: Recipe, identity: Mapping[str, Any]) -> Path | 
         continuing.check_identity(run, checkpoint, identity)
     except RunError as error:
         raise RunError(error.problem, found=error.found, fix=OTHER_FOLDER) from None
-    if checkpoint and (changed := checkpoints.environment_differences(checkpoint)):
-        run.event("warning", message=f"The run goes on, though not to the bit: {'; '.join(changed)}.")
+    continuing.say_environment(run, checkpoint)
     return checkpoint
 
 
@@ -884,8 +883,10 @@ def _spread(model: Any) -> Any:
 
 def _lay_open(run: Run) -> None:
     """Copy the final model's files to the run's top, where `PeftModel.from_pretrained` is pointed at."""
+    from tunesmith.training.checkpoints import BEST
+
     for file in run.final_model.iterdir():
-        if file.is_file() and file.name != "best_model_info.json":
+        if file.is_file() and file.name != BEST:
             shutil.copy2(file, run.path / file.name)
 
 

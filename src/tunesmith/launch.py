@@ -19,7 +19,17 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from tunesmith import ranks
-from tunesmith.errors import RecipeError, RunError, Terminated, TunesmithError, as_facts, counted, of_facts
+from tunesmith.errors import (
+    INTERRUPTED,
+    TERMINATED,
+    RecipeError,
+    RunError,
+    Terminated,
+    TunesmithError,
+    as_facts,
+    counted,
+    of_facts,
+)
 from tunesmith.recipe import Accelerate, Kubernetes, Launch, Local, Ray, Slurm, Training
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
@@ -370,7 +380,7 @@ def main() -> None:
         tell.job(error={**as_facts(error), "is_lost": getattr(error, "is_lost", False)})
         sys.exit(error.exit_code)
     except KeyboardInterrupt as error:
-        sys.exit((Terminated is type(error) and 143) or 130)
+        sys.exit(TERMINATED if isinstance(error, Terminated) else INTERRUPTED)
     tell.job(result=result)
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
-HIDDEN = ("bitsandbytes", "scipy")
+HIDDEN = ("bitsandbytes", "scipy", "torchao")
 """Packages that no training needs while its libraries are loaded."""
 
 
@@ -23,8 +23,9 @@ def loading() -> Iterator[None]:
 
     The collector would go through all that is loaded again and again, and find nothing. PEFT imports bitsandbytes for
     any adapter, and that torch's compiler, while only QLoRA uses it: what loads a quantized model stays outside.
-    transformers imports scipy for the losses of models that find objects in pictures. What was asked about what is
-    installed is forgotten before, as a process that has worked already knows of scipy, and afterwards.
+    transformers imports scipy for the losses of models that find objects in pictures, and torchao (1.8 seconds) for
+    models that are packed by it. What was asked about what is installed is forgotten before, as a process that has
+    worked already knows of scipy, and afterwards.
     """
     collects, hidden = gc.isenabled(), [name for name in HIDDEN if name not in sys.modules]
     gc.disable()
@@ -42,8 +43,8 @@ def loading() -> Iterator[None]:
             del sys.modules[name]
         if hidden:
             _forget_asked()
-        if "scipy" in hidden:
-            _give_assignment()
+        for name in hidden:
+            _give(name)
         if collects:
             gc.enable()
 
@@ -83,9 +84,11 @@ class Installed(dict[str, list[str]]):
 
 
 ASKED = {
-    "peft.import_utils": ("is_bnb_available", "is_bnb_4bit_available"),
-    "transformers.utils.import_utils": ("is_bitsandbytes_available", "is_scipy_available"),
-}
+    "peft.import_utils": ("is_bnb_available", "is_bnb_4bit_available", "is_torchao_available", "is_torchao_ge_v0_18_0"),
+    "transformers.utils.import_utils": (
+        "is_bitsandbytes_available", "is_scipy_available", "is_torchao_available",
+    ),
+}  # fmt: skip
 """Functions that keep whether a hidden package is installed."""
 
 
@@ -97,22 +100,29 @@ def _forget_asked() -> None:
                 clear()
 
 
-ASSIGNS = "linear_sum_assignment"
+MISSED = {
+    "scipy": ("transformers.loss.", "is_scipy_available", "scipy.optimize", "linear_sum_assignment"),
+    "torchao": (
+        "transformers.quantizers.quantizer_torchao", "is_torchao_available",
+        "torchao.prototype.safetensors.safetensors_support", "flatten_tensor_state_dict",
+    ),
+}  # fmt: skip
+"""What modules of transformers would have imported of a hidden package: how they are called, what they ask before, and
+where the function is that they lack."""
 
 
-def _give_assignment() -> None:
-    """Give transformers' losses of found objects the function of scipy that they would have imported."""
-    if importlib.util.find_spec("scipy") is None:
+def _give(package: str) -> None:
+    """Give modules the function of a hidden package that they would have imported; it is imported when it is called."""
+    if package not in MISSED or importlib.util.find_spec(package) is None:
         return
+    prefix, asked, source, name = MISSED[package]
 
-    def assigned(*args: Any, **kwargs: Any) -> Any:
-        from scipy.optimize import linear_sum_assignment
+    def late(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(source), name)(*args, **kwargs)
 
-        return linear_sum_assignment(*args, **kwargs)
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("transformers.loss.") and hasattr(module, "is_scipy_available"):
-            vars(module).setdefault(ASSIGNS, assigned)
+    for called, module in list(sys.modules.items()):
+        if called.startswith(prefix) and hasattr(module, asked):
+            vars(module).setdefault(name, late)
 
 
 _owned: list[bool] = []

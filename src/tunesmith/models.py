@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from tunesmith import libraries, ranks
 from tunesmith.errors import MissingExtra, ModelError, closest, nearest
-from tunesmith.recipe import Adapter, Freeze, LoRA, QLoRA
+from tunesmith.recipe import PRINCIPAL, Adapter, Freeze, LoRA, QLoRA
 
 FILES = {
     ".json",
@@ -635,10 +635,6 @@ def check_fit(
             f"data.max_length {max_length} is above the context of the model, {limit} tokens.",
             fix=f"Give --max-length {limit} or less; data.over_long says what happens to longer examples.",
         )
-
-
-PRINCIPAL = ("pissa", "pissa_niter_16", "olora")
-"""Starts of an adapter that are parts of the weight itself: a matrix has no more of them than its smaller side."""
 
 
 CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")

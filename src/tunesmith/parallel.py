@@ -14,9 +14,8 @@ from typing import Any
 
 from tunesmith import scaling
 from tunesmith.errors import MissingExtra, OutOfResources, RecipeError
-from tunesmith.models import PRINCIPAL
 from tunesmith.plan import Decision, Plan
-from tunesmith.recipe import DDP, FSDP, DeepSpeed, Parallel, Recipe, Training
+from tunesmith.recipe import DDP, FSDP, PRINCIPAL, DeepSpeed, Parallel, Recipe, Training
 
 SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Optimizers that update each number by itself, so that a share of a weight is updated as the whole is."""
@@ -27,11 +26,6 @@ HALF = 0.5
 def check(recipe: Recipe, processes: int) -> None:
     """Raises RecipeError for what does not go with weights in shares, with the reason."""
     section = recipe.parallel
-    if isinstance(section, DeepSpeed) and section.offload_parameters and section.stage not in (None, 3):
-        raise RecipeError(
-            f"parallel.offload_parameters is of ZeRO's stage 3, and parallel.stage is {section.stage}.",
-            fix="Give stage 3, or leave offload_parameters out.",
-        )
     if isinstance(section, DDP) or processes == 1:
         return
     training, start = recipe.training, getattr(recipe.adapter, "init", "")

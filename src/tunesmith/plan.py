@@ -161,7 +161,11 @@ def resolve(
     if training.max_steps and training.max_steps < total:
         total, why = training.max_steps, f"max_steps, below {why}"
     elif training.max_steps and training.max_steps > total:
-        total, why = training.max_steps, f"max_steps, repeating the data beyond {why}"
+        rounds, rest = divmod(training.max_steps, per_epoch)
+        passes = " and ".join(
+            counted(number, word) for number, word in ((rounds, "epoch"), (rest, "step")) if number
+        )
+        total, why = training.max_steps, f"max_steps, {passes} in the place of {why}"
     decisions.append(Decision("total_steps", total, why))
     if processes > 1:
         own = dealt(training, processes)

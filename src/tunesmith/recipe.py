@@ -196,10 +196,23 @@ class Data(DataSource):
     """Keep the tokenized examples for the next run on the same rows, tokenizer, template and options."""
 
 
-class SFT(Section):
+class MethodSection(Section):
+    """What every method says of itself, as far as it decides which options have an effect."""
+
+    can_pack: ClassVar[bool] = False
+    """Whether several examples can share a row."""
+    draws: ClassVar[bool] = False
+    """Whether it learns from answers of the model, of which it keeps samples itself."""
+    any_order: ClassVar[bool] = True
+    """Whether its rows may come in any order."""
+
+
+class SFT(MethodSection):
     """Supervised fine-tuning: imitate the answers."""
 
     kind: Literal["sft"] = "sft"
+
+    can_pack: ClassVar[bool] = True
 
     loss_on: Literal["answers", "last_answer", "everything"] = "answers"
     """Tokens that are trained: all answers, only the last one, or the whole text. End-of-turn tokens of
@@ -209,7 +222,7 @@ class SFT(Section):
     """Noise on the input embeddings while training (NEFTune, arXiv 2310.05914); 5 is usual."""
 
 
-class Seq2Seq(Section):
+class Seq2Seq(MethodSection):
     """Fine-tune an encoder-decoder model (T5, mT5, BART): the encoder reads the question, the decoder learns to
     write the answer."""
 
@@ -232,7 +245,7 @@ class Seq2Seq(Section):
     last one."""
 
 
-class _Reference(Section):
+class _Reference(MethodSection):
     """Fields of methods that hold the model to a reference: how likely it found each answer before."""
 
     loss_on: ClassVar[Literal["answers"]] = "answers"
@@ -315,6 +328,8 @@ class KTO(_Reference):
 
     kind: Literal["kto"] = "kto"
 
+    any_order: ClassVar[bool] = False
+
     loss: Literal["kto", "apo_zero_unpaired"] = "kto"
     """What is minimized: KTO's own, or APO-zero on single answers (arXiv 2408.06266), which estimates no KL."""
 
@@ -326,7 +341,7 @@ class KTO(_Reference):
     """Weight of bad answers; by default as above."""
 
 
-class ORPO(Section):
+class ORPO(MethodSection):
     """Odds ratio preference optimization (arXiv 2403.07691): imitate the better answer and make the worse one less
     likely in the same step, without a reference. Takes the place of supervised fine-tuning."""
 
@@ -338,7 +353,7 @@ class ORPO(Section):
     """Weight of the odds ratio beside the imitation loss (the paper's lambda)."""
 
 
-class CPO(Section):
+class CPO(MethodSection):
     """Contrastive preference optimization (arXiv 2401.08417): DPO without a reference, beside an imitation loss on
     the better answer."""
 
@@ -365,7 +380,7 @@ class CPO(Section):
         return self
 
 
-class SimPO(Section):
+class SimPO(MethodSection):
     """Simple preference optimization (arXiv 2405.14734): make the better answer likelier per token than the worse
     one by a margin, without a reference."""
 
@@ -386,7 +401,7 @@ class SimPO(Section):
     """Share of the pairs whose labels are expected to be the wrong way round."""
 
 
-class RewardModel(Section):
+class RewardModel(MethodSection):
     """Train a reward model: a score in place of the output layer, higher for the better of two answers
     (Bradley and Terry 1952, as in arXiv 2009.01325)."""
 
@@ -495,18 +510,26 @@ def _rewards(value: Any) -> Any:
     ]
 
 
+def _weighed(sections: list[Any]) -> list[Any]:
+    if sections and not any(section.weight for section in sections):
+        raise ValueError("every reward has weight 0, so there is nothing to learn; give one a weight")
+    return sections
+
+
 RewardSection = Annotated[
     MetricReward | PythonReward | ModelReward | JudgeReward, Field(discriminator="kind")
 ]
-Rewards = Annotated[list[RewardSection], BeforeValidator(_rewards)]
+Rewards = Annotated[list[RewardSection], BeforeValidator(_rewards), AfterValidator(_weighed)]
 """Rewards with their weights; a plain name is a metric, `module:function` a function."""
 
 
-class Sampled(Section):
+class Sampled(MethodSection):
     """What methods share that draw several answers to each prompt and compare their rewards with one another."""
 
     loss_on: ClassVar[Literal["answers"]] = "answers"
     learning_rates: ClassVar[tuple[float, float]] = (1e-6, 1e-5)
+    draws: ClassVar[bool] = True
+    any_order: ClassVar[bool] = False
 
     rewards: Rewards = []
     """What answers are worth: names of metrics, `module:function`, or entries of a kind with its fields
@@ -584,7 +607,7 @@ class RLOO(Sampled):
     """Rewards are limited to plus and minus this."""
 
 
-class PPO(Section):
+class PPO(MethodSection):
     """Reinforcement learning with a learned value (PPO, arXiv 1707.06347): the model answers prompts, rewards score the
     answers, and it learns from them. A training step is one rollout: `per_device_train_batch_size` times
     `gradient_accumulation_steps` prompts, answered once and learned from several times (`docs/ppo.md`)."""
@@ -593,6 +616,8 @@ class PPO(Section):
 
     loss_on: ClassVar[Literal["answers"]] = "answers"
     learning_rates: ClassVar[tuple[float, float]] = (3e-6, 3e-5)
+    draws: ClassVar[bool] = True
+    any_order: ClassVar[bool] = False
 
     rewards: Rewards = []
     """What answers are worth: names of metrics, `module:function`, or entries of a kind with its fields
@@ -685,6 +710,10 @@ class Freeze(Section):
 
     ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Share of the layers, counted from the bottom, that is frozen; of an encoder-decoder model in both halves."""
+
+
+PRINCIPAL = ("pissa", "pissa_niter_16", "olora")
+"""Starts of an adapter that are parts of the weight itself: a matrix has no more of them than its smaller side."""
 
 
 class LoRA(Section):
@@ -809,8 +838,8 @@ class Training(Section):
 
     cache_frozen: bool = False
     """Keep the outputs of frozen bottom layers (adapter.kind freeze) from epoch to epoch, in a quarter of the free
-    memory at most. Refused where nothing below is frozen, or an adapter or dropout sits there, and with grpo, rloo and
-    ppo, whose rows never come back."""
+    memory at most. Refused where nothing below is frozen, or an adapter or dropout sits there, with noise, the stock
+    forward and seq2seq, and with grpo, rloo and ppo, whose rows never come back."""
 
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_yaml_no)] = "no"
     """Precision of the forward and backward pass; weights stay in their own type."""
@@ -1131,6 +1160,14 @@ class DeepSpeed(Section):
 
     offload_parameters: bool = False
     """Keep the weights in the machine's memory between their uses; stage 3 only."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.offload_parameters and self.stage not in (None, 3):
+            raise ValueError(
+                f"offload_parameters is of ZeRO's stage 3, and parallel.stage is {self.stage}; give stage 3, or none"
+            )
+        return self
 
 
 Parallel = Annotated[DDP | FSDP | DeepSpeed, Field(discriminator="kind")]

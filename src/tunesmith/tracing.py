@@ -55,8 +55,8 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, *, vocabulary: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.vocabulary = vocabulary
-        self.clock = self.positions = 0
-        """Operations so far, and the most positions that a table of words was asked for at once."""
+        self.clock = 0
+        """Operations so far."""
         self.pieces: list[_Piece] = []
         self.costs: list[tuple[float, float]] = []
         self._known: dict[int, tuple[Any, _Piece]] = {}
@@ -64,8 +64,7 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def restart(self) -> None:
         """Forget what was counted so far."""
-        self.pieces, self.costs, self.positions = [], [], 0
-        self.tags = {}
+        self.pieces, self.costs, self.tags = [], [], {}
 
     def known(self, tensors: Iterable[Any]) -> int:
         """Bytes of tensors that were there before; these are not counted as they are used."""
@@ -178,8 +177,6 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if packet.__name__ in MOVES_NOTHING:
             return
         flops = 0.0
-        if packet is aten.embedding and args[0].shape[0] >= self.vocabulary:
-            self.positions = max(self.positions, args[1].numel())
         if packet in flop_registry:
             flops = float(flop_registry[packet](*args, **given, out_val=out))
         elif packet in CPU_ATTENTION:

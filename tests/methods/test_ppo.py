@@ -271,6 +271,35 @@ def test_models_that_cap_their_logits_are_found(tiny_model_folder):
     assert ppo.is_parted(models.load_model(str(tiny_model_folder)))
 
 
+def test_capped_logits_are_read_off_the_fast_forward_as_the_model_gives_them():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    from tunesmith.forward import TRUNK, Trunk
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=320, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5, pad_token_id=0,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config)
+    torch.nn.init.normal_(model.model.embed_tokens.weight)
+    fast = copy.deepcopy(model)
+    setattr(fast, TRUNK, Trunk(fast, pytest.fail))
+    ids = torch.randint(3, 320, (3, 12))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    acted = (torch.arange(12) >= 4) & (mask == 1)
+    found = []
+    for each in (model, fast):
+        hidden, logits = ppo.states(each, ids, mask, acted)
+        assert (logits is None) == (each is fast)
+        logs, entropies = ppo.token_logprobs(each, hidden, logits, ids, acted, 0.7, entropy=True)
+        (logs.sum() + 0.1 * entropies.sum()).backward()
+        found.append((logs, entropies, *(p.grad for p in each.parameters())))
+    for ours, wanted in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
 def test_dropout_is_switched_off_and_said(made):
     trainer = made(adapter="lora")
     rates = {m.p for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)}

@@ -490,14 +490,20 @@ def test_a_reference_of_another_vocabulary_is_refused(recipe, tmp_path, tiny_mod
             {"adapter": {"kind": "lora", "init": "pissa"}, "method": {"reference": "adapter_off"}},
             "pissa",
         ),
-        ("dpo", {"adapter": {"kind": "lora", "targets": ["q_proj", "lm_head"]}}, "the head"),
         ("kto", {"training": {"per_device_train_batch_size": 1}}, "at least 2"),
         ("dpo", {"data": {"packing": True}}, "packing"),
     ],
 )
-def test_what_cannot_be_carried_out_is_refused_before_anything_is_read(recipe, kind, changes, said):
+def test_what_cannot_be_carried_out_is_refused_when_it_is_composed(recipe, kind, changes, said):
     with pytest.raises(RecipeError, match=said):
-        api.plan(recipe(kind, **changes))
+        recipe(kind, **changes)
+
+
+def test_an_adapter_on_the_head_is_refused_before_anything_is_read(recipe):
+    """Which module is the head, the model says."""
+    asked = recipe("dpo", adapter={"kind": "lora", "targets": ["q_proj", "lm_head"]})
+    with pytest.raises(RecipeError, match="the head"):
+        api.plan(asked)
 
 
 @pytest.mark.parametrize(

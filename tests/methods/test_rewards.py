@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from tunesmith.data import templates
 from tunesmith.data.examples import Conversation, Message, Prompt, Row
@@ -95,7 +96,7 @@ def test_a_metric_has_to_be_known_to_score_one_answer_and_to_fit():
     with pytest.raises(RecipeError, match="cannot score 2 of 3 prompts") as error:
         resolved("sql_execution", [prompt(schema="CREATE TABLE t (a)"), prompt(number=2), prompt(number=3)])
     assert "rows:2, rows:3" in str(error.value)
-    with pytest.raises(RecipeError, match="weight 0"):
+    with pytest.raises(ValidationError, match="weight 0"):
         resolved([{"kind": "metric", "name": "bleu", "weight": 0}])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -305,6 +306,40 @@ def test_what_else_may_have_become_of_a_checkpoint(run, damage, tmp_path):
             expected = "checkpoint-step-4"
     assert checkpoints.choose(run).name == expected
     assert [e for e in run.events() if e["kind"] == "warning"]
+
+
+STRANGE_LOGS = {
+    "no JSON": "{",
+    "no object": "[]",
+    "levels without end": "[" * 100_000,
+    "nothing in it": "{}",
+    "a field that nobody knows": {"evil": 1},
+    "another step": {"global_step": 3},
+    "no interval": {"save_steps": 0},
+    "an epoch in words": {"epoch": "one"},
+    "a line that is none": {"log_history": [5]},
+    "a validation that is no number": {"log_history": [{"step": 4, "eval_loss": "low"}]},
+}
+
+
+@pytest.mark.parametrize("text", STRANGE_LOGS.values(), ids=STRANGE_LOGS)
+def test_a_log_that_the_trainer_did_not_write_is_no_checkpoint_s(run, text):
+    """Its manifest fits: anybody can seal one. Without a log the Trainer would begin at step 0 with trained weights."""
+    folder = run.checkpoints / "checkpoint-step-4"
+    file = folder / checkpoints.LOG
+    if isinstance(text, dict):
+        text = json.dumps({**json.loads(file.read_text()), **text})
+    content = checkpoints.manifest(folder)
+    content.pop("manifest_sha256")
+    file.write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    content["files"][checkpoints.LOG] = {"bytes": len(text), "sha256": digest}
+    (folder / checkpoints.MANIFEST).write_text(checkpoints._sealed(content))
+    assert checkpoints.LOG in (checkpoints.problem(folder) or "")
+    assert checkpoints.choose(run).name == "checkpoint-step-3"
+    content["files"].pop(checkpoints.LOG)
+    (folder / checkpoints.MANIFEST).write_text(checkpoints._sealed(content))
+    assert checkpoints.problem(folder) == f"{checkpoints.LOG} is no part of it"
 
 
 def test_where_none_is_whole_nothing_starts_by_itself(run):

@@ -19,7 +19,7 @@ from tunesmith import api, dataflow
 from tunesmith.compose import compose, faults, overlaid
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.methods import METHODS
-from tunesmith.training import checkpoints, continuing, state, verifying
+from tunesmith.training import checkpoints, continuing, fit, state, verifying
 from tunesmith.training.run import Run
 
 LORA = {"kind": "lora", "rank": 4, "dropout": 0.1}
@@ -46,7 +46,13 @@ GRID = {
         "frozen kept": {"training": {"cache_frozen": True}},
         "compiled": {"training": {"compile": True}},
     },
-    "data": {"one": {}, "mix": {"data": {"mix": [{"dataset": "example:support"}], "max_rows": 40}}},
+    "data": {
+        "one": {},
+        "mix": {"data": {"mix": [{"dataset": "example:support"}], "max_rows": 40}},
+        "weighted": {
+            "data": {"mix": [{"dataset": "example:support", "weight": 2}], "max_rows": 40, "num_samples": 30},
+        },
+    },
     "watched": {
         "best model": {"training": {"eval_steps": 1, "load_best_model_at_end": True}},
         "by a metric": {
@@ -69,7 +75,11 @@ GRID = {
         "sgd": {"training": {"optimizer": "sgd"}},
     },
     "noise": {"neftune": {"method": {"neftune_noise_alpha": 5.0}}, "none": {}},
-    "weights": {"float32": {}, "bfloat16": {"model": {"dtype": "bfloat16"}}},
+    "numbers": {
+        "float32": {},
+        "bfloat16": {"model": {"dtype": "bfloat16"}},
+        "bf16 passes": {"training": {"mixed_precision": "bf16"}},
+    },
 }  # fmt: skip
 
 
@@ -165,15 +175,64 @@ def test_a_sample_of_the_options_continues_to_the_bit(quick, combination):
     assert found.continued_from == (1,)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dora", "full"])
-def test_options_that_exclude_one_another_are_refused_with_the_reason(quick, adapter):
-    """When the recipe is composed, and so where a form is filled in."""
-    with pytest.raises(RecipeError, match=r"training\.cache_frozen has nothing to keep") as error:
-        quick(GRID["adapter"][adapter], GRID["forward"]["frozen kept"])
-    assert "--freeze-ratio" in error.value.fix
-    assert faults({**GRID["adapter"][adapter], **GRID["forward"]["frozen kept"]}).keys() == {
-        "training.cache_frozen"
-    }
+FROZEN = {"adapter": {"kind": "freeze"}, "training": {"cache_frozen": True}}
+EXCLUDED = {
+    "lora": ({"adapter": {"kind": "lora"}, "training": {"cache_frozen": True}}, "training.cache_frozen"),
+    "full": ({"training": {"cache_frozen": True}}, "training.cache_frozen"),
+    "noise": (overlaid(FROZEN, {"method": {"neftune_noise_alpha": 5}}), "training.cache_frozen"),
+    "stock": (overlaid(FROZEN, {"training": {"forward": "stock"}}), "training.cache_frozen"),
+    "pairs": (overlaid(FROZEN, {"method": {"kind": "seq2seq"}}), "training.cache_frozen"),
+    "answers": (overlaid(FROZEN, {"method": {"kind": "grpo"}}), "training.cache_frozen"),
+    "packing": ({"method": {"kind": "dpo"}, "data": {"packing": True}}, "data.packing"),
+    "order": ({"method": {"kind": "kto"}, "training": {"batches": "by_length"}}, "training.batches"),
+    "one row": (
+        {"method": {"kind": "kto"}, "training": {"per_device_train_batch_size": 1}},
+        "training.per_device_train_batch_size",
+    ),
+    "copy": (
+        {"method": {"kind": "dpo", "reference": "copy"}, "adapter": {"kind": "lora"}},
+        "method.reference",
+    ),
+    "no adapter": ({"method": {"kind": "dpo", "reference": "adapter_off"}}, "method.reference"),
+    "pissa": (
+        {"method": {"kind": "dpo", "reference": "adapter_off"}, "adapter": {"kind": "lora", "init": "pissa"}},
+        "method.reference",
+    ),
+    "bias": ({"method": {"kind": "dpo"}, "adapter": {"kind": "lora", "bias": "all"}}, "adapter.bias"),
+    "rewards": (
+        {"method": {"kind": "grpo", "rewards": [{"kind": "metric", "name": "bleu", "weight": 0}]}},
+        "method.rewards",
+    ),
+    "ZeRO": (
+        {"parallel": {"kind": "deepspeed", "stage": 2, "offload_parameters": True}},
+        "parallel.offload_parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", EXCLUDED)
+def test_options_that_exclude_one_another_are_refused_with_the_reason(quick, what):
+    """When the recipe is composed, and so where a form is filled in; each at the field that is to be left out."""
+    layer, field = EXCLUDED[what]
+    with pytest.raises(RecipeError) as error:
+        quick(layer)
+    assert field.rpartition(".")[2] in str(error.value)
+    assert faults(layer).keys() == {field}
+
+
+def test_several_that_exclude_one_another_are_told_at_once(quick):
+    with pytest.raises(RecipeError) as error:
+        quick(EXCLUDED["packing"][0], EXCLUDED["copy"][0])
+    assert "data.packing" in error.value.found
+    assert "method.reference" in error.value.found
+    assert "data.packing" in error.value.fix
+
+
+def test_a_recipe_that_nobody_composed_is_refused_before_anything_is_read(quick):
+    whole = quick()
+    training = whole.training.model_copy(update={"cache_frozen": True})
+    with pytest.raises(RecipeError, match="has nothing to keep"):
+        api.train(whole.model_copy(update={"training": training}))
 
 
 @pytest.mark.thorough
@@ -401,6 +460,70 @@ def test_a_run_of_strangers_is_refused_in_words(copied, what):
     (copied.path / "plan.json").write_text('{"recipe": 5, "identity": 5}')
     with pytest.raises(RunError, match=said):
         continuing.check_recipe(copied.recipe(), copied, checkpoints.choose(copied))
+
+
+HELD = {
+    "no schedule": (state.NUMBERS, lambda tree: tree["items"].__setitem__(1, ["scheduler", None])),
+    "no random numbers": (
+        state.NUMBERS,
+        lambda tree: tree["items"].__setitem__(3, ["random", {"items": []}]),
+    ),
+    "no weights": ("model.safetensors", None),
+}
+
+
+@pytest.mark.parametrize(
+    "what", ["no schedule", *(pytest.param(name, marks=pytest.mark.thorough) for name in [*HELD][1:])]
+)
+def test_what_a_sealed_checkpoint_does_not_hold_is_said_in_words(copied, what):
+    point, (name, change) = checkpoints.found(copied)[0], HELD[what]
+    if change:
+        tree = json.loads((point / name).read_text())
+        change(tree)
+        (point / name).write_text(json.dumps(tree))
+        [digest] = checkpoints._digests([point / name])
+        facts = {"bytes": (point / name).stat().st_size, "sha256": digest}
+        resealed(point, lambda content: content["files"].update({name: facts}))
+    else:
+        resealed(point, lambda content: content["files"].pop(name))
+    with pytest.raises(
+        RunError, match="checkpoint-step-2 does not hold what this recipe's training"
+    ) as error:
+        api.resume(copied.path)
+    assert "--checkpoint" in error.value.fix
+
+
+def test_a_best_model_that_is_damaged_or_gone_is_said(copied):
+    def best():
+        return fit._best_so_far(copied, checkpoints.found(copied)[0], "loss")
+
+    file = copied.best_model / checkpoints.BEST
+    whole = file.read_text()
+    assert json.loads(whole)["step"] == 4, "the test's own ground"
+    assert best() is None, "of a step that is about to be repeated"
+    file.write_text(json.dumps({**json.loads(whole), "step": 2}))
+    assert best()["step"] == 2
+    for text in ("{}", "[]", "{", '{"step": "2", "eval_loss": 1.0}', '{"step": 2, "eval_loss": null}'):
+        file.write_text(text)
+        with pytest.raises(RunError, match="is damaged"):
+            best()
+    file.write_text(json.dumps({**json.loads(whole), "step": 2}))
+    copied.best_model.rename(copied.path / ".best_model.old")  # where a kill between two renames leaves it
+    assert best()["step"] == 2
+    shutil.rmtree(copied.best_model)
+    assert best() is None
+    assert "The best model so far is gone" in copied.events()[-1]["message"]
+
+
+def test_a_training_that_is_said_to_be_finished_in_no_form_of_ours_is_damaged(stopped, copied):
+    assert fit.finished(copied) is None
+    whole = json.loads((stopped[1].path / "training.json").read_text())
+    for content in ({}, {**whole, "x": 1}, {"steps": 4}):
+        copied.write("training.json", content)
+        with pytest.raises(RunError, match="is damaged"):
+            fit.finished(copied)
+    copied.write("training.json", whole)
+    assert fit.finished(copied).final_model == copied.final_model
 
 
 @pytest.mark.parametrize("name", ["status.json", "plan.json"])

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 
 import pytest
+from transformers.trainer_callback import TrainerState
 
 from tunesmith.errors import RunError
 from tunesmith.recipe import Data, Recipe
@@ -126,6 +127,7 @@ def checkpoint(run, step, *, loss=None):
     staging = run.path / ".staging"
     staging.mkdir()
     (staging / "model.safetensors").write_bytes(bytes([step]) * 100)
+    TrainerState(global_step=step, train_batch_size=4).save_to_json(str(staging / checkpoints.LOG))
     run.checkpoints.mkdir(exist_ok=True)
     checkpoints.commit(staging, checkpoints.folder_of(run, step), {"step": step, "validation_loss": loss})
     return checkpoints.folder_of(run, step)

@@ -202,8 +202,10 @@ def test_fields_that_an_error_says_have_no_effect_are_not_asked():
 def test_fields_that_another_section_makes_idle_are_not_asked():
     assert shows({}, "data.packing")
     assert not shows({"method": {"kind": "dpo"}}, "data.packing")
-    assert shows({}, "training.cache_frozen")
-    assert not shows({"method": {"kind": "grpo"}}, "training.cache_frozen")
+    freeze = {"adapter": {"kind": "freeze"}}
+    assert shows(freeze, "training.cache_frozen")
+    assert not shows({}, "training.cache_frozen")
+    assert not shows(overlaid(freeze, {"method": {"kind": "grpo"}}), "training.cache_frozen")
     assert not shows({"data": {"dataset": "example:sql"}}, "data.revision")
     assert shows({"data": {"dataset": "owner/name"}}, "data.revision")
     assert not shows({}, "adapter.rank")

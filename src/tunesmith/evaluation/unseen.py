@@ -304,6 +304,7 @@ def _told(model: str | Path) -> Carried | TunesmithError | None:
     """What a model that lies in no run tells of its rows; None for a base, an error where training is seen but not on
     what."""
     from tunesmith.models import locate
+    from tunesmith.training.checkpoints import BEST
 
     try:
         if not Path(model).expanduser().is_dir():
@@ -315,7 +316,7 @@ def _told(model: str | Path) -> Carried | TunesmithError | None:
         return error
     if origin := run_of(folder):
         return RunError(f"it was merged from the run {origin[0]}, which is not at {origin[1]}.")
-    traces = [name for name in ("adapter_config.json", "best_model_info.json") if (folder / name).is_file()]
+    traces = [name for name in ("adapter_config.json", BEST) if (folder / name).is_file()]
     if traces:
         return RunError(f"it was trained, as {traces[0]} shows, but no {CARRIED} in its folder says on what.")
     return None

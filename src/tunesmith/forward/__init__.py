@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,7 +77,6 @@ class Trunk:
     """The causal language model itself, without PEFT's wrapping."""
     say: Callable[[str], None]
     """Told, once each, why a batch took the stock path."""
-    share: bool = True
     has_dropout: bool = False
     frozen: Frozen | None = None
     _fixed: bool = True
@@ -93,7 +92,7 @@ class Trunk:
         layers = list(decoder_layers(self.model))
         for handle in getattr(self.model, HOOKS, ()):  # of an earlier training
             handle.remove()
-        handles: list[Any] = [handle for layer in layers for handle in _uses_rows(layer, config)]
+        handles: list[Any] = [handle for layer in layers for handle in attention.held_to(layer, config)]
         self._last = layers[-1]
         handles.append(layers[-1].register_forward_pre_hook(_finish_kept, with_kwargs=True))
         if self.model.config.model_type in WHOLE:
@@ -126,8 +125,7 @@ class Trunk:
         if not rows:
             self.say("a batch has no label")
             return None
-        share = self.share and not (self.has_dropout and self.model.training)
-        plan = layout(rows, share=share, device=ids.device)
+        plan = layout(rows, share=not (self.has_dropout and self.model.training), device=ids.device)
         if self.frozen:
             plan = replace(plan, below=self.frozen.below(rows, plan, self._bottom))
         with attention.used_by(self.config), _stored(self._last, plan):
@@ -190,36 +188,6 @@ def _stored(last: Any, plan: Layout) -> Iterator[None]:
         last.gradient_checkpointing = before
 
 
-def _checkpoints(layer: nn.Module) -> bool:
-    return bool(layer.training and getattr(layer, "gradient_checkpointing", False))
-
-
-def _uses_rows(layer: nn.Module, config: Any, name: str = attention.NAME) -> list[Any]:
-    """Have a layer that is run again in the backward pass, outside of `Trunk.hidden`, use our attention there too."""
-
-    def again(once: Callable[..., Any], run: Callable[..., Any], *args: Any) -> Any:
-        def with_rows(*given: Any) -> Any:
-            with attention.used_by(config, name):
-                return run(*given)
-
-        return once(with_rows, *args)
-
-    def wrap(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        once: Any = getattr(module, "_gradient_checkpointing_func", None)
-        if "rows" in kwargs and _checkpoints(module) and getattr(once, "func", None) is not again:
-            module._gradient_checkpointing_func = partial(again, once)
-
-    def unwrap(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        once = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(once, "func", None) is again:
-            module._gradient_checkpointing_func = once.args[0]  # type: ignore[union-attr]
-
-    return [
-        layer.register_forward_pre_hook(wrap, with_kwargs=True),
-        layer.register_forward_hook(unwrap, with_kwargs=True, always_call=True),
-    ]
-
-
 class _KeysAndValues(Exception):
     """Those of a layer, reached where it would store them."""
 
@@ -253,7 +221,7 @@ def _finish_kept(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[A
     values."""
     rows: Layout | None = kwargs.get("rows")
     # A layer that is to be run again refuses whatever stores keys and values.
-    if rows is None or len(rows.kept) > WORTH * rows.ids.shape[1] or _checkpoints(layer):
+    if rows is None or len(rows.kept) > WORTH * rows.ids.shape[1] or attention.is_run_again(layer):
         return None
     given = inspect.signature(layer.forward).bind(*args, **kwargs)
     size = rows.ids.shape[1]
@@ -321,11 +289,6 @@ def attach(
             run.event("decision", name="compile", value="off", reason="it is of the fast forward")
         return True
     if is_seq2seq(plain):
-        if training.cache_frozen:
-            raise RecipeError(
-                "training.cache_frozen is not for encoder-decoders: nothing of theirs is kept.",
-                fix="Leave training.cache_frozen out.",
-            )
         pairs.attach(trainer, plain, say=say, device=device)
         reason = "no padding of inputs or answers on a CPU, and the head only where it is asked"
         run.event("decision", name="forward", value="fast", reason=reason)
@@ -437,10 +400,11 @@ def uncovered(trainer: Any, model: Any) -> str | None:
             return why
     elif kind not in COVERED:
         return f"models of the kind {kind} are not covered"
-    elif hasattr(trainer.model, "policy"):
-        if getattr(model.config, "final_logit_softcapping", None):
-            return "the method needs logits that are the head's alone, and these are capped"
-    elif not is_reward(model) and not _settings(model).keys() >= SETTINGS:
+    elif (
+        not hasattr(trainer.model, "policy")
+        and not is_reward(model)
+        and not _settings(model).keys() >= SETTINGS
+    ):
         return "this method asks its model for more than log-probabilities"
     if getattr(model.config, "use_bidirectional_attention", None):
         return "tokens see what follows them"

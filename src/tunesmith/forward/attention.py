@@ -8,11 +8,12 @@ sequence would compute in vain.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
@@ -116,6 +117,38 @@ def used_by(config: Any, name: str = NAME) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation_internal = before
+
+
+def is_run_again(layer: nn.Module) -> bool:
+    """Whether a layer keeps nothing for the backward pass, which runs it once more."""
+    return bool(layer.training and getattr(layer, "gradient_checkpointing", False))
+
+
+def held_to(layer: nn.Module, config: Any, name: str = NAME) -> list[Any]:
+    """Have a layer that is run again in the backward pass, outside of `used_by`, use our attention there too; what
+    undoes it."""
+
+    def again(once: Callable[..., Any], run: Callable[..., Any], *args: Any) -> Any:
+        def with_rows(*given: Any) -> Any:
+            with used_by(config, name):
+                return run(*given)
+
+        return once(with_rows, *args)
+
+    def wrap(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        once: Any = getattr(module, "_gradient_checkpointing_func", None)
+        if "rows" in kwargs and is_run_again(module) and getattr(once, "func", None) is not again:
+            module._gradient_checkpointing_func = partial(again, once)
+
+    def unwrap(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        once = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(once, "func", None) is again:
+            module._gradient_checkpointing_func = once.args[0]  # type: ignore[union-attr]
+
+    return [
+        layer.register_forward_pre_hook(wrap, with_kwargs=True),
+        layer.register_forward_hook(unwrap, with_kwargs=True, always_call=True),
+    ]
 
 
 AttentionInterface.register(NAME, rows_attention)

@@ -279,14 +279,6 @@ class Sight:
     depth: np.ndarray[Any, Any]
     """Of each token how many are on the way to it."""
 
-    def sees(self, window: int | None) -> np.ndarray[Any, Any]:
-        """Which query sees which token, all of them: for small trees."""
-        q, k = self.tokens[:, None], np.arange(len(self.until))[None]
-        seen = (k <= q) & (q < self.until[None])
-        return (
-            seen if window is None else seen & (self.depth[self.tokens][:, None] - self.depth[None] < window)
-        )
-
     def blocks(
         self, window: int | None, tile: int = TILE
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -130,15 +130,13 @@ class Trunk:
     reading: Reading = READING
 
     def __post_init__(self) -> None:
-        from tunesmith.forward import _uses_rows
-
         self.say = cache(self.say)
         for handle in getattr(self.model, HOOKS, ()):  # of an earlier training
             handle.remove()
         handles: list[Any] = []
         for half in (self.model.get_encoder(), self.model.get_decoder()):
             for layer in getattr(half, "block", None) or half.layers:
-                handles += _uses_rows(layer, half.config, NAME)
+                handles += attention.held_to(layer, half.config, NAME)
                 if hasattr(layer, "layer"):
                     handles.append(layer.register_forward_pre_hook(_with_positions, with_kwargs=True))
         setattr(self.model, HOOKS, handles)

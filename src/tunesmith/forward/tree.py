@@ -102,8 +102,6 @@ class Layout:
     in this order."""
     slots: Tensor
     """For each result where it goes."""
-    padded: int
-    """Tokens of the rows as they came, without padding and with repetitions."""
     sources: tuple[tuple[int, int, int], ...] = ()
     """For each piece the number of a row that it is of, and where in the row it begins and ends."""
     below: Tensor | None = None
@@ -234,7 +232,6 @@ def layout(rows: Sequence[Row], *, share: bool, device: Any) -> Layout:
         others=tensor(others),
         outputs=None if np.array_equal(outputs, np.arange(len(kept))) else tensor(outputs),
         slots=tensor(np.concatenate(slots)),
-        padded=sum(len(row.ids) for row in rows),
         sources=tuple(sources),
     )
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from tunesmith.data import EncodedSplits, prompts
 from tunesmith.data.examples import Example, Preference
-from tunesmith.errors import RecipeError
 from tunesmith.methods import cpo, dpo, grpo, kto, orpo, ppo, preferred, reward, rloo, sampled, seq2seq, sft
 from tunesmith.models import Head, Kind
 from tunesmith.plan import Decision
@@ -59,18 +58,13 @@ class Method:
     """The kind of model that is trained."""
     head: Head | None = None
     """What it gets in the place of its output layer."""
-    can_pack: bool = False
-    """Whether several examples can share a row."""
     in_pairs: bool = False
     """Whether two encodings, one after the other, are one example."""
-    draws: bool = False
-    """Whether it learns from answers of the model, of which it keeps samples itself."""
-    any_order: bool = True
-    """Whether its rows may come in any order."""
     alone: Callable[[Any], str | None] = apart
     """Why it is trained by one process alone, from its section; None where several give what one gives."""
     check: Callable[[Recipe], None] = nothing
-    """Refuses, before anything is read, a recipe that cannot be carried out."""
+    """Refuses, before anything is read, a recipe that names models or rewards which cannot be what it says they are.
+    What needs none of them is refused when the recipe is composed (`compose.conflicts`)."""
     settled: Callable[..., tuple[Training, int, list[Decision]]] = unchanged
     """The training section as the method can use it, how often an example counts in an epoch's batches, and what was
     decided: `(section, training, number of examples)`."""
@@ -84,7 +78,6 @@ METHODS = {
         build=sft.build,
         template=sft.template,
         encoded=sft.encoded,
-        can_pack=True,
     ),
     "seq2seq": Method(
         "seq2seq",
@@ -113,8 +106,7 @@ METHODS = {
         build=kto.build,
         template=sft.template,
         encoded=preferred.encoded,
-        any_order=False,
-        check=kto.check,
+        check=preferred.check_reference,
         alone=together,
     ),
     "orpo": Method(
@@ -165,8 +157,6 @@ METHODS = {
         template=sampled.template,
         encoded=sampled.encoded,
         settled=sampled.settled,
-        draws=True,
-        any_order=False,
         alone=drawn,
         check=sampled.check,
     ),
@@ -178,8 +168,6 @@ METHODS = {
         template=sampled.template,
         encoded=sampled.encoded,
         settled=sampled.settled,
-        draws=True,
-        any_order=False,
         alone=drawn,
         check=sampled.check,
     ),
@@ -191,34 +179,7 @@ METHODS = {
         template=sampled.template,
         encoded=sampled.encoded,
         settled=ppo.settled,
-        draws=True,
-        any_order=False,
         alone=drawn,
         check=ppo.check,
     ),
 }
-
-
-def check_effect(recipe: Recipe) -> None:
-    """Raises RecipeError for what a recipe sets in other sections although its method has no use for it."""
-    method = METHODS[recipe.method.kind]
-    if recipe.data.packing and not method.can_pack:
-        raise RecipeError(
-            f"data.packing has no effect with the method '{method.kind}': its rows stay rows of their own.",
-            fix="Leave data.packing out.",
-        )
-    if recipe.training.batches == "by_length" and (recipe.data.packing or not method.any_order):
-        fixed = (
-            "packed rows are all of about one length"
-            if recipe.data.packing
-            else f"'{method.kind}' has its own order"
-        )
-        raise RecipeError(
-            f"training.batches by_length has no effect here: {fixed}.", fix="Leave training.batches out."
-        )
-    if recipe.training.cache_frozen and method.draws:
-        raise RecipeError(
-            f"training.cache_frozen has no effect with the method '{method.kind}': it learns from answers that are "
-            "drawn anew in each step, whose rows never come back.",
-            fix="Leave training.cache_frozen out.",
-        )

@@ -8,28 +8,14 @@ from typing import Any
 
 from tunesmith.data.cache import Encodings
 from tunesmith.data.preferences import answer_begins
-from tunesmith.errors import DataError, RecipeError
+from tunesmith.errors import DataError
 from tunesmith.methods import preferred
-from tunesmith.recipe import KTO, Recipe
+from tunesmith.recipe import KTO
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run
 
 LEAST, MOST = 1.0, 4 / 3
 """Bounds of the total weight of good answers to that of bad ones, equation 8 of arXiv 2402.01306."""
-
-
-def check(recipe: Recipe) -> None:
-    """Raises RecipeError for batches of one answer, which have nothing to estimate the KL from."""
-    preferred.check_reference(recipe)
-    section = recipe.method
-    assert isinstance(section, KTO)
-    if section.loss == "kto" and recipe.training.per_device_train_batch_size < 2:
-        raise RecipeError(
-            "KTO needs training.per_device_train_batch_size of at least 2: it estimates how far the model has moved "
-            "from each prompt with another answer of the batch.",
-            found="1",
-            fix="Raise it and lower gradient_accumulation_steps, or use --set method.loss=apo_zero_unpaired.",
-        )
 
 
 def build(

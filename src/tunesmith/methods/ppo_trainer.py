@@ -190,7 +190,8 @@ def token_logprobs(
     head = model.get_output_embeddings()
     if hasattr(model, TRUNK):
         outputs = ("log_probs", "entropy") if entropy else ("log_probs",)
-        read_off = Reading(temperature=temperature, outputs=outputs)
+        cap = getattr(_text_config(model), "final_logit_softcapping", None)
+        read_off = Reading(temperature=temperature, softcap=cap, outputs=outputs)
         found = read(hidden, head.weight, head.bias, targets, read_off)
         return found.log_probs, found.entropy
 

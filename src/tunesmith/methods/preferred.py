@@ -16,8 +16,7 @@ from tunesmith.data.cache import Encodings
 from tunesmith.data.examples import Example, Preference, Rating, Unusable
 from tunesmith.data.templates import IGNORED
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.models import PRINCIPAL
-from tunesmith.recipe import DPO, KTO, Data, LoRA, Model, Recipe
+from tunesmith.recipe import DPO, KTO, PRINCIPAL, Data, LoRA, Model, Recipe
 from tunesmith.training.run import Run
 
 Reference = DPO | KTO
@@ -155,7 +154,6 @@ def check_reference(recipe: Recipe) -> None:
     """Raises RecipeError or ModelError, before anything is read, for a reference that cannot be one."""
     section, adapter = recipe.method, recipe.adapter
     assert isinstance(section, Reference)
-    is_adapter = isinstance(adapter, LoRA)
     if section.reference_model:
         from tunesmith import models
 
@@ -169,32 +167,8 @@ def check_reference(recipe: Recipe) -> None:
                 found=f"{len(other)} and {len(own)} tokens",
                 fix="Give a reference of the same family, or leave method.reference_model out.",
             )
-    elif section.reference == "copy" and is_adapter:
-        raise RecipeError(
-            "method.reference copy is a second copy of the weights, which an adapter makes needless.",
-            fix="Leave it out: the model with its adapter off is the same reference. `precomputed` works as well.",
-        )
-    elif section.reference == "adapter_off" and not is_adapter:
-        raise RecipeError(
-            f"method.reference adapter_off needs an adapter, and the adapter is '{adapter.kind}'.",
-            fix="Add --lora, or choose copy or precomputed.",
-        )
-    if not isinstance(adapter, LoRA):
-        return
-    if section.reference == "adapter_off" and adapter.init in PRINCIPAL:
-        raise RecipeError(
-            f"method.reference adapter_off does not go with adapter.init {adapter.init}, which changes the weights "
-            "beneath the adapter.",
-            fix="Leave method.reference out; it is precomputed then.",
-        )
-    if not isinstance(adapter.targets, str):
+    if isinstance(adapter, LoRA) and not isinstance(adapter.targets, str):
         _check_head(recipe.model, adapter.targets)
-    if adapter.bias != "none":
-        raise RecipeError(
-            f"adapter.bias {adapter.bias} does not go with the method '{section.kind}': trained biases are no part "
-            "of the adapter, so the reference would change with them.",
-            fix="Leave adapter.bias out, or train without an adapter.",
-        )
 
 
 def _check_head(model: Model, targets: Sequence[str]) -> None:

@@ -72,7 +72,6 @@ def check(sections: Sequence[RewardSection]) -> None:
     """Whether the rewards that a recipe names are there, before anything is read: metrics, functions, models, keys."""
     from tunesmith import models
 
-    _check_weights(sections)
     for section in sections:
         match section:
             case MetricReward():
@@ -88,11 +87,6 @@ def check(sections: Sequence[RewardSection]) -> None:
                     )
             case JudgeReward():
                 Judge(section)
-
-
-def _check_weights(sections: Sequence[RewardSection]) -> None:
-    if sections and not any(section.weight for section in sections):
-        raise RecipeError("Every reward has weight 0: there is nothing to learn.", fix="Give one a weight.")
 
 
 def samples(
@@ -156,7 +150,6 @@ def resolve(
     `tokenizer` is the policy's, whose chat template a reward model without one reads. Raises RecipeError and
     ModelError for what cannot be a reward.
     """
-    _check_weights(sections)
     chosen = list(sections) or [_primary(prompts)]
     made = [_made(section, prompts, tokenizer, device, dtype) for section in chosen]
     names: dict[str, int] = {}

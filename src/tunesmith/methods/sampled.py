@@ -8,6 +8,7 @@ is rendered or tokenized a second time.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from tunesmith.methods import rewards as rewarding
 from tunesmith.methods.rewards import Reward
 from tunesmith.plan import Decision
 from tunesmith.recipe import GRPO, PPO, RLOO, Data, Recipe, Training
-from tunesmith.training.checkpoints import keeping_run_folder
+from tunesmith.training.checkpoints import LOG, keeping_run_folder
 from tunesmith.training.run import Run
 from tunesmith.training.validating import rewarded
 
@@ -307,10 +308,9 @@ def _on_prompts(
             from pathlib import Path
 
             from safetensors.torch import load_file
-            from transformers.trainer_callback import TrainerState
 
             folder = Path(resume_from_checkpoint)
-            done = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
+            done = json.loads((folder / LOG).read_text(encoding="utf-8"))["global_step"]
             self._step = done * self.args.gradient_accumulation_steps
             if (folder / BUFFER).is_file():
                 batches: dict[int, dict[str, Any]] = {}

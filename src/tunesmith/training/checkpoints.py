@@ -10,6 +10,7 @@ read. Nothing in it is a pickle (`state`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import hashlib
@@ -29,6 +30,7 @@ from tunesmith.errors import (
     OutOfResources,
     RunError,
     TrainingDiverged,
+    is_lost_peer,
     is_out_of_disk,
     is_out_of_files,
     is_out_of_memory,
@@ -52,7 +54,10 @@ PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 """Endings of files that hold weights as a pickle; no checkpoint of ours has one but DeepSpeed's."""
 ZERO = "latest"
 """File of a checkpoint by which DeepSpeed finds its own part of it."""
+LOG = "trainer_state.json"
+"""File of a checkpoint with the Trainer's step, epoch and log."""
 BEST = "best_model_info.json"
+"""File of the best model's folder: which step's it is, and by what."""
 START = "start"
 """In the place of a checkpoint's name: continue from none, train from the first step."""
 
@@ -178,11 +183,14 @@ def _is_own(folder: Path, name: str) -> bool:
 
 
 def problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None where every file is as it was written."""
+    """What is wrong with a checkpoint, or None where every file is as it was written and a run can go on from it."""
     try:
-        files = manifest(folder)["files"]
+        content = manifest(folder)
     except RunError as error:
         return str(error.found)
+    files = content["files"]
+    if LOG not in files:
+        return f"{LOG} is no part of it"
     for name, facts in files.items():
         path = folder / name
         if not _is_own(folder, name):
@@ -198,7 +206,66 @@ def problem(folder: Path) -> str | None:
     for name, digest in zip(files, digests, strict=True):
         if digest != files[name]["sha256"]:
             return f"{name} does not have the content that was written"
-    return None
+    return _strange_log(folder / LOG, content.get("step"))
+
+
+def _strange_log(file: Path, step: object) -> str | None:
+    """What of a checkpoint's log is not as the Trainer writes it, by which it would start elsewhere or fall over: a
+    stranger can seal one as well."""
+    try:
+        log = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{LOG} cannot be read ({error})"
+    if not isinstance(log, dict):
+        return f"{LOG} has not the form of one: {type(log).__name__}"
+    if unknown := sorted(map(str, log.keys() - _fields_of_the_log())):
+        return f"{LOG} has not the form of one: {unknown[0][:80]}"
+    numbers, intervals = (
+        ("epoch", "total_flos", "num_input_tokens_seen"),
+        ("logging_steps", "eval_steps", "save_steps", "train_batch_size"),
+    )
+    sound = {
+        "global_step": type(log.get("global_step")) is int and log["global_step"] == step,
+        **{name: isinstance(log.get(name), int | float) for name in numbers},
+        **{name: type(log.get(name)) is int and log[name] > 0 for name in intervals},
+        "best_model_checkpoint": isinstance(log.get("best_model_checkpoint"), str | None),
+        "log_history": isinstance(log.get("log_history"), list) and all(map(_is_entry, log["log_history"])),
+    }
+    wrong = next((name for name, is_sound in sound.items() if not is_sound), None)
+    return f"{LOG} has not the form of one: {wrong}" if wrong else None
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether something is a line of the Trainer's log: a step, and numbers by name."""
+    return (
+        isinstance(entry, dict)
+        and type(entry.get("step")) is int
+        and all(isinstance(value, int | float) for name, value in entry.items() if name.startswith("eval_"))
+    )
+
+
+@functools.cache
+def _fields_of_the_log() -> frozenset[str]:
+    from transformers.trainer_callback import TrainerState
+
+    return frozenset(field.name for field in dataclasses.fields(TrainerState))
+
+
+def best_info(run: Run, by: str) -> dict[str, Any] | None:
+    """Which step's the best model is and what it measured, `by` being `training.best_by`; None where there is none.
+
+    Raises RunError where its file is damaged.
+    """
+    info = run.read(f"best_model/{BEST}")
+    measure = "eval_loss" if by == "loss" else "value"
+    wanted: dict[str, Any] = {"step": int, "eval_loss": int | float, measure: int | float}
+    if info is not None and (wrong := [n for n, kind in wanted.items() if not isinstance(info.get(n), kind)]):
+        raise RunError(
+            f"{run.best_model / BEST} is damaged.",
+            found=f"no number as {wrong[0]}",
+            fix="Restore it, or delete the folder best_model: of the validations that follow the best one is taken.",
+        )
+    return info
 
 
 def found(run: Run) -> list[Path]:
@@ -276,6 +343,27 @@ def listed(folder: Path) -> Iterator[Path]:
             except OSError:  # Windows lets only some make links
                 shutil.copyfile(file, link)
         yield view
+
+
+@contextlib.contextmanager
+def _in_words(checkpoint: str) -> Iterator[None]:
+    """Raises RunError where a checkpoint does not hold what the trainer takes from it: anybody can seal a manifest."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (
+        ArithmeticError, AttributeError, FileNotFoundError, LookupError, RuntimeError, SafetensorError, TypeError,
+        ValueError,
+    ) as error:  # fmt: skip
+        if is_out_of_memory(error) or is_lost_peer(error):
+            raise
+        said = next(iter(str(error).splitlines()), "")
+        raise RunError(
+            f"{Path(checkpoint).name or 'The checkpoint'} does not hold what this recipe's training continues from.",
+            found=f"{type(error).__name__}: {said}"[:200],
+            fix="Continue from another checkpoint (`--checkpoint NAME`), or start a new run with another --name.",
+        ) from error
 
 
 def rotate(run: Run, *, keep: int, written: int | None = None) -> None:
@@ -460,7 +548,7 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
             return super()._prepare_for_training(steps, loader, checkpoint)
 
         def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
-            with listed(Path(checkpoint)) as folder:
+            with _in_words(checkpoint), listed(Path(checkpoint)) as folder:
                 if sharding.is_sharded(folder):
                     sharding.read_weights(self.model, folder)
                 else:
@@ -548,14 +636,16 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
             if checkpoint is not None:
                 with listed(Path(checkpoint)) as folder:
                     self._read_state = state.read(folder, self.optimizer)
-                state.restore_optimizer(self, self._read_state)
+                with _in_words(checkpoint):
+                    state.restore_optimizer(self, self._read_state)
 
         def _load_scaler(self, checkpoint: str | None) -> None:
             """With the optimizer's state."""
 
         def _load_rng_state(self, checkpoint: str | None) -> None:
             if checkpoint is not None:
-                state.restore_loop(self, self._read_state)
+                with _in_words(checkpoint):
+                    state.restore_loop(self, self._read_state)
                 del self._read_state
 
         # What is beside the steps, and after the last one

@@ -154,6 +154,12 @@ def _told(run: Run, content: Any) -> Recipe:
         ) from None
 
 
+def say_environment(run: Run, checkpoint: Path | None) -> None:
+    """Say what of machine and packages is another than when a checkpoint was written: the bits may differ then."""
+    if checkpoint and (changed := checkpoints.environment_differences(checkpoint)):
+        run.event("warning", message=f"The run goes on, though not to the bit: {'; '.join(changed)}.")
+
+
 def rounded(before: Recipe, after: Recipe) -> list[str]:
     """Fields of two recipes that differ and change a continued run by rounding alone, with both values."""
     return [

@@ -280,7 +280,7 @@ def find(
     usual = LOW_RANK if isinstance(recipe.adapter, LoRA) else FULL
     rates = exponential(low or usual[0], high or usual[1], steps)
     method = METHODS[recipe.method.kind]
-    measure = "reward" if method.draws else "loss"
+    measure = "reward" if recipe.method.draws else "loss"
     encodings = inputs["encodings"]
     training, _, _ = method.settled(recipe.method, recipe.training, len(encodings.train))
     sweeps = []
@@ -315,7 +315,7 @@ def find(
             if progress:
                 progress(number + 1, seeds)
     notes = []
-    if method.draws:
+    if recipe.method.draws:
         notes.append("this method learns from rewards: the curve is the reward with its sign changed")
     rows = steps * inputs["plan"].batch_size
     if rows > inputs["plan"].batch_rows:

@@ -10,15 +10,15 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import ranks
-from tunesmith.errors import Interrupted, MissingExtra, lacked_memory
-from tunesmith.models import PRINCIPAL, write_packing
+from tunesmith.errors import Interrupted, MissingExtra, RunError, lacked_memory
+from tunesmith.models import write_packing
 from tunesmith.plan import Plan
-from tunesmith.recipe import Tracking, Training
+from tunesmith.recipe import PRINCIPAL, Tracking, Training
 from tunesmith.training import checkpoints
 from tunesmith.training.checkpoints import BEST
 from tunesmith.training.run import Run, flush_folder, write_whole
@@ -42,6 +42,21 @@ class Fit:
     seconds: float
     tokens: int
     peak_memory: int
+
+
+def finished(run: Run) -> Fit | None:
+    """What a training came to that was finished before; None where it was not. Raises RunError for a damaged file."""
+    done = run.read("training.json")
+    if done is None:
+        return None
+    names = {field.name for field in fields(Fit)}
+    if strange := sorted(done.keys() ^ names):
+        raise RunError(
+            f"{run.path / 'training.json'} is damaged.",
+            found=f"{', '.join(strange[:4])} {'too many' if strange[0] in done else 'missing'}",
+            fix="Restore it, or delete it: `tunesmith resume` then makes it anew from the last checkpoint.",
+        )
+    return Fit(**{**done, "final_model": run.final_model})  # the run may have been moved
 
 
 def arguments(
@@ -80,7 +95,7 @@ def arguments(
         "save_strategy": "steps",
         "save_steps": plan.save_steps,
         "save_total_limit": None,  # checkpoints.rotate decides
-        "load_best_model_at_end": False,  # finished() decides
+        "load_best_model_at_end": False,  # fit decides
         "logging_steps": plan.logging_steps,
         "logging_nan_inf_filter": False,
         "dataloader_num_workers": training.num_workers,
@@ -153,9 +168,7 @@ def fit(
         checkpoints.clean(run)
         if initial:
             _save_initial_adapter(trainer.model, initial)
-        info = run.read(f"best_model/{BEST}") if checkpoint else None
-        if info and checkpoint and info["step"] > checkpoints.step_of(checkpoint):
-            info = None  # the best model of steps that are about to be repeated
+        info = _best_so_far(run, checkpoint, training.best_by) if checkpoint else None
         if not info:
             shutil.rmtree(run.best_model, ignore_errors=True)
     info = ranks.shared(info)
@@ -252,7 +265,7 @@ def fit(
             fix=f"tunesmith resume {run.path}",
             exit_code=stop.exit_code,
         )
-    info = ranks.shared(run.read(f"best_model/{BEST}") if is_first else None)
+    info = ranks.shared(checkpoints.best_info(run, by) if is_first else None)
     takes_last = not (training.load_best_model_at_end and info)
     if takes_last:
         info = {"step": trainer.state.global_step, "eval_loss": None}
@@ -261,7 +274,7 @@ def fit(
         return Fit(run.final_model, trainer.state.global_step, 0, None, None, 0.0, 0, 0)
     if not takes_last:
         copy_whole(run.best_model, run.final_model)
-    if best_one := run.read(f"best_model/{BEST}"):
+    if best_one := checkpoints.best_info(run, by):
         told = _why(training, trainer.state.log_history, best_one, higher_is_better)
         if best_one["step"] != info["step"]:
             told["reason"] += (
@@ -285,6 +298,25 @@ def fit(
         tokens=int(trainer.state.num_input_tokens_seen),
         peak_memory=peak_memory(),
     )
+
+
+def _best_so_far(run: Run, checkpoint: Path, by: str) -> dict[str, Any] | None:
+    """The best model of the steps up to a checkpoint, as its folder tells; None where that is of steps which are about
+    to be repeated, or gone, which is said. Raises RunError where what it tells is damaged."""
+    former = _aside(run.best_model)
+    if former.exists() and not run.best_model.exists():  # a kill between the two renames of `_swap`
+        former.rename(run.best_model)
+    step = checkpoints.step_of(checkpoint)
+    if info := checkpoints.best_info(run, by):
+        return info if info["step"] <= step else None
+    log = json.loads((checkpoint / checkpoints.LOG).read_text(encoding="utf-8"))["log_history"]
+    if any(f"eval_{by}" in entry for entry in log):
+        run.event(
+            "warning",
+            step=step,
+            message="The best model so far is gone (best_model): the best one of the validations that follow is taken.",
+        )
+    return None
 
 
 BEST_SHOWN = 12
@@ -369,13 +401,18 @@ def _swap(staging: Path, folder: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     flush_folder(staging)
-    old = folder.with_name(f".{folder.name}.old")
+    old = _aside(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     staging.rename(folder)
     flush_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    """Where a folder lies while another takes its name."""
+    return folder.with_name(f".{folder.name}.old")
 
 
 def _save_initial_adapter(model: Any, folder: Path) -> None:

@@ -115,7 +115,7 @@ def check(recipe: Recipe, inputs: Mapping[str, Any]) -> SelfCheck:
         )
         names = f"{len(rows)} rows at once", f"{half} + {len(rows) - half} accumulated"
         compared, left_out = [_compared(*names, whole, halves, bound)], []
-        if not method.can_pack:
+        if not recipe.method.can_pack:
             left_out.append(f"packing: rows of the method '{recipe.method.kind}' stay rows of their own")
         elif not isolates(trainer.model):
             left_out.append(f"packing: {type(trainer.model).__name__} does not keep packed examples apart")

@@ -29,11 +29,9 @@ def token_weighted(trainer_class: type) -> type:
         _is_predicting = False
 
         def _get_num_items_in_batch(self, batches: list[Any], device: Any) -> Any:
-            """In a validation nothing, where our own loss is asked: it is the mean over the labels of this process's
-            batch, which are summed later on, and not its part of a batch of all processes."""
-            # The fast forward of pairs has its loss in the model.
-            own = self.compute_loss_func is not None or is_seq2seq(self.model)
-            if self._is_predicting and own:
+            """In a validation nothing: the loss is the mean over the labels of this process's batch, which are summed
+            later on, and not its part of a batch of all processes."""
+            if self._is_predicting:
                 return None
             return super()._get_num_items_in_batch(batches, device)
 

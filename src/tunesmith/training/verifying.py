@@ -119,16 +119,22 @@ def differences(one: Run, other: Run, *, since: int = 0) -> list[str]:
     from safetensors.torch import load_file
 
     told = []
-    losses = [
-        {e["step"]: e["loss"] for e in run.events() if e["kind"] == "step" and e["step"] > since}
-        for run in (one, other)
-    ]
-    for step in sorted(losses[0].keys() | losses[1].keys()):
-        if losses[0].get(step) != losses[1].get(step):
-            told.append(f"the loss of step {step} is {losses[1].get(step)!r}, not {losses[0].get(step)!r}")
-            break
+    for kind, what in (("step", "loss"), ("evaluation", "validation loss")):
+        losses = [
+            {e["step"]: e["loss"] for e in run.events() if e["kind"] == kind and e["step"] > since}
+            for run in (one, other)
+        ]
+        for step in sorted(losses[0].keys() | losses[1].keys()):
+            if losses[0].get(step) != losses[1].get(step):
+                told.append(
+                    f"the {what} of step {step} is {losses[1].get(step)!r}, not {losses[0].get(step)!r}"
+                )
+                break
     folders = [(one.final_model, other.final_model)]
     last = [checkpoints.found(run)[:1] for run in (one, other)]
+    names = [newest[0].name if newest else "none" for newest in last]
+    if names[0] != names[1]:
+        told.append(f"the last checkpoint is {names[1]}, not {names[0]}")
     folders += [(a, b) for a, b in zip(*last, strict=False)]
     for a, b in folders:
         for path in sorted(a.glob("*.safetensors")):

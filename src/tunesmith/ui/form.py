@@ -29,6 +29,7 @@ from tunesmith.compose import (
     Composition,
     Layer,
     check_passwords,
+    check_together,
     compose,
     faults,
     layered,
@@ -480,7 +481,7 @@ def takes_effect(control: Control, recipe: Recipe) -> bool:
     current = getattr(part, name, None)
     if not section or name == "kind" or not isinstance(part, BaseModel):
         return True
-    standing = [check for check in _between_sections() if not _refused(check, recipe)]
+    standing = [check for check in (check_together, _check_local) if not _refused(check, recipe)]
     for probe in _probes(control, current):
         try:
             other = type(part).model_validate({**part.model_dump(), name: probe})
@@ -491,12 +492,6 @@ def takes_effect(control: Control, recipe: Recipe) -> bool:
         ):
             return True
     return False
-
-
-def _between_sections() -> tuple[Callable[[Recipe], None], ...]:
-    from tunesmith.methods import check_effect
-
-    return (check_effect, _check_local)
 
 
 def _check_local(recipe: Recipe) -> None:

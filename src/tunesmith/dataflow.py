@@ -428,7 +428,7 @@ def prepared(
         "recipe": recipe.model_dump(mode="json"),
     }
     run.write("plan.json", {**facts, "lengths": encodings.lengths})
-    if not before:
+    if not before or "rows" not in before:  # a run that is created has the recipe alone in it
         for decision in plan.decisions:
             if decision.name == "verdict":
                 run.event("warning", message=f"No verdict will be possible: {decision.reason}.")

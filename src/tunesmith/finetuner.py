@@ -853,6 +853,7 @@ def _continued(run: Run, recipe: Recipe, identity: Mapping[str, Any]) -> Path | 
         continuing.check_identity(run, checkpoint, identity)
     except RunError as error:
         raise RunError(error.problem, found=error.found, fix=OTHER_FOLDER) from None
+    continuing.say_beginning(run, checkpoint)
     continuing.say_environment(run, checkpoint)
     return checkpoint
 

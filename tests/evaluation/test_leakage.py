@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -277,6 +278,14 @@ def test_a_gain_that_lives_in_the_leaked_questions_is_called_that():
     assert (parts["dirty"].verdict, parts["clean"].verdict) == ("better", "no evidence")
     assert parts["clean"].n == parts["dirty"].n == 30
     assert remark(leakage, parts).endswith("it may be memory, not skill.")
+    weak = {name: replace(c, n=n, difference=gain) for (name, c), n, gain in
+            zip(parts.items(), (39, 1), (0.087, 0.6), strict=True)}  # fmt: skip
+    assert list(weak) == ["clean", "dirty"]
+    assert remark(leakage, weak).endswith(" 87% of the gain is left without them, on fewer questions: the evidence is "
+                                          "weaker.")  # fmt: skip
+    lost = {**weak, "clean": replace(weak["clean"], difference=0.01)}  # of 0.025 over all
+    assert "memory" in remark(leakage, lost)
+    assert "gain" not in remark(leakage, {**weak, "dirty": replace(weak["dirty"], difference=-9.0)}), "there is none"
     everywhere = [row(n, 1.0, model="tuned") for n in range(60)]
     assert "memory" not in remark(leakage, subsets(leakage, base, everywhere, "exact_match"))
     assert "was found" in remark(find(asked, []), {})

@@ -20,7 +20,7 @@ from tunesmith.compose import compose, faults, overlaid
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.methods import METHODS
 from tunesmith.training import checkpoints, continuing, fit, state, verifying
-from tunesmith.training.run import Run
+from tunesmith.training.run import Run, create
 
 LORA = {"kind": "lora", "rank": 4, "dropout": 0.1}
 GRID = {
@@ -602,6 +602,26 @@ def test_a_recipe_that_was_edited_in_the_run_is_refused_field_by_field(copied):
     with pytest.raises(RunError, match="cannot be continued") as error:
         api.resume(copied.path)
     assert error.value.found == "training.max_steps was 4, is 6; training.weight_decay was 0.01, is 0.5"
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_held_to_its_recipe_and_says_where_it_begins(quick):
+    """`kill -9` right after the run's folder was made: nothing but what `create` writes is there."""
+    run = create(quick({"training": {"max_steps": 1}}))
+    file = run.path / "recipe.yaml"
+    text = file.read_text()
+    assert text.count("weight_decay: 0.01") == 1
+    file.write_text(text.replace("weight_decay: 0.01", "weight_decay: 0.5"))
+    with pytest.raises(RunError, match="cannot be continued") as error:
+        api.resume(run.path)
+    assert error.value.found == "training.weight_decay was 0.01, is 0.5"
+    file.write_text(text)
+    with pytest.raises(RunError, match="has no checkpoint") as error:
+        api.resume(run.path, checkpoint="checkpoint-step-2")
+    assert "Leave --checkpoint out" in error.value.fix
+    api.resume(run.path)
+    told = [e["message"] for e in run.events() if e["kind"] == "warning"]
+    assert "Training begins at the first step: no checkpoint was saved before it ended." in told
+    assert any(e["kind"] == "decision" for e in run.events()), "the plan is said as in a new run"
 
 
 @pytest.mark.parametrize("field", continuing.OF_VALIDATIONS)

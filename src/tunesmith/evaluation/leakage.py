@@ -742,6 +742,10 @@ def copied_by(rows: Mapping[str, Sequence[EvalRow]], trained: Iterable[str]) -> 
     return {name: asdict(part) for name, part in found.items()}
 
 
+HALF = 0.5
+"""Share of the gain below which too little of it is left without the leaked questions to be called skill."""
+
+
 def remark(leakage: Leakage, parts: Mapping[str, Comparison]) -> str:
     """What the leak does to the verdict, in one sentence."""
     if not leakage.leaked:
@@ -750,8 +754,11 @@ def remark(leakage: Leakage, parts: Mapping[str, Comparison]) -> str:
     said = f"Leakage: {leakage.sentence()}."
     if clean:
         said += f" Without them: {sentence(clean)}"
-        if dirty and dirty.n and _only_there(clean, dirty):
-            said += " The gain lives in the leaked questions: it may be memory, not skill."
+        if (kept := _kept(clean, dirty) if dirty else None) is not None and clean.verdict != "better":
+            if kept < HALF:
+                said += " The gain lives in the leaked questions: it may be memory, not skill."
+            elif kept < 1:
+                said += f" {kept:.0%} of the gain is left without them, on fewer questions: the evidence is weaker."
     elif leakage.questions > len(leakage.leaked):
         clean_ones = leakage.questions - len(leakage.leaked)
         said += f" The other {clean_ones} are clean; the scores are over all {leakage.questions}."
@@ -760,6 +767,9 @@ def remark(leakage: Leakage, parts: Mapping[str, Comparison]) -> str:
     return said
 
 
-def _only_there(clean: Comparison, dirty: Comparison) -> bool:
+def _kept(clean: Comparison, dirty: Comparison) -> float | None:
+    """What share of the gain over all questions is left without the leaked ones; None where there was no gain."""
+    number = clean.n + dirty.n
     sign = 1 if clean.higher_is_better else -1
-    return clean.verdict != "better" and sign * dirty.difference > max(sign * clean.difference, 0.0)
+    gain = sign * (clean.n * clean.difference + dirty.n * dirty.difference) / number if number else 0.0
+    return sign * clean.difference / gain if gain > 0 else None

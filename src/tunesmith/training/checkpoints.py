@@ -292,7 +292,9 @@ def choose(run: Run, name: str = "latest") -> Path | None:
             raise RunError(
                 f"The run {run.path} has no checkpoint '{name}'.",
                 found=", ".join(p.name for p in folders) or "no checkpoint",
-                fix="Name one of these, or use `latest`.",
+                fix="Name one of these, or use `latest`."
+                if folders
+                else f"Leave --checkpoint out: training then begins at the first step. tunesmith resume {run.path}",
             )
         if wrong := problem(wanted):
             raise RunError(

@@ -1,7 +1,7 @@
 """What a run rests on, and whether it may be continued: its recipe, and hashes of what the recipe names.
 
 Every checkpoint says it in its manifest, which is sealed, so that a checkpoint is continued by what it was made with.
-`plan.json` says the same for people; it counts only where no checkpoint says it.
+`plan.json` says the same for people, of the recipe from a run's first moment; it counts only where no checkpoint says it.
 """
 
 from __future__ import annotations
@@ -158,6 +158,13 @@ def say_environment(run: Run, checkpoint: Path | None) -> None:
     """Say what of machine and packages is another than when a checkpoint was written: the bits may differ then."""
     if checkpoint and (changed := checkpoints.environment_differences(checkpoint)):
         run.event("warning", message=f"The run goes on, though not to the bit: {'; '.join(changed)}.")
+
+
+def say_beginning(run: Run, checkpoint: Path | None) -> None:
+    """Say where a run that is continued takes up no checkpoint, so that its steps are taken from the first one on."""
+    if checkpoint is None and not (run.path / "training.json").exists():
+        why = "as asked" if checkpoints.found(run) else "no checkpoint was saved before it ended"
+        run.event("warning", message=f"Training begins at the first step: {why}.")
 
 
 def rounded(before: Recipe, after: Recipe) -> list[str]:

@@ -362,12 +362,13 @@ def anchored(recipe: Recipe) -> Recipe:
 
 OF_NODE = re.compile(r"\.lock|\.holder|\..+\.\d+\.tmp")
 """Locks and half-written files, which are those of the machine that writes."""
-OWN = re.compile(rf"{OF_NODE.pattern}|environment\.json")
+OWN = re.compile(rf"{OF_NODE.pattern}|environment\.json|plan\.json")
 """Files of a run that was killed while its folder was made."""
 
 
 def create(recipe: Recipe, *, watch: Watch = _silent) -> Run:
-    """A new run folder with the resolved recipe and the environment.
+    """A new run folder with the resolved recipe and the environment. plan.json has the recipe from the beginning, so
+    that an edited recipe.yaml is seen however early a run is killed.
 
     Raises RunError where the folder is another run's, or holds files that are not a run's.
     """
@@ -381,6 +382,7 @@ def create(recipe: Recipe, *, watch: Watch = _silent) -> Run:
             if is_run(path):  # another process came first
                 return create(recipe, watch=watch)
             run.write("environment.json", environment())
+            run.write("plan.json", {"recipe": recipe.model_dump(mode="json")})
             run.write("recipe.yaml", as_yaml(recipe))
     except OSError as error:
         raise RunError(

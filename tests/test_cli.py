@@ -14,6 +14,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import tunesmith
 from tunesmith.cli import FLAGS, app
 from tunesmith.compose import TASKS, compose
 from tunesmith.evaluation.metrics import METRICS, TASK_METRICS
@@ -587,6 +588,31 @@ def test_preferences_under_a_task_that_imitates_say_what_is_used(invoke):
     assert not any(
         "imitated" in note for note in invoke("validate", "example:chat", "--task", "chat")[1]["notes"]
     )
+
+
+def test_a_data_set_or_a_run_in_the_place_of_a_recipe_is_told_where_it_belongs(
+    invoke, long_rows, begun, tmp_path
+):
+    listed = tmp_path / "rows.json"
+    listed.write_text('[{"prompt": "a", "response": "b"}]')
+    for given, fix in (
+        (long_rows, f"--dataset {long_rows}"), (listed, f"--dataset {listed}"), (begun, f"tunesmith resume {begun}"),
+    ):  # fmt: skip
+        code, error, _ = invoke("train", given)
+        assert code == 1
+        assert fix in error["fix"]
+
+
+def test_the_shipped_data_set_is_taken_aloud():
+    assert any(
+        "No data set was named, so the shipped example:sql is used" in note for note in compose({}).notes
+    )
+    assert not compose({"data": {"dataset": "example:sql"}}).notes
+
+
+def test_the_version_is_shown():
+    assert said("--version").stdout == f"tunesmith {tunesmith.__version__}\n"
+    assert "Commands" in said().output, "without a verb the help is shown"
 
 
 def test_one_is_singular(long_rows):

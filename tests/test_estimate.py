@@ -579,6 +579,14 @@ def test_a_small_disk_is_said(recipe, monkeypatch):
     assert [e for e in told if e["kind"] == "warning" and "The disk may be too small" in e["message"]]
 
 
+def test_the_disk_of_another_machine_is_not_known():
+    found = estimating.unknown(devices.DEVICES["t4"], ValueError("x"))
+    found = replace(found, stages={"training": {"weights": 4}}, disk={"checkpoints": 10**15}, disk_free=None)
+    assert found.disk_warning() == ""
+    [(_, _, why)] = [line for line in found.lines() if line[0] == "disk"]
+    assert why.endswith("what that machine has free is not known")
+
+
 def test_micro_steps_are_timed_in_the_types_of_the_run():
     from contextlib import contextmanager
     from types import SimpleNamespace

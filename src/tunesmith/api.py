@@ -1345,10 +1345,11 @@ def validate(
 ) -> Report:
     """What is wrong with a data set, before it is trained on.
 
-    `settings` is a sparse recipe layer that says how it is read and how long rows may be; `model` adds what
-    only tokens can tell. `fix` writes a cleaned copy with a ledger to `output`, by default
-    `<name>.clean.jsonl` beside the file. At most `limit` findings of a kind are kept whole. Give more
-    `processes` for large files from a program that guards its own start (`if __name__ == "__main__":`).
+    `settings` is a sparse recipe layer that says how it is read and how long rows may be; where it names a method, rows
+    that the method cannot use are errors. `model` adds what only tokens can tell. `fix` writes a cleaned copy with a
+    ledger to `output`, by default `<name>.clean.jsonl` beside the file. At most `limit` findings of a kind are kept
+    whole. Give more `processes` for large files from a program that guards its own start
+    (`if __name__ == "__main__":`).
     """
     from tunesmith import data
     from tunesmith.compose import compose, overlaid
@@ -1372,8 +1373,13 @@ def validate(
         kind = models.kind(str(model))
         _settle_template(tokenizer, kind, recipe)
         context, adapt = encoder(tokenizer), METHODS[recipe.method.kind].adapt
+    usable: data.Adapt | None = None
+    if "kind" in (settings or {}).get("method", {}):
+        from tunesmith.methods import METHODS
+
+        usable = METHODS[recipe.method.kind].adapt
     checks = validation.settings_for(
-        recipe.data, max_length=recipe.data.max_length, context=context, limit=limit
+        recipe.data, max_length=recipe.data.max_length, context=context, limit=limit, adapt=usable
     )
     report, source, refused = validation.validate(
         recipe.data,
@@ -1662,7 +1668,9 @@ def runs(output_dir: str | Path = OUTPUT_DIR) -> list[RunSummary]:
         raise RunError(
             f"There is no output folder {output_dir}.",
             found="a file" if folder.exists() else None,
-            fix=f"Did you mean '{folder.parent / near}'?" if near else "Give the --output-dir of your runs.",
+            fix=f"Did you mean '{folder.parent / near}'?"
+            if near
+            else "Name the folder that your runs are in, their --output-dir: `tunesmith runs FOLDER`.",
         )
     return [_summary(run) for run in find_runs(folder)]
 
@@ -2623,6 +2631,7 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
             point = checkpoints.choose(run, checkpoint) if checkpoint else None
             if not fresh:
                 continuing.check_recipe(recipe, run, point)
+                continuing.say_beginning(run, point)
             continuing.say_environment(run, point)
             results = _driver().execute(wanted, inputs={**_inputs(recipe), "run": run, "checkpoint": point})
             if recipe.evaluation.skip:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith import catalog, launch, libraries, ranks
+from tunesmith import __version__, catalog, launch, libraries, ranks
 from tunesmith.compose import (
     Composition,
     assignment,
@@ -68,6 +68,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help starts faster and keeps wide options readable
 )
+
+
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"tunesmith {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def before_the_verb(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version and end."),
+    ] = False,
+) -> None:
+    """Options of `tunesmith` itself."""
+
 
 FLAGS: dict[str, str] = {
     "--task": "task",
@@ -534,7 +552,30 @@ def _composed(
     if "workers" in flags.get("launch", {}):
         flags = overlaid({"launch": {"kind": "ray"}}, flags)
     layer = overlaid({"adapter": adapter} if adapter else {}, flags)
+    if recipe_file:
+        _check_is_recipe(recipe_file)
     return compose(layer, file=recipe_file, preset=preset if preset != "default" else None)
+
+
+def _check_is_recipe(path: Path) -> None:
+    """Raises TunesmithError for a data set or a run in the place of a recipe file, with the option that takes it."""
+    if path.suffix.lower() in {".yaml", ".yml", ".json"} and not path.is_dir():
+        return  # a list of rows in JSON shows when it is read
+    from tunesmith.data.sources import READERS
+    from tunesmith.training.run import is_run
+
+    if is_run(path):
+        raise TunesmithError(
+            f"{path} is a run, and a recipe file belongs here.",
+            fix=f"`tunesmith resume {path}` continues it; {path / 'recipe.yaml'} is its recipe; --base-model {path} "
+            "trains on from its model.",
+        )
+    if path.is_dir() or (path.suffix.lower() in READERS and path.is_file()):
+        raise TunesmithError(
+            f"{path} looks like a data set, and a recipe file belongs here.",
+            found="a folder" if path.is_dir() else f"a {path.suffix} file",
+            fix=f"Give it as --dataset {path}.",
+        )
 
 
 @app.command("train", help=TRAIN_HELP)

@@ -60,7 +60,18 @@ def compose(
     every problem found, not only the first.
     """
     merged, notes = layered(flags, file=file, preset=preset)
-    return Composition(validated(merged), (*notes, *catalog_notes(merged.get("data"))))
+    return Composition(validated(merged), (*notes, *_unnamed(merged), *catalog_notes(merged.get("data"))))
+
+
+def _unnamed(merged: Layer) -> list[str]:
+    """A note where no layer names a data set, so that nobody trains on the shipped one without knowing."""
+    if "dataset" in (merged.get("data") or {}):
+        return []
+    default = Recipe().data.dataset
+    return [
+        f"No data set was named, so the shipped {default} is used: --dataset, or data.dataset in a recipe, takes a "
+        "file or folder of yours, a Hub id, or a name of `tunesmith show catalog`."
+    ]
 
 
 def layered(
@@ -707,7 +718,12 @@ def read_layer(path: Path, *, what: str = "recipe", example: str = "section: {fi
     if layer is None:
         raise RecipeError(f"{path} is empty.", fix=f"Write `{example}`, or leave the file out.")
     if not isinstance(layer, dict):
-        raise RecipeError(f"{path} holds no {what}.", found=type(layer).__name__, fix=f"Write `{example}`.")
+        is_rows = what == "recipe" and isinstance(layer, list)
+        raise RecipeError(
+            f"{path} holds no {what}.",
+            found="a list, as of a data set's rows" if is_rows else type(layer).__name__,
+            fix=f"Name a data set with --dataset {path}." if is_rows else f"Write `{example}`.",
+        )
     return layer
 
 

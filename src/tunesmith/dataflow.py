@@ -213,7 +213,7 @@ def estimate(
             facts=facts,
             plan=plan,
             process=partial(_held, recipe),
-            folder=Path(recipe.output_dir),
+            folder=None if device else Path(recipe.output_dir),
             thorough=measured or device is not None,
             measure=partial(_micro_steps, recipe, plan, encodings, packing) if here else None,
             check=partial(

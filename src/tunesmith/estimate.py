@@ -161,7 +161,8 @@ class Estimate:
     epochs: float
     flops_per_step: float
     disk: Mapping[str, int]
-    disk_free: int
+    disk_free: int | None
+    """Bytes; None of another machine's disk."""
     micro_batch: int
     largest_batch: int | None = None
     """Rows in the largest micro-batch that fits, of those that there are; None where it was not looked for."""
@@ -227,12 +228,17 @@ class Estimate:
             )
         )
         written = ", ".join(f"{name} {size(held)}" for name, held in self.disk.items())
-        short = sum(self.disk.values()) > self.disk_free
+        wanted = sum(self.disk.values())
+        free = (
+            "what that machine has free is not known"
+            if self.disk_free is None
+            else f"{size(self.disk_free)} free" + (": not enough" if wanted > self.disk_free else "")
+        )
         rows.append(
             (
                 "disk",
-                size(sum(self.disk.values())),
-                f"{written}; {size(self.disk_free)} free" + (": not enough" if short else ""),
+                size(wanted),
+                f"{written}; {free}",
             )
         )
         rows += [("note", note, "") for note in self.notes]
@@ -255,7 +261,7 @@ class Estimate:
     def disk_warning(self) -> str:
         """What to say of a disk that is too small; nothing of one that is not."""
         wanted = sum(self.disk.values())
-        if wanted <= self.disk_free or not self.stages:
+        if self.disk_free is None or wanted <= self.disk_free or not self.stages:
             return ""
         return (
             f"The disk may be too small: {size(wanted)} are written, {size(self.disk_free)} are free. Lower "
@@ -883,14 +889,16 @@ def estimate(
     facts: DeviceFacts,
     plan: Plan,
     process: Callable[[], int],
-    folder: Path,
+    folder: Path | None,
     thorough: bool = False,
     measure: Measure | None = None,
     check: Callable[[Recipe], None] = lambda recipe: None,
 ) -> Estimate:
-    """What the run takes on this device. `thorough` also looks for the largest micro-batch; `measure` times micro-steps
-    on rows of these numbers, here. Remedies are worked out where the run does not fit, of those that `check` does not
-    refuse with a TunesmithError."""
+    """What the run takes on this device, written to `folder`; without one, on another machine.
+
+    `thorough` also looks for the largest micro-batch; `measure` times micro-steps on rows of these numbers, here.
+    Remedies are worked out where the run does not fit, of those that `check` does not refuse with a TunesmithError.
+    """
     from tunesmith.training.steps import SOON
 
     dtype, precision, total_steps = plan.dtype, plan.mixed_precision, plan.total_steps
@@ -992,7 +1000,7 @@ def estimate(
         epochs=round(total_steps / max(plan.steps_per_epoch, 1), 2),
         flops_per_step=accumulation * traced.flops * share,
         disk=_disk(recipe, traced, rows, plan),
-        disk_free=_free(folder),
+        disk_free=_free(folder) if folder else None,
         micro_batch=recipe.training.per_device_train_batch_size,
         notes=tuple(notes),
         longest=traced.width,

@@ -547,6 +547,22 @@ def test_options_count_as_in_training(tmp_path):
     assert not any("data." in note for note in found().notes)
 
 
+def test_rows_that_the_named_method_cannot_use_are_errors(tmp_path):
+    path = str(written(tmp_path, pair("What is one?", "Red.")))
+    refused = adds_up(api.validate(path, settings={"method": {"kind": "dpo"}}))
+    assert (refused.rows, refused.with_errors, refused.counts) == (2, 2, {"unusable": 2})
+    assert all("no pair of a better and a worse answer" in found.message for found in refused.findings)
+    assert adds_up(api.validate(path, settings={"method": {"kind": "sft"}})).ok == 2
+    assert api.validate("example:tone", settings={"method": {"kind": "dpo"}}).with_errors == 0
+
+
+def test_the_column_that_lacks_a_value_is_called_as_in_the_file(tmp_path):
+    rows = [{"question": f"What is {n}?", "answer": f"Red {n}."} for n in range(30)] + [{"question": "Why?"}]
+    path = written(tmp_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    [found] = [f for f in api.validate(str(path)).findings if f.kind == "no_format"]
+    assert (found.column, found.message) == ("answer", "no value for answer")
+
+
 def data_counts(path, **options):
     """What training makes of the same rows; None where it stops."""
     from tunesmith import models

@@ -14,6 +14,7 @@ from scipy.stats import binomtest, ttest_rel
 from tunesmith.errors import RunError
 from tunesmith.evaluation import scores
 from tunesmith.evaluation.compare import (
+    _p_shown,
     compare,
     holm,
     methods,
@@ -229,6 +230,10 @@ def test_token_weighting_of_likelihood_metrics():
     assert "Holm" in accuracy.reason
 
 
+def test_a_p_that_is_just_above_the_limit_is_shown_above_it():
+    assert [_p_shown(p, 0.05) for p in (0.0502, 0.05004, 0.375)] == ["0.0502", "0.05004", "0.375"]
+
+
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
@@ -244,6 +249,10 @@ def test_secondary_verdicts_need_the_adjusted_p():
     first, *others = compare(base_rows, tuned_rows, metrics=names, resamples=1000)
     assert first.verdict == "better"
     assert {c.verdict for c in others} == {"no evidence"}
+    assert remarks([first, *others])[-1].startswith(
+        "No evidence though the interval excludes 0: exact match, ROUGE-L, "
+    )
+    assert not any("No evidence" in said for said in remarks([first]))
 
 
 def test_groups_widen_the_interval_and_a_copied_member_does_not_narrow_it():
@@ -410,7 +419,8 @@ def test_one_number_of_all_answers_has_no_interval_and_no_verdict(name):
     assert found.verdict == "inconclusive"
     assert found.difference == pytest.approx(0.5475)
     assert "one number of all answers" in found.reason
-    assert sentence(found).startswith("Inconclusive: different ")
+    assert sentence(found).startswith("No verdict: different ")
+    assert table([found])[1][-1] == "none"
     both = [row(n, scores={name: 0.1, "rougeL": n / 60}) for n in range(60)]
     other = [row(n, model="tuned", scores={name: 0.5, "rougeL": n / 50}) for n in range(60)]
     compared = compare(both, other, metrics=["rougeL", "exact_match", name], resamples=200)

@@ -285,7 +285,9 @@ def test_a_gain_that_lives_in_the_leaked_questions_is_called_that():
                                           "weaker.")  # fmt: skip
     lost = {**weak, "clean": replace(weak["clean"], difference=0.01)}  # of 0.025 over all
     assert "memory" in remark(leakage, lost)
-    assert "gain" not in remark(leakage, {**weak, "dirty": replace(weak["dirty"], difference=-9.0)}), "there is none"
+    assert "gain" not in remark(leakage, {**weak, "dirty": replace(weak["dirty"], difference=-9.0)}), (
+        "there is none"
+    )
     everywhere = [row(n, 1.0, model="tuned") for n in range(60)]
     assert "memory" not in remark(leakage, subsets(leakage, base, everywhere, "exact_match"))
     assert "was found" in remark(find(asked, []), {})

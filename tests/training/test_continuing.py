@@ -604,7 +604,9 @@ def test_a_recipe_that_was_edited_in_the_run_is_refused_field_by_field(copied):
     assert error.value.found == "training.max_steps was 4, is 6; training.weight_decay was 0.01, is 0.5"
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_is_held_to_its_recipe_and_says_where_it_begins(quick):
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_held_to_its_recipe_and_says_where_it_begins(
+    quick,
+):
     """`kill -9` right after the run's folder was made: nothing but what `create` writes is there."""
     run = create(quick({"training": {"max_steps": 1}}))
     file = run.path / "recipe.yaml"

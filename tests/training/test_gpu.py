@@ -95,6 +95,9 @@ def test_float32_on_a_gpu_is_said_with_what_becomes_of_tf32():
     [(name, value, why)] = checked(mixed_precision="no", elsewhere=devices.named("h200"))
     assert (name, value) == ("mixed_precision", "no")
     assert "TF32" in why
+    [(_, _, why)] = checked(mixed_precision="no", elsewhere=devices.named("t4"))
+    assert "TF32" not in why, "a T4 has none"
+    assert "fp16" in why
     assert torch.get_float32_matmul_precision() == "highest"
 
 

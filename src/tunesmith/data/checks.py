@@ -11,7 +11,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -259,6 +259,8 @@ class Settings:
     """Whether lengths are estimated: there is no tokenizer to count them."""
     limit: int = 100
     """Findings of a kind that are kept whole."""
+    adapt: Callable[[Example], Example] | None = None
+    """The example in the shape that the named method needs, which raises Unusable; None where none was named."""
 
     @functools.cached_property
     def detection(self) -> Detection:
@@ -303,6 +305,11 @@ def check_row(
         format = detection.format_of(values)
         if isinstance(example, Unusable):
             return None, format, [_refused(str(example), values, format)]
+        if settings.adapt:
+            try:
+                settings.adapt(example)
+            except Unusable as reason:
+                return None, format, [Found("unusable", None, masked(str(reason)))]
         found = list(_looked_at(example, record, format, detection, settings))
     except RecursionError:
         return None, None, [Found("unusable", None, "nested too deeply")]

@@ -622,10 +622,12 @@ def _wrong_constraints(values: Values) -> str | None:
     return wrong_constraints(values)
 
 
-def absent(there: Set[str], detection: Detection) -> str:
-    """Why a row that has values in these columns only fits none of the formats."""
+def absent(there: Set[str], detection: Detection, columns: Set[str] = frozenset()) -> str:
+    """Why a row that has values in these columns only fits none of the formats. Of names that stand for the same it is
+    said which the file has among its `columns`."""
     format = min(detection.formats, key=lambda f: sum(not there & set(names) for names in f.columns))
-    missing = [" or ".join(names) for names in format.columns if not there & set(names)]
+    lacking = [names for names in format.columns if not there & set(names)]
+    missing = [" or ".join([n for n in names if n in columns] or names) for names in lacking]
     return f"no value for {', '.join(missing)}" if missing else f"not of format {format.name}"
 
 

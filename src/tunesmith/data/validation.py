@@ -13,7 +13,7 @@ import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -315,9 +315,17 @@ class _Whole:
 
 
 def settings_for(
-    data: DataSource, *, max_length: int = 1024, context: Encoder | None = None, limit: int = 100
+    data: DataSource,
+    *,
+    max_length: int = 1024,
+    context: Encoder | None = None,
+    limit: int = 100,
+    adapt: Adapt | None = None,
 ) -> Settings:
-    """What rows are checked by. Raises DataError for options that contradict each other."""
+    """What rows are checked by; with `adapt`, that the method can use them as well.
+
+    Raises DataError for options that contradict each other.
+    """
     if data.format != "auto" and data.format not in FORMATS:
         raise DataError(f"There is no format '{data.format}'.", fix=nearest(data.format, FORMATS))
     if bool(data.input_text_key) != bool(data.output_text_key):
@@ -331,6 +339,7 @@ def settings_for(
         specials=tuple(dict.fromkeys((*_own_specials(context), *COMMON_SPECIALS))),
         estimates=context is None,
         limit=limit,
+        adapt=adapt,
     )
 
 
@@ -571,7 +580,7 @@ def _findings(whole: _Whole, name: str, detection: Detection | None) -> list[Fin
         row = whole.row(number) if number >= 0 else None
         column, message = found.column, found.message
         if found.kind == "no_format":
-            column, message = _missing(json.loads(message), detection)
+            column, message = _missing(json.loads(message), detection, whole.names.keys())
         made.append(
             Finding(
                 found.kind,
@@ -586,10 +595,10 @@ def _findings(whole: _Whole, name: str, detection: Detection | None) -> list[Fin
     return made
 
 
-def _missing(present: list[str], detection: Detection | None) -> tuple[str | None, str]:
+def _missing(present: list[str], detection: Detection | None, columns: Set[str]) -> tuple[str | None, str]:
     if detection is None:
         return None, f"no format is known for the columns {', '.join(present)}"[:300]
-    reason = absent(set(present), detection)
+    reason = absent(set(present), detection, columns)
     column = re.match(r"no value for ([^, ]+)", reason)
     return column[1] if column else None, reason
 

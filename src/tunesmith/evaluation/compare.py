@@ -241,7 +241,7 @@ def _length_said(rows: Sequence[EvalRow], name: str) -> list[str]:
 def sentence(comparison: Comparison) -> str:
     """The verdict with its numbers, in one sentence."""
     c, metric = comparison, METRICS[comparison.metric]
-    head = c.verdict[0].upper() + c.verdict[1:]
+    head = "No verdict" if verdict_shown(c) == "none" else c.verdict[0].upper() + c.verdict[1:]
     if not c.n:
         return f"{head}: {metric.label} was not compared. {c.reason}"
     went = "rose" if c.difference > 0 else "fell" if c.difference < 0 else "stayed"
@@ -262,7 +262,27 @@ def remarks(comparisons: Sequence[Comparison]) -> list[str]:
         if not c.n and not c.primary:  # the primary one's sentence says so
             labels = by_reason.setdefault(c.reason, [])
             labels += [METRICS[c.metric].label] if METRICS[c.metric].label not in labels else []
-    return [*found, *(f"Not compared: {', '.join(names)}. {reason}" for reason, names in by_reason.items())]
+    found += [f"Not compared: {', '.join(names)}. {reason}" for reason, names in by_reason.items()]
+    above = dict.fromkeys(METRICS[c.metric].label for c in comparisons if _is_above_the_limit(c))
+    if above:
+        limit = 1 - comparisons[0].confidence
+        found.append(
+            f"No evidence though the interval excludes 0: {', '.join(above)}. A verdict needs p of {limit:.2g} or less "
+            "as well, adjusted for the number of comparisons (Holm)."
+        )
+    return found
+
+
+def _is_above_the_limit(c: Comparison) -> bool:
+    """Whether a line of the table has an interval without 0 and no verdict, since its p is too high."""
+    if c.verdict != "no evidence" or c.low is None or c.high is None or c.primary:  # whose sentence says it
+        return False
+    return not c.low <= 0 <= c.high
+
+
+def verdict_shown(comparison: Comparison) -> str:
+    """The verdict for a table; `none` of a metric that allows no verdict."""
+    return "none" if comparison.n and METRICS[comparison.metric].of_set else comparison.verdict
 
 
 def _answers_look(rows: Sequence[EvalRow], name: str, *, closely: bool = False) -> list[str]:
@@ -302,7 +322,7 @@ def table(comparisons: Sequence[Comparison], names: tuple[str, str] = ("base", "
     for c in comparisons:
         metric = METRICS[c.metric]
         values = [shown(c.base, metric), shown(c.tuned, metric), difference_shown(c)] if c.n else ["-"] * 3
-        lines.append([metric.named, *values, str(c.n), c.verdict])
+        lines.append([metric.named, *values, str(c.n), verdict_shown(c)])
     return lines
 
 
@@ -322,7 +342,7 @@ def table_of_many(comparisons: Sequence[Comparison]) -> list[list[str]]:
             values = [shown(c.tuned, metric), difference_shown(c)] if c.n else ["-", "-"]
             p = "-" if c.p_value is None else f"{c.p_value:.3g}"
             counts = f"{c.wins}/{c.ties}/{c.losses}"
-            lines.append([metric.named, c.model, *values, p, counts, str(c.n), c.verdict])
+            lines.append([metric.named, c.model, *values, p, counts, str(c.n), verdict_shown(c)])
     return lines
 
 
@@ -548,14 +568,19 @@ def _verdict(c: Comparison, pairs: _Pairs, metric: Metric) -> tuple[Verdict, str
         few = f"; fewer than {MIN_DISCORDANT} can never settle it" if differ < MIN_DISCORDANT else ""
         return "no evidence", (
             f"Only {differ} questions are right with one model and wrong with the other{few} "
-            f"(McNemar p = {c.p_value:.3f}); a difference up to ±{hidden} could hide at n={c.n}."
+            f"(McNemar p = {_p_shown(c.p_value, alpha)}); a difference up to ±{hidden} could hide at n={c.n}."
         )
     if c.p_value is not None and c.p_value > alpha:
         return "no evidence", (
-            f"The interval excludes 0 and p = {c.p_value:.3f} does not; a difference up to ±{hidden} could hide at "
-            f"n={c.n}."
+            f"The interval excludes 0, but p = {_p_shown(c.p_value, alpha)} is above {alpha:.2g}; a difference up to "
+            f"±{hidden} could hide at n={c.n}."
         )
     return ("better" if good else "worse"), f"The {c.confidence:.0%} interval excludes 0."
+
+
+def _p_shown(p: float, limit: float) -> str:
+    """A p above the limit, with as many digits as show that it is."""
+    return next((text for n in range(3, 9) if float(text := f"{p:.{n}f}") > limit), f"{p!r}")
 
 
 def _found_at(c: Comparison, metric: Metric) -> str:
@@ -577,10 +602,12 @@ def _adjusted(c: Comparison, p: float, number: int, *, models: int) -> Compariso
     """A comparison with its adjusted p, which its verdict needs as well as the interval."""
     over = "metrics" if models == 1 else "models" if c.primary else "metrics and models"
     kind = "Primary" if c.primary else "Secondary"
-    note = f"{kind} metric: p = {p:.3g} after Holm's adjustment over {number} {over}."
+    limit = 1 - c.confidence
+    said = f"{p:.3g}" if p <= limit or p > 1.1 * limit else _p_shown(p, limit)
+    note = f"{kind} metric: p = {said} after Holm's adjustment over {number} {over}."
     if models > 1 and not c.primary:
-        note = f"{kind} metric: p = {p:.3g} after Holm's adjustment over {number} comparisons of {over}."
-    if c.verdict in ("better", "worse") and p > 1 - c.confidence:
+        note = f"{kind} metric: p = {said} after Holm's adjustment over {number} comparisons of {over}."
+    if c.verdict in ("better", "worse") and p > limit:
         return replace(
             c,
             p_value=p,

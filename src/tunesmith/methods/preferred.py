@@ -15,7 +15,7 @@ from tunesmith.data import encoded as encode_splits
 from tunesmith.data.cache import Encodings
 from tunesmith.data.examples import Example, Preference, Rating, Unusable
 from tunesmith.data.templates import IGNORED
-from tunesmith.errors import ModelError, RecipeError
+from tunesmith.errors import ModelError, RecipeError, counted
 from tunesmith.recipe import DPO, KTO, PRINCIPAL, Data, LoRA, Model, Recipe
 from tunesmith.training.run import Run
 
@@ -69,9 +69,10 @@ def encoded_pairs(splits: Splits, tokenizer: Any, data: Data, section: Any) -> E
     more = lengths[::2] - lengths[1::2]  # the prompts are the same
     for word, share in (("longer", float((more > 0).mean())), ("shorter", float((more < 0).mean()))):
         if share >= ONE_SIDED:
+            by = counted(round(float(abs(more.mean()))), "token")
             said = (
-                f"the better answer is the {word} one in {share:.0%} of the pairs, by {abs(more.mean()):.0f} tokens in "
-                "the mean: length alone can be learned from them"
+                f"the better answer is the {word} one in {share:.0%} of the pairs, by {by} in the mean: length alone "
+                "can be learned from them"
             )
             return replace(found, notes=(*found.notes, said))
     return found

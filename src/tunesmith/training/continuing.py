@@ -1,7 +1,7 @@
 """What a run rests on, and whether it may be continued: its recipe, and hashes of what the recipe names.
 
 Every checkpoint says it in its manifest, which is sealed, so that a checkpoint is continued by what it was made with.
-`plan.json` says the same for people, of the recipe from a run's first moment; it counts only where no checkpoint says it.
+`plan.json` says the same for people, the recipe from a run's first moment on; it counts only where no checkpoint does.
 """
 
 from __future__ import annotations

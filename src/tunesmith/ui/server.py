@@ -64,11 +64,11 @@ def serve(place: Place, *, say: Say, ready: Say, recipe: Mapping[str, Any] | Non
     if place.token_env:
         # Jobs inherit the environment; the token is none of theirs.
         os.environ.pop(place.token_env, None)
+    listening = listen(place.host, place.port)  # before what takes seconds: a port in use shows at once
     from tunesmith.ui.app import create
 
     # What users write here is theirs alone.
     os.umask(0o077)
-    listening = listen(place.host, place.port)
     port = int(listening.getsockname()[1])
     shown = f"[{place.host}]" if ":" in place.host else place.host
     address = f"http://{shown}:{port}/"

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import tunesmith
+from tunesmith import api
 from tunesmith.cli import FLAGS, app
 from tunesmith.compose import TASKS, compose
+from tunesmith.errors import RecipeError
 from tunesmith.evaluation.metrics import METRICS, TASK_METRICS
 from tunesmith.recipe import fields
 from tunesmith.training.run import open_run
@@ -613,6 +616,12 @@ def test_the_shipped_data_set_is_taken_aloud():
 def test_the_version_is_shown():
     assert said("--version").stdout == f"tunesmith {tunesmith.__version__}\n"
     assert "Commands" in said().output, "without a verb the help is shown"
+
+
+def test_a_taken_port_shows_before_the_workbench_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tunesmith.ui.app", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(RecipeError, match="cannot listen"):
+        api.web(tmp_path, port=taken.getsockname()[1])
 
 
 def test_one_is_singular(long_rows):

@@ -436,6 +436,6 @@ def test_the_plain_trainer_gets_stuck_or_differs_where_it_is_killed():
 def test_a_folder_that_a_kill_left_half_made_is_taken(tmp_path):
     folder = tmp_path / "half"
     folder.mkdir()
-    for name in (".lock", ".holder", "environment.json", ".recipe.yaml.123.tmp"):
+    for name in (".lock", ".holder", "environment.json", "plan.json", ".recipe.yaml.123.tmp"):
         (folder / name).write_text("")
     assert create(Recipe(output_dir=str(tmp_path), name="half")).recipe()

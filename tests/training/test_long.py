@@ -96,8 +96,7 @@ def test_eight_runs_at_once_with_one_cold_cache_are_the_same(
     assert all(given == found[0] for given in found.values()), found
     assert len(found[0]) == 2
     assert [name for name in os.listdir(cache) if name.startswith(".")] == [], "nothing half made is left"
-    sums = {(run / "plan.json").exists() for run in (tmp_path / "runs").iterdir()}
-    assert sums == {True}
+    assert all("rows" in json.loads((run / "plan.json").read_text()) for run in (tmp_path / "runs").iterdir())
 
 
 def resident() -> int:

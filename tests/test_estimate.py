@@ -141,6 +141,18 @@ def test_seconds_of_several_processes_have_what_they_send_and_wait(recipe):
     assert names.index("  of it speaking") == names.index("time per step") + 1
 
 
+def test_only_weights_of_another_type_than_their_files_take_memory_of_a_machine_in_each_process(recipe):
+    shares = {"launch": {"kind": "accelerate", "processes": 4}, "parallel": {"kind": "fsdp"}}
+    mapped, made = (
+        planned(recipe(**shares, model={"dtype": dtype}), device="h100") for dtype in ("float32", "bfloat16")
+    )
+    whole = 4 * made.stages["training"]["weights"]
+    assert not any("a machine" in note for note in mapped.notes)
+    [told] = [note for note in made.notes if "a machine" in note]
+    assert f"{estimating.size(4 * whole)} a machine" in told
+    assert "--quant bf16" in told
+
+
 def test_processes_of_one_machine_share_its_memory(recipe):
     """What one of them can have is a part of it, and each reads the whole model at first."""
     launch, one = {"kind": "accelerate", "processes": 4}, planned(recipe())

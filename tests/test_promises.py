@@ -118,6 +118,47 @@ def test_the_tree_in_the_readme_names_every_module_and_folder():
     ] == []
 
 
+def started(line: str) -> list[str]:
+    """A shell line's words from the program on; of a launcher of processes those that it starts, by its own parser."""
+    words = shlex.split(line.removeprefix("$ "), comments=True)
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
+    if words[:1] == ["torchrun"]:
+        from torch.distributed.run import get_args_parser
+
+        given = get_args_parser().parse_args(words[1:])
+    elif words[:2] == ["accelerate", "launch"]:
+        from accelerate.commands.launch import launch_command_parser
+
+        given = launch_command_parser().parse_args(words[2:])
+    else:
+        return words
+    return [given.training_script, *given.training_script_args]
+
+
+def test_every_command_that_a_page_shows_is_one():
+    """Parsed and not run."""
+    from typer.main import get_command
+
+    from tunesmith.cli import app
+
+    verbs, read, faults = get_command(app).commands, 0, []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        page = path.read_text(encoding="utf-8")
+        shown = [block.replace("\\\n", " ") for kind in ("console", "sh") for block in blocks(kind, page)]
+        for line in "\n".join(shown).splitlines():
+            if "tunesmith" not in line or not (words := started(line)) or words[0] != "tunesmith":
+                continue
+            read += 1
+            end = next((n for n, word in enumerate(words) if word in ("|", ">", "&&")), None)
+            try:
+                verbs[words[1]].make_context(words[1], words[2:end])
+            except Exception as error:
+                faults.append(f"{path.name}: {line}: {error!r}")
+    assert not faults
+    assert read
+
+
 LONG = ("merging.md", "methods.md", "reward-model.md")
 """Pages whose commands train for half a minute and more, and are those of other tests as well."""
 

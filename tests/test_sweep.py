@@ -95,6 +95,8 @@ def test_a_space_is_read_from_texts_and_files_with_the_types_of_the_recipe(recip
         ("training.seed=int(0,9)", "share the seed"),
         ("data.max_length=choice(32,64)", "same rows"),
         ("data=choice(1)", "is a section"),
+        ("parallel.kind=choice(ddp,fsdp)", "nothing of what a trial learns"),
+        ("training.gradient_checkpointing=choice(true,false)", "nothing of what a trial learns"),
     ],
 )
 def test_what_is_no_space_of_this_recipe_is_refused_before_any_trial(recipe, tmp_path, text, says):

@@ -1708,12 +1708,6 @@ def merge(
     beside = run.path / "merged_model" if run and own else adapter.with_name(f"{adapter.name}_merged")
     folder = merging.free_place(Path(output).expanduser() if output else beside)
 
-    def told(name: str, value: str, reason: str) -> None:
-        watch({"kind": "decision", "name": name, "value": value, "reason": reason})
-
-    def counted(stage: str, done: int, total: int) -> None:
-        watch({"kind": "progress", "stage": stage, "done": done, "total": total})
-
     try:
         return merging.merge(
             parts,
@@ -1722,13 +1716,27 @@ def merge(
             max_shard=max_shard,
             check=check,
             held=lambda model, tokenizer: _held_for(run, model, tokenizer, rows, watch),
-            progress=told,
-            counted=counted,
+            progress=_deciding(watch),
+            counted=_counting(watch),
         )
     except Exception as error:
         if mended := _as_ours(error):
             raise mended from error
         raise
+
+
+def _deciding(watch: Watch) -> Callable[[str, str, str], None]:
+    """Tells a watcher decisions: a name, a value and the reason."""
+    return lambda name, value, reason: watch(
+        {"kind": "decision", "name": name, "value": value, "reason": reason}
+    )
+
+
+def _counting(watch: Watch) -> Callable[[str, int, int], None]:
+    """Tells a watcher how far a stage is."""
+    return lambda stage, done, total: watch(
+        {"kind": "progress", "stage": stage, "done": done, "total": total}
+    )
 
 
 def _weighted(adapter: str) -> tuple[str, float]:
@@ -1789,12 +1797,6 @@ def export(
         else source.with_name(f"{source.name}_{to}-{quant}")
     )
 
-    def told(name: str, value: str, reason: str) -> None:
-        watch({"kind": "decision", "name": name, "value": value, "reason": reason})
-
-    def counted(stage: str, done: int, total: int) -> None:
-        watch({"kind": "progress", "stage": stage, "done": done, "total": total})
-
     try:
         folder = Path(output).expanduser() if output else beside
 
@@ -1810,8 +1812,8 @@ def export(
                 max_shard=max_shard,
                 check=check,
                 held=held,
-                progress=told,
-                counted=counted,
+                progress=_deciding(watch),
+                counted=_counting(watch),
             )
         return artefact.export(
             source,
@@ -1821,8 +1823,8 @@ def export(
             run=run,
             check=check,
             held=held,
-            progress=told,
-            counted=counted,
+            progress=_deciding(watch),
+            counted=_counting(watch),
         )
     except Exception as error:
         if mended := _as_ours(error):
@@ -2094,9 +2096,6 @@ def try_model(
         folder = loading.folder_of(str(model))
     run = run_behind(path) if path.is_dir() else None
 
-    def counted(stage: str, done: int, total: int) -> None:
-        watch({"kind": "progress", "stage": stage, "done": done, "total": total})
-
     asked: list[TriedQuestions] = []
 
     def questions(loaded: Any, tokenizer: Any) -> trying.Questions:
@@ -2116,7 +2115,7 @@ def try_model(
 
     try:
         found = trying.tried(
-            folder, hashes=hashes, device=planning.device(), questions=questions, progress=counted
+            folder, hashes=hashes, device=planning.device(), questions=questions, progress=_counting(watch)
         )
     except Exception as error:
         if mended := _as_ours(error):
@@ -2293,7 +2292,7 @@ def prepare_deployment(
     from tunesmith import models as loading
     from tunesmith.export import deployment
     from tunesmith.export.weights import size_in_bytes
-    from tunesmith.serving.models import checked_name
+    from tunesmith.serving.models import checked_name, name_of
     from tunesmith.training.lineage import run_behind
 
     max_shard = size_in_bytes(max_shard_size)
@@ -2307,24 +2306,15 @@ def prepare_deployment(
     run = run_behind(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
     asked: list[Held] = []
     if name is None:
-        # A folder's name can hold what no name of a model may, and that of a Hub's model is its commit.
-        own = run.path.name if run else Path(str(model)).expanduser().resolve().name
-        name = re.sub(r"[^\w.-]+", "-", own)
-        if name != own:
-            watch(
-                {"kind": "decision", "name": "name", "value": name, "reason": f"'{own}' cannot be asked for"}
-            )
+        own = run.path if run else Path(model).expanduser().absolute()
+        name = name_of(own)
+        if name != own.name:
+            _deciding(watch)("name", name, f"'{own.name}' cannot be asked for")
 
     def held(loaded: Any, tokenizer: Any) -> Held:
         if not asked:
             asked.append(_held_for(run, loaded, tokenizer, rows, watch))
         return asked[0]
-
-    def told(name: str, value: str, reason: str) -> None:
-        watch({"kind": "decision", "name": name, "value": value, "reason": reason})
-
-    def counted(stage: str, done: int, total: int) -> None:
-        watch({"kind": "progress", "stage": stage, "done": done, "total": total})
 
     try:
         return deployment.prepare(
@@ -2340,8 +2330,8 @@ def prepare_deployment(
             held=held,
             trained=_trained_texts(run),
             despite=despite,
-            progress=told,
-            counted_on=counted,
+            progress=_deciding(watch),
+            counted_on=_counting(watch),
         )
     except Exception as error:
         if mended := _as_ours(error):
@@ -2369,9 +2359,6 @@ def push(
 
     folder, repository, behind, known = _pushed(run, repository)
 
-    def told(name: str, value: str, reason: str) -> None:
-        watch({"kind": "decision", "name": name, "value": value, "reason": reason})
-
     address = publish(
         folder,
         repository,
@@ -2381,7 +2368,7 @@ def push(
         trained=_trained_texts(behind),
         despite=despite,
         known=known,
-        told=told,
+        told=_deciding(watch),
     )
     if behind:
         behind.event("decision", name="published", value=address, reason="tunesmith push")

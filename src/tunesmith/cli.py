@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from tunesmith.export.artefact import Exported
     from tunesmith.export.deployment import Deployment
     from tunesmith.export.merge import Merged
+    from tunesmith.export.parity import Parity
     from tunesmith.export.publish import Plan as PushPlan
     from tunesmith.export.tried import Tried
     from tunesmith.plan import Plan
@@ -2139,8 +2140,7 @@ def _merged_text(merged: Merged) -> Any:
             f"{merged.parameters:,} parameters in {merged.dtype}, "
             f"{counted(len(merged.shards), 'file')}, base {merged.base}",
         ),
-        ("check", "passed"),
-        *(("", line) for line in merged.parity.sentences()),
+        *_proof("check", merged.parity),
         *(("note", note) for note in merged.notes),
     ]
     return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
@@ -2171,15 +2171,13 @@ def _deployment_text(made: Deployment) -> Any:
         ("page", "schema and question to SQL" if made.demo == "sql" else "chat"),
         ("vLLM", f"left out: {made.vllm}" if made.vllm else "in compose.yaml"),
     ]
-    for name, proof in (("weights", made.merged), ("served", made.served)):
-        said = "passed" if proof.passed else "FAILED: " + "; ".join(proof.problems())
-        if proof.passed is None:
-            said = f"UNPROVEN: {proof.unproven}"
-        facts += [(name, said), *(("", line) for line in proof.sentences())]
+    facts += [*_proof("weights", made.merged), *_proof("served", made.served)]
     facts += [("note", note) for note in made.notes]
     facts += [("FOUND", finding) for finding in made.findings]
     if made.findings and not made.despite:
         facts.append(("next", "take that out, or, where it is no secret, add --despite-findings"))
+    elif made.passed is False:
+        facts.append(("next", "look at what differs; it is not to be handed out as it is"))
     else:
         token = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
         facts += [
@@ -2222,12 +2220,14 @@ def _exported_text(exported: Exported) -> Any:
         ("exported", str(exported.file)),
         ("size", f"{exported.size / 1e6:,.1f} MB, tensors: {stored}"),
     ]
-    proof = exported.parity
-    said = {True: "passed", None: f"UNPROVEN: {proof.unproven}"}.get(proof.passed)
-    facts.append(("parity", said or "FAILED: " + "; ".join(proof.problems())))
-    facts += [("", line) for line in proof.sentences()]
+    facts += _proof("parity", exported.parity)
     facts += [("note", note) for note in exported.notes]
     return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
+
+
+def _proof(name: str, proof: Parity) -> list[tuple[str, str]]:
+    """A verdict with what it rests on, as lines under a name."""
+    return [(name, proof.headline()), *(("", line) for line in proof.sentences())]
 
 
 def _scores_text(result: Result) -> Any:

@@ -126,6 +126,7 @@ def plan(
             f"padding {padded_share(lengths, batch):.1%} before, {padded_share(rows, batch):.1%} after, each batch "
             "of them in the order of the data filled up to its longest"
         )
+    placed = launch.placed(recipe.launch)
     found = planning.resolve(
         training,
         recipe.model,
@@ -138,16 +139,15 @@ def plan(
         notes=notes,
         settled=settled,
         elsewhere=devices.named(device) if device else None,
-        processes=launch.processes(recipe.launch),
+        processes=placed.number,
     )
     parallel.check_device(recipe.parallel, found.processes, found.device, is_here=device is None)
     told = parallel.decided(recipe.parallel, found.processes, found.device, training)
-    per_node, assumed = launch.per_node(recipe.launch)
-    if assumed:
-        told.append(Decision("processes of a machine", per_node, assumed))
+    if placed.assumed:
+        told.append(Decision("processes of a machine", placed.per_node, placed.assumed))
     number = None
     if isinstance(recipe.parallel, DeepSpeed) and found.processes > 1:
-        facts = _facts(found.device, device, per_node)
+        facts = _facts(found.device, device, placed.per_node)
         model = estimating.hollow(recipe, found.dtype)
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         states = estimating.state_bytes(training.optimizer, model)
@@ -158,7 +158,7 @@ def plan(
         found,
         decisions=(*found.decisions, *told),
         zero_stage=number,
-        per_node=per_node,
+        per_node=placed.per_node,
     )
 
 

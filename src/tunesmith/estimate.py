@@ -1145,6 +1145,18 @@ def timed_token(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *,
     return max(taken(1 + few) - taken(1), 0.0) / few
 
 
+FLOATS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+"""What `tunesmith export --quant` calls types."""
+
+
+def _is_converted(recipe: Recipe, dtype: str) -> bool:
+    """Whether weights are held in another type than that of the base's files, from which they are mapped otherwise."""
+    from tunesmith import models
+
+    said = models.configuration(recipe.model.base, recipe.model.revision).dtype
+    return not isinstance(recipe.adapter, QLoRA) and str(said).removeprefix("torch.") != dtype
+
+
 def several_notes(recipe: Recipe, plan: Plan, facts: DeviceFacts, weights: int) -> list[str]:
     """What the figures of one of several processes leave out; `weights` are the bytes of the whole model's."""
     if plan.processes == 1:
@@ -1169,10 +1181,11 @@ def several_notes(recipe: Recipe, plan: Plan, facts: DeviceFacts, weights: int) 
             f"{' and '.join(moved_by)}: what goes between a device and the machine's memory, and the update there, "
             "are not in the seconds"
         )
-    if recipe.parallel.kind != "ddp" and facts.kind != "cpu":
+    if recipe.parallel.kind != "ddp" and facts.kind != "cpu" and _is_converted(recipe, plan.dtype):
         found.append(
-            f"each process reads the whole model into its machine's memory at first: "
-            f"{size(plan.per_node * weights)} a machine"
+            f"each process makes {plan.dtype} of all weights in its machine's memory at first: "
+            f"{size(plan.per_node * weights)} a machine; of a base with files in {plan.dtype} (`tunesmith export "
+            f"BASE --to safetensors --quant {FLOATS[plan.dtype]}`) they are mapped, which takes none of it"
         )
     return found
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith import ranks
 from tunesmith.errors import (
@@ -30,7 +30,7 @@ from tunesmith.errors import (
     counted,
     of_facts,
 )
-from tunesmith.recipe import Accelerate, Launch, Local, Ray, Training
+from tunesmith.recipe import Accelerate, Kubernetes, Launch, Local, Ray, Slurm, Training
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 
@@ -133,40 +133,64 @@ def ignore_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def processes(section: Launch) -> int:
-    """How many processes train a recipe: as many as were launched together, else as many as it would start."""
-    if _are_there() or isinstance(section, Local):
-        return ranks.count()
-    if isinstance(section, Accelerate):
-        return section.processes or _devices()
-    if isinstance(section, Ray):
-        return section.workers
-    return section.nodes * section.processes_per_node
-
-
-def _are_there() -> bool:
-    """Whether the processes were launched: there may be another number of them than a recipe says, one as well."""
-    return ranks.count() > 1 or JOB in os.environ
-
-
 A_NODE = 8
 """Workers of a Ray cluster that are taken to be on one of its nodes, where nobody knows."""
 
 
-def per_node(section: Launch) -> tuple[int, str | None]:
-    """How many of these processes are on one machine, and why that was taken to be so where nobody says it."""
-    number = processes(section)
-    if _are_there() or isinstance(section, Local):
-        here = ranks.on_this_machine()
+class Placed(NamedTuple):
+    """The processes that train a recipe."""
+
+    number: int
+    per_node: int
+    """How many of them are on one machine."""
+    assumed: str | None = None
+    """Why that was taken to be so, where nobody says it."""
+
+
+def placed(section: Launch) -> Placed:
+    """The processes that were launched together, else those that a recipe would start."""
+    if isinstance(section, Local) or _were_launched():
+        number, here = ranks.count(), ranks.on_this_machine()
         if here is None and number > 1:
-            return number, "the launcher does not say: all are taken to be on one machine"
-        return min(here or 1, number), None
-    if isinstance(section, Ray) and section.nodes:
-        return -(-number // len(section.nodes)), None
-    if isinstance(section, Ray) and section.address:
-        taken = f"Ray places them when they start: up to {A_NODE} are taken to be on one machine"
-        return min(number, A_NODE), taken if number > 1 else None
-    return number if isinstance(section, Accelerate | Ray) else section.processes_per_node, None
+            return Placed(number, number, "the launcher does not say: all are taken to be on one machine")
+        return Placed(number, min(here or 1, number))
+    if isinstance(section, Accelerate):
+        number = section.processes or _devices()
+        return Placed(number, number)
+    if isinstance(section, Ray):
+        number = section.workers
+        if section.nodes:
+            return Placed(number, -(-number // len(section.nodes)))
+        if section.address and number > 1:
+            taken = f"Ray places them when they start: up to {A_NODE} are taken to be on one machine"
+            return Placed(number, min(number, A_NODE), taken)
+        return Placed(number, number)
+    return Placed(section.nodes * section.processes_per_node, section.processes_per_node)
+
+
+def processes(section: Launch) -> int:
+    """How many processes train a recipe."""
+    return placed(section).number
+
+
+def check(training: Training, number: int) -> None:
+    """Raises RecipeError where the rows of a step cannot be dealt to so many processes."""
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    if rows % number:
+        fits = [n for n in range(1, number + 1) if rows % n == 0]
+        raise RecipeError(
+            f"A step's {counted(rows, 'row')} cannot be dealt evenly to {number} processes.",
+            found=f"per_device_train_batch_size {training.per_device_train_batch_size} × "
+            f"gradient_accumulation_steps {training.gradient_accumulation_steps}; the batch of a step stays what it is "
+            "whatever the number of processes",
+            fix=f"Raise --gradient-accumulation-steps to a multiple of {number}, or start "
+            f"{' or '.join(str(n) for n in fits[-3:])}.",
+        )
+
+
+def _were_launched() -> bool:
+    """Whether processes were launched: there may be another number of them than a recipe says, one as well."""
+    return ranks.count() > 1 or JOB in os.environ
 
 
 def _devices() -> int:
@@ -182,13 +206,13 @@ def _devices() -> int:
 
 def is_job(section: Launch) -> bool:
     """Whether a recipe is run by a cluster, to which its files are submitted, and this is not yet there."""
-    submitted = section.nodes if isinstance(section, Ray) else not isinstance(section, Local | Accelerate)
-    return bool(submitted) and ranks.count() == 1 and JOB not in os.environ
+    is_submitted = isinstance(section, Slurm | Kubernetes) or (isinstance(section, Ray) and section.nodes)
+    return bool(is_submitted) and not _were_launched()
 
 
 def starts(section: Launch) -> bool:
     """Whether processes are to be started for a recipe, and this is none of them."""
-    return isinstance(section, Accelerate | Ray) and ranks.count() == 1 and JOB not in os.environ
+    return isinstance(section, Accelerate | Ray) and not _were_launched()
 
 
 def start(job: Mapping[str, Any], number: int, watch: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
@@ -221,31 +245,34 @@ def start(job: Mapping[str, Any], number: int, watch: Callable[[Mapping[str, Any
             logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects=Std.OUT),
         )
         share = max((os.cpu_count() or 1) // number, 1)
-        before = {name: os.environ.get(name) for name in (JOB, "OMP_NUM_THREADS")}
-        os.environ |= {
+        given = {
             JOB: str(folder / "job.json"),
-            "OMP_NUM_THREADS": before["OMP_NUM_THREADS"] or str(share),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(share),
         }
         failed: Any = None
-        with _followed(told, watch) as ended, _forwarded(ended):
+        with _followed(told, watch) as ended, _forwarded(ended), environment(given):
             try:
                 elastic_launch(config, sys.executable)("-m", "tunesmith.launch")
             except ChildFailedError as error:
                 failed = error
-            finally:
-                put_back(before)
     if failed:
         raise _why(failed, ended, number)
     return dict(ended["result"])
 
 
-def put_back(before: Mapping[str, str | None]) -> None:
-    """Set variables of the environment to what they were; None: they were not set."""
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+@contextmanager
+def environment(given: Mapping[str, str]) -> Iterator[None]:
+    """Variables of the environment have these values in here."""
+    before = {name: os.environ.get(name) for name in given}
+    os.environ |= given
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -363,21 +390,6 @@ def _report(error: TunesmithError) -> None:
         content = {"message": {"message": error.problem, "extraInfo": {"timestamp": int(time.time())}}}
         with contextlib.suppress(OSError):
             Path(place).write_text(json.dumps(content), encoding="utf-8")
-
-
-def check(training: Training, number: int) -> None:
-    """Raises RecipeError where the rows of a step cannot be dealt to so many processes."""
-    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    if rows % number:
-        fits = [n for n in range(1, number + 1) if rows % n == 0]
-        raise RecipeError(
-            f"A step's {counted(rows, 'row')} cannot be dealt evenly to {number} processes.",
-            found=f"per_device_train_batch_size {training.per_device_train_batch_size} × "
-            f"gradient_accumulation_steps {training.gradient_accumulation_steps}; the batch of a step stays what it is "
-            "whatever the number of processes",
-            fix=f"Raise --gradient-accumulation-steps to a multiple of {number}, or start "
-            f"{' or '.join(str(n) for n in fits[-3:])}.",
-        )
 
 
 if __name__ == "__main__":

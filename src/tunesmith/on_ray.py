@@ -81,7 +81,7 @@ def _read_token_anew() -> None:
 
 
 @contextlib.contextmanager
-def cluster(section: Ray | Shards, *, needed_for: str, workers: int | None = None) -> Iterator[Any]:
+def cluster(section: Ray | Shards, *, needed_for: str) -> Iterator[Any]:
     """Ray, started on this machine or joined at its address; what was started ends with the block.
 
     Raises MissingExtra without Ray, and TunesmithError where a cluster does not answer.
@@ -107,9 +107,7 @@ def cluster(section: Ray | Shards, *, needed_for: str, workers: int | None = Non
     if section.address is None:
         # Whoever reaches a Ray may run anything on it.
         given |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()}
-    before = {name: os.environ.get(name) for name in given}
-    os.environ |= given
-    try:
+    with launch.environment(given):
         import ray
 
         if ray.is_initialized():  # in a program that has its own
@@ -117,7 +115,7 @@ def cluster(section: Ray | Shards, *, needed_for: str, workers: int | None = Non
             return
         _read_token_anew()
         try:
-            _join(ray, section, workers or section.workers)
+            _join(ray, section)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise TunesmithError(
                 f"Ray at {section.address} does not answer." if section.address else "Ray did not start.",
@@ -130,11 +128,9 @@ def cluster(section: Ray | Shards, *, needed_for: str, workers: int | None = Non
             yield ray
         finally:
             ray.shutdown()
-    finally:
-        launch.put_back(before)
 
 
-def _join(ray: Any, section: Ray | Shards, workers: int) -> None:
+def _join(ray: Any, section: Ray | Shards) -> None:
     quiet = {"configure_logging": False, "log_to_driver": False}
     if section.address:
         handed = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
@@ -142,7 +138,8 @@ def _join(ray: Any, section: Ray | Shards, workers: int) -> None:
         return
     ray.init(
         address="local",  # whatever RAY_ADDRESS says
-        num_cpus=max(os.cpu_count() or 1, workers * section.cpus_per_worker) + 1,  # Ray's own tasks are few
+        # One more for Ray's own tasks, which are few.
+        num_cpus=max(os.cpu_count() or 1, section.workers * section.cpus_per_worker) + 1,
         include_dashboard=getattr(section, "dashboard", False),
         dashboard_host="127.0.0.1",
         object_store_memory=OBJECTS,

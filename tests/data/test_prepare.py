@@ -329,8 +329,33 @@ def test_the_cache_stays_below_its_limit(tmp_path, tiny_tokenizer, monkeypatch):
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "LIMIT", 1)
     made(jsonl(tmp_path / "a.jsonl", questions(30)), tiny_tokenizer)
+    unused(tmp_path / "cache")
     made(jsonl(tmp_path / "b.jsonl", questions(31)), tiny_tokenizer)
-    assert len(list((tmp_path / "cache" / "prepared").iterdir())) == 1
+    unused(tmp_path / "cache")
+    made(jsonl(tmp_path / "c.jsonl", questions(32)), tiny_tokenizer)
+    assert len(list((tmp_path / "cache" / "prepared").iterdir())) == 2, "the last one's split and tokens"
+
+
+def unused(folder: Path) -> None:
+    """As if nobody had used what is in the cache for two days."""
+    for facts in folder.rglob(cache.FACTS):
+        os.utime(facts, (0, facts.stat().st_mtime - 2 * 24 * 3600))
+
+
+def test_what_a_training_uses_stays_in_the_cache_whatever_others_prepare(
+    tmp_path, tiny_tokenizer, monkeypatch
+):
+    """It reads the held-out questions when it is done, after days."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "LIMIT", 1)
+    monkeypatch.setattr(cache, "OFTEN", -1)
+    used = made(jsonl(tmp_path / "a.jsonl", questions(60)), tiny_tokenizer)
+    questioned = list(used.held_out)
+    unused(tmp_path / "cache")
+    used.release()  # as after each step
+    made(jsonl(tmp_path / "b.jsonl", questions(31)), tiny_tokenizer)
+    assert list(used.held_out) == questioned
+    assert questioned
 
 
 def test_stored_examples_are_what_they_were(tmp_path):

@@ -6,11 +6,13 @@ import json
 import re
 import shutil
 
+import pytest
 import taught
 import yaml
+from huggingface_hub import constants
 
 from tunesmith.compose import compose
-from tunesmith.export.card import write_card, write_merged_card
+from tunesmith.export.card import write_card, write_made_card
 from tunesmith.training.run import Run, create
 
 
@@ -56,15 +58,41 @@ def test_the_card_has_the_lineage_and_no_folder_of_this_machine(tmp_path, questi
     assert "Base model `first`, itself made from `me/llama`, method `dpo`" in card
 
 
+@pytest.fixture
+def hub_s_cache(tmp_path, monkeypatch):
+    """Where the Hub's client keeps what it fetched: here the card of a data set."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    place = tmp_path / "hub" / "datasets--me--rows"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("abc")
+    (place / "snapshots" / "abc").mkdir(parents=True)
+    (place / "snapshots" / "abc" / "README.md").write_text("---\nlicense:\n- cc-by-4.0\n- mit\n---\n")
+
+
+def test_the_card_has_the_licence_of_each_data_set_or_says_that_none_is_stated(
+    tmp_path, question_file, hub_s_cache
+):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: own-terms\n---\n")
+    mix = [{"dataset": name} for name in ("example:support", str(folder), str(question_file))]
+    write_card(run := made(tmp_path, name="mixed", data={"dataset": "me/rows", "mix": mix}), [])
+    card = (run.final_model / "README.md").read_text().split("## Licence")[1].split("##")[0]
+    assert "The data set `rows` is under `cc-by-4.0 and mit`." in card
+    assert "The data set `example:support` is under `apache-2.0`." in card
+    assert "The data set `own` is under `own-terms`." in card
+    assert f"The licence of `{question_file.stem}` is not stated." in card
+
+
 def used(card: str, folder) -> None:
     """Run the code of a card as it stands."""
     [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    exec(code.replace('"PATH"', repr(str(folder))), {})
+    exec(code.replace('"PATH"', repr(str(folder))).replace("FOLDER", str(folder)), {})
 
 
 def test_the_code_of_a_card_asks_the_model(taught_model, tmp_path, question_file, capsys):
     folder = shutil.copytree(taught_model, tmp_path / "merged")
-    write_merged_card(folder, None, "me/llama", [], [], kind="causal")
+    write_made_card(folder, None, "me/llama", [], [], kind="causal")
     used((folder / "README.md").read_text(), folder)
     assert capsys.readouterr().out == f"{taught.ANSWER}\n"
 

@@ -531,10 +531,12 @@ def test_a_verdict_that_is_bad_marks_the_folder(model, tmp_path, monkeypatch):
     from tunesmith.serving import models as served_models
 
     monkeypatch.setattr(served_models.templates, "end_of_turn_ids", lambda tokenizer: ())
-    found = api.prepare_deployment(model, output_dir=tmp_path / "d")
-    assert not found.passed
-    assert found.folder == tmp_path / "d.failed"
-    assert found.as_dict()["exit_code"] == 1
+    result = CliRunner().invoke(app, ["prepare-deployment", str(model), "--output-dir", str(tmp_path / "d")])
+    assert result.exit_code == 1
+    assert "weights   passed\n" in result.output
+    assert "served    FAILED: " in result.output
+    assert "start.sh" not in result.output
+    assert json.loads((tmp_path / "d.failed/parity.json").read_text())["passed"] is False
     assert not (tmp_path / "d").exists()
 
 

@@ -8,6 +8,7 @@ import shutil
 import numpy
 import pytest
 import torch
+from test_card import used
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from tunesmith.engines import llamacpp
 from tunesmith.errors import ModelError, RunError, TunesmithError
 from tunesmith.export import gguf as writing
 from tunesmith.export import ollama, parity
-from tunesmith.export.vocabulary import BYTE, CONTROL, SPLITS, vocabulary_of
+from tunesmith.export.vocabulary import BYTE, CONTROL, PROBE, SPLITS, vocabulary_of
 
 gguf = pytest.importorskip("gguf")
 needs_llama_cpp = pytest.mark.skipif(not llamacpp.is_installed(), reason="llama-cpp-python is not here")
@@ -220,6 +221,35 @@ def test_the_way_to_split_text_is_found_by_trying(tokenizer):
         vocabulary_of(split_by(r"[aeiou]"), rows=4096, stop_ids=[2])
 
 
+@needs_llama_cpp
+@pytest.mark.parametrize(("whole", "name"), [(True, "llama-bpe"), (False, "dbrx")])
+def test_a_token_that_no_merge_makes_is_read_as_the_model_reads_it(whole, name, tmp_path, tokenizer):
+    """Of two ways to split text alike, one takes such tokens (Llama 3), the other does not (Phi 4)."""
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    said = json.loads(tokenizer.backend_tokenizer.to_str())
+    said["model"]["ignore_merges"] = whole
+    said["model"]["merges"] = [pair for pair in said["model"]["merges"] if "".join(pair) != "\u0120the"]
+    backend = Tokenizer.from_str(json.dumps(said))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLITS[name][0]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    own = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    assert (own.get_vocab()["\u0120the"] in own(TEXT).input_ids) is whole
+    vocabulary = vocabulary_of(own, rows=4096, stop_ids=[2], texts=[TEXT])
+    assert vocabulary.keys["ggml.pre"] == name
+    model = saved("qwen2", tmp_path, own)
+    file = tmp_path / "x.gguf"
+    writing.write(tmp_path, file, quant="f32", vocabulary=vocabulary, config=model.config, name="x")
+    with llamacpp.opened(file, length=64, words_only=True) as loaded:
+        for text in (TEXT, *PROBE):
+            assert llamacpp.tokenized(loaded, text) == own(text).input_ids
+
+
 def test_a_byte_fallback_tokenizer_is_merged_by_rank():
     """SentencePiece's kind: pieces get the rank of the merge that makes them, bytes and special tokens their kinds."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
@@ -250,6 +280,53 @@ def test_a_byte_fallback_tokenizer_is_merged_by_rank():
     assert scores["ab"] > scores["▁ab"] > scores["a"]
     kinds = dict(zip(keys["ggml.tokens"], keys["ggml.token_type"], strict=True))
     assert (kinds["<unk>"], kinds["<s>"], kinds["<0x41>"], kinds["[PAD264]"]) == (2, CONTROL, BYTE, 5)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("legacy", "turn", "adds"),
+    [
+        (True, "[INST]{{ m.content }}[/INST]", True),
+        (True, "[INST] {{ m.content }} [/INST]", False),
+        (False, "[INST]{{ m.content }}[/INST]", False),
+    ],
+    ids=["behind each special token", "not before another", "at the very beginning only"],
+)
+def test_spaces_are_put_where_a_llama_s_tokenizer_puts_them(legacy, turn, adds, tmp_path):
+    """SentencePiece's kind, as transformers has it: what the template writes is read alike by llama.cpp."""
+    from transformers import LlamaTokenizer
+
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{n:02X}>" for n in range(256)),
+        "\u2581",
+        *"abc",
+        "ab",
+        "\u2581ab",
+    ]
+    own = LlamaTokenizer(
+        vocab={piece: n for n, piece in enumerate(pieces)},
+        merges=[("a", "b"), ("\u2581", "ab")],
+        legacy=legacy,
+    )
+    own.add_tokens(["[INST]", "[/INST]"], special_tokens=True)
+    own.chat_template = f"<s>{{% for m in messages %}}{turn}{{% endfor %}}"
+    asked = [
+        own.apply_chat_template([{"role": "user", "content": c}], tokenize=False) for c in ("ab", "c ab\nb")
+    ]
+    model = saved("llama, own head", tmp_path, own)
+    vocabulary = vocabulary_of(own, rows=4096, stop_ids=[2], texts=asked)
+    assert vocabulary.keys["ggml.add_space_prefix"] is adds
+    assert not vocabulary.notes
+    file = tmp_path / "x.gguf"
+    writing.write(tmp_path, file, quant="f32", vocabulary=vocabulary, config=model.config, name="x")
+    with llamacpp.opened(file, length=64, words_only=True) as loaded:
+        for text in asked:
+            assert llamacpp.tokenized(loaded, text) == own(text, add_special_tokens=False).input_ids
+    mixed = [*asked, "ab", "<s>[INST] ab", "<s>[INST]ab"]
+    assert "as other tokens" in vocabulary_of(own, rows=4096, stop_ids=[2], texts=mixed).notes[0]
 
 
 def test_more_tokens_than_rows_are_refused(tokenizer):
@@ -294,21 +371,31 @@ def test_a_template_that_ollama_cannot_say_is_left_out_and_said(tokenizer):
 
 
 @needs_llama_cpp
-def test_the_verb_proves_the_file_and_keeps_a_bad_one_aside(tmp_path, monkeypatch):
+def test_the_verb_proves_the_file_and_keeps_a_bad_one_aside(tmp_path, monkeypatch, capsys):
     model = tmp_path / "tiny"
     shutil.copytree(TINY_MODEL, model)
+    (model / "LICENSE").write_text("Only on Sundays.")
     result = CliRunner().invoke(app, ["export", str(model), "--quant", "f32", "--json"])
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout.strip().splitlines()[-1])
     folder = tmp_path / "tiny_gguf-f32"
     assert (shown["folder"], shown["passed"]) == (str(folder), True)
-    assert sorted(p.name for p in folder.iterdir()) == ["Modelfile", "parity.json", "tiny-f32.gguf"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "LICENSE", "Modelfile", "README.md", "parity.json", "tiny-f32.gguf",
+    ]  # fmt: skip
     kept = json.loads((folder / "parity.json").read_text())
     assert kept["prompts"] == kept["same_prompts"] == kept["check"]["same_answers"] == 4
     assert {(one["place"], one["asked"], one["same"]) for one in kept["readings"]} == {
         (place, 4, 4) for place in ("training", "transformers", "server", "gguf")
     }
     assert kept["check"]["largest_difference"] <= 1e-4 * kept["check"]["largest_logit"]
+    card = (folder / "README.md").read_text()
+    assert "Checked against the model: passed.\nRead back by llama-cpp-python" in card
+    assert "Its `LICENSE` lies beside" in card
+    used(card, folder)
+    asked = [{"role": "user", "content": "Hello"}]
+    expected = "".join(api.Chat(model).answer(asked, max_new_tokens=256))
+    assert capsys.readouterr().out.split()[:3] == expected.split()[:3] != []
     with pytest.raises(RunError, match="is not empty"):
         api.export(model, quant="f32")
 
@@ -435,7 +522,7 @@ def test_without_llama_cpp_the_file_is_said_to_be_unproven(tmp_path, monkeypatch
     assert readings == {"training": (4, 4), "transformers": (4, 4), "server": (4, 4), "gguf": (0, 0)}
     assert [one["passed"] for one in shipped(Run(tmp_path), [])] == ["unproven"]
     again = CliRunner().invoke(app, [*command[:-2], str(tmp_path / "again")])
-    assert "UNPROVEN: llama.cpp was not" in again.output
+    assert "parity    unproven: llama.cpp was not" in again.output
 
 
 @needs_llama_cpp

@@ -7,6 +7,7 @@ import json
 import numpy
 import pytest
 import torch
+from test_card import used
 from test_gguf import CONFIGS, SIZES, saved
 from transformers import AutoConfig, AutoTokenizer
 
@@ -53,7 +54,7 @@ def test_onnxruntime_computes_what_transformers_does(name, tmp_path, tokenizer, 
 
 
 @pytest.mark.thorough
-def test_the_verb_writes_a_graph_and_proves_it(tmp_path):
+def test_the_verb_writes_a_graph_and_proves_it(tmp_path, capsys):
     made = api.export(TINY_MODEL, to="onnx", output=tmp_path / "out")
     assert made.passed
     assert (made.file.name, made.quant) == ("model.onnx", "f32")
@@ -63,6 +64,10 @@ def test_the_verb_writes_a_graph_and_proves_it(tmp_path):
     assert kept["check"]["largest_difference"] <= 1e-4 * kept["check"]["largest_logit"]
     assert kept["read_by"].startswith("onnxruntime")
     assert "keeps no cache" in made.notes[0]
+    used((made.folder / "README.md").read_text(), made.folder)
+    asked = [{"role": "user", "content": "Hello"}]
+    answer = "".join(api.Chat(TINY_MODEL).answer(asked, max_new_tokens=256))
+    assert capsys.readouterr().out == f"{answer}\n"
 
 
 def test_a_family_that_was_not_tried_is_refused_by_name(tmp_path):

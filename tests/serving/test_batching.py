@@ -89,6 +89,19 @@ def test_rows_that_come_and_go_are_answered_as_alone(name, tiny_tokenizer, monke
     assert batcher.steps < 0.8 * sum(len(kept.row.ids) for kept in rows)
 
 
+def test_who_is_answered_gets_a_token_in_every_round_in_which_others_join(tiny_tokenizer, monkeypatch):
+    batcher = Batcher(made("llama"), max_rows=8)
+    monkeypatch.setattr(Batcher, "is_alive", True)
+    long = Kept(tiny_tokenizer, prompt=tuple(PROMPTS[0]), stop_ids=(), max_new_tokens=100)
+    written = []
+    with torch.inference_mode():
+        for kept in [long, *(Kept(tiny_tokenizer, prompt=tuple(p), stop_ids=()) for p in PROMPTS[1:6])]:
+            batcher.submit(kept.row)
+            assert batcher._next()
+            written.append(len(long.row.ids))
+    assert written == [*range(written[0], written[0] + 6)]
+
+
 def test_an_encoder_decoder_model_is_stepped_row_by_row(tiny_t5_folder):
     from tunesmith.models import load_model, load_tokenizer
 

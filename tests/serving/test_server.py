@@ -73,6 +73,22 @@ def test_an_answer_is_that_of_chat_whole_and_as_a_stream(running, talk):
         assert whole.usage.completion_tokens <= 25
 
 
+def test_a_conversation_goes_on_with_the_message_that_came_back(running):
+    """As it is, `refusal: null` and all; so does a history with the nulls that other clients write."""
+    client, said = running.client(), {"model": "model", "max_tokens": 8}
+    reply = client.chat.completions.create(messages=question("red"), **said).choices[0].message
+    nulls = dict.fromkeys(("refusal", "audio", "function_call", "tool_calls", "name"))
+    plain = {"role": "assistant", "content": reply.content}
+    found = [
+        client.chat.completions.create(messages=[*question("red"), turn, *question("blue")], **said, **more)
+        for turn, more in ((plain, {}), (reply, {}), ({**plain, **nulls}, {"extra_body": {"tools": None}}))
+    ]
+    assert found[0].usage.prompt_tokens == found[1].usage.prompt_tokens == found[2].usage.prompt_tokens
+    assert len({one.choices[0].message.content for one in found}) == 1
+    with pytest.raises(openai.BadRequestError, match="refusal"):
+        client.chat.completions.create(messages=[{**plain, "refusal": "no"}], **said)
+
+
 def test_logprobs_are_the_models_own(running):
     import torch
 
@@ -200,6 +216,23 @@ def test_what_is_not_meant_or_not_supported_is_refused_by_its_name(running, chan
     assert len(body["error"]["message"]) < 400
 
 
+def test_of_a_choice_between_types_the_error_is_about_the_one_that_was_meant():
+    from tunesmith.serving.protocol import ChatRequest, CompletionRequest, Problem, parsed
+
+    for kind, change, said in (
+        (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+         "'messages.0.content.0.type': Input should be 'text'."),
+        (ChatRequest, {"stop": ["a"] * 5}, "'stop': List should have at most 4 items"),
+        (ChatRequest, {"stop": ["a", ""]}, "'stop.1': String should have at least 1 character."),
+        (CompletionRequest, {"prompt": ["a", "b"]}, "'prompt.0': Input should be a valid integer."),
+        (CompletionRequest, {"prompt": []}, "'prompt': List should have at least 1 item"),
+    ):  # fmt: skip
+        good = GOOD if kind is ChatRequest else {"model": "model", "prompt": "red"}
+        with pytest.raises(Problem) as caught:
+            parsed(kind, json.dumps(good | change).encode())
+        assert caught.value.message.startswith(said)
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [
@@ -271,8 +304,10 @@ def test_metrics_tell_what_was_done(running):
         'tunesmith_prompt_tokens_total{model="model"}': reply.usage.prompt_tokens,
         'tunesmith_answer_tokens_total{model="model"}': reply.usage.completion_tokens,
         "tunesmith_first_token_seconds_count": 1,
+        'tunesmith_request_seconds_bucket{le="300.0"}': 1,
     }.items():
         assert after[key] - before.get(key, 0) == more
+    assert after["tunesmith_steps_total"] > before["tunesmith_steps_total"]
     assert TOKEN not in str(after)
 
 
@@ -616,6 +651,18 @@ def test_an_adapter_that_changes_the_base_of_the_others_is_refused(talking_folde
         load(*sources(str(talking_folder), None, {"a": str(tmp_path / "a")}), dtype="float32", device="cpu")
     assert start in caught.value.found
     assert "merge" in caught.value.fix
+
+
+def test_a_model_is_served_under_its_folder_s_name_without_what_no_name_may_hold(
+    talking_folder, tmp_path, monkeypatch
+):
+    from tunesmith.serving.models import checked_name, sources
+
+    folder = shutil.copytree(talking_folder, tmp_path / "my model, 2")
+    monkeypatch.chdir(folder)
+    for model in (".", str(folder), f"{folder}/"):
+        [name] = sources(model, None, {})[1]
+        assert checked_name(name) == "my-model-2"
 
 
 def test_adapters_of_another_base_are_refused(talking_folder, tiny_model_folder, tmp_path):

@@ -34,7 +34,7 @@ GRID = {
     },
     "batches": {
         "ragged accumulation": {"training": {"gradient_accumulation_steps": 3}},
-        "packing": {"data": {"packing": True, "max_length": 64}},
+        "packing": {"data": {"packing": True, "max_length": 64, "on_breach": "drop"}},
         "workers": {"training": {"num_workers": 2}},
         "by length": {"training": {"batches": "by_length"}},
         "plain": {},

@@ -15,7 +15,7 @@ from tunesmith.compose import compose
 from tunesmith.data.examples import Row
 from tunesmith.data.inspection import Inspected
 from tunesmith.errors import InputError, TunesmithError
-from tunesmith.ui import form
+from tunesmith.ui import choosing, form, uploads
 from tunesmith.ui.pages import data, plan, recipe
 from tunesmith.ui.workspace import Workspace
 
@@ -41,7 +41,7 @@ def layer(workspace, model, tmp_path) -> dict:
     sent.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return {
         "model": {"base": model},
-        "data": {"dataset": data.receive(str(sent), workspace), "max_length": 256},
+        "data": {"dataset": uploads.receive(str(sent), workspace), "max_length": 256},
     }
 
 
@@ -70,37 +70,37 @@ def written(kind: str, place) -> str:
 # Data
 
 
-@pytest.mark.parametrize("kind", data.SUFFIXES)
+@pytest.mark.parametrize("kind", uploads.DATA)
 def test_files_of_every_kind_are_kept_and_read(kind, workspace, tmp_path):
-    kept = data.receive(written(kind, tmp_path), workspace)
+    kept = uploads.receive(written(kind, tmp_path), workspace)
     found = data.looked(data.with_data({}, data.Chosen(kept)), workspace)
     assert found.rows == 40
     assert found.formats == (("text",) if kind == ".txt" else ("prompt_response",))
-    assert data.uploaded(workspace) == [(f"rows{kind}", kept)]
+    assert uploads.of_data(workspace) == [(f"rows{kind}", kept)]
 
 
 def test_uploads_are_limited_and_never_overwrite(workspace, tmp_path, monkeypatch):
     sent = written(".csv", tmp_path)
-    first, second = data.receive(sent, workspace), data.receive(sent, workspace)
+    first, second = uploads.receive(sent, workspace), uploads.receive(sent, workspace)
     assert first != second
     assert second.endswith("rows-2.csv")
     other = tmp_path / "rows.exe"
     other.write_text("x")
     with pytest.raises(InputError, match="kind of file"):
-        data.receive(str(other), workspace)
-    monkeypatch.setattr(data, "LARGEST_UPLOAD", 10)
+        uploads.receive(str(other), workspace)
+    monkeypatch.setattr(uploads, "LARGEST", 10)
     with pytest.raises(InputError, match="too large"):
-        data.receive(sent, workspace)
-    monkeypatch.setattr(data, "LARGEST_UPLOAD", 10_000_000)
-    monkeypatch.setattr(data, "LARGEST_UPLOADS", 100)
+        uploads.receive(sent, workspace)
+    monkeypatch.setattr(uploads, "LARGEST", 10_000_000)
+    monkeypatch.setattr(uploads, "LARGEST_TOGETHER", 100)
     with pytest.raises(InputError, match="no room"):
-        data.receive(sent, workspace)
+        uploads.receive(sent, workspace)
 
 
 def test_columns_that_no_format_knows_are_mapped_by_hand(workspace, tmp_path):
     file = tmp_path / "odd.jsonl"
     file.write_text("".join(json.dumps({"frage": "was?", "antwort": f"{n} das"}) + "\n" for n in range(5)))
-    layer = data.with_data({}, data.Chosen(data.receive(str(file), workspace)))
+    layer = data.with_data({}, data.Chosen(uploads.receive(str(file), workspace)))
     found = data.looked(layer, workspace)
     assert (found.formats, found.columns) == ((), ("frage", "antwort"))
     assert "fit no known format" in data.sentence(found)
@@ -279,15 +279,15 @@ def test_recipes_come_in_and_go_out_as_files(workspace, tmp_path):
     assert recipe.saved(layer, workspace) == file
     assert recipe.saved({"name": "mine"}, workspace).name == "mine-2.yaml"
     assert compose(file=file).recipe == compose(layer).recipe
-    assert recipe.taken(str(file), workspace) == (layer, [])
+    assert recipe.taken(str(file)) == (layer, [])
     other = tmp_path / "recipe.txt"
     other.write_text("x")
     with pytest.raises(InputError):
-        recipe.taken(str(other), workspace)
+        recipe.taken(str(other))
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [")
     with pytest.raises(TunesmithError, match="not YAML"):
-        recipe.taken(str(broken), workspace)
+        recipe.taken(str(broken))
 
 
 def test_the_architecture_of_the_base_or_why_there_is_none(model, workspace):
@@ -346,16 +346,55 @@ def test_errors_are_boxes():
     def broken() -> list:
         raise TunesmithError(HOSTILE, found=HOSTILE, fix=HOSTILE)
 
-    box, *others = data.either(broken, 3)
+    box, *others = choosing.either(broken, 3)
     assert "<img" not in box
     assert others == [None, None]
 
     def bug() -> list:
         raise ValueError("secret")
 
-    box, *_ = data.either(bug, 1)
+    box, *_ = choosing.either(bug, 1)
     assert "ValueError" in box
     assert "secret" not in box
+
+
+BESIDE_API = {
+    "tunesmith": {"api", "devices"},
+    "tunesmith.assets": {"EXAMPLES"},
+    "tunesmith.compose": {"layered", "overlaid", "preset_layer", "preset_names"},
+    "tunesmith.data.examples": {"LedgerEntry"},
+    "tunesmith.data.formats": {"FORMATS"},
+    "tunesmith.data.inspection": {"Inspected"},
+    "tunesmith.data.validation": {"Report"},
+    "tunesmith.errors": {"InputError", "RecipeError", "RunError", "TunesmithError", "counted"},
+    "tunesmith.estimate": {"ABOUT", "Estimate", "duration", "size"},
+    "tunesmith.evaluation.compare": {"shown"},
+    "tunesmith.evaluation.judging.asking": {"Forecast"},
+    "tunesmith.evaluation.judging.settings": {"Judge", "load_judge"},
+    "tunesmith.evaluation.judging.suites": {"suite_of"},
+    "tunesmith.evaluation.metrics": {"METRICS"},
+    "tunesmith.evaluation.report": {"Measurement", "measurement", "shipped"},
+    "tunesmith.export.artefact": {"DEFAULTS", "STORED", "TARGETS", "check_target"},
+    "tunesmith.export.gguf": {"quants"},
+    "tunesmith.plan": {"Plan"},
+    "tunesmith.recipe": {"DataSource", "Recipe", "sections_of"},
+    "tunesmith.training.run": {"Run", "dataset_name", "folder_name", "open_run"},
+}
+"""What pages import that is neither theirs nor a verb: types, tables of names, words, readers of run folders."""
+
+
+def test_pages_reach_what_works_through_api_alone():
+    import ast
+    from pathlib import Path
+
+    found: dict[str, set[str]] = {}
+    for page in Path(data.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(page.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.Import) and "tunesmith" in ast.unparse(node)), page.name
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            if module.startswith("tunesmith.") and not module.startswith("tunesmith.ui."):
+                found.setdefault(module[:-1], set()).update(name.name for name in node.names)
+    assert found == BESIDE_API
 
 
 def test_the_pages_are_built():

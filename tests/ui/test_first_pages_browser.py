@@ -64,6 +64,13 @@ def test_from_an_upload_to_a_plan(bench, browser, tmp_path):
         opened.says("plan-batch", r"Micro-batch: \d")
         page.locator("#plan-memory .js-plotly-plot").wait_for()
         opened.says("plan-command", "tunesmith plan ")
+
+        opened.click("plan-onward")
+        command = "document.querySelector('#train-command textarea')?.value.startsWith('tunesmith train ')"
+        page.wait_for_function(command)
+        page.wait_for_timeout(1000)
+        with page.expect_request(lambda asked: "/gradio_api/run/" in asked.url):
+            pass  # a page to which a button led looks at its run as well
         opened.check()
 
 

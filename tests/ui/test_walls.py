@@ -345,6 +345,15 @@ def test_scripts_of_the_page_carry_this_answers_nonce(web):
         assert client.get("/", params={"page": "x", "deep_link": "../../x"}).status_code == 200
 
 
+def test_the_page_fetches_what_draws_plots_before_one_is_shown(web):
+    with web.owner() as client:
+        [at] = set(re.findall(r'import\("(/assets/[\w.-]+)"\)', client.get("/").text))
+        found = client.get(at)
+        assert (found.status_code, b"Plotly" in found.content) == (200, True)
+        assert "immutable" in found.headers["cache-control"]
+        assert client.get("/assets/nothing.js").headers["cache-control"] == "no-store"
+
+
 # Paths.
 
 

@@ -124,6 +124,43 @@ def proved_asked_and_merged(opened, run: str, question: str) -> None:
     opened.says("ship-made", f"{run}-merged: passed its check")
 
 
+def stopped_in_the_middle(opened) -> None:
+    """What was written stays and nothing follows it; the next question is answered; a new talk is empty."""
+    said = opened.page.locator("#chat-talk .ts-answer p")
+
+    def ask_for_long_answers() -> None:
+        opened.fill("chat-length", "2048")
+        opened.fill("chat-temperature", "2")  # what is drawn so seldom ends by itself
+        opened.fill("chat-question", "And all the other lamps?")
+        opened.click("chat-send")
+        said.filter(has_text=re.compile(r"\w+\s+\w+")).first.wait_for()
+
+    opened.go("Chat")
+    opened.click("chat-new")
+    opened.says("chat-talk", "No question yet")
+    opened.page.get_by_role("button", name="Parameters").click()
+    ask_for_long_answers()
+    opened.click("chat-stop")
+    opened.says("chat-told", "Stopped: these answers are not whole")
+    assert not opened.page.locator("#chat-talk [aria-busy]").count()
+    left = said.all_inner_texts()
+    assert any(left)
+    opened.page.wait_for_timeout(1500)
+    assert said.all_inner_texts() == left
+    assert opened.page.locator("#chat-prefer-tuned").is_disabled()
+    opened.fill("chat-length", "16")
+    opened.fill("chat-question", "And lamp number 5?")
+    opened.click("chat-send")
+    opened.says("chat-talk", r"other lamps\?[\s\S]*number 5\?")
+    opened.page.locator("#chat-talk [role=log]:not([aria-busy])").wait_for(timeout=WHILE_TRAINING)
+    assert "Stopped" not in opened.page.locator("#chat-told").inner_text()
+    ask_for_long_answers()
+    opened.click("chat-new")
+    opened.says("chat-talk", "No question yet")
+    opened.page.wait_for_timeout(1500)
+    assert "lamp" not in opened.says("chat-talk", "No question yet")
+
+
 @pytest.mark.thorough
 def test_from_a_table_to_a_merged_model(browser, work, tmp_path):
     with window(browser, work) as opened:
@@ -146,6 +183,8 @@ def test_from_a_table_to_a_merged_model(browser, work, tmp_path):
         assert open_run(run).state() == "done"
 
         proved_asked_and_merged(opened, "lamps", "How long does lamp number 3 burn?")
+        stopped_in_the_middle(opened)
+        opened.go("Ship")
         opened.click("ship-bundle")
         opened.says("ship-made", "lamps-deployment")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
@@ -32,7 +33,14 @@ LIMIT = 50 * 1024**3
 """Bytes that the cache may take; what was not used for longest goes first."""
 ABANDONED = 7 * 24 * 3600
 """Seconds after which a folder that is still being written belongs to nobody."""
+IN_USE = 6 * 3600
+"""Seconds after its last use in which nothing is deleted: whoever uses it for longer says so now and then."""
+OFTEN = 600
+"""Seconds after which that is said again."""
 FACTS = "facts.json"
+
+_said: dict[Path, float] = {}
+"""When this process said last of a folder that it uses it."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +65,16 @@ class Encodings(Sequence[Encoding]):
         return {"file": self.file}  # another process maps the file itself
 
     def release(self) -> None:
-        """Hand back the memory that holds what was read of the file; it stays readable. Where a system cannot, nothing.
+        """Hand back the memory that holds what was read of the file, which is still in use and stays readable. Where a
+        system cannot, nothing.
 
         What is read of a mapped file counts as memory of this process for as long as nobody else needs room, so a run
         would seem to take as much more as its file is long.
         """
         if "_content" in self.__dict__ and hasattr(mmap, "MADV_DONTNEED"):
             self._content.madvise(mmap.MADV_DONTNEED)
+        if time.monotonic() - _said.get(self.file.parent, -math.inf) > OFTEN:
+            _use(self.file.parent)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -382,12 +393,19 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
+def _use(place: Path) -> None:
+    """Mark a folder as used now; one that others own, or that is not kept, stays as it is."""
+    _said[place] = time.monotonic()
+    with suppress(OSError):
+        os.utime(place / FACTS)
+
+
 def find(name: str) -> Path | None:
     """The folder of what was prepared under this name, marked as used; None where there is none."""
     place = folder() / "prepared" / name
     if not (place / FACTS).is_file():
         return None
-    os.utime(place / FACTS)
+    _use(place)
     return place
 
 
@@ -432,7 +450,7 @@ def making(name: str | None) -> Iterator[Path]:
 
 
 def _make_room(place: Path, *, keep: str) -> None:
-    """Delete what was not used for longest, until the cache is within its limit."""
+    """Delete what was not used for longest, until the cache is within its limit or all of it is in use."""
     found = []
     for staging in (
         *place.glob(".making-*"),
@@ -447,8 +465,8 @@ def _make_room(place: Path, *, keep: str) -> None:
             size = sum(file.stat().st_size for file in entry.iterdir())
             found.append((facts.stat().st_mtime, size, entry))
     total = sum(size for _, size, _ in found)
-    for _, size, entry in sorted(found):
-        if total <= LIMIT:
+    for used, size, entry in sorted(found):
+        if total <= LIMIT or time.time() - used < IN_USE:
             return
         if entry.name != keep:
             shutil.rmtree(entry, ignore_errors=True)

@@ -19,7 +19,7 @@ from tunesmith import models
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.engines import llamacpp
 from tunesmith.errors import MissingExtra, ModelError, OutOfResources, TunesmithError, nearest
-from tunesmith.export import gguf, graph, merge, ollama, parity, weights
+from tunesmith.export import card, gguf, graph, merge, ollama, parity, weights
 from tunesmith.export.parity import VERDICT, Held
 from tunesmith.export.vocabulary import Vocabulary, vocabulary_of
 from tunesmith.generation import context_length
@@ -206,14 +206,30 @@ def export(
             compared = replace(compared, reference=used)
         asked = held(models.outline(str(whole)) if model is None else model, tokenizer)
         write = _as_gguf if to == "gguf" else _as_onnx
-        file, tensors, verdict, more = write(
+        written = write(
             _Job(
                 whole=whole, folder=staging, name=f"{name}-{quant}", quant=quant, config=config, run=run, model=model,
                 compared=compared, tokenizer=tokenizer, asked=asked, progress=progress, counted=counted,
             )
         )  # fmt: skip
-        notes += more
+        verdict = written.verdict
+        notes += written.notes
         write_whole(staging / VERDICT, json.dumps(verdict.as_dict(), indent=1))
+        card.copy_licences(whole, staging)
+        card.write_made_card(
+            staging,
+            run,
+            merge.shareable(base),
+            [
+                f"This is `{name}` as {to.upper()}, stored in {quant}: `{written.name}`.",
+                f"Checked against the model: {verdict.headline()}.",
+                *(f"{line[:1].upper()}{line[1:]}." for line in verdict.sentences()),
+            ],
+            notes,
+            kind="seq2seq" if config.is_encoder_decoder else "causal",
+            use=written.use,
+            tags=[to],
+        )
         shutil.rmtree(staging / "merged", ignore_errors=True)
         final = merge.put_in_place(staging, folder, passed=verdict.passed is not False)
     finally:
@@ -221,11 +237,11 @@ def export(
     merge.told_in_report(run)
     return Exported(
         folder=final,
-        file=final / file,
+        file=final / written.name,
         target=to,
         quant=quant,
-        size=sum(p.stat().st_size for p in final.glob(f"{file}*")),
-        tensors=tensors,
+        size=sum(p.stat().st_size for p in final.glob(f"{written.name}*")),
+        tensors=written.tensors,
         parity=verdict,
         notes=tuple(notes),
     )
@@ -319,11 +335,20 @@ class _Job:
     counted: Callable[[str, int, int], None]
 
 
-Written = tuple[str, dict[str, int], parity.Parity, list[str]]
-"""A file's name, its tensors by how they are stored, the verdict, and notes."""
+@dataclass(frozen=True)
+class _MadeFile:
+    """A file that was written and tried."""
+
+    name: str
+    tensors: dict[str, int]
+    """Number of them by how they are stored."""
+    verdict: parity.Parity
+    notes: list[str]
+    use: str
+    """How it is used, for the model card."""
 
 
-def _as_gguf(job: _Job) -> Written:
+def _as_gguf(job: _Job) -> _MadeFile:
     file = f"{job.name}.gguf"
     if program := gguf.writer_of(job.config, folder=str(job.whole), quant=job.quant):
         written = gguf.convert(program, job.whole, job.folder / file, quant=job.quant)
@@ -363,24 +388,27 @@ def _as_gguf(job: _Job) -> Written:
     write_whole(job.folder / ollama.NAME, text)
     if problem:
         notes.append(problem)
-    is_pair = bool(job.config.is_encoder_decoder)
+    verdict = _proof_of_gguf(job, file, context=context, longest=longest)
+    use = card.use_of_gguf(file, context=room, is_pair=bool(job.config.is_encoder_decoder))
+    return _MadeFile(file, dict(written.tensors), verdict, notes, use)
+
+
+def _proof_of_gguf(job: _Job, file: str, *, context: int, longest: int) -> parity.Parity:
+    """The verdict by llama.cpp, where it is here; `longest` is the number of tokens of the longest question."""
     unasked = partial(
-        parity.unasked, file, job.asked.questions, job.tokenizer, is_pair=is_pair, quant=job.quant
+        parity.unasked, file, job.asked.questions, job.tokenizer,
+        is_pair=bool(job.config.is_encoder_decoder), quant=job.quant,
     )  # fmt: skip
     if not llamacpp.is_installed():
         unproven = "llama.cpp was not here to read the file back (pip install 'tunesmith[llama-cpp]')"
-        return (
-            file, dict(written.tensors),
-            unasked(read_by="", unproven=unproven, absent="llama.cpp is not installed"), notes,
-        )  # fmt: skip
+        return unasked(read_by="", unproven=unproven, absent="llama.cpp is not installed")
     if job.compared.reference is None:
         with parity.gguf_reader(job.folder / file, job.tokenizer, length=context, words_only=True) as reader:
             same = [list(reader.tokens(question)) == list(question.ids) for question in job.asked.questions]
-            verdict = unasked(read_by=reader.name, unproven=job.compared.why, own=(reader, same))
-        return file, dict(written.tensors), verdict, notes
+            return unasked(read_by=reader.name, unproven=job.compared.why, own=(reader, same))
     length = min(context, longest + job.asked.new_tokens)
     with parity.gguf_reader(job.folder / file, job.tokenizer, length=length) as reader:
-        verdict = parity.verdict(
+        return parity.verdict(
             job.model,
             job.tokenizer,
             reader,
@@ -391,23 +419,24 @@ def _as_gguf(job: _Job) -> Written:
             reference=job.compared.reference,
             progress=lambda done: job.counted("parity", done, len(job.asked.questions)),
         )
-    return file, dict(written.tensors), verdict, notes
 
 
-def _as_onnx(job: _Job) -> Written:
+def _as_onnx(job: _Job) -> _MadeFile:
     job.progress("format", f"ONNX, {job.quant}, no cache", f"the model is a {job.config.model_type}")
     graph.write(job.whole, job.folder / graph.NAME)
     job.config.save_pretrained(job.folder)
     job.tokenizer.save_pretrained(job.folder)
     notes = ["the graph keeps no cache: for each token that is written, the whole text is read again"]
     tensors = {"F32": len(list(models.outline(str(job.whole)).parameters()))}
+    start = job.config.decoder_start_token_id if job.config.is_encoder_decoder else None
+    use = card.use_of_onnx(graph.NAME, stop_ids=end_of_turn_ids(job.tokenizer), start=start)
     if job.compared.reference is None:
         own = models.load_tokenizer(str(job.folder))
         verdict = parity.unasked(
             graph.NAME, job.asked.questions, own, is_pair=job.config.is_encoder_decoder,
             read_by=parity.transformers_version(), quant=STORED[job.quant], unproven=job.compared.why,
         )  # fmt: skip
-        return graph.NAME, tensors, verdict, notes
+        return _MadeFile(graph.NAME, tensors, verdict, notes, use)
     verdict = parity.verdict(
         job.model,
         job.tokenizer,
@@ -419,7 +448,7 @@ def _as_onnx(job: _Job) -> Written:
         reference=job.compared.reference,
         progress=lambda done: job.counted("parity", done, len(job.asked.questions)),
     )
-    return graph.NAME, tensors, verdict, notes
+    return _MadeFile(graph.NAME, tensors, verdict, notes, use)
 
 
 def _vocabulary(tokenizer: Any, config: Any, held: Held) -> Vocabulary:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -80,42 +80,7 @@ the weights are those of step {{ training.step_of_final_model }}.
 
 ## Use
 
-{% if adapter -%}
-```python
-from peft import AutoPeftModelFor{{ auto }}
-from transformers import AutoTokenizer
-
-model = AutoPeftModelFor{{ auto }}.from_pretrained("PATH"{{ labels }})
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-{{ asking -}}
-```
-{%- else -%}
-```python
-from transformers import AutoModelFor{{ auto }}, AutoTokenizer
-
-model = AutoModelFor{{ auto }}.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-{{ asking -}}
-```
-{%- endif %}
-
-{% if unplaced -%}
-The base `{{ base }}` is no model of the Hub: write where yours is into `adapter_config.json`, as \
-`base_model_name_or_path`, or use the merged model.
-
-{% endif -%}
-{% if recipe.method.kind == "reward" -%}
-It is a reward model: the one logit of `tokenizer.apply_chat_template(MESSAGES, return_dict=True, \
-return_tensors="pt")`, a conversation that ends with the answer, is the answer's score. Scores compare answers to one \
-question; the probability that one is better than another is the sigmoid of their difference.\
-{% if adapter %} Several at a time need `model.config.pad_token_id = tokenizer.pad_token_id`.{% endif %}
-{%- elif recipe.method.kind == "seq2seq" -%}
-How an input is written is stored with the tokenizer as its chat template: `tokenizer.apply_chat_template([{"role": \
-"user", "content": TEXT}])` gives the encoder's input.{% if recipe.method.source_prefix %} It begins with \
-`{{ recipe.method.source_prefix }}`.{% endif %}
-{%- else -%}
-The chat template is stored with the tokenizer; prompts rendered with another one are not what was measured.
-{%- endif %}
+{{ use }}
 
 ## Licence
 
@@ -134,6 +99,40 @@ The chat template is stored with the tokenizer; prompts rendered with another on
 Made with [tunesmith](https://github.com/tunesmith/tunesmith) {{ version }}.
 """
 
+
+USE_OF_FOLDER = """\
+```python
+{% if adapter -%}
+from peft import AutoPeftModelFor{{ auto }}
+from transformers import AutoTokenizer
+
+model = AutoPeftModelFor{{ auto }}.from_pretrained("PATH"{{ labels }})
+{% else -%}
+from transformers import AutoModelFor{{ auto }}, AutoTokenizer
+
+model = AutoModelFor{{ auto }}.from_pretrained("PATH")
+{% endif -%}
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+{{ asking -}}
+```
+
+{% if unplaced -%}
+The base `{{ unplaced }}` is no model of the Hub: write where yours is into `adapter_config.json`, as \
+`base_model_name_or_path`, or use the merged model.
+
+{% endif -%}
+{% if kind == "reward" -%}
+It is a reward model: the one logit of `tokenizer.apply_chat_template(MESSAGES, return_dict=True, \
+return_tensors="pt")`, a conversation that ends with the answer, is the answer's score. Scores compare answers to one \
+question; the probability that one is better than another is the sigmoid of their difference.\
+{% if adapter %} Several at a time need `model.config.pad_token_id = tokenizer.pad_token_id`.{% endif %}
+{%- elif kind == "seq2seq" -%}
+How an input is written is stored with the tokenizer as its chat template: `tokenizer.apply_chat_template([{"role": \
+"user", "content": TEXT}])` gives the encoder's input.{% if prefix %} It begins with `{{ prefix }}`.{% endif %}
+{%- else -%}
+The chat template is stored with the tokenizer; prompts rendered with another one are not what was measured.
+{%- endif %}"""
+"""How a folder for transformers or PEFT is used. `PATH` becomes the repository's name where it is pushed."""
 
 ASKING = {
     "causal": """
@@ -155,7 +154,56 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 """How a model of a kind is asked, greedily, as it was measured."""
 
 
-MERGED_CARD = """\
+USE_OF_GGUF = """\
+{% if is_pair -%}
+The file is for programs on llama.cpp that take encoder-decoder models. They have to be given what the chat template \
+in the file writes, as it was measured.
+{%- else -%}
+```sh
+ollama create {{ model }} -f Modelfile && ollama run {{ model }} "Hello"
+```
+
+```python
+from llama_cpp import Llama
+
+model = Llama("FOLDER/{{ file }}", n_ctx={{ context }}, verbose=False)
+answer = model.create_chat_completion([{"role": "user", "content": "Hello"}], temperature=0, max_tokens=256)
+print(answer["choices"][0]["message"]["content"])
+```
+
+`FOLDER` is where the file lies. Tokenizer and chat template are in it; prompts that are written otherwise are not \
+what was measured.
+{%- endif %}"""
+
+USE_OF_ONNX = """\
+```python
+import numpy
+import onnxruntime
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+graph = onnxruntime.InferenceSession("FOLDER/{{ file }}")
+ids = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_dict=True
+)["input_ids"]
+answer = []
+while len(answer) < 256 and (not answer or answer[-1] not in {{ stop_ids }}):
+{%- if start is none %}
+    [logits] = graph.run(None, {"input_ids": numpy.array([ids + answer])})
+{%- else %}
+    given = {"input_ids": numpy.array([ids]), "decoder_input_ids": numpy.array([[{{ start }}, *answer]])}
+    [logits] = graph.run(None, given)
+{%- endif %}
+    answer.append(int(logits[0, -1].argmax()))
+print(tokenizer.decode(answer, skip_special_tokens=True))
+```
+
+`FOLDER` is where these files lie. The chat template is stored with the tokenizer; prompts rendered with another one \
+are not what was measured."""
+"""How files for other programs are used."""
+
+
+PLAIN_CARD = """\
 ---
 {{ front_matter }}---
 
@@ -164,17 +212,11 @@ MERGED_CARD = """\
 {% for line in merged -%}
 {{ line }}
 {% endfor %}
-What the adapter was trained on and how it scored is not known here.
+What it was trained on and how it scored is not known here.
 
 ## Use
 
-```python
-from transformers import AutoModelFor{{ auto }}, AutoTokenizer
-
-model = AutoModelFor{{ auto }}.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-{{ asking -}}
-```
+{{ use }}
 
 ## Licence
 
@@ -182,7 +224,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 
 ## Limits
 
-- Nothing was measured here but that it answers as base and adapter do.
+- Nothing was measured here but what was checked above.
 {% for note in notes -%}
 - {{ note }}
 {% endfor %}
@@ -207,30 +249,68 @@ def write_card(run: Run, comparisons: Sequence[Comparison]) -> None:
     write_whole(run.final_model / "README.md", _without_places(text))
 
 
-def write_merged_card(
-    folder: Path, run: Run | None, base: str, merged: Sequence[str], notes: Sequence[str], *, kind: Kind
+def write_made_card(
+    folder: Path,
+    run: Run | None,
+    base: str,
+    made: Sequence[str],
+    notes: Sequence[str],
+    *,
+    kind: Kind,
+    use: str | None = None,
+    tags: Sequence[str] = (),
 ) -> None:
-    """Write `README.md` into a folder of merged weights: the run's card, where there is a run, and what was
-    merged and how it was checked."""
+    """Write `README.md` into a folder of what was made of a model, such as merged weights: the run's card, where there
+    is a run, and `made`, which says what it is and how it was checked.
+
+    `use` says how it is used, where it is no folder for transformers; `tags` are beside our own.
+    """
     if run:
         kept = (run.read("evaluation/comparison.json") or {}).get("comparisons", [])
         compared = [Comparison(**c) for c in kept]
-        text = _card(run, folder, compared, adapter=False, merged=merged, notes=notes)
+        text = _card(run, folder, compared, adapter=False, merged=made, notes=notes, use=use, tags=tags)
     else:
-        facts: dict[str, Any] = {"tags": ["tunesmith"], "library_name": "transformers"}
+        facts: dict[str, Any] = {"tags": ["tunesmith", *tags]}
+        if use is None:
+            facts |= {"library_name": "transformers"}
         terms, files = _terms(folder, base)
         facts |= terms
-        text = _compiled(MERGED_CARD).render(
+        text = _compiled(PLAIN_CARD).render(
             front_matter=yaml.safe_dump({**facts, **_base_fact(base)}, sort_keys=False),
             name=folder.name.removeprefix(".").removesuffix(".tmp"),
-            merged=merged,
+            merged=made,
             notes=notes,
-            auto=AUTO[kind],
-            asking=_asking(kind, None),
-            licence=_licence(base, terms, files),
+            use=use or use_of_folder(kind),
+            licence=_licence(base, terms, files, []),
             version=metadata.version("tunesmith"),
         )
     write_whole(folder / "README.md", _without_places(text))
+
+
+def use_of_folder(
+    kind: Kind, *, adapter: Path | None = None, base: str = "", prefix: str | None = None
+) -> str:
+    """How whole weights are used, or an adapter's folder, of that base; `prefix` is what inputs begin with."""
+    return _compiled(USE_OF_FOLDER).render(
+        kind=kind,
+        auto=AUTO[kind],
+        adapter=adapter is not None,
+        labels=", num_labels=1" if kind == "reward" else "",
+        asking=_asking(kind, adapter),
+        unplaced=base if adapter and not _base_fact(base) else None,
+        prefix=prefix,
+    )
+
+
+def use_of_gguf(file: str, *, context: int, is_pair: bool) -> str:
+    """How a GGUF file is used, with as much context as its Modelfile gives it."""
+    model = re.sub(r"[^a-z0-9]+", "-", file.removesuffix(".gguf").lower()).strip("-") or "model"
+    return _compiled(USE_OF_GGUF).render(file=file, model=model, context=context, is_pair=is_pair)
+
+
+def use_of_onnx(file: str, *, stop_ids: Sequence[int], start: int | None) -> str:
+    """How a graph is used; `start` is the token that the decoder of an encoder-decoder model begins with."""
+    return _compiled(USE_OF_ONNX).render(file=file, stop_ids=list(stop_ids), start=start)
 
 
 _PLACE = re.compile(
@@ -262,33 +342,58 @@ TERMS = "base_terms.json"
 
 
 def terms_of(folder: Path) -> dict[str, str]:
-    """`license` and its kin, as a folder's model card has them; empty where it says nothing."""
+    """`license` and its kin, as a folder's model or data card has them; empty where it says nothing."""
     try:
         if (folder / TERMS).is_file():
             said = json.loads((folder / TERMS).read_text(encoding="utf-8"))
         else:
             _, front, _ = (folder / "README.md").read_text(encoding="utf-8").split("---", 2)
             said = loaded(front)
-        names = ("license", "license_name", "license_link")
-        return {name: str(said[name]) for name in names if said.get(name)}
+        found = {name: said.get(name) for name in ("license", "license_name", "license_link")}
+        # Of a data set it may be a list.
+        return {
+            name: " and ".join(map(str, value)) if isinstance(value, list) else str(value)
+            for name, value in found.items()
+            if value
+        }
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
         return {}
 
 
-def _licence(base: str, terms: dict[str, str], files: Sequence[str]) -> str:
-    """What is known of the terms under which a base may be passed on."""
-    copied = f" Its {' and '.join(f'`{name}`' for name in files)} lie beside this card." if files else ""
-    if not terms:
-        return (
-            f"The model card of the base `{base}` names no licence here.{copied} These weights are made from it: look "
-            "up its terms, and those of the data, before you pass them on."
-        )
-    named = terms.get("license_name") or terms.get("license", "")
+def _terms_of_data(dataset: str, revision: str | None) -> dict[str, str]:
+    """The terms of a data set, as its card says: of a folder the one in it, of the Hub's the one that was fetched."""
+    if dataset.startswith("example:"):
+        return {"license": "apache-2.0"}  # assets/README.md
+    if Path(dataset).expanduser().is_dir():
+        return terms_of(Path(dataset).expanduser())
+    if not _base_fact(dataset):
+        return {}
+    from huggingface_hub import try_to_load_from_cache
+
+    card = try_to_load_from_cache(dataset, "README.md", repo_type="dataset", revision=revision)
+    return terms_of(Path(card).parent) if isinstance(card, str) else {}
+
+
+def _named(terms: Mapping[str, str]) -> str:
     link = f" ({terms['license_link']})" if terms.get("license_link") else ""
-    return (
-        f"The base `{base}` is under `{named}`{link}, and these weights are made from it.{copied} The terms of the "
-        "data are not known here."
-    )
+    return f"`{terms.get('license_name') or terms.get('license', '')}`{link}"
+
+
+def _licence(
+    base: str, terms: Mapping[str, str], files: Sequence[str], data: Sequence[tuple[str, Mapping[str, str]]]
+) -> str:
+    """What is known of the terms of a base, and of data sets by their names; none where they are not known."""
+    lie = "lies" if len(files) == 1 else "lie"
+    copied = f" Its {' and '.join(f'`{name}`' for name in files)} {lie} beside this card." if files else ""
+    known = f"is under {_named(terms)}" if terms else "names no licence that is known here"
+    said = [f"The base `{base}` {known}, and these weights are made from it.{copied}"]
+    said += [f"The data set `{name}` is under {_named(own)}." for name, own in data if own]
+    silent = [f"`{name}`" for name, own in data if not own]
+    if silent or not data:
+        said.append(f"The licence of {' and '.join(silent) or 'the data'} is not stated.")
+    if silent or not data or not terms:
+        said.append("Look up what is not said here before you pass them on.")
+    return " ".join(said)
 
 
 def _terms(folder: Path, base: str) -> tuple[dict[str, str], list[str]]:
@@ -345,6 +450,8 @@ def _card(
     adapter: bool,
     merged: Sequence[str] = (),
     notes: Sequence[str] = (),
+    use: str | None = None,
+    tags: Sequence[str] = (),
 ) -> str:
     recipe = run.recipe()
     kinds: dict[str, Kind] = {"seq2seq": "seq2seq", "reward": "reward"}
@@ -353,13 +460,14 @@ def _card(
     primary = next((c for c in comparisons if c.primary), None)
     warnings = [event["message"] for event in run.events() if event["kind"] == "warning"]
     base, *origins = _lineage(recipe.model.base)
-    facts: dict[str, Any] = {"tags": ["tunesmith", recipe.method.kind, recipe.task]}
+    facts: dict[str, Any] = {"tags": ["tunesmith", recipe.method.kind, recipe.task, *tags]}
     if adapter:
         facts |= {"library_name": "peft"}
     facts |= next(filter(None, map(_base_fact, (base, *origins))), {})
     terms, files = _terms(folder, recipe.model.base)
     facts |= terms
     kind = kinds.get(recipe.method.kind, "causal")
+    sets = dict.fromkeys((part.dataset, part.revision) for part in (recipe.data, *recipe.data.mix))
     text: str = _compiled(CARD).render(
         front_matter=yaml.safe_dump(facts, sort_keys=False),
         name=run.path.name,
@@ -375,17 +483,19 @@ def _card(
         rows=plan.get("rows", {}),
         training=run.read("training.json") or {},
         recipe_yaml=yaml.safe_dump(_shareable(recipe.model_dump(mode="json"), base=base), sort_keys=False),
-        adapter=adapter,
-        auto=AUTO[kind],
-        asking=_asking(kind, folder if adapter else None),
-        unplaced=adapter and not _base_fact(base),
+        use=use
+        or use_of_folder(
+            kind,
+            adapter=folder if adapter else None,
+            base=base,
+            prefix=getattr(recipe.method, "source_prefix", None),
+        ),
         proof=_proof(run, primary),
         parts=_parts(run),
-        labels=", num_labels=1" if recipe.method.kind == "reward" else "",
         notes=[*notes, *warnings],
         forgotten=(run.read("evaluation/forgetting.json") or {}).get("sentence"),
         merged=merged,
-        licence=_licence(base, terms, files),
+        licence=_licence(base, terms, files, [(_short(one[0]), _terms_of_data(*one)) for one in sets]),
         version=(run.read("environment.json") or {"packages": {}})["packages"].get("tunesmith", ""),
     )
     return text

@@ -21,7 +21,7 @@ from tunesmith import models
 from tunesmith.errors import ModelError, RunError, TunesmithError, nearest
 from tunesmith.evaluation.unseen import carry_together
 from tunesmith.export import parity, weights
-from tunesmith.export.card import copy_licences, write_merged_card
+from tunesmith.export.card import copy_licences, write_made_card
 from tunesmith.export.parity import NEW_TOKENS, VERDICT, Check, Held, Parity, Question
 from tunesmith.recipe import QLoRA
 from tunesmith.training.lineage import FACTS, packing_behind, run_behind
@@ -191,7 +191,7 @@ def merge(
         write_whole(staging / VERDICT, json.dumps(verdict.as_dict(), indent=1))
         merged = Merged(
             folder=folder,
-            base=_shareable(made.base),
+            base=shareable(made.base),
             adapter=sum_of(parts) if parts else "",
             run=run.path.name if run else None,
             dtype=made.dtype,
@@ -211,7 +211,7 @@ def merge(
         checks = [
             f"Checked against {'them' if whole else 'base and adapter'}: {s}." for s in verdict.sentences()
         ]
-        write_merged_card(staging, run, merged.base, [said, *checks], notes, kind=made.kind)
+        write_made_card(staging, run, merged.base, [said, *checks], notes, kind=made.kind)
         if not verdict.passed:
             failed = put_in_place(staging, folder, passed=False)
             raise ModelError(
@@ -564,7 +564,7 @@ def _without_code(config: Any, tokenizer: Any) -> bool:
     return had
 
 
-def _shareable(base: str) -> str:
+def shareable(base: str) -> str:
     """A Hub id as it is, a folder by its name: what is written into the model travels with it."""
     return dataset_name(base) if Path(base).expanduser().is_dir() else base
 

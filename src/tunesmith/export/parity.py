@@ -24,6 +24,7 @@ from tunesmith.engines import llamacpp
 from tunesmith.errors import ModelError
 from tunesmith.evaluation.compare import Comparison, difference_shown, shown
 from tunesmith.evaluation.metrics import METRICS
+from tunesmith.evaluation.report import VERDICTS
 from tunesmith.generation import Generated, cut, decoded, for_inference, generate
 
 if TYPE_CHECKING:
@@ -331,6 +332,11 @@ class Parity:
         if self.score is not None and self.score.verdict == "worse":
             found.append(f"its score is worse: {difference_shown(self.score)}")
         return found
+
+    def headline(self) -> str:
+        """The verdict in one line, with the reason for one that is not good."""
+        why = "; ".join(self.problems()) or ("" if self.passed else self.unproven)
+        return f"{VERDICTS[self.passed]}: {why}" if why else VERDICTS[self.passed]
 
     def sentences(self) -> list[str]:
         """The result for people."""

@@ -20,12 +20,15 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens in GGUF."""
 
 _SHORT = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_ANY_CASE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT4 = _SHORT + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _REST
 
 SPLITS: Mapping[str, tuple[str, ...]] = {
     "gpt-2": (_GPT2,),
-    "llama-bpe": (_SHORT + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _REST,),
+    "llama-bpe": (_GPT4,),
+    "dbrx": (_GPT4,),
     "qwen2": (_SHORT + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _REST,),
     "qwen35": (_SHORT + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + _REST,),
     "smollm": (r"\p{N}", _GPT2),
@@ -40,6 +43,9 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """llama.cpp's name of a way to split text -> its expressions, applied one after the other (src/llama-vocab.cpp)."""
+
+WHOLE = ("llama-bpe", "tekken")
+"""Ways by which llama.cpp takes a piece that is a token as it is, and does not ask whether merges make it."""
 
 PROBE = (
     "The 3 quick-brown foxes (don't they?) jumped over 12,345.67 lazy dogs; it's 2024-11-05, isn't IT'S?",
@@ -93,12 +99,17 @@ def vocabulary_of(
                     "llama.cpp does not normalise Unicode: text in decomposed form gives other tokens there"
                 )
         case "BPE", False if model.get("byte_fallback"):
-            scores = _scores(model, tokens)
+            adds, alike = _space_of(backend, texts or PROBE)
+            if texts and alike < len(texts):
+                notes.append(
+                    f"llama.cpp reads {len(texts) - alike} of {len(texts)} texts as other tokens: this tokenizer puts "
+                    "spaces behind special tokens where llama.cpp puts none, or the other way round"
+                )
             keys |= {
                 "ggml.model": "llama",
                 "ggml.pre": "default",
-                "ggml.scores": scores,
-                "ggml.add_space_prefix": _adds_space(said),
+                "ggml.scores": _scores(model, tokens),
+                "ggml.add_space_prefix": adds,
             }
         case "Unigram", _:
             pieces = {piece: float(score) for piece, score in model["vocab"]}
@@ -178,12 +189,29 @@ def _is_byte_level(said: Mapping[str, Any]) -> bool:
 
 
 def _adds_space(said: Mapping[str, Any]) -> bool:
-    for part in (*_parts(said["normalizer"]), *_parts(said["pre_tokenizer"])):
-        if part["type"] == "Prepend" or (
-            part["type"] == "Metaspace" and part.get("prepend_scheme") != "never"
-        ):
-            return True
-    return False
+    """Whether a space is put before a text."""
+    return any(part["type"] == "Prepend" for part in _parts(said["normalizer"])) or any(
+        part["type"] == "Metaspace" and part.get("prepend_scheme") != "never"
+        for part in _parts(said["pre_tokenizer"])
+    )
+
+
+def _space_of(backend: Any, texts: Sequence[str]) -> tuple[bool, int]:
+    """Whether llama.cpp is to put a space before a text, which it does behind each special token as well, and how many
+    texts it then reads as the tokenizer does, which may put it at the very beginning only, or not before another one.
+    """
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers
+
+    own = [e.ids for e in backend.encode_batch(list(texts), add_special_tokens=False)]
+    plain = Tokenizer.from_str(backend.to_str())
+    plain.pre_tokenizer = pre_tokenizers.Sequence([])
+    alike = {}
+    for adds in (True, False):
+        before = [normalizers.Prepend("\u2581")] if adds else []
+        plain.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "\u2581")])
+        other = [e.ids for e in plain.encode_batch(list(texts), add_special_tokens=False)]
+        alike[adds] = sum(a == b for a, b in zip(own, other, strict=True))
+    return max(alike.items(), key=lambda found: found[1])
 
 
 def _squeezes(said: Mapping[str, Any]) -> bool:
@@ -207,16 +235,29 @@ def _charsmap(normalizer: Any) -> bytes:
 
 def _split_of(backend: Any, said: Mapping[str, Any], texts: Sequence[str]) -> tuple[str, int]:
     """The first of llama.cpp's ways to split that gives the tokenizer's own tokens for every text, and how many were
-    tried. Raises ModelError where none does."""
+    tried. The way that it names itself is tried first, as a vocabulary may not tell some of them apart. Raises
+    ModelError where none does."""
     from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
     plain = Tokenizer.from_str(backend.to_str())
     # llama.cpp reads text as it is: what a normalizer does to it is said in a note, not part of the choice.
     texts = [plain.normalizer.normalize_str(t) if plain.normalizer else t for t in texts]
     own = [e.ids for e in plain.encode_batch(list(texts), add_special_tokens=False)]
+    named = tuple(
+        part["pattern"]["Regex"].replace(_ANY_CASE, _SHORT)
+        for part in _parts(said["pre_tokenizer"])
+        if part["type"] == "Split" and "Regex" in part["pattern"]
+    )
+    takes_whole = bool(said["model"].get("ignore_merges"))
+
+    def likeness(name: str) -> tuple[bool, bool]:
+        return SPLITS[name] == named, (name in WHOLE) == takes_whole
+
     worst: dict[str, tuple[int, str]] = {}
-    for name, expressions in SPLITS.items():
-        plain.normalizer = normalizers.Sequence([])
+    plain.normalizer = normalizers.Sequence([])
+    for name in sorted(SPLITS, key=likeness, reverse=True):
+        expressions = SPLITS[name]
+        plain.model.ignore_merges = name in WHOLE
         plain.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 *(pre_tokenizers.Split(Regex(e), "isolated") for e in expressions),

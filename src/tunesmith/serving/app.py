@@ -16,15 +16,16 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.exceptions import HTTPException
 
 from tunesmith.data.examples import Unusable
@@ -161,11 +162,17 @@ class _Gone(Exception):
     """The client left before it had asked."""
 
 
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+"""Bounds by which durations are counted: from a GPU's first token to a CPU's long answer."""
+
+
 class Metrics:
     """What /metrics tells, for Prometheus."""
 
     def __init__(self, batcher: Batcher) -> None:
+        self._batcher = batcher
         self.registry = CollectorRegistry()
+        self.registry.register(self)
         given: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("tunesmith_requests", "Requests by their end.", ["path", "status"], **given)
         self.left = Counter(
@@ -174,14 +181,17 @@ class Metrics:
         self.read = Counter("tunesmith_prompt_tokens", "Tokens of prompts.", ["model"], **given)
         self.written = Counter("tunesmith_answer_tokens", "Tokens of answers.", ["model"], **given)
         self.first = Histogram(
-            "tunesmith_first_token_seconds", "From the request to its first token.", **given
+            "tunesmith_first_token_seconds", "From the request to its first token.", buckets=SECONDS, **given
         )
-        self.whole = Histogram("tunesmith_request_seconds", "From the request to its last token.", **given)
-        Gauge("tunesmith_running", "Requests being answered.", **given).set_function(lambda: batcher.running)
-        Gauge("tunesmith_waiting", "Requests that wait for a place.", **given).set_function(
-            lambda: batcher.waiting
+        self.whole = Histogram(
+            "tunesmith_request_seconds", "From the request to its last token.", buckets=SECONDS, **given
         )
-        Gauge("tunesmith_steps", "Forward passes so far.", **given).set_function(lambda: batcher.steps)
+
+    def collect(self) -> Iterator[Metric]:
+        """What the batching thread counts itself."""
+        yield GaugeMetricFamily("tunesmith_running", "Requests being answered.", self._batcher.running)
+        yield GaugeMetricFamily("tunesmith_waiting", "Requests that wait for a place.", self._batcher.waiting)
+        yield CounterMetricFamily("tunesmith_steps", "Forward passes so far.", self._batcher.steps)
 
 
 def create(

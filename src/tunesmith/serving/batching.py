@@ -324,7 +324,6 @@ class Batcher:
                 together = self._guarded(batch.rows, partial(_joined, before, batch)) if before else batch
                 if together:
                     self._running[adapter] = together
-                    return  # they have their first token from the reading; the others go on with them
         if running := self._running.get(adapter):
             if self._guarded(running.rows, lambda: self._step(adapter, running)) is None:
                 running.rows = []

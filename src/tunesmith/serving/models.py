@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,10 @@ from tunesmith.data import pairs, templates
 from tunesmith.data.examples import Message, Unusable
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.generation import context_length
-from tunesmith.training.lineage import run_behind
 
 BASE = "base"
 """Name of the model below the adapters."""
+LONGEST_NAME = 96
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,7 @@ def sources(model: str, name: str | None, adapters: Mapping[str, str]) -> tuple[
     Raises ModelError for adapters of another base, and TunesmithError for a name given twice.
     """
     first = models.folder_of(model)
-    run = run_behind(model) if Path(model).expanduser().is_dir() else None
-    name = name or (
-        run.path.name if run and run.path == Path(model).expanduser() else Path(model).name or model
-    )
+    name = name or name_of(model)
     found: dict[str, Path] = {}
     named = {checked_name(name): model}
     for other, folder in adapters.items():
@@ -155,6 +154,12 @@ def served_as(name: str, tokenizer: Any, *, adapter: str | None, is_pair: bool, 
     )
 
 
+def name_of(model: str | Path) -> str:
+    """The name of a run, of a model's folder or of a Hub's model, without what no name of a served model may hold."""
+    name = os.path.basename(os.path.abspath(Path(model).expanduser()))
+    return re.sub(r"[^\w.-]+", "-", name)[:LONGEST_NAME] or BASE
+
+
 def _base(adapter: Path) -> Path:
     base, revision = models.base_of(adapter)
     return models.folder_of(base, revision=revision)
@@ -162,8 +167,9 @@ def _base(adapter: Path) -> Path:
 
 def checked_name(name: str) -> str:
     """A name that requests can ask for. Raises TunesmithError for what is none."""
-    if not name or len(name) > 96 or not all(sign.isalnum() or sign in "-_./:" for sign in name):
+    if not name or len(name) > LONGEST_NAME or not all(sign.isalnum() or sign in "-_./:" for sign in name):
         raise TunesmithError(
-            f"'{name[:96]}' is no name for a model.", fix="Use letters, digits, dashes, dots and underscores."
+            f"'{name[:LONGEST_NAME]}' is no name for a model.",
+            fix="Use letters, digits, dashes, dots and underscores.",
         )
     return name

@@ -1,16 +1,18 @@
 """What OpenAI's clients send and get: requests checked field by field, answers and errors in their form.
 
 A field that would change the answer and is not honoured is refused by its name; one that says what happens anyway
-(`n: 1`, a penalty of 0) is accepted.
+(`n: 1`, a penalty of 0) is accepted. A null is a field that was not given, as it is for OpenAI: clients send the
+assistant's turns back as they came, with `refusal: null` and the like.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from tunesmith.errors import nearest
 from tunesmith.serving.batching import Piece, Token
@@ -59,6 +61,13 @@ _Id = Annotated[int, Field(ge=0)]
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, found: Any) -> Any:
+        if not isinstance(found, dict):
+            return found
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class StreamOptions(_Body):
@@ -121,7 +130,6 @@ class ChatMessage(_Body):
 
     role: Literal["system", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
-    name: None = None
 
     def text(self) -> str:
         """The content as one text."""
@@ -157,7 +165,6 @@ class CompletionRequest(_Common):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
-    suffix: None = None
 
     def alternatives(self) -> int | None:
         return self.logprobs
@@ -189,10 +196,10 @@ def parsed(kind: type[Asked], body: bytes) -> Asked:
 def _refused(kind: type[_Common], error: ValidationError | RecursionError) -> Problem:
     if isinstance(error, RecursionError):
         return Problem(400, "The body is nested too deeply.", code="invalid_json")
-    # Of a choice between types each branch has its own error; the deepest one is about what was meant.
-    first = max(error.errors(include_url=False, include_input=False)[:50], key=lambda e: _nearness(e))
-    path = [str(part)[:40] for part in first["loc"]]
-    name = path[0] if path else ""
+    first = max(error.errors(include_url=False, include_input=False)[:50], key=_nearness)
+    begin, *rest = map(str, first["loc"])
+    path = [begin[:40], *(part[:40] for part in rest if not _BRANCH.fullmatch(part))]
+    name = path[0]
     if first["type"] == "extra_forbidden":
         known = kind.model_fields if len(path) == 1 else ()
         hint = " " + nearest(name, known) if known else ""
@@ -202,7 +209,7 @@ def _refused(kind: type[_Common], error: ValidationError | RecursionError) -> Pr
             code="unsupported_parameter",
             param=name,
         )
-    if name in {"n", "best_of", "echo", "suffix", "presence_penalty", "frequency_penalty", "logit_bias", "top_k",
+    if name in {"n", "best_of", "echo", "presence_penalty", "frequency_penalty", "logit_bias", "top_k",
                 "repetition_penalty", "response_format", "skip_special_tokens"}:  # fmt: skip
         return Problem(
             400,
@@ -210,11 +217,17 @@ def _refused(kind: type[_Common], error: ValidationError | RecursionError) -> Pr
             code="unsupported_value",
             param=name,
         )
-    return Problem(400, f"'{'.'.join(path)}': {first['msg']}.", code="invalid_value", param=name or None)
+    return Problem(400, f"'{'.'.join(path)}': {first['msg']}.", code="invalid_value", param=name)
 
 
-def _nearness(error: Mapping[str, Any]) -> tuple[bool, int]:
-    return error["type"] != "extra_forbidden", -len(error["loc"])
+_BRANCH = re.compile(r"str|constrained-str|list\[.+\]")
+"""How pydantic names the types of a choice, in the place of an error."""
+
+
+def _nearness(error: Mapping[str, Any]) -> tuple[bool, bool, int]:
+    """Of a choice between types each one has its own errors: what is not of a wrong type, and lies deepest, is about
+    what was meant."""
+    return error["type"] != "extra_forbidden", not error["type"].endswith("_type"), len(error["loc"])
 
 
 # Answers.

@@ -227,6 +227,7 @@ def configuration(app: Any, *, patience: int = 10) -> Any:
 
     return uvicorn.Config(
         app,
+        http="h11",  # whichever other parser is installed: the limit of headers below is this one's
         log_level="warning",
         access_log=False,
         server_header=False,

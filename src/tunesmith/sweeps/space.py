@@ -48,6 +48,7 @@ KEPT = {
     "export": NOT_OF_TRIALS,
     "tracking": NOT_OF_TRIALS,
     "launch": NOT_OF_TRIALS,
+    "parallel": NOT_OF_TRIALS,
     "task": SAME_ROWS,
     "preset": NOT_OF_TRIALS,
     "name": NOT_OF_TRIALS,
@@ -61,6 +62,13 @@ KEPT = {
     "training.save_steps": NOT_OF_TRIALS,
     "training.save_total_limit": NOT_OF_TRIALS,
     "training.logging_steps": NOT_OF_TRIALS,
+    "training.per_device_eval_batch_size": NOT_OF_TRIALS,
+    "training.num_workers": NOT_OF_TRIALS,
+    "training.gradient_checkpointing": NOT_OF_TRIALS,
+    "training.forward": NOT_OF_TRIALS,
+    "training.kernels": NOT_OF_TRIALS,
+    "training.compile": NOT_OF_TRIALS,
+    "training.cache_frozen": NOT_OF_TRIALS,
 }
 """Fields, and sections, that are the same in every trial, and why."""
 SEARCHED = ("data.packing", "data.num_samples", "data.mix_seed")
@@ -222,7 +230,9 @@ def checked(space: Space, recipe: Recipe) -> dict[str, Distribution]:
     """
     problems: list[str] = []
     typed: dict[str, Distribution] = {}
-    known = {fact.path for fact in fields()} | {f"{name}.kind" for name in ("method", "adapter")}
+    known = {fact.path for fact in fields()} | {
+        f"{name}.kind" for name in ("method", "adapter", "launch", "parallel")
+    }
     for path, given in space.items():
         if path in known and (why := _kept(path, recipe)):
             problems.append(f"{path} is not searched: {why}.")

@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,11 @@ class Storage:
 
         Raises RunError, and changes nothing, where the place holds another run.
         """
+        here, there = _files(folder), set(self._found())
         if not self.sent:
             self.check(folder)
-        here = _files(folder)
-        there = set(self.sent) or set(self._found())
-        changed = {name for name, facts in here.items() if self.sent.get(name) != facts}
+            self.sent.update(self._sent_before(folder, here, there))
+        changed = {name for name, facts in here.items() if name not in there or self.sent.get(name) != facts}
         gone = there - here.keys()
         doubtful = {str(Path(name).parent) for name in changed | gone}
         marks = {name for name in there if Path(name).name in MARKS and str(Path(name).parent) in doubtful}
@@ -64,6 +65,18 @@ class Storage:
             self.sent[name] = here[name]
             size += here[name][0]
         return len(again), size
+
+    def _sent_before(
+        self, folder: Path, here: Mapping[str, tuple[int, int]], there: Set[str]
+    ) -> dict[str, tuple[int, int]]:
+        """What another process has sent: the files beside a mark that is there as it is here, with which they were
+        whole. To copy them again would take the mark away meanwhile, and with it all that a lost node leaves."""
+        found: dict[str, tuple[int, int]] = {}
+        for mark in (name for name in here.keys() & there if Path(name).name in MARKS):
+            if self.filesystem.cat_file(f"{self.root}/{mark}") == (folder / mark).read_bytes():
+                beside = mark.removesuffix(Path(mark).name)
+                found |= {name: here[name] for name in here.keys() & there if name.startswith(beside)}
+        return found
 
     def fetch(self, folder: Path) -> int | None:
         """Bring the run back where its place is further than the folder here; the step of its newest checkpoint.

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from tunesmith.ui import theme
 from tunesmith.ui.accounts import Accounts
+from tunesmith.ui.choosing import keep_in_step
 from tunesmith.ui.keys import PROVIDERS
 from tunesmith.ui.pages import PAGES
 from tunesmith.ui.security import Access, Limits, Walls
@@ -32,10 +33,13 @@ def blocks(recipe: Mapping[str, Any] | None = None, *, signs_out: bool = False) 
         chosen, run = gr.State(dict(recipe or {})), gr.State(None)
         with gr.Tabs(elem_id="pages", overflow_behavior="wrap") as tabs:
             shared = Shared(recipe=chosen, run=run, tabs=tabs)
+            made_tabs = []
             for page in PAGES:
                 name = page.name.lower()
-                with gr.Tab(page.name, id=name, elem_id=f"page-{name}"):
+                with gr.Tab(page.name, id=name, elem_id=f"page-{name}") as tab:
                     page.build(shared)
+                made_tabs.append(tab)
+        keep_in_step(shared, made_tabs)
     return made
 
 

@@ -1,4 +1,4 @@
-"""What the later pages share: which run is looked at, the state of jobs in words, and starting one."""
+"""What pages share: which run is looked at, the state of jobs in words, commands to copy, errors as boxes."""
 
 from __future__ import annotations
 
@@ -10,24 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.context import get_render_context
 
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.training.run import find_runs, is_run, open_run
 from tunesmith.ui import form
 from tunesmith.ui.jobs import Job, Queue
-from tunesmith.ui.shared import Shared, box, problem
+from tunesmith.ui.shared import QUIET, Shared, box, problem
 from tunesmith.ui.workspace import Workspace, workspace_of
 
 WATCHING = 2.0
 """Seconds between two looks of a page at what it watches."""
 LONGEST_TEXT = 2000
 """Characters of a text in a table; the whole one is shown when its row is chosen."""
-
-WORDS = {
-    "waiting": "waiting", "running": "running", "done": "done", "stopped": "stopped", "failed": "failed",
-    "canceled": "canceled", "lost": "ended without a word",
-}  # fmt: skip
 
 
 def queue_of(workspace: Workspace) -> Queue:
@@ -55,42 +49,74 @@ def run_path(workspace: Workspace, name: str | None) -> Path:
 
 
 def run_choice(shared: Shared, page: str) -> gr.Dropdown:
-    """A list of the workspace's runs, in step with the lists of the other pages."""
+    """A list of the workspace's runs; `keep_in_step` keeps those of all pages in step."""
     chosen = gr.Dropdown(
         choices=[], value=None, label="Run", elem_id=f"{page}-run", interactive=True, allow_custom_value=False
     )
-
-    def refreshed(name: str | None, request: gr.Request) -> Any:
-        names = run_names(workspace_of(request))
-        return gr.Dropdown(choices=names, value=name if name in names else names[0] if names else None)
-
-    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    gr.on(
-        None, refreshed, inputs=[shared.run], outputs=[chosen], **quiet
-    )  # when the page loads, or another run is chosen
-    shared.tabs.select(refreshed, inputs=[shared.run], outputs=[chosen], **quiet)
-    chosen.input(lambda name: name, inputs=[chosen], outputs=[shared.run], **quiet)
+    shared.run_choices.append(chosen)
+    chosen.input(lambda name: name, inputs=[chosen], outputs=[shared.run], **QUIET)
     return chosen
 
 
 def watching(shared: Shared, name: str) -> gr.Timer:
-    """A clock that ticks while the page of this name is looked at; call it while the page's tab is filled."""
-    tab = get_render_context()
-    assert isinstance(tab, gr.Tab)
+    """A clock that ticks while the page of this name is looked at, which `keep_in_step` sees to."""
     timer = gr.Timer(WATCHING, active=False)
-
-    def left(event: gr.SelectData) -> Any:
-        return gr.skip() if event.value == name else gr.Timer(active=False)
-
-    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    tab.select(lambda: gr.Timer(active=True), outputs=[timer], **quiet)
-    shared.tabs.select(left, outputs=[timer], **quiet)
+    shared.clocks[name] = timer
     return timer
+
+
+def keep_in_step(shared: Shared, tabs: Sequence[gr.Tab]) -> None:
+    """Have all pages show the same run, and the clock of that page tick which is looked at; once they are built."""
+
+    def refreshed(name: str | None, request: gr.Request) -> list[Any]:
+        names = run_names(workspace_of(request))
+        value = name if name in names else names[0] if names else None
+        return [gr.Dropdown(choices=names, value=value) for _ in shared.run_choices]
+
+    def turned(event: gr.SelectData) -> list[Any]:
+        return [gr.Timer(active=name == event.value) for name in shared.clocks]
+
+    # A tab tells of buttons that lead to it as well; all tabs together (`shared.tabs`) tell of clicks on them only.
+    selected = [tab.select for tab in tabs]
+    gr.on(selected, refreshed, inputs=[shared.run], outputs=shared.run_choices, **QUIET)
+    gr.on(
+        None, refreshed, inputs=[shared.run], outputs=shared.run_choices, **QUIET
+    )  # on load, or another run
+    gr.on(selected, turned, outputs=list(shared.clocks.values()), **QUIET)
+
+
+def written(text: str, label: str, elem_id: str) -> gr.Code:
+    """A text to read and to copy, such as a command or a file; in one colour, which every eye can read."""
+    return gr.Code(
+        text,
+        language=None,
+        label=label,
+        elem_id=elem_id,
+        lines=1,
+        max_lines=24,
+        interactive=False,
+        wrap_lines=True,
+        show_line_numbers=False,
+    )
+
+
+def shell_line(page: str) -> gr.Textbox:
+    """The command that does what was last asked of a page; away until there is one."""
+    return gr.Textbox(
+        label="The same in a shell",
+        interactive=False,
+        elem_id=f"{page}-command",
+        buttons=["copy"],
+        max_lines=4,
+        elem_classes="ts-late",
+        placeholder="none yet",
+    )
 
 
 def job_facts(job: Job) -> list[str]:
     """A job in the table of the queue: number, what, state, since when, how it ended."""
-    state = "stopping" if job.state == "running" and job.stop_asked else WORDS[job.state]
+    stopping = job.state == "running" and job.stop_asked
+    state = "stopping" if stopping else "ended without a word" if job.state == "lost" else job.state
     at = job.ended or job.started or job.queued
     return [str(int(job.id)), job.title, state, clock(at), job.ending()]
 
@@ -158,6 +184,11 @@ def guarded(build: Callable[[], Any], failed: Callable[[str], Any]) -> Any:
         return failed(told_of(error))
 
 
+def either(part: Callable[[], list[Any]], outputs: int) -> list[Any]:
+    """What a part of a page shows, or the box that tells its error and nothing else."""
+    return list(guarded(part, lambda said: [said, *[None] * (outputs - 1)]))
+
+
 def told_of(error: Exception) -> str:
     """The box that tells an error; of one that is not ours the server's log has the rest."""
     if not isinstance(error, TunesmithError):
@@ -174,25 +205,6 @@ def require_finished(path: Path) -> Path:
             fix="Wait for it, or resume it on the Train page.",
         )
     return path
-
-
-def upload_names(workspace: Workspace) -> list[str]:
-    """The files that were uploaded."""
-    return sorted(
-        path.name for path in workspace.uploads.iterdir() if path.is_file() and not path.name.startswith(".")
-    )
-
-
-def upload_named(workspace: Workspace, name: str | None, *, examples: bool = False) -> str:
-    """An uploaded file by its name, or `example:NAME`. Raises InputError for anything else."""
-    if not name:
-        raise InputError("No file is chosen.", fix="Upload it on the Data page.")
-    if examples and name.startswith("example:"):
-        return name
-    path = workspace.inside(workspace.uploads, name)
-    if not path.is_file():
-        raise InputError("There is no such upload.", found=repr(name[:60]), fix="Upload it on the Data page.")
-    return str(path)
 
 
 def model_named(workspace: Workspace, name: str) -> str:

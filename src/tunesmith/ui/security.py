@@ -411,7 +411,7 @@ class Walls:
 
         await self.app(scope, receive, collected)
         nonce = secrets.token_urlsafe(16)
-        page = b"".join(parts).replace(b"</head>", theme.HEAD.encode() + b"</head>", 1)
+        page = b"".join(parts).replace(b"</head>", theme.head().encode() + b"</head>", 1)
         page = re.sub(rb"<script\b", b'<script nonce="%s"' % nonce.encode(), page)
         # They name pictures elsewhere, for those who link here.
         page = re.sub(rb'<meta\s+(?:property|name)="(?:og|twitter):[^>]*>', b"", page)
@@ -508,9 +508,11 @@ def _with_headers(send: Any, *, is_file: bool, path: str) -> Any:
                 kept = _as_attachment(kept)
             policy = "sandbox; " + CLOSED if is_file else CLOSED
             added = {**HEADERS, "content-security-policy": policy}
-            if not path.startswith(("/assets/", "/static/", "/svelte/")):
+            if not path.startswith(("/static/", "/svelte/")):
                 kept = [(name, value) for name, value in kept if name.lower() != b"cache-control"]
-                added["cache-control"] = "no-store"
+                # The names of assets have a hash of what is in them.
+                is_asset = path.startswith("/assets/") and message["status"] == 200
+                added["cache-control"] = "private, max-age=31536000, immutable" if is_asset else "no-store"
             message = {**message, "headers": kept + _encoded(added)}
         await send(message)
 

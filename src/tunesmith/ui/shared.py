@@ -5,13 +5,18 @@ from __future__ import annotations
 import html
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import TunesmithError
 
 if TYPE_CHECKING:
     import gradio as gr
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+"""Of a listener: no route of the page's API."""
+QUIET: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
+"""Of one that answers at once: it waits for no other, and shows no progress."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,10 @@ class Shared:
     """Name of the chosen run folder under `workspace.runs`, or None."""
     tabs: gr.Tabs
     """Chosen with `gr.Tabs(selected=NAME)`; a tab's id is its page's name in small letters."""
+    run_choices: list[gr.Dropdown] = field(default_factory=list)
+    """The pages' lists of runs, as the pages are built."""
+    clocks: dict[str, gr.Timer] = field(default_factory=dict)
+    """By its page's name what ticks while the page is looked at."""
 
 
 def command(argv: Sequence[str]) -> str:

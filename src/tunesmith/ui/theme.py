@@ -5,6 +5,8 @@ Nothing is fetched from elsewhere: no font, no picture, no script.
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
 PINE = {
@@ -275,12 +277,34 @@ footer { display: none !important; }
 }
 """
 
-HEAD = """<script>
+_NAMES = """
 new MutationObserver(() => document.querySelectorAll("input[title]:not([aria-label])").forEach(
   (field) => field.setAttribute("aria-label", field.title))).observe(
-  document.documentElement, {childList: true, subtree: true});
-</script>"""
+  document.documentElement, {childList: true, subtree: true});"""
 """Fields of Gradio's that have a tooltip only get it as their name."""
+_EARLY = """
+addEventListener("load", () => {
+  const ahead = document.head.appendChild(document.createElement("link"));
+  ahead.rel = "modulepreload";
+  ahead.href = "PLOTLY";
+  const idle = window.requestIdleCallback ?? setTimeout;
+  const later = () => document.querySelector("[role=tab]") ? idle(() => import("PLOTLY")) : setTimeout(later, 100);
+  later();
+});"""
+"""Gradio fetches Plotly's 4.6 MB when the first plot is shown. So they are fetched with the page, and run once its tabs
+are there and nothing else is to do."""
+
+
+@functools.cache
+def head() -> str:
+    """What the pages have in their head beside Gradio's own."""
+    import gradio
+
+    assets = Path(gradio.__file__).parent / "templates" / "frontend" / "assets"
+    # None where another version of Gradio names it otherwise: plots are there then all the same, later.
+    plotly = [f"/assets/{found.name}" for found in assets.glob("PlotlyPlot-*.js")]
+    return f"<script>{_NAMES}{''.join(_EARLY.replace('PLOTLY', at) for at in plotly)}\n</script>"
+
 
 _PLAIN = """<style nonce="NONCE">
 :root { color-scheme: light dark; }

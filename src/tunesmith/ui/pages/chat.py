@@ -17,8 +17,8 @@ from tunesmith import api
 from tunesmith.errors import InputError
 from tunesmith.training.run import open_run
 from tunesmith.ui import preferences
-from tunesmith.ui.choosing import guarded, require_finished, run_choice, run_path, told_of
-from tunesmith.ui.shared import Shared, box, command, empty
+from tunesmith.ui.choosing import guarded, require_finished, run_choice, run_path, shell_line, told_of
+from tunesmith.ui.shared import PRIVATE, QUIET, Shared, box, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
 
 LOADED = 2
@@ -210,8 +210,6 @@ def commands(
 
 def build(shared: Shared) -> None:
     """Fill the tab."""
-    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    own: dict[str, Any] = {"api_visibility": "private"}
     chosen = run_choice(shared, "chat")
     history = gr.State([])
     turn = gr.State(None)
@@ -250,15 +248,7 @@ def build(shared: Shared) -> None:
         kept = gr.HTML("", elem_id="chat-kept")
         use = gr.Button("Make a DPO recipe of it", elem_id="chat-use")
         unload = gr.Button("Give the models' memory back", elem_id="chat-unload")
-    line = gr.Textbox(
-        label="The same in a shell",
-        interactive=False,
-        elem_id="chat-command",
-        buttons=["copy"],
-        max_lines=4,
-        elem_classes="ts-late",
-        placeholder="none yet",
-    )
+    line = shell_line("chat")
 
     def ask(
         run: str | None, asked: str, before: list[dict[str, str]], last: Turn | None, better: str | None,
@@ -311,7 +301,7 @@ def build(shared: Shared) -> None:
     inputs = [chosen, question, history, turn, preferred, system, length, temperature, seed]
     outputs = [history, turn, preferred, talk, base_up, tuned_up, question, told, line]
     asking = gr.on(
-        [send.click, question.submit], ask, inputs=inputs, outputs=outputs, concurrency_limit=1, **own
+        [send.click, question.submit], ask, inputs=inputs, outputs=outputs, concurrency_limit=1, **PRIVATE
     )
 
     def on_stop(before: list[dict[str, str]], last: Turn | None) -> list[Any]:
@@ -323,16 +313,16 @@ def build(shared: Shared) -> None:
         while str(request.session_hash) in _asking and time.monotonic() < until:
             time.sleep(0.05)
 
-    halt.click(ended, cancels=[asking], **own).then(
-        on_stop, inputs=[history, turn], outputs=[turn, talk, question, told], **own
+    halt.click(ended, cancels=[asking], **PRIVATE).then(
+        on_stop, inputs=[history, turn], outputs=[turn, talk, question, told], **PRIVATE
     )
 
     def clear() -> list[Any]:
         off = gr.Button(interactive=False)
         return [[], None, None, TRY, off, off, "", "", ""]
 
-    afresh.click(clear, outputs=outputs, cancels=[asking], **own)
-    chosen.change(clear, outputs=outputs, **quiet)
+    for event in (afresh.click, chosen.change):
+        event(ended, cancels=[asking], **PRIVATE).then(clear, outputs=outputs, **QUIET)
 
     def vote(side: str) -> Any:
         def on(last: Turn | None, request: gr.Request) -> list[Any]:
@@ -353,8 +343,8 @@ def build(shared: Shared) -> None:
 
         return on
 
-    base_up.click(vote("base"), inputs=[turn], outputs=[preferred, told, base_up, tuned_up], **own)
-    tuned_up.click(vote("tuned"), inputs=[turn], outputs=[preferred, told, base_up, tuned_up], **own)
+    base_up.click(vote("base"), inputs=[turn], outputs=[preferred, told, base_up, tuned_up], **PRIVATE)
+    tuned_up.click(vote("tuned"), inputs=[turn], outputs=[preferred, told, base_up, tuned_up], **PRIVATE)
 
     def pairs(_: Any, request: gr.Request) -> str:
         workspace = workspace_of(request)
@@ -366,7 +356,7 @@ def build(shared: Shared) -> None:
             )
         return box(f"{number} pairs are kept.", [str(workspace.chats / preferences.NAME)], kind="note")
 
-    gr.on(None, pairs, inputs=[preferred], outputs=[kept], **quiet)
+    gr.on(None, pairs, inputs=[preferred], outputs=[kept], **QUIET)
 
     def recipe_of(run: str | None, request: gr.Request) -> list[Any]:
         def act() -> list[Any]:
@@ -379,7 +369,7 @@ def build(shared: Shared) -> None:
 
         return list(guarded(act, lambda said: [gr.skip(), gr.skip(), gr.skip(), said]))
 
-    use.click(recipe_of, inputs=[chosen], outputs=[shared.recipe, shared.tabs, line, told], **own)
+    use.click(recipe_of, inputs=[chosen], outputs=[shared.recipe, shared.tabs, line, told], **PRIVATE)
 
     def free() -> str:
         let_go()
@@ -387,7 +377,7 @@ def build(shared: Shared) -> None:
             "The models are no longer in memory.", ["The next question loads them again."], kind="note"
         )
 
-    unload.click(free, outputs=[told], **own)
+    unload.click(free, outputs=[told], **PRIVATE)
 
 
 def dpo_layer(workspace: Workspace, run: str | None) -> dict[str, Any]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import html
 import json
-import logging
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -20,11 +17,11 @@ from gradio.context import get_blocks_context
 from tunesmith import api
 from tunesmith.compose import layered, overlaid, preset_layer, preset_names
 from tunesmith.data.examples import LedgerEntry
-from tunesmith.errors import InputError, RecipeError, TunesmithError, counted
+from tunesmith.errors import RecipeError, TunesmithError, counted
 from tunesmith.recipe import DataSource, Recipe
-from tunesmith.ui import form, theme
+from tunesmith.ui import form, theme, uploads
+from tunesmith.ui.choosing import either, written
 from tunesmith.ui.form import UNSET
-from tunesmith.ui.security import Limits
 from tunesmith.ui.shared import Shared, box, command, empty, problem
 from tunesmith.ui.workspace import Workspace, workspace_of
 
@@ -32,9 +29,6 @@ if TYPE_CHECKING:
     from tunesmith.data.inspection import Inspected
     from tunesmith.data.validation import Report
 
-SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".txt")
-LARGEST_UPLOAD, LARGEST_UPLOADS = Limits.upload_bytes, Limits.kept_bytes
-"""Bytes of an uploaded file, and of all that a workspace keeps, at most."""
 SHOWN_ROWS, SHOWN_FINDINGS, SHOWN_ENTRIES = 5, 200, 500
 LONGEST_CELL, ONE_CELL = 400, 160
 """Characters of a cell that are sent, and that are shown before a click on it."""
@@ -65,47 +59,6 @@ class Chosen:
     format: str = "auto"
     question: str | None = None
     answer: str | None = None
-
-
-def receive(sent: str, workspace: Workspace, suffixes: Sequence[str] = SUFFIXES) -> str:
-    """Keep a file that a browser has sent; gives its path in the workspace. Raises InputError.
-
-    An equal name gets a number, so that no earlier recipe's data changes under it.
-    """
-    path = Path(sent)
-    if path.suffix.lower() not in suffixes:
-        raise InputError(
-            "This kind of file is not read.",
-            found=repr(path.name)[:80],
-            fix=f"Upload one of {', '.join(suffixes)}.",
-        )
-    size = path.stat().st_size
-    if size > LARGEST_UPLOAD:
-        raise InputError(
-            "The file is too large to upload.",
-            found=f"{size:,} bytes; at most {LARGEST_UPLOAD:,} are taken",
-            fix="Put it into the workspace's folder `uploads` on the server, or train on a part of it.",
-        )
-    kept = sum(file.stat().st_size for file in workspace.uploads.iterdir() if file.is_file())
-    if kept + size > LARGEST_UPLOADS:
-        raise InputError(
-            "The workspace has no room for another upload.",
-            found=f"{kept:,} bytes of {LARGEST_UPLOADS:,} are taken",
-            fix="Delete files in its folder `uploads`.",
-        )
-    place, number = workspace.inside(workspace.uploads, path.name), 1
-    while place.exists():
-        number += 1
-        place = workspace.inside(workspace.uploads, f"{path.stem}-{number}{path.suffix}")
-    shutil.copyfile(path, place)
-    place.chmod(0o600)
-    return str(place)
-
-
-def uploaded(workspace: Workspace) -> list[tuple[str, str]]:
-    """Names and paths of the files in the workspace, the newest first."""
-    files = [f for f in workspace.uploads.iterdir() if f.is_file() and f.suffix.lower() in SUFFIXES]
-    return [(f.name, str(f)) for f in sorted(files, key=lambda f: -f.stat().st_mtime_ns)]
 
 
 def data_of(layer: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -378,21 +331,6 @@ def offered_columns(columns: Sequence[str]) -> list[tuple[str, str]]:
     return [("(by the format)", ""), *((name, name) for name in columns)]
 
 
-def written(text: str, label: str, elem_id: str) -> gr.Code:
-    """A text to read and to copy, such as a command or a file; in one colour, which every eye can read."""
-    return gr.Code(
-        text,
-        language=None,
-        label=label,
-        elem_id=elem_id,
-        lines=1,
-        max_lines=24,
-        interactive=False,
-        wrap_lines=True,
-        show_line_numbers=False,
-    )
-
-
 def data_part(layer: Mapping[str, Any]) -> str | None:
     """What is said of the data as text: what a new look depends on."""
     return json.dumps(data, sort_keys=True, default=str) if (data := data_of(layer)) else None
@@ -408,8 +346,8 @@ def build(shared: Shared) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             upload = gr.File(
-                label=f"CSV, JSON, JSONL, Parquet, TXT; {LARGEST_UPLOAD // 2**20} MiB at most",
-                file_types=list(SUFFIXES),
+                label=f"CSV, JSON, JSONL, Parquet, TXT; {uploads.LARGEST // 2**20} MiB at most",
+                file_types=list(uploads.DATA),
                 elem_id="data-upload",
                 height=170,
             )
@@ -505,7 +443,7 @@ def build(shared: Shared) -> None:
     ) -> tuple[Any, ...]:
         """Box, rows, format and columns of the layer's data; for every change of it."""
         workspace = workspace_of(request)
-        kept = gr.update(choices=uploaded(workspace), value=None)
+        kept = gr.update(choices=uploads.of_data(workspace), value=None)
         if "dataset" not in data_of(layer):
             if known is None:
                 return kept, *[gr.skip()] * 5, "", None
@@ -547,7 +485,7 @@ def build(shared: Shared) -> None:
         if not file:
             return gr.skip(), gr.skip()
         try:
-            return with_data(layer, Chosen(receive(file, workspace_of(request)))), gr.skip()
+            return with_data(layer, Chosen(uploads.receive(file, workspace_of(request)))), gr.skip()
         except TunesmithError as error:
             return gr.skip(), problem(error)
 
@@ -602,17 +540,6 @@ def build(shared: Shared) -> None:
         concurrency_limit=1,
     )
     onward.click(lambda: gr.Tabs(selected="recipe"), None, shared.tabs)
-
-
-def either(part: Callable[[], list[Any]], outputs: int) -> list[Any]:
-    """What a part of the page shows, or the box of its error and nothing else."""
-    try:
-        return part()
-    except TunesmithError as error:
-        return [problem(error), *[None] * (outputs - 1)]
-    except Exception as error:
-        logging.getLogger(__name__).exception("a page failed")
-        return [problem(error), *[None] * (outputs - 1)]
 
 
 def _report(layer: Mapping[str, Any], workspace: Workspace) -> list[Any]:

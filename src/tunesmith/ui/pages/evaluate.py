@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 from gradio.components.plot import PlotData
+from gradio.context import get_render_context
 
 from tunesmith import api
 from tunesmith.errors import InputError
@@ -16,7 +17,7 @@ from tunesmith.evaluation.judging.settings import Judge, load_judge
 from tunesmith.evaluation.judging.suites import suite_of
 from tunesmith.evaluation.report import Measurement, measurement
 from tunesmith.training.run import open_run
-from tunesmith.ui import curves
+from tunesmith.ui import curves, uploads
 from tunesmith.ui.choosing import (
     LONGEST_TEXT,
     guarded,
@@ -28,14 +29,12 @@ from tunesmith.ui.choosing import (
     run_choice,
     run_names,
     run_path,
-    upload_named,
-    upload_names,
+    shell_line,
     watching,
 )
 from tunesmith.ui.jobs import Job
 from tunesmith.ui.keys import refusal
-from tunesmith.ui.pages.data import receive
-from tunesmith.ui.shared import Shared, box, command, empty
+from tunesmith.ui.shared import PRIVATE, QUIET, Shared, box, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
 
 PAGE = 25
@@ -143,7 +142,7 @@ def judge_named(workspace: Workspace, given: str | None) -> str:
         )
     if given.startswith("local:"):
         return f"local:{model_named(workspace, given.removeprefix('local:'))}"
-    file = upload_named(workspace, given)
+    file = uploads.named(workspace, given)
     check_judge(workspace, load_judge(file))
     return file
 
@@ -157,10 +156,10 @@ def check_judge(workspace: Workspace, judge: Judge) -> None:
         model_named(workspace, judge.model)
     if judge.api_key_env:
         said.append(refusal(judge.api_key_env, judge.address, workspace.keys))
-    uploads = workspace.uploads.resolve()
+    folder = workspace.uploads.resolve()
     for name, value in (("prompts", judge.prompts), ("cache", judge.cache)):
-        if value and not (Path(value).is_absolute() and Path(value).resolve().parent == uploads):
-            said.append(f"{name}: {value[:80]} is no whole path of a file in {uploads}.")
+        if value and not (Path(value).is_absolute() and Path(value).resolve().parent == folder):
+            said.append(f"{name}: {value[:80]} is no whole path of a file in {folder}.")
     if judge.cache and Path(judge.cache).suffix != REPLIES:  # written to, and so no settings of another judge
         said.append(f"cache: {judge.cache[:80]} does not end in {REPLIES}.")
     if found := " ".join(filter(None, said)):
@@ -191,7 +190,7 @@ def compare(workspace: Workspace, a: str | None, b: str | None, dataset: str | N
     """Queue a comparison of two models on the same questions."""
     if not a or not b:
         raise InputError("Two models are needed.", fix="Choose A and B.")
-    on = [f"--dataset={upload_named(workspace, dataset, examples=True)}"] if dataset else []
+    on = [f"--dataset={uploads.named(workspace, dataset, examples=True)}"] if dataset else []
     models = [model_named(workspace, a), model_named(workspace, b)]
     return queue_of(workspace).add(["compare", *on, "--", *models], title=f"Compare {a} with {b}")
 
@@ -207,7 +206,7 @@ def suite_asked(
         raise InputError("There is no such suite.", found=repr(str(name)[:40]), fix=", ".join(SUITES))
     path = require_finished(run_path(workspace, run))
     options = {
-        "questions": upload_named(workspace, questions) if questions else None,
+        "questions": uploads.named(workspace, questions) if questions else None,
         "judge": judge_named(workspace, judge) if judge else None,
         "baseline": open_run(path).recipe().model.base if suite_of(name).needs_baseline else None,
     }
@@ -246,8 +245,6 @@ def require_priced(known: Sequence[Any] | None, *now: Any) -> None:
 
 def build(shared: Shared) -> None:
     """Fill the tab."""
-    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    own: dict[str, Any] = {"api_visibility": "private"}
     with gr.Row():
         chosen = run_choice(shared, "evaluate")
         place = gr.Dropdown(
@@ -336,15 +333,7 @@ def build(shared: Shared) -> None:
         with gr.Row():
             suite_cost_button = gr.Button("What would the suite cost?", elem_id="evaluate-suite-cost")
             suite_button = gr.Button("Run the suite", variant="primary", elem_id="evaluate-suite-start")
-    line = gr.Textbox(
-        label="The same in a shell",
-        interactive=False,
-        elem_id="evaluate-command",
-        elem_classes="ts-late",
-        placeholder="none yet",
-        buttons=["copy"],
-        max_lines=4,
-    )
+    line = shell_line("evaluate")
     told = gr.HTML("", elem_id="evaluate-told")
     state = gr.HTML("", elem_id="evaluate-job")
     timer = watching(shared, "Evaluate")
@@ -353,7 +342,7 @@ def build(shared: Shared) -> None:
     def refreshed(run: str | None, now: str | None, request: gr.Request) -> list[Any]:
         workspace = workspace_of(request)
         names = list(guarded(lambda: places(workspace, run), lambda _: {}))
-        files = upload_names(workspace)
+        files = uploads.names(workspace)
         runs = run_names(workspace)
         return [
             gr.Dropdown(choices=names, value=now if now in names else names[0] if names else None),
@@ -365,14 +354,16 @@ def build(shared: Shared) -> None:
         ]
 
     lists = [place, a, b, dataset, judge, questions]
-    chosen.change(refreshed, inputs=[chosen, place], outputs=lists, **quiet)
-    shared.tabs.select(refreshed, inputs=[chosen, place], outputs=lists, **quiet)
+    chosen.change(refreshed, inputs=[chosen, place], outputs=lists, **QUIET)
+    tab = get_render_context()
+    assert isinstance(tab, gr.Tab)
+    tab.select(refreshed, inputs=[chosen, place], outputs=lists, **QUIET)
 
     def received(file: str, request: gr.Request) -> list[Any]:
         def act() -> list[Any]:
             workspace = workspace_of(request)
-            name = Path(receive(file, workspace, (*SETTINGS, *QUESTIONS))).name
-            files = upload_names(workspace)
+            name = Path(uploads.receive(file, workspace, (*SETTINGS, *QUESTIONS))).name
+            files = uploads.names(workspace)
             lists = [
                 gr.Dropdown(choices=[f for f in files if f.endswith(kind)], value=name)
                 if name.endswith(kind)
@@ -383,7 +374,7 @@ def build(shared: Shared) -> None:
 
         return list(guarded(act, lambda said: [said, gr.skip(), gr.skip()]))
 
-    send.upload(received, inputs=[send], outputs=[told, judge, questions], **own)
+    send.upload(received, inputs=[send], outputs=[told, judge, questions], **PRIVATE)
 
     def found_at(workspace: Workspace, run: str | None, name: str | None) -> Measurement | None:
         known = places(workspace, run)
@@ -429,14 +420,14 @@ def build(shared: Shared) -> None:
 
     shown_by = [chosen, place, search, kind, number]
     place.change(
-        show, inputs=[chosen, place], outputs=[said, table, judged_part, which, radar, number], **quiet
-    ).then(listed, inputs=shown_by, outputs=[answers, count], **quiet)
+        show, inputs=[chosen, place], outputs=[said, table, judged_part, which, radar, number], **QUIET
+    ).then(listed, inputs=shown_by, outputs=[answers, count], **QUIET)
     gr.on(
         [search.submit, search.blur, kind.change, number.change],
         listed,
         inputs=shown_by,
         outputs=[answers, count],
-        **quiet,
+        **QUIET,
     )
 
     def whole(run: str | None, name: str | None, request: gr.Request, event: gr.SelectData) -> list[Any]:
@@ -457,13 +448,13 @@ def build(shared: Shared) -> None:
 
         return list(guarded(act, lambda _: [gr.skip()] * 4))
 
-    answers.select(whole, inputs=[chosen, place], outputs=[question, reference, left, right], **quiet)
+    answers.select(whole, inputs=[chosen, place], outputs=[question, reference, left, right], **QUIET)
 
     def plotted_choice(run: str | None, name: str | None, title: str | None, request: gr.Request) -> Any:
         found = guarded(lambda: found_at(workspace_of(request), run, name), lambda _: None)
         return judged_plots(found).get(title or "") if found else None
 
-    which.input(plotted_choice, inputs=[chosen, place, which], outputs=[radar], **quiet)
+    which.input(plotted_choice, inputs=[chosen, place, which], outputs=[radar], **QUIET)
 
     def queued(act: Any) -> Any:
         def on(*given: Any) -> list[Any]:
@@ -480,7 +471,7 @@ def build(shared: Shared) -> None:
     def on_compare(a: str, b: str, dataset: str, request: gr.Request) -> list[Any]:
         return list(queued(compare)(a, b, dataset, request))
 
-    compare_button.click(on_compare, inputs=[a, b, dataset], outputs=[told, line], **own)
+    compare_button.click(on_compare, inputs=[a, b, dataset], outputs=[told, line], **PRIVATE)
 
     def suite_cost(
         run: str | None, name: str, asked: str | None, by: str | None, request: gr.Request
@@ -515,20 +506,20 @@ def build(shared: Shared) -> None:
 
     suite_of_page = [chosen, suite_name, questions, judge]
     suite_cost_button.click(
-        suite_cost, inputs=suite_of_page, outputs=[told, line, suite_priced, suite_button], **own
+        suite_cost, inputs=suite_of_page, outputs=[told, line, suite_priced, suite_button], **PRIVATE
     )
     suite_button.click(
         on_suite,
         inputs=[*suite_of_page, suite_priced],
         outputs=[told, line, suite_priced, suite_button],
-        **own,
+        **PRIVATE,
     )
     gr.on(
         [field.change for field in suite_of_page],
         suite_unpriced,
         inputs=[judge],
         outputs=[suite_priced, suite_button],
-        **quiet,
+        **QUIET,
     )
 
     def cost(run: str | None, by: str | None, how: str, request: gr.Request) -> list[Any]:
@@ -545,12 +536,14 @@ def build(shared: Shared) -> None:
 
         return list(guarded(act, lambda said: [said, gr.skip(), None, gr.Button(interactive=False)]))
 
-    cost_button.click(cost, inputs=[chosen, judge, mode], outputs=[told, line, priced, judge_button], **own)
+    cost_button.click(
+        cost, inputs=[chosen, judge, mode], outputs=[told, line, priced, judge_button], **PRIVATE
+    )
 
     def unpriced() -> list[Any]:
         return [None, gr.Button(interactive=False)]
 
-    gr.on([chosen.change, judge.change, mode.change], unpriced, outputs=[priced, judge_button], **quiet)
+    gr.on([chosen.change, judge.change, mode.change], unpriced, outputs=[priced, judge_button], **QUIET)
 
     def on_judge(run: str | None, by: str | None, how: str, known: Any, request: gr.Request) -> list[Any]:
         def act(workspace: Workspace) -> Job:
@@ -561,7 +554,7 @@ def build(shared: Shared) -> None:
         return [*queued(act)(request), *unpriced()]
 
     judge_button.click(
-        on_judge, inputs=[chosen, judge, mode, priced], outputs=[told, line, priced, judge_button], **own
+        on_judge, inputs=[chosen, judge, mode, priced], outputs=[told, line, priced, judge_button], **PRIVATE
     )
 
     def look(run: str | None, name: str | None, mark: str, request: gr.Request) -> list[Any]:
@@ -577,7 +570,7 @@ def build(shared: Shared) -> None:
         value = name if name in known else next(iter(known), None)
         return [now, job_box(queue, job), gr.Dropdown(choices=list(known), value=value)]
 
-    timer.tick(look, inputs=[chosen, place, before], outputs=[before, state, place], **quiet)
+    timer.tick(look, inputs=[chosen, place, before], outputs=[before, state, place], **QUIET)
 
 
 def _told(model: Mapping[str, Any]) -> str:

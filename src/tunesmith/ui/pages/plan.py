@@ -12,7 +12,7 @@ import gradio as gr
 from tunesmith import api, devices
 from tunesmith.errors import counted
 from tunesmith.ui import form, theme
-from tunesmith.ui.pages.data import either, written
+from tunesmith.ui.choosing import either, written
 from tunesmith.ui.shared import Shared, box, busy, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.context import LocalContext, get_blocks_context
+from gradio.context import LocalContext, get_blocks_context, get_render_context
 
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.recipe import Recipe, sections_of
 from tunesmith.ui import form, handlers
+from tunesmith.ui.choosing import written
 from tunesmith.ui.form import Control, Filled
-from tunesmith.ui.pages.data import written
-from tunesmith.ui.shared import Shared, box, command, problem
+from tunesmith.ui.shared import QUIET, Shared, box, command, problem
 from tunesmith.ui.workspace import Workspace, workspace_of
 
 SECTIONS = (
@@ -41,8 +41,6 @@ TITLES = {
 }
 OPEN = frozenset({"", "model", "method", "adapter", "training"})
 """Sections that are open at first."""
-LONGEST_RECIPE = 2**20
-"""Bytes of a recipe file that is imported, as `compose.LARGEST_FILE`."""
 
 Drawn = str
 """What a section shows besides the user's own values, as text: where it changes, the section is drawn anew."""
@@ -102,13 +100,11 @@ def changed(
     return new, form.labelled(control, fault), lost
 
 
-def taken(file: str, workspace: Workspace) -> tuple[dict[str, Any], list[str]]:
+def taken(file: str) -> tuple[dict[str, Any], list[str]]:
     """The layer of a recipe file that a browser has sent. Raises TunesmithError."""
     path = Path(file)
     if path.suffix.lower() not in (".yaml", ".yml", ".json"):
         raise InputError("A recipe is a .yaml, .yml or .json file.", found=repr(path.name)[:80])
-    if path.stat().st_size > LONGEST_RECIPE:
-        raise InputError("The file is too large to be a recipe.", found=f"{path.stat().st_size:,} bytes")
     return form.imported(path)
 
 
@@ -146,6 +142,12 @@ def build(shared: Shared) -> None:
     start = form.filled(shared.recipe.value or {})
     basic = form.visible(start, expert=False)
     version = gr.State(0)
+    tab = get_render_context()
+    assert isinstance(tab, gr.Tab)
+    is_open = gr.State(
+        False
+    )  # the form is drawn when somebody looks at it: until then it would hold up other pages
+    tab.select(lambda: True, None, is_open, **QUIET)
     with gr.Row():
         with gr.Column(scale=3, min_width=340):
             view = gr.Radio(
@@ -160,7 +162,7 @@ def build(shared: Shared) -> None:
                 with gr.Accordion(
                     TITLES[section], open=section in OPEN, elem_id=f"recipe-section-{section or 'run'}"
                 ):
-                    _section(shared, section, looks[section], view, root)
+                    _section(shared, section, looks[section], view, is_open)
         with gr.Column(scale=2, min_width=340, elem_id="recipe-aside"):
             state = gr.HTML(verdict(start), elem_id="recipe-state")
             text = written(form.as_yaml(start.layer), "Recipe (YAML)", "recipe-yaml")
@@ -202,7 +204,7 @@ def build(shared: Shared) -> None:
 
     def load(file: str, version: int, layer: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         try:
-            new, notes = taken(file, workspace_of(request))
+            new, notes = taken(file)
         except TunesmithError as error:
             return layer, version, problem(error)
         return new, version + 1, box("The recipe was imported.", notes, kind="good")
@@ -227,14 +229,14 @@ def build(shared: Shared) -> None:
     onward.click(lambda: gr.Tabs(selected="plan"), None, shared.tabs)
 
 
-def _section(shared: Shared, section: str, look: gr.State, view: gr.Radio, root: Any) -> None:
+def _section(shared: Shared, section: str, look: gr.State, view: gr.Radio, is_open: gr.State) -> None:
     """The controls of a section, drawn anew when others take effect."""
 
     late = gr.State(0)
 
     @gr.render(  # type: ignore[untyped-decorator]
         inputs=[shared.recipe, view, look],
-        triggers=[root.load, look.change, late.change],
+        triggers=[is_open.change, look.change, late.change],
         show_progress="hidden",
         concurrency_id="draw",  # Gradio draws two parts of one page at once into the same dictionary
         concurrency_limit=1,

@@ -16,8 +16,8 @@ from tunesmith.evaluation.compare import shown
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.training.run import dataset_name
 from tunesmith.ui import curves, theme, trash
-from tunesmith.ui.choosing import clock, guarded, run_names, run_path, size
-from tunesmith.ui.shared import Shared, box, command, empty
+from tunesmith.ui.choosing import clock, guarded, run_names, run_path, shell_line, size
+from tunesmith.ui.shared import PRIVATE, QUIET, Shared, box, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
 
 MOST = 8
@@ -87,22 +87,12 @@ def overlaid(workspace: Workspace, names: Sequence[str], title: str) -> PlotData
 
 def build(shared: Shared) -> None:
     """Fill the tab."""
-    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    own: dict[str, Any] = {"api_visibility": "private"}
     about = gr.HTML(NONE_YET, elem_id="runs-about")
     table = gr.Dataframe(
         headers=HEADERS, datatype="str", type="array", interactive=False, wrap=True, elem_id="runs-table",
         label="Runs, newest first; choose a line to look at that run on the other pages", show_search="search",
     )  # fmt: skip
-    line = gr.Textbox(
-        label="The same in a shell",
-        interactive=False,
-        elem_id="runs-command",
-        buttons=["copy"],
-        max_lines=4,
-        elem_classes="ts-late",
-        placeholder="none yet",
-    )
+    line = shell_line("runs")
     told = gr.HTML("", elem_id="runs-told")
     with gr.Column(elem_id="runs-work"):
         gr.Markdown("### Curves over one another")
@@ -149,7 +139,7 @@ def build(shared: Shared) -> None:
 
     tab = get_render_context()
     assert isinstance(tab, gr.Tab)
-    tab.select(refreshed, inputs=[several], outputs=shown_parts, **quiet)
+    tab.select(refreshed, inputs=[several], outputs=shown_parts, **QUIET)
 
     def of_runs(names: list[str] | None, title: str | None, request: gr.Request) -> list[Any]:
         def act() -> list[Any]:
@@ -161,12 +151,12 @@ def build(shared: Shared) -> None:
 
         return list(guarded(act, lambda _: [gr.skip(), None]))
 
-    gr.on([several.change, curve.input], of_runs, inputs=[several, curve], outputs=[curve, plot], **quiet)
+    gr.on([several.change, curve.input], of_runs, inputs=[several, curve], outputs=[curve, plot], **QUIET)
 
     def choose(event: gr.SelectData) -> Any:
         return event.row_value[0] if event.row_value else gr.skip()
 
-    table.select(choose, outputs=[shared.run], **quiet)
+    table.select(choose, outputs=[shared.run], **QUIET)
 
     def moved(act: Any, word: str) -> Any:
         def on(name: str | None, request: gr.Request) -> list[Any]:
@@ -184,10 +174,10 @@ def build(shared: Shared) -> None:
         return on
 
     away.click(
-        moved(trash.delete, "in the trash, from which it can be put back"), [doomed], [told, line], **own
-    ).then(refreshed, inputs=[several], outputs=shown_parts, **quiet)
-    undo.click(moved(trash.undo, "back among the runs"), [back], [told, line], **own).then(
-        refreshed, inputs=[several], outputs=shown_parts, **quiet
+        moved(trash.delete, "in the trash, from which it can be put back"), [doomed], [told, line], **PRIVATE
+    ).then(refreshed, inputs=[several], outputs=shown_parts, **QUIET)
+    undo.click(moved(trash.undo, "back among the runs"), [back], [told, line], **PRIVATE).then(
+        refreshed, inputs=[several], outputs=shown_parts, **QUIET
     )
 
     def emptied(is_sure: bool, request: gr.Request) -> list[Any]:
@@ -202,6 +192,6 @@ def build(shared: Shared) -> None:
 
         return list(guarded(act, lambda said: [said, gr.skip(), gr.skip()]))
 
-    final.click(emptied, [sure], [told, sure, line], **own).then(
-        refreshed, inputs=[several], outputs=shown_parts, **quiet
+    final.click(emptied, [sure], [told, sure, line], **PRIVATE).then(
+        refreshed, inputs=[several], outputs=shown_parts, **QUIET
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import html
 import re
 from pathlib import Path
@@ -25,11 +24,12 @@ from tunesmith.ui.choosing import (
     require_finished,
     run_choice,
     run_path,
+    shell_line,
     size,
     watching,
 )
 from tunesmith.ui.jobs import Job
-from tunesmith.ui.shared import Shared, box, command, empty
+from tunesmith.ui.shared import PRIVATE, QUIET, Shared, box, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
 
 KINDS = ("merge", "export", "push", "prepare-deployment")
@@ -39,12 +39,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 WHAT = ("merged", "deployment", *(rf"{target}-\w+" for target in TARGETS))
 """What a run's name is followed by in the names of its exports."""
 NOTHING = empty("Nothing was shipped yet.", "What is made above appears here with the verdict of its check.")
-
-
-@functools.cache
-def can_bundle() -> bool:
-    """Whether this tunesmith prepares deployments."""
-    return hasattr(api, "prepare_deployment")
 
 
 def place(workspace: Workspace, run: Path, what: str) -> Path:
@@ -147,8 +141,6 @@ def made(workspace: Workspace, run: Path | None) -> str:
 
 def build(shared: Shared) -> None:
     """Fill the tab."""
-    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    own: dict[str, Any] = {"api_visibility": "private"}
     chosen = run_choice(shared, "ship")
     state = gr.HTML("", elem_id="ship-job")
     told = gr.HTML("", elem_id="ship-told")
@@ -171,7 +163,7 @@ def build(shared: Shared) -> None:
                     elem_id="ship-quant",
                 )
             export = gr.Button("Export", variant="primary", elem_id="ship-export")
-        with gr.Column(min_width=300, visible=can_bundle()):
+        with gr.Column(min_width=300):
             gr.Markdown("### Bundle\nA folder with weights, server, containers and a smoke test.")
             bundle = gr.Button("Make the folder", variant="primary", elem_id="ship-bundle")
     gr.Markdown(
@@ -188,15 +180,7 @@ def build(shared: Shared) -> None:
         headers=["file", "size"], datatype="str", type="array", interactive=False, visible=False,
         label="What would be sent", elem_id="ship-files", max_height=300,
     )  # fmt: skip
-    line = gr.Textbox(
-        label="The same in a shell",
-        interactive=False,
-        elem_id="ship-command",
-        buttons=["copy"],
-        max_lines=4,
-        elem_classes="ts-late",
-        placeholder="none yet",
-    )
+    line = shell_line("ship")
     gr.Markdown("### What was made")
     proofs = gr.HTML(NOTHING, elem_id="ship-made")
     looked_through = gr.State(None)
@@ -207,7 +191,7 @@ def build(shared: Shared) -> None:
         known = kinds_of(target)
         return gr.Dropdown(choices=list(known), value=DEFAULTS.get(target, known[0]))
 
-    to.change(offered, inputs=[to], outputs=[quant], **quiet)
+    to.change(offered, inputs=[to], outputs=[quant], **QUIET)
 
     def doing(arguments: Any) -> Any:
         def on(workspace: Workspace, run: str | None, *given: Any) -> list[Any]:
@@ -229,9 +213,9 @@ def build(shared: Shared) -> None:
     def on_bundle(run: str | None, request: gr.Request) -> list[Any]:
         return list(doing(bundle_arguments)(workspace_of(request), run))
 
-    merge.click(on_merge, inputs=[chosen, dtype], outputs=[told, line], **own)
-    export.click(on_export, inputs=[chosen, to, quant], outputs=[told, line], **own)
-    bundle.click(on_bundle, inputs=[chosen], outputs=[told, line], **own)
+    merge.click(on_merge, inputs=[chosen, dtype], outputs=[told, line], **PRIVATE)
+    export.click(on_export, inputs=[chosen, to, quant], outputs=[told, line], **PRIVATE)
+    bundle.click(on_bundle, inputs=[chosen], outputs=[told, line], **PRIVATE)
 
     def on_dry(run: str | None, name: str, is_public: bool, request: gr.Request) -> list[Any]:
         def act() -> list[Any]:
@@ -261,13 +245,16 @@ def build(shared: Shared) -> None:
         return list(guarded(act, lambda said: [said, gr.skip(), gr.skip(), None, off]))
 
     dry.click(
-        on_dry, inputs=[chosen, repository, public], outputs=[told, line, sent, looked_through, push], **own
+        on_dry,
+        inputs=[chosen, repository, public],
+        outputs=[told, line, sent, looked_through, push],
+        **PRIVATE,
     )
     gr.on(
         [chosen.change, repository.change, public.change],
         lambda: [None, gr.Button(interactive=False), gr.Dataframe(visible=False)],
         outputs=[looked_through, push, sent],
-        **quiet,
+        **QUIET,
     )
 
     def on_push(run: str | None, name: str, is_public: bool, known: Any, request: gr.Request) -> list[Any]:
@@ -278,7 +265,7 @@ def build(shared: Shared) -> None:
 
         return list(doing(arguments)(workspace_of(request), run))
 
-    push.click(on_push, inputs=[chosen, repository, public, looked_through], outputs=[told, line], **own)
+    push.click(on_push, inputs=[chosen, repository, public, looked_through], outputs=[told, line], **PRIVATE)
 
     def look(run: str | None, mark: str, request: gr.Request) -> list[Any]:
         workspace = workspace_of(request)
@@ -301,5 +288,11 @@ def build(shared: Shared) -> None:
             gr.Button(visible=not is_whole),
         ]
 
-    for event in (timer.tick, chosen.change):
-        event(look, inputs=[chosen, before], outputs=[before, state, proofs, whole, dtype, merge], **quiet)
+    gr.on(
+        [timer.tick, chosen.change],
+        look,
+        inputs=[chosen, before],
+        outputs=[before, state, proofs, whole, dtype, merge],
+        trigger_mode="always_last",
+        **QUIET,
+    )

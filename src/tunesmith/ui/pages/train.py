@@ -29,7 +29,7 @@ from tunesmith.ui.choosing import (
     watching,
 )
 from tunesmith.ui.jobs import TRAINING, Job
-from tunesmith.ui.shared import Shared, box, command, empty
+from tunesmith.ui.shared import PRIVATE, QUIET, Shared, box, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
 
 MAIN = ("Loss", "Learning rate", "Gradient norm", "Speed", "Memory")
@@ -42,6 +42,7 @@ SHOWN = (
 )
 """What the newest step says, its name and how it is written."""
 PLOTS_KEPT = 128
+NONE_YET = empty("No run yet.", "Start one above: it trains on its own, also when you close this page.")
 
 
 def start(workspace: Workspace, layer: Mapping[str, Any], name: str | None = None) -> Job:
@@ -153,8 +154,6 @@ def samples(seen: curves.Seen) -> list[list[str]]:
 
 def build(shared: Shared) -> None:
     """Fill the tab."""
-    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    own: dict[str, Any] = {"api_visibility": "private"}
     with gr.Column(elem_id="train-start-group"):
         with gr.Row():
             name = gr.Textbox(
@@ -172,10 +171,7 @@ def build(shared: Shared) -> None:
         )
         told = gr.HTML("", elem_id="train-told")
     chosen = run_choice(shared, "train")
-    state = gr.HTML(
-        empty("No run yet.", "Start one above: it trains on its own, also when you close this page."),
-        elem_id="train-status",
-    )
+    state = gr.HTML(NONE_YET, elem_id="train-status")
     with gr.Row():
         stop = gr.Button("Stop and save", elem_id="train-stop", interactive=False)
         stop_now = gr.Button("Stop at once", elem_id="train-stop-now", variant="stop", interactive=False)
@@ -229,98 +225,74 @@ def build(shared: Shared) -> None:
         picked: str | None,
         before: tuple[str, int, str, str],
         request: gr.Request,
-    ) -> list[Any]:
+    ) -> dict[Any, Any]:
+        """What has changed since the last look, by component."""
         workspace = workspace_of(request)
         queue = queue_of(workspace)
         queue.wake()
         jobs = queue.jobs()
         rows = [job_facts(job) for job in reversed(jobs)]
         job = queue.of_run(run, TRAINING) if run else None
-        path = None
-        if run:
-            try:
-                path = run_path(workspace, run)
-            except InputError:
-                path = None  # waits for its turn, or was deleted
+        # None where the run waits for its turn, or was deleted.
+        path = guarded(lambda: run_path(workspace, run), lambda _: None) if run else None
         seen = curves.events_of(path).look() if path else None
         is_running = bool(job and job.state == "running" and job.is_alive())
+        is_stopping = bool(job and job.stop_asked)
         real = "running" if is_running else open_run(path).state() if path else job.state if job else ""
         said = queue.said(job) if job else "\n".join(seen.told) if seen else ""
-        mark = f"{rows}{real}{hash(said)}{job}"
-        now = (run or "", seen.version if seen else -1, curve or "", mark)
+        others = [f["title"] for f in seen.figures if f["title"] not in MAIN] if seen else []
+        curve = curve if curve in others else others[0] if others else None
+        now = (run or "", seen.version if seen else -1, curve or "", f"{rows}{real}{hash(said)}{job}")
         if now == before:
-            return [gr.skip()] * len(watched)
+            return gr.skip()  # of everything
+        can_go_on = bool(path) and real in ("interrupted", "died", "failed") and not (job and job.is_open)
+        is_over = job is not None and not job.is_open and job.state != "done"
         open_jobs = [(f"{int(j.id)}: {j.title}", j.id) for j in jobs if j.state == "waiting"]
         ids = [id for _, id in open_jobs]
-        common = [
-            now,
-            gr.Button(interactive=is_running and not (job and job.stop_asked)),
-            gr.Button(interactive=is_running and bool(job and job.stop_asked)),
-            gr.Button(
-                interactive=bool(path)
-                and real in ("interrupted", "died", "failed")
-                and not (job and job.is_open)
-            ),
-            "" if job is None or job.is_open or job.state == "done" else job_box(queue, job),
-            rows,
-            gr.Dropdown(
-                choices=open_jobs,
-                value=picked if picked in ids else ids[0] if ids else None,
-                visible=bool(ids),
-            ),
-            gr.Button(visible=bool(ids)),
-            said,
-        ]
-        if seen is None or path is None:
+        chosen_job = picked if picked in ids else ids[0] if ids else None
+        changed: dict[Any, Any] = {
+            seen_before: now,
+            stop: gr.Button(interactive=is_running and not is_stopping),
+            stop_now: gr.Button(interactive=is_running and is_stopping),
+            resume: gr.Button(interactive=can_go_on),
+            ended: job_box(queue, job) if is_over else "",
+            table: rows,
+            waiting: gr.Dropdown(choices=open_jobs, value=chosen_job, visible=bool(ids)),
+            cancel: gr.Button(visible=bool(ids)),
+            log: said,
+        }
+        if seen is None:
+            nothing = {other: gr.Dropdown(choices=[], value=None), other_plot: None, answers: []}
             begins = (
                 "It is beginning." if real == "running" else "It begins when the jobs before it have ended."
             )
-            waits = box(f"{run}: {real}", [begins], kind="note")
-            nothing = empty(
-                "No run yet.", "Start one above: it trains on its own, also when you close this page."
-            )
-            return [
-                *common,
-                waits if job and job.is_open else nothing,
-                *[None] * len(MAIN),
-                gr.Dropdown(choices=[], value=None),
-                None,
-                [],
-            ]
-        if now[:3] == before[:3]:
-            return [*common, status(seen, job, real), *[gr.skip()] * (len(MAIN) + 3)]
-        others = [f["title"] for f in seen.figures if f["title"] not in MAIN]
-        curve = curve if curve in others else others[0] if others else None
-        return [
-            *common,
-            status(seen, job, real),
-            *(plot(seen, title) for title in MAIN),
-            gr.Dropdown(choices=others, value=curve),
-            plot(seen, curve),
-            samples(seen),
-        ]
+            awaited = box(f"{run}: {real}", [begins], kind="note") if job and job.is_open else NONE_YET
+            return {**changed, state: awaited, **dict.fromkeys(plots), **nothing}
+        changed[state] = status(seen, job, real)
+        if now[:3] != before[:3]:
+            changed[other] = gr.Dropdown(choices=others, value=curve)
+            changed[other_plot] = plot(seen, curve)
+        if now[:2] != before[:2]:
+            changed |= {place: plot(seen, title) for place, title in zip(plots, MAIN, strict=True)}
+            changed[answers] = samples(seen)
+        return changed
 
     watched = [
-        seen_before,
-        stop,
-        stop_now,
-        resume,
-        ended,
-        table,
-        waiting,
-        cancel,
-        log,
-        state,
-        *plots,
-        other,
-        other_plot,
+        seen_before, stop, stop_now, resume, ended, table, waiting, cancel, log, state, *plots, other, other_plot,
         answers,
-    ]
+    ]  # fmt: skip
     tab = get_render_context()
     assert isinstance(tab, gr.Tab)
-    # With the click on the tab as well: the clock's first tick comes only after its pause.
-    for event in (tab.select, timer.tick, chosen.change, other.input):
-        event(look, inputs=[chosen, other, waiting, seen_before], outputs=watched, **quiet)
+    # With the click on the tab as well: the clock's first tick comes only after its pause. One look at a time: two at
+    # once would both find everything new, and draw it twice.
+    gr.on(
+        [tab.select, timer.tick, chosen.change, other.input],
+        look,
+        inputs=[chosen, other, waiting, seen_before],
+        outputs=watched,
+        trigger_mode="always_last",
+        **QUIET,
+    )
 
     def previewed(layer: Mapping[str, Any], name: str, request: gr.Request) -> str:
         return preview(workspace_of(request), layer, name)
@@ -330,7 +302,7 @@ def build(shared: Shared) -> None:
         previewed,
         inputs=[shared.recipe, name],
         outputs=[line],
-        **quiet,
+        **QUIET,
     )
 
     def started(layer: Mapping[str, Any], name: str, request: gr.Request) -> list[Any]:
@@ -344,7 +316,7 @@ def build(shared: Shared) -> None:
 
         return list(guarded(act, lambda said: [said, gr.skip(), gr.skip()]))
 
-    begin.click(started, inputs=[shared.recipe, name], outputs=[told, shared.run, line], **own)
+    begin.click(started, inputs=[shared.recipe, name], outputs=[told, shared.run, line], **PRIVATE)
 
     def acted(act: Any) -> Any:
         def on(run: str | None, request: gr.Request) -> list[Any]:
@@ -392,7 +364,7 @@ def build(shared: Shared) -> None:
         return [box(f"{queue_of(workspace).stop(id).title}: canceled", kind="note"), gr.skip()]
 
     at_once = acted(lambda workspace, run: ask_to_stop(workspace, run, at_once=True))
-    stop.click(acted(ask_to_stop), inputs=[chosen], outputs=[told, line], **own)
-    stop_now.click(at_once, inputs=[chosen], outputs=[told, line], **own)
-    resume.click(acted(go_on), inputs=[chosen], outputs=[told, line], **own)
-    cancel.click(acted(call_off), inputs=[waiting], outputs=[told, line], **own)
+    stop.click(acted(ask_to_stop), inputs=[chosen], outputs=[told, line], **PRIVATE)
+    stop_now.click(at_once, inputs=[chosen], outputs=[told, line], **PRIVATE)
+    resume.click(acted(go_on), inputs=[chosen], outputs=[told, line], **PRIVATE)
+    cancel.click(acted(call_off), inputs=[waiting], outputs=[told, line], **PRIVATE)

@@ -162,7 +162,6 @@ def stopped_in_the_middle(opened) -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.xfail(reason="Two minutes after the click the page does not say that the answers were stopped.")
 def test_a_chat_is_stopped_in_the_middle(browser, work, tmp_path):
     with window(browser, work) as opened:
         set_up(opened, tmp_path, pairs(tmp_path), "dpo", 2)

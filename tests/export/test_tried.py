@@ -28,6 +28,11 @@ def invoke(*arguments):
     return result.exit_code, json.loads(result.stdout.strip().splitlines()[-1])
 
 
+def test_a_data_file_that_is_not_there_is_told_before_a_model_is_looked_for(tmp_path):
+    with pytest.raises(TunesmithError, match="There is no file"):
+        api.try_model(tmp_path / "no model", dataset=str(tmp_path / "none.jsonl"))
+
+
 def test_a_model_that_answers_and_stops_is_fit_to_be_used(finished):
     folder, rows = finished
     code, found = invoke("test-model", folder, "--dataset", rows, "--rows", 5, "--max-new-tokens", 30)

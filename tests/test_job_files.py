@@ -306,10 +306,10 @@ def test_a_job_goes_on_with_its_own_run_only(asked, tmp_path):
     run = create(asked({"kind": "local"}, **ours))
     [said] = api.job(asked(SLURM, **ours), tmp_path).notes
     assert said.startswith(f"the job continues the run {run.path}")
-    with pytest.raises(RunError, match=r"(?s)another run's.*seed was.*another --name"):
-        api.job(asked(SLURM, **ours, seed=7), tmp_path)
+    with pytest.raises(RunError, match=r"(?s)another run's.*data.dataset was.*another --name"):
+        api.job(asked(SLURM, **ours | {"data": {"dataset": "example:tone"}}), tmp_path)
     run.write("status.json", {"state": "done"})
-    with pytest.raises(RunError, match="(?s)another run's.*'done'"):
+    with pytest.raises(RunError, match=r"(?s)another run's.*'done'"):
         api.job(asked(SLURM, **ours), tmp_path)
 
 
@@ -326,4 +326,4 @@ def test_replaced_job_files_are_told_and_the_command_is_quoted(tmp_path):
     first, again, other = written(), written(), written("--set", "launch.time=1-0")
     assert f"cd '{tmp_path}/my run.job' && sbatch job.sbatch" in first[0]
     assert "replaced" not in first[1] + again[1]
-    assert "job.sbatch of an earlier job" in other[1]
+    assert "were replaced: job.sbatch" in other[1]

@@ -43,7 +43,7 @@ from tunesmith.errors import (
     counted,
     nearest,
 )
-from tunesmith.recipe import FieldFact, Recipe, fields
+from tunesmith.recipe import FieldFact, fields
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -588,9 +588,7 @@ def _job(composition: Composition, display: Display, *, is_written: bool) -> Any
     if is_written:
         replaced = [n for n, text in made.files.items() if _differs(folder / n, text)]
         if replaced:
-            notes.append(
-                f"{', '.join(replaced)} of an earlier job in {folder} {'was' if len(replaced) == 1 else 'were'} replaced"
-            )
+            notes.append(f"files of an earlier job in {folder} were replaced: {', '.join(replaced)}")
         for name, text in made.files.items():
             write_whole(folder / name, text)
     for note in notes:

@@ -471,7 +471,7 @@ def test_what_is_no_model_is_named_with_what_can_be_pushed(model, tmp_path):
     ):
         with pytest.raises(TunesmithError, match=f"(?s){said}"):
             api.push_plan(given, repository="me/mine")
-    with pytest.raises(TunesmithError, match="(?s)'mine' is no name.*owner/name"):
+    with pytest.raises(TunesmithError, match=r"(?s)'mine' is no name.*owner/name"):
         api.push_plan(model, repository="mine")
     done = CliRunner().invoke(app, ["push", str(model), "me/mine", "--dry-run", "--private", "--public"])
     assert done.exit_code == 1

@@ -170,7 +170,15 @@ def test_what_is_broken_is_found_where_it_is(finished, harm, check, said, tmp_pa
     folder = tmp_path / "model"
     shutil.copytree(finished[0], folder)
     harm(folder)
-    found = api.try_model(folder, dataset=str(finished[1]), rows=2, max_new_tokens=4)
+    heard: list[dict] = []
+    found = api.try_model(
+        folder,
+        dataset=str(finished[1]),
+        rows=2,
+        max_new_tokens=4,
+        watch=lambda event: heard.append(dict(event)),
+    )
+    assert [e["value"].rpartition(", ")[2] for e in heard if e.get("name") == "measured on"] == ["by --rows"]
     assert not found.passed
     assert next(f.check for f in found.findings if not f.passed) == check
     assert said in next(f.said for f in found.findings if f.check == check)

@@ -52,6 +52,11 @@ def test_the_perplexity_is_that_of_evaluate(finished, tmp_path, monkeypatch):
     folder, rows = finished
     monkeypatch.chdir(tmp_path)
     found = api.try_model(folder, dataset=str(rows), rows=50)
+    heard: list[dict] = []
+    api.try_model(
+        folder, dataset=str(rows), rows=2, max_new_tokens=4, watch=lambda event: heard.append(dict(event))
+    )
+    assert [e["value"].rpartition(", ")[2] for e in heard if e.get("name") == "measured on"] == ["by --rows"]
     scored = api.evaluate(folder, dataset=str(rows), metrics=["perplexity"])
     assert found.perplexity == pytest.approx(scored.scores["perplexity"]["value"], rel=1e-6)
 
@@ -170,15 +175,7 @@ def test_what_is_broken_is_found_where_it_is(finished, harm, check, said, tmp_pa
     folder = tmp_path / "model"
     shutil.copytree(finished[0], folder)
     harm(folder)
-    heard: list[dict] = []
-    found = api.try_model(
-        folder,
-        dataset=str(finished[1]),
-        rows=2,
-        max_new_tokens=4,
-        watch=lambda event: heard.append(dict(event)),
-    )
-    assert [e["value"].rpartition(", ")[2] for e in heard if e.get("name") == "measured on"] == ["by --rows"]
+    found = api.try_model(folder, dataset=str(finished[1]), rows=2, max_new_tokens=4)
     assert not found.passed
     assert next(f.check for f in found.findings if not f.passed) == check
     assert said in next(f.said for f in found.findings if f.check == check)

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from tunesmith import api
 from tunesmith.cli import app
 from tunesmith.compose import compose
-from tunesmith.errors import RecipeError
+from tunesmith.errors import RecipeError, RunError
 from tunesmith.on_ray import cluster as cluster_of
 from tunesmith.recipe import Recipe
+from tunesmith.training.run import create
 
 SLURM = {
     "kind": "slurm", "nodes": 2, "processes_per_node": 4, "time": "01:00:00", "partition": "gpu",
@@ -266,3 +267,63 @@ def test_the_command_shows_or_writes_the_files(asked, tmp_path):
     assert (tmp_path / "a.job" / "job.sbatch").read_text() == payload["files"]["job.sbatch"]
     refused = CliRunner().invoke(app, ["train", str(recipe), "--dry-run", "--launch", "local"])
     assert refused.exit_code == 1
+
+
+@pytest.mark.parametrize("time", ["90", "90:00", "12:00:00", "1-12", "1-12:30", "1-12:30:00", "UNLIMITED"])
+def test_a_time_of_slurm_is_taken_as_it_is_written(asked, time):
+    assert asked({**SLURM, "time": time}).launch.time == time
+
+
+@pytest.mark.parametrize("time", ["12h", "1-", "12:99:00", "1:2:3:4", "", 43200])
+def test_what_is_no_time_of_slurm_is_refused_here_and_not_by_sbatch(asked, time):
+    with pytest.raises(RecipeError, match="HH:MM:SS"):
+        asked({**SLURM, "time": time})
+
+
+def test_what_the_nodes_may_not_see_is_told(asked, tmp_path):
+    here = tmp_path / "here.jsonl"
+    here.touch()
+    away = {"model": {"base": "/cluster/model"}, "data": {"dataset": str(tmp_path / "away.jsonl")}}
+    model, data = api.job(asked(SLURM, **away), tmp_path).notes
+    assert (
+        model
+        == "The base model /cluster/model is not found here; it must be there on the cluster, at this path"
+    )
+    assert "away.jsonl is not found here" in data
+    ours = {"model": {"base": "tiny"}, "data": {"dataset": str(here)}}
+    assert api.job(asked(SLURM, **ours), tmp_path).notes == ()
+    [said] = api.job(asked(KUBERNETES, **ours), tmp_path).notes
+    assert (
+        said
+        == f"The data set {here} lies on this machine; it must be in the image or on the claim, at the same path"
+    )
+    [said] = api.job(asked(SLURM, **ours | {"model": {"base": "no/such"}}), tmp_path).notes
+    assert "no/such is no file or folder here" in said
+
+
+def test_a_job_goes_on_with_its_own_run_only(asked, tmp_path):
+    ours = {"model": {"base": "tiny"}, "data": {"dataset": "example:support"}}
+    run = create(asked({"kind": "local"}, **ours))
+    [said] = api.job(asked(SLURM, **ours), tmp_path).notes
+    assert said.startswith(f"the job continues the run {run.path}")
+    with pytest.raises(RunError, match=r"(?s)another run's.*data.dataset was.*another --name"):
+        api.job(asked(SLURM, **ours | {"data": {"dataset": "example:tone"}}), tmp_path)
+    run.write("status.json", {"state": "done"})
+    with pytest.raises(RunError, match=r"(?s)another run's.*'done'"):
+        api.job(asked(SLURM, **ours), tmp_path)
+
+
+def test_replaced_job_files_are_told_and_the_command_is_quoted(tmp_path):
+    where = {"name": "my run", "output_dir": str(tmp_path), "launch": {**SLURM, "nodes": 1}}
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump(where))
+
+    def written(*more: str):
+        done = CliRunner().invoke(app, ["train", str(recipe), *more])
+        assert done.exit_code == 0, done.output
+        return " ".join(done.stdout.split()), " ".join(done.stderr.split())
+
+    first, again, other = written(), written(), written("--set", "launch.time=1-0")
+    assert f"cd '{tmp_path}/my run.job' && sbatch job.sbatch" in first[0]
+    assert "replaced" not in first[1] + again[1]
+    assert "were replaced: job.sbatch" in other[1]

@@ -198,10 +198,15 @@ def test_where_a_model_may_be(tmp_path, tiny_model_folder, online):
         models.locate(str(tmp_path / "missing"))
     with pytest.raises(ModelError, match="holds no model"):
         models.locate(str(tmp_path))
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(ModelError, match=r"(?s)holds no model.*llama\.cpp or Ollama"):
+        models.locate(str(tmp_path))
     run = tmp_path / "run" / "final_model"
     run.mkdir(parents=True)
     (run / "config.json").write_text("{}")
     assert models.locate(str(run.parent)) == str(run)
+    with pytest.raises(ModelError, match=rf"(?s)holds no model.*{run.parent}: give that"):
+        models.locate(str(tmp_path))
 
 
 def test_a_folder_without_tokenizer(tmp_path):

@@ -376,8 +376,8 @@ def train(
 
 def job(recipe: Recipe, folder: str | Path) -> jobs.Job:
     """The files with which a cluster runs a recipe (`launch.kind` slurm, kubernetes, or ray with `launch.nodes`),
-    as they lie in `folder`, and how they are submitted. Nothing is written. Raises RecipeError for a step that cannot
-    be dealt evenly."""
+    as they lie in `folder`, how they are submitted, and what has to be so there. Nothing is written. Raises RecipeError
+    for a step that cannot be dealt evenly, and RunError where the run's folder is another run's."""
     from tunesmith import jobs
 
     return jobs.job(recipe, Path(folder))
@@ -1026,8 +1026,11 @@ def _questions(
     metrics: Sequence[str] | None,
     settings: Mapping[str, Any] | None,
     watch: Watch,
+    *,
+    rows: int | None = None,
 ) -> tuple[Run | None, _Questions]:
-    """The first of the models that is a run, and what it and the others are to be asked.
+    """The first of the models that is a run, and what it and the others are to be asked, at most `rows` where that
+    is given.
 
     Raises TunesmithError where no question is left that none of them has learned from.
     """
@@ -1052,6 +1055,7 @@ def _questions(
             base = Recipe(method=RewardModel())
         elif loading.kind(str(models[0])) == "seq2seq":
             base = Recipe(method=Seq2Seq())
+    settings = {"evaluation": {"max_items": rows}} if rows else settings
     changes: dict[str, Any] = {"evaluation": {"metrics": metrics}} if metrics else {}
     layer = base.model_dump(mode="json")
     is_whole = not base.data.mix and _same_place(base.data.dataset, dataset or "")
@@ -1098,7 +1102,7 @@ def _questions(
         asked=len(taken) if len(taken) < len(kept) else None,
     )
     kept = [kept[number] for number in taken]
-    value, reason = measured_on.sentences()
+    value, reason = measured_on.sentences(*(["--rows"] if rows else []))
     if not kept:
         raise TunesmithError(
             "No question is left to measure on." if left_out else "There is no question to measure on.",
@@ -1860,7 +1864,7 @@ def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Wat
     if loading.is_reward(model):
         return shipped("a reward model answers nothing")
     try:
-        _, questions = _questions([run.path], None, None, {"evaluation": {"max_items": rows}}, watch)
+        _, questions = _questions([run.path], None, None, None, watch, rows=rows)
     except TunesmithError as error:
         return shipped(f"the run's held-out rows cannot be asked: {error.problem}")
     recipe = questions.recipe
@@ -2056,6 +2060,7 @@ def try_model(
     quiet_libraries()
     from tunesmith import models as loading
     from tunesmith import plan as planning
+    from tunesmith.data import sources
     from tunesmith.export import tried as trying
     from tunesmith.export.deployment import MANIFEST
     from tunesmith.http import Remote
@@ -2070,6 +2075,8 @@ def try_model(
         raise TunesmithError(
             f"No questions ship for the task '{task}'.", fix=nearest(task, trying.TASK_PROMPTS)
         )
+    if dataset:
+        sources.local(dataset)  # one that is not there shows before anything is loaded
     path = Path(model).expanduser()
     packed = path / MANIFEST if (path / "model").is_dir() and not is_run(path) else None
     hashes: Callable[[], str] | None = None
@@ -2182,7 +2189,7 @@ def _tried_with(
     if (run and task is None) or dataset:
         asked_of = model_or_run.path if isinstance(model_or_run, Run) else model_or_run
         try:
-            _, questions = _questions([asked_of], dataset, None, {"evaluation": {"max_items": rows}}, watch)
+            _, questions = _questions([asked_of], dataset, None, None, watch, rows=rows)
         except TunesmithError as error:
             if dataset:
                 raise
@@ -2402,6 +2409,8 @@ def _pushed(run: str | Path, repository: str | None) -> tuple[Path, str, Run | N
     if not is_run(path) and path.is_dir() and any(next(path.glob(mark), None) for mark in marks):
         behind = run_behind(path)
         folder = path
+    elif (path.exists() or str(run) == "tiny") and not is_run(path):
+        raise _not_pushed(path, marks)
     else:
         behind = open_run(run)
         folder = behind.final_model
@@ -2429,6 +2438,30 @@ def _pushed(run: str | Path, repository: str | None) -> tuple[Path, str, Run | N
     if not repository:
         raise TunesmithError("Where to upload is missing.", fix="Give --hub-model-id owner/name.")
     return folder, repository, behind, known
+
+
+def _not_pushed(path: Path, marks: Sequence[str]) -> RunError:
+    """What a file or folder is that cannot be pushed, and what in it, or around it, can be."""
+    if not path.exists():
+        return RunError(
+            f"{path} is the model that ships with tunesmith, and nothing of yours to push.",
+            fix="Name a run, or a folder with a model.",
+        )
+    within = path if path.is_dir() else path.parent
+    folders = {file.parent for mark in marks for depth in ("", "*/") for file in within.glob(depth + mark)}
+    folders |= {found.path for found in find_runs(within)} | ({within} if is_run(within) else set())
+    held = sorted(map(str, folders))
+    return RunError(
+        f"{path} is a folder without a model, and not a run."
+        if path.is_dir()
+        else f"{path} is a file; runs and folders are pushed.",
+        found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
+        if path.is_dir()
+        else None,
+        fix=f"There can be pushed: {', '.join(held[:8])}."
+        if held
+        else "Name a run, or a folder with config.json, adapter_config.json or a GGUF file.",
+    )
 
 
 def _trained_texts(run: Run | None) -> list[str] | None:
@@ -2795,6 +2828,10 @@ def _check_settings(recipe: Recipe) -> None:
         raise TunesmithError(
             "Where to upload is missing.", fix="Give --hub-model-id owner/name with --push-to-hub."
         )
+    if recipe.export.push_to_hub and recipe.export.hub_model_id:
+        from tunesmith.export.publish import check_repository
+
+        check_repository(recipe.export.hub_model_id)
 
 
 def _check_shards(section: Evaluation, *, is_asked: bool = False) -> None:

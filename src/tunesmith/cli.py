@@ -13,6 +13,7 @@ import itertools
 import operator
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +43,7 @@ from tunesmith.errors import (
     counted,
     nearest,
 )
-from tunesmith.recipe import FieldFact, Recipe, fields
+from tunesmith.recipe import FieldFact, fields
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -603,7 +604,8 @@ def train_verb(
     from tunesmith import api
 
     if launch.is_job(composition.recipe.launch):
-        return _job(composition.recipe, is_written=not dry_run)
+        with Display(quiet=quiet) as display:
+            return _job(composition, display, is_written=not dry_run)
     if dry_run:
         raise TunesmithError(
             "--dry-run shows the files of a job, and this recipe is trained here.",
@@ -615,21 +617,34 @@ def train_verb(
     return result.as_dict(), _result_text(result)
 
 
-def _job(recipe: Recipe, *, is_written: bool) -> Any:
+def _job(composition: Composition, display: Display, *, is_written: bool) -> Any:
     """Write what a cluster is to be given, or only show it."""
     from tunesmith import api
     from tunesmith.training.run import folder_name, write_whole
 
+    recipe = composition.recipe
     folder = Path(recipe.output_dir).expanduser() / f"{folder_name(recipe)}.job"
     made = api.job(recipe, folder)
+    notes = [*composition.notes, *made.notes]
     if is_written:
+        replaced = [n for n, text in made.files.items() if _differs(folder / n, text)]
+        if replaced:
+            notes.append(f"files of an earlier job in {folder} were replaced: {', '.join(replaced)}")
         for name, text in made.files.items():
             write_whole(folder / name, text)
+    for note in notes:
+        display({"kind": "warning", "message": note})
     shown = "\n".join(f"# {folder / name}\n{text}" for name, text in made.files.items())
-    payload = {"folder": str(folder), "files": made.files, "submit": made.submit, "written": is_written}
-    return payload, (
-        f"Submit it: cd {folder} && {made.submit}" if is_written else f"{shown}\n# {made.submit}"
-    )
+    payload = {
+        "folder": str(folder), "files": made.files, "submit": made.submit, "written": is_written, "notes": notes,
+    }  # fmt: skip
+    there = f"cd {shlex.quote(str(folder))} && {made.submit}"
+    return payload, f"Submit it: {there}" if is_written else f"{shown}\n# {there}"
+
+
+def _differs(file: Path, text: str) -> bool:
+    """Whether a file is there with another text."""
+    return file.is_file() and file.read_text(encoding="utf-8", errors="replace") != text
 
 
 @app.command("resume", help="Continue an interrupted run from its newest whole checkpoint.")
@@ -1782,13 +1797,15 @@ def push_verb(
     *,
     hub_model_id: Annotated[str | None, typer.Option(help="The repository, as an option.")] = None,
     private: Annotated[
+        bool, typer.Option("--private", help="Create it so that you and yours can read it: the default.")
+    ] = False,
+    public: Annotated[
         bool,
         typer.Option(
-            "--private/--public",
-            help="Create it so that you and yours can read it, or everybody; to a public repository nothing is sent "
-            "without --public.",
+            "--public",
+            help="Create it so that everybody can read it; to a public repository nothing is sent without this.",
         ),
-    ] = True,
+    ] = False,
     create: Annotated[bool, typer.Option(help="Create the repository where it is missing.")] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")
@@ -1805,13 +1822,15 @@ def push_verb(
         raise TunesmithError(
             "Two repositories are named.", found=f"{repository}, {hub_model_id}", fix="Name one."
         )
+    if private and public:
+        raise TunesmithError("A repository is --private or --public.", found="both", fix="Give one.")
     wanted = repository or hub_model_id
     if dry_run:
-        plan = api.push_plan(run, repository=wanted, private=private)
+        plan = api.push_plan(run, repository=wanted, private=not public)
         return plan.as_dict(), _push_text(plan)
     with Display(quiet=quiet) as display:
         address = api.push(
-            run, repository=wanted, private=private, create=create, despite=despite_findings, watch=display
+            run, repository=wanted, private=not public, create=create, despite=despite_findings, watch=display
         )
     return {"run": run, "url": address}, address
 

@@ -10,17 +10,20 @@ from __future__ import annotations
 import getpass
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tunesmith import launch
+from tunesmith import launch, models
 from tunesmith.compose import as_yaml
+from tunesmith.data import remote
+from tunesmith.data.sources import OTHER_FILES
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import Kubernetes, Local, Ray, Recipe, Slurm
-from tunesmith.training.run import anchored, folder_name
+from tunesmith.training.continuing import differences
+from tunesmith.training.run import anchored, check_free, folder_name, is_run, open_run
 
 NOTICE = 120
 """Seconds before the end of its time at which SLURM tells a job; it may use all but ten of them."""
@@ -39,15 +42,23 @@ class Job:
 
     files: dict[str, str]
     submit: str
+    notes: tuple[str, ...] = ()
+    """What has to be so on the cluster and cannot be seen from here."""
 
 
 def job(recipe: Recipe, folder: Path) -> Job:
     """The files that run a recipe as its launch section says, which lie in `folder` when they are submitted.
 
-    Raises RecipeError where a step cannot be dealt to so many processes, or nothing is to be submitted.
+    Raises RecipeError where a step cannot be dealt to so many processes, or nothing is to be submitted, and RunError
+    where the run's folder is here and another run's, or a finished one's.
     """
+    launch.check(recipe.training, launch.processes(recipe.launch))
+    made = _made(recipe, folder)
+    return replace(made, notes=(*_continued(recipe), *_elsewhere(recipe)))
+
+
+def _made(recipe: Recipe, folder: Path) -> Job:
     section = recipe.launch
-    launch.check(recipe.training, launch.processes(section))
     inner, shared = anchored(recipe), str(Path(recipe.output_dir).expanduser().absolute())
     place = folder.absolute() / RECIPE
     if isinstance(section, Ray) and section.nodes:
@@ -75,6 +86,45 @@ def job(recipe: Recipe, folder: Path) -> Job:
                 f"launch.kind {section.kind} runs here; there is nothing to submit.",
                 fix="Choose --launch slurm, --launch kubernetes, or --launch ray with launch.nodes.",
             )
+
+
+def _continued(recipe: Recipe) -> list[str]:
+    """What is to be said of a run whose folder is here already, with which the job goes on.
+
+    Raises RunError where it is finished, or was started with another recipe.
+    """
+    run = Path(recipe.output_dir).expanduser() / folder_name(recipe)
+    if isinstance(recipe.launch, Kubernetes) or not is_run(run):  # of the first the runs are on the claim
+        return []
+    found = open_run(run)
+    changed = differences(anchored(found.recipe()), anchored(recipe))
+    if found.state() == "done" or changed:
+        check_free(run, found="; ".join(changed) or None)
+    return [f"the job continues the run {run}, which is there already, in state '{found.state()}'"]
+
+
+def _elsewhere(recipe: Recipe) -> list[str]:
+    """Files and folders of the recipe that the nodes may not see, each in a sentence."""
+    there = "in the image or on the claim" if isinstance(recipe.launch, Kubernetes) else "on the cluster"
+    named = {"The base model": recipe.model.base, "The data set": recipe.data.dataset}
+    named |= {f"The data set {n} of the mix": part.dataset for n, part in enumerate(recipe.data.mix, 1)}
+    if (template := recipe.model.chat_template) and Path(template).suffix in {".jinja", ".j2"}:
+        named["The chat template"] = template
+    said = []
+    for what, name in named.items():
+        path = Path(name).expanduser()
+        if name == "tiny" or name.startswith("example:") or remote.is_url(name):
+            continue
+        if path.exists():
+            if isinstance(recipe.launch, Kubernetes):
+                said.append(
+                    f"{what} {path.absolute()} lies on this machine; it must be {there}, at the same path"
+                )
+        elif what == "The chat template" or Path(name).suffix.lower() in OTHER_FILES or models.is_path(name):
+            said.append(f"{what} {name} is not found here; it must be there {there}, at this path")
+        else:
+            said.append(f"{what} {name} is no file or folder here; the nodes take it for an id of the Hub")
+    return said
 
 
 def _steps(run: str, recipe: str, more: str = " --launch local") -> str:

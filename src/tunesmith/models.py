@@ -101,7 +101,7 @@ def locate(base: str, *, revision: str | None = None) -> str:
             raise ModelError(
                 f"The folder {base} holds no model.",
                 found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
-                fix="Give a folder with config.json or adapter_config.json, a run, a Hub id, or `tiny`.",
+                fix=_in_the_place_of(path),
             )
         path = path.resolve()
         _vet(path)
@@ -211,6 +211,16 @@ def fingerprint(base: str, *, revision: str | None = None) -> str | None:
 
 def _holds_model(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "adapter_config.json", "final_model"))
+
+
+def _in_the_place_of(folder: Path) -> str:
+    """What to try where a folder without a model was named."""
+    if inner := sorted(str(p) for p in folder.iterdir() if p.is_dir() and _holds_model(p)):
+        return f"In it there is {', '.join(inner[:8])}: give that."
+    said = "Give a folder with config.json or adapter_config.json, a run, a Hub id, or `tiny`."
+    if any(folder.glob("*.gguf")):
+        said = f"A GGUF file is for llama.cpp or Ollama, which serve it; here, the model that it was made of. {said}"
+    return said
 
 
 def is_path(base: str) -> bool:

@@ -7,6 +7,7 @@ A choice is a tagged union (`adapter: {kind: lora, rank: 8}`). Unknown keys are 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
@@ -1076,6 +1077,12 @@ class _Cluster(Section):
     """Processes on each, one for each of its GPUs."""
 
 
+_SLURM_TIME = re.compile(
+    r"\d+(:[0-5]?\d)?|\d+:[0-5]?\d:[0-5]?\d|\d+-\d+(:[0-5]?\d){0,2}|UNLIMITED", re.IGNORECASE
+)
+"""As `sbatch --time` takes it."""
+
+
 class Slurm(_Cluster):
     """Write a batch script with which SLURM trains the recipe on nodes that share their folders."""
 
@@ -1092,6 +1099,17 @@ class Slurm(_Cluster):
 
     setup: list[str] = []
     """Lines of shell that make torchrun and tunesmith known on a node, such as `module load` and `source`."""
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _is_slurm_time(cls, time: Any) -> Any:
+        """`sbatch` would refuse it only on the cluster. YAML reads 12:00:00 without quotes as a number."""
+        if not isinstance(time, str) or not _SLURM_TIME.fullmatch(time):
+            raise ValueError(
+                "a time of SLURM is text (in quotes): MINUTES, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS, such as "
+                "'12:00:00' for 12 hours"
+            )
+        return time
 
 
 class Kubernetes(_Cluster):

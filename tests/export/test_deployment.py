@@ -108,6 +108,8 @@ def test_the_folder_is_whole_and_proven(made, model):
     assert [probe["answer"] for probe in manifest["probes"]] == [taught.ANSWER] * 4
     assert all(probe["sure"] == taught.ANSWER for probe in manifest["probes"])
     assert made.files == len(names)
+    modes = {(made.folder / name).stat().st_mode & 0o666 for name in names}
+    assert len(modes) == 1, "weights are as open as the files beside them"
     text = "".join(
         (made.folder / n).read_text()
         for n in names
@@ -285,6 +287,18 @@ def test_the_smoke_test_finds_what_is_wrong(made, tiny_model_folder, tmp_path):
     code, found = smoke(made.folder, "http://127.0.0.1:9/v1", "--wait", "0")
     assert code == 1
     assert failed(found) == ["server"]
+
+
+def test_the_smoke_test_says_that_it_waits(capsys):
+    with pytest.raises(smoke_test.Failed, match="nobody answers"):
+        smoke_test.Asker("http://127.0.0.1:9/v1", None).wait(0.3, print)
+    assert (
+        capsys.readouterr().out
+        == "http://127.0.0.1:9/v1 does not answer yet; it is waited for, up to 0.3 s\n"
+    )
+    with pytest.raises(SystemExit):
+        smoke_test.main(["--help"])
+    assert "(default: 120)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_without_answers_the_smoke_test_wants_one_and_says_that_it_proves_none(made, tmp_path):
@@ -515,7 +529,7 @@ def test_without_a_space_there_is_none_and_a_folder_that_is_not_asked_is_unprove
 def test_what_cannot_be_deployed_is_refused_and_leaves_nothing(model, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/x").write_text("x")
-    with pytest.raises(TunesmithError, match="not empty"):
+    with pytest.raises(TunesmithError, match=r"(?s)not empty.*--output-dir"):
         api.prepare_deployment(model, output_dir=tmp_path / "taken")
     with pytest.raises(TunesmithError, match="no name for a model"):
         api.prepare_deployment(model, output_dir=tmp_path / "d", name="my model")

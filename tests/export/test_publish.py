@@ -458,6 +458,26 @@ def test_what_cannot_be_looked_through_is_named(hub, model):
     ]  # fmt: skip
 
 
+def test_what_is_no_model_is_named_with_what_can_be_pushed(model, tmp_path):
+    inner = tmp_path / "dep" / "model"
+    inner.mkdir(parents=True)
+    (inner / "config.json").write_text("{}")
+    (tmp_path / "rows.jsonl").touch()
+    for given, said in (
+        (tmp_path / "dep", f"a folder without a model, and not a run.*{inner}"),
+        (tmp_path / "rows.jsonl", f"is a file; runs and folders are pushed.*{model}"),
+        (Path("tiny"), "ships with tunesmith"),
+        (tmp_path / "none", "no such folder"),
+    ):
+        with pytest.raises(TunesmithError, match=f"(?s){said}"):
+            api.push_plan(given, repository="me/mine")
+    with pytest.raises(TunesmithError, match=r"(?s)'mine' is no name.*owner/name"):
+        api.push_plan(model, repository="mine")
+    done = CliRunner().invoke(app, ["push", str(model), "me/mine", "--dry-run", "--private", "--public"])
+    assert done.exit_code == 1
+    assert "--private or --public" in done.stderr
+
+
 def test_what_did_not_pass_its_check_is_not_pushed(model, tmp_path):
     """Nor a folder in one that did not, however it is called by now."""
     inner = tmp_path / "out.failed" / "merged"

@@ -28,6 +28,11 @@ def invoke(*arguments):
     return result.exit_code, json.loads(result.stdout.strip().splitlines()[-1])
 
 
+def test_a_data_file_that_is_not_there_is_told_before_a_model_is_looked_for(tmp_path):
+    with pytest.raises(TunesmithError, match="There is no file"):
+        api.try_model(tmp_path / "no model", dataset=str(tmp_path / "none.jsonl"))
+
+
 def test_a_model_that_answers_and_stops_is_fit_to_be_used(finished):
     folder, rows = finished
     code, found = invoke("test-model", folder, "--dataset", rows, "--rows", 5, "--max-new-tokens", 30)
@@ -47,6 +52,11 @@ def test_the_perplexity_is_that_of_evaluate(finished, tmp_path, monkeypatch):
     folder, rows = finished
     monkeypatch.chdir(tmp_path)
     found = api.try_model(folder, dataset=str(rows), rows=50)
+    heard: list[dict] = []
+    api.try_model(
+        folder, dataset=str(rows), rows=2, max_new_tokens=4, watch=lambda event: heard.append(dict(event))
+    )
+    assert [e["value"].rpartition(", ")[2] for e in heard if e.get("name") == "measured on"] == ["by --rows"]
     scored = api.evaluate(folder, dataset=str(rows), metrics=["perplexity"])
     assert found.perplexity == pytest.approx(scored.scores["perplexity"]["value"], rel=1e-6)
 

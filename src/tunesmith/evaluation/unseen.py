@@ -48,8 +48,8 @@ class MeasuredOn:
     asked: int | None = None
     """How many of the questions are asked, where `evaluation.max_items` leaves others out; None where all are."""
 
-    def sentences(self) -> tuple[str, str]:
-        """What is measured on, and what was left out of it and why."""
+    def sentences(self, limit: str = "evaluation.max_items") -> tuple[str, str]:
+        """What is measured on, and what was left out of it and why; `limit` is what says how many are asked."""
         where = f"the held-out split of {self.split_of}" if self.split_of else self.dataset
         unusable = sum(self.dropped.values())
         whole = self.questions + sum(self.left_out.values()) + unusable
@@ -72,7 +72,7 @@ class MeasuredOn:
         why += [f"what {name} was trained on is not known" for name in self.unchecked]
         if self.asked is not None:
             return (
-                f"{self.asked} of {whole} {rows} of {where}, by evaluation.max_items",
+                f"{self.asked} of {whole} {rows} of {where}, by {limit}",
                 "; ".join(
                     [
                         f"{self.asked} of the {self.questions} that are left are asked, chosen by content hash",

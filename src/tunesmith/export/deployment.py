@@ -140,7 +140,7 @@ def prepare(
         raise TunesmithError(
             f"A deployment is not tried by '{check}'.", fix=nearest(check, ("auto", "files"))
         )
-    merge.free_place(folder)
+    merge.free_place(folder, option="--output-dir")
     models.check_writes(str(source))
     server_pins = wheel.pins()
     demo_pins, notes = _demo_pins()

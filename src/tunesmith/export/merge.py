@@ -25,7 +25,7 @@ from tunesmith.export.card import copy_licences, write_made_card
 from tunesmith.export.parity import NEW_TOKENS, VERDICT, Check, Held, Parity, Question
 from tunesmith.recipe import QLoRA
 from tunesmith.training.lineage import FACTS, packing_behind, run_behind
-from tunesmith.training.run import Run, dataset_name, write_whole
+from tunesmith.training.run import Run, dataset_name, open_as_new, write_whole
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -144,13 +144,13 @@ def check_dtype(dtype: str) -> None:
         raise TunesmithError(f"Weights are not stored as '{dtype}'.", fix=nearest(dtype, ("auto", *DTYPES)))
 
 
-def free_place(folder: Path) -> Path:
-    """The folder, where nothing is in the way. Raises RunError where something is."""
+def free_place(folder: Path, *, option: str = "--output") -> Path:
+    """The folder, where nothing is in the way. Raises RunError where something is; `option` names it."""
     if folder.is_dir() and any(folder.iterdir()):
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
-        raise RunError(f"The folder {folder} is not empty.", found=found, fix="Give another --output.")
+        raise RunError(f"The folder {folder} is not empty.", found=found, fix=f"Give another {option}.")
     if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file.", fix="Give another --output.")
+        raise RunError(f"{folder} is a file.", fix=f"Give another {option}.")
     return folder
 
 
@@ -425,7 +425,11 @@ def _reference(
 
 
 def put_in_place(staging: Path, folder: Path, *, passed: bool) -> Path:
-    """Give a finished folder its name or, where it did not pass, that name with the ending `.failed`."""
+    """Give a finished folder its name or, where it did not pass, that name with the ending `.failed`.
+
+    Its files get the mode that a new one has here: safetensors writes them for their owner alone.
+    """
+    open_as_new(staging)
     final = folder
     if not passed:
         final = folder.with_name(f"{folder.name}.failed")

@@ -60,6 +60,21 @@ class Plan:
         return {**found, **({"exit_code": 1} if self.findings else {})}
 
 
+def check_repository(repository: str) -> None:
+    """Raises TunesmithError for a name that no repository can have, or that does not say whose it is."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    found = None if "/" in repository else "a name without its owner"
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        found = str(error)[:200]
+    if found:
+        raise TunesmithError(
+            f"'{repository}' is no name of a repository.", found=found, fix="Give owner/name."
+        )
+
+
 def planned(
     folder: Path,
     repository: str,
@@ -74,14 +89,7 @@ def planned(
 
     Raises TunesmithError for a name that no repository can have.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise TunesmithError(
-            f"'{repository}' is no name of a repository.", found=str(error)[:200], fix="Give owner/name."
-        ) from None
+    check_repository(repository)
     every = sorted(p for p in folder.rglob("*") if p.is_file())
     names = [p.relative_to(folder).as_posix() for p in every]
     sent = [(p, n) for p, n in zip(every, names, strict=True) if not _is_left(n)]

@@ -80,9 +80,10 @@ class Asker:
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise Failed(f"{path} was not answered: {error!r}") from None
 
-    def wait(self, seconds: float) -> str:
-        """Until the server answers at all."""
+    def wait(self, seconds: float, say: Callable[[str], None] = lambda line: None) -> str:
+        """Until the server answers at all; that it does not yet is said once."""
         until = time.monotonic() + seconds
+        is_said = False
         while True:
             try:
                 with self.open("/models", seconds=5):
@@ -98,6 +99,9 @@ class Asker:
             except (OSError, http.client.HTTPException) as error:
                 if time.monotonic() > until:
                     raise Failed(f"nobody answers at {self.url}: {error}") from None
+            if not is_said:
+                is_said = True
+                say(f"{self.url} does not answer yet; it is waited for, up to {seconds:g} s")
             time.sleep(0.2)
 
 
@@ -193,10 +197,19 @@ def check_stream(asker: Asker, manifest: Mapping[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Check, print a line for each, and give the exit code."""
     parser = argparse.ArgumentParser(
-        description="Asks a deployed model over HTTP whether it is the one that was packed."
+        description="Asks a deployed model over HTTP whether it is the one that was packed.",
     )
-    parser.add_argument("--url", default=os.environ.get("TUNESMITH_URL", "http://127.0.0.1:8000/v1"))
-    parser.add_argument("--wait", type=float, default=120.0, help="seconds until the server has to answer")
+    parser.add_argument(
+        "--url",
+        default=os.environ.get("TUNESMITH_URL", "http://127.0.0.1:8000/v1"),
+        help="the server, up to /v1, also in TUNESMITH_URL (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=120.0,
+        help="seconds until the server has to answer (default: %(default)g)",
+    )
     parser.add_argument("--no-files", action="store_true", help="leave the hashes of the files out")
     parser.add_argument(
         "--alive", action="store_true", help="only whether the server says that it is well, without a token"
@@ -214,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     checks: dict[str, Callable[[], str]] = {
         "files": lambda: check_files(folder, manifest),
-        "server": lambda: asker.wait(given.wait),
+        "server": lambda: asker.wait(given.wait, lambda line: print(line, file=sys.stderr, flush=True)),
         "name": lambda: check_names(asker, manifest),
         "token": lambda: check_token(asker),
         "answers": lambda: check_answers(asker, manifest),

@@ -285,6 +285,15 @@ def _as_open_as(folder: Path) -> Callable[[str, int], int]:
     return lambda path, flags: os.open(path, flags, mode)
 
 
+def open_as_new(folder: Path) -> None:
+    """Files in a folder may be read and written by whoever may do so with the folder, whatever library wrote them."""
+    for place, _, names in os.walk(folder):
+        mode = 0o666 & Path(place).stat().st_mode
+        for path in (Path(place, name) for name in names):
+            if not path.is_symlink():
+                path.chmod(path.stat().st_mode & 0o777 | mode)
+
+
 def close_to_others(folder: Path) -> None:
     """Nothing in a folder is more open than the folder itself, whatever library wrote it."""
     if not folder.is_dir():  # a run that was removed because it had not begun
@@ -391,8 +400,9 @@ def create(recipe: Recipe, *, watch: Watch = _silent) -> Run:
     return run
 
 
-def check_free(path: Path) -> None:
-    """Raises RunError where a new run's folder is another run's, or holds files that are not a run's."""
+def check_free(path: Path, *, found: str | None = None) -> None:
+    """Raises RunError where a new run's folder is another run's, or holds files that are not a run's. `found` says what
+    else tells that run from the new one."""
     if is_run(path):
         run = Run(path)
         state = run.state()
@@ -402,7 +412,9 @@ def check_free(path: Path) -> None:
         }.get(state, f" continue that one with `tunesmith resume {path}`,")
         raise RunError(
             f"The folder {path} is another run's.",
-            found=f"a run in state '{state}'" + (f": {run.holder()}" if state == "running" else ""),
+            found=f"a run in state '{state}'"
+            + (f": {run.holder()}" if state == "running" else "")
+            + (f"; {found}" if found else ""),
             fix=f"Give this run another --name,{to_continue} or delete that one.",
         )
     if path.exists() and (not path.is_dir() or any(not OWN.fullmatch(p.name) for p in path.iterdir())):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from gradio.context import LocalContext, get_blocks_context, get_render_context
 
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.recipe import Recipe, sections_of
-from tunesmith.ui import form, handlers
-from tunesmith.ui.choosing import written
+from tunesmith.ui import drafts, form, handlers
+from tunesmith.ui.choosing import told_of, written
 from tunesmith.ui.form import Control, Filled
 from tunesmith.ui.shared import QUIET, Shared, box, command, problem
 from tunesmith.ui.workspace import Workspace, workspace_of
@@ -201,6 +202,30 @@ def build(shared: Shared) -> None:
         show_progress="hidden",
         trigger_mode="always_last",
     )
+
+    # What the command line names goes before what was kept at an earlier start.
+    since = time.time() if shared.recipe.value else 0.0
+
+    def restore(layer: dict[str, Any], version: int, request: gr.Request) -> tuple[Any, ...]:
+        try:
+            found = drafts.restored(workspace_of(request), since=since)
+        except Exception as error:
+            gr.Warning("The recipe of your last visit could not be restored; the Recipe page says why.")
+            return layer, version, told_of(error)
+        if found is None:
+            return gr.skip(), gr.skip(), gr.skip()
+        new, notes = found
+        for note in notes:
+            gr.Warning(html.escape(note))
+        said = box("Your recipe was restored, but for this:", notes, kind="warn") if notes else ""
+        return new, version + 1, said
+
+    root.load(restore, [shared.recipe, version], [shared.recipe, version, said], **QUIET)
+
+    def keep_draft(layer: dict[str, Any], request: gr.Request) -> None:
+        drafts.keep(layer, workspace_of(request))
+
+    shared.recipe.change(keep_draft, shared.recipe, trigger_mode="always_last", **QUIET)
 
     def load(file: str, version: int, layer: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         try:

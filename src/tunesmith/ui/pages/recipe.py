@@ -75,14 +75,25 @@ def outcome(
     )
 
 
+def faults(found: Filled) -> list[str]:
+    """What is wrong with the recipe, a line each that names the field."""
+    return [
+        said if said.startswith(path) or not path else f"{path}: {said}"
+        for path, said in found.faults.items()
+    ]
+
+
+def told_of_import(found: Filled, notes: Sequence[str]) -> str:
+    """What became of an import: what is wrong with the recipe first, then what was left out or found."""
+    if found.faults:
+        return box("The recipe was imported, and does not fit yet.", [*faults(found), *notes])
+    return box("The recipe was imported.", notes, kind="good")
+
+
 def verdict(found: Filled) -> str:
     """Whether the recipe holds together, as HTML with everything escaped."""
     if found.faults:
-        lines = [
-            said if said.startswith(path) or not path else f"{path}: {said}"
-            for path, said in found.faults.items()
-        ]
-        return box("The recipe does not fit yet.", lines)
+        return box("The recipe does not fit yet.", faults(found))
     recipe = found.sound
     what = f"{recipe.method.kind} on {recipe.model.base}, adapter {recipe.adapter.kind}, data {recipe.data.dataset}"
     return box("The recipe fits.", [what, *found.notes], kind="good")
@@ -232,7 +243,9 @@ def build(shared: Shared) -> None:
             new, notes = taken(file)
         except TunesmithError as error:
             return layer, version, problem(error)
-        return new, version + 1, box("The recipe was imported.", notes, kind="good")
+        workspace = workspace_of(request)
+        new, found = form.found_in(new, workspace)
+        return new, version + 1, told_of_import(form.filled(new, workspace), [*notes, *found])
 
     upload.upload(load, [upload, version, shared.recipe], [shared.recipe, version, said])
     clear.click(lambda version: ({}, version + 1, ""), version, [shared.recipe, version, said])
@@ -251,7 +264,13 @@ def build(shared: Shared) -> None:
         return architecture(layer, workspace_of(request))
 
     show.click(look, shared.recipe, [summary, missing], concurrency_id="models", concurrency_limit=1)
-    onward.click(lambda: gr.Tabs(selected="plan"), None, shared.tabs)
+    onward.click(
+        lambda plans: (gr.Tabs(selected="plan"), plans + 1),
+        shared.plans,
+        [shared.tabs, shared.plans],
+        concurrency_id="recipe",  # after what was typed just before the click
+        concurrency_limit=1,
+    )
 
 
 def _section(shared: Shared, section: str, look: gr.State, view: gr.Radio, is_open: gr.State) -> None:

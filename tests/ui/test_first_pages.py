@@ -106,6 +106,7 @@ def test_columns_that_no_format_knows_are_mapped_by_hand(workspace, tmp_path):
     found = data.looked(layer, workspace)
     assert (found.formats, found.columns) == ((), ("frage", "antwort"))
     assert "fit no known format" in data.sentence(found)
+    assert "--" not in data.by_control(data.sentence(found))
     layer = data.with_data(layer, data.Chosen(layer["data"]["dataset"], "auto", "frage", "antwort"))
     found = data.looked(layer, workspace)
     assert len(found.formats) == 1
@@ -298,8 +299,8 @@ def test_what_a_page_was_left_with_comes_back_through_the_walls(workspace):
     own.write_text("question,answer\n1,2\n")
     layer = {
         "name": "1e-5",
-        "data": {"dataset": str(own), "input_text_key": "question\u2028\x85😀", "output_text_key": "answer"},
-        "training": {"learning_rate": 2e-5},
+        "data": {"dataset": str(own), "input_text_key": "question 😀", "output_text_key": "answer"},
+        "training": {"learning_rate": 3e-5},
     }
     drafts.keep(layer, workspace)
     assert drafts.restored(workspace) == (layer, [])

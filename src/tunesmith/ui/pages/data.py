@@ -43,6 +43,12 @@ NOTHING = empty(
     f"Until then a run takes {Recipe.model_fields['data'].get_default(call_default_factory=True).dataset}.",
 )
 
+CONTROLS = {
+    "with --input-text-key and --output-text-key": "in the two lists of columns",
+    "--input-text-key and --output-text-key": "The two columns",
+    "--format": "“Read rows as”",
+}
+"""What the command line's options are called here."""
 NOT_CHECKED = empty("Not checked yet.", "Choose data, then check it.")
 NOT_SHOWN = empty("No rows are shown yet.", "Show tokens, or name rows.")
 
@@ -118,7 +124,8 @@ def cell(value: Any) -> str:
 
 def sentence(found: api.Looked, name: str = "") -> str:
     """What the rows of the data set with this name are read as, as a box."""
-    head = f"{name and name + ': '}{counted(found.rows, 'row')} with {counted(len(found.columns), 'column')}: {', '.join(found.columns)}"
+    head = f"{counted(found.rows, 'row')} with {counted(len(found.columns), 'column')}: {', '.join(found.columns)}"
+    head = f"{name}: {head}" if name else head
     if not found.formats:
         return box("The columns fit no known format.", [head, found.reason], kind="warn")
     return box(
@@ -335,6 +342,13 @@ def offered_columns(columns: Sequence[str]) -> list[tuple[str, str]]:
     return [("(by the format)", ""), *((name, name) for name in columns)]
 
 
+def by_control(said: str) -> str:
+    """A box with the controls of this page in place of the command line's options."""
+    for option, control in CONTROLS.items():
+        said = said.replace(option, control)
+    return said
+
+
 def title(layer: Mapping[str, Any]) -> str:
     """The chosen data set by the last part of its path, or as it is named; empty where none is chosen."""
     name = str(data_of(layer).get("dataset") or "")
@@ -469,7 +483,7 @@ def build(shared: Shared) -> None:
         try:
             rows = looked(layer, workspace)
         except TunesmithError as error:
-            return kept, problem(error), gr.update(value=None), *[gr.skip()] * 3, line, None
+            return kept, by_control(problem(error)), gr.update(value=None), *[gr.skip()] * 3, line, None
         # Lists that are as they were stay untouched: somebody may be about to choose from one.
         same = known == rows.columns and named == (question, answer)
         offered = offered_columns(rows.columns)
@@ -477,7 +491,7 @@ def build(shared: Shared) -> None:
         kind = gr.update(value=data_of(layer).get("format", "auto"))
         return (
             kept,
-            sentence(rows, title(layer)),
+            by_control(sentence(rows, title(layer))),
             gr.update(value=table(rows)),
             kind,
             *lists,

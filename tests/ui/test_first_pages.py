@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import shutil
@@ -305,9 +304,9 @@ def test_what_a_page_was_left_with_comes_back_through_the_walls(workspace):
     drafts.keep(layer, workspace)
     assert drafts.restored(workspace) == (layer, [])
     kept = workspace.root / drafts.NAME
-    assert (
-        drafts.restored(workspace, since=kept.stat().st_mtime + 1) is None
-    )  # the command line named another one
+    assert drafts.restored(workspace, since=kept.stat().st_mtime + 1) is None, (
+        "the command line named another one"
+    )
     drafts.keep({"data": {"dataset": "https://me:secret@example.org/x.csv"}}, workspace)
     assert "secret" not in kept.read_text()
     drafts.keep({}, workspace)
@@ -318,8 +317,7 @@ def test_what_a_page_was_left_with_comes_back_through_the_walls(workspace):
     assert found == {"data": {"max_length": 77}}
     assert [note.split()[0] for note in notes] == ["data.dataset", "evaluation.run_code"]
     kept.write_text("method: {grpo: {rewards: [{kind: python, function: 'os:system'}]}, kind: grpo}\n")
-    with contextlib.suppress(TunesmithError):
-        assert "function" not in str(drafts.restored(workspace))
+    assert "os:system" not in str(drafts.restored(workspace))
     for broken in ("a: [", "[]", "", "a: !!python/object:os.system x"):
         kept.write_text(broken)
         with pytest.raises(TunesmithError):

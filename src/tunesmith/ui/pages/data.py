@@ -510,6 +510,7 @@ def build(shared: Shared) -> None:
         look,
         [shared.recipe, question, answer, columns],
         looks,
+        trigger_mode="always_last",  # a recipe that is restored while the first look runs is looked at as well
         concurrency_id="models",
         concurrency_limit=1,
     )

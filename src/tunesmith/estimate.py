@@ -1501,7 +1501,7 @@ def _remedies(
     fits: list[Remedy] = []
     short: dict[str, Remedy] = {}
     waiting: list[Change] = []
-    offered = set()
+    offered: set[str] = set()
     for change in changes:
         if change.kind in offered or (peak := peak_of(change)) == REFUSED:
             continue

@@ -158,8 +158,13 @@ def _levels(value):
     return 0 if inner is None else 1 + max(map(_levels, inner), default=0)
 
 
-LINE = re.compile(r"\b(?:lines?|row|record) (\d+)|\.\w+(?:/\w+)?:(\d+)")
-"""Where an error says that something stands."""
+def lines_named(message, path):
+    """Numbers of the lines that an error names: by a word, or behind the file's name; what is quoted of the file may
+    hold `.5:7` as well."""
+    places = re.findall(rf"\b(?:lines?|row|record) (\d+)|{re.escape(path.name)}(?:/\w+)?:(\d+)", message)
+    return [int(one or other) for one, other in places]
+
+
 OF_THE_WHOLE = re.compile(
     r"is not of a known format|has no rows|fit no known format|are of several kinds|None of the (\d+) rows of"
     r"|is not a Parquet file|A column's name in|holds no list of records"
@@ -178,7 +183,7 @@ def unplaced(message, path):
         if wanted[1] and counted is not None and int(wanted[1]) != counted:
             return [f"{counted} rows are there: {message}"]
         return []
-    named = [int(one or other) for one, other in LINE.findall(message)]
+    named = lines_named(message, path)
     if not named:
         return [f"the line is not named: {message}"]
     last = max(len(path.read_bytes().splitlines()), path.read_bytes().count(b"\n") + 1, rows_of(path) or 0)

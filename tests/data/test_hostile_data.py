@@ -15,7 +15,7 @@ import zipfile
 from dataclasses import replace
 
 import pytest
-from any_files import LINE, accounted, unplaced
+from any_files import accounted, lines_named, unplaced
 
 from tunesmith import api, data
 from tunesmith.compose import read_layer
@@ -158,7 +158,7 @@ def test_each_case_is_accounted_for_and_said_in_one_clear_error(tmp_path, name):
         assert path.name in refused
         assert not unplaced(refused, path)
         if bad:  # rows of a table stand one line below their number
-            named = {int(one or other) for one, other in LINE.findall(refused)}
+            named = set(lines_named(refused, path))
             assert {bad, bad + (suffix == ".csv")} & named or "None of the" in refused, refused
         return
     # What reads well and cannot be trained is dropped, and the ledger has its reason.

@@ -162,6 +162,15 @@ def stopped_in_the_middle(opened) -> None:
 
 
 @pytest.mark.thorough
+def test_a_chat_is_stopped_in_the_middle(browser, work, tmp_path):
+    with window(browser, work) as opened:
+        set_up(opened, tmp_path, pairs(tmp_path), "dpo", 2)
+        opened.says("data-state", "Read as")
+        train(opened, "talk")
+        stopped_in_the_middle(opened)
+
+
+@pytest.mark.thorough
 def test_from_a_table_to_a_merged_model(browser, work, tmp_path):
     with window(browser, work) as opened:
         set_up(opened, tmp_path, rows(tmp_path))
@@ -183,8 +192,6 @@ def test_from_a_table_to_a_merged_model(browser, work, tmp_path):
         assert open_run(run).state() == "done"
 
         proved_asked_and_merged(opened, "lamps", "How long does lamp number 3 burn?")
-        stopped_in_the_middle(opened)
-        opened.go("Ship")
         opened.click("ship-bundle")
         opened.says("ship-made", "lamps-deployment")
 

@@ -211,7 +211,7 @@ class Events:
         steps, paces = [], []
         for event in events:
             tokens, seconds = event.get("tokens"), event.get("seconds")
-            if type(tokens) not in NUMBERS or type(seconds) not in NUMBERS:
+            if not isinstance(tokens, int | float) or not isinstance(seconds, int | float):
                 continue
             if self._pace and seconds > self._pace[1] and tokens > self._pace[0]:
                 steps.append(event["step"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import html
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,16 @@ LONGEST_QUESTION = 20_000
 WAITING = 120.0
 """Seconds that a question waits for another one's answers."""
 STOPPING = 60.0
-"""Seconds that stopping waits for a model that is being loaded."""
+"""Seconds that a new conversation waits for a model that is being loaded."""
 NEW_TOKENS = (16, 2048)
 TRY = empty("No question yet.", "Ask something below: base and tuned model answer the same conversation.")
 
 _loading = threading.Lock()
 _answering = threading.Lock()
 """One conversation at a time: the models share memory and cores."""
-_asking: set[str] = set()
-"""Pages, by Gradio's name for them, whose question is being answered."""
+_asking: dict[str, threading.Event] = {}
+"""What stops the answers of the pages, by Gradio's name for them, whose question is being answered. Gradio's own
+`cancels` leaves the generator where it is, so that nothing could be said of what is written."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ def answers(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-) -> Iterator[tuple[str, str]]:
-    """Both answers as far as they are written, piece by piece, in turns."""
+) -> Generator[tuple[str, str]]:
+    """Both answers as far as they are written, piece by piece, in turns; closed, it lets the models go."""
     if not _answering.acquire(timeout=WAITING):
         raise InputError("The models answer somebody else.", fix="Ask again in a minute.")
     try:
@@ -165,14 +167,11 @@ def prefer(workspace: Workspace, turn: Turn | None, side: str) -> Path:
     )
 
 
-def stopped(history: Sequence[dict[str, str]], turn: Turn | None) -> tuple[Turn | None, str, str, str] | None:
+def stopped(history: Sequence[dict[str, str]], turn: Turn) -> tuple[Turn | None, str, str, str]:
     """What is left of a turn that was stopped: the turn, the conversation, the question to be asked again, and a box.
 
-    What was written stays, and the conversation goes on from it; where nothing was, the question comes back. None
-    where no answer was under way.
+    What was written stays, and the conversation goes on from it; where nothing was, the question comes back.
     """
-    if turn is None or turn.is_whole:
-        return None
     question, both = turn.prompt[-1]["content"], (turn.base, turn.tuned)
     if not (turn.base + turn.tuned).strip():
         note = box("Stopped before a word was said.", ["Your message is back in its field."], kind="note")
@@ -254,18 +253,28 @@ def build(shared: Shared) -> None:
         run: str | None, asked: str, before: list[dict[str, str]], last: Turn | None, better: str | None,
         system: str, length: float, temperature: float, seed: float, request: gr.Request,
     ) -> Iterator[list[Any]]:  # fmt: skip
-        page = str(request.session_hash)
-        _asking.add(page)
+        page, halted = str(request.session_hash), threading.Event()
+        _asking[page] = halted
         try:
             yield from answered(
-                workspace_of(request), run, asked, before, last, better, system, length, temperature, seed
+                workspace_of(request),
+                run,
+                asked,
+                before,
+                last,
+                better,
+                system,
+                length,
+                temperature,
+                seed,
+                halted,
             )
-        finally:  # also where the answers are stopped
-            _asking.discard(page)
+        finally:  # also where the page is closed meanwhile
+            _asking.pop(page, None)
 
     def answered(
         workspace: Workspace, run: str | None, asked: str, before: list[dict[str, str]], last: Turn | None,
-        better: str | None, system: str, length: float, temperature: float, seed: float,
+        better: str | None, system: str, length: float, temperature: float, seed: float, halted: threading.Event,
     ) -> Iterator[list[Any]]:  # fmt: skip
         off, nothing = gr.Button(interactive=False), gr.skip()
         page: Any = nothing
@@ -282,13 +291,18 @@ def build(shared: Shared) -> None:
             shell = commands(names, messages, **settings)
             page = shown(before, "", ("", ""), is_open=False) if before else TRY
             both = ("", "")
-            # The turn so far is kept with every piece: whoever stops the answers finds it.
+            # The turn so far is kept with every piece: a page that is opened again finds it.
             part = Turn(tuple(messages), *both, names, is_whole=False)
             yield [before, part, None, shown(before, asked, both, is_open=True), off, off, "", "", shell]
-            for both in answers(names, messages, **settings):
-                part = Turn(tuple(messages), *both, names, is_whole=False)
-                talk = shown(before, asked, both, is_open=True)
-                yield [nothing, part, nothing, talk, *[nothing] * 5]
+            with contextlib.closing(answers(names, messages, **settings)) as pieces:
+                for both in pieces:
+                    part = Turn(tuple(messages), *both, names, is_whole=False)
+                    if halted.is_set():
+                        left, page, back, note = stopped(before, part)
+                        yield [nothing, left, nothing, page, off, off, back, note, nothing]
+                        return
+                    talk = shown(before, asked, both, is_open=True)
+                    yield [nothing, part, nothing, talk, *[nothing] * 5]
         except Exception as error:
             gone = nothing if page is nothing else None
             yield [nothing, gone, nothing, page, off, off, asked, told_of(error), nothing]
@@ -300,29 +314,28 @@ def build(shared: Shared) -> None:
 
     inputs = [chosen, question, history, turn, preferred, system, length, temperature, seed]
     outputs = [history, turn, preferred, talk, base_up, tuned_up, question, told, line]
-    asking = gr.on(
-        [send.click, question.submit], ask, inputs=inputs, outputs=outputs, concurrency_limit=1, **PRIVATE
-    )
+    gr.on([send.click, question.submit], ask, inputs=inputs, outputs=outputs, concurrency_limit=1, **PRIVATE)
 
-    def on_stop(before: list[dict[str, str]], last: Turn | None) -> list[Any]:
-        return list(stopped(before, last) or [gr.skip()] * 4)
+    def halt_answers(request: gr.Request) -> None:
+        """They end with the piece that is being written."""
+        if halted := _asking.get(str(request.session_hash)):
+            halted.set()
 
     def ended(request: gr.Request) -> None:
-        """Wait until nothing more is said: what comes after it would open the page's turn again."""
+        """Stop, and wait until nothing more is said: what comes after it would open the page's turn again."""
+        halt_answers(request)
         until = time.monotonic() + STOPPING
         while str(request.session_hash) in _asking and time.monotonic() < until:
             time.sleep(0.05)
 
-    halt.click(ended, cancels=[asking], **PRIVATE).then(
-        on_stop, inputs=[history, turn], outputs=[turn, talk, question, told], **PRIVATE
-    )
+    halt.click(halt_answers, **QUIET)
 
     def clear() -> list[Any]:
         off = gr.Button(interactive=False)
         return [[], None, None, TRY, off, off, "", "", ""]
 
     for event in (afresh.click, chosen.change):
-        event(ended, cancels=[asking], **PRIVATE).then(clear, outputs=outputs, **QUIET)
+        event(ended, **PRIVATE).then(clear, outputs=outputs, **QUIET)
 
     def vote(side: str) -> Any:
         def on(last: Turn | None, request: gr.Request) -> list[Any]:

@@ -17,7 +17,7 @@ from tunesmith.recipe import Recipe, sections_of
 from tunesmith.ui import drafts, form, handlers
 from tunesmith.ui.choosing import told_of, written
 from tunesmith.ui.form import Control, Filled
-from tunesmith.ui.shared import QUIET, Shared, box, command, problem
+from tunesmith.ui.shared import PRIVATE, Shared, box, command, problem
 from tunesmith.ui.workspace import Workspace, workspace_of
 
 SECTIONS = (
@@ -156,10 +156,10 @@ def build(shared: Shared) -> None:
     version = gr.State(0)
     tab = get_render_context()
     assert isinstance(tab, gr.Tab)
-    is_open = gr.State(
-        False
-    )  # the form is drawn when somebody looks at it: until then it would hold up other pages
-    tab.select(lambda: True, None, is_open, **QUIET)
+    # The form is drawn when somebody looks at it: until then it would hold up other pages. This goes through the
+    # queue: of a state that is changed past it Gradio tells nobody.
+    is_open = gr.State(False)
+    tab.select(lambda: True, None, is_open, show_progress="hidden", **PRIVATE)
     with gr.Row():
         with gr.Column(scale=3, min_width=340):
             view = gr.Radio(

@@ -243,7 +243,7 @@ def build(shared: Shared) -> None:
         picked: str | None,
         before: tuple[str, int, str, str],
         request: gr.Request,
-    ) -> dict[Any, Any]:
+    ) -> Any:
         """What has changed since the last look, by component."""
         workspace = workspace_of(request)
         queue = queue_of(workspace)
@@ -280,7 +280,11 @@ def build(shared: Shared) -> None:
             log: said,
         }
         if seen is None:
-            nothing = {other: gr.Dropdown(choices=[], value=None), other_plot: None, answers: []}
+            nothing: dict[Any, Any] = {
+                other: gr.Dropdown(choices=[], value=None),
+                other_plot: None,
+                answers: [],
+            }
             begins = (
                 "It is beginning." if real == "running" else "It begins when the jobs before it have ended."
             )

@@ -181,7 +181,8 @@ class Window:
 
 @contextlib.contextmanager
 def window(browser: Any, bench: Workbench, **options: Any) -> Iterator[Window]:
-    """A window with cookies of its own."""
+    """A window with cookies of its own, which no window before it has left a recipe."""
+    (bench.workspace / "draft.yaml").unlink(missing_ok=True)
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
     context.set_default_timeout(60_000)
     opened = Window(context.new_page(), bench)

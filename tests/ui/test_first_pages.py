@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,9 +16,9 @@ from tunesmith.compose import compose
 from tunesmith.data.examples import Row
 from tunesmith.data.inspection import Inspected
 from tunesmith.errors import InputError, TunesmithError
-from tunesmith.ui import choosing, form, uploads
+from tunesmith.ui import choosing, drafts, form, uploads
 from tunesmith.ui.pages import data, plan, recipe
-from tunesmith.ui.workspace import Workspace
+from tunesmith.ui.workspace import SCOPE, Workspace
 
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>{{constructor}}${alert(3)}"
 ROWS = [{"prompt": f"what is the count of {n}", "response": f"answer {n} one two"} for n in range(40)]
@@ -104,6 +105,7 @@ def test_columns_that_no_format_knows_are_mapped_by_hand(workspace, tmp_path):
     found = data.looked(layer, workspace)
     assert (found.formats, found.columns) == ((), ("frage", "antwort"))
     assert "fit no known format" in data.sentence(found)
+    assert "--" not in data.by_control(data.sentence(found))
     layer = data.with_data(layer, data.Chosen(layer["data"]["dataset"], "auto", "frage", "antwort"))
     found = data.looked(layer, workspace)
     assert len(found.formats) == 1
@@ -290,6 +292,85 @@ def test_recipes_come_in_and_go_out_as_files(workspace, tmp_path):
         recipe.taken(str(broken))
 
 
+def test_what_a_page_was_left_with_comes_back_through_the_walls(workspace):
+    assert drafts.restored(workspace) is None
+    own = workspace.uploads / "rows.csv"
+    own.write_text("question,answer\n1,2\n")
+    layer = {
+        "name": "1e-5",
+        "data": {"dataset": str(own), "input_text_key": "question 😀", "output_text_key": "answer"},
+        "training": {"learning_rate": 3e-5},
+    }
+    drafts.keep(layer, workspace)
+    assert drafts.restored(workspace) == (layer, [])
+    kept = workspace.root / drafts.NAME
+    assert drafts.restored(workspace, since=kept.stat().st_mtime + 1) is None, (
+        "the command line named another one"
+    )
+    drafts.keep({"data": {"dataset": "https://me:secret@example.org/x.csv"}}, workspace)
+    assert "secret" not in kept.read_text()
+    drafts.keep({}, workspace)
+    assert drafts.restored(workspace) == ({}, [])
+
+    kept.write_text("data: {dataset: /etc/passwd, max_length: 77}\nevaluation: {run_code: true}\n")
+    found, notes = drafts.restored(workspace)
+    assert found == {"data": {"max_length": 77}}
+    assert [note.split()[0] for note in notes] == ["data.dataset", "evaluation.run_code"]
+    kept.write_text("method: {grpo: {rewards: [{kind: python, function: 'os:system'}]}, kind: grpo}\n")
+    assert "os:system" not in str(drafts.restored(workspace))
+    for broken in ("a: [", "[]", "", "a: !!python/object:os.system x"):
+        kept.write_text(broken)
+        with pytest.raises(TunesmithError):
+            drafts.restored(workspace)
+    kept.unlink()
+    kept.symlink_to("/etc/hostname")
+    with pytest.raises(InputError, match="outside the workspace"):
+        drafts.restored(workspace)
+
+
+def test_an_import_says_first_what_is_wrong_and_finds_uploads_by_their_names(workspace):
+    place = workspace.uploads / "plants-2.csv"
+    place.write_text("question,answer\n1,2\n")
+    for name in ("plants-2.csv", "uploads/plants-2.csv", "./uploads/plants-2.csv"):
+        layer = {"data": {"dataset": name, "mix": [{"dataset": name, "weight": 2}, "example:chat"]}}
+        found, notes = form.found_in(layer, workspace)
+        assert found["data"]["dataset"] == found["data"]["mix"][0]["dataset"] == str(place)
+        assert found["data"]["mix"][1] == "example:chat"
+        assert len(notes) == 2
+    (workspace.uploads / "out.csv").symlink_to("/etc/passwd")
+    for name in ("uploads/../plants-2.csv", "out.csv", "/etc/passwd", "no.csv", "example:chat", 5):
+        layer = {"data": {"dataset": name}}
+        assert form.found_in(layer, workspace) == (layer, [])
+
+    said = recipe.told_of_import(form.filled({"training": {"epoch": 3}}, workspace), ["a note"])
+    assert "does not fit" in said
+    assert said.index("training.epoch") < said.index("a note")
+    assert "ts-good" in recipe.told_of_import(form.filled({}, workspace), [])
+    wrong = form.outside({"model": {"base": "/no/such/model"}}, workspace)["model.base"]
+    assert "outside your workspace" in wrong
+    assert "pload" not in wrong
+
+
+def listeners_of(name: str, function: str) -> list:
+    """The functions of this name that a page listens with."""
+    from tunesmith.ui.app import blocks
+
+    return [
+        f.fn for f in blocks().fns.values() if f.name == function and f.fn.__module__.endswith(f".{name}")
+    ]
+
+
+def test_nothing_is_checked_and_no_plan_is_outdated_where_there_is_none(workspace):
+    request = SimpleNamespace(request=SimpleNamespace(scope={SCOPE: workspace}))
+    [check] = listeners_of("data", "inspect_all")
+    said, findings, *_ = check({"training": {"seed": 3}}, "", request)
+    assert "No data is chosen yet" in said
+    assert findings is None
+    [outdated] = listeners_of("plan", "outdated")
+    assert "No plan yet" in outdated({}, plan.HERE, False, request)[0]
+    assert "has changed" in outdated({}, plan.HERE, True, request)[0]
+
+
 def test_the_architecture_of_the_base_or_why_there_is_none(model, workspace):
     summary, box = recipe.architecture({"model": {"base": model}}, workspace)
     assert summary.startswith("LlamaForCausalLM")
@@ -378,7 +459,7 @@ BESIDE_API = {
     "tunesmith.export.gguf": {"quants"},
     "tunesmith.plan": {"Plan"},
     "tunesmith.recipe": {"DataSource", "Recipe", "sections_of"},
-    "tunesmith.training.run": {"Run", "dataset_name", "folder_name", "open_run"},
+    "tunesmith.training.run": {"Run", "State", "dataset_name", "folder_name", "open_run"},
 }
 """What pages import that is neither theirs nor a verb: types, tables of names, words, readers of run folders."""
 

@@ -59,7 +59,6 @@ def test_from_an_upload_to_a_plan(bench, browser, tmp_path):
         opened.fill("recipe-data-max_length", "256")
         opened.says("recipe-yaml", "max_length: 256")
         opened.click("recipe-plan")
-        opened.click("plan-start")
         opened.says("plan-state", "It fits")
         opened.says("plan-batch", r"Micro-batch: \d")
         page.locator("#plan-memory .js-plotly-plot").wait_for()
@@ -71,6 +70,15 @@ def test_from_an_upload_to_a_plan(bench, browser, tmp_path):
         page.wait_for_timeout(1000)
         with page.expect_request(lambda asked: "/gradio_api/run/" in asked.url):
             pass  # a page to which a button led looks at its run as well
+
+        page.reload()
+        opened.says("data-state", "odd.jsonl: 60 rows")
+        assert "Not checked yet" in opened.says("data-report", "checked")
+        opened.go("Recipe")
+        opened.says("recipe-yaml", "max_length: 256")
+        opened.says("recipe-yaml", "input_text_key: frage")
+        page.locator("#recipe-training-max_steps").wait_for()
+        assert page.locator("#recipe-training-max_steps :is(input, textarea)").input_value() == "3"
         opened.check()
 
 

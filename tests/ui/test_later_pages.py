@@ -101,6 +101,8 @@ def test_fifty_clicks_without_a_name_are_one_job(tmp_path, monkeypatch):
 def test_train_shows_the_command_or_why_there_is_none(tmp_path):
     workspace = Workspace(tmp_path / "w")
     assert "--name shop" in train.preview(workspace, {"data": {"dataset": "example:support"}}, "shop")
+    assert train.unnamed(workspace, {"name": "mine"}).startswith("mine, ")
+    assert train.unnamed(workspace, {}) == train.UNNAMED
     assert train.preview(workspace, {}, None).startswith("# There is no recipe yet.")
     said = train.preview(workspace, {"data": {"dataset": "/etc/passwd"}}, None)
     assert said.startswith("# ")
@@ -115,6 +117,9 @@ def test_the_train_page_shows_the_run_as_it_is(workspace, result):
     assert "4 of 4" in said
     assert "time left" not in said, "it has ended"
     assert "time left" in train.status(replace(seen, state="training"), None, "running")
+    assert "interrupted" not in train.status(replace(seen, state="interrupted"), None, "running"), (
+        "it goes on"
+    )
     titles = {figure["title"] for figure in seen.figures}
     assert set(train.MAIN) <= titles
     plot = train.plot(seen, "Loss")

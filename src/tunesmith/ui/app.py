@@ -31,8 +31,9 @@ def blocks(recipe: Mapping[str, Any] | None = None, *, signs_out: bool = False) 
     with gr.Blocks(title="tunesmith", analytics_enabled=False, fill_width=True, delete_cache=KEPT) as made:
         gr.HTML(theme.HEADER.replace("OUT", theme.SIGN_OUT if signs_out else ""), elem_id="header")
         chosen, run = gr.State(dict(recipe or {})), gr.State(None)
+        plans = gr.State(0)
         with gr.Tabs(elem_id="pages", overflow_behavior="wrap") as tabs:
-            shared = Shared(recipe=chosen, run=run, tabs=tabs)
+            shared = Shared(recipe=chosen, run=run, plans=plans, tabs=tabs)
             made_tabs = []
             for page in PAGES:
                 name = page.name.lower()

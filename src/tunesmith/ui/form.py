@@ -662,10 +662,13 @@ def _leads_out(field: str, value: str, workspace: Workspace) -> str | None:
         return None
     from tunesmith import models
 
+    instead = "Upload the file, or give a Hub id or a name that ships."
+    if field != "model.chat_template" and not field.startswith("data."):  # folders, which no page uploads
+        instead = "Give a Hub id, `tiny`, or the folder of a run or an export in your workspace."
     if (
         "://" in value and field != "model.chat_template"
     ):  # read with what this machine may read, not the user
-        return "A URL is for the command line. Upload the file, or give a Hub id or a name that ships."
+        return f"A URL is for the command line. {instead}"
     try:
         path = Path(value).expanduser()
         is_local = path.is_absolute() or ".." in path.parts or path.exists() or models.is_path(value)
@@ -675,7 +678,7 @@ def _leads_out(field: str, value: str, workspace: Workspace) -> str | None:
         return "This is no name of a file, a folder or a Hub id."
     if field == "model.chat_template" and not path.suffix and not path.exists():
         return None  # a template's name, or a template itself
-    return "This lies outside your workspace. Upload the file, or give a Hub id or a name that ships."
+    return f"This lies outside your workspace. {instead}"
 
 
 def checked(layer: Mapping[str, Any], workspace: Workspace) -> Composition:
@@ -801,6 +804,40 @@ def imported(file: Path) -> tuple[Layer, list[str]]:
         if path not in CHOICES and value_at(whole, path, None) != value_at(base, path, None):
             sparse = put(sparse, path, value)
     return (sparse if _composed(sparse) == whole else layer), notes
+
+
+def found_in(layer: Mapping[str, Any], workspace: Workspace) -> tuple[Layer, list[str]]:
+    """The layer with data sets that name an upload relatively (`plants.csv`, `uploads/plants.csv`) by their paths.
+
+    Also says which. The path passes the walls as every other one does.
+    """
+    kept, notes = dict(layer), []
+    for path in ("data.dataset", "data.mix"):
+        value = value_at(kept, path)
+        parts = [{"dataset": value}] if path == "data.dataset" else value
+        if not isinstance(parts, list):
+            continue
+        named = [
+            _upload(part.get("dataset") if isinstance(part, Mapping) else None, workspace) for part in parts
+        ]
+        notes += [f"{path}: {Path(place).name} is the one of your uploads." for place in named if place]
+        if any(named):
+            new = [
+                {**part, "dataset": place} if place else part
+                for part, place in zip(parts, named, strict=True)
+            ]
+            kept = put(kept, path, named[0] if path == "data.dataset" else new)
+    return kept, notes
+
+
+def _upload(name: Any, workspace: Workspace) -> str | None:
+    """The path of an upload that is named relatively, or None."""
+    if not isinstance(name, str) or name.startswith("example:"):
+        return None
+    with suppress(InputError, OSError):
+        place = workspace.inside(workspace.uploads, name.removeprefix("./").removeprefix("uploads/"))
+        return str(place) if place.is_file() else None
+    return None
 
 
 # The components

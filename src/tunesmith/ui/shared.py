@@ -27,6 +27,8 @@ class Shared:
     """A plain dict: what the user has set, sparse, as `compose` takes it as a layer."""
     run: gr.State
     """Name of the chosen run folder under `workspace.runs`, or None."""
+    plans: gr.State
+    """How often a plan was asked for from another page than the plan's own."""
     tabs: gr.Tabs
     """Chosen with `gr.Tabs(selected=NAME)`; a tab's id is its page's name in small letters."""
     run_choices: list[gr.Dropdown] = field(default_factory=list)

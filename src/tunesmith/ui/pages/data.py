@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -22,7 +23,7 @@ from tunesmith.recipe import DataSource, Recipe
 from tunesmith.ui import form, theme, uploads
 from tunesmith.ui.choosing import either, written
 from tunesmith.ui.form import UNSET
-from tunesmith.ui.shared import Shared, box, command, empty, problem
+from tunesmith.ui.shared import QUIET, Shared, box, command, empty, problem
 from tunesmith.ui.workspace import Workspace, workspace_of
 
 if TYPE_CHECKING:
@@ -41,6 +42,15 @@ NOTHING = empty(
     "Upload a file, name a Hub data set, or take an example. "
     f"Until then a run takes {Recipe.model_fields['data'].get_default(call_default_factory=True).dataset}.",
 )
+
+CONTROLS = {
+    "with --input-text-key and --output-text-key": "in the two lists of columns",
+    "--input-text-key and --output-text-key": "The two columns",
+    "--format": "“Read rows as”",
+}
+"""What the command line's options are called here."""
+NOT_CHECKED = empty("Not checked yet.", "Choose data, then check it.")
+NOT_SHOWN = empty("No rows are shown yet.", "Show tokens, or name rows.")
 
 ROLES = {
     "trained": "the model learns to write it",
@@ -112,9 +122,10 @@ def cell(value: Any) -> str:
     return text if len(text) <= LONGEST_CELL else text[:LONGEST_CELL] + " ..."
 
 
-def sentence(found: api.Looked) -> str:
-    """What the rows are read as, as a box."""
+def sentence(found: api.Looked, name: str = "") -> str:
+    """What the rows of the data set with this name are read as, as a box."""
     head = f"{counted(found.rows, 'row')} with {counted(len(found.columns), 'column')}: {', '.join(found.columns)}"
+    head = f"{name}: {head}" if name else head
     if not found.formats:
         return box("The columns fit no known format.", [head, found.reason], kind="warn")
     return box(
@@ -331,6 +342,19 @@ def offered_columns(columns: Sequence[str]) -> list[tuple[str, str]]:
     return [("(by the format)", ""), *((name, name) for name in columns)]
 
 
+def by_control(said: str) -> str:
+    """A box with the controls of this page in place of the command line's options."""
+    for option, control in CONTROLS.items():
+        said = said.replace(option, control)
+    return said
+
+
+def title(layer: Mapping[str, Any]) -> str:
+    """The chosen data set by the last part of its path, or as it is named; empty where none is chosen."""
+    name = str(data_of(layer).get("dataset") or "")
+    return Path(name).name if Path(name).is_absolute() else name
+
+
 def data_part(layer: Mapping[str, Any]) -> str | None:
     """What is said of the data as text: what a new look depends on."""
     return json.dumps(data, sort_keys=True, default=str) if (data := data_of(layer)) else None
@@ -399,7 +423,7 @@ def build(shared: Shared) -> None:
         check = gr.Button("Check the data", variant="primary", elem_id="data-check")
         onward = gr.Button("On to the recipe", elem_id="data-onward")
     with gr.Accordion("Findings", open=True, elem_id="data-findings-part"):
-        found = gr.HTML(empty("Not checked yet.", "Choose data, then check it."), elem_id="data-report")
+        found = gr.HTML(NOT_CHECKED, elem_id="data-report")
         listed = gr.Dataframe(
             headers=["severity", "where", "what", "what to do"],
             label="Findings",
@@ -419,7 +443,7 @@ def build(shared: Shared) -> None:
                 info="Numbers of rows; by default the longest, the most cut, the least trained.",
             )
             show = gr.Button("Show tokens", elem_id="data-seen-show", scale=1)
-        view = gr.HTML(empty("No rows are shown yet.", "Show tokens, or name rows."), elem_id="data-seen")
+        view = gr.HTML(NOT_SHOWN, elem_id="data-seen")
     with gr.Accordion(
         "Lengths and ledger", open=True, elem_id="data-ledger-part", elem_classes="ts-with-table"
     ):
@@ -443,7 +467,8 @@ def build(shared: Shared) -> None:
     ) -> tuple[Any, ...]:
         """Box, rows, format and columns of the layer's data; for every change of it."""
         workspace = workspace_of(request)
-        kept = gr.update(choices=uploads.of_data(workspace), value=None)
+        own, dataset = uploads.of_data(workspace), data_of(layer).get("dataset")
+        kept = gr.update(choices=own, value=dataset if dataset in [path for _, path in own] else None)
         if "dataset" not in data_of(layer):
             if known is None:
                 return kept, *[gr.skip()] * 5, "", None
@@ -458,13 +483,21 @@ def build(shared: Shared) -> None:
         try:
             rows = looked(layer, workspace)
         except TunesmithError as error:
-            return kept, problem(error), gr.update(value=None), *[gr.skip()] * 3, line, None
+            return kept, by_control(problem(error)), gr.update(value=None), *[gr.skip()] * 3, line, None
         # Lists that are as they were stay untouched: somebody may be about to choose from one.
         same = known == rows.columns and named == (question, answer)
         offered = offered_columns(rows.columns)
         lists = [gr.skip() if same else gr.update(choices=offered, value=name) for name in named]
         kind = gr.update(value=data_of(layer).get("format", "auto"))
-        return kept, sentence(rows), gr.update(value=table(rows)), kind, *lists, line, rows.columns
+        return (
+            kept,
+            by_control(sentence(rows, title(layer))),
+            gr.update(value=table(rows)),
+            kind,
+            *lists,
+            line,
+            rows.columns,
+        )
 
     columns = gr.State(None)
     looks = [files, state, first, kind, question, answer, line, columns]
@@ -477,9 +510,14 @@ def build(shared: Shared) -> None:
         look,
         [shared.recipe, question, answer, columns],
         looks,
+        trigger_mode="always_last",  # a recipe that is restored while the first look runs is looked at as well
         concurrency_id="models",
         concurrency_limit=1,
     )
+
+    results = [found, listed, view, total, plot, ledger]
+    # What was found in another data set, or in this one read in another way, is none of this one's.
+    said_of_data.change(lambda: unchecked(NOT_CHECKED), None, results, **QUIET)
 
     def send(file: str | None, layer: dict[str, Any], request: gr.Request) -> tuple[Any, Any]:
         if not file:
@@ -513,6 +551,8 @@ def build(shared: Shared) -> None:
 
     def inspect_all(layer: dict[str, Any], rows: str, request: gr.Request) -> tuple[Any, ...]:
         workspace = workspace_of(request)
+        if "dataset" not in data_of(layer):
+            return unchecked(NOTHING)
         return (
             *either(lambda: _report(layer, workspace), 2),
             *either(lambda: [seen(layer, workspace, rows)], 1),
@@ -522,12 +562,14 @@ def build(shared: Shared) -> None:
     check.click(
         inspect_all,
         [shared.recipe, named],
-        [found, listed, view, total, plot, ledger],
+        results,
         concurrency_id="models",
         concurrency_limit=1,
     )
 
     def show_rows(layer: dict[str, Any], rows: str, request: gr.Request) -> Any:
+        if "dataset" not in data_of(layer):
+            return NOTHING
         workspace = workspace_of(request)
         return either(lambda: [seen(layer, workspace, rows)], 1)[0]
 
@@ -540,6 +582,11 @@ def build(shared: Shared) -> None:
         concurrency_limit=1,
     )
     onward.click(lambda: gr.Tabs(selected="recipe"), None, shared.tabs)
+
+
+def unchecked(said: str) -> tuple[Any, ...]:
+    """Report, findings, tokens, ledger in sum, lengths and ledger where nothing was checked, with the report's box."""
+    return said, None, NOT_SHOWN, "", gr.update(value=None, visible=False), None
 
 
 def _report(layer: Mapping[str, Any], workspace: Workspace) -> list[Any]:

@@ -39,6 +39,9 @@ COLOURS = {
 """A colour for each part of the memory, as `estimate.ABOUT` names them."""
 
 
+NONE_YET = empty("No plan yet.", "It reads the data and takes a step on a hollow model: some seconds.")
+
+
 @dataclass(frozen=True)
 class Planned:
     """A plan with what became of the rows, and notes of composing the recipe."""
@@ -215,10 +218,8 @@ def build(shared: Shared) -> None:
         )
         start = gr.Button("Work out the plan", variant="primary", elem_id="plan-start", scale=1)
         onward = gr.Button("On to training", elem_id="plan-onward", scale=1)
-    state = gr.HTML(
-        empty("No plan yet.", "It reads the data and takes a step on a hollow model: some seconds."),
-        elem_id="plan-state",
-    )
+    state = gr.HTML(NONE_YET, elem_id="plan-state")
+    was_planned = gr.State(False)
     plot = gr.Plot(label="Memory", show_label=False, elem_id="plan-memory", visible=False)
     colours = gr.HTML("", elem_id="plan-legend")
     batch = gr.HTML("", elem_id="plan-batch")
@@ -240,33 +241,37 @@ def build(shared: Shared) -> None:
         workspace = workspace_of(request)
         known = device if device in devices.DEVICES else HERE
         line = command(argv(layer, workspace, known))
-        yield busy("Reading and preparing the rows ..."), *[gr.skip()] * 4, line
+        yield busy("Reading and preparing the rows ..."), *[gr.skip()] * 4, line, True
         said, bar, *others = either(lambda: all_of(layer, workspace, known), 5)
         again = measured and known == HERE and bar is not None
         waits = busy("Measuring two steps here; the plan below is without them ...") if again else ""
-        yield waits + said, gr.update(value=bar, visible=bar is not None), *others, line
+        yield waits + said, gr.update(value=bar, visible=bar is not None), *others, line, True
         if again:
             said, bar, *others = either(lambda: all_of(layer, workspace, measured=True), 5)
-            yield said, gr.update(value=bar, visible=bar is not None), *others, line
+            yield said, gr.update(value=bar, visible=bar is not None), *others, line, True
 
-    start.click(
+    gr.on(
+        [start.click, shared.plans.change],
         work,
         [shared.recipe, device, measure],
-        [state, plot, colours, batch, table, line],
+        [state, plot, colours, batch, table, line, was_planned],
         show_progress="hidden",
         trigger_mode="always_last",  # a click just after the plan is shown counts as well
         concurrency_id="models",
         concurrency_limit=1,
     )
 
-    def outdated(layer: dict[str, Any], device: str, request: gr.Request) -> tuple[str, str]:
-        said = empty("The recipe has changed.", "Work out the plan again.")
+    def outdated(
+        layer: dict[str, Any], device: str, was_planned: bool, request: gr.Request
+    ) -> tuple[str, str]:
+        changed = empty("The recipe has changed.", "The plan below is of the one before: work it out again.")
+        said = changed if was_planned else NONE_YET
         return said, command(argv(layer, workspace_of(request), device))
 
     gr.on(
         [shared.recipe.change, device.input],
         outdated,
-        [shared.recipe, device],
+        [shared.recipe, device, was_planned],
         [state, line],
         show_progress="hidden",
         trigger_mode="always_last",

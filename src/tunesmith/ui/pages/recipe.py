@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from gradio.context import LocalContext, get_blocks_context, get_render_context
 
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.recipe import Recipe, sections_of
-from tunesmith.ui import form, handlers
-from tunesmith.ui.choosing import written
+from tunesmith.ui import drafts, form, handlers
+from tunesmith.ui.choosing import told_of, written
 from tunesmith.ui.form import Control, Filled
 from tunesmith.ui.shared import PRIVATE, Shared, box, command, problem
 from tunesmith.ui.workspace import Workspace, workspace_of
@@ -74,14 +75,25 @@ def outcome(
     )
 
 
+def faults(found: Filled) -> list[str]:
+    """What is wrong with the recipe, a line each that names the field."""
+    return [
+        said if said.startswith(path) or not path else f"{path}: {said}"
+        for path, said in found.faults.items()
+    ]
+
+
+def told_of_import(found: Filled, notes: Sequence[str]) -> str:
+    """What became of an import: what is wrong with the recipe first, then what was left out or found."""
+    if found.faults:
+        return box("The recipe was imported, and does not fit yet.", [*faults(found), *notes])
+    return box("The recipe was imported.", notes, kind="good")
+
+
 def verdict(found: Filled) -> str:
     """Whether the recipe holds together, as HTML with everything escaped."""
     if found.faults:
-        lines = [
-            said if said.startswith(path) or not path else f"{path}: {said}"
-            for path, said in found.faults.items()
-        ]
-        return box("The recipe does not fit yet.", lines)
+        return box("The recipe does not fit yet.", faults(found))
     recipe = found.sound
     what = f"{recipe.method.kind} on {recipe.model.base}, adapter {recipe.adapter.kind}, data {recipe.data.dataset}"
     return box("The recipe fits.", [what, *found.notes], kind="good")
@@ -202,12 +214,38 @@ def build(shared: Shared) -> None:
         trigger_mode="always_last",
     )
 
+    # What the command line names goes before what was kept at an earlier start.
+    since = time.time() if shared.recipe.value else 0.0
+
+    def restore(layer: dict[str, Any], version: int, request: gr.Request) -> tuple[Any, ...]:
+        try:
+            found = drafts.restored(workspace_of(request), since=since)
+        except Exception as error:
+            gr.Warning("The recipe of your last visit could not be restored; the Recipe page says why.")
+            return layer, version, told_of(error)
+        if found is None:
+            return gr.skip(), gr.skip(), gr.skip()
+        new, notes = found
+        for note in notes:
+            gr.Warning(html.escape(note))
+        said = box("Your recipe was restored, but for this:", notes, kind="warn") if notes else ""
+        return new, version + 1, said
+
+    root.load(restore, [shared.recipe, version], [shared.recipe, version, said], **QUIET)
+
+    def keep_draft(layer: dict[str, Any], request: gr.Request) -> None:
+        drafts.keep(layer, workspace_of(request))
+
+    shared.recipe.change(keep_draft, shared.recipe, trigger_mode="always_last", **QUIET)
+
     def load(file: str, version: int, layer: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         try:
             new, notes = taken(file)
         except TunesmithError as error:
             return layer, version, problem(error)
-        return new, version + 1, box("The recipe was imported.", notes, kind="good")
+        workspace = workspace_of(request)
+        new, found = form.found_in(new, workspace)
+        return new, version + 1, told_of_import(form.filled(new, workspace), [*notes, *found])
 
     upload.upload(load, [upload, version, shared.recipe], [shared.recipe, version, said])
     clear.click(lambda version: ({}, version + 1, ""), version, [shared.recipe, version, said])
@@ -226,7 +264,13 @@ def build(shared: Shared) -> None:
         return architecture(layer, workspace_of(request))
 
     show.click(look, shared.recipe, [summary, missing], concurrency_id="models", concurrency_limit=1)
-    onward.click(lambda: gr.Tabs(selected="plan"), None, shared.tabs)
+    onward.click(
+        lambda plans: (gr.Tabs(selected="plan"), plans + 1),
+        shared.plans,
+        [shared.tabs, shared.plans],
+        concurrency_id="recipe",  # after what was typed just before the click
+        concurrency_limit=1,
+    )
 
 
 def _section(shared: Shared, section: str, look: gr.State, view: gr.Radio, is_open: gr.State) -> None:

@@ -6,17 +6,18 @@ import functools
 import html
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import gradio as gr
 from gradio.components.plot import PlotData
 from gradio.context import get_render_context
 
 from tunesmith.errors import InputError, TunesmithError
-from tunesmith.training.run import folder_name, open_run
+from tunesmith.training.run import State, folder_name, open_run
 from tunesmith.ui import curves, form
 from tunesmith.ui.choosing import (
     LONGEST_TEXT,
+    clock,
     duration,
     guarded,
     job_box,
@@ -41,7 +42,10 @@ SHOWN = (
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
 )
 """What the newest step says, its name and how it is written."""
+ENDS = get_args(State)
+"""What a run says last."""
 PLOTS_KEPT = 128
+UNNAMED = "the recipe's name, or task and data set, if nothing is said"
 NONE_YET = empty("No run yet.", "Start one above: it trains on its own, also when you close this page.")
 
 
@@ -106,6 +110,14 @@ def preview(workspace: Workspace, layer: Mapping[str, Any], name: str | None) ->
         return "# " + " ".join(said.split())
 
 
+def unnamed(workspace: Workspace, layer: Mapping[str, Any]) -> str:
+    """What the page says of a new run's name where none is typed: the one that it gets."""
+    try:
+        return f"{planned(workspace, layer)[1]}, if nothing is said"
+    except TunesmithError:  # the preview says why there is no run yet
+        return UNNAMED
+
+
 def status(seen: curves.Seen, job: Job | None, state: str) -> str:
     """How far a run is, for `gr.HTML`."""
     word = "stopping" if job and job.stop_asked and job.is_open else state
@@ -120,7 +132,8 @@ def status(seen: curves.Seen, job: Job | None, state: str) -> str:
     if seen.seconds_left is not None and state == "running" and seen.state == "training":
         facts.append(("time left", duration(seen.seconds_left)))
     if state == "running" and seen.state != "training":
-        facts.append(("now", seen.state or "preparing"))
+        # A run that goes on has its last end as its newest word until it says where it is.
+        facts.append(("now", "preparing" if seen.state in ENDS else seen.state or "preparing"))
     if seen.no_numbers:
         facts.append(("not shown", f"{seen.no_numbers} values that are no numbers"))
     cells = "".join(f"<div><dt>{html.escape(n)}</dt><dd>{html.escape(v)}</dd></div>" for n, v in facts)
@@ -140,6 +153,11 @@ def plot(seen: curves.Seen, title: str | None) -> PlotData | None:
     return PlotData(type="plotly", plot=curves.plotted(figure)) if figure else None
 
 
+def queued(job: Job, *lines: str) -> str:
+    """The box for a job that was put into the queue, with the time: it stays while the job runs."""
+    return box(f"{job.title}: queued at {clock(job.queued)}", lines, kind="good")
+
+
 def samples(seen: curves.Seen) -> list[list[str]]:
     """Answers while it is trained, newest first."""
     return [
@@ -157,7 +175,7 @@ def build(shared: Shared) -> None:
     with gr.Column(elem_id="train-start-group"):
         with gr.Row():
             name = gr.Textbox(
-                value="", label="Name of the new run", placeholder="task and data set, if nothing is said", max_lines=1,
+                value="", label="Name of the new run", placeholder=UNNAMED, max_lines=1,
                 elem_id="train-name", max_length=120, scale=3,
             )  # fmt: skip
             begin = gr.Button("Start training", variant="primary", elem_id="train-start", scale=1)
@@ -298,14 +316,15 @@ def build(shared: Shared) -> None:
         **QUIET,
     )
 
-    def previewed(layer: Mapping[str, Any], name: str, request: gr.Request) -> str:
-        return preview(workspace_of(request), layer, name)
+    def previewed(layer: Mapping[str, Any], name: str, request: gr.Request) -> tuple[str, Any]:
+        workspace = workspace_of(request)
+        return preview(workspace, layer, name), gr.update(placeholder=unnamed(workspace, layer))
 
     gr.on(
         [tab.select, shared.recipe.change, name.blur],
         previewed,
         inputs=[shared.recipe, name],
-        outputs=[line],
+        outputs=[line, name],
         **QUIET,
     )
 
@@ -313,7 +332,7 @@ def build(shared: Shared) -> None:
         def act() -> list[Any]:
             job = start(workspace_of(request), layer, name)
             return [
-                box(f"{job.title}: queued", ["It goes on when you close this page."], kind="good"),
+                queued(job, "It goes on when you close this page."),
                 job.run,
                 job.command,
             ]
@@ -355,7 +374,7 @@ def build(shared: Shared) -> None:
 
     def go_on(workspace: Workspace, run: str | None) -> list[Any]:
         job = queue_of(workspace).resume(run_path(workspace, run))
-        return [box(f"{job.title}: queued", kind="good"), job.command]
+        return [queued(job), job.command]
 
     def call_off(workspace: Workspace, id: str | None) -> list[Any]:
         if not id:

@@ -17,7 +17,7 @@ from tunesmith.recipe import Recipe, sections_of
 from tunesmith.ui import drafts, form, handlers
 from tunesmith.ui.choosing import told_of, written
 from tunesmith.ui.form import Control, Filled
-from tunesmith.ui.shared import PRIVATE, Shared, box, command, problem
+from tunesmith.ui.shared import PRIVATE, QUIET, Shared, box, command, problem
 from tunesmith.ui.workspace import Workspace, workspace_of
 
 SECTIONS = (

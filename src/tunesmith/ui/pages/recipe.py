@@ -231,7 +231,10 @@ def build(shared: Shared) -> None:
         said = box("Your recipe was restored, but for this:", notes, kind="warn") if notes else ""
         return new, version + 1, said
 
-    root.load(restore, [shared.recipe, version], [shared.recipe, version, said], **QUIET)
+    # Through the queue: of a state that is changed past it Gradio tells nobody.
+    root.load(
+        restore, [shared.recipe, version], [shared.recipe, version, said], show_progress="hidden", **PRIVATE
+    )
 
     def keep_draft(layer: dict[str, Any], request: gr.Request) -> None:
         drafts.keep(layer, workspace_of(request))

@@ -59,13 +59,12 @@ def test_every_argument_reaches_the_recipe(recipes, question_file):
     # `epsilon` is GRPO's, so that the recipe is refused by name
     assert recipes == []
     handlers.handle_fine_tune(
-        "tiny", question_file, "example:chat", "PPO", "default", "packed", 4.0, 16.0, 0.2, "my-reward", 2.0, 3.0, 5.0,
+        "tiny", question_file, "example:chat", "PPO", "default", "default", 4.0, 16.0, 0.2, "my-reward", 2.0, 3.0, 5.0,
         learning_rate=1e-3, output_dir="out", max_length=99,
     )  # fmt: skip
     [recipe] = recipes
     assert recipe.model.base == "tiny"
     assert recipe.data.dataset == str(question_file)  # the file goes before what is selected
-    assert recipe.data.packing
     assert recipe.data.max_length == 99
     assert (recipe.method.kind, [r.model for r in recipe.method.rewards]) == ("ppo", ["my-reward"])
     assert recipe.adapter.model_dump(include={"kind", "rank", "alpha", "dropout"}) == {

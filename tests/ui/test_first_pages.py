@@ -17,7 +17,7 @@ from tunesmith.data.examples import Row
 from tunesmith.data.inspection import Inspected
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.ui import choosing, drafts, form, uploads
-from tunesmith.ui.pages import data, plan, recipe
+from tunesmith.ui.pages import chat, data, plan, recipe
 from tunesmith.ui.workspace import SCOPE, Workspace
 
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>{{constructor}}${alert(3)}"
@@ -503,3 +503,34 @@ def test_the_pages_are_built():
             ("data-", "recipe-", "plan-")
         ):
             assert block.label, block.elem_id
+
+
+def test_answers_end_with_the_piece_that_is_written_when_they_are_stopped(monkeypatch):
+    closed = []
+
+    def answers(models, messages, **settings):
+        try:
+            for number in range(1000):
+                yield f"base {number}", f"tuned {number}"
+        finally:
+            closed.append(True)
+
+    monkeypatch.setattr(chat, "answers", answers)
+    monkeypatch.setattr(chat, "sides", lambda workspace, run: ("base", "tuned"))
+    monkeypatch.setattr(chat, "workspace_of", lambda request: None)
+    page, other = SimpleNamespace(session_hash="one"), SimpleNamespace(session_hash="other")
+    [ask], [halt] = (listeners_of("chat", name) for name in ("ask", "halt_answers"))
+    writing = ask("run", "how many?", [], None, None, "", 64, 0, 0, page)
+    next(writing)
+    next(writing)
+    halt(other)  # another page's click
+    assert "tuned 1" in str(next(writing)[3])
+    halt(page)
+    [last] = list(writing)
+    turn, talk, told = last[1], last[3], last[7]
+    assert not turn.is_whole
+    assert (turn.base, turn.tuned) == ("base 2", "tuned 2")
+    assert "aria-busy" not in talk
+    assert "not whole" in told
+    assert closed == [True]
+    assert not chat._asking

@@ -94,7 +94,7 @@ def main() -> None:
         "name": "merge",
         "ours": ours,
         "peer": peer,
-        "ratio": round(ours / peer, 3),
+        "ratio": round(peer / ours, 3),
         "unit": "bytes",
         "n": 1,
     }

@@ -291,18 +291,15 @@ def build(shared: Shared) -> None:
             shell = commands(names, messages, **settings)
             page = shown(before, "", ("", ""), is_open=False) if before else TRY
             both = ("", "")
-            # The turn so far is kept with every piece: a page that is opened again finds it.
-            part = Turn(tuple(messages), *both, names, is_whole=False)
-            yield [before, part, None, shown(before, asked, both, is_open=True), off, off, "", "", shell]
+            yield [before, None, None, shown(before, asked, both, is_open=True), off, off, "", "", shell]
             with contextlib.closing(answers(names, messages, **settings)) as pieces:
                 for both in pieces:
-                    part = Turn(tuple(messages), *both, names, is_whole=False)
                     if halted.is_set():
+                        part = Turn(tuple(messages), *both, names, is_whole=False)
                         left, page, back, note = stopped(before, part)
                         yield [nothing, left, nothing, page, off, off, back, note, nothing]
                         return
-                    talk = shown(before, asked, both, is_open=True)
-                    yield [nothing, part, nothing, talk, *[nothing] * 5]
+                    yield [*[nothing] * 3, shown(before, asked, both, is_open=True), *[nothing] * 5]
         except Exception as error:
             gone = nothing if page is nothing else None
             yield [nothing, gone, nothing, page, off, off, asked, told_of(error), nothing]

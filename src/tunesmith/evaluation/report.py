@@ -30,7 +30,7 @@ from tunesmith.evaluation.compare import (
 from tunesmith.evaluation.leakage import KINDS, PASSAGE, Copied
 from tunesmith.evaluation.metrics import METRICS, Metric
 from tunesmith.evaluation.rows import EvalRow, read_rows
-from tunesmith.training.run import Run, without_retaken, write_whole
+from tunesmith.training.run import EVENTS, Run, without_retaken, write_whole
 
 COMPARED_CHARACTERS = 2000
 """Beginning of an answer by which is told how much it changed."""
@@ -43,7 +43,7 @@ FILES = {
     "environment.json": "versions and device",
     "plan.json": "what was worked out before the start, with reasons",
     "ledger.jsonl": "every input row and what became of it",
-    "events.jsonl": "every metric, decision and state, in order",
+    EVENTS: "every metric, decision and state, in order",
     "evaluation/rows.jsonl": "every answer of both models, with scores",
     "evaluation/scores.json": "scores of each model with intervals",
     "evaluation/comparison.json": "base against tuned",
@@ -69,7 +69,7 @@ def write_report(run_dir: Path) -> Path:
     primary = next((c for c in compared if c.primary), None)
     rows = _rows(run, problems)
     ledger = _lines(run.path / "ledger.jsonl", problems)
-    events = without_retaken(_lines(run.path / "events.jsonl", problems))
+    events = without_retaken(_lines(run.path / EVENTS, problems))
     plan = _json(run, "plan.json", problems) or {}
     text = _page().render(
         name=run.path.name,

@@ -25,7 +25,7 @@ import orjson
 
 from tunesmith.evaluation.report import curves as figure_of
 from tunesmith.evaluation.report import training_figures
-from tunesmith.training.run import OF_STEPS
+from tunesmith.training.run import EVENTS, OF_STEPS
 from tunesmith.ui import theme
 
 POINTS = 1000
@@ -308,7 +308,7 @@ def _number(value: Any) -> str:
 @functools.lru_cache(maxsize=64)
 def events_of(run: Path) -> Events:
     """The one reader of a run's log in this process."""
-    return Events(run / "events.jsonl")
+    return Events(run / EVENTS)
 
 
 def plotted(figure: Mapping[str, Any], *, height: int = 260) -> str:

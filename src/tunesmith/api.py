@@ -10,14 +10,12 @@ print(result.primary.verdict)
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,13 +43,10 @@ from tunesmith.errors import (
 from tunesmith.recipe import (
     Accelerate,
     DataSource,
-    Evaluation,
     Local,
     Ray,
     Recipe,
-    RewardModel,
     Seq2Seq,
-    Shards,
     Task,
 )
 from tunesmith.training.continuing import differences
@@ -74,7 +69,7 @@ from tunesmith.training.run import (
 
 if TYPE_CHECKING:
     from tunesmith import jobs
-    from tunesmith.data.examples import Example, Ledger
+    from tunesmith.data.examples import Ledger
     from tunesmith.data.inspection import Inspected
     from tunesmith.data.templates import Encoder
     from tunesmith.data.validation import Report
@@ -82,7 +77,6 @@ if TYPE_CHECKING:
     from tunesmith.engines.check import EngineCheck
     from tunesmith.evaluation import EvalRow
     from tunesmith.evaluation.compare import Comparison
-    from tunesmith.evaluation.leakage import Leakage
     from tunesmith.evaluation.unseen import MeasuredOn
     from tunesmith.export.artefact import Exported
     from tunesmith.export.deployment import Deployment
@@ -709,11 +703,12 @@ def evaluate(
     _check_metric_names(metrics, settings)
     quiet_libraries()
     from tunesmith import evaluation
+    from tunesmith.evaluation import keeping, measuring
     from tunesmith.evaluation.rows import asked_in
 
     started = time.perf_counter()
-    run, questions = _questions([model], dataset, metrics, settings, watch)
-    rows, chosen, longer = _answers(model, questions, name="model", watch=watch)
+    run, questions = measuring.questions_for([model], dataset, metrics, settings, watch)
+    rows, chosen, longer = measuring.answers_of(model, questions, name="model", watch=watch)
     questions = questions.with_longer({str(model): longer})
     scores = evaluation.scores(rows, chosen)
     asked = questions.recipe.evaluation.max_new_tokens
@@ -722,9 +717,9 @@ def evaluate(
         "measured_on": asdict(questions.measured_on),
         "metrics": chosen,
         "max_new_tokens": asked,
-        **_made_with({"model": model}, questions.recipe),
+        **keeping.made_with({"model": model}, questions.recipe),
     }
-    place = Path(output) if output else _evaluation_folder(run, model, questions.recipe, kept)
+    place = Path(output) if output else keeping.evaluation_folder(run, model, questions.recipe, kept)
     evaluation.write_rows(place / "rows.jsonl", rows)
     if made := evaluation.classification.classification(rows):
         kept["labels"] = asdict(made)
@@ -734,16 +729,16 @@ def evaluate(
     if copied := asked_in(rows).sentence():
         watch({"kind": "warning", "message": copied})
     write_whole(place / "scores.json", json.dumps(kept, indent=1))
-    leaked = _leak_facts(questions, {"model": rows}, chosen, None)
-    _keep_leaks(leaked, place / "leakage.json", watch)
-    _settle_answers(place, questions)
+    leaked = measuring.leak_facts(questions, {"model": rows}, chosen, None)
+    keeping.keep_leaks(leaked, place / "leakage.json", watch)
+    keeping.settle_answers(place, questions)
     return Result(
         run=place,
         comparisons=(),
         seconds=time.perf_counter() - started,
         scores=scores,
         measured_on=questions.measured_on,
-        leakage=_short_leakage(leaked),
+        leakage=keeping.short_leakage(leaked),
         engine_check=questions.engine_check(),
     )
 
@@ -764,13 +759,14 @@ def generate(
     """
     launch.require_one_process()
     quiet_libraries()
+    from tunesmith import engines
     from tunesmith.compose import compose, overlaid
     from tunesmith.engines import batch
     from tunesmith.evaluation.judging.bench import source_of
 
     recipe = compose(overlaid(dict(settings or {}), {"data": {"dataset": dataset}})).recipe
     section = recipe.evaluation
-    _check_shards(section)
+    engines.check_shards(section)
     if section.attempts > 1:
         raise RecipeError("Answers to a set of prompts are greedy, one each.", fix="Leave --attempts out.")
     source = source_of(str(model), server=section.server, shards=section.shards)
@@ -814,22 +810,23 @@ def compare(
     from tunesmith import evaluation
     from tunesmith.engines.check import remarked
     from tunesmith.evaluation import compare as comparing
+    from tunesmith.evaluation import keeping, measuring
 
     started = time.perf_counter()
-    models = _baseline_first([a, b, *more], baseline)
-    run, questions = _questions(models, dataset, metrics, settings, watch)
-    names = _side_names(*models)
+    models = measuring.baseline_first([a, b, *more], baseline)
+    run, questions = measuring.questions_for(models, dataset, metrics, settings, watch)
+    names = measuring.side_names(*models)
     stand_ins = ("base", "tuned") if len(models) == 2 else names
-    watch(_findable(questions))
+    watch(measuring.findable(questions))
     found, longer, chosen = [], {}, list[str]()
     for model, name, stand_in in zip(models, names, stand_ins, strict=True):
-        rows, fitting, longer[name] = _answers(
+        rows, fitting, longer[name] = measuring.answers_of(
             model,
             questions,
             name=stand_in,
             known_as=name,
             primary=primary,
-            watch=_renamed(watch, stand_in, name),
+            watch=measuring.renamed(watch, stand_in, name),
         )
         chosen = chosen or fitting
         found.append(rows)
@@ -841,7 +838,7 @@ def compare(
         resamples=section.resamples,
         confidence=section.confidence,
         primary=primary,
-        apart=[_apart(models[0], other, questions.recipe) for other in models[1:]],
+        apart=[measuring.apart(models[0], other, questions.recipe) for other in models[1:]],
     )
     compared = remarked(compared, questions.engine_check())
     if len(models) == 2:
@@ -851,10 +848,10 @@ def compare(
         "measured_on": asdict(questions.measured_on),
         "metrics": chosen,
         "primary": primary,
-        **_made_with(dict(zip(names, models, strict=True)), questions.recipe),
+        **keeping.made_with(dict(zip(names, models, strict=True)), questions.recipe),
     }
     beside = (run.path.parent if run else Path()) / "comparisons"
-    place = _own_folder(beside / _comparison_name(names, dataset) / "comparison.json", about)
+    place = keeping.own_folder(beside / keeping.comparison_name(names, dataset) / "comparison.json", about)
     evaluation.write_rows(place / "rows.jsonl", itertools.chain.from_iterable(found))
     kept = {
         "a": str(models[0]),
@@ -863,12 +860,11 @@ def compare(
         "comparisons": [asdict(c) for c in compared],
         "engine_check": questions.engine_check(),
     }
-    own_base = open_run(models[0]).recipe().model.base if is_run(Path(models[0]).expanduser()) else None
-    origins = [name for name, model in zip(names, models) if own_base and _same_place(str(model), own_base)]
-    leaked = _leak_facts(questions, dict(zip(names, found, strict=True)), chosen, primary, origins)
-    _keep_leaks(leaked, place / "leakage.json", watch)
+    origins = measuring.made_from(models, names)
+    leaked = measuring.leak_facts(questions, dict(zip(names, found, strict=True)), chosen, primary, origins)
+    keeping.keep_leaks(leaked, place / "leakage.json", watch)
     write_whole(place / "comparison.json", json.dumps(kept, indent=1, ensure_ascii=False))
-    _settle_answers(place, questions)
+    keeping.settle_answers(place, questions)
     return Result(
         run=run.path if run else None,
         comparisons=tuple(compared),
@@ -877,7 +873,7 @@ def compare(
         measured_on=questions.measured_on,
         saved=place,
         models=names,
-        leakage=_short_leakage(leaked),
+        leakage=keeping.short_leakage(leaked),
         engine_check=questions.engine_check(),
     )
 
@@ -893,446 +889,6 @@ def _check_metric_names(
     known_metrics(
         [*(metrics or ()), *(more if isinstance(more, list) else ()), *([primary] if primary else ())]
     )
-
-
-def _keep_leaks(facts: Mapping[str, Any] | None, file: Path, watch: Watch) -> None:
-    """Write the leakage, and say where its pairs are."""
-    if facts is None:
-        return
-    write_whole(file, json.dumps(facts, indent=1, ensure_ascii=False))
-    if facts["leaked"]:
-        watch({"kind": "warning", "message": f"{facts['remark']} The pairs are in {file}."})
-    elif facts["review"]:
-        reason = "pairs with too much in common, to be looked at"
-        watch({"kind": "decision", "name": "leakage pairs", "value": str(file), "reason": reason})
-
-
-def _short_leakage(facts: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The leakage without the texts of its pairs."""
-    if facts is None:
-        return None
-    kept = {key: facts[key] for key in ("questions", "trained", "counts", "remark", "parts", "copied")}
-    return {**kept, "leaked": len(facts["leaked"]), "review": len(facts["review"])}
-
-
-def _baseline_first(models: Sequence[str | Path], baseline: str | Path | None) -> list[str | Path]:
-    """The models, the baseline before the others. Raises TunesmithError for one that is not among them."""
-    if baseline is None:
-        return list(models)
-    names = _side_names(*models)
-    for place, (model, name) in enumerate(zip(models, names, strict=True)):
-        if str(baseline) in (str(model), name):
-            return [models[place], *models[:place], *models[place + 1 :]]
-    raise TunesmithError(
-        f"The baseline {baseline} is not among the models.",
-        found=", ".join(map(str, models)),
-        fix=nearest(str(baseline), [str(model) for model in models]),
-    )
-
-
-def _findable(questions: _Questions) -> dict[str, Any]:
-    """What a comparison on these questions could find, as an event, before any answer is paid for."""
-    from tunesmith.data.examples import texts
-    from tunesmith.evaluation.power import expected
-
-    section = questions.recipe.evaluation
-    different = list({(e.group, *texts(e)): e for e in questions.examples}.values())
-    items = min(len({tuple(texts(e)) for e in different}), section.max_items or len(different))
-    groups = len({n if e.group is None else e.group for n, e in enumerate(different)})
-    could = expected(items, min(groups, items), confidence=section.confidence)
-    return {
-        "kind": "decision",
-        "name": "smallest difference to be found",
-        "value": could.value if could else "none",
-        "reason": could.reason if could else "one question or group cannot show any",
-    }
-
-
-def _comparison_name(names: Sequence[str], dataset: str | None) -> str:
-    """The folder of a comparison; of very many models a name that a file system takes."""
-    name = "_vs_".join(re.sub(r"[^\w.-]+", "-", side) for side in names)
-    if len(name) > 150:
-        name = f"{name[:120]}_and_others_{hashlib.blake2b(name.encode(), digest_size=6).hexdigest()}"
-    return f"{name}_on_{dataset_name(dataset)}" if dataset else name
-
-
-def _apart(a: str | Path, b: str | Path, recipe: Recipe) -> str:
-    """Why two models may be given different tokens for the same question."""
-    from tunesmith import models
-    from tunesmith.data.pairs import MARK
-
-    one, other = (models.load_tokenizer(str(model)) for model in (a, b))
-    if one.get_vocab() != other.get_vocab():
-        return "they have tokenizers of their own"
-    for model, tokenizer in ((a, one), (b, other)):
-        _settle_template(tokenizer, models.kind(str(model)), recipe)
-    templates = [str(tokenizer.chat_template) for tokenizer in (one, other)]
-    if all(template.startswith(MARK) for template in templates):
-        return "another source prefix, `method.source_prefix`, before the input"
-    return "another chat template around the question"
-
-
-def _side_names(*models: str | Path) -> tuple[str, ...]:
-    """What the models of a comparison are called: their folders' names, where these differ."""
-    short = tuple(Path(str(model)).name for model in models)
-    whole = tuple(map(str, models))
-    names = short if len(set(short)) == len(short) and all(short) else whole
-    if len(models) > 2 and len(set(names)) < len(names):
-        raise TunesmithError(
-            "A model is named twice.", found=", ".join(whole), fix="Name each model of a comparison once."
-        )
-    return names
-
-
-def _renamed(watch: Watch, before: str, after: str) -> Watch:
-    """A watcher that is told of a stage under the name that people know."""
-
-    def told(event: Mapping[str, Any]) -> None:
-        stage = str(event.get("stage", ""))
-        known = stage.startswith(f"{before}:")
-        watch({**event, "stage": after + stage.removeprefix(before)} if known else event)
-
-    return told
-
-
-@dataclass(frozen=True)
-class _Questions:
-    """Held-out examples and the settings they are asked with."""
-
-    recipe: Recipe
-    examples: tuple[Example, ...]
-    measured_on: MeasuredOn
-    unfinished: Path
-    """Where answers are kept until their rows are written."""
-    leakage: Leakage | None = None
-    """Of the runs behind the models; None where there are none, or their data sets are not known."""
-    learned: Callable[[], Iterator[str]] = lambda: iter(())
-    """The answers that they were trained on."""
-    checks: list[EngineCheck] = field(default_factory=list)
-
-    def engine_check(self) -> dict[str, Any]:
-        """The engine checks so far, by model."""
-        return {check.model: check.as_dict() for check in self.checks}
-
-    def with_longer(self, found: Mapping[str, str | None]) -> _Questions:
-        """The same, with what is to be said by model of questions longer than it was trained to read."""
-        longer = {model: said for model, said in found.items() if said}
-        return replace(self, measured_on=replace(self.measured_on, longer=longer))
-
-
-def _questions(
-    models: Sequence[str | Path],
-    dataset: str | None,
-    metrics: Sequence[str] | None,
-    settings: Mapping[str, Any] | None,
-    watch: Watch,
-    *,
-    rows: int | None = None,
-) -> tuple[Run | None, _Questions]:
-    """The first of the models that is a run, and what it and the others are to be asked, at most `rows` where that
-    is given.
-
-    Raises TunesmithError where no question is left that none of them has learned from.
-    """
-    from tunesmith import data, dataflow, evaluation
-    from tunesmith import models as loading
-    from tunesmith.compose import overlaid, validated
-    from tunesmith.data.splitting import HELD_OUT, TRAIN, VALIDATION
-    from tunesmith.evaluation import leakage, unseen
-    from tunesmith.evaluation.metrics import METRICS
-
-    for model in models:
-        loading.locate(str(model))
-    run = next((open_run(m) for m in models if is_run(Path(m).expanduser())), None)
-    if not run and not dataset:
-        raise TunesmithError(
-            f"What {models[0]} is to be measured on is missing.", fix="Give --dataset, or name a run."
-        )
-    base = run.recipe() if run else Recipe()
-    if not run and "method" not in (settings or {}):
-        kinds = {loading.kind(str(model)) for model in models}
-        if "reward" in kinds:
-            base = Recipe(method=RewardModel())
-        elif loading.kind(str(models[0])) == "seq2seq":
-            base = Recipe(method=Seq2Seq())
-    settings = {"evaluation": {"max_items": rows}} if rows else settings
-    changes: dict[str, Any] = {"evaluation": {"metrics": metrics}} if metrics else {}
-    layer = base.model_dump(mode="json")
-    is_whole = not base.data.mix and _same_place(base.data.dataset, dataset or "")
-    if dataset is not None and not (run and is_whole):
-        # Columns and subsets named for the run's own data do not hold for another set; those of one set of its
-        # mix do for that one.
-        own_set = next(
-            (part for part in (base.data, *base.data.mix) if run and _same_place(part.dataset, dataset)), None
-        )
-        layer["data"] = {
-            **(own_set.model_dump(mode="json", include=set(DataSource.model_fields)) if own_set else {}),
-            "weight": None,
-            "dataset": dataset,
-            "max_length": base.data.max_length,
-            "validation": 0.0,
-            "held_out": 0.0,
-            "near_duplicates": "ignore",
-        }
-        if not metrics:
-            changes["evaluation"] = {"metrics": None}
-    recipe = validated(overlaid(layer, changes, dict(settings or {})))
-    if "shards" in (settings or {}).get(
-        "evaluation", {}
-    ):  # those of the run's recipe were for its own engine
-        _check_shards(recipe.evaluation, is_asked=True)
-    # A method that imitates answers would leave one answer of each pair.
-    is_judged = dataset is not None and any(
-        METRICS[name].kind == "preference" for name in recipe.evaluation.metrics or () if name in METRICS
-    )
-    splits = data.prepare(recipe.data) if is_judged else dataflow.splits(recipe)
-    asked = splits.examples(HELD_OUT) if dataset is None else splits.examples(TRAIN, VALIDATION, HELD_OUT)
-    own = str(run.path) if run and dataset is None else None
-    learned, unchecked, copies = unseen.learned(models, own)
-    kept, left_out = unseen.unseen(asked, learned, own)
-    taken = evaluation.taken(kept, recipe.evaluation.max_items)
-    measured_on = unseen.MeasuredOn(
-        dataset=dataset or " + ".join([base.data.dataset, *(part.dataset for part in base.data.mix)]),
-        dropped=dict(splits.reasons.counts().most_common()) if dataset is not None else {},
-        split_of=own,
-        questions=len(kept),
-        left_out=left_out,
-        unchecked=unchecked,
-        copies=copies,
-        asked=len(taken) if len(taken) < len(kept) else None,
-    )
-    kept = [kept[number] for number in taken]
-    value, reason = measured_on.sentences(*(["--rows"] if rows else []))
-    if not kept:
-        raise TunesmithError(
-            "No question is left to measure on." if left_out else "There is no question to measure on.",
-            found=f"{value}: {reason}" if left_out or measured_on.dropped else f"{value}, which has none",
-            fix="Give --dataset with examples that no model here was trained on.",
-        )
-    watch({"kind": "decision", "name": "measured on", "value": value, "reason": reason})
-    for name, why in unchecked.items():
-        watch(
-            {
-                "kind": "warning",
-                "message": f"What {name} was trained on is not known, so its questions may be among these: {why}",
-            }
-        )
-    found, answers = _leaked(models, kept)
-    if found:
-        decided = leakage.decision(found)
-        watch({"kind": "decision", **asdict(decided)})
-    # A folder of its own, so that a measurement that ends takes from no other one what it would go on with.
-    about = json.dumps([*map(str, models), dataset, recipe.evaluation.model_dump(mode="json")], default=str)
-    mark = hashlib.sha256(about.encode()).hexdigest()[:16]
-    unfinished = (run.evaluation if run else Path("evaluations")) / "answers" / mark
-    return run, _Questions(recipe, tuple(kept), measured_on, unfinished, leakage=found, learned=answers)
-
-
-def _leaked(
-    models: Sequence[str | Path], asked: Sequence[Example]
-) -> tuple[Leakage | None, Callable[[], Iterator[str]]]:
-    """What of these examples stands in the training data of the runs behind the models, and the answers there."""
-    from tunesmith import data
-    from tunesmith.data.splitting import TRAIN, VALIDATION
-    from tunesmith.evaluation import leakage, unseen
-
-    known = [s for _, s in unseen.runs_behind(models) if isinstance(s, data.Splits)]
-    if not known:
-        return None, lambda: iter(())
-    learned = itertools.chain.from_iterable(splits.examples(TRAIN, VALIDATION) for splits in known)
-    found = leakage.find(asked, learned)
-    return found, lambda: (leakage.answer_of(e) for splits in known for e in splits.examples(TRAIN))
-
-
-def _leak_facts(
-    questions: _Questions,
-    rows: Mapping[str, Sequence[EvalRow]],
-    metrics: Sequence[str],
-    primary: str | None,
-    origins: Collection[str] = (),
-) -> dict[str, Any] | None:
-    """The leakage with what it does to the verdict on each challenger, as it is saved and printed. Of those whose names
-    are `origins` the first model was made: there the first is the challenger, whose gain may be memory."""
-    from tunesmith.evaluation import leakage
-    from tunesmith.evaluation.metrics import primary_metric
-
-    found, section = questions.leakage, questions.recipe.evaluation
-    if found is None:
-        return None
-    (first, base), *others = rows.items()
-    metric = primary or primary_metric(metrics)
-    parts = {}
-    if metric and found.leaked:
-        for name, own in others:
-            pair = (own, base) if name in origins else (base, own)
-            told = f"{first} over {name}" if name in origins else name
-            parts[told] = leakage.subsets(
-                found, *pair, metric, resamples=section.resamples, confidence=section.confidence
-            )
-    remarks = [leakage.remark(found, part) for part in parts.values()] or [leakage.remark(found, {})]
-    return {
-        **found.as_dict(),
-        "remark": " ".join(f"{n}: {r}" for n, r in zip(parts, remarks)) if len(parts) > 1 else remarks[0],
-        "parts": {name: {k: asdict(c) for k, c in part.items()} for name, part in parts.items()},
-        "copied": leakage.copied_by(rows, questions.learned()),
-    }
-
-
-def _same_place(a: str, b: str) -> bool:
-    return a == b or (
-        Path(a).exists() and Path(b).expanduser().exists() and Path(a).samefile(Path(b).expanduser())
-    )
-
-
-def _settle_answers(place: Path, questions: _Questions) -> None:
-    """Keep the engine checks beside the rows, which are written by now, and let go of what a kill would have needed."""
-    from tunesmith import engines
-
-    if questions.checks:
-        write_whole(place / "engine_check.json", json.dumps(questions.engine_check(), indent=1))
-    engines.forget(questions.unfinished)
-    with suppress(OSError):  # was never there
-        questions.unfinished.rmdir()
-
-
-def _answers(
-    model: str | Path,
-    questions: _Questions,
-    *,
-    name: str,
-    known_as: str | None = None,
-    primary: str | None = None,
-    watch: Watch,
-) -> tuple[list[EvalRow], list[str], str | None]:
-    """A model's rows, the metrics, and what is to be said of questions longer than it was trained to read."""
-    from tunesmith import dataflow, evaluation, models
-    from tunesmith import plan as planning
-    from tunesmith.methods import METHODS
-
-    settings = questions.recipe
-    tokenizer = models.load_tokenizer(str(model))
-    kind = models.kind(str(model))
-    _settle_template(tokenizer, kind, settings)
-    head = METHODS[settings.method.kind].head
-    if head and kind == "causal":
-        watch(
-            {
-                "kind": "warning",
-                "message": f"{model} gives no scores; it gets the head that training begins with.",
-            }
-        )
-    items = evaluation.items(
-        questions.examples,
-        tokenizer,
-        loss_on=settings.method.loss_on,
-        max_items=settings.evaluation.max_items,
-        max_length=settings.data.max_length,
-        kind=kind,
-    )
-    from tunesmith.training.lineage import run_behind
-
-    run = run_behind(model) if kind == "seq2seq" else None
-    longer = evaluation.longer_than_read(items, run.input_length()) if run else None
-    if longer:
-        watch({"kind": "warning", "message": f"{model}: {longer}"})
-    device = planning.device()
-    chosen = dataflow.metrics(settings, items)
-    if primary and primary not in chosen:
-        chosen = evaluation.known_metrics([primary, *chosen])
-
-    def checked(check: EngineCheck) -> None:
-        check = replace(check, model=known_as or name)
-        questions.checks.append(check)
-        value, reason = check.sentence(), f"answers of the {check.engine} engine, read again alone"
-        watch(
-            {"kind": "decision", "name": f"engine check of {check.model}", "value": value, "reason": reason}
-        )
-        if not check.passed:
-            watch({"kind": "warning", "message": check.warning()})
-
-    rows = evaluation.answers(
-        settings.model,
-        settings.evaluation,
-        items,
-        chosen,
-        name=name,
-        base=str(model),
-        tokenizer=tokenizer,
-        device=device,
-        dtype=planning.inference_dtype(settings.model.dtype, device),
-        watch=watch,
-        head=head,
-        folder=questions.unfinished,
-        checked=checked,
-    )
-    rows = dataflow.with_rewards(settings, rows, items, chosen, tokenizer=tokenizer, device=device)
-    return rows, chosen, longer
-
-
-def _settle_template(tokenizer: Any, kind: Kind, recipe: Recipe) -> None:
-    """Settle how a model of this kind is asked, outside of a training."""
-    from tunesmith import scoring
-    from tunesmith.data import pairs
-    from tunesmith.data.templates import set_template
-
-    if kind == "seq2seq":
-        # A tuned model brings the prefix that it was trained with.
-        prefix = None if tokenizer.chat_template else getattr(recipe.method, "source_prefix", None)
-        pairs.settle_template(tokenizer, recipe.model.chat_template, prefix)
-    else:
-        set_template(tokenizer, recipe.model.chat_template)
-        if kind == "causal" and recipe.method.kind == "reward":
-            scoring.settle_padding(tokenizer)
-
-
-def _evaluation_folder(run: Run | None, model: str | Path, recipe: Recipe, facts: Mapping[str, Any]) -> Path:
-    """Where a measurement is kept: never over another one, only over itself."""
-    dataset = dataset_name(recipe.data.dataset)
-    place = run.evaluation / dataset if run else Path("evaluations") / f"{Path(str(model)).name}_{dataset}"
-    return _own_folder(place / "scores.json", {key: value for key, value in facts.items() if key != "model"})
-
-
-def _own_folder(file: Path, about: Mapping[str, Any]) -> Path:
-    """The file's folder, with a number behind it where the file there tells another thing than `about`."""
-    about = json.loads(json.dumps(about))
-    for number in itertools.count(1):
-        place = file.parent
-        folder = place if number == 1 else place.with_name(f"{place.name}-{number}")
-        try:
-            before = json.loads((folder / file.name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return folder
-        if all(key in before and before[key] == value for key, value in about.items()):
-            return folder
-    raise AssertionError("unreachable")
-
-
-def _made_with(models: Mapping[str, str | Path], recipe: Recipe) -> dict[str, Any]:
-    """What tells one measurement from another on the same questions: the models' files, by name, and all settings.
-
-    Of a server its address without user and query, and the models' names there.
-    """
-    from urllib.parse import urlsplit
-
-    from tunesmith import evaluation
-    from tunesmith import plan as planning
-
-    device = planning.device()
-    dtype = planning.inference_dtype(recipe.model.dtype, device)
-    settings = recipe.evaluation.model_dump(mode="json", exclude={"server"})
-    server = recipe.evaluation.server
-    address = urlsplit(server.base_url)
-    shown = address._replace(netloc=address.netloc.rpartition("@")[2], query="", fragment="").geturl()
-    rest = recipe.model_dump(mode="json", include={"data", "method"})
-    about = json.dumps([rest, recipe.model.chat_template], sort_keys=True, default=str)
-    return {
-        "identity": {
-            name: evaluation.identity(recipe.model, str(model), device=device, dtype=dtype)
-            for name, model in models.items()
-        },
-        "settings": {**settings, "server": {"base_url": shown, "models": dict(server.models)}},
-        "data_and_method": hashlib.sha256(about.encode()).hexdigest(),
-    }
 
 
 def validate(
@@ -1375,7 +931,7 @@ def validate(
 
         tokenizer = models.load_tokenizer(str(model))
         kind = models.kind(str(model))
-        _settle_template(tokenizer, kind, recipe)
+        models.settle_asking(tokenizer, kind, recipe.model, recipe.method)
         context, adapt = encoder(tokenizer), METHODS[recipe.method.kind].adapt
     usable: data.Adapt | None = None
     if "kind" in (settings or {}).get("method", {}):
@@ -1849,6 +1405,7 @@ def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Wat
     from tunesmith import dataflow, evaluation
     from tunesmith import models as loading
     from tunesmith.evaluation import compare as comparing
+    from tunesmith.evaluation import measuring
     from tunesmith.evaluation.code import running_allowed
     from tunesmith.export import merge
     from tunesmith.export.parity import NEW_TOKENS, Held, Question, text_of
@@ -1864,7 +1421,7 @@ def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Wat
     if loading.is_reward(model):
         return shipped("a reward model answers nothing")
     try:
-        _, questions = _questions([run.path], None, None, None, watch, rows=rows)
+        _, questions = measuring.questions_for([run.path], None, None, None, watch, rows=rows)
     except TunesmithError as error:
         return shipped(f"the run's held-out rows cannot be asked: {error.problem}")
     recipe = questions.recipe
@@ -2181,6 +1738,7 @@ def _tried_with(
     """Held-out questions of a run or a data set, where there are any, else those that ship."""
     from tunesmith import evaluation
     from tunesmith import models as loading
+    from tunesmith.evaluation import measuring
     from tunesmith.evaluation.forgetting import general_texts
     from tunesmith.export import tried as trying
 
@@ -2189,7 +1747,7 @@ def _tried_with(
     if (run and task is None) or dataset:
         asked_of = model_or_run.path if isinstance(model_or_run, Run) else model_or_run
         try:
-            _, questions = _questions([asked_of], dataset, None, None, watch, rows=rows)
+            _, questions = measuring.questions_for([asked_of], dataset, None, None, watch, rows=rows)
         except TunesmithError as error:
             if dataset:
                 raise
@@ -2758,8 +2316,10 @@ def _check_before_training(recipe: Recipe) -> None:
     from tunesmith.compose import check_together
 
     check_together(recipe)  # composed ones were; this one may be somebody's own
+    from tunesmith import engines
+
     _check_settings(recipe)
-    _check_shards(recipe.evaluation)
+    engines.check_shards(recipe.evaluation)
     quiet_libraries()
     from tunesmith.data import sources
 
@@ -2832,14 +2392,6 @@ def _check_settings(recipe: Recipe) -> None:
         from tunesmith.export.publish import check_repository
 
         check_repository(recipe.export.hub_model_id)
-
-
-def _check_shards(section: Evaluation, *, is_asked: bool = False) -> None:
-    if (is_asked or section.shards != Shards()) and section.engine != "ray":
-        raise RecipeError(
-            f"evaluation.shards is for the engine 'ray', and evaluation.engine is '{section.engine}'.",
-            fix="Add --set evaluation.engine=ray, or leave evaluation.shards out.",
-        )
 
 
 def _published(recipe: Recipe, run: Run) -> str | None:

@@ -81,11 +81,10 @@ if TYPE_CHECKING:
     from tunesmith.export.artefact import Exported
     from tunesmith.export.deployment import Deployment
     from tunesmith.export.merge import Merged
-    from tunesmith.export.parity import Held, Parity
+    from tunesmith.export.parity import Held
     from tunesmith.export.publish import Plan as PushPlan
     from tunesmith.export.tried import Questions as TriedQuestions
     from tunesmith.export.tried import Tried
-    from tunesmith.generation import Generated
     from tunesmith.models import Kind
     from tunesmith.plan import Plan
     from tunesmith.sweeps import Engine as SweepEngine
@@ -1258,11 +1257,12 @@ def merge(
     launch.require_one_process()
     quiet_libraries()
     from tunesmith.export import merge as merging
+    from tunesmith.export.held import held_for
     from tunesmith.export.weights import size_in_bytes
     from tunesmith.training.lineage import run_behind
 
     max_shard = size_in_bytes(max_shard_size)
-    given = [*([(str(model), 1.0)] if model is not None else []), *map(_weighted, adapters)]
+    given = [*([(str(model), 1.0)] if model is not None else []), *map(merging.weighted, adapters)]
     if not given:
         raise TunesmithError("There is nothing to merge.", fix="Name a run or an adapter's folder.")
     merging.check_dtype(dtype)
@@ -1283,7 +1283,7 @@ def merge(
             dtype=dtype,
             max_shard=max_shard,
             check=check,
-            held=lambda model, tokenizer: _held_for(run, model, tokenizer, rows, watch),
+            held=lambda model, tokenizer: held_for(run, model, tokenizer, rows, watch),
             progress=_deciding(watch),
             counted=_counting(watch),
         )
@@ -1305,19 +1305,6 @@ def _counting(watch: Watch) -> Callable[[str, int, int], None]:
     return lambda stage, done, total: watch(
         {"kind": "progress", "stage": stage, "done": done, "total": total}
     )
-
-
-def _weighted(adapter: str) -> tuple[str, float]:
-    """`PATH=0.6` in its parts; a path alone, even one with such a name, has the weight 1."""
-    path, equals, weight = adapter.rpartition("=")
-    if not equals or Path(adapter).expanduser().is_dir():
-        return adapter, 1.0
-    try:
-        return path, float(weight)
-    except ValueError:
-        raise TunesmithError(
-            f"The weight of the adapter {path} is not a number.", found=weight, fix="Write it like PATH=0.6."
-        ) from None
 
 
 def export(
@@ -1346,6 +1333,7 @@ def export(
     quiet_libraries()
     from tunesmith import models as loading
     from tunesmith.export import artefact
+    from tunesmith.export.held import held_for
     from tunesmith.export.weights import size_in_bytes
     from tunesmith.training.lineage import run_behind
 
@@ -1369,7 +1357,7 @@ def export(
         folder = Path(output).expanduser() if output else beside
 
         def held(model: Any, tokenizer: Any) -> Held:
-            return _held_for(run, model, tokenizer, rows, watch)
+            return held_for(run, model, tokenizer, rows, watch)
 
         if to == "safetensors":
             return artefact.export_weights(
@@ -1398,105 +1386,6 @@ def export(
         if mended := _as_ours(error):
             raise mended from error
         raise
-
-
-def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Watch) -> Held:
-    """Questions to prove an artefact with: held-out ones of the run behind it, or those that ship."""
-    from tunesmith import dataflow, evaluation
-    from tunesmith import models as loading
-    from tunesmith.evaluation import compare as comparing
-    from tunesmith.evaluation import measuring
-    from tunesmith.evaluation.code import running_allowed
-    from tunesmith.export import merge
-    from tunesmith.export.parity import NEW_TOKENS, Held, Question, text_of
-
-    is_pair = bool(model.config.is_encoder_decoder)
-
-    def shipped(why: str) -> Held:
-        asked = merge.shipped_questions(tokenizer, model, is_pair=is_pair)
-        return Held(asked, NEW_TOKENS, lambda numbers, own, others: (None, why))
-
-    if run is None:
-        return shipped("no run is behind this model, so there are no held-out rows")
-    if loading.is_reward(model):
-        return shipped("a reward model answers nothing")
-    try:
-        _, questions = measuring.questions_for([run.path], None, None, None, watch, rows=rows)
-    except TunesmithError as error:
-        return shipped(f"the run's held-out rows cannot be asked: {error.problem}")
-    recipe = questions.recipe
-    found = evaluation.items(
-        questions.examples,
-        tokenizer,
-        loss_on=recipe.method.loss_on,
-        max_items=rows,
-        max_length=recipe.data.max_length,
-        kind="seq2seq" if is_pair else "causal",
-    )
-    usable = [item for item in found if item.prompt and not item.error]
-    metric, unlike = _judging_metric(dataflow.metrics(recipe, usable), run_code=recipe.evaluation.run_code)
-    if not usable:
-        return shipped("the run held out no questions that are answered")
-
-    def score(
-        numbers: Sequence[int], own: Sequence[Generated], others: Sequence[Generated]
-    ) -> tuple[Comparison | None, str | None]:
-        if metric is None:
-            return None, unlike
-        settings = {"max_new_tokens": recipe.evaluation.max_new_tokens, "temperature": 0.0}
-        with running_allowed(recipe.evaluation.run_code):
-            one, other = (
-                evaluation.rows_of(
-                    [usable[n] for n in numbers], given, name=name, metrics=[metric], settings=settings
-                )
-                for name, given in (("base", own), ("tuned", others))
-            )
-        compared = comparing.compare(
-            one,
-            other,
-            metrics=[metric],
-            resamples=recipe.evaluation.resamples,
-            confidence=recipe.evaluation.confidence,
-            names=("the model", "the file"),
-        )
-        return compared[0], unlike
-
-    asked = [
-        Question(item.prompt_ids, text_of(item.prompt, tokenizer), item.prompt)
-        for item in usable
-        if item.prompt
-    ]
-    return Held(asked, recipe.evaluation.max_new_tokens, score)
-
-
-def _judging_metric(names: Sequence[str], *, run_code: bool) -> tuple[str | None, str | None]:
-    """By which of a run's metrics an artefact's answers are judged: the primary one, where single greedy answers can
-    be; else another, or none, and why."""
-    from tunesmith.evaluation.metrics import METRICS, primary_metric
-
-    primary = primary_metric(names)
-    if primary is None:
-        return None, "the run has no metric"
-
-    def obstacle(name: str) -> str | None:
-        metric = METRICS[name]
-        if metric.kind != "answer":
-            return "it scores no answers"
-        if metric.attempts > 1:
-            return "it needs several answers to a question, and an artefact is asked once, greedily"
-        if metric.score is None:
-            return "it is a figure of all answers together"
-        if metric.runs_code and not run_code:
-            return "it runs the code that the model writes, which is off (evaluation.run_code)"
-        return None
-
-    why = obstacle(primary)
-    found = next((n for n in (primary, *METRICS[primary].needs, *names) if obstacle(n) is None), None)
-    if why is None:
-        return primary, None
-    if found is None:
-        return None, f"the run's own metric, {METRICS[primary].label}, cannot judge it: {why}"
-    return found, f"not judged by the run's own metric, {METRICS[primary].label}: {why}"
 
 
 def serve(
@@ -1615,14 +1504,10 @@ def try_model(
     """
     launch.require_one_process()
     quiet_libraries()
-    from tunesmith import models as loading
     from tunesmith import plan as planning
     from tunesmith.data import sources
     from tunesmith.export import tried as trying
-    from tunesmith.export.deployment import MANIFEST
     from tunesmith.http import Remote
-    from tunesmith.serving import smoke_test
-    from tunesmith.training.lineage import run_behind
 
     if rows < 1:
         raise TunesmithError(
@@ -1634,46 +1519,16 @@ def try_model(
         )
     if dataset:
         sources.local(dataset)  # one that is not there shows before anything is loaded
-    path = Path(model).expanduser()
-    packed = path / MANIFEST if (path / "model").is_dir() and not is_run(path) else None
-    hashes: Callable[[], str] | None = None
     if url is not None:
-        Remote(
-            url, setting="the address", api_key_env=api_key_env
-        )  # a wrong one shows before anything is loaded
-    if packed is not None and packed.is_file():
-        try:
-            manifest = json.loads(packed.read_text(encoding="utf-8"))
-            served_as, _ = served_as or str(manifest["name"]), manifest["files"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(
-                f"{packed} is damaged.", found=repr(error)[:200], fix="Copy the folder again."
-            ) from None
-        task = task or (manifest.get("task") if manifest.get("task") in trying.TASK_PROMPTS else None)
-
-        def compared() -> str:
-            try:
-                return smoke_test.check_files(path, manifest)
-            except smoke_test.Failed as failure:
-                raise ModelError("The folder is not as it was packed.", found=str(failure)) from None
-
-        hashes = compared
-        folder = path / "model"
-    elif path.is_dir():
-        own = path / "final_model"
-        folder = own if own.is_dir() else path
-        if is_run(path) and not own.is_dir():
-            raise open_run(path).unfinished()
-    else:
-        folder = loading.folder_of(str(model))
-    run = run_behind(path) if path.is_dir() else None
-
+        Remote(url, setting="the address", api_key_env=api_key_env)  # so does a wrong one
+    place = trying.place_of(model)
+    task = task or place.task
     asked: list[TriedQuestions] = []
 
-    def questions(loaded: Any, tokenizer: Any) -> trying.Questions:
+    def questions(loaded: Any, tokenizer: Any) -> TriedQuestions:
         asked.append(
-            _tried_with(
-                run or folder,
+            trying.questions_for(
+                place.run or place.folder,
                 dataset,
                 task,
                 loaded,
@@ -1687,7 +1542,11 @@ def try_model(
 
     try:
         found = trying.tried(
-            folder, hashes=hashes, device=planning.device(), questions=questions, progress=_counting(watch)
+            place.folder,
+            hashes=place.hashes,
+            device=planning.device(),
+            questions=questions,
+            progress=_counting(watch),
         )
     except Exception as error:
         if mended := _as_ours(error):
@@ -1703,11 +1562,11 @@ def try_model(
     if not found.is_whole or not asked:
         return unasked("not asked: there is no model here to compare it with, or one that answers nothing")
     try:
-        verdict = _served_verdict(
-            run,
-            folder,
+        verdict = trying.served_verdict(
+            place.run,
+            place.folder,
             url,
-            served_as or (run.path.name if run else folder.name),
+            served_as or place.served_as or (place.run.path.name if place.run else place.folder.name),
             api_key_env,
             asked[0],
             by_its_run=dataset is None and task is None,
@@ -1722,118 +1581,6 @@ def try_model(
         findings=(*found.findings, trying.Finding("served", bool(verdict.passed), said)),
         served=verdict.as_dict(),
     )
-
-
-def _tried_with(
-    model_or_run: Run | Path,
-    dataset: str | None,
-    task: str | None,
-    model: Any,
-    tokenizer: Any,
-    *,
-    rows: int,
-    max_new_tokens: int | None,
-    watch: Watch,
-) -> TriedQuestions:
-    """Held-out questions of a run or a data set, where there are any, else those that ship."""
-    from tunesmith import evaluation
-    from tunesmith import models as loading
-    from tunesmith.evaluation import measuring
-    from tunesmith.evaluation.forgetting import general_texts
-    from tunesmith.export import tried as trying
-
-    kind: Kind = "seq2seq" if loading.is_seq2seq(model) else "causal"
-    run = model_or_run if isinstance(model_or_run, Run) else None
-    if (run and task is None) or dataset:
-        asked_of = model_or_run.path if isinstance(model_or_run, Run) else model_or_run
-        try:
-            _, questions = measuring.questions_for([asked_of], dataset, None, None, watch, rows=rows)
-        except TunesmithError as error:
-            if dataset:
-                raise
-            watch({"kind": "warning", "message": f"The run's held-out rows cannot be asked: {error.problem}"})
-        else:
-            recipe = questions.recipe
-            items = evaluation.items(
-                questions.examples, tokenizer, loss_on=recipe.method.loss_on, max_length=recipe.data.max_length,
-                kind=kind,
-            )  # fmt: skip
-            turns = [item.prompt.messages for item in items if item.prompt and not item.error]
-            where = f"held-out rows of {run.path.name}" if run and not dataset else f"rows of {dataset}"
-            if turns:
-                return trying.Questions(
-                    turns,
-                    where,
-                    max_new_tokens or recipe.evaluation.max_new_tokens,
-                    trying.of_items(items, "on their references"),
-                    on_references=True,
-                )
-    asked, where = trying.asked_of(task)
-    general = evaluation.items(general_texts(), tokenizer, kind=kind)
-    return trying.Questions(
-        asked[:rows], where, max_new_tokens or 256, trying.of_items(general, "on general text that ships")
-    )
-
-
-def _served_verdict(
-    run: Run | None,
-    folder: Path,
-    url: str,
-    name: str,
-    api_key_env: str | None,
-    tried_with: TriedQuestions,
-    *,
-    by_its_run: bool,
-    rows: int,
-    watch: Watch,
-) -> Parity:
-    """The verdict on a served endpoint, against the model in this process, which was asked the same.
-
-    Where those are questions of its run (`by_its_run`), they are scored as well, and the verdict is kept with the run.
-    """
-    from tunesmith import models as loading
-    from tunesmith.data import pairs, templates
-    from tunesmith.data.examples import Prompt, Row, Unusable
-    from tunesmith.export import merge, parity
-    from tunesmith.generation import context_length
-
-    (model, computed), tokenizer = merge.reference_of(folder, run), loading.load_tokenizer(str(folder))
-    is_pair = bool(model.config.is_encoder_decoder)
-    loading.settle_template(tokenizer, is_pair=is_pair)
-    if run and by_its_run:
-        asked = replace(_held_for(run, model, tokenizer, rows, watch), new_tokens=tried_with.new_tokens)
-    else:
-        form, questions = pairs if is_pair else templates, list[parity.Question]()
-        for number, turns in enumerate(tried_with.turns):
-            prompt = Prompt(tuple(turns), "", Row("asked", number))
-            try:
-                ids = tuple(form.prompt_ids(prompt.messages, tokenizer))
-            except Unusable:
-                continue  # counted among the answers
-            questions.append(parity.Question(ids, parity.text_of(prompt, tokenizer), prompt))
-        unscored = f"asked were {len(questions)} questions, {tried_with.where}"
-        asked = parity.Held(questions, tried_with.new_tokens, lambda numbers, own, others: (None, unscored))
-    context = None if is_pair else context_length(model)
-    stored = str(getattr(loading.configuration(str(folder)), "dtype", None)).removeprefix("torch.")
-    found = parity.verdict(
-        model,
-        tokenizer,
-        parity.server_reader(url, name, tokenizer, api_key_env=api_key_env, length=context),
-        asked,
-        artefact=f"served endpoint '{name}'",
-        quant=stored if stored in parity.TOLERANCES else "float32",
-        context=context,
-        reference=computed,
-    )
-    if run and by_its_run:
-        file = run.path / "exports" / "served" / parity.VERDICT
-        if found.passed or not file.is_file():
-            write_whole(file, json.dumps(found.as_dict(), indent=1))
-            merge.told_in_report(run)
-        else:
-            said = "The run's report keeps its earlier verdict: this address may be that of another model."
-            watch({"kind": "warning", "message": said})
-    return found
 
 
 def prepare_deployment(
@@ -1863,7 +1610,8 @@ def prepare_deployment(
     launch.require_one_process()
     quiet_libraries()
     from tunesmith import models as loading
-    from tunesmith.export import deployment
+    from tunesmith.export import deployment, scan
+    from tunesmith.export.held import held_for
     from tunesmith.export.weights import size_in_bytes
     from tunesmith.serving.models import checked_name, name_of
     from tunesmith.training.lineage import run_behind
@@ -1886,7 +1634,7 @@ def prepare_deployment(
 
     def held(loaded: Any, tokenizer: Any) -> Held:
         if not asked:
-            asked.append(_held_for(run, loaded, tokenizer, rows, watch))
+            asked.append(held_for(run, loaded, tokenizer, rows, watch))
         return asked[0]
 
     try:
@@ -1901,7 +1649,7 @@ def prepare_deployment(
             demo=demo,
             check=check,
             held=held,
-            trained=_trained_texts(run),
+            trained=scan.trained_texts(run),
             despite=despite,
             progress=_deciding(watch),
             counted_on=_counting(watch),
@@ -1928,17 +1676,17 @@ def push(
     Without a token the Hub client's own login is used; `create` makes the repository where it is missing. Raises
     TunesmithError where a secret or what the model was trained on is found in the files, unless `despite`.
     """
-    from tunesmith.export.publish import publish
+    from tunesmith.export import scan
+    from tunesmith.export.publish import publish, upload_of
 
-    folder, repository, behind, known = _pushed(run, repository)
-
+    folder, repository, behind, known = upload_of(run, repository)
     address = publish(
         folder,
         repository,
         private=private,
         token=token,
         create=create,
-        trained=_trained_texts(behind),
+        trained=scan.trained_texts(behind),
         despite=despite,
         known=known,
         told=_deciding(watch),
@@ -1950,91 +1698,11 @@ def push(
 
 def push_plan(run: str | Path, *, repository: str | None = None, private: bool = True) -> PushPlan:
     """What `push` would send, looked through for secrets and for what was trained on; nothing is asked of the Hub."""
-    from tunesmith.export.publish import planned
+    from tunesmith.export import scan
+    from tunesmith.export.publish import planned, upload_of
 
-    folder, repository, behind, known = _pushed(run, repository)
-    return planned(folder, repository, private=private, trained=_trained_texts(behind), known=known)
-
-
-def _pushed(run: str | Path, repository: str | None) -> tuple[Path, str, Run | None, list[str]]:
-    """The folder that is uploaded, where to, the run behind it, and what is to be known of it. Raises TunesmithError
-    for one that did not pass its check."""
-    from tunesmith.export import parity
-    from tunesmith.training.lineage import run_behind
-
-    path = Path(run).expanduser()
-    marks = ("config.json", "adapter_config.json", "*.gguf")
-    if not is_run(path) and path.is_dir() and any(next(path.glob(mark), None) for mark in marks):
-        behind = run_behind(path)
-        folder = path
-    elif (path.exists() or str(run) == "tiny") and not is_run(path):
-        raise _not_pushed(path, marks)
-    else:
-        behind = open_run(run)
-        folder = behind.final_model
-        if not folder.is_dir():
-            raise behind.unfinished()
-    known = []
-    if any(part.endswith(".failed") for part in folder.resolve().parts):
-        raise TunesmithError(
-            f"{folder} did not pass its check.", found="its parity.json says why", fix="Push the adapter."
-        )
-    # Of a deployment the verdict lies beside `model`.
-    for place in (folder, folder.resolve().parent):
-        match parity.passed_in(place):
-            case False:
-                raise TunesmithError(
-                    f"{folder} did not pass its check.",
-                    found=f"passed: false in {place / parity.VERDICT}",
-                    fix="Push the adapter, or make it anew.",
-                )
-            case None:
-                known.append(
-                    f"{place / parity.VERDICT} is no proof: the model was not asked, or it is damaged"
-                )
-    repository = repository or (behind.recipe().export.hub_model_id if behind else None)
-    if not repository:
-        raise TunesmithError("Where to upload is missing.", fix="Give --hub-model-id owner/name.")
-    return folder, repository, behind, known
-
-
-def _not_pushed(path: Path, marks: Sequence[str]) -> RunError:
-    """What a file or folder is that cannot be pushed, and what in it, or around it, can be."""
-    if not path.exists():
-        return RunError(
-            f"{path} is the model that ships with tunesmith, and nothing of yours to push.",
-            fix="Name a run, or a folder with a model.",
-        )
-    within = path if path.is_dir() else path.parent
-    folders = {file.parent for mark in marks for depth in ("", "*/") for file in within.glob(depth + mark)}
-    folders |= {found.path for found in find_runs(within)} | ({within} if is_run(within) else set())
-    held = sorted(map(str, folders))
-    return RunError(
-        f"{path} is a folder without a model, and not a run."
-        if path.is_dir()
-        else f"{path} is a file; runs and folders are pushed.",
-        found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
-        if path.is_dir()
-        else None,
-        fix=f"There can be pushed: {', '.join(held[:8])}."
-        if held
-        else "Name a run, or a folder with config.json, adapter_config.json or a GGUF file.",
-    )
-
-
-def _trained_texts(run: Run | None) -> list[str] | None:
-    """All texts of the rows that a run was trained or validated on; None where they are not here."""
-    from tunesmith import dataflow
-    from tunesmith.data.examples import texts
-    from tunesmith.data.splitting import TRAIN, VALIDATION
-
-    if run is None:
-        return None
-    try:
-        splits = dataflow.splits(run.recipe())
-    except TunesmithError:
-        return None
-    return [text for example in splits.examples(TRAIN, VALIDATION) for text in texts(example)]
+    folder, repository, behind, known = upload_of(run, repository)
+    return planned(folder, repository, private=private, trained=scan.trained_texts(behind), known=known)
 
 
 def pull(
@@ -2051,38 +1719,17 @@ def pull(
     `repository` may be a run that was pushed from here, its folder or its name in `output_dir`: then what it was
     pushed to. Raises RunError for a run that was not pushed.
     """
-    from tunesmith.export.publish import fetch
+    from tunesmith.export.publish import fetch, repository_named
 
-    run = _run_named(repository, Path(output_dir).expanduser())
-    if run:
-        told = [e["value"] for e in run.events() if e["kind"] == "decision" and e["name"] == "published"]
-        if not told:
-            raise RunError(f"The run {run.path} was not pushed.", fix="Name the repository, owner/name.")
-        places = list(dict.fromkeys("/".join(str(t).rstrip("/").split("/")[-2:]) for t in reversed(told)))
-        repository, *others = places
-        before = f", and before to {', '.join(others)}" if others else ""
-        said = f"the run {run.path.name} was last pushed there{before}"
-        watch({"kind": "decision", "name": "repository", "value": repository, "reason": said})
+    repository, why = repository_named(repository, Path(output_dir).expanduser())
+    if why:
+        _deciding(watch)("repository", repository, why)
     return fetch(
         repository,
         Path(output).expanduser() if output else Path(repository.rpartition("/")[2]),
         revision=revision,
         token=token,
     )
-
-
-def _run_named(name: str, output_dir: Path) -> Run | None:
-    """A run by its folder or by its name in an output folder; None for what is none, as a repository.
-
-    Raises RunError for a lone name, as no repository has it, that is nearly a run's.
-    """
-    for place in (Path(name).expanduser(), output_dir / name):
-        if is_run(place):
-            return open_run(place)
-    near = closest(name, [run.path.name for run in find_runs(output_dir)])
-    if "/" not in name and near:
-        raise RunError(f"There is no run {name} in {output_dir}.", fix=f"Did you mean '{near}'?")
-    return None
 
 
 def show(what: str, name: str | None = None) -> list[dict[str, Any]]:
@@ -2207,6 +1854,7 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
     started = time.perf_counter()
     before = run.read("status.json")
     wanted = ["fitted"] if recipe.evaluation.skip else ["comparisons", "samples", "report"]
+    published: str | None = None
     refused: TunesmithError | None = None
     with run.lock(), launch.ended_by_sigterm(), _leading():
         num_starts = _num_starts(run)
@@ -2230,10 +1878,10 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
 
                 write_card(run, [])
                 results["report"] = write_report(run.path)
-            try:
-                published = _published(recipe, run)
-            except Exception as error:  # a hub that is down takes nothing of a run that is done
-                published, refused = None, _not_published(error, run)
+            if recipe.export.push_to_hub:
+                from tunesmith.export.publish import publish_run
+
+                published, refused = publish_run(run, recipe.export)
         except (KeyboardInterrupt, Interrupted) as error:
             if lost := _lost(error):  # the launcher's signal, after another process has ended
                 _finish(run, "failed", error=str(lost))
@@ -2294,16 +1942,6 @@ def _finish(run: Run, state: State, **fields: Any) -> None:
     """Leave a status where the disk lets us: why a run ended is more important than that it could not be written."""
     with contextlib.suppress(OSError):
         run.finish(state, **fields)
-
-
-def _not_published(error: Exception, run: Run) -> TunesmithError:
-    problem = error.problem if isinstance(error, TunesmithError) else f"{type(error).__name__}: {error}"
-    run.event("warning", message=f"The model was not published: {problem}")
-    return RunError(
-        f"The run {run.path} is done, but its model was not published.",
-        found=problem,
-        fix=f"tunesmith push {run.path}, when the Hub answers again.",
-    )
 
 
 def _num_starts(run: Run) -> int:
@@ -2392,21 +2030,6 @@ def _check_settings(recipe: Recipe) -> None:
         from tunesmith.export.publish import check_repository
 
         check_repository(recipe.export.hub_model_id)
-
-
-def _published(recipe: Recipe, run: Run) -> str | None:
-    if not recipe.export.push_to_hub or not recipe.export.hub_model_id:
-        return None
-    from tunesmith.export.publish import publish
-
-    address = publish(
-        run.final_model,
-        recipe.export.hub_model_id,
-        private=recipe.export.hub_private,
-        trained=_trained_texts(run),
-    )
-    run.event("decision", name="published", value=address, reason="push_to_hub")
-    return address
 
 
 def _lost(error: BaseException) -> TunesmithError | None:

@@ -17,27 +17,24 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith import launch, libraries, parallel, ranks
+from tunesmith import launch, libraries, preflight, ranks
 from tunesmith.errors import (
     INTERRUPTED,
     TERMINATED,
     Interrupted,
     ModelError,
-    OutOfMemory,
-    OutOfResources,
     RecipeError,
     RunError,
     Terminated,
     TunesmithError,
+    as_ours,
     closest,
     is_lost_peer,
-    is_out_of_disk,
-    is_out_of_files,
-    is_out_of_memory,
-    is_refused_writing,
+    mended,
     nearest,
 )
 from tunesmith.recipe import (
@@ -56,14 +53,17 @@ from tunesmith.training.run import (
     State,
     Watch,
     anchored,
+    counting,
     create,
     dataset_name,
     dataset_names,
+    deciding,
     discard,
     find_runs,
     folder_name,
     is_run,
     open_run,
+    warning,
     write_whole,
 )
 
@@ -193,7 +193,7 @@ def plan(
         from tunesmith import devices
 
         devices.named(device)
-    _check_before_training(recipe)
+    preflight.check(recipe)
     from tunesmith.evaluation import leakage
 
     inputs = {**_inputs(recipe), "device": device, "measured": measured}
@@ -222,7 +222,7 @@ def prepare(
             f"There is no share {first} of {of}.",
             fix="Give --share K/N with K from 1 to N, such as --share 2/4.",
         )
-    _check_before_training(recipe)
+    preflight.check(recipe)
     from tunesmith import preparing
     from tunesmith.data import cache
 
@@ -234,10 +234,8 @@ def prepare(
             fix="Set data.cache to true, and TUNESMITH_CACHE to a folder that can be written.",
         )
 
-    def told(done: int, total: int) -> None:
-        watch({"kind": "progress", "stage": "tokenizing", "done": done, "total": total})
-
-    found = preparing.prepare(recipe, processes=processes, share=share, watch=told)
+    progress = partial(counting(watch), "tokenizing")
+    found = preparing.prepare(recipe, processes=processes, share=share, watch=progress)
     return {**found, "cache": str(cache.folder())}
 
 
@@ -248,7 +246,7 @@ def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list
     TunesmithError where nothing is held out.
     """
     recipe = anchored(recipe)
-    _check_before_training(recipe)
+    preflight.check(recipe)
     from tunesmith import dataflow, evaluation
     from tunesmith.methods import METHODS
 
@@ -299,19 +297,13 @@ def find_lr(
     launch.require_one_process()
     finding.exponential(low or finding.FULL[0], high or finding.LOW_RANK[1], steps)
     recipe = anchored(recipe)
-    _check_before_training(recipe)
+    preflight.check(recipe)
     inputs = _driver().execute(["plan", "encodings", "packing"], inputs=_inputs(recipe))
 
-    def progress(done: int, total: int) -> None:
-        watch({"kind": "progress", "stage": "learning rates", "done": done, "total": total})
-
+    progress = partial(counting(watch), "learning rates")
     progress(0, seeds)
-    try:
+    with mended():
         search = finding.find(recipe, inputs, low=low, high=high, steps=steps, seeds=seeds, progress=progress)
-    except Exception as error:
-        if mended := _as_ours(error):
-            raise mended from error
-        raise
     if page:
         title = f"Learning rates for {dataset_name(recipe.model.base)} on {dataset_name(recipe.data.dataset)}"
         write_whole(Path(page), finding.page(search, title))
@@ -408,7 +400,7 @@ def _launched(recipe: Recipe, job: Mapping[str, Any], watch: Watch) -> Result:
     from tunesmith.evaluation.compare import Comparison
 
     number = launch.processes(recipe.launch)
-    _check_processes(recipe)
+    preflight.check_processes(recipe)
     if isinstance(recipe.launch, Ray):  # whose workers are in folders of their own
         place = recipe.launch.storage
         if place and "://" not in place:
@@ -482,11 +474,11 @@ def assisted() -> Result:
         except Exception as error:
             if is_lost_peer(error):
                 raise SystemExit(1) from None  # which is the first process's, or the launcher's, to say
-            mended = error if isinstance(error, TunesmithError) else _as_ours(error)
-            ranks.complain(mended.problem if mended else f"{type(error).__name__}: {error}")
+            ours = error if isinstance(error, TunesmithError) else as_ours(error)
+            ranks.complain(ours.problem if ours else f"{type(error).__name__}: {error}")
             ranks.leave()
-            if mended and mended is not error:
-                raise mended from error
+            if ours and ours is not error:
+                raise ours from error
             raise
     return Result(run=None, comparisons=(), seconds=time.perf_counter() - started)
 
@@ -518,7 +510,7 @@ def sweep(
     found = sweeps.spaces.checked(sweeps.spaces.read(space), one)
     if engine == "optuna":
         sweeps.require_optuna()
-    _check_before_training(one)
+    preflight.check(one)
     return sweeps.sweep(
         recipe, found, trials=trials, engine=engine, pruner=pruner, seed=seed, compared=compared, watch=watch
     )
@@ -533,14 +525,10 @@ def self_check(recipe: Recipe) -> SelfCheck:
 
     launch.require_one_process()
     recipe = anchored(recipe)
-    _check_before_training(recipe)
+    preflight.check(recipe)
     inputs = _driver().execute(["plan", "encodings"], inputs=_inputs(recipe))
-    try:
+    with mended():
         return checking.check(recipe, inputs)
-    except Exception as error:
-        if mended := _as_ours(error):
-            raise mended from error
-        raise
 
 
 def verify_resume(recipe: Recipe, *, steps: int = 4, watch: Watch = _unwatched) -> Verified:
@@ -552,9 +540,7 @@ def verify_resume(recipe: Recipe, *, steps: int = 4, watch: Watch = _unwatched) 
 
     launch.require_one_process()
 
-    def progress(done: int, total: int) -> None:
-        watch({"kind": "progress", "stage": "continuing", "done": done, "total": total})
-
+    progress = partial(counting(watch), "continuing")
     return verifying.verify(anchored(recipe), steps=steps, train=train, resume=resume, progress=progress)
 
 
@@ -722,11 +708,11 @@ def evaluate(
     evaluation.write_rows(place / "rows.jsonl", rows)
     if made := evaluation.classification.classification(rows):
         kept["labels"] = asdict(made)
-        watch({"kind": "decision", "name": "labels", "value": len(made.labels), "reason": made.sentence()})
+        deciding(watch)("labels", len(made.labels), made.sentence())
     if (bias := evaluation.length_bias(rows)) and bias.is_strong:
-        watch({"kind": "warning", "message": bias.sentence("the model")})
+        warning(watch)(bias.sentence("the model"))
     if copied := asked_in(rows).sentence():
-        watch({"kind": "warning", "message": copied})
+        warning(watch)(copied)
     write_whole(place / "scores.json", json.dumps(kept, indent=1))
     leaked = measuring.leak_facts(questions, {"model": rows}, chosen, None)
     keeping.keep_leaks(leaked, place / "leakage.json", watch)
@@ -770,16 +756,14 @@ def generate(
         raise RecipeError("Answers to a set of prompts are greedy, one each.", fix="Leave --attempts out.")
     source = source_of(str(model), server=section.server, shards=section.shards)
 
-    def progress(done: int, total: int) -> None:
-        watch({"kind": "progress", "stage": "answers", "done": done, "total": total})
-
+    progress = partial(counting(watch), "answers")
     return batch.generate(
         source,
         recipe.data,
         section,
         Path(output).expanduser(),
         progress=progress,
-        say=lambda message: watch({"kind": "warning", "message": message}),
+        say=warning(watch),
     )
 
 
@@ -1091,21 +1075,14 @@ def judge(
             else "Name answer files or a run, or give --replay FILE.",
         )
     settings = load_judge(judge)
-    own, given = judging.answered(answers, say=lambda message: watch({"kind": "warning", "message": message}))
+    own, given = judging.answered(answers, say=warning(watch))
     asked = read_questions(questions) if questions else own
     if not asked:
         raise TunesmithError("The questions of these answers are missing.", fix="Give --questions FILE.")
     run = open_run(answers[0]) if len(answers) == 1 and is_run(Path(answers[0]).expanduser()) else None
     if baseline is None and own and judging.has_base(given):
         baseline = "base"
-        watch(
-            {
-                "kind": "decision",
-                "name": "baseline",
-                "value": baseline,
-                "reason": "what a run is measured against",
-            }
-        )
+        deciding(watch)("baseline", baseline, "what a run is measured against")
     place = Path(output) if output else run.evaluation / f"judged_{mode}" if run else Path("judged")
     found = judging.judge_into(
         place,
@@ -1276,7 +1253,7 @@ def merge(
     beside = run.path / "merged_model" if run and own else adapter.with_name(f"{adapter.name}_merged")
     folder = merging.free_place(Path(output).expanduser() if output else beside)
 
-    try:
+    with mended():
         return merging.merge(
             parts,
             folder,
@@ -1284,27 +1261,9 @@ def merge(
             max_shard=max_shard,
             check=check,
             held=lambda model, tokenizer: held_for(run, model, tokenizer, rows, watch),
-            progress=_deciding(watch),
-            counted=_counting(watch),
+            progress=deciding(watch),
+            counted=counting(watch),
         )
-    except Exception as error:
-        if mended := _as_ours(error):
-            raise mended from error
-        raise
-
-
-def _deciding(watch: Watch) -> Callable[[str, str, str], None]:
-    """Tells a watcher decisions: a name, a value and the reason."""
-    return lambda name, value, reason: watch(
-        {"kind": "decision", "name": name, "value": value, "reason": reason}
-    )
-
-
-def _counting(watch: Watch) -> Callable[[str, int, int], None]:
-    """Tells a watcher how far a stage is."""
-    return lambda stage, done, total: watch(
-        {"kind": "progress", "stage": stage, "done": done, "total": total}
-    )
 
 
 def export(
@@ -1353,7 +1312,7 @@ def export(
         else source.with_name(f"{source.name}_{to}-{quant}")
     )
 
-    try:
+    with mended():
         folder = Path(output).expanduser() if output else beside
 
         def held(model: Any, tokenizer: Any) -> Held:
@@ -1368,8 +1327,8 @@ def export(
                 max_shard=max_shard,
                 check=check,
                 held=held,
-                progress=_deciding(watch),
-                counted=_counting(watch),
+                progress=deciding(watch),
+                counted=counting(watch),
             )
         return artefact.export(
             source,
@@ -1379,13 +1338,9 @@ def export(
             run=run,
             check=check,
             held=held,
-            progress=_deciding(watch),
-            counted=_counting(watch),
+            progress=deciding(watch),
+            counted=counting(watch),
         )
-    except Exception as error:
-        if mended := _as_ours(error):
-            raise mended from error
-        raise
 
 
 def serve(
@@ -1540,18 +1495,14 @@ def try_model(
         )
         return asked[0]
 
-    try:
+    with mended():
         found = trying.tried(
             place.folder,
             hashes=place.hashes,
             device=planning.device(),
             questions=questions,
-            progress=_counting(watch),
+            progress=counting(watch),
         )
-    except Exception as error:
-        if mended := _as_ours(error):
-            raise mended from error
-        raise
     found = replace(found, folder=str(model))
     if url is None:
         return found
@@ -1630,14 +1581,14 @@ def prepare_deployment(
         own = run.path if run else Path(model).expanduser().absolute()
         name = name_of(own)
         if name != own.name:
-            _deciding(watch)("name", name, f"'{own.name}' cannot be asked for")
+            deciding(watch)("name", name, f"'{own.name}' cannot be asked for")
 
     def held(loaded: Any, tokenizer: Any) -> Held:
         if not asked:
             asked.append(held_for(run, loaded, tokenizer, rows, watch))
         return asked[0]
 
-    try:
+    with mended():
         return deployment.prepare(
             source,
             Path(output_dir).expanduser().resolve(),
@@ -1651,13 +1602,9 @@ def prepare_deployment(
             held=held,
             trained=scan.trained_texts(run),
             despite=despite,
-            progress=_deciding(watch),
-            counted_on=_counting(watch),
+            progress=deciding(watch),
+            counted_on=counting(watch),
         )
-    except Exception as error:
-        if mended := _as_ours(error):
-            raise mended from error
-        raise
 
 
 def push(
@@ -1689,7 +1636,7 @@ def push(
         trained=scan.trained_texts(behind),
         despite=despite,
         known=known,
-        told=_deciding(watch),
+        told=deciding(watch),
     )
     if behind:
         behind.event("decision", name="published", value=address, reason="tunesmith push")
@@ -1723,7 +1670,7 @@ def pull(
 
     repository, why = repository_named(repository, Path(output_dir).expanduser())
     if why:
-        _deciding(watch)("repository", repository, why)
+        deciding(watch)("repository", repository, why)
     return fetch(
         repository,
         Path(output).expanduser() if output else Path(repository.rpartition("/")[2]),
@@ -1863,10 +1810,10 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
             for note in launch.settle(recipe.training):
                 run.event("warning", message=note)
             if fresh:
-                _check_before_training(recipe)
+                preflight.check(recipe)
             else:
-                _check_settings(recipe)
-                _check_processes(recipe)
+                preflight.check_settings(recipe)
+                preflight.check_processes(recipe)
             point = checkpoints.choose(run, checkpoint) if checkpoint else None
             if not fresh:
                 continuing.check_recipe(recipe, run, point)
@@ -1897,19 +1844,20 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
         except Exception as error:
             if ranks.count() > 1:
                 launch.ignore_sigterm()
-            mended = _as_ours(error)
-            if fresh and not run.checkpoints.exists() and not getattr(mended, "is_lost", False):
+            lost = ranks.lost(error)
+            ours = lost or as_ours(error)
+            if fresh and not run.checkpoints.exists() and not lost:
                 discard(run)
             elif not fresh and _num_starts(run) == num_starts:
                 # Nothing of the run was touched, so it is what it was before.
                 with contextlib.suppress(OSError):
-                    run.event("state", state="not resumed", error=str(mended or error))
+                    run.event("state", state="not resumed", error=str(ours or error))
                     if before:
                         run.write("status.json", before)
             else:
-                _finish(run, "failed", error=str(mended or error))
-            if mended:
-                raise mended from error
+                _finish(run, "failed", error=str(ours or error))
+            if ours:
+                raise ours from error
             raise
         result = Result(
             run=run.path,
@@ -1949,132 +1897,14 @@ def _num_starts(run: Run) -> int:
     return sum(event["kind"] == "state" and event.get("state") == "training" for event in run.events())
 
 
-def _check_before_training(recipe: Recipe) -> None:
-    """Cheap failures first: nothing is read or computed before these are settled."""
-    from tunesmith.compose import check_together
-
-    check_together(recipe)  # composed ones were; this one may be somebody's own
-    from tunesmith import engines
-
-    _check_settings(recipe)
-    engines.check_shards(recipe.evaluation)
-    quiet_libraries()
-    from tunesmith.data import sources
-
-    for source in (recipe.data, *recipe.data.mix):  # before what loads torch
-        sources.local(source.dataset)
-    libraries.load_libraries()
-    from tunesmith import evaluation, models
-    from tunesmith.methods import METHODS
-
-    method = METHODS[recipe.method.kind]
-    models.check_kind(
-        recipe.model.base,
-        method.model,
-        method=method.kind,
-        head=method.head,
-        revision=recipe.model.revision,
-    )
-    method.check(recipe)
-    _check_processes(recipe)
-    evaluation.check_scoring(recipe.evaluation.metrics or [], gives_scores=method.head is not None)
-    models.check_fit(
-        recipe.model.base,
-        recipe.adapter,
-        revision=recipe.model.revision,
-        max_length=recipe.data.max_length,
-        head=method.head,
-    )
-
-
-def _check_processes(recipe: Recipe) -> None:
-    """Raises RecipeError for what the number of processes does not go with, which may be another one in each life of a
-    run."""
-    from tunesmith.methods import METHODS
-
-    method = METHODS[recipe.method.kind]
-    if (number := launch.processes(recipe.launch)) > 1:
-        launch.check(recipe.training, number)
-        if why := method.alone(recipe.method):
-            raise RecipeError(
-                f"The method '{method.kind}' is trained in one process here, and {number} are asked for.",
-                found=why,
-                fix="Leave --launch out, or start it without a launcher.",
-            )
-    parallel.check(recipe, number)
-    if isinstance(recipe.launch, Ray) and recipe.evaluation.engine == "ray" and not recipe.evaluation.skip:
-        raise RecipeError(
-            "evaluation.engine ray does not go with launch.kind ray.",
-            found="workers that train keep what they have until the run ends, and those that answer would wait for it",
-            fix="Leave evaluation.engine out; or set evaluation.skip, and measure the run when it is done: tunesmith "
-            "evaluate RUN --set evaluation.engine=ray.",
-        )
-
-
-def _check_settings(recipe: Recipe) -> None:
-    from tunesmith.dataflow import check_rewarded
-    from tunesmith.evaluation import check_runnable
-    from tunesmith.training.fit import require_tracker
-
-    section = recipe.evaluation
-    asked = [*(section.metrics or []), *recipe.training.measured]
-    check_runnable(asked, run_code=section.run_code, attempts=section.attempts)
-    check_rewarded(recipe, asked)
-    for tracker in recipe.tracking.trackers:
-        require_tracker(tracker)
-    if recipe.export.push_to_hub and not recipe.export.hub_model_id:
-        raise TunesmithError(
-            "Where to upload is missing.", fix="Give --hub-model-id owner/name with --push-to-hub."
-        )
-    if recipe.export.push_to_hub and recipe.export.hub_model_id:
-        from tunesmith.export.publish import check_repository
-
-        check_repository(recipe.export.hub_model_id)
-
-
-def _lost(error: BaseException) -> TunesmithError | None:
+def _lost(error: BaseException) -> RunError | None:
     """That another process of the run is gone, where this one's end came of it."""
     cause: BaseException | None = error
-    while ranks.count() > 1 and cause:
-        if is_lost_peer(cause):
+    while cause:
+        if lost := ranks.lost(cause):
             launch.ignore_sigterm()
-            return _as_ours(cause)
+            return lost
         cause = cause.__cause__ or cause.__context__
-    return None
-
-
-def _as_ours(error: BaseException) -> TunesmithError | None:
-    """A library's error that the user can act on, as one of ours."""
-    if ranks.count() > 1 and is_lost_peer(error):
-        lost = RunError(
-            f"Another of the {ranks.count()} processes is gone, so this run has ended.",
-            found=ranks.complaint()
-            or "it was ended from outside and could not say why, as where memory runs out",
-            fix="`tunesmith resume` goes on from the last checkpoint.",
-        )
-        lost.exit_code, lost.is_lost = OutOfResources.exit_code, True  # type: ignore[attr-defined]
-        return lost
-    if is_out_of_memory(error):
-        return OutOfMemory(
-            "The memory is not enough.",
-            found=str(error).splitlines()[0][:200] if str(error) else None,
-            fix="Lower per_device_train_batch_size and raise gradient_accumulation_steps, add "
-            "--gradient-checkpointing, lower --max-length, or use --lora.",
-        )
-    if is_out_of_disk(error):
-        return OutOfResources("The disk is full.", found=str(error), fix="Free space and resume the run.")
-    if is_out_of_files(error):
-        return OutOfResources(
-            "Too many files are open.",
-            found=str(error),
-            fix="Raise the limit (`ulimit -n`) and resume the run.",
-        )
-    if isinstance(error, OSError) and is_refused_writing(error):
-        return OutOfResources(
-            f"{error.filename or 'A file'} cannot be read or written.",
-            found=error.strerror,
-            fix="Give this user the right to, or choose another folder; then resume the run.",
-        )
     return None
 
 

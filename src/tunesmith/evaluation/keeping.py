@@ -16,7 +16,7 @@ from tunesmith import engines, evaluation
 from tunesmith import plan as planning
 from tunesmith.evaluation.measuring import Questions
 from tunesmith.recipe import Recipe
-from tunesmith.training.run import Run, Watch, dataset_name, write_whole
+from tunesmith.training.run import Run, Watch, dataset_name, deciding, warning, write_whole
 
 
 def evaluation_folder(run: Run | None, model: str | Path, recipe: Recipe, facts: Mapping[str, Any]) -> Path:
@@ -78,10 +78,9 @@ def keep_leaks(facts: Mapping[str, Any] | None, file: Path, watch: Watch) -> Non
         return
     write_whole(file, json.dumps(facts, indent=1, ensure_ascii=False))
     if facts["leaked"]:
-        watch({"kind": "warning", "message": f"{facts['remark']} The pairs are in {file}."})
+        warning(watch)(f"{facts['remark']} The pairs are in {file}.")
     elif facts["review"]:
-        reason = "pairs with too much in common, to be looked at"
-        watch({"kind": "decision", "name": "leakage pairs", "value": str(file), "reason": reason})
+        deciding(watch)("leakage pairs", str(file), "pairs with too much in common, to be looked at")
 
 
 def short_leakage(facts: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from tunesmith.compose import overlaid, validated
 from tunesmith.data.examples import Example, texts
 from tunesmith.data.pairs import MARK
 from tunesmith.data.splitting import HELD_OUT, TRAIN, VALIDATION
-from tunesmith.engines.check import EngineCheck
+from tunesmith.engines.check import EngineCheck, tell_check
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.evaluation import EvalRow, leakage, unseen
 from tunesmith.evaluation.leakage import Leakage
@@ -32,7 +32,7 @@ from tunesmith.evaluation.unseen import MeasuredOn
 from tunesmith.methods import METHODS
 from tunesmith.recipe import DataSource, Recipe, RewardModel, Seq2Seq
 from tunesmith.training.lineage import run_behind
-from tunesmith.training.run import Run, Watch, is_run, open_run
+from tunesmith.training.run import Run, Watch, deciding, is_run, open_run, warning
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,9 @@ def questions_for(
             found=f"{value}: {reason}" if left_out or measured_on.dropped else f"{value}, which has none",
             fix="Give --dataset with examples that no model here was trained on.",
         )
-    watch({"kind": "decision", "name": "measured on", "value": value, "reason": reason})
+    deciding(watch)("measured on", value, reason)
     for name, why in unchecked.items():
-        watch(
-            {
-                "kind": "warning",
-                "message": f"What {name} was trained on is not known, so its questions may be among these: {why}",
-            }
-        )
+        warning(watch)(f"What {name} was trained on is not known, so its questions may be among these: {why}")
     found, answers = _leaked(models, kept)
     if found:
         decided = leakage.decision(found)
@@ -205,12 +200,7 @@ def answers_of(
     loading.settle_asking(tokenizer, kind, settings.model, settings.method)
     head = METHODS[settings.method.kind].head
     if head and kind == "causal":
-        watch(
-            {
-                "kind": "warning",
-                "message": f"{model} gives no scores; it gets the head that training begins with.",
-            }
-        )
+        warning(watch)(f"{model} gives no scores; it gets the head that training begins with.")
     items = evaluation.items(
         questions.examples,
         tokenizer,
@@ -222,7 +212,7 @@ def answers_of(
     run = run_behind(model) if kind == "seq2seq" else None
     longer = evaluation.longer_than_read(items, run.input_length()) if run else None
     if longer:
-        watch({"kind": "warning", "message": f"{model}: {longer}"})
+        warning(watch)(f"{model}: {longer}")
     device = planning.device()
     chosen = dataflow.metrics(settings, items)
     if primary and primary not in chosen:
@@ -231,12 +221,7 @@ def answers_of(
     def checked(check: EngineCheck) -> None:
         check = replace(check, model=known_as or name)
         questions.checks.append(check)
-        value, reason = check.sentence(), f"answers of the {check.engine} engine, read again alone"
-        watch(
-            {"kind": "decision", "name": f"engine check of {check.model}", "value": value, "reason": reason}
-        )
-        if not check.passed:
-            watch({"kind": "warning", "message": check.warning()})
+        tell_check(watch, check)
 
     rows = evaluation.answers(
         settings.model,

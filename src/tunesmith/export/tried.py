@@ -32,7 +32,7 @@ from tunesmith.generation import Generated, context_length, generate
 from tunesmith.models import Kind
 from tunesmith.serving import smoke_test
 from tunesmith.training.lineage import run_behind
-from tunesmith.training.run import Run, Watch, is_run, open_run, write_whole
+from tunesmith.training.run import Run, Watch, is_run, open_run, warning, write_whole
 
 TASK_PROMPTS = {
     "chat": ("Hello! Can you help me?", "What could I cook with rice and two eggs?", "Thank you. What is your name?",
@@ -523,13 +523,13 @@ def questions_for(
     kind: Kind = "seq2seq" if models.is_seq2seq(model) else "causal"
     run = model_or_run if isinstance(model_or_run, Run) else None
     if (run and task is None) or dataset:
-        asked_of = model_or_run.path if isinstance(model_or_run, Run) else model_or_run
+        model_asked = model_or_run.path if isinstance(model_or_run, Run) else model_or_run
         try:
-            _, questions = measuring.questions_for([asked_of], dataset, None, None, watch, rows=rows)
+            _, questions = measuring.questions_for([model_asked], dataset, None, None, watch, rows=rows)
         except TunesmithError as error:
             if dataset:
                 raise
-            watch({"kind": "warning", "message": f"The run's held-out rows cannot be asked: {error.problem}"})
+            warning(watch)(f"The run's held-out rows cannot be asked: {error.problem}")
         else:
             recipe = questions.recipe
             items = evaluation.items(
@@ -603,6 +603,7 @@ def served_verdict(
             write_whole(file, json.dumps(found.as_dict(), indent=1))
             merge.told_in_report(run)
         else:
-            said = "The run's report keeps its earlier verdict: this address may be that of another model."
-            watch({"kind": "warning", "message": said})
+            warning(watch)(
+                "The run's report keeps its earlier verdict: this address may be that of another model."
+            )
     return found

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from tunesmith import libraries, ranks
 from tunesmith.errors import MissingExtra, ModelError, closest, nearest
-from tunesmith.recipe import PRINCIPAL, Adapter, Freeze, LoRA, QLoRA
+from tunesmith.recipe import PRINCIPAL, Adapter, Freeze, LoRA, Method, Model, QLoRA
 
 FILES = {
     ".json",
@@ -796,6 +796,22 @@ def settle_template(tokenizer: Any, *, is_pair: bool) -> tuple[str, str]:
     from tunesmith.data import pairs, templates
 
     return "saved with it", (pairs.settle_template if is_pair else templates.set_template)(tokenizer, None)
+
+
+def settle_asking(tokenizer: Any, kind: Kind, section: Model, method: Method) -> None:
+    """Settle how a model of this kind is asked outside of a training, as its section and the method's say."""
+    from tunesmith import scoring
+    from tunesmith.data import pairs
+    from tunesmith.data.templates import set_template
+
+    if kind == "seq2seq":
+        # A tuned model brings the prefix that it was trained with.
+        prefix = None if tokenizer.chat_template else getattr(method, "source_prefix", None)
+        pairs.settle_template(tokenizer, section.chat_template, prefix)
+    else:
+        set_template(tokenizer, section.chat_template)
+        if kind == "causal" and method.kind == "reward":
+            scoring.settle_padding(tokenizer)
 
 
 PACKING = "packing.json"

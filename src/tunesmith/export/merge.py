@@ -138,6 +138,19 @@ def adapter_of(model: str | Path, run: Run | None) -> Path:
     return folder
 
 
+def weighted(adapter: str) -> tuple[str, float]:
+    """`PATH=0.6` in its parts; a path alone, even one with such a name, has the weight 1."""
+    path, equals, weight = adapter.rpartition("=")
+    if not equals or Path(adapter).expanduser().is_dir():
+        return adapter, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise TunesmithError(
+            f"The weight of the adapter {path} is not a number.", found=weight, fix="Write it like PATH=0.6."
+        ) from None
+
+
 def check_dtype(dtype: str) -> None:
     """Raises TunesmithError for a type that merged weights are not stored in."""
     if dtype not in ("auto", *DTYPES):

@@ -1801,6 +1801,8 @@ def export(
             "Nothing is proven without questions.", found=f"rows = {rows}", fix="Give 1 or more."
         )
     source = Path(loading.locate(str(model)))
+    if source.is_dir():
+        loading.check_as_written(source)
     run = run_behind(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
     own = run is not None and source == run.final_model.resolve()
     beside = (
@@ -2315,9 +2317,7 @@ def prepare_deployment(
         raise TunesmithError(
             "Nothing is proven without questions.", found=f"rows = {rows}", fix="Give 1 or more."
         )
-    source = Path(loading.locate(str(model)))
-    if not source.is_dir():
-        source = loading.folder_of(str(model))
+    source = loading.folder_of(str(model))
     run = run_behind(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
     asked: list[Held] = []
     if name is None:
@@ -2402,6 +2402,7 @@ def _pushed(run: str | Path, repository: str | None) -> tuple[Path, str, Run | N
     """The folder that is uploaded, where to, the run behind it, and what is to be known of it. Raises TunesmithError
     for one that did not pass its check."""
     from tunesmith.export import parity
+    from tunesmith.models import check_as_written
     from tunesmith.training.lineage import run_behind
 
     path = Path(run).expanduser()
@@ -2416,6 +2417,7 @@ def _pushed(run: str | Path, repository: str | None) -> tuple[Path, str, Run | N
         folder = behind.final_model
         if not folder.is_dir():
             raise behind.unfinished()
+    check_as_written(folder)
     known = []
     if any(part.endswith(".failed") for part in folder.resolve().parts):
         raise TunesmithError(

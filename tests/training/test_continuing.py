@@ -537,7 +537,7 @@ def test_a_flipped_bit_of_a_finished_model_is_said_by_whoever_reads_it(stopped, 
         "serve": lambda model: sources(model, None, {}),
         "merge": api.merge,
         "export": lambda model: api.export(model, to="safetensors"),
-        "deploy": lambda model: api.prepare_deployment(model, output=tmp_path / "packed"),
+        "deploy": lambda model: api.prepare_deployment(model, output_dir=tmp_path / "packed"),
         "push": lambda model: api.push_plan(model, repository="me/mine"),
     }
     names = [*checkpoints.manifest(model, checkpoints.BEST)["files"], checkpoints.BEST]

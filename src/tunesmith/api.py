@@ -1304,6 +1304,8 @@ def export(
             "Nothing is proven without questions.", found=f"rows = {rows}", fix="Give 1 or more."
         )
     source = Path(loading.locate(str(model)))
+    if source.is_dir():
+        loading.check_as_written(source)
     run = run_behind(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
     own = run is not None and source == run.final_model.resolve()
     beside = (
@@ -1572,9 +1574,7 @@ def prepare_deployment(
         raise TunesmithError(
             "Nothing is proven without questions.", found=f"rows = {rows}", fix="Give 1 or more."
         )
-    source = Path(loading.locate(str(model)))
-    if not source.is_dir():
-        source = loading.folder_of(str(model))
+    source = loading.folder_of(str(model))
     run = run_behind(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
     asked: list[Held] = []
     if name is None:

@@ -40,13 +40,14 @@ from tunesmith.errors import (
 from tunesmith.recipe import (
     Accelerate,
     DataSource,
+    Launch,
     Local,
     Ray,
     Recipe,
     Seq2Seq,
     Task,
 )
-from tunesmith.training.continuing import differences
+from tunesmith.training.continuing import check_continued, check_unfinished
 from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
     Run,
@@ -327,12 +328,7 @@ def train(
     TunesmithError for everything the user can mend; a run that trained nothing leaves no folder behind.
     """
     recipe = anchored(recipe)
-    if launch.is_job(recipe.launch):
-        raise RecipeError(
-            f"launch.kind {recipe.launch.kind} is run by a cluster, and this is not one of its nodes.",
-            fix=f"`tunesmith train RECIPE --launch {recipe.launch.kind}` writes what is to be submitted; --launch "
-            "local trains here.",
-        )
+    _check_is_here(recipe.launch, "--launch local trains here.")
     if launch.starts(recipe.launch):
         rows = [asdict(row) for row in base_rows]
         return _launched(recipe, {"resume": resume, "base_rows": rows, "base_check": base_check}, watch)
@@ -348,24 +344,28 @@ def train(
                 run.write("evaluation/engine_check.json", base_check)
         return _carry_out(recipe, run, None, fresh=True)
     run = open_run(Path(recipe.output_dir).expanduser() / folder_name(recipe), watch=watch)
-    changed = differences(anchored(run.recipe()), recipe)
-    if changed:
-        raise RunError(
-            f"The recipe differs from the one {run.path} was started with, so it cannot be continued.",
-            found="; ".join(changed),
-            fix="Undo these changes, or start a new run with another --name.",
-        )
-    _check_unfinished(run)
+    check_continued(run, recipe)
     return _carry_out(recipe, run, resume, fresh=False)
 
 
-def job(recipe: Recipe, folder: str | Path) -> jobs.Job:
+def _check_is_here(section: Launch, otherwise: str) -> None:
+    """Raises RecipeError for what a cluster trains; `otherwise` says what is to be done to train it here."""
+    if launch.is_job(section):
+        raise RecipeError(
+            f"launch.kind {section.kind} is run by a cluster, and this is not one of its nodes.",
+            fix=f"`tunesmith train RECIPE --launch {section.kind}` writes what is to be submitted, with --resume "
+            f"latest for a run that is there; {otherwise}",
+        )
+
+
+def job(recipe: Recipe, folder: str | Path, *, resume: str | None = None) -> jobs.Job:
     """The files with which a cluster runs a recipe (`launch.kind` slurm, kubernetes, or ray with `launch.nodes`),
-    as they lie in `folder`, how they are submitted, and what has to be so there. Nothing is written. Raises RecipeError
-    for a step that cannot be dealt evenly, and RunError where the run's folder is another run's."""
+    as they lie in `folder`, how they are submitted, and what has to be so there. Nothing is written. With `resume`
+    `latest` they only go on with a run. Raises RecipeError for another checkpoint, or a step that cannot be dealt
+    evenly, and RunError where the run's folder is another run's."""
     from tunesmith import jobs
 
-    return jobs.job(recipe, Path(folder))
+    return jobs.job(recipe, Path(folder), resume=resume)
 
 
 def resume(
@@ -377,7 +377,7 @@ def resume(
     on at the same row whatever their number is.
     """
     opened = open_run(run, watch=watch)
-    _check_unfinished(opened)
+    check_unfinished(opened)
     recipe = opened.recipe()
     if processes:
         section = (
@@ -388,6 +388,7 @@ def resume(
             else Local()
         )
         recipe = recipe.model_copy(update={"launch": section})
+    _check_is_here(recipe.launch, f"tunesmith resume {opened.path} --processes N goes on here.")
     if launch.starts(recipe.launch):
         return _launched(recipe, {"run": str(opened.path.absolute()), "checkpoint": checkpoint}, watch)
     if not ranks.is_first():
@@ -542,14 +543,6 @@ def verify_resume(recipe: Recipe, *, steps: int = 4, watch: Watch = _unwatched) 
 
     progress = partial(counting(watch), "continuing")
     return verifying.verify(anchored(recipe), steps=steps, train=train, resume=resume, progress=progress)
-
-
-def _check_unfinished(run: Run) -> None:
-    if run.state() == "done":
-        raise RunError(
-            f"The run {run.path} is finished; there is nothing to resume.",
-            fix=f"`tunesmith evaluate {run.path}` measures it again; a new --name starts another run.",
-        )
 
 
 def demo(*, output_dir: str | Path = "runs", watch: Watch = _unwatched) -> Result:

@@ -47,9 +47,11 @@ from tunesmith.recipe import (
     Seq2Seq,
     Task,
 )
+from tunesmith.training.checkpoints import BEST
 from tunesmith.training.continuing import check_continued, check_unfinished
 from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
+    OF_STEPS,
     Run,
     State,
     Watch,
@@ -169,6 +171,7 @@ class RunSummary:
     dataset: str
     """As the recipe names it; the data sets of a mix joined by ` + `."""
     step: int | None
+    """The last one that was trained."""
     metric: str | None
     base: float | None
     tuned: float | None
@@ -176,6 +179,14 @@ class RunSummary:
     bytes: int
     datasets: tuple[str, ...] = ()
     """Short names of the data sets."""
+    delivered: int | None = None
+    """The step whose model `final_model` is, the best one's or the last; None where there is none yet."""
+
+    @property
+    def steps(self) -> str:
+        """The last step and, where it is another's, the one whose model the run delivers: `300, best 200`."""
+        other = self.delivered is not None and self.delivered != self.step
+        return f"{self.step or ''}" + (f", best {self.delivered}" if other else "")
 
 
 def _unwatched(event: Mapping[str, Any]) -> None:
@@ -1816,7 +1827,8 @@ def _summary(run: Run) -> RunSummary:
     recipe = run.recipe()
     comparison = run.read("evaluation/comparison.json") or {"comparisons": []}
     primary: dict[str, Any] = next((c for c in comparison["comparisons"] if c["primary"]), {})
-    steps = [event["step"] for event in run.events() if event.get("step") is not None]
+    # Decisions name steps as well, the best model's for instance.
+    steps = [e["step"] for e in run.events() if e.get("kind") in OF_STEPS and e.get("step") is not None]
     return RunSummary(
         path=run.path,
         state=run.state(),
@@ -1830,4 +1842,5 @@ def _summary(run: Run) -> RunSummary:
         tuned=primary["tuned"] if primary.get("n") else None,
         verdict=primary.get("verdict"),
         bytes=sum(p.stat().st_size for p in run.path.rglob("*") if p.is_file()),
+        delivered=(run.read(f"final_model/{BEST}") or {}).get("step"),
     )

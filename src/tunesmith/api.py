@@ -40,15 +40,18 @@ from tunesmith.errors import (
 from tunesmith.recipe import (
     Accelerate,
     DataSource,
+    Launch,
     Local,
     Ray,
     Recipe,
     Seq2Seq,
     Task,
 )
-from tunesmith.training.continuing import differences
+from tunesmith.training.checkpoints import BEST
+from tunesmith.training.continuing import check_continued, check_unfinished
 from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
+    OF_STEPS,
     Run,
     State,
     Watch,
@@ -168,6 +171,7 @@ class RunSummary:
     dataset: str
     """As the recipe names it; the data sets of a mix joined by ` + `."""
     step: int | None
+    """The last one that was trained."""
     metric: str | None
     base: float | None
     tuned: float | None
@@ -175,6 +179,14 @@ class RunSummary:
     bytes: int
     datasets: tuple[str, ...] = ()
     """Short names of the data sets."""
+    delivered: int | None = None
+    """The step whose model `final_model` is, the best one's or the last; None where there is none yet."""
+
+    @property
+    def steps(self) -> str:
+        """The last step and, where it is another's, the one whose model the run delivers: `300, best 200`."""
+        other = self.delivered is not None and self.delivered != self.step
+        return f"{self.step or ''}" + (f", best {self.delivered}" if other else "")
 
 
 def _unwatched(event: Mapping[str, Any]) -> None:
@@ -327,12 +339,7 @@ def train(
     TunesmithError for everything the user can mend; a run that trained nothing leaves no folder behind.
     """
     recipe = anchored(recipe)
-    if launch.is_job(recipe.launch):
-        raise RecipeError(
-            f"launch.kind {recipe.launch.kind} is run by a cluster, and this is not one of its nodes.",
-            fix=f"`tunesmith train RECIPE --launch {recipe.launch.kind}` writes what is to be submitted; --launch "
-            "local trains here.",
-        )
+    _check_is_here(recipe.launch, "--launch local trains here.")
     if launch.starts(recipe.launch):
         rows = [asdict(row) for row in base_rows]
         return _launched(recipe, {"resume": resume, "base_rows": rows, "base_check": base_check}, watch)
@@ -348,24 +355,28 @@ def train(
                 run.write("evaluation/engine_check.json", base_check)
         return _carry_out(recipe, run, None, fresh=True)
     run = open_run(Path(recipe.output_dir).expanduser() / folder_name(recipe), watch=watch)
-    changed = differences(anchored(run.recipe()), recipe)
-    if changed:
-        raise RunError(
-            f"The recipe differs from the one {run.path} was started with, so it cannot be continued.",
-            found="; ".join(changed),
-            fix="Undo these changes, or start a new run with another --name.",
-        )
-    _check_unfinished(run)
+    check_continued(run, recipe)
     return _carry_out(recipe, run, resume, fresh=False)
 
 
-def job(recipe: Recipe, folder: str | Path) -> jobs.Job:
+def _check_is_here(section: Launch, otherwise: str) -> None:
+    """Raises RecipeError for what a cluster trains; `otherwise` says what is to be done to train it here."""
+    if launch.is_job(section):
+        raise RecipeError(
+            f"launch.kind {section.kind} is run by a cluster, and this is not one of its nodes.",
+            fix=f"`tunesmith train RECIPE --launch {section.kind}` writes what is to be submitted, with --resume "
+            f"latest for a run that is there; {otherwise}",
+        )
+
+
+def job(recipe: Recipe, folder: str | Path, *, resume: str | None = None) -> jobs.Job:
     """The files with which a cluster runs a recipe (`launch.kind` slurm, kubernetes, or ray with `launch.nodes`),
-    as they lie in `folder`, how they are submitted, and what has to be so there. Nothing is written. Raises RecipeError
-    for a step that cannot be dealt evenly, and RunError where the run's folder is another run's."""
+    as they lie in `folder`, how they are submitted, and what has to be so there. Nothing is written. With `resume`
+    `latest` they only go on with a run. Raises RecipeError for another checkpoint, or a step that cannot be dealt
+    evenly, and RunError where the run's folder is another run's."""
     from tunesmith import jobs
 
-    return jobs.job(recipe, Path(folder))
+    return jobs.job(recipe, Path(folder), resume=resume)
 
 
 def resume(
@@ -377,7 +388,7 @@ def resume(
     on at the same row whatever their number is.
     """
     opened = open_run(run, watch=watch)
-    _check_unfinished(opened)
+    check_unfinished(opened)
     recipe = opened.recipe()
     if processes:
         section = (
@@ -388,6 +399,7 @@ def resume(
             else Local()
         )
         recipe = recipe.model_copy(update={"launch": section})
+    _check_is_here(recipe.launch, f"tunesmith resume {opened.path} --processes N goes on here.")
     if launch.starts(recipe.launch):
         return _launched(recipe, {"run": str(opened.path.absolute()), "checkpoint": checkpoint}, watch)
     if not ranks.is_first():
@@ -542,14 +554,6 @@ def verify_resume(recipe: Recipe, *, steps: int = 4, watch: Watch = _unwatched) 
 
     progress = partial(counting(watch), "continuing")
     return verifying.verify(anchored(recipe), steps=steps, train=train, resume=resume, progress=progress)
-
-
-def _check_unfinished(run: Run) -> None:
-    if run.state() == "done":
-        raise RunError(
-            f"The run {run.path} is finished; there is nothing to resume.",
-            fix=f"`tunesmith evaluate {run.path}` measures it again; a new --name starts another run.",
-        )
 
 
 def demo(*, output_dir: str | Path = "runs", watch: Watch = _unwatched) -> Result:
@@ -1300,6 +1304,8 @@ def export(
     max_shard = size_in_bytes(max_shard_size)
     check_rows(rows)
     source = Path(loading.locate(str(model)))
+    if source.is_dir():
+        loading.check_as_written(source)
     run = run_behind_folder(model)
     own = run is not None and source == run.final_model.resolve()
     beside = (
@@ -1551,9 +1557,7 @@ def prepare_deployment(
 
     max_shard = size_in_bytes(max_shard_size)
     check_rows(rows)
-    source = Path(loading.locate(str(model)))
-    if not source.is_dir():
-        source = loading.folder_of(str(model))
+    source = loading.folder_of(str(model))
     run = run_behind_folder(model)
     asked: list[Held] = []
     if name is None:
@@ -1802,7 +1806,8 @@ def _summary(run: Run) -> RunSummary:
     recipe = run.recipe()
     comparison = run.read("evaluation/comparison.json") or {"comparisons": []}
     primary: dict[str, Any] = next((c for c in comparison["comparisons"] if c["primary"]), {})
-    steps = [event["step"] for event in run.events() if event.get("step") is not None]
+    # Decisions name steps as well, the best model's for instance.
+    steps = [e["step"] for e in run.events() if e.get("kind") in OF_STEPS and e.get("step") is not None]
     return RunSummary(
         path=run.path,
         state=run.state(),
@@ -1816,4 +1821,5 @@ def _summary(run: Run) -> RunSummary:
         tuned=primary["tuned"] if primary.get("n") else None,
         verdict=primary.get("verdict"),
         bytes=sum(p.stat().st_size for p in run.path.rglob("*") if p.is_file()),
+        delivered=(run.read(f"final_model/{BEST}") or {}).get("step"),
     )

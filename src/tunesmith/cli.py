@@ -605,7 +605,7 @@ def train_verb(
 
     if launch.is_job(composition.recipe.launch):
         with Display(quiet=quiet) as display:
-            return _job(composition, display, is_written=not dry_run)
+            return _job(composition, display, resume=resume, is_written=not dry_run)
     if dry_run:
         raise TunesmithError(
             "--dry-run shows the files of a job, and this recipe is trained here.",
@@ -617,14 +617,14 @@ def train_verb(
     return result.as_dict(), _result_text(result)
 
 
-def _job(composition: Composition, display: Display, *, is_written: bool) -> Any:
+def _job(composition: Composition, display: Display, *, resume: str | None, is_written: bool) -> Any:
     """Write what a cluster is to be given, or only show it."""
     from tunesmith import api
     from tunesmith.training.run import folder_name, write_whole
 
     recipe = composition.recipe
     folder = Path(recipe.output_dir).expanduser() / f"{folder_name(recipe)}.job"
-    made = api.job(recipe, folder)
+    made = api.job(recipe, folder, resume=resume)
     notes = [*composition.notes, *made.notes]
     if is_written:
         replaced = [n for n, text in made.files.items() if _differs(folder / n, text)]
@@ -1245,7 +1245,7 @@ def runs_verb(
             run.state,
             _escaped(dataset_name(run.model)),
             _escaped(" + ".join(run.datasets)),
-            str(run.step or ""),
+            run.steps,
             run.metric or "",
             _score(run.base, run.metric),
             _score(run.tuned, run.metric),

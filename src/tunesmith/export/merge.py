@@ -120,6 +120,7 @@ def adapter_of(model: str | Path, run: Run | None) -> Path:
             f"'{model}' is not a folder on this machine.",
             fix="Download the adapter first (`hf download OWNER/NAME --local-dir FOLDER`) and give the folder.",
         )
+    models.check_as_written(folder)
     if not (folder / "adapter_config.json").is_file():
         what = (
             f"adapter kind '{run.recipe().adapter.kind}'" if run else "whole weights, no adapter_config.json"

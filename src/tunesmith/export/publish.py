@@ -123,6 +123,7 @@ def upload_of(run: str | Path, repository: str | None) -> tuple[Path, str, Run |
     """The folder that is uploaded, where to, the run behind it, and what is to be known of it. Raises TunesmithError
     for one that did not pass its check."""
     from tunesmith.export import parity
+    from tunesmith.models import check_as_written
 
     path = Path(run).expanduser()
     marks = ("config.json", "adapter_config.json", "*.gguf")
@@ -136,6 +137,7 @@ def upload_of(run: str | Path, repository: str | None) -> tuple[Path, str, Run |
         folder = behind.final_model
         if not folder.is_dir():
             raise behind.unfinished()
+    check_as_written(folder)
     known = []
     if any(part.endswith(".failed") for part in folder.resolve().parts):
         raise TunesmithError(

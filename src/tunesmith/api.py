@@ -523,6 +523,7 @@ def sweep(
     recipe = anchored(recipe)
     # On Ray each trial is trained by one worker.
     one = recipe.model_copy(update={"launch": Local()}) if engine == "ray" else recipe
+    _check_is_here(one.launch, "--launch local sweeps here.")
     found = sweeps.spaces.checked(sweeps.spaces.read(space), one)
     if engine == "optuna":
         sweeps.require_optuna()

@@ -19,6 +19,7 @@ from tunesmith.errors import (
     RecipeError,
     RunError,
     TrainingDiverged,
+    as_ours,
 )
 from tunesmith.recipe import Recipe
 from tunesmith.sweeps import page
@@ -333,7 +334,7 @@ def test_what_its_values_bring_about_fails_a_trial_and_all_else_ends_the_sweep(r
     for error in (TrainingDiverged("The loss is nan."), OutOfMemory("The memory is not enough.")):
         found = trial(error)
         assert (found.state, found.value, found.reason) == ("failed", 2.0, error.problem)
-    assert isinstance(api._as_ours(MemoryError("of the device")), OutOfMemory)
+    assert isinstance(as_ours(MemoryError("of the device")), OutOfMemory)
     told = {
         "problem": "The loss is nan.",
         "found": None,

@@ -1245,7 +1245,7 @@ def runs_verb(
             run.state,
             _escaped(dataset_name(run.model)),
             _escaped(" + ".join(run.datasets)),
-            str(run.step or ""),
+            run.steps,
             run.metric or "",
             _score(run.base, run.metric),
             _score(run.tuned, run.metric),

@@ -22,7 +22,7 @@ from test_checkpoints import CALLS, traced
 
 from tunesmith import api, dataflow
 from tunesmith.compose import compose, overlaid
-from tunesmith.errors import Interrupted, OutOfResources, RunError
+from tunesmith.errors import Interrupted, OutOfResources, RunError, as_ours
 from tunesmith.recipe import Recipe
 from tunesmith.training import checkpoints, verifying
 from tunesmith.training.run import Run, create, is_run, open_run
@@ -199,7 +199,7 @@ def test_too_many_open_files_are_a_lack_of_resources(tmp_path):
         for file in opened:
             os.close(file)
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    for said in (api._as_ours(error.value), checkpoints.unwritten(error.value, tmp_path, "The checkpoint")):
+    for said in (as_ours(error.value), checkpoints.unwritten(error.value, tmp_path, "The checkpoint")):
         assert isinstance(said, OutOfResources)
         assert "many files are open" in said.problem
         assert "ulimit -n" in said.fix

@@ -37,7 +37,6 @@ READ = tuple(
         r"(/gradio_api)?/theme\.css",
         r"/(static|assets|svelte)/[A-Za-z0-9_./@+-]+",
         r"/favicon\.ico",
-        r"/manifest\.json",
         r"/gradio_api/(queue/(data|status)|upload_progress|startup-events|app_id|login_check|user)/?",
         r"/gradio_api/heartbeat/[A-Za-z0-9]+",
         r"/gradio_api/file=(?s:.+)",
@@ -343,14 +342,20 @@ class Walls:
     ) -> None:
         """Pass an upload on while it is small enough; nothing of one that is too large, or ends early, stays."""
         most, kept = self.limits.upload_bytes, self.limits.kept_bytes
-        too_large = Refused(
-            413, f"An upload may have {most // 2**20} MiB; place larger files in the workspace's folder."
-        )
-        full = Refused(413, f"Uploads may take {kept // 2**20} MiB all together; delete some first.")
         announced = _length(headers)
+        too_large = Refused(
+            413,
+            f"The upload is too large: at most {most // 2**20} MiB are taken at once. "
+            "Upload a part of it, or put it into the workspace's folder `uploads` on the server.",
+        )
         if announced > most:
             raise too_large
         held = _size(self.temporary) + _size(workspace.uploads)
+        full = Refused(
+            413,
+            f"There is no room for this upload: {held / 2**20:,.0f} of {kept // 2**20:,} MiB are taken. "
+            "Delete files in the workspace's folder `uploads` on the server.",
+        )
         if held + self._arriving + announced > kept:
             raise full
         size, over, answered, began = 0, None, False, time.monotonic()
@@ -413,6 +418,8 @@ class Walls:
         nonce = secrets.token_urlsafe(16)
         page = b"".join(parts).replace(b"</head>", theme.head().encode() + b"</head>", 1)
         page = re.sub(rb"<script\b", b'<script nonce="%s"' % nonce.encode(), page)
+        # An app to install it is not, and a browser asks for its manifest without the cookie.
+        page = re.sub(rb'<link\s+rel="manifest"[^>]*>', b"", page)
         # They name pictures elsewhere, for those who link here.
         page = re.sub(rb'<meta\s+(?:property|name)="(?:og|twitter):[^>]*>', b"", page)
         # Gradio's HTML component makes a function of its own fixed template; text from data is an argument of it. What
@@ -420,7 +427,7 @@ class Walls:
         policy = (
             f"default-src 'none'; script-src 'self' 'nonce-{nonce}' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
             "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; media-src 'self' blob:; "
-            "worker-src 'self' blob:; manifest-src 'self'; object-src 'none'; frame-src 'none'; base-uri 'self'; "
+            "worker-src 'self' blob:; object-src 'none'; frame-src 'none'; base-uri 'self'; "
             "form-action 'self'; frame-ancestors 'none'"
         )
         kind = next((v.decode("latin-1") for k, v in headers if k.lower() == b"content-type"), "text/html")

@@ -186,6 +186,10 @@ CSS = """
 .gradio-container .js-plotly-plot .modebar { display: none; }
 .gradio-container .block:has([aria-label="Empty value"]) { display: none; }
 .gradio-container .cm-line, .gradio-container .cm-line span { color: var(--body-text-color) !important; }
+/* What Gradio lays over a place for files that refused one says only "Error". */
+.gradio-container .block:has(.upload-container) .wrap:has(> .error) { display: none; }
+.ts-refused { border: 1px solid var(--border-color-primary); border-left: 4px solid var(--ts-bad); border-radius: 4px;
+  padding: 10px 14px; margin: 0; background: var(--background-fill-primary); overflow-wrap: anywhere; }
 .ts-fault { border-left: 3px solid var(--ts-bad) !important; }
 @media (min-width: 1000px) {
   [id^=recipe-section-] .form { display: grid !important; grid-template-columns: 1fr 1fr; align-items: stretch;
@@ -282,11 +286,45 @@ new MutationObserver(() => document.querySelectorAll("input[title]:not([aria-lab
   (field) => field.setAttribute("aria-label", field.title))).observe(
   document.documentElement, {childList: true, subtree: true});"""
 """Fields of Gradio's that have a tooltip only get it as their name."""
+_REFUSED = """
+{
+  const told = "p.ts-refused";
+  let zone = null;
+  const used = (event) => {
+    if (event.type === "change" && event.target.type !== "file") return;
+    zone = event.target.closest?.(".block:has(.upload-container)") ?? null;
+    zone?.parentNode.querySelector(told)?.remove();
+  };
+  addEventListener("change", used, true);
+  addEventListener("drop", used, true);
+  const inWords = (said) => {
+    const sent = said.match(/^HTTP \\d+: (\\{.*\\})$/s);
+    try { if (sent) return JSON.parse(sent[1]).detail; } catch {}
+    if (said.startsWith("File(s) exceed")) return said + ". TOO_LARGE";
+    return said.startsWith("Invalid file type") ? said + " Convert it, or choose another file." : null;
+  };
+  new MutationObserver(() => document.querySelectorAll("[data-testid=toast-text]").forEach((toast) => {
+    const words = inWords(toast.textContent.trim());
+    if (words === null || toast.dataset.told) return;
+    toast.dataset.told = "yes";
+    toast.textContent = words;
+    if (!zone) return;
+    zone.parentNode.querySelector(told)?.remove();
+    const box = document.createElement("p");
+    box.className = "ts-refused";
+    box.setAttribute("role", "alert");
+    box.textContent = words;
+    zone.after(box);
+  })).observe(document.documentElement, {childList: true, subtree: true});
+}""".replace("TOO_LARGE", "Upload a part of it, or put it into the workspace's folder uploads on the server.")
+"""Gradio tells for ten seconds, as it came from the server, why an upload was refused. In plain words it stays below the
+place for files until the next one is chosen."""
 _EARLY = """
 addEventListener("load", () => {
-  const ahead = document.head.appendChild(document.createElement("link"));
+  const ahead = document.createElement("link");
   ahead.rel = "modulepreload";
   ahead.href = "PLOTLY";
+  document.head.append(ahead);
   const idle = window.requestIdleCallback ?? setTimeout;
   const later = () => document.querySelector("[role=tab]") ? idle(() => import("PLOTLY")) : setTimeout(later, 100);
   later();
@@ -303,7 +341,7 @@ def head() -> str:
     assets = Path(gradio.__file__).parent / "templates" / "frontend" / "assets"
     # None where another version of Gradio names it otherwise: plots are there then all the same, later.
     plotly = [f"/assets/{found.name}" for found in assets.glob("PlotlyPlot-*.js")]
-    return f"<script>{_NAMES}{''.join(_EARLY.replace('PLOTLY', at) for at in plotly)}\n</script>"
+    return f"<script>{_NAMES}{_REFUSED}{''.join(_EARLY.replace('PLOTLY', at) for at in plotly)}\n</script>"
 
 
 _PLAIN = """<style nonce="NONCE">

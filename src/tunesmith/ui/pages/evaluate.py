@@ -362,15 +362,16 @@ def build(shared: Shared) -> None:
     def received(file: str, request: gr.Request) -> list[Any]:
         def act() -> list[Any]:
             workspace = workspace_of(request)
-            name = Path(uploads.receive(file, workspace, (*SETTINGS, *QUESTIONS))).name
+            received = uploads.receive(file, workspace, (*SETTINGS, *QUESTIONS))
+            name, (title, lines) = received.path.name, received.said()
             files = uploads.names(workspace)
-            lists = [
+            offered = [
                 gr.Dropdown(choices=[f for f in files if f.endswith(kind)], value=name)
                 if name.endswith(kind)
                 else gr.skip()
                 for kind in (SETTINGS, QUESTIONS)
             ]
-            return [box(f"{name} is in your workspace.", kind="good"), *lists]
+            return [box(title, lines, kind="good"), *offered]
 
         return list(guarded(act, lambda said: [said, gr.skip(), gr.skip()]))
 

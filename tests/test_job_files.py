@@ -362,6 +362,12 @@ def test_a_run_of_a_cluster_s_processes_does_not_go_on_in_one_by_itself(asked):
     assert "--processes N goes on here" in error.value.fix
 
 
+def test_a_sweep_of_a_cluster_s_recipe_is_refused_before_any_trial(asked, tmp_path):
+    with pytest.raises(RecipeError, match="not one of its nodes"):
+        api.sweep(asked(SLURM), ["training.learning_rate=loguniform(1e-4,1e-2)"])
+    assert not (tmp_path / "my runs").exists()
+
+
 def test_replaced_job_files_are_told_and_the_command_is_quoted(tmp_path):
     where = {"name": "my run", "output_dir": str(tmp_path), "launch": {**SLURM, "nodes": 1}}
     recipe = tmp_path / "r.yaml"

@@ -26,11 +26,7 @@ from tunesmith.training import run as run_folders
 from tunesmith.training.run import Run
 from tunesmith.training.storage import storage
 
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    for name in (*ranks.HIDDEN, "MASTER_ADDR", "MASTER_PORT", launch.JOB):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("unlaunched")
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from tunesmith.recipe import Recipe
 from tunesmith.sweeps import page
 from tunesmith.sweeps import space as spaces
 from tunesmith.sweeps.trials import Pruned, Trial, carried_out, name_of
+from tunesmith.training.continuing import differences
 from tunesmith.training.run import Run, create
 
 pytest.importorskip("optuna")
@@ -230,7 +231,7 @@ def test_all_trials_share_all_but_their_values(recipe, pretended):
     swept(recipe(), trials=3)
     for number, given in pretended:
         own = Recipe.model_validate(given)
-        changed = [line.split(" ")[0] for line in api.differences(recipe(), own)]
+        changed = [line.split(" ")[0] for line in differences(recipe(), own)]
         assert set(changed) <= {"training.learning_rate", "adapter.rank"}
         assert given["evaluation"]["skip"], "no trial is measured on held-out questions before one is chosen"
         assert given["name"] == name_of(number)

@@ -40,7 +40,6 @@ from tunesmith.errors import (
 from tunesmith.recipe import (
     Accelerate,
     DataSource,
-    Launch,
     Local,
     Ray,
     Recipe,
@@ -339,7 +338,7 @@ def train(
     TunesmithError for everything the user can mend; a run that trained nothing leaves no folder behind.
     """
     recipe = anchored(recipe)
-    _check_is_here(recipe.launch, "--launch local trains here.")
+    preflight.check_is_here(recipe.launch, "--launch local trains here.")
     if launch.starts(recipe.launch):
         rows = [asdict(row) for row in base_rows]
         return _launched(recipe, {"resume": resume, "base_rows": rows, "base_check": base_check}, watch)
@@ -357,16 +356,6 @@ def train(
     run = open_run(Path(recipe.output_dir).expanduser() / folder_name(recipe), watch=watch)
     check_continued(run, recipe)
     return _carry_out(recipe, run, resume, fresh=False)
-
-
-def _check_is_here(section: Launch, otherwise: str) -> None:
-    """Raises RecipeError for what a cluster trains; `otherwise` says what is to be done to train it here."""
-    if launch.is_job(section):
-        raise RecipeError(
-            f"launch.kind {section.kind} is run by a cluster, and this is not one of its nodes.",
-            fix=f"`tunesmith train RECIPE --launch {section.kind}` writes what is to be submitted, with --resume "
-            f"latest for a run that is there; {otherwise}",
-        )
 
 
 def job(recipe: Recipe, folder: str | Path, *, resume: str | None = None) -> jobs.Job:
@@ -399,7 +388,7 @@ def resume(
             else Local()
         )
         recipe = recipe.model_copy(update={"launch": section})
-    _check_is_here(recipe.launch, f"tunesmith resume {opened.path} --processes N goes on here.")
+    preflight.check_is_here(recipe.launch, f"tunesmith resume {opened.path} --processes N goes on here.")
     if launch.starts(recipe.launch):
         return _launched(recipe, {"run": str(opened.path.absolute()), "checkpoint": checkpoint}, watch)
     if not ranks.is_first():
@@ -519,6 +508,7 @@ def sweep(
     recipe = anchored(recipe)
     # On Ray each trial is trained by one worker.
     one = recipe.model_copy(update={"launch": Local()}) if engine == "ray" else recipe
+    preflight.check_is_here(one.launch, "--launch local sweeps here.")
     found = sweeps.spaces.checked(sweeps.spaces.read(space), one)
     if engine == "optuna":
         sweeps.require_optuna()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from tunesmith import launch, libraries, parallel
 from tunesmith.compose import check_together
 from tunesmith.errors import RecipeError, TunesmithError
-from tunesmith.recipe import Ray, Recipe
+from tunesmith.recipe import Launch, Ray, Recipe
 from tunesmith.training.fit import quiet_libraries, require_tracker
 
 
@@ -46,6 +46,16 @@ def check(recipe: Recipe) -> None:
         max_length=recipe.data.max_length,
         head=method.head,
     )
+
+
+def check_is_here(section: Launch, otherwise: str) -> None:
+    """Raises RecipeError for what a cluster trains; `otherwise` says what is to be done to train it here."""
+    if launch.is_job(section):
+        raise RecipeError(
+            f"launch.kind {section.kind} is run by a cluster, and this is not one of its nodes.",
+            fix=f"`tunesmith train RECIPE --launch {section.kind}` writes what is to be submitted, with --resume "
+            f"latest for a run that is there; {otherwise}",
+        )
 
 
 def check_processes(recipe: Recipe) -> None:

@@ -628,7 +628,7 @@ def test_a_recipe_that_changed_is_refused_field_by_field(stopped, field):
         before.model_dump(mode="json"), {section: {name: FIELDS[field]}} if name != "kind" else {}
     )
     after = compose({**layer, **({"adapter": {"kind": "lora"}} if name == "kind" else {})}).recipe
-    [*said] = api.differences(before, after)
+    [*said] = continuing.differences(before, after)
     assert any(line.startswith(f"{field} was ") for line in said), said
     with pytest.raises(RunError, match="cannot be continued") as error:
         api.train(after, resume="latest")
@@ -677,9 +677,9 @@ def test_what_decides_which_model_is_the_best_may_not_change(stopped, field):
     value = getattr(recipe.evaluation, field)
     other = (not value) if isinstance(value, bool) else value + 1
     after = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={field: other})})
-    assert api.differences(recipe, after) == []
+    assert continuing.differences(recipe, after) == []
     by = {"training": recipe.training.model_copy(update={"best_by": "exact_match"})}
-    [said] = api.differences(recipe.model_copy(update=by), after.model_copy(update=by))
+    [said] = continuing.differences(recipe.model_copy(update=by), after.model_copy(update=by))
     assert said == f"evaluation.{field} was {value!r}, is {other!r} (it decides training.best_by)"
 
 

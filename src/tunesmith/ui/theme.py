@@ -317,8 +317,8 @@ _REFUSED = """
     zone.after(box);
   })).observe(document.documentElement, {childList: true, subtree: true});
 }""".replace("TOO_LARGE", "Upload a part of it, or put it into the workspace's folder uploads on the server.")
-"""Gradio tells for ten seconds, as it came from the server, why an upload was refused. In plain words it stays below the
-place for files until the next one is chosen."""
+"""Gradio tells for ten seconds, as it came from the server, why an upload was refused. In plain words it stays below
+the place for files until the next one is chosen."""
 _EARLY = """
 addEventListener("load", () => {
   const ahead = document.createElement("link");

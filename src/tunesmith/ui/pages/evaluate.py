@@ -542,9 +542,7 @@ def build(shared: Shared) -> None:
 
         return list(guarded(act, lambda said: [said, gr.skip(), None, None, gr.Button(interactive=False)]))
 
-    cost_button.click(
-        cost, inputs=[chosen, judge, mode], outputs=[*answer, priced, judge_button], **PRIVATE
-    )
+    cost_button.click(cost, inputs=[chosen, judge, mode], outputs=[*answer, priced, judge_button], **PRIVATE)
 
     def unpriced() -> list[Any]:
         return [None, gr.Button(interactive=False)]

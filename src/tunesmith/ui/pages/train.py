@@ -264,7 +264,12 @@ def build(shared: Shared) -> None:
         others = [f["title"] for f in seen.figures if f["title"] not in MAIN] if seen else []
         curve = curve if curve in others else others[0] if others else None
         is_over = is_told(next((j for j in jobs if j.id == spoken), None))
-        now = (run or "", seen.version if seen else -1, curve or "", f"{rows}{real}{hash(said)}{job}{is_over}")
+        now = (
+            run or "",
+            seen.version if seen else -1,
+            curve or "",
+            f"{rows}{real}{hash(said)}{job}{is_over}",
+        )
         if now == before:
             return gr.skip()  # of everything
         can_go_on = bool(path) and real in ("interrupted", "died", "failed") and not (job and job.is_open)

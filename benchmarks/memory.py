@@ -2,8 +2,8 @@
 
 Fresh processes, in turns, equally many steps of `tunesmith train` of the shipped tiny model on rows whose lengths do
 not change with their number. Reading and encoding, which ten times the rows take ten times, count into the peak and not
-into the speed. The fewer rows are already so many that tiktoken does the tokenizing (`data/tokens.py`), whose tables are
-12 MB once and not by the row: 2,000 rows need none. The last line is one JSON object with the speeds, with ten times the
+into the speed. The fewer rows are so many that tiktoken does the tokenizing (`data/tokens.py`), whose tables are 12
+MB once and not by the row: 2,000 rows need none. The last line is one JSON object with the speeds, with ten times the
 rows and with the fewer ones; the exit status is 1 where they differ by more than 3 %, or the peaks by more than 2 %.
 
     python benchmarks/memory.py --rows 5000 --times 5

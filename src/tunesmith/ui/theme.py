@@ -287,6 +287,10 @@ new MutationObserver(() => document.querySelectorAll("input[title]:not([aria-lab
   (field) => field.setAttribute("aria-label", field.title))).observe(
   document.documentElement, {childList: true, subtree: true});"""
 """Fields of Gradio's that have a tooltip only get it as their name."""
+_FITTED = """
+addEventListener("click", (event) => event.target.closest?.("[role=tab]")
+  && setTimeout(() => dispatchEvent(new Event("resize")), 100));"""
+"""A plot follows the window's width only while it is shown: one that comes into sight is told of it."""
 _REFUSED = """
 {
   const told = "p.ts-refused";
@@ -342,7 +346,7 @@ def head() -> str:
     assets = Path(gradio.__file__).parent / "templates" / "frontend" / "assets"
     # None where another version of Gradio names it otherwise: plots are there then all the same, later.
     plotly = [f"/assets/{found.name}" for found in assets.glob("PlotlyPlot-*.js")]
-    return f"<script>{_NAMES}{_REFUSED}{''.join(_EARLY.replace('PLOTLY', at) for at in plotly)}\n</script>"
+    return f"<script>{_NAMES}{_FITTED}{_REFUSED}{''.join(_EARLY.replace('PLOTLY', at) for at in plotly)}\n</script>"
 
 
 _PLAIN = """<style nonce="NONCE">

@@ -271,7 +271,7 @@ footer { display: none !important; }
   /* Of an answer's line its number, its question and both answers, 71 % of the columns; a touch shows all of it. */
   #evaluate-answers .table-container { overflow-x: hidden; }
   #evaluate-answers .table-wrap { min-width: 141%; }
-  #evaluate-answers .header-table { width: auto !important; min-width: 0 !important; }
+  #evaluate-answers .header-table { width: auto !important; min-width: 0 !important; align-self: flex-start; }
   #evaluate-answers tr > :nth-child(2n+3), #evaluate-answers .virtual-row > :nth-child(2n+3) { display: none; }
   #evaluate-answers .first-column { padding-inline: 3px !important; }
   .table-container .header-row { flex-wrap: wrap; height: auto; }

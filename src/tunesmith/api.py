@@ -827,8 +827,7 @@ def compare(
         "primary": primary,
         **keeping.made_with(dict(zip(names, models, strict=True)), questions.recipe),
     }
-    beside = (run.path.parent if run else Path()) / "comparisons"
-    place = keeping.own_folder(beside / keeping.comparison_name(names, dataset) / "comparison.json", about)
+    place = keeping.comparison_folder(run, names, dataset, about)
     evaluation.write_rows(place / "rows.jsonl", itertools.chain.from_iterable(found))
     kept = {
         "a": str(models[0]),
@@ -1230,7 +1229,7 @@ def merge(
     from tunesmith.export import merge as merging
     from tunesmith.export.held import held_for
     from tunesmith.export.weights import size_in_bytes
-    from tunesmith.training.lineage import run_behind
+    from tunesmith.training.lineage import run_behind_folder
 
     max_shard = size_in_bytes(max_shard_size)
     given = [*([(str(model), 1.0)] if model is not None else []), *map(merging.weighted, adapters)]
@@ -1240,7 +1239,7 @@ def merge(
     parts = []
     for name, weight in given:
         path = Path(name).expanduser()
-        of_run = run_behind(path) if path.is_dir() else None
+        of_run = run_behind_folder(path)
         parts.append(merging.Part(merging.adapter_of(name, of_run), weight, of_run))
     adapter, run = parts[0].folder, parts[0].run
     own = run is not None and adapter == run.final_model.resolve() and len(parts) == 1
@@ -1286,21 +1285,18 @@ def export(
     quiet_libraries()
     from tunesmith import models as loading
     from tunesmith.export import artefact
-    from tunesmith.export.held import held_for
+    from tunesmith.export.held import check_rows, held_for
     from tunesmith.export.weights import size_in_bytes
-    from tunesmith.training.lineage import run_behind
+    from tunesmith.training.lineage import run_behind_folder
 
     quant = quant or artefact.DEFAULTS.get(to, "")
     artefact.check_target(to, quant, check)
     max_shard = size_in_bytes(max_shard_size)
-    if rows < 1:
-        raise TunesmithError(
-            "Nothing is proven without questions.", found=f"rows = {rows}", fix="Give 1 or more."
-        )
+    check_rows(rows)
     source = Path(loading.locate(str(model)))
     if source.is_dir():
         loading.check_as_written(source)
-    run = run_behind(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
+    run = run_behind_folder(model)
     own = run is not None and source == run.final_model.resolve()
     beside = (
         run.path / "exports" / f"{to}-{quant}"
@@ -1503,30 +1499,16 @@ def try_model(
     if url is None:
         return found
 
-    def unasked(why: str) -> Tried:
-        return replace(found, findings=(*found.findings, trying.Finding("served", False, why)))
-
-    if not found.is_whole or not asked:
-        return unasked("not asked: there is no model here to compare it with, or one that answers nothing")
-    try:
-        verdict = trying.served_verdict(
-            place.run,
-            place.folder,
-            url,
-            served_as or place.served_as or (place.run.path.name if place.run else place.folder.name),
-            api_key_env,
-            asked[0],
-            by_its_run=dataset is None and task is None,
-            rows=rows,
-            watch=watch,
-        )
-    except ModelError as error:
-        return unasked("; ".join(filter(None, (error.problem, error.found, error.fix))))
-    said = "; ".join(verdict.problems() or verdict.sentences())
-    return replace(
+    return trying.with_server(
         found,
-        findings=(*found.findings, trying.Finding("served", bool(verdict.passed), said)),
-        served=verdict.as_dict(),
+        place,
+        asked[0] if asked else None,
+        url,
+        served_as or place.served_as or (place.run.path.name if place.run else place.folder.name),
+        api_key_env=api_key_env,
+        by_its_run=dataset is None and task is None,
+        rows=rows,
+        watch=watch,
     )
 
 
@@ -1558,18 +1540,15 @@ def prepare_deployment(
     quiet_libraries()
     from tunesmith import models as loading
     from tunesmith.export import deployment, scan
-    from tunesmith.export.held import held_for
+    from tunesmith.export.held import check_rows, held_for
     from tunesmith.export.weights import size_in_bytes
     from tunesmith.serving.models import checked_name, name_of
-    from tunesmith.training.lineage import run_behind
+    from tunesmith.training.lineage import run_behind_folder
 
     max_shard = size_in_bytes(max_shard_size)
-    if rows < 1:
-        raise TunesmithError(
-            "Nothing is proven without questions.", found=f"rows = {rows}", fix="Give 1 or more."
-        )
+    check_rows(rows)
     source = loading.folder_of(str(model))
-    run = run_behind(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
+    run = run_behind_folder(model)
     asked: list[Held] = []
     if name is None:
         own = run.path if run else Path(model).expanduser().absolute()

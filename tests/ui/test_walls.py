@@ -340,6 +340,8 @@ def test_scripts_of_the_page_carry_this_answers_nonce(web):
         assert len(tags) >= 4
         assert all(f'nonce="{nonces[0]}"' in tag for tag in tags)
         assert "githubusercontent" not in first.text
+        assert 'rel="manifest"' not in first.text, "it is asked for without the cookie"
+        assert client.get("/config").json()["i18n_translations"]["en"]["common.complete"] == "Done"
         # What follows the question mark reaches no more than the theme.
         assert client.get("/", params={"page": "x", "deep_link": "../../x"}).status_code == 200
 

@@ -144,7 +144,8 @@ class QuickTokens:
         quick, self._only_composed = as_tiktoken(self._tokenizer)
         texts = [text for text in met if self._can_be_quick(text)]
         if quick and all(
-            np.array_equal(ids, met[text]) for ids, text in zip(self._encoded(texts, quick), texts, strict=True)
+            np.array_equal(ids, met[text])
+            for ids, text in zip(self._encoded(texts, quick), texts, strict=True)
         ):
             self._quick = quick
 

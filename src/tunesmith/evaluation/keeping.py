@@ -23,18 +23,23 @@ def evaluation_folder(run: Run | None, model: str | Path, recipe: Recipe, facts:
     """Where a measurement is kept: never over another one, only over itself."""
     dataset = dataset_name(recipe.data.dataset)
     place = run.evaluation / dataset if run else Path("evaluations") / f"{Path(str(model)).name}_{dataset}"
-    return own_folder(place / "scores.json", {key: value for key, value in facts.items() if key != "model"})
+    return _own_folder(place / "scores.json", {key: value for key, value in facts.items() if key != "model"})
 
 
-def comparison_name(names: Sequence[str], dataset: str | None) -> str:
-    """The folder of a comparison; of very many models a name that a file system takes."""
+def comparison_folder(
+    run: Run | None, names: Sequence[str], dataset: str | None, facts: Mapping[str, Any]
+) -> Path:
+    """Where a comparison is kept, beside the first run of it; of very many models under a name that a file system
+    takes."""
     name = "_vs_".join(re.sub(r"[^\w.-]+", "-", side) for side in names)
     if len(name) > 150:
         name = f"{name[:120]}_and_others_{hashlib.blake2b(name.encode(), digest_size=6).hexdigest()}"
-    return f"{name}_on_{dataset_name(dataset)}" if dataset else name
+    name = f"{name}_on_{dataset_name(dataset)}" if dataset else name
+    beside = (run.path.parent if run else Path()) / "comparisons"
+    return _own_folder(beside / name / "comparison.json", facts)
 
 
-def own_folder(file: Path, about: Mapping[str, Any]) -> Path:
+def _own_folder(file: Path, about: Mapping[str, Any]) -> Path:
     """The file's folder, with a number behind it where the file there tells another thing than `about`."""
     about = json.loads(json.dumps(about))
     for number in itertools.count(1):

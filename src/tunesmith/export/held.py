@@ -18,6 +18,14 @@ from tunesmith.generation import Generated
 from tunesmith.training.run import Run, Watch
 
 
+def check_rows(rows: int) -> None:
+    """Raises TunesmithError for a proof by no question."""
+    if rows < 1:
+        raise TunesmithError(
+            "Nothing is proven without questions.", found=f"rows = {rows}", fix="Give 1 or more."
+        )
+
+
 def held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Watch) -> Held:
     """Questions to prove an artefact with: held-out ones of the run behind it, or those that ship."""
     is_pair = bool(model.config.is_encoder_decoder)

@@ -31,7 +31,7 @@ from tunesmith.export.parity import Parity
 from tunesmith.generation import Generated, context_length, generate
 from tunesmith.models import Kind
 from tunesmith.serving import smoke_test
-from tunesmith.training.lineage import run_behind
+from tunesmith.training.lineage import run_behind_folder
 from tunesmith.training.run import Run, Watch, is_run, open_run, warning, write_whole
 
 TASK_PROMPTS = {
@@ -154,7 +154,7 @@ def place_of(model: str | Path) -> Place:
     Raises ModelError for a deployment whose manifest is damaged, and RunError for a run without a final model.
     """
     path = Path(model).expanduser()
-    run = run_behind(path) if path.is_dir() else None
+    run = run_behind_folder(path)
     packed = path / MANIFEST
     if (path / "model").is_dir() and not is_run(path) and packed.is_file():
         try:
@@ -553,7 +553,39 @@ def questions_for(
     )
 
 
-def served_verdict(
+def with_server(
+    found: Tried,
+    place: Place,
+    asked: Questions | None,
+    url: str,
+    name: str,
+    *,
+    api_key_env: str | None,
+    by_its_run: bool,
+    rows: int,
+    watch: Watch,
+) -> Tried:
+    """What was found about a model, and whether the server at an address answers as it does; see `_served_verdict`."""
+
+    def told(passed: bool, said: str) -> tuple[Finding, ...]:
+        return (*found.findings, Finding("served", passed, said))
+
+    if not found.is_whole or asked is None:
+        why = "not asked: there is no model here to compare it with, or one that answers nothing"
+        return replace(found, findings=told(False, why))
+    try:
+        verdict = _served_verdict(
+            place.run, place.folder, url, name, api_key_env, asked,
+            by_its_run=by_its_run, rows=rows, watch=watch,
+        )  # fmt: skip
+    except ModelError as error:
+        why = "; ".join(filter(None, (error.problem, error.found, error.fix)))
+        return replace(found, findings=told(False, why))
+    said = "; ".join(verdict.problems() or verdict.sentences())
+    return replace(found, findings=told(bool(verdict.passed), said), served=verdict.as_dict())
+
+
+def _served_verdict(
     run: Run | None,
     folder: Path,
     url: str,

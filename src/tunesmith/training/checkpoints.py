@@ -154,7 +154,7 @@ def manifest(folder: Path, file: str = MANIFEST) -> dict[str, Any]:
         else:
             wrong = _misshapen(rest, file)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        wrong = f"no readable manifest ({error})"
+        wrong = f"{file} is no readable manifest ({error})"
     if wrong:
         raise RunError(f"{folder} is not whole.", found=wrong) from None
     return content

@@ -168,6 +168,17 @@ def tail_of(queue: Queue, job: Job, lines: int) -> list[str]:
     return [line for line in queue.said(job, lines=lines).split("\n") if line]
 
 
+TOLD = 10.0
+"""Seconds for which what was said of a job stays when it has got further."""
+
+
+def is_told(job: Job | None) -> bool:
+    """Whether what a page said of a job when a button was pressed (queued, asked to stop) has been seen and is over."""
+    if job is None or job.state == "waiting" or (job.state == "running" and job.stop_asked):
+        return False
+    return time.time() - (job.ended or job.started or job.queued) > TOLD
+
+
 def last_job(workspace: Workspace, run: str | None, kinds: Sequence[str]) -> Job | None:
     """The newest job of a kind that works on a run."""
     found = [

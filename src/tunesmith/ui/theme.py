@@ -176,7 +176,7 @@ CSS = """
   max-height: 20rem; }
 .gradio-container .ts-late:has(textarea:placeholder-shown),
 .gradio-container .form:has(> .ts-late:only-child textarea:placeholder-shown),
-#page-evaluate:not(:has(#evaluate-count p)) #evaluate-every,
+[id$=-told]:not(:has(.ts-box)), #page-evaluate:not(:has(#evaluate-count p)) #evaluate-every,
 #page-runs:has(#runs-about .ts-empty) #runs-work { display: none !important; }
 #train-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 12px; }
 .gradio-container .block:has(.js-plotly-plot) { padding: 4px 8px 10px !important; }
@@ -317,8 +317,8 @@ _REFUSED = """
     zone.after(box);
   })).observe(document.documentElement, {childList: true, subtree: true});
 }""".replace("TOO_LARGE", "Upload a part of it, or put it into the workspace's folder uploads on the server.")
-"""Gradio tells for ten seconds, as it came from the server, why an upload was refused. In plain words it stays below the
-place for files until the next one is chosen."""
+"""Gradio tells for ten seconds, as it came from the server, why an upload was refused. In plain words it stays below
+the place for files until the next one is chosen."""
 _EARLY = """
 addEventListener("load", () => {
   const ahead = document.createElement("link");

@@ -21,6 +21,7 @@ from tunesmith.ui import curves, uploads
 from tunesmith.ui.choosing import (
     LONGEST_TEXT,
     guarded,
+    is_told,
     job_box,
     last_job,
     model_named,
@@ -338,6 +339,8 @@ def build(shared: Shared) -> None:
     state = gr.HTML("", elem_id="evaluate-job")
     timer = watching(shared, "Evaluate")
     before = gr.State("")
+    spoken_of = gr.State(None)  # number of the job that `told` is about
+    answer = [told, line, spoken_of]
 
     def refreshed(run: str | None, now: str | None, request: gr.Request) -> list[Any]:
         workspace = workspace_of(request)
@@ -463,16 +466,16 @@ def build(shared: Shared) -> None:
 
             def make() -> list[Any]:
                 job = act(workspace_of(request), *values)
-                return [box(f"{job.title}: queued", kind="good"), job.command]
+                return [box(f"{job.title}: queued", kind="good"), job.command, job.id]
 
-            return list(guarded(make, lambda said: [said, gr.skip()]))
+            return list(guarded(make, lambda said: [said, gr.skip(), None]))
 
         return on
 
     def on_compare(a: str, b: str, dataset: str, request: gr.Request) -> list[Any]:
         return list(queued(compare)(a, b, dataset, request))
 
-    compare_button.click(on_compare, inputs=[a, b, dataset], outputs=[told, line], **PRIVATE)
+    compare_button.click(on_compare, inputs=[a, b, dataset], outputs=answer, **PRIVATE)
 
     def suite_cost(
         run: str | None, name: str, asked: str | None, by: str | None, request: gr.Request
@@ -485,11 +488,12 @@ def build(shared: Shared) -> None:
             return [
                 box("Judging it would take at most", [said, "Nobody was asked yet."], kind="note"),
                 command(["tunesmith", *suite_arguments(workspace, *now)]),
+                None,
                 now,
                 gr.Button(interactive=True),
             ]
 
-        return list(guarded(act, lambda said: [said, gr.skip(), None, gr.Button(interactive=not by)]))
+        return list(guarded(act, lambda said: [said, gr.skip(), None, None, gr.Button(interactive=not by)]))
 
     def on_suite(
         run: str | None, name: str, asked: str | None, by: str | None, known: Any, request: gr.Request
@@ -507,12 +511,12 @@ def build(shared: Shared) -> None:
 
     suite_of_page = [chosen, suite_name, questions, judge]
     suite_cost_button.click(
-        suite_cost, inputs=suite_of_page, outputs=[told, line, suite_priced, suite_button], **PRIVATE
+        suite_cost, inputs=suite_of_page, outputs=[*answer, suite_priced, suite_button], **PRIVATE
     )
     suite_button.click(
         on_suite,
         inputs=[*suite_of_page, suite_priced],
-        outputs=[told, line, suite_priced, suite_button],
+        outputs=[*answer, suite_priced, suite_button],
         **PRIVATE,
     )
     gr.on(
@@ -531,15 +535,14 @@ def build(shared: Shared) -> None:
             return [
                 box("It would take", [sentence, "Nobody was asked yet."], kind="note"),
                 shown,
+                None,
                 (run, by, how),
                 gr.Button(interactive=True),
             ]
 
-        return list(guarded(act, lambda said: [said, gr.skip(), None, gr.Button(interactive=False)]))
+        return list(guarded(act, lambda said: [said, gr.skip(), None, None, gr.Button(interactive=False)]))
 
-    cost_button.click(
-        cost, inputs=[chosen, judge, mode], outputs=[told, line, priced, judge_button], **PRIVATE
-    )
+    cost_button.click(cost, inputs=[chosen, judge, mode], outputs=[*answer, priced, judge_button], **PRIVATE)
 
     def unpriced() -> list[Any]:
         return [None, gr.Button(interactive=False)]
@@ -555,23 +558,32 @@ def build(shared: Shared) -> None:
         return [*queued(act)(request), *unpriced()]
 
     judge_button.click(
-        on_judge, inputs=[chosen, judge, mode, priced], outputs=[told, line, priced, judge_button], **PRIVATE
+        on_judge, inputs=[chosen, judge, mode, priced], outputs=[*answer, priced, judge_button], **PRIVATE
     )
 
-    def look(run: str | None, name: str | None, mark: str, request: gr.Request) -> list[Any]:
+    def look(
+        run: str | None, name: str | None, mark: str, spoken: str | None, request: gr.Request
+    ) -> list[Any]:
         workspace = workspace_of(request)
         queue = queue_of(workspace)
         job = last_job(workspace, None, ("compare", "evaluate", "judge"))
         known = guarded(lambda: places(workspace, run), lambda _: {})
-        now = f"{job}{queue.said(job, lines=1) if job and job.is_open else ''}{list(known)}"
+        is_over = is_told(next((j for j in queue.jobs() if j.id == spoken), None))
+        now = f"{job}{queue.said(job, lines=1) if job and job.is_open else ''}{list(known)}{is_over}"
         if now == mark:
-            return [gr.skip()] * 3
+            return [gr.skip()] * 5
         queue.wake()
 
         value = name if name in known else next(iter(known), None)
-        return [now, job_box(queue, job), gr.Dropdown(choices=list(known), value=value)]
+        over = ["", None] if is_over else [gr.skip(), gr.skip()]
+        return [now, job_box(queue, job), gr.Dropdown(choices=list(known), value=value), *over]
 
-    timer.tick(look, inputs=[chosen, place, before], outputs=[before, state, place], **QUIET)
+    timer.tick(
+        look,
+        inputs=[chosen, place, before, spoken_of],
+        outputs=[before, state, place, told, spoken_of],
+        **QUIET,
+    )
 
 
 def _told(model: Mapping[str, Any]) -> str:

@@ -150,6 +150,7 @@ CSS = """
 .gradio-container .row > button.lg { flex: 0 1 auto !important; min-width: min(100%, 170px) !important;
   align-self: end; }
 .gradio-container .row:has(> .block, > .form) > button.lg { margin-bottom: 10px; }
+#ship-ways { align-items: stretch !important; }
 #ship-ways > div { display: flex; flex-direction: column; }
 #ship-ways > div > button { margin-top: auto; flex-grow: 0; align-self: flex-start; width: auto; min-width: 170px; }
 #recipe-aside .row > button.lg { min-width: 120px !important; }

@@ -22,6 +22,8 @@ from tunesmith.recipe import DPO, Training
 from tunesmith.training.order import Dealt
 from tunesmith.training.run import Run, create
 
+pytestmark = pytest.mark.usefixtures("unlaunched")
+
 ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_epochs": 1}
 LORA = {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.0}, "training": ONE_BY_ONE}
 DPO_RECIPE = {"method": {"kind": "dpo"}}
@@ -46,12 +48,6 @@ CONTINUED = (
 IN_CI = [
     f"{size} {method}{how}" for how in ("", SHARES) for size in ("full", "lora") for method in ("sft", "dpo")
 ]
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    for name in (*ranks.HIDDEN, "MASTER_ADDR", "MASTER_PORT", launch.JOB):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

@@ -518,7 +518,9 @@ def test_the_pages_are_built():
             assert block.label, block.elem_id
 
 
-def test_answers_end_with_the_piece_that_is_written_when_they_are_stopped(monkeypatch):
+@pytest.fixture
+def a_thousand_pieces(monkeypatch):
+    """Both models write a thousand pieces at once; gives a list that says when they are let go."""
     closed = []
 
     def answers(models, messages, **settings):
@@ -531,6 +533,11 @@ def test_answers_end_with_the_piece_that_is_written_when_they_are_stopped(monkey
     monkeypatch.setattr(chat, "answers", answers)
     monkeypatch.setattr(chat, "sides", lambda workspace, run: ("base", "tuned"))
     monkeypatch.setattr(chat, "workspace_of", lambda request: None)
+    return closed
+
+
+def test_answers_end_with_the_piece_that_is_written_when_they_are_stopped(a_thousand_pieces, monkeypatch):
+    monkeypatch.setattr(chat, "SHOWN_EVERY", 0)
     page, other = SimpleNamespace(session_hash="one"), SimpleNamespace(session_hash="other")
     [ask], [halt] = (listeners_of("chat", name) for name in ("ask", "halt_answers"))
     writing = ask("run", "how many?", [], None, None, "", 64, 0, 0, page)
@@ -545,5 +552,16 @@ def test_answers_end_with_the_piece_that_is_written_when_they_are_stopped(monkey
     assert (turn.base, turn.tuned) == ("base 2", "tuned 2")
     assert "aria-busy" not in talk
     assert "not whole" in told
-    assert closed == [True]
+    assert a_thousand_pieces == [True]
     assert not chat._asking
+
+
+def test_a_page_is_sent_fewer_pictures_of_answers_than_there_are_pieces(a_thousand_pieces, monkeypatch):
+    monkeypatch.setattr(chat, "SHOWN_EVERY", 60)
+    page = SimpleNamespace(session_hash="one")
+    [ask] = listeners_of("chat", "ask")
+    _, first, last = ask("run", "how many?", [], None, None, "", 64, 0, 0, page)
+    assert "tuned 0" in first[3]
+    turn = last[1]
+    assert turn.is_whole
+    assert (turn.base, turn.tuned) == ("base 999", "tuned 999")

@@ -114,11 +114,14 @@ SERIES = ("#1f7fb8", "#c9651a", "#23836d", "#8250df", "#c2255c", "#7d8590", "#0b
 
 
 def plain_layout(height: int) -> dict[str, Any]:
-    """What the layouts of all plots have in common."""
+    """What the layouts of all plots have in common.
+
+    The margins hold what most axes have written at them: a plot whose margins have to grow is drawn twice.
+    """
     axis = {"gridcolor": LINES, "zerolinecolor": LINES, "automargin": True}
     return {
         "height": height,
-        "margin": {"t": 44, "r": 16, "b": 20, "l": 16}, "font": {"color": INK, "size": 12, "family": ", ".join(SANS)},
+        "margin": {"t": 44, "r": 16, "b": 46, "l": 60}, "font": {"color": INK, "size": 12, "family": ", ".join(SANS)},
         "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "xaxis": dict(axis), "yaxis": dict(axis),
         "hovermode": "closest",
     }  # fmt: skip
@@ -255,7 +258,7 @@ CSS = """
 .gradio-container button[role=tab] { font-size: 0.98rem; color: var(--body-text-color-subdued); }
 .gradio-container button[role=tab][aria-selected=true] { color: var(--body-text-color); font-weight: 600; }
 .gradio-container pre, .gradio-container code { overflow-wrap: anywhere; }
-footer { display: none !important; }
+footer, #apart { display: none !important; }
 
 /* In a media query Gradio puts its own container before every selector, so none here begins with it. */
 @media (max-width: 640px) {

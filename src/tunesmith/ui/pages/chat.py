@@ -29,6 +29,9 @@ WAITING = 120.0
 """Seconds that a question waits for another one's answers."""
 STOPPING = 60.0
 """Seconds that a new conversation waits for a model that is being loaded."""
+SHOWN_EVERY = 0.15
+"""Seconds between two pictures of answers that are being written. A page takes longer to draw one than a small model to
+write the next piece: sent with every piece they would pile up in the browser, and *Stop* be seen minutes later."""
 NEW_TOKENS = (16, 2048)
 TRY = empty("No question yet.", "Ask something below: base and tuned model answer the same conversation.")
 
@@ -292,6 +295,7 @@ def build(shared: Shared) -> None:
             page = shown(before, "", ("", ""), is_open=False) if before else TRY
             both = ("", "")
             yield [before, None, None, shown(before, asked, both, is_open=True), off, off, "", "", shell]
+            next_picture = 0.0
             with contextlib.closing(answers(names, messages, **settings)) as pieces:
                 for both in pieces:
                     if halted.is_set():
@@ -299,7 +303,9 @@ def build(shared: Shared) -> None:
                         left, page, back, note = stopped(before, part)
                         yield [nothing, left, nothing, page, off, off, back, note, nothing]
                         return
-                    yield [*[nothing] * 3, shown(before, asked, both, is_open=True), *[nothing] * 5]
+                    if (now := time.monotonic()) >= next_picture:
+                        next_picture = now + SHOWN_EVERY
+                        yield [*[nothing] * 3, shown(before, asked, both, is_open=True), *[nothing] * 5]
         except Exception as error:
             gone = nothing if page is nothing else None
             yield [nothing, gone, nothing, page, off, off, asked, told_of(error), nothing]

@@ -153,12 +153,13 @@ def build(shared: Shared) -> None:
     root = get_blocks_context().root_block  # type: ignore[union-attr]
     start = form.filled(shared.recipe.value or {})
     basic = form.visible(start, expert=False)
-    version = gr.State(0)
+    with shared.apart:
+        version, is_open = gr.State(0), gr.State(False)
+        looks = {section: gr.State(drawn(start, section, basic)) for section in SECTIONS}
     tab = get_render_context()
     assert isinstance(tab, gr.Tab)
     # The form is drawn when somebody looks at it: until then it would hold up other pages. This goes through the
     # queue: of a state that is changed past it Gradio tells nobody.
-    is_open = gr.State(False)
     tab.select(lambda: True, None, is_open, show_progress="hidden", **PRIVATE)
     with gr.Row():
         with gr.Column(scale=3, min_width=340):
@@ -169,7 +170,6 @@ def build(shared: Shared) -> None:
                 elem_id="recipe-view",
                 info="Expert has every field that takes effect with the chosen method and adapter.",
             )
-            looks = {section: gr.State(drawn(start, section, basic)) for section in SECTIONS}
             for section in SECTIONS:
                 with gr.Accordion(
                     TITLES[section], open=section in OPEN, elem_id=f"recipe-section-{section or 'run'}"

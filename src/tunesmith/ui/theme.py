@@ -165,7 +165,7 @@ CSS = """
 .gradio-container .table-wrap { --df-max-col-width: 360px !important; }
 .gradio-container .table-wrap, .gradio-container .table-wrap * {
   font-family: var(--font) !important; font-size: 0.88rem; overflow-wrap: anywhere; }
-.gradio-container .table-wrap th * { overflow-wrap: normal; }
+.gradio-container .table-wrap th * { overflow-wrap: normal; word-break: normal; }
 .gradio-container .table-wrap th span { font-weight: 600; color: var(--body-text-color-subdued); }
 .gradio-container .table-wrap .cell-menu-button, .gradio-container .table-wrap .selection-button { display: none; }
 .gradio-container .table-container .label p { font-size: 0.85rem; color: var(--body-text-color-subdued); }

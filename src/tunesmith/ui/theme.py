@@ -274,7 +274,7 @@ footer, #apart { display: none !important; }
   /* Of an answer's line its number, its question and both answers, 71 % of the columns; a touch shows all of it. */
   #evaluate-answers .table-container { overflow-x: hidden; }
   #evaluate-answers .table-wrap { min-width: 141%; }
-  #evaluate-answers .header-table { width: auto !important; min-width: 0 !important; }
+  #evaluate-answers .header-table { width: auto !important; min-width: 0 !important; align-self: flex-start; }
   #evaluate-answers tr > :nth-child(2n+3), #evaluate-answers .virtual-row > :nth-child(2n+3) { display: none; }
   #evaluate-answers .first-column { padding-inline: 3px !important; }
   .table-container .header-row { flex-wrap: wrap; height: auto; }
@@ -290,6 +290,10 @@ new MutationObserver(() => document.querySelectorAll("input[title]:not([aria-lab
   (field) => field.setAttribute("aria-label", field.title))).observe(
   document.documentElement, {childList: true, subtree: true});"""
 """Fields of Gradio's that have a tooltip only get it as their name."""
+_FITTED = """
+addEventListener("click", (event) => event.target.closest?.("[role=tab]")
+  && setTimeout(() => dispatchEvent(new Event("resize")), 100));"""
+"""A plot follows the window's width only while it is shown: one that comes into sight is told of it."""
 _REFUSED = """
 {
   const told = "p.ts-refused";
@@ -345,7 +349,7 @@ def head() -> str:
     assets = Path(gradio.__file__).parent / "templates" / "frontend" / "assets"
     # None where another version of Gradio names it otherwise: plots are there then all the same, later.
     plotly = [f"/assets/{found.name}" for found in assets.glob("PlotlyPlot-*.js")]
-    return f"<script>{_NAMES}{_REFUSED}{''.join(_EARLY.replace('PLOTLY', at) for at in plotly)}\n</script>"
+    return f"<script>{_NAMES}{_FITTED}{_REFUSED}{''.join(_EARLY.replace('PLOTLY', at) for at in plotly)}\n</script>"
 
 
 _PLAIN = """<style nonce="NONCE">

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -307,7 +308,7 @@ def trained(recipes, tmp_path, processes) -> None:
     command = [*program, str(tmp_path / "trained.py"), str(tmp_path / "recipes.json")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, "".join(
-        line for line in done.stderr.splitlines(keepends=True) if "[rank" not in line
+        line for line in done.stderr.splitlines(keepends=True) if not re.match(r"(\[rank\d+\]:)?\[W", line)
     )
 
 

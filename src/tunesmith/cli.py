@@ -137,6 +137,23 @@ CatalogOption = Annotated[
     ),
 ]
 
+ModelArgument = Annotated[str, typer.Argument(help="A run's folder, a model folder, a Hub id, or `tiny`.")]
+MetricsOption = Annotated[
+    str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|float32|float16|bfloat16", help="How weights are stored; `auto` as the base's are."
+    ),
+]
+ShardSizeOption = Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights.")]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")]
+TokenOption = Annotated[
+    str | None,
+    typer.Option(help="Environment variable with the token; by default one is made and shown once."),
+]
+ModelPathOption = Annotated[str | None, typer.Option(help="The model, as an option instead of the argument.")]
 JudgeOption = Annotated[
     str | None,
     typer.Option(
@@ -768,15 +785,13 @@ def find_lr_verb(
 @verb
 @recipe_options(only=EVALUATION_FLAGS)
 def evaluate_verb(
-    model: Annotated[str, typer.Argument(help="A run's folder, a model folder, a Hub id, or `tiny`.")],
+    model: ModelArgument,
     *,
     dataset: Annotated[
         str | None,
         typer.Option(help="Examples, without those that the run has seen; by default its held-out split."),
     ] = None,
-    metrics: Annotated[
-        str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")
-    ] = None,
+    metrics: MetricsOption = None,
     output: Annotated[str | None, typer.Option(help="Folder for rows and scores.")] = None,
     suite: Annotated[
         str | None,
@@ -848,7 +863,7 @@ GENERATION_FLAGS = ("--format", "--input-text-key", "--output-text-key", "--max-
 @verb
 @recipe_options(only=GENERATION_FLAGS)
 def generate_verb(
-    model: Annotated[str, typer.Argument(help="A run's folder, a model folder, a Hub id, or `tiny`.")],
+    model: ModelArgument,
     prompts: Annotated[
         str,
         typer.Argument(help="A file, a folder or a Hub id; rows with a column `prompt`, unless --format."),
@@ -911,9 +926,7 @@ def compare_verb(
             help="Examples, without those that a run has seen; by default the run's held-out split."
         ),
     ] = None,
-    metrics: Annotated[
-        str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")
-    ] = None,
+    metrics: MetricsOption = None,
     primary: Annotated[
         str | None,
         typer.Option(
@@ -1051,7 +1064,7 @@ def validate_verb(
 @app.command("chat", help="Talk to a model or a run's model under its own chat template.")
 @verb
 def chat_verb(
-    model: Annotated[str, typer.Argument(help="A run's folder, a model folder, a Hub id, or `tiny`.")],
+    model: ModelArgument,
     *,
     prompt: Annotated[str | None, typer.Option(help="Ask this once, print the answer and end.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -1162,13 +1175,8 @@ def merge_verb(
             help="Folder of the merged model; by default `<run>/merged_model` or `<adapter>_merged`."
         ),
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|float32|float16|bfloat16", help="How weights are stored; `auto` as the base's are."
-        ),
-    ] = "auto",
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights.")] = "5GB",
+    dtype: DtypeOption = "auto",
+    max_shard_size: ShardSizeOption = "5GB",
     check: Annotated[
         str,
         typer.Option(
@@ -1358,11 +1366,8 @@ def serve_verb(
     host: Annotated[
         str, typer.Option(help="Address to listen at; other machines reach 0.0.0.0.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    token_env: Annotated[
-        str | None,
-        typer.Option(help="Environment variable with the token; by default one is made and shown once."),
-    ] = None,
+    port: PortOption = 8000,
+    token_env: TokenOption = None,
     no_token: Annotated[bool, typer.Option("--no-token", help="Answer everybody on this machine.")] = False,
     allowed_host: Annotated[
         list[str] | None,
@@ -1455,11 +1460,8 @@ def web_verb(
     host: Annotated[
         str, typer.Option(help="Address to listen at; others reach 0.0.0.0, and then --users is needed.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
-    token_env: Annotated[
-        str | None,
-        typer.Option(help="Environment variable with the token; by default one is made and shown once."),
-    ] = None,
+    port: PortOption = 7860,
+    token_env: TokenOption = None,
     users: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Accounts that sign in, each with a workspace of its own."),
@@ -1554,9 +1556,7 @@ def try_model_verb(
         typer.Argument(metavar="[DIR]", help="A run's, an adapter's, a model's or a deployment's folder."),
     ] = None,
     *,
-    model_path: Annotated[
-        str | None, typer.Option(help="The model, as an option instead of the argument.")
-    ] = None,
+    model_path: ModelPathOption = None,
     dataset: Annotated[
         str | None, typer.Option(help="Rows to ask, instead of the run's held-out ones.")
     ] = None,
@@ -1609,19 +1609,12 @@ def prepare_deployment_verb(
     ] = None,
     *,
     output_dir: Annotated[str, typer.Option(help="The folder that is made.")],
-    model_path: Annotated[
-        str | None, typer.Option(help="The model, as an option instead of the argument.")
-    ] = None,
+    model_path: ModelPathOption = None,
     name: Annotated[
         str | None, typer.Option(help="Name that requests ask for; the run's by default.")
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|float32|float16|bfloat16", help="How weights are stored; `auto` as the base's are."
-        ),
-    ] = "auto",
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights.")] = "5GB",
+    dtype: DtypeOption = "auto",
+    max_shard_size: ShardSizeOption = "5GB",
     space: Annotated[
         bool, typer.Option("--space", help="With what a Space of the Hugging Face Hub needs.")
     ] = False,

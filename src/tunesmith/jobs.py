@@ -107,24 +107,23 @@ def _made(recipe: Recipe, folder: Path, *, resumes: bool) -> Job:
 
 
 def _continued(recipe: Recipe, *, resumes: bool) -> list[str]:
-    """What is to be said of a run whose folder is here already, with which the job goes on, or that is to be there.
+    """What is to be said of a run with which the job goes on: one whose folder is here already, or is to be there.
 
     Raises RunError where it is finished, or was started with another recipe.
     """
-    run = Path(recipe.output_dir).expanduser() / folder_name(recipe)
-    if isinstance(recipe.launch, Kubernetes) or not is_run(run):  # of the first the runs are on the claim
-        place = recipe.launch.storage if isinstance(recipe.launch, Ray) else None
-        where = f"there or in {place}" if place else "there"
-        said = (
-            f"the job continues the run {_run_of(recipe)}, which is not seen from here and has to be {where}"
-        )
-        return [said] if resumes else []
-    found = open_run(run)
-    if resumes:
-        check_continued(found, anchored(recipe))
-    elif (changed := differences(anchored(found.recipe()), anchored(recipe))) or found.state() == "done":
-        check_free(run, found="; ".join(changed) or None)
-    return [f"the job continues the run {run}, which is there already, in state '{found.state()}'"]
+    run, section = Path(recipe.output_dir).expanduser() / folder_name(recipe), recipe.launch
+    if is_run(run) and not isinstance(section, Kubernetes):  # of which the runs are on the claim
+        found = open_run(run)
+        if resumes:
+            check_continued(found, anchored(recipe))
+        elif (changed := differences(anchored(found.recipe()), anchored(recipe))) or found.state() == "done":
+            check_free(run, found="; ".join(changed) or None)
+        return [f"the job continues the run {run}, which is there already, in state '{found.state()}'"]
+    if not resumes:
+        return []
+    place = section.storage if isinstance(section, Ray) else None
+    where = f"there or in {place}" if place else "there"
+    return [f"the job continues the run {_run_of(recipe)}, which is not seen from here and has to be {where}"]
 
 
 def _elsewhere(recipe: Recipe) -> list[str]:

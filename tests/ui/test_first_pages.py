@@ -518,6 +518,26 @@ def test_the_pages_are_built():
             assert block.label, block.elem_id
 
 
+def test_no_page_that_nobody_has_seen_has_a_state_whose_changes_are_listened_to():
+    """Of such a one the browser tells a change with its first answer: the whole form was drawn on every load."""
+    import gradio as gr
+
+    from tunesmith.ui.app import blocks
+
+    made = blocks()
+    filled = {block._id for fn in made.fns.values() for block in fn.outputs}
+    listened = {id for fn in made.fns.values() for id, event in fn.targets if event == "change"}
+
+    def states(block) -> set[int]:
+        found = {block._id} if isinstance(block, gr.State) else set()
+        return found.union(*map(states, getattr(block, "children", ())))
+
+    unseen = {
+        tab.id: states(tab) for tab in made.blocks.values() if isinstance(tab, gr.Tab) and tab.id != "data"
+    }
+    assert not {name: told for name, found in unseen.items() if (told := found & filled & listened)}
+
+
 @pytest.fixture
 def a_thousand_pieces(monkeypatch):
     """Both models write a thousand pieces at once; gives a list that says when they are let go."""

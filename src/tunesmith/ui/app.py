@@ -34,8 +34,9 @@ def blocks(recipe: Mapping[str, Any] | None = None, *, signs_out: bool = False) 
         gr.HTML(theme.HEADER.replace("OUT", theme.SIGN_OUT if signs_out else ""), elem_id="header")
         chosen, run = gr.State(dict(recipe or {})), gr.State(None)
         plans = gr.State(0)
+        apart = gr.Column(elem_id="apart")
         with gr.Tabs(elem_id="pages", overflow_behavior="wrap") as tabs:
-            shared = Shared(recipe=chosen, run=run, plans=plans, tabs=tabs)
+            shared = Shared(recipe=chosen, run=run, plans=plans, apart=apart, tabs=tabs)
             made_tabs = []
             for page in PAGES:
                 name = page.name.lower()

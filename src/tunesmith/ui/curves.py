@@ -333,7 +333,8 @@ def plotted(figure: Mapping[str, Any], *, height: int = 260) -> str:
         "title": theme.plot_title(figure["title"]),
         **{axis: {**plain[axis], **layout.get(axis, {})} for axis in ("xaxis", "yaxis")},
     }
-    return json.dumps({"data": traces, "layout": shown})
+    # Plotly's buttons are hidden here, so none need be made.
+    return json.dumps({"data": traces, "layout": shown, "config": {"displayModeBar": False}})
 
 
 def _short(value: Any) -> Any:

@@ -29,6 +29,9 @@ class Shared:
     """Name of the chosen run folder under `workspace.runs`, or None."""
     plans: gr.State
     """How often a plan was asked for from another page than the plan's own."""
+    apart: gr.Column
+    """Where states belong whose changes are listened to: of those in a page that nobody has looked at yet, Gradio's
+    browser tells a change with the first answer, also where nothing has changed."""
     tabs: gr.Tabs
     """Chosen with `gr.Tabs(selected=NAME)`; a tab's id is its page's name in small letters."""
     run_choices: list[gr.Dropdown] = field(default_factory=list)

@@ -114,11 +114,14 @@ SERIES = ("#1f7fb8", "#c9651a", "#23836d", "#8250df", "#c2255c", "#7d8590", "#0b
 
 
 def plain_layout(height: int) -> dict[str, Any]:
-    """What the layouts of all plots have in common."""
+    """What the layouts of all plots have in common.
+
+    The margins hold what most axes have written at them: a plot whose margins have to grow is drawn twice.
+    """
     axis = {"gridcolor": LINES, "zerolinecolor": LINES, "automargin": True}
     return {
         "height": height,
-        "margin": {"t": 44, "r": 16, "b": 20, "l": 16}, "font": {"color": INK, "size": 12, "family": ", ".join(SANS)},
+        "margin": {"t": 44, "r": 16, "b": 46, "l": 60}, "font": {"color": INK, "size": 12, "family": ", ".join(SANS)},
         "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "xaxis": dict(axis), "yaxis": dict(axis),
         "hovermode": "closest",
     }  # fmt: skip
@@ -150,6 +153,7 @@ CSS = """
 .gradio-container .row > button.lg { flex: 0 1 auto !important; min-width: min(100%, 170px) !important;
   align-self: end; }
 .gradio-container .row:has(> .block, > .form) > button.lg { margin-bottom: 10px; }
+#ship-ways { align-items: stretch !important; }
 #ship-ways > div { display: flex; flex-direction: column; }
 #ship-ways > div > button { margin-top: auto; flex-grow: 0; align-self: flex-start; width: auto; min-width: 170px; }
 #recipe-aside .row > button.lg { min-width: 120px !important; }
@@ -161,7 +165,7 @@ CSS = """
 .gradio-container .table-wrap { --df-max-col-width: 360px !important; }
 .gradio-container .table-wrap, .gradio-container .table-wrap * {
   font-family: var(--font) !important; font-size: 0.88rem; overflow-wrap: anywhere; }
-.gradio-container .table-wrap th * { overflow-wrap: normal; }
+.gradio-container .table-wrap th * { overflow-wrap: normal; word-break: normal; }
 .gradio-container .table-wrap th span { font-weight: 600; color: var(--body-text-color-subdued); }
 .gradio-container .table-wrap .cell-menu-button, .gradio-container .table-wrap .selection-button { display: none; }
 .gradio-container .table-container .label p { font-size: 0.85rem; color: var(--body-text-color-subdued); }
@@ -254,7 +258,7 @@ CSS = """
 .gradio-container button[role=tab] { font-size: 0.98rem; color: var(--body-text-color-subdued); }
 .gradio-container button[role=tab][aria-selected=true] { color: var(--body-text-color); font-weight: 600; }
 .gradio-container pre, .gradio-container code { overflow-wrap: anywhere; }
-footer { display: none !important; }
+footer, #apart { display: none !important; }
 
 /* In a media query Gradio puts its own container before every selector, so none here begins with it. */
 @media (max-width: 640px) {
@@ -270,7 +274,7 @@ footer { display: none !important; }
   /* Of an answer's line its number, its question and both answers, 71 % of the columns; a touch shows all of it. */
   #evaluate-answers .table-container { overflow-x: hidden; }
   #evaluate-answers .table-wrap { min-width: 141%; }
-  #evaluate-answers .header-table { width: auto !important; min-width: 0 !important; }
+  #evaluate-answers .header-table { width: auto !important; min-width: 0 !important; align-self: flex-start; }
   #evaluate-answers tr > :nth-child(2n+3), #evaluate-answers .virtual-row > :nth-child(2n+3) { display: none; }
   #evaluate-answers .first-column { padding-inline: 3px !important; }
   .table-container .header-row { flex-wrap: wrap; height: auto; }
@@ -286,6 +290,10 @@ new MutationObserver(() => document.querySelectorAll("input[title]:not([aria-lab
   (field) => field.setAttribute("aria-label", field.title))).observe(
   document.documentElement, {childList: true, subtree: true});"""
 """Fields of Gradio's that have a tooltip only get it as their name."""
+_FITTED = """
+addEventListener("click", (event) => event.target.closest?.("[role=tab]")
+  && setTimeout(() => dispatchEvent(new Event("resize")), 100));"""
+"""A plot follows the window's width only while it is shown: one that comes into sight is told of it."""
 _REFUSED = """
 {
   const told = "p.ts-refused";
@@ -341,7 +349,7 @@ def head() -> str:
     assets = Path(gradio.__file__).parent / "templates" / "frontend" / "assets"
     # None where another version of Gradio names it otherwise: plots are there then all the same, later.
     plotly = [f"/assets/{found.name}" for found in assets.glob("PlotlyPlot-*.js")]
-    return f"<script>{_NAMES}{_REFUSED}{''.join(_EARLY.replace('PLOTLY', at) for at in plotly)}\n</script>"
+    return f"<script>{_NAMES}{_FITTED}{_REFUSED}{''.join(_EARLY.replace('PLOTLY', at) for at in plotly)}\n</script>"
 
 
 _PLAIN = """<style nonce="NONCE">

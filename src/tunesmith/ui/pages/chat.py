@@ -215,7 +215,8 @@ def build(shared: Shared) -> None:
     chosen = run_choice(shared, "chat")
     history = gr.State([])
     turn = gr.State(None)
-    preferred = gr.State(None)
+    with shared.apart:
+        preferred = gr.State(None)
     talk = gr.HTML(TRY, elem_id="chat-talk", autoscroll=True)
     with gr.Row():
         base_up = gr.Button("The base is better", elem_id="chat-prefer-base", interactive=False)

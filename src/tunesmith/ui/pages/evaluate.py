@@ -274,7 +274,7 @@ def build(shared: Shared) -> None:
             number = gr.Number(value=1, minimum=1, precision=0, label="Page", elem_id="evaluate-page")
         count = gr.HTML("", elem_id="evaluate-count")
         answers = gr.Dataframe(
-            headers=["no.", "question", "reference", "A", "A's mark", "B", "B's mark"], datatype="str", type="array",
+            headers=["#", "question", "reference", "A", "A's mark", "B", "B's mark"], datatype="str", type="array",
             interactive=False, wrap=True, label="Answers; choose a line to see it whole", max_height=480,
             elem_id="evaluate-answers", column_widths=["6%", "21%", "17%", "22%", "6%", "22%", "6%"],
         )  # fmt: skip
@@ -415,7 +415,7 @@ def build(shared: Shared) -> None:
             at = min(max(int(page or 1), 1), pages) - 1
             shown = kept[at * PAGE : (at + 1) * PAGE]
             one, other = found.names
-            headers = ["no.", "question", "reference", one, "mark", other or "-", "mark of B"]
+            headers = ["#", "question", "reference", one, "mark", other or "-", "mark of B"]
             lines = [answer_line(found, n) for n in shown]
             note = f"<p>{len(kept):,} of {len(found.answers):,} answers, page {at + 1} of {pages}</p>"
             return [gr.Dataframe(value=lines, headers=headers), note]

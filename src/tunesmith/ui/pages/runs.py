@@ -12,11 +12,12 @@ from gradio.context import get_render_context
 
 from tunesmith import api
 from tunesmith.errors import RunError, counted
+from tunesmith.estimate import size
 from tunesmith.evaluation.compare import shown
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.training.run import dataset_name
 from tunesmith.ui import curves, theme, trash
-from tunesmith.ui.choosing import clock, guarded, run_names, run_path, shell_line, size
+from tunesmith.ui.choosing import clock, guarded, run_names, run_path, shell_line
 from tunesmith.ui.shared import PRIVATE, QUIET, Shared, box, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
 

@@ -12,6 +12,7 @@ import gradio as gr
 
 from tunesmith import api
 from tunesmith.errors import InputError
+from tunesmith.estimate import size
 from tunesmith.evaluation.report import shipped
 from tunesmith.export.artefact import DEFAULTS, STORED, TARGETS, check_target
 from tunesmith.export.gguf import quants
@@ -26,7 +27,6 @@ from tunesmith.ui.choosing import (
     run_choice,
     run_path,
     shell_line,
-    size,
     watching,
 )
 from tunesmith.ui.jobs import Job

@@ -13,6 +13,7 @@ from gradio.components.plot import PlotData
 from gradio.context import get_render_context
 
 from tunesmith.errors import InputError, TunesmithError
+from tunesmith.estimate import size
 from tunesmith.training.run import State, folder_name, open_run
 from tunesmith.ui import curves, form
 from tunesmith.ui.choosing import (
@@ -26,7 +27,6 @@ from tunesmith.ui.choosing import (
     queue_of,
     run_choice,
     run_path,
-    size,
     told_of,
     watching,
 )

@@ -22,7 +22,8 @@ test-web: .venv/.ready  # the workbench in Chromium; ALL=1 runs the longer cases
 prove: .venv/.ready  # the slower proofs that every change has to pass: the commands of README and docs among them
 	$(BIN)/pytest -m 'slow and not thorough and not web' --numprocesses auto --dist worksteal
 
-thorough: .venv/.ready  # the demo's figures, what methods learn, further cases of what CI proves; also in the browser
+thorough: .venv/.ready  # the demo's figures, what methods learn, further cases of what CI proves, Ray's; also in the browser
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]' || echo 'Without Ray its proofs are skipped.'
 	$(BIN)/pytest -m 'thorough and not web' --numprocesses auto --dist worksteal
 	$(MAKE) test-web ALL=1
 

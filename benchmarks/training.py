@@ -537,7 +537,7 @@ def compare(
     model(work / "model", shape, vocabulary)
     write(work / "rows.jsonl", rows)
     trained = write_tokens(work, task["method"], task)
-    task = {"steps": math.ceil(trained / task["batch"]), **task}  # one epoch
+    task = {"steps": task.get("epochs", 1) * math.ceil(trained / task["batch"]), **task}
     if task["steps"] < 3:
         raise SystemExit(
             f"{rows} rows make {task['steps']} steps, and the first and the last are not measured: give more --rows"

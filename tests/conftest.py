@@ -174,6 +174,15 @@ def question_file(tmp_path) -> Path:
     return path
 
 
+@pytest.fixture
+def unlaunched(monkeypatch) -> None:
+    """An environment as in a process that no launcher has started."""
+    from tunesmith import launch, ranks
+
+    for name in (*ranks.HIDDEN, ranks.RENDEZVOUS, "MASTER_PORT", launch.JOB):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny_t5_folder(tmp_path_factory) -> Path:
     """A T5 of a few thousand parameters with its own tokenizer, as a folder that plain transformers load."""

@@ -397,7 +397,7 @@ def test_a_learning_rate_that_is_far_off_is_said(method, adapter, rate, expected
 
 def test_brackets_in_what_is_said_are_shown(capsys):
     """Text from data and messages is no markup: `[no interval]` would be swallowed, `[/x]` raise."""
-    from tunesmith.cli import Display
+    from tunesmith.display import Display
 
     with Display(quiet=False) as display:
         display({"kind": "warning", "message": "+5.0 points [no interval], n=3 [/x]"})
@@ -413,13 +413,14 @@ def test_brackets_in_what_is_said_are_shown(capsys):
 
 def test_an_answer_without_end_is_cut_on_the_screen_only():
     from tunesmith.api import Result
-    from tunesmith.cli import _console, _result_text
+    from tunesmith.display import open_console
+    from tunesmith.results import result_text
 
     sample = {"question": "q", "reference": "r", "base": "round " * 2000, "tuned": "short"}
     result = Result(run=None, comparisons=(), seconds=1.0, samples=(sample,))
-    console = _console()
+    console = open_console()
     console.file = io.StringIO()
-    console.print(_result_text(result))
+    console.print(result_text(result))
     assert len(console.file.getvalue()) < 1000
     assert "12,000 characters" in console.file.getvalue()
     assert result.as_dict()["samples"][0]["base"] == sample["base"]
@@ -630,15 +631,15 @@ def test_one_is_singular(long_rows):
 
 
 def test_tables_are_not_squeezed_where_the_output_is_piped(monkeypatch):
-    from tunesmith.cli import _console, _table
+    from tunesmith.display import open_console, table_of
 
     for columns, whole in ((None, True), ("60", False)):
         monkeypatch.delenv("COLUMNS", raising=False)
         if columns:
             monkeypatch.setenv("COLUMNS", columns)
-        console = _console()
+        console = open_console()
         console.file = io.StringIO()
-        table = _table("name", "about")
+        table = table_of("name", "about")
         table.add_row("a name", " ".join(["words"] * 30))
         console.print(table)
         assert (" ".join(["words"] * 30) in console.file.getvalue()) is whole

@@ -111,21 +111,27 @@ def test_a_batch_script_starts_a_run_and_goes_on_with_one_that_is_there(asked, t
     given = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "5"}
     environment = {**os.environ, **given, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
 
-    def called() -> list[str]:
-        text = api.job(recipe, tmp_path / "a job").files["job.sbatch"]
+    def called(resume=None, **more) -> list[str]:
+        text = api.job(recipe, tmp_path / "a job", resume=resume).files["job.sbatch"]
         done = subprocess.run(
-            ["bash"], input=text, capture_output=True, text=True, env=environment, check=True
+            ["bash"], input=text, capture_output=True, text=True, env=environment | more, check=True
         )
         return done.stdout.splitlines()
 
+    def endpoint(words: list[str]) -> str:
+        return words[words.index("--rdzv-endpoint") + 1]
+
     words = called()
     assert words[0] == "torchrun"
-    assert words[words.index("--rdzv-endpoint") + 1] == "node7:29500"
-    assert words[-4:] == ["train", str(tmp_path / "a job" / "recipe.yaml"), "--launch", "local"]
+    assert endpoint(words) == "node7:10005"
+    assert endpoint(called(SLURM_JOB_ID="4294901759")) == "node7:11759", "two jobs of a node do not meet"
+    starts = ["train", str(tmp_path / "a job" / "recipe.yaml"), "--launch", "local"]
+    assert words[-4:] == starts
     run = tmp_path / "my runs" / "A run_1"
     run.mkdir(parents=True)
     (run / "recipe.yaml").touch()
     assert called()[-2:] == ["resume", str(run)]
+    assert called("latest")[-6:] == [*starts, "--resume", "latest"]
 
 
 def test_a_train_job_has_the_fields_of_its_kind_and_a_recipe_that_trains_in_the_pods(asked, tmp_path):
@@ -311,6 +317,55 @@ def test_a_job_goes_on_with_its_own_run_only(asked, tmp_path):
     run.write("status.json", {"state": "done"})
     with pytest.raises(RunError, match=r"(?s)another run's.*'done'"):
         api.job(asked(SLURM, **ours), tmp_path)
+
+
+def test_a_job_that_resumes_goes_on_with_a_run_only_and_not_with_a_checkpoint_by_name(asked, tmp_path):
+    on_ray = {"kind": "ray", "workers": 4, "nodes": ["n0", "n1"], "storage": "s3://bucket/runs"}
+    for section, file, place in (
+        (KUBERNETES, "trainjob.yaml", "/runs/A run_1, which is not seen from here and has to be there"),
+        (
+            on_ray,
+            "job.sh",
+            "my runs/A run_1, which is not seen from here and has to be there or in s3://bucket/runs",
+        ),
+    ):
+        made = api.job(asked(section), tmp_path, resume="latest")
+        assert re.search(r"steps=\(train \S+( --launch local)? --resume latest\)", made.files[file])
+        assert "steps=(resume" not in made.files[file]
+        [said] = [note for note in made.notes if "the job continues" in note]
+        assert place in said
+    ours = {"model": {"base": "tiny"}, "data": {"dataset": "example:support"}}
+    run = create(asked({"kind": "local"}, **ours))
+    [said] = api.job(asked(SLURM, **ours), tmp_path, resume="latest").notes
+    assert said.startswith(f"the job continues the run {run.path}, which is there already")
+    with pytest.raises(RunError, match="recipe differs"):
+        api.job(asked(SLURM, **ours, task="chat"), tmp_path, resume="latest")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump(asked(SLURM, **ours).model_dump(mode="json")))
+    refused = CliRunner().invoke(app, ["train", str(recipe), "--resume", "checkpoint-step-4"])
+    assert refused.exit_code == 1
+    assert "--checkpoint checkpoint-step-4" in " ".join(refused.stderr.split())
+    assert not (tmp_path / "my runs/A run_1.job").exists()
+    done = CliRunner().invoke(app, ["train", str(recipe), "--resume", "latest"])
+    assert done.exit_code == 0, done.output
+    assert "--resume latest)" in (tmp_path / "my runs/A run_1.job/job.sbatch").read_text()
+    run.write("status.json", {"state": "done"})
+    with pytest.raises(RunError, match="nothing to resume"):
+        api.job(asked(SLURM, **ours), tmp_path, resume="latest")
+
+
+def test_a_run_of_a_cluster_s_processes_does_not_go_on_in_one_by_itself(asked):
+    """As where torchrun started it by hand, its recipe being one for SLURM."""
+    run = create(asked(SLURM, model={"base": "tiny"}, data={"dataset": "example:support"})).path
+    with pytest.raises(RecipeError, match="not one of its nodes") as error:
+        api.resume(run)
+    assert "--processes N goes on here" in error.value.fix
+
+
+def test_a_sweep_of_a_cluster_s_recipe_is_refused_before_any_trial(asked, tmp_path):
+    with pytest.raises(RecipeError, match="not one of its nodes"):
+        api.sweep(asked(SLURM), ["training.learning_rate=loguniform(1e-4,1e-2)"])
+    assert not (tmp_path / "my runs").exists()
 
 
 def test_replaced_job_files_are_told_and_the_command_is_quoted(tmp_path):

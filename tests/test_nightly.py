@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,46 @@ def test_moments_that_meet_no_run_are_told(nightly, tmp_path, monkeypatch):
         (tmp_path / f"killed-{number}").mkdir()
     with pytest.raises(SystemExit, match="none was killed"):
         nightly.kills(1, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [("checkpoint-step-2", "equal"), ("checkpoint-step-1", "different"), (None, "different")],
+)
+def test_a_run_has_to_go_on_from_its_newest_whole_checkpoint(nightly, tmp_path, monkeypatch, said, told):
+    """Of three checkpoints the last one is cut off; a continued run says where it goes on from."""
+    run, calls = tmp_path / "killed-0" / "run", []
+
+    def in_child(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            for step in (1, 2, 3):
+                point = run / "checkpoints" / f"checkpoint-step-{step}"
+                point.mkdir(parents=True)
+                (point / "weights").write_text("" if step == 3 else "whole")
+                facts = {"files": {"weights": {"sha256": sha256(b"whole").hexdigest()}}}
+                (point / "manifest.json").write_text(json.dumps(facts))
+            return KILLED
+        if len(calls) == 4 and said:
+            event = {"kind": "decision", "name": "resume", "value": said}
+            (run / "events.jsonl").write_text(json.dumps(event) + "\n")
+        return DONE
+
+    monkeypatch.setattr(nightly, "in_child", in_child)
+    monkeypatch.setattr(nightly, "unlike", lambda *args, **options: [])
+    found = nightly.kills(1, folder=tmp_path)
+    assert found == {"kills": 1, "stuck": 0, "equal": 0, "different": 0, told: 1}
+
+
+def test_a_short_name_of_a_field_is_not_found_in_any_sentence(nightly, tmp_path, monkeypatch):
+    from tunesmith import compose, errors
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text("a: 1\n")
+    for said, is_right in (("This is a fault.", False), ("a is not a field.", True)):
+
+        def validated(layer, said=said):
+            raise errors.RecipeError(said)
+
+        monkeypatch.setattr(compose, "validated", validated)
+        assert (nightly.read_as_recipe(path) == []) is is_right

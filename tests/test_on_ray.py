@@ -16,20 +16,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray_in_process
 
-from tunesmith import api, engines, launch, on_ray, ranks
+from tunesmith import api, engines, launch, libraries, on_ray, ranks
 from tunesmith.errors import Interrupted, MissingExtra, RecipeError, RunError, TunesmithError
-from tunesmith.recipe import Ray
+from tunesmith.recipe import Ray, Shards
 from tunesmith.training import callbacks
 from tunesmith.training import run as run_folders
 from tunesmith.training.run import Run
 from tunesmith.training.storage import storage
 
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    for name in (*ranks.HIDDEN, "MASTER_ADDR", "MASTER_PORT", launch.JOB):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("unlaunched")
 
 
 @pytest.fixture
@@ -37,6 +34,14 @@ def recipe(few_steps):
     return few_steps
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """Ray in this process, with one worker; gives what each start of it was told."""
+    monkeypatch.setattr(libraries, "own_process", lambda: None)
+    return ray_in_process.installed(monkeypatch)
+
+
+ONE_WORKER = {"launch": {"kind": "ray", "workers": 1}}
 ON_RAY = {"launch": {"kind": "ray", "workers": 2}}
 
 
@@ -363,13 +368,92 @@ def test_a_place_that_nobody_knows_is_refused():
         storage("nowhere://bucket", "run")
 
 
-# On Ray itself
-
-
 def weights(run: Path) -> dict[str, object]:
     from safetensors.torch import load_file
 
     return load_file(run / "final_model" / "model.safetensors")
+
+
+# With one worker, in this process
+
+
+def test_workers_that_were_lost_begin_at_the_last_checkpoint_and_end_as_if_none_had_been(
+    recipe, tmp_path, monkeypatch, in_process
+):
+    """Lost twice: first the folder stays, then it is gone as well, and the second place is all there is."""
+    undisturbed = api.train(recipe("undisturbed")).run
+    lost, run = [], tmp_path / "runs/lost"
+
+    class Words(on_ray._Words):
+        def tell(self, event):
+            """Ends the worker as a collective does when another one is gone."""
+            super().tell(event)
+            if (event["kind"], event.get("step")) == ("checkpoint", 2) and not lost:
+                lost.append("a worker")
+                raise RuntimeError("Connection closed by peer")
+            if (event["kind"], event.get("step")) == ("stored", 4) and len(lost) == 1:
+                lost.append("its node")
+                shutil.rmtree(run)
+                raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(on_ray, "_Words", Words)
+    place = {"launch": {"storage": f"file://{tmp_path}/far"}}
+    assert api.train(recipe("lost", ONE_WORKER, place)).run == run
+    assert lost == ["a worker", "its node"]
+    events = Run(run).events()
+    assert [e["step"] for e in events if e.get("state") == "training"] == [0, 2, 4]
+    said = " ".join(e["message"] for e in events if e["kind"] == "warning")
+    assert "started the workers again (start 2)" in said
+    assert "started the workers again (start 3)" in said
+    assert [e["value"] for e in events if e.get("name") == "fetched"] == [4]
+    for of_what in ("step", "evaluation"):
+        assert losses(run, of_what) == losses(undisturbed, of_what)
+    assert all(bool((t == weights(run)[part]).all()) for part, t in weights(undisturbed).items())
+    assert contents(tmp_path / "far/lost") == contents(run)
+    assert not (tmp_path / "runs/.ray").exists()
+    [began] = in_process
+    assert (began["address"], began["include_dashboard"], began["RAY_AUTH_MODE"]) == ("local", False, "token")
+    assert len(began["RAY_AUTH_TOKEN"]) == 64
+    assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+def test_workers_that_are_lost_too_often_end_the_run_and_it_goes_on_later(recipe, monkeypatch, in_process):
+    class Words(on_ray._Words):
+        def tell(self, event):
+            super().tell(event)
+            if event["kind"] == "checkpoint":
+                raise RuntimeError("Connection closed by peer")
+
+    asked = recipe("lost", ONE_WORKER, {"launch": {"max_failures": 1}})
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(on_ray, "_Words", Words)
+        with pytest.raises(RunError, match="1 replacements were not enough") as error:
+            api.train(asked)
+    assert error.value.exit_code == 3
+    run = Path(asked.output_dir) / "lost"
+    assert Run(run).state() == "failed"
+    api.resume(run)
+    assert [e["step"] for e in Run(run).events() if e.get("state") == "training"] == [0, 2, 4]
+    assert Run(run).state() == "done"
+
+
+def test_an_error_of_a_worker_s_own_ends_the_run_at_once(recipe, in_process):
+    told: list[str] = []
+    asked = recipe("diverged", ONE_WORKER, learning_rate=1e30)
+    with pytest.raises(TunesmithError, match="not a number"):
+        api.train(asked, watch=lambda event: told.append(event.get("state") or ""))
+    assert told.count("training") == 1
+
+
+def test_answers_of_shards_come_in_their_order_whatever_comes_first_or_twice(
+    tiny_model_folder, tiny_tokenizer, in_process
+):
+    several, one, told = answered(tiny_model_folder, tiny_tokenizer)
+    assert several == one
+    assert told == [0, *range(1, len(one) + 1)]
+
+
+# On Ray itself
 
 
 @pytest.fixture(scope="module")
@@ -493,27 +577,36 @@ def test_sigterm_stops_the_workers_after_their_step(recipe, workers):
     assert not (run.path.parent / ".ray").exists()
 
 
-@pytest.mark.thorough
-def test_workers_give_the_answers_of_one_process_in_their_order(tiny_model_folder, tiny_tokenizer, workers):
+def answered(folder, tokenizer):
+    """What workers and one process answer to the same prompts, one of them asked twice, and the progress told."""
     from tunesmith import models
 
     def load(device="cpu"):
-        return models.load_model(str(tiny_model_folder), dtype="float32", device=device)
+        return models.load_model(str(folder), dtype="float32", device=device)
 
-    prompts = [tiny_tokenizer(f"what is {'count ' * (n % 5)}{n}")["input_ids"] for n in range(45)]
-    asked = engines.Asked([*prompts, prompts[0]], 6, [tiny_tokenizer.eos_token_id])
-    source = engines.Source("model", tiny_tokenizer, load, str(tiny_model_folder))
+    prompts = [tokenizer(f"what is {'count ' * (n % 5)}{n}")["input_ids"] for n in range(45)]
+    asked = engines.Asked([*prompts, prompts[0]], 6, [tokenizer.eos_token_id])
+    source = engines.Source("model", tokenizer, load, str(folder), shards=Shards(workers=2, batch=16))
     one, _ = engines.answers(source, asked)
     told: list[int] = []
     several, settings = engines.answers(source, asked, engine="ray", progress=told.append)
     assert settings["engine"] == "ray"
+    return several, one, told
+
+
+@pytest.mark.thorough
+def test_workers_give_the_answers_of_one_process_in_their_order(tiny_model_folder, tiny_tokenizer, workers):
+    several, one, told = answered(tiny_model_folder, tiny_tokenizer)
     assert several == one
-    assert told[-1] == len(prompts) + 1
+    assert told[-1] == len(one)
 
 
-def test_trials_are_recorded_as_they_end_and_a_short_recipe_has_a_scheduler():
+def test_a_short_recipe_has_a_scheduler():
     pytest.importorskip("ray")
     assert on_ray._scheduler("min", 100, 4)._max_t == 5, "validated every 100 steps, trained for 4"
+
+
+def test_trials_are_recorded_as_they_end(in_process):
     recorded, validated, wrong = [], [], []
     tell = on_ray._records(recorded.append, lambda *one: validated.append(one), wrong)
 
@@ -549,11 +642,9 @@ def test_trials_are_recorded_as_they_end_and_a_short_recipe_has_a_scheduler():
     assert not isinstance(wrong[1], TunesmithError), "so that the command ends with 4"
 
 
-def test_whatever_else_goes_wrong_in_a_trial_is_told_to_the_sweep(monkeypatch):
-    pytest.importorskip("ray")
+def test_whatever_else_goes_wrong_in_a_trial_is_told_to_the_sweep(monkeypatch, in_process):
     from ray import tune
 
-    from tunesmith import libraries
     from tunesmith.sweeps import trials
 
     def slips(*given, **named):
@@ -562,7 +653,6 @@ def test_whatever_else_goes_wrong_in_a_trial_is_told_to_the_sweep(monkeypatch):
     said = []
     monkeypatch.setenv(launch.JOB, "")  # which a trial sets
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(libraries, "own_process", lambda: None)
     monkeypatch.setattr(trials, "carried_out", slips)
     monkeypatch.setattr(tune, "report", said.append)
     on_ray._trial({"gpus": 0, "trial": {"number": 0, "recipe": {}}})

@@ -19,11 +19,13 @@ from tunesmith.errors import (
     RecipeError,
     RunError,
     TrainingDiverged,
+    as_ours,
 )
 from tunesmith.recipe import Recipe
 from tunesmith.sweeps import page
 from tunesmith.sweeps import space as spaces
 from tunesmith.sweeps.trials import Pruned, Trial, carried_out, name_of
+from tunesmith.training.continuing import differences
 from tunesmith.training.run import Run, create
 
 pytest.importorskip("optuna")
@@ -229,7 +231,7 @@ def test_all_trials_share_all_but_their_values(recipe, pretended):
     swept(recipe(), trials=3)
     for number, given in pretended:
         own = Recipe.model_validate(given)
-        changed = [line.split(" ")[0] for line in api.differences(recipe(), own)]
+        changed = [line.split(" ")[0] for line in differences(recipe(), own)]
         assert set(changed) <= {"training.learning_rate", "adapter.rank"}
         assert given["evaluation"]["skip"], "no trial is measured on held-out questions before one is chosen"
         assert given["name"] == name_of(number)
@@ -332,7 +334,7 @@ def test_what_its_values_bring_about_fails_a_trial_and_all_else_ends_the_sweep(r
     for error in (TrainingDiverged("The loss is nan."), OutOfMemory("The memory is not enough.")):
         found = trial(error)
         assert (found.state, found.value, found.reason) == ("failed", 2.0, error.problem)
-    assert isinstance(api._as_ours(MemoryError("of the device")), OutOfMemory)
+    assert isinstance(as_ours(MemoryError("of the device")), OutOfMemory)
     told = {
         "problem": "The loss is nan.",
         "found": None,

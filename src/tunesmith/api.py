@@ -10,71 +10,68 @@ print(result.primary.verdict)
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith import launch, libraries, parallel, ranks
+from tunesmith import launch, libraries, preflight, ranks
 from tunesmith.errors import (
     INTERRUPTED,
     TERMINATED,
     Interrupted,
     ModelError,
-    OutOfMemory,
-    OutOfResources,
     RecipeError,
     RunError,
     Terminated,
     TunesmithError,
+    as_ours,
     closest,
     is_lost_peer,
-    is_out_of_disk,
-    is_out_of_files,
-    is_out_of_memory,
-    is_refused_writing,
+    mended,
     nearest,
 )
 from tunesmith.recipe import (
     Accelerate,
     DataSource,
-    Evaluation,
     Local,
     Ray,
     Recipe,
-    RewardModel,
     Seq2Seq,
-    Shards,
     Task,
 )
-from tunesmith.training.continuing import differences
+from tunesmith.training.checkpoints import BEST
+from tunesmith.training.continuing import check_continued, check_unfinished
 from tunesmith.training.fit import quiet_libraries
 from tunesmith.training.run import (
+    OF_STEPS,
     Run,
     State,
     Watch,
     anchored,
+    counting,
     create,
     dataset_name,
     dataset_names,
+    deciding,
     discard,
     find_runs,
     folder_name,
     is_run,
     open_run,
+    warning,
     write_whole,
 )
 
 if TYPE_CHECKING:
     from tunesmith import jobs
-    from tunesmith.data.examples import Example, Ledger
+    from tunesmith.data.examples import Ledger
     from tunesmith.data.inspection import Inspected
     from tunesmith.data.templates import Encoder
     from tunesmith.data.validation import Report
@@ -82,16 +79,14 @@ if TYPE_CHECKING:
     from tunesmith.engines.check import EngineCheck
     from tunesmith.evaluation import EvalRow
     from tunesmith.evaluation.compare import Comparison
-    from tunesmith.evaluation.leakage import Leakage
     from tunesmith.evaluation.unseen import MeasuredOn
     from tunesmith.export.artefact import Exported
     from tunesmith.export.deployment import Deployment
     from tunesmith.export.merge import Merged
-    from tunesmith.export.parity import Held, Parity
+    from tunesmith.export.parity import Held
     from tunesmith.export.publish import Plan as PushPlan
     from tunesmith.export.tried import Questions as TriedQuestions
     from tunesmith.export.tried import Tried
-    from tunesmith.generation import Generated
     from tunesmith.models import Kind
     from tunesmith.plan import Plan
     from tunesmith.sweeps import Engine as SweepEngine
@@ -175,6 +170,7 @@ class RunSummary:
     dataset: str
     """As the recipe names it; the data sets of a mix joined by ` + `."""
     step: int | None
+    """The last one that was trained."""
     metric: str | None
     base: float | None
     tuned: float | None
@@ -182,6 +178,14 @@ class RunSummary:
     bytes: int
     datasets: tuple[str, ...] = ()
     """Short names of the data sets."""
+    delivered: int | None = None
+    """The step whose model `final_model` is, the best one's or the last; None where there is none yet."""
+
+    @property
+    def steps(self) -> str:
+        """The last step and, where it is another's, the one whose model the run delivers: `300, best 200`."""
+        other = self.delivered is not None and self.delivered != self.step
+        return f"{self.step or ''}" + (f", best {self.delivered}" if other else "")
 
 
 def _unwatched(event: Mapping[str, Any]) -> None:
@@ -200,7 +204,7 @@ def plan(
         from tunesmith import devices
 
         devices.named(device)
-    _check_before_training(recipe)
+    preflight.check(recipe)
     from tunesmith.evaluation import leakage
 
     inputs = {**_inputs(recipe), "device": device, "measured": measured}
@@ -229,7 +233,7 @@ def prepare(
             f"There is no share {first} of {of}.",
             fix="Give --share K/N with K from 1 to N, such as --share 2/4.",
         )
-    _check_before_training(recipe)
+    preflight.check(recipe)
     from tunesmith import preparing
     from tunesmith.data import cache
 
@@ -241,10 +245,8 @@ def prepare(
             fix="Set data.cache to true, and TUNESMITH_CACHE to a folder that can be written.",
         )
 
-    def told(done: int, total: int) -> None:
-        watch({"kind": "progress", "stage": "tokenizing", "done": done, "total": total})
-
-    found = preparing.prepare(recipe, processes=processes, share=share, watch=told)
+    progress = partial(counting(watch), "tokenizing")
+    found = preparing.prepare(recipe, processes=processes, share=share, watch=progress)
     return {**found, "cache": str(cache.folder())}
 
 
@@ -255,7 +257,7 @@ def baseline(recipe: Recipe, *, watch: Watch = _unwatched) -> tuple[Result, list
     TunesmithError where nothing is held out.
     """
     recipe = anchored(recipe)
-    _check_before_training(recipe)
+    preflight.check(recipe)
     from tunesmith import dataflow, evaluation
     from tunesmith.methods import METHODS
 
@@ -306,19 +308,13 @@ def find_lr(
     launch.require_one_process()
     finding.exponential(low or finding.FULL[0], high or finding.LOW_RANK[1], steps)
     recipe = anchored(recipe)
-    _check_before_training(recipe)
+    preflight.check(recipe)
     inputs = _driver().execute(["plan", "encodings", "packing"], inputs=_inputs(recipe))
 
-    def progress(done: int, total: int) -> None:
-        watch({"kind": "progress", "stage": "learning rates", "done": done, "total": total})
-
+    progress = partial(counting(watch), "learning rates")
     progress(0, seeds)
-    try:
+    with mended():
         search = finding.find(recipe, inputs, low=low, high=high, steps=steps, seeds=seeds, progress=progress)
-    except Exception as error:
-        if mended := _as_ours(error):
-            raise mended from error
-        raise
     if page:
         title = f"Learning rates for {dataset_name(recipe.model.base)} on {dataset_name(recipe.data.dataset)}"
         write_whole(Path(page), finding.page(search, title))
@@ -342,12 +338,7 @@ def train(
     TunesmithError for everything the user can mend; a run that trained nothing leaves no folder behind.
     """
     recipe = anchored(recipe)
-    if launch.is_job(recipe.launch):
-        raise RecipeError(
-            f"launch.kind {recipe.launch.kind} is run by a cluster, and this is not one of its nodes.",
-            fix=f"`tunesmith train RECIPE --launch {recipe.launch.kind}` writes what is to be submitted; --launch "
-            "local trains here.",
-        )
+    preflight.check_is_here(recipe.launch, "--launch local trains here.")
     if launch.starts(recipe.launch):
         rows = [asdict(row) for row in base_rows]
         return _launched(recipe, {"resume": resume, "base_rows": rows, "base_check": base_check}, watch)
@@ -363,24 +354,18 @@ def train(
                 run.write("evaluation/engine_check.json", base_check)
         return _carry_out(recipe, run, None, fresh=True)
     run = open_run(Path(recipe.output_dir).expanduser() / folder_name(recipe), watch=watch)
-    changed = differences(anchored(run.recipe()), recipe)
-    if changed:
-        raise RunError(
-            f"The recipe differs from the one {run.path} was started with, so it cannot be continued.",
-            found="; ".join(changed),
-            fix="Undo these changes, or start a new run with another --name.",
-        )
-    _check_unfinished(run)
+    check_continued(run, recipe)
     return _carry_out(recipe, run, resume, fresh=False)
 
 
-def job(recipe: Recipe, folder: str | Path) -> jobs.Job:
+def job(recipe: Recipe, folder: str | Path, *, resume: str | None = None) -> jobs.Job:
     """The files with which a cluster runs a recipe (`launch.kind` slurm, kubernetes, or ray with `launch.nodes`),
-    as they lie in `folder`, how they are submitted, and what has to be so there. Nothing is written. Raises RecipeError
-    for a step that cannot be dealt evenly, and RunError where the run's folder is another run's."""
+    as they lie in `folder`, how they are submitted, and what has to be so there. Nothing is written. With `resume`
+    `latest` they only go on with a run. Raises RecipeError for another checkpoint, or a step that cannot be dealt
+    evenly, and RunError where the run's folder is another run's."""
     from tunesmith import jobs
 
-    return jobs.job(recipe, Path(folder))
+    return jobs.job(recipe, Path(folder), resume=resume)
 
 
 def resume(
@@ -392,7 +377,7 @@ def resume(
     on at the same row whatever their number is.
     """
     opened = open_run(run, watch=watch)
-    _check_unfinished(opened)
+    check_unfinished(opened)
     recipe = opened.recipe()
     if processes:
         section = (
@@ -403,6 +388,7 @@ def resume(
             else Local()
         )
         recipe = recipe.model_copy(update={"launch": section})
+    preflight.check_is_here(recipe.launch, f"tunesmith resume {opened.path} --processes N goes on here.")
     if launch.starts(recipe.launch):
         return _launched(recipe, {"run": str(opened.path.absolute()), "checkpoint": checkpoint}, watch)
     if not ranks.is_first():
@@ -415,7 +401,7 @@ def _launched(recipe: Recipe, job: Mapping[str, Any], watch: Watch) -> Result:
     from tunesmith.evaluation.compare import Comparison
 
     number = launch.processes(recipe.launch)
-    _check_processes(recipe)
+    preflight.check_processes(recipe)
     if isinstance(recipe.launch, Ray):  # whose workers are in folders of their own
         place = recipe.launch.storage
         if place and "://" not in place:
@@ -489,11 +475,11 @@ def assisted() -> Result:
         except Exception as error:
             if is_lost_peer(error):
                 raise SystemExit(1) from None  # which is the first process's, or the launcher's, to say
-            mended = error if isinstance(error, TunesmithError) else _as_ours(error)
-            ranks.complain(mended.problem if mended else f"{type(error).__name__}: {error}")
+            ours = error if isinstance(error, TunesmithError) else as_ours(error)
+            ranks.complain(ours.problem if ours else f"{type(error).__name__}: {error}")
             ranks.leave()
-            if mended and mended is not error:
-                raise mended from error
+            if ours and ours is not error:
+                raise ours from error
             raise
     return Result(run=None, comparisons=(), seconds=time.perf_counter() - started)
 
@@ -522,10 +508,11 @@ def sweep(
     recipe = anchored(recipe)
     # On Ray each trial is trained by one worker.
     one = recipe.model_copy(update={"launch": Local()}) if engine == "ray" else recipe
+    preflight.check_is_here(one.launch, "--launch local sweeps here.")
     found = sweeps.spaces.checked(sweeps.spaces.read(space), one)
     if engine == "optuna":
         sweeps.require_optuna()
-    _check_before_training(one)
+    preflight.check(one)
     return sweeps.sweep(
         recipe, found, trials=trials, engine=engine, pruner=pruner, seed=seed, compared=compared, watch=watch
     )
@@ -540,14 +527,10 @@ def self_check(recipe: Recipe) -> SelfCheck:
 
     launch.require_one_process()
     recipe = anchored(recipe)
-    _check_before_training(recipe)
+    preflight.check(recipe)
     inputs = _driver().execute(["plan", "encodings"], inputs=_inputs(recipe))
-    try:
+    with mended():
         return checking.check(recipe, inputs)
-    except Exception as error:
-        if mended := _as_ours(error):
-            raise mended from error
-        raise
 
 
 def verify_resume(recipe: Recipe, *, steps: int = 4, watch: Watch = _unwatched) -> Verified:
@@ -559,18 +542,8 @@ def verify_resume(recipe: Recipe, *, steps: int = 4, watch: Watch = _unwatched) 
 
     launch.require_one_process()
 
-    def progress(done: int, total: int) -> None:
-        watch({"kind": "progress", "stage": "continuing", "done": done, "total": total})
-
+    progress = partial(counting(watch), "continuing")
     return verifying.verify(anchored(recipe), steps=steps, train=train, resume=resume, progress=progress)
-
-
-def _check_unfinished(run: Run) -> None:
-    if run.state() == "done":
-        raise RunError(
-            f"The run {run.path} is finished; there is nothing to resume.",
-            fix=f"`tunesmith evaluate {run.path}` measures it again; a new --name starts another run.",
-        )
 
 
 def demo(*, output_dir: str | Path = "runs", watch: Watch = _unwatched) -> Result:
@@ -709,11 +682,12 @@ def evaluate(
     _check_metric_names(metrics, settings)
     quiet_libraries()
     from tunesmith import evaluation
+    from tunesmith.evaluation import keeping, measuring
     from tunesmith.evaluation.rows import asked_in
 
     started = time.perf_counter()
-    run, questions = _questions([model], dataset, metrics, settings, watch)
-    rows, chosen, longer = _answers(model, questions, name="model", watch=watch)
+    run, questions = measuring.questions_for([model], dataset, metrics, settings, watch)
+    rows, chosen, longer = measuring.answers_of(model, questions, name="model", watch=watch)
     questions = questions.with_longer({str(model): longer})
     scores = evaluation.scores(rows, chosen)
     asked = questions.recipe.evaluation.max_new_tokens
@@ -722,28 +696,28 @@ def evaluate(
         "measured_on": asdict(questions.measured_on),
         "metrics": chosen,
         "max_new_tokens": asked,
-        **_made_with({"model": model}, questions.recipe),
+        **keeping.made_with({"model": model}, questions.recipe),
     }
-    place = Path(output) if output else _evaluation_folder(run, model, questions.recipe, kept)
+    place = Path(output) if output else keeping.evaluation_folder(run, model, questions.recipe, kept)
     evaluation.write_rows(place / "rows.jsonl", rows)
     if made := evaluation.classification.classification(rows):
         kept["labels"] = asdict(made)
-        watch({"kind": "decision", "name": "labels", "value": len(made.labels), "reason": made.sentence()})
+        deciding(watch)("labels", len(made.labels), made.sentence())
     if (bias := evaluation.length_bias(rows)) and bias.is_strong:
-        watch({"kind": "warning", "message": bias.sentence("the model")})
+        warning(watch)(bias.sentence("the model"))
     if copied := asked_in(rows).sentence():
-        watch({"kind": "warning", "message": copied})
+        warning(watch)(copied)
     write_whole(place / "scores.json", json.dumps(kept, indent=1))
-    leaked = _leak_facts(questions, {"model": rows}, chosen, None)
-    _keep_leaks(leaked, place / "leakage.json", watch)
-    _settle_answers(place, questions)
+    leaked = measuring.leak_facts(questions, {"model": rows}, chosen, None)
+    keeping.keep_leaks(leaked, place / "leakage.json", watch)
+    keeping.settle_answers(place, questions)
     return Result(
         run=place,
         comparisons=(),
         seconds=time.perf_counter() - started,
         scores=scores,
         measured_on=questions.measured_on,
-        leakage=_short_leakage(leaked),
+        leakage=keeping.short_leakage(leaked),
         engine_check=questions.engine_check(),
     )
 
@@ -764,27 +738,26 @@ def generate(
     """
     launch.require_one_process()
     quiet_libraries()
+    from tunesmith import engines
     from tunesmith.compose import compose, overlaid
     from tunesmith.engines import batch
     from tunesmith.evaluation.judging.bench import source_of
 
     recipe = compose(overlaid(dict(settings or {}), {"data": {"dataset": dataset}})).recipe
     section = recipe.evaluation
-    _check_shards(section)
+    engines.check_shards(section)
     if section.attempts > 1:
         raise RecipeError("Answers to a set of prompts are greedy, one each.", fix="Leave --attempts out.")
     source = source_of(str(model), server=section.server, shards=section.shards)
 
-    def progress(done: int, total: int) -> None:
-        watch({"kind": "progress", "stage": "answers", "done": done, "total": total})
-
+    progress = partial(counting(watch), "answers")
     return batch.generate(
         source,
         recipe.data,
         section,
         Path(output).expanduser(),
         progress=progress,
-        say=lambda message: watch({"kind": "warning", "message": message}),
+        say=warning(watch),
     )
 
 
@@ -814,22 +787,23 @@ def compare(
     from tunesmith import evaluation
     from tunesmith.engines.check import remarked
     from tunesmith.evaluation import compare as comparing
+    from tunesmith.evaluation import keeping, measuring
 
     started = time.perf_counter()
-    models = _baseline_first([a, b, *more], baseline)
-    run, questions = _questions(models, dataset, metrics, settings, watch)
-    names = _side_names(*models)
+    models = measuring.baseline_first([a, b, *more], baseline)
+    run, questions = measuring.questions_for(models, dataset, metrics, settings, watch)
+    names = measuring.side_names(*models)
     stand_ins = ("base", "tuned") if len(models) == 2 else names
-    watch(_findable(questions))
+    watch(measuring.findable(questions))
     found, longer, chosen = [], {}, list[str]()
     for model, name, stand_in in zip(models, names, stand_ins, strict=True):
-        rows, fitting, longer[name] = _answers(
+        rows, fitting, longer[name] = measuring.answers_of(
             model,
             questions,
             name=stand_in,
             known_as=name,
             primary=primary,
-            watch=_renamed(watch, stand_in, name),
+            watch=measuring.renamed(watch, stand_in, name),
         )
         chosen = chosen or fitting
         found.append(rows)
@@ -841,7 +815,7 @@ def compare(
         resamples=section.resamples,
         confidence=section.confidence,
         primary=primary,
-        apart=[_apart(models[0], other, questions.recipe) for other in models[1:]],
+        apart=[measuring.apart(models[0], other, questions.recipe) for other in models[1:]],
     )
     compared = remarked(compared, questions.engine_check())
     if len(models) == 2:
@@ -851,10 +825,9 @@ def compare(
         "measured_on": asdict(questions.measured_on),
         "metrics": chosen,
         "primary": primary,
-        **_made_with(dict(zip(names, models, strict=True)), questions.recipe),
+        **keeping.made_with(dict(zip(names, models, strict=True)), questions.recipe),
     }
-    beside = (run.path.parent if run else Path()) / "comparisons"
-    place = _own_folder(beside / _comparison_name(names, dataset) / "comparison.json", about)
+    place = keeping.comparison_folder(run, names, dataset, about)
     evaluation.write_rows(place / "rows.jsonl", itertools.chain.from_iterable(found))
     kept = {
         "a": str(models[0]),
@@ -863,12 +836,11 @@ def compare(
         "comparisons": [asdict(c) for c in compared],
         "engine_check": questions.engine_check(),
     }
-    own_base = open_run(models[0]).recipe().model.base if is_run(Path(models[0]).expanduser()) else None
-    origins = [name for name, model in zip(names, models) if own_base and _same_place(str(model), own_base)]
-    leaked = _leak_facts(questions, dict(zip(names, found, strict=True)), chosen, primary, origins)
-    _keep_leaks(leaked, place / "leakage.json", watch)
+    origins = measuring.made_from(models, names)
+    leaked = measuring.leak_facts(questions, dict(zip(names, found, strict=True)), chosen, primary, origins)
+    keeping.keep_leaks(leaked, place / "leakage.json", watch)
     write_whole(place / "comparison.json", json.dumps(kept, indent=1, ensure_ascii=False))
-    _settle_answers(place, questions)
+    keeping.settle_answers(place, questions)
     return Result(
         run=run.path if run else None,
         comparisons=tuple(compared),
@@ -877,7 +849,7 @@ def compare(
         measured_on=questions.measured_on,
         saved=place,
         models=names,
-        leakage=_short_leakage(leaked),
+        leakage=keeping.short_leakage(leaked),
         engine_check=questions.engine_check(),
     )
 
@@ -893,446 +865,6 @@ def _check_metric_names(
     known_metrics(
         [*(metrics or ()), *(more if isinstance(more, list) else ()), *([primary] if primary else ())]
     )
-
-
-def _keep_leaks(facts: Mapping[str, Any] | None, file: Path, watch: Watch) -> None:
-    """Write the leakage, and say where its pairs are."""
-    if facts is None:
-        return
-    write_whole(file, json.dumps(facts, indent=1, ensure_ascii=False))
-    if facts["leaked"]:
-        watch({"kind": "warning", "message": f"{facts['remark']} The pairs are in {file}."})
-    elif facts["review"]:
-        reason = "pairs with too much in common, to be looked at"
-        watch({"kind": "decision", "name": "leakage pairs", "value": str(file), "reason": reason})
-
-
-def _short_leakage(facts: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The leakage without the texts of its pairs."""
-    if facts is None:
-        return None
-    kept = {key: facts[key] for key in ("questions", "trained", "counts", "remark", "parts", "copied")}
-    return {**kept, "leaked": len(facts["leaked"]), "review": len(facts["review"])}
-
-
-def _baseline_first(models: Sequence[str | Path], baseline: str | Path | None) -> list[str | Path]:
-    """The models, the baseline before the others. Raises TunesmithError for one that is not among them."""
-    if baseline is None:
-        return list(models)
-    names = _side_names(*models)
-    for place, (model, name) in enumerate(zip(models, names, strict=True)):
-        if str(baseline) in (str(model), name):
-            return [models[place], *models[:place], *models[place + 1 :]]
-    raise TunesmithError(
-        f"The baseline {baseline} is not among the models.",
-        found=", ".join(map(str, models)),
-        fix=nearest(str(baseline), [str(model) for model in models]),
-    )
-
-
-def _findable(questions: _Questions) -> dict[str, Any]:
-    """What a comparison on these questions could find, as an event, before any answer is paid for."""
-    from tunesmith.data.examples import texts
-    from tunesmith.evaluation.power import expected
-
-    section = questions.recipe.evaluation
-    different = list({(e.group, *texts(e)): e for e in questions.examples}.values())
-    items = min(len({tuple(texts(e)) for e in different}), section.max_items or len(different))
-    groups = len({n if e.group is None else e.group for n, e in enumerate(different)})
-    could = expected(items, min(groups, items), confidence=section.confidence)
-    return {
-        "kind": "decision",
-        "name": "smallest difference to be found",
-        "value": could.value if could else "none",
-        "reason": could.reason if could else "one question or group cannot show any",
-    }
-
-
-def _comparison_name(names: Sequence[str], dataset: str | None) -> str:
-    """The folder of a comparison; of very many models a name that a file system takes."""
-    name = "_vs_".join(re.sub(r"[^\w.-]+", "-", side) for side in names)
-    if len(name) > 150:
-        name = f"{name[:120]}_and_others_{hashlib.blake2b(name.encode(), digest_size=6).hexdigest()}"
-    return f"{name}_on_{dataset_name(dataset)}" if dataset else name
-
-
-def _apart(a: str | Path, b: str | Path, recipe: Recipe) -> str:
-    """Why two models may be given different tokens for the same question."""
-    from tunesmith import models
-    from tunesmith.data.pairs import MARK
-
-    one, other = (models.load_tokenizer(str(model)) for model in (a, b))
-    if one.get_vocab() != other.get_vocab():
-        return "they have tokenizers of their own"
-    for model, tokenizer in ((a, one), (b, other)):
-        _settle_template(tokenizer, models.kind(str(model)), recipe)
-    templates = [str(tokenizer.chat_template) for tokenizer in (one, other)]
-    if all(template.startswith(MARK) for template in templates):
-        return "another source prefix, `method.source_prefix`, before the input"
-    return "another chat template around the question"
-
-
-def _side_names(*models: str | Path) -> tuple[str, ...]:
-    """What the models of a comparison are called: their folders' names, where these differ."""
-    short = tuple(Path(str(model)).name for model in models)
-    whole = tuple(map(str, models))
-    names = short if len(set(short)) == len(short) and all(short) else whole
-    if len(models) > 2 and len(set(names)) < len(names):
-        raise TunesmithError(
-            "A model is named twice.", found=", ".join(whole), fix="Name each model of a comparison once."
-        )
-    return names
-
-
-def _renamed(watch: Watch, before: str, after: str) -> Watch:
-    """A watcher that is told of a stage under the name that people know."""
-
-    def told(event: Mapping[str, Any]) -> None:
-        stage = str(event.get("stage", ""))
-        known = stage.startswith(f"{before}:")
-        watch({**event, "stage": after + stage.removeprefix(before)} if known else event)
-
-    return told
-
-
-@dataclass(frozen=True)
-class _Questions:
-    """Held-out examples and the settings they are asked with."""
-
-    recipe: Recipe
-    examples: tuple[Example, ...]
-    measured_on: MeasuredOn
-    unfinished: Path
-    """Where answers are kept until their rows are written."""
-    leakage: Leakage | None = None
-    """Of the runs behind the models; None where there are none, or their data sets are not known."""
-    learned: Callable[[], Iterator[str]] = lambda: iter(())
-    """The answers that they were trained on."""
-    checks: list[EngineCheck] = field(default_factory=list)
-
-    def engine_check(self) -> dict[str, Any]:
-        """The engine checks so far, by model."""
-        return {check.model: check.as_dict() for check in self.checks}
-
-    def with_longer(self, found: Mapping[str, str | None]) -> _Questions:
-        """The same, with what is to be said by model of questions longer than it was trained to read."""
-        longer = {model: said for model, said in found.items() if said}
-        return replace(self, measured_on=replace(self.measured_on, longer=longer))
-
-
-def _questions(
-    models: Sequence[str | Path],
-    dataset: str | None,
-    metrics: Sequence[str] | None,
-    settings: Mapping[str, Any] | None,
-    watch: Watch,
-    *,
-    rows: int | None = None,
-) -> tuple[Run | None, _Questions]:
-    """The first of the models that is a run, and what it and the others are to be asked, at most `rows` where that
-    is given.
-
-    Raises TunesmithError where no question is left that none of them has learned from.
-    """
-    from tunesmith import data, dataflow, evaluation
-    from tunesmith import models as loading
-    from tunesmith.compose import overlaid, validated
-    from tunesmith.data.splitting import HELD_OUT, TRAIN, VALIDATION
-    from tunesmith.evaluation import leakage, unseen
-    from tunesmith.evaluation.metrics import METRICS
-
-    for model in models:
-        loading.locate(str(model))
-    run = next((open_run(m) for m in models if is_run(Path(m).expanduser())), None)
-    if not run and not dataset:
-        raise TunesmithError(
-            f"What {models[0]} is to be measured on is missing.", fix="Give --dataset, or name a run."
-        )
-    base = run.recipe() if run else Recipe()
-    if not run and "method" not in (settings or {}):
-        kinds = {loading.kind(str(model)) for model in models}
-        if "reward" in kinds:
-            base = Recipe(method=RewardModel())
-        elif loading.kind(str(models[0])) == "seq2seq":
-            base = Recipe(method=Seq2Seq())
-    settings = {"evaluation": {"max_items": rows}} if rows else settings
-    changes: dict[str, Any] = {"evaluation": {"metrics": metrics}} if metrics else {}
-    layer = base.model_dump(mode="json")
-    is_whole = not base.data.mix and _same_place(base.data.dataset, dataset or "")
-    if dataset is not None and not (run and is_whole):
-        # Columns and subsets named for the run's own data do not hold for another set; those of one set of its
-        # mix do for that one.
-        own_set = next(
-            (part for part in (base.data, *base.data.mix) if run and _same_place(part.dataset, dataset)), None
-        )
-        layer["data"] = {
-            **(own_set.model_dump(mode="json", include=set(DataSource.model_fields)) if own_set else {}),
-            "weight": None,
-            "dataset": dataset,
-            "max_length": base.data.max_length,
-            "validation": 0.0,
-            "held_out": 0.0,
-            "near_duplicates": "ignore",
-        }
-        if not metrics:
-            changes["evaluation"] = {"metrics": None}
-    recipe = validated(overlaid(layer, changes, dict(settings or {})))
-    if "shards" in (settings or {}).get(
-        "evaluation", {}
-    ):  # those of the run's recipe were for its own engine
-        _check_shards(recipe.evaluation, is_asked=True)
-    # A method that imitates answers would leave one answer of each pair.
-    is_judged = dataset is not None and any(
-        METRICS[name].kind == "preference" for name in recipe.evaluation.metrics or () if name in METRICS
-    )
-    splits = data.prepare(recipe.data) if is_judged else dataflow.splits(recipe)
-    asked = splits.examples(HELD_OUT) if dataset is None else splits.examples(TRAIN, VALIDATION, HELD_OUT)
-    own = str(run.path) if run and dataset is None else None
-    learned, unchecked, copies = unseen.learned(models, own)
-    kept, left_out = unseen.unseen(asked, learned, own)
-    taken = evaluation.taken(kept, recipe.evaluation.max_items)
-    measured_on = unseen.MeasuredOn(
-        dataset=dataset or " + ".join([base.data.dataset, *(part.dataset for part in base.data.mix)]),
-        dropped=dict(splits.reasons.counts().most_common()) if dataset is not None else {},
-        split_of=own,
-        questions=len(kept),
-        left_out=left_out,
-        unchecked=unchecked,
-        copies=copies,
-        asked=len(taken) if len(taken) < len(kept) else None,
-    )
-    kept = [kept[number] for number in taken]
-    value, reason = measured_on.sentences(*(["--rows"] if rows else []))
-    if not kept:
-        raise TunesmithError(
-            "No question is left to measure on." if left_out else "There is no question to measure on.",
-            found=f"{value}: {reason}" if left_out or measured_on.dropped else f"{value}, which has none",
-            fix="Give --dataset with examples that no model here was trained on.",
-        )
-    watch({"kind": "decision", "name": "measured on", "value": value, "reason": reason})
-    for name, why in unchecked.items():
-        watch(
-            {
-                "kind": "warning",
-                "message": f"What {name} was trained on is not known, so its questions may be among these: {why}",
-            }
-        )
-    found, answers = _leaked(models, kept)
-    if found:
-        decided = leakage.decision(found)
-        watch({"kind": "decision", **asdict(decided)})
-    # A folder of its own, so that a measurement that ends takes from no other one what it would go on with.
-    about = json.dumps([*map(str, models), dataset, recipe.evaluation.model_dump(mode="json")], default=str)
-    mark = hashlib.sha256(about.encode()).hexdigest()[:16]
-    unfinished = (run.evaluation if run else Path("evaluations")) / "answers" / mark
-    return run, _Questions(recipe, tuple(kept), measured_on, unfinished, leakage=found, learned=answers)
-
-
-def _leaked(
-    models: Sequence[str | Path], asked: Sequence[Example]
-) -> tuple[Leakage | None, Callable[[], Iterator[str]]]:
-    """What of these examples stands in the training data of the runs behind the models, and the answers there."""
-    from tunesmith import data
-    from tunesmith.data.splitting import TRAIN, VALIDATION
-    from tunesmith.evaluation import leakage, unseen
-
-    known = [s for _, s in unseen.runs_behind(models) if isinstance(s, data.Splits)]
-    if not known:
-        return None, lambda: iter(())
-    learned = itertools.chain.from_iterable(splits.examples(TRAIN, VALIDATION) for splits in known)
-    found = leakage.find(asked, learned)
-    return found, lambda: (leakage.answer_of(e) for splits in known for e in splits.examples(TRAIN))
-
-
-def _leak_facts(
-    questions: _Questions,
-    rows: Mapping[str, Sequence[EvalRow]],
-    metrics: Sequence[str],
-    primary: str | None,
-    origins: Collection[str] = (),
-) -> dict[str, Any] | None:
-    """The leakage with what it does to the verdict on each challenger, as it is saved and printed. Of those whose names
-    are `origins` the first model was made: there the first is the challenger, whose gain may be memory."""
-    from tunesmith.evaluation import leakage
-    from tunesmith.evaluation.metrics import primary_metric
-
-    found, section = questions.leakage, questions.recipe.evaluation
-    if found is None:
-        return None
-    (first, base), *others = rows.items()
-    metric = primary or primary_metric(metrics)
-    parts = {}
-    if metric and found.leaked:
-        for name, own in others:
-            pair = (own, base) if name in origins else (base, own)
-            told = f"{first} over {name}" if name in origins else name
-            parts[told] = leakage.subsets(
-                found, *pair, metric, resamples=section.resamples, confidence=section.confidence
-            )
-    remarks = [leakage.remark(found, part) for part in parts.values()] or [leakage.remark(found, {})]
-    return {
-        **found.as_dict(),
-        "remark": " ".join(f"{n}: {r}" for n, r in zip(parts, remarks)) if len(parts) > 1 else remarks[0],
-        "parts": {name: {k: asdict(c) for k, c in part.items()} for name, part in parts.items()},
-        "copied": leakage.copied_by(rows, questions.learned()),
-    }
-
-
-def _same_place(a: str, b: str) -> bool:
-    return a == b or (
-        Path(a).exists() and Path(b).expanduser().exists() and Path(a).samefile(Path(b).expanduser())
-    )
-
-
-def _settle_answers(place: Path, questions: _Questions) -> None:
-    """Keep the engine checks beside the rows, which are written by now, and let go of what a kill would have needed."""
-    from tunesmith import engines
-
-    if questions.checks:
-        write_whole(place / "engine_check.json", json.dumps(questions.engine_check(), indent=1))
-    engines.forget(questions.unfinished)
-    with suppress(OSError):  # was never there
-        questions.unfinished.rmdir()
-
-
-def _answers(
-    model: str | Path,
-    questions: _Questions,
-    *,
-    name: str,
-    known_as: str | None = None,
-    primary: str | None = None,
-    watch: Watch,
-) -> tuple[list[EvalRow], list[str], str | None]:
-    """A model's rows, the metrics, and what is to be said of questions longer than it was trained to read."""
-    from tunesmith import dataflow, evaluation, models
-    from tunesmith import plan as planning
-    from tunesmith.methods import METHODS
-
-    settings = questions.recipe
-    tokenizer = models.load_tokenizer(str(model))
-    kind = models.kind(str(model))
-    _settle_template(tokenizer, kind, settings)
-    head = METHODS[settings.method.kind].head
-    if head and kind == "causal":
-        watch(
-            {
-                "kind": "warning",
-                "message": f"{model} gives no scores; it gets the head that training begins with.",
-            }
-        )
-    items = evaluation.items(
-        questions.examples,
-        tokenizer,
-        loss_on=settings.method.loss_on,
-        max_items=settings.evaluation.max_items,
-        max_length=settings.data.max_length,
-        kind=kind,
-    )
-    from tunesmith.training.lineage import run_behind
-
-    run = run_behind(model) if kind == "seq2seq" else None
-    longer = evaluation.longer_than_read(items, run.input_length()) if run else None
-    if longer:
-        watch({"kind": "warning", "message": f"{model}: {longer}"})
-    device = planning.device()
-    chosen = dataflow.metrics(settings, items)
-    if primary and primary not in chosen:
-        chosen = evaluation.known_metrics([primary, *chosen])
-
-    def checked(check: EngineCheck) -> None:
-        check = replace(check, model=known_as or name)
-        questions.checks.append(check)
-        value, reason = check.sentence(), f"answers of the {check.engine} engine, read again alone"
-        watch(
-            {"kind": "decision", "name": f"engine check of {check.model}", "value": value, "reason": reason}
-        )
-        if not check.passed:
-            watch({"kind": "warning", "message": check.warning()})
-
-    rows = evaluation.answers(
-        settings.model,
-        settings.evaluation,
-        items,
-        chosen,
-        name=name,
-        base=str(model),
-        tokenizer=tokenizer,
-        device=device,
-        dtype=planning.inference_dtype(settings.model.dtype, device),
-        watch=watch,
-        head=head,
-        folder=questions.unfinished,
-        checked=checked,
-    )
-    rows = dataflow.with_rewards(settings, rows, items, chosen, tokenizer=tokenizer, device=device)
-    return rows, chosen, longer
-
-
-def _settle_template(tokenizer: Any, kind: Kind, recipe: Recipe) -> None:
-    """Settle how a model of this kind is asked, outside of a training."""
-    from tunesmith import scoring
-    from tunesmith.data import pairs
-    from tunesmith.data.templates import set_template
-
-    if kind == "seq2seq":
-        # A tuned model brings the prefix that it was trained with.
-        prefix = None if tokenizer.chat_template else getattr(recipe.method, "source_prefix", None)
-        pairs.settle_template(tokenizer, recipe.model.chat_template, prefix)
-    else:
-        set_template(tokenizer, recipe.model.chat_template)
-        if kind == "causal" and recipe.method.kind == "reward":
-            scoring.settle_padding(tokenizer)
-
-
-def _evaluation_folder(run: Run | None, model: str | Path, recipe: Recipe, facts: Mapping[str, Any]) -> Path:
-    """Where a measurement is kept: never over another one, only over itself."""
-    dataset = dataset_name(recipe.data.dataset)
-    place = run.evaluation / dataset if run else Path("evaluations") / f"{Path(str(model)).name}_{dataset}"
-    return _own_folder(place / "scores.json", {key: value for key, value in facts.items() if key != "model"})
-
-
-def _own_folder(file: Path, about: Mapping[str, Any]) -> Path:
-    """The file's folder, with a number behind it where the file there tells another thing than `about`."""
-    about = json.loads(json.dumps(about))
-    for number in itertools.count(1):
-        place = file.parent
-        folder = place if number == 1 else place.with_name(f"{place.name}-{number}")
-        try:
-            before = json.loads((folder / file.name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return folder
-        if all(key in before and before[key] == value for key, value in about.items()):
-            return folder
-    raise AssertionError("unreachable")
-
-
-def _made_with(models: Mapping[str, str | Path], recipe: Recipe) -> dict[str, Any]:
-    """What tells one measurement from another on the same questions: the models' files, by name, and all settings.
-
-    Of a server its address without user and query, and the models' names there.
-    """
-    from urllib.parse import urlsplit
-
-    from tunesmith import evaluation
-    from tunesmith import plan as planning
-
-    device = planning.device()
-    dtype = planning.inference_dtype(recipe.model.dtype, device)
-    settings = recipe.evaluation.model_dump(mode="json", exclude={"server"})
-    server = recipe.evaluation.server
-    address = urlsplit(server.base_url)
-    shown = address._replace(netloc=address.netloc.rpartition("@")[2], query="", fragment="").geturl()
-    rest = recipe.model_dump(mode="json", include={"data", "method"})
-    about = json.dumps([rest, recipe.model.chat_template], sort_keys=True, default=str)
-    return {
-        "identity": {
-            name: evaluation.identity(recipe.model, str(model), device=device, dtype=dtype)
-            for name, model in models.items()
-        },
-        "settings": {**settings, "server": {"base_url": shown, "models": dict(server.models)}},
-        "data_and_method": hashlib.sha256(about.encode()).hexdigest(),
-    }
 
 
 def validate(
@@ -1375,7 +907,7 @@ def validate(
 
         tokenizer = models.load_tokenizer(str(model))
         kind = models.kind(str(model))
-        _settle_template(tokenizer, kind, recipe)
+        models.settle_asking(tokenizer, kind, recipe.model, recipe.method)
         context, adapt = encoder(tokenizer), METHODS[recipe.method.kind].adapt
     usable: data.Adapt | None = None
     if "kind" in (settings or {}).get("method", {}):
@@ -1536,21 +1068,14 @@ def judge(
             else "Name answer files or a run, or give --replay FILE.",
         )
     settings = load_judge(judge)
-    own, given = judging.answered(answers, say=lambda message: watch({"kind": "warning", "message": message}))
+    own, given = judging.answered(answers, say=warning(watch))
     asked = read_questions(questions) if questions else own
     if not asked:
         raise TunesmithError("The questions of these answers are missing.", fix="Give --questions FILE.")
     run = open_run(answers[0]) if len(answers) == 1 and is_run(Path(answers[0]).expanduser()) else None
     if baseline is None and own and judging.has_base(given):
         baseline = "base"
-        watch(
-            {
-                "kind": "decision",
-                "name": "baseline",
-                "value": baseline,
-                "reason": "what a run is measured against",
-            }
-        )
+        deciding(watch)("baseline", baseline, "what a run is measured against")
     place = Path(output) if output else run.evaluation / f"judged_{mode}" if run else Path("judged")
     found = judging.judge_into(
         place,
@@ -1702,66 +1227,36 @@ def merge(
     launch.require_one_process()
     quiet_libraries()
     from tunesmith.export import merge as merging
+    from tunesmith.export.held import held_for
     from tunesmith.export.weights import size_in_bytes
-    from tunesmith.training.lineage import run_behind
+    from tunesmith.training.lineage import run_behind_folder
 
     max_shard = size_in_bytes(max_shard_size)
-    given = [*([(str(model), 1.0)] if model is not None else []), *map(_weighted, adapters)]
+    given = [*([(str(model), 1.0)] if model is not None else []), *map(merging.weighted, adapters)]
     if not given:
         raise TunesmithError("There is nothing to merge.", fix="Name a run or an adapter's folder.")
     merging.check_dtype(dtype)
     parts = []
     for name, weight in given:
         path = Path(name).expanduser()
-        of_run = run_behind(path) if path.is_dir() else None
+        of_run = run_behind_folder(path)
         parts.append(merging.Part(merging.adapter_of(name, of_run), weight, of_run))
     adapter, run = parts[0].folder, parts[0].run
     own = run is not None and adapter == run.final_model.resolve() and len(parts) == 1
     beside = run.path / "merged_model" if run and own else adapter.with_name(f"{adapter.name}_merged")
     folder = merging.free_place(Path(output).expanduser() if output else beside)
 
-    try:
+    with mended():
         return merging.merge(
             parts,
             folder,
             dtype=dtype,
             max_shard=max_shard,
             check=check,
-            held=lambda model, tokenizer: _held_for(run, model, tokenizer, rows, watch),
-            progress=_deciding(watch),
-            counted=_counting(watch),
+            held=lambda model, tokenizer: held_for(run, model, tokenizer, rows, watch),
+            progress=deciding(watch),
+            counted=counting(watch),
         )
-    except Exception as error:
-        if mended := _as_ours(error):
-            raise mended from error
-        raise
-
-
-def _deciding(watch: Watch) -> Callable[[str, str, str], None]:
-    """Tells a watcher decisions: a name, a value and the reason."""
-    return lambda name, value, reason: watch(
-        {"kind": "decision", "name": name, "value": value, "reason": reason}
-    )
-
-
-def _counting(watch: Watch) -> Callable[[str, int, int], None]:
-    """Tells a watcher how far a stage is."""
-    return lambda stage, done, total: watch(
-        {"kind": "progress", "stage": stage, "done": done, "total": total}
-    )
-
-
-def _weighted(adapter: str) -> tuple[str, float]:
-    """`PATH=0.6` in its parts; a path alone, even one with such a name, has the weight 1."""
-    path, equals, weight = adapter.rpartition("=")
-    if not equals or Path(adapter).expanduser().is_dir():
-        return adapter, 1.0
-    try:
-        return path, float(weight)
-    except ValueError:
-        raise TunesmithError(
-            f"The weight of the adapter {path} is not a number.", found=weight, fix="Write it like PATH=0.6."
-        ) from None
 
 
 def export(
@@ -1790,18 +1285,18 @@ def export(
     quiet_libraries()
     from tunesmith import models as loading
     from tunesmith.export import artefact
+    from tunesmith.export.held import check_rows, held_for
     from tunesmith.export.weights import size_in_bytes
-    from tunesmith.training.lineage import run_behind
+    from tunesmith.training.lineage import run_behind_folder
 
     quant = quant or artefact.DEFAULTS.get(to, "")
     artefact.check_target(to, quant, check)
     max_shard = size_in_bytes(max_shard_size)
-    if rows < 1:
-        raise TunesmithError(
-            "Nothing is proven without questions.", found=f"rows = {rows}", fix="Give 1 or more."
-        )
+    check_rows(rows)
     source = Path(loading.locate(str(model)))
-    run = run_behind(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
+    if source.is_dir():
+        loading.check_as_written(source)
+    run = run_behind_folder(model)
     own = run is not None and source == run.final_model.resolve()
     beside = (
         run.path / "exports" / f"{to}-{quant}"
@@ -1809,11 +1304,11 @@ def export(
         else source.with_name(f"{source.name}_{to}-{quant}")
     )
 
-    try:
+    with mended():
         folder = Path(output).expanduser() if output else beside
 
         def held(model: Any, tokenizer: Any) -> Held:
-            return _held_for(run, model, tokenizer, rows, watch)
+            return held_for(run, model, tokenizer, rows, watch)
 
         if to == "safetensors":
             return artefact.export_weights(
@@ -1824,8 +1319,8 @@ def export(
                 max_shard=max_shard,
                 check=check,
                 held=held,
-                progress=_deciding(watch),
-                counted=_counting(watch),
+                progress=deciding(watch),
+                counted=counting(watch),
             )
         return artefact.export(
             source,
@@ -1835,111 +1330,9 @@ def export(
             run=run,
             check=check,
             held=held,
-            progress=_deciding(watch),
-            counted=_counting(watch),
+            progress=deciding(watch),
+            counted=counting(watch),
         )
-    except Exception as error:
-        if mended := _as_ours(error):
-            raise mended from error
-        raise
-
-
-def _held_for(run: Run | None, model: Any, tokenizer: Any, rows: int, watch: Watch) -> Held:
-    """Questions to prove an artefact with: held-out ones of the run behind it, or those that ship."""
-    from tunesmith import dataflow, evaluation
-    from tunesmith import models as loading
-    from tunesmith.evaluation import compare as comparing
-    from tunesmith.evaluation.code import running_allowed
-    from tunesmith.export import merge
-    from tunesmith.export.parity import NEW_TOKENS, Held, Question, text_of
-
-    is_pair = bool(model.config.is_encoder_decoder)
-
-    def shipped(why: str) -> Held:
-        asked = merge.shipped_questions(tokenizer, model, is_pair=is_pair)
-        return Held(asked, NEW_TOKENS, lambda numbers, own, others: (None, why))
-
-    if run is None:
-        return shipped("no run is behind this model, so there are no held-out rows")
-    if loading.is_reward(model):
-        return shipped("a reward model answers nothing")
-    try:
-        _, questions = _questions([run.path], None, None, None, watch, rows=rows)
-    except TunesmithError as error:
-        return shipped(f"the run's held-out rows cannot be asked: {error.problem}")
-    recipe = questions.recipe
-    found = evaluation.items(
-        questions.examples,
-        tokenizer,
-        loss_on=recipe.method.loss_on,
-        max_items=rows,
-        max_length=recipe.data.max_length,
-        kind="seq2seq" if is_pair else "causal",
-    )
-    usable = [item for item in found if item.prompt and not item.error]
-    metric, unlike = _judging_metric(dataflow.metrics(recipe, usable), run_code=recipe.evaluation.run_code)
-    if not usable:
-        return shipped("the run held out no questions that are answered")
-
-    def score(
-        numbers: Sequence[int], own: Sequence[Generated], others: Sequence[Generated]
-    ) -> tuple[Comparison | None, str | None]:
-        if metric is None:
-            return None, unlike
-        settings = {"max_new_tokens": recipe.evaluation.max_new_tokens, "temperature": 0.0}
-        with running_allowed(recipe.evaluation.run_code):
-            one, other = (
-                evaluation.rows_of(
-                    [usable[n] for n in numbers], given, name=name, metrics=[metric], settings=settings
-                )
-                for name, given in (("base", own), ("tuned", others))
-            )
-        compared = comparing.compare(
-            one,
-            other,
-            metrics=[metric],
-            resamples=recipe.evaluation.resamples,
-            confidence=recipe.evaluation.confidence,
-            names=("the model", "the file"),
-        )
-        return compared[0], unlike
-
-    asked = [
-        Question(item.prompt_ids, text_of(item.prompt, tokenizer), item.prompt)
-        for item in usable
-        if item.prompt
-    ]
-    return Held(asked, recipe.evaluation.max_new_tokens, score)
-
-
-def _judging_metric(names: Sequence[str], *, run_code: bool) -> tuple[str | None, str | None]:
-    """By which of a run's metrics an artefact's answers are judged: the primary one, where single greedy answers can
-    be; else another, or none, and why."""
-    from tunesmith.evaluation.metrics import METRICS, primary_metric
-
-    primary = primary_metric(names)
-    if primary is None:
-        return None, "the run has no metric"
-
-    def obstacle(name: str) -> str | None:
-        metric = METRICS[name]
-        if metric.kind != "answer":
-            return "it scores no answers"
-        if metric.attempts > 1:
-            return "it needs several answers to a question, and an artefact is asked once, greedily"
-        if metric.score is None:
-            return "it is a figure of all answers together"
-        if metric.runs_code and not run_code:
-            return "it runs the code that the model writes, which is off (evaluation.run_code)"
-        return None
-
-    why = obstacle(primary)
-    found = next((n for n in (primary, *METRICS[primary].needs, *names) if obstacle(n) is None), None)
-    if why is None:
-        return primary, None
-    if found is None:
-        return None, f"the run's own metric, {METRICS[primary].label}, cannot judge it: {why}"
-    return found, f"not judged by the run's own metric, {METRICS[primary].label}: {why}"
 
 
 def serve(
@@ -2058,14 +1451,10 @@ def try_model(
     """
     launch.require_one_process()
     quiet_libraries()
-    from tunesmith import models as loading
     from tunesmith import plan as planning
     from tunesmith.data import sources
     from tunesmith.export import tried as trying
-    from tunesmith.export.deployment import MANIFEST
     from tunesmith.http import Remote
-    from tunesmith.serving import smoke_test
-    from tunesmith.training.lineage import run_behind
 
     if rows < 1:
         raise TunesmithError(
@@ -2077,46 +1466,16 @@ def try_model(
         )
     if dataset:
         sources.local(dataset)  # one that is not there shows before anything is loaded
-    path = Path(model).expanduser()
-    packed = path / MANIFEST if (path / "model").is_dir() and not is_run(path) else None
-    hashes: Callable[[], str] | None = None
     if url is not None:
-        Remote(
-            url, setting="the address", api_key_env=api_key_env
-        )  # a wrong one shows before anything is loaded
-    if packed is not None and packed.is_file():
-        try:
-            manifest = json.loads(packed.read_text(encoding="utf-8"))
-            served_as, _ = served_as or str(manifest["name"]), manifest["files"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(
-                f"{packed} is damaged.", found=repr(error)[:200], fix="Copy the folder again."
-            ) from None
-        task = task or (manifest.get("task") if manifest.get("task") in trying.TASK_PROMPTS else None)
-
-        def compared() -> str:
-            try:
-                return smoke_test.check_files(path, manifest)
-            except smoke_test.Failed as failure:
-                raise ModelError("The folder is not as it was packed.", found=str(failure)) from None
-
-        hashes = compared
-        folder = path / "model"
-    elif path.is_dir():
-        own = path / "final_model"
-        folder = own if own.is_dir() else path
-        if is_run(path) and not own.is_dir():
-            raise open_run(path).unfinished()
-    else:
-        folder = loading.folder_of(str(model))
-    run = run_behind(path) if path.is_dir() else None
-
+        Remote(url, setting="the address", api_key_env=api_key_env)  # so does a wrong one
+    place = trying.place_of(model)
+    task = task or place.task
     asked: list[TriedQuestions] = []
 
-    def questions(loaded: Any, tokenizer: Any) -> trying.Questions:
+    def questions(loaded: Any, tokenizer: Any) -> TriedQuestions:
         asked.append(
-            _tried_with(
-                run or folder,
+            trying.questions_for(
+                place.run or place.folder,
                 dataset,
                 task,
                 loaded,
@@ -2128,154 +1487,29 @@ def try_model(
         )
         return asked[0]
 
-    try:
+    with mended():
         found = trying.tried(
-            folder, hashes=hashes, device=planning.device(), questions=questions, progress=_counting(watch)
+            place.folder,
+            hashes=place.hashes,
+            device=planning.device(),
+            questions=questions,
+            progress=counting(watch),
         )
-    except Exception as error:
-        if mended := _as_ours(error):
-            raise mended from error
-        raise
     found = replace(found, folder=str(model))
     if url is None:
         return found
 
-    def unasked(why: str) -> Tried:
-        return replace(found, findings=(*found.findings, trying.Finding("served", False, why)))
-
-    if not found.is_whole or not asked:
-        return unasked("not asked: there is no model here to compare it with, or one that answers nothing")
-    try:
-        verdict = _served_verdict(
-            run,
-            folder,
-            url,
-            served_as or (run.path.name if run else folder.name),
-            api_key_env,
-            asked[0],
-            by_its_run=dataset is None and task is None,
-            rows=rows,
-            watch=watch,
-        )
-    except ModelError as error:
-        return unasked("; ".join(filter(None, (error.problem, error.found, error.fix))))
-    said = "; ".join(verdict.problems() or verdict.sentences())
-    return replace(
+    return trying.with_server(
         found,
-        findings=(*found.findings, trying.Finding("served", bool(verdict.passed), said)),
-        served=verdict.as_dict(),
+        place,
+        asked[0] if asked else None,
+        url,
+        served_as or place.served_as or (place.run.path.name if place.run else place.folder.name),
+        api_key_env=api_key_env,
+        by_its_run=dataset is None and task is None,
+        rows=rows,
+        watch=watch,
     )
-
-
-def _tried_with(
-    model_or_run: Run | Path,
-    dataset: str | None,
-    task: str | None,
-    model: Any,
-    tokenizer: Any,
-    *,
-    rows: int,
-    max_new_tokens: int | None,
-    watch: Watch,
-) -> TriedQuestions:
-    """Held-out questions of a run or a data set, where there are any, else those that ship."""
-    from tunesmith import evaluation
-    from tunesmith import models as loading
-    from tunesmith.evaluation.forgetting import general_texts
-    from tunesmith.export import tried as trying
-
-    kind: Kind = "seq2seq" if loading.is_seq2seq(model) else "causal"
-    run = model_or_run if isinstance(model_or_run, Run) else None
-    if (run and task is None) or dataset:
-        asked_of = model_or_run.path if isinstance(model_or_run, Run) else model_or_run
-        try:
-            _, questions = _questions([asked_of], dataset, None, None, watch, rows=rows)
-        except TunesmithError as error:
-            if dataset:
-                raise
-            watch({"kind": "warning", "message": f"The run's held-out rows cannot be asked: {error.problem}"})
-        else:
-            recipe = questions.recipe
-            items = evaluation.items(
-                questions.examples, tokenizer, loss_on=recipe.method.loss_on, max_length=recipe.data.max_length,
-                kind=kind,
-            )  # fmt: skip
-            turns = [item.prompt.messages for item in items if item.prompt and not item.error]
-            where = f"held-out rows of {run.path.name}" if run and not dataset else f"rows of {dataset}"
-            if turns:
-                return trying.Questions(
-                    turns,
-                    where,
-                    max_new_tokens or recipe.evaluation.max_new_tokens,
-                    trying.of_items(items, "on their references"),
-                    on_references=True,
-                )
-    asked, where = trying.asked_of(task)
-    general = evaluation.items(general_texts(), tokenizer, kind=kind)
-    return trying.Questions(
-        asked[:rows], where, max_new_tokens or 256, trying.of_items(general, "on general text that ships")
-    )
-
-
-def _served_verdict(
-    run: Run | None,
-    folder: Path,
-    url: str,
-    name: str,
-    api_key_env: str | None,
-    tried_with: TriedQuestions,
-    *,
-    by_its_run: bool,
-    rows: int,
-    watch: Watch,
-) -> Parity:
-    """The verdict on a served endpoint, against the model in this process, which was asked the same.
-
-    Where those are questions of its run (`by_its_run`), they are scored as well, and the verdict is kept with the run.
-    """
-    from tunesmith import models as loading
-    from tunesmith.data import pairs, templates
-    from tunesmith.data.examples import Prompt, Row, Unusable
-    from tunesmith.export import merge, parity
-    from tunesmith.generation import context_length
-
-    (model, computed), tokenizer = merge.reference_of(folder, run), loading.load_tokenizer(str(folder))
-    is_pair = bool(model.config.is_encoder_decoder)
-    loading.settle_template(tokenizer, is_pair=is_pair)
-    if run and by_its_run:
-        asked = replace(_held_for(run, model, tokenizer, rows, watch), new_tokens=tried_with.new_tokens)
-    else:
-        form, questions = pairs if is_pair else templates, list[parity.Question]()
-        for number, turns in enumerate(tried_with.turns):
-            prompt = Prompt(tuple(turns), "", Row("asked", number))
-            try:
-                ids = tuple(form.prompt_ids(prompt.messages, tokenizer))
-            except Unusable:
-                continue  # counted among the answers
-            questions.append(parity.Question(ids, parity.text_of(prompt, tokenizer), prompt))
-        unscored = f"asked were {len(questions)} questions, {tried_with.where}"
-        asked = parity.Held(questions, tried_with.new_tokens, lambda numbers, own, others: (None, unscored))
-    context = None if is_pair else context_length(model)
-    stored = str(getattr(loading.configuration(str(folder)), "dtype", None)).removeprefix("torch.")
-    found = parity.verdict(
-        model,
-        tokenizer,
-        parity.server_reader(url, name, tokenizer, api_key_env=api_key_env, length=context),
-        asked,
-        artefact=f"served endpoint '{name}'",
-        quant=stored if stored in parity.TOLERANCES else "float32",
-        context=context,
-        reference=computed,
-    )
-    if run and by_its_run:
-        file = run.path / "exports" / "served" / parity.VERDICT
-        if found.passed or not file.is_file():
-            write_whole(file, json.dumps(found.as_dict(), indent=1))
-            merge.told_in_report(run)
-        else:
-            said = "The run's report keeps its earlier verdict: this address may be that of another model."
-            watch({"kind": "warning", "message": said})
-    return found
 
 
 def prepare_deployment(
@@ -2305,33 +1539,29 @@ def prepare_deployment(
     launch.require_one_process()
     quiet_libraries()
     from tunesmith import models as loading
-    from tunesmith.export import deployment
+    from tunesmith.export import deployment, scan
+    from tunesmith.export.held import check_rows, held_for
     from tunesmith.export.weights import size_in_bytes
     from tunesmith.serving.models import checked_name, name_of
-    from tunesmith.training.lineage import run_behind
+    from tunesmith.training.lineage import run_behind_folder
 
     max_shard = size_in_bytes(max_shard_size)
-    if rows < 1:
-        raise TunesmithError(
-            "Nothing is proven without questions.", found=f"rows = {rows}", fix="Give 1 or more."
-        )
-    source = Path(loading.locate(str(model)))
-    if not source.is_dir():
-        source = loading.folder_of(str(model))
-    run = run_behind(Path(model).expanduser()) if Path(model).expanduser().is_dir() else None
+    check_rows(rows)
+    source = loading.folder_of(str(model))
+    run = run_behind_folder(model)
     asked: list[Held] = []
     if name is None:
         own = run.path if run else Path(model).expanduser().absolute()
         name = name_of(own)
         if name != own.name:
-            _deciding(watch)("name", name, f"'{own.name}' cannot be asked for")
+            deciding(watch)("name", name, f"'{own.name}' cannot be asked for")
 
     def held(loaded: Any, tokenizer: Any) -> Held:
         if not asked:
-            asked.append(_held_for(run, loaded, tokenizer, rows, watch))
+            asked.append(held_for(run, loaded, tokenizer, rows, watch))
         return asked[0]
 
-    try:
+    with mended():
         return deployment.prepare(
             source,
             Path(output_dir).expanduser().resolve(),
@@ -2343,15 +1573,11 @@ def prepare_deployment(
             demo=demo,
             check=check,
             held=held,
-            trained=_trained_texts(run),
+            trained=scan.trained_texts(run),
             despite=despite,
-            progress=_deciding(watch),
-            counted_on=_counting(watch),
+            progress=deciding(watch),
+            counted_on=counting(watch),
         )
-    except Exception as error:
-        if mended := _as_ours(error):
-            raise mended from error
-        raise
 
 
 def push(
@@ -2370,20 +1596,20 @@ def push(
     Without a token the Hub client's own login is used; `create` makes the repository where it is missing. Raises
     TunesmithError where a secret or what the model was trained on is found in the files, unless `despite`.
     """
-    from tunesmith.export.publish import publish
+    from tunesmith.export import scan
+    from tunesmith.export.publish import publish, upload_of
 
-    folder, repository, behind, known = _pushed(run, repository)
-
+    folder, repository, behind, known = upload_of(run, repository)
     address = publish(
         folder,
         repository,
         private=private,
         token=token,
         create=create,
-        trained=_trained_texts(behind),
+        trained=scan.trained_texts(behind),
         despite=despite,
         known=known,
-        told=_deciding(watch),
+        told=deciding(watch),
     )
     if behind:
         behind.event("decision", name="published", value=address, reason="tunesmith push")
@@ -2392,91 +1618,11 @@ def push(
 
 def push_plan(run: str | Path, *, repository: str | None = None, private: bool = True) -> PushPlan:
     """What `push` would send, looked through for secrets and for what was trained on; nothing is asked of the Hub."""
-    from tunesmith.export.publish import planned
+    from tunesmith.export import scan
+    from tunesmith.export.publish import planned, upload_of
 
-    folder, repository, behind, known = _pushed(run, repository)
-    return planned(folder, repository, private=private, trained=_trained_texts(behind), known=known)
-
-
-def _pushed(run: str | Path, repository: str | None) -> tuple[Path, str, Run | None, list[str]]:
-    """The folder that is uploaded, where to, the run behind it, and what is to be known of it. Raises TunesmithError
-    for one that did not pass its check."""
-    from tunesmith.export import parity
-    from tunesmith.training.lineage import run_behind
-
-    path = Path(run).expanduser()
-    marks = ("config.json", "adapter_config.json", "*.gguf")
-    if not is_run(path) and path.is_dir() and any(next(path.glob(mark), None) for mark in marks):
-        behind = run_behind(path)
-        folder = path
-    elif (path.exists() or str(run) == "tiny") and not is_run(path):
-        raise _not_pushed(path, marks)
-    else:
-        behind = open_run(run)
-        folder = behind.final_model
-        if not folder.is_dir():
-            raise behind.unfinished()
-    known = []
-    if any(part.endswith(".failed") for part in folder.resolve().parts):
-        raise TunesmithError(
-            f"{folder} did not pass its check.", found="its parity.json says why", fix="Push the adapter."
-        )
-    # Of a deployment the verdict lies beside `model`.
-    for place in (folder, folder.resolve().parent):
-        match parity.passed_in(place):
-            case False:
-                raise TunesmithError(
-                    f"{folder} did not pass its check.",
-                    found=f"passed: false in {place / parity.VERDICT}",
-                    fix="Push the adapter, or make it anew.",
-                )
-            case None:
-                known.append(
-                    f"{place / parity.VERDICT} is no proof: the model was not asked, or it is damaged"
-                )
-    repository = repository or (behind.recipe().export.hub_model_id if behind else None)
-    if not repository:
-        raise TunesmithError("Where to upload is missing.", fix="Give --hub-model-id owner/name.")
-    return folder, repository, behind, known
-
-
-def _not_pushed(path: Path, marks: Sequence[str]) -> RunError:
-    """What a file or folder is that cannot be pushed, and what in it, or around it, can be."""
-    if not path.exists():
-        return RunError(
-            f"{path} is the model that ships with tunesmith, and nothing of yours to push.",
-            fix="Name a run, or a folder with a model.",
-        )
-    within = path if path.is_dir() else path.parent
-    folders = {file.parent for mark in marks for depth in ("", "*/") for file in within.glob(depth + mark)}
-    folders |= {found.path for found in find_runs(within)} | ({within} if is_run(within) else set())
-    held = sorted(map(str, folders))
-    return RunError(
-        f"{path} is a folder without a model, and not a run."
-        if path.is_dir()
-        else f"{path} is a file; runs and folders are pushed.",
-        found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
-        if path.is_dir()
-        else None,
-        fix=f"There can be pushed: {', '.join(held[:8])}."
-        if held
-        else "Name a run, or a folder with config.json, adapter_config.json or a GGUF file.",
-    )
-
-
-def _trained_texts(run: Run | None) -> list[str] | None:
-    """All texts of the rows that a run was trained or validated on; None where they are not here."""
-    from tunesmith import dataflow
-    from tunesmith.data.examples import texts
-    from tunesmith.data.splitting import TRAIN, VALIDATION
-
-    if run is None:
-        return None
-    try:
-        splits = dataflow.splits(run.recipe())
-    except TunesmithError:
-        return None
-    return [text for example in splits.examples(TRAIN, VALIDATION) for text in texts(example)]
+    folder, repository, behind, known = upload_of(run, repository)
+    return planned(folder, repository, private=private, trained=scan.trained_texts(behind), known=known)
 
 
 def pull(
@@ -2493,18 +1639,11 @@ def pull(
     `repository` may be a run that was pushed from here, its folder or its name in `output_dir`: then what it was
     pushed to. Raises RunError for a run that was not pushed.
     """
-    from tunesmith.export.publish import fetch
+    from tunesmith.export.publish import fetch, repository_named
 
-    run = _run_named(repository, Path(output_dir).expanduser())
-    if run:
-        told = [e["value"] for e in run.events() if e["kind"] == "decision" and e["name"] == "published"]
-        if not told:
-            raise RunError(f"The run {run.path} was not pushed.", fix="Name the repository, owner/name.")
-        places = list(dict.fromkeys("/".join(str(t).rstrip("/").split("/")[-2:]) for t in reversed(told)))
-        repository, *others = places
-        before = f", and before to {', '.join(others)}" if others else ""
-        said = f"the run {run.path.name} was last pushed there{before}"
-        watch({"kind": "decision", "name": "repository", "value": repository, "reason": said})
+    repository, why = repository_named(repository, Path(output_dir).expanduser())
+    if why:
+        deciding(watch)("repository", repository, why)
     return fetch(
         repository,
         Path(output).expanduser() if output else Path(repository.rpartition("/")[2]),
@@ -2513,131 +1652,14 @@ def pull(
     )
 
 
-def _run_named(name: str, output_dir: Path) -> Run | None:
-    """A run by its folder or by its name in an output folder; None for what is none, as a repository.
-
-    Raises RunError for a lone name, as no repository has it, that is nearly a run's.
-    """
-    for place in (Path(name).expanduser(), output_dir / name):
-        if is_run(place):
-            return open_run(place)
-    near = closest(name, [run.path.name for run in find_runs(output_dir)])
-    if "/" not in name and near:
-        raise RunError(f"There is no run {name} in {output_dir}.", fix=f"Did you mean '{near}'?")
-    return None
-
-
 def show(what: str, name: str | None = None) -> list[dict[str, Any]]:
     """What there is of a kind, as entries with name and description; `model` describes a model.
 
     Raises TunesmithError naming the kinds.
     """
-    if what not in SHOWN:
-        raise TunesmithError(f"There is nothing called '{what}' to show.", fix=nearest(what, SHOWN))
-    return SHOWN[what](name)
+    from tunesmith import listing
 
-
-def _presets(_: str | None) -> list[dict[str, Any]]:
-    from tunesmith.compose import TASKS, preset_about, preset_layer, preset_names
-
-    return [
-        {"name": name, "about": preset_about(name), "sample": json.dumps(preset_layer(name))}
-        for name in preset_names()
-        if name not in TASKS
-    ]
-
-
-def _tasks(_: str | None) -> list[dict[str, Any]]:
-    from tunesmith.compose import TASKS, preset_about, preset_layer
-
-    return [{"name": t, "about": preset_about(t), "sample": json.dumps(preset_layer(t))} for t in TASKS]
-
-
-def _recipe_fields(_: str | None) -> list[dict[str, Any]]:
-    from tunesmith.recipe import fields
-
-    return [
-        {
-            "name": f.path + (f" ({f.kind})" if f.kind else ""),
-            "about": f.about,
-            "sample": f"{f.type}; default {f.default!r}",
-        }
-        for f in fields()
-    ]
-
-
-def _formats(_: str | None) -> list[dict[str, Any]]:
-    from tunesmith.data.formats import FORMATS
-
-    return [
-        {"name": f.name, "about": f.about, "sample": json.dumps(f.sample, ensure_ascii=False)}
-        for f in FORMATS.values()
-    ]
-
-
-def _templates(_: str | None) -> list[dict[str, Any]]:
-    from tunesmith.data.templates import NAMED_TEMPLATES
-
-    return [{"name": name, "about": template} for name, template in NAMED_TEMPLATES.items()]
-
-
-def _methods(_: str | None) -> list[dict[str, Any]]:
-    from tunesmith.compose import union_members
-
-    return [
-        {"name": kind, "about": " ".join(str(section.__doc__).split())}
-        for kind, section in union_members("method").items()
-    ]
-
-
-def _metrics(_: str | None) -> list[dict[str, Any]]:
-    from tunesmith.evaluation.metrics import METRICS
-
-    return [{"name": metric.name, "about": metric.about} for metric in METRICS.values()]
-
-
-def _examples(_: str | None) -> list[dict[str, Any]]:
-    from tunesmith.assets import EXAMPLES
-    from tunesmith.data.sources import read
-
-    return [
-        {
-            "name": f"example:{example.name}",
-            "about": example.about,
-            "sample": json.dumps(
-                dict(next(read(f"example:{example.name}", max_rows=1).records).values), ensure_ascii=False
-            ),
-        }
-        for example in EXAMPLES.values()
-    ]
-
-
-def _model(name: str | None) -> list[dict[str, Any]]:
-    quiet_libraries()
-    from tunesmith.architecture import architecture
-
-    named = [] if name else [{"name": "model", "about": "tiny, which ships with tunesmith (none was named)"}]
-    return [*named, *architecture(name or "tiny").entries()]
-
-
-def _catalog(part: str | None) -> list[dict[str, Any]]:
-    from tunesmith import catalog
-
-    return catalog.entries(part)
-
-
-SHOWN: dict[str, Callable[[str | None], list[dict[str, Any]]]] = {
-    "presets": _presets,
-    "tasks": _tasks,
-    "recipe": _recipe_fields,
-    "formats": _formats,
-    "templates": _templates,
-    "methods": _methods,
-    "metrics": _metrics,
-    "examples": _examples,
-    "model": _model,
-    "catalog": _catalog,
-}
+    return listing.entries(what, name)
 
 
 def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool) -> Result:
@@ -2649,6 +1671,7 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
     started = time.perf_counter()
     before = run.read("status.json")
     wanted = ["fitted"] if recipe.evaluation.skip else ["comparisons", "samples", "report"]
+    published: str | None = None
     refused: TunesmithError | None = None
     with run.lock(), launch.ended_by_sigterm(), _leading():
         num_starts = _num_starts(run)
@@ -2657,10 +1680,10 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
             for note in launch.settle(recipe.training):
                 run.event("warning", message=note)
             if fresh:
-                _check_before_training(recipe)
+                preflight.check(recipe)
             else:
-                _check_settings(recipe)
-                _check_processes(recipe)
+                preflight.check_settings(recipe)
+                preflight.check_processes(recipe)
             point = checkpoints.choose(run, checkpoint) if checkpoint else None
             if not fresh:
                 continuing.check_recipe(recipe, run, point)
@@ -2672,10 +1695,10 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
 
                 write_card(run, [])
                 results["report"] = write_report(run.path)
-            try:
-                published = _published(recipe, run)
-            except Exception as error:  # a hub that is down takes nothing of a run that is done
-                published, refused = None, _not_published(error, run)
+            if recipe.export.push_to_hub:
+                from tunesmith.export.publish import publish_run
+
+                published, refused = publish_run(run, recipe.export)
         except (KeyboardInterrupt, Interrupted) as error:
             if lost := _lost(error):  # the launcher's signal, after another process has ended
                 _finish(run, "failed", error=str(lost))
@@ -2691,19 +1714,20 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
         except Exception as error:
             if ranks.count() > 1:
                 launch.ignore_sigterm()
-            mended = _as_ours(error)
-            if fresh and not run.checkpoints.exists() and not getattr(mended, "is_lost", False):
+            lost = ranks.lost(error)
+            ours = lost or as_ours(error)
+            if fresh and not run.checkpoints.exists() and not lost:
                 discard(run)
             elif not fresh and _num_starts(run) == num_starts:
                 # Nothing of the run was touched, so it is what it was before.
                 with contextlib.suppress(OSError):
-                    run.event("state", state="not resumed", error=str(mended or error))
+                    run.event("state", state="not resumed", error=str(ours or error))
                     if before:
                         run.write("status.json", before)
             else:
-                _finish(run, "failed", error=str(mended or error))
-            if mended:
-                raise mended from error
+                _finish(run, "failed", error=str(ours or error))
+            if ours:
+                raise ours from error
             raise
         result = Result(
             run=run.path,
@@ -2738,168 +1762,19 @@ def _finish(run: Run, state: State, **fields: Any) -> None:
         run.finish(state, **fields)
 
 
-def _not_published(error: Exception, run: Run) -> TunesmithError:
-    problem = error.problem if isinstance(error, TunesmithError) else f"{type(error).__name__}: {error}"
-    run.event("warning", message=f"The model was not published: {problem}")
-    return RunError(
-        f"The run {run.path} is done, but its model was not published.",
-        found=problem,
-        fix=f"tunesmith push {run.path}, when the Hub answers again.",
-    )
-
-
 def _num_starts(run: Run) -> int:
     """How often training began in this run."""
     return sum(event["kind"] == "state" and event.get("state") == "training" for event in run.events())
 
 
-def _check_before_training(recipe: Recipe) -> None:
-    """Cheap failures first: nothing is read or computed before these are settled."""
-    from tunesmith.compose import check_together
-
-    check_together(recipe)  # composed ones were; this one may be somebody's own
-    _check_settings(recipe)
-    _check_shards(recipe.evaluation)
-    quiet_libraries()
-    from tunesmith.data import sources
-
-    for source in (recipe.data, *recipe.data.mix):  # before what loads torch
-        sources.local(source.dataset)
-    libraries.load_libraries()
-    from tunesmith import evaluation, models
-    from tunesmith.methods import METHODS
-
-    method = METHODS[recipe.method.kind]
-    models.check_kind(
-        recipe.model.base,
-        method.model,
-        method=method.kind,
-        head=method.head,
-        revision=recipe.model.revision,
-    )
-    method.check(recipe)
-    _check_processes(recipe)
-    evaluation.check_scoring(recipe.evaluation.metrics or [], gives_scores=method.head is not None)
-    models.check_fit(
-        recipe.model.base,
-        recipe.adapter,
-        revision=recipe.model.revision,
-        max_length=recipe.data.max_length,
-        head=method.head,
-    )
-
-
-def _check_processes(recipe: Recipe) -> None:
-    """Raises RecipeError for what the number of processes does not go with, which may be another one in each life of a
-    run."""
-    from tunesmith.methods import METHODS
-
-    method = METHODS[recipe.method.kind]
-    if (number := launch.processes(recipe.launch)) > 1:
-        launch.check(recipe.training, number)
-        if why := method.alone(recipe.method):
-            raise RecipeError(
-                f"The method '{method.kind}' is trained in one process here, and {number} are asked for.",
-                found=why,
-                fix="Leave --launch out, or start it without a launcher.",
-            )
-    parallel.check(recipe, number)
-    if isinstance(recipe.launch, Ray) and recipe.evaluation.engine == "ray" and not recipe.evaluation.skip:
-        raise RecipeError(
-            "evaluation.engine ray does not go with launch.kind ray.",
-            found="workers that train keep what they have until the run ends, and those that answer would wait for it",
-            fix="Leave evaluation.engine out; or set evaluation.skip, and measure the run when it is done: tunesmith "
-            "evaluate RUN --set evaluation.engine=ray.",
-        )
-
-
-def _check_settings(recipe: Recipe) -> None:
-    from tunesmith.dataflow import check_rewarded
-    from tunesmith.evaluation import check_runnable
-    from tunesmith.training.fit import require_tracker
-
-    section = recipe.evaluation
-    asked = [*(section.metrics or []), *recipe.training.measured]
-    check_runnable(asked, run_code=section.run_code, attempts=section.attempts)
-    check_rewarded(recipe, asked)
-    for tracker in recipe.tracking.trackers:
-        require_tracker(tracker)
-    if recipe.export.push_to_hub and not recipe.export.hub_model_id:
-        raise TunesmithError(
-            "Where to upload is missing.", fix="Give --hub-model-id owner/name with --push-to-hub."
-        )
-    if recipe.export.push_to_hub and recipe.export.hub_model_id:
-        from tunesmith.export.publish import check_repository
-
-        check_repository(recipe.export.hub_model_id)
-
-
-def _check_shards(section: Evaluation, *, is_asked: bool = False) -> None:
-    if (is_asked or section.shards != Shards()) and section.engine != "ray":
-        raise RecipeError(
-            f"evaluation.shards is for the engine 'ray', and evaluation.engine is '{section.engine}'.",
-            fix="Add --set evaluation.engine=ray, or leave evaluation.shards out.",
-        )
-
-
-def _published(recipe: Recipe, run: Run) -> str | None:
-    if not recipe.export.push_to_hub or not recipe.export.hub_model_id:
-        return None
-    from tunesmith.export.publish import publish
-
-    address = publish(
-        run.final_model,
-        recipe.export.hub_model_id,
-        private=recipe.export.hub_private,
-        trained=_trained_texts(run),
-    )
-    run.event("decision", name="published", value=address, reason="push_to_hub")
-    return address
-
-
-def _lost(error: BaseException) -> TunesmithError | None:
+def _lost(error: BaseException) -> RunError | None:
     """That another process of the run is gone, where this one's end came of it."""
     cause: BaseException | None = error
-    while ranks.count() > 1 and cause:
-        if is_lost_peer(cause):
+    while cause:
+        if lost := ranks.lost(cause):
             launch.ignore_sigterm()
-            return _as_ours(cause)
+            return lost
         cause = cause.__cause__ or cause.__context__
-    return None
-
-
-def _as_ours(error: BaseException) -> TunesmithError | None:
-    """A library's error that the user can act on, as one of ours."""
-    if ranks.count() > 1 and is_lost_peer(error):
-        lost = RunError(
-            f"Another of the {ranks.count()} processes is gone, so this run has ended.",
-            found=ranks.complaint()
-            or "it was ended from outside and could not say why, as where memory runs out",
-            fix="`tunesmith resume` goes on from the last checkpoint.",
-        )
-        lost.exit_code, lost.is_lost = OutOfResources.exit_code, True  # type: ignore[attr-defined]
-        return lost
-    if is_out_of_memory(error):
-        return OutOfMemory(
-            "The memory is not enough.",
-            found=str(error).splitlines()[0][:200] if str(error) else None,
-            fix="Lower per_device_train_batch_size and raise gradient_accumulation_steps, add "
-            "--gradient-checkpointing, lower --max-length, or use --lora.",
-        )
-    if is_out_of_disk(error):
-        return OutOfResources("The disk is full.", found=str(error), fix="Free space and resume the run.")
-    if is_out_of_files(error):
-        return OutOfResources(
-            "Too many files are open.",
-            found=str(error),
-            fix="Raise the limit (`ulimit -n`) and resume the run.",
-        )
-    if isinstance(error, OSError) and is_refused_writing(error):
-        return OutOfResources(
-            f"{error.filename or 'A file'} cannot be read or written.",
-            found=error.strerror,
-            fix="Give this user the right to, or choose another folder; then resume the run.",
-        )
     return None
 
 
@@ -2921,7 +1796,8 @@ def _summary(run: Run) -> RunSummary:
     recipe = run.recipe()
     comparison = run.read("evaluation/comparison.json") or {"comparisons": []}
     primary: dict[str, Any] = next((c for c in comparison["comparisons"] if c["primary"]), {})
-    steps = [event["step"] for event in run.events() if event.get("step") is not None]
+    # Decisions name steps as well, the best model's for instance.
+    steps = [e["step"] for e in run.events() if e.get("kind") in OF_STEPS and e.get("step") is not None]
     return RunSummary(
         path=run.path,
         state=run.state(),
@@ -2935,4 +1811,5 @@ def _summary(run: Run) -> RunSummary:
         tuned=primary["tuned"] if primary.get("n") else None,
         verdict=primary.get("verdict"),
         bytes=sum(p.stat().st_size for p in run.path.rglob("*") if p.is_file()),
+        delivered=(run.read(f"final_model/{BEST}") or {}).get("step"),
     )

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
+from tunesmith import listing
 from tunesmith.errors import RecipeError, closest, nearest
 from tunesmith.recipe import DataSource, Section, Task
 
@@ -294,18 +295,11 @@ def _datasets() -> list[dict[str, Any]]:
 
 
 def _methods() -> list[dict[str, Any]]:
-    from tunesmith.compose import union_members
-
-    return [
-        {"key": kind, "about": " ".join(str(section.__doc__).split())}
-        for kind, section in union_members("method").items()
-    ]
+    return [{"key": entry["name"], "about": entry["about"]} for entry in listing.methods()]
 
 
 def _metrics() -> list[dict[str, Any]]:
-    from tunesmith.evaluation.metrics import METRICS
-
-    return [{"key": metric.name, "about": metric.about} for metric in METRICS.values()]
+    return [{"key": entry["name"], "about": entry["about"]} for entry in listing.metrics()]
 
 
 def _strategies(part: str) -> list[dict[str, Any]]:

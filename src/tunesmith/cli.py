@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import io
-import itertools
-import operator
 import os
 import re
 import shlex
@@ -18,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -33,6 +31,7 @@ from tunesmith.compose import (
     scalar,
     union_members,
 )
+from tunesmith.display import Display, escaped, open_console, score_text, table_of
 from tunesmith.errors import (
     TERMINATED,
     Interrupted,
@@ -40,26 +39,9 @@ from tunesmith.errors import (
     RunError,
     Terminated,
     TunesmithError,
-    counted,
     nearest,
 )
 from tunesmith.recipe import FieldFact, fields
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
-    from tunesmith.api import Result
-    from tunesmith.data.inspection import Inspected
-    from tunesmith.data.validation import Report
-    from tunesmith.export.artefact import Exported
-    from tunesmith.export.deployment import Deployment
-    from tunesmith.export.merge import Merged
-    from tunesmith.export.parity import Parity
-    from tunesmith.export.publish import Plan as PushPlan
-    from tunesmith.export.tried import Tried
-    from tunesmith.plan import Plan
-    from tunesmith.sweeps import Sweep
-    from tunesmith.training.find_lr import RateSearch
 
 app = typer.Typer(
     name="tunesmith",
@@ -155,6 +137,23 @@ CatalogOption = Annotated[
     ),
 ]
 
+ModelArgument = Annotated[str, typer.Argument(help="A run's folder, a model folder, a Hub id, or `tiny`.")]
+MetricsOption = Annotated[
+    str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|float32|float16|bfloat16", help="How weights are stored; `auto` as the base's are."
+    ),
+]
+ShardSizeOption = Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights.")]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")]
+TokenOption = Annotated[
+    str | None,
+    typer.Option(help="Environment variable with the token; by default one is made and shown once."),
+]
+ModelPathOption = Annotated[str | None, typer.Option(help="The model, as an option instead of the argument.")]
 JudgeOption = Annotated[
     str | None,
     typer.Option(
@@ -335,7 +334,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
                 return
             if text and not as_json:
                 # Plain text may hold brackets; only tables and the like have markup.
-                _console(stderr=False).print(text, markup=not isinstance(text, str))
+                open_console(stderr=False).print(text, markup=not isinstance(text, str))
             if as_json:
                 print(json_line(payload))
             if payload.get("exit_code"):
@@ -359,7 +358,7 @@ EXCERPT = re.compile(r"\n {9}[^\n]*\n {9} *\^")
 def _fail(lines: Sequence[str], code: int, as_json: bool, error: TunesmithError | None = None) -> None:
     from tunesmith.terminal import json_line
 
-    console = _console()
+    console = open_console()
     console.print(lines[0], style="bold red", markup=False, highlight=False)
     for line in lines[1:]:
         console.print(line, markup=False, highlight=False)
@@ -373,105 +372,6 @@ def _fail(lines: Sequence[str], code: int, as_json: bool, error: TunesmithError 
     raise typer.Exit(code)
 
 
-def _console(*, stderr: bool = True) -> Any:
-    from tunesmith.terminal import Console
-
-    console = Console(stderr=stderr, soft_wrap=True)
-    if not console.is_terminal and not os.environ.get("COLUMNS"):
-        console.width = (
-            PIPED_WIDTH  # else tables are squeezed into the 80 columns of a screen that is not there
-        )
-    return console
-
-
-PIPED_WIDTH = 400
-"""Columns that a table may have where the output goes into a file or another program."""
-
-
-class Display:
-    """Shows a run's events on stderr: one progress bar per stage, decisions and warnings above it."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.console = _console()
-        self.quiet = quiet
-        self.progress: Progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeRemainingColumn(compact=True),
-            console=self.console,
-            transient=True,
-            auto_refresh=self.console.is_terminal,  # elsewhere nobody sees what would be drawn ten times a second
-        )
-        self.bars: dict[str, Any] = {}
-
-    def __enter__(self) -> Display:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        """Show one event."""
-        show = {
-            "progress": self._progress,
-            "decision": lambda e: self._line(
-                f"[dim]{_escaped(e['name'])}:[/] {_escaped(e['value'])}"
-                + (f" [dim]({_escaped(e['reason'])})[/]" if "reason" in e else "")
-            ),
-            "warning": lambda e: self._line(f"[yellow]warning:[/] {_escaped(e['message'])}"),
-            "evaluation": lambda e: self._line(f"[dim]step {e['step']}:[/] validation {_gauge(e)}"),
-            "sample": lambda e: self._line(
-                f"[dim]step {e['step']}, sample:[/] {_in_a_line(e['prompt'])} [dim]->[/] {_in_a_line(e['completion'])}"
-                + (f" [dim](reward {e['reward']:.3g})[/]" if "reward" in e else "")
-            ),
-            "step": self._step,
-            "state": self._state,
-        }.get(event["kind"])
-        if show:
-            show(event)
-
-    def _line(self, text: str) -> None:
-        if not self.quiet:
-            self.progress.console.print(text, highlight=False)
-
-    def _progress(self, event: Mapping[str, Any]) -> None:
-        stage = event["stage"]
-        if stage not in self.bars:
-            self.bars[stage] = self.progress.add_task(stage, total=event["total"], facts="")
-        facts = []
-        if event.get("loss") is not None:
-            facts.append(f"loss {event['loss']:.3f}")
-        if event.get("tokens_per_second"):
-            facts.append(f"{event['tokens_per_second']:,.0f} tokens/s")
-        self.progress.update(
-            self.bars[stage],
-            completed=event["done"],
-            total=event["total"],
-            facts=" · ".join(facts),
-            visible=event["total"] is None or event["done"] < event["total"],
-        )
-
-    def _step(self, event: Mapping[str, Any]) -> None:
-        if not self.console.is_terminal:
-            self._line(f"step {event['step']}: {_gauge(event)}, learning rate {event['learning_rate']:.2e}")
-
-    def _state(self, event: Mapping[str, Any]) -> None:
-        if event["state"] == "prepared":
-            rows = event["rows"]
-            self._line(
-                f"[dim]rows:[/] {rows['rows_in']} in = {rows['train']} train + {rows['validation']} validation "
-                f"+ {rows['held_out']} held out + {rows['dropped']} dropped"
-                + (f"; {rows['truncated']} truncated" if rows["truncated"] else "")
-            )
-            for reason, count in event["dropped"].items():
-                self._line(f"[yellow]dropped {count}:[/] {_escaped(reason)}")
-
-
 @app.command("demo", help="Fine-tune the shipped tiny model on text-to-SQL and prove that it got better.")
 @verb
 def demo_verb(
@@ -480,11 +380,11 @@ def demo_verb(
     quiet: bool,
 ) -> Any:
     """Run the demo."""
-    from tunesmith import api
+    from tunesmith import api, results
 
     with Display(quiet=quiet) as display:
         result = api.demo(output_dir=output_dir, watch=display)
-    return result.as_dict(), _result_text(result)
+    return result.as_dict(), results.result_text(result)
 
 
 TRAIN_HELP = """Fine-tune a model on your examples, and measure it against its base on held-out ones.
@@ -601,11 +501,11 @@ def train_verb(
     quiet: bool,
 ) -> Any:
     """Train."""
-    from tunesmith import api
+    from tunesmith import api, results
 
     if launch.is_job(composition.recipe.launch):
         with Display(quiet=quiet) as display:
-            return _job(composition, display, is_written=not dry_run)
+            return _job(composition, display, resume=resume, is_written=not dry_run)
     if dry_run:
         raise TunesmithError(
             "--dry-run shows the files of a job, and this recipe is trained here.",
@@ -614,17 +514,17 @@ def train_verb(
     with Display(quiet=quiet) as display:
         _show_notes(composition, display)
         result = api.train(composition.recipe, resume=resume, watch=display)
-    return result.as_dict(), _result_text(result)
+    return result.as_dict(), results.result_text(result)
 
 
-def _job(composition: Composition, display: Display, *, is_written: bool) -> Any:
+def _job(composition: Composition, display: Display, *, resume: str | None, is_written: bool) -> Any:
     """Write what a cluster is to be given, or only show it."""
     from tunesmith import api
     from tunesmith.training.run import folder_name, write_whole
 
     recipe = composition.recipe
     folder = Path(recipe.output_dir).expanduser() / f"{folder_name(recipe)}.job"
-    made = api.job(recipe, folder)
+    made = api.job(recipe, folder, resume=resume)
     notes = [*composition.notes, *made.notes]
     if is_written:
         replaced = [n for n, text in made.files.items() if _differs(folder / n, text)]
@@ -662,11 +562,11 @@ def resume_verb(
     quiet: bool,
 ) -> Any:
     """Resume."""
-    from tunesmith import api
+    from tunesmith import api, results
 
     with Display(quiet=quiet) as display:
         result = api.resume(run, checkpoint=checkpoint, processes=processes, watch=display)
-    return result.as_dict(), _result_text(result)
+    return result.as_dict(), results.result_text(result)
 
 
 VERIFY_HELP = """Prove that a run of a recipe continues to the bit: train a few steps, and again from each checkpoint.
@@ -718,18 +618,18 @@ def plan_verb(
     quiet: bool,
 ) -> Any:
     """Plan."""
-    from tunesmith import api
+    from tunesmith import api, results
 
     plan, rows = api.plan(composition.recipe, device=device, measured=True)
     payload = {"plan": plan.as_dict(), **rows, "notes": composition.notes}
-    text = _plan_text(plan, rows, composition)
+    text = results.plan_text(plan, rows, composition)
     if self_check:
         found = api.self_check(composition.recipe)
         payload |= {"self_check": found.as_dict(), **({} if found.equal else {"exit_code": 1})}
         for compared in found.compared:
             text.add_row("self-check", "equal" if compared.equal else "NOT equal", compared.sentence())
         for why in found.left_out:
-            text.add_row("self-check", "not compared", _escaped(why))
+            text.add_row("self-check", "not compared", escaped(why))
     return payload, text
 
 
@@ -778,7 +678,7 @@ def prepare_verb(
         )
     else:
         text.add_row("missing", f"{found['missing']:,} pieces, which other nodes have to do")
-    text.add_row("cache", _escaped(found["cache"]))
+    text.add_row("cache", escaped(found["cache"]))
     return {**found, "notes": [*composition.notes, *found.get("notes", [])]}, text
 
 
@@ -823,7 +723,7 @@ def sweep_verb(
     """Sweep."""
     from typing import get_args
 
-    from tunesmith import api, sweeps
+    from tunesmith import api, results, sweeps
 
     for option, value, known in (
         ("--engine", engine, get_args(sweeps.Engine)),
@@ -843,7 +743,7 @@ def sweep_verb(
             compared=compared,
             watch=display,
         )
-    return found.as_dict(), _sweep_text(found)
+    return found.as_dict(), results.sweep_text(found)
 
 
 FIND_LR_HELP = """Find a learning rate by a short range test on throw-away copies of the model; nothing is trained.
@@ -869,7 +769,7 @@ def find_lr_verb(
     quiet: bool,
 ) -> Any:
     """Find a learning rate."""
-    from tunesmith import api
+    from tunesmith import api, results
 
     with Display(quiet=quiet) as display:
         _show_notes(composition, display)
@@ -878,22 +778,20 @@ def find_lr_verb(
         )
     used = composition.recipe.training.learning_rate
     payload = {**search.as_dict(), "recipe_learning_rate": used, "page": str(html) if html else None}
-    return payload, _rates_text(search, html)
+    return payload, results.rates_text(search, html)
 
 
 @app.command("evaluate", help="Measure a run's model, or any model, on held-out examples.")
 @verb
 @recipe_options(only=EVALUATION_FLAGS)
 def evaluate_verb(
-    model: Annotated[str, typer.Argument(help="A run's folder, a model folder, a Hub id, or `tiny`.")],
+    model: ModelArgument,
     *,
     dataset: Annotated[
         str | None,
         typer.Option(help="Examples, without those that the run has seen; by default its held-out split."),
     ] = None,
-    metrics: Annotated[
-        str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")
-    ] = None,
+    metrics: MetricsOption = None,
     output: Annotated[str | None, typer.Option(help="Folder for rows and scores.")] = None,
     suite: Annotated[
         str | None,
@@ -919,7 +817,7 @@ def evaluate_verb(
     quiet: bool,
 ) -> Any:
     """Evaluate."""
-    from tunesmith import api
+    from tunesmith import api, results
     from tunesmith.evaluation.judging.headline import is_empty
 
     of_suites = {
@@ -940,15 +838,15 @@ def evaluate_verb(
                 calibrate=calibrate, dry_run=dry_run, settings=flags, output=output, watch=display,
             )  # fmt: skip
         if dry_run:
-            return found, _forecast_text(found)
+            return found, results.forecast_text(found)
         judged = [found[part] for part in ("graded", "compared") if part in found]
         failed = {"exit_code": 1} if judged and all(map(is_empty, judged)) else {}
-        return {**found, **failed}, _suite_text(found)
+        return {**found, **failed}, results.suite_text(found)
     with Display(quiet=quiet) as display:
         result = api.evaluate(
             model, dataset=dataset, metrics=_names(metrics), settings=flags, output=output, watch=display
         )
-    return {**result.as_dict(), "rows": str(result.run)}, _scores_text(result)
+    return {**result.as_dict(), "rows": str(result.run)}, results.scores_text(result)
 
 
 GENERATE_HELP = """A model's answers to every row of a set of prompts, into a file of JSON lines.
@@ -965,7 +863,7 @@ GENERATION_FLAGS = ("--format", "--input-text-key", "--output-text-key", "--max-
 @verb
 @recipe_options(only=GENERATION_FLAGS)
 def generate_verb(
-    model: Annotated[str, typer.Argument(help="A run's folder, a model folder, a Hub id, or `tiny`.")],
+    model: ModelArgument,
     prompts: Annotated[
         str,
         typer.Argument(help="A file, a folder or a Hub id; rows with a column `prompt`, unless --format."),
@@ -1028,9 +926,7 @@ def compare_verb(
             help="Examples, without those that a run has seen; by default the run's held-out split."
         ),
     ] = None,
-    metrics: Annotated[
-        str | None, typer.Option(metavar="NAME,NAME", help="`tunesmith show metrics` lists them.")
-    ] = None,
+    metrics: MetricsOption = None,
     primary: Annotated[
         str | None,
         typer.Option(
@@ -1042,7 +938,7 @@ def compare_verb(
     quiet: bool,
 ) -> Any:
     """Compare."""
-    from tunesmith import api
+    from tunesmith import api, results
 
     with Display(quiet=quiet) as display:
         result = api.compare(
@@ -1055,7 +951,7 @@ def compare_verb(
             settings=flags,
             watch=display,
         )
-    return result.as_dict(), _result_text(result)
+    return result.as_dict(), results.result_text(result)
 
 
 INSPECT_FLAGS = (
@@ -1096,11 +992,11 @@ def inspect_verb(
     quiet: bool,
 ) -> Any:
     """Inspect."""
-    from tunesmith import api
+    from tunesmith import api, results
 
     found = api.inspect(api.inspected_recipe(dataset, model, flags), rows=row or (), count=count, page=html)
     payload = {"dataset": dataset, "page": str(html) if html else None, "rows": [r.as_dict() for r in found]}
-    return payload, _inspected_text(found, html)
+    return payload, results.inspected_text(found, html)
 
 
 VALIDATE_HELP = """Find what is wrong with a data set before training on it.
@@ -1138,7 +1034,7 @@ def validate_verb(
     quiet: bool,
 ) -> Any:
     """Validate."""
-    from tunesmith import api
+    from tunesmith import api, results
 
     if (source is None) == (dataset is None):
         raise TunesmithError("Which data set to validate is not clear.", fix="Name one: `validate my.jsonl`.")
@@ -1160,13 +1056,15 @@ def validate_verb(
     mended = bool(report.fixed and report.fixed["file"]) and not any(
         found.row is None and found.severity == "error" for found in report.findings
     )
-    return {**report.as_dict(), "exit_code": int(report.has_errors and not mended)}, _report_text(report)
+    return {**report.as_dict(), "exit_code": int(report.has_errors and not mended)}, results.report_text(
+        report
+    )
 
 
 @app.command("chat", help="Talk to a model or a run's model under its own chat template.")
 @verb
 def chat_verb(
-    model: Annotated[str, typer.Argument(help="A run's folder, a model folder, a Hub id, or `tiny`.")],
+    model: ModelArgument,
     *,
     prompt: Annotated[str | None, typer.Option(help="Ask this once, print the answer and end.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -1180,7 +1078,7 @@ def chat_verb(
 
     if prompt is not None and not prompt.strip():
         raise TunesmithError("--prompt is empty.", fix="Write a question, or leave it out to talk.")
-    console = _console()
+    console = open_console()
     ask = "you> " if wizard.on_terminal() else ""
     talk = api.Chat(model)
     messages = [{"role": "system", "content": system}] if system else []
@@ -1210,7 +1108,7 @@ def chat_verb(
         if remark := talk.remark(messages):
             remarks.append(remark)
             if not quiet:
-                console.print(f"[yellow]warning:[/] {_escaped(remark)}", highlight=False)
+                console.print(f"[yellow]warning:[/] {escaped(remark)}", highlight=False)
         pieces = []
         for piece in talk.answer(messages, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
             pieces.append(piece)
@@ -1238,17 +1136,17 @@ def runs_verb(
     from tunesmith.training.run import dataset_name
 
     found = api.runs(output_dir)
-    table = _table("run", "state", "model", "dataset", "step", "metric", "base", "tuned", "verdict", "size")
+    table = table_of("run", "state", "model", "dataset", "step", "metric", "base", "tuned", "verdict", "size")
     for run in found:
         table.add_row(
-            _escaped(run.path.name),
+            escaped(run.path.name),
             run.state,
-            _escaped(dataset_name(run.model)),
-            _escaped(" + ".join(run.datasets)),
-            str(run.step or ""),
+            escaped(dataset_name(run.model)),
+            escaped(" + ".join(run.datasets)),
+            run.steps,
             run.metric or "",
-            _score(run.base, run.metric),
-            _score(run.tuned, run.metric),
+            score_text(run.base, run.metric),
+            score_text(run.tuned, run.metric),
             run.verdict or "",
             f"{run.bytes / 1e6:.1f} MB",
         )
@@ -1277,13 +1175,8 @@ def merge_verb(
             help="Folder of the merged model; by default `<run>/merged_model` or `<adapter>_merged`."
         ),
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|float32|float16|bfloat16", help="How weights are stored; `auto` as the base's are."
-        ),
-    ] = "auto",
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights.")] = "5GB",
+    dtype: DtypeOption = "auto",
+    max_shard_size: ShardSizeOption = "5GB",
     check: Annotated[
         str,
         typer.Option(
@@ -1295,7 +1188,7 @@ def merge_verb(
     quiet: bool,
 ) -> Any:
     """Merge."""
-    from tunesmith import api
+    from tunesmith import api, results
 
     with Display(quiet=quiet) as display:
         merged = api.merge(
@@ -1308,7 +1201,7 @@ def merge_verb(
             rows=rows,
             watch=display,
         )
-    return merged.as_dict(), _merged_text(merged)
+    return merged.as_dict(), results.merged_text(merged)
 
 
 EXPORT_HELP = """Write a model for another program (GGUF, ONNX, safetensors), and prove that it answers as it did.
@@ -1353,7 +1246,7 @@ def export_verb(
     quiet: bool,
 ) -> Any:
     """Export."""
-    from tunesmith import api
+    from tunesmith import api, results
 
     with Display(quiet=quiet) as display:
         exported = api.export(
@@ -1366,7 +1259,7 @@ def export_verb(
             rows=rows,
             watch=display,
         )
-    return exported.as_dict(), _exported_text(exported)
+    return exported.as_dict(), results.exported_text(exported)
 
 
 JUDGE_HELP = """Let a judge grade answers or compare two models' answers, or recompute the figures of a judgment file.
@@ -1414,7 +1307,7 @@ def judge_verb(
     quiet: bool,
 ) -> Any:
     """Judge."""
-    from tunesmith import api
+    from tunesmith import api, results
     from tunesmith.evaluation.judging.headline import is_empty
     from tunesmith.evaluation.judging.replay import fastchat_sentences, sentences
     from tunesmith.evaluation.judging.replay import replay as replayed
@@ -1446,9 +1339,9 @@ def judge_verb(
             watch=display,
         )
     if dry_run:
-        return found, _forecast_text(found)
+        return found, results.forecast_text(found)
     failed = {"exit_code": 1} if is_empty(found) else {}
-    return {**found, **failed}, _judged_text(found, Path(found["output"]))
+    return {**found, **failed}, results.judged_text(found, Path(found["output"]))
 
 
 SERVE_HELP = """Serve a run's model, or any model, with OpenAI's HTTP interface: chat, completions, models, streaming.
@@ -1473,11 +1366,8 @@ def serve_verb(
     host: Annotated[
         str, typer.Option(help="Address to listen at; other machines reach 0.0.0.0.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    token_env: Annotated[
-        str | None,
-        typer.Option(help="Environment variable with the token; by default one is made and shown once."),
-    ] = None,
+    port: PortOption = 8000,
+    token_env: TokenOption = None,
     no_token: Annotated[bool, typer.Option("--no-token", help="Answer everybody on this machine.")] = False,
     allowed_host: Annotated[
         list[str] | None,
@@ -1518,7 +1408,7 @@ def serve_verb(
         if key in named:
             raise TunesmithError(f"Two adapters are named '{key}'.", fix="Give another name.")
         named[key] = folder
-    console = _console()
+    console = open_console()
 
     def say(sentence: str) -> None:
         if not quiet:
@@ -1570,11 +1460,8 @@ def web_verb(
     host: Annotated[
         str, typer.Option(help="Address to listen at; others reach 0.0.0.0, and then --users is needed.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
-    token_env: Annotated[
-        str | None,
-        typer.Option(help="Environment variable with the token; by default one is made and shown once."),
-    ] = None,
+    port: PortOption = 7860,
+    token_env: TokenOption = None,
     users: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Accounts that sign in, each with a workspace of its own."),
@@ -1617,7 +1504,7 @@ def web_verb(
         return {"user": add_user, "changed": known}, said
     from tunesmith import api
 
-    console = _console()
+    console = open_console()
 
     def say(sentence: str) -> None:
         if not quiet:
@@ -1669,9 +1556,7 @@ def try_model_verb(
         typer.Argument(metavar="[DIR]", help="A run's, an adapter's, a model's or a deployment's folder."),
     ] = None,
     *,
-    model_path: Annotated[
-        str | None, typer.Option(help="The model, as an option instead of the argument.")
-    ] = None,
+    model_path: ModelPathOption = None,
     dataset: Annotated[
         str | None, typer.Option(help="Rows to ask, instead of the run's held-out ones.")
     ] = None,
@@ -1693,7 +1578,7 @@ def try_model_verb(
     quiet: bool,
 ) -> Any:
     """Try."""
-    from tunesmith import api
+    from tunesmith import api, results
 
     with Display(quiet=quiet) as display:
         found = api.try_model(
@@ -1707,7 +1592,7 @@ def try_model_verb(
             api_key_env=api_key_env,
             watch=display,
         )
-    return found.as_dict(), _tried_text(found)
+    return found.as_dict(), results.tried_text(found)
 
 
 DEPLOY_HELP = """Make a folder that serves a model elsewhere, and prove it over HTTP: weights, server, page, containers.
@@ -1724,19 +1609,12 @@ def prepare_deployment_verb(
     ] = None,
     *,
     output_dir: Annotated[str, typer.Option(help="The folder that is made.")],
-    model_path: Annotated[
-        str | None, typer.Option(help="The model, as an option instead of the argument.")
-    ] = None,
+    model_path: ModelPathOption = None,
     name: Annotated[
         str | None, typer.Option(help="Name that requests ask for; the run's by default.")
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|float32|float16|bfloat16", help="How weights are stored; `auto` as the base's are."
-        ),
-    ] = "auto",
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights.")] = "5GB",
+    dtype: DtypeOption = "auto",
+    max_shard_size: ShardSizeOption = "5GB",
     space: Annotated[
         bool, typer.Option("--space", help="With what a Space of the Hugging Face Hub needs.")
     ] = False,
@@ -1758,7 +1636,7 @@ def prepare_deployment_verb(
     quiet: bool,
 ) -> Any:
     """Prepare."""
-    from tunesmith import api
+    from tunesmith import api, results
 
     with Display(quiet=quiet) as display:
         made = api.prepare_deployment(
@@ -1774,7 +1652,7 @@ def prepare_deployment_verb(
             despite=despite_findings,
             watch=display,
         )
-    return made.as_dict(), _deployment_text(made)
+    return made.as_dict(), results.deployment_text(made)
 
 
 PUSH_HELP = """Upload a run's final model, or any model's folder, to the Hugging Face Hub, after a search for secrets.
@@ -1816,7 +1694,7 @@ def push_verb(
     quiet: bool,
 ) -> Any:
     """Push."""
-    from tunesmith import api
+    from tunesmith import api, results
 
     if repository and hub_model_id and repository != hub_model_id:
         raise TunesmithError(
@@ -1827,7 +1705,7 @@ def push_verb(
     wanted = repository or hub_model_id
     if dry_run:
         plan = api.push_plan(run, repository=wanted, private=not public)
-        return plan.as_dict(), _push_text(plan)
+        return plan.as_dict(), results.push_text(plan)
     with Display(quiet=quiet) as display:
         address = api.push(
             run, repository=wanted, private=not public, create=create, despite=despite_findings, watch=display
@@ -1903,11 +1781,11 @@ def show_verb(
 
     with catalog.using(catalog_file):
         entries = api.show(what, name)
-    table = _table("name", "what it is")
+    table = table_of("name", "what it is")
     for entry in entries:
         sample = entry.get("sample")
-        about = _escaped(entry["about"]) + (f"\n[dim]{_escaped(sample)}[/]" if sample else "")
-        table.add_row(_escaped(entry["name"]), about)
+        about = escaped(entry["about"]) + (f"\n[dim]{escaped(sample)}[/]" if sample else "")
+        table.add_row(escaped(entry["name"]), about)
     return {what: entries}, table
 
 
@@ -1932,450 +1810,6 @@ def _show_notes(composition: Composition, display: Display) -> None:
 
 def _names(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",") if name.strip()] if text else None
-
-
-def _score(value: float | None, metric: str | None) -> str:
-    """A score on the scale of every table: percent, points or, for perplexity, as it is."""
-    from tunesmith.evaluation.compare import shown
-    from tunesmith.evaluation.metrics import METRICS
-
-    return "" if value is None or metric not in METRICS else shown(value, METRICS[metric])
-
-
-def _gauge(event: Mapping[str, Any]) -> str:
-    """What tells how a training goes: the reward where answers are rewarded, the loss otherwise."""
-    measures = event.get("measures") or {}
-    if "reward" in measures:
-        others = [f"{name} {measures[name]:.3g}" for name in ("reward_std", "kl") if name in measures]
-        return ", ".join([f"reward {measures['reward']:.4g}", *others])
-    return ", ".join([f"loss {event['loss']:.4f}", *_measured(measures)])
-
-
-def _measured(measures: Mapping[str, Any]) -> list[str]:
-    """The metrics of `training.eval_metrics` among what a validation measured; methods have measures of their own."""
-    from tunesmith.evaluation.metrics import METRICS
-
-    return [
-        f"{METRICS[name].label} {_score(value, name)}" for name, value in measures.items() if name in METRICS
-    ]
-
-
-def _in_a_line(text: str, *, most: int = 80) -> str:
-    """A text on one line, cut to so many characters, as plain text for the terminal."""
-    line = " ".join(text.split())
-    return _escaped(line if len(line) <= most else line[: most - 1] + "…")
-
-
-LONGEST_SHOWN = 600
-"""Characters of an answer in the terminal; the run's folder has all of it."""
-
-
-def _shortened(text: str) -> str:
-    """An answer for the terminal, where one that goes round in circles would push everything else away."""
-    if len(text) <= LONGEST_SHOWN:
-        return text
-    return f"{text[:LONGEST_SHOWN]}… ({len(text):,} characters; evaluation/rows.jsonl has them all)"
-
-
-def _escaped(text: Any) -> str:
-    from rich.markup import escape
-
-    return escape(str(text))
-
-
-def _table(*columns: str) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _plan_text(plan: Plan, rows: Mapping[str, Any], composition: Composition) -> Any:
-    table = _table("what", "value", "why")
-    for note in composition.notes:
-        table.add_row("recipe", _escaped(note), "")
-    recipe = composition.recipe
-    table.add_row(
-        "method", recipe.method.kind, _escaped(f"on {recipe.model.base}, adapter {recipe.adapter.kind}")
-    )
-    rest = "".join(f" + {part.dataset}" for part in recipe.data.mix)
-    table.add_row(
-        "dataset", _escaped(f"{recipe.data.dataset}{rest}"), _escaped(f"format {recipe.data.format}")
-    )
-    table.add_row(
-        "learning_rate", f"{recipe.training.learning_rate:g}", f"{recipe.training.scheduler}, at its peak"
-    )
-    for reward in getattr(recipe.method, "rewards", ()):
-        name = getattr(reward, "name", None) or getattr(reward, "function", None) or reward.model
-        table.add_row("reward", _escaped(name), f"weight {reward.weight:g}")
-    counts = rows["rows"]
-    table.add_row("rows", ", ".join(f"{name} {count}" for name, count in counts.items()), "the ledger")
-    for reason, count in rows["dropped"].items():
-        table.add_row("dropped", str(count), _escaped(reason))
-    table.add_row("tokens", f"{plan.tokens_per_epoch:,}", "in one pass over the training examples")
-    for decision in plan.decisions:
-        table.add_row(decision.name, _escaped(decision.value), _escaped(decision.reason))
-    for name, value, reason in plan.estimate.lines() if plan.estimate else ():
-        table.add_row(name, _escaped(value), _escaped(reason))
-    return table
-
-
-TOKEN_STYLES = {"trained": "bold green", "context": "dim", "special": "magenta", "cut": "strike red"}
-"""How tokens look in the terminal, by what becomes of them."""
-
-
-TOKEN_MARKS = {"trained": ("{+", "+}"), "context": ("", ""), "special": ("{*", "*}"), "cut": ("[-", "-]")}
-"""The same where there is no color: in files, in pipes, with NO_COLOR."""
-
-
-def _inspected_text(rows: Sequence[Inspected], page: Path | None) -> Any:
-    from rich.console import Group
-    from rich.text import Text
-
-    is_colored = _console(stderr=False).color_system is not None
-    legend = Text("tokens are ")
-    for role, style in TOKEN_STYLES.items():
-        before, behind = ("", "") if is_colored else TOKEN_MARKS[role]
-        legend.append(f"{before}{role}{behind}", style=style).append(" ")
-    parts: list[Any] = [legend, ""]
-    for row in rows:
-        head = Text(str(row.row), style="bold")
-        head.append((f", {row.part}" if row.part else "") + (f" ({row.why})" if row.why else ""), style="")
-        parts += [head]
-        facts = f"{row.fate}, {counted(row.tokens, 'token')}"
-        facts += f", {row.cut:,} cut; of the {row.tokens - row.cut:,} kept" if row.cut else ";"
-        facts += f" {row.trained:,} trained ({row.trained_share:.0%})"
-        if not row.pieces:
-            facts = row.fate
-        parts.append(Text(facts + (f"; {row.reason}" if row.reason else ""), style="dim"))
-        seen = Text()
-        for role, group in itertools.groupby(row.pieces, key=operator.itemgetter(1)):
-            before, behind = ("", "") if is_colored else TOKEN_MARKS[role]
-            seen.append(before + "".join(text for text, _ in group) + behind, style=TOKEN_STYLES[role])
-        parts += [seen, ""]
-    if page:
-        parts.append(Text(f"page      {page}"))
-    return Group(*parts)
-
-
-def _result_text(result: Result) -> Any:
-    """Verdict first, then the table, answers before and after, and where everything lies."""
-    from rich.console import Group
-    from rich.text import Text
-
-    from tunesmith.evaluation.compare import remarks, sentence, table, table_of_many
-
-    parts: list[Any] = []
-    if result.comparisons:
-        names, of_many = result.sides or ("base", "tuned"), len(result.models) > 2
-        compared = list(result.comparisons)
-        header, *lines = table_of_many(compared) if of_many else table(compared, names)
-        scores = _table(*header)
-        for line in lines:
-            scores.add_row(*(_escaped(cell) for cell in line))
-        primary = result.primary
-        for c in (c for c in compared if c.primary and of_many):
-            style = {"better": "bold green", "worse": "bold red"}.get(c.verdict, "bold yellow")
-            parts += [Text(f"{c.model} against {c.against}", style="bold"), Text(sentence(c), style=style)]
-        if primary:
-            if result.sides:
-                parts.append(Text(f"{result.sides[1]} against {result.sides[0]}", style="bold"))
-            style = {"better": "bold green", "worse": "bold red"}.get(primary.verdict, "bold yellow")
-            parts += [Text(sentence(primary), style=style)]
-            parts += [*(Text(remark, style="yellow") for remark in primary.remarks), ""]
-        parts += ([""] if of_many else []) + [scores]
-        told = primary.remarks if primary else ()
-        parts += [*(Text(said, style="dim") for said in remarks(result.comparisons) if said not in told), ""]
-    for sample in result.samples:
-        parts.append(Text(sample["question"], style="bold"))
-        for label in ("reference", "base", "tuned"):
-            said = _shortened(sample[label])
-            parts.append(Text(f"  {label:<10}{said}", style="dim" if label == "reference" else ""))
-        parts.append("")
-    for label, value in (
-        ("run", result.run),
-        ("report", result.report),
-        ("published", result.published),
-        ("saved", result.saved),
-    ):
-        if value:
-            parts.append(Text(f"{label:<10}{value}"))
-    parts.append(Text(f"{'seconds':<10}{result.seconds:.0f}"))
-    return Group(*parts)
-
-
-SHOWN_FINDINGS = 5
-"""Findings of a kind that people see; `--json` has all that were kept."""
-
-
-def _report_text(report: Report) -> Any:
-    """Findings by kind, each with its remedy, then the counts."""
-    from rich.console import Group
-    from rich.text import Text
-
-    from tunesmith.data.checks import CHECKS
-
-    styles = {"error": "bold red", "warning": "bold yellow", "note": "dim"}
-    parts: list[Any] = []
-    for kind, count in report.counts.items():
-        check = CHECKS[kind]
-        parts.append(
-            Text(f"{check.severity} {kind}: {count:,} × {check.about}", style=styles[check.severity])
-        )
-        found = [finding for finding in report.findings if finding.kind == kind]
-        parts += [Text(f"  {f.place}  {f.message}") for f in found[:SHOWN_FINDINGS]]
-        if count > SHOWN_FINDINGS:
-            parts.append(Text(f"  and {count - SHOWN_FINDINGS:,} more", style="dim"))
-        parts += [*(Text(f"  do: {fix}", style="dim") for fix in dict.fromkeys(f.fix for f in found)), ""]
-    read = f"read as {', '.join(report.formats)}: {report.detection}" if report.detection else ""
-    lengths = ", ".join(f"{name} {value}" for name, value in report.lengths.items())
-    fixed = ", ".join(f"{name} {value}" for name, value in (report.fixed or {}).items())
-    labels = ", ".join(f"{name} {count}" for name, count in report.labels.items())
-    facts = [
-        ("rows", f"{report.rows:,} = {report.ok:,} ok + {report.with_errors:,} with errors + "
-                 f"{report.with_warnings:,} with warnings only"),
-        ("findings", ", ".join(counted(count, severity) for severity, count in report.severities.items())),
-        ("format", read),
-        ("lengths", lengths),
-        ("ratings", labels),
-        *(("note", note) for note in report.notes),
-        ("fixed", fixed),
-    ]  # fmt: skip
-    return Group(*parts, *(Text(f"{name:<10}{value}") for name, value in facts if value))
-
-
-def _rates_text(search: RateSearch, page: Path | None) -> Any:
-    from rich.console import Group
-    from rich.text import Text
-
-    from tunesmith.training.find_lr import chart
-
-    style = "bold green" if search.suggestion else "bold yellow"
-    parts = [
-        Text(search.sentence(), style=style),
-        *(Text(note, style="dim") for note in search.notes),
-        Text(""),
-    ]
-    parts += [Text(line) for line in chart(search)]
-    if search.suggestion:
-        parts += [Text(""), Text(f"use       --learning-rate {search.suggestion:.1e}")]
-    return Group(*parts, *([Text(f"page      {page}")] if page else []))
-
-
-def _sweep_text(found: Sweep) -> Any:
-    from rich.console import Group
-    from rich.text import Text
-
-    from tunesmith.sweeps.page import against_table, trials_table
-
-    first, *more = found.sentences()
-    parts: list[Any] = [Text(first, style="bold green"), *(Text(line) for line in more), ""]
-    for header, *lines in filter(None, (against_table(found), trials_table(found))):
-        table = _table(*header)
-        for line in lines:
-            table.add_row(*map(_escaped, line))
-        parts += [table, ""]
-    run = found.folder / found.best.name
-    parts += [
-        Text(f"{'recipe':<10}{found.recipe}"),
-        Text(f"{'run':<10}{run}"),
-        Text(f"{'page':<10}{found.page}"),
-        Text(
-            f"{'next':<10}tunesmith train {found.recipe}, or ship the trial: tunesmith prepare-deployment {run}"
-        ),
-    ]
-    return Group(*parts)
-
-
-def _merged_text(merged: Merged) -> Any:
-    from rich.console import Group
-    from rich.text import Text
-
-    facts = [
-        ("merged", str(merged.folder)),
-        (
-            "weights",
-            f"{merged.parameters:,} parameters in {merged.dtype}, "
-            f"{counted(len(merged.shards), 'file')}, base {merged.base}",
-        ),
-        *_proof("check", merged.parity),
-        *(("note", note) for note in merged.notes),
-    ]
-    return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
-
-
-def _tried_text(found: Tried) -> Any:
-    from rich.console import Group
-    from rich.text import Text
-
-    from tunesmith.export.tried import sentences, verdict
-
-    facts = [
-        ("tried", found.folder),
-        *sentences(found),
-        ("verdict", verdict(found)),
-    ]
-    return Group(*(Text(f"{name:<11}{' '.join(value.split())[:300]}") for name, value in facts))
-
-
-def _deployment_text(made: Deployment) -> Any:
-    from rich.console import Group
-    from rich.text import Text
-
-    facts = [
-        ("made", str(made.folder)),
-        ("holds", f"{counted(made.files, 'file')}, {made.size / 1e6:,.1f} MB, weights in {made.dtype}"),
-        ("name", made.name),
-        ("page", "schema and question to SQL" if made.demo == "sql" else "chat"),
-        ("vLLM", f"left out: {made.vllm}" if made.vllm else "in compose.yaml"),
-    ]
-    facts += [*_proof("weights", made.merged), *_proof("served", made.served)]
-    facts += [("note", note) for note in made.notes]
-    facts += [("FOUND", finding) for finding in made.findings]
-    if made.findings and not made.despite:
-        facts.append(("next", "take that out, or, where it is no secret, add --despite-findings"))
-    elif made.passed is False:
-        facts.append(("next", "look at what differs; it is not to be handed out as it is"))
-    else:
-        token = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
-        facts += [
-            ("next", f"export TUNESMITH_TOKEN=$({token})"),
-            ("", f"{made.folder}/start.sh &"),
-            ("", f"python3 {made.folder}/smoke_test.py --wait 1800"),
-        ]
-    return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
-
-
-def _push_text(plan: PushPlan) -> Any:
-    from rich.console import Group
-    from rich.text import Text
-
-    facts = [
-        ("to", f"{plan.repository}, created {'private' if plan.private else 'public'} where it is missing"),
-        *(("file", f"{size / 1e6:>10,.2f} MB  {name}") for name, size in plan.files),
-        ("to send", f"{counted(len(plan.files), 'file')}, {plan.size / 1e6:,.1f} MB"),
-        *(("not sent", name) for name in plan.left),
-        *(("FOUND", line) for line in plan.findings),
-        *(("unread", line) for line in plan.unread),
-        *(("note", note) for note in plan.notes),
-        *([] if plan.findings else [("found", _nothing_found(plan))]),
-    ]
-    return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
-
-
-def _nothing_found(plan: PushPlan) -> str:
-    looked = len(plan.files) - len({line.partition(":")[0] for line in plan.unread})
-    sought = "no secret and no trained text" if plan.knows_rows else "no secret"
-    return f"{sought} in the {counted(looked, 'file')} that could be looked through"
-
-
-def _exported_text(exported: Exported) -> Any:
-    from rich.console import Group
-    from rich.text import Text
-
-    stored = ", ".join(f"{count} as {kind}" for kind, count in sorted(exported.tensors.items()))
-    facts = [
-        ("exported", str(exported.file)),
-        ("size", f"{exported.size / 1e6:,.1f} MB, tensors: {stored}"),
-    ]
-    facts += _proof("parity", exported.parity)
-    facts += [("note", note) for note in exported.notes]
-    return Group(*(Text(f"{name:<10}{value}") for name, value in facts))
-
-
-def _proof(name: str, proof: Parity) -> list[tuple[str, str]]:
-    """A verdict with what it rests on, as lines under a name."""
-    return [(name, proof.headline()), *(("", line) for line in proof.sentences())]
-
-
-def _scores_text(result: Result) -> Any:
-    from rich.console import Group
-    from rich.text import Text
-
-    from tunesmith.evaluation.metrics import METRICS
-
-    table = _table("metric", "value", "95 % interval", "n", "not scored")
-    for name, score in result.scores.items():
-        cells = ["", ""]
-        if score["value"] is not None:
-            value, low, high = (_score(score[part], name) for part in ("value", "low", "high"))
-            cells = [value, f"{low} to {high}" if low else "no interval"]
-        table.add_row(METRICS[name].named, *cells, str(score["n"]), str(score["n_errors"] or ""))
-    causes: dict[str, list[str]] = {}
-    for name, score in result.scores.items():
-        if score["cause"]:
-            causes.setdefault(score["cause"], []).append(METRICS[name].label)
-    why = [Text(f"not scored: {', '.join(names)}: {cause}") for cause, names in causes.items()]
-    return Group(table, *why, Text(f"\nrows      {result.run}"))
-
-
-def _forecast_text(found: Mapping[str, Any]) -> str:
-    from tunesmith.evaluation.judging.asking import Forecast
-
-    return f"Would take {Forecast(**found['estimate']).sentence()}. Nothing was asked."
-
-
-def _judged_text(found: Mapping[str, Any], folder: Path) -> str:
-    from tunesmith.evaluation.judging import calibration
-    from tunesmith.evaluation.judging.replay import sentences
-
-    lines = sentences(dict(found))
-    told = len(found["verdicts"])
-    lines[told:told] = found["doubts"]
-    if found.get("calibration"):
-        lines.append(f"The judge: {calibration.sentence(found['calibration'])}.")
-    return "\n".join([*lines, f"plots      {folder / 'judged.html'}"])
-
-
-def _suite_text(found: Mapping[str, Any]) -> Any:
-    """Verdict first, what it has to be read with, then one fact per line, and where everything lies."""
-    from rich.console import Group
-    from rich.text import Text
-
-    from tunesmith.evaluation.judging import calibration
-    from tunesmith.evaluation.judging.replay import sentences
-
-    place = Path(found["output"])
-    facts: list[tuple[str, str]] = []
-    parts: list[Any] = []
-    if "results" in found:
-        parts.append(Text(found["sentence"], style="bold"))
-        for task, metrics in found["results"].items():
-            facts += [
-                (task if not n else "", f"{name} {value}") for n, (name, value) in enumerate(metrics.items())
-            ]
-        facts.append(("template", found["chat_template"]))
-    else:
-        style = {"better": "bold green", "worse": "bold red"}.get(found["verdict"], "bold yellow")
-        parts.append(Text(found["sentence"], style=style))
-        parts += [Text(said, style="yellow") for said in found["doubts"]]
-        facts.append(("suite", f"{found['suite']}: {found['questions']} questions, {found['turns']} turns"))
-        for name, one in found["answers"].items():
-            facts.append(
-                (
-                    "answers",
-                    f"{name}: "
-                    + ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in one.items()),
-                )
-            )
-        for name, check in found["engine_check"].items():
-            facts.append(("engine", f"{name}: {check['engine']}, {check['sentence']}"))
-        for part in ("graded", "compared"):
-            if part in found:
-                lines = sentences({**found[part], "verdicts": ()})  # the headline has it
-                facts += [(part if not n else "", line) for n, line in enumerate(lines)]
-        judged = found.get("compared") or found.get("graded")
-        if judged:
-            own = judged.get("calibration")
-            told = calibration.sentence(own) if own else "not calibrated: what its word is worth is not known"
-            facts.append(("judge", f"{', '.join(judged['judge'])}, {told}"))
-            plots = [place / part / "judged.html" for part in ("graded", "compared") if part in found]
-            facts += [("plots", str(plot)) for plot in plots]
-        facts += [("answers in", str(place / "answers"))]
-    facts.append(("rows", str(place / "rows.jsonl")))
-    return Group(*parts, Text(""), *(Text(f"{label:<12}{value}") for label, value in facts))
 
 
 def main() -> None:

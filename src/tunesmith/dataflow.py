@@ -607,13 +607,30 @@ def _start_rows(
     ):
         return kept
     tokenizer, _ = _tokenizer(recipe)
+    return _rows(
+        recipe, prepared, plan, items, metrics, name=name, base=recipe.model.base, tokenizer=tokenizer
+    )
+
+
+def _rows(
+    recipe: Recipe,
+    prepared: Run,
+    plan: Plan,
+    items: list[evaluation.Item],
+    metrics: list[str],
+    *,
+    name: str,
+    base: str,
+    tokenizer: Any,
+) -> list[EvalRow]:
+    """A model's answers: the one code path of base, stages and tuned model."""
     rows = evaluation.answers(
         recipe.model,
         recipe.evaluation,
         items,
         metrics,
         name=name,
-        base=recipe.model.base,
+        base=base,
         tokenizer=tokenizer,
         device=plan.device,
         dtype=plan.dtype,
@@ -926,23 +943,7 @@ def tuned_rows(
     if (longer := evaluation.longer_than_read(items, prepared.input_length())) and longer not in told:
         prepared.event("warning", message=longer)
     tokenizer = models.load_tokenizer(model)
-    rows = evaluation.answers(
-        recipe.model,
-        recipe.evaluation,
-        items,
-        metrics,
-        name="tuned",
-        base=model,
-        tokenizer=tokenizer,
-        device=plan.device,
-        dtype=plan.dtype,
-        watch=prepared.watch,
-        head=METHODS[recipe.method.kind].head,
-        folder=prepared.evaluation / "answers",
-        checked=partial(keep_check, prepared),
-        warn=lambda message: prepared.event("warning", message=message),
-    )
-    return with_rewards(recipe, rows, items, metrics, tokenizer=tokenizer, device=plan.device)
+    return _rows(recipe, prepared, plan, items, metrics, name="tuned", base=model, tokenizer=tokenizer)
 
 
 def comparisons(

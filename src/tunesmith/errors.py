@@ -18,9 +18,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -31,6 +32,8 @@ class TunesmithError(Exception):
     """A problem that the user can mend: says what was expected, what was found and what to do."""
 
     exit_code = 1
+    is_lost = False
+    """Whether it tells that another process of the run is gone."""
 
     def __init__(self, problem: str, *, found: str | None = None, fix: str | None = None) -> None:
         self.problem, self.found, self.fix = problem, found, fix
@@ -187,6 +190,43 @@ def is_out_of_files(error: BaseException) -> bool:
 def _is_errno(error: BaseException, *numbers: int) -> bool:
     # Errors of safetensors and tokenizers have no number but in their text.
     return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)
+
+
+def as_ours(error: BaseException) -> TunesmithError | None:
+    """A library's error that the user can act on, as one of ours."""
+    if is_out_of_memory(error):
+        return OutOfMemory(
+            "The memory is not enough.",
+            found=str(error).splitlines()[0][:200] if str(error) else None,
+            fix="Lower per_device_train_batch_size and raise gradient_accumulation_steps, add "
+            "--gradient-checkpointing, lower --max-length, or use --lora.",
+        )
+    if is_out_of_disk(error):
+        return OutOfResources("The disk is full.", found=str(error), fix="Free space and resume the run.")
+    if is_out_of_files(error):
+        return OutOfResources(
+            "Too many files are open.",
+            found=str(error),
+            fix="Raise the limit (`ulimit -n`) and resume the run.",
+        )
+    if isinstance(error, OSError) and is_refused_writing(error):
+        return OutOfResources(
+            f"{error.filename or 'A file'} cannot be read or written.",
+            found=error.strerror,
+            fix="Give this user the right to, or choose another folder; then resume the run.",
+        )
+    return None
+
+
+@contextlib.contextmanager
+def mended() -> Iterator[None]:
+    """What a library raises in here that the user can act on is raised as one of ours."""
+    try:
+        yield
+    except Exception as error:
+        if ours := as_ours(error):
+            raise ours from error
+        raise
 
 
 def as_facts(error: TunesmithError) -> dict[str, Any]:

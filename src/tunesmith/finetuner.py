@@ -373,7 +373,7 @@ class LLMFineTuner:
         import torch
 
         from tunesmith import forward, models
-        from tunesmith.cli import Display
+        from tunesmith.display import Display
         from tunesmith.export.card import write_card
         from tunesmith.methods import METHODS
         from tunesmith.training import continuing

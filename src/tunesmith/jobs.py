@@ -22,13 +22,14 @@ from tunesmith.data import remote
 from tunesmith.data.sources import OTHER_FILES
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import Kubernetes, Local, Ray, Recipe, Slurm
-from tunesmith.training.continuing import differences
+from tunesmith.training.continuing import check_continued, differences
 from tunesmith.training.run import anchored, check_free, folder_name, is_run, open_run
 
 NOTICE = 120
 """Seconds before the end of its time at which SLURM tells a job; it may use all but ten of them."""
-PORT = 29500
-"""Where the nodes of a SLURM job meet, on the first of them."""
+PORTS = (10_000, 20_000)
+"""The first of the ports at which the nodes of a SLURM job meet, and how many there are: below those that systems give
+away by themselves. Each job has its own, since jobs share nodes."""
 HEAD = 6379
 """Where the head of a cluster of Ray is reached."""
 RECIPE = "recipe.yaml"
@@ -46,18 +47,35 @@ class Job:
     """What has to be so on the cluster and cannot be seen from here."""
 
 
-def job(recipe: Recipe, folder: Path) -> Job:
+def job(recipe: Recipe, folder: Path, *, resume: str | None = None) -> Job:
     """The files that run a recipe as its launch section says, which lie in `folder` when they are submitted.
 
-    Raises RecipeError where a step cannot be dealt to so many processes, or nothing is to be submitted, and RunError
-    where the run's folder is here and another run's, or a finished one's.
+    With `resume` `latest` they only go on with a run. Raises RecipeError for another checkpoint, where a step cannot be
+    dealt to so many processes, or nothing is to be submitted, and RunError where the run's folder is here and another
+    run's, or a finished one's.
     """
     launch.check(recipe.training, launch.processes(recipe.launch))
-    made = _made(recipe, folder)
-    return replace(made, notes=(*_continued(recipe), *_elsewhere(recipe)))
+    made = _made(recipe, folder, resumes=resume is not None)
+    if resume not in (None, "latest"):
+        run = _run_of(recipe)
+        raise RecipeError(
+            "A job goes on from the newest whole checkpoint of its run.",
+            found=f"--resume {resume}, to which a job would go back each time that its cluster starts it again",
+            fix=f"Give --resume latest. To go back once, start `tunesmith resume {run} --checkpoint {resume}` on the "
+            "nodes by hand (docs/clusters.md).",
+        )
+    return replace(made, notes=(*_continued(recipe, resumes=resume is not None), *_elsewhere(recipe)))
 
 
-def _made(recipe: Recipe, folder: Path) -> Job:
+def _run_of(recipe: Recipe) -> str:
+    """The run's folder as the job's processes see it."""
+    section = recipe.launch
+    if isinstance(section, Kubernetes):
+        return f"{section.folder}/{folder_name(recipe)}"
+    return str(Path(recipe.output_dir).expanduser().absolute() / folder_name(recipe))
+
+
+def _made(recipe: Recipe, folder: Path, *, resumes: bool) -> Job:
     section = recipe.launch
     inner, shared = anchored(recipe), str(Path(recipe.output_dir).expanduser().absolute())
     place = folder.absolute() / RECIPE
@@ -67,7 +85,7 @@ def _made(recipe: Recipe, folder: Path) -> Job:
         files = {
             RECIPE: as_yaml(inner),
             "cluster.yaml": _cluster(section),
-            "job.sh": _on_head(section, inner, place),
+            "job.sh": _on_head(section, inner, _steps(inner, str(place), "", resumes=resumes)),
         }
         command = f"bash {shlex.quote(str(place.with_name('job.sh')))}"
         return Job(files, f"ray up --yes cluster.yaml && ray exec cluster.yaml {shlex.quote(command)}")
@@ -75,12 +93,12 @@ def _made(recipe: Recipe, folder: Path) -> Job:
     match section:
         case Slurm():
             inner = inner.model_copy(update={"output_dir": shared})
-            return Job(
-                {RECIPE: as_yaml(inner), "job.sbatch": _script(section, inner, place)}, "sbatch job.sbatch"
-            )
+            script = _script(section, inner, _steps(inner, str(place), resumes=resumes))
+            return Job({RECIPE: as_yaml(inner), "job.sbatch": script}, "sbatch job.sbatch")
         case Kubernetes():
             inner = inner.model_copy(update={"output_dir": section.folder})
-            return Job({"trainjob.yaml": _manifest(section, inner)}, "kubectl apply -f trainjob.yaml")
+            steps = _steps(inner, f"{MOUNT}/{RECIPE}", resumes=resumes)
+            return Job({"trainjob.yaml": _manifest(section, inner, steps)}, "kubectl apply -f trainjob.yaml")
         case _:
             raise RecipeError(
                 f"launch.kind {section.kind} runs here; there is nothing to submit.",
@@ -88,19 +106,24 @@ def _made(recipe: Recipe, folder: Path) -> Job:
             )
 
 
-def _continued(recipe: Recipe) -> list[str]:
-    """What is to be said of a run whose folder is here already, with which the job goes on.
+def _continued(recipe: Recipe, *, resumes: bool) -> list[str]:
+    """What is to be said of a run with which the job goes on: one whose folder is here already, or is to be there.
 
     Raises RunError where it is finished, or was started with another recipe.
     """
-    run = Path(recipe.output_dir).expanduser() / folder_name(recipe)
-    if isinstance(recipe.launch, Kubernetes) or not is_run(run):  # of the first the runs are on the claim
+    run, section = Path(recipe.output_dir).expanduser() / folder_name(recipe), recipe.launch
+    if is_run(run) and not isinstance(section, Kubernetes):  # of which the runs are on the claim
+        found = open_run(run)
+        if resumes:
+            check_continued(found, anchored(recipe))
+        elif (changed := differences(anchored(found.recipe()), anchored(recipe))) or found.state() == "done":
+            check_free(run, found="; ".join(changed) or None)
+        return [f"the job continues the run {run}, which is there already, in state '{found.state()}'"]
+    if not resumes:
         return []
-    found = open_run(run)
-    changed = differences(anchored(found.recipe()), anchored(recipe))
-    if found.state() == "done" or changed:
-        check_free(run, found="; ".join(changed) or None)
-    return [f"the job continues the run {run}, which is there already, in state '{found.state()}'"]
+    place = section.storage if isinstance(section, Ray) else None
+    where = f"there or in {place}" if place else "there"
+    return [f"the job continues the run {_run_of(recipe)}, which is not seen from here and has to be {where}"]
 
 
 def _elsewhere(recipe: Recipe) -> list[str]:
@@ -127,9 +150,12 @@ def _elsewhere(recipe: Recipe) -> list[str]:
     return said
 
 
-def _steps(run: str, recipe: str, more: str = " --launch local") -> str:
-    """The arguments of tunesmith in shell: those of a new run, or of one that is there already."""
-    run, recipe = shlex.quote(run), shlex.quote(recipe)
+def _steps(inner: Recipe, place: str, more: str = " --launch local", *, resumes: bool) -> str:
+    """The arguments of tunesmith in shell, the recipe being at its place: those of a new run, or of one that is there
+    already; with `resumes` of the latter only."""
+    run, recipe = shlex.quote(f"{inner.output_dir}/{folder_name(inner)}"), shlex.quote(place)
+    if resumes:
+        return f"steps=(train {recipe}{more} --resume latest)"
     return f"if [ -f {run}/recipe.yaml ]; then steps=(resume {run}); else steps=(train {recipe}{more}); fi"
 
 
@@ -154,19 +180,19 @@ def _cluster(section: Ray) -> str:
     return yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=200)
 
 
-def _on_head(section: Ray, recipe: Recipe, place: Path) -> str:
+def _on_head(section: Ray, recipe: Recipe, steps: str) -> str:
     """What the head does: the command, with the token that its Ray asks for."""
     lines = ["#!/bin/bash", "set -euo pipefail", *section.setup, "export RAY_AUTH_MODE=token"]
     lines += [
         f"export TUNESMITH_CACHE={shlex.quote(str(Path(recipe.output_dir) / '.cache'))}",
-        _steps(str(Path(recipe.output_dir) / folder_name(recipe)), str(place), ""),
+        steps,
         'exec tunesmith "${steps[@]}"',
     ]
     return "\n".join(lines) + "\n"
 
 
-def _script(section: Slurm, recipe: Recipe, place: Path) -> str:
-    run = str(Path(recipe.output_dir) / folder_name(recipe))
+def _script(section: Slurm, recipe: Recipe, steps: str) -> str:
+    first, number = PORTS
     asked = {
         "job-name": folder_name(recipe),
         "nodes": section.nodes,
@@ -176,6 +202,7 @@ def _script(section: Slurm, recipe: Recipe, place: Path) -> str:
         "partition": section.partition,
         "account": section.account,
         "output": "%x-%j.log",
+        "open-mode": "append",  # a job that is put back into the queue would begin its log anew
         "signal": f"TERM@{NOTICE}",
     }
     lines = ["#!/bin/bash"]
@@ -185,22 +212,22 @@ def _script(section: Slurm, recipe: Recipe, place: Path) -> str:
     lines += ["#SBATCH --requeue", "", "set -euo pipefail", *section.setup]
     lines += [
         f"export TUNESMITH_CACHE={shlex.quote(str(Path(recipe.output_dir) / '.cache'))}",
-        _steps(run, str(place)),
+        steps,
         'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)',
+        f"port=$(({first} + SLURM_JOB_ID % {number}))",
         "exec srun torchrun \\",
         f'    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node {section.processes_per_node} --max-restarts 0 \\',
         # torchrun kills what has not ended so many seconds after SIGTERM, by default 30.
         f"    --shutdown-timeout {NOTICE - 10} \\",
-        f'    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:{PORT}" \\',
+        '    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:$port" \\',
         '    -m tunesmith "${steps[@]}"',
     ]
     return "\n".join(lines) + "\n"
 
 
-def _manifest(section: Kubernetes, recipe: Recipe) -> str:
+def _manifest(section: Kubernetes, recipe: Recipe, steps: str) -> str:
     name = _label(folder_name(recipe))
-    run = f"{section.folder}/{folder_name(recipe)}"
-    command = f'{_steps(run, f"{MOUNT}/{RECIPE}")}\nexec torchrun -m tunesmith "${{steps[@]}}"\n'
+    command = f'{steps}\nexec torchrun -m tunesmith "${{steps[@]}}"\n'
     where = {"name": name, "namespace": section.namespace}
     config = {
         "apiVersion": "v1",

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from tunesmith import libraries, ranks
 from tunesmith.errors import MissingExtra, ModelError, closest, nearest
-from tunesmith.recipe import PRINCIPAL, Adapter, Freeze, LoRA, QLoRA
+from tunesmith.recipe import PRINCIPAL, Adapter, Freeze, LoRA, Method, Model, QLoRA
 
 FILES = {
     ".json",
@@ -130,17 +130,43 @@ def locate(base: str, *, revision: str | None = None) -> str:
 
 
 def _vet(folder: Path, *, is_whole: bool = True) -> None:
+    _check(folder, _state(folder), is_whole)
+
+
+State = tuple[tuple[str | int, ...], ...]
+
+
+def _state(folder: Path) -> State:
+    """What tells whether a file of a folder has changed since it was looked at."""
     entries = [(p.name, p.lstat()) for p in sorted(folder.iterdir())]
-    state = tuple((name, facts.st_ino, facts.st_size, facts.st_mtime_ns) for name, facts in entries)
-    _check(folder, state, is_whole)
+    return tuple((name, facts.st_ino, facts.st_size, facts.st_mtime_ns) for name, facts in entries)
 
 
 @lru_cache(maxsize=64)
-def _check(folder: Path, state: tuple[tuple[str | int, ...], ...], is_whole: bool) -> None:
+def _check(folder: Path, state: State, is_whole: bool) -> None:
     """`untrusted.check_folder`, once for each state of a folder."""
     from tunesmith.untrusted import check_folder
 
     check_folder(folder, is_whole=is_whole)
+
+
+def check_as_written(folder: Path) -> None:
+    """Raises ModelError where a model that a run wrote (its best one, its final one, a checkpoint) has changed since,
+    by the sha256 of every file. Each state of a folder is read once; of others' models nobody says how they were."""
+    _check_as_written(folder, _state(folder))
+
+
+@lru_cache(maxsize=64)
+def _check_as_written(folder: Path, state: State) -> None:
+    from tunesmith.training import checkpoints
+
+    if wrong := checkpoints.changed(folder):
+        raise ModelError(
+            f"The model {folder} is not as its run wrote it.",
+            found=wrong,
+            fix="Copy it again from where it is whole, or train it again. Where you changed it yourself, delete "
+            f"{checkpoints.list_of(folder)} in it: then it is taken as it is.",
+        )
 
 
 WANTED = (
@@ -163,12 +189,15 @@ DESCRIBING = ("*.json", "*.jinja", "*.model", "*.txt")
 
 def folder_of(base: str, *, revision: str | None = None, weights: bool = True) -> Path:
     """The folder with a model's files, downloaded where it is the Hub's, and looked at (`untrusted`) before any library
-    reads them. A Hub model's are those of one commit; only its descriptions without `weights`.
+    reads them. A Hub model's are those of one commit; only its descriptions without `weights`. With them, what a run
+    wrote has to be as it was written.
 
     Raises ModelError where there is none, or it may not be read.
     """
     location = locate(base, revision=revision)
     if Path(location).is_dir():
+        if weights and Path(base).expanduser().is_dir():  # the Hub's cache, of links, has hashes of its own
+            check_as_written(Path(location))
         return Path(location)
     from huggingface_hub import snapshot_download
 
@@ -796,6 +825,22 @@ def settle_template(tokenizer: Any, *, is_pair: bool) -> tuple[str, str]:
     from tunesmith.data import pairs, templates
 
     return "saved with it", (pairs.settle_template if is_pair else templates.set_template)(tokenizer, None)
+
+
+def settle_asking(tokenizer: Any, kind: Kind, section: Model, method: Method) -> None:
+    """Settle how a model of this kind is asked outside of a training, as its section and the method's say."""
+    from tunesmith import scoring
+    from tunesmith.data import pairs
+    from tunesmith.data.templates import set_template
+
+    if kind == "seq2seq":
+        # A tuned model brings the prefix that it was trained with.
+        prefix = None if tokenizer.chat_template else getattr(method, "source_prefix", None)
+        pairs.settle_template(tokenizer, section.chat_template, prefix)
+    else:
+        set_template(tokenizer, section.chat_template)
+        if kind == "causal" and method.kind == "reward":
+            scoring.settle_padding(tokenizer)
 
 
 PACKING = "packing.json"

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import OutOfResources, RunError, TunesmithError, is_lost_peer
 
 WORLD_SIZES = {
     "WORLD_SIZE": "RANK",
@@ -238,6 +238,19 @@ def complaint(patience: float = 2.0) -> str | None:
                 return str(_store().get("complaint").decode())
             time.sleep(0.1)
     return None
+
+
+def lost(error: BaseException) -> RunError | None:
+    """That another process of the run is gone, where the error is what comes of it."""
+    if count() == 1 or not is_lost_peer(error):
+        return None
+    found = RunError(
+        f"Another of the {count()} processes is gone, so this run has ended.",
+        found=complaint() or "it was ended from outside and could not say why, as where memory runs out",
+        fix="`tunesmith resume` goes on from the last checkpoint.",
+    )
+    found.exit_code, found.is_lost = OutOfResources.exit_code, True
+    return found
 
 
 @contextlib.contextmanager

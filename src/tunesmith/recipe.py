@@ -524,11 +524,10 @@ Rewards = Annotated[list[RewardSection], BeforeValidator(_rewards), AfterValidat
 """Rewards with their weights; a plain name is a metric, `module:function` a function."""
 
 
-class Sampled(MethodSection):
-    """What methods share that draw several answers to each prompt and compare their rewards with one another."""
+class Rewarded(MethodSection):
+    """What methods share that learn from what the model's own answers are worth."""
 
     loss_on: ClassVar[Literal["answers"]] = "answers"
-    learning_rates: ClassVar[tuple[float, float]] = (1e-6, 1e-5)
     draws: ClassVar[bool] = True
     any_order: ClassVar[bool] = False
 
@@ -542,6 +541,12 @@ class Sampled(MethodSection):
 
     temperature: PositiveFloat = 1.0
     """Temperature at which answers are drawn, and of the probabilities that are learned from."""
+
+
+class Sampled(Rewarded):
+    """What methods share that draw several answers to each prompt and compare their rewards with one another."""
+
+    learning_rates: ClassVar[tuple[float, float]] = (1e-6, 1e-5)
 
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Draw from the smallest set of tokens with this much probability. Below 1 the probabilities that are learned from
@@ -608,28 +613,14 @@ class RLOO(Sampled):
     """Rewards are limited to plus and minus this."""
 
 
-class PPO(MethodSection):
+class PPO(Rewarded):
     """Reinforcement learning with a learned value (PPO, arXiv 1707.06347): the model answers prompts, rewards score the
     answers, and it learns from them. A training step is one rollout: `per_device_train_batch_size` times
     `gradient_accumulation_steps` prompts, answered once and learned from several times (`docs/ppo.md`)."""
 
     kind: Literal["ppo"] = "ppo"
 
-    loss_on: ClassVar[Literal["answers"]] = "answers"
     learning_rates: ClassVar[tuple[float, float]] = (3e-6, 3e-5)
-    draws: ClassVar[bool] = True
-    any_order: ClassVar[bool] = False
-
-    rewards: Rewards = []
-    """What answers are worth: names of metrics, `module:function`, or entries of a kind with its fields
-    (`docs/rewards.md`). By default the metric on which the verdict rests."""
-
-    max_new_tokens: PositiveInt = 256
-    """Longest answer in tokens while training. A prompt that leaves no room for it within `data.max_length` is
-    dropped."""
-
-    temperature: PositiveFloat = 1.0
-    """Temperature at which answers are drawn, and of the probabilities that are learned from."""
 
     ppo_epochs: PositiveInt = 4
     """Passes over the answers of a rollout."""

@@ -256,7 +256,7 @@ def baseline_step(session: Session) -> None:
     """How well the base answers questions that training will never see."""
     measure = yes(session, "Measure the model before training, on held-out questions with references?", "yes")
     from tunesmith import api
-    from tunesmith.cli import Display
+    from tunesmith.display import Display
 
     session.layers["baseline"] = {"training": {"mixed_precision": _precision(session)}}
     say("Reading and splitting the data ...", style="dim")
@@ -308,7 +308,8 @@ def training_step(session: Session) -> None:
     batch = number(session, "Batch size", 4, low=1)
     rate = decimal(session, "Learning rate", 2e-4, low=0.0, above=True)
     from tunesmith import api
-    from tunesmith.cli import Display, _plan_text
+    from tunesmith.display import Display
+    from tunesmith.results import plan_text
     from tunesmith.training.run import anchored, folder_name
 
     session.layers["training"] = {
@@ -332,7 +333,7 @@ def training_step(session: Session) -> None:
         composition = session.composed()
         say(f"{folder} is taken, so this run goes to {free_name(folder)}.")
     plan, rows = api.plan(composition.recipe)
-    say(_plan_text(plan, rows, composition))
+    say(plan_text(plan, rows, composition))
     if not yes(session, "Start training?", "yes"):
         session.answers.pop("Start training? (yes/no)", None)
         say("Then once more.")
@@ -348,14 +349,14 @@ def training_step(session: Session) -> None:
 
 def comparison_step(session: Session) -> None:
     """Base against tuned on the held-out questions."""
-    from tunesmith.cli import _result_text
+    from tunesmith.results import result_text
 
     def nothing(text: str) -> None:
         if text:
             raise ValueError("Press Enter, or type `back` or `quit`.")
 
     assert session.result
-    say(_result_text(session.result))
+    say(result_text(session.result))
     ask(session, "Press Enter to go on", "", nothing)
 
 
@@ -525,13 +526,13 @@ def say(text: Any, *, style: str | None = None, markup: bool = False) -> None:
 
 def scores_text(result: Result) -> Any:
     """The base's scores with their intervals."""
-    from tunesmith.cli import _score, _table
+    from tunesmith.display import score_text, table_of
     from tunesmith.evaluation.metrics import METRICS
 
-    table = _table("metric", "base model", "95 % interval", "n")
+    table = table_of("metric", "base model", "95 % interval", "n")
     for name, score in result.scores.items():
         if score["value"] is not None:
-            value, low, high = (_score(score[part], name) for part in ("value", "low", "high"))
+            value, low, high = (score_text(score[part], name) for part in ("value", "low", "high"))
             table.add_row(
                 METRICS[name].named, value, f"{low} to {high}" if low else "no interval", str(score["n"])
             )

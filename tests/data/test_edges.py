@@ -47,8 +47,12 @@ def labelled(encoding, tokenizer):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.csv", 'a,b\n1,2\n3,"x\n5,6\n', ["begins on line 3", "never closed"]),
-        ("a.csv", "a,b\n1\n2\n3,4\n", ["2 broken rows", "line 2", "line 3"]),
+        ("a.csv", 'a,b\n1,2\n3,"x\n5,6\n', ["row 2", "(line 3 of the file)", "never closed"]),
+        (
+            "a.csv",
+            "a,b\n1\n2\n3,4\n",
+            ["2 broken rows", "a.csv, row 1: 1 cells", "(line 2 of the file)", "row 2", "line 3"],
+        ),
         ("a.csv", "a,b,a\n1,2,3\n", ["a.csv, line 1", "names a column twice: a"]),
         ("a.json", '[1, {"a": 2}, 3]', ["2 broken records", "record 1 is", "record 3 is"]),
         ("a.jsonl", "[" * 100_000, ["line 1", "nested too deeply"]),

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import time
 
 import pytest
@@ -73,6 +74,17 @@ def test_after_three_such_rows_it_is_asked_no_more(tokenizer):
     with pytest.raises(Unusable, match="not asked again"):
         templates._render(TURNS, context, opening=False)
     assert rendering._worker.process is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_process_that_somebody_else_ends_costs_no_row(tokenizer, number):
+    tokenizer.chat_template += "{# ended from outside #}"
+    context = templates.encoder(tokenizer)
+    expected = templates._render(TURNS, context, opening=False)
+    for _ in range(rendering.STRIKES + 1):
+        os.kill(rendering._worker.process.pid, number)
+        assert templates._render(TURNS, context, opening=False) == expected
+    assert not rendering.is_exhausting(tokenizer.chat_template)
 
 
 def test_a_model_s_template_without_end_is_its_error_not_every_row_s(tokenizer):

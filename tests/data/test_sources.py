@@ -147,7 +147,7 @@ def test_max_rows_is_said(tmp_path):
         ("a.jsonl", "", ["has no rows"]),
         ("a.txt", "\n \n", ["has no rows"]),
         ("a.csv", "", ["has no rows"]),
-        ("a.csv", "a,b\n1,2,3\n", ["line 2", "3 cells", "header has 2"]),
+        ("a.csv", "a,b\n1,2,3\n", ["a.csv, row 1", "line 2", "3 cells", "header has 2"]),
         ("a.csv", "a,b\n1\n", ["line 2", "1 cells", "header has 2"]),
         ("a.parquet", "nonsense", ["not a Parquet file"]),
         ("a.xml", "<a/>", ["suffix '.xml'", ".jsonl"]),

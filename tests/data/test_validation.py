@@ -400,7 +400,9 @@ def test_a_quote_that_is_never_closed_costs_its_own_row_only(tmp_path):
     assert "line 5" in ledger[3]["what"]
     with pytest.raises(DataError, match="1 broken row") as error:
         list(open_source(str(path)).records)
-    assert "the row that begins on line 5" in error.value.found
+    assert ledger[3]["row"] == 4
+    assert "row 4: " in error.value.found
+    assert "line 5 of the file" in error.value.found
     # An answer of several lines that is cut off is no rows: it is one broken row, and its lines are named.
     path = written(tmp_path, b'prompt,response\nq,a\nr,"a poem\nof lines\nwithout, end\n', ".csv")
     (tmp_path / "rows.clean.jsonl").unlink()

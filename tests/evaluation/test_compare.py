@@ -327,7 +327,7 @@ def test_why_rows_are_not_scored_is_said_with_the_first_of_them():
     from rich.console import Console
 
     from tunesmith.api import Result
-    from tunesmith.cli import _scores_text
+    from tunesmith.results import scores_text
 
     broken = [row(n, status="error:exact_match: no key; rougeL: too long") for n in (4, 5)]
     other = [row(6, status="error:no prompt")]
@@ -337,7 +337,7 @@ def test_why_rows_are_not_scored_is_said_with_the_first_of_them():
     assert found["rougeL"]["cause"].startswith("too long (first in data:5")
     assert scores(rows([1.0] * 4), ["exact_match"])["exact_match"]["cause"] == ""
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(_scores_text(Result(run="here", comparisons=(), seconds=0.0, scores=found)))
+    console.print(scores_text(Result(run="here", comparisons=(), seconds=0.0, scores=found)))
     assert "not scored: exact match: no key (first in data:5" in console.export_text()
 
 

@@ -136,8 +136,8 @@ def test_judgments_of_one_question_are_one_cluster():
 def test_what_could_be_found_is_told_of_different_questions():
     from types import SimpleNamespace
 
-    from tunesmith.api import _findable
     from tunesmith.data.examples import Conversation, Message, Row
+    from tunesmith.evaluation.measuring import findable
     from tunesmith.recipe import Recipe
 
     def told(times):
@@ -146,6 +146,6 @@ def test_what_could_be_found_is_told_of_different_questions():
             for k in range(times)
             for n in range(30)
         ]
-        return _findable(SimpleNamespace(recipe=Recipe(), examples=asked))["value"]
+        return findable(SimpleNamespace(recipe=Recipe(), examples=asked))["value"]
 
     assert told(1) == told(6)

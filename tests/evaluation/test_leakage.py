@@ -14,6 +14,7 @@ from rows_by_hand import row
 from tunesmith import api
 from tunesmith.compose import compose
 from tunesmith.data.examples import Conversation, Message, Row, Text
+from tunesmith.evaluation import measuring
 from tunesmith.evaluation.leakage import (
     Leakage,
     containment,
@@ -367,10 +368,10 @@ def test_of_a_run_held_against_its_base_the_run_is_the_one_that_may_remember():
     best = [row(n, 1.0 if n < 30 else float(n % 3 == 0), model="trial-001") for n in range(60)]
     sides = {"trial-001": best, "tiny": base}
     metrics = ["exact_match"]
-    found = api._leak_facts(questions, sides, metrics, "exact_match", ["tiny"])
+    found = measuring.leak_facts(questions, sides, metrics, "exact_match", ["tiny"])
     assert found["parts"]["trial-001 over tiny"]["dirty"]["verdict"] == "better"
     assert "it may be memory, not skill" in found["remark"]
-    unknown = api._leak_facts(questions, sides, metrics, "exact_match")
+    unknown = measuring.leak_facts(questions, sides, metrics, "exact_match")
     assert unknown["parts"]["tiny"]["dirty"]["verdict"] == "worse"
     assert "memory" not in unknown["remark"]
 
@@ -384,7 +385,7 @@ def test_clean_questions_are_not_denied_where_nothing_is_compared():
 
 def test_of_several_models_without_a_leak_the_remark_is_said_once():
     found = Leakage(12, 40, {}, (), {})
-    questions = api._Questions(Recipe(), (), None, Path(), leakage=found)
+    questions = measuring.Questions(Recipe(), (), None, Path(), leakage=found)
     for names in (("a",), ("a", "b"), ("a", "b", "c")):
-        facts = api._leak_facts(questions, {name: [] for name in names}, ["rougeL"], None)
+        facts = measuring.leak_facts(questions, {name: [] for name in names}, ["rougeL"], None)
         assert facts["remark"] == f"Leakage: {found.sentence()}."

@@ -17,8 +17,10 @@ from tunesmith import api, models
 from tunesmith.cli import app
 from tunesmith.compose import compose, overlaid
 from tunesmith.errors import ModelError, RunError, TunesmithError
+from tunesmith.evaluation import measuring
 from tunesmith.export import merge as merging
 from tunesmith.export import parity, weights
+from tunesmith.export.held import held_for
 from tunesmith.export.parity import Answered
 from tunesmith.training import lineage
 from tunesmith.training.run import Run
@@ -538,8 +540,8 @@ def test_a_code_run_s_artefact_is_judged_by_its_tests(bases, tmp_path, monkeypat
     def judged(index: int, **evaluation):
         recipe = compose({"evaluation": {"resamples": 100, **evaluation}}).recipe
         found = SimpleNamespace(recipe=recipe, examples=asked)
-        monkeypatch.setattr(api, "_questions", lambda *a, **k: (None, found))
-        held = api._held_for(Run(tmp_path), model, tokenizer, 2, lambda event: None)
+        monkeypatch.setattr(measuring, "questions_for", lambda *a, **k: (None, found))
+        held = held_for(Run(tmp_path), model, tokenizer, 2, lambda event: None)
         return held.score([0, 1], answers[0], answers[index])
 
     own = {"metrics": ["pass_at_1", "code_exact_match"], "run_code": True}

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_checkpoints import flipped
 
-from tunesmith import api, dataflow
+from tunesmith import api, dataflow, models
 from tunesmith.compose import compose, faults, overlaid
-from tunesmith.errors import RecipeError, RunError
+from tunesmith.errors import ModelError, RecipeError, RunError
 from tunesmith.methods import METHODS
 from tunesmith.training import checkpoints, continuing, fit, state, verifying
 from tunesmith.training.run import Run, create
@@ -376,12 +377,12 @@ def test_what_a_run_rests_on_is_named_where_it_changed_and_refused(copied, what,
     assert {p.name for p in copied.checkpoints.iterdir()} == before
 
 
-def resealed(folder, change):
+def resealed(folder, change, file=checkpoints.MANIFEST):
     """Rewrite a manifest, so that its own hash fits."""
-    content = checkpoints.manifest(folder)
+    content = checkpoints.manifest(folder, file)
     content.pop("manifest_sha256")
     change(content)
-    (folder / checkpoints.MANIFEST).write_text(checkpoints._sealed(content))
+    (folder / file).write_text(checkpoints._sealed(content))
 
 
 @pytest.mark.parametrize(
@@ -501,18 +502,61 @@ def test_a_best_model_that_is_damaged_or_gone_is_said(copied):
     whole = file.read_text()
     assert json.loads(whole)["step"] == 4, "the test's own ground"
     assert best() is None, "of a step that is about to be repeated"
-    file.write_text(json.dumps({**json.loads(whole), "step": 2}))
+    resealed(copied.best_model, lambda content: content.update(step=2), checkpoints.BEST)
     assert best()["step"] == 2
+    weights, sealed = copied.best_model / "model.safetensors", file.read_text()
+    for given in (weights, file):
+        flipped(given, 8 * (given.stat().st_size // 2))
+        with pytest.raises(RunError, match="is damaged") as error:
+            best()
+        assert given.name in f"{error.value.found}{error.value.problem}"
+        flipped(given, 8 * (given.stat().st_size // 2))
+    flipped(weights, 99)
+    with pytest.raises(RunError, match="best_model is damaged"):
+        fit.copy_whole(copied.best_model, copied.final_model)
+    assert not copied.final_model.exists()
+    flipped(weights, 99)
     for text in ("{}", "[]", "{", '{"step": "2", "eval_loss": 1.0}', '{"step": 2, "eval_loss": null}'):
         file.write_text(text)
         with pytest.raises(RunError, match="is damaged"):
             best()
-    file.write_text(json.dumps({**json.loads(whole), "step": 2}))
+    file.write_text(sealed)
     copied.best_model.rename(copied.path / ".best_model.old")  # where a kill between two renames leaves it
     assert best()["step"] == 2
     shutil.rmtree(copied.best_model)
     assert best() is None
     assert "The best model so far is gone" in copied.events()[-1]["message"]
+
+
+def test_a_flipped_bit_of_a_finished_model_is_said_by_whoever_reads_it(stopped, tmp_path):
+    from tunesmith.serving.models import sources
+
+    model = shutil.copytree(stopped[1].final_model, tmp_path / "model")
+    readers = {
+        "load": models.load_model,
+        "serve": lambda model: sources(model, None, {}),
+        "merge": api.merge,
+        "export": lambda model: api.export(model, to="safetensors"),
+        "deploy": lambda model: api.prepare_deployment(model, output_dir=tmp_path / "packed"),
+        "push": lambda model: api.push_plan(model, repository="me/mine"),
+    }
+    names = [*checkpoints.manifest(model, checkpoints.BEST)["files"], checkpoints.BEST]
+    assert {"model.safetensors", "config.json", "tokenizer.json"} < set(names)
+    draw = random.Random(0)
+    for name, read in [
+        *((name, models.folder_of) for name in names),
+        *(("model.safetensors", r) for r in readers.values()),
+    ]:
+        models.folder_of(str(model))  # whole
+        bit = draw.randrange(8 * (model / name).stat().st_size)
+        flipped(model / name, bit)
+        with pytest.raises(ModelError) as error:
+            read(str(model))
+        assert name in str(error.value.found), (name, bit)
+        flipped(model / name, bit)
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")  # by its owner, who says so
+    (model / checkpoints.BEST).unlink()
+    models.folder_of(str(model))
 
 
 def test_a_training_that_is_said_to_be_finished_in_no_form_of_ours_is_damaged(stopped, copied):
@@ -584,7 +628,7 @@ def test_a_recipe_that_changed_is_refused_field_by_field(stopped, field):
         before.model_dump(mode="json"), {section: {name: FIELDS[field]}} if name != "kind" else {}
     )
     after = compose({**layer, **({"adapter": {"kind": "lora"}} if name == "kind" else {})}).recipe
-    [*said] = api.differences(before, after)
+    [*said] = continuing.differences(before, after)
     assert any(line.startswith(f"{field} was ") for line in said), said
     with pytest.raises(RunError, match="cannot be continued") as error:
         api.train(after, resume="latest")
@@ -633,9 +677,9 @@ def test_what_decides_which_model_is_the_best_may_not_change(stopped, field):
     value = getattr(recipe.evaluation, field)
     other = (not value) if isinstance(value, bool) else value + 1
     after = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={field: other})})
-    assert api.differences(recipe, after) == []
+    assert continuing.differences(recipe, after) == []
     by = {"training": recipe.training.model_copy(update={"best_by": "exact_match"})}
-    [said] = api.differences(recipe.model_copy(update=by), after.model_copy(update=by))
+    [said] = continuing.differences(recipe.model_copy(update=by), after.model_copy(update=by))
     assert said == f"evaluation.{field} was {value!r}, is {other!r} (it decides training.best_by)"
 
 

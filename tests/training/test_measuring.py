@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from tunesmith import api, dataflow, evaluation, models
-from tunesmith.cli import Display
 from tunesmith.compose import compose, overlaid
+from tunesmith.display import Display
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation.report import write_report
 from tunesmith.training.callbacks import BestModel

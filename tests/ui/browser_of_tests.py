@@ -117,14 +117,7 @@ class Window:
 
     def go(self, name: str) -> None:
         """Choose a page."""
-        tab = self.page.get_by_role("tab", name=name, exact=True).first
-        if not tab.is_visible():
-            self.page.get_by_role("button", name="More tabs").or_(
-                self.page.locator(".overflow-menu > button")
-            ).first.click()
-        self.page.locator(
-            f"#page-{name.lower()}-button, .overflow-dropdown button:has-text('{name}')"
-        ).locator("visible=true").first.click()
+        self.page.locator(f"#page-{name.lower()}-button").locator("visible=true").first.click()
         self.page.locator(f"#page-{name.lower()}").wait_for(state="visible", timeout=30_000)
 
     def fill(self, id: str, text: str) -> None:

@@ -43,7 +43,7 @@ def layer(workspace, model, tmp_path) -> dict:
     sent.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return {
         "model": {"base": model},
-        "data": {"dataset": uploads.receive(str(sent), workspace), "max_length": 256},
+        "data": {"dataset": str(uploads.receive(str(sent), workspace).path), "max_length": 256},
     }
 
 
@@ -74,7 +74,7 @@ def written(kind: str, place) -> str:
 
 @pytest.mark.parametrize("kind", uploads.DATA)
 def test_files_of_every_kind_are_kept_and_read(kind, workspace, tmp_path):
-    kept = uploads.receive(written(kind, tmp_path), workspace)
+    kept = str(uploads.receive(written(kind, tmp_path), workspace).path)
     found = data.looked(data.with_data({}, data.Chosen(kept)), workspace)
     assert found.rows == 40
     assert found.formats == (("text",) if kind == ".txt" else ("prompt_response",))
@@ -83,26 +83,39 @@ def test_files_of_every_kind_are_kept_and_read(kind, workspace, tmp_path):
 
 def test_uploads_are_limited_and_never_overwrite(workspace, tmp_path, monkeypatch):
     sent = written(".csv", tmp_path)
-    first, second = uploads.receive(sent, workspace), uploads.receive(sent, workspace)
-    assert first != second
-    assert second.endswith("rows-2.csv")
+    first, again = uploads.receive(sent, workspace), uploads.receive(sent, workspace)
+    assert (first.path, first.is_new, again.path, again.is_new) == (again.path, True, first.path, False)
+    assert again.said()[0] == "rows.csv is in your workspace already."
+    content = first.path.read_bytes()
+    with open(sent, "a") as file:
+        file.write("one more,row\n")
+    second = uploads.receive(sent, workspace)
+    assert second.said()[0] == "rows.csv is in your workspace as rows-2.csv."
+    assert first.path.read_bytes() == content != second.path.read_bytes()
+    assert not uploads.receive(sent, workspace).is_new, "the second one is known as well"
+    assert len(uploads.of_data(workspace)) == 2
     other = tmp_path / "rows.exe"
     other.write_text("x")
-    with pytest.raises(InputError, match="kind of file"):
+    with pytest.raises(InputError, match="of this kind"):
         uploads.receive(str(other), workspace)
+    dashed = tmp_path / "-rows.csv"
+    dashed.write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="under its name") as error:
+        uploads.receive(str(dashed), workspace)
+    assert "Rename" in str(error.value.fix)
     monkeypatch.setattr(uploads, "LARGEST", 10)
     with pytest.raises(InputError, match="too large"):
         uploads.receive(sent, workspace)
     monkeypatch.setattr(uploads, "LARGEST", 10_000_000)
     monkeypatch.setattr(uploads, "LARGEST_TOGETHER", 100)
     with pytest.raises(InputError, match="no room"):
-        uploads.receive(sent, workspace)
+        uploads.receive(str(dashed.rename(tmp_path / "new.csv")), workspace)
 
 
 def test_columns_that_no_format_knows_are_mapped_by_hand(workspace, tmp_path):
     file = tmp_path / "odd.jsonl"
     file.write_text("".join(json.dumps({"frage": "was?", "antwort": f"{n} das"}) + "\n" for n in range(5)))
-    layer = data.with_data({}, data.Chosen(uploads.receive(str(file), workspace)))
+    layer = data.with_data({}, data.Chosen(str(uploads.receive(str(file), workspace).path)))
     found = data.looked(layer, workspace)
     assert (found.formats, found.columns) == ((), ("frage", "antwort"))
     assert "fit no known format" in data.sentence(found)

@@ -27,7 +27,14 @@ def test_from_an_upload_to_a_plan(bench, browser, tmp_path):
     with window(browser, bench) as opened:
         page = opened.page
         opened.open()
-        page.locator("#data-upload input[type=file]").set_input_files(file)
+        wrong = tmp_path / "odd.xlsx"
+        wrong.write_bytes(b"PK")
+        zone = page.locator("#data-upload input[type=file]")
+        zone.set_input_files(wrong)
+        page.locator(".ts-refused", has_text="Only .csv").wait_for()
+        assert "Error" not in page.locator("#data-upload").inner_text()
+        zone.set_input_files(file)
+        page.locator(".ts-refused").wait_for(state="detached")
         opened.says("data-state", "fit no known format")
         choose(opened, "data-question", "frage")
         choose(opened, "data-answer", "antwort")

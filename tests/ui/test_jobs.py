@@ -106,6 +106,20 @@ def test_stopping_asks_the_process_and_cancels_what_waits(queue):
     assert queue.stop(first.id) == found, "what has ended is left alone"
 
 
+def test_what_is_said_of_a_job_goes_when_it_has_got_further():
+    job = Job("000001", "train", "Train a", ("train",), "a", queued=0.0)
+    long_ago, now = time.time() - 60, time.time()
+    assert not choosing.is_told(None)
+    assert not choosing.is_told(job), "it waits, however long"
+    running = replace(job, state="running", started=long_ago)
+    assert choosing.is_told(running)
+    assert not choosing.is_told(replace(running, started=now)), "nobody has read it yet"
+    assert not choosing.is_told(replace(running, stop_asked=now)), "it is still stopping"
+    stopped = replace(running, state="stopped", stop_asked=long_ago, ended=now)
+    assert not choosing.is_told(stopped)
+    assert choosing.is_told(replace(stopped, ended=long_ago))
+
+
 def test_a_killed_job_says_so_and_the_next_one_begins(queue):
     first, second = queue.add(["sleep", "a"], title="a"), queue.add(["note", "b"], title="b")
     os.kill(running(queue, first).pid, signal.SIGKILL)

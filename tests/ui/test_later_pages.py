@@ -426,10 +426,16 @@ def test_shipping_is_a_command_and_a_verdict(workspace, result, tmp_path):
 def test_runs_are_listed_compared_deleted_and_put_back(workspace, result):
     copy = workspace.runs / "copy"
     shutil.copytree(result.run, copy)
+    info = copy / "final_model" / "best_model_info.json"
+    info.write_text(json.dumps({**json.loads(info.read_text()), "step": 2}))
+    with (copy / "events.jsonl").open("a") as log:
+        log.write(json.dumps({"kind": "decision", "step": 2, "name": "best model", "value": "step 2"}) + "\n")
     found = api.runs(workspace.runs)
     listed = {line[0]: line for line in runs.lines(found)}
     assert listed.keys() == {"shop", "copy"}
     assert listed["shop"][1] == "done"
+    assert listed["copy"][4] == "4, best 2"
+    assert "validated best" in runs.disk(workspace, found)
     assert listed["shop"][8] == result.primary.verdict
     assert "Loss" in runs.titles(workspace, ["shop", "copy"])
     drawn = json.loads(runs.overlaid(workspace, ["shop", "copy"], "Loss").plot)

@@ -219,10 +219,15 @@ def test_from_a_table_to_a_merged_model(browser, work, tmp_path):
         opened.go("Runs")
         opened.says("runs-table", "lamps")
         opened.check()
-    # With something on every page.
-    with window(browser, work, color_scheme="dark", viewport={"width": 1920, "height": 1000}) as opened:
-        opened.open()
-        assert not (found := opened.faults(*PAGES)), json.dumps(found, indent=1)
+    # With something on every page, at every width.
+    for scheme in ("light", "dark"):
+        with window(browser, work, color_scheme=scheme) as opened:
+            opened.open()
+            for width in (1920, 1280, 390):
+                opened.page.set_viewport_size({"width": width, "height": 900})
+                found = opened.faults(*PAGES)
+                assert not found, f"{scheme}, {width}: {json.dumps(found, indent=1)}"
+                assert opened.width() <= width
 
 
 @pytest.mark.thorough

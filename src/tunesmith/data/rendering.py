@@ -40,6 +40,10 @@ STRIKES = 3
 """Rows that a template may exhaust the process with before it is not asked again."""
 FILES = 16
 """Files the process may have open."""
+FROM_OUTSIDE = {
+    -getattr(signal, name) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+}
+"""How a process ends that somebody else ended: none of its limits ends it so."""
 
 _OWN: set[str] = set()
 """Templates that ship with tunesmith: they are known to end."""
@@ -120,7 +124,11 @@ def install() -> None:
 
 
 class _Beyond(Exception):
-    """The process met a limit, or ended."""
+    """The process met a limit."""
+
+
+class _Ended(_Beyond):
+    """The process is gone."""
 
 
 class _Worker:
@@ -143,6 +151,15 @@ class _Worker:
             process = self._process or self._started()
             try:
                 return self._reply(process, request)
+            except _Ended:
+                self.end()
+                if process.returncode not in FROM_OUTSIDE:
+                    raise
+            except BaseException:
+                self.end()
+                raise
+            try:  # who ended it (a shell, the system for want of memory) meant no row of this template
+                return self._reply(self._started(), request)
             except BaseException:
                 self.end()
                 raise
@@ -184,9 +201,9 @@ class _Worker:
                         raise _Beyond(too_long)
                 parts.append(os.read(process.stdout.fileno(), 1 << 20))
                 if not parts[-1]:
-                    raise _Beyond(too_long)
+                    raise _Ended(too_long)
         except BrokenPipeError:
-            raise _Beyond(too_long) from None
+            raise _Ended(too_long) from None
         reply: dict[str, Any] = json.loads(b"".join(parts))
         return reply
 

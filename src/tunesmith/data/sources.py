@@ -1044,10 +1044,11 @@ def _csv(path: DataFile) -> Iterator[Record | Broken]:
             number += 1
             row = Row(path.name, number)
             if len(cells) != len(header):
-                problem = f"{len(cells)} cells, but the header has {len(header)}"
-                yield Broken(row, f"{path.name}, line {end}", problem, A_ROW, unit="row")
+                problem = f"{len(cells)} cells, but the header has {len(header)}{_where(begin, end)}"
+                yield Broken(row, f"{path.name}, row {number}", problem, A_ROW, unit="row")
             elif any("\udc80" <= c <= "\udcff" for cell in cells if not cell.isascii() for c in cell):
-                yield Broken(row, f"{path.name}, line {begin}", "not UTF-8", UTF8, unit="row")
+                problem = f"not UTF-8{_where(begin, end)}"
+                yield Broken(row, f"{path.name}, row {number}", problem, UTF8, unit="row")
             else:
                 # An empty cell is an absent value: CSV has no other way to say so.
                 yield Record(row, {k: v if v != "" else None for k, v in zip(header, cells, strict=True)})
@@ -1078,9 +1079,13 @@ def _check_header(place: str, header: Sequence[str]) -> None:
 
 def _unreadable(name: str, number: int, begin: int, end: int, error: csv.Error) -> Broken:
     why = " (a quote is opened and never closed)" if "end of data" in str(error) else ""
-    lines = f" in lines {begin} to {end}" if end > begin else f" in line {begin}"
-    place = f"{name}, the row that begins on line {begin}"
-    return Broken(Row(name, number), place, f"{error}{why}{lines}", A_ROW, unit="row")
+    problem = f"{error}{why}{_where(begin, end)}"
+    return Broken(Row(name, number), f"{name}, row {number}", problem, A_ROW, unit="row")
+
+
+def _where(begin: int, end: int) -> str:
+    """A table's row in its file: rows are counted behind the header, lines with it."""
+    return f" (lines {begin} to {end} of the file)" if end > begin else f" (line {begin} of the file)"
 
 
 def _csv_rows(lines: Iterable[str], dialect: Any) -> Iterator[tuple[int, int, list[str] | csv.Error]]:

@@ -14,6 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
+from numpy.typing import NDArray
+
 SURE_AFTER, STILL_COMPARED = 4096, 64
 """Texts that are compared before tiktoken is used, and the share (one in so many) that is from then on."""
 LONGEST = 20_000
@@ -109,7 +112,8 @@ class QuickTokens:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._met: dict[str, list[int]] | None = {}
+        # Ids as arrays, a ninth of what lists of Python's numbers take.
+        self._met: dict[str, NDArray[np.int32]] | None = {}
         self._quick: Any = None
         self._only_composed = False
 
@@ -119,7 +123,7 @@ class QuickTokens:
             ids = tokenized(texts, self._tokenizer)
             met = self._met  # several threads may come by here
             if met is not None:
-                met.update(zip(texts, ids, strict=True))
+                met.update((text, np.array(one, np.int32)) for text, one in zip(texts, ids, strict=True))
                 if len(met) >= SURE_AFTER:
                     self._met = None
                     self._begin(dict(met))
@@ -135,19 +139,18 @@ class QuickTokens:
             found[place] = right
         return found
 
-    def _begin(self, met: Mapping[str, list[int]]) -> None:
+    def _begin(self, met: Mapping[str, NDArray[np.int32]]) -> None:
         """Use tiktoken from now on, where it says the same of all texts so far."""
         quick, self._only_composed = as_tiktoken(self._tokenizer)
         texts = [text for text in met if self._can_be_quick(text)]
         if quick and all(
-            list(ids) == met[text] for ids, text in zip(self._encoded(texts, quick), texts, strict=True)
+            np.array_equal(ids, met[text])
+            for ids, text in zip(self._encoded(texts, quick), texts, strict=True)
         ):
             self._quick = quick
 
     def _encoded(self, texts: Sequence[str], quick: Any) -> list[Any]:
         """All texts in one call, which holds no lock of Python's: as one, with a token of ours between them."""
-        import numpy as np
-
         ids = quick.encode_to_numpy(BETWEEN.join(texts), allowed_special="all", disallowed_special=())
         ends = np.flatnonzero(ids == quick.encode_single_token(BETWEEN)).tolist()
         ids = ids.astype(np.int32)

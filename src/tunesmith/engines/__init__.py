@@ -26,7 +26,7 @@ from tunesmith import on_ray
 from tunesmith.engines import openai, paged, vllm
 from tunesmith.errors import ModelError, RecipeError, nearest
 from tunesmith.generation import Generated, context_length, generate
-from tunesmith.recipe import Server, Shards
+from tunesmith.recipe import Evaluation, Server, Shards
 
 Say = Callable[[str], None]
 """Told in a sentence what an engine does otherwise than it was asked."""
@@ -195,6 +195,15 @@ def chosen(engine: str, device: str) -> str:
     if engine not in ENGINES:
         raise RecipeError(f"There is no engine '{engine}'.", fix=nearest(engine, ENGINES))
     return engine
+
+
+def check_shards(section: Evaluation, *, is_asked: bool = False) -> None:
+    """Raises RecipeError where workers are asked for, or set to other than their defaults, of an engine without any."""
+    if (is_asked or section.shards != Shards()) and section.engine != "ray":
+        raise RecipeError(
+            f"evaluation.shards is for the engine 'ray', and evaluation.engine is '{section.engine}'.",
+            fix="Add --set evaluation.engine=ray, or leave evaluation.shards out.",
+        )
 
 
 def forget(folder: Path) -> None:

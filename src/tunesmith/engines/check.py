@@ -19,7 +19,7 @@ from tunesmith.models import first_tokens, is_seq2seq
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.compare import Comparison
-    from tunesmith.training.run import Run
+    from tunesmith.training.run import Run, Watch
 
 FILE = "evaluation/engine_check.json"
 """By model, in a run's folder."""
@@ -90,14 +90,21 @@ def keep_check(run: Run, check: EngineCheck) -> None:
     """Write a check into a run's folder and events; one that failed is a warning."""
     kept = {**(run.read(FILE) or {}), check.model: check.as_dict()}
     run.write(FILE, kept)
-    run.event(
-        "decision",
-        name=f"engine check of {check.model}",
-        value=check.sentence(),
-        reason=f"answers of the {check.engine} engine, read again alone by the model",
-    )
+    run.event("decision", **_decision(check))
     if not check.passed:
         run.event("warning", message=check.warning())
+
+
+def tell_check(watch: Watch, check: EngineCheck) -> None:
+    """Tell a watcher of a check; one that failed is a warning."""
+    watch({"kind": "decision", **_decision(check)})
+    if not check.passed:
+        watch({"kind": "warning", "message": check.warning()})
+
+
+def _decision(check: EngineCheck) -> dict[str, Any]:
+    reason = f"answers of the {check.engine} engine, read again alone by the model"
+    return {"name": f"engine check of {check.model}", "value": check.sentence(), "reason": reason}
 
 
 def remarked(compared: list[Comparison], kept: Mapping[str, Any]) -> list[Comparison]:

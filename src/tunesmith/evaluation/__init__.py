@@ -52,6 +52,7 @@ from tunesmith.generation import (
 )
 from tunesmith.models import Head, Kind, is_reward, is_seq2seq
 from tunesmith.recipe import Evaluation, Model
+from tunesmith.training.run import counting, warning
 
 __all__ = [
     "EvalRow",
@@ -266,9 +267,6 @@ def answers(
     if runs_code and evaluation.run_code and (lacking := sandbox.missing()):
         watch({"kind": "warning", "message": lacking})
 
-    def progress(stage: str, done: int, total: int) -> None:
-        watch({"kind": "progress", "stage": stage, "done": done, "total": total})
-
     def load(place: str = device) -> Any:
         return models.load_model(
             base, revision=revision, dtype=dtype, device=place, attention=model.attention, head=head
@@ -291,12 +289,12 @@ def answers(
         attempts=evaluation.attempts,
         temperature=drawn_at(evaluation),
         seed=evaluation.seed,
-        progress=progress,
+        progress=counting(watch),
         engine=evaluation.engine,
         folder=folder,
         engine_check=evaluation.engine_check,
         checked=checked,
-        warn=warn or (lambda message: watch({"kind": "warning", "message": message})),
+        warn=warn or warning(watch),
     )
 
 

@@ -120,6 +120,7 @@ def adapter_of(model: str | Path, run: Run | None) -> Path:
             f"'{model}' is not a folder on this machine.",
             fix="Download the adapter first (`hf download OWNER/NAME --local-dir FOLDER`) and give the folder.",
         )
+    models.check_as_written(folder)
     if not (folder / "adapter_config.json").is_file():
         what = (
             f"adapter kind '{run.recipe().adapter.kind}'" if run else "whole weights, no adapter_config.json"
@@ -136,6 +137,19 @@ def adapter_of(model: str | Path, run: Run | None) -> Path:
             fix="Only safetensors are read; save the adapter as such.",
         )
     return folder
+
+
+def weighted(adapter: str) -> tuple[str, float]:
+    """`PATH=0.6` in its parts; a path alone, even one with such a name, has the weight 1."""
+    path, equals, weight = adapter.rpartition("=")
+    if not equals or Path(adapter).expanduser().is_dir():
+        return adapter, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise TunesmithError(
+            f"The weight of the adapter {path} is not a number.", found=weight, fix="Write it like PATH=0.6."
+        ) from None
 
 
 def check_dtype(dtype: str) -> None:

@@ -15,9 +15,11 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import RunError, TunesmithError, closest
 from tunesmith.export import scan
-from tunesmith.training.lineage import CARRIED, FACTS
+from tunesmith.recipe import Export
+from tunesmith.training.lineage import CARRIED, FACTS, run_behind
+from tunesmith.training.run import Run, find_runs, is_run, open_run
 
 CARD = "README.md"
 
@@ -117,6 +119,73 @@ def planned(
     )
 
 
+def upload_of(run: str | Path, repository: str | None) -> tuple[Path, str, Run | None, list[str]]:
+    """The folder that is uploaded, where to, the run behind it, and what is to be known of it. Raises TunesmithError
+    for one that did not pass its check."""
+    from tunesmith.export import parity
+    from tunesmith.models import check_as_written
+
+    path = Path(run).expanduser()
+    marks = ("config.json", "adapter_config.json", "*.gguf")
+    if not is_run(path) and path.is_dir() and any(next(path.glob(mark), None) for mark in marks):
+        behind = run_behind(path)
+        folder = path
+    elif (path.exists() or str(run) == "tiny") and not is_run(path):
+        raise _not_pushed(path, marks)
+    else:
+        behind = open_run(run)
+        folder = behind.final_model
+        if not folder.is_dir():
+            raise behind.unfinished()
+    check_as_written(folder)
+    known = []
+    if any(part.endswith(".failed") for part in folder.resolve().parts):
+        raise TunesmithError(
+            f"{folder} did not pass its check.", found="its parity.json says why", fix="Push the adapter."
+        )
+    # Of a deployment the verdict lies beside `model`.
+    for place in (folder, folder.resolve().parent):
+        match parity.passed_in(place):
+            case False:
+                raise TunesmithError(
+                    f"{folder} did not pass its check.",
+                    found=f"passed: false in {place / parity.VERDICT}",
+                    fix="Push the adapter, or make it anew.",
+                )
+            case None:
+                known.append(
+                    f"{place / parity.VERDICT} is no proof: the model was not asked, or it is damaged"
+                )
+    repository = repository or (behind.recipe().export.hub_model_id if behind else None)
+    if not repository:
+        raise TunesmithError("Where to upload is missing.", fix="Give --hub-model-id owner/name.")
+    return folder, repository, behind, known
+
+
+def _not_pushed(path: Path, marks: Sequence[str]) -> RunError:
+    """What a file or folder is that cannot be pushed, and what in it, or around it, can be."""
+    if not path.exists():
+        return RunError(
+            f"{path} is the model that ships with tunesmith, and nothing of yours to push.",
+            fix="Name a run, or a folder with a model.",
+        )
+    within = path if path.is_dir() else path.parent
+    folders = {file.parent for mark in marks for depth in ("", "*/") for file in within.glob(depth + mark)}
+    folders |= {found.path for found in find_runs(within)} | ({within} if is_run(within) else set())
+    held = sorted(map(str, folders))
+    return RunError(
+        f"{path} is a folder without a model, and not a run."
+        if path.is_dir()
+        else f"{path} is a file; runs and folders are pushed.",
+        found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
+        if path.is_dir()
+        else None,
+        fix=f"There can be pushed: {', '.join(held[:8])}."
+        if held
+        else "Name a run, or a folder with config.json, adapter_config.json or a GGUF file.",
+    )
+
+
 def _is_left(name: str) -> bool:
     return any(fnmatch(part, pattern) for pattern in LEFT for part in name.split("/"))
 
@@ -206,6 +275,30 @@ def publish(
     raise AssertionError("every attempt returns or raises")
 
 
+def publish_run(run: Run, section: Export) -> tuple[str | None, RunError | None]:
+    """Upload a run that is done as its recipe says: its address, or why there is none. A hub that is down takes
+    nothing of the run."""
+    if not section.hub_model_id:
+        return None, None
+    try:
+        address = publish(
+            run.final_model,
+            section.hub_model_id,
+            private=section.hub_private,
+            trained=scan.trained_texts(run),
+        )
+        run.event("decision", name="published", value=address, reason="push_to_hub")
+    except Exception as error:
+        problem = error.problem if isinstance(error, TunesmithError) else f"{type(error).__name__}: {error}"
+        run.event("warning", message=f"The model was not published: {problem}")
+        return None, RunError(
+            f"The run {run.path} is done, but its model was not published.",
+            found=problem,
+            fix=f"tunesmith push {run.path}, when the Hub answers again.",
+        )
+    return address, None
+
+
 def _is_unreached(error: Exception) -> bool:
     """Whether nobody answered, as against an answer that is a refusal."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
@@ -243,6 +336,34 @@ def _may_pass(error: Exception) -> bool:
             error.response.status_code >= 500 or error.response.status_code == 429
         )
     return not isinstance(error, ValueError | LocalTokenNotFoundError | OfflineModeIsEnabled)
+
+
+def repository_named(name: str, output_dir: Path) -> tuple[str, str | None]:
+    """The repository that is meant, and why where a run is named: what that was pushed to last.
+
+    Raises RunError for a run that was not pushed, and for a lone name, as no repository has it, that is nearly a run's.
+    """
+    run = _run_named(name, output_dir)
+    if run is None:
+        return name, None
+    told = [e["value"] for e in run.events() if e["kind"] == "decision" and e["name"] == "published"]
+    if not told:
+        raise RunError(f"The run {run.path} was not pushed.", fix="Name the repository, owner/name.")
+    places = list(dict.fromkeys("/".join(str(t).rstrip("/").split("/")[-2:]) for t in reversed(told)))
+    repository, *others = places
+    before = f", and before to {', '.join(others)}" if others else ""
+    return repository, f"the run {run.path.name} was last pushed there{before}"
+
+
+def _run_named(name: str, output_dir: Path) -> Run | None:
+    """A run by its folder or by its name in an output folder; None for what is none, as a repository."""
+    for place in (Path(name).expanduser(), output_dir / name):
+        if is_run(place):
+            return open_run(place)
+    near = closest(name, [run.path.name for run in find_runs(output_dir)])
+    if "/" not in name and near:
+        raise RunError(f"There is no run {name} in {output_dir}.", fix=f"Did you mean '{near}'?")
+    return None
 
 
 def fetch(repository: str, folder: Path, *, revision: str | None = None, token: str | None = None) -> Path:

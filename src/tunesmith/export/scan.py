@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from tunesmith.errors import counted
+from tunesmith.errors import TunesmithError, counted
+from tunesmith.training.run import Run
 
 PIECE = 2**22
 """Bytes that are read at once."""
@@ -105,6 +106,21 @@ class Found:
     """Files, or parts of them, that could not be looked through, with the reason."""
     homes: tuple[str, ...]
     """Files that name a folder of this machine."""
+
+
+def trained_texts(run: Run | None) -> list[str] | None:
+    """All texts of the rows that a run was trained or validated on; None where they are not here."""
+    from tunesmith import dataflow
+    from tunesmith.data.examples import texts
+    from tunesmith.data.splitting import TRAIN, VALIDATION
+
+    if run is None:
+        return None
+    try:
+        splits = dataflow.splits(run.recipe())
+    except TunesmithError:
+        return None
+    return [text for example in splits.examples(TRAIN, VALIDATION) for text in texts(example)]
 
 
 def searched(

@@ -12,19 +12,27 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tunesmith import models
+from tunesmith import evaluation, models
 from tunesmith.data import pairs, templates
-from tunesmith.data.examples import Message, Unusable
+from tunesmith.data.examples import Message, Prompt, Row, Unusable
 from tunesmith.data.templates import end_of_turn_ids
-from tunesmith.errors import ModelError, counted
-from tunesmith.generation import Generated, generate
-
-if TYPE_CHECKING:
-    from tunesmith.evaluation import Item
+from tunesmith.errors import ModelError, TunesmithError, counted
+from tunesmith.evaluation import Item, measuring
+from tunesmith.evaluation.forgetting import general_texts
+from tunesmith.export import merge, parity
+from tunesmith.export.deployment import MANIFEST
+from tunesmith.export.held import held_for
+from tunesmith.export.parity import Parity
+from tunesmith.generation import Generated, context_length, generate
+from tunesmith.models import Kind
+from tunesmith.serving import smoke_test
+from tunesmith.training.lineage import run_behind_folder
+from tunesmith.training.run import Run, Watch, is_run, open_run, warning, write_whole
 
 TASK_PROMPTS = {
     "chat": ("Hello! Can you help me?", "What could I cook with rice and two eggs?", "Thank you. What is your name?",
@@ -123,6 +131,54 @@ class Questions:
     """(model, tokenizer) -> the value, and of what it is."""
     on_references: bool = False
     """Whether that is of answers that the model was tuned to give."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model lies that is tried."""
+
+    folder: Path
+    run: Run | None = None
+    """The run behind it."""
+    hashes: Callable[[], str] | None = None
+    """Compares the files of a deployment with its manifest."""
+    served_as: str | None = None
+    """The name under which a deployment serves it."""
+    task: str | None = None
+    """What a deployment's model was tuned for, where questions ship for that."""
+
+
+def place_of(model: str | Path) -> Place:
+    """Where a run's model, an adapter, whole weights or those of a deployment lie.
+
+    Raises ModelError for a deployment whose manifest is damaged, and RunError for a run without a final model.
+    """
+    path = Path(model).expanduser()
+    run = run_behind_folder(path)
+    packed = path / MANIFEST
+    if (path / "model").is_dir() and not is_run(path) and packed.is_file():
+        try:
+            manifest = json.loads(packed.read_text(encoding="utf-8"))
+            name, _ = str(manifest["name"]), manifest["files"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"{packed} is damaged.", found=repr(error)[:200], fix="Copy the folder again."
+            ) from None
+        task = manifest.get("task") if manifest.get("task") in TASK_PROMPTS else None
+        return Place(path / "model", run, partial(_compared, path, manifest), name, task)
+    if not path.is_dir():
+        return Place(models.folder_of(str(model)), run)
+    own = path / "final_model"
+    if is_run(path) and not own.is_dir():
+        raise open_run(path).unfinished()
+    return Place(own if own.is_dir() else path, run)
+
+
+def _compared(folder: Path, manifest: Mapping[str, Any]) -> str:
+    try:
+        return smoke_test.check_files(folder, manifest)
+    except smoke_test.Failed as failure:
+        raise ModelError("The folder is not as it was packed.", found=str(failure)) from None
 
 
 def tried(
@@ -427,8 +483,6 @@ def of_items(items: Sequence[Item], on: str) -> Callable[[Any, Any], tuple[float
     """What takes the perplexity of references."""
 
     def taken(model: Any, tokenizer: Any) -> tuple[float | None, str]:
-        from tunesmith import evaluation
-
         usable = [item for item in items if not item.error and item.labels]
         if not usable:
             return None, "nothing to take it of"
@@ -448,9 +502,140 @@ def sentences(found: Tried) -> list[tuple[str, str]]:
 
 def asked_of(task: str | None) -> tuple[list[tuple[Message, ...]], str]:
     """The questions that ship for a task, or for none."""
-    from tunesmith.export.merge import PROMPTS
-
     texts: Mapping[str, Sequence[str]] = TASK_PROMPTS
-    given = texts.get(task or "", PROMPTS)
+    given = texts.get(task or "", merge.PROMPTS)
     where = f"which ship for the task '{task}'" if task in texts else "which ship for any task"
     return [(Message("user", text),) for text in given], where
+
+
+def questions_for(
+    model_or_run: Run | Path,
+    dataset: str | None,
+    task: str | None,
+    model: Any,
+    tokenizer: Any,
+    *,
+    rows: int,
+    max_new_tokens: int | None,
+    watch: Watch,
+) -> Questions:
+    """Held-out questions of a run or a data set, where there are any, else those that ship."""
+    kind: Kind = "seq2seq" if models.is_seq2seq(model) else "causal"
+    run = model_or_run if isinstance(model_or_run, Run) else None
+    if (run and task is None) or dataset:
+        model_asked = model_or_run.path if isinstance(model_or_run, Run) else model_or_run
+        try:
+            _, questions = measuring.questions_for([model_asked], dataset, None, None, watch, rows=rows)
+        except TunesmithError as error:
+            if dataset:
+                raise
+            warning(watch)(f"The run's held-out rows cannot be asked: {error.problem}")
+        else:
+            recipe = questions.recipe
+            items = evaluation.items(
+                questions.examples, tokenizer, loss_on=recipe.method.loss_on, max_length=recipe.data.max_length,
+                kind=kind,
+            )  # fmt: skip
+            turns = [item.prompt.messages for item in items if item.prompt and not item.error]
+            where = f"held-out rows of {run.path.name}" if run and not dataset else f"rows of {dataset}"
+            if turns:
+                return Questions(
+                    turns,
+                    where,
+                    max_new_tokens or recipe.evaluation.max_new_tokens,
+                    of_items(items, "on their references"),
+                    on_references=True,
+                )
+    asked, where = asked_of(task)
+    general = evaluation.items(general_texts(), tokenizer, kind=kind)
+    return Questions(
+        asked[:rows], where, max_new_tokens or 256, of_items(general, "on general text that ships")
+    )
+
+
+def with_server(
+    found: Tried,
+    place: Place,
+    asked: Questions | None,
+    url: str,
+    name: str,
+    *,
+    api_key_env: str | None,
+    by_its_run: bool,
+    rows: int,
+    watch: Watch,
+) -> Tried:
+    """What was found about a model, and whether the server at an address answers as it does; see `_served_verdict`."""
+
+    def told(passed: bool, said: str) -> tuple[Finding, ...]:
+        return (*found.findings, Finding("served", passed, said))
+
+    if not found.is_whole or asked is None:
+        why = "not asked: there is no model here to compare it with, or one that answers nothing"
+        return replace(found, findings=told(False, why))
+    try:
+        verdict = _served_verdict(
+            place.run, place.folder, url, name, api_key_env, asked,
+            by_its_run=by_its_run, rows=rows, watch=watch,
+        )  # fmt: skip
+    except ModelError as error:
+        why = "; ".join(filter(None, (error.problem, error.found, error.fix)))
+        return replace(found, findings=told(False, why))
+    said = "; ".join(verdict.problems() or verdict.sentences())
+    return replace(found, findings=told(bool(verdict.passed), said), served=verdict.as_dict())
+
+
+def _served_verdict(
+    run: Run | None,
+    folder: Path,
+    url: str,
+    name: str,
+    api_key_env: str | None,
+    tried_with: Questions,
+    *,
+    by_its_run: bool,
+    rows: int,
+    watch: Watch,
+) -> Parity:
+    """The verdict on a served endpoint, against the model in this process, which was asked the same.
+
+    Where those are questions of its run (`by_its_run`), they are scored as well, and the verdict is kept with the run.
+    """
+    (model, computed), tokenizer = merge.reference_of(folder, run), models.load_tokenizer(str(folder))
+    is_pair = bool(model.config.is_encoder_decoder)
+    models.settle_template(tokenizer, is_pair=is_pair)
+    if run and by_its_run:
+        asked = replace(held_for(run, model, tokenizer, rows, watch), new_tokens=tried_with.new_tokens)
+    else:
+        form, questions = pairs if is_pair else templates, list[parity.Question]()
+        for number, turns in enumerate(tried_with.turns):
+            prompt = Prompt(tuple(turns), "", Row("asked", number))
+            try:
+                ids = tuple(form.prompt_ids(prompt.messages, tokenizer))
+            except Unusable:
+                continue  # counted among the answers
+            questions.append(parity.Question(ids, parity.text_of(prompt, tokenizer), prompt))
+        unscored = f"asked were {len(questions)} questions, {tried_with.where}"
+        asked = parity.Held(questions, tried_with.new_tokens, lambda numbers, own, others: (None, unscored))
+    context = None if is_pair else context_length(model)
+    stored = str(getattr(models.configuration(str(folder)), "dtype", None)).removeprefix("torch.")
+    found = parity.verdict(
+        model,
+        tokenizer,
+        parity.server_reader(url, name, tokenizer, api_key_env=api_key_env, length=context),
+        asked,
+        artefact=f"served endpoint '{name}'",
+        quant=stored if stored in parity.TOLERANCES else "float32",
+        context=context,
+        reference=computed,
+    )
+    if run and by_its_run:
+        file = run.path / "exports" / "served" / parity.VERDICT
+        if found.passed or not file.is_file():
+            write_whole(file, json.dumps(found.as_dict(), indent=1))
+            merge.told_in_report(run)
+        else:
+            warning(watch)(
+                "The run's report keeps its earlier verdict: this address may be that of another model."
+            )
+    return found

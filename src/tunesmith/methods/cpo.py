@@ -28,7 +28,7 @@ def build(
     """A trainer that has not started. Each of its rows is a pair; TRL prepares nothing."""
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-    assert packing is None, "pairs are not packed; api refuses it before"
+    assert packing is None, "pairs are not packed; compose refuses it before"
     preferred.dropout_decision(run, preferred.own_dropout(model))
     own = (
         {"loss_type": "simpo", "simpo_gamma": section.gamma}

@@ -34,7 +34,7 @@ def build(
     """A trainer that has not started. Each of its rows is a pair; TRL prepares nothing."""
     from trl import DPOConfig, DPOTrainer
 
-    assert packing is None, "pairs are not packed; api refuses it before"
+    assert packing is None, "pairs are not packed; compose refuses it before"
     reference, precompute = preferred.reference(section, model, run)
     preferred.dropout_decision(run, preferred.own_dropout(model))
     config = DPOConfig(

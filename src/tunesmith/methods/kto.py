@@ -37,7 +37,7 @@ def build(
     """
     from trl import KTOConfig, KTOTrainer
 
-    assert packing is None, "answers are judged one by one; api refuses packing before"
+    assert packing is None, "answers are judged one by one; compose refuses packing before"
     desirable, undesirable = weights(section, sum(map(bool, train.good)), len(train), run)
     reference, precompute = preferred.reference(section, model, run)
     preferred.dropout_decision(run, preferred.own_dropout(model))

@@ -32,7 +32,7 @@ def build(
     """
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    assert packing is None, "pairs are not packed; api refuses it before"
+    assert packing is None, "pairs are not packed; compose refuses it before"
     preferred.dropout_decision(run, preferred.own_dropout(model))
     trainer = keeping_run_folder(preferred.likely(ORPOTrainer), run, keep=keep, splits="passes")(
         model=model,

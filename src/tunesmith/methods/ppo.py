@@ -49,7 +49,7 @@ def build(
     """A trainer that has not started. Raises RecipeError and ModelError for what cannot be a reward or a critic."""
     from tunesmith.methods.ppo_trainer import trainer
 
-    assert packing is None, "prompts are not packed; api refuses it before"
+    assert packing is None, "prompts are not packed; compose refuses it before"
     asked = {"train": train.examples, "validation": validation.examples if validation else ()}
     batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
     resolved = rewarding.settled(

@@ -49,7 +49,7 @@ def build(
     """A trainer that has not started. Each of its rows is a pair; TRL prepares nothing."""
     from trl import RewardConfig, RewardTrainer
 
-    assert packing is None, "pairs are not packed; api refuses it before"
+    assert packing is None, "pairs are not packed; compose refuses it before"
     preferred_dropout = preferred.own_dropout(model)
     if preferred_dropout:
         run.event(

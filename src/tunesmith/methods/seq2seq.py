@@ -40,7 +40,7 @@ def build(
     """A trainer that has not started."""
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-    assert packing is None, "pairs are not packed; api refuses it before"
+    assert packing is None, "pairs are not packed; compose refuses it before"
     return keeping_run_folder(token_weighted(Seq2SeqTrainer), run, keep=keep, splits="rows")(
         model=model,
         args=Seq2SeqTrainingArguments(**arguments, predict_with_generate=False),

@@ -31,6 +31,7 @@ from starlette.exceptions import HTTPException
 from tunesmith.data.examples import Unusable
 from tunesmith.errors import nearest
 from tunesmith.http import is_own_name
+from tunesmith.serving import bodies
 from tunesmith.serving.batching import Ask, Batcher, Piece, Row
 from tunesmith.serving.limits import Limits
 from tunesmith.serving.models import Loaded, Served
@@ -113,16 +114,8 @@ class Guard:
             self._counted(problem.status)
             await _refusal(problem)(scope, receive, inert)
             return
-        except _Gone:
+        except bodies.Gone:
             return
-        given = False
-
-        async def replay() -> Any:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
 
         async def in_time(message: Any) -> None:
             try:
@@ -131,35 +124,18 @@ class Guard:
                 raise OSError("the client takes nothing any more") from None
 
         with contextlib.suppress(OSError):
-            await self._app(scope, replay, in_time)
+            await self._app(scope, bodies.again(body, receive), in_time)
 
     async def _body(self, headers: Mapping[bytes, bytes], receive: Any) -> bytes:
-        too_large = Problem(
-            413, f"The body is larger than {self._limits.body_bytes} bytes.", code="body_too_large"
-        )
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length[:20]) > self._limits.body_bytes:
-            raise too_large
-        parts, size = [], 0
+        limits = self._limits
         try:
-            async with asyncio.timeout(self._limits.body_seconds):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise _Gone
-                    part = message.get("body", b"")
-                    size += len(part)
-                    if size > self._limits.body_bytes:
-                        raise too_large
-                    parts.append(part)
-                    if not message.get("more_body", False):
-                        return b"".join(parts)
-        except TimeoutError:
+            return await bodies.whole(headers, receive, most=limits.body_bytes, seconds=limits.body_seconds)
+        except bodies.TooLarge:
+            raise Problem(
+                413, f"The body is larger than {limits.body_bytes} bytes.", code="body_too_large"
+            ) from None
+        except bodies.TooSlow:
             raise Problem(408, "The body did not arrive in time.", code="body_too_slow") from None
-
-
-class _Gone(Exception):
-    """The client left before it had asked."""
 
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)

@@ -57,7 +57,7 @@ ZERO = "latest"
 LOG = "trainer_state.json"
 """File of a checkpoint with the Trainer's step, epoch and log."""
 BEST = "best_model_info.json"
-"""File of the best model's folder: which step's it is, and by what."""
+"""File of the best model's folder and the final one's: their manifest, and which step's it is, and by what."""
 START = "start"
 """In the place of a checkpoint's name: continue from none, train from the first step."""
 
@@ -79,14 +79,7 @@ def commit(staging: Path, final: Path, facts: Mapping[str, Any]) -> None:
 
     One that already has the name was written in a former life of the run: it makes way, and is deleted last.
     """
-    paths = sorted(p for p in staging.rglob("*") if p.is_file())
-    files = {
-        path.relative_to(staging).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, _digests(paths, flush=True), strict=True)
-    }
-    write_whole(staging / MANIFEST, _sealed({"format": FORMAT, **facts, "files": files}))
-    for folder in (*(p for p in staging.rglob("*") if p.is_dir()), staging):
-        flush_folder(folder)
+    seal(staging, facts)
     if not final.parent.exists():
         final.parent.mkdir()
         flush_folder(final.parent.parent)
@@ -95,6 +88,18 @@ def commit(staging: Path, final: Path, facts: Mapping[str, Any]) -> None:
     flush_folder(final.parent)
     if former:
         shutil.rmtree(former, ignore_errors=True)
+
+
+def seal(folder: Path, facts: Mapping[str, Any], name: str = MANIFEST) -> None:
+    """Hash and flush every file of a folder, and write its manifest, which has the facts as well, as the last one."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, _digests(paths, flush=True), strict=True)
+    }
+    write_whole(folder / name, _sealed({"format": FORMAT, **facts, "files": files}))
+    for inner in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
+        flush_folder(inner)
 
 
 def _digests(paths: Sequence[Path], *, flush: bool = False) -> list[str]:
@@ -138,24 +143,24 @@ def clean(run: Run) -> None:
         shutil.rmtree(leftover)
 
 
-def manifest(folder: Path) -> dict[str, Any]:
+def manifest(folder: Path, file: str = MANIFEST) -> dict[str, Any]:
     """A checkpoint's manifest. Raises RunError where the checkpoint was never completed, or it was changed since."""
     try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        text = (folder / file).read_text(encoding="utf-8")
         content: dict[str, Any] = json.loads(text)
         rest = {name: value for name, value in content.items() if name != "manifest_sha256"}
         if _sealed(rest) != text:
-            wrong: str | None = f"{MANIFEST} does not have the content that was written"
+            wrong: str | None = f"{file} does not have the content that was written"
         else:
-            wrong = _misshapen(rest)
+            wrong = _misshapen(rest, file)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        wrong = f"no readable manifest ({error})"
+        wrong = f"{file} is no readable manifest ({error})"
     if wrong:
-        raise RunError(f"{folder} is not a whole checkpoint.", found=wrong) from None
+        raise RunError(f"{folder} is not whole.", found=wrong) from None
     return content
 
 
-def _misshapen(content: Mapping[str, Any]) -> str | None:
+def _misshapen(content: Mapping[str, Any], file: str) -> str | None:
     """What of a manifest is not of the form in which we write it: a stranger can seal one as well."""
     kinds: dict[str, Any] = {
         "files": dict, "environment": dict | None, "rests_on": dict | None, "processes": int | None,
@@ -163,14 +168,14 @@ def _misshapen(content: Mapping[str, Any]) -> str | None:
     }  # fmt: skip
     for name, kind in kinds.items():
         if not isinstance(content.get(name), kind):
-            return f"{MANIFEST} has not the form of one: {name}"
+            return f"{file} has not the form of a manifest: {name}"
     if not isinstance((content.get("environment") or {}).get("packages"), dict | None):
-        return f"{MANIFEST} has not the form of one: environment.packages"
+        return f"{file} has not the form of a manifest: environment.packages"
     for name, facts in content["files"].items():
         match facts:
             case {"bytes": int(), "sha256": str()}:
                 continue
-        return f"{MANIFEST} has not the form of one: {name[:80]}"
+        return f"{file} has not the form of a manifest: {name[:80]}"
     return None
 
 
@@ -184,13 +189,20 @@ def _is_own(folder: Path, name: str) -> bool:
 
 def problem(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None where every file is as it was written and a run can go on from it."""
+    if wrong := damage(folder):
+        return wrong
+    content = manifest(folder)
+    if LOG not in content["files"]:
+        return f"{LOG} is no part of it"
+    return _strange_log(folder / LOG, content.get("step"))
+
+
+def damage(folder: Path, file: str = MANIFEST) -> str | None:
+    """What in a folder is not as its manifest says, or None where every file of it is as it was written."""
     try:
-        content = manifest(folder)
+        files = manifest(folder, file)["files"]
     except RunError as error:
         return str(error.found)
-    files = content["files"]
-    if LOG not in files:
-        return f"{LOG} is no part of it"
     for name, facts in files.items():
         path = folder / name
         if not _is_own(folder, name):
@@ -206,7 +218,26 @@ def problem(folder: Path) -> str | None:
     for name, digest in zip(files, digests, strict=True):
         if digest != files[name]["sha256"]:
             return f"{name} does not have the content that was written"
-    return _strange_log(folder / LOG, content.get("step"))
+    return None
+
+
+def list_of(model: Path) -> str | None:
+    """The file by which the folder of a model says how its files were written, where a run wrote it: its best model,
+    its final one, or a checkpoint. None for another's model, and for one of an older tunesmith, which hashed none."""
+    if NAME.fullmatch(model.name) and (model / MANIFEST).is_file():
+        return MANIFEST
+    try:
+        info = json.loads((model / BEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return BEST if (model / BEST).is_file() else None
+    is_older = isinstance(info, dict) and not info.keys() & {"files", "manifest_sha256"}
+    return None if is_older else BEST
+
+
+def changed(model: Path) -> str | None:
+    """What of a model that a run wrote is not as it was written; None where all is, or nobody says how it was."""
+    file = list_of(model)
+    return damage(model, file) if file else None
 
 
 def _strange_log(file: Path, step: object) -> str | None:

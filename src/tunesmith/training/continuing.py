@@ -14,7 +14,7 @@ from tunesmith.compose import differing, validated
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.recipe import Recipe
 from tunesmith.training import checkpoints
-from tunesmith.training.run import Run
+from tunesmith.training.run import Run, anchored
 
 MAY_CHANGE = ("output_dir", "name", "preset", "evaluation", "export", "tracking", "launch", "parallel")
 """Parts of the recipe that a continued run may change. Of `evaluation` only what validations do not use as well
@@ -72,6 +72,26 @@ def differences(before: Recipe, after: Recipe) -> list[str]:
         for path, old, new in differing(before.model_dump(mode="json"), after.model_dump(mode="json"))
         if path.split(".")[0] not in MAY_CHANGE or path in fixed
     ]
+
+
+def check_continued(run: Run, recipe: Recipe) -> None:
+    """Raises RunError where a run was started with another recipe than this one, or is finished."""
+    if changed := differences(anchored(run.recipe()), recipe):
+        raise RunError(
+            f"The recipe differs from the one {run.path} was started with, so it cannot be continued.",
+            found="; ".join(changed),
+            fix="Undo these changes, or start a new run with another --name.",
+        )
+    check_unfinished(run)
+
+
+def check_unfinished(run: Run) -> None:
+    """Raises RunError where nothing of a run is left to be done."""
+    if run.state() == "done":
+        raise RunError(
+            f"The run {run.path} is finished; there is nothing to resume.",
+            fix=f"`tunesmith evaluate {run.path}` measures it again; a new --name starts another run.",
+        )
 
 
 def changed_identity(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from tunesmith.plan import Plan
 from tunesmith.recipe import PRINCIPAL, Tracking, Training
 from tunesmith.training import checkpoints
 from tunesmith.training.checkpoints import BEST
-from tunesmith.training.run import Run, flush_folder, write_whole
+from tunesmith.training.run import Run, flush_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -308,7 +308,11 @@ def _best_so_far(run: Run, checkpoint: Path, by: str) -> dict[str, Any] | None:
         former.rename(run.best_model)
     step = checkpoints.step_of(checkpoint)
     if info := checkpoints.best_info(run, by):
-        return info if info["step"] <= step else None
+        if info["step"] > step:
+            return None
+        if wrong := checkpoints.changed(run.best_model):
+            raise _damaged(run.best_model, wrong)
+        return info
     log = json.loads((checkpoint / checkpoints.LOG).read_text(encoding="utf-8"))["log_history"]
     if any(f"eval_{by}" in entry for entry in log):
         run.event(
@@ -383,24 +387,37 @@ def save_model(trainer: Any, folder: Path, initial_adapter: Path | None, info: M
         sharding.check_whole(staging, state)
     trainer.processing_class.save_pretrained(staging)
     write_packing(model, staging)
-    write_whole(staging / BEST, json.dumps(info, indent=1))
+    (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+    checkpoints.seal(staging, info, BEST)
     _swap(staging, folder)
 
 
 def copy_whole(source: Path, folder: Path) -> None:
-    """Copy a folder so that it appears in one piece."""
+    """Copy a model that a run wrote so that it appears in one piece. Raises RunError where it has changed since."""
     staging = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(source, staging)
-    _swap(staging, folder)
-
-
-def _swap(staging: Path, folder: Path) -> None:
+    if wrong := checkpoints.changed(staging):
+        shutil.rmtree(staging)
+        raise _damaged(source, wrong)
     for path in staging.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     flush_folder(staging)
+    _swap(staging, folder)
+
+
+def _damaged(best_model: Path, wrong: str) -> RunError:
+    return RunError(
+        f"{best_model} is damaged.",
+        found=wrong,
+        fix=f"Restore it, or delete it and go on without: tunesmith resume {best_model.parent}. Of the validations "
+        "that follow the best one is then taken, else the last step's model.",
+    )
+
+
+def _swap(staging: Path, folder: Path) -> None:
     old = _aside(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

@@ -39,6 +39,12 @@ def run_behind(model: str | Path) -> Run | None:
     return next((open_run(folder) for folder in places if is_run(folder)), None)
 
 
+def run_behind_folder(model: str | Path) -> Run | None:
+    """The run behind a folder; None for what is no folder here, such as a Hub id."""
+    path = Path(model).expanduser()
+    return run_behind(path) if path.is_dir() else None
+
+
 def _originals(copy: Path) -> list[Path]:
     """Runs near a copied model whose own final model carries just the same."""
     try:

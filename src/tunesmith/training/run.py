@@ -60,6 +60,25 @@ def _silent(event: Mapping[str, Any]) -> None:
     """Watch nothing."""
 
 
+def counting(watch: Watch) -> Callable[[str, float, float], None]:
+    """Tells a watcher how far a stage is: its name, what is done and of how much."""
+    return lambda stage, done, total: watch(
+        {"kind": "progress", "stage": stage, "done": done, "total": total}
+    )
+
+
+def deciding(watch: Watch) -> Callable[[str, Any, str], None]:
+    """Tells a watcher decisions: a name, a value and the reason."""
+    return lambda name, value, reason: watch(
+        {"kind": "decision", "name": name, "value": value, "reason": reason}
+    )
+
+
+def warning(watch: Watch) -> Callable[[str], None]:
+    """Tells a watcher what somebody should know of."""
+    return lambda message: watch({"kind": "warning", "message": message})
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder, and who watches it."""

@@ -22,6 +22,8 @@ from tunesmith.ui.pages import PAGES
 from tunesmith.ui.security import Access, Limits, Walls
 from tunesmith.ui.shared import Shared
 
+WORDS = {"common.complete": "Done"}
+"""What Gradio reads aloud when something has ended and has no words for; by itself it says the key."""
 KEPT = (600, 6 * 3600)
 """Seconds between two looks at what pages were sent, and after which it goes; uploads are in the workspace by then."""
 
@@ -90,6 +92,7 @@ def create(
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
+        i18n=gr.I18n(en=WORDS),
         theme=theme.theme(),
         css=theme.CSS,
     )

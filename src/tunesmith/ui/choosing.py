@@ -135,15 +135,6 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{whole} s"
 
 
-def size(number: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000 or unit == "GB":
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    raise AssertionError("unreachable")
-
-
 def job_box(queue: Queue, job: Job | None) -> str:
     """What became of a job, for `gr.HTML`; a failed one with its last lines."""
     if job is None:
@@ -166,6 +157,17 @@ def job_box(queue: Queue, job: Job | None) -> str:
 def tail_of(queue: Queue, job: Job, lines: int) -> list[str]:
     """The last lines of a job's log."""
     return [line for line in queue.said(job, lines=lines).split("\n") if line]
+
+
+TOLD = 10.0
+"""Seconds for which what was said of a job stays when it has got further."""
+
+
+def is_told(job: Job | None) -> bool:
+    """Whether what a page said of a job when a button was pressed (queued, asked to stop) has been seen and is over."""
+    if job is None or job.state == "waiting" or (job.state == "running" and job.stop_asked):
+        return False
+    return time.time() - (job.ended or job.started or job.queued) > TOLD
 
 
 def last_job(workspace: Workspace, run: str | None, kinds: Sequence[str]) -> Job | None:

@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from tunesmith.http import is_own_name
+from tunesmith.serving import bodies
 from tunesmith.ui import theme
 from tunesmith.ui.accounts import Accounts, Guesses, Sessions
 from tunesmith.ui.keys import PROVIDERS
@@ -37,7 +38,6 @@ READ = tuple(
         r"(/gradio_api)?/theme\.css",
         r"/(static|assets|svelte)/[A-Za-z0-9_./@+-]+",
         r"/favicon\.ico",
-        r"/manifest\.json",
         r"/gradio_api/(queue/(data|status)|upload_progress|startup-events|app_id|login_check|user)/?",
         r"/gradio_api/heartbeat/[A-Za-z0-9]+",
         r"/gradio_api/file=(?s:.+)",
@@ -98,10 +98,6 @@ class Refused(Exception):
         self.status, self.said, self.headers = status, said, headers
 
 
-class _Gone(Exception):
-    """The browser left before it had asked."""
-
-
 @dataclass
 class Walls:
     """An ASGI application around another."""
@@ -137,7 +133,7 @@ class Walls:
             await self._answered(scope, headers, receive, send)
         except Refused as refused:
             await self._refusal(refused, headers, send)
-        except _Gone:
+        except bodies.Gone:
             pass
 
     async def _answered(self, scope: Any, headers: Mapping[bytes, bytes], receive: Any, send: Any) -> None:
@@ -286,7 +282,7 @@ class Walls:
         if method == "POST":
             body = await self._body(headers, receive, self.limits.body_bytes)
             self._check_page(_page_of(body), user)
-            receive = _replayed(body, receive)
+            receive = bodies.again(body, receive)
         if path == "/" and method == "GET":
             await self._page(inner, receive, send)
             return
@@ -319,23 +315,11 @@ class Walls:
     # How much.
 
     async def _body(self, headers: Mapping[bytes, bytes], receive: Any, most: int) -> bytes:
-        too_large = Refused(413, f"This is more than {most:,} bytes.")
-        if _length(headers) > most:
-            raise too_large
-        parts, size = [], 0
         try:
-            async with asyncio.timeout(self.limits.body_seconds):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise _Gone
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > most:
-                        raise too_large
-                    if not message.get("more_body", False):
-                        return b"".join(parts)
-        except TimeoutError:
+            return await bodies.whole(headers, receive, most=most, seconds=self.limits.body_seconds)
+        except bodies.TooLarge:
+            raise Refused(413, f"This is more than {most:,} bytes.") from None
+        except bodies.TooSlow:
             raise Refused(408, "The request did not arrive in time.") from None
 
     async def _uploaded(
@@ -343,14 +327,20 @@ class Walls:
     ) -> None:
         """Pass an upload on while it is small enough; nothing of one that is too large, or ends early, stays."""
         most, kept = self.limits.upload_bytes, self.limits.kept_bytes
+        announced = bodies.announced(headers)
         too_large = Refused(
-            413, f"An upload may have {most // 2**20} MiB; place larger files in the workspace's folder."
+            413,
+            f"The upload is too large: at most {most // 2**20} MiB are taken at once. "
+            "Upload a part of it, or put it into the workspace's folder `uploads` on the server.",
         )
-        full = Refused(413, f"Uploads may take {kept // 2**20} MiB all together; delete some first.")
-        announced = _length(headers)
         if announced > most:
             raise too_large
         held = _size(self.temporary) + _size(workspace.uploads)
+        full = Refused(
+            413,
+            f"There is no room for this upload: {held / 2**20:,.0f} of {kept // 2**20:,} MiB are taken. "
+            "Delete files in the workspace's folder `uploads` on the server.",
+        )
         if held + self._arriving + announced > kept:
             raise full
         size, over, answered, began = 0, None, False, time.monotonic()
@@ -385,7 +375,7 @@ class Walls:
             if over is None and answered:
                 raise
             if over is None:
-                raise _Gone from None
+                raise bodies.Gone from None
         finally:
             self._arriving -= size
             self._uploads -= 1
@@ -413,6 +403,8 @@ class Walls:
         nonce = secrets.token_urlsafe(16)
         page = b"".join(parts).replace(b"</head>", theme.head().encode() + b"</head>", 1)
         page = re.sub(rb"<script\b", b'<script nonce="%s"' % nonce.encode(), page)
+        # An app to install it is not, and a browser asks for its manifest without the cookie.
+        page = re.sub(rb'<link\s+rel="manifest"[^>]*>', b"", page)
         # They name pictures elsewhere, for those who link here.
         page = re.sub(rb'<meta\s+(?:property|name)="(?:og|twitter):[^>]*>', b"", page)
         # Gradio's HTML component makes a function of its own fixed template; text from data is an argument of it. What
@@ -420,7 +412,7 @@ class Walls:
         policy = (
             f"default-src 'none'; script-src 'self' 'nonce-{nonce}' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
             "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; media-src 'self' blob:; "
-            "worker-src 'self' blob:; manifest-src 'self'; object-src 'none'; frame-src 'none'; base-uri 'self'; "
+            "worker-src 'self' blob:; object-src 'none'; frame-src 'none'; base-uri 'self'; "
             "form-action 'self'; frame-ancestors 'none'"
         )
         kind = next((v.decode("latin-1") for k, v in headers if k.lower() == b"content-type"), "text/html")
@@ -451,11 +443,6 @@ def _client(scope: Any) -> str:
     return str((scope.get("client") or ("?",))[0])
 
 
-def _length(headers: Mapping[bytes, bytes]) -> int:
-    length = headers.get(b"content-length", b"0")
-    return int(length[:20]) if length.isdigit() else 0
-
-
 def _page_of(body: bytes) -> str:
     """Gradio's name for the page that asks."""
     try:
@@ -479,19 +466,6 @@ def _size(folder: Path) -> int:
         for name in names
         if os.path.lexists(os.path.join(place, name))
     )
-
-
-def _replayed(body: bytes, receive: Any) -> Any:
-    given = False
-
-    async def replay() -> Any:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
 
 
 def _with_headers(send: Any, *, is_file: bool, path: str) -> Any:

@@ -153,6 +153,7 @@ CSS = """
 .gradio-container .row > button.lg { flex: 0 1 auto !important; min-width: min(100%, 170px) !important;
   align-self: end; }
 .gradio-container .row:has(> .block, > .form) > button.lg { margin-bottom: 10px; }
+#ship-ways { align-items: stretch !important; }
 #ship-ways > div { display: flex; flex-direction: column; }
 #ship-ways > div > button { margin-top: auto; flex-grow: 0; align-self: flex-start; width: auto; min-width: 170px; }
 #recipe-aside .row > button.lg { min-width: 120px !important; }
@@ -164,7 +165,7 @@ CSS = """
 .gradio-container .table-wrap { --df-max-col-width: 360px !important; }
 .gradio-container .table-wrap, .gradio-container .table-wrap * {
   font-family: var(--font) !important; font-size: 0.88rem; overflow-wrap: anywhere; }
-.gradio-container .table-wrap th * { overflow-wrap: normal; }
+.gradio-container .table-wrap th * { overflow-wrap: normal; word-break: normal; }
 .gradio-container .table-wrap th span { font-weight: 600; color: var(--body-text-color-subdued); }
 .gradio-container .table-wrap .cell-menu-button, .gradio-container .table-wrap .selection-button { display: none; }
 .gradio-container .table-container .label p { font-size: 0.85rem; color: var(--body-text-color-subdued); }
@@ -179,7 +180,7 @@ CSS = """
   max-height: 20rem; }
 .gradio-container .ts-late:has(textarea:placeholder-shown),
 .gradio-container .form:has(> .ts-late:only-child textarea:placeholder-shown),
-#page-evaluate:not(:has(#evaluate-count p)) #evaluate-every,
+[id$=-told]:not(:has(.ts-box)), #page-evaluate:not(:has(#evaluate-count p)) #evaluate-every,
 #page-runs:has(#runs-about .ts-empty) #runs-work { display: none !important; }
 #train-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 12px; }
 .gradio-container .block:has(.js-plotly-plot) { padding: 4px 8px 10px !important; }
@@ -189,6 +190,10 @@ CSS = """
 .gradio-container .js-plotly-plot .modebar { display: none; }
 .gradio-container .block:has([aria-label="Empty value"]) { display: none; }
 .gradio-container .cm-line, .gradio-container .cm-line span { color: var(--body-text-color) !important; }
+/* What Gradio lays over a place for files that refused one says only "Error". */
+.gradio-container .block:has(.upload-container) .wrap:has(> .error) { display: none; }
+.ts-refused { border: 1px solid var(--border-color-primary); border-left: 4px solid var(--ts-bad); border-radius: 4px;
+  padding: 10px 14px; margin: 0; background: var(--background-fill-primary); overflow-wrap: anywhere; }
 .ts-fault { border-left: 3px solid var(--ts-bad) !important; }
 @media (min-width: 1000px) {
   [id^=recipe-section-] .form { display: grid !important; grid-template-columns: 1fr 1fr; align-items: stretch;
@@ -269,7 +274,7 @@ footer, #apart { display: none !important; }
   /* Of an answer's line its number, its question and both answers, 71 % of the columns; a touch shows all of it. */
   #evaluate-answers .table-container { overflow-x: hidden; }
   #evaluate-answers .table-wrap { min-width: 141%; }
-  #evaluate-answers .header-table { width: auto !important; min-width: 0 !important; }
+  #evaluate-answers .header-table { width: auto !important; min-width: 0 !important; align-self: flex-start; }
   #evaluate-answers tr > :nth-child(2n+3), #evaluate-answers .virtual-row > :nth-child(2n+3) { display: none; }
   #evaluate-answers .first-column { padding-inline: 3px !important; }
   .table-container .header-row { flex-wrap: wrap; height: auto; }
@@ -285,11 +290,49 @@ new MutationObserver(() => document.querySelectorAll("input[title]:not([aria-lab
   (field) => field.setAttribute("aria-label", field.title))).observe(
   document.documentElement, {childList: true, subtree: true});"""
 """Fields of Gradio's that have a tooltip only get it as their name."""
+_FITTED = """
+addEventListener("click", (event) => event.target.closest?.("[role=tab]")
+  && setTimeout(() => dispatchEvent(new Event("resize")), 100));"""
+"""A plot follows the window's width only while it is shown: one that comes into sight is told of it."""
+_REFUSED = """
+{
+  const told = "p.ts-refused";
+  let zone = null;
+  const used = (event) => {
+    if (event.type === "change" && event.target.type !== "file") return;
+    zone = event.target.closest?.(".block:has(.upload-container)") ?? null;
+    zone?.parentNode.querySelector(told)?.remove();
+  };
+  addEventListener("change", used, true);
+  addEventListener("drop", used, true);
+  const inWords = (said) => {
+    const sent = said.match(/^HTTP \\d+: (\\{.*\\})$/s);
+    try { if (sent) return JSON.parse(sent[1]).detail; } catch {}
+    if (said.startsWith("File(s) exceed")) return said + ". TOO_LARGE";
+    return said.startsWith("Invalid file type") ? said + " Convert it, or choose another file." : null;
+  };
+  new MutationObserver(() => document.querySelectorAll("[data-testid=toast-text]").forEach((toast) => {
+    const words = inWords(toast.textContent.trim());
+    if (words === null || toast.dataset.told) return;
+    toast.dataset.told = "yes";
+    toast.textContent = words;
+    if (!zone) return;
+    zone.parentNode.querySelector(told)?.remove();
+    const box = document.createElement("p");
+    box.className = "ts-refused";
+    box.setAttribute("role", "alert");
+    box.textContent = words;
+    zone.after(box);
+  })).observe(document.documentElement, {childList: true, subtree: true});
+}""".replace("TOO_LARGE", "Upload a part of it, or put it into the workspace's folder uploads on the server.")
+"""Gradio tells for ten seconds, as it came from the server, why an upload was refused. In plain words it stays below
+the place for files until the next one is chosen."""
 _EARLY = """
 addEventListener("load", () => {
-  const ahead = document.head.appendChild(document.createElement("link"));
+  const ahead = document.createElement("link");
   ahead.rel = "modulepreload";
   ahead.href = "PLOTLY";
+  document.head.append(ahead);
   const idle = window.requestIdleCallback ?? setTimeout;
   const later = () => document.querySelector("[role=tab]") ? idle(() => import("PLOTLY")) : setTimeout(later, 100);
   later();
@@ -306,7 +349,7 @@ def head() -> str:
     assets = Path(gradio.__file__).parent / "templates" / "frontend" / "assets"
     # None where another version of Gradio names it otherwise: plots are there then all the same, later.
     plotly = [f"/assets/{found.name}" for found in assets.glob("PlotlyPlot-*.js")]
-    return f"<script>{_NAMES}{''.join(_EARLY.replace('PLOTLY', at) for at in plotly)}\n</script>"
+    return f"<script>{_NAMES}{_FITTED}{_REFUSED}{''.join(_EARLY.replace('PLOTLY', at) for at in plotly)}\n</script>"
 
 
 _PLAIN = """<style nonce="NONCE">

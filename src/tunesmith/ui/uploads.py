@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.errors import InputError
@@ -16,17 +18,38 @@ LARGEST, LARGEST_TOGETHER = Limits.upload_bytes, Limits.kept_bytes
 """Bytes of an uploaded file, and of all that a workspace keeps, at most."""
 
 
-def receive(sent: str, workspace: Workspace, suffixes: Sequence[str] = DATA) -> str:
-    """Keep a file that a browser has sent; gives its path in the workspace. Raises InputError.
+@dataclass(frozen=True)
+class Received:
+    """A file of the workspace that was uploaded just now."""
 
-    An equal name gets a number, so that no earlier recipe's data changes under it.
+    path: Path
+    name: str
+    """As it was sent."""
+    is_new: bool
+    """False where the same content was there already."""
+
+    def said(self) -> tuple[str, list[str]]:
+        """What became of it, as title and lines of a box."""
+        if not self.is_new:
+            again = "It has the same content, so nothing was stored again."
+            return f"{self.path.name} is in your workspace already.", [again]
+        if self.path.name != self.name:
+            other = f"Another {self.name} is there, with other content; what was made from it stays as it is."
+            return f"{self.name} is in your workspace as {self.path.name}.", [other]
+        return f"{self.name} is in your workspace.", []
+
+
+def receive(sent: str, workspace: Workspace, suffixes: Sequence[str] = DATA) -> Received:
+    """Keep a file that a browser has sent. Raises InputError.
+
+    An equal name gets a number, so that no earlier recipe's data changes under it; equal content is kept once.
     """
     path = Path(sent)
     if path.suffix.lower() not in suffixes:
         raise InputError(
-            "This kind of file is not read.",
+            f"A file of this kind is not taken: {', '.join(suffixes)} are.",
             found=repr(path.name)[:80],
-            fix=f"Upload one of {', '.join(suffixes)}.",
+            fix="Convert it, or choose another file.",
         )
     size = path.stat().st_size
     if size > LARGEST:
@@ -35,20 +58,34 @@ def receive(sent: str, workspace: Workspace, suffixes: Sequence[str] = DATA) -> 
             found=f"{size:,} bytes; at most {LARGEST:,} are taken",
             fix="Put it into the workspace's folder `uploads` on the server, or train on a part of it.",
         )
+    place, number = _place(workspace, path.name), 1
+    while place.exists():
+        if filecmp.cmp(path, place, shallow=False):
+            return Received(place, path.name, is_new=False)
+        number += 1
+        place = _place(workspace, f"{path.stem}-{number}{path.suffix}")
     kept = sum(file.stat().st_size for file in workspace.uploads.iterdir() if file.is_file())
     if kept + size > LARGEST_TOGETHER:
         raise InputError(
             "The workspace has no room for another upload.",
             found=f"{kept:,} bytes of {LARGEST_TOGETHER:,} are taken",
-            fix="Delete files in its folder `uploads`.",
+            fix="Delete files in its folder `uploads` on the server.",
         )
-    place, number = workspace.inside(workspace.uploads, path.name), 1
-    while place.exists():
-        number += 1
-        place = workspace.inside(workspace.uploads, f"{path.stem}-{number}{path.suffix}")
     shutil.copyfile(path, place)
     place.chmod(0o600)
-    return str(place)
+    return Received(place, path.name, is_new=True)
+
+
+def _place(workspace: Workspace, name: str) -> Path:
+    try:
+        return workspace.inside(workspace.uploads, name)
+    except InputError as error:
+        raise InputError(
+            "The file cannot be kept under its name: letters, digits, spaces, dots, dashes and underscores are taken, "
+            "at most 200 bytes of them, with no dash before them.",
+            found=error.found,
+            fix="Rename the file and upload it again.",
+        ) from None
 
 
 def of_data(workspace: Workspace) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import engines
-from tunesmith.engines.check import EngineCheck
+from tunesmith.engines.check import EngineCheck, tell_check
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.evaluation import leakage
 from tunesmith.evaluation.judging import headline, met, suites
@@ -41,7 +41,7 @@ from tunesmith.evaluation.judging.settings import Judge
 from tunesmith.evaluation.judging.suites import Suite
 from tunesmith.evaluation.rows import EvalRow, read_rows, write_rows
 from tunesmith.recipe import Evaluation, Server, Shards
-from tunesmith.training.run import Watch, write_whole
+from tunesmith.training.run import Watch, counting, warning, write_whole
 
 ASKED = "asked.json"
 """What a folder's answers depend on, written before the first one."""
@@ -456,16 +456,7 @@ def _answered(
 
     def checked(check: EngineCheck) -> None:
         checks[name] = check.as_dict()
-        watch(
-            {
-                "kind": "decision",
-                "name": f"engine check of {name}",
-                "value": check.sentence(),
-                "reason": f"answers of the {check.engine} engine, read again alone",
-            }
-        )
-        if not check.passed:
-            watch({"kind": "warning", "message": check.warning()})
+        tell_check(watch, check)
 
     rows = suites.answer(
         source,
@@ -480,10 +471,8 @@ def _answered(
         folder=unfinished,
         engine_check=evaluation.engine_check,
         checked=checked,
-        warn=lambda message: watch({"kind": "warning", "message": message}),
-        progress=lambda stage, done, total: watch(
-            {"kind": "progress", "stage": stage, "done": done, "total": total}
-        ),
+        warn=warning(watch),
+        progress=counting(watch),
     )
     broken = sum(row.status != "ok" for row in rows)
     if broken:

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from tunesmith.evaluation.judging.questions import read_questions
 from tunesmith.evaluation.judging.replay import computed
 from tunesmith.evaluation.judging.settings import Judge
 from tunesmith.evaluation.rows import EvalRow, read_rows
-from tunesmith.training.run import Watch, write_whole
+from tunesmith.training.run import Watch, counting, write_whole
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,7 @@ def judge_several(
             texts,
             path,
             again=again,
-            progress=lambda done, total: watch(
-                {"kind": "progress", "stage": stage, "done": done, "total": total}
-            ),
+            progress=partial(counting(watch), stage),
         )
         if made.repaired:
             watch({"kind": "warning", "message": f"The last line of {path} was cut off and taken away."})
@@ -203,9 +202,7 @@ def calibrate_into(folder: Path, judge: Judge, asker: Asker, watch: Watch) -> di
         asker,
         texts,
         book,
-        progress=lambda done, total: watch(
-            {"kind": "progress", "stage": f"{asker.name} is calibrated", "done": done, "total": total}
-        ),
+        progress=partial(counting(watch), f"{asker.name} is calibrated"),
     )
     write_whole(folder / "calibration.json", json.dumps(found, indent=1))
     watch(

@@ -384,6 +384,7 @@ def build(shared: Shared) -> None:
             )
             shipped = gr.Dropdown(examples, label="Examples that ship", elem_id="data-example", value=None)
         with gr.Column(scale=2, min_width=340):
+            told = gr.HTML("", elem_id="data-told")
             state = gr.HTML(
                 NOTHING,
                 elem_id="data-state",
@@ -523,18 +524,23 @@ def build(shared: Shared) -> None:
         if not file:
             return gr.skip(), gr.skip()
         try:
-            return with_data(layer, Chosen(uploads.receive(file, workspace_of(request)))), gr.skip()
+            received = uploads.receive(file, workspace_of(request))
         except TunesmithError as error:
             return gr.skip(), problem(error)
+        title, lines = received.said()
+        # Of one that is new under its own name the box below says enough.
+        return with_data(layer, Chosen(str(received.path))), box(title, lines, kind="note") if lines else ""
 
-    upload.upload(send, [upload, shared.recipe], [shared.recipe, state])
+    upload.upload(send, [upload, shared.recipe], [shared.recipe, told])
 
-    def take(name: str | None, layer: dict[str, Any]) -> Any:
-        return with_data(layer, Chosen(name.strip())) if name and name.strip() else gr.skip()
+    def take(name: str | None, layer: dict[str, Any]) -> tuple[Any, Any]:
+        if not name or not name.strip():
+            return gr.skip(), gr.skip()
+        return with_data(layer, Chosen(name.strip())), ""
 
-    files.input(take, [files, shared.recipe], shared.recipe)
-    shipped.input(take, [shipped, shared.recipe], shared.recipe)
-    hub.submit(take, [hub, shared.recipe], shared.recipe)
+    files.input(take, [files, shared.recipe], [shared.recipe, told])
+    shipped.input(take, [shipped, shared.recipe], [shared.recipe, told])
+    hub.submit(take, [hub, shared.recipe], [shared.recipe, told])
 
     def map_columns(layer: dict[str, Any], kind: str, question: str, answer: str) -> Any:
         dataset = data_of(layer).get("dataset")

@@ -21,6 +21,7 @@ from tunesmith.ui import curves, uploads
 from tunesmith.ui.choosing import (
     LONGEST_TEXT,
     guarded,
+    is_told,
     job_box,
     last_job,
     model_named,
@@ -273,7 +274,7 @@ def build(shared: Shared) -> None:
             number = gr.Number(value=1, minimum=1, precision=0, label="Page", elem_id="evaluate-page")
         count = gr.HTML("", elem_id="evaluate-count")
         answers = gr.Dataframe(
-            headers=["no.", "question", "reference", "A", "A's mark", "B", "B's mark"], datatype="str", type="array",
+            headers=["#", "question", "reference", "A", "A's mark", "B", "B's mark"], datatype="str", type="array",
             interactive=False, wrap=True, label="Answers; choose a line to see it whole", max_height=480,
             elem_id="evaluate-answers", column_widths=["6%", "21%", "17%", "22%", "6%", "22%", "6%"],
         )  # fmt: skip
@@ -338,6 +339,8 @@ def build(shared: Shared) -> None:
     state = gr.HTML("", elem_id="evaluate-job")
     timer = watching(shared, "Evaluate")
     before = gr.State("")
+    spoken_of = gr.State(None)  # number of the job that `told` is about
+    answer = [told, line, spoken_of]
 
     def refreshed(run: str | None, now: str | None, request: gr.Request) -> list[Any]:
         workspace = workspace_of(request)
@@ -362,15 +365,16 @@ def build(shared: Shared) -> None:
     def received(file: str, request: gr.Request) -> list[Any]:
         def act() -> list[Any]:
             workspace = workspace_of(request)
-            name = Path(uploads.receive(file, workspace, (*SETTINGS, *QUESTIONS))).name
+            received = uploads.receive(file, workspace, (*SETTINGS, *QUESTIONS))
+            name, (title, lines) = received.path.name, received.said()
             files = uploads.names(workspace)
-            lists = [
+            offered = [
                 gr.Dropdown(choices=[f for f in files if f.endswith(kind)], value=name)
                 if name.endswith(kind)
                 else gr.skip()
                 for kind in (SETTINGS, QUESTIONS)
             ]
-            return [box(f"{name} is in your workspace.", kind="good"), *lists]
+            return [box(title, lines, kind="good"), *offered]
 
         return list(guarded(act, lambda said: [said, gr.skip(), gr.skip()]))
 
@@ -411,7 +415,7 @@ def build(shared: Shared) -> None:
             at = min(max(int(page or 1), 1), pages) - 1
             shown = kept[at * PAGE : (at + 1) * PAGE]
             one, other = found.names
-            headers = ["no.", "question", "reference", one, "mark", other or "-", "mark of B"]
+            headers = ["#", "question", "reference", one, "mark", other or "-", "mark of B"]
             lines = [answer_line(found, n) for n in shown]
             note = f"<p>{len(kept):,} of {len(found.answers):,} answers, page {at + 1} of {pages}</p>"
             return [gr.Dataframe(value=lines, headers=headers), note]
@@ -462,16 +466,16 @@ def build(shared: Shared) -> None:
 
             def make() -> list[Any]:
                 job = act(workspace_of(request), *values)
-                return [box(f"{job.title}: queued", kind="good"), job.command]
+                return [box(f"{job.title}: queued", kind="good"), job.command, job.id]
 
-            return list(guarded(make, lambda said: [said, gr.skip()]))
+            return list(guarded(make, lambda said: [said, gr.skip(), None]))
 
         return on
 
     def on_compare(a: str, b: str, dataset: str, request: gr.Request) -> list[Any]:
         return list(queued(compare)(a, b, dataset, request))
 
-    compare_button.click(on_compare, inputs=[a, b, dataset], outputs=[told, line], **PRIVATE)
+    compare_button.click(on_compare, inputs=[a, b, dataset], outputs=answer, **PRIVATE)
 
     def suite_cost(
         run: str | None, name: str, asked: str | None, by: str | None, request: gr.Request
@@ -484,11 +488,12 @@ def build(shared: Shared) -> None:
             return [
                 box("Judging it would take at most", [said, "Nobody was asked yet."], kind="note"),
                 command(["tunesmith", *suite_arguments(workspace, *now)]),
+                None,
                 now,
                 gr.Button(interactive=True),
             ]
 
-        return list(guarded(act, lambda said: [said, gr.skip(), None, gr.Button(interactive=not by)]))
+        return list(guarded(act, lambda said: [said, gr.skip(), None, None, gr.Button(interactive=not by)]))
 
     def on_suite(
         run: str | None, name: str, asked: str | None, by: str | None, known: Any, request: gr.Request
@@ -506,12 +511,12 @@ def build(shared: Shared) -> None:
 
     suite_of_page = [chosen, suite_name, questions, judge]
     suite_cost_button.click(
-        suite_cost, inputs=suite_of_page, outputs=[told, line, suite_priced, suite_button], **PRIVATE
+        suite_cost, inputs=suite_of_page, outputs=[*answer, suite_priced, suite_button], **PRIVATE
     )
     suite_button.click(
         on_suite,
         inputs=[*suite_of_page, suite_priced],
-        outputs=[told, line, suite_priced, suite_button],
+        outputs=[*answer, suite_priced, suite_button],
         **PRIVATE,
     )
     gr.on(
@@ -530,15 +535,14 @@ def build(shared: Shared) -> None:
             return [
                 box("It would take", [sentence, "Nobody was asked yet."], kind="note"),
                 shown,
+                None,
                 (run, by, how),
                 gr.Button(interactive=True),
             ]
 
-        return list(guarded(act, lambda said: [said, gr.skip(), None, gr.Button(interactive=False)]))
+        return list(guarded(act, lambda said: [said, gr.skip(), None, None, gr.Button(interactive=False)]))
 
-    cost_button.click(
-        cost, inputs=[chosen, judge, mode], outputs=[told, line, priced, judge_button], **PRIVATE
-    )
+    cost_button.click(cost, inputs=[chosen, judge, mode], outputs=[*answer, priced, judge_button], **PRIVATE)
 
     def unpriced() -> list[Any]:
         return [None, gr.Button(interactive=False)]
@@ -554,23 +558,32 @@ def build(shared: Shared) -> None:
         return [*queued(act)(request), *unpriced()]
 
     judge_button.click(
-        on_judge, inputs=[chosen, judge, mode, priced], outputs=[told, line, priced, judge_button], **PRIVATE
+        on_judge, inputs=[chosen, judge, mode, priced], outputs=[*answer, priced, judge_button], **PRIVATE
     )
 
-    def look(run: str | None, name: str | None, mark: str, request: gr.Request) -> list[Any]:
+    def look(
+        run: str | None, name: str | None, mark: str, spoken: str | None, request: gr.Request
+    ) -> list[Any]:
         workspace = workspace_of(request)
         queue = queue_of(workspace)
         job = last_job(workspace, None, ("compare", "evaluate", "judge"))
         known = guarded(lambda: places(workspace, run), lambda _: {})
-        now = f"{job}{queue.said(job, lines=1) if job and job.is_open else ''}{list(known)}"
+        is_over = is_told(next((j for j in queue.jobs() if j.id == spoken), None))
+        now = f"{job}{queue.said(job, lines=1) if job and job.is_open else ''}{list(known)}{is_over}"
         if now == mark:
-            return [gr.skip()] * 3
+            return [gr.skip()] * 5
         queue.wake()
 
         value = name if name in known else next(iter(known), None)
-        return [now, job_box(queue, job), gr.Dropdown(choices=list(known), value=value)]
+        over = ["", None] if is_over else [gr.skip(), gr.skip()]
+        return [now, job_box(queue, job), gr.Dropdown(choices=list(known), value=value), *over]
 
-    timer.tick(look, inputs=[chosen, place, before], outputs=[before, state, place], **QUIET)
+    timer.tick(
+        look,
+        inputs=[chosen, place, before, spoken_of],
+        outputs=[before, state, place, told, spoken_of],
+        **QUIET,
+    )
 
 
 def _told(model: Mapping[str, Any]) -> str:

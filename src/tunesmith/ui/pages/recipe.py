@@ -15,7 +15,7 @@ from gradio.context import LocalContext, get_blocks_context, get_render_context
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.recipe import Recipe, sections_of
 from tunesmith.ui import drafts, form, handlers
-from tunesmith.ui.choosing import told_of, written
+from tunesmith.ui.choosing import shell_line, told_of, written
 from tunesmith.ui.form import Control, Filled
 from tunesmith.ui.shared import PRIVATE, QUIET, Shared, box, command, problem
 from tunesmith.ui.workspace import Workspace, workspace_of
@@ -139,12 +139,17 @@ def about(section: str, found: Filled) -> str:
     return html.escape(" ".join((type(getattr(found.sound, section)).__doc__ or "").split()))
 
 
+def base_of(layer: dict[str, Any]) -> str:
+    """The base model that the layer names."""
+    return str(form.value_at(layer, "model.base", "tiny"))
+
+
 def architecture(layer: dict[str, Any], workspace: Workspace | None) -> tuple[str, str]:
     """Seed 000's "Model Architecture" of the recipe's base model, and a box where there is none."""
-    base = form.value_at(layer, "model.base", "tiny")
+    base = base_of(layer)
     if workspace and (said := form.outside({"model": {"base": base}}, workspace)):
         return "", box("This model cannot be shown.", list(said.values()))
-    summary, error = handlers.handle_submit(str(base))
+    summary, error = handlers.handle_submit(base)
     return summary, box("There is no summary of this model.", error.splitlines()) if error else ""
 
 
@@ -201,6 +206,7 @@ def build(shared: Shared) -> None:
                 elem_classes="ts-late",
                 elem_id="recipe-architecture",
             )
+            show_line = shell_line("recipe-architecture")
 
     def refresh(layer: dict[str, Any], view: str, version: int, request: gr.Request) -> tuple[Any, ...]:
         return outcome(layer, workspace_of(request), expert=view == "Expert", version=version)
@@ -263,10 +269,13 @@ def build(shared: Shared) -> None:
 
     keep.click(save, shared.recipe, [said, download])
 
-    def look(layer: dict[str, Any], request: gr.Request) -> tuple[str, str]:
-        return architecture(layer, workspace_of(request))
+    def look(layer: dict[str, Any], request: gr.Request) -> tuple[str, str, str]:
+        same = command(["tunesmith", "show", "model", base_of(layer)])
+        return *architecture(layer, workspace_of(request)), same
 
-    show.click(look, shared.recipe, [summary, missing], concurrency_id="models", concurrency_limit=1)
+    show.click(
+        look, shared.recipe, [summary, missing, show_line], concurrency_id="models", concurrency_limit=1
+    )
     onward.click(
         lambda plans: (gr.Tabs(selected="plan"), plans + 1),
         shared.plans,

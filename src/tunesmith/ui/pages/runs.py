@@ -12,11 +12,12 @@ from gradio.context import get_render_context
 
 from tunesmith import api
 from tunesmith.errors import RunError, counted
+from tunesmith.estimate import size
 from tunesmith.evaluation.compare import shown
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.training.run import dataset_name
 from tunesmith.ui import curves, theme, trash
-from tunesmith.ui.choosing import clock, guarded, run_names, run_path, shell_line, size
+from tunesmith.ui.choosing import clock, guarded, run_names, run_path, shell_line
 from tunesmith.ui.shared import PRIVATE, QUIET, Shared, box, command, empty
 from tunesmith.ui.workspace import Workspace, workspace_of
 
@@ -30,7 +31,7 @@ def lines(found: Sequence[api.RunSummary]) -> list[list[str]]:
     """The table, newest first."""
     return [
         [
-            run.path.name, run.state, dataset_name(run.model), " + ".join(run.datasets), str(run.step or ""),
+            run.path.name, run.state, dataset_name(run.model), " + ".join(run.datasets), run.steps,
             run.metric or "", _score(run.base, run.metric), _score(run.tuned, run.metric), run.verdict or "",
             size(run.bytes),
         ]
@@ -51,6 +52,10 @@ def disk(workspace: Workspace, found: Sequence[api.RunSummary]) -> str:
     )
     told = [f"What was exported takes {size(made)}."] if made else []
     told += [f"The trash takes {size(waste)}; it is emptied below."] if waste else []
+    if "best" in " ".join(run.steps for run in found):
+        told.append(
+            "Step “300, best 200”: trained to step 300; the model of step 200 validated best and is the run's."
+        )
     left = shutil.disk_usage(workspace.root).free
     return box(
         f"{counted(len(found), 'run')}: {size(taken)}; {size(left)} of the disk are free.", told, kind="note"

@@ -12,12 +12,14 @@ import gradio as gr
 
 from tunesmith import api
 from tunesmith.errors import InputError
+from tunesmith.estimate import size
 from tunesmith.evaluation.report import shipped
 from tunesmith.export.artefact import DEFAULTS, STORED, TARGETS, check_target
 from tunesmith.export.gguf import quants
 from tunesmith.training.run import Run
 from tunesmith.ui.choosing import (
     guarded,
+    is_told,
     job_box,
     last_job,
     queue_of,
@@ -25,7 +27,6 @@ from tunesmith.ui.choosing import (
     run_choice,
     run_path,
     shell_line,
-    size,
     watching,
 )
 from tunesmith.ui.jobs import Job
@@ -185,6 +186,8 @@ def build(shared: Shared) -> None:
     proofs = gr.HTML(NOTHING, elem_id="ship-made")
     looked_through = gr.State(None)
     before = gr.State("")
+    spoken_of = gr.State(None)  # number of the job that `told` is about
+    answer = [told, line, spoken_of]
     timer = watching(shared, "Ship")
 
     def offered(target: str) -> Any:
@@ -198,9 +201,9 @@ def build(shared: Shared) -> None:
             def act() -> list[Any]:
                 path = run_path(workspace, run)
                 job = queued(workspace, path, arguments(workspace, path, *given))
-                return [box(f"{job.title}: queued", kind="good"), job.command]
+                return [box(f"{job.title}: queued", kind="good"), job.command, job.id]
 
-            return list(guarded(act, lambda said: [said, gr.skip()]))
+            return list(guarded(act, lambda said: [said, gr.skip(), None]))
 
         return on
 
@@ -213,9 +216,9 @@ def build(shared: Shared) -> None:
     def on_bundle(run: str | None, request: gr.Request) -> list[Any]:
         return list(doing(bundle_arguments)(workspace_of(request), run))
 
-    merge.click(on_merge, inputs=[chosen, dtype], outputs=[told, line], **PRIVATE)
-    export.click(on_export, inputs=[chosen, to, quant], outputs=[told, line], **PRIVATE)
-    bundle.click(on_bundle, inputs=[chosen], outputs=[told, line], **PRIVATE)
+    merge.click(on_merge, inputs=[chosen, dtype], outputs=answer, **PRIVATE)
+    export.click(on_export, inputs=[chosen, to, quant], outputs=answer, **PRIVATE)
+    bundle.click(on_bundle, inputs=[chosen], outputs=answer, **PRIVATE)
 
     def on_dry(run: str | None, name: str, is_public: bool, request: gr.Request) -> list[Any]:
         def act() -> list[Any]:
@@ -239,15 +242,16 @@ def build(shared: Shared) -> None:
                     (run, name, is_public),
                 )
             sure = gr.Button(interactive=ready is not None)
-            return [box(title, lines, kind=kind), shell, gr.Dataframe(value=files, visible=True), ready, sure]
+            listed = gr.Dataframe(value=files, visible=True)
+            return [box(title, lines, kind=kind), shell, None, listed, ready, sure]
 
         off = gr.Button(interactive=False)
-        return list(guarded(act, lambda said: [said, gr.skip(), gr.skip(), None, off]))
+        return list(guarded(act, lambda said: [said, gr.skip(), None, gr.skip(), None, off]))
 
     dry.click(
         on_dry,
         inputs=[chosen, repository, public],
-        outputs=[told, line, sent, looked_through, push],
+        outputs=[*answer, sent, looked_through, push],
         **PRIVATE,
     )
     gr.on(
@@ -265,18 +269,19 @@ def build(shared: Shared) -> None:
 
         return list(doing(arguments)(workspace_of(request), run))
 
-    push.click(on_push, inputs=[chosen, repository, public, looked_through], outputs=[told, line], **PRIVATE)
+    push.click(on_push, inputs=[chosen, repository, public, looked_through], outputs=answer, **PRIVATE)
 
-    def look(run: str | None, mark: str, request: gr.Request) -> list[Any]:
+    def look(run: str | None, mark: str, spoken: str | None, request: gr.Request) -> list[Any]:
         workspace = workspace_of(request)
         queue = queue_of(workspace)
         job = last_job(workspace, run, KINDS) if run else None
         path = guarded(lambda: run_path(workspace, run), lambda _: None) if run else None
         # A run that is being trained becomes so while it is looked at.
         is_whole = path is not None and Run(path).is_whole
-        now = f"{run}{is_whole}{job}{queue.said(job, lines=1) if job and job.is_open else ''}"
+        is_over = is_told(next((j for j in queue.jobs() if j.id == spoken), None))
+        now = f"{run}{is_whole}{job}{queue.said(job, lines=1) if job and job.is_open else ''}{is_over}"
         if now == mark:
-            return [gr.skip()] * 6
+            return [gr.skip()] * 8
         queue.wake()
         said = box("This run has no adapter: its model is whole already.", kind="note") if is_whole else ""
         return [
@@ -286,13 +291,14 @@ def build(shared: Shared) -> None:
             said,
             gr.Dropdown(visible=not is_whole),
             gr.Button(visible=not is_whole),
+            *(["", None] if is_over else [gr.skip(), gr.skip()]),
         ]
 
     gr.on(
         [timer.tick, chosen.change],
         look,
-        inputs=[chosen, before],
-        outputs=[before, state, proofs, whole, dtype, merge],
+        inputs=[chosen, before, spoken_of],
+        outputs=[before, state, proofs, whole, dtype, merge, told, spoken_of],
         trigger_mode="always_last",
         **QUIET,
     )

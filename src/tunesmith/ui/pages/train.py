@@ -13,6 +13,7 @@ from gradio.components.plot import PlotData
 from gradio.context import get_render_context
 
 from tunesmith.errors import InputError, TunesmithError
+from tunesmith.estimate import size
 from tunesmith.training.run import State, folder_name, open_run
 from tunesmith.ui import curves, form
 from tunesmith.ui.choosing import (
@@ -20,12 +21,12 @@ from tunesmith.ui.choosing import (
     clock,
     duration,
     guarded,
+    is_told,
     job_box,
     job_facts,
     queue_of,
     run_choice,
     run_path,
-    size,
     told_of,
     watching,
 )
@@ -154,7 +155,7 @@ def plot(seen: curves.Seen, title: str | None) -> PlotData | None:
 
 
 def queued(job: Job, *lines: str) -> str:
-    """The box for a job that was put into the queue, with the time: it stays while the job runs."""
+    """The box for a job that was put into the queue; it goes once the job runs."""
     return box(f"{job.title}: queued at {clock(job.queued)}", lines, kind="good")
 
 
@@ -235,6 +236,7 @@ def build(shared: Shared) -> None:
             )
             cancel = gr.Button("Cancel this job", elem_id="train-cancel", visible=False)
     seen_before = gr.State(("", -1, "", ""))
+    spoken_of = gr.State(None)  # number of the job that `told` is about
     timer = watching(shared, "Train")
 
     def look(
@@ -242,6 +244,7 @@ def build(shared: Shared) -> None:
         curve: str | None,
         picked: str | None,
         before: tuple[str, int, str, str],
+        spoken: str | None,
         request: gr.Request,
     ) -> Any:
         """What has changed since the last look, by component."""
@@ -260,11 +263,17 @@ def build(shared: Shared) -> None:
         said = queue.said(job) if job else "\n".join(seen.told) if seen else ""
         others = [f["title"] for f in seen.figures if f["title"] not in MAIN] if seen else []
         curve = curve if curve in others else others[0] if others else None
-        now = (run or "", seen.version if seen else -1, curve or "", f"{rows}{real}{hash(said)}{job}")
+        is_over = is_told(next((j for j in jobs if j.id == spoken), None))
+        now = (
+            run or "",
+            seen.version if seen else -1,
+            curve or "",
+            f"{rows}{real}{hash(said)}{job}{is_over}",
+        )
         if now == before:
             return gr.skip()  # of everything
         can_go_on = bool(path) and real in ("interrupted", "died", "failed") and not (job and job.is_open)
-        is_over = job is not None and not job.is_open and job.state != "done"
+        went_wrong = job is not None and not job.is_open and job.state != "done"
         open_jobs = [(f"{int(j.id)}: {j.title}", j.id) for j in jobs if j.state == "waiting"]
         ids = [id for _, id in open_jobs]
         chosen_job = picked if picked in ids else ids[0] if ids else None
@@ -273,7 +282,8 @@ def build(shared: Shared) -> None:
             stop: gr.Button(interactive=is_running and not is_stopping),
             stop_now: gr.Button(interactive=is_running and is_stopping),
             resume: gr.Button(interactive=can_go_on),
-            ended: job_box(queue, job) if is_over else "",
+            ended: job_box(queue, job) if went_wrong else "",
+            **({told: "", spoken_of: None} if is_over else {}),
             table: rows,
             waiting: gr.Dropdown(choices=open_jobs, value=chosen_job, visible=bool(ids)),
             cancel: gr.Button(visible=bool(ids)),
@@ -301,7 +311,7 @@ def build(shared: Shared) -> None:
 
     watched = [
         seen_before, stop, stop_now, resume, ended, table, waiting, cancel, log, state, *plots, other, other_plot,
-        answers,
+        answers, told, spoken_of,
     ]  # fmt: skip
     tab = get_render_context()
     assert isinstance(tab, gr.Tab)
@@ -310,7 +320,7 @@ def build(shared: Shared) -> None:
     gr.on(
         [tab.select, timer.tick, chosen.change, other.input],
         look,
-        inputs=[chosen, other, waiting, seen_before],
+        inputs=[chosen, other, waiting, seen_before, spoken_of],
         outputs=watched,
         trigger_mode="always_last",
         **QUIET,
@@ -333,18 +343,19 @@ def build(shared: Shared) -> None:
             job = start(workspace_of(request), layer, name)
             return [
                 queued(job, "It goes on when you close this page."),
-                job.run,
                 job.command,
+                job.id,
+                job.run,
             ]
 
-        return list(guarded(act, lambda said: [said, gr.skip(), gr.skip()]))
+        return list(guarded(act, lambda said: [said, gr.skip(), None, gr.skip()]))
 
-    begin.click(started, inputs=[shared.recipe, name], outputs=[told, shared.run, line], **PRIVATE)
+    begin.click(started, inputs=[shared.recipe, name], outputs=[told, line, spoken_of, shared.run], **PRIVATE)
 
     def acted(act: Any) -> Any:
         def on(run: str | None, request: gr.Request) -> list[Any]:
             workspace = workspace_of(request)
-            return list(guarded(lambda: act(workspace, run), lambda said: [said, gr.skip()]))
+            return list(guarded(lambda: act(workspace, run), lambda said: [said, gr.skip(), None]))
 
         return on
 
@@ -364,17 +375,17 @@ def build(shared: Shared) -> None:
                 ["Its newest checkpoint stays; Resume goes on from there."],
                 kind="warn",
             )
-            return [said, same]
+            return [said, same, job.id]
         said = box(
             "Asked to stop.",
             ["It finishes its step, saves, and ends; Resume goes on from there."],
             kind="note",
         )
-        return [said, same]
+        return [said, same, job.id]
 
     def go_on(workspace: Workspace, run: str | None) -> list[Any]:
         job = queue_of(workspace).resume(run_path(workspace, run))
-        return [queued(job), job.command]
+        return [queued(job), job.command, job.id]
 
     def call_off(workspace: Workspace, id: str | None) -> list[Any]:
         if not id:
@@ -384,10 +395,11 @@ def build(shared: Shared) -> None:
             raise InputError(
                 f"{job.title} is not waiting any more.", found=job.state, fix="Use Stop and save."
             )
-        return [box(f"{queue_of(workspace).stop(id).title}: canceled", kind="note"), gr.skip()]
+        return [box(f"{queue_of(workspace).stop(id).title}: canceled", kind="note"), gr.skip(), id]
 
     at_once = acted(lambda workspace, run: ask_to_stop(workspace, run, at_once=True))
-    stop.click(acted(ask_to_stop), inputs=[chosen], outputs=[told, line], **PRIVATE)
-    stop_now.click(at_once, inputs=[chosen], outputs=[told, line], **PRIVATE)
-    resume.click(acted(go_on), inputs=[chosen], outputs=[told, line], **PRIVATE)
-    cancel.click(acted(call_off), inputs=[waiting], outputs=[told, line], **PRIVATE)
+    answer = [told, line, spoken_of]
+    stop.click(acted(ask_to_stop), inputs=[chosen], outputs=answer, **PRIVATE)
+    stop_now.click(at_once, inputs=[chosen], outputs=answer, **PRIVATE)
+    resume.click(acted(go_on), inputs=[chosen], outputs=answer, **PRIVATE)
+    cancel.click(acted(call_off), inputs=[waiting], outputs=answer, **PRIVATE)

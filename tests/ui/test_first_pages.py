@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -585,3 +586,21 @@ def test_a_page_is_sent_fewer_pictures_of_answers_than_there_are_pieces(a_thousa
     turn = last[1]
     assert turn.is_whole
     assert (turn.base, turn.tuned) == ("base 999", "tuned 999")
+
+
+def test_nothing_is_seen_of_answers_whose_conversation_is_left(a_thousand_pieces, monkeypatch):
+    """Also where the browser is told their end after it was told to empty the page."""
+    monkeypatch.setattr(chat, "SHOWN_EVERY", 0)
+    page = SimpleNamespace(session_hash="one")
+    [ask], [ended, _] = (listeners_of("chat", name) for name in ("ask", "ended"))  # a click, another run
+    writing = ask("run", "how many?", [], None, None, "", 64, 0, 0, page)
+    next(writing)
+    next(writing)
+    leaving = threading.Thread(target=ended, args=(page,))
+    leaving.start()
+    assert chat._asking["one"].halted.wait(10)
+    [last] = writing
+    leaving.join(10)
+    assert last[0] == []
+    assert last[3] == chat.TRY
+    assert a_thousand_pieces == [True]

@@ -8,7 +8,7 @@ import html
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,21 @@ TRY = empty("No question yet.", "Ask something below: base and tuned model answe
 _loading = threading.Lock()
 _answering = threading.Lock()
 """One conversation at a time: the models share memory and cores."""
-_asking: dict[str, threading.Event] = {}
-"""What stops the answers of the pages, by Gradio's name for them, whose question is being answered. Gradio's own
-`cancels` leaves the generator where it is, so that nothing could be said of what is written."""
+
+
+@dataclass
+class Asking:
+    """A question that is being answered."""
+
+    halted: threading.Event = field(default_factory=threading.Event)
+    """Its answers end with the piece that is being written."""
+    is_left: bool = False
+    """Another conversation has begun: nothing more is to be seen of this one."""
+
+
+_asking: dict[str, Asking] = {}
+"""By Gradio's name for them the pages whose question is being answered. Gradio's own `cancels` leaves the generator
+where it is, so that nothing could be said of what is written."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +222,12 @@ def commands(
     return "\n".join(lines)
 
 
+def cleared() -> list[Any]:
+    """The page without a conversation: history, turn, preference, talk, both thumbs, question, note and command."""
+    off = gr.Button(interactive=False)
+    return [[], None, None, TRY, off, off, "", "", ""]
+
+
 def build(shared: Shared) -> None:
     """Fill the tab."""
     chosen = run_choice(shared, "chat")
@@ -257,29 +275,36 @@ def build(shared: Shared) -> None:
         run: str | None, asked: str, before: list[dict[str, str]], last: Turn | None, better: str | None,
         system: str, length: float, temperature: float, seed: float, request: gr.Request,
     ) -> Iterator[list[Any]]:  # fmt: skip
-        page, halted = str(request.session_hash), threading.Event()
-        _asking[page] = halted
+        page, asking = str(request.session_hash), Asking()
+        _asking[page] = asking
         try:
-            yield from answered(
-                workspace_of(request),
-                run,
-                asked,
-                before,
-                last,
-                better,
-                system,
-                length,
-                temperature,
-                seed,
-                halted,
-            )
+            with contextlib.closing(
+                answered(
+                    workspace_of(request),
+                    run,
+                    asked,
+                    before,
+                    last,
+                    better,
+                    system,
+                    length,
+                    temperature,
+                    seed,
+                    asking.halted,
+                )
+            ) as pictures:
+                for picture in pictures:
+                    if not asking.is_left:
+                        yield picture
+            if asking.is_left:
+                yield cleared()
         finally:  # also where the page is closed meanwhile
             _asking.pop(page, None)
 
     def answered(
         workspace: Workspace, run: str | None, asked: str, before: list[dict[str, str]], last: Turn | None,
         better: str | None, system: str, length: float, temperature: float, seed: float, halted: threading.Event,
-    ) -> Iterator[list[Any]]:  # fmt: skip
+    ) -> Generator[list[Any]]:  # fmt: skip
         off, nothing = gr.Button(interactive=False), gr.skip()
         page: Any = nothing
         try:
@@ -322,11 +347,13 @@ def build(shared: Shared) -> None:
 
     def halt_answers(request: gr.Request) -> None:
         """They end with the piece that is being written."""
-        if halted := _asking.get(str(request.session_hash)):
-            halted.set()
+        if asking := _asking.get(str(request.session_hash)):
+            asking.halted.set()
 
     def ended(request: gr.Request) -> None:
         """Stop, and wait until nothing more is said: what comes after it would open the page's turn again."""
+        if asking := _asking.get(str(request.session_hash)):
+            asking.is_left = True
         halt_answers(request)
         until = time.monotonic() + STOPPING
         while str(request.session_hash) in _asking and time.monotonic() < until:
@@ -334,12 +361,8 @@ def build(shared: Shared) -> None:
 
     halt.click(halt_answers, **QUIET)
 
-    def clear() -> list[Any]:
-        off = gr.Button(interactive=False)
-        return [[], None, None, TRY, off, off, "", "", ""]
-
     for event in (afresh.click, chosen.change):
-        event(ended, **PRIVATE).then(clear, outputs=outputs, **QUIET)
+        event(ended, **PRIVATE).then(cleared, outputs=outputs, **QUIET)
 
     def vote(side: str) -> Any:
         def on(last: Turn | None, request: gr.Request) -> list[Any]:

@@ -405,7 +405,7 @@ def test_a_run_says_at_its_end_how_far_the_plan_was_off(recipe):
         return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
     disk = kept["estimate"]["disk"]
-    assert 0 <= written(run / "best_model") - disk["best_model"] < 5_000  # its configuration
+    assert 0 <= written(run / "best_model") - disk["best_model"] < 8_000  # configuration, manifest
     assert sum(disk.values()) == pytest.approx(written(run), rel=0.05)
 
 

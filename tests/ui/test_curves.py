@@ -134,3 +134,15 @@ def test_thinning_keeps_ends_and_extremes(n):
     assert {(int(k), float(values[k])) for k in (0, n - 1, values.argmin(), values.argmax())} <= set(kept)
     assert [x for x, _ in kept] == sorted({x for x, _ in kept})
     assert all(values[x] == y for x, y in kept)
+
+
+def test_a_log_is_read_before_its_page_is_looked_at(tmp_path):
+    write(tmp_path / "events.jsonl", [step(n) for n in range(1, 50)])
+    curves.read_ahead(tmp_path)
+    for thread in threading.enumerate():
+        if thread.name == "read-ahead":
+            thread.join(10)
+    reader = curves.events_of(tmp_path)
+    assert reader.bytes_read == (tmp_path / "events.jsonl").stat().st_size
+    assert reader.look().step == 49
+    assert reader.bytes_read == (tmp_path / "events.jsonl").stat().st_size, "read once"

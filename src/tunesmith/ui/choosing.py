@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import logging
 import time
@@ -13,7 +14,7 @@ import gradio as gr
 
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.training.run import find_runs, is_run, open_run
-from tunesmith.ui import form
+from tunesmith.ui import curves, form
 from tunesmith.ui.jobs import Job, Queue
 from tunesmith.ui.shared import QUIET, Shared, box, problem
 from tunesmith.ui.workspace import Workspace, workspace_of
@@ -71,6 +72,8 @@ def keep_in_step(shared: Shared, tabs: Sequence[gr.Tab]) -> None:
     def refreshed(name: str | None, request: gr.Request) -> list[Any]:
         names = run_names(workspace_of(request))
         value = name if name in names else names[0] if names else None
+        with contextlib.suppress(InputError):  # none, or still to be made
+            curves.read_ahead(run_path(workspace_of(request), value))
         return [gr.Dropdown(choices=names, value=value) for _ in shared.run_choices]
 
     def turned(event: gr.SelectData) -> list[Any]:

@@ -311,6 +311,11 @@ def events_of(run: Path) -> Events:
     return Events(run / EVENTS)
 
 
+def read_ahead(run: Path) -> None:
+    """Begin to read the log of a run that a page has just been given: who turns to its curves finds it read."""
+    threading.Thread(target=events_of(run).look, name="read-ahead", daemon=True).start()
+
+
 def plotted(figure: Mapping[str, Any], *, height: int = 260) -> str:
     """A figure of the report as Plotly's JSON, for light and dark ground alike."""
     data, layout = figure["data"]["traces"], figure["data"]["layout"]

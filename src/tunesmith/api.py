@@ -1664,6 +1664,7 @@ def show(what: str, name: str | None = None) -> list[dict[str, Any]]:
 
 def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool) -> Result:
     """Drive the dataflow to the report, and leave a status whatever happens."""
+    quiet_libraries()
     with libraries.loading():
         from tunesmith.export.card import write_card
         from tunesmith.training import checkpoints, continuing

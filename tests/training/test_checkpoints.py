@@ -126,6 +126,9 @@ def test_weights_that_the_manifest_does_not_list_are_not_read(tmp_path, tiny_mod
     if lora:
         shutil.copy(point / "adapter_config.json", point / "stray")
     assert checkpoints.choose(run, "checkpoint-step-1") == point
+    assert checkpoints.choose(run, str(point)) == point
+    with pytest.raises(RunError, match="no checkpoint '/elsewhere/checkpoint-step-1'"):
+        checkpoints.choose(run, "/elsewhere/checkpoint-step-1")
     assert {e["message"].split()[0] for e in run.events() if e["kind"] == "warning"} >= {
         "checkpoint-step-1/pytorch_model.bin",
         "checkpoint-step-1/stray/adapter_model.safetensors",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import json
 import multiprocessing
@@ -351,6 +352,21 @@ def test_who_holds_a_run_is_told_with_the_time(tmp_path):
     assert run.state() == "died"
     with run.lock():  # a dead process holds nothing
         pass
+
+
+def test_a_run_that_may_only_be_read_has_a_state(tmp_path, monkeypatch):
+    run = create(Recipe(output_dir=str(tmp_path), name="archived"))
+    (run.path / ".holder").write_text("process 1")
+
+    def acquire(lock, **_):
+        raise OSError(errno.EROFS, "Read-only file system", lock.lock_file)
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    assert run.state() == "died"
+    with (run.path / ".lock").open("wb") as held:
+        assert run.state() == "died"
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert run.state() == "running"
 
 
 def test_a_reader_that_looks_does_not_keep_a_writer_out(tmp_path):

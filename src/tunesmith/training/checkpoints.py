@@ -319,7 +319,8 @@ def choose(run: Run, name: str = "latest") -> Path | None:
         return None
     if name != "latest":
         wanted = run.checkpoints / Path(name).name
-        if wanted not in folders:
+        is_path = Path(name).name != name  # of another run, perhaps
+        if wanted not in folders or (is_path and Path(name).expanduser().resolve() != wanted.resolve()):
             raise RunError(
                 f"The run {run.path} has no checkpoint '{name}'.",
                 found=", ".join(p.name for p in folders) or "no checkpoint",

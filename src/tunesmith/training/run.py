@@ -13,6 +13,7 @@ writer per run, by lock. What a run holds of somebody's data is theirs: its fold
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -261,6 +262,23 @@ class Run:
                 return False
         except Timeout:
             return True
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+            return self._is_locked_elsewhere()
+
+    def _is_locked_elsewhere(self) -> bool:
+        """Of a folder that this process may read only: whether another one holds it."""
+        import fcntl
+
+        try:
+            with (self.path / ".lock").open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # not even to be read, or never held
+            return False
+        return False
 
     def state(self) -> str:
         """`running`, `done`, `failed`, `interrupted`, or `died` for a run that ended without a word."""

@@ -376,6 +376,8 @@ class Rows:
     """A hash of what the rows are; none where it is not known."""
     alike: int = 0
     """How many rows of like length come together, where they do; 0 for as many as a pass has."""
+    any_order: bool = True
+    """Whether rows that are chosen for their lengths may come together."""
 
 
 @dataclass(frozen=True)
@@ -1291,10 +1293,19 @@ def batches(rows: Rows, training: Training, steps: int, *, pads: bool = False) -
     import numpy as np
     import torch
 
-    from tunesmith.training.order import by_length
+    from tunesmith.training.order import by_length, padding
 
     size, total = training.per_device_train_batch_size, len(rows.lengths)
-    alike = rows.order is None and (training.batches == "by_length" or (training.batches == "auto" and pads))
+    together = rows.alike or size
+    alike = rows.order is None and (
+        training.batches == "by_length"
+        or (
+            training.batches == "auto"
+            and pads
+            and rows.any_order
+            and padding(rows.lengths, together, seed=training.seed).is_worth
+        )
+    )
     if rows.answers:  # several answers to one prompt
         size = max(size // rows.group, 1)
     parts: list[Any] = []
@@ -1305,7 +1316,7 @@ def batches(rows: Rows, training: Training, steps: int, *, pads: bool = False) -
         if rows.order is not None:
             order = np.asarray(rows.order)
         elif alike:
-            order = np.asarray(by_length(rows.lengths, rows.alike or size, seed=training.seed, epoch=epoch))
+            order = np.asarray(by_length(rows.lengths, together, seed=training.seed, epoch=epoch))
         else:
             draw = torch.Generator().manual_seed(training.seed + epoch)
             order = torch.randperm(total, generator=draw).numpy()
@@ -1313,7 +1324,7 @@ def batches(rows: Rows, training: Training, steps: int, *, pads: bool = False) -
         starts += range(begun, begun + len(parts[-1]), size)
         done += -(-len(parts[-1]) // (times * size))  # a step ends with its epoch
         begun, epoch = begun + len(parts[-1]), epoch + 1
-    return Batches(np.concatenate(parts), np.asarray(starts), max(done, 1), -(-total // size), bool(alike))
+    return Batches(np.concatenate(parts), np.asarray(starts), max(done, 1), -(-total // size), alike)
 
 
 @dataclass(frozen=True)

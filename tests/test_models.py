@@ -324,11 +324,11 @@ def test_of_a_model_that_sees_pictures_the_layers_of_the_text_are_counted_and_fr
     }
     text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 70}
     sees = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
-    config = transformers.Gemma3Config(
+    config = tf.Gemma3Config(
         text_config=text, vision_config={**sees, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=1
     )
     with torch.device("meta"):
-        model = transformers.Gemma3ForConditionalGeneration(config)
+        model = tf.Gemma3ForConditionalGeneration(config)
     found = models.describe(model)
     assert (found.layers, found.context_length) == (2, 70)
     # Those that look at pictures are more, and larger.

@@ -156,23 +156,35 @@ def _physical() -> int:
         return 8 * GIB
 
 
-CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+CONTAINERS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
+"""Where Linux tells of a container: folder, files with the limit and with what is held, prefix of the numbers in
+`memory.stat`; of the second and of the first version of its groups."""
 
 
 def available() -> int:
-    """Bytes that this process can come to hold: what is free and what it holds, within its container's limit."""
-    total = _physical()
-    for file in map(Path, CGROUPS):
-        try:
-            total = min(total, int(file.read_text()))
-        except (OSError, ValueError):
-            continue
-    try:
-        said = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(said["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return total
-    return min(total, free + resident())
+    """Bytes that this process can come to hold: what is free and what it holds, on the machine and within its
+    container's limit, of which other processes of the container hold a part."""
+    own, rooms = resident(), [_physical()]
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        rooms.append(_numbers(Path("/proc/meminfo"))["MemAvailable:"] * 1024 + own)
+    for folder, limit, held_by_all, prefix in CONTAINERS:
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            most = int(Path(folder, limit).read_text())  # "max" where there is none
+            rooms.append(most)
+            counts = _numbers(Path(folder, "memory.stat"))
+            # Pages of files are given up where memory is short.
+            files = sum(counts[f"{prefix}{kind}_file"] for kind in ("active", "inactive"))
+            rooms.append(most - int(Path(folder, held_by_all).read_text()) + files + own)
+    return max(min(rooms), own)
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """A system's file of a name and a number a line."""
+    lines = (line.split() for line in file.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1}
 
 
 def held() -> int:

@@ -73,7 +73,11 @@ def test_what_others_hold_of_a_gpu_is_not_to_be_had(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
     found = devices.here("cuda")
-    assert (found.name, found.memory) == ("h100-pcie-80gb", 21 * 2**30)
+    assert (found.name, found.memory, found.assumed) == ("h100-pcie-80gb", 21 * 2**30, "")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU of 2031")
+    found = devices.here("cuda")
+    assert (found.name, found.memory) == ("some gpu of 2031", 21 * 2**30)
+    assert "300 GB/s" in found.assumed
 
 
 @pytest.mark.parametrize(("version", "prefix"), [(2, ""), (1, "total_")])

@@ -41,6 +41,8 @@ class DeviceFacts:
     """Seconds that an operation costs at least."""
     reserved: int = 0
     """Bytes that the driver and the library take before anything is held."""
+    assumed: str = ""
+    """What stands for the speed of a device that nothing is known of."""
 
     def peak(self, dtype: str) -> float:
         """FLOPs a second in products of this type, in float32 where it has no units for it."""
@@ -128,10 +130,12 @@ def here(kind: str) -> DeviceFacts:
         found = titled(title, total)
         if found:
             return replace(found, memory=room)
-        return DeviceFacts(
-            title.lower(), "cuda", room, 300e9, {"float32": 8e12, "float16": 30e12, "bfloat16": 30e12}
-        )
-    return DeviceFacts("mps", "mps", int(0.75 * _physical()), 68e9, DEVICES["m1-16gb"].peaks, launch=2e-5)
+        peaks = {"float32": 8e12, "float16": 30e12, "bfloat16": 30e12}
+        assumed = "30 TFLOP/s in 16 bits, 8 in float32 and 300 GB/s are taken"
+        return DeviceFacts(title.lower(), "cuda", room, 300e9, peaks, assumed=assumed)
+    return replace(
+        DEVICES["m1-16gb"], name="mps", memory=int(0.75 * _physical()), assumed="that of an M1 is taken"
+    )
 
 
 def titled(title: str, memory: int) -> DeviceFacts | None:

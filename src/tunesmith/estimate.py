@@ -27,7 +27,7 @@ from tunesmith import parallel, scaling
 from tunesmith.devices import DeviceFacts
 from tunesmith.errors import OutOfResources, TunesmithError
 from tunesmith.heap import Block, most_held
-from tunesmith.plan import Plan, weights_dtype
+from tunesmith.plan import Plan, computed_in, weights_dtype
 from tunesmith.recipe import DDP, FSDP, PRINCIPAL, DeepSpeed, LoRA, Model, QLoRA, Ray, Recipe, Training
 from tunesmith.training.run import SAMPLE_TOKENS
 
@@ -501,37 +501,36 @@ def _changed(model: Model) -> int:
     return config.stat().st_mtime_ns if config.is_file() else 0
 
 
-def trace(
-    recipe: Recipe, build: Build, rows: Rows, *, facts: DeviceFacts, dtype: str, precision: str, batch: Sequence[int],
-    cut: float = 1.0, validates: bool = True,
-) -> Traced:  # fmt: skip
-    """One micro-step and one validation batch of the recipe's trainer, on rows of these numbers; that of before, where
-    nothing has changed that it depends on. `cut` shortens the rows to this share of the widest."""
-    key = _depends_on(recipe, rows, facts.kind, dtype, precision, tuple(batch), cut, validates)
-    if not key or key not in _TRACES:
-        found = _traced(
-            recipe,
-            build,
-            rows,
-            facts=facts,
-            dtype=dtype,
-            precision=precision,
-            batch=batch,
-            cut=cut,
-            validates=validates,
-        )
-        if not key:
-            return found
+@dataclass(frozen=True)
+class Asked:
+    """What is to be traced of a recipe."""
+
+    kind: str
+    """Of device."""
+    dtype: str
+    precision: str
+    batch: tuple[int, ...]
+    """Numbers of the rows."""
+    cut: float = 1.0
+    """Share of the widest row to which the rows are shortened."""
+    validates: bool = True
+
+
+def trace(recipe: Recipe, build: Build, rows: Rows, asked: Asked) -> Traced:
+    """One micro-step and one validation batch of the recipe's trainer; that of before, where nothing has changed that
+    it depends on."""
+    key = _depends_on(recipe, rows, asked)
+    if not key:
+        return _traced(recipe, build, rows, asked)
+    if key not in _TRACES:
+        found = _traced(recipe, build, rows, asked)
         while len(_TRACES) >= KEPT_TRACES:
             _TRACES.pop(next(iter(_TRACES)))
         _TRACES[key] = found
     return _TRACES[key]
 
 
-def _traced(
-    recipe: Recipe, build: Build, rows: Rows, *, facts: DeviceFacts, dtype: str, precision: str, batch: Sequence[int],
-    cut: float = 1.0, validates: bool = True,
-) -> Traced:  # fmt: skip
+def _traced(recipe: Recipe, build: Build, rows: Rows, asked: Asked) -> Traced:
     import torch
 
     from tunesmith.methods import METHODS
@@ -540,10 +539,10 @@ def _traced(
 
     notes: list[str] = []
     with undisturbed(), tempfile.TemporaryDirectory(prefix="tunesmith-plan-") as folder, torch.enable_grad():
-        model = hollow(recipe, dtype)
+        model = hollow(recipe, asked.dtype)
         vocabulary = model.config.get_text_config().vocab_size
-        kernel = "cpu" if facts.kind == "cpu" else "cuda"
-        autocast = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+        kernel = "cpu" if asked.kind == "cpu" else "cuda"
+        autocast = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(asked.precision)
         with counting(vocabulary=vocabulary, kernel=kernel, autocast=autocast) as count:
             trainer = build(recipe, model, Path(folder))
             model = trainer.model
@@ -556,13 +555,13 @@ def _traced(
             others = [m for m in vars(trainer).values() if isinstance(m, torch.nn.Module)]
             held = {id(p): p for m in (model, *others) for p in (*m.parameters(), *m.buffers())}
             weights = count.known(held.values())
-            weights += _references(recipe, model, dtype)
+            weights += _references(recipe, model, asked.dtype)
             size = recipe.training.per_device_train_batch_size
             if rows.answers:
                 inputs = _answered(max(rows.lengths), rows.answers, size, rows.group, vocabulary)
             else:
-                inputs = trainer.data_collator(rows_by_number(trainer.train_dataset, batch))
-            inputs = _shortened(inputs, cut)
+                inputs = trainer.data_collator(rows_by_number(trainer.train_dataset, asked.batch))
+            inputs = _shortened(inputs, asked.cut)
             items = _labels(inputs)
             start = count.clock
             trainer.training_step(model, dict(inputs), num_items_in_batch=items)
@@ -576,11 +575,11 @@ def _traced(
                 writing = _writing(model, count, max(size if rows.answers else recipe.evaluation.samples, 1))
             validation = 0
             validation_costs: Costs = ()
-            if validates and rows.validation and trainer.eval_dataset is not None and not rows.answers:
-                asked = _longest(rows.validation, recipe.training.per_device_eval_batch_size)
-                given = trainer.data_collator(rows_by_number(trainer.eval_dataset, asked))
+            if asked.validates and rows.validation and trainer.eval_dataset is not None and not rows.answers:
+                numbers = _longest(rows.validation, recipe.training.per_device_eval_batch_size)
+                given = trainer.data_collator(rows_by_number(trainer.eval_dataset, numbers))
                 try:
-                    validation, validation_costs = _validating(trainer, _shortened(given, cut), count)
+                    validation, validation_costs = _validating(trainer, _shortened(given, asked.cut), count)
                 except (RuntimeError, NotImplementedError, TypeError) as error:
                     notes.append(f"a validation was not traced: {str(error).splitlines()[0][:120]}")
         trainer.processing_class.save_pretrained(Path(folder) / "tokenizer")
@@ -905,20 +904,21 @@ def estimate(
 
     dtype, precision, total_steps = plan.dtype, plan.mixed_precision, plan.total_steps
 
-    def held_in(changed: Recipe) -> str:
-        return weights_dtype(changed.model.dtype, changed.adapter.kind, facts.kind, precision)[0]
+    def types(changed: Recipe) -> tuple[str, str]:
+        """Of the weights and of mixed precision."""
+        asked = changed.training.mixed_precision
+        held, _ = weights_dtype(changed.model.dtype, changed.adapter.kind, facts.kind, asked)
+        return held, computed_in(asked, facts.kind)
 
     def traced_as(
         changed: Recipe, rows_in_batch: Sequence[int], cut: float = 1.0, validates: bool = True
     ) -> Traced:
-        return trace(
-            changed, build, rows, facts=facts, dtype=held_in(changed), precision=precision, batch=rows_in_batch,
-            cut=cut, validates=validates,
-        )  # fmt: skip
+        asked = Asked(facts.kind, *types(changed), tuple(rows_in_batch), cut, validates)
+        return trace(changed, build, rows, asked)
 
     def lowers(changed: Recipe) -> bool:
         """Whether weights of float32 are sent in bfloat16."""
-        return precision == "bf16" and held_in(changed) == "float32"
+        return types(changed) == ("float32", "bf16")
 
     found_batches = batches(rows, recipe.training, total_steps)
     batch = found_batches.fullest(rows.lengths, pads=False)
@@ -989,6 +989,8 @@ def estimate(
     if recipe.training.load_best_model_at_end:
         written += (validations + 1) * model
     notes += [*several_notes(recipe, plan, facts, traced.weights), *traced.notes, *rows_notes(rows, recipe)]
+    if facts.assumed:
+        notes.append(f"how fast {facts.name} is, is not known: {facts.assumed}, until steps are measured")
     result = Estimate(
         device=facts.name,
         capacity=facts.memory,
@@ -1027,7 +1029,7 @@ def estimate(
             return most_of(stages_of(changed, again, own))
 
         fixed = held if facts.kind == "cpu" else facts.reserved
-        changes = list(_changes(recipe, result.longest, several))
+        changes = list(_changes(recipe, result.longest, several, facts.kind))
         result = replace(result, remedies=tuple(_remedies(result, changes, peak_of, fixed)))
     return result
 
@@ -1542,9 +1544,9 @@ def _remedies(
     return [*fits, *sorted(less, key=lambda one: one.peak)[: MOST_REMEDIES - len(fits)]]
 
 
-def _changes(recipe: Recipe, longest: int, processes: int) -> Iterator[Change]:
-    """Changes in order of harm: the same maths in smaller pieces, in shares of several processes, more time, fewer
-    trained weights, coarser weights, shorter rows."""
+def _changes(recipe: Recipe, longest: int, processes: int, device: str) -> Iterator[Change]:
+    """Changes in order of harm: the same maths in smaller pieces, in shares of several processes, more time, coarser
+    products and states, fewer trained weights, coarser weights, shorter rows."""
     rows, times = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
     for few in (1, 2):
         if rows > few:
@@ -1568,6 +1570,14 @@ def _changes(recipe: Recipe, longest: int, processes: int) -> Iterator[Change]:
         yield Change(
             "again", said, "--gradient-checkpointing", {"training": {"gradient_checkpointing": True}}
         )
+    if device == "cuda" and recipe.training.mixed_precision == "no":
+        base = " and a frozen base" if isinstance(recipe.adapter, LoRA) else ""
+        for precision in ("bf16", "fp16"):  # which older GPUs lack, as is found when it is tried
+            said, flags = f"products{base} in 16 bits, which is faster too", f"--mixed-precision {precision}"
+            yield Change("precision", said, flags, {"training": {"mixed_precision": precision}})
+    if device == "cuda" and STATES[recipe.training.optimizer] == 8 and not isinstance(recipe.adapter, LoRA):
+        said, flags = "optimizer states in 8 bits", "--set training.optimizer=adamw_bnb_8bit"
+        yield Change("states", said, flags, {"training": {"optimizer": "adamw_bnb_8bit"}})
     if not isinstance(recipe.adapter, LoRA):
         yield Change("adapter", "an adapter instead of all weights", "--lora", {"adapter": LoRA()})
     if not isinstance(recipe.adapter, QLoRA):

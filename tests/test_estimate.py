@@ -318,6 +318,16 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(recipe, monkeypat
     assert not (tmp_path / "runs/planned/checkpoints").exists()
 
 
+def test_answers_are_written_by_whole_weights(recipe, tiny_model_folder):
+    """Whatever the training packs; where they do not fit, the comparison may be made elsewhere."""
+    asked = recipe(adapter={"kind": "qlora"}, evaluation={"skip": False, "max_new_tokens": 8})
+    stages = planned(asked, device="h100").stages
+    adapter = stages["training"]["optimizer"] // 2
+    assert 0 <= stages["answering"]["weights"] - adapter - 2 * parameters(tiny_model_folder) < 2000
+    last = list(estimating._changes(asked, 99, 1, "cuda"))[-1]
+    assert (last.flags, last.fields) == ("--set evaluation.skip=true", {"evaluation": {"skip": True}})
+
+
 def test_16_bits_come_before_fewer_weights_where_a_gpu_has_them(recipe, monkeypatch):
     """A frozen base takes half of the memory then; a GPU that has no bfloat16 is offered the other type."""
     kinds = [change.kind for change in estimating._changes(recipe(), 99, 1, "cuda")]

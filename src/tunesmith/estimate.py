@@ -773,7 +773,8 @@ def stages(
             **fixed, "weights": traced.weights, "optimizer": optimizer, "evaluation": traced.validation,
         }  # fmt: skip
     if evaluation:
-        found["answering"] = {**fixed, "weights": traced.weights, **evaluation}
+        tuned = traced.saved if isinstance(recipe.adapter, LoRA) else 0
+        found["answering"] = {**fixed, **evaluation, "weights": evaluation["weights"] + tuned}
     replayed = None
     if on_cpu:
         asked = (
@@ -825,7 +826,8 @@ SPREAD = {"cpu": 0.03, "cuda": 0.03, "mps": 0.05}
 
 
 def answering(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> tuple[Parts, list[str]]:
-    """Bytes that writing answers to the held-out questions takes beside the weights, and what is not known."""
+    """Bytes that writing answers to the held-out questions takes, and what is not known. Base and tuned model are
+    loaded for it one after the other, in whole weights, whatever the training packs."""
     from tunesmith.methods import METHODS
 
     questions = _questions(recipe, rows)
@@ -851,7 +853,7 @@ def _questions(recipe: Recipe, rows: Rows) -> int:
 
 @functools.lru_cache(KEPT_TRACES)
 def _answering(section: Model, changed: int, kind: str, dtype: str, sizes: tuple[int, int, int]) -> Parts:
-    """Bytes that a batch of rows, a question's width and new tokens takes beside the weights, by part."""
+    """Bytes that a batch of rows, a question's width and new tokens takes, by part."""
     import torch
 
     from tunesmith import models
@@ -865,7 +867,7 @@ def _answering(section: Model, changed: int, kind: str, dtype: str, sizes: tuple
         vocabulary = model.config.get_text_config().vocab_size
         ids = torch.ones(rows, width, dtype=torch.long)
         with torch.no_grad(), counting(vocabulary=vocabulary, kernel=kind) as count:
-            count.known([*model.parameters(), *model.buffers()])
+            weights = count.known([*model.parameters(), *model.buffers()])
             try:
                 out = model(
                     input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1
@@ -879,7 +881,7 @@ def _answering(section: Model, changed: int, kind: str, dtype: str, sizes: tuple
     layers = max(int(getattr(model.config.get_text_config(), "num_hidden_layers", 1)), 1)
     # A layer's keys and values are there twice while a token is joined to them.
     cached = int(grown * (1 + 1 / layers))
-    return {"cache": cached, "evaluation": max(most - cached, 0)}
+    return {"weights": weights, "cache": cached, "evaluation": max(most - cached, 0)}
 
 
 def estimate(
@@ -1024,8 +1026,7 @@ def estimate(
             batch = _longest(rows.lengths, changed.training.per_device_train_batch_size)
             cut = min(changed.data.max_length / result.longest, 1.0)
             again = traced_as(changed, batch, cut, validates=result.stage == "validating")
-            fewer = changed.evaluation.batch_tokens < recipe.evaluation.batch_tokens
-            own = {name: b // FEWER for name, b in answers.items()} if fewer else answers
+            own, _ = answering(changed, rows, facts=facts, dtype=types(changed)[0])
             return most_of(stages_of(changed, again, own))
 
         fixed = held if facts.kind == "cpu" else facts.reserved
@@ -1546,7 +1547,7 @@ def _remedies(
 
 def _changes(recipe: Recipe, longest: int, processes: int, device: str) -> Iterator[Change]:
     """Changes in order of harm: the same maths in smaller pieces, in shares of several processes, more time, coarser
-    products and states, fewer trained weights, coarser weights, shorter rows."""
+    products and states, fewer trained weights, coarser weights, shorter rows, no proof."""
     rows, times = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
     for few in (1, 2):
         if rows > few:
@@ -1589,3 +1590,7 @@ def _changes(recipe: Recipe, longest: int, processes: int, device: str) -> Itera
     yield Change(
         "length", f"rows cut at {half} tokens", f"--max-length {half}", {"data": {"max_length": half}}
     )
+    if not recipe.evaluation.skip:
+        said = "no comparison in the run, for which `tunesmith evaluate RUN` makes up on a larger machine"
+        flags = "--set evaluation.skip=true"
+        yield Change("measuring", said, flags, {"evaluation": {"skip": True}})

@@ -12,6 +12,7 @@ from tunesmith import forward
 from tunesmith.forward import cuda, tree
 from tunesmith.forward.attention import rows_attention
 from tunesmith.forward.cuda import Asked
+from tunesmith.training import gpu
 
 HEADS, SHARED, WIDTH = 4, 2, 16
 
@@ -283,6 +284,7 @@ def test_a_flash_attention_that_does_not_load_costs_one_sentence(monkeypatch, tm
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10\\nmore')")
     monkeypatch.syspath_prepend(str(tmp_path))
     cuda.flash_function.cache_clear()
+    gpu.broken.cache_clear()
     try:
         assert cuda.flash_function() == (
             None,
@@ -290,6 +292,7 @@ def test_a_flash_attention_that_does_not_load_costs_one_sentence(monkeypatch, tm
         )
     finally:
         cuda.flash_function.cache_clear()
+        gpu.broken.cache_clear()
 
 
 def test_a_run_on_cuda_is_told_its_kernel(monkeypatch):

@@ -312,3 +312,24 @@ def test_a_hostile_model_of_the_hub_is_refused_as_a_folder_is(of_the_hub, tmp_pa
     for load in (models.configuration, models.load_tokenizer, models.load_model, models.kind):
         with pytest.raises(ModelError, match=said):
             load("me/mine")
+
+
+def test_of_a_model_that_sees_pictures_the_layers_of_the_text_are_counted_and_frozen():
+    text = {
+        "vocab_size": 90,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 70}
+    sees = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = tf.Gemma3Config(
+        text_config=text, vision_config={**sees, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=1
+    )
+    with torch.device("meta"):
+        model = tf.Gemma3ForConditionalGeneration(config)
+    found = models.describe(model)
+    assert (found.layers, found.context_length) == (2, 70)
+    # Those that look at pictures are more, and larger.
+    assert models.decoder_layers(model) is model.model.language_model.layers

@@ -1680,6 +1680,7 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
         try:
             for note in launch.settle(recipe.training):
                 run.event("warning", message=note)
+            libraries.read_ahead(recipe.model.base, recipe.model.revision)
             if fresh:
                 preflight.check(recipe)
             else:

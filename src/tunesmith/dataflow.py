@@ -53,15 +53,12 @@ from tunesmith.plan import Decision, Plan
 from tunesmith.recipe import FSDP, SFT, DeepSpeed, QLoRA, Recipe, Tracking, Training
 from tunesmith.training import continuing, gpu
 from tunesmith.training.fit import Fit, arguments, finished, fit
-from tunesmith.training.order import by_length, order_by_length
+from tunesmith.training.order import order_by_length, padding
 from tunesmith.training.retaking import Lacking, attempted, retaken
 from tunesmith.training.run import Run
 
 if TYPE_CHECKING:
     from tunesmith.training.steps import Rehearsal
-
-PADDING_WORTH = 0.05
-"""Share of a batch that has to be saved in padding for `training.batches: auto` to put rows of like length together."""
 
 
 def splits(recipe: Recipe) -> data.Splits:
@@ -203,6 +200,7 @@ def estimate(
         order=shuffled(len(encodings.train), training.seed) if recipe.method.kind == "kto" else None,
         identity=encodings.fingerprint,
         alike=alike,
+        any_order=_comes_in_any_order(recipe),
     )
     here = measured and not device
     try:
@@ -863,24 +861,27 @@ def _trainer(
 
     pads = trainer.pads = forward.attach(trainer, run, recipe.training)
     wanted = recipe.training.batches
-    if wanted == "by_length" or (wanted == "auto" and pads and not packing and recipe.method.any_order):
+    if wanted == "by_length" or (wanted == "auto" and pads and _comes_in_any_order(recipe)):
         rows = _row_lengths(method, encodings.train, packing)
         batch = recipe.training.per_device_train_batch_size
         _order(trainer, run, rows, batch, is_asked=wanted == "by_length")
     return trainer
 
 
+def _comes_in_any_order(recipe: Recipe) -> bool:
+    """Whether rows that are chosen for their lengths may come together."""
+    return recipe.method.any_order and not recipe.data.packing
+
+
 def _order(trainer: Any, run: Run, lengths: Sequence[int], batch: int, *, is_asked: bool) -> None:
     """Have rows of like length come together, where that was asked or leaves much less padding; keep why."""
-    seed = trainer.args.seed
-    order = by_length(lengths, batch, seed=seed, epoch=0)
-    alike = padded_share([lengths[n] for n in order], batch)
-    mixed = padded_share(np.random.default_rng(seed).permutation(lengths), batch)
-    orders = is_asked or mixed - alike >= PADDING_WORTH
+    found = padding(lengths, batch, seed=trainer.args.seed)
+    orders = is_asked or found.is_worth
     if orders:
         order_by_length(trainer, lengths, batch)
     why = (
-        f"padding is {alike:.1%} of a padded batch of like lengths, {mixed:.1%} where any rows come together"
+        f"padding is {found.alike:.1%} of a padded batch of like lengths, {found.mixed:.1%} where any rows come "
+        "together"
     )
     run.event("decision", name="batches", value="by length" if orders else "shuffled", reason=why)
 

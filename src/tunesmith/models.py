@@ -1102,7 +1102,8 @@ def layer_stacks(model: Any) -> list[Any]:
     """
     if is_seq2seq(model):
         return [_largest_stack(half, model, None) for half in _halves(model)]
-    return [_largest_stack(model, model, getattr(model.config, "num_hidden_layers", None))]
+    # Of a model that sees pictures too the layers that write.
+    return [_largest_stack(model, model, getattr(model.config.get_text_config(), "num_hidden_layers", None))]
 
 
 def decoder_layers(model: Any) -> Any:
@@ -1130,7 +1131,8 @@ def _largest_stack(part: Any, model: Any, count: int | None) -> Any:
 def describe(model: Any) -> Description:
     """The model in numbers."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = int(getattr(base.config, "num_hidden_layers", 0) or 0)
+    config = base.config.get_text_config()  # of a model that sees pictures too
+    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
     if is_seq2seq(base):
         layers = sum(len(stack) for stack in layer_stacks(base))
     return Description(
@@ -1138,7 +1140,7 @@ def describe(model: Any) -> Description:
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         layers=layers,
-        context_length=getattr(base.config, "max_position_embeddings", None),
+        context_length=getattr(config, "max_position_embeddings", None),
     )
 
 

@@ -147,7 +147,7 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 else:
                     chosen.append(index)
             args = (args[0], chosen, *args[2:])
-        if packet in (aten.copy_, aten._foreach_copy_) and len(args) > 1 and args[0].device != META:
+        if packet is aten.copy_ and args[0].device != META:
             return (args[0].to(META), *args[1:]), given
         return tree_map(_hollow, args), tree_map(_hollow, given)
 

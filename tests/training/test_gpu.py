@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tunesmith import devices
-from tunesmith.errors import MissingExtra, OutOfResources
+from tunesmith.errors import MissingExtra, OutOfResources, TunesmithError
 from tunesmith.estimate import STATES, state_bytes
 from tunesmith.recipe import Model, Training
 from tunesmith.training import gpu
@@ -46,6 +46,25 @@ def test_a_package_that_is_not_installed_costs_one_sentence(options, package, in
     assert fix.endswith(f"pip install {install}")
     # A plan for a machine that is elsewhere does not ask what is installed here.
     assert checked(**options, elsewhere=devices.named("h100-80gb")) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "module"),
+    [({"optimizer": "adamw_torch_4bit"}, "torchao"), ({"kernels": "liger"}, "liger_kernel")],
+)
+def test_a_package_that_cannot_be_loaded_costs_one_sentence(options, module, tmp_path, monkeypatch):
+    (tmp_path / f"{module}.py").write_text("raise RuntimeError('0 active drivers ([])\\nmore of it')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    gpu.broken.cache_clear()
+    try:
+        with pytest.raises(TunesmithError) as error:
+            checked(**options)
+    finally:
+        gpu.broken.cache_clear()
+    assert error.value.problem.endswith("which is installed and cannot be loaded.")
+    assert error.value.found == "0 active drivers ([])"
+    assert "--set training." in error.value.fix
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from tunesmith.training.run import Run
 COVERED = {
     "gemma",
     "gemma2",
+    "gemma3",
     "gemma3_text",
     "gpt2",
     "llama",
@@ -406,7 +407,7 @@ def uncovered(trainer: Any, model: Any) -> str | None:
         and not _settings(model).keys() >= SETTINGS
     ):
         return "this method asks its model for more than log-probabilities"
-    if getattr(model.config, "use_bidirectional_attention", None):
+    if getattr(model.config.get_text_config(), "use_bidirectional_attention", None):
         return "tokens see what follows them"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return "weights are spread over processes"
@@ -414,8 +415,9 @@ def uncovered(trainer: Any, model: Any) -> str | None:
         return "NEFTune's noise is measured by the length of padded rows"
     if not is_reward(model) and isinstance(model.get_output_embeddings(), BaseTunerLayer):
         return "the head has an adapter"
-    if model.config._attn_implementation_internal not in ("sdpa", "eager", "flash_attention_2"):
-        return f"the attention {model.config._attn_implementation_internal} was asked for"
+    asked = model.config.get_text_config()._attn_implementation_internal
+    if asked not in ("sdpa", "eager", "flash_attention_2"):
+        return f"the attention {asked} was asked for"
     return None
 
 

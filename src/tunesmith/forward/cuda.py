@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.forward.tree import Layout
+from tunesmith.training import gpu
 
 Kernel = Literal["flash", "varlen", "flex", "rows"]
 
@@ -105,11 +106,12 @@ def flash_function() -> tuple[Callable[..., Any] | None, str]:
     """FlashAttention's function for rows of various lengths, or why there is none."""
     if importlib.util.find_spec("flash_attn") is None:
         return None, "FlashAttention (flash-attn) is not installed"
+    if why := gpu.broken("flash_attn"):
+        return None, f"FlashAttention is installed and cannot be loaded ({why})"
     try:
         from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
-    except (ImportError, OSError) as error:  # built for another torch
-        said = next(iter(str(error).splitlines()), "")[:120]
-        return None, f"FlashAttention is installed and cannot be loaded ({said})"
+    except ImportError:
+        return None, "the installed FlashAttention has no function for rows of various lengths"
     return flash_attn_varlen_func, ""
 
 

@@ -7,6 +7,7 @@ What only changes the speed is replaced where it is not to be had, and said. Wha
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.devices import DeviceFacts
-from tunesmith.errors import MissingExtra, OutOfResources
+from tunesmith.errors import MissingExtra, OutOfResources, TunesmithError
 from tunesmith.recipe import Model, Training
 
 if TYPE_CHECKING:
@@ -36,12 +37,29 @@ class Need:
     install: str = INSTALL
 
     def check(self, option: str, where: str, *, here: bool, fix: str) -> None:
-        """Raises OutOfResources on another device, and MissingExtra where the package is not installed `here`."""
+        """Raises OutOfResources on another device, and `here` MissingExtra where the package is not installed, or a
+        TunesmithError where it cannot be loaded."""
         if where not in self.devices:
             what = " or ".join({"cuda": "a CUDA device", "cpu": "a CPU"}[kind] for kind in self.devices)
             raise OutOfResources(f"{option} needs {what}.", found=f"device '{where}'", fix=fix)
         if here and importlib.util.find_spec(self.module) is None:
             raise MissingExtra(self.package, option, install=self.install)
+        if here and (why := broken(self.module)):
+            raise TunesmithError(
+                f"{option} needs the package '{self.package}', which is installed and cannot be loaded.",
+                found=why,
+                fix=f"{fix}, or install one that fits this machine's torch: pip install {self.install}",
+            )
+
+
+@functools.cache
+def broken(module: str) -> str | None:
+    """Why an installed package cannot be loaded, such as one that was built for another torch; None where it can."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # of the package, its libraries, the driver: whatever it is, it does not load
+        return next(iter(str(error).splitlines()), "")[:160] or type(error).__name__
+    return None
 
 
 _BITSANDBYTES = Need("bitsandbytes", "bitsandbytes", ("cuda", "cpu"))
@@ -60,7 +78,7 @@ def checked(
 ) -> list[tuple[str, str, str]]:
     """Name, value and reason of what a recipe comes to on a device, this machine's or one that is `elsewhere`.
 
-    Raises OutOfResources and MissingExtra for what is not to be had there.
+    Raises OutOfResources, MissingExtra and other TunesmithErrors for what is not to be had there.
     """
     here = elsewhere is None
     found: list[tuple[str, str, str]] = []

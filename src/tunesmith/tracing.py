@@ -400,11 +400,11 @@ class FourBit(torch.nn.Linear):
         self.bias = plain.bias
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """The product with unpacked weights."""
+        """The product with unpacked weights, in the type of what is given."""
         shape = (self.out_features, self.in_features)
         unpacked: Any = _Unpacked.apply
         out: torch.Tensor = unpacked(input.to(self.computed), shape)
-        return out if self.bias is None else out + self.bias
+        return (out if self.bias is None else out + self.bias).to(input.dtype)
 
 
 class _Unpacked(torch.autograd.Function):

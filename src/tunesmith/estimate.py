@@ -316,10 +316,13 @@ def truth(
     that they are left out."""
     if not planned or not planned["stages"]:
         return {}
-    reserved = planned["stages"][planned["stage"]].get(
-        "reserved", 0
-    )  # the driver's, which torch does not count
-    expected = planned["peak"] - reserved
+    stages = planned["stages"]
+    if not any("process" in parts for parts in stages.values()):
+        # A GPU's peak is that of the training alone (`fit.forget_peak`), and what the driver takes torch does not count.
+        stages = {
+            name: {**parts, "reserved": 0} for name, parts in stages.items() if name != "answering"
+        } or stages
+    expected = most_of(stages)
     memory = expected / max(fitted.peak_memory, 1) - 1
     found: dict[str, Any] = {"peak_memory": fitted.peak_memory, "memory_error": round(memory, 4)}
     said = f"memory {size(expected)} planned, {size(fitted.peak_memory)} held at most"

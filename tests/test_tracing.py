@@ -125,6 +125,17 @@ def head_of_a_step(device):
     (-found.log_probs.sum() / 40).backward()
 
 
+def test_a_hollow_head_under_autocast_takes_what_a_real_one_takes():
+    found = {}
+    for device, autocast in (("cpu", None), ("meta", torch.bfloat16)):
+        real = torch.autocast("cpu", torch.bfloat16, enabled=device == "cpu")
+        with counting(vocabulary=300, autocast=autocast) as count, real:
+            head_of_a_step(device)
+        found[device] = count.live()[0]
+    assert found["meta"] == pytest.approx(found["cpu"], rel=0.03)
+    assert head._type(torch.empty(1, device="meta")) == torch.float32
+
+
 def attention_of_a_step(device, dropout):
     torch.manual_seed(0)
     states = torch.ones(1, 4, 50, 16, device=device, requires_grad=True)

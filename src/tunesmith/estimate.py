@@ -318,7 +318,7 @@ def truth(
         return {}
     stages = planned["stages"]
     if not any("process" in parts for parts in stages.values()):
-        # A GPU's peak is that of the training alone (`fit.forget_peak`), and what the driver takes torch does not count.
+        # A GPU's peak is the training's alone (`fit.forget_peak`), and torch does not count what the driver takes.
         stages = {
             name: {**parts, "reserved": 0} for name, parts in stages.items() if name != "answering"
         } or stages
@@ -1112,6 +1112,7 @@ def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
     import torch
 
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    trainer.compute_loss_context_manager = trainer.accelerator.autocast  # as a prepared model brings it along
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     found = []
@@ -1119,8 +1120,7 @@ def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
         inputs = trainer.data_collator(rows_by_number(trainer.train_dataset, batch))
         items = _labels(inputs)
         started = time.perf_counter()
-        with trainer.accelerator.autocast():  # which a prepared model would bring along
-            trainer.training_step(trainer.model, inputs, num_items_in_batch=items)
+        trainer.training_step(trainer.model, inputs, num_items_in_batch=items)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         found.append(time.perf_counter() - started)

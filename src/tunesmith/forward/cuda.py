@@ -328,7 +328,7 @@ def sight(rows: Layout, trimmed: bool) -> Sight:
     offsets = np.array([piece.offset for piece in rows.pieces])
     total = int(ends[-1])
     return Sight(
-        tokens=rows.kept.cpu().numpy() if trimmed else np.arange(total),
+        tokens=rows.numbers if trimmed else np.arange(total),
         until=np.repeat(last, lengths),
         depth=np.arange(total) - np.repeat(ends - lengths - offsets, lengths),
     )

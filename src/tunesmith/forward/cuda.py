@@ -75,7 +75,7 @@ def choose(
         why = f"FlashAttention's kernels take heads of 8, 16, ... to {WIDEST}, these have {width}"
     else:
         function, problem = flash_function()
-        if function and capped and "softcap" not in inspect.signature(function).parameters:
+        if function and capped and not _knows(function, "softcap"):
             function, problem = None, "the installed FlashAttention caps no scores"
         if function:
             return "flash", "FlashAttention is installed"
@@ -123,8 +123,14 @@ def _torch_function() -> Callable[..., Any] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:  # before torch 2.10
         return None
-    known = inspect.signature(varlen_attn).parameters.keys()
-    return varlen_attn if known >= {"scale", "window_size"} else None  # torch 2.10 knows neither
+    # torch 2.10 knows neither.
+    return varlen_attn if _knows(varlen_attn, "scale") and _knows(varlen_attn, "window_size") else None
+
+
+@functools.cache
+def _knows(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has an argument of this name."""
+    return name in inspect.signature(function).parameters
 
 
 def has_triton() -> bool:
@@ -265,7 +271,7 @@ def _torch_varlen(
     function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, facts: Spread, asked: Asked
 ) -> Tensor:
     # Before torch 2.12 heads may be shared without being asked for.
-    shares = q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(function).parameters
+    shares = q.shape[1] != k.shape[1] and _knows(function, "enable_gqa")
     more: dict[str, Any] = {"enable_gqa": True} if shares else {}
     out: Tensor = function(
         q, k, v, facts.queries, facts.keys, facts.longest_queries, facts.longest_keys, scale=asked.scale,

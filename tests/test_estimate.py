@@ -424,6 +424,17 @@ def test_what_was_traced_is_not_traced_again(recipe, question_file, tmp_path, mo
     assert changed.stages["training"]["activations"] != first.stages["training"]["activations"]
 
 
+def test_a_gpus_peak_is_held_against_what_the_training_takes():
+    """Answers are written before and after it, in whatever memory is free."""
+    stages = {
+        "training": {"reserved": 600, "weights": 1000, "activations": 500},
+        "answering": {"reserved": 600, "weights": 1000, "cache": 9000},
+    }
+    planned = {"stages": stages, "stage": "answering", "peak": 10600, "seconds": 10.0}
+    fitted = SimpleNamespace(peak_memory=1500, seconds=10.0)
+    assert estimating.truth(planned, fitted, is_whole=True)["memory_error"] == 0
+
+
 def test_a_run_says_at_its_end_how_far_the_plan_was_off(recipe):
     asked = recipe()
     run = api.train(asked).run

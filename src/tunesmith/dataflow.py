@@ -52,7 +52,7 @@ from tunesmith.methods.preferred import without_reference_pass
 from tunesmith.plan import Decision, Plan
 from tunesmith.recipe import FSDP, SFT, DeepSpeed, QLoRA, Recipe, Tracking, Training
 from tunesmith.training import continuing, gpu
-from tunesmith.training.fit import Fit, arguments, finished, fit
+from tunesmith.training.fit import Fit, arguments, finished, fit, forget_peak
 from tunesmith.training.order import order_by_length, padding
 from tunesmith.training.retaking import Lacking, attempted, retaken
 from tunesmith.training.run import Run
@@ -697,6 +697,7 @@ def _fitted_from(
     method = METHODS[recipe.method.kind]
     training, _, _ = method.settled(recipe.method, recipe.training, len(encodings.train))
     with ranks.together(plan.device):
+        forget_peak()
         set_seed(recipe.training.seed)
         tokenizer, _ = _tokenizer(recipe)
         own = planning.dealt(training, ranks.count())

@@ -317,10 +317,13 @@ def truth(
     that they are left out."""
     if not planned or not planned["stages"]:
         return {}
-    reserved = planned["stages"][planned["stage"]].get(
-        "reserved", 0
-    )  # the driver's, which torch does not count
-    expected = planned["peak"] - reserved
+    stages = planned["stages"]
+    if not any("process" in parts for parts in stages.values()):
+        # A GPU's peak is the training's alone (`fit.forget_peak`), and torch does not count what the driver takes.
+        stages = {
+            name: {**parts, "reserved": 0} for name, parts in stages.items() if name != "answering"
+        } or stages
+    expected = most_of(stages)
     memory = expected / max(fitted.peak_memory, 1) - 1
     found: dict[str, Any] = {"peak_memory": fitted.peak_memory, "memory_error": round(memory, 4)}
     said = f"memory {size(expected)} planned, {size(fitted.peak_memory)} held at most"
@@ -1123,6 +1126,7 @@ def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
     import torch
 
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    trainer.compute_loss_context_manager = trainer.accelerator.autocast  # as a prepared model brings it along
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
 
@@ -1130,8 +1134,7 @@ def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
         inputs = trainer.data_collator(rows_by_number(trainer.train_dataset, batch))
         items = _labels(inputs)
         started = time.perf_counter()
-        with trainer.accelerator.autocast():  # which a prepared model would bring along
-            trainer.training_step(trainer.model, inputs, num_items_in_batch=items)
+        trainer.training_step(trainer.model, inputs, num_items_in_batch=items)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         taken = time.perf_counter() - started

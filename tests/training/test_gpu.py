@@ -128,6 +128,20 @@ def test_of_several_gpus_one_is_taken_and_said(monkeypatch):
     assert checked(elsewhere=devices.named("h100-80gb")) == []
 
 
+def test_a_peak_is_counted_from_where_the_training_begins(monkeypatch):
+    from tunesmith.training import fit
+
+    peak = [125 * 10**9]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 3 * 10**9))
+    fit.forget_peak()  # no tensor is on the GPU yet, and torch would raise
+    assert fit.peak_memory() == 125 * 10**9
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    fit.forget_peak()
+    assert fit.peak_memory() == 3 * 10**9
+
+
 def test_a_trainer_spreads_no_batch_over_gpus(tiny_model_folder, tmp_path):
     """DataParallel would multiply the batch, and run copies of the model that have not our forward."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments

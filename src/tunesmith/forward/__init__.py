@@ -304,16 +304,17 @@ def attach(
     trunks = []
     references = (getattr(trainer, name, None) for name in ("ref_model", "reference"))
     for model in (plain, *(_plain(m) for m in references if m is not None)):
-        if model is not plain and (why := uncovered(trainer, model)):
-            run.event("decision", name=REFERENCE, value="stock", reason=why)
-        elif is_reward(model):
-            trunks.append(score_quickly(model, say=say))
-        elif hasattr(trainer.model, "policy"):
-            trunks.append(Trunk(model, say))
-            setattr(model, TRUNK, trunks[-1])
-        else:
-            same = isinstance(trainer, SFTTrainer) if alike is None else alike
-            trunks.append(quicken(model, alike=same, say=say, device=device))
+        with _beneath_precision(trainer, model):
+            if model is not plain and (why := uncovered(trainer, model)):
+                run.event("decision", name=REFERENCE, value="stock", reason=why)
+            elif is_reward(model):
+                trunks.append(score_quickly(model, say=say))
+            elif hasattr(trainer.model, "policy"):
+                trunks.append(Trunk(model, say))
+                setattr(model, TRUNK, trunks[-1])
+            else:
+                same = isinstance(trainer, SFTTrainer) if alike is None else alike
+                trunks.append(quicken(model, alike=same, say=say, device=device))
     if training.compile:
         _compile(trunks, trainer, run)
     if training.cache_frozen:
@@ -345,18 +346,41 @@ def lent(trainer: Any, model: Any, run: Run) -> Iterator[None]:
     """The fast forward for a while, where it covers the model: for likelihoods that are worked out before training. The
     run is told where it is not taken."""
     plain = _plain(model)
-    if why := uncovered(trainer, plain):
-        run.event("decision", name=REFERENCE, value="stock", reason=why)
+    with _beneath_precision(trainer, plain):
+        if why := uncovered(trainer, plain):
+            run.event("decision", name=REFERENCE, value="stock", reason=why)
+            yield
+            return
+        theirs = plain.forward
+        quicken(plain, alike=False, say=_teller(trainer, run))
+        try:
+            yield
+        finally:
+            plain.forward = theirs
+            for handle in plain.__dict__.pop(HOOKS):
+                handle.remove()
+
+
+@contextmanager
+def _beneath_precision(trainer: Any, model: Any) -> Iterator[None]:
+    """Take off what accelerate has laid around the forward of a model that it has prepared, as TRL has a reference
+    prepared under mixed precision; afterwards it lies around whatever forward the model has."""
+    bare = vars(model).pop("_original_forward", None)
+    if bare is None:
         yield
         return
-    theirs = plain.forward
-    quicken(plain, alike=False, say=_teller(trainer, run))
+    model.forward = bare
     try:
         yield
     finally:
-        plain.forward = theirs
-        for handle in plain.__dict__.pop(HOOKS):
-            handle.remove()
+        inner = model.forward
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with trainer.accelerator.autocast():
+                return inner(*args, **kwargs)
+
+        forward.__signature__ = inspect.signature(inner)  # type: ignore[attr-defined]
+        model.forward = types.MethodType(forward, model)
 
 
 def _compile(trunks: list[Trunk], trainer: Any, run: Run) -> None:

@@ -98,7 +98,7 @@ def checked(
         found.append(("kernels", "torch", f"Liger's kernels run on CUDA alone, and this is '{where}'"))
     elif training.kernels == "liger":
         LIGER.check("training.kernels=liger", where, here=here, fix="--set training.kernels=torch")
-    if where == "cuda" and training.mixed_precision == "bf16" and not _has_bfloat16(elsewhere):
+    if where == "cuda" and training.mixed_precision == "bf16" and not has_bfloat16(elsewhere):
         raise OutOfResources(
             "--mixed-precision bf16 needs a GPU that computes in bfloat16, from Ampere (compute capability 8.0) on.",
             found=elsewhere.name if elsewhere else _capability(),
@@ -107,7 +107,7 @@ def checked(
     if where == "cuda" and training.mixed_precision == "no":
         # The same GPUs, from Ampere on, have bfloat16 and TF32.
         faster, kept = (
-            ("bf16", ": float32 is not rounded to TF32") if _has_bfloat16(elsewhere) else ("fp16", "")
+            ("bf16", ": float32 is not rounded to TF32") if has_bfloat16(elsewhere) else ("fp16", "")
         )
         why = f"as the recipe says{kept}; --mixed-precision {faster} is several times as fast"
         found.append(("mixed_precision", "no", why))
@@ -120,7 +120,8 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _has_bfloat16(elsewhere: DeviceFacts | None) -> bool:
+def has_bfloat16(elsewhere: DeviceFacts | None = None) -> bool:
+    """Whether a device computes in bfloat16, this machine's GPU or one that is `elsewhere`."""
     if elsewhere:
         return "bfloat16" in elsewhere.peaks
     import torch

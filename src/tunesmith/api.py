@@ -686,7 +686,9 @@ def evaluate(
     from tunesmith.evaluation.rows import asked_in
 
     started = time.perf_counter()
-    run, questions = measuring.questions_for([model], dataset, metrics, settings, watch)
+    given = Path(output) if output else None
+    keeping.check_place([model], given)
+    run, questions = measuring.questions_for([model], dataset, metrics, settings, watch, output=given)
     rows, chosen, longer = measuring.answers_of(model, questions, name="model", watch=watch)
     questions = questions.with_longer({str(model): longer})
     scores = evaluation.scores(rows, chosen)
@@ -698,7 +700,7 @@ def evaluate(
         "max_new_tokens": asked,
         **keeping.made_with({"model": model}, questions.recipe),
     }
-    place = Path(output) if output else keeping.evaluation_folder(run, model, questions.recipe, kept)
+    place = given or keeping.evaluation_folder(run, model, questions.recipe, kept)
     evaluation.write_rows(place / "rows.jsonl", rows)
     if made := evaluation.classification.classification(rows):
         kept["labels"] = asdict(made)
@@ -791,6 +793,7 @@ def compare(
 
     started = time.perf_counter()
     models = measuring.baseline_first([a, b, *more], baseline)
+    keeping.check_place(models, None, is_comparison=True)
     run, questions = measuring.questions_for(models, dataset, metrics, settings, watch)
     names = measuring.side_names(*models)
     stand_ins = ("base", "tuned") if len(models) == 2 else names

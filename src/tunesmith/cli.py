@@ -40,6 +40,7 @@ from tunesmith.errors import (
     Terminated,
     TunesmithError,
     nearest,
+    size,
 )
 from tunesmith.recipe import FieldFact, fields
 
@@ -1148,7 +1149,7 @@ def runs_verb(
             score_text(run.base, run.metric),
             score_text(run.tuned, run.metric),
             run.verdict or "",
-            f"{run.bytes / 1e6:.1f} MB",
+            size(run.bytes),
         )
     return {"runs": [asdict(run) for run in found]}, table if found else f"No runs in {output_dir}."
 

@@ -27,7 +27,7 @@ from tunesmith import models
 from tunesmith.data import remote
 from tunesmith.data.examples import Row
 from tunesmith.data.remote import Shard
-from tunesmith.errors import DataError, closest, counted, nearest
+from tunesmith.errors import DataError, closest, counted, nearest, size
 
 Role = Literal["train", "validation", "held_out"]
 
@@ -638,8 +638,8 @@ def _from_url(url: str, pattern: str | None) -> Source:
         content = "\n".join(f"{shard.path}:{shard.mark}:{roles[shard.place]}" for shard in chosen)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
-    size = sum(shard.size or 0 for shard in chosen)
-    notes = [f"{counted(len(chosen), 'file')} of {size / 1e6:,.1f} MB in all, read in pieces from {url}"]
+    total = sum(shard.size or 0 for shard in chosen)
+    notes = [f"{counted(len(chosen), 'file')} of {size(total)} in all, read in pieces from {url}"]
     if unused := sorted({shard.place for shard in shards} - {shard.place for shard in chosen}):
         more = f" and {len(unused) - SHOWN_PROBLEMS} more" if len(unused) > SHOWN_PROBLEMS else ""
         notes.append(f"files without a split's name are not used: {', '.join(unused[:SHOWN_PROBLEMS])}{more}")
@@ -922,11 +922,11 @@ def _json_type(value: Any) -> str:
 
 
 def _json(path: DataFile) -> Iterator[Record | Broken]:
-    size = (path.size or 0) if isinstance(path, Shard) else path.stat().st_size
-    if size > LARGEST_JSON:
+    length = (path.size or 0) if isinstance(path, Shard) else path.stat().st_size
+    if length > LARGEST_JSON:
         raise DataError(
             f"{path.name} is too large to be read as one JSON value.",
-            found=f"{size:,} bytes; at most {LARGEST_JSON:,} are",
+            found=f"{length:,} bytes; at most {LARGEST_JSON:,} are",
             fix=f"Write one object per line, which is read row by row: `jq -c '.[]' {path.name} > {path.stem}.jsonl`.",
         )
     content = path.read_bytes()

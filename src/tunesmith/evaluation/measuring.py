@@ -68,9 +68,10 @@ def questions_for(
     watch: Watch,
     *,
     rows: int | None = None,
+    output: Path | None = None,
 ) -> tuple[Run | None, Questions]:
     """The first of the models that is a run, and what it and the others are to be asked, at most `rows` where that
-    is given.
+    is given. Answers are kept in `output` until their rows are written, by default in the run's folder.
 
     Raises TunesmithError where no question is left that none of them has learned from.
     """
@@ -122,7 +123,7 @@ def questions_for(
     # A folder of its own, so that a measurement that ends takes from no other one what it would go on with.
     about = json.dumps([*map(str, models), dataset, recipe.evaluation.model_dump(mode="json")], default=str)
     mark = hashlib.sha256(about.encode()).hexdigest()[:16]
-    unfinished = (run.evaluation if run else Path("evaluations")) / "answers" / mark
+    unfinished = (output or (run.evaluation if run else Path("evaluations"))) / "answers" / mark
     return run, Questions(recipe, tuple(kept), measured_on, unfinished, leakage=found, learned=answers)
 
 

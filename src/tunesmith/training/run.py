@@ -316,6 +316,24 @@ def write_whole(path: Path, text: str | Iterable[str]) -> Path:
     return path
 
 
+def unwritable(folder: Path) -> str | None:
+    """Why a folder, be it there or still to be made, cannot be written; None where it can. Nothing is made."""
+    near = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.exists(p))
+    if not near.is_dir():
+        return f"{near} is a file"
+    if os.access(near, os.W_OK | os.X_OK):
+        return None
+    is_read_only = hasattr(os, "statvfs") and os.statvfs(near).f_flag & os.ST_RDONLY
+    return f"{near} is on a disk that may only be read" if is_read_only else f"no right to write in {near}"
+
+
+def check_writable(folder: Path, *, fix: str) -> Path:
+    """The folder, where something can be written in it. Raises RunError otherwise, before anything is computed."""
+    if why := unwritable(folder):
+        raise RunError(f"{folder} cannot be written.", found=why, fix=fix)
+    return folder
+
+
 def _as_open_as(folder: Path) -> Callable[[str, int], int]:
     """Opens files that nobody may read who may not enter their folder."""
     mode = 0o666 & folder.stat().st_mode | 0o600

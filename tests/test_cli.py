@@ -404,11 +404,13 @@ def test_brackets_in_what_is_said_are_shown(capsys):
         display(
             {"kind": "decision", "name": "data", "value": "a[b]", "reason": "pip install 'tunesmith[serve]'"}
         )
+        display({"kind": "decision", "name": "note", "value": "of two processes", "reason": ""})
         display({"kind": "state", "state": "prepared", "dropped": {"[x] is empty": 1}, "rows": dict.fromkeys(
             ("rows_in", "train", "validation", "held_out", "dropped", "truncated"), 1)})  # fmt: skip
     shown = capsys.readouterr().err
     for text in ("+5.0 points [no interval], n=3 [/x]", "a[b]", "'tunesmith[serve]'", "[x] is empty"):
         assert text in shown
+    assert "()" not in shown
 
 
 def test_an_answer_without_end_is_cut_on_the_screen_only():

@@ -664,6 +664,7 @@ def prepare_verb(
     if not (first.isdigit() and of.isdigit()):
         raise TunesmithError(f"'{share}' is no share.", fix="Give K/N, such as --share 2/4.")
     with Display(quiet=quiet) as display:
+        _show_notes(composition, display)
         found = api.prepare(
             composition.recipe,
             processes=cores or os.cpu_count() or 1,

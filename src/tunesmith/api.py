@@ -794,6 +794,7 @@ def compare(
     started = time.perf_counter()
     models = measuring.baseline_first([a, b, *more], baseline)
     keeping.check_place(models, None, is_comparison=True)
+    measuring.check_askable(models)
     run, questions = measuring.questions_for(models, dataset, metrics, settings, watch)
     names = measuring.side_names(*models)
     stand_ins = ("base", "tuned") if len(models) == 2 else names
@@ -1711,7 +1712,7 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
             if isinstance(error, Interrupted):
                 raise
             raise Interrupted(
-                "Stopped; what was finished is saved.",
+                f"Stopped at once; {_kept(run)}.",
                 fix=f"tunesmith resume {run.path}",
                 exit_code=TERMINATED if isinstance(error, Terminated) else INTERRUPTED,
             ) from None
@@ -1764,6 +1765,19 @@ def _finish(run: Run, state: State, **fields: Any) -> None:
     """Leave a status where the disk lets us: why a run ended is more important than that it could not be written."""
     with contextlib.suppress(OSError):
         run.finish(state, **fields)
+
+
+def _kept(run: Run) -> str:
+    """What there is of a run that was stopped in the midst of something."""
+    from tunesmith.training import checkpoints
+
+    if run.final_model.is_dir():
+        return "the training is done and its model saved, what comes after it is not"
+    for point in checkpoints.found(run):
+        with contextlib.suppress(RunError):
+            checkpoints.manifest(point)
+            return f"what was done after {point.name} is not saved, and is done again"
+    return "nothing was saved yet, so that it begins at the first step again"
 
 
 def _num_starts(run: Run) -> int:

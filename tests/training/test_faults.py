@@ -100,7 +100,7 @@ def test_sigterm_before_training_leaves_a_run_that_goes_on(quick, undisturbed):
             os.kill(os.getpid(), signal.SIGTERM)
 
     recipe = quick(name="early")
-    with pytest.raises(Interrupted) as stopped:
+    with pytest.raises(Interrupted, match="nothing was saved yet") as stopped:
         api.train(recipe, watch=watch)
     assert stopped.value.exit_code == 143
     run = open_run(Path(recipe.output_dir) / "early")
@@ -115,7 +115,7 @@ def test_a_second_signal_stops_at_once(quick):
         os.kill(os.getpid(), signal.SIGINT)
 
     recipe = quick(name="twice", training={"save_steps": 1})
-    with pytest.raises(Interrupted, match="Stopped; what was finished") as stopped:
+    with pytest.raises(Interrupted, match="done after checkpoint-step-1 is not saved") as stopped:
         api.train(recipe, watch=at(2, twice))
     assert stopped.value.exit_code == 130
     run = open_run(Path(recipe.output_dir) / "twice")
@@ -343,7 +343,7 @@ def test_who_holds_a_run_is_told_with_the_time(tmp_path):
             pass
         held = rf"process {child} on {re.escape(platform.node())}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{{4}}"
         assert re.fullmatch(held, error.value.found)
-        with pytest.raises(RunError, match="another run's") as error:  # `train`, not `resume`
+        with pytest.raises(RunError, match="was started before") as error:  # `train`, not `resume`
             create(Recipe(output_dir=str(tmp_path), name="held"))
         assert re.fullmatch(rf"a run in state 'running': {held}", error.value.found)
     finally:

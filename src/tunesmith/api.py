@@ -55,6 +55,7 @@ from tunesmith.training.run import (
     State,
     Watch,
     anchored,
+    check_writable,
     counting,
     create,
     dataset_name,
@@ -973,6 +974,7 @@ def evaluate_suite(
     from tunesmith.compose import overlaid, validated
     from tunesmith.evaluation.judging import bench, harness, suites
     from tunesmith.evaluation.judging.settings import load_judge
+    from tunesmith.evaluation.report import told_in_report
 
     launch.require_one_process()
     quiet_libraries()
@@ -1000,6 +1002,8 @@ def evaluate_suite(
     run = open_run(model) if is_run(Path(model).expanduser()) else None
     beside = run.evaluation / label if run else Path("evaluations") / f"{Path(str(model)).name}_{label}"
     place = Path(output) if output else beside
+    if not dry_run:
+        check_writable(place, fix="Give --output with a folder that can be written.")
     if suite.startswith("lm-eval:"):
         given = {"questions": questions, "references": references, "judge": judge, "baseline": baseline}
         if unused := [f"--{name}" for name, value in given.items() if value]:
@@ -1030,8 +1034,7 @@ def evaluate_suite(
         calibrated=calibrate,
         watch=watch,
     )
-    if run:
-        _report_again(run)
+    told_in_report(run, deciding(watch))
     return found
 
 
@@ -1059,6 +1062,7 @@ def judge(
     from tunesmith.evaluation.judging.judgments import with_references
     from tunesmith.evaluation.judging.questions import read_questions
     from tunesmith.evaluation.judging.settings import load_judge
+    from tunesmith.evaluation.report import told_in_report
 
     launch.require_one_process()
     quiet_libraries()
@@ -1081,6 +1085,8 @@ def judge(
         baseline = "base"
         deciding(watch)("baseline", baseline, "what a run is measured against")
     place = Path(output) if output else run.evaluation / f"judged_{mode}" if run else Path("judged")
+    if not dry_run:
+        check_writable(place, fix="Give --output with a folder that can be written.")
     found = judging.judge_into(
         place,
         settings,
@@ -1092,17 +1098,9 @@ def judge(
         dry_run=dry_run,
         watch=watch,
     )
-    if run and not dry_run:
-        _report_again(run)
+    if not dry_run:
+        told_in_report(run, deciding(watch))
     return {**found, "output": str(place)}
-
-
-def _report_again(run: Run) -> None:
-    """Write a run's report with what was added to its folder; a run that has none yet gets it when it is done."""
-    from tunesmith.evaluation.report import write_report
-
-    if (run.path / "report.html").exists():
-        write_report(run.path)
 
 
 def chat(

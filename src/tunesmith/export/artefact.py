@@ -19,6 +19,7 @@ from tunesmith import models
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.engines import llamacpp
 from tunesmith.errors import MissingExtra, ModelError, OutOfResources, TunesmithError, nearest, size
+from tunesmith.evaluation.report import told_in_report
 from tunesmith.export import card, gguf, graph, merge, ollama, parity, weights
 from tunesmith.export.parity import VERDICT, Held
 from tunesmith.export.vocabulary import Vocabulary, vocabulary_of
@@ -234,7 +235,7 @@ def export(
         final = merge.put_in_place(staging, folder, passed=verdict.passed is not False)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    merge.told_in_report(run, progress)
+    told_in_report(run, progress)
     return Exported(
         folder=final,
         file=final / written.name,
@@ -302,7 +303,7 @@ def _ill_merged(
     verdict = replace(verdict, artefact=f"merged, for {name}")
     write_whole(staging / VERDICT, json.dumps(verdict.as_dict(), indent=1))
     final = merge.put_in_place(staging, folder, passed=False)
-    merge.told_in_report(run, progress)
+    told_in_report(run, progress)
     return Exported(
         folder=final,
         file=final / "merged" / made.shards[0],

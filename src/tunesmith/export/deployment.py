@@ -27,6 +27,7 @@ from tunesmith.data import pairs, templates
 from tunesmith.data.examples import Message, Prompt, Unusable
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.errors import ModelError, TunesmithError, nearest
+from tunesmith.evaluation.report import told_in_report
 from tunesmith.export import artefact, merge, parity, publish, wheel
 from tunesmith.export.card import terms_of
 from tunesmith.export.parity import NEW_TOKENS, TOLERANCES, VERDICT, Answered, Held, Parity
@@ -221,7 +222,7 @@ def prepare(
         progress("run", "does not keep the verdict", why)
     elif run:
         write_whole(run.path / "exports" / "served" / VERDICT, json.dumps(proof.served.as_dict(), indent=1))
-        merge.told_in_report(run, progress)
+        told_in_report(run, progress)
     return replace(result, folder=final)
 
 

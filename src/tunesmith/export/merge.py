@@ -19,6 +19,7 @@ from typing import Any
 
 from tunesmith import models
 from tunesmith.errors import ModelError, RunError, TunesmithError, nearest
+from tunesmith.evaluation.report import told_in_report
 from tunesmith.evaluation.unseen import carry_together
 from tunesmith.export import parity, weights
 from tunesmith.export.card import copy_licences, write_made_card
@@ -30,7 +31,6 @@ from tunesmith.training.run import (
     check_writable,
     dataset_name,
     open_as_new,
-    unwritable,
     write_whole,
 )
 
@@ -247,19 +247,6 @@ def merge(
         shutil.rmtree(staging, ignore_errors=True)
         told_in_report(run, progress)
     return merged
-
-
-def told_in_report(run: Run | None, progress: Callable[[str, str, str], None]) -> None:
-    """Have a finished run's report tell of what was made of its model; where the run may only be read, `progress` is
-    told that it does not."""
-    from tunesmith.evaluation.report import write_report
-
-    if not run or not (run.path / "report.html").is_file():
-        return
-    if why := unwritable(run.path):
-        progress("report", "does not tell of it", why)
-    else:
-        write_report(run.path)
 
 
 def make(

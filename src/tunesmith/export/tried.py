@@ -24,6 +24,7 @@ from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.errors import ModelError, TunesmithError, counted, size
 from tunesmith.evaluation import Item, measuring
 from tunesmith.evaluation.forgetting import general_texts
+from tunesmith.evaluation.report import told_in_report
 from tunesmith.export import merge, parity
 from tunesmith.export.deployment import MANIFEST
 from tunesmith.export.held import held_for
@@ -645,7 +646,7 @@ def _served_verdict(
                 warning(watch)(f"The run does not keep this verdict: {why}.")
             else:
                 write_whole(file, json.dumps(found.as_dict(), indent=1))
-                merge.told_in_report(run, deciding(watch))
+                told_in_report(run, deciding(watch))
         else:
             warning(watch)(
                 "The run's report keeps its earlier verdict: this address may be that of another model."

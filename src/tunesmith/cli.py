@@ -40,6 +40,7 @@ from tunesmith.errors import (
     Terminated,
     TunesmithError,
     nearest,
+    size,
 )
 from tunesmith.recipe import FieldFact, fields
 
@@ -663,6 +664,7 @@ def prepare_verb(
     if not (first.isdigit() and of.isdigit()):
         raise TunesmithError(f"'{share}' is no share.", fix="Give K/N, such as --share 2/4.")
     with Display(quiet=quiet) as display:
+        _show_notes(composition, display)
         found = api.prepare(
             composition.recipe,
             processes=cores or os.cpu_count() or 1,
@@ -1148,7 +1150,7 @@ def runs_verb(
             score_text(run.base, run.metric),
             score_text(run.tuned, run.metric),
             run.verdict or "",
-            f"{run.bytes / 1e6:.1f} MB",
+            size(run.bytes),
         )
     return {"runs": [asdict(run) for run in found]}, table if found else f"No runs in {output_dir}."
 

@@ -414,7 +414,8 @@ def prepared(
     """
     fingerprint = encodings.fingerprint
     before = continuing.planned(run)
-    continuing.check_identity(run, checkpoint, identity)
+    counts = encodings.ledger.counts()
+    continuing.check_identity(run, checkpoint, identity, rows=counts["rows_in"])
     estimate.check()
     run.write_lines("ledger.jsonl", data.ledger_lines(encodings.ledger))
     run.write("supervision.json", encodings.proof)
@@ -425,7 +426,7 @@ def prepared(
         "identity": identity,
         "recipe": recipe.model_dump(mode="json"),
     }
-    run.write("plan.json", {**facts, "lengths": encodings.lengths})
+    run.write_plan({**facts, "lengths": encodings.lengths})
     if not before or "rows" not in before:  # a run that is created has the recipe alone in it
         for decision in plan.decisions:
             if decision.name == "verdict":
@@ -675,7 +676,7 @@ def fitted(
     if truth := estimating.truth(
         planned.get("estimate"), result, is_whole=is_whole, measured=planned.get("measured")
     ):
-        prepared.write("plan.json", {**planned, "truth": truth})
+        prepared.write_plan({**planned, "truth": truth})
         prepared.event("decision", name="plan and truth", value=truth["value"], reason=truth["sentence"])
     return result
 
@@ -798,7 +799,7 @@ def _paced(run: Run, step: int, per_step: float, seconds: float) -> None:
     """Say what a run comes to by its own first steps, and keep it beside what was planned before them."""
     planned = run.read("plan.json") or {}
     if found := estimating.paced(planned.get("estimate"), per_step, seconds):
-        run.write("plan.json", {**planned, "measured": found})
+        run.write_plan({**planned, "measured": found})
         told = estimating.duration(found["seconds"])
         run.event("decision", step=step, name="time in all", value=told, reason=found["basis"])
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith import parallel, scaling
 from tunesmith.devices import DeviceFacts
-from tunesmith.errors import OutOfResources, TunesmithError
+from tunesmith.errors import OutOfResources, TunesmithError, size
 from tunesmith.heap import Block, most_held
 from tunesmith.plan import Plan, computed_in, weights_dtype
 from tunesmith.recipe import DDP, FSDP, PRINCIPAL, DeepSpeed, LoRA, Model, QLoRA, Ray, Recipe, Training
@@ -342,14 +342,6 @@ def truth(
 def most_of(stages: Mapping[str, Parts]) -> int:
     """Bytes of the stage that takes the most."""
     return max((sum(parts.values()) for parts in stages.values()), default=0)
-
-
-def size(count: float) -> str:
-    """Bytes for people: MB and GB of 1,000."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.{1 if count < 100 * scale else 0}f} {unit}"
-    return f"{count:.0f} bytes"
 
 
 def duration(seconds: float) -> str:

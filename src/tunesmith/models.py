@@ -161,11 +161,16 @@ def _check_as_written(folder: Path, state: State) -> None:
     from tunesmith.training import checkpoints
 
     if wrong := checkpoints.changed(folder):
+        whole = " and ".join(str(path) for path in checkpoints.whole_beside(folder) if _holds_model(path))
         raise ModelError(
             f"The model {folder} is not as its run wrote it.",
             found=wrong,
-            fix="Copy it again from where it is whole, or train it again. Where you changed it yourself, delete "
-            f"{checkpoints.list_of(folder)} in it: then it is taken as it is.",
+            fix=(
+                f"Whole beside it: {whole}; give that in its place. "
+                if whole
+                else "Copy it again from where it is whole, or train it again. "
+            )
+            + f"Where you changed it yourself, delete {checkpoints.list_of(folder)} in it: then it is taken as it is.",
         )
 
 
@@ -317,7 +322,10 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
     rendering.install()
 
     folder = folder_of(base, revision=revision, weights=False)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    is_here = Path(base).expanduser().is_dir()
+    if not has_tokenizer(folder):
+        if is_here:
+            check_as_written(folder)  # which names the file that is gone
         raise ModelError(
             f"The model folder {folder} has no tokenizer.",
             found=", ".join(sorted(p.name for p in folder.iterdir())[:8]),
@@ -326,11 +334,31 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # the loaders raise many unrelated types for one user-visible fact
+        if is_here:
+            check_as_written(folder)
+        if wrong := _no_json(folder):
+            raise ModelError(
+                f"The tokenizer of '{base}' is damaged.",
+                found=wrong,
+                fix="Copy that file again from the model.",
+            ) from None
         raise _not_loaded("tokenizer", base, error) from error
     if tokenizer.pad_token_id is None:
         # Labels carry -100 under padding, so eos may pad without losing its own label.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _no_json(folder: Path) -> str | None:
+    """Which file of a tokenizer cannot be read as JSON; None where each can. The libraries then speak of a tokenizer
+    that is not there."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"):
+        try:
+            if (folder / name).is_file():
+                json.loads((folder / name).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            return f"{name} is no JSON ({error})"
+    return None
 
 
 def kind(base: str, *, revision: str | None = None) -> Kind:

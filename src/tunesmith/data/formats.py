@@ -918,6 +918,23 @@ def is_blank(text: str) -> bool:
     return not text or text.isspace() or not (text.isascii() or text.strip(INVISIBLE))
 
 
+STAND_INS = ("NaN", "nan", "#N/A")
+"""Words that programs write where a value is missing. As a number or as JSON's own word NaN is no value (`sources`); a
+text is taken as it stands, since it may be meant, and is told of."""
+
+
+def stands_in(example: Example) -> str | None:
+    """The word that a whole answer is, where it is one by which programs say that there is none."""
+    match example:
+        case Conversation(messages=turns) | Rating(completion=turns):
+            answers: tuple[Message, ...] = turns[-1:]
+        case Preference(chosen=chosen, rejected=rejected):
+            answers = (*chosen[-1:], *rejected[-1:])
+        case _:
+            return None
+    return next((turn.content for turn in answers if turn.content in STAND_INS), None)
+
+
 MESSAGE_KEYS = (
     "role", "content", "from", "value", "weight", "train", "training", "reasoning_content", "reasoning", "thinking",
     "tool_calls", "function_call", "tool_call_id", "name",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith import devices
-from tunesmith.errors import RecipeError
+from tunesmith.errors import RecipeError, size
 from tunesmith.forward import attention, cuda, pairs
 from tunesmith.forward.frozen import SHARE, Frozen, frozen_layers
 from tunesmith.forward.head import Found, Reading, read
@@ -225,11 +225,11 @@ def _finish_kept(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[A
     if rows is None or len(rows.kept) > WORTH * rows.ids.shape[1] or attention.is_run_again(layer):
         return None
     given = inspect.signature(layer.forward).bind(*args, **kwargs)
-    size = rows.ids.shape[1]
+    length = rows.ids.shape[1]
 
     def only(value: Any, places: Tensor) -> Any:
         if isinstance(value, Tensor):
-            return value.index_select(1, places) if value.ndim > 1 and value.shape[1] == size else value
+            return value.index_select(1, places) if value.ndim > 1 and value.shape[1] == length else value
         if isinstance(value, tuple):
             return tuple(only(part, places) for part in value)
         return value
@@ -403,14 +403,14 @@ def _cache(trunk: Trunk, trainer: Any, run: Run) -> None:
     most = int(SHARE * (devices.available() - devices.resident()))
 
     def full(rows: int) -> None:
-        why = f"they take {most / 1e9:.2f} GB; the frozen layers are run anew for all other rows"
+        why = f"they take {size(most)}; the frozen layers are run anew for all other rows"
         run.event("decision", step=trainer.state.global_step, name="cached rows", value=rows, reason=why)
 
     count = trunk.keep_frozen(most=most, full=full)
-    width, size = trunk.config.hidden_size, trunk.model.dtype.itemsize
+    width, itemsize = trunk.config.hidden_size, trunk.model.dtype.itemsize
     why = (
-        f"as the recipe says; their outputs are kept in memory, {width * size:,} bytes a token, "
-        f"{most / 1e9:.2f} GB at most"
+        f"as the recipe says; their outputs are kept in memory, {width * itemsize:,} bytes a token, "
+        f"{size(most)} at most"
     )
     run.event("decision", name="cache_frozen", value=f"{count} layers", reason=why)
 

@@ -39,6 +39,7 @@ from tunesmith.errors import (
     RunError,
     Terminated,
     TunesmithError,
+    does,
     nearest,
 )
 from tunesmith.recipe import FieldFact, fields
@@ -272,7 +273,10 @@ def _as_typed(error: RecipeError, typed: Mapping[str, str]) -> RecipeError:
     def told(text: str | None) -> str | None:
         for path, option in typed.items():
             text = re.sub(
-                rf"(?<![\w.]){re.escape(path)}(?![\w.]*\w)(?! \()", f"{path} ({option})", text or "", count=1
+                rf"(?<![\w.])(?<!--set ){re.escape(path)}(?![\w.]*\w)(?! \()",
+                f"{path} ({option})",
+                text or "",
+                count=1,
             )
         return text or None
 
@@ -519,7 +523,7 @@ def train_verb(
 
 def _job(composition: Composition, display: Display, *, resume: str | None, is_written: bool) -> Any:
     """Write what a cluster is to be given, or only show it."""
-    from tunesmith import api
+    from tunesmith import api, jobs
     from tunesmith.training.run import folder_name, write_whole
 
     recipe = composition.recipe
@@ -532,6 +536,11 @@ def _job(composition: Composition, display: Display, *, resume: str | None, is_w
             notes.append(f"files of an earlier job in {folder} were replaced: {', '.join(replaced)}")
         for name, text in made.files.items():
             write_whole(folder / name, text)
+    if others := [name for name in jobs.FILES if name not in made.files and (folder / name).is_file()]:
+        notes.append(
+            f"{', '.join(others)} in {folder} {does('belong', len(others))} to a job for another launcher, which may "
+            "still want them: remove what you no longer submit"
+        )
     for note in notes:
         display({"kind": "warning", "message": note})
     shown = "\n".join(f"# {folder / name}\n{text}" for name, text in made.files.items())
@@ -866,7 +875,9 @@ def generate_verb(
     model: ModelArgument,
     prompts: Annotated[
         str,
-        typer.Argument(help="A file, a folder or a Hub id; rows with a column `prompt`, unless --format."),
+        typer.Argument(
+            help="A file, a folder or a Hub id; rows with a column `prompt`, unless --format or --input-text-key."
+        ),
     ],
     *,
     output: Annotated[Path, typer.Option(help="File of the answers; it must not be there.")],

@@ -456,6 +456,12 @@ def test_a_bad_dtype_is_refused_before_a_taken_folder(invoke, tmp_path):
     assert "Weights are not stored as 'flaot32'" in error["error"]
 
 
+def test_lines_of_a_piped_table_end_with_their_words():
+    lines = CliRunner().invoke(app, ["show", "metrics"]).stdout.splitlines()
+    assert len({len(line) for line in lines}) > 3
+    assert lines == [line.rstrip() for line in lines]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [

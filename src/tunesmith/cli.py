@@ -337,8 +337,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
             if not ranks.is_first():
                 return
             if text and not as_json:
-                # Plain text may hold brackets; only tables and the like have markup.
-                open_console(stderr=False).print(text, markup=not isinstance(text, str))
+                _print(text)
             if as_json:
                 print(json_line(payload))
             if payload.get("exit_code"):
@@ -353,6 +352,17 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(sorted(parameters, key=lambda p: p.kind))  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
+
+
+def _print(text: Any) -> None:
+    """What a verb says. Piped, the lines of a table end with their words: rich fills each up to the longest one."""
+    console, is_plain = open_console(stderr=False), isinstance(text, str)
+    if is_plain or console.is_terminal:
+        console.print(text, markup=not is_plain)  # plain text may hold brackets
+        return
+    with console.capture() as caught:
+        console.print(text)
+    print("\n".join(line.rstrip(" ") for line in caught.get().split("\n")), end="")
 
 
 EXCERPT = re.compile(r"\n {9}[^\n]*\n {9} *\^")

@@ -527,7 +527,8 @@ def load_model(
         with libraries.loading():
             import transformers.modeling_utils  # noqa: F401
     # PEFT asks of every layer under an adapter whether one of these packages has packed it, and loads them for that.
-    hiding = contextlib.nullcontext() if is_packed else libraries.loading(libraries.PACKERS)
+    hides = is_adapter and not is_packed
+    hiding = libraries.loading(libraries.PACKERS) if hides else contextlib.nullcontext()
     try:
         with hiding:
             if is_adapter and of_kind != found:

@@ -458,6 +458,12 @@ def test_a_bad_dtype_is_refused_before_a_taken_folder(invoke, tmp_path):
     assert "Weights are not stored as 'flaot32'" in error["error"]
 
 
+def test_lines_of_a_piped_table_end_with_their_words():
+    lines = CliRunner().invoke(app, ["show", "metrics"]).stdout.splitlines()
+    assert len({len(line) for line in lines}) > 3
+    assert lines == [line.rstrip() for line in lines]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
@@ -470,6 +476,7 @@ def test_a_bad_dtype_is_refused_before_a_taken_folder(invoke, tmp_path):
         (["train", "--name", "a/b"], 1, "a run's name is that of one folder"),
         (["train", "--lora", "--lora-rank", "0"], 1, "adapter.rank (--lora-rank) has to be greater than 0"),
         (["plan", "--learning-rate", "fast"], 1, "training.learning_rate (--learning-rate) takes a number"),
+        (["train", "--launch", "slurm", "--workers", "2"], 1, "or add --set launch.kind=ray."),
         (["train", "--set", "training.learning_rate=fast"], 1, "training.learning_rate takes a number"),
         (
             ["train", "--method", "dpo", "--dataset", "example:support"],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
 
-from tunesmith import models
+from tunesmith import libraries, models
 from tunesmith.errors import ModelError
 from tunesmith.recipe import Freeze, LoRA, QLoRA
 
@@ -249,6 +250,28 @@ def test_trained_weights_keep_their_type_while_a_trainer_is_made():
 def test_the_attention_that_is_named_is_loaded(tiny_model_folder, attention):
     model = models.load_model(str(tiny_model_folder), attention=attention)
     assert model.config._attn_implementation == attention
+
+
+def test_an_adapter_on_plain_weights_is_loaded_without_what_packs_weights(
+    tiny_model_folder, tmp_path, monkeypatch
+):
+    """torchao tells of libraries of its own that do not load, on standard error, whenever it is imported."""
+
+    class Asked:
+        def find_spec(self, name, *rest):
+            asked.append(name.partition(".")[0])
+
+    adapted = models.attach(models.load_model(str(tiny_model_folder)), LoRA(kind="lora", rank=2))
+    adapted.save_pretrained(tmp_path / "adapter")
+    for name in [name for name in sys.modules if name.partition(".")[0] in libraries.PACKERS]:
+        monkeypatch.delitem(sys.modules, name)
+    asked: list[str] = []
+    monkeypatch.setattr(sys, "meta_path", [Asked(), *sys.meta_path])
+    with libraries.loading():
+        pass  # forgets what is known to be installed
+    asked.clear()
+    models.load_model(str(tmp_path / "adapter"))
+    assert not set(libraries.PACKERS) & set(asked)
 
 
 @pytest.fixture

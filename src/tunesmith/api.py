@@ -1687,6 +1687,7 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
                 preflight.check(recipe)
             else:
                 preflight.check_settings(recipe)
+                libraries.load_libraries()
                 preflight.check_processes(recipe)
             point = checkpoints.choose(run, checkpoint) if checkpoint else None
             if not fresh:

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -20,9 +20,12 @@ from tunesmith import devices
 HIDDEN = ("bitsandbytes", "scipy", "torchao")
 """Packages that no training needs while its libraries are loaded."""
 
+PACKERS = ("bitsandbytes", "torchao")
+"""Those of them that no weights need but packed ones."""
+
 
 @contextmanager
-def loading() -> Iterator[None]:
+def loading(hidden: Sequence[str] = HIDDEN) -> Iterator[None]:
     """Libraries load faster in here: the garbage collector rests, some packages count as not installed, and which are
     is only looked up for those that are asked about.
 
@@ -30,9 +33,9 @@ def loading() -> Iterator[None]:
     any adapter, and that torch's compiler, while only QLoRA uses it: what loads a quantized model stays outside.
     transformers imports scipy for the losses of models that find objects in pictures, and torchao (1.8 seconds) for
     models that are packed by it. What was asked about what is installed is forgotten before, as a process that has
-    worked already knows of scipy, and afterwards.
+    worked already knows of scipy, and afterwards. `hidden` are the packages that count as not installed.
     """
-    collects, hidden = gc.isenabled(), [name for name in HIDDEN if name not in sys.modules]
+    collects, hidden = gc.isenabled(), [name for name in hidden if name not in sys.modules]
     gc.disable()
     installed = metadata.packages_distributions
     metadata.packages_distributions = functools.partial(Installed, installed)

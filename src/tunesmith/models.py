@@ -550,19 +550,28 @@ def load_model(
         _check_can_score(configuration(base, revision), base)
         options["num_labels"] = 1
     missing: set[str] = set()
+    is_packed = bool(quantize or getattr(configuration(base, revision), "quantization_config", None))
+    if not is_packed:
+        with libraries.loading():
+            import transformers.modeling_utils  # noqa: F401
+    # PEFT asks of every layer under an adapter whether one of these packages has packed it, and loads them for that.
+    hides = is_adapter and not is_packed
+    hiding = libraries.loading(libraries.PACKERS) if hides else contextlib.nullcontext()
     try:
-        if is_adapter and of_kind != found:
-            model = _adapter_with_head(location, dtype=dtype, device=device, attention=attention)
-        elif is_adapter:
-            import peft
+        with hiding:
+            if is_adapter and of_kind != found:
+                model = _adapter_with_head(location, dtype=dtype, device=device, attention=attention)
+            elif is_adapter:
+                import peft
 
-            tuned = getattr(peft, f"AutoPeftModelFor{AUTO[of_kind]}")
-            model = tuned.from_pretrained(location, **options)
-        elif of_kind == "reward":
-            model, info = _model_class(of_kind).from_pretrained(location, output_loading_info=True, **options)
-            missing = set(info["missing_keys"])
-        else:
-            model = _model_class(of_kind).from_pretrained(location, **options)
+                tuned = getattr(peft, f"AutoPeftModelFor{AUTO[of_kind]}")
+                model = tuned.from_pretrained(location, **options)
+            elif of_kind == "reward":
+                auto = _model_class(of_kind)
+                model, info = auto.from_pretrained(location, output_loading_info=True, **options)
+                missing = set(info["missing_keys"])
+            else:
+                model = _model_class(of_kind).from_pretrained(location, **options)
     except ModelError:
         raise
     except Exception as error:

@@ -670,6 +670,18 @@ def keyed(input_text_key: str, output_text_key: str) -> Format:
     return Format("columns", Conversation, ((input_text_key,), (output_text_key,)), convert)
 
 
+def asking(source: Source, key: str) -> Detection:
+    """Rows that only ask, in a column with a name of its own. Raises DataError where there is none of that name."""
+    if key not in source.columns:
+        raise _missing(source, [key])
+
+    def convert(values: Values, row: Row) -> Prompt:
+        """A question in the column that the recipe names."""
+        return prompt({**values, PROMPT_COLUMNS[0]: values[key]}, row)
+
+    return Detection((Format("column", Prompt, ((key,),), convert),), "the recipe names the column")
+
+
 def has_numbers(values: Values, detection: Detection) -> bool:
     """Whether a row has a number or truth value where an example has text; it is written out."""
     numbers = [name for name, value in values.items() if isinstance(value, int | float) and name != "label"]

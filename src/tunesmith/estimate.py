@@ -1118,7 +1118,6 @@ def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
     import torch
 
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-    trainer.compute_loss_context_manager = trainer.accelerator.autocast  # as a prepared model brings it along
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
 
@@ -1126,7 +1125,8 @@ def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
         inputs = trainer.data_collator(rows_by_number(trainer.train_dataset, batch))
         items = _labels(inputs)
         started = time.perf_counter()
-        trainer.training_step(trainer.model, inputs, num_items_in_batch=items)
+        with trainer.accelerator.autocast():  # which a prepared model would bring along
+            trainer.training_step(trainer.model, inputs, num_items_in_batch=items)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         taken = time.perf_counter() - started

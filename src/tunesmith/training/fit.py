@@ -460,7 +460,7 @@ def forget_peak() -> None:
     """Have `peak_memory` leave out what a GPU has held up to now: answers are written in nearly all of its memory."""
     import torch
 
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.reset_peak_memory_stats()
 
 

@@ -8,9 +8,11 @@ the peak. Memory planned is that of the run's own plan.json; seconds are those o
 micro-steps, each in a process of its own. The last line is one JSON object: the share of recipes with memory
 within 8 % and time within 15 % (ours), the same share of memory by the rule of thumb of `accelerate estimate-memory`,
 four times the weights, beside what the process holds anyway (peer). It exits with 1 where a recipe misses the bar: 8 %
-of memory, 3 % where it is too little, 15 % of time. Memory may be read on a busy machine, seconds only on a quiet one.
+of memory, 3 % where it is too little, 15 % of time. Memory may be read on a busy machine, seconds only on a quiet one,
+and where the machine's own pace changes from minute to minute by medians of several turns.
 
     python benchmarks/plan_accuracy.py
+    python benchmarks/plan_accuracy.py --only 6,11 --rounds 5
     python benchmarks/plan_accuracy.py --only dpo,kto --memory-only
 """
 
@@ -21,6 +23,7 @@ import json
 import math
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -75,6 +78,8 @@ RECIPES: tuple[tuple[str, str, int, int, dict[str, Any]], ...] = (
 )
 """Method, adapter, tokens of a row, rows of a micro-batch, and what else is set in `training`. Where the tokens are
 negative, lengths are log-normal around so many, up to 1,024."""
+MEDIANS = ("planned", "peak_memory", "memory_error", "planned_seconds", "seconds")
+"""What is the median of all turns."""
 DRAWING = ("grpo", "rloo", "ppo")
 PAIRED = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")
 
@@ -208,14 +213,21 @@ def results(args: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
         if recipe[0] not in wanted and str(number) not in wanted:
             continue
         given = json.dumps(settings(recipe, number, work, args.steps))
+        parts = ("--one",) if args.memory_only else ("--plan", "--one")
+        turns: list[dict[str, Any]] = []
         found: dict[str, Any] = {"recipe": named(recipe)}
-        for part in ("--one",) if args.memory_only else ("--plan", "--one"):
+        for part in parts * args.rounds:
             done = subprocess.run([*command, part, given], capture_output=True, text=True, check=False)
             if done.returncode:
                 print(f"{named(recipe)}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
                 found["failed"] = True
                 break
-            found |= json.loads(done.stdout.strip().splitlines()[-1])
+            if part == parts[0]:
+                turns.append({})
+            turns[-1] |= json.loads(done.stdout.strip().splitlines()[-1])
+        else:
+            found |= turns[-1] | {"turns": turns}
+            found |= {key: statistics.median(turn[key] for turn in turns) for key in MEDIANS if key in found}
         yield found
 
 
@@ -226,6 +238,7 @@ def main() -> None:
     )
     parser.add_argument("--only", help="methods, or numbers of recipes, joined by commas")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=1, help="turns of planning and training; medians count")
     parser.add_argument("--memory-only", action="store_true", help="leave seconds out")
     parser.add_argument("--keep", help="file for all figures, a JSON line per recipe")
     for hidden in ("--one", "--plan", "--models"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -588,11 +590,6 @@ def test_the_disk_of_another_machine_is_not_known():
 
 
 def test_micro_steps_are_timed_in_the_types_of_the_run():
-    from contextlib import contextmanager
-    from types import SimpleNamespace
-
-    import torch
-
     inside = []
 
     @contextmanager
@@ -608,7 +605,23 @@ def test_micro_steps_are_timed_in_the_types_of_the_run():
         data_collator=lambda rows: {}, training_step=lambda *given, **named: seen.append(bool(inside)),
     )  # fmt: skip
     estimating.timed(trainer, [[0], [0]])
-    assert seen == [True] * 2
+    assert seen == [True] * (1 + estimating.TURNS)
+
+
+def test_quick_micro_steps_are_timed_several_times_and_slow_ones_once(monkeypatch):
+    now = [0.0]
+    taken = iter([9, 1, 4, 1, 4, 5, 4, 1, 9, 1, 4, 9, 1, 4])
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(gradient_accumulation_steps=1, gradient_checkpointing=False),
+        accelerator=SimpleNamespace(autocast=nullcontext), model=torch.nn.Linear(1, 1),
+        train_dataset=[{}], data_collator=lambda rows: {},
+        training_step=lambda *given, **named: now.append(now[-1] + next(taken) / 10),
+    )  # fmt: skip
+    monkeypatch.setattr(estimating.time, "perf_counter", lambda: now[-1])
+    assert estimating.timed(trainer, [[0], [0], [0]]) == pytest.approx([0.9, 0.1, 0.4])
+    monkeypatch.setattr(estimating, "ENOUGH", 0.4)
+    assert estimating.timed(trainer, [[0], [0], [0]]) == pytest.approx([0.9, 0.1, 0.4])
+    assert list(taken) == []
 
 
 def test_encoder_decoders_are_padded_on_a_gpu(tiny_t5_folder, question_file, tmp_path):

@@ -13,6 +13,7 @@ import itertools
 import math
 import random
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -1104,15 +1105,23 @@ class Measured:
 Measure = Callable[[Sequence[Sequence[int]]], Measured]
 
 
+TURNS, ENOUGH = 5, 3.0
+"""How often micro-steps are timed at most, and the seconds after which no further turn begins."""
+
+
 def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
-    """Seconds of the trainer's micro-step on rows of these numbers. The first steps of a process are slow."""
+    """Seconds of the trainer's micro-step on rows of these numbers.
+
+    The first one is run once, as the first steps of a process are slow; the others in several turns where they are
+    quick, since single steps vary by a fifth, and their medians count.
+    """
     import torch
 
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
-    found = []
-    for batch in batches:
+
+    def step(batch: Sequence[int]) -> float:
         inputs = trainer.data_collator(rows_by_number(trainer.train_dataset, batch))
         items = _labels(inputs)
         started = time.perf_counter()
@@ -1120,9 +1129,16 @@ def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
             trainer.training_step(trainer.model, inputs, num_items_in_batch=items)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - started)
+        taken = time.perf_counter() - started
         trainer.model.zero_grad(set_to_none=True)
-    return found
+        return taken
+
+    first, *others = batches
+    began = step(first)
+    turns: list[list[float]] = []
+    while not turns or (len(turns) < TURNS and sum(map(sum, turns)) < ENOUGH):
+        turns.append([step(batch) for batch in others])
+    return [began, *map(statistics.median, zip(*turns, strict=True))]
 
 
 def timed_steps(trainer: Any) -> list[float]:

@@ -40,6 +40,7 @@ class Fit:
     train_loss: float | None
     validation_loss: float | None
     seconds: float
+    """From where the first step begins, as planned: steps, validations and saving, not the trainer's own start."""
     tokens: int
     peak_memory: int
 
@@ -237,7 +238,6 @@ def fit(
             value=checkpoint.name,
             reason="the newest whole checkpoint, or the one named",
         )
-    started = time.perf_counter()
     trainer.stop_requested = stop.agreed
     if ranks.count() > 1:
         assert trainer.splits, "a loss that can be worked out in parts"
@@ -247,6 +247,7 @@ def fit(
     try:
         with stop:
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        ended = time.perf_counter()
     except Exception as error:
         if stop.requested and lacked_memory(error):  # whoever would begin again was not asked to stop
             raise Interrupted(
@@ -294,7 +295,7 @@ def fit(
         step_of_final_model=info["step"],
         train_loss=result.training_loss,
         validation_loss=info["eval_loss"],
-        seconds=round(time.perf_counter() - started, 3),
+        seconds=round(result.metrics["train_runtime"] + time.perf_counter() - ended, 3),
         tokens=int(trainer.state.num_input_tokens_seen),
         peak_memory=peak_memory(),
     )

@@ -404,11 +404,13 @@ def test_brackets_in_what_is_said_are_shown(capsys):
         display(
             {"kind": "decision", "name": "data", "value": "a[b]", "reason": "pip install 'tunesmith[serve]'"}
         )
+        display({"kind": "decision", "name": "note", "value": "of two processes", "reason": ""})
         display({"kind": "state", "state": "prepared", "dropped": {"[x] is empty": 1}, "rows": dict.fromkeys(
             ("rows_in", "train", "validation", "held_out", "dropped", "truncated"), 1)})  # fmt: skip
     shown = capsys.readouterr().err
     for text in ("+5.0 points [no interval], n=3 [/x]", "a[b]", "'tunesmith[serve]'", "[x] is empty"):
         assert text in shown
+    assert "()" not in shown
 
 
 def test_an_answer_without_end_is_cut_on_the_screen_only():
@@ -456,6 +458,12 @@ def test_a_bad_dtype_is_refused_before_a_taken_folder(invoke, tmp_path):
     assert "Weights are not stored as 'flaot32'" in error["error"]
 
 
+def test_lines_of_a_piped_table_end_with_their_words():
+    lines = CliRunner().invoke(app, ["show", "metrics"]).stdout.splitlines()
+    assert len({len(line) for line in lines}) > 3
+    assert lines == [line.rstrip() for line in lines]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
@@ -468,6 +476,7 @@ def test_a_bad_dtype_is_refused_before_a_taken_folder(invoke, tmp_path):
         (["train", "--name", "a/b"], 1, "a run's name is that of one folder"),
         (["train", "--lora", "--lora-rank", "0"], 1, "adapter.rank (--lora-rank) has to be greater than 0"),
         (["plan", "--learning-rate", "fast"], 1, "training.learning_rate (--learning-rate) takes a number"),
+        (["train", "--launch", "slurm", "--workers", "2"], 1, "or add --set launch.kind=ray."),
         (["train", "--set", "training.learning_rate=fast"], 1, "training.learning_rate takes a number"),
         (
             ["train", "--method", "dpo", "--dataset", "example:support"],
@@ -607,11 +616,15 @@ def test_a_data_set_or_a_run_in_the_place_of_a_recipe_is_told_where_it_belongs(
         assert fix in error["fix"]
 
 
-def test_the_shipped_data_set_is_taken_aloud():
+def test_the_shipped_data_set_is_taken_aloud(monkeypatch):
     assert any(
         "No data set was named, so the shipped example:sql is used" in note for note in compose({}).notes
     )
     assert not compose({"data": {"dataset": "example:sql"}}).notes
+    made = {"rows": 1, "pieces": 1, "made": 1, "joined": False, "missing": 0, "cache": "there"}
+    monkeypatch.setattr("tunesmith.api.prepare", lambda *given, **options: made)
+    said = CliRunner().invoke(app, ["prepare"]).output
+    assert "No data set was named, so the shipped example:sql is used" in said
 
 
 def test_the_version_is_shown():

@@ -237,6 +237,8 @@ def test_a_file_may_be_json(tmp_path):
         ({"training": None}, "training is a section.*found nothing"),
         ({"adapter": {"rank": 4}}, "add --lora"),
         ({"adapter": {"ratio": 0.5}}, "add --freeze-ratio"),
+        ({"launch": {"kind": "slurm", "processes": 2}}, "with slurm write --set launch.processes_per_node=2"),
+        ({"launch": {"kind": "slurm", "workers": 2}}, "leave it out, or add --set launch.kind=ray"),
         ({"training": {"num_epochs": "abc"}}, "num_epochs takes a number; found 'abc'"),
         ({"training": {"eval_steps": "abc"}}, "eval_steps takes a whole number or epoch; found 'abc'"),
         ({"training": {"optimizer": "adamw_torh"}}, "Did you mean 'adamw_torch'"),

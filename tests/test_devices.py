@@ -73,4 +73,25 @@ def test_what_others_hold_of_a_gpu_is_not_to_be_had(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
     found = devices.here("cuda")
-    assert (found.name, found.memory) == ("h100-pcie-80gb", 21 * 2**30)
+    assert (found.name, found.memory, found.assumed) == ("h100-pcie-80gb", 21 * 2**30, "")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU of 2031")
+    found = devices.here("cuda")
+    assert (found.name, found.memory) == ("some gpu of 2031", 21 * 2**30)
+    assert "300 GB/s" in found.assumed
+
+
+@pytest.mark.parametrize(("version", "prefix"), [(2, ""), (1, "total_")])
+def test_what_others_of_a_container_hold_is_not_to_be_had(version, prefix, tmp_path, monkeypatch):
+    """Of a limit of 500 MB others hold 300 MB, and pages of files, which the system gives up, 80 MB."""
+    mb, own = 10**6, devices.resident()
+    files = [row for row in devices.CONTAINERS if row[3] == prefix]
+    monkeypatch.setattr(devices, "CONTAINERS", [(str(tmp_path), *row[1:]) for row in files])
+    [(_, limit, held, _)] = files
+    (tmp_path / limit).write_text(f"{own + 500 * mb}\n")
+    assert devices.available() == own + 500 * mb
+    (tmp_path / held).write_text(f"{own + 380 * mb}\n")
+    counts = {"anon": 300 * mb, f"{prefix}active_file": 50 * mb, f"{prefix}inactive_file": 30 * mb}
+    (tmp_path / "memory.stat").write_text("".join(f"{name} {number}\n" for name, number in counts.items()))
+    assert devices.available() == pytest.approx(own + 200 * mb, abs=20 * mb)
+    (tmp_path / limit).write_text("max\n")
+    assert devices.available() > own + 500 * mb

@@ -294,10 +294,11 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(recipe, monkeypat
     least = planned(recipe(training={"per_device_train_batch_size": 1}))
     room = (whole.peak + least.peak) // 2
     here = devices.here
-    shrunk = lambda kind: replace(here(kind), memory=room)  # noqa: E731
+    shrunk = lambda kind: replace(here(kind), memory=room, assumed="that of a snail is taken")  # noqa: E731
     monkeypatch.setattr(devices, "here", shrunk)
     found = planned(asked)
     assert found.missing == found.peak - room > 0
+    assert any("that of a snail is taken" in note for note in found.notes)
     assert 1 <= len(found.remedies) <= 3
     first = found.remedies[0]
     assert first.fits
@@ -317,6 +318,38 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(recipe, monkeypat
     assert estimating.size(found.missing) in str(error.value) or "does not fit" in str(error.value)
     assert "--per-device-train-batch-size 1" in str(error.value)
     assert not (tmp_path / "runs/planned/checkpoints").exists()
+
+
+def test_answers_are_written_by_whole_weights(recipe, tiny_model_folder):
+    """Whatever the training packs; where they do not fit, the comparison may be made elsewhere."""
+    asked = recipe(adapter={"kind": "qlora"}, evaluation={"skip": False, "max_new_tokens": 8})
+    stages = planned(asked, device="h100").stages
+    adapter = stages["training"]["optimizer"] // 2
+    assert 0 <= stages["answering"]["weights"] - adapter - 2 * parameters(tiny_model_folder) < 2000
+    last = list(estimating._changes(asked, 99, 1, "cuda"))[-1]
+    assert (last.flags, last.fields) == ("--set evaluation.skip=true", {"evaluation": {"skip": True}})
+
+
+def test_16_bits_come_before_fewer_weights_where_a_gpu_has_them(recipe, monkeypatch):
+    """A frozen base takes half of the memory then; a GPU that has no bfloat16 is offered the other type."""
+    kinds = [change.kind for change in estimating._changes(recipe(), 99, 1, "cuda")]
+    assert kinds[-6:] == ["precision", "precision", "states", "adapter", "bits", "length"]
+    assert not {"precision", "states"} & {c.kind for c in estimating._changes(recipe(), 99, 1, "cpu")}
+
+    def asked(**training):
+        one = {"per_device_train_batch_size": 1, "max_steps": None, "num_epochs": 1}
+        return recipe(adapter={"kind": "lora"}, training={**one, **training})
+
+    for name, precision in (("h100", "bf16"), ("t4", "fp16")):
+        facts = devices.named(name)
+        whole, less = (planned(one, device=name).peak for one in (asked(), asked(mixed_precision=precision)))
+        small = replace(facts, memory=(whole + less) // 2)
+        with monkeypatch.context() as patched:
+            patched.setattr(devices, "named", lambda name, small=small: small)
+            found = planned(asked(), device=name)
+        [offered] = [remedy for remedy in found.remedies if "precision" in remedy.flags]
+        assert (offered.flags, offered.fits) == (f"--mixed-precision {precision}", True)
+        assert "a frozen base in 16 bits" in offered.change
 
 
 @pytest.mark.parametrize(
@@ -389,6 +422,17 @@ def test_what_was_traced_is_not_traced_again(recipe, question_file, tmp_path, mo
     monkeypatch.undo()
     changed = planned(recipe(training={"per_device_train_batch_size": 2}))
     assert changed.stages["training"]["activations"] != first.stages["training"]["activations"]
+
+
+def test_a_gpus_peak_is_held_against_what_the_training_takes():
+    """Answers are written before and after it, in whatever memory is free."""
+    stages = {
+        "training": {"reserved": 600, "weights": 1000, "activations": 500},
+        "answering": {"reserved": 600, "weights": 1000, "cache": 9000},
+    }
+    planned = {"stages": stages, "stage": "answering", "peak": 10600, "seconds": 10.0}
+    fitted = SimpleNamespace(peak_memory=1500, seconds=10.0)
+    assert estimating.truth(planned, fitted, is_whole=True)["memory_error"] == 0
 
 
 def test_a_run_says_at_its_end_how_far_the_plan_was_off(recipe):

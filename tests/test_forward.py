@@ -33,6 +33,18 @@ def made(family: str, **changes):
     width = {"head_dim": 8, "query_pre_attn_scalar": 8}
     caps = {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0}
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
+
+    def seeing(tie_word_embeddings: bool = True, **text):
+        """The configuration of a model that sees pictures too, of which the same text is asked."""
+        sees = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 5, "num_attention_heads": 1}
+        sees |= {"image_size": 28, "patch_size": 14}
+        return hf.Gemma3Config(
+            text_config=text,
+            vision_config=sees,
+            mm_tokens_per_image=1,
+            tie_word_embeddings=tie_word_embeddings,
+        )
+
     classes = {
         "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, {}),
         "mistral": (hf.MistralConfig, hf.MistralForCausalLM, {"sliding_window": 20}),
@@ -47,6 +59,11 @@ def made(family: str, **changes):
             hf.Gemma2Config,
             hf.Gemma2ForCausalLM,
             {**width, "sliding_window": 20, "layer_types": layers, **caps},
+        ),
+        "gemma3": (
+            seeing,
+            hf.Gemma3ForConditionalGeneration,
+            {**width, "sliding_window": 20, "layer_types": layers},
         ),
         "gemma3_text": (
             hf.Gemma3TextConfig,

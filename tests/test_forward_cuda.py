@@ -3,15 +3,18 @@ of the tree, against a walk through it and through FlexAttention's forward, whic
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 import pytest
 import torch
+from torch.nn.attention.varlen import varlen_attn
 
 from tunesmith import forward
 from tunesmith.forward import cuda, tree
 from tunesmith.forward.attention import rows_attention
 from tunesmith.forward.cuda import Asked
+from tunesmith.training import gpu
 
 HEADS, SHARED, WIDTH = 4, 2, 16
 
@@ -78,16 +81,18 @@ def flash_attn_varlen_func(
     assert max_seqlen_k == cu_seqlens_k.diff().max()
     assert causal
     assert not dropout_p
+    # As in its C++: where rows have one query, causal is taken back, and the window says what is seen.
+    causal = max_seqlen_q > 1
     left, right = window_size
+    assert right == 0 or not (max_seqlen_q == 1 and HEADS > SHARED), "another kernel, that of writing answers"
     return reference(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, (left, 0 if right < 0 else right), softcap
+        q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, (left, 0 if causal else right), softcap
     )
 
 
+@functools.wraps(varlen_attn)
 def torch_varlen(*args, **named):
     """Torch's own, by its real signature."""
-    from torch.nn.attention.varlen import varlen_attn
-
     given = inspect.signature(varlen_attn).bind(*args, **named)
     given.apply_defaults()
     a = given.arguments
@@ -130,6 +135,43 @@ def test_kernels_for_rows_of_various_lengths_get_what_row_by_row_gets(kernel, as
     wanted.backward(pull)
     for one, two in zip(mine, other, strict=True):
         torch.testing.assert_close(one.grad, two.grad, **close)
+
+
+def test_rows_of_one_query_each_go_to_the_kernel_of_all_others(stand_ins):
+    """As where a reward model's score is read."""
+    ids, mask = torch.arange(3, 17).reshape(2, 7), torch.ones(2, 7, dtype=torch.long)
+    wanted = torch.zeros(2, 7, dtype=torch.bool)
+    wanted[:, -1] = True
+    rows = tree.layout(tree.rows_of(ids, mask, None, wanted), share=False, device="cpu")
+    given = states(rows, True)
+    assert cuda.spread(rows, None, True).longest_queries == 1
+    found = cuda.answered(*given, rows, Asked(), kernel="flash")
+    torch.testing.assert_close(found, rows_attention(None, *given, None, rows=rows)[0])
+
+
+@pytest.mark.parametrize(
+    ("known", "taken"),
+    [
+        ("is_causal=False, return_aux=None", False),  # torch 2.10
+        ("*, return_aux=None, scale=None, window_size=(-1, -1)", True),  # on the way to 2.12
+    ],
+)
+def test_torchs_function_is_taken_where_it_can_be_told_what_is_seen(known, taken, monkeypatch):
+    names = "query, key, value, cu_seq_q, cu_seq_k, max_q, max_k"
+    scope: dict = {}
+    exec(f"def older({names}, {known}): return query", scope)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", scope["older"])
+    monkeypatch.setattr(cuda, "flash_function", lambda: (None, "none is installed"))
+    cuda._torch_function.cache_clear()
+    try:
+        assert cuda.choose(torch.bfloat16, 64, (9, 0))[0] == ("varlen" if taken else "rows")
+        if taken:
+            rows = layout()
+            query, *others = states(rows, False)
+            out = cuda.answered(query, *others, rows, Asked(), kernel="varlen")
+            assert out.shape == (1, query.shape[2], HEADS, WIDTH)
+    finally:
+        cuda._torch_function.cache_clear()
 
 
 def test_a_layout_is_spread_once_for_all_layers_and_left_alone_where_nothing_is_shared():
@@ -207,10 +249,36 @@ def test_flex_attention_reads_the_tree_in_place(asked, trimmed):
     assert mask is cuda.block_mask(rows, asked.window, trimmed)
 
 
+@torch.no_grad()
+def test_flex_attention_is_compiled_for_few_kinds_of_batches(monkeypatch):
+    """Torch compiles it anew for whatever it takes for a constant, and behind a limit writes out all scores."""
+    made = []
+
+    def backend(graph, inputs):
+        made.append([x for x in inputs if isinstance(x, torch.Tensor) and x.dtype == torch.float64])
+        return lambda *given: (
+            next(x for x in given if isinstance(x, torch.Tensor) and x.dim() == 4).clone(),
+        )
+
+    compiled = cuda._flex(True, backend)
+    monkeypatch.setattr(cuda, "_flex", lambda on: compiled)
+    shapes = (
+        ((150, (70, 90)), (40, (3, 10))),
+        ((300, (70, 90)), (400, (3, 10))),
+        ((200, (20, 70)), (11, (9,))),
+    )
+    for seed, lengths in enumerate(shapes):
+        rows = layout(lengths, seed)
+        for window in (None, 20, 70):
+            for trimmed in (False, True):
+                given = [x.detach() for x in states(rows, trimmed, torch.float32)]
+                cuda.in_tree(*given, rows, Asked(scale=0.3, window=window, softcap=2.0))
+    assert len(made) == 2  # all queries, or some of them
+    assert not any(made), "a number that the kernel would have to be given"
+
+
 def test_torch_takes_what_it_is_given():
     """Torch's own operation, and its backward pass, without data."""
-    from torch.nn.attention.varlen import varlen_attn
-
     rows = layout()
     given = [x.detach().to("meta", torch.bfloat16).requires_grad_() for x in states(rows, True)]
     facts = cuda.spread(rows, 20, True)
@@ -283,6 +351,7 @@ def test_a_flash_attention_that_does_not_load_costs_one_sentence(monkeypatch, tm
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10\\nmore')")
     monkeypatch.syspath_prepend(str(tmp_path))
     cuda.flash_function.cache_clear()
+    gpu.broken.cache_clear()
     try:
         assert cuda.flash_function() == (
             None,
@@ -290,6 +359,7 @@ def test_a_flash_attention_that_does_not_load_costs_one_sentence(monkeypatch, tm
         )
     finally:
         cuda.flash_function.cache_clear()
+        gpu.broken.cache_clear()
 
 
 def test_a_run_on_cuda_is_told_its_kernel(monkeypatch):

@@ -271,6 +271,10 @@ def test_the_command_shows_or_writes_the_files(asked, tmp_path):
     assert not (tmp_path / "a.job").exists()
     assert CliRunner().invoke(app, ["train", str(recipe)]).exit_code == 0
     assert (tmp_path / "a.job" / "job.sbatch").read_text() == payload["files"]["job.sbatch"]
+    other = CliRunner().invoke(app, ["train", str(recipe), "--launch", "kubernetes", "--json"])
+    notes = json.loads(other.stdout.strip().splitlines()[-1])["notes"]
+    assert any(note.startswith("recipe.yaml, job.sbatch in ") for note in notes), notes
+    assert (tmp_path / "a.job" / "job.sbatch").is_file(), "a job in the queue may still want it"
     refused = CliRunner().invoke(app, ["train", str(recipe), "--dry-run", "--launch", "local"])
     assert refused.exit_code == 1
 
@@ -296,6 +300,9 @@ def test_what_the_nodes_may_not_see_is_told(asked, tmp_path):
         == "The base model /cluster/model is not found here; it must be there on the cluster, at this path"
     )
     assert "away.jsonl is not found here" in data
+    for section, whence in ((SLURM, "the job's folder"), (KUBERNETES, "the image's working folder")):
+        [said] = api.job(asked(section, data={"dataset": "data/away.jsonl"}), tmp_path).notes
+        assert re.search(rf"data/away.jsonl is not found here.*relative.*{whence}", said)
     ours = {"model": {"base": "tiny"}, "data": {"dataset": str(here)}}
     assert api.job(asked(SLURM, **ours), tmp_path).notes == ()
     [said] = api.job(asked(KUBERNETES, **ours), tmp_path).notes

@@ -22,6 +22,7 @@ from tunesmith import api, dataflow
 from tunesmith.compose import compose, overlaid
 from tunesmith.errors import Interrupted, RecipeError
 from tunesmith.methods import METHODS
+from tunesmith.models import decoder_layers
 from tunesmith.training.run import Run, open_run
 
 COLORS = ("red", "blue", "green", "one", "two", "three", "yes", "no")
@@ -448,3 +449,32 @@ def test_fine_tuning_a_reward_model_and_ppo_go_one_after_the_other(stages):
     page = (run.path / "report.html").read_text(encoding="utf-8")
     assert "Every model on the way to this one" in page
     assert "Answers were scored by judge" in page
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ppo"])
+def test_under_mixed_precision_a_policy_answers_and_a_reference_judges_in_it(quick, kind, monkeypatch):
+    """On a GPU, that is; here with its arguments on a CPU."""
+    given, fit = dataflow.arguments, dataflow.fit
+    monkeypatch.setattr(dataflow, "arguments", lambda *args, **named: {**given(*args, **named), "bf16": True})
+    seen: dict[str, set[bool]] = {}
+
+    def watched(trainer, *args, **kwargs):
+        models = {
+            "policy": trainer.model,
+            "reference": getattr(trainer, "ref_model", None) or trainer.reference,
+        }
+        for name, model in models.items():
+
+            def note(module, given, name=name):
+                seen.setdefault(name, set()).add(torch.is_autocast_enabled("cpu"))
+
+            decoder_layers(getattr(model, "policy", model))[0].register_forward_pre_hook(note)
+        return fit(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(dataflow, "fit", watched)
+    run = Run(api.train(quick(kind, evaluation={"skip": True, "samples": 0})).run)
+    assert seen == {"policy": {True}, "reference": {True}}
+    decided = {e["name"]: e["value"] for e in run.events() if e["kind"] == "decision"}
+    assert decided["forward"] == "fast"
+    assert "forward of the reference" not in decided
+    assert not [e for e in run.events() if "stock forward" in str(e.get("message"))]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
 
-from tunesmith import models
+from tunesmith import libraries, models
 from tunesmith.errors import ModelError
 from tunesmith.recipe import Freeze, LoRA, QLoRA
 
@@ -251,6 +252,21 @@ def test_the_attention_that_is_named_is_loaded(tiny_model_folder, attention):
     assert model.config._attn_implementation == attention
 
 
+def test_an_adapter_on_plain_weights_is_loaded_without_what_packs_weights(
+    tiny_model_folder, tmp_path, monkeypatch
+):
+    """torchao tells of libraries of its own that do not load, on standard error, whenever it is imported."""
+    adapted = models.attach(models.load_model(str(tiny_model_folder)), LoRA(kind="lora", rank=2))
+    adapted.save_pretrained(tmp_path / "adapter")
+    packers = {"bitsandbytes", "torchao"}
+    for name in [name for name in sys.modules if name.partition(".")[0] in packers]:
+        monkeypatch.delitem(sys.modules, name)
+    with libraries.loading():
+        pass  # forgets what is known to be installed
+    models.load_model(str(tmp_path / "adapter"))
+    assert not packers & sys.modules.keys()
+
+
 @pytest.fixture
 def of_the_hub(online, tiny_model_folder, tmp_path, monkeypatch):
     """A model on a stub of the Hub, which gives the files that are asked for, and what was asked."""
@@ -312,3 +328,24 @@ def test_a_hostile_model_of_the_hub_is_refused_as_a_folder_is(of_the_hub, tmp_pa
     for load in (models.configuration, models.load_tokenizer, models.load_model, models.kind):
         with pytest.raises(ModelError, match=said):
             load("me/mine")
+
+
+def test_of_a_model_that_sees_pictures_the_layers_of_the_text_are_counted_and_frozen():
+    text = {
+        "vocab_size": 90,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 70}
+    sees = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = tf.Gemma3Config(
+        text_config=text, vision_config={**sees, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=1
+    )
+    with torch.device("meta"):
+        model = tf.Gemma3ForConditionalGeneration(config)
+    found = models.describe(model)
+    assert (found.layers, found.context_length) == (2, 70)
+    # Those that look at pictures are more, and larger.
+    assert models.decoder_layers(model) is model.model.language_model.layers

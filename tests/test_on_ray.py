@@ -540,7 +540,7 @@ def test_refusals_in_a_worker_are_told_once_and_not_tried_again(recipe, workers,
     with pytest.raises(RunError, match="another run's"):  # at once
         api.train(taken)
     monkeypatch.setattr(
-        run_folders, "check_free", lambda path: None
+        run_folders, "check_free", lambda path, **_: None
     )  # here, as if only the workers saw the folder
     with pytest.raises(TunesmithError, match="another run's"):
         api.train(taken)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.util
 import json
+import mmap
+import os
 import subprocess
 import sys
+import time
 import types
 from importlib import metadata
 
 import pytest
 
-from tunesmith import libraries
+from tunesmith import api, devices, libraries, preflight
+from tunesmith.compose import compose
+from tunesmith.errors import TunesmithError
 
 HEAVY = ("torch", "trl", "peft", "datasets", "scipy", "gradio", "pandas")
 
@@ -105,6 +111,57 @@ def test_versions_of_packages_are_looked_up_for_those_that_are_asked_about():
     with pytest.raises(KeyError):
         found["no_such_package"]
     assert asked == [1]
+
+
+def in_memory(path) -> int:
+    """Pages of a file that the system holds, by its own account."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as pages:
+        marks = (ctypes.c_ubyte * -(-len(pages) // mmap.PAGESIZE))()
+        start = ctypes.c_char.from_buffer(pages)
+        failed = ctypes.CDLL(None).mincore(
+            ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(len(pages)), marks
+        )
+        del start
+    assert not failed
+    return sum(mark & 1 for mark in marks)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="another system")
+def test_weights_are_read_from_the_disk_while_nobody_waits_for_them(pytestconfig, monkeypatch):
+    run, size = pytestconfig.cache.mkdir("cold"), 8 * 2**20  # on a disk, where tmp_path may be in memory
+    weights = run / "final_model/model.safetensors"
+    weights.parent.mkdir(exist_ok=True)
+    with weights.open("wb") as file:
+        file.write(os.urandom(size))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if in_memory(weights) > 10:
+        pytest.skip("these files are never out of memory")
+    monkeypatch.setattr(devices, "available", lambda: 2 * size - 1)
+    assert libraries.read_ahead(str(run)) is None
+    assert in_memory(weights) <= 10
+    monkeypatch.undo()
+    libraries.read_ahead(str(run)).join()
+    until = time.monotonic() + 20
+    while in_memory(weights) < size // mmap.PAGESIZE and time.monotonic() < until:
+        time.sleep(0.01)
+    assert in_memory(weights) == size // mmap.PAGESIZE
+    weights.unlink()
+    assert libraries.read_ahead("no such model") is libraries.read_ahead("tiny") is None
+
+
+def test_a_training_has_its_weights_read_ahead_before_anything_else(tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(recipe):
+        raise TunesmithError(f"after {asked}")
+
+    monkeypatch.setattr(libraries, "read_ahead", lambda *given: asked.append(given))
+    monkeypatch.setattr(preflight, "check", refuse)
+    settings = {"output_dir": str(tmp_path), "model": {"base": "x/y", "revision": "z"}}
+    with pytest.raises(TunesmithError, match=r"after \[\('x/y', 'z'\)\]"):
+        api.train(compose(settings).recipe)
 
 
 LOADED = """

@@ -86,6 +86,7 @@ def test_a_space_is_read_from_texts_and_files_with_the_types_of_the_recipe(recip
         ("adapter.ratio=uniform(0,1)", "it belongs to freeze"),
         ("training.learning_rate=lognormal(1,2)", "Did you mean 'loguniform'"),
         ("training.learning_rate=3", "no distribution"),
+        ("training.learning_rate", "says no values"),
         ("training.learning_rate=loguniform(0,1)", "lower end above 0"),
         ("training.learning_rate=uniform(2,1)", "below the higher one"),
         ("training.learning_rate=uniform(-1,1)", "has to be greater than 0"),
@@ -123,6 +124,15 @@ def test_all_faults_are_told_at_once_and_values_that_do_not_fit_together_too(rec
     dpo = recipe({"method": {"kind": "dpo"}})
     with pytest.raises(RecipeError, match="what its loss means"):
         searched(dpo, "method.beta=choice(0.1,0.3)")
+
+
+def test_a_field_that_is_given_twice_is_refused_with_both(recipe, tmp_path):
+    file = tmp_path / "space.yaml"
+    file.write_text("adapter: {rank: [2, 4]}\n")
+    with pytest.raises(RecipeError, match=r"adapter\.rank is given twice") as error:
+        searched(recipe(), str(file), "adapter.rank=choice(8,16)")
+    assert str(file) in str(error.value)
+    assert "choice(8,16)" in str(error.value)
 
 
 def test_values_drawn_by_chance_lie_in_the_space_and_depend_on_seed_and_number(recipe):
@@ -320,6 +330,20 @@ def test_trials_at_once_are_drawn_without_repeats_and_know_their_best_validation
     pruned = done.trials[1]
     assert (pruned.state, pruned.step, pruned.value) == ("pruned", 2, 1.0)
     assert pruned.validations == ((1, 3.0), (2, 1.0), (3, 2.0))
+
+
+def test_a_sweep_of_ray_that_goes_on_without_it_denies_no_trial_that_was_pruned(
+    recipe, on_pretended_ray, pretended
+):
+    asked = recipe({"launch": {"kind": "ray", "workers": 2}})
+    assert api.sweep(asked, SPACE, trials=4, engine="ray").count("pruned") == 2
+    for trials, said in ((6, "No further trial was pruned"), (6, ""), (4, "")):
+        done = swept(asked, trials=trials, pruner="median")
+        told = " ".join(done.sentences())
+        assert done.count("pruned") == 2
+        assert "No trial was" not in told
+        assert said in told
+        assert said or "No further" not in told
 
 
 def test_what_its_values_bring_about_fails_a_trial_and_all_else_ends_the_sweep(recipe, monkeypatch):

@@ -125,6 +125,17 @@ def head_of_a_step(device):
     (-found.log_probs.sum() / 40).backward()
 
 
+def test_a_hollow_head_under_autocast_takes_what_a_real_one_takes():
+    found, own = {}, head._type
+    for device, autocast in (("cpu", None), ("meta", torch.bfloat16)):
+        real = torch.autocast("cpu", torch.bfloat16, enabled=device == "cpu")
+        with counting(vocabulary=300, autocast=autocast) as count, real:
+            head_of_a_step(device)
+        found[device] = count.live()[0]
+    assert found["meta"] == pytest.approx(found["cpu"], rel=0.03)
+    assert head._type is own
+
+
 def attention_of_a_step(device, dropout):
     torch.manual_seed(0)
     states = torch.ones(1, 4, 50, 16, device=device, requires_grad=True)
@@ -144,3 +155,15 @@ def test_hollow_numbers_take_the_ways_that_real_ones_take(work):
             work(device)
         found[device] = count.live()[0]
     assert found["meta"] == pytest.approx(found["cpu"], rel=0.03)
+
+
+def test_packed_weights_give_the_type_that_bitsandbytes_gives():
+    """What is computed in bfloat16 goes on in the type of a base whose norms are float32."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    plain = torch.nn.Linear(64, 32, bias=False, dtype=torch.bfloat16)
+    real = bitsandbytes.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    real.weight = bitsandbytes.nn.Params4bit(plain.weight.data, requires_grad=False, quant_type="nf4")
+    hollow = tracing.FourBit(plain.to("meta"), double=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        given = torch.ones(3, 64, dtype=dtype)
+        assert hollow(given.to("meta")).dtype == real.to("cpu")(given).dtype == dtype

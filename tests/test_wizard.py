@@ -292,6 +292,22 @@ def test_what_later_steps_said_of_another_model_does_not_count(here, answer, mon
     assert planned == ["bf16", "bf16", "no"]
 
 
+@pytest.mark.parametrize(
+    ("capability", "kind", "precision"),
+    [
+        ((9, 0), "sft", "bf16"),
+        ((9, 0), "seq2seq", "bf16"),
+        ((7, 5), "sft", "fp16"),
+        ((7, 5), "seq2seq", "no"),
+    ],
+)
+def test_a_gpu_gets_the_precision_that_it_has(capability, kind, precision, monkeypatch):
+    monkeypatch.setattr("tunesmith.plan.device", lambda: "cuda")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *device: capability)
+    session = types.SimpleNamespace(layers={"model": {"method": {"kind": kind}}})
+    assert wizard._precision(session) == precision
+
+
 def test_changed_rows_are_asked_anew(here, answer, monkeypatch):
     """The same answers, but another file under the same name."""
     from tunesmith import api

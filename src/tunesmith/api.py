@@ -55,6 +55,7 @@ from tunesmith.training.run import (
     State,
     Watch,
     anchored,
+    check_writable,
     counting,
     create,
     dataset_name,
@@ -686,7 +687,9 @@ def evaluate(
     from tunesmith.evaluation.rows import asked_in
 
     started = time.perf_counter()
-    run, questions = measuring.questions_for([model], dataset, metrics, settings, watch)
+    given = Path(output) if output else None
+    keeping.check_place([model], given)
+    run, questions = measuring.questions_for([model], dataset, metrics, settings, watch, output=given)
     rows, chosen, longer = measuring.answers_of(model, questions, name="model", watch=watch)
     questions = questions.with_longer({str(model): longer})
     scores = evaluation.scores(rows, chosen)
@@ -698,7 +701,7 @@ def evaluate(
         "max_new_tokens": asked,
         **keeping.made_with({"model": model}, questions.recipe),
     }
-    place = Path(output) if output else keeping.evaluation_folder(run, model, questions.recipe, kept)
+    place = given or keeping.evaluation_folder(run, model, questions.recipe, kept)
     evaluation.write_rows(place / "rows.jsonl", rows)
     if made := evaluation.classification.classification(rows):
         kept["labels"] = asdict(made)
@@ -791,6 +794,8 @@ def compare(
 
     started = time.perf_counter()
     models = measuring.baseline_first([a, b, *more], baseline)
+    keeping.check_place(models, None, is_comparison=True)
+    measuring.check_askable(models)
     run, questions = measuring.questions_for(models, dataset, metrics, settings, watch)
     names = measuring.side_names(*models)
     stand_ins = ("base", "tuned") if len(models) == 2 else names
@@ -969,6 +974,7 @@ def evaluate_suite(
     from tunesmith.compose import overlaid, validated
     from tunesmith.evaluation.judging import bench, harness, suites
     from tunesmith.evaluation.judging.settings import load_judge
+    from tunesmith.evaluation.report import told_in_report
 
     launch.require_one_process()
     quiet_libraries()
@@ -996,6 +1002,8 @@ def evaluate_suite(
     run = open_run(model) if is_run(Path(model).expanduser()) else None
     beside = run.evaluation / label if run else Path("evaluations") / f"{Path(str(model)).name}_{label}"
     place = Path(output) if output else beside
+    if not dry_run:
+        check_writable(place, fix="Give --output with a folder that can be written.")
     if suite.startswith("lm-eval:"):
         given = {"questions": questions, "references": references, "judge": judge, "baseline": baseline}
         if unused := [f"--{name}" for name, value in given.items() if value]:
@@ -1026,8 +1034,7 @@ def evaluate_suite(
         calibrated=calibrate,
         watch=watch,
     )
-    if run:
-        _report_again(run)
+    told_in_report(run, deciding(watch))
     return found
 
 
@@ -1055,6 +1062,7 @@ def judge(
     from tunesmith.evaluation.judging.judgments import with_references
     from tunesmith.evaluation.judging.questions import read_questions
     from tunesmith.evaluation.judging.settings import load_judge
+    from tunesmith.evaluation.report import told_in_report
 
     launch.require_one_process()
     quiet_libraries()
@@ -1077,6 +1085,8 @@ def judge(
         baseline = "base"
         deciding(watch)("baseline", baseline, "what a run is measured against")
     place = Path(output) if output else run.evaluation / f"judged_{mode}" if run else Path("judged")
+    if not dry_run:
+        check_writable(place, fix="Give --output with a folder that can be written.")
     found = judging.judge_into(
         place,
         settings,
@@ -1088,17 +1098,9 @@ def judge(
         dry_run=dry_run,
         watch=watch,
     )
-    if run and not dry_run:
-        _report_again(run)
+    if not dry_run:
+        told_in_report(run, deciding(watch))
     return {**found, "output": str(place)}
-
-
-def _report_again(run: Run) -> None:
-    """Write a run's report with what was added to its folder; a run that has none yet gets it when it is done."""
-    from tunesmith.evaluation.report import write_report
-
-    if (run.path / "report.html").exists():
-        write_report(run.path)
 
 
 def chat(
@@ -1680,10 +1682,12 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
         try:
             for note in launch.settle(recipe.training):
                 run.event("warning", message=note)
+            libraries.read_ahead(recipe.model.base, recipe.model.revision)
             if fresh:
                 preflight.check(recipe)
             else:
                 preflight.check_settings(recipe)
+                libraries.load_libraries()
                 preflight.check_processes(recipe)
             point = checkpoints.choose(run, checkpoint) if checkpoint else None
             if not fresh:
@@ -1708,7 +1712,7 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
             if isinstance(error, Interrupted):
                 raise
             raise Interrupted(
-                "Stopped; what was finished is saved.",
+                f"Stopped at once; {_kept(run)}.",
                 fix=f"tunesmith resume {run.path}",
                 exit_code=TERMINATED if isinstance(error, Terminated) else INTERRUPTED,
             ) from None
@@ -1761,6 +1765,19 @@ def _finish(run: Run, state: State, **fields: Any) -> None:
     """Leave a status where the disk lets us: why a run ended is more important than that it could not be written."""
     with contextlib.suppress(OSError):
         run.finish(state, **fields)
+
+
+def _kept(run: Run) -> str:
+    """What there is of a run that was stopped in the midst of something."""
+    from tunesmith.training import checkpoints
+
+    if run.final_model.is_dir():
+        return "the training is done and its model saved, what comes after it is not"
+    for point in checkpoints.found(run):
+        with contextlib.suppress(RunError):
+            checkpoints.manifest(point)
+            return f"what was done after {point.name} is not saved, and is done again"
+    return "nothing was saved yet, so that it begins at the first step again"
 
 
 def _num_starts(run: Run) -> int:

@@ -39,7 +39,9 @@ from tunesmith.errors import (
     RunError,
     Terminated,
     TunesmithError,
+    does,
     nearest,
+    size,
 )
 from tunesmith.recipe import FieldFact, fields
 
@@ -272,7 +274,10 @@ def _as_typed(error: RecipeError, typed: Mapping[str, str]) -> RecipeError:
     def told(text: str | None) -> str | None:
         for path, option in typed.items():
             text = re.sub(
-                rf"(?<![\w.]){re.escape(path)}(?![\w.]*\w)(?! \()", f"{path} ({option})", text or "", count=1
+                rf"(?<![\w.])(?<!--set ){re.escape(path)}(?![\w.]*\w)(?! \()",
+                f"{path} ({option})",
+                text or "",
+                count=1,
             )
         return text or None
 
@@ -333,8 +338,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
             if not ranks.is_first():
                 return
             if text and not as_json:
-                # Plain text may hold brackets; only tables and the like have markup.
-                open_console(stderr=False).print(text, markup=not isinstance(text, str))
+                _print(text)
             if as_json:
                 print(json_line(payload))
             if payload.get("exit_code"):
@@ -349,6 +353,17 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(sorted(parameters, key=lambda p: p.kind))  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
+
+
+def _print(text: Any) -> None:
+    """What a verb says. Piped, the lines of a table end with their words: rich fills each up to the longest one."""
+    console, is_plain = open_console(stderr=False), isinstance(text, str)
+    if is_plain or console.is_terminal:
+        console.print(text, markup=not is_plain)  # plain text may hold brackets
+        return
+    with console.capture() as caught:
+        console.print(text)
+    print("\n".join(line.rstrip(" ") for line in caught.get().split("\n")), end="")
 
 
 EXCERPT = re.compile(r"\n {9}[^\n]*\n {9} *\^")
@@ -519,7 +534,7 @@ def train_verb(
 
 def _job(composition: Composition, display: Display, *, resume: str | None, is_written: bool) -> Any:
     """Write what a cluster is to be given, or only show it."""
-    from tunesmith import api
+    from tunesmith import api, jobs
     from tunesmith.training.run import folder_name, write_whole
 
     recipe = composition.recipe
@@ -532,6 +547,11 @@ def _job(composition: Composition, display: Display, *, resume: str | None, is_w
             notes.append(f"files of an earlier job in {folder} were replaced: {', '.join(replaced)}")
         for name, text in made.files.items():
             write_whole(folder / name, text)
+    if others := [name for name in jobs.FILES if name not in made.files and (folder / name).is_file()]:
+        notes.append(
+            f"{', '.join(others)} in {folder} {does('belong', len(others))} to a job for another launcher, which may "
+            "still want them: remove what you no longer submit"
+        )
     for note in notes:
         display({"kind": "warning", "message": note})
     shown = "\n".join(f"# {folder / name}\n{text}" for name, text in made.files.items())
@@ -663,6 +683,7 @@ def prepare_verb(
     if not (first.isdigit() and of.isdigit()):
         raise TunesmithError(f"'{share}' is no share.", fix="Give K/N, such as --share 2/4.")
     with Display(quiet=quiet) as display:
+        _show_notes(composition, display)
         found = api.prepare(
             composition.recipe,
             processes=cores or os.cpu_count() or 1,
@@ -866,7 +887,9 @@ def generate_verb(
     model: ModelArgument,
     prompts: Annotated[
         str,
-        typer.Argument(help="A file, a folder or a Hub id; rows with a column `prompt`, unless --format."),
+        typer.Argument(
+            help="A file, a folder or a Hub id; rows with a column `prompt`, unless --format or --input-text-key."
+        ),
     ],
     *,
     output: Annotated[Path, typer.Option(help="File of the answers; it must not be there.")],
@@ -1148,7 +1171,7 @@ def runs_verb(
             score_text(run.base, run.metric),
             score_text(run.tuned, run.metric),
             run.verdict or "",
-            f"{run.bytes / 1e6:.1f} MB",
+            size(run.bytes),
         )
     return {"runs": [asdict(run) for run in found]}, table if found else f"No runs in {output_dir}."
 

@@ -477,9 +477,12 @@ def _unknown(path: list[str], layer: Mapping[str, Any]) -> str:
             section = union_members(part)[kind]
             others = [k for k, member in union_members(part).items() if path[-1] in member.model_fields]
             if others:
+                told = f"{where} has no effect with {part} '{kind}'; it belongs to {' and '.join(others)}"
+                if own := next((n for n in section.model_fields if n.startswith(f"{path[-1]}_per_")), None):
+                    return f"{told}; with {kind} write --set {part}.{own}={layer[part][path[-1]]}."
                 option = {"lora": "--lora", "freeze": "--freeze-ratio"}.get(others[0])
-                add = option or f"--set {part}.kind={others[0]}"
-                return f"{where} has no effect with {part} '{kind}'; it belongs to {' and '.join(others)}: add {add}."
+                add = f"add {option or f'--set {part}.kind={others[0]}'}"
+                return f"{told}: {'leave it out, or ' if 'kind' in layer[part] else ''}{add}."
         elif part == "mix":
             section = DataSource
         else:

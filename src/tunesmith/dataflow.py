@@ -52,16 +52,13 @@ from tunesmith.methods.preferred import without_reference_pass
 from tunesmith.plan import Decision, Plan
 from tunesmith.recipe import FSDP, SFT, DeepSpeed, QLoRA, Recipe, Tracking, Training
 from tunesmith.training import continuing, gpu
-from tunesmith.training.fit import Fit, arguments, finished, fit
-from tunesmith.training.order import by_length, order_by_length
+from tunesmith.training.fit import Fit, arguments, finished, fit, forget_peak
+from tunesmith.training.order import order_by_length, padding
 from tunesmith.training.retaking import Lacking, attempted, retaken
 from tunesmith.training.run import Run
 
 if TYPE_CHECKING:
     from tunesmith.training.steps import Rehearsal
-
-PADDING_WORTH = 0.05
-"""Share of a batch that has to be saved in padding for `training.batches: auto` to put rows of like length together."""
 
 
 def splits(recipe: Recipe) -> data.Splits:
@@ -203,6 +200,7 @@ def estimate(
         order=shuffled(len(encodings.train), training.seed) if recipe.method.kind == "kto" else None,
         identity=encodings.fingerprint,
         alike=alike,
+        any_order=_comes_in_any_order(recipe),
     )
     here = measured and not device
     try:
@@ -416,7 +414,8 @@ def prepared(
     """
     fingerprint = encodings.fingerprint
     before = continuing.planned(run)
-    continuing.check_identity(run, checkpoint, identity)
+    counts = encodings.ledger.counts()
+    continuing.check_identity(run, checkpoint, identity, rows=counts["rows_in"])
     estimate.check()
     run.write_lines("ledger.jsonl", data.ledger_lines(encodings.ledger))
     run.write("supervision.json", encodings.proof)
@@ -427,7 +426,7 @@ def prepared(
         "identity": identity,
         "recipe": recipe.model_dump(mode="json"),
     }
-    run.write("plan.json", {**facts, "lengths": encodings.lengths})
+    run.write_plan({**facts, "lengths": encodings.lengths})
     if not before or "rows" not in before:  # a run that is created has the recipe alone in it
         for decision in plan.decisions:
             if decision.name == "verdict":
@@ -677,7 +676,7 @@ def fitted(
     if truth := estimating.truth(
         planned.get("estimate"), result, is_whole=is_whole, measured=planned.get("measured")
     ):
-        prepared.write("plan.json", {**planned, "truth": truth})
+        prepared.write_plan({**planned, "truth": truth})
         prepared.event("decision", name="plan and truth", value=truth["value"], reason=truth["sentence"])
     return result
 
@@ -699,6 +698,7 @@ def _fitted_from(
     method = METHODS[recipe.method.kind]
     training, _, _ = method.settled(recipe.method, recipe.training, len(encodings.train))
     with ranks.together(plan.device):
+        forget_peak()
         set_seed(recipe.training.seed)
         tokenizer, _ = _tokenizer(recipe)
         own = planning.dealt(training, ranks.count())
@@ -799,7 +799,7 @@ def _paced(run: Run, step: int, per_step: float, seconds: float) -> None:
     """Say what a run comes to by its own first steps, and keep it beside what was planned before them."""
     planned = run.read("plan.json") or {}
     if found := estimating.paced(planned.get("estimate"), per_step, seconds):
-        run.write("plan.json", {**planned, "measured": found})
+        run.write_plan({**planned, "measured": found})
         told = estimating.duration(found["seconds"])
         run.event("decision", step=step, name="time in all", value=told, reason=found["basis"])
 
@@ -863,24 +863,27 @@ def _trainer(
 
     pads = trainer.pads = forward.attach(trainer, run, recipe.training)
     wanted = recipe.training.batches
-    if wanted == "by_length" or (wanted == "auto" and pads and not packing and recipe.method.any_order):
+    if wanted == "by_length" or (wanted == "auto" and pads and _comes_in_any_order(recipe)):
         rows = _row_lengths(method, encodings.train, packing)
         batch = recipe.training.per_device_train_batch_size
         _order(trainer, run, rows, batch, is_asked=wanted == "by_length")
     return trainer
 
 
+def _comes_in_any_order(recipe: Recipe) -> bool:
+    """Whether rows that are chosen for their lengths may come together."""
+    return recipe.method.any_order and not recipe.data.packing
+
+
 def _order(trainer: Any, run: Run, lengths: Sequence[int], batch: int, *, is_asked: bool) -> None:
     """Have rows of like length come together, where that was asked or leaves much less padding; keep why."""
-    seed = trainer.args.seed
-    order = by_length(lengths, batch, seed=seed, epoch=0)
-    alike = padded_share([lengths[n] for n in order], batch)
-    mixed = padded_share(np.random.default_rng(seed).permutation(lengths), batch)
-    orders = is_asked or mixed - alike >= PADDING_WORTH
+    found = padding(lengths, batch, seed=trainer.args.seed)
+    orders = is_asked or found.is_worth
     if orders:
         order_by_length(trainer, lengths, batch)
     why = (
-        f"padding is {alike:.1%} of a padded batch of like lengths, {mixed:.1%} where any rows come together"
+        f"padding is {found.alike:.1%} of a padded batch of like lengths, {found.mixed:.1%} where any rows come "
+        "together"
     )
     run.event("decision", name="batches", value="by length" if orders else "shuffled", reason=why)
 

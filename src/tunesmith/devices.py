@@ -41,6 +41,8 @@ class DeviceFacts:
     """Seconds that an operation costs at least."""
     reserved: int = 0
     """Bytes that the driver and the library take before anything is held."""
+    assumed: str = ""
+    """What stands for the speed of a device that nothing is known of."""
 
     def peak(self, dtype: str) -> float:
         """FLOPs a second in products of this type, in float32 where it has no units for it."""
@@ -128,10 +130,12 @@ def here(kind: str) -> DeviceFacts:
         found = titled(title, total)
         if found:
             return replace(found, memory=room)
-        return DeviceFacts(
-            title.lower(), "cuda", room, 300e9, {"float32": 8e12, "float16": 30e12, "bfloat16": 30e12}
-        )
-    return DeviceFacts("mps", "mps", int(0.75 * _physical()), 68e9, DEVICES["m1-16gb"].peaks, launch=2e-5)
+        peaks = {"float32": 8e12, "float16": 30e12, "bfloat16": 30e12}
+        assumed = "30 TFLOP/s in 16 bits, 8 in float32 and 300 GB/s are taken"
+        return DeviceFacts(title.lower(), "cuda", room, 300e9, peaks, assumed=assumed)
+    return replace(
+        DEVICES["m1-16gb"], name="mps", memory=int(0.75 * _physical()), assumed="that of an M1 is taken"
+    )
 
 
 def titled(title: str, memory: int) -> DeviceFacts | None:
@@ -156,23 +160,35 @@ def _physical() -> int:
         return 8 * GIB
 
 
-CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+CONTAINERS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
+"""Where Linux tells of a container: folder, files with the limit and with what is held, prefix of the numbers in
+`memory.stat`; of the second and of the first version of its groups."""
 
 
 def available() -> int:
-    """Bytes that this process can come to hold: what is free and what it holds, within its container's limit."""
-    total = _physical()
-    for file in map(Path, CGROUPS):
-        try:
-            total = min(total, int(file.read_text()))
-        except (OSError, ValueError):
-            continue
-    try:
-        said = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(said["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return total
-    return min(total, free + resident())
+    """Bytes that this process can come to hold: what is free and what it holds, on the machine and within its
+    container's limit, of which other processes of the container hold a part."""
+    own, rooms = resident(), [_physical()]
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        rooms.append(_numbers(Path("/proc/meminfo"))["MemAvailable:"] * 1024 + own)
+    for folder, limit, held_by_all, prefix in CONTAINERS:
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            most = int(Path(folder, limit).read_text())  # "max" where there is none
+            rooms.append(most)
+            counts = _numbers(Path(folder, "memory.stat"))
+            # Pages of files are given up where memory is short.
+            files = sum(counts[f"{prefix}{kind}_file"] for kind in ("active", "inactive"))
+            rooms.append(most - int(Path(folder, held_by_all).read_text()) + files + own)
+    return max(min(rooms), own)
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """A system's file of a name and a number a line."""
+    lines = (line.split() for line in file.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1}
 
 
 def held() -> int:

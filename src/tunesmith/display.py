@@ -86,7 +86,7 @@ class Display:
             "progress": self._progress,
             "decision": lambda e: self._line(
                 f"[dim]{escaped(e['name'])}:[/] {escaped(e['value'])}"
-                + (f" [dim]({escaped(e['reason'])})[/]" if "reason" in e else "")
+                + (f" [dim]({escaped(e['reason'])})[/]" if e.get("reason") else "")
             ),
             "warning": lambda e: self._line(f"[yellow]warning:[/] {escaped(e['message'])}"),
             "evaluation": lambda e: self._line(f"[dim]step {e['step']}:[/] validation {_gauge(e)}"),

@@ -130,6 +130,14 @@ def counted(number: int, word: str) -> str:
     return f"{number:,} {word}" + ("" if number == 1 else "s")
 
 
+def size(count: float) -> str:
+    """Bytes for people: MB and GB of 1,000."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.{1 if count < 100 * scale else 0}f} {unit}"
+    return f"{count:.0f} bytes"
+
+
 def does(word: str, number: int) -> str:
     """The verb of so many things: `2 rows are`, `1 row is`."""
     return {"are": "is", "have": "has"}.get(word, f"{word}s") if number == 1 else word

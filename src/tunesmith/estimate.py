@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith import parallel, scaling
 from tunesmith.devices import DeviceFacts
-from tunesmith.errors import OutOfResources, TunesmithError
+from tunesmith.errors import OutOfResources, TunesmithError, size
 from tunesmith.heap import Block, most_held
-from tunesmith.plan import Plan, weights_dtype
+from tunesmith.plan import Plan, computed_in, weights_dtype
 from tunesmith.recipe import DDP, FSDP, PRINCIPAL, DeepSpeed, LoRA, Model, QLoRA, Ray, Recipe, Training
 from tunesmith.training.run import SAMPLE_TOKENS
 
@@ -317,10 +317,13 @@ def truth(
     that they are left out."""
     if not planned or not planned["stages"]:
         return {}
-    reserved = planned["stages"][planned["stage"]].get(
-        "reserved", 0
-    )  # the driver's, which torch does not count
-    expected = planned["peak"] - reserved
+    stages = planned["stages"]
+    if not any("process" in parts for parts in stages.values()):
+        # A GPU's peak is the training's alone (`fit.forget_peak`), and torch does not count what the driver takes.
+        stages = {
+            name: {**parts, "reserved": 0} for name, parts in stages.items() if name != "answering"
+        } or stages
+    expected = most_of(stages)
     memory = expected / max(fitted.peak_memory, 1) - 1
     found: dict[str, Any] = {"peak_memory": fitted.peak_memory, "memory_error": round(memory, 4)}
     said = f"memory {size(expected)} planned, {size(fitted.peak_memory)} held at most"
@@ -339,14 +342,6 @@ def truth(
 def most_of(stages: Mapping[str, Parts]) -> int:
     """Bytes of the stage that takes the most."""
     return max((sum(parts.values()) for parts in stages.values()), default=0)
-
-
-def size(count: float) -> str:
-    """Bytes for people: MB and GB of 1,000."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.{1 if count < 100 * scale else 0}f} {unit}"
-    return f"{count:.0f} bytes"
 
 
 def duration(seconds: float) -> str:
@@ -377,6 +372,8 @@ class Rows:
     """A hash of what the rows are; none where it is not known."""
     alike: int = 0
     """How many rows of like length come together, where they do; 0 for as many as a pass has."""
+    any_order: bool = True
+    """Whether rows that are chosen for their lengths may come together."""
 
 
 @dataclass(frozen=True)
@@ -500,37 +497,36 @@ def _changed(model: Model) -> int:
     return config.stat().st_mtime_ns if config.is_file() else 0
 
 
-def trace(
-    recipe: Recipe, build: Build, rows: Rows, *, facts: DeviceFacts, dtype: str, precision: str, batch: Sequence[int],
-    cut: float = 1.0, validates: bool = True,
-) -> Traced:  # fmt: skip
-    """One micro-step and one validation batch of the recipe's trainer, on rows of these numbers; that of before, where
-    nothing has changed that it depends on. `cut` shortens the rows to this share of the widest."""
-    key = _depends_on(recipe, rows, facts.kind, dtype, precision, tuple(batch), cut, validates)
-    if not key or key not in _TRACES:
-        found = _traced(
-            recipe,
-            build,
-            rows,
-            facts=facts,
-            dtype=dtype,
-            precision=precision,
-            batch=batch,
-            cut=cut,
-            validates=validates,
-        )
-        if not key:
-            return found
+@dataclass(frozen=True)
+class Asked:
+    """What is to be traced of a recipe."""
+
+    kind: str
+    """Of device."""
+    dtype: str
+    precision: str
+    batch: tuple[int, ...]
+    """Numbers of the rows."""
+    cut: float = 1.0
+    """Share of the widest row to which the rows are shortened."""
+    validates: bool = True
+
+
+def trace(recipe: Recipe, build: Build, rows: Rows, asked: Asked) -> Traced:
+    """One micro-step and one validation batch of the recipe's trainer; that of before, where nothing has changed that
+    it depends on."""
+    key = _depends_on(recipe, rows, asked)
+    if not key:
+        return _traced(recipe, build, rows, asked)
+    if key not in _TRACES:
+        found = _traced(recipe, build, rows, asked)
         while len(_TRACES) >= KEPT_TRACES:
             _TRACES.pop(next(iter(_TRACES)))
         _TRACES[key] = found
     return _TRACES[key]
 
 
-def _traced(
-    recipe: Recipe, build: Build, rows: Rows, *, facts: DeviceFacts, dtype: str, precision: str, batch: Sequence[int],
-    cut: float = 1.0, validates: bool = True,
-) -> Traced:  # fmt: skip
+def _traced(recipe: Recipe, build: Build, rows: Rows, asked: Asked) -> Traced:
     import torch
 
     from tunesmith.methods import METHODS
@@ -539,10 +535,10 @@ def _traced(
 
     notes: list[str] = []
     with undisturbed(), tempfile.TemporaryDirectory(prefix="tunesmith-plan-") as folder, torch.enable_grad():
-        model = hollow(recipe, dtype)
+        model = hollow(recipe, asked.dtype)
         vocabulary = model.config.get_text_config().vocab_size
-        kernel = "cpu" if facts.kind == "cpu" else "cuda"
-        autocast = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+        kernel = "cpu" if asked.kind == "cpu" else "cuda"
+        autocast = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(asked.precision)
         with counting(vocabulary=vocabulary, kernel=kernel, autocast=autocast) as count:
             trainer = build(recipe, model, Path(folder))
             model = trainer.model
@@ -555,13 +551,13 @@ def _traced(
             others = [m for m in vars(trainer).values() if isinstance(m, torch.nn.Module)]
             held = {id(p): p for m in (model, *others) for p in (*m.parameters(), *m.buffers())}
             weights = count.known(held.values())
-            weights += _references(recipe, model, dtype)
+            weights += _references(recipe, model, asked.dtype)
             size = recipe.training.per_device_train_batch_size
             if rows.answers:
                 inputs = _answered(max(rows.lengths), rows.answers, size, rows.group, vocabulary)
             else:
-                inputs = trainer.data_collator(rows_by_number(trainer.train_dataset, batch))
-            inputs = _shortened(inputs, cut)
+                inputs = trainer.data_collator(rows_by_number(trainer.train_dataset, asked.batch))
+            inputs = _shortened(inputs, asked.cut)
             items = _labels(inputs)
             start = count.clock
             trainer.training_step(model, dict(inputs), num_items_in_batch=items)
@@ -575,11 +571,11 @@ def _traced(
                 writing = _writing(model, count, max(size if rows.answers else recipe.evaluation.samples, 1))
             validation = 0
             validation_costs: Costs = ()
-            if validates and rows.validation and trainer.eval_dataset is not None and not rows.answers:
-                asked = _longest(rows.validation, recipe.training.per_device_eval_batch_size)
-                given = trainer.data_collator(rows_by_number(trainer.eval_dataset, asked))
+            if asked.validates and rows.validation and trainer.eval_dataset is not None and not rows.answers:
+                numbers = _longest(rows.validation, recipe.training.per_device_eval_batch_size)
+                given = trainer.data_collator(rows_by_number(trainer.eval_dataset, numbers))
                 try:
-                    validation, validation_costs = _validating(trainer, _shortened(given, cut), count)
+                    validation, validation_costs = _validating(trainer, _shortened(given, asked.cut), count)
                 except (RuntimeError, NotImplementedError, TypeError) as error:
                     notes.append(f"a validation was not traced: {str(error).splitlines()[0][:120]}")
         trainer.processing_class.save_pretrained(Path(folder) / "tokenizer")
@@ -773,7 +769,8 @@ def stages(
             **fixed, "weights": traced.weights, "optimizer": optimizer, "evaluation": traced.validation,
         }  # fmt: skip
     if evaluation:
-        found["answering"] = {**fixed, "weights": traced.weights, **evaluation}
+        tuned = traced.saved if isinstance(recipe.adapter, LoRA) else 0
+        found["answering"] = {**fixed, **evaluation, "weights": evaluation["weights"] + tuned}
     replayed = None
     if on_cpu:
         asked = (
@@ -825,7 +822,8 @@ SPREAD = {"cpu": 0.03, "cuda": 0.03, "mps": 0.05}
 
 
 def answering(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> tuple[Parts, list[str]]:
-    """Bytes that writing answers to the held-out questions takes beside the weights, and what is not known."""
+    """Bytes that writing answers to the held-out questions takes, and what is not known. Base and tuned model are
+    loaded for it one after the other, in whole weights, whatever the training packs."""
     from tunesmith.methods import METHODS
 
     questions = _questions(recipe, rows)
@@ -851,7 +849,7 @@ def _questions(recipe: Recipe, rows: Rows) -> int:
 
 @functools.lru_cache(KEPT_TRACES)
 def _answering(section: Model, changed: int, kind: str, dtype: str, sizes: tuple[int, int, int]) -> Parts:
-    """Bytes that a batch of rows, a question's width and new tokens takes beside the weights, by part."""
+    """Bytes that a batch of rows, a question's width and new tokens takes, by part."""
     import torch
 
     from tunesmith import models
@@ -865,7 +863,7 @@ def _answering(section: Model, changed: int, kind: str, dtype: str, sizes: tuple
         vocabulary = model.config.get_text_config().vocab_size
         ids = torch.ones(rows, width, dtype=torch.long)
         with torch.no_grad(), counting(vocabulary=vocabulary, kernel=kind) as count:
-            count.known([*model.parameters(), *model.buffers()])
+            weights = count.known([*model.parameters(), *model.buffers()])
             try:
                 out = model(
                     input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1
@@ -879,7 +877,7 @@ def _answering(section: Model, changed: int, kind: str, dtype: str, sizes: tuple
     layers = max(int(getattr(model.config.get_text_config(), "num_hidden_layers", 1)), 1)
     # A layer's keys and values are there twice while a token is joined to them.
     cached = int(grown * (1 + 1 / layers))
-    return {"cache": cached, "evaluation": max(most - cached, 0)}
+    return {"weights": weights, "cache": cached, "evaluation": max(most - cached, 0)}
 
 
 def estimate(
@@ -904,20 +902,21 @@ def estimate(
 
     dtype, precision, total_steps = plan.dtype, plan.mixed_precision, plan.total_steps
 
-    def held_in(changed: Recipe) -> str:
-        return weights_dtype(changed.model.dtype, changed.adapter.kind, facts.kind, precision)[0]
+    def types(changed: Recipe) -> tuple[str, str]:
+        """Of the weights and of mixed precision."""
+        asked = changed.training.mixed_precision
+        held, _ = weights_dtype(changed.model.dtype, changed.adapter.kind, facts.kind, asked)
+        return held, computed_in(asked, facts.kind)
 
     def traced_as(
         changed: Recipe, rows_in_batch: Sequence[int], cut: float = 1.0, validates: bool = True
     ) -> Traced:
-        return trace(
-            changed, build, rows, facts=facts, dtype=held_in(changed), precision=precision, batch=rows_in_batch,
-            cut=cut, validates=validates,
-        )  # fmt: skip
+        asked = Asked(facts.kind, *types(changed), tuple(rows_in_batch), cut, validates)
+        return trace(changed, build, rows, asked)
 
     def lowers(changed: Recipe) -> bool:
         """Whether weights of float32 are sent in bfloat16."""
-        return precision == "bf16" and held_in(changed) == "float32"
+        return types(changed) == ("float32", "bf16")
 
     found_batches = batches(rows, recipe.training, total_steps)
     batch = found_batches.fullest(rows.lengths, pads=False)
@@ -988,6 +987,8 @@ def estimate(
     if recipe.training.load_best_model_at_end:
         written += (validations + 1) * model
     notes += [*several_notes(recipe, plan, facts, traced.weights), *traced.notes, *rows_notes(rows, recipe)]
+    if facts.assumed:
+        notes.append(f"how fast {facts.name} is, is not known: {facts.assumed}, until steps are measured")
     result = Estimate(
         device=facts.name,
         capacity=facts.memory,
@@ -1021,12 +1022,11 @@ def estimate(
             batch = _longest(rows.lengths, changed.training.per_device_train_batch_size)
             cut = min(changed.data.max_length / result.longest, 1.0)
             again = traced_as(changed, batch, cut, validates=result.stage == "validating")
-            fewer = changed.evaluation.batch_tokens < recipe.evaluation.batch_tokens
-            own = {name: b // FEWER for name, b in answers.items()} if fewer else answers
+            own, _ = answering(changed, rows, facts=facts, dtype=types(changed)[0])
             return most_of(stages_of(changed, again, own))
 
         fixed = held if facts.kind == "cpu" else facts.reserved
-        changes = list(_changes(recipe, result.longest, several))
+        changes = list(_changes(recipe, result.longest, several, facts.kind))
         result = replace(result, remedies=tuple(_remedies(result, changes, peak_of, fixed)))
     return result
 
@@ -1307,10 +1307,19 @@ def batches(rows: Rows, training: Training, steps: int, *, pads: bool = False) -
     import numpy as np
     import torch
 
-    from tunesmith.training.order import by_length
+    from tunesmith.training.order import by_length, padding
 
     size, total = training.per_device_train_batch_size, len(rows.lengths)
-    alike = rows.order is None and (training.batches == "by_length" or (training.batches == "auto" and pads))
+    together = rows.alike or size
+    alike = rows.order is None and (
+        training.batches == "by_length"
+        or (
+            training.batches == "auto"
+            and pads
+            and rows.any_order
+            and padding(rows.lengths, together, seed=training.seed).is_worth
+        )
+    )
     if rows.answers:  # several answers to one prompt
         size = max(size // rows.group, 1)
     parts: list[Any] = []
@@ -1321,7 +1330,7 @@ def batches(rows: Rows, training: Training, steps: int, *, pads: bool = False) -
         if rows.order is not None:
             order = np.asarray(rows.order)
         elif alike:
-            order = np.asarray(by_length(rows.lengths, rows.alike or size, seed=training.seed, epoch=epoch))
+            order = np.asarray(by_length(rows.lengths, together, seed=training.seed, epoch=epoch))
         else:
             draw = torch.Generator().manual_seed(training.seed + epoch)
             order = torch.randperm(total, generator=draw).numpy()
@@ -1329,7 +1338,7 @@ def batches(rows: Rows, training: Training, steps: int, *, pads: bool = False) -
         starts += range(begun, begun + len(parts[-1]), size)
         done += -(-len(parts[-1]) // (times * size))  # a step ends with its epoch
         begun, epoch = begun + len(parts[-1]), epoch + 1
-    return Batches(np.concatenate(parts), np.asarray(starts), max(done, 1), -(-total // size), bool(alike))
+    return Batches(np.concatenate(parts), np.asarray(starts), max(done, 1), -(-total // size), alike)
 
 
 @dataclass(frozen=True)
@@ -1547,9 +1556,9 @@ def _remedies(
     return [*fits, *sorted(less, key=lambda one: one.peak)[: MOST_REMEDIES - len(fits)]]
 
 
-def _changes(recipe: Recipe, longest: int, processes: int) -> Iterator[Change]:
-    """Changes in order of harm: the same maths in smaller pieces, in shares of several processes, more time, fewer
-    trained weights, coarser weights, shorter rows."""
+def _changes(recipe: Recipe, longest: int, processes: int, device: str) -> Iterator[Change]:
+    """Changes in order of harm: the same maths in smaller pieces, in shares of several processes, more time, coarser
+    products and states, fewer trained weights, coarser weights, shorter rows, no proof."""
     rows, times = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
     for few in (1, 2):
         if rows > few:
@@ -1573,6 +1582,14 @@ def _changes(recipe: Recipe, longest: int, processes: int) -> Iterator[Change]:
         yield Change(
             "again", said, "--gradient-checkpointing", {"training": {"gradient_checkpointing": True}}
         )
+    if device == "cuda" and recipe.training.mixed_precision == "no":
+        base = " and a frozen base" if isinstance(recipe.adapter, LoRA) else ""
+        for precision in ("bf16", "fp16"):  # which older GPUs lack, as is found when it is tried
+            said, flags = f"products{base} in 16 bits, which is faster too", f"--mixed-precision {precision}"
+            yield Change("precision", said, flags, {"training": {"mixed_precision": precision}})
+    if device == "cuda" and STATES[recipe.training.optimizer] == 8 and not isinstance(recipe.adapter, LoRA):
+        said, flags = "optimizer states in 8 bits", "--set training.optimizer=adamw_bnb_8bit"
+        yield Change("states", said, flags, {"training": {"optimizer": "adamw_bnb_8bit"}})
     if not isinstance(recipe.adapter, LoRA):
         yield Change("adapter", "an adapter instead of all weights", "--lora", {"adapter": LoRA()})
     if not isinstance(recipe.adapter, QLoRA):
@@ -1584,3 +1601,7 @@ def _changes(recipe: Recipe, longest: int, processes: int) -> Iterator[Change]:
     yield Change(
         "length", f"rows cut at {half} tokens", f"--max-length {half}", {"data": {"max_length": half}}
     )
+    if not recipe.evaluation.skip:
+        said = "no comparison in the run, for which `tunesmith evaluate RUN` makes up on a larger machine"
+        flags = "--set evaluation.skip=true"
+        yield Change("measuring", said, flags, {"evaluation": {"skip": True}})

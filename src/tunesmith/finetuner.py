@@ -423,7 +423,7 @@ class LLMFineTuner:
             }  # fmt: skip
             with run.lock():
                 checkpoint = _continued(run, recipe, identity) if is_begun else None
-                run.write("plan.json", {**plan.as_dict(), **facts})
+                run.write_plan({**plan.as_dict(), **facts})
                 (run.path / "status.json").unlink(missing_ok=True)
                 try:
                     run.event("state", state="prepared", rows=counts, dropped=dropped)

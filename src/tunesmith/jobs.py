@@ -37,6 +37,17 @@ MOUNT = "/etc/tunesmith"
 """Folder of the recipe in a pod."""
 
 
+SCRIPT, MANIFEST, CLUSTER, ON_HEAD = "job.sbatch", "trainjob.yaml", "cluster.yaml", "job.sh"
+FILES = (RECIPE, SCRIPT, MANIFEST, CLUSTER, ON_HEAD)
+"""Names of the files of a job; each launcher writes some of them."""
+FROM = {
+    "slurm": "the job's folder, in which it is submitted",
+    "kubernetes": "the image's working folder",
+    "ray": "the home folder of the head",
+}
+"""Where a job's processes begin, from which relative paths count."""
+
+
 @dataclass(frozen=True)
 class Job:
     """Files of a job by their names, and the command that submits them from their folder."""
@@ -84,21 +95,21 @@ def _made(recipe: Recipe, folder: Path, *, resumes: bool) -> Job:
         inner = inner.model_copy(update={"output_dir": shared, "launch": there})
         files = {
             RECIPE: as_yaml(inner),
-            "cluster.yaml": _cluster(section),
-            "job.sh": _on_head(section, inner, _steps(inner, str(place), "", resumes=resumes)),
+            CLUSTER: _cluster(section),
+            ON_HEAD: _on_head(section, inner, _steps(inner, str(place), "", resumes=resumes)),
         }
-        command = f"bash {shlex.quote(str(place.with_name('job.sh')))}"
-        return Job(files, f"ray up --yes cluster.yaml && ray exec cluster.yaml {shlex.quote(command)}")
+        command = f"bash {shlex.quote(str(place.with_name(ON_HEAD)))}"
+        return Job(files, f"ray up --yes {CLUSTER} && ray exec {CLUSTER} {shlex.quote(command)}")
     inner = inner.model_copy(update={"launch": Local()})
     match section:
         case Slurm():
             inner = inner.model_copy(update={"output_dir": shared})
             script = _script(section, inner, _steps(inner, str(place), resumes=resumes))
-            return Job({RECIPE: as_yaml(inner), "job.sbatch": script}, "sbatch job.sbatch")
+            return Job({RECIPE: as_yaml(inner), SCRIPT: script}, f"sbatch {SCRIPT}")
         case Kubernetes():
             inner = inner.model_copy(update={"output_dir": section.folder})
             steps = _steps(inner, f"{MOUNT}/{RECIPE}", resumes=resumes)
-            return Job({"trainjob.yaml": _manifest(section, inner, steps)}, "kubectl apply -f trainjob.yaml")
+            return Job({MANIFEST: _manifest(section, inner, steps)}, f"kubectl apply -f {MANIFEST}")
         case _:
             raise RecipeError(
                 f"launch.kind {section.kind} runs here; there is nothing to submit.",
@@ -128,7 +139,8 @@ def _continued(recipe: Recipe, *, resumes: bool) -> list[str]:
 
 def _elsewhere(recipe: Recipe) -> list[str]:
     """Files and folders of the recipe that the nodes may not see, each in a sentence."""
-    there = "in the image or on the claim" if isinstance(recipe.launch, Kubernetes) else "on the cluster"
+    on_claim = isinstance(recipe.launch, Kubernetes)
+    there = "in the image or on the claim" if on_claim else "on the cluster"
     named = {"The base model": recipe.model.base, "The data set": recipe.data.dataset}
     named |= {f"The data set {n} of the mix": part.dataset for n, part in enumerate(recipe.data.mix, 1)}
     if (template := recipe.model.chat_template) and Path(template).suffix in {".jinja", ".j2"}:
@@ -139,12 +151,16 @@ def _elsewhere(recipe: Recipe) -> list[str]:
         if name == "tiny" or name.startswith("example:") or remote.is_url(name):
             continue
         if path.exists():
-            if isinstance(recipe.launch, Kubernetes):
+            if on_claim:
                 said.append(
                     f"{what} {path.absolute()} lies on this machine; it must be {there}, at the same path"
                 )
         elif what == "The chat template" or Path(name).suffix.lower() in OTHER_FILES or models.is_path(name):
             said.append(f"{what} {name} is not found here; it must be there {there}, at this path")
+            if not path.is_absolute():
+                said[-1] += (
+                    f"; it is relative and counts there from {FROM[recipe.launch.kind]}: write it in full"
+                )
         else:
             said.append(f"{what} {name} is no file or folder here; the nodes take it for an id of the Hub")
     return said

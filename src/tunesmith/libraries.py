@@ -6,18 +6,26 @@ import functools
 import gc
 import importlib
 import importlib.util
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+from tunesmith import devices
 
 HIDDEN = ("bitsandbytes", "scipy", "torchao")
 """Packages that no training needs while its libraries are loaded."""
 
+PACKERS = ("bitsandbytes", "torchao")
+"""Those of them that no weights need but packed ones."""
+
 
 @contextmanager
-def loading() -> Iterator[None]:
+def loading(hidden: Sequence[str] = HIDDEN) -> Iterator[None]:
     """Libraries load faster in here: the garbage collector rests, some packages count as not installed, and which are
     is only looked up for those that are asked about.
 
@@ -25,9 +33,9 @@ def loading() -> Iterator[None]:
     any adapter, and that torch's compiler, while only QLoRA uses it: what loads a quantized model stays outside.
     transformers imports scipy for the losses of models that find objects in pictures, and torchao (1.8 seconds) for
     models that are packed by it. What was asked about what is installed is forgotten before, as a process that has
-    worked already knows of scipy, and afterwards.
+    worked already knows of scipy, and afterwards. `hidden` are the packages that count as not installed.
     """
-    collects, hidden = gc.isenabled(), [name for name in HIDDEN if name not in sys.modules]
+    collects, hidden = gc.isenabled(), [name for name in hidden if name not in sys.modules]
     gc.disable()
     installed = metadata.packages_distributions
     metadata.packages_distributions = functools.partial(Installed, installed)
@@ -143,3 +151,40 @@ def load_libraries() -> None:
             # Half a million objects that stay to the end: each search for cycles, of which accelerate and checkpoints
             # ask for some, would go through all of them. In another's process they may be more than libraries.
             gc.freeze()
+
+
+AT_A_TIME = 2**17
+"""Bytes for which the system is asked at once: of more Linux reads no more than a device's usual read-ahead."""
+
+
+def read_ahead(base: str, revision: str | None = None) -> threading.Thread | None:
+    """Have the system read a model's weights from the disk while Python is at other work: libraries, rows, tokens.
+
+    A thread asks for it, which reads and holds nothing itself; whoever loads the model finds what has come by then.
+    Gives the thread; None where the files are not here, or are more than half of the free memory, since the last ones
+    would push out the first.
+    """
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        found = None
+        with suppress(ValueError):  # no name that the Hub could have
+            found = try_to_load_from_cache(base, "config.json", revision=revision)
+        if not isinstance(found, str):
+            return None
+        folder = Path(found).parent
+    folder = folder / "final_model" if (folder / "final_model").is_dir() else folder
+    sizes = {file: file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file()}
+    if not sizes or not hasattr(os, "posix_fadvise") or 2 * sum(sizes.values()) > devices.available():
+        return None
+
+    def ask() -> None:
+        for file, size in sizes.items():
+            with suppress(OSError), file.open("rb") as weights:
+                for start in range(0, size, AT_A_TIME):
+                    os.posix_fadvise(weights.fileno(), start, AT_A_TIME, os.POSIX_FADV_WILLNEED)
+
+    thread = threading.Thread(target=ask, name="read ahead", daemon=True)
+    thread.start()
+    return thread

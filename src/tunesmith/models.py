@@ -161,11 +161,16 @@ def _check_as_written(folder: Path, state: State) -> None:
     from tunesmith.training import checkpoints
 
     if wrong := checkpoints.changed(folder):
+        whole = " and ".join(str(path) for path in checkpoints.whole_beside(folder) if _holds_model(path))
         raise ModelError(
             f"The model {folder} is not as its run wrote it.",
             found=wrong,
-            fix="Copy it again from where it is whole, or train it again. Where you changed it yourself, delete "
-            f"{checkpoints.list_of(folder)} in it: then it is taken as it is.",
+            fix=(
+                f"Whole beside it: {whole}; give that in its place. "
+                if whole
+                else "Copy it again from where it is whole, or train it again. "
+            )
+            + f"Where you changed it yourself, delete {checkpoints.list_of(folder)} in it: then it is taken as it is.",
         )
 
 
@@ -317,7 +322,10 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
     rendering.install()
 
     folder = folder_of(base, revision=revision, weights=False)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    is_here = Path(base).expanduser().is_dir()
+    if not has_tokenizer(folder):
+        if is_here:
+            check_as_written(folder)  # which names the file that is gone
         raise ModelError(
             f"The model folder {folder} has no tokenizer.",
             found=", ".join(sorted(p.name for p in folder.iterdir())[:8]),
@@ -326,11 +334,31 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # the loaders raise many unrelated types for one user-visible fact
+        if is_here:
+            check_as_written(folder)
+        if wrong := _no_json(folder):
+            raise ModelError(
+                f"The tokenizer of '{base}' is damaged.",
+                found=wrong,
+                fix="Copy that file again from the model.",
+            ) from None
         raise _not_loaded("tokenizer", base, error) from error
     if tokenizer.pad_token_id is None:
         # Labels carry -100 under padding, so eos may pad without losing its own label.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _no_json(folder: Path) -> str | None:
+    """Which file of a tokenizer cannot be read as JSON; None where each can. The libraries then speak of a tokenizer
+    that is not there."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"):
+        try:
+            if (folder / name).is_file():
+                json.loads((folder / name).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            return f"{name} is no JSON ({error})"
+    return None
 
 
 def kind(base: str, *, revision: str | None = None) -> Kind:
@@ -522,19 +550,28 @@ def load_model(
         _check_can_score(configuration(base, revision), base)
         options["num_labels"] = 1
     missing: set[str] = set()
+    is_packed = bool(quantize or getattr(configuration(base, revision), "quantization_config", None))
+    if not is_packed:
+        with libraries.loading():
+            import transformers.modeling_utils  # noqa: F401
+    # PEFT asks of every layer under an adapter whether one of these packages has packed it, and loads them for that.
+    hides = is_adapter and not is_packed
+    hiding = libraries.loading(libraries.PACKERS) if hides else contextlib.nullcontext()
     try:
-        if is_adapter and of_kind != found:
-            model = _adapter_with_head(location, dtype=dtype, device=device, attention=attention)
-        elif is_adapter:
-            import peft
+        with hiding:
+            if is_adapter and of_kind != found:
+                model = _adapter_with_head(location, dtype=dtype, device=device, attention=attention)
+            elif is_adapter:
+                import peft
 
-            tuned = getattr(peft, f"AutoPeftModelFor{AUTO[of_kind]}")
-            model = tuned.from_pretrained(location, **options)
-        elif of_kind == "reward":
-            model, info = _model_class(of_kind).from_pretrained(location, output_loading_info=True, **options)
-            missing = set(info["missing_keys"])
-        else:
-            model = _model_class(of_kind).from_pretrained(location, **options)
+                tuned = getattr(peft, f"AutoPeftModelFor{AUTO[of_kind]}")
+                model = tuned.from_pretrained(location, **options)
+            elif of_kind == "reward":
+                auto = _model_class(of_kind)
+                model, info = auto.from_pretrained(location, output_loading_info=True, **options)
+                missing = set(info["missing_keys"])
+            else:
+                model = _model_class(of_kind).from_pretrained(location, **options)
     except ModelError:
         raise
     except Exception as error:
@@ -1102,7 +1139,8 @@ def layer_stacks(model: Any) -> list[Any]:
     """
     if is_seq2seq(model):
         return [_largest_stack(half, model, None) for half in _halves(model)]
-    return [_largest_stack(model, model, getattr(model.config, "num_hidden_layers", None))]
+    # Of a model that sees pictures too the layers that write.
+    return [_largest_stack(model, model, getattr(model.config.get_text_config(), "num_hidden_layers", None))]
 
 
 def decoder_layers(model: Any) -> Any:
@@ -1130,7 +1168,8 @@ def _largest_stack(part: Any, model: Any, count: int | None) -> Any:
 def describe(model: Any) -> Description:
     """The model in numbers."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = int(getattr(base.config, "num_hidden_layers", 0) or 0)
+    config = base.config.get_text_config()  # of a model that sees pictures too
+    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
     if is_seq2seq(base):
         layers = sum(len(stack) for stack in layer_stacks(base))
     return Description(
@@ -1138,7 +1177,7 @@ def describe(model: Any) -> Description:
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         layers=layers,
-        context_length=getattr(base.config, "max_position_embeddings", None),
+        context_length=getattr(config, "max_position_embeddings", None),
     )
 
 

@@ -137,13 +137,12 @@ def resolve(
     decisions = [Decision("device", where, why)]
     decisions += check_device(training, model, where, adapter_kind=adapter_kind, elsewhere=elsewhere)
     decisions += [Decision("data", note, "reading the data") for note in notes]
-    precision = training.mixed_precision
-    if precision != "no" and where == "cpu":
-        precision = "no"
+    precision = computed_in(training.mixed_precision, where)
+    if precision != training.mixed_precision:
         decisions.append(
             Decision(
                 "mixed_precision",
-                "no",
+                precision,
                 f"{training.mixed_precision} was asked for, but gains nothing on a CPU: float32",
             )
         )
@@ -285,6 +284,11 @@ def _four_bits(where: Device, *, here: bool) -> list[Decision]:
         return []
     why = "a CPU unpacks the 4-bit weights in every step: less memory than --lora, and more time"
     return [Decision("quantization", "4 bits", why)]
+
+
+def computed_in(precision: str, where: Device) -> str:
+    """The mixed precision that a recipe's comes to on a device."""
+    return "no" if where == "cpu" else precision
 
 
 def weights_dtype(asked: str, adapter_kind: str, where: Device, precision: str) -> tuple[str, str]:

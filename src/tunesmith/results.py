@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tunesmith.compose import Composition
 from tunesmith.display import escaped, open_console, score_text, table_of
-from tunesmith.errors import counted
+from tunesmith.errors import counted, size
 
 if TYPE_CHECKING:
     from tunesmith.api import Result
@@ -260,7 +260,7 @@ def exported_text(exported: Exported) -> Any:
     stored = ", ".join(f"{count} as {kind}" for kind, count in sorted(exported.tensors.items()))
     facts = [
         ("exported", str(exported.file)),
-        ("size", f"{exported.size / 1e6:,.1f} MB, tensors: {stored}"),
+        ("size", f"{size(exported.size)}, tensors: {stored}"),
     ]
     facts += _proof("parity", exported.parity)
     facts += [("note", note) for note in exported.notes]
@@ -283,7 +283,7 @@ def deployment_text(made: Deployment) -> Any:
     """What a deployment holds, its proof, and how it is started."""
     facts = [
         ("made", str(made.folder)),
-        ("holds", f"{counted(made.files, 'file')}, {made.size / 1e6:,.1f} MB, weights in {made.dtype}"),
+        ("holds", f"{counted(made.files, 'file')}, {size(made.size)}, weights in {made.dtype}"),
         ("name", made.name),
         ("page", "schema and question to SQL" if made.demo == "sql" else "chat"),
         ("vLLM", f"left out: {made.vllm}" if made.vllm else "in compose.yaml"),
@@ -314,8 +314,8 @@ def push_text(plan: PushPlan) -> Any:
     """What an upload would send, and what was found in it."""
     facts = [
         ("to", f"{plan.repository}, created {'private' if plan.private else 'public'} where it is missing"),
-        *(("file", f"{size / 1e6:>10,.2f} MB  {name}") for name, size in plan.files),
-        ("to send", f"{counted(len(plan.files), 'file')}, {plan.size / 1e6:,.1f} MB"),
+        *(("file", f"{size(count):>9}  {name}") for name, count in plan.files),
+        ("to send", f"{counted(len(plan.files), 'file')}, {size(plan.size)}"),
         *(("not sent", name) for name in plan.left),
         *(("FOUND", line) for line in plan.findings),
         *(("unread", line) for line in plan.unread),

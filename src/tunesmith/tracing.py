@@ -147,7 +147,7 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 else:
                     chosen.append(index)
             args = (args[0], chosen, *args[2:])
-        if packet in (aten.copy_, aten._foreach_copy_) and len(args) > 1 and args[0].device != META:
+        if packet is aten.copy_ and args[0].device != META:
             return (args[0].to(META), *args[1:]), given
         return tree_map(_hollow, args), tree_map(_hollow, given)
 
@@ -306,6 +306,8 @@ def _kernels(kernel: str, autocast: torch.dtype | None) -> Iterator[None]:
     again.
     """
 
+    from tunesmith.forward import head
+
     def cast(leaf: Any) -> Any:
         is_whole = isinstance(leaf, torch.Tensor) and leaf.device == META and leaf.dtype == torch.float32
         return leaf.to(autocast) if is_whole and autocast else leaf
@@ -350,10 +352,14 @@ def _kernels(kernel: str, autocast: torch.dtype | None) -> Iterator[None]:
         functions.linear = lambda *given: plain[0](*map(cast, given))
         ours.matmul = lambda one, other: plain[1](cast(one), cast(other))
     functions.scaled_dot_product_attention = attention
+    own = head._type
+    # The head asks torch whether autocast is on, which says no there.
+    head._type = lambda hidden: autocast if autocast and hidden.device == META else own(hidden)
     try:
         yield
     finally:
         functions.linear, ours.matmul, functions.scaled_dot_product_attention = plain
+        head._type = own
 
 
 @contextmanager
@@ -400,11 +406,11 @@ class FourBit(torch.nn.Linear):
         self.bias = plain.bias
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """The product with unpacked weights."""
+        """The product with unpacked weights, in the type of what is given."""
         shape = (self.out_features, self.in_features)
         unpacked: Any = _Unpacked.apply
         out: torch.Tensor = unpacked(input.to(self.computed), shape)
-        return out if self.bias is None else out + self.bias
+        return (out if self.bias is None else out + self.bias).to(input.dtype)
 
 
 class _Unpacked(torch.autograd.Function):

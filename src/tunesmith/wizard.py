@@ -565,11 +565,14 @@ def _free_folder(text: str) -> str:
 
 def _precision(session: Session) -> str:
     from tunesmith import plan as planning
+    from tunesmith.training import gpu
 
     if planning.device() != "cuda":
         return "no"
+    if gpu.has_bfloat16():
+        return "bf16"
     is_seq2seq = session.layers["model"]["method"]["kind"] == "seq2seq"
-    return "bf16" if is_seq2seq else "fp16"  # T5's layers overflow in fp16
+    return "no" if is_seq2seq else "fp16"  # T5's layers overflow in fp16
 
 
 def _measured_parts(session: Session, counts: Mapping[str, int]) -> Any:

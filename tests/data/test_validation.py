@@ -70,6 +70,7 @@ BAD = {
     "roles": (chat(("user", "Hello"), ("user", "Anyone?"), ("assistant", "Yes.")), ".jsonl", 2, "messages", {}),
     "empty_turn": (chat(("system", ""), ("user", "Hello"), ("assistant", "Yes.")), ".jsonl", 2, "messages", {}),
     "number": (pair("What is 3 and 4?", 7), ".jsonl", 2, "response", {}),
+    "stand_in": (b"prompt,response\nWhat now?,Nothing.\nWhat is 0/0?,NaN\n", ".csv", 2, "response", {}),
     "swallowed": (
         "\n".join(["prompt,response", *(f"q {n},a {n * 7}" for n in range(20))])
         .replace("a 21", '"a 21').replace("a 84", 'a 84"').encode(), ".csv", 4, "response", {}),
@@ -443,9 +444,17 @@ def test_what_json_has_no_form_of_is_said_to_be_written_otherwise(tmp_path):
     ]
     assert [(entry["fate"], entry["what"]) for entry in ledger] == [
         ("mended", "Decimal written as text; datetime written as text"),
-        ("mended", "nan written as null, for which JSON has no number"),
+        ("kept", None),
         ("dropped", "unusable: column raw has bytes, which JSON cannot hold"),
     ]
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_what_is_no_number_is_no_value_in_training_and_in_the_cleaned_copy(tmp_path, number):
+    path = written(tmp_path, lines(*GOOD) + f'{{"prompt": "What is 0/0?", "response": {number}}}\n'.encode())
+    trained = data.prepare(Data(dataset=str(path)))
+    assert dict(trained.reasons.counts()) == {"no value for response": 1}
+    assert [entry["fate"] for entry in fixed_lines(path)[1]] == [*["kept"] * len(GOOD), "dropped"]
 
 
 @pytest.mark.parametrize(

@@ -82,3 +82,15 @@ def test_nothing_is_written_over_and_a_set_without_questions_is_refused(
             tmp_path / "x.jsonl",
             settings={"evaluation": {"attempts": 2}},
         )
+
+
+def test_the_column_that_asks_may_have_a_name_of_its_own(tiny_model_folder, tmp_path):
+    file = tmp_path / "asked.jsonl"
+    file.write_text('{"frage": "what is the count of 1"}\n{"andere": "no question"}\n')
+    settings = {"data": {"input_text_key": "frage"}, "evaluation": {"max_new_tokens": 2}}
+    found = api.generate(tiny_model_folder, str(file), tmp_path / "a.jsonl", settings=settings)
+    assert (found.rows, found.answered) == (2, 1)
+    assert lines(found.file)[0]["prompt"] == "what is the count of 1"
+    settings["data"]["input_text_key"] = "fragen"
+    with pytest.raises(DataError, match="has no column fragen"):
+        api.generate(tiny_model_folder, str(file), tmp_path / "b.jsonl", settings=settings)

@@ -16,7 +16,7 @@ from tunesmith import api
 from tunesmith.assets import TINY_MODEL
 from tunesmith.cli import app
 from tunesmith.engines import llamacpp
-from tunesmith.errors import ModelError, RunError, TunesmithError
+from tunesmith.errors import ModelError, RunError, TunesmithError, size
 from tunesmith.export import gguf as writing
 from tunesmith.export import ollama, parity
 from tunesmith.export.vocabulary import BYTE, CONTROL, PROBE, SPLITS, vocabulary_of
@@ -544,8 +544,8 @@ def test_a_model_too_large_for_its_proof_is_compared_with_what_fits(share, refer
         assert any("as computed in bfloat16, not in float32" in line for line in made.parity.sentences())
     else:
         assert (made.passed, made.parity.check) == (None, None)
-        assert "0.0 GB are free" in made.parity.unproven
-    assert any(one.get("name") == "parity" and "GB in bfloat16" in one["reason"] for one in told)
+        assert f"{size(int(share * 4 * parameters))} are free" in made.parity.unproven
+    assert any(one.get("name") == "parity" and "MB in bfloat16" in one["reason"] for one in told)
 
 
 @needs_llama_cpp

@@ -349,6 +349,7 @@ def test_a_run_that_was_moved_goes_on(stopped, copied):
     ("what", "named"),
     [
         ("a row", "data set questions was "),
+        ("one row more", "; there were 30 rows, there are 31 now"),
         pytest.param("order", "data set questions was ", marks=pytest.mark.thorough),
         pytest.param("template", "chat template was ", marks=pytest.mark.thorough),
         ("weights", "base model was "),
@@ -359,6 +360,8 @@ def test_what_a_run_rests_on_is_named_where_it_changed_and_refused(copied, what,
     match what:
         case "a row":
             data.write_text(data.read_text().replace("one 7", "two 7"))
+        case "one row more":
+            data.write_text(data.read_text() + '{"prompt": "count all", "response": "one"}\n')
         case "order":
             data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
         case "template":
@@ -386,7 +389,8 @@ def resealed(folder, change, file=checkpoints.MANIFEST):
 
 
 @pytest.mark.parametrize(
-    "damage", ["gone", pytest.param("cut", marks=pytest.mark.thorough), "another", "another row"]
+    "damage",
+    ["gone", pytest.param("cut", marks=pytest.mark.thorough), "another", "one figure", "another row"],
 )
 def test_a_plan_that_is_lost_or_edited_changes_nothing(stopped, copied, damage):
     """The checkpoint says what the run rests on, and is sealed."""
@@ -405,6 +409,8 @@ def test_a_plan_that_is_lost_or_edited_changes_nothing(stopped, copied, damage):
                 "estimate": "x",
             }
             file.write_text(json.dumps(plan))
+        case "one figure":
+            file.write_text(json.dumps({**plan, "total_steps": 9}))
         case "another row":  # and what the plan says of it fits
             data = copied.path.parent / "questions.jsonl"
             data.write_text(data.read_text().replace("one 7", "two 7"))
@@ -413,13 +419,35 @@ def test_a_plan_that_is_lost_or_edited_changes_nothing(stopped, copied, damage):
         with pytest.raises(RunError, match="not what it was started with") as error:
             api.resume(copied.path)
         assert "data set questions was " in error.value.found
+        assert "there are 30 rows as before, of other content" in error.value.found
         return
     api.resume(copied.path)
     assert verifying.differences(stopped[1], copied, since=2) == []
     assert json.loads(file.read_text())["identity"] == plan["identity"] or damage == "another"
     told = [e["message"] for e in copied.events() if e["kind"] == "warning" and "plan.json" in e["message"]]
     assert len(told) == 1
-    assert told[0].endswith("the checkpoint does, and it is written anew.")
+    assert told[0].endswith("what counts stands in the checkpoint, and it is written anew.")
+
+
+def test_a_damaged_model_is_named_before_another_one_answers_with_what_is_whole(
+    stopped, tmp_path, monkeypatch
+):
+    run, base = (
+        shutil.copytree(place, tmp_path / place.name) for place in (stopped[1].path, stopped[0] / "base")
+    )
+    (run / "final_model" / "tokenizer.json").write_text("{")
+    monkeypatch.setattr(
+        "tunesmith.evaluation.measuring.answers_of", lambda *a, **k: pytest.fail("one answered")
+    )
+    with pytest.raises(ModelError, match="final_model is not as its run wrote it") as error:
+        api.compare(base, run)
+    assert error.value.found.startswith("tokenizer.json has 1 bytes")
+    for whole in ("best_model", "checkpoints/checkpoint-step-4"):
+        assert str(run / whole) in error.value.fix
+    (base / "tokenizer.json").write_text("{")  # of which nobody says how it was
+    with pytest.raises(ModelError, match="is damaged") as error:
+        models.load_tokenizer(str(base))
+    assert error.value.found.startswith("tokenizer.json is no JSON")
 
 
 @pytest.mark.parametrize("is_planned", [True, False])

@@ -100,7 +100,7 @@ def test_sigterm_before_training_leaves_a_run_that_goes_on(quick, undisturbed):
             os.kill(os.getpid(), signal.SIGTERM)
 
     recipe = quick(name="early")
-    with pytest.raises(Interrupted) as stopped:
+    with pytest.raises(Interrupted, match="nothing was saved yet") as stopped:
         api.train(recipe, watch=watch)
     assert stopped.value.exit_code == 143
     run = open_run(Path(recipe.output_dir) / "early")
@@ -115,7 +115,7 @@ def test_a_second_signal_stops_at_once(quick):
         os.kill(os.getpid(), signal.SIGINT)
 
     recipe = quick(name="twice", training={"save_steps": 1})
-    with pytest.raises(Interrupted, match="Stopped; what was finished") as stopped:
+    with pytest.raises(Interrupted, match="done after checkpoint-step-1 is not saved") as stopped:
         api.train(recipe, watch=at(2, twice))
     assert stopped.value.exit_code == 130
     run = open_run(Path(recipe.output_dir) / "twice")
@@ -343,7 +343,7 @@ def test_who_holds_a_run_is_told_with_the_time(tmp_path):
             pass
         held = rf"process {child} on {re.escape(platform.node())}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{{4}}"
         assert re.fullmatch(held, error.value.found)
-        with pytest.raises(RunError, match="another run's") as error:  # `train`, not `resume`
+        with pytest.raises(RunError, match="was started before") as error:  # `train`, not `resume`
             create(Recipe(output_dir=str(tmp_path), name="held"))
         assert re.fullmatch(rf"a run in state 'running': {held}", error.value.found)
     finally:
@@ -367,6 +367,34 @@ def test_a_run_that_may_only_be_read_has_a_state(tmp_path, monkeypatch):
         assert run.state() == "died"
         fcntl.flock(held, fcntl.LOCK_EX)
         assert run.state() == "running"
+
+
+def test_a_run_on_a_read_only_disk_is_measured_and_merged_elsewhere_or_refused_at_once(
+    few_steps, question_file, tmp_path, monkeypatch
+):
+    tuned = few_steps("archived", {"adapter": {"kind": "lora", "rank": 2}}, max_steps=2)
+    run = api.train(tuned).run
+    may = os.access
+    monkeypatch.setattr(
+        os, "access", lambda p, mode: not Path(p).is_relative_to(tmp_path / "runs") and may(p, mode)
+    )
+    with monkeypatch.context() as early:
+        for module in ("measuring.questions_for", "keeping.made_with"):
+            early.setattr(f"tunesmith.evaluation.{module}", lambda *a, **k: pytest.fail("it began"))
+        early.setattr("tunesmith.export.merge.make", lambda *a, **k: pytest.fail("it began"))
+        for verb in (api.evaluate, api.merge, lambda path: api.compare(path, "tiny")):
+            with pytest.raises(RunError, match="cannot be written"):
+                verb(run)
+        with pytest.raises(RunError, match="cannot be written") as refused:
+            api.evaluate(run, output=question_file / "scores")
+        assert refused.value.found == f"{question_file} is a file"
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
+    told: list[Any] = []
+    assert api.evaluate(run, metrics=["perplexity"], output=tmp_path / "scores").run == tmp_path / "scores"
+    assert api.merge(run, output=tmp_path / "merged", watch=told.append).folder == tmp_path / "merged"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")} == before
+    assert {path.name for path in (tmp_path / "scores").iterdir()} >= {"rows.jsonl", "scores.json"}
+    assert any(e.get("name") == "report" and "no right to write" in e["reason"] for e in told)
 
 
 def test_a_reader_that_looks_does_not_keep_a_writer_out(tmp_path):

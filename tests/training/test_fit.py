@@ -93,5 +93,5 @@ def test_the_whole_is_told_by_the_second_and_third_step(monkeypatch):
             state.num_input_tokens_seen + tokens,
         )
         pace.on_step_end(None, state, None)
-    # 4 s for 200 tokens, so 2 s for 100; 13 s are over after the third step, and seven steps are left
-    assert told == [(3, 2.0, 13.0 + 7 * 2.0)]
+    # 4 s for 200 tokens, so 2 s for 100; 13 s are over after the third step, and of ten times 100 tokens 750 are left
+    assert told == [(3, 2.0, 13.0 + 7.5 * 2.0)]

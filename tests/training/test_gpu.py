@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tunesmith import devices
-from tunesmith.errors import MissingExtra, OutOfResources
+from tunesmith.errors import MissingExtra, OutOfResources, TunesmithError
 from tunesmith.estimate import STATES, state_bytes
 from tunesmith.recipe import Model, Training
 from tunesmith.training import gpu
@@ -46,6 +46,25 @@ def test_a_package_that_is_not_installed_costs_one_sentence(options, package, in
     assert fix.endswith(f"pip install {install}")
     # A plan for a machine that is elsewhere does not ask what is installed here.
     assert checked(**options, elsewhere=devices.named("h100-80gb")) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "module"),
+    [({"optimizer": "adamw_torch_4bit"}, "torchao"), ({"kernels": "liger"}, "liger_kernel")],
+)
+def test_a_package_that_cannot_be_loaded_costs_one_sentence(options, module, tmp_path, monkeypatch):
+    (tmp_path / f"{module}.py").write_text("raise RuntimeError('0 active drivers ([])\\nmore of it')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    gpu.broken.cache_clear()
+    try:
+        with pytest.raises(TunesmithError) as error:
+            checked(**options)
+    finally:
+        gpu.broken.cache_clear()
+    assert error.value.problem.endswith("which is installed and cannot be loaded.")
+    assert error.value.found == "0 active drivers ([])"
+    assert "--set training." in error.value.fix
 
 
 @pytest.mark.parametrize(
@@ -107,6 +126,20 @@ def test_of_several_gpus_one_is_taken_and_said(monkeypatch):
     assert (name, value) == ("device", "cuda:0")
     assert "the first of 4 GPUs" in why
     assert checked(elsewhere=devices.named("h100-80gb")) == []
+
+
+def test_a_peak_is_counted_from_where_the_training_begins(monkeypatch):
+    from tunesmith.training import fit
+
+    peak = [125 * 10**9]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 3 * 10**9))
+    fit.forget_peak()  # no tensor is on the GPU yet, and torch would raise
+    assert fit.peak_memory() == 125 * 10**9
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    fit.forget_peak()
+    assert fit.peak_memory() == 3 * 10**9
 
 
 def test_a_trainer_spreads_no_batch_over_gpus(tiny_model_folder, tmp_path):

@@ -9,10 +9,12 @@ from itertools import pairwise
 import pytest
 
 from tunesmith import api, dataflow
+from tunesmith import estimate as estimating
 from tunesmith.compose import compose
 from tunesmith.data.packing import padded_share
 from tunesmith.errors import RecipeError
 from tunesmith.methods import METHODS
+from tunesmith.training import order
 from tunesmith.training.fit import arguments
 from tunesmith.training.order import ByLength, by_length
 from tunesmith.training.run import create
@@ -138,9 +140,10 @@ def test_where_an_order_has_no_effect_it_is_refused(settings, changes):
 
 
 def built(asked):
-    """The order in which a run would take its rows, and what it says of that."""
+    """The order in which a run would take its rows, and what it says of that; its plan is made beside it."""
     recipe = compose(asked).recipe
-    given = api._driver().execute(["plan", "encodings", "packing"], inputs=api._inputs(recipe))
+    wanted = ["plan", "encodings", "packing", "estimate"]
+    given = api._driver().execute(wanted, inputs=api._inputs(recipe))
     run = create(recipe)
     trainer = dataflow._trainer(
         recipe, run, dataflow._tokenizer(recipe)[0], given["plan"], given["encodings"], given["packing"],
@@ -166,10 +169,13 @@ def built(asked):
 def test_by_default_rows_of_like_length_come_together_where_that_saves_padding(
     settings, monkeypatch, forward, packing, worth, said
 ):
-    monkeypatch.setattr(dataflow, "PADDING_WORTH", worth)
+    monkeypatch.setattr(order, "WORTH", worth)
+    planned, inner = [], estimating.batches
+    monkeypatch.setattr(estimating, "batches", lambda *a, **k: planned.append(inner(*a, **k)) or planned[-1])
     asked = settings("auto", batches="auto", forward=forward, per_device_train_batch_size=2)
     asked["data"]["packing"] = packing
     sampler, told, lengths = built(asked)
+    assert planned[-1].are_alike == (said == ["by length"])  # the plan is that of the run
     assert told == said
     assert isinstance(sampler, ByLength) == (said == ["by length"])
     if said == ["by length"]:

@@ -52,9 +52,21 @@ def test_names_that_are_no_paths_stay_as_they_are(tmp_path, monkeypatch):
     assert anchored(Recipe(data={"dataset": "faq.csv"})).data.dataset == str(tmp_path / "faq.csv")
 
 
+def test_a_run_without_its_recipe_is_not_taken_for_another_one(run, tmp_path):
+    other = create(Recipe(output_dir=str(tmp_path), name="firsts"))
+    other.event("state", state="training")
+    (other.path / "recipe.yaml").unlink()
+    with pytest.raises(RunError, match="is not whole") as error:
+        open_run(other.path)
+    assert error.value.found == "no recipe.yaml"
+    assert "plan.json" in error.value.fix
+
+
 def test_a_taken_folder_is_refused(run, tmp_path):
-    with pytest.raises(RunError, match="another run's"):
+    with pytest.raises(RunError, match="This run was started before"):
         create(run.recipe())
+    with pytest.raises(RunError, match="another run's"):
+        create(run.recipe().model_copy(update={"task": "chat"}))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("dear diary")
     with pytest.raises(RunError, match="not empty and not a run"):

@@ -539,6 +539,25 @@ def test_no_page_that_nobody_has_seen_has_a_state_whose_changes_are_listened_to(
     assert not {name: told for name, found in unseen.items() if (told := found & filled & listened)}
 
 
+def test_a_log_is_read_ahead_when_its_run_is_given_and_not_at_every_turn_to_a_page(workspace, monkeypatch):
+    from tunesmith.ui.app import blocks
+
+    run = workspace.runs / "mine"
+    run.mkdir(parents=True)
+    for name in ("recipe.yaml", "environment.json"):
+        (run / name).write_text("{}")
+    read: list = []
+    monkeypatch.setattr(choosing.curves, "read_ahead", read.append)
+    request = SimpleNamespace(request=SimpleNamespace(scope={SCOPE: workspace}))
+    asking = [f for f in blocks().fns.values() if f.fn.__module__ == choosing.__name__ and len(f.outputs) > 1]
+    turns = [f for f in asking if {event for _, event in f.targets} == {"select"} and f.inputs]
+    assert [[part.value for part in f.fn(None, request)] for f in turns] == [["mine"] * len(turns[0].outputs)]
+    assert not read
+    [given] = [f for f in asking if "load" in {event for _, event in f.targets}]
+    given.fn(None, request)
+    assert read == [run]
+
+
 @pytest.fixture
 def a_thousand_pieces(monkeypatch):
     """Both models write a thousand pieces at once; gives a list that says when they are let go."""

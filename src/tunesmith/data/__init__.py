@@ -55,6 +55,7 @@ from tunesmith.data.formats import (
     keyed,
     none_usable,
     present,
+    stands_in,
     unused_columns,
     unused_note,
 )
@@ -369,7 +370,7 @@ class _Found:
         self.reasons: dict[str, array[int]] = {}
         """Rows that are dropped, by the reason."""
         self.shapes: set[type[Example]] = set()
-        self.numbers = self.groups = self.swallowed = 0
+        self.numbers = self.groups = self.swallowed = self.stand_ins = 0
         self.near = NearDuplicates() if with_texts else None
         self.contents = array("q")
         """Hashes of the texts, of this process only: rows with equal keys and texts are copies."""
@@ -441,6 +442,11 @@ def _prepared(
     if found.numbers:
         number = f"{counted(found.numbers, 'row')} {does('have', found.numbers)} a number"
         notes.append(f"{number} where text is expected; it is written out")
+    if found.stand_ins:
+        notes.append(
+            f"{counted(found.stand_ins, 'row')} {does('have', found.stand_ins)} a word for an answer by which programs "
+            "say that there is none (NaN, nan, #N/A); it is trained as text (`tunesmith validate` names them)"
+        )
     if found.swallowed:
         notes.append(
             f"{counted(found.swallowed, 'row')} of a CSV file {does('have', found.swallowed)} a cell whose lines look "
@@ -484,6 +490,7 @@ def _read(
             if isinstance(example, Unusable):
                 raise example
             found.shapes.add(type(example))
+            found.stand_ins += stands_in(example) is not None
             adapted = adapt(example)
         except Unusable as reason:
             fits = possible.format_of(record.values) is not None

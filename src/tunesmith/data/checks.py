@@ -40,6 +40,7 @@ from tunesmith.data.formats import (
     json_word,
     keyed,
     misspelt,
+    stands_in,
 )
 from tunesmith.data.sources import UTF8, Broken, Record, swallowed
 
@@ -76,7 +77,8 @@ CHECKS: dict[str, Check] = {
         Check("unparsable", "error", "a line that is no JSON object, or a row whose cells do not fit the header",
               "Write one JSON object per line; quote cells that hold separators or line breaks.", _DROPPED),
         Check("not_utf8", "error", "bytes that are not UTF-8", UTF8, _DROPPED),
-        Check("no_format", "error", "a row without a value in a column that its format needs",
+        Check("no_format", "error", "a row without a value in a column that its format needs; null, an "
+              "empty cell of CSV, and what is no number (NaN, Infinity) are none",
               "Fill the column, or remove the row.", _DROPPED),
         Check("not_text", "error", "a value of another type where text, or a list of messages, is needed",
               "Write it as text, or as a list of messages with role and content.", _DROPPED),
@@ -109,6 +111,9 @@ CHECKS: dict[str, Check] = {
         Check("number", "warning", "a number or truth value in a column of text; training writes it out (as a "
               "message's content it is an error, `not_text`)",
               "Write it as text, in the way it should be learnt."),
+        Check("stand_in", "warning", "an answer that is nothing but NaN, nan or #N/A, as programs write a missing "
+              "value into a table; as text it is trained like any other",
+              "Leave the cell empty or remove the row, unless that is the answer."),
         Check("swallowed", "warning", "a cell of a CSV file whose lines have as many separators as the header: a quote "
               "may be opened in the row and never closed, so that the rows behind it are in the cell",
               "Close the quote, or double it where it is text."),
@@ -358,6 +363,9 @@ def _looked_at(
             n for n in format.used(list(values)) if isinstance(values[n], int | float) and n != "label"
         )
         yield Found("number", name, f"{json_word(values[name])} where text is expected")
+    if word := stands_in(example):
+        said = f"the whole answer is {word}, as programs write a value that is missing"
+        yield Found("stand_in", column_of("empty answer", values, format), said)
     column = swallowed(record)
     if column:
         said = f"{values[column].count(chr(10)) + 1} lines in one cell, each with as many separators as the header"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -225,9 +224,6 @@ def mended(value: Any, done: set[str]) -> Any:
         return {key: mended(item, done) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [mended(item, done) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        done.add(f"{value} written as null, for which JSON has no number")
-        return None
     if value is None or isinstance(value, bool | int | float):
         return value
     done.add(f"{type(value).__name__} written as text")

@@ -670,6 +670,18 @@ def keyed(input_text_key: str, output_text_key: str) -> Format:
     return Format("columns", Conversation, ((input_text_key,), (output_text_key,)), convert)
 
 
+def asking(source: Source, key: str) -> Detection:
+    """Rows that only ask, in a column with a name of its own. Raises DataError where there is none of that name."""
+    if key not in source.columns:
+        raise _missing(source, [key])
+
+    def convert(values: Values, row: Row) -> Prompt:
+        """A question in the column that the recipe names."""
+        return prompt({**values, PROMPT_COLUMNS[0]: values[key]}, row)
+
+    return Detection((Format("column", Prompt, ((key,),), convert),), "the recipe names the column")
+
+
 def has_numbers(values: Values, detection: Detection) -> bool:
     """Whether a row has a number or truth value where an example has text; it is written out."""
     numbers = [name for name, value in values.items() if isinstance(value, int | float) and name != "label"]
@@ -916,6 +928,23 @@ INVISIBLE = " \t\n\r\x0b\x0c\xa0\xad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
 def is_blank(text: str) -> bool:
     """Whether nothing of a text can be seen."""
     return not text or text.isspace() or not (text.isascii() or text.strip(INVISIBLE))
+
+
+STAND_INS = ("NaN", "nan", "#N/A")
+"""Words that programs write where a value is missing. As a number or as JSON's own word NaN is no value (`sources`); a
+text is taken as it stands, since it may be meant, and is told of."""
+
+
+def stands_in(example: Example) -> str | None:
+    """The word that a whole answer is, where it is one by which programs say that there is none."""
+    match example:
+        case Conversation(messages=turns) | Rating(completion=turns):
+            answers: tuple[Message, ...] = turns[-1:]
+        case Preference(chosen=chosen, rejected=rejected):
+            answers = (*chosen[-1:], *rejected[-1:])
+        case _:
+            return None
+    return next((turn.content for turn in answers if turn.content in STAND_INS), None)
 
 
 MESSAGE_KEYS = (

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -27,7 +28,7 @@ from tunesmith import models
 from tunesmith.data import remote
 from tunesmith.data.examples import Row
 from tunesmith.data.remote import Shard
-from tunesmith.errors import DataError, closest, counted, nearest
+from tunesmith.errors import DataError, closest, counted, nearest, size
 
 Role = Literal["train", "validation", "held_out"]
 
@@ -68,8 +69,28 @@ PACKED = 100
 """How many times as large as in its file a column may be: text is packed to a fifth, a bomb to a thousandth."""
 
 
+def _number(text: str) -> float | None:
+    """A number with a point or an exponent; None where none is so large."""
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+_decode = json.JSONDecoder(parse_constant=lambda name: None, parse_float=_number).decode
+"""Reads JSON as every row is read: what is no number (NaN, Infinity, 1e999) is no value, as `null` is. Where it came
+from it stands for a value that is missing, and as an answer nobody means it. Text is text, the word `NaN` as well."""
+
+
+def _with_numbers(value: Any) -> Any:
+    """The same of what a library or a program gives."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _with_numbers(inner) for name, inner in value.items()}
+    return [_with_numbers(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 class Record(NamedTuple):
-    """One row as it stands in the source, and the role its file or split gives it."""
+    """One row as it stands in the source, but for numbers that are none, and the role its file or split gives it."""
 
     row: Row
     values: Mapping[str, Any]
@@ -638,8 +659,8 @@ def _from_url(url: str, pattern: str | None) -> Source:
         content = "\n".join(f"{shard.path}:{shard.mark}:{roles[shard.place]}" for shard in chosen)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
-    size = sum(shard.size or 0 for shard in chosen)
-    notes = [f"{counted(len(chosen), 'file')} of {size / 1e6:,.1f} MB in all, read in pieces from {url}"]
+    total = sum(shard.size or 0 for shard in chosen)
+    notes = [f"{counted(len(chosen), 'file')} of {size(total)} in all, read in pieces from {url}"]
     if unused := sorted({shard.place for shard in shards} - {shard.place for shard in chosen}):
         more = f" and {len(unused) - SHOWN_PROBLEMS} more" if len(unused) > SHOWN_PROBLEMS else ""
         notes.append(f"files without a split's name are not used: {', '.join(unused[:SHOWN_PROBLEMS])}{more}")
@@ -694,7 +715,7 @@ def _from_hub(
         try:
             for part, content in parts.items():
                 for number, values in enumerate(content, 1):
-                    yield part, number, values
+                    yield part, number, _with_numbers(values)
         except (OSError, ValueError) as error:  # the network, or a file of the set that is not what it says
             raise _not_loaded(dataset, _first_line(error)) from error
 
@@ -892,7 +913,7 @@ def parsed(name: str, raw_lines: Iterable[bytes], first: int = 1) -> Iterator[Re
             continue
         number, text = line[0], line[1].rstrip("\r\n")
         try:
-            values = json.loads(text)
+            values = _decode(text)
         except json.JSONDecodeError as error:
             column, problem = error.colno, error.msg
             is_end = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
@@ -922,11 +943,11 @@ def _json_type(value: Any) -> str:
 
 
 def _json(path: DataFile) -> Iterator[Record | Broken]:
-    size = (path.size or 0) if isinstance(path, Shard) else path.stat().st_size
-    if size > LARGEST_JSON:
+    length = (path.size or 0) if isinstance(path, Shard) else path.stat().st_size
+    if length > LARGEST_JSON:
         raise DataError(
             f"{path.name} is too large to be read as one JSON value.",
-            found=f"{size:,} bytes; at most {LARGEST_JSON:,} are",
+            found=f"{length:,} bytes; at most {LARGEST_JSON:,} are",
             fix=f"Write one object per line, which is read row by row: `jq -c '.[]' {path.name} > {path.stem}.jsonl`.",
         )
     content = path.read_bytes()
@@ -943,7 +964,7 @@ def _json(path: DataFile) -> Iterator[Record | Broken]:
     if not text.strip():
         return
     try:
-        loaded = json.loads(text)
+        loaded = _decode(text)
     except json.JSONDecodeError as error:
         line_text = text.split("\n")[error.lineno - 1]
         raise DataError(
@@ -1155,12 +1176,14 @@ def swallowed(record: Record) -> str | None:
 def _rows_in(batch: Any) -> Iterator[Mapping[str, Any] | UnicodeDecodeError]:
     """The rows of a batch of Parquet, whose text nothing has looked at; of one that is not UTF-8 the error."""
     batch.schema.names  # noqa: B018  raises where the name of a column is not UTF-8, which no single row is to blame for
+    has_floats = any(word in str(field.type) for field in batch.schema for word in ("float", "double"))
+    made: Callable[[Any], Any] = _with_numbers if has_floats else lambda row: row
     try:
-        yield from batch.to_pylist()
+        yield from map(made, batch.to_pylist())
     except UnicodeDecodeError:
         for number in range(batch.num_rows):
             try:
-                yield batch.slice(number, 1).to_pylist()[0]
+                yield made(batch.slice(number, 1).to_pylist()[0])
             except UnicodeDecodeError as error:
                 yield error
 

@@ -58,9 +58,9 @@ def generate(
     """Answer every row of a set greedily and write `file`: JSON lines of `row`, `prompt`, `completion` and
     `finish_reason`, or `error` where a row could not be asked.
 
-    Rows are read as `prompt` unless the section names another format. Answers are kept beside the file as they come,
-    and taken from there by the same command after a kill. Raises DataError where no row is a question, RunError where
-    the file is there already.
+    Rows are read as `prompt` unless the section names another format, or the column that asks. Answers are kept beside
+    the file as they come, and taken from there by the same command after a kill. Raises DataError where no row is a
+    question, RunError where the file is there already.
     """
     if file.exists():
         raise RunError(f"{file} is there already.", fix="Name another --output, or remove it.")
@@ -71,7 +71,8 @@ def generate(
         raise DataError(
             f"No row of {data.dataset} can be asked.",
             found="; ".join(f"{count} × {reason}" for reason, count in refused.most_common(3)) or "no row",
-            fix="--format says how rows are read (`tunesmith show formats`); a column `prompt` is enough.",
+            fix="--format says how rows are read (`tunesmith show formats`); a column `prompt` is enough, and "
+            "--input-text-key names another one.",
         )
     mark = hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:16]
     folder = file.parent / f".answers-{mark}"
@@ -115,13 +116,17 @@ def _read(
     """Every row with its last question and its token ids, or with the reason why it cannot be asked."""
     opened = sources.open_source(data.dataset, **data.model_dump(include=OPENING))
     rows = sources.checked(shaped(opened, **data.model_dump(include=SHAPING)), data.dataset)
-    named = data.input_text_key is not None or data.format != "auto"
-    detection = formats.detect(
-        rows,
-        format=data.format if named else "prompt",
-        input_text_key=data.input_text_key,
-        output_text_key=data.output_text_key,
-    )
+    question, answer = data.input_text_key, data.output_text_key
+    if question and not answer:  # the answers are written here
+        detection = formats.asking(rows, question)
+    else:
+        is_named = bool(question or answer) or data.format != "auto"
+        detection = formats.detect(
+            rows,
+            format=data.format if is_named else "prompt",
+            input_text_key=question,
+            output_text_key=answer,
+        )
     for record, example in formats.convert(rows, detection):
         if isinstance(example, Unusable):
             yield record.row, str(example), None

@@ -16,7 +16,30 @@ from tunesmith import engines, evaluation
 from tunesmith import plan as planning
 from tunesmith.evaluation.measuring import Questions
 from tunesmith.recipe import Recipe
-from tunesmith.training.run import Run, Watch, dataset_name, deciding, warning, write_whole
+from tunesmith.training.run import (
+    Run,
+    Watch,
+    check_writable,
+    dataset_name,
+    deciding,
+    is_run,
+    warning,
+    write_whole,
+)
+
+
+def check_place(models: Sequence[str | Path], output: Path | None, *, is_comparison: bool = False) -> None:
+    """Raises RunError where a measurement of these models could not be kept, before the first answer."""
+    runs = [Path(str(model)).expanduser() for model in models]
+    run = next((Run(path) for path in runs if is_run(path)), None)
+    answers = output or (run.evaluation if run else Path("evaluations"))
+    fix = "Give --output with a folder that can be written."
+    if is_comparison:
+        fix = (
+            "Give this user the right to, or copy the run to where there is room; a copy is compared as well."
+        )
+        check_writable((run.path.parent if run else Path()) / "comparisons", fix=fix)
+    check_writable(answers, fix=fix)
 
 
 def evaluation_folder(run: Run | None, model: str | Path, recipe: Recipe, facts: Mapping[str, Any]) -> Path:

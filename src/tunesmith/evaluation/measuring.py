@@ -32,7 +32,7 @@ from tunesmith.evaluation.unseen import MeasuredOn
 from tunesmith.methods import METHODS
 from tunesmith.recipe import DataSource, Recipe, RewardModel, Seq2Seq
 from tunesmith.training.lineage import run_behind
-from tunesmith.training.run import Run, Watch, deciding, is_run, open_run, warning
+from tunesmith.training.run import Run, Watch, check_not_lost, deciding, is_run, open_run, warning
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,10 @@ def questions_for(
     watch: Watch,
     *,
     rows: int | None = None,
+    output: Path | None = None,
 ) -> tuple[Run | None, Questions]:
     """The first of the models that is a run, and what it and the others are to be asked, at most `rows` where that
-    is given.
+    is given. Answers are kept in `output` until their rows are written, by default in the run's folder.
 
     Raises TunesmithError where no question is left that none of them has learned from.
     """
@@ -78,6 +79,8 @@ def questions_for(
         loading.locate(str(model))
     run = next((open_run(m) for m in models if is_run(Path(m).expanduser())), None)
     if not run and not dataset:
+        for model in models:
+            check_not_lost(Path(model).expanduser())
         raise TunesmithError(
             f"What {models[0]} is to be measured on is missing.", fix="Give --dataset, or name a run."
         )
@@ -122,8 +125,20 @@ def questions_for(
     # A folder of its own, so that a measurement that ends takes from no other one what it would go on with.
     about = json.dumps([*map(str, models), dataset, recipe.evaluation.model_dump(mode="json")], default=str)
     mark = hashlib.sha256(about.encode()).hexdigest()[:16]
-    unfinished = (run.evaluation if run else Path("evaluations")) / "answers" / mark
+    unfinished = (output or (run.evaluation if run else Path("evaluations"))) / "answers" / mark
     return run, Questions(recipe, tuple(kept), measured_on, unfinished, leakage=found, learned=answers)
+
+
+def check_askable(models: Sequence[str | Path]) -> None:
+    """Raises ModelError for the first of several models that cannot be asked, before another one has answered: its
+    tokenizer, its files as its run wrote them, and the base that an adapter names."""
+    for model in models:
+        loading.load_tokenizer(str(model))
+        loading.kind(str(model))
+        folder = loading.folder_of(str(model))
+        if (folder / "adapter_config.json").is_file():
+            base, revision = loading.base_of(folder)
+            loading.folder_of(base, revision=revision)
 
 
 def _recipe_of(models: Sequence[str | Path], settings: Mapping[str, Any] | None) -> Recipe:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
@@ -30,7 +30,7 @@ from tunesmith.evaluation.compare import (
 from tunesmith.evaluation.leakage import KINDS, PASSAGE, Copied
 from tunesmith.evaluation.metrics import METRICS, Metric
 from tunesmith.evaluation.rows import EvalRow, read_rows
-from tunesmith.training.run import EVENTS, Run, without_retaken, write_whole
+from tunesmith.training.run import EVENTS, Run, unwritable, without_retaken, write_whole
 
 COMPARED_CHARACTERS = 2000
 """Beginning of an answer by which is told how much it changed."""
@@ -57,6 +57,17 @@ FILES = {
     "final_model": "weights or adapter, tokenizer, template, model card",
     "status.json": "how the run ended; written last",
 }
+
+
+def told_in_report(run: Run | None, progress: Callable[[str, str, str], None]) -> None:
+    """Have a run's report tell of what was added to the run. One that has none yet gets it when it is done; where the
+    run may only be read, `progress` is told that it does not."""
+    if not run or not (run.path / "report.html").is_file():
+        return
+    if why := unwritable(run.path):
+        progress("report", "does not tell of it", why)
+    else:
+        write_report(run.path)
 
 
 def write_report(run_dir: Path) -> Path:

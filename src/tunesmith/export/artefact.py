@@ -18,7 +18,8 @@ from typing import Any
 from tunesmith import models
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.engines import llamacpp
-from tunesmith.errors import MissingExtra, ModelError, OutOfResources, TunesmithError, nearest
+from tunesmith.errors import MissingExtra, ModelError, OutOfResources, TunesmithError, nearest, size
+from tunesmith.evaluation.report import told_in_report
 from tunesmith.export import card, gguf, graph, merge, ollama, parity, weights
 from tunesmith.export.parity import VERDICT, Held
 from tunesmith.export.vocabulary import Vocabulary, vocabulary_of
@@ -192,7 +193,7 @@ def export(
             )
             whole, notes = staging / "merged", list(made.notes)
             if made.layers and not made.layers.passed:
-                return _ill_merged(made, staging, folder, f"{name}-{quant}", to, run, held)
+                return _ill_merged(made, staging, folder, f"{name}-{quant}", to, run, held, progress)
         config = models.configuration(str(whole))
         check_family(config, folder=str(whole))
         tokenizer = models.load_tokenizer(str(source if models.has_tokenizer(source) else whole))
@@ -234,7 +235,7 @@ def export(
         final = merge.put_in_place(staging, folder, passed=verdict.passed is not False)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    merge.told_in_report(run)
+    told_in_report(run, progress)
     return Exported(
         folder=final,
         file=final / written.name,
@@ -264,8 +265,8 @@ def _compared_with(parameters: int, check: str, to: str, quant: str) -> _Compare
         return _Compared(None, "as asked for, prompts were compared and not the whole model")
     file = parameters * (gguf.bits_of(quant) / 8 if to == "gguf" else 4)
     rooms = {name: parity.room_for(width * parameters, file) for name, width in REFERENCES.items()}
-    said = " and ".join(f"{room.wanted / 1e9:.1f} GB in {name}" for name, room in rooms.items())
-    why = f"to compare it as a whole takes {said}, and {rooms['float32'].there / 1e9:.1f} GB are free"
+    said = " and ".join(f"{size(room.wanted)} in {name}" for name, room in rooms.items())
+    why = f"to compare it as a whole takes {said}, and {size(rooms['float32'].there)} are free"
     if check == "logits":
         return _Compared("float32", "as asked for")
     return _Compared(next((name for name, room in rooms.items() if room.suffices), None), why)
@@ -291,6 +292,7 @@ def _ill_merged(
     to: str,
     run: Run | None,
     held: Callable[[Any, Any], Held],
+    progress: Callable[[str, str, str], None],
 ) -> Exported:
     """An adapter whose merged weights do not answer as its parts: kept, marked, and no file is made of them."""
     whole = staging / "merged"
@@ -301,7 +303,7 @@ def _ill_merged(
     verdict = replace(verdict, artefact=f"merged, for {name}")
     write_whole(staging / VERDICT, json.dumps(verdict.as_dict(), indent=1))
     final = merge.put_in_place(staging, folder, passed=False)
-    merge.told_in_report(run)
+    told_in_report(run, progress)
     return Exported(
         folder=final,
         file=final / "merged" / made.shards[0],

@@ -27,6 +27,7 @@ from tunesmith.data import pairs, templates
 from tunesmith.data.examples import Message, Prompt, Unusable
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.errors import ModelError, TunesmithError, nearest
+from tunesmith.evaluation.report import told_in_report
 from tunesmith.export import artefact, merge, parity, publish, wheel
 from tunesmith.export.card import terms_of
 from tunesmith.export.parity import NEW_TOKENS, TOLERANCES, VERDICT, Answered, Held, Parity
@@ -34,7 +35,7 @@ from tunesmith.generation import context_length, decoded
 from tunesmith.serving import demo as page
 from tunesmith.serving import smoke_test
 from tunesmith.training.lineage import CARRIED, FACTS
-from tunesmith.training.run import Run, dataset_name, write_whole
+from tunesmith.training.run import Run, dataset_name, unwritable, write_whole
 
 if TYPE_CHECKING:
     from tunesmith.serving.models import Loaded
@@ -217,9 +218,11 @@ def prepare(
         final = merge.put_in_place(staging, folder, passed=result.passed is not False)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    if run:
+    if run and (why := unwritable(run.path)):
+        progress("run", "does not keep the verdict", why)
+    elif run:
         write_whole(run.path / "exports" / "served" / VERDICT, json.dumps(proof.served.as_dict(), indent=1))
-        merge.told_in_report(run)
+        told_in_report(run, progress)
     return replace(result, folder=final)
 
 

@@ -19,13 +19,20 @@ from typing import Any
 
 from tunesmith import models
 from tunesmith.errors import ModelError, RunError, TunesmithError, nearest
+from tunesmith.evaluation.report import told_in_report
 from tunesmith.evaluation.unseen import carry_together
 from tunesmith.export import parity, weights
 from tunesmith.export.card import copy_licences, write_made_card
 from tunesmith.export.parity import NEW_TOKENS, VERDICT, Check, Held, Parity, Question
 from tunesmith.recipe import QLoRA
 from tunesmith.training.lineage import FACTS, packing_behind, run_behind
-from tunesmith.training.run import Run, dataset_name, open_as_new, write_whole
+from tunesmith.training.run import (
+    Run,
+    check_writable,
+    dataset_name,
+    open_as_new,
+    write_whole,
+)
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -159,12 +166,13 @@ def check_dtype(dtype: str) -> None:
 
 
 def free_place(folder: Path, *, option: str = "--output") -> Path:
-    """The folder, where nothing is in the way. Raises RunError where something is; `option` names it."""
+    """The folder, where nothing is in the way of writing it. Raises RunError where something is; `option` names it."""
     if folder.is_dir() and any(folder.iterdir()):
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
         raise RunError(f"The folder {folder} is not empty.", found=found, fix=f"Give another {option}.")
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file.", fix=f"Give another {option}.")
+    check_writable(folder.parent, fix=f"Give {option} with a folder that can be written.")
     return folder
 
 
@@ -237,16 +245,8 @@ def merge(
         put_in_place(staging, folder, passed=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        told_in_report(run)
+        told_in_report(run, progress)
     return merged
-
-
-def told_in_report(run: Run | None) -> None:
-    """Have a finished run's report tell of what was made of its model."""
-    from tunesmith.evaluation.report import write_report
-
-    if run and (run.path / "report.html").is_file():
-        write_report(run.path)
 
 
 def make(

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.errors import size
+
 NAME = "Modelfile"
 
 _PROBES: tuple[tuple[tuple[str, str], ...], ...] = (
@@ -115,8 +117,8 @@ def context_for(
     lines = [f"{count} tokens of context: {why}; the file allows {allowed}."]
     if each := _cache_of_a_token(config):
         lines.append(
-            f"Their cache takes up to {each * count / 1e6:,.0f} MB of memory beside the weights, "
-            f"{each * 1024 / 1e6:,.1f} MB for each 1024 tokens more."
+            f"Their cache takes up to {size(each * count)} of memory beside the weights, "
+            f"{size(each * 1024)} for each 1024 tokens more."
         )
     return count, tuple(lines)
 
@@ -133,9 +135,9 @@ def _cache_of_a_token(config: Any) -> int | None:
         return value if isinstance(value, int) and value > 0 else None
 
     layers, width, heads = said("num_hidden_layers"), said("hidden_size"), said("num_attention_heads")
-    size = said("head_dim") or (width // heads if width and heads else None)
+    each = said("head_dim") or (width // heads if width and heads else None)
     kept = said("num_key_value_heads") or heads
-    return 2 * 2 * layers * kept * size if layers and kept and size else None  # of 2 bytes each
+    return 2 * 2 * layers * kept * each if layers and kept and each else None  # of 2 bytes each
 
 
 def modelfile(

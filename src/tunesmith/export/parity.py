@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tunesmith import models
 from tunesmith.data.templates import end_of_turn_ids
 from tunesmith.engines import llamacpp
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, size
 from tunesmith.evaluation.compare import Comparison, difference_shown, shown
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.report import VERDICTS
@@ -71,7 +71,7 @@ class Room:
         return self.wanted <= self.there
 
     def __str__(self) -> str:
-        return f"{self.wanted / 1e9:.1f} GB, and {self.there / 1e9:.1f} GB are free"
+        return f"{size(self.wanted)}, and {size(self.there)} are free"
 
 
 def room_for(*weights: float) -> Room:

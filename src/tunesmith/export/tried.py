@@ -21,9 +21,10 @@ from tunesmith import evaluation, models
 from tunesmith.data import pairs, templates
 from tunesmith.data.examples import Message, Prompt, Row, Unusable
 from tunesmith.data.templates import end_of_turn_ids
-from tunesmith.errors import ModelError, TunesmithError, counted
+from tunesmith.errors import ModelError, TunesmithError, counted, size
 from tunesmith.evaluation import Item, measuring
 from tunesmith.evaluation.forgetting import general_texts
+from tunesmith.evaluation.report import told_in_report
 from tunesmith.export import merge, parity
 from tunesmith.export.deployment import MANIFEST
 from tunesmith.export.held import held_for
@@ -32,7 +33,16 @@ from tunesmith.generation import Generated, context_length, generate
 from tunesmith.models import Kind
 from tunesmith.serving import smoke_test
 from tunesmith.training.lineage import run_behind_folder
-from tunesmith.training.run import Run, Watch, is_run, open_run, warning, write_whole
+from tunesmith.training.run import (
+    Run,
+    Watch,
+    deciding,
+    is_run,
+    open_run,
+    unwritable,
+    warning,
+    write_whole,
+)
 
 TASK_PROMPTS = {
     "chat": ("Hello! Can you help me?", "What could I cook with rice and two eggs?", "Thank you. What is your name?",
@@ -263,8 +273,8 @@ def _files(folder: Path, hashes: Callable[[], str] | None) -> str:
             found=f"no {', no '.join(missing)}",
             fix="Copy it again, or run `tunesmith merge` again.",
         )
-    size = sum(path.stat().st_size for path in place.iterdir() if path.is_file())
-    said = f"{'an adapter' if is_adapter else 'whole weights'}, {size / 1e6:,.1f} MB"
+    held = sum(path.stat().st_size for path in place.iterdir() if path.is_file())
+    said = f"{'an adapter' if is_adapter else 'whole weights'}, {size(held)}"
     return said if hashes is None else f"{said}; {hashes()}"
 
 
@@ -632,8 +642,11 @@ def _served_verdict(
     if run and by_its_run:
         file = run.path / "exports" / "served" / parity.VERDICT
         if found.passed or not file.is_file():
-            write_whole(file, json.dumps(found.as_dict(), indent=1))
-            merge.told_in_report(run)
+            if why := unwritable(run.path):
+                warning(watch)(f"The run does not keep this verdict: {why}.")
+            else:
+                write_whole(file, json.dumps(found.as_dict(), indent=1))
+                told_in_report(run, deciding(watch))
         else:
             warning(watch)(
                 "The run's report keeps its earlier verdict: this address may be that of another model."

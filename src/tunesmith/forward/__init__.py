@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith import devices
-from tunesmith.errors import RecipeError
+from tunesmith.errors import RecipeError, size
 from tunesmith.forward import attention, cuda, pairs
 from tunesmith.forward.frozen import SHARE, Frozen, frozen_layers
 from tunesmith.forward.head import Found, Reading, read
@@ -32,6 +32,7 @@ from tunesmith.training.run import Run
 COVERED = {
     "gemma",
     "gemma2",
+    "gemma3",
     "gemma3_text",
     "gpt2",
     "llama",
@@ -224,11 +225,11 @@ def _finish_kept(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[A
     if rows is None or len(rows.kept) > WORTH * rows.ids.shape[1] or attention.is_run_again(layer):
         return None
     given = inspect.signature(layer.forward).bind(*args, **kwargs)
-    size = rows.ids.shape[1]
+    length = rows.ids.shape[1]
 
     def only(value: Any, places: Tensor) -> Any:
         if isinstance(value, Tensor):
-            return value.index_select(1, places) if value.ndim > 1 and value.shape[1] == size else value
+            return value.index_select(1, places) if value.ndim > 1 and value.shape[1] == length else value
         if isinstance(value, tuple):
             return tuple(only(part, places) for part in value)
         return value
@@ -303,16 +304,17 @@ def attach(
     trunks = []
     references = (getattr(trainer, name, None) for name in ("ref_model", "reference"))
     for model in (plain, *(_plain(m) for m in references if m is not None)):
-        if model is not plain and (why := uncovered(trainer, model)):
-            run.event("decision", name=REFERENCE, value="stock", reason=why)
-        elif is_reward(model):
-            trunks.append(score_quickly(model, say=say))
-        elif hasattr(trainer.model, "policy"):
-            trunks.append(Trunk(model, say))
-            setattr(model, TRUNK, trunks[-1])
-        else:
-            same = isinstance(trainer, SFTTrainer) if alike is None else alike
-            trunks.append(quicken(model, alike=same, say=say, device=device))
+        with _beneath_precision(trainer, model):
+            if model is not plain and (why := uncovered(trainer, model)):
+                run.event("decision", name=REFERENCE, value="stock", reason=why)
+            elif is_reward(model):
+                trunks.append(score_quickly(model, say=say))
+            elif hasattr(trainer.model, "policy"):
+                trunks.append(Trunk(model, say))
+                setattr(model, TRUNK, trunks[-1])
+            else:
+                same = isinstance(trainer, SFTTrainer) if alike is None else alike
+                trunks.append(quicken(model, alike=same, say=say, device=device))
     if training.compile:
         _compile(trunks, trainer, run)
     if training.cache_frozen:
@@ -344,18 +346,41 @@ def lent(trainer: Any, model: Any, run: Run) -> Iterator[None]:
     """The fast forward for a while, where it covers the model: for likelihoods that are worked out before training. The
     run is told where it is not taken."""
     plain = _plain(model)
-    if why := uncovered(trainer, plain):
-        run.event("decision", name=REFERENCE, value="stock", reason=why)
+    with _beneath_precision(trainer, plain):
+        if why := uncovered(trainer, plain):
+            run.event("decision", name=REFERENCE, value="stock", reason=why)
+            yield
+            return
+        theirs = plain.forward
+        quicken(plain, alike=False, say=_teller(trainer, run))
+        try:
+            yield
+        finally:
+            plain.forward = theirs
+            for handle in plain.__dict__.pop(HOOKS):
+                handle.remove()
+
+
+@contextmanager
+def _beneath_precision(trainer: Any, model: Any) -> Iterator[None]:
+    """Take off what accelerate has laid around the forward of a model that it has prepared, as TRL has a reference
+    prepared under mixed precision; afterwards it lies around whatever forward the model has."""
+    bare = vars(model).pop("_original_forward", None)
+    if bare is None:
         yield
         return
-    theirs = plain.forward
-    quicken(plain, alike=False, say=_teller(trainer, run))
+    model.forward = bare
     try:
         yield
     finally:
-        plain.forward = theirs
-        for handle in plain.__dict__.pop(HOOKS):
-            handle.remove()
+        inner = model.forward
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with trainer.accelerator.autocast():
+                return inner(*args, **kwargs)
+
+        forward.__signature__ = inspect.signature(inner)  # type: ignore[attr-defined]
+        model.forward = types.MethodType(forward, model)
 
 
 def _compile(trunks: list[Trunk], trainer: Any, run: Run) -> None:
@@ -378,14 +403,14 @@ def _cache(trunk: Trunk, trainer: Any, run: Run) -> None:
     most = int(SHARE * (devices.available() - devices.resident()))
 
     def full(rows: int) -> None:
-        why = f"they take {most / 1e9:.2f} GB; the frozen layers are run anew for all other rows"
+        why = f"they take {size(most)}; the frozen layers are run anew for all other rows"
         run.event("decision", step=trainer.state.global_step, name="cached rows", value=rows, reason=why)
 
     count = trunk.keep_frozen(most=most, full=full)
-    width, size = trunk.config.hidden_size, trunk.model.dtype.itemsize
+    width, itemsize = trunk.config.hidden_size, trunk.model.dtype.itemsize
     why = (
-        f"as the recipe says; their outputs are kept in memory, {width * size:,} bytes a token, "
-        f"{most / 1e9:.2f} GB at most"
+        f"as the recipe says; their outputs are kept in memory, {width * itemsize:,} bytes a token, "
+        f"{size(most)} at most"
     )
     run.event("decision", name="cache_frozen", value=f"{count} layers", reason=why)
 
@@ -406,7 +431,7 @@ def uncovered(trainer: Any, model: Any) -> str | None:
         and not _settings(model).keys() >= SETTINGS
     ):
         return "this method asks its model for more than log-probabilities"
-    if getattr(model.config, "use_bidirectional_attention", None):
+    if getattr(model.config.get_text_config(), "use_bidirectional_attention", None):
         return "tokens see what follows them"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return "weights are spread over processes"
@@ -414,8 +439,9 @@ def uncovered(trainer: Any, model: Any) -> str | None:
         return "NEFTune's noise is measured by the length of padded rows"
     if not is_reward(model) and isinstance(model.get_output_embeddings(), BaseTunerLayer):
         return "the head has an adapter"
-    if model.config._attn_implementation_internal not in ("sdpa", "eager", "flash_attention_2"):
-        return f"the attention {model.config._attn_implementation_internal} was asked for"
+    asked = model.config.get_text_config()._attn_implementation_internal
+    if asked not in ("sdpa", "eager", "flash_attention_2"):
+        return f"the attention {asked} was asked for"
     return None
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.forward.tree import Layout
+from tunesmith.training import gpu
 
 Kernel = Literal["flash", "varlen", "flex", "rows"]
 
@@ -36,6 +37,9 @@ NARROWEST = 16
 """Narrowest head that FlexAttention takes."""
 TILE = 128
 """Queries, and keys, of a block of FlexAttention's mask."""
+VARIANTS = 64
+"""Kernels that FlexAttention may be compiled into: torch makes another one where there are no gradients, one block, as
+many queries as keys. Behind its own limit of 8 it would write out all scores."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,13 @@ def choose(
         why = f"FlashAttention's kernels take heads of 8, 16, ... to {WIDEST}, these have {width}"
     else:
         function, problem = flash_function()
-        if function and capped and "softcap" not in inspect.signature(function).parameters:
+        if function and capped and not _knows(function, "softcap"):
             function, problem = None, "the installed FlashAttention caps no scores"
         if function:
             return "flash", "FlashAttention is installed"
         if not capped and not drops and _torch_function():
             return "varlen", f"torch's own kernel for rows of various lengths; {problem}"
-        what = "capped scores" if capped else "dropout" if drops else "rows of various lengths"
+        what = "capped scores" if capped else "dropout" if drops else "causal rows of various lengths"
         why = f"torch has no kernel for {what}; {problem}"
     if capped and not drops and width >= NARROWEST and capability >= AMPERE and has_triton():
         return "flex", f"FlexAttention caps scores within its kernel; {why}"
@@ -105,20 +109,30 @@ def flash_function() -> tuple[Callable[..., Any] | None, str]:
     """FlashAttention's function for rows of various lengths, or why there is none."""
     if importlib.util.find_spec("flash_attn") is None:
         return None, "FlashAttention (flash-attn) is not installed"
+    if why := gpu.broken("flash_attn"):
+        return None, f"FlashAttention is installed and cannot be loaded ({why})"
     try:
         from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
-    except (ImportError, OSError) as error:  # built for another torch
-        said = next(iter(str(error).splitlines()), "")[:120]
-        return None, f"FlashAttention is installed and cannot be loaded ({said})"
+    except ImportError:
+        return None, "the installed FlashAttention has no function for rows of various lengths"
     return flash_attn_varlen_func, ""
 
 
+@functools.cache
 def _torch_function() -> Callable[..., Any] | None:
+    """Torch's function for rows of various lengths; None where it has none yet that scales and sees what we ask."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:  # before torch 2.10
         return None
-    return varlen_attn
+    # torch 2.10 knows neither.
+    return varlen_attn if _knows(varlen_attn, "scale") and _knows(varlen_attn, "window_size") else None
+
+
+@functools.cache
+def _knows(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has an argument of this name."""
+    return name in inspect.signature(function).parameters
 
 
 def has_triton() -> bool:
@@ -245,9 +259,11 @@ def _flash(
     function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, facts: Spread, asked: Asked
 ) -> Tensor:
     more: dict[str, Any] = {"softcap": asked.softcap} if asked.softcap is not None else {}
+    # The window says what causal says as well: where every row has one query, FlashAttention takes causal back and,
+    # with a window open to the right, another kernel.
     out: Tensor = function(
         q, k, v, facts.queries, facts.keys, facts.longest_queries, facts.longest_keys, dropout_p=asked.dropout,
-        softmax_scale=asked.scale, causal=True, window_size=(-1, -1) if asked.window is None else (asked.window - 1, 0),
+        softmax_scale=asked.scale, causal=True, window_size=_window(asked),
         deterministic=torch.are_deterministic_algorithms_enabled(), **more,
     )  # fmt: skip
     return out
@@ -256,12 +272,19 @@ def _flash(
 def _torch_varlen(
     function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, facts: Spread, asked: Asked
 ) -> Tensor:
-    # (-1, 0) is its word for causal; what is left of a query counts without the query itself.
+    # Before torch 2.12 heads may be shared without being asked for.
+    shares = q.shape[1] != k.shape[1] and _knows(function, "enable_gqa")
+    more: dict[str, Any] = {"enable_gqa": True} if shares else {}
     out: Tensor = function(
         q, k, v, facts.queries, facts.keys, facts.longest_queries, facts.longest_keys, scale=asked.scale,
-        window_size=(-1 if asked.window is None else asked.window - 1, 0), enable_gqa=q.shape[1] != k.shape[1],
+        window_size=_window(asked), **more,
     )  # fmt: skip
     return out
+
+
+def _window(asked: Asked) -> tuple[int, int]:
+    """Keys to the left and to the right of a query, itself not counted: -1 is all, so (-1, 0) is causal."""
+    return (-1 if asked.window is None else asked.window - 1, 0)
 
 
 # The tree itself
@@ -313,7 +336,7 @@ def sight(rows: Layout, trimmed: bool) -> Sight:
     offsets = np.array([piece.offset for piece in rows.pieces])
     total = int(ends[-1])
     return Sight(
-        tokens=rows.kept.cpu().numpy() if trimmed else np.arange(total),
+        tokens=rows.numbers if trimmed else np.arange(total),
         until=np.repeat(last, lengths),
         depth=np.arange(total) - np.repeat(ends - lengths - offsets, lengths),
     )
@@ -333,12 +356,15 @@ def _block_mask(found: Sight, window: int | None, device: torch.device) -> Any:
     def tensor(numbers: Any) -> Tensor:
         return torch.from_numpy(np.asarray(numbers, dtype=np.int32)).to(device)
 
-    tokens, until, depth = (tensor(values) for values in (found.tokens, found.until, found.depth))
+    # A window that were a number would make the kernel another one, with and without it.
+    beyond = found.depth - window if window is not None else np.full_like(found.depth, -1)
+    tokens, until, depth, lowest = (
+        tensor(values) for values in (found.tokens, found.until, found.depth, beyond)
+    )
 
     def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         own = tokens[q]
-        seen = (k <= own) & (own < until[k])
-        return seen if window is None else seen & (depth[own] - depth[k] < window)
+        return (k <= own) & (own < until[k]) & (depth[k] > lowest[own])
 
     some, every = found.blocks(window)
 
@@ -365,15 +391,27 @@ def in_tree(query: Tensor, key: Tensor, value: Tensor, rows: Layout, asked: Aske
     out = _flex(query.is_cuda)(
         query, key, value, score_mod=None if cap is None else capped, block_mask=mask, scale=asked.scale,
         enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},  # few queries would go to a kernel for writing answers
     )  # fmt: skip
     found: Tensor = out.transpose(1, 2)
     return found
 
 
 @functools.cache
-def _flex(compiled: bool) -> Callable[..., Any]:
+def _flex(compiled: bool, backend: Any = "inductor") -> Callable[..., Any]:
     """FlexAttention; without being compiled it writes out all scores, which is for tests."""
+    from torch._dynamo import config
     from torch.nn.attention.flex_attention import flex_attention
 
-    found: Callable[..., Any] = flex_attention
-    return torch.compile(found, dynamic=True) if compiled else found
+    if not compiled:
+        return flex_attention
+    # A whole graph: where the limit is reached after all, that is an error and not slow in silence.
+    made: Callable[..., Any] = torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=backend)
+
+    @functools.wraps(flex_attention)
+    def found(*args: Any, **named: Any) -> Any:
+        # Scale and cap are a model's own: constants of its kernel, which takes no numbers.
+        with config.patch(recompile_limit=VARIANTS, specialize_float=True):
+            return made(*args, **named)
+
+    return found

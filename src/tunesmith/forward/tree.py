@@ -95,6 +95,8 @@ class Layout:
     pieces: tuple[Piece, ...]
     kept: Tensor
     """Tokens whose outputs are wanted, ascending, `(kept,)`."""
+    numbers: np.ndarray[Any, Any]
+    """The same where no device has to be waited for."""
     others: Tensor
     """All other tokens, `(tokens - kept,)`."""
     outputs: Tensor | None
@@ -229,6 +231,7 @@ def layout(rows: Sequence[Row], *, share: bool, device: Any) -> Layout:
         positions=tensor(np.concatenate(positions))[None],
         pieces=tuple(pieces),
         kept=tensor(kept),
+        numbers=kept,
         others=tensor(others),
         outputs=None if np.array_equal(outputs, np.arange(len(kept))) else tensor(outputs),
         slots=tensor(np.concatenate(slots)),
@@ -257,7 +260,7 @@ def _steps(begin: int, ends: Sequence[int]) -> list[tuple[int, int]]:
 def _blocks(layout: Layout, window: int | None, trimmed: bool) -> list[Block]:
     found = []
     begin = 0
-    kept = layout.kept.cpu().numpy() if trimmed else None
+    kept = layout.numbers if trimmed else None
     for number, piece in enumerate(layout.pieces):
         places = np.arange(begin, begin + piece.length)
         if kept is not None:

@@ -474,6 +474,11 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
                 "before any update): its forward pass is random or too coarse, and the clipping works on noise.",
             )
 
+    def compute_loss_context_manager(self) -> Any:
+        """Mixed precision. A model that is prepared brings it along; the policy and the reference in it, which are
+        asked by themselves, do not."""
+        return self.accelerator.autocast()
+
     # What a rollout is
 
     def _rollout(self, numbers: Sequence[int]) -> Rollout:

@@ -307,16 +307,19 @@ def _tried(
     if engine == "optuna" and pruner != "none" and launch.starts(recipe.launch):
         pruner = "none"
         why = f"trials train in processes of their own (launch.kind {recipe.launch.kind}), which go on to their end"
-        notes.append(f"No trial was pruned: {why}.")
+        was_pruned = any(trial.state == "pruned" for trial in records.values())  # by an earlier start
+        if not was_pruned or before < trials:
+            notes.append(f"No {'further ' if was_pruned else ''}trial was pruned: {why}.")
         watch({"kind": "decision", "name": "pruner", "value": "none", "reason": why})
     if engine == "ray" and pruner == "median":
         pruner = "asha"
         why = "trials at once have no median to be held against"
-        notes.append(f"Trials were pruned by ASHA: {why}.")
+        notes.append(f"On Ray ASHA prunes instead: {why}.")
         watch({"kind": "decision", "name": "pruner", "value": "asha", "reason": why})
     search = _Search(recipe, space, records, folder, trials, engine, pruner, seed, keep, watch)
     notes += _at_once(search) if engine == "ray" else _one_by_one(search)
-    if pruner != "none" and all(len(one.validations) < 2 for one in records.values() if one.state == "done"):
+    alone = all(len(one.validations) < 2 for one in records.values() if one.state == "done")
+    if pruner != "none" and alone and not any(one.state == "pruned" for one in records.values()):
         notes.append("No trial was validated twice, so that none could be pruned (training.eval_steps).")
     return notes
 

@@ -31,6 +31,8 @@ KINDS = {
     "logint": "logint(LOW, HIGH)",
 }
 EXAMPLE = "training.learning_rate: loguniform(1e-5, 1e-3)"
+LAYERS = {".yaml", ".yml", ".json"}
+"""How names of files end that hold a space."""
 COMBINED = 256
 """Combinations of a space that are composed to see that each is a recipe; of more, so many are drawn."""
 PROBED = 16
@@ -149,17 +151,24 @@ def short(value: Any) -> str:
 
 
 def read(given: Sequence[str]) -> dict[str, Distribution]:
-    """A space from `FIELD=DISTRIBUTION` texts and YAML files, the later ones winning. Raises RecipeError with all that
-    cannot be read."""
+    """A space from `FIELD=DISTRIBUTION` texts and YAML files, which name each field once. Raises RecipeError with all
+    that cannot be read."""
     found: dict[str, Any] = {}
+    named: dict[str, list[str]] = {}
     for text in given:
-        path, equals, value = text.partition("=")
-        if equals and not Path(text).is_file():
-            found[path.strip()] = value.strip()
-        else:
-            found |= dict(_flat(read_layer(Path(text), what="space", example=EXAMPLE)))
+        for path, value in _lines(text):
+            found[path] = value
+            named.setdefault(path, []).append(text)
     if not found:
         raise RecipeError("A sweep needs something to search.", fix=f"--space '{EXAMPLE.replace(': ', '=')}'")
+    _raise(
+        [
+            f"{path} is given twice: --space {' and --space '.join(t)}."
+            for path, t in named.items()
+            if len(t) > 1
+        ],
+        fix="Give each field once.",
+    )
     problems, space = [], {}
     for path, value in found.items():
         try:
@@ -168,6 +177,19 @@ def read(given: Sequence[str]) -> dict[str, Distribution]:
             problems.append(f"{path}: {error.problem}" + (f" Found: {error.found}." if error.found else ""))
     _raise(problems, fix=f"Write one of {'; '.join(KINDS.values())}.")
     return space
+
+
+def _lines(text: str) -> list[tuple[str, Any]]:
+    """What one `--space` names: a field of its own, or those of a file. Raises RecipeError for neither."""
+    path, equals, value = text.partition("=")
+    if Path(text).is_file() or (not equals and Path(text).suffix.lower() in LAYERS):
+        return list(_flat(read_layer(Path(text), what="space", example=EXAMPLE)))
+    if not equals:
+        raise RecipeError(
+            f"--space {text} says no values, and no file is called so.",
+            fix=f"Write FIELD=VALUES, such as --space '{EXAMPLE.replace(': ', '=')}': {'; '.join(KINDS.values())}.",
+        )
+    return [(path.strip(), value.strip())]
 
 
 def _flat(layer: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

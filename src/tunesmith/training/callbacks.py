@@ -110,6 +110,7 @@ class Pace(TrainerCallback):  # type: ignore[misc]
         mean = seconds / self.MEASURED
         if tokens and self.tokens_per_step:
             mean = seconds / tokens * self.tokens_per_step
+            left = max(state.max_steps - seen / self.tokens_per_step, 0.0)  # in mean steps
         self.tell(step, mean, now - self._begun + left * mean)
 
 

@@ -240,6 +240,15 @@ def changed(model: Path) -> str | None:
     return damage(model, file) if file else None
 
 
+def whole_beside(model: Path) -> list[Path]:
+    """Models of the same run that are as they were written, in the place of one that is not: the best and the final
+    one, and the newest checkpoint."""
+    run = Run(model.parent.parent if NAME.fullmatch(model.name) else model.parent)
+    kept = [path for path in (run.best_model, run.final_model) if list_of(path) and changed(path) is None]
+    newest = next((path for path in found(run) if path != model and problem(path) is None), None)
+    return [path for path in (*kept, *([newest] if newest else [])) if path != model]
+
+
 def _strange_log(file: Path, step: object) -> str | None:
     """What of a checkpoint's log is not as the Trainer writes it, by which it would start elsewhere or fall over: a
     stranger can seal one as well."""

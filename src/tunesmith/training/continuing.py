@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.compose import differing, validated
-from tunesmith.errors import RecipeError, RunError
+from tunesmith.errors import RecipeError, RunError, counted
 from tunesmith.recipe import Recipe
 from tunesmith.training import checkpoints
-from tunesmith.training.run import Run, anchored
+from tunesmith.training.run import Run, anchored, is_edited
 
 MAY_CHANGE = ("output_dir", "name", "preset", "evaluation", "export", "tracking", "launch", "parallel")
 """Parts of the recipe that a continued run may change. Of `evaluation` only what validations do not use as well
@@ -196,9 +196,11 @@ def rounded(before: Recipe, after: Recipe) -> list[str]:
     ]
 
 
-def check_identity(run: Run, checkpoint: Path | None, identity: Mapping[str, Any]) -> None:
-    """Raises RunError where what a run's recipe names is not what it was. A plan.json that says something else than the
-    checkpoint is told, since it is written anew."""
+def check_identity(
+    run: Run, checkpoint: Path | None, identity: Mapping[str, Any], *, rows: int | None = None
+) -> None:
+    """Raises RunError where what a run's recipe names is not what it was, with the number of its `rows` before and now
+    where that is known. A plan.json that says something else than the checkpoint is told, since it is written anew."""
     said = known(run, checkpoint)
     if said is None:
         if (run.path / "plan.json").exists():
@@ -210,12 +212,24 @@ def check_identity(run: Run, checkpoint: Path | None, identity: Mapping[str, Any
     if not isinstance(then, dict):  # of an older tunesmith
         then = {**identity, "tokens": said.get("data_sha256")}
     if changed := changed_identity(then, identity):
+        match planned(run):
+            case {"rows": {"rows_in": int(before)}} if rows is not None and "data set " in "; ".join(changed):
+                changed.append(
+                    f"there were {counted(before, 'row')}, there are {rows:,} now"
+                    if rows != before
+                    else f"there are {counted(rows, 'row')} as before, of other content or in another order"
+                )
         raise RunError(
             f"What {run.path} rests on is not what it was started with, so it cannot be continued.",
             found="; ".join(changed),
             fix="Restore it, or start a new run with another --name.",
         )
     plan = planned(run)
-    if plan is None or plan.get("identity", then) != then:
-        why = "is missing or cannot be read" if plan is None else "does not say what the run was started with"
-        run.event("warning", message=f"plan.json {why}; the checkpoint does, and it is written anew.")
+    if plan is None or plan.get("identity", then) != then or is_edited(plan):
+        why = "is missing or cannot be read" if plan is None else "is not as it was written"
+        run.event(
+            "warning",
+            message=f"plan.json {why}; what counts stands in the checkpoint, and it is written anew."
+            if checkpoints.found(run)
+            else f"plan.json {why}, and is written anew; no checkpoint rests on it.",
+        )

@@ -456,6 +456,14 @@ def peak_memory() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
+def forget_peak() -> None:
+    """Have `peak_memory` leave out what a GPU has held up to now: answers are written in nearly all of its memory."""
+    import torch
+
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.reset_peak_memory_stats()
+
+
 def quiet_libraries() -> None:
     """Keep libraries from reporting home, from running code of the Hub and from writing over our progress bar; call
     before they load."""

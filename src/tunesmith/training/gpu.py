@@ -7,6 +7,7 @@ What only changes the speed is replaced where it is not to be had, and said. Wha
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.devices import DeviceFacts
-from tunesmith.errors import MissingExtra, OutOfResources
+from tunesmith.errors import MissingExtra, OutOfResources, TunesmithError
 from tunesmith.recipe import Model, Training
 
 if TYPE_CHECKING:
@@ -36,12 +37,29 @@ class Need:
     install: str = INSTALL
 
     def check(self, option: str, where: str, *, here: bool, fix: str) -> None:
-        """Raises OutOfResources on another device, and MissingExtra where the package is not installed `here`."""
+        """Raises OutOfResources on another device, and `here` MissingExtra where the package is not installed, or a
+        TunesmithError where it cannot be loaded."""
         if where not in self.devices:
             what = " or ".join({"cuda": "a CUDA device", "cpu": "a CPU"}[kind] for kind in self.devices)
             raise OutOfResources(f"{option} needs {what}.", found=f"device '{where}'", fix=fix)
         if here and importlib.util.find_spec(self.module) is None:
             raise MissingExtra(self.package, option, install=self.install)
+        if here and (why := broken(self.module)):
+            raise TunesmithError(
+                f"{option} needs the package '{self.package}', which is installed and cannot be loaded.",
+                found=why,
+                fix=f"{fix}, or install one that fits this machine's torch: pip install {self.install}",
+            )
+
+
+@functools.cache
+def broken(module: str) -> str | None:
+    """Why an installed package cannot be loaded, such as one that was built for another torch; None where it can."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # of the package, its libraries, the driver: whatever it is, it does not load
+        return next(iter(str(error).splitlines()), "")[:160] or type(error).__name__
+    return None
 
 
 _BITSANDBYTES = Need("bitsandbytes", "bitsandbytes", ("cuda", "cpu"))
@@ -60,7 +78,7 @@ def checked(
 ) -> list[tuple[str, str, str]]:
     """Name, value and reason of what a recipe comes to on a device, this machine's or one that is `elsewhere`.
 
-    Raises OutOfResources and MissingExtra for what is not to be had there.
+    Raises OutOfResources, MissingExtra and other TunesmithErrors for what is not to be had there.
     """
     here = elsewhere is None
     found: list[tuple[str, str, str]] = []
@@ -80,7 +98,7 @@ def checked(
         found.append(("kernels", "torch", f"Liger's kernels run on CUDA alone, and this is '{where}'"))
     elif training.kernels == "liger":
         LIGER.check("training.kernels=liger", where, here=here, fix="--set training.kernels=torch")
-    if where == "cuda" and training.mixed_precision == "bf16" and not _has_bfloat16(elsewhere):
+    if where == "cuda" and training.mixed_precision == "bf16" and not has_bfloat16(elsewhere):
         raise OutOfResources(
             "--mixed-precision bf16 needs a GPU that computes in bfloat16, from Ampere (compute capability 8.0) on.",
             found=elsewhere.name if elsewhere else _capability(),
@@ -89,7 +107,7 @@ def checked(
     if where == "cuda" and training.mixed_precision == "no":
         # The same GPUs, from Ampere on, have bfloat16 and TF32.
         faster, kept = (
-            ("bf16", ": float32 is not rounded to TF32") if _has_bfloat16(elsewhere) else ("fp16", "")
+            ("bf16", ": float32 is not rounded to TF32") if has_bfloat16(elsewhere) else ("fp16", "")
         )
         why = f"as the recipe says{kept}; --mixed-precision {faster} is several times as fast"
         found.append(("mixed_precision", "no", why))
@@ -102,7 +120,8 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _has_bfloat16(elsewhere: DeviceFacts | None) -> bool:
+def has_bfloat16(elsewhere: DeviceFacts | None = None) -> bool:
+    """Whether a device computes in bfloat16, this machine's GPU or one that is `elsewhere`."""
     if elsewhere:
         return "bfloat16" in elsewhere.peaks
     import torch

@@ -4,13 +4,17 @@ same rows in a step however many processes share them."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.packing import padded_share
+
 POOL = 50
 """Batches whose rows are sorted among one another: enough for little padding, few enough to stay a shuffle."""
+WORTH = 0.05
+"""Share of a batch that has to be saved in padding for `training.batches: auto` to put rows of like length together."""
 
 
 def by_length(lengths: Sequence[int] | NDArray[Any], batch_size: int, *, seed: int, epoch: int) -> list[int]:
@@ -33,6 +37,25 @@ def by_length(lengths: Sequence[int] | NDArray[Any], batch_size: int, *, seed: i
         whole += cuts
     order = [int(number) for place in draw.permutation(len(whole)) for number in whole[place]]
     return order + rest
+
+
+class Padding(NamedTuple):
+    """Shares of a padded batch that are padding: of rows of like length, and of any rows."""
+
+    alike: float
+    mixed: float
+
+    @property
+    def is_worth(self) -> bool:
+        """Whether rows of like length save enough of it."""
+        return self.mixed - self.alike >= WORTH
+
+
+def padding(lengths: Sequence[int], batch_size: int, *, seed: int) -> Padding:
+    """How much of a run's batches would be padding, by the orders of its first epoch."""
+    order = by_length(lengths, batch_size, seed=seed, epoch=0)
+    mixed = np.random.default_rng(seed).permutation(lengths)
+    return Padding(padded_share([lengths[n] for n in order], batch_size), padded_share(mixed, batch_size))
 
 
 class ByLength:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.compose import as_yaml, read_layer, validated
-from tunesmith.errors import RunError, closest
+from tunesmith.errors import RunError, TunesmithError, closest
 from tunesmith.libraries import loading
 from tunesmith.recipe import Data, Recipe
 
@@ -39,6 +40,9 @@ Watch = Callable[[Mapping[str, Any]], None]
 
 EVENTS = "events.jsonl"
 """File of a run's events, which are only ever added to."""
+
+SEAL = "plan_sha256"
+"""Field of plan.json: the hash of all others."""
 
 LOOKING = 1.0
 """Seconds that a writer waits for a lock that may be held by one who only looks whether it is."""
@@ -162,6 +166,11 @@ class Run:
             else json.dumps(content, indent=1, ensure_ascii=False, default=str)
         )
         return write_whole(self.path / name, text)
+
+    def write_plan(self, facts: Mapping[str, Any]) -> Path:
+        """Write plan.json with its own hash, by which an edited one is known."""
+        content = {name: value for name, value in facts.items() if name != SEAL}
+        return self.write("plan.json", {**content, SEAL: _hash_of(content)})
 
     def write_lines(self, name: str, lines: Iterable[str]) -> Path:
         """Write a file of the run line by line, in one piece all the same."""
@@ -288,6 +297,17 @@ class Run:
         return str(status.get("state", "died")) if status else "died"
 
 
+def is_edited(plan: Mapping[str, Any]) -> bool:
+    """Whether the content of plan.json is another than was written. One of an older tunesmith does not say."""
+    return SEAL in plan and plan[SEAL] != _hash_of({name: plan[name] for name in plan if name != SEAL})
+
+
+def _hash_of(content: Mapping[str, Any]) -> str:
+    """Hash of what JSON keeps of a content, whatever the order of its names."""
+    kept = json.loads(json.dumps(content, default=str))
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
 def without_retaken(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Events without what was written of steps that a continued run has taken once more."""
     found: list[dict[str, Any]] = []
@@ -314,6 +334,24 @@ def write_whole(path: Path, text: str | Iterable[str]) -> Path:
         raise
     flush_folder(path.parent)
     return path
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why a folder, be it there or still to be made, cannot be written; None where it can. Nothing is made."""
+    near = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.exists(p))
+    if not near.is_dir():
+        return f"{near} is a file"
+    if os.access(near, os.W_OK | os.X_OK):
+        return None
+    is_read_only = hasattr(os, "statvfs") and os.statvfs(near).f_flag & os.ST_RDONLY
+    return f"{near} is on a disk that may only be read" if is_read_only else f"no right to write in {near}"
+
+
+def check_writable(folder: Path, *, fix: str) -> Path:
+    """The folder, where something can be written in it. Raises RunError otherwise, before anything is computed."""
+    if why := unwritable(folder):
+        raise RunError(f"{folder} cannot be written.", found=why, fix=fix)
+    return folder
 
 
 def _as_open_as(folder: Path) -> Callable[[str, int], int]:
@@ -419,7 +457,7 @@ def create(recipe: Recipe, *, watch: Watch = _silent) -> Run:
     Raises RunError where the folder is another run's, or holds files that are not a run's.
     """
     path = Path(recipe.output_dir).expanduser() / folder_name(recipe)
-    check_free(path)
+    check_free(path, recipe=recipe)
     run = Run(path, watch)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -428,7 +466,7 @@ def create(recipe: Recipe, *, watch: Watch = _silent) -> Run:
             if is_run(path):  # another process came first
                 return create(recipe, watch=watch)
             run.write("environment.json", environment())
-            run.write("plan.json", {"recipe": recipe.model_dump(mode="json")})
+            run.write_plan({"recipe": recipe.model_dump(mode="json")})
             run.write("recipe.yaml", as_yaml(recipe))
     except OSError as error:
         raise RunError(
@@ -437,9 +475,9 @@ def create(recipe: Recipe, *, watch: Watch = _silent) -> Run:
     return run
 
 
-def check_free(path: Path, *, found: str | None = None) -> None:
+def check_free(path: Path, *, found: str | None = None, recipe: Recipe | None = None) -> None:
     """Raises RunError where a new run's folder is another run's, or holds files that are not a run's. `found` says what
-    else tells that run from the new one."""
+    else tells that run from the new one, of `recipe`, which may be that run's own."""
     if is_run(path):
         run = Run(path)
         state = run.state()
@@ -447,8 +485,14 @@ def check_free(path: Path, *, found: str | None = None) -> None:
             "done": "",
             "running": " wait for it,",
         }.get(state, f" continue that one with `tunesmith resume {path}`,")
+        is_same = False
+        if recipe is not None:
+            with contextlib.suppress(TunesmithError, OSError):  # one that cannot be read is another's
+                is_same = run.recipe() == recipe
         raise RunError(
-            f"The folder {path} is another run's.",
+            f"This run was started before: {path} has the same recipe."
+            if is_same
+            else f"The folder {path} is another run's.",
             found=f"a run in state '{state}'"
             + (f": {run.holder()}" if state == "running" else "")
             + (f"; {found}" if found else ""),
@@ -463,9 +507,13 @@ def discard(run: Run) -> None:
     shutil.rmtree(run.path)
 
 
+MARKS = ("recipe.yaml", "environment.json")
+"""Files by which a folder is known to be a run's."""
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder is a run's."""
-    return (path / "recipe.yaml").is_file() and (path / "environment.json").is_file()
+    return all((path / name).is_file() for name in MARKS)
 
 
 def open_run(path: str | Path, *, watch: Watch = _silent) -> Run:
@@ -473,6 +521,7 @@ def open_run(path: str | Path, *, watch: Watch = _silent) -> Run:
     path = Path(path).expanduser()
     if is_run(path):
         return Run(path, watch)
+    check_not_lost(path)
     near = {run.path.name: str(run.path) for run in find_runs(path.parent)} if path.parent.is_dir() else {}
     meant = closest(path.name, near)
     raise RunError(
@@ -483,6 +532,20 @@ def open_run(path: str | Path, *, watch: Watch = _silent) -> Run:
         else "Runs there: " + ", ".join(sorted(near.values())[:8]) + "."
         if near
         else "`tunesmith runs` lists the runs of an output folder.",
+    )
+
+
+def check_not_lost(path: Path) -> None:
+    """Raises RunError for the folder of a run that has lost what a run is known by."""
+    lost = [name for name in MARKS if not (path / name).is_file()]
+    if not lost or not (path / EVENTS).is_file():
+        return
+    is_kept = lost == ["recipe.yaml"] and (path / "plan.json").is_file()
+    raise RunError(
+        f"The run {path} is not whole.",
+        found=f"no {' and no '.join(lost)}",
+        fix="Put it back"
+        + (": what the run was started with stands in its plan.json, under `recipe`." if is_kept else "."),
     )
 
 

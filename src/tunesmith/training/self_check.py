@@ -104,6 +104,9 @@ def check(recipe: Recipe, inputs: Mapping[str, Any]) -> SelfCheck:
                 (), (f"{recipe.method.kind}: {why}, so batches of another size have another loss",)
             )
         without_dropout(trainer.model)
+        trainer.compute_loss_context_manager = (
+            trainer.accelerator.autocast
+        )  # as a prepared model brings it along
         precision = {"fp16": "float16", "bf16": "bfloat16"}.get(plan.mixed_precision, plan.dtype)
         bound = BOUNDS.get(precision, BOUNDS["bfloat16"])
         numbers = _spread(encodings.train.lengths, in_pairs=method.in_pairs)

@@ -109,13 +109,14 @@ def rewarded(
             self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
         ) -> dict[str, float]:
             started = time.perf_counter()
-            answers = generate(
-                self.accelerator.unwrap_model(self.model),
-                self.processing_class,
-                [list(encoding.input_ids) for encoding in validation],
-                max_new_tokens=max_new_tokens,
-                stop_ids=stop_ids,
-            )
+            with self.accelerator.autocast():  # which a part of a prepared model does not bring along
+                answers = generate(
+                    self.accelerator.unwrap_model(self.model),
+                    self.processing_class,
+                    [list(encoding.input_ids) for encoding in validation],
+                    max_new_tokens=max_new_tokens,
+                    stop_ids=stop_ids,
+                )
             scored = score(range(len(answers)), [answer.text for answer in answers])
             found = {"loss": -fmean(scored.totals)}
             for name, values in (("reward", scored.totals), *scored.columns.items()):

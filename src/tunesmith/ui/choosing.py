@@ -69,22 +69,30 @@ def watching(shared: Shared, name: str) -> gr.Timer:
 def keep_in_step(shared: Shared, tabs: Sequence[gr.Tab]) -> None:
     """Have all pages show the same run, and the clock of that page tick which is looked at; once they are built."""
 
-    def refreshed(name: str | None, request: gr.Request) -> list[Any]:
-        names = run_names(workspace_of(request))
-        value = name if name in names else names[0] if names else None
+    def offered(workspace: Workspace, name: str | None) -> tuple[str | None, list[Any]]:
+        """The run that is looked at, this one if it is there, and the lists of all pages."""
+        names = run_names(workspace)
+        run = name if name in names else names[0] if names else None
+        return run, [gr.Dropdown(choices=names, value=run) for _ in shared.run_choices]
+
+    def listed(name: str | None, request: gr.Request) -> list[Any]:
+        return offered(workspace_of(request), name)[1]
+
+    def given(name: str | None, request: gr.Request) -> list[Any]:
+        workspace = workspace_of(request)
+        run, lists = offered(workspace, name)
         with contextlib.suppress(InputError):  # none, or still to be made
-            curves.read_ahead(run_path(workspace_of(request), value))
-        return [gr.Dropdown(choices=names, value=value) for _ in shared.run_choices]
+            curves.read_ahead(run_path(workspace, run))
+        return lists
 
     def turned(event: gr.SelectData) -> list[Any]:
         return [gr.Timer(active=name == event.value) for name in shared.clocks]
 
+    # On load, and where another run is chosen.
+    gr.on(None, given, inputs=[shared.run], outputs=shared.run_choices, **QUIET)
     # A tab tells of buttons that lead to it as well; all tabs together (`shared.tabs`) tell of clicks on them only.
     selected = [tab.select for tab in tabs]
-    gr.on(selected, refreshed, inputs=[shared.run], outputs=shared.run_choices, **QUIET)
-    gr.on(
-        None, refreshed, inputs=[shared.run], outputs=shared.run_choices, **QUIET
-    )  # on load, or another run
+    gr.on(selected, listed, inputs=[shared.run], outputs=shared.run_choices, **QUIET)
     gr.on(selected, turned, outputs=list(shared.clocks.values()), **QUIET)
 
 

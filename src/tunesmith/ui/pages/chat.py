@@ -350,19 +350,20 @@ def build(shared: Shared) -> None:
         if asking := _asking.get(str(request.session_hash)):
             asking.halted.set()
 
-    def ended(request: gr.Request) -> None:
-        """Stop, and wait until nothing more is said: what comes after it would open the page's turn again."""
+    def ended(request: gr.Request) -> list[Any]:
+        """Stop, and clear the page once nothing more is said: what comes after it would open the page's turn again."""
         if asking := _asking.get(str(request.session_hash)):
             asking.is_left = True
         halt_answers(request)
         until = time.monotonic() + STOPPING
         while str(request.session_hash) in _asking and time.monotonic() < until:
             time.sleep(0.05)
+        return cleared()
 
     halt.click(halt_answers, **QUIET)
 
     for event in (afresh.click, chosen.change):
-        event(ended, **PRIVATE).then(cleared, outputs=outputs, **QUIET)
+        event(ended, outputs=outputs, show_progress="hidden", **PRIVATE)
 
     def vote(side: str) -> Any:
         def on(last: Turn | None, request: gr.Request) -> list[Any]:

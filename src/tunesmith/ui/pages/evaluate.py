@@ -520,7 +520,7 @@ def build(shared: Shared) -> None:
         **PRIVATE,
     )
     gr.on(
-        [field.change for field in suite_of_page],
+        [field.change for field in (suite_name, questions, judge)],
         suite_unpriced,
         inputs=[judge],
         outputs=[suite_priced, suite_button],
@@ -547,7 +547,13 @@ def build(shared: Shared) -> None:
     def unpriced() -> list[Any]:
         return [None, gr.Button(interactive=False)]
 
-    gr.on([chosen.change, judge.change, mode.change], unpriced, outputs=[priced, judge_button], **QUIET)
+    gr.on([judge.change, mode.change], unpriced, outputs=[priced, judge_button], **QUIET)
+    chosen.change(
+        lambda by: [*unpriced(), *suite_unpriced(by)],
+        inputs=[judge],
+        outputs=[priced, judge_button, suite_priced, suite_button],
+        **QUIET,
+    )
 
     def on_judge(run: str | None, by: str | None, how: str, known: Any, request: gr.Request) -> list[Any]:
         def act(workspace: Workspace) -> Job:

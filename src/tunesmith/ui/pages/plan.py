@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from tunesmith import api, devices
-from tunesmith.errors import counted
+from tunesmith.errors import counted, size
 from tunesmith.ui import form, theme
 from tunesmith.ui.choosing import either, written
 from tunesmith.ui.shared import Shared, box, busy, command, empty
@@ -76,7 +76,7 @@ def verdict(found: Planned) -> str:
         return box(
             "Memory and time are not known.", [*(estimate.notes if estimate else ()), *lines], kind="warn"
         )
-    from tunesmith.estimate import duration, size
+    from tunesmith.estimate import duration
 
     used = f"{size(estimate.peak)} of {size(estimate.capacity)} on {estimate.device}"
     lines.insert(
@@ -108,7 +108,7 @@ def memory(estimate: Estimate | None) -> Any:
         return None
     import plotly.graph_objects as go
 
-    from tunesmith.estimate import ABOUT, size
+    from tunesmith.estimate import ABOUT
 
     stages = sorted(estimate.stages, key=lambda name: sum(estimate.stages[name].values()))
     parts = [part for part in ABOUT if any(estimate.stages[stage].get(part) for stage in stages)]
@@ -150,7 +150,7 @@ def legend(estimate: Estimate | None) -> str:
     """
     if estimate is None or not estimate.stages:
         return ""
-    from tunesmith.estimate import ABOUT, size
+    from tunesmith.estimate import ABOUT
 
     fullest = estimate.stages[estimate.stage]
     parts = [part for part in ABOUT if any(held.get(part) for held in estimate.stages.values())]

@@ -11,8 +11,7 @@ from gradio.components.plot import PlotData
 from gradio.context import get_render_context
 
 from tunesmith import api
-from tunesmith.errors import RunError, counted
-from tunesmith.estimate import size
+from tunesmith.errors import RunError, counted, size
 from tunesmith.evaluation.compare import shown
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.training.run import dataset_name

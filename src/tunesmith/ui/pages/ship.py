@@ -11,8 +11,7 @@ from urllib.parse import quote
 import gradio as gr
 
 from tunesmith import api
-from tunesmith.errors import InputError
-from tunesmith.estimate import size
+from tunesmith.errors import InputError, size
 from tunesmith.evaluation.report import shipped
 from tunesmith.export.artefact import DEFAULTS, STORED, TARGETS, check_target
 from tunesmith.export.gguf import quants

@@ -12,8 +12,7 @@ import gradio as gr
 from gradio.components.plot import PlotData
 from gradio.context import get_render_context
 
-from tunesmith.errors import InputError, TunesmithError
-from tunesmith.estimate import size
+from tunesmith.errors import InputError, TunesmithError, size
 from tunesmith.training.run import State, folder_name, open_run
 from tunesmith.ui import curves, form
 from tunesmith.ui.choosing import (

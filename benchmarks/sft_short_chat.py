@@ -1,13 +1,13 @@
 """Tokens per second of supervised fine-tuning on short chats: `tunesmith train` beside TRL and transformers.
 
-Lengths log-normal around 140 tokens, up to 1,024, 40 % of the text in answers (23 % of all tokens are labelled, as each
-row has a template of about 90), 8 rows a step, vocabulary 32,768. The ratio is to TRL's SFTTrainer at its best flags on
-a CPU: float32, packing, no gradient checkpointing. Beside it TRL without packing, transformers' Trainer with rows
-grouped by length and, in an environment of its own (`--llamafactory`, or the variable LLAMAFACTORY_PYTHON), 
-LLaMA-Factory without and with its neat packing. `--all-peers` adds, on fewer rows and in at most three turns beside ours on
-the same ones, what is slow on a CPU: TRL at its defaults (bfloat16, gradient checkpointing) and the Trainer that pads
-every row to the limit. `training.py` says how they are compared. Leaves with 1 where ours is below what is wanted of
-it.
+Lengths log-normal around 140 tokens, up to 1,024, 40 % of the text in answers (23 % of all tokens are labelled, as
+each row has a template of about 90), 8 rows a step, vocabulary 32,768. The ratio is to TRL's SFTTrainer at its best
+flags on a CPU: float32, packing, no gradient checkpointing. Beside it TRL without packing, transformers' Trainer with
+rows grouped by length and, in an environment of its own (`--llamafactory`, or the variable LLAMAFACTORY_PYTHON),
+LLaMA-Factory without and with its neat packing. `--all-peers` adds, on fewer rows and in at most three turns beside
+ours on the same ones, what is slow on a CPU: TRL at its defaults (bfloat16, gradient checkpointing) and the Trainer
+that pads every row to the limit. `training.py` says how they are compared. Leaves with 1 where ours is below what is
+wanted of it.
 
     python benchmarks/sft_short_chat.py --shape 512x8 --lora
 """

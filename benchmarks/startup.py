@@ -1,7 +1,8 @@
 """Seconds from the command to the end of the first training step: ours, TRL's `trl sft` and LLaMA-Factory's `train`.
 
 All train a LoRA adapter on the shipped tiny model with the same rows, each a command in a fresh process, in turns. Ours
-reads, splits, proves and plans before it trains. A step is done when ours has written its event, or a peer its loss.
+reads, splits, proves and plans before it trains. Losses are not compared, as each command splits and masks the rows as
+its users get them. A step is done when ours has written its event, or a peer its loss.
 LLaMA-Factory needs an environment of its own: its Python is `--llamafactory`, or the variable LLAMAFACTORY_PYTHON. The
 CPU seconds of each command's `--help` come beside. The last line is one JSON object with the medians, of the faster
 peer; the exit status is 1 where ours takes more than `--bar` seconds, or longer than a peer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ SMALL = {
 }
 
 
-def made(family: str, **changes):
-    """A tiny model of a family with random weights, in float32."""
+def made(family: str, *, scores: bool = False, **changes):
+    """A tiny model of a family with random weights, in float32; one that gives texts a score where asked for."""
     import transformers as hf
 
     torch.manual_seed(0)
@@ -82,7 +83,12 @@ def made(family: str, **changes):
         ),
     }  # fmt: skip
     config, model, own = classes[family]
-    built = model(config(**{**SMALL, **own, **changes}))
+    settings = config(**{**SMALL, **own, **changes})
+    if scores:
+        settings.num_labels = 1
+        built = hf.AutoModelForSequenceClassification.from_config(settings)
+    else:
+        built = model(settings)
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.normal_(0, 0.1)
@@ -135,6 +141,13 @@ def quicken(model, **options) -> forward.Trunk:
     return forward.quicken(model, alike=True, say=refuse)
 
 
+def assert_same_gradients(expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:
+    """They agree to 1e-5 of the largest of their tensor."""
+    assert expected.keys() == got.keys()
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-9, name
+
+
 def gradients(model) -> dict[str, Tensor]:
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -149,10 +162,7 @@ def assert_same(model, inputs: dict[str, Tensor], *, fast=None) -> None:
     found = fast(**inputs, fused_lm_head=True)
     found.loss.backward()
     assert found.loss.item() == pytest.approx(wanted.item(), rel=1e-6)
-    expected, got = gradients(model), gradients(fast)
-    assert expected.keys() == got.keys()
-    for name, gradient in expected.items():
-        assert (got[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-9, name
+    assert_same_gradients(gradients(model), gradients(fast))
 
 
 @pytest.mark.parametrize("family", sorted(forward.COVERED))
@@ -161,19 +171,29 @@ def test_loss_and_gradients_are_the_stock_ones(family):
     assert_same(made(family), batch([61, 7, 1, 2, 33]))
 
 
-def families(*quick: str) -> list:
-    """All kinds of models; those that are not named in `make thorough` alone."""
-    return [
-        family if family in quick else pytest.param(family, marks=pytest.mark.thorough)
-        for family in sorted(forward.COVERED)
-    ]
+SINGLE = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "layer_types": ["sliding_attention"],
+}
+"""One layer, for what is asked of every family."""
 
 
-@pytest.mark.parametrize("family", families("gemma2", "llama", "qwen3"))
+def single(family: str, **changes):
+    """A model of one layer of a family."""
+    own = SINGLE if "gemma" in family else {n: v for n, v in SINGLE.items() if n != "layer_types"}
+    windows = {"max_window_layers": 0} if family == "qwen2" else {}
+    return made(family, **{**own, **windows, **changes})
+
+
+@pytest.mark.parametrize("family", sorted(forward.COVERED))
 def test_the_other_kind_of_head(family):
     """Tied where the kind's own is not, and untied where it is."""
-    tied = made(family).config.tie_word_embeddings
-    model = made(family, tie_word_embeddings=not tied)
+    tied = single(family).config.tie_word_embeddings
+    model = single(family, tie_word_embeddings=not tied)
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) != tied
     assert_same(model, batch([61, 7, 2, 33]))
 
@@ -326,12 +346,12 @@ def test_a_row_of_4096_tokens():
     assert_same(made("llama", **sizes, intermediate_size=16), batch([4096]))
 
 
-@pytest.mark.parametrize("family", families("gpt2", "llama"))
+@pytest.mark.parametrize("family", sorted(forward.COVERED))
 @pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
 def test_adapters(family, changes):
     from peft import LoraConfig, get_peft_model
 
-    model = made(family)
+    model = single(family)
     names = ["c_attn", "c_proj", "c_fc"] if family == "gpt2" else "all-linear"
     config = LoraConfig(r=4, target_modules=names, init_lora_weights=False, task_type="CAUSAL_LM", **changes)
     wrapped = get_peft_model(model, config)
@@ -340,13 +360,13 @@ def test_adapters(family, changes):
     assert_same(wrapped, batch([30, 7, 2, 18]), fast=fast)
 
 
-@pytest.mark.parametrize("family", families("llama"))
+@pytest.mark.parametrize("family", sorted(forward.COVERED))
 def test_quantized_weights(tmp_path, family):
     """An adapter on weights of four bits, which the stock path and ours unpack alike."""
     from tunesmith.models import attach, load_model
     from tunesmith.recipe import QLoRA
 
-    made(family).save_pretrained(tmp_path)
+    single(family).save_pretrained(tmp_path)
     models = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -458,7 +478,8 @@ def kept_with(ratio: float) -> int:
         kept.append(tensor.shape)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with mock.patch.object(forward.activations, "keeping", return_value=hooks):
         fast(**batch([30, 7, 2, 18]), fused_lm_head=True).loss.backward()
     frozen = int(6 * ratio)
     assert has_graph == [False] * frozen + [True] * (6 - frozen)
@@ -486,14 +507,15 @@ def test_gradient_checkpointing():
 
 
 @pytest.mark.thorough
-def test_compiled_layers_are_the_same_for_all_lengths(monkeypatch):
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "llama"])
+def test_compiled_layers_are_the_same_for_all_lengths(family):
     from torch._dynamo.utils import counters
 
     from tunesmith.forward import compiling
 
     if why := compiling.missing(torch.device("cpu")):
         pytest.skip(why)
-    model = made("llama")
+    model = made(family)
     fast = quick(copy.deepcopy(model))
     undo = compiling.compile_layers(fast)
     counters.clear()
@@ -570,9 +592,40 @@ def test_all_that_is_told_of_a_label_is_what_trl_tells(softcap):
     for name in FIELDS:
         torch.testing.assert_close(getattr(losses[1], name), getattr(losses[0], name), rtol=1e-4, atol=1e-5)
     assert torch.equal(losses[1].label_mask, losses[0].label_mask)
-    expected, got = gradients(theirs), gradients(fast)
-    for name, gradient in expected.items():
-        assert (got[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-9, name
+    assert_same_gradients(gradients(theirs), gradients(fast))
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["padded right", "padded left"])
+@pytest.mark.parametrize("family", sorted(forward.COVERED))
+def test_scores_and_their_gradients_are_the_stock_ones(family, left):
+    """What a reward model gives answers to the same prompts, longer than the window, shorter, and of one token."""
+
+    def refuse(why: str) -> None:
+        raise AssertionError(why)
+
+    model = made(family, scores=True)
+    fast = copy.deepcopy(model)
+    forward.score_quickly(fast, say=refuse)
+    inputs = shared([40, 1, 0], [[21, 3], [6, 1], [1, 18]])
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if left:
+        shifts = (ids.shape[1] - mask.sum(1)).tolist()
+        ids, mask = (
+            torch.stack([row.roll(n) for row, n in zip(value, shifts, strict=True)]) for value in (ids, mask)
+        )
+    found = []
+    # A weight for each, so that nothing cancels out.
+    weights = torch.linspace(0.5, 2, len(ids))
+    for each in (model, fast):
+        scores = each(input_ids=ids, attention_mask=mask).logits[:, 0]
+        loss = (torch.nn.functional.softplus(-scores) * weights).mean()
+        loss.backward()
+        found.append((loss.item(), scores.detach()))
+    (wanted, expected), (got, ours) = found
+    assert len(expected.unique()) == len(ids)
+    assert got == pytest.approx(wanted, rel=1e-6)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+    assert_same_gradients(gradients(model), gradients(fast))
 
 
 @pytest.mark.parametrize(("alike", "kept"), [(True, 2**27), (False, 2**27), (False, 0)])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tunesmith import devices
 from tunesmith.errors import RecipeError, size
-from tunesmith.forward import attention, cuda, pairs
+from tunesmith.forward import activations, attention, cuda, lookup, pairs
 from tunesmith.forward.frozen import SHARE, Frozen, frozen_layers
 from tunesmith.forward.head import Found, Reading, read
 from tunesmith.forward.tree import Layout, Row, labelled, layout, rows_of
@@ -94,6 +94,7 @@ class Trunk:
         for handle in getattr(self.model, HOOKS, ()):  # of an earlier training
             handle.remove()
         handles: list[Any] = [handle for layer in layers for handle in attention.held_to(layer, config)]
+        handles += [*activations.keep_less(self.model.base_model), *lookup.join(self.model)]
         self._last = layers[-1]
         handles.append(layers[-1].register_forward_pre_hook(_finish_kept, with_kwargs=True))
         if self.model.config.model_type in WHOLE:
@@ -129,7 +130,7 @@ class Trunk:
         plan = layout(rows, share=not (self.has_dropout and self.model.training), device=ids.device)
         if self.frozen:
             plan = replace(plan, below=self.frozen.below(rows, plan, self._bottom))
-        with attention.used_by(self.config), _stored(self._last, plan):
+        with attention.used_by(self.config), _stored(self._last, plan), activations.keeping():
             states = self._run(plan).last_hidden_state[0]
         if len(states) != len(plan.kept):
             states = states.index_select(0, plan.kept)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from tunesmith.forward import cuda
+from tunesmith.forward import activations, cuda
 from tunesmith.forward.tree import Block, Layout
 
 NAME = "tunesmith_rows"
@@ -71,7 +71,12 @@ def rows_attention(
                 enable_gqa=part.shape[1] != seen.shape[1],
             )
         found.append(out.transpose(1, 2))
-    return (torch.cat(found, dim=1) if len(found) > 1 else found[0].contiguous()), None
+    if len(found) == 1:
+        return found[0].contiguous(), None
+    joined = torch.cat(found, dim=1)
+    if softcap is None and joined.requires_grad:  # the kernels keep their own answers
+        activations.remember(joined, partial(torch.cat, [out.detach() for out in found], 1))
+    return joined, None
 
 
 def _seen(states: tuple[Tensor, ...], block: Block) -> Tensor:

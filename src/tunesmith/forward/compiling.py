@@ -14,6 +14,7 @@ import torch
 from transformers import AttentionInterface
 
 from tunesmith.forward import attention
+from tunesmith.forward.activations import Restore
 from tunesmith.models import decoder_layers
 
 NAME = "tunesmith_rows_apart"
@@ -43,13 +44,19 @@ def compile_layers(model: Any) -> list[Any]:
     token.
     """
     disable: Any = torch.compiler.disable
-    AttentionInterface.register(NAME, disable(attention.rows_attention))
+    AttentionInterface.register(NAME, disable(_rows_alike))
     config = model.config.get_text_config()
     found = []
     for layer in list(decoder_layers(model))[:-1]:
         layer.forward = _rows_compiled(layer.forward, config)
         found.append(Restore(layer))
     return found
+
+
+def _rows_alike(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """The attention, its result laid out the same for one row as for several: each other layout compiles anew."""
+    found, _ = attention.rows_attention(*args, **kwargs)
+    return found.clone(memory_format=torch.contiguous_format), None
 
 
 def _rows_compiled(theirs: Callable[..., Any], config: Any) -> Callable[..., Any]:
@@ -63,14 +70,3 @@ def _rows_compiled(theirs: Callable[..., Any], config: Any) -> Callable[..., Any
             return compiled(*args, **kwargs)
 
     return forward
-
-
-class Restore:
-    """Gives a layer its own forward back."""
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-
-    def remove(self) -> None:
-        """Do it."""
-        self.layer.__dict__.pop("forward", None)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.forward.compiling import Restore
+from tunesmith.forward.activations import Restore
 from tunesmith.forward.tree import Layout, Row
 from tunesmith.models import decoder_layers
 

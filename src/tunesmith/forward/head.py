@@ -7,7 +7,7 @@ is onehot(label) - p, and that of the entropy H is -p (log p + H).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ HALVED = 1024.0
 """Sum of the probabilities of a position in float16: far from its end, and from where its small numbers vanish."""
 POSITIONS = 256
 """Most positions at a time; with more of them the logits leave the processor's cache before they are used."""
+CACHED = 2**22
+"""Bytes of logits that a CPU goes through at a time, once they are computed: what its caches hold, so that they come
+from memory once, and what is needed beside them is as little."""
 KEPT = 2**27
 """Bytes of probabilities that may wait for the backward pass where labels weigh differently: as much as one chunk of
 the larger vocabularies takes anyhow. Beyond, they are computed again, which costs a product more."""
@@ -42,8 +45,7 @@ class Reading:
     """Kind of device that a hollow model is planned for; None for the one that the numbers are on."""
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """What the head gives for each label; None for what was not asked."""
 
     log_probs: Tensor
@@ -76,48 +78,28 @@ class _Head(torch.autograd.Function):
         # The gradient of the hidden states can be scaled label by label afterwards; that of the weights is one sum
         # over all labels, and can be only where these weigh the same.
         ahead = any(needed) and (reading.alike or not any(needed[1:]))
-        wanted: dict[str, list[Tensor]] = {name: [] for name in ("log_probs", *ASKED)}
+        pieces: list[Found] = []
         table = weight.to(ctx.dtype)
         gradients = _Gradients(hidden, weight, table, bias, needed, reading) if ahead else None
         whole = 4 * len(hidden) * len(weight)
         plain = reading.softcap is None and "entropy" not in reading.outputs
         keeps = any(needed) and not ahead and plain and whole <= KEPT
         kept: list[tuple[Tensor, Tensor]] = []
-        spare = None
         for part, logits, factor in _chunks(hidden, table, bias, reading, fresh=keeps):
             labels = targets[part][:, None]
-            own = logits.gather(1, labels)
-            if "mean_logits" in reading.outputs:
-                wanted["mean_logits"].append(logits.mean(1))
-            if "is_top1" in reading.outputs and ctx.dtype != torch.float32:
-                # Of equal ones the first counts. In float32 none are equal, and finding where the largest is takes
-                # ten times as long as finding it.
-                wanted["is_top1"].append((logits.argmax(1, keepdim=True) == labels).squeeze(1))
-            top = logits.amax(1, keepdim=True)
-            if "is_top1" in reading.outputs and ctx.dtype == torch.float32:
-                wanted["is_top1"].append((own >= top).squeeze(1))
-            logits.sub_(top)
-            if "entropy" in reading.outputs:
-                spare = torch.empty_like(logits) if spare is None else spare
-                masses = torch.exp(logits, out=spare[: len(logits)])
-            else:
-                masses = logits.exp_()
-            total = masses.sum(1, keepdim=True)
-            log_total = total.log()
-            wanted["log_probs"].append((own - top - log_total).squeeze(1))
-            if "entropy" in reading.outputs:
-                wanted["entropy"].append(
-                    (log_total - logits.mul_(masses).sum(1, keepdim=True) / total).squeeze(1)
-                )
-            if "log_sum_sq_probs" in reading.outputs:
-                wanted["log_sum_sq_probs"].append((masses * masses).sum(1).log() - 2 * log_total.squeeze(1))
+            few = _at_a_time(logits, reading)
+            totals = []
+            for rows, own in zip(torch.split(logits, few), torch.split(labels, few), strict=True):
+                piece, total = _to_masses(rows, own, reading, counts_first=ctx.dtype != torch.float32)
+                pieces.append(piece)
+                totals.append(total)
+            masses, total = logits, torch.cat(totals)
             if gradients:
-                gradients.add(part, masses, -1 / total, labels, torch.ones_like(own), factor)
+                gradients.add(part, masses, -1 / total, labels, torch.ones_like(total), factor)
             elif keeps:
                 kept.append((masses, total))
         found = tuple(
-            torch.cat(wanted[name]) if name == "log_probs" or name in reading.outputs else None
-            for name in ("log_probs", *ASKED)
+            None if column[0] is None else torch.cat(column) for column in zip(*pieces, strict=True)
         )
         ctx.ahead, ctx.kept = gradients is not None, kept
         if gradients:
@@ -180,7 +162,46 @@ class _Head(torch.autograd.Function):
         return gradients.found(hidden, weight, bias)
 
 
-ASKED = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+def _at_a_time(logits: Tensor, reading: Reading) -> int:
+    """Positions whose logits are gone through together: on a CPU those that its cache holds from pass to pass."""
+    if _device(logits, reading) not in ("cpu", "meta"):
+        return max(len(logits), 1)
+    return max(CACHED // (4 * logits.shape[1]), 1)
+
+
+def _to_masses(
+    logits: Tensor, labels: Tensor, reading: Reading, *, counts_first: bool
+) -> tuple[Found, Tensor]:
+    """Turn logits into exp(z - max z) in place; gives what is asked of them, and the sums of these (positions, 1)."""
+    asked = reading.outputs
+    own = logits.gather(1, labels)
+    means = logits.mean(1) if "mean_logits" in asked else None
+    is_top = entropy = squares = None
+    if "is_top1" in asked and counts_first:
+        # Of equal ones the first counts. In float32 none are equal, and finding where the largest is takes ten times
+        # as long as finding it.
+        is_top = (logits.argmax(1, keepdim=True) == labels).squeeze(1)
+    top = logits.amax(1, keepdim=True)
+    if "is_top1" in asked and not counts_first:
+        is_top = (own >= top).squeeze(1)
+    logits.sub_(top)
+    if "entropy" in asked:
+        masses = logits.exp()
+        total = masses.sum(1, keepdim=True)
+        mean = logits.mul_(masses).sum(1, keepdim=True) / total
+        logits.copy_(masses)
+        entropy = (total.log() - mean).squeeze(1)
+    else:
+        total = logits.exp_().sum(1, keepdim=True)
+    log_total = total.log()
+    if "log_sum_sq_probs" in asked:
+        squares = (logits * logits).sum(1).log() - 2 * log_total.squeeze(1)
+    return Found((own - top - log_total).squeeze(1), entropy, squares, means, is_top), total
+
+
+def _device(tensor: Tensor, reading: Reading) -> str:
+    """The kind of device that this is for: of a plan, the one that it is made for."""
+    return reading.device or tensor.device.type
 
 
 def _type(hidden: Tensor) -> torch.dtype:
@@ -199,7 +220,7 @@ def _chunks(
     """Positions, their logits in float32 in one buffer that is used again unless `fresh` is set, and the derivative of
     capping. `table` is the head in the type of the products."""
     dtype = table.dtype
-    if (reading.device or hidden.device.type) == "cuda":
+    if _device(hidden, reading) == "cuda":
         size = max(CUDA_BYTES // (4 * len(table)), 1)
     else:
         size = max(min(POSITIONS, BYTES // (4 * len(table))), 1)

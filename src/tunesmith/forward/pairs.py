@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from tunesmith.data.templates import IGNORED
-from tunesmith.forward import attention
+from tunesmith.forward import activations, attention, lookup
 from tunesmith.forward.head import Reading, read
 
 COVERED = {"bart", "mt5", "t5"}
@@ -133,7 +133,7 @@ class Trunk:
         self.say = cache(self.say)
         for handle in getattr(self.model, HOOKS, ()):  # of an earlier training
             handle.remove()
-        handles: list[Any] = []
+        handles: list[Any] = [*activations.keep_less(self.model), *lookup.join(self.model)]
         for half in (self.model.get_encoder(), self.model.get_decoder()):
             for layer in getattr(half, "block", None) or half.layers:
                 handles += attention.held_to(layer, half.config, NAME)
@@ -232,7 +232,7 @@ def _reading(half: Any, given: Half) -> Iterator[None]:
         lambda module, args, kwargs: (args, {**kwargs, "position_ids": given.positions}), with_kwargs=True
     )
     try:
-        with attention.used_by(half.config, NAME):
+        with attention.used_by(half.config, NAME), activations.keeping():
             yield
     finally:
         if handle:

@@ -1,8 +1,8 @@
 """Generated chat rows and a tokenizer for them: what the data benchmarks measure on, the same on every machine.
 
-Three turns of question and answer a row, 60 to 600 tokens, word frequencies as in text (Zipf). The tokenizer
-is a byte-level BPE of 8,000 tokens with ChatML's special tokens and Qwen 2.5's template as TRL ships it, so
-that TRL recognizes it and takes its own training variant.
+Three turns of question and answer a row, 37 to 372 words of about a token each, word frequencies as in text (Zipf).
+The tokenizer is a byte-level BPE of 8,000 tokens with ChatML's special tokens and Qwen 2.5's template as TRL ships it,
+so that TRL recognizes it and takes its own training variant.
 """
 
 from __future__ import annotations
@@ -44,8 +44,6 @@ SYLLABLES = [
     "th",
     "ou",
 ]
-TOKENS_TO_WORDS = 0.62
-"""Words a token, of this text under this tokenizer."""
 
 
 def rows(count: int, *, seed: int = 0) -> Iterator[dict[str, list[dict[str, str]]]]:
@@ -61,7 +59,7 @@ def rows(count: int, *, seed: int = 0) -> Iterator[dict[str, list[dict[str, str]
         return joined[:1].upper() + joined[1:] + rng.choice([".", "?", "!", " 42.", ":\n- one\n- two"])
 
     for _ in range(count):
-        words = rng.randint(60, 600) * TOKENS_TO_WORDS
+        words = rng.randint(60, 600) * 0.62
         shares = [rng.random() + 0.2 for _ in range(6)]
         contents = [text(max(int(words * share / sum(shares)), 2)) for share in shares]
         yield {
@@ -83,8 +81,15 @@ def write_rows(path: Path, *, count: int | None = None, size: float | None = Non
     return number
 
 
-def write_tokenizer(folder: Path) -> Path:
-    """Train and save the tokenizer."""
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""ChatML and nothing else: rows share no system prompt that nobody wrote."""
+
+
+def write_tokenizer(folder: Path, template: str | None = None) -> Path:
+    """Train and save the tokenizer, with this chat template in the place of Qwen 2.5's."""
     import trl
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -103,7 +108,7 @@ def write_tokenizer(folder: Path) -> Path:
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
     fast.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]})
-    template = Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja"
-    fast.chat_template = template.read_text(encoding="utf-8")
+    of_trl = Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja"
+    fast.chat_template = template or of_trl.read_text(encoding="utf-8")
     fast.save_pretrained(folder)
     return folder

@@ -85,6 +85,7 @@ def paths(model: Any) -> dict[str, Callable[[Batch], Any]]:
     from trl.trainer.utils import add_fused_lm_head
 
     from tunesmith import forward
+    from tunesmith.forward import activations
 
     def fast(alike: bool = True) -> Any:
         made = copy.deepcopy(model)
@@ -93,6 +94,8 @@ def paths(model: Any) -> dict[str, Callable[[Batch], Any]]:
         return made
 
     ours, later, stock = fast(), fast(alike=False), copy.deepcopy(model)
+    with mock.patch.object(activations, "keep_less", return_value=[]):
+        keeping = fast()
 
     def without(piece: str, chosen: Any) -> Callable[[Batch], Any]:
         def loss(batch: Batch) -> Any:
@@ -136,6 +139,7 @@ def paths(model: Any) -> dict[str, Callable[[Batch], Any]]:
         "unpadding": padded,
         "head on labels": everywhere,
         "last layer": without("last layer", ours),
+        "keeping less": lambda batch: keeping(**batch, fused_lm_head=True).loss,
         "chunks": without("chunks", ours),
         "gradient made ahead": without("gradient made ahead", later),
         "sharing": without("sharing", ours),

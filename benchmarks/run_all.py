@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,14 +72,20 @@ def also(line: str) -> str | None:
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The table of the page."""
     lines = [
-        "| benchmark | ours | peer | ratio | unit | n | bar | measured | took | also |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| benchmark | ours | peer | ratio | unit | n | bar | measured | of code | took | also |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for _, found in sorted(results.items()):
         cells = [figure(found["result"][key]) for key in FORM[1:]]
         bar = "missed" if found["missed"] else "held"
         extras = [told for line in found["extras"] if (told := also(line))]
-        cells += [bar, found["at"], f"{found['took']:.0f} s", figure("; ".join(extras))]
+        cells += [
+            bar,
+            found["at"],
+            figure(found.get("code")),
+            f"{found['took']:.0f} s",
+            figure("; ".join(extras)),
+        ]
         named = title(f"benchmarks/{found['name']}.py", found["arguments"])
         lines.append(f"| `{named}` | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -117,16 +123,26 @@ def variants(file: Path) -> list[list[str]]:
 
 def source(file: Path) -> str:
     """The version of tunesmith, and a digest of its source, the benchmark's and that of what several share."""
+    return (
+        f"{version('tunesmith')} {_digest([*_code(), *(HERE / f'{name}.py' for name in SHARED), file])[:12]}"
+    )
+
+
+def _code() -> list[Path]:
+    return sorted((HERE.parent / "src").rglob("*.py"))
+
+
+def _digest(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    own = sorted((HERE.parent / "src").rglob("*.py"))
-    for each in [*own, *(HERE / f"{name}.py" for name in SHARED), file]:
+    for each in files:
         digest.update(each.name.encode() + b"\0" + each.read_bytes())
-    return f"{version('tunesmith')} {digest.hexdigest()[:12]}"
+    return digest.hexdigest()
 
 
 def measured(file: Path, arguments: Sequence[str] = ()) -> dict[str, Any] | None:
     """The result of one benchmark; None, with what was wrong said, where there is none."""
     started, version_then, day = time.perf_counter(), source(file), today()
+    code = _digest(_code())[:6]
     extras: list[str] = []
     with subprocess.Popen(
         [sys.executable, str(file), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -154,7 +170,7 @@ def measured(file: Path, arguments: Sequence[str] = ()) -> dict[str, Any] | None
         return None
     return {
         "name": file.stem, "arguments": list(arguments), "at": f"{day}, {platform.machine()}",
-        "source": version_then, "took": time.perf_counter() - started, "missed": bool(process.returncode),
+        "source": version_then, "code": code, "took": time.perf_counter() - started, "missed": bool(process.returncode),
         "result": found, "extras": extras,
     }  # fmt: skip
 

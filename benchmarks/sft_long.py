@@ -15,6 +15,6 @@ ALL = {"validation": 0, "held_out": 0}
 
 if __name__ == "__main__":
     sft_short_chat.main(
-        "sft_long", about=__doc__, rows=5, slow=(4, 1), rounds=3, wanted={}, memory=0.0,
+        "sft_long", about=__doc__, rows=8, slow=(4, 1), rounds=3, wanted={}, memory=0.0,
         write=training.write_long_chats, batch=2, length=4096, data=ALL,
     )  # fmt: skip

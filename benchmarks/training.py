@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,61 +74,63 @@ LABELLED = 0.4
 """Share of tokens in answers."""
 
 
+TEMPLATE = 19
+"""Tokens of a row that are neither text nor labelled: 17 of ChatML, and a row's number."""
+
+
 def words_of(seed: int) -> Any:
-    """A function from a number of tokens to so much text."""
+    """A function from a number of tokens to so much text: a word is a token, as the tokenizer is made of such text."""
     rng = random.Random(seed)
     vocabulary = sorted({"".join(rng.choices(chat_rows.SYLLABLES, k=rng.randint(1, 4))) for _ in range(6000)})
     weights = [1 / (rank + 1) for rank in range(len(vocabulary))]
 
     def text(tokens: float) -> str:
-        return " ".join(rng.choices(vocabulary, weights, k=max(int(tokens * chat_rows.TOKENS_TO_WORDS), 1)))
+        return " ".join(rng.choices(vocabulary, weights, k=max(round(tokens), 1)))
 
     return text
+
+
+def _write(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for number, row in enumerate(rows):
+            file.write(json.dumps({**row, "prompt": f"{number} {row['prompt']}"}) + "\n")
+
+
+def _chat(text: Any, tokens: float) -> dict[str, str]:
+    """A question with its answer of so many tokens, template included."""
+    asked, answered = tokens * (1 - LABELLED) - TEMPLATE, tokens * LABELLED - 1  # and the token that ends it
+    return {"prompt": text(asked), "response": text(answered)}
 
 
 def write_chats(path: Path, count: int) -> None:
     """Questions with answers, their lengths log-normal around 140 tokens, up to the limit."""
     rng, text = random.Random(0), words_of(0)
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(count):
-            tokens = min(max(rng.lognormvariate(math.log(140), 0.8), 16), MAX_LENGTH - 80)
-            row = {"prompt": f"{number} {text(tokens * (1 - LABELLED))}", "response": text(tokens * LABELLED)}
-            file.write(json.dumps(row) + "\n")
+    lengths = (min(max(rng.lognormvariate(math.log(140), 0.8), 40), MAX_LENGTH - 8) for _ in range(count))
+    _write(path, (_chat(text, tokens) for tokens in lengths))
 
 
 def write_long_chats(path: Path, count: int) -> None:
     """Long texts with answers, 2,048 to 4,096 tokens, as many below their geometric mean as above."""
     rng, text = random.Random(0), words_of(0)
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(count):
-            # A word of this text is a token, of which the template adds about 90.
-            words = (2048 * 2 ** rng.uniform(0.05, 0.95) - 90) / chat_rows.TOKENS_TO_WORDS
-            row = {"prompt": f"{number} {text(words * (1 - LABELLED))}", "response": text(words * LABELLED)}
-            file.write(json.dumps(row) + "\n")
+    _write(path, (_chat(text, 2048 * 2 ** rng.uniform(0.05, 0.95)) for _ in range(count)))
 
 
 def write_pairs(path: Path, count: int) -> None:
-    """Preferences whose prompts are three times as long as their answers."""
+    """Preferences whose prompts, template included, are three times as long as their answers."""
     rng, text = random.Random(0), words_of(0)
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(count):
-            tokens = min(max(rng.lognormvariate(math.log(60), 0.5), 12), 240)
-            row = {
-                "prompt": f"{number} {text(3 * tokens)}",
-                "chosen": text(tokens),
-                "rejected": text(tokens * rng.uniform(0.8, 1.2)),
-            }
-            file.write(json.dumps(row) + "\n")
+
+    def pair(tokens: float) -> dict[str, str]:
+        asked = text(3 * tokens - TEMPLATE)
+        return {"prompt": asked, "chosen": text(tokens - 1), "rejected": text(tokens * rng.uniform(0.8, 1.2))}
+
+    _write(path, (pair(min(max(rng.lognormvariate(math.log(60), 0.5), 16), 240)) for _ in range(count)))
 
 
 def write_summaries(path: Path, count: int) -> None:
-    """Texts of 20 to 512 tokens, log-normal around 180, with answers a quarter as long."""
+    """Texts of 20 to 480 tokens, log-normal around 180, with answers a quarter as long."""
     rng, text = random.Random(0), words_of(0)
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(count):
-            tokens = min(max(rng.lognormvariate(math.log(180), 0.6), 20), 480)
-            row = {"prompt": f"{number} {text(tokens)}", "response": text(tokens / 4)}
-            file.write(json.dumps(row) + "\n")
+    lengths = (min(max(rng.lognormvariate(math.log(180), 0.6), 20), 480) for _ in range(count))
+    _write(path, ({"prompt": text(tokens), "response": text(tokens / 4)} for tokens in lengths))
 
 
 def write_model(folder: Path, shape: str, vocabulary: int) -> None:
@@ -136,7 +138,7 @@ def write_model(folder: Path, shape: str, vocabulary: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    chat_rows.write_tokenizer(folder)
+    chat_rows.write_tokenizer(folder, chat_rows.CHATML)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -233,7 +235,6 @@ class Clock:
             if not trainer.is_in_train or getattr(trainer, "is_rehearsing", False):  # a check before training
                 return inner(trainer, model, inputs, *args, **kwargs)
             clock.begun.append(time.perf_counter())
-            clock.peak = peak_memory()
             mask, labels = inputs.get("attention_mask"), inputs.get("labels")
             in_pairs = "decoder_input_ids" in inputs
             counted = labels if labels is None or in_pairs else labels[..., 1:]
@@ -245,6 +246,7 @@ class Clock:
             tokens = int(mask.sum() if mask is not None else inputs["input_ids"].numel())
             clock.tokens.append(tokens + (clock.labels[-1] if in_pairs else 0))
             loss = inner(trainer, model, inputs, *args, **kwargs)
+            clock.peak = peak_memory()
             # A preference loss says nothing where model and reference are the same: their likelihoods do.
             told = getattr(trainer, "_metrics", {}).get("train", {})
             pair = [told[name][-1] for name in ("logps/chosen", "logps/rejected") if told.get(name)]
@@ -276,9 +278,14 @@ def contestant(name: str, work: Path, task: dict[str, Any]) -> dict[str, float]:
 
         tree.LEAST = 10**9
     if name.startswith("ours"):
-        from tunesmith import api
+        from tunesmith import api, libraries
         from tunesmith.compose import compose
+        from tunesmith.training.fit import quiet_libraries
 
+        # As the command does. The clock would load them as any script does, with packages that no training needs.
+        quiet_libraries()
+        libraries.own_process()
+        libraries.load_libraries()
         task = {**task, **task.get("alone", {}).get(name, {})}
         clock = Clock()
         result = api.train(compose(settings(work, task)).recipe)
@@ -587,15 +594,17 @@ def compare(
 
 
 def of_matrix_peak(facts: dict[str, float], *, shape: str, vocabulary: int, lora: bool) -> float:
-    """Share of the matrix product's speed that a training reaches, from the products that it cannot do without.
+    """Share of the matrix product's speed that a training reaches, from the products that it does.
 
     Six operations for each weight and token of the layers, and for each weight and label of the head; four where the
-    weights are frozen under an adapter. Attention, norms and the optimizer count as nothing.
+    weights are frozen under an adapter. Of the last layer only keys and values are made of tokens without a label.
+    Attention, norms and the optimizer count as nothing; that rows share no beginning is the data's.
     """
     size = SHAPES[shape]
-    width = size["hidden_size"]
-    layers = (4 * width**2 + 3 * width * size["intermediate_size"]) * size["num_hidden_layers"]
-    per_token = (4 if lora else 6) * (layers + width * vocabulary * facts["labelled"])
+    width, labelled = size["hidden_size"], facts["labelled"]
+    by_token, by_label = 2 * width**2, 2 * width**2 + 3 * width * size["intermediate_size"]
+    layers = (by_token + by_label) * (size["num_hidden_layers"] - 1) + by_token + by_label * labelled
+    per_token = (4 if lora else 6) * (layers + width * vocabulary * labelled)
     return per_token * facts["tokens_per_second"] / 1e9 / facts["matrix_gflops"]
 
 

@@ -26,8 +26,8 @@ def bench():
 def result(ratio, *, missed=False, arguments=(), extras=()):
     line = {"name": "startup", "ours": 9.5, "peer": 12.25, "ratio": ratio, "unit": "s", "n": 5}
     return {
-        "name": "startup", "arguments": list(arguments), "at": "2026-01-02, x86_64", "source": "1 a", "took": 61.4,
-        "missed": missed, "result": line, "extras": list(extras),
+        "name": "startup", "arguments": list(arguments), "at": "2026-01-02, x86_64", "source": "1 a", "code": "0a1b2c",
+        "took": 61.4, "missed": missed, "result": line, "extras": list(extras),
     }  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def test_the_table_is_rewritten_and_the_rest_of_the_page_stays(bench):
     page = "# Benchmarks\n\nBy hand.\n"
     once = bench.rewritten(page, {"startup": result(1.29)})
     assert once.startswith(page.rstrip())
-    line = "| `benchmarks/startup.py` | 9.5 | 12.25 | 1.29 | s | 5 | held | 2026-01-02, x86_64 | 61 s |  |"
+    line = "| `benchmarks/startup.py` | 9.5 | 12.25 | 1.29 | s | 5 | held | 2026-01-02, x86_64 | 0a1b2c | 61 s |  |"
     assert line in once.splitlines()
     after = bench.rewritten(once + "\nMore by hand.\n", {"startup": result(1.4, missed=True)})
     changed = once.replace("| 1.29 |", "| 1.4 |").replace("| held |", "| missed |")

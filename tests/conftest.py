@@ -164,6 +164,24 @@ def tiny_model_folder(tiny_tokenizer, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def other_kind(tiny_tokenizer, tmp_path_factory) -> Path:
+    """A model of a kind that the fast forward does not cover, with the tiny one's tokenizer."""
+    import torch
+    from transformers import OlmoConfig, OlmoForCausalLM
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("other-kind")
+    config = OlmoConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=512, pad_token_id=tiny_tokenizer.pad_token_id,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+    )  # fmt: skip
+    OlmoForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def question_file(tmp_path) -> Path:
     """Forty short questions with answers, as JSON lines."""

@@ -279,7 +279,8 @@ def test_saves_validations_and_samples_take_their_time(recipe, monkeypatch):
 
 
 def test_more_rows_and_longer_ones_take_more(recipe):
-    small, large = (planned(recipe(training={"per_device_train_batch_size": n})) for n in (1, 8))
+    # Of fewer rows the peak is at another moment, without the head.
+    small, large = (planned(recipe(training={"per_device_train_batch_size": n})) for n in (4, 32))
 
     def held(found):
         return sum(found.stages["training"][part] for part in ("activations", "head"))

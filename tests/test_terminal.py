@@ -12,7 +12,7 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from tunesmith.cli import app
-from tunesmith.errors import RecipeError
+from tunesmith.errors import OutOfMemory, RecipeError
 from tunesmith.terminal import Console, inert, json_line
 
 HOSTILE = "a\x1b[2J\x1b]0;owned\x07\x9b2K\u202eb"
@@ -76,6 +76,20 @@ def test_json_on_a_terminal_is_ascii_and_elsewhere_is_text(monkeypatch):
         line = json_line(named)
         assert json.loads(line) == named
         assert (line.isascii() and line.isprintable()) == is_ascii
+
+
+def test_memory_that_runs_out_in_any_command_is_no_bug(capsys):
+    from tunesmith import cli
+
+    def short(*, quiet: bool = False):
+        raise MemoryError
+
+    with pytest.raises(typer.Exit) as error:
+        cli.verb(short)(as_json=False)
+    said = capsys.readouterr().err
+    assert error.value.exit_code == OutOfMemory.exit_code
+    assert said.startswith("The memory is not enough.\n  do:    Close other programs")
+    assert "Traceback" not in said
 
 
 def test_no_traceback_no_flow_and_no_notebook_lets_data_command_the_terminal(monkeypatch, capsys, tmp_path):

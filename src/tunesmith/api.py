@@ -25,6 +25,7 @@ from tunesmith import launch, libraries, preflight, ranks
 from tunesmith.errors import (
     INTERRUPTED,
     TERMINATED,
+    TRAIN_IN_LESS,
     Interrupted,
     ModelError,
     RecipeError,
@@ -314,7 +315,7 @@ def find_lr(
 
     progress = partial(counting(watch), "learning rates")
     progress(0, seeds)
-    with mended():
+    with mended(in_less=TRAIN_IN_LESS):
         search = finding.find(recipe, inputs, low=low, high=high, steps=steps, seeds=seeds, progress=progress)
     if page:
         title = f"Learning rates for {dataset_name(recipe.model.base)} on {dataset_name(recipe.data.dataset)}"
@@ -476,7 +477,7 @@ def assisted() -> Result:
         except Exception as error:
             if is_lost_peer(error):
                 raise SystemExit(1) from None  # which is the first process's, or the launcher's, to say
-            ours = error if isinstance(error, TunesmithError) else as_ours(error)
+            ours = error if isinstance(error, TunesmithError) else as_ours(error, in_less=TRAIN_IN_LESS)
             ranks.complain(ours.problem if ours else f"{type(error).__name__}: {error}")
             ranks.leave()
             if ours and ours is not error:
@@ -530,7 +531,7 @@ def self_check(recipe: Recipe) -> SelfCheck:
     recipe = anchored(recipe)
     preflight.check(recipe)
     inputs = _driver().execute(["plan", "encodings"], inputs=_inputs(recipe))
-    with mended():
+    with mended(in_less=TRAIN_IN_LESS):
         return checking.check(recipe, inputs)
 
 
@@ -1720,7 +1721,7 @@ def _carry_out(recipe: Recipe, run: Run, checkpoint: str | None, *, fresh: bool)
             if ranks.count() > 1:
                 launch.ignore_sigterm()
             lost = ranks.lost(error)
-            ours = lost or as_ours(error)
+            ours = lost or as_ours(error, in_less=_in_less(run))
             if fresh and not run.checkpoints.exists() and not lost:
                 discard(run)
             elif not fresh and _num_starts(run) == num_starts:
@@ -1765,6 +1766,13 @@ def _finish(run: Run, state: State, **fields: Any) -> None:
     """Leave a status where the disk lets us: why a run ended is more important than that it could not be written."""
     with contextlib.suppress(OSError):
         run.finish(state, **fields)
+
+
+def _in_less(run: Run) -> str:
+    """What to do where memory is not enough for a run: what comes after its training has no steps to make smaller."""
+    if run.final_model.is_dir():
+        return f"The model is trained and saved. Close other programs; `tunesmith resume {run.path}` does the rest."
+    return TRAIN_IN_LESS
 
 
 def _kept(run: Run) -> str:

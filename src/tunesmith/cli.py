@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -39,6 +39,7 @@ from tunesmith.errors import (
     RunError,
     Terminated,
     TunesmithError,
+    as_ours,
     does,
     nearest,
     size,
@@ -325,6 +326,8 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except Exception as error:
+            if ours := as_ours(error):
+                _fail(ours.lines(), ours.exit_code, as_json, ours)
             print(inert(traceback.format_exc()), end="", file=sys.stderr)
             _fail(
                 [
@@ -370,7 +373,7 @@ EXCERPT = re.compile(r"\n {9}[^\n]*\n {9} *\^")
 """A line of a file and the caret under it, which are for people."""
 
 
-def _fail(lines: Sequence[str], code: int, as_json: bool, error: TunesmithError | None = None) -> None:
+def _fail(lines: Sequence[str], code: int, as_json: bool, error: TunesmithError | None = None) -> NoReturn:
     from tunesmith.terminal import json_line
 
     console = open_console()

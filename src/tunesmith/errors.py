@@ -200,14 +200,22 @@ def _is_errno(error: BaseException, *numbers: int) -> bool:
     return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)
 
 
-def as_ours(error: BaseException) -> TunesmithError | None:
-    """A library's error that the user can act on, as one of ours."""
+TRAIN_IN_LESS = (
+    "Lower per_device_train_batch_size and raise gradient_accumulation_steps, add --gradient-checkpointing, "
+    "lower --max-length, or use --lora."
+)
+"""What to do where memory is not enough for a training step."""
+
+
+def as_ours(
+    error: BaseException, *, in_less: str = "Close other programs, or do this on a machine with more memory."
+) -> TunesmithError | None:
+    """A library's error that the user can act on, as one of ours. `in_less`: what to do where memory is not enough."""
     if is_out_of_memory(error):
         return OutOfMemory(
             "The memory is not enough.",
             found=str(error).splitlines()[0][:200] if str(error) else None,
-            fix="Lower per_device_train_batch_size and raise gradient_accumulation_steps, add "
-            "--gradient-checkpointing, lower --max-length, or use --lora.",
+            fix=in_less,
         )
     if is_out_of_disk(error):
         return OutOfResources("The disk is full.", found=str(error), fix="Free space and resume the run.")
@@ -227,12 +235,12 @@ def as_ours(error: BaseException) -> TunesmithError | None:
 
 
 @contextlib.contextmanager
-def mended() -> Iterator[None]:
-    """What a library raises in here that the user can act on is raised as one of ours."""
+def mended(**said: str) -> Iterator[None]:
+    """What a library raises in here that the user can act on is raised as one of ours, `said` as in `as_ours`."""
     try:
         yield
     except Exception as error:
-        if ours := as_ours(error):
+        if ours := as_ours(error, **said):
             raise ours from error
         raise
 

@@ -987,6 +987,11 @@ def estimate(
     if recipe.training.load_best_model_at_end:
         written += (validations + 1) * model
     notes += [*several_notes(recipe, plan, facts, traced.weights), *traced.notes, *rows_notes(rows, recipe)]
+    if facts.kind == "mps":
+        notes.append(
+            "attention is figured as the kernel of a CUDA device, which keeps no scores: whether that of MPS does was "
+            "not measured, and with long rows it may take more"
+        )
     if facts.assumed:
         notes.append(f"how fast {facts.name} is, is not known: {facts.assumed}, until steps are measured")
     result = Estimate(

@@ -645,23 +645,6 @@ def test_likelihoods_of_the_reference_are_worked_out_by_the_same_forward(recipe,
     assert all(told)
 
 
-@pytest.fixture(scope="module")
-def other_kind(tiny_model_folder, tiny_tokenizer, tmp_path_factory) -> Path:
-    """A model of a kind that the fast forward does not cover, with the same tokenizer."""
-    from transformers import OlmoConfig, OlmoForCausalLM
-
-    torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("other-kind")
-    config = OlmoConfig(
-        vocab_size=len(tiny_tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=512, pad_token_id=tiny_tokenizer.pad_token_id,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-    )  # fmt: skip
-    OlmoForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("where", ["auto", "precomputed"])
 def test_a_reference_that_is_not_covered_takes_the_stock_path_and_is_said(recipe, other_kind, where):
     losses, method = [], {"kind": "dpo", "reference_model": str(other_kind), "reference": where}

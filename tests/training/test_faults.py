@@ -24,7 +24,7 @@ from test_checkpoints import CALLS, traced
 from tunesmith import api, dataflow
 from tunesmith.compose import compose, overlaid
 from tunesmith.data import rendering
-from tunesmith.errors import Interrupted, OutOfResources, RunError, as_ours
+from tunesmith.errors import Interrupted, OutOfMemory, OutOfResources, RunError, as_ours
 from tunesmith.recipe import Recipe
 from tunesmith.training import checkpoints, verifying
 from tunesmith.training.run import Run, create, is_run, open_run
@@ -299,6 +299,28 @@ def test_a_hub_that_is_down_takes_nothing_of_the_run(quick, monkeypatch):
     assert list(run.final_model.glob("*.safetensors"))
 
 
+@pytest.mark.slow
+def test_memory_that_runs_out_after_the_training_is_told_as_such(quick, monkeypatch):
+    recipe = quick(
+        name="long report", evaluation={"skip": False, "max_items": 1, "max_new_tokens": 2, "samples": 0}
+    )
+
+    def short(*args, **kwargs):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dataflow, "write_report", short)
+        with pytest.raises(OutOfMemory, match="not enough") as error:
+            api.train(recipe)
+    assert "trained and saved" in error.value.fix
+    assert "batch_size" not in error.value.fix
+    run = open_run(Path(recipe.output_dir) / recipe.name)
+    assert run.state() == "failed"
+    assert f"`tunesmith resume {run.path}`" in error.value.fix
+    api.resume(run.path)
+    assert run.state() == "done"
+
+
 def _start(recipe, barrier, said):
     barrier.wait(20)
     try:
@@ -322,8 +344,8 @@ def test_of_two_processes_that_start_the_same_run_one_does(tmp_path):
     for process in both:
         process.join()
     assert found[1] == "mine", found
-    assert found[0].startswith("The ")
-    # Between making the folder and training in it nobody holds the run.
+    # The second comes while the first holds the run, or between its making the folder and its training there.
+    assert re.match(r"The run .* is being written|This run was started before: ", found[0]), found
     assert "process" in found[0] or "'died'" in found[0], found
 
 

@@ -735,7 +735,10 @@ def keeping_run_folder(trainer_class: Any, run: Run, *, keep: int, splits: Split
             self._pay_evaluation(trial)
             if hasattr(self, "_read_state"):  # there was no step left to take
                 self._load_rng_state("")
-            return super()._finalize_training(trial, *given, **named)
+            found = super()._finalize_training(trial, *given, **named)
+            # It looks through the staging folder, which the first process takes away when it is through.
+            ranks.any_of(False)
+            return found
 
     return RunFolderTrainer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from pathlib import Path
 
 import pytest
 from transformers.trainer_callback import TrainerState
@@ -14,6 +15,7 @@ from tunesmith.training import checkpoints
 from tunesmith.training.run import (
     Run,
     anchored,
+    check_free,
     create,
     discard,
     find_runs,
@@ -60,6 +62,20 @@ def test_a_run_without_its_recipe_is_not_taken_for_another_one(run, tmp_path):
         open_run(other.path)
     assert error.value.found == "no recipe.yaml"
     assert "plan.json" in error.value.fix
+
+
+def test_a_run_that_is_made_while_its_folder_is_looked_at_is_known(run, monkeypatch):
+    text, recipe = (run.path / "recipe.yaml").read_bytes(), run.recipe()
+    (run.path / "recipe.yaml").unlink()
+    listed = Path.iterdir
+
+    def the_other_ends(path):
+        (run.path / "recipe.yaml").write_bytes(text)
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", the_other_ends)
+    with pytest.raises(RunError, match="This run was started before"):
+        check_free(run.path, recipe=recipe)
 
 
 def test_a_taken_folder_is_refused(run, tmp_path):

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tunesmith.forward.products import product, takes
+
 BYTES = 2**27
 """Logits that are held at a time: 256 positions of the larger vocabularies, which was the fastest on CPUs."""
 CUDA_BYTES = 2**29
@@ -21,10 +23,10 @@ longer than the products of 256 positions. Worked out, not measured."""
 HALVED = 1024.0
 """Sum of the probabilities of a position in float16: far from its end, and from where its small numbers vanish."""
 POSITIONS = 256
-"""Most positions at a time; with more of them the logits leave the processor's cache before they are used."""
+"""Most positions at a time; with more of them logits take more memory than they save time."""
 CACHED = 2**22
-"""Bytes of logits that a CPU goes through at a time, once they are computed: what its caches hold, so that they come
-from memory once, and what is needed beside them is as little."""
+"""Bytes of logits that a CPU computes at a time, by so many words of the vocabulary: what its caches hold, so that each
+is gone through right after its product, which is itself faster than one by all words."""
 KEPT = 2**27
 """Bytes of probabilities that may wait for the backward pass where labels weigh differently: as much as one chunk of
 the larger vocabularies takes anyhow. Beyond, they are computed again, which costs a product more."""
@@ -78,28 +80,25 @@ class _Head(torch.autograd.Function):
         # The gradient of the hidden states can be scaled label by label afterwards; that of the weights is one sum
         # over all labels, and can be only where these weigh the same.
         ahead = any(needed) and (reading.alike or not any(needed[1:]))
-        pieces: list[Found] = []
-        table = weight.to(ctx.dtype)
-        gradients = _Gradients(hidden, weight, table, bias, needed, reading) if ahead else None
+        table = _Table(weight.to(ctx.dtype), bias, reading)
+        gradients = _Gradients(hidden, weight, table, needed) if ahead else None
         whole = 4 * len(hidden) * len(weight)
         plain = reading.softcap is None and "entropy" not in reading.outputs
         keeps = any(needed) and not ahead and plain and whole <= KEPT
-        kept: list[tuple[Tensor, Tensor]] = []
-        for part, logits, factor in _chunks(hidden, table, bias, reading, fresh=keeps):
-            labels = targets[part][:, None]
-            few = _at_a_time(logits, reading)
-            totals = []
-            for rows, own in zip(torch.split(logits, few), torch.split(labels, few), strict=True):
-                piece, total = _to_masses(rows, own, reading, counts_first=ctx.dtype != torch.float32)
-                pieces.append(piece)
-                totals.append(total)
-            masses, total = logits, torch.cat(totals)
+        results: list[Found] = []
+        kept: list[_Masses] = []
+        parts = _parts(hidden, table)
+        room = None if keeps else table.room(parts[0])
+        for part in parts:
+            masses = _masses(hidden[part], targets[part][:, None], table, room)
+            results.append(masses.found(ctx.dtype))
             if gradients:
-                gradients.add(part, masses, -1 / total, labels, torch.ones_like(total), factor)
+                gradients.add(part, masses, targets[part], torch.ones_like(masses.total))
             elif keeps:
-                kept.append((masses, total))
+                kept.append(masses)
+            del masses  # before there are others
         found = tuple(
-            None if column[0] is None else torch.cat(column) for column in zip(*pieces, strict=True)
+            None if column[0] is None else torch.cat(column) for column in zip(*results, strict=True)
         )
         ctx.ahead, ctx.kept = gradients is not None, kept
         if gradients:
@@ -133,106 +132,59 @@ class _Head(torch.autograd.Function):
                     None,
                     None,
                 )
-        table = weight.to(ctx.dtype)
-        gradients = _Gradients(hidden, weight, table, bias, needed, ctx.reading)
-        if kept := ctx.kept:
-            assert by_log is not None
-            ctx.kept = []  # used up; a second backward pass computes them again
-            begin = 0
-            for masses, total in kept:
-                part = slice(begin, begin + len(masses))
-                begin = part.stop
-                own = by_log[part][:, None]
-                gradients.add(part, masses, -own / total, targets[part][:, None], own, None)
-            return gradients.found(hidden, weight, bias)
-        for part, logits, factor in _chunks(hidden, table, bias, ctx.reading):
-            labels = targets[part][:, None]
-            top = logits.amax(1, keepdim=True)
-            masses = logits.sub_(top).exp()
-            total = masses.sum(1, keepdim=True)
-            given_log = torch.zeros_like(total) if by_log is None else by_log[part][:, None]
+        table = _Table(weight.to(ctx.dtype), bias, ctx.reading)
+        gradients = _Gradients(hidden, weight, table, needed)
+        kept, ctx.kept = ctx.kept, []  # used up; a second backward pass computes them again
+        kept.reverse()
+        parts = _parts(hidden, table)
+        room = None if kept else table.room(parts[0])
+        for part in parts:
+            own = hidden.new_zeros(len(hidden[part]), 1) if by_log is None else by_log[part][:, None]
+            masses = kept.pop() if kept else _masses(hidden[part], targets[part][:, None], table, room)
             if by_entropy is None:
-                gradients.add(part, masses, -given_log / total, labels, given_log, factor)
-                continue
-            given_entropy = by_entropy[part][:, None]
-            logs, masses = logits.sub_(total.log()), masses.div_(total)
-            entropy = -(masses * logs).sum(1, keepdim=True)
-            pull = -masses * (given_log + given_entropy * (logs + entropy))
-            gradients.add(part, pull, torch.ones_like(total), labels, given_log, factor)
-        return gradients.found(hidden, weight, bias)
+                gradients.add(part, masses, targets[part], own)
+            else:
+                gradients.add(part, masses, targets[part], own, by_entropy[part][:, None])
+            del masses
+        return gradients.found(bias)
 
 
-def _at_a_time(logits: Tensor, reading: Reading) -> int:
-    """Positions whose logits are gone through together: on a CPU those that its cache holds from pass to pass."""
-    if _device(logits, reading) not in ("cpu", "meta"):
-        return max(len(logits), 1)
-    return max(CACHED // (4 * logits.shape[1]), 1)
+@dataclass(frozen=True)
+class _Table:
+    """A head, and how logits are read off it."""
 
+    weight: Tensor
+    """(words, width), in the type of the products."""
+    bias: Tensor | None
+    reading: Reading
 
-def _to_masses(
-    logits: Tensor, labels: Tensor, reading: Reading, *, counts_first: bool
-) -> tuple[Found, Tensor]:
-    """Turn logits into exp(z - max z) in place; gives what is asked of them, and the sums of these (positions, 1)."""
-    asked = reading.outputs
-    own = logits.gather(1, labels)
-    means = logits.mean(1) if "mean_logits" in asked else None
-    is_top = entropy = squares = None
-    if "is_top1" in asked and counts_first:
-        # Of equal ones the first counts. In float32 none are equal, and finding where the largest is takes ten times
-        # as long as finding it.
-        is_top = (logits.argmax(1, keepdim=True) == labels).squeeze(1)
-    top = logits.amax(1, keepdim=True)
-    if "is_top1" in asked and not counts_first:
-        is_top = (own >= top).squeeze(1)
-    logits.sub_(top)
-    if "entropy" in asked:
-        masses = logits.exp()
-        total = masses.sum(1, keepdim=True)
-        mean = logits.mul_(masses).sum(1, keepdim=True) / total
-        logits.copy_(masses)
-        entropy = (total.log() - mean).squeeze(1)
-    else:
-        total = logits.exp_().sum(1, keepdim=True)
-    log_total = total.log()
-    if "log_sum_sq_probs" in asked:
-        squares = (logits * logits).sum(1).log() - 2 * log_total.squeeze(1)
-    return Found((own - top - log_total).squeeze(1), entropy, squares, means, is_top), total
+    @property
+    def device(self) -> str:
+        """The kind of device that this is for: of a plan, the one that it is made for."""
+        return self.reading.device or self.weight.device.type
 
+    def pieces(self, positions: int) -> list[slice]:
+        """The words whose logits for so many positions are computed at a time."""
+        words = len(self.weight)
+        size = max(CACHED // (4 * max(positions, 1)), 1) if self.device in ("cpu", "meta") else words
+        return [slice(start, min(start + size, words)) for start in range(0, words, size)]
 
-def _device(tensor: Tensor, reading: Reading) -> str:
-    """The kind of device that this is for: of a plan, the one that it is made for."""
-    return reading.device or tensor.device.type
+    def room(self, part: slice) -> Tensor | None:
+        """For the masses of so many positions at a time, one after the other, where they are computed in pieces: many
+        pieces that come and go leave holes in a process's memory."""
+        positions = part.stop - part.start
+        if len(self.pieces(positions)) == 1:
+            return None
+        return torch.empty(positions * len(self.weight), device=self.weight.device)
 
-
-def _type(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
-def _chunks(
-    hidden: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    reading: Reading,
-    *,
-    fresh: bool = False,
-) -> Any:
-    """Positions, their logits in float32 in one buffer that is used again unless `fresh` is set, and the derivative of
-    capping. `table` is the head in the type of the products."""
-    dtype = table.dtype
-    if _device(hidden, reading) == "cuda":
-        size = max(CUDA_BYTES // (4 * len(table)), 1)
-    else:
-        size = max(min(POSITIONS, BYTES // (4 * len(table))), 1)
-    buffer = hidden.new_empty(min(size, max(len(hidden), 1)), len(table), dtype=dtype)
-    for start in range(0, len(hidden), size):
-        part = slice(start, min(start + size, len(hidden)))
-        logits = torch.empty_like(buffer) if fresh and start else buffer
-        logits = logits[: part.stop - part.start]
-        torch.mm(hidden[part].to(dtype), table.t(), out=logits)
-        if bias is not None:
-            logits.add_(bias.to(dtype))
+    def logits(self, states: Tensor, words: slice) -> tuple[Tensor, Tensor | None]:
+        """Logits (positions, words) in float32, and the derivative of capping."""
+        weight = self.weight[words]
+        logits = product(states, weight) if takes(states, weight) else torch.mm(states, weight.t())
+        if self.bias is not None:
+            logits.add_(self.bias[words].to(logits.dtype))
         logits = logits.float()
+        reading = self.reading
         if reading.scale != 1.0:
             logits.mul_(reading.scale)
         factor = None
@@ -242,32 +194,146 @@ def _chunks(
             logits.mul_(reading.softcap)
         if reading.temperature != 1.0:
             logits.div_(reading.temperature)
-        yield part, logits, factor
+        return logits, factor
+
+
+class _Piece(NamedTuple):
+    """Of some words of the vocabulary, for each of some positions; sums are `(positions, 1)`."""
+
+    words: slice
+    masses: Tensor
+    """(positions, words): exp(z - top), computed in the place of others where there is one."""
+    factor: Tensor | None
+    """Of the same shape: the derivative of capping."""
+    top: Tensor
+    """The largest logit."""
+    total: Tensor
+    """Sum of the masses."""
+    label: Tensor
+    """The label's logit; 0 where it is not of these words."""
+    best: Tensor | None
+    """Number of the first of the largest logits."""
+    weighed: Tensor | None
+    """Sum of (z - top) exp(z - top)."""
+    squares: Tensor | None
+    """Sum of the squares of the masses."""
+    plain: Tensor | None
+    """Sum of the logits."""
+
+
+@dataclass
+class _Masses:
+    """exp(z - max z) of some positions over the whole vocabulary, by pieces that have a maximum each."""
+
+    pieces: list[_Piece]
+    labels: Tensor
+    """(positions, 1)"""
+    words: int
+    asked: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        tops = torch.cat([piece.top for piece in self.pieces], 1)
+        self.top = tops.amax(1, keepdim=True)
+        self.below = tops - self.top
+        """(positions, pieces): how much smaller the largest logit of a piece is."""
+        self.scales = self.below.exp()
+        """What makes the masses of a piece those of the whole."""
+        self.totals = torch.cat([piece.total for piece in self.pieces], 1) * self.scales
+        self.total = self.totals.sum(1, keepdim=True)
+
+    def entropy(self) -> Tensor:
+        """(positions, 1)"""
+        weighed = torch.cat([piece.weighed for piece in self.pieces if piece.weighed is not None], 1)
+        mean = (weighed * self.scales + self.totals * self.below).sum(1, keepdim=True) / self.total
+        return self.total.log() - mean
+
+    def found(self, dtype: torch.dtype) -> Found:
+        """What is asked of them, the logits having been computed in a type."""
+        log_total = self.total.log()
+        label = torch.cat([piece.label for piece in self.pieces], 1).sum(1, keepdim=True)
+        is_top = squares = means = None
+        if "is_top1" in self.asked:
+            # Of equal ones the first counts. In float32 none are equal, and finding where the largest is takes ten
+            # times as long as finding it.
+            is_top = (label >= self.top).squeeze(1)
+            if self.pieces[0].best is not None:
+                best = torch.cat([piece.best for piece in self.pieces if piece.best is not None], 1)
+                first = (self.below == 0).int().argmax(1, keepdim=True)
+                is_top = (best.gather(1, first) == self.labels).squeeze(1)
+        if "log_sum_sq_probs" in self.asked:
+            each = torch.cat([piece.squares for piece in self.pieces if piece.squares is not None], 1)
+            squares = ((each * self.scales**2).sum(1, keepdim=True).log() - 2 * log_total).squeeze(1)
+        if "mean_logits" in self.asked:
+            sums = [piece.plain for piece in self.pieces if piece.plain is not None]
+            means = torch.cat(sums, 1).sum(1) / self.words
+        entropy = self.entropy().squeeze(1) if "entropy" in self.asked else None
+        return Found((label - self.top - log_total).squeeze(1), entropy, squares, means, is_top)
+
+
+def _parts(hidden: Tensor, table: _Table) -> list[slice]:
+    """Positions at a time."""
+    words = len(table.weight)
+    most = CUDA_BYTES // (4 * words) if table.device == "cuda" else min(POSITIONS, BYTES // (4 * words))
+    size = max(most, 1)
+    return [slice(start, min(start + size, len(hidden))) for start in range(0, max(len(hidden), 1), size)]
+
+
+def _masses(hidden: Tensor, labels: Tensor, table: _Table, room: Tensor | None) -> _Masses:
+    states, count = hidden.to(table.weight.dtype), len(hidden)
+    pieces = []
+    for words in table.pieces(count):
+        place = None
+        if room is not None:
+            place = room[count * words.start : count * words.stop].view(count, -1)
+        pieces.append(_piece(states, labels, table, words, place))
+    return _Masses(pieces, labels, len(table.weight), table.reading.outputs)
+
+
+def _piece(states: Tensor, labels: Tensor, table: _Table, words: slice, place: Tensor | None) -> _Piece:
+    logits, factor = table.logits(states, words)
+    asked = table.reading.outputs
+    inside, numbers = _places(labels, words)
+    label = logits.gather(1, numbers) * inside
+    plain = logits.sum(1, keepdim=True) if "mean_logits" in asked else None
+    best = None
+    if "is_top1" in asked and states.dtype != torch.float32:
+        best = logits.argmax(1, keepdim=True) + words.start
+    top = logits.amax(1, keepdim=True)
+    logits.sub_(top)
+    weighed = None
+    if "entropy" in asked:
+        masses = torch.exp(logits, out=place)
+        weighed = logits.mul_(masses).sum(1, keepdim=True)
+    else:
+        masses = torch.exp(logits, out=logits if place is None else place)
+    total = masses.sum(1, keepdim=True)
+    squares = (masses * masses).sum(1, keepdim=True) if "log_sum_sq_probs" in asked else None
+    return _Piece(words, masses, factor, top, total, label, best, weighed, squares, plain)
+
+
+def _type(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 class _Gradients:
     """Sums of gradients over the positions, of what is trained."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        table: Tensor,
-        bias: Tensor | None,
-        needed: list[bool],
-        reading: Reading,
-    ) -> None:
-        self.states, self.exact, self.table, self.dtype = hidden, weight, table, table.dtype
-        self.slope = reading.scale / reading.temperature
+    def __init__(self, hidden: Tensor, weight: Tensor, table: _Table, needed: list[bool]) -> None:
+        self.states, self.exact, self.table = hidden, weight, table
+        self.types = hidden.dtype, weight.dtype
         self.hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None
-        self.weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+        self.weight = torch.empty_like(weight, dtype=torch.float32) if needed[1] else None
+        self.is_first = True
+        """Whether nothing has been added to that of the weights, whose numbers mean nothing yet."""
+        bias = table.bias
         self.bias = torch.zeros_like(bias, dtype=torch.float32) if needed[2] and bias is not None else None
 
-    def found(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    def found(self, bias: Tensor | None) -> tuple[Tensor | None, ...]:
         """What autograd is given for the six arguments."""
         return (
-            None if self.hidden is None else self.hidden.to(hidden.dtype),
-            None if self.weight is None else self.weight.to(weight.dtype),
+            None if self.hidden is None else self.hidden.to(self.types[0]),
+            None if self.weight is None else self.weight.to(self.types[1]),
             None if self.bias is None or bias is None else self.bias.to(bias.dtype),
             None,
             None,
@@ -275,32 +341,63 @@ class _Gradients:
         )
 
     def add(
-        self, part: slice, pull: Tensor, each: Tensor, labels: Tensor, own: Tensor, factor: Tensor | None
+        self, part: slice, masses: _Masses, names: Tensor, own: Tensor, entropy: Tensor | None = None
     ) -> None:
-        """Add what comes of some positions, whose derivatives by their logits are `pull` times `each`, and `own` more
-        at their labels. `pull` is used up."""
-        if factor is not None:  # of capping: inside of it, where the label's is another as well
-            own, _ = own * factor.gather(1, labels), pull.mul_(factor)
-        each, own = each * self.slope, own * self.slope
-        names, states = labels.squeeze(1), self.states[part]
+        """Add what comes of some positions with labels `names`, whose log-probabilities have the gradients `own`
+        (positions, 1), and their entropies `entropy`. The masses are used up."""
+        slope = self.table.reading.scale / self.table.reading.temperature
+        each, at_label = masses.scales * (-own / masses.total), own
+        capped = masses.pieces[0].factor is not None
+        if capped:  # of the label's logit too
+            at_label = torch.zeros_like(own)
+        shift = None if entropy is None else masses.entropy() - masses.total.log()
+        while masses.pieces:
+            piece, column = masses.pieces.pop(), slice(len(masses.pieces), len(masses.pieces) + 1)
+            pull, along = piece.masses, each[:, column]
+            if entropy is not None and shift is not None:
+                # What is too small to have a logarithm is zero.
+                logs = pull.log().clamp_(min=-104.0).add_(masses.below[:, column] + shift)
+                pull.mul_(masses.scales[:, column] / -masses.total).mul_(logs.mul_(entropy).add_(own))
+                along = torch.ones_like(along)
+            if piece.factor is not None:
+                pull.mul_(piece.factor)
+                inside, numbers = _places(masses.labels, piece.words)
+                at_label += own * piece.factor.gather(1, numbers) * inside
+            self._add_piece(part, piece.words, pull, along * slope)
+        self.is_first = False
+        at_label = at_label * slope
+        states = self.states[part].float()
         if self.bias is not None:
-            self.bias += (pull * each).sum(0).index_add_(0, names, own.squeeze(1))
-        if self.dtype == torch.float16:
+            self.bias.index_add_(0, names, at_label.squeeze(1))
+        if self.hidden is not None:
+            self.hidden[part].addcmul_(self.exact[names].float(), at_label)
+        if self.weight is not None:
+            self.weight.index_add_(0, names, states * at_label)
+
+    def _add_piece(self, part: slice, words: slice, pull: Tensor, each: Tensor) -> None:
+        """Add what comes of derivatives by the logits of some words, `pull` times `each`. `pull` is used up."""
+        if self.bias is not None:
+            self.bias[words] += (pull * each).sum(0)
+        weight = self.table.weight[words]
+        if weight.dtype == torch.float16:
             # Undivided, these add up to as much as the vocabulary, and half a number ends at 65,504.
             pull, each = pull.mul_(each * HALVED), torch.full_like(each, 1 / HALVED)
-        pull = pull.to(self.dtype)
+        pull = pull.to(weight.dtype)
         if self.hidden is not None:
             # Scaled where it is narrow, which spares a pass over the vocabulary.
-            found = self.hidden[part]
-            if self.dtype == torch.float32:
-                torch.mm(pull, self.table, out=found).mul_(each)
-            else:
-                found.copy_((pull @ self.table).float() * each)
-            found.addcmul_(self.exact[names].float(), own)
+            found = product(pull, weight.t()) if takes(pull, weight) else pull @ weight
+            self.hidden[part].addcmul_(found.float(), each)
         if self.weight is not None:
-            scaled = states.float() * each
-            if self.dtype == torch.float32:
-                self.weight.addmm_(pull.t(), scaled)
+            scaled, sums = self.states[part].float() * each, self.weight[words]
+            if weight.dtype == torch.float32:
+                sums.addmm_(pull.t(), scaled, beta=0.0 if self.is_first else 1.0)
+            elif self.is_first:
+                sums.copy_(pull.t() @ scaled.to(weight.dtype))
             else:
-                self.weight += (pull.t() @ scaled.to(self.dtype)).float()
-            self.weight.index_add_(0, names, states.float() * own)
+                sums += (pull.t() @ scaled.to(weight.dtype)).float()
+
+
+def _places(labels: Tensor, words: slice) -> tuple[Tensor, Tensor]:
+    """Which labels (positions, 1) are among some words, and their numbers there; 0 for the others."""
+    inside = (labels >= words.start) & (labels < words.stop)
+    return inside, (labels - words.start) * inside

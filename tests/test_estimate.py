@@ -535,6 +535,47 @@ def drawing(recipe, questions, adapter, **training):
     return recipe(method=section, adapter=adapter, training=settings)
 
 
+def test_the_cache_of_answers_that_are_learned_from(recipe, question_file, tiny_model_folder):
+    """Keys and values of every layer for all tokens of what is written together, and a layer's once more."""
+    config = json.loads((tiny_model_folder / "config.json").read_text())
+    layers, heads = config["num_hidden_layers"], config["num_key_value_heads"]
+    width = config["hidden_size"] // config["num_attention_heads"]
+    prompts = []
+    for accumulated in (1, 3):
+        asked = drawing(recipe, question_file, {"kind": "lora"}, gradient_accumulation_steps=accumulated)
+        plan, _ = api.plan(asked)
+        stage = plan.estimate.stages["writing"]
+        assert stage["weights"] == plan.estimate.stages["training"]["weights"]
+        assert stage["optimizer"] == plan.estimate.stages["training"]["optimizer"]
+        tokens = stage["cache"] / (4 * 2 * heads * width * (layers + 1))
+        prompts.append(tokens / (4 * accumulated) - 32)  # new tokens
+    assert prompts[0] == pytest.approx(prompts[1], rel=0.05)
+    assert 8 < prompts[0] < 256
+    assert "writing" not in planned(recipe()).stages
+
+
+def test_outputs_of_frozen_layers_are_counted_as_they_are_kept(recipe, monkeypatch):
+    from tunesmith.forward import Frozen
+
+    made = []
+    inner = Frozen.handles
+    monkeypatch.setattr(Frozen, "handles", lambda self: made.append(self) or inner(self))
+    asked = recipe(
+        adapter={"kind": "freeze", "ratio": 0.5},
+        training={"cache_frozen": True, "num_epochs": 2, "per_device_train_batch_size": 4, "max_steps": None},
+    )
+    found = planned(asked)
+    made.clear()
+    api.train(asked)
+    [frozen] = made
+    assert found.stages["training"]["outputs"] == pytest.approx(frozen.held, rel=0.1)
+    assert found.stages["validating"]["outputs"] == found.stages["training"]["outputs"]
+    assert "outputs" not in planned(recipe(adapter={"kind": "freeze", "ratio": 0.5})).stages["training"]
+    elsewhere = planned(asked, device="h100-80gb")
+    assert "outputs" not in elsewhere.stages["training"]
+    assert [note for note in elsewhere.notes if "cache_frozen keeps" in note]
+
+
 def test_answers_to_one_prompt_share_it_and_nothing_else():
     found = estimating._answered(6, 5, 8, 4, 1000)
     rows = [tuple(row) for row in found["input_ids"].tolist()]
@@ -585,9 +626,7 @@ def test_remedies_that_would_be_refused_are_left_out(recipe, pairs, monkeypatch)
     assert any("--per-device-train-batch-size 2" in flag for flag in flags)
     assert not [flag for flag in flags if "--qlora" in flag or "size 1" in flag]
     frozen = recipe(adapter={"kind": "freeze", "ratio": 0.5}, training={"cache_frozen": True, "max_steps": 2})
-    found = planned(frozen)
-    assert not [remedy for remedy in found.remedies if "lora" in remedy.flags]
-    assert [note for note in found.notes if "cache_frozen" in note]
+    assert not [remedy for remedy in planned(frozen).remedies if "lora" in remedy.flags]
 
 
 @pytest.mark.thorough

@@ -243,6 +243,15 @@ def test_the_fast_forward_is_taken_where_it_fits_and_changes_no_number(quick, ki
                 assert measures[name] == pytest.approx(others[name], rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "grpo", "rloo"])
+def test_an_adapter_on_the_head_is_refused_before_anything_is_read(quick, kind):
+    """Which module is the head, the model says."""
+    asked = quick(kind, adapter={"kind": "lora", "targets": ["q_proj", "lm_head"]})
+    with pytest.raises(RecipeError, match="the head") as error:
+        api.plan(asked)
+    assert "adapter.modules_to_save" in error.value.fix
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [

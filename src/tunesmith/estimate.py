@@ -24,12 +24,12 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from tunesmith import parallel, scaling
+from tunesmith import devices, parallel, scaling
 from tunesmith.devices import DeviceFacts
 from tunesmith.errors import OutOfResources, TunesmithError, size
 from tunesmith.heap import Block, most_held
 from tunesmith.plan import Plan, computed_in, weights_dtype
-from tunesmith.recipe import DDP, FSDP, PRINCIPAL, DeepSpeed, LoRA, Model, QLoRA, Ray, Recipe, Training
+from tunesmith.recipe import DDP, FSDP, PPO, PRINCIPAL, DeepSpeed, LoRA, Model, QLoRA, Ray, Recipe, Training
 from tunesmith.training.run import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ ABOUT = {
     "activations": "kept from the forward for the backward pass",
     "head": "what has the vocabulary's width: logits and their gradients",
     "cache": "keys and values of answers that are being written",
+    "outputs": "of frozen layers, kept from epoch to epoch",
     "evaluation": "a forward pass of the longest batch of questions",
     "save": "trained weights on their way to the disk",
     "reserved": "the driver's context and kernels",
@@ -739,15 +740,20 @@ def stages(
     *,
     process: int,
     evaluation: Parts | None = None,
+    writing: Parts | None = None,
+    outputs: int = 0,
     processes: int = 1,
     per_node: int = 1,
     lower: bool = False,
 ) -> dict[str, Parts]:
     """Bytes by part in each stage of a run that holds memory; in one of its processes where these are several, of which
-    `per_node` share a machine. `lower` as in `parallel.held`."""
+    `per_node` share a machine. `evaluation` is what answers to questions take, `writing` those that are trained on,
+    `outputs` what is kept of frozen layers. `lower` as in `parallel.held`."""
     on_cpu = facts.kind == "cpu"
     fixed = {"process": process} if on_cpu else {"reserved": facts.reserved}
-    optimizer = traced.states
+    whole, optimizer = fixed, traced.states
+    if outputs and on_cpu:  # a GPU's are kept in the machine's memory
+        fixed = {**fixed, "outputs": outputs}
     step = dict(traced.step)
     if recipe.training.gradient_accumulation_steps > 1:
         step["gradients"] = traced.trained
@@ -768,9 +774,11 @@ def stages(
         found["validating"] = {
             **fixed, "weights": traced.weights, "optimizer": optimizer, "evaluation": traced.validation,
         }  # fmt: skip
+    if writing:
+        found["writing"] = {**fixed, **writing, "weights": traced.weights, "optimizer": optimizer}
     if evaluation:
         tuned = traced.saved if isinstance(recipe.adapter, LoRA) else 0
-        found["answering"] = {**fixed, **evaluation, "weights": evaluation["weights"] + tuned}
+        found["answering"] = {**whole, **evaluation, "weights": evaluation["weights"] + tuned}
     replayed = None
     if on_cpu:
         asked = (
@@ -809,11 +817,11 @@ def stages(
     }
     if processes > 1 and (on_cpu or (isinstance(recipe.parallel, DeepSpeed) and recipe.parallel.stage == 3)):
         # Every process reads the whole model; on a GPU ZeRO's third stage does so before it cuts it.
-        held["loading"] = {**fixed, "weights": traced.weights}
+        held["loading"] = {**whole, "weights": traced.weights}
     if processes > 1 and on_cpu and evaluation:
         # The first process alone answers, in the memory that all of them share: its part of each process's room.
         first, among = held["answering"], max(per_node, 1)
-        held["answering"] = {**fixed, **{name: b // among for name, b in first.items() if name not in fixed}}
+        held["answering"] = {**whole, **{name: b // among for name, b in first.items() if name not in whole}}
     return held
 
 
@@ -838,6 +846,38 @@ def answering(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> 
     count_rows = max(min(recipe.evaluation.batch_tokens // (width + new), questions), 1)
     sizes = count_rows, width, new
     return dict(_answering(recipe.model, _changed(recipe.model), facts.kind, dtype, sizes)), []
+
+
+def drawing(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> Parts:
+    """Bytes that writing the answers takes which a step learns from, by part; none where a method writes none. The
+    model is the one in training."""
+    if not rows.answers:
+        return {}
+    training, width = recipe.training, max(rows.lengths)
+    count = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    if isinstance(recipe.method, PPO):
+        count = max(min(count, recipe.method.generation_batch_tokens // (width + rows.answers)), 1)
+    sizes = count, width, rows.answers
+    return dict(_answering(recipe.model, _changed(recipe.model), facts.kind, dtype, sizes))
+
+
+def kept_outputs(
+    recipe: Recipe, rows: Rows, width: int, *, facts: DeviceFacts, dtype: str, steps: int, used: int
+) -> int:
+    """Bytes of the outputs of frozen layers that are kept: of every row that comes within so many steps, up to the
+    share of the memory beyond `used` bytes that they may take."""
+    if not recipe.training.cache_frozen:
+        return 0
+    from tunesmith.forward.frozen import SHARE
+
+    training = recipe.training
+    come = min(
+        steps * training.per_device_train_batch_size * training.gradient_accumulation_steps, len(rows.lengths)
+    )
+    tokens = sum(rows.lengths) * come // max(len(rows.lengths), 1) + sum(rows.validation)
+    asked = tokens * width * (4 if dtype == "float32" else 2)
+    free = facts.memory - used if facts.kind == "cpu" else devices.available() - devices.resident()
+    return max(min(asked, int(SHARE * free)), 0)
 
 
 def _questions(recipe: Recipe, rows: Rows) -> int:
@@ -930,13 +970,24 @@ def estimate(
     held = process()  # now that every library is loaded
     several = plan.processes
 
+    def kept_of(changed: Recipe, traced: Traced) -> int:
+        return kept_outputs(
+            changed, rows, traced.shape.width, facts=facts, dtype=types(changed)[0], steps=total_steps,
+            used=held + traced.weights,
+        )  # fmt: skip
+
     def stages_of(changed: Recipe, traced: Traced, answers: Parts) -> dict[str, Parts]:
         return stages(
-            traced, changed, facts, process=held, evaluation=answers, processes=several, per_node=plan.per_node,
-            lower=lowers(changed),
+            traced, changed, facts, process=held, evaluation=answers,
+            writing=drawing(changed, rows, facts=facts, dtype=types(changed)[0]), outputs=kept_of(changed, traced),
+            processes=several, per_node=plan.per_node, lower=lowers(changed),
         )  # fmt: skip
 
     found = stages_of(recipe, traced, answers)
+    if facts.kind != "cpu" and (kept := kept_of(recipe, traced)):
+        notes.append(
+            f"training.cache_frozen keeps {size(kept)} of outputs in the memory of the machine, not of the device"
+        )
     if facts.kind == "cpu" and None in traced.replayed.values():
         notes.append(
             f"the allocator could not be asked what it holds beyond what is alive: {SPREAD['cpu']:.0%} are taken"
@@ -1224,13 +1275,11 @@ def rows_notes(rows: Rows, recipe: Recipe) -> list[str]:
     found = []
     if rows.answers:
         found.append(
-            f"{recipe.method.kind} trains on what the model writes: memory is that of its own pass over "
-            f"{rows.answers} new tokens a row, without the writing, the rewards' models and a critic"
+            f"{recipe.method.kind} trains on what the model writes: memory is that of writing, and of learning from, "
+            f"{rows.answers} new tokens a row, without the rewards' models and a critic"
         )
     if isinstance(recipe.adapter, LoRA) and recipe.adapter.dora:
         found.append("DoRA is figured as LoRA: the norms of its weights take more memory and time")
-    if recipe.training.cache_frozen:
-        found.append("training.cache_frozen: the outputs that are kept are not in the memory figures")
     if recipe.training.compile:
         found.append(
             "training.compile: compiling takes half a minute to a minute, which is not in the seconds"

@@ -499,13 +499,6 @@ def test_what_cannot_be_carried_out_is_refused_when_it_is_composed(recipe, kind,
         recipe(kind, **changes)
 
 
-def test_an_adapter_on_the_head_is_refused_before_anything_is_read(recipe):
-    """Which module is the head, the model says."""
-    asked = recipe("dpo", adapter={"kind": "lora", "targets": ["q_proj", "lm_head"]})
-    with pytest.raises(RecipeError, match="the head"):
-        api.plan(asked)
-
-
 @pytest.mark.parametrize(
     ("section", "said"),
     [

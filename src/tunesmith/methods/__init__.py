@@ -78,6 +78,7 @@ METHODS = {
         build=sft.build,
         template=sft.template,
         encoded=sft.encoded,
+        check=sft.check_head,
     ),
     "seq2seq": Method(
         "seq2seq",

@@ -15,8 +15,9 @@ from tunesmith.data import encoded as encode_splits
 from tunesmith.data.cache import Encodings
 from tunesmith.data.examples import Example, Preference, Rating, Unusable
 from tunesmith.data.templates import IGNORED
-from tunesmith.errors import ModelError, RecipeError, counted
-from tunesmith.recipe import DPO, KTO, PRINCIPAL, Data, LoRA, Model, Recipe
+from tunesmith.errors import ModelError, counted
+from tunesmith.methods.sft import check_head
+from tunesmith.recipe import DPO, KTO, PRINCIPAL, Data, Recipe
 from tunesmith.training.run import Run
 
 Reference = DPO | KTO
@@ -153,7 +154,7 @@ def masked(sides: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, 
 
 def check_reference(recipe: Recipe) -> None:
     """Raises RecipeError or ModelError, before anything is read, for a reference that cannot be one."""
-    section, adapter = recipe.method, recipe.adapter
+    section = recipe.method
     assert isinstance(section, Reference)
     if section.reference_model:
         from tunesmith import models
@@ -168,22 +169,7 @@ def check_reference(recipe: Recipe) -> None:
                 found=f"{len(other)} and {len(own)} tokens",
                 fix="Give a reference of the same family, or leave method.reference_model out.",
             )
-    if isinstance(adapter, LoRA) and not isinstance(adapter.targets, str):
-        _check_head(recipe.model, adapter.targets)
-
-
-def _check_head(model: Model, targets: Sequence[str]) -> None:
-    """TRL multiplies by the head's own weights, so an adapter on it would never be trained."""
-    from tunesmith import models
-
-    whole = models.outline(model.base, revision=model.revision)
-    head = whole.get_output_embeddings()
-    name = next((name for name, module in whole.named_modules() if module is head), None)
-    if name and any(name == target or name.endswith(f".{target}") for target in targets):
-        raise RecipeError(
-            f"An adapter on the head ({name}) is not trained by this method.",
-            fix="Leave it out of adapter.targets, or train it whole with adapter.modules_to_save.",
-        )
+    check_head(recipe)
 
 
 def reference(section: Reference, model: Any, run: Run) -> tuple[Any, bool]:

@@ -21,6 +21,7 @@ from tunesmith.data.templates import end_of_turn_ids, set_template
 from tunesmith.errors import DataError
 from tunesmith.methods import rewards as rewarding
 from tunesmith.methods.rewards import Reward
+from tunesmith.methods.sft import check_head
 from tunesmith.plan import Decision
 from tunesmith.recipe import GRPO, PPO, RLOO, Data, Recipe, Training
 from tunesmith.training.checkpoints import LOG, keeping_run_folder
@@ -50,7 +51,9 @@ def encoded(splits: Splits, tokenizer: Any, data: Data, section: Section | PPO) 
 
 
 def check(recipe: Recipe) -> None:
-    """Refuses, before anything is read, rewards that are not there."""
+    """Refuses, before anything is read, rewards that are not there and an adapter that would not be trained."""
+    if not isinstance(recipe.method, PPO):  # whose trainer is ours, and asks the whole model
+        check_head(recipe)
     rewarding.check(getattr(recipe.method, "rewards", ()))
 
 

@@ -10,8 +10,8 @@ from tunesmith.data import encoded as encode_splits
 from tunesmith.data.cache import Encodings
 from tunesmith.data.examples import Conversation, Example, Preference, Prompt, Rating, Unusable
 from tunesmith.data.templates import set_template
-from tunesmith.errors import ModelError
-from tunesmith.recipe import SFT, Data
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.recipe import SFT, Data, LoRA, Recipe
 from tunesmith.training.checkpoints import keeping_run_folder
 from tunesmith.training.run import Run
 from tunesmith.training.validating import token_weighted
@@ -34,6 +34,24 @@ def imitated(example: Example) -> Example:
             return Conversation((*prompt, *answer), row=example.row, group=example.group, extra=example.extra)
         case _:
             return example
+
+
+def check_head(recipe: Recipe) -> None:
+    """Raises RecipeError, before anything is read, for an adapter on the head: TRL multiplies by the head's own
+    weights, so it would never be trained."""
+    adapter, model = recipe.adapter, recipe.model
+    if not isinstance(adapter, LoRA) or isinstance(adapter.targets, str):
+        return
+    from tunesmith import models
+
+    whole = models.outline(model.base, revision=model.revision)
+    head = whole.get_output_embeddings()
+    name = next((name for name, module in whole.named_modules() if module is head), None)
+    if name and any(name == target or name.endswith(f".{target}") for target in adapter.targets):
+        raise RecipeError(
+            f"An adapter on the head ({name}) is not trained by this method.",
+            fix="Leave it out of adapter.targets, or train it whole with adapter.modules_to_save.",
+        )
 
 
 def template(tokenizer: Any, choice: str | None, section: SFT) -> str:

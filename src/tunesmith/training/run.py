@@ -479,7 +479,9 @@ def check_free(path: Path, *, found: str | None = None, recipe: Recipe | None = 
     """Raises RunError where a new run's folder is another run's, or holds files that are not a run's. `found` says what
     else tells that run from the new one, of `recipe`, which may be that run's own."""
     # Listed first: whoever makes a run there meanwhile may write its last file between the two looks.
-    is_another = path.exists() and (not path.is_dir() or any(not OWN.fullmatch(p.name) for p in path.iterdir()))
+    is_another = path.exists() and (
+        not path.is_dir() or any(not OWN.fullmatch(p.name) for p in path.iterdir())
+    )
     if is_run(path):
         run = Run(path)
         state = run.state()

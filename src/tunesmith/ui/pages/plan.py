@@ -29,6 +29,7 @@ COLOURS = {
     "activations": "#1d7a3c",
     "head": "#c08a00",
     "cache": "#2a8c8c",
+    "outputs": "#5a9e6f",
     "evaluation": "#7a5c3e",
     "save": "#a23b72",
     "reserved": "#5c6370",

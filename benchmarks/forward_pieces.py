@@ -60,7 +60,7 @@ def batches(seed: int, *, pairs: bool) -> Batch:
 def off(piece: str) -> contextlib.ExitStack:
     """Have the fast forward do without one of its pieces."""
     from tunesmith import forward
-    from tunesmith.forward import head, tree
+    from tunesmith.forward import head, products, tree
 
     stack = contextlib.ExitStack()
 
@@ -74,6 +74,10 @@ def off(piece: str) -> contextlib.ExitStack:
     elif piece == "chunks":
         put(head, "POSITIONS", 10**9)
         put(head, "BYTES", 2**40)
+    elif piece == "pieces of the vocabulary":
+        put(head, "CACHED", 2**40)
+    elif piece == "oneDNN":
+        put(products, "is_faster", lambda: False)
     elif piece == "gradient made ahead":
         put(head, "KEPT", 0)
     return stack
@@ -141,6 +145,8 @@ def paths(model: Any) -> dict[str, Callable[[Batch], Any]]:
         "last layer": without("last layer", ours),
         "keeping less": lambda batch: keeping(**batch, fused_lm_head=True).loss,
         "chunks": without("chunks", ours),
+        "pieces of the vocabulary": without("pieces of the vocabulary", ours),
+        "oneDNN": without("oneDNN", ours),
         "gradient made ahead": without("gradient made ahead", later),
         "sharing": without("sharing", ours),
     }

@@ -68,9 +68,15 @@ def main(
             -memory,
         )
     )
-    share = training.of_matrix_peak(medians[ours], shape=args.shape, vocabulary=vocabulary, lora=args.lora)
+    share, plain = (
+        training.of_matrix_peak(
+            medians[ours], shape=args.shape, vocabulary=vocabulary, lora=args.lora, peak=peak
+        )
+        for peak in ("matrix_gflops", "plain_gflops")
+    )
     is_bar = args.shape == "512x8" and not args.lora and wanted is None
     bars.append(("share of the matrix peak", share, 0.75 if is_bar else 0.0))
+    bars.append(("share of what torch.mm gives", plain, 0.0))
     if args.all_peers:
         few = training.compare(
             f"{title}, fewer rows", ["ours", *SLOW], {**task, "batch": slow[1], "alone": {"trl defaults": DEFAULTS}},

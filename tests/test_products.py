@@ -114,6 +114,25 @@ def test_logits_far_below_the_largest_of_another_piece(monkeypatch):
         torch.testing.assert_close(one, other.grad.float(), rtol=1e-4, atol=1e-4)  # of logits of 300
 
 
+def test_words_that_are_ruled_out(monkeypatch):
+    """By a bias of minus infinity, all of a piece or its first."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(head, "CACHED", 4 * 6 * 3)
+    hidden, table = torch.randn(6, 4, requires_grad=True), torch.randn(12, 4, requires_grad=True)
+    bias = torch.zeros(12)
+    bias[[3, 4, 5, 9]] = -torch.inf
+    targets = torch.tensor([0, 1, 2, 6, 10, 11])
+    found = head.read(hidden, table, bias, targets, head.Reading(alike=True)).log_probs
+    found.sum().backward()
+    got = [hidden.grad, table.grad]
+    exact = [t.detach().clone().requires_grad_() for t in (hidden, table)]
+    wanted = (exact[0] @ exact[1].T + bias).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+    wanted.sum().backward()
+    torch.testing.assert_close(found, wanted)
+    for one, other in zip(got, exact, strict=True):
+        torch.testing.assert_close(one, other.grad)
+
+
 def test_what_is_left_to_torch(counted):
     states, layer = torch.randn(40, 8), nn.Linear(8, 8)
     assert products.takes(states, layer.weight)

@@ -91,7 +91,7 @@ class _Head(torch.autograd.Function):
         room = None if keeps else table.room(parts[0])
         for part in parts:
             masses = _masses(hidden[part], targets[part][:, None], table, room)
-            results.append(masses.found(ctx.dtype))
+            results.append(masses.found())
             if gradients:
                 gradients.add(part, masses, targets[part], torch.ones_like(masses.total))
             elif keeps:
@@ -234,7 +234,7 @@ class _Masses:
     def __post_init__(self) -> None:
         tops = torch.cat([piece.top for piece in self.pieces], 1)
         self.top = tops.amax(1, keepdim=True)
-        self.below = tops - self.top
+        self.below = (tops - self.top).clamp_(min=-1e4)  # no infinity, which times nothing is no number
         """(positions, pieces): how much smaller the largest logit of a piece is."""
         self.scales = self.below.exp()
         """What makes the masses of a piece those of the whole."""
@@ -247,8 +247,8 @@ class _Masses:
         mean = (weighed * self.scales + self.totals * self.below).sum(1, keepdim=True) / self.total
         return self.total.log() - mean
 
-    def found(self, dtype: torch.dtype) -> Found:
-        """What is asked of them, the logits having been computed in a type."""
+    def found(self) -> Found:
+        """What is asked of them."""
         log_total = self.total.log()
         label = torch.cat([piece.label for piece in self.pieces], 1).sum(1, keepdim=True)
         is_top = squares = means = None
@@ -293,12 +293,14 @@ def _piece(states: Tensor, labels: Tensor, table: _Table, words: slice, place: T
     logits, factor = table.logits(states, words)
     asked = table.reading.outputs
     inside, numbers = _places(labels, words)
-    label = logits.gather(1, numbers) * inside
+    label = logits.gather(1, numbers).masked_fill_(~inside, 0.0)
     plain = logits.sum(1, keepdim=True) if "mean_logits" in asked else None
     best = None
     if "is_top1" in asked and states.dtype != torch.float32:
         best = logits.argmax(1, keepdim=True) + words.start
-    top = logits.amax(1, keepdim=True)
+    top = logits.amax(1, keepdim=True).clamp_(
+        min=torch.finfo(torch.float32).min
+    )  # of words that are ruled out
     logits.sub_(top)
     weighed = None
     if "entropy" in asked:

@@ -149,6 +149,20 @@ def test_what_is_left_to_torch(counted):
     assert not products.takes(states, layer.weight.detach().as_subclass(Packed))
 
 
+def test_it_is_taken_on_request_alone(monkeypatch):
+    known = products.is_faster.__wrapped__
+    monkeypatch.delenv(products.ASKED, raising=False)
+    assert not known()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert not known()
+    monkeypatch.setenv(products.ASKED, "1")
+    for name in products.KEPT:
+        monkeypatch.setenv(name, "8")
+    assert known()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not known()
+
+
 def test_small_products_are_left_to_torch(monkeypatch):
     monkeypatch.setattr(products, "is_faster", lambda: True)
     wide = torch.randn(128, 128)
@@ -189,7 +203,8 @@ def test_a_second_quickening_is_no_second_layer(counted):
 
 
 GROWTH = """
-import json, sys
+import json, os
+os.environ["TUNESMITH_ONEDNN"] = "1"
 import torch
 from tunesmith.forward import products
 products.is_faster()

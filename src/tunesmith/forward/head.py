@@ -175,7 +175,7 @@ class _Table:
         positions = part.stop - part.start
         if len(self.pieces(positions)) == 1:
             return None
-        return torch.empty(positions * len(self.weight), device=self.weight.device)
+        return torch.empty(positions, len(self.weight), device=self.weight.device)
 
     def logits(self, states: Tensor, words: slice) -> tuple[Tensor, Tensor | None]:
         """Logits (positions, words) in float32, and the derivative of capping."""
@@ -284,7 +284,7 @@ def _masses(hidden: Tensor, labels: Tensor, table: _Table, room: Tensor | None) 
     for words in table.pieces(count):
         place = None
         if room is not None:
-            place = room[count * words.start : count * words.stop].view(count, -1)
+            place = room.view(-1)[count * words.start : count * words.stop].view(count, -1)
         pieces.append(_piece(states, labels, table, words, place))
     return _Masses(pieces, labels, len(table.weight), table.reading.outputs)
 

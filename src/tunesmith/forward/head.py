@@ -141,12 +141,10 @@ class _Head(torch.autograd.Function):
         for part in parts:
             own = hidden.new_zeros(len(hidden[part]), 1) if by_log is None else by_log[part][:, None]
             masses = kept.pop() if kept else _masses(hidden[part], targets[part][:, None], table, room)
-            if by_entropy is None:
-                gradients.add(part, masses, targets[part], own)
-            else:
-                gradients.add(part, masses, targets[part], own, by_entropy[part][:, None])
+            entropy = None if by_entropy is None else by_entropy[part][:, None]
+            gradients.add(part, masses, targets[part], own, entropy)
             del masses
-        return gradients.found(bias)
+        return gradients.found()
 
 
 @dataclass(frozen=True)
@@ -228,7 +226,6 @@ class _Masses:
     pieces: list[_Piece]
     labels: Tensor
     """(positions, 1)"""
-    words: int
     asked: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -265,7 +262,7 @@ class _Masses:
             squares = ((each * self.scales**2).sum(1, keepdim=True).log() - 2 * log_total).squeeze(1)
         if "mean_logits" in self.asked:
             sums = [piece.plain for piece in self.pieces if piece.plain is not None]
-            means = torch.cat(sums, 1).sum(1) / self.words
+            means = torch.cat(sums, 1).sum(1) / self.pieces[-1].words.stop
         entropy = self.entropy().squeeze(1) if "entropy" in self.asked else None
         return Found((label - self.top - log_total).squeeze(1), entropy, squares, means, is_top)
 
@@ -286,7 +283,7 @@ def _masses(hidden: Tensor, labels: Tensor, table: _Table, room: Tensor | None) 
         if room is not None:
             place = room.view(-1)[count * words.start : count * words.stop].view(count, -1)
         pieces.append(_piece(states, labels, table, words, place))
-    return _Masses(pieces, labels, len(table.weight), table.reading.outputs)
+    return _Masses(pieces, labels, table.reading.outputs)
 
 
 def _piece(states: Tensor, labels: Tensor, table: _Table, words: slice, place: Tensor | None) -> _Piece:
@@ -331,8 +328,9 @@ class _Gradients:
         bias = table.bias
         self.bias = torch.zeros_like(bias, dtype=torch.float32) if needed[2] and bias is not None else None
 
-    def found(self, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    def found(self) -> tuple[Tensor | None, ...]:
         """What autograd is given for the six arguments."""
+        bias = self.table.bias
         return (
             None if self.hidden is None else self.hidden.to(self.types[0]),
             None if self.weight is None else self.weight.to(self.types[1]),

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from tunesmith import ranks
 from tunesmith.data.templates import IGNORED
-from tunesmith.errors import OutOfMemory, TrainingDiverged, counted, is_out_of_memory
+from tunesmith.errors import TRAIN_IN_LESS, OutOfMemory, TrainingDiverged, counted, is_out_of_memory
 from tunesmith.training.checkpoints import free_memory, not_finite
 from tunesmith.training.run import Run
 
@@ -244,7 +244,7 @@ def parted(forward: Callable[..., Any], rows: Callable[[int], int | None]) -> Ca
             raise OutOfMemory(
                 "The memory is not enough for a batch, which cannot be parted.",
                 found="the loss of its experts' router is a mean over the whole batch",
-                fix=SMALLER,
+                fix=TRAIN_IN_LESS,
             )
         # A loss would be one of the parts; the trainers make theirs of the likelihoods.
         fields = {
@@ -255,12 +255,6 @@ def parted(forward: Callable[..., Any], rows: Callable[[int], int | None]) -> Ca
         return type(found[0])(**fields)
 
     return call
-
-
-SMALLER = (
-    "Lower per_device_train_batch_size and raise gradient_accumulation_steps, add --gradient-checkpointing, lower "
-    "--max-length, or use --lora."
-)
 
 
 def parts(batch: Mapping[str, Any], splits: Splits, rows: int) -> Iterator[tuple[dict[str, Any], float]]:
@@ -497,7 +491,7 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
                 raise OutOfMemory(
                     f"The memory is not enough for step {step} in process {ranks.number()} of {ranks.count()}.",
                     found=f"the others are in the midst of this step, which one alone cannot take back; {said[:200]}",
-                    fix=f"{SMALLER[:-1]}; then resume.",
+                    fix=f"{TRAIN_IN_LESS[:-1]}; then resume.",
                 )
             if self._writing or rows < 2:
                 when = (
@@ -508,7 +502,7 @@ def guarded_steps(trainer_class: Any, run: Run, splits: Splits) -> Any:
                 raise OutOfMemory(
                     f"The memory is not enough for step {step}{when}.",
                     found=f"{self._why_not_smaller(rows)}; {said[:200]}",
-                    fix=SMALLER,
+                    fix=TRAIN_IN_LESS,
                 )
             self._micro_rows = rows // 2
             how = (

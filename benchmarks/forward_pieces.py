@@ -60,7 +60,7 @@ def batches(seed: int, *, pairs: bool) -> Batch:
 def off(piece: str) -> contextlib.ExitStack:
     """Have the fast forward do without one of its pieces."""
     from tunesmith import forward
-    from tunesmith.forward import head, products, tree
+    from tunesmith.forward import head, tree
 
     stack = contextlib.ExitStack()
 
@@ -76,8 +76,6 @@ def off(piece: str) -> contextlib.ExitStack:
         put(head, "BYTES", 2**40)
     elif piece == "pieces of the vocabulary":
         put(head, "CACHED", 2**40)
-    elif piece == "oneDNN":
-        put(products, "is_faster", lambda: False)
     elif piece == "gradient made ahead":
         put(head, "KEPT", 0)
     return stack
@@ -146,7 +144,6 @@ def paths(model: Any) -> dict[str, Callable[[Batch], Any]]:
         "keeping less": lambda batch: keeping(**batch, fused_lm_head=True).loss,
         "chunks": without("chunks", ours),
         "pieces of the vocabulary": without("pieces of the vocabulary", ours),
-        "oneDNN": without("oneDNN", ours),
         "gradient made ahead": without("gradient made ahead", later),
         "sharing": without("sharing", ours),
     }

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tunesmith.forward.products import product, takes
-
 BYTES = 2**27
 """Logits that are held at a time: 256 positions of the larger vocabularies, which was the fastest on CPUs."""
 CUDA_BYTES = 2**29
@@ -178,7 +176,7 @@ class _Table:
     def logits(self, states: Tensor, words: slice) -> tuple[Tensor, Tensor | None]:
         """Logits (positions, words) in float32, and the derivative of capping."""
         weight = self.weight[words]
-        logits = product(states, weight) if takes(states, weight) else torch.mm(states, weight.t())
+        logits = torch.mm(states, weight.t())
         if self.bias is not None:
             logits.add_(self.bias[words].to(logits.dtype))
         logits = logits.float()
@@ -385,8 +383,7 @@ class _Gradients:
         pull = pull.to(weight.dtype)
         if self.hidden is not None:
             # Scaled where it is narrow, which spares a pass over the vocabulary.
-            found = product(pull, weight.t()) if takes(pull, weight) else pull @ weight
-            self.hidden[part].addcmul_(found.float(), each)
+            self.hidden[part].addcmul_((pull @ weight).float(), each)
         if self.weight is not None:
             scaled, sums = self.states[part].float() * each, self.weight[words]
             if weight.dtype == torch.float32:

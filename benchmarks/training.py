@@ -32,8 +32,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import chat_rows
 
-from tunesmith.__main__ import MALLOC
-
 SHAPES = {
     "256x4": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4},
     "512x8": {
@@ -546,6 +544,8 @@ def compare(
     Leaves with an error where their losses differ by more than `agree` of their size. `factory` is the Python of an
     environment with LLaMA-Factory, which then takes part.
     """
+    from tunesmith.__main__ import MALLOC  # not above: it sets what peers would inherit
+
     names = [*names, FACTORY, f"{FACTORY} packing"] if factory else list(names)
     work = Path(tempfile.mkdtemp(prefix="training-"))
     atexit.register(shutil.rmtree, work, ignore_errors=True)

@@ -292,21 +292,6 @@ def test_more_rows_and_longer_ones_take_more(recipe):
     assert 5 * held(small) < held(large) < 9 * held(small)
 
 
-def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(recipe, monkeypatch):
-    monkeypatch.setattr(devices, "resident", lambda: 10**8)
-
-    def of(rows):
-        return planned(recipe(training={"per_device_train_batch_size": rows}))
-
-    few, many = of(4), of(32)
-    here, room = devices.here, (few.peak + many.peak) // 2
-    monkeypatch.setattr(devices, "here", lambda kind: replace(here(kind), memory=room))
-    largest = of(4).largest_batch
-    assert 4 < largest < 32
-    assert not of(largest).missing
-    assert of(largest + largest // 4 + 1).missing
-
-
 def test_what_does_not_fit_says_by_how_much_and_what_to_change(recipe, monkeypatch, tmp_path):
     monkeypatch.setattr(devices, "resident", lambda: 10**8)  # the tests' own grows meanwhile
     asked = recipe(training={"per_device_train_batch_size": 32})

@@ -13,8 +13,9 @@ import sys
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-LARGE = 32 * 2**20
-"""Bytes from which on glibc always asks the system for a block of its own."""
+LARGE = 2**30
+"""Bytes from which on a block is always the system's own: those of a command that trains (`tunesmith.__main__`). In
+other processes glibc, which is asked here too, begins with 32 MB at the latest."""
 MAPPED = 2
 """Bit in the word before a block: it is the system's own."""
 WARMED = 16 * 2**20

@@ -233,9 +233,10 @@ LATE = {
 """Packages of some size that only a run with this adapter or method loads, and a plan does not."""
 
 
-LATER = 40_000_000
-"""Bytes that a process comes to hold in its first steps and keeps: the matrix library's buffers, stacks of threads, the
-last modules, the code of kernels. 10 to 40 MB were measured on two cores: the most, as a plan had better be over."""
+LATER = 60_000_000
+"""Bytes that a process comes to hold in its steps and keeps: the matrix library's buffers, stacks of threads, the last
+modules, the code of kernels, and, after more steps than a plan goes through, a piece of the heap that a lasting object
+keeps from being used again. 10 to 75 MB were measured on two cores, as a plan had better be over by few."""
 
 
 def _held(recipe: Recipe) -> int:

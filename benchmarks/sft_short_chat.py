@@ -74,7 +74,7 @@ def main(
         )
         for peak in ("matrix_gflops", "plain_gflops")
     )
-    is_bar = args.shape == "512x8" and not args.lora and wanted is None
+    is_bar = args.shape == "512x8" and wanted is None
     bars.append(("share of the matrix peak", share, 0.75 if is_bar else 0.0))
     bars.append(("share of what torch.mm gives", plain, 0.0))
     if args.all_peers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -291,6 +292,21 @@ def test_more_rows_and_longer_ones_take_more(recipe):
     assert 5 * held(small) < held(large) < 9 * held(small)
 
 
+def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(recipe, monkeypatch):
+    monkeypatch.setattr(devices, "resident", lambda: 10**8)
+
+    def of(rows):
+        return planned(recipe(training={"per_device_train_batch_size": rows}))
+
+    few, many = of(4), of(32)
+    here, room = devices.here, (few.peak + many.peak) // 2
+    monkeypatch.setattr(devices, "here", lambda kind: replace(here(kind), memory=room))
+    largest = of(4).largest_batch
+    assert 4 < largest < 32
+    assert not of(largest).missing
+    assert of(largest + largest // 4 + 1).missing
+
+
 def test_what_does_not_fit_says_by_how_much_and_what_to_change(recipe, monkeypatch, tmp_path):
     monkeypatch.setattr(devices, "resident", lambda: 10**8)  # the tests' own grows meanwhile
     asked = recipe(training={"per_device_train_batch_size": 32})
@@ -319,7 +335,8 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(recipe, monkeypat
     monkeypatch.setattr(estimating, "MARGIN", 0.0)
     with pytest.raises(OutOfResources) as error:
         api.train(asked)
-    assert estimating.size(found.missing) in str(error.value) or "does not fit" in str(error.value)
+    assert "does not fit" in str(error.value)
+    assert re.search(r"by [\d.,]+ [kMG]B", str(error.value))
     assert "--per-device-train-batch-size 1" in str(error.value)
     assert not (tmp_path / "runs/planned/checkpoints").exists()
 

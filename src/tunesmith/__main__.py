@@ -3,7 +3,7 @@
 import os
 import sys
 
-TRAINS = frozenset({"train", "resume", "plan", "demo", "find-lr", "verify-resume", "wizard"})
+TRAINS = frozenset({"train", "resume", "plan", "demo", "find-lr", "verify-resume", "wizard", "sweep"})
 """Verbs that train, or foretell what training takes."""
 MALLOC = ":".join(
     f"glibc.malloc.{name}={value}"

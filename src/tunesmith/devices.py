@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from tunesmith import heap
 from tunesmith.errors import RecipeError
 
 MIB, GIB = 2**20, 2**30
@@ -193,10 +194,7 @@ def _numbers(file: Path) -> dict[str, int]:
 
 def held() -> int:
     """Bytes that this process holds when what its C library has free is given back: a step takes its blocks of that."""
-    import ctypes
-
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another library than glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    heap.give_back()
     return resident()
 
 

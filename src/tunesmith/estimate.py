@@ -74,7 +74,7 @@ def state_bytes(optimizer: str, model: Any) -> int:
 
 
 ABOUT = {
-    "process": "Python with its libraries and the data, measured",
+    "process": "Python with its libraries and the data, measured, and what it loads later",
     "weights": "of all models that are loaded, frozen ones too",
     "gradients": "of what is trained",
     "gathered": "weights of other processes, for the layers that are run",

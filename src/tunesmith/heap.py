@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 LARGE = 2**30
@@ -36,6 +37,12 @@ class Block(NamedTuple):
     born: float
     died: float
     is_gradient: bool = False
+
+
+def give_back() -> None:
+    """Have the C library give what nothing uses back to the system, where it can."""
+    with suppress(AttributeError, OSError, TypeError):  # another library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _library() -> Any:

@@ -12,7 +12,6 @@ import gc
 import hashlib
 import itertools
 import json
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith import heap
 from tunesmith.data import cache, shares, supervision
 from tunesmith.data.cache import Encodings, StoredExamples
 from tunesmith.data.duplicates import NearDuplicates
@@ -797,16 +797,13 @@ def _name(splits: Splits, tokenizer: Any, data: Data, options: Mapping[str, Any]
 
 
 def _hand_back() -> None:
-    """Give the memory in which batches of rows were made back to the system, where its library can: it is in pieces
-    that nothing larger fits into, and would count beside all that training takes."""
-    import ctypes
-
+    """Give the memory in which batches of rows were made back: it is in pieces that nothing larger fits into, and would
+    count beside all that training takes."""
     import pyarrow
 
     gc.collect(1)  # of what came since libraries were loaded
     pyarrow.default_memory_pool().release_unused()
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-        library.malloc_trim(0)
+    heap.give_back()
 
 
 def _from_folder(folder: Path, splits: Splits, notes: tuple[str, ...]) -> EncodedSplits:

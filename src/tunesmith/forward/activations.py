@@ -3,7 +3,7 @@
 Autograd keeps what every single operation needs: of a norm its input, the scaled input and the output; of a gated layer
 the gate, its activation, what goes through it and the product; of GPT-2's activation seven steps on the way to it. Here
 norms and gates keep what they were given (`keep_less`), and layers behind them that would keep their results keep a way
-to them (`keeping`): four tenths of a Llama's activations are spared. The forward pass is the model's own code, so
+to them (`keeping`): about half of a Llama's activations are spared. The forward pass is the model's own code, so
 that its numbers, and those that are worked out again, are the stock ones to the bit, but for GPT-2's activation.
 """
 

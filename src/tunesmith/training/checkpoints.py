@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from tunesmith import ranks
+from tunesmith import heap, ranks
 from tunesmith.errors import (
     OutOfResources,
     RunError,
@@ -532,10 +532,11 @@ def save_weights(trainer: Any, folder: Path, state_dict: Any = None) -> None:
 
 
 def free_memory() -> None:
-    """Give back what nothing uses any more, to Python and to the device."""
+    """Give back what nothing uses any more, to Python, the system and the device."""
     import torch
 
     gc.collect()
+    heap.give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith import ranks
+from tunesmith import heap, ranks
 from tunesmith.errors import Interrupted, MissingExtra, RunError, lacked_memory
 from tunesmith.models import write_packing
 from tunesmith.plan import Plan
@@ -244,6 +244,7 @@ def fit(
         deal(trainer, ranks.count())
         steps.gather_unevenly(trainer)
         seed_apart(training.seed)
+    heap.give_back()  # what loading took: weights that went on to a GPU, or to another type
     try:
         with stop:
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -1,7 +1,8 @@
 """What a recipe asks of a GPU and of the packages for one: optimizers in fewer bits, Liger's kernels, FlashAttention,
 types of numbers. All of it is looked at when a run is planned, before any work.
 
-What only changes the speed is replaced where it is not to be had, and said. What changes the numbers is refused.
+What only changes the speed is replaced on a device that has no such thing, and said. What changes the numbers is
+refused, and so is a package that is missing.
 """
 
 from __future__ import annotations

@@ -74,8 +74,9 @@ def llamafactory(python: str, rows: Path, work: Path, name: str) -> list[str]:
 
 
 def environment(work: Path, name: str) -> dict[str, str]:
-    """Nothing kept of earlier runs but compiled modules; no network, no GPU."""
-    plain = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    """Nothing kept of earlier runs but compiled modules; no network, no GPU; of what tunesmith sets on import nothing."""
+    left = ("PYTHONDONTWRITEBYTECODE", "THP_MEM_ALLOC_ENABLE")
+    plain = {key: value for key, value in os.environ.items() if key not in left}
     return {
         **plain, "HF_DATASETS_CACHE": str(work / f"cache-{name}"), "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", "DISABLE_VERSION_CHECK": "1",

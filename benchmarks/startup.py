@@ -74,7 +74,7 @@ def llamafactory(python: str, rows: Path, work: Path, name: str) -> list[str]:
 
 
 def environment(work: Path, name: str) -> dict[str, str]:
-    """Nothing kept of earlier runs but compiled modules; no network, no GPU; of what tunesmith sets on import nothing."""
+    """Nothing kept of earlier runs but compiled modules; no network, no GPU, nothing that importing tunesmith sets."""
     left = ("PYTHONDONTWRITEBYTECODE", "THP_MEM_ALLOC_ENABLE")
     plain = {key: value for key, value in os.environ.items() if key not in left}
     return {

@@ -243,6 +243,46 @@ def test_micro_steps_are_measured_here(recipe):
     assert found.largest_batch >= 4
 
 
+@pytest.mark.parametrize("most", [1, 2, 40, 3000])
+@pytest.mark.parametrize("first", [1, 8, 100])
+@pytest.mark.parametrize(
+    "grows", [lambda n: n, lambda n: min(5 * n, 300) + n, lambda n: max(n, 50), lambda n: n**1.5, lambda n: 7]
+)
+@pytest.mark.parametrize("room", [0.5, 6, 44, 307, 1000, 10**6])
+def test_the_most_rows_that_fit_are_found_by_looking(most, first, grows, room):
+    """Against going through all of them; not one is named that was not looked at."""
+    looked = []
+
+    def peak_of(rows):
+        looked.append(rows)
+        return grows(rows)
+
+    found = estimating._most_rows(peak_of, room, first, most)
+    largest = max((n for n in range(1, most + 1) if grows(n) <= room), default=0)
+    assert largest - max(found // 8, 1) < found <= largest
+    assert found in looked or not found
+    assert len(looked) == len(set(looked)) < 16
+    assert set(looked) <= set(range(1, most + 1))
+
+
+@pytest.mark.parametrize("method", ["sft", "grpo"])
+def test_the_largest_micro_batch_fits_when_it_is_planned(recipe, question_file, monkeypatch, method):
+    monkeypatch.setattr(devices, "resident", lambda: 10**8)
+
+    def sized(rows):
+        asked = recipe() if method == "sft" else drawing(recipe, question_file, {"kind": "full"})
+        training = asked.training.model_copy(update={"per_device_train_batch_size": rows})
+        return asked.model_copy(update={"training": training})
+
+    room = sum(planned(sized(rows)).peak for rows in (8, 32)) // 2
+    here = devices.here
+    monkeypatch.setattr(devices, "here", lambda kind: replace(here(kind), memory=room))
+    largest = planned(sized(4), measured=True).largest_batch
+    assert 8 < largest < 32
+    assert not planned(sized(largest)).missing
+    assert planned(sized(largest + max(largest // 4, 2))).missing
+
+
 def test_tokens_of_the_sample_answers_are_measured_here(recipe, monkeypatch):
     given = recipe(
         training={"max_steps": 2, "warmup_steps": 0}, evaluation={"samples": 2, "max_new_tokens": 5}

@@ -1065,7 +1065,25 @@ def estimate(
         shared=shared,
     )
     if thorough:
-        result = replace(result, largest_batch=_largest(result, traced_as, recipe, rows, facts.kind))
+        there = len(rows.lengths) * (rows.group if rows.answers else 1)
+        first = recipe.training.per_device_train_batch_size
+        traceable = max(MOST_TRACED[facts.kind] // max(traced.shape.layers, 1), first, 2)
+
+        @functools.cache
+        def peak_of_rows(count: int) -> float:
+            if count > traceable:
+                half, whole = peak_of_rows(traceable // 2), peak_of_rows(traceable)
+                return whole + (count - traceable) * (whole - half) / (traceable - traceable // 2)
+            change = Change("batch", "", "", {"training": {"per_device_train_batch_size": count}})
+            changed = _with(recipe, [change])
+            again = traced_as(changed, _longest(rows.lengths, count), validates=False)
+            return most_of({**found, **stages_of(changed, again, answers)})
+
+        largest = _most_rows(peak_of_rows, facts.memory, first, there)
+        result = replace(result, largest_batch=largest)
+        if largest > traceable:
+            more = f"what more than {traceable:,} rows take is a straight line's from {traceable // 2:,} and those"
+            result = replace(result, notes=(*result.notes, f"the largest micro-batch was not traced: {more}"))
     if result.missing:
 
         @functools.cache
@@ -1509,31 +1527,34 @@ def _free(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _largest(
-    found: Estimate,
-    traced_as: Callable[..., Traced],
-    recipe: Recipe,
-    rows: Rows,
-    kind: str,
-) -> int:
-    """Rows in the largest micro-batch that fits, of rows as long as the longest; 0 where none does."""
-    if len(rows.lengths) < 2:
-        return len(rows.lengths) if not found.missing else 0
-    held = max(min(recipe.training.per_device_train_batch_size, len(rows.lengths)), 2)
-    other = held // 2
-    traced, second = (
-        traced_as(recipe, _longest(rows.lengths, few), validates=False) for few in (held, other)
-    )
-    mine, its = (sum(b for name, b in t.step.items() if name != "gradients") for t in (traced, second))
-    per_row = max((mine - its) / (held - other), 1.0) * (1 + SPREAD[kind])
-    rest = most_of({name: parts for name, parts in found.stages.items() if name != "training"})
-    if rest > found.capacity:
-        return 0
-    apart = sum(b for n, b in found.stages["training"].items() if n not in (*traced.step, "spread"))
-    gradients = found.stages["updating"].get("gradients", 0)  # all of them, or this process's share
-    room = found.capacity - apart - gradients - mine * (1 + SPREAD[kind])
-    return min(max(int(held + room // per_row), 0), len(rows.lengths))
+def _most_rows(peak_of: Callable[[int], float], capacity: int, first: int, most: int) -> int:
+    """How many rows of at most `most` fit, or up to an eighth fewer; 0 where not even one does.
 
+    Goes from `first` along straight lines between what was looked at, and names only what was.
+    """
+    fits, beyond, rows = 0, most + 1, min(first, most)
+    peaks: dict[int, float] = {}
+    while True:
+        peaks[rows] = peak_of(rows)
+        fits, beyond = (rows, beyond) if peaks[rows] <= capacity else (fits, rows)
+        closest = max(fits // 8, 1)
+        if beyond - fits <= closest:
+            return fits
+        known = sorted(peaks)
+        if not fits:
+            rows = beyond // 2
+        elif len(known) == 1:
+            rows = min(2 * fits, most)
+        else:
+            low, high = (fits, beyond) if beyond in peaks else known[-2:]
+            slope = (peaks[high] - peaks[low]) / (high - low)
+            line = fits + int(min((capacity - peaks[fits]) / slope, most)) if slope > 0 else most
+            rows = min(max(line, fits + closest), 8 * fits, beyond - 1)
+
+
+MOST_TRACED = {"cpu": 256, "cuda": 2_048, "mps": 2_048}
+"""Rows times layers of the largest batch that is traced where the largest that fits is looked for: some seconds. A CPU's
+attention is an operation per row."""
 
 REFUSED = sys.maxsize
 """The peak of a recipe that would be refused."""

@@ -506,8 +506,8 @@ def test_gradient_checkpointing():
     assert all(layer.gradient_checkpointing for layer in layers)
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("family", ["gemma2", "gpt2", "llama"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [pytest.param("gemma2", marks=pytest.mark.thorough), "gpt2", "llama"])
 def test_compiled_layers_are_the_same_for_all_lengths(family):
     from torch._dynamo.utils import counters
 

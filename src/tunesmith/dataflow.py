@@ -237,6 +237,8 @@ LATER = 60_000_000
 """Bytes that a process comes to hold in its steps and keeps: the matrix library's buffers, stacks of threads, the last
 modules, the code of kernels, and, after more steps than a plan goes through, a piece of the heap that a lasting object
 keeps from being used again. 10 to 75 MB were measured on two cores, as a plan had better be over by few."""
+OF_WORDS = 20_000_000
+"""The share of the products of the vocabulary's width, which a model that gives scores does not have."""
 
 
 def _held(recipe: Recipe) -> int:
@@ -244,7 +246,7 @@ def _held(recipe: Recipe) -> int:
     for name in (*LATE.get(recipe.adapter.kind, ()), *LATE.get(recipe.method.kind, ())):
         with suppress(ImportError):  # a run would say so
             importlib.import_module(name)
-    return devices.held() + LATER
+    return devices.held() + LATER - (OF_WORDS if METHODS[recipe.method.kind].head == "score" else 0)
 
 
 def _examples(method: Method, encodings: Encodings) -> int:

@@ -18,7 +18,8 @@ import torch
 from tunesmith import api, devices
 from tunesmith import estimate as estimating
 from tunesmith.compose import compose
-from tunesmith.errors import OutOfResources
+from tunesmith.errors import OutOfResources, size
+from tunesmith.estimate import micro_batches, pace, remedies, step
 from tunesmith.evaluation.report import write_report
 
 
@@ -155,7 +156,7 @@ def test_only_weights_of_another_type_than_their_files_take_memory_of_a_machine_
     whole = 4 * made.stages["training"]["weights"]
     assert not any("a machine" in note for note in mapped.notes)
     [told] = [note for note in made.notes if "a machine" in note]
-    assert f"{estimating.size(4 * whole)} a machine" in told
+    assert f"{size(4 * whole)} a machine" in told
     assert "--quant bf16" in told
 
 
@@ -203,7 +204,7 @@ def test_batches_of_like_length_wait_as_they_are_dealt():
     rng = random.Random(0)
     lengths = [max(int(rng.lognormvariate(5, 0.8)), 4) for _ in range(403)]
     training = Training(batches="by_length", per_device_train_batch_size=2, gradient_accumulation_steps=8)
-    found = estimating.batches(estimating.Rows(lengths, [], alike=8), training, 50)
+    found = micro_batches.batches(micro_batches.Rows(lengths, [], alike=8), training, 50)
     order = by_length(lengths, 8, seed=training.seed, epoch=0)
     dealt = list(Dealt(order, step=16, batch=2, processes=4))[:400]
     for count in (1, 2):
@@ -257,7 +258,7 @@ def test_the_most_rows_that_fit_are_found_by_looking(most, first, grows, room):
         looked.append(rows)
         return grows(rows)
 
-    found = estimating._most_rows(peak_of, room, first, most)
+    found = remedies.most_rows(peak_of, room, first, most)
     largest = max((n for n in range(1, most + 1) if grows(n) <= room), default=0)
     assert largest - max(found // 8, 1) < found <= largest
     assert found in looked or not found
@@ -287,7 +288,7 @@ def test_tokens_of_the_sample_answers_are_measured_here(recipe, monkeypatch):
     given = recipe(
         training={"max_steps": 2, "warmup_steps": 0}, evaluation={"samples": 2, "max_new_tokens": 5}
     )
-    monkeypatch.setattr(estimating, "timed_token", lambda model, tokenizer, prompts: 100.0 * len(prompts))
+    monkeypatch.setattr(pace, "timed_token", lambda model, tokenizer, prompts: 100.0 * len(prompts))
     found = planned(given, measured=True)
     assert found.validation_seconds == pytest.approx(
         1000, rel=0.01
@@ -302,7 +303,7 @@ def test_where_the_model_writes_first_whole_steps_are_measured(recipe, question_
     # Without measuring, the writing is most of an estimate, and twice the tokens are twice the writing.
     seconds = {}
     for tokens in (0, 32, 64):
-        monkeypatch.setattr(estimating, "BY_PYTHON", 3e-5 if tokens else 0.0)
+        monkeypatch.setattr(pace, "BY_PYTHON", 3e-5 if tokens else 0.0)
         one = drawing(recipe, question_file, {"kind": "lora"})
         section = one.method.model_copy(update={"max_new_tokens": tokens or 32})
         seconds[tokens] = planned(one.model_copy(update={"method": section})).seconds_per_step
@@ -355,7 +356,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(recipe, monkeypat
     flags = {word for remedy in found.remedies for word in remedy.flags.split() if word.startswith("--")}
     assert flags <= {*cli.FLAGS, "--set", "--lora", "--qlora"}
     told = found.warning()
-    assert estimating.size(found.missing) in told
+    assert size(found.missing) in told
     assert first.sentence() in told
     monkeypatch.setattr(estimating, "MARGIN", 0.0)
     with pytest.raises(OutOfResources) as error:
@@ -372,15 +373,15 @@ def test_answers_are_written_by_whole_weights(recipe, tiny_model_folder):
     stages = planned(asked, device="h100").stages
     adapter = stages["training"]["optimizer"] // 2
     assert 0 <= stages["answering"]["weights"] - adapter - 2 * parameters(tiny_model_folder) < 2000
-    last = list(estimating._changes(asked, 99, 1, "cuda"))[-1]
+    last = list(remedies.possible_changes(asked, 99, 1, "cuda"))[-1]
     assert (last.flags, last.fields) == ("--set evaluation.skip=true", {"evaluation": {"skip": True}})
 
 
 def test_16_bits_come_before_fewer_weights_where_a_gpu_has_them(recipe, monkeypatch):
     """A frozen base takes half of the memory then; a GPU that has no bfloat16 is offered the other type."""
-    kinds = [change.kind for change in estimating._changes(recipe(), 99, 1, "cuda")]
+    kinds = [change.kind for change in remedies.possible_changes(recipe(), 99, 1, "cuda")]
     assert kinds[-6:] == ["precision", "precision", "states", "adapter", "bits", "length"]
-    assert not {"precision", "states"} & {c.kind for c in estimating._changes(recipe(), 99, 1, "cpu")}
+    assert not {"precision", "states"} & {c.kind for c in remedies.possible_changes(recipe(), 99, 1, "cpu")}
 
     def asked(**training):
         one = {"per_device_train_batch_size": 1, "max_steps": None, "num_epochs": 1}
@@ -410,17 +411,17 @@ def test_16_bits_come_before_fewer_weights_where_a_gpu_has_them(recipe, monkeypa
 def test_remedies_are_ways_of_their_own_that_hold_nothing_in_vain(capacity, wanted):
     """Each change takes so much off 400; what is refused is not offered, nor what takes nothing off."""
     less = {"rows 1": None, "rows 2": 30, "answers": 0, "again": 25, "adapter": 60, "bits": 80, "length": 5}
-    changes = [estimating.Change(name.split()[0], name, f"--{name}", {}) for name in less]
+    changes = [remedies.Change(name.split()[0], name, f"--{name}", {}) for name in less]
 
     def peak(*taken):
         given = [less[change.said] for change in taken]
-        return estimating.REFUSED if None in given else 400 - sum(given)
+        return remedies.REFUSED if None in given else 400 - sum(given)
 
     facts = replace(devices.DEVICES["t4"], memory=capacity)
     found = replace(estimating.unknown(facts, ValueError()), stages={"training": {"weights": 400}})
-    remedies = estimating._remedies(found, changes, peak, fixed=100)
-    assert [remedy.flags for remedy in remedies] == wanted
-    for remedy in remedies:
+    ways = remedies.ways_to_fit(found, changes, peak, fixed=100)
+    assert [remedy.flags for remedy in ways] == wanted
+    for remedy in ways:
         assert remedy.peak == 400 - sum(
             takes or 0 for name, takes in less.items() if f"--{name}" in remedy.flags
         )
@@ -431,16 +432,16 @@ def test_remedies_are_ways_of_their_own_that_hold_nothing_in_vain(capacity, want
 @pytest.mark.parametrize(("over", "stops"), [(0.08, False), (0.24, False), (0.26, True)])
 def test_a_run_is_tried_where_it_misses_by_up_to_a_quarter(over, stops):
     held = {"training": {"weights": int((1 + over) * 10**9)}}
-    remedies = tuple(estimating.Remedy(f"change {n}", f"--flag {n}", n * 10**8, fits=True) for n in (1, 2, 3))
+    ways = tuple(remedies.Remedy(f"change {n}", f"--flag {n}", n * 10**8, fits=True) for n in (1, 2, 3))
     found = replace(
         estimating.unknown(devices.DEVICES["t4"], ValueError("x")),
         stages=held,
         capacity=10**9,
-        remedies=remedies,
+        remedies=ways,
     )
     if not stops:
         found.check()
-        assert f"{estimating.size(found.missing)} too much" in found.warning()
+        assert f"{size(found.missing)} too much" in found.warning()
         return
     with pytest.raises(OutOfResources) as error:
         found.check()
@@ -459,7 +460,7 @@ def by_part(found):
 def test_what_was_traced_is_not_traced_again(recipe, question_file, tmp_path, monkeypatch):
     measured = {"skip": False, "max_new_tokens": 8}
     first = planned(recipe(evaluation=measured))
-    monkeypatch.setattr(estimating, "_traced", None)
+    monkeypatch.setattr(step, "_traced", None)
     monkeypatch.setattr("tunesmith.tracing.counting", None)
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes(question_file.read_bytes())
@@ -555,7 +556,7 @@ def test_batches_are_those_that_a_run_meets(recipe, method, pairs, monkeypatch):
         return fullest(self, lengths, pads=pads)
 
     monkeypatch.setattr(Trainer, "training_step", step)
-    monkeypatch.setattr(estimating.Batches, "fullest", spy)
+    monkeypatch.setattr(micro_batches.Batches, "fullest", spy)
     steps = {"max_steps": 12, "per_device_train_batch_size": 4, "num_epochs": 2}  # more than an epoch
     asked = recipe(method={"kind": method}, training=steps, data={"dataset": pairs})
     planning, _ = api.plan(asked)
@@ -622,7 +623,7 @@ def test_outputs_of_frozen_layers_are_counted_as_they_are_kept(recipe, monkeypat
 
 
 def test_answers_to_one_prompt_share_it_and_nothing_else():
-    found = estimating._answered(6, 5, 8, 4, 1000)
+    found = step.answered(6, 5, 8, 4, 1000)
     rows = [tuple(row) for row in found["input_ids"].tolist()]
     assert len({row[:6] for row in rows}) == 2
     assert len(set(rows)) == len({row[6:] for row in rows}) == 8
@@ -681,9 +682,9 @@ def test_an_adapters_remedy_is_in_its_own_type(recipe, monkeypatch):
     settings = {"max_steps": 2, "per_device_train_batch_size": 1, "mixed_precision": "bf16"}
     asked = recipe(training={**settings, "gradient_checkpointing": True})
     made = []
-    inner = estimating.hollow
+    inner = step.hollow
     monkeypatch.setattr(
-        estimating,
+        step,
         "hollow",
         lambda given, dtype: made.append((given.adapter.kind, dtype)) or inner(given, dtype),
     )
@@ -733,8 +734,8 @@ def test_micro_steps_are_timed_in_the_types_of_the_run():
         accelerator=SimpleNamespace(autocast=autocast), model=torch.nn.Linear(1, 1), train_dataset=[{}],
         data_collator=lambda rows: {}, training_step=lambda *given, **named: seen.append(bool(inside)),
     )  # fmt: skip
-    estimating.timed(trainer, [[0], [0]])
-    assert seen == [True] * (1 + estimating.TURNS)
+    pace.timed(trainer, [[0], [0]])
+    assert seen == [True] * (1 + pace.TURNS)
 
 
 def test_quick_micro_steps_are_timed_several_times_and_slow_ones_once(monkeypatch):
@@ -746,10 +747,10 @@ def test_quick_micro_steps_are_timed_several_times_and_slow_ones_once(monkeypatc
         train_dataset=[{}], data_collator=lambda rows: {},
         training_step=lambda *given, **named: now.append(now[-1] + next(taken) / 10),
     )  # fmt: skip
-    monkeypatch.setattr(estimating.time, "perf_counter", lambda: now[-1])
-    assert estimating.timed(trainer, [[0], [0], [0]]) == pytest.approx([0.9, 0.1, 0.4])
-    monkeypatch.setattr(estimating, "ENOUGH", 0.4)
-    assert estimating.timed(trainer, [[0], [0], [0]]) == pytest.approx([0.9, 0.1, 0.4])
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[-1])
+    assert pace.timed(trainer, [[0], [0], [0]]) == pytest.approx([0.9, 0.1, 0.4])
+    monkeypatch.setattr(pace, "ENOUGH", 0.4)
+    assert pace.timed(trainer, [[0], [0], [0]]) == pytest.approx([0.9, 0.1, 0.4])
     assert list(taken) == []
 
 

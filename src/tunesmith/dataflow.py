@@ -34,7 +34,9 @@ from tunesmith.data.templates import Encoding
 from tunesmith.engines.check import FILE as CHECKS
 from tunesmith.engines.check import keep_check, remarked
 from tunesmith.errors import DataError, RecipeError, TunesmithError
-from tunesmith.estimate import Estimate
+from tunesmith.estimate import Estimate, pace
+from tunesmith.estimate.micro_batches import Rows, batches
+from tunesmith.estimate.step import hollow, rows_by_number, state_bytes, undisturbed
 from tunesmith.evaluation import EvalRow, forgetting, stages
 from tunesmith.evaluation import leakage as leaks
 from tunesmith.evaluation import parts as parting
@@ -145,9 +147,9 @@ def plan(
     number = None
     if isinstance(recipe.parallel, DeepSpeed) and found.processes > 1:
         facts = _facts(found.device, device, placed.per_node)
-        model = estimating.hollow(recipe, found.dtype)
+        model = hollow(recipe, found.dtype)
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        states = estimating.state_bytes(training.optimizer, model)
+        states = state_bytes(training.optimizer, model)
         alone = parallel.Model(sum(p.nbytes for p in model.parameters()), trained, states, layer=0, rest=0)
         number = parallel.stage(recipe.parallel, alone, found.processes, facts.memory)
         told.append(Decision("ZeRO stage", number, parallel.STAGES[number]))
@@ -191,7 +193,7 @@ def estimate(
     if isinstance(recipe.parallel, DeepSpeed):
         section = recipe.parallel.model_copy(update={"stage": plan.zero_stage})
         recipe = recipe.model_copy(update={"parallel": section})
-    given = estimating.Rows(
+    given = Rows(
         _row_lengths(method, encodings.train, packing),
         validation=_row_lengths(method, encodings.validation, None) if len(encodings.validation) else [],
         questions=len(asked.examples),
@@ -319,13 +321,13 @@ def _micro_steps(
     encodings: data.EncodedSplits,
     packing: Packing | None,
     batches: Sequence[Sequence[int]],
-) -> estimating.Measured:
+) -> pace.Measured:
     """A micro-step on each of these batches and some tokens of the sample answers, by the real model, which is thrown
     away; where a step begins with answers that the model writes, the second and third whole step."""
     tokenizer, _ = _tokenizer(recipe)
     draws = recipe.method.draws
     with (
-        estimating.undisturbed(),
+        undisturbed(),
         TemporaryDirectory(prefix="tunesmith-plan-") as folder,
         without_reference_pass(),
     ):
@@ -336,11 +338,11 @@ def _micro_steps(
         once = _at_once(recipe)
         trainer = _trainer(once, Run(Path(folder)), tokenizer, plan, encodings, packing, given)
         if draws:
-            return estimating.Measured(estimating.timed_steps(trainer))
-        steps = estimating.timed(trainer, batches)
+            return pace.Measured(pace.timed_steps(trainer))
+        steps = pace.timed(trainer, batches)
         prompts = _asked(recipe, encodings.validation)
-        token = estimating.timed_token(trainer.model, tokenizer, prompts) if prompts else 0.0
-        return estimating.Measured(steps, token)
+        token = pace.timed_token(trainer.model, tokenizer, prompts) if prompts else 0.0
+        return pace.Measured(steps, token)
 
 
 def _held_out(recipe: Recipe, asked: Asked) -> planning.HeldOut:
@@ -780,21 +782,21 @@ def _rehearsal(
     if recipe.method.draws or trainer.args.world_size > 1:
         return None
     is_ordered = "_get_train_sampler" in vars(trainer)  # by `order_by_length`
-    given = estimating.Rows(
+    given = Rows(
         _row_lengths(method, encodings.train, packing),
         validation=[],
         order=shuffled(len(encodings.train), training.seed) if recipe.method.kind == "kto" else None,
     )
     training = training.model_copy(update={"batches": "by_length" if is_ordered else "shuffled"})
-    found = estimating.batches(given, training, plan.total_steps)
+    found = batches(given, training, plan.total_steps)
     place = found.place_of_fullest(given.lengths, pads=trainer.pads)
     step = place // training.gradient_accumulation_steps + 1
     if step <= SOON:
         return None
     return Rehearsal(
-        estimating.rows_by_number(trainer.train_dataset, found.fullest(given.lengths, pads=trainer.pads)),
+        rows_by_number(trainer.train_dataset, found.fullest(given.lengths, pads=trainer.pads)),
         step,
-        estimating.state_bytes(training.optimizer, trainer.model),
+        state_bytes(training.optimizer, trainer.model),
     )
 
 
@@ -803,7 +805,7 @@ def _paced(run: Run, step: int, per_step: float, seconds: float) -> None:
     planned = run.read("plan.json") or {}
     if found := estimating.paced(planned.get("estimate"), per_step, seconds):
         run.write_plan({**planned, "measured": found})
-        told = estimating.duration(found["seconds"])
+        told = pace.duration(found["seconds"])
         run.event("decision", step=step, name="time in all", value=told, reason=found["basis"])
 
 

@@ -11,7 +11,7 @@ import torch
 
 from tunesmith import devices
 from tunesmith.errors import MissingExtra, OutOfResources, TunesmithError
-from tunesmith.estimate import STATES, state_bytes
+from tunesmith.estimate.step import STATES, state_bytes
 from tunesmith.recipe import Model, Training
 from tunesmith.training import gpu
 

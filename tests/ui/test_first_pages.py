@@ -419,7 +419,7 @@ def test_the_plan_says_what_fits_with_reasons_before_anything_starts(layer, work
 def test_a_run_that_does_not_fit_says_by_how_much_and_what_takes_less(layer, workspace):
     from dataclasses import replace
 
-    from tunesmith.estimate import Remedy
+    from tunesmith.estimate.remedies import Remedy
 
     found = plan.planned(layer, workspace, "h100-80gb")
     assert "on h100-80gb" in plan.verdict(found)
@@ -462,7 +462,8 @@ BESIDE_API = {
     "tunesmith.data.inspection": {"Inspected"},
     "tunesmith.data.validation": {"Report"},
     "tunesmith.errors": {"InputError", "RecipeError", "RunError", "TunesmithError", "counted", "size"},
-    "tunesmith.estimate": {"ABOUT", "Estimate", "duration"},
+    "tunesmith.estimate": {"ABOUT", "Estimate"},
+    "tunesmith.estimate.pace": {"duration"},
     "tunesmith.evaluation.compare": {"shown"},
     "tunesmith.evaluation.judging.asking": {"Forecast"},
     "tunesmith.evaluation.judging.settings": {"Judge", "load_judge"},

@@ -77,7 +77,7 @@ def verdict(found: Planned) -> str:
         return box(
             "Memory and time are not known.", [*(estimate.notes if estimate else ()), *lines], kind="warn"
         )
-    from tunesmith.estimate import duration
+    from tunesmith.estimate.pace import duration
 
     used = f"{size(estimate.peak)} of {size(estimate.capacity)} on {estimate.device}"
     lines.insert(

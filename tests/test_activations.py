@@ -285,3 +285,28 @@ def test_what_somebody_else_has_replaced_stays():
     changed = activations.keep_less(model)
     assert norm.forward is theirs
     assert norm not in [restore.module for restore in changed]
+
+
+def test_who_looks_at_a_gates_gradient_is_shown_it():
+    stock = made("llama")
+    lean = copy.deepcopy(stock)
+    activations.keep_less(lean)
+    seen = {"stock": [], "lean": []}
+    for name, model in (("stock", stock), ("lean", lean)):
+        for layer in model.model.layers:
+            layer.mlp.act_fn.register_full_backward_hook(
+                lambda module, given, out, name=name: seen[name].append(out[0])
+            )
+        model(ids()).logits.square().mean().backward()
+    assert len(seen["lean"]) == len(seen["stock"]) > 0
+    for one, other in zip(seen["lean"], seen["stock"], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("part", ["model.norm.weight", "model.layers.0.mlp.gate_proj.weight"])
+def test_second_derivatives_are_refused(part):
+    model = made("llama")
+    activations.keep_less(model)
+    loss = model.base_model(ids(), use_cache=False).last_hidden_state.square().sum()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(loss, dict(model.named_parameters())[part], create_graph=True)

@@ -247,6 +247,64 @@ def test_how_much_is_shared():
     assert len(together.pieces) == 7
 
 
+def test_what_is_not_needed_is_not_computed():
+    """Shared beginnings but once, tokens after the last label nowhere, and in the last layer labelled ones alone."""
+    inputs = shared([50, 35], [[9, 1, 40], [5, 5]])
+    inputs["input_ids"] = torch.nn.functional.pad(inputs["input_ids"], (0, 7), value=5)
+    inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 7))
+    inputs["labels"] = torch.nn.functional.pad(inputs["labels"], (0, 7), value=-100)
+    ends = inputs["attention_mask"].sum(1).tolist()
+    for row, end in enumerate(ends):  # a turn that nobody learns from follows
+        inputs["attention_mask"][row, end : end + 7] = 1
+    fast = quick(made("llama"))
+    layers, seen = forward.decoder_layers(fast), {}
+    for name, part in {
+        "first": layers[0].mlp,
+        "last": layers[-1].mlp,
+        "reads": layers[-1].input_layernorm,
+    }.items():
+        part.register_forward_pre_hook(
+            lambda _, given, name=name: seen.update({name: seen.get(name, 0) + given[0].shape[:-1].numel()})
+        )
+    fast(**inputs, fused_lm_head=True).loss.backward()
+    # The last token of a row predicts nothing, and beginnings are cut in steps of 16.
+    assert seen["first"] == 50 * 3 + 9 + 1 + 40 + 35 * 2 + 5 * 2 - 5 - 2 * 48 - 32
+    assert seen["reads"] == seen["first"]
+    # Each answer's tokens are predicted from the token before; of those of one prompt the first from the same one.
+    assert seen["last"] <= 9 + 1 + 40 + 5 * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "the head has an adapter"),
+        ({"trainable_token_indices": [3, 5]}, "the head is a TrainableTokensWrapper"),
+        ({"modules_to_save": ["lm_head"]}, None),
+        ({}, None),
+    ],
+)
+def test_heads_that_are_no_product_take_the_stock_path(settings, why):
+    from types import SimpleNamespace
+
+    from peft import LoraConfig, get_peft_model
+    from trl.trainer.utils import add_fused_lm_head
+
+    adapted = get_peft_model(
+        made("llama", tie_word_embeddings=True), LoraConfig(**{"target_modules": ["q_proj"], **settings})
+    )
+    model = adapted.get_base_model()
+    add_fused_lm_head(model, outputs=("log_probs",))
+    trainer = SimpleNamespace(
+        model=adapted,
+        is_fsdp_enabled=False,
+        is_deepspeed_enabled=False,
+        args=SimpleNamespace(neftune_noise_alpha=None),
+    )
+    said = forward.uncovered(trainer, model)
+    assert (said is None) == (why is None)
+    assert (said or "").startswith(why or "")
+
+
 @pytest.mark.parametrize("window", [None, 20, 120])
 @pytest.mark.parametrize("trimmed", [False, True])
 def test_what_sees_what(window, trimmed, monkeypatch):

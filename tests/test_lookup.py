@@ -105,3 +105,34 @@ def test_who_asks_for_the_gradient_gets_all_of_it():
     handle.remove()
     torch.testing.assert_close(seen[0], expected)
     torch.testing.assert_close(weight.grad, expected)
+
+
+def test_who_looks_at_the_gradient_sees_all_of_it_whenever_they_come():
+    """A hook that is put on the table after the forward pass."""
+    from torch.autograd.graph import register_multi_grad_hook
+
+    stock = made("llama", tie_word_embeddings=True)
+    inputs = batch([30, 7])
+    stock_loss(stock, inputs).backward()
+    expected = gradients(stock)["model.embed_tokens.weight"]
+    fast = quick(copy.deepcopy(stock))
+    table = fast.get_input_embeddings().weight
+    seen = []
+    putting = (
+        lambda: table.register_hook(lambda given: seen.append(given.clone())),
+        lambda: table.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad.clone())),
+    )
+    for put in putting:
+        loss = fast(**inputs, fused_lm_head=True).loss
+        handle = put()
+        loss.backward()
+        handle.remove()
+        for found in (gradients(fast)["model.embed_tokens.weight"], seen[-1]):
+            assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert len(seen) == 2
+    loss = fast(**inputs, fused_lm_head=True).loss
+    handle = register_multi_grad_hook([table], lambda given: seen.append(given[0].clone()))
+    loss.backward()
+    assert (
+        gradients(fast)["model.embed_tokens.weight"] - expected
+    ).abs().max() <= 1e-5 * expected.abs().max()

@@ -455,17 +455,29 @@ def estimate(
         first = recipe.training.per_device_train_batch_size
         traceable = max(MOST_TRACED[facts.kind] // max(traced.shape.layers, 1), first, 2)
 
-        @functools.cache
-        def peak_of_rows(count: int) -> float:
-            if count > traceable:
-                half, whole = peak_of_rows(traceable // 2), peak_of_rows(traceable)
-                return whole + (count - traceable) * (whole - half) / (traceable - traceable // 2)
-            change = Change("batch", "", "", {"training": {"per_device_train_batch_size": count}})
-            changed = with_changes(recipe, [change])
-            again = traced_as(changed, longest_rows(rows.lengths, count), validates=False)
+        def peak_of_batch(count: int, fullest: bool) -> int:
+            """Of the longest rows that there are, or of the fullest batch that a run of such batches meets."""
+            training = recipe.training.model_copy(update={"per_device_train_batch_size": count})
+            changed, pads = recipe.model_copy(update={"training": training}), not traced.unpadded
+            met = (
+                batches(rows, training, total_steps, pads=pads).fullest(rows.lengths, pads=pads)
+                if fullest
+                else None
+            )
+            again = traced_as(changed, met or longest_rows(rows.lengths, count), validates=False)
             return most_of({**found, **stages_of(changed, again, answers)})
 
+        @functools.cache
+        def peak_of_rows(count: int) -> float:
+            if count <= traceable:
+                return peak_of_batch(count, fullest=False)
+            half, whole = peak_of_rows(traceable // 2), peak_of_rows(traceable)
+            return whole + (count - traceable) * (whole - half) / (traceable - traceable // 2)
+
         largest = most_rows(peak_of_rows, facts.memory, first, there)
+        # Shorter rows may have more tokens that are learned from.
+        while 0 < largest <= traceable and peak_of_batch(largest, fullest=True) > facts.memory:
+            largest -= max(largest // 16, 1)
         result = replace(result, largest_batch=largest)
         if largest > traceable:
             more = f"what more than {traceable:,} rows take is a straight line's from {traceable // 2:,} and those"

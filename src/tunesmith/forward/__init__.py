@@ -419,6 +419,7 @@ def _cache(trunk: Trunk, trainer: Any, run: Run) -> None:
 def uncovered(trainer: Any, model: Any) -> str | None:
     """Why a trainer's model has to take the stock path; None where it need not."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
     kind = model.config.model_type
     if is_seq2seq(model):
@@ -438,8 +439,12 @@ def uncovered(trainer: Any, model: Any) -> str | None:
         return "weights are spread over processes"
     if trainer.args.neftune_noise_alpha:
         return "NEFTune's noise is measured by the length of padded rows"
-    if not is_reward(model) and isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        return "the head has an adapter"
+    if not is_reward(model):
+        head = model.get_output_embeddings()
+        if isinstance(head, BaseTunerLayer):
+            return "the head has an adapter"
+        if not isinstance(head, nn.Linear | ModulesToSaveWrapper):
+            return f"the head is a {type(head).__name__}, not a product with a table"
     asked = model.config.get_text_config()._attn_implementation_internal
     if asked not in ("sdpa", "eager", "flash_attention_2"):
         return f"the attention {asked} was asked for"

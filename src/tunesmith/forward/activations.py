@@ -12,12 +12,11 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
@@ -48,6 +47,21 @@ class Restore:
             del self.module.forward
 
 
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass through which there is no other one: whoever asks for second derivatives gets an error, not
+    numbers that lack a part."""
+
+    @wraps(backward)
+    def checked(ctx: Any, *given: Any) -> Any:
+        if torch.is_grad_enabled():  # by create_graph alone
+            raise RuntimeError(
+                "The fast forward has no second derivatives (create_graph=True); `--set training.forward=stock` has."
+            )
+        return backward(ctx, *given)
+
+    return checked
+
+
 def keep_less(model: nn.Module) -> list[Restore]:
     """Have a model's norms and activations keep no more than they have to; what undoes it.
 
@@ -72,7 +86,7 @@ def _sparing(module: nn.Module, gated: bool) -> Callable[[Tensor], Any] | None:
     if kind == IN_STEPS:
         theirs = partial(functional.gelu, approximate="tanh")
     if gated and kind in SLOPES:
-        return partial(_activated, theirs, SLOPES[kind])
+        return partial(_activated, module, theirs, SLOPES[kind])
     return theirs if kind == IN_STEPS else None
 
 
@@ -156,9 +170,13 @@ def _norm_again(node: Any) -> Tensor:
 
 
 def _activated(
-    theirs: Callable[[Tensor], Tensor], slope: Callable[[Tensor, Tensor], Tensor], gate: Tensor
+    module: nn.Module,
+    theirs: Callable[[Tensor], Tensor],
+    slope: Callable[[Tensor, Tensor], Tensor],
+    gate: Tensor,
 ) -> Any:
-    if not records():
+    is_watched = module._backward_hooks or module._backward_pre_hooks  # which are given tensors
+    if is_watched or not records():
         return theirs(gate)
     return Gate(gate, theirs, slope)
 
@@ -181,7 +199,7 @@ class _Norm(torch.autograd.Function):
         return theirs(states)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
         # With r = 1 / rms(x), n = x r and h the gradient times the factor, dx = r (h - n mean(h n)).
         ctx.met = None
@@ -273,7 +291,7 @@ class _Gated(torch.autograd.Function):
         return theirs(gate).mul_(through)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
         gate, through = ctx.saved_tensors
         met, ctx.met = ctx.met, None

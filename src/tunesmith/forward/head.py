@@ -7,10 +7,13 @@ is onehot(label) - p, and that of the entropy H is -p (log p + H).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from tunesmith.forward.activations import first_order
 
 BYTES = 2**27
 """Logits that are held at a time: 256 positions of the larger vocabularies, which was the fastest on CPUs."""
@@ -100,24 +103,27 @@ class _Head(torch.autograd.Function):
         )
         ctx.ahead, ctx.kept = gradients is not None, kept
         if gradients:
-            ctx.save_for_backward(
-                hidden, weight, bias, targets, gradients.hidden, gradients.weight, gradients.bias
-            )
+            ctx.save_for_backward(hidden, weight, bias, targets, gradients.hidden, gradients.bias)
         elif any(needed):
-            ctx.save_for_backward(hidden, weight, bias, targets, None, None, None)
+            ctx.save_for_backward(hidden, weight, bias, targets, None, None)
+        # As large as the weights and scaled in place: given away in the first backward pass.
+        ctx.of_weight = gradients.weight if gradients else None
         ctx.mark_non_differentiable(*(found[n] for n in (2, 3, 4) if found[n] is not None))
         return found
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         by_log, by_entropy = given[:2]
         hidden, weight, bias, targets, *ready = ctx.saved_tensors
         if by_log is None and by_entropy is None:
             return (None,) * 6
         needed = list(ctx.needs_input_grad[:3])
-        if ctx.ahead and by_entropy is None:
+        of_weight, ctx.of_weight = ctx.of_weight, None
+        is_there = ctx.ahead and (of_weight is not None or not needed[1])
+        if is_there and by_entropy is None:
             assert by_log is not None
-            of_hidden, of_weight, of_bias = ready
+            of_hidden, of_bias = ready
             # Hollow numbers, which a plan is made with, cannot be compared: they are taken to be as expected.
             same = by_log.is_meta or not len(by_log) or bool((by_log == by_log[0]).all())
             if same or not any(needed[1:]):
@@ -130,6 +136,7 @@ class _Head(torch.autograd.Function):
                     None,
                     None,
                 )
+        del of_weight
         table = _Table(weight.to(ctx.dtype), bias, ctx.reading)
         gradients = _Gradients(hidden, weight, table, needed)
         kept, ctx.kept = ctx.kept, []  # used up; a second backward pass computes them again
@@ -137,7 +144,11 @@ class _Head(torch.autograd.Function):
         parts = _parts(hidden, table)
         room = None if kept else table.room(parts[0])
         for part in parts:
-            own = hidden.new_zeros(len(hidden[part]), 1) if by_log is None else by_log[part][:, None]
+            own = (
+                hidden.new_zeros(len(hidden[part]), 1, dtype=torch.float32)
+                if by_log is None
+                else by_log[part][:, None]
+            )
             masses = kept.pop() if kept else _masses(hidden[part], targets[part][:, None], table, room)
             entropy = None if by_entropy is None else by_entropy[part][:, None]
             gradients.add(part, masses, targets[part], own, entropy)
@@ -236,6 +247,15 @@ class _Masses:
         self.totals = torch.cat([piece.total for piece in self.pieces], 1) * self.scales
         self.total = self.totals.sum(1, keepdim=True)
 
+    @cached_property
+    def label(self) -> Tensor:
+        """(positions, 1): the label's logit."""
+        return torch.cat([piece.label for piece in self.pieces], 1).sum(1, keepdim=True)
+
+    def sure(self) -> Tensor:
+        """(positions, 1): where the label has most of the probability."""
+        return (self.label - self.top).exp() > 0.5 * self.total
+
     def entropy(self) -> Tensor:
         """(positions, 1)"""
         weighed = torch.cat([piece.weighed for piece in self.pieces if piece.weighed is not None], 1)
@@ -244,8 +264,7 @@ class _Masses:
 
     def found(self) -> Found:
         """What is asked of them."""
-        log_total = self.total.log()
-        label = torch.cat([piece.label for piece in self.pieces], 1).sum(1, keepdim=True)
+        log_total, label = self.total.log(), self.label
         is_top = squares = means = None
         if "is_top1" in self.asked:
             # Of equal ones the first counts. In float32 none are equal, and finding where the largest is takes ten
@@ -344,24 +363,30 @@ class _Gradients:
         """Add what comes of some positions with labels `names`, whose log-probabilities have the gradients `own`
         (positions, 1), and their entropies `entropy`. The masses are used up."""
         slope = self.table.reading.scale / self.table.reading.temperature
-        each, at_label = masses.scales * (-own / masses.total), own
+        shares = masses.scales / masses.total  # what makes masses probabilities
+        # What pulls a sure label up is nearly what pushes it down: in half precision both have to go through one
+        # product, as two that round on their own leave the roundings. Of others it is added exactly.
+        sure = masses.sure()
+        at_label = own.masked_fill(sure, 0.0)
         capped = masses.pieces[0].factor is not None
         if capped:  # of the label's logit too
             at_label = torch.zeros_like(own)
         shift = None if entropy is None else masses.entropy() - masses.total.log()
         while masses.pieces:
             piece, column = masses.pieces.pop(), slice(len(masses.pieces), len(masses.pieces) + 1)
-            pull, along = piece.masses, each[:, column]
+            pull, share, each = piece.masses, shares[:, column], -own * slope
+            inside, numbers = _places(masses.labels, piece.words)
+            of_label = -1 / share
             if entropy is not None and shift is not None:
                 # What is too small to have a logarithm is zero.
                 logs = pull.log().clamp_(min=-104.0).add_(masses.below[:, column] + shift)
-                pull.mul_(masses.scales[:, column] / -masses.total).mul_(logs.mul_(entropy).add_(own))
-                along = torch.ones_like(along)
+                pull.mul_(-share).mul_(logs.mul_(entropy).add_(own))
+                share, each, of_label = torch.ones_like(share), torch.full_like(own, slope), own
+            pull.scatter_add_(1, numbers, torch.where(sure & inside, of_label, 0.0))
             if piece.factor is not None:
                 pull.mul_(piece.factor)
-                inside, numbers = _places(masses.labels, piece.words)
-                at_label += own * piece.factor.gather(1, numbers) * inside
-            self._add_piece(part, piece.words, pull, along * slope)
+                at_label += own * piece.factor.gather(1, numbers) * (inside & ~sure)
+            self._add_piece(part, piece.words, pull, share, each)
         self.is_first = False
         at_label = at_label * slope
         states = self.states[part].float()
@@ -372,14 +397,16 @@ class _Gradients:
         if self.weight is not None:
             self.weight.index_add_(0, names, states * at_label)
 
-    def _add_piece(self, part: slice, words: slice, pull: Tensor, each: Tensor) -> None:
-        """Add what comes of derivatives by the logits of some words, `pull` times `each`. `pull` is used up."""
+    def _add_piece(self, part: slice, words: slice, pull: Tensor, share: Tensor, each: Tensor) -> None:
+        """Add what comes of derivatives by the logits of some words, `pull` times `share` times `each`, of which the
+        last has the gradients that are given. `pull` is used up."""
         if self.bias is not None:
-            self.bias[words] += (pull * each).sum(0)
+            self.bias[words] += (pull * (share * each)).sum(0)
         weight = self.table.weight[words]
         if weight.dtype == torch.float16:
             # Undivided, these add up to as much as the vocabulary, and half a number ends at 65,504.
-            pull, each = pull.mul_(each * HALVED), torch.full_like(each, 1 / HALVED)
+            pull, share = pull.mul_(share * HALVED), torch.full_like(share, 1 / HALVED)
+        each = share * each
         pull = pull.to(weight.dtype)
         if self.hidden is not None:
             # Scaled where it is narrow, which spares a pass over the vocabulary.

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from tunesmith.forward.activations import Restore, records
+from tunesmith.forward.activations import Restore, first_order, records
 
 
 def join(model: Any) -> list[Restore]:
@@ -38,8 +37,7 @@ def _looked_up(table: Any, theirs: Any, ids: Tensor) -> Tensor:
     if (
         not records()
         or not (weight.requires_grad and weight.is_leaf)
-        or weight._backward_hooks  # which look at the gradient before it is whole
-        or getattr(weight, "_post_accumulate_grad_hooks", None)
+        or _is_watched(weight)
         # The head's gradient is sent to the others, and be it to none, before the rows would have come.
         or (torch.distributed.is_available() and torch.distributed.is_initialized())
     ):
@@ -58,18 +56,23 @@ class _Lookup(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
         (ids,), table, weight = ctx.saved_tensors, ctx.table, ctx.weight
         rows = (given[0].flatten(0, -2) * getattr(table, "embed_scale", 1.0)).to(weight.dtype)
         if table.padding_idx is not None:
             rows = rows.masked_fill((ids == table.padding_idx).flatten()[:, None], 0.0)
-        if not _accumulates(weight):
+        if not _accumulates(weight) or _is_watched(weight):
             return None, _add_rows(torch.zeros_like(weight), ids, rows), None, None
         # When the pass ends, the head's gradient is there, whichever of the two autograd came to first.
         engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
         engine.queue_callback(partial(_complete, weight, ids, rows))
         return None, None, None, None
+
+
+def _is_watched(weight: Any) -> bool:
+    """Whether somebody looks at the gradient, who would see it before it is whole."""
+    return bool(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None))
 
 
 def _accumulates(weight: Tensor) -> bool:

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import math
 import shutil
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -249,13 +250,16 @@ class Estimate:
 
 
 def unknown(facts: DeviceFacts, error: Exception) -> Estimate:
-    """What is left to say of a model that could not be traced."""
-    why = next(iter(str(error).splitlines()), "") or type(error).__name__
+    """What is left to say of a model whose step could not be traced, and where it ended: be it the model or we."""
+    why = next(iter(str(error).splitlines()), "")[:160]
+    places = traceback.extract_tb(error.__traceback__)
+    at = f", {Path(places[-1].filename).name} line {places[-1].lineno}" if places else ""
+    told = f"the model's step could not be traced ({type(error).__name__}: {why}{at})"
     return Estimate(
         device=facts.name, capacity=facts.memory, stages={}, seconds_per_step=0.0, seconds=0.0, validation_seconds=0.0,
         saving_seconds=0.0, basis="",
         tokens_per_epoch=0, epochs=0.0, flops_per_step=0.0, disk={}, disk_free=0, micro_batch=0,
-        notes=(f"memory and time were not worked out: the model's step could not be traced ({why[:160]})",),
+        notes=(f"memory and time were not worked out: {told}; the run itself does not need it, a report of it helps",),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -241,10 +242,39 @@ def test_how_much_is_shared():
     )
     together = forward.layout(rows, share=True, device="cpu")
     apart = forward.layout(rows, share=False, device="cpu")
-    # Beginnings are cut in steps of 16, and the last token of a row predicts nothing.
+    # The last token of a row predicts nothing.
     assert apart.ids.shape[1] == 50 * 3 + 9 + 1 + 40 + 35 * 2 + 5 * 2 - 5
-    assert together.ids.shape[1] == apart.ids.shape[1] - 2 * 48 - 32
-    assert len(together.pieces) == 7
+    assert together.ids.shape[1] == apart.ids.shape[1] - 2 * 50 - 35
+    assert len(together.pieces) == 6  # nothing is left of the answer of one token
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_are_long_enough_and_rows_put_together_from_them_are_the_rows(seed):
+    """Rows that leave one another at any place, some of them another one's beginning, or the same."""
+    draw = np.random.default_rng(seed)
+    texts = [draw.integers(3, 6, 60)]
+    for _ in range(12):
+        old = texts[draw.integers(len(texts))]
+        cut = draw.integers(0, len(old) + 1)
+        texts.append(np.concatenate([old[:cut], draw.integers(3, 6, draw.integers(0, 40))]))
+    texts = [text for text in texts if len(text) > 1]
+    rows = [tree.Row(text, 0, np.arange(len(text)), np.arange(len(text))) for text in texts]
+    found = forward.layout(rows, share=True, device="cpu")
+    begins = np.cumsum([0, *(piece.length for piece in found.pieces)])
+    ids = found.ids[0].numpy()
+    outputs = np.arange(len(found.kept)) if found.outputs is None else found.outputs.numpy()
+    # Every row's tokens are found where it says they are, in a piece and those on its way.
+    in_order = sorted(range(len(texts)), key=lambda n: texts[n].astype(">u4").tobytes())
+    where = np.split(found.kept.numpy()[outputs], np.cumsum([len(texts[n]) for n in in_order])[:-1])
+    for places, number in zip(where, in_order, strict=True):
+        assert np.array_equal(ids[places], texts[number])
+        used = np.unique(np.searchsorted(begins, places, side="right") - 1)
+        assert {*used} == {used[-1], *found.pieces[used[-1]].way} or len(used) == 1
+    inner = {n for piece in found.pieces for n in piece.way}
+    assert all(found.pieces[n].length >= tree.LEAST for n in inner)
+    # As much is shared as can be, but for less than a piece at each place where rows part.
+    unique = {text[: size + 1].tobytes() for text in texts for size in range(len(text))}
+    assert len(unique) <= len(ids) <= len(unique) + (tree.LEAST - 1) * (len(texts) - 1)
 
 
 def test_what_is_not_needed_is_not_computed():
@@ -267,8 +297,8 @@ def test_what_is_not_needed_is_not_computed():
             lambda _, given, name=name: seen.update({name: seen.get(name, 0) + given[0].shape[:-1].numel()})
         )
     fast(**inputs, fused_lm_head=True).loss.backward()
-    # The last token of a row predicts nothing, and beginnings are cut in steps of 16.
-    assert seen["first"] == 50 * 3 + 9 + 1 + 40 + 35 * 2 + 5 * 2 - 5 - 2 * 48 - 32
+    # The last token of a row predicts nothing.
+    assert seen["first"] == 50 * 3 + 9 + 1 + 40 + 35 * 2 + 5 * 2 - 5 - 2 * 50 - 35
     assert seen["reads"] == seen["first"]
     # Each answer's tokens are predicted from the token before; of those of one prompt the first from the same one.
     assert seen["last"] <= 9 + 1 + 40 + 5 * 2

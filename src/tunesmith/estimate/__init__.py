@@ -7,12 +7,13 @@ device can do, and on this machine from two measured micro-steps.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 import shutil
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -249,13 +250,16 @@ class Estimate:
 
 
 def unknown(facts: DeviceFacts, error: Exception) -> Estimate:
-    """What is left to say of a model that could not be traced."""
-    why = next(iter(str(error).splitlines()), "") or type(error).__name__
+    """What is left to say of a model whose step could not be traced, and where it ended: be it the model or we."""
+    why = next(iter(str(error).splitlines()), "")[:160]
+    places = traceback.extract_tb(error.__traceback__)
+    at = f", {Path(places[-1].filename).name} line {places[-1].lineno}" if places else ""
+    told = f"the model's step could not be traced ({type(error).__name__}: {why}{at})"
     return Estimate(
         device=facts.name, capacity=facts.memory, stages={}, seconds_per_step=0.0, seconds=0.0, validation_seconds=0.0,
         saving_seconds=0.0, basis="",
         tokens_per_epoch=0, epochs=0.0, flops_per_step=0.0, disk={}, disk_free=0, micro_batch=0,
-        notes=(f"memory and time were not worked out: the model's step could not be traced ({why[:160]})",),
+        notes=(f"memory and time were not worked out: {told}; the run itself does not need it, a report of it helps",),
     )  # fmt: skip
 
 
@@ -324,53 +328,109 @@ def estimate(
     `thorough` also looks for the largest micro-batch; `measure` times micro-steps on rows of these numbers, here.
     Remedies are worked out where the run does not fit, of those that `check` does not refuse with a TunesmithError.
     """
-    from tunesmith.training.steps import SOON
-
-    dtype, precision, total_steps = plan.dtype, plan.mixed_precision, plan.total_steps
-
-    def types(changed: Recipe) -> tuple[str, str]:
-        """Of the weights and of mixed precision."""
-        asked = changed.training.mixed_precision
-        held, _ = weights_dtype(changed.model.dtype, changed.adapter.kind, facts.kind, asked)
-        return held, computed_in(asked, facts.kind)
-
-    def traced_as(
-        changed: Recipe, rows_in_batch: Sequence[int], cut: float = 1.0, validates: bool = True
-    ) -> Traced:
-        asked = Asked(facts.kind, *types(changed), tuple(rows_in_batch), cut, validates)
-        return trace(changed, build, rows, asked)
-
-    def lowers(changed: Recipe) -> bool:
-        """Whether weights of float32 are sent in bfloat16."""
-        return types(changed) == ("float32", "bf16")
-
-    found_batches = batches(rows, recipe.training, total_steps)
-    batch = found_batches.fullest(rows.lengths, pads=False)
-    traced = traced_as(recipe, batch)
+    case = _Case(build, rows, facts, plan)
+    met = batches(rows, recipe.training, plan.total_steps)
+    batch = met.fullest(rows.lengths, pads=False)
+    traced = case.traced(recipe, batch)
     if not traced.unpadded:
-        found_batches = batches(rows, recipe.training, total_steps, pads=True)
-        batch = found_batches.fullest(rows.lengths, pads=True)
-        traced = traced_as(recipe, batch)
-    share = found_batches.share(rows, batch, pads=not traced.unpadded)
-    answers, notes = answering(recipe, rows, facts=facts, dtype=dtype)
-    held = process()  # now that every library is loaded
-    several = plan.processes
+        met = batches(rows, recipe.training, plan.total_steps, pads=True)
+        batch = met.fullest(rows.lengths, pads=True)
+        traced = case.traced(recipe, batch)
+    answers, notes = answering(recipe, rows, facts=facts, dtype=plan.dtype)
+    case = replace(case, held=process())  # now that every library is loaded
+    found = case.stages(recipe, traced, answers)
+    if most_of(found) > facts.memory:
+        measure = None
+    elif measure and roofline(traced.costs, facts, plan.dtype) > MEASURED_SECONDS:
+        measure = None
+        notes.append(f"no micro-step was measured: one would take longer than {MEASURED_SECONDS:.0f} s")
+    notes += [
+        *_notes(case, recipe, traced),
+        *several_notes(recipe, plan, facts, traced.weights),
+        *traced.notes,
+        *rows_notes(rows, recipe),
+    ]
+    took = _seconds(case, recipe, traced, met, batch, measure)
+    result = Estimate(
+        device=facts.name,
+        capacity=facts.memory,
+        stages=found,
+        seconds_per_step=took.step,
+        seconds=took.first + plan.total_steps * took.step + took.validations + took.saving,
+        validation_seconds=took.validations,
+        saving_seconds=took.saving,
+        basis=took.basis,
+        tokens_per_epoch=plan.tokens_per_epoch,
+        epochs=round(plan.total_steps / max(plan.steps_per_epoch, 1), 2),
+        flops_per_step=took.flops,
+        disk=_disk(recipe, traced, rows, plan),
+        disk_free=_free(folder) if folder else None,
+        micro_batch=recipe.training.per_device_train_batch_size,
+        longest=traced.width,
+        shared=took.shared,
+    )
+    if thorough:
+        largest, said = _largest(case, recipe, traced, found, answers)
+        notes += said
+        result = replace(result, largest_batch=largest)
+    result = replace(result, notes=tuple(notes))
+    if result.missing:
+        peak_of = cache(partial(_peak_with, case, recipe, result, check))
+        fixed = case.held if facts.kind == "cpu" else facts.reserved
+        changes = list(possible_changes(recipe, result.longest, plan.processes, facts.kind))
+        result = replace(result, remedies=tuple(ways_to_fit(result, changes, peak_of, fixed)))
+    return result
 
-    def kept_of(changed: Recipe, traced: Traced) -> int:
+
+@dataclass(frozen=True)
+class _Case:
+    """What is asked of a recipe and of those that differ a little from it."""
+
+    build: Build
+    rows: Rows
+    facts: DeviceFacts
+    plan: Plan
+    held: int = 0
+    """Bytes of the process, with every library."""
+
+    def types(self, recipe: Recipe) -> tuple[str, str]:
+        """Of the weights and of mixed precision."""
+        asked = recipe.training.mixed_precision
+        held, _ = weights_dtype(recipe.model.dtype, recipe.adapter.kind, self.facts.kind, asked)
+        return held, computed_in(asked, self.facts.kind)
+
+    def lowers(self, recipe: Recipe) -> bool:
+        """Whether weights of float32 are sent in bfloat16."""
+        return self.types(recipe) == ("float32", "bf16")
+
+    def traced(
+        self, recipe: Recipe, batch: Sequence[int], cut: float = 1.0, validates: bool = True
+    ) -> Traced:
+        """A step on the rows of these numbers."""
+        asked = Asked(self.facts.kind, *self.types(recipe), tuple(batch), cut, validates)
+        return trace(recipe, self.build, self.rows, asked)
+
+    def kept(self, recipe: Recipe, traced: Traced) -> int:
+        """Bytes of frozen layers' outputs."""
         return kept_outputs(
-            changed, rows, traced.shape.width, facts=facts, dtype=types(changed)[0], steps=total_steps,
-            used=held + traced.weights,
+            recipe, self.rows, traced.shape.width, facts=self.facts, dtype=self.types(recipe)[0],
+            steps=self.plan.total_steps, used=self.held + traced.weights,
         )  # fmt: skip
 
-    def stages_of(changed: Recipe, traced: Traced, answers: Parts) -> dict[str, Parts]:
+    def stages(self, recipe: Recipe, traced: Traced, answers: Parts) -> dict[str, Parts]:
+        """Bytes by part in each stage."""
         return stages(
-            traced, changed, facts, process=held, evaluation=answers,
-            writing=drawing(changed, rows, facts=facts, dtype=types(changed)[0]), outputs=kept_of(changed, traced),
-            processes=several, per_node=plan.per_node, lower=lowers(changed),
+            traced, recipe, self.facts, process=self.held, evaluation=answers,
+            writing=drawing(recipe, self.rows, facts=self.facts, dtype=self.types(recipe)[0]),
+            outputs=self.kept(recipe, traced),
+            processes=self.plan.processes, per_node=self.plan.per_node, lower=self.lowers(recipe),
         )  # fmt: skip
 
-    found = stages_of(recipe, traced, answers)
-    if facts.kind != "cpu" and (kept := kept_of(recipe, traced)):
+
+def _notes(case: _Case, recipe: Recipe, traced: Traced) -> list[str]:
+    """What the figures leave out, or take for granted, of this device."""
+    facts, notes = case.facts, []
+    if facts.kind != "cpu" and (kept := case.kept(recipe, traced)):
         notes.append(
             f"training.cache_frozen keeps {size(kept)} of outputs in the memory of the machine, not of the device"
         )
@@ -378,52 +438,6 @@ def estimate(
         notes.append(
             f"the allocator could not be asked what it holds beyond what is alive: {SPREAD['cpu']:.0%} are taken"
         )
-    if most_of(found) > facts.memory:
-        measure = None
-    elif measure and roofline(traced.costs, facts, dtype) > MEASURED_SECONDS:
-        measure = None
-        notes.append(f"no micro-step was measured: one would take longer than {MEASURED_SECONDS:.0f} s")
-    if rows.answers and measure:
-        pace = pace_of_drawing(traced, measure)
-    else:
-        pace = pace_of_batches(traced, rows, batch, share, facts, dtype, precision, measure)
-    seconds = pace.seconds
-    fullest = found_batches.place_of_fullest(rows.lengths, pads=not traced.unpadded)
-    # Before the first step, by a run alone.
-    is_tried = fullest // recipe.training.gradient_accumulation_steps >= SOON
-    tried = seconds / share if is_tried and several == 1 and not rows.answers else 0.0
-    accumulation = len(found_batches.starts) / found_batches.steps  # an epoch's last step may have fewer
-    # Several operations in the place of one kernel read and write about twice as much.
-    moved = scaling.MOMENTS / 4 * traced.trained * (1 if "fused" in recipe.training.optimizer else 2)
-    update = moved / (facts.bandwidth * facts.bandwidth_share)
-    shared = None
-    # Where processes share cores and memory nothing is gained.
-    slower = plan.per_node if facts.kind == "cpu" else 1
-    if several > 1:
-        accumulation /= several
-        seconds *= slower
-        update *= slower
-        whole, shared = _shared(
-            traced, recipe, rows, found_batches, facts, plan, lower=lowers(recipe), passes=accumulation,
-            seconds=seconds, tokens=share * sum(rows.lengths[n] for n in batch), update=update,
-        )  # fmt: skip
-        update = whole - accumulation * seconds
-    per_token = pace.token or roofline_of_writing(traced.writing_costs, facts, dtype)
-    if rows.answers and measure:
-        per_step = seconds
-    else:
-        writing = rows.answers * per_token / getattr(recipe.method, "num_iterations", 1)
-        per_step = accumulation * (seconds + writing) + update
-    validations = math.ceil(total_steps / plan.eval_steps) if plan.eval_steps and rows.validation else 0
-    scale = 1.0 if rows.answers else seconds / max(share * roofline(traced.costs, facts, dtype), 1e-12)
-    validation = pass_over(traced, rows, recipe, facts, dtype) * scale / several
-    if recipe.evaluation.samples and not rows.answers:
-        validation += min(SAMPLE_TOKENS, recipe.evaluation.max_new_tokens) * per_token
-    model = traced.saved + traced.beside
-    written = math.ceil(total_steps / plan.save_steps) * (model + traced.states)
-    if recipe.training.load_best_model_at_end:
-        written += (validations + 1) * model
-    notes += [*several_notes(recipe, plan, facts, traced.weights), *traced.notes, *rows_notes(rows, recipe)]
     if facts.kind == "mps":
         notes.append(
             "attention is figured as the kernel of a CUDA device, which keeps no scores: whether that of MPS does was "
@@ -431,76 +445,132 @@ def estimate(
         )
     if facts.assumed:
         notes.append(f"how fast {facts.name} is, is not known: {facts.assumed}, until steps are measured")
-    result = Estimate(
-        device=facts.name,
-        capacity=facts.memory,
-        stages=found,
-        seconds_per_step=per_step,
-        seconds=pace.first + tried + total_steps * per_step + validations * validation + written / WRITTEN,
-        validation_seconds=validations * validation,
-        saving_seconds=written / WRITTEN,
-        basis=pace.basis,
-        tokens_per_epoch=plan.tokens_per_epoch,
-        epochs=round(total_steps / max(plan.steps_per_epoch, 1), 2),
-        flops_per_step=accumulation * traced.flops * share,
-        disk=_disk(recipe, traced, rows, plan),
-        disk_free=_free(folder) if folder else None,
-        micro_batch=recipe.training.per_device_train_batch_size,
-        notes=tuple(notes),
-        longest=traced.width,
-        shared=shared,
-    )
-    if thorough:
-        there = len(rows.lengths) * (rows.group if rows.answers else 1)
-        first = recipe.training.per_device_train_batch_size
-        traceable = max(MOST_TRACED[facts.kind] // max(traced.shape.layers, 1), first, 2)
+    return notes
 
-        def peak_of_batch(count: int, fullest: bool) -> int:
-            """Of the longest rows that there are, or of the fullest batch that a run of such batches meets."""
-            training = recipe.training.model_copy(update={"per_device_train_batch_size": count})
-            changed, pads = recipe.model_copy(update={"training": training}), not traced.unpadded
-            met = (
-                batches(rows, training, total_steps, pads=pads).fullest(rows.lengths, pads=pads)
-                if fullest
-                else None
-            )
-            again = traced_as(changed, met or longest_rows(rows.lengths, count), validates=False)
-            return most_of({**found, **stages_of(changed, again, answers)})
 
-        @functools.cache
-        def peak_of_rows(count: int) -> float:
-            if count <= traceable:
-                return peak_of_batch(count, fullest=False)
-            half, whole = peak_of_rows(traceable // 2), peak_of_rows(traceable)
-            return whole + (count - traceable) * (whole - half) / (traceable - traceable // 2)
+@dataclass(frozen=True)
+class _Seconds:
+    """Of a run: before its first step, of a step, of all validations and of all that is saved."""
 
-        largest = most_rows(peak_of_rows, facts.memory, first, there)
-        # Shorter rows may have more tokens that are learned from.
-        while 0 < largest <= traceable and peak_of_batch(largest, fullest=True) > facts.memory:
-            largest -= max(largest // 16, 1)
-        result = replace(result, largest_batch=largest)
-        if largest > traceable:
-            more = f"what more than {traceable:,} rows take is a straight line's from {traceable // 2:,} and those"
-            result = replace(result, notes=(*result.notes, f"the largest micro-batch was not traced: {more}"))
-    if result.missing:
+    first: float
+    step: float
+    validations: float
+    saving: float
+    basis: str
+    flops: float
+    """Of a step."""
+    shared: Shared | None
 
-        @functools.cache
-        def peak_of(*changes: Change) -> int:
-            changed = with_changes(recipe, changes)
-            try:
-                check(changed)
-            except TunesmithError:
-                return REFUSED
-            batch = longest_rows(rows.lengths, changed.training.per_device_train_batch_size)
-            cut = min(changed.data.max_length / result.longest, 1.0)
-            again = traced_as(changed, batch, cut, validates=result.stage == "validating")
-            own, _ = answering(changed, rows, facts=facts, dtype=types(changed)[0])
-            return most_of(stages_of(changed, again, own))
 
-        fixed = held if facts.kind == "cpu" else facts.reserved
-        changes = list(possible_changes(recipe, result.longest, several, facts.kind))
-        result = replace(result, remedies=tuple(ways_to_fit(result, changes, peak_of, fixed)))
-    return result
+def _seconds(
+    case: _Case, recipe: Recipe, traced: Traced, met: Batches, batch: Sequence[int], measure: Measure | None
+) -> _Seconds:
+    """`batch` is the fullest of those that the run meets."""
+    from tunesmith.training.steps import SOON
+
+    rows, facts, plan, several = case.rows, case.facts, case.plan, case.plan.processes
+    share = met.share(rows, batch, pads=not traced.unpadded)
+    if rows.answers and measure:
+        pace = pace_of_drawing(traced, measure)
+    else:
+        pace = pace_of_batches(traced, rows, batch, share, facts, plan.dtype, plan.mixed_precision, measure)
+    seconds = pace.seconds
+    fullest = met.place_of_fullest(rows.lengths, pads=not traced.unpadded)
+    # Before the first step, by a run alone.
+    is_tried = fullest // recipe.training.gradient_accumulation_steps >= SOON
+    tried = seconds / share if is_tried and several == 1 and not rows.answers else 0.0
+    passes = len(met.starts) / met.steps  # an epoch's last step may have fewer
+    # Several operations in the place of one kernel read and write about twice as much.
+    moved = scaling.MOMENTS / 4 * traced.trained * (1 if "fused" in recipe.training.optimizer else 2)
+    update = moved / (facts.bandwidth * facts.bandwidth_share)
+    shared = None
+    # Where processes share cores and memory nothing is gained.
+    slower = plan.per_node if facts.kind == "cpu" else 1
+    if several > 1:
+        passes /= several
+        seconds *= slower
+        update *= slower
+        whole, shared = _shared(
+            traced, recipe, rows, met, facts, plan, lower=case.lowers(recipe), passes=passes,
+            seconds=seconds, tokens=share * sum(rows.lengths[n] for n in batch), update=update,
+        )  # fmt: skip
+        update = whole - passes * seconds
+    per_token = pace.token or roofline_of_writing(traced.writing_costs, facts, plan.dtype)
+    if rows.answers and measure:
+        per_step = seconds
+    else:
+        writing = rows.answers * per_token / getattr(recipe.method, "num_iterations", 1)
+        per_step = passes * (seconds + writing) + update
+    validations = math.ceil(plan.total_steps / plan.eval_steps) if plan.eval_steps and rows.validation else 0
+    scale = 1.0 if rows.answers else seconds / max(share * roofline(traced.costs, facts, plan.dtype), 1e-12)
+    validation = pass_over(traced, rows, recipe, facts, plan.dtype) * scale / several
+    if recipe.evaluation.samples and not rows.answers:
+        validation += min(SAMPLE_TOKENS, recipe.evaluation.max_new_tokens) * per_token
+    model = traced.saved + traced.beside
+    written = math.ceil(plan.total_steps / plan.save_steps) * (model + traced.states)
+    if recipe.training.load_best_model_at_end:
+        written += (validations + 1) * model
+    return _Seconds(
+        pace.first + tried, per_step, validations * validation, written / WRITTEN, pace.basis,
+        passes * traced.flops * share, shared,
+    )  # fmt: skip
+
+
+def _largest(
+    case: _Case, recipe: Recipe, traced: Traced, found: Mapping[str, Parts], answers: Parts
+) -> tuple[int, list[str]]:
+    """Rows in the largest micro-batch that fits, and what is to be said of it."""
+    rows, memory = case.rows, case.facts.memory
+    there = len(rows.lengths) * (rows.group if rows.answers else 1)
+    first = recipe.training.per_device_train_batch_size
+    traceable = max(MOST_TRACED[case.facts.kind] // max(traced.shape.layers, 1), first, 2)
+
+    def sized(count: int) -> Recipe:
+        return with_changes(
+            recipe, [Change("", "", "", {"training": {"per_device_train_batch_size": count}})]
+        )
+
+    def peak_of_batch(count: int, batch: Sequence[int]) -> int:
+        changed = sized(count)
+        again = case.traced(changed, batch, validates=False)
+        return most_of({**found, **case.stages(changed, again, answers)})
+
+    @cache
+    def peak_of_longest(count: int) -> float:
+        if count <= traceable:
+            return peak_of_batch(count, longest_rows(rows.lengths, count))
+        half, whole = peak_of_longest(traceable // 2), peak_of_longest(traceable)
+        return whole + (count - traceable) * (whole - half) / (traceable - traceable // 2)
+
+    def fullest(count: int) -> Sequence[int]:
+        pads = not traced.unpadded
+        met = batches(rows, sized(count).training, case.plan.total_steps, pads=pads)
+        return met.fullest(rows.lengths, pads=pads)
+
+    largest = most_rows(peak_of_longest, memory, first, there)
+    # The run's own: shorter rows may have more tokens that are learned from.
+    while 0 < largest <= traceable and peak_of_batch(largest, fullest(largest)) > memory:
+        largest -= max(largest // 16, 1)
+    if largest <= traceable:
+        return largest, []
+    more = f"what more than {traceable:,} rows take is a straight line's from {traceable // 2:,} and those"
+    return largest, [f"the largest micro-batch was not traced: {more}"]
+
+
+def _peak_with(
+    case: _Case, recipe: Recipe, found: Estimate, check: Callable[[Recipe], None], *changes: Change
+) -> int:
+    """Bytes at the peak of the recipe with these changes, of the longest rows."""
+    changed = with_changes(recipe, changes)
+    try:
+        check(changed)
+    except TunesmithError:
+        return REFUSED
+    batch = longest_rows(case.rows.lengths, changed.training.per_device_train_batch_size)
+    cut = min(changed.data.max_length / found.longest, 1.0)
+    traced = case.traced(changed, batch, cut, validates=found.stage == "validating")
+    answers, _ = answering(changed, case.rows, facts=case.facts, dtype=case.types(changed)[0])
+    return most_of(case.stages(changed, traced, answers))
 
 
 def _shared(

@@ -8,6 +8,7 @@ Tokens behind the last label of a row are left out: nothing that is asked for de
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +22,7 @@ from torch import Tensor
 from tunesmith.data.templates import IGNORED
 
 LEAST = 16
-"""Tokens from which on a beginning is worth sharing, and in steps of which: every piece costs a call in each layer."""
+"""Tokens from which on a beginning is worth sharing, and a piece of one a piece: each costs a call in each layer."""
 QUERIES = 512
 """Longest run of queries that are answered under one mask; what they cannot see is left out block by block."""
 
@@ -182,6 +183,7 @@ def layout(rows: Sequence[Row], *, share: bool, device: Any) -> Layout:
         order.sort(key=keys.__getitem__)
         for place in range(1, len(order)):
             common[place] = _alike(rows[order[place - 1]], rows[order[place]])
+        common = _worth(common)
     pieces: list[Piece] = []
     ids, positions, wanted, slots = [], [], [], []
     starts: list[int] = []
@@ -240,12 +242,28 @@ def layout(rows: Sequence[Row], *, share: bool, device: Any) -> Layout:
 
 
 def _alike(one: Row, other: Row) -> int:
-    """Tokens with which two rows begin alike, in whole steps."""
+    """Tokens with which two rows begin alike."""
     if one.start != other.start:
         return 0
     size = min(len(one.ids), len(other.ids))
     [differ] = (one.ids[:size] != other.ids[:size]).nonzero()
-    return (int(differ[0]) if len(differ) else size) // LEAST * LEAST
+    return int(differ[0]) if len(differ) else size
+
+
+def _worth(common: Sequence[int]) -> list[int]:
+    """Of lengths that each row begins alike with the one before, what is worth sharing: of rows that all begin alike,
+    lengths less than a piece apart become the shortest of them."""
+    found = list(common)
+    edges = [place for place, length in enumerate(common) if length < LEAST]
+    for low, high in pairwise([*edges, len(common)]):
+        depths = [0]
+        for length in sorted(set(common[low + 1 : high])):
+            if length - depths[-1] >= LEAST:
+                depths.append(length)
+        found[low] = 0
+        for place in range(low + 1, high):
+            found[place] = depths[bisect_right(depths, common[place]) - 1]
+    return found
 
 
 def _steps(begin: int, ends: Sequence[int]) -> list[tuple[int, int]]:

@@ -75,9 +75,14 @@ RECIPES: tuple[tuple[str, str, int, int, dict[str, Any]], ...] = (
     ("sft", "lora", -140, 8, {}),
     ("dpo", "lora", -140, 4, {}),
     ("seq2seq", "full", -140, 8, {}),
+    ("sft", "lora", -140, 8, {"compile": True}),
+    ("sft", "full", -140, 8, {"evaluation": 32}),
+    ("sft", "lora", 256, 4, {"evaluation": 128}),
+    ("grpo", "lora", 256, 8, {"evaluation": 32}),
 )
-"""Method, adapter, tokens of a row, rows of a micro-batch, and what else is set in `training`. Where the tokens are
-negative, lengths are log-normal around so many, up to 1,024."""
+"""Method, adapter, tokens of a row, rows of a micro-batch, and what else is set in `training`; with `evaluation` base
+and tuned model are measured, by answers of so many tokens. Where the tokens of a row are negative, lengths are
+log-normal around so many, up to 1,024."""
 MEDIANS = ("planned", "peak_memory", "memory_error", "planned_seconds", "seconds")
 """What is the median of all turns."""
 DRAWING = ("grpo", "rloo", "ppo")
@@ -158,6 +163,8 @@ def settings(
 ) -> dict[str, Any]:
     """A recipe as tunesmith reads it."""
     method, adapter, length, batch, extra = recipe
+    extra = dict(extra)
+    answers = extra.pop("evaluation", 0)
     section: dict[str, Any] = {"kind": method}
     if method in DRAWING:
         section |= {"rewards": ["length_match"], "max_new_tokens": abs(length) // 4}
@@ -173,7 +180,7 @@ def settings(
         "method": section,
         "adapter": {"kind": adapter, **({"ratio": 0.5} if adapter == "freeze" else {})},
         "training": {"max_steps": steps, BATCH: batch, "gradient_accumulation_steps": 1, **extra},
-        "evaluation": {"skip": True},
+        "evaluation": {"max_new_tokens": answers} if answers else {"skip": True},
     }  # fmt: skip
 
 

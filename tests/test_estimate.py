@@ -377,6 +377,31 @@ def test_answers_are_written_by_whole_weights(recipe, tiny_model_folder):
     assert (last.flags, last.fields) == ("--set evaluation.skip=true", {"evaluation": {"skip": True}})
 
 
+def test_scoring_holds_the_logits_that_a_run_computes(recipe, tiny_model_folder, monkeypatch):
+    """Of its largest batch from the first token of an answer on, and of those learned from two copies in float32."""
+    from tunesmith import evaluation
+
+    seen = []
+    inner = evaluation._batch_likelihood
+
+    def spy(model, items, lengths):
+        marked = [[label != -100 for label in item.labels[1:]] for item in items]
+        columns = {place for row in marked for place, is_learned in enumerate(row) if is_learned}
+        seen.append((len(items) * len(columns), sum(map(sum, marked))))
+        return inner(model, items, lengths)
+
+    monkeypatch.setattr(evaluation, "_batch_likelihood", spy)
+    asked = recipe(evaluation={"skip": False, "max_new_tokens": 4, "batch_tokens": 150})
+    planned_stage = planned(asked).stages["scoring"]
+    api.train(asked)
+    vocabulary = json.loads((tiny_model_folder / "config.json").read_text())["vocab_size"]
+    places, copied = max(seen)
+    logits = 4 * vocabulary * (places + 2 * copied)
+    assert len(seen) > 2
+    assert 0.95 * logits < planned_stage["evaluation"] < 1.3 * logits
+    assert "scoring" not in planned(recipe()).stages
+
+
 def test_16_bits_come_before_fewer_weights_where_a_gpu_has_them(recipe, monkeypatch):
     """A frozen base takes half of the memory then; a GPU that has no bfloat16 is offered the other type."""
     kinds = [change.kind for change in remedies.possible_changes(recipe(), 99, 1, "cuda")]

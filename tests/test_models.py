@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -113,6 +114,16 @@ def test_dora_on_weights_without_direction_is_refused_before_it_gives_nan():
     with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q_proj: 1 of its outputs"):
         models.attach(model, LoRA(rank=2, dora=True))
     assert models.attach(model, LoRA(rank=2))
+
+
+@pytest.mark.parametrize("name", ["norm", "layers", "mlp", "act_fn"])
+def test_a_named_target_that_is_no_matrix(name):
+    """PEFT has no adapter for these, and the advice names none of them."""
+    with pytest.raises(ModelError, match=f"what is no matrix.*: {name}") as error:
+        models.attach(FAMILIES["llama"](), LoRA(targets=["q_proj", name]))
+    advised = error.value.fix.split("Known: ")[-1]
+    assert not {"norm", "layers", "mlp", "act_fn", "input_layernorm"} & set(re.findall(r"\w+", advised))
+    assert {"q_proj", "embed_tokens"} <= set(re.findall(r"\w+", advised)) or "Did you mean" in error.value.fix
 
 
 @pytest.fixture

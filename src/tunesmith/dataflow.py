@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,7 +30,7 @@ from tunesmith.data.examples import Tally
 from tunesmith.data.packing import Packing, pack, padded_share
 from tunesmith.data.preferences import prompt_length
 from tunesmith.data.splitting import TRAIN, VALIDATION
-from tunesmith.data.templates import Encoding
+from tunesmith.data.templates import IGNORED, Encoding
 from tunesmith.engines.check import FILE as CHECKS
 from tunesmith.engines.check import keep_check, remarked
 from tunesmith.errors import DataError, RecipeError, TunesmithError
@@ -197,6 +197,7 @@ def estimate(
         _row_lengths(method, encodings.train, packing),
         validation=_row_lengths(method, encodings.validation, None) if len(encodings.validation) else [],
         questions=len(asked.examples),
+        scored=_scored(recipe, asked),
         answers=getattr(recipe.method, "max_new_tokens", 0) if recipe.method.draws else 0,
         group=getattr(recipe.method, "num_generations", 1),
         order=shuffled(len(encodings.train), training.seed) if recipe.method.kind == "kto" else None,
@@ -229,10 +230,14 @@ def estimate(
         return estimating.unknown(facts, error)
 
 
-LATE = {
-    "qlora": ("bitsandbytes",), "grpo": ("trl.trainer.grpo_trainer",), "rloo": ("trl.trainer.rloo_trainer",),
-}  # fmt: skip
-"""Packages of some size that only a run with this adapter or method loads, and a plan does not."""
+LATE: Mapping[str, Callable[[Recipe], bool]] = {
+    "bitsandbytes": lambda recipe: isinstance(recipe.adapter, QLoRA),
+    "trl.trainer.grpo_trainer": lambda recipe: recipe.method.kind == "grpo",
+    "trl.trainer.rloo_trainer": lambda recipe: recipe.method.kind == "rloo",
+    "torch._inductor.compile_fx": lambda recipe: recipe.training.compile,
+    "rouge_score.rouge_scorer": lambda recipe: not recipe.evaluation.skip,
+}
+"""Packages of some size that only some runs load, and a plan does not."""
 
 
 LATER = 60_000_000
@@ -241,14 +246,18 @@ modules, the code of kernels, and, after more steps than a plan goes through, a 
 keeps from being used again. 10 to 75 MB were measured on two cores, as a plan had better be over by few."""
 OF_WORDS = 20_000_000
 """The share of the products of the vocabulary's width, which a model that gives scores does not have."""
+COMPILED = 50_000_000
+"""What compiling a model's layers comes to hold, beside the compiler."""
 
 
 def _held(recipe: Recipe) -> int:
     """Bytes that this process holds, once all is loaded that the training loads."""
-    for name in (*LATE.get(recipe.adapter.kind, ()), *LATE.get(recipe.method.kind, ())):
+    for name, is_loaded in LATE.items():
         with suppress(ImportError):  # a run would say so
-            importlib.import_module(name)
-    return devices.held() + LATER - (OF_WORDS if METHODS[recipe.method.kind].head == "score" else 0)
+            if is_loaded(recipe):
+                importlib.import_module(name)
+    later = LATER - (OF_WORDS if METHODS[recipe.method.kind].head == "score" else 0)
+    return devices.held() + later + (COMPILED if recipe.training.compile else 0)
 
 
 def _examples(method: Method, encodings: Encodings) -> int:
@@ -900,6 +909,24 @@ def _row_lengths(method: Method, encodings: Encodings, packing: Packing | None) 
         return [int(lengths[list(block)].sum()) for block in packing.blocks]
     found: list[int] = (np.maximum(lengths[::2], lengths[1::2]) if method.in_pairs else lengths).tolist()
     return found
+
+
+LOOKED_AT = 1000
+"""Of the held-out questions, how many a plan looks at."""
+
+
+def _scored(recipe: Recipe, asked: Asked) -> list[tuple[int, int]]:
+    """Of the first questions that measure with their answers the tokens, and how many come before the answer."""
+    if recipe.evaluation.skip or METHODS[recipe.method.kind].model != "causal":
+        return []
+    most = min(recipe.evaluation.max_items or LOOKED_AT, LOOKED_AT)
+    section = recipe.evaluation.model_copy(update={"max_items": most})
+    found = items(recipe.model_copy(update={"evaluation": section}), asked)
+    return [(len(item.input_ids), _before(item.labels)) for item in found if item.input_ids]
+
+
+def _before(labels: Sequence[int]) -> int:
+    return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
 
 
 def _measures(

@@ -1057,9 +1057,20 @@ def target_modules(model: Any, targets: str | Sequence[str]) -> list[str]:
     in and its `mlp.c_proj` is not. Raises ModelError where nothing matches: training everything
     instead would be a silent change of method.
     """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
     linear = linear_modules(model)
     if not isinstance(targets, str):
-        _check_names(model, targets, "targets")
+        matrices = (
+            nn.Linear,
+            Conv1D,
+            nn.Embedding,
+            nn.Conv1d,
+            nn.Conv2d,
+            nn.Conv3d,
+        )  # as PEFT's LoRA knows them
+        _check_names(model, targets, "targets", matrices)
         return list(targets)
     if targets == "all-linear":
         chosen = linear
@@ -1081,15 +1092,23 @@ def _suffix(name: str) -> str:
     return ".".join(name.split(".")[-2:])
 
 
-def _check_names(model: Any, names: Sequence[str], field: str) -> None:
-    modules = [name for name, _ in model.named_modules()]
-    missing = [n for n in names if not any(m == n or m.endswith("." + n) for m in modules)]
-    if missing:
-        leaves = {name.rpartition(".")[2] for name in modules} - {""}
-        raise ModelError(
-            f"adapter.{field} names modules that {type(model).__name__} does not have: {', '.join(missing)}.",
-            fix=nearest(missing[0], [leaf for leaf in leaves if not leaf.isdigit()]),
-        )
+def _check_names(model: Any, names: Sequence[str], field: str, kinds: tuple[type, ...] = ()) -> None:
+    """Raises ModelError where a name is none of a module of these kinds, or of any."""
+    known = {name: module for name, module in model.named_modules() if name}
+    fitting = [name for name, module in known.items() if not kinds or isinstance(module, kinds)]
+
+    def strangers(modules: Iterable[str]) -> list[str]:
+        return [n for n in names if not any(m == n or m.endswith("." + n) for m in modules)]
+
+    if not (missing := strangers(fitting)):
+        return
+    leaves = {name.rpartition(".")[2] for name in fitting}
+    what = "modules that" if strangers(known) else "what is no matrix, which alone an adapter changes:"
+    said = f"{type(model).__name__} does not have: " if strangers(known) else ""
+    raise ModelError(
+        f"adapter.{field} names {what} {said}{', '.join(strangers(known) or missing)}.",
+        fix=nearest(missing[0], sorted(leaf for leaf in leaves if not leaf.isdigit())),
+    )
 
 
 def freeze(model: Any, ratio: float) -> None:

@@ -118,6 +118,18 @@ def test_cut_likelihoods_are_counted(model, tiny_tokenizer):
     assert row.windows == 1 + math.ceil((len(whole.input_ids) - 512) / 256)
 
 
+def test_likelihoods_are_the_same_however_few_logits_are_copied_at_once(
+    model, tiny_tokenizer, examples, monkeypatch
+):
+    asked = items(examples, tiny_tokenizer)
+    found = []
+    for most in (evaluation.LOGITS_AT_ONCE, 3 * model.config.vocab_size, 1):
+        monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", most)
+        rows = evaluate(model, tiny_tokenizer, asked, name="base", metrics=["perplexity"])
+        found.append([(row.nll, row.tokens, row.correct) for row in rows])
+    assert found[0] == found[1] == found[2]
+
+
 def test_a_broken_reference_is_an_error_row_and_an_unfit_metric_a_recipe_error(model, tiny_tokenizer):
     broken = conversation(1, extra={"schema": "CREATE TABLE t (a);", "setup": "INSERT INTO t VALUES (1);"})
     [row] = evaluate(

@@ -21,15 +21,16 @@ from tunesmith import parallel, scaling
 from tunesmith.devices import DeviceFacts
 from tunesmith.errors import OutOfResources, TunesmithError, size
 from tunesmith.estimate.memory import (
+    MEASURING,
     SPREAD,
-    answering,
     drawing,
     kept_outputs,
+    measuring,
     most_of,
     questions_asked,
     stages,
 )
-from tunesmith.estimate.micro_batches import Batches, Rows, batches, longest_rows
+from tunesmith.estimate.micro_batches import Batches, Rows, batches
 from tunesmith.estimate.pace import (
     MEASURED_SECONDS,
     Measure,
@@ -181,7 +182,7 @@ class Estimate:
                 ("other stages", ", ".join(f"{n} {size(b)}" for n, b in others.items()), "peaks of their own")
             )
         if self.largest_batch is not None:
-            why = f"rows of up to {self.longest} tokens; the recipe has {self.micro_batch}"
+            why = f"as this run's seed puts rows together; the recipe has {self.micro_batch}"
             rows.append(("largest micro-batch", f"{self.largest_batch:,}", why))
         rows += [
             (f"remedy {n}", remedy.value, f"{remedy.change} ({remedy.flags})")
@@ -292,7 +293,7 @@ def truth(
     if not any("process" in parts for parts in stages.values()):
         # A GPU's peak is the training's alone (`fit.forget_peak`), and torch does not count what the driver takes.
         stages = {
-            name: {**parts, "reserved": 0} for name, parts in stages.items() if name != "answering"
+            name: {**parts, "reserved": 0} for name, parts in stages.items() if name not in MEASURING
         } or stages
     expected = most_of(stages)
     memory = expected / max(fitted.peak_memory, 1) - 1
@@ -336,7 +337,7 @@ def estimate(
         met = batches(rows, recipe.training, plan.total_steps, pads=True)
         batch = met.fullest(rows.lengths, pads=True)
         traced = case.traced(recipe, batch)
-    answers, notes = answering(recipe, rows, facts=facts, dtype=plan.dtype)
+    answers, notes = measuring(recipe, rows, facts=facts, dtype=plan.dtype)
     case = replace(case, held=process())  # now that every library is loaded
     found = case.stages(recipe, traced, answers)
     if most_of(found) > facts.memory:
@@ -375,7 +376,7 @@ def estimate(
         result = replace(result, largest_batch=largest)
     result = replace(result, notes=tuple(notes))
     if result.missing:
-        peak_of = cache(partial(_peak_with, case, recipe, result, check))
+        peak_of = cache(partial(_peak_with, case, recipe, result, check, not traced.unpadded))
         fixed = case.held if facts.kind == "cpu" else facts.reserved
         changes = list(possible_changes(recipe, result.longest, plan.processes, facts.kind))
         result = replace(result, remedies=tuple(ways_to_fit(result, changes, peak_of, fixed)))
@@ -410,6 +411,11 @@ class _Case:
         asked = Asked(self.facts.kind, *self.types(recipe), tuple(batch), cut, validates)
         return trace(recipe, self.build, self.rows, asked)
 
+    def fullest(self, recipe: Recipe, *, pads: bool) -> Sequence[int]:
+        """Numbers of the rows of the fullest batch that a run of the recipe meets."""
+        met = batches(self.rows, recipe.training, self.plan.total_steps, pads=pads)
+        return met.fullest(self.rows.lengths, pads=pads)
+
     def kept(self, recipe: Recipe, traced: Traced) -> int:
         """Bytes of frozen layers' outputs."""
         return kept_outputs(
@@ -417,7 +423,7 @@ class _Case:
             steps=self.plan.total_steps, used=self.held + traced.weights,
         )  # fmt: skip
 
-    def stages(self, recipe: Recipe, traced: Traced, answers: Parts) -> dict[str, Parts]:
+    def stages(self, recipe: Recipe, traced: Traced, answers: Mapping[str, Parts]) -> dict[str, Parts]:
         """Bytes by part in each stage."""
         return stages(
             traced, recipe, self.facts, process=self.held, evaluation=answers,
@@ -517,59 +523,51 @@ def _seconds(
 
 
 def _largest(
-    case: _Case, recipe: Recipe, traced: Traced, found: Mapping[str, Parts], answers: Parts
+    case: _Case, recipe: Recipe, traced: Traced, found: Mapping[str, Parts], answers: Mapping[str, Parts]
 ) -> tuple[int, list[str]]:
     """Rows in the largest micro-batch that fits, and what is to be said of it."""
-    rows, memory = case.rows, case.facts.memory
+    rows = case.rows
     there = len(rows.lengths) * (rows.group if rows.answers else 1)
     first = recipe.training.per_device_train_batch_size
     traceable = max(MOST_TRACED[case.facts.kind] // max(traced.shape.layers, 1), first, 2)
 
-    def sized(count: int) -> Recipe:
-        return with_changes(
-            recipe, [Change("", "", "", {"training": {"per_device_train_batch_size": count}})]
-        )
-
-    def peak_of_batch(count: int, batch: Sequence[int]) -> int:
-        changed = sized(count)
-        again = case.traced(changed, batch, validates=False)
-        return most_of({**found, **case.stages(changed, again, answers)})
-
     @cache
-    def peak_of_longest(count: int) -> float:
+    def peak_of(count: int) -> float:
         if count <= traceable:
-            return peak_of_batch(count, longest_rows(rows.lengths, count))
-        half, whole = peak_of_longest(traceable // 2), peak_of_longest(traceable)
+            change = Change("", "", "", {"training": {"per_device_train_batch_size": count}})
+            changed = with_changes(recipe, [change])
+            again = case.traced(changed, case.fullest(changed, pads=not traced.unpadded), validates=False)
+            return most_of({**found, **case.stages(changed, again, answers)})
+        half, whole = peak_of(traceable // 2), peak_of(traceable)
         return whole + (count - traceable) * (whole - half) / (traceable - traceable // 2)
 
-    def fullest(count: int) -> Sequence[int]:
-        pads = not traced.unpadded
-        met = batches(rows, sized(count).training, case.plan.total_steps, pads=pads)
-        return met.fullest(rows.lengths, pads=pads)
-
-    largest = most_rows(peak_of_longest, memory, first, there)
-    # The run's own: shorter rows may have more tokens that are learned from.
-    while 0 < largest <= traceable and peak_of_batch(largest, fullest(largest)) > memory:
-        largest -= max(largest // 16, 1)
-    if largest <= traceable:
-        return largest, []
-    more = f"what more than {traceable:,} rows take is a straight line's from {traceable // 2:,} and those"
-    return largest, [f"the largest micro-batch was not traced: {more}"]
+    largest = most_rows(peak_of, case.facts.memory, first, there)
+    if largest > traceable:
+        more = (
+            f"what more than {traceable:,} rows take is a straight line's from {traceable // 2:,} and those"
+        )
+        return largest, [f"the largest micro-batch was not traced: {more}"]
+    return largest, []
 
 
 def _peak_with(
-    case: _Case, recipe: Recipe, found: Estimate, check: Callable[[Recipe], None], *changes: Change
+    case: _Case,
+    recipe: Recipe,
+    found: Estimate,
+    check: Callable[[Recipe], None],
+    is_padded: bool,
+    *changes: Change,
 ) -> int:
-    """Bytes at the peak of the recipe with these changes, of the longest rows."""
+    """Bytes at the peak of the recipe with these changes."""
     changed = with_changes(recipe, changes)
     try:
         check(changed)
     except TunesmithError:
         return REFUSED
-    batch = longest_rows(case.rows.lengths, changed.training.per_device_train_batch_size)
+    batch = case.fullest(changed, pads=is_padded)
     cut = min(changed.data.max_length / found.longest, 1.0)
     traced = case.traced(changed, batch, cut, validates=found.stage == "validating")
-    answers, _ = answering(changed, case.rows, facts=case.facts, dtype=case.types(changed)[0])
+    answers, _ = measuring(changed, case.rows, facts=case.facts, dtype=case.types(changed)[0])
     return most_of(case.stages(changed, traced, answers))
 
 

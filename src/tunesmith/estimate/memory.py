@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from tunesmith import devices, parallel
@@ -28,7 +29,7 @@ def stages(
     facts: DeviceFacts,
     *,
     process: int,
-    evaluation: Parts | None = None,
+    evaluation: Mapping[str, Parts] | None = None,
     writing: Parts | None = None,
     outputs: int = 0,
     processes: int = 1,
@@ -36,7 +37,7 @@ def stages(
     lower: bool = False,
 ) -> dict[str, Parts]:
     """Bytes by part in each stage of a run that holds memory; in one of its processes where these are several, of which
-    `per_node` share a machine. `evaluation` is what answers to questions take, `writing` those that are trained on,
+    `per_node` share a machine. `evaluation` is what measuring takes by stage, `writing` answers that are trained on,
     `outputs` what is kept of frozen layers. `lower` as in `parallel.held`."""
     on_cpu = facts.kind == "cpu"
     fixed = {"process": process} if on_cpu else {"reserved": facts.reserved}
@@ -65,9 +66,9 @@ def stages(
         }  # fmt: skip
     if writing:
         found["writing"] = {**fixed, **writing, "weights": traced.weights, "optimizer": optimizer}
-    if evaluation:
-        tuned = traced.saved if isinstance(recipe.adapter, LoRA) else 0
-        found["answering"] = {**whole, **evaluation, "weights": evaluation["weights"] + tuned}
+    tuned = traced.saved if isinstance(recipe.adapter, LoRA) else 0
+    for name, parts in (evaluation or {}).items():
+        found[name] = {**whole, **parts, "weights": parts["weights"] + tuned}
     replayed = None
     if on_cpu:
         asked = (
@@ -109,18 +110,29 @@ def stages(
         held["loading"] = {**whole, "weights": traced.weights}
     if processes > 1 and on_cpu and evaluation:
         # The first process alone answers, in the memory that all of them share: its part of each process's room.
-        first, among = held["answering"], max(per_node, 1)
-        held["answering"] = {**whole, **{name: b // among for name, b in first.items() if name not in whole}}
+        among = max(per_node, 1)
+        for stage in evaluation:
+            held[stage] = {
+                **whole,
+                **{name: b // among for name, b in held[stage].items() if name not in whole},
+            }
     return held
 
 
+MEASURING = ("answering", "scoring")
+"""Stages in which the models are measured, each alone."""
 SPREAD = {"cpu": 0.03, "cuda": 0.03, "mps": 0.05}
 """What an allocator keeps beyond what is alive, as a share of what comes and goes, where it is not asked (`heap`)."""
 
 
-def answering(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> tuple[Parts, list[str]]:
-    """Bytes that writing answers to the held-out questions takes, and what is not known. Base and tuned model are
-    loaded for it one after the other, in whole weights, whatever the training packs."""
+def measuring(
+    recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str
+) -> tuple[dict[str, Parts], list[str]]:
+    """Bytes that writing answers to the held-out questions takes, and scoring theirs, by stage and part; and what is
+    not known. Base and tuned model are loaded for it one after the other, in whole weights, whatever the training
+    packs."""
+    from tunesmith.evaluation import LOGITS_IN_MEMORY
+    from tunesmith.generation import length_batches
     from tunesmith.methods import METHODS
 
     questions = questions_asked(recipe, rows)
@@ -131,10 +143,35 @@ def answering(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> 
         return {}, [
             "measuring the models is not part of the memory figures: it is not traced for this method"
         ]
-    width, new = max(rows.lengths), recipe.evaluation.max_new_tokens
-    count_rows = max(min(recipe.evaluation.batch_tokens // (width + new), questions), 1)
-    sizes = count_rows, width, new
-    return dict(_answering(recipe.model, written_at(recipe.model), facts.kind, dtype, sizes)), []
+    new, tokens = recipe.evaluation.max_new_tokens, recipe.evaluation.batch_tokens
+    model = recipe.model, written_at(recipe.model), facts.kind, dtype
+    # As far as they are known; what is not is taken to be as the longest row, and to be all answer.
+    scored = dict(enumerate(rows.scored or [(max(rows.lengths), 0)] * questions))
+    vocabulary = _vocabulary(*model[:2])
+
+    def sizes(lengths: dict[int, int], tokens: int) -> Iterator[tuple[int, int, list[int]]]:
+        """Rows and width of each batch, and who they are."""
+        for batch in length_batches(lengths, tokens=tokens):
+            yield len(batch), max(lengths[n] for n in batch), batch
+
+    writing = sizes({n: max(before, 1) + new for n, (_, before) in scored.items()}, tokens)
+    scoring = sizes(
+        {n: whole for n, (whole, _) in scored.items()}, min(tokens, LOGITS_IN_MEMORY // vocabulary)
+    )
+    asked = [
+        (
+            n,
+            width,
+            max(width - min(scored[k][1] for k in batch), 1),
+            sum(scored[k][0] - scored[k][1] for k in batch),
+        )
+        for n, width, batch in scoring
+    ]
+    count, width = max(((n, width - new) for n, width, _ in writing), key=math.prod)
+    return {
+        "answering": dict(_answering(*model, (count, width, new))),
+        "scoring": dict(_scoring(*model, max(asked, key=lambda size: size[0] * size[2]))),
+    }, []
 
 
 def drawing(recipe: Recipe, rows: Rows, *, facts: DeviceFacts, dtype: str) -> Parts:
@@ -207,3 +244,42 @@ def _answering(section: Model, changed: int, kind: str, dtype: str, sizes: tuple
     # A layer's keys and values are there twice while a token is joined to them.
     cached = int(grown * (1 + 1 / layers))
     return {"weights": weights, "cache": cached, "evaluation": max(most - cached, 0)}
+
+
+@functools.lru_cache(KEPT_TRACES)
+def _vocabulary(section: Model, changed: int) -> int:
+    from tunesmith import models
+
+    return int(models.configuration(section.base, section.revision).get_text_config().vocab_size)
+
+
+@functools.lru_cache(KEPT_TRACES)
+def _scoring(section: Model, changed: int, kind: str, dtype: str, sizes: tuple[int, int, int, int]) -> Parts:
+    """Bytes that the likelihoods of a batch of rows of some width take, of whose last columns logits are asked for, and
+    likelihoods of so many tokens of them."""
+    import torch
+
+    from tunesmith import models
+    from tunesmith.evaluation import LOGITS_AT_ONCE
+    from tunesmith.tracing import counting
+
+    rows, width, asked, answered = sizes
+    with undisturbed():
+        model = models.outline(
+            section.base, revision=section.revision, dtype=dtype, attention=section.attention
+        ).eval()
+        vocabulary = model.config.get_text_config().vocab_size
+        ids = torch.ones(rows, width, dtype=torch.long)
+        options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        with torch.no_grad(), counting(vocabulary=vocabulary, kernel=kind) as count:
+            weights = count.known([*model.parameters(), *model.buffers()])
+            try:
+                logits = model(**options, logits_to_keep=asked).logits
+            except TypeError:  # a model that cannot leave logits out
+                logits = model(**options).logits
+            values = logits.flatten(0, 1)[: max(min(LOGITS_AT_ONCE // vocabulary, answered), 1)]
+            values = values.to(torch.float32, copy=True)
+            wanted = torch.zeros(len(values), dtype=torch.long, device=values.device)
+            torch.nn.functional.cross_entropy(values, wanted, reduction="none")
+            most, _ = count.live()
+    return {"weights": weights, "evaluation": most}

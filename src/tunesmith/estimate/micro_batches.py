@@ -20,6 +20,9 @@ class Rows:
     validation: Sequence[int]
     questions: int = 0
     """Held-out questions, which are about as long as the rows."""
+    scored: Sequence[tuple[int, int]] = ()
+    """Of questions with their answers the tokens, and how many come before the answer; of the first ones, or none where
+    they are not known."""
     answers: int = 0
     """Tokens of an answer, where a method trains on what the model writes."""
     group: int = 1

@@ -79,6 +79,8 @@ __all__ = [
 
 LOGITS_IN_MEMORY = 2**27
 """Most logits of a likelihood batch: half a gigabyte in float32."""
+LOGITS_AT_ONCE = 2**25
+"""Of them, how many are copied to float32 at a time, twice over: all may be as large as the model itself."""
 
 
 @dataclass(frozen=True)
@@ -913,9 +915,9 @@ def _batch_likelihood(model: Any, items: Sequence[Item], lengths: Sequence[int])
         torch.zeros(len(items), dtype=torch.float64),
         torch.zeros(len(items), dtype=torch.long),
     )
-    # In pieces, since a float32 copy of all logits may be as large as the model itself.
-    for at in range(0, len(wanted), 1024):
-        piece = slice(at, at + 1024)
+    few = max(LOGITS_AT_ONCE // logits.shape[-1], 1)
+    for at in range(0, len(wanted), few):
+        piece = slice(at, at + few)
         values = logits[lines[piece], columns[piece]].float()
         losses = torch.nn.functional.cross_entropy(values, wanted[piece], reduction="none")
         right = (values.argmax(-1) == wanted[piece]).long()

@@ -99,7 +99,7 @@ def micro_batch(estimate: Estimate | None) -> str:
     if estimate.largest_batch is None:
         said = "The recipe says so. The largest that fits is looked for where steps are measured."
         return box(f"Micro-batch: {estimate.micro_batch}", [said], kind="note")
-    lines = [f"Rows of up to {estimate.longest:,} tokens; the recipe has {estimate.micro_batch}."]
+    lines = [f"As this run's seed puts rows together; the recipe has {estimate.micro_batch}."]
     return box(f"Largest micro-batch that fits: {estimate.largest_batch:,}", lines, kind="note")
 
 

@@ -28,9 +28,9 @@ from tunesmith.compose import check_together
 from tunesmith.data.cache import Encodings, StoredExamples
 from tunesmith.data.examples import Tally
 from tunesmith.data.packing import Packing, pack, padded_share
-from tunesmith.data.preferences import prompt_length
+from tunesmith.data.preferences import answer_begins, prompt_length
 from tunesmith.data.splitting import TRAIN, VALIDATION
-from tunesmith.data.templates import IGNORED, Encoding
+from tunesmith.data.templates import Encoding
 from tunesmith.engines.check import FILE as CHECKS
 from tunesmith.engines.check import keep_check, remarked
 from tunesmith.errors import DataError, RecipeError, TunesmithError
@@ -922,11 +922,7 @@ def _scored(recipe: Recipe, asked: Asked) -> list[tuple[int, int]]:
     most = min(recipe.evaluation.max_items or LOOKED_AT, LOOKED_AT)
     section = recipe.evaluation.model_copy(update={"max_items": most})
     found = items(recipe.model_copy(update={"evaluation": section}), asked)
-    return [(len(item.input_ids), _before(item.labels)) for item in found if item.input_ids]
-
-
-def _before(labels: Sequence[int]) -> int:
-    return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
+    return [(len(item.input_ids), answer_begins(item.labels)) for item in found if item.input_ids]
 
 
 def _measures(

@@ -1062,15 +1062,10 @@ def target_modules(model: Any, targets: str | Sequence[str]) -> list[str]:
 
     linear = linear_modules(model)
     if not isinstance(targets, str):
-        matrices = (
-            nn.Linear,
-            Conv1D,
-            nn.Embedding,
-            nn.Conv1d,
-            nn.Conv2d,
-            nn.Conv3d,
-        )  # as PEFT's LoRA knows them
-        _check_names(model, targets, "targets", matrices)
+        convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        _check_names(
+            model, targets, "targets", (nn.Linear, Conv1D, nn.Embedding, *convolutions)
+        )  # PEFT's LoRA
         return list(targets)
     if targets == "all-linear":
         chosen = linear
@@ -1103,10 +1098,12 @@ def _check_names(model: Any, names: Sequence[str], field: str, kinds: tuple[type
     if not (missing := strangers(fitting)):
         return
     leaves = {name.rpartition(".")[2] for name in fitting}
-    what = "modules that" if strangers(known) else "what is no matrix, which alone an adapter changes:"
-    said = f"{type(model).__name__} does not have: " if strangers(known) else ""
+    if unknown := strangers(known):
+        what = f"modules that {type(model).__name__} does not have: {', '.join(unknown)}"
+    else:
+        what = f"what is no matrix, which alone an adapter changes: {', '.join(missing)}"
     raise ModelError(
-        f"adapter.{field} names {what} {said}{', '.join(strangers(known) or missing)}.",
+        f"adapter.{field} names {what}.",
         fix=nearest(missing[0], sorted(leaf for leaf in leaves if not leaf.isdigit())),
     )
 

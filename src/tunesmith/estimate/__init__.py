@@ -330,13 +330,12 @@ def estimate(
     Remedies are worked out where the run does not fit, of those that `check` does not refuse with a TunesmithError.
     """
     case = _Case(build, rows, facts, plan)
-    met = batches(rows, recipe.training, plan.total_steps)
-    batch = met.fullest(rows.lengths, pads=False)
-    traced = case.traced(recipe, batch)
+    met = case.met(recipe)
+    traced = case.traced(recipe, met.fullest(rows.lengths, pads=False))
     if not traced.unpadded:
-        met = batches(rows, recipe.training, plan.total_steps, pads=True)
-        batch = met.fullest(rows.lengths, pads=True)
-        traced = case.traced(recipe, batch)
+        case = replace(case, pads=True)
+        met = case.met(recipe)
+        traced = case.traced(recipe, met.fullest(rows.lengths, pads=True))
     answers, notes = measuring(recipe, rows, facts=facts, dtype=plan.dtype)
     case = replace(case, held=process())  # now that every library is loaded
     found = case.stages(recipe, traced, answers)
@@ -351,7 +350,7 @@ def estimate(
         *traced.notes,
         *rows_notes(rows, recipe),
     ]
-    took = _seconds(case, recipe, traced, met, batch, measure)
+    took = _seconds(case, recipe, traced, met, measure)
     result = Estimate(
         device=facts.name,
         capacity=facts.memory,
@@ -376,7 +375,7 @@ def estimate(
         result = replace(result, largest_batch=largest)
     result = replace(result, notes=tuple(notes))
     if result.missing:
-        peak_of = cache(partial(_peak_with, case, recipe, result, check, not traced.unpadded))
+        peak_of = cache(partial(_peak_with, case, recipe, result, check))
         fixed = case.held if facts.kind == "cpu" else facts.reserved
         changes = list(possible_changes(recipe, result.longest, plan.processes, facts.kind))
         result = replace(result, remedies=tuple(ways_to_fit(result, changes, peak_of, fixed)))
@@ -391,6 +390,8 @@ class _Case:
     rows: Rows
     facts: DeviceFacts
     plan: Plan
+    pads: bool = False
+    """Whether batches are padded, as the trace of one tells."""
     held: int = 0
     """Bytes of the process, with every library."""
 
@@ -411,10 +412,13 @@ class _Case:
         asked = Asked(self.facts.kind, *self.types(recipe), tuple(batch), cut, validates)
         return trace(recipe, self.build, self.rows, asked)
 
-    def fullest(self, recipe: Recipe, *, pads: bool) -> Sequence[int]:
-        """Numbers of the rows of the fullest batch that a run of the recipe meets."""
-        met = batches(self.rows, recipe.training, self.plan.total_steps, pads=pads)
-        return met.fullest(self.rows.lengths, pads=pads)
+    def met(self, recipe: Recipe) -> Batches:
+        """The batches of a run of the recipe."""
+        return batches(self.rows, recipe.training, self.plan.total_steps, pads=self.pads)
+
+    def fullest(self, recipe: Recipe) -> Sequence[int]:
+        """Numbers of the rows of the fullest of them."""
+        return self.met(recipe).fullest(self.rows.lengths, pads=self.pads)
 
     def kept(self, recipe: Recipe, traced: Traced) -> int:
         """Bytes of frozen layers' outputs."""
@@ -468,20 +472,18 @@ class _Seconds:
     shared: Shared | None
 
 
-def _seconds(
-    case: _Case, recipe: Recipe, traced: Traced, met: Batches, batch: Sequence[int], measure: Measure | None
-) -> _Seconds:
-    """`batch` is the fullest of those that the run meets."""
+def _seconds(case: _Case, recipe: Recipe, traced: Traced, met: Batches, measure: Measure | None) -> _Seconds:
     from tunesmith.training.steps import SOON
 
     rows, facts, plan, several = case.rows, case.facts, case.plan, case.plan.processes
-    share = met.share(rows, batch, pads=not traced.unpadded)
+    batch = met.fullest(rows.lengths, pads=case.pads)
+    share = met.share(rows, batch, pads=case.pads)
     if rows.answers and measure:
         pace = pace_of_drawing(traced, measure)
     else:
         pace = pace_of_batches(traced, rows, batch, share, facts, plan.dtype, plan.mixed_precision, measure)
     seconds = pace.seconds
-    fullest = met.place_of_fullest(rows.lengths, pads=not traced.unpadded)
+    fullest = met.place_of_fullest(rows.lengths, pads=case.pads)
     # Before the first step, by a run alone.
     is_tried = fullest // recipe.training.gradient_accumulation_steps >= SOON
     tried = seconds / share if is_tried and several == 1 and not rows.answers else 0.0
@@ -534,9 +536,9 @@ def _largest(
     @cache
     def peak_of(count: int) -> float:
         if count <= traceable:
-            change = Change("", "", "", {"training": {"per_device_train_batch_size": count}})
-            changed = with_changes(recipe, [change])
-            again = case.traced(changed, case.fullest(changed, pads=not traced.unpadded), validates=False)
+            training = recipe.training.model_copy(update={"per_device_train_batch_size": count})
+            changed = recipe.model_copy(update={"training": training})
+            again = case.traced(changed, case.fullest(changed), validates=False)
             return most_of({**found, **case.stages(changed, again, answers)})
         half, whole = peak_of(traceable // 2), peak_of(traceable)
         return whole + (count - traceable) * (whole - half) / (traceable - traceable // 2)
@@ -555,7 +557,6 @@ def _peak_with(
     recipe: Recipe,
     found: Estimate,
     check: Callable[[Recipe], None],
-    is_padded: bool,
     *changes: Change,
 ) -> int:
     """Bytes at the peak of the recipe with these changes."""
@@ -564,9 +565,8 @@ def _peak_with(
         check(changed)
     except TunesmithError:
         return REFUSED
-    batch = case.fullest(changed, pads=is_padded)
     cut = min(changed.data.max_length / found.longest, 1.0)
-    traced = case.traced(changed, batch, cut, validates=found.stage == "validating")
+    traced = case.traced(changed, case.fullest(changed), cut, validates=found.stage == "validating")
     answers, _ = measuring(changed, case.rows, facts=case.facts, dtype=case.types(changed)[0])
     return most_of(case.stages(changed, traced, answers))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from tunesmith import devices, parallel
 from tunesmith.devices import DeviceFacts
@@ -13,9 +13,6 @@ from tunesmith.estimate.micro_batches import Rows
 from tunesmith.estimate.step import KEPT_TRACES, STATES, Parts, Traced, undisturbed, written_at
 from tunesmith.heap import most_held
 from tunesmith.recipe import PPO, DeepSpeed, LoRA, Model, Recipe
-
-if TYPE_CHECKING:
-    pass
 
 
 def most_of(stages: Mapping[str, Parts]) -> int:
@@ -131,7 +128,7 @@ def measuring(
     """Bytes that writing answers to the held-out questions takes, and scoring theirs, by stage and part; and what is
     not known. Base and tuned model are loaded for it one after the other, in whole weights, whatever the training
     packs."""
-    from tunesmith.evaluation import LOGITS_IN_MEMORY
+    from tunesmith.evaluation import tokens_together
     from tunesmith.generation import length_batches
     from tunesmith.methods import METHODS
 
@@ -147,30 +144,21 @@ def measuring(
     model = recipe.model, written_at(recipe.model), facts.kind, dtype
     # As far as they are known; what is not is taken to be as the longest row, and to be all answer.
     scored = dict(enumerate(rows.scored or [(max(rows.lengths), 0)] * questions))
-    vocabulary = _vocabulary(*model[:2])
-
-    def sizes(lengths: dict[int, int], tokens: int) -> Iterator[tuple[int, int, list[int]]]:
-        """Rows and width of each batch, and who they are."""
-        for batch in length_batches(lengths, tokens=tokens):
-            yield len(batch), max(lengths[n] for n in batch), batch
-
-    writing = sizes({n: max(before, 1) + new for n, (_, before) in scored.items()}, tokens)
-    scoring = sizes(
-        {n: whole for n, (whole, _) in scored.items()}, min(tokens, LOGITS_IN_MEMORY // vocabulary)
+    # Batches as they are written and scored in, each by its size as it is traced.
+    writing = length_batches({n: max(before, 1) + new for n, (_, before) in scored.items()}, tokens=tokens)
+    written = [(len(batch), max(max(scored[n][1], 1) for n in batch), new) for batch in writing]
+    scoring = length_batches(
+        {n: whole for n, (whole, _) in scored.items()},
+        tokens=tokens_together(tokens, _number(*model[:2], "vocab_size", 1)),
     )
-    asked = [
-        (
-            n,
-            width,
-            max(width - min(scored[k][1] for k in batch), 1),
-            sum(scored[k][0] - scored[k][1] for k in batch),
-        )
-        for n, width, batch in scoring
-    ]
-    count, width = max(((n, width - new) for n, width, _ in writing), key=math.prod)
+    read = []
+    for batch in scoring:
+        wholes, begins = zip(*(scored[n] for n in batch), strict=True)
+        width = max(wholes)
+        read.append((len(batch), width, max(width - min(begins), 1), sum(wholes) - sum(begins)))
     return {
-        "answering": dict(_answering(*model, (count, width, new))),
-        "scoring": dict(_scoring(*model, max(asked, key=lambda size: size[0] * size[2]))),
+        "answering": dict(_answering(*model, max(written, key=lambda size: size[0] * size[1]))),
+        "scoring": dict(_scoring(*model, max(read, key=lambda size: size[0] * size[2]))),
     }, []
 
 
@@ -213,44 +201,49 @@ def questions_asked(recipe: Recipe, rows: Rows) -> int:
     return min(rows.questions, recipe.evaluation.max_items or rows.questions)
 
 
-@functools.lru_cache(KEPT_TRACES)
-def _answering(section: Model, changed: int, kind: str, dtype: str, sizes: tuple[int, int, int]) -> Parts:
-    """Bytes that a batch of rows, a question's width and new tokens takes, by part."""
+@contextmanager
+def _outlined(
+    section: Model, kind: str, dtype: str, shape: tuple[int, int]
+) -> Iterator[tuple[Any, Callable[..., Any], int]]:
+    """A count of what the whole model holds, without weights; the model on rows of some width, with as few logits as it
+    can; and the bytes of its weights."""
     import torch
 
     from tunesmith import models
     from tunesmith.tracing import counting
 
-    rows, width, new = sizes
     with undisturbed():
         model = models.outline(
             section.base, revision=section.revision, dtype=dtype, attention=section.attention
         ).eval()
         vocabulary = model.config.get_text_config().vocab_size
-        ids = torch.ones(rows, width, dtype=torch.long)
+        ids = torch.ones(*shape, dtype=torch.long)
+
+        def run(logits: int, **options: Any) -> Any:
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **options}
+            try:
+                return model(**given, logits_to_keep=logits)
+            except TypeError:  # a model that cannot leave logits out
+                return model(**given)
+
         with torch.no_grad(), counting(vocabulary=vocabulary, kernel=kind) as count:
             weights = count.known([*model.parameters(), *model.buffers()])
-            try:
-                out = model(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1
-                )
-            except TypeError:  # a model that cannot leave logits out
-                out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
-            most, _ = count.live()
-            del out.logits
-            cache, _ = count.live(count.clock)
-    grown = cache * (width + new) / width
-    layers = max(int(getattr(model.config.get_text_config(), "num_hidden_layers", 1)), 1)
-    # A layer's keys and values are there twice while a token is joined to them.
-    cached = int(grown * (1 + 1 / layers))
-    return {"weights": weights, "cache": cached, "evaluation": max(most - cached, 0)}
+            yield count, run, weights
 
 
 @functools.lru_cache(KEPT_TRACES)
-def _vocabulary(section: Model, changed: int) -> int:
-    from tunesmith import models
-
-    return int(models.configuration(section.base, section.revision).get_text_config().vocab_size)
+def _answering(section: Model, changed: int, kind: str, dtype: str, sizes: tuple[int, int, int]) -> Parts:
+    """Bytes that a batch of rows, a question's width and new tokens takes, by part."""
+    rows, width, new = sizes
+    with _outlined(section, kind, dtype, (rows, width)) as (count, run, weights):
+        out = run(1, use_cache=True)
+        most, _ = count.live()
+        del out.logits
+        cache, _ = count.live(count.clock)
+    grown = cache * (width + new) / width
+    # A layer's keys and values are there twice while a token is joined to them.
+    cached = int(grown * (1 + 1 / _number(section, changed, "num_hidden_layers", 1)))
+    return {"weights": weights, "cache": cached, "evaluation": max(most - cached, 0)}
 
 
 @functools.lru_cache(KEPT_TRACES)
@@ -259,27 +252,23 @@ def _scoring(section: Model, changed: int, kind: str, dtype: str, sizes: tuple[i
     likelihoods of so many tokens of them."""
     import torch
 
-    from tunesmith import models
-    from tunesmith.evaluation import LOGITS_AT_ONCE
-    from tunesmith.tracing import counting
+    from tunesmith.evaluation import copied_together
 
     rows, width, asked, answered = sizes
-    with undisturbed():
-        model = models.outline(
-            section.base, revision=section.revision, dtype=dtype, attention=section.attention
-        ).eval()
-        vocabulary = model.config.get_text_config().vocab_size
-        ids = torch.ones(rows, width, dtype=torch.long)
-        options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        with torch.no_grad(), counting(vocabulary=vocabulary, kernel=kind) as count:
-            weights = count.known([*model.parameters(), *model.buffers()])
-            try:
-                logits = model(**options, logits_to_keep=asked).logits
-            except TypeError:  # a model that cannot leave logits out
-                logits = model(**options).logits
-            values = logits.flatten(0, 1)[: max(min(LOGITS_AT_ONCE // vocabulary, answered), 1)]
-            values = values.to(torch.float32, copy=True)
-            wanted = torch.zeros(len(values), dtype=torch.long, device=values.device)
-            torch.nn.functional.cross_entropy(values, wanted, reduction="none")
-            most, _ = count.live()
+    with _outlined(section, kind, dtype, (rows, width)) as (count, run, weights):
+        logits = run(asked, use_cache=False).logits
+        few = max(min(copied_together(logits.shape[-1]), answered), 1)
+        values = logits.flatten(0, 1)[:few].to(torch.float32, copy=True)
+        wanted = torch.zeros(len(values), dtype=torch.long, device=values.device)
+        torch.nn.functional.cross_entropy(values, wanted, reduction="none")
+        most, _ = count.live()
     return {"weights": weights, "evaluation": most}
+
+
+@functools.lru_cache(KEPT_TRACES)
+def _number(section: Model, changed: int, name: str, least: int) -> int:
+    """A number of the model's configuration."""
+    from tunesmith import models
+
+    config = models.configuration(section.base, section.revision).get_text_config()
+    return max(int(getattr(config, name, least)), least)

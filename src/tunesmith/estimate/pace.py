@@ -8,15 +8,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tunesmith.devices import DeviceFacts
 from tunesmith.estimate.micro_batches import Rows
 from tunesmith.estimate.step import Costs, Traced, labels_of, rows_by_number
 from tunesmith.recipe import Recipe
-
-if TYPE_CHECKING:
-    pass
 
 
 def duration(seconds: float) -> str:

@@ -62,16 +62,10 @@ def most_rows(peak_of: Callable[[int], float], capacity: int, first: int, most: 
 MOST_TRACED = {"cpu": 256, "cuda": 2_048, "mps": 2_048}
 """Rows times layers of the largest batch that is traced where the largest that fits is looked for: some seconds. A
 CPU's attention is an operation per row."""
-
-
 REFUSED = sys.maxsize
 """The peak of a recipe that would be refused."""
-
-
 FEWER = 4
 """The part of the tokens that a batch of answers has as a remedy."""
-
-
 MOST_REMEDIES = 3
 
 

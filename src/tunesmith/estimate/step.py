@@ -12,26 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tunesmith.estimate.micro_batches import Rows, longest_rows
 from tunesmith.heap import Block
 from tunesmith.recipe import PRINCIPAL, LoRA, Model, QLoRA, Recipe
 
-if TYPE_CHECKING:
-    pass
-
-
 Parts = Mapping[str, int]
-
-
 Build = Callable[[Recipe, Any, Path], Any]
 """The method's trainer on a model, with a folder for what it writes."""
-
-
 Costs = tuple[tuple[float, float], ...]
 """Of each operation its FLOPs, and the bytes that it moves."""
-
 
 STATES = {
     "adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adafactor": 0.0, "sgd": 0.0, "paged_adamw_32bit": 8.0,
@@ -40,8 +31,6 @@ STATES = {
 }  # fmt: skip
 """Bytes of optimizer state for each trained float32 weight: two means, in fewer bits with a scale in float32 for each
 block of each. Adam's follow the weights' own type, the factors of Adafactor are a row and a column of each matrix."""
-
-
 SMALL = 4096
 """Weights in a tensor below which both packages keep its states whole."""
 

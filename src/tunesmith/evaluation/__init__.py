@@ -83,6 +83,16 @@ LOGITS_AT_ONCE = 2**25
 """Of them, how many are copied to float32 at a time, twice over: all may be as large as the model itself."""
 
 
+def tokens_together(batch_tokens: int, vocabulary: int) -> int:
+    """Padded tokens of a likelihood batch."""
+    return min(batch_tokens, LOGITS_IN_MEMORY // vocabulary)
+
+
+def copied_together(vocabulary: int) -> int:
+    """Tokens whose logits are copied at a time."""
+    return max(LOGITS_AT_ONCE // vocabulary, 1)
+
+
 @dataclass(frozen=True)
 class Item:
     """One held-out example as token ids: what is asked, and what the likelihood is taken of."""
@@ -846,7 +856,7 @@ def _likelihoods(
     num_windows = Counter(number for number, _ in pieces)
     whole = {number: _Likelihood(0.0, 0, 0, 0, windows=num_windows[number]) for number in last}
     with for_inference(model):
-        for batch in length_batches(lengths, tokens=min(batch_tokens, LOGITS_IN_MEMORY // vocabulary)):
+        for batch in length_batches(lengths, tokens=tokens_together(batch_tokens, vocabulary)):
             for part, results in halving(
                 lambda numbers: likelihood(
                     model, [by_number[n] for n in numbers], [lengths[n] for n in numbers]
@@ -915,7 +925,7 @@ def _batch_likelihood(model: Any, items: Sequence[Item], lengths: Sequence[int])
         torch.zeros(len(items), dtype=torch.float64),
         torch.zeros(len(items), dtype=torch.long),
     )
-    few = max(LOGITS_AT_ONCE // logits.shape[-1], 1)
+    few = copied_together(logits.shape[-1])
     for at in range(0, len(wanted), few):
         piece = slice(at, at + few)
         values = logits[lines[piece], columns[piece]].float()

@@ -281,7 +281,20 @@ def test_the_largest_micro_batch_fits_when_it_is_planned(recipe, question_file, 
     largest = planned(sized(4), measured=True).largest_batch
     assert 8 < largest < 32
     assert not planned(sized(largest)).missing
-    assert planned(sized(largest + max(largest // 2, 2))).missing
+    assert planned(sized(largest + max(largest // 8 * 4, 4))).missing
+
+
+def test_of_drawn_answers_the_largest_micro_batch_holds_whole_groups_of_the_prompts_there_are(
+    recipe, question_file, monkeypatch
+):
+    asked = drawing(recipe, question_file, {"kind": "full"})
+    whole = planned(asked, measured=True).largest_batch
+    times = asked.training.gradient_accumulation_steps
+    there = len(question_file.read_text().splitlines())
+    assert 0 < whole <= there // times * asked.method.num_generations
+    assert whole % asked.method.num_generations == 0
+    planned(asked.model_copy(update={"training": asked.training.model_copy(
+        update={"per_device_train_batch_size": whole})}))  # fmt: skip
 
 
 def test_tokens_of_the_sample_answers_are_measured_here(recipe, monkeypatch):

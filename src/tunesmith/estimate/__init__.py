@@ -529,8 +529,10 @@ def _largest(
 ) -> tuple[int, list[str]]:
     """Rows in the largest micro-batch that fits, and what is to be said of it."""
     rows = case.rows
-    there = len(rows.lengths) * (rows.group if rows.answers else 1)
-    first = recipe.training.per_device_train_batch_size
+    first, times = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
+    # Prompts are learned from in whole groups of answers, and a step needs as many as it has groups.
+    group = rows.group if rows.answers else 1
+    there = max(len(rows.lengths) // (times if rows.answers else 1), 1)
     traceable = max(MOST_TRACED[case.facts.kind] // max(traced.shape.layers, 1), first, 2)
 
     @cache
@@ -543,7 +545,12 @@ def _largest(
         half, whole = peak_of(traceable // 2), peak_of(traceable)
         return whole + (count - traceable) * (whole - half) / (traceable - traceable // 2)
 
-    largest = most_rows(peak_of, case.facts.memory, first, there)
+    room = case.facts.memory
+    largest = group * most_rows(lambda count: peak_of(group * count), room, max(first // group, 1), there)
+    if not largest and group > 1:
+        largest = most_rows(peak_of, room, group // 2, group - 1)
+    if first % group and most_of(found) <= room:
+        largest = max(largest, first)
     if largest > traceable:
         more = (
             f"what more than {traceable:,} rows take is a straight line's from {traceable // 2:,} and those"

@@ -5,7 +5,8 @@ layers of the smaller shape it would freeze no more than 2, as layers are counte
 without a graph, so the most that could be gained is what their backward passes, their weights' gradients and their
 optimizer take. Rows and lengths are those of `sft_short_chat.py`; the two take turns in processes of their own.
 The exit status is 1 below 1.4. With `--kept` it is told instead, without a bar, what keeping the frozen layers' outputs
-from epoch to epoch gains over three epochs (`training.cache_frozen`), the first of which makes them.
+from epoch to epoch gains over three epochs (`training.cache_frozen`), the first of which makes them; the plan's FLOPs,
+and so the share of the matrix peak, are those without keeping.
 
     python benchmarks/freeze.py --shape 256x4
 """

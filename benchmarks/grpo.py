@@ -1,6 +1,6 @@
 """GRPO's steps: where their time goes, and against TRL's GRPOTrainer used directly.
 
-    python benchmarks/grpo.py [STEPS] [ROUNDS]
+    python benchmarks/grpo.py 12 3
 
 Both train the shipped model on the prompts of `example:preferences` with one verifiable reward, the same settings and
 the same seed, one after the other in one process, in turns. Printed for each: tokens per second (prompts and answers),
@@ -10,6 +10,7 @@ is one JSON object: tokens per second of ours and of the peer, and their ratio.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -150,8 +151,15 @@ def measured(make: Callable[[int, Path], Any], steps: int) -> dict[str, float]:
     }
 
 
-def main(steps: int = 12, rounds: int = 3) -> None:
+def main() -> None:
     """Both, in turns; a first round warms up and does not count."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("steps", type=int, nargs="?", default=12, help="of each training")
+    parser.add_argument("rounds", type=int, nargs="?", default=3)
+    args = parser.parse_args()
+    steps, rounds = args.steps, args.rounds
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     quiet_libraries()
     found: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
@@ -182,4 +190,4 @@ def main(steps: int = 12, rounds: int = 3) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:3]))
+    main()

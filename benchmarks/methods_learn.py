@@ -1,6 +1,6 @@
 """Whether every method learns: on the shipped model and data, before and after training, on held-out examples.
 
-    python benchmarks/methods_learn.py [NAME ...]
+    python benchmarks/methods_learn.py dpo kto
 
 Prints a line per method, with the metric before and after and the number of examples it rests on, and last one JSON
 object: how many learned. Preference methods start from the shipped base. `grpo`, `rloo` and `ppo` start
@@ -15,6 +15,7 @@ evaluation included.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -191,8 +192,15 @@ def proven(name: str, found: Mapping[str, Any]) -> bool:
     return bool(found["after"] - found["before"] >= 0.3 and (found["kl"] is None or found["kl"] < 8))
 
 
-def main(names: list[str]) -> int:
+def main() -> int:
     """Train and print, one method at a time; 1 where one did not learn."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(LEARN)}; all without one")
+    names = parser.parse_args().names
+    if unknown := [name for name in names if name not in LEARN]:
+        parser.error(f"{', '.join(unknown)}: there are {', '.join(LEARN)}")
     found: dict[str, Mapping[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="methods-learn-") as place:
         for name in names or list(LEARN):
@@ -208,4 +216,4 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -294,8 +294,10 @@ def contestant(name: str, work: Path, task: dict[str, Any]) -> dict[str, float]:
         result = api.train(compose(settings(work, task)).recipe)
         chosen = [e for e in _events(result.run) if e["kind"] == "decision" and e["name"] == "forward"]
         assert chosen[0]["value"] == task.get("training", {}).get("forward", "fast"), chosen
-        truth = json.loads((Path(result.run) / "plan.json").read_text(encoding="utf-8")).get("truth", {})
-        planned = {key: value for key, value in truth.items() if key.endswith("_error")}
+        plan = json.loads((Path(result.run) / "plan.json").read_text(encoding="utf-8"))
+        planned = {key: value for key, value in plan.get("truth", {}).items() if key.endswith("_error")}
+        counted = plan["estimate"]["flops_per_step"] * task["steps"] / sum(clock.tokens)
+        planned["flops_per_token"] = counted
     else:
         clock, planned = Clock(), {}
         peer = _pairs_peer if task["method"] == "seq2seq" else _peer
@@ -653,8 +655,10 @@ def result(
 ) -> None:
     """What was held against bars, and as the last line one JSON object. Leaves with 1 where a bar is missed, unless the
     turn was a quick one, which says nothing of speed."""
-    ours = next(iter(medians.values()))["tokens_per_second"]
-    theirs = medians[peer]["tokens_per_second"]
+    first = next(iter(medians.values()))
+    ours, theirs = first["tokens_per_second"], medians[peer]["tokens_per_second"]
+    share = ours * first["flops_per_token"] / 1e9 / first["matrix_gflops"]
+    bars = [*bars, ("share of the matrix peak by the plan's FLOPs", share, 0.0)]
     print(
         json.dumps(
             {
@@ -705,4 +709,10 @@ def adapter(lora: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(contestant(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))))
+    asked = argparse.ArgumentParser(
+        description="One contestant, as `compare` starts it in a process of its own."
+    )
+    asked.add_argument("name")
+    asked.add_argument("work", type=Path, help="the folder with its model and rows")
+    asked.add_argument("task", type=json.loads, help="JSON")
+    print(json.dumps(contestant(**vars(asked.parse_args()))))

@@ -475,6 +475,7 @@ def test_lines_of_a_piped_table_end_with_their_words():
         (["train", "missing.yaml"], 1, "cannot be read"),
         (["train", "--name", "a/b"], 1, "a run's name is that of one folder"),
         (["train", "--lora", "--lora-rank", "0"], 1, "adapter.rank (--lora-rank) has to be greater than 0"),
+        (["train", "--freeze-ratio", "1.5"], 1, "adapter.ratio (--freeze-ratio) has to be less than 1"),
         (["plan", "--learning-rate", "fast"], 1, "training.learning_rate (--learning-rate) takes a number"),
         (["train", "--launch", "slurm", "--workers", "2"], 1, "or add --set launch.kind=ray."),
         (["train", "--set", "training.learning_rate=fast"], 1, "training.learning_rate takes a number"),

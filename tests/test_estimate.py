@@ -284,6 +284,26 @@ def test_the_largest_micro_batch_fits_when_it_is_planned(recipe, question_file, 
     assert planned(sized(largest + max(largest // 8 * 4, 4))).missing
 
 
+def test_a_largest_micro_batch_of_all_rows_is_said_to_be_that(recipe):
+    found = planned(recipe(), measured=True)
+    assert [note for note in found.notes if "all rows" in note]
+    assert found.peak < found.capacity
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "takes half a minute"),
+        ({"gradient_checkpointing": True}, "is left out"),
+        ({"forward": "stock"}, "is left out"),
+    ],
+    ids=str,
+)
+def test_a_plan_promises_no_compilation_that_a_run_leaves_out(recipe, settings, said):
+    [told] = [n for n in planned(recipe(training={"compile": True, **settings})).notes if "compile" in n]
+    assert said in told
+
+
 def test_of_drawn_answers_the_largest_micro_batch_holds_whole_groups_of_the_prompts_there_are(
     recipe, question_file, monkeypatch
 ):

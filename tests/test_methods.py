@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -279,6 +280,19 @@ def test_what_is_not_covered_takes_the_stock_path_and_says_why(quick, changes, w
     [taken] = [e for e in run.events() if e["kind"] == "decision" and e["name"] == "forward"]
     assert (taken["value"], taken["reason"]) == ("stock", why)
     assert [event["step"] for event in steps(run)] == [1, 2]
+
+
+def test_a_run_of_preferences_says_how_much_was_shared(quick):
+    """As a pair's prompt is computed once, which is at least the shorter of its rows' prompts."""
+    found = {}
+    for kind in ("dpo", "sft"):
+        events = Run(api.train(quick(kind, name=kind, evaluation={"skip": True})).run).events()
+        found[kind] = [e for e in events if e["kind"] == "decision" and e["name"] == "shared beginnings"]
+    assert not found["sft"]
+    [told] = found["dpo"]
+    saved, given = (int(n.replace(",", "")) for n in re.findall(r"[\d,]*\d", told["reason"])[:2])
+    assert 0.1 * given < saved < 0.5 * given
+    assert told["value"] == f"{saved / given:.0%} of the tokens"
 
 
 def test_frozen_layers_are_run_once_and_a_missing_compiler_is_said(quick, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 import transformers as tf
 
-from tunesmith import libraries, models
-from tunesmith.errors import ModelError
+from tunesmith import api, libraries, models
+from tunesmith.compose import compose
+from tunesmith.errors import DataError, ModelError
 from tunesmith.recipe import Freeze, LoRA, QLoRA
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -360,3 +362,21 @@ def test_of_a_model_that_sees_pictures_the_layers_of_the_text_are_counted_and_fr
     assert (found.layers, found.context_length) == (2, 70)
     # Those that look at pictures are more, and larger.
     assert models.decoder_layers(model) is model.model.language_model.layers
+
+
+def test_a_model_without_weights_is_refused_before_rows_are_read(tmp_path, tiny_model_folder):
+    base, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    shutil.copytree(tiny_model_folder, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    rows.write_text("no JSON\n")
+    settings = {
+        "model": {"base": str(base)},
+        "data": {"dataset": str(rows), "max_length": 64},
+        "output_dir": str(tmp_path / "runs"),
+    }
+    for verb in (api.train, api.baseline, api.self_check):
+        with pytest.raises(ModelError, match="has no weights") as error:
+            verb(compose(settings).recipe)
+        assert "config.json" in error.value.found
+    with pytest.raises(DataError):
+        api.plan(compose(settings).recipe)
+    assert not list((tmp_path / "runs").glob("*"))

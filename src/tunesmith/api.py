@@ -206,7 +206,7 @@ def plan(
         from tunesmith import devices
 
         devices.named(device)
-    preflight.check(recipe)
+    preflight.check(recipe, weights=False)
     from tunesmith.evaluation import leakage
 
     inputs = {**_inputs(recipe), "device": device, "measured": measured}
@@ -235,7 +235,7 @@ def prepare(
             f"There is no share {first} of {of}.",
             fix="Give --share K/N with K from 1 to N, such as --share 2/4.",
         )
-    preflight.check(recipe)
+    preflight.check(recipe, weights=False)
     from tunesmith import preparing
     from tunesmith.data import cache
 

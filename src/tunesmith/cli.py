@@ -230,6 +230,7 @@ def recipe_options(
             flags = overlaid(*layers)
             # A field that is in no section has the name of its option, or a word that any sentence may have.
             typed = {FLAGS[o]: o for o, value in values.items() if value is not None and "." in FLAGS[o]}
+            typed |= {"adapter.ratio": "--freeze-ratio"} if given.get("freeze_ratio") else {}
             try:
                 with catalog.using(given.pop("catalog_file")):
                     if not shared:

@@ -234,7 +234,7 @@ LATE: Mapping[str, Callable[[Recipe], bool]] = {
     "bitsandbytes": lambda recipe: isinstance(recipe.adapter, QLoRA),
     "trl.trainer.grpo_trainer": lambda recipe: recipe.method.kind == "grpo",
     "trl.trainer.rloo_trainer": lambda recipe: recipe.method.kind == "rloo",
-    "torch._inductor.compile_fx": lambda recipe: recipe.training.compile,
+    "torch._inductor.compile_fx": lambda recipe: recipe.training.compiles,
     "rouge_score.rouge_scorer": lambda recipe: not recipe.evaluation.skip,
 }
 """Packages of some size that only some runs load, and a plan does not."""
@@ -257,7 +257,7 @@ def _held(recipe: Recipe) -> int:
             if is_loaded(recipe):
                 importlib.import_module(name)
     later = LATER - (OF_WORDS if METHODS[recipe.method.kind].head == "score" else 0)
-    return devices.held() + later + (COMPILED if recipe.training.compile else 0)
+    return devices.held() + later + (COMPILED if recipe.training.compiles else 0)
 
 
 def _examples(method: Method, encodings: Encodings) -> int:

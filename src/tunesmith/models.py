@@ -403,6 +403,19 @@ def check_kind(
     )
 
 
+def check_weights(base: str, *, revision: str | None = None) -> None:
+    """Raises ModelError for a folder of this machine without weights: a plan needs none, a training does."""
+    folder = Path(locate(base, revision=revision))
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        names = sorted(path.name for path in folder.iterdir())
+        raise ModelError(
+            f"The folder of '{base}' has no weights.",
+            found=f"no *.safetensors in {folder}, but {', '.join(names[:8])}{', …' if len(names) > 8 else ''}",
+            fix="Put them there as safetensors, the only kind that is read, or give a folder that has them; "
+            "`tunesmith plan` alone does without.",
+        )
+
+
 def check_writes(base: str) -> None:
     """Raises ModelError for a reward model, which cannot be asked anything."""
     if kind(base) == "reward":

@@ -12,8 +12,9 @@ from tunesmith.recipe import Launch, Ray, Recipe
 from tunesmith.training.fit import quiet_libraries, require_tracker
 
 
-def check(recipe: Recipe) -> None:
-    """Refuse a recipe that cannot be trained, as far as that shows without reading rows. Raises TunesmithError."""
+def check(recipe: Recipe, *, weights: bool = True) -> None:
+    """Refuse a recipe that cannot be trained, as far as that shows without reading rows; whatever loads the model asks
+    for its `weights` too. Raises TunesmithError."""
     check_together(recipe)  # composed ones were; this one may be somebody's own
     from tunesmith import engines
 
@@ -36,6 +37,8 @@ def check(recipe: Recipe) -> None:
         head=method.head,
         revision=recipe.model.revision,
     )
+    if weights:
+        models.check_weights(recipe.model.base, revision=recipe.model.revision)
     method.check(recipe)
     check_processes(recipe)
     evaluation.check_scoring(recipe.evaluation.metrics or [], gives_scores=method.head is not None)

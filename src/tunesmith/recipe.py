@@ -826,7 +826,8 @@ class Training(Section):
     memory (docs/gpu.md). Elsewhere torch's are used."""
     compile: bool = False
     """Compile the layers of the fast forward for the lengths as they change (torch.compile): some percent more speed
-    after a minute or so of compilation. Without a compiler it is left out, and said."""
+    after a minute or so of compilation. Without a compiler, with gradient_checkpointing and with the stock forward it
+    is left out, and said."""
 
     cache_frozen: bool = False
     """Keep the outputs of frozen bottom layers (adapter.kind freeze) from epoch to epoch, in a quarter of the free
@@ -871,6 +872,11 @@ class Training(Section):
     best_by: str = "loss"
     """What makes a model the best one, and stops early: the validation loss, or a metric, which is then measured at
     each validation as well."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether layers are compiled, where there is a compiler."""
+        return self.compile and self.forward == "fast" and not self.gradient_checkpointing
 
     @property
     def measured(self) -> list[str]:

@@ -551,6 +551,10 @@ def _largest(
         largest = most_rows(peak_of, room, group // 2, group - 1)
     if first % group and most_of(found) <= room:
         largest = max(largest, first)
+    if largest == group * there:
+        return largest, [
+            "the largest micro-batch has all rows that there are for a step: more memory is not needed"
+        ]
     if largest > traceable:
         more = (
             f"what more than {traceable:,} rows take is a straight line's from {traceable // 2:,} and those"
@@ -692,7 +696,11 @@ def rows_notes(rows: Rows, recipe: Recipe) -> list[str]:
         found.append("DoRA is figured as LoRA: the norms of its weights take more memory and time")
     if recipe.training.compile:
         found.append(
-            "training.compile: compiling takes half a minute to a minute, which is not in the seconds"
+            "training.compile: compiling takes half a minute to a minute of the first step, which these seconds leave "
+            "out; what a run tells after its third step has it"
+            if recipe.training.compiles
+            else "training.compile is left out: it goes with the fast forward alone, and not with "
+            "gradient_checkpointing"
         )
     if getattr(recipe.method, "reference", "") == "precomputed":
         found.append("the reference's pass over all rows before the first step is not in the seconds")

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from tunesmith import devices
 from tunesmith.errors import RecipeError, size
@@ -80,6 +81,10 @@ class Trunk:
     """Told, once each, why a batch took the stock path."""
     has_dropout: bool = False
     frozen: Frozen | None = None
+    given: int = 0
+    """Tokens of the rows that it was given in training."""
+    computed: int = 0
+    """Of them those that went through the layers: beginnings that rows share count once."""
     _fixed: bool = True
     _last: Any = None
 
@@ -128,6 +133,9 @@ class Trunk:
             self.say("a batch has no label")
             return None
         plan = layout(rows, share=not (self.has_dropout and self.model.training), device=ids.device)
+        if self.model.training:
+            self.given += sum(len(row.ids) for row in rows)
+            self.computed += plan.ids.shape[1]
         if self.frozen:
             plan = replace(plan, below=self.frozen.below(rows, plan, self._bottom))
         with attention.used_by(self.config), _stored(self._last, plan), activations.keeping():
@@ -324,9 +332,31 @@ def attach(
     if has_dropout(plain):
         reason += "; beginnings are not shared while training, as dropout draws differ"
     run.event("decision", name="forward", value="fast", reason=reason)
+    trainer.add_callback(_Sharing(trunks, run))
     if told := cuda.told(plain, trainer.args):
         run.event("decision", name="attention kernel", value=told[0], reason=told[1])
     return False
+
+
+class _Sharing(TrainerCallback):  # type: ignore[misc]
+    """Tells, when a training ends, how many tokens stood in beginnings that rows share."""
+
+    def __init__(self, trunks: list[Trunk], run: Run) -> None:
+        self.trunks, self.run = trunks, run
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell, where there were any."""
+        given = sum(trunk.given for trunk in self.trunks)
+        saved = given - sum(trunk.computed for trunk in self.trunks)
+        if saved:
+            why = (
+                f"{saved:,} of {given:,} tokens stood in the beginning of another row of their batch, and were not "
+                "computed again"
+            )
+            self.run.event(
+                "decision", step=state.global_step, name="shared beginnings", reason=why,
+                value=f"{saved / given:.0%} of the tokens",
+            )  # fmt: skip
 
 
 def _teller(trainer: Any, run: Run) -> Callable[[str], None]:
@@ -387,7 +417,7 @@ def _beneath_precision(trainer: Any, model: Any) -> Iterator[None]:
 def _compile(trunks: list[Trunk], trainer: Any, run: Run) -> None:
     from tunesmith.forward import compiling
 
-    if trainer.args.gradient_checkpointing:
+    if trainer.args.gradient_checkpointing:  # `Training.compiles`
         why: str | None = "it does not go with layers that are run again in the backward pass"
     elif why := compiling.missing(trunks[0].model.device):
         why = f"nothing can be compiled here: {why}"

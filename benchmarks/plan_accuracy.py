@@ -19,6 +19,7 @@ and where the machine's own pace changes from minute to minute by medians of sev
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -159,9 +160,9 @@ def named(recipe: tuple[str, str, int, int, dict[str, Any]]) -> str:
 
 
 def settings(
-    recipe: tuple[str, str, int, int, dict[str, Any]], number: int, work: Path, steps: int
+    recipe: tuple[str, str, int, int, dict[str, Any]], number: int, work: Path, steps: int, turn: int = 0
 ) -> dict[str, Any]:
-    """A recipe as tunesmith reads it."""
+    """A recipe as tunesmith reads it; a run of a turn is a run of its own."""
     method, adapter, length, batch, extra = recipe
     extra = dict(extra)
     answers = extra.pop("evaluation", 0)
@@ -171,7 +172,7 @@ def settings(
     if method in ("grpo", "rloo"):
         section["num_generations"] = 4
     return {
-        "name": f"{number:02d}-{method}-{adapter}-{abs(length)}", "output_dir": str(work / "runs"),
+        "name": f"{number:02d}-{method}-{adapter}-{abs(length)}", "output_dir": str(work / f"runs-{turn}"),
         "model": {"base": str(work / ("t5" if method == "seq2seq" else "llama"))},
         "data": {
             "dataset": rows_in(work, method, length), "near_duplicates": "ignore",
@@ -219,14 +220,14 @@ def results(args: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
     for number, recipe in enumerate(RECIPES):
         if recipe[0] not in wanted and str(number) not in wanted:
             continue
-        given = json.dumps(settings(recipe, number, work, args.steps))
         parts = ("--one",) if args.memory_only else ("--plan", "--one")
         turns: list[dict[str, Any]] = []
         found: dict[str, Any] = {"recipe": named(recipe)}
-        for part in parts * args.rounds:
+        for turn, part in itertools.product(range(args.rounds), parts):
+            given = json.dumps(settings(recipe, number, work, args.steps, turn))
             done = subprocess.run([*command, part, given], capture_output=True, text=True, check=False)
             if done.returncode:
-                print(f"{named(recipe)}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+                print(f"{named(recipe)}: {' '.join(done.stderr.split()[-60:])}", file=sys.stderr)
                 found["failed"] = True
                 break
             if part == parts[0]:

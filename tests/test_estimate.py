@@ -843,7 +843,17 @@ BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "plan_accuracy.py"
 def test_plans_tell_the_memory_that_runs_take():
     """Of full training and of preferences under an adapter, a tenth of a gigabyte of model beside the libraries. The
     benchmark's bar is 3 % too little and 8 % too much; a test that must hold on any machine has a wider one."""
-    asked = [sys.executable, str(BENCHMARK), "--only", "0,13", "--memory-only", "--steps", "3"]
+    asked = [
+        sys.executable,
+        str(BENCHMARK),
+        "--only",
+        "0,13",
+        "--memory-only",
+        "--steps",
+        "3",
+        "--rounds",
+        "2",
+    ]
     ran = subprocess.run(asked, capture_output=True, text=True, check=False)
     found = json.loads(ran.stdout.strip().splitlines()[-1])
     assert (found["n"], found["failed"]) == (2, 0), ran.stderr

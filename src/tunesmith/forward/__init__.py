@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from tunesmith import devices
 from tunesmith.errors import RecipeError, size
-from tunesmith.forward import activations, attention, cuda, lookup, pairs
+from tunesmith.forward import activations, adapters, attention, cuda, lookup, pairs
 from tunesmith.forward.frozen import SHARE, Frozen, frozen_layers
 from tunesmith.forward.head import Found, Reading, read
 from tunesmith.forward.tree import Layout, Row, labelled, layout, rows_of
@@ -99,7 +99,8 @@ class Trunk:
         for handle in getattr(self.model, HOOKS, ()):  # of an earlier training
             handle.remove()
         handles: list[Any] = [handle for layer in layers for handle in attention.held_to(layer, config)]
-        handles += [*activations.keep_less(self.model.base_model), *lookup.join(self.model)]
+        handles += [*activations.keep_less(self.model.base_model), *adapters.add_in_place(self.model)]
+        handles += lookup.join(self.model)
         self._last = layers[-1]
         handles.append(layers[-1].register_forward_pre_hook(_finish_kept, with_kwargs=True))
         if self.model.config.model_type in WHOLE:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from tunesmith.data.templates import IGNORED
-from tunesmith.forward import activations, attention, lookup
+from tunesmith.forward import activations, adapters, attention, lookup
 from tunesmith.forward.head import Reading, read
 
 COVERED = {"bart", "mt5", "t5"}
@@ -133,7 +133,8 @@ class Trunk:
         self.say = cache(self.say)
         for handle in getattr(self.model, HOOKS, ()):  # of an earlier training
             handle.remove()
-        handles: list[Any] = [*activations.keep_less(self.model), *lookup.join(self.model)]
+        handles: list[Any] = [*activations.keep_less(self.model), *adapters.add_in_place(self.model)]
+        handles += lookup.join(self.model)
         for half in (self.model.get_encoder(), self.model.get_decoder()):
             for layer in getattr(half, "block", None) or half.layers:
                 handles += attention.held_to(layer, half.config, NAME)

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from tunesmith import api, devices
+from tunesmith import api, devices, forward
 from tunesmith import estimate as estimating
 from tunesmith.compose import compose
 from tunesmith.errors import OutOfResources, size
 from tunesmith.estimate import micro_batches, pace, remedies, step
 from tunesmith.evaluation.report import write_report
+from tunesmith.forward import compiling
 
 
 @pytest.fixture
@@ -302,6 +303,29 @@ def test_a_largest_micro_batch_of_all_rows_is_said_to_be_that(recipe):
 def test_a_plan_promises_no_compilation_that_a_run_leaves_out(recipe, settings, said):
     [told] = [n for n in planned(recipe(training={"compile": True, **settings})).notes if "compile" in n]
     assert said in told
+
+
+def test_a_compiled_step_is_measured_as_it_will_be_taken(recipe, monkeypatch):
+    seen = []
+    inner = forward._compile
+
+    def spy(trunks, trainer, run):
+        seen.append(len(trunks))
+        inner(trunks, trainer, run)
+
+    monkeypatch.setattr(forward, "_compile", spy)
+    monkeypatch.setattr(compiling, "missing", lambda device: None)
+    monkeypatch.setattr(compiling, "compile_layers", lambda model: [])  # which takes a minute
+    found = planned(recipe(training={"compile": True}), measured=True)
+    assert seen == [1]
+    assert not [note for note in found.notes if "compil" in note]
+
+
+def test_a_plan_says_that_the_stock_forward_is_taken_and_why(recipe):
+    [said] = [n for n in planned(recipe(method={"neftune_noise_alpha": 5})).notes if "stock" in n]
+    assert "NEFTune" in said
+    for asked in ({}, {"method": {"neftune_noise_alpha": 5}, "training": {"forward": "stock"}}):
+        assert not [n for n in planned(recipe(**asked)).notes if "stock" in n]
 
 
 def test_of_drawn_answers_the_largest_micro_batch_holds_whole_groups_of_the_prompts_there_are(

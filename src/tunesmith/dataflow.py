@@ -314,14 +314,9 @@ def _hollow_trainer(
     from tunesmith import forward
 
     alike = False if draws else None
-    trainer.pads = forward.attach(trainer, Run(folder), _at_once(recipe).training, alike=alike, device=device)
-    return trainer
-
-
-def _at_once(recipe: Recipe) -> Recipe:
-    """The recipe without what pays only in a long run."""
     training = recipe.training.model_copy(update={"compile": False, "cache_frozen": False})
-    return recipe.model_copy(update={"training": training})
+    trainer.pads = forward.attach(trainer, Run(folder), training, alike=alike, device=device)
+    return trainer
 
 
 def _micro_steps(
@@ -344,7 +339,9 @@ def _micro_steps(
         given |= {"report_to": ["none"]}
         if draws:
             given |= {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no"}
-        once = _at_once(recipe)
+        # No epoch goes by in which outputs that are kept would be used.
+        training = recipe.training.model_copy(update={"cache_frozen": False})
+        once = recipe.model_copy(update={"training": training})
         trainer = _trainer(once, Run(Path(folder)), tokenizer, plan, encodings, packing, given)
         if draws:
             return pace.Measured(pace.timed_steps(trainer))

@@ -12,7 +12,9 @@ from tunesmith.compose import compose, overlaid
 from tunesmith.display import Display
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation.report import write_report
+from tunesmith.recipe import Training
 from tunesmith.training.callbacks import BestModel
+from tunesmith.training.fit import _why
 
 
 @pytest.fixture
@@ -185,3 +187,25 @@ def test_a_best_by_that_never_had_a_value_is_said_at_the_end(recipe, monkeypatch
     said = [e["message"] for e in losses(run)[1] if e["kind"] == "warning"]
     assert any("training.best_by=rougeL had no value at any validation" in message for message in said)
     assert not (run / "best_model").exists()
+
+
+def test_where_a_model_is_trained_on_what_it_writes_the_best_one_is_told_by_its_reward():
+    log = [
+        {"step": step, "eval_loss": 0.0 - reward, "eval_reward": reward}
+        for step, reward in ((1, 0.25), (2, 0.5), (3, 0.0))
+    ]
+    told = _why(Training(), log, {"step": 2, "eval_loss": -0.5}, False)
+    assert told["value"] == "step 2, mean reward 0.5000"
+    assert told["reason"].startswith(
+        "the highest of 3 validations by training.best_by=loss, which is the mean reward"
+    )
+    assert told["reason"].endswith("step 1: 0.2500, step 2: 0.5000, step 3: 0.0000")
+    assert (
+        _why(Training(), log[2:], {"step": 3, "eval_loss": 0.0}, False)["value"]
+        == "step 3, mean reward 0.0000"
+    )
+    plain = [{name: entry[name] for name in ("step", "eval_loss")} for entry in log]
+    assert (
+        _why(Training(), plain, {"step": 2, "eval_loss": -0.5}, False)["value"]
+        == "step 2, validation loss -0.5000"
+    )

@@ -348,7 +348,7 @@ def estimate(
         *_notes(case, recipe, traced),
         *several_notes(recipe, plan, facts, traced.weights),
         *traced.notes,
-        *rows_notes(rows, recipe),
+        *rows_notes(rows, recipe, compiled=measure is not None),
     ]
     took = _seconds(case, recipe, traced, met, measure)
     result = Estimate(
@@ -684,8 +684,8 @@ def several_notes(recipe: Recipe, plan: Plan, facts: DeviceFacts, weights: int) 
     return found
 
 
-def rows_notes(rows: Rows, recipe: Recipe) -> list[str]:
-    """What the figures leave out."""
+def rows_notes(rows: Rows, recipe: Recipe, *, compiled: bool = False) -> list[str]:
+    """What the figures leave out; `compiled` says that micro-steps were measured as the recipe has them compiled."""
     found = []
     if rows.answers:
         found.append(
@@ -694,13 +694,15 @@ def rows_notes(rows: Rows, recipe: Recipe) -> list[str]:
         )
     if isinstance(recipe.adapter, LoRA) and recipe.adapter.dora:
         found.append("DoRA is figured as LoRA: the norms of its weights take more memory and time")
-    if recipe.training.compile:
+    if recipe.training.compile and not recipe.training.compiles:
+        found.append(
+            "training.compile is left out: it goes with the fast forward alone, and not with "
+            "gradient_checkpointing"
+        )
+    elif recipe.training.compiles and (rows.answers or not compiled):
         found.append(
             "training.compile: compiling takes half a minute to a minute of the first step, which these seconds leave "
             "out; what a run tells after its third step has it"
-            if recipe.training.compiles
-            else "training.compile is left out: it goes with the fast forward alone, and not with "
-            "gradient_checkpointing"
         )
     if getattr(recipe.method, "reference", "") == "precomputed":
         found.append("the reference's pass over all rows before the first step is not in the seconds")

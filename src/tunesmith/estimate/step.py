@@ -17,6 +17,7 @@ from typing import Any
 from tunesmith.estimate.micro_batches import Rows, longest_rows
 from tunesmith.heap import Block
 from tunesmith.recipe import PRINCIPAL, LoRA, Model, QLoRA, Recipe
+from tunesmith.training.run import Run
 
 Parts = Mapping[str, int]
 Build = Callable[[Recipe, Any, Path], Any]
@@ -223,6 +224,7 @@ def _traced(recipe: Recipe, build: Build, rows: Rows, asked: Asked) -> Traced:
         autocast = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(asked.precision)
         with counting(vocabulary=vocabulary, kernel=kernel, autocast=autocast) as count:
             trainer = build(recipe, model, Path(folder))
+            notes += _of_forward(recipe, Path(folder))
             model = trainer.model
             if recipe.training.gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -300,6 +302,17 @@ def _traced(recipe: Recipe, build: Build, rows: Rows, asked: Asked) -> Traced:
             writing_costs=writing,
             notes=notes,
         )
+
+
+def _of_forward(recipe: Recipe, folder: Path) -> list[str]:
+    """That a step takes the stock forward where the recipe asks for the fast one, and why."""
+    if recipe.training.forward == "stock":
+        return []
+    return [
+        f"the stock forward is taken, with padding and all logits: {event['reason']}"
+        for event in Run(folder).events()
+        if (event.get("name"), event.get("value")) == ("forward", "stock")
+    ]
 
 
 def labels_of(inputs: Mapping[str, Any]) -> Any:

@@ -56,7 +56,7 @@ def _only(module: Any) -> str | None:
     """The one adapter that a layer adds, where it is LoRA as it was published; None where there is more to do."""
     if module.disable_adapters or module.merged:
         return None
-    active = [name for name in module.active_adapters if name in module.lora_A]
+    active: list[str] = [name for name in module.active_adapters if name in module.lora_A]
     if len(active) != 1 or active[0] in module.lora_variant or module.lora_bias[active[0]]:
         return None
     return active[0]

@@ -332,22 +332,31 @@ BEST_SHOWN = 12
 def _why(
     training: Training, log: Sequence[Mapping[str, Any]], info: Mapping[str, Any], higher_is_better: bool
 ) -> dict[str, str]:
-    """Which step's model it is, by which metric, and the values of all validations: the decision for events."""
+    """Which step's model it is, by which metric, and the values of all validations: the decision for events.
+
+    Where a model is trained on what it writes, the loss is the mean reward with its sign turned; the reward is told.
+    """
     from tunesmith.evaluation.metrics import METRICS
 
     by, key = training.best_by, f"eval_{training.best_by}"
+    is_reward = by == "loss" and any("eval_reward" in entry for entry in log)
+    if is_reward:
+        key, higher_is_better = "eval_reward", True
     # A run that was continued may have validated a step twice; the later one counts.
     values = {int(entry["step"]): entry[key] for entry in log if key in entry}
     told = [f"step {step}: {_value(value, by)}" for step, value in values.items()]
     if len(told) > BEST_SHOWN:
         told = [*told[: BEST_SHOWN // 2], "…", *told[-BEST_SHOWN // 2 :]]
-    name = "validation loss" if by == "loss" else METRICS[by].label
+    name = "mean reward" if is_reward else "validation loss" if by == "loss" else METRICS[by].label
     best = info["eval_loss"] if by == "loss" else info["value"]
+    if is_reward:
+        best = 0.0 - best  # in the place of -best, as a reward of nothing is no -0.0
     which = "highest" if higher_is_better else "lowest"
+    turned = ", which is the mean reward with its sign turned" if is_reward else ""
     return {
         "name": "best model",
         "value": f"step {info['step']}, {name} {_value(best, by)}",
-        "reason": f"the {which} of {len(values)} validations by training.best_by={by}: {', '.join(told)}",
+        "reason": f"the {which} of {len(values)} validations by training.best_by={by}{turned}: {', '.join(told)}",
     }
 
 

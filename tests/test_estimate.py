@@ -836,6 +836,32 @@ def test_quick_micro_steps_are_timed_several_times_and_slow_ones_once(monkeypatc
     assert list(taken) == []
 
 
+@pytest.mark.parametrize("validates", [True, False])
+def test_compilation_is_timed_as_a_run_finds_it_that_comes_after(monkeypatch, validates):
+    """Cold first: 40 s for steps and 20 for validations; from what torch has kept, 8 and 4."""
+    now, did, made = [0.0], [], {"step": 40.0, "look": 20.0}
+
+    def work(kind):
+        did.append(kind)
+        now.append(now[-1] + 1 + made.get(kind, 0))
+        made.pop(kind, None)
+
+    def again():
+        did.append("reset")
+        made.update(step=8.0, look=4.0)
+
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(gradient_accumulation_steps=1, gradient_checkpointing=False),
+        accelerator=SimpleNamespace(autocast=nullcontext), model=torch.nn.Linear(1, 1), train_dataset=[{}],
+        eval_dataset=[{}] if validates else None, data_collator=lambda rows: {},
+        training_step=lambda *given, **named: work("step"), prediction_step=lambda *given, **named: work("look"),
+    )  # fmt: skip
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[-1])
+    monkeypatch.setattr(torch.compiler, "reset", again)
+    assert pace.timed(trainer, [[0], [0], [0]], compiles=True) == [13.0 if validates else 9.0, 1.0, 1.0]
+    assert did[:4] == (["step", "look", "reset", "step"] if validates else ["step", "reset", "step", "step"])
+
+
 def test_encoder_decoders_are_padded_on_a_gpu(tiny_t5_folder, question_file, tmp_path):
     asked = compose(
         {

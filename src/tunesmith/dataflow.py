@@ -345,7 +345,7 @@ def _micro_steps(
         trainer = _trainer(once, Run(Path(folder)), tokenizer, plan, encodings, packing, given)
         if draws:
             return pace.Measured(pace.timed_steps(trainer))
-        steps = pace.timed(trainer, batches)
+        steps = pace.timed(trainer, batches, compiles=training.compiles)
         prompts = _asked(recipe, encodings.validation)
         token = pace.timed_token(trainer.model, tokenizer, prompts) if prompts else 0.0
         return pace.Measured(steps, token)

@@ -54,11 +54,12 @@ TURNS, ENOUGH = 5, 3.0
 """How often micro-steps are timed at most, and the seconds after which no further turn begins."""
 
 
-def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
+def timed(trainer: Any, batches: Sequence[Sequence[int]], *, compiles: bool = False) -> list[float]:
     """Seconds of the trainer's micro-step on rows of these numbers.
 
     The first one is run once, as the first steps of a process are slow; the others in several turns where they are
-    quick, since single steps vary by a fifth, and their medians count.
+    quick, since single steps vary by a fifth, and their medians count. Where layers are compiled, what that takes is in
+    the first one's seconds, for validations too, as it is in a run that comes after: torch keeps what it has compiled.
     """
     import torch
 
@@ -66,20 +67,38 @@ def timed(trainer: Any, batches: Sequence[Sequence[int]]) -> list[float]:
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
 
-    def step(batch: Sequence[int]) -> float:
+    def taken(work: Callable[[dict[str, Any]], Any], batch: Sequence[int]) -> float:
         inputs = trainer.data_collator(rows_by_number(trainer.train_dataset, batch))
-        items = labels_of(inputs)
         started = time.perf_counter()
         with trainer.accelerator.autocast():  # which a prepared model would bring along
-            trainer.training_step(trainer.model, inputs, num_items_in_batch=items)
+            work(inputs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        taken = time.perf_counter() - started
+        return time.perf_counter() - started
+
+    def step(batch: Sequence[int]) -> float:
+        found = taken(
+            lambda i: trainer.training_step(trainer.model, i, num_items_in_batch=labels_of(i)), batch
+        )
         trainer.model.zero_grad(set_to_none=True)
-        return taken
+        return found
+
+    def look(batch: Sequence[int]) -> float:
+        trainer._loss_sum, trainer._num_labels = 0.0, 0  # as an evaluation begins
+        trainer.model.eval()
+        return taken(lambda i: trainer.prediction_step(trainer.model, i, prediction_loss_only=True), batch)
 
     first, *others = batches
+    looks = compiles and trainer.eval_dataset is not None
+    if compiles:
+        step(first)
+        if looks:
+            look(first)
+        torch.compiler.reset()
     began = step(first)
+    if looks:
+        compiling = look(first)
+        began += compiling - look(first)
     turns: list[list[float]] = []
     while not turns or (len(turns) < TURNS and sum(map(sum, turns)) < ENOUGH):
         turns.append([step(batch) for batch in others])
